@@ -1,0 +1,49 @@
+"""`dino demo`: the whole main job with nothing given."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import Device, Json, Workers
+from dinocli.errors import DinoError
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Folder for images, run, features and pictures; it must not exist yet.")
+    ] = Path("dino-demo"),
+    workers: Workers = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Draw an image set, pretrain on it without labels, and set the features beside what they have to beat."""
+    if out.exists():
+        raise DinoError(
+            f"a new folder was wanted for the demo; {out} is there already", f"--out {out}-2, or remove {out}"
+        )
+
+    from dinocli.demo import demo
+    from dinocli.device import default_workers, pick_device
+
+    picked = pick_device(device)
+    result = demo(
+        out, device=picked, workers=default_workers(picked) if workers is None else workers, stage=console.progress
+    )
+    if json:
+        console.out_json(asdict(result) | {"folder": str(result.folder), "pictures": [str(p) for p in result.pictures]})
+        return
+    console.table(
+        ["features", "k-NN top-1 %", "linear top-1 %", "attention on the object (Jaccard)"],
+        [
+            [r.features, f"{r.knn:.1f}", f"{r.linear:.1f}", "" if r.overlap is None else f"{r.overlap:.3f}"]
+            for r in result.rows
+        ],
+        title=f"drawn images of ten kinds; a guess is right {result.chance:.0f} % of the time, "
+        f"a mask of everything overlaps {result.everything:.3f}",
+    )
+    console.say(f"done in {console.duration(result.seconds)}; attention maps: {result.pictures[0].parent}")

@@ -1,0 +1,96 @@
+"""`dino extract`: images to features on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import (
+    BatchSize,
+    Device,
+    Json,
+    NetworkName,
+    Size,
+    Tokens,
+    Workers,
+    checkpoint_or_newest,
+    network_name,
+)
+
+
+def extract(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[CHECKPOINT] DATA",
+            help="Run folder, ckpt.safetensors, official "
+            "DINO .pth or timm:NAME (the newest weights if absent); then a folder of "
+            "images, with class folders if there are labels, or train/ and val/.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the feature files.")] = Path("features"),
+    tokens: Tokens = "cls",
+    blocks: Annotated[int, typer.Option(min=1, help="Join the tokens of the last N blocks.")] = 1,
+    size: Size = None,
+    batch_size: BatchSize = 64,
+    network: NetworkName = "teacher",
+    workers: Workers = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Turn images into features: one file a split, with labels, class names and paths."""
+    from dinocli.data.sources import splits
+
+    if len(paths) > 2:
+        raise typer.BadParameter(
+            f"one checkpoint and one folder were wanted; {len(paths)} came", param_hint="[CHECKPOINT] DATA"
+        )
+    data = Path(paths[-1])
+    parts = splits(data)
+
+    from dinocli.device import default_workers, pick_device
+    from dinocli.encoder import load_encoder, parse_tokens
+    from dinocli.extraction import extract
+
+    picked = pick_device(device)
+    choice = parse_tokens(tokens)
+    encoder = load_encoder(checkpoint_or_newest(paths[0] if len(paths) == 2 else None), picked, network_name(network))
+    written = []
+    for name, source in parts.items():
+        with console.progress(f"extract {name}", len(source), "images") as advance:
+            done = 0
+
+            def report(images: int) -> None:
+                nonlocal done
+                done += images
+                advance(done)
+
+            written.append(
+                extract(
+                    encoder,
+                    source,
+                    out / f"{name}.safetensors",
+                    data=str(data),
+                    tokens=choice,
+                    blocks=blocks,
+                    size=size,
+                    batch_size=batch_size,
+                    report=report,
+                    workers=default_workers(picked) if workers is None else workers,
+                )
+            )
+    for part in written:
+        for path, reason in part.skipped.items():
+            console.say(f"note: skipped {path}: {reason}")
+    if json:
+        console.out_json(
+            [{"path": str(p.path), "images": p.images, "shape": p.shape, "skipped": p.skipped} for p in written]
+        )
+    else:
+        console.table(
+            ["features", "images", "shape of each", "skipped"],
+            [[str(p.path), str(p.images), "x".join(map(str, p.shape)), str(len(p.skipped))] for p in written],
+        )

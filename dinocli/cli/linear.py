@@ -1,0 +1,122 @@
+"""`dino linear`: how well does a linear classifier on frozen features do?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import (
+    Checkpoint,
+    Device,
+    Json,
+    Size,
+    Tokens,
+    Workers,
+    checkpoint_or_newest,
+    features_or_newest,
+)
+from dinocli.errors import DinoError
+
+if TYPE_CHECKING:
+    from dinocli.evals.linear import LinearResult
+
+
+def linear(
+    features: Annotated[Path | None, typer.Option(help="Folder of features; ./features if absent.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step; 256 of stored features, 1024 with --paper.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the start, the order, and what is held out.")] = 0,
+    paper: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="The paper's protocol instead: SGD on augmented images "
+            "of this folder (train/ and val/ with class folders); no features are read.",
+        ),
+    ] = None,
+    checkpoint: Checkpoint = None,
+    lr: Annotated[float, typer.Option(min=0, help="With --paper: for a batch of 256.")] = 0.001,
+    blocks: Annotated[int, typer.Option(min=1, help="With --paper: join the tokens of the last N blocks.")] = 4,
+    tokens: Tokens = "cls",
+    size: Size = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Train a linear probe: on stored features with a sweep of learning rates, or by the paper's protocol."""
+    from dinocli.device import default_workers, pick_device
+
+    if paper:
+        from dinocli.data.sources import splits
+        from dinocli.encoder import load_encoder, parse_tokens
+        from dinocli.evals.linear import linear_on_images
+
+        parts = splits(paper)
+        if "train" not in parts:
+            raise DinoError(
+                f"train/ and val/ with class folders were wanted; {paper} has none",
+                "DATA/train/CLASS/* and DATA/val/CLASS/*",
+            )
+        test = parts.get("val") or parts["test"]
+        picked = pick_device(device)
+        encoder = load_encoder(checkpoint_or_newest(checkpoint), picked)
+        with console.progress("linear", 100, "%") as advance:
+            result = linear_on_images(
+                encoder,
+                parts["train"],
+                test,
+                tokens=parse_tokens(tokens),
+                blocks=blocks,
+                size=size,
+                epochs=epochs,
+                lr=lr,
+                batch_size=batch_size or 1024,
+                workers=default_workers(picked) if workers is None else workers,
+                seed=seed,
+                report=lambda done, total: advance(100 * done // total, f"step {done}/{total}"),
+            )
+        source = encoder.source
+    else:
+        folder = features_or_newest(features)
+
+        from dinocli.evals.linear import linear
+        from dinocli.features import compared, read_splits
+
+        train, held = compared(read_splits(folder))
+        with console.progress("linear", 100, "%") as advance:
+            result = linear(
+                train,
+                held,
+                epochs=epochs,
+                batch_size=batch_size or 256,
+                seed=seed,
+                device=pick_device(device),
+                report=lambda done, total: advance(100 * done // total, f"step {done}/{total}"),
+            )
+        source = train.recipe.source
+    if json:
+        console.out_json(asdict(result))
+    else:
+        _print(result, source)
+
+
+def _print(result: LinearResult, source: str) -> None:
+    if result.sweep:
+        console.say(
+            f"learning rate {result.lr:g}: the best of {len(result.sweep)} on {result.held_out} images held out of the "
+            f"training split; then trained on all {result.train_images}"
+        )
+    if result.split_off:
+        console.say(f"note: the data has one split; {result.test_images} of its images were set apart as the test")
+    console.table(
+        ["protocol", "learning rate", "top-1 %", "top-5 %"],
+        [[result.protocol, f"{result.lr:g}", f"{result.top1:.2f}", f"{result.top5:.2f}"]],
+        title=f"linear probe of {source}: {result.train_images} training and {result.test_images} test images of "
+        f"{result.classes} classes",
+    )

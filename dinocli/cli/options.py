@@ -1,0 +1,86 @@
+"""Options that commands share, so that one thing has one spelling; and what a command takes when it is not told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dinocli import console
+from dinocli.errors import DinoError
+
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 or mps.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Processes that decode images; chosen by the machine if absent.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        help="Run folder, ckpt.safetensors, official DINO .pth, or timm:NAME. "
+        "If absent: ./ckpt.safetensors, else the newest run.",
+    ),
+]
+NetworkName = Annotated[str, typer.Option("--network", help="Of a file that holds both: teacher or student.")]
+Tokens = Annotated[str, typer.Option(help="Features of an image: cls, patches, or cls+avg.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
+Size = Annotated[int | None, typer.Option(min=8, help="Side of the images in pixels; the training's if absent.")]
+
+
+def checkpoint_or_newest(given: str | None) -> str:
+    """The checkpoint that was named, or `./ckpt.safetensors`, or the newest run's.
+
+    Raises:
+        DinoError: None was named and there is none.
+    """
+    if given:
+        return given
+    from dinocli.pretraining import newest_run
+    from dinocli.weights import CHECKPOINT
+
+    if Path(CHECKPOINT).exists():
+        taken = Path(CHECKPOINT)
+        console.say(f"checkpoint: {taken}" + (f" -> {taken.readlink()}" if taken.is_symlink() else ""))
+        return str(taken)
+    run = newest_run()
+    if run is None:
+        raise DinoError(
+            "a checkpoint was wanted; none was named, and there is no ./ckpt.safetensors and no run in ./runs",
+            "dino pretrain IMAGES --preset tiny",
+        )
+    console.say(f"checkpoint: {run / CHECKPOINT}")
+    return str(run / CHECKPOINT)
+
+
+def features_or_newest(given: Path | None) -> Path:
+    """The feature folder that was named, or `./features`, or the newest run's.
+
+    Raises:
+        DinoError: None was named and there is none.
+    """
+    if given:
+        return given
+    from dinocli.features import FOLDER
+    from dinocli.pretraining import newest_run
+
+    run = newest_run()
+    for folder in [FOLDER] + ([run / FOLDER] if run else []):
+        if folder.is_dir():
+            console.say(f"features: {folder}")
+            return folder
+    raise DinoError(
+        "features were wanted; none were named, and there is no ./features", "dino extract ckpt.safetensors DATA"
+    )
+
+
+def network_name(name: str) -> Literal["teacher", "student"]:
+    """`teacher` or `student`.
+
+    Raises:
+        DinoError: It is neither.
+    """
+    if name not in ("teacher", "student"):
+        raise DinoError(f"--network should be teacher or student; it is {name!r}", "--network teacher")
+    return "teacher" if name == "teacher" else "student"

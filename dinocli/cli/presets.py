@@ -1,0 +1,43 @@
+"""`dino presets`: what can be trained."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Annotated
+
+import typer
+
+from dinocli import console, shipped
+from dinocli.cli.options import Json
+
+presets = typer.Typer(help="List the shipped presets, or show one.", invoke_without_command=True)
+
+
+@presets.callback()
+def list_presets(context: typer.Context, json: Json = False) -> None:
+    """List the shipped presets with backbone, recipe, cost and expected number; `dino presets show NAME` prints one."""
+    if context.invoked_subcommand:
+        return
+    rows = []
+    for name in shipped.names():
+        data = tomllib.loads(shipped.text(name))
+        about = data["about"]
+        rows.append(
+            {
+                "preset": name,
+                "backbone": data["backbone"]["name"],
+                "recipe": about["recipe"],
+                "cost": about["cost"],
+                "expected": about["expected"],
+            }
+        )
+    if json:
+        console.out_json(rows)
+    else:
+        console.table(list(rows[0]), [list(row.values()) for row in rows])
+
+
+@presets.command()
+def show(name: Annotated[str, typer.Argument(help="Name of a shipped preset.")]) -> None:
+    """Print a preset; redirected into a file it is the start of one of your own."""
+    console.out(shipped.text(name).rstrip("\n"))

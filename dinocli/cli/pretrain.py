@@ -1,0 +1,129 @@
+"""`dino pretrain`: train a backbone on unlabelled images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import Device, Workers
+
+if TYPE_CHECKING:
+    from dinocli.planning import Plan
+    from dinocli.pretraining import Progress
+
+
+def pretrain(
+    images: Annotated[Path, typer.Argument(help="Folder of images, of any depth; labels are not needed and not read.")],
+    preset: Annotated[str, typer.Option(help="A shipped preset (`dino presets`) or a .toml of your own.")] = "vits16",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Short for --set training.epochs=N.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Short for --set training.seed=N.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Stop after N steps; the schedules stay those of the whole run. 0 writes the untrained network."
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the preset; may be repeated."),
+    ] = None,
+    init: Annotated[str | None, typer.Option(metavar="FILE|timm:NAME", help="Weights to start from.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset>-<n> if absent.")] = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
+) -> None:
+    """Train a vision transformer on a folder of images with DINO."""
+    from dinocli.data.sources import image_folder
+
+    source = image_folder(images)  # before torch is loaded: a wrong path is said at once
+
+    from dinocli.device import default_workers, pick_device
+    from dinocli.planning import Plan, start_clock
+    from dinocli.preset import load_preset
+
+    short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
+    loaded = load_preset(preset, [*(overrides or []), *(f"{key}={v}" for key, v in short.items() if v is not None)])
+    total = start_clock(loaded, len(source)).total
+    picked = pick_device(device)
+    plan = Plan(
+        name=Path(preset).name.removesuffix(".toml"),
+        preset=loaded,
+        source=source,
+        stop=total if steps is None else min(steps, total),
+        out=out,
+        device=picked,
+        workers=default_workers(picked) if workers is None else workers,
+        init=init,
+    )
+    if dry_run:
+        _print_plan(plan)
+    else:
+        _run(plan)
+
+
+def _print_plan(plan: Plan) -> None:
+    from dinocli.planning import estimate
+    from dinocli.pretraining import next_folder
+
+    preset, clock, cost = plan.preset, plan.clock, estimate(plan)
+    views = f"{len(preset.views.globals)}x{preset.views.global_1.size}"
+    if preset.views.local:
+        views += f" + {preset.views.locals}x{preset.views.local.size}"
+    networks = f"{cost.backbone_parameters / 1e6:.1f} M parameters, {cost.parameters / 1e6:.1f} M with heads"
+    steps = f"{plan.stop} of {clock.total}" if plan.stop < clock.total else f"{plan.stop}"
+    rows = {
+        "images": f"{len(plan.source)} in {plan.source.root}",
+        "backbone": f"{preset.backbone.name}, {networks}",
+        "views": views,
+        "batch": f"{preset.training.batch_size} images",
+        "steps": f"{steps}, {clock.steps_per_epoch} an epoch, {clock.epochs} epochs",
+        "learning rate": f"up to {_peak(plan):.3g} for this batch ({preset.optimizer.kind})",
+        "device": f"{plan.device}, {plan.workers} workers",
+        "start": plan.init or "random weights",
+        "out": str(plan.out or next_folder(plan.name)),
+        "work": f"{cost.flops / 1e9:.3g} GFLOP an image",
+        "memory": f"about {console.size(cost.memory)} (an estimate)",
+        "time": f"about {console.duration(cost.seconds)} (an estimate, from this device's rate of matrix products)",
+    }
+    console.table(["plan", plan.name], [[name, value] for name, value in rows.items()])
+
+
+def _peak(plan: Plan) -> float:
+    from dataclasses import replace
+
+    clock = plan.clock
+    return max(plan.lr.at(replace(clock, step=clock.total * i // 1000)) for i in range(1000))
+
+
+def _run(plan: Plan) -> None:
+    from dinocli.pretraining import link_newest, pretrain
+
+    count, total = len(plan.source), plan.clock.total
+    console.say(f"{plan.name}: {count} images, {plan.stop} steps of {plan.preset.training.batch_size} on {plan.device}")
+    if plan.stop < total:
+        console.say(f"note: stops at step {plan.stop} of {total}; the schedules stay those of the whole run")
+    with console.progress("pretrain", plan.stop, "steps") as advance:
+
+        def report(progress: Progress) -> None:
+            advance(progress.step, f"loss {progress.loss:.3f}  {progress.images_per_second:.0f} images/s")
+
+        run = pretrain(plan, report)
+    linked = link_newest(run.checkpoint)
+    if run.bad.reasons:
+        console.say(
+            f"note: {len(run.bad.reasons)} images could not be read and were replaced by others: {run.bad.summary()}; "
+            f"they are listed in {run.folder / 'bad_images.txt'}"
+        )
+    if run.stopped:
+        console.say(f"stopped at step {run.step} of {plan.stop}; the weights so far are kept")
+    loss = f", loss {run.loss:.3f}" if run.loss is not None else ""
+    console.say(f"done: {run.step} steps in {console.duration(run.seconds)}{loss}")
+    if not linked:
+        console.say(f"note: ./{run.checkpoint.name} is a file of your own and was left as it is")
+    console.say(f"next: dino extract {run.checkpoint.name if linked else run.checkpoint} DATA")
+    console.out(str(run.checkpoint))

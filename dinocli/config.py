@@ -1,0 +1,96 @@
+"""Config: what every table of a preset is made of."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from dinocli.errors import DinoError, nearest
+
+
+class Config(BaseModel):
+    """Frozen settings in which an unknown key is an error.
+
+    Fields that define a recipe have no default: a preset states them. Where a field has one it is the identity
+    (no warm-up, no drop path), so that what a preset leaves out does not exist.
+    """
+
+    # Without "strings" pydantic writes inf as null, and a stored preset could not be read back.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], what: str) -> Self:
+        """Validate `data`; a mistake names the first key that is wrong.
+
+        Args:
+            data: Nested plain values, as `tomllib` or `json` give them.
+            what: What is being read, for the error line (`preset vits16`).
+
+        Raises:
+            DinoError: A key is unknown or missing, or a value is out of range.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _explain(error.errors()[0], data, cls, what) from None
+
+
+def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], what: str) -> DinoError:
+    # A discriminated union puts its tag into the location; only names that the data holds are keys of the user's.
+    path = _data_path(first["loc"], data, first["type"])
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(model, data, path[:-1])
+        close = ".".join([*path[:-1], nearest(path[-1], known)]) if known else ""
+        hint = f"did you mean {close}?" if close else f"leave {key} out"
+        return DinoError(f"{what}: there is no key {key}", hint)
+    if first["type"] == "missing":
+        return DinoError(f"{what}: the key {key} is missing", f"add it with --set {key}=VALUE")
+    came = first["input"]
+    said = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if not key:
+        return DinoError(f"{what}: {said}", "change one of the two with --set KEY=VALUE")
+    wanted = "be " + said if first["msg"].startswith("Input should be ") else said
+    return DinoError(
+        f"{what}: {key} should {wanted}; it is {came!r}" if wanted.startswith("be ") else f"{what}: {key}: {said}",
+        f"--set {key}=VALUE with a value that fits",
+    )
+
+
+def _data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[str]:
+    path: list[str] = []
+    for i, part in enumerate(location):
+        if isinstance(data, dict) and part in data:
+            data = data[part]
+        elif not (kind == "missing" and i == len(location) - 1):
+            continue
+        path.append(str(part))
+    return path
+
+
+def _known_keys(model: type[BaseModel], data: Any, path: list[str]) -> list[str]:
+    """The keys that the table at `path` may hold."""
+    for part in path:
+        kind = data.get(part, {}).get("kind") if isinstance(data, dict) and isinstance(data.get(part), dict) else None
+        data = data.get(part, {}) if isinstance(data, dict) else {}
+        field = model.model_fields.get(part)
+        if field is None:
+            return []
+        inner = _models_in(field.annotation)
+        if not inner:
+            return []
+        named = [m for m in inner if "kind" in m.model_fields and kind in _literals(m)]
+        model = (named or inner)[0]
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
+
+
+def _literals(model: type[BaseModel]) -> tuple[Any, ...]:
+    return getattr(model.model_fields["kind"].annotation, "__args__", ())

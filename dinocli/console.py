@@ -1,0 +1,110 @@
+"""What a person sees: words and progress on stderr, data on stdout. The one file that knows rich."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+# soft_wrap: a path that is longer than the terminal stays in one piece, to be copied.
+_words = Console(stderr=True, highlight=False, soft_wrap=True)
+_data = Console(highlight=False, soft_wrap=True)
+_PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
+
+
+def say(text: str) -> None:
+    """A line for the person, on stderr."""
+    _words.print(escape(text))
+
+
+def error(message: str, hint: str) -> None:
+    """What is wrong, and what to type instead, on stderr."""
+    _words.print(f"[bold red]error:[/] {escape(message)}")
+    _words.print(f"[bold cyan]hint:[/] {escape(hint)}")
+
+
+def out(text: str) -> None:
+    """A line of data, on stdout."""
+    _data.print(text, markup=False)
+
+
+def out_json(value: Any) -> None:
+    """A value as JSON, on stdout."""
+    _data.print(json.dumps(value, indent=2), markup=False)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
+    """A table on stdout; the first column is text, the others are set to the right if they hold numbers alone."""
+    if title:
+        _data.print(escape(title), style="bold")
+    drawn = Table()
+    for i, name in enumerate(columns):
+        numbers = all(row[i].replace(".", "").replace("-", "").replace("%", "").isdigit() for row in rows if row[i])
+        drawn.add_column(name, justify="right" if i and numbers else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*map(escape, row))
+    _data.print(drawn, soft_wrap=False)
+
+
+class Advance(Protocol):
+    """Tells how far the work has come."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """`done` of the total; `note` stands beside the bar."""
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
+    """A bar on a terminal; elsewhere a plain line now and then."""
+    if _words.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} " + unit),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        with Progress(*columns, console=_words) as bar:
+            task = bar.add_task(what, total=total, note="")
+            yield lambda done, note="": bar.update(task, completed=done, note=note)
+        return
+    began = last = time.monotonic()
+
+    def plain(done: int, note: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done < total and now - last < _PLAIN_EVERY:
+            return
+        last = now
+        left = duration((now - began) * (total - done) / max(1, done))
+        say(
+            "  ".join(
+                part for part in (f"{what} {done}/{total} {unit}", note, f"{left} left" if done < total else "") if part
+            )
+        )
+
+    yield plain
+
+
+def duration(seconds: float) -> str:
+    """A length of time as a person says it."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def size(amount: float) -> str:
+    """Bytes as a person says them."""
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.0f} MB"

@@ -1,0 +1,189 @@
+"""Worker side: draw every number of an image's views, and cut its crops out of one decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from dinocli.config import Config
+from dinocli.data.decode import Pixels
+
+Probability = Field(ge=0, le=1)
+Floats = NDArray[np.float64]
+
+
+class JitterConfig(Config):
+    """Color jitter: with `probability`, each of the four in a random order, by a factor drawn around 1 (hue: around 0).
+
+    Attributes:
+        probability: Of any jitter at all.
+        brightness: Half-width of the factor's range, as are `contrast` and `saturation`.
+        hue: Largest turn, as a fraction of the circle.
+    """
+
+    probability: float = Probability
+    brightness: float = Field(ge=0, le=1)
+    contrast: float = Field(ge=0, le=1)
+    saturation: float = Field(ge=0, le=1)
+    hue: float = Field(ge=0, le=0.5)
+
+
+class ViewConfig(Config):
+    """How a view of an image is made; what is absent does not happen.
+
+    Attributes:
+        size: Side of the square crop, in pixels.
+        scale: Smallest and largest area of the crop, as a fraction of the image's.
+        flip: Probability of a horizontal flip.
+        jitter: Color jitter.
+        gray: Probability of losing the colors.
+        blur: Probability of a Gaussian blur, its radius drawn between 0.1 and 2 pixels.
+        solarize: Probability of inverting all above half brightness.
+        resample: How the crop is resized; both are antialiased.
+    """
+
+    size: int = Field(ge=8, le=4096)
+    scale: tuple[float, float]
+    flip: float = Field(0.0, ge=0, le=1)
+    jitter: JitterConfig | None = None
+    gray: float = Field(0.0, ge=0, le=1)
+    blur: float = Field(0.0, ge=0, le=1)
+    solarize: float = Field(0.0, ge=0, le=1)
+    resample: Literal["bicubic", "bilinear"] = "bicubic"
+
+
+class Draws(NamedTuple):
+    """Random numbers of V views of B images that the batch side needs; where nothing happens they are the identity.
+
+    A NamedTuple of tensors, because the data loader knows how to pin and move one.
+
+    Attributes:
+        flip: [V, B], bool
+        factors: Brightness, contrast, saturation and hue. [V, B, 4]
+        order: Which of the four comes first, second, third, fourth. [V, B, 4], uint8
+        gray: [V, B], bool
+        radius: Of the blur in pixels; 0 for none. [V, B]
+        solarize: [V, B], bool
+    """
+
+    flip: Tensor
+    factors: Tensor
+    order: Tensor
+    gray: Tensor
+    radius: Tensor
+    solarize: Tensor
+
+
+# The numbers a view takes from its image's generator: 10 tries of (area, ratio), (top, left), flip, jitter or not, 4
+# factors, 4 that are ranked into an order, gray, blur or not, radius, solarize. All are drawn whatever a recipe
+# switches off, so that a switch moves nothing else.
+BOX, _REST = 22, 14
+NUMBERS = BOX + _REST
+
+
+def uniforms(seed: int, epoch: int, index: int, views: int) -> tuple[Floats, np.random.Generator]:
+    """The numbers in [0, 1) that make an image's views, and the generator they came from. [V, NUMBERS]
+
+    They depend on nothing else than the arguments: not on the number of workers or processes, nor on a resume.
+    """
+    generator = np.random.default_rng((seed, epoch, index))
+    return generator.random((views, NUMBERS)), generator
+
+
+def crop_boxes(numbers: Floats, height: int, width: int, scale: Floats) -> NDArray[np.int64]:
+    """Where each view is cut: areas uniform in `scale`, ratios log-uniform in 3/4 to 4/3, the first of ten tries to fit.
+
+    Args:
+        numbers: Uniform in [0, 1). [V, 22]
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+        scale: Smallest and largest area, as a fraction of the image's. [V, 2]
+
+    Returns:
+        Top, left, height, width. [V, 4]
+
+    Source: torchvision RandomResizedCrop.get_params.
+    """
+    tries = numbers[:, :20].reshape(-1, 10, 2)
+    area = height * width * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * tries[..., 0])  # [V, 10]
+    ratio = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * tries[..., 1])  # [V, 10]
+    w, h = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(1)[:, None]
+    w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]  # [V]
+    top, left = np.floor(numbers[:, 20] * (height - h + 1)), np.floor(numbers[:, 21] * (width - w + 1))
+    # No try fits in a very long image: then its middle is taken, as long as the ratio allows.
+    middle_w = min(width, max(1, round(height * 4 / 3)))
+    middle_h = min(height, max(1, round(width / (3 / 4))))
+    middle = [(height - middle_h) // 2, (width - middle_w) // 2, middle_h, middle_w]
+    boxes = np.stack([top, left, h, w], 1).astype(np.int64)
+    return np.where(fits.any(1)[:, None], boxes, np.array(middle, dtype=np.int64))
+
+
+def draws(numbers: Floats, views: Sequence[ViewConfig]) -> Draws:
+    """What the batch side does to each view.
+
+    Args:
+        numbers: Uniform in [0, 1). [B, V, NUMBERS]
+        views: Their recipe. V of them.
+    """
+    flip, jitter, factors, order, gray, blur, radius, solarize = np.split(
+        numbers.swapaxes(0, 1)[..., BOX:], [1, 2, 6, 10, 11, 12, 13], axis=-1
+    )
+    chance = {
+        name: np.array([getattr(v, name) for v in views])[:, None] for name in ("flip", "gray", "blur", "solarize")
+    }
+    jitters = [v.jitter or JitterConfig(probability=0, brightness=0, contrast=0, saturation=0, hue=0) for v in views]
+    spread = np.array([[j.brightness, j.contrast, j.saturation, j.hue] for j in jitters])[:, None]  # [V, 1, 4]
+    center = np.array([1.0, 1.0, 1.0, 0.0])
+    jittered = jitter < np.array([j.probability for j in jitters])[:, None, None]
+    return Draws(
+        flip=torch.from_numpy(flip[..., 0] < chance["flip"]),
+        factors=torch.from_numpy(np.where(jittered, center + spread * (2 * factors - 1), center).astype(np.float32)),
+        order=torch.from_numpy(order.argsort(-1).astype(np.uint8)),
+        gray=torch.from_numpy(gray[..., 0] < chance["gray"]),
+        radius=torch.from_numpy(
+            np.where(blur < chance["blur"][..., None], 0.1 + 1.9 * radius, 0)[..., 0].astype(np.float32)
+        ),
+        solarize=torch.from_numpy(solarize[..., 0] < chance["solarize"]),
+    )
+
+
+def cut(pixels: Pixels, box: Sequence[int], size: tuple[int, int], resample: str = "bicubic") -> Tensor:
+    """Cut a box out of an image and resize it with antialiasing.
+
+    Args:
+        pixels: [H, W, 3]
+        box: Top, left, height, width.
+        size: Height and width wanted.
+        resample: `bicubic` or `bilinear`.
+
+    Returns:
+        [3, height, width], uint8; within 2 levels of what Pillow makes of the same box.
+    """
+    top, left, height, width = box
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None, :, top : top + height, left : left + width]
+    if (height, width) == size:
+        return image[0]
+    # uint8 with the channels last in memory, as numpy has them, is what torch has its fast kernel for.
+    return F.interpolate(image, size=size, mode=resample, align_corners=False, antialias=True)[0]
+
+
+def resize_and_center(pixels: Pixels, resize: int, crop: int) -> Tensor:
+    """The evaluation's view: the short side to `resize` pixels, then the square in the middle. [3, crop, crop], uint8
+
+    Source: torchvision Resize and CenterCrop, as facebookresearch/dino@7c446df eval_knn.py uses them.
+    """
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    size = (resize * height // short, resize * width // short)
+    image = cut(pixels, (0, 0, height, width), size)
+    top, left = round((size[0] - crop) / 2), round((size[1] - crop) / 2)
+    return image[:, top : top + crop, left : left + crop]

@@ -1,0 +1,398 @@
+"""A small labelled image set with known object masks, drawn with numpy: what `dino demo` learns from, with no download.
+
+Ten kinds of thing differ as real things do, in palette, texture and form together. With one cue alone, in colours drawn
+at random, DINO learns the colour, which is the cheapest thing that an image's crops share. Kinds overlap pairwise, in
+palette (orange, goldfish) or in texture (ladybird, mushroom), and the scene behind a thing says nothing about its kind.
+
+How a picture is made: a kind yields its layers, back to front; a layer is a form, two inks and a pattern between them.
+A form is a field over the picture: -1 in the middle, 0 on the edge, positive outside. A pattern is a field in [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Field = NDArray[Any]  # float32 [n, n], one value a pixel of the supersampled picture
+Ink = NDArray[Any]  # float32 [3], RGB in [0, 1]
+
+INKS = {
+    "black": 0x1D1A20, "white": 0xF4F0E6, "cream": 0xE9D9B0, "grey": 0x8F9096, "slate": 0x4B5563, "red": 0xC92A2A,
+    "orange": 0xF08A1D, "gold": 0xF5C02C, "brick": 0xA5513A, "brown": 0x7A4A28, "bark": 0x4A3020, "sand": 0xD8B57C,
+    "lime": 0x9BBF45, "green": 0x4C8C3B, "pine": 0x1F5A3C, "teal": 0x2F8F86, "sky": 0x8CC4E8, "blue": 0x3B74B8,
+    "navy": 0x1F3460, "violet": 0x8657B8, "pink": 0xE58BA8, "coral": 0xEE7458,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- patterns
+
+
+def soft(x: Field, width: float = 0.15) -> Field:
+    """A step from 0 to 1 where x passes zero, `width` wide."""
+    step: Field = np.clip(x / width + 0.5, 0, 1)
+    return step
+
+
+def stripes(x: Field, thick: float = 0.0) -> Field:
+    """Soft stripes, one a unit of x; `thick` in [-1, 1] widens them."""
+    return soft(np.sin(x * math.tau) + thick, 0.5)
+
+
+@lru_cache(maxsize=256)
+def hats(cells: int, n: int) -> Field:
+    """Weights [n, cells + 1] that spread cells + 1 knots smoothly over n pixels."""
+    at = np.linspace(0, cells, n, dtype=np.float32)[:, None] - np.arange(cells + 1, dtype=np.float32)
+    near = np.clip(1 - np.abs(at), 0, 1)
+    weights: Field = near * near * (3 - 2 * near)
+    return weights
+
+
+def noise(n: int, rng: np.random.Generator, tall: int, wide: int) -> Field:
+    """Value noise, `tall` by `wide` cells over the picture; as two small matrix products it costs next to nothing."""
+    return hats(tall, n) @ rng.random((tall + 1, wide + 1), dtype=np.float32) @ hats(wide, n).T
+
+
+def lattice(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field, Field]:
+    """Staggered unit cells: place inside the cell, each in [-0.5, 0.5], and a random tone in [0, 1] a cell.
+
+    Bricks, planks, pebbles, scales, spots and seeds are all such cells, seen through different coordinates.
+    """
+    row = np.floor(y)
+    x = x + 0.5 * (row % 2)
+    col = np.floor(x)
+    tones = rng.random((16, 16), dtype=np.float32)
+    return x - col - 0.5, y - row - 0.5, tones[row.astype(np.int32) & 15, col.astype(np.int32) & 15]
+
+
+def spots(x: Field, y: Field, rng: np.random.Generator, radius: float) -> Field:
+    """Round spots of varied size, at most `radius` cells, one a lattice cell."""
+    inx, iny, tone = lattice(x, y, rng)
+    return soft(radius * (0.65 + 0.35 * tone) - np.hypot(inx, iny), 0.1)
+
+
+def bricks(x: Field, y: Field, rng: np.random.Generator, joint: float = 0.06) -> Field:
+    """Blocks of varied tone with dark joints, `joint` of a block's height wide; blocks are twice as long as tall."""
+    inx, iny, tone = lattice(x / 2, y, rng)
+    return soft(np.minimum(1 - 2 * np.abs(inx), 0.5 - np.abs(iny)) - joint, 0.1) * (0.55 + 0.45 * tone)
+
+
+def pebbles(x: Field, y: Field, rng: np.random.Generator) -> Field:
+    """Rounded stones of varied tone, dark between them."""
+    inx, iny, tone = lattice(x, y, rng)
+    return soft(0.46 - np.hypot(inx, iny), 0.25) * (0.45 + 0.55 * tone)
+
+
+# --------------------------------------------------------------------------------------------------------------- scenes
+
+
+def ink(rng: np.random.Generator, *names: str) -> Ink:
+    """One of the named inks, with its own small shift of brightness and hue."""
+    code = INKS[names[rng.integers(len(names))]]
+    rgb = np.array([code >> 16, code >> 8 & 255, code & 255], np.float32) / 255
+    return np.clip(rgb * rng.uniform(0.85, 1.15) + rng.normal(0, 0.03, 3), 0, 1).astype(np.float32)
+
+
+SCENES: tuple[tuple[Callable[..., Field], str], ...] = (  # a pattern over x and y; pairs of inks to choose from
+    # sky and clouds, grass, rippled sand, water
+    (lambda x, y, fog, rng: 0.35 * y + 0.8 * soft(fog(5, 3) + 0.5 * fog(12, 8) - 0.95, 0.6),
+     "sky-white blue-white coral-cream slate-grey pink-gold"),
+    (lambda x, y, fog, rng: 0.6 * fog(9, 56) + 0.4 * fog(5, 5), "pine-green green-lime brown-sand orange-gold"),
+    (lambda x, y, fog, rng: 0.15 + 0.25 * np.sin(50 * y + 9 * fog(3, 3)) + 0.5 * fog(90, 90),
+     "sand-cream brick-orange grey-white brown-sand"),
+    (lambda x, y, fog, rng: 0.6 * fog(30, 5) + 0.5 * fog(60, 14) - 0.05, "navy-blue blue-sky pine-teal teal-sky"),
+    # planks, pebbles, a painted backdrop, foliage
+    (lambda x, y, fog, rng: bricks(x * 2, y * 6, rng) * (0.8 + 0.3 * fog(70, 4)),
+     "bark-brown brown-sand slate-grey brick-coral"),
+    (lambda x, y, fog, rng: pebbles(8 * x + 2 * fog(7, 7), 8 * y + 2 * fog(7, 7), rng),
+     "slate-grey bark-brick brown-cream black-slate"),
+    (lambda x, y, fog, rng: fog(2, 2), "violet-pink gold-cream teal-lime red-orange white-cream"),
+    (lambda x, y, fog, rng: 0.5 * fog(6, 6) + 0.5 * soft(fog(16, 16) - 0.5, 0.4),
+     "pine-green green-lime brick-gold black-pine"),
+)  # fmt: skip
+
+# How far scenes fade to light grey. Crops share a vivid scene most cheaply, so DINO would learn that instead of the
+# object; a faint one makes raw pixels a good guess. This is the dial between the two.
+HAZE = 0.5
+
+
+def scene(n: int, rng: np.random.Generator) -> Field:
+    """A background [n, n, 3], drawn without knowing what will stand on it."""
+    x, y = np.meshgrid(*[np.linspace(0, 1, n, dtype=np.float32)] * 2)
+    tilt, zoom = rng.uniform(-0.3, 0.3), rng.uniform(0.8, 1.4)
+    pattern, pairs = SCENES[rng.integers(len(SCENES))]
+    low, high = (ink(rng, name) for name in rng.choice(pairs.split()).split("-"))
+    t = pattern(zoom * (x + tilt * y), zoom * (y - tilt * x), partial(noise, n, rng), rng)
+    t = t + rng.uniform(-0.3, 0.3) * (x - 0.5) + rng.uniform(-0.3, 0.3) * (y - 0.5)
+    picture: Field = HAZE * 0.78 + (1 - HAZE) * (low + np.clip(t, 0, 1)[..., None] * (high - low))
+    return picture
+
+
+# ---------------------------------------------------------------------------------------------------------------- kinds
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One part of a thing: `low` ink where the pattern is 0, `high` where it is 1, darker towards the form's edge."""
+
+    form: Field
+    low: Ink
+    high: Ink
+    pattern: Field | float = 0.0
+
+
+@dataclass(frozen=True)
+class Pen:
+    """Draws in the thing's own frame: u to the right, v down, the thing within about [-1, 1]."""
+
+    u: Field
+    v: Field
+    rng: np.random.Generator
+
+    def ink(self, *names: str) -> Ink:
+        return ink(self.rng, *names)
+
+    def vary(self, low: float, high: float) -> float:
+        return self.rng.uniform(low, high)
+
+    def ellipse(self, u: float, v: float, wide: float, tall: float, turn: float = 0.0) -> Field:
+        """An ellipse round (u, v), half axes `wide` and `tall`, turned clockwise by `turn` radians."""
+        c, s = math.cos(turn), math.sin(turn)
+        du, dv = self.u - u, self.v - v
+        return np.hypot((c * du + s * dv) / wide, (c * dv - s * du) / tall) - 1
+
+    def box(self, u: float, v: float, wide: float, tall: float) -> Field:
+        """A box round (u, v), half sides `wide` and `tall`."""
+        return np.maximum(np.abs(self.u - u) / wide, np.abs(self.v - v) / tall) - 1
+
+    def limb(self, u0: float, v0: float, u1: float, v1: float, radius: float) -> Field:
+        """A straight limb with round ends."""
+        du, dv = u1 - u0, v1 - v0
+        along = np.clip(((self.u - u0) * du + (self.v - v0) * dv) / (du * du + dv * dv), 0, 1)
+        return np.hypot(self.u - u0 - along * du, self.v - v0 - along * dv) / radius - 1
+
+    def noise(self, cells: int) -> Field:
+        return noise(len(self.u), self.rng, cells, cells)
+
+
+def join(*forms: Field) -> Field:
+    """The union of forms."""
+    union: Field = np.minimum.reduce(forms)
+    return union
+
+
+def cactus(pen: Pen) -> Iterator[Layer]:
+    skin, rib = pen.ink("green", "lime", "teal"), pen.ink("pine")
+    left, right, tall = pen.vary(-0.1, 0.4), pen.vary(-0.2, 0.3), pen.vary(0.25, 0.55)
+    ribs = 0.8 * stripes(pen.u * pen.vary(5, 7))
+    spines = spots(pen.u * 9, pen.v * 7, pen.rng, 0.22)
+    for side, at in ((-1, left), (1, right)):
+        arm = join(pen.limb(0, at, side * 0.72, at, 0.2), pen.limb(side * 0.72, at, side * 0.72, at - tall, 0.2))
+        yield Layer(arm, skin, rib, ribs)
+    trunk = pen.limb(0, -0.75, 0, 1.0, pen.vary(0.32, 0.4))
+    yield Layer(trunk, skin, rib, ribs)
+    yield Layer(np.where(spines > 0.5, trunk, 1), pen.ink("cream"), pen.ink("cream"))
+    bloom = pen.ink("pink", "coral", "gold")
+    for turn in (-0.6, 0, 0.6):
+        yield Layer(pen.ellipse(0.25 * turn, -1.12, 0.09, 0.2, turn), bloom, bloom)
+
+
+def goldfish(pen: Pen) -> Iterator[Layer]:
+    body, fin = pen.ink("orange", "orange", "coral", "gold"), pen.ink("cream", "gold", "coral")
+    deep, sweep = pen.vary(0.42, 0.58), pen.vary(0.4, 0.7)
+    rays = stripes(6 * np.arctan2(pen.v, pen.u + 0.2))
+    tail = join(pen.ellipse(1.0, -0.3, 0.5, 0.24, -sweep), pen.ellipse(1.0, 0.3, 0.5, 0.24, sweep))
+    yield Layer(tail, body, fin, rays)
+    yield Layer(pen.ellipse(0.0, -deep, 0.42, 0.28, 0.2), body, fin, stripes(pen.u * 7 + pen.v))
+    inx, iny, _ = lattice(pen.u * 6.5, pen.v * 6.5, pen.rng)
+    scales = soft(np.hypot(inx - 0.5, iny) - 0.45, 0.3) * soft(pen.u + 0.45) * 0.6
+    yield Layer(pen.ellipse(-0.1, 0, 0.85, deep), body, fin, scales + 0.5 * soft(pen.v - 0.15, 0.5))
+    yield Layer(pen.ellipse(-0.05, 0.2, 0.26, 0.13, 0.6), body, fin, stripes(pen.u * 9))
+    pupil = soft(-pen.ellipse(-0.62, -0.1, 0.07, 0.07))
+    yield Layer(pen.ellipse(-0.6, -0.1, 0.13, 0.13), pen.ink("white"), pen.ink("black"), pupil)
+
+
+def jellyfish(pen: Pen) -> Iterator[Layer]:
+    bell, glow = pen.ink("violet", "pink", "sky", "coral"), pen.ink("white", "pink", "cream")
+    wave, phase, count = pen.vary(4, 8), pen.vary(0, 6), 5 + pen.rng.integers(3)
+    for i in range(count):
+        at, long = -0.65 + 1.3 * i / (count - 1), pen.vary(0.75, 1.15)
+        sway = pen.u - at - 0.1 * np.sin(wave * pen.v + phase + i) * (pen.v + 0.1)
+        form = np.maximum(np.abs(sway) / (0.11 - 0.04 * pen.v), np.abs(pen.v - 0.4) / (long - 0.2)) - 1
+        yield Layer(form, bell, glow, 0.25 + 0.5 * (i % 2))
+    dome = np.where(pen.v < 0.05 + 0.06 * np.cos(14 * pen.u), pen.ellipse(0, 0.1, 0.92, pen.vary(0.85, 1.1)), 1)
+    veins = stripes(np.arctan2(pen.u, 0.5 - pen.v) * pen.vary(1.8, 2.6))
+    yield Layer(dome, bell, glow, 0.55 * veins + 0.4 * soft(pen.v + 0.1, 0.3))
+
+
+def ladybird(pen: Pen) -> Iterator[Layer]:
+    wing, black = pen.ink("red", "red", "orange", "gold"), pen.ink("black")
+    wide, size = pen.vary(0.78, 0.95), pen.vary(1.9, 2.6)
+    for v, reach in ((-0.45, -0.3), (0.0, 0.05), (0.45, 0.4)):
+        yield Layer(pen.limb(-wide - 0.2, v + reach, wide + 0.2, v + reach, 0.07), black, black)
+    yield Layer(pen.ellipse(0, -0.85, 0.45, 0.42), black, pen.ink("white"), spots(pen.u * 2, pen.v * 2, pen.rng, 0.2))
+    dots = spots(np.abs(pen.u) * size + 0.5, pen.v * size + pen.vary(0, 1), pen.rng, 0.42)
+    yield Layer(pen.ellipse(0, 0.05, wide, 0.95), wing, black, np.maximum(dots, soft(0.035 - np.abs(pen.u), 0.03)))
+
+
+def mushroom(pen: Pen) -> Iterator[Layer]:
+    cap, pale = pen.ink("red", "red", "orange", "brown"), pen.ink("cream", "white")
+    wide, tall, size = pen.vary(0.85, 1.05), pen.vary(0.65, 0.95), pen.vary(2.2, 3.2)
+    grain, gills = 0.6 * stripes(pen.u * 8 + pen.noise(4)), stripes(6 * np.arctan2(pen.u, 0.4 - pen.v))
+    yield Layer(pen.ellipse(0, 0.55, pen.vary(0.26, 0.38), 0.62), pale, pen.ink("sand"), grain)
+    yield Layer(pen.ellipse(0, 0.02, wide * 0.9, 0.2), pale, pen.ink("brown"), gills)
+    dome = np.where(pen.v < 0.02 + 0.12 * np.cos(pen.u * 1.5), pen.ellipse(0, 0.1, wide, tall), 1)
+    yield Layer(dome, cap, pale, spots(pen.u * size + pen.vary(0, 1), pen.v * size + pen.vary(0, 1), pen.rng, 0.4))
+
+
+def orange(pen: Pen) -> Iterator[Layer]:
+    peel, leaf = pen.ink("orange", "orange", "gold"), pen.ink("green", "lime", "pine")
+    pores = spots(pen.u * 9, pen.v * 9, pen.rng, 0.35)
+    pitted = 0.35 * pores + 0.3 * pen.noise(4)
+    yield Layer(pen.ellipse(0, 0.1, 0.9, pen.vary(0.8, 0.95)), peel, pen.ink("brick"), pitted)
+    for side in (-1, 1)[: 1 + pen.rng.integers(2)]:
+        vein = soft(np.abs(pen.v + 0.85 - side * 0.3 * pen.u) - 0.03, 0.03)
+        yield Layer(pen.ellipse(side * 0.42, -0.75, 0.45, 0.2, side * 0.3), pen.ink("lime"), leaf, vein)
+    yield Layer(pen.limb(0, -0.95, 0, -0.65, 0.07), pen.ink("bark"), pen.ink("bark"))
+
+
+def pine(pen: Pen) -> Iterator[Layer]:
+    dark, tip = pen.ink("pine"), pen.ink("green", "teal", "lime", "white")
+    tiers, wide = 3 + pen.rng.integers(3), pen.vary(0.75, 0.95)
+    yield Layer(pen.box(0, 0.95, 0.14, 0.3), pen.ink("bark"), pen.ink("brown"), stripes(pen.u * 12))
+    needles = stripes(pen.v * 7 + 2.5 * np.abs(pen.u) + pen.noise(24))
+    for i in range(tiers):
+        foot, half = 0.8 - 1.35 * i / tiers, wide * (1 - 0.65 * i / tiers)
+        rise = 1.9 / tiers + 0.25
+        skirt = foot + 0.06 * np.cos(pen.u * 24) - pen.v
+        form = np.where((skirt > 0) & (skirt < rise), np.abs(pen.u) / (half * (1 - skirt / rise) + 1e-3), 2) - 1
+        yield Layer(form, dark, tip, 0.75 * needles * soft(rise * 0.7 - skirt, rise))
+
+
+def sunflower(pen: Pen) -> Iterator[Layer]:
+    petal, stem, heart = pen.ink("gold", "gold", "orange", "coral"), pen.ink("green", "lime"), pen.vary(0.34, 0.46)
+    petals, r, angle = 10 + pen.rng.integers(8), np.hypot(pen.u, pen.v + 0.2), np.arctan2(pen.v + 0.2, pen.u)
+    yield Layer(pen.limb(0, 0.3, 0, 1.25, 0.08), stem, stem)
+    yield Layer(pen.ellipse(0.35, 0.95, 0.36, 0.17, -0.5), stem, pen.ink("pine"), stripes(pen.u * 8))
+    for turn, reach in ((0.5, 0.92), (0.0, 0.86)):
+        lobe = np.abs(np.cos(petals / 2 * (angle + turn)))
+        form = r / (reach * (0.6 + 0.4 * np.sqrt(lobe))) - 1
+        yield Layer(form, pen.ink("brown"), petal, 0.45 + 0.55 * soft(r - heart, 0.5) * lobe)
+    seeds = spots(angle * 20 / math.tau + r * 9, r * 12, pen.rng, 0.42)
+    yield Layer(r / heart - 1, pen.ink("bark"), pen.ink("brown", "sand"), seeds)
+
+
+def tower(pen: Pen) -> Iterator[Layer]:
+    stone, joint = pen.ink("brick", "brick", "sand", "grey"), pen.ink("bark", "slate")
+    wide, fine = pen.vary(0.5, 0.65), pen.vary(5, 7)
+    wall = bricks(pen.u * fine, pen.v * fine, pen.rng)
+    yield Layer(pen.box(0, 0.2, wide, 1.0), joint, stone, wall)
+    top = wide + 0.15
+    gaps = np.abs((pen.u / top * 2.5 + 0.5) % 1 - 0.5) > 0.28
+    yield Layer(join(np.where(gaps, 1, pen.box(0, -1.0, top, 0.22)), pen.box(0, -0.75, top, 0.16)), joint, stone, wall)
+    for v in (-0.3, 0.2):
+        yield Layer(join(pen.box(0, v, 0.11, 0.14), pen.ellipse(0, v - 0.14, 0.11, 0.11)), pen.ink("black"), joint)
+    door = join(pen.box(0, 1.0, 0.2, 0.2), pen.ellipse(0, 0.8, 0.2, 0.2))
+    yield Layer(door, pen.ink("bark"), pen.ink("brown"), stripes(pen.u * 10))
+
+
+def zebra(pen: Pen) -> Iterator[Layer]:
+    coat, dark, neck = pen.ink("white", "cream"), pen.ink("black", "black", "bark"), pen.vary(-0.95, -0.7)
+    wave, fine = 0.3 * pen.noise(5), pen.vary(3.5, 5)
+    bands, hoops = stripes(pen.u * fine + 1.2 * wave + 0.5 * np.abs(pen.v)), stripes(pen.v * fine * 1.3 + wave)
+    yield Layer(pen.limb(-0.8, -0.15, -1.05, 0.35, 0.06), coat, dark, hoops)
+    for u in (-0.62, -0.4, 0.42, 0.62):
+        leg = pen.limb(u, 0.2, u + pen.vary(-0.12, 0.12), 0.98, 0.12)
+        yield Layer(leg, coat, dark, np.maximum(hoops, soft(pen.v - 0.95)))
+    yield Layer(pen.limb(0.5, -0.35, 0.82, neck - 0.08, 0.2), dark, dark)
+    yield Layer(pen.ellipse(0, 0, 0.88, 0.44), coat, dark, bands)
+    yield Layer(pen.limb(0.62, -0.15, 0.92, neck, 0.21), coat, dark, hoops)
+    yield Layer(pen.limb(0.84, neck - 0.1, 0.8, neck - 0.25, 0.07), coat, dark, 0.5)
+    face = np.maximum(0.8 * stripes(pen.u * 5), soft(pen.u - 1.22))
+    yield Layer(pen.limb(0.92, neck, 1.25, neck + 0.2, 0.17), coat, dark, face)
+
+
+KINDS: dict[str, tuple[Callable[[Pen], Iterator[Layer]], float]] = {  # how to draw it, how far it may lean (radians)
+    "cactus": (cactus, 0.4), "goldfish": (goldfish, 1.2), "jellyfish": (jellyfish, math.pi),
+    "ladybird": (ladybird, math.pi), "mushroom": (mushroom, 0.7), "orange": (orange, math.pi), "pine": (pine, 0.35),
+    "sunflower": (sunflower, 1.2), "tower": (tower, 0.4), "zebra": (zebra, 0.4),
+}  # fmt: skip
+CLASSES: tuple[str, ...] = tuple(sorted(KINDS))
+SLACK = 0.06  # how far a thing may leave the picture, in picture widths
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture, where its object is, and what the object is."""
+
+    image: NDArray[np.uint8]  # [S, S, 3]
+    mask: NDArray[np.bool_]  # [S, S], True on the object
+    label: int  # index into CLASSES
+
+
+def draw(index: int, size: int = 96, seed: int = 0) -> Drawing:
+    """Draw picture `index` of the set.
+
+    Args:
+        index: which picture; its label is index % 10.
+        size: width and height, in pixels.
+        seed: which set. The same three numbers give the same picture, whatever was drawn before.
+    """
+    label, n = index % len(CLASSES), 2 * size
+    kind, lean = KINDS[CLASSES[label]]
+    rng = np.random.default_rng((seed, index))
+    story, turn = int(rng.integers(2**62)), rng.uniform(-lean, lean)
+    wide = rng.uniform(0.92, 1.08) * (1 - 2 * int(rng.integers(2)))  # slim or stout, and facing left or right
+    c, s = math.cos(turn), math.sin(turn)
+
+    def layers(x: Field, y: Field) -> Iterator[Layer]:
+        """The thing over the picture; the same story each time, so that a rough pass foretells the fine one."""
+        return kind(Pen((c * x + s * y) / wide, (c * y - s * x) * abs(wide), np.random.default_rng(story)))
+
+    # A rough pass measures the thing; then it is scaled to the wanted area and placed where it fits.
+    rough = np.linspace(-1.7, 1.7, 48, dtype=np.float32)
+    inside = join(*(layer.form for layer in layers(*np.meshgrid(rough, rough)))) < 0
+    spans = [rough[inside.any(axis)][[0, -1]] for axis in (0, 1)]  # left and right, top and bottom
+    scale = math.sqrt(rng.uniform(0.25, 0.45) / (inside.mean() * 3.4**2))
+    scale = min(scale, 1.02 / float(max(high - low for low, high in spans)))
+    centre = [rng.uniform(*sorted((-scale * low - SLACK, 1 - scale * high + SLACK))) for low, high in spans]
+    x, y = np.meshgrid(*((np.linspace(0, 1, n) - at).astype(np.float32) / scale for at in centre))
+
+    picture, mask, sun = scene(n, rng), np.zeros((n, n), bool), rng.uniform(0, math.tau)
+    light = 1 + rng.uniform(0.1, 0.3) * (math.cos(sun) * x + math.sin(sun) * y).astype(np.float32)
+    thing = np.zeros_like(picture)
+    for layer in layers(x, y):
+        here = layer.form < 0
+        pattern = np.broadcast_to(np.float32(layer.pattern), here.shape)[here]
+        shade = light[here] * (1 - 0.35 * (1 + layer.form[here]) ** 4)
+        thing[here] = (layer.low + pattern[:, None] * (layer.high - layer.low)) * shade[:, None]
+        mask |= here
+    far = n // 32  # a paper-cut shadow, away from the sun
+    down, right = far - round(-far * math.sin(sun)), far - round(-far * math.cos(sun))
+    picture[np.pad(mask, far)[down : down + n, right : right + n]] *= 0.6
+    picture = np.where(mask[..., None], thing, picture) * np.float32(rng.uniform(0.9, 1.1))
+    fine = np.clip(picture, 0, 1).reshape(size, 2, size, 2, 3).mean((1, 3))
+    return Drawing((255 * fine + 0.5).astype(np.uint8), mask.reshape(size, 2, size, 2).mean((1, 3)) >= 0.5, label)
+
+
+def write_set(folder: Path, images: int, size: int = 96, seed: int = 0, masks: Path | None = None) -> None:
+    """Write the first `images` pictures as folder/CLASS/00012.jpg and, when asked, masks/CLASS/00012.png (0 or 255)."""
+    for root in filter(None, (folder, masks)):
+        for name in CLASSES[:images]:
+            (root / name).mkdir(parents=True, exist_ok=True)
+    for index in range(images):
+        drawing = draw(index, size, seed)
+        stem = f"{CLASSES[drawing.label]}/{index:05d}"
+        Image.fromarray(drawing.image).save(folder / f"{stem}.jpg", quality=92)
+        if masks is not None:
+            Image.fromarray(drawing.mask.astype(np.uint8) * 255).save(masks / f"{stem}.png")

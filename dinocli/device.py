@@ -1,0 +1,63 @@
+"""Which device to compute on, how precisely, and with how many processes beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+
+from dinocli.errors import DinoError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a name; `auto` is the first of CUDA, MPS and CPU that is there.
+
+    Raises:
+        DinoError: The name is none, or the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, present in there.items() if present))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in there:
+        raise DinoError(f"a device was wanted (auto, cpu, cuda, cuda:1, mps); {name!r} is none", "--device auto")
+    count = torch.cuda.device_count()
+    if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= count):
+        has = (
+            f"{count} CUDA devices" if device.type == "cuda" and count else ", ".join(k for k, p in there.items() if p)
+        )
+        raise DinoError(
+            f"{name} was asked for; this machine and its torch {torch.__version__} have {has}", "--device auto"
+        )
+    return device
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Training precision: bfloat16 products on CUDA, float32 elsewhere; weights are float32 everywhere."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def default_workers(device: torch.device) -> int:
+    """Processes that decode images: all cores beside a GPU; beside a CPU, which has its hands full, one in four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(16, cores) if device.type != "cpu" else max(1, min(4, cores // 4))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: of the device's memory, or of this process where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

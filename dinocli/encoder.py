@@ -1,0 +1,217 @@
+"""Encoder: a frozen backbone that turns images into features, from wherever its weights come."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dinocli.errors import DinoError
+from dinocli.models.backbone import Backbone, BackboneConfig, Tokens, adapt, create_timm
+from dinocli.models.network import load_strictly
+from dinocli.weights import Weights, Which, read_weights
+
+TokenChoice = Literal["cls", "patches", "cls+avg"]
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# The original's vision transformers, by width: blocks and heads.
+_OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen backbone in evaluation mode.
+
+    Attributes:
+        backbone: It.
+        source: Where its weights came from, as the user named it.
+        fingerprint: Sixteen hexadecimal digits of its weights' SHA-256.
+        size: Side of the images it was trained on, in pixels.
+        mean: Of the channels of its training data.
+        std: Of the channels of its training data.
+    """
+
+    backbone: Backbone
+    source: str
+    fingerprint: str
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.backbone.parameters()).device
+
+    @torch.no_grad()
+    def features(self, images: Tensor, tokens: TokenChoice = "cls", blocks: int = 1) -> Tensor:
+        """Features of normalized images.
+
+        Args:
+            images: [B, C, H, W]
+            tokens: `cls` joins the class tokens of the last blocks; `cls+avg` puts the average of the patch tokens
+                beside each, number by number (cls0, avg0, cls1, avg1, ...), as the original's linear heads on ViT-B
+                expect; `patches` joins each patch's tokens.
+            blocks: How many of the last blocks, the earliest first.
+
+        Returns:
+            [B, blocks*D], [B, blocks*2*D], or [B, N, blocks*D]
+
+        Source: facebookresearch/dino@7c446df eval_linear.py.
+        """
+        return torch.cat([_choose(t, tokens) for t in self.backbone.blocks(images, blocks)], dim=-1)
+
+    @torch.no_grad()
+    def attention(self, images: Tensor) -> Tensor:
+        """How much the class token draws on each patch in the last block, for each head. [B, heads, rows, columns]
+
+        Raises:
+            DinoError: The backbone has no attention.
+        """
+        rows, columns = images.shape[-2] // self.backbone.patch_size, images.shape[-1] // self.backbone.patch_size
+        attention = self.backbone.attention(images)[:, :, 0]  # [B, heads, 1+R+N]
+        return attention[..., attention.shape[-1] - rows * columns :].unflatten(-1, (rows, columns))
+
+
+def _choose(tokens: Tokens, choice: TokenChoice) -> Tensor:
+    if choice == "cls":
+        return tokens.cls
+    if choice == "patches":
+        return tokens.patches
+    return torch.stack([tokens.cls, tokens.patches.mean(1)], dim=-1).flatten(1)
+
+
+def load_encoder(source: str, device: torch.device, which: Which = "teacher") -> Encoder:
+    """Load an encoder.
+
+    Args:
+        source: A run folder, a `ckpt.safetensors`, an official DINO `.pth`, or `timm:NAME` with that model's released
+            weights.
+        device: Where it is to compute.
+        which: Of a file that holds both networks.
+
+    Raises:
+        DinoError: There is no such source, or its weights do not fit.
+    """
+    if source.startswith("timm:"):
+        backbone, size, mean, std = _from_timm(source.removeprefix("timm:"))
+    else:
+        weights = read_weights(Path(source), which)
+        if weights.preset is not None:
+            backbone = weights.preset.backbone.build(drop_path=False)
+            size = weights.preset.views.global_1.size
+            mean, std = weights.preset.views.mean, weights.preset.views.std
+        else:
+            backbone, size = official_architecture(weights.backbone, source).build(drop_path=False), 224
+            mean, std = _IMAGENET
+        load_strictly(backbone.model, weights.backbone, source)
+    backbone = backbone.eval().requires_grad_(False).to(device)
+    return Encoder(backbone, source, fingerprint(backbone.model.state_dict()), size, mean, std)
+
+
+def untrained_encoder(encoder_of: Weights, device: torch.device, seed: int = 0) -> Encoder:
+    """The encoder of a checkpoint's architecture before any training: the baseline that training has to beat.
+
+    Raises:
+        DinoError: The checkpoint is not this tool's own.
+    """
+    if encoder_of.preset is None:
+        raise DinoError(
+            "an untrained twin needs a checkpoint of this tool", "take a ckpt.safetensors that `dino pretrain` wrote"
+        )
+    preset = encoder_of.preset
+    torch.manual_seed(seed)
+    backbone = preset.backbone.build(drop_path=False).eval().requires_grad_(False).to(device)
+    return Encoder(
+        backbone,
+        "untrained",
+        fingerprint(backbone.model.state_dict()),
+        preset.views.global_1.size,
+        preset.views.mean,
+        preset.views.std,
+    )
+
+
+def initial_weights(source: str) -> Weights:
+    """Weights to start training from: those of `read_weights`, or a timm model's released ones.
+
+    Raises:
+        DinoError: There is no such source.
+    """
+    if source.startswith("timm:"):
+        return Weights(dict(_from_timm(source.removeprefix("timm:"))[0].model.state_dict()), {}, None)
+    return read_weights(Path(source))
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Sixteen hexadecimal digits that differ between networks with different weights."""
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        digest.update(key.encode())
+        digest.update(weights[key].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _from_timm(name: str) -> tuple[Backbone, int, tuple[float, float, float], tuple[float, float, float]]:
+    options: dict[str, Any] = {"pretrained": True}
+    try:
+        model = create_timm(name, **options)
+    except DinoError:
+        raise
+    # The hub's client has dozens of ways to say that it cannot reach a file.
+    except Exception as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DinoError(
+            f"the released weights of timm's {name} could not be had: {said[:160]}",
+            "needs the network once, or a file: timm:local-dir:FOLDER",
+        ) from error
+    released: Mapping[str, Any] = model.pretrained_cfg
+    return adapt(model, "antialias"), released["input_size"][-1], tuple(released["mean"]), tuple(released["std"])
+
+
+def official_architecture(backbone: Mapping[str, Tensor], source: str) -> BackboneConfig:
+    """Which of the original's networks some weights are of, told by their keys and shapes.
+
+    Raises:
+        DinoError: None of them.
+    """
+    if "patch_embed.proj.weight" in backbone and "pos_embed" in backbone:
+        width, _, patch, _ = backbone["patch_embed.proj.weight"].shape
+        blocks = len({key.split(".")[1] for key in backbone if key.startswith("blocks.")})
+        size = round((backbone["pos_embed"].shape[1] - 1) ** 0.5) * patch
+        if width in _OFFICIAL and _OFFICIAL[width][0] == blocks:
+            options: dict[str, bool | int | float | str] = {
+                "embed_dim": width,
+                "depth": blocks,
+                "num_heads": _OFFICIAL[width][1],
+                "patch_size": patch,
+                "img_size": size,
+            }
+            return BackboneConfig(name="vit_small_patch16_224", options=options, positions="dino")
+    if (
+        "layer4.2.conv3.weight" in backbone
+        and "layer3.5.conv3.weight" in backbone
+        and "layer3.6.conv3.weight" not in backbone
+    ):
+        return BackboneConfig(name="resnet50")
+    raise DinoError(
+        f"{source} is none of DINO's networks (ViT-Ti, S or B with any patch size, ResNet-50)",
+        f"its first keys are {', '.join(list(backbone)[:3])}; a checkpoint of this tool carries its own shape",
+    )
+
+
+def parse_tokens(choice: str) -> TokenChoice:
+    """A choice of tokens by its name.
+
+    Raises:
+        DinoError: There is no such choice.
+    """
+    if choice not in get_args(TokenChoice):
+        raise DinoError(
+            f"--tokens should be one of {', '.join(get_args(TokenChoice))}; it is {choice!r}", "--tokens cls"
+        )
+    return choice  # type: ignore[return-value]

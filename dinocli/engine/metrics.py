@@ -1,0 +1,43 @@
+"""metrics.jsonl: a line a logged step; and how fast the steps go."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+
+class Metrics:
+    """Appends a line of JSON for each logged step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, values: dict[str, float | int]) -> None:
+        """Add a line; a value that is not finite is written as a string, which JSON can hold."""
+        plain = {k: v if abs(v) < float("inf") else str(v) for k, v in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain) + "\n")
+
+
+class Pace:
+    """Images a second since the last look."""
+
+    def __init__(self) -> None:
+        self._images = 0
+        self._since = time.perf_counter()
+
+    def add(self, images: int) -> None:
+        """Count a step's images."""
+        self._images += images
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the last look."""
+        return time.perf_counter() - self._since
+
+    def look(self) -> float:
+        """Images a second since the last look, and start again."""
+        rate = self._images / max(self.elapsed, 1e-9)
+        self._images, self._since = 0, time.perf_counter()
+        return rate

@@ -1,0 +1,152 @@
+"""Optimizers from their configs; rates at a step; clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dinocli.config import Config
+from dinocli.engine.method import ParamGroup
+from dinocli.schedules import Clock, Rate, Schedule
+
+
+class LinearRule(Config):
+    """The rate grows in proportion to the batch; the preset's is for `batch` images."""
+
+    kind: Literal["linear"]
+    batch: int = Field(gt=0)
+
+    def factor(self, batch: int) -> float:
+        """What to multiply the rate by."""
+        return batch / self.batch
+
+
+class ClipEach(Config):
+    """Scale each parameter's gradient on its own to a norm of at most `norm`."""
+
+    kind: Literal["each_parameter"]
+    norm: float = Field(gt=0)
+
+
+class _Optimizer(Config):
+    """What all optimizers share.
+
+    Attributes:
+        lr: Learning rate over the run, before `lr_rule`.
+        lr_rule: How the rate follows the batch size; absent, it does not.
+        weight_decay: Over the run.
+        clip: Bound on the gradient; absent, there is none.
+    """
+
+    lr: Rate
+    lr_rule: LinearRule | None = None
+    weight_decay: Schedule
+    clip: ClipEach | None = None
+
+    def lr_for(self, batch: int) -> Rate:
+        """The schedule of the rate for a batch size."""
+        return self.lr.scaled(self.lr_rule.factor(batch)) if self.lr_rule else self.lr
+
+
+class AdamWConfig(_Optimizer):
+    """AdamW."""
+
+    kind: Literal["adamw"]
+    betas: tuple[float, float]
+    eps: float = 1e-8
+
+    def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
+        """The optimizer over the groups."""
+        return torch.optim.AdamW(
+            _as_dicts(groups), lr=0.0, betas=self.betas, eps=self.eps, weight_decay=0.0, fused=True
+        )
+
+
+class SGDConfig(_Optimizer):
+    """SGD with momentum."""
+
+    kind: Literal["sgd"]
+    momentum: float = Field(ge=0, lt=1)
+
+    def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
+        """The optimizer over the groups."""
+        return torch.optim.SGD(_as_dicts(groups), lr=0.0, momentum=self.momentum)
+
+
+class LARSConfig(_Optimizer):
+    """LARS: SGD whose step is scaled to each weight's norm."""
+
+    kind: Literal["lars"]
+    momentum: float = Field(ge=0, lt=1)
+    trust: float = Field(gt=0)
+
+    def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
+        """The optimizer over the groups."""
+        return LARS(_as_dicts(groups), momentum=self.momentum, trust=self.trust)
+
+
+OptimizerConfig = Annotated[AdamWConfig | SGDConfig | LARSConfig, Field(discriminator="kind")]
+
+
+def _as_dicts(groups: Sequence[ParamGroup]) -> list[dict[str, Any]]:
+    return [
+        {"params": g.params, "decay": g.decay, "lr_scale": g.lr_scale, "frozen_epochs": g.frozen_epochs}
+        for g in groups
+        if g.params
+    ]
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rate scaling; one-dimensional parameters are moved as by plain SGD without decay.
+
+    Source: arXiv 1708.03888; facebookresearch/dino@7c446df utils.py, LARS.
+    """
+
+    def __init__(self, params: Iterable[dict[str, Any]], momentum: float, trust: float) -> None:
+        super().__init__(params, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                move = p.grad
+                if p.ndim != 1:
+                    move = move + group["weight_decay"] * p
+                    size, pull = p.norm(), move.norm()
+                    ratio = group["trust"] * size / pull
+                    move = move * torch.where((size > 0) & (pull > 0), ratio, torch.ones_like(ratio))
+                state = self.state[p]
+                state["momentum"] = state.get("momentum", torch.zeros_like(p)) * group["momentum"] + move
+                p.sub_(group["lr"] * state["momentum"])
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Give every group its learning rate and weight decay for the step to come."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decay"] else 0.0
+
+
+def drop_frozen(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
+    """Take the gradient from groups that are still frozen, so that the optimizer passes them over altogether."""
+    for group in optimizer.param_groups:
+        if clock.epoch < group["frozen_epochs"]:
+            for p in group["params"]:
+                p.grad = None
+
+
+@torch.no_grad()
+def clip_gradients(optimizer: torch.optim.Optimizer, clip: ClipEach | None) -> Tensor:
+    """Bound the gradients in place, and return their whole norm as it was before. []"""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norms = torch._foreach_norm(grads)
+    if clip is not None:
+        torch._foreach_mul_(grads, [(clip.norm / (n + 1e-6)).clamp(max=1.0) for n in norms])
+    return torch.linalg.vector_norm(torch.stack(norms))

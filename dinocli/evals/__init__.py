@@ -1,0 +1,1 @@
+"""Evaluations: one a file; values in, a frozen result out."""

@@ -1,0 +1,248 @@
+"""Backbones: a timm model that returns its tokens. The one place that touches timm's insides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dinocli.config import Config
+from dinocli.errors import DinoError, nearest
+
+Positions = Literal["dino", "antialias"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a backbone makes of B images, each after the final norm.
+
+    Attributes:
+        cls: The class token, or the average over the map of a convolutional network. [B, D]
+        registers: Register tokens, R of them, possibly none. [B, R, D]
+        patches: Patch tokens, row by row. [B, N, D]
+        grid: Rows and columns of the patches; their product is N.
+    """
+
+    cls: Tensor
+    registers: Tensor
+    patches: Tensor
+    grid: tuple[int, int]
+
+
+class BackboneConfig(Config):
+    """Which timm model, and what of it differs from timm's own.
+
+    Attributes:
+        name: timm's name of the architecture.
+        options: Arguments for `timm.create_model` (patch size, image size, width, depth).
+        drop_path: Share of residual branches that the student skips, growing linearly to this in the last block.
+        positions: How learned positions meet another grid: `dino` as the original does (scaled by a factor with 0.1
+            added, no antialias), or `antialias` (to an exact size). Absent for networks without positions.
+        class_token_std: Spread of the class token at the start of training; absent where there is none.
+    """
+
+    name: str
+    options: dict[str, bool | int | float | str] = {}
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    positions: Positions | None = None
+    class_token_std: float | None = Field(None, gt=0)
+
+    def build(self, *, drop_path: bool) -> Backbone:
+        """A backbone with fresh weights; `drop_path` is for the student alone.
+
+        Raises:
+            DinoError: timm has no such model, or does not take the options.
+        """
+        options: dict[str, Any] = dict(self.options)
+        if drop_path and self.drop_path:
+            options["drop_path_rate"] = self.drop_path
+        model = create_timm(self.name, **options)
+        if self.class_token_std is not None:
+            nn.init.trunc_normal_(model.cls_token, std=self.class_token_std)
+        return adapt(model, self.positions or "antialias")
+
+
+def create_timm(name: str, **options: Any) -> Any:
+    """A timm model without its classifier.
+
+    Raises:
+        DinoError: timm has no such model, or does not take the options.
+    """
+    architecture = name.split(".")[0]
+    if ":" not in name and architecture not in timm.list_models():
+        raise DinoError(
+            f"timm {timm.__version__} has no model {name!r}", f"did you mean {nearest(name, timm.list_models())}?"
+        )
+    try:
+        return timm.create_model(name, num_classes=0, **options)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise DinoError(f"timm cannot build {name} with {options}: {error}", "change [backbone.options]") from error
+
+
+def adapt(model: Any, positions: Positions) -> Backbone:
+    """The backbone that reads a timm model.
+
+    Raises:
+        DinoError: The model is neither a vision transformer nor a convolutional network.
+    """
+    if isinstance(model, VisionTransformer):
+        return ViTBackbone(model, positions)
+    if hasattr(model, "feature_info") and hasattr(model, "num_features"):
+        return ConvBackbone(model)
+    raise DinoError(
+        f"a {type(model).__name__} cannot be a backbone yet: vision transformers and convolutional networks can",
+        "take one such as vit_small_patch16_224 or resnet50",
+    )
+
+
+class Backbone(nn.Module):
+    """A timm model behind one face; its weights are those of `model`, under timm's own keys.
+
+    Attributes:
+        model: The timm model.
+        width: D.
+        patch_size: Pixels on a side that one patch token stands for.
+    """
+
+    model: Any  # timm's classes are untyped
+    width: int
+    patch_size: int
+
+    def forward(self, images: Tensor) -> Tokens:  # [B, C, H, W]
+        """The tokens of the last block."""
+        return self.blocks(images, 1)[-1]
+
+    def blocks(self, images: Tensor, last: int) -> list[Tokens]:
+        """The tokens of the `last` blocks, each through the final norm, the earliest first.
+
+        Raises:
+            DinoError: The backbone has fewer blocks, or none.
+        """
+        raise NotImplementedError
+
+    def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
+        """How much each token draws on each other in the last block. [B, heads, queries, 1+R+N]
+
+        Args:
+            images: [B, C, H, W]
+            queries: Which tokens ask; the class token alone unless told otherwise, so that the memory for a large
+                photo grows with its patches and not with their square.
+
+        Raises:
+            DinoError: The backbone has no attention.
+        """
+        raise NotImplementedError
+
+
+class ViTBackbone(Backbone):
+    """A timm VisionTransformer for images of any size, square or not."""
+
+    def __init__(self, model: VisionTransformer, positions: Positions) -> None:
+        super().__init__()
+        self.model = model
+        self.positions = positions
+        self.width = model.embed_dim
+        self.patch_size = model.patch_embed.patch_size[0]
+        # A model with registers gives its positions to the patches alone.
+        self._placed_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        patches = self.model.patch_embed.proj(images)  # [B, D, h, w]; pixels over a multiple of the patch size drop out
+        grid = (patches.shape[-2], patches.shape[-1])
+        patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
+        prefix = [t.expand(len(images), -1, -1) for t in (self.model.cls_token, self.model.reg_token) if t is not None]
+        tokens = torch.cat([*prefix, patches], dim=1)  # [B, 1+R+N, D]
+        if self.model.pos_embed is not None:
+            placed = resample_positions(self.model.pos_embed, grid, self._placed_prefix, self.positions)
+            unplaced = tokens.shape[1] - placed.shape[1]
+            tokens = (
+                torch.cat([tokens[:, :unplaced], tokens[:, unplaced:] + placed], 1) if unplaced else tokens + placed
+            )
+        return self.model.norm_pre(tokens), grid
+
+    def blocks(self, images: Tensor, last: int) -> list[Tokens]:
+        first = len(self.model.blocks) - last
+        if first < 0:
+            raise DinoError(
+                f"the last {last} blocks were asked for; this backbone has {len(self.model.blocks)}",
+                f"--blocks {len(self.model.blocks)}",
+            )
+        tokens, grid = self._embed(images)
+        outputs = []
+        for i, block in enumerate(self.model.blocks):
+            tokens = block(tokens)
+            if i >= first:
+                outputs.append(self._split(self.model.norm(tokens), grid))
+        return outputs
+
+    def _split(self, tokens: Tensor, grid: tuple[int, int]) -> Tokens:
+        prefix = self.model.num_prefix_tokens
+        return Tokens(cls=tokens[:, 0], registers=tokens[:, 1:prefix], patches=tokens[:, prefix:], grid=grid)
+
+    def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
+        tokens, _ = self._embed(images)
+        for block in self.model.blocks[:-1]:
+            tokens = block(tokens)
+        attn = self.model.blocks[-1].attn
+        qkv = attn.qkv(self.model.blocks[-1].norm1(tokens))  # [B, 1+R+N, 3*D]
+        q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # [B, heads, 1+R+N, d]
+        q, k = attn.q_norm(q[:, :, queries]), attn.k_norm(k)
+        return (q * attn.scale @ k.transpose(-2, -1)).softmax(-1)  # [B, heads, queries, 1+R+N]
+
+
+class ConvBackbone(Backbone):
+    """A convolutional timm network: its class token is the average over the map, its patches are the map's places."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.width = int(model.num_features)
+        self.patch_size = int(model.feature_info[-1]["reduction"])
+
+    def blocks(self, images: Tensor, last: int) -> list[Tokens]:
+        if last != 1:
+            raise DinoError(
+                f"the last {last} blocks were asked for; a convolutional network gives only its output", "--blocks 1"
+            )
+        features = self.model.forward_features(images)  # [B, D, h, w]
+        patches = features.flatten(2).transpose(1, 2)  # [B, N, D]
+        return [Tokens(patches.mean(1), patches[:, :0], patches, (features.shape[-2], features.shape[-1]))]
+
+    def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
+        raise DinoError(
+            "attention maps need a vision transformer; this backbone is a convolutional network",
+            "take a checkpoint of a ViT preset such as vits16",
+        )
+
+
+def resample_positions(positions: Tensor, grid: tuple[int, int], prefix: int, how: Positions) -> Tensor:
+    """Learned positions for another grid of patches.
+
+    Args:
+        positions: `prefix` positions that stay as they are, then those of a square grid. [1, prefix+M, D]
+        grid: Rows and columns wanted.
+        prefix: How many positions belong to class and register tokens.
+        how: `dino` scales by (rows + 0.1) / side, bicubic, no antialias: the sampling points then really lie at that
+            scale, which is not the same as asking for the size. `antialias` asks for the size.
+
+    Returns:
+        Positions for the prefix and the grid. [1, prefix+N, D]
+
+    Source: facebookresearch/dino@7c446df vision_transformer.py, interpolate_pos_encoding; timm resample_abs_pos_embed.
+    """
+    side = round((positions.shape[1] - prefix) ** 0.5)
+    if grid == (side, side):
+        return positions
+    table = positions[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
+    if how == "dino":
+        scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
+        table = F.interpolate(table, scale_factor=scale, mode="bicubic", align_corners=False)
+    else:
+        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([positions[:, :prefix], table.flatten(2).transpose(1, 2)], dim=1)

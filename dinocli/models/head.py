@@ -1,0 +1,80 @@
+"""The projection head: MLP, bottleneck, weight-normed prototypes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from dinocli.config import Config
+
+
+class HeadConfig(Config):
+    """Shape of a head.
+
+    Attributes:
+        prototypes: K, the number of outputs.
+        hidden: Width of the MLP's hidden layers.
+        bottleneck: Width of what is compared with the prototypes.
+        layers: Linear layers of the MLP, the one into the bottleneck counted.
+        batch_norm: A BatchNorm before each GELU.
+        norm_last_layer: Keep the prototypes' norms at 1, so that logits are cosines. Steadier; switching it off can
+            score higher.
+        freeze_last_layer_epochs: Epochs at the start in which the student's prototypes do not move.
+    """
+
+    prototypes: int = Field(ge=2)
+    hidden: int = Field(ge=1)
+    bottleneck: int = Field(ge=1)
+    layers: int = Field(ge=1)
+    batch_norm: bool = False
+    norm_last_layer: bool
+    freeze_last_layer_epochs: int = Field(0, ge=0)
+
+    def build(self, width: int) -> Head:
+        """A head with fresh weights for features of `width`."""
+        return Head(self, width)
+
+
+class Head(nn.Module):
+    """Features [S, D] to logits [S, K].
+
+    The keys of its weights are the original's (`mlp.0.weight`, `last_layer.weight_v`).
+
+    Source: facebookresearch/dino@7c446df vision_transformer.py, DINOHead.
+    """
+
+    def __init__(self, config: HeadConfig, width: int) -> None:
+        super().__init__()
+        self.freeze_last_layer_epochs = config.freeze_last_layer_epochs
+        widths = [width, *[config.hidden] * (config.layers - 1), config.bottleneck]
+        layers: list[nn.Module] = []
+        for i in range(config.layers):
+            linear = nn.Linear(widths[i], widths[i + 1])
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+            layers.append(linear)
+            if i < config.layers - 1:
+                layers += [nn.BatchNorm1d(config.hidden)] if config.batch_norm else []
+                layers.append(nn.GELU())
+        # The original's one-layer head is a bare Linear, without the index that a Sequential gives.
+        self.mlp = nn.Sequential(*layers) if config.layers > 1 else layers[0]
+        self.last_layer = Prototypes(config.bottleneck, config.prototypes, train_norm=not config.norm_last_layer)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(features), dim=-1))  # [S, K]
+
+
+class Prototypes(nn.Module):
+    """K directions, and a length for each that may be learned: logits are `length * cosine` of normalized input."""
+
+    def __init__(self, width: int, prototypes: int, *, train_norm: bool) -> None:
+        super().__init__()
+        # nn.Linear's own start, as the original makes this layer after it has initialized the others.
+        self.weight_v = nn.Parameter(torch.empty(prototypes, width).uniform_(-(width**-0.5), width**-0.5))
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=train_norm)
+
+    def forward(self, features: Tensor) -> Tensor:
+        # One fused kernel in place of normalize and multiply, whose backward takes four times as long at K = 65,536.
+        return F.linear(features, torch._weight_norm(self.weight_v, self.weight_g, 0))

@@ -1,0 +1,91 @@
+"""Network: a backbone with named heads; the shape of student and teacher alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dinocli.errors import DinoError
+from dinocli.models.backbone import Backbone
+from dinocli.models.head import Head
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a network makes of V views of B images.
+
+    Attributes:
+        cls: The backbone's class tokens. [V, B, D]
+        logits: What each head says of them, by its name. [V, B, K]
+    """
+
+    cls: Tensor
+    logits: dict[str, Tensor]
+
+
+class Network(nn.Module):
+    """A backbone and the heads on it."""
+
+    def __init__(self, backbone: Backbone, heads: Mapping[str, Head]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(self, crops: Sequence[Tensor]) -> Encoding:
+        """Encode groups of views, one group a resolution.
+
+        Args:
+            crops: A [V, B, C, H, W] for each resolution; V may differ, B may not.
+        """
+        # The backbone runs once a resolution, the heads once on everything: a head with BatchNorm must see all views.
+        cls = torch.cat([self.backbone(group.flatten(0, 1)).cls.unflatten(0, group.shape[:2]) for group in crops])
+        logits = {name: head(cls.flatten(0, 1)).unflatten(0, cls.shape[:2]) for name, head in self.heads.items()}
+        return Encoding(cls, logits)
+
+    def prototypes(self, head: str) -> int:
+        """K of a head."""
+        return self.get_parameter(f"heads.{head}.last_layer.weight_v").shape[0]
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights and buffers, under `backbone.<timm's key>` and `heads.<name>.<key>`."""
+        return {k.replace("backbone.model.", "backbone.", 1): v for k, v in self.state_dict().items()}
+
+    def load_weights(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """Load what `weights` gave, exactly.
+
+        Raises:
+            DinoError: A key is missing, unknown, or of another shape.
+        """
+        load_strictly(self, {k.replace("backbone.", "backbone.model.", 1): v for k, v in weights.items()}, source)
+
+
+def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy weights into a module, or say what does not fit and change nothing.
+
+    Raises:
+        DinoError: A key is missing, unknown, or of another shape; the line names the first one.
+    """
+    own = module.state_dict()
+    for key, value in own.items():
+        if key not in weights:
+            raise _misfit(source, f"it lacks {key}")
+        if weights[key].shape != value.shape:
+            raise _misfit(source, f"{key} should be {_size(value)}; it is {_size(weights[key])}")
+    unknown = next((k for k in weights if k not in own), None)
+    if unknown is not None:
+        raise _misfit(source, f"it also holds {unknown}, which has no place")
+    module.load_state_dict(weights)
+
+
+def _size(value: Tensor) -> str:
+    return "x".join(map(str, value.shape)) or "a single number"
+
+
+def _misfit(source: str, what: str) -> DinoError:
+    return DinoError(
+        f"the weights in {source} do not fit this network: {what}",
+        "take the preset and the backbone that the weights were made with",
+    )

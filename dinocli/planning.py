@@ -1,0 +1,151 @@
+"""Plan: what a run will do, worked out before it does anything."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinocli.data.loader import Batch, ViewsConfig
+from dinocli.data.sources import ImageFolder
+from dinocli.errors import DinoError
+from dinocli.preset import Preset
+from dinocli.schedules import Clock, Rate
+
+# Share of a bare matrix product's rate that a whole step reaches: measured 0.8 on a CPU; published ViT runs and DINO's
+# own logs say 0.25 to 0.4 on a GPU.
+_EFFICIENCY = {"cpu": 0.7, "cuda": 0.3, "mps": 0.3}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, ready to start.
+
+    Attributes:
+        name: Of the preset; the run folder is called after it.
+        preset: What to train.
+        source: The images.
+        stop: Steps to do; fewer than the schedules' where the user asked for it.
+        out: The run folder; absent, the next free one.
+        device: Where to train.
+        workers: Processes that decode.
+        init: Weights to start from, as the user named them.
+    """
+
+    name: str
+    preset: Preset
+    source: ImageFolder
+    stop: int
+    out: Path | None
+    device: torch.device
+    workers: int
+    init: str | None
+
+    @property
+    def clock(self) -> Clock:
+        """The clock at the start."""
+        return start_clock(self.preset, len(self.source))
+
+    @property
+    def lr(self) -> Rate:
+        """The learning rate over the run, with the batch size counted in."""
+        return self.preset.optimizer.lr_for(self.preset.training.batch_size)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        parameters: Of the student: backbone and heads.
+        backbone_parameters: Of the backbone alone.
+        flops: Floating-point operations an image, student and teacher, forward and backward.
+        memory: Bytes at the peak of a step.
+        seconds: Of the whole run.
+    """
+
+    parameters: int
+    backbone_parameters: int
+    flops: float
+    memory: float
+    seconds: float
+
+
+def start_clock(preset: Preset, images: int) -> Clock:
+    """The clock of a run over `images` images.
+
+    Raises:
+        DinoError: There are fewer images than one batch.
+    """
+    batch = preset.training.batch_size
+    if images < batch:
+        raise DinoError(
+            f"a batch of {batch} images was wanted; the folder has {images}", f"--batch-size {_power_below(images)}"
+        )
+    return Clock(preset.training.steps_per_epoch or images // batch, preset.training.epochs)
+
+
+def _power_below(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Count a step's operations and bytes on tensors without data, and time a matrix product for the device's rate."""
+    with torch.device("meta"):
+        method = plan.preset.method()
+        batch = _empty_batch(plan.preset.views)
+    saved: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        saved[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        torch.stack(list(method(batch, plan.clock).values())).sum().backward()
+    flops = counter.get_total_flops() / _EMPTY_BATCH
+    weights = _bytes(method.student)
+    half = 0.55 if plan.device.type == "cuda" else 1.0
+    activations = (sum(saved.values()) - weights) / _EMPTY_BATCH * half
+    # Student, its gradient, two moments, teacher.
+    memory = 5 * weights + max(0.0, activations) * plan.preset.training.batch_size
+    rate = _product_rate(plan.device) * _EFFICIENCY[plan.device.type]
+    seconds = flops * plan.preset.training.batch_size * plan.stop / rate
+    return Estimate(_count(method.student), _count(method.student.backbone), flops, memory, seconds)
+
+
+_EMPTY_BATCH = 2
+
+
+def _empty_batch(views: ViewsConfig) -> Batch:
+    size, rows = views.global_1.size, torch.arange(_EMPTY_BATCH, device="cpu")
+    crops = torch.empty(len(views.globals), _EMPTY_BATCH, 3, size, size)
+    if not views.local or not views.locals:
+        return Batch(crops, None, rows)
+    return Batch(crops, torch.empty(views.locals, _EMPTY_BATCH, 3, views.local.size, views.local.size), rows)
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _product_rate(device: torch.device) -> float:
+    """Operations a second of a matrix product in the precision of training."""
+    side = 1024 if device.type == "cpu" else 4096
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a = torch.randn(side, side, device=device, dtype=kind)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for the device
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best

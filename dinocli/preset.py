@@ -1,0 +1,156 @@
+"""Preset: the whole of a run's "what"."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from dinocli import shipped
+from dinocli.config import Config
+from dinocli.data.loader import ViewsConfig
+from dinocli.distillation import SelfDistillation
+from dinocli.engine.optim import OptimizerConfig
+from dinocli.errors import DinoError
+from dinocli.losses import LossesConfig
+from dinocli.models.backbone import BackboneConfig
+from dinocli.models.head import HeadConfig
+from dinocli.models.network import Network
+from dinocli.schedules import Cosine, Schedule
+
+
+class AboutConfig(Config):
+    """What a preset is, in words; nothing is computed from it.
+
+    Attributes:
+        recipe: What it trains and how, in a few words.
+        source: Where its numbers come from.
+        command: What to type.
+        cost: What a whole run takes, on what.
+        expected: The figure to expect at its end, or that none was measured.
+    """
+
+    recipe: str
+    source: str
+    command: str
+    cost: str
+    expected: str
+
+
+class TeacherConfig(Config):
+    """The teacher.
+
+    Attributes:
+        momentum: How much of itself it keeps at a step.
+    """
+
+    momentum: Schedule
+
+
+class TrainingConfig(Config):
+    """Length and size of a run.
+
+    Attributes:
+        epochs: Length; warm-ups and schedules are counted in these.
+        steps_per_epoch: Steps in an epoch; absent, one pass over the images.
+        batch_size: Images a step.
+        seed: Of the weights at the start, the order of the images and every view.
+    """
+
+    epochs: int = Field(ge=1)
+    steps_per_epoch: int | None = Field(None, ge=1)
+    batch_size: int = Field(ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class Preset(Config):
+    """A recipe: what is trained, on which views, with which losses, how fast and how long."""
+
+    about: AboutConfig
+    backbone: BackboneConfig
+    heads: dict[str, HeadConfig]
+    losses: LossesConfig
+    teacher: TeacherConfig
+    views: ViewsConfig
+    optimizer: OptimizerConfig
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.losses.present():
+            raise ValueError("a run needs at least one loss, such as [losses.dino]")
+        for name, loss in self.losses.present().items():
+            if loss.head not in self.heads:
+                raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
+        lr, epochs = self.optimizer.lr, self.training.epochs
+        if isinstance(lr, Cosine) and lr.warmup_epochs >= epochs:
+            fits = max(0, epochs // 10)
+            raise ValueError(
+                f"a warm-up of {lr.warmup_epochs} epochs does not fit a run of {epochs}; "
+                f"it needs optimizer.lr.warmup_epochs={fits}"
+            )
+        for name, head in self.heads.items():
+            if head.freeze_last_layer_epochs >= epochs and head.freeze_last_layer_epochs:
+                raise ValueError(
+                    f"prototypes frozen for {head.freeze_last_layer_epochs} epochs would never move in a run "
+                    f"of {epochs}; it needs heads.{name}.freeze_last_layer_epochs=0"
+                )
+        return self
+
+    def network(self, *, drop_path: bool = False) -> Network:
+        """A network with fresh weights."""
+        backbone = self.backbone.build(drop_path=drop_path)
+        return Network(backbone, {name: head.build(backbone.width) for name, head in self.heads.items()})
+
+    def method(self) -> SelfDistillation:
+        """Student and teacher with the same fresh weights, and the losses between them."""
+        return SelfDistillation(self.network(drop_path=True), self.network(), self.losses, self.teacher.momentum)
+
+
+def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
+    """A shipped preset by its name, or one of your own by its path, with single values changed.
+
+    Args:
+        name: `vits16`, or a path that ends in `.toml`.
+        overrides: `key.path=value`, the value as TOML has it; a bare word is a string, and `none` takes the key out.
+
+    Raises:
+        DinoError: There is no such preset, or what it says is not valid.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise DinoError(
+                f"a preset file was wanted; {name} does not exist", f"shipped ones are {', '.join(shipped.names())}"
+            )
+        text = path.read_text(encoding="utf-8")
+    else:
+        text = shipped.text(name)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise DinoError(f"{name} is not valid TOML: {error}", "mend that line") from error
+    for override in overrides:
+        _override(data, override)
+    return Preset.parse(data, f"preset {name}")
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    *tables, last = key.strip().split(".")
+    if not equals or not last:
+        raise DinoError(f"--set wants key.path=value; it is {override!r}", "for example --set training.epochs=10")
+    for table in tables:
+        if not isinstance(data.get(table, {}), dict):
+            raise DinoError(f"--set {override}: {table} is a value and not a table", f"--set {table}=VALUE")
+        data = data.setdefault(table, {})
+    if value.strip() == "none":
+        data.pop(last, None)
+        return
+    try:
+        data[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        data[last] = value.strip()

@@ -1,0 +1,238 @@
+"""Pretraining: preset and images to a run folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinocli.atomic import write_text
+from dinocli.data.loader import BadFiles, train_batches
+from dinocli.device import autocast, peak_memory
+from dinocli.distillation import SelfDistillation
+from dinocli.encoder import initial_weights
+from dinocli.engine.metrics import Metrics, Pace
+from dinocli.engine.trainer import Trainer
+from dinocli.errors import DinoError
+from dinocli.models.network import load_strictly
+from dinocli.planning import Plan
+from dinocli.schedules import Clock
+from dinocli.weights import CHECKPOINT, write_checkpoint
+
+RUNS = Path("runs")
+_LOG_EVERY = 10  # steps; each log makes the host wait for the device once
+_LOG_AFTER = 5.0  # seconds, for steps so slow that ten of them leave a person waiting
+_SAVE_AFTER = 600.0  # seconds
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, for whoever shows it.
+
+    Attributes:
+        step: Steps done.
+        stop: Steps to do.
+        loss: Of the last step.
+        images_per_second: Since the last report.
+        seconds_left: At that speed.
+    """
+
+    step: int
+    stop: int
+    loss: float
+    images_per_second: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run left.
+
+    Attributes:
+        folder: The run folder.
+        checkpoint: The teacher in it.
+        step: Steps done.
+        stopped: Whether it was stopped by the user before its end.
+        loss: Of the last step; absent where none was done.
+        seconds: It took.
+        bad: Files that could not be read.
+    """
+
+    folder: Path
+    checkpoint: Path
+    step: int
+    stopped: bool
+    loss: float | None
+    seconds: float
+    bad: BadFiles
+
+
+def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
+    """Train, and leave a run folder with the teacher, the resolved preset and the metrics.
+
+    Ctrl-C or SIGTERM ends it after the step that is going on, with the weights saved.
+
+    Raises:
+        DinoError: The folder is taken, the images cannot be read, the weights to start from do not fit, the device's
+            memory is too small, or the loss is no longer a number.
+    """
+    preset, began = plan.preset, time.perf_counter()
+    torch.manual_seed(preset.training.seed)
+    method = preset.method()
+    if plan.init:
+        start_from(method, plan.init)
+    method = method.to(plan.device)
+    batch_size = preset.training.batch_size
+    trainer = Trainer(method, preset.optimizer, plan.clock, batch_size=batch_size, precision=autocast(plan.device))
+    folder = plan.out or next_folder(plan.name)
+    if (folder / CHECKPOINT).exists():
+        raise DinoError(f"{folder} already holds a run", "take another --out, or leave it out for the next free folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "preset.json", preset.model_dump_json(indent=2))
+    bad, metrics, pace = BadFiles(), Metrics(folder / "metrics.jsonl"), Pace()
+    saver = _Saver(folder, method, plan)
+    last_loss: float | None = None
+
+    with _stop_signals() as asked_to_stop:
+
+        def on_step(clock: Clock, values: dict[str, Tensor]) -> bool:
+            nonlocal last_loss
+            pace.add(batch_size)
+            stop = bool(asked_to_stop)
+            if clock.step % _LOG_EVERY == 0 or clock.step in (1, plan.stop) or stop or pace.elapsed > _LOG_AFTER:
+                plain = {name: value.item() for name, value in values.items()}  # waits for the device
+                last_loss = plain["loss"]
+                rate = pace.look()
+                metrics.write(_line(clock, plain, rate, trainer, plan))
+                if not math.isfinite(last_loss):
+                    raise DinoError(
+                        f"the loss is {last_loss} at step {clock.step}; the weights of step {saver.step} are kept",
+                        "lower the rate (--set optimizer.lr.start=...) or clip lower (--set optimizer.clip.norm=0.3)",
+                    )
+                left = (plan.stop - clock.step) * batch_size / rate
+                report(Progress(clock.step, plan.stop, last_loss, rate, left))
+            saver.save_now_and_then(clock.step)
+            return stop
+
+        batches = train_batches(
+            plan.source,
+            preset.views,
+            batch_size=batch_size,
+            seed=preset.training.seed,
+            workers=plan.workers,
+            device=plan.device,
+            bad=bad,
+        )
+        try:
+            trainer.fit(batches, plan.stop, on_step)
+        except torch.OutOfMemoryError as error:
+            raise DinoError(
+                f"the device's memory is too small for a batch of {batch_size}",
+                f"--batch-size {max(1, batch_size // 2)}",
+            ) from error
+        finally:
+            batches.close()  # type: ignore[attr-defined]  # ends the workers before the run is said to be over
+            if bad.reasons:
+                write_text(folder / "bad_images.txt", "".join(f"{p}\t{r}\n" for p, r in sorted(bad.reasons.items())))
+    saver.save(trainer.clock.step)
+    step = trainer.clock.step
+    return Run(folder, folder / CHECKPOINT, step, step < plan.stop, last_loss, time.perf_counter() - began, bad)
+
+
+def start_from(method: SelfDistillation, source: str) -> None:
+    """Put weights into student and teacher: the backbone's, and those of the heads that the source has as well.
+
+    Raises:
+        DinoError: The source is not there, or its backbone is of another shape.
+    """
+    weights = initial_weights(source)
+    for network in (method.student, method.teacher):
+        load_strictly(network.backbone.model, weights.backbone, source)
+        for name, head in network.heads.items():
+            if name in weights.heads:
+                load_strictly(head, weights.heads[name], f"{source}, head {name}")
+
+
+def next_folder(preset: str) -> Path:
+    """The first `runs/<preset>-<n>` that does not exist."""
+    taken = [int(tail) for path in RUNS.glob(f"{preset}-*") if (tail := path.name.removeprefix(f"{preset}-")).isdigit()]
+    return RUNS / f"{preset}-{max(taken, default=0) + 1}"
+
+
+def newest_run() -> Path | None:
+    """The run folder whose checkpoint was written last."""
+    found = [path for path in RUNS.glob("*") if (path / CHECKPOINT).is_file()]
+    return max(found, key=lambda path: (path / CHECKPOINT).stat().st_mtime, default=None)
+
+
+def link_newest(checkpoint: Path) -> bool:
+    """Let `./ckpt.safetensors` be the newest weights; false where a file of the user's own stands there.
+
+    A link and not a copy, so that it stays what is newest while the run goes on.
+    """
+    link = Path(CHECKPOINT)
+    if link.exists() and not link.is_symlink():
+        return link.resolve() == checkpoint.resolve()
+    draft = Path(f".{CHECKPOINT}.{os.getpid()}.part")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(os.path.relpath(checkpoint))
+    draft.replace(link)
+    return True
+
+
+class _Saver:
+    def __init__(self, folder: Path, method: SelfDistillation, plan: Plan) -> None:
+        self.path, self.method, self.plan = folder / CHECKPOINT, method, plan
+        self.step = 0
+        self.save(0)
+
+    def save(self, step: int) -> None:
+        write_checkpoint(self.path, self.method.teacher, self.plan.preset, step)
+        self.step, self._saved = step, time.perf_counter()
+
+    def save_now_and_then(self, step: int) -> None:
+        if time.perf_counter() - self._saved > _SAVE_AFTER:
+            self.save(step)
+
+
+def _line(clock: Clock, values: dict[str, float], rate: float, trainer: Trainer, plan: Plan) -> dict[str, float | int]:
+    group = trainer.optimizer.param_groups[0]
+    return {
+        "step": clock.step,
+        "epoch": round(clock.step / clock.steps_per_epoch, 4),
+        **values,
+        "lr": group["lr"],
+        "weight_decay": group["weight_decay"],
+        "images_per_second": round(rate, 2),
+        "peak_memory": peak_memory(plan.device),
+    }
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that is no longer empty once Ctrl-C or SIGTERM came; a second Ctrl-C interrupts at once."""
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        if came.count(signal.SIGINT) > 1:
+            raise KeyboardInterrupt
+
+    # Signals belong to the main thread; a run started from another one goes without.
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:
+        before = {}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

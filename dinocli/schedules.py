@@ -1,0 +1,123 @@
+"""Clock and schedules: every number that changes while a run goes on, as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, Self
+
+from pydantic import Field
+
+from dinocli.config import Config
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a run stands.
+
+    Attributes:
+        steps_per_epoch: Steps in one epoch.
+        epochs: Length of the run, in epochs.
+        step: Steps done so far, which is also the index of the step to come.
+    """
+
+    steps_per_epoch: int
+    epochs: int
+    step: int = 0
+
+    @property
+    def epoch(self) -> int:
+        """Index of the epoch of the step to come."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.steps_per_epoch * self.epochs
+
+    def tick(self) -> Clock:
+        """The clock one step later."""
+        return replace(self, step=self.step + 1)
+
+
+class Constant(Config):
+    """The same value at every step."""
+
+    kind: Literal["constant"]
+    value: float
+
+    def at(self, clock: Clock) -> float:
+        """The value at a step."""
+        return self.value
+
+    def scaled(self, factor: float) -> Self:
+        """The same schedule with a value `factor` times as high."""
+        return self.model_copy(update={"value": self.value * factor})
+
+
+class Cosine(Config):
+    """Half a cosine from `start` to `end`, a value a step, after a linear warm-up from 0 to `start`.
+
+    As in the original the warm-up holds both of its ends, so that step 0 has exactly 0 and `start` comes twice,
+    and `end` is approached without being reached.
+
+    Source: facebookresearch/dino@7c446df utils.py, cosine_scheduler.
+    """
+
+    kind: Literal["cosine"]
+    start: float
+    end: float
+    warmup_epochs: int = Field(0, ge=0)
+
+    def at(self, clock: Clock) -> float:
+        """The value at a step."""
+        warmup = self.warmup_epochs * clock.steps_per_epoch
+        if clock.step < warmup:
+            return self.start * clock.step / max(1, warmup - 1)
+        share = (clock.step - warmup) / (clock.total - warmup)
+        return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * share))
+
+    def scaled(self, factor: float) -> Self:
+        """The same schedule with a start `factor` times as high; the end stays, as in the original."""
+        return self.model_copy(update={"start": self.start * factor})
+
+
+class LinearByEpoch(Config):
+    """A straight line from `start` to `end`, a value an epoch, reached in the last of `epochs` epochs and then kept.
+
+    Source: facebookresearch/dino@7c446df main_dino.py, DINOLoss.teacher_temp_schedule.
+    """
+
+    kind: Literal["linear_by_epoch"]
+    start: float
+    end: float
+    epochs: int = Field(ge=0)
+
+    def at(self, clock: Clock) -> float:
+        """The value in the epoch of a step."""
+        if clock.epoch >= self.epochs:
+            return self.end
+        return self.start + (self.end - self.start) * clock.epoch / max(1, self.epochs - 1)
+
+
+class CosineByEpoch(Config):
+    """Half a cosine from `start` to `end`, a value an epoch.
+
+    Source: torch.optim.lr_scheduler.CosineAnnealingLR, as facebookresearch/dino@7c446df eval_linear.py steps it.
+    """
+
+    kind: Literal["cosine_by_epoch"]
+    start: float
+    end: float
+
+    def at(self, clock: Clock) -> float:
+        """The value in the epoch of a step."""
+        return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * clock.epoch / clock.epochs))
+
+    def scaled(self, factor: float) -> Self:
+        """The same schedule with a start `factor` times as high; the end stays, as in the original."""
+        return self.model_copy(update={"start": self.start * factor})
+
+
+Rate = Annotated[Constant | Cosine | CosineByEpoch, Field(discriminator="kind")]
+Schedule = Annotated[Constant | Cosine | LinearByEpoch | CosineByEpoch, Field(discriminator="kind")]

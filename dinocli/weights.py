@@ -1,0 +1,152 @@
+"""Weights on disk: the tool's own checkpoint, and files of others that hold the same networks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import dinocli
+from dinocli.atomic import atomic
+from dinocli.errors import DinoError
+from dinocli.models.network import Network
+from dinocli.preset import Preset
+
+Which = Literal["teacher", "student"]
+CHECKPOINT = "ckpt.safetensors"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a file holds.
+
+    Attributes:
+        backbone: Under timm's keys.
+        heads: The weights of each head, by its name and the original's keys; a file of a backbone alone has none.
+        preset: What the run was, if the file is the tool's own.
+    """
+
+    backbone: dict[str, Tensor]
+    heads: dict[str, dict[str, Tensor]]
+    preset: Preset | None
+
+
+def write_checkpoint(path: Path, network: Network, preset: Preset, step: int) -> None:
+    """Write a network with its resolved preset: the one file to hand on."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.weights().items()}
+    metadata = {"dinocli": dinocli.__version__, "preset": preset.model_dump_json(), "step": str(step)}
+    with atomic(path) as draft:
+        try:
+            save_file(tensors, draft, metadata)
+        except SafetensorError as error:
+            # The library wraps what the system said of a full disk; give the system's own error back.
+            raise OSError(str(error)) from error
+
+
+def read_weights(path: Path, which: Which = "teacher") -> Weights:
+    """Read a run folder, a checkpoint of this tool, or an official DINO file, whatever prefixes its keys carry.
+
+    Args:
+        path: A run folder, a `.safetensors`, or a `.pth`, which is read without running what it may contain.
+        which: Of a file that holds both networks. This tool's own checkpoint holds the teacher.
+
+    Raises:
+        DinoError: There is no such file, it is damaged, or it holds no such network.
+    """
+    if path.is_dir():
+        if not (path / CHECKPOINT).is_file():
+            raise DinoError(
+                f"a run folder with {CHECKPOINT} was wanted; {path} has none",
+                "name a checkpoint, or train one with `dino pretrain IMAGES --preset tiny`",
+            )
+        path = path / CHECKPOINT
+    if not path.is_file():
+        raise DinoError(
+            f"a checkpoint was wanted; {path} does not exist",
+            "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME",
+        )
+    metadata: dict[str, str] = {}
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+    else:
+        tensors = _pick(_read_pickle(path), which, path)
+    if "preset" in metadata and which == "student":
+        raise DinoError(f"{path} holds the teacher alone; the student was asked for", "leave --network out")
+    preset = Preset.parse(json.loads(metadata["preset"]), str(path)) if "preset" in metadata else None
+    return _sort(tensors, preset, path)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata() or {}
+    except SafetensorError as error:
+        raise DinoError(
+            f"{path} is damaged or no safetensors file: {error}", "copy it again, or take another checkpoint"
+        ) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    # A full checkpoint of the original also holds argparse's Namespace and numpy numbers: plain values, let through.
+    scalar = np.float64(0).__reduce__()[0]
+    allowed: list[Any] = [
+        argparse.Namespace,
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        type(np.dtype("float64")),
+        type(np.dtype("float32")),
+        type(np.dtype("int64")),
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged file makes the reader raise nearly anything: EOFError, KeyError, RuntimeError, UnpicklingError.
+    except Exception as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DinoError(
+            f"{path} cannot be read as weights: {said[:160]}", "an official DINO .pth or a .safetensors was wanted"
+        ) from error
+
+
+def _pick(content: Any, which: Which, path: Path) -> dict[str, Tensor]:
+    """The network's weights out of what a .pth held."""
+    if isinstance(content, dict) and which in content:
+        content = content[which]
+    else:
+        if isinstance(content, dict) and which == "student" and "teacher" in content:
+            raise DinoError(f"{path} holds no student", "leave --network out")
+        for key in ("state_dict", "model"):
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise DinoError(f"{path} holds no weights", "an official DINO .pth or a .safetensors was wanted")
+    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+
+
+def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> Weights:
+    backbone: dict[str, Tensor] = {}
+    heads: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        # DDP writes `module.` before every key, the original's wrapper `backbone.` and `head.`.
+        key = key.removeprefix("module.")
+        if key.startswith("heads."):
+            _, name, rest = key.split(".", 2)
+            heads.setdefault(name, {})[rest] = value
+        elif key.startswith(("head.mlp.", "head.last_layer.")):
+            heads.setdefault("dino", {})[key.removeprefix("head.")] = value
+        # A supervised classifier on top (timm's `head`, torchvision's `fc`) is no part of a backbone.
+        elif not key.startswith(("head.", "fc.")):
+            backbone[key.removeprefix("backbone.")] = value
+    if not backbone:
+        raise DinoError(f"{path} holds no backbone", "take a file that was saved from a whole network")
+    return Weights(backbone, heads, preset)

@@ -1,0 +1,1 @@
+"""Data only: one TOML a recipe; `dinocli.shipped` reads them."""
