@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -48,15 +48,11 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
         return DinoError(f"{what}: there is no key {key}", hint)
     if first["type"] == "missing":
         return DinoError(f"{what}: the key {key} is missing", f"add it with --set {key}=VALUE")
-    came = first["input"]
-    said = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    said = first["msg"].removeprefix("Value error, ")
     if not key:
         return DinoError(f"{what}: {said}", "change one of the two with --set KEY=VALUE")
-    wanted = "be " + said if first["msg"].startswith("Input should be ") else said
-    return DinoError(
-        f"{what}: {key} should {wanted}; it is {came!r}" if wanted.startswith("be ") else f"{what}: {key}: {said}",
-        f"--set {key}=VALUE with a value that fits",
-    )
+    wanted = said.removeprefix("Input ") if said.startswith("Input should be ") else f"is not valid: {said}"
+    return DinoError(f"{what}: {key} {wanted}; it is {first['input']!r}", f"--set {key}=VALUE with a value that fits")
 
 
 def _data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[str]:
@@ -71,26 +67,29 @@ def _data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[st
 
 
 def _known_keys(model: type[BaseModel], data: Any, path: list[str]) -> list[str]:
-    """The keys that the table at `path` may hold."""
-    for part in path:
-        kind = data.get(part, {}).get("kind") if isinstance(data, dict) and isinstance(data.get(part), dict) else None
-        data = data.get(part, {}) if isinstance(data, dict) else {}
-        field = model.model_fields.get(part)
-        if field is None:
+    """The keys that the table at `path` may hold; none where the table's own name is the user's to choose."""
+    names = iter(path)
+    for name in names:
+        field = model.model_fields.get(name)
+        inner = _models_in(field.annotation) if field else []
+        if not field or not inner:
             return []
-        inner = _models_in(field.annotation)
-        if not inner:
-            return []
-        named = [m for m in inner if "kind" in m.model_fields and kind in _literals(m)]
-        model = (named or inner)[0]
+        data = data[name]
+        if get_origin(field.annotation) is dict:
+            chosen = next(names, None)
+            if chosen is None:
+                return []
+            data = data[chosen]
+        kinds = [m for m in inner if data.get("kind") in _kinds(m)]
+        model = (kinds or inner)[0]
     return list(model.model_fields)
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [m for arg in getattr(annotation, "__args__", ()) for m in _models_in(arg)]
+    return [m for arg in get_args(annotation) for m in _models_in(arg)]
 
 
-def _literals(model: type[BaseModel]) -> tuple[Any, ...]:
-    return getattr(model.model_fields["kind"].annotation, "__args__", ())
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    return get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()

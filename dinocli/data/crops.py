@@ -98,7 +98,7 @@ def uniforms(seed: int, epoch: int, index: int, views: int) -> tuple[Floats, np.
 
 
 def crop_boxes(numbers: Floats, height: int, width: int, scale: Floats) -> NDArray[np.int64]:
-    """Where each view is cut: areas uniform in `scale`, ratios log-uniform in 3/4 to 4/3, the first of ten tries to fit.
+    """Where each view is cut: areas uniform in `scale`, ratios log-uniform in 3/4 to 4/3, ten tries.
 
     Args:
         numbers: Uniform in [0, 1). [V, 22]

@@ -81,7 +81,8 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
         for start in range(0, len(queries), _ROWS):
             rows = slice(start, start + _ROWS)
             votes = vote(similarities[rows, :k], labels[rows, :k], len(train.classes), temperature)
-            hits += hits_among(votes, queries.labels[rows], min(5, k))
+            # A class that nobody voted for is no answer, even where fewer than five got a vote.
+            hits += hits_among(np.where(votes > 0, votes, -np.inf), queries.labels[rows], min(5, k))
         top1, top5 = (100 * hits / len(queries)).tolist()
         scores.append(Score(k, top1, top5))
     return KnnResult(scores, len(queries), voters, len(train.classes), test is None, temperature)

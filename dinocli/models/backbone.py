@@ -93,7 +93,8 @@ def adapt(model: Any, positions: Positions) -> Backbone:
     """
     if isinstance(model, VisionTransformer):
         return ViTBackbone(model, positions)
-    if hasattr(model, "feature_info") and hasattr(model, "num_features"):
+    # What mixes places by attention gives tokens, in layouts of its own; the rest gives a map [B, D, h, w].
+    if hasattr(model, "feature_info") and not any("Attention" in type(part).__name__ for part in model.modules()):
         return ConvBackbone(model)
     raise DinoError(
         f"a {type(model).__name__} cannot be a backbone yet: vision transformers and convolutional networks can",

@@ -1,0 +1,58 @@
+"""What tests share: the numbers of the original, and small images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+class Original:
+    """Numbers that facebookresearch/dino@7c446df produced: tensors by name, and how each was made."""
+
+    def __init__(self, stem: str) -> None:
+        self.tensors = load_file(FIXTURES / f"{stem}.safetensors")
+        self.made: dict[str, Any] = json.loads((FIXTURES / f"{stem}.json").read_text())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensors[name]
+
+    def below(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All tensors whose name begins with the prefix, without it."""
+        return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+
+@pytest.fixture(scope="session")
+def original() -> Original:
+    return Original("dino_fixtures_ci")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    # Small tensors gain nothing from a second thread, and a busy machine loses much by it.
+    torch.set_num_threads(1)
+
+
+def write_images(folder: Path, count: int, size: int = 32, seed: int = 0) -> Path:
+    """Noise images, `count` of them, as PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i:04}.png")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of twelve noise images in two class folders."""
+    write_images(tmp_path / "images" / "a", 6, seed=0)
+    write_images(tmp_path / "images" / "b", 6, seed=1)
+    return tmp_path / "images"

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torchvision.transforms import functional as TF
+
+from dinocli.data.augment import augment, pillow_blur_kernels
+from dinocli.data.crops import Draws
+
+ZERO, ONE = torch.zeros(3), torch.ones(3)
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    smooth = np.uint8(np.random.default_rng(0).random((8, 8, 3)) * 255)
+    return Image.fromarray(smooth).resize((48, 48), Image.Resampling.BICUBIC)
+
+
+def nothing(batch: int = 1) -> dict[str, Tensor]:
+    return {
+        "flip": torch.zeros(1, batch, dtype=torch.bool),
+        "factors": torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(1, batch, 4).clone(),
+        "order": torch.arange(4, dtype=torch.uint8).expand(1, batch, 4).clone(),
+        "gray": torch.zeros(1, batch, dtype=torch.bool),
+        "radius": torch.zeros(1, batch),
+        "solarize": torch.zeros(1, batch, dtype=torch.bool),
+    }
+
+
+def ours(image: Image.Image, **changed: Tensor) -> np.ndarray:
+    crops = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None, None]
+    views = augment(crops, Draws(**(nothing() | changed)), ZERO, ONE)
+    return (views[0, 0].permute(1, 2, 0) * 255).numpy()
+
+
+def yes() -> Tensor:
+    return torch.ones(1, 1, dtype=torch.bool)
+
+
+def test_nothing_is_the_identity(image: Image.Image) -> None:
+    np.testing.assert_allclose(ours(image), np.asarray(image), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("flip", ImageOps.mirror),
+        ("gray", lambda im: im.convert("L").convert("RGB")),
+        ("solarize", lambda im: ImageOps.solarize(im, 128)),
+    ],
+)
+def test_switches_are_pillows(image: Image.Image, name: str, theirs) -> None:
+    assert np.abs(ours(image, **{name: yes()}) - np.asarray(theirs(image), dtype=float)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("column", "factor", "theirs", "most", "mean"),
+    [
+        (0, 1.37, TF.adjust_brightness, 1, 0.6),
+        (0, 0.61, TF.adjust_brightness, 1, 0.6),
+        (1, 1.37, TF.adjust_contrast, 1.5, 0.7),
+        (2, 0.82, TF.adjust_saturation, 1.5, 0.7),
+        # Pillow's hue has 256 steps, so its own rounding is the larger part of this.
+        (3, 0.09, TF.adjust_hue, 15, 1.5),
+        (3, -0.1, TF.adjust_hue, 15, 1.5),
+    ],
+)
+def test_color_jitter_is_pillows(
+    image: Image.Image, column: int, factor: float, theirs, most: float, mean: float
+) -> None:
+    factors = nothing()["factors"]
+    factors[0, 0, column] = factor
+    difference = np.abs(ours(image, factors=factors) - np.asarray(theirs(image, factor), dtype=float))
+    assert difference.max() <= most
+    assert difference.mean() <= mean
+
+
+def test_hue_equals_torchvisions_without_rounding(image: Image.Image) -> None:
+    factors = nothing()["factors"]
+    factors[0, 0, 3] = 0.07
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+    theirs = TF.adjust_hue(pixels, 0.07).permute(1, 2, 0).numpy() * 255
+    np.testing.assert_allclose(ours(image, factors=factors), theirs, atol=0.02)
+
+
+def test_the_four_come_in_the_order_drawn(image: Image.Image) -> None:
+    factors = torch.tensor([[[1.4, 0.6, 1.2, 0.1]]])
+    order = torch.tensor([[[3, 1, 0, 2]]], dtype=torch.uint8)
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+    for adjust, factor in (
+        (TF.adjust_hue, 0.1),
+        (TF.adjust_contrast, 0.6),
+        (TF.adjust_brightness, 1.4),
+        (TF.adjust_saturation, 1.2),
+    ):
+        pixels = adjust(pixels, factor)
+    np.testing.assert_allclose(
+        ours(image, factors=factors, order=order), pixels.permute(1, 2, 0).numpy() * 255, atol=0.1
+    )
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.5, 1.0, 1.5, 2.0])
+def test_blur_is_pillows(image: Image.Image, radius: float) -> None:
+    theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=float)
+    difference = np.abs(ours(image, radius=torch.full((1, 1), radius)) - theirs)
+    # Pillow repeats the border after each of its three passes, this once before them.
+    assert difference[6:-6, 6:-6].max() <= 3
+    assert difference.mean() < 0.7
+
+
+def test_kernels_sum_to_one_and_have_the_radius_as_their_spread() -> None:
+    radius = np.linspace(0.1, 2, 20, dtype=np.float32)
+    kernels = pillow_blur_kernels(radius).astype(float)
+    np.testing.assert_allclose(kernels.sum(1), 1, atol=1e-6)
+    spread = np.sqrt((kernels * np.arange(-6, 7) ** 2).sum(1))
+    np.testing.assert_allclose(spread, radius, rtol=1e-3)
+
+
+def test_each_image_of_a_batch_gets_its_own(image: Image.Image) -> None:
+    crops = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).expand(1, 3, -1, -1, -1)
+    drawn = nothing(3)
+    drawn["flip"][0, 1] = True
+    drawn["radius"][0, 2] = 1.3
+    drawn["factors"][0, 2, 3] = 0.05
+    views = augment(crops, Draws(**drawn), ZERO, ONE)[0]
+    alone = ours(image, radius=torch.full((1, 1), 1.3), factors=torch.tensor([[[1.0, 1.0, 1.0, 0.05]]]))
+    torch.testing.assert_close(views[1], views[0].flip(-1))
+    np.testing.assert_allclose((views[2].permute(1, 2, 0) * 255).numpy(), alone, atol=1e-2)
+
+
+def test_normalization(image: Image.Image) -> None:
+    crops = torch.full((1, 1, 3, 4, 4), 255, dtype=torch.uint8)
+    mean, std = torch.tensor([0.5, 0.25, 0.0]), torch.tensor([0.5, 0.25, 2.0])
+    assert augment(crops, Draws(**nothing()), mean, std)[0, 0, :, 0, 0].tolist() == [1.0, 3.0, 0.5]

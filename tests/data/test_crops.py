@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from dinocli.data.crops import (
+    BOX,
+    NUMBERS,
+    JitterConfig,
+    ViewConfig,
+    crop_boxes,
+    cut,
+    draws,
+    resize_and_center,
+    uniforms,
+)
+
+JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+VIEW = ViewConfig(size=32, scale=(0.25, 1.0), flip=0.5, jitter=JITTER, gray=0.2, blur=0.5, solarize=0.2)
+
+
+def largest_gap(a: np.ndarray, b: np.ndarray) -> float:
+    """The two-sample Kolmogorov-Smirnov statistic."""
+    everything = np.sort(np.concatenate([a, b]))
+    return float(
+        np.abs(
+            np.searchsorted(np.sort(a), everything, "right") / len(a)
+            - np.searchsorted(np.sort(b), everything, "right") / len(b)
+        ).max()
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (300, 500), (500, 180)])
+@pytest.mark.parametrize("scale", [(0.25, 1.0), (0.05, 0.25)])
+def test_boxes_are_distributed_as_torchvisions(height: int, width: int, scale: tuple[float, float]) -> None:
+    n = 4000
+    ours = crop_boxes(np.random.default_rng(0).random((n, BOX)), height, width, np.tile(scale, (n, 1))).astype(float)
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(n)], dtype=float)
+    # 1.95 is the statistic's limit at one in a thousand.
+    limit = 1.95 * math.sqrt(2 / n)
+    for of in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
+        assert largest_gap(of(ours), of(theirs)) < limit
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 2000), (2000, 10), (1, 1), (3, 700)])
+def test_a_very_long_image_gives_boxes_inside_it(height: int, width: int) -> None:
+    boxes = crop_boxes(np.random.default_rng(0).random((500, BOX)), height, width, np.tile((0.9, 1.0), (500, 1)))
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] >= 1).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= height).all()
+    assert (boxes[:, 1] + boxes[:, 3] <= width).all()
+
+
+def test_probabilities_and_strengths_are_the_recipes() -> None:
+    n = 20_000
+    drawn = draws(np.random.default_rng(0).random((n, 1, NUMBERS)), [VIEW])
+    for values, p in ((drawn.flip, 0.5), (drawn.gray, 0.2), (drawn.solarize, 0.2), (drawn.radius > 0, 0.5)):
+        assert values.float().mean().item() == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
+    jittered = (drawn.factors[0, :, 0] != 1).numpy()
+    assert jittered.mean() == pytest.approx(0.8, abs=0.012)
+    for column, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+        values = drawn.factors[0, jittered, column].double().numpy()
+        assert (values.min() >= low - 1e-6, values.max() <= high + 1e-6) == (True, True)
+        assert largest_gap(values, np.linspace(low, high, 20_000)) < 0.02
+    radius = drawn.radius[drawn.radius > 0].double().numpy()
+    assert largest_gap(radius, np.linspace(0.1, 2.0, 20_000)) < 0.025
+    orders, counts = np.unique(drawn.order[0].numpy(), axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert ((counts - n / 24) ** 2 / (n / 24)).sum() < 49.7, "chi-squared with 23 degrees, at one in a thousand"
+
+
+def test_what_a_recipe_leaves_out_does_not_happen() -> None:
+    drawn = draws(np.random.default_rng(0).random((50, 1, NUMBERS)), [ViewConfig(size=32, scale=(0.5, 1.0))])
+    assert not drawn.flip.any()
+    assert not drawn.gray.any()
+    assert not drawn.solarize.any()
+    assert drawn.radius.eq(0).all()
+    assert drawn.factors[0].unique(dim=0).tolist() == [[1.0, 1.0, 1.0, 0.0]]
+
+
+def test_a_views_numbers_depend_on_seed_epoch_and_index_alone() -> None:
+    first = uniforms(1, 2, 3, 4)[0]
+    assert first.shape == (4, NUMBERS)
+    np.testing.assert_array_equal(first, uniforms(1, 2, 3, 4)[0])
+    for other in ((0, 2, 3), (1, 0, 3), (1, 2, 0), (2, 1, 3)):
+        assert not np.array_equal(first, uniforms(*other, 4)[0])
+
+
+@pytest.mark.parametrize("resample", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(
+    ("box", "size"), [((10, 20, 60, 90), (32, 32)), ((0, 0, 120, 150), (96, 96)), ((5, 5, 20, 20), (64, 64))]
+)
+def test_a_crop_is_what_pillow_makes_of_it(box: tuple[int, ...], size: tuple[int, int], resample: str) -> None:
+    smooth = np.random.default_rng(0).random((12, 15, 3)) * 255
+    image = Image.fromarray(np.uint8(smooth)).resize((150, 120), Image.Resampling.BICUBIC)
+    top, left, height, width = box
+    theirs = image.crop((left, top, left + width, top + height)).resize(
+        size[::-1], getattr(Image.Resampling, resample.upper())
+    )
+    ours = cut(np.asarray(image).copy(), box, size, resample).permute(1, 2, 0).numpy().astype(int)
+    difference = np.abs(ours - np.asarray(theirs))
+    assert difference.max() <= 2
+    assert difference.mean() < 0.1
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 140), (140, 100), (57, 57), (300, 301)])
+def test_the_evaluations_view_is_torchvisions(height: int, width: int) -> None:
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+    image = Image.fromarray(np.uint8(np.random.default_rng(0).random((9, 9, 3)) * 255)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    theirs = Compose([Resize(64, InterpolationMode.BICUBIC), CenterCrop(56)])(image)
+    ours = resize_and_center(np.asarray(image).copy(), 64, 56).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(ours - np.asarray(theirs)).max() <= 2

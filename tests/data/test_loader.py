@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_images
+
+from dinocli.data.crops import JitterConfig, ViewConfig
+from dinocli.data.loader import BadFiles, Batch, ViewsConfig, plain_batches, resize_for, train_batches
+from dinocli.data.sources import image_folder
+from dinocli.errors import DinoError
+
+CPU = torch.device("cpu")
+JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+GLOBAL = ViewConfig(size=24, scale=(0.4, 1.0), flip=0.5, jitter=JITTER, gray=0.2, blur=0.5, solarize=0.2)
+VIEWS = ViewsConfig(
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    global_1=GLOBAL,
+    global_2=GLOBAL,
+    local=GLOBAL.model_copy(update={"size": 16}),
+    locals=3,
+)
+
+
+def take(
+    images: Path,
+    count: int,
+    *,
+    batch_size: int = 4,
+    start: int = 0,
+    workers: int = 0,
+    seed: int = 0,
+    views: ViewsConfig = VIEWS,
+) -> list[Batch]:
+    stream = train_batches(
+        image_folder(images),
+        views,
+        batch_size=batch_size,
+        seed=seed,
+        start=start,
+        workers=workers,
+        device=CPU,
+        bad=BadFiles(),
+    )
+    return list(islice(stream, count))
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return a.rows.equal(b.rows) and all(x.equal(y) for x, y in zip(a.crops, b.crops, strict=True))
+
+
+def test_shapes_and_groups(images: Path) -> None:
+    batch = take(images, 1)[0]
+    assert [tuple(c.shape) for c in batch.crops] == [(2, 4, 3, 24, 24), (3, 4, 3, 16, 16)]
+    assert batch.global_crops.dtype == torch.float32
+    without = take(images, 1, views=VIEWS.model_copy(update={"local": None}))[0]
+    assert without.local_crops is None
+    assert len(without.crops) == 1
+
+
+def test_every_image_comes_once_an_epoch_and_orders_differ(images: Path) -> None:
+    rows = torch.stack([b.rows for b in take(images, 6)]).view(2, 12)
+    assert rows.sort(1).values.tolist() == [list(range(12))] * 2
+    assert rows[0].tolist() != rows[1].tolist()
+
+
+def test_views_do_not_depend_on_the_number_of_workers(images: Path) -> None:
+    alone = take(images, 4)
+    for workers in (1, 2):
+        assert all(same(a, b) for a, b in zip(alone, take(images, 4, workers=workers), strict=True))
+
+
+def test_a_later_start_gives_the_same_batches(images: Path) -> None:
+    assert all(same(a, b) for a, b in zip(take(images, 7)[4:], take(images, 3, start=4), strict=True))
+
+
+def test_views_follow_the_seed(images: Path) -> None:
+    assert not same(take(images, 1)[0], take(images, 1, seed=1)[0])
+
+
+def test_a_bad_file_is_replaced_and_named(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "x", 40)
+    (folder / "0003.png").write_bytes(b"no image")
+    bad = BadFiles()
+    stream = train_batches(image_folder(folder), VIEWS, batch_size=8, seed=0, device=CPU, bad=bad)
+    batches = list(islice(stream, 5))
+    assert all(b.global_crops.shape[1] == 8 and not (b.rows == 3).any() for b in batches)
+    assert list(bad.reasons) == ["0003.png"]
+    assert bad.summary() == "1 UnidentifiedImageError"
+
+
+@pytest.mark.parametrize("good", [0, 20])
+def test_too_many_bad_files_end_the_run(tmp_path: Path, good: int) -> None:
+    folder = write_images(tmp_path / "x", good)
+    for i in range(8):
+        (folder / f"bad{i}.png").write_bytes(b"no image")
+    with pytest.raises(DinoError, match=r"cannot be read") as error:
+        list(islice(train_batches(image_folder(folder), VIEWS, batch_size=4, seed=0, device=CPU, bad=BadFiles()), 8))
+    assert str(folder) in error.value.hint
+
+
+def test_one_pass_in_order_names_what_it_leaves_out(images: Path) -> None:
+    (images / "a" / "0002.png").write_bytes(b"no image")
+    passes = [
+        list(
+            plain_batches(
+                image_folder(images), size=16, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=5, workers=w, device=CPU
+            )
+        )
+        for w in (0, 1)
+    ]
+    for batches in passes:
+        assert [row for b in batches for row in b.rows] == [i for i in range(12) if i != 2]
+        assert [row for b in batches for row, _ in b.bad] == [2]
+        assert all(b.images.shape == (len(b.rows), 3, 16, 16) for b in batches)
+    assert all(a.images.equal(b.images) for a, b in zip(*passes, strict=True))
+
+
+def test_the_evaluations_resize() -> None:
+    assert [resize_for(size) for size in (224, 112, 48)] == [256, 128, 55]

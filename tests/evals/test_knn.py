@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dinocli.errors import DinoError
+from dinocli.evals.knn import knn, vote
+from dinocli.features import Features, Recipe
+
+RECIPE = Recipe("x", "0", "cls", 1, 224, "data")
+
+
+def features(values: np.ndarray, labels: np.ndarray, classes: int) -> Features:
+    names = [str(i) for i in range(classes)]
+    return Features(values.astype(np.float32), labels.astype(np.int64), [""] * len(values), names, {}, RECIPE)
+
+
+@pytest.fixture
+def stored(original) -> tuple[Features, Features]:
+    tensors = original.below("knn/")
+    train_labels = tensors.get("train_labels", tensors.get("train_label"))
+    test_labels = tensors.get("test_labels", tensors.get("test_label"))
+    classes = original.made["knn"]["num_classes_in_data"]
+    return (
+        features(tensors["train_features"].numpy(), train_labels.numpy(), classes),
+        features(tensors["test_features"].numpy(), test_labels.numpy(), classes),
+    )
+
+
+def test_accuracies_equal_the_originals_for_every_k(original, stored: tuple[Features, Features]) -> None:
+    results = original.made["knn"]["results"]
+    ours = knn(*stored, [int(k) for k in results], original.made["knn"]["T"])
+    for score, theirs in zip(ours.scores, results.values(), strict=True):
+        assert score.top1 == pytest.approx(theirs["official_top1"])
+        assert score.top5 == pytest.approx(theirs["strict_top5"])
+
+
+def test_leave_one_out_never_asks_the_image_itself() -> None:
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(30, 8))
+    values[10:20] = values[:10]  # ten exact copies, of another class
+    labels = np.repeat([0, 1, 2], 10)
+    result = knn(features(values, labels, 3), None, [1])
+    assert result.leave_one_out
+    assert result.neighbours == 29
+    normalized = values / np.linalg.norm(values, axis=1, keepdims=True)
+    similarity = normalized @ normalized.T
+    np.fill_diagonal(similarity, -2)
+    assert result.scores[0].top1 == pytest.approx(100 * (labels[similarity.argmax(1)] == labels).mean())
+
+
+def test_a_vote_weighs_by_similarity() -> None:
+    votes = vote(np.array([[0.9, 0.5, 0.5]], dtype=np.float32), np.array([[2, 0, 0]]), 3, 0.07)
+    np.testing.assert_allclose(votes, [[2 * np.exp(0.5 / 0.07), 0, np.exp(np.float32(0.9) / 0.07)]], rtol=1e-6)
+
+
+def test_more_queries_than_fit_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinocli.evals import knn as module
+
+    generator = np.random.default_rng(0)
+    data = features(generator.normal(size=(50, 4)), generator.integers(0, 5, 50), 5)
+    whole = knn(data, None, [3, 7])
+    monkeypatch.setattr(module, "_ROWS", 7)
+    assert knn(data, None, [3, 7]) == whole
+
+
+@pytest.mark.parametrize("k", [0, 10, 11])
+def test_k_out_of_range_is_said(k: int) -> None:
+    data = features(np.eye(10), np.arange(10) % 2, 2)
+    with pytest.raises(DinoError, match="between 1 and 9"):
+        knn(data, None, [k])

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from dinocli.losses.dino import DinoLossConfig, dino_loss
+from dinocli.losses.targets import CenteringConfig
+from dinocli.schedules import Clock, LinearByEpoch
+
+
+def loss_over_pairs(student: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The definition, written as two loops: the paper's equation 3."""
+    terms = []
+    for g, v in itertools.product(range(len(targets)), range(len(student))):
+        if g != v:
+            log_p = torch.log_softmax(student[v] / temperature, -1)
+            terms.append(torch.stack([-(targets[g, b] * log_p[b]).sum() for b in range(student.shape[1])]).mean())
+    return torch.stack(terms).mean()
+
+
+@pytest.mark.parametrize("views", [2, 3, 10])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("prototypes", [2, 17])
+def test_equals_the_definition(views: int, batch: int, prototypes: int) -> None:
+    torch.manual_seed(0)
+    student = torch.randn(views, batch, prototypes, dtype=torch.float64, requires_grad=True)
+    targets = torch.randn(2, batch, prototypes, dtype=torch.float64).softmax(-1)
+    loss, expected = dino_loss(student, targets, 0.1), loss_over_pairs(student, targets, 0.1)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, expected)), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("case", ["twocrop_f64", "multicrop_2p4_f64"])
+def test_loss_gradient_and_center_equal_the_originals(original, case: str) -> None:
+    made = original.made["loss"][case]
+    temperature = LinearByEpoch(
+        kind="linear_by_epoch",
+        start=made["warmup_teacher_temp"],
+        end=made["teacher_temp"],
+        epochs=made["warmup_teacher_temp_epochs"],
+    )
+    targets = CenteringConfig(kind="centering", momentum=made["center_momentum"], temperature=temperature)
+    config = DinoLossConfig(weight=1.0, head="dino", student_temperature=made["student_temp"], targets=targets)
+    loss_of = config.build(made["out_dim"]).double()
+    for call in made["calls"]:
+        name = f"loss/{case}/call{call['call']}"
+        loss_of.targets.center.copy_(original[f"{name}/center_before"][0])
+        student = original[f"{name}/student"].unflatten(0, (made["ncrops"], -1)).requires_grad_()
+        teacher = original[f"{name}/teacher"].unflatten(0, (2, -1))
+        loss = loss_of(student, teacher, Clock(1, made["nepochs"], call["epoch"]))
+        loss.backward()
+        loss_of.after_step()
+        torch.testing.assert_close(loss, original[f"{name}/loss"], rtol=1e-13, atol=0)
+        torch.testing.assert_close(
+            student.grad.flatten(0, 1), original[f"{name}/dloss_dstudent"], rtol=1e-10, atol=1e-14
+        )
+        torch.testing.assert_close(loss_of.targets.center, original[f"{name}/center_after"][0], rtol=1e-13, atol=1e-15)
+
+
+def test_a_student_that_agrees_has_the_entropy_of_the_targets_as_loss() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(1, 4, 8, dtype=torch.float64)
+    targets = (logits / 0.1).softmax(-1).expand(2, -1, -1)
+    entropy = -(targets[0] * targets[0].log()).sum(-1).mean()
+    torch.testing.assert_close(dino_loss(logits.expand(2, -1, -1), targets, 0.1), entropy)
+
+
+def test_half_precision_logits_are_summed_in_single() -> None:
+    targets = torch.full((2, 1, 4), 0.25)
+    assert dino_loss(torch.zeros(2, 1, 4, dtype=torch.bfloat16), targets, 0.1).dtype == torch.float32

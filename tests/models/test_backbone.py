@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from dinocli.errors import DinoError
+from dinocli.models.backbone import BackboneConfig, ViTBackbone, adapt, resample_positions
+
+MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SIZES = ["32x32", "16x16", "24x40", "16x64", "27x45"]
+
+
+@pytest.fixture
+def micro(original) -> ViTBackbone:
+    model = VisionTransformer(**MICRO, num_classes=0).double()
+    model.load_state_dict(original.below("vit/micro32d2h2p8_f64/weights/"))
+    return ViTBackbone(model, "dino").eval()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_equal_the_originals_at_every_size(original, micro: ViTBackbone, size: str) -> None:
+    name = f"vit/micro32d2h2p8_f64/{size}"
+    images = original[f"{name}/input"]
+    tokens = micro(images)
+    torch.testing.assert_close(tokens.cls, original[f"{name}/cls"], rtol=0, atol=1e-12)
+    everything = torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1)
+    torch.testing.assert_close(everything, original[f"{name}/inter_n1/0"], rtol=0, atol=1e-12)
+    assert tokens.grid[0] * tokens.grid[1] == tokens.patches.shape[1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_attention_equals_the_originals(original, micro: ViTBackbone, size: str) -> None:
+    name = f"vit/micro32d2h2p8_f64/{size}"
+    expected = original[f"{name}/last_attn"]
+    images = original[f"{name}/input"]
+    torch.testing.assert_close(micro.attention(images), expected[:, :, :1], rtol=0, atol=1e-13)
+    torch.testing.assert_close(micro.attention(images, slice(None)), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", ["p16_224"])
+def test_positions_equal_the_originals(original, case: str) -> None:
+    patch = original.made["posembed"][case]["patch"]
+    table = original[f"posembed/{case}/pos_embed"]
+    sizes = original.below(f"posembed/{case}/")
+    del sizes["pos_embed"]
+    for size, expected in sizes.items():
+        grid = tuple(int(side) // patch for side in size.split("x"))
+        torch.testing.assert_close(resample_positions(table, grid, 1, "dino"), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_antialiased_positions_are_another_choice(original) -> None:
+    table = original["posembed/p16_224/pos_embed"]
+    dino, antialias = (resample_positions(table, (6, 6), 1, how) for how in ("dino", "antialias"))
+    relative = (dino - antialias).norm() / dino[:, 1:].norm()
+    assert 0.5 < relative < 1.0, "the original's resampling at 96 pixels is far from the antialiased one"
+
+
+def test_a_large_photo_costs_memory_for_its_patches_and_not_their_square() -> None:
+    backbone = BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, positions="dino").build(drop_path=False)
+    with torch.no_grad():
+        assert backbone.attention(torch.zeros(1, 3, 8 * 60, 8 * 80)).shape == (1, 2, 1, 4801)
+
+
+def test_registers_stand_apart_and_get_no_position() -> None:
+    options = MICRO | {"reg_tokens": 4, "no_embed_class": True}
+    backbone = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="antialias").build(
+        drop_path=False
+    )
+    images = torch.randn(2, 3, 32, 32)
+    tokens = backbone.eval()(images)
+    assert (tokens.registers.shape, tokens.patches.shape) == ((2, 4, 32), (2, 16, 32))
+    expected = backbone.model.forward_features(images)
+    torch.testing.assert_close(tokens.cls, expected[:, 0])
+    torch.testing.assert_close(tokens.patches, expected[:, 5:])
+
+
+def test_drop_path_grows_linearly_and_is_the_students_alone(original) -> None:
+    config = BackboneConfig(name="vit_tiny_patch16_224", options=MICRO | {"depth": 4}, drop_path=0.1, positions="dino")
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in config.build(drop_path=True).model.blocks]
+    assert rates == pytest.approx(original.made["droppath"]["4"], abs=1e-7)
+    assert all(not hasattr(block.drop_path1, "drop_prob") for block in config.build(drop_path=False).model.blocks)
+
+
+def test_a_class_token_starts_with_the_spread_asked_for() -> None:
+    config = BackboneConfig(name="vit_small_patch16_224", class_token_std=0.02, positions="dino")
+    assert config.build(drop_path=False).model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_last_blocks_are_normed_and_in_order(micro: ViTBackbone, original) -> None:
+    images = original["vit/micro32d2h2p8_f64/32x32/input"]
+    first, last = micro.blocks(images, 2)
+    torch.testing.assert_close(last.cls, micro(images).cls)
+    assert not torch.allclose(first.cls, last.cls)
+    with pytest.raises(DinoError, match="last 3 blocks"):
+        micro.blocks(images, 3)
+
+
+def test_a_convolutional_network_gives_its_map_and_the_average_of_it() -> None:
+    backbone = BackboneConfig(name="resnet18").build(drop_path=False).eval()
+    tokens = backbone(torch.randn(2, 3, 64, 96))
+    assert (tokens.grid, backbone.patch_size, backbone.width) == ((2, 3), 32, 512)
+    torch.testing.assert_close(tokens.cls, tokens.patches.mean(1))
+    with pytest.raises(DinoError, match="vision transformer"):
+        backbone.attention(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_smal_patch16_224", {}, "no model 'vit_smal_patch16_224'"),
+        ("vit_tiny_patch16_224", {"wings": 2}, "cannot build"),
+        ("swin_tiny_patch4_window7_224", {}, "cannot be a backbone"),
+    ],
+)
+def test_what_cannot_be_a_backbone_is_named(name: str, options: dict, message: str) -> None:
+    with pytest.raises(DinoError, match=message):
+        BackboneConfig(name=name, options=options).build(drop_path=False)
+
+
+def test_adapt_takes_any_timm_model_of_the_two_kinds() -> None:
+    assert adapt(VisionTransformer(**MICRO, num_classes=0), "antialias").width == 32

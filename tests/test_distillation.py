@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from dinocli.data.loader import Batch
+from dinocli.distillation import SelfDistillation
+from dinocli.engine.optim import AdamWConfig, ClipEach, LinearRule
+from dinocli.engine.trainer import Trainer
+from dinocli.losses import LossesConfig
+from dinocli.losses.dino import DinoLossConfig
+from dinocli.losses.targets import CenteringConfig
+from dinocli.models.backbone import ViTBackbone
+from dinocli.models.head import HeadConfig
+from dinocli.models.network import Network
+from dinocli.schedules import Clock, Cosine, LinearByEpoch
+
+
+def network(made: dict) -> Network:
+    vit, head, args = made["vit"], made["head"], made["args"]
+    model = VisionTransformer(
+        img_size=vit["img"],
+        patch_size=vit["patch"],
+        embed_dim=vit["embed"],
+        depth=vit["depth"],
+        num_heads=vit["heads"],
+        num_classes=0,
+    )
+    config = HeadConfig(
+        prototypes=head["out_dim"],
+        hidden=head["hidden_dim"],
+        bottleneck=head["bottleneck_dim"],
+        layers=3,
+        norm_last_layer=made["norm_last_layer"],
+        freeze_last_layer_epochs=args["freeze_last_layer"],
+    )
+    return Network(ViTBackbone(model, "dino"), {"dino": config.build(vit["embed"])})
+
+
+def in_our_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {k.replace("head.", "heads.dino.", 1) if k.startswith("head.") else k: v for k, v in weights.items()}
+
+
+@pytest.fixture
+def trainer(original) -> Trainer:
+    made = original.made["train"]["micro_f64"]
+    args = made["args"]
+    student = network(made).double()
+    student.load_weights(in_our_keys(original.below("train/micro_f64/init/")), "the fixture")
+    temperature = LinearByEpoch(
+        kind="linear_by_epoch",
+        start=args["warmup_teacher_temp"],
+        end=args["teacher_temp"],
+        epochs=args["warmup_teacher_temp_epochs"],
+    )
+    loss = DinoLossConfig(
+        weight=1.0,
+        head="dino",
+        student_temperature=0.1,
+        targets=CenteringConfig(kind="centering", momentum=0.9, temperature=temperature),
+    )
+    momentum = Cosine(kind="cosine", start=args["momentum_teacher"], end=1.0)
+    method = SelfDistillation(student, network(made).double(), LossesConfig(dino=loss), momentum).double()
+    config = AdamWConfig(
+        kind="adamw",
+        betas=(0.9, 0.999),
+        lr=Cosine(kind="cosine", start=args["lr"], end=args["min_lr"], warmup_epochs=args["warmup_epochs"]),
+        lr_rule=LinearRule(kind="linear", batch=256),
+        weight_decay=Cosine(kind="cosine", start=args["weight_decay"], end=args["weight_decay_end"]),
+        clip=ClipEach(kind="each_parameter", norm=args["clip_grad"]),
+    )
+    return Trainer(method, config, Clock(made["niter_per_epoch"], args["epochs"]), batch_size=made["batch"])
+
+
+def test_five_steps_leave_the_weights_of_the_original(original, trainer: Trainer) -> None:
+    made = original.made["train"]["micro_f64"]
+    crops = [original[f"train/micro_f64/crops/{i}"] for i in range(2 + made["n_local"])]
+    batch = Batch(torch.stack(crops[:2]), torch.stack(crops[2:]), torch.arange(made["batch"]))
+    for step in range(made["steps"]):
+        values = trainer.step(batch)
+        torch.testing.assert_close(values["loss"], original["train/micro_f64/losses"][step], rtol=1e-12, atol=0)
+        norms = original[f"train/micro_f64/step{step}/grad_norms"]
+        torch.testing.assert_close(values["grad_norm"], norms.norm(), rtol=1e-10, atol=0)
+    method = trainer.method
+    for name, ours in (("student", method.student), ("teacher", method.teacher)):
+        weights = ours.weights()
+        for key, expected in in_our_keys(original.below(f"train/micro_f64/after5/{name}/")).items():
+            # The gradient of a key's bias is zero in truth, so Adam makes steps out of its rounding.
+            kept = slice(None) if not key.endswith("qkv.bias") else torch.arange(96) // 32 != 1
+            torch.testing.assert_close(
+                weights[key][kept], expected[kept], rtol=0, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}"
+            )
+    torch.testing.assert_close(
+        method.losses["dino"].targets.center, original["train/micro_f64/after5/center"][0], rtol=0, atol=1e-12
+    )
+
+
+def test_adam_counts_no_step_while_prototypes_are_frozen(original, trainer: Trainer) -> None:
+    made = original.made["train"]["micro_f64"]
+    batch = Batch(torch.randn(2, 3, 3, 32, 32, dtype=torch.float64), None, torch.arange(3))
+    for _ in range(made["steps"]):
+        trainer.step(batch)
+    names = {p: n for n, p in trainer.method.student.named_parameters()}
+    steps = {
+        names[p].replace(".model.", ".").replace("heads.dino.", "head."): float(s["step"])
+        for p, s in trainer.optimizer.state.items()
+    }
+    expected = {k: v for k, v in made["adam_step_counts"].items() if v}
+    assert steps == expected
+
+
+def test_groups_are_the_originals(original, trainer: Trainer) -> None:
+    made = original.made["train"]["micro_f64"]["param_groups"]
+    names = {
+        p: n.replace(".model.", ".").replace("heads.dino.", "head.")
+        for n, p in trainer.method.student.named_parameters()
+    }
+    for decay, expected in ((True, made["regularized"]), (False, made["not_regularized"])):
+        ours = {names[p] for group in trainer.method.param_groups() if group.decay is decay for p in group.params}
+        assert ours == set(expected)
+
+
+def test_teacher_starts_as_the_student_and_gets_no_gradient(trainer: Trainer) -> None:
+    student, teacher = trainer.method.student, trainer.method.teacher
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_the_first_step_moves_no_weight_because_its_rate_is_zero(trainer: Trainer) -> None:
+    before = {k: v.clone() for k, v in trainer.method.student.state_dict().items()}
+    trainer.step(Batch(torch.randn(2, 3, 3, 32, 32, dtype=torch.float64), None, torch.arange(3)))
+    assert all(torch.equal(v, before[k]) for k, v in trainer.method.student.state_dict().items())

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from dinocli.encoder import (
+    Encoder,
+    fingerprint,
+    initial_weights,
+    load_encoder,
+    official_architecture,
+    untrained_encoder,
+)
+from dinocli.errors import DinoError
+from dinocli.models.backbone import ViTBackbone
+from dinocli.preset import load_preset
+from dinocli.weights import read_weights, write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def test_feature_layouts_equal_the_originals(original) -> None:
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0).double()
+    model.load_state_dict(original.below("vit/micro32d2h2p8_f64/weights/"))
+    encoder = Encoder(ViTBackbone(model, "dino").eval(), "x", "0", 32, (0.5,) * 3, (0.5,) * 3)
+    images = original["vit/micro32d2h2p8_f64/32x32/input"]
+    for name, tokens, blocks in (("n1", "cls", 1), ("n2", "cls", 2), ("n1_avgpool", "cls+avg", 1)):
+        torch.testing.assert_close(
+            encoder.features(images, tokens, blocks), original[f"linear_feat/{name}"], rtol=0, atol=1e-12
+        )
+    assert encoder.features(images, "patches", 2).shape == (2, 16, 64)
+
+
+def test_a_checkpoint_carries_its_own_shape_size_and_statistics(tmp_path: Path) -> None:
+    preset = load_preset("tiny", ["views.mean=[0.1, 0.2, 0.3]"])
+    network = preset.network().eval()
+    write_checkpoint(tmp_path / "ckpt.safetensors", network, preset, 0)
+    encoder = load_encoder(str(tmp_path), CPU)
+    assert (encoder.size, encoder.mean) == (preset.views.global_1.size, (0.1, 0.2, 0.3))
+    images = torch.randn(2, 3, encoder.size, encoder.size)
+    torch.testing.assert_close(encoder.features(images), network.backbone(images).cls)
+    assert encoder.fingerprint == fingerprint(network.backbone.model.state_dict())
+    twin = untrained_encoder(read_weights(tmp_path), CPU)
+    assert twin.fingerprint != encoder.fingerprint
+    assert twin.features(images).shape == encoder.features(images).shape
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_small_patch8_224", {}),
+        ("vit_tiny_patch16_224", {"img_size": 96, "patch_size": 8}),
+        ("resnet50", {}),
+    ],
+)
+def test_official_networks_are_told_by_their_weights(tmp_path: Path, name: str, options: dict) -> None:
+    model = timm.create_model(name, num_classes=0, **options).eval()
+    torch.save(
+        {"teacher": {f"module.backbone.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "official.pth"
+    )
+    encoder = load_encoder(str(tmp_path / "official.pth"), CPU)
+    images = torch.randn(1, 3, *[options.get("img_size", 64 if name == "resnet50" else 224)] * 2)
+    expected = model(images)
+    torch.testing.assert_close(encoder.features(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_no_known_network_are_never_random_ones(tmp_path: Path) -> None:
+    with pytest.raises(DinoError, match="none of DINO's networks"):
+        official_architecture({"conv.weight": torch.zeros(1)}, "x.pth")
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    weights = model.state_dict()
+    del weights["blocks.3.norm1.bias"]
+    torch.save(weights, tmp_path / "torn.pth")
+    with pytest.raises(DinoError, match=r"lacks blocks\.3\.norm1\.bias"):
+        load_encoder(str(tmp_path / "torn.pth"), CPU)
+
+
+@pytest.fixture
+def local_timm(tmp_path: Path) -> str:
+    """A model folder in the form of timm's hub, since no released weights can be downloaded in a test."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 0,
+        "model_args": {"img_size": 32, "depth": 2},
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32],
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.4, 0.4, 0.4],
+            "num_classes": 0,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return f"timm:local-dir:{tmp_path}"
+
+
+def test_timms_released_weights(local_timm: str) -> None:
+    encoder = load_encoder(local_timm, CPU)
+    assert (encoder.size, encoder.mean, encoder.std) == (32, (0.5, 0.5, 0.5), (0.4, 0.4, 0.4))
+    assert encoder.features(torch.randn(2, 3, 32, 32)).shape == (2, 192)
+    weights = initial_weights(local_timm)
+    assert fingerprint(weights.backbone) == encoder.fingerprint
+    assert weights.heads == {}
+
+
+def test_released_weights_that_cannot_be_had_are_never_random_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(DinoError, match="could not be had: no network here"):
+        load_encoder("timm:vit_tiny_patch16_224", CPU)
+    with pytest.raises(DinoError, match="no model 'vit_tinny_patch16_224'"):
+        load_encoder("timm:vit_tinny_patch16_224", CPU)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from dinocli.errors import DinoError
+from dinocli.features import Recipe, compared, read_features, read_splits, write_features
+
+RECIPE = Recipe("ckpt.safetensors", "0123456789abcdef", "cls", 1, 224, "data")
+
+
+def write(
+    path: Path, rows: int = 3, width: tuple[int, ...] = (4,), classes: tuple[str, ...] = ("a", "b"), **changed: object
+) -> None:
+    with write_features(path, Recipe(**(vars(RECIPE) | changed)), classes) as writer:
+        for i in range(rows):
+            writer.append(np.full((1, *width), i, dtype=np.float32))
+            writer.labels.append(i % len(classes) if classes else -1)
+            writer.paths.append(f"a/ünïcode {i}.png")
+        writer.skipped["bad.png"] = "no image"
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("width", [(4,), (3,), (5, 3)])
+def test_what_is_written_is_read(tmp_path: Path, rows: int, width: tuple[int, ...]) -> None:
+    write(tmp_path / "f.safetensors", rows, width)
+    read = read_features(tmp_path / "f.safetensors")
+    assert read.values.shape == (rows, *width)
+    assert read.values.reshape(rows, -1)[:, 0].tolist() == list(range(rows))
+    assert read.labels.tolist() == [i % 2 for i in range(rows)]
+    assert read.paths == [f"a/ünïcode {i}.png" for i in range(rows)]
+    assert (read.classes, read.skipped, read.recipe) == (["a", "b"], {"bad.png": "no image"}, RECIPE)
+
+
+def test_other_readers_of_safetensors_can_read_it(tmp_path: Path) -> None:
+    write(tmp_path / "f.safetensors", 3, (3,))
+    with safe_open(tmp_path / "f.safetensors", framework="pt") as file:
+        assert {"values", "labels", "paths", "skipped"} <= set(file.keys())
+        assert file.get_tensor("values").shape == (3, 3)
+
+
+def test_a_failure_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    write(path, 2)
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="full"), write_features(path, RECIPE, []) as writer:
+        writer.append(np.zeros((1, 4), dtype=np.float32))
+        raise OSError(errno.ENOSPC, "full")
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_file_that_is_none_is_said(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "f.safetensors").write_bytes(content)
+    with pytest.raises(DinoError):
+        read_features(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [({"fingerprint": "f" * 16}, "weights"), ({"tokens": "cls+avg"}, "tokens"), ({"data": "other"}, "data sets")],
+)
+def test_splits_that_do_not_belong_together_are_refused(tmp_path: Path, changed: dict, what: str) -> None:
+    write(tmp_path / "train.safetensors")
+    write(tmp_path / "val.safetensors", **changed)
+    with pytest.raises(DinoError, match=f"different {what}"):
+        read_splits(tmp_path)
+
+
+@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()])
+def test_a_folder_without_features_is_said(tmp_path: Path, make) -> None:
+    make(tmp_path / "features")
+    with pytest.raises(DinoError, match="features was wanted"):
+        read_splits(tmp_path / "features")
+
+
+def test_test_labels_count_in_the_training_classes(tmp_path: Path) -> None:
+    write(tmp_path / "train.safetensors", 6, classes=("a", "b", "c"))
+    write(tmp_path / "val.safetensors", 4, classes=("a", "c"))
+    train, test = compared(read_splits(tmp_path))
+    assert test.labels.tolist() == [0, 2, 0, 2]
+    assert test.classes == train.classes
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "x" / "all.safetensors", classes=())
+    with pytest.raises(DinoError, match="no class folders"):
+        compared(read_splits(tmp_path / "x"))
+    write(tmp_path / "y" / "all.safetensors", width=(5, 3))
+    with pytest.raises(DinoError, match="patch tokens"):
+        compared(read_splits(tmp_path / "y"))
+    write(tmp_path / "z" / "train.safetensors")
+    write(tmp_path / "z" / "val.safetensors", classes=("zebra",))
+    with pytest.raises(DinoError, match="zebra"):
+        compared(read_splits(tmp_path / "z"))

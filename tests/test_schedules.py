@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dinocli.schedules import Clock, Constant, Cosine, CosineByEpoch, LinearByEpoch, Schedule
+
+
+def values(schedule: Schedule, clock: Clock) -> list[float]:
+    return [schedule.at(replace(clock, step=step)) for step in range(clock.total)]
+
+
+@pytest.mark.parametrize("run", ["a_vits16_default_100ep_b512", "b_vitb16_like_20ep_b1024"])
+def test_schedules_of_a_run_equal_the_originals(original, run: str) -> None:
+    made = original.made["sched"][run]
+    clock = Clock(made["niter"], made["epochs"])
+    lr = Cosine(kind="cosine", start=made["lr"], end=made["min_lr"], warmup_epochs=made["warmup_epochs"])
+    ours = {
+        "lr": lr.scaled(made["batch"] / 256),
+        "wd": Cosine(kind="cosine", start=made["wd"], end=made["wd_end"]),
+        "momentum": Cosine(kind="cosine", start=made["momentum"], end=1.0),
+    }
+    for name, schedule in ours.items():
+        np.testing.assert_allclose(
+            values(schedule, clock), original[f"sched/{run}/{name}"].numpy(), rtol=1e-13, atol=1e-16
+        )
+    temperature = LinearByEpoch(
+        kind="linear_by_epoch", start=made["t_warm"], end=made["t"], epochs=made["t_warm_epochs"]
+    )
+    by_epoch = values(temperature, clock)[:: clock.steps_per_epoch]
+    np.testing.assert_allclose(by_epoch, original[f"sched/{run}/teacher_temp"].numpy(), rtol=1e-15)
+
+
+def test_first_step_of_a_warmup_is_zero_and_its_last_is_the_peak() -> None:
+    lr = Cosine(kind="cosine", start=2.0, end=0.0, warmup_epochs=2)
+    assert values(lr, Clock(5, 4))[:2] == [0.0, 2.0 / 9]
+    assert values(lr, Clock(5, 4))[9:11] == [2.0, 2.0]
+
+
+def test_constant_and_cosine_by_epoch() -> None:
+    assert set(values(Constant(kind="constant", value=0.5), Clock(3, 2))) == {0.5}
+    by_epoch = values(CosineByEpoch(kind="cosine_by_epoch", start=1.0, end=0.0), Clock(2, 4))
+    assert by_epoch[::2] == by_epoch[1::2]
+    assert by_epoch[::2] == pytest.approx([1.0, 0.8535533905932737, 0.5, 0.1464466094067262])
+
+
+def test_a_scaled_schedule_keeps_its_end() -> None:
+    scaled = Cosine(kind="cosine", start=1.0, end=0.25).scaled(4)
+    assert (scaled.start, scaled.end) == (4.0, 0.25)
+
+
+def test_clock() -> None:
+    clock = Clock(steps_per_epoch=3, epochs=2)
+    assert [(c.step, c.epoch) for c in (clock, clock.tick().tick(), clock.tick().tick().tick())] == [
+        (0, 0),
+        (2, 0),
+        (3, 1),
+    ]
+    assert clock.total == 6

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from dinocli.errors import DinoError
+from dinocli.models.network import Network
+from dinocli.preset import Preset, load_preset
+from dinocli.weights import read_weights, write_checkpoint
+
+SMALL = ["heads.dino.prototypes=16", "heads.dino.hidden=24", "heads.dino.bottleneck=8"]
+
+
+@pytest.fixture
+def preset() -> Preset:
+    return load_preset("tiny", SMALL)
+
+
+@pytest.fixture
+def network(preset: Preset) -> Network:
+    torch.manual_seed(0)
+    return preset.network()
+
+
+def official(network: Network, prefix: str = "") -> dict[str, torch.Tensor]:
+    """A network's weights under the keys of the original's full checkpoint."""
+    return {prefix + k.replace("heads.dino.", "head."): v for k, v in network.weights().items()}
+
+
+def full_checkpoint(network: Network) -> dict[str, object]:
+    """What the original saves: DDP's prefix on the student, an argparse Namespace, numpy numbers in the optimizer."""
+    student = {k: v + 1 for k, v in official(network, "module.").items()}
+    return {
+        "student": student,
+        "teacher": official(network),
+        "optimizer": {
+            "state": {},
+            "param_groups": [{"lr": np.float64(0.1), "weight_decay": np.float32(0.2), "n": np.int64(3)}],
+        },
+        "epoch": 3,
+        "args": argparse.Namespace(arch="vit_tiny", lr=0.1),
+        "dino_loss": {"center": torch.zeros(1, 16)},
+    }
+
+
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, preset: Preset, network: Network) -> None:
+    write_checkpoint(tmp_path / "ckpt.safetensors", network, preset, 7)
+    for source in (tmp_path, tmp_path / "ckpt.safetensors"):
+        weights = read_weights(source)
+        assert weights.preset == preset
+        assert all(torch.equal(v, network.backbone.model.state_dict()[k]) for k, v in weights.backbone.items())
+        assert set(weights.heads["dino"]) == set(network.heads["dino"].state_dict())
+    with safe_open(tmp_path / "ckpt.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == "7"
+        assert {k.split(".")[0] for k in file.keys()} == {"backbone", "heads"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_a_full_official_checkpoint(tmp_path: Path, network: Network, which: str) -> None:
+    torch.save(full_checkpoint(network), tmp_path / "checkpoint.pth")
+    weights = read_weights(tmp_path / "checkpoint.pth", which)
+    offset = 1 if which == "student" else 0
+    for key, value in network.backbone.model.state_dict().items():
+        torch.testing.assert_close(weights.backbone[key], value + offset)
+    assert set(weights.heads["dino"]) == set(network.heads["dino"].state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "teacher"])
+def test_a_backbone_alone_with_any_prefix(tmp_path: Path, network: Network, prefix: str, wrapper: str | None) -> None:
+    stored = {prefix + k: v for k, v in network.backbone.model.state_dict().items()}
+    torch.save({wrapper: stored} if wrapper else stored, tmp_path / "backbone.pth")
+    weights = read_weights(tmp_path / "backbone.pth")
+    assert set(weights.backbone) == set(network.backbone.model.state_dict())
+    assert weights.heads == {}
+
+
+class Attack:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("raise SystemExit('code from a weights file was run')",))
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    torch.save({"teacher": Attack()}, tmp_path / "evil.pth")
+    with pytest.raises(DinoError, match="cannot be read as weights"):
+        read_weights(tmp_path / "evil.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.pth", b"", "cannot be read"),
+        ("a.pth", b"rubbish", "cannot be read"),
+        ("a.safetensors", b"rubbish", "damaged"),
+        ("a.pth", None, "does not exist"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DinoError, match=message) as error:
+        read_weights(tmp_path / name)
+    assert "\n" not in error.value.message
+
+
+def test_a_file_without_the_network_asked_for(tmp_path: Path, preset: Preset, network: Network) -> None:
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(DinoError, match="holds no weights"):
+        read_weights(tmp_path / "empty.pth")
+    torch.save({"teacher": official(network)}, tmp_path / "teacher.pth")
+    with pytest.raises(DinoError, match="holds no student"):
+        read_weights(tmp_path / "teacher.pth", "student")
+    write_checkpoint(tmp_path / "ckpt.safetensors", network, preset, 7)
+    with pytest.raises(DinoError, match="the teacher alone"):
+        read_weights(tmp_path, "student")
+    with pytest.raises(DinoError, match="run folder"):
+        (tmp_path / "nothing").mkdir()
+        read_weights(tmp_path / "nothing")
