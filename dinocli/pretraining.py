@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +23,10 @@ from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
 from dinocli.models.network import load_strictly
 from dinocli.planning import Plan
+from dinocli.runs import CHECKPOINT, next_folder
 from dinocli.schedules import Clock
-from dinocli.weights import CHECKPOINT, write_checkpoint
+from dinocli.weights import write_checkpoint
 
-RUNS = Path("runs")
 _LOG_EVERY = 10  # steps; each log makes the host wait for the device once
 _LOG_AFTER = 5.0  # seconds, for steps so slow that ten of them leave a person waiting
 _SAVE_AFTER = 600.0  # seconds
@@ -159,33 +158,6 @@ def start_from(method: SelfDistillation, source: str) -> None:
         for name, head in network.heads.items():
             if name in weights.heads:
                 load_strictly(head, weights.heads[name], f"{source}, head {name}")
-
-
-def next_folder(preset: str) -> Path:
-    """The first `runs/<preset>-<n>` that does not exist."""
-    taken = [int(tail) for path in RUNS.glob(f"{preset}-*") if (tail := path.name.removeprefix(f"{preset}-")).isdigit()]
-    return RUNS / f"{preset}-{max(taken, default=0) + 1}"
-
-
-def newest_run() -> Path | None:
-    """The run folder whose checkpoint was written last."""
-    found = [path for path in RUNS.glob("*") if (path / CHECKPOINT).is_file()]
-    return max(found, key=lambda path: (path / CHECKPOINT).stat().st_mtime, default=None)
-
-
-def link_newest(checkpoint: Path) -> bool:
-    """Let `./ckpt.safetensors` be the newest weights; false where a file of the user's own stands there.
-
-    A link and not a copy, so that it stays what is newest while the run goes on.
-    """
-    link = Path(CHECKPOINT)
-    if link.exists() and not link.is_symlink():
-        return link.resolve() == checkpoint.resolve()
-    draft = Path(f".{CHECKPOINT}.{os.getpid()}.part")
-    draft.unlink(missing_ok=True)
-    draft.symlink_to(os.path.relpath(checkpoint))
-    draft.replace(link)
-    return True
 
 
 class _Saver:

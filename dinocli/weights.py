@@ -20,9 +20,9 @@ from dinocli.atomic import atomic
 from dinocli.errors import DinoError
 from dinocli.models.network import Network
 from dinocli.preset import Preset
+from dinocli.runs import CHECKPOINT
 
 Which = Literal["teacher", "student"]
-CHECKPOINT = "ckpt.safetensors"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import typer
 
 from dinocli import console
 from dinocli.errors import DinoError
+from dinocli.runs import CHECKPOINT, newest_run
 
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[
@@ -37,9 +38,6 @@ def checkpoint_or_newest(given: str | None) -> str:
     """
     if given:
         return given
-    from dinocli.pretraining import newest_run
-    from dinocli.weights import CHECKPOINT
-
     if Path(CHECKPOINT).exists():
         taken = Path(CHECKPOINT)
         console.say(f"checkpoint: {taken}" + (f" -> {taken.readlink()}" if taken.is_symlink() else ""))
@@ -63,7 +61,6 @@ def features_or_newest(given: Path | None) -> Path:
     if given:
         return given
     from dinocli.features import FOLDER
-    from dinocli.pretraining import newest_run
 
     run = newest_run()
     for folder in [FOLDER] + ([run / FOLDER] if run else []):

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinocli import console
+from dinocli import console, shipped
 from dinocli.cli.options import Device, Workers
+from dinocli.runs import link_newest, next_folder
 
 if TYPE_CHECKING:
     from dinocli.planning import Plan
@@ -40,7 +41,9 @@ def pretrain(
     """Train a vision transformer on a folder of images with DINO."""
     from dinocli.data.sources import image_folder
 
-    source = image_folder(images)  # before torch is loaded: a wrong path is said at once
+    source = image_folder(images)  # before torch is loaded: a wrong path or name is said at once
+    if not preset.endswith(".toml"):
+        shipped.text(preset)
 
     from dinocli.device import default_workers, pick_device
     from dinocli.planning import Plan, start_clock
@@ -68,7 +71,6 @@ def pretrain(
 
 def _print_plan(plan: Plan) -> None:
     from dinocli.planning import estimate
-    from dinocli.pretraining import next_folder
 
     preset, clock, cost = plan.preset, plan.clock, estimate(plan)
     views = f"{len(preset.views.globals)}x{preset.views.global_1.size}"
@@ -101,7 +103,7 @@ def _peak(plan: Plan) -> float:
 
 
 def _run(plan: Plan) -> None:
-    from dinocli.pretraining import link_newest, pretrain
+    from dinocli.pretraining import pretrain
 
     count, total = len(plan.source), plan.clock.total
     console.say(f"{plan.name}: {count} images, {plan.stop} steps of {plan.preset.training.batch_size} on {plan.device}")

@@ -1,0 +1,225 @@
+"""The command line as a user meets it: streams, exit codes, mistakes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import write_images
+
+from dinocli import shipped
+from dinocli.cli import main
+
+SMALL = [
+    "--set", "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}",
+    "--set", "views.global_1.size=16", "--set", "views.global_2.size=16", "--set", "views.local.size=8",
+    "--set", "heads.dino.prototypes=16", "--set", "heads.dino.hidden=16", "--batch-size", "4", "--workers", "0", "--device", "cpu",
+]  # fmt: skip
+
+
+@dataclass
+class Done:
+    stdout: str
+    stderr: str
+
+
+Dino = Callable[..., Done]
+
+
+@pytest.fixture
+def dino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dino:
+    """Runs a command in this process, which has paid for importing torch; in an empty folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def run(*words: str, code: int = 0) -> Done:
+        monkeypatch.setattr(sys, "argv", ["dino", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        done = Done(*capsys.readouterr())
+        assert (stopped.value.code or 0) == code, f"{words}: exit {stopped.value.code}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+def in_a_process(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dinocli", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | env)
+
+
+COMMANDS = ["", "pretrain", "extract", "knn", "linear", "attn-map", "presets", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick_and_imports_no_torch(tmp_path: Path, command: str) -> None:
+    words = [*command.split(), "--help"]
+    fastest = 9.0
+    for _ in range(3):  # the best of three, since a machine may be busy
+        began = time.perf_counter()
+        done = in_a_process(*words, cwd=tmp_path)
+        fastest = min(fastest, time.perf_counter() - began)
+    assert "Usage" in done.stdout
+    assert fastest < 0.5
+    code = "import sys\nfrom dinocli.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+
+
+def test_version(dino: Dino) -> None:
+    import dinocli
+
+    assert dino("--version").stdout == f"dino {dinocli.__version__}\n"
+
+
+def test_presets_are_listed_and_shown(dino: Dino) -> None:
+    table = dino("presets").stdout
+    assert all(name in table for name in shipped.names())
+    rows = json.loads(dino("presets", "--json").stdout)
+    assert [row["preset"] for row in rows] == shipped.names()
+    assert dino("presets", "show", "vits16").stdout.strip() == shipped.text("vits16").strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["pretrain", "nowhere"], "nowhere does not exist", ""),
+        (["pretrain", "empty"], "no images in empty", ".jpg"),
+        (["pretrain", "images", "--preset", "vits61"], "no preset 'vits61'", "vits16"),
+        (["pretrain", "images"], "a batch of 1024 images was wanted; the folder has 12", "--batch-size 8"),
+        (["pretrain", "images", "--set", "optimizer.lr.strat=1"], "no key optimizer.lr.strat", "optimizer.lr.start"),
+        (["pretrain", "images", "--set", "training.seed=-1"], "training.seed", "--set training.seed"),
+        (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--device", "cuda:9"], "cuda:9", "--device auto"),
+        (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--device", "gpu"], "'gpu' is none", "--device auto"),
+        (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--init", "x.pth"], "x.pth does not exist", "timm:NAME"),
+        (["extract", "images"], "a checkpoint was wanted", "dino pretrain"),
+        (["extract", "x.safetensors", "images"], "x.safetensors does not exist", "run folder"),
+        (["extract", "x.safetensors", "nowhere"], "nowhere does not exist", ""),
+        (["extract", "timm:vit_tinny_patch16_224", "images"], "no model", "vit_tiny_patch16_224"),
+        (["knn"], "features were wanted", "dino extract"),
+        (["knn", "--features", "nowhere"], "nowhere does not exist", "dino extract"),
+        (["linear"], "features were wanted", "dino extract"),
+        (["linear", "--paper", "images"], "train/ and val/", "DATA/train/CLASS"),
+        (["attn-map", "nowhere.jpg"], "nowhere.jpg does not exist", ""),
+        (["attn-map", "images"], "a checkpoint was wanted", "dino pretrain"),
+        (["presets", "show", "vits61"], "no preset 'vits61'", "vits16"),
+        (["demo", "--out", "empty"], "empty is there already", "--out"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_error_and_one_hint(
+    dino: Dino, tmp_path: Path, images: Path, words: list[str], message: str, hint: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    done = dino(*words, code=1)
+    error, said = done.stderr.strip().splitlines()[-2:]
+    assert error.startswith("error: ")
+    assert message in error
+    assert said.startswith("hint: ")
+    assert hint in said
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before, "a mistake writes nothing"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["pretrain"], ["pretrain", "images", "--colour"], ["knn", "--k", "many"], ["fly"], ["extract", "a", "b", "c"]],
+)
+def test_wrong_usage_is_code_two(dino: Dino, words: list[str]) -> None:
+    assert dino(*words, code=2).stdout == ""
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(dino: Dino, tmp_path: Path, images: Path) -> None:
+    done = dino("pretrain", "images", "--preset", "tiny", *SMALL, "--dry-run")
+    for word in ("images", "steps", "learning rate", "parameters", "memory", "time", "runs/tiny-1"):
+        assert word in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
+
+
+def test_data_goes_to_stdout_and_words_to_stderr(dino: Dino, tmp_path: Path, images: Path) -> None:
+    done = dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "2")
+    assert done.stdout == "runs/tiny-1/ckpt.safetensors\n"
+    assert "tiny: 12 images, 2 steps of 4 on cpu" in done.stderr
+    assert "stops at step 2" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert (tmp_path / "ckpt.safetensors").resolve() == (tmp_path / "runs" / "tiny-1" / "ckpt.safetensors").resolve()
+    taken = dino("extract", "images", "--json", "--workers", "0")
+    assert "checkpoint: ckpt.safetensors -> runs/tiny-1/ckpt.safetensors" in taken.stderr
+    assert json.loads(taken.stdout)[0]["images"] == 12
+    scores = json.loads(dino("knn", "--k", "1", "--k", "3", "--json").stdout)
+    assert [s["k"] for s in scores["scores"]] == [1, 3]
+    assert scores["leave_one_out"] is True
+    above = dino("knn", "--k", "12", code=1)
+    assert "between 1 and 11" in above.stderr
+
+
+def test_a_colored_terminal_may_say_no(tmp_path: Path) -> None:
+    assert "\x1b[" in in_a_process("knn", cwd=tmp_path, FORCE_COLOR="1").stderr
+    # rich keeps bold without color, as the convention has it; a color's code begins with a 3.
+    assert "\x1b[3" not in in_a_process("knn", cwd=tmp_path, FORCE_COLOR="1", NO_COLOR="1").stderr
+
+
+def test_a_reader_that_has_enough_gets_no_traceback(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m dinocli presets show vits16 | head -1"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "no space left to write x"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "no permission to write /x"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), "no permission to write /x"),
+        (OSError("SafetensorError: No space left on device"), "no space left"),
+        (OSError(errno.EIO, "Input/output error", "x"), "Input/output error (x)"),
+    ],
+)
+def test_a_failing_disk_is_said_in_words(
+    failure: OSError, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dinocli import cli
+
+    def fail() -> None:
+        raise failure
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    error, hint = capsys.readouterr().err.strip().splitlines()
+    assert message in error
+    assert hint.startswith("hint: ")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_may_not_be_written(dino: Dino, tmp_path: Path, images: Path) -> None:
+    tmp_path.chmod(0o500)
+    done = dino("pretrain", "images", "--preset", "tiny", *SMALL, code=1)
+    assert "no permission" in done.stderr
+
+
+def test_a_place_below_a_file_is_said(dino: Dino, tmp_path: Path, images: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    done = dino("pretrain", "images", "--preset", "tiny", *SMALL, "--out", "file/run", code=1)
+    assert done.stderr.strip().splitlines()[-2].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_features_of_other_weights_are_not_mixed(dino: Dino, tmp_path: Path) -> None:
+    write_images(tmp_path / "data" / "train" / "a", 6)
+    write_images(tmp_path / "data" / "val" / "a", 6, seed=3)
+    for seed in ("0", "1"):
+        dino("pretrain", "data", "--preset", "tiny", *SMALL, "--steps", "0", "--seed", seed)
+        dino("extract", "data", "--workers", "0", "--out", f"features{seed}")
+    (tmp_path / "features1" / "val.safetensors").replace(tmp_path / "features0" / "val.safetensors")
+    done = dino("knn", "--features", "features0", "--k", "1", code=1)
+    assert "made by different weights" in done.stderr

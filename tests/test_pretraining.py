@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinocli.data.sources import image_folder
+from dinocli.errors import DinoError
+from dinocli.planning import Plan
+from dinocli.preset import Preset, load_preset
+from dinocli.pretraining import Progress, pretrain, start_from
+from dinocli.runs import newest_run, next_folder
+from dinocli.weights import read_weights, write_checkpoint
+
+SMALL = [
+    "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2}",
+    "heads.dino.prototypes=16",
+    "heads.dino.hidden=16",
+    "heads.dino.bottleneck=8",
+    "views.global_1.size=16",
+    "views.global_2.size=16",
+    "views.local.size=8",
+    "training.batch_size=4",
+    "training.steps_per_epoch=4",
+]
+
+
+@pytest.fixture
+def plan(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.chdir(tmp_path)
+    return Plan("tiny", load_preset("tiny", SMALL), image_folder(images), 6, None, torch.device("cpu"), 0, None)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return read_weights(folder).backbone
+
+
+def test_a_run_folder_holds_all_that_a_run_is(plan: Plan) -> None:
+    seen: list[Progress] = []
+    run = pretrain(plan, seen.append)
+    assert run.folder == Path("runs/tiny-1")
+    assert sorted(p.name for p in run.folder.iterdir()) == ["ckpt.safetensors", "metrics.jsonl", "preset.json"]
+    assert Preset.parse(json.loads((run.folder / "preset.json").read_text()), "stored") == plan.preset
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 6] == [p.step for p in seen]
+    assert {"loss", "dino", "grad_norm", "lr", "weight_decay", "images_per_second", "epoch", "peak_memory"} <= set(
+        lines[0]
+    )
+    assert (run.step, run.stopped, run.loss) == (6, False, lines[-1]["loss"])
+    assert next_folder("tiny") == Path("runs/tiny-2")
+    assert newest_run() == run.folder
+
+
+def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(plan: Plan) -> None:
+    runs = [weights_of(pretrain(replace(plan, workers=w), lambda p: None).folder) for w in (0, 2)]
+    assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
+    other = plan.preset.model_copy(update={"training": plan.preset.training.model_copy(update={"seed": 1})})
+    assert not torch.equal(
+        weights_of(pretrain(replace(plan, preset=other), lambda p: None).folder)["cls_token"], runs[0]["cls_token"]
+    )
+
+
+def test_no_steps_write_the_untrained_network(plan: Plan) -> None:
+    run = pretrain(replace(plan, stop=0), lambda p: None)
+    torch.manual_seed(plan.preset.training.seed)
+    fresh = plan.preset.method().teacher.backbone.model.state_dict()
+    assert all(torch.equal(v, fresh[k]) for k, v in weights_of(run.folder).items())
+    assert run.loss is None
+
+
+def test_training_moves_the_teacher(plan: Plan) -> None:
+    before, after = (weights_of(pretrain(replace(plan, stop=s), lambda p: None).folder) for s in (0, 12))
+    assert not torch.equal(before["blocks.0.attn.proj.weight"], after["blocks.0.attn.proj.weight"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_with_the_weights_saved(plan: Plan, number: int) -> None:
+    handler = signal.getsignal(number)
+    run = pretrain(plan, lambda p: os.kill(os.getpid(), number) if p.step == 1 else None)
+    assert (run.step, run.stopped) == (2, True)
+    assert weights_of(run.folder)
+    assert signal.getsignal(number) is handler
+
+
+def test_a_taken_folder_is_not_written_over(plan: Plan) -> None:
+    pretrain(replace(plan, out=Path("mine")), lambda p: None)
+    before = (Path("mine") / "ckpt.safetensors").read_bytes()
+    with pytest.raises(DinoError, match="already holds a run"):
+        pretrain(replace(plan, out=Path("mine"), stop=1), lambda p: None)
+    assert (Path("mine") / "ckpt.safetensors").read_bytes() == before
+
+
+def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
+    with pytest.raises(DinoError, match="does not exist"):
+        pretrain(replace(plan, init="missing.pth"), lambda p: None)
+    assert not Path("runs").exists()
+
+
+def test_bad_images_are_listed(plan: Plan, images: Path) -> None:
+    (images / "a" / "0001.png").write_bytes(b"no image")
+    run = pretrain(plan, lambda p: None)
+    assert (run.folder / "bad_images.txt").read_text().startswith("a/0001.png\tUnidentifiedImageError")
+    assert list(run.bad.reasons) == ["a/0001.png"]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_weights(plan: Plan) -> None:
+    hot = plan.preset.optimizer.model_copy(update={"lr": plan.preset.optimizer.lr.scaled(1e12), "clip": None})
+    broken = replace(plan, preset=plan.preset.model_copy(update={"optimizer": hot}), stop=12)
+    with pytest.raises(DinoError, match=r"the loss is nan at step \d+; the weights of step 0 are kept"):
+        pretrain(broken, lambda p: None)
+    assert all(v.isfinite().all() for v in weights_of(Path("runs/tiny-1")).values())
+
+
+def test_start_from_own_weights_takes_the_heads_too(plan: Plan) -> None:
+    run = pretrain(plan, lambda p: None)
+    stored = read_weights(run.folder)
+    method = plan.preset.method()
+    start_from(method, str(run.folder))
+    for network in (method.student, method.teacher):
+        assert torch.equal(network.backbone.model.cls_token, stored.backbone["cls_token"])
+        assert torch.equal(network.heads["dino"].last_layer.weight_v, stored.heads["dino"]["last_layer.weight_v"])
+
+
+def test_start_from_a_backbone_of_another_shape_is_said(plan: Plan, tmp_path: Path) -> None:
+    preset = load_preset("tiny")
+    write_checkpoint(tmp_path / "other.safetensors", preset.network(), preset, 0)
+    with pytest.raises(DinoError, match=r"cls_token should be 1x1x16; it is"):
+        start_from(plan.preset.method(), str(tmp_path / "other.safetensors"))

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dinocli.runs import link_newest, newest_run, next_folder
+
+
+def test_folders_count_up_and_the_newest_is_the_one_written_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert next_folder("tiny") == Path("runs/tiny-1")
+    assert newest_run() is None
+    for i, name in enumerate(("tiny-2", "tiny-10", "tiny-x", "mine")):
+        path = tmp_path / "runs" / name / "ckpt.safetensors"
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+        os.utime(path, (100 - i, 100 - i))
+    assert next_folder("tiny") == Path("runs/tiny-11")
+    assert newest_run() == Path("runs/tiny-2")
+
+
+def test_the_newest_weights_are_linked_but_a_file_of_the_users_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [tmp_path / "runs" / name / "ckpt.safetensors" for name in ("a", "b")]
+    for path in runs:
+        path.parent.mkdir(parents=True)
+        path.write_text(path.parent.name)
+    link = tmp_path / "ckpt.safetensors"
+    for path in runs:
+        assert link_newest(path)
+        assert link.read_text() == path.parent.name
+    assert not Path(os.readlink(link)).is_absolute(), "the folder can be moved with its runs"
+    link.unlink()
+    link.write_text("mine")
+    assert not link_newest(runs[0])
+    assert link.read_text() == "mine"
