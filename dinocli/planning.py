@@ -25,11 +25,11 @@ class Plan:
     """A run, ready to start.
 
     Attributes:
-        name: Of the preset; the run folder is called after it.
+        name: Of the preset.
         preset: What to train.
         source: The images.
         stop: Steps to do; fewer than the schedules' where the user asked for it.
-        out: The run folder; absent, the next free one.
+        out: The run folder.
         device: Where to train.
         workers: Processes that decode.
         init: Weights to start from, as the user named them.
@@ -39,7 +39,7 @@ class Plan:
     preset: Preset
     source: ImageFolder
     stop: int
-    out: Path | None
+    out: Path
     device: torch.device
     workers: int
     init: str | None

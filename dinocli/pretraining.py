@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
 from dinocli.models.network import load_strictly
 from dinocli.planning import Plan
-from dinocli.runs import CHECKPOINT, next_folder
+from dinocli.runs import CHECKPOINT
 from dinocli.schedules import Clock
 from dinocli.weights import write_checkpoint
 
@@ -91,13 +92,12 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
     method = method.to(plan.device)
     batch_size = preset.training.batch_size
     trainer = Trainer(method, preset.optimizer, plan.clock, batch_size=batch_size, precision=autocast(plan.device))
-    folder = plan.out or next_folder(plan.name)
+    folder = plan.out
     if (folder / CHECKPOINT).exists():
         raise DinoError(f"{folder} already holds a run", "take another --out, or leave it out for the next free folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    saver = _Saver(folder, method, plan)
     write_text(folder / "preset.json", preset.model_dump_json(indent=2))
     bad, metrics, pace = BadFiles(), Metrics(folder / "metrics.jsonl"), Pace()
-    saver = _Saver(folder, method, plan)
     last_loss: float | None = None
 
     with _stop_signals() as asked_to_stop:
@@ -161,10 +161,17 @@ def start_from(method: SelfDistillation, source: str) -> None:
 
 
 class _Saver:
+    """Writes the teacher: once before the first step, so that a full disk is known then, and now and again after it."""
+
     def __init__(self, folder: Path, method: SelfDistillation, plan: Plan) -> None:
         self.path, self.method, self.plan = folder / CHECKPOINT, method, plan
-        self.step = 0
-        self.save(0)
+        existed = folder.exists()
+        try:
+            self.save(0)
+        except OSError:
+            if not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def save(self, step: int) -> None:
         write_checkpoint(self.path, self.method.teacher, self.plan.preset, step)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +51,10 @@ def write_checkpoint(path: Path, network: Network, preset: Preset, step: int) ->
         try:
             save_file(tensors, draft, metadata)
         except SafetensorError as error:
-            # The library wraps what the system said of a full disk; give the system's own error back.
-            raise OSError(str(error)) from error
+            # The library wraps what the system said, of a full disk for one; give the system's own error back.
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def read_weights(path: Path, which: Which = "teacher") -> Weights:
@@ -112,9 +117,9 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file makes the reader raise nearly anything: EOFError, KeyError, RuntimeError, UnpicklingError.
     except Exception as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DinoError(
-            f"{path} cannot be read as weights: {said[:160]}", "an official DINO .pth or a .safetensors was wanted"
+            f"{path} cannot be read as weights: it is damaged, no PyTorch file, or holds more than numbers",
+            "an official DINO .pth or a .safetensors was wanted",
         ) from error
 
 

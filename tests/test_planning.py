@@ -13,7 +13,9 @@ from dinocli.preset import load_preset
 
 
 def plan(images: Path, *overrides: str, preset: str = "tiny", stop: int = 10) -> Plan:
-    return Plan(preset, load_preset(preset, overrides), image_folder(images), stop, None, torch.device("cpu"), 0, None)
+    return Plan(
+        preset, load_preset(preset, overrides), image_folder(images), stop, Path("run"), torch.device("cpu"), 0, None
+    )
 
 
 def test_an_epoch_is_one_pass_unless_the_preset_says_otherwise() -> None:

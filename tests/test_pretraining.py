@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from dinocli.data.sources import image_folder
 from dinocli.errors import DinoError
 from dinocli.planning import Plan
 from dinocli.preset import Preset, load_preset
 from dinocli.pretraining import Progress, pretrain, start_from
-from dinocli.runs import newest_run, next_folder
+from dinocli.runs import newest_run
 from dinocli.weights import read_weights, write_checkpoint
 
 SMALL = [
@@ -33,7 +35,9 @@ SMALL = [
 @pytest.fixture
 def plan(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(tmp_path)
-    return Plan("tiny", load_preset("tiny", SMALL), image_folder(images), 6, None, torch.device("cpu"), 0, None)
+    return Plan(
+        "tiny", load_preset("tiny", SMALL), image_folder(images), 6, Path("runs/tiny-1"), torch.device("cpu"), 0, None
+    )
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -52,16 +56,18 @@ def test_a_run_folder_holds_all_that_a_run_is(plan: Plan) -> None:
         lines[0]
     )
     assert (run.step, run.stopped, run.loss) == (6, False, lines[-1]["loss"])
-    assert next_folder("tiny") == Path("runs/tiny-2")
     assert newest_run() == run.folder
 
 
 def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(plan: Plan) -> None:
-    runs = [weights_of(pretrain(replace(plan, workers=w), lambda p: None).folder) for w in (0, 2)]
+    runs = [
+        weights_of(pretrain(replace(plan, workers=w, out=Path(f"runs/{w}")), lambda p: None).folder) for w in (0, 2)
+    ]
     assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
     other = plan.preset.model_copy(update={"training": plan.preset.training.model_copy(update={"seed": 1})})
     assert not torch.equal(
-        weights_of(pretrain(replace(plan, preset=other), lambda p: None).folder)["cls_token"], runs[0]["cls_token"]
+        weights_of(pretrain(replace(plan, preset=other, out=Path("runs/other")), lambda p: None).folder)["cls_token"],
+        runs[0]["cls_token"],
     )
 
 
@@ -74,7 +80,9 @@ def test_no_steps_write_the_untrained_network(plan: Plan) -> None:
 
 
 def test_training_moves_the_teacher(plan: Plan) -> None:
-    before, after = (weights_of(pretrain(replace(plan, stop=s), lambda p: None).folder) for s in (0, 12))
+    before, after = (
+        weights_of(pretrain(replace(plan, stop=s, out=Path(f"runs/{s}")), lambda p: None).folder) for s in (0, 12)
+    )
     assert not torch.equal(before["blocks.0.attn.proj.weight"], after["blocks.0.attn.proj.weight"])
 
 
@@ -99,6 +107,20 @@ def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
     with pytest.raises(DinoError, match="does not exist"):
         pretrain(replace(plan, init="missing.pth"), lambda p: None)
     assert not Path("runs").exists()
+
+
+def test_a_full_disk_at_the_start_leaves_no_folder(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinocli import weights
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        pretrain(plan, lambda p: None)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "runs/tiny-1/ckpt.safetensors")
+    assert not plan.out.exists()
 
 
 def test_bad_images_are_listed(plan: Plan, images: Path) -> None:

@@ -53,12 +53,13 @@ def pretrain(
     loaded = load_preset(preset, [*(overrides or []), *(f"{key}={v}" for key, v in short.items() if v is not None)])
     total = start_clock(loaded, len(source)).total
     picked = pick_device(device)
+    name = Path(preset).name.removesuffix(".toml")
     plan = Plan(
-        name=Path(preset).name.removesuffix(".toml"),
+        name=name,
         preset=loaded,
         source=source,
         stop=total if steps is None else min(steps, total),
-        out=out,
+        out=out or next_folder(name),
         device=picked,
         workers=default_workers(picked) if workers is None else workers,
         init=init,
@@ -87,7 +88,7 @@ def _print_plan(plan: Plan) -> None:
         "learning rate": f"up to {_peak(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",
         "start": plan.init or "random weights",
-        "out": str(plan.out or next_folder(plan.name)),
+        "out": str(plan.out),
         "work": f"{cost.flops / 1e9:.3g} GFLOP an image",
         "memory": f"about {console.size(cost.memory)} (an estimate)",
         "time": f"about {console.duration(cost.seconds)} (an estimate, from this device's rate of matrix products)",
@@ -106,7 +107,8 @@ def _run(plan: Plan) -> None:
     from dinocli.pretraining import pretrain
 
     count, total = len(plan.source), plan.clock.total
-    console.say(f"{plan.name}: {count} images, {plan.stop} steps of {plan.preset.training.batch_size} on {plan.device}")
+    size = plan.preset.training.batch_size
+    console.say(f"{plan.name}: {count} images, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
     if plan.stop < total:
         console.say(f"note: stops at step {plan.stop} of {total}; the schedules stay those of the whole run")
     with console.progress("pretrain", plan.stop, "steps") as advance:

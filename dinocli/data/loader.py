@@ -16,17 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dinocli.config import Config
 from dinocli.data.augment import augment, normalize
-from dinocli.data.crops import (
-    BOX,
-    NUMBERS,
-    Draws,
-    ViewConfig,
-    crop_boxes,
-    cut,
-    draws,
-    resize_and_center,
-    uniforms,
-)
+from dinocli.data.crops import BOX, NUMBERS, Draws, ViewConfig, crop_boxes, cut, draws, resize_and_center, uniforms
 from dinocli.data.decode import BadImage, decode
 from dinocli.data.sources import ImageFolder
 from dinocli.errors import DinoError

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from dinocli import attention_pictures as module
+from dinocli.attention_pictures import attention_sheet, draw
+from dinocli.encoder import Encoder
+from dinocli.evals.attention import AttentionMaps
+from dinocli.models.backbone import BackboneConfig
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    backbone = (
+        BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino").build(drop_path=False).eval()
+    )
+    return Encoder(backbone, "x", "0123", 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_a_photo_of_any_shape_gets_its_sheet_and_its_maps(tmp_path: Path, encoder: Encoder) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)).save(photo)
+    drawn = draw(encoder, photo, tmp_path / "out" / "photo", keep=0.5, size=32, raw=True)
+    assert drawn.picture == tmp_path / "out" / "photo.png"
+    raw = load_file(drawn.raw)
+    assert raw["heads"].shape == raw["masks"].shape == (2, 4, 7)
+    with Image.open(drawn.picture) as sheet:
+        assert sheet.width > 4 * 90, "photo, two heads and their mean"
+    assert draw(encoder, photo, tmp_path / "out" / "again", keep=0.5, size=None, raw=False).raw is None
+
+
+def test_a_bad_photo_is_a_reason(tmp_path: Path, encoder: Encoder) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"no image")
+    assert "UnidentifiedImageError" in draw(encoder, tmp_path / "x.jpg", tmp_path / "x", keep=0.6, size=None, raw=False)
+
+
+def test_a_huge_photo_makes_a_sheet_that_still_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PANEL_PIXELS", 10_000)
+    maps = AttentionMaps(np.random.default_rng(0).random((2, 4, 4), dtype=np.float32))
+    sheet = attention_sheet(np.zeros((300, 400, 3), dtype=np.uint8), maps, 0.6)
+    assert sheet.width < 4 * 130

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from dinocli import console
+
+
+def test_tables_are_data_and_words_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    console.table(["name", "score"], [["[x]", "1.5"]], title="what")
+    console.say("a [word]")
+    captured = capsys.readouterr()
+    assert "what" in captured.out
+    assert "[x]" in captured.out
+    assert captured.err == "a [word]\n"
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    with console.progress("work", 100, "steps") as advance:
+        for done in range(1, 101):
+            now[0] = done * 0.5
+            advance(done, f"loss {done}")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert lines[0] == "work 20/100 steps  loss 20  40 s left"
+    assert lines[-1] == "work 100/100 steps  loss 100"
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(7, "7 s"), (61, "1 min 1 s"), (5400, "1.5 h"), (86400 * 3, "3.0 days")])
+def test_durations(seconds: float, said: str) -> None:
+    assert console.duration(seconds) == said
+
+
+def test_sizes() -> None:
+    assert [console.size(n) for n in (5e6, 2.5e9)] == ["5 MB", "2.5 GB"]

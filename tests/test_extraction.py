@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dinocli.data.sources import image_folder
+from dinocli.encoder import Encoder
+from dinocli.errors import DinoError
+from dinocli.extraction import extract
+from dinocli.features import read_features
+from dinocli.models.backbone import BackboneConfig
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    backbone = (
+        BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino").build(drop_path=False).eval()
+    )
+    return Encoder(backbone, "x", "0123", 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "blocks", "size", "shape"),
+    [
+        ("cls", 1, None, (16,)),
+        ("cls", 3, None, (48,)),
+        ("cls+avg", 1, None, (32,)),
+        ("patches", 1, None, (4, 16)),
+        ("patches", 2, 32, (16, 32)),
+    ],
+)
+def test_shapes(
+    tmp_path: Path, images: Path, encoder: Encoder, tokens: str, blocks: int, size: int | None, shape: tuple[int, ...]
+) -> None:
+    path = tmp_path / "f.safetensors"
+    done = extract(encoder, image_folder(images), path, data="d", tokens=tokens, blocks=blocks, size=size, batch_size=5)
+    assert (done.images, done.shape) == (12, shape)
+    read = read_features(path)
+    assert read.values.shape == (12, *shape)
+    assert (read.recipe.tokens, read.recipe.blocks, read.recipe.size, read.recipe.fingerprint) == (
+        tokens,
+        blocks,
+        size or 16,
+        "0123",
+    )
+
+
+def test_rows_do_not_depend_on_batches_or_workers(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+    values = []
+    for i, (batch_size, workers) in enumerate([(12, 0), (5, 0), (5, 2)]):
+        extract(
+            encoder,
+            image_folder(images),
+            tmp_path / f"{i}.safetensors",
+            data="d",
+            batch_size=batch_size,
+            workers=workers,
+        )
+        values.append(read_features(tmp_path / f"{i}.safetensors").values)
+    np.testing.assert_allclose(values[0], values[1], atol=1e-5)
+    np.testing.assert_array_equal(values[1], values[2])
+
+
+def test_a_bad_file_is_named_and_all_others_are_kept(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+    (images / "b" / "0000.png").write_bytes(b"no image")
+    done = extract(encoder, image_folder(images), tmp_path / "f.safetensors", data="d")
+    read = read_features(tmp_path / "f.safetensors")
+    assert list(done.skipped) == list(read.skipped) == ["b/0000.png"]
+    assert len(read) == 11
+    assert read.labels.tolist() == [0] * 6 + [1] * 5
+    assert read.paths[6] == "b/0001.png"
+
+
+def test_no_readable_image_and_a_size_below_a_patch_are_said(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+    with pytest.raises(DinoError, match="one patch of 8"):
+        extract(encoder, image_folder(images), tmp_path / "f.safetensors", data="d", size=4)
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DinoError, match="none of the 12 images"):
+        extract(encoder, image_folder(images), tmp_path / "f.safetensors", data="d")
+    assert not (tmp_path / "f.safetensors").exists()

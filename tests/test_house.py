@@ -1,0 +1,63 @@
+"""The house itself: what the README says of it is what stands there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from dinocli import shipped
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dinocli"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FILES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
+
+
+def test_the_readmes_tree_names_every_file() -> None:
+    tree = README.split("## The house")[1].split("```")[1]
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert re.search(rf"[\s]{re.escape(path.name)}\b", tree), (
+                f"{path.relative_to(ROOT)} is not in the README's tree"
+            )
+    for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
+        assert any(p.name == name for p in FILES), f"the README's tree names {name}, which does not exist"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_every_file_has_its_test(path: Path) -> None:
+    if path.name in ("__init__.py", "__main__.py"):
+        return
+    inside = path.relative_to(PACKAGE)
+    told_together = {"cli": "cli/test_cli.py"}
+    mirror = ROOT / "tests" / told_together.get(inside.parts[0], str(inside.with_name(f"test_{inside.name}")))
+    assert mirror.is_file(), f"{inside} has no {mirror.relative_to(ROOT)}"
+
+
+def test_every_command_and_preset_is_in_the_readme() -> None:
+    source = (PACKAGE / "cli" / "__init__.py").read_text()
+    commands = {c.replace("_", "-") for c in re.findall(r"app\.command\(\)\((\w+)\)", source)} | {"presets"}
+    assert len(commands) >= 7
+    for command in commands:
+        assert f"dino {command}" in README, command
+    for name in shipped.names():
+        assert f"`{name}`" in README, name
+
+
+def test_every_dependency_is_imported_and_none_is_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = "".join(p.read_text() for p in FILES) + "".join(p.read_text() for p in (ROOT / "tests").rglob("*.py"))
+    modules = {"faiss-cpu": "faiss", "pillow": "PIL"}
+    for dependency in project["dependencies"]:
+        name, _, _ = re.fullmatch(r"([a-z-]+)(>=)([0-9.]+)", dependency).groups()
+        assert re.search(rf"^\s*(from|import) {modules.get(name, name)}\b", text, re.MULTILINE), name
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, dinocli, dinocli.cli; bad = {'torch', 'timm', 'numpy', 'PIL', 'faiss', 'matplotlib'} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True)

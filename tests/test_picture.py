@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import numpy as np
+
+from dinocli.picture import Panel, heat, sheet, spotlight
+
+
+def test_heat_runs_from_black_to_yellow_at_the_photos_size() -> None:
+    picture = heat(np.array([[0.0, 1.0], [0.25, 0.5]]), 40, 60)
+    assert picture.shape == (40, 60, 3)
+    assert picture[0, 0].sum() < 60
+    assert picture[0, -1, 0] > 240
+    assert picture[0, -1, 1] > 240
+    assert heat(np.ones((2, 2)), 4, 4).sum() == heat(np.zeros((2, 2)), 4, 4).sum(), "a flat map is dark, and no error"
+
+
+def test_a_spotlight_keeps_the_inside_and_pales_the_outside() -> None:
+    photo = np.full((4, 4, 3), (200, 10, 10), dtype=np.uint8)
+    mask = np.zeros((4, 4), bool)
+    mask[:2] = True
+    lit = spotlight(photo, mask)
+    assert (lit[:2] == photo[:2]).all()
+    assert np.ptp(lit[2:].astype(int), axis=-1).max() == 0
+
+
+def test_a_sheet_holds_its_panels_whole() -> None:
+    red, blue = (Panel(np.full((30, 50, 3), color, dtype=np.uint8), "name") for color in ((255, 0, 0), (0, 0, 255)))
+    page = np.asarray(sheet([[red, blue], [None, red]]))
+    assert (page == (255, 0, 0)).all(-1).sum() == 2 * 30 * 50
+    assert (page == (0, 0, 255)).all(-1).sum() == 30 * 50
