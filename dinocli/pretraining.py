@@ -118,7 +118,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
                     )
                 left = (plan.stop - clock.step) * batch_size / rate
                 report(Progress(clock.step, plan.stop, last_loss, rate, left))
-            saver.save_now_and_then(clock.step)
+                saver.save_now_and_then(clock.step)  # here and nowhere else: the loss has just been seen to be a number
             return stop
 
         batches = train_batches(

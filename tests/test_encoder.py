@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.encoder import (
@@ -86,7 +85,7 @@ def test_weights_of_no_known_network_are_never_random_ones(tmp_path: Path) -> No
 def local_timm(tmp_path: Path) -> str:
     """A model folder in the form of timm's hub, since no released weights can be downloaded in a test."""
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     config = {
         "architecture": "vit_tiny_patch16_224",
         "num_classes": 0,
