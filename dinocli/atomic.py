@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
 
 @contextlib.contextmanager
@@ -25,11 +32,15 @@ def atomic(path: Path) -> Iterator[Path]:
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
+        # Some writers make private files; what the tool leaves is for whoever the user lets read it.
+        umask = os.umask(0)
+        os.umask(umask)
+        draft.chmod(0o666 & ~umask)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    # The rename itself is durable only once the folder is synced (Windows cannot open one, and needs it not).
-    with contextlib.suppress(PermissionError):
+    # The rename itself is durable only once the folder is synced, where the system can sync one.
+    with contextlib.suppress(OSError):
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -40,4 +51,20 @@ def atomic(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with atomic(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names may hold any bytes
+
+
+def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        OSError: The disk is full, or the place may not be written to.
+    """
+    with atomic(path) as draft:
+        try:
+            save_file(tensors, draft, metadata)
+        except SafetensorError as error:
+            # The library wraps what the system said, of a full disk for one; give the system's own error back.
+            code = re.search(r"os error (\d+)", str(error))
+            number = int(code[1]) if code else errno.EIO
+            raise OSError(number, os.strerror(number), str(path)) from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import save_file
 
-from dinocli.atomic import atomic
+from dinocli.atomic import atomic, write_tensors
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import AttentionMaps, attention_maps, default_size, enlarge
@@ -17,6 +18,7 @@ from dinocli.picture import Panel, heat, sheet, spotlight
 
 # A sheet has two rows of up to 14 panels; of a photo beyond this many pixels it would not open in a viewer any more.
 _PANEL_PIXELS = 4_000_000
+_PANEL_SIDE = 160  # pixels, below which captions overlap
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,8 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
         attention_sheet(pixels, maps, keep).save(draft, format="PNG")
     tensors = name.with_name(name.name + ".safetensors") if raw else None
     if tensors:
-        with atomic(tensors) as draft:
-            save_file(
-                {"heads": maps.heads, "masks": maps.masks(keep).astype(np.uint8)},
-                draft,
-                {"keep": str(keep), "source": encoder.source},
-            )
+        arrays: dict[str, NDArray[Any]] = {"heads": maps.heads, "masks": maps.masks(keep).astype(np.uint8)}
+        write_tensors(tensors, arrays, {"keep": str(keep), "source": encoder.source})
     return Drawn(image, picture, tensors)
 
 
@@ -79,10 +77,13 @@ def attention_sheet(pixels: Pixels, maps: AttentionMaps, keep: float) -> Image.I
 
 
 def _bounded(pixels: Pixels) -> Pixels:
+    """A photo at its own size, but a tiny one enlarged until its captions fit, and a huge one made to fit a viewer."""
     height, width = pixels.shape[:2]
+    if min(height, width) < _PANEL_SIDE:
+        times = min(-(-_PANEL_SIDE // min(height, width)), max(1, int((_PANEL_PIXELS / (height * width)) ** 0.5)))
+        return np.repeat(np.repeat(pixels, times, 0), times, 1)
     factor = (_PANEL_PIXELS / (height * width)) ** 0.5
     if factor >= 1:
         return pixels
-    return np.asarray(
-        Image.fromarray(pixels).resize((round(width * factor), round(height * factor)), Image.Resampling.LANCZOS)
-    )
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))

@@ -50,9 +50,11 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
         return DinoError(f"{what}: the key {key} is missing", f"add it with --set {key}=VALUE")
     said = first["msg"].removeprefix("Value error, ")
     if not key:
-        return DinoError(f"{what}: {said}", "change one of the two with --set KEY=VALUE")
+        mend = said.partition("it needs ")[2]
+        return DinoError(f"{what}: {said}", f"--set {mend}" if mend else "change it with --set KEY=VALUE")
     wanted = said.removeprefix("Input ") if said.startswith("Input should be ") else f"is not valid: {said}"
-    return DinoError(f"{what}: {key} {wanted}; it is {first['input']!r}", f"--set {key}=VALUE with a value that fits")
+    came = repr(first["input"]) if not isinstance(first["input"], dict) else "that of another kind"
+    return DinoError(f"{what}: {key} {wanted}; it is {came}", f"--set {key}=VALUE with a value that fits")
 
 
 def _data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[str]:

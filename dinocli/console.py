@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 # soft_wrap: a path that is longer than the terminal stays in one piece, to be copied.
-_words = Console(stderr=True, highlight=False, soft_wrap=True)
-_data = Console(highlight=False, soft_wrap=True)
+_words = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+_data = Console(highlight=False, soft_wrap=True, emoji=False)
 _PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
@@ -31,13 +32,14 @@ def error(message: str, hint: str) -> None:
 
 
 def out(text: str) -> None:
-    """A line of data, on stdout."""
-    _data.print(text, markup=False)
+    """A line of data, on stdout, as it is; what the terminal's encoding lacks is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def out_json(value: Any) -> None:
     """A value as JSON, on stdout."""
-    _data.print(json.dumps(value, indent=2), markup=False)
+    out(json.dumps(value, indent=2))
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
@@ -62,7 +64,13 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
-    """A bar on a terminal; elsewhere a plain line now and then."""
+    """A bar on a terminal; elsewhere a plain line now and then. Of images it says how many a second."""
+    start = time.monotonic()
+
+    def noted(done: int, note: str) -> str:
+        rate = f"{done / max(time.monotonic() - start, 1e-9):.0f} images/s"
+        return "  ".join(part for part in (note, rate if unit == "images" else "") if part)
+
     if _words.is_terminal:
         columns = (
             TextColumn("{task.description}"),
@@ -74,9 +82,9 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
         )
         with Progress(*columns, console=_words) as bar:
             task = bar.add_task(what, total=total, note="")
-            yield lambda done, note="": bar.update(task, completed=done, note=note)
+            yield lambda done, note="": bar.update(task, completed=done, note=noted(done, note))
         return
-    began = last = time.monotonic()
+    last = start
 
     def plain(done: int, note: str = "") -> None:
         nonlocal last
@@ -84,10 +92,12 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
         if done < total and now - last < _PLAIN_EVERY:
             return
         last = now
-        left = duration((now - began) * (total - done) / max(1, done))
+        left = duration((now - start) * (total - done) / max(1, done))
         say(
             "  ".join(
-                part for part in (f"{what} {done}/{total} {unit}", note, f"{left} left" if done < total else "") if part
+                part
+                for part in (f"{what} {done}/{total} {unit}", noted(done, note), f"{left} left" if done < total else "")
+                if part
             )
         )
 

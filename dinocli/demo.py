@@ -159,7 +159,10 @@ def _train(images: Path, out: Path, device: torch.device, workers: int, stage: S
         def report(progress: Progress) -> None:
             advance(progress.step, f"loss {progress.loss:.3f}  {progress.images_per_second:.0f} images/s")
 
-        return pretrain(plan, report).checkpoint
+        run = pretrain(plan, report)
+    if run.stopped:
+        raise KeyboardInterrupt  # half-trained features prove nothing
+    return run.checkpoint
 
 
 def _extract(encoder: Encoder, source: ImageFolder, path: Path, workers: int, stage: Stage, what: str) -> Features:

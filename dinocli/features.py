@@ -85,6 +85,7 @@ class FeatureWriter:
         # A safetensors file opens with a header that holds every tensor's shape, and these are known at the end alone:
         # room is left for it, and padded with spaces, as the format allows.
         self._room = len(json.dumps({"__metadata__": self._metadata})) + 1024
+        self._room += -self._room % 8  # so that what follows is aligned
         self._row: tuple[int, ...] = (0,)
         self._rows = 0
         self.labels: list[int] = []
@@ -109,7 +110,7 @@ class FeatureWriter:
             "paths": np.frombuffer("\0".join(self.paths).encode("utf-8", "surrogateescape"), dtype=np.uint8),
             "skipped": np.frombuffer(json.dumps(self.skipped).encode(), dtype=np.uint8),
         }
-        # labels come first of the three: int64 must begin at a multiple of eight, which rows of float32 may miss.
+        # labels come first of the three: int64 is to begin at a multiple of eight, which rows of float32 may miss.
         if end % 8:
             self._file.write(b"\0" * 4)
             header["padding"] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
@@ -194,7 +195,7 @@ def read_splits(folder: Path) -> dict[str, Features]:
                     a, b = f"{first.recipe.source} ({a})", f"{other.recipe.source} ({b})"
                 raise DinoError(
                     f"{folder} holds features made by different {what}: {first_name} by {a}, {name} by {b}",
-                    "extract all splits anew into one folder: `dino extract CHECKPOINT DATA --out FOLDER`",
+                    f"extract into a folder of its own (--out), or remove {folder / first_name}.safetensors if old",
                 )
     return found
 

@@ -63,7 +63,7 @@ class TrainingConfig(Config):
     epochs: int = Field(ge=1)
     steps_per_epoch: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class Preset(Config):
@@ -85,6 +85,13 @@ class Preset(Config):
         for name, loss in self.losses.present().items():
             if loss.head not in self.heads:
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
+        if len(self.views.all) < 2:
+            raise ValueError("two views at least were wanted, to predict one from another; it needs views.locals=2")
+        if not all(0 <= value <= 1 for value in self.teacher.momentum.bounds):
+            raise ValueError("teacher.momentum should lie between 0 and 1")
+        for name, loss in self.losses.present().items():
+            if not all(value > 0 for value in loss.targets.temperature.bounds):
+                raise ValueError(f"losses.{name}.targets.temperature should lie above 0")
         lr, epochs = self.optimizer.lr, self.training.epochs
         if isinstance(lr, Cosine) and lr.warmup_epochs >= epochs:
             fits = max(0, epochs // 10)
@@ -126,7 +133,7 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
             raise DinoError(
                 f"a preset file was wanted; {name} does not exist", f"shipped ones are {', '.join(shipped.names())}"
             )
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     else:
         text = shipped.text(name)
     try:

@@ -64,6 +64,7 @@ class Run:
         loss: Of the last step; absent where none was done.
         seconds: It took.
         bad: Files that could not be read.
+        fresh_heads: Heads that the weights to start from did not have, or in another shape.
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class Run:
     loss: float | None
     seconds: float
     bad: BadFiles
+    fresh_heads: list[str]
 
 
 def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
@@ -84,17 +86,15 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
         DinoError: The folder is taken, the images cannot be read, the weights to start from do not fit, the device's
             memory is too small, or the loss is no longer a number.
     """
-    preset, began = plan.preset, time.perf_counter()
+    preset, began, folder = plan.preset, time.perf_counter(), plan.out
+    if (folder / CHECKPOINT).exists():
+        raise DinoError(f"{folder} already holds a run", "take another --out, or leave it out for the next free folder")
     torch.manual_seed(preset.training.seed)
     method = preset.method()
-    if plan.init:
-        start_from(method, plan.init)
+    fresh = start_from(method, plan.init) if plan.init else []
     method = method.to(plan.device)
     batch_size = preset.training.batch_size
     trainer = Trainer(method, preset.optimizer, plan.clock, batch_size=batch_size, precision=autocast(plan.device))
-    folder = plan.out
-    if (folder / CHECKPOINT).exists():
-        raise DinoError(f"{folder} already holds a run", "take another --out, or leave it out for the next free folder")
     saver = _Saver(folder, method, plan)
     write_text(folder / "preset.json", preset.model_dump_json(indent=2))
     bad, metrics, pace = BadFiles(), Metrics(folder / "metrics.jsonl"), Pace()
@@ -114,7 +114,8 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
                 if not math.isfinite(last_loss):
                     raise DinoError(
                         f"the loss is {last_loss} at step {clock.step}; the weights of step {saver.step} are kept",
-                        "lower the rate (--set optimizer.lr.start=...) or clip lower (--set optimizer.clip.norm=0.3)",
+                        "lower the rate (--set optimizer.lr.start=...), or clip: "
+                        "--set optimizer.clip='{kind=\"each_parameter\", norm=0.3}'",
                     )
                 left = (plan.stop - clock.step) * batch_size / rate
                 report(Progress(clock.step, plan.stop, last_loss, rate, left))
@@ -139,25 +140,35 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
             ) from error
         finally:
             batches.close()  # type: ignore[attr-defined]  # ends the workers before the run is said to be over
+            if last_loss is None or math.isfinite(last_loss):
+                saver.save(trainer.clock.step)
             if bad.reasons:
-                write_text(folder / "bad_images.txt", "".join(f"{p}\t{r}\n" for p, r in sorted(bad.reasons.items())))
-    saver.save(trainer.clock.step)
+                lines = (f"{path!r}\t{reason}\n" for path, reason in sorted(bad.reasons.items()))
+                write_text(folder / "bad_images.txt", "".join(lines))
     step = trainer.clock.step
-    return Run(folder, folder / CHECKPOINT, step, step < plan.stop, last_loss, time.perf_counter() - began, bad)
+    return Run(folder, folder / CHECKPOINT, step, step < plan.stop, last_loss, time.perf_counter() - began, bad, fresh)
 
 
-def start_from(method: SelfDistillation, source: str) -> None:
-    """Put weights into student and teacher: the backbone's, and those of the heads that the source has as well.
+def start_from(method: SelfDistillation, source: str) -> list[str]:
+    """Put weights into student and teacher: the backbone's, and those of the heads that the source has in that shape.
+
+    Returns:
+        The heads that stay fresh.
 
     Raises:
         DinoError: The source is not there, or its backbone is of another shape.
     """
-    weights = initial_weights(source)
+    weights, fresh = initial_weights(source), []
+    for name, head in method.student.heads.items():
+        stored = weights.heads.get(name, {})
+        if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in head.state_dict().items()}:
+            fresh.append(name)
     for network in (method.student, method.teacher):
         load_strictly(network.backbone.model, weights.backbone, source)
         for name, head in network.heads.items():
-            if name in weights.heads:
-                load_strictly(head, weights.heads[name], f"{source}, head {name}")
+            if name not in fresh:
+                head.load_state_dict(weights.heads[name])
+    return fresh
 
 
 class _Saver:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 RUNS = Path("runs")
@@ -22,10 +23,7 @@ def newest_run() -> Path | None:
 
 
 def link_newest(checkpoint: Path) -> bool:
-    """Let `./ckpt.safetensors` be the newest weights; false where a file of the user's own stands there.
-
-    A link and not a copy, so that it stays what is newest while the run goes on.
-    """
+    """Let `./ckpt.safetensors` be the newest weights; false where a file of the user's own stands there."""
     link = Path(CHECKPOINT)
     if link.exists() and not link.is_symlink():
         return link.resolve() == checkpoint.resolve()
@@ -33,6 +31,6 @@ def link_newest(checkpoint: Path) -> bool:
     try:
         draft.symlink_to(os.path.relpath(checkpoint))
     except (OSError, ValueError):  # file systems without links, and Windows without the right to make one
-        return False
+        shutil.copyfile(checkpoint, draft)
     draft.replace(link)
     return True

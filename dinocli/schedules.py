@@ -46,6 +46,11 @@ class Constant(Config):
     kind: Literal["constant"]
     value: float
 
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Values that no other value lies outside of."""
+        return (self.value,)
+
     def at(self, clock: Clock) -> float:
         """The value at a step."""
         return self.value
@@ -68,6 +73,11 @@ class Cosine(Config):
     start: float
     end: float
     warmup_epochs: int = Field(0, ge=0)
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Values that no other value, the warm-up's aside, lies outside of."""
+        return (self.start, self.end)
 
     def at(self, clock: Clock) -> float:
         """The value at a step."""
@@ -93,6 +103,11 @@ class LinearByEpoch(Config):
     end: float
     epochs: int = Field(ge=0)
 
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Values that no other value, the warm-up's aside, lies outside of."""
+        return (self.start, self.end)
+
     def at(self, clock: Clock) -> float:
         """The value in the epoch of a step."""
         if clock.epoch >= self.epochs:
@@ -109,6 +124,11 @@ class CosineByEpoch(Config):
     kind: Literal["cosine_by_epoch"]
     start: float
     end: float
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Values that no other value, the warm-up's aside, lies outside of."""
+        return (self.start, self.end)
 
     def at(self, clock: Clock) -> float:
         """The value in the epoch of a step."""

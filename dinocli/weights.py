@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +12,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import dinocli
-from dinocli.atomic import atomic
+from dinocli.atomic import write_tensors
 from dinocli.errors import DinoError
 from dinocli.models.network import Network
 from dinocli.preset import Preset
@@ -45,16 +41,9 @@ class Weights:
 
 def write_checkpoint(path: Path, network: Network, preset: Preset, step: int) -> None:
     """Write a network with its resolved preset: the one file to hand on."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in network.weights().items()}
+    tensors = {k: v.detach().cpu().contiguous().numpy() for k, v in network.weights().items()}
     metadata = {"dinocli": dinocli.__version__, "preset": preset.model_dump_json(), "step": str(step)}
-    with atomic(path) as draft:
-        try:
-            save_file(tensors, draft, metadata)
-        except SafetensorError as error:
-            # The library wraps what the system said, of a full disk for one; give the system's own error back.
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else errno.EIO
-            raise OSError(number, os.strerror(number), str(path)) from error
+    write_tensors(path, tensors, metadata)
 
 
 def read_weights(path: Path, which: Which = "teacher") -> Weights:
@@ -133,6 +122,8 @@ def _pick(content: Any, which: Which, path: Path) -> dict[str, Tensor]:
         for key in ("state_dict", "model"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
+        if isinstance(content, dict) and "student" in content:
+            raise DinoError(f"{path} holds no teacher, but a student", "--network student")
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         raise DinoError(f"{path} holds no weights", "an official DINO .pth or a .safetensors was wanted")
     return {k: v for k, v in content.items() if isinstance(v, Tensor)}

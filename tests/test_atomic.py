@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from dinocli.atomic import atomic, write_text
+from dinocli.atomic import atomic, write_tensors, write_text
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -24,3 +25,14 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_left_can_be_read_by_others_as_any_file_of_the_users(tmp_path: Path) -> None:
+    write_tensors(tmp_path / "t.safetensors", {"x": np.zeros(3)}, {})
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "t.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_names_with_any_bytes_can_be_written(tmp_path: Path) -> None:
+    write_text(tmp_path / "names", b"bad\xff.jpg".decode("utf-8", "surrogateescape"))
+    assert (tmp_path / "names").read_bytes() == b"bad\xff.jpg"

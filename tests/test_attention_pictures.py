@@ -39,7 +39,7 @@ def test_a_photo_of_any_shape_gets_its_sheet_and_its_maps(tmp_path: Path, encode
 
 def test_a_bad_photo_is_a_reason(tmp_path: Path, encoder: Encoder) -> None:
     (tmp_path / "x.jpg").write_bytes(b"no image")
-    assert "UnidentifiedImageError" in draw(encoder, tmp_path / "x.jpg", tmp_path / "x", keep=0.6, size=None, raw=False)
+    assert "not an image" in draw(encoder, tmp_path / "x.jpg", tmp_path / "x", keep=0.6, size=None, raw=False)
 
 
 def test_a_huge_photo_makes_a_sheet_that_still_opens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +47,8 @@ def test_a_huge_photo_makes_a_sheet_that_still_opens(monkeypatch: pytest.MonkeyP
     maps = AttentionMaps(np.random.default_rng(0).random((2, 4, 4), dtype=np.float32))
     sheet = attention_sheet(np.zeros((300, 400, 3), dtype=np.uint8), maps, 0.6)
     assert sheet.width < 4 * 130
+
+
+def test_a_tiny_photo_is_enlarged_until_its_captions_fit() -> None:
+    maps = AttentionMaps(np.random.default_rng(0).random((2, 4, 4), dtype=np.float32))
+    assert attention_sheet(np.zeros((32, 32, 3), dtype=np.uint8), maps, 0.6).width > 4 * module._PANEL_SIDE

@@ -110,13 +110,13 @@ def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
 
 
 def test_a_full_disk_at_the_start_leaves_no_folder(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinocli import weights
+    from dinocli import atomic
 
     def full(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr(atomic, "save_file", full)
     with pytest.raises(OSError, match="No space left") as error:
         pretrain(plan, lambda p: None)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "runs/tiny-1/ckpt.safetensors")
@@ -126,7 +126,7 @@ def test_a_full_disk_at_the_start_leaves_no_folder(plan: Plan, monkeypatch: pyte
 def test_bad_images_are_listed(plan: Plan, images: Path) -> None:
     (images / "a" / "0001.png").write_bytes(b"no image")
     run = pretrain(plan, lambda p: None)
-    assert (run.folder / "bad_images.txt").read_text().startswith("a/0001.png\tUnidentifiedImageError")
+    assert (run.folder / "bad_images.txt").read_text().startswith("'a/0001.png'\tnot an image")
     assert list(run.bad.reasons) == ["a/0001.png"]
 
 
@@ -153,3 +153,12 @@ def test_start_from_a_backbone_of_another_shape_is_said(plan: Plan, tmp_path: Pa
     write_checkpoint(tmp_path / "other.safetensors", preset.network(), preset, 0)
     with pytest.raises(DinoError, match=r"cls_token should be 1x1x16; it is"):
         start_from(plan.preset.method(), str(tmp_path / "other.safetensors"))
+
+
+def test_heads_of_another_shape_stay_fresh_and_are_named(plan: Plan, tmp_path: Path) -> None:
+    other = load_preset("tiny", [*SMALL, "heads.dino.prototypes=9"])
+    write_checkpoint(tmp_path / "other.safetensors", other.network(), other, 0)
+    assert start_from(plan.preset.method(), str(tmp_path / "other.safetensors")) == ["dino"]
+    same = plan.preset
+    write_checkpoint(tmp_path / "same.safetensors", same.network(), same, 0)
+    assert start_from(plan.preset.method(), str(tmp_path / "same.safetensors")) == []

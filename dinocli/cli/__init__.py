@@ -51,29 +51,52 @@ def _options(
 
 
 def main() -> None:
-    """Run a command; a mistake of the user's becomes `error:` and `hint:` and exit code 1."""
+    """Run a command; a mistake becomes `error:` and `hint:`, and exit code 1, or 2 where it is one of usage."""
     # Threads that wait without spinning: on a busy machine a step otherwise takes four times as long. It must be set
     # before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
     except DinoError as mistake:
         console.error(mistake.message, mistake.hint)
-        sys.exit(1)
+        code = 1
+    except (KeyboardInterrupt, typer.Abort):
+        console.say("stopped")
+        code = 130
     except BrokenPipeError:
-        # Whoever read our output has enough, as in `dino presets | head -1`.
+        # Whoever read our output has enough, as in `dino presets | head -1`; nothing is left to be said to them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        code = 0
     except OSError as failure:
-        message, hint = _explain(failure)
-        console.error(message, hint)
-        sys.exit(1)
+        console.error(*_explain(failure))
+        code = 1
+    except Exception as error:
+        code = _told(error)
+    sys.exit(code)
+
+
+def _told(error: Exception) -> int:
+    """Say what a parser or an allocator raised and return the exit code; anything else is a defect of ours."""
+    words = str(error)
+    if getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message"):
+        # By its face and not its class: typer has carried a copy of click's classes since 0.24.
+        if not words or "Usage:" in words:
+            console.say(words)
+        else:
+            context = getattr(error, "ctx", None)
+            console.error(error.format_message().rstrip("."), f"{context.command_path if context else 'dino'} --help")
+        return 2
+    if isinstance(error, MemoryError) or "out of memory" in words.lower() or "can't allocate memory" in words:
+        console.error("there is too little memory for this", "a smaller --batch-size or --size")
+        return 1
+    raise error
 
 
 def _explain(failure: OSError) -> tuple[str, str]:
-    place = failure.filename or "the disk"
+    place = failure.filename or "this disk"
     if failure.errno == errno.ENOSPC or "No space left" in str(failure):
-        return f"no space left to write {place}", "free some space, or name another place with --out"
-    if isinstance(failure, PermissionError) or failure.errno in (errno.EROFS, errno.EACCES) or "denied" in str(failure):
-        return f"no permission to write {place}", "name a place of your own with --out"
+        return f"no space left on the disk of {place}", "free some space, or name another place with --out"
+    if isinstance(failure, PermissionError) or failure.errno == errno.EROFS:
+        return f"no permission for {place}", "name a place of your own (--out), or files that you may read"
     return f"{failure.strerror or failure} ({place})", "check that path and that disk"

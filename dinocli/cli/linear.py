@@ -50,6 +50,12 @@ def linear(
     json: Json = False,
 ) -> None:
     """Train a linear probe: on stored features with a sweep of learning rates, or by the paper's protocol."""
+    if not paper and (checkpoint or size or (lr, blocks, tokens) != (0.001, 4, "cls")):
+        raise DinoError(
+            "--checkpoint, --lr, --blocks, --tokens and --size are for images, and none were given",
+            "--paper DATA; of stored features `dino extract` chooses them",
+        )
+
     from dinocli.device import default_workers, pick_device
 
     if paper:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dinocli import console, shipped
-from dinocli.cli.options import Device, Workers
+from dinocli.cli.options import Device, Json, Workers
 from dinocli.runs import link_newest, next_folder
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def pretrain(
     workers: Workers = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
+    json: Json = False,
 ) -> None:
     """Train a vision transformer on a folder of images with DINO."""
     from dinocli.data.sources import image_folder
@@ -65,12 +67,12 @@ def pretrain(
         init=init,
     )
     if dry_run:
-        _print_plan(plan)
+        _print_plan(plan, json)
     else:
-        _run(plan)
+        _run(plan, json)
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, json: bool) -> None:
     from dinocli.planning import estimate
 
     preset, clock, cost = plan.preset, plan.clock, estimate(plan)
@@ -93,17 +95,24 @@ def _print_plan(plan: Plan) -> None:
         "memory": f"about {console.size(cost.memory)} (an estimate)",
         "time": f"about {console.duration(cost.seconds)} (an estimate, from this device's rate of matrix products)",
     }
+    if json:
+        numbers = {
+            "images": len(plan.source),
+            "steps": plan.stop,
+            "schedule_steps": clock.total,
+            "peak_lr": _peak(plan),
+        }
+        console.out_json(numbers | asdict(cost) | {"out": str(plan.out), "device": str(plan.device)})
+        return
     console.table(["plan", plan.name], [[name, value] for name, value in rows.items()])
 
 
 def _peak(plan: Plan) -> float:
-    from dataclasses import replace
-
     clock = plan.clock
     return max(plan.lr.at(replace(clock, step=clock.total * i // 1000)) for i in range(1000))
 
 
-def _run(plan: Plan) -> None:
+def _run(plan: Plan, json: bool) -> None:
     from dinocli.pretraining import pretrain
 
     count, total = len(plan.source), plan.clock.total
@@ -118,6 +127,8 @@ def _run(plan: Plan) -> None:
 
         run = pretrain(plan, report)
     linked = link_newest(run.checkpoint)
+    if run.fresh_heads:
+        console.say(f"note: {plan.init} gave the backbone; new heads: {', '.join(run.fresh_heads)}")
     if run.bad.reasons:
         console.say(
             f"note: {len(run.bad.reasons)} images could not be read and were replaced by others: {run.bad.summary()}; "
@@ -130,4 +141,16 @@ def _run(plan: Plan) -> None:
     if not linked:
         console.say(f"note: ./{run.checkpoint.name} is a file of your own and was left as it is")
     console.say(f"next: dino extract {run.checkpoint.name if linked else run.checkpoint} DATA")
-    console.out(str(run.checkpoint))
+    if json:
+        console.out_json(
+            {
+                "checkpoint": str(run.checkpoint),
+                "steps": run.step,
+                "stopped": run.stopped,
+                "loss": run.loss,
+                "seconds": run.seconds,
+                "bad_images": len(run.bad.reasons),
+            }
+        )
+    else:
+        console.out(str(run.checkpoint))

@@ -82,7 +82,7 @@ def _turn_hue(x: Tensor, turn: Tensor) -> Tensor:
     sector = torch.where(lead == 0, (g - b) / safe, torch.where(lead == 1, (b - r) / safe + 2, (r - g) / safe + 4))
     hue = sector + 6 * turn[:, None, None]
     # A channel of HSV back to RGB: value - chroma * clamp(min(k, 4 - k), 0, 1) at k = (n + hue) mod 6, n = 5, 3, 1.
-    k = (hue[:, None] + x.new_tensor([5.0, 3.0, 1.0])[None, :, None, None]) % 6
+    k = (hue[:, None] + torch.arange(5, 0, -2, device=x.device)[None, :, None, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from dinocli.config import Config
 from dinocli.data.decode import Pixels
 
 Probability = Field(ge=0, le=1)
+_LONG = 8  # times as long as wide, beyond which an image is cut before it is resized
 Floats = NDArray[np.float64]
 
 
@@ -57,6 +58,13 @@ class ViewConfig(Config):
     blur: float = Field(0.0, ge=0, le=1)
     solarize: float = Field(0.0, ge=0, le=1)
     resample: Literal["bicubic", "bilinear"] = "bicubic"
+
+    @field_validator("scale")
+    @classmethod
+    def _is_a_range(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError("two fractions of the area were wanted, the smaller first")
+        return scale
 
 
 class Draws(NamedTuple):
@@ -183,6 +191,11 @@ def resize_and_center(pixels: Pixels, resize: int, crop: int) -> Tensor:
     """
     height, width = pixels.shape[:2]
     short = min(height, width)
+    # Of a very long image all but the middle would be thrown away: it is cut off first, far outside what is kept.
+    if max(height, width) > _LONG * short:
+        top, left = max(0, (height - _LONG * short) // 2), max(0, (width - _LONG * short) // 2)
+        pixels = pixels[top : top + _LONG * short, left : left + _LONG * short]
+        height, width = pixels.shape[:2]
     size = (resize * height // short, resize * width // short)
     image = cut(pixels, (0, 0, height, width), size)
     top, left = round((size[0] - crop) / 2), round((size[1] - crop) / 2)

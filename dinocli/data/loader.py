@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -23,6 +23,7 @@ from dinocli.errors import DinoError
 
 _REDRAWS = 20
 BAD_SHARE = 0.05
+_WAITING_BYTES = 8 * 2**30
 
 
 class ViewsConfig(Config):
@@ -38,7 +39,7 @@ class ViewsConfig(Config):
     """
 
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
     global_1: ViewConfig
     global_2: ViewConfig | None = None
     local: ViewConfig | None = None
@@ -173,23 +174,27 @@ def train_batches(
     Raises:
         DinoError: More than 5 % of the images cannot be read.
     """
+    # Batches that wait lie in shared memory: a few of them, and never more than the budget.
+    batch_bytes = batch_size * sum(3 * view.size**2 for view in views.all)
+    workers = min(workers, max(1, _WAITING_BYTES // (2 * batch_bytes)))
+    prefetch = max(2, min(4, _WAITING_BYTES // (max(1, workers) * batch_bytes)))
     loader: DataLoader[Any] = DataLoader(
         _Cutter(source, views, seed),
         batch_sampler=_Order(len(source), batch_size, seed, start),
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=_leave_interrupts_to_parent,
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_leave_signals_to_parent,
     )
     mean, std = torch.tensor(views.mean, device=device), torch.tensor(views.std, device=device)
     n = len(views.globals)
-    for slab in loader:
+    for slab in _received(loader):
         bad.reasons.update(slab.bad)
         if slab.draws is None or len(bad.reasons) > max(1, BAD_SHARE * len(source)):
             raise DinoError(
-                f"{len(bad.reasons)} of {len(source)} images cannot be read, and more than {BAD_SHARE:.0%} may not be: "
-                f"{bad.summary()}",
+                f"{len(bad.reasons)} of {len(source)} images cannot be read ({bad.summary()}); "
+                f"up to {BAD_SHARE:.0%} are passed over",
                 f"mend them or take them out of the folder; one is {source.root / next(iter(bad.reasons))}",
             )
         groups = [
@@ -200,9 +205,24 @@ def train_batches(
         yield Batch(groups[0], groups[1] if len(groups) > 1 else None, slab.rows)
 
 
-def _leave_interrupts_to_parent(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the parent ends its workers itself, once the step is done.
+def _received(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What the workers send; one that was killed, mostly for want of memory, becomes an error that can be read."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "worker" not in str(error):
+            raise
+        raise DinoError(
+            "a process that decodes images was killed, mostly for want of memory",
+            "--workers 1, or a smaller --batch-size",
+        ) from error
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    # Ctrl-C, and what `timeout` and schedulers send, reach every process of the group; the parent finishes its step and
+    # then ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_is(slab: Any) -> Any:
@@ -261,8 +281,8 @@ def plain_batches(
         collate_fn=_as_is,
         num_workers=workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_interrupts_to_parent,
+        worker_init_fn=_leave_signals_to_parent,
     )
     m, s = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    for images, rows, bad in loader:
+    for images, rows, bad in _received(loader):
         yield Plain(normalize(images.to(device, non_blocking=True).float() / 255, m, s), rows, bad)

@@ -78,8 +78,9 @@ def splits(root: Path) -> dict[str, ImageFolder]:
         DinoError: The folder is missing, is a file, or a part of it holds no image.
     """
     found = {split: root / name for split, spellings in _SPLITS.items() for name in spellings if (root / name).is_dir()}
-    # One folder named "test" among others may well be a class; a training part is what makes a split.
-    if "train" not in found or len(found) < 2:
+    # A folder named "test" among others may well be a class: the parts must be all that is there.
+    beside = {p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} if root.is_dir() else set()
+    if not found or ("train" not in found and beside - set(found.values())):
         return {"all": image_folder(root)}
     return {split: image_folder(path) for split, path in found.items()}
 
@@ -87,15 +88,17 @@ def splits(root: Path) -> dict[str, ImageFolder]:
 def _walk(root: Path) -> tuple[list[str], int]:
     paths: list[str] = []
     others = 0
-    visited: set[tuple[int, int]] = set()
     for folder, below, files in os.walk(root, followlinks=True):
-        # A link back to a folder above would make the walk endless.
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
-            below.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        below[:] = [name for name in below if not name.startswith(".")]
+        # A link to a folder that it lies in would make the walk endless; two links to one folder are two folders.
+        above = {os.path.realpath(folder)} | {str(p) for p in Path(os.path.realpath(folder)).parents}
+        below[:] = [
+            name
+            for name in sorted(below)
+            if not name.startswith(".")
+            and not (
+                os.path.islink(os.path.join(folder, name)) and os.path.realpath(os.path.join(folder, name)) in above
+            )
+        ]
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in files:
             if name.startswith("."):

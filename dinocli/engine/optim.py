@@ -52,12 +52,15 @@ class _Optimizer(Config):
         return self.lr.scaled(self.lr_rule.factor(batch)) if self.lr_rule else self.lr
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class AdamWConfig(_Optimizer):
     """AdamW."""
 
     kind: Literal["adamw"]
-    betas: tuple[float, float]
-    eps: float = 1e-8
+    betas: tuple[Share, Share]
+    eps: float = Field(1e-8, gt=0)
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
         """The optimizer over the groups."""

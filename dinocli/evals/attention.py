@@ -13,6 +13,8 @@ from dinocli.data.crops import cut
 from dinocli.data.decode import Pixels
 from dinocli.encoder import Encoder
 
+_MOST_PATCHES = 16_384
+
 
 @dataclass(frozen=True)
 class AttentionMaps:
@@ -50,8 +52,10 @@ def attention_maps(encoder: Encoder, pixels: Pixels, short_side: int) -> Attenti
     """
     height, width = pixels.shape[:2]
     patch = encoder.backbone.patch_size
-    scale = short_side / min(height, width)
-    size = (max(1, round(height * scale / patch)) * patch, max(1, round(width * scale / patch)) * patch)
+    # A very long photo, or a very large size, is looked at coarser: at no more patches than a machine can hold.
+    scale = min(short_side / min(height, width), patch * (_MOST_PATCHES / (height * width)) ** 0.5)
+    rows, columns = (min(_MOST_PATCHES, max(1, round(side * scale / patch))) for side in (height, width))
+    size = (rows * patch, columns * patch)
     image = cut(pixels, (0, 0, height, width), size, "bilinear").to(encoder.device).float() / 255
     mean, std = (torch.tensor(values, device=encoder.device) for values in (encoder.mean, encoder.std))
     return AttentionMaps(encoder.attention(normalize(image, mean, std)[None])[0].float().cpu().numpy())

@@ -100,10 +100,12 @@ def vote(
         temperature: A vote weighs exp(similarity / temperature).
 
     Returns:
-        [Q, classes]
+        In units of the nearest neighbour's vote. [Q, classes]
     """
     rows = np.arange(len(labels))[:, None] * classes
-    weights = np.exp(similarities.astype(np.float64) / temperature)
+    # Relative to the nearest, which changes no vote and keeps a low temperature from overflowing.
+    nearer = similarities.astype(np.float64) - similarities.max(axis=1, keepdims=True)
+    weights = np.exp(nearer / temperature)
     cells = np.bincount((rows + labels).ravel(), weights.ravel(), minlength=len(labels) * classes)
     return cells.astype(np.float64, copy=False).reshape(len(labels), classes)
 

@@ -104,7 +104,7 @@ def linear(
         )
     fitted = 0
 
-    def fit(on: NDArray[np.int64], rates: Sequence[float], fits: int) -> _Probes:
+    def fit(on: NDArray[np.int64], rates: Sequence[float]) -> _Probes:
         nonlocal fitted
         probes = _Probes(x.shape[1], classes, rates, seed).to(device)
         size = min(batch_size, len(on))
@@ -119,12 +119,12 @@ def linear(
         fitted += 1
         return probes
 
-    probes = fit(kept, rates, 2)
+    probes = fit(kept, rates)
     held_hits = [
         _percent(scores, train.labels[held])[0] for scores in _scores(probes, x[torch.from_numpy(held).to(device)])
     ]
     best = int(np.argmax(held_hits))
-    chosen = fit(rows, rates[best : best + 1], 2)
+    chosen = fit(rows, rates[best : best + 1])
     top1, top5 = _percent(_scores(chosen, torch.from_numpy(test_values).to(device))[0], test_labels)
     return LinearResult(
         "stored",
@@ -178,6 +178,10 @@ def linear_on_images(
     Source: facebookresearch/dino@7c446df eval_linear.py. Reported is the last epoch, where the original takes the best
     one on the test images.
     """
+    if tokens == "patches":
+        raise DinoError(
+            "a classifier wants one feature an image; --tokens patches gives many", "--tokens cls or cls+avg"
+        )
     if not train.classes or train.classes != test.classes:
         raise DinoError(
             "class folders with the same names in both splits were wanted", "DATA/train/CLASS/* and DATA/val/CLASS/*"
@@ -280,10 +284,10 @@ def _set_apart(
     rows: NDArray[np.int64], labels: NDArray[np.int64], every: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Rows without every so many-th image of each class, and those images."""
-    shuffled = np.random.default_rng(seed).permutation(len(rows))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     apart = np.zeros(len(rows), dtype=bool)
-    apart[by_class[every - 1 :: every]] = True
+    shuffled = np.random.default_rng(seed).permutation(len(rows))
+    for label in np.unique(labels):
+        apart[shuffled[labels[shuffled] == label][every - 1 :: every]] = True
     return rows[~apart], rows[apart]
 
 

@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from timm.layers import PatchEmbed  # type: ignore[attr-defined]
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from dinocli.config import Config
 from dinocli.errors import DinoError, nearest
 
 Positions = Literal["dino", "antialias"]
+_NOT_CONVOLUTIONS = ("Attention", "Mixer", "Mamba", "Gated", "LSTM", "ResBlock", "SpatialGating", "VisionTransformer")
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,15 @@ class BackboneConfig(Config):
         options: dict[str, Any] = dict(self.options)
         if drop_path and self.drop_path:
             options["drop_path_rate"] = self.drop_path
-        model = create_timm(self.name, **options)
+        backbone = adapt(create_timm(self.name, **options), self.positions or "antialias")
         if self.class_token_std is not None:
-            nn.init.trunc_normal_(model.cls_token, std=self.class_token_std)
-        return adapt(model, self.positions or "antialias")
+            if not isinstance(backbone, ViTBackbone):
+                raise DinoError(
+                    f"{self.name} has no class token to start with a spread of {self.class_token_std}",
+                    "--set backbone.class_token_std=none",
+                )
+            nn.init.trunc_normal_(backbone.model.cls_token, std=self.class_token_std)
+        return backbone
 
 
 def create_timm(name: str, **options: Any) -> Any:
@@ -81,7 +88,7 @@ def create_timm(name: str, **options: Any) -> Any:
         )
     try:
         return timm.create_model(name, num_classes=0, **options)
-    except (TypeError, AssertionError, ValueError) as error:
+    except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         raise DinoError(f"timm cannot build {name} with {options}: {error}", "change [backbone.options]") from error
 
 
@@ -91,10 +98,14 @@ def adapt(model: Any, positions: Positions) -> Backbone:
     Raises:
         DinoError: The model is neither a vision transformer nor a convolutional network.
     """
-    if isinstance(model, VisionTransformer):
+    # Its descendants (distilled, hybrid, ...) put more into the sequence than this reads out of it.
+    if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.cls_token is not None:
         return ViTBackbone(model, positions)
-    # What mixes places by attention gives tokens, in layouts of its own; the rest gives a map [B, D, h, w].
-    if hasattr(model, "feature_info") and not any("Attention" in type(part).__name__ for part in model.modules()):
+    # A convolutional network gives a map [B, D, h, w]; what mixes places otherwise has layouts of its own.
+    parts = list(model.modules())
+    if hasattr(model, "feature_info") and not any(
+        word in type(p).__name__ for p in parts for word in _NOT_CONVOLUTIONS
+    ):
         return ConvBackbone(model)
     raise DinoError(
         f"a {type(model).__name__} cannot be a backbone yet: vision transformers and convolutional networks can",
@@ -154,13 +165,20 @@ class ViTBackbone(Backbone):
         self._placed_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
 
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        if min(images.shape[-2:]) < self.patch_size:
+            raise DinoError(
+                f"images of at least one patch of {self.patch_size} pixels were wanted; they are "
+                f"{images.shape[-2]}x{images.shape[-1]}",
+                "larger views (--set views.local.size=...) or a smaller patch",
+            )
         patches = self.model.patch_embed.proj(images)  # [B, D, h, w]; pixels over a multiple of the patch size drop out
         grid = (patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
         prefix = [t.expand(len(images), -1, -1) for t in (self.model.cls_token, self.model.reg_token) if t is not None]
         tokens = torch.cat([*prefix, patches], dim=1)  # [B, 1+R+N, D]
         if self.model.pos_embed is not None:
-            placed = resample_positions(self.model.pos_embed, grid, self._placed_prefix, self.positions)
+            square = images.shape[-2] == images.shape[-1]
+            placed = resample_positions(self.model.pos_embed, grid, self._placed_prefix, self.positions, square=square)
             unplaced = tokens.shape[1] - placed.shape[1]
             tokens = (
                 torch.cat([tokens[:, :unplaced], tokens[:, unplaced:] + placed], 1) if unplaced else tokens + placed
@@ -212,6 +230,12 @@ class ConvBackbone(Backbone):
                 f"the last {last} blocks were asked for; a convolutional network gives only its output", "--blocks 1"
             )
         features = self.model.forward_features(images)  # [B, D, h, w]
+        if features.ndim != 4 or features.shape[1] != self.width:
+            raise DinoError(
+                f"a map of {self.width} channels was wanted of a {type(self.model).__name__}; "
+                f"its output is {'x'.join(map(str, features.shape))}",
+                "take one such as resnet50",
+            )
         patches = features.flatten(2).transpose(1, 2)  # [B, N, D]
         return [Tokens(patches.mean(1), patches[:, :0], patches, (features.shape[-2], features.shape[-1]))]
 
@@ -222,7 +246,9 @@ class ConvBackbone(Backbone):
         )
 
 
-def resample_positions(positions: Tensor, grid: tuple[int, int], prefix: int, how: Positions) -> Tensor:
+def resample_positions(
+    positions: Tensor, grid: tuple[int, int], prefix: int, how: Positions, *, square: bool = True
+) -> Tensor:
     """Learned positions for another grid of patches.
 
     Args:
@@ -231,6 +257,7 @@ def resample_positions(positions: Tensor, grid: tuple[int, int], prefix: int, ho
         prefix: How many positions belong to class and register tokens.
         how: `dino` scales by (rows + 0.1) / side, bicubic, no antialias: the sampling points then really lie at that
             scale, which is not the same as asking for the size. `antialias` asks for the size.
+        square: Whether the image is. The original resamples for any other image, even onto the grid that is there.
 
     Returns:
         Positions for the prefix and the grid. [1, prefix+N, D]
@@ -238,7 +265,7 @@ def resample_positions(positions: Tensor, grid: tuple[int, int], prefix: int, ho
     Source: facebookresearch/dino@7c446df vision_transformer.py, interpolate_pos_encoding; timm resample_abs_pos_embed.
     """
     side = round((positions.shape[1] - prefix) ** 0.5)
-    if grid == (side, side):
+    if grid == (side, side) and (square or how != "dino"):
         return positions
     table = positions[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
     if how == "dino":

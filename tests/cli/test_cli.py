@@ -6,8 +6,10 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +111,14 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["attn-map", "nowhere.jpg"], "nowhere.jpg does not exist", ""),
         (["attn-map", "images"], "a checkpoint was wanted", "dino pretrain"),
         (["presets", "show", "vits61"], "no preset 'vits61'", "vits16"),
+        (["linear", "--checkpoint", "x"], "are for images", "--paper"),
+        (["pretrain", "images", "--set", "views.local.scale=[0.4, 0.05]"], "views.local.scale", "--set views.local.scale"),
+        (["pretrain", "images", "--set", "optimizer.betas=[0.9, 1.5]"], "optimizer.betas", "--set"),
+        (["pretrain", "images", "--set", "teacher.momentum.start=1.5"], "teacher.momentum should lie between 0 and 1", "--set"),
+        (["pretrain", "images", "--epochs", "5"], "a warm-up of 10 epochs does not fit", "--set optimizer.lr.warmup_epochs=0"),
+        (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--set", "backbone.name=resnet18", "--set", "backbone.options={}"],
+         "no class token", "--set backbone.class_token_std=none"),
+        (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--set", "backbone.options.patch_size=0"], "cannot build", "backbone.options"),
         (["demo", "--out", "empty"], "empty is there already", "--out"),
     ],
 )  # fmt: skip
@@ -133,10 +143,79 @@ def test_a_mistake_is_one_error_and_one_hint(
     [["pretrain"], ["pretrain", "images", "--colour"], ["knn", "--k", "many"], ["fly"], ["extract", "a", "b", "c"]],
 )
 def test_wrong_usage_is_code_two(dino: Dino, words: list[str]) -> None:
-    assert dino(*words, code=2).stdout == ""
+    done = dino(*words, code=2)
+    error, hint = done.stderr.strip().splitlines()
+    assert error.startswith("error: ")
+    assert hint.startswith("hint: dino")
+    assert hint.endswith("--help")
+    assert done.stdout == ""
+
+
+def test_dino_alone_is_its_help(dino: Dino) -> None:
+    assert "pretrain" in (done := dino(code=2)).stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [MemoryError(), RuntimeError("CUDA out of memory. Tried"), RuntimeError("[enforce fail] can't allocate memory")],
+)
+def test_too_little_memory_is_said(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dinocli import cli
+
+    def fail(**options: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert "too little memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves_and_ends_well(tmp_path: Path, images: Path, number: int) -> None:
+    words = [
+        "pretrain",
+        "images",
+        "--preset",
+        "tiny",
+        *SMALL[:-4],
+        "--workers",
+        "1",
+        "--device",
+        "cpu",
+        "--set",
+        "training.steps_per_epoch=100000",
+    ]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "dinocli", *words],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "runs" / "tiny-1" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.exists() and len(metrics.read_text().splitlines()) > 2:
+            break
+        time.sleep(0.1)
+    os.killpg(run.pid, number)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 0, said
+    assert "Traceback" not in said
+    assert "stopped at step" in said
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "ckpt.safetensors", framework="numpy") as file:
+        assert int(file.metadata()["step"]) >= 20
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(dino: Dino, tmp_path: Path, images: Path) -> None:
+    numbers = json.loads(dino("pretrain", "images", "--preset", "tiny", *SMALL, "--dry-run", "--json").stdout)
+    assert numbers["images"] == 12
+    assert numbers["flops"] > 0
     done = dino("pretrain", "images", "--preset", "tiny", *SMALL, "--dry-run")
     for word in ("images", "steps", "learning rate", "parameters", "memory", "time", "runs/tiny-1"):
         assert word in done.stdout
@@ -175,9 +254,9 @@ def test_a_reader_that_has_enough_gets_no_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "x"), "no space left to write x"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x"), "no permission to write /x"),
-        (OSError(errno.EROFS, "Read-only file system", "/x"), "no permission to write /x"),
+        (OSError(errno.ENOSPC, "No space left on device", "x"), "no space left on the disk of x"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "no permission for /x"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), "no permission for /x"),
         (OSError("SafetensorError: No space left on device"), "no space left"),
         (OSError(errno.EIO, "Input/output error", "x"), "Input/output error (x)"),
     ],
@@ -187,7 +266,7 @@ def test_a_failing_disk_is_said_in_words(
 ) -> None:
     from dinocli import cli
 
-    def fail() -> None:
+    def fail(**options: object) -> None:
         raise failure
 
     monkeypatch.setattr(cli, "app", fail)

@@ -120,3 +120,8 @@ def test_the_evaluations_view_is_torchvisions(height: int, width: int) -> None:
     theirs = Compose([Resize(64, InterpolationMode.BICUBIC), CenterCrop(56)])(image)
     ours = resize_and_center(np.asarray(image).copy(), 64, 56).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(ours - np.asarray(theirs)).max() <= 2
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 100_000), (100_000, 1), (3, 4000)])
+def test_an_extreme_shape_costs_no_more_than_its_middle(height: int, width: int) -> None:
+    assert resize_and_center(np.zeros((height, width, 3), dtype=np.uint8), 256, 224).shape == (3, 224, 224)

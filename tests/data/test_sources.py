@@ -72,3 +72,17 @@ def test_a_file_that_has_gone_reads_as_empty(tmp_path: Path) -> None:
     folder = image_folder(write_images(tmp_path / "x", 1))
     (tmp_path / "x" / "0000.png").unlink()
     assert folder.read(0) == b""
+
+
+def test_one_part_alone_is_that_part_and_its_classes_are_classes(tmp_path: Path) -> None:
+    write_images(tmp_path / "train" / "a", 2)
+    write_images(tmp_path / "train" / "b", 2)
+    assert {split: folder.classes for split, folder in splits(tmp_path).items()} == {"train": ["a", "b"]}
+
+
+def test_two_links_to_one_folder_are_two_classes(tmp_path: Path) -> None:
+    write_images(tmp_path / "elsewhere", 1)
+    for name in ("a", "b"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere")
+    assert image_folder(tmp_path / "data").classes == ["a", "b"]

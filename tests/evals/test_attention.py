@@ -57,3 +57,13 @@ def test_attention_of_an_encoder_is_that_of_its_class_token() -> None:
     encoder = Encoder(ViTBackbone(model, "dino").eval(), "x", "0", 32, (0.5,) * 3, (0.5,) * 3)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(encoder.attention(images).flatten(2), encoder.backbone.attention(images)[:, :, 0, 1:])
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 60_000), (3000, 1)])
+def test_an_extreme_photo_is_looked_at_with_a_bounded_number_of_patches(height: int, width: int) -> None:
+    from dinocli.evals import attention as module
+
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1, num_classes=0)
+    encoder = Encoder(ViTBackbone(model, "dino").eval(), "x", "0", 32, (0.5,) * 3, (0.5,) * 3)
+    heads = attention_maps(encoder, np.zeros((height, width, 3), dtype=np.uint8), 64).heads
+    assert heads[0].size <= module._MOST_PATCHES

@@ -51,7 +51,8 @@ def test_leave_one_out_never_asks_the_image_itself() -> None:
 
 def test_a_vote_weighs_by_similarity() -> None:
     votes = vote(np.array([[0.9, 0.5, 0.5]], dtype=np.float32), np.array([[2, 0, 0]]), 3, 0.07)
-    np.testing.assert_allclose(votes, [[2 * np.exp(0.5 / 0.07), 0, np.exp(np.float32(0.9) / 0.07)]], rtol=1e-6)
+    np.testing.assert_allclose(votes, [[2 * np.exp(-0.4 / 0.07), 0, 1]], rtol=1e-5)
+    assert np.isfinite(vote(np.array([[0.9, 0.5]], dtype=np.float32), np.array([[1, 0]]), 2, 1e-4)).all()
 
 
 def test_more_queries_than_fit_a_block(monkeypatch: pytest.MonkeyPatch) -> None:

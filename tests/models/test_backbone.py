@@ -111,6 +111,9 @@ def test_a_convolutional_network_gives_its_map_and_the_average_of_it() -> None:
         ("vit_smal_patch16_224", {}, "no model 'vit_smal_patch16_224'"),
         ("vit_tiny_patch16_224", {"wings": 2}, "cannot build"),
         ("swin_tiny_patch4_window7_224", {}, "cannot be a backbone"),
+        ("deit_tiny_distilled_patch16_224", {}, "cannot be a backbone"),
+        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}, "cannot be a backbone"),
+        ("mixer_s32_224", {}, "cannot be a backbone"),
     ],
 )
 def test_what_cannot_be_a_backbone_is_named(name: str, options: dict, message: str) -> None:
@@ -120,3 +123,14 @@ def test_what_cannot_be_a_backbone_is_named(name: str, options: dict, message: s
 
 def test_adapt_takes_any_timm_model_of_the_two_kinds() -> None:
     assert adapt(VisionTransformer(**MICRO, num_classes=0), "antialias").width == 32
+
+
+def test_an_image_smaller_than_a_patch_is_said(micro: ViTBackbone) -> None:
+    with pytest.raises(DinoError, match="at least one patch of 8 pixels"):
+        micro(torch.zeros(1, 3, 7, 9, dtype=torch.float64))
+
+
+def test_the_original_resamples_for_any_image_that_is_not_square() -> None:
+    table = torch.randn(1, 197, 8)
+    assert resample_positions(table, (14, 14), 1, "dino") is table
+    assert not torch.equal(resample_positions(table, (14, 14), 1, "dino", square=False), table)
