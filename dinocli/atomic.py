@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -60,6 +61,8 @@ def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[s
     Raises:
         OSError: The disk is full, or the place may not be written to.
     """
+    # The library writes memory as it lies: of a view into another array that would be the wrong numbers.
+    tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
     with atomic(path) as draft:
         try:
             save_file(tensors, draft, metadata)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from dinocli.atomic import atomic, write_tensors, write_text
 
@@ -36,3 +37,11 @@ def test_what_is_left_can_be_read_by_others_as_any_file_of_the_users(tmp_path: P
 def test_names_with_any_bytes_can_be_written(tmp_path: Path) -> None:
     write_text(tmp_path / "names", b"bad\xff.jpg".decode("utf-8", "surrogateescape"))
     assert (tmp_path / "names").read_bytes() == b"bad\xff.jpg"
+
+
+def test_a_view_into_an_array_is_written_as_it_reads(tmp_path: Path) -> None:
+    values = np.arange(24.0).reshape(4, 6)
+    write_tensors(tmp_path / "t.safetensors", {"part": values[:, 2:], "turned": values.T}, {})
+    read = load_file(tmp_path / "t.safetensors")
+    np.testing.assert_array_equal(read["part"], values[:, 2:])
+    np.testing.assert_array_equal(read["turned"], values.T)

@@ -45,7 +45,7 @@ def test_five_commands_one_after_another(tmp_path: Path) -> None:
     before = accuracies()
     assert dino("pretrain", "./images", *recipe).strip() == "runs/tiny-2/ckpt.safetensors"
     after = accuracies()
-    # Chance is 10 %; the margins are half of what was seen.
+    # In two hundred steps; what the whole recipe reaches is in benchmarks/RESULTS.md.
     assert after[0] > before[0] + 5, (before, after)
     assert after[1] > before[1] + 5, (before, after)
 
