@@ -40,7 +40,7 @@ def checkpoint_or_newest(given: str | None) -> str:
         return given
     if Path(CHECKPOINT).exists():
         taken = Path(CHECKPOINT)
-        console.say(f"checkpoint: {taken}" + (f" -> {taken.readlink()}" if taken.is_symlink() else ""))
+        console.say(f"checkpoint: {taken}" + (f" -> {taken.readlink()}" if taken.is_symlink() else "") + _step(taken))
         return str(taken)
     run = newest_run()
     if run is None:
@@ -48,8 +48,20 @@ def checkpoint_or_newest(given: str | None) -> str:
             "a checkpoint was wanted; none was named, and there is no ./ckpt.safetensors and no run in ./runs",
             "dino pretrain IMAGES --preset tiny",
         )
-    console.say(f"checkpoint: {run / CHECKPOINT}")
+    console.say(f"checkpoint: {run / CHECKPOINT}{_step(run / CHECKPOINT)}")
     return str(run / CHECKPOINT)
+
+
+def _step(checkpoint: Path) -> str:
+    """The step that a checkpoint is of, so that one of a run which failed at its start is not taken for trained."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(checkpoint, framework="numpy") as file:
+            step = (file.metadata() or {}).get("step")
+    except SafetensorError:
+        return ""  # whoever reads the file says what is wrong with it
+    return f", step {step}" if step else ""
 
 
 def features_or_newest(given: Path | None) -> Path:

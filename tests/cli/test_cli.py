@@ -230,7 +230,7 @@ def test_data_goes_to_stdout_and_words_to_stderr(dino: Dino, tmp_path: Path, ima
     assert "\x1b" not in done.stderr
     assert (tmp_path / "ckpt.safetensors").resolve() == (tmp_path / "runs" / "tiny-1" / "ckpt.safetensors").resolve()
     taken = dino("extract", "images", "--json", "--workers", "0")
-    assert "checkpoint: ckpt.safetensors -> runs/tiny-1/ckpt.safetensors" in taken.stderr
+    assert "checkpoint: ckpt.safetensors -> runs/tiny-1/ckpt.safetensors, step 2\n" in taken.stderr
     assert json.loads(taken.stdout)[0]["images"] == 12
     scores = json.loads(dino("knn", "--k", "1", "--k", "3", "--json").stdout)
     assert [s["k"] for s in scores["scores"]] == [1, 3]
