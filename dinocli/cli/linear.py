@@ -64,12 +64,12 @@ def linear(
         from dinocli.evals.linear import linear_on_images
 
         parts = splits(paper)
-        if "train" not in parts:
+        test = parts.get("val") or parts.get("test")
+        if "train" not in parts or test is None:
             raise DinoError(
-                f"train/ and val/ with class folders were wanted; {paper} has none",
+                f"train/ and val/ with class folders were wanted; {paper} has {', '.join(parts)}",
                 "DATA/train/CLASS/* and DATA/val/CLASS/*",
             )
-        test = parts.get("val") or parts["test"]
         picked = pick_device(device)
         encoder = load_encoder(checkpoint_or_newest(checkpoint), picked)
         with console.progress("linear", 100, "%") as advance:

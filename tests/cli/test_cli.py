@@ -292,6 +292,11 @@ def test_a_place_below_a_file_is_said(dino: Dino, tmp_path: Path, images: Path) 
     assert "Traceback" not in done.stderr
 
 
+def test_the_papers_protocol_wants_both_parts(dino: Dino, tmp_path: Path) -> None:
+    write_images(tmp_path / "data" / "train" / "a", 2)
+    assert "has train" in dino("linear", "--paper", "data", code=1).stderr
+
+
 def test_features_of_other_weights_are_not_mixed(dino: Dino, tmp_path: Path) -> None:
     write_images(tmp_path / "data" / "train" / "a", 6)
     write_images(tmp_path / "data" / "val" / "a", 6, seed=3)
