@@ -62,7 +62,7 @@ def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[s
         OSError: The disk is full, or the place may not be written to.
     """
     # The library writes memory as it lies: of a view into another array that would be the wrong numbers.
-    tensors = {name: np.ascontiguousarray(values) for name, values in tensors.items()}
+    tensors = {name: np.asarray(values, order="C") for name, values in tensors.items()}
     with atomic(path) as draft:
         try:
             save_file(tensors, draft, metadata)

@@ -41,7 +41,8 @@ def test_names_with_any_bytes_can_be_written(tmp_path: Path) -> None:
 
 def test_a_view_into_an_array_is_written_as_it_reads(tmp_path: Path) -> None:
     values = np.arange(24.0).reshape(4, 6)
-    write_tensors(tmp_path / "t.safetensors", {"part": values[:, 2:], "turned": values.T}, {})
+    write_tensors(tmp_path / "t.safetensors", {"part": values[:, 2:], "turned": values.T, "one": np.array(3)}, {})
     read = load_file(tmp_path / "t.safetensors")
     np.testing.assert_array_equal(read["part"], values[:, 2:])
     np.testing.assert_array_equal(read["turned"], values.T)
+    assert read["one"].shape == ()
