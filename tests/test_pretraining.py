@@ -71,6 +71,15 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(plan: Plan
     )
 
 
+@pytest.mark.gpu
+def test_a_gpu_learns_as_the_cpu_does(plan: Plan) -> None:
+    losses = [
+        pretrain(replace(plan, device=torch.device(d), out=Path(f"runs/{d}")), lambda p: None).loss
+        for d in ("cpu", "cuda")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05), "bfloat16 products, and nothing else, tell them apart"
+
+
 def test_no_steps_write_the_untrained_network(plan: Plan) -> None:
     run = pretrain(replace(plan, stop=0), lambda p: None)
     torch.manual_seed(plan.preset.training.seed)

@@ -8,9 +8,11 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from dinocli.data.augment import augment, pillow_blur_kernels
-from dinocli.data.crops import Draws
+from dinocli.data.crops import NUMBERS, Draws, JitterConfig, ViewConfig, draws
 
 ZERO, ONE = torch.zeros(3), torch.ones(3)
+JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+VIEW = ViewConfig(size=32, scale=(0.25, 1.0), flip=0.5, jitter=JITTER, gray=0.2, blur=0.5, solarize=0.2)
 
 
 @pytest.fixture
@@ -135,3 +137,13 @@ def test_normalization(image: Image.Image) -> None:
     crops = torch.full((1, 1, 3, 4, 4), 255, dtype=torch.uint8)
     mean, std = torch.tensor([0.5, 0.25, 0.0]), torch.tensor([0.5, 0.25, 2.0])
     assert augment(crops, Draws(**nothing()), mean, std)[0, 0, :, 0, 0].tolist() == [1.0, 3.0, 0.5]
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_same_views() -> None:
+    generator = torch.Generator().manual_seed(0)
+    crops = torch.randint(0, 256, (2, 8, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    drawn = draws(np.random.default_rng(0).random((8, 2, NUMBERS)), [VIEW, VIEW])
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    on_gpu = augment(crops.cuda(), drawn, mean.cuda(), std.cuda())
+    torch.testing.assert_close(on_gpu.cpu(), augment(crops, drawn, mean, std), rtol=1e-4, atol=1e-4)
