@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,8 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def _from_timm(name: str) -> tuple[Backbone, int, tuple[float, float, float], tuple[float, float, float]]:
+    # The hub's client tells of every retry; one sentence at the end is enough.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     options: dict[str, Any] = {"pretrained": True}
     try:
         model = create_timm(name, **options)
@@ -164,10 +167,10 @@ def _from_timm(name: str) -> tuple[Backbone, int, tuple[float, float, float], tu
         raise
     # The hub's client has dozens of ways to say that it cannot reach a file.
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        said = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         raise DinoError(
-            f"the released weights of timm's {name} could not be had: {said[:160]}",
-            "needs the network once, or a file: timm:local-dir:FOLDER",
+            f"the released weights of timm's {name} could not be had: {said}",
+            "it takes the network once; without one, a folder with config.json and weights: timm:local-dir:FOLDER",
         ) from error
     released: Mapping[str, Any] = model.pretrained_cfg
     return adapt(model, "antialias"), released["input_size"][-1], tuple(released["mean"]), tuple(released["std"])
