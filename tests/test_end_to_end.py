@@ -16,8 +16,8 @@ from dinocli.data.drawn import write_set
 
 
 def test_five_commands_one_after_another(tmp_path: Path) -> None:
-    write_set(tmp_path / "data" / "train", 400, size=64, seed=0)
-    write_set(tmp_path / "data" / "val", 200, size=64, seed=1)
+    write_set(tmp_path / "data" / "train", 800, size=64, seed=0)
+    write_set(tmp_path / "data" / "val", 400, size=64, seed=1)
     (tmp_path / "images").symlink_to(tmp_path / "data" / "train")
     photo = next((tmp_path / "data" / "val" / "zebra").iterdir())
     (tmp_path / "img.jpg").write_bytes(photo.read_bytes())
@@ -37,7 +37,7 @@ def test_five_commands_one_after_another(tmp_path: Path) -> None:
     def accuracies() -> tuple[float, float]:
         dino("extract", "ckpt.safetensors", "./data")
         knn = json.loads(dino("knn", "--k", "20", "--json"))
-        linear = json.loads(dino("linear", "--epochs", "30", "--json"))
+        linear = json.loads(dino("linear", "--batch-size", "64", "--json"))
         return knn["scores"][0]["top1"], linear["top1"]
 
     recipe = ["--preset", "tiny", "--set", "training.steps_per_epoch=20", "--set", "training.epochs=10"]
@@ -45,9 +45,9 @@ def test_five_commands_one_after_another(tmp_path: Path) -> None:
     before = accuracies()
     assert dino("pretrain", "./images", *recipe).strip() == "runs/tiny-2/ckpt.safetensors"
     after = accuracies()
-    # In two hundred steps; what the whole recipe reaches is in benchmarks/RESULTS.md.
-    assert after[0] > before[0] + 5, (before, after)
-    assert after[1] > before[1] + 5, (before, after)
+    # Half of what was seen with two versions of torch: 12 and 18 points for k-NN, 24 and 19 for the probe.
+    assert after[0] > before[0] + 6, (before, after)
+    assert after[1] > before[1] + 9, (before, after)
 
     assert dino("attn-map", "img.jpg", "--raw").strip() == "attention/img.png"
     with Image.open(tmp_path / "attention" / "img.png") as sheet:

@@ -56,7 +56,7 @@ def main() -> None:
     # before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="dino", standalone_mode=False)
         sys.stdout.flush()
     except DinoError as mistake:
         console.error(mistake.message, mistake.hint)
