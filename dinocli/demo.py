@@ -26,7 +26,7 @@ from dinocli.extraction import extract
 from dinocli.features import Features, Recipe, read_features
 from dinocli.planning import Plan, start_clock
 from dinocli.preset import load_preset
-from dinocli.pretraining import Progress, pretrain
+from dinocli.pretraining import pretrain
 from dinocli.weights import read_weights
 
 PRESET = "tiny"
@@ -155,11 +155,7 @@ def _train(images: Path, out: Path, device: torch.device, workers: int, stage: S
     stop = steps or start_clock(preset, len(source)).total
     plan = Plan(PRESET, preset, source, stop, out, device, workers, None)
     with stage("pretrain", stop, "steps") as advance:
-
-        def report(progress: Progress) -> None:
-            advance(progress.step, f"loss {progress.loss:.3f}  {progress.images_per_second:.0f} images/s")
-
-        run = pretrain(plan, report)
+        run = pretrain(plan, lambda progress: advance(progress.step, progress.note))
     if run.stopped:
         raise KeyboardInterrupt  # half-trained features prove nothing
     return run.checkpoint
@@ -167,14 +163,7 @@ def _train(images: Path, out: Path, device: torch.device, workers: int, stage: S
 
 def _extract(encoder: Encoder, source: ImageFolder, path: Path, workers: int, stage: Stage, what: str) -> Features:
     with stage(what, len(source), "images") as advance:
-        done = 0
-
-        def report(images: int) -> None:
-            nonlocal done
-            done += images
-            advance(done)
-
-        extract(encoder, source, path, data="drawn", workers=workers, report=report)
+        extract(encoder, source, path, data="drawn", workers=workers, report=advance)
     return read_features(path)
 
 

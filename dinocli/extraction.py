@@ -55,7 +55,7 @@ def extract(
         size: Side of the images in pixels; absent, what the encoder was trained on.
         batch_size: Images at once.
         workers: Processes that decode.
-        report: Called with the number of images of each batch.
+        report: Called after each batch with the number of images done so far.
 
     Raises:
         DinoError: The size is below one patch, or no image can be read.
@@ -68,6 +68,7 @@ def extract(
         )
     recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data)
     shape: tuple[int, ...] = ()
+    done = 0
     with write_features(path, recipe, source.classes) as writer:
         for batch in plain_batches(
             source,
@@ -85,7 +86,8 @@ def extract(
             writer.labels += [source.labels[row] for row in batch.rows]
             writer.paths += [source.paths[row] for row in batch.rows]
             writer.skipped |= {source.paths[row]: reason for row, reason in batch.bad}
-            report(len(batch.rows) + len(batch.bad))
+            done += len(batch.rows) + len(batch.bad)
+            report(done)
         if not writer.paths:
             first = next(iter(writer.skipped.items()))
             raise DinoError(

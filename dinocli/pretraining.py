@@ -39,17 +39,18 @@ class Progress:
 
     Attributes:
         step: Steps done.
-        stop: Steps to do.
         loss: Of the last step.
         images_per_second: Since the last report.
-        seconds_left: At that speed.
     """
 
     step: int
-    stop: int
     loss: float
     images_per_second: float
-    seconds_left: float
+
+    @property
+    def note(self) -> str:
+        """What stands beside a bar."""
+        return f"loss {self.loss:.3f}  {self.images_per_second:.0f} images/s"
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
                         "lower the rate (--set optimizer.lr.start=...), or clip: "
                         "--set optimizer.clip='{kind=\"each_parameter\", norm=0.3}'",
                     )
-                left = (plan.stop - clock.step) * batch_size / rate
-                report(Progress(clock.step, plan.stop, last_loss, rate, left))
+                report(Progress(clock.step, last_loss, rate))
                 saver.save_now_and_then(clock.step)  # here and nowhere else: the loss has just been seen to be a number
             return stop
 

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dinocli.encoder import Encoder
+from dinocli.models.backbone import BackboneConfig
+
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -56,3 +59,13 @@ def images(tmp_path: Path) -> Path:
     write_images(tmp_path / "images" / "a", 6, seed=0)
     write_images(tmp_path / "images" / "b", 6, seed=1)
     return tmp_path / "images"
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    """A small encoder with random weights: patch 8, width 16, three blocks of two heads."""
+    torch.manual_seed(0)
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    config = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino")
+    backbone = config.build(drop_path=False).eval()
+    return Encoder(backbone, "x", "0123", 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

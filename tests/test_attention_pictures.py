@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -12,17 +11,6 @@ from dinocli import attention_pictures as module
 from dinocli.attention_pictures import attention_sheet, draw
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import AttentionMaps
-from dinocli.models.backbone import BackboneConfig
-
-
-@pytest.fixture
-def encoder() -> Encoder:
-    torch.manual_seed(0)
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    backbone = (
-        BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino").build(drop_path=False).eval()
-    )
-    return Encoder(backbone, "x", "0123", 32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def test_a_photo_of_any_shape_gets_its_sheet_and_its_maps(tmp_path: Path, encoder: Encoder) -> None:

@@ -4,24 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from dinocli.data.sources import image_folder
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.extraction import extract
 from dinocli.features import read_features
-from dinocli.models.backbone import BackboneConfig
-
-
-@pytest.fixture
-def encoder() -> Encoder:
-    torch.manual_seed(0)
-    options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
-    backbone = (
-        BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino").build(drop_path=False).eval()
-    )
-    return Encoder(backbone, "x", "0123", 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @pytest.mark.parametrize(

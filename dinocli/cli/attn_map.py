@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -78,10 +79,12 @@ def _files(images: list[Path]) -> dict[Path, Path]:
 def _told_apart(files: dict[Path, Path]) -> dict[Path, Path]:
     """Names without their suffix, unless two would then be the same."""
     stems = [name.with_suffix("") for name in files.values()]
+    times, taken = Counter(stems), set[Path]()
     names: dict[Path, Path] = {}
     for (path, name), stem in zip(files.items(), stems, strict=True):
-        chosen = stem if stems.count(stem) == 1 else name.with_name(name.name.replace(".", "_"))
-        while chosen in names.values():
+        chosen = stem if times[stem] == 1 else name.with_name(name.name.replace(".", "_"))
+        while chosen in taken:
             chosen = chosen.with_name(chosen.name + "_")
+        taken.add(chosen)
         names[path] = chosen
     return names

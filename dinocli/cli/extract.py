@@ -61,13 +61,6 @@ def extract(
     written = []
     for name, source in parts.items():
         with console.progress(f"extract {name}", len(source), "images") as advance:
-            done = 0
-
-            def report(images: int) -> None:
-                nonlocal done
-                done += images
-                advance(done)
-
             written.append(
                 extract(
                     encoder,
@@ -78,7 +71,7 @@ def extract(
                     blocks=blocks,
                     size=size,
                     batch_size=batch_size,
-                    report=report,
+                    report=advance,
                     workers=default_workers(picked) if workers is None else workers,
                 )
             )

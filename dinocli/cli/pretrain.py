@@ -14,7 +14,6 @@ from dinocli.runs import link_newest, next_folder
 
 if TYPE_CHECKING:
     from dinocli.planning import Plan
-    from dinocli.pretraining import Progress
 
 
 def pretrain(
@@ -121,11 +120,7 @@ def _run(plan: Plan, json: bool) -> None:
     if plan.stop < total:
         console.say(f"note: stops at step {plan.stop} of {total}; the schedules stay those of the whole run")
     with console.progress("pretrain", plan.stop, "steps") as advance:
-
-        def report(progress: Progress) -> None:
-            advance(progress.step, f"loss {progress.loss:.3f}  {progress.images_per_second:.0f} images/s")
-
-        run = pretrain(plan, report)
+        run = pretrain(plan, lambda progress: advance(progress.step, progress.note))
     linked = link_newest(run.checkpoint)
     if run.fresh_heads:
         console.say(f"note: {plan.init} gave the backbone; new heads: {', '.join(run.fresh_heads)}")

@@ -89,16 +89,7 @@ def _walk(root: Path) -> tuple[list[str], int]:
     paths: list[str] = []
     others = 0
     for folder, below, files in os.walk(root, followlinks=True):
-        # A link to a folder that it lies in would make the walk endless; two links to one folder are two folders.
-        above = {os.path.realpath(folder)} | {str(p) for p in Path(os.path.realpath(folder)).parents}
-        below[:] = [
-            name
-            for name in sorted(below)
-            if not name.startswith(".")
-            and not (
-                os.path.islink(os.path.join(folder, name)) and os.path.realpath(os.path.join(folder, name)) in above
-            )
-        ]
+        below[:] = [n for n in sorted(below) if not n.startswith(".") and not _leads_back(Path(folder, n))]
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
         for name in files:
             if name.startswith("."):
@@ -108,3 +99,11 @@ def _walk(root: Path) -> tuple[list[str], int]:
             else:
                 others += 1
     return sorted(paths), others
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in, which would make a walk endless."""
+    if not folder.is_symlink():
+        return False
+    above = folder.parent.resolve()
+    return folder.resolve() in (above, *above.parents)

@@ -12,7 +12,6 @@ from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.evals.linear import RATES, linear, linear_on_images
 from dinocli.features import Features, Recipe
-from dinocli.models.backbone import BackboneConfig
 
 CPU = torch.device("cpu")
 
@@ -74,16 +73,6 @@ def test_too_little_is_said() -> None:
     for data in (clusters(5), clusters(50, classes=1)):
         with pytest.raises(DinoError, match="two classes"):
             linear(data, None, epochs=1, device=CPU)
-
-
-@pytest.fixture
-def encoder() -> Encoder:
-    torch.manual_seed(0)
-    options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
-    backbone = (
-        BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino").build(drop_path=False).eval()
-    )
-    return Encoder(backbone, "x", "0", 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 def test_the_papers_protocol_learns_from_images(tmp_path: Path, encoder: Encoder) -> None:
