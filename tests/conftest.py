@@ -16,14 +16,22 @@ from dinocli.encoder import Encoder
 from dinocli.models.backbone import BackboneConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
+# Beside a checkout of the house there may lie more of the original's numbers; a clone without them is held all the same.
+SHARED = Path(__file__).parents[2] / "shared" / "fixtures"
+# What floating point allows: absolute and relative, by the precision that something was computed in.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+PRECISIONS = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float64", "float32"])
 
 
 class Original:
     """Numbers that facebookresearch/dino@7c446df produced: tensors by name, and how each was made."""
 
     def __init__(self, stem: str) -> None:
-        self.tensors = load_file(FIXTURES / f"{stem}.safetensors")
-        self.made: dict[str, Any] = json.loads((FIXTURES / f"{stem}.json").read_text())
+        folder = FIXTURES if (FIXTURES / f"{stem}.json").exists() else SHARED
+        if not (folder / f"{stem}.json").exists():
+            pytest.skip(f"{SHARED / stem}.json is not here")
+        self.tensors = load_file(folder / f"{stem}.safetensors")
+        self.made: dict[str, Any] = json.loads((folder / f"{stem}.json").read_text())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensors[name]
@@ -33,9 +41,24 @@ class Original:
         return {k.removeprefix(prefix): v for k, v in self.tensors.items() if k.startswith(prefix)}
 
 
+def assert_original(ours: torch.Tensor, theirs: torch.Tensor, what: str = "") -> None:
+    """Equal to a number of the original, as far as the precision of ours allows."""
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(
+        ours, theirs.to(ours.dtype), rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}" if what else m
+    )
+
+
 @pytest.fixture(scope="session")
 def original() -> Original:
+    """The numbers that every clone has."""
     return Original("dino_fixtures_ci")
+
+
+@pytest.fixture(scope="session")
+def more() -> Original:
+    """The larger set: weights after every step, a run in float32, one without clipping and kept norms."""
+    return Original("dino_fixtures_micro")
 
 
 @pytest.fixture(autouse=True)

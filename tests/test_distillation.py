@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import PRECISIONS, Original, assert_original
 from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.data.loader import Batch
@@ -42,12 +43,11 @@ def in_our_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k.replace("head.", "heads.dino.", 1) if k.startswith("head.") else k: v for k, v in weights.items()}
 
 
-@pytest.fixture
-def trainer(original) -> Trainer:
-    made = original.made["train"]["micro_f64"]
+def trainer_of(stored: Original, case: str, dtype: torch.dtype) -> Trainer:
+    made = stored.made["train"][case]
     args = made["args"]
     student = network(made).double()
-    student.load_weights(in_our_keys(original.below("train/micro_f64/init/")), "the fixture")
+    student.load_weights(in_our_keys(stored.below(f"train/{case}/init/")), "the fixture")
     temperature = LinearByEpoch(
         kind="linear_by_epoch",
         start=args["warmup_teacher_temp"],
@@ -61,7 +61,7 @@ def trainer(original) -> Trainer:
         targets=CenteringConfig(kind="centering", momentum=0.9, temperature=temperature),
     )
     momentum = Cosine(kind="cosine", start=args["momentum_teacher"], end=1.0)
-    method = SelfDistillation(student, network(made).double(), LossesConfig(dino=loss), momentum).double()
+    method = SelfDistillation(student, network(made).double(), LossesConfig(dino=loss), momentum).to(dtype)
     config = AdamWConfig(
         kind="adamw",
         betas=(0.9, 0.999),
@@ -73,27 +73,56 @@ def trainer(original) -> Trainer:
     return Trainer(method, config, Clock(made["niter_per_epoch"], args["epochs"]), batch_size=made["batch"])
 
 
-def test_five_steps_leave_the_weights_of_the_original(original, trainer: Trainer) -> None:
-    made = original.made["train"]["micro_f64"]
-    crops = [original[f"train/micro_f64/crops/{i}"] for i in range(2 + made["n_local"])]
+@pytest.fixture
+def trainer(original) -> Trainer:
+    return trainer_of(original, "micro_f64", torch.float64)
+
+
+def hold_steps(stored: Original, case: str, dtype: torch.dtype) -> None:
+    """Every stored step: loss, gradient norm, and wherever they are stored the weights and the center after it."""
+    made, trainer = stored.made["train"][case], trainer_of(stored, case, dtype)
+    crops = [stored[f"train/{case}/crops/{i}"].to(dtype) for i in range(2 + made["n_local"])]
     batch = Batch(torch.stack(crops[:2]), torch.stack(crops[2:]), torch.arange(made["batch"]))
+    method = trainer.method
     for step in range(made["steps"]):
         values = trainer.step(batch)
-        torch.testing.assert_close(values["loss"], original["train/micro_f64/losses"][step], rtol=1e-12, atol=0)
-        norms = original[f"train/micro_f64/step{step}/grad_norms"]
-        torch.testing.assert_close(values["grad_norm"], norms.norm(), rtol=1e-10, atol=0)
-    method = trainer.method
-    for name, ours in (("student", method.student), ("teacher", method.teacher)):
-        weights = ours.weights()
-        for key, expected in in_our_keys(original.below(f"train/micro_f64/after5/{name}/")).items():
-            # The gradient of a key's bias is zero in truth, so Adam makes steps out of its rounding.
-            kept = slice(None) if not key.endswith("qkv.bias") else torch.arange(96) // 32 != 1
-            torch.testing.assert_close(
-                weights[key][kept], expected[kept], rtol=0, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}"
-            )
-    torch.testing.assert_close(
-        method.losses["dino"].targets.center, original["train/micro_f64/after5/center"][0], rtol=0, atol=1e-12
-    )
+        assert_original(values["loss"], stored[f"train/{case}/losses"][step], f"loss of step {step}")
+        norms = stored[f"train/{case}/step{step}/grad_norms"]
+        assert_original(values["grad_norm"], norms.norm(), f"gradient norm of step {step}")
+        for name, ours in (("student", method.student), ("teacher", method.teacher)):
+            weights = ours.weights()
+            for key, expected in in_our_keys(stored.below(f"train/{case}/after{step + 1}/{name}/")).items():
+                # The gradient of a key's bias is zero in truth, so Adam makes steps out of its rounding.
+                kept = slice(None) if not key.endswith("qkv.bias") else torch.arange(96) // 32 != 1
+                assert_original(weights[key][kept], expected[kept], f"{name} {key} after step {step}")
+        if f"train/{case}/after{step + 1}/center" in stored.tensors:
+            center = stored[f"train/{case}/after{step + 1}/center"][0]
+            assert_original(method.losses["dino"].targets.center, center, f"center after step {step}")
+
+
+@PRECISIONS
+def test_five_steps_leave_the_weights_of_the_original(original, dtype: torch.dtype) -> None:
+    hold_steps(original, "micro_f64", dtype)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("micro_f64", torch.float64),
+        ("micro_f64", torch.float32),
+        ("micro_f32", torch.float32),
+        ("micro_nonorm_noclip_f64", torch.float64),
+        ("micro_nonorm_noclip_f64", torch.float32),
+    ],
+)
+def test_every_step_of_the_larger_set(more, case: str, dtype: torch.dtype) -> None:
+    hold_steps(more, case, dtype)
+
+
+def test_the_larger_set_says_the_same_where_both_speak(original, more) -> None:
+    both = original.tensors.keys() & more.tensors.keys()
+    assert len(both) > 300
+    assert all(torch.equal(original[name], more[name]) for name in both)
 
 
 def test_adam_counts_no_step_while_prototypes_are_frozen(original, trainer: Trainer) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dinocli.config import Config
+from dinocli.distributed import mean_over_processes
 from dinocli.schedules import Clock, Schedule
 
 
@@ -53,7 +54,7 @@ class Centering(nn.Module):
         return ((logits - self.center) / self.config.temperature.at(clock)).softmax(-1)
 
     def update(self) -> None:
-        """Move the center by what the step saw; once a step, when the step is done."""
+        """Move the center by what the step saw, in all processes; once a step, when the step is done."""
         if self._mean is not None:
-            self.center.lerp_(self._mean, 1 - self.config.momentum)
+            self.center.lerp_(mean_over_processes(self._mean), 1 - self.config.momentum)
             self._mean = None

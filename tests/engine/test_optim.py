@@ -1,14 +1,30 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from torch import nn
+from conftest import PRECISIONS, assert_original
+from torch import Tensor, nn
 
 from dinocli.engine.method import ParamGroup
-from dinocli.engine.optim import ClipEach, LARSConfig, LinearRule, SGDConfig, clip_gradients, drop_frozen, set_rates
+from dinocli.engine.optim import (
+    AdamWConfig,
+    ClipEach,
+    LARSConfig,
+    LinearRule,
+    OptimizerConfig,
+    SGDConfig,
+    clip_gradients,
+    drop_frozen,
+    set_rates,
+)
 from dinocli.schedules import Clock, Constant, Cosine
 
 FLAT = Constant(kind="constant", value=0.0)
+LARS = LARSConfig(kind="lars", momentum=0.9, trust=0.001, lr=FLAT, weight_decay=FLAT)
+SGD = SGDConfig(kind="sgd", momentum=0.9, lr=FLAT, weight_decay=FLAT)
+ADAMW = AdamWConfig(kind="adamw", betas=(0.9, 0.999), lr=FLAT, weight_decay=FLAT)
 
 
 def test_lars_steps_equal_the_originals(original) -> None:
@@ -20,14 +36,60 @@ def test_lars_steps_equal_the_originals(original) -> None:
         set_rates(optimizer, made["lr"], made["weight_decay"])
         matrix.grad, vector.grad = original[f"lars/grad{step}_0"], original[f"lars/grad{step}_1"]
         optimizer.step()
-        torch.testing.assert_close(matrix.data, original[f"lars/after{step + 1}_0"], rtol=1e-6, atol=1e-7)
-        torch.testing.assert_close(vector.data, original[f"lars/after{step + 1}_1"], rtol=1e-6, atol=1e-7)
+        assert_original(matrix.data, original[f"lars/after{step + 1}_0"])
+        assert_original(vector.data, original[f"lars/after{step + 1}_1"])
+
+
+class PlainStep:
+    """One parameter's optimizer, as its description has it; every number in float64."""
+
+    def __init__(self, config: OptimizerConfig, p: Tensor) -> None:
+        self.config, self.p, self.steps = config, p.double().clone(), 0
+        self.m, self.v = torch.zeros_like(self.p), torch.zeros_like(self.p)
+
+    def step(self, grad: Tensor, lr: float, decay: float) -> Tensor:
+        p, config = self.p, self.config
+        self.steps += 1
+        if isinstance(config, AdamWConfig):
+            one, two = config.betas
+            p *= 1 - lr * decay
+            self.m = one * self.m + (1 - one) * grad
+            self.v = two * self.v + (1 - two) * grad**2
+            corrected = self.m / (1 - one**self.steps)
+            p -= lr * corrected / ((self.v / (1 - two**self.steps)).sqrt() + config.eps)
+            return p
+        if isinstance(config, SGDConfig):
+            grad = grad + decay * p
+        elif p.ndim > 1:
+            grad = grad + decay * p
+            grad = grad * config.trust * math.sqrt((p**2).sum()) / math.sqrt((grad**2).sum())
+        self.m = config.momentum * self.m + grad
+        p -= lr * self.m
+        return p
+
+
+@PRECISIONS
+@pytest.mark.parametrize("config", [ADAMW, SGD, LARS], ids=["adamw", "sgd", "lars"])
+def test_steps_equal_their_description(config: OptimizerConfig, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(*shape, dtype=dtype)) for shape in ((6, 4), (6,), (3, 2, 5))]
+    plain = [PlainStep(config, p.data) for p in parameters]
+    optimizer = config.build([ParamGroup(parameters)])
+    for step in range(5):
+        lr, decay = 0.01 * (step + 1), 0.05 * step
+        set_rates(optimizer, lr, decay)
+        for p in parameters:
+            p.grad = torch.randn_like(p)
+        expected = [oracle.step(p.grad.double(), lr, decay) for oracle, p in zip(plain, parameters, strict=True)]
+        optimizer.step()
+        for p, theirs in zip(parameters, expected, strict=True):
+            assert_original(p.data, theirs, f"step {step}")
 
 
 def test_clip_bounds_each_parameter_on_its_own_and_tells_the_whole_norm() -> None:
     big, small = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
     big.grad, small.grad = torch.full((4,), 5.0), torch.full((4,), 0.1)
-    optimizer = SGDConfig(kind="sgd", momentum=0.9, lr=FLAT, weight_decay=FLAT).build([ParamGroup([big, small])])
+    optimizer = SGD.build([ParamGroup([big, small])])
     norm = clip_gradients(optimizer, ClipEach(kind="each_parameter", norm=1.0))
     assert norm.item() == pytest.approx((100 + 0.04) ** 0.5)
     assert big.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
@@ -37,7 +99,7 @@ def test_clip_bounds_each_parameter_on_its_own_and_tells_the_whole_norm() -> Non
 def test_without_a_clip_gradients_stay() -> None:
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([30.0, 40.0])
-    optimizer = SGDConfig(kind="sgd", momentum=0.0, lr=FLAT, weight_decay=FLAT).build([ParamGroup([p])])
+    optimizer = SGD.build([ParamGroup([p])])
     assert clip_gradients(optimizer, None).item() == 50.0
     assert p.grad.tolist() == [30.0, 40.0]
 
@@ -45,7 +107,7 @@ def test_without_a_clip_gradients_stay() -> None:
 def test_frozen_groups_lose_their_gradient_until_their_epoch() -> None:
     frozen, free = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     groups = [ParamGroup([frozen], frozen_epochs=2), ParamGroup([free])]
-    optimizer = SGDConfig(kind="sgd", momentum=0.0, lr=FLAT, weight_decay=FLAT).build(groups)
+    optimizer = SGD.build(groups)
     for step, kept in ((0, False), (5, False), (6, True)):
         frozen.grad, free.grad = torch.ones(1), torch.ones(1)
         drop_frozen(optimizer, Clock(3, 4, step))

@@ -35,6 +35,17 @@ def test_accuracies_equal_the_originals_for_every_k(original, stored: tuple[Feat
         assert score.top5 == pytest.approx(theirs["strict_top5"])
 
 
+@pytest.mark.parametrize("k", [10, 20])
+def test_votes_and_predictions_equal_the_originals(original, stored: tuple[Features, Features], k: int) -> None:
+    theirs = {name: values.numpy() for name, values in original.below(f"knn/k{k}/").items()}
+    train, _ = stored
+    ours = vote(theirs["similarities"], train.labels[theirs["neighbors"]], 12, original.made["knn"]["T"])
+    # Ours are counted in votes of the nearest neighbour.
+    nearest = np.exp(theirs["similarities"].max(axis=1, keepdims=True).astype(np.float64) / original.made["knn"]["T"])
+    np.testing.assert_allclose(ours * nearest, theirs["votes"], rtol=1e-5, atol=1e-5 * theirs["votes"].max())
+    np.testing.assert_array_equal(ours.argmax(1), theirs["pred"])
+
+
 def test_leave_one_out_never_asks_the_image_itself() -> None:
     generator = np.random.default_rng(0)
     values = generator.normal(size=(30, 8))

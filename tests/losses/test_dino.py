@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import PRECISIONS, assert_original
 
 from dinocli.losses.dino import DinoLossConfig, dino_loss
 from dinocli.losses.targets import CenteringConfig
@@ -32,8 +33,9 @@ def test_equals_the_definition(views: int, batch: int, prototypes: int) -> None:
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, expected)), rtol=1e-12, atol=1e-15)
 
 
+@PRECISIONS
 @pytest.mark.parametrize("case", ["twocrop_f64", "multicrop_2p4_f64"])
-def test_loss_gradient_and_center_equal_the_originals(original, case: str) -> None:
+def test_loss_gradient_and_center_equal_the_originals(original, case: str, dtype: torch.dtype) -> None:
     made = original.made["loss"][case]
     temperature = LinearByEpoch(
         kind="linear_by_epoch",
@@ -43,20 +45,18 @@ def test_loss_gradient_and_center_equal_the_originals(original, case: str) -> No
     )
     targets = CenteringConfig(kind="centering", momentum=made["center_momentum"], temperature=temperature)
     config = DinoLossConfig(weight=1.0, head="dino", student_temperature=made["student_temp"], targets=targets)
-    loss_of = config.build(made["out_dim"]).double()
+    loss_of = config.build(made["out_dim"]).to(dtype)
     for call in made["calls"]:
         name = f"loss/{case}/call{call['call']}"
         loss_of.targets.center.copy_(original[f"{name}/center_before"][0])
-        student = original[f"{name}/student"].unflatten(0, (made["ncrops"], -1)).requires_grad_()
-        teacher = original[f"{name}/teacher"].unflatten(0, (2, -1))
+        student = original[f"{name}/student"].to(dtype).unflatten(0, (made["ncrops"], -1)).requires_grad_()
+        teacher = original[f"{name}/teacher"].to(dtype).unflatten(0, (2, -1))
         loss = loss_of(student, teacher, Clock(1, made["nepochs"], call["epoch"]))
         loss.backward()
         loss_of.after_step()
-        torch.testing.assert_close(loss, original[f"{name}/loss"], rtol=1e-13, atol=0)
-        torch.testing.assert_close(
-            student.grad.flatten(0, 1), original[f"{name}/dloss_dstudent"], rtol=1e-10, atol=1e-14
-        )
-        torch.testing.assert_close(loss_of.targets.center, original[f"{name}/center_after"][0], rtol=1e-13, atol=1e-15)
+        assert_original(loss, original[f"{name}/loss"], name)
+        assert_original(student.grad.flatten(0, 1), original[f"{name}/dloss_dstudent"], name)
+        assert_original(loss_of.targets.center, original[f"{name}/center_after"][0], name)
 
 
 def test_a_student_that_agrees_has_the_entropy_of_the_targets_as_loss() -> None:

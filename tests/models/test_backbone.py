@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import plain
 import pytest
 import torch
+from conftest import PRECISIONS, assert_original
 from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.errors import DinoError
@@ -18,24 +20,51 @@ def micro(original) -> ViTBackbone:
     return ViTBackbone(model, "dino").eval()
 
 
+@PRECISIONS
 @pytest.mark.parametrize("size", SIZES)
-def test_tokens_equal_the_originals_at_every_size(original, micro: ViTBackbone, size: str) -> None:
+def test_tokens_and_attention_equal_the_originals_at_every_size(
+    original, micro: ViTBackbone, size: str, dtype: torch.dtype
+) -> None:
     name = f"vit/micro32d2h2p8_f64/{size}"
-    images = original[f"{name}/input"]
+    micro, images = micro.to(dtype), original[f"{name}/input"].to(dtype)
     tokens = micro(images)
-    torch.testing.assert_close(tokens.cls, original[f"{name}/cls"], rtol=0, atol=1e-12)
+    assert_original(tokens.cls, original[f"{name}/cls"])
     everything = torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1)
-    torch.testing.assert_close(everything, original[f"{name}/inter_n1/0"], rtol=0, atol=1e-12)
+    assert_original(everything, original[f"{name}/inter_n1/0"])
     assert tokens.grid[0] * tokens.grid[1] == tokens.patches.shape[1]
+    attention = original[f"{name}/last_attn"]
+    assert_original(micro.attention(images), attention[:, :, :1])
+    assert_original(micro.attention(images, slice(None)), attention)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_attention_equals_the_originals(original, micro: ViTBackbone, size: str) -> None:
-    name = f"vit/micro32d2h2p8_f64/{size}"
-    expected = original[f"{name}/last_attn"]
-    images = original[f"{name}/input"]
-    torch.testing.assert_close(micro.attention(images), expected[:, :, :1], rtol=0, atol=1e-13)
-    torch.testing.assert_close(micro.attention(images, slice(None)), expected, rtol=0, atol=1e-13)
+def test_the_oracle_is_the_original(original) -> None:
+    weights = original.below("vit/micro32d2h2p8_f64/weights/")
+    for size in SIZES:
+        name = f"vit/micro32d2h2p8_f64/{size}"
+        outputs, attention = plain.vit(weights, original[f"{name}/input"], heads=2)
+        assert_original(outputs[-1], original[f"{name}/inter_n1/0"], size)
+        assert_original(attention, original[f"{name}/last_attn"], size)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("patch", [8, 16])
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (96, 96), (160, 256), (112, 448), (230, 98)])
+def test_every_block_equals_its_description_at_the_sizes_of_training(
+    patch: int, height: int, width: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    options = {"img_size": 224, "patch_size": patch, "embed_dim": 24, "depth": 3, "num_heads": 3}
+    backbone = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino").build(drop_path=False)
+    backbone = backbone.eval().to(dtype)
+    for parameter in backbone.parameters():
+        parameter.data.copy_(torch.randn_like(parameter) / 8)
+    images = torch.randn(1, 3, height, width, dtype=dtype)
+    weights = {k: v.double() for k, v in backbone.model.state_dict().items()}
+    expected, attention = plain.vit(weights, images.double(), heads=3)
+    with torch.no_grad():
+        for ours, theirs in zip(backbone.blocks(images, 3), expected, strict=True):
+            assert_original(torch.cat([ours.cls[:, None], ours.patches], 1), theirs)
+        assert_original(backbone.attention(images), attention[:, :, :1])
 
 
 @pytest.mark.parametrize("case", ["p16_224"])
@@ -75,10 +104,14 @@ def test_registers_stand_apart_and_get_no_position() -> None:
     torch.testing.assert_close(tokens.patches, expected[:, 5:])
 
 
-def test_drop_path_grows_linearly_and_is_the_students_alone(original) -> None:
-    config = BackboneConfig(name="vit_tiny_patch16_224", options=MICRO | {"depth": 4}, drop_path=0.1, positions="dino")
-    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in config.build(drop_path=True).model.blocks]
-    assert rates == pytest.approx(original.made["droppath"]["4"], abs=1e-7)
+@pytest.mark.parametrize("depth", [4, 12])
+def test_drop_path_grows_linearly_and_is_the_students_alone(original, depth: int) -> None:
+    options = MICRO | {"depth": depth}
+    config = BackboneConfig(name="vit_tiny_patch16_224", options=options, drop_path=0.1, positions="dino")
+    blocks = config.build(drop_path=True).model.blocks
+    for branch in ("drop_path1", "drop_path2"):
+        rates = [getattr(getattr(block, branch), "drop_prob", 0.0) for block in blocks]
+        assert rates == pytest.approx(original.made["droppath"][str(depth)], abs=1e-8)
     assert all(not hasattr(block.drop_path1, "drop_prob") for block in config.build(drop_path=False).model.blocks)
 
 

@@ -1,31 +1,50 @@
 from __future__ import annotations
 
+import plain
 import pytest
 import torch
+from conftest import PRECISIONS, assert_original
 
 from dinocli.models.head import HeadConfig
 
 
-def config_of(made: dict) -> HeadConfig:
-    return HeadConfig(
+@PRECISIONS
+@pytest.mark.parametrize("case", ["micro_f64", "micro_nonorm_f64"])
+def test_output_equals_the_originals(original, case: str, dtype: torch.dtype) -> None:
+    made, stored = original.made["head"][case], original.below(f"head/{case}/")
+    head = HeadConfig(
         prototypes=made["out_dim"],
         hidden=made["hidden_dim"],
         bottleneck=made["bottleneck_dim"],
         layers=3,
         norm_last_layer=made.get("norm_last_layer", True),
-    )
-
-
-@pytest.mark.parametrize("case", ["micro_f64", "micro_nonorm_f64"])
-def test_output_and_gradients_equal_the_originals(original, case: str) -> None:
-    made, stored = original.made["head"][case], original.below(f"head/{case}/")
-    head = config_of(made).build(made["in_dim"]).double()
+    ).build(made["in_dim"])
+    head = head.double()  # so that nothing of what is stored is lost
     weights = {k.removeprefix("weights/"): v for k, v in stored.items() if k.startswith("weights/")}
     head.load_state_dict(weights)
     assert head.last_layer.weight_g.requires_grad == made["weight_g_requires_grad"]
-    features = stored["input"].requires_grad_()
-    output = head(features)
-    torch.testing.assert_close(output, stored["output"], rtol=1e-12, atol=1e-14)
+    assert_original(head.to(dtype)(stored["input"].to(dtype)), stored["output"])
+    assert_original(plain.head(weights, stored["input"], layers=3, batch_norm=False), stored["output"], "the oracle")
+
+
+@PRECISIONS
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize("norm_last_layer", [False, True])
+def test_every_shape_of_head_equals_its_description(
+    layers: int, batch_norm: bool, norm_last_layer: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    config = HeadConfig(
+        prototypes=24, hidden=20, bottleneck=8, layers=layers, batch_norm=batch_norm, norm_last_layer=norm_last_layer
+    )
+    head = config.build(12).to(dtype)
+    for parameter in head.parameters():  # a start of ones and zeros would hide a missing scale or shift
+        parameter.data.copy_(torch.randn_like(parameter) / 2)
+    features = torch.randn(9, 12, dtype=dtype)
+    weights = {k: v.double() for k, v in head.state_dict().items()}
+    expected = plain.head(weights, features.double(), layers=layers, batch_norm=batch_norm)
+    assert_original(head(features), expected)
 
 
 def test_logits_are_cosines_while_norms_are_kept() -> None:
