@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -205,16 +205,3 @@ def official_architecture(backbone: Mapping[str, Tensor], source: str) -> Backbo
         f"{source} is none of DINO's networks (ViT-Ti, S or B with any patch size, ResNet-50)",
         f"its first keys are {', '.join(list(backbone)[:3])}; a checkpoint of this tool carries its own shape",
     )
-
-
-def parse_tokens(choice: str) -> TokenChoice:
-    """A choice of tokens by its name.
-
-    Raises:
-        DinoError: There is no such choice.
-    """
-    if choice not in get_args(TokenChoice):
-        raise DinoError(
-            f"--tokens should be one of {', '.join(get_args(TokenChoice))}; it is {choice!r}", "--tokens cls"
-        )
-    return choice  # type: ignore[return-value]

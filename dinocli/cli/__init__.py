@@ -85,7 +85,9 @@ def _told(error: Exception) -> int:
             console.say(words)
         else:
             context = getattr(error, "ctx", None)
-            console.error(error.format_message().rstrip("."), f"{context.command_path if context else 'dino'} --help")
+            # One line, without what the parser's own library puts before its message.
+            said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
+            console.error(said, f"{context.command_path if context else 'dino'} --help")
         return 2
     if isinstance(error, MemoryError) or "out of memory" in words.lower() or "can't allocate memory" in words:
         console.error("there is too little memory for this", "a smaller --batch-size or --size")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, checkpoint_or_newest, network_name
+from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, checkpoint_or_newest
 from dinocli.errors import DinoError
 
 
@@ -38,7 +38,7 @@ def attn_map(
     from dinocli.device import pick_device
     from dinocli.encoder import load_encoder
 
-    encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network_name(network))
+    encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
     drawn, skipped = [], {}
     with console.progress("attn-map", len(files), "images") as advance:
         for done, (path, name) in enumerate(files.items(), 1):

@@ -17,7 +17,6 @@ from dinocli.cli.options import (
     Tokens,
     Workers,
     checkpoint_or_newest,
-    network_name,
 )
 
 
@@ -52,12 +51,11 @@ def extract(
     parts = splits(data)
 
     from dinocli.device import default_workers, pick_device
-    from dinocli.encoder import load_encoder, parse_tokens
+    from dinocli.encoder import load_encoder
     from dinocli.extraction import extract
 
     picked = pick_device(device)
-    choice = parse_tokens(tokens)
-    encoder = load_encoder(checkpoint_or_newest(paths[0] if len(paths) == 2 else None), picked, network_name(network))
+    encoder = load_encoder(checkpoint_or_newest(paths[0] if len(paths) == 2 else None), picked, network)
     written = []
     for name, source in parts.items():
         with console.progress(f"extract {name}", len(source), "images") as advance:
@@ -67,7 +65,7 @@ def extract(
                     source,
                     out / f"{name}.safetensors",
                     data=str(data),
-                    tokens=choice,
+                    tokens=tokens,
                     blocks=blocks,
                     size=size,
                     batch_size=batch_size,

@@ -60,7 +60,7 @@ def linear(
 
     if paper:
         from dinocli.data.sources import splits
-        from dinocli.encoder import load_encoder, parse_tokens
+        from dinocli.encoder import load_encoder
         from dinocli.evals.linear import linear_on_images
 
         parts = splits(paper)
@@ -77,7 +77,7 @@ def linear(
                 encoder,
                 parts["train"],
                 test,
-                tokens=parse_tokens(tokens),
+                tokens=tokens,
                 blocks=blocks,
                 size=size,
                 epochs=epochs,

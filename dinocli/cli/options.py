@@ -24,8 +24,8 @@ Checkpoint = Annotated[
         "If absent: ./ckpt.safetensors, else the newest run.",
     ),
 ]
-NetworkName = Annotated[str, typer.Option("--network", help="Of a file that holds both: teacher or student.")]
-Tokens = Annotated[str, typer.Option(help="Features of an image: cls, patches, or cls+avg.")]
+NetworkName = Annotated[Literal["teacher", "student"], typer.Option("--network", help="Of a file that holds both.")]
+Tokens = Annotated[Literal["cls", "patches", "cls+avg"], typer.Option(help="Features of an image.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 Size = Annotated[int | None, typer.Option(min=8, help="Side of the images in pixels; the training's if absent.")]
 
@@ -82,14 +82,3 @@ def features_or_newest(given: Path | None) -> Path:
     raise DinoError(
         "features were wanted; none were named, and there is no ./features", "dino extract ckpt.safetensors DATA"
     )
-
-
-def network_name(name: str) -> Literal["teacher", "student"]:
-    """`teacher` or `student`.
-
-    Raises:
-        DinoError: It is neither.
-    """
-    if name not in ("teacher", "student"):
-        raise DinoError(f"--network should be teacher or student; it is {name!r}", "--network teacher")
-    return "teacher" if name == "teacher" else "student"
