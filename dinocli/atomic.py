@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,36 @@ def atomic(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    # The rename itself is durable only once the folder is synced, where the system can sync one.
+    _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, and put it in the place of `path` when the block ends well.
+
+    When the block raises, what stood at `path` before stands there still and the temporary folder is gone. Each file in
+    it is to be written with `atomic`, `write_text` or `write_tensors`.
+
+    Raises:
+        OSError: The disk is full, or the place may not be written to.
+    """
+    draft, before = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if path.exists():
+            path.rename(before)
+        draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """A rename is durable only once its folder is synced, where the system can sync one."""
     with contextlib.suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(path, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:

@@ -18,6 +18,7 @@ from dinocli.models.network import load_strictly
 from dinocli.weights import Weights, Which, read_weights
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
+Channels = tuple[float, float, float]
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The original's vision transformers, by width: blocks and heads.
 _OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
@@ -40,8 +41,8 @@ class Encoder:
     source: str
     fingerprint: str
     size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +65,7 @@ class Encoder:
 
         Source: facebookresearch/dino@7c446df eval_linear.py.
         """
-        return torch.cat([_choose(t, tokens) for t in self.backbone.blocks(images, blocks)], dim=-1)
+        return features_of(self.backbone, images, tokens, blocks)
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
@@ -76,6 +77,11 @@ class Encoder:
         rows, columns = images.shape[-2] // self.backbone.patch_size, images.shape[-1] // self.backbone.patch_size
         attention = self.backbone.attention(images)[:, :, 0]  # [B, heads, 1+R+N]
         return attention[..., attention.shape[-1] - rows * columns :].unflatten(-1, (rows, columns))
+
+
+def features_of(backbone: Backbone, images: Tensor, tokens: TokenChoice = "cls", blocks: int = 1) -> Tensor:
+    """What `Encoder.features` describes, of a bare backbone."""
+    return torch.cat([_choose(t, tokens) for t in backbone.blocks(images, blocks)], dim=-1)
 
 
 def _choose(tokens: Tokens, choice: TokenChoice) -> Tensor:
@@ -98,43 +104,55 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher") ->
     Raises:
         DinoError: There is no such source, or its weights do not fit.
     """
-    if source.startswith("timm:"):
-        backbone, size, mean, std = _from_timm(source.removeprefix("timm:"))
-    else:
-        weights = read_weights(Path(source), which)
-        if weights.preset is not None:
-            backbone = weights.preset.backbone.build(drop_path=False)
-            size = weights.preset.views.global_1.size
-            mean, std = weights.preset.views.mean, weights.preset.views.std
-        else:
-            backbone, size = official_architecture(weights.backbone, source).build(drop_path=False), 224
-            mean, std = _IMAGENET
-        load_strictly(backbone.model, weights.backbone, source)
+    if not source.startswith("timm:"):
+        return encoder_of(read_weights(Path(source), which), source, device)
+    backbone, size, mean, std = _from_timm(source.removeprefix("timm:"))
+    return _frozen(backbone, source, device, size, mean, std)
+
+
+def encoder_of(weights: Weights, source: str, device: torch.device) -> Encoder:
+    """The encoder of weights that were read.
+
+    Raises:
+        DinoError: They are of no network that can be told, or do not fit it.
+    """
+    architecture = architecture_of(weights, source)
+    backbone = architecture.build(drop_path=False)
+    load_strictly(backbone.model, weights.backbone, source)
+    if weights.preset is None:
+        return _frozen(backbone, source, device, int(architecture.options.get("img_size", 224)), *_IMAGENET)
+    views = weights.preset.views
+    return _frozen(backbone, source, device, views.global_1.size, views.mean, views.std)
+
+
+def architecture_of(weights: Weights, source: str) -> BackboneConfig:
+    """What to build for weights that were read: what their preset says, or which of the original's networks they fit.
+
+    Raises:
+        DinoError: They carry no preset and are of none of the original's networks.
+    """
+    return weights.preset.backbone if weights.preset else official_architecture(weights.backbone, source)
+
+
+def _frozen(backbone: Backbone, source: str, device: torch.device, size: int, mean: Channels, std: Channels) -> Encoder:
     backbone = backbone.eval().requires_grad_(False).to(device)
     return Encoder(backbone, source, fingerprint(backbone.model.state_dict()), size, mean, std)
 
 
-def untrained_encoder(encoder_of: Weights, device: torch.device, seed: int = 0) -> Encoder:
+def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> Encoder:
     """The encoder of a checkpoint's architecture before any training: the baseline that training has to beat.
 
     Raises:
         DinoError: The checkpoint is not this tool's own.
     """
-    if encoder_of.preset is None:
+    if weights.preset is None:
         raise DinoError(
             "an untrained twin needs a checkpoint of this tool", "take a ckpt.safetensors that `dino pretrain` wrote"
         )
-    preset = encoder_of.preset
+    preset = weights.preset
     torch.manual_seed(seed)
-    backbone = preset.backbone.build(drop_path=False).eval().requires_grad_(False).to(device)
-    return Encoder(
-        backbone,
-        "untrained",
-        fingerprint(backbone.model.state_dict()),
-        preset.views.global_1.size,
-        preset.views.mean,
-        preset.views.std,
-    )
+    backbone = preset.backbone.build(drop_path=False)
+    return _frozen(backbone, "untrained", device, preset.views.global_1.size, preset.views.mean, preset.views.std)
 
 
 def initial_weights(source: str) -> Weights:
@@ -157,7 +175,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _from_timm(name: str) -> tuple[Backbone, int, tuple[float, float, float], tuple[float, float, float]]:
+def _from_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
     # The hub's client tells of every retry; one sentence at the end is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     options: dict[str, Any] = {"pretrained": True}

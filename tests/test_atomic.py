@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dinocli.atomic import atomic, write_tensors, write_text
+from dinocli.atomic import atomic, atomic_folder, write_tensors, write_text
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -26,6 +26,19 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_appears_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder"
+    for text in ("one", "two"):
+        with atomic_folder(path) as draft:
+            write_text(draft / f"{text}.txt", text)
+        assert [p.name for p in path.iterdir()] == [f"{text}.txt"]
+    with pytest.raises(RuntimeError), atomic_folder(path) as draft:
+        write_text(draft / "three.txt", "three")
+        raise RuntimeError
+    assert [p.name for p in path.iterdir()] == ["two.txt"]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_what_is_left_can_be_read_by_others_as_any_file_of_the_users(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import dinocli
 from dinocli import console
 from dinocli.cli.attn_map import attn_map
 from dinocli.cli.demo import demo
+from dinocli.cli.export import export
 from dinocli.cli.extract import extract
 from dinocli.cli.knn import knn
 from dinocli.cli.linear import linear
@@ -31,6 +32,7 @@ app.command()(extract)
 app.command()(knn)
 app.command()(linear)
 app.command()(attn_map)
+app.command()(export)
 app.add_typer(presets, name="presets")
 app.command()(demo)
 

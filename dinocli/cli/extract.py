@@ -8,16 +8,7 @@ from typing import Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import (
-    BatchSize,
-    Device,
-    Json,
-    NetworkName,
-    Size,
-    Tokens,
-    Workers,
-    checkpoint_or_newest,
-)
+from dinocli.cli.options import BatchSize, Device, Json, NetworkName, Size, Tokens, Workers, checkpoint_or_newest
 
 
 def extract(

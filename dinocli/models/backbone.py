@@ -174,7 +174,10 @@ class ViTBackbone(Backbone):
         patches = self.model.patch_embed.proj(images)  # [B, D, h, w]; pixels over a multiple of the patch size drop out
         grid = (patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
-        prefix = [t.expand(len(images), -1, -1) for t in (self.model.cls_token, self.model.reg_token) if t is not None]
+        # shape[0] and not len(): an exported graph keeps the number of images free.
+        prefix = [
+            t.expand(images.shape[0], -1, -1) for t in (self.model.cls_token, self.model.reg_token) if t is not None
+        ]
         tokens = torch.cat([*prefix, patches], dim=1)  # [B, 1+R+N, D]
         if self.model.pos_embed is not None:
             square = images.shape[-2] == images.shape[-1]

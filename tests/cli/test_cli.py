@@ -58,7 +58,7 @@ def in_a_process(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | env)
 
 
-COMMANDS = ["", "pretrain", "extract", "knn", "linear", "attn-map", "presets", "demo"]
+COMMANDS = ["", "pretrain", "extract", "knn", "linear", "attn-map", "export", "presets", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -306,3 +306,25 @@ def test_features_of_other_weights_are_not_mixed(dino: Dino, tmp_path: Path) -> 
     (tmp_path / "features1" / "val.safetensors").replace(tmp_path / "features0" / "val.safetensors")
     done = dino("knn", "--features", "features0", "--k", "1", code=1)
     assert "made by different weights" in done.stderr
+
+
+def test_export_says_how_to_load_what_it_wrote(dino: Dino, images: Path) -> None:
+    dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
+    done = dino("export", "--to", "official", "--json")
+    assert json.loads(done.stdout)["path"] == "tiny-1.pth"
+    assert "the same features" in done.stderr
+    assert "torch.load('tiny-1.pth')" in done.stderr
+    assert dino("export", "runs/tiny-1", "--to", "torch-export", "--out", "sub/net.pt2").stdout == "sub/net.pt2\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "tf"], "'tf' is not one of 'official', 'timm', 'onnx', 'torch-export'"),
+        ([], "Missing option '--to'. Choose from: official, timm, onnx, torch-export"),
+        (["--to", "onnx", "--heads"], "--heads is for --to official alone"),
+        (["--to", "timm", "--size", "32"], "a graph has one choice of features"),
+    ],
+)
+def test_export_says_in_one_line_what_was_wanted(dino: Dino, words: list[str], said: str) -> None:
+    assert said in dino("export", *words, code=2).stderr.splitlines()[0]

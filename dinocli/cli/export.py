@@ -1,0 +1,76 @@
+"""`dino export`: a trained backbone for other libraries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import Json, NetworkName, Size, Tokens, checkpoint_or_newest
+from dinocli.runs import CHECKPOINT
+
+
+def export(
+    to: Annotated[
+        Literal["official", "timm", "onnx", "torch-export"],
+        typer.Option(
+            help="official: a .pth for facebookresearch/dino. timm: a folder that create_model loads. "
+            "onnx, torch-export: a graph from images to features."
+        ),
+    ],
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN]", help="Run folder, ckpt.safetensors, or official DINO .pth; the newest weights if absent."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File, or folder for timm; named after the run if absent.")] = None,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="official: with the head, as in the original's full checkpoints.")
+    ] = False,
+    tokens: Tokens = "cls",
+    size: Size = None,
+    network: NetworkName = "teacher",
+    json: Json = False,
+) -> None:
+    """Write a trained backbone for another library, load it again with that library, and compare the features."""
+    graph = to in ("onnx", "torch-export")
+    if heads and to != "official":
+        raise typer.BadParameter("--heads is for --to official alone", param_hint="--heads")
+    if not graph and (tokens != "cls" or size):
+        raise typer.BadParameter(f"a graph has one choice of features; {to} has all", param_hint="--tokens, --size")
+    source = checkpoint_or_newest(run)
+
+    from dinocli.exporting import ENDINGS, export
+
+    target = out or Path(_name(Path(source)) + (ENDINGS[to] or f"-{to}"))
+    done = export(source, to, target, which=network, heads=heads, tokens=tokens, size=size)
+    for note in done.notes:
+        console.say(f"note: {note}")
+    exact = f"to {done.difference:.1g} of their length" if done.difference else "bit by bit"
+    console.say(f"loaded again by {_LIBRARY[to]}: the same features, {exact}")
+    console.say(f"load: {done.load}")
+    if json:
+        console.out_json(
+            {"path": str(done.path), "difference": done.difference, "load": done.load, "notes": done.notes}
+        )
+    else:
+        console.out(str(done.path))
+
+
+_LIBRARY = {
+    "official": "the network that the original builds",
+    "timm": "timm",
+    "onnx": "onnxruntime",
+    "torch-export": "torch.export",
+}
+
+
+def _name(source: Path) -> str:
+    """A run's name, or that of a file of one's own."""
+    path = source.resolve()
+    if path.name == CHECKPOINT:
+        path = path.parent
+    return path.name if path.is_dir() else path.stem
