@@ -17,7 +17,7 @@ from dinocli.attention_pictures import draw as draw_attention
 from dinocli.data.decode import BadImage, decode
 from dinocli.data.drawn import CLASSES, write_set
 from dinocli.data.loader import plain_batches
-from dinocli.data.sources import ImageFolder, image_folder, splits
+from dinocli.data.sources import Images, image_folder
 from dinocli.encoder import Encoder, load_encoder, untrained_encoder
 from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard
 from dinocli.evals.knn import knn
@@ -117,7 +117,8 @@ def demo(
     checkpoint = _train(data / "train", folder / "run", device, workers, stage, steps)
     trained = load_encoder(str(checkpoint), device)
     untrained = untrained_encoder(read_weights(checkpoint), device)
-    parts = splits(data)
+    parts = {part: image_folder(data / part) for part in ("train", "val")}
+    val = parts["val"]
     rows = []
     for name, encoder in (("trained by DINO", trained), ("untrained twin", untrained)):
         found = {
@@ -137,9 +138,9 @@ def demo(
     rows.append(_measured("raw pixels", raw["train"], raw["val"], None, device, stage))
     pictures = [
         draw_attention(trained, path, folder / "attention" / path.parent.name, keep=_KEEP, size=None, raw=False)
-        for path in (parts["val"].root / parts["val"].paths[parts["val"].labels.index(c)] for c in range(len(CLASSES)))
+        for path in (val.root / val.names[int(np.argmax(val.labels == c))] for c in range(len(CLASSES)))
     ]
-    everything = float(np.mean([_mask(masks, path).mean() for path in parts["val"].paths]))
+    everything = float(np.mean([_mask(masks, path).mean() for path in val.names]))
     return DemoResult(
         rows,
         100 / len(CLASSES),
@@ -152,7 +153,7 @@ def demo(
 
 def _train(images: Path, out: Path, device: torch.device, workers: int, stage: Stage, steps: int | None) -> Path:
     preset, source = load_preset(PRESET), image_folder(images)
-    stop = steps or start_clock(preset, len(source)).total
+    stop = steps or start_clock(preset, source.count).total
     plan = Plan(PRESET, preset, source, stop, out, device, workers, None)
     with stage("pretrain", stop, "steps") as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note))
@@ -161,13 +162,13 @@ def _train(images: Path, out: Path, device: torch.device, workers: int, stage: S
     return run.checkpoint
 
 
-def _extract(encoder: Encoder, source: ImageFolder, path: Path, workers: int, stage: Stage, what: str) -> Features:
+def _extract(encoder: Encoder, source: Images, path: Path, workers: int, stage: Stage, what: str) -> Features:
     with stage(what, len(source), "images") as advance:
         extract(encoder, source, path, data="drawn", workers=workers, report=advance)
     return read_features(path)
 
 
-def _raw_pixels(source: ImageFolder, workers: int) -> Features:
+def _raw_pixels(source: Images, workers: int) -> Features:
     """The images themselves, made small, as features."""
     batches = plain_batches(
         source,
@@ -180,7 +181,7 @@ def _raw_pixels(source: ImageFolder, workers: int) -> Features:
     )
     values = np.concatenate([batch.images.flatten(1).numpy() for batch in batches])
     recipe = Recipe("raw pixels", "", "pixels", 0, _RAW_SIDE, "drawn")
-    return Features(values, np.array(source.labels), source.paths, source.classes, {}, recipe)
+    return Features(values, source.labels.astype(np.int64), list(source.names), source.classes, {}, recipe)
 
 
 def _measured(
@@ -191,14 +192,14 @@ def _measured(
     return Row(name, knn(train, val, [_K]).scores[0].top1, probe.top1, overlap)
 
 
-def _overlap(encoder: Encoder, source: ImageFolder, masks: Path, stage: Stage, what: str) -> float:
+def _overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage, what: str) -> float:
     """Jaccard overlap of the best head's mask with the truth, averaged over images.
 
     Source: the paper's section 4.2.2 and facebookresearch/dino issue 54.
     """
     scores = []
     with stage(what, len(source), "images") as advance:
-        for i, path in enumerate(source.paths, 1):
+        for i, path in enumerate(source.names, 1):
             pixels = decode(source.read(i - 1))
             if isinstance(pixels, BadImage):
                 continue

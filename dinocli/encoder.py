@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dinocli.data.decode import DEFAULTS, ImagesConfig
 from dinocli.errors import DinoError
 from dinocli.models.backbone import Backbone, BackboneConfig, Tokens, adapt, create_timm
 from dinocli.models.network import load_strictly
+from dinocli.preset import Preset
 from dinocli.weights import Weights, Which, read_weights
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
@@ -35,6 +37,7 @@ class Encoder:
         size: Side of the images it was trained on, in pixels.
         mean: Of the channels of its training data.
         std: Of the channels of its training data.
+        images: How files became pixels when it was trained.
     """
 
     backbone: Backbone
@@ -43,6 +46,7 @@ class Encoder:
     size: int
     mean: Channels
     std: Channels
+    images: ImagesConfig = DEFAULTS
 
     @property
     def device(self) -> torch.device:
@@ -121,8 +125,7 @@ def encoder_of(weights: Weights, source: str, device: torch.device) -> Encoder:
     load_strictly(backbone.model, weights.backbone, source)
     if weights.preset is None:
         return _frozen(backbone, source, device, int(architecture.options.get("img_size", 224)), *_IMAGENET)
-    views = weights.preset.views
-    return _frozen(backbone, source, device, views.global_1.size, views.mean, views.std)
+    return _of_preset(backbone, source, device, weights.preset)
 
 
 def architecture_of(weights: Weights, source: str) -> BackboneConfig:
@@ -132,6 +135,12 @@ def architecture_of(weights: Weights, source: str) -> BackboneConfig:
         DinoError: They carry no preset and are of none of the original's networks.
     """
     return weights.preset.backbone if weights.preset else official_architecture(weights.backbone, source)
+
+
+def _of_preset(backbone: Backbone, source: str, device: torch.device, preset: Preset) -> Encoder:
+    views = preset.views
+    encoder = _frozen(backbone, source, device, views.global_1.size, views.mean, views.std)
+    return replace(encoder, images=preset.images)
 
 
 def _frozen(backbone: Backbone, source: str, device: torch.device, size: int, mean: Channels, std: Channels) -> Encoder:
@@ -149,10 +158,8 @@ def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> 
         raise DinoError(
             "an untrained twin needs a checkpoint of this tool", "take a ckpt.safetensors that `dino pretrain` wrote"
         )
-    preset = weights.preset
     torch.manual_seed(seed)
-    backbone = preset.backbone.build(drop_path=False)
-    return _frozen(backbone, "untrained", device, preset.views.global_1.size, preset.views.mean, preset.views.std)
+    return _of_preset(weights.preset.backbone.build(drop_path=False), "untrained", device, weights.preset)
 
 
 def initial_weights(source: str) -> Weights:

@@ -19,6 +19,10 @@ class DinoError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[type[DinoError], tuple[str, str]]:
+        # A worker process hands its mistake to the one that started it.
+        return DinoError, (self.message, self.hint)
+
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """The one of `words` that looks most like `word`; there is always one to name."""

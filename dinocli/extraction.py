@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinocli.data.loader import plain_batches
-from dinocli.data.sources import ImageFolder
+from dinocli.data.sources import Source
 from dinocli.encoder import Encoder, TokenChoice
 from dinocli.errors import DinoError
 from dinocli.features import Recipe, write_features
@@ -32,7 +32,7 @@ class Extracted:
 
 def extract(
     encoder: Encoder,
-    source: ImageFolder,
+    source: Source,
     path: Path,
     *,
     data: str,
@@ -78,20 +78,20 @@ def extract(
             batch_size=batch_size,
             workers=workers,
             device=encoder.device,
+            images=encoder.images,
         ):
             if len(batch.images):
                 values = encoder.features(batch.images, tokens, blocks).float().cpu().numpy()
                 shape = values.shape[1:]
                 writer.append(values)
-            writer.labels += [source.labels[row] for row in batch.rows]
-            writer.paths += [source.paths[row] for row in batch.rows]
-            writer.skipped |= {source.paths[row]: reason for row, reason in batch.bad}
-            done += len(batch.rows) + len(batch.bad)
+            writer.labels += batch.labels
+            writer.paths += batch.names
+            writer.skipped |= dict(batch.bad)
+            done += len(batch.names) + len(batch.bad)
             report(done)
         if not writer.paths:
             first = next(iter(writer.skipped.items()))
             raise DinoError(
-                f"none of the {len(source)} images in {source.root} can be read; {first[0]}: {first[1]}",
-                "look at that file",
+                f"none of the {done} images in {source.where} can be read; {first[0]}: {first[1]}", "look at that file"
             )
     return Extracted(path, len(writer.paths), shape, writer.skipped)

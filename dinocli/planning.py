@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinocli.data.loader import Batch, ViewsConfig
-from dinocli.data.sources import ImageFolder
+from dinocli.data.fill import ViewsConfig
+from dinocli.data.loader import Batch
+from dinocli.data.sources import Source
 from dinocli.errors import DinoError
 from dinocli.preset import Preset
 from dinocli.schedules import Clock, Rate
@@ -37,7 +38,7 @@ class Plan:
 
     name: str
     preset: Preset
-    source: ImageFolder
+    source: Source
     stop: int
     out: Path
     device: torch.device
@@ -47,7 +48,7 @@ class Plan:
     @property
     def clock(self) -> Clock:
         """The clock at the start."""
-        return start_clock(self.preset, len(self.source))
+        return start_clock(self.preset, self.source.count)
 
     @property
     def lr(self) -> Rate:
@@ -74,18 +75,25 @@ class Estimate:
     seconds: float
 
 
-def start_clock(preset: Preset, images: int) -> Clock:
-    """The clock of a run over `images` images.
+def start_clock(preset: Preset, images: int | None) -> Clock:
+    """The clock of a run over `images` images; absent where nobody knows how many a stream has.
 
     Raises:
-        DinoError: There are fewer images than one batch.
+        DinoError: There are fewer images than one batch, or an unknown number in a recipe that needs to know.
     """
-    batch = preset.training.batch_size
+    batch, steps = preset.training.batch_size, preset.training.steps_per_epoch
+    if images is None:
+        if steps is None:
+            raise DinoError(
+                "nobody knows how many images come through a pipe, and so not how long an epoch is",
+                "--set training.steps_per_epoch=N, which is images / batch",
+            )
+        return Clock(steps, preset.training.epochs)
     if images < batch:
         raise DinoError(
             f"a batch of {batch} images was wanted; the folder has {images}", f"--batch-size {_power_below(images)}"
         )
-    return Clock(preset.training.steps_per_epoch or images // batch, preset.training.epochs)
+    return Clock(steps or images // batch, preset.training.epochs)
 
 
 def _power_below(n: int) -> int:

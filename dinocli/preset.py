@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from dinocli import shipped
 from dinocli.config import Config
-from dinocli.data.loader import ViewsConfig
+from dinocli.data.decode import ImagesConfig
+from dinocli.data.fill import ViewsConfig
 from dinocli.distillation import SelfDistillation
 from dinocli.engine.optim import OptimizerConfig
 from dinocli.errors import DinoError
@@ -74,6 +75,7 @@ class Preset(Config):
     heads: dict[str, HeadConfig]
     losses: LossesConfig
     teacher: TeacherConfig
+    images: ImagesConfig = ImagesConfig()
     views: ViewsConfig
     optimizer: OptimizerConfig
     training: TrainingConfig

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dinocli.atomic import write_text
-from dinocli.data.loader import BadFiles, train_batches
+from dinocli.data.loader import BadFiles, TrainBatches
 from dinocli.device import autocast, peak_memory
 from dinocli.distillation import SelfDistillation
 from dinocli.encoder import initial_weights
@@ -98,7 +98,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
     trainer = Trainer(method, preset.optimizer, plan.clock, batch_size=batch_size, precision=autocast(plan.device))
     saver = _Saver(folder, method, plan)
     write_text(folder / "preset.json", preset.model_dump_json(indent=2))
-    bad, metrics, pace = BadFiles(), Metrics(folder / "metrics.jsonl"), Pace()
+    metrics, pace = Metrics(folder / "metrics.jsonl"), Pace()
     last_loss: float | None = None
 
     with _stop_signals() as asked_to_stop:
@@ -110,8 +110,8 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
             if clock.step % _LOG_EVERY == 0 or clock.step in (1, plan.stop) or stop or pace.elapsed > _LOG_AFTER:
                 plain = {name: value.item() for name, value in values.items()}  # waits for the device
                 last_loss = plain["loss"]
-                rate = pace.look()
-                metrics.write(_line(clock, plain, rate, trainer, plan))
+                rate, waiting = pace.look(batches.waited)
+                metrics.write(_line(clock, plain, rate, waiting, trainer, plan))
                 if not math.isfinite(last_loss):
                     raise DinoError(
                         f"the loss is {last_loss} at step {clock.step}; the weights of step {saver.step} are kept",
@@ -122,14 +122,14 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
                 saver.save_now_and_then(clock.step)  # here and nowhere else: the loss has just been seen to be a number
             return stop
 
-        batches = train_batches(
+        batches = TrainBatches(
             plan.source,
             preset.views,
             batch_size=batch_size,
             seed=preset.training.seed,
+            images=preset.images,
             workers=plan.workers,
             device=plan.device,
-            bad=bad,
         )
         try:
             trainer.fit(batches, plan.stop, on_step)
@@ -139,14 +139,16 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
                 f"--batch-size {max(1, batch_size // 2)}",
             ) from error
         finally:
-            batches.close()  # type: ignore[attr-defined]  # ends the workers before the run is said to be over
+            batches.close()
             if last_loss is None or math.isfinite(last_loss):
                 saver.save(trainer.clock.step)
-            if bad.reasons:
-                lines = (f"{path!r}\t{reason}\n" for path, reason in sorted(bad.reasons.items()))
+            if batches.bad.reasons:
+                lines = (f"{path!r}\t{reason}\n" for path, reason in sorted(batches.bad.reasons.items()))
                 write_text(folder / "bad_images.txt", "".join(lines))
     step = trainer.clock.step
-    return Run(folder, folder / CHECKPOINT, step, step < plan.stop, last_loss, time.perf_counter() - began, bad, fresh)
+    return Run(
+        folder, folder / CHECKPOINT, step, step < plan.stop, last_loss, time.perf_counter() - began, batches.bad, fresh
+    )
 
 
 def start_from(method: SelfDistillation, source: str) -> list[str]:
@@ -193,7 +195,9 @@ class _Saver:
             self.save(step)
 
 
-def _line(clock: Clock, values: dict[str, float], rate: float, trainer: Trainer, plan: Plan) -> dict[str, float | int]:
+def _line(
+    clock: Clock, values: dict[str, float], rate: float, waiting: float, trainer: Trainer, plan: Plan
+) -> dict[str, float | int]:
     group = trainer.optimizer.param_groups[0]
     return {
         "step": clock.step,
@@ -202,6 +206,7 @@ def _line(clock: Clock, values: dict[str, float], rate: float, trainer: Trainer,
         "lr": group["lr"],
         "weight_decay": group["weight_decay"],
         "images_per_second": round(rate, 2),
+        "data_wait": round(waiting, 4),
         "peak_memory": peak_memory(plan.device),
     }
 

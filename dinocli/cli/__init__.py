@@ -17,6 +17,7 @@ from dinocli.cli.export import export
 from dinocli.cli.extract import extract
 from dinocli.cli.knn import knn
 from dinocli.cli.linear import linear
+from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
 from dinocli.errors import DinoError
@@ -27,6 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(pack)
 app.command()(pretrain)
 app.command()(extract)
 app.command()(knn)

@@ -68,7 +68,7 @@ def _files(images: list[Path]) -> dict[Path, Path]:
     files: dict[Path, Path] = {}
     for path in images:
         if path.is_dir():
-            files |= {path / inside: Path(inside) for inside in image_folder(path).paths}
+            files |= {path / inside: Path(inside) for inside in image_folder(path).names}
         elif path.is_file():
             files[path] = Path(path.name)
         else:

@@ -17,8 +17,8 @@ def extract(
         typer.Argument(
             metavar="[CHECKPOINT] DATA",
             help="Run folder, ckpt.safetensors, official "
-            "DINO .pth or timm:NAME (the newest weights if absent); then a folder of "
-            "images, with class folders if there are labels, or train/ and val/.",
+            "DINO .pth or timm:NAME (the newest weights if absent); then images as `dino pretrain` takes "
+            "them, with class folders if there are labels, or train/ and val/.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the feature files.")] = Path("features"),
@@ -38,7 +38,7 @@ def extract(
         raise typer.BadParameter(
             f"one checkpoint and one folder were wanted; {len(paths)} came", param_hint="[CHECKPOINT] DATA"
         )
-    data = Path(paths[-1])
+    data = paths[-1]
     parts = splits(data)
 
     from dinocli.device import default_workers, pick_device
@@ -49,13 +49,13 @@ def extract(
     encoder = load_encoder(checkpoint_or_newest(paths[0] if len(paths) == 2 else None), picked, network)
     written = []
     for name, source in parts.items():
-        with console.progress(f"extract {name}", len(source), "images") as advance:
+        with console.progress(f"extract {name}", source.count or 0, "images") as advance:
             written.append(
                 extract(
                     encoder,
                     source,
                     out / f"{name}.safetensors",
-                    data=str(data),
+                    data=data,
                     tokens=tokens,
                     blocks=blocks,
                     size=size,

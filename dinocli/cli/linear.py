@@ -33,7 +33,7 @@ def linear(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the start, the order, and what is held out.")] = 0,
     paper: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="DATA",
             help="The paper's protocol instead: SGD on augmented images "
@@ -59,15 +59,15 @@ def linear(
     from dinocli.device import default_workers, pick_device
 
     if paper:
-        from dinocli.data.sources import splits
+        from dinocli.data.sources import Images, splits
         from dinocli.encoder import load_encoder
         from dinocli.evals.linear import linear_on_images
 
-        parts = splits(paper)
+        parts = {name: part for name, part in splits(paper).items() if isinstance(part, Images)}
         test = parts.get("val") or parts.get("test")
         if "train" not in parts or test is None:
             raise DinoError(
-                f"train/ and val/ with class folders were wanted; {paper} has {', '.join(parts)}",
+                f"train/ and val/ with class folders were wanted; {paper} has {', '.join(parts) or 'neither'}",
                 "DATA/train/CLASS/* and DATA/val/CLASS/*",
             )
         picked = pick_device(device)

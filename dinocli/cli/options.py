@@ -11,6 +11,14 @@ from dinocli import console
 from dinocli.errors import DinoError
 from dinocli.runs import CHECKPOINT, newest_run
 
+Images = Annotated[
+    str,
+    typer.Argument(
+        metavar="IMAGES",
+        help="Folder of images, of any depth; a .txt or .csv list of files; tar shards (x-{000..009}.tar, a folder of "
+        "them, pipe:COMMAND); or torchvision:NAME.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images; chosen by the machine if absent.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dinocli import console, shipped
-from dinocli.cli.options import Device, Json, Workers
+from dinocli.cli.options import Device, Images, Json, Workers
 from dinocli.runs import link_newest, next_folder
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def pretrain(
-    images: Annotated[Path, typer.Argument(help="Folder of images, of any depth; labels are not needed and not read.")],
+    images: Images,
     preset: Annotated[str, typer.Option(help="A shipped preset (`dino presets`) or a .toml of your own.")] = "vits16",
     epochs: Annotated[int | None, typer.Option(min=1, help="Short for --set training.epochs=N.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.")] = None,
@@ -40,9 +40,9 @@ def pretrain(
     json: Json = False,
 ) -> None:
     """Train a vision transformer on a folder of images with DINO."""
-    from dinocli.data.sources import image_folder
+    from dinocli.data.sources import open_source
 
-    source = image_folder(images)  # before torch is loaded: a wrong path or name is said at once
+    source = open_source(images)  # before torch is loaded: a wrong path or name is said at once
     if not preset.endswith(".toml"):
         shipped.text(preset)
 
@@ -52,7 +52,7 @@ def pretrain(
 
     short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
     loaded = load_preset(preset, [*(overrides or []), *(f"{key}={v}" for key, v in short.items() if v is not None)])
-    total = start_clock(loaded, len(source)).total
+    total = start_clock(loaded, source.count).total
     picked = pick_device(device)
     name = Path(preset).name.removesuffix(".toml")
     plan = Plan(
@@ -81,7 +81,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
     networks = f"{cost.backbone_parameters / 1e6:.1f} M parameters, {cost.parameters / 1e6:.1f} M with heads"
     steps = f"{plan.stop} of {clock.total}" if plan.stop < clock.total else f"{plan.stop}"
     rows = {
-        "images": f"{len(plan.source)} in {plan.source.root}",
+        "images": f"{plan.source.count or 'an unknown number'} in {plan.source.where}",
         "backbone": f"{preset.backbone.name}, {networks}",
         "views": views,
         "batch": f"{preset.training.batch_size} images",
@@ -96,7 +96,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
     }
     if json:
         numbers = {
-            "images": len(plan.source),
+            "images": plan.source.count,
             "steps": plan.stop,
             "schedule_steps": clock.total,
             "peak_lr": _peak(plan),
@@ -114,9 +114,10 @@ def _peak(plan: Plan) -> float:
 def _run(plan: Plan, json: bool) -> None:
     from dinocli.pretraining import pretrain
 
-    count, total = len(plan.source), plan.clock.total
+    count, total = plan.source.count, plan.clock.total
     size = plan.preset.training.batch_size
-    console.say(f"{plan.name}: {count} images, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
+    images = f"{count} images" if count else "a stream of images"
+    console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
     if plan.stop < total:
         console.say(f"note: stops at step {plan.stop} of {total}; the schedules stay those of the whole run")
     with console.progress("pretrain", plan.stop, "steps") as advance:

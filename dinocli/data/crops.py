@@ -7,7 +7,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -18,6 +17,7 @@ from dinocli.data.decode import Pixels
 Probability = Field(ge=0, le=1)
 _LONG = 8  # times as long as wide, beyond which an image is cut before it is resized
 Floats = NDArray[np.float64]
+_RESIZE = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa.out, "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out}
 
 
 class JitterConfig(Config):
@@ -164,24 +164,30 @@ def draws(numbers: Floats, views: Sequence[ViewConfig]) -> Draws:
     )
 
 
-def cut(pixels: Pixels, box: Sequence[int], size: tuple[int, int], resample: str = "bicubic") -> Tensor:
+def cut_into(out: Tensor, image: Tensor, box: Sequence[int], resample: str = "bicubic") -> None:
     """Cut a box out of an image and resize it with antialiasing.
 
     Args:
-        pixels: [H, W, 3]
+        out: Takes the crop, within 2 levels of what Pillow makes of the same box. [1, 3, height, width], uint8
+        image: [1, 3, H, W], uint8
         box: Top, left, height, width.
-        size: Height and width wanted.
         resample: `bicubic` or `bilinear`.
-
-    Returns:
-        [3, height, width], uint8; within 2 levels of what Pillow makes of the same box.
     """
     top, left, height, width = box
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None, :, top : top + height, left : left + width]
-    if (height, width) == size:
-        return image[0]
-    # uint8 with the channels last in memory, as numpy has them, is what torch has its fast kernel for.
-    return F.interpolate(image, size=size, mode=resample, align_corners=False, antialias=True)[0]
+    image = image[:, :, top : top + height, left : left + width]
+    if image.shape == out.shape:
+        out.copy_(image)
+        return
+    # What `F.interpolate(antialias=True)` calls, with a place for the result: no second copy of each crop. uint8 with
+    # the channels last in memory, as decoders give them, is what torch has its fast kernel for.
+    _RESIZE[resample](image, out.shape[2:], False, None, None, out=out)
+
+
+def cut(pixels: Pixels, box: Sequence[int], size: tuple[int, int], resample: str = "bicubic") -> Tensor:
+    """What `cut_into` does, of pixels [H, W, 3] and into new memory. [3, height, width], uint8"""
+    out = torch.empty((1, 3, *size), dtype=torch.uint8, memory_format=torch.channels_last)
+    cut_into(out, torch.from_numpy(pixels).permute(2, 0, 1)[None], box, resample)
+    return out[0]
 
 
 def resize_and_center(pixels: Pixels, resize: int, crop: int) -> Tensor:

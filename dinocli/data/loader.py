@@ -2,58 +2,28 @@
 
 from __future__ import annotations
 
-import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dinocli.config import Config
+from dinocli.data import ring
 from dinocli.data.augment import augment, normalize
-from dinocli.data.crops import BOX, NUMBERS, Draws, ViewConfig, crop_boxes, cut, draws, resize_and_center, uniforms
-from dinocli.data.decode import BadImage, decode
-from dinocli.data.sources import ImageFolder
+from dinocli.data.crops import Draws
+from dinocli.data.decode import ImagesConfig
+from dinocli.data.fill import Cutter, ImageFiller, PlainFiller, Seen, StreamFiller, ViewsConfig
+from dinocli.data.ring import Filler, Ring
+from dinocli.data.shards import Shards
+from dinocli.data.sources import Images, Source
 from dinocli.errors import DinoError
 
-_REDRAWS = 20
 BAD_SHARE = 0.05
 _WAITING_BYTES = 8 * 2**30
-
-
-class ViewsConfig(Config):
-    """The views of an image.
-
-    Attributes:
-        mean: Of the three channels, in 0 to 1.
-        std: Of the three channels.
-        global_1: The first global view.
-        global_2: The second; a loss between views wants it, a classifier does not.
-        local: The local views, all alike; absent, there are none.
-        locals: How many local views.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-    global_1: ViewConfig
-    global_2: ViewConfig | None = None
-    local: ViewConfig | None = None
-    locals: int = Field(0, ge=0)
-
-    @property
-    def globals(self) -> list[ViewConfig]:
-        """The global views in order."""
-        return [view for view in (self.global_1, self.global_2) if view]
-
-    @property
-    def all(self) -> list[ViewConfig]:
-        """All views in order, global ones first."""
-        return self.globals + ([self.local] * self.locals if self.local else [])
+_SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -63,7 +33,7 @@ class Batch:
     Attributes:
         global_crops: [G, B, C, H, W]
         local_crops: [V-G, B, C, h, w]; absent where there are no local views.
-        rows: Index of each image in its source. [B], on the host
+        rows: Number of each image in its source. [B], on the host
     """
 
     global_crops: Tensor
@@ -74,16 +44,6 @@ class Batch:
     def crops(self) -> list[Tensor]:
         """All views, a group a resolution, global ones first."""
         return [self.global_crops] if self.local_crops is None else [self.global_crops, self.local_crops]
-
-
-class _Slab(NamedTuple):
-    """What a worker sends: crops as uint8, their draws (none if no image was found), the files it could not read."""
-
-    global_crops: Tensor
-    local_crops: Tensor
-    rows: Tensor
-    draws: Draws | None
-    bad: list[tuple[str, str]]
 
 
 @dataclass
@@ -98,174 +58,227 @@ class BadFiles:
         return ", ".join(f"{count} {reason}" for reason, count in counts)
 
 
-class _Order(Sampler[list[tuple[int, int]]]):
-    """Endless batches of (epoch, index): each image once an epoch, in the epoch's own order; the rest is dropped."""
+class Share(NamedTuple):
+    """Which process of a run this is: rank `rank` of `of`."""
 
-    def __init__(self, images: int, batch_size: int, seed: int, start: int) -> None:
-        self.images, self.batch_size, self.seed, self.start = images, batch_size, seed, start
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batches = self.images // self.batch_size
-        epoch, first = divmod(self.start, batches)
-        while True:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
-            for b in range(first, batches):
-                yield [(epoch, int(i)) for i in order[b * self.batch_size : (b + 1) * self.batch_size]]
-            epoch, first = epoch + 1, 0
+    rank: int
+    of: int
 
 
-class _Cutter(Dataset[_Slab]):
-    """Worker: decodes each image of a batch once and cuts all its crops."""
-
-    def __init__(self, source: ImageFolder, views: ViewsConfig, seed: int) -> None:
-        self.source, self.views, self.seed = source, views, seed
-        self.scale = np.array([v.scale for v in views.all])
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> _Slab:
-        views, bad = self.views, []
-        groups = [views.globals, views.all[len(views.globals) :]]
-        slabs = [torch.empty((len(g), len(keys), 3, *[g[0].size if g else 0] * 2), dtype=torch.uint8) for g in groups]
-        places = [(slab[v], view) for slab, group in zip(slabs, groups, strict=True) for v, view in enumerate(group)]
-        numbers = np.empty((len(keys), len(places), NUMBERS))
-        rows = torch.empty(len(keys), dtype=torch.long)
-        for b, (epoch, index) in enumerate(keys):
-            numbers[b], generator = uniforms(self.seed, epoch, index, len(places))
-            pixels = decode(self.source.read(index))
-            for _ in range(_REDRAWS):
-                if not isinstance(pixels, BadImage):
-                    break
-                bad.append((self.source.paths[index], pixels.reason))
-                index = int(generator.integers(len(self.source)))
-                pixels = decode(self.source.read(index))
-            if isinstance(pixels, BadImage):
-                return _Slab(slabs[0], slabs[1], rows, None, bad)
-            rows[b] = index
-            boxes = crop_boxes(numbers[b, :, :BOX], pixels.shape[0], pixels.shape[1], self.scale)
-            for (slab, view), box in zip(places, boxes, strict=True):
-                slab[b] = cut(pixels, box, (view.size, view.size), view.resample)
-        return _Slab(slabs[0], slabs[1], rows, draws(numbers, views.all), bad)
+ALONE = Share(0, 1)
 
 
-def train_batches(
-    source: ImageFolder,
-    views: ViewsConfig,
-    *,
-    batch_size: int,
-    seed: int,
-    start: int = 0,
-    workers: int = 0,
-    device: torch.device,
-    bad: BadFiles,
-) -> Iterator[Batch]:
+class TrainBatches:
     """Endless batches in an order and with views that depend on the seed alone.
 
-    A file that cannot be read is replaced by another draw, so that batches keep their size.
+    Each image comes once an epoch, in the epoch's own order, and what does not fill a batch is dropped. The views of an
+    image depend on seed, epoch and its number: not on how many processes work, nor on where a run was taken up again.
+    From tar shards the images come in the order in which they lie there, shuffled in a buffer, each worker with shards
+    of its own: there the order depends on the number of workers too. A file that cannot be read is replaced by another
+    draw, so that batches keep their size.
 
     Args:
         source: The images.
         views: The views to make.
-        batch_size: B.
+        batch_size: B, of this process.
         seed: Of the order and of all views.
+        images: How files become pixels.
         start: Batches to pass over, for a run that goes on.
         workers: Processes that decode and crop; 0 does it in this one.
         device: Where color and blur are done, and where the batches lie.
-        bad: Takes up the files that could not be read.
+        share: Which part of each batch of the run is this process's.
+
+    Attributes:
+        bad: The files that could not be read.
 
     Raises:
-        DinoError: More than 5 % of the images cannot be read.
+        DinoError: While iterating: more than 5 % of the images cannot be read, or a worker was killed.
     """
-    # Batches that wait lie in shared memory: a few of them, and never more than the budget.
-    batch_bytes = batch_size * sum(3 * view.size**2 for view in views.all)
-    workers = min(workers, max(1, _WAITING_BYTES // (2 * batch_bytes)))
-    prefetch = max(2, min(4, _WAITING_BYTES // (max(1, workers) * batch_bytes)))
-    loader: DataLoader[Any] = DataLoader(
-        _Cutter(source, views, seed),
-        batch_sampler=_Order(len(source), batch_size, seed, start),
-        collate_fn=_as_is,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        prefetch_factor=prefetch if workers else None,
-        worker_init_fn=_leave_signals_to_parent,
-    )
-    mean, std = torch.tensor(views.mean, device=device), torch.tensor(views.std, device=device)
-    n = len(views.globals)
-    for slab in _received(loader):
-        bad.reasons.update(slab.bad)
-        if slab.draws is None or len(bad.reasons) > max(1, BAD_SHARE * len(source)):
+
+    def __init__(
+        self,
+        source: Source,
+        views: ViewsConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        images: ImagesConfig | None = None,
+        start: int = 0,
+        workers: int = 0,
+        device: torch.device,
+        share: Share = ALONE,
+    ) -> None:
+        self.bad = BadFiles()
+        self._source, self._views, self._device, self._seen = source, views, device, 0
+        self._batch_size = batch_size
+        shape = _fields(views, batch_size)
+        # A few batches wait, and never more of them than the budget of memory.
+        batch_bytes = sum(torch.Size(f.shape).numel() * f.dtype.itemsize for f in shape.values())
+        slots = max(2, min(_SLOTS, _WAITING_BYTES // batch_bytes))
+        cutter = Cutter(views, seed, images or ImagesConfig())
+        if isinstance(source, Shards):
+
+            def make(lane: int, lanes: int) -> Filler[tuple[str, str]]:
+                skip = ring.turns(lane, workers, batch_size, start)
+                stream = source.stream(share.rank * lanes + lane, share.of * lanes, seed=seed, skip=skip)
+                return StreamFiller(cutter, stream)
+
+        else:
+
+            def make(lane: int, lanes: int) -> Filler[tuple[str, str]]:
+                return ImageFiller(cutter, source)
+
+        order = _Order(source, batch_size, seed, share)
+        self._ring = Ring(
+            shape,
+            batch_size=batch_size,
+            make=make,
+            prepare=order.write,
+            workers=workers,
+            slots=slots,
+            start=start,
+            bound=isinstance(source, Shards),
+            pin=device.type == "cuda",
+        )
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this process has waited for batches."""
+        return self._ring.waited
+
+    def close(self) -> None:
+        """End the workers."""
+        self._ring.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        mean, std = (torch.tensor(v, device=self._device) for v in (self._views.mean, self._views.std))
+        copier = _Copier(self._device)
+        n = len(self._views.globals)
+        for slot, arrays, bad in self._ring:
+            self._count(bad)
+            drawn = Draws(*(arrays[name].clone() for name in Draws._fields))
+            rows = arrays["keys"][:, 1].clone()
+            groups = [copier(arrays[name]) for name in ("globals", "locals") if arrays[name].numel()]
+            copier.wait()
+            parts = (slice(0, n), slice(n, None))
+            crops = [
+                augment(group, Draws(*(d[part] for d in drawn)), mean, std)
+                for group, part in zip(groups, parts, strict=False)
+            ]
+            copier.done(slot, self._ring.release)
+            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows)
+
+    def _count(self, bad: list[tuple[str, str]]) -> None:
+        self.bad.reasons.update(bad)
+        self._seen += self._batch_size
+        # Of a stream nobody knows how long it is: what was seen so far stands for it, once that is something.
+        known = self._source.count if isinstance(self._source, Shards) else len(self._source)
+        total = known or max(self._seen, 20 * self._batch_size)
+        if len(self.bad.reasons) > max(1, BAD_SHARE * total):
+            first = next(iter(self.bad.reasons))
+            where = f"{self._source.root / first}" if isinstance(self._source, Images) else first
             raise DinoError(
-                f"{len(bad.reasons)} of {len(source)} images cannot be read ({bad.summary()}); "
+                f"{len(self.bad.reasons)} of {total} images cannot be read ({self.bad.summary()}); "
                 f"up to {BAD_SHARE:.0%} are passed over",
-                f"mend them or take them out of the folder; one is {source.root / next(iter(bad.reasons))}",
+                f"mend them or take them out; one is {where}",
             )
-        groups = [
-            augment(crops.to(device, non_blocking=True), Draws(*(d[part] for d in slab.draws)), mean, std)
-            for crops, part in ((slab.global_crops, slice(0, n)), (slab.local_crops, slice(n, None)))
-            if len(crops)
-        ]
-        yield Batch(groups[0], groups[1] if len(groups) > 1 else None, slab.rows)
 
 
-def _received(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What the workers send; one that was killed, mostly for want of memory, becomes an error that can be read."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "worker" not in str(error):
-            raise
-        raise DinoError(
-            "a process that decodes images was killed, mostly for want of memory",
-            "--workers 1, or a smaller --batch-size",
-        ) from error
+class _Copier:
+    """Moves a slot's crops to the device: beside its work on CUDA, not at all on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.busy: deque[tuple[Any, int]] = deque()
+
+    def __call__(self, crops: Tensor) -> Tensor:
+        if self.stream is None:
+            return crops.to(self.device)
+        with torch.cuda.stream(self.stream):
+            moved = crops.to(self.device, non_blocking=True)
+        # Its memory was taken on the side stream and is read on the main one: it may not be used again before that.
+        moved.record_stream(torch.cuda.current_stream(self.device))
+        return moved
+
+    def wait(self) -> None:
+        """Let what the device does next wait for the copies; the host does not wait."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def done(self, slot: int, release: Any) -> None:
+        """Release slots whose copies are over: this one at once, or on CUDA those of batches before it."""
+        if self.stream is None:
+            release(slot)
+            return
+        self.busy.append((self.stream.record_event(), slot))
+        # One copy may be under way while the device works; before that its slot's memory must not be written.
+        while len(self.busy) > 1 or (self.busy and self.busy[0][0].query()):
+            event, free = self.busy.popleft()
+            event.synchronize()
+            release(free)
 
 
-def _leave_signals_to_parent(worker: int) -> None:
-    # Ctrl-C, and what `timeout` and schedulers send, reach every process of the group; the parent finishes its step and
-    # then ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _fields(views: ViewsConfig, batch_size: int) -> dict[str, ring.Field]:
+    """The arrays of a batch: crops with the channels last, as decoders give them, and what their images' draws say."""
+    v, g, b = len(views.all), len(views.globals), batch_size
+    large, small = views.global_1.size, views.local.size if views.local else 0
+    return {
+        "keys": ring.Field((b, 2), torch.int64),  # epoch and number of each image
+        "globals": ring.Field((g, b, large, large, 3), torch.uint8),
+        "locals": ring.Field((v - g, b, small, small, 3), torch.uint8),
+        "flip": ring.Field((v, b), torch.bool),
+        "factors": ring.Field((v, b, 4), torch.float32),
+        "order": ring.Field((v, b, 4), torch.uint8),
+        "gray": ring.Field((v, b), torch.bool),
+        "radius": ring.Field((v, b), torch.float32),
+        "solarize": ring.Field((v, b), torch.bool),
+    }
 
 
-def _as_is(slab: Any) -> Any:
-    return slab
+class _Order:
+    """Which images a batch holds: each once an epoch, in the epoch's own order; the rest is dropped."""
+
+    def __init__(self, source: Source, batch_size: int, seed: int, share: Share) -> None:
+        self.images = None if isinstance(source, Shards) else len(source)
+        self.batch_size, self.seed, self.share = batch_size, seed, share
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def write(self, slot: dict[str, Tensor], batch: int) -> None:
+        """Write epoch and number of each image of a batch; of a stream they are known when they come."""
+        if self.images is None:
+            return
+        whole = self.batch_size * self.share.of
+        epoch, place = divmod(batch, self.images // whole)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch, _ORDER)).permutation(self.images)
+        first = place * whole + self.share.rank * self.batch_size
+        slot["keys"][:, 0] = epoch
+        slot["keys"][:, 1] = torch.from_numpy(self._order[first : first + self.batch_size])
+
+
+# No image has this number, so that the order shares its random numbers with no image's views.
+_ORDER = 2**63 - 1
 
 
 class Plain(NamedTuple):
-    """Images of one pass in order.
+    """Images of one pass.
 
     Attributes:
         images: Normalized. [B, 3, size, size]
-        rows: Index of each in its source. [B]
-        bad: Index and reason of those that could not be read and are left out.
+        names: Of each.
+        labels: Of each, -1 where there is none.
+        bad: Name and reason of those that could not be read and are left out.
     """
 
     images: Tensor
-    rows: list[int]
-    bad: list[tuple[int, str]]
-
-
-class _Reader(Dataset[Any]):
-    def __init__(self, source: ImageFolder, size: int) -> None:
-        self.source, self.size = source, size
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, list[int], list[tuple[int, str]]]:
-        read = [(row, decode(self.source.read(row))) for row in rows]
-        good = [(row, pixels) for row, pixels in read if not isinstance(pixels, BadImage)]
-        bad = [(row, pixels.reason) for row, pixels in read if isinstance(pixels, BadImage)]
-        images = [resize_and_center(pixels, resize_for(self.size), self.size) for _, pixels in good]
-        stacked = torch.stack(images) if images else torch.empty((0, 3, self.size, self.size), dtype=torch.uint8)
-        return stacked, [row for row, _ in good], bad
-
-
-def resize_for(size: int) -> int:
-    """The short side to resize to before a crop of `size` is taken: 256 for 224, and in that proportion for others."""
-    return round(size * 256 / 224)
+    names: list[str]
+    labels: list[int]
+    bad: list[tuple[str, str]]
 
 
 def plain_batches(
-    source: ImageFolder,
+    source: Source,
     *,
     size: int,
     mean: Sequence[float],
@@ -273,16 +286,42 @@ def plain_batches(
     batch_size: int,
     workers: int,
     device: torch.device,
+    images: ImagesConfig | None = None,
 ) -> Iterator[Plain]:
-    """All images once, in order, as the evaluation sees them: resized, cropped in the middle, normalized."""
-    loader: DataLoader[Any] = DataLoader(
-        _Reader(source, size),
+    """All images once, as the evaluation sees them: resized, cropped in the middle, normalized.
+
+    They come in the order of the source; from tar shards and several workers, in that of the workers' turns.
+    """
+    config = images or ImagesConfig()
+
+    def make(lane: int, lanes: int) -> Filler[Seen]:
+        return PlainFiller(source if isinstance(source, Images) else source.stream(lane, lanes), size, config)
+
+    filled = Ring(
+        {"images": ring.Field((batch_size, 3, size, size), torch.uint8)},
         batch_size=batch_size,
-        collate_fn=_as_is,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_parent,
+        make=make,
+        prepare=lambda slot, batch: None,
+        workers=workers,
+        slots=_SLOTS,
+        bound=isinstance(source, Shards),
+        pin=device.type == "cuda",
     )
     m, s = torch.tensor(mean, device=device), torch.tensor(std, device=device)
-    for images, rows, bad in _received(loader):
-        yield Plain(normalize(images.to(device, non_blocking=True).float() / 255, m, s), rows, bad)
+    empty = 0
+    try:
+        for slot, arrays, told in filled:
+            seen = sorted(told)
+            good = [s for s in seen if not s.reason]
+            pixels = arrays["images"][[s.place for s in good]].to(device)
+            filled.release(slot)
+            # One worker's stream may end before another's: it is over when each has had a turn with nothing in it.
+            empty = 0 if seen else empty + 1
+            if empty > (workers if isinstance(source, Shards) else 0):
+                return
+            if seen:
+                bad = [(s.name, s.reason) for s in seen if s.reason]
+                names, labels = [s.name for s in good], [s.label for s in good]
+                yield Plain(normalize(pixels.float() / 255, m, s), names, labels, bad)
+    finally:
+        filled.close()

@@ -1,49 +1,132 @@
-"""Where images come from."""
+"""Where images come from: a folder, a list of files, tar shards, or one of torchvision's sets."""
 
 from __future__ import annotations
 
+import csv
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dinocli.errors import DinoError
+import numpy as np
+from numpy.typing import NDArray
 
-SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .bmp .dib .gif .avif .jp2 .j2k .ppm .pgm .pbm .pnm .tga".split()
-)
+from dinocli.data.listing import SUFFIXES, Names, cache_folder, list_files
+from dinocli.data.shards import Shards, is_shards, open_shards
+from dinocli.errors import DinoError, nearest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# How image files without a suffix begin: JPEG, PNG, GIF, TIFF of both byte orders, BMP, WebP.
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"RIFF")
 # Names that a data set's parts commonly carry; the first of each line is what the tool calls it.
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_PATH_COLUMNS = ("path", "file", "filename", "filepath", "file_path", "image", "image_path")
+_LABEL_COLUMNS = ("label", "class", "category", "target", "species")
+TORCHVISION = "torchvision:"
 
 
-@dataclass(frozen=True)
-class ImageFolder:
-    """The images below a folder, in the order of their names.
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images that can be asked for by number.
 
     Attributes:
-        root: The folder.
-        paths: Below the root.
-        classes: Names of the folders right below the root, if every image lies in one; else none.
-        labels: For each path the index of its class; -1 where there are no classes.
+        where: The source as the user named it.
+        root: Folder that the names lie below.
+        names: Of the files.
+        classes: Names of the classes; none for unlabelled images.
+        labels: Index of each image's class, -1 where there is none. [S]
     """
 
+    where: str
     root: Path
-    paths: list[str]
+    names: Names
     classes: list[str]
-    labels: list[int]
+    labels: NDArray[np.int32]
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
-    def read(self, index: int) -> bytes:
-        """The bytes of a file; empty where it has gone since it was listed."""
-        try:
-            return (self.root / self.paths[index]).read_bytes()
-        except OSError:
-            return b""
+    @property
+    def count(self) -> int:
+        """How many there are; of tar shards it may be unknown."""
+        return len(self.names)
+
+    def read(self, index: int) -> bytes | Image:
+        """The bytes of a file.
+
+        Raises:
+            OSError: It has gone since it was listed, or may not be read.
+        """
+        return (self.root / self.names[index]).read_bytes()
 
 
-def image_folder(root: Path) -> ImageFolder:
+@dataclass(frozen=True, eq=False)
+class TorchvisionImages(Images):
+    """Images of a torchvision data set, which gives them decoded."""
+
+    dataset: Any = None
+
+    def read(self, index: int) -> bytes | Image:
+        return self.dataset[index][0]
+
+
+Source = Images | Shards
+
+
+def open_source(spec: str) -> Source:
+    """Open what a user named.
+
+    Args:
+        spec: A folder of images, of any depth; a `.txt` or `.csv` list of files, with labels or without; tar shards
+            (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); or `torchvision:NAME`, which is
+            downloaded on first use, with `/SPLIT` for another part than that for training.
+
+    Raises:
+        DinoError: It is not there, or holds no image.
+    """
+    return open_shards(spec) if is_shards(spec) else open_images(spec)
+
+
+def open_images(spec: str) -> Images:
+    """Open a source whose images can be asked for by number: all but tar shards.
+
+    Raises:
+        DinoError: It is not there, or holds no image.
+    """
+    if spec.startswith(TORCHVISION):
+        name, _, split = spec.removeprefix(TORCHVISION).partition("/")
+        parts = _torchvision(name, [split] if split else ["train"])
+        return next(iter(parts.values()))
+    path = Path(spec)
+    return (
+        _file_list(path) if path.suffix.lower() in (".txt", ".csv", ".tsv") and path.is_file() else image_folder(path)
+    )
+
+
+def splits(spec: str) -> dict[str, Source]:
+    """A labelled set by its parts: `train`, `val` and `test` where it has those, else the whole as `all`.
+
+    Raises:
+        DinoError: It is not there, or a part of it holds no image.
+    """
+    if spec.startswith(TORCHVISION) and "/" not in spec:
+        return dict(_torchvision(spec.removeprefix(TORCHVISION), list(_SPLITS)))
+    root = Path(spec)
+    found = {split: root / name for split, spellings in _SPLITS.items() for name in spellings if (root / name).is_dir()}
+    # A folder named "test" among others may well be a class: the parts must be all that is there.
+    beside = {p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} if root.is_dir() else set()
+    if not found or ("train" not in found and beside - set(found.values())):
+        return {"all": open_source(spec)}
+    return {split: open_source(str(path)) for split, path in found.items()}
+
+
+def image_folder(root: Path) -> Images:
     """List the images in a folder of any depth; hidden files and other kinds of file are passed over.
+
+    Class names are those of the folders right below, if every image lies in one.
 
     Raises:
         DinoError: The folder is missing, is a file, or holds no image.
@@ -56,54 +139,136 @@ def image_folder(root: Path) -> ImageFolder:
         raise DinoError(
             f"a folder of images was wanted; {root} is a file", f"name the folder it lies in: {root.parent}"
         )
-    paths, others = _walk(root)
-    if not paths:
+    names, others = list_files(root, _is_image)
+    if not len(names):
         seen = f"{others} other files" if others else "nothing"
         raise DinoError(
             f"no images in {root}: it holds {seen}",
             f"name a folder with files such as .jpg, .png, .webp or .tif ({len(SUFFIXES)} kinds are read)",
         )
-    tops = [path.split("/")[0] if "/" in path else "" for path in paths]
+    tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     if not all(tops):
-        return ImageFolder(root, paths, [], [-1] * len(paths))
-    classes = sorted(set(tops))
-    index = {name: i for i, name in enumerate(classes)}
-    return ImageFolder(root, paths, classes, [index[top] for top in tops])
+        return Images(str(root), root, names, [], np.full(len(names), -1, dtype=np.int32))
+    return Images(str(root), root, names, *_numbered(tops))
 
 
-def splits(root: Path) -> dict[str, ImageFolder]:
-    """A labelled set by its parts: `train`, `val` and `test` where the folder has those, else the whole as `all`.
+def _is_image(path: str) -> bool:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix:
+        return suffix in SUFFIXES
+    try:
+        with open(path, "rb") as file:
+            return file.read(4).startswith(_BEGINNINGS)
+    except OSError:
+        return False
+
+
+def _numbered(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
+    """Class names in order, by number where all are numbers, and each image's place among them."""
+    numbers = all(label.isdecimal() for label in labels)
+    classes = sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None)
+    place = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([place[label] for label in labels], dtype=np.int32)
+
+
+def _file_list(path: Path) -> Images:
+    """A text file with a path a line, or a table with a column of paths and perhaps one of labels.
+
+    Relative paths start at the list's own folder. In a text file a label may follow after a tab or a space.
 
     Raises:
-        DinoError: The folder is missing, is a file, or a part of it holds no image.
+        DinoError: It is empty, or its first file does not exist.
     """
-    found = {split: root / name for split, spellings in _SPLITS.items() for name in spellings if (root / name).is_dir()}
-    # A folder named "test" among others may well be a class: the parts must be all that is there.
-    beside = {p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} if root.is_dir() else set()
-    if not found or ("train" not in found and beside - set(found.values())):
-        return {"all": image_folder(root)}
-    return {split: image_folder(path) for split, path in found.items()}
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = _table_rows(file, path) if path.suffix.lower() != ".txt" else _text_rows(file, path)
+    if not rows:
+        raise DinoError(
+            f"a list of files was wanted; {path} is empty", "one path a line, relative to the list's folder"
+        )
+    first = path.parent / rows[0][0]
+    if not first.is_file():
+        raise DinoError(
+            f"the first file of {path} does not exist: {first}", "paths in a list are relative to the list's folder"
+        )
+    names = Names.of([name for name, _ in rows])
+    labels = [label for _, label in rows]
+    if not all(labels):
+        return Images(str(path), path.parent, names, [], np.full(len(names), -1, dtype=np.int32))
+    return Images(str(path), path.parent, names, *_numbered(labels))
 
 
-def _walk(root: Path) -> tuple[list[str], int]:
-    paths: list[str] = []
-    others = 0
-    for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = [n for n in sorted(below) if not n.startswith(".") and not _leads_back(Path(folder, n))]
-        inside = os.path.relpath(folder, root).replace(os.sep, "/")
-        for name in files:
-            if name.startswith("."):
-                continue
-            if os.path.splitext(name)[1].lower() in SUFFIXES:
-                paths.append(name if inside == "." else f"{inside}/{name}")
-            else:
-                others += 1
-    return sorted(paths), others
+def _text_rows(file: Any, path: Path) -> list[tuple[str, str]]:
+    lines = [line.strip("\r\n") for line in file]
+    lines = [line for line in lines if line.strip() and not line.startswith("#")]
+    if not lines:
+        return []
+    # Names may hold spaces: whether the last word of a line is a label is asked of the first file.
+    tab = any("\t" in line for line in lines[:1])
+    spaced = not tab and not (path.parent / lines[0]).exists() and " " in lines[0]
+    pairs = [
+        line.partition("\t")[::2] if tab else line.rpartition(" ")[::2] if spaced else (line, "") for line in lines
+    ]
+    return [(name, label.strip()) for name, label in pairs]
 
 
-def _leads_back(folder: Path) -> bool:
-    """Whether it is a link to a folder that it lies in, which would make a walk endless."""
-    if not folder.is_symlink():
-        return False
-    above = folder.parent.resolve()
-    return folder.resolve() in (above, *above.parents)
+def _table_rows(file: Any, path: Path) -> list[tuple[str, str]]:
+    table = [row for row in csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",") if any(row)]
+    head = [cell.strip().lower() for cell in table[0]] if table else []
+    column = next((head.index(name) for name in _PATH_COLUMNS if name in head), None)
+    if column is None:
+        return [(row[0], row[1].strip() if len(row) > 1 else "") for row in table]
+    label = next((head.index(name) for name in _LABEL_COLUMNS if name in head), None)
+    return [(row[column], row[label].strip() if label is not None else "") for row in table[1:]]
+
+
+def _torchvision(name: str, wanted: Sequence[str]) -> dict[str, Images]:
+    """The parts of a torchvision set that there are, of those wanted; `all` where it has no parts.
+
+    Raises:
+        DinoError: There is no such set or part, or it could not be downloaded.
+    """
+    import inspect
+
+    from torchvision import datasets
+
+    known = [kind for kind in datasets.__all__ if isinstance(getattr(datasets, kind), type)]
+    exact = next((kind for kind in known if kind.lower() == name.lower()), None)
+    if exact is None:
+        raise DinoError(f"torchvision has no data set {name!r}", f"did you mean {TORCHVISION}{nearest(name, known)}?")
+    kind = getattr(datasets, exact)
+    takes = inspect.signature(kind).parameters
+    options: dict[str, Any] = {"root": str(cache_folder() / "torchvision" / exact)}
+    if "download" in takes:
+        options["download"] = True
+    parts: dict[str, Images] = {}
+    for part in wanted if {"split", "train"} & set(takes) else ["all"]:
+        choice = {"split": part} if "split" in takes else {"train": part == "train"} if "train" in takes else {}
+        if part == "val" and "train" in takes and "split" not in takes:
+            continue
+        try:
+            dataset = kind(**options, **choice)
+        except ValueError as error:
+            if "split" in str(error) and len(wanted) > 1:
+                continue  # this set has no such part
+            raise DinoError(f"torchvision's {exact} has no part {part!r}: {error}", f"{TORCHVISION}{exact}") from error
+        except (RuntimeError, OSError, TypeError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DinoError(
+                f"torchvision could not give {exact}: {said}",
+                f"put its files into {options['root']}, where it is looked for, or name a folder of images",
+            ) from error
+        parts[part] = _of_torchvision(dataset, f"{TORCHVISION}{exact}/{part}")
+    return parts
+
+
+def _of_torchvision(dataset: Any, where: str) -> Images:
+    found = next(
+        (getattr(dataset, key) for key in ("targets", "labels", "_labels", "y") if hasattr(dataset, key)), None
+    )
+    if found is None and hasattr(dataset, "_samples"):
+        found = [label for _, label in dataset._samples]
+    labels = np.asarray(found if found is not None else [-1] * len(dataset), dtype=np.int32)
+    names = getattr(dataset, "classes", None) or [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+    classes = [name if isinstance(name, str) else ", ".join(name) for name in names] if labels.min() >= 0 else []
+    places = Names.of([str(i) for i in range(len(dataset))])
+    return TorchvisionImages(where, Path(where), places, classes, labels, dataset)

@@ -21,11 +21,12 @@ class Metrics:
 
 
 class Pace:
-    """Images a second since the last look."""
+    """How fast the steps go, and for how much of the time they wait for data, since the last look."""
 
     def __init__(self) -> None:
         self._images = 0
         self._since = time.perf_counter()
+        self._waited = 0.0
 
     def add(self, images: int) -> None:
         """Count a step's images."""
@@ -36,8 +37,13 @@ class Pace:
         """Seconds since the last look."""
         return time.perf_counter() - self._since
 
-    def look(self) -> float:
-        """Images a second since the last look, and start again."""
-        rate = self._images / max(self.elapsed, 1e-9)
-        self._images, self._since = 0, time.perf_counter()
-        return rate
+    def look(self, waited: float) -> tuple[float, float]:
+        """Images a second, and the share of the time that was waited, since the last look; and start again.
+
+        Args:
+            waited: Seconds for data since the start.
+        """
+        elapsed = max(self.elapsed, 1e-9)
+        found = self._images / elapsed, (waited - self._waited) / elapsed
+        self._images, self._since, self._waited = 0, time.perf_counter(), waited
+        return found

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dinocli.data.crops import ViewConfig
-from dinocli.data.loader import BadFiles, ViewsConfig, plain_batches, train_batches
-from dinocli.data.sources import ImageFolder
+from dinocli.data.fill import ViewsConfig
+from dinocli.data.loader import TrainBatches, plain_batches
+from dinocli.data.sources import Images
 from dinocli.encoder import Encoder, TokenChoice
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import LinearRule, SGDConfig
@@ -143,8 +144,8 @@ def linear(
 
 def linear_on_images(
     encoder: Encoder,
-    train: ImageFolder,
-    test: ImageFolder,
+    train: Images,
+    test: Images,
     *,
     tokens: TokenChoice = "cls",
     blocks: int = 4,
@@ -193,15 +194,17 @@ def linear_on_images(
     size = size or encoder.size
     crop = ViewConfig(size=size, scale=(0.08, 1.0), flip=0.5, resample="bilinear")
     views = ViewsConfig(mean=encoder.mean, std=encoder.std, global_1=crop)
-    labels = torch.tensor(train.labels)
+    labels = torch.from_numpy(train.labels).long()
     sample = encoder.features(torch.zeros(1, 3, size, size, device=encoder.device), tokens, blocks)
     probes = _Probes(sample.shape[1], len(train.classes), [lr], seed).to(encoder.device)
     clock = Clock(len(train) // batch_size, epochs)
 
+    views_of_train = TrainBatches(
+        train, views, batch_size=batch_size, seed=seed, images=encoder.images, workers=workers, device=encoder.device
+    )
+
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in train_batches(
-            train, views, batch_size=batch_size, seed=seed, workers=workers, device=encoder.device, bad=BadFiles()
-        ):
+        for batch in views_of_train:
             yield encoder.features(batch.global_crops[0], tokens, blocks), labels[batch.rows].to(encoder.device)
 
     def count(clock: Clock, values: dict[str, Tensor]) -> bool:
@@ -209,7 +212,10 @@ def linear_on_images(
         return False
 
     schedule = CosineByEpoch(kind="cosine_by_epoch", start=1.0, end=0.0)
-    _trainer(probes, schedule, clock, batch_size).fit(batches(), clock.total, count)
+    try:
+        _trainer(probes, schedule, clock, batch_size).fit(batches(), clock.total, count)
+    finally:
+        views_of_train.close()
     hits, images = np.zeros(2), 0
     for plain in plain_batches(
         test,
@@ -219,9 +225,10 @@ def linear_on_images(
         batch_size=batch_size,
         workers=workers,
         device=encoder.device,
+        images=encoder.images,
     ):
-        if plain.rows:
-            truth = np.array(test.labels)[plain.rows]
+        if plain.names:
+            truth = np.array(plain.labels)
             hits += hits_among(_scores(probes, encoder.features(plain.images, tokens, blocks))[0], truth)
             images += len(truth)
     top1, top5 = (100 * hits / max(1, images)).tolist()

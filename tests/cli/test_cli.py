@@ -58,7 +58,7 @@ def in_a_process(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | env)
 
 
-COMMANDS = ["", "pretrain", "extract", "knn", "linear", "attn-map", "export", "presets", "demo"]
+COMMANDS = ["", "pretrain", "extract", "knn", "linear", "attn-map", "export", "pack", "presets", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

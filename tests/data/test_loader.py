@@ -8,8 +8,9 @@ import torch
 from conftest import write_images
 
 from dinocli.data.crops import JitterConfig, ViewConfig
-from dinocli.data.loader import BadFiles, Batch, ViewsConfig, plain_batches, resize_for, train_batches
-from dinocli.data.sources import image_folder
+from dinocli.data.fill import ViewsConfig, resize_for
+from dinocli.data.loader import ALONE, Batch, Share, TrainBatches, plain_batches
+from dinocli.data.sources import open_source
 from dinocli.errors import DinoError
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ VIEWS = ViewsConfig(
 
 
 def take(
-    images: Path,
+    images: Path | str,
     count: int,
     *,
     batch_size: int = 4,
@@ -34,18 +35,22 @@ def take(
     workers: int = 0,
     seed: int = 0,
     views: ViewsConfig = VIEWS,
+    share: Share = ALONE,
 ) -> list[Batch]:
-    stream = train_batches(
-        image_folder(images),
+    stream = TrainBatches(
+        open_source(str(images)),
         views,
         batch_size=batch_size,
         seed=seed,
         start=start,
         workers=workers,
         device=CPU,
-        bad=BadFiles(),
+        share=share,
     )
-    return list(islice(stream, count))
+    try:
+        return list(islice(stream, count))
+    finally:
+        stream.close()
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -67,10 +72,18 @@ def test_every_image_comes_once_an_epoch_and_orders_differ(images: Path) -> None
     assert rows[0].tolist() != rows[1].tolist()
 
 
-def test_views_do_not_depend_on_the_number_of_workers(images: Path) -> None:
-    alone = take(images, 4)
-    for workers in (1, 2):
-        assert all(same(a, b) for a, b in zip(alone, take(images, 4, workers=workers), strict=True))
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_views_do_not_depend_on_the_number_of_workers(images: Path, workers: int) -> None:
+    assert all(same(a, b) for a, b in zip(take(images, 7), take(images, 7, workers=workers), strict=True))
+
+
+def test_two_processes_share_each_batch_of_one(images: Path) -> None:
+    whole = take(images, 5, batch_size=6)
+    halves = [take(images, 5, batch_size=3, share=Share(rank, 2)) for rank in (0, 1)]
+    for one, *two in zip(whole, *halves, strict=True):
+        assert torch.equal(one.rows, torch.cat([half.rows for half in two]))
+        for crops, *parts in zip(one.crops, *(half.crops for half in two), strict=True):
+            torch.testing.assert_close(crops, torch.cat(parts, 1), rtol=0, atol=1e-6)
 
 
 def test_a_later_start_gives_the_same_batches(images: Path) -> None:
@@ -84,12 +97,12 @@ def test_views_follow_the_seed(images: Path) -> None:
 def test_a_bad_file_is_replaced_and_named(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "x", 40)
     (folder / "0003.png").write_bytes(b"no image")
-    bad = BadFiles()
-    stream = train_batches(image_folder(folder), VIEWS, batch_size=8, seed=0, device=CPU, bad=bad)
+    stream = TrainBatches(open_source(str(folder)), VIEWS, batch_size=8, seed=0, device=CPU)
     batches = list(islice(stream, 5))
+    bad = stream.bad
     assert all(b.global_crops.shape[1] == 8 and not (b.rows == 3).any() for b in batches)
     assert list(bad.reasons) == ["0003.png"]
-    assert bad.summary() == "1 not an image that Pillow knows"
+    assert bad.summary() == "1 not an image"
 
 
 @pytest.mark.parametrize("good", [0, 20])
@@ -98,25 +111,23 @@ def test_too_many_bad_files_end_the_run(tmp_path: Path, good: int) -> None:
     for i in range(8):
         (folder / f"bad{i}.png").write_bytes(b"no image")
     with pytest.raises(DinoError, match=r"cannot be read") as error:
-        list(islice(train_batches(image_folder(folder), VIEWS, batch_size=4, seed=0, device=CPU, bad=BadFiles()), 8))
-    assert str(folder) in error.value.hint
+        list(islice(TrainBatches(open_source(str(folder)), VIEWS, batch_size=4, seed=0, device=CPU), 8))
+    assert "bad" in error.value.hint + error.value.message
 
 
 def test_one_pass_in_order_names_what_it_leaves_out(images: Path) -> None:
     (images / "a" / "0002.png").write_bytes(b"no image")
+    source = open_source(str(images))
     passes = [
-        list(
-            plain_batches(
-                image_folder(images), size=16, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=5, workers=w, device=CPU
-            )
-        )
-        for w in (0, 1)
+        list(plain_batches(source, size=16, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=5, workers=w, device=CPU))
+        for w in (0, 1, 3)
     ]
     for batches in passes:
-        assert [row for b in batches for row in b.rows] == [i for i in range(12) if i != 2]
-        assert [row for b in batches for row, _ in b.bad] == [2]
-        assert all(b.images.shape == (len(b.rows), 3, 16, 16) for b in batches)
-    assert all(a.images.equal(b.images) for a, b in zip(*passes, strict=True))
+        assert [name for b in batches for name in b.names] == [n for n in source.names if n != "a/0002.png"]
+        assert [label for b in batches for label in b.labels] == [0] * 5 + [1] * 6
+        assert [name for b in batches for name, _ in b.bad] == ["a/0002.png"]
+        assert all(b.images.shape == (len(b.names), 3, 16, 16) for b in batches)
+        assert all(a.images.equal(b.images) for a, b in zip(passes[0], batches, strict=True))
 
 
 def test_the_evaluations_resize() -> None:

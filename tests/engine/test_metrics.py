@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 from dinocli.engine.metrics import Metrics, Pace
 
@@ -16,5 +17,8 @@ def test_every_line_is_json_even_of_a_loss_that_is_no_number(tmp_path) -> None:
 def test_pace_counts_since_the_last_look() -> None:
     pace = Pace()
     pace.add(10)
-    assert pace.look() > 0
-    assert pace.look() == 0
+    time.sleep(0.02)
+    rate, waiting = pace.look(0.01)
+    assert 0 < rate < 500
+    assert 0 < waiting < 0.5
+    assert pace.look(0.01) == (0, 0)

@@ -83,7 +83,7 @@ def test_the_papers_protocol_learns_from_images(tmp_path: Path, encoder: Encoder
             folder = write_images(tmp_path / split / name, count, 24)
             for path in folder.iterdir():
                 Image.blend(Image.open(path), Image.new("RGB", (24, 24), color), 0.8).save(path)
-    parts = splits(tmp_path)
+    parts = splits(str(tmp_path))
     done = []
     result = linear_on_images(
         encoder,

@@ -1,0 +1,201 @@
+"""Images a second of one core, from files to views of 2x224 + 8x96: the original's way, and this tool's.
+
+    python benchmarks/data.py PHOTOS [--images 64] [--rounds 5]
+
+Each way runs in turn, round after round, in one thread; what is printed is processor time, the parent's and the
+workers' together, as the median of the rounds, and the ratio to the original's within each round. A machine that does
+other things at the same time changes both sides of a ratio alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from rich.console import Console
+from rich.table import Table
+from torchvision import transforms as v1
+from torchvision.transforms import v2
+
+from dinocli.data.loader import TrainBatches
+from dinocli.data.sources import open_images
+from dinocli.preset import load_preset
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LOCALS = 8
+SIZES = ((224, (0.25, 1.0), 1.0, 0.0), (224, (0.25, 1.0), 0.1, 0.2)) + ((96, (0.05, 0.25), 0.5, 0.0),) * LOCALS
+
+
+def original() -> list[Callable[[Image.Image], torch.Tensor]]:
+    """The recipe as the original runs it: ten pipelines of PIL operations, one a view."""
+
+    def blur(chance: float) -> Callable[[Image.Image], Image.Image]:
+        def apply(image: Image.Image) -> Image.Image:
+            if random.random() > chance:
+                return image
+            return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+        return apply
+
+    def solarize(chance: float) -> Callable[[Image.Image], Image.Image]:
+        return lambda image: ImageOps.solarize(image) if random.random() < chance else image
+
+    jitter = v1.Compose([v1.RandomApply([v1.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8), v1.RandomGrayscale(p=0.2)])
+    end = v1.Compose([v1.ToTensor(), v1.Normalize(MEAN, STD)])
+    bicubic = v1.InterpolationMode.BICUBIC
+    return [
+        v1.Compose(
+            [
+                v1.RandomResizedCrop(size, scale=scale, interpolation=bicubic),
+                v1.RandomHorizontalFlip(),
+                jitter,
+                blur(blurred),
+                *([solarize(solarized)] if solarized else []),
+                end,
+            ]
+        )
+        for size, scale, blurred, solarized in SIZES
+    ]
+
+
+def per_crop_v2() -> list[Callable[[torch.Tensor], torch.Tensor]]:
+    """The same by torchvision's v2 operations on uint8 tensors, one pipeline a view."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    return [
+        v2.Compose(
+            [
+                v2.RandomResizedCrop(size, scale=scale, interpolation=bicubic, antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+                v2.RandomGrayscale(p=0.2),
+                v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=blurred),
+                *([v2.RandomSolarize(128, p=solarized)] if solarized else []),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN, STD),
+            ]
+        )
+        for size, scale, blurred, solarized in SIZES
+    ]
+
+
+def processor_seconds(processes: list[int]) -> float:
+    """User and system time of this process and of others that are still running."""
+    mine = os.times()
+    tick = os.sysconf("SC_CLK_TCK")
+    theirs = (Path(f"/proc/{p}/stat").read_text().rsplit(")", 1)[1].split() for p in processes)
+    return mine.user + mine.system + sum((int(s[11]) + int(s[12])) / tick for s in theirs)
+
+
+def timed(work: Callable[[], None], processes: list[int] | None = None) -> float:
+    began = settled(processes or [])
+    work()
+    return settled(processes or []) - began
+
+
+def settled(processes: list[int]) -> float:
+    """The processor time once the workers have filled all places of the ring, so that no work is counted twice."""
+    seconds = -1.0
+    while seconds < (seconds := processor_seconds(processes)) and processes:
+        time.sleep(0.2)
+    return seconds
+
+
+class Ours:
+    """This tool's loader: what its workers make, or whole views."""
+
+    def __init__(self, folder: str, batch: int, device: str, *, whole: bool, workers: int) -> None:
+        preset = load_preset("vits16", [f"views.locals={LOCALS}"])
+        self.batches = TrainBatches(
+            open_images(folder), preset.views, batch_size=batch, seed=0, workers=workers, device=torch.device(device)
+        )
+        self.whole, self.batch, self.device = whole, batch, device
+        self.views = iter(self.batches)
+        self.slots = iter(self.batches._ring)
+
+    def take(self, images: int) -> None:
+        for _ in range(images // self.batch):
+            if self.whole:
+                next(self.views)
+            else:
+                slot, _, _ = next(self.slots)
+                self.batches._ring.release(slot)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    @property
+    def processes(self) -> list[int]:
+        return [p.pid for p in self.batches._ring._processes]
+
+
+def ways(folder: str, images: int, batch: int) -> dict[str, Callable[[], float]]:
+    """Each way as a function that makes the views of `images` images and returns its seconds of processor time."""
+    files = [path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()][:images]
+    rgb = [np.array(Image.open(io.BytesIO(data)).convert("RGB")) for data in files]
+
+    def by_original() -> None:
+        pipelines = original()
+        for data in files:
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            torch.stack([p(image) for p in pipelines[:2]])
+            torch.stack([p(image) for p in pipelines[2:]])
+
+    def by_v2() -> None:
+        pipelines = per_crop_v2()
+        for data in files:
+            image = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+            torch.stack([p(image) for p in pipelines[:2]])
+            torch.stack([p(image) for p in pipelines[2:]])
+
+    def ours(**options: object) -> Callable[[], float]:
+        loader = Ours(folder, batch, **options)  # type: ignore[arg-type]
+        loader.take(2 * batch)  # the ring is full, what is compiled is compiled
+        count = images // batch * batch
+        return lambda: timed(lambda: loader.take(count), loader.processes) * len(rgb) / count
+
+    found = {
+        "the original: PIL, a pipeline a view": lambda: timed(by_original),
+        "torchvision v2, a pipeline a view": lambda: timed(by_v2),
+        "this, workers only (the rest on a GPU)": ours(device="cpu", whole=False, workers=1),
+        "this, all on the CPU": ours(device="cpu", whole=True, workers=0),
+    }
+    if torch.cuda.is_available():
+        found["this, the host's part beside a GPU"] = ours(device="cuda", whole=True, workers=1)
+    return found
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("photos")
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    measured = ways(chosen.photos, chosen.images, batch=min(32, chosen.images))
+    rounds = [{name: way() for name, way in measured.items()} for _ in range(chosen.rounds)]
+    table = Table("way", "ms an image", "images/s a core", "times the original [of each round]")
+    first = next(iter(measured))
+    for name in measured:
+        each = statistics.median(r[name] for r in rounds) / chosen.images
+        ratios = sorted(r[first] / r[name] for r in rounds)
+        spread = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f} .. {ratios[-1]:.2f}]"
+        table.add_row(name, f"{1000 * each:.2f}", f"{1 / each:.0f}", spread)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

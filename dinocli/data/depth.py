@@ -1,0 +1,65 @@
+"""Images of 16 and 32 bits and of floats to 8 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+_BITS, _PHOTOMETRIC, _HIGHEST, _SAMPLE_FORMAT = 258, 262, 281, 339  # tags of a TIFF
+
+
+def deep_to_gray(image: Image.Image, window: tuple[float, float] | None) -> NDArray[np.uint8] | None:
+    """8 bits of an image with more; none where no value is a number. [H, W]
+
+    Pillow's own convert("RGB") clips such files at 255, which makes most of them white, or black if they are floats.
+
+    Args:
+        image: Of mode I, I;16 and its kin, or F.
+        window: Values that become black and white; absent, by the depth that the file states, or the values' range.
+    """
+    values = np.asarray(image)
+    if image.mode == "I" and (_tag(image, _BITS), _tag(image, _SAMPLE_FORMAT)) == (32, 1):
+        values = values.view(np.uint32)  # Pillow knows only signed ones
+    real = values[np.isfinite(values) & (np.abs(values) < 1e30)] if image.mode == "F" else values
+    if not real.size:
+        return None
+    low, high = window or (_depth(image, real) if image.mode.startswith("I;16") else _usual(image, real))
+    grey = values.astype(np.float32)  # in place from here, as these images may be large
+    grey -= low
+    grey *= 255 / (high - low)
+    np.clip(grey, 0, 255, out=grey)
+    if image.mode != "I" and _tag(image, _PHOTOMETRIC) == 0:  # white is zero, which Pillow minds in 8 bits only
+        np.subtract(255, grey, out=grey)
+    return (np.nan_to_num(grey, copy=False) + 0.5).astype(np.uint8)
+
+
+def _tag(image: Image.Image, number: int) -> Any:
+    """The (first) value of a TIFF's tag, None for other files."""
+    value = getattr(image, "tag_v2", {}).get(number)
+    return value[0] if isinstance(value, tuple) and value else value
+
+
+def _depth(image: Image.Image, values: NDArray[Any]) -> tuple[float, float]:
+    top = 2 ** (_tag(image, _BITS) or 16) - 1
+    if isinstance(highest := _tag(image, _HIGHEST), int):  # how cameras of 10, 12 or 14 bits state their depth
+        top = min(top, 2 ** max(8, highest.bit_length()) - 1)
+    return 0, top if values.max() <= top else 65535
+
+
+def _usual(image: Image.Image, values: NDArray[Any]) -> tuple[float, float]:
+    """The smallest usual range that holds all values, as the file does not tell it."""
+    if image.format == "PPM" and image.mode == "I":  # but this one did, and Pillow scaled it
+        return 0, 65535
+    least, most = float(values.min()), float(values.max())
+    tops = (1, 255, 65535, 2**32 - 1) if least >= 0 else (1, 128, 32768, 2**31)
+    top = next((float(t) for t in tops if max(most, -least) <= t), max(most, -least))
+    bottom = 0.0 if least >= 0 else -top
+    # A few outliers, or 1.01 where 1 was the end, and next to nothing would be left to see: then the values' own range.
+    sample = values.ravel()[:: 1 + values.size // 1_000_000]
+    low, high = (float(np.percentile(sample, q)) for q in (1, 99))
+    if high - low >= (top - bottom) / 32 or least == most:
+        return bottom, top
+    return (low, high) if low < high else (least, most)

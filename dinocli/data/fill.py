@@ -1,0 +1,228 @@
+"""Worker side: files to crops, in the places of a batch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from dinocli.config import Config
+from dinocli.data.crops import BOX, ViewConfig, crop_boxes, cut_into, draws, resize_and_center, uniforms
+from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode, open_image
+from dinocli.data.ring import Task
+from dinocli.data.shards import Sample
+from dinocli.data.sources import Images
+from dinocli.errors import DinoError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_REDRAWS = 20
+
+
+class ViewsConfig(Config):
+    """The views of an image.
+
+    Attributes:
+        mean: Of the three channels, in 0 to 1.
+        std: Of the three channels.
+        global_1: The first global view.
+        global_2: The second; a loss between views wants it, a classifier does not.
+        local: The local views, all alike; absent, there are none.
+        locals: How many local views.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    global_1: ViewConfig
+    global_2: ViewConfig | None = None
+    local: ViewConfig | None = None
+    locals: int = Field(0, ge=0)
+
+    @property
+    def globals(self) -> list[ViewConfig]:
+        """The global views in order."""
+        return [view for view in (self.global_1, self.global_2) if view]
+
+    @property
+    def all(self) -> list[ViewConfig]:
+        """All views in order, global ones first."""
+        return self.globals + ([self.local] * self.locals if self.local else [])
+
+
+class Cutter:
+    """Decodes an image once and cuts all its crops into a slot."""
+
+    def __init__(self, views: ViewsConfig, seed: int, images: ImagesConfig) -> None:
+        self.views, self.seed, self.images = views, seed, images
+        self.scale = np.array([v.scale for v in views.all])
+        self.sides = np.array([v.size for v in views.all])
+
+    def numbers(self, epoch: int, row: int) -> tuple[NDArray[np.float64], np.random.Generator]:
+        return uniforms(self.seed, epoch, row, len(self.sides))
+
+    def pixels(self, data: bytes | Image, numbers: NDArray[np.float64]) -> tuple[Pixels, NDArray[np.int64]] | BadImage:
+        """Pixels and boxes of all views; a large photo is decoded smaller if no crop is enlarged by that."""
+        opened = open_image(data, self.images)
+        if isinstance(opened, BadImage):
+            return opened
+        boxes = crop_boxes(numbers[:, :BOX], opened.height, opened.width, self.scale)
+        reduce = 1
+        if opened.height * opened.width > self.images.reduce_above * 1e6:
+            room = (boxes[:, 2:].min(1) / self.sides).min()
+            reduce = next((r for r in (8, 4, 2) if room >= r), 1)
+        pixels = opened.pixels(reduce)
+        if isinstance(pixels, BadImage):
+            return pixels
+        if pixels.shape[:2] != (opened.height, opened.width):
+            boxes = _on_grid(boxes, (opened.height, opened.width), pixels.shape[:2])
+        return pixels, boxes
+
+    def place(self, slot: dict[str, Tensor], b: int, pixels: Pixels, boxes: NDArray[np.int64]) -> None:
+        places = [
+            *slot["globals"][:, b].permute(0, 3, 1, 2).split(1),
+            *slot["locals"][:, b].permute(0, 3, 1, 2).split(1),
+        ]
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+        for out, view, box in zip(places, self.views.all, boxes.tolist(), strict=True):
+            cut_into(out[None], image, box, view.resample)
+
+    def draw(self, slot: dict[str, Tensor], first: int, numbers: NDArray[np.float64]) -> None:
+        for name, values in draws(numbers, self.views.all)._asdict().items():
+            slot[name][:, first : first + len(numbers)] = values
+
+
+def _on_grid(boxes: NDArray[np.int64], full: tuple[int, int], small: tuple[int, ...]) -> NDArray[np.int64]:
+    """Boxes of an image on the grid of its smaller decoding. [V, 4]"""
+    end = np.array(small[:2])
+    ratio = end / full
+    first = np.minimum(np.round(boxes[:, :2] * ratio).astype(np.int64), end - 1)
+    last = np.clip(np.round((boxes[:, :2] + boxes[:, 2:]) * ratio).astype(np.int64), first + 1, end)
+    return np.concatenate([first, last - first], 1)
+
+
+class ImageFiller:
+    """Fills from a source that can be asked for any image."""
+
+    def __init__(self, cutter: Cutter, source: Images) -> None:
+        self.cutter, self.source = cutter, source
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[tuple[str, str]]:
+        bad: list[tuple[str, str]] = []
+        drawn = []
+        for b in range(task.first, task.first + task.images):
+            epoch, row = slot["keys"][b].tolist()
+            numbers, generator = self.cutter.numbers(epoch, row)
+            for _ in range(_REDRAWS):
+                found = self._pixels(row, numbers)
+                if not isinstance(found, BadImage):
+                    slot["keys"][b, 1] = row
+                    self.cutter.place(slot, b, *found)
+                    break
+                bad.append((self.source.names[row], found.reason))
+                row = int(generator.integers(len(self.source)))
+            else:
+                raise _nothing_to_read(*bad[-1])
+            drawn.append(numbers)
+        self.cutter.draw(slot, task.first, np.stack(drawn))
+        return bad
+
+    def _pixels(self, row: int, numbers: NDArray[np.float64]) -> tuple[Pixels, NDArray[np.int64]] | BadImage:
+        data = _read(self.source, row)
+        return data if isinstance(data, BadImage) else self.cutter.pixels(data, numbers)
+
+
+class StreamFiller:
+    """Fills from a stream, which gives images in its own order."""
+
+    def __init__(self, cutter: Cutter, stream: Iterator[Sample]) -> None:
+        self.cutter, self.stream = cutter, stream
+        self.ahead: deque[Sample] = deque()
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[tuple[str, str]]:
+        bad: list[tuple[str, str]] = []
+        drawn = []
+        for b in range(task.first, task.first + task.images):
+            sample = self.ahead.popleft() if self.ahead else next(self.stream)
+            numbers, _ = self.cutter.numbers(sample.epoch, sample.number)
+            found = self.cutter.pixels(sample.data, numbers)
+            # In the place of a bad one comes one further on, which keeps its own turn: so the stream stays in step with
+            # the batches, and a run that goes on finds its place.
+            for place in range(_REDRAWS):
+                if not isinstance(found, BadImage):
+                    break
+                bad.append((sample.name, found.reason))
+                while len(self.ahead) <= place:
+                    self.ahead.append(next(self.stream))
+                sample = self.ahead[place]
+                found = self.cutter.pixels(sample.data, numbers)
+            if isinstance(found, BadImage):
+                raise _nothing_to_read(sample.name, found.reason)
+            slot["keys"][b] = torch.tensor([sample.epoch, sample.number])
+            self.cutter.place(slot, b, *found)
+            drawn.append(numbers)
+        self.cutter.draw(slot, task.first, np.stack(drawn))
+        return bad
+
+
+def _read(source: Images, row: int) -> bytes | Image | BadImage:
+    try:
+        return source.read(row)
+    except OSError as error:
+        return BadImage(f"cannot be opened: {error.strerror or error}")
+
+
+def _nothing_to_read(name: str, reason: str) -> DinoError:
+    return DinoError(
+        f"{_REDRAWS} images drawn one after another cannot be read; the last is {name}: {reason}",
+        "look at that file, and whether these are images at all",
+    )
+
+
+class Seen(NamedTuple):
+    """What a worker tells of an image: its place in the batch, its name and label, and why it was left out."""
+
+    place: int
+    name: str
+    label: int
+    reason: str
+
+
+class PlainFiller:
+    """Fills with the evaluation's view of each image."""
+
+    def __init__(self, source: Iterator[Sample] | Images, size: int, images: ImagesConfig) -> None:
+        self.source, self.size, self.images = source, size, images
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[Seen]:
+        seen = []
+        for b in range(task.first, task.first + task.images):
+            if isinstance(self.source, Images):
+                row = task.batch * len(slot["images"]) + b
+                if row >= len(self.source):
+                    break
+                name, label = self.source.names[row], int(self.source.labels[row])
+                data: bytes | Image | BadImage = _read(self.source, row)
+            else:
+                sample = next(self.source, None)
+                if sample is None:
+                    break
+                name, label, data = sample.name, sample.label, sample.data
+            pixels = data if isinstance(data, BadImage) else decode(data, self.images)
+            if isinstance(pixels, BadImage):
+                seen.append(Seen(b, name, label, pixels.reason))
+                continue
+            slot["images"][b] = resize_and_center(pixels, resize_for(self.size), self.size)
+            seen.append(Seen(b, name, label, ""))
+        return seen
+
+
+def resize_for(size: int) -> int:
+    """The short side to resize to before a crop of `size` is taken: 256 for 224, and in that proportion for others."""
+    return round(size * 256 / 224)

@@ -1,0 +1,257 @@
+"""Ring: worker processes that fill batches in shared memory, of which only the place's number travels."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import wait
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dinocli.errors import DinoError
+
+_STUCK = 300.0  # seconds for one chunk of a batch, after which whatever is being decoded will not end
+# Where a process can be copied as it stands, the shared memory comes along; elsewhere torch hands it over by name.
+_FORK = sys.platform == "linux"
+
+
+class Field(NamedTuple):
+    """One array of a batch."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Task(NamedTuple):
+    """A chunk of a batch to fill: which place of the ring, which batch, and which of its images."""
+
+    slot: int
+    batch: int
+    first: int
+    images: int
+
+
+Note = TypeVar("Note")
+Told_co = TypeVar("Told_co", covariant=True)
+
+
+class Filler(Protocol[Told_co]):
+    """What a worker does: fill a chunk, and tell of it what does not fit into an array."""
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> Sequence[Told_co]:
+        """Fill images `first` to `first + images` of the batch."""
+
+
+def chunk_size(batch_size: int, workers: int) -> int:
+    """Images of a batch that a worker fills at a time."""
+    return max(1, min(32, batch_size // workers)) if workers else batch_size
+
+
+def turns(lane: int, workers: int, batch_size: int, batches: int) -> int:
+    """Images of the first `batches` batches that a worker fills where each chunk goes to the worker of its turn."""
+    chunk, workers = chunk_size(batch_size, workers), max(1, workers)
+    sizes = [min(chunk, batch_size - first) for first in range(0, batch_size, chunk)]
+
+    def first(batches: int) -> int:
+        numbered = ((b * len(sizes) + i, size) for b in range(batches) for i, size in enumerate(sizes))
+        return sum(size for number, size in numbered if number % workers == lane)
+
+    # After as many batches as there are workers the turns come round again.
+    return first(workers) * (batches // workers) + first(batches % workers)
+
+
+class Ring(Generic[Note]):
+    """Batches in order, filled ahead by worker processes.
+
+    A batch is cut into chunks, so that all workers share the first one and memory does not grow with their number.
+
+    Args:
+        fields: The arrays of a batch, by name.
+        batch_size: B.
+        make: Makes a worker's filler, in the worker: called with its lane and the number of lanes.
+        prepare: Called in this process before a batch is filled, with its arrays and its number.
+        workers: Processes; 0 fills in this one.
+        slots: Batches that are held at once.
+        start: Number of the first batch.
+        bound: Whether a chunk must go to the worker of its turn, as with streams, and not to whoever is free.
+        pin: Whether to lock the memory for copies to a CUDA device.
+
+    Attributes:
+        waited: Seconds that this process has waited for batches.
+    """
+
+    def __init__(
+        self,
+        fields: dict[str, Field],
+        *,
+        batch_size: int,
+        make: Callable[[int, int], Filler[Note]],
+        prepare: Callable[[dict[str, Tensor], int], None],
+        workers: int,
+        slots: int,
+        start: int = 0,
+        bound: bool = False,
+        pin: bool = False,
+    ) -> None:
+        self.waited = 0.0
+        self._batch_size, self._next, self._workers, self._prepare = batch_size, start, workers, prepare
+        self._slots = [
+            {name: _shared(field, spawned=workers > 0 and not _FORK) for name, field in fields.items()}
+            for _ in range(slots if workers else 2)
+        ]
+        if pin:
+            for slot in self._slots:
+                for values in slot.values():
+                    _pin(values)
+        self._free = deque(range(len(self._slots)))
+        self._asked: deque[tuple[int, int]] = deque()  # slot and batch, in order
+        self._missing: dict[int, int] = {}  # batch -> images still to come
+        self._notes: dict[int, list[Note]] = {}
+        self._processes: list[Any] = []
+        if not workers:
+            self._fill = make(0, 1)
+            return
+        self._chunk = chunk_size(batch_size, workers)
+        context: Any = multiprocessing.get_context("fork" if _FORK else "spawn")
+        self._done: Any = context.SimpleQueue()
+        shared: Any = context.SimpleQueue()
+        self._queues = [context.SimpleQueue() if bound else shared for _ in range(workers)]
+        for lane, tasks in enumerate(self._queues):
+            words = (lane, workers, make, self._slots, tasks, self._done)
+            self._processes.append(context.Process(target=_work, args=words, daemon=True))
+        for process in self._processes:
+            process.start()
+        # However this process ends, or forgets the ring, the workers end too: they mind no signal but one.
+        weakref.finalize(self, _end, self._processes)
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Tensor], list[Note]]]:
+        """Number of the slot, its arrays and the fillers' notes; `release` the slot when it has been read."""
+        while True:
+            began = time.perf_counter()
+            while self._free and self._processes:
+                self._ask(self._free.popleft())
+            slot, notes = self._here() if not self._processes else self._received()
+            self.waited += time.perf_counter() - began
+            yield slot, self._slots[slot], notes
+
+    def release(self, slot: int) -> None:
+        """Let a slot be filled again."""
+        self._free.append(slot)
+
+    def close(self) -> None:
+        """End the workers."""
+        _end(self._processes)
+
+    def _here(self) -> tuple[int, list[Note]]:
+        slot = self._free.popleft()
+        self._prepare(self._slots[slot], self._next)
+        notes = self._fill(self._slots[slot], Task(slot, self._next, 0, self._batch_size))
+        self._next += 1
+        return slot, list(notes)
+
+    def _ask(self, slot: int) -> None:
+        batch, self._next = self._next, self._next + 1
+        self._prepare(self._slots[slot], batch)
+        self._asked.append((slot, batch))
+        self._missing[batch], self._notes[batch] = self._batch_size, []
+        chunks = -(-self._batch_size // self._chunk)
+        for i, first in enumerate(range(0, self._batch_size, self._chunk)):
+            count = min(self._chunk, self._batch_size - first)
+            self._queues[(batch * chunks + i) % self._workers].put(Task(slot, batch, first, count))
+
+    def _received(self) -> tuple[int, list[Note]]:
+        slot, batch = self._asked[0]
+        while self._missing[batch]:
+            task, notes = self._result()
+            self._missing[task.batch] -= task.images
+            self._notes[task.batch] += notes
+        self._asked.popleft()
+        del self._missing[batch]
+        return slot, self._notes.pop(batch)
+
+    def _result(self) -> tuple[Task, list[Note]]:
+        ready = wait([self._done._reader, *(p.sentinel for p in self._processes)], timeout=_STUCK)
+        if self._done._reader in ready:
+            result = self._done.get()
+            if isinstance(result, BaseException):
+                raise result
+            return result
+        self.close()
+        if not ready:
+            raise DinoError(
+                f"no image was decoded in {_STUCK:g} seconds: a file or the place it lies on does not answer",
+                "look whether the disk or the network of the images is there; then the same command again",
+            )
+        raise DinoError(
+            "a process that decodes images was killed, mostly for want of memory",
+            "--workers 1, or a smaller --batch-size",
+        )
+
+
+def _end(processes: list[Any]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+    processes.clear()
+
+
+def _end_with(parent: int) -> None:
+    """End this worker once the process that started it is gone, which may have been killed."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
+def _work(
+    lane: int,
+    lanes: int,
+    make: Callable[[int, int], Filler[Any]],
+    slots: list[dict[str, Tensor]],
+    tasks: Any,
+    done: Any,
+) -> None:
+    # Ctrl-C, and what `timeout` and schedulers send, reach every process of the group; the parent finishes its step
+    # and then ends its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        fill = make(lane, lanes)
+        while True:
+            task = Task(*tasks.get())
+            done.put((task, fill(slots[task.slot], task)))
+    except (DinoError, MemoryError) as error:
+        done.put(error)
+    except BaseException:
+        done.put(RuntimeError(f"in a process that decodes images:\n{traceback.format_exc()}"))
+
+
+def _shared(field: Field, *, spawned: bool) -> Tensor:
+    size = torch.Size(field.shape).numel()
+    if spawned:
+        return torch.empty(field.shape, dtype=field.dtype).share_memory_()
+    # Not /dev/shm, which a container often bounds to 64 MB and then kills whoever writes more.
+    memory = mmap.mmap(-1, max(1, size * field.dtype.itemsize))
+    return (
+        torch.frombuffer(memory, dtype=field.dtype, count=size).view(field.shape) if size else torch.empty(field.shape)
+    )
+
+
+def _pin(values: Tensor) -> None:
+    """Lock memory in its place, so that the device can read it while the host goes on; without, copies wait."""
+    with contextlib.suppress(Exception):
+        torch.cuda.cudart().cudaHostRegister(values.data_ptr(), values.nbytes, 0)

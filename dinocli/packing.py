@@ -1,0 +1,293 @@
+"""Packing: the images of a source into tar shards, which are read in one go where files are sought one by one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinocli.atomic import atomic, write_text
+from dinocli.data.crops import cut
+from dinocli.data.decode import BadImage, Pixels, decode
+from dinocli.data.listing import SUFFIXES
+from dinocli.data.shards import INDEX, open_shards
+from dinocli.errors import DinoError
+
+if TYPE_CHECKING:
+    from dinocli.data.sources import Images
+
+SETTINGS = "pack.json"
+_AT_ONCE = 64  # images that may wait in memory
+_TIMED, _TIMES = 500, 3  # images that are read to compare, and how often
+_LONGEST_SIDE = 65_000  # pixels; a JPEG file has no room for more
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What was written.
+
+    Attributes:
+        shards: How many files.
+        kept: How many of them were there already.
+        images: In all shards.
+        bytes: Of all shards.
+        seconds: That it took.
+        bad: Name and reason of each image that was left out.
+        faster: How many times as fast the shards' files are read as those of the source; none if it cannot be told.
+        cold: Whether that was measured from the disk; else from the system's memory, where the difference is smaller.
+    """
+
+    shards: int
+    kept: int
+    images: int
+    bytes: int
+    seconds: float
+    bad: dict[str, str]
+    faster: float | None
+    cold: bool
+
+
+class _Entry(NamedTuple):
+    """A sample to write, or why it is none."""
+
+    key: str = ""
+    suffix: str = ""
+    data: bytes = b""
+    reason: str = ""
+
+
+def pack(
+    source: Images,
+    out: Path,
+    *,
+    side: int | None = None,
+    quality: int = 92,
+    per_shard: int = 1000,
+    name: str = "images",
+    seed: int = 0,
+    report: Callable[[int], None] = lambda images: None,
+) -> Packed:
+    """Write tar shards in the WebDataset form, each a fair draw of the source, and an index beside them.
+
+    The same call again keeps the whole shards that are there. Every image is decoded once, so that a bad one is known
+    now and not in the training.
+
+    Args:
+        source: The images.
+        out: Folder for the shards.
+        side: Images whose short side is longer are resized to this many pixels and become JPEG; the others, and without
+            it all, go in as the files they are.
+        quality: Of the JPEG, 1 to 95.
+        per_shard: Images of the source a shard, the bad ones among them.
+        name: How the shards' names begin.
+        seed: Of the order.
+        report: Called with the number of images done so far.
+
+    Raises:
+        DinoError: The folder holds shards of other settings, or no image can be read.
+        OSError: The disk is full, or the place may not be written to.
+    """
+    start = time.monotonic()
+    repeated, digest = _names(source)
+    settings = {
+        "source": source.where, "images": len(source), "listing": digest, "side": side, "quality": quality,
+        "per_shard": per_shard, "name": name, "seed": seed,
+    }  # fmt: skip
+    done: dict[str, Any] = _begun(out, settings)
+    order = np.random.default_rng(seed).permutation(len(source))
+    make = partial(_entry, source, repeated, side, quality)
+    kept = 0
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter
+        for first in range(0, len(order), per_shard):
+            rows, shard = order[first : first + per_shard], f"{name}-{first // per_shard:06}.tar"
+            if shard in done and _size(out / shard) == done[shard]["bytes"]:
+                kept += 1
+                report(first + len(rows))
+                continue
+            bad, images = {}, 0
+            with atomic(out / shard) as draft, tarfile.open(draft, "w", format=tarfile.GNU_FORMAT) as tar:
+                for part in range(0, len(rows), _AT_ONCE):
+                    some = rows[part : part + _AT_ONCE].tolist()
+                    for row, entry in zip(some, pool.map(make, some), strict=True):
+                        if entry.reason:
+                            bad[source.names[row]] = entry.reason
+                            continue
+                        images += 1
+                        _add(tar, f"{entry.key}{entry.suffix}", entry.data)
+                        if source.labels[row] >= 0:
+                            _add(tar, f"{entry.key}.cls", b"%d" % source.labels[row])
+                    report(first + part + len(some))
+            done[shard] = {"images": images, "bytes": _size(out / shard), "bad": bad}
+            _remember(out, settings, done)
+    return _finished(source, out, done, order, kept, start)
+
+
+def _names(source: Images) -> tuple[NDArray[np.bool_], str]:
+    """Whether the key of each image is another's too, as of `a.jpg` and `a.png`; and a digest of names and labels."""
+    whole = hashlib.sha256(np.asarray(source.labels, dtype=np.int32).tobytes())
+    codes = np.empty(len(source), dtype=np.uint64)  # not the keys themselves: of ten million they fill the memory
+    for i in range(len(source)):
+        name = os.fsencode(source.names[i])
+        whole.update(name + b"\0")
+        codes[i] = int.from_bytes(hashlib.blake2b(os.fsencode(_key(source.names[i])), digest_size=8).digest())
+    _, place, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    return counts[place] > 1, whole.hexdigest()[:16]
+
+
+def _key(name: str) -> str:
+    """A name in the shards, without its suffix: WebDataset ends it at a dot and passes over `__x__`.
+
+    A `~` stands in none, and so none is that of a repeated one with its number behind it.
+    """
+    key = re.sub(r"[.~\x00-\x1f\x7f]", "_", os.path.splitext(name)[0].lstrip("/"))
+    return "x" + key if key.startswith("__") else key
+
+
+def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call with these settings wrote.
+
+    Raises:
+        DinoError: It had others.
+    """
+    try:
+        stored = json.loads((out / SETTINGS).read_text())
+    except FileNotFoundError:
+        if any(out.glob("*.tar")):
+            raise DinoError(f"{out} holds tar files that `dino pack` did not write", "name a new folder") from None
+        _remember(out, settings, {})
+        return {}
+    for key, value in settings.items():
+        if stored["settings"].get(key) != value:
+            raise DinoError(
+                f"{out} was packed with {key} {stored['settings'].get(key)}; now it is {value}",
+                "name a new folder, or the same images and settings to go on",
+            )
+    return dict(stored["shards"])
+
+
+def _remember(out: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
+    write_text(out / SETTINGS, json.dumps({"settings": settings, "shards": done}, indent=1))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def _entry(source: Images, repeated: NDArray[np.bool_], side: int | None, quality: int, row: int) -> _Entry:
+    try:
+        data = source.read(row)
+    except OSError as error:
+        return _Entry(reason=f"{type(error).__name__}: {error.strerror}")
+    pixels = decode(data)
+    if isinstance(pixels, BadImage):
+        return _Entry(reason=pixels.reason)
+    key = _key(source.names[row]) + (f"~{row}" if repeated[row] else "")
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    if side and short > side and max(height, width) * side // short <= _LONGEST_SIDE:
+        size = (round(height * side / short), round(width * side / short))
+        small = cut(pixels, (0, 0, height, width), size).permute(1, 2, 0).numpy()
+        return _Entry(key, ".jpg", _encoded(small, "JPEG", quality=quality))
+    if not isinstance(data, bytes):
+        return _Entry(key, ".png", _encoded(pixels, "PNG"))
+    suffix = os.path.splitext(source.names[row])[1].lower()
+    # What has no suffix is named after what it is; readers tell by the content anyway.
+    return _Entry(key, suffix if suffix in SUFFIXES else _kind(data), data)
+
+
+def _encoded(pixels: Pixels, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def _kind(data: bytes) -> str:
+    with Image.open(io.BytesIO(data)) as image:
+        suffix = f".{image.format or ''}".lower()
+    return suffix if suffix in SUFFIXES else ".jpg"
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    # No time, user or group: the same images make the same bytes.
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _finished(
+    source: Images, out: Path, done: dict[str, Any], order: NDArray[np.int64], kept: int, start: float
+) -> Packed:
+    bad = {name: reason for shard in done.values() for name, reason in shard["bad"].items()}
+    images = sum(shard["images"] for shard in done.values())
+    if not images:
+        first = next(iter(bad.items()))
+        raise DinoError(
+            f"none of the {len(source)} images in {source.where} can be read; {first[0]}: {first[1]}",
+            "look at that file; then name a new folder",
+        )
+    index = {
+        "classes": source.classes,
+        "shards": {name: shard["images"] for name, shard in done.items()},
+        "bytes": {name: shard["bytes"] for name, shard in done.items()},
+    }
+    write_text(out / INDEX, json.dumps(index, indent=1))
+    seconds = time.monotonic() - start
+    faster, cold = _compared(source, out, [row for row in order[:_TIMED].tolist() if source.names[row] not in bad])
+    size = sum(shard["bytes"] for shard in done.values())
+    return Packed(len(done), kept, images, size, seconds, bad, faster, cold)
+
+
+def _compared(source: Images, out: Path, rows: list[int]) -> tuple[float | None, bool]:
+    """How many times as fast the same images come from the shards as from the source; whether both came from disk."""
+    root = Path(getattr(source, "root", source.where))
+    files = [root / source.names[row] for row in rows]
+    if not files or not all(file.is_file() for file in files):
+        return None, False  # mostly a torchvision set: what it does to give an image is no reading of a file
+    shards = open_shards(str(out))
+    of_files, cold = _timed(files, (map(source.read, rows) for _ in range(_TIMES)))
+    of_shards, colder = _timed(map(Path, shards.urls), (islice(shards.stream(0, 1), len(rows)) for _ in range(_TIMES)))
+    return of_files / of_shards, cold and colder
+
+
+def _timed(paths: Iterable[Path], readings: Iterable[Iterator[object]]) -> tuple[float, bool]:
+    """Seconds of the quickest of several readings, which the machine's other work hindered least; whether from disk."""
+    paths, seconds, cold = list(paths), [], True
+    for reading in readings:
+        cold = all([_forget(path) for path in paths]) and cold  # a list: every one is to be forgotten
+        began = time.perf_counter()
+        deque(reading, maxlen=0)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds), cold
+
+
+def _forget(path: Path) -> bool:
+    """Ask the system to drop a file from its memory, and tell whether it did."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.preadv(file, [bytearray(1)], 0, os.RWF_NOWAIT)  # gives what is in memory and reads nothing from the disk
+        return False
+    except OSError as error:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        return error.errno == errno.EAGAIN
+    finally:
+        os.close(file)

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import islice
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinocli.data import ring
+from dinocli.data.ring import Field, Ring, Task, chunk_size, turns
+from dinocli.errors import DinoError
+
+FIELDS = {"keys": Field((10,), torch.int64), "worker": Field((10,), torch.int64)}
+
+
+class Counting:
+    """Writes each image's number within all batches, and who filled it."""
+
+    def __init__(self, lane: int, lanes: int) -> None:
+        self.lane = lane
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        part = slice(task.first, task.first + task.images)
+        slot["keys"][part] *= 2
+        slot["worker"][part] = self.lane
+        return [task.first]
+
+
+def numbers(slot: dict[str, Tensor], batch: int) -> None:
+    slot["keys"][:] = torch.arange(10 * batch, 10 * batch + 10)
+
+
+def made(make: Callable[[int, int], object], workers: int, **options: object) -> Ring:
+    return Ring(FIELDS, batch_size=10, make=make, prepare=numbers, workers=workers, slots=3, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("start", [0, 4])
+def test_batches_come_whole_and_in_order(workers: int, start: int) -> None:
+    filled = made(Counting, workers, start=start)
+    try:
+        for batch, (slot, arrays, notes) in enumerate(islice(filled, 9), start):
+            assert arrays["keys"].tolist() == [2 * n for n in range(10 * batch, 10 * batch + 10)]
+            assert sorted(notes) == list(range(0, 10, chunk_size(10, workers)))
+            filled.release(slot)
+    finally:
+        filled.close()
+
+
+def test_a_bound_chunk_goes_to_the_worker_of_its_turn() -> None:
+    filled, seen = made(Counting, 3, bound=True), [0, 0, 0]
+    try:
+        for batches, (slot, arrays, _) in enumerate(islice(filled, 7), 1):
+            for lane in arrays["worker"].tolist():
+                seen[lane] += 1
+            assert seen == [turns(lane, 3, 10, batches) for lane in range(3)]
+            filled.release(slot)
+    finally:
+        filled.close()
+
+
+@pytest.mark.parametrize(("workers", "batch"), [(1, 5), (2, 100), (3, 32), (4, 7), (5, 1)])
+def test_turns_count_what_each_worker_fills(workers: int, batch: int) -> None:
+    chunk = chunk_size(batch, workers)
+    sizes = [min(chunk, batch - first) for first in range(0, batch, chunk)]
+    for batches in range(3 * workers):
+        filled = [0] * workers
+        for number in range(batches * len(sizes)):
+            filled[number % workers] += sizes[number % len(sizes)]
+        assert filled == [turns(lane, workers, batch, batches) for lane in range(workers)]
+    assert turns(0, 0, batch, 3) == 3 * batch
+
+
+class Dying(Counting):
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        if task.batch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(slot, task)
+
+
+class Hanging(Counting):
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        signal.pause()
+        return []
+
+
+class Mistaken(Counting):
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        raise DinoError("a mistake", "a hint")
+
+
+class Broken(Counting):
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        raise ZeroDivisionError("in a worker")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (Dying, DinoError, "was killed, mostly for want of memory"),
+        (Hanging, DinoError, "no image was decoded in 0.5 seconds"),
+        (Mistaken, DinoError, "a mistake"),
+        (Broken, RuntimeError, "ZeroDivisionError: in a worker"),
+    ],
+)
+def test_a_worker_that_fails_is_said_and_none_is_left(
+    make: type[Counting], error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring, "_STUCK", 0.5)
+    filled = made(make, 2)
+    processes = list(filled._processes)
+    with pytest.raises(error, match=said) as raised:
+        for slot, _, _ in filled:
+            filled.release(slot)
+    filled.close()
+    assert not any(process.is_alive() for process in processes)
+    assert make is not Mistaken or raised.value.hint == "a hint"
+
+
+def test_waiting_is_counted() -> None:
+    filled = made(Counting, 0)
+    next(iter(filled))
+    assert 0 < filled.waited < 5
+
+
+@pytest.mark.parametrize("end", ["pass", "raise SystemExit(3)", "os.kill(os.getpid(), 9)"])
+def test_no_worker_outlives_the_process_that_started_it(end: str) -> None:
+    code = (
+        "import os, sys\n"
+        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "import test_ring\n"
+        "ring = test_ring.made(test_ring.Counting, 2)\n"
+        "next(iter(ring))\n"
+        "print(*(p.pid for p in ring._processes), flush=True)\n" + end
+    )
+    # The workers hold the pipe open: reading it to its end waits for the last of them.
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=30)
+    assert len(done.stdout.split()) == 2
