@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from dinocli.data.sources import image_folder
 from dinocli.errors import DinoError
@@ -65,6 +64,8 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(plan: Plan
         for i, w in enumerate((0, 0, 2))
     ]
     assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
+    files = [Path(f"runs/{i}/ckpt.safetensors").read_bytes() for i in range(3)]
+    assert files[0] == files[1] == files[2]
     other = plan.preset.model_copy(update={"training": plan.preset.training.model_copy(update={"seed": 1})})
     assert not torch.equal(
         weights_of(pretrain(replace(plan, preset=other, out=Path("runs/other")), lambda p: None).folder)["cls_token"],
@@ -122,11 +123,10 @@ def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
 def test_a_full_disk_at_the_start_leaves_no_folder(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     from dinocli import atomic
 
-    def full(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(atomic, "save_file", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as error:
         pretrain(plan, lambda p: None)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "runs/tiny-1/ckpt.safetensors")
