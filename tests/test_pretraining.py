@@ -90,6 +90,23 @@ def test_no_steps_write_the_untrained_network(plan: Plan) -> None:
     assert run.loss is None
 
 
+def test_the_rate_follows_the_batch(plan: Plan) -> None:
+    run = pretrain(plan, lambda p: None)
+    lr, lines = plan.preset.optimizer.lr, (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert plan.preset.optimizer.lr_rule.batch == 256
+    for line in map(json.loads, lines):
+        at = replace(plan.clock, step=line["step"] - 1)
+        expected = lr.model_copy(update={"start": lr.start * 4 / 256}).at(at)
+        assert line["lr"] == pytest.approx(expected, rel=1e-12)
+    assert line["lr"] > 0
+
+
+def test_the_teacher_keeps_statistics_of_its_own(plan: Plan) -> None:
+    preset = load_preset("tiny", [*SMALL, "heads.dino.batch_norm=true"])
+    run = pretrain(replace(plan, preset=preset), lambda p: None)
+    assert read_weights(run.folder).heads["dino"]["mlp.1.num_batches_tracked"] == run.step == 6
+
+
 def test_training_moves_the_teacher(plan: Plan) -> None:
     before, after = (
         weights_of(pretrain(replace(plan, stop=s, out=Path(f"runs/{s}")), lambda p: None).folder) for s in (0, 12)

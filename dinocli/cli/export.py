@@ -30,7 +30,7 @@ def export(
         Path | None,
         typer.Option(
             help="File, or folder for timm; named after the run and the network if absent. "
-            "What an earlier export left there is replaced, the source never."
+            "A file that is there is replaced, a folder if an export made it, the source never."
         ),
     ] = None,
     heads: Annotated[bool, typer.Option("--heads", help="official: with the head, as in a full checkpoint.")] = False,
