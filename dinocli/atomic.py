@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,34 +13,35 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+
+# What writing to an open file raises, without a name.
+_OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and put the file there in the place of `path` when the block ends well.
 
-    The folder is made where it is missing. When the block raises, what stood at `path` before stands there still and
-    the temporary file is gone.
+    The folder is made where it is missing. When the block raises, what stood at `path` before stands there still, and
+    the temporary file and any folder that was made for it are gone.
 
     Raises:
-        OSError: The disk is full, or the place may not be written to.
+        OSError: The disk is full, or the place may not be written to; it names `path`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps two runs that write the same place from mixing their bytes.
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield draft
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        # Some writers make private files; what the tool leaves is for whoever the user lets read it.
-        umask = os.umask(0)
-        os.umask(umask)
-        draft.chmod(0o666 & ~umask)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with _naming(path, draft), _parents(path):
+        try:
+            yield draft
+            with draft.open("rb+") as file:
+                os.fsync(file.fileno())
+            # Some writers make private files; what the tool leaves is for whoever the user lets read it.
+            umask = os.umask(0)
+            os.umask(umask)
+            draft.chmod(0o666 & ~umask)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 
@@ -48,23 +49,57 @@ def atomic(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path`, and put it in the place of `path` when the block ends well.
 
-    When the block raises, what stood at `path` before stands there still and the temporary folder is gone. Each file in
-    it is to be written with `atomic`, `write_text` or `write_tensors`.
+    When the block raises, what stood at `path` before stands there still, and the temporary folder and any folder that
+    was made for it are gone. Each file in it is to be written with `atomic`, `write_text` or `write_tensors`.
 
     Raises:
-        OSError: The disk is full, or the place may not be written to.
+        OSError: The disk is full, the place may not be written to, or a file or a link stands there; it names `path`.
     """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     draft, before = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-        if path.exists():
-            path.rename(before)
-        draft.rename(path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+    with _naming(path, draft), _parents(path):
+        draft.mkdir()
+        try:
+            yield draft
+            if path.exists():
+                path.rename(before)
+            try:
+                draft.rename(path)
+            except OSError:
+                if before.exists():
+                    before.rename(path)
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(before, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def _naming(path: Path, draft: Path) -> Iterator[None]:
+    """Let an error of the system name the place that a user knows, where it names the draft, or nothing."""
+    try:
+        yield
+    except OSError as error:
+        ours = str(error.filename).startswith(str(draft)) if error.filename else error.errno in _OF_A_DISK
+        if not ours:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Make the folders above a path, and take away those that were made if the block raises."""
+    missing = [parent for parent in path.parents if not parent.exists()]  # the nearest first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # never made, or another has put something there since
+                folder.rmdir()
+        raise
 
 
 def _sync_folder(path: Path) -> None:
@@ -84,18 +119,33 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all.
+    """Write a safetensors file whole or not at all; the same tensors and metadata give the same bytes.
 
     Raises:
         OSError: The disk is full, or the place may not be written to.
+
+    Source: the format, https://github.com/huggingface/safetensors: length of the header, header, numbers.
     """
-    # The library writes memory as it lies: of a view into another array that would be the wrong numbers.
-    tensors = {name: np.asarray(values, order="C") for name, values in tensors.items()}
-    with atomic(path) as draft:
-        try:
-            save_file(tensors, draft, metadata)
-        except SafetensorError as error:
-            # The library wraps what the system said, of a full disk for one; give the system's own error back.
-            code = re.search(r"os error (\d+)", str(error))
-            number = int(code[1]) if code else errno.EIO
-            raise OSError(number, os.strerror(number), str(path)) from error
+    # Written here and not by the library, which puts metadata in another order each time.
+    plain = {name: np.asarray(values, order="C") for name, values in tensors.items()}
+    plain = {name: values.astype(values.dtype.newbyteorder("<"), copy=False) for name, values in plain.items()}
+    # Wide numbers first, so that every tensor begins at a multiple of its numbers' width.
+    names = sorted(plain, key=lambda name: (-plain[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        values, begin = plain[name], end
+        end += values.nbytes
+        header[name] = {"dtype": _dtype(values), "shape": values.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as draft, draft.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(plain[name].data)
+
+
+def _dtype(values: NDArray[Any]) -> str:
+    """The format's name of a type: F32, I64, U8, BOOL."""
+    letters = {"f": "F", "i": "I", "u": "U"}
+    return "BOOL" if values.dtype.kind == "b" else f"{letters[values.dtype.kind]}{8 * values.itemsize}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dinocli.data.decode import DEFAULTS, ImagesConfig
 from dinocli.errors import DinoError
-from dinocli.models.backbone import Backbone, BackboneConfig, Tokens, adapt, create_timm
+from dinocli.models.backbone import Backbone, BackboneConfig, Positions, Tokens, adapt, create_timm
 from dinocli.models.network import load_strictly
 from dinocli.preset import Preset
 from dinocli.weights import Weights, Which, read_weights
@@ -23,7 +24,7 @@ TokenChoice = Literal["cls", "patches", "cls+avg"]
 Channels = tuple[float, float, float]
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The original's vision transformers, by width: blocks and heads.
-_OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
+OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,25 @@ def _from_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
             "it takes the network once; without one, a folder with config.json and weights: timm:local-dir:FOLDER",
         ) from error
     released: Mapping[str, Any] = model.pretrained_cfg
-    return adapt(model, "antialias"), released["input_size"][-1], tuple(released["mean"]), tuple(released["std"])
+    backbone = adapt(model, _positions_of(name, released))
+    return backbone, released["input_size"][-1], tuple(released["mean"]), tuple(released["std"])
+
+
+def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
+    """How a timm model met other grids in its training; where nothing tells, as timm does it."""
+    exported = timm_folder(Path(name.removeprefix("local-dir:"))) if name.startswith("local-dir:") else {}
+    if "dinocli" in exported:
+        return "dino" if exported.get("positions") == "dino" else "antialias"
+    return "dino" if released.get("tag") == "dino" else "antialias"
+
+
+def timm_folder(folder: Path) -> dict[str, Any]:
+    """What a folder in the form of timm's hub says of itself; `dinocli` stands in it if this tool exported it."""
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def official_architecture(backbone: Mapping[str, Tensor], source: str) -> BackboneConfig:
@@ -211,11 +230,11 @@ def official_architecture(backbone: Mapping[str, Tensor], source: str) -> Backbo
         width, _, patch, _ = backbone["patch_embed.proj.weight"].shape
         blocks = len({key.split(".")[1] for key in backbone if key.startswith("blocks.")})
         size = round((backbone["pos_embed"].shape[1] - 1) ** 0.5) * patch
-        if width in _OFFICIAL and _OFFICIAL[width][0] == blocks:
+        if width in OFFICIAL and OFFICIAL[width][0] == blocks:
             options: dict[str, bool | int | float | str] = {
                 "embed_dim": width,
                 "depth": blocks,
-                "num_heads": _OFFICIAL[width][1],
+                "num_heads": OFFICIAL[width][1],
                 "patch_size": patch,
                 "img_size": size,
             }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,15 +12,16 @@ from typing import Any, Literal
 
 import timm
 import torch
-import torchvision
 from torch import Tensor, nn
 
 import dinocli
 from dinocli.atomic import atomic, atomic_folder, write_tensors, write_text
-from dinocli.encoder import Encoder, TokenChoice, architecture_of, encoder_of, features_of
+from dinocli.encoder import OFFICIAL, Encoder, TokenChoice, architecture_of, encoder_of, features_of, timm_folder
 from dinocli.errors import DinoError
 from dinocli.models.backbone import BackboneConfig, ViTBackbone
-from dinocli.models.network import load_strictly
+from dinocli.models.head import Head, HeadConfig, original_head
+from dinocli.models.network import load_strictly, original_network
+from dinocli.runs import CHECKPOINT
 from dinocli.weights import Weights, Which, read_weights
 
 Format = Literal["official", "timm", "onnx", "torch-export"]
@@ -65,46 +67,78 @@ def export(
         to: `official`, for facebookresearch/dino: the keys of its released backbones. `timm`: a folder for
             `create_model("local-dir:...")` or the hub. `onnx` and `torch-export`: a graph from normalized images
             [B, C, size, size], B free, to features.
-        out: Where to.
+        out: Where to. A file that is there is replaced, a folder if an export made it, the source never.
         which: Of a file that holds both networks.
-        heads: For `official` alone: with the head, as in the original's full checkpoints.
+        heads: For `official` alone: with the head, and both under the name of the network as in a full checkpoint.
         tokens: For the graphs: which features they give, as `Encoder.features` describes.
         size: For the graphs: side of the images in pixels; that of the training if absent.
 
     Raises:
-        DinoError: The source cannot be read, the other library has no such network, or what it loads gives other
-            features; then nothing is left.
+        DinoError: The source cannot be read or would be written over, the other library has no such network, or what
+            it loads gives other features; then nothing is left.
+        OSError: The disk is full, or the place may not be written to.
     """
     if source.startswith("timm:"):
         raise DinoError(f"a checkpoint was wanted; {source} is timm's own", "a run folder, ckpt.safetensors or .pth")
     if out.suffix != ENDINGS[to] and to != "timm":
         raise DinoError(f"a file that ends in {ENDINGS[to]} was wanted; it is {out}", f"--out {out.stem}{ENDINGS[to]}")
     weights = read_weights(Path(source), which)
+    _keep_the_source(Path(source), to, out)
     encoder = encoder_of(weights, source, torch.device("cpu"))
     architecture = architecture_of(weights, source)
-    side = size or encoder.size
+    side, native = size or encoder.size, _native_size(encoder)
     if to == "timm":
-        taken = {path.name for path in out.iterdir()} if out.is_dir() else set()
-        if taken - _TIMM_FILES:
-            raise DinoError(f"a new folder was wanted; {out} holds {min(taken - _TIMM_FILES)}", "another --out")
+        _folder_is_free(out)
         with atomic_folder(out) as folder:
-            difference = _compare(encoder, _to_timm(encoder, architecture, folder), "cls", _native_size(encoder))
-        return Exported(
-            out, difference, _notes(encoder, "timm"), f"timm.create_model('local-dir:{out}', pretrained=True)"
-        )
+            model = _to_timm(encoder, architecture, native, folder)
+            difference = _compare(encoder, _timm_features(model, encoder), "cls", native)
+        load = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
+        return Exported(out, difference, _notes_on_timm(encoder, model, native), load)
+    notes = []
     with atomic(out) as draft:
         if to == "official":
-            difference = _compare(
-                encoder, _to_official(encoder, architecture, weights, heads, draft), "cls", _native_size(encoder)
-            )
-            load = f"network.load_state_dict(torch.load('{out}')" + ("['teacher'])" if heads else ")")
+            head = _head_of(weights, encoder.backbone.width) if heads else None
+            loaded, head_difference = _to_official(encoder, architecture, head, which, draft)
+            difference = max(_compare(encoder, loaded, "cls", native), head_difference)
+            notes = _notes_on_the_original(encoder, architecture, head, native)
+            wrapped, key = ("MultiCropWrapper(network, head)", f"[{which!r}]") if heads else ("network", "")
+            load = f"{wrapped}.load_state_dict(torch.load({str(out)!r}){key})"
         elif to == "onnx":
             difference = _compare(encoder, _to_onnx(encoder, tokens, side, draft), tokens, side)
-            load = f"onnxruntime.InferenceSession('{out}').run(['features'], {{'images': images}})"
+            load = f"onnxruntime.InferenceSession({str(out)!r}).run(['features'], {{'images': images}})"
         else:
             difference = _compare(encoder, _to_torch_export(encoder, tokens, side, draft), tokens, side)
-            load = f"torch.export.load('{out}').module()(images)"
-    return Exported(out, difference, _notes(encoder, to), load)
+            load = f"torch.export.load({str(out)!r}).module()(images)"
+    return Exported(out, difference, notes, load)
+
+
+def _keep_the_source(source: Path, to: Format, out: Path) -> None:
+    file = source / CHECKPOINT if source.is_dir() else source
+    if out.exists() and (out.samefile(file) or out.resolve() in file.resolve().parents):
+        other = f"--out {out.stem}-{to}{ENDINGS[to]}"
+        raise DinoError(f"{out} is what is exported, or holds it: it would be written over", other)
+
+
+def _folder_is_free(out: Path) -> None:
+    """Whether nothing stands there, or what an earlier export made."""
+    what = ""
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        what = "is a link" if out.is_symlink() else "is a file"
+    elif out.is_dir():
+        names = {path.name for path in out.iterdir()}
+        if names - _TIMM_FILES:
+            what = f"holds {min(names - _TIMM_FILES)}"
+        elif names and "dinocli" not in timm_folder(out):
+            what = "holds a model that this tool did not export"
+        elif out.samefile(Path()):
+            what = "is the folder that you are in"
+    if what:
+        raise DinoError(f"a new folder was wanted; {out} {what}", "another --out")
+
+
+def _native_size(encoder: Encoder) -> int:
+    """Side of the images at which positions are taken as they are; where there are none any will do."""
+    return encoder.backbone.native_size if isinstance(encoder.backbone, ViTBackbone) else encoder.size
 
 
 def _compare(encoder: Encoder, loaded: Loaded, tokens: TokenChoice, size: int) -> float:
@@ -112,91 +146,83 @@ def _compare(encoder: Encoder, loaded: Loaded, tokens: TokenChoice, size: int) -
     # Another number of images than the graph was made with, since that is what must stay free.
     images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours, theirs = encoder.features(images, tokens), loaded(images)
+        return _difference(encoder.features(images, tokens), loaded(images), "features")
+
+
+def _difference(ours: Tensor, theirs: Tensor, what: str) -> float:
+    hint = "this network has parts that it does not know: another --to"
     if ours.shape != theirs.shape:
-        raise _other_features(f"of shape {list(theirs.shape)} and not {list(ours.shape)}")
+        how = f"of shape {list(theirs.shape)} and not {list(ours.shape)}"
+        raise DinoError(f"what the other library loads gives {what} {how}", hint)
     difference = ((ours - theirs).norm() / ours.norm()).item()
     if not difference < _TOLERANCE:
-        raise _other_features(f"that differ by {difference:.2g} of their length")
+        how = f"that differ by {difference:.2g} of their length"
+        raise DinoError(f"what the other library loads gives {what} {how}", hint)
     return difference
 
 
-def _other_features(how: str) -> DinoError:
-    return DinoError(
-        f"what the other library loads gives features {how}",
-        "this network has parts that it does not know: another --to",
-    )
-
-
-def _native_size(encoder: Encoder) -> int:
-    """Side of the images at which a vision transformer's positions are taken as they are; for others any will do."""
-    backbone = encoder.backbone
-    return int(backbone.model.patch_embed.img_size[0]) if isinstance(backbone, ViTBackbone) else encoder.size
-
-
-def _notes(encoder: Encoder, to: Format) -> list[str]:
-    others = {"timm": "dino", "official": "antialias"}  # how this network places positions, and the other library not
-    backbone = encoder.backbone
-    if not isinstance(backbone, ViTBackbone) or others.get(to) != backbone.positions:
-        return []
-    side = _native_size(encoder)
-    return [f"at other sizes than {side} pixels {to} places positions in its own way, and the features differ"]
-
-
-def _to_official(encoder: Encoder, architecture: BackboneConfig, weights: Weights, heads: bool, draft: Path) -> Loaded:
-    original, forward = _network_of_the_original(encoder, architecture)
-    state = {key: value.contiguous() for key, value in encoder.backbone.model.state_dict().items()}
-    content: dict[str, object] = dict(state)
-    if heads:
-        if set(weights.heads) != {"dino"}:
-            names = ", ".join(weights.heads) or "none"
-            raise DinoError(
-                f"one head named dino was wanted, as the original has it; the heads are: {names}", "leave --heads out"
-            )
-        head = {f"head.{key}": value for key, value in weights.heads["dino"].items()}
-        content = {"teacher": {f"backbone.{key}": value for key, value in state.items()} | head}
-    torch.save(content, draft)
-    read = torch.load(draft, weights_only=True)
-    read = {k.removeprefix("backbone."): v for k, v in read["teacher"].items() if k[:5] != "head."} if heads else read
-    original.load_state_dict(read)
-    return forward
-
-
-def _network_of_the_original(encoder: Encoder, architecture: BackboneConfig) -> tuple[nn.Module, Loaded]:
-    """What the original builds: the plain vision transformer of this shape, or torchvision's network.
-
-    Raises:
-        DinoError: It builds none with these weights.
-    """
-    backbone = encoder.backbone
-    if isinstance(backbone, ViTBackbone):
-        model = backbone.model
-        options: dict[str, bool | int | float | str] = {
-            "img_size": _native_size(encoder),
-            "patch_size": backbone.patch_size,
-            "embed_dim": backbone.width,
-            "depth": len(model.blocks),
-            "num_heads": model.blocks[0].attn.num_heads,
-        }
-        plain = BackboneConfig(name="vit_small_patch16_224", options=options, positions="dino").build(drop_path=False)
-        original, forward = plain.model.eval(), lambda images: plain(images).cls
-    elif architecture.name in torchvision.models.list_models():
-        original = forward = torchvision.models.get_model(architecture.name).eval()
-        original.fc = nn.Identity()
-    else:
+def _head_of(weights: Weights, width: int) -> Head:
+    if set(weights.heads) != {"dino"}:
+        names = ", ".join(weights.heads) or "none"
         raise DinoError(
-            f"the original builds vision transformers and torchvision's networks; {architecture.name} is neither",
-            "--to timm",
+            f"one head named dino was wanted, as the original has it; the heads are: {names}", "leave --heads out"
         )
-    try:
-        load_strictly(original, backbone.model.state_dict(), architecture.name)
-    except DinoError as misfit:
-        raise DinoError(f"the original has no such network: {misfit.message}", "--to timm") from misfit
-    return original, forward
+    config = weights.preset.heads["dino"] if weights.preset else HeadConfig.of(weights.heads["dino"])[0]
+    head = config.build(width).eval()
+    load_strictly(head, weights.heads["dino"], "the head")
+    return head
 
 
-def _to_timm(encoder: Encoder, architecture: BackboneConfig, folder: Path) -> Loaded:
-    size = _native_size(encoder)
+def _to_official(
+    encoder: Encoder, architecture: BackboneConfig, head: Head | None, which: Which, draft: Path
+) -> tuple[Loaded, float]:
+    """The network that the original builds of the file, and the difference of the head that it builds."""
+    original, forward = original_network(encoder.backbone, architecture.name)
+    state = {key: value.contiguous() for key, value in encoder.backbone.model.state_dict().items()}
+    if head is None:
+        _save(lambda file: torch.save(state, file), draft)
+        original.load_state_dict(torch.load(draft, weights_only=True))
+        return forward, 0.0
+    heads = {f"head.{key}": value for key, value in head.state_dict().items()}
+    _save(lambda file: torch.save({which: {f"backbone.{k}": v for k, v in state.items()} | heads}, file), draft)
+    read = torch.load(draft, weights_only=True)[which]
+    theirs = {k.removeprefix("head."): v for k, v in read.items() if k.startswith("head.")}
+    original.load_state_dict({k.removeprefix("backbone."): v for k, v in read.items() if k.startswith("backbone.")})
+    features = torch.randn(5, encoder.backbone.width, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return forward, _difference(head(features), original_head(theirs)(features), "logits")
+
+
+def _save(write: Callable[[io.BytesIO], None], draft: Path) -> None:
+    """Write by way of memory: on a full disk torch's own writer raises what cannot be told, or ends the process."""
+    file = io.BytesIO()
+    write(file)
+    draft.write_bytes(file.getbuffer())
+
+
+def _notes_on_the_original(encoder: Encoder, architecture: BackboneConfig, head: Head | None, native: int) -> list[str]:
+    """How to build what none of the original's options builds, and what then differs in use."""
+    backbone, notes = encoder.backbone, []
+    if not isinstance(backbone, ViTBackbone):
+        notes.append(f"network = torchvision.models.{architecture.name}(); network.fc = torch.nn.Identity()")
+    else:
+        shape = backbone.shape
+        if native != 224 or OFFICIAL.get(backbone.width) != (shape["depth"], shape["num_heads"]):
+            arguments = ", ".join(f"{key}={value}" for key, value in shape.items())
+            rest = "qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)"
+            notes.append(f"network = VisionTransformer(img_size=[{native}], {arguments}, {rest})")
+        if backbone.positions != "dino":
+            how = "the original places positions in its own way, and the features differ"
+            notes.append(f"at other sizes than {native} pixels {how}")
+    if head is not None:
+        config, width = HeadConfig.of(head.state_dict())
+        sizes = f"nlayers={config.layers}, hidden_dim={config.hidden}, bottleneck_dim={config.bottleneck}"
+        notes.append(f"head = DINOHead({width}, {config.prototypes}, use_bn={config.batch_norm}, {sizes})")
+    return notes
+
+
+def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: Path) -> Any:
+    backbone = encoder.backbone
     about = {
         "input_size": [3, size, size],
         "mean": encoder.mean,
@@ -208,17 +234,37 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, folder: Path) -> Lo
     config = {
         "architecture": architecture.name,
         "num_classes": 0,
-        "num_features": encoder.backbone.width,
+        "num_features": backbone.width,
         "model_args": architecture.options,
         "pretrained_cfg": about,
+        # For `timm_folder`; timm passes them over.
+        "dinocli": dinocli.__version__,
+        "positions": backbone.positions if isinstance(backbone, ViTBackbone) else None,
     }
     write_text(folder / "config.json", json.dumps(config, indent=2))
-    state = {key: value.numpy() for key, value in encoder.backbone.model.state_dict().items()}
+    state = {key: value.numpy() for key, value in backbone.model.state_dict().items()}
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
-    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
+def _timm_features(model: Any, encoder: Encoder) -> Loaded:
     if isinstance(encoder.backbone, ViTBackbone):
         return lambda images: model.forward_features(images)[:, 0]
-    return model
+    return lambda images: model.forward_features(images).mean((2, 3))
+
+
+def _notes_on_timm(encoder: Encoder, model: Any, native: int) -> list[str]:
+    vit, notes = isinstance(encoder.backbone, ViTBackbone), []
+    try:
+        _compare(encoder, model, "cls", native)
+    except DinoError:
+        same = "model.forward_features(images)" + ("[:, 0]" if vit else ".mean((2, 3))")
+        notes.append(f"model(images) goes through what timm has on top; the same features are {same}")
+    if vit and model.pos_embed is not None:
+        differ = ", so that the features differ" if encoder.backbone.positions == "dino" else ""
+        how = "needs dynamic_img_size=True (or img_size=N) and then resamples positions with antialias"
+        notes.append(f"at other sizes than {native} pixels timm {how}{differ}")
+    return notes
 
 
 class _Features(nn.Module):
@@ -259,9 +305,7 @@ def _to_torch_export(encoder: Encoder, tokens: TokenChoice, size: int, draft: Pa
         free = {"images": {0: torch.export.Dim("batch")}}
         program = torch.export.export(_Features(encoder, tokens).eval(), (images,), dynamic_shapes=free)
     about = {"dinocli.json": json.dumps(_about(encoder, tokens, size))}
-    # A file and not its name: by a name the library insists on an ending that a draft does not have.
-    with draft.open("wb") as file:
-        torch.export.save(program, file, extra_files=about)
+    _save(lambda file: torch.export.save(program, file, extra_files=about), draft)
     with draft.open("rb") as file:
         return torch.export.load(file).module()
 

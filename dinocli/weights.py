@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
@@ -90,19 +90,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_pickle(path: Path) -> Any:
-    # A full checkpoint of the original also holds argparse's Namespace and numpy numbers: plain values, let through.
-    scalar = np.float64(0).__reduce__()[0]
-    allowed: list[Any] = [
-        argparse.Namespace,
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        type(np.dtype("float64")),
-        type(np.dtype("float32")),
-        type(np.dtype("int64")),
-    ]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(_plain_values()):
             return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file makes the reader raise nearly anything: EOFError, KeyError, RuntimeError, UnpicklingError.
     except Exception as error:
@@ -110,6 +99,19 @@ def _read_pickle(path: Path) -> Any:
             f"{path} cannot be read as weights: it is damaged, no PyTorch file, or holds more than numbers",
             "an official DINO .pth or a .safetensors was wanted",
         ) from error
+
+
+def _plain_values() -> list[Any]:
+    """What a full checkpoint of the original holds beside tensors: its arguments, with paths, and numpy's numbers."""
+    scalar = np.float64(0).__reduce__()[0]
+    numbers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "float16", "int64", "int32", "bool")]
+    # A path is read as one that opens nothing, since a path of Windows cannot be made elsewhere; Python 3.13 keeps
+    # the classes in a module of another name.
+    stand_ins = [(PurePosixPath, "PosixPath"), (PureWindowsPath, "WindowsPath")]
+    stand_ins += [(path, path.__name__) for path in (PurePosixPath, PureWindowsPath)]
+    paths = [(path, f"{module}.{name}") for path, name in stand_ins for module in ("pathlib", "pathlib._local")]
+    return [argparse.Namespace, np.dtype, *kinds, *numbers, *paths]
 
 
 def _pick(content: Any, which: Which, path: Path) -> dict[str, Tensor]:

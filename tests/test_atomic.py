@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import errno
+import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from dinocli.atomic import atomic, atomic_folder, write_tensors, write_text
@@ -59,3 +64,83 @@ def test_a_view_into_an_array_is_written_as_it_reads(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read["part"], values[:, 2:])
     np.testing.assert_array_equal(read["turned"], values.T)
     assert read["one"].shape == ()
+
+
+def test_the_same_tensors_give_the_same_bytes_which_the_library_reads(tmp_path: Path) -> None:
+    kinds = ["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "bool"]
+    tensors = {f"ä{kind}": np.arange(7).reshape(7, 1).astype(kind) for kind in kinds}
+    tensors |= {"none": np.zeros((0, 3)), "big": np.arange(3, dtype=">f4")}
+    metadata = {letter: letter * 3 for letter in "qwertyuiop"}
+    turned = [dict(reversed(list(values.items()))) for values in (tensors, metadata)]
+    write_tensors(tmp_path / "a", tensors, metadata)
+    write_tensors(tmp_path / "b", *turned)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    read = load_file(tmp_path / "a")
+    assert read.keys() == tensors.keys()
+    for name, values in tensors.items():
+        np.testing.assert_array_equal(read[name], values)
+        assert read[name].dtype == values.dtype.newbyteorder("=")
+    with safe_open(tmp_path / "a", framework="numpy") as file:
+        assert file.metadata() == metadata
+    write_tensors(tmp_path / "c", {}, {})
+    assert load_file(tmp_path / "c") == {}
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file may grow over 1000 bytes, which the system says as it says that a disk is full: without a name."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_an_error_names_the_place_that_was_wanted_and_leaves_nothing(tmp_path: Path) -> None:
+    for path in (tmp_path / "a" / "b" / "t", tmp_path / "t"):
+        with pytest.raises(OSError) as error:
+            write_tensors(path, {"x": np.zeros(10_000)}, {})
+        assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(path))
+    with pytest.raises(OSError) as error, atomic_folder(tmp_path / "a" / "folder") as draft:
+        write_tensors(draft / "t", {"x": np.zeros(10_000)}, {})
+    assert error.value.filename == str(tmp_path / "a" / "folder")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        write_text(tmp_path / "taken", "")
+    assert error.value.filename == str(tmp_path / "taken")
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]
+
+
+def test_an_error_of_something_else_keeps_its_name(tmp_path: Path) -> None:
+    for failure in (OSError(errno.ENOENT, "no", "photo.jpg"), OSError(errno.EMFILE, "too many"), OSError("words")):
+        with pytest.raises(OSError) as error, atomic(tmp_path / "t"):
+            raise failure
+        assert error.value is failure
+
+
+def test_a_folder_takes_no_files_or_links_place(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "mine")
+    write_text(tmp_path / "folder" / "file", "mine")
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "nowhere").symlink_to("gone")
+    before = {path: path.lstat() for path in tmp_path.rglob("*")}
+    for name in ("file", "link", "nowhere"):
+        with pytest.raises(NotADirectoryError) as error, atomic_folder(tmp_path / name) as draft:
+            write_text(draft / "x", "")
+        assert error.value.filename == str(tmp_path / name)
+    assert {path: path.lstat() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "folder" / "old", "")
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if path.suffix == ".part":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "folder") as draft:
+        write_text(draft / "new", "")
+    assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["folder", "folder/old"]

@@ -14,7 +14,8 @@ from dinocli.losses.dino import DinoLossConfig
 from dinocli.losses.targets import CenteringConfig
 from dinocli.models.backbone import ViTBackbone
 from dinocli.models.head import HeadConfig
-from dinocli.models.network import Network
+from dinocli.models.network import Encoding, Network
+from dinocli.preset import load_preset
 from dinocli.schedules import Clock, Cosine, LinearByEpoch
 
 
@@ -41,6 +42,10 @@ def network(made: dict) -> Network:
 
 def in_our_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k.replace("head.", "heads.dino.", 1) if k.startswith("head.") else k: v for k, v in weights.items()}
+
+
+def in_their_words(name: str) -> str:
+    return name.replace(".model.", ".").replace("heads.dino.", "head.")
 
 
 def trainer_of(stored: Original, case: str, dtype: torch.dtype) -> Trainer:
@@ -78,16 +83,41 @@ def trainer(original) -> Trainer:
     return trainer_of(original, "micro_f64", torch.float64)
 
 
+def watch(method: SelfDistillation) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """What the last step made: the logits of both networks, and the norm of each gradient as the losses left it."""
+    logits: dict[str, torch.Tensor] = {}
+    norms: dict[str, torch.Tensor] = {}
+    for which in ("student", "teacher"):
+
+        def keep(module: object, crops: object, made: Encoding, which: str = which) -> None:
+            logits[which] = made.logits["dino"].detach().flatten(0, 1)
+
+        getattr(method, which).register_forward_hook(keep)
+    for key, parameter in method.student.named_parameters():
+        if parameter.requires_grad:
+
+            def measure(p: torch.Tensor, name: str = in_their_words(key)) -> None:
+                norms[name] = p.grad.norm()
+
+            parameter.register_post_accumulate_grad_hook(measure)
+    return logits, norms
+
+
 def hold_steps(stored: Original, case: str, dtype: torch.dtype) -> None:
     """Every stored step: loss, gradient norm, and wherever they are stored the weights and the center after it."""
     made, trainer = stored.made["train"][case], trainer_of(stored, case, dtype)
     crops = [stored[f"train/{case}/crops/{i}"].to(dtype) for i in range(2 + made["n_local"])]
     batch = Batch(torch.stack(crops[:2]), torch.stack(crops[2:]), torch.arange(made["batch"]))
     method = trainer.method
+    logits, before_clip = watch(method)
     for step in range(made["steps"]):
         values = trainer.step(batch)
-        assert_original(values["loss"], stored[f"train/{case}/losses"][step], f"loss of step {step}")
+        for name in ("student", "teacher"):
+            assert_original(logits[name], stored[f"train/{case}/step{step}/{name}_out"], f"{name} in step {step}")
         norms = stored[f"train/{case}/step{step}/grad_norms"]
+        for name, expected in zip(made["grad_norm_param_order"], norms, strict=True):
+            assert_original(before_clip[name], expected, f"gradient of {name} in step {step}")
+        assert_original(values["loss"], stored[f"train/{case}/losses"][step], f"loss of step {step}")
         assert_original(values["grad_norm"], norms.norm(), f"gradient norm of step {step}")
         for name, ours in (("student", method.student), ("teacher", method.teacher)):
             weights = ours.weights()
@@ -131,20 +161,14 @@ def test_adam_counts_no_step_while_prototypes_are_frozen(original, trainer: Trai
     for _ in range(made["steps"]):
         trainer.step(batch)
     names = {p: n for n, p in trainer.method.student.named_parameters()}
-    steps = {
-        names[p].replace(".model.", ".").replace("heads.dino.", "head."): float(s["step"])
-        for p, s in trainer.optimizer.state.items()
-    }
+    steps = {in_their_words(names[p]): float(s["step"]) for p, s in trainer.optimizer.state.items()}
     expected = {k: v for k, v in made["adam_step_counts"].items() if v}
     assert steps == expected
 
 
 def test_groups_are_the_originals(original, trainer: Trainer) -> None:
     made = original.made["train"]["micro_f64"]["param_groups"]
-    names = {
-        p: n.replace(".model.", ".").replace("heads.dino.", "head.")
-        for n, p in trainer.method.student.named_parameters()
-    }
+    names = {p: in_their_words(n) for n, p in trainer.method.student.named_parameters()}
     for decay, expected in ((True, made["regularized"]), (False, made["not_regularized"])):
         ours = {names[p] for group in trainer.method.param_groups() if group.decay is decay for p in group.params}
         assert ours == set(expected)
@@ -160,3 +184,29 @@ def test_the_first_step_moves_no_weight_because_its_rate_is_zero(trainer: Traine
     before = {k: v.clone() for k, v in trainer.method.student.state_dict().items()}
     trainer.step(Batch(torch.randn(2, 3, 3, 32, 32, dtype=torch.float64), None, torch.arange(3)))
     assert all(torch.equal(v, before[k]) for k, v in trainer.method.student.state_dict().items())
+
+
+def test_the_teacher_follows_in_its_parameters_and_keeps_statistics_of_its_own() -> None:
+    torch.manual_seed(0)
+    options = "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2}"
+    small = [options, "heads.dino.prototypes=16", "heads.dino.hidden=16", "heads.dino.bottleneck=8"]
+    momentum = "teacher.momentum={kind='constant', value=0.75}"
+    method = load_preset("tiny", [*small, momentum, "heads.dino.batch_norm=true"]).method()
+    seen: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
+    for which, outputs in seen.items():
+        first = getattr(method, which).heads["dino"].mlp[0]
+        first.register_forward_hook(lambda m, i, output, outputs=outputs: outputs.append(output.detach()))
+    before = {key: value.clone() for key, value in method.teacher.named_parameters()}
+    method(Batch(torch.randn(2, 4, 3, 16, 16), torch.randn(3, 4, 3, 8, 8), torch.arange(4)), Clock(1, 10))
+    for parameter in method.student.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    method.after_step(Clock(1, 10))
+    student = dict(method.student.named_parameters())
+    for key, value in method.teacher.named_parameters():
+        torch.testing.assert_close(value, 0.75 * before[key] + 0.25 * student[key])
+    for which, rows in (("student", 20), ("teacher", 8)):
+        (output,) = seen[which]
+        statistics = getattr(method, which).heads["dino"].mlp[1]
+        assert len(output) == rows
+        torch.testing.assert_close(statistics.running_mean, 0.1 * output.mean(0))
+        assert statistics.num_batches_tracked == 1

@@ -119,3 +119,31 @@ def test_released_weights_that_cannot_be_had_are_never_random_ones(monkeypatch: 
         load_encoder("timm:vit_tiny_patch16_224", CPU)
     with pytest.raises(DinoError, match="no model 'vit_tinny_patch16_224'"):
         load_encoder("timm:vit_tinny_patch16_224", CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"), [("vit_small_patch16_224.dino", "dino"), ("vit_small_patch16_224.augreg_in21k", "antialias")]
+)
+def test_dinos_own_weights_in_timm_meet_other_sizes_as_they_were_trained(
+    monkeypatch: pytest.MonkeyPatch, name: str, positions: str
+) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **options | {"pretrained": False}))
+    encoder = load_encoder(f"timm:{name}", CPU)
+    assert encoder.backbone.positions == positions
+    images = torch.randn(1, 3, 64, 96)
+    expected = ViTBackbone(encoder.backbone.model, positions)(images).cls
+    assert torch.equal(encoder.features(images), expected)
+
+
+def test_a_folder_of_ours_in_timms_form_says_how_it_met_other_sizes(local_timm: str, tmp_path: Path) -> None:
+    assert load_encoder(local_timm, CPU).backbone.positions == "antialias"
+    config = json.loads((tmp_path / "config.json").read_text())
+    for about, positions in (
+        ({"dinocli": "1", "positions": "dino"}, "dino"),
+        ({"dinocli": "1", "positions": "antialias"}, "antialias"),
+        ({"dinocli": "1", "positions": None}, "antialias"),
+        ({"positions": "dino"}, "antialias"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | about))
+        assert load_encoder(local_timm, CPU).backbone.positions == positions

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import resource
+from functools import partial
 from pathlib import Path
 
 import onnxruntime
@@ -10,11 +14,15 @@ import timm
 import torch
 import torchvision
 
+from dinocli import exporting
 from dinocli.encoder import Encoder, load_encoder
 from dinocli.errors import DinoError
 from dinocli.exporting import ENDINGS, Format, export
+from dinocli.models import head as head_module
+from dinocli.models.head import Head
+from dinocli.models.network import Network
 from dinocli.preset import Preset, load_preset
-from dinocli.weights import write_checkpoint
+from dinocli.weights import Which, read_weights, write_checkpoint
 
 CPU = torch.device("cpu")
 SMALL = ["heads.dino.prototypes=16", "heads.dino.hidden=24", "heads.dino.bottleneck=8", "views.global_1.size=48"]
@@ -43,6 +51,56 @@ def written(folder: Path, source: Path, to: Format, **options: object) -> tuple[
     return out, load_encoder(str(source), CPU)
 
 
+def full_checkpoint(folder: Path) -> tuple[Path, dict[str, Network]]:
+    """A checkpoint of the original with both networks, of ViT-Ti at 48 pixels; and those networks."""
+    released = ["backbone.options={img_size=48, patch_size=8}", "backbone.name=vit_tiny_patch16_224"]
+    made, networks = load_preset("tiny", [*SMALL, *released]), {}
+    for seed, name in enumerate(("student", "teacher")):
+        torch.manual_seed(seed)
+        networks[name] = made.network().eval()
+        for tensor in networks[name].state_dict().values():
+            if tensor.is_floating_point():  # statistics of BatchNorm too
+                tensor.add_((torch.rand_like(tensor) - 0.5) * 0.1)
+    content = {
+        name: {"module." + key.replace("heads.dino.", "head."): value for key, value in network.weights().items()}
+        for name, network in networks.items()
+    }
+    torch.save(content, folder / "checkpoint.pth")
+    return folder / "checkpoint.pth", networks
+
+
+class MultiCropWrapper(torch.nn.Module):
+    """What the original puts around a network and its head: their names, which are the keys' prefixes."""
+
+    def __init__(self, backbone: torch.nn.Module, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+
+class DINOHead(torch.nn.Module):
+    """The original's head, from its description."""
+
+    def __init__(
+        self, in_dim: int, out_dim: int, *, use_bn: bool, nlayers: int, hidden_dim: int, bottleneck_dim: int
+    ) -> None:
+        super().__init__()
+        sides = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
+        layers: list[torch.nn.Module] = []
+        for before, after in itertools.pairwise(sides):
+            layers += [torch.nn.Linear(before, after)]
+            layers += ([torch.nn.BatchNorm1d(after)] if use_bn else []) + [torch.nn.GELU()]
+        self.mlp = torch.nn.Sequential(*layers[: -2 if use_bn else -1])
+        self.last_layer = torch.nn.utils.weight_norm(torch.nn.Linear(bottleneck_dim, out_dim, bias=False))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last_layer(torch.nn.functional.normalize(self.mlp(x), dim=-1))
+
+
+def vision_transformer(*, img_size: list[int], qkv_bias: bool, norm_layer: object, **shape: int) -> torch.nn.Module:
+    assert qkv_bias
+    return timm.models.VisionTransformer(img_size=img_size[0], num_classes=0, norm_layer=norm_layer, **shape)
+
+
 @pytest.mark.parametrize("size", [48, 24])
 def test_the_original_reads_its_own_keys(tmp_path: Path, size: int) -> None:
     path, encoder = written(tmp_path, run(tmp_path), "official")
@@ -50,26 +108,69 @@ def test_the_original_reads_its_own_keys(tmp_path: Path, size: int) -> None:
     torch.testing.assert_close(outputs[-1][:, 0], encoder.features(images(size)), rtol=1e-5, atol=1e-5)
 
 
-def test_a_full_checkpoint_of_the_original_has_the_head_too(tmp_path: Path) -> None:
-    source = run(tmp_path, "heads.dino.batch_norm=false")
-    path, encoder = written(tmp_path, source, "official", heads=True)
-    teacher = torch.load(path, weights_only=True)["teacher"]
-    assert {key.split(".")[0] for key in teacher} == {"backbone", "head"}
-    cls = encoder.features(images())
-    head = {key.removeprefix("head."): value for key, value in teacher.items() if key.startswith("head.")}
-    logits = plain.head(head, cls, layers=3, batch_norm=False)
-    ours = load_preset("tiny", [*SMALL, "heads.dino.batch_norm=false"]).heads["dino"].build(96)
-    ours.load_state_dict(head)
-    torch.testing.assert_close(logits, ours(cls), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("batch_norm", ["true", "false"])
+def test_the_head_goes_out_too_and_the_lines_that_are_printed_load_both(tmp_path: Path, batch_norm: str) -> None:
+    source = run(tmp_path, f"heads.dino.batch_norm={batch_norm}")
+    done = export(str(source), "official", tmp_path / "it's.pth", heads=True)
+    names = {
+        "nn": torch.nn, "torch": torch, "partial": partial, "VisionTransformer": vision_transformer,
+        "MultiCropWrapper": MultiCropWrapper, "DINOHead": DINOHead,
+    }  # fmt: skip
+    for line in done.notes:
+        exec(line, names)
+    assert str(eval(done.load, names)) == "<All keys matched successfully>"
+    encoder, weights = load_encoder(str(source), CPU), read_weights(source)
+    torch.testing.assert_close(names["network"].eval()(images()), encoder.features(images()))
+    own = weights.preset.heads["dino"].build(96)
+    own.load_state_dict(weights.heads["dino"])
+    features = torch.randn(7, 96)
+    torch.testing.assert_close(names["head"].eval()(features), own.eval()(features))
+
+
+@pytest.mark.parametrize("heads", [False, True])
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_of_both_networks_the_one_that_was_asked_for(tmp_path: Path, which: Which, heads: bool) -> None:
+    source, networks = full_checkpoint(tmp_path)
+    out = tmp_path / "out.pth"
+    export(str(source), "official", out, which=which, heads=heads)
+    stored = torch.load(out, weights_only=True)
+    if heads:
+        assert list(stored) == [which]
+        head = {key.removeprefix("head."): value for key, value in stored[which].items() if key.startswith("head.")}
+        own = networks[which].heads["dino"].state_dict()
+        assert head.keys() == own.keys()
+        assert all(torch.equal(value, own[key]) for key, value in head.items())
+        assert all(torch.equal(v, own[k]) for k, v in read_weights(out, which).heads["dino"].items())
+    with torch.no_grad():
+        expected = networks[which].backbone(images()).cls
+    again = load_encoder(str(out), CPU, which)
+    torch.testing.assert_close(again.features(images()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = run(tmp_path)
+    forward = Head.forward
+    monkeypatch.setattr(Head, "forward", lambda self, x: forward(self, x) + self.last_layer.weight_g.mean())
+    kept = head_module.original_head
+
+    def unpatched(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+        head = kept(weights)
+        head.forward = partial(forward, head)
+        return head
+
+    monkeypatch.setattr(exporting, "original_head", unpatched)
+    with pytest.raises(DinoError, match="gives logits that differ"):
+        export(str(source), "official", tmp_path / "out.pth", heads=True)
+    assert not (tmp_path / "out.pth").exists()
 
 
 def test_torchvision_reads_a_convolutional_network(tmp_path: Path) -> None:
     source = run(tmp_path, preset="resnet50")
     path, encoder = written(tmp_path, source, "official")
-    network = torchvision.models.resnet50()
-    network.fc = torch.nn.Identity()
-    network.load_state_dict(torch.load(path, weights_only=True))
-    torch.testing.assert_close(network.eval()(images()), encoder.features(images()))
+    names = {"torch": torch, "torchvision": torchvision}
+    done = export(str(source), "official", path)
+    exec(f"{done.notes[0]}; {done.load}", names)
+    torch.testing.assert_close(names["network"].eval()(images()), encoder.features(images()))
 
 
 def test_what_went_out_to_the_original_comes_in_again(tmp_path: Path) -> None:
@@ -78,6 +179,18 @@ def test_what_went_out_to_the_original_comes_in_again(tmp_path: Path) -> None:
     again = load_encoder(str(path), CPU)
     assert again.fingerprint == encoder.fingerprint
     assert torch.equal(again.features(images()), encoder.features(images()))
+    assert again.backbone.positions == "dino"
+
+
+def test_official_weights_are_read_as_the_original_reads_them_at_every_size(tmp_path: Path) -> None:
+    source, networks = full_checkpoint(tmp_path)
+    weights = networks["teacher"].backbone.model.state_dict()
+    for size in (48, 24, 72):
+        outputs, attention = plain.vit(weights, images(size), heads=3)
+        encoder = load_encoder(str(source), CPU)
+        torch.testing.assert_close(encoder.features(images(size)), outputs[-1][:, 0], rtol=1e-4, atol=1e-5)
+        ours = encoder.attention(images(size)).flatten(2)
+        torch.testing.assert_close(ours, attention[:, :, 0, 1:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "resnet50"])
@@ -144,16 +257,100 @@ def test_a_head_that_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "again.pth").exists()
 
 
-def test_a_place_that_should_not_be_written_is_not(tmp_path: Path) -> None:
+def test_a_place_that_should_not_be_written_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = run(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(DinoError, match=r"holds thesis\.tex"):
-        export(str(source), "timm", tmp_path / "mine")
+    (tmp_path / "file").write_text("thesis")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"architecture": "resnet18"}')
+    (tmp_path / "theirs" / "model.safetensors").touch()
+    (tmp_path / "link").symlink_to("theirs")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    before = {path: path.lstat() for path in tmp_path.rglob("*")}
+    for name, message in {
+        "mine": r"holds thesis\.tex",
+        "file": "is a file",
+        "link": "is a link",
+        "theirs": "holds a model that this tool did not export",
+        "empty": "is the folder that you are in",
+        "empty/../mine": r"holds thesis\.tex",
+        "run": "would be written over",
+    }.items():
+        with pytest.raises(DinoError, match=message):
+            export(str(source), "timm", tmp_path / name)
+    with pytest.raises(DinoError, match="is the folder that you are in"):
+        export(str(source), "timm", Path())
     with pytest.raises(DinoError, match=r"ends in \.pth was wanted"):
         export(str(source), "official", source / "ckpt.safetensors")
     with pytest.raises(DinoError, match="timm's own"):
         export("timm:vit_tiny_patch16_224", "timm", tmp_path / "x")
+    with pytest.raises(FileNotFoundError) as error:
+        export(str(source), "official", Path("/proc/x.pth"))
+    assert error.value.filename == "/proc/x.pth"
+    assert {path: path.lstat() for path in tmp_path.rglob("*")} == before
+
+
+def test_a_source_is_never_written_over(tmp_path: Path) -> None:
+    source, _ = full_checkpoint(tmp_path)
+    (tmp_path / "link.pth").symlink_to(source)
+    (tmp_path / "same.pth").hardlink_to(source)
+    before = source.read_bytes()
+    for taken, out in itertools.product((source, tmp_path / "link.pth"), ("checkpoint.pth", "link.pth", "same.pth")):
+        with pytest.raises(DinoError, match="would be written over") as error:
+            export(str(taken), "official", tmp_path / out)
+        assert error.value.hint.endswith("-official.pth")
+    folder = tmp_path / "folder"
+    export(str(source), "timm", folder)
+    with pytest.raises(DinoError, match="would be written over"):
+        export(str(folder / "model.safetensors"), "timm", folder)
+    assert source.read_bytes() == before
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("to", list(ENDINGS))
+def test_a_full_disk_is_an_error_that_names_the_place(tmp_path: Path, to: Format) -> None:
+    source = run(tmp_path)
+    # No file may grow over this, which the system says as it says that a disk is full.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            export(str(source), to, tmp_path / "a" / f"out{ENDINGS[to]}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "a" / f"out{ENDINGS[to]}"))
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize(("positions", "differ"), [("dino", True), ("antialias", False)])
+def test_timm_at_another_size_is_as_the_note_says(tmp_path: Path, positions: str, differ: bool) -> None:
+    source = run(tmp_path, f"backbone.positions={positions}")
+    done = export(str(source), "timm", tmp_path / "out")
+    (note,) = done.notes
+    assert "needs dynamic_img_size=True (or img_size=N) and then resamples positions with antialias" in note
+    assert ("so that the features differ" in note) == differ
+    encoder = load_encoder(str(source), CPU)
+    for option in ({"dynamic_img_size": True}, {"img_size": 24}):
+        model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **option).eval()
+        theirs, ours = model(images(24)), encoder.features(images(24))
+        assert torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3) != differ
+    again = load_encoder(f"timm:local-dir:{tmp_path / 'out'}", CPU)
+    assert again.backbone.positions == positions
+    assert torch.equal(again.features(images(24)), encoder.features(images(24)))
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
+def test_a_network_with_more_on_top_goes_to_timm_with_a_note(tmp_path: Path, name: str) -> None:
+    path, encoder = written(tmp_path, run(tmp_path, f'backbone={{name="{name}"}}', preset="resnet50"), "timm")
+    model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    (note,) = export(str(tmp_path / "run"), "timm", path).notes
+    assert note.endswith("the same features are model.forward_features(images).mean((2, 3))")
+    torch.testing.assert_close(model.forward_features(images()).mean((2, 3)), encoder.features(images()))
+    assert model(images()).shape != (5, encoder.backbone.width) or not torch.allclose(
+        model(images()), encoder.features(images()), rtol=1e-2
+    )
 
 
 def test_a_folder_is_replaced_by_a_later_export(tmp_path: Path) -> None:

@@ -175,3 +175,11 @@ def test_what_the_original_does_not_let_one_change(name: str) -> None:
     kind = {"adamw": {"betas": (0.9, 0.999), "eps": 1e-8}, "sgd": {"momentum": 0.9}}
     kind["lars"] = {"momentum": 0.9, "trust": 0.001}
     assert kind[preset.optimizer.kind].items() <= preset.optimizer.model_dump().items()
+
+
+def test_the_student_alone_drops_paths() -> None:
+    method = load_preset("vits16", ["heads.dino.prototypes=16"]).method()
+    for network, rate in ((method.student, 0.1), (method.teacher, 0.0)):
+        block = network.backbone.model.blocks[-1]
+        for branch in (block.drop_path1, block.drop_path2):
+            assert getattr(branch, "drop_prob", 0.0) == pytest.approx(rate)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from dinocli.data.sources import image_folder
 from dinocli.errors import DinoError
@@ -65,6 +64,8 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(plan: Plan
         for i, w in enumerate((0, 0, 2))
     ]
     assert all(torch.equal(v, runs[1][k]) for k, v in runs[0].items())
+    files = [Path(f"runs/{i}/ckpt.safetensors").read_bytes() for i in range(3)]
+    assert files[0] == files[1] == files[2]
     other = plan.preset.model_copy(update={"training": plan.preset.training.model_copy(update={"seed": 1})})
     assert not torch.equal(
         weights_of(pretrain(replace(plan, preset=other, out=Path("runs/other")), lambda p: None).folder)["cls_token"],
@@ -87,6 +88,23 @@ def test_no_steps_write_the_untrained_network(plan: Plan) -> None:
     fresh = plan.preset.method().teacher.backbone.model.state_dict()
     assert all(torch.equal(v, fresh[k]) for k, v in weights_of(run.folder).items())
     assert run.loss is None
+
+
+def test_the_rate_follows_the_batch(plan: Plan) -> None:
+    run = pretrain(plan, lambda p: None)
+    lr, lines = plan.preset.optimizer.lr, (run.folder / "metrics.jsonl").read_text().splitlines()
+    assert plan.preset.optimizer.lr_rule.batch == 256
+    for line in map(json.loads, lines):
+        at = replace(plan.clock, step=line["step"] - 1)
+        expected = lr.model_copy(update={"start": lr.start * 4 / 256}).at(at)
+        assert line["lr"] == pytest.approx(expected, rel=1e-12)
+    assert line["lr"] > 0
+
+
+def test_the_teacher_keeps_statistics_of_its_own(plan: Plan) -> None:
+    preset = load_preset("tiny", [*SMALL, "heads.dino.batch_norm=true"])
+    run = pretrain(replace(plan, preset=preset), lambda p: None)
+    assert read_weights(run.folder).heads["dino"]["mlp.1.num_batches_tracked"] == run.step == 6
 
 
 def test_training_moves_the_teacher(plan: Plan) -> None:
@@ -122,11 +140,10 @@ def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
 def test_a_full_disk_at_the_start_leaves_no_folder(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     from dinocli import atomic
 
-    def full(tensors: object, path: Path, metadata: object) -> None:
-        path.write_bytes(b"half")
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(atomic, "save_file", full)
+    monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as error:
         pretrain(plan, lambda p: None)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "runs/tiny-1/ckpt.safetensors")

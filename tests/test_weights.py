@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +69,10 @@ def test_a_full_official_checkpoint(tmp_path: Path, network: Network, which: str
     offset = 1 if which == "student" else 0
     for key, value in network.backbone.model.state_dict().items():
         torch.testing.assert_close(weights.backbone[key], value + offset)
-    assert set(weights.heads["dino"]) == set(network.heads["dino"].state_dict())
+    own = network.heads["dino"].state_dict()
+    assert set(weights.heads["dino"]) == set(own)
+    for key, value in weights.heads["dino"].items():
+        torch.testing.assert_close(value, own[key] + offset)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone."])
@@ -78,6 +83,31 @@ def test_a_backbone_alone_with_any_prefix(tmp_path: Path, network: Network, pref
     weights = read_weights(tmp_path / "backbone.pth")
     assert set(weights.backbone) == set(network.backbone.model.state_dict())
     assert weights.heads == {}
+
+
+class Stored:
+    """What a pickle keeps of a path: its class and its parts."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return self.kind, ("c:", "images")
+
+
+@pytest.mark.parametrize("kind", ["pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath"])
+def test_a_path_among_the_arguments(
+    tmp_path: Path, network: Network, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        module, _, name = kind.rpartition(".")
+        patch.setitem(sys.modules, module, types.ModuleType(module))  # as it is where the file is written
+        patch.setattr(sys.modules[module], name, type(name, (), {"__module__": module}), raising=False)
+        path = Stored(getattr(sys.modules[module], name))
+        args = argparse.Namespace(data_path=path, output_dir=path)
+        torch.save(full_checkpoint(network) | {"args": args}, tmp_path / "checkpoint.pth")
+    weights = read_weights(tmp_path / "checkpoint.pth")
+    assert set(weights.backbone) == set(network.backbone.model.state_dict())
 
 
 class Attack:

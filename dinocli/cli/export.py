@@ -26,10 +26,14 @@ def export(
             metavar="[RUN]", help="Run folder, ckpt.safetensors, or official DINO .pth; the newest weights if absent."
         ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File, or folder for timm; named after the run if absent.")] = None,
-    heads: Annotated[
-        bool, typer.Option("--heads", help="official: with the head, as in the original's full checkpoints.")
-    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File, or folder for timm; named after the run and the network if absent. "
+            "A file that is there is replaced, a folder if an export made it, the source never."
+        ),
+    ] = None,
+    heads: Annotated[bool, typer.Option("--heads", help="official: with the head, as in a full checkpoint.")] = False,
     tokens: Tokens = "cls",
     size: Size = None,
     network: NetworkName = "teacher",
@@ -45,7 +49,7 @@ def export(
 
     from dinocli.exporting import ENDINGS, export
 
-    target = out or Path(_name(Path(source)) + (ENDINGS[to] or f"-{to}"))
+    target = out or Path(_name(Path(source), to, network, heads) + ENDINGS[to])
     done = export(source, to, target, which=network, heads=heads, tokens=tokens, size=size)
     for note in done.notes:
         console.say(f"note: {note}")
@@ -68,9 +72,12 @@ _LIBRARY = {
 }
 
 
-def _name(source: Path) -> str:
-    """A run's name, or that of a file of one's own."""
+def _name(source: Path, to: str, network: str, heads: bool) -> str:
+    """A run's name, or that of a file of one's own, and what tells this export from others of it."""
     path = source.resolve()
     if path.name == CHECKPOINT:
         path = path.parent
-    return path.name if path.is_dir() else path.stem
+    # A .pth beside its own .pth, a folder beside the run's own.
+    form = to if to == "timm" or (to == "official" and path.suffix == ".pth") else ""
+    tail = [network * (network == "student"), "heads" * heads, form]
+    return "-".join([path.name if path.is_dir() else path.stem, *filter(None, tail)])

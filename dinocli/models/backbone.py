@@ -164,6 +164,18 @@ class ViTBackbone(Backbone):
         # A model with registers gives its positions to the patches alone.
         self._placed_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
 
+    @property
+    def native_size(self) -> int:
+        """Side of the square images for which positions are taken as they are, in pixels."""
+        return int(self.model.patch_embed.img_size[0])
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What tells plain vision transformers apart, as both timm and the original name it."""
+        blocks = self.model.blocks
+        sizes = {"patch_size": self.patch_size, "embed_dim": self.width, "depth": len(blocks)}
+        return sizes | {"num_heads": int(blocks[0].attn.num_heads)}
+
     def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         if min(images.shape[-2:]) < self.patch_size:
             raise DinoError(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from dinocli.config import Config
+from dinocli.errors import DinoError
 
 
 class HeadConfig(Config):
@@ -35,6 +39,31 @@ class HeadConfig(Config):
     def build(self, width: int) -> Head:
         """A head with fresh weights for features of `width`."""
         return Head(self, width)
+
+    @classmethod
+    def of(cls, weights: Mapping[str, Tensor]) -> tuple[HeadConfig, int]:
+        """The shape of a head under the original's keys, and the width of the features that it takes.
+
+        Raises:
+            DinoError: They are of no such head.
+        """
+        linears = [value for key, value in weights.items() if key.startswith("mlp") and value.ndim == 2]
+        if not linears or "last_layer.weight_v" not in weights:
+            raise DinoError(
+                f"a head with mlp and last_layer.weight_v was wanted; its keys are {', '.join(list(weights)[:3])}",
+                "leave the head out",
+            )
+        prototypes, bottleneck = weights["last_layer.weight_v"].shape
+        first = weights.get("mlp.0.weight", linears[0])
+        config = cls(
+            prototypes=prototypes,
+            hidden=first.shape[0],
+            bottleneck=bottleneck,
+            layers=len(linears),
+            batch_norm=any(key.endswith("running_mean") for key in weights),
+            norm_last_layer=True,
+        )
+        return config, first.shape[1]
 
 
 class Head(nn.Module):
@@ -64,6 +93,20 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(features), dim=-1))  # [S, K]
+
+
+def original_head(weights: Mapping[str, Tensor]) -> nn.Module:
+    """What the original builds of weights under its keys, with torch's own weight norm.
+
+    Raises:
+        DinoError: They are of no such head.
+    """
+    config, width = HeadConfig.of(weights)
+    head = config.build(width).eval()
+    with warnings.catch_warnings(action="ignore"):  # torch would rather have its other weight norm, with other keys
+        head.last_layer = nn.utils.weight_norm(nn.Linear(config.bottleneck, config.prototypes, bias=False))  # type: ignore[assignment]
+    head.load_state_dict(weights)
+    return head
 
 
 class Prototypes(nn.Module):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 from dinocli.errors import DinoError
-from dinocli.models.backbone import Backbone
+from dinocli.models.backbone import Backbone, BackboneConfig, ViTBackbone
 from dinocli.models.head import Head
 
 
@@ -89,3 +91,34 @@ def _misfit(source: str, what: str) -> DinoError:
         f"the weights in {source} do not fit this network: {what}",
         "take the preset and the backbone that the weights were made with",
     )
+
+
+def original_network(backbone: Backbone, name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """What the original builds for a backbone's weights: its plain vision transformer, or torchvision's network.
+
+    Args:
+        backbone: Whose weights they are.
+        name: timm's name of its architecture.
+
+    Returns:
+        The network with those weights in it, and how it makes features [B, D] of images.
+
+    Raises:
+        DinoError: It builds none with these weights.
+    """
+    if isinstance(backbone, ViTBackbone):
+        options: dict[str, Any] = {"img_size": backbone.native_size, **backbone.shape}
+        plain = BackboneConfig(name="vit_small_patch16_224", options=options, positions="dino").build(drop_path=False)
+        network, forward = plain.model.eval(), lambda images: plain(images).cls
+    elif name in torchvision.models.list_models():
+        network = forward = torchvision.models.get_model(name).eval()
+        network.fc = nn.Identity()
+    else:
+        raise DinoError(
+            f"the original builds vision transformers and torchvision's networks; {name} is neither", "--to timm"
+        )
+    try:
+        load_strictly(network, backbone.model.state_dict(), name)
+    except DinoError as misfit:
+        raise DinoError(f"the original has no such network: {misfit.message}", "--to timm") from misfit
+    return network, forward

@@ -315,6 +315,38 @@ def test_export_says_how_to_load_what_it_wrote(dino: Dino, images: Path) -> None
     assert "the same features" in done.stderr
     assert "torch.load('tiny-1.pth')" in done.stderr
     assert dino("export", "runs/tiny-1", "--to", "torch-export", "--out", "sub/net.pt2").stdout == "sub/net.pt2\n"
+    assert dino("export", "runs/tiny-1", "--to", "official", "--heads").stdout == "tiny-1-heads.pth\n"
+    assert dino("export", "--to", "timm").stdout == "tiny-1-timm\n"
+    assert dino("export", "--to", "timm").stdout == "tiny-1-timm\n", "an export may replace its own"
+
+
+def test_an_export_leaves_its_source_and_its_neighbours_alone(dino: Dino, tmp_path: Path) -> None:
+    import timm
+    import torch
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8)
+    both = {name: {f"backbone.{k}": v for k, v in model.state_dict().items()} for name in ("student", "teacher")}
+    torch.save(both, tmp_path / "checkpoint.pth")
+    before = (tmp_path / "checkpoint.pth").read_bytes()
+    for words, name in (
+        (["official"], "checkpoint-official.pth"),
+        (["official", "--network", "student"], "checkpoint-student-official.pth"),
+        (["torch-export", "--network", "student"], "checkpoint-student.pt2"),
+        (["timm"], "checkpoint-timm"),
+    ):
+        assert dino("export", "checkpoint.pth", "--to", *words).stdout == f"{name}\n"
+    said = dino("export", "checkpoint.pth", "--to", "official", "--out", "checkpoint.pth", code=1).stderr
+    assert "would be written over" in said
+    assert (tmp_path / "checkpoint.pth").read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["/proc/x.pth", "/proc/sub/x.pth"])
+def test_a_place_that_cannot_be_is_said_by_the_name_it_was_given(dino: Dino, images: Path, out: str) -> None:
+    dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
+    said = dino("export", "--to", "official", "--out", out, code=1).stderr
+    assert f"({Path(out) if out == '/proc/x.pth' else Path(out).parent})" in said
+    assert ".part" not in said
+    assert "hold" in dino("export", "--to", "timm", "--out", ".", code=1).stderr
 
 
 @pytest.mark.parametrize(

@@ -67,3 +67,8 @@ def test_an_extreme_photo_is_looked_at_with_a_bounded_number_of_patches(height: 
     encoder = Encoder(ViTBackbone(model, "dino").eval(), "x", "0", 32, (0.5,) * 3, (0.5,) * 3)
     heads = attention_maps(encoder, np.zeros((height, width, 3), dtype=np.uint8), 64).heads
     assert heads[0].size <= module._MOST_PATCHES
+
+
+def test_a_place_at_the_very_bound_is_left_out_as_in_the_original() -> None:
+    maps = np.array([[[1, 1], [1, 1]], [[1, 1], [4, 2]]], dtype=np.float32)
+    assert keep_mass(maps, 0.5).tolist() == [[[False, False], [True, True]], [[False, False], [True, False]]]

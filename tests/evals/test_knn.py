@@ -81,3 +81,12 @@ def test_k_out_of_range_is_said(k: int) -> None:
     data = features(np.eye(10), np.arange(10) % 2, 2)
     with pytest.raises(DinoError, match="between 1 and 9"):
         knn(data, None, [k])
+
+
+def test_a_vote_is_weighed_as_in_the_original_unless_told(original, stored: tuple[Features, Features]) -> None:
+    from inspect import signature
+
+    from dinocli.cli.knn import knn as command
+
+    assert knn(*stored, [20]) == knn(*stored, [20], original.made["knn"]["T"])
+    assert knn(*stored, [20]).temperature == signature(command).parameters["temperature"].default == 0.07

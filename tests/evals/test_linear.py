@@ -99,3 +99,13 @@ def test_the_papers_protocol_learns_from_images(tmp_path: Path, encoder: Encoder
     assert done[-1] == (32, 32)
     with pytest.raises(DinoError, match="batch of 1024"):
         linear_on_images(encoder, parts["train"], parts["val"])
+
+
+def test_a_probe_starts_as_the_originals() -> None:
+    from dinocli.evals.linear import _Probes
+
+    probes = _Probes(384, 100, [0.1, 1.0], seed=0)
+    for weights, biases in zip(probes.weights, probes.biases, strict=True):
+        assert weights.std().item() == pytest.approx(0.01, rel=0.02)
+        assert weights.mean().item() == pytest.approx(0, abs=2e-4)
+        assert biases.eq(0).all()

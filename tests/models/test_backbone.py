@@ -115,6 +115,24 @@ def test_drop_path_grows_linearly_and_is_the_students_alone(original, depth: int
     assert all(not hasattr(block.drop_path1, "drop_prob") for block in config.build(drop_path=False).model.blocks)
 
 
+def test_a_dropped_branch_is_the_originals(original, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = original["droppath/keep_mask"]
+    config = BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, drop_path=0.3, positions="dino")
+    block = config.build(drop_path=True).train().model.blocks[-1]
+    drawn: list[float] = []
+
+    def draw(values: torch.Tensor, p: float) -> torch.Tensor:
+        drawn.append(p)
+        return values.copy_(kept)
+
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", draw)
+    x = original["droppath/input"]  # stored in float32 alone
+    for branch in (block.drop_path1, block.drop_path2):
+        assert_original(branch(x), original["droppath/output_p0.3_seed0"])
+        assert torch.equal(branch.eval()(x), x)
+    assert drawn == pytest.approx([0.7, 0.7])
+
+
 def test_a_class_token_starts_with_the_spread_asked_for() -> None:
     config = BackboneConfig(name="vit_small_patch16_224", class_token_std=0.02, positions="dino")
     assert config.build(drop_path=False).model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
