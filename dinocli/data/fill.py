@@ -85,10 +85,7 @@ class Cutter:
         return pixels, boxes
 
     def place(self, slot: dict[str, Tensor], b: int, pixels: Pixels, boxes: NDArray[np.int64]) -> None:
-        places = [
-            *slot["globals"][:, b].permute(0, 3, 1, 2).split(1),
-            *slot["locals"][:, b].permute(0, 3, 1, 2).split(1),
-        ]
+        places = [out for name in ("globals", "locals") for out in slot[name][:, b].permute(0, 3, 1, 2).unbind()]
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         for out, view, box in zip(places, self.views.all, boxes.tolist(), strict=True):
             cut_into(out[None], image, box, view.resample)

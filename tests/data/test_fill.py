@@ -40,7 +40,7 @@ def test_a_large_photo_is_decoded_smaller_and_its_crops_stay_what_they_were() ->
         assert full.shape == (1200, 1600, 3)
         ratio = full.shape[0] / reduced.shape[0]
         assert np.abs(boxes * ratio - exact).max() <= ratio
-        assert (boxes[:, 2:].min(1) >= small.sides).all(), "no crop is enlarged by it"
+        assert (boxes[:, 2:].min(1) >= small.sides - 1).all(), "no crop is enlarged by it, but for rounding"
         slots = [slot_of(1), slot_of(1)]
         small.place(slots[0], 0, reduced, boxes)
         whole.place(slots[1], 0, full, exact)
