@@ -115,7 +115,7 @@ def export(
 def _keep_the_source(source: Path, to: Format, out: Path) -> None:
     file = source / CHECKPOINT if source.is_dir() else source
     if out.exists() and (out.samefile(file) or out.resolve() in file.resolve().parents):
-        other = f"--out {out.stem}-{to}{ENDINGS[to]}"
+        other = f"--out {out.resolve().stem}-{to}{ENDINGS[to]}"
         raise DinoError(f"{out} is what is exported, or holds it: it would be written over", other)
 
 

@@ -173,6 +173,14 @@ def test_torchvision_reads_a_convolutional_network(tmp_path: Path) -> None:
     torch.testing.assert_close(names["network"].eval()(images()), encoder.features(images()))
 
 
+def test_a_shape_that_the_original_has_a_name_for_needs_no_note(tmp_path: Path) -> None:
+    released = ["backbone.options={}", "backbone.name=vit_tiny_patch16_224"]
+    assert export(str(run(tmp_path, *released)), "official", tmp_path / "out.pth").notes == []
+    source = run(tmp_path, *released, "backbone.positions=antialias")
+    (note,) = export(str(source), "official", tmp_path / "out.pth").notes
+    assert note.startswith("at other sizes than 224 pixels the original places positions in its own way")
+
+
 def test_what_went_out_to_the_original_comes_in_again(tmp_path: Path) -> None:
     released = ["backbone.options={img_size=48, patch_size=8}", "backbone.name=vit_tiny_patch16_224"]
     path, encoder = written(tmp_path, run(tmp_path, *released), "official")
@@ -282,13 +290,17 @@ def test_a_place_that_should_not_be_written_is_not(tmp_path: Path, monkeypatch: 
             export(str(source), "timm", tmp_path / name)
     with pytest.raises(DinoError, match="is the folder that you are in"):
         export(str(source), "timm", Path())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DinoError, match="would be written over") as error:
+        export(str(source), "timm", Path())
+    assert error.value.hint == f"--out {tmp_path.name}-timm"
     with pytest.raises(DinoError, match=r"ends in \.pth was wanted"):
         export(str(source), "official", source / "ckpt.safetensors")
     with pytest.raises(DinoError, match="timm's own"):
         export("timm:vit_tiny_patch16_224", "timm", tmp_path / "x")
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(FileNotFoundError) as missing:
         export(str(source), "official", Path("/proc/x.pth"))
-    assert error.value.filename == "/proc/x.pth"
+    assert missing.value.filename == "/proc/x.pth"
     assert {path: path.lstat() for path in tmp_path.rglob("*")} == before
 
 
