@@ -37,9 +37,9 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Training precision: bfloat16 products on CUDA, float32 elsewhere; weights are float32 everywhere."""
-    if device.type == "cuda":
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """What computes products of `precision` on CUDA, and in float32 elsewhere; weights are float32 everywhere."""
+    if device.type == "cuda" and precision == "bfloat16":
         return torch.autocast("cuda", torch.bfloat16)
     return contextlib.nullcontext()
 

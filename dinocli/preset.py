@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,9 @@ class TeacherConfig(Config):
     momentum: Schedule
 
 
+Precision = Literal["float32", "bfloat16"]
+
+
 class TrainingConfig(Config):
     """Length and size of a run.
 
@@ -58,12 +61,14 @@ class TrainingConfig(Config):
         epochs: Length; warm-ups and schedules are counted in these.
         steps_per_epoch: Steps in an epoch; absent, one pass over the images.
         batch_size: Images a step.
+        precision: Of the products on a CUDA device; weights, losses and all else are float32, as is everything on a CPU.
         seed: Of the weights at the start, the order of the images and every view.
     """
 
     epochs: int = Field(ge=1)
     steps_per_epoch: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
+    precision: Precision = "bfloat16"  # so that what was stored before there was a choice reads as it was trained
     seed: int = Field(0, ge=0, lt=2**63)
 
 

@@ -95,7 +95,13 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
     fresh = start_from(method, plan.init) if plan.init else []
     method = method.to(plan.device)
     batch_size = preset.training.batch_size
-    trainer = Trainer(method, preset.optimizer, plan.clock, batch_size=batch_size, precision=autocast(plan.device))
+    trainer = Trainer(
+        method,
+        preset.optimizer,
+        plan.clock,
+        batch_size=batch_size,
+        precision=autocast(plan.device, preset.training.precision),
+    )
     saver = _Saver(folder, method, plan)
     write_text(folder / "preset.json", preset.model_dump_json(indent=2))
     metrics, pace = Metrics(folder / "metrics.jsonl"), Pace()

@@ -23,6 +23,6 @@ def test_what_is_not_there_is_said(name: str) -> None:
 
 def test_a_cpu_computes_in_single_precision_with_few_helpers() -> None:
     cpu = torch.device("cpu")
-    assert isinstance(autocast(cpu), contextlib.nullcontext)
+    assert isinstance(autocast(cpu, "bfloat16"), contextlib.nullcontext)
     assert 1 <= default_workers(cpu) <= 4
     assert peak_memory(cpu) > 1e6

@@ -100,7 +100,7 @@ def _told(error: Exception) -> int:
 
 
 def _explain(failure: OSError) -> tuple[str, str]:
-    place = failure.filename or "this disk"
+    place = failure.filename or "a file of this run"
     if failure.errno == errno.ENOSPC or "No space left" in str(failure):
         return f"no space left on the disk of {place}", "free some space, or name another place with --out"
     if isinstance(failure, PermissionError) or failure.errno == errno.EROFS:
