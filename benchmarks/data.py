@@ -116,10 +116,18 @@ def settled(processes: list[int]) -> float:
 class Ours:
     """This tool's loader: what its workers make, or whole views."""
 
-    def __init__(self, folder: str, batch: int, device: str, *, whole: bool, workers: int) -> None:
-        preset = load_preset("vits16", [f"views.locals={LOCALS}"])
+    def __init__(
+        self, folder: str, batch: int, device: str, *, whole: bool, workers: int, reduce_above: float = 2
+    ) -> None:
+        preset = load_preset("vits16", [f"views.locals={LOCALS}", f"images.reduce_above={reduce_above}"])
         self.batches = TrainBatches(
-            open_images(folder), preset.views, batch_size=batch, seed=0, workers=workers, device=torch.device(device)
+            open_images(folder),
+            preset.views,
+            batch_size=batch,
+            seed=0,
+            images=preset.images,
+            workers=workers,
+            device=torch.device(device),
         )
         self.whole, self.batch, self.device = whole, batch, device
         self.views = iter(self.batches)
@@ -169,6 +177,7 @@ def ways(folder: str, images: int, batch: int) -> dict[str, Callable[[], float]]
         "the original: PIL, a pipeline a view": lambda: timed(by_original),
         "torchvision v2, a pipeline a view": lambda: timed(by_v2),
         "this, workers only (the rest on a GPU)": ours(device="cpu", whole=False, workers=1),
+        "this, workers only, no photo decoded smaller": ours(device="cpu", whole=False, workers=1, reduce_above=1e6),
         "this, all on the CPU": ours(device="cpu", whole=True, workers=0),
     }
     if torch.cuda.is_available():
