@@ -228,6 +228,8 @@ def _work(
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+    # libtiff and libjpeg write a line of their own about each damaged file; what is wrong comes back as a value.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         fill = make(lane, lanes)

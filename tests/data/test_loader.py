@@ -10,8 +10,9 @@ from conftest import write_images
 from dinocli.data.crops import JitterConfig, ViewConfig
 from dinocli.data.fill import ViewsConfig, resize_for
 from dinocli.data.loader import ALONE, Batch, Share, TrainBatches, plain_batches
-from dinocli.data.sources import open_source
+from dinocli.data.sources import open_images, open_source
 from dinocli.errors import DinoError
+from dinocli.packing import pack
 
 CPU = torch.device("cpu")
 JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
@@ -113,6 +114,47 @@ def test_too_many_bad_files_end_the_run(tmp_path: Path, good: int) -> None:
     with pytest.raises(DinoError, match=r"cannot be read") as error:
         list(islice(TrainBatches(open_source(str(folder)), VIEWS, batch_size=4, seed=0, device=CPU), 8))
     assert "bad" in error.value.hint + error.value.message
+
+
+@pytest.fixture
+def shards(images: Path, tmp_path: Path) -> Path:
+    """The twelve images in three tar files, the last of them short."""
+    pack(open_images(str(images)), tmp_path / "shards", per_shard=5)
+    return tmp_path / "shards"
+
+
+def test_shards_give_each_image_once_an_epoch_and_go_on_where_they_were(shards: Path) -> None:
+    for workers in (0, 1, 2):
+        whole = take(shards, 9, workers=workers)
+        assert all(same(a, b) for a, b in zip(whole[4:], take(shards, 5, start=4, workers=workers), strict=True))
+        seen = torch.cat([batch.rows for batch in whole[:3]]).tolist()
+        assert workers == 2 or len(set(seen)) == 12  # two readers of unequal shares drift apart
+
+
+def test_the_views_of_an_image_in_a_shard_depend_on_no_worker(shards: Path) -> None:
+    def by_row(workers: int) -> dict[int, torch.Tensor]:
+        views: dict[int, torch.Tensor] = {}
+        for batch in take(shards, 3, workers=workers, batch_size=4):
+            for i, row in enumerate(batch.rows.tolist()):
+                views.setdefault(row, batch.global_crops[:, i])  # the first time, which is the first epoch's
+        return views
+
+    alone, two = by_row(0), by_row(2)
+    both = alone.keys() & two.keys()
+    assert len(both) > 6
+    for row in both:
+        torch.testing.assert_close(alone[row], two[row], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_one_pass_of_shards_gives_every_image_with_its_label(shards: Path, images: Path, workers: int) -> None:
+    batches = plain_batches(
+        open_source(str(shards)), size=16, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=4, workers=workers, device=CPU
+    )
+    labels = {name: label for b in batches for name, label in zip(b.names, b.labels, strict=True)}
+    assert len(labels) == 12
+    assert sorted(labels.values()) == [0] * 6 + [1] * 6
+    assert all(("/a/" in name) == (label == 0) for name, label in labels.items())
 
 
 def test_one_pass_in_order_names_what_it_leaves_out(images: Path) -> None:
