@@ -47,7 +47,7 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
         size: Short side to look at the photo with, in pixels; absent, what fits the encoder.
         raw: Whether to write the maps too: `heads` [heads, rows, columns] and `masks` of the same shape.
     """
-    pixels = decode(image.read_bytes())
+    pixels = decode(image.read_bytes(), encoder.images)
     if isinstance(pixels, BadImage):
         return pixels.reason
     maps = attention_maps(encoder, pixels, size or default_size(encoder))

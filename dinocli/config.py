@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,6 +36,29 @@ class Config(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             raise _explain(error.errors()[0], data, cls, what) from None
+
+
+def change(data: dict[str, Any], override: str) -> None:
+    """Put `key.path=value` into nested values: TOML, or a bare word for a string; `none` takes the key out.
+
+    Raises:
+        DinoError: It is no such assignment.
+    """
+    key, equals, value = override.partition("=")
+    *tables, last = key.strip().split(".")
+    if not equals or not last:
+        raise DinoError(f"--set wants key.path=value; it is {override!r}", "for example --set training.epochs=10")
+    for table in tables:
+        if not isinstance(data.get(table, {}), dict):
+            raise DinoError(f"--set {override}: {table} is a value and not a table", f"--set {table}=VALUE")
+        data = data.setdefault(table, {})
+    if value.strip() == "none":
+        data.pop(last, None)
+        return
+    try:
+        data[last] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        data[last] = value.strip()
 
 
 def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], what: str) -> DinoError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dinocli.config import change
 from dinocli.data.decode import DEFAULTS, ImagesConfig
 from dinocli.errors import DinoError
 from dinocli.models.backbone import Backbone, BackboneConfig, Positions, Tokens, adapt, create_timm
@@ -147,6 +148,26 @@ def _of_preset(backbone: Backbone, source: str, device: torch.device, preset: Pr
 def _frozen(backbone: Backbone, source: str, device: torch.device, size: int, mean: Channels, std: Channels) -> Encoder:
     backbone = backbone.eval().requires_grad_(False).to(device)
     return Encoder(backbone, source, fingerprint(backbone.model.state_dict()), size, mean, std)
+
+
+def with_images(encoder: Encoder, overrides: Iterable[str]) -> Encoder:
+    """The encoder with other limits and window for the files it reads.
+
+    Args:
+        encoder: What its checkpoint says.
+        overrides: `images.key=value`, as `--set` has them.
+
+    Raises:
+        DinoError: One is not of `images`, or not valid.
+    """
+    data: dict[str, Any] = {"images": encoder.images.model_dump(mode="json", exclude_none=True)}
+    for override in overrides:
+        if not override.strip().startswith("images."):
+            raise DinoError(
+                f"--set of `images.` alone was wanted here; it is {override!r}", "--set images.window='[0, 4095]'"
+            )
+        change(data, override)
+    return replace(encoder, images=ImagesConfig.parse(data["images"], "--set images"))
 
 
 def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> Encoder:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from dinocli import shipped
-from dinocli.config import Config
+from dinocli.config import Config, change
 from dinocli.data.decode import ImagesConfig
 from dinocli.data.fill import ViewsConfig
 from dinocli.distillation import SelfDistillation
@@ -148,23 +148,5 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
     except tomllib.TOMLDecodeError as error:
         raise DinoError(f"{name} is not valid TOML: {error}", "mend that line") from error
     for override in overrides:
-        _override(data, override)
+        change(data, override)
     return Preset.parse(data, f"preset {name}")
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    *tables, last = key.strip().split(".")
-    if not equals or not last:
-        raise DinoError(f"--set wants key.path=value; it is {override!r}", "for example --set training.epochs=10")
-    for table in tables:
-        if not isinstance(data.get(table, {}), dict):
-            raise DinoError(f"--set {override}: {table} is a value and not a table", f"--set {table}=VALUE")
-        data = data.setdefault(table, {})
-    if value.strip() == "none":
-        data.pop(last, None)
-        return
-    try:
-        data[last] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        data[last] = value.strip()

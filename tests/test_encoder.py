@@ -15,6 +15,7 @@ from dinocli.encoder import (
     load_encoder,
     official_architecture,
     untrained_encoder,
+    with_images,
 )
 from dinocli.errors import DinoError
 from dinocli.models.backbone import ViTBackbone
@@ -147,3 +148,17 @@ def test_a_folder_of_ours_in_timms_form_says_how_it_met_other_sizes(local_timm: 
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | about))
         assert load_encoder(local_timm, CPU).backbone.positions == positions
+
+
+def test_limits_and_window_of_files_are_the_trainings_until_they_are_changed(tmp_path: Path) -> None:
+    preset = load_preset("tiny", ["images.window=[0, 4095]", "images.min_side=4"])
+    write_checkpoint(tmp_path / "ckpt.safetensors", preset.network(), preset, 0)
+    encoder = load_encoder(str(tmp_path), CPU)
+    assert encoder.images.window == (0, 4095)
+    changed = with_images(encoder, ["images.window=none", "images.max_aspect=7"]).images
+    assert (changed.window, changed.max_aspect, changed.min_side) == (None, 7, 4)
+    with pytest.raises(DinoError, match=r"`images\.` alone"):
+        with_images(encoder, ["training.epochs=3"])
+    with pytest.raises(DinoError, match="no key max_aspects") as error:
+        with_images(encoder, ["images.max_aspects=3"])
+    assert "max_aspect" in error.value.hint

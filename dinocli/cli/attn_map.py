@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, checkpoint_or_newest
+from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, checkpoint_or_newest
 from dinocli.errors import DinoError
 
 
@@ -28,6 +28,7 @@ def attn_map(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Write the maps themselves too, as safetensors.")] = False,
     network: NetworkName = "teacher",
+    overrides: Limits = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -36,9 +37,10 @@ def attn_map(
 
     from dinocli.attention_pictures import draw
     from dinocli.device import pick_device
-    from dinocli.encoder import load_encoder
+    from dinocli.encoder import load_encoder, with_images
 
     encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
+    encoder = with_images(encoder, overrides or [])
     drawn, skipped = [], {}
     with console.progress("attn-map", len(files), "images") as advance:
         for done, (path, name) in enumerate(files.items(), 1):

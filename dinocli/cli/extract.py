@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import BatchSize, Device, Json, NetworkName, Size, Tokens, Workers, checkpoint_or_newest
+from dinocli.cli.options import (
+    BatchSize,
+    Device,
+    Json,
+    Limits,
+    NetworkName,
+    Size,
+    Tokens,
+    Workers,
+    checkpoint_or_newest,
+)
 
 
 def extract(
@@ -27,6 +37,7 @@ def extract(
     size: Size = None,
     batch_size: BatchSize = 64,
     network: NetworkName = "teacher",
+    overrides: Limits = None,
     workers: Workers = None,
     device: Device = "auto",
     json: Json = False,
@@ -42,11 +53,12 @@ def extract(
     parts = splits(data)
 
     from dinocli.device import default_workers, pick_device
-    from dinocli.encoder import load_encoder
+    from dinocli.encoder import load_encoder, with_images
     from dinocli.extraction import extract
 
     picked = pick_device(device)
     encoder = load_encoder(checkpoint_or_newest(paths[0] if len(paths) == 2 else None), picked, network)
+    encoder = with_images(encoder, overrides or [])
     written = []
     for name, source in parts.items():
         with console.progress(f"extract {name}", source.count or 0, "images") as advance:

@@ -19,6 +19,10 @@ Images = Annotated[
         "them, pipe:COMMAND); or torchvision:NAME.",
     ),
 ]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="images.KEY=VALUE", help="Other limits or window for image files; may be repeated."),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images; chosen by the machine if absent.")
