@@ -34,6 +34,7 @@ class Plan:
         device: Where to train.
         workers: Processes that decode.
         init: Weights to start from, as the user named them.
+        cache: Where decoded images are kept, if they are: `ram`, or a folder.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Plan:
     device: torch.device
     workers: int
     init: str | None
+    cache: str | None = None
 
     @property
     def clock(self) -> Clock:

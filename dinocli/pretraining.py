@@ -65,6 +65,7 @@ class Run:
         loss: Of the last step; absent where none was done.
         seconds: It took.
         bad: Files that could not be read.
+        cached: Images whose pixels were kept, where that was asked for.
         fresh_heads: Heads that the weights to start from did not have, or in another shape.
     """
 
@@ -75,6 +76,7 @@ class Run:
     loss: float | None
     seconds: float
     bad: BadFiles
+    cached: int | None
     fresh_heads: list[str]
 
 
@@ -136,6 +138,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
             images=preset.images,
             workers=plan.workers,
             device=plan.device,
+            cache=plan.cache,
         )
         try:
             trainer.fit(batches, plan.stop, on_step)
@@ -151,9 +154,16 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
             if batches.bad.reasons:
                 lines = (f"{path!r}\t{reason}\n" for path, reason in sorted(batches.bad.reasons.items()))
                 write_text(folder / "bad_images.txt", "".join(lines))
-    step = trainer.clock.step
     return Run(
-        folder, folder / CHECKPOINT, step, step < plan.stop, last_loss, time.perf_counter() - began, batches.bad, fresh
+        folder=folder,
+        checkpoint=folder / CHECKPOINT,
+        step=trainer.clock.step,
+        stopped=trainer.clock.step < plan.stop,
+        loss=last_loss,
+        seconds=time.perf_counter() - began,
+        bad=batches.bad,
+        cached=batches.cache.kept if batches.cache else None,
+        fresh_heads=fresh,
     )
 
 

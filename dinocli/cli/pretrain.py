@@ -34,6 +34,9 @@ def pretrain(
     ] = None,
     init: Annotated[str | None, typer.Option(metavar="FILE|timm:NAME", help="Weights to start from.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset>-<n> if absent.")] = None,
+    cache: Annotated[
+        str | None, typer.Option(metavar="ram|DIR", help="Keep decoded images for the epochs to come, where they fit.")
+    ] = None,
     workers: Workers = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
@@ -64,6 +67,7 @@ def pretrain(
         device=picked,
         workers=default_workers(picked) if workers is None else workers,
         init=init,
+        cache=cache,
     )
     if dry_run:
         _print_plan(plan, json)
@@ -130,6 +134,8 @@ def _run(plan: Plan, json: bool) -> None:
             f"note: {len(run.bad.reasons)} images could not be read and were replaced by others: {run.bad.summary()}; "
             f"they are listed in {run.folder / 'bad_images.txt'}"
         )
+    if run.cached is not None:
+        console.say(f"note: the cache held {run.cached} of {count} images")
     if run.stopped:
         console.say(f"stopped at step {run.step} of {plan.stop}; the weights so far are kept")
     loss = f", loss {run.loss:.3f}" if run.loss is not None else ""

@@ -13,6 +13,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from dinocli.config import Config
+from dinocli.data.cache import PixelCache
 from dinocli.data.crops import BOX, ViewConfig, crop_boxes, cut_into, draws, resize_and_center, uniforms
 from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode, open_image
 from dinocli.data.ring import Task
@@ -67,12 +68,15 @@ class Cutter:
     def numbers(self, epoch: int, row: int) -> tuple[NDArray[np.float64], np.random.Generator]:
         return uniforms(self.seed, epoch, row, len(self.sides))
 
+    def boxes(self, numbers: NDArray[np.float64], height: int, width: int) -> NDArray[np.int64]:
+        return crop_boxes(numbers[:, :BOX], height, width, self.scale)
+
     def pixels(self, data: bytes | Image, numbers: NDArray[np.float64]) -> tuple[Pixels, NDArray[np.int64]] | BadImage:
         """Pixels and boxes of all views; a large photo is decoded smaller if no crop is enlarged by that."""
         opened = open_image(data, self.images)
         if isinstance(opened, BadImage):
             return opened
-        boxes = crop_boxes(numbers[:, :BOX], opened.height, opened.width, self.scale)
+        boxes = self.boxes(numbers, opened.height, opened.width)
         reduce = 1
         if opened.height * opened.width > self.images.reduce_above * 1e6:
             room = (boxes[:, 2:].min(1) / self.sides).min()
@@ -107,8 +111,8 @@ def _on_grid(boxes: NDArray[np.int64], full: tuple[int, int], small: tuple[int, 
 class ImageFiller:
     """Fills from a source that can be asked for any image."""
 
-    def __init__(self, cutter: Cutter, source: Images) -> None:
-        self.cutter, self.source = cutter, source
+    def __init__(self, cutter: Cutter, source: Images, cache: PixelCache | None = None) -> None:
+        self.cutter, self.source, self.cache = cutter, source, cache
 
     def __call__(self, slot: dict[str, Tensor], task: Task) -> list[tuple[str, str]]:
         bad: list[tuple[str, str]] = []
@@ -131,8 +135,17 @@ class ImageFiller:
         return bad
 
     def _pixels(self, row: int, numbers: NDArray[np.float64]) -> tuple[Pixels, NDArray[np.int64]] | BadImage:
-        data = _read(self.source, row)
-        return data if isinstance(data, BadImage) else self.cutter.pixels(data, numbers)
+        if self.cache is None:
+            data = _read(self.source, row)
+            return data if isinstance(data, BadImage) else self.cutter.pixels(data, numbers)
+        pixels = self.cache.get(row)
+        if pixels is None:
+            data = _read(self.source, row)
+            found = data if isinstance(data, BadImage) else decode(data, self.cutter.images)
+            if isinstance(found, BadImage):
+                return found
+            pixels = self.cache.put(row, found)
+        return pixels, self.cutter.boxes(numbers, *pixels.shape[:2])
 
 
 class StreamFiller:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dinocli.data import ring
 from dinocli.data.augment import augment, normalize
+from dinocli.data.cache import PixelCache
 from dinocli.data.crops import Draws
 from dinocli.data.decode import ImagesConfig
 from dinocli.data.fill import Cutter, ImageFiller, PlainFiller, Seen, StreamFiller, ViewsConfig
@@ -87,9 +88,11 @@ class TrainBatches:
         workers: Processes that decode and crop; 0 does it in this one.
         device: Where color and blur are done, and where the batches lie.
         share: Which part of each batch of the run is this process's.
+        cache: `ram`, or a folder, to keep decoded images in; absent, each is decoded whenever it is drawn.
 
     Attributes:
         bad: The files that could not be read.
+        cache: What was kept, if anything is.
 
     Raises:
         DinoError: While iterating: more than 5 % of the images cannot be read, or a worker was killed.
@@ -107,6 +110,7 @@ class TrainBatches:
         workers: int = 0,
         device: torch.device,
         share: Share = ALONE,
+        cache: str | None = None,
     ) -> None:
         self.bad = BadFiles()
         self._source, self._views, self._device, self._seen = source, views, device, 0
@@ -116,7 +120,12 @@ class TrainBatches:
         batch_bytes = sum(torch.Size(f.shape).numel() * f.dtype.itemsize for f in shape.values())
         slots = max(2, min(_SLOTS, _WAITING_BYTES // batch_bytes))
         cutter = Cutter(views, seed, images or ImagesConfig())
+        self.cache = kept = PixelCache(len(source), views.all, cache) if cache and isinstance(source, Images) else None
         if isinstance(source, Shards):
+            if cache:
+                raise DinoError(
+                    "--cache is for sources that can be asked for any image; shards come in a stream", "leave it out"
+                )
 
             def make(lane: int, lanes: int) -> Filler[tuple[str, str]]:
                 skip = ring.turns(lane, workers, batch_size, start)
@@ -126,7 +135,7 @@ class TrainBatches:
         else:
 
             def make(lane: int, lanes: int) -> Filler[tuple[str, str]]:
-                return ImageFiller(cutter, source)
+                return ImageFiller(cutter, source, kept)
 
         order = _Order(source, batch_size, seed, share)
         self._ring = Ring(

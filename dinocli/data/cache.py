@@ -1,0 +1,109 @@
+"""Decoded images kept for the epochs to come, in memory or in a file that all workers share."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocli.data.crops import ViewConfig, cut
+from dinocli.data.decode import Pixels
+from dinocli.errors import DinoError
+
+_SHARE = {"ram": 0.5, "disk": 0.9}  # of what is free
+_NO_RESERVE = 0x4000  # Linux: take memory when it is written to, and not before
+
+
+class PixelCache:
+    """Pixels of images by their number, small enough that no crop of the recipe is enlarged by it.
+
+    What does not fit is decoded each time, made as small all the same: so the views of a run do not depend on how much
+    fitted. The memory or file is gone when the run ends.
+
+    Args:
+        images: How many there are.
+        views: Whose crops are to be cut.
+        where: `ram`, or a folder for the file.
+
+    Raises:
+        DinoError: Processes here cannot share it, or the folder cannot be written to.
+    """
+
+    def __init__(self, images: int, views: Sequence[ViewConfig], where: str) -> None:
+        if sys.platform != "linux":
+            raise DinoError("--cache needs Linux, where worker processes share memory as it stands", "leave it out")
+        # The short side at which the smallest crop of a view still has as many pixels as it is resized to.
+        self.side = max(math.ceil(view.size / math.sqrt(view.scale[0])) for view in views)
+        self._memory, self._budget = _memory(where)
+        self._next: Any = multiprocessing.get_context("fork").Value("q", 0)
+        # Where each image lies, plus one, and its height and width; of anonymous memory that starts as zeros.
+        shape = (images, 3)
+        table = mmap.mmap(-1, max(1, 8 * images * 3))
+        self._table: NDArray[np.int64] = np.frombuffer(table, dtype=np.int64, count=images * 3).reshape(shape)
+
+    @property
+    def kept(self) -> int:
+        """How many images are in it."""
+        return int((self._table[:, 0] > 0).sum())
+
+    def get(self, row: int) -> Pixels | None:
+        """The pixels of an image, if they are kept. [H, W, 3]"""
+        place, height, width = self._table[row].tolist()
+        if not place:
+            return None
+        count = height * width * 3
+        return np.frombuffer(self._memory, dtype=np.uint8, count=count, offset=place - 1).reshape(height, width, 3)
+
+    def put(self, row: int, pixels: Pixels) -> Pixels:
+        """Keep an image, if there is room; what is to be cut from in its place. [H, W, 3]"""
+        height, width = pixels.shape[:2]
+        if min(height, width) > self.side:
+            ratio = self.side / min(height, width)
+            size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+            pixels = np.ascontiguousarray(cut(pixels, (0, 0, height, width), size).permute(1, 2, 0).numpy())
+        with self._next.get_lock():
+            place = self._next.value
+            if place + pixels.nbytes > self._budget:
+                return pixels
+            self._next.value += pixels.nbytes
+        self._memory[place : place + pixels.nbytes] = pixels.tobytes()
+        self._table[row, 1:] = pixels.shape[:2]
+        self._table[row, 0] = place + 1  # last: whoever sees it sees the pixels
+        return pixels
+
+
+def _memory(where: str) -> tuple[mmap.mmap, int]:
+    if where == "ram":
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        budget = int(_SHARE["ram"] * _available(free))
+        return mmap.mmap(-1, budget, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE), budget
+    folder = Path(where)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        budget = int(_SHARE["disk"] * shutil.disk_usage(folder).free)
+        with tempfile.TemporaryFile(dir=folder) as file:  # without a name, so that nothing is left of it
+            file.truncate(budget)
+            return mmap.mmap(file.fileno(), budget), budget
+    except OSError as error:
+        raise DinoError(
+            f"--cache {where} cannot be written to: {error.strerror}", "--cache ram, or another folder"
+        ) from error
+
+
+def _available(free: int) -> int:
+    """Bytes that can be had without swapping: more than what is free, since what the system caches counts too."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return free
