@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -86,22 +87,26 @@ def test_the_same_tensors_give_the_same_bytes_which_the_library_reads(tmp_path: 
     assert load_file(tmp_path / "c") == {}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow over 1000 bytes, which the system says as it says that a disk is full: without a name."""
+    """No file may grow over 1000 bytes, which the system says as it says that a disk is full: without a name.
+
+    Not even the one that pytest may be writing its report to, so that this must end before a test does.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_an_error_names_the_place_that_was_wanted_and_leaves_nothing(tmp_path: Path) -> None:
     for path in (tmp_path / "a" / "b" / "t", tmp_path / "t"):
-        with pytest.raises(OSError) as error:
+        with full_disk(), pytest.raises(OSError) as error:
             write_tensors(path, {"x": np.zeros(10_000)}, {})
         assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(path))
-    with pytest.raises(OSError) as error, atomic_folder(tmp_path / "a" / "folder") as draft:
+    with full_disk(), pytest.raises(OSError) as error, atomic_folder(tmp_path / "a" / "folder") as draft:
         write_tensors(draft / "t", {"x": np.zeros(10_000)}, {})
     assert error.value.filename == str(tmp_path / "a" / "folder")
     (tmp_path / "taken").mkdir()

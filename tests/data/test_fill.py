@@ -46,7 +46,7 @@ def test_a_large_photo_is_decoded_smaller_and_its_crops_stay_what_they_were() ->
         whole.place(slots[1], 0, full, exact)
         for name in ("globals", "locals"):
             difference = (slots[0][name].float() - slots[1][name].float()).abs()
-            assert difference.mean() < 2
+            assert difference.mean() < 3
     assert all(height < 1200 for height, _, _ in sizes)
 
 
