@@ -201,9 +201,12 @@ def test_official_weights_are_read_as_the_original_reads_them_at_every_size(tmp_
         torch.testing.assert_close(ours, attention[:, :, 0, 1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "resnet50"])
-def test_timm_builds_it_from_the_folder(tmp_path: Path, preset: str) -> None:
-    path, encoder = written(tmp_path, run(tmp_path, preset=preset), "timm")
+RESNET18 = 'backbone={name="resnet18"}'
+
+
+@pytest.mark.parametrize(("preset", "changes"), [("tiny", []), ("resnet50", [RESNET18])], ids=["vit", "resnet"])
+def test_timm_builds_it_from_the_folder(tmp_path: Path, preset: str, changes: list[str]) -> None:
+    path, encoder = written(tmp_path, run(tmp_path, *changes, preset=preset), "timm")
     assert {file.name for file in path.iterdir()} == {"config.json", "model.safetensors"}
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     torch.testing.assert_close(model(images()), encoder.features(images()))
@@ -227,9 +230,9 @@ def test_onnxruntime_computes_it(tmp_path: Path, tokens: str, size: int | None) 
     assert session.get_inputs()[0].shape == ["batch", 3, size or 48, size or 48]
 
 
-@pytest.mark.parametrize("preset", ["tiny", "resnet50"])
-def test_torch_export_computes_it(tmp_path: Path, preset: str) -> None:
-    path, encoder = written(tmp_path, run(tmp_path, preset=preset), "torch-export")
+@pytest.mark.parametrize(("preset", "changes"), [("tiny", []), ("resnet50", [RESNET18])], ids=["vit", "resnet"])
+def test_torch_export_computes_it(tmp_path: Path, preset: str, changes: list[str]) -> None:
+    path, encoder = written(tmp_path, run(tmp_path, *changes, preset=preset), "torch-export")
     extra = {"dinocli.json": ""}
     module = torch.export.load(path, extra_files=extra).module()
     for count in (1, 5):
