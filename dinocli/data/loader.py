@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from dinocli.data.augment import augment, normalize
 from dinocli.data.cache import PixelCache
 from dinocli.data.crops import Draws
 from dinocli.data.decode import ImagesConfig
-from dinocli.data.fill import Cutter, ImageFiller, PlainFiller, Seen, StreamFiller, ViewsConfig
+from dinocli.data.fill import Cutter, ImageFiller, PlainFiller, StreamFiller, ViewsConfig
 from dinocli.data.ring import Filler, Ring
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source
@@ -121,22 +122,15 @@ class TrainBatches:
         slots = max(2, min(_SLOTS, _WAITING_BYTES // batch_bytes))
         cutter = Cutter(views, seed, images or ImagesConfig())
         self.cache = kept = PixelCache(len(source), views.all, cache) if cache and isinstance(source, Images) else None
+        make: Callable[[int, int], Filler[tuple[str, str]]]
         if isinstance(source, Shards):
             if cache:
                 raise DinoError(
-                    "--cache is for sources that can be asked for any image; shards come in a stream", "leave it out"
+                    "--cache is for images that can be asked for in any order; shards come in a stream", "leave it out"
                 )
-
-            def make(lane: int, lanes: int) -> Filler[tuple[str, str]]:
-                skip = ring.turns(lane, workers, batch_size, start)
-                stream = source.stream(share.rank * lanes + lane, share.of * lanes, seed=seed, skip=skip)
-                return StreamFiller(cutter, stream)
-
+            make = partial(_stream_filler, cutter, source, batch_size, start, workers, share)
         else:
-
-            def make(lane: int, lanes: int) -> Filler[tuple[str, str]]:
-                return ImageFiller(cutter, source, kept)
-
+            make = partial(_image_filler, cutter, source, kept)
         order = _Order(source, batch_size, seed, share)
         self._ring = Ring(
             shape,
@@ -191,6 +185,25 @@ class TrainBatches:
                 f"up to {BAD_SHARE:.0%} are passed over",
                 f"mend them or take them out; one is {where}",
             )
+
+
+# What a worker begins with: functions of the module's own, since where processes are not copied they are sent by name.
+
+
+def _image_filler(cutter: Cutter, source: Images, cache: PixelCache | None, lane: int, lanes: int) -> ImageFiller:
+    return ImageFiller(cutter, source, cache)
+
+
+def _stream_filler(
+    cutter: Cutter, source: Shards, batch_size: int, start: int, workers: int, share: Share, lane: int, lanes: int
+) -> StreamFiller:
+    skip = ring.turns(lane, workers, batch_size, start)
+    stream = source.stream(share.rank * lanes + lane, share.of * lanes, seed=cutter.seed, skip=skip)
+    return StreamFiller(cutter, stream)
+
+
+def _plain_filler(source: Source, size: int, images: ImagesConfig, lane: int, lanes: int) -> PlainFiller:
+    return PlainFiller(source if isinstance(source, Images) else source.stream(lane, lanes), size, images)
 
 
 class _Copier:
@@ -303,13 +316,10 @@ def plain_batches(
     """
     config = images or ImagesConfig()
 
-    def make(lane: int, lanes: int) -> Filler[Seen]:
-        return PlainFiller(source if isinstance(source, Images) else source.stream(lane, lanes), size, config)
-
     filled = Ring(
         {"images": ring.Field((batch_size, 3, size, size), torch.uint8)},
         batch_size=batch_size,
-        make=make,
+        make=partial(_plain_filler, source, size, config),
         prepare=lambda slot, batch: None,
         workers=workers,
         slots=_SLOTS,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import write_images
 
+from dinocli.data import ring
 from dinocli.data.crops import JitterConfig, ViewConfig
 from dinocli.data.fill import ViewsConfig, resize_for
 from dinocli.data.loader import ALONE, Batch, Share, TrainBatches, plain_batches
@@ -76,6 +77,12 @@ def test_every_image_comes_once_an_epoch_and_orders_differ(images: Path) -> None
 @pytest.mark.parametrize("workers", [1, 2, 4])
 def test_views_do_not_depend_on_the_number_of_workers(images: Path, workers: int) -> None:
     assert all(same(a, b) for a, b in zip(take(images, 7), take(images, 7, workers=workers), strict=True))
+
+
+def test_where_processes_are_not_copied_the_views_are_the_same(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = take(images, 4)
+    monkeypatch.setattr(ring, "_FORK", False)
+    assert all(same(a, b) for a, b in zip(alone, take(images, 4, workers=1), strict=True))
 
 
 def test_two_processes_share_each_batch_of_one(images: Path) -> None:
