@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -83,7 +84,12 @@ def reason(data: bytes | Image.Image, **images: object) -> str:
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "LA", "RGBA", "LAB", "YCbCr"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
     kind = "TIFF" if mode in ("CMYK", "LAB", "YCbCr") else "PNG"
-    pixels = decode(saved(Image.fromarray(np.uint8(RAMP * 255)).convert("RGB").convert(mode), kind))
+    data = saved(Image.fromarray(np.uint8(RAMP * 255)).convert("RGB").convert(mode), kind)
+    try:
+        Image.open(io.BytesIO(data)).load()
+    except OSError:
+        pytest.skip(f"Pillow {PIL.__version__} does not read what it wrote")
+    pixels = decode(data)
     assert pixels.shape == (16, 32, 3)
     assert pixels.dtype == np.uint8
     assert pixels.flags.writeable
