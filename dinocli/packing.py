@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinocli.atomic import atomic, write_text
-from dinocli.data.crops import cut
+from dinocli.data.crops import shrink
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.listing import SUFFIXES
 from dinocli.data.shards import INDEX, open_shards
@@ -202,9 +202,7 @@ def _entry(source: Images, repeated: NDArray[np.bool_], side: int | None, qualit
     height, width = pixels.shape[:2]
     short = min(height, width)
     if side and short > side and max(height, width) * side // short <= _LONGEST_SIDE:
-        size = (round(height * side / short), round(width * side / short))
-        small = cut(pixels, (0, 0, height, width), size).permute(1, 2, 0).numpy()
-        return _Entry(key, ".jpg", _encoded(small, "JPEG", quality=quality))
+        return _Entry(key, ".jpg", _encoded(shrink(pixels, side), "JPEG", quality=quality))
     if not isinstance(data, bytes):
         return _Entry(key, ".png", _encoded(pixels, "PNG"))
     suffix = os.path.splitext(source.names[row])[1].lower()

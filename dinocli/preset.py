@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from dinocli import shipped
 from dinocli.config import Config, change
-from dinocli.data.decode import ImagesConfig
+from dinocli.data.decode import DEFAULTS, ImagesConfig
 from dinocli.data.fill import ViewsConfig
 from dinocli.distillation import SelfDistillation
 from dinocli.engine.optim import OptimizerConfig
@@ -80,7 +80,7 @@ class Preset(Config):
     heads: dict[str, HeadConfig]
     losses: LossesConfig
     teacher: TeacherConfig
-    images: ImagesConfig = ImagesConfig()
+    images: ImagesConfig = DEFAULTS
     views: ViewsConfig
     optimizer: OptimizerConfig
     training: TrainingConfig

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.crops import ViewConfig, cut
+from dinocli.data.crops import ViewConfig, shrink
 from dinocli.data.decode import Pixels
 from dinocli.errors import DinoError
 
@@ -47,9 +47,8 @@ class PixelCache:
         self._memory, self._budget = _memory(where)
         self._next: Any = multiprocessing.get_context("fork").Value("q", 0)
         # Where each image lies, plus one, and its height and width; of anonymous memory that starts as zeros.
-        shape = (images, 3)
         table = mmap.mmap(-1, max(1, 8 * images * 3))
-        self._table: NDArray[np.int64] = np.frombuffer(table, dtype=np.int64, count=images * 3).reshape(shape)
+        self._table: NDArray[np.int64] = np.frombuffer(table, dtype=np.int64, count=images * 3).reshape(images, 3)
 
     @property
     def kept(self) -> int:
@@ -66,11 +65,7 @@ class PixelCache:
 
     def put(self, row: int, pixels: Pixels) -> Pixels:
         """Keep an image, if there is room; what is to be cut from in its place. [H, W, 3]"""
-        height, width = pixels.shape[:2]
-        if min(height, width) > self.side:
-            ratio = self.side / min(height, width)
-            size = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-            pixels = np.ascontiguousarray(cut(pixels, (0, 0, height, width), size).permute(1, 2, 0).numpy())
+        pixels = shrink(pixels, self.side)
         with self._next.get_lock():
             place = self._next.value
             if place + pixels.nbytes > self._budget:

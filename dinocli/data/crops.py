@@ -190,6 +190,16 @@ def cut(pixels: Pixels, box: Sequence[int], size: tuple[int, int], resample: str
     return out[0]
 
 
+def shrink(pixels: Pixels, side: int) -> Pixels:
+    """An image with its short side at `side` pixels; one that is no larger stays as it is. [H, W, 3]"""
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    if short <= side:
+        return pixels
+    size = (round(height * side / short), round(width * side / short))
+    return cut(pixels, (0, 0, height, width), size).permute(1, 2, 0).numpy()
+
+
 def resize_and_center(pixels: Pixels, resize: int, crop: int) -> Tensor:
     """The evaluation's view: the short side to `resize` pixels, then the square in the middle. [3, crop, crop], uint8
 

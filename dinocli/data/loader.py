@@ -16,7 +16,7 @@ from dinocli.data import ring
 from dinocli.data.augment import augment, normalize
 from dinocli.data.cache import PixelCache
 from dinocli.data.crops import Draws
-from dinocli.data.decode import ImagesConfig
+from dinocli.data.decode import DEFAULTS, ImagesConfig
 from dinocli.data.fill import Cutter, ImageFiller, PlainFiller, StreamFiller, ViewsConfig
 from dinocli.data.ring import Filler, Ring
 from dinocli.data.shards import Shards
@@ -106,7 +106,7 @@ class TrainBatches:
         *,
         batch_size: int,
         seed: int,
-        images: ImagesConfig | None = None,
+        images: ImagesConfig = DEFAULTS,
         start: int = 0,
         workers: int = 0,
         device: torch.device,
@@ -120,7 +120,7 @@ class TrainBatches:
         # A few batches wait, and never more of them than the budget of memory.
         batch_bytes = sum(torch.Size(f.shape).numel() * f.dtype.itemsize for f in shape.values())
         slots = max(2, min(_SLOTS, _WAITING_BYTES // batch_bytes))
-        cutter = Cutter(views, seed, images or ImagesConfig())
+        cutter = Cutter(views, seed, images)
         self.cache = kept = PixelCache(len(source), views.all, cache) if cache and isinstance(source, Images) else None
         make: Callable[[int, int], Filler[tuple[str, str]]]
         if isinstance(source, Shards):
@@ -308,18 +308,16 @@ def plain_batches(
     batch_size: int,
     workers: int,
     device: torch.device,
-    images: ImagesConfig | None = None,
+    images: ImagesConfig = DEFAULTS,
 ) -> Iterator[Plain]:
     """All images once, as the evaluation sees them: resized, cropped in the middle, normalized.
 
     They come in the order of the source; from tar shards and several workers, in that of the workers' turns.
     """
-    config = images or ImagesConfig()
-
     filled = Ring(
         {"images": ring.Field((batch_size, 3, size, size), torch.uint8)},
         batch_size=batch_size,
-        make=partial(_plain_filler, source, size, config),
+        make=partial(_plain_filler, source, size, images),
         prepare=lambda slot, batch: None,
         workers=workers,
         slots=_SLOTS,

@@ -59,13 +59,18 @@ def chunk_size(batch_size: int, workers: int) -> int:
     return max(1, min(32, batch_size // workers)) if workers else batch_size
 
 
+def _chunks(batch_size: int, workers: int) -> list[tuple[int, int]]:
+    """First image and number of images of each chunk of a batch."""
+    chunk = chunk_size(batch_size, workers)
+    return [(first, min(chunk, batch_size - first)) for first in range(0, batch_size, chunk)]
+
+
 def turns(lane: int, workers: int, batch_size: int, batches: int) -> int:
     """Images of the first `batches` batches that a worker fills where each chunk goes to the worker of its turn."""
-    chunk, workers = chunk_size(batch_size, workers), max(1, workers)
-    sizes = [min(chunk, batch_size - first) for first in range(0, batch_size, chunk)]
+    chunks, workers = _chunks(batch_size, workers), max(1, workers)
 
     def first(batches: int) -> int:
-        numbered = ((b * len(sizes) + i, size) for b in range(batches) for i, size in enumerate(sizes))
+        numbered = ((b * len(chunks) + i, size) for b in range(batches) for i, (_, size) in enumerate(chunks))
         return sum(size for number, size in numbered if number % workers == lane)
 
     # After as many batches as there are workers the turns come round again.
@@ -123,7 +128,7 @@ class Ring(Generic[Note]):
         if not workers:
             self._fill = make(0, 1)
             return
-        self._chunk = chunk_size(batch_size, workers)
+        self._chunks = _chunks(batch_size, workers)
         context: Any = multiprocessing.get_context("fork" if _FORK else "spawn")
         self._done: Any = context.SimpleQueue()
         shared: Any = context.SimpleQueue()
@@ -166,10 +171,8 @@ class Ring(Generic[Note]):
         self._prepare(self._slots[slot], batch)
         self._asked.append((slot, batch))
         self._missing[batch], self._notes[batch] = self._batch_size, []
-        chunks = -(-self._batch_size // self._chunk)
-        for i, first in enumerate(range(0, self._batch_size, self._chunk)):
-            count = min(self._chunk, self._batch_size - first)
-            self._queues[(batch * chunks + i) % self._workers].put(Task(slot, batch, first, count))
+        for i, (first, images) in enumerate(self._chunks, batch * len(self._chunks)):
+            self._queues[i % self._workers].put(Task(slot, batch, first, images))
 
     def _received(self) -> tuple[int, list[Note]]:
         slot, batch = self._asked[0]
