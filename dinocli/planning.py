@@ -116,7 +116,7 @@ def estimate(plan: Plan) -> Estimate:
 
     kept: list[torch.Tensor] = []
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        torch.stack(list(method(batch, plan.clock).values())).sum().backward()
+        torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
     flops = counter.get_total_flops() / _EMPTY_BATCH
     weights = _bytes(method.student)
     half = 0.55 if plan.device.type == "cuda" else 1.0

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from dinocli.atomic import write_text
 from dinocli.data.loader import BadFiles, TrainBatches
@@ -20,7 +19,7 @@ from dinocli.device import autocast, peak_memory
 from dinocli.distillation import SelfDistillation
 from dinocli.encoder import initial_weights
 from dinocli.engine.metrics import Metrics, Pace
-from dinocli.engine.trainer import Trainer
+from dinocli.engine.trainer import Trainer, Values
 from dinocli.errors import DinoError
 from dinocli.models.network import load_strictly
 from dinocli.planning import Plan
@@ -111,12 +110,12 @@ def pretrain(plan: Plan, report: Callable[[Progress], None]) -> Run:
 
     with _stop_signals() as asked_to_stop:
 
-        def on_step(clock: Clock, values: dict[str, Tensor]) -> bool:
+        def on_step(clock: Clock, values: Values) -> bool:
             nonlocal last_loss
             pace.add(batch_size)
             stop = bool(asked_to_stop)
             if clock.step % _LOG_EVERY == 0 or clock.step in (1, plan.stop) or stop or pace.elapsed > _LOG_AFTER:
-                plain = {name: value.item() for name, value in values.items()}  # waits for the device
+                plain = {name: float(value) for name, value in values.items()}  # waits for the device
                 last_loss = plain["loss"]
                 rate, waiting = pace.look(batches.waited)
                 metrics.write(_line(clock, plain, rate, waiting, trainer, plan))
