@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,11 +74,10 @@ class SelfDistillation(Method):
     def forward(self, part: Part) -> dict[str, Tensor]:
         """The losses of a part."""
         student = self.student(part.batch.crops)
-        return {
-            name: loss(student.logits[self.head_of[name]], part.targets[name]) for name, loss in self.losses.items()
-        }
+        logits = {name: student.logits[head] for name, head in self.head_of.items()}  # [V, b, K]
+        return {name: loss(logits[name], part.targets[name]) for name, loss in self.losses.items()}
 
-    def watch(self, parts: list[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
+    def watch(self, parts: Sequence[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
         """What tells whether the networks learn: of each loss as `<loss>/<figure>`, and of the features.
 
         `feature_std` is the spread of the teacher's normalized class tokens over the images: 1 where they lie in all
@@ -117,7 +115,8 @@ class SelfDistillation(Method):
     def after_step(self, clock: Clock, done: Tensor) -> None:
         """Move the teacher towards the student, and let the targets take in what the step saw."""
         # Parameters alone, as in the original: the teacher's BatchNorm keeps statistics of its own.
-        teacher, student = list(self.teacher.parameters()), list(self.student.parameters())
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
         pull = (1 - self.momentum.at(clock)) * done.to(teacher[0].dtype)
         torch._foreach_lerp_(teacher, student, [pull] * len(teacher))
         for loss in self.losses.values():

@@ -109,6 +109,7 @@ class Trainer:
                 return
 
     def _draw_anew(self) -> None:
-        """Let what the networks draw depend on the step alone, so that a run that goes on draws as if it never stopped."""
+        """Let what the networks draw depend on seed and step alone, so that nothing of it must be kept to go on."""
         if self.seed is not None:
-            torch.manual_seed(int(np.random.SeedSequence((self.seed, self.clock.step)).generate_state(1, np.uint64)[0]))
+            (mixed,) = np.random.SeedSequence((self.seed, self.clock.step)).generate_state(1, np.uint64)
+            torch.manual_seed(int(mixed))
