@@ -35,6 +35,7 @@ class Run:
     Attributes:
         folder: The run folder.
         checkpoint: The teacher in it.
+        began: Steps that were done before; 0 for a run that did not go on from a state.
         step: Steps done.
         stopped: Whether it was stopped by the user before its end.
         loss: Of the last step that was logged; absent where none was.
@@ -47,6 +48,7 @@ class Run:
 
     folder: Path
     checkpoint: Path
+    began: int
     step: int
     stopped: bool
     loss: float | None
@@ -99,6 +101,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
     return Run(
         folder=plan.out,
         checkpoint=plan.out / CHECKPOINT,
+        began=saved.state.step if saved else 0,
         step=trainer.clock.step,
         stopped=trainer.clock.step < plan.stop,
         loss=watch.loss,

@@ -129,7 +129,10 @@ class Watch:
         plain = {name: float(value) for name, value in values.items()}
         skipped, in_a_row = self.trainer.skipped.tolist()
         rate, waiting = self._pace.look(self._waited)
-        looked = self._look() if self._looks(clock.step) else {}
+        looked = {}
+        if self._looks(clock.step):
+            looked = self._look()
+            self._pace.look(self._waited)  # what it took is no step's
         group = self.trainer.optimizer.param_groups[0]
         self._write(
             {
