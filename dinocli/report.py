@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import re
@@ -17,9 +16,11 @@ from PIL import Image
 
 from dinocli import shipped
 from dinocli.atomic import write_text
-from dinocli.curves import LossFacts, Panel, panel_svg, panels, write_sheet
+from dinocli.curves import panel_svg, write_sheet
 from dinocli.errors import DinoError
 from dinocli.history import Curve, read_history
+from dinocli.page import page_of, text_of
+from dinocli.panels import LossFacts, Panel, panels
 from dinocli.preset import load_preset
 
 CURVES, REPORT = "curves.png", "report.html"
@@ -51,14 +52,10 @@ def write_report(folder: Path) -> None:
     there = {name: text for name, text in parts.items() if text}
     links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in there)
     sections = "".join(f'<section id="{name.lower()}"><h2>{name}</h2>{text}</section>' for name, text in there.items())
-    title = _text(folder.resolve().name)
-    head = f"<header><h1>{title}</h1>{_facts(history, preset)}<nav aria-label='Parts of this page'>{links}</nav></header>"
-    write_text(folder / REPORT, f"{_HEAD.replace('TITLE', title)}<body>{head}<main>{sections}</main></body></html>\n")
-
-
-def _text(value: object) -> str:
-    """Text for the page, whatever a file's name holds: no tags, no control or direction marks, no broken letters."""
-    return html.escape("".join(c if c.isprintable() else "\ufffd" for c in str(value)))
+    title = text_of(folder.resolve().name)
+    nav = f"<nav aria-label='Parts of this page'>{links}</nav>"
+    head = f"<header><h1>{title}</h1>{_facts(history, preset)}{nav}</header>"
+    write_text(folder / REPORT, page_of(title, f"{head}<main>{sections}</main>"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -99,7 +96,7 @@ def _facts(history: Mapping[str, Curve], preset: dict[str, Any]) -> str:
         if key in last:
             facts[name] = form.format(last[key])
     facts["written"] = time.strftime("%Y-%m-%d %H:%M")
-    rows = "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items() if value)
+    rows = "".join(f"<div><dt>{name}</dt><dd>{text_of(value)}</dd></div>" for name, value in facts.items() if value)
     return f"<dl>{rows}</dl>"
 
 
@@ -117,9 +114,9 @@ def _curves(drawn: list[Panel]) -> str:
         return "<p>Nothing was logged yet.</p>"
     text = ""
     for panel in drawn:
-        label = _text(f"{panel.title}: {_said(panel)}")
-        text += f"<figure><h3>{_text(panel.title)}</h3>{panel_svg(panel, label)}"
-        text += f"<figcaption>{_text(panel.healthy)}</figcaption></figure>"
+        label = text_of(f"{panel.title}: {_said(panel)}")
+        text += f"<figure><h3>{text_of(panel.title)}</h3>{panel_svg(panel, label)}"
+        text += f"<figcaption>{text_of(panel.healthy)}</figcaption></figure>"
     return f"<div class='panels'>{text}</div>"
 
 
@@ -132,13 +129,13 @@ def _said(panel: Panel) -> str:
 def _attention(pictures: Path) -> str:
     steps = _spread(_steps(pictures, "attention"))
     photos, maps = _row(pictures / "photos.jpg"), {s: _row(pictures / f"attention-{s}.jpg") for s in steps}
-    maps = {step: tiles for step, tiles in maps.items() if len(tiles) == len(photos)}
+    maps = {step: tiles for step, tiles in maps.items() if tiles and len(tiles) == len(photos)}
     if not maps:
         return ""
     text = (
         "<p>What the teacher's class token looks at in its last block, averaged over the heads, each map from "
-        "its least (black) to its most (yellow). In health the maps differ from photo to photo, and come to keep to things "
-        "or to what surrounds them.</p>"
+        "its least (black) to its most (yellow). In health the maps differ from photo to photo, and come to keep to "
+        "things or to what surrounds them.</p>"
     )
     for i, (photo, name) in enumerate(zip(photos, _names(pictures, len(photos)), strict=True)):
         tiles = _tile(photo, f"Photo {i + 1}: {name}", "photo")
@@ -156,8 +153,9 @@ def _neighbours(pictures: Path) -> str:
     if not found:
         return ""
     text = (
-        "<p>The nearest of a few hundred photos, by the cosine of their features, the nearest first. An untrained network "
-        "goes by color; a trained one by what is shown. The same neighbours for every photo are a sign of collapse.</p>"
+        "<p>The nearest of a few hundred photos, by the cosine of their features, the nearest first. An untrained "
+        "network goes by color; a trained one by what is shown. The same neighbours for every photo are a sign of "
+        "collapse.</p>"
     )
     for i, name in enumerate(_names(pictures, len(photos))):
         text += f"<h3 class='name'>{name}</h3><div class='times'>"
@@ -180,7 +178,7 @@ def _names(pictures: Path, count: int) -> list[str]:
     """The photos' names, ready for the page."""
     names = _at(_read_json(pictures / "photos.json"), "names")
     names = names if isinstance(names, list) else []
-    return [_text(names[i] if i < len(names) else f"photo {i + 1}") for i in range(count)]
+    return [text_of(names[i] if i < len(names) else f"photo {i + 1}") for i in range(count)]
 
 
 def _steps(pictures: Path, kind: str) -> list[int]:
@@ -208,6 +206,8 @@ def _grid(path: Path, rows: int) -> list[Tiles]:
         return []
     side = page.height // max(1, rows)
     columns = min(_TILES, page.width // max(1, side))
+    if not side or not columns:
+        return []
     return [[_address(page.crop(_box(r, c, side))) for c in range(columns)] for r in range(min(rows, _TILES))]
 
 
@@ -234,33 +234,27 @@ def _settings(preset: dict[str, Any]) -> str:
         now, then = dict(_flat(values)), dict(_flat(_at(before, table)))
         keys = [key for key in dict.fromkeys([*now, *then]) if now.get(key) is not None or then.get(key) is not None]
         rows = "".join(_setting(key, now.get(key), then.get(key), marked=bool(name)) for key in keys)
-        text += f"<table><caption>{_text(table)}</caption><tbody>{rows}</tbody></table>" if rows else ""
+        text += f"<table><caption>{text_of(table)}</caption><tbody>{rows}</tbody></table>" if rows else ""
     return text + "</div>"
 
 
 def _setting(key: str, now: str | None, then: str | None, *, marked: bool) -> str:
     changed = marked and now != then
-    note = f" <small>shipped: {_text(then or 'absent')}</small>" if changed else ""
-    value = f"<mark>{_text(now or 'absent')}</mark>{note}" if changed else _text(now)
-    return f'<tr><th scope="row">{_text(key)}</th><td>{value}</td></tr>'
+    note = f" <small>shipped: {text_of(then or 'absent')}</small>" if changed else ""
+    value = f"<mark>{text_of(now or 'absent')}</mark>{note}" if changed else text_of(now)
+    return f'<tr><th scope="row">{text_of(key)}</th><td>{value}</td></tr>'
 
 
 def _flat(data: object, above: str = "") -> Iterator[tuple[str, str | None]]:
-    """Values by their key below a table; a table of one kind among several is one value, as a schedule is."""
-    if isinstance(data, dict) and "kind" in data:
-        named = [f"{key} {_plain(value)}" for key, value in data.items() if key != "kind" and value is not None]
-        yield above or "kind", ", ".join([str(data["kind"]), *named])
-    elif isinstance(data, dict):
+    """Values by their key below a table; a schedule, or another table of a kind with plain values, is one value."""
+    if not isinstance(data, dict):
+        yield above, None if data is None else data if isinstance(data, str) else json.dumps(data)
+    elif above and "kind" in data and not any(isinstance(value, dict) for value in data.values()):
+        named = [f"{key} {json.dumps(value)}" for key, value in data.items() if key != "kind" and value is not None]
+        yield above, ", ".join([str(data["kind"]), *named])
+    else:
         for key, value in data.items():
             yield from _flat(value, f"{above}.{key}" if above else str(key))
-    else:
-        yield above, None if data is None else _plain(data)
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, dict) and "kind" in value:
-        return f"({next(_flat(value))[1]})"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _shipped(preset: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -282,53 +276,6 @@ def _values(history: Mapping[str, Curve]) -> str:
         if len(finite := curve.finite):
             figures = (curve.values[0], curve.values[-1], finite.min(), finite.max())
             cells = "".join(f"<td>{value:.5g}</td>" for value in figures)
-            rows += f'<tr><th scope="row">{_text(key)}</th><td>{len(curve.steps)}</td>{cells}</tr>'
-    return f"<div class='wide'><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>" if rows else ""
-
-
-_HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>TITLE · dino pretrain</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-:root { color-scheme: light dark; --paper: #fff; --ink: #33373d; --soft: #5c636d; --line: #d5d9de; --bad: #b3261e;
-  --mark: #fff1b8; --curve-0: #1f6fb4; --curve-1: #b9570f; --curve-2: #2f7d32; --curve-3: #7a4aa8; --curve-4: #a33c55; }
-@media (prefers-color-scheme: dark) { :root { --paper: #14171a; --ink: #dfe3e8; --soft: #a4adb8; --line: #363c44;
-  --bad: #ff8a80; --mark: #574a12; --curve-0: #6db6f2; --curve-1: #f2a15f; --curve-2: #7fcf83; --curve-3: #c3a0ea;
-  --curve-4: #ec8fa6; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.25rem; max-width: 80rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0 0 .5rem; font-size: 1.6rem; line-height: 1.25; }
-h2 { margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); font-size: 1.3rem; }
-h3 { margin: 1.5rem 0 .5rem; font-size: 1.05rem; }
-h3.name { font-size: .9rem; }
-.panels h3 { margin: 0; font-size: 1rem; }
-p { max-width: 46rem; margin: .5rem 0; }
-dl { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 0 0 1rem; }
-dt, figcaption, small { color: var(--soft); font-size: .85rem; }
-dd { margin: 0; font-size: 1.1rem; }
-nav a { display: inline-block; padding: .4rem .9rem .4rem 0; color: var(--curve-0); }
-figure { margin: 0; min-width: 0; }
-svg { display: block; width: 100%; height: auto; font-family: system-ui, sans-serif; }
-img { display: block; width: 100%; aspect-ratio: 1; border: 1px solid var(--line); border-radius: 3px; }
-.panels { display: grid; gap: 1.75rem 2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
-.tiles { display: grid; gap: .4rem; grid-template-columns: repeat(9, 1fr); }
-.tiles.six { grid-template-columns: repeat(6, 1fr); }
-.times p { margin: 0 0 .3rem; color: var(--soft); font-size: .85rem; }
-.tiles figcaption { text-align: center; font-size: .8rem; }
-.times { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
-.tables { columns: 2; column-gap: 2.5rem; }
-.wide { overflow-x: auto; }
-table { width: 100%; margin: 0 0 1.25rem; border-collapse: collapse; break-inside: avoid; font-size: .9rem; }
-caption { padding: .3rem 0; text-align: left; font-weight: 600; font-size: 1rem; }
-th, td { padding: .25rem .75rem .25rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
-  font-weight: normal; font-variant-numeric: tabular-nums; }
-tbody th { width: 45%; color: var(--soft); }
-.wide th, .wide td { width: auto; text-align: right; white-space: nowrap; }
-.wide th:first-child { text-align: left; }
-mark { background: var(--mark); color: inherit; padding: 0 .2em; }
-@media (max-width: 50rem) { .tables { columns: 1; } .tiles { grid-template-columns: repeat(3, 1fr); } }
-@media (max-width: 50rem) { body { padding: .9rem; } .tiles.six { grid-template-columns: repeat(6, 1fr); gap: .25rem; } }
-</style></head>
-"""
+            rows += f'<tr><th scope="row">{text_of(key)}</th><td>{len(curve.steps)}</td>{cells}</tr>'
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<div class='wide'>{table}</div>" if rows else ""

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinocli.curves import LossFacts, panel_svg, panels, write_sheet
+from dinocli.curves import panel_svg, write_sheet
 from dinocli.history import Curve
+from dinocli.panels import LossFacts, panels
 
 DINO = {"dino": LossFacts(1.0, 256)}
 
@@ -20,53 +21,6 @@ def curve(*values: float) -> Curve:
 
 def history(*keys: str) -> dict[str, Curve]:
     return {key: curve(3, 2, 1) for key in keys}
-
-
-@pytest.mark.parametrize(
-    ("key", "title"),
-    [
-        ("loss", "Loss"),
-        ("dino/teacher_entropy", "Teacher entropy and KL"),
-        ("dino/kl", "Teacher entropy and KL"),
-        ("dino/prototypes", "Prototypes in use"),
-        ("feature_std", "Spread of the features"),
-        ("grad_norm", "Gradient norm"),
-        ("skipped", "Steps passed over"),
-        ("knn", "k-NN accuracy"),
-        ("rank", "Features without labels"),
-        ("uniformity", "Features without labels"),
-        ("lr", "Rate and weight decay"),
-        ("weight_decay", "Rate and weight decay"),
-        ("momentum", "Momentum and temperature"),
-        ("dino/temperature", "Momentum and temperature"),
-        ("images_per_second", "Speed and waiting"),
-        ("data_wait", "Speed and waiting"),
-        ("peak_memory", "Memory"),
-    ],
-)
-def test_a_panel_is_there_where_its_value_is(key: str, title: str) -> None:
-    (panel,) = panels(history(key), DINO)
-    assert panel.title == title and len(panel.lanes) == 1 and panel.healthy.endswith(".")
-
-
-def test_without_values_there_is_no_panel() -> None:
-    assert panels({}, DINO) == []
-    assert panels(history("unheard_of"), DINO) == []
-    assert panels({"skipped": curve(0, 0)}, DINO) == [], "that nothing went wrong needs no picture"
-
-
-def test_parts_of_a_loss_are_drawn_where_there_are_several() -> None:
-    assert list(panels(history("loss", "dino"), DINO)[0].lanes[0].curves) == ["loss"]
-    both = DINO | {"ibot": LossFacts(0.5, 16)}
-    lane = panels(history("loss", "dino", "ibot"), both)[0].lanes[0]
-    assert set(lane.curves) == {"loss", "dino", "ibot"}
-    assert list(lane.marks.values()) == pytest.approx([math.log(256), 0.5 * math.log(16)])
-
-
-def test_the_line_of_collapse_stands_at_ln_k() -> None:
-    lane = panels(history("dino/teacher_entropy"), {"dino": LossFacts(2.0, 1024)})[0].lanes[0]
-    assert lane.marks == {"ln K = 6.93": math.log(1024)}
-    assert panels(history("loss"), {})[0].lanes[0].marks == {}, "of a preset that nobody knows"
 
 
 class Texts(HTMLParser):
@@ -98,9 +52,7 @@ def test_a_drawing_is_text_and_lines_in_the_pages_colors() -> None:
 
 
 @pytest.mark.parametrize(
-    "values",
-    [(1,), (0, 0), (5, math.nan, 4), (math.nan,), (math.inf, -math.inf), (1e-30, 1e30), (-1, 2)],
-    ids=str,
+    "values", [(1,), (0, 0), (5, math.nan, 4), (math.nan,), (math.inf, -math.inf), (1e-30, 1e30), (-1, 2)], ids=str
 )
 @pytest.mark.parametrize("key", ["loss", "grad_norm", "dino/kl"])
 def test_any_values_can_be_drawn(key: str, values: tuple[float, ...], recwarn: pytest.WarningsRecorder) -> None:
