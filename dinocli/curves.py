@@ -26,7 +26,6 @@ _COLORS = ("#1f6fb4", "#c8651b", "#3a8f3a", "#8757b5", "#a33c55")
 _VARIABLES = {_INK: "--ink", _FAINT: "--line", _BAD: "--bad"} | {c: f"--curve-{i}" for i, c in enumerate(_COLORS)}
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
-    "svg.hashsalt": "dinocli",  # without it two drawings of the same curve differ
     "font.size": 8.5,
     "text.color": _INK,
     "axes.edgecolor": _INK,
@@ -51,7 +50,8 @@ def panel_svg(panel: Panel, label: str) -> str:
         panel: What to draw.
         label: Says it in words, for those who do not see it; it is to be escaped already.
     """
-    with matplotlib.rc_context(_STYLE):
+    # Ids are made of this and of what they name: the same each time, and no two panels of a page share one.
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": panel.title}):
         figure = Figure(figsize=(_WIDTH, _height(panel)))
         _draw(figure, panel, _height(panel))
         text = io.StringIO()
@@ -59,7 +59,7 @@ def panel_svg(panel: Panel, label: str) -> str:
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # several drawings on a page would share these
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, f"var({variable})")
     size = re.search(r'viewBox="([^"]*)"', svg)

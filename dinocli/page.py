@@ -62,7 +62,7 @@ tbody th { width: 45%; color: var(--soft); }
 .wide th, .wide td { width: auto; text-align: right; white-space: nowrap; }
 .wide th:first-child { text-align: left; }
 mark { background: var(--mark); color: inherit; padding: 0 .2em; }
-@media (max-width: 50rem) { body { padding: .9rem; } .tables { columns: 1; }
+@media (max-width: 50rem) { body { padding: .9rem; } .tables { columns: 1; } tbody th { width: 58%; }
   .tiles { grid-template-columns: repeat(3, 1fr); } .tiles.six { gap: .25rem; } }
 </style></head>
 """

@@ -164,8 +164,8 @@ def _machine(history: Mapping[str, Curve]) -> list[Panel]:
     return [
         Panel(
             "Speed and waiting",
-            "Both are flat. Where a step waits for data for more than a few percent of its time, more --workers, "
-            "--cache or smaller files make the run faster.",
+            "Both are flat. Where a step waits for data for more than a few percent of its time, more workers, a cache "
+            "or smaller files make the run faster.",
             [
                 Lane("images a second", _pick(history, {"speed": "images_per_second"}), whole=True),
                 Lane("% of the time waited", _pick(history, {"waited": "data_wait"}, 100), whole=True),

@@ -270,12 +270,13 @@ def _shipped(preset: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _values(history: Mapping[str, Curve]) -> str:
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("value", "lines", "first", "last", "lowest", "highest"))
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("value", "last", "first", "lowest", "highest", "lines"))
     rows = ""
     for key, curve in sorted(history.items()):
         if len(finite := curve.finite):
-            figures = (curve.values[0], curve.values[-1], finite.min(), finite.max())
+            figures = (curve.values[-1], curve.values[0], finite.min(), finite.max())
             cells = "".join(f"<td>{value:.5g}</td>" for value in figures)
-            rows += f'<tr><th scope="row">{text_of(key)}</th><td>{len(curve.steps)}</td>{cells}</tr>'
+            rows += f'<tr><th scope="row">{text_of(key)}</th>{cells}<td>{len(curve.steps)}</td></tr>'
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    return f"<div class='wide'>{table}</div>" if rows else ""
+    # What scrolls sideways on a phone must be in reach of the keyboard.
+    return f"<div class='wide' role='region' aria-label='Values' tabindex='0'>{table}</div>" if rows else ""
