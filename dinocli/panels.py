@@ -83,24 +83,26 @@ def _training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> 
             [Lane("loss, nats", curves, flat)],
         ),
         Panel(
-            "Teacher entropy and KL",
+            "What the teacher tells",
             "There are two ways to collapse: entropy on the dotted line, all prototypes alike, or at 0, one for all "
-            "images. In both the KL between teacher and student goes to 0. In health the entropy settles between them, "
-            "and after the first steps the KL stays clear of 0.",
+            "images. In health it stays away from both; the KL of the student from the teacher stays above 0, and the "
+            "information, what a target tells of its own image, well above 0.",
             [
                 Lane("entropy, nats", _ending(history, "/teacher_entropy"), uniform, whole=True),
                 Lane("KL, nats", _ending(history, "/kl"), whole=True),
+                Lane("information, nats", _ending(history, "/information"), whole=True),
             ],
         ),
         Panel(
             "Prototypes in use",
-            "It rises early and stays. If it falls towards 0, a few prototypes take all images.",
+            "Over a hundred steps. After the first epochs it no longer falls; near 0 a few prototypes take all images.",
             [Lane("% of all", _ending(history, "/prototypes", 100), whole=True)],
         ),
         Panel(
             "Spread of the features",
-            "The standard deviation from image to image. It stays clear of 0, where all images get the same features.",
-            [Lane("standard deviation", _pick(history, {"features": "feature_std"}), whole=True)],
+            "Of the teacher's normalized features: 1 where they lie in all directions, 0 where all images get the "
+            "same. It stays well above 0.",
+            [Lane("spread", _pick(history, {"features": "feature_std"}), whole=True)],
         ),
         Panel(
             "Gradient norm",
@@ -109,7 +111,7 @@ def _training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> 
             [Lane("norm, logarithmic", _pick(history, {"gradient": "grad_norm"}), log=True)],
         ),
         Panel(
-            "Steps passed over",
+            "Steps left out",
             "Steps whose loss or gradient was not finite, and which changed nothing. There should be none, or few that "
             "do not become more.",
             [Lane("steps so far", _if_any(_pick(history, {"skipped": "skipped"})), whole=True)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,6 +22,26 @@ from dinocli.schedules import Clock, Rate
 _EFFICIENCY = {"cpu": 0.7, "cuda": 0.3, "mps": 0.3}
 
 
+OnCollapse = Literal["stop", "warn"]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How often a run's state is saved, besides at its end.
+
+    Attributes:
+        seconds: Between two; absent, time does not count.
+        steps: Between two; absent, they do not count.
+        keep: How many of the newest are kept.
+        milestones: Steps between states that stay for good; absent, there are none.
+    """
+
+    seconds: float | None = 600.0
+    steps: int | None = None
+    keep: int = 2
+    milestones: int | None = None
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run, ready to start.
@@ -35,6 +56,9 @@ class Plan:
         workers: Processes that decode.
         init: Weights to start from, as the user named them.
         cache: Where decoded images are kept, if they are: `ram`, or a folder.
+        accumulate: Parts in which a batch is taken, to need less memory.
+        saving: How often all that is needed to go on is saved.
+        on_collapse: What to do where the networks collapse.
     """
 
     name: str
@@ -46,6 +70,9 @@ class Plan:
     workers: int
     init: str | None
     cache: str | None = None
+    accumulate: int = 1
+    saving: Saving = Saving()
+    on_collapse: OnCollapse = "warn"
 
     @property
     def clock(self) -> Clock:
@@ -116,7 +143,7 @@ def estimate(plan: Plan) -> Estimate:
 
     kept: list[torch.Tensor] = []
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        torch.stack(list(method(batch, plan.clock).values())).sum().backward()
+        torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
     flops = counter.get_total_flops() / _EMPTY_BATCH
     weights = _bytes(method.student)
     half = 0.55 if plan.device.type == "cuda" else 1.0

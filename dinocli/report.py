@@ -105,7 +105,7 @@ _FIGURES = (
     ("knn", "k-NN", "{:.1f} %"),
     ("rank", "effective rank", "{:.1f}"),
     ("images_per_second", "images a second", "{:,.0f}"),
-    ("skipped", "steps passed over", "{:.0f}"),
+    ("skipped", "steps left out", "{:.0f}"),
 )
 
 

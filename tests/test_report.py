@@ -16,7 +16,7 @@ from dinocli.preset import load_preset
 from dinocli.report import _spread, write_report
 
 KEYS = (
-    "loss dino dino/teacher_entropy dino/kl dino/prototypes dino/temperature feature_std grad_norm lr weight_decay "
+    "loss dino dino/teacher_entropy dino/kl dino/information dino/prototypes dino/temperature feature_std grad_norm lr weight_decay "
     "momentum images_per_second data_wait peak_memory knn rank uniformity"
 ).split()
 VOID = {"meta", "img", "br", "link", "input"}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dinocli import console, shipped
 from dinocli.cli.options import Device, Images, Json, Workers
-from dinocli.runs import link_newest, next_folder
+from dinocli.errors import DinoError
+from dinocli.runs import link_newest, next_folder, runs_of
 
 if TYPE_CHECKING:
-    from dinocli.planning import Plan
+    from dinocli.planning import Plan, Saving
+
+OnCollapse = Literal["stop", "warn"]
 
 
 def pretrain(
@@ -33,7 +37,24 @@ def pretrain(
         typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the preset; may be repeated."),
     ] = None,
     init: Annotated[str | None, typer.Option(metavar="FILE|timm:NAME", help="Weights to start from.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset>-<n> if absent.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder. If absent: that of the same run where it did not come to its end, else runs/<preset>-<n>."
+        ),
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Take a batch in N parts: it learns the same in less memory.")
+    ] = 1,
+    save_every: Annotated[
+        str,
+        typer.Option(metavar="TIME|STEPS", help="How often to save what is needed to go on: 90s, 10min, 2h, or steps."),
+    ] = "10min",
+    keep: Annotated[int, typer.Option(min=1, help="Saved states to keep, the newest.")] = 2,
+    milestones: Annotated[int | None, typer.Option(min=1, help="Keep a state for good every N steps.")] = None,
+    on_collapse: Annotated[
+        OnCollapse, typer.Option(help="What to do where the networks stop to tell images apart.")
+    ] = "warn",
     cache: Annotated[
         str | None, typer.Option(metavar="ram|DIR", help="Keep decoded images for the epochs to come, where they fit.")
     ] = None,
@@ -52,6 +73,7 @@ def pretrain(
     from dinocli.device import default_workers, pick_device
     from dinocli.planning import Plan, start_clock
     from dinocli.preset import load_preset
+    from dinocli.states import unfinished
 
     short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
     loaded = load_preset(preset, [*(overrides or []), *(f"{key}={v}" for key, v in short.items() if v is not None)])
@@ -63,16 +85,32 @@ def pretrain(
         preset=loaded,
         source=source,
         stop=total if steps is None else min(steps, total),
-        out=out or next_folder(name),
+        out=out or unfinished(runs_of(name), (loaded, source.fingerprint, init)) or next_folder(name),
         device=picked,
         workers=default_workers(picked) if workers is None else workers,
         init=init,
         cache=cache,
+        accumulate=accumulate,
+        saving=_saving(save_every, keep, milestones),
+        on_collapse=on_collapse,
     )
     if dry_run:
         _print_plan(plan, json)
     else:
         _run(plan, json)
+
+
+def _saving(every: str, keep: int, milestones: int | None) -> Saving:
+    from dinocli.planning import Saving
+
+    units = {"s": 1, "min": 60, "h": 3600}
+    found = re.fullmatch(r"([1-9]\d*)\s*(s|min|h|)", every.strip())
+    if not found:
+        raise DinoError(f"--save-every wants a time or a number of steps; it is {every!r}", "--save-every 10min")
+    amount, unit = int(found[1]), found[2]
+    if unit:
+        return Saving(seconds=amount * units[unit], keep=keep, milestones=milestones)
+    return Saving(seconds=None, steps=amount, keep=keep, milestones=milestones)
 
 
 def _print_plan(plan: Plan, json: bool) -> None:
@@ -125,7 +163,7 @@ def _run(plan: Plan, json: bool) -> None:
     if plan.stop < total:
         console.say(f"note: stops at step {plan.stop} of {total}; the schedules stay those of the whole run")
     with console.progress("pretrain", plan.stop, "steps") as advance:
-        run = pretrain(plan, lambda progress: advance(progress.step, progress.note))
+        run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)
     linked = link_newest(run.checkpoint)
     if run.fresh_heads:
         console.say(f"note: {plan.init} gave the backbone; new heads: {', '.join(run.fresh_heads)}")
@@ -136,8 +174,10 @@ def _run(plan: Plan, json: bool) -> None:
         )
     if run.cached is not None:
         console.say(f"note: the cache held {run.cached} of {count} images")
+    if run.skipped:
+        console.say(f"note: {run.skipped} steps were left out, since their loss or gradient was not finite")
     if run.stopped:
-        console.say(f"stopped at step {run.step} of {plan.stop}; the weights so far are kept")
+        console.say(f"stopped at step {run.step} of {plan.stop}; all is saved, and the same command goes on from there")
     loss = f", loss {run.loss:.3f}" if run.loss is not None else ""
     console.say(f"done: {run.step} steps in {console.duration(run.seconds)}{loss}")
     if not linked:

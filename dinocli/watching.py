@@ -1,0 +1,133 @@
+"""Watching: what a run tells of itself while it goes on, and when it is better stopped."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dinocli.atomic import write_text
+from dinocli.collapse import CollapseWatch
+from dinocli.data.loader import TrainBatches
+from dinocli.data.sources import Images
+from dinocli.device import peak_memory
+from dinocli.engine.metrics import Metrics, Pace
+from dinocli.engine.trainer import Trainer, Values
+from dinocli.errors import DinoError
+from dinocli.planning import Plan
+
+LOG_EVERY = 10  # steps; each log makes the host wait for the device once
+_LOG_AFTER = 5.0  # seconds, for steps so slow that ten of them leave a person waiting
+GIVE_UP = 20  # steps in a row that were left out
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, for whoever shows it.
+
+    Attributes:
+        step: Steps done.
+        loss: Of the last step.
+        images_per_second: Since the last report.
+        skipped: Steps that were left out, since their loss or gradient was not finite.
+    """
+
+    step: int
+    loss: float
+    images_per_second: float
+    skipped: int = 0
+
+    @property
+    def note(self) -> str:
+        """What stands beside a bar."""
+        left_out = f"  {self.skipped} steps left out" if self.skipped else ""
+        return f"loss {self.loss:.3f}  {self.images_per_second:.0f} images/s{left_out}"
+
+
+class Watch:
+    """Logs steps, and notices where nothing is learned.
+
+    Args:
+        plan: What is watched.
+        trainer: What does the steps.
+        batches: Where they come from.
+        report: Told where the run stands at each logged step.
+        note: Told, in a line, what a person should know.
+
+    Attributes:
+        loss: Of the last logged step; absent before the first.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        trainer: Trainer,
+        batches: TrainBatches,
+        report: Callable[[Progress], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self.plan, self.trainer, self.batches, self.report, self.note = plan, trainer, batches, report, note
+        self.loss: float | None = None
+        self._metrics, self._pace = Metrics(plan.out / "metrics.jsonl", trainer.clock.step), Pace()
+        self._last: deque[tuple[int, Tensor]] = deque(maxlen=GIVE_UP + LOG_EVERY)
+        self._collapse = CollapseWatch(plan.preset, plan.clock.total)
+
+    def due(self) -> bool:
+        """Whether the step to come is to be logged."""
+        step = self.trainer.clock.step + 1
+        return step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._pace.elapsed > _LOG_AFTER
+
+    def saw(self, rows: Tensor) -> None:
+        """Count a step's images, and remember which they were for a while."""
+        self._pace.add(self.plan.preset.training.batch_size)
+        self._last.append((self.trainer.clock.step, rows))
+
+    def log(self, values: Values, extra: dict[str, float]) -> None:
+        """Write a line, tell of it, and look whether the run learns; the host waits for the device.
+
+        Raises:
+            DinoError: Too many steps in a row were left out; or the networks have collapsed, and that is to stop them.
+        """
+        clock = self.trainer.clock
+        plain = {name: float(value) for name, value in values.items()} | extra
+        skipped, in_a_row = self.trainer.skipped.tolist()
+        rate, waiting = self._pace.look(self.batches.waited)
+        group = self.trainer.optimizer.param_groups[0]
+        self._metrics.write(
+            {
+                "step": clock.step,
+                "epoch": round(clock.step / clock.steps_per_epoch, 4),
+                **plain,
+                "lr": group["lr"],
+                "weight_decay": group["weight_decay"],
+                "images_per_second": round(rate, 2),
+                "data_wait": round(waiting, 4),
+                "peak_memory": peak_memory(self.plan.device),
+                "skipped": skipped,
+            }
+        )
+        self.loss = plain["loss"]
+        self.report(Progress(clock.step, self.loss, rate, skipped))
+        if in_a_row >= GIVE_UP:
+            self._give_up(in_a_row)
+        collapse = self._collapse.see(clock.step, plain)
+        if collapse:
+            if self.plan.on_collapse == "stop":
+                raise DinoError(collapse.words, collapse.remedy)
+            self.note(f"warning: {collapse.words}")
+            self.note(f"hint: {collapse.remedy}")
+
+    def _give_up(self, in_a_row: int) -> None:
+        source, path = self.plan.source, self.plan.out / "not_finite.txt"
+        name = source.names.__getitem__ if isinstance(source, Images) else "image {} of the stream".format
+        lines = (f"{step}\t{name(row)!r}\n" for step, rows in self._last for row in rows.tolist())
+        write_text(path, "".join(lines))
+        raise DinoError(
+            f"loss or gradient was not finite in {in_a_row} steps in a row, up to {self.trainer.clock.step}; "
+            f"they changed nothing, and their images are named in {path}",
+            f"look at those images; or begin anew from a state before, --out NEW --init {self.plan.out}/state/STEP, "
+            "with --set training.precision=float32, a lower --set optimizer.lr.start=VALUE, or "
+            "--set optimizer.clip='{kind=\"each_parameter\", norm=0.3}'",
+        )
