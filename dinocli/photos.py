@@ -82,7 +82,7 @@ class Photos:
         The network is left as it was, and no random number is drawn: a run goes on as if nobody had looked.
 
         Args:
-            network: The teacher, on any device.
+            network: The teacher, with all of its weights, on any device.
             step: Goes into the files' names.
             folder: The run folder; its `pictures/` takes `photos.jpg` with `photos.json`, `attention-STEP.jpg` (not
                 for a network without attention) and `neighbours-STEP.jpg`.
