@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from dinocli.atomic import atomic, write_text
@@ -27,6 +26,7 @@ from dinocli.evals.attention import attention_maps, default_size
 from dinocli.evals.spread import effective_rank, uniformity
 from dinocli.models.backbone import ViTBackbone
 from dinocli.models.network import Network
+from dinocli.monitor import at_rest
 from dinocli.picture import heat
 from dinocli.preset import Preset
 
@@ -96,7 +96,7 @@ class Photos:
         if not (pictures / "photos.json").is_file():
             _save([[_tile(photo, TILE) for photo in self.shown]], pictures / "photos.jpg")
             write_text(pictures / "photos.json", json.dumps({"names": self.names}))
-        with _evaluating(network):
+        with at_rest(network):
             if isinstance(network.backbone, ViTBackbone):
                 _save([self._maps(network)], pictures / f"attention-{step}.jpg")
             features = self._features(network)
@@ -139,18 +139,6 @@ def _some(source: Images, seed: int) -> Iterator[tuple[str, bytes | Image.Image]
         except OSError:
             continue
         yield source.names[row], data
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """A network in evaluation mode, and each of its parts afterwards in the mode that it was in."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _nearest(features: Tensor, queries: int, count: int) -> list[list[int]]:

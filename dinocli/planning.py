@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,12 +17,15 @@ from dinocli.data.loader import Batch
 from dinocli.data.sources import Source
 from dinocli.errors import DinoError
 from dinocli.preset import Preset
-from dinocli.schedules import Clock, Rate
+from dinocli.schedules import Clock, Cosine, LinearByEpoch, Rate
 
 # Share of a bare matrix product's rate that a whole step reaches: measured 0.8 on a CPU; published ViT runs and DINO's
 # own logs say 0.25 to 0.4 on a GPU.
 _EFFICIENCY = {"cpu": 0.7, "cuda": 0.3, "mps": 0.3}
 
+
+# The demo's recipe shows each prototype 75 images, the paper's 1,950.
+_IMAGES_A_PROTOTYPE = 30
 
 OnCollapse = Literal["stop", "warn"]
 
@@ -59,6 +64,8 @@ class Plan:
         accumulate: Parts in which a batch is taken, to need less memory.
         saving: How often all that is needed to go on is saved.
         on_collapse: What to do where the networks collapse.
+        monitor: A small labelled set to measure the teacher on, if there is one.
+        monitor_every: Steps between two looks at it; absent, so many that they take a twentieth of the time at most.
     """
 
     name: str
@@ -73,6 +80,8 @@ class Plan:
     accumulate: int = 1
     saving: Saving = Saving()
     on_collapse: OnCollapse = "warn"
+    monitor: str | None = None
+    monitor_every: int | None = None
 
     @property
     def clock(self) -> Clock:
@@ -102,6 +111,45 @@ class Estimate:
     flops: float
     memory: float
     seconds: float
+
+
+def cautions(plan: Plan) -> Iterator[str]:
+    """What in a plan is unlikely to be meant: a line each, with the value to take."""
+    preset, clock = plan.preset, plan.clock
+    for name, schedule, path in _warm_ups(preset):
+        steps = schedule * clock.steps_per_epoch
+        if steps >= plan.stop > 0:
+            yield f"{name} takes {steps} steps and this run ends at {plan.stop}: --set {path}=0"
+        elif steps > clock.total / 2:
+            fits = max(1, clock.epochs // 5)
+            yield f"{name} takes {steps} of {clock.total} steps: --set {path}={fits} leaves most of the run after it"
+    seen = clock.total * preset.training.batch_size
+    for name, head in preset.heads.items():
+        if seen < _IMAGES_A_PROTOTYPE * head.prototypes:
+            fits = max(64, 1 << int(math.log2(max(1, seen / _IMAGES_A_PROTOTYPE))))
+            epochs = math.ceil(clock.epochs * _IMAGES_A_PROTOTYPE * head.prototypes / seen)
+            yield (
+                f"{clock.total} steps show {seen} images to {head.prototypes} prototypes, and few will learn: "
+                f"--set heads.{name}.prototypes={fits}, or --epochs {epochs}"
+            )
+    usual, peak = 0.0005 * preset.training.batch_size / 256, max(plan.lr.bounds)
+    if preset.optimizer.kind == "adamw" and not usual / 10 <= peak <= usual * 10:
+        yield (
+            f"a learning rate of {peak:.2g} for {preset.training.batch_size} images is far from the paper's "
+            f"0.0005 * batch / 256 = {usual:.2g}: --set optimizer.lr.start=0.0005"
+        )
+
+
+def _warm_ups(preset: Preset) -> Iterator[tuple[str, int, str]]:
+    """What each warm-up and freeze is called, its length in epochs, and its key."""
+    if isinstance(preset.optimizer.lr, Cosine):
+        yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs"
+    for name, head in preset.heads.items():
+        yield "the freeze of the prototypes", head.freeze_last_layer_epochs, f"heads.{name}.freeze_last_layer_epochs"
+    for name, loss in preset.losses.present().items():
+        temperature = loss.targets.temperature
+        if isinstance(temperature, LinearByEpoch):
+            yield "the teacher temperature's warm-up", temperature.epochs, f"losses.{name}.targets.temperature.epochs"
 
 
 def start_clock(preset: Preset, images: int | None) -> Clock:

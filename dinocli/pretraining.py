@@ -77,18 +77,19 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         saved = _found(plan, note)
         if saved:
             plan = going_on(plan, saved.state, note)
-        trainer, fresh = _trainer(plan, saved)
-        session = _Session(plan, trainer, saved)
+        trainer, method, fresh = _trainer(plan, saved)
+        session = _Session(plan, trainer, method, saved)
         batches = _batches(plan, trainer)
         session.bad = batches.bad
-        watch = Watch(plan, trainer, batches, report, note)
+        watch = Watch(plan, trainer, method, batches, report, note)
         try:
+            watch.begin()
             for batch in batches if trainer.clock.step < plan.stop else ():
                 due = watch.due()
                 values = session.step(batch, due)
                 watch.saw(batch.rows)
                 if due:
-                    watch.log(values, {})
+                    watch.log(values)
                 session.save_now_and_then()
                 if asked_to_stop or trainer.clock.step >= plan.stop:
                     break
@@ -152,8 +153,8 @@ def going_on(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
     return plan
 
 
-def _trainer(plan: Plan, saved: Saved | None) -> tuple[Trainer, list[str]]:
-    """What trains, where it is to begin; and the heads that stay fresh."""
+def _trainer(plan: Plan, saved: Saved | None) -> tuple[Trainer, SelfDistillation, list[str]]:
+    """What trains, where it is to begin; what it trains; and the heads that stay fresh."""
     preset = plan.preset
     torch.manual_seed(preset.training.seed)
     method = preset.method()
@@ -170,7 +171,7 @@ def _trainer(plan: Plan, saved: Saved | None) -> tuple[Trainer, list[str]]:
     )
     if saved:
         saved.restore(trainer)
-    return trainer, fresh
+    return trainer, method, fresh
 
 
 def _batches(plan: Plan, trainer: Trainer) -> TrainBatches:
@@ -190,8 +191,8 @@ def _batches(plan: Plan, trainer: Trainer) -> TrainBatches:
 class _Session:
     """Does steps, and saves where they have led: before the first, so that a full disk is known then, and after it."""
 
-    def __init__(self, plan: Plan, trainer: Trainer, saved: Saved | None) -> None:
-        self.plan, self.trainer, self.bad = plan, trainer, BadFiles()
+    def __init__(self, plan: Plan, trainer: Trainer, method: SelfDistillation, saved: Saved | None) -> None:
+        self.plan, self.trainer, self.method, self.bad = plan, trainer, method, BadFiles()
         self.keeper = Keeper(plan.out, plan.saving.keep, plan.saving.milestones)
         self.whole = True  # between two steps, and what could be saved was
         path = plan.out / _BAD
@@ -231,9 +232,7 @@ class _Session:
                 init=self.plan.init,
                 lanes=max(1, self.plan.workers),
             )
-            method = self.trainer.method
-            assert isinstance(method, SelfDistillation)
-            self.keeper.write(state, self.trainer, method.teacher)
+            self.keeper.write(state, self.trainer, self.method.teacher)
             self.whole = True
         self.saved_step, self._saved = step, time.perf_counter()
         if self.bad.reasons:

@@ -13,9 +13,11 @@ from dinocli.collapse import CollapseWatch
 from dinocli.data.loader import TrainBatches
 from dinocli.data.sources import Images
 from dinocli.device import peak_memory
+from dinocli.distillation import SelfDistillation
 from dinocli.engine.metrics import Metrics, Pace
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.errors import DinoError
+from dinocli.monitor import Monitor
 from dinocli.planning import Plan
 
 LOG_EVERY = 10  # steps; each log makes the host wait for the device once
@@ -32,18 +34,21 @@ class Progress:
         loss: Of the last step.
         images_per_second: Since the last report.
         skipped: Steps that were left out, since their loss or gradient was not finite.
+        knn: What the monitor said last, in percent; absent without one.
     """
 
     step: int
     loss: float
     images_per_second: float
     skipped: int = 0
+    knn: float | None = None
 
     @property
     def note(self) -> str:
         """What stands beside a bar."""
+        knn = f"  k-NN {self.knn:.1f} %" if self.knn is not None else ""
         left_out = f"  {self.skipped} steps left out" if self.skipped else ""
-        return f"loss {self.loss:.3f}  {self.images_per_second:.0f} images/s{left_out}"
+        return f"loss {self.loss:.3f}{knn}  {self.images_per_second:.0f} images/s{left_out}"
 
 
 class Watch:
@@ -52,24 +57,33 @@ class Watch:
     Args:
         plan: What is watched.
         trainer: What does the steps.
+        method: What it trains.
         batches: Where they come from.
         report: Told where the run stands at each logged step.
         note: Told, in a line, what a person should know.
 
     Attributes:
         loss: Of the last logged step; absent before the first.
+        knn: What the monitor said last; absent without one.
     """
 
     def __init__(
         self,
         plan: Plan,
         trainer: Trainer,
+        method: SelfDistillation,
         batches: TrainBatches,
         report: Callable[[Progress], None],
         note: Callable[[str], None],
     ) -> None:
-        self.plan, self.trainer, self.batches, self.report, self.note = plan, trainer, batches, report, note
+        self.plan, self.trainer, self.method, self.batches = plan, trainer, method, batches
+        self.report, self.note = report, note
         self.loss: float | None = None
+        self.knn: float | None = None
+        self._monitor, self._every = None, 0
+        if plan.monitor:
+            self._monitor = Monitor(plan.monitor, plan.preset, plan.device, plan.workers)
+            self._every = plan.monitor_every or self._monitor.every(plan.stop, plan.preset.training.batch_size)
         self._metrics, self._pace = Metrics(plan.out / "metrics.jsonl", trainer.clock.step), Pace()
         self._last: deque[tuple[int, Tensor]] = deque(maxlen=GIVE_UP + LOG_EVERY)
         self._collapse = CollapseWatch(plan.preset, plan.clock.total)
@@ -77,23 +91,40 @@ class Watch:
     def due(self) -> bool:
         """Whether the step to come is to be logged."""
         step = self.trainer.clock.step + 1
-        return step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._pace.elapsed > _LOG_AFTER
+        cadence = step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._looks(step)
+        return cadence or self._pace.elapsed > _LOG_AFTER
+
+    def begin(self) -> None:
+        """Let the monitor look before the first step, for what comes later to be held against."""
+        if self._looks(self.trainer.clock.step) and self.trainer.clock.step == 0:
+            self._metrics.write({"step": 0, "epoch": 0.0, **self._look()})
+            self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
 
     def saw(self, rows: Tensor) -> None:
         """Count a step's images, and remember which they were for a while."""
         self._pace.add(self.plan.preset.training.batch_size)
         self._last.append((self.trainer.clock.step, rows))
 
-    def log(self, values: Values, extra: dict[str, float]) -> None:
+    def _looks(self, step: int) -> bool:
+        return self._monitor is not None and (step % self._every == 0 or step == self.plan.stop)
+
+    def _look(self) -> dict[str, float]:
+        if self._monitor is None:
+            return {}
+        self.knn = self._monitor.look(self.method.teacher)
+        return {"knn": round(self.knn, 3)}
+
+    def log(self, values: Values) -> None:
         """Write a line, tell of it, and look whether the run learns; the host waits for the device.
 
         Raises:
             DinoError: Too many steps in a row were left out; or the networks have collapsed, and that is to stop them.
         """
         clock = self.trainer.clock
-        plain = {name: float(value) for name, value in values.items()} | extra
+        plain = {name: float(value) for name, value in values.items()}
         skipped, in_a_row = self.trainer.skipped.tolist()
         rate, waiting = self._pace.look(self.batches.waited)
+        looked = self._look() if self._looks(clock.step) else {}
         group = self.trainer.optimizer.param_groups[0]
         self._metrics.write(
             {
@@ -106,10 +137,11 @@ class Watch:
                 "data_wait": round(waiting, 4),
                 "peak_memory": peak_memory(self.plan.device),
                 "skipped": skipped,
+                **looked,
             }
         )
         self.loss = plain["loss"]
-        self.report(Progress(clock.step, self.loss, rate, skipped))
+        self.report(Progress(clock.step, self.loss, rate, skipped, self.knn))
         if in_a_row >= GIVE_UP:
             self._give_up(in_a_row)
         collapse = self._collapse.see(clock.step, plain)

@@ -55,6 +55,13 @@ def pretrain(
     on_collapse: Annotated[
         OnCollapse, typer.Option(help="What to do where the networks stop to tell images apart.")
     ] = "warn",
+    monitor: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A small labelled folder, on which the teacher's k-NN accuracy is measured."),
+    ] = None,
+    monitor_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two looks; if absent, they take 5 % of the time at most.")
+    ] = None,
     cache: Annotated[
         str | None, typer.Option(metavar="ram|DIR", help="Keep decoded images for the epochs to come, where they fit.")
     ] = None,
@@ -93,6 +100,8 @@ def pretrain(
         accumulate=accumulate,
         saving=_saving(save_every, keep, milestones),
         on_collapse=on_collapse,
+        monitor=monitor,
+        monitor_every=monitor_every,
     )
     if dry_run:
         _print_plan(plan, json)
@@ -154,12 +163,15 @@ def _peak(plan: Plan) -> float:
 
 
 def _run(plan: Plan, json: bool) -> None:
+    from dinocli.planning import cautions
     from dinocli.pretraining import pretrain
 
     count, total = plan.source.count, plan.clock.total
     size = plan.preset.training.batch_size
     images = f"{count} images" if count else "a stream of images"
     console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
+    for caution in cautions(plan):
+        console.say(f"note: {caution}")
     if plan.stop < total:
         console.say(f"note: stops at step {plan.stop} of {total}; the schedules stay those of the whole run")
     with console.progress("pretrain", plan.stop, "steps") as advance:

@@ -64,12 +64,16 @@ COMMANDS = ["", "pretrain", "extract", "knn", "linear", "attn-map", "export", "p
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_quick_and_imports_no_torch(tmp_path: Path, command: str) -> None:
     words = [*command.split(), "--help"]
-    # Seconds of the processor and not of the clock, since a machine may be busy; on a quiet one they are the same.
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = in_a_process(*words, cwd=tmp_path)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "Usage" in done.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+    def seconds() -> float:
+        # Of the processor and not of the clock, since a machine may be busy; on a quiet one they are the same.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = in_a_process(*words, cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "Usage" in done.stdout
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert any(seconds() < 0.5 for _ in range(3)), "others on the machine make it slower, never quicker"
     code = "import sys\nfrom dinocli.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
 
