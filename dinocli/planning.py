@@ -66,6 +66,7 @@ class Plan:
         on_collapse: What to do where the networks collapse.
         monitor: A small labelled set to measure the teacher on, if there is one.
         monitor_every: Steps between two looks at it; absent, so many that they take a twentieth of the time at most.
+        tensorboard: Whether to write what is logged for TensorBoard too.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Plan:
     on_collapse: OnCollapse = "warn"
     monitor: str | None = None
     monitor_every: int | None = None
+    tensorboard: bool = False
 
     @property
     def clock(self) -> Clock:

@@ -78,16 +78,16 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         if saved:
             plan = going_on(plan, saved.state, note)
         trainer, method, fresh = _trainer(plan, saved)
+        watch = Watch(plan, trainer, method, report, note)
         session = _Session(plan, trainer, method, saved)
         batches = _batches(plan, trainer)
         session.bad = batches.bad
-        watch = Watch(plan, trainer, method, batches, report, note)
         try:
             watch.begin()
             for batch in batches if trainer.clock.step < plan.stop else ():
                 due = watch.due()
                 values = session.step(batch, due)
-                watch.saw(batch.rows)
+                watch.saw(batch.rows, batches.waited)
                 if due:
                     watch.log(values)
                 session.save_now_and_then()

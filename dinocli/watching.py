@@ -10,11 +10,10 @@ from torch import Tensor
 
 from dinocli.atomic import write_text
 from dinocli.collapse import CollapseWatch
-from dinocli.data.loader import TrainBatches
 from dinocli.data.sources import Images
 from dinocli.device import peak_memory
 from dinocli.distillation import SelfDistillation
-from dinocli.engine.metrics import Metrics, Pace
+from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.errors import DinoError
 from dinocli.monitor import Monitor
@@ -58,7 +57,6 @@ class Watch:
         plan: What is watched.
         trainer: What does the steps.
         method: What it trains.
-        batches: Where they come from.
         report: Told where the run stands at each logged step.
         note: Told, in a line, what a person should know.
 
@@ -72,19 +70,20 @@ class Watch:
         plan: Plan,
         trainer: Trainer,
         method: SelfDistillation,
-        batches: TrainBatches,
         report: Callable[[Progress], None],
         note: Callable[[str], None],
     ) -> None:
-        self.plan, self.trainer, self.method, self.batches = plan, trainer, method, batches
-        self.report, self.note = report, note
+        self.plan, self.trainer, self.method, self.report, self.note = plan, trainer, method, report, note
         self.loss: float | None = None
         self.knn: float | None = None
         self._monitor, self._every = None, 0
         if plan.monitor:
             self._monitor = Monitor(plan.monitor, plan.preset, plan.device, plan.workers)
             self._every = plan.monitor_every or self._monitor.every(plan.stop, plan.preset.training.batch_size)
-        self._metrics, self._pace = Metrics(plan.out / "metrics.jsonl", trainer.clock.step), Pace()
+        self._logs: list[Metrics | TensorBoard] = [Metrics(plan.out / "metrics.jsonl", trainer.clock.step)]
+        if plan.tensorboard:
+            self._logs.append(TensorBoard(plan.out / "tensorboard", trainer.clock.step))
+        self._pace, self._waited = Pace(), 0.0
         self._last: deque[tuple[int, Tensor]] = deque(maxlen=GIVE_UP + LOG_EVERY)
         self._collapse = CollapseWatch(plan.preset, plan.clock.total)
 
@@ -97,11 +96,17 @@ class Watch:
     def begin(self) -> None:
         """Let the monitor look before the first step, for what comes later to be held against."""
         if self._looks(self.trainer.clock.step) and self.trainer.clock.step == 0:
-            self._metrics.write({"step": 0, "epoch": 0.0, **self._look()})
+            self._write({"step": 0, "epoch": 0.0, **self._look()})
             self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
 
-    def saw(self, rows: Tensor) -> None:
-        """Count a step's images, and remember which they were for a while."""
+    def saw(self, rows: Tensor, waited: float) -> None:
+        """Count a step's images, and remember which they were for a while.
+
+        Args:
+            rows: Number of each image in its source. [B]
+            waited: Seconds for data since the start.
+        """
+        self._waited = waited
         self._pace.add(self.plan.preset.training.batch_size)
         self._last.append((self.trainer.clock.step, rows))
 
@@ -123,10 +128,10 @@ class Watch:
         clock = self.trainer.clock
         plain = {name: float(value) for name, value in values.items()}
         skipped, in_a_row = self.trainer.skipped.tolist()
-        rate, waiting = self._pace.look(self.batches.waited)
+        rate, waiting = self._pace.look(self._waited)
         looked = self._look() if self._looks(clock.step) else {}
         group = self.trainer.optimizer.param_groups[0]
-        self._metrics.write(
+        self._write(
             {
                 "step": clock.step,
                 "epoch": round(clock.step / clock.steps_per_epoch, 4),
@@ -150,6 +155,10 @@ class Watch:
                 raise DinoError(collapse.words, collapse.remedy)
             self.note(f"warning: {collapse.words}")
             self.note(f"hint: {collapse.remedy}")
+
+    def _write(self, line: dict[str, float | int]) -> None:
+        for log in self._logs:
+            log.write(line)
 
     def _give_up(self, in_a_row: int) -> None:
         source, path = self.plan.source, self.plan.out / "not_finite.txt"

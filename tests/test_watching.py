@@ -9,6 +9,7 @@ import torch
 from test_pretraining import SMALL
 
 from dinocli.data.sources import image_folder
+from dinocli.errors import DinoError
 from dinocli.planning import Plan
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
@@ -64,3 +65,9 @@ def test_a_run_that_goes_on_takes_out_lines_that_it_writes_again(plan: Plan) -> 
     pretrain(plan, lambda p: None)
     assert [line["step"] for line in lines(plan)] == [1, 10, 12, 20, 25]
     assert lines(plan)[3]["loss"] != 1.0
+
+
+def test_what_cannot_be_watched_is_said_before_anything_is_written(plan: Plan) -> None:
+    with pytest.raises(DinoError, match="missing"):
+        pretrain(replace(plan, monitor="missing"), lambda p: None)
+    assert not plan.out.exists()

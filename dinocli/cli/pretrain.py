@@ -65,6 +65,9 @@ def pretrain(
     cache: Annotated[
         str | None, typer.Option(metavar="ram|DIR", help="Keep decoded images for the epochs to come, where they fit.")
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the figures for TensorBoard too, into the run folder.")
+    ] = False,
     workers: Workers = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
@@ -102,6 +105,7 @@ def pretrain(
         on_collapse=on_collapse,
         monitor=monitor,
         monitor_every=monitor_every,
+        tensorboard=tensorboard,
     )
     if dry_run:
         _print_plan(plan, json)
