@@ -92,12 +92,14 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
                 watch.saw(batch.rows, batches.waited)
                 if due:
                     watch.log(values)
-                session.save_now_and_then()
+                if session.save_now_and_then():
+                    watch.draw()
                 if asked_to_stop or trainer.clock.step >= plan.stop:
                     break
         finally:
             batches.close()
             session.close()
+        watch.draw(last=True)
     return Run(
         folder=plan.out,
         checkpoint=plan.out / CHECKPOINT,
@@ -242,12 +244,14 @@ class _Session:
             lines = {f"{path!r}\t{reason}" for path, reason in self.bad.reasons.items()}
             write_text(self.plan.out / _BAD, "".join(f"{line}\n" for line in sorted(lines.union(self.bad_before))))
 
-    def save_now_and_then(self) -> None:
-        """Save where it is time to."""
+    def save_now_and_then(self) -> bool:
+        """Save where it is time to, and say whether it was."""
         saving, step = self.plan.saving, self.trainer.clock.step
         due = [n for n in (saving.steps, saving.milestones) if n and step % n == 0]
-        if due or (saving.seconds and time.perf_counter() - self._saved > saving.seconds):
-            self.save()
+        if not due and not (saving.seconds and time.perf_counter() - self._saved > saving.seconds):
+            return False
+        self.save()
+        return True
 
     def close(self) -> None:
         """Save, unless a step or a save was broken off: then the state before it is the newest."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,11 +18,14 @@ from dinocli.distillation import SelfDistillation
 from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.errors import DinoError
-from dinocli.monitor import Monitor
+from dinocli.monitor import Monitor, steps_between_looks
+from dinocli.photos import Photos
 from dinocli.planning import Plan
+from dinocli.report import write_report
 
 LOG_EVERY = 10  # steps; each log makes the host wait for the device once
 _LOG_AFTER = 5.0  # seconds, for steps so slow that ten of them leave a person waiting
+_DRAW_AFTER = 60.0  # seconds, for runs that save after every few steps
 GIVE_UP = 20  # steps in a row that were left out
 
 
@@ -76,10 +81,12 @@ class Watch:
         self.plan, self.trainer, self.method, self.report, self.note = plan, trainer, method, report, note
         self.loss: float | None = None
         self.knn: float | None = None
-        self._monitor, self._every = None, 0
-        if plan.monitor:
-            self._monitor = Monitor(plan.monitor, plan.preset, plan.device, plan.workers)
-            self._every = plan.monitor_every or self._monitor.every(plan.stop, plan.preset.training.batch_size)
+        self._monitor = Monitor(plan.monitor, plan.preset, plan.device, plan.workers) if plan.monitor else None
+        self._photos = Photos.of(plan.source, plan.preset) if plan.report else None
+        looked_at = (self._monitor.images if self._monitor else 0) + (len(self._photos.pool) if self._photos else 0)
+        between = steps_between_looks(looked_at, plan.stop, plan.preset.training.batch_size)
+        self._every = (plan.monitor_every or between) if looked_at else 0
+        self._drawn = -math.inf
         self._logs: list[Metrics | TensorBoard] = [Metrics(plan.out / "metrics.jsonl", trainer.clock.step)]
         if plan.tensorboard:
             self._logs.append(TensorBoard(plan.out / "tensorboard", trainer.clock.step))
@@ -97,7 +104,8 @@ class Watch:
         """Let the monitor look before the first step, for what comes later to be held against."""
         if self._looks(self.trainer.clock.step) and self.trainer.clock.step == 0:
             self._write({"step": 0, "epoch": 0.0, **self._look()})
-            self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
+            if self.knn is not None:
+                self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
 
     def saw(self, rows: Tensor, waited: float) -> None:
         """Count a step's images, and remember which they were for a while.
@@ -111,13 +119,26 @@ class Watch:
         self._last.append((self.trainer.clock.step, rows))
 
     def _looks(self, step: int) -> bool:
-        return self._monitor is not None and (step % self._every == 0 or step == self.plan.stop)
+        return self._every > 0 and (step % self._every == 0 or step == self.plan.stop)
 
     def _look(self) -> dict[str, float]:
-        if self._monitor is None:
-            return {}
-        self.knn = self._monitor.look(self.method.teacher)
-        return {"knn": round(self.knn, 3)}
+        """What the teacher makes of the labelled images and of the photos."""
+        found: dict[str, float] = {}
+        if self._monitor:
+            self.knn = self._monitor.look(self.method.teacher)
+            found["knn"] = round(self.knn, 3)
+        if self._photos:
+            found |= self._photos.snapshot(self.method.teacher, self.trainer.clock.step, self.plan.out)
+        return found
+
+    def draw(self, *, last: bool = False) -> None:
+        """Draw the report, if there is to be one: once a minute at most, and at the end."""
+        if self._photos and (last or time.perf_counter() - self._drawn > _DRAW_AFTER):
+            try:
+                write_report(self.plan.out)
+            except Exception as error:  # a picture that cannot be drawn is no reason to lose a run
+                self.note(f"note: the report could not be drawn: {error}")
+            self._drawn = time.perf_counter()
 
     def log(self, values: Values) -> None:
         """Write a line, tell of it, and look whether the run learns; the host waits for the device.

@@ -68,6 +68,7 @@ def pretrain(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write the figures for TensorBoard too, into the run folder.")
     ] = False,
+    report: Annotated[bool, typer.Option(help="Draw report.html and curves.png into the run folder.")] = True,
     workers: Workers = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
@@ -106,6 +107,7 @@ def pretrain(
         monitor=monitor,
         monitor_every=monitor_every,
         tensorboard=tensorboard,
+        report=report,
     )
     if dry_run:
         _print_plan(plan, json)
