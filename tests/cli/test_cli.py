@@ -182,8 +182,7 @@ def test_too_little_memory_is_said(
     assert "too little memory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_saves_and_ends_well(tmp_path: Path, images: Path, number: int) -> None:
+def test_ctrl_c_to_the_whole_group_saves_and_the_same_command_goes_on(dino: Dino, tmp_path: Path, images: Path) -> None:
     words = [
         "pretrain",
         "images",
@@ -206,10 +205,10 @@ def test_a_signal_to_the_whole_group_saves_and_ends_well(tmp_path: Path, images:
     )
     metrics = tmp_path / "runs" / "tiny-1" / "metrics.jsonl"
     for _ in range(600):
-        if metrics.exists() and len(metrics.read_text().splitlines()) > 2:
+        if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
             break
         time.sleep(0.1)
-    os.killpg(run.pid, number)
+    os.killpg(run.pid, signal.SIGINT)
     said = run.communicate(timeout=60)[1]
     assert run.returncode == 0, said
     assert "Traceback" not in said
@@ -217,7 +216,25 @@ def test_a_signal_to_the_whole_group_saves_and_ends_well(tmp_path: Path, images:
     from safetensors import safe_open
 
     with safe_open(tmp_path / "ckpt.safetensors", framework="numpy") as file:
-        assert int(file.metadata()["step"]) >= 20
+        step = int(file.metadata()["step"])
+    assert step >= 20
+    again = dino(*words, "--steps", str(step + 2))
+    assert f"going on from step {step} of {step + 2} in runs/tiny-1" in again.stderr
+    assert "done: 2 steps" in again.stderr
+    assert f"after {step} before" in again.stderr
+    assert again.stdout == "runs/tiny-1/ckpt.safetensors\n"
+    assert "into runs/tiny-2" in dino(*words, "--steps", "1").stderr, "what came to its end is not gone on with"
+    assert "into runs/tiny-3" in dino(*words, "--steps", "1", "--seed", "5").stderr
+
+
+def test_how_often_to_save_is_a_time_or_steps(dino: Dino, images: Path) -> None:
+    words = ["pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "6", "--no-report"]
+    dino(*words, "--save-every", "2", "--keep", "9", "--out", "steps")
+    assert {p.name for p in Path("steps/state").iterdir()} == {"0", "2", "4", "6"}
+    dino(*words, "--save-every", "2h", "--milestones", "5", "--out", "time")
+    assert {p.name for p in Path("time/state").iterdir()} == {"5", "6"}
+    for wrong in ("0", "ten", "5 days", "-1min", "1.5h"):
+        assert "wants a time or a number of steps" in dino(*words, f"--save-every={wrong}", code=1).stderr
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(dino: Dino, tmp_path: Path, images: Path) -> None:
