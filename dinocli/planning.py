@@ -201,8 +201,8 @@ def estimate(plan: Plan) -> Estimate:
     weights = _bytes(method.student)
     half = 0.55 if plan.device.type == "cuda" else 1.0
     activations = (sum(saved.values()) - weights) / _EMPTY_BATCH * half
-    # Student, its gradient, two moments, teacher.
-    memory = 5 * weights + max(0.0, activations) * plan.preset.training.batch_size
+    # Student, its gradient, two moments, teacher; and of the batch as much as is taken at once.
+    memory = 5 * weights + max(0.0, activations) * plan.preset.training.batch_size / plan.accumulate
     rate = _product_rate(plan.device) * _EFFICIENCY[plan.device.type]
     seconds = flops * plan.preset.training.batch_size * plan.stop / rate
     return Estimate(_count(method.student), _count(method.student.backbone), flops, memory, seconds)

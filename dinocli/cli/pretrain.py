@@ -141,7 +141,8 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "images": f"{plan.source.count or 'an unknown number'} in {plan.source.where}",
         "backbone": f"{preset.backbone.name}, {networks}",
         "views": views,
-        "batch": f"{preset.training.batch_size} images",
+        "batch": f"{preset.training.batch_size} images"
+        + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else ""),
         "steps": f"{steps}, {clock.steps_per_epoch} an epoch, {clock.epochs} epochs",
         "learning rate": f"up to {_peak(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",
