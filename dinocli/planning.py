@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinocli.data.fill import ViewsConfig
+from dinocli.data.crops import ViewsConfig
 from dinocli.data.loader import Batch
 from dinocli.data.sources import Source
 from dinocli.errors import DinoError

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveFloat, field_validator
 from torch import Tensor
 
 from dinocli.config import Config
@@ -65,6 +65,36 @@ class ViewConfig(Config):
         if not 0 < scale[0] <= scale[1] <= 1:
             raise ValueError("two fractions of the area were wanted, the smaller first")
         return scale
+
+
+class ViewsConfig(Config):
+    """The views of an image.
+
+    Attributes:
+        mean: Of the three channels, in 0 to 1.
+        std: Of the three channels.
+        global_1: The first global view.
+        global_2: The second; a loss between views wants it, a classifier does not.
+        local: The local views, all alike; absent, there are none.
+        locals: How many local views.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    global_1: ViewConfig
+    global_2: ViewConfig | None = None
+    local: ViewConfig | None = None
+    locals: int = Field(0, ge=0)
+
+    @property
+    def globals(self) -> list[ViewConfig]:
+        """The global views in order."""
+        return [view for view in (self.global_1, self.global_2) if view]
+
+    @property
+    def all(self) -> list[ViewConfig]:
+        """All views in order, global ones first."""
+        return self.globals + ([self.local] * self.locals if self.local else [])
 
 
 class Draws(NamedTuple):

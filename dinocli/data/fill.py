@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from dinocli.config import Config
 from dinocli.data.cache import PixelCache
-from dinocli.data.crops import BOX, ViewConfig, crop_boxes, cut_into, draws, resize_and_center, uniforms
+from dinocli.data.crops import BOX, ViewsConfig, crop_boxes, cut_into, draws, resize_and_center, uniforms
 from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode, open_image
 from dinocli.data.ring import Task
 from dinocli.data.shards import Sample
@@ -25,36 +23,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _REDRAWS = 20
-
-
-class ViewsConfig(Config):
-    """The views of an image.
-
-    Attributes:
-        mean: Of the three channels, in 0 to 1.
-        std: Of the three channels.
-        global_1: The first global view.
-        global_2: The second; a loss between views wants it, a classifier does not.
-        local: The local views, all alike; absent, there are none.
-        locals: How many local views.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-    global_1: ViewConfig
-    global_2: ViewConfig | None = None
-    local: ViewConfig | None = None
-    locals: int = Field(0, ge=0)
-
-    @property
-    def globals(self) -> list[ViewConfig]:
-        """The global views in order."""
-        return [view for view in (self.global_1, self.global_2) if view]
-
-    @property
-    def all(self) -> list[ViewConfig]:
-        """All views in order, global ones first."""
-        return self.globals + ([self.local] * self.locals if self.local else [])
 
 
 class Cutter:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinocli.data.crops import JitterConfig, ViewConfig
+from dinocli.data.crops import JitterConfig, ViewConfig, ViewsConfig
 from dinocli.data.decode import ImagesConfig
-from dinocli.data.fill import Cutter, StreamFiller, ViewsConfig, _on_grid
+from dinocli.data.fill import Cutter, StreamFiller, _on_grid
 from dinocli.data.ring import Task
 from dinocli.data.shards import Sample
 
