@@ -19,6 +19,7 @@ from pydantic import Field, field_validator
 from dinocli.config import Config
 from dinocli.data.depth import deep_to_gray
 from dinocli.data.guards import BODY, Reader, TooSlow, check_tags, too_many_scans
+from dinocli.data.jpeg import plain_size
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
@@ -90,15 +91,20 @@ class Opened:
         width: In pixels, upright.
     """
 
-    def __init__(self, source: bytes | Image.Image, image: Image.Image, images: ImagesConfig) -> None:
-        self._source, self._images = source, images
-        self._image: Image.Image | None = image
-        self._size, self._turn = image.size, _orientation(image)
-        self._tagged = bool(_HOLD_ORIENTATION & image.info.keys())
-        # Of these every libjpeg makes the same; CMYK and Adobe's RGB are Pillow's.
-        plain = image.mode == "L" or (image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1)
-        self._plain_jpeg = plain and image.format in ("JPEG", "MPO") and isinstance(source, bytes)
-        self.width, self.height = image.size[::-1] if self._turn > 4 else image.size
+    def __init__(
+        self,
+        source: bytes | Image.Image,
+        images: ImagesConfig,
+        size: tuple[int, int],
+        *,
+        image: Image.Image | None = None,
+        turn: int = 1,
+        tagged: bool = False,
+        plain_jpeg: bool = True,
+    ) -> None:
+        self._source, self._images, self._size = source, images, size
+        self._image, self._turn, self._tagged, self._plain_jpeg = image, turn, tagged, plain_jpeg
+        self.width, self.height = size[::-1] if turn > 4 else size
 
     def pixels(self, reduce: int = 1) -> Pixels | BadImage:
         """Decode.
@@ -134,7 +140,7 @@ class Opened:
             image.im = Image.new(image.mode, image.size, _GREY[image.mode]).im  # Pillow would begin with black
         image.load()
         # What an icon holds is known only now.
-        if image.size != self._size and reduce == 1 and (fault := _size_fault(image, self._images)):
+        if image.size != self._size and reduce == 1 and (fault := _size_fault(image.size, self._images)):
             return fault
         pixels = _to_rgb(image, self._images.window)
         if lenient and not isinstance(pixels, BadImage) and (pixels == pixels[:1, :1]).all():
@@ -162,13 +168,30 @@ def decode(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Pixels
 
 def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
     if isinstance(data, Image.Image):
-        return _size_fault(data, images) or Opened(data, data, images)
+        return _size_fault(data.size, images) or _opened(data, data, images)
     if not data:
         return BadImage("empty: the file has no bytes")
     if len(data) > images.max_megabytes * 1e6:
         return BadImage(f"too large: {len(data) / 1e6:.0f} megabytes, over {images.max_megabytes:g}")
+    # Most photos need no more, and of all else Pillow knows what to say.
+    if (size := plain_size(data)) and not _size_fault(size, images):
+        return Opened(data, images, size)
     image = _header(data)
-    return _size_fault(image, images) or _slow_fault(image, data) or Opened(data, image, images)
+    return _size_fault(image.size, images) or _slow_fault(image, data) or _opened(data, image, images)
+
+
+def _opened(source: bytes | Image.Image, image: Image.Image, images: ImagesConfig) -> Opened:
+    # Of these every libjpeg makes the same; CMYK and Adobe's RGB are Pillow's.
+    plain = image.mode == "L" or (image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1)
+    return Opened(
+        source,
+        images,
+        image.size,
+        image=image,
+        turn=_orientation(image),
+        tagged=bool(_HOLD_ORIENTATION & image.info.keys()),
+        plain_jpeg=plain and image.format in ("JPEG", "MPO") and isinstance(source, bytes),
+    )
 
 
 @cache
@@ -188,14 +211,14 @@ def _slow_fault(image: ImageFile.ImageFile, data: bytes) -> BadImage | None:
     return BadImage(said) if said else None
 
 
-def _size_fault(image: Image.Image, images: ImagesConfig) -> BadImage | None:
-    long, short = max(image.size), min(image.size)
-    size = f"{image.width}x{image.height}"
+def _size_fault(size: tuple[int, int], images: ImagesConfig) -> BadImage | None:
+    short, long = sorted(size)
+    words = f"{size[0]}x{size[1]} pixels are"
     if long * short > images.max_megapixels * 1e6:
-        return BadImage(f"too large: {size} pixels are over {images.max_megapixels:g} megapixels")
+        return BadImage(f"too large: {words} over {images.max_megapixels:g} megapixels")
     if long > images.max_aspect * short:
-        return BadImage(f"too long: {size} pixels are over {images.max_aspect:g} to 1")
-    return BadImage(f"too small: {size} pixels are under {images.min_side} a side") if short < images.min_side else None
+        return BadImage(f"too long: {words} over {images.max_aspect:g} to 1")
+    return BadImage(f"too small: {words} under {images.min_side} a side") if short < images.min_side else None
 
 
 @cache
