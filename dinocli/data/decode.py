@@ -157,6 +157,11 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
     Returns:
         What knows its size and can be decoded, or the reason why not; no bytes make it raise.
     """
+    # Most photos need no more than this, and of all else Pillow knows what to say.
+    if isinstance(data, bytes) and len(data) <= images.max_megabytes * 1e6:
+        size = plain_size(data)
+        if size and not _size_fault(size, images):
+            return Opened(data, images, size)
     return _tried(images, False, lambda: _open(data, images))
 
 
@@ -173,9 +178,6 @@ def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
         return BadImage("empty: the file has no bytes")
     if len(data) > images.max_megabytes * 1e6:
         return BadImage(f"too large: {len(data) / 1e6:.0f} megabytes, over {images.max_megabytes:g}")
-    # Most photos need no more, and of all else Pillow knows what to say.
-    if (size := plain_size(data)) and not _size_fault(size, images):
-        return Opened(data, images, size)
     image = _header(data)
     return _size_fault(image.size, images) or _slow_fault(image, data) or _opened(data, image, images)
 
