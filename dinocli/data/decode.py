@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from pydantic import Field, field_validator
 
 from dinocli.config import Config
-from dinocli.data.depth import deep_to_gray
+from dinocli.data.depth import deep_to_gray, is_deep_color, read_ppm, windowed
 from dinocli.data.guards import BODY, Reader, TooSlow, check_tags, too_many_scans
 from dinocli.data.jpeg import plain_size
 
@@ -31,6 +31,7 @@ _FORMATS = tuple(
     "FTEX GBR BLP FLI XVTHUMB IM SPIDER TGA".split()
 )
 _ORIENTATION = 0x0112
+_QOI = 2e6  # pixels; some ten seconds
 _HOLD_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda p: p[:, ::-1],
@@ -138,11 +139,20 @@ class Opened:
                 reader.left = BODY
         if lenient and image.mode in _GREY and image.format in ("PNG", "BMP", "TIFF", "PPM", "TGA"):
             image.im = Image.new(image.mode, image.size, _GREY[image.mode]).im  # Pillow would begin with black
+        deep = self._images.window is not None and isinstance(image, ImageFile.ImageFile) and is_deep_color(image)
+        if isinstance(image, ImageFile.ImageFile) and isinstance(self._source, bytes):
+            image = read_ppm(image, self._source, self._images.window) or image
         image.load()
         # What an icon holds is known only now.
         if image.size != self._size and reduce == 1 and (fault := _size_fault(image.size, self._images)):
             return fault
         pixels = _to_rgb(image, self._images.window)
+        if deep and self._images.window and not isinstance(pixels, BadImage):
+            exact = _deep_png(self._source) if image.format == "PNG" and image.mode == "RGB" else None
+            # Of other color files Pillow has only the upper 8 bits to tell: the window is right, its steps are coarse.
+            pixels = windowed(
+                pixels if exact is None else exact, *(w / (257 if exact is None else 1) for w in self._images.window)
+            )
         if lenient and not isinstance(pixels, BadImage) and (pixels == pixels[:1, :1]).all():
             return BadImage("truncated: nothing is left of the picture")
         return pixels if isinstance(pixels, BadImage) else _turned(pixels, _orientation(image))
@@ -209,6 +219,8 @@ def _header(data: bytes) -> ImageFile.ImageFile:
 
 
 def _slow_fault(image: ImageFile.ImageFile, data: bytes) -> BadImage | None:
+    if image.format == "QOI" and image.width * image.height > _QOI:
+        return BadImage(f"too slow: {image.width}x{image.height} pixels of a QOI, which Pillow reads one by one")
     said = too_many_scans(image, data)
     return BadImage(said) if said else None
 
@@ -252,6 +264,17 @@ def _fast_jpeg(data: Any, tagged: bool) -> Pixels | None:
             warnings.simplefilter("ignore")  # torch: the bytes are not writable
             return decoder(torch.from_numpy(np.frombuffer(data, np.uint8))).permute(1, 2, 0).numpy()
     except Exception:  # Pillow has the last word
+        return None
+
+
+def _deep_png(data: Any) -> NDArray[np.uint16] | None:
+    """A color PNG's 16 bits, where torchvision is there to read them. [H, W, 3]"""
+    try:
+        import_module("torchvision.io")
+        torch = import_module("torch")
+        values = torch.ops.image.decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, False)
+        return values.permute(1, 2, 0).numpy() if values.dtype == torch.uint16 else None
+    except Exception:  # Pillow's upper 8 bits will do
         return None
 
 
