@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -20,6 +22,8 @@ from dinocli.config import Config
 from dinocli.data.depth import deep_to_gray, is_deep_color, read_ppm, windowed
 from dinocli.data.guards import BODY, Reader, TooSlow, check_tags, too_many_scans
 from dinocli.data.jpeg import plain_size
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its words on bad files come out on stderr
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
@@ -142,7 +146,8 @@ class Opened:
         deep = self._images.window is not None and isinstance(image, ImageFile.ImageFile) and is_deep_color(image)
         if isinstance(image, ImageFile.ImageFile) and isinstance(self._source, bytes):
             image = read_ppm(image, self._source, self._images.window) or image
-        image.load()
+        with _hushed() if image.format == "TIFF" else nullcontext():
+            image.load()
         # What an icon holds is known only now.
         if image.size != self._size and reduce == 1 and (fault := _size_fault(image.size, self._images)):
             return fault
@@ -276,6 +281,23 @@ def _deep_png(data: Any) -> NDArray[np.uint16] | None:
         return values.permute(1, 2, 0).numpy() if values.dtype == torch.uint16 else None
     except Exception:  # Pillow's upper 8 bits will do
         return None
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without the lines that libtiff writes of its own about a damaged file; what is wrong comes back as a value."""
+    try:
+        ours, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is none
+        yield
+        return
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(ours, 2)
+        os.close(ours)
+        os.close(nowhere)
 
 
 @contextmanager

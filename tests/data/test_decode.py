@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
 import struct
@@ -473,3 +474,16 @@ def test_a_ppm_of_any_depth_is_what_pillow_makes_of_it(
 def test_a_large_qoi_is_refused_as_pillow_takes_long_for_it() -> None:
     data = b"qoif" + struct.pack(">IIBB", 2000, 1500, 3, 0) + bytes(100)
     assert decode(data).reason.startswith("too slow: 2000x1500")
+
+
+def test_a_damaged_tiff_says_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(
+        file, "TIFF", compression="tiff_lzw"
+    )
+    data = bytearray(file.getvalue())
+    data[20:400] = b"\xff" * 380
+    assert isinstance(decode(bytes(data)), BadImage)
+    assert capfd.readouterr().err == ""
+    os.write(2, b"ours")
+    assert capfd.readouterr().err == "ours"
