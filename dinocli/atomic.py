@@ -102,6 +102,13 @@ def _parents(path: Path) -> Iterator[None]:
         raise
 
 
+def sweep(folder: Path) -> None:
+    """Take away the drafts that writers who were killed have left in a folder; nobody else may be writing there."""
+    for path in folder.glob(".*"):
+        if path.suffix in (".part", ".old"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def _sync_folder(path: Path) -> None:
     """A rename is durable only once its folder is synced, where the system can sync one."""
     with contextlib.suppress(OSError):

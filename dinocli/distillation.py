@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinocli.data.loader import Batch
@@ -12,6 +14,21 @@ from dinocli.engine.method import Method, ParamGroup
 from dinocli.losses import LossesConfig
 from dinocli.models.network import Network
 from dinocli.schedules import Clock, Schedule
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images of a batch, and what the student is to say of them.
+
+    Attributes:
+        batch: The views of b images.
+        targets: For each loss, by its name. [G, b, K]
+        cls: The teacher's class tokens of the global views. [G, b, D]
+    """
+
+    batch: Batch
+    targets: dict[str, Tensor]
+    cls: Tensor
 
 
 class SelfDistillation(Method):
@@ -37,15 +54,44 @@ class SelfDistillation(Method):
             {name: config.build(student.prototypes(config.head)) for name, config in losses.present().items()}
         )
 
-    def forward(self, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """The losses of a batch; the teacher sees the global crops alone."""
-        with torch.no_grad():
-            teacher = self.teacher([batch.global_crops])
-        student = self.student(batch.crops)
-        return {
-            name: loss(student.logits[head], teacher.logits[head], clock)
-            for (name, loss), head in zip(self.losses.items(), self.head_of.values(), strict=True)
-        }
+    @torch.no_grad()
+    def parts(self, batch: Batch, count: int, clock: Clock) -> list[Part]:
+        """A batch in `count` parts, with the targets that its teacher sets for it as a whole.
+
+        The teacher sees the global crops alone, and as many images at a time as the student will.
+        """
+        batches = batch.split(count)
+        seen = [self.teacher([part.global_crops]) for part in batches]
+        targets: dict[str, list[Tensor]] = {}
+        for name, loss in self.losses.items():
+            logits = torch.cat([encoding.logits[self.head_of[name]] for encoding in seen], 1)  # [G, B, K]
+            targets[name] = list(loss.aim(logits, clock).chunk(count, 1))  # type: ignore[operator]
+        return [
+            Part(part, {name: chunks[i] for name, chunks in targets.items()}, seen[i].cls)
+            for i, part in enumerate(batches)
+        ]
+
+    def forward(self, part: Part) -> dict[str, Tensor]:
+        """The losses of a part."""
+        student = self.student(part.batch.crops)
+        logits = {name: student.logits[head] for name, head in self.head_of.items()}  # [V, b, K]
+        return {name: loss(logits[name], part.targets[name]) for name, loss in self.losses.items()}
+
+    def watch(self, parts: Sequence[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
+        """What tells whether the networks learn: of each loss as `<loss>/<figure>`, and of the features.
+
+        `feature_std` is the spread of the teacher's normalized class tokens over the images: 1 where they lie in all
+        directions alike, 0 where they are all the same.
+        """
+        figures: dict[str, Tensor | float] = {}
+        for name, loss in self.losses.items():
+            targets = torch.cat([part.targets[name] for part in parts], 1)
+            told = loss.watch(targets, losses[name], clock)  # type: ignore[operator]
+            figures |= {f"{name}/{figure}": value for figure, value in told.items()}
+        cls = F.normalize(torch.cat([part.cls for part in parts], 1).float().flatten(0, 1), dim=-1)  # [G * B, D]
+        figures["feature_std"] = cls.var(0, correction=0).sum().sqrt()
+        figures["momentum"] = self.momentum.at(clock)
+        return figures
 
     def param_groups(self) -> list[ParamGroup]:
         """The student's parameters: no decay on biases and one-dimensional ones, prototypes apart while frozen.
@@ -66,10 +112,12 @@ class SelfDistillation(Method):
                 yield parameter.ndim > 1 and not name.endswith(".bias"), frozen, parameter
 
     @torch.no_grad()
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self, clock: Clock, done: Tensor) -> None:
         """Move the teacher towards the student, and let the targets take in what the step saw."""
         # Parameters alone, as in the original: the teacher's BatchNorm keeps statistics of its own.
-        pull = 1 - self.momentum.at(clock)
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), pull)
+        teacher: list[Tensor] = list(self.teacher.parameters())
+        student: list[Tensor] = list(self.student.parameters())
+        pull = (1 - self.momentum.at(clock)) * done.to(teacher[0].dtype)
+        torch._foreach_lerp_(teacher, student, [pull] * len(teacher))
         for loss in self.losses.values():
             loss.after_step()  # type: ignore[operator]

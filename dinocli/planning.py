@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -14,11 +17,34 @@ from dinocli.data.loader import Batch
 from dinocli.data.sources import Source
 from dinocli.errors import DinoError
 from dinocli.preset import Preset
-from dinocli.schedules import Clock, Rate
+from dinocli.schedules import Clock, Cosine, LinearByEpoch, Rate
 
 # Share of a bare matrix product's rate that a whole step reaches: measured 0.8 on a CPU; published ViT runs and DINO's
 # own logs say 0.25 to 0.4 on a GPU.
 _EFFICIENCY = {"cpu": 0.7, "cuda": 0.3, "mps": 0.3}
+
+
+# The demo's recipe shows each prototype 75 images, the paper's 1,950.
+_IMAGES_A_PROTOTYPE = 30
+
+OnCollapse = Literal["stop", "warn"]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How often a run's state is saved, besides at its end.
+
+    Attributes:
+        seconds: Between two; absent, time does not count.
+        steps: Between two; absent, they do not count.
+        keep: How many of the newest are kept.
+        milestones: Steps between states that stay for good; absent, there are none.
+    """
+
+    seconds: float | None = 600.0
+    steps: int | None = None
+    keep: int = 2
+    milestones: int | None = None
 
 
 @dataclass(frozen=True)
@@ -35,6 +61,14 @@ class Plan:
         workers: Processes that decode.
         init: Weights to start from, as the user named them.
         cache: Where decoded images are kept, if they are: `ram`, or a folder.
+        accumulate: Parts in which a batch is taken, to need less memory.
+        saving: How often all that is needed to go on is saved.
+        on_collapse: What to do where the networks collapse.
+        monitor: A small labelled set to measure the teacher on, if there is one.
+        monitor_every: Steps between two looks at it, and at the report's photos; absent, so many that they take a
+            twentieth of the time at most.
+        tensorboard: Whether to write what is logged for TensorBoard too.
+        report: Whether to look at the same photos now and again, and to draw the report.
     """
 
     name: str
@@ -46,6 +80,13 @@ class Plan:
     workers: int
     init: str | None
     cache: str | None = None
+    accumulate: int = 1
+    saving: Saving = Saving()
+    on_collapse: OnCollapse = "warn"
+    monitor: str | None = None
+    monitor_every: int | None = None
+    tensorboard: bool = False
+    report: bool = False
 
     @property
     def clock(self) -> Clock:
@@ -75,6 +116,45 @@ class Estimate:
     flops: float
     memory: float
     seconds: float
+
+
+def cautions(plan: Plan) -> Iterator[str]:
+    """What in a plan is unlikely to be meant: a line each, with the value to take."""
+    preset, clock = plan.preset, plan.clock
+    for name, schedule, path in _warm_ups(preset):
+        steps = schedule * clock.steps_per_epoch
+        if steps >= plan.stop > 0:
+            yield f"{name} takes {steps} steps and this run ends at {plan.stop}: --set {path}=0"
+        elif steps > clock.total / 2:
+            fits = max(1, clock.epochs // 5)
+            yield f"{name} takes {steps} of {clock.total} steps: --set {path}={fits} leaves most of the run after it"
+    seen = clock.total * preset.training.batch_size
+    for name, head in preset.heads.items():
+        if seen < _IMAGES_A_PROTOTYPE * head.prototypes:
+            fits = max(64, 1 << int(math.log2(max(1, seen / _IMAGES_A_PROTOTYPE))))
+            epochs = math.ceil(clock.epochs * _IMAGES_A_PROTOTYPE * head.prototypes / seen)
+            yield (
+                f"{clock.total} steps show {seen} images to {head.prototypes} prototypes, and few will learn: "
+                f"--set heads.{name}.prototypes={fits}, or --epochs {epochs}"
+            )
+    usual, peak = 0.0005 * preset.training.batch_size / 256, max(plan.lr.bounds)
+    if preset.optimizer.kind == "adamw" and not usual / 10 <= peak <= usual * 10:
+        yield (
+            f"a learning rate of {peak:.2g} for {preset.training.batch_size} images is far from the paper's "
+            f"0.0005 * batch / 256 = {usual:.2g}: --set optimizer.lr.start=0.0005"
+        )
+
+
+def _warm_ups(preset: Preset) -> Iterator[tuple[str, int, str]]:
+    """What each warm-up and freeze is called, its length in epochs, and its key."""
+    if isinstance(preset.optimizer.lr, Cosine):
+        yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs"
+    for name, head in preset.heads.items():
+        yield "the freeze of the prototypes", head.freeze_last_layer_epochs, f"heads.{name}.freeze_last_layer_epochs"
+    for name, loss in preset.losses.present().items():
+        temperature = loss.targets.temperature
+        if isinstance(temperature, LinearByEpoch):
+            yield "the teacher temperature's warm-up", temperature.epochs, f"losses.{name}.targets.temperature.epochs"
 
 
 def start_clock(preset: Preset, images: int | None) -> Clock:
@@ -116,7 +196,7 @@ def estimate(plan: Plan) -> Estimate:
 
     kept: list[torch.Tensor] = []
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        torch.stack(list(method(batch, plan.clock).values())).sum().backward()
+        torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
     flops = counter.get_total_flops() / _EMPTY_BATCH
     weights = _bytes(method.student)
     half = 0.55 if plan.device.type == "cuda" else 1.0

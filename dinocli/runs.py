@@ -4,16 +4,65 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from dinocli.errors import DinoError
 
 RUNS = Path("runs")
 CHECKPOINT = "ckpt.safetensors"
 
 
+def runs_of(preset: str) -> list[Path]:
+    """The folders `runs/<preset>-<n>`, the last first."""
+    numbers = {int(tail): p for p in RUNS.glob(f"{preset}-*") if (tail := p.name.removeprefix(f"{preset}-")).isdigit()}
+    return [numbers[n] for n in sorted(numbers, reverse=True)]
+
+
 def next_folder(preset: str) -> Path:
     """The first `runs/<preset>-<n>` after all that exist."""
-    taken = [int(tail) for path in RUNS.glob(f"{preset}-*") if (tail := path.name.removeprefix(f"{preset}-")).isdigit()]
-    return RUNS / f"{preset}-{max(taken, default=0) + 1}"
+    last = int(runs_of(preset)[0].name.removeprefix(f"{preset}-")) if runs_of(preset) else 0
+    return RUNS / f"{preset}-{last + 1}"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep a run folder, which is made where it is missing, for this process; left empty, it is taken away again.
+
+    Raises:
+        DinoError: Another process is at work in it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+        with suppress(OSError):  # it holds something
+            for path in made:
+                path.rmdir()
+
+
+def _lock(folder: Path) -> int | None:
+    """A lock that ends with the process however that ends; absent where the system has none for folders."""
+    try:
+        import fcntl
+
+        file = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise DinoError(f"a run is going on in {folder}", "let it end, or take another --out") from None
+    except OSError:  # a file system without locks
+        os.close(file)
+        return None
+    return file
 
 
 def newest_run() -> Path | None:

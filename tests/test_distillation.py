@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from conftest import PRECISIONS, Original, assert_original
@@ -197,10 +199,11 @@ def test_the_teacher_follows_in_its_parameters_and_keeps_statistics_of_its_own()
         first = getattr(method, which).heads["dino"].mlp[0]
         first.register_forward_hook(lambda m, i, output, outputs=outputs: outputs.append(output.detach()))
     before = {key: value.clone() for key, value in method.teacher.named_parameters()}
-    method(Batch(torch.randn(2, 4, 3, 16, 16), torch.randn(3, 4, 3, 8, 8), torch.arange(4)), Clock(1, 10))
+    batch = Batch(torch.randn(2, 4, 3, 16, 16), torch.randn(3, 4, 3, 8, 8), torch.arange(4))
+    method(*method.parts(batch, 1, Clock(1, 10)))
     for parameter in method.student.parameters():
         parameter.data.add_(torch.randn_like(parameter))
-    method.after_step(Clock(1, 10))
+    method.after_step(Clock(1, 10), torch.tensor(True))
     student = dict(method.student.named_parameters())
     for key, value in method.teacher.named_parameters():
         torch.testing.assert_close(value, 0.75 * before[key] + 0.25 * student[key])
@@ -210,3 +213,40 @@ def test_the_teacher_follows_in_its_parameters_and_keeps_statistics_of_its_own()
         assert len(output) == rows
         torch.testing.assert_close(statistics.running_mean, 0.1 * output.mean(0))
         assert statistics.num_batches_tracked == 1
+
+
+def test_parts_of_a_batch_make_the_same_step_as_the_whole() -> None:
+    """Targets are made of the whole batch first, so that a step in parts is the same step."""
+    options = "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"
+    small = [options, "heads.dino.prototypes=16", "heads.dino.hidden=16", "heads.dino.bottleneck=8"]
+    preset = load_preset("tiny", [*small, "heads.dino.batch_norm=false", "optimizer.lr.warmup_epochs=0"])
+    ends = []
+    for parts in (1, 2, 4):
+        torch.manual_seed(0)
+        method = preset.method().double()
+        trainer = Trainer(method, preset.optimizer, Clock(2, 10), batch_size=8, accumulate=parts)
+        for _ in range(4):
+            batch = torch.randn(6, 8, 3, 16, 16, dtype=torch.float64)
+            values = trainer.step(Batch(batch[:2], batch[2:], torch.arange(8)), watch=True)
+        ends.append((values, method.state_dict()))
+    for values, state in ends[1:]:
+        for name, value in ends[0][0].items():
+            torch.testing.assert_close(value, values[name], rtol=1e-9, atol=1e-12)
+        for name, value in ends[0][1].items():
+            torch.testing.assert_close(value, state[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_figures_tell_uniform_and_one_sided_collapse_from_learning() -> None:
+    loss = load_preset("tiny", ["heads.dino.prototypes=16"]).losses.dino.build(16)
+    clock = Clock(1, 1)
+    for logits, entropy, information, prototypes in (
+        (torch.zeros(2, 8, 16), math.log(16), 0, 1),  # all alike
+        (100 * torch.eye(16)[:1].expand(2, 8, 16), 0, 0, 1 / 16),  # one prototype for all
+        (100 * torch.eye(16).view(2, 8, 16), 0, math.log(16), 1),  # each image its own
+    ):
+        targets = loss.aim(logits, clock)
+        told = loss.watch(targets, torch.tensor(3.0), clock)
+        assert {k: float(told[k]) for k in ("teacher_entropy", "information", "prototypes", "kl")} == pytest.approx(
+            {"teacher_entropy": entropy, "information": information, "prototypes": prototypes, "kl": 3 - entropy},
+            abs=1e-5,
+        )

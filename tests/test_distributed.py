@@ -28,7 +28,7 @@ def two_calls(rank: int, folder: str) -> None:
             name = f"loss2rank/rank{rank}"
             student = original[f"{name}/student{call}"].to(dtype).unflatten(0, (made["ncrops"], -1))
             teacher = original[f"{name}/teacher{call}"].to(dtype).unflatten(0, (2, -1))
-            assert_original(loss(student, teacher, Clock(1, 10, epoch)), original[f"{name}/loss{call}"])
+            assert_original(loss(student, loss.aim(teacher, Clock(1, 10, epoch))), original[f"{name}/loss{call}"])
             loss.after_step()
             assert_original(loss.targets.center, original[f"{name}/center_after{call}"][0])
     (Path(folder) / f"done{rank}").touch()

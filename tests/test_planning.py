@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from conftest import write_images
 
 from dinocli.data.sources import image_folder
 from dinocli.errors import DinoError
-from dinocli.planning import Plan, estimate, start_clock
+from dinocli.planning import Plan, cautions, estimate, start_clock
 from dinocli.preset import load_preset
 
 
@@ -54,3 +56,35 @@ def test_an_estimate_grows_with_the_run(tmp_path: Path) -> None:
 def test_the_rate_counts_the_batch_in(images: Path) -> None:
     made = plan(images, "training.batch_size=512", preset="vits16")
     assert made.lr.start == 5e-4 * 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stop", "words"),
+    [
+        ([], None, []),
+        ([], 40, ["the learning rate's warm-up takes 50 steps and this run ends at 40", "freeze of the prototypes"]),
+        (["heads.dino.prototypes=65536"], None, ["400 steps show 19200 images to 65536 prototypes"]),
+        (["optimizer.lr.warmup_epochs=5"], None, ["the learning rate's warm-up takes 250 of 400 steps"]),
+        (["optimizer.lr.start=1.0"], None, ["a learning rate of 0.19 for 48 images is far from the paper's"]),
+        (
+            ["losses.dino.targets.temperature={kind='linear_by_epoch', start=0.04, end=0.07, epochs=30}"],
+            None,
+            ["the teacher temperature's warm-up takes 1500 steps and this run ends at 400"],
+        ),
+    ],
+)
+def test_what_is_unlikely_to_be_meant_is_said_with_the_value_to_take(
+    tmp_path: Path, overrides: list[str], stop: int | None, words: list[str]
+) -> None:
+    preset = load_preset("tiny", overrides)
+    source = image_folder(write_images(tmp_path, 48, size=8))
+    total = start_clock(preset, 48).total
+    plan = Plan("tiny", preset, source, stop or total, Path("x"), torch.device("cpu"), 0, None)
+    said = list(cautions(plan))
+    assert len(said) == len(words)
+    for line, expected in zip(said, words, strict=True):
+        assert expected in line
+        changed = [value.strip(", ") for value in re.findall(r"--set (\S+)", line)]
+        assert changed, "there is a value to take"
+        mended = load_preset("tiny", [*overrides, *changed])
+        assert not [w for w in cautions(replace(plan, preset=mended)) if expected in w], "which is right"

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from dinocli.planning import Plan
 from dinocli.preset import Preset, load_preset
 from dinocli.pretraining import Progress, pretrain, start_from
 from dinocli.runs import newest_run
+from dinocli.states import saved_states
 from dinocli.weights import read_weights, write_checkpoint
 
 SMALL = [
@@ -47,7 +50,7 @@ def test_a_run_folder_holds_all_that_a_run_is(plan: Plan) -> None:
     seen: list[Progress] = []
     run = pretrain(plan, seen.append)
     assert run.folder == Path("runs/tiny-1")
-    assert sorted(p.name for p in run.folder.iterdir()) == ["ckpt.safetensors", "metrics.jsonl", "preset.json"]
+    assert sorted(p.name for p in run.folder.iterdir()) == ["ckpt.safetensors", "metrics.jsonl", "preset.json", "state"]
     assert Preset.parse(json.loads((run.folder / "preset.json").read_text()), "stored") == plan.preset
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 6] == [p.step for p in seen]
@@ -114,21 +117,31 @@ def test_training_moves_the_teacher(plan: Plan) -> None:
     assert not torch.equal(before["blocks.0.attn.proj.weight"], after["blocks.0.attn.proj.weight"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_after_the_step_with_the_weights_saved(plan: Plan, number: int) -> None:
     handler = signal.getsignal(number)
     run = pretrain(plan, lambda p: os.kill(os.getpid(), number) if p.step == 1 else None)
-    assert (run.step, run.stopped) == (2, True)
+    assert (run.step, run.stopped) == (1, True)
     assert weights_of(run.folder)
     assert signal.getsignal(number) is handler
 
 
-def test_a_taken_folder_is_not_written_over(plan: Plan) -> None:
-    pretrain(replace(plan, out=Path("mine")), lambda p: None)
-    before = (Path("mine") / "ckpt.safetensors").read_bytes()
-    with pytest.raises(DinoError, match="already holds a run"):
-        pretrain(replace(plan, out=Path("mine"), stop=1), lambda p: None)
-    assert (Path("mine") / "ckpt.safetensors").read_bytes() == before
+def test_a_finished_run_is_left_as_it_is(plan: Plan) -> None:
+    pretrain(plan, lambda p: None)
+    before, said = {p: p.read_bytes() for p in plan.out.rglob("*") if p.is_file()}, []
+    run = pretrain(plan, lambda p: None, said.append)
+    assert said == ["runs/tiny-1 is finished: 6 steps are done, and 6 were asked for"]
+    assert (run.step, run.stopped, run.loss) == (6, False, None)
+    assert {p: p.read_bytes() for p in plan.out.rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_with_weights_alone_is_not_written_over(plan: Plan) -> None:
+    pretrain(plan, lambda p: None)
+    shutil.rmtree(plan.out / "state")
+    before = (plan.out / "ckpt.safetensors").read_bytes()
+    with pytest.raises(DinoError, match="a run without a state to go on from"):
+        pretrain(plan, lambda p: None)
+    assert (plan.out / "ckpt.safetensors").read_bytes() == before
 
 
 def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
@@ -146,7 +159,7 @@ def test_a_full_disk_at_the_start_leaves_no_folder(plan: Plan, monkeypatch: pyte
     monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space left") as error:
         pretrain(plan, lambda p: None)
-    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "runs/tiny-1/ckpt.safetensors")
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "runs/tiny-1/state/0")
     assert not plan.out.exists()
 
 
@@ -157,12 +170,20 @@ def test_bad_images_are_listed(plan: Plan, images: Path) -> None:
     assert list(run.bad.reasons) == ["a/0001.png"]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_weights(plan: Plan) -> None:
+def test_steps_that_are_not_finite_are_left_out_and_end_the_run_when_no_other_comes(plan: Plan, images: Path) -> None:
     hot = plan.preset.optimizer.model_copy(update={"lr": plan.preset.optimizer.lr.scaled(1e12), "clip": None})
-    broken = replace(plan, preset=plan.preset.model_copy(update={"optimizer": hot}), stop=12)
-    with pytest.raises(DinoError, match=r"the loss is nan at step \d+; the weights of step 0 are kept"):
-        pretrain(broken, lambda p: None)
+    broken = replace(plan, preset=plan.preset.model_copy(update={"optimizer": hot}), stop=60)
+    seen: list[Progress] = []
+    with pytest.raises(DinoError, match=r"not finite in \d+ steps in a row, up to 30") as error:
+        pretrain(broken, seen.append)
+    assert "--init runs/tiny-1/state/STEP" in error.value.hint
     assert all(v.isfinite().all() for v in weights_of(Path("runs/tiny-1")).values())
+    assert [folder.name for folder, _ in saved_states(plan.out)] == ["30", "0"]
+    assert seen[-1].skipped > 20
+    assert f"{seen[-1].skipped} steps left out" in seen[-1].note
+    named = [line.split("\t") for line in (plan.out / "not_finite.txt").read_text().splitlines()]
+    assert len(named) == 30 * 4, "the images of each of the last thirty steps"
+    assert all((images / ast.literal_eval(name)).is_file() for _, name in named)
 
 
 def test_start_from_own_weights_takes_the_heads_too(plan: Plan) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dinocli import console, shipped
 from dinocli.cli.options import Device, Images, Json, Workers
-from dinocli.runs import link_newest, next_folder
+from dinocli.errors import DinoError
+from dinocli.runs import link_newest, next_folder, runs_of
 
 if TYPE_CHECKING:
-    from dinocli.planning import Plan
+    from dinocli.planning import Plan, Saving
+
+OnCollapse = Literal["stop", "warn"]
 
 
 def pretrain(
@@ -33,10 +37,38 @@ def pretrain(
         typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the preset; may be repeated."),
     ] = None,
     init: Annotated[str | None, typer.Option(metavar="FILE|timm:NAME", help="Weights to start from.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/<preset>-<n> if absent.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder. If absent: that of the same run where it did not come to its end, else runs/<preset>-<n>."
+        ),
+    ] = None,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Take a batch in N parts: it learns the same in less memory.")
+    ] = 1,
+    save_every: Annotated[
+        str,
+        typer.Option(metavar="TIME|STEPS", help="How often to save what is needed to go on: 90s, 10min, 2h, or steps."),
+    ] = "10min",
+    keep: Annotated[int, typer.Option(min=1, help="Saved states to keep, the newest.")] = 2,
+    milestones: Annotated[int | None, typer.Option(min=1, help="Keep a state for good every N steps.")] = None,
+    on_collapse: Annotated[
+        OnCollapse, typer.Option(help="What to do where the networks stop to tell images apart.")
+    ] = "warn",
+    monitor: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A small labelled folder, on which the teacher's k-NN accuracy is measured."),
+    ] = None,
+    monitor_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two looks; if absent, they take 5 % of the time at most.")
+    ] = None,
     cache: Annotated[
         str | None, typer.Option(metavar="ram|DIR", help="Keep decoded images for the epochs to come, where they fit.")
     ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the figures for TensorBoard too, into the run folder.")
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Draw report.html and curves.png into the run folder.")] = True,
     workers: Workers = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
@@ -52,6 +84,7 @@ def pretrain(
     from dinocli.device import default_workers, pick_device
     from dinocli.planning import Plan, start_clock
     from dinocli.preset import load_preset
+    from dinocli.states import unfinished
 
     short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
     loaded = load_preset(preset, [*(overrides or []), *(f"{key}={v}" for key, v in short.items() if v is not None)])
@@ -63,16 +96,36 @@ def pretrain(
         preset=loaded,
         source=source,
         stop=total if steps is None else min(steps, total),
-        out=out or next_folder(name),
+        out=out or unfinished(runs_of(name), (loaded, source.fingerprint, init)) or next_folder(name),
         device=picked,
         workers=default_workers(picked) if workers is None else workers,
         init=init,
         cache=cache,
+        accumulate=accumulate,
+        saving=_saving(save_every, keep, milestones),
+        on_collapse=on_collapse,
+        monitor=monitor,
+        monitor_every=monitor_every,
+        tensorboard=tensorboard,
+        report=report,
     )
     if dry_run:
         _print_plan(plan, json)
     else:
         _run(plan, json)
+
+
+def _saving(every: str, keep: int, milestones: int | None) -> Saving:
+    from dinocli.planning import Saving
+
+    units = {"s": 1, "min": 60, "h": 3600}
+    found = re.fullmatch(r"([1-9]\d*)\s*(s|min|h|)", every.strip())
+    if not found:
+        raise DinoError(f"--save-every wants a time or a number of steps; it is {every!r}", "--save-every 10min")
+    amount, unit = int(found[1]), found[2]
+    if unit:
+        return Saving(seconds=amount * units[unit], keep=keep, milestones=milestones)
+    return Saving(seconds=None, steps=amount, keep=keep, milestones=milestones)
 
 
 def _print_plan(plan: Plan, json: bool) -> None:
@@ -116,16 +169,19 @@ def _peak(plan: Plan) -> float:
 
 
 def _run(plan: Plan, json: bool) -> None:
+    from dinocli.planning import cautions
     from dinocli.pretraining import pretrain
 
     count, total = plan.source.count, plan.clock.total
     size = plan.preset.training.batch_size
     images = f"{count} images" if count else "a stream of images"
     console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
+    for caution in cautions(plan):
+        console.say(f"note: {caution}")
     if plan.stop < total:
         console.say(f"note: stops at step {plan.stop} of {total}; the schedules stay those of the whole run")
     with console.progress("pretrain", plan.stop, "steps") as advance:
-        run = pretrain(plan, lambda progress: advance(progress.step, progress.note))
+        run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)
     linked = link_newest(run.checkpoint)
     if run.fresh_heads:
         console.say(f"note: {plan.init} gave the backbone; new heads: {', '.join(run.fresh_heads)}")
@@ -136,10 +192,16 @@ def _run(plan: Plan, json: bool) -> None:
         )
     if run.cached is not None:
         console.say(f"note: the cache held {run.cached} of {count} images")
-    if run.stopped:
-        console.say(f"stopped at step {run.step} of {plan.stop}; the weights so far are kept")
+    if run.skipped:
+        console.say(f"note: {run.skipped} steps were left out, since their loss or gradient was not finite")
     loss = f", loss {run.loss:.3f}" if run.loss is not None else ""
-    console.say(f"done: {run.step} steps in {console.duration(run.seconds)}{loss}")
+    if run.stopped:
+        console.say(
+            f"stopped at step {run.step} of {plan.stop}{loss}; all is saved: the same command goes on from there"
+        )
+    elif run.step > run.began or not run.step:
+        before = f", after {run.began} before" if run.began else ""
+        console.say(f"done: {run.step - run.began} steps in {console.duration(run.seconds)}{before}{loss}")
     if not linked:
         console.say(f"note: ./{run.checkpoint.name} is a file of your own and was left as it is")
     console.say(f"next: dino extract {run.checkpoint.name if linked else run.checkpoint} DATA")

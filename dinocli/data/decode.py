@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 from dinocli.config import Config
 from dinocli.data.depth import deep_to_gray, is_deep_color, read_ppm, windowed
 from dinocli.data.guards import BODY, Reader, TooSlow, check_tags, too_many_scans
-from dinocli.data.jpeg import plain_size
+from dinocli.data.jpeg import plain_header
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its words on bad files come out on stderr
 
@@ -94,6 +94,8 @@ class Opened:
     Attributes:
         height: In pixels, upright.
         width: In pixels, upright.
+        format: As Pillow names it; absent of what came decoded.
+        mode: Pillow's, of the file's pixels: `I;16` is deep, `L` grey.
     """
 
     def __init__(
@@ -102,6 +104,8 @@ class Opened:
         images: ImagesConfig,
         size: tuple[int, int],
         *,
+        format: str | None = "JPEG",
+        mode: str,
         image: Image.Image | None = None,
         turn: int = 1,
         tagged: bool = False,
@@ -110,6 +114,7 @@ class Opened:
         self._source, self._images, self._size = source, images, size
         self._image, self._turn, self._tagged, self._plain_jpeg = image, turn, tagged, plain_jpeg
         self.width, self.height = size[::-1] if turn > 4 else size
+        self.format, self.mode = format, mode
 
     def pixels(self, reduce: int = 1) -> Pixels | BadImage:
         """Decode.
@@ -174,9 +179,9 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
     """
     # Most photos need no more than this, and of all else Pillow knows what to say.
     if isinstance(data, bytes) and len(data) <= images.max_megabytes * 1e6:
-        size = plain_size(data)
-        if size and not _size_fault(size, images):
-            return Opened(data, images, size)
+        plain = plain_header(data)
+        if plain and not _size_fault(plain.size, images):
+            return Opened(data, images, plain.size, mode=plain.mode)
     return _tried(images, False, lambda: _open(data, images))
 
 
@@ -204,6 +209,8 @@ def _opened(source: bytes | Image.Image, image: Image.Image, images: ImagesConfi
         source,
         images,
         image.size,
+        format=image.format,
+        mode=image.mode,
         image=image,
         turn=_orientation(image),
         tagged=bool(_HOLD_ORIENTATION & image.info.keys()),
@@ -257,6 +264,11 @@ def _jpeg_decoder(tagged: bool) -> Callable[[Any], Any] | None:
             return None if tagged else import_module("torchcodec.decoders").decode_jpeg
         except Exception:
             return None
+
+
+def has_fast_jpeg() -> bool:
+    """Whether JPEGs are decoded by torch's libraries; Pillow does it where they are absent."""
+    return _jpeg_decoder(False) is not None
 
 
 def _fast_jpeg(data: Any, tagged: bool) -> Pixels | None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 _SEGMENTS = 64  # a plain file has some ten
 _SCAN, _BASELINE, _QUANTIZATION, _JFIF, _PROFILE = 0xDA, 0xC0, 0xDB, 0xE0, 0xE2
 _PASSED_OVER = {0xC4, 0xDD, 0xFE}  # Huffman tables, restart interval, comment
 
 
-def plain_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of a JPEG, if nothing about it is unusual: else None, and Pillow should be asked.
+class Header(NamedTuple):
+    """Width and height of a picture, and Pillow's name for its colors."""
+
+    size: tuple[int, int]
+    mode: str
+
+
+def plain_header(data: bytes) -> Header | None:
+    """Size and colors of a JPEG, if nothing about it is unusual: else None, and Pillow should be asked.
 
     Plain is 8 bits, grey or color, baseline, all in one scan, and no segment in which Pillow could find an orientation,
     other colors, other pictures or a fault.
@@ -26,7 +34,8 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
         if mark != 0xFF or length < 2:
             return None
         if kind == _SCAN:
-            return size if size and length == 6 + 2 * bands and data[body] == bands else None
+            whole = length == 6 + 2 * bands and data[body] == bands
+            return Header(size, "L" if bands == 1 else "RGB") if size and whole else None
         if kind == _BASELINE:
             bits, height, width, bands = struct.unpack_from(">BHHB", data, body)
             if size or bits != 8 or bands not in (1, 3) or length != 8 + 3 * bands:

@@ -47,6 +47,12 @@ class Batch:
         """All views, a group a resolution, global ones first."""
         return [self.global_crops] if self.local_crops is None else [self.global_crops, self.local_crops]
 
+    def split(self, count: int) -> list[Batch]:
+        """Its images in `count` batches of the same size, in order."""
+        globals_, rows = self.global_crops.chunk(count, 1), self.rows.chunk(count)
+        locals_ = [None] * count if self.local_crops is None else self.local_crops.chunk(count, 1)
+        return [Batch(*part) for part in zip(globals_, locals_, rows, strict=True)]
+
 
 @dataclass
 class BadFiles:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -76,6 +77,12 @@ class Shards:
     def count(self) -> int | None:
         """Images in all."""
         return None if self.counts is None else sum(self.counts)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same files or commands in the same order, wherever their folder lies."""
+        names = [url if url.startswith(PIPE) else os.path.basename(url) for url in self.urls]
+        return f"{zlib.crc32(json.dumps([names, self.counts]).encode()):08x}"
 
     def stream(
         self, lane: int, lanes: int, *, seed: int | None = None, skip: int = 0, buffer: int = 1000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,11 @@ class Images:
     def count(self) -> int:
         """How many there are; of tar shards it may be unknown."""
         return len(self.names)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same names in the same order, wherever their folder lies."""
+        return f"{zlib.crc32(self.names.ends.tobytes(), zlib.crc32(self.names.text.tobytes())):08x}"
 
     def read(self, index: int) -> bytes | Image:
         """The bytes of a file.

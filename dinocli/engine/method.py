@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +32,35 @@ class ParamGroup:
 class Method(nn.Module, ABC):
     """A way of learning: losses for a batch, parameters to move, and what else changes after a step."""
 
+    def parts(self, batch: Any, count: int, clock: Clock) -> Sequence[Any]:
+        """What a step is made of: `count` parts of a batch, of the same size, whose gradients are added up.
+
+        What must be worked out of the whole batch is worked out here. In one part a batch is itself.
+
+        Raises:
+            ValueError: The method cannot part its batches.
+        """
+        if count != 1:
+            raise ValueError(f"{type(self).__name__} takes its batches whole; {count} parts were asked for")
+        return [batch]
+
     @abstractmethod
-    def forward(self, batch: Any, clock: Clock) -> dict[str, Tensor]:
-        """The losses of a batch by name; their sum is what is minimized."""
+    def forward(self, part: Any) -> dict[str, Tensor]:
+        """The losses of a part by name; their sum is what is minimized."""
+
+    def watch(self, parts: Sequence[Any], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
+        """More figures of a step, for those that are logged; its parameters have not moved yet."""
+        return {}
 
     @abstractmethod
     def param_groups(self) -> list[ParamGroup]:
         """The parameters to move."""
 
-    def after_step(self, clock: Clock) -> None:
-        """Change what no gradient reaches; called when the optimizer has moved the parameters."""
+    def after_step(self, clock: Clock, done: Tensor) -> None:
+        """Change what no gradient reaches; called when the optimizer has moved the parameters.
+
+        Args:
+            clock: Of the step.
+            done: Whether it was done; where it was not, no parameter may change. Buffers are put back by the engine.
+                [], bool
+        """

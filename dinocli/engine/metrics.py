@@ -4,20 +4,68 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from dinocli.atomic import write_text
+from dinocli.errors import DinoError
 
 
 class Metrics:
-    """Appends a line of JSON for each logged step."""
+    """Appends a line of JSON for each logged step.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file.
+        step: Where the run goes on; lines of later steps, and one that was never ended, are taken out of the file.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
+        if path.exists():
+            write_text(path, "".join(f"{line}\n" for line in _lines(path) if json.loads(line)["step"] <= step))
 
     def write(self, values: dict[str, float | int]) -> None:
         """Add a line; a value that is not finite is written as a string, which JSON can hold."""
         plain = {k: v if abs(v) < float("inf") else str(v) for k, v in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain) + "\n")
+
+
+class TensorBoard:
+    """The same figures for TensorBoard.
+
+    Args:
+        folder: For its files.
+        step: Where the run goes on; what was written of later steps is not shown any more.
+
+    Raises:
+        DinoError: It is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise DinoError(
+                "TensorBoard's files were asked for; it is not installed", "pip install 'dinocli[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, values: dict[str, float | int]) -> None:
+        """Add a step's figures."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, int(values["step"]))
+        self._writer.flush()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            known = isinstance(json.loads(line)["step"], int)
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if known:
+            yield line
 
 
 class Pace:

@@ -77,7 +77,11 @@ class SGDConfig(_Optimizer):
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
         """The optimizer over the groups."""
-        return torch.optim.SGD(_as_dicts(groups), lr=0.0, momentum=self.momentum)
+        optimizer = torch.optim.SGD(_as_dicts(groups), lr=0.0, momentum=self.momentum, fused=True)
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            # torch's own start, but in being before a first step that may be left out.
+            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
 
 
 class LARSConfig(_Optimizer):
@@ -114,7 +118,8 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Move every parameter that has a gradient, unless `found_inf` is 1, which torch's own obey too."""
+        left_out = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -126,8 +131,11 @@ class LARS(torch.optim.Optimizer):
                     ratio = group["trust"] * size / pull
                     move = move * torch.where((size > 0) & (pull > 0), ratio, torch.ones_like(ratio))
                 state = self.state[p]
-                state["momentum"] = state.get("momentum", torch.zeros_like(p)) * group["momentum"] + move
-                p.sub_(group["lr"] * state["momentum"])
+                old = state.get("momentum", torch.zeros_like(p))
+                new = old * group["momentum"] + move
+                moved = p - group["lr"] * new
+                state["momentum"] = new if left_out is None else torch.where(left_out > 0, old, new)
+                p.copy_(moved if left_out is None else torch.where(left_out > 0, p, moved))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
@@ -135,6 +143,16 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decay"] else 0.0
+
+
+def move(optimizer: torch.optim.Optimizer, done: Tensor) -> None:
+    """Do the optimizer's step and let the gradients go; where `done` is false on the device, nothing moves.
+
+    The host does not wait to learn which: what torch made for its loss scaling keeps the moments and counts too.
+    """
+    optimizer.found_inf = (~done).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def drop_frozen(optimizer: torch.optim.Optimizer, clock: Clock) -> None:

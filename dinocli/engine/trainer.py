@@ -6,22 +6,35 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dinocli.engine.method import Method
-from dinocli.engine.optim import OptimizerConfig, clip_gradients, drop_frozen, set_rates
+from dinocli.engine.optim import OptimizerConfig, clip_gradients, drop_frozen, move, set_rates
 from dinocli.schedules import Clock
 
-OnStep = Callable[[Clock, dict[str, Tensor]], bool]
+Values = dict[str, Tensor | float]
+OnStep = Callable[[Clock, Values], bool]
 
 
 class Trainer:
     """Trains a method on batches.
 
+    Args:
+        method: What to train.
+        config: How its parameters move.
+        clock: Where to begin.
+        batch_size: Images a step, of all processes together.
+        accumulate: Parts in which the method takes a batch, one after another, to need less memory.
+        precision: In which products are computed.
+        seed: Of the random numbers that the networks draw; absent, they are drawn from torch's as it stands.
+        guarded: Whether a step whose loss or gradient is not finite is left out altogether.
+
     Attributes:
-        clock: Steps done; the schedules read it.
+        clock: Steps done or left out; the schedules read it.
         optimizer: Of torch's kind.
+        skipped: Steps that were left out so far, and how many of them were the last ones. On the device. [2]
     """
 
     def __init__(
@@ -31,29 +44,54 @@ class Trainer:
         clock: Clock,
         *,
         batch_size: int,
+        accumulate: int = 1,
         precision: contextlib.AbstractContextManager[Any] | None = None,
+        seed: int | None = None,
+        guarded: bool = False,
     ) -> None:
         self.method = method
         self.config = config
         self.clock = clock
         self.lr = config.lr_for(batch_size)
+        self.accumulate = accumulate
         self.precision = precision or contextlib.nullcontext()
+        self.seed = seed
+        self.guarded = guarded
         self.optimizer = config.build(method.param_groups())
+        self.skipped = torch.zeros(2, dtype=torch.int64, device=next(method.parameters()).device)
 
-    def step(self, batch: Any) -> dict[str, Tensor]:
-        """One step. The values returned stay on the device: reading one makes the host wait for it."""
+    def step(self, batch: Any, *, watch: bool = False) -> Values:
+        """One step. The values returned stay on the device: reading one makes the host wait for it.
+
+        Args:
+            batch: What the method takes.
+            watch: Whether to work out the method's further figures too.
+        """
+        self._draw_anew()
         set_rates(self.optimizer, self.lr.at(self.clock), self.config.weight_decay.at(self.clock))
+        before = [buffer.clone() for buffer in self.method.buffers()]
         with self.precision:
-            terms = self.method(batch, self.clock)
-            loss = torch.stack(list(terms.values())).sum()
-        loss.backward()
+            parts = self.method.parts(batch, self.accumulate, self.clock)
+        losses: dict[str, Tensor] = {}
+        for part in parts:
+            with self.precision:
+                terms = self.method(part)
+                loss = torch.stack(list(terms.values())).sum() / len(parts)
+            loss.backward()
+            losses = {name: losses.get(name, 0) + term.detach() / len(parts) for name, term in terms.items()}
+        loss = torch.stack(list(losses.values())).sum()
         grad_norm = clip_gradients(self.optimizer, self.config.clip)
+        done = torch.isfinite(loss + grad_norm) if self.guarded else torch.ones_like(loss, dtype=torch.bool)
+        figures = self.method.watch(parts, losses, self.clock) if watch else {}
         drop_frozen(self.optimizer, self.clock)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(self.clock)
+        move(self.optimizer, done)
+        self.method.after_step(self.clock, done)
+        for buffer, old in zip(self.method.buffers(), before, strict=True):
+            buffer.copy_(torch.where(done, buffer, old))
+        self.skipped += ~done
+        self.skipped[1] *= ~done
         self.clock = self.clock.tick()
-        return {"loss": loss.detach(), "grad_norm": grad_norm, **{k: v.detach() for k, v in terms.items()}}
+        return {"loss": loss, "grad_norm": grad_norm, **losses, **figures}
 
     def fit(self, batches: Iterable[Any], steps: int, on_step: OnStep) -> None:
         """Train until the clock has done `steps` steps, the batches end, or `on_step` says stop.
@@ -69,3 +107,9 @@ class Trainer:
             values = self.step(batch)
             if on_step(self.clock, values) or self.clock.step >= steps:
                 return
+
+    def _draw_anew(self) -> None:
+        """Let what the networks draw depend on seed and step alone, so that nothing of it must be kept to go on."""
+        if self.seed is not None:
+            (mixed,) = np.random.SeedSequence((self.seed, self.clock.step)).generate_state(1, np.uint64)
+            torch.manual_seed(int(mixed))

@@ -17,7 +17,7 @@ from dinocli.data.sources import Images
 from dinocli.encoder import Encoder, TokenChoice
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import LinearRule, SGDConfig
-from dinocli.engine.trainer import Trainer
+from dinocli.engine.trainer import Trainer, Values
 from dinocli.errors import DinoError
 from dinocli.evals.accuracy import hits_among
 from dinocli.features import Features
@@ -110,7 +110,7 @@ def linear(
         size = min(batch_size, len(on))
         clock = Clock(len(on) // size, epochs)
 
-        def count(clock: Clock, values: dict[str, Tensor]) -> bool:
+        def count(clock: Clock, values: Values) -> bool:
             report(fitted * clock.total + clock.step, 2 * clock.total)
             return False
 
@@ -206,7 +206,7 @@ def linear_on_images(
         for batch in views_of_train:
             yield encoder.features(batch.global_crops[0], tokens, blocks), labels[batch.rows].to(encoder.device)
 
-    def count(clock: Clock, values: dict[str, Tensor]) -> bool:
+    def count(clock: Clock, values: Values) -> bool:
         report(clock.step, clock.total)
         return False
 
@@ -251,8 +251,8 @@ class _Probes(Method):
             1, (len(self.rates), -1)
         )
 
-    def forward(self, batch: tuple[Tensor, Tensor], clock: Clock) -> dict[str, Tensor]:
-        x, y = batch
+    def forward(self, part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        x, y = part
         scores = self.scores(x)
         losses = F.cross_entropy(scores.flatten(0, 1), y.repeat_interleave(len(self.rates)), reduction="none")
         return {f"lr_{rate}": loss for rate, loss in zip(self.rates, losses.view(len(y), -1).mean(0), strict=True)}

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dinocli.config import Config
+from dinocli.distributed import mean_over_processes
 from dinocli.losses.targets import CenteringConfig
 from dinocli.schedules import Clock
 
@@ -31,22 +32,65 @@ class DinoLossConfig(Config):
         return DinoLoss(self, prototypes)
 
 
+_REMEMBERED = 0.99  # of the prototypes' use at a step, so that some hundred batches stand for it
+
+
 class DinoLoss(nn.Module):
-    """`dino_loss` with the state of its targets."""
+    """`dino_loss` with the state of its targets, and with how much of the time each prototype had. [K]"""
+
+    use: Tensor
 
     def __init__(self, config: DinoLossConfig, prototypes: int) -> None:
         super().__init__()
         self.config = config
         self.targets = config.targets.build(prototypes)
+        self.register_buffer("use", torch.zeros(prototypes))
+        self._mean: Tensor | None = None
 
-    def forward(self, student: Tensor, teacher: Tensor, clock: Clock) -> Tensor:  # [V, B, K], [G, B, K] -> []
-        with torch.no_grad():
-            targets = self.targets(teacher, clock)
+    def aim(self, teacher: Tensor, clock: Clock) -> Tensor:  # [G, B, K] -> [G, B, K]
+        """What the student is to say of a whole batch, from the teacher's logits."""
+        targets = self.targets(teacher, clock)
+        self._mean = targets.mean((0, 1))
+        return targets
+
+    def forward(self, student: Tensor, targets: Tensor) -> Tensor:  # [V, B, K], [G, B, K] -> []
         return self.config.weight * dino_loss(student, targets, self.config.student_temperature)
+
+    def watch(self, targets: Tensor, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
+        """What tells whether the student learns.
+
+        Args:
+            targets: Of a whole batch. [G, B, K]
+            loss: What `forward` gave for it. []
+            clock: Of the step.
+
+        Returns:
+            Entropy of the targets and divergence of the student from them, in nats; how many nats an image's targets
+            tell of it (0 where all images get the same); the share of prototypes in use over the last hundred steps,
+            as the exponential of their entropy; and the teacher's temperature.
+
+        Source: arXiv 2104.14294, section 5.3 and figure 7.
+        """
+        entropy = _entropy(targets).mean()
+        use = self.use.clone() if self._mean is None else self.use.lerp(self._mean, 1 - _REMEMBERED)
+        return {
+            "teacher_entropy": entropy,
+            "kl": loss / self.config.weight - entropy,
+            "information": _entropy(targets.mean((0, 1))) - entropy,
+            "prototypes": _entropy(use / use.sum()).exp() / len(use),
+            "temperature": self.targets.config.temperature.at(clock),
+        }
 
     def after_step(self) -> None:
         """Let the targets learn from the step that was done."""
         self.targets.update()
+        if self._mean is not None:
+            self.use.lerp_(mean_over_processes(self._mean), 1 - _REMEMBERED)
+            self._mean = None
+
+
+def _entropy(p: Tensor) -> Tensor:  # [..., K] -> [...]
+    return torch.special.entr(p).sum(-1)
 
 
 def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:

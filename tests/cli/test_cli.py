@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,18 +59,22 @@ def in_a_process(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | env)
 
 
-COMMANDS = ["", "pretrain", "extract", "knn", "linear", "attn-map", "export", "pack", "presets", "demo"]
+COMMANDS = ["", "doctor", "pretrain", "extract", "knn", "linear", "attn-map", "export", "pack", "presets", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_quick_and_imports_no_torch(tmp_path: Path, command: str) -> None:
     words = [*command.split(), "--help"]
-    # Seconds of the processor and not of the clock, since a machine may be busy; on a quiet one they are the same.
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = in_a_process(*words, cwd=tmp_path)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert "Usage" in done.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+    def seconds() -> float:
+        # Of the processor and not of the clock, since a machine may be busy; on a quiet one they are the same.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = in_a_process(*words, cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "Usage" in done.stdout
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert any(seconds() < 0.5 for _ in range(3)), "others on the machine make it slower, never quicker"
     code = "import sys\nfrom dinocli.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
 
@@ -100,6 +105,9 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--device", "cuda:9"], "cuda:9", "--device auto"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--device", "gpu"], "'gpu' is none", "--device auto"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--init", "x.pth"], "x.pth does not exist", "timm:NAME"),
+        (["doctor", "nowhere"], "nowhere does not exist", ""),
+        (["doctor", "empty"], "no images in empty", ".jpg"),
+        (["doctor", "--device", "cuda:9"], "cuda:9", "--device auto"),
         (["extract", "images"], "a checkpoint was wanted", "dino pretrain"),
         (["extract", "x.safetensors", "images"], "x.safetensors does not exist", "run folder"),
         (["extract", "x.safetensors", "nowhere"], "nowhere does not exist", ""),
@@ -220,6 +228,47 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dino: Dino, tmp_path: Path
     for word in ("images", "steps", "learning rate", "parameters", "memory", "time", "runs/tiny-1"):
         assert word in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
+
+
+def test_the_doctor_looks_and_leaves_nothing(dino: Dino, tmp_path: Path) -> None:
+    write_images(tmp_path / "my images" / "a", 40, size=16)
+    (tmp_path / "my images" / "a" / "b\x1b[1m.png").write_bytes(b"none")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    done = dino("doctor", "my images", "--device", "cpu")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "41 images in 1 class; all looked at" in done.stdout
+    assert "PNG 40" in done.stdout
+    assert "1 not an image, as a/b?[1m.png" in done.stdout
+    command = done.stdout.splitlines()[-1]
+    assert command.startswith("dino pretrain 'my images' --preset tiny --batch-size 32 --epochs 40")
+    assert "note: 2,000 steps of 32" in done.stderr
+    assert len((done.stdout + done.stderr).splitlines()) <= 40
+    plan = json.loads(dino(*shlex.split(command)[1:], "--dry-run", "--json").stdout)
+    assert plan["steps"] == 2000
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_doctor_as_data(dino: Dino, tmp_path: Path) -> None:
+    write_images(tmp_path / "few", 3)
+    told = json.loads(dino("doctor", "few", "--json").stdout)
+    assert told["machine"]["cores"] >= 1
+    assert (told["images"]["count"], told["images"]["read"], told["command"]) == (3, 3, None)
+    assert told["images"]["width"]["median"] == 32
+    assert "fewer than 32" in told["notes"][0]
+    alone = json.loads(dino("doctor", "--json").stdout)
+    assert (alone["images"], "command" in alone) == (None, False)
+
+
+def test_the_doctor_tells_a_fault_and_its_remedy(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinocli import machine
+
+    monkeypatch.setattr(
+        machine, "faults_of", lambda *about: {"timm needs torch >=9; 2 is installed": "pip install torch"}
+    )
+    done = dino("doctor", code=1)
+    assert "error: timm needs torch >=9; 2 is installed" in done.stderr
+    assert "hint: pip install torch" in done.stderr
+    assert "1 fault, named below" in done.stdout
 
 
 def test_data_goes_to_stdout_and_words_to_stderr(dino: Dino, tmp_path: Path, images: Path) -> None:

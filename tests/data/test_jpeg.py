@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dinocli.data.decode import BadImage, decode, open_image
-from dinocli.data.jpeg import plain_size
+from dinocli.data.jpeg import plain_header
 
 
 def jpeg(mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: object) -> bytes:
@@ -27,9 +27,10 @@ def with_segment(kind: int, body: bytes) -> bytes:
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"comment": b"c"}, {"icc_profile": b"p" * 200}])
 def test_the_size_of_a_plain_file_is_pillows(mode: str, options: dict[str, object]) -> None:
     data = jpeg(mode, (41, 30), **options)
-    assert plain_size(data) == Image.open(io.BytesIO(data)).size == (41, 30)
+    pillows = Image.open(io.BytesIO(data))
+    assert plain_header(data) == (pillows.size, pillows.mode) == ((41, 30), mode)
     opened = open_image(data)
-    assert (opened.width, opened.height) == (41, 30)
+    assert (opened.width, opened.height, opened.format, opened.mode) == (41, 30, "JPEG", mode)
     np.testing.assert_array_equal(opened.pixels(), decode(Image.open(io.BytesIO(data))))
 
 
@@ -55,7 +56,7 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_all_else_is_left_to_pillow(name: str) -> None:
-    assert plain_size(UNUSUAL[name]) is None
+    assert plain_header(UNUSUAL[name]) is None
 
 
 def told(data: bytes) -> object:
@@ -69,8 +70,8 @@ def test_broken_files_give_what_they_give_by_pillow(monkeypatch: pytest.MonkeyPa
     broken = [data[:end] for end in range(0, len(data), 5)]
     broken += [data[:i] + bytes([b]) + data[i + 1 :] for i in range(header) for b in (0, 0xFF, data[i] ^ 1)]
     ours = [told(one) for one in broken]
-    assert sum(plain_size(one) is not None for one in broken) > 100
-    monkeypatch.setattr("dinocli.data.decode.plain_size", lambda data: None)
+    assert sum(plain_header(one) is not None for one in broken) > 100
+    monkeypatch.setattr("dinocli.data.decode.plain_header", lambda data: None)
     assert [told(one) for one in broken] == ours
 
 

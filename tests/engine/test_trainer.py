@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 from torch import Tensor, nn
 
 from dinocli.engine.method import Method, ParamGroup
-from dinocli.engine.optim import SGDConfig
+from dinocli.engine.optim import AdamWConfig, LARSConfig, OptimizerConfig, SGDConfig
 from dinocli.engine.trainer import Trainer
 from dinocli.schedules import Clock, Constant
 
@@ -17,13 +20,13 @@ class Line(Method):
         self.value = nn.Parameter(torch.zeros(()))
         self.after: list[int] = []
 
-    def forward(self, batch: float, clock: Clock) -> dict[str, Tensor]:
-        return {"near": (self.value - batch) ** 2, "small": 0 * self.value}
+    def forward(self, part: float) -> dict[str, Tensor]:
+        return {"near": (self.value - part) ** 2, "small": 0 * self.value}
 
     def param_groups(self) -> list[ParamGroup]:
         return [ParamGroup([self.value])]
 
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self, clock: Clock, done: Tensor) -> None:
         self.after.append(clock.step)
 
 
@@ -52,3 +55,66 @@ def test_fit_stops_where_told() -> None:
 
         t.fit(iter([2.0] * 20), steps, on_step)
         assert seen == list(range(1, done + 1))
+
+
+class Halves(Line):
+    """Takes a batch in parts, and counts what it saw in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def parts(self, batch: Tensor, count: int, clock: Clock) -> list[Tensor]:
+        return list(batch.chunk(count))
+
+    def forward(self, part: Tensor) -> dict[str, Tensor]:
+        self.seen += part.sum()
+        return {"near": ((self.value - part) ** 2).mean()}
+
+
+def guarded(config: OptimizerConfig, accumulate: int = 1) -> Trainer:
+    return Trainer(Halves(), config, Clock(10, 10), batch_size=4, accumulate=accumulate, guarded=True)
+
+
+FLAT = Constant(kind="constant", value=0.25)
+NONE = Constant(kind="constant", value=0.1)
+OPTIMIZERS = [
+    SGDConfig(kind="sgd", momentum=0.9, lr=FLAT, weight_decay=NONE),
+    AdamWConfig(kind="adamw", betas=(0.9, 0.999), lr=FLAT, weight_decay=NONE),
+    LARSConfig(kind="lars", momentum=0.9, trust=0.1, lr=FLAT, weight_decay=NONE),
+]
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda c: c.kind)
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_clock(
+    config: OptimizerConfig, first: int, bad: float
+) -> None:
+    good = torch.tensor([1.0, 2.0, 3.0, 5.0])
+    one, other = guarded(config), guarded(config)
+    for trainer, batches in ((one, [good] * 5), (other, [good] * first + [good + bad] * 2 + [good] * (5 - first))):
+        for batch in batches:
+            trainer.step(batch)
+    assert one.method.value.item() == other.method.value.item() != 0
+    assert one.method.seen.item() == other.method.seen.item() == 55
+    state, others = (t.optimizer.state[t.method.value] for t in (one, other))
+    assert {k: v.item() for k, v in state.items()} == {k: v.item() for k, v in others.items()}
+    assert (one.clock.step, other.clock.step) == (5, 7)
+    assert (one.skipped.tolist(), other.skipped.tolist()) == ([0, 0], [2, 0])
+
+
+def test_steps_left_out_in_a_row_are_counted() -> None:
+    trainer = guarded(OPTIMIZERS[0])
+    for value in (1.0, math.nan, 1.0, math.nan, math.nan):
+        trainer.step(torch.tensor([value]))
+    assert trainer.skipped.tolist() == [3, 2]
+
+
+def test_parts_add_up_to_the_gradient_of_the_whole() -> None:
+    batch = torch.tensor([1.0, 2.0, 3.0, 6.0])
+    values = [guarded(OPTIMIZERS[0], n).step(batch) for n in (1, 2, 4)]
+    assert [v["loss"].item() for v in values] == [12.5] * 3
+    assert [v["grad_norm"].item() for v in values] == [6.0] * 3
+    with pytest.raises(ValueError, match="whole"):
+        Trainer(Line(), OPTIMIZERS[0], Clock(1, 1), batch_size=1, accumulate=2).step(1.0)

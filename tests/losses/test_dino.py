@@ -51,7 +51,7 @@ def test_loss_gradient_and_center_equal_the_originals(original, case: str, dtype
         loss_of.targets.center.copy_(original[f"{name}/center_before"][0])
         student = original[f"{name}/student"].to(dtype).unflatten(0, (made["ncrops"], -1)).requires_grad_()
         teacher = original[f"{name}/teacher"].to(dtype).unflatten(0, (2, -1))
-        loss = loss_of(student, teacher, Clock(1, made["nepochs"], call["epoch"]))
+        loss = loss_of(student, loss_of.aim(teacher, Clock(1, made["nepochs"], call["epoch"])))
         loss.backward()
         loss_of.after_step()
         assert_original(loss, original[f"{name}/loss"], name)

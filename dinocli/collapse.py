@@ -1,0 +1,107 @@
+"""Collapse: the ways in which self-distillation stops to learn, told from the figures of its log."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from dinocli.losses.dino import DinoLossConfig
+from dinocli.preset import Preset
+
+# Seen on runs of `tiny` that were made to collapse: uniform 0.985 and 0.011, one-sided 0.007 and 0.013; see
+# benchmarks/RESULTS.md.
+_UNIFORM, _ONE_SIDED, _NOTHING = 0.975, 0.02, 0.02
+_STEPS = (50, 300)  # over which it must last; an untrained network says much the same of all images for some hundred
+
+Kind = Literal["uniform", "one-sided"]
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """What went wrong.
+
+    Attributes:
+        kind: `uniform` where every prototype gets the same, `one-sided` where one gets all.
+        words: In a line.
+        remedy: What to do about it.
+    """
+
+    kind: Kind
+    words: str
+    remedy: str
+
+
+class CollapseWatch:
+    """Notices when a loss's targets tell nothing of the images any more; once, until they do again.
+
+    Source: arXiv 2104.14294, section 5.3: without sharpening the targets' entropy rises to ln K, without centering it
+    falls to 0, and in both cases nothing is left to learn.
+    """
+
+    def __init__(self, preset: Preset, steps: int) -> None:
+        self.preset = preset
+        self.span = max(_STEPS[0], min(_STEPS[1], steps // 4))
+        self._lines: deque[tuple[int, Mapping[str, float]]] = deque()
+        self._told: set[str] = set()
+
+    def see(self, step: int, figures: Mapping[str, float]) -> Collapse | None:
+        """Take in a logged step.
+
+        Args:
+            step: Steps done.
+            figures: Of `SelfDistillation.watch`, among others.
+        """
+        self._lines.append((step, figures))
+        if step - self._lines[0][0] < self.span:
+            return None
+        while step - self._lines[1][0] >= self.span:
+            self._lines.popleft()
+        for name, loss in self.preset.losses.present().items():
+            kind = self._kind(name, math.log(self.preset.heads[loss.head].prototypes))
+            if kind is None:
+                self._told.discard(name)
+            elif name not in self._told:
+                self._told.add(name)
+                return Collapse(kind, self._words(name, kind), _remedy(self.preset, name, loss, kind))
+        return None
+
+    def _kind(self, loss: str, most: float) -> Kind | None:
+        """How a loss collapsed, from the means over the span: both in shares of ln K."""
+        entropy, information = (
+            sum(figures.get(f"{loss}/{figure}", math.nan) for _, figures in self._lines) / len(self._lines) / most
+            for figure in ("teacher_entropy", "information")
+        )
+        if not information < _NOTHING:
+            return None
+        return "uniform" if entropy > _UNIFORM else "one-sided" if entropy < _ONE_SIDED else None
+
+    def _words(self, loss: str, kind: Kind) -> str:
+        said = {"uniform": "gives every prototype the same share", "one-sided": "gives nearly all to one prototype"}[
+            kind
+        ]
+        return f"{kind} collapse: for {self.span} steps the teacher {said}, whatever the image (losses.{loss})"
+
+
+def _remedy(preset: Preset, name: str, loss: DinoLossConfig, kind: Kind) -> str:
+    """The first of what users and paper report as remedies that this preset has not taken yet."""
+    rule = f"losses.{name}.targets"
+    temperature, batch = max(loss.targets.temperature.bounds), preset.training.batch_size
+    begin = "begin again with --out NEW and "
+    if kind == "uniform":
+        if temperature > 0.04:
+            return f"{begin}a sharper teacher: --set {rule}.temperature='{{kind=\"constant\", value=0.04}}'"
+        if preset.heads[loss.head].prototypes > 8192:
+            return f"{begin}fewer prototypes: --set heads.{loss.head}.prototypes=8192"
+        if temperature > 0.02:
+            return f"{begin}a sharper teacher: --set {rule}.temperature='{{kind=\"constant\", value=0.02}}'"
+        return f"{begin}more images a step: --batch-size {2 * batch}, with --accumulate 2 where memory is short"
+    if loss.targets.momentum > 0.9:
+        return f"{begin}a center that follows sooner: --set {rule}.momentum=0.9"
+    if temperature < 0.04:
+        return f"{begin}a less sharp teacher: --set {rule}.temperature='{{kind=\"constant\", value=0.04}}'"
+    if max(preset.teacher.momentum.bounds[:1]) < 0.99:
+        return f"{begin}a slower teacher: --set teacher.momentum.start=0.996"
+    return f"{begin}more images a step: --batch-size {2 * batch}, with --accumulate 2 where memory is short"

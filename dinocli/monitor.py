@@ -1,0 +1,137 @@
+"""Monitor: k-NN accuracy of a network while it trains, on a small labelled set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Subset
+
+from dinocli.data.listing import Names
+from dinocli.data.loader import plain_batches
+from dinocli.data.sources import Images, TorchvisionImages, splits
+from dinocli.errors import DinoError
+from dinocli.evals.knn import knn
+from dinocli.features import Features, Recipe, compared
+from dinocli.models.network import Network
+from dinocli.preset import Preset
+
+_IMAGES = 1000  # of each part, as many of each class as of the others
+_AT_ONCE = 64
+_K = 20
+# A look at an image costs about a seventh of a step on it: one forward pass of the ten or so views there.
+_COST, _SHARE = 0.15, 0.05
+_LOOKS = 20
+
+
+class Monitor:
+    """Decodes a labelled set once, in small, and measures a network on it whenever it is asked.
+
+    Args:
+        spec: A folder with class folders, or one with `train` and `val` that have them.
+        preset: Whose networks are measured.
+        device: Where they are.
+        workers: Processes that decode.
+
+    Raises:
+        DinoError: The set is not there, or not labelled.
+    """
+
+    def __init__(self, spec: str, preset: Preset, device: torch.device, workers: int) -> None:
+        self.views, self.device = preset.views, device
+        self._parts: dict[str, tuple[Tensor, Features]] = {}
+        for name, source in splits(spec).items():
+            if not isinstance(source, Images) or not source.classes:
+                raise DinoError(
+                    f"--monitor wants images in class folders; {source.where} has none", "DIR/CLASS/*, or leave it out"
+                )
+            self._parts[name] = self._decoded(_some(source, _IMAGES), preset, workers)
+
+    @property
+    def images(self) -> int:
+        """How many are looked at."""
+        return sum(len(pixels) for pixels, _ in self._parts.values())
+
+    def look(self, network: Network) -> float:
+        """Percent of images whose class the nearest others tell; the network is left as it was."""
+        found = {}
+        with at_rest(network), torch.no_grad():
+            for name, (pixels, plain) in self._parts.items():
+                values = [network.backbone(self._normalized(some)).cls.float().cpu() for some in pixels.split(_AT_ONCE)]
+                found[name] = replace(plain, values=torch.cat(values).numpy())
+        train, test = compared(found)
+        return knn(train, test, [min(_K, len(train) - (test is None))]).scores[0].top1
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (self.views.mean, self.views.std))
+        return (pixels.to(self.device).float() / 255 - mean) / std
+
+    def _decoded(self, source: Images, preset: Preset, workers: int) -> tuple[Tensor, Features]:
+        size, pixels, names, labels = preset.views.global_1.size, [], [], []
+        for batch in plain_batches(
+            source,
+            size=size,
+            mean=(0.0,) * 3,
+            std=(1.0,) * 3,
+            batch_size=_AT_ONCE,
+            workers=workers,
+            device=torch.device("cpu"),
+            images=preset.images,
+        ):
+            pixels.append((batch.images * 255).round().byte())  # a quarter of the memory
+            names += batch.names
+            labels += batch.labels
+        if len(names) < 2:
+            raise DinoError(f"--monitor wants images; {source.where} has {len(names)} that can be read", "look at them")
+        recipe = Recipe("the run", "", "cls", 1, size, source.where)
+        empty = np.empty((len(names), 0), np.float32)
+        return torch.cat(pixels), Features(empty, np.array(labels, np.int64), names, source.classes, {}, recipe)
+
+
+def steps_between_looks(images: int, steps: int, batch_size: int) -> int:
+    """So many that there are some twenty looks over a run, or fewer where those would take a twentieth of its time.
+
+    Args:
+        images: That are looked at each time.
+        steps: Of the run.
+        batch_size: Images a step.
+    """
+    return max(1, steps // _LOOKS, round(images * _COST / (_SHARE * batch_size)))
+
+
+@contextmanager
+def at_rest(module: nn.Module) -> Iterator[None]:
+    """A module as it is used and not as it is trained, for a while; what was switched then is switched back."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+
+
+def _some(source: Images, most: int) -> Images:
+    """At most so many images, of each class as many; always the same ones."""
+    if len(source) <= most:
+        return source
+    order = np.random.default_rng(0).permutation(len(source))
+    rows = np.sort(_taking_turns(order, source.labels[order])[:most])
+    small = replace(source, names=Names.of([source.names[i] for i in rows]), labels=source.labels[rows])
+    if isinstance(source, TorchvisionImages) and isinstance(small, TorchvisionImages):
+        return replace(small, dataset=Subset(source.dataset, rows.tolist()))
+    return small
+
+
+def _taking_turns(rows: NDArray[np.int64], labels: NDArray[np.int32]) -> NDArray[np.int64]:
+    """The first row of each class, the second of each, and so on."""
+    turn = np.empty(len(rows), np.int64)
+    for label in np.unique(labels):
+        mine = labels == label
+        turn[mine] = np.arange(mine.sum())
+    return rows[np.argsort(turn, kind="stable")]

@@ -1,0 +1,245 @@
+"""States: all that a run needs to go on, a folder for each step that was saved; and whether a run may go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dinocli
+from dinocli.atomic import atomic, atomic_folder, sweep, write_tensors, write_text
+from dinocli.config import Config
+from dinocli.engine.checkpoint import restore, state_of
+from dinocli.engine.trainer import Trainer
+from dinocli.errors import DinoError
+from dinocli.models.network import Network
+from dinocli.preset import Preset
+from dinocli.runs import CHECKPOINT
+from dinocli.schedules import Clock, Schedule
+from dinocli.weights import write_checkpoint
+
+FOLDER = "state"
+_TRAINER = "trainer.safetensors"
+_STATE = "state.json"
+_PIECE = 1 << 24
+
+
+class ImageFacts(Config):
+    """Which images a run is on.
+
+    Attributes:
+        where: As the user named them.
+        count: How many; absent where nobody knows.
+        fingerprint: Of their names in order.
+    """
+
+    where: str
+    count: int | None
+    fingerprint: str
+
+
+class State(Config):
+    """What a saved state is of.
+
+    Attributes:
+        step: Steps done.
+        stop: Steps that the run was to do.
+        preset: What it trains.
+        images: What on.
+        init: Weights that it began with, as the user named them.
+        lanes: Processes that read, in all; from tar shards the order of the images depends on it.
+        files: Checksum of each file beside it.
+        dinocli: Version that wrote it.
+    """
+
+    step: int
+    stop: int
+    preset: Preset
+    images: ImageFacts
+    init: str | None
+    lanes: int
+    files: dict[str, int] = {}
+    dinocli: str = dinocli.__version__
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state on disk that is whole.
+
+    Attributes:
+        state: What it is of.
+        folder: Where it lies.
+    """
+
+    state: State
+    folder: Path
+
+    def restore(self, trainer: Trainer) -> None:
+        """Put it into a trainer of the same preset.
+
+        Raises:
+            DinoError: It is of other shapes.
+        """
+        try:
+            restore(trainer, _read(self.folder / _TRAINER))
+        except (KeyError, RuntimeError) as error:
+            raise DinoError(
+                f"the state in {self.folder} does not fit this preset: {str(error).splitlines()[0]}",
+                "take the version of dinocli that wrote it, or begin again with another --out",
+            ) from error
+
+
+def saved_states(run: Path) -> Iterator[tuple[Path, State | None]]:
+    """The states of a run, the newest first; absent where what tells of it is damaged. The rest is not looked at."""
+    folders = (path for path in (run / FOLDER).glob("*") if path.name.isdigit())
+    for folder in sorted(folders, key=lambda path: -int(path.name)):
+        try:
+            yield folder, State.parse(json.loads((folder / _STATE).read_bytes()), str(folder))
+        except (OSError, ValueError, DinoError):
+            yield folder, None
+
+
+def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
+    """The newest state that is whole; damaged ones above it are named and set aside."""
+    for folder, state in saved_states(run):
+        if state and state.files and all(_checksum(folder / name) == known for name, known in state.files.items()):
+            return Saved(state, folder)
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        note(f"note: the state of step {folder.name} is damaged and lies in {aside} now; the one before it is taken")
+    return None
+
+
+class Keeper:
+    """Saves the states of a run, and takes away old ones.
+
+    Args:
+        run: The run folder.
+        keep: How many of the newest are kept.
+        milestones: Steps between states that stay for good; absent, there are none.
+    """
+
+    def __init__(self, run: Path, keep: int, milestones: int | None) -> None:
+        self.run, self.keep, self.milestones = run, keep, milestones
+        sweep(run)
+        sweep(run / FOLDER)
+
+    def write(self, state: State, trainer: Trainer, handed_on: Network) -> None:
+        """Save a step whole or not at all, let the run's checkpoint be that of this step, and take away the oldest.
+
+        Raises:
+            OSError: The disk is full, or the place may not be written to; what was saved before is still there.
+        """
+        folder = self.run / FOLDER / str(state.step)
+        with atomic_folder(folder) as draft:
+            write_checkpoint(draft / CHECKPOINT, handed_on, state.preset, state.step)
+            tensors = {name: value.detach().cpu().numpy() for name, value in state_of(trainer).items()}
+            write_tensors(draft / _TRAINER, tensors, {})
+            files = {name: _checksum(draft / name) for name in (CHECKPOINT, _TRAINER)}
+            write_text(draft / _STATE, state.model_copy(update={"files": files}).model_dump_json(indent=2))
+        with atomic(self.run / CHECKPOINT) as draft:
+            _link(folder / CHECKPOINT, draft)
+        self._prune()
+
+    def _prune(self) -> None:
+        folders = sorted((p for p in (self.run / FOLDER).glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+        for folder in folders[: -self.keep]:
+            if not (self.milestones and int(folder.name) and int(folder.name) % self.milestones == 0):
+                # Under another name first, so that what is half gone is taken for no state.
+                gone = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+                folder.rename(gone)
+                shutil.rmtree(gone, ignore_errors=True)
+
+
+def first_difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two nested tables differ, and its two values; absent where they are the same."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return None if one == other else (path, one, other)
+    for key in [*one, *(key for key in other if key not in one)]:
+        inner = f"{path}.{key}" if path else key
+        found = first_difference(one.get(key), other.get(key), inner)
+        if found:
+            return found
+    return None
+
+
+def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
+    """Lines for the user about what a run that goes on does otherwise than it did; none where the preset is the same.
+
+    Raises:
+        DinoError: The preset differs in more than a longer run after the end; it names the first key.
+    """
+    before, now = (p.model_dump(mode="json", exclude={"about"}) for p in (state.preset, preset))
+    old = replace(clock, epochs=state.preset.training.epochs, step=state.step)
+    longer = state.step >= old.total and preset.training.epochs > old.epochs
+    if longer:
+        before["training"]["epochs"] = preset.training.epochs
+    found = first_difference(before, now)
+    if found:
+        key, was, wanted = found
+        raise DinoError(
+            f"the run began with {key} = {_shown(was)}; {_shown(wanted)} was asked for",
+            f"--set {key}={_shown(was)} to go on, or another --out",
+        )
+    if longer:
+        new = replace(clock, step=state.step)
+        schedules: dict[str, Schedule] = {
+            "learning rate": preset.optimizer.lr_for(preset.training.batch_size),
+            "weight decay": preset.optimizer.weight_decay,
+            "teacher momentum": preset.teacher.momentum,
+        }
+        moves = (f"{what} from {s.at(old):.3g} to {s.at(new):.3g}" for what, s in schedules.items())
+        yield (
+            f"note: {preset.training.epochs} epochs in place of {old.epochs} stretch the schedules from {old.total} to "
+            f"{new.total} steps; so at step {state.step} there is a leap: {', '.join(moves)}"
+        )
+
+
+def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None]) -> Path | None:
+    """The first of the runs that is not at its end and does what is planned: the preset, on images, with init."""
+    for run in runs:
+        state = next((state for _, state in saved_states(run) if state), None)
+        if state and state.step < state.stop and (state.preset, state.images.fingerprint, state.init) == plan:
+            return run
+    return None
+
+
+def _shown(value: Any) -> str:
+    """As --set takes it."""
+    return "none" if value is None else json.dumps(value)
+
+
+def _link(source: Path, path: Path) -> None:
+    try:
+        os.link(source, path)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, path)
+
+
+def _checksum(path: Path) -> int:
+    """Of a file's bytes; -1 of one that cannot be read."""
+    total = 0
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                total = zlib.crc32(piece, total)
+    except OSError:
+        return -1
+    return total
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise KeyError(str(error)) from error

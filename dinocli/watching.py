@@ -1,0 +1,198 @@
+"""Watching: what a run tells of itself while it goes on, and when it is better stopped."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dinocli.atomic import write_text
+from dinocli.collapse import CollapseWatch
+from dinocli.data.sources import Images
+from dinocli.device import peak_memory
+from dinocli.distillation import SelfDistillation
+from dinocli.engine.metrics import Metrics, Pace, TensorBoard
+from dinocli.engine.trainer import Trainer, Values
+from dinocli.errors import DinoError
+from dinocli.monitor import Monitor, steps_between_looks
+from dinocli.photos import Photos
+from dinocli.planning import Plan
+from dinocli.report import write_report
+
+LOG_EVERY = 10  # steps; each log makes the host wait for the device once
+_LOG_AFTER = 5.0  # seconds, for steps so slow that ten of them leave a person waiting
+_DRAW_AFTER = 60.0  # seconds, for runs that save after every few steps
+GIVE_UP = 20  # steps in a row that were left out
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, for whoever shows it.
+
+    Attributes:
+        step: Steps done.
+        loss: Of the last step.
+        images_per_second: Since the last report.
+        skipped: Steps that were left out, since their loss or gradient was not finite.
+        knn: What the monitor said last, in percent; absent without one.
+    """
+
+    step: int
+    loss: float
+    images_per_second: float
+    skipped: int = 0
+    knn: float | None = None
+
+    @property
+    def note(self) -> str:
+        """What stands beside a bar."""
+        knn = f"  k-NN {self.knn:.1f} %" if self.knn is not None else ""
+        left_out = f"  {self.skipped} steps left out" if self.skipped else ""
+        return f"loss {self.loss:.3f}{knn}  {self.images_per_second:.0f} images/s{left_out}"
+
+
+class Watch:
+    """Logs steps, and notices where nothing is learned.
+
+    Args:
+        plan: What is watched.
+        trainer: What does the steps.
+        method: What it trains.
+        report: Told where the run stands at each logged step.
+        note: Told, in a line, what a person should know.
+
+    Attributes:
+        loss: Of the last logged step; absent before the first.
+        knn: What the monitor said last; absent without one.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        trainer: Trainer,
+        method: SelfDistillation,
+        report: Callable[[Progress], None],
+        note: Callable[[str], None],
+    ) -> None:
+        self.plan, self.trainer, self.method, self.report, self.note = plan, trainer, method, report, note
+        self.loss: float | None = None
+        self.knn: float | None = None
+        self._monitor = Monitor(plan.monitor, plan.preset, plan.device, plan.workers) if plan.monitor else None
+        self._photos = Photos.of(plan.source, plan.preset) if plan.report else None
+        looked_at = (self._monitor.images if self._monitor else 0) + (len(self._photos.pool) if self._photos else 0)
+        between = steps_between_looks(looked_at, plan.stop, plan.preset.training.batch_size)
+        self._every = (plan.monitor_every or between) if looked_at else 0
+        self._drawn = -math.inf
+        self._logs: list[Metrics | TensorBoard] = [Metrics(plan.out / "metrics.jsonl", trainer.clock.step)]
+        if plan.tensorboard:
+            self._logs.append(TensorBoard(plan.out / "tensorboard", trainer.clock.step))
+        self._pace, self._waited = Pace(), 0.0
+        self._last: deque[tuple[int, Tensor]] = deque(maxlen=GIVE_UP + LOG_EVERY)
+        self._collapse = CollapseWatch(plan.preset, plan.clock.total)
+
+    def due(self) -> bool:
+        """Whether the step to come is to be logged."""
+        step = self.trainer.clock.step + 1
+        cadence = step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._looks(step)
+        return cadence or self._pace.elapsed > _LOG_AFTER
+
+    def begin(self) -> None:
+        """Let the monitor look before the first step, for what comes later to be held against."""
+        if self._looks(self.trainer.clock.step) and self.trainer.clock.step == 0:
+            self._write({"step": 0, "epoch": 0.0, **self._look()})
+            if self.knn is not None:
+                self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
+
+    def saw(self, rows: Tensor, waited: float) -> None:
+        """Count a step's images, and remember which they were for a while.
+
+        Args:
+            rows: Number of each image in its source. [B]
+            waited: Seconds for data since the start.
+        """
+        self._waited = waited
+        self._pace.add(self.plan.preset.training.batch_size)
+        self._last.append((self.trainer.clock.step, rows))
+
+    def _looks(self, step: int) -> bool:
+        return self._every > 0 and (step % self._every == 0 or step == self.plan.stop)
+
+    def _look(self) -> dict[str, float]:
+        """What the teacher makes of the labelled images and of the photos."""
+        found: dict[str, float] = {}
+        if self._monitor:
+            self.knn = self._monitor.look(self.method.teacher)
+            found["knn"] = round(self.knn, 3)
+        if self._photos:
+            found |= self._photos.snapshot(self.method.teacher, self.trainer.clock.step, self.plan.out)
+        return found
+
+    def draw(self, *, last: bool = False) -> None:
+        """Draw the report, if there is to be one: once a minute at most, and at the end."""
+        if self._photos and (last or time.perf_counter() - self._drawn > _DRAW_AFTER):
+            try:
+                write_report(self.plan.out)
+            except Exception as error:  # a picture that cannot be drawn is no reason to lose a run
+                self.note(f"note: the report could not be drawn: {error}")
+            self._drawn = time.perf_counter()
+
+    def log(self, values: Values) -> None:
+        """Write a line, tell of it, and look whether the run learns; the host waits for the device.
+
+        Raises:
+            DinoError: Too many steps in a row were left out; or the networks have collapsed, and that is to stop them.
+        """
+        clock = self.trainer.clock
+        plain = {name: float(value) for name, value in values.items()}
+        skipped, in_a_row = self.trainer.skipped.tolist()
+        rate, waiting = self._pace.look(self._waited)
+        looked = {}
+        if self._looks(clock.step):
+            looked = self._look()
+            self._pace.look(self._waited)  # what it took is no step's
+        group = self.trainer.optimizer.param_groups[0]
+        self._write(
+            {
+                "step": clock.step,
+                "epoch": round(clock.step / clock.steps_per_epoch, 4),
+                **plain,
+                "lr": group["lr"],
+                "weight_decay": group["weight_decay"],
+                "images_per_second": round(rate, 2),
+                "data_wait": round(waiting, 4),
+                "peak_memory": peak_memory(self.plan.device),
+                "skipped": skipped,
+                **looked,
+            }
+        )
+        self.loss = plain["loss"]
+        self.report(Progress(clock.step, self.loss, rate, skipped, self.knn))
+        if in_a_row >= GIVE_UP:
+            self._give_up(in_a_row)
+        collapse = self._collapse.see(clock.step, plain)
+        if collapse:
+            if self.plan.on_collapse == "stop":
+                raise DinoError(collapse.words, collapse.remedy)
+            self.note(f"warning: {collapse.words}")
+            self.note(f"hint: {collapse.remedy}")
+
+    def _write(self, line: dict[str, float | int]) -> None:
+        for log in self._logs:
+            log.write(line)
+
+    def _give_up(self, in_a_row: int) -> None:
+        source, path = self.plan.source, self.plan.out / "not_finite.txt"
+        name = source.names.__getitem__ if isinstance(source, Images) else "image {} of the stream".format
+        lines = (f"{step}\t{name(row)!r}\n" for step, rows in self._last for row in rows.tolist())
+        write_text(path, "".join(lines))
+        raise DinoError(
+            f"loss or gradient was not finite in {in_a_row} steps in a row, up to {self.trainer.clock.step}; "
+            f"they changed nothing, and their images are named in {path}",
+            f"look at those images; or begin anew from a state before, --out NEW --init {self.plan.out}/state/STEP, "
+            "with --set training.precision=float32, a lower --set optimizer.lr.start=VALUE, or "
+            "--set optimizer.clip='{kind=\"each_parameter\", norm=0.3}'",
+        )

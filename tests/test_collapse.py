@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_pretraining import SMALL
+
+from dinocli.collapse import Collapse, CollapseWatch
+from dinocli.data.sources import image_folder
+from dinocli.errors import DinoError
+from dinocli.planning import Plan
+from dinocli.preset import load_preset
+from dinocli.pretraining import pretrain
+
+K = 256
+# What was logged of runs of `tiny` on photos: entropy and information at some steps, in nats.
+LEARNS = [(2.43, 0.81), (3.1, 0.9), (2.6, 1.2), (2.2, 1.6), (2.0, 1.9)]
+ONE_SIDED = [(0.0143, 0.028), (0.0458, 0.163), (0.0421, 0.107), (0.0249, 0.0566), (0.0151, 0.0228)]
+UNIFORM = [(5.44, 0.072), (5.45, 0.0645), (5.46, 0.0626), (5.47, 0.0613), (5.47, 0.0642)]
+
+
+def told(series: list[tuple[float, float]], overrides: list[str] = [], times: int = 10) -> list[tuple[int, Collapse]]:  # noqa: B006
+    watch = CollapseWatch(load_preset("tiny", overrides), 400)
+    found = []
+    for i, (entropy, information) in enumerate(series * times):
+        collapse = watch.see(10 * i, {"dino/teacher_entropy": entropy, "dino/information": information})
+        if collapse:
+            found.append((10 * i, collapse))
+    return found
+
+
+def test_a_run_that_learns_is_left_alone() -> None:
+    assert told(LEARNS) == []
+
+
+@pytest.mark.parametrize(("series", "kind"), [(ONE_SIDED, "one-sided"), (UNIFORM, "uniform")])
+def test_collapse_is_told_once_and_soon(series: list[tuple[float, float]], kind: str) -> None:
+    ((step, collapse),) = told(series)
+    assert collapse.kind == kind
+    assert step == 100, "a quarter of a run of 400 steps"
+    assert kind in collapse.words
+    assert "for 100 steps" in collapse.words
+
+
+def test_it_is_told_again_when_it_comes_again() -> None:
+    assert [c.kind for _, c in told(UNIFORM * 4 + LEARNS * 4, times=2)] == ["uniform", "uniform"]
+
+
+def test_a_slow_start_is_no_collapse() -> None:
+    """An untrained network gives all images nearly the same for a while."""
+    assert told([*UNIFORM[:1] * 9, *LEARNS], times=1) == []
+
+
+def test_a_recipe_without_these_figures_is_left_alone() -> None:
+    watch = CollapseWatch(load_preset("tiny"), 400)
+    assert all(watch.see(step, {"loss": 1.0}) is None for step in range(0, 400, 10))
+
+
+@pytest.mark.parametrize(
+    ("series", "overrides", "remedy"),
+    [
+        (UNIFORM, ["losses.dino.targets.temperature.value=0.07"], "temperature='{kind=\"constant\", value=0.04}'"),
+        (UNIFORM, [], "temperature='{kind=\"constant\", value=0.02}'"),
+        (UNIFORM, ["losses.dino.targets.temperature.value=0.02"], "--batch-size 96"),
+        (ONE_SIDED, ["losses.dino.targets.momentum=0.999"], "losses.dino.targets.momentum=0.9"),
+        (ONE_SIDED, [], "temperature='{kind=\"constant\", value=0.04}'"),
+        (ONE_SIDED, ["losses.dino.targets.temperature.value=0.04"], "teacher.momentum.start=0.996"),
+    ],
+)
+def test_the_remedy_fits_the_preset_and_can_be_typed(
+    series: list[tuple[float, float]], overrides: list[str], remedy: str
+) -> None:
+    ((_, collapse),) = told(series, overrides)
+    assert remedy in collapse.remedy
+    if "--set " in collapse.remedy:
+        changed = collapse.remedy.partition("--set ")[2].replace("'", "")
+        assert load_preset("tiny", [*overrides, changed]) != load_preset("tiny", overrides)
+
+
+def test_many_prototypes_are_made_fewer_first() -> None:
+    large = math.log(65536) / math.log(K)
+    series = [(entropy * large, information) for entropy, information in UNIFORM]
+    ((_, collapse),) = told(series, ["heads.dino.prototypes=65536", "losses.dino.targets.temperature.value=0.04"])
+    assert collapse.remedy.endswith("--set heads.dino.prototypes=8192")
+
+
+@pytest.fixture
+def flat(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A run whose teacher is not sharpened, so that it gives every prototype the same."""
+    monkeypatch.chdir(tmp_path)
+    dull = ["losses.dino.targets.temperature.value=5.0", "heads.dino.batch_norm=false", "training.epochs=16"]
+    preset = load_preset("tiny", [*SMALL, *dull])
+    return Plan("tiny", preset, image_folder(images), 64, Path("runs/x"), torch.device("cpu"), 0, None)
+
+
+def test_a_run_warns_and_goes_on_or_stops_with_its_state_saved(flat: Plan) -> None:
+    said: list[str] = []
+    run = pretrain(flat, lambda p: None, said.append)
+    assert run.step == 64
+    assert said[0].startswith("warning: uniform collapse: for 50 steps")
+    assert said[1].startswith("hint: begin again with --out NEW and a sharper teacher")
+    with pytest.raises(DinoError, match="uniform collapse"):
+        pretrain(replace(flat, out=Path("runs/y"), on_collapse="stop"), lambda p: None)
+    assert [p.name for p in Path("runs/y/state").iterdir()].count("60") == 1

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+from test_pretraining import SMALL
+
+from dinocli.data.sources import image_folder
+from dinocli.encoder import load_encoder
+from dinocli.errors import DinoError
+from dinocli.evals.knn import knn
+from dinocli.extraction import extract
+from dinocli.features import read_features
+from dinocli.monitor import Monitor, _some, steps_between_looks
+from dinocli.planning import Plan
+from dinocli.preset import load_preset
+from dinocli.pretraining import pretrain
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Classes of different colors, in two parts."""
+    for part, count in (("train", 8), ("val", 4)):
+        for label, color in (("dark", 30), ("light", 200)):
+            folder = tmp_path / "labelled" / part / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = np.random.default_rng((count, color, i)).integers(0, 40, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(noise + np.uint8(color)).save(folder / f"{i}.png")
+    return tmp_path / "labelled"
+
+
+@pytest.fixture
+def plan(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.chdir(tmp_path)
+    return Plan("tiny", load_preset("tiny", SMALL), image_folder(images), 12, Path("run"), CPU, 0, None)
+
+
+def test_it_says_what_extract_and_knn_say(labelled: Path, plan: Plan) -> None:
+    run = pretrain(plan, lambda p: None)
+    encoder = load_encoder(str(run.folder), CPU)
+    parts = {}
+    for part in ("train", "val"):
+        extract(encoder, image_folder(labelled / part), Path(part), data="x")
+        parts[part] = read_features(Path(part))
+    network = plan.preset.network()
+    network.load_weights(dict(_weights(run.checkpoint)), "x")
+    monitor = Monitor(str(labelled), plan.preset, CPU, workers=0)
+    assert monitor.images == 24
+    assert monitor.look(network) == knn(parts["train"], parts["val"], [16]).scores[0].top1
+
+
+def _weights(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+def test_a_run_that_is_watched_learns_the_same_bits(labelled: Path, plan: Plan) -> None:
+    alone = pretrain(plan, lambda p: None)
+    said: list[str] = []
+    watched = replace(plan, out=Path("watched"), monitor=str(labelled), monitor_every=5)
+    notes: list[str] = []
+    run = pretrain(watched, lambda p: notes.append(p.note), said.append)
+    assert run.checkpoint.read_bytes() == alone.checkpoint.read_bytes()
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "knn" in line] == [0, 5, 10, 12]
+    assert all(0 <= line["knn"] <= 100 for line in lines if "knn" in line)
+    assert said[0].startswith("k-NN before the first step: ")
+    assert "k-NN" in notes[-1]
+
+
+def test_the_network_is_left_in_training_as_it_was(labelled: Path, plan: Plan) -> None:
+    network = plan.preset.network()
+    network.backbone.eval()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    Monitor(str(labelled), plan.preset, CPU, workers=0).look(network)
+    assert network.training
+    assert network.heads.training
+    assert not any(m.training for m in network.backbone.modules())
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_looks_are_few_enough_to_leave_on() -> None:
+    assert steps_between_looks(24, steps=100_000, batch_size=1024) == 5_000
+    assert steps_between_looks(24, steps=10, batch_size=1) == 72, "24 images cost as much as 3.6 of a step"
+
+
+def test_of_a_large_set_as_many_are_taken_of_each_class(tmp_path: Path) -> None:
+    for label, count in (("many", 30), ("few", 3), ("some", 10)):
+        write_images(tmp_path / label, count, size=8)
+    small = _some(image_folder(tmp_path), 12)
+    counts = {small.classes[i]: int(n) for i, n in enumerate(np.bincount(small.labels))}
+    assert counts == {"few": 3, "many": 5, "some": 4} or counts == {"few": 3, "many": 4, "some": 5}
+    assert all(name.startswith(small.classes[label]) for name, label in zip(small.names, small.labels, strict=True))
+    assert list(_some(image_folder(tmp_path), 12).names) == list(small.names)
+
+
+def test_images_without_classes_are_refused(tmp_path: Path) -> None:
+    write_images(tmp_path / "flat", 3)
+    with pytest.raises(DinoError, match=r"class folders; .*flat has none"):
+        Monitor(str(tmp_path / "flat"), load_preset("tiny", SMALL), CPU, workers=0)

@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_pretraining import SMALL
+
+from dinocli.data.sources import image_folder, open_source
+from dinocli.errors import DinoError
+from dinocli.planning import Plan, Saving
+from dinocli.preset import load_preset
+from dinocli.pretraining import pretrain
+from dinocli.runs import held, next_folder, runs_of
+from dinocli.states import first_difference, newest, saved_states, unfinished
+from dinocli.weights import read_weights
+
+
+@pytest.fixture
+def plan(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.chdir(tmp_path)
+    preset = load_preset("tiny", [*SMALL, "backbone.drop_path=0.3"])
+    return Plan(
+        "tiny", preset, image_folder(images), 12, Path("runs/tiny-1"), torch.device("cpu"), 0, None,
+        saving=Saving(seconds=None, steps=4),
+    )  # fmt: skip
+
+
+def stopped(plan: Plan, step: int) -> Plan:
+    """The plan, of which `step` steps are done by a run that was told to stop then."""
+    pretrain(replace(plan, stop=step), lambda p: None)
+    return plan
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """The weights that a run leaves, and its last state, as bytes."""
+    last = next(folder for folder, _ in saved_states(run))
+    return {name: (last / name).read_bytes() for name in ("ckpt.safetensors", "trainer.safetensors")}
+
+
+def steps_of(run: Path) -> list[int]:
+    return [int(folder.name) for folder, _ in saved_states(run)]
+
+
+def test_a_run_that_goes_on_ends_in_the_same_bits(plan: Plan) -> None:
+    whole = pretrain(plan, lambda p: None)
+    parts = replace(plan, out=Path("runs/parts"))
+    said: list[str] = []
+    for step in (1, 5, 6):
+        pretrain(replace(parts, stop=step), lambda p: None, said.append)
+    pretrain(replace(parts, workers=2), lambda p: None, said.append)
+    assert said == [f"going on from step {a} of {b} in runs/parts" for a, b in ((1, 5), (5, 6), (6, 12))]
+    assert content(whole.folder) == content(parts.out)
+    assert (parts.out / "ckpt.safetensors").read_bytes() == content(parts.out)["ckpt.safetensors"]
+    lines = [json.loads(line) for line in (parts.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 5, 6, 10, 12]
+    last = json.loads((whole.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in ("loss", "grad_norm", "dino/kl", "dino/prototypes", "feature_std", "lr", "epoch"):
+        assert lines[-1][name] == last[name]
+
+
+def test_the_newest_states_are_kept_and_milestones(plan: Plan) -> None:
+    pretrain(plan, lambda p: None)
+    assert steps_of(plan.out) == [12, 8]
+    other = replace(plan, out=Path("other"), saving=Saving(seconds=None, steps=2, keep=3, milestones=5))
+    pretrain(other, lambda p: None)
+    assert steps_of(other.out) == [12, 10, 8, 5]
+    assert read_weights(other.out / "state" / "5").backbone["cls_token"].shape == (1, 1, 16)
+    timed = replace(plan, out=Path("timed"), saving=Saving(seconds=1e-9, keep=99))
+    pretrain(timed, lambda p: None)
+    assert steps_of(timed.out) == list(range(12, -1, -1))
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut": lambda folder: os.truncate(folder / "trainer.safetensors", 1000),
+    "flipped": lambda folder: _flip(folder / "trainer.safetensors"),
+    "weights flipped": lambda folder: _flip(folder / "ckpt.safetensors"),
+    "no list": lambda folder: (folder / "state.json").unlink(),
+    "a torn list": lambda folder: os.truncate(folder / "state.json", 30),
+    "a file gone": lambda folder: (folder / "ckpt.safetensors").unlink(),
+}
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_state_is_named_and_the_one_before_it_taken(plan: Plan, damage: Callable[[Path], object]) -> None:
+    whole = pretrain(replace(plan, out=Path("whole")), lambda p: None)
+    stopped(plan, 8)
+    # Checkpoint and state share their bytes on disk, and a file that is changed in place is another's too.
+    folder = plan.out / "state" / "8"
+    shutil.copytree(folder, plan.out / "copy")
+    shutil.rmtree(folder)
+    (plan.out / "copy").rename(folder)
+    damage(folder)
+    said: list[str] = []
+    pretrain(plan, lambda p: None, said.append)
+    assert "state of step 8 is damaged" in said[0]
+    assert "runs/tiny-1/state/damaged-8" in said[0]
+    assert said[1] == "going on from step 4 of 12 in runs/tiny-1"
+    assert (plan.out / "state" / "damaged-8").is_dir()
+    assert content(plan.out) == content(whole.folder)
+
+
+def test_drafts_of_a_save_that_was_killed_are_taken_away(plan: Plan) -> None:
+    stopped(plan, 4)
+    drafts = [plan.out / ".ckpt.safetensors.123.part", plan.out / "state" / ".8.123.part" / "x"]
+    for draft in drafts:
+        draft.parent.mkdir(exist_ok=True)
+        draft.write_bytes(b"half")
+    pretrain(plan, lambda p: None)
+    assert not list(plan.out.rglob(".*"))
+
+
+def test_another_preset_is_named_by_its_first_key(plan: Plan) -> None:
+    stopped(plan, 4)
+    before = content(plan.out)
+    for override, words, hint in (
+        ("optimizer.lr.start=0.5", "optimizer.lr.start = 0.004; 0.5 was asked for", "--set optimizer.lr.start=0.004"),
+        ("heads.dino.prototypes=17", "heads.dino.prototypes = 16; 17 was", "--set heads.dino.prototypes=16"),
+        ("training.epochs=9", "training.epochs = 8; 9 was", "--set training.epochs=8"),
+        ("views.global_2.blur=0.5", "views.global_2.blur = 0.0; 0.5 was", "--set views.global_2.blur=0.0"),
+    ):
+        other = replace(plan, preset=load_preset("tiny", [*SMALL, "backbone.drop_path=0.3", override]))
+        with pytest.raises(DinoError, match=words) as error:
+            pretrain(other, lambda p: None)
+        assert hint in error.value.hint
+    assert content(plan.out) == before
+
+
+def test_words_about_a_preset_may_differ(plan: Plan) -> None:
+    stopped(plan, 4)
+    preset = load_preset("tiny", [*SMALL, "backbone.drop_path=0.3", "about.cost=none at all"])
+    assert pretrain(replace(plan, preset=preset), lambda p: None).step == 12
+
+
+def test_a_longer_run_after_the_end_tells_the_leap_of_its_schedules_first(plan: Plan) -> None:
+    whole = replace(plan, stop=plan.clock.total)
+    pretrain(whole, lambda p: None)
+    longer = replace(
+        plan, preset=load_preset("tiny", [*SMALL, "backbone.drop_path=0.3", "training.epochs=16"]), stop=64
+    )
+    said: list[str] = []
+    run = pretrain(longer, lambda p: None, said.append)
+    assert run.step == 64
+    assert said[0].startswith("note: 16 epochs in place of 8 stretch the schedules from 32 to 64 steps; so at step 32")
+    rate = plan.preset.optimizer.lr_for(4)
+    now, was = (rate.at(replace(p.clock, step=32)) for p in (longer, plan))
+    assert f"learning rate from {was:.3g} to {now:.3g}" in said[0]
+    assert json.loads((run.folder / "preset.json").read_text())["training"]["epochs"] == 16
+
+
+def test_other_images_are_refused(plan: Plan, images: Path, tmp_path: Path) -> None:
+    stopped(plan, 4)
+    shutil.copytree(images, tmp_path / "moved")
+    moved = replace(plan, source=image_folder(tmp_path / "moved"))
+    assert pretrain(replace(moved, stop=5), lambda p: None).step == 5, "the same images in another place"
+    shutil.copy(tmp_path / "moved" / "a" / "0000.png", tmp_path / "moved" / "a" / "new.png")
+    more = replace(moved, source=image_folder(tmp_path / "moved"))
+    with pytest.raises(
+        DinoError, match=rf"the images have changed .* {plan.source.count} in .* {plan.source.count + 1}"
+    ):
+        pretrain(more, lambda p: None)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(plan: Plan) -> None:
+    with held(plan.out), pytest.raises(DinoError, match="a run is going on in runs/tiny-1"):
+        pretrain(plan, lambda p: None)
+    assert not Path("runs").exists()
+
+
+def test_a_run_that_was_broken_off_is_found_again_and_no_other(plan: Plan) -> None:
+    wanted = (plan.preset, plan.source.fingerprint, None)
+    assert unfinished(runs_of("tiny"), wanted) is None
+    stopped(plan, 12)
+    assert unfinished(runs_of("tiny"), wanted) is None, "it was told to end there"
+    broken = replace(plan, out=next_folder("tiny"))
+    pretrain(broken, lambda p: os.kill(os.getpid(), signal.SIGINT))
+    pretrain(replace(plan, out=next_folder("tiny")), lambda p: None)
+    assert unfinished(runs_of("tiny"), wanted) == Path("runs/tiny-2")
+    assert unfinished(runs_of("tiny"), (load_preset("tiny"), *wanted[1:])) is None
+    assert unfinished(runs_of("tiny"), (plan.preset, "other", None)) is None
+    assert unfinished(runs_of("tiny"), (*wanted[:2], "some.pth")) is None
+
+
+def test_the_first_difference_is_named_by_its_path() -> None:
+    assert first_difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 2}}) is None
+    assert first_difference({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 2, "d": 4}}) == ("b.d", 3, 4)
+    assert first_difference({"a": {"b": 1}}, {"a": None}) == ("a", {"b": 1}, None)
+    assert first_difference({}, {"x": 1}) == ("x", None, 1)
+
+
+def test_shards_go_on_with_as_many_readers_as_before(plan: Plan, images: Path) -> None:
+    from dinocli.packing import pack
+
+    pack(image_folder(images), Path("packed"), side=None, per_shard=3, name="x", report=lambda done, note="": None)
+    shards = replace(plan, source=open_source("packed"), workers=2)
+    whole = pretrain(replace(shards, out=Path("whole")), lambda p: None)
+    pretrain(replace(shards, stop=5), lambda p: None)
+    said: list[str] = []
+    pretrain(replace(shards, workers=1), lambda p: None, said.append)
+    assert "--workers 2, as before" in said[0]
+    assert content(shards.out) == content(whole.folder)
+
+
+def train_in(folder: str, out: str) -> None:
+    """What the process that is killed does: it saves after every step."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    preset = load_preset("tiny", [*SMALL, "backbone.drop_path=0.3"])
+    saving = Saving(seconds=None, steps=1, keep=2)
+    pretrain(
+        Plan("tiny", preset, image_folder(Path("images")), 12, Path(out), torch.device("cpu"), 0, None, saving=saving),
+        lambda p: None,
+    )
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(images: Path, tmp_path: Path) -> None:
+    """A process that saves after each step is killed at moments that chance picks, over and over."""
+    images.rename(tmp_path / "images")
+    context = multiprocessing.get_context("forkserver")  # it loads torch once for all of them
+    context.set_forkserver_preload(["dinocli.pretraining"])
+
+    def started(out: str) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=train_in, args=(str(tmp_path), out))
+        process.start()
+        return process
+
+    def saved(out: str) -> int:
+        return max((int(path.name) for path in (tmp_path / out / "state").glob("*") if path.name.isdigit()), default=-1)
+
+    moments, killed_after = random.Random(0), []
+    while saved("mine") < 12:
+        assert len(killed_after) < 60, "it makes no way"
+        process, before, began = started("mine"), saved("mine"), time.monotonic()
+        # It is let come a step or two further, and then has some hundredths of a second: mostly it is saving then.
+        while process.is_alive() and saved("mine") < before + 1 and time.monotonic() - began < 60:
+            time.sleep(0.001)
+        process.join(moments.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        killed_after.append(saved("mine"))
+    assert len(killed_after) >= 5, "it was too quick to be killed"
+    for out in ("mine", "whole"):
+        process = started(out)
+        process.join(60)
+        assert process.exitcode == 0
+    assert content(tmp_path / "mine") == content(tmp_path / "whole")
+    assert not list((tmp_path / "mine").rglob(".*"))
+
+
+def test_no_state_at_all_is_none(tmp_path: Path) -> None:
+    assert newest(tmp_path, pytest.fail) is None

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_pretraining import SMALL
+
+from dinocli.data.sources import image_folder
+from dinocli.errors import DinoError
+from dinocli.planning import Plan
+from dinocli.preset import load_preset
+from dinocli.pretraining import pretrain
+from dinocli.watching import Progress
+
+
+@pytest.fixture
+def plan(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.chdir(tmp_path)
+    return Plan("tiny", load_preset("tiny", SMALL), image_folder(images), 25, Path("run"), torch.device("cpu"), 0, None)
+
+
+def lines(plan: Plan) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (plan.out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_line_holds_what_tells_whether_a_run_learns(plan: Plan) -> None:
+    seen: list[Progress] = []
+    pretrain(plan, seen.append)
+    assert [line["step"] for line in lines(plan)] == [1, 10, 20, 25] == [p.step for p in seen]
+    last = lines(plan)[-1]
+    assert list(last) == [
+        "step", "epoch", "loss", "grad_norm", "dino", "dino/teacher_entropy", "dino/kl", "dino/information",
+        "dino/prototypes", "dino/temperature", "feature_std", "momentum", "lr", "weight_decay", "images_per_second",
+        "data_wait", "peak_memory", "skipped",
+    ]  # fmt: skip
+    assert last["loss"] == pytest.approx(last["dino/teacher_entropy"] + last["dino/kl"], rel=1e-5)
+    assert 1 / 16 <= last["dino/prototypes"] <= 1
+    assert 0 < last["feature_std"] <= 1
+    at = replace(plan.clock, step=24)
+    assert last["momentum"] == plan.preset.teacher.momentum.at(at)
+    assert last["dino/temperature"] == 0.03
+    assert (last["skipped"], last["epoch"]) == (0, 25 / 4)
+
+
+def test_figures_are_worked_out_for_logged_steps_alone(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no log shows costs nothing: neither the figures nor a wait for the device."""
+    from dinocli.distillation import SelfDistillation
+
+    asked, read = [], []
+    watch, number = SelfDistillation.watch, torch.Tensor.__float__
+    monkeypatch.setattr(SelfDistillation, "watch", lambda *a: asked.append(1) or watch(*a))
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda t: read.append(1) or number(t))
+    pretrain(plan, lambda p: None)
+    assert len(asked) == 4
+    assert len(read) == 4 * 8, "loss, its part, the gradient and five figures; the others are plain numbers"
+
+
+def test_a_run_that_goes_on_takes_out_lines_that_it_writes_again(plan: Plan) -> None:
+    pretrain(replace(plan, stop=12), lambda p: None)
+    with (plan.out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "loss": 1.0}\n{"step": 2')
+    pretrain(plan, lambda p: None)
+    assert [line["step"] for line in lines(plan)] == [1, 10, 12, 20, 25]
+    assert lines(plan)[3]["loss"] != 1.0
+
+
+def test_what_cannot_be_watched_is_said_before_anything_is_written(plan: Plan) -> None:
+    with pytest.raises(DinoError, match="missing"):
+        pretrain(replace(plan, monitor="missing"), lambda p: None)
+    assert not plan.out.exists()
+
+
+def test_a_run_with_a_report_learns_the_same_bits_and_draws_it(plan: Plan) -> None:
+    alone = pretrain(plan, lambda p: None)
+    drawn = replace(plan, out=Path("drawn"), report=True, monitor_every=10)
+    assert pretrain(drawn, lambda p: None).checkpoint.read_bytes() == alone.checkpoint.read_bytes()
+    assert (drawn.out / "curves.png").is_file()
+    page = (drawn.out / "report.html").read_text()
+    assert page.count("data:image/jpeg") >= 3, "photos, maps and neighbours"
+    assert [line["step"] for line in lines(drawn) if "rank" in line and "uniformity" in line] == [0, 10, 20, 25]
+    assert {p.name for p in (drawn.out / "pictures").iterdir()} >= {"photos.jpg", "attention-0.jpg", "attention-25.jpg"}
+
+
+def test_a_report_that_cannot_be_drawn_loses_no_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinocli import watching
+
+    def broken(folder: Path) -> None:
+        raise ValueError("no ink")
+
+    monkeypatch.setattr(watching, "write_report", broken)
+    said: list[str] = []
+    assert pretrain(replace(plan, report=True), lambda p: None, said.append).step == 25
+    assert said == ["note: the report could not be drawn: no ink"]
