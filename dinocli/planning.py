@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinocli.data.fill import ViewsConfig
+from dinocli.data.crops import ViewsConfig
 from dinocli.data.loader import Batch
 from dinocli.data.sources import Source
 from dinocli.errors import DinoError
