@@ -1,4 +1,4 @@
-"""The header of a plain JPEG, in a tenth of the time that Pillow takes for any."""
+"""The header of a plain JPEG, in a fifth of the time that Pillow takes for any (6 and 29 microseconds)."""
 
 from __future__ import annotations
 
