@@ -203,6 +203,8 @@ class _Session:
         path = plan.out / _BAD
         self.bad_before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.saved_step = saved.state.step if saved else -1
+        if saved:
+            self.keeper.mend(saved)
         self.save()
         write_text(plan.out / "preset.json", plan.preset.model_dump_json(indent=2))
 

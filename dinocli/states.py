@@ -147,9 +147,17 @@ class Keeper:
             write_tensors(draft / _TRAINER, tensors, {})
             files = {name: _checksum(draft / name) for name in (CHECKPOINT, _TRAINER)}
             write_text(draft / _STATE, state.model_copy(update={"files": files}).model_dump_json(indent=2))
+        self._hand_on(folder)
+        self._prune()
+
+    def mend(self, saved: Saved) -> None:
+        """Let the run's checkpoint be that of a state, which a save that was killed between the two has left behind."""
+        if _checksum(self.run / CHECKPOINT) != saved.state.files.get(CHECKPOINT):
+            self._hand_on(saved.folder)
+
+    def _hand_on(self, folder: Path) -> None:
         with atomic(self.run / CHECKPOINT) as draft:
             _link(folder / CHECKPOINT, draft)
-        self._prune()
 
     def _prune(self) -> None:
         folders = sorted((p for p in (self.run / FOLDER).glob("*") if p.name.isdigit()), key=lambda p: int(p.name))

@@ -151,6 +151,19 @@ def test_drafts_of_a_save_that_was_killed_are_taken_away(plan: Plan) -> None:
     assert not list(plan.out.rglob(".*"))
 
 
+def test_a_save_that_was_killed_before_the_checkpoint_followed_is_mended(plan: Plan) -> None:
+    """The last save of a run too, after which no other one comes."""
+    stopped(plan, 8)
+    older = (plan.out / "ckpt.safetensors").read_bytes()
+    run = pretrain(plan, lambda p: None)
+    wanted = run.checkpoint.read_bytes()
+    for left in (lambda: run.checkpoint.write_bytes(older), lambda: None):  # an older one, or none
+        run.checkpoint.unlink()
+        left()
+        pretrain(plan, lambda p: None)
+        assert run.checkpoint.read_bytes() == wanted == content(plan.out)["ckpt.safetensors"] != older
+
+
 def test_another_preset_is_named_by_its_first_key(plan: Plan) -> None:
     stopped(plan, 4)
     before = content(plan.out)
@@ -285,6 +298,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(images: Path, tmp_path
         process.join(60)
         assert process.exitcode == 0
     assert content(tmp_path / "mine") == content(tmp_path / "whole")
+    assert (tmp_path / "mine" / "ckpt.safetensors").read_bytes() == content(tmp_path / "whole")["ckpt.safetensors"]
     assert not list((tmp_path / "mine").rglob(".*"))
 
 
