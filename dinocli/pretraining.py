@@ -21,11 +21,14 @@ from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
 from dinocli.models.network import load_strictly
 from dinocli.planning import Plan
+from dinocli.report import CURVES, REPORT
 from dinocli.runs import CHECKPOINT, held
 from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest
 from dinocli.watching import Progress, Watch
 
 _BAD = "bad_images.txt"
+# Written once there is a state: where they lie without one, they are not of a run that can go on, and stay as they are.
+_WRITTEN = (CHECKPOINT, "preset.json", "metrics.jsonl", REPORT, CURVES, _BAD)
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,11 @@ def _found(plan: Plan, note: Callable[[str], None]) -> Saved | None:
         DinoError: What lies in the folder cannot be gone on from.
     """
     saved = newest(plan.out, note)
-    if saved is None and (plan.out / CHECKPOINT).exists():
+    taken = next((name for name in _WRITTEN if (plan.out / name).exists()), None) if saved is None else None
+    if taken:
+        weights = f", and --init {plan.out} to begin with its weights" if taken == CHECKPOINT else ""
         raise DinoError(
-            f"{plan.out} holds a run without a state to go on from",
-            f"take another --out, and --init {plan.out} to begin with its weights",
+            f"{plan.out} holds a {taken} and no whole state of a run to go on from", f"take another --out{weights}"
         )
     return saved
 

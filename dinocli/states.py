@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -197,7 +198,7 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
         key, was, wanted = found
         raise DinoError(
             f"the run began with {key} = {_shown(was)}; {_shown(wanted)} was asked for",
-            f"--set {key}={_shown(was)} to go on, or another --out",
+            f"--set {shlex.quote(f'{key}={_shown(was)}')} to go on, or another --out",
         )
     if longer:
         new = replace(clock, step=state.step)
@@ -223,7 +224,9 @@ def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None]) -> Pa
 
 
 def _shown(value: Any) -> str:
-    """As --set takes it."""
+    """As --set takes it: in TOML, whose lists and words are JSON's and whose tables are not."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}={_shown(inner)}' for key, inner in value.items() if inner is not None)}}}"
     return "none" if value is None else json.dumps(value)
 
 

@@ -139,9 +139,23 @@ def test_a_folder_with_weights_alone_is_not_written_over(plan: Plan) -> None:
     pretrain(plan, lambda p: None)
     shutil.rmtree(plan.out / "state")
     before = (plan.out / "ckpt.safetensors").read_bytes()
-    with pytest.raises(DinoError, match="a run without a state to go on from"):
+    with pytest.raises(DinoError, match=r"holds a ckpt\.safetensors and no whole state") as error:
         pretrain(plan, lambda p: None)
+    assert "--init runs/tiny-1 to begin with its weights" in error.value.hint
     assert (plan.out / "ckpt.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "preset.json", "report.html"])
+def test_files_of_the_users_are_not_written_over(plan: Plan, name: str) -> None:
+    plan.out.mkdir(parents=True)
+    (plan.out / name).write_text('{"step": 7}\nmine\n')
+    (plan.out / "notes.txt").touch()
+    with pytest.raises(DinoError, match=f"holds a {name} and no whole state"):
+        pretrain(replace(plan, report=True), lambda p: None)
+    assert sorted(path.name for path in plan.out.iterdir()) == sorted([name, "notes.txt"])
+    assert (plan.out / name).read_text() == '{"step": 7}\nmine\n'
+    (plan.out / name).unlink()
+    assert pretrain(plan, lambda p: None).step == 6, "other things do not mind"
 
 
 def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:

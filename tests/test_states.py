@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import time
@@ -178,6 +179,18 @@ def test_another_preset_is_named_by_its_first_key(plan: Plan) -> None:
             pretrain(other, lambda p: None)
         assert hint in error.value.hint
     assert content(plan.out) == before
+
+
+@pytest.mark.parametrize("override", ["views.local.scale=[0.1, 0.3]", "optimizer.clip=none", "views.local=none"])
+def test_what_is_to_be_typed_to_go_on_can_be_typed(plan: Plan, override: str) -> None:
+    stopped(plan, 4)
+    words = [*SMALL, "backbone.drop_path=0.3", override]
+    with pytest.raises(DinoError) as error:
+        pretrain(replace(plan, preset=load_preset("tiny", words)), lambda p: None)
+    typed = shlex.split(error.value.hint.removesuffix(" to go on, or another --out"))
+    assert typed[0] == "--set"
+    assert len(typed) == 2
+    assert load_preset("tiny", [*words, typed[1]]) == plan.preset
 
 
 def test_words_about_a_preset_may_differ(plan: Plan) -> None:
