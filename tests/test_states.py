@@ -117,6 +117,37 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(plan: Plan, damage
     assert content(plan.out) == content(whole.folder)
 
 
+def test_where_no_state_is_whole_it_says_so_and_touches_nothing_else(plan: Plan) -> None:
+    stopped(plan, 4)
+    before = (plan.out / "ckpt.safetensors").read_bytes()
+    for folder, _ in saved_states(plan.out):
+        (folder / "state.json").write_text("torn")
+    said: list[str] = []
+    with pytest.raises(DinoError, match="no whole state"):
+        pretrain(plan, lambda p: None, said.append)
+    assert [line.partition("now; ")[2] for line in said] == ["the one before it is taken", "there is none before it"]
+    assert (plan.out / "ckpt.safetensors").read_bytes() == before
+
+
+def test_a_state_of_another_version_is_no_damaged_one(plan: Plan) -> None:
+    stopped(plan, 4)
+    for folder, _ in saved_states(plan.out):
+        facts = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(facts | {"dinocli": "9.7", "novel": 1}))
+    with pytest.raises(DinoError, match=r"state/4 was written by dinocli 9\.7") as error:
+        pretrain(plan, lambda p: None)
+    assert "pip install dinocli==9.7" in error.value.hint
+    assert steps_of(plan.out) == [4, 0], "they lie where they lay"
+
+
+def test_what_else_lies_among_the_states_stays(plan: Plan) -> None:
+    stopped(plan, 4)
+    for name in ("\u00b2", "notes", "7.bak"):
+        (plan.out / "state" / name).mkdir()
+    assert pretrain(plan, lambda p: None).step == 12
+    assert {path.name for path in (plan.out / "state").iterdir()} == {"\u00b2", "notes", "7.bak", "8", "12"}
+
+
 def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_saved(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
