@@ -20,7 +20,7 @@ from dinocli.encoder import initial_weights
 from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
 from dinocli.models.network import load_strictly
-from dinocli.planning import Plan
+from dinocli.planning import Plan, equal_parts
 from dinocli.report import CURVES, REPORT
 from dinocli.runs import CHECKPOINT, held
 from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest
@@ -222,10 +222,11 @@ class _Session:
         try:
             values = self.trainer.step(batch, watch=watch)
         except torch.OutOfMemoryError as error:
-            size = self.plan.preset.training.batch_size
+            size, parts = self.plan.preset.training.batch_size, self.plan.accumulate
+            more = next((f"--accumulate {n}, which learns the same; or " for n in equal_parts(size) if n > parts), "")
             raise DinoError(
-                f"the device's memory is too small for a batch of {size} in {self.plan.accumulate} parts",
-                f"--accumulate {2 * self.plan.accumulate}, which learns the same; or --batch-size {max(1, size // 2)}",
+                f"the device's memory is too small for a batch of {size} in {parts} parts",
+                f"{more}--batch-size {max(1, size // 2)}",
             ) from error
         self.whole = True
         return values

@@ -200,6 +200,22 @@ def test_steps_that_are_not_finite_are_left_out_and_end_the_run_when_no_other_co
     assert all((images / ast.literal_eval(name)).is_file() for _, name in named)
 
 
+def test_a_device_without_room_says_in_how_many_parts_to_take_a_batch(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinocli.engine.trainer import Trainer
+
+    def full(self: Trainer, batch: object, *, watch: bool) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Trainer, "step", full)
+    for parts, hint in ((1, "--accumulate 2, which learns the same; or --batch-size 2"), (4, "--batch-size 2")):
+        with pytest.raises(DinoError, match=f"too small for a batch of 4 in {parts} parts") as error:
+            pretrain(replace(plan, accumulate=parts), lambda p: None)
+        assert error.value.hint == hint
+    assert [folder.name for folder, _ in saved_states(plan.out)] == ["0"], "the step that was broken off is not saved"
+
+
 def test_start_from_own_weights_takes_the_heads_too(plan: Plan) -> None:
     run = pretrain(plan, lambda p: None)
     stored = read_weights(run.folder)
