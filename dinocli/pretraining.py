@@ -205,7 +205,7 @@ class _Session:
         self.keeper = Keeper(plan.out, plan.saving.keep, plan.saving.milestones)
         self.whole = True  # between two steps, and what could be saved was
         path = plan.out / _BAD
-        self.bad_before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.bad_before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         self.saved_step = saved.state.step if saved else -1
         if saved:
             self.keeper.mend(saved)

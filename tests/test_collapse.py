@@ -49,6 +49,12 @@ def test_it_is_told_again_when_it_comes_again() -> None:
     assert [c.kind for _, c in told(UNIFORM * 4 + LEARNS * 4, times=2)] == ["uniform", "uniform"]
 
 
+def test_sharp_or_even_targets_that_tell_images_apart_are_no_collapse() -> None:
+    most = math.log(load_preset("tiny").heads["dino"].prototypes)
+    assert told([(0.001 * most, 0.5 * most)] * 30) == []
+    assert told([(0.98 * most, 0.03 * most)] * 30) == []
+
+
 def test_a_slow_start_is_no_collapse() -> None:
     """An untrained network gives all images nearly the same for a while."""
     assert told([*UNIFORM[:1] * 9, *LEARNS], times=1) == []

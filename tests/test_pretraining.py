@@ -182,6 +182,9 @@ def test_bad_images_are_listed(plan: Plan, images: Path) -> None:
     run = pretrain(plan, lambda p: None)
     assert (run.folder / "bad_images.txt").read_text().startswith("'a/0001.png'\tnot an image")
     assert list(run.bad.reasons) == ["a/0001.png"]
+    with (run.folder / "bad_images.txt").open("ab") as file:
+        file.write(b"\xff torn\n")
+    assert pretrain(replace(plan, stop=7), lambda p: None).step == 7, "what is damaged there stops no run"
 
 
 def test_steps_that_are_not_finite_are_left_out_and_end_the_run_when_no_other_comes(plan: Plan, images: Path) -> None:

@@ -173,6 +173,30 @@ def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_saved(
     assert content(plan.out) == content(whole.folder)
 
 
+def test_a_second_ctrl_c_in_the_middle_of_a_step_saves_nothing_half_done(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinocli.engine import trainer
+
+    whole = pretrain(replace(plan, out=Path("whole")), lambda p: None)
+    move, moved = trainer.move, []
+
+    def interrupted(*arguments: object) -> None:
+        move(*arguments)
+        moved.append(1)
+        if len(moved) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "move", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(plan, lambda p: None)
+    assert steps_of(plan.out) == [4, 0], "the student had moved, and the teacher had not"
+    pretrain(plan, lambda p: None)
+    assert content(plan.out) == content(whole.folder)
+
+
 def test_drafts_of_a_save_that_was_killed_are_taken_away(plan: Plan) -> None:
     stopped(plan, 4)
     drafts = [plan.out / ".ckpt.safetensors.123.part", plan.out / "state" / ".8.123.part" / "x"]

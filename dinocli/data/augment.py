@@ -155,7 +155,8 @@ def _turn_hue(x: Tensor, turn: Tensor) -> None:
     hue.div_(6).add_(_column(turn, x)[:, 0])
     # A channel of HSV back to RGB: value - chroma * clamp(min(k, 4 - k), 0, 1) at k = (n + hue) mod 6, n = 5, 3, 1;
     # which is what the distance on the circle from where k is 2 tells.
-    away = hue[:, None] + torch.tensor([3 / 6, 1 / 6, -1 / 6], device=x.device)[:, None, None]
+    # 3/6, 1/6, -1/6; made on the device, since numbers that come from the host make it wait.
+    away = hue[:, None] + (torch.arange(3, -2, -2, device=x.device) / 6)[:, None, None]
     away.sub_(away.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
     torch.sub(value[:, None], away.mul_(chroma[:, None]), out=x)
 

@@ -174,3 +174,16 @@ def test_a_gpu_makes_the_same_views() -> None:
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
     on_gpu = augment(crops.cuda(), drawn, mean.cuda(), std.cuda())
     torch.testing.assert_close(on_gpu.cpu(), augment(crops, drawn, mean, std), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_a_gpu_to_make_views() -> None:
+    generator = torch.Generator().manual_seed(0)
+    crops = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8, generator=generator).cuda()
+    drawn = draws(np.random.default_rng(0).random((8, 2, NUMBERS)), [VIEW, VIEW])
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).cuda(), torch.tensor([0.2, 0.3, 0.4]).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        augment(crops, drawn, mean, std)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

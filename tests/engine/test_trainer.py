@@ -104,6 +104,23 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_clock(
     assert (one.skipped.tolist(), other.skipped.tolist()) == ([0, 0], [2, 0])
 
 
+class Roots(Halves):
+    """Whose gradient at 0 is not finite, where its loss is."""
+
+    def forward(self, part: Tensor) -> dict[str, Tensor]:
+        return {"near": (self.value * part).abs().sqrt().mean()}
+
+
+def test_a_gradient_that_is_not_finite_is_enough() -> None:
+    trainer = Trainer(Roots(), OPTIMIZERS[0], Clock(10, 10), batch_size=4, guarded=True)
+    before = trainer.method.value.item()
+    values = trainer.step(torch.zeros(4))
+    assert values["loss"].isfinite()
+    assert not values["grad_norm"].isfinite()
+    assert trainer.method.value.item() == before
+    assert trainer.skipped.tolist() == [1, 1]
+
+
 def test_steps_left_out_in_a_row_are_counted() -> None:
     trainer = guarded(OPTIMIZERS[0])
     for value in (1.0, math.nan, 1.0, math.nan, math.nan):
