@@ -66,7 +66,9 @@ class Monitor:
         found = {}
         with at_rest(network), torch.no_grad():
             for name, (pixels, plain) in self._parts.items():
-                values = [network.backbone(self._normalized(some)).cls.float().cpu() for some in pixels.split(_AT_ONCE)]
+                # The whole network, since of one in shards the parts cannot be called alone.
+                seen = [network([self._normalized(some)[None]]).cls[0] for some in pixels.split(_AT_ONCE)]
+                values = [cls.float().cpu() for cls in seen]
                 found[name] = replace(plain, values=torch.cat(values).numpy())
         train, test = compared(found)
         return knn(train, test, [min(_K, len(train) - (test is None))]).scores[0].top1

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinocli.data.fill import ViewsConfig
 from dinocli.data.loader import Batch
 from dinocli.data.sources import Source
+from dinocli.distributed import size
 from dinocli.errors import DinoError
 from dinocli.preset import Preset
 from dinocli.schedules import Clock, Cosine, LinearByEpoch, Rate
@@ -66,6 +67,10 @@ class Plan:
         on_collapse: What to do where the networks collapse.
         monitor: A small labelled set to measure the teacher on, if there is one.
         monitor_every: Steps between two looks at it; absent, so many that they take a twentieth of the time at most.
+        parallel: How several processes share the work.
+
+    Raises:
+        DinoError: A batch cannot be shared evenly by the processes and their parts.
     """
 
     name: str
@@ -82,6 +87,21 @@ class Plan:
     on_collapse: OnCollapse = "warn"
     monitor: str | None = None
     monitor_every: int | None = None
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+
+    def __post_init__(self) -> None:
+        batch, parts = self.preset.training.batch_size, size() * self.accumulate
+        if batch % parts:
+            shares = f"{size()} processes" if self.accumulate == 1 else f"{size()} x {self.accumulate} parts"
+            raise DinoError(
+                f"a batch of {batch} images cannot be shared evenly by {shares.removeprefix('1 x ')}",
+                f"--batch-size {max(1, round(batch / parts)) * parts}",
+            )
+
+    @property
+    def images_each(self) -> int:
+        """Images of a batch that each process takes."""
+        return self.preset.training.batch_size // size()
 
     @property
     def clock(self) -> Clock:
@@ -102,7 +122,7 @@ class Estimate:
         parameters: Of the student: backbone and heads.
         backbone_parameters: Of the backbone alone.
         flops: Floating-point operations an image, student and teacher, forward and backward.
-        memory: Bytes at the peak of a step.
+        memory: Bytes at the peak of a step, in each process.
         seconds: Of the whole run.
     """
 
@@ -197,9 +217,9 @@ def estimate(plan: Plan) -> Estimate:
     half = 0.55 if plan.device.type == "cuda" else 1.0
     activations = (sum(saved.values()) - weights) / _EMPTY_BATCH * half
     # Student, its gradient, two moments, teacher.
-    memory = 5 * weights + max(0.0, activations) * plan.preset.training.batch_size
+    memory = 5 * weights + max(0.0, activations) * plan.images_each / plan.accumulate
     rate = _product_rate(plan.device) * _EFFICIENCY[plan.device.type]
-    seconds = flops * plan.preset.training.batch_size * plan.stop / rate
+    seconds = flops * plan.images_each * plan.stop / rate
     return Estimate(_count(method.student), _count(method.student.backbone), flops, memory, seconds)
 
 

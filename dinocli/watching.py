@@ -14,6 +14,7 @@ from dinocli.data.loader import TrainBatches
 from dinocli.data.sources import Images
 from dinocli.device import peak_memory
 from dinocli.distillation import SelfDistillation
+from dinocli.distributed import gathered, rank
 from dinocli.engine.metrics import Metrics, Pace
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.errors import DinoError
@@ -84,26 +85,35 @@ class Watch:
         if plan.monitor:
             self._monitor = Monitor(plan.monitor, plan.preset, plan.device, plan.workers)
             self._every = plan.monitor_every or self._monitor.every(plan.stop, plan.preset.training.batch_size)
-        self._metrics, self._pace = Metrics(plan.out / "metrics.jsonl", trainer.clock.step), Pace()
+        self._metrics = Metrics(plan.out / "metrics.jsonl", trainer.clock.step) if rank() == 0 else None
+        self._pace = Pace()
         self._last: deque[tuple[int, Tensor]] = deque(maxlen=GIVE_UP + LOG_EVERY)
         self._collapse = CollapseWatch(plan.preset, plan.clock.total)
 
     def due(self) -> bool:
-        """Whether the step to come is to be logged."""
+        """Whether the step to come is to be logged, by its number."""
         step = self.trainer.clock.step + 1
-        cadence = step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._looks(step)
-        return cadence or self._pace.elapsed > _LOG_AFTER
+        return step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._looks(step)
+
+    @property
+    def late(self) -> bool:
+        """Whether so much time has gone by without a log that the next step is better logged."""
+        return self._pace.elapsed > _LOG_AFTER
 
     def begin(self) -> None:
         """Let the monitor look before the first step, for what comes later to be held against."""
         if self._looks(self.trainer.clock.step) and self.trainer.clock.step == 0:
-            self._metrics.write({"step": 0, "epoch": 0.0, **self._look()})
+            self._write({"step": 0, "epoch": 0.0, **self._look()})
             self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
 
     def saw(self, rows: Tensor) -> None:
         """Count a step's images, and remember which they were for a while."""
         self._pace.add(self.plan.preset.training.batch_size)
         self._last.append((self.trainer.clock.step, rows))
+
+    def _write(self, values: dict[str, float | int]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(values)
 
     def _looks(self, step: int) -> bool:
         return self._monitor is not None and (step % self._every == 0 or step == self.plan.stop)
@@ -126,7 +136,7 @@ class Watch:
         rate, waiting = self._pace.look(self.batches.waited)
         looked = self._look() if self._looks(clock.step) else {}
         group = self.trainer.optimizer.param_groups[0]
-        self._metrics.write(
+        self._write(
             {
                 "step": clock.step,
                 "epoch": round(clock.step / clock.steps_per_epoch, 4),
@@ -154,8 +164,11 @@ class Watch:
     def _give_up(self, in_a_row: int) -> None:
         source, path = self.plan.source, self.plan.out / "not_finite.txt"
         name = source.names.__getitem__ if isinstance(source, Images) else "image {} of the stream".format
-        lines = (f"{step}\t{name(row)!r}\n" for step, rows in self._last for row in rows.tolist())
-        write_text(path, "".join(lines))
+        # Each process saw a share of every step's images, and all of them are here for the same reason.
+        shares = zip(*gathered([(step, rows.tolist()) for step, rows in self._last]), strict=True)
+        lines = (f"{step}\t{name(row)!r}\n" for same in shares for step, rows in same for row in rows)
+        if rank() == 0:
+            write_text(path, "".join(lines))
         raise DinoError(
             f"loss or gradient was not finite in {in_a_row} steps in a row, up to {self.trainer.clock.step}; "
             f"they changed nothing, and their images are named in {path}",

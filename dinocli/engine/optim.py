@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dinocli.config import Config
+from dinocli.distributed import local, norms
 from dinocli.engine.method import ParamGroup
 from dinocli.schedules import Clock, Rate, Schedule
 
@@ -167,7 +168,7 @@ def drop_frozen(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
 def clip_gradients(optimizer: torch.optim.Optimizer, clip: ClipEach | None) -> Tensor:
     """Bound the gradients in place, and return their whole norm as it was before. []"""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = torch._foreach_norm(grads)
+    found = norms(grads)
     if clip is not None:
-        torch._foreach_mul_(grads, [(clip.norm / (n + 1e-6)).clamp(max=1.0) for n in norms])
-    return torch.linalg.vector_norm(torch.stack(norms))
+        torch._foreach_mul_(local(grads), [(clip.norm / (n + 1e-6)).clamp(max=1.0) for n in found])
+    return torch.linalg.vector_norm(torch.stack(found))
