@@ -86,6 +86,9 @@ def main() -> None:
         code = _said(*_explain(failure))
     except Exception as error:
         code = _told(error)
+    if code and distributed.size() > 1:
+        sys.stdout.flush()
+        os._exit(code)  # at once: what lies open between processes would wait for those that are gone
     sys.exit(code)
 
 

@@ -214,7 +214,7 @@ def _end(processes: list[Any]) -> None:
 def _end_with(parent: int) -> None:
     """End this worker once the process that started it is gone, which may have been killed."""
     while os.getppid() == parent:
-        time.sleep(2)
+        time.sleep(0.5)
     os._exit(1)
 
 
