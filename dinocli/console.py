@@ -70,11 +70,16 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
-    """A bar on a terminal; elsewhere a plain line now and then. Of images it says how many a second."""
-    start = time.monotonic()
+    """A bar on a terminal; elsewhere a plain line now and then. Of images it says how many a second.
+
+    What is told first may have been done before, and does not count for the time that is left.
+    """
+    start, first = time.monotonic(), -1
 
     def noted(done: int, note: str) -> str:
-        rate = f"{done / max(time.monotonic() - start, 1e-9):.0f} images/s"
+        nonlocal first
+        first = first if first >= 0 else done - 1
+        rate = f"{(done - first) / max(time.monotonic() - start, 1e-9):.0f} images/s"
         return "  ".join(part for part in (note, rate if unit == "images" else "") if part)
 
     if _words.is_terminal:
@@ -88,24 +93,25 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
         )
         with Progress(*columns, console=_words) as bar:
             task = bar.add_task(what, total=total, note="")
-            yield lambda done, note="": bar.update(task, completed=done, note=noted(done, note))
+
+            def drawn(done: int, note: str = "") -> None:
+                if first < 0:
+                    bar.reset(task, completed=done - 1)
+                bar.update(task, completed=done, note=noted(done, note))
+
+            yield drawn
         return
     last = start
 
     def plain(done: int, note: str = "") -> None:
         nonlocal last
-        now = time.monotonic()
+        now, said = time.monotonic(), noted(done, note)
         if done < total and now - last < _PLAIN_EVERY:
             return
         last = now
-        left = duration((now - start) * (total - done) / max(1, done))
-        say(
-            "  ".join(
-                part
-                for part in (f"{what} {done}/{total} {unit}", noted(done, note), f"{left} left" if done < total else "")
-                if part
-            )
-        )
+        left = duration((now - start) * (total - done) / max(1, done - first))
+        parts = (f"{what} {done}/{total} {unit}", said, f"{left} left" if done < total else "")
+        say("  ".join(part for part in parts if part))
 
     yield plain
 

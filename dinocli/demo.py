@@ -154,7 +154,7 @@ def demo(
 def _train(images: Path, out: Path, device: torch.device, workers: int, stage: Stage, steps: int | None) -> Path:
     preset, source = load_preset(PRESET), image_folder(images)
     stop = steps or start_clock(preset, source.count).total
-    plan = Plan(PRESET, preset, source, stop, out, device, workers, None)
+    plan = Plan(PRESET, preset, source, stop, out, device, workers, None, report=True)
     with stage("pretrain", stop, "steps") as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note))
     if run.stopped:

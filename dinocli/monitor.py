@@ -57,18 +57,12 @@ class Monitor:
         """How many are looked at."""
         return sum(len(pixels) for pixels, _ in self._parts.values())
 
-    def every(self, steps: int, batch_size: int) -> int:
-        """Steps between two looks: some twenty over a run, or fewer where those would take a twentieth of its time."""
-        return max(1, steps // _LOOKS, round(self.images * _COST / (_SHARE * batch_size)))
-
     def look(self, network: Network) -> float:
         """Percent of images whose class the nearest others tell; the network is left as it was."""
         found = {}
         with at_rest(network), torch.no_grad():
             for name, (pixels, plain) in self._parts.items():
-                # The whole network, since of one in shards the parts cannot be called alone.
-                seen = [network([self._normalized(some)[None]]).cls[0] for some in pixels.split(_AT_ONCE)]
-                values = [cls.float().cpu() for cls in seen]
+                values = [network.backbone(self._normalized(some)).cls.float().cpu() for some in pixels.split(_AT_ONCE)]
                 found[name] = replace(plain, values=torch.cat(values).numpy())
         train, test = compared(found)
         return knn(train, test, [min(_K, len(train) - (test is None))]).scores[0].top1
@@ -97,6 +91,17 @@ class Monitor:
         recipe = Recipe("the run", "", "cls", 1, size, source.where)
         empty = np.empty((len(names), 0), np.float32)
         return torch.cat(pixels), Features(empty, np.array(labels, np.int64), names, source.classes, {}, recipe)
+
+
+def steps_between_looks(images: int, steps: int, batch_size: int) -> int:
+    """So many that there are some twenty looks over a run, or fewer where those would take a twentieth of its time.
+
+    Args:
+        images: That are looked at each time.
+        steps: Of the run.
+        batch_size: Images a step.
+    """
+    return max(1, steps // _LOOKS, round(images * _COST / (_SHARE * batch_size)))
 
 
 @contextmanager

@@ -66,7 +66,10 @@ class Plan:
         saving: How often all that is needed to go on is saved.
         on_collapse: What to do where the networks collapse.
         monitor: A small labelled set to measure the teacher on, if there is one.
-        monitor_every: Steps between two looks at it; absent, so many that they take a twentieth of the time at most.
+        monitor_every: Steps between two looks at it, and at the report's photos; absent, so many that they take a
+            twentieth of the time at most.
+        tensorboard: Whether to write what is logged for TensorBoard too.
+        report: Whether to look at the same photos now and again, and to draw the report.
         parallel: How several processes share the work.
 
     Raises:
@@ -87,6 +90,8 @@ class Plan:
     on_collapse: OnCollapse = "warn"
     monitor: str | None = None
     monitor_every: int | None = None
+    tensorboard: bool = False
+    report: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:

@@ -38,6 +38,7 @@ class Run:
     Attributes:
         folder: The run folder.
         checkpoint: The teacher in it.
+        began: Steps that were done before; 0 for a run that did not go on from a state.
         step: Steps done.
         stopped: Whether it was stopped by the user before its end.
         loss: Of the last step that was logged; absent where none was.
@@ -50,6 +51,7 @@ class Run:
 
     folder: Path
     checkpoint: Path
+    began: int
     step: int
     stopped: bool
     loss: float | None
@@ -81,30 +83,33 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         if saved:
             plan = going_on(plan, saved.state, note)
         trainer, method, fresh = _trainer(plan, saved)
+        watch = Watch(plan, trainer, method, report, note)
         session = _Session(plan, trainer, method, saved)
         batches = _batches(plan, trainer)
         session.bad = batches.bad
-        watch = Watch(plan, trainer, method, batches, report, note)
         late = False
         try:
             watch.begin()
             for batch in batches if trainer.clock.step < plan.stop else ():
                 due = watch.due() or late
                 values = session.step(batch, due)
-                watch.saw(batch.rows)
+                watch.saw(batch.rows, batches.waited)
                 if due:
                     watch.log(values)
                 # What time or a signal decides, all processes decide together.
                 late, save, stop = any_of(watch.late, session.late, bool(asked_to_stop))
-                session.save_now_and_then(save)
+                if session.save_now_and_then(save):
+                    watch.draw()
                 if stop or trainer.clock.step >= plan.stop:
                     break
         finally:
             batches.close()
             session.close(broken=sys.exception() is not None)
+        watch.draw(last=True)
     return Run(
         folder=plan.out,
         checkpoint=plan.out / CHECKPOINT,
+        began=saved.state.step if saved else 0,
         step=trainer.clock.step,
         stopped=trainer.clock.step < plan.stop,
         loss=watch.loss,
@@ -273,11 +278,13 @@ class _Session:
         seconds = self.plan.saving.seconds
         return seconds is not None and time.perf_counter() - self._saved > seconds
 
-    def save_now_and_then(self, late: bool) -> None:
-        """Save where it is time to, or where the steps say so."""
+    def save_now_and_then(self, late: bool) -> bool:
+        """Save where it is time to, or where the steps say so; and say whether it was."""
         saving, step = self.plan.saving, self.trainer.clock.step
-        if late or any(n and step % n == 0 for n in (saving.steps, saving.milestones)):
+        due = late or any(n and step % n == 0 for n in (saving.steps, saving.milestones))
+        if due:
             self.save()
+        return due
 
     def close(self, *, broken: bool) -> None:
         """Save, unless a step or a save was broken off: then the state before it is the newest.

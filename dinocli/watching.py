@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,19 +12,22 @@ from torch import Tensor
 
 from dinocli.atomic import write_text
 from dinocli.collapse import CollapseWatch
-from dinocli.data.loader import TrainBatches
 from dinocli.data.sources import Images
 from dinocli.device import peak_memory
 from dinocli.distillation import SelfDistillation
-from dinocli.distributed import gathered, rank
-from dinocli.engine.metrics import Metrics, Pace
+from dinocli.distributed import from_first, gathered, rank, size
+from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.errors import DinoError
-from dinocli.monitor import Monitor
+from dinocli.models.network import Network
+from dinocli.monitor import Monitor, steps_between_looks
+from dinocli.photos import Photos
 from dinocli.planning import Plan
+from dinocli.report import write_report
 
 LOG_EVERY = 10  # steps; each log makes the host wait for the device once
 _LOG_AFTER = 5.0  # seconds, for steps so slow that ten of them leave a person waiting
+_DRAW_AFTER = 60.0  # seconds, for runs that save after every few steps
 GIVE_UP = 20  # steps in a row that were left out
 
 
@@ -59,7 +64,6 @@ class Watch:
         plan: What is watched.
         trainer: What does the steps.
         method: What it trains.
-        batches: Where they come from.
         report: Told where the run stands at each logged step.
         note: Told, in a line, what a person should know.
 
@@ -73,20 +77,27 @@ class Watch:
         plan: Plan,
         trainer: Trainer,
         method: SelfDistillation,
-        batches: TrainBatches,
         report: Callable[[Progress], None],
         note: Callable[[str], None],
     ) -> None:
-        self.plan, self.trainer, self.method, self.batches = plan, trainer, method, batches
-        self.report, self.note = report, note
+        self.plan, self.trainer, self.method, self.report, self.note = plan, trainer, method, report, note
         self.loss: float | None = None
         self.knn: float | None = None
-        self._monitor, self._every = None, 0
-        if plan.monitor:
-            self._monitor = Monitor(plan.monitor, plan.preset, plan.device, plan.workers)
-            self._every = plan.monitor_every or self._monitor.every(plan.stop, plan.preset.training.batch_size)
-        self._metrics = Metrics(plan.out / "metrics.jsonl", trainer.clock.step) if rank() == 0 else None
-        self._pace = Pace()
+        first = rank() == 0  # of several processes one looks and writes
+        looks = first and plan.monitor
+        self._monitor = Monitor(looks, plan.preset, plan.device, plan.workers) if looks else None
+        self._photos = Photos.of(plan.source, plan.preset) if first and plan.report else None
+        looked_at = (self._monitor.images if self._monitor else 0) + (len(self._photos.pool) if self._photos else 0)
+        looked_at = from_first(looked_at)
+        between = steps_between_looks(looked_at, plan.stop, plan.preset.training.batch_size)
+        self._every = (plan.monitor_every or between) if looked_at else 0
+        self._drawn = -math.inf
+        self._logs: list[Metrics | TensorBoard] = []
+        if first:
+            self._logs.append(Metrics(plan.out / "metrics.jsonl", trainer.clock.step))
+        if first and plan.tensorboard:
+            self._logs.append(TensorBoard(plan.out / "tensorboard", trainer.clock.step))
+        self._pace, self._waited = Pace(), 0.0
         self._last: deque[tuple[int, Tensor]] = deque(maxlen=GIVE_UP + LOG_EVERY)
         self._collapse = CollapseWatch(plan.preset, plan.clock.total)
 
@@ -104,25 +115,53 @@ class Watch:
         """Let the monitor look before the first step, for what comes later to be held against."""
         if self._looks(self.trainer.clock.step) and self.trainer.clock.step == 0:
             self._write({"step": 0, "epoch": 0.0, **self._look()})
-            self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
+            if self.knn is not None:
+                self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
 
-    def saw(self, rows: Tensor) -> None:
-        """Count a step's images, and remember which they were for a while."""
+    def saw(self, rows: Tensor, waited: float) -> None:
+        """Count a step's images, and remember which they were for a while.
+
+        Args:
+            rows: Number of each image in its source. [B]
+            waited: Seconds for data since the start.
+        """
+        self._waited = waited
         self._pace.add(self.plan.preset.training.batch_size)
         self._last.append((self.trainer.clock.step, rows))
 
-    def _write(self, values: dict[str, float | int]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(values)
-
     def _looks(self, step: int) -> bool:
-        return self._monitor is not None and (step % self._every == 0 or step == self.plan.stop)
+        return self._every > 0 and (step % self._every == 0 or step == self.plan.stop)
 
     def _look(self) -> dict[str, float]:
-        if self._monitor is None:
-            return {}
-        self.knn = self._monitor.look(self.method.teacher)
-        return {"knn": round(self.knn, 3)}
+        """What the teacher makes of the labelled images and of the photos."""
+        found: dict[str, float] = {}
+        teacher = self._teacher()
+        if self._monitor:
+            self.knn = self._monitor.look(teacher)
+            found["knn"] = round(self.knn, 3)
+        if self._photos:
+            found |= self._photos.snapshot(teacher, self.trainer.clock.step, self.plan.out)
+        return found
+
+    def _teacher(self) -> Network:
+        """The teacher; where it lies in shards, in the process that looks a whole copy."""
+        if size() == 1 or self.plan.parallel == "ddp":
+            return self.method.teacher
+        weights = self.method.teacher.weights()  # for which all processes are asked
+        if rank() > 0:
+            return self.method.teacher
+        copy = self.plan.preset.network().to(self.plan.device)
+        copy.load_weights(weights, "the run")
+        return copy
+
+    def draw(self, *, last: bool = False) -> None:
+        """Draw the report, if there is to be one: once a minute at most, and at the end."""
+        if self._photos and (last or time.perf_counter() - self._drawn > _DRAW_AFTER):
+            try:
+                write_report(self.plan.out)
+            except Exception as error:  # a picture that cannot be drawn is no reason to lose a run
+                self.note(f"note: the report could not be drawn: {error}")
+            self._drawn = time.perf_counter()
 
     def log(self, values: Values) -> None:
         """Write a line, tell of it, and look whether the run learns; the host waits for the device.
@@ -133,8 +172,12 @@ class Watch:
         clock = self.trainer.clock
         plain = {name: float(value) for name, value in values.items()}
         skipped, in_a_row = self.trainer.skipped.tolist()
-        rate, waiting = self._pace.look(self.batches.waited)
-        looked = self._look() if self._looks(clock.step) else {}
+        rate, waiting = self._pace.look(self._waited)
+        waits, memory = zip(*gathered((waiting, peak_memory(self.plan.device))), strict=True)
+        looked = {}
+        if self._looks(clock.step):
+            looked = self._look()
+            self._pace.look(self._waited)  # what it took is no step's
         group = self.trainer.optimizer.param_groups[0]
         self._write(
             {
@@ -144,8 +187,8 @@ class Watch:
                 "lr": group["lr"],
                 "weight_decay": group["weight_decay"],
                 "images_per_second": round(rate, 2),
-                "data_wait": round(waiting, 4),
-                "peak_memory": peak_memory(self.plan.device),
+                "data_wait": round(sum(waits) / len(waits), 4),
+                "peak_memory": max(memory),
                 "skipped": skipped,
                 **looked,
             }
@@ -160,6 +203,10 @@ class Watch:
                 raise DinoError(collapse.words, collapse.remedy)
             self.note(f"warning: {collapse.words}")
             self.note(f"hint: {collapse.remedy}")
+
+    def _write(self, line: dict[str, float | int]) -> None:
+        for log in self._logs:
+            log.write(line)
 
     def _give_up(self, in_a_row: int) -> None:
         source, path = self.plan.source, self.plan.out / "not_finite.txt"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -112,6 +113,31 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(plan: Plan, damage
     assert "runs/tiny-1/state/damaged-8" in said[0]
     assert said[1] == "going on from step 4 of 12 in runs/tiny-1"
     assert (plan.out / "state" / "damaged-8").is_dir()
+    assert content(plan.out) == content(whole.folder)
+
+
+def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_saved(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinocli import atomic
+
+    whole = pretrain(replace(plan, out=Path("whole")), lambda p: None)
+    sync = os.fsync
+
+    def full(file: int) -> None:
+        if len(list((plan.out / "state").glob("[0-9]*"))) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            pretrain(plan, lambda p: None)
+    assert steps_of(plan.out) == [4, 0]
+    assert not list(plan.out.rglob(".*"))
+    said: list[str] = []
+    pretrain(plan, lambda p: None, said.append)
+    assert said == ["going on from step 4 of 12 in runs/tiny-1"]
     assert content(plan.out) == content(whole.folder)
 
 

@@ -9,6 +9,7 @@ import torch
 from test_pretraining import SMALL
 
 from dinocli.data.sources import image_folder
+from dinocli.errors import DinoError
 from dinocli.planning import Plan
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
@@ -64,3 +65,32 @@ def test_a_run_that_goes_on_takes_out_lines_that_it_writes_again(plan: Plan) -> 
     pretrain(plan, lambda p: None)
     assert [line["step"] for line in lines(plan)] == [1, 10, 12, 20, 25]
     assert lines(plan)[3]["loss"] != 1.0
+
+
+def test_what_cannot_be_watched_is_said_before_anything_is_written(plan: Plan) -> None:
+    with pytest.raises(DinoError, match="missing"):
+        pretrain(replace(plan, monitor="missing"), lambda p: None)
+    assert not plan.out.exists()
+
+
+def test_a_run_with_a_report_learns_the_same_bits_and_draws_it(plan: Plan) -> None:
+    alone = pretrain(plan, lambda p: None)
+    drawn = replace(plan, out=Path("drawn"), report=True, monitor_every=10)
+    assert pretrain(drawn, lambda p: None).checkpoint.read_bytes() == alone.checkpoint.read_bytes()
+    assert (drawn.out / "curves.png").is_file()
+    page = (drawn.out / "report.html").read_text()
+    assert page.count("data:image/jpeg") >= 3, "photos, maps and neighbours"
+    assert [line["step"] for line in lines(drawn) if "rank" in line and "uniformity" in line] == [0, 10, 20, 25]
+    assert {p.name for p in (drawn.out / "pictures").iterdir()} >= {"photos.jpg", "attention-0.jpg", "attention-25.jpg"}
+
+
+def test_a_report_that_cannot_be_drawn_loses_no_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinocli import watching
+
+    def broken(folder: Path) -> None:
+        raise ValueError("no ink")
+
+    monkeypatch.setattr(watching, "write_report", broken)
+    said: list[str] = []
+    assert pretrain(replace(plan, report=True), lambda p: None, said.append).step == 25
+    assert said == ["note: the report could not be drawn: no ink"]

@@ -13,6 +13,7 @@ import dinocli
 from dinocli import console, distributed
 from dinocli.cli.attn_map import attn_map
 from dinocli.cli.demo import demo
+from dinocli.cli.doctor import doctor
 from dinocli.cli.export import export
 from dinocli.cli.extract import extract
 from dinocli.cli.knn import knn
@@ -28,6 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(doctor)
 app.command()(pack)
 app.command()(pretrain)
 app.command()(extract)

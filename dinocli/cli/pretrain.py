@@ -73,6 +73,10 @@ def pretrain(
         Literal["ddp", "fsdp"],
         typer.Option(help="Whether each process holds the whole of everything, or a shard, for large backbones."),
     ] = "ddp",
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write the figures for TensorBoard too, into the run folder.")
+    ] = False,
+    report: Annotated[bool, typer.Option(help="Draw report.html and curves.png into the run folder.")] = True,
     workers: Workers = None,
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
@@ -114,6 +118,8 @@ def pretrain(
         monitor=monitor,
         monitor_every=monitor_every,
         parallel=parallel,
+        tensorboard=tensorboard,
+        report=report,
     )
     if dry_run:
         _print_plan(plan, json)
@@ -226,10 +232,14 @@ def _run(plan: Plan, json: bool) -> None:
         console.say(f"note: the cache held {run.cached} of {count} images")
     if run.skipped:
         console.say(f"note: {run.skipped} steps were left out, since their loss or gradient was not finite")
-    if run.stopped:
-        console.say(f"stopped at step {run.step} of {plan.stop}; all is saved, and the same command goes on from there")
     loss = f", loss {run.loss:.3f}" if run.loss is not None else ""
-    console.say(f"done: {run.step} steps in {console.duration(run.seconds)}{loss}")
+    if run.stopped:
+        console.say(
+            f"stopped at step {run.step} of {plan.stop}{loss}; all is saved: the same command goes on from there"
+        )
+    elif run.step > run.began or not run.step:
+        before = f", after {run.began} before" if run.began else ""
+        console.say(f"done: {run.step - run.began} steps in {console.duration(run.seconds)}{before}{loss}")
     if not linked:
         console.say(f"note: ./{run.checkpoint.name} is a file of your own and was left as it is")
     console.say(f"next: dino extract {run.checkpoint.name if linked else run.checkpoint} DATA")

@@ -88,6 +88,8 @@ class Opened:
     Attributes:
         height: In pixels, upright.
         width: In pixels, upright.
+        format: As Pillow names it; absent of what came decoded.
+        mode: Pillow's, of the file's pixels: `I;16` is deep, `L` grey.
     """
 
     def __init__(self, source: bytes | Image.Image, image: Image.Image, images: ImagesConfig) -> None:
@@ -99,6 +101,7 @@ class Opened:
         plain = image.mode == "L" or (image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1)
         self._plain_jpeg = plain and image.format in ("JPEG", "MPO") and isinstance(source, bytes)
         self.width, self.height = image.size[::-1] if self._turn > 4 else image.size
+        self.format, self.mode = image.format, image.mode
 
     def pixels(self, reduce: int = 1) -> Pixels | BadImage:
         """Decode.
@@ -215,6 +218,11 @@ def _jpeg_decoder(tagged: bool) -> Callable[[Any], Any] | None:
             return None if tagged else import_module("torchcodec.decoders").decode_jpeg
         except Exception:
             return None
+
+
+def has_fast_jpeg() -> bool:
+    """Whether JPEGs are decoded by torch's libraries; Pillow does it where they are absent."""
+    return _jpeg_decoder(False) is not None
 
 
 def _fast_jpeg(data: Any, tagged: bool) -> Pixels | None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dinocli.atomic import write_text
+from dinocli.errors import DinoError
 
 
 class Metrics:
@@ -28,6 +29,33 @@ class Metrics:
         plain = {k: v if abs(v) < float("inf") else str(v) for k, v in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain) + "\n")
+
+
+class TensorBoard:
+    """The same figures for TensorBoard.
+
+    Args:
+        folder: For its files.
+        step: Where the run goes on; what was written of later steps is not shown any more.
+
+    Raises:
+        DinoError: It is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int = 0) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise DinoError(
+                "TensorBoard's files were asked for; it is not installed", "pip install 'dinocli[tensorboard]'"
+            ) from error
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, values: dict[str, float | int]) -> None:
+        """Add a step's figures."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, int(values["step"]))
+        self._writer.flush()
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def in_a_process(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | env)
 
 
-COMMANDS = ["", "pretrain", "extract", "knn", "linear", "attn-map", "export", "pack", "presets", "demo"]
+COMMANDS = ["", "doctor", "pretrain", "extract", "knn", "linear", "attn-map", "export", "pack", "presets", "demo"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -104,6 +105,9 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--device", "cuda:9"], "cuda:9", "--device auto"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--device", "gpu"], "'gpu' is none", "--device auto"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--init", "x.pth"], "x.pth does not exist", "timm:NAME"),
+        (["doctor", "nowhere"], "nowhere does not exist", ""),
+        (["doctor", "empty"], "no images in empty", ".jpg"),
+        (["doctor", "--device", "cuda:9"], "cuda:9", "--device auto"),
         (["extract", "images"], "a checkpoint was wanted", "dino pretrain"),
         (["extract", "x.safetensors", "images"], "x.safetensors does not exist", "run folder"),
         (["extract", "x.safetensors", "nowhere"], "nowhere does not exist", ""),
@@ -178,8 +182,7 @@ def test_too_little_memory_is_said(
     assert "too little memory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_whole_group_saves_and_ends_well(tmp_path: Path, images: Path, number: int) -> None:
+def test_ctrl_c_to_the_whole_group_saves_and_the_same_command_goes_on(dino: Dino, tmp_path: Path, images: Path) -> None:
     words = [
         "pretrain",
         "images",
@@ -202,10 +205,10 @@ def test_a_signal_to_the_whole_group_saves_and_ends_well(tmp_path: Path, images:
     )
     metrics = tmp_path / "runs" / "tiny-1" / "metrics.jsonl"
     for _ in range(600):
-        if metrics.exists() and len(metrics.read_text().splitlines()) > 2:
+        if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
             break
         time.sleep(0.1)
-    os.killpg(run.pid, number)
+    os.killpg(run.pid, signal.SIGINT)
     said = run.communicate(timeout=60)[1]
     assert run.returncode == 0, said
     assert "Traceback" not in said
@@ -213,7 +216,25 @@ def test_a_signal_to_the_whole_group_saves_and_ends_well(tmp_path: Path, images:
     from safetensors import safe_open
 
     with safe_open(tmp_path / "ckpt.safetensors", framework="numpy") as file:
-        assert int(file.metadata()["step"]) >= 20
+        step = int(file.metadata()["step"])
+    assert step >= 20
+    again = dino(*words, "--steps", str(step + 2))
+    assert f"going on from step {step} of {step + 2} in runs/tiny-1" in again.stderr
+    assert "done: 2 steps" in again.stderr
+    assert f"after {step} before" in again.stderr
+    assert again.stdout == "runs/tiny-1/ckpt.safetensors\n"
+    assert "into runs/tiny-2" in dino(*words, "--steps", "1").stderr, "what came to its end is not gone on with"
+    assert "into runs/tiny-3" in dino(*words, "--steps", "1", "--seed", "5").stderr
+
+
+def test_how_often_to_save_is_a_time_or_steps(dino: Dino, images: Path) -> None:
+    words = ["pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "6", "--no-report"]
+    dino(*words, "--save-every", "2", "--keep", "9", "--out", "steps")
+    assert {p.name for p in Path("steps/state").iterdir()} == {"0", "2", "4", "6"}
+    dino(*words, "--save-every", "2h", "--milestones", "5", "--out", "time")
+    assert {p.name for p in Path("time/state").iterdir()} == {"5", "6"}
+    for wrong in ("0", "ten", "5 days", "-1min", "1.5h"):
+        assert "wants a time or a number of steps" in dino(*words, f"--save-every={wrong}", code=1).stderr
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(dino: Dino, tmp_path: Path, images: Path) -> None:
@@ -224,6 +245,47 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dino: Dino, tmp_path: Path
     for word in ("images", "steps", "learning rate", "parameters", "memory", "time", "runs/tiny-1"):
         assert word in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
+
+
+def test_the_doctor_looks_and_leaves_nothing(dino: Dino, tmp_path: Path) -> None:
+    write_images(tmp_path / "my images" / "a", 40, size=16)
+    (tmp_path / "my images" / "a" / "b\x1b[1m.png").write_bytes(b"none")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    done = dino("doctor", "my images", "--device", "cpu")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "41 images in 1 class; all looked at" in done.stdout
+    assert "PNG 40" in done.stdout
+    assert "1 not an image, as a/b?[1m.png" in done.stdout
+    command = done.stdout.splitlines()[-1]
+    assert command.startswith("dino pretrain 'my images' --preset tiny --batch-size 32 --epochs 40")
+    assert "note: 2,000 steps of 32" in done.stderr
+    assert len((done.stdout + done.stderr).splitlines()) <= 40
+    plan = json.loads(dino(*shlex.split(command)[1:], "--dry-run", "--json").stdout)
+    assert plan["steps"] == 2000
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_doctor_as_data(dino: Dino, tmp_path: Path) -> None:
+    write_images(tmp_path / "few", 3)
+    told = json.loads(dino("doctor", "few", "--json").stdout)
+    assert told["machine"]["cores"] >= 1
+    assert (told["images"]["count"], told["images"]["read"], told["command"]) == (3, 3, None)
+    assert told["images"]["width"]["median"] == 32
+    assert "fewer than 32" in told["notes"][0]
+    alone = json.loads(dino("doctor", "--json").stdout)
+    assert (alone["images"], "command" in alone) == (None, False)
+
+
+def test_the_doctor_tells_a_fault_and_its_remedy(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinocli import machine
+
+    monkeypatch.setattr(
+        machine, "faults_of", lambda *about: {"timm needs torch >=9; 2 is installed": "pip install torch"}
+    )
+    done = dino("doctor", code=1)
+    assert "error: timm needs torch >=9; 2 is installed" in done.stderr
+    assert "hint: pip install torch" in done.stderr
+    assert "1 fault, named below" in done.stdout
 
 
 def test_data_goes_to_stdout_and_words_to_stderr(dino: Dino, tmp_path: Path, images: Path) -> None:

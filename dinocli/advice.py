@@ -1,0 +1,310 @@
+"""Advice: the settings to take for these images on this machine, each with its reason. Rules over plain facts."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dinocli.data.loader import BAD_SHARE
+from dinocli.inspection import Inspection
+from dinocli.machine import Machine
+from dinocli.planning import Estimate
+from dinocli.preset import Preset, load_preset
+from dinocli.schedules import Cosine, LinearByEpoch
+
+# What a run of so many steps with this preset takes, batch and all.
+Cost = Callable[[Preset, int], Estimate]
+
+WEIGHTS = "timm:vit_small_patch16_224.dino"
+_IMAGENET = 1_281_167
+_FEW, _TOO_FEW = 50_000, 32  # images: to learn from scratch, and to learn at all
+# Prototypes by the images that there are at least. The paper's K on ImageNet: 1,024 67.8, 4,096 69.3, 16,384 69.2,
+# 65,536 69.7; 8,192 is what users of small sets were helped by (facebookresearch/dino, threads 246 and 279).
+_PROTOTYPES = ((1_000_000, 65_536), (100_000, 16_384), (20_000, 8_192), (2_000, 4_096), (0, 1_024))
+_STEPS = 100_000  # the paper's shortest run, 100 epochs of 1,024 on ImageNet, has 125,000
+_SLOW_TEACHER = 20 * 2_000  # steps; a momentum of 0.9995 averages over 2,000
+_FILLED = 0.9  # share of the device's memory that a step may take
+_SHORT = {"--epochs": "training.epochs", "--batch-size": "training.batch_size"}
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Something to take.
+
+    Attributes:
+        what: In words.
+        settings: Options (`--epochs`) or keys of the preset (`heads.dino.prototypes`), with their values as one types
+            them.
+        reason: Why, and where that comes from.
+    """
+
+    what: str
+    settings: dict[str, str]
+    reason: str
+
+    @property
+    def words(self) -> list[str]:
+        """What to type."""
+        typed = [[key, value] if key.startswith("--") else ["--set", f"{key}={value}"] for key, value in self._pairs]
+        return [word for pair in typed for word in pair]
+
+    @property
+    def overrides(self) -> list[str]:
+        """What of it changes the preset."""
+        keyed = [(_SHORT.get(key, key), value) for key, value in self._pairs]
+        return [f"{key}={value}" for key, value in keyed if not key.startswith("--")]
+
+    @property
+    def _pairs(self) -> list[tuple[str, str]]:
+        return list(self.settings.items())
+
+
+@dataclass(frozen=True)
+class Advised:
+    """What to type, and what to know before.
+
+    Attributes:
+        settings: In the order of the command.
+        notes: What no setting mends, and what the run will take.
+        command: The whole of it; absent where these images cannot be trained on.
+    """
+
+    settings: list[Advice]
+    notes: list[str]
+    command: str | None
+
+
+def advise(machine: Machine, images: Inspection, cost: Cost) -> Advised:
+    """The settings for these images on this machine.
+
+    Args:
+        machine: What there is to compute with.
+        images: What they are like.
+        cost: Tells what a preset takes on this machine.
+    """
+    count, notes = images.count, _notes(images)
+    if not images.read or (count is not None and count * images.read / images.drawn < _TOO_FEW):
+        return Advised([], [*notes, _too_few(images)], None)
+    name = "tiny" if machine.on_cpu else "vits16-vanilla"
+    taken = _for_cpu(images) if machine.on_cpu else _for_accelerator(images)
+    *others, length = taken
+    taken += _schedules(_changed(name, others), int(length.settings["--epochs"]), count)
+    preset = _changed(name, taken)
+    steps = _steps(preset, count)
+    whole = cost(preset, steps)
+    accumulated, unfit = _accumulate(machine, preset, whole.memory, lambda part: cost(part, steps).memory)
+    taken += accumulated + _place(machine, images, preset)
+    command = ["dino", "pretrain", images.where, *(word for advice in taken for word in advice.words)]
+    notes += [*unfit, _duration(machine, preset, steps, whole.seconds), *_expectations(machine, preset, count, steps)]
+    return Advised(taken, notes, shlex.join(command))
+
+
+def _changed(name: str, taken: list[Advice]) -> Preset:
+    return load_preset(name, [override for advice in taken for override in advice.overrides])
+
+
+def _steps(preset: Preset, count: int | None) -> int:
+    training = preset.training
+    return training.epochs * (training.steps_per_epoch or (count or 0) // training.batch_size)
+
+
+def _for_cpu(images: Inspection) -> list[Advice]:
+    """The one preset that a CPU trains within hours, as it was tried."""
+    why = "on a CPU ViT-S/16 does 0.7 images/s a core (our own measurement)"
+    taken = [Advice("preset tiny", {"--preset": "tiny"}, why)]
+    batch = load_preset("tiny").training.batch_size
+    if images.count is not None and images.count < batch:
+        why = f"there are only {images.count} images"
+        taken.append(Advice(f"batch {_TOO_FEW}", {"--batch-size": str(_TOO_FEW)}, why))
+    else:
+        taken.append(Advice(f"batch {batch}", {"--batch-size": str(batch)}, "the preset's (our own measurement)"))
+    why = "2,000 steps: Imagenette's k-NN from 30 to 38 % (our own measurement)"
+    return [*taken, Advice("40 epochs", {"--epochs": "40"}, why)]
+
+
+def _for_accelerator(images: Inspection) -> list[Advice]:
+    preset = load_preset("vits16-vanilla")
+    count = images.count if images.count is not None else _IMAGENET
+    why = "shortest of the published runs; steady: teacher at 0.04, gradients clipped"
+    taken = [Advice("preset vits16-vanilla", {"--preset": "vits16-vanilla"}, why)]
+    taken += _crops(images, preset.views.global_1.size)
+    init = count < _FEW and not any("backbone.options.patch_size" in advice.settings for advice in taken)
+    if init:
+        why = f"{count} images are few to start from nothing (threads 43, 246); these weights are downloaded once"
+        taken.append(Advice("released weights", {"--init": WEIGHTS}, why))
+    prototypes = next(k for least, k in _PROTOTYPES if count >= least)
+    if prototypes != preset.heads["dino"].prototypes:
+        why = "fewer for fewer images (threads 246, 279); 1024 cost 1.9 of 69.7 (paper, K)"
+        taken.append(Advice(f"{prototypes} prototypes", {"heads.dino.prototypes": str(prototypes)}, why))
+    batch = preset.training.batch_size
+    why = "the preset's; 1024 gains 0.3 of 59.6 (paper, table 9)"
+    if count < 64 * batch:
+        batch = max(_TOO_FEW, 1 << max(1, count // 64).bit_length() - 1)
+        why = "for 64 steps an epoch; 128 instead of 1024 costs 2.0 of 59.9 (paper, table 9)"
+    taken.append(Advice(f"batch {batch}", {"--batch-size": str(batch)}, why))
+    return [*taken, _length(images.count, batch, init=init)]
+
+
+def _crops(images: Inspection, usual: int) -> list[Advice]:
+    """Views and patches for images that are smaller than those of the preset."""
+    side = int(images.short.median)
+    if side >= 0.7 * usual:  # there a whole image is enlarged less than the preset's smaller crops of larger ones are
+        return []
+    patch = next((p for p in (16, 8, 4) if side // p >= 8), 2)
+    size = max(8 * patch, side // patch * patch)
+    views = {f"views.global_{i}.size": str(size) for i in (1, 2)}
+    if side > 64:
+        views["views.local.size"] = str(max(8, round(size * 96 / 224 / patch) * patch))
+    taken = [Advice(f"crops of {size} pixels", views, f"half of the images have {side} or less; more is enlarging")]
+    if patch < 16:
+        grid = f"{size // patch}x{size // patch} tokens, where 16 leaves {size // 16}x{size // 16}"
+        options = {"backbone.options.img_size": str(size), "backbone.options.patch_size": str(patch)}
+        taken.append(Advice(f"patches of {patch}", options, f"{grid}; 8 for 16 gains 3.8 (paper, table 2)"))
+    if side <= 64:
+        views = {"views.locals": "0"} | {f"views.global_{i}.scale": "[0.14, 1.0]" for i in (1, 2)}
+        why = "as lightly and solo-learn train CIFAR-10; the scale is the authors' then (thread 122)"
+        taken.append(Advice("no local crops", views, why))
+        blur = {f"views.global_{i}.blur": "0" for i in (1, 2)}
+        taken.append(Advice("no blur", blur, "as lightly and solo-learn train CIFAR-10"))
+    return taken
+
+
+def _length(count: int | None, batch: int, *, init: bool) -> Advice:
+    if count is None:
+        pass_ = {"training.steps_per_epoch": str(_IMAGENET // batch), "--epochs": "100"}
+        return Advice("100 epochs", pass_, "of ImageNet's length, as nobody knows how many images a pipe gives")
+    if count > _IMAGENET:
+        epochs = max(1, math.ceil(100 * _IMAGENET / count))
+        why = "as many images as in 100 epochs of ImageNet; three times as many gain 1.9 (paper)"
+    elif init:
+        epochs, why = 100, "the paper's shortest run; how long from weights, no reference says"
+    else:
+        epochs = min(800, max(100, math.ceil(_STEPS / (count // batch))))
+        why = f"{epochs * (count // batch):,} steps; the paper's runs have 125,000 and more, and up to 800 epochs"
+    return Advice(f"{epochs} epochs", {"--epochs": str(epochs)}, why)
+
+
+def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
+    """What has to follow from the length of the run and its batch: warm-ups, frozen prototypes, momentum.
+
+    Args:
+        preset: With all but the length, which alone may not fit its warm-ups.
+        epochs: The length.
+        count: Of the images.
+    """
+    taken, rate, batch = list[Advice](), preset.optimizer.lr, preset.training.batch_size
+    if isinstance(rate, Cosine) and rate.warmup_epochs > epochs / 10:
+        warm = {"optimizer.lr.warmup_epochs": str(epochs // 10)}
+        taken.append(Advice(f"warm-up of {epochs // 10}", warm, f"a tenth of {epochs} epochs, as in the preset"))
+    for name, loss in preset.losses.present().items():
+        ramp = loss.targets.temperature
+        if isinstance(ramp, LinearByEpoch) and ramp.epochs > 0.3 * epochs:
+            ramped = {f"losses.{name}.targets.temperature.epochs": str(epochs * 3 // 10)}
+            taken.append(Advice(f"ramp of {epochs * 3 // 10}", ramped, "three tenths of the run, as published"))
+    for name, head in preset.heads.items():
+        if head.freeze_last_layer_epochs >= epochs:
+            free = {f"heads.{name}.freeze_last_layer_epochs": "0"}
+            taken.append(Advice("free prototypes", free, f"frozen for {epochs} epochs they would never move"))
+    # Where a preset counts its own steps it is a short one, with a momentum that was tried for that.
+    long = preset.training.steps_per_epoch is None and epochs * ((count or 0) // batch) >= _SLOW_TEACHER
+    if long and batch <= 256:
+        why = "higher for small batches (the author, thread 104; solo-learn)"
+        taken.append(Advice("momentum 0.9995", {"teacher.momentum.start": "0.9995"}, why))
+    return taken
+
+
+def _accumulate(
+    machine: Machine, preset: Preset, whole: float, memory: Callable[[Preset], float]
+) -> tuple[list[Advice], list[str]]:
+    """Into how many parts the batch has to go to fit the device, if into several; else what is to be known."""
+    batch, room = preset.training.batch_size, _FILLED * machine.memory
+    if whole <= room:
+        return [], []
+    half = preset.model_copy(update={"training": preset.training.model_copy(update={"batch_size": batch // 2})})
+    image = (whole - memory(half)) / (batch - batch // 2)  # memory is a straight line over the batch
+    parts = [n for n in range(2, batch + 1) if batch % n == 0 and whole - image * (batch - batch // n) <= room]
+    has = f"{machine.device} has {machine.memory / 1e9:.0f}"
+    if not parts:
+        least = whole - image * (batch - 1)
+        return [], [f"a step of one image takes about {least / 1e9:.1f} GB, and {has}: these settings do not fit"]
+    why = f"{batch} at once take about {whole / 1e9:.0f} GB, {has}; the gradient is the same"
+    return [Advice(f"in {parts[0]} parts", {"--accumulate": str(parts[0])}, why)], []
+
+
+def _place(machine: Machine, images: Inspection, preset: Preset) -> list[Advice]:
+    """Where images are decoded and kept, and which are taken."""
+    taken = []
+    if machine.cores < machine.cores_affine:
+        workers = str(max(1, machine.cores // 4 if machine.on_cpu else machine.cores))
+        why = f"the control group allows {machine.cores} of {machine.cores_affine} cores"
+        taken.append(Advice(f"{workers} workers", {"--workers": workers}, why))
+    kept = _kept(images, preset)
+    if images.kind == "files" and kept is not None and kept < machine.ram / 2:  # the cache takes no more than half
+        free = f"{kept / 1e9:.1f} GB decoded, {machine.ram / 1e9:.0f} GB free"
+        taken.append(Advice("cache in RAM", {"--cache": "ram"}, f"{free}; {images.milliseconds:.1f} ms a file saved"))
+    torn = sum(reason.startswith("truncated") for reason in images.bad.values())
+    if torn and len(images.bad) > BAD_SHARE * images.drawn:
+        why = f"{torn} of {images.drawn} end early, and above {BAD_SHARE:.0%} of bad ones a run stops"
+        taken.append(Advice("torn images too", {"images.truncated": "true"}, why))
+    return taken
+
+
+def _kept(images: Inspection, preset: Preset) -> float | None:
+    """Bytes of all images as the cache would keep them."""
+    if images.count is None:
+        return None
+    side = max(math.ceil(view.size / math.sqrt(view.scale[0])) for view in preset.views.all)
+    shrunk = min(1.0, side / max(1.0, images.short.median)) ** 2
+    return images.count * images.megabytes * 1e6 * shrunk
+
+
+def _notes(images: Inspection) -> list[str]:
+    notes = []
+    kinds = Counter(reason.split(":")[0] for reason in images.bad.values())
+    lost = len(images.bad) - kinds["truncated"]
+    if images.read and lost > BAD_SHARE * images.drawn:
+        notes.append(
+            f"{lost} of {images.drawn} cannot be read, and above {BAD_SHARE:.0%} a run stops: take them out, or name "
+            "the others in a list of files"
+        )
+    if images.deep > images.read / 2 and max(images.mean) < 0.1:
+        notes.append(
+            "the deep images are nearly black: where their values fill a part of the range only, "
+            "--set images.window='[BLACK, WHITE]' says which"
+        )
+    if images.near > images.read / 5:
+        notes.append("many look alike as thumbnails of 8x8 pixels; digits and pages do, without being the same")
+    return notes
+
+
+def _too_few(images: Inspection) -> str:
+    if not images.read:
+        return f"none of the {images.drawn} images looked at can be read"
+    return (
+        f"fewer than {_TOO_FEW} images can be read, too few to train on; their features without training: "
+        f"dino extract {WEIGHTS} {shlex.quote(images.where)}"
+    )
+
+
+def _duration(machine: Machine, preset: Preset, steps: int, seconds: float) -> str:
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    long = f"{days:.1f} days" if days >= 2 else f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min"
+    batch = preset.training.batch_size
+    return f"{steps:,} steps of {batch} take about {long} on {machine.name} (an estimate, of computing alone)"
+
+
+def _expectations(machine: Machine, preset: Preset, count: int | None, steps: int) -> list[str]:
+    """What to watch for where a run is small."""
+    if machine.on_cpu or count is None or count >= _FEW:
+        return []
+    head = preset.heads["dino"].prototypes
+    notes = [
+        f"if the loss stays at {math.log(head):.2f}, which is ln {head}: "
+        "--set losses.dino.targets.temperature.value=0.02 (thread 43)"
+    ]
+    if steps < _STEPS / 10:
+        notes.append(f"{steps:,} steps are few; what released weights know without any: dino extract {WEIGHTS} DATA")
+    return notes

@@ -1,0 +1,174 @@
+"""`dino doctor`: the machine, the images, and the settings to take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, astuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import Device, Json
+from dinocli.errors import DinoError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dinocli.advice import Advised
+    from dinocli.data.fill import ViewsConfig
+    from dinocli.data.sources import Source
+    from dinocli.inspection import Inspection, Spread
+    from dinocli.machine import Machine
+    from dinocli.planning import Estimate
+    from dinocli.preset import Preset
+
+
+_LONG = 40  # characters of a file's name
+
+
+def doctor(
+    images: Annotated[
+        str | None, typer.Argument(metavar="[IMAGES]", help="As for `dino pretrain`; the machine alone if absent.")
+    ] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Images to decode; all where there are fewer.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Look at the machine and the images, and say what to type; nothing is changed."""
+    source = None
+    if images is not None:
+        from dinocli.data.sources import open_source
+
+        source = open_source(images)  # before torch is loaded: a wrong path is said at once
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise DinoError(
+            f"torch cannot be loaded: {error}", "pip install --force-reinstall torch torchvision"
+        ) from error
+
+    from dinocli.device import pick_device
+    from dinocli.machine import look_at_machine
+
+    picked = pick_device(device)
+    machine = look_at_machine(picked)
+    seen, advised = _look(source, machine, picked, sample, seed) if source else (None, None)
+    if json:
+        advice = asdict(advised) if advised else {}
+        console.out_json({"machine": asdict(machine), "images": asdict(seen) if seen else None} | advice)
+    else:
+        console.table(["machine", ""], _machine_rows(machine))
+        if seen and advised:
+            from dinocli.preset import load_preset
+
+            console.table(["images", seen.where], _image_rows(seen, load_preset("tiny").views))
+            _print_advice(advised)
+    for fault, remedy in machine.faults.items():
+        console.error(fault, remedy)
+    if machine.faults:
+        raise typer.Exit(1)
+
+
+def _look(source: Source, machine: Machine, device: torch.device, sample: int, seed: int) -> tuple[Inspection, Advised]:
+    from dinocli.advice import advise
+    from dinocli.inspection import inspect
+    from dinocli.planning import Plan, estimate
+
+    total = sample if source.count is None else min(sample, source.count)
+    with console.progress("look", total, "images") as advance:
+        seen = inspect(source, sample=sample, seed=seed, report=advance)
+
+    def cost(preset: Preset, steps: int) -> Estimate:
+        return estimate(Plan("doctor", preset, source, steps, Path(), device, 0, None))
+
+    return seen, advise(machine, seen, cost)
+
+
+def _machine_rows(machine: Machine) -> list[list[str]]:
+    versions = {"torchvision": machine.torchvision, "timm": machine.timm, "Python": machine.python}
+    rest = ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
+    several = f"{machine.devices} x " if machine.devices > 1 else ""
+    jpeg = "" if machine.fast_jpeg else "; JPEG by Pillow, 12 % slower than by torchvision"
+    device = f"{machine.device}: {several}{machine.name}"
+    if not machine.on_cpu:
+        device += f", {_of(machine.memory, machine.memory_there)} free"
+    faults = len(machine.faults)
+    tried = "product, step of training, decoders: right"
+    return [
+        ["torch", f"{machine.torch}, {rest}"],
+        ["device", device],
+        ["cores, RAM", f"{machine.cores} of {machine.cores_there}; {_of(machine.ram, machine.ram_there)} free"],
+        ["disk", f"{console.size(machine.disk)} free in {machine.folder}"],
+        ["reads", ", ".join(machine.formats) + jpeg],
+        ["tried", tried if not faults else f"{faults} fault{'s' if faults > 1 else ''}, named below"],
+    ]
+
+
+def _of(part: float, whole: float) -> str:
+    return f"{part / 1e9:.1f} of {console.size(whole)}"
+
+
+def _image_rows(seen: Inspection, views: ViewsConfig) -> list[list[str]]:
+    count = "an unknown number of images" if seen.count is None else f"{seen.count:,} images"
+    labels = f"in {seen.classes} class{'es' if seen.classes > 1 else ''}" if seen.classes else "without labels"
+    drawn = "all looked at" if seen.whole else f"{seen.drawn:,} looked at"
+    rows = [["count", f"{count} {labels}; {drawn}"]]
+    if seen.read:
+        kinds = ", ".join(f"{name} {number:,}" for name, number in seen.formats.items())
+        rows += [
+            ["formats", kinds],
+            ["width", _spread(seen.width)],
+            ["height", _spread(seen.height)],
+            ["long / short", _spread(seen.aspect, ".2g")],
+            ["of them", f"{seen.gray} grey, {seen.deep} deeper than 8 bits, {seen.flat} of one color"],
+            ["mean", f"{_three(seen.mean)} (the preset's: {_three(views.mean)})"],
+            ["std", f"{_three(seen.std)} (the preset's: {_three(views.std)})"],
+            ["equal", _twins(seen)],
+        ]
+    return [*rows, ["unreadable", _unreadable(seen)]]
+
+
+def _spread(spread: Spread, form: str = ".0f") -> str:
+    least, low, median, high, most = (format(number, form) for number in astuple(spread))
+    return least if least == most else f"{median}, 90 % in {low} to {high}, all in {least} to {most}"
+
+
+def _three(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.3f}".removeprefix("0") for value in values)
+
+
+def _twins(seen: Inspection) -> str:
+    such = "".join(f", as {_plain(pair.first)} and {_plain(pair.second)}" for pair in seen.pairs[:1])
+    words = f"{seen.copies} copies, {seen.near} near-equal{such}"
+    twins = seen.copies + seen.near
+    if seen.whole or not twins or seen.count is None:
+        return words
+    # Both of a pair have to be drawn for it to be seen.
+    return f"{words}; about {float(f'{twins * (seen.count / seen.drawn) ** 2:.1g}'):,.0f} pairs in all"
+
+
+def _unreadable(seen: Inspection) -> str:
+    if not seen.bad:
+        return "none"
+    kinds = Counter(reason.split(":")[0] for reason in seen.bad.values()).most_common(4)
+    such = {reason.split(":")[0]: name for name, reason in reversed(seen.bad.items())}
+    return "; ".join(f"{number} {kind}, as {_plain(such[kind])}" for kind, number in kinds)
+
+
+def _plain(name: str) -> str:
+    """A file's name without what no terminal shows, and of a long one its end."""
+    shown = "".join(c if c.isprintable() else "?" for c in name)
+    return shown if len(shown) <= _LONG else f"...{shown[3 - _LONG :]}"
+
+
+def _print_advice(advised: Advised) -> None:
+    if advised.settings:
+        console.table(["take", "why"], [[advice.what, advice.reason] for advice in advised.settings])
+    for note in advised.notes:
+        console.say(f"note: {note}")
+    if advised.command:
+        console.out(advised.command)

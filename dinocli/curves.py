@@ -1,0 +1,129 @@
+"""Curves: panels of what a run logged as drawings, for a page and for a file."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from dinocli.atomic import atomic
+from dinocli.history import thinned
+from dinocli.panels import Lane, Panel
+
+# Inches: a panel is about as wide as a phone, so that the text in it comes out as large as the page's small print.
+_WIDTH, _LANE, _HEADING = 4.4, 1.75, 0.3
+_INK, _FAINT, _BAD = "#4a4a4a", "#c9c9c9", "#c0392b"
+_COLORS = ("#1f6fb4", "#c8651b", "#3a8f3a", "#8757b5", "#a33c55")
+# What the page sets in its light and in its dark style.
+_VARIABLES = {_INK: "--ink", _FAINT: "--line", _BAD: "--bad"} | {c: f"--curve-{i}" for i, c in enumerate(_COLORS)}
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text, in the page's own font
+    "font.size": 8.5,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "ytick.color": _INK,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.5,
+    "path.simplify": True,
+}
+
+
+def panel_svg(panel: Panel, label: str) -> str:
+    """A panel as an SVG element whose colors are variables of the page's.
+
+    Args:
+        panel: What to draw.
+        label: Says it in words, for those who do not see it; it is to be escaped already.
+    """
+    # Ids are made of this and of what they name: the same each time, and no two panels of a page share one.
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": panel.title}):
+        figure = Figure(figsize=(_WIDTH, _height(panel)))
+        _draw(figure, panel, _height(panel))
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Type")))
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    size = re.search(r'viewBox="([^"]*)"', svg)
+    return re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{label}" viewBox="{size and size[1]}">', svg, count=1)
+
+
+def write_sheet(drawn: Sequence[Panel], path: Path) -> None:
+    """All panels as one PNG, three a row."""
+    columns = min(3, len(drawn)) or 1
+    rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)] or [[]]
+    heights = [max((_height(panel) for panel in row), default=1.0) + _HEADING for row in rows]
+    with matplotlib.rc_context(_STYLE):
+        page = Figure(figsize=(_WIDTH * columns, sum(heights)), dpi=100, facecolor="white")
+        grid = page.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
+        for row, cells, height in zip(rows, grid, heights, strict=True):
+            for panel, cell in zip(row, cells, strict=False):
+                cell.text(0.125, 1 - 0.06 / height, panel.title, va="top", fontsize=10, fontweight="bold")
+                _draw(cell, panel, height, above=_HEADING)
+        if not drawn:
+            page.text(0.5, 0.5, "nothing was logged yet", ha="center", va="center")
+        with atomic(path) as draft:
+            page.savefig(draft, format="png")
+
+
+def _height(panel: Panel) -> float:
+    return _LANE * (1 if len(panel.lanes) == 1 else 0.8 * len(panel.lanes)) + 0.15
+
+
+def _draw(figure: Figure | SubFigure, panel: Panel, height: float, above: float = 0.0) -> None:
+    """Draw a panel into a figure of so many inches, below a strip of so many for a heading."""
+    margins = {"left": 0.125, "right": 0.975, "bottom": 0.33 / height, "top": 1 - (0.22 + above) / height}
+    lanes = figure.subplots(len(panel.lanes), sharex=True, squeeze=False, gridspec_kw={**margins, "hspace": 0.36})
+    for axes, lane in zip(lanes[:, 0], panel.lanes, strict=True):
+        _draw_lane(axes, lane)
+    lowest = lanes[-1, 0]
+    lowest.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    lowest.xaxis.set_major_formatter(EngFormatter(sep=""))
+    lowest.annotate("step", (1, 0), (0, -15), "axes fraction", "offset points", ha="right", va="top", fontsize=7.5)
+
+
+def _draw_lane(axes: Axes, lane: Lane) -> None:
+    # A title at a given height: to look for one itself costs matplotlib a third of the time.
+    axes.set_title(lane.title, loc="left", fontsize=8.5, pad=4, y=1.0)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    positive = all((curve.finite > 0).all() for curve in lane.curves.values())
+    log = lane.log and positive
+    axes.set_yscale("log" if log else "linear")
+    for (name, curve), color in zip(lane.curves.items(), _COLORS * len(lane.curves), strict=False):
+        few = thinned(curve)
+        marker = "o" if len(few.steps) < 25 else ""
+        axes.plot(few.steps, few.mean, color=color, linewidth=1.3, marker=marker, markersize=2.5, label=name)
+        if len(few.steps) < len(curve.steps):
+            axes.fill_between(few.steps, few.low, few.high, color=color, alpha=0.25, linewidth=0)
+        bad = curve.steps[~np.isfinite(curve.values)][:200]
+        axes.plot(bad, [0] * len(bad), "|", color=_BAD, clip_on=False, transform=axes.get_xaxis_transform())
+    for name, level in lane.marks.items():
+        axes.axhline(level, color=_INK, linewidth=1, linestyle=":")
+        axes.annotate(name, (1, level), (0, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=7.5)
+    if log:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif lane.whole:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if not positive else 0.0, top=axes.get_ylim()[1] * 1.04)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if len(lane.curves) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0.3, 0.94), ncols=4, frameon=False, fontsize=7.5)

@@ -1,0 +1,134 @@
+"""Installation: whether the packages fit together, load, and do what they are for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from dinocli.data.decode import BadImage, decode
+from dinocli.device import autocast
+
+_KINDS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000")
+
+
+def faults_of(device: torch.device, formats: list[str], root: Path = Path("/")) -> dict[str, str]:
+    """What is wrong with this installation, each with what to do about it; none where all is well.
+
+    Args:
+        device: To compute on.
+        formats: What `readable` gave.
+        root: Of the file system that /proc lies in.
+    """
+    absent = [kind for kind in _KINDS if kind not in formats]
+    unread = {f"{', '.join(absent)} cannot be read": "pip install --upgrade pillow"} if absent else {}
+    return _misfits() | _unloadable() | _idle_gpu(device, root) | _untrue(device) | unread
+
+
+def version(package: str) -> str | None:
+    """Which version of a package is installed, if any is."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def readable() -> list[str]:
+    """Kinds of image that can be read, each tried."""
+    read = []
+    for kind in _KINDS:
+        file = io.BytesIO()
+        try:
+            Image.new("RGB", (16, 16), (200, 100, 50)).save(file, kind)
+        except (OSError, KeyError):  # this Pillow was built without it
+            continue
+        if not isinstance(decode(file.getvalue()), BadImage):
+            read.append(kind)
+    return read
+
+
+def _misfits() -> dict[str, str]:
+    packages = [package for package in ("dinocli", "torchvision", "timm") if version(package)]
+    wanted = [(package, line) for package in packages for line in importlib.metadata.requires(package) or []]
+    said = [misfit(package, line, version) for package, line in wanted]
+    return {fault: "pip install --upgrade torch torchvision timm" for fault in said if fault}
+
+
+def misfit(package: str, wanted: str, version: Callable[[str], str | None]) -> str | None:
+    """What is wrong with the version of another package that one needs, if anything is.
+
+    Args:
+        package: That needs something.
+        wanted: A line of its metadata: `torch==2.11.0`, `torch (>=2.14.0)`, `numpy`. Lower bounds and exact versions
+            are looked at; what holds for some platforms or extras alone is not.
+        version: Tells which version of a package is installed, if any is.
+    """
+    found = re.match(r"([\w.-]+)[ (]*([^;)]*)\)?(;.*)?$", wanted.strip())
+    if not found or found[3]:
+        return None
+    name, bounds = found[1], found[2].strip()
+    has = version(name)
+    if has is None:
+        return f"{package} needs {name}, which is not installed"
+    for sign, bound in re.findall(r"(>=|==)\s*([\d.]+)", bounds):
+        mine, theirs = (tuple(map(int, re.findall(r"\d+", v.partition("+")[0]))) for v in (has, bound))
+        if mine < theirs if sign == ">=" else mine[: len(theirs)] != theirs:
+            return f"{package} {version(package)} needs {name} {bounds}; {has} is installed"
+    return None
+
+
+def _unloadable() -> dict[str, str]:
+    faults = {}
+    try:
+        from torchvision.ops import nms
+
+        nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
+    except Exception as error:  # one made for another torch raises ImportError, OSError or RuntimeError
+        faults[f"torchvision does not work: {_first_line(error)}"] = "pip install --force-reinstall torch torchvision"
+    try:
+        import timm  # noqa: F401
+    except Exception as error:
+        faults[f"timm cannot be loaded: {_first_line(error)}"] = "pip install --force-reinstall timm"
+    return faults
+
+
+def _idle_gpu(device: torch.device, root: Path) -> dict[str, str]:
+    if device.type != "cpu" or torch.cuda.is_available() or not (root / "proc/driver/nvidia/version").exists():
+        return {}
+    why = "is built without CUDA" if torch.version.cuda is None else "finds no device that it can use"
+    return {
+        f"an NVIDIA driver is here, but torch {torch.__version__} {why}": "nvidia-smi; then a torch that fits the "
+        "driver: https://pytorch.org/get-started/locally"
+    }
+
+
+def _untrue(device: torch.device) -> dict[str, str]:
+    try:
+        said = _tried(device)
+    except Exception as error:  # a torch that was not built for this device says so here
+        said = _first_line(error)
+    hint = "another --device, or a torch built for this one"
+    return {f"computing on {device} failed: {said}": hint} if said else {}
+
+
+def _tried(device: torch.device) -> str:
+    """What is wrong with a small product and a step of training in the precision of training, if anything is."""
+    a = torch.linspace(-1, 1, 128 * 128).reshape(128, 128)
+    product = (a.to(device) @ a.to(device).T).cpu()
+    if not torch.allclose(product, a @ a.T, rtol=1e-2, atol=1e-2):
+        return "a matrix product is wrong"
+    weights = torch.full((8, 128), 0.01, device=device, requires_grad=True)
+    with autocast(device, "bfloat16"):
+        loss = torch.nn.functional.linear(a.to(device), weights).square().mean()
+    loss.backward()
+    fine = weights.grad is not None and bool(torch.isfinite(weights.grad).all())
+    return "" if fine else "the gradient of a small step is not finite"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,188 @@
+"""Machine: what there is to compute with, and whether the installation is sound."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dinocli.data.decode import has_fast_jpeg
+from dinocli.installation import faults_of, readable, version
+
+_ROOT = Path("/")
+_LITTLE_DISK = 2e9  # bytes; a run of ViT-S/16 writes its weights, a new copy beside the old one, and a log
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found.
+
+    Attributes:
+        python: Version, as are the next four; absent of what cannot be imported.
+        torch: With what it was built for: `2.11.0+cu130`.
+        torchvision: Of the package.
+        timm: Of the package.
+        dinocli: Of the package.
+        device: As torch names it: `cpu`, `cuda`, `cuda:1`, `mps`.
+        name: Of the device, as its maker calls it.
+        devices: How many of that kind there are.
+        memory: Bytes of the device that can be had now; of a CPU, those of the process.
+        memory_there: Bytes of the device.
+        cores: That this process may use, by its affinity and its control group.
+        cores_affine: By its affinity alone, which is all that other programs ask for.
+        cores_there: Of the machine.
+        ram: Bytes that this process can have, by the system and its control group.
+        ram_there: Bytes of the machine, or the control group's limit where that is lower.
+        folder: Where runs would lie.
+        disk: Bytes free there.
+        formats: Kinds of image that were written and read again.
+        fast_jpeg: Whether JPEGs are decoded by torch's libraries.
+        faults: What is wrong with this installation, and what to do about it.
+    """
+
+    python: str
+    torch: str
+    torchvision: str | None
+    timm: str | None
+    dinocli: str
+    device: str
+    name: str
+    devices: int
+    memory: int
+    memory_there: int
+    cores: int
+    cores_affine: int
+    cores_there: int
+    ram: int
+    ram_there: int
+    folder: str
+    disk: int
+    formats: list[str]
+    fast_jpeg: bool
+    faults: dict[str, str]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether there is nothing faster to compute on."""
+        return self.device == "cpu"
+
+
+def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = _ROOT) -> Machine:
+    """Find out what there is and try it; nothing is written.
+
+    Args:
+        device: To compute on.
+        folder: Where runs would lie.
+        root: Of the file system that /proc and /sys lie in.
+    """
+    import dinocli
+
+    affine, there = _affinity(), os.cpu_count() or 1
+    ram, ram_there = ram_of(root)
+    memory, memory_there, name, devices = _memory(device, ram, ram_there, root)
+    formats, disk = readable(), shutil.disk_usage(folder).free
+    faults = faults_of(device, formats, root)
+    if disk < _LITTLE_DISK:
+        faults[f"{disk / 1e9:.1f} GB are free in {folder.resolve()}"] = "free some, or name another place with --out"
+    if not os.access(folder, os.W_OK):
+        faults[f"{folder.resolve()} may not be written to"] = "work in a folder of your own, or name one with --out"
+    return Machine(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torchvision=version("torchvision"),
+        timm=version("timm"),
+        dinocli=dinocli.__version__,
+        device=str(device),
+        name=name,
+        devices=devices,
+        memory=memory,
+        memory_there=memory_there,
+        cores=min(affine, cores_of_group(root) or affine),
+        cores_affine=affine,
+        cores_there=there,
+        ram=ram,
+        ram_there=ram_there,
+        folder=str(folder.resolve()),
+        disk=disk,
+        formats=formats,
+        fast_jpeg=has_fast_jpeg(),
+        faults=faults,
+    )
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_group(root: Path = _ROOT) -> int | None:
+    """Whole cores that the control group may keep busy; absent where it is not limited.
+
+    Containers are mostly bounded so, and torch, which asks for the affinity alone, then starts a thread a core of the
+    machine.
+    """
+    limits = []
+    for group in _groups(root, "cpu"):
+        quota, _, period = _words(group / "cpu.max").partition(" ")
+        if not quota:
+            quota, period = _words(group / "cpu.cfs_quota_us"), _words(group / "cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit():
+            limits.append(max(1, int(quota) // int(period)))
+    return min(limits, default=None)
+
+
+def ram_of(root: Path = _ROOT) -> tuple[int, int]:
+    """Bytes that can be had without swapping, and bytes in all, for this process."""
+    known = dict(re.findall(r"^(\w+):\s+(\d+) kB", _words(root / "proc/meminfo"), re.MULTILINE))
+    if {"MemTotal", "MemAvailable"} <= known.keys():
+        free, total = int(known["MemAvailable"]) * 1024, int(known["MemTotal"]) * 1024
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        free = total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:  # Windows
+        free = total = 0
+    for group in _groups(root, "memory"):
+        limit = _words(group / "memory.max") or _words(group / "memory.limit_in_bytes")
+        used = _words(group / "memory.current") or _words(group / "memory.usage_in_bytes")
+        # What the group cached of files counts as used, and is given up when somebody asks.
+        cached = dict(re.findall(r"^(\w+) (\d+)$", _words(group / "memory.stat"), re.MULTILINE))
+        if limit.isdigit() and used.isdigit() and int(limit) < total:
+            given_up = int(cached.get("total_inactive_file") or cached.get("inactive_file") or 0)
+            total, free = int(limit), max(0, min(free, int(limit) - int(used) + given_up))
+    return free, total
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups that this process is in, from its own outwards, of versions 2 and 1."""
+    for line in _words(root / "proc/self/cgroup").splitlines():
+        _, names, path = (line + "::").split(":")[:3]
+        mounts = {"": ("", "unified")}.get(names, (controller,) if controller in names.split(",") else ())
+        for mount in mounts:
+            # Inside a container the path may be that of the host, and then the mount itself is the group.
+            group = (root / "sys/fs/cgroup" / mount / path.lstrip("/")).relative_to(root)
+            while len(group.parts) >= 3 + bool(mount):
+                yield root / group
+                group = group.parent
+
+
+def _words(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _memory(device: torch.device, ram: int, ram_there: int, root: Path) -> tuple[int, int, str, int]:
+    """Free and all bytes of a device, its name, and how many there are."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free, total, torch.cuda.get_device_name(device), torch.cuda.device_count()
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return total - torch.mps.driver_allocated_memory(), total, "Apple GPU", 1
+    model = re.search(r"^model name\s*: (.+)$", _words(root / "proc/cpuinfo"), re.MULTILINE)
+    return ram, ram_there, model[1] if model else platform.processor() or platform.machine(), 1

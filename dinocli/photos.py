@@ -1,0 +1,164 @@
+"""Photos: the same ones, looked at now and again while a run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from dinocli.atomic import atomic, write_text
+from dinocli.data.augment import normalize
+from dinocli.data.crops import resize_and_center
+from dinocli.data.decode import BadImage, Opened, Pixels, open_image
+from dinocli.data.fill import resize_for
+from dinocli.data.shards import Shards
+from dinocli.data.sources import Images, Source
+from dinocli.encoder import Encoder
+from dinocli.evals.attention import attention_maps, default_size
+from dinocli.evals.spread import effective_rank, uniformity
+from dinocli.models.backbone import ViTBackbone
+from dinocli.models.network import Network
+from dinocli.monitor import at_rest
+from dinocli.picture import heat
+from dinocli.preset import Preset
+
+POOL, SHOWN, NEIGHBOURS = 256, 6, 5
+TILE = 144  # pixels, of a map; a neighbour's is two thirds
+_BATCH = 32
+_TRIES = 2 * POOL
+_WORD = 2**63 - 2  # keeps the choice apart from all else that the seed decides
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Some photos of a source, small, in the host's memory: 40 MB at 224 pixels.
+
+    Attributes:
+        pool: As the evaluation sees them, the shown ones first. [S, 3, size, size], uint8
+        shown: The first few, in the size at which attention is looked at. [side, side, 3] each
+        names: Of the shown ones.
+        preset: What says how images look to the network.
+    """
+
+    pool: Tensor
+    shown: list[Pixels]
+    names: list[str]
+    preset: Preset
+
+    @classmethod
+    def of(cls, source: Source, preset: Preset) -> Photos:
+        """Choose photos by the run's seed; of shards the first ones. Those that cannot be read are passed over."""
+        size = preset.views.global_1.size
+        large = round(size * 480 / 224)
+        pool: list[Tensor] = []
+        shown: list[Pixels] = []
+        names: list[str] = []
+        for name, opened in _candidates(source, preset):
+            short, wanted = min(opened.height, opened.width), resize_for(large if len(shown) < SHOWN else size)
+            # A photo of many megapixels is not decoded at its full size to become a small square.
+            pixels = opened.pixels(next((r for r in (8, 4, 2) if short >= 2 * r * wanted), 1))
+            if isinstance(pixels, BadImage):
+                continue
+            pool.append(resize_and_center(pixels, resize_for(size), size))
+            if len(shown) < SHOWN:
+                shown.append(resize_and_center(pixels, resize_for(large), large).permute(1, 2, 0).contiguous().numpy())
+                names.append(name)
+            if len(pool) == POOL:
+                break
+        return cls(torch.stack(pool) if pool else torch.empty(0, 3, size, size), shown, names, preset)
+
+    @torch.no_grad()
+    def snapshot(self, network: Network, step: int, folder: Path) -> dict[str, float]:
+        """Write what a network makes of the photos at a step, and return figures of it.
+
+        The network is left as it was, and no random number is drawn: a run goes on as if nobody had looked.
+
+        Args:
+            network: The teacher, with all of its weights, on any device.
+            step: Goes into the files' names.
+            folder: The run folder; its `pictures/` takes `photos.jpg` with `photos.json`, `attention-STEP.jpg` (not
+                for a network without attention) and `neighbours-STEP.jpg`.
+
+        Returns:
+            `rank` and `uniformity` of the pool's features; nothing where there are fewer than two photos.
+        """
+        if len(self.pool) < 2:
+            return {}
+        pictures = folder / "pictures"
+        if not (pictures / "photos.json").is_file():
+            _save([[_tile(photo, TILE) for photo in self.shown]], pictures / "photos.jpg")
+            write_text(pictures / "photos.json", json.dumps({"names": self.names}))
+        with at_rest(network):
+            if isinstance(network.backbone, ViTBackbone):
+                _save([self._maps(network)], pictures / f"attention-{step}.jpg")
+            features = self._features(network)
+        nearest = _nearest(features, len(self.shown), NEIGHBOURS)
+        tiles = [[_tile(_upright(self.pool[i]), TILE * 2 // 3) for i in row] for row in nearest]
+        _save(tiles, pictures / f"neighbours-{step}.jpg")
+        return {"rank": effective_rank(features), "uniformity": uniformity(features)}
+
+    def _maps(self, network: Network) -> list[Pixels]:
+        """What the class token looks at in each shown photo, averaged over the heads."""
+        views = self.preset.views
+        size, images = views.global_1.size, self.preset.images
+        encoder = Encoder(network.backbone, "teacher", "", size, views.mean, views.std, images)
+        maps = [attention_maps(encoder, photo, default_size(encoder)) for photo in self.shown]
+        return [heat(np.nan_to_num(m.heads.mean(0)), TILE, TILE) for m in maps]
+
+    def _features(self, network: Network) -> Tensor:
+        device = next(network.parameters()).device
+        mean, std = (torch.tensor(v, device=device) for v in (self.preset.views.mean, self.preset.views.std))
+        chunks = [normalize(chunk.to(device).float() / 255, mean, std) for chunk in self.pool.split(_BATCH)]
+        return torch.cat([network.backbone(chunk).cls.float().cpu() for chunk in chunks])  # [S, D]
+
+
+def _candidates(source: Source, preset: Preset) -> Iterator[tuple[str, Opened]]:
+    """Names and headers of images that can be opened, in the order in which they are to be taken."""
+    for name, data in _first(source) if isinstance(source, Shards) else _some(source, preset.training.seed):
+        if not isinstance(opened := open_image(data, preset.images), BadImage):
+            yield name, opened
+
+
+def _first(source: Shards) -> Iterator[tuple[str, bytes]]:
+    return ((sample.name, sample.data) for sample in islice(source.stream(0, 1), _TRIES))
+
+
+def _some(source: Images, seed: int) -> Iterator[tuple[str, bytes | Image.Image]]:
+    rows = np.random.default_rng((seed, _WORD)).choice(len(source), min(_TRIES, len(source)), replace=False)
+    for row in rows.tolist():
+        try:
+            data = source.read(row)
+        except OSError:
+            continue
+        yield source.names[row], data
+
+
+def _nearest(features: Tensor, queries: int, count: int) -> list[list[int]]:
+    """Each of the first photos, and those nearest to it by cosine, the nearest first."""
+    unit = F.normalize(features, dim=1)
+    similarity = unit[:queries] @ unit.T  # [Q, S]
+    similarity.fill_diagonal_(torch.inf)
+    return similarity.argsort(dim=1, descending=True, stable=True)[:, : count + 1].tolist()
+
+
+def _upright(image: Tensor) -> Pixels:
+    return image.permute(1, 2, 0).numpy()
+
+
+def _tile(pixels: Pixels, side: int) -> Pixels:
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((side, side), Image.Resampling.LANCZOS))
+
+
+def _save(rows: Sequence[Sequence[Pixels]], path: Path) -> None:
+    """Square tiles without a gap, so that whoever reads the file can cut it up again."""
+    page = np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0)
+    with atomic(path) as draft:
+        Image.fromarray(page).save(draft, format="JPEG", quality=85)

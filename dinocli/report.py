@@ -1,0 +1,282 @@
+"""Report: a run folder as curves.png and as a page that needs nothing but a browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dinocli import shipped
+from dinocli.atomic import write_text
+from dinocli.curves import panel_svg, write_sheet
+from dinocli.errors import DinoError
+from dinocli.history import Curve, read_history
+from dinocli.page import page_of, text_of
+from dinocli.panels import LossFacts, Panel, panels
+from dinocli.preset import load_preset
+
+CURVES, REPORT = "curves.png", "report.html"
+_TIMES = 8  # steps whose attention is shown
+_TILES = 12  # photos at most, whatever lies in the folder
+_SIDE = 192  # pixels of a tile at most: so the page stays below some megabytes
+Tiles = list[str]  # data: addresses
+
+
+def write_report(folder: Path) -> None:
+    """Write `curves.png` and `report.html` into a run folder, from its metrics, its preset and its pictures.
+
+    What is missing there is missing in the page; what is torn is passed over.
+
+    Raises:
+        OSError: The disk is full, or the folder may not be written to.
+    """
+    history, preset = read_history(folder / "metrics.jsonl"), _read_json(folder / "preset.json")
+    drawn = panels(history, _losses(preset))
+    write_sheet(drawn, folder / CURVES)
+    pictures = folder / "pictures"
+    parts = {
+        "Curves": _curves(drawn),
+        "Attention": _attention(pictures),
+        "Neighbours": _neighbours(pictures),
+        "Settings": _settings(preset),
+        "Values": _values(history),
+    }
+    there = {name: text for name, text in parts.items() if text}
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in there)
+    sections = "".join(f'<section id="{name.lower()}"><h2>{name}</h2>{text}</section>' for name, text in there.items())
+    title = text_of(folder.resolve().name)
+    nav = f"<nav aria-label='Parts of this page'>{links}</nav>"
+    head = f"<header><h1>{title}</h1>{_facts(history, preset)}{nav}</header>"
+    write_text(folder / REPORT, page_of(title, f"{head}<main>{sections}</main>"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _at(data: object, *keys: str) -> Any:
+    """What lies below some keys; absent where an older version had no such key."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+def _losses(preset: dict[str, Any]) -> dict[str, LossFacts]:
+    found = {}
+    for name, loss in (_at(preset, "losses") or {}).items():
+        prototypes = _at(preset, "heads", str(_at(loss, "head")), "prototypes")
+        if isinstance(prototypes, int) and prototypes > 1:
+            found[name] = LossFacts(float(_at(loss, "weight") or 1.0), prototypes)
+    return found
+
+
+def _facts(history: Mapping[str, Curve], preset: dict[str, Any]) -> str:
+    """Where the run stands, in a line of figures."""
+    facts = {"recipe": _at(preset, "about", "recipe")}
+    last = {key: curve.values[-1] for key, curve in history.items() if len(curve.finite)}
+    if history:
+        step, epochs = max(curve.steps[-1] for curve in history.values()), _at(preset, "training", "epochs")
+        facts["steps"] = f"{step:,.0f}"
+        if last.get("epoch", 0) > 0 and epochs:
+            facts["steps"] += f" of {step / last['epoch'] * epochs:,.0f}"
+            facts["epochs"] = f"{last['epoch']:.6g} of {epochs}"
+    for key, name, form in _FIGURES:
+        if key in last:
+            facts[name] = form.format(last[key])
+    facts["written"] = time.strftime("%Y-%m-%d %H:%M")
+    rows = "".join(f"<div><dt>{name}</dt><dd>{text_of(value)}</dd></div>" for name, value in facts.items() if value)
+    return f"<dl>{rows}</dl>"
+
+
+_FIGURES = (
+    ("loss", "loss", "{:.3f}"),
+    ("knn", "k-NN", "{:.1f} %"),
+    ("rank", "effective rank", "{:.1f}"),
+    ("images_per_second", "images a second", "{:,.0f}"),
+    ("skipped", "steps left out", "{:.0f}"),
+)
+
+
+def _curves(drawn: list[Panel]) -> str:
+    if not drawn:
+        return "<p>Nothing was logged yet.</p>"
+    text = ""
+    for panel in drawn:
+        label = text_of(f"{panel.title}: {_said(panel)}")
+        text += f"<figure><h3>{text_of(panel.title)}</h3>{panel_svg(panel, label)}"
+        text += f"<figcaption>{text_of(panel.healthy)}</figcaption></figure>"
+    return f"<div class='panels'>{text}</div>"
+
+
+def _said(panel: Panel) -> str:
+    """A panel for those who hear it: where each curve begins and ends."""
+    ends = [(lane.title, name, curve.finite) for lane in panel.lanes for name, curve in lane.curves.items()]
+    return "; ".join(f"{title}, {name}, from {v[0]:.4g} to {v[-1]:.4g}" for title, name, v in ends if len(v))
+
+
+def _attention(pictures: Path) -> str:
+    steps = _spread(_steps(pictures, "attention"))
+    photos, maps = _row(pictures / "photos.jpg"), {s: _row(pictures / f"attention-{s}.jpg") for s in steps}
+    maps = {step: tiles for step, tiles in maps.items() if tiles and len(tiles) == len(photos)}
+    if not maps:
+        return ""
+    text = (
+        "<p>What the teacher's class token looks at in its last block, averaged over the heads, each map from "
+        "its least (black) to its most (yellow). In health the maps differ from photo to photo, and come to keep to "
+        "things or to what surrounds them.</p>"
+    )
+    for i, (photo, name) in enumerate(zip(photos, _names(pictures, len(photos)), strict=True)):
+        tiles = _tile(photo, f"Photo {i + 1}: {name}", "photo")
+        for step, row in maps.items():
+            tiles += _tile(row[i], f"Photo {i + 1}, attention at step {step}", f"step {step:,}")
+        text += f"<h3 class='name'>{name}</h3><div class='tiles'>{tiles}</div>"
+    return text
+
+
+def _neighbours(pictures: Path) -> str:
+    steps = _steps(pictures, "neighbours")
+    photos = _row(pictures / "photos.jpg")
+    found = {s: _grid(pictures / f"neighbours-{s}.jpg", len(photos)) for s in dict.fromkeys(steps[:1] + steps[-1:])}
+    found = {step: rows for step, rows in found.items() if rows}
+    if not found:
+        return ""
+    text = (
+        "<p>The nearest of a few hundred photos, by the cosine of their features, the nearest first. An untrained "
+        "network goes by color; a trained one by what is shown. The same neighbours for every photo are a sign of "
+        "collapse.</p>"
+    )
+    for i, name in enumerate(_names(pictures, len(photos))):
+        text += f"<h3 class='name'>{name}</h3><div class='times'>"
+        for step, rows in found.items():
+            tiles = _tile(rows[i][0], f"Photo {i + 1}: {name}", "photo")
+            tiles += "".join(
+                _tile(tile, f"Neighbour {k} of photo {i + 1} at step {step}", str(k))
+                for k, tile in enumerate(rows[i][1:], 1)
+            )
+            text += f"<div><p>step {step:,}</p><div class='tiles six'>{tiles}</div></div>"
+        text += "</div>"
+    return text
+
+
+def _tile(address: str, says: str, caption: str) -> str:
+    return f'<figure><img src="{address}" alt="{says}" loading="lazy"><figcaption>{caption}</figcaption></figure>'
+
+
+def _names(pictures: Path, count: int) -> list[str]:
+    """The photos' names, ready for the page."""
+    names = _at(_read_json(pictures / "photos.json"), "names")
+    names = names if isinstance(names, list) else []
+    return [text_of(names[i] if i < len(names) else f"photo {i + 1}") for i in range(count)]
+
+
+def _steps(pictures: Path, kind: str) -> list[int]:
+    found = (re.fullmatch(rf"{kind}-([0-9]+)\.jpg", path.name) for path in pictures.glob(f"{kind}-*.jpg"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _spread(steps: list[int]) -> list[int]:
+    """The first, the last, and some between, evenly."""
+    return [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, _TIMES).round().astype(int))] if steps else []
+
+
+def _row(path: Path) -> Tiles:
+    rows = _grid(path, 1)
+    return rows[0] if rows else []
+
+
+def _grid(path: Path, rows: int) -> list[Tiles]:
+    """The square tiles of a picture, row by row; none where it cannot be read."""
+    try:
+        with Image.open(path, formats=["JPEG"]) as file:
+            page = file.convert("RGB")
+    # Pillow's readers raise nearly anything on a broken file.
+    except Exception:
+        return []
+    side = page.height // max(1, rows)
+    columns = min(_TILES, page.width // max(1, side))
+    if not side or not columns:
+        return []
+    return [[_address(page.crop(_box(r, c, side))) for c in range(columns)] for r in range(min(rows, _TILES))]
+
+
+def _box(row: int, column: int, side: int) -> tuple[int, int, int, int]:
+    return column * side, row * side, (column + 1) * side, (row + 1) * side
+
+
+def _address(tile: Image.Image) -> str:
+    tile.thumbnail((_SIDE, _SIDE))
+    file = io.BytesIO()
+    tile.save(file, format="JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _settings(preset: dict[str, Any]) -> str:
+    if not preset:
+        return ""
+    name, before = _shipped(preset)
+    text = f"<p>Marked is what differs from the preset <code>{name}</code>.</p>" if name else ""
+    text += "<div class='tables'>"
+    for table, values in preset.items():
+        if table == "about":
+            continue
+        now, then = dict(_flat(values)), dict(_flat(_at(before, table)))
+        keys = [key for key in dict.fromkeys([*now, *then]) if now.get(key) is not None or then.get(key) is not None]
+        rows = "".join(_setting(key, now.get(key), then.get(key), marked=bool(name)) for key in keys)
+        text += f"<table><caption>{text_of(table)}</caption><tbody>{rows}</tbody></table>" if rows else ""
+    return text + "</div>"
+
+
+def _setting(key: str, now: str | None, then: str | None, *, marked: bool) -> str:
+    changed = marked and now != then
+    note = f" <small>shipped: {text_of(then or 'absent')}</small>" if changed else ""
+    value = f"<mark>{text_of(now or 'absent')}</mark>{note}" if changed else text_of(now)
+    return f'<tr><th scope="row">{text_of(key)}</th><td>{value}</td></tr>'
+
+
+def _flat(data: object, above: str = "") -> Iterator[tuple[str, str | None]]:
+    """Values by their key below a table; a schedule, or another table of a kind with plain values, is one value."""
+    if not isinstance(data, dict):
+        yield above, None if data is None else data if isinstance(data, str) else json.dumps(data)
+    elif above and "kind" in data and not any(isinstance(value, dict) for value in data.values()):
+        named = [f"{key} {json.dumps(value)}" for key, value in data.items() if key != "kind" and value is not None]
+        yield above, ", ".join([str(data["kind"]), *named])
+    else:
+        for key, value in data.items():
+            yield from _flat(value, f"{above}.{key}" if above else str(key))
+
+
+def _shipped(preset: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The shipped preset that tells the same about itself, and what it says; nothing for one of the user's own."""
+    for name in shipped.names():
+        try:
+            found = load_preset(name).model_dump(mode="json")
+        except DinoError:
+            continue
+        if found["about"] == preset.get("about"):
+            return name, found
+    return "", {}
+
+
+def _values(history: Mapping[str, Curve]) -> str:
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("value", "last", "first", "lowest", "highest", "lines"))
+    rows = ""
+    for key, curve in sorted(history.items()):
+        if len(finite := curve.finite):
+            figures = (curve.values[-1], curve.values[0], finite.min(), finite.max())
+            cells = "".join(f"<td>{value:.5g}</td>" for value in figures)
+            rows += f'<tr><th scope="row">{text_of(key)}</th>{cells}<td>{len(curve.steps)}</td></tr>'
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    # What scrolls sideways on a phone must be in reach of the keyboard.
+    return f"<div class='wide' role='region' aria-label='Values' tabindex='0'>{table}</div>" if rows else ""

@@ -1,0 +1,67 @@
+"""Twins: images that look nearly like another one, told by small thumbnails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinocli.data.decode import Pixels
+
+SIDE = 8  # pixels of a thumbnail
+# Thumbnails whose cosine lies above this are near-equal. Tried on 9,469 photos of Imagenette and 10,000 images of
+# CIFAR-10: found are a JPEG of quality 50 in 99 % of cases, half the size in all, 2 % cut off each side in 61 to 92 %,
+# 4 % in 38 %. Of Imagenette 3 pairs of different photos are told too (a horizon below an empty sky); of CIFAR-10 18,
+# which to the eye are all but one the same car, cat or plane again. Digits and printed pages are all alike in this.
+LIKENESS = 0.97
+_FLAT = 3  # levels of 255
+_SHOWN = 5
+
+Thumbnail = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images that look alike, and the cosine of their thumbnails."""
+
+    first: str
+    second: str
+    likeness: float
+
+
+def thumbnail(pixels: Pixels) -> Thumbnail:
+    """The averages of 8x8 areas. [8, 8, 3], 0 to 255"""
+    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32)
+
+
+def is_flat(thumb: Thumbnail) -> bool:
+    """Whether an image is of one color: without its mean nothing but noise is left to compare."""
+    return bool(np.ptp(thumb, axis=(0, 1)).max() < _FLAT)
+
+
+def near_equal(names: Sequence[str], thumbs: Sequence[Thumbnail]) -> tuple[int, list[Pair]]:
+    """How many images look nearly like an earlier one, and the most alike pairs, of which flat images are none.
+
+    All are compared with all, exactly; a thumbnail is freed of its mean color and its contrast first.
+    """
+    rows = [row for row, thumb in enumerate(thumbs) if not is_flat(thumb)]
+    if not rows:
+        return 0, []
+    centered = np.stack([thumbs[row] - thumbs[row].mean(axis=(0, 1)) for row in rows]).reshape(len(rows), -1)
+    centered /= np.linalg.norm(centered, axis=1, keepdims=True)
+    index = faiss.IndexFlatIP(centered.shape[1])
+    index.add(centered)
+    ends, likeness, found = index.range_search(centered, LIKENESS)
+    later = np.repeat(np.arange(len(rows)), np.diff(ends).astype(np.int64))
+    below = found < later
+    first, second, likeness = found[below], later[below], likeness[below]
+    pairs = [
+        Pair(names[rows[first[i]]], names[rows[second[i]]], float(likeness[i]))
+        for i in np.argsort(-likeness)[:_SHOWN].tolist()
+    ]
+    return len(np.unique(second)), pairs

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinocli.curves import panel_svg, write_sheet
+from dinocli.history import Curve
+from dinocli.panels import LossFacts, panels
+
+DINO = {"dino": LossFacts(1.0, 256)}
+
+
+def curve(*values: float) -> Curve:
+    return Curve(np.arange(1.0, len(values) + 1), np.array(values, dtype=float))
+
+
+def history(*keys: str) -> dict[str, Curve]:
+    return {key: curve(3, 2, 1) for key in keys}
+
+
+class Texts(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_data(self, data: str) -> None:
+        self.words += [data.strip()] if data.strip() else []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def drawn(values: dict[str, Curve]) -> Texts:
+    parser = Texts()
+    parser.feed(panel_svg(panels(values, DINO)[0], "in words"))
+    return parser
+
+
+def test_a_drawing_is_text_and_lines_in_the_pages_colors() -> None:
+    svg = panel_svg(panels(history("loss"), DINO)[0], "in words")
+    found = drawn(history("loss"))
+    assert found.tags[0][0] == "svg" and found.tags[0][1]["aria-label"] == "in words"
+    assert {"loss, nats", "step", "ln K = 5.55"} <= set(found.words)
+    assert "var(--curve-0)" in svg and "var(--ink)" in svg and "#1f6fb4" not in svg
+    assert svg == panel_svg(panels(history("loss"), DINO)[0], "in words"), "the same each time"
+
+
+@pytest.mark.parametrize(
+    "values", [(1,), (0, 0), (5, math.nan, 4), (math.nan,), (math.inf, -math.inf), (1e-30, 1e30), (-1, 2)], ids=str
+)
+@pytest.mark.parametrize("key", ["loss", "grad_norm", "dino/kl"])
+def test_any_values_can_be_drawn(key: str, values: tuple[float, ...], recwarn: pytest.WarningsRecorder) -> None:
+    assert "step" in drawn({key: curve(*values)}).words
+    assert not [str(w.message) for w in recwarn]
+
+
+def test_many_lines_make_no_large_drawing() -> None:
+    count = 100_000
+    noisy = Curve(np.arange(count, dtype=float), np.random.default_rng(0).random(count))
+    assert len(panel_svg(panels({"loss": noisy}, DINO)[0], "")) < 100_000
+
+
+def test_the_sheet_shows_all_panels(tmp_path: Path) -> None:
+    sizes = []
+    for keys in ((), ("loss",), ("loss", "lr", "knn", "grad_norm")):
+        write_sheet(panels(history(*keys), DINO), tmp_path / "curves.png")
+        with Image.open(tmp_path / "curves.png") as sheet:
+            sizes.append(sheet.size)
+    assert sizes[0][0] == sizes[1][0] == 440 and sizes[2][0] == 1320 and sizes[2][1] > sizes[1][1]

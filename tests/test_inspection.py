@@ -1,0 +1,148 @@
+"""Inspection: planted sizes, formats, broken files and copies come out as they were planted."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_images
+from PIL import Image
+
+from dinocli.data.drawn import draw
+from dinocli.data.sources import Images, TorchvisionImages, open_source
+from dinocli.inspection import inspect
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> Path:
+    """Ten drawn images of 64x48 in two classes, and one of each thing that a folder may hold besides."""
+    folder = tmp_path / "planted"
+    for i in range(10):
+        place = folder / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        picture(i).resize((64, 48)).save(place / f"{i}.jpg", quality=95)
+    (folder / "a" / "copy.jpg").write_bytes((folder / "a" / "0.jpg").read_bytes())
+    picture(2).resize((32, 24)).save(folder / "b" / "small-2.png")
+    picture(3).resize((64, 48)).convert("L").save(folder / "b" / "grey.png")
+    Image.new("RGB", (40, 400), (9, 9, 200)).save(folder / "b" / "flat.bmp")
+    deep = np.linspace(0, 65535, 48 * 64).astype(np.uint16).reshape(48, 64)
+    Image.fromarray(deep).save(folder / "b" / "deep.tif")
+    (folder / "a" / "empty.jpg").touch()
+    (folder / "a" / "torn.jpg").write_bytes((folder / "a" / "0.jpg").read_bytes()[:700])
+    Image.new("RGB", (1, 1)).save(folder / "a" / "dot.png")
+    return folder
+
+
+def picture(index: int) -> Image.Image:
+    return Image.fromarray(np.asarray(draw(index, size=64).image))
+
+
+def test_what_was_planted_is_seen(planted: Path) -> None:
+    told: list[int] = []
+    seen = inspect(open_source(str(planted)), report=told.append)
+    assert (seen.kind, seen.count, seen.drawn, seen.read, seen.classes) == ("files", 18, 18, 15, 2)
+    assert seen.whole
+    assert told[-1] == 18
+    assert seen.formats == {"JPEG": 11, "PNG": 2, "BMP": 1, "TIFF": 1}
+    assert (seen.width.least, seen.width.median, seen.width.most) == (32, 64, 64)
+    assert (seen.height.least, seen.height.most) == (24, 400)
+    assert (seen.short.least, seen.short.median, seen.aspect.most) == (24, 48, 10)
+    assert (seen.deep, seen.flat, seen.copies) == (1, 1, 1)
+    assert seen.gray == 2
+    assert {name.split("/")[1]: reason.split(":")[0] for name, reason in seen.bad.items()} == {
+        "empty.jpg": "empty", "torn.jpg": "truncated", "dot.png": "too small",
+    }  # fmt: skip
+    # A grey copy of a drawn thing may look nearly like it too; the smaller one does in any case.
+    assert seen.near >= 1
+    assert {"a/2.jpg", "b/small-2.png"} in [{pair.first, pair.second} for pair in seen.pairs]
+    assert seen.milliseconds > 0
+
+
+def test_mean_and_std_are_those_of_the_pixels(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "noise", 6, size=20)
+    Image.new("RGB", (20, 20), (0, 0, 255)).save(folder / "blue.png")
+    pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]) / 255
+    seen = inspect(open_source(str(folder)))
+    np.testing.assert_allclose(seen.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(seen.std, pixels.std(axis=(0, 1, 2)), rtol=1e-9)
+    assert seen.megabytes == pytest.approx(20 * 20 * 3e-6)
+
+
+def test_a_draw_is_fair_and_the_same_for_a_seed(tmp_path: Path) -> None:
+    source = open_source(str(write_images(tmp_path / "noise", 60, size=8)))
+    assert isinstance(source, Images)
+    read: list[int] = []
+    watched = type("Watched", (Images,), {"read": lambda self, row: (read.append(row), source.read(row))[1]})
+    spied = watched(source.where, source.root, source.names, source.classes, source.labels)
+    draws = []
+    for seed in (0, 0, 1):
+        read.clear()
+        seen = inspect(spied, sample=20, seed=seed)
+        draws.append(sorted(read))
+        assert (seen.drawn, seen.count, seen.whole) == (20, 60, False)
+    assert draws[0] == draws[1] != draws[2]
+    assert len(set(draws[0])) == 20
+    assert max(draws[0]) > 30
+
+
+def test_it_ends_when_its_time_is_over(tmp_path: Path) -> None:
+    source = open_source(str(write_images(tmp_path / "noise", 200, size=8)))
+    assert inspect(source, seconds=0).drawn == 0
+    assert inspect(source, seconds=1e-4).drawn < 200
+
+
+def test_nothing_to_read_is_no_crash(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no image at all")
+    seen = inspect(open_source(str(tmp_path)))
+    assert (seen.drawn, seen.read, seen.formats, seen.near, len(seen.bad)) == (3, 0, {}, 0, 3)
+
+
+def test_a_file_that_has_gone_is_a_reason(tmp_path: Path) -> None:
+    source = open_source(str(write_images(tmp_path / "noise", 3)))
+    (tmp_path / "noise" / "0001.png").unlink()
+    assert inspect(source).bad == {"0001.png": "cannot be opened: No such file or directory"}
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Three tar files with ten images each, red, green and blue, the last one torn."""
+    for shard, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
+        with tarfile.open(tmp_path / f"x-{shard}.tar", "w") as tar:
+            for i in range(10):
+                file = io.BytesIO()
+                Image.new("RGB", (8 + i, 8), color).save(file, "PNG")
+                member = tarfile.TarInfo(f"{i}.png")
+                member.size = file.tell()
+                tar.addfile(member, io.BytesIO(file.getvalue()))
+    last = tmp_path / "x-2.tar"
+    last.write_bytes(last.read_bytes()[: 9 * 1024 + 600])
+    return tmp_path
+
+
+def test_shards_are_drawn_from_all_of_them(shards: Path) -> None:
+    seen = inspect(open_source(str(shards)), sample=12)
+    assert (seen.kind, seen.count, seen.drawn, seen.read) == ("shards", 30, 12, 12)
+    assert all(share > 0.2 for share in seen.mean)  # four of each color
+    every = inspect(open_source(str(shards)))
+    assert (every.drawn, every.read, every.width.most) == (30, 29, 17)
+    assert list(every.bad) == ["x-2.tar"]
+
+
+def test_a_pipe_gives_its_first_ones(shards: Path) -> None:
+    seen = inspect(open_source(f"pipe:cat {shards}/x-{{0..1}}.tar"), sample=6)
+    assert (seen.count, seen.drawn, seen.read) == (None, 6, 6)
+    assert not seen.whole
+
+
+def test_decoded_images_have_no_format(tmp_path: Path) -> None:
+    source = open_source(str(write_images(tmp_path / "noise", 5, size=16)))
+    assert isinstance(source, Images)
+    pictures = [(Image.open(tmp_path / "noise" / name).convert("RGB"), 0) for name in source.names]
+    pictures.append(pictures[0])
+    names = type(source.names).of([str(i) for i in range(6)])
+    seen = inspect(TorchvisionImages("torchvision:X", Path("x"), names, [], np.zeros(6, np.int32), pictures))
+    assert (seen.kind, seen.formats, seen.copies, seen.whole) == ("decoded", {"decoded": 6}, 1, True)
