@@ -187,6 +187,13 @@ def all_of(done: Tensor) -> Tensor:
 # Tensors that lie in shards, a part of each in every process, as FSDP2 holds them.
 
 
+def in_shards(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of them lies in shards."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(tensor, DTensor) for tensor in tensors)
+
+
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What this process holds of each: all of it, or of one in shards its own."""
     from torch.distributed.tensor import DTensor
@@ -197,10 +204,9 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each, over all its shards."""
     import torch
-    from torch.distributed.tensor import DTensor
 
     found = torch._foreach_norm(local(tensors))
-    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+    if not in_shards(tensors):
         return list(found)
     squares = torch.stack(found).square()
     return list((mean_over_processes(squares) * size()).sqrt().unbind())

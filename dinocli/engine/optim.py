@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dinocli.config import Config
-from dinocli.distributed import local, norms
+from dinocli.distributed import in_shards, local, norms
 from dinocli.engine.method import ParamGroup
+from dinocli.errors import DinoError
 from dinocli.schedules import Clock, Rate, Schedule
 
 
@@ -70,6 +71,9 @@ class AdamWConfig(_Optimizer):
         )
 
 
+_NO_SHARDS = "--parallel ddp, or --set optimizer.kind=adamw with what that needs"
+
+
 class SGDConfig(_Optimizer):
     """SGD with momentum."""
 
@@ -77,7 +81,13 @@ class SGDConfig(_Optimizer):
     momentum: float = Field(ge=0, lt=1)
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
-        """The optimizer over the groups."""
+        """The optimizer over the groups.
+
+        Raises:
+            DinoError: They lie in shards, for which torch has no such step.
+        """
+        if in_shards([p for group in groups for p in group.params]):
+            raise DinoError("SGD was asked for with --parallel fsdp; torch has it for whole parameters", _NO_SHARDS)
         optimizer = torch.optim.SGD(_as_dicts(groups), lr=0.0, momentum=self.momentum, fused=True)
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             # torch's own start, but in being before a first step that may be left out.

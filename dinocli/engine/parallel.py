@@ -55,6 +55,8 @@ class FSDP2:
 
     def wrap(self, method: Method) -> nn.Module:
         share_batch_norm(method)
+        # It warns of outputs changed in place, which nobody does here.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         mesh = init_device_mesh(next(method.parameters()).device.type, (size(),))
         for module in method.units():
             # Roots too: what stays gathered would be that of the step before where no backward comes.
