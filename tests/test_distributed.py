@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -219,3 +221,97 @@ def test_a_batch_that_cannot_be_shared_is_said(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="a batch of 12 images cannot be shared evenly by 5 processes"):
         together(5, run_of, tmp_path, "run", 1, [], {})
     assert not (tmp_path / "run").exists()
+
+
+# A run of real processes, of which the second one comes to grief before its sixth step, once.
+GRIEF = """
+import os, signal, sys
+from dinocli.cli import main
+from dinocli.engine.trainer import Trainer
+from dinocli.errors import DinoError
+
+step = Trainer.step
+
+def grief(self, *args, **how):
+    if self.clock.step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        CAUSE
+    return step(self, *args, **how)
+
+Trainer.step = grief
+main()
+"""
+CAUSES = {
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "error: another process of this run has ended"),
+    "mistake": ("raise DinoError('the second process failed', 'mend it')", "error: the second process failed"),
+    "defect": ("raise ValueError('a defect')", "ValueError: a defect"),
+}
+
+
+def torchrun(folder: Path, cause: str, *options: str) -> subprocess.CompletedProcess[str]:
+    write_images(folder / "images", 19)
+    (folder / "grief.py").write_text(GRIEF.replace("CAUSE", cause))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
+    settings = [word for override in SMALL for word in ("--set", override)]
+    command = ["grief.py", "pretrain", "images", "--preset", "tiny", *settings, "--device=cpu", "--workers=1"]
+    command += ["--steps=8", "--save-every=2", "--no-report", "--out=run"]
+    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [*launcher, *command], cwd=folder, capture_output=True, text=True, timeout=200,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cause", ["killed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistake", "defect"))]
+)
+def test_one_process_that_dies_ends_the_others_with_one_error(tmp_path: Path, cause: str) -> None:
+    done = torchrun(tmp_path, CAUSES[cause][0])
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") + done.stderr.count("ValueError: a defect") == 1, done.stderr
+    assert CAUSES[cause][1] in done.stderr
+    ours = done.stderr.split("torch/distributed/run.py")[0]  # torchrun's own words come last
+    assert ours.count("Traceback") <= (2 if cause == "defect" else 1), done.stderr
+    failed = [line for line in done.stderr.splitlines() if line.strip().startswith("time ")]
+    assert len(failed) == 2, "both came to their end by themselves"
+    assert sorted(int(path.name) for path in (tmp_path / "run" / "state").iterdir())[-1] in (4, 5)
+
+
+@pytest.mark.slow
+def test_torchrun_that_starts_again_goes_on_from_the_last_state(tmp_path: Path) -> None:
+    done = torchrun(tmp_path, CAUSES["killed"][0], "--max-restarts=1")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" in done.stderr
+    assert done.stdout.strip() == "run/ckpt.safetensors", "one process speaks"
+    (tmp_path / "other").mkdir()
+    undisturbed = torchrun(tmp_path / "other", "pass")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert_same_weights(tmp_path / "run", tmp_path / "other" / "run", ())
+
+
+@pytest.mark.slow
+def test_a_command_starts_itself_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--gpus 2` does, on a CPU."""
+    write_images(tmp_path / "images", 19)
+    settings = [word for override in SMALL for word in ("--set", override)]
+    words = [
+        "pretrain",
+        "images",
+        "--preset",
+        "tiny",
+        *settings,
+        "--device=cpu",
+        "--steps=3",
+        "--no-report",
+        "--out=run",
+    ]
+    code = f"import sys; from dinocli import distributed; sys.argv[1:] = {words!r}; sys.exit(distributed.launch(2))"
+    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, **how)
+    assert (done.returncode, done.stdout) == (0, "run/ckpt.safetensors\n"), done.stderr
+    assert logged(tmp_path / "run")[-1]["step"] == 3
+    (tmp_path / "images").rename(tmp_path / "gone")
+    failed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, **how)
+    assert failed.returncode == 1
+    assert failed.stderr.count("error: ") == 1, failed.stderr
+    assert "Traceback" not in failed.stderr
