@@ -3,8 +3,9 @@
     python benchmarks/data.py PHOTOS [--images 64] [--rounds 5]
 
 Each way runs in turn, round after round, in one thread; what is printed is processor time, the parent's and the
-workers' together, as the median of the rounds, and the ratio to the original's within each round. A machine that does
-other things at the same time changes both sides of a ratio alike.
+workers' together, as the median of the rounds, and the ratio to the original's within each round: to the original as
+it runs, from files through its DataLoader, and to its ten pipelines alone, from bytes in memory, nothing collated. A
+machine that does other things at the same time changes both sides of a ratio alike.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from rich.console import Console
 from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
@@ -69,6 +71,39 @@ def original() -> list[Callable[[Image.Image], torch.Tensor]]:
         )
         for size, scale, blurred, solarized in SIZES
     ]
+
+
+class OriginalFiles(Dataset[tuple[list[torch.Tensor], int]]):
+    """What torchvision's ImageFolder is to the original: a file opened and decoded as it does, then the pipelines."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files, self.pipelines = files, original()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> tuple[list[torch.Tensor], int]:
+        with self.files[row].open("rb") as file:
+            image = Image.open(file).convert("RGB")
+        return [p(image) for p in self.pipelines], 0
+
+
+class OriginalLoader:
+    """The original as it runs: a DataLoader of worker processes, which collate a batch and send it."""
+
+    def __init__(self, files: list[Path], batch: int) -> None:
+        self.batches = DataLoader(
+            OriginalFiles(files), batch_size=batch, shuffle=True, num_workers=1, persistent_workers=True, drop_last=True
+        )
+
+    def take(self) -> None:
+        """One epoch, of which no batch is begun before it, and none of the next."""
+        for crops, _ in self.batches:
+            assert len(crops) == len(SIZES)
+
+    @property
+    def processes(self) -> list[int]:
+        return [p.pid for p in self.batches._iterator._workers]
 
 
 def per_crop_v2() -> list[Callable[[torch.Tensor], torch.Tensor]]:
@@ -150,7 +185,8 @@ class Ours:
 
 def ways(folder: str, images: int, batch: int) -> dict[str, Callable[[], float]]:
     """Each way as a function that makes the views of `images` images and returns its seconds of processor time."""
-    files = [path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()][:images]
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()][:images]
+    files = [path.read_bytes() for path in paths]
     rgb = [np.array(Image.open(io.BytesIO(data)).convert("RGB")) for data in files]
 
     def by_original() -> None:
@@ -173,9 +209,15 @@ def ways(folder: str, images: int, batch: int) -> dict[str, Callable[[], float]]
         count = images // batch * batch
         return lambda: timed(lambda: loader.take(count), loader.processes) * len(rgb) / count
 
+    def in_its_loader() -> Callable[[], float]:
+        loader = OriginalLoader(paths, batch)
+        loader.take()  # now its workers are there
+        return lambda: timed(loader.take, loader.processes) * len(rgb) / (len(paths) // batch * batch)
+
     found = {
-        "the original: PIL, a pipeline a view": lambda: timed(by_original),
-        "torchvision v2, a pipeline a view": lambda: timed(by_v2),
+        "the original, in its loader": in_its_loader(),
+        "the original's pipelines alone": lambda: timed(by_original),
+        "torchvision v2's pipelines alone": lambda: timed(by_v2),
         "this, workers only (the rest on a GPU)": ours(device="cpu", whole=False, workers=1),
         "this, workers only, no photo decoded smaller": ours(device="cpu", whole=False, workers=1, reduce_above=1e6),
         "this, all on the CPU": ours(device="cpu", whole=True, workers=0),
@@ -196,14 +238,15 @@ def main() -> None:
     warnings.simplefilter("ignore")
     measured = ways(chosen.photos, chosen.images, batch=min(32, chosen.images))
     rounds = [{name: way() for name, way in measured.items()} for _ in range(chosen.rounds)]
-    table = Table("way", "ms an image", "images/s a core", "times the original [of each round]")
-    first = next(iter(measured))
+    table = Table("way", "ms an image", "images/s a core", "times the original", "times its pipelines")
     for name in measured:
         each = statistics.median(r[name] for r in rounds) / chosen.images
-        ratios = sorted(r[first] / r[name] for r in rounds)
-        spread = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f} .. {ratios[-1]:.2f}]"
-        table.add_row(name, f"{1000 * each:.2f}", f"{1 / each:.0f}", spread)
-    Console().print(table)
+        spreads = []
+        for original_way in list(measured)[:2]:
+            ratios = sorted(r[original_way] / r[name] for r in rounds)
+            spreads.append(f"{statistics.median(ratios):.2f} [{ratios[0]:.2f} .. {ratios[-1]:.2f}]")
+        table.add_row(name, f"{1000 * each:.2f}", f"{1 / each:.0f}", *spreads)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

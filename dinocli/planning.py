@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinocli.data.fill import ViewsConfig
+from dinocli.data.crops import ViewsConfig
 from dinocli.data.loader import Batch
 from dinocli.data.sources import Source
 from dinocli.distributed import size
@@ -221,7 +221,7 @@ def estimate(plan: Plan) -> Estimate:
     weights = _bytes(method.student)
     half = 0.55 if plan.device.type == "cuda" else 1.0
     activations = (sum(saved.values()) - weights) / _EMPTY_BATCH * half
-    # Student, its gradient, two moments, teacher.
+    # Student, its gradient, two moments, teacher; and of the batch as much as is taken at once.
     memory = 5 * weights + max(0.0, activations) * plan.images_each / plan.accumulate
     rate = _product_rate(plan.device) * _EFFICIENCY[plan.device.type]
     seconds = flops * plan.images_each * plan.stop / rate

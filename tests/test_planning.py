@@ -51,6 +51,8 @@ def test_an_estimate_grows_with_the_run(tmp_path: Path) -> None:
     small, large = (estimate(plan(folder, f"training.batch_size={b}", stop=5)) for b in (4, 32))
     assert large.memory > small.memory
     assert large.flops == small.flops
+    parts = estimate(replace(plan(folder, "training.batch_size=32", stop=5), accumulate=8))
+    assert parts.memory == small.memory, "32 images in 8 parts are 4 at a time"
 
 
 def test_the_rate_counts_the_batch_in(images: Path) -> None:

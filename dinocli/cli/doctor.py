@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from dinocli.advice import Advised
-    from dinocli.data.fill import ViewsConfig
+    from dinocli.data.crops import ViewsConfig
     from dinocli.data.sources import Source
     from dinocli.inspection import Inspection, Spread
     from dinocli.machine import Machine

@@ -179,7 +179,9 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "images": f"{plan.source.count or 'an unknown number'} in {plan.source.where}",
         "backbone": f"{preset.backbone.name}, {networks}",
         "views": views,
-        "batch": f"{preset.training.batch_size} images" + (f", {plan.images_each} a process" if size() > 1 else ""),
+        "batch": f"{preset.training.batch_size} images"
+        + (f", {plan.images_each} in each of {size()} processes" if size() > 1 else "")
+        + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else ""),
         "steps": f"{steps}, {clock.steps_per_epoch} an epoch, {clock.epochs} epochs",
         "learning rate": f"up to {_peak(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",

@@ -8,6 +8,7 @@ equal draws beyond the hue, of which Pillow has 256 steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,23 +23,25 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor) -> Tensor:
     """Make views of crops.
 
     Args:
-        crops: uint8, with the channels last. [V, B, H, W, 3]
+        crops: uint8, with the channels last. [V, B, H, H, 3]
         draws: What happens to each, on the host. [V, B, ...]
         mean: Of the data's channels. [3]
         std: Of the data's channels. [3]
 
     Returns:
-        Normalized. [V, B, 3, H, W], float32
+        Normalized. [V, B, 3, H, H], float32
     """
     views, images = crops.shape[:2]
-    crops, draws = crops.flatten(0, 1), Draws(*(d.flatten(0, 1) for d in draws))
+    crops, steps = crops.flatten(0, 1), _steps(draws)
+    kernels = _blur_kernels(draws.radius.flatten().to(crops.device, non_blocking=True), min(crops.shape[2], _SHORT))
     # A GPU wants few large operations; a CPU wants all operations on an image before the next image.
     step = len(crops) if crops.is_cuda else max(1, _CACHED // crops[0].numel())
     out = torch.empty(len(crops), 3, *crops.shape[1:3], device=crops.device)
     for i in range(0, len(crops), step):
         part = slice(i, i + step)
-        _augment(out[part], crops[part], Draws(*(d[part] for d in draws)))
-    return normalize(out, mean, std).unflatten(0, (views, images))
+        _augment(out[part], crops[part], _Steps._make(s[..., part] for s in steps), kernels[part])
+        normalize(out[part], mean, std)
+    return out.unflatten(0, (views, images))
 
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -46,37 +49,67 @@ def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return x.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
-def _augment(x: Tensor, crops: Tensor, draws: Draws) -> None:
-    """Make views [S, 3, H, W] in 0 to 1 of crops [S, H, W, 3]."""
+class _Steps(NamedTuple):
+    """What is done to N images, told on the host before anything is done.
+
+    Attributes:
+        flip: [N], bool, as are `gray`, `blur` and `solarize`.
+        operation: Of the color jitter, one after another. [4, N]
+        factor: Of each. [4, N]
+        blends: Whether it is one of brightness, contrast and saturation, and does something. [4, N]
+        turns: Whether it is a turn of the hue, and does something. [4, N]
+    """
+
+    flip: Tensor
+    operation: Tensor
+    factor: Tensor
+    blends: Tensor
+    turns: Tensor
+    gray: Tensor
+    blur: Tensor
+    solarize: Tensor
+
+
+def _steps(draws: Draws) -> _Steps:
+    operation = draws.order.flatten(0, 1).long()  # [N, 4]
+    factor = draws.factors.flatten(0, 1).gather(1, operation)
+    hue = operation == _HUE
+    jitter = (operation, factor, ~hue & (factor != 1), hue & (factor != 0))
+    flip, gray, radius, solarize = (d.flatten() for d in (draws.flip, draws.gray, draws.radius, draws.solarize))
+    operation, factor, blends, turns = (j.T.contiguous() for j in jitter)
+    return _Steps(flip, operation, factor, blends, turns, gray, radius > 0, solarize)
+
+
+def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor) -> None:
+    """Make views [S, 3, H, H] in 0 to 1 of crops [S, H, H, 3]."""
+    if steps.flip.any():  # as bytes, a quarter of what they become
+        mirrored = steps.flip.nonzero()[:, 0].to(crops.device, non_blocking=True)
+        crops = crops.index_copy(0, mirrored, crops.index_select(0, mirrored).flip(2))
     x.copy_(crops.permute(0, 3, 1, 2)).mul_(1 / 255)
-    _on(x, draws.flip, lambda part: part.copy_(part.flip(-1)))
-    for slot in range(4):
-        operation = draws.order[:, slot].long()
-        factor = draws.factors.gather(1, operation[:, None])[:, 0]
-        turns, blends = (operation == _HUE) & (factor != 0), (operation != _HUE) & (factor != 1)
+    for operation, factor, blends, turns in zip(steps.operation, steps.factor, steps.blends, steps.turns, strict=True):
         _on(x, blends, _blend, factor, operation)
         _on(x, turns, _turn_hue, factor)
-    _on(x, draws.gray, lambda part: part.copy_(_gray(part).expand_as(part)))
-    _on(x, draws.radius > 0, _blur, draws.radius)
-    _on(x, draws.solarize, lambda part: part.addcmul_((part >= 128 / 255).to(part.dtype), 1 - 2 * part))
+    _on(x, steps.gray, lambda part: part.copy_(_gray(part).expand_as(part)))
+    _on(x, steps.blur, _blur, kernels)
+    _on(x, steps.solarize, lambda part: part.addcmul_((part >= 128 / 255).to(part.dtype), 1 - 2 * part))
 
 
 def _on(x: Tensor, which: Tensor, change: Callable[..., object], *parameters: Tensor) -> None:
     """Change some images in place; what decides lies on the host, so that the device is not waited for.
 
     Args:
-        x: [S, 3, H, W]
+        x: [S, 3, H, H]
         which: [S], bool
         change: Called with those images and with their parameters.
-        parameters: Of all images. [S] each
+        parameters: Of all images. [S, ...] each
     """
-    if which.all():
+    rows = which.nonzero()[:, 0]
+    if len(rows) == len(x):
         change(x, *parameters)
-    elif which.any():
-        rows = which.nonzero()[:, 0]
+    elif len(rows):
         there = rows.to(x.device, non_blocking=True)
-        part = x[there]
-        change(part, *(p[rows] for p in parameters))
+        part = x.index_select(0, there)
+        change(part, *(p.index_select(0, there if p.device == x.device else rows) for p in parameters))
         x.index_copy_(0, there, part)
 
 
@@ -93,13 +126,19 @@ def _blend(x: Tensor, factor: Tensor, operation: Tensor) -> None:
     """Blend each image with what its operation asks for: brightness with black, contrast with its mean gray, saturation
     with its gray self. One formula for three.
     """
-    if (operation == _BRIGHTNESS).all():
-        x.mul_(_column(factor, x)).clamp_(0, 1)
+    there = set(operation.tolist())
+    other, scale = 1 - factor, _column(factor, x)
+    if there == {_BRIGHTNESS}:
+        x.mul_(scale).clamp_(0, 1)
         return
-    gray, other = _gray(x), 1 - factor
-    mean = gray.mean((2, 3), keepdim=True) * _column(other * (operation == _CONTRAST), x)
-    gray.mul_(_column(other * (operation == _SATURATION), x)).add_(mean)
-    x.mul_(_column(factor, x)).add_(gray).clamp_(0, 1)
+    gray = _gray(x)
+    if _CONTRAST in there:
+        mean = gray.mean((2, 3), keepdim=True) * _column(other * (operation == _CONTRAST), x)
+    if there == {_CONTRAST}:
+        x.mul_(scale).add_(mean).clamp_(0, 1)
+        return
+    gray.mul_(_column(other * (operation == _SATURATION), x))
+    x.mul_(scale).add_(gray.add_(mean) if _CONTRAST in there else gray).clamp_(0, 1)
 
 
 def _turn_hue(x: Tensor, turn: Tensor) -> None:
@@ -117,47 +156,71 @@ def _turn_hue(x: Tensor, turn: Tensor) -> None:
     # A channel of HSV back to RGB: value - chroma * clamp(min(k, 4 - k), 0, 1) at k = (n + hue) mod 6, n = 5, 3, 1;
     # which is what the distance on the circle from where k is 2 tells.
     away = hue[:, None] + torch.tensor([3 / 6, 1 / 6, -1 / 6], device=x.device)[:, None, None]
-    away.sub_((away + 0.5).floor_()).abs_().mul_(-6).add_(2).clamp_(0, 1)
+    away.sub_(away.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
     torch.sub(value[:, None], away.mul_(chroma[:, None]), out=x)
 
 
-def _blur(x: Tensor, radius: Tensor) -> None:
-    """Blur by radii [S] in pixels, at most 2, with Pillow's kernel and what it does at the border."""
-    radius = radius.to(x.device, non_blocking=True)
-    rows, columns = (_blur_matrices(radius, size) for size in x.shape[-2:])
-    along = (x.flatten(1, 2) @ columns.mT).view_as(x)
-    for channel in range(3):  # of all at once, each image's matrix would be copied three times
-        x[:, channel] = rows @ along[:, channel]
+def _blur(x: Tensor, kernels: Tensor) -> None:
+    """Blur in place, with Pillow's kernel and what it does at the border.
+
+    Of the matrices that do it nearly all is zero: only blocks are multiplied, of which all but those at the ends are
+    alike.
+
+    Args:
+        x: [S, 3, H, H]
+        kernels: [S, short, short]
+    """
+    short, size = kernels.shape[1], x.shape[2]
+    if size == short:
+        torch.matmul(kernels[:, None], x @ kernels[:, None].mT, out=x)
+        return
+    half, inner = short // 2, size - short
+    blocks = next(n for n in range(max(1, inner // _BLOCK), 0, -1) if inner % n == 0)
+    block = inner // blocks
+    reach = block + 2 * _REACH
+    band = x.new_zeros(len(x), block, reach)
+    diagonal = band.as_strided((len(x), block, 2 * _REACH + 1), (block * reach, reach + 1, 1))
+    diagonal.copy_(kernels[:, half : half + 1, half - _REACH : half + _REACH + 1])
+    seen = slice(half - _REACH, size - half + _REACH)
+
+    lines = x.flatten(1, 2)  # [S, 3 H, H]
+    along = torch.empty_like(lines)
+    along[..., :half] = lines[..., :short] @ kernels[:, :half].mT
+    along[..., -half:] = lines[..., -short:] @ kernels[:, half:].mT
+    windows = lines[..., seen].unfold(2, reach, block).transpose(1, 2)  # [S, blocks, 3 H, reach]
+    along[..., half:-half].unflatten(2, (blocks, block)).copy_((windows @ band[:, None].mT).transpose(1, 2))
+
+    for channel, out in zip(along.unflatten(1, (3, size)).unbind(1), x.unbind(1), strict=True):
+        out[:, :half] = kernels[:, :half] @ channel[:, :short]
+        out[:, -half:] = kernels[:, half:] @ channel[:, -short:]
+        windows = channel[:, seen].unfold(1, reach, block).mT  # [S, blocks, reach, H]
+        out[:, half:-half] = (band[:, None] @ windows).flatten(1, 2)
 
 
-def _blur_matrices(radius: Tensor, size: int) -> Tensor:
-    """A blur along a line of `size` pixels, as a matrix for each radius. [S, size, size]
+def _blur_kernels(radius: Tensor, short: int) -> Tensor:
+    """A blur along a line of `short` pixels, as a matrix for each radius. [S, short, short]
+
+    Only near an end does a row differ from its neighbours by more than its place: a short line tells of all.
 
     Pillow's Gaussian is three passes of a box whose fractional width gives the radius; each repeats the border.
+
+    Args:
+        radius: In pixels, at most 2. [S]
+        short: Pixels.
 
     Source: Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box Filtering, 2011.
     """
     variance = radius[:, None, None] ** 2 / 3
     whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()  # full pixels on each side of the middle
     edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    # Only near an end does a row differ from its neighbours by more than its place: a short line tells them all.
-    short = min(size, _SHORT)
     place = torch.arange(short, device=radius.device)
     far = torch.arange(-2, short + 2, device=radius.device)  # two pixels beyond each end: a box reaches no farther
     distance = (place[:, None] - far[None]).abs()
     box = torch.where(distance <= whole, 1.0, torch.where(distance == whole + 1, edge, 0.0)) / (2 * (whole + edge) + 1)
     box = torch.zeros(len(radius), short, short, device=radius.device).index_add_(2, far.clamp(0, short - 1), box)
-    box = box @ box @ box
-    if size <= _SHORT:
-        return box
-    half, width = _SHORT // 2, size + 2 * _REACH
-    matrix = torch.zeros(len(radius), size, width, device=radius.device)
-    band = matrix.as_strided((len(radius), size, 2 * _REACH + 1), (size * width, width + 1, 1))
-    band.copy_(box[:, half : half + 1, half - _REACH : half + _REACH + 1])
-    matrix = matrix[:, :, _REACH:-_REACH]
-    matrix[:, :half, :_SHORT], matrix[:, -half:, -_SHORT:] = box[:, :half], box[:, half:]
-    return matrix
+    return box @ box @ box
 
 
 _REACH = 6  # pixels: three times the two of a box
 _SHORT = 32  # pixels, so long that the middle of the line knows of no end
+_BLOCK = 32  # pixels, at least; of the sizes tried the quickest

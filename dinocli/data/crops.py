@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveFloat, field_validator
 from torch import Tensor
 
 from dinocli.config import Config
@@ -17,7 +18,11 @@ from dinocli.data.decode import Pixels
 Probability = Field(ge=0, le=1)
 _LONG = 8  # times as long as wide, beyond which an image is cut before it is resized
 Floats = NDArray[np.float64]
-_RESIZE = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa.out, "bilinear": torch.ops.aten._upsample_bilinear2d_aa.out}
+# What `F.interpolate(antialias=True)` calls, which knows no place for the result.
+_RESIZE: dict[str, Any] = {
+    "bicubic": torch._C._nn._upsample_bicubic2d_aa,
+    "bilinear": torch._C._nn._upsample_bilinear2d_aa,
+}
 
 
 class JitterConfig(Config):
@@ -67,6 +72,36 @@ class ViewConfig(Config):
         return scale
 
 
+class ViewsConfig(Config):
+    """The views of an image.
+
+    Attributes:
+        mean: Of the three channels, in 0 to 1.
+        std: Of the three channels.
+        global_1: The first global view.
+        global_2: The second; a loss between views wants it, a classifier does not.
+        local: The local views, all alike; absent, there are none.
+        locals: How many local views.
+    """
+
+    mean: tuple[float, float, float]
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    global_1: ViewConfig
+    global_2: ViewConfig | None = None
+    local: ViewConfig | None = None
+    locals: int = Field(0, ge=0)
+
+    @property
+    def globals(self) -> list[ViewConfig]:
+        """The global views in order."""
+        return [view for view in (self.global_1, self.global_2) if view]
+
+    @property
+    def all(self) -> list[ViewConfig]:
+        """All views in order, global ones first."""
+        return self.globals + ([self.local] * self.locals if self.local else [])
+
+
 class Draws(NamedTuple):
     """Random numbers of V views of B images that the batch side needs; where nothing happens they are the identity.
 
@@ -92,8 +127,25 @@ class Draws(NamedTuple):
 # The numbers a view takes from its image's generator: 10 tries of (area, ratio), (top, left), flip, jitter or not, 4
 # factors, 4 that are ranked into an order, gray, blur or not, radius, solarize. All are drawn whatever a recipe
 # switches off, so that a switch moves nothing else.
-BOX, _REST = 22, 14
+_TRIES, _REST = 10, 14
+BOX = 2 * _TRIES + 2
 NUMBERS = BOX + _REST
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+
+class Tries(NamedTuple):
+    """What a view's box is made of, whatever the image's size.
+
+    Attributes:
+        areas: As fractions of the image's; the first try that fits is taken.
+        ratios: Width by height.
+        corner: How far down and right the box lies in the room that it leaves, in [0, 1).
+    """
+
+    areas: list[float]
+    ratios: list[float]
+    corner: list[float]
 
 
 def uniforms(seed: int, epoch: int, index: int, views: int) -> tuple[Floats, np.random.Generator]:
@@ -105,34 +157,53 @@ def uniforms(seed: int, epoch: int, index: int, views: int) -> tuple[Floats, np.
     return generator.random((views, NUMBERS)), generator
 
 
-def crop_boxes(numbers: Floats, height: int, width: int, scale: Floats) -> NDArray[np.int64]:
-    """Where each view is cut: areas uniform in `scale`, ratios log-uniform in 3/4 to 4/3, ten tries.
+def crop_tries(numbers: Floats, scale: Floats) -> list[list[Tries]]:
+    """All of many images' boxes that can be told before their sizes are known, in one go.
 
     Args:
-        numbers: Uniform in [0, 1). [V, 22]
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
-        scale: Smallest and largest area, as a fraction of the image's. [V, 2]
+        numbers: Uniform in [0, 1). [B, V, NUMBERS]
+        scale: Smallest and largest area of a view, as a fraction of the image's. [V, 2]
 
     Returns:
-        Top, left, height, width. [V, 4]
+        The tries of each view of each image. [B][V]
+    """
+    uniform = numbers[..., : 2 * _TRIES].reshape(*numbers.shape[:2], _TRIES, 2)
+    areas = scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * uniform[..., 0]  # [B, V, tries]
+    ratios = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * uniform[..., 1])  # [B, V, tries]
+    corners = numbers[..., 2 * _TRIES : BOX]
+    images = zip(areas.tolist(), ratios.tolist(), corners.tolist(), strict=True)
+    return [[Tries(*view) for view in zip(*image, strict=True)] for image in images]
+
+
+def crop_boxes(tries: Sequence[Tries], height: int, width: int) -> list[Box]:
+    """Where each view is cut: areas uniform in `scale`, ratios log-uniform in 3/4 to 4/3, ten tries.
+
+    Plain numbers, as the first or second try mostly fits and arrays of ten are made in more time than that takes.
+
+    Args:
+        tries: Of each view.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+
+    Returns:
+        Top, left, height, width of each view.
 
     Source: torchvision RandomResizedCrop.get_params.
     """
-    tries = numbers[:, :20].reshape(-1, 10, 2)
-    area = height * width * (scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * tries[..., 0])  # [V, 10]
-    ratio = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * tries[..., 1])  # [V, 10]
-    w, h = np.round(np.sqrt(area * ratio)), np.round(np.sqrt(area / ratio))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.argmax(1)[:, None]
-    w, h = np.take_along_axis(w, first, 1)[:, 0], np.take_along_axis(h, first, 1)[:, 0]  # [V]
-    top, left = np.floor(numbers[:, 20] * (height - h + 1)), np.floor(numbers[:, 21] * (width - w + 1))
+    return [_box(one, height, width) for one in tries]
+
+
+def _box(tries: Tries, height: int, width: int) -> Box:
+    pixels = height * width
+    for fraction, ratio in zip(tries.areas, tries.ratios, strict=True):
+        area = pixels * fraction
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            down, right = tries.corner
+            return math.floor(down * (height - h + 1)), math.floor(right * (width - w + 1)), h, w
     # No try fits in a very long image: then its middle is taken, as long as the ratio allows.
-    middle_w = min(width, max(1, round(height * 4 / 3)))
-    middle_h = min(height, max(1, round(width / (3 / 4))))
-    middle = [(height - middle_h) // 2, (width - middle_w) // 2, middle_h, middle_w]
-    boxes = np.stack([top, left, h, w], 1).astype(np.int64)
-    return np.where(fits.any(1)[:, None], boxes, np.array(middle, dtype=np.int64))
+    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width / (3 / 4))))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def draws(numbers: Floats, views: Sequence[ViewConfig]) -> Draws:
@@ -164,29 +235,30 @@ def draws(numbers: Floats, views: Sequence[ViewConfig]) -> Draws:
     )
 
 
-def cut_into(out: Tensor, image: Tensor, box: Sequence[int], resample: str = "bicubic") -> None:
+def cut_into(out: Tensor, pixels: Pixels, box: Box, resample: str = "bicubic") -> None:
     """Cut a box out of an image and resize it with antialiasing.
 
     Args:
         out: Takes the crop, within 2 levels of what Pillow makes of the same box. [1, 3, height, width], uint8
-        image: [1, 3, H, W], uint8
+        pixels: [H, W, 3]
         box: Top, left, height, width.
         resample: `bicubic` or `bilinear`.
     """
     top, left, height, width = box
-    image = image[:, :, top : top + height, left : left + width]
-    if image.shape == out.shape:
+    # uint8 with the channels last in memory, as decoders give them, is what torch has its fast kernel for. numpy cuts
+    # in a third of the time.
+    image = torch.from_numpy(pixels[top : top + height, left : left + width].transpose(2, 0, 1)[None])
+    size = out.shape[2:]
+    if (height, width) == size:
         out.copy_(image)
-        return
-    # What `F.interpolate(antialias=True)` calls, with a place for the result: no second copy of each crop. uint8 with
-    # the channels last in memory, as decoders give them, is what torch has its fast kernel for.
-    _RESIZE[resample](image, out.shape[2:], False, None, None, out=out)
+    else:
+        _RESIZE[resample](image, size, False, None, None, out=out)
 
 
-def cut(pixels: Pixels, box: Sequence[int], size: tuple[int, int], resample: str = "bicubic") -> Tensor:
-    """What `cut_into` does, of pixels [H, W, 3] and into new memory. [3, height, width], uint8"""
+def cut(pixels: Pixels, box: Box, size: tuple[int, int], resample: str = "bicubic") -> Tensor:
+    """What `cut_into` does, into new memory. [3, height, width], uint8"""
     out = torch.empty((1, 3, *size), dtype=torch.uint8, memory_format=torch.channels_last)
-    cut_into(out, torch.from_numpy(pixels).permute(2, 0, 1)[None], box, resample)
+    cut_into(out, pixels, box, resample)
     return out[0]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -17,8 +19,11 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from pydantic import Field, field_validator
 
 from dinocli.config import Config
-from dinocli.data.depth import deep_to_gray
+from dinocli.data.depth import deep_to_gray, is_deep_color, read_ppm, windowed
 from dinocli.data.guards import BODY, Reader, TooSlow, check_tags, too_many_scans
+from dinocli.data.jpeg import plain_header
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its words on bad files come out on stderr
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
@@ -30,6 +35,7 @@ _FORMATS = tuple(
     "FTEX GBR BLP FLI XVTHUMB IM SPIDER TGA".split()
 )
 _ORIENTATION = 0x0112
+_QOI = 2e6  # pixels; some ten seconds
 _HOLD_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     2: lambda p: p[:, ::-1],
@@ -92,16 +98,23 @@ class Opened:
         mode: Pillow's, of the file's pixels: `I;16` is deep, `L` grey.
     """
 
-    def __init__(self, source: bytes | Image.Image, image: Image.Image, images: ImagesConfig) -> None:
-        self._source, self._images = source, images
-        self._image: Image.Image | None = image
-        self._size, self._turn = image.size, _orientation(image)
-        self._tagged = bool(_HOLD_ORIENTATION & image.info.keys())
-        # Of these every libjpeg makes the same; CMYK and Adobe's RGB are Pillow's.
-        plain = image.mode == "L" or (image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1)
-        self._plain_jpeg = plain and image.format in ("JPEG", "MPO") and isinstance(source, bytes)
-        self.width, self.height = image.size[::-1] if self._turn > 4 else image.size
-        self.format, self.mode = image.format, image.mode
+    def __init__(
+        self,
+        source: bytes | Image.Image,
+        images: ImagesConfig,
+        size: tuple[int, int],
+        *,
+        format: str | None = "JPEG",
+        mode: str,
+        image: Image.Image | None = None,
+        turn: int = 1,
+        tagged: bool = False,
+        plain_jpeg: bool = True,
+    ) -> None:
+        self._source, self._images, self._size = source, images, size
+        self._image, self._turn, self._tagged, self._plain_jpeg = image, turn, tagged, plain_jpeg
+        self.width, self.height = size[::-1] if turn > 4 else size
+        self.format, self.mode = format, mode
 
     def pixels(self, reduce: int = 1) -> Pixels | BadImage:
         """Decode.
@@ -135,11 +148,21 @@ class Opened:
                 reader.left = BODY
         if lenient and image.mode in _GREY and image.format in ("PNG", "BMP", "TIFF", "PPM", "TGA"):
             image.im = Image.new(image.mode, image.size, _GREY[image.mode]).im  # Pillow would begin with black
-        image.load()
+        deep = self._images.window is not None and isinstance(image, ImageFile.ImageFile) and is_deep_color(image)
+        if isinstance(image, ImageFile.ImageFile) and isinstance(self._source, bytes):
+            image = read_ppm(image, self._source, self._images.window) or image
+        with _hushed() if image.format == "TIFF" else nullcontext():
+            image.load()
         # What an icon holds is known only now.
-        if image.size != self._size and reduce == 1 and (fault := _size_fault(image, self._images)):
+        if image.size != self._size and reduce == 1 and (fault := _size_fault(image.size, self._images)):
             return fault
         pixels = _to_rgb(image, self._images.window)
+        if deep and self._images.window and not isinstance(pixels, BadImage):
+            exact = _deep_png(self._source) if image.format == "PNG" and image.mode == "RGB" else None
+            # Of other color files Pillow has only the upper 8 bits to tell: the window is right, its steps are coarse.
+            pixels = windowed(
+                pixels if exact is None else exact, *(w / (257 if exact is None else 1) for w in self._images.window)
+            )
         if lenient and not isinstance(pixels, BadImage) and (pixels == pixels[:1, :1]).all():
             return BadImage("truncated: nothing is left of the picture")
         return pixels if isinstance(pixels, BadImage) else _turned(pixels, _orientation(image))
@@ -154,6 +177,11 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
     Returns:
         What knows its size and can be decoded, or the reason why not; no bytes make it raise.
     """
+    # Most photos need no more than this, and of all else Pillow knows what to say.
+    if isinstance(data, bytes) and len(data) <= images.max_megabytes * 1e6:
+        plain = plain_header(data)
+        if plain and not _size_fault(plain.size, images):
+            return Opened(data, images, plain.size, mode=plain.mode)
     return _tried(images, False, lambda: _open(data, images))
 
 
@@ -165,13 +193,29 @@ def decode(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Pixels
 
 def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
     if isinstance(data, Image.Image):
-        return _size_fault(data, images) or Opened(data, data, images)
+        return _size_fault(data.size, images) or _opened(data, data, images)
     if not data:
         return BadImage("empty: the file has no bytes")
     if len(data) > images.max_megabytes * 1e6:
         return BadImage(f"too large: {len(data) / 1e6:.0f} megabytes, over {images.max_megabytes:g}")
     image = _header(data)
-    return _size_fault(image, images) or _slow_fault(image, data) or Opened(data, image, images)
+    return _size_fault(image.size, images) or _slow_fault(image, data) or _opened(data, image, images)
+
+
+def _opened(source: bytes | Image.Image, image: Image.Image, images: ImagesConfig) -> Opened:
+    # Of these every libjpeg makes the same; CMYK and Adobe's RGB are Pillow's.
+    plain = image.mode == "L" or (image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1)
+    return Opened(
+        source,
+        images,
+        image.size,
+        format=image.format,
+        mode=image.mode,
+        image=image,
+        turn=_orientation(image),
+        tagged=bool(_HOLD_ORIENTATION & image.info.keys()),
+        plain_jpeg=plain and image.format in ("JPEG", "MPO") and isinstance(source, bytes),
+    )
 
 
 @cache
@@ -187,18 +231,20 @@ def _header(data: bytes) -> ImageFile.ImageFile:
 
 
 def _slow_fault(image: ImageFile.ImageFile, data: bytes) -> BadImage | None:
+    if image.format == "QOI" and image.width * image.height > _QOI:
+        return BadImage(f"too slow: {image.width}x{image.height} pixels of a QOI, which Pillow reads one by one")
     said = too_many_scans(image, data)
     return BadImage(said) if said else None
 
 
-def _size_fault(image: Image.Image, images: ImagesConfig) -> BadImage | None:
-    long, short = max(image.size), min(image.size)
-    size = f"{image.width}x{image.height}"
+def _size_fault(size: tuple[int, int], images: ImagesConfig) -> BadImage | None:
+    short, long = sorted(size)
+    words = f"{size[0]}x{size[1]} pixels are"
     if long * short > images.max_megapixels * 1e6:
-        return BadImage(f"too large: {size} pixels are over {images.max_megapixels:g} megapixels")
+        return BadImage(f"too large: {words} over {images.max_megapixels:g} megapixels")
     if long > images.max_aspect * short:
-        return BadImage(f"too long: {size} pixels are over {images.max_aspect:g} to 1")
-    return BadImage(f"too small: {size} pixels are under {images.min_side} a side") if short < images.min_side else None
+        return BadImage(f"too long: {words} over {images.max_aspect:g} to 1")
+    return BadImage(f"too small: {words} under {images.min_side} a side") if short < images.min_side else None
 
 
 @cache
@@ -236,6 +282,34 @@ def _fast_jpeg(data: Any, tagged: bool) -> Pixels | None:
             return decoder(torch.from_numpy(np.frombuffer(data, np.uint8))).permute(1, 2, 0).numpy()
     except Exception:  # Pillow has the last word
         return None
+
+
+def _deep_png(data: Any) -> NDArray[np.uint16] | None:
+    """A color PNG's 16 bits, where torchvision is there to read them. [H, W, 3]"""
+    try:
+        import_module("torchvision.io")
+        torch = import_module("torch")
+        values = torch.ops.image.decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, False)
+        return values.permute(1, 2, 0).numpy() if values.dtype == torch.uint16 else None
+    except Exception:  # Pillow's upper 8 bits will do
+        return None
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without the lines that libtiff writes of its own about a damaged file; what is wrong comes back as a value."""
+    try:
+        ours, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is none
+        yield
+        return
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(ours, 2)
+        os.close(ours)
+        os.close(nowhere)
 
 
 @contextmanager

@@ -1,12 +1,13 @@
-"""Images of 16 and 32 bits and of floats to 8 bits."""
+"""Images of 16 and 32 bits and of floats to 8 bits, and of depths between for which Pillow takes a loop in Python."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.ImageFile import ImageFile
 
 _BITS, _PHOTOMETRIC, _HIGHEST, _SAMPLE_FORMAT = 258, 262, 281, 339  # tags of a TIFF
 
@@ -34,6 +35,42 @@ def deep_to_gray(image: Image.Image, window: tuple[float, float] | None) -> NDAr
     if image.mode != "I" and _tag(image, _PHOTOMETRIC) == 0:  # white is zero, which Pillow minds in 8 bits only
         np.subtract(255, grey, out=grey)
     return (np.nan_to_num(grey, copy=False) + 0.5).astype(np.uint8)
+
+
+def windowed(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
+    """Values to 8 bits, `low` to black and `high` to white."""
+    scaled = (values.astype(np.float32) - low) * (255 / (high - low))
+    return (np.clip(scaled, 0, 255, out=scaled) + 0.5).astype(np.uint8)
+
+
+def is_deep_color(image: ImageFile) -> bool:
+    """Whether this is a color image of 16 bits, before it is loaded: then Pillow keeps the upper 8 only."""
+    return image.mode in ("RGB", "RGBA") and any(";16" in str(tile.args) for tile in image.tile)
+
+
+def read_ppm(image: ImageFile, data: bytes, window: tuple[float, float] | None) -> Image.Image | None:
+    """A binary PPM with another largest value than 255 or 65535, a hundred times as fast as by Pillow's own loop.
+
+    Returns:
+        The image; None where it is none of these, or not all there.
+    """
+    if not image.tile or image.tile[0].codec_name != "ppm" or image.mode not in ("L", "RGB", "I"):
+        return None
+    (_, maximum), offset = cast(tuple[str, int], image.tile[0].args), image.tile[0].offset
+    bands = len(image.getbands())
+    kind, count = np.dtype(">u2" if maximum > 255 else "u1"), image.width * image.height * bands
+    if len(data) - offset < count * kind.itemsize:
+        return None
+    values = np.frombuffer(data, kind, count, offset).reshape(image.height, image.width, bands)
+    values = values[..., 0] if bands == 1 else values
+    if window and image.mode == "RGB" and maximum > 255:
+        made = Image.fromarray(windowed(values, *window))
+    else:
+        top = 65535 if image.mode == "I" else 255
+        scaled = np.minimum(np.round(values / maximum * top), top)
+        made = Image.fromarray(scaled.astype(np.int32 if image.mode == "I" else np.uint8))
+    made.format = image.format
+    return made
 
 
 def _tag(image: Image.Image, number: int) -> Any:

@@ -9,13 +9,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat
 from torch import Tensor
 
-from dinocli.config import Config
 from dinocli.data.cache import PixelCache
-from dinocli.data.crops import BOX, ViewConfig, crop_boxes, cut_into, draws, resize_and_center, uniforms
+from dinocli.data.crops import (
+    Box,
+    Floats,
+    Tries,
+    ViewsConfig,
+    crop_boxes,
+    crop_tries,
+    cut_into,
+    draws,
+    resize_and_center,
+    uniforms,
+)
 from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode, open_image
 from dinocli.data.ring import Task
 from dinocli.data.shards import Sample
@@ -28,36 +36,6 @@ if TYPE_CHECKING:
 _REDRAWS = 20
 
 
-class ViewsConfig(Config):
-    """The views of an image.
-
-    Attributes:
-        mean: Of the three channels, in 0 to 1.
-        std: Of the three channels.
-        global_1: The first global view.
-        global_2: The second; a loss between views wants it, a classifier does not.
-        local: The local views, all alike; absent, there are none.
-        locals: How many local views.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
-    global_1: ViewConfig
-    global_2: ViewConfig | None = None
-    local: ViewConfig | None = None
-    locals: int = Field(0, ge=0)
-
-    @property
-    def globals(self) -> list[ViewConfig]:
-        """The global views in order."""
-        return [view for view in (self.global_1, self.global_2) if view]
-
-    @property
-    def all(self) -> list[ViewConfig]:
-        """All views in order, global ones first."""
-        return self.globals + ([self.local] * self.locals if self.local else [])
-
-
 class Cutter:
     """Decodes an image once and cuts all its crops into a slot."""
 
@@ -65,22 +43,23 @@ class Cutter:
         self.views, self.seed, self.images = views, seed, images
         self.scale = np.array([v.scale for v in views.all])
         self.sides = np.array([v.size for v in views.all])
+        self.resamples = [v.resample for v in views.all]
 
-    def numbers(self, epoch: int, row: int) -> tuple[NDArray[np.float64], np.random.Generator]:
+    def numbers(self, epoch: int, row: int) -> tuple[Floats, np.random.Generator]:
         return uniforms(self.seed, epoch, row, len(self.sides))
 
-    def boxes(self, numbers: NDArray[np.float64], height: int, width: int) -> NDArray[np.int64]:
-        return crop_boxes(numbers[:, :BOX], height, width, self.scale)
+    def tries(self, numbers: Floats) -> list[list[Tries]]:
+        return crop_tries(numbers, self.scale)
 
-    def pixels(self, data: bytes | Image, numbers: NDArray[np.float64]) -> tuple[Pixels, NDArray[np.int64]] | BadImage:
+    def pixels(self, data: bytes | Image, tries: list[Tries]) -> tuple[Pixels, list[Box]] | BadImage:
         """Pixels and boxes of all views; a large photo is decoded smaller if no crop is enlarged by that."""
         opened = open_image(data, self.images)
         if isinstance(opened, BadImage):
             return opened
-        boxes = self.boxes(numbers, opened.height, opened.width)
+        boxes = crop_boxes(tries, opened.height, opened.width)
         reduce = 1
         if opened.height * opened.width > self.images.reduce_above * 1e6:
-            room = (boxes[:, 2:].min(1) / self.sides).min()
+            room = (np.array(boxes)[:, 2:].min(1) / self.sides).min()
             reduce = next((r for r in (8, 4, 2) if room >= r), 1)
         pixels = opened.pixels(reduce)
         if isinstance(pixels, BadImage):
@@ -89,24 +68,28 @@ class Cutter:
             boxes = _on_grid(boxes, (opened.height, opened.width), pixels.shape[:2])
         return pixels, boxes
 
-    def place(self, slot: dict[str, Tensor], b: int, pixels: Pixels, boxes: NDArray[np.int64]) -> None:
-        places = [out for name in ("globals", "locals") for out in slot[name][:, b].permute(0, 3, 1, 2).unbind()]
-        image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-        for out, view, box in zip(places, self.views.all, boxes.tolist(), strict=True):
-            cut_into(out[None], image, box, view.resample)
+    def places(self, slot: dict[str, Tensor], task: Task) -> list[list[Tensor]]:
+        """Where the views of a chunk's images go, of each image [V] times [1, 3, H, W]."""
+        chunk = slice(task.first, task.first + task.images)
+        groups = [slot[name][:, chunk].permute(1, 0, 4, 2, 3).unsqueeze(2) for name in ("globals", "locals")]
+        return [[out for group in image for out in group.unbind()] for image in zip(*groups, strict=True)]
 
-    def draw(self, slot: dict[str, Tensor], first: int, numbers: NDArray[np.float64]) -> None:
+    def place(self, places: list[Tensor], pixels: Pixels, boxes: list[Box]) -> None:
+        for out, box, resample in zip(places, boxes, self.resamples, strict=True):
+            cut_into(out, pixels, box, resample)
+
+    def draw(self, slot: dict[str, Tensor], first: int, numbers: Floats) -> None:
         for name, values in draws(numbers, self.views.all)._asdict().items():
             slot[name][:, first : first + len(numbers)] = values
 
 
-def _on_grid(boxes: NDArray[np.int64], full: tuple[int, int], small: tuple[int, ...]) -> NDArray[np.int64]:
-    """Boxes of an image on the grid of its smaller decoding. [V, 4]"""
-    end = np.array(small[:2])
+def _on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ...]) -> list[Box]:
+    """Boxes of an image on the grid of its smaller decoding."""
+    all_boxes, end = np.array(boxes), np.array(small[:2])
     ratio = end / full
-    first = np.minimum(np.round(boxes[:, :2] * ratio).astype(np.int64), end - 1)
-    last = np.clip(np.round((boxes[:, :2] + boxes[:, 2:]) * ratio).astype(np.int64), first + 1, end)
-    return np.concatenate([first, last - first], 1)
+    first = np.minimum(np.round(all_boxes[:, :2] * ratio).astype(np.int64), end - 1)
+    last = np.clip(np.round((all_boxes[:, :2] + all_boxes[:, 2:]) * ratio).astype(np.int64), first + 1, end)
+    return [(top, left, h, w) for top, left, h, w in np.concatenate([first, last - first], 1).tolist()]
 
 
 class ImageFiller:
@@ -117,28 +100,29 @@ class ImageFiller:
 
     def __call__(self, slot: dict[str, Tensor], task: Task) -> list[tuple[str, str]]:
         bad: list[tuple[str, str]] = []
-        drawn = []
-        for b in range(task.first, task.first + task.images):
-            epoch, row = slot["keys"][b].tolist()
-            numbers, generator = self.cutter.numbers(epoch, row)
-            for _ in range(_REDRAWS):
-                found = self._pixels(row, numbers)
+        keys = slot["keys"][task.first : task.first + task.images]
+        drawn = [self.cutter.numbers(epoch, row) for epoch, row in keys.tolist()]
+        numbers = np.stack([n for n, _ in drawn])
+        tries, places = self.cutter.tries(numbers), self.cutter.places(slot, task)
+        for b, row in enumerate(keys[:, 1].tolist()):
+            for redraw in range(_REDRAWS):
+                if redraw:
+                    row = int(drawn[b][1].integers(len(self.source)))
+                    keys[b, 1] = row
+                found = self._pixels(row, tries[b])
                 if not isinstance(found, BadImage):
-                    slot["keys"][b, 1] = row
-                    self.cutter.place(slot, b, *found)
+                    self.cutter.place(places[b], *found)
                     break
                 bad.append((self.source.names[row], found.reason))
-                row = int(generator.integers(len(self.source)))
             else:
                 raise _nothing_to_read(*bad[-1])
-            drawn.append(numbers)
-        self.cutter.draw(slot, task.first, np.stack(drawn))
+        self.cutter.draw(slot, task.first, numbers)
         return bad
 
-    def _pixels(self, row: int, numbers: NDArray[np.float64]) -> tuple[Pixels, NDArray[np.int64]] | BadImage:
+    def _pixels(self, row: int, tries: list[Tries]) -> tuple[Pixels, list[Box]] | BadImage:
         if self.cache is None:
             data = _read(self.source, row)
-            return data if isinstance(data, BadImage) else self.cutter.pixels(data, numbers)
+            return data if isinstance(data, BadImage) else self.cutter.pixels(data, tries)
         pixels = self.cache.get(row)
         if pixels is None:
             data = _read(self.source, row)
@@ -146,7 +130,7 @@ class ImageFiller:
             if isinstance(found, BadImage):
                 return found
             pixels = self.cache.put(row, found)
-        return pixels, self.cutter.boxes(numbers, *pixels.shape[:2])
+        return pixels, crop_boxes(tries, *pixels.shape[:2])
 
 
 class StreamFiller:
@@ -159,24 +143,26 @@ class StreamFiller:
     def __call__(self, slot: dict[str, Tensor], task: Task) -> list[tuple[str, str]]:
         bad: list[tuple[str, str]] = []
         drawn = []
-        for b in range(task.first, task.first + task.images):
+        places = self.cutter.places(slot, task)
+        for b, place in enumerate(places, task.first):
             sample = self.ahead.popleft() if self.ahead else next(self.stream)
             numbers, _ = self.cutter.numbers(sample.epoch, sample.number)
-            found = self.cutter.pixels(sample.data, numbers)
+            [tries] = self.cutter.tries(numbers[None])
+            found = self.cutter.pixels(sample.data, tries)
             # In the place of a bad one comes one further on, which keeps its own turn: so the stream stays in step with
             # the batches, and a run that goes on finds its place.
-            for place in range(_REDRAWS):
+            for further in range(_REDRAWS):
                 if not isinstance(found, BadImage):
                     break
                 bad.append((sample.name, found.reason))
-                while len(self.ahead) <= place:
+                while len(self.ahead) <= further:
                     self.ahead.append(next(self.stream))
-                sample = self.ahead[place]
-                found = self.cutter.pixels(sample.data, numbers)
+                sample = self.ahead[further]
+                found = self.cutter.pixels(sample.data, tries)
             if isinstance(found, BadImage):
                 raise _nothing_to_read(sample.name, found.reason)
             slot["keys"][b] = torch.tensor([sample.epoch, sample.number])
-            self.cutter.place(slot, b, *found)
+            self.cutter.place(place, *found)
             drawn.append(numbers)
         self.cutter.draw(slot, task.first, np.stack(drawn))
         return bad

@@ -15,9 +15,9 @@ from torch import Tensor
 from dinocli.data import ring
 from dinocli.data.augment import augment, normalize
 from dinocli.data.cache import PixelCache
-from dinocli.data.crops import Draws
+from dinocli.data.crops import Draws, ViewsConfig
 from dinocli.data.decode import DEFAULTS, ImagesConfig
-from dinocli.data.fill import Cutter, ImageFiller, PlainFiller, StreamFiller, ViewsConfig
+from dinocli.data.fill import Cutter, ImageFiller, PlainFiller, StreamFiller
 from dinocli.data.ring import Filler, Ring
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dinocli.data.crops import ViewConfig
-from dinocli.data.fill import ViewsConfig
+from dinocli.data.crops import ViewConfig, ViewsConfig
 from dinocli.data.loader import TrainBatches, plain_batches
 from dinocli.data.sources import Images
 from dinocli.encoder import Encoder, TokenChoice

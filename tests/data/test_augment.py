@@ -7,7 +7,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
-from dinocli.data.augment import _blur_matrices, augment
+from dinocli.data.augment import _blur, _blur_kernels, augment
 from dinocli.data.crops import NUMBERS, Draws, JitterConfig, ViewConfig, draws
 
 ZERO, ONE = torch.zeros(3), torch.ones(3)
@@ -112,10 +112,22 @@ def test_blur_is_pillows(image: Image.Image, radius: float) -> None:
     assert difference.mean() < 0.7
 
 
-@pytest.mark.parametrize("size", [8, 31, 32, 33, 96])
+def blurred(image: Tensor, radius: Tensor) -> Tensor:
+    x = image.expand(len(radius), 3, -1, -1).clone()
+    _blur(x, _blur_kernels(radius, min(len(image), 32)))
+    assert torch.equal(x[:, 0], x[:, 1])
+    assert torch.equal(x[:, 0], x[:, 2])
+    return x[:, 0]
+
+
+@pytest.mark.parametrize("size", [8, 31, 32, 33, 96, 100])
 def test_blur_keeps_the_sum_has_the_radius_as_its_spread_and_is_the_boxs_third_power(size: int) -> None:
     radius = torch.linspace(0.1, 2, 20)
-    matrices = _blur_matrices(radius, size)
+    # Lines that are alike are blurred along themselves only: each with a point of its own, they tell the matrix.
+    points = torch.eye(size)
+    down = torch.stack([blurred(points[:, [i]].expand(-1, size), radius)[:, :, 0] for i in range(size)], 2)
+    matrices = torch.stack([blurred(points[[i]].expand(size, -1), radius)[:, 0] for i in range(size)], 2)
+    torch.testing.assert_close(down, matrices)
     torch.testing.assert_close(matrices.sum(2), torch.ones(20, size))
     if size > 12:
         middle = matrices[:, size // 2]

@@ -10,8 +10,7 @@ from conftest import write_images
 
 from dinocli.data import cache as module
 from dinocli.data.cache import PixelCache
-from dinocli.data.crops import ViewConfig
-from dinocli.data.fill import ViewsConfig
+from dinocli.data.crops import ViewConfig, ViewsConfig
 from dinocli.data.loader import TrainBatches
 from dinocli.data.sources import open_source
 from dinocli.errors import DinoError

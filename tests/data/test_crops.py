@@ -9,11 +9,11 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from dinocli.data.crops import (
-    BOX,
     NUMBERS,
     JitterConfig,
     ViewConfig,
     crop_boxes,
+    crop_tries,
     cut,
     draws,
     resize_and_center,
@@ -35,11 +35,16 @@ def largest_gap(a: np.ndarray, b: np.ndarray) -> float:
     )
 
 
+def boxes_of(n: int, height: int, width: int, scale: tuple[float, float]) -> np.ndarray:
+    [tries] = crop_tries(np.random.default_rng(0).random((1, n, NUMBERS)), np.tile(scale, (n, 1)))
+    return np.array(crop_boxes(tries, height, width))
+
+
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (300, 500), (500, 180)])
 @pytest.mark.parametrize("scale", [(0.25, 1.0), (0.05, 0.25)])
 def test_boxes_are_distributed_as_torchvisions(height: int, width: int, scale: tuple[float, float]) -> None:
     n = 4000
-    ours = crop_boxes(np.random.default_rng(0).random((n, BOX)), height, width, np.tile(scale, (n, 1))).astype(float)
+    ours = boxes_of(n, height, width, scale).astype(float)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(n)], dtype=float)
@@ -51,7 +56,7 @@ def test_boxes_are_distributed_as_torchvisions(height: int, width: int, scale: t
 
 @pytest.mark.parametrize(("height", "width"), [(10, 2000), (2000, 10), (1, 1), (3, 700)])
 def test_a_very_long_image_gives_boxes_inside_it(height: int, width: int) -> None:
-    boxes = crop_boxes(np.random.default_rng(0).random((500, BOX)), height, width, np.tile((0.9, 1.0), (500, 1)))
+    boxes = boxes_of(500, height, width, (0.9, 1.0))
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] >= 1).all()
     assert (boxes[:, 0] + boxes[:, 2] <= height).all()

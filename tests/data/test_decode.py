@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
 import struct
@@ -424,3 +425,65 @@ def test_a_window_is_a_range() -> None:
     assert issubclass(ImagesConfig, Config)
     with pytest.raises(DinoError, match="the smaller first"):
         ImagesConfig.parse({"window": [9, 3]}, "preset x")
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def deep_tiff(values: np.ndarray) -> bytes:
+    height, width, _ = values.shape
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 140)]
+    tags += [(277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, values.size * 2), (284, 3, 1, 1)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return head + struct.pack("<3H", 16, 16, 16) + values.astype("<u2").tobytes()
+
+
+@pytest.mark.parametrize(("made", "levels"), [(deep_png, 0.51), (deep_tiff, 17)])
+def test_the_window_reaches_colors_of_16_bits(made, levels: float) -> None:
+    values = np.random.default_rng(0).integers(0, 5000, (20, 30, 3))
+    seen = decode(made(values), ImagesConfig(window=(500, 4500)))
+    wanted = np.clip((values - 500) * (255 / 4000), 0, 255)
+    assert np.abs(seen - wanted).max() <= levels
+    assert decode(made(values)).max() < 20, "and by bit depth it is dark"
+
+
+@pytest.mark.parametrize(
+    ("kind", "maximum"), [(b"P5", 100), (b"P6", 100), (b"P5", 1000), (b"P6", 1000), (b"P6", 65535)]
+)
+def test_a_ppm_of_any_depth_is_what_pillow_makes_of_it(
+    monkeypatch: pytest.MonkeyPatch, kind: bytes, maximum: int
+) -> None:
+    values = np.random.default_rng(0).integers(0, maximum + 3, (20, 30, 3 if kind == b"P6" else 1))
+    values = np.minimum(values, 255 if maximum < 256 else 65535).astype(">u2" if maximum > 255 else "u1")
+    data = kind + b" 30 20 %d\n" % maximum + values.tobytes()
+    ours, cut = decode(data), decode(data[:-1])
+    assert isinstance(cut, BadImage)
+    monkeypatch.setattr("dinocli.data.decode.read_ppm", lambda *_: None)
+    np.testing.assert_array_equal(ours, decode(data))
+    assert cut == decode(data[:-1])
+
+
+def test_a_large_qoi_is_refused_as_pillow_takes_long_for_it() -> None:
+    data = b"qoif" + struct.pack(">IIBB", 2000, 1500, 3, 0) + bytes(100)
+    assert decode(data).reason.startswith("too slow: 2000x1500")
+
+
+def test_a_damaged_tiff_says_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(
+        file, "TIFF", compression="tiff_lzw"
+    )
+    data = bytearray(file.getvalue())
+    data[20:400] = b"\xff" * 380
+    assert isinstance(decode(bytes(data)), BadImage)
+    assert capfd.readouterr().err == ""
+    os.write(2, b"ours")
+    assert capfd.readouterr().err == "ours"

@@ -8,8 +8,8 @@ import torch
 from conftest import write_images
 
 from dinocli.data import ring
-from dinocli.data.crops import JitterConfig, ViewConfig
-from dinocli.data.fill import ViewsConfig, resize_for
+from dinocli.data.crops import JitterConfig, ViewConfig, ViewsConfig
+from dinocli.data.fill import resize_for
 from dinocli.data.loader import ALONE, Batch, Share, TrainBatches, plain_batches
 from dinocli.data.sources import open_images, open_source
 from dinocli.errors import DinoError
