@@ -54,7 +54,13 @@ def begin() -> None:
     cuda = torch.cuda.is_available()
     if cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    store, number, count = next(distributed.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
+    # torchrun keeps its store when it starts processes again, and with it the addresses of those that are gone. Only on
+    # one machine do all processes count the starts alike.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_size() == size() else "0"
+    store = distributed.PrefixStore(f"dinocli/{attempt}", store)  # type: ignore[attr-defined]
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_PATIENCE)
 
 
 def end() -> None:
@@ -84,7 +90,7 @@ def launch(processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # Whichever process failed has said why, or another one that it is gone.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
         1, 1, processes, run_id=uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,

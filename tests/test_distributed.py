@@ -105,7 +105,7 @@ def assert_same_run(one: Path, other: Path, idle: tuple[str, ...] = KEYS) -> Non
     for a, b in zip(logged(one), logged(other), strict=True):
         for name in set(a) - {"images_per_second", "data_wait", "peak_memory", "grad_norm"}:
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), (a["step"], name)
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+        assert b.get("grad_norm", 0) == pytest.approx(a.get("grad_norm", 0), rel=1e-3)
     assert_same_weights(one, other, idle)
 
 
@@ -314,4 +314,4 @@ def test_a_command_starts_itself_in_several_processes(tmp_path: Path, monkeypatc
     failed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, **how)
     assert failed.returncode == 1
     assert failed.stderr.count("error: ") == 1, failed.stderr
-    assert "Traceback" not in failed.stderr
+    assert len(failed.stderr.splitlines()) == 2, failed.stderr
