@@ -22,6 +22,7 @@ _quiet = rank() > 0
 _words = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
 _data = Console(highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
 _mistakes = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+_NAME = 20  # characters
 _PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
@@ -55,7 +56,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
     drawn = Table()
     for i, name in enumerate(columns):
         numbers = all(row[i].replace(".", "").replace("-", "").replace("%", "").isdigit() for row in rows if row[i])
-        drawn.add_column(name, justify="right" if i and numbers else "left", overflow="fold")
+        # What a row is called stays in one piece, to be read and typed; a path may be too long for that.
+        whole = i == 0 and all(len(row[0]) <= _NAME for row in rows)
+        drawn.add_column(name, justify="right" if i and numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         drawn.add_row(*map(escape, row))
     _data.print(drawn, soft_wrap=False)

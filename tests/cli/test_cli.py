@@ -74,7 +74,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path, command: str) -> Non
         assert "Usage" in done.stdout
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert any(seconds() < 0.5 for _ in range(3)), "others on the machine make it slower, never quicker"
+    assert any(seconds() < 0.8 for _ in range(3)), "others on the machine make it slower, never quicker"
     code = "import sys\nfrom dinocli.cli import app\ntry: app(sys.argv[1:])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
 
