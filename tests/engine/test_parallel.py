@@ -5,16 +5,18 @@ import pytest
 import torch
 from conftest import together
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from dinocli.data.loader import Batch
 from dinocli.distributed import rank, size
 from dinocli.engine.checkpoint import restore, state_of
+from dinocli.engine.method import Method, ParamGroup
+from dinocli.engine.optim import SGDConfig
 from dinocli.engine.parallel import Alone, Kind, SharedBatchNorm, parallel, share_batch_norm
 from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
 from dinocli.preset import load_preset
-from dinocli.schedules import Clock
+from dinocli.schedules import Clock, Constant
 
 Arrays = dict[str, NDArray[np.float32]]
 
@@ -153,3 +155,30 @@ def test_what_two_processes_held_goes_on_in_one_and_the_other_way(kind: Kind) ->
     in_two = together(2, steps, kind, overrides, 1, 3, 6, of_one[1])[0]
     assert_same(whole, (of_two[0] + in_one[0], in_one[1]))
     assert_same(whole, (of_one[0] + in_two[0], in_two[1]))
+
+
+class Steep(Method):
+    """One number, whose loss is not finite in the second process, while its gradient is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(()))
+
+    def forward(self, part: float) -> dict[str, Tensor]:
+        return {"near": self.value**2 + (torch.inf if rank() == 1 else 0.0)}
+
+    def param_groups(self) -> list[ParamGroup]:
+        return [ParamGroup([self.value])]
+
+
+def left_out() -> tuple[float, list[int]]:
+    flat = Constant(kind="constant", value=0.1)
+    config = SGDConfig(kind="sgd", momentum=0.0, lr=flat, weight_decay=flat)
+    trainer = Trainer(Steep(), config, Clock(1, 1), batch_size=2, guarded=True, parallel=parallel("ddp"))
+    trainer.step(1.0)
+    return float(trainer.method.value), trainer.skipped.tolist()
+
+
+def test_all_leave_out_a_step_that_is_not_finite_for_one() -> None:
+    assert left_out()[1] == [0, 0]
+    assert together(2, left_out) == [(1.0, [1, 1])] * 2
