@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,9 +104,12 @@ def _parents(path: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Take away the drafts that writers who were killed have left in a folder; nobody else may be writing there."""
+    """Take away the drafts that writers who were killed have left in a folder; nobody else may be writing there.
+
+    They are told by the number of a process in their names, so that a user's own `.bashrc.old` stays.
+    """
     for path in folder.glob(".*"):
-        if path.suffix in (".part", ".old"):
+        if re.fullmatch(r"\..+\.[0-9]+\.(part|old)", path.name, re.DOTALL):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -39,7 +39,7 @@ class Monitor:
         workers: Processes that decode.
 
     Raises:
-        DinoError: The set is not there, or not labelled.
+        DinoError: The set is not there, not labelled, or its labels cannot be told by neighbours.
     """
 
     def __init__(self, spec: str, preset: Preset, device: torch.device, workers: int) -> None:
@@ -51,6 +51,17 @@ class Monitor:
                     f"--monitor wants images in class folders; {source.where} has none", "DIR/CLASS/*, or leave it out"
                 )
             self._parts[name] = self._decoded(_some(source, _IMAGES), preset, workers)
+        train, test = compared({name: plain for name, (_, plain) in self._parts.items()})
+        counts = np.bincount(train.labels)
+        classes, most = int(np.count_nonzero(counts)), int(counts.max())
+        if classes < 2 or (test is None and most < 2):
+            raise DinoError(
+                f"--monitor wants two classes at least, and two images of a class; {spec} has {classes} with {most} "
+                "that can be read",
+                "DIR/CLASS/*, or leave it out",
+            )
+        # Of a few images a class, twenty neighbours would be mostly others, whatever the network has learned.
+        self._k = max(1, min(_K, (len(train) - (test is None)) // classes))
 
     @property
     def images(self) -> int:
@@ -65,7 +76,7 @@ class Monitor:
                 values = [network.backbone(self._normalized(some)).cls.float().cpu() for some in pixels.split(_AT_ONCE)]
                 found[name] = replace(plain, values=torch.cat(values).numpy())
         train, test = compared(found)
-        return knn(train, test, [min(_K, len(train) - (test is None))]).scores[0].top1
+        return knn(train, test, [self._k]).scores[0].top1
 
     def _normalized(self, pixels: Tensor) -> Tensor:
         mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (self.views.mean, self.views.std))

@@ -27,6 +27,7 @@ _EFFICIENCY = {"cpu": 0.7, "cuda": 0.3, "mps": 0.3}
 
 # The demo's recipe shows each prototype 75 images, the paper's 1,950.
 _IMAGES_A_PROTOTYPE = 30
+_FEWEST_PROTOTYPES = 64  # that are worth naming: of fewer hardly anything is learned
 
 OnCollapse = Literal["stop", "warn"]
 
@@ -95,12 +96,17 @@ class Plan:
     parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
-        batch, parts = self.preset.training.batch_size, size() * self.accumulate
-        if batch % parts:
-            shares = f"{size()} processes" if self.accumulate == 1 else f"{size()} x {self.accumulate} parts"
+        batch, each = self.preset.training.batch_size, self.images_each
+        if batch % size():
             raise DinoError(
-                f"a batch of {batch} images cannot be shared evenly by {shares.removeprefix('1 x ')}",
-                f"--batch-size {max(1, round(batch / parts)) * parts}",
+                f"a batch of {batch} images cannot be shared evenly by {size()} processes",
+                f"--batch-size {max(1, round(batch / size())) * size()}",
+            )
+        if each % self.accumulate:
+            near = max(n for n in equal_parts(each) if n <= self.accumulate)
+            raise DinoError(
+                f"a batch of {each} images in parts of the same size was wanted; {self.accumulate} do not divide it",
+                f"--accumulate {near}",
             )
 
     @property
@@ -151,12 +157,20 @@ def cautions(plan: Plan) -> Iterator[str]:
     seen = clock.total * preset.training.batch_size
     for name, head in preset.heads.items():
         if seen < _IMAGES_A_PROTOTYPE * head.prototypes:
-            fits = max(64, 1 << int(math.log2(max(1, seen / _IMAGES_A_PROTOTYPE))))
+            fits = _power_below(max(1, seen // _IMAGES_A_PROTOTYPE))
             epochs = math.ceil(clock.epochs * _IMAGES_A_PROTOTYPE * head.prototypes / seen)
+            fewer = f"--set heads.{name}.prototypes={fits}, or " if fits >= _FEWEST_PROTOTYPES else ""
             yield (
                 f"{clock.total} steps show {seen} images to {head.prototypes} prototypes, and few will learn: "
-                f"--set heads.{name}.prototypes={fits}, or --epochs {epochs}"
+                f"{fewer}--epochs {epochs}"
             )
+    if plan.accumulate > 1 and any(head.batch_norm for head in preset.heads.values()):
+        at_once = preset.training.batch_size // plan.accumulate
+        without = ", ".join(f"--set heads.{name}.batch_norm=false" for name, h in preset.heads.items() if h.batch_norm)
+        yield (
+            f"in {plan.accumulate} parts the BatchNorm of a head sees {at_once} images at a time, and learns otherwise "
+            f"than from the whole batch: --accumulate 1, or {without}"
+        )
     usual, peak = 0.0005 * preset.training.batch_size / 256, max(plan.lr.bounds)
     if preset.optimizer.kind == "adamw" and not usual / 10 <= peak <= usual * 10:
         yield (
@@ -196,6 +210,11 @@ def start_clock(preset: Preset, images: int | None) -> Clock:
             f"a batch of {batch} images was wanted; the folder has {images}", f"--batch-size {_power_below(images)}"
         )
     return Clock(steps or images // batch, preset.training.epochs)
+
+
+def equal_parts(batch: int) -> list[int]:
+    """The numbers of parts of the same size in which a batch can be taken, the fewest first."""
+    return [n for n in range(1, batch + 1) if batch % n == 0]
 
 
 def _power_below(n: int) -> int:

@@ -23,12 +23,15 @@ from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
 from dinocli.models.network import load_strictly
-from dinocli.planning import Plan
+from dinocli.planning import Plan, equal_parts
+from dinocli.report import CURVES, REPORT
 from dinocli.runs import CHECKPOINT, held
 from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest
 from dinocli.watching import Progress, Watch
 
 _BAD = "bad_images.txt"
+# Written once there is a state: where they lie without one, they are not of a run that can go on, and stay as they are.
+_WRITTEN = (CHECKPOINT, "preset.json", "metrics.jsonl", REPORT, CURVES, _BAD)
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,11 @@ def _found(plan: Plan, note: Callable[[str], None]) -> Saved | None:
         )
     # One looks, since it may set aside what is damaged.
     saved = from_first(newest(plan.out, note) if rank() == 0 else None)
-    if saved is None and (plan.out / CHECKPOINT).exists():
+    taken = next((name for name in _WRITTEN if (plan.out / name).exists()), None) if saved is None else None
+    if taken:
+        weights = f", and --init {plan.out} to begin with its weights" if taken == CHECKPOINT else ""
         raise DinoError(
-            f"{plan.out} holds a run without a state to go on from",
-            f"take another --out, and --init {plan.out} to begin with its weights",
+            f"{plan.out} holds a {taken} and no whole state of a run to go on from", f"take another --out{weights}"
         )
     return saved
 
@@ -228,6 +232,8 @@ class _Session:
         path = plan.out / _BAD
         self.bad_before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.saved_step = saved.state.step if saved else -1
+        if saved:
+            self.keeper.mend(saved)
         self.save()
         if rank() == 0:
             write_text(plan.out / "preset.json", plan.preset.model_dump_json(indent=2))
@@ -242,10 +248,11 @@ class _Session:
         try:
             values = self.trainer.step(batch, watch=watch)
         except torch.OutOfMemoryError as error:
-            size = self.plan.preset.training.batch_size
+            whole, each, parts = self.plan.preset.training.batch_size, self.plan.images_each, self.plan.accumulate
+            more = next((f"--accumulate {n}, which learns the same; or " for n in equal_parts(each) if n > parts), "")
             raise DinoError(
-                f"the device's memory is too small for a batch of {size} in {self.plan.accumulate} parts",
-                f"--accumulate {2 * self.plan.accumulate}, which learns the same; or --batch-size {max(1, size // 2)}",
+                f"the device's memory is too small for a batch of {each} in {parts} parts",
+                f"{more}--batch-size {max(1, whole // 2)}",
             ) from error
         self.whole = True
         return values

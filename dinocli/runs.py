@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ CHECKPOINT = "ckpt.safetensors"
 
 def runs_of(preset: str) -> list[Path]:
     """The folders `runs/<preset>-<n>`, the last first."""
-    numbers = {int(tail): p for p in RUNS.glob(f"{preset}-*") if (tail := p.name.removeprefix(f"{preset}-")).isdigit()}
+    tails = {path.name.removeprefix(f"{preset}-"): path for path in RUNS.glob(f"{glob.escape(preset)}-*")}
+    numbers = {int(tail): path for tail, path in tails.items() if tail.isdecimal()}
     return [numbers[n] for n in sorted(numbers, reverse=True)]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -101,24 +103,50 @@ class Saved:
 
 def saved_states(run: Path) -> Iterator[tuple[Path, State | None]]:
     """The states of a run, the newest first; absent where what tells of it is damaged. The rest is not looked at."""
-    folders = (path for path in (run / FOLDER).glob("*") if path.name.isdigit())
-    for folder in sorted(folders, key=lambda path: -int(path.name)):
+    for folder in _folders(run):
         try:
             yield folder, State.parse(json.loads((folder / _STATE).read_bytes()), str(folder))
         except (OSError, ValueError, DinoError):
             yield folder, None
 
 
+def _folders(run: Path) -> list[Path]:
+    """Of the states of a run, the newest first."""
+    named = (path for path in (run / FOLDER).glob("*") if re.fullmatch("[0-9]+", path.name))
+    return sorted(named, key=lambda path: int(path.name), reverse=True)
+
+
 def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
-    """The newest state that is whole; damaged ones above it are named and set aside."""
+    """The newest state that is whole; damaged ones above it are named and set aside.
+
+    Raises:
+        DinoError: It was written by another version and cannot be read; it is no damaged one.
+    """
     for folder, state in saved_states(run):
+        writer = _writer(folder) if state is None else None
+        if writer not in (None, dinocli.__version__):
+            raise DinoError(
+                f"the state in {folder} was written by dinocli {writer}; this is {dinocli.__version__}, which cannot "
+                "read it",
+                f"pip install dinocli=={writer}; or take another --out, and --init {run} to begin with its weights",
+            )
         if state and state.files and all(_checksum(folder / name) == known for name, known in state.files.items()):
             return Saved(state, folder)
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        note(f"note: the state of step {folder.name} is damaged and lies in {aside} now; the one before it is taken")
+        then = "the one before it is taken" if _folders(run) else "there is none before it"
+        note(f"note: the state of step {folder.name} is damaged and lies in {aside} now; {then}")
     return None
+
+
+def _writer(folder: Path) -> str | None:
+    """The version that wrote what tells of a state; absent where that is no more to be read."""
+    try:
+        found = json.loads((folder / _STATE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return str(found["dinocli"]) if isinstance(found, dict) and "dinocli" in found else None
 
 
 class Keeper:
@@ -154,13 +182,20 @@ class Keeper:
             write_tensors(draft / _TRAINER, tensors, {})
             files = {name: _checksum(draft / name) for name in (CHECKPOINT, _TRAINER)}
             write_text(draft / _STATE, state.model_copy(update={"files": files}).model_dump_json(indent=2))
-        with atomic(self.run / CHECKPOINT) as draft:
-            _link(folder / CHECKPOINT, draft)
+        self._hand_on(folder)
         self._prune()
 
+    def mend(self, saved: Saved) -> None:
+        """Let the run's checkpoint be that of a state, which a save that was killed between the two has left behind."""
+        if _checksum(self.run / CHECKPOINT) != saved.state.files.get(CHECKPOINT):
+            self._hand_on(saved.folder)
+
+    def _hand_on(self, folder: Path) -> None:
+        with atomic(self.run / CHECKPOINT) as draft:
+            _link(folder / CHECKPOINT, draft)
+
     def _prune(self) -> None:
-        folders = sorted((p for p in (self.run / FOLDER).glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
-        for folder in folders[: -self.keep]:
+        for folder in _folders(self.run)[self.keep :]:
             if not (self.milestones and int(folder.name) and int(folder.name) % self.milestones == 0):
                 # Under another name first, so that what is half gone is taken for no state.
                 gone = folder.with_name(f".{folder.name}.{os.getpid()}.old")
@@ -196,7 +231,7 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
         key, was, wanted = found
         raise DinoError(
             f"the run began with {key} = {_shown(was)}; {_shown(wanted)} was asked for",
-            f"--set {key}={_shown(was)} to go on, or another --out",
+            f"--set {shlex.quote(f'{key}={_shown(was)}')} to go on, or another --out",
         )
     if longer:
         new = replace(clock, step=state.step)
@@ -222,7 +257,9 @@ def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None]) -> Pa
 
 
 def _shown(value: Any) -> str:
-    """As --set takes it."""
+    """As --set takes it: in TOML, whose lists and words are JSON's and whose tables are not."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}={_shown(inner)}' for key, inner in value.items() if inner is not None)}}}"
     return "none" if value is None else json.dumps(value)
 
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from dinocli.atomic import atomic, atomic_folder, write_tensors, write_text
+from dinocli.atomic import atomic, atomic_folder, sweep, write_tensors, write_text
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -149,3 +149,12 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "folder") as draft:
         write_text(draft / "new", "")
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["folder", "folder/old"]
+
+
+def test_a_sweep_takes_drafts_and_nothing_of_the_users(tmp_path: Path) -> None:
+    for name in (".8.123.part", ".4.77.old", ".ckpt.safetensors.5.part", ".bashrc.old", ".film.mp4.part", "8.123.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").touch()
+    (tmp_path / ".metrics.jsonl.9.part").touch()
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".bashrc.old", ".film.mp4.part", "8.123.part"}

@@ -55,7 +55,7 @@ def test_it_says_what_extract_and_knn_say(labelled: Path, plan: Plan) -> None:
     network.load_weights(dict(_weights(run.checkpoint)), "x")
     monitor = Monitor(str(labelled), plan.preset, CPU, workers=0)
     assert monitor.images == 24
-    assert monitor.look(network) == knn(parts["train"], parts["val"], [16]).scores[0].top1
+    assert monitor.look(network) == knn(parts["train"], parts["val"], [8]).scores[0].top1
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
@@ -108,3 +108,36 @@ def test_images_without_classes_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "flat", 3)
     with pytest.raises(DinoError, match=r"class folders; .*flat has none"):
         Monitor(str(tmp_path / "flat"), load_preset("tiny", SMALL), CPU, workers=0)
+
+
+def test_labels_that_no_neighbour_can_tell_are_refused_before_anything_is_written(plan: Plan, tmp_path: Path) -> None:
+    write_images(tmp_path / "one" / "a", 4)
+    write_images(tmp_path / "single" / "a", 1)
+    write_images(tmp_path / "single" / "b", 1)
+    write_images(tmp_path / "torn" / "a", 3)
+    (tmp_path / "torn" / "b").mkdir()
+    (tmp_path / "torn" / "b" / "0.png").write_bytes(b"no image")
+    write_images(tmp_path / "parts" / "train" / "a", 3)
+    write_images(tmp_path / "parts" / "train" / "b", 3)
+    write_images(tmp_path / "parts" / "val" / "c", 3)
+    for name, words in (
+        ("one", "has 1 with 4"),
+        ("single", "has 2 with 1"),
+        ("torn", "has 1 with 3"),
+        ("parts", "the class c of the test split is not in the training split"),
+    ):
+        with pytest.raises(DinoError, match=words):
+            pretrain(replace(plan, monitor=str(tmp_path / name)), lambda p: None)
+        assert not plan.out.exists()
+
+
+def test_few_images_a_class_are_asked_for_few_neighbours(tmp_path: Path) -> None:
+    """Of two classes of five the other nine hold four of the own and five of the other: all of them would be wrong."""
+    for label, color in (("dark", 30), ("light", 200)):
+        (tmp_path / "few" / label).mkdir(parents=True)
+        for i in range(5):
+            noise = np.random.default_rng((i, color)).integers(0, 4, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(noise + np.uint8(color)).save(tmp_path / "few" / label / f"{i}.png")
+    preset = load_preset("tiny", SMALL)
+    torch.manual_seed(0)
+    assert Monitor(str(tmp_path / "few"), preset, CPU, workers=0).look(preset.network()) == 100

@@ -67,6 +67,7 @@ def test_the_rate_counts_the_batch_in(images: Path) -> None:
         ([], 40, ["the learning rate's warm-up takes 50 steps and this run ends at 40", "freeze of the prototypes"]),
         (["heads.dino.prototypes=65536"], None, ["400 steps show 19200 images to 65536 prototypes"]),
         (["optimizer.lr.warmup_epochs=5"], None, ["the learning rate's warm-up takes 250 of 400 steps"]),
+        (["training.epochs=9", "heads.dino.prototypes=1024"], None, ["450 steps show 21600 images to 1024 prototypes"]),
         (["optimizer.lr.start=1.0"], None, ["a learning rate of 0.19 for 48 images is far from the paper's"]),
         (
             ["losses.dino.targets.temperature={kind='linear_by_epoch', start=0.04, end=0.07, epochs=30}"],
@@ -90,3 +91,30 @@ def test_what_is_unlikely_to_be_meant_is_said_with_the_value_to_take(
         assert changed, "there is a value to take"
         mended = load_preset("tiny", [*overrides, *changed])
         assert not [w for w in cautions(replace(plan, preset=mended)) if expected in w], "which is right"
+
+
+def test_what_is_said_of_few_prototypes_is_never_to_take_more(tmp_path: Path) -> None:
+    made = plan(write_images(tmp_path, 4, size=8), "heads.dino.prototypes=32", "training.batch_size=2", stop=400)
+    (line,) = cautions(made)
+    assert "800 images to 32 prototypes" in line
+    assert line.endswith("will learn: --epochs 10")
+    longer = ("heads.dino.prototypes=32", "training.batch_size=2", "training.epochs=10")
+    assert not list(cautions(plan(tmp_path, *longer, stop=500)))
+
+
+def test_a_batch_goes_into_parts_of_the_same_size_alone(tmp_path: Path) -> None:
+    """Parts of other sizes would weigh their images otherwise."""
+    made = plan(write_images(tmp_path, 48, size=8), "heads.dino.batch_norm=false")
+    for parts, hint in ((5, "4"), (49, "48"), (32, "24")):
+        with pytest.raises(DinoError, match=f"a batch of 48 .* {parts} do not divide it") as error:
+            replace(made, accumulate=parts)
+        assert error.value.hint == f"--accumulate {hint}"
+    assert replace(made, accumulate=48).accumulate == 48
+
+
+def test_parts_before_a_batch_norm_are_cautioned_of(tmp_path: Path) -> None:
+    made = plan(write_images(tmp_path, 48, size=8), stop=400)
+    (line,) = cautions(replace(made, accumulate=4))
+    assert "sees 12 images at a time" in line
+    without = plan(tmp_path, "heads.dino.batch_norm=false", stop=400)
+    assert not list(cautions(replace(without, accumulate=4)))

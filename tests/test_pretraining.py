@@ -139,9 +139,23 @@ def test_a_folder_with_weights_alone_is_not_written_over(plan: Plan) -> None:
     pretrain(plan, lambda p: None)
     shutil.rmtree(plan.out / "state")
     before = (plan.out / "ckpt.safetensors").read_bytes()
-    with pytest.raises(DinoError, match="a run without a state to go on from"):
+    with pytest.raises(DinoError, match=r"holds a ckpt\.safetensors and no whole state") as error:
         pretrain(plan, lambda p: None)
+    assert "--init runs/tiny-1 to begin with its weights" in error.value.hint
     assert (plan.out / "ckpt.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "preset.json", "report.html"])
+def test_files_of_the_users_are_not_written_over(plan: Plan, name: str) -> None:
+    plan.out.mkdir(parents=True)
+    (plan.out / name).write_text('{"step": 7}\nmine\n')
+    (plan.out / "notes.txt").touch()
+    with pytest.raises(DinoError, match=f"holds a {name} and no whole state"):
+        pretrain(replace(plan, report=True), lambda p: None)
+    assert sorted(path.name for path in plan.out.iterdir()) == sorted([name, "notes.txt"])
+    assert (plan.out / name).read_text() == '{"step": 7}\nmine\n'
+    (plan.out / name).unlink()
+    assert pretrain(plan, lambda p: None).step == 6, "other things do not mind"
 
 
 def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
@@ -184,6 +198,22 @@ def test_steps_that_are_not_finite_are_left_out_and_end_the_run_when_no_other_co
     named = [line.split("\t") for line in (plan.out / "not_finite.txt").read_text().splitlines()]
     assert len(named) == 30 * 4, "the images of each of the last thirty steps"
     assert all((images / ast.literal_eval(name)).is_file() for _, name in named)
+
+
+def test_a_device_without_room_says_in_how_many_parts_to_take_a_batch(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinocli.engine.trainer import Trainer
+
+    def full(self: Trainer, batch: object, *, watch: bool) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Trainer, "step", full)
+    for parts, hint in ((1, "--accumulate 2, which learns the same; or --batch-size 2"), (4, "--batch-size 2")):
+        with pytest.raises(DinoError, match=f"too small for a batch of 4 in {parts} parts") as error:
+            pretrain(replace(plan, accumulate=parts), lambda p: None)
+        assert error.value.hint == hint
+    assert [folder.name for folder, _ in saved_states(plan.out)] == ["0"], "the step that was broken off is not saved"
 
 
 def test_start_from_own_weights_takes_the_heads_too(plan: Plan) -> None:

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import time
@@ -116,6 +117,37 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(plan: Plan, damage
     assert content(plan.out) == content(whole.folder)
 
 
+def test_where_no_state_is_whole_it_says_so_and_touches_nothing_else(plan: Plan) -> None:
+    stopped(plan, 4)
+    before = (plan.out / "ckpt.safetensors").read_bytes()
+    for folder, _ in saved_states(plan.out):
+        (folder / "state.json").write_text("torn")
+    said: list[str] = []
+    with pytest.raises(DinoError, match="no whole state"):
+        pretrain(plan, lambda p: None, said.append)
+    assert [line.partition("now; ")[2] for line in said] == ["the one before it is taken", "there is none before it"]
+    assert (plan.out / "ckpt.safetensors").read_bytes() == before
+
+
+def test_a_state_of_another_version_is_no_damaged_one(plan: Plan) -> None:
+    stopped(plan, 4)
+    for folder, _ in saved_states(plan.out):
+        facts = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(facts | {"dinocli": "9.7", "novel": 1}))
+    with pytest.raises(DinoError, match=r"state/4 was written by dinocli 9\.7") as error:
+        pretrain(plan, lambda p: None)
+    assert "pip install dinocli==9.7" in error.value.hint
+    assert steps_of(plan.out) == [4, 0], "they lie where they lay"
+
+
+def test_what_else_lies_among_the_states_stays(plan: Plan) -> None:
+    stopped(plan, 4)
+    for name in ("\u00b2", "notes", "7.bak"):
+        (plan.out / "state" / name).mkdir()
+    assert pretrain(plan, lambda p: None).step == 12
+    assert {path.name for path in (plan.out / "state").iterdir()} == {"\u00b2", "notes", "7.bak", "8", "12"}
+
+
 def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_saved(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +183,19 @@ def test_drafts_of_a_save_that_was_killed_are_taken_away(plan: Plan) -> None:
     assert not list(plan.out.rglob(".*"))
 
 
+def test_a_save_that_was_killed_before_the_checkpoint_followed_is_mended(plan: Plan) -> None:
+    """The last save of a run too, after which no other one comes."""
+    stopped(plan, 8)
+    older = (plan.out / "ckpt.safetensors").read_bytes()
+    run = pretrain(plan, lambda p: None)
+    wanted = run.checkpoint.read_bytes()
+    for left in (lambda: run.checkpoint.write_bytes(older), lambda: None):  # an older one, or none
+        run.checkpoint.unlink()
+        left()
+        pretrain(plan, lambda p: None)
+        assert run.checkpoint.read_bytes() == wanted == content(plan.out)["ckpt.safetensors"] != older
+
+
 def test_another_preset_is_named_by_its_first_key(plan: Plan) -> None:
     stopped(plan, 4)
     before = content(plan.out)
@@ -165,6 +210,18 @@ def test_another_preset_is_named_by_its_first_key(plan: Plan) -> None:
             pretrain(other, lambda p: None)
         assert hint in error.value.hint
     assert content(plan.out) == before
+
+
+@pytest.mark.parametrize("override", ["views.local.scale=[0.1, 0.3]", "optimizer.clip=none", "views.local=none"])
+def test_what_is_to_be_typed_to_go_on_can_be_typed(plan: Plan, override: str) -> None:
+    stopped(plan, 4)
+    words = [*SMALL, "backbone.drop_path=0.3", override]
+    with pytest.raises(DinoError) as error:
+        pretrain(replace(plan, preset=load_preset("tiny", words)), lambda p: None)
+    typed = shlex.split(error.value.hint.removesuffix(" to go on, or another --out"))
+    assert typed[0] == "--set"
+    assert len(typed) == 2
+    assert load_preset("tiny", [*words, typed[1]]) == plan.preset
 
 
 def test_words_about_a_preset_may_differ(plan: Plan) -> None:
@@ -285,6 +342,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(images: Path, tmp_path
         process.join(60)
         assert process.exitcode == 0
     assert content(tmp_path / "mine") == content(tmp_path / "whole")
+    assert (tmp_path / "mine" / "ckpt.safetensors").read_bytes() == content(tmp_path / "whole")["ckpt.safetensors"]
     assert not list((tmp_path / "mine").rglob(".*"))
 
 
