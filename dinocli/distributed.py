@@ -65,7 +65,7 @@ def begin() -> None:
 
 def end() -> None:
     """Part from the others, once all have come here."""
-    if _together():
+    if size() > 1 and _together():
         from torch import distributed
 
         any_of(False)

@@ -176,7 +176,7 @@ def left_out() -> tuple[float, list[int]]:
     config = SGDConfig(kind="sgd", momentum=0.0, lr=flat, weight_decay=flat)
     trainer = Trainer(Steep(), config, Clock(1, 1), batch_size=2, guarded=True, parallel=parallel("ddp"))
     trainer.step(1.0)
-    return float(trainer.method.value), trainer.skipped.tolist()
+    return trainer.method.value.item(), trainer.skipped.tolist()
 
 
 def test_all_leave_out_a_step_that_is_not_finite_for_one() -> None:
