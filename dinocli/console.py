@@ -14,9 +14,15 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-# soft_wrap: a path that is longer than the terminal stays in one piece, to be copied.
-_words = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
-_data = Console(highlight=False, soft_wrap=True, emoji=False)
+from dinocli.distributed import rank
+
+# soft_wrap: a path that is longer than the terminal stays in one piece, to be copied. Of several processes one speaks;
+# any of them may fail.
+_quiet = rank() > 0
+_words = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
+_data = Console(highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
+_mistakes = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+_NAME = 20  # characters
 _PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
@@ -27,12 +33,13 @@ def say(text: str) -> None:
 
 def error(message: str, hint: str) -> None:
     """What is wrong, and what to type instead, on stderr."""
-    _words.print(f"[bold red]error:[/] {escape(message)}")
-    _words.print(f"[bold cyan]hint:[/] {escape(hint)}")
+    _mistakes.print(f"[bold red]error:[/] {escape(message)}\n[bold cyan]hint:[/] {escape(hint)}")
 
 
 def out(text: str) -> None:
     """A line of data, on stdout, as it is; what the terminal's encoding lacks is escaped."""
+    if _quiet:
+        return
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
@@ -49,7 +56,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
     drawn = Table()
     for i, name in enumerate(columns):
         numbers = all(row[i].replace(".", "").replace("-", "").replace("%", "").isdigit() for row in rows if row[i])
-        drawn.add_column(name, justify="right" if i and numbers else "left", overflow="fold")
+        # What a row is called stays in one piece, to be read and typed; a path may be too long for that.
+        whole = i == 0 and all(len(row[0]) <= _NAME for row in rows)
+        drawn.add_column(name, justify="right" if i and numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         drawn.add_row(*map(escape, row))
     _data.print(drawn, soft_wrap=False)

@@ -8,20 +8,26 @@ from typing import Any
 
 import torch
 
+from dinocli.distributed import local_rank, local_size, size
 from dinocli.errors import DinoError
 
 
 def pick_device(name: str) -> torch.device:
     """The device of a name; `auto` is the first of CUDA, MPS and CPU that is there.
 
+    Of several processes each has a CUDA device of its own, the one of its number on this machine.
+
     Raises:
         DinoError: The name is none, or the device is not there.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind, present in there.items() if present))
+        # Metal has no way between processes.
+        name = next(kind for kind, present in there.items() if present and (size() == 1 or kind != "mps"))
     try:
         device = torch.device(name)
+        if device.type == "cuda" and size() > 1:
+            device = torch.device("cuda", local_rank())
     except RuntimeError:
         device = None
     if device is None or device.type not in there:
@@ -45,8 +51,12 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def default_workers(device: torch.device) -> int:
-    """Processes that decode images: all cores beside a GPU; beside a CPU, which has its hands full, one in four."""
+    """Processes that decode images: all cores beside a GPU; beside a CPU, which has its hands full, one in four.
+
+    Several processes on this machine share the cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = max(1, cores // local_size())
     return min(16, cores) if device.type != "cpu" else max(1, min(4, cores // 4))
 
 

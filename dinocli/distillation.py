@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinocli.data.loader import Batch
+from dinocli.distributed import local, mean_over_processes
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.losses import LossesConfig
 from dinocli.models.network import Network
@@ -89,9 +90,14 @@ class SelfDistillation(Method):
             told = loss.watch(targets, losses[name], clock)  # type: ignore[operator]
             figures |= {f"{name}/{figure}": value for figure, value in told.items()}
         cls = F.normalize(torch.cat([part.cls for part in parts], 1).float().flatten(0, 1), dim=-1)  # [G * B, D]
-        figures["feature_std"] = cls.var(0, correction=0).sum().sqrt()
+        away = (cls - mean_over_processes(cls.mean(0))).square().sum(-1).mean()
+        figures["feature_std"] = mean_over_processes(away).sqrt()
         figures["momentum"] = self.momentum.at(clock)
         return figures
+
+    def units(self) -> list[nn.Module]:
+        """The blocks of both networks, and the networks: so that shards of teacher and student lie side by side."""
+        return [module for network in (self.student, self.teacher) for module in (*network.blocks(), network)]
 
     def param_groups(self) -> list[ParamGroup]:
         """The student's parameters: no decay on biases and one-dimensional ones, prototypes apart while frozen.
@@ -115,8 +121,8 @@ class SelfDistillation(Method):
     def after_step(self, clock: Clock, done: Tensor) -> None:
         """Move the teacher towards the student, and let the targets take in what the step saw."""
         # Parameters alone, as in the original: the teacher's BatchNorm keeps statistics of its own.
-        teacher: list[Tensor] = list(self.teacher.parameters())
-        student: list[Tensor] = list(self.student.parameters())
+        teacher = local(list(self.teacher.parameters()))
+        student = local(list(self.student.parameters()))
         pull = (1 - self.momentum.at(clock)) * done.to(teacher[0].dtype)
         torch._foreach_lerp_(teacher, student, [pull] * len(teacher))
         for loss in self.losses.values():

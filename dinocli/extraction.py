@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from dinocli.data.loader import plain_batches
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocli.data.loader import Plain, Share, plain_batches
 from dinocli.data.sources import Source
+from dinocli.distributed import any_of, gathered, rank
+from dinocli.distributed import size as size_of_run
 from dinocli.encoder import Encoder, TokenChoice
 from dinocli.errors import DinoError
-from dinocli.features import Recipe, write_features
+from dinocli.features import FeatureWriter, Recipe, write_features
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ def extract(
 ) -> Extracted:
     """Write the features of all images that can be read.
 
+    The processes of a run take the batches in turns, and the first one writes what it would have written alone.
+
     Args:
         encoder: What makes them.
         source: The images.
@@ -67,31 +76,66 @@ def extract(
             f"--size {encoder.size}",
         )
     recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data)
+    batches = plain_batches(
+        source,
+        size=size,
+        mean=encoder.mean,
+        std=encoder.std,
+        batch_size=batch_size,
+        workers=workers,
+        device=encoder.device,
+        images=encoder.images,
+        share=Share(rank(), size_of_run()),
+    )
     shape: tuple[int, ...] = ()
-    done = 0
-    with write_features(path, recipe, source.classes) as writer:
-        for batch in plain_batches(
-            source,
-            size=size,
-            mean=encoder.mean,
-            std=encoder.std,
-            batch_size=batch_size,
-            workers=workers,
-            device=encoder.device,
-            images=encoder.images,
-        ):
-            if len(batch.images):
-                values = encoder.features(batch.images, tokens, blocks).float().cpu().numpy()
-                shape = values.shape[1:]
-                writer.append(values)
-            writer.labels += batch.labels
-            writer.paths += batch.names
-            writer.skipped |= dict(batch.bad)
-            done += len(batch.names) + len(batch.bad)
-            report(done)
-        if not writer.paths:
-            first = next(iter(writer.skipped.items()))
+    images = 0
+    skipped: dict[str, str] = {}
+    with write_features(path, recipe, source.classes) if rank() == 0 else nullcontext() as writer:
+        for part in _in_turns(_Part.of(batch, encoder, tokens, blocks) for batch in batches):
+            if part.values is not None:
+                shape = part.values.shape[1:]
+            if writer is not None:
+                part.write(writer)
+            images += len(part.names)
+            skipped |= dict(part.bad)
+            report(images + len(skipped))
+        if not images:
+            first = next(iter(skipped.items()))
             raise DinoError(
-                f"none of the {done} images in {source.where} can be read; {first[0]}: {first[1]}", "look at that file"
+                f"none of the {len(skipped)} images in {source.where} can be read; {first[0]}: {first[1]}",
+                "look at that file",
             )
-    return Extracted(path, len(writer.paths), shape, writer.skipped)
+    return Extracted(path, images, shape, skipped)
+
+
+class _Part(NamedTuple):
+    """What becomes of a batch; no values where no image of it can be read."""
+
+    values: NDArray[np.float32] | None
+    names: list[str]
+    labels: list[int]
+    bad: list[tuple[str, str]]
+
+    @classmethod
+    def of(cls, batch: Plain, encoder: Encoder, tokens: TokenChoice, blocks: int) -> _Part:
+        values = None
+        if len(batch.images):
+            values = encoder.features(batch.images, tokens, blocks).float().cpu().numpy()
+        return cls(values, batch.names, batch.labels, batch.bad)
+
+    def write(self, writer: FeatureWriter) -> None:
+        if self.values is not None:
+            writer.append(self.values)
+        writer.labels += self.labels
+        writer.paths += self.names
+        writer.skipped |= dict(self.bad)
+
+
+def _in_turns(mine: Iterator[_Part]) -> Iterator[_Part]:
+    """The parts of all processes in the order of their batches, which the processes took in turns."""
+    while True:
+        part = next(mine, None)
+        (more,) = any_of(part is not None)
+        if not more:
+            return
+        yield from (each for each in gathered(part) if each is not None)

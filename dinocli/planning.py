@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinocli.data.crops import ViewsConfig
 from dinocli.data.loader import Batch
 from dinocli.data.sources import Source
+from dinocli.distributed import size
 from dinocli.errors import DinoError
 from dinocli.preset import Preset
 from dinocli.schedules import Clock, Cosine, LinearByEpoch, Rate
@@ -70,9 +71,10 @@ class Plan:
             twentieth of the time at most.
         tensorboard: Whether to write what is logged for TensorBoard too.
         report: Whether to look at the same photos now and again, and to draw the report.
+        parallel: How several processes share the work.
 
     Raises:
-        DinoError: A batch cannot be taken in so many parts of the same size.
+        DinoError: A batch cannot be shared evenly by the processes and their parts.
     """
 
     name: str
@@ -91,15 +93,26 @@ class Plan:
     monitor_every: int | None = None
     tensorboard: bool = False
     report: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
-        batch = self.preset.training.batch_size
-        if batch % self.accumulate:
-            near = max(n for n in equal_parts(batch) if n <= self.accumulate)
+        batch, each = self.preset.training.batch_size, self.images_each
+        if batch % size():
             raise DinoError(
-                f"a batch of {batch} in parts of the same size was wanted; {self.accumulate} do not divide it",
+                f"a batch of {batch} images cannot be shared evenly by {size()} processes",
+                f"--batch-size {max(1, round(batch / size())) * size()}",
+            )
+        if each % self.accumulate:
+            near = max(n for n in equal_parts(each) if n <= self.accumulate)
+            raise DinoError(
+                f"a batch of {each} images in parts of the same size was wanted; {self.accumulate} do not divide it",
                 f"--accumulate {near}",
             )
+
+    @property
+    def images_each(self) -> int:
+        """Images of a batch that each process takes."""
+        return self.preset.training.batch_size // size()
 
     @property
     def clock(self) -> Clock:
@@ -120,7 +133,7 @@ class Estimate:
         parameters: Of the student: backbone and heads.
         backbone_parameters: Of the backbone alone.
         flops: Floating-point operations an image, student and teacher, forward and backward.
-        memory: Bytes at the peak of a step.
+        memory: Bytes at the peak of a step, in each process.
         seconds: Of the whole run.
     """
 
@@ -228,9 +241,9 @@ def estimate(plan: Plan) -> Estimate:
     half = 0.55 if plan.device.type == "cuda" else 1.0
     activations = (sum(saved.values()) - weights) / _EMPTY_BATCH * half
     # Student, its gradient, two moments, teacher; and of the batch as much as is taken at once.
-    memory = 5 * weights + max(0.0, activations) * plan.preset.training.batch_size / plan.accumulate
+    memory = 5 * weights + max(0.0, activations) * plan.images_each / plan.accumulate
     rate = _product_rate(plan.device) * _EFFICIENCY[plan.device.type]
-    seconds = flops * plan.preset.training.batch_size * plan.stop / rate
+    seconds = flops * plan.images_each * plan.stop / rate
     return Estimate(_count(method.student), _count(method.student.backbone), flops, memory, seconds)
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from dinocli.atomic import write_text
-from dinocli.data.loader import BadFiles, TrainBatches
+from dinocli.data.loader import BadFiles, Share, TrainBatches
 from dinocli.data.shards import Shards
 from dinocli.device import autocast
 from dinocli.distillation import SelfDistillation
+from dinocli.distributed import any_of, from_first, gathered, rank, size
 from dinocli.encoder import initial_weights
+from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
 from dinocli.models.network import load_strictly
@@ -78,7 +81,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
             memory is too small, or nothing is learned.
     """
     began = time.perf_counter()
-    with held(plan.out), _stop_signals() as asked_to_stop:
+    with held(plan.out) if rank() == 0 else nullcontext(), _stop_signals() as asked_to_stop:
         saved = _found(plan, note)
         if saved:
             plan = going_on(plan, saved.state, note)
@@ -87,21 +90,24 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         session = _Session(plan, trainer, method, saved)
         batches = _batches(plan, trainer)
         session.bad = batches.bad
+        late = False
         try:
             watch.begin()
             for batch in batches if trainer.clock.step < plan.stop else ():
-                due = watch.due()
+                due = watch.due() or late
                 values = session.step(batch, due)
                 watch.saw(batch.rows, batches.waited)
                 if due:
                     watch.log(values)
-                if session.save_now_and_then():
+                # What time or a signal decides, all processes decide together.
+                late, save, stop = any_of(watch.late, session.late, bool(asked_to_stop))
+                if session.save_now_and_then(save):
                     watch.draw()
-                if asked_to_stop or trainer.clock.step >= plan.stop:
+                if stop or trainer.clock.step >= plan.stop:
                     break
         finally:
             batches.close()
-            session.close()
+            session.close(broken=sys.exception() is not None)
         watch.draw(last=True)
     return Run(
         folder=plan.out,
@@ -111,7 +117,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         stopped=trainer.clock.step < plan.stop,
         loss=watch.loss,
         seconds=time.perf_counter() - began,
-        bad=batches.bad,
+        bad=session.all_bad,
         cached=batches.cache.kept if batches.cache else None,
         fresh_heads=fresh,
         skipped=int(trainer.skipped[0]),
@@ -122,9 +128,14 @@ def _found(plan: Plan, note: Callable[[str], None]) -> Saved | None:
     """The state that a run goes on from.
 
     Raises:
-        DinoError: What lies in the folder cannot be gone on from.
+        DinoError: What lies in the folder cannot be gone on from, or the processes see other images.
     """
-    saved = newest(plan.out, note)
+    if len(set(gathered(plan.source.fingerprint))) > 1:
+        raise DinoError(
+            f"the processes of this run see different images in {plan.source.where}", "give all machines the same ones"
+        )
+    # One looks, since it may set aside what is damaged.
+    saved = from_first(newest(plan.out, note) if rank() == 0 else None)
     taken = next((name for name in _WRITTEN if (plan.out / name).exists()), None) if saved is None else None
     if taken:
         weights = f", and --init {plan.out} to begin with its weights" if taken == CHECKPOINT else ""
@@ -151,15 +162,26 @@ def going_on(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
         )
     if plan.init and plan.init != state.init:
         note(f"note: --init {plan.init} is passed over; the run goes on from weights of its own")
-    lanes = max(1, plan.workers)
-    if isinstance(plan.source, Shards) and lanes != state.lanes:
-        note(f"note: --workers {state.lanes}, as before: the order of the images in tar shards depends on it")
-        plan = replace(plan, workers=state.lanes)
+    if isinstance(plan.source, Shards) and _lanes(plan) != state.lanes:
+        each, rest = divmod(state.lanes, size())
+        if rest:
+            note(
+                f"note: {_lanes(plan)} processes read the shards in place of {state.lanes}: the images come in another "
+                "order from here on, and in this epoch some come twice and some not at all"
+            )
+        else:
+            note(f"note: --workers {each}, as before: the order of the images in tar shards depends on it")
+            plan = replace(plan, workers=each)
     if state.step < plan.stop:
         note(f"going on from step {state.step} of {plan.stop} in {plan.out}")
     else:
         note(f"{plan.out} is finished: {state.step} steps are done, and {plan.stop} were asked for")
     return plan
+
+
+def _lanes(plan: Plan) -> int:
+    """Processes that read, of all processes of the run together."""
+    return size() * max(1, plan.workers)
 
 
 def _trainer(plan: Plan, saved: Saved | None) -> tuple[Trainer, SelfDistillation, list[str]]:
@@ -177,6 +199,7 @@ def _trainer(plan: Plan, saved: Saved | None) -> tuple[Trainer, SelfDistillation
         precision=autocast(plan.device, preset.training.precision),
         seed=preset.training.seed,
         guarded=True,
+        parallel=parallel(plan.parallel),
     )
     if saved:
         saved.restore(trainer)
@@ -187,12 +210,13 @@ def _batches(plan: Plan, trainer: Trainer) -> TrainBatches:
     return TrainBatches(
         plan.source,
         plan.preset.views,
-        batch_size=plan.preset.training.batch_size,
+        batch_size=plan.images_each,
         seed=plan.preset.training.seed,
         images=plan.preset.images,
         start=trainer.clock.step,
         workers=plan.workers,
         device=plan.device,
+        share=Share(rank(), size()),
         cache=plan.cache,
     )
 
@@ -202,6 +226,7 @@ class _Session:
 
     def __init__(self, plan: Plan, trainer: Trainer, method: SelfDistillation, saved: Saved | None) -> None:
         self.plan, self.trainer, self.method, self.bad = plan, trainer, method, BadFiles()
+        self.all_bad = BadFiles()  # of all processes
         self.keeper = Keeper(plan.out, plan.saving.keep, plan.saving.milestones)
         self.whole = True  # between two steps, and what could be saved was
         path = plan.out / _BAD
@@ -210,7 +235,8 @@ class _Session:
         if saved:
             self.keeper.mend(saved)
         self.save()
-        write_text(plan.out / "preset.json", plan.preset.model_dump_json(indent=2))
+        if rank() == 0:
+            write_text(plan.out / "preset.json", plan.preset.model_dump_json(indent=2))
 
     def step(self, batch: object, watch: bool) -> dict[str, torch.Tensor | float]:
         """One step.
@@ -222,17 +248,17 @@ class _Session:
         try:
             values = self.trainer.step(batch, watch=watch)
         except torch.OutOfMemoryError as error:
-            size, parts = self.plan.preset.training.batch_size, self.plan.accumulate
-            more = next((f"--accumulate {n}, which learns the same; or " for n in equal_parts(size) if n > parts), "")
+            whole, each, parts = self.plan.preset.training.batch_size, self.plan.images_each, self.plan.accumulate
+            more = next((f"--accumulate {n}, which learns the same; or " for n in equal_parts(each) if n > parts), "")
             raise DinoError(
-                f"the device's memory is too small for a batch of {size} in {parts} parts",
-                f"{more}--batch-size {max(1, size // 2)}",
+                f"the device's memory is too small for a batch of {each} in {parts} parts",
+                f"{more}--batch-size {max(1, whole // 2)}",
             ) from error
         self.whole = True
         return values
 
-    def save(self) -> None:
-        """Save, unless this step is."""
+    def save(self, *, broken: bool = False) -> None:
+        """Save, unless this step is; where the run was broken off, without asking the other processes."""
         step, source = self.trainer.clock.step, self.plan.source
         if step != self.saved_step:
             self.whole = False
@@ -242,28 +268,38 @@ class _Session:
                 preset=self.plan.preset,
                 images=ImageFacts(where=source.where, count=source.count, fingerprint=source.fingerprint),
                 init=self.plan.init,
-                lanes=max(1, self.plan.workers),
+                lanes=_lanes(self.plan),
             )
             self.keeper.write(state, self.trainer, self.method.teacher)
             self.whole = True
         self.saved_step, self._saved = step, time.perf_counter()
-        if self.bad.reasons:
-            lines = {f"{path!r}\t{reason}" for path, reason in self.bad.reasons.items()}
+        for reasons in [self.bad.reasons] if broken else gathered(self.bad.reasons):
+            self.all_bad.reasons.update(reasons)
+        if self.all_bad.reasons and rank() == 0:
+            lines = {f"{path!r}\t{reason}" for path, reason in self.all_bad.reasons.items()}
             write_text(self.plan.out / _BAD, "".join(f"{line}\n" for line in sorted(lines.union(self.bad_before))))
 
-    def save_now_and_then(self) -> bool:
-        """Save where it is time to, and say whether it was."""
-        saving, step = self.plan.saving, self.trainer.clock.step
-        due = [n for n in (saving.steps, saving.milestones) if n and step % n == 0]
-        if not due and not (saving.seconds and time.perf_counter() - self._saved > saving.seconds):
-            return False
-        self.save()
-        return True
+    @property
+    def late(self) -> bool:
+        """Whether so much time has gone by that it is time to save."""
+        seconds = self.plan.saving.seconds
+        return seconds is not None and time.perf_counter() - self._saved > seconds
 
-    def close(self) -> None:
-        """Save, unless a step or a save was broken off: then the state before it is the newest."""
-        if self.whole:
+    def save_now_and_then(self, late: bool) -> bool:
+        """Save where it is time to, or where the steps say so; and say whether it was."""
+        saving, step = self.plan.saving, self.trainer.clock.step
+        due = late or any(n and step % n == 0 for n in (saving.steps, saving.milestones))
+        if due:
             self.save()
+        return due
+
+    def close(self, *, broken: bool) -> None:
+        """Save, unless a step or a save was broken off: then the state before it is the newest.
+
+        What lies in shards can be saved by all processes together alone, and a run that broke may lack one.
+        """
+        if self.whole and not (broken and size() > 1 and self.plan.parallel == "fsdp"):
+            self.save(broken=broken)
 
 
 def start_from(method: SelfDistillation, source: str) -> list[str]:

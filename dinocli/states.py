@@ -20,6 +20,7 @@ from torch import Tensor
 import dinocli
 from dinocli.atomic import atomic, atomic_folder, sweep, write_tensors, write_text
 from dinocli.config import Config
+from dinocli.distributed import rank
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
@@ -159,19 +160,25 @@ class Keeper:
 
     def __init__(self, run: Path, keep: int, milestones: int | None) -> None:
         self.run, self.keep, self.milestones = run, keep, milestones
-        sweep(run)
-        sweep(run / FOLDER)
+        if rank() == 0:
+            sweep(run)
+            sweep(run / FOLDER)
 
     def write(self, state: State, trainer: Trainer, handed_on: Network) -> None:
         """Save a step whole or not at all, let the run's checkpoint be that of this step, and take away the oldest.
 
+        Of several processes the first one writes; what lies in shards is gathered, for which all must come here.
+
         Raises:
             OSError: The disk is full, or the place may not be written to; what was saved before is still there.
         """
+        state_tensors, weights = state_of(trainer), handed_on.weights()
+        if rank() > 0:
+            return
         folder = self.run / FOLDER / str(state.step)
         with atomic_folder(folder) as draft:
-            write_checkpoint(draft / CHECKPOINT, handed_on, state.preset, state.step)
-            tensors = {name: value.detach().cpu().numpy() for name, value in state_of(trainer).items()}
+            write_checkpoint(draft / CHECKPOINT, weights, state.preset, state.step)
+            tensors = {name: value.detach().cpu().numpy() for name, value in state_tensors.items()}
             write_tensors(draft / _TRAINER, tensors, {})
             files = {name: _checksum(draft / name) for name in (CHECKPOINT, _TRAINER)}
             write_text(draft / _STATE, state.model_copy(update={"files": files}).model_dump_json(indent=2))

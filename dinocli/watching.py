@@ -15,9 +15,11 @@ from dinocli.collapse import CollapseWatch
 from dinocli.data.sources import Images
 from dinocli.device import peak_memory
 from dinocli.distillation import SelfDistillation
+from dinocli.distributed import from_first, gathered, rank, size
 from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.errors import DinoError
+from dinocli.models.network import Network
 from dinocli.monitor import Monitor, steps_between_looks
 from dinocli.photos import Photos
 from dinocli.planning import Plan
@@ -81,24 +83,33 @@ class Watch:
         self.plan, self.trainer, self.method, self.report, self.note = plan, trainer, method, report, note
         self.loss: float | None = None
         self.knn: float | None = None
-        self._monitor = Monitor(plan.monitor, plan.preset, plan.device, plan.workers) if plan.monitor else None
-        self._photos = Photos.of(plan.source, plan.preset) if plan.report else None
+        first = rank() == 0  # of several processes one looks and writes
+        looks = first and plan.monitor
+        self._monitor = Monitor(looks, plan.preset, plan.device, plan.workers) if looks else None
+        self._photos = Photos.of(plan.source, plan.preset) if first and plan.report else None
         looked_at = (self._monitor.images if self._monitor else 0) + (len(self._photos.pool) if self._photos else 0)
+        looked_at = from_first(looked_at)
         between = steps_between_looks(looked_at, plan.stop, plan.preset.training.batch_size)
         self._every = (plan.monitor_every or between) if looked_at else 0
         self._drawn = -math.inf
-        self._logs: list[Metrics | TensorBoard] = [Metrics(plan.out / "metrics.jsonl", trainer.clock.step)]
-        if plan.tensorboard:
+        self._logs: list[Metrics | TensorBoard] = []
+        if first:
+            self._logs.append(Metrics(plan.out / "metrics.jsonl", trainer.clock.step))
+        if first and plan.tensorboard:
             self._logs.append(TensorBoard(plan.out / "tensorboard", trainer.clock.step))
         self._pace, self._waited = Pace(), 0.0
         self._last: deque[tuple[int, Tensor]] = deque(maxlen=GIVE_UP + LOG_EVERY)
         self._collapse = CollapseWatch(plan.preset, plan.clock.total)
 
     def due(self) -> bool:
-        """Whether the step to come is to be logged."""
+        """Whether the step to come is to be logged, by its number."""
         step = self.trainer.clock.step + 1
-        cadence = step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._looks(step)
-        return cadence or self._pace.elapsed > _LOG_AFTER
+        return step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._looks(step)
+
+    @property
+    def late(self) -> bool:
+        """Whether so much time has gone by without a log that the next step is better logged."""
+        return self._pace.elapsed > _LOG_AFTER
 
     def begin(self) -> None:
         """Let the monitor look before the first step, for what comes later to be held against."""
@@ -124,12 +135,24 @@ class Watch:
     def _look(self) -> dict[str, float]:
         """What the teacher makes of the labelled images and of the photos."""
         found: dict[str, float] = {}
+        teacher = self._teacher()
         if self._monitor:
-            self.knn = self._monitor.look(self.method.teacher)
+            self.knn = self._monitor.look(teacher)
             found["knn"] = round(self.knn, 3)
         if self._photos:
-            found |= self._photos.snapshot(self.method.teacher, self.trainer.clock.step, self.plan.out)
+            found |= self._photos.snapshot(teacher, self.trainer.clock.step, self.plan.out)
         return found
+
+    def _teacher(self) -> Network:
+        """The teacher; where it lies in shards, in the process that looks a whole copy."""
+        if size() == 1 or self.plan.parallel == "ddp":
+            return self.method.teacher
+        weights = self.method.teacher.weights()  # for which all processes are asked
+        if rank() > 0:
+            return self.method.teacher
+        copy = self.plan.preset.network().to(self.plan.device)
+        copy.load_weights(weights, "the run")
+        return copy
 
     def draw(self, *, last: bool = False) -> None:
         """Draw the report, if there is to be one: once a minute at most, and at the end."""
@@ -150,6 +173,7 @@ class Watch:
         plain = {name: float(value) for name, value in values.items()}
         skipped, in_a_row = self.trainer.skipped.tolist()
         rate, waiting = self._pace.look(self._waited)
+        waits, memory = zip(*gathered((waiting, peak_memory(self.plan.device))), strict=True)
         looked = {}
         if self._looks(clock.step):
             looked = self._look()
@@ -163,8 +187,8 @@ class Watch:
                 "lr": group["lr"],
                 "weight_decay": group["weight_decay"],
                 "images_per_second": round(rate, 2),
-                "data_wait": round(waiting, 4),
-                "peak_memory": peak_memory(self.plan.device),
+                "data_wait": round(sum(waits) / len(waits), 4),
+                "peak_memory": max(memory),
                 "skipped": skipped,
                 **looked,
             }
@@ -187,8 +211,11 @@ class Watch:
     def _give_up(self, in_a_row: int) -> None:
         source, path = self.plan.source, self.plan.out / "not_finite.txt"
         name = source.names.__getitem__ if isinstance(source, Images) else "image {} of the stream".format
-        lines = (f"{step}\t{name(row)!r}\n" for step, rows in self._last for row in rows.tolist())
-        write_text(path, "".join(lines))
+        # Each process saw a share of every step's images, and all of them are here for the same reason.
+        shares = zip(*gathered([(step, rows.tolist()) for step, rows in self._last]), strict=True)
+        lines = (f"{step}\t{name(row)!r}\n" for same in shares for step, rows in same for row in rows)
+        if rank() == 0:
+            write_text(path, "".join(lines))
         raise DinoError(
             f"loss or gradient was not finite in {in_a_row} steps in a row, up to {self.trainer.clock.step}; "
             f"they changed nothing, and their images are named in {path}",

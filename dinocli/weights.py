@@ -17,7 +17,6 @@ from torch import Tensor
 import dinocli
 from dinocli.atomic import write_tensors
 from dinocli.errors import DinoError
-from dinocli.models.network import Network
 from dinocli.preset import Preset
 from dinocli.runs import CHECKPOINT
 
@@ -39,9 +38,9 @@ class Weights:
     preset: Preset | None
 
 
-def write_checkpoint(path: Path, network: Network, preset: Preset, step: int) -> None:
-    """Write a network with its resolved preset: the one file to hand on."""
-    tensors = {k: v.detach().cpu().contiguous().numpy() for k, v in network.weights().items()}
+def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int) -> None:
+    """Write what `Network.weights` gave with its resolved preset: the one file to hand on."""
+    tensors = {k: v.detach().cpu().contiguous().numpy() for k, v in weights.items()}
     metadata = {"dinocli": dinocli.__version__, "preset": preset.model_dump_json(), "step": str(step)}
     write_tensors(path, tensors, metadata)
 

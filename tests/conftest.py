@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from dinocli import distributed
 from dinocli.encoder import Encoder
 from dinocli.models.backbone import BackboneConfig
 
@@ -74,6 +80,44 @@ def write_images(folder: Path, count: int, size: int = 32, seed: int = 0) -> Pat
     for i in range(count):
         Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i:04}.png")
     return folder
+
+
+def together(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What a function returns in each of so many processes that are one run, marked as torchrun marks them."""
+    context = multiprocessing.get_context("forkserver")  # it loads torch once for all of them
+    context.set_forkserver_preload(["dinocli.pretraining"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(count)]
+    processes = [
+        context.Process(target=_member, args=(rank, count, port, pipes[rank][1], function, args))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        assert all(end.poll(120) for end, _ in pipes), "a process does not come back"
+        found = [end.recv() for end, _ in pipes]
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    assert not any(isinstance(value, str) and value.startswith("Traceback") for value in found), "\n".join(found)
+    return found
+
+
+def _member(rank: int, count: int, port: int, answer: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    marks = {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= marks | {name: str(value) for name, value in ranks.items()}
+    torch.set_num_threads(1)
+    try:
+        distributed.begin()
+        answer.send(function(*args))
+        distributed.end()
+    except BaseException:
+        answer.send(traceback.format_exc())
 
 
 @pytest.fixture

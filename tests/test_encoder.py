@@ -40,7 +40,7 @@ def test_feature_layouts_equal_the_originals(original) -> None:
 def test_a_checkpoint_carries_its_own_shape_size_and_statistics(tmp_path: Path) -> None:
     preset = load_preset("tiny", ["views.mean=[0.1, 0.2, 0.3]"])
     network = preset.network().eval()
-    write_checkpoint(tmp_path / "ckpt.safetensors", network, preset, 0)
+    write_checkpoint(tmp_path / "ckpt.safetensors", network.weights(), preset, 0)
     encoder = load_encoder(str(tmp_path), CPU)
     assert (encoder.size, encoder.mean) == (preset.views.global_1.size, (0.1, 0.2, 0.3))
     images = torch.randn(2, 3, encoder.size, encoder.size)
@@ -152,7 +152,7 @@ def test_a_folder_of_ours_in_timms_form_says_how_it_met_other_sizes(local_timm: 
 
 def test_limits_and_window_of_files_are_the_trainings_until_they_are_changed(tmp_path: Path) -> None:
     preset = load_preset("tiny", ["images.window=[0, 4095]", "images.min_side=4"])
-    write_checkpoint(tmp_path / "ckpt.safetensors", preset.network(), preset, 0)
+    write_checkpoint(tmp_path / "ckpt.safetensors", preset.network().weights(), preset, 0)
     encoder = load_encoder(str(tmp_path), CPU)
     assert encoder.images.window == (0, 4095)
     changed = with_images(encoder, ["images.window=none", "images.max_aspect=7"]).images

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from dinocli.cli import main
 from dinocli.data.drawn import write_set
 
 
-def test_five_commands_one_after_another(tmp_path: Path) -> None:
+def test_five_commands_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_set(tmp_path / "data" / "train", 800, size=64, seed=0)
     write_set(tmp_path / "data" / "val", 400, size=64, seed=1)
     (tmp_path / "images").symlink_to(tmp_path / "data" / "train")
     photo = next((tmp_path / "data" / "val" / "zebra").iterdir())
     (tmp_path / "img.jpg").write_bytes(photo.read_bytes())
+    monkeypatch.chdir(tmp_path)
 
     def dino(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "dinocli", *words],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env=os.environ | {"OMP_NUM_THREADS": "2"},
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        # In this process, which has paid for importing torch; that each starts alone is tests/cli's to see.
+        monkeypatch.setattr(sys, "argv", ["dino", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        assert not stopped.value.code, err
+        return out
 
     def accuracies() -> tuple[float, float]:
         dino("extract", "ckpt.safetensors", "./data")

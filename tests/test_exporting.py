@@ -35,7 +35,7 @@ def run(folder: Path, *overrides: str, preset: str = "tiny") -> Path:
     network = made.network()
     for parameter in network.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    write_checkpoint(folder / "run" / "ckpt.safetensors", network, made, 3)
+    write_checkpoint(folder / "run" / "ckpt.safetensors", network.weights(), made, 3)
     return folder / "run"
 
 
@@ -371,7 +371,7 @@ def test_a_network_with_more_on_top_goes_to_timm_with_a_note(tmp_path: Path, nam
 def test_a_folder_is_replaced_by_a_later_export(tmp_path: Path) -> None:
     path, first = written(tmp_path, run(tmp_path), "timm")
     preset: Preset = load_preset("tiny", SMALL)
-    write_checkpoint(tmp_path / "run" / "ckpt.safetensors", preset.network(), preset, 9)
+    write_checkpoint(tmp_path / "run" / "ckpt.safetensors", preset.network().weights(), preset, 9)
     _, second = written(tmp_path, tmp_path / "run", "timm")
     assert first.fingerprint != second.fingerprint == load_encoder(f"timm:local-dir:{path}", CPU).fingerprint
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]

@@ -4,12 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import together, write_images
 
-from dinocli.data.sources import image_folder
+from dinocli.data.sources import image_folder, open_source
+from dinocli.distributed import size
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.extraction import extract
 from dinocli.features import read_features
+from dinocli.models.backbone import BackboneConfig
+from dinocli.packing import pack
 
 
 @pytest.mark.parametrize(
@@ -72,3 +77,30 @@ def test_no_readable_image_and_a_size_below_a_patch_are_said(tmp_path: Path, ima
     with pytest.raises(DinoError, match="none of the 12 images"):
         extract(encoder, image_folder(images), tmp_path / "f.safetensors", data="d")
     assert not (tmp_path / "f.safetensors").exists()
+
+
+def extracted(folder: Path, spec: str, workers: int) -> tuple[int, tuple[int, ...], dict[str, str]]:
+    torch.manual_seed(0)
+    options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    config = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino")
+    encoder = Encoder(config.build(drop_path=False).eval(), "x", "0123", 16, (0.5,) * 3, (0.5,) * 3)
+    path = folder / f"of-{size()}.safetensors"
+    done = extract(encoder, open_source(spec), path, data="d", batch_size=4, workers=workers)
+    return done.images, done.shape, done.skipped
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_several_processes_write_the_file_of_one(tmp_path: Path, images: Path, kind: str, workers: int) -> None:
+    """Byte for byte, with a broken image among them and batches that do not come out even."""
+    write_images(images / "c", 5, seed=7)
+    (images / "b" / "0003.png").write_bytes(b"no image")
+    spec = images
+    if kind == "shards":
+        pack(image_folder(images), tmp_path / "packed", side=None, per_shard=5, name="x", report=lambda *a: None)
+        spec = tmp_path / "packed"
+    whole = extracted(tmp_path, str(spec), workers)
+    assert whole[0] == 16
+    for count in (2, 3):
+        assert together(count, extracted, tmp_path, str(spec), workers) == [whole] * count
+        assert (tmp_path / f"of-{count}.safetensors").read_bytes() == (tmp_path / "of-1.safetensors").read_bytes()

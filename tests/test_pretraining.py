@@ -231,15 +231,15 @@ def test_start_from_own_weights_takes_the_heads_too(plan: Plan) -> None:
 
 def test_start_from_a_backbone_of_another_shape_is_said(plan: Plan, tmp_path: Path) -> None:
     preset = load_preset("tiny")
-    write_checkpoint(tmp_path / "other.safetensors", preset.network(), preset, 0)
+    write_checkpoint(tmp_path / "other.safetensors", preset.network().weights(), preset, 0)
     with pytest.raises(DinoError, match=r"cls_token should be 1x1x16; it is"):
         start_from(plan.preset.method(), str(tmp_path / "other.safetensors"))
 
 
 def test_heads_of_another_shape_stay_fresh_and_are_named(plan: Plan, tmp_path: Path) -> None:
     other = load_preset("tiny", [*SMALL, "heads.dino.prototypes=9"])
-    write_checkpoint(tmp_path / "other.safetensors", other.network(), other, 0)
+    write_checkpoint(tmp_path / "other.safetensors", other.network().weights(), other, 0)
     assert start_from(plan.preset.method(), str(tmp_path / "other.safetensors")) == ["dino"]
     same = plan.preset
-    write_checkpoint(tmp_path / "same.safetensors", same.network(), same, 0)
+    write_checkpoint(tmp_path / "same.safetensors", same.network().weights(), same, 0)
     assert start_from(plan.preset.method(), str(tmp_path / "same.safetensors")) == []

@@ -51,7 +51,7 @@ def full_checkpoint(network: Network) -> dict[str, object]:
 
 
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, preset: Preset, network: Network) -> None:
-    write_checkpoint(tmp_path / "ckpt.safetensors", network, preset, 7)
+    write_checkpoint(tmp_path / "ckpt.safetensors", network.weights(), preset, 7)
     for source in (tmp_path, tmp_path / "ckpt.safetensors"):
         weights = read_weights(source)
         assert weights.preset == preset
@@ -145,7 +145,7 @@ def test_a_file_without_the_network_asked_for(tmp_path: Path, preset: Preset, ne
     torch.save({"teacher": official(network)}, tmp_path / "teacher.pth")
     with pytest.raises(DinoError, match="holds no student"):
         read_weights(tmp_path / "teacher.pth", "student")
-    write_checkpoint(tmp_path / "ckpt.safetensors", network, preset, 7)
+    write_checkpoint(tmp_path / "ckpt.safetensors", network.weights(), preset, 7)
     with pytest.raises(DinoError, match="the teacher alone"):
         read_weights(tmp_path, "student")
     with pytest.raises(DinoError, match="run folder"):

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import dinocli
-from dinocli import console
+from dinocli import console, distributed
 from dinocli.cli.attn_map import attn_map
 from dinocli.cli.demo import demo
 from dinocli.cli.doctor import doctor
@@ -41,6 +41,9 @@ app.add_typer(presets, name="presets")
 app.command()(demo)
 
 
+_SHARED = ("pretrain", "extract")  # by several processes
+
+
 def _version(asked: bool) -> None:
     if asked:
         console.out(f"dino {dinocli.__version__}")
@@ -49,11 +52,18 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if distributed.size() > 1:
+        if context.invoked_subcommand not in _SHARED:
+            raise DinoError(
+                f"dino {context.invoked_subcommand} is done by one process; {distributed.size()} were started",
+                f"leave torchrun out: dino {context.invoked_subcommand} ...",
+            )
+        distributed.begin()
 
 
 def main() -> None:
@@ -64,9 +74,9 @@ def main() -> None:
     try:
         code = app(prog_name="dino", standalone_mode=False)
         sys.stdout.flush()
+        distributed.end()
     except DinoError as mistake:
-        console.error(mistake.message, mistake.hint)
-        code = 1
+        code = _said(mistake.message, mistake.hint)
     except (KeyboardInterrupt, typer.Abort):
         console.say("stopped")
         code = 130
@@ -75,11 +85,20 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as failure:
-        console.error(*_explain(failure))
-        code = 1
+        code = _said(*_explain(failure))
     except Exception as error:
         code = _told(error)
+    if code and distributed.size() > 1:
+        sys.stdout.flush()
+        os._exit(code)  # at once: what lies open between processes would wait for those that are gone
     sys.exit(code)
+
+
+def _said(message: str, hint: str) -> int:
+    """Say what went wrong, unless another process of the run has said why it ends; the exit code."""
+    if distributed.first_to_fail():
+        console.error(message, hint)
+    return 1
 
 
 def _told(error: Exception) -> int:
@@ -93,10 +112,16 @@ def _told(error: Exception) -> int:
             context = getattr(error, "ctx", None)
             # One line, without what the parser's own library puts before its message.
             said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
-            console.error(said, f"{context.command_path if context else 'dino'} --help")
+            _said(said, f"{context.command_path if context else 'dino'} --help")
         return 2
     if isinstance(error, MemoryError) or "out of memory" in words.lower() or "can't allocate memory" in words:
-        console.error("there is too little memory for this", "a smaller --batch-size or --size")
+        return _said("there is too little memory for this", "a smaller --batch-size or --size")
+    if distributed.lost(error):
+        return _said(
+            "another process of this run has ended, or cannot be reached any more",
+            "the same command again; a training run goes on from its last saved state",
+        )
+    if not distributed.first_to_fail():
         return 1
     raise error
 

@@ -11,6 +11,7 @@ import typer
 
 from dinocli import console, shipped
 from dinocli.cli.options import Device, Images, Json, Workers
+from dinocli.distributed import from_first, launch, local_size, rank, size
 from dinocli.errors import DinoError
 from dinocli.runs import link_newest, next_folder, runs_of
 
@@ -65,6 +66,13 @@ def pretrain(
     cache: Annotated[
         str | None, typer.Option(metavar="ram|DIR", help="Keep decoded images for the epochs to come, where they fit.")
     ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="Train on N CUDA devices of this machine, which share each batch.")
+    ] = None,
+    parallel: Annotated[
+        Literal["ddp", "fsdp"],
+        typer.Option(help="Whether each process holds the whole of everything, or a shard, for large backbones."),
+    ] = "ddp",
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write the figures for TensorBoard too, into the run folder.")
     ] = False,
@@ -75,6 +83,9 @@ def pretrain(
     json: Json = False,
 ) -> None:
     """Train a vision transformer on a folder of images with DINO."""
+    if gpus and not dry_run and _launched(gpus, device):
+        return
+
     from dinocli.data.sources import open_source
 
     source = open_source(images)  # before torch is loaded: a wrong path or name is said at once
@@ -96,7 +107,7 @@ def pretrain(
         preset=loaded,
         source=source,
         stop=total if steps is None else min(steps, total),
-        out=out or unfinished(runs_of(name), (loaded, source.fingerprint, init)) or next_folder(name),
+        out=from_first(out or unfinished(runs_of(name), (loaded, source.fingerprint, init)) or next_folder(name)),
         device=picked,
         workers=default_workers(picked) if workers is None else workers,
         init=init,
@@ -106,6 +117,7 @@ def pretrain(
         on_collapse=on_collapse,
         monitor=monitor,
         monitor_every=monitor_every,
+        parallel=parallel,
         tensorboard=tensorboard,
         report=report,
     )
@@ -113,6 +125,32 @@ def pretrain(
         _print_plan(plan, json)
     else:
         _run(plan, json)
+
+
+def _launched(gpus: int, device: str) -> bool:
+    """Whether this process has started others, which have done it all.
+
+    Raises:
+        DinoError: There are fewer devices.
+    """
+    if size() > 1:
+        if gpus != local_size():
+            raise DinoError(f"--gpus {gpus} was asked for, and {local_size()} processes started", "leave --gpus out")
+        return False
+    import torch
+
+    count = torch.cuda.device_count()
+    if count < gpus or not device.startswith(("auto", "cuda")):
+        several = "torchrun --nproc-per-node N -m dinocli pretrain ... --device cpu"
+        raise DinoError(
+            f"--gpus {gpus} was asked for; this machine has {count} CUDA devices"
+            if count < gpus
+            else f"--gpus {gpus} was asked for, and --device {device}",
+            f"--gpus {count}" if count else f"leave it out; several processes on CPUs: {several}",
+        )
+    if gpus > 1 and (code := launch(gpus)):
+        raise typer.Exit(code)
+    return gpus > 1
 
 
 def _saving(every: str, keep: int, milestones: int | None) -> Saving:
@@ -142,6 +180,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "backbone": f"{preset.backbone.name}, {networks}",
         "views": views,
         "batch": f"{preset.training.batch_size} images"
+        + (f", {plan.images_each} in each of {size()} processes" if size() > 1 else "")
         + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else ""),
         "steps": f"{steps}, {clock.steps_per_epoch} an epoch, {clock.epochs} epochs",
         "learning rate": f"up to {_peak(plan):.3g} for this batch ({preset.optimizer.kind})",
@@ -183,7 +222,7 @@ def _run(plan: Plan, json: bool) -> None:
         console.say(f"note: stops at step {plan.stop} of {total}; the schedules stay those of the whole run")
     with console.progress("pretrain", plan.stop, "steps") as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)
-    linked = link_newest(run.checkpoint)
+    linked = rank() > 0 or link_newest(run.checkpoint)
     if run.fresh_heads:
         console.say(f"note: {plan.init} gave the backbone; new heads: {', '.join(run.fresh_heads)}")
     if run.bad.reasons:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from dinocli.data.crops import ViewConfig, shrink
 from dinocli.data.decode import Pixels
+from dinocli.distributed import local_size
 from dinocli.errors import DinoError
 
 _SHARE = {"ram": 0.5, "disk": 0.9}  # of what is free
@@ -26,6 +27,8 @@ _NO_RESERVE = 0x4000  # Linux: take memory when it is written to, and not before
 
 class PixelCache:
     """Pixels of images by their number, small enough that no crop of the recipe is enlarged by it.
+
+    Each process of a run keeps what it sees itself.
 
     What does not fit is decoded each time, made as small all the same: so the views of a run do not depend on how much
     fitted. The memory or file is gone when the run ends.
@@ -80,12 +83,12 @@ class PixelCache:
 def _memory(where: str) -> tuple[mmap.mmap, int]:
     if where == "ram":
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        budget = int(_SHARE["ram"] * _available(free))
+        budget = int(_SHARE["ram"] * _available(free) / local_size())
         return mmap.mmap(-1, budget, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE), budget
     folder = Path(where)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        budget = int(_SHARE["disk"] * shutil.disk_usage(folder).free)
+        budget = int(_SHARE["disk"] * shutil.disk_usage(folder).free / local_size())
         with tempfile.TemporaryFile(dir=folder) as file:  # without a name, so that nothing is left of it
             file.truncate(budget)
             return mmap.mmap(file.fileno(), budget), budget

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -191,13 +192,35 @@ class Seen(NamedTuple):
 
 
 class PlainFiller:
-    """Fills with the evaluation's view of each image."""
+    """Fills with the evaluation's view of each image.
 
-    def __init__(self, source: Iterator[Sample] | Images, size: int, images: ImagesConfig) -> None:
-        self.source, self.size, self.images = source, size, images
+    Args:
+        source: The images, or a stream of them.
+        size: Side of the view.
+        images: How files become pixels.
+        before: How many of the stream's images come before a chunk, by its batch and first image.
+    """
+
+    def __init__(
+        self,
+        source: Iterator[Sample] | Images,
+        size: int,
+        images: ImagesConfig,
+        before: Callable[[int, int], int] = lambda batch, first: 0,
+    ) -> None:
+        self.source, self.size, self.images, self.before = source, size, images, before
+        self._taken = 0
+
+    def _pass_over(self, task: Task) -> None:
+        """Let go by what others fill."""
+        if not isinstance(self.source, Images):
+            passed = max(0, self.before(task.batch, task.first) - self._taken)
+            self._taken += passed + task.images
+            next(islice(self.source, passed, passed), None)
 
     def __call__(self, slot: dict[str, Tensor], task: Task) -> list[Seen]:
         seen = []
+        self._pass_over(task)
         for b in range(task.first, task.first + task.images):
             if isinstance(self.source, Images):
                 row = task.batch * len(slot["images"]) + b

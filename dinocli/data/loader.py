@@ -208,8 +208,14 @@ def _stream_filler(
     return StreamFiller(cutter, stream)
 
 
-def _plain_filler(source: Source, size: int, images: ImagesConfig, lane: int, lanes: int) -> PlainFiller:
-    return PlainFiller(source if isinstance(source, Images) else source.stream(lane, lanes), size, images)
+def _plain_filler(
+    source: Source, size: int, images: ImagesConfig, batch_size: int, workers: int, lane: int, lanes: int
+) -> PlainFiller:
+    if isinstance(source, Images):
+        return PlainFiller(source, size, images)
+    # Every process reads the whole stream, and passes over what is in the batches of others.
+    before = partial(ring.turns_before, lane, workers, batch_size)
+    return PlainFiller(source.stream(lane, lanes), size, images, before)
 
 
 class _Copier:
@@ -315,18 +321,22 @@ def plain_batches(
     workers: int,
     device: torch.device,
     images: ImagesConfig = DEFAULTS,
+    share: Share = ALONE,
 ) -> Iterator[Plain]:
     """All images once, as the evaluation sees them: resized, cropped in the middle, normalized.
 
-    They come in the order of the source; from tar shards and several workers, in that of the workers' turns.
+    They come in the order of the source; from tar shards and several workers, in that of the workers' turns. Several
+    processes take the batches in turns, each of which holds what it would hold in one; it may be empty.
     """
     filled = Ring(
         {"images": ring.Field((batch_size, 3, size, size), torch.uint8)},
         batch_size=batch_size,
-        make=partial(_plain_filler, source, size, images),
+        make=partial(_plain_filler, source, size, images, batch_size, workers),
         prepare=lambda slot, batch: None,
         workers=workers,
         slots=_SLOTS,
+        start=share.rank,
+        stride=share.of,
         bound=isinstance(source, Shards),
         pin=device.type == "cuda",
     )
@@ -342,7 +352,7 @@ def plain_batches(
             empty = 0 if seen else empty + 1
             if empty > (workers if isinstance(source, Shards) else 0):
                 return
-            if seen:
+            if seen or share.of > 1:
                 bad = [(s.name, s.reason) for s in seen if s.reason]
                 names, labels = [s.name for s in good], [s.label for s in good]
                 yield Plain(normalize(pixels.float() / 255, m, s), names, labels, bad)

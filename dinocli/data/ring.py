@@ -77,6 +77,14 @@ def turns(lane: int, workers: int, batch_size: int, batches: int) -> int:
     return first(workers) * (batches // workers) + first(batches % workers)
 
 
+def turns_before(lane: int, workers: int, batch_size: int, batch: int, first: int) -> int:
+    """Images that a worker fills before the chunk of a batch that begins with image `first`."""
+    chunks = _chunks(batch_size, workers)
+    numbered = ((batch * len(chunks) + i, start, size) for i, (start, size) in enumerate(chunks))
+    same = sum(size for number, start, size in numbered if start < first and number % max(1, workers) == lane)
+    return turns(lane, workers, batch_size, batch) + same
+
+
 class Ring(Generic[Note]):
     """Batches in order, filled ahead by worker processes.
 
@@ -90,6 +98,7 @@ class Ring(Generic[Note]):
         workers: Processes; 0 fills in this one.
         slots: Batches that are held at once.
         start: Number of the first batch.
+        stride: From a batch's number to the next one's, where other processes fill those between.
         bound: Whether a chunk must go to the worker of its turn, as with streams, and not to whoever is free.
         pin: Whether to lock the memory for copies to a CUDA device.
 
@@ -107,11 +116,13 @@ class Ring(Generic[Note]):
         workers: int,
         slots: int,
         start: int = 0,
+        stride: int = 1,
         bound: bool = False,
         pin: bool = False,
     ) -> None:
         self.waited = 0.0
         self._batch_size, self._next, self._workers, self._prepare = batch_size, start, workers, prepare
+        self._stride = stride
         self._slots = [
             {name: _shared(field, spawned=workers > 0 and not _FORK) for name, field in fields.items()}
             for _ in range(slots if workers else 2)
@@ -163,11 +174,11 @@ class Ring(Generic[Note]):
         slot = self._free.popleft()
         self._prepare(self._slots[slot], self._next)
         notes = self._fill(self._slots[slot], Task(slot, self._next, 0, self._batch_size))
-        self._next += 1
+        self._next += self._stride
         return slot, list(notes)
 
     def _ask(self, slot: int) -> None:
-        batch, self._next = self._next, self._next + 1
+        batch, self._next = self._next, self._next + self._stride
         self._prepare(self._slots[slot], batch)
         self._asked.append((slot, batch))
         self._missing[batch], self._notes[batch] = self._batch_size, []
@@ -214,7 +225,7 @@ def _end(processes: list[Any]) -> None:
 def _end_with(parent: int) -> None:
     """End this worker once the process that started it is gone, which may have been killed."""
     while os.getppid() == parent:
-        time.sleep(2)
+        time.sleep(0.5)
     os._exit(1)
 
 

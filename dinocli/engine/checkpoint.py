@@ -6,18 +6,20 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from dinocli.distributed import placed_as, whole
 from dinocli.engine.trainer import Trainer
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """Parameters, buffers, the optimizer's moments and counts, and how many steps were left out.
 
-    The clock is not among them, and no random numbers are: what is drawn depends on seed and step.
+    The clock is not among them, and no random numbers are: what is drawn depends on seed and step. What lies in shards
+    is gathered, for which all processes must ask.
     """
-    tensors = {f"method/{name}": value for name, value in trainer.method.state_dict().items()}
+    tensors = {f"method/{name}": whole(value) for name, value in trainer.method.state_dict().items()}
     names: dict[Tensor, str] = {p: name for name, p in trainer.method.named_parameters()}
     for p, slots in trainer.optimizer.state.items():
-        tensors |= {f"optimizer/{names[p]}/{slot}": value for slot, value in slots.items()}
+        tensors |= {f"optimizer/{names[p]}/{slot}": whole(value) for slot, value in slots.items()}
     return tensors | {"skipped": trainer.skipped}
 
 
@@ -29,12 +31,14 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
         RuntimeError: A tensor is missing or has another shape.
     """
     method = trainer.method
-    method.load_state_dict({k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")})
-    parameters = dict(method.named_parameters())
+    own, parameters = method.state_dict(), dict(method.named_parameters())
+    stored = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
+    method.load_state_dict({k: placed_as(v, own[k]) if k in own else v for k, v in stored.items()})
     trainer.optimizer.state.clear()
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             name, slot = key.removeprefix("optimizer/").rsplit("/", 1)
             p = parameters[name]
-            trainer.optimizer.state[p][slot] = value.to(p.device)
+            # Moments lie as their parameter does; a count is a single number everywhere.
+            trainer.optimizer.state[p][slot] = placed_as(value, p) if value.shape == p.shape else value.to(p.device)
     trainer.skipped.copy_(tensors["skipped"])

@@ -52,6 +52,14 @@ class Method(nn.Module, ABC):
         """More figures of a step, for those that are logged; its parameters have not moved yet."""
         return {}
 
+    def units(self) -> list[nn.Module]:
+        """What may be held in shards, each gathered as a whole when it is called: inner modules before outer ones.
+
+        Raises:
+            ValueError: The method knows none.
+        """
+        raise ValueError(f"{type(self).__name__} does not say what of it may lie in shards")
+
     @abstractmethod
     def param_groups(self) -> list[ParamGroup]:
         """The parameters to move."""

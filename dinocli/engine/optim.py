@@ -10,7 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dinocli.config import Config
+from dinocli.distributed import in_shards, local, norms
 from dinocli.engine.method import ParamGroup
+from dinocli.errors import DinoError
 from dinocli.schedules import Clock, Rate, Schedule
 
 
@@ -69,6 +71,9 @@ class AdamWConfig(_Optimizer):
         )
 
 
+_NO_SHARDS = "--parallel ddp, or --set optimizer.kind=adamw with what that needs"
+
+
 class SGDConfig(_Optimizer):
     """SGD with momentum."""
 
@@ -76,7 +81,13 @@ class SGDConfig(_Optimizer):
     momentum: float = Field(ge=0, lt=1)
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
-        """The optimizer over the groups."""
+        """The optimizer over the groups.
+
+        Raises:
+            DinoError: They lie in shards, for which torch has no such step.
+        """
+        if in_shards([p for group in groups for p in group.params]):
+            raise DinoError("SGD was asked for with --parallel fsdp; torch has it for whole parameters", _NO_SHARDS)
         optimizer = torch.optim.SGD(_as_dicts(groups), lr=0.0, momentum=self.momentum, fused=True)
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             # torch's own start, but in being before a first step that may be left out.
@@ -167,7 +178,7 @@ def drop_frozen(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
 def clip_gradients(optimizer: torch.optim.Optimizer, clip: ClipEach | None) -> Tensor:
     """Bound the gradients in place, and return their whole norm as it was before. []"""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = torch._foreach_norm(grads)
+    found = norms(grads)
     if clip is not None:
-        torch._foreach_mul_(grads, [(clip.norm / (n + 1e-6)).clamp(max=1.0) for n in norms])
-    return torch.linalg.vector_norm(torch.stack(norms))
+        torch._foreach_mul_(local(grads), [(clip.norm / (n + 1e-6)).clamp(max=1.0) for n in found])
+    return torch.linalg.vector_norm(torch.stack(found))

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinocli.distributed import all_of, mean_over_processes, rank, size
 from dinocli.engine.method import Method
 from dinocli.engine.optim import OptimizerConfig, clip_gradients, drop_frozen, move, set_rates
+from dinocli.engine.parallel import Alone, Parallel
 from dinocli.schedules import Clock
 
+_ALONE = Alone()
 Values = dict[str, Tensor | float]
 OnStep = Callable[[Clock, Values], bool]
 
@@ -30,6 +33,7 @@ class Trainer:
         precision: In which products are computed.
         seed: Of the random numbers that the networks draw; absent, they are drawn from torch's as it stands.
         guarded: Whether a step whose loss or gradient is not finite is left out altogether.
+        parallel: How the processes of the run share the work.
 
     Attributes:
         clock: Steps done or left out; the schedules read it.
@@ -48,8 +52,11 @@ class Trainer:
         precision: contextlib.AbstractContextManager[Any] | None = None,
         seed: int | None = None,
         guarded: bool = False,
+        parallel: Parallel = _ALONE,
     ) -> None:
         self.method = method
+        self.parallel = parallel
+        self._wrapped = parallel.wrap(method)
         self.config = config
         self.clock = clock
         self.lr = config.lr_for(batch_size)
@@ -64,8 +71,8 @@ class Trainer:
         """One step. The values returned stay on the device: reading one makes the host wait for it.
 
         Args:
-            batch: What the method takes.
-            watch: Whether to work out the method's further figures too.
+            batch: What the method takes: this process's share.
+            watch: Whether to work out the method's further figures too, and all of them over the whole batch.
         """
         self._draw_anew()
         set_rates(self.optimizer, self.lr.at(self.clock), self.config.weight_decay.at(self.clock))
@@ -73,15 +80,16 @@ class Trainer:
         with self.precision:
             parts = self.method.parts(batch, self.accumulate, self.clock)
         losses: dict[str, Tensor] = {}
-        for part in parts:
-            with self.precision:
-                terms = self.method(part)
-                loss = torch.stack(list(terms.values())).sum() / len(parts)
-            loss.backward()
+        for i, part in enumerate(parts, 1):
+            with self.parallel.adding(self._wrapped, last=i == len(parts)):
+                with self.precision:
+                    terms = self._wrapped(part)
+                    loss = torch.stack(list(terms.values())).sum() / len(parts)
+                loss.backward()
             losses = {name: losses.get(name, 0) + term.detach() / len(parts) for name, term in terms.items()}
         loss = torch.stack(list(losses.values())).sum()
         grad_norm = clip_gradients(self.optimizer, self.config.clip)
-        done = torch.isfinite(loss + grad_norm) if self.guarded else torch.ones_like(loss, dtype=torch.bool)
+        done = all_of(torch.isfinite(loss + grad_norm)) if self.guarded else torch.ones_like(loss, dtype=torch.bool)
         figures = self.method.watch(parts, losses, self.clock) if watch else {}
         drop_frozen(self.optimizer, self.clock)
         move(self.optimizer, done)
@@ -91,7 +99,8 @@ class Trainer:
         self.skipped += ~done
         self.skipped[1] *= ~done
         self.clock = self.clock.tick()
-        return {"loss": loss, "grad_norm": grad_norm, **losses, **figures}
+        values = {"loss": loss, "grad_norm": grad_norm, **losses, **figures}
+        return _means(values) if watch else values
 
     def fit(self, batches: Iterable[Any], steps: int, on_step: OnStep) -> None:
         """Train until the clock has done `steps` steps, the batches end, or `on_step` says stop.
@@ -111,5 +120,16 @@ class Trainer:
     def _draw_anew(self) -> None:
         """Let what the networks draw depend on seed and step alone, so that nothing of it must be kept to go on."""
         if self.seed is not None:
-            (mixed,) = np.random.SeedSequence((self.seed, self.clock.step)).generate_state(1, np.uint64)
+            # Each process has images of its own, and so draws of its own.
+            entropy = (self.seed, self.clock.step, rank()) if rank() else (self.seed, self.clock.step)
+            (mixed,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
             torch.manual_seed(int(mixed))
+
+
+def _means(values: Values) -> Values:
+    """Figures over the images of all processes, in one message."""
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    if size() == 1:
+        return values
+    means = mean_over_processes(torch.stack([value.float() for value in tensors.values()]))
+    return values | dict(zip(tensors, means.unbind(), strict=True))

@@ -60,7 +60,7 @@ class DinoLoss(nn.Module):
         """What tells whether the student learns.
 
         Args:
-            targets: Of a whole batch. [G, B, K]
+            targets: Of a whole batch, or this process's share. [G, B, K]
             loss: What `forward` gave for it. []
             clock: Of the step.
 
@@ -72,11 +72,12 @@ class DinoLoss(nn.Module):
         Source: arXiv 2104.14294, section 5.3 and figure 7.
         """
         entropy = _entropy(targets).mean()
-        use = self.use.clone() if self._mean is None else self.use.lerp(self._mean, 1 - _REMEMBERED)
+        mean = mean_over_processes(targets.mean((0, 1)))
+        use = self.use.clone() if self._mean is None else self.use.lerp(mean, 1 - _REMEMBERED)
         return {
             "teacher_entropy": entropy,
             "kl": loss / self.config.weight - entropy,
-            "information": _entropy(targets.mean((0, 1))) - entropy,
+            "information": _entropy(mean) - mean_over_processes(entropy),
             "prototypes": _entropy(use / use.sum()).exp() / len(use),
             "temperature": self.targets.config.temperature.at(clock),
         }

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from dinocli.distributed import whole
 from dinocli.errors import DinoError
 from dinocli.models.backbone import Backbone, BackboneConfig, ViTBackbone
 from dinocli.models.head import Head
@@ -51,9 +52,13 @@ class Network(nn.Module):
         """K of a head."""
         return self.get_parameter(f"heads.{head}.last_layer.weight_v").shape[0]
 
+    def blocks(self) -> list[nn.Module]:
+        """The backbone's blocks in order; none of one that is no row of blocks."""
+        return list(getattr(self.backbone.model, "blocks", []))
+
     def weights(self) -> dict[str, Tensor]:
-        """All weights and buffers, under `backbone.<timm's key>` and `heads.<name>.<key>`."""
-        return {k.replace("backbone.model.", "backbone.", 1): v for k, v in self.state_dict().items()}
+        """All weights and buffers, under `backbone.<timm's key>` and `heads.<name>.<key>`; what is in shards, whole."""
+        return {k.replace("backbone.model.", "backbone.", 1): whole(v) for k, v in self.state_dict().items()}
 
     def load_weights(self, weights: Mapping[str, Tensor], source: str) -> None:
         """Load what `weights` gave, exactly.

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import together
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dinocli.data.loader import Batch
+from dinocli.distributed import rank, size
+from dinocli.engine.checkpoint import restore, state_of
+from dinocli.engine.method import Method, ParamGroup
+from dinocli.engine.optim import SGDConfig
+from dinocli.engine.parallel import Alone, Kind, SharedBatchNorm, parallel, share_batch_norm
+from dinocli.engine.trainer import Trainer
+from dinocli.errors import DinoError
+from dinocli.preset import load_preset
+from dinocli.schedules import Clock, Constant
+
+Arrays = dict[str, NDArray[np.float32]]
+
+
+def normed(shape: tuple[int, ...]) -> Arrays:
+    """What a BatchNorm makes of this process's share of a batch, twice; its gradients and statistics."""
+    generator = torch.Generator().manual_seed(0)
+    whole = 3 + 2 * torch.randn(*shape, generator=generator)
+    mine = slice(rank() * shape[0] // size(), (rank() + 1) * shape[0] // size())
+    kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+    net = nn.Sequential(kind(shape[1], momentum=0.3))
+    net[0].weight.data, net[0].bias.data = torch.linspace(0.5, 2, shape[1]), torch.linspace(-1, 1, shape[1])
+    pull = torch.linspace(-1, 2, whole.numel()).view(shape).sin()
+    if size() > 1:
+        keys = list(net.state_dict())
+        share_batch_norm(net)
+        assert isinstance(net[0], SharedBatchNorm)
+        assert list(net.state_dict()) == keys
+    given = whole[mine].clone().requires_grad_()
+    for _ in range(2):
+        made = net(given)
+    (made * pull[mine]).square().sum().backward()
+    found = {"made": made, "given": given.grad, "weight": net[0].weight.grad, "bias": net[0].bias.grad}
+    found |= {"at rest": net.eval()(given)} | dict(net.named_buffers())
+    return {name: value.detach().double().numpy() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (12, 3, 4, 2)], ids=["vectors", "maps"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_shared_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...], count: int) -> None:
+    whole, shares = normed(shape), together(count, normed, shape)
+    for name, value in whole.items():
+        each = [share[name] for share in shares]
+        if name in ("made", "given", "at rest"):
+            found = np.concatenate(each)
+        else:  # gradients add up, as those of the images of one batch do; statistics are the same everywhere
+            found = sum(each) if name in ("weight", "bias") else each[-1]
+        np.testing.assert_allclose(found, value, rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_alone_nothing_is_wrapped() -> None:
+    assert parallel("ddp") == parallel("fsdp") == Alone()
+
+
+def test_a_batch_norm_of_another_kind_is_refused() -> None:
+    from timm.layers import BatchNormAct2d
+
+    with pytest.raises(DinoError, match="BatchNormAct2d of this backbone"):
+        share_batch_norm(nn.Sequential(BatchNormAct2d(3)))
+
+
+SMALL = [
+    "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}",
+    "heads.dino.prototypes=16", "heads.dino.hidden=16", "heads.dino.bottleneck=8", "optimizer.lr.warmup_epochs=0",
+    "optimizer.clip={kind='each_parameter', norm=0.05}",
+]  # fmt: skip
+KINDS = {
+    "adamw": ["optimizer.lr.start=0.1"],
+    "sgd": ["optimizer.kind=sgd", "optimizer.betas=none", "optimizer.momentum=0.9", "optimizer.lr.start=2"],
+}
+KINDS["lars"] = [*KINDS["sgd"][1:], "optimizer.kind=lars", "optimizer.trust=0.1"]
+Told = list[dict[str, float]]
+
+
+def steps(
+    kind: Kind, overrides: list[str], accumulate: int = 1, first: int = 0, last: int = 6, state: Arrays | None = None
+) -> tuple[Told, Arrays]:
+    """The figures of some steps, and all that the trainer holds then; at the fourth one process is given a NaN."""
+    preset = load_preset("tiny", [*SMALL, *overrides])
+    torch.manual_seed(0)
+    trainer = Trainer(
+        preset.method(), preset.optimizer, Clock(2, 10, first), batch_size=8, accumulate=accumulate, seed=0,
+        guarded=True, parallel=parallel(kind),
+    )  # fmt: skip
+    if state:
+        restore(trainer, {name: torch.from_numpy(value) for name, value in state.items()})
+    generator, told = torch.Generator().manual_seed(1), []
+    mine = slice(rank() * 8 // size(), (rank() + 1) * 8 // size())
+    for step in range(last):
+        crops, small = (torch.randn(v, 8, 3, s, s, generator=generator) for v, s in ((2, 16), (3, 8)))
+        if step == 3:
+            small[0, 0] = torch.nan
+        if step >= first:
+            values = trainer.step(Batch(crops[:, mine], small[:, mine], torch.arange(8)[mine]), watch=True)
+            told.append({name: float(value) for name, value in values.items()})
+    return told, {name: value.detach().numpy().copy() for name, value in state_of(trainer).items()}
+
+
+# Biases before a BatchNorm have no gradient but for rounding, since it takes them out again.
+IDLE = ("mlp.0.bias", "mlp.3.bias")
+
+
+def assert_same(one: tuple[Told, Arrays], other: tuple[Told, Arrays]) -> None:
+    normed = any("mlp.1.running_mean" in name for name in one[1])
+    for step, (a, b) in enumerate(zip(one[0], other[0], strict=True)):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-5, nan_ok=True), (step, name)
+    assert one[1].keys() == other[1].keys()
+    for name, value in one[1].items():
+        atol = 1e-3 if normed and any(idle in name for idle in IDLE) else 1e-5
+        np.testing.assert_allclose(other[1][name], value, rtol=1e-4, atol=atol, err_msg=name)
+
+
+# With a BatchNorm by SGD: AdamW makes a gradient that is all rounding as large as any other.
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "batch_norm", "accumulate"),
+    [
+        ("ddp", "adamw", "false", 2),
+        ("ddp", "sgd", "true", 1),
+        ("fsdp", "adamw", "false", 2),
+        ("fsdp", "lars", "true", 1),
+    ],
+)
+def test_two_processes_learn_what_one_does(kind: Kind, optimizer: str, batch_norm: str, accumulate: int) -> None:
+    overrides = [*KINDS[optimizer], f"heads.dino.batch_norm={batch_norm}"]
+    alone = steps(kind, overrides, accumulate)
+    assert np.isnan(alone[0][3]["loss"])
+    assert alone[1]["skipped"].tolist() == [1, 0]
+    start = steps(kind, overrides, accumulate, last=0)[1]
+    key = "method/student.backbone.model.blocks.1.mlp.fc1.weight"
+    assert np.abs(alone[1][key] - start[key]).max() > 3e-4, "there is something to agree on"
+    two = together(2, steps, kind, overrides, accumulate)
+    assert_same(alone, two[0])
+    assert_same((two[0][0], {}), (two[1][0], {}))
+    for name, value in two[0][1].items():
+        np.testing.assert_array_equal(two[1][1][name], value, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_what_two_processes_held_goes_on_in_one_and_the_other_way(kind: Kind) -> None:
+    overrides = [*KINDS["adamw"], "heads.dino.batch_norm=false"]
+    whole = steps(kind, overrides)
+    of_two = together(2, steps, kind, overrides, 1, 0, 3)[0]
+    in_one = steps(kind, overrides, first=3, state=of_two[1])
+    of_one = steps(kind, overrides, last=3)
+    in_two = together(2, steps, kind, overrides, 1, 3, 6, of_one[1])[0]
+    assert_same(whole, (of_two[0] + in_one[0], in_one[1]))
+    assert_same(whole, (of_one[0] + in_two[0], in_two[1]))
+
+
+class Steep(Method):
+    """One number, whose loss is not finite in the second process, while its gradient is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.ones(()))
+
+    def forward(self, part: float) -> dict[str, Tensor]:
+        return {"near": self.value**2 + (torch.inf if rank() == 1 else 0.0)}
+
+    def param_groups(self) -> list[ParamGroup]:
+        return [ParamGroup([self.value])]
+
+
+def left_out() -> tuple[float, list[int]]:
+    flat = Constant(kind="constant", value=0.1)
+    config = SGDConfig(kind="sgd", momentum=0.0, lr=flat, weight_decay=flat)
+    trainer = Trainer(Steep(), config, Clock(1, 1), batch_size=2, guarded=True, parallel=parallel("ddp"))
+    trainer.step(1.0)
+    return trainer.method.value.item(), trainer.skipped.tolist()
+
+
+def test_all_leave_out_a_step_that_is_not_finite_for_one() -> None:
+    assert left_out()[1] == [0, 0]
+    assert together(2, left_out) == [(1.0, [1, 1])] * 2
