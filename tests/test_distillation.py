@@ -250,3 +250,15 @@ def test_figures_tell_uniform_and_one_sided_collapse_from_learning() -> None:
             {"teacher_entropy": entropy, "information": information, "prototypes": prototypes, "kl": 3 - entropy},
             abs=1e-5,
         )
+
+
+def test_a_step_that_was_left_out_does_not_move_the_teacher() -> None:
+    method = load_preset("tiny", ["heads.dino.prototypes=16"]).method()
+    with torch.no_grad():
+        for parameter in method.student.parameters():
+            parameter.add_(1.0)
+    before = {name: value.clone() for name, value in method.teacher.named_parameters()}
+    method.after_step(Clock(1, 10), torch.tensor(False))
+    assert all(torch.equal(value, before[name]) for name, value in method.teacher.named_parameters())
+    method.after_step(Clock(1, 10), torch.tensor(True))
+    assert not any(torch.equal(value, before[name]) for name, value in method.teacher.named_parameters())
