@@ -152,7 +152,15 @@ class Ours:
     """This tool's loader: what its workers make, or whole views."""
 
     def __init__(
-        self, folder: str, batch: int, device: str, *, whole: bool, workers: int, reduce_above: float = 2
+        self,
+        folder: str,
+        batch: int,
+        device: str,
+        *,
+        whole: bool,
+        workers: int,
+        reduce_above: float = 2,
+        compiled: bool = False,
     ) -> None:
         preset = load_preset("vits16", [f"views.locals={LOCALS}", f"images.reduce_above={reduce_above}"])
         self.batches = TrainBatches(
@@ -163,6 +171,7 @@ class Ours:
             images=preset.images,
             workers=workers,
             device=torch.device(device),
+            compiled=compiled,
         )
         self.whole, self.batch, self.device = whole, batch, device
         self.views = iter(self.batches)
@@ -221,6 +230,7 @@ def ways(folder: str, images: int, batch: int) -> dict[str, Callable[[], float]]
         "this, workers only (the rest on a GPU)": ours(device="cpu", whole=False, workers=1),
         "this, workers only, no photo decoded smaller": ours(device="cpu", whole=False, workers=1, reduce_above=1e6),
         "this, all on the CPU": ours(device="cpu", whole=True, workers=0),
+        "this, all on the CPU, compiled": ours(device="cpu", whole=True, workers=0, compiled=True),
     }
     if torch.cuda.is_available():
         found["this, the host's part beside a GPU"] = ours(device="cuda", whole=True, workers=1)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from dinocli.losses.dino import DinoLossConfig
 from dinocli.preset import Preset
+from dinocli.schedules import Constant
 
 # Entropy and information, in shares of ln K. Runs of `tiny` that were made to collapse came to 0.986 and 0.013, or to
 # 0.005 and 0.013; those that learned had 0.1 to 0.5 and 0.18 to 0.38 (benchmarks/RESULTS.md).
@@ -102,6 +103,8 @@ def _remedy(preset: Preset, name: str, loss: DinoLossConfig, kind: Kind) -> str:
         return f"{begin}a center that follows sooner: --set {rule}.momentum=0.9"
     if temperature < 0.04:
         return f"{begin}a less sharp teacher: --set {rule}.temperature='{{kind=\"constant\", value=0.04}}'"
-    if max(preset.teacher.momentum.bounds[:1]) < 0.99:
-        return f"{begin}a slower teacher: --set teacher.momentum.start=0.996"
+    momentum = preset.teacher.momentum
+    if momentum.bounds[0] < 0.99:
+        key = "value" if isinstance(momentum, Constant) else "start"
+        return f"{begin}a slower teacher: --set teacher.momentum.{key}=0.996"
     return f"{begin}more images a step: --batch-size {2 * batch}, with --accumulate 2 where memory is short"

@@ -18,7 +18,7 @@ from dinocli.data.sources import Source
 from dinocli.distributed import size
 from dinocli.errors import DinoError
 from dinocli.preset import Preset
-from dinocli.schedules import Clock, Cosine, LinearByEpoch, Rate
+from dinocli.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
 
 # Share of a bare matrix product's rate that a whole step reaches: measured 0.8 on a CPU; published ViT runs and DINO's
 # own logs say 0.25 to 0.4 on a GPU.
@@ -72,6 +72,7 @@ class Plan:
         tensorboard: Whether to write what is logged for TensorBoard too.
         report: Whether to look at the same photos now and again, and to draw the report.
         parallel: How several processes share the work.
+        compiled: Whether torch compiles what can be compiled.
 
     Raises:
         DinoError: A batch cannot be shared evenly by the processes and their parts.
@@ -94,6 +95,7 @@ class Plan:
     tensorboard: bool = False
     report: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each
@@ -172,10 +174,11 @@ def cautions(plan: Plan) -> Iterator[str]:
             f"than from the whole batch: --accumulate 1, or {without}"
         )
     usual, peak = 0.0005 * preset.training.batch_size / 256, max(plan.lr.bounds)
+    key = "value" if isinstance(preset.optimizer.lr, Constant) else "start"
     if preset.optimizer.kind == "adamw" and not usual / 10 <= peak <= usual * 10:
         yield (
             f"a learning rate of {peak:.2g} for {preset.training.batch_size} images is far from the paper's "
-            f"0.0005 * batch / 256 = {usual:.2g}: --set optimizer.lr.start=0.0005"
+            f"0.0005 * batch / 256 = {usual:.2g}: --set optimizer.lr.{key}=0.0005"
         )
 
 

@@ -85,6 +85,8 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         saved = _found(plan, note)
         if saved:
             plan = going_on(plan, saved.state, note)
+            if saved.state.step >= plan.stop:  # nothing to look at that was not seen
+                plan = replace(plan, report=False, monitor=None)
         trainer, method, fresh = _trainer(plan, saved)
         watch = Watch(plan, trainer, method, report, note)
         session = _Session(plan, trainer, method, saved)
@@ -218,6 +220,7 @@ def _batches(plan: Plan, trainer: Trainer) -> TrainBatches:
         device=plan.device,
         share=Share(rank(), size()),
         cache=plan.cache,
+        compiled=plan.compiled,
     )
 
 

@@ -251,8 +251,10 @@ def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None]) -> Pa
     """The first of the runs that is not at its end and does what is planned: the preset, on images, with init."""
     for run in runs:
         state = next((state for _, state in saved_states(run) if state), None)
-        if state and state.step < state.stop and (state.preset, state.images.fingerprint, state.init) == plan:
-            return run
+        if state and state.step < state.stop:
+            same = state.preset.model_copy(update={"about": plan[0].about})  # words change nothing
+            if (same, state.images.fingerprint, state.init) == plan:
+                return run
     return None
 
 

@@ -76,6 +76,9 @@ def pretrain(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write the figures for TensorBoard too, into the run folder.")
     ] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Let torch compile part of what is done to the views: some seconds, once.")
+    ] = False,
     report: Annotated[bool, typer.Option(help="Draw report.html and curves.png into the run folder.")] = True,
     workers: Workers = None,
     device: Device = "auto",
@@ -120,6 +123,7 @@ def pretrain(
         parallel=parallel,
         tensorboard=tensorboard,
         report=report,
+        compiled=compiled,
     )
     if dry_run:
         _print_plan(plan, json)
@@ -211,12 +215,14 @@ def _peak(plan: Plan) -> float:
 def _run(plan: Plan, json: bool) -> None:
     from dinocli.planning import cautions
     from dinocli.pretraining import pretrain
+    from dinocli.states import saved_states
 
     count, total = plan.source.count, plan.clock.total
     size = plan.preset.training.batch_size
     images = f"{count} images" if count else "a stream of images"
     console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
-    for caution in cautions(plan):
+    begun = any(True for _ in saved_states(plan.out))  # what was said then need not be said again
+    for caution in () if begun else cautions(plan):
         console.say(f"note: {caution}")
     if plan.stop < total:
         console.say(f"note: stops at step {plan.stop} of {total}; the schedules stay those of the whole run")

@@ -8,18 +8,20 @@ equal draws beyond the hue, of which Pillow has 256 steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dinocli.data.crops import Draws
+from dinocli.errors import DinoError
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _CACHED = 2**18  # numbers; of a CPU's cache, so that the operations on an image find it there
 
 
-def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor) -> Tensor:
+def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled: bool = False) -> Tensor:
     """Make views of crops.
 
     Args:
@@ -27,9 +29,13 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor) -> Tensor:
         draws: What happens to each, on the host. [V, B, ...]
         mean: Of the data's channels. [3]
         std: Of the data's channels. [3]
+        compiled: Whether torch compiles the turn of the hue, which takes it some seconds once; the views are the same.
 
     Returns:
         Normalized. [V, B, 3, H, H], float32
+
+    Raises:
+        DinoError: torch cannot compile here.
     """
     views, images = crops.shape[:2]
     crops, steps = crops.flatten(0, 1), _steps(draws)
@@ -39,7 +45,7 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor) -> Tensor:
     out = torch.empty(len(crops), 3, *crops.shape[1:3], device=crops.device)
     for i in range(0, len(crops), step):
         part = slice(i, i + step)
-        _augment(out[part], crops[part], _Steps._make(s[..., part] for s in steps), kernels[part])
+        _augment(out[part], crops[part], _Steps._make(s[..., part] for s in steps), kernels[part], compiled)
         normalize(out[part], mean, std)
     return out.unflatten(0, (views, images))
 
@@ -80,15 +86,16 @@ def _steps(draws: Draws) -> _Steps:
     return _Steps(flip, operation, factor, blends, turns, gray, radius > 0, solarize)
 
 
-def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor) -> None:
+def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled: bool) -> None:
     """Make views [S, 3, H, H] in 0 to 1 of crops [S, H, H, 3]."""
+    turn_hue = _turn_hue_compiled if compiled else _turn_hue
     if steps.flip.any():  # as bytes, a quarter of what they become
         mirrored = steps.flip.nonzero()[:, 0].to(crops.device, non_blocking=True)
         crops = crops.index_copy(0, mirrored, crops.index_select(0, mirrored).flip(2))
     x.copy_(crops.permute(0, 3, 1, 2)).mul_(1 / 255)
     for operation, factor, blends, turns in zip(steps.operation, steps.factor, steps.blends, steps.turns, strict=True):
         _on(x, blends, _blend, factor, operation)
-        _on(x, turns, _turn_hue, factor)
+        _on(x, turns, turn_hue, factor)
     _on(x, steps.gray, lambda part: part.copy_(_gray(part).expand_as(part)))
     _on(x, steps.blur, _blur, kernels)
     _on(x, steps.solarize, lambda part: part.addcmul_((part >= 128 / 255).to(part.dtype), 1 - 2 * part))
@@ -159,6 +166,47 @@ def _turn_hue(x: Tensor, turn: Tensor) -> None:
     away = hue[:, None] + (torch.arange(3, -2, -2, device=x.device) / 6)[:, None, None]
     away.sub_(away.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
     torch.sub(value[:, None], away.mul_(chroma[:, None]), out=x)
+
+
+# The same for torch to compile, which makes it one pass over an image: there selecting costs nothing, and what is written in
+# place would only be in its way. Blends gain nothing by it, for they are few passes as they are.
+
+
+def _turn_hue_compiled(x: Tensor, turn: Tensor) -> None:
+    x.copy_(_compiled(_turned)(x, _column(turn, x)[:, 0]))
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    """What `_turn_hue` makes of images. [S, 3, H, H] and [S, 1, 1] to [S, 3, H, H]"""
+    r, g, b = x.unbind(1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    red, green = r == value, g == value
+    slope = torch.where(red, g - b, torch.where(green, b - r, r - g))
+    hue = (slope / chroma.clamp_min(1e-12) + torch.where(red, 0.0, torch.where(green, 2.0, 4.0))) / 6 + turn
+    away = [hue + n / 6 for n in (3, 1, -1)]
+    return torch.stack([value - (2 - 6 * (a - a.round()).abs()).clamp(0, 1) * chroma for a in away], 1)
+
+
+def _compiled(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An operation as torch compiles it, for any number of images of any size."""
+    fast = _compile(operation)
+
+    def tried(*values: Tensor) -> Tensor:
+        try:
+            return fast(*values)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            why = str(error).strip().splitlines()[0]
+            raise DinoError(
+                f"torch cannot compile here: {why}", "leave --compile out, or install a C++ compiler"
+            ) from error
+
+    return tried
+
+
+@cache
+def _compile(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(operation, dynamic=True)
 
 
 def _blur(x: Tensor, kernels: Tensor) -> None:

@@ -96,6 +96,7 @@ class TrainBatches:
         device: Where color and blur are done, and where the batches lie.
         share: Which part of each batch of the run is this process's.
         cache: `ram`, or a folder, to keep decoded images in; absent, each is decoded whenever it is drawn.
+        compiled: Whether torch compiles the turn of the hue, the longest of what is done to the views.
 
     Attributes:
         bad: The files that could not be read.
@@ -118,7 +119,9 @@ class TrainBatches:
         device: torch.device,
         share: Share = ALONE,
         cache: str | None = None,
+        compiled: bool = False,
     ) -> None:
+        self._compiled = compiled
         self.bad = BadFiles()
         self._source, self._views, self._device, self._seen = source, views, device, 0
         self._batch_size = batch_size
@@ -171,7 +174,7 @@ class TrainBatches:
             copier.wait()
             parts = (slice(0, n), slice(n, None))
             crops = [
-                augment(group, Draws(*(d[part] for d in drawn)), mean, std)
+                augment(group, Draws(*(d[part] for d in drawn)), mean, std, compiled=self._compiled)
                 for group, part in zip(groups, parts, strict=False)
             ]
             copier.done(slot, self._ring.release)

@@ -7,8 +7,10 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as TF
 
+from dinocli.data import augment as augment_module
 from dinocli.data.augment import _blur, _blur_kernels, augment
 from dinocli.data.crops import NUMBERS, Draws, JitterConfig, ViewConfig, draws
+from dinocli.errors import DinoError
 
 ZERO, ONE = torch.zeros(3), torch.ones(3)
 JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
@@ -169,7 +171,7 @@ def test_normalization(image: Image.Image) -> None:
 @pytest.mark.gpu
 def test_a_gpu_makes_the_same_views() -> None:
     generator = torch.Generator().manual_seed(0)
-    crops = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    crops = torch.randint(0, 256, (1, 16, 32, 32, 3), dtype=torch.uint8, generator=generator)
     drawn = draws(np.random.default_rng(0).random((8, 2, NUMBERS)), [VIEW, VIEW])
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
     on_gpu = augment(crops.cuda(), drawn, mean.cuda(), std.cuda())
@@ -179,7 +181,7 @@ def test_a_gpu_makes_the_same_views() -> None:
 @pytest.mark.gpu
 def test_the_host_does_not_wait_for_a_gpu_to_make_views() -> None:
     generator = torch.Generator().manual_seed(0)
-    crops = torch.randint(0, 256, (2, 8, 32, 32, 3), dtype=torch.uint8, generator=generator).cuda()
+    crops = torch.randint(0, 256, (1, 16, 32, 32, 3), dtype=torch.uint8, generator=generator).cuda()
     drawn = draws(np.random.default_rng(0).random((8, 2, NUMBERS)), [VIEW, VIEW])
     mean, std = torch.tensor([0.5, 0.4, 0.3]).cuda(), torch.tensor([0.2, 0.3, 0.4]).cuda()
     torch.cuda.set_sync_debug_mode("error")
@@ -187,3 +189,38 @@ def test_the_host_does_not_wait_for_a_gpu_to_make_views() -> None:
         augment(crops, drawn, mean, std)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def some_colors(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    x = torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(0))
+    x[0, 1], x[1], x[2, :2] = x[0, 0], 0.25, 1.0  # two channels that lead, gray, and a color at its end
+    return x, torch.tensor([0.7, 1.3, 0.6, 1.4, 1.0, 0.9]), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+def test_what_is_written_for_a_compiler_is_the_same() -> None:
+    x = torch.rand(6, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    x[0, 1], x[1], x[2, :2] = x[0, 0], 0.25, 1.0  # two channels that lead, gray, and a color at its end
+    turn, turned = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5, 0.0]), x.clone()
+    augment_module._turn_hue(turned, turn)
+    assert torch.equal(augment_module._turned(x, turn[:, None, None]), turned)
+
+
+@pytest.mark.slow
+def test_compiled_views_are_the_same() -> None:
+    generator = torch.Generator().manual_seed(1)
+    crops = torch.randint(0, 256, (1, 16, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    order = torch.stack([torch.randperm(4, generator=generator) for _ in range(16)])[None].to(torch.uint8)
+    factors = torch.rand(1, 16, 4, generator=generator) * 0.4 + torch.tensor([0.8, 0.8, 0.8, -0.2])
+    draws = Draws(**(nothing(16) | {"order": order, "factors": factors}))
+    plain, compiled = (augment(crops, draws, ZERO, ONE, compiled=c) for c in (False, True))
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-6)
+
+
+def test_where_torch_cannot_compile_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*values: Tensor) -> Tensor:
+        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nand more")
+
+    monkeypatch.setattr(augment_module, "_compile", lambda operation: fail)
+    with pytest.raises(DinoError, match=r"torch cannot compile here: no C[+][+] compiler") as error:
+        augment_module._compiled(augment_module._turned)(torch.zeros(1))
+    assert error.value.hint == "leave --compile out, or install a C++ compiler"
