@@ -168,8 +168,8 @@ def _turn_hue(x: Tensor, turn: Tensor) -> None:
     torch.sub(value[:, None], away.mul_(chroma[:, None]), out=x)
 
 
-# The same for torch to compile, which makes it one pass over an image: there selecting costs nothing, and what is written
-# in place would only be in its way. Blends gain nothing by it, for they are few passes as they are.
+# The same for torch to compile, which makes it one pass over an image: there selecting costs nothing, and what is
+# written in place would only be in its way. Blends gain nothing by it, for they are few passes as they are.
 
 
 def _turn_hue_compiled(x: Tensor, turn: Tensor) -> None:
