@@ -262,3 +262,22 @@ def test_a_step_that_was_left_out_does_not_move_the_teacher() -> None:
     assert all(torch.equal(value, before[name]) for name, value in method.teacher.named_parameters())
     method.after_step(Clock(1, 10), torch.tensor(True))
     assert not any(torch.equal(value, before[name]) for name, value in method.teacher.named_parameters())
+
+
+def test_the_prototypes_in_use_are_those_of_the_last_hundred_steps() -> None:
+    loss = load_preset("tiny", ["heads.dino.prototypes=16"]).losses.dino.build(16)
+    clock, one, each = Clock(1, 1), 100 * torch.eye(16)[:1].expand(2, 8, 16), 100 * torch.eye(16).view(2, 8, 16)
+
+    def share(logits: torch.Tensor, steps: int) -> float:
+        for _ in range(steps):
+            loss.targets.center.zero_()
+            targets = loss.aim(logits, clock)
+            told = loss.watch(targets, torch.tensor(0.0), clock)
+            loss.after_step()
+        return float(told["prototypes"])
+
+    assert share(one, 5) == pytest.approx(1 / 16)
+    assert share(each, 1) < 0.2, "one step is soon forgotten"
+    assert share(each, 400) > 0.95
+    assert 0.3 < share(one, 70) < 0.9, "half of it is of seventy steps ago"
+    assert share(one, 600) < 0.08
