@@ -74,7 +74,7 @@ def newest_run() -> Path | None:
 
 
 def link_newest(checkpoint: Path) -> bool:
-    """Let `./ckpt.safetensors` be the newest weights; false where a file of the user's own stands there."""
+    """Let `./ckpt.safetensors` be the newest weights; false where the user's own file stands there, or none may be."""
     link = Path(CHECKPOINT)
     if link.exists() and not link.is_symlink():
         return link.resolve() == checkpoint.resolve()
@@ -82,6 +82,10 @@ def link_newest(checkpoint: Path) -> bool:
     try:
         draft.symlink_to(os.path.relpath(checkpoint))
     except (OSError, ValueError):  # file systems without links, and Windows without the right to make one
-        shutil.copyfile(checkpoint, draft)
+        try:
+            shutil.copyfile(checkpoint, draft)
+        except OSError:  # a folder that may not be written to, or a full disk: the run is well all the same
+            draft.unlink(missing_ok=True)
+            return False
     draft.replace(link)
     return True

@@ -40,3 +40,20 @@ def test_the_newest_weights_are_linked_but_a_file_of_the_users_is_left(
     link.write_text("mine")
     assert not link_newest(runs[0])
     assert link.read_text() == "mine"
+
+
+def test_where_no_link_and_no_copy_can_be_made_a_run_is_well_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").write_text("w")
+
+    def refuse(*words: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    assert link_newest(Path("weights")), "a copy where there are no links"
+    (tmp_path / "ckpt.safetensors").unlink()
+    monkeypatch.setattr("shutil.copyfile", refuse)
+    assert not link_newest(Path("weights"))
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]

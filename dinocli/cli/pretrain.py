@@ -249,7 +249,7 @@ def _run(plan: Plan, json: bool) -> None:
         before = f", after {run.began} before" if run.began else ""
         console.say(f"done: {run.step - run.began} steps in {console.duration(run.seconds)}{before}{loss}")
     if not linked:
-        console.say(f"note: ./{run.checkpoint.name} is a file of your own and was left as it is")
+        console.say(f"note: ./{run.checkpoint.name} is a file of your own, or cannot be written, and was left as it is")
     console.say(f"next: dino extract {run.checkpoint.name if linked else run.checkpoint} DATA")
     if json:
         console.out_json(
