@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dinocli.data.cache import kept_side
 from dinocli.data.loader import BAD_SHARE
 from dinocli.inspection import Inspection
 from dinocli.machine import Machine
@@ -48,18 +49,17 @@ class Advice:
     @property
     def words(self) -> list[str]:
         """What to type."""
-        typed = [[key, value] if key.startswith("--") else ["--set", f"{key}={value}"] for key, value in self._pairs]
+        typed = [
+            [key, value] if key.startswith("--") else ["--set", f"{key}={value}"]
+            for key, value in self.settings.items()
+        ]
         return [word for pair in typed for word in pair]
 
     @property
     def overrides(self) -> list[str]:
         """What of it changes the preset."""
-        keyed = [(_SHORT.get(key, key), value) for key, value in self._pairs]
+        keyed = [(_SHORT.get(key, key), value) for key, value in self.settings.items()]
         return [f"{key}={value}" for key, value in keyed if not key.startswith("--")]
-
-    @property
-    def _pairs(self) -> list[tuple[str, str]]:
-        return list(self.settings.items())
 
 
 @dataclass(frozen=True)
@@ -256,8 +256,7 @@ def _kept(images: Inspection, preset: Preset) -> float | None:
     """Bytes of all images as the cache would keep them."""
     if images.count is None:
         return None
-    side = max(math.ceil(view.size / math.sqrt(view.scale[0])) for view in preset.views.all)
-    shrunk = min(1.0, side / max(1.0, images.short.median)) ** 2
+    shrunk = min(1.0, kept_side(preset.views.all) / max(1.0, images.short.median)) ** 2
     return images.count * images.megabytes * 1e6 * shrunk
 
 

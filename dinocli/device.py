@@ -50,14 +50,18 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
+def cores() -> int:
+    """Cores that this process may use, by its affinity."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers(device: torch.device) -> int:
     """Processes that decode images: all cores beside a GPU; beside a CPU, which has its hands full, one in four.
 
     Several processes on this machine share the cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = max(1, cores // local_size())
-    return min(16, cores) if device.type != "cpu" else max(1, min(4, cores // 4))
+    each = max(1, cores() // local_size())
+    return min(16, each) if device.type != "cpu" else max(1, min(4, each // 4))
 
 
 def peak_memory(device: torch.device) -> int:

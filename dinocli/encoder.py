@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dinocli.config import change
 from dinocli.data.decode import DEFAULTS, ImagesConfig
+from dinocli.data.loader import ALONE, Plain, Share, plain_batches
+from dinocli.data.sources import Source
 from dinocli.errors import DinoError
 from dinocli.models.backbone import Backbone, BackboneConfig, Positions, Tokens, adapt, create_timm
 from dinocli.models.network import load_strictly
@@ -54,6 +56,30 @@ class Encoder:
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.backbone.parameters()).device
+
+    def batches(
+        self, source: Source, *, size: int, batch_size: int, workers: int, share: Share = ALONE
+    ) -> Iterator[Plain]:
+        """All images of a source once, read and normalized as they were in training.
+
+        Args:
+            source: The images.
+            size: Their side, in pixels.
+            batch_size: Images at once.
+            workers: Processes that decode.
+            share: Which batches are this process's.
+        """
+        return plain_batches(
+            source,
+            size=size,
+            mean=self.mean,
+            std=self.std,
+            batch_size=batch_size,
+            workers=workers,
+            device=self.device,
+            images=self.images,
+            share=share,
+        )
 
     @torch.no_grad()
     def features(self, images: Tensor, tokens: TokenChoice = "cls", blocks: int = 1) -> Tensor:

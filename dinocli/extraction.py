@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.loader import Plain, Share, plain_batches
+from dinocli.data.loader import Plain, Share
 from dinocli.data.sources import Source
 from dinocli.distributed import any_of, gathered, rank
 from dinocli.distributed import size as size_of_run
@@ -76,17 +76,8 @@ def extract(
             f"--size {encoder.size}",
         )
     recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data)
-    batches = plain_batches(
-        source,
-        size=size,
-        mean=encoder.mean,
-        std=encoder.std,
-        batch_size=batch_size,
-        workers=workers,
-        device=encoder.device,
-        images=encoder.images,
-        share=Share(rank(), size_of_run()),
-    )
+    share = Share(rank(), size_of_run())
+    batches = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, share=share)
     shape: tuple[int, ...] = ()
     images = 0
     skipped: dict[str, str] = {}

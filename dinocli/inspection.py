@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinocli.data.decode import DEFAULTS, BadImage, ImagesConfig, has_fast_jpeg, open_image
+from dinocli.data.decode import DEFAULTS, BadImage, ImagesConfig, has_fast_jpeg, open_image, reduction
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source, TorchvisionImages
 from dinocli.twins import SIDE, Pair, is_flat, near_equal, thumbnail
@@ -212,7 +212,7 @@ def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
     if isinstance(opened, BadImage):
         return _Look(name, opened.reason)
     area = opened.width * opened.height
-    pixels = opened.pixels(next((r for r in (8, 4, 2) if area >= _ENOUGH * r * r), 1))
+    pixels = opened.pixels(reduction(math.sqrt(area / _ENOUGH)))
     if isinstance(pixels, BadImage):
         return _Look(name, pixels.reason)
     seconds = time.perf_counter() - start

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dinocli.data.decode import has_fast_jpeg
+from dinocli.device import cores
 from dinocli.installation import faults_of, readable, version
 
 _ROOT = Path("/")
@@ -83,7 +84,7 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = _R
     """
     import dinocli
 
-    affine, there = _affinity(), os.cpu_count() or 1
+    affine, there = cores(), os.cpu_count() or 1
     ram, ram_there = ram_of(root)
     memory, memory_there, name, devices = _memory(device, ram, ram_there, root)
     formats, disk = readable(), shutil.disk_usage(folder).free
@@ -114,10 +115,6 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = _R
         fast_jpeg=has_fast_jpeg(),
         faults=faults,
     )
-
-
-def _affinity() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cores_of_group(root: Path = _ROOT) -> int | None:

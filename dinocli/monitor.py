@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
+from dinocli.data.augment import normalize
+from dinocli.data.crops import ViewsConfig
 from dinocli.data.listing import Names
 from dinocli.data.loader import plain_batches
 from dinocli.data.sources import Images, TorchvisionImages, splits
@@ -35,15 +37,14 @@ class Monitor:
     Args:
         spec: A folder with class folders, or one with `train` and `val` that have them.
         preset: Whose networks are measured.
-        device: Where they are.
         workers: Processes that decode.
 
     Raises:
         DinoError: The set is not there, not labelled, or its labels cannot be told by neighbours.
     """
 
-    def __init__(self, spec: str, preset: Preset, device: torch.device, workers: int) -> None:
-        self.views, self.device = preset.views, device
+    def __init__(self, spec: str, preset: Preset, workers: int) -> None:
+        self.views = preset.views
         self._parts: dict[str, tuple[Tensor, Features]] = {}
         for name, source in splits(spec).items():
             if not isinstance(source, Images) or not source.classes:
@@ -70,17 +71,12 @@ class Monitor:
 
     def look(self, network: Network) -> float:
         """Percent of images whose class the nearest others tell; the network is left as it was."""
-        found = {}
-        with at_rest(network), torch.no_grad():
-            for name, (pixels, plain) in self._parts.items():
-                values = [network.backbone(self._normalized(some)).cls.float().cpu() for some in pixels.split(_AT_ONCE)]
-                found[name] = replace(plain, values=torch.cat(values).numpy())
+        found = {
+            name: replace(plain, values=class_tokens(network, pixels, self.views).numpy())
+            for name, (pixels, plain) in self._parts.items()
+        }
         train, test = compared(found)
         return knn(train, test, [self._k]).scores[0].top1
-
-    def _normalized(self, pixels: Tensor) -> Tensor:
-        mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (self.views.mean, self.views.std))
-        return (pixels.to(self.device).float() / 255 - mean) / std
 
     def _decoded(self, source: Images, preset: Preset, workers: int) -> tuple[Tensor, Features]:
         size, pixels, names, labels = preset.views.global_1.size, [], [], []
@@ -113,6 +109,25 @@ def steps_between_looks(images: int, steps: int, batch_size: int) -> int:
         batch_size: Images a step.
     """
     return max(1, steps // _LOOKS, round(images * _COST / (_SHARE * batch_size)))
+
+
+@torch.no_grad()
+def class_tokens(network: Network, pixels: Tensor, views: ViewsConfig) -> Tensor:
+    """What a network that is in training makes of images, in the host's memory; it is left as it was.
+
+    Args:
+        network: On any device.
+        pixels: On the host. [S, 3, size, size], uint8
+        views: Tells mean and spread of the channels.
+
+    Returns:
+        [S, D], float32
+    """
+    device = next(network.parameters()).device
+    mean, std = (torch.tensor(values, device=device) for values in (views.mean, views.std))
+    with at_rest(network):
+        images = (normalize(some.to(device).float() / 255, mean, std) for some in pixels.split(_AT_ONCE))
+        return torch.cat([network.backbone(some).cls.float().cpu() for some in images])
 
 
 @contextmanager

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinocli.atomic import atomic, write_text
-from dinocli.data.augment import normalize
 from dinocli.data.crops import resize_and_center
-from dinocli.data.decode import BadImage, Opened, Pixels, open_image
+from dinocli.data.decode import BadImage, Opened, Pixels, open_image, reduction
 from dinocli.data.fill import resize_for
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source
@@ -26,13 +25,12 @@ from dinocli.evals.attention import attention_maps, default_size
 from dinocli.evals.spread import effective_rank, uniformity
 from dinocli.models.backbone import ViTBackbone
 from dinocli.models.network import Network
-from dinocli.monitor import at_rest
+from dinocli.monitor import at_rest, class_tokens
 from dinocli.picture import heat
 from dinocli.preset import Preset
 
 POOL, SHOWN, NEIGHBOURS = 256, 6, 5
 TILE = 144  # pixels, of a map; a neighbour's is two thirds
-_BATCH = 32
 _TRIES = 2 * POOL
 _WORD = 2**63 - 2  # keeps the choice apart from all else that the seed decides
 
@@ -64,7 +62,7 @@ class Photos:
         for name, opened in _candidates(source, preset):
             short, wanted = min(opened.height, opened.width), resize_for(large if len(shown) < SHOWN else size)
             # A photo of many megapixels is not decoded at its full size to become a small square.
-            pixels = opened.pixels(next((r for r in (8, 4, 2) if short >= 2 * r * wanted), 1))
+            pixels = opened.pixels(reduction(short / (2 * wanted)))
             if isinstance(pixels, BadImage):
                 continue
             pool.append(resize_and_center(pixels, resize_for(size), size))
@@ -96,10 +94,9 @@ class Photos:
         if not (pictures / "photos.json").is_file():
             _save([[_tile(photo, TILE) for photo in self.shown]], pictures / "photos.jpg")
             write_text(pictures / "photos.json", json.dumps({"names": self.names}))
-        with at_rest(network):
-            if isinstance(network.backbone, ViTBackbone):
-                _save([self._maps(network)], pictures / f"attention-{step}.jpg")
-            features = self._features(network)
+        if isinstance(network.backbone, ViTBackbone):
+            _save([self._maps(network)], pictures / f"attention-{step}.jpg")
+        features = class_tokens(network, self.pool, self.preset.views)
         nearest = _nearest(features, len(self.shown), NEIGHBOURS)
         tiles = [[_tile(_upright(self.pool[i]), TILE * 2 // 3) for i in row] for row in nearest]
         _save(tiles, pictures / f"neighbours-{step}.jpg")
@@ -110,14 +107,9 @@ class Photos:
         views = self.preset.views
         size, images = views.global_1.size, self.preset.images
         encoder = Encoder(network.backbone, "teacher", "", size, views.mean, views.std, images)
-        maps = [attention_maps(encoder, photo, default_size(encoder)) for photo in self.shown]
+        with at_rest(network):
+            maps = [attention_maps(encoder, photo, default_size(encoder)) for photo in self.shown]
         return [heat(np.nan_to_num(m.heads.mean(0)), TILE, TILE) for m in maps]
-
-    def _features(self, network: Network) -> Tensor:
-        device = next(network.parameters()).device
-        mean, std = (torch.tensor(v, device=device) for v in (self.preset.views.mean, self.preset.views.std))
-        chunks = [normalize(chunk.to(device).float() / 255, mean, std) for chunk in self.pool.split(_BATCH)]
-        return torch.cat([network.backbone(chunk).cls.float().cpu() for chunk in chunks])  # [S, D]
 
 
 def _candidates(source: Source, preset: Preset) -> Iterator[tuple[str, Opened]]:

@@ -16,6 +16,7 @@ from dinocli.data.crops import ViewsConfig
 from dinocli.data.loader import Batch
 from dinocli.data.sources import Source
 from dinocli.distributed import size
+from dinocli.engine.parallel import Kind
 from dinocli.errors import DinoError
 from dinocli.preset import Preset
 from dinocli.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
@@ -94,7 +95,7 @@ class Plan:
     monitor_every: int | None = None
     tensorboard: bool = False
     report: bool = False
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Kind = "ddp"
     compiled: bool = False
 
     def __post_init__(self) -> None:

@@ -230,6 +230,8 @@ class _Session:
     def __init__(self, plan: Plan, trainer: Trainer, method: SelfDistillation, saved: Saved | None) -> None:
         self.plan, self.trainer, self.method, self.bad = plan, trainer, method, BadFiles()
         self.all_bad = BadFiles()  # of all processes
+        source = plan.source
+        self.images = ImageFacts(where=source.where, count=source.count, fingerprint=source.fingerprint)
         self.keeper = Keeper(plan.out, plan.saving.keep, plan.saving.milestones)
         self.whole = True  # between two steps, and what could be saved was
         path = plan.out / _BAD
@@ -262,14 +264,14 @@ class _Session:
 
     def save(self, *, broken: bool = False) -> None:
         """Save, unless this step is; where the run was broken off, without asking the other processes."""
-        step, source = self.trainer.clock.step, self.plan.source
+        step = self.trainer.clock.step
         if step != self.saved_step:
             self.whole = False
             state = State(
                 step=step,
                 stop=self.plan.stop,
                 preset=self.plan.preset,
-                images=ImageFacts(where=source.where, count=source.count, fingerprint=source.fingerprint),
+                images=self.images,
                 init=self.plan.init,
                 lanes=_lanes(self.plan),
             )

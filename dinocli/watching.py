@@ -85,7 +85,7 @@ class Watch:
         self.knn: float | None = None
         first = rank() == 0  # of several processes one looks and writes
         looks = first and plan.monitor
-        self._monitor = Monitor(looks, plan.preset, plan.device, plan.workers) if looks else None
+        self._monitor = Monitor(looks, plan.preset, plan.workers) if looks else None
         self._photos = Photos.of(plan.source, plan.preset) if first and plan.report else None
         looked_at = (self._monitor.images if self._monitor else 0) + (len(self._photos.pool) if self._photos else 0)
         looked_at = from_first(looked_at)

@@ -53,7 +53,7 @@ def test_it_says_what_extract_and_knn_say(labelled: Path, plan: Plan) -> None:
         parts[part] = read_features(Path(part))
     network = plan.preset.network()
     network.load_weights(dict(_weights(run.checkpoint)), "x")
-    monitor = Monitor(str(labelled), plan.preset, CPU, workers=0)
+    monitor = Monitor(str(labelled), plan.preset, workers=0)
     assert monitor.images == 24
     assert monitor.look(network) == knn(parts["train"], parts["val"], [8]).scores[0].top1
 
@@ -82,7 +82,7 @@ def test_the_network_is_left_in_training_as_it_was(labelled: Path, plan: Plan) -
     network = plan.preset.network()
     network.backbone.eval()
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    Monitor(str(labelled), plan.preset, CPU, workers=0).look(network)
+    Monitor(str(labelled), plan.preset, workers=0).look(network)
     assert network.training
     assert network.heads.training
     assert not any(m.training for m in network.backbone.modules())
@@ -107,7 +107,7 @@ def test_of_a_large_set_as_many_are_taken_of_each_class(tmp_path: Path) -> None:
 def test_images_without_classes_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "flat", 3)
     with pytest.raises(DinoError, match=r"class folders; .*flat has none"):
-        Monitor(str(tmp_path / "flat"), load_preset("tiny", SMALL), CPU, workers=0)
+        Monitor(str(tmp_path / "flat"), load_preset("tiny", SMALL), workers=0)
 
 
 def test_labels_that_no_neighbour_can_tell_are_refused_before_anything_is_written(plan: Plan, tmp_path: Path) -> None:
@@ -140,4 +140,4 @@ def test_few_images_a_class_are_asked_for_few_neighbours(tmp_path: Path) -> None
             Image.fromarray(noise + np.uint8(color)).save(tmp_path / "few" / label / f"{i}.png")
     preset = load_preset("tiny", SMALL)
     torch.manual_seed(0)
-    assert Monitor(str(tmp_path / "few"), preset, CPU, workers=0).look(preset.network()) == 100
+    assert Monitor(str(tmp_path / "few"), preset, workers=0).look(preset.network()) == 100

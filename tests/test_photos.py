@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import write_images
 from PIL import Image
+from test_pretraining import SMALL
 
 from dinocli import photos as module
 from dinocli.data.loader import TrainBatches
@@ -23,16 +24,6 @@ from dinocli.photos import TILE, Photos
 from dinocli.planning import start_clock
 from dinocli.preset import Preset, load_preset
 
-SMALL = [
-    "heads.dino.prototypes=16",
-    "heads.dino.hidden=16",
-    "heads.dino.bottleneck=8",
-    "views.global_1.size=16",
-    "views.global_2.size=16",
-    "views.local.size=8",
-    "training.batch_size=4",
-    "training.steps_per_epoch=4",
-]
 VIT = ["backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"]
 RESNET = ["backbone={name='resnet10t'}", "views.global_1.size=32", "views.global_2.size=32", "views.local.size=16"]
 

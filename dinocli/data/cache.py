@@ -25,6 +25,11 @@ _SHARE = {"ram": 0.5, "disk": 0.9}  # of what is free
 _NO_RESERVE = 0x4000  # Linux: take memory when it is written to, and not before
 
 
+def kept_side(views: Sequence[ViewConfig]) -> int:
+    """The short side at which the smallest crop of each view still has as many pixels as it is resized to."""
+    return max(math.ceil(view.size / math.sqrt(view.scale[0])) for view in views)
+
+
 class PixelCache:
     """Pixels of images by their number, small enough that no crop of the recipe is enlarged by it.
 
@@ -45,8 +50,7 @@ class PixelCache:
     def __init__(self, images: int, views: Sequence[ViewConfig], where: str) -> None:
         if sys.platform != "linux":
             raise DinoError("--cache needs Linux, where worker processes share memory as it stands", "leave it out")
-        # The short side at which the smallest crop of a view still has as many pixels as it is resized to.
-        self.side = max(math.ceil(view.size / math.sqrt(view.scale[0])) for view in views)
+        self.side = kept_side(views)
         self._memory, self._budget = _memory(where)
         self._next: Any = multiprocessing.get_context("fork").Value("q", 0)
         # Where each image lies, plus one, and its height and width; of anonymous memory that starts as zeros.

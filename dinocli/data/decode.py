@@ -168,6 +168,11 @@ class Opened:
         return pixels if isinstance(pixels, BadImage) else _turned(pixels, _orientation(image))
 
 
+def reduction(room: float) -> int:
+    """How many times smaller an image may be decoded which may be made `room` times smaller: 8, 4, 2 or 1."""
+    return next((r for r in (8, 4, 2) if room >= r), 1)
+
+
 def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Opened | BadImage:
     """Read the header of an image file and hold it against the limits, before anything of its size is allocated.
 

@@ -24,7 +24,7 @@ from dinocli.data.crops import (
     resize_and_center,
     uniforms,
 )
-from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode, open_image
+from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode, open_image, reduction
 from dinocli.data.ring import Task
 from dinocli.data.shards import Sample
 from dinocli.data.sources import Images
@@ -60,7 +60,7 @@ class Cutter:
         reduce = 1
         if opened.height * opened.width > self.images.reduce_above * 1e6:
             room = (np.array(boxes)[:, 2:].min(1) / self.sides).min()
-            reduce = next((r for r in (8, 4, 2) if room >= r), 1)
+            reduce = reduction(room)
         pixels = opened.pixels(reduce)
         if isinstance(pixels, BadImage):
             return pixels

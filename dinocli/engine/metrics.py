@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from dinocli.atomic import write_text
@@ -22,7 +22,8 @@ class Metrics:
     def __init__(self, path: Path, step: int = 0) -> None:
         self.path = path
         if path.exists():
-            write_text(path, "".join(f"{line}\n" for line in _lines(path) if json.loads(line)["step"] <= step))
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= step))
 
     def write(self, values: dict[str, float | int]) -> None:
         """Add a line; a value that is not finite is written as a string, which JSON can hold."""
@@ -58,14 +59,13 @@ class TensorBoard:
         self._writer.flush()
 
 
-def _lines(path: Path) -> Iterator[str]:
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            known = isinstance(json.loads(line)["step"], int)
-        except (ValueError, KeyError, TypeError):
-            known = False
-        if known:
-            yield line
+def _step(line: str) -> float:
+    """Of a line; infinite where it was never ended or is no line of ours."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 class Pace:

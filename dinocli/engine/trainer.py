@@ -128,8 +128,8 @@ class Trainer:
 
 def _means(values: Values) -> Values:
     """Figures over the images of all processes, in one message."""
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     if size() == 1:
         return values
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     means = mean_over_processes(torch.stack([value.float() for value in tensors.values()]))
     return values | dict(zip(tensors, means.unbind(), strict=True))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dinocli.data.crops import ViewConfig, ViewsConfig
-from dinocli.data.loader import TrainBatches, plain_batches
+from dinocli.data.loader import TrainBatches
 from dinocli.data.sources import Images
 from dinocli.encoder import Encoder, TokenChoice
 from dinocli.engine.method import Method, ParamGroup
@@ -216,16 +216,7 @@ def linear_on_images(
     finally:
         views_of_train.close()
     hits, images = np.zeros(2), 0
-    for plain in plain_batches(
-        test,
-        size=size,
-        mean=encoder.mean,
-        std=encoder.std,
-        batch_size=batch_size,
-        workers=workers,
-        device=encoder.device,
-        images=encoder.images,
-    ):
+    for plain in encoder.batches(test, size=size, batch_size=batch_size, workers=workers):
         if plain.names:
             truth = np.array(plain.labels)
             hits += hits_among(_scores(probes, encoder.features(plain.images, tokens, blocks))[0], truth)
