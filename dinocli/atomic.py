@@ -56,25 +56,53 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The disk is full, the place may not be written to, or a file or a link stands there; it names `path`.
     """
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-    draft, before = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+    _refuse_others(path)
+    with draft_folder(path) as draft:
+        yield draft
+        put_folder(draft, path)
+
+
+@contextlib.contextmanager
+def draft_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which is gone at the end, unless the block has put it elsewhere.
+
+    Raises:
+        OSError: The disk is full, or the place may not be written to; it names `path`.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     with _naming(path, draft), _parents(path):
         draft.mkdir()
         try:
             yield draft
-            if path.exists():
-                path.rename(before)
-            try:
-                draft.rename(path)
-            except OSError:
-                if before.exists():
-                    before.rename(path)
-                raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-            shutil.rmtree(before, ignore_errors=True)
+
+
+def put_folder(draft: Path, path: Path) -> None:
+    """Put a folder in the place of another, if there is one.
+
+    Raises:
+        OSError: A file or a link stands there, and is left; it names `path`.
+    """
+    _refuse_others(path)
+    before = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        if path.exists():
+            path.rename(before)
+        try:
+            draft.rename(path)
+        except OSError:
+            if before.exists():
+                before.rename(path)
+            raise
+    finally:
+        shutil.rmtree(before, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+def _refuse_others(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
 @contextlib.contextmanager

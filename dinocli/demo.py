@@ -164,8 +164,8 @@ def _train(images: Path, out: Path, device: torch.device, workers: int, stage: S
 
 def _extract(encoder: Encoder, source: Images, path: Path, workers: int, stage: Stage, what: str) -> Features:
     with stage(what, len(source), "images") as advance:
-        extract(encoder, source, path, data="drawn", workers=workers, report=advance)
-    return read_features(path)
+        done = extract(encoder, source, path, data="drawn", workers=workers, report=advance)
+    return read_features(done.path)
 
 
 def _raw_pixels(source: Images, workers: int) -> Features:

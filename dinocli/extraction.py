@@ -17,7 +17,8 @@ from dinocli.distributed import any_of, gathered, rank
 from dinocli.distributed import size as size_of_run
 from dinocli.encoder import Encoder, TokenChoice
 from dinocli.errors import DinoError
-from dinocli.features import FeatureWriter, Recipe, write_features
+from dinocli.features import Recipe
+from dinocli.storing import Dtype, FeatureWriter, write_features
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Extracted:
     """What was written.
 
     Attributes:
-        path: Of the feature file.
+        path: Of the feature file, or of the folder of shards that large features become.
         images: How many rows it has.
         shape: Of one row.
         skipped: Path and reason of each file that could not be read.
@@ -46,6 +47,7 @@ def extract(
     tokens: TokenChoice = "cls",
     blocks: int = 1,
     size: int | None = None,
+    dtype: Dtype = "float32",
     batch_size: int = 64,
     workers: int = 0,
     report: Callable[[int], None] = lambda images: None,
@@ -57,11 +59,12 @@ def extract(
     Args:
         encoder: What makes them.
         source: The images.
-        path: Of the file to write.
+        path: Of the file to write; see `write_features`.
         data: The data set's name, which is kept with the features so that those of two sets are not compared.
         tokens: Which tokens; see `Encoder.features`.
         blocks: Of how many of the last blocks.
         size: Side of the images in pixels; absent, what the encoder was trained on.
+        dtype: Of the stored numbers.
         batch_size: Images at once.
         workers: Processes that decode.
         report: Called after each batch with the number of images done so far.
@@ -81,7 +84,7 @@ def extract(
     shape: tuple[int, ...] = ()
     images = 0
     skipped: dict[str, str] = {}
-    with write_features(path, recipe, source.classes) if rank() == 0 else nullcontext() as writer:
+    with write_features(path, recipe, source.classes, dtype=dtype) if rank() == 0 else nullcontext() as writer:
         for part in _in_turns(_Part.of(batch, encoder, tokens, blocks) for batch in batches):
             if part.values is not None:
                 shape = part.values.shape[1:]
@@ -96,7 +99,7 @@ def extract(
                 f"none of the {len(skipped)} images in {source.where} can be read; {first[0]}: {first[1]}",
                 "look at that file",
             )
-    return Extracted(path, images, shape, skipped)
+    return Extracted(writer.place if writer else path, images, shape, skipped)
 
 
 class _Part(NamedTuple):
@@ -116,9 +119,7 @@ class _Part(NamedTuple):
 
     def write(self, writer: FeatureWriter) -> None:
         if self.values is not None:
-            writer.append(self.values)
-        writer.labels += self.labels
-        writer.paths += self.names
+            writer.append(self.values, self.labels, self.names)
         writer.skipped |= dict(self.bad)
 
 

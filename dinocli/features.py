@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
-from dinocli.atomic import atomic
 from dinocli.errors import DinoError
+from dinocli.mapped import Rows, Texts, Values, map_tensors
 
 FOLDER = Path("features")
-_KINDS = {"float32": "F32", "int64": "I64", "uint8": "U8"}
+INDEX = "index.json"  # of a folder of shards
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Features:
     """Features of S images.
 
     Attributes:
-        values: [S, D], or [S, N, D] for patch tokens; float32.
+        values: [S, D], or [S, N, D] for patch tokens; what is taken of them is float32.
         labels: Index into `classes`, -1 where there is none. [S]
         paths: Of the images, below the data folder's split. [S]
         classes: Names of the classes; none for unlabelled images.
@@ -55,9 +53,9 @@ class Features:
         recipe: What made them.
     """
 
-    values: NDArray[np.float32]
+    values: Values
     labels: NDArray[np.int64]
-    paths: list[str]
+    paths: Sequence[str]
     classes: list[str]
     skipped: dict[str, str]
     recipe: Recipe
@@ -66,120 +64,92 @@ class Features:
         return len(self.values)
 
 
-class FeatureWriter:
-    """Takes features row by row; `write_features` gives one.
-
-    Attributes:
-        labels: Of the rows so far; the caller adds to it, as to the two below.
-        paths: Of the rows so far.
-        skipped: Path and reason of each file that could not be read.
-    """
-
-    def __init__(self, file: BinaryIO, recipe: Recipe, classes: Sequence[str]) -> None:
-        self._file = file
-        self._metadata = {
-            "dinocli": "features",
-            "recipe": json.dumps(vars(recipe)),
-            "classes": json.dumps(list(classes)),
-        }
-        # A safetensors file opens with a header that holds every tensor's shape, and these are known at the end alone:
-        # room is left for it, and padded with spaces, as the format allows.
-        self._room = len(json.dumps({"__metadata__": self._metadata})) + 1024
-        self._room += -self._room % 8  # so that what follows is aligned
-        self._row: tuple[int, ...] = (0,)
-        self._rows = 0
-        self.labels: list[int] = []
-        self.paths: list[str] = []
-        self.skipped: dict[str, str] = {}
-        file.write(b" " * (8 + self._room))
-
-    def append(self, values: NDArray[np.float32]) -> None:
-        """Add rows. [B, ...]"""
-        self._row = values.shape[1:]
-        self._rows += len(values)
-        self._file.write(np.ascontiguousarray(values, dtype="<f4").tobytes())
-
-    def finish(self) -> None:
-        """Write what follows the rows, and then the header."""
-        end = self._file.tell() - 8 - self._room
-        header: dict[str, Any] = {"__metadata__": self._metadata}
-        header["values"] = {"dtype": "F32", "shape": [self._rows, *self._row], "data_offsets": [0, end]}
-        tail = {
-            # A header is capped at 100 MB, which a million paths would pass: they are a tensor of bytes.
-            "labels": np.array(self.labels, dtype="<i8"),
-            "paths": np.frombuffer("\0".join(self.paths).encode("utf-8", "surrogateescape"), dtype=np.uint8),
-            "skipped": np.frombuffer(json.dumps(self.skipped).encode(), dtype=np.uint8),
-        }
-        # labels come first of the three: int64 is to begin at a multiple of eight, which rows of float32 may miss.
-        if end % 8:
-            self._file.write(b"\0" * 4)
-            header["padding"] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
-            end += 4
-        for name, array in tail.items():
-            self._file.write(array.tobytes())
-            stop = end + array.nbytes
-            header[name] = {"dtype": _KINDS[array.dtype.name], "shape": list(array.shape), "data_offsets": [end, stop]}
-            end = stop
-        text = json.dumps(header).encode()
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + text.ljust(self._room))
-
-
-@contextmanager
-def write_features(path: Path, recipe: Recipe, classes: Sequence[str]) -> Iterator[FeatureWriter]:
-    """Write a feature file in constant memory; it appears at `path` when the block ends well, and else not at all."""
-    with atomic(path) as draft, draft.open("wb") as file:
-        writer = FeatureWriter(file, recipe, classes)
-        yield writer
-        writer.finish()
-
-
 def read_features(path: Path) -> Features:
-    """Read a feature file.
+    """Open features; their numbers stay on the disk until they are asked for.
+
+    Args:
+        path: Of a feature file, or of a folder of shards.
 
     Raises:
-        DinoError: There is none, it is damaged, or it is another kind of file.
+        DinoError: There are none, they are damaged, or it is another kind of file.
     """
-    if not path.is_file():
-        raise DinoError(
-            f"a feature file was wanted; {path} does not exist", "make one with `dino extract CHECKPOINT DATA`"
-        )
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("dinocli") != "features":
-                raise DinoError(f"{path} holds no features", "make some with `dino extract CHECKPOINT DATA`")
-            text = {
-                name: file.get_tensor(name).tobytes().decode("utf-8", "surrogateescape")
-                for name in ("paths", "skipped")
-            }
-            values, labels = file.get_tensor("values"), file.get_tensor("labels")
-    except SafetensorError as error:
-        raise DinoError(f"{path} is damaged: {error}", "make it again with `dino extract CHECKPOINT DATA`") from error
-    paths = text["paths"].split("\0") if len(values) else []
+    if not path.exists():
+        raise DinoError(f"features were wanted; {path} does not exist", "make some with `dino extract CHECKPOINT DATA`")
+    if path.is_dir():
+        shards = [_map_file(path / name, images) for name, images in _index(path).items()]
+        if any(metadata != shards[0][1] for _, metadata in shards):
+            raise _damaged(path, "its shards were made by different commands")
+    else:
+        shards = [_map_file(path)]
+    tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
+    recipe = Recipe(**json.loads(metadata["recipe"]))
+    labels = np.concatenate([t["labels"] for t in tensors])
+    skipped = [json.loads(t["skipped"].tobytes()) for t in tensors]
     return Features(
-        values,
+        Rows([t["values"] for t in tensors]),
         labels,
-        paths,
+        Texts([t["paths"] for t in tensors if len(t["labels"])]),
         json.loads(metadata["classes"]),
-        json.loads(text["skipped"]),
-        Recipe(**json.loads(metadata["recipe"])),
+        {name: reason for some in skipped for name, reason in some.items()},
+        recipe,
     )
 
 
+def _index(folder: Path) -> dict[str, int]:
+    """Names of a folder's shards and how many images each has."""
+    try:
+        told = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if told["dinocli"] != "features":
+            raise DinoError(f"{folder} holds no features", "make some with `dino extract CHECKPOINT DATA`")
+        shards = {str(name): int(images) for name, images in told["images"].items()}
+        if not shards:
+            raise ValueError("it names no shard")
+        return shards
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _damaged(folder, f"its {INDEX} cannot be read") from error
+
+
+def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The tensors and the metadata of a feature file, which is to have so many images."""
+    if not path.exists():
+        raise _damaged(path.parent, f"{path.name} is missing")
+    try:
+        tensors, metadata = map_tensors(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
+    if metadata.get("dinocli") != "features":
+        raise DinoError(f"{path} holds no features", "make some with `dino extract CHECKPOINT DATA`")
+    if images not in (None, len(tensors["labels"])):
+        raise _damaged(path, f"{images} images were wanted; it has {len(tensors['labels'])}")
+    return tensors, metadata
+
+
+def _damaged(path: Path, why: str) -> DinoError:
+    return DinoError(f"{path} is damaged: {why}", "make it again with `dino extract CHECKPOINT DATA`")
+
+
 def read_splits(folder: Path) -> dict[str, Features]:
-    """All feature files of a folder by their split's name, after a check that they belong together.
+    """All features of a folder by their split's name, after a check that they belong together.
 
     Raises:
-        DinoError: There is none, or they were made by different weights, settings or data.
+        DinoError: There are none, they were made by different weights, settings or data, or a split is there twice.
     """
-    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    paths = {path.stem: path for path in files}
+    for index in sorted(folder.glob(f"*/{INDEX}")):
+        name = index.parent.name
+        if name in paths:
+            raise DinoError(
+                f"one {name} was wanted; {folder} has both {paths[name].name} and the folder {name}",
+                "remove the older of the two; a run that was killed may have left it",
+            )
+        paths[name] = index.parent
     if not paths:
         came = "holds none" if folder.is_dir() else "does not exist"
         raise DinoError(
             f"a folder with features was wanted; {folder} {came}", "make some with `dino extract CHECKPOINT DATA`"
         )
-    found = {path.stem: read_features(path) for path in paths}
+    found = {name: read_features(path) for name, path in sorted(paths.items())}
     first_name, first = next(iter(found.items()))
     for name, other in found.items():
         for field, what in (
@@ -195,7 +165,7 @@ def read_splits(folder: Path) -> dict[str, Features]:
                     a, b = f"{first.recipe.source} ({a})", f"{other.recipe.source} ({b})"
                 raise DinoError(
                     f"{folder} holds features made by different {what}: {first_name} by {a}, {name} by {b}",
-                    f"extract into a folder of its own (--out), or remove {folder / first_name}.safetensors if old",
+                    f"extract into a folder of its own (--out), or remove {paths[first_name]} if old",
                 )
     return found
 
@@ -231,4 +201,4 @@ def _with_classes_of(train: Features, test: Features) -> Features:
             "give both splits the same class folders",
         )
     translate = np.array([index[name] for name in test.classes])
-    return Features(test.values, translate[test.labels], test.paths, train.classes, test.skipped, test.recipe)
+    return replace(test, labels=translate[test.labels], classes=train.classes)

@@ -59,6 +59,16 @@ def test_rows_do_not_depend_on_batches_or_workers(tmp_path: Path, images: Path, 
     np.testing.assert_array_equal(values[1], values[2])
 
 
+def test_half_the_bytes_are_nearly_the_same_features(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+    whole, half = (
+        read_features(extract(encoder, image_folder(images), tmp_path / f"{d}.safetensors", data="d", dtype=d).path)
+        for d in ("float32", "float16")
+    )
+    np.testing.assert_allclose(half.values[:], whole.values[:], rtol=1e-3, atol=1e-6)
+    sizes = [(tmp_path / f"{d}.safetensors").stat().st_size for d in ("float32", "float16")]
+    assert sizes[0] - sizes[1] == 12 * 16 * 2
+
+
 def test_a_bad_file_is_named_and_all_others_are_kept(tmp_path: Path, images: Path, encoder: Encoder) -> None:
     (images / "b" / "0000.png").write_bytes(b"no image")
     done = extract(encoder, image_folder(images), tmp_path / "f.safetensors", data="d")

@@ -49,8 +49,8 @@ def test_it_says_what_extract_and_knn_say(labelled: Path, plan: Plan) -> None:
     encoder = load_encoder(str(run.folder), CPU)
     parts = {}
     for part in ("train", "val"):
-        extract(encoder, image_folder(labelled / part), Path(part), data="x")
-        parts[part] = read_features(Path(part))
+        done = extract(encoder, image_folder(labelled / part), Path(f"{part}.safetensors"), data="x")
+        parts[part] = read_features(done.path)
     network = plan.preset.network()
     network.load_weights(dict(_weights(run.checkpoint)), "x")
     monitor = Monitor(str(labelled), plan.preset, workers=0)

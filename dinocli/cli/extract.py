@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,6 +35,9 @@ def extract(
     tokens: Tokens = "cls",
     blocks: Annotated[int, typer.Option(min=1, help="Join the tokens of the last N blocks.")] = 1,
     size: Size = None,
+    dtype: Annotated[
+        Literal["float32", "float16"], typer.Option(help="Stored numbers; float16 takes half the room.")
+    ] = "float32",
     batch_size: BatchSize = 64,
     network: NetworkName = "teacher",
     overrides: Limits = None,
@@ -71,6 +74,7 @@ def extract(
                     tokens=tokens,
                     blocks=blocks,
                     size=size,
+                    dtype=dtype,
                     batch_size=batch_size,
                     report=advance,
                     workers=default_workers(picked) if workers is None else workers,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import faiss
 import numpy as np
@@ -12,8 +13,12 @@ from numpy.typing import NDArray
 from dinocli.errors import DinoError
 from dinocli.evals.accuracy import hits_among
 from dinocli.features import Features
+from dinocli.mapped import Values
 
-_ROWS = 4096  # queries whose votes are counted at once: [rows, classes] stays small
+# What is held at once, whatever the sizes; each block of queries reads all voters once.
+_QUERIES = 16384
+_VOTER_BYTES = 128 * 2**20  # of float32
+_CELLS = 2**22  # votes of some queries for all classes
 
 
 @dataclass(frozen=True)
@@ -74,57 +79,89 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
                 f"--k {min(20, voters)}" if voters else "extract more than one image",
             )
     queries = train if test is None else test
-    similarities, labels = _search(train, queries, max(ks), leave_one_out=test is None)
-    scores = []
-    for k in ks:
-        hits = np.zeros(2, dtype=np.int64)
-        for start in range(0, len(queries), _ROWS):
-            rows = slice(start, start + _ROWS)
-            votes = vote(similarities[rows, :k], labels[rows, :k], len(train.classes), temperature)
-            # A class that nobody voted for is no answer, even where fewer than five got a vote.
-            hits += hits_among(np.where(votes > 0, votes, -np.inf), queries.labels[rows], min(5, k))
-        top1, top5 = (100 * hits / len(queries)).tolist()
-        scores.append(Score(k, top1, top5))
+    ascending = sorted(set(ks))
+    hits = np.zeros((len(ascending), 2), dtype=np.int64)
+    for first in range(0, len(queries), _QUERIES):
+        asked = slice(first, first + _QUERIES)
+        similarities, found = _search(train.values, queries.values[asked], ascending[-1] + (test is None))
+        if test is None:
+            similarities, found = _without_itself(similarities, found, first)
+        hits += _hits(similarities, train.labels[found], queries.labels[asked], ascending, train, temperature)
+    percents = dict(zip(ascending, (100 * hits / len(queries)).tolist(), strict=True))
+    scores = [Score(k, *percents[k]) for k in ks]
     return KnnResult(scores, len(queries), voters, len(train.classes), test is None, temperature)
 
 
-def vote(
-    similarities: NDArray[np.float32], labels: NDArray[np.int64], classes: int, temperature: float
-) -> NDArray[np.float64]:
-    """Weight of the votes for each class.
+def votes(
+    similarities: NDArray[np.float32], labels: NDArray[np.int64], ks: Sequence[int], classes: int, temperature: float
+) -> Iterator[NDArray[np.float64]]:
+    """Weight of the votes for each class, for one k after another in one pass over the neighbours.
 
     Args:
-        similarities: Of each query's neighbours. [Q, k]
-        labels: Of each query's neighbours. [Q, k]
+        similarities: Of each query's neighbours, the nearest first. [Q, at least the last k]
+        labels: Of each query's neighbours. [Q, the same]
+        ks: Ascending.
         classes: How many there are.
         temperature: A vote weighs exp(similarity / temperature).
 
-    Returns:
-        In units of the nearest neighbour's vote. [Q, classes]
+    Yields:
+        For each k, in units of the nearest neighbour's vote; the next k's are written over it. [Q, classes]
     """
-    rows = np.arange(len(labels))[:, None] * classes
     # Relative to the nearest, which changes no vote and keeps a low temperature from overflowing.
-    nearer = similarities.astype(np.float64) - similarities.max(axis=1, keepdims=True)
-    weights = np.exp(nearer / temperature)
-    cells = np.bincount((rows + labels).ravel(), weights.ravel(), minlength=len(labels) * classes)
-    return cells.astype(np.float64, copy=False).reshape(len(labels), classes)
+    weights = np.exp((similarities.astype(np.float64) - similarities[:, :1]) / temperature)
+    cells = labels + np.arange(len(labels))[:, None] * classes
+    counted = np.zeros(len(labels) * classes)
+    for fewer, k in pairwise([0, *ks]):
+        np.add.at(counted, cells[:, fewer:k].ravel(), weights[:, fewer:k].ravel())
+        yield counted.reshape(len(labels), classes)
 
 
-def _search(
-    train: Features, queries: Features, k: int, *, leave_one_out: bool
+def _hits(
+    similarities: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    truth: NDArray[np.int64],
+    ks: Sequence[int],
+    train: Features,
+    temperature: float,
+) -> NDArray[np.int64]:
+    """How many queries have their class first and among the first five, for each k. [ks, 2]"""
+    classes = len(train.classes)
+    hits = np.zeros((len(ks), 2), dtype=np.int64)
+    step = max(1, _CELLS // max(classes, ks[-1]))
+    for start in range(0, len(truth), step):
+        rows = slice(start, start + step)
+        for i, counted in enumerate(votes(similarities[rows], labels[rows], ks, classes, temperature)):
+            # A class that nobody voted for is no answer, even where fewer than five got a vote.
+            hits[i] += hits_among(counted, truth[rows], min(5, ks[i]), above=0)
+    return hits
+
+
+def _search(voters: Values, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Similarities and numbers of each query's k nearest voters, the nearest first. [Q, k] each
+
+    The search is exact. The voters are taken in blocks, of which the nearest so far are kept.
+    """
+    queries = _normalized(queries)
+    step = max(1, _VOTER_BYTES // (4 * queries.shape[1]))
+    nearest = faiss.ResultHeap(len(queries), k, keep_max=True)
+    for first in range(0, len(voters), step):
+        block = _normalized(voters[first : first + step])
+        similarities, found = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        if len(block) == len(voters):
+            return similarities, found
+        nearest.add_result(similarities, found + first)
+    nearest.finalize()
+    return nearest.D, nearest.I
+
+
+def _without_itself(
+    similarities: NDArray[np.float32], found: NDArray[np.int64], first: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Similarities and labels of each query's k nearest voters, the nearest first. [Q, k] each"""
-    index = faiss.IndexFlatIP(train.values.shape[1])
-    bank = _normalized(train.values)
-    index.add(bank)
-    wanted = _normalized(queries.values) if queries is not train else bank
-    similarities, found = index.search(wanted, k + leave_one_out)
-    if leave_one_out:
-        # An image is mostly its own nearest neighbour, but an exact copy of it may come first.
-        itself = found == np.arange(len(found))[:, None]
-        itself[~itself.any(1), -1] = True
-        similarities, found = similarities[~itself].reshape(-1, k), found[~itself].reshape(-1, k)
-    return similarities, train.labels[found]
+    """The neighbours of queries that are voters too, from number `first` on, without themselves. [Q, k] of [Q, k+1]"""
+    # An image is mostly its own nearest neighbour, but an exact copy of it may come first.
+    itself = found == np.arange(first, first + len(found))[:, None]
+    itself[~itself.any(1), -1] = True
+    return similarities[~itself].reshape(len(found), -1), found[~itself].reshape(len(found), -1)
 
 
 def _normalized(values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -88,13 +88,13 @@ def linear(
         DinoError: There are too few images or classes.
     """
     classes = len(train.classes)
-    x, y = torch.from_numpy(train.values).to(device), torch.from_numpy(train.labels).to(device)
+    x, y = torch.from_numpy(train.values[:]).to(device), torch.from_numpy(train.labels).to(device)
     rows = np.arange(len(train))
     if test is None:
         rows, test_rows = _set_apart(rows, train.labels, _TEST, seed)
         test_values, test_labels = train.values[test_rows], train.labels[test_rows]
     else:
-        test_values, test_labels = test.values, test.labels
+        test_values, test_labels = test.values[:], test.labels
     kept, held = _set_apart(rows, train.labels[rows], _HELD_OUT, seed + 1)
     if classes < 2 or not len(held) or not len(test_labels):
         raise DinoError(

@@ -14,3 +14,16 @@ def test_first_and_among_the_first() -> None:
 def test_what_is_out_of_the_running_is_no_hit() -> None:
     scores = np.array([[-np.inf, 1.0, -np.inf]])
     assert hits_among(scores, np.array([0]), 3).tolist() == [0, 0]
+    assert hits_among(np.array([[0.0, 1.0, 0.0]]), np.array([2]), 3, above=0).tolist() == [0, 0]
+    assert hits_among(np.array([[0.0, 1.0]]), np.array([-1]), 2).tolist() == [0, 0], "its class is not known"
+    assert hits_among(np.array([[0.0, np.nan]]), np.array([1]), 2).tolist() == [0, 0], "a classifier that blew up"
+
+
+def test_it_counts_what_an_order_of_all_classes_tells() -> None:
+    generator = np.random.default_rng(0)
+    scores = generator.integers(0, 4, (200, 9)).astype(np.float64)  # many of them equal
+    truth = generator.integers(0, 9, 200)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    for among in (1, 3, 9):
+        right = order[:, :among] == truth[:, None]
+        assert hits_among(scores, truth, among).tolist() == [right[:, 0].sum(), right.any(1).sum()]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from dinocli.errors import DinoError
-from dinocli.evals.knn import knn, vote
-from dinocli.features import Features, Recipe
+from dinocli.evals.knn import knn, votes
+from dinocli.features import Features, Recipe, read_features
+from dinocli.storing import write_features
 
 RECIPE = Recipe("x", "0", "cls", 1, 224, "data")
 
@@ -39,7 +42,7 @@ def test_accuracies_equal_the_originals_for_every_k(original, stored: tuple[Feat
 def test_votes_and_predictions_equal_the_originals(original, stored: tuple[Features, Features], k: int) -> None:
     theirs = {name: values.numpy() for name, values in original.below(f"knn/k{k}/").items()}
     train, _ = stored
-    ours = vote(theirs["similarities"], train.labels[theirs["neighbors"]], 12, original.made["knn"]["T"])
+    [ours] = votes(theirs["similarities"], train.labels[theirs["neighbors"]], [k], 12, original.made["knn"]["T"])
     # Ours are counted in votes of the nearest neighbour.
     nearest = np.exp(theirs["similarities"].max(axis=1, keepdims=True).astype(np.float64) / original.made["knn"]["T"])
     np.testing.assert_allclose(ours * nearest, theirs["votes"], rtol=1e-5, atol=1e-5 * theirs["votes"].max())
@@ -61,19 +64,36 @@ def test_leave_one_out_never_asks_the_image_itself() -> None:
 
 
 def test_a_vote_weighs_by_similarity() -> None:
-    votes = vote(np.array([[0.9, 0.5, 0.5]], dtype=np.float32), np.array([[2, 0, 0]]), 3, 0.07)
-    np.testing.assert_allclose(votes, [[2 * np.exp(-0.4 / 0.07), 0, 1]], rtol=1e-5)
-    assert np.isfinite(vote(np.array([[0.9, 0.5]], dtype=np.float32), np.array([[1, 0]]), 2, 1e-4)).all()
+    counted = votes(np.array([[0.9, 0.5, 0.5]], dtype=np.float32), np.array([[2, 0, 0]]), [1, 3], 3, 0.07)
+    for expected in ([[0, 0, 1]], [[2 * np.exp(-0.4 / 0.07), 0, 1]]):
+        np.testing.assert_allclose(next(counted), expected, rtol=1e-5)
+    [cold] = votes(np.array([[0.9, 0.5]], dtype=np.float32), np.array([[1, 0]]), [2], 2, 1e-4)
+    assert np.isfinite(cold).all()
 
 
-def test_more_queries_than_fit_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_blocks_of_queries_voters_and_votes_change_nothing(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
     from dinocli.evals import knn as module
 
     generator = np.random.default_rng(0)
-    data = features(generator.normal(size=(50, 4)), generator.integers(0, 5, 50), 5)
-    whole = knn(data, None, [3, 7])
-    monkeypatch.setattr(module, "_ROWS", 7)
-    assert knn(data, None, [3, 7]) == whole
+    values = generator.normal(size=(50, 4))
+    values[30:35] = values[:5]  # copies, in another block than what they are of
+    train = features(values, generator.integers(0, 5, 50), 5)
+    test = None if alone else features(generator.normal(size=(20, 4)), generator.integers(0, 5, 20), 5)
+    whole = knn(train, test, [7, 3, 40])
+    for name, least in (("_QUERIES", 7), ("_VOTER_BYTES", 9 * 4 * 4), ("_CELLS", 20)):
+        monkeypatch.setattr(module, name, least)
+        assert knn(train, test, [7, 3, 40]) == whole
+    assert [score.k for score in whole.scores] == [7, 3, 40]
+
+
+def test_features_on_disk_give_what_those_in_memory_give(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    data = features(generator.normal(size=(60, 8)), generator.integers(0, 5, 60), 5)
+    with write_features(tmp_path / "f.safetensors", RECIPE, data.classes, shard_bytes=20 * 8 * 4) as writer:
+        for some in np.split(np.arange(60), 12):
+            writer.append(data.values[some], data.labels[some].tolist(), [f"{i}.png" for i in some])
+    assert knn(read_features(writer.place), None, [1, 5]) == knn(data, None, [1, 5])
 
 
 @pytest.mark.parametrize("k", [0, 10, 11])

@@ -1,0 +1,150 @@
+"""Storing: features to disk in constant memory, as a file or as shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocli.atomic import atomic, draft_folder, put_folder, write_text
+from dinocli.errors import DinoError
+from dinocli.features import INDEX, Recipe
+from dinocli.streamed import TensorStream
+
+SHARD_BYTES = 2 * 2**30  # of numbers in a file; more become several
+Dtype = Literal["float32", "float16"]
+
+
+class FeatureWriter:
+    """Takes features a batch after another, in constant memory; `write_features` gives one.
+
+    Attributes:
+        place: Of the features: the file or, of large ones, the folder.
+        skipped: Path and reason of each file that could not be read; the caller adds to it.
+        images: How many rows each shard has, by its name.
+    """
+
+    def __init__(
+        self, draft: Path, place: Path, recipe: Recipe, classes: Sequence[str], dtype: Dtype, shard_bytes: int
+    ) -> None:
+        self.place = place
+        self.skipped: dict[str, str] = {}
+        self.images: dict[str, int] = {}
+        self._draft, self._dtype, self._shard_bytes, self._bytes = draft, dtype, shard_bytes, 0
+        self._metadata = {
+            "dinocli": "features",
+            "recipe": json.dumps(vars(recipe)),
+            "classes": json.dumps(list(classes)),
+        }
+        self._open(np.empty((0, 0), dtype))
+
+    def append(self, values: NDArray[np.float32], labels: Sequence[int], paths: Sequence[str]) -> None:
+        """Add a batch.
+
+        Args:
+            values: [B, ...]
+            labels: -1 where there is none. [B]
+            paths: [B]
+
+        Raises:
+            DinoError: A number is too large for float16, or a folder of the user's own stands where shards would.
+        """
+        with np.errstate(over="ignore"):
+            rows = values.astype(self._dtype, copy=False)
+        if self._dtype == "float16" and np.isinf(rows).any() and np.isfinite(values).all():
+            raise DinoError(f"float16 ends at 65504; a feature is {np.abs(values).max():.0f}", "--dtype float32")
+        if self._bytes and self._bytes + rows.nbytes > self._shard_bytes:
+            if in_the_way(_folder_of(self.place)):
+                raise DinoError(
+                    f"features above {self._shard_bytes / 2**30:g} GiB become a folder of shards; "
+                    f"{_folder_of(self.place)} holds other things",
+                    "name another folder with --out",
+                )
+            self._end()
+            self._open(rows[:0])
+        self._bytes += rows.nbytes
+        self._stream.append("values", rows)
+        self._stream.append("labels", np.array(labels, dtype=np.int64))
+        # A header is capped at 100 MB, which a million paths would pass: they are a tensor of bytes.
+        text = "\0".join(paths).encode("utf-8", "surrogateescape")
+        if self.images[self._name]:
+            text = b"\0" + text
+        self._stream.append("paths", np.frombuffer(text, dtype=np.uint8))
+        self.images[self._name] += len(rows)
+
+    def finish(self) -> None:
+        """Write what follows the rows."""
+        self._end(self.skipped)
+
+    def close(self) -> None:
+        """Let go of the open files."""
+        self._stream.close()
+
+    def _open(self, nothing: NDArray[Any]) -> None:
+        self._name = f"{len(self.images):05}.safetensors"
+        self.images[self._name] = self._bytes = 0
+        self._stream = TensorStream(self._draft / self._name, ("values", "labels", "paths", "skipped"), self._metadata)
+        for name, empty in (("values", nothing), ("labels", np.empty(0, np.int64)), ("paths", np.empty(0, np.uint8))):
+            self._stream.append(name, empty)
+
+    def _end(self, skipped: dict[str, str] | None = None) -> None:
+        self._stream.append("skipped", np.frombuffer(json.dumps(skipped or {}).encode(), dtype=np.uint8))
+        self._stream.finish()
+        self._stream.close()
+
+
+@contextmanager
+def write_features(
+    path: Path, recipe: Recipe, classes: Sequence[str], *, dtype: Dtype = "float32", shard_bytes: int = SHARD_BYTES
+) -> Iterator[FeatureWriter]:
+    """Write features in constant memory; they appear when the block ends well, and else not at all.
+
+    What is no larger than a shard is a file at `path`. More is a folder beside it, named without the suffix, with
+    shards and an index. Of the two what was there before is gone afterwards.
+
+    Args:
+        path: Of the file, with its suffix.
+        recipe: What makes the features.
+        classes: Names of the classes; none for unlabelled images.
+        dtype: Of the stored numbers.
+        shard_bytes: Of numbers in a file, unless one batch alone has more.
+    """
+    folder = _folder_of(path)
+    with draft_folder(folder) as draft:
+        writer = FeatureWriter(draft, path, recipe, classes, dtype, shard_bytes)
+        with closing(writer):
+            yield writer
+            writer.finish()
+        if len(writer.images) == 1:
+            with atomic(path) as whole:
+                (draft / next(iter(writer.images))).rename(whole)
+            if not in_the_way(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+        else:
+            write_text(draft / INDEX, json.dumps({"dinocli": "features", "images": writer.images}))
+            put_folder(draft, folder)
+            path.unlink(missing_ok=True)
+            writer.place = folder
+
+
+def _folder_of(path: Path) -> Path:
+    return path.with_suffix("")
+
+
+def in_the_way(folder: Path) -> bool:
+    """Whether something stands there that is no folder of feature shards, and so not to be replaced."""
+    if not os.path.lexists(folder):
+        return False
+    return (
+        folder.is_symlink()
+        or not (folder / INDEX).is_file()
+        or any(p.name != INDEX and not re.fullmatch(r"[0-9]{5}\.safetensors", p.name) for p in folder.iterdir())
+    )

@@ -1,0 +1,74 @@
+"""A safetensors file whose tensors grow, written in constant memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+_KINDS = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
+_A_TENSOR = 256  # bytes that the header says of a tensor, at most
+_ALIGNED = 8
+
+
+class TensorStream:
+    """Takes rows of tensors; the file is whole once `finish` has returned.
+
+    The rows of the first tensor go to their place at once. Those of the others wait in files beside it, which have no
+    name and so are gone with the process, and are copied behind them.
+
+    Args:
+        path: Of the file; a draft, since it is not whole before its end.
+        names: Of the tensors.
+        metadata: Of the file.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str], metadata: dict[str, str]) -> None:
+        self._metadata = metadata
+        # The header holds every tensor's shape and comes first, and shapes are known at the end alone: room is left
+        # for it, and padded with spaces, as the format allows.
+        self._room = len(json.dumps({"__metadata__": metadata})) + _A_TENSOR * (2 * len(names))
+        self._room += -self._room % _ALIGNED
+        self._file = path.open("wb")
+        self._file.write(b" " * (8 + self._room))
+        self._files: dict[str, BinaryIO] = {names[0]: self._file}
+        for name in names[1:]:
+            self._files[name] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115, closed by `close`
+        self._told: dict[str, dict[str, Any]] = {}
+
+    def append(self, name: str, rows: NDArray[Any]) -> None:
+        """Add rows, of the same type and size as those before. [B, ...]"""
+        there = self._told.get(name, {"shape": [0]})["shape"][0]
+        self._told[name] = {"dtype": _KINDS[rows.dtype.name], "shape": [there + len(rows), *rows.shape[1:]]}
+        self._files[name].write(np.ascontiguousarray(rows, rows.dtype.newbyteorder("<")).data)
+
+    def finish(self) -> None:
+        """Put all in its place, write the header, and see that it is on the disk."""
+        header: dict[str, Any] = {"__metadata__": self._metadata}
+        end = 0
+        for name, file in self._files.items():
+            begin, end = end, end + file.tell() - (8 + self._room if file is self._file else 0)
+            if file is not self._file:
+                file.seek(0)
+                shutil.copyfileobj(file, self._file, 1 << 20)
+            header[name] = self._told[name] | {"data_offsets": [begin, end]}
+            if rest := -end % _ALIGNED:  # whatever follows may be int64; the format knows no holes, so this has a name
+                self._file.write(b"\0" * rest)
+                header[f"padding of {name}"] = {"dtype": "U8", "shape": [rest], "data_offsets": [end, end + rest]}
+                end += rest
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + json.dumps(header).encode().ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let go of the files, whole or not."""
+        for file in self._files.values():
+            file.close()

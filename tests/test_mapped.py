@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from dinocli.mapped import Rows, Texts, map_tensors
+
+
+def test_a_mapped_tensor_is_that_of_the_file_and_takes_no_memory(tmp_path: Path) -> None:
+    made = {
+        "half": np.arange(6, dtype=np.float16).reshape(2, 3),
+        "labels": np.array([-1, 5]),
+        "bytes": np.arange(3, dtype=np.uint8),
+        "nothing": np.empty((0, 4), np.float32),
+    }
+    save_file(made, tmp_path / "f.safetensors", {"a": "b"})
+    tensors, metadata = map_tensors(tmp_path / "f.safetensors")
+    assert metadata == {"a": "b"}
+    for name, values in made.items():
+        assert tensors[name].dtype == values.dtype
+        np.testing.assert_array_equal(tensors[name], values)
+    assert isinstance(tensors["half"], np.memmap)
+
+
+def test_other_numbers_and_damage_are_said(tmp_path: Path) -> None:
+    save_file({"x": np.zeros(4)}, tmp_path / "f.safetensors")
+    with pytest.raises(SafetensorError, match="F64"):
+        map_tensors(tmp_path / "f.safetensors")
+    (tmp_path / "f.safetensors").write_bytes((tmp_path / "f.safetensors").read_bytes()[:-1])
+    with pytest.raises(SafetensorError):
+        map_tensors(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize("cuts", [[], [3], [1, 2, 9]])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_rows_of_several_arrays_are_as_those_of_one(cuts: list[int], dtype: type) -> None:
+    values = np.random.default_rng(0).normal(size=(10, 4, 2)).astype(dtype)
+    rows = Rows(np.split(values, cuts))
+    assert (len(rows), rows.shape, rows.ndim) == (10, (10, 4, 2), 3)
+    some, places = np.array([9, 0, 4, 4, -1]), np.array([3, 0, 1, 2, 3])
+    for key in (slice(None), slice(2, 7), slice(0, 0), slice(8, 100), slice(0, 9, 2), some, (some, places)):
+        assert rows[key].dtype == np.float32
+        np.testing.assert_array_equal(rows[key], values[key])
+    np.testing.assert_array_equal(np.asarray(rows), values)
+    with pytest.raises(IndexError):
+        rows[np.array([10])]
+
+
+def test_texts_lie_between_zeros() -> None:
+    parts = [np.frombuffer(text.encode(), np.uint8) for text in ("a/ü.png\0b.png", "c.png")]
+    assert list(Texts(parts)) == ["a/ü.png", "b.png", "c.png"]
+    assert (len(Texts(parts)), Texts(parts)[1], Texts([])[:]) == (3, "b.png", [])
