@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dinocli.config import change
 from dinocli.data.decode import DEFAULTS, ImagesConfig
+from dinocli.data.fill import Cutter
 from dinocli.data.loader import ALONE, Plain, Share, plain_batches
 from dinocli.data.sources import Source
 from dinocli.errors import DinoError
@@ -58,7 +59,14 @@ class Encoder:
         return next(self.backbone.parameters()).device
 
     def batches(
-        self, source: Source, *, size: int, batch_size: int, workers: int, share: Share = ALONE
+        self,
+        source: Source,
+        *,
+        size: int,
+        batch_size: int,
+        workers: int,
+        share: Share = ALONE,
+        cutter: Cutter | None = None,
     ) -> Iterator[Plain]:
         """All images of a source once, read and normalized as they were in training.
 
@@ -68,6 +76,7 @@ class Encoder:
             batch_size: Images at once.
             workers: Processes that decode.
             share: Which batches are this process's.
+            cutter: Of views beside each image, if any.
         """
         return plain_batches(
             source,
@@ -79,6 +88,7 @@ class Encoder:
             device=self.device,
             images=self.images,
             share=share,
+            cutter=cutter,
         )
 
     @torch.no_grad()

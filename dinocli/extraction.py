@@ -11,12 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocli.data.fill import Cutter
 from dinocli.data.loader import Plain, Share
 from dinocli.data.sources import Source
 from dinocli.distributed import any_of, gathered, rank
 from dinocli.distributed import size as size_of_run
 from dinocli.encoder import Encoder, TokenChoice
 from dinocli.errors import DinoError
+from dinocli.evals.linear import augmented
 from dinocli.features import Recipe
 from dinocli.storing import Dtype, FeatureWriter, write_features
 
@@ -28,7 +30,7 @@ class Extracted:
     Attributes:
         path: Of the feature file, or of the folder of shards that large features become.
         images: How many rows it has.
-        shape: Of one row.
+        shape: Of one row; with K views [1+K, D].
         skipped: Path and reason of each file that could not be read.
     """
 
@@ -48,6 +50,8 @@ def extract(
     blocks: int = 1,
     size: int | None = None,
     dtype: Dtype = "float32",
+    views: int = 0,
+    seed: int = 0,
     batch_size: int = 64,
     workers: int = 0,
     report: Callable[[int], None] = lambda images: None,
@@ -65,12 +69,14 @@ def extract(
         blocks: Of how many of the last blocks.
         size: Side of the images in pixels; absent, what the encoder was trained on.
         dtype: Of the stored numbers.
+        views: Random views of each image whose features are stored beside its own, for `linear`.
+        seed: Of the views, which depend on nothing else but their image's number.
         batch_size: Images at once.
         workers: Processes that decode.
         report: Called after each batch with the number of images done so far.
 
     Raises:
-        DinoError: The size is below one patch, or no image can be read.
+        DinoError: The size is below one patch, views are asked for of patch tokens, or no image can be read.
     """
     size = size or encoder.size
     if size < encoder.backbone.patch_size:
@@ -78,9 +84,12 @@ def extract(
             f"--size should be at least one patch of {encoder.backbone.patch_size} pixels; it is {size}",
             f"--size {encoder.size}",
         )
-    recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data)
+    if views and tokens == "patches":
+        raise DinoError("--views are for a classifier, which wants one feature an image", "leave out --tokens patches")
+    recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data, views)
+    cutter = Cutter(augmented(encoder, size, views), seed, encoder.images) if views else None
     share = Share(rank(), size_of_run())
-    batches = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, share=share)
+    batches = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, share=share, cutter=cutter)
     shape: tuple[int, ...] = ()
     images = 0
     skipped: dict[str, str] = {}
@@ -115,6 +124,9 @@ class _Part(NamedTuple):
         values = None
         if len(batch.images):
             values = encoder.features(batch.images, tokens, blocks).float().cpu().numpy()
+            if batch.views is not None:
+                beside = (encoder.features(view, tokens, blocks).float().cpu().numpy() for view in batch.views)
+                values = np.stack([values, *beside], axis=1)  # [B, 1+K, D]
         return cls(values, batch.names, batch.labels, batch.bad)
 
     def write(self, writer: FeatureWriter) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Recipe:
         blocks: How many of the last blocks.
         size: Side of the images, in pixels.
         data: The folder the images came from.
+        views: How many random views of each image are stored beside it.
     """
 
     source: str
@@ -38,6 +39,7 @@ class Recipe:
     blocks: int
     size: int
     data: str
+    views: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Features:
         classes: Names of the classes; none for unlabelled images.
         skipped: Path and reason of each file that could not be read.
         recipe: What made them.
+        views: Of random views of each image, where they were stored. [S, K, D]
     """
 
     values: Values
@@ -59,6 +62,7 @@ class Features:
     classes: list[str]
     skipped: dict[str, str]
     recipe: Recipe
+    views: Values | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -82,16 +86,18 @@ def read_features(path: Path) -> Features:
     else:
         shards = [_map_file(path)]
     tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
+    values = [t["values"] for t in tensors]
     recipe = Recipe(**json.loads(metadata["recipe"]))
     labels = np.concatenate([t["labels"] for t in tensors])
     skipped = [json.loads(t["skipped"].tobytes()) for t in tensors]
     return Features(
-        Rows([t["values"] for t in tensors]),
+        Rows([v[:, 0] for v in values] if recipe.views else values),
         labels,
         Texts([t["paths"] for t in tensors if len(t["labels"])]),
         json.loads(metadata["classes"]),
         {name: reason for some in skipped for name, reason in some.items()},
         recipe,
+        Rows([v[:, 1:] for v in values]) if recipe.views else None,
     )
 
 
@@ -170,6 +176,12 @@ def read_splits(folder: Path) -> dict[str, Features]:
     return found
 
 
+def learned_from(splits: Iterable[str]) -> str:
+    """Name of the split that a classifier learns from."""
+    names = list(splits)
+    return "train" if "train" in names else names[0]
+
+
 def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
     """The labelled split to learn from, and the one to measure on; absent where there is one labelled split alone.
 
@@ -184,7 +196,7 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
         )
     if any(f.values.ndim != 2 for f in labelled.values()):
         raise DinoError("one feature an image was wanted; these are patch tokens", "extract again with --tokens cls")
-    train = labelled.get("train") or next(iter(labelled.values()))
+    train = labelled[learned_from(labelled)]
     test = next((labelled[name] for name in ("val", "test") if name in labelled and labelled[name] is not train), None)
     if test is not None:
         test = _with_classes_of(train, test)

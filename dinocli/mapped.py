@@ -66,7 +66,7 @@ class Rows:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, key: slice | Indices | tuple[Indices, Indices]) -> NDArray[np.float32]:
+    def __getitem__(self, key: slice | Indices | tuple[Indices, ...]) -> NDArray[np.float32]:
         if isinstance(key, slice):
             first, last, step = key.indices(len(self))
             if len(self._parts) == 1:

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import together, write_images
+from PIL import Image
 
+from dinocli.data.crops import crop_boxes, crop_tries, cut, draws, uniforms
 from dinocli.data.sources import image_folder, open_source
 from dinocli.distributed import size
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
+from dinocli.evals.linear import augmented
 from dinocli.extraction import extract
 from dinocli.features import read_features
 from dinocli.models.backbone import BackboneConfig
@@ -69,6 +72,45 @@ def test_half_the_bytes_are_nearly_the_same_features(tmp_path: Path, images: Pat
     assert sizes[0] - sizes[1] == 12 * 16 * 2
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_views_are_those_of_the_recipe_whoever_cuts_them(
+    tmp_path: Path, images: Path, encoder: Encoder, count: int
+) -> None:
+    (images / "b" / "0000.png").write_bytes(b"no image")
+    found = []
+    for i, (batch_size, workers, seed) in enumerate([(12, 0, 0), (5, 2, 0), (5, 0, 1)]):
+        path = tmp_path / f"{i}.safetensors"
+        options = {"batch_size": batch_size, "workers": workers, "seed": seed}
+        done = extract(encoder, image_folder(images), path, data="d", views=count, **options)
+        assert (done.images, done.shape) == (11, (1 + count, 16))
+        found.append(read_features(path))
+    extract(encoder, image_folder(images), tmp_path / "plain.safetensors", data="d")
+    plain = read_features(tmp_path / "plain.safetensors")
+    assert (plain.views, plain.recipe.views, found[0].recipe.views) == (None, 0, count)
+    assert found[0].values.shape == (11, 16)
+    assert found[0].views.shape == (11, count, 16)
+    np.testing.assert_allclose(found[0].values[:], plain.values[:], atol=1e-5)
+    np.testing.assert_allclose(found[0].views[:], found[1].views[:], atol=1e-5)
+    assert np.abs(found[1].views[:] - found[2].views[:]).max() > 1e-3, "another seed, other views"
+    # Held against crops that are cut here, one by one.
+    view = augmented(encoder, 16, count)
+    name = found[0].paths[7]
+    numbers, _ = uniforms(0, 0, list(image_folder(images).names).index(name), count)
+    pixels = np.array(Image.open(images / name).convert("RGB"))
+    for k, tries in enumerate(crop_tries(numbers[None], np.array([v.scale for v in view.all]))[0]):
+        crop = cut(pixels, crop_boxes([tries], 32, 32)[0], (16, 16), "bilinear").float() / 255
+        if draws(numbers[None], view.all).flip[k, 0]:
+            crop = crop.flip(-1)
+        ours = encoder.features((crop - 0.5)[None] / 0.5)[0].numpy()
+        np.testing.assert_allclose(found[0].views[:][7, k], ours, atol=1e-4)
+    assert len({v.tobytes() for v in found[0].views[:].reshape(-1, 16)}) == 11 * count
+
+
+def test_views_of_patches_are_refused(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+    with pytest.raises(DinoError, match="one feature an image"):
+        extract(encoder, image_folder(images), tmp_path / "f.safetensors", data="d", tokens="patches", views=2)
+
+
 def test_a_bad_file_is_named_and_all_others_are_kept(tmp_path: Path, images: Path, encoder: Encoder) -> None:
     (images / "b" / "0000.png").write_bytes(b"no image")
     done = extract(encoder, image_folder(images), tmp_path / "f.safetensors", data="d")
@@ -95,7 +137,7 @@ def extracted(folder: Path, spec: str, workers: int) -> tuple[int, tuple[int, ..
     config = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino")
     encoder = Encoder(config.build(drop_path=False).eval(), "x", "0123", 16, (0.5,) * 3, (0.5,) * 3)
     path = folder / f"of-{size()}.safetensors"
-    done = extract(encoder, open_source(spec), path, data="d", batch_size=4, workers=workers)
+    done = extract(encoder, open_source(spec), path, data="d", batch_size=4, workers=workers, views=2)
     return done.images, done.shape, done.skipped
 
 

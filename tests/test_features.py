@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from safetensors import safe_open
 
 from dinocli.errors import DinoError
-from dinocli.features import Recipe, compared, read_features, read_splits
+from dinocli.features import Recipe, compared, learned_from, read_features, read_splits
 from dinocli.storing import write_features
 
 RECIPE = Recipe("ckpt.safetensors", "0123456789abcdef", "cls", 1, 224, "data")
@@ -86,3 +87,24 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "z" / "val.safetensors", classes=("zebra",))
     with pytest.raises(DinoError, match="zebra"):
         compared(read_splits(tmp_path / "z"))
+
+
+def test_views_lie_beside_each_image_and_older_files_have_none(tmp_path: Path) -> None:
+    values = np.arange(3 * 3 * 4, dtype=np.float32).reshape(3, 3, 4)
+    with write_features(tmp_path / "train.safetensors", replace(RECIPE, views=2), ["a"]) as writer:
+        writer.append(values, [0, 0, 0], ["x", "y", "z"])
+    write(tmp_path / "val.safetensors", classes=("a",))
+    train, val = compared(read_splits(tmp_path))
+    np.testing.assert_array_equal(train.values[:], values[:, 0])
+    np.testing.assert_array_equal(train.views[:], values[:, 1:])
+    np.testing.assert_array_equal(train.views[np.array([2, 0]), np.array([1, 0])], values[[2, 0], [2, 1]])
+    assert (val.views, val.recipe.views) == (None, 0)
+    content = (tmp_path / "val.safetensors").read_bytes()
+    assert b', \\"views\\": 0' in content
+    (tmp_path / "val.safetensors").write_bytes(content.replace(b', \\"views\\": 0', b" " * 14))
+    assert read_features(tmp_path / "val.safetensors").recipe == RECIPE
+
+
+def test_a_classifier_learns_from_the_training_split_or_the_first() -> None:
+    assert learned_from(["test", "train", "val"]) == "train"
+    assert learned_from({"all": 1}) == "all"

@@ -38,6 +38,15 @@ def extract(
     dtype: Annotated[
         Literal["float32", "float16"], typer.Option(help="Stored numbers; float16 takes half the room.")
     ] = "float32",
+    views: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Store features of so many random views of each training image too, for `dino linear`; "
+            "each costs as much as the image itself.",
+        ),
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="With --views: of the views.")] = 0,
     batch_size: BatchSize = 64,
     network: NetworkName = "teacher",
     overrides: Limits = None,
@@ -58,6 +67,7 @@ def extract(
     from dinocli.device import default_workers, pick_device
     from dinocli.encoder import load_encoder, with_images
     from dinocli.extraction import extract
+    from dinocli.features import learned_from
 
     picked = pick_device(device)
     encoder = load_encoder(checkpoint_or_newest(paths[0] if len(paths) == 2 else None), picked, network)
@@ -75,6 +85,8 @@ def extract(
                     blocks=blocks,
                     size=size,
                     dtype=dtype,
+                    views=views if name == learned_from(parts) else 0,
+                    seed=seed,
                     batch_size=batch_size,
                     report=advance,
                     workers=default_workers(picked) if workers is None else workers,

@@ -78,6 +78,13 @@ class Cutter:
         for out, box, resample in zip(places, boxes, self.resamples, strict=True):
             cut_into(out, pixels, box, resample)
 
+    def cut_one(self, slot: dict[str, Tensor], task: Task, pixels: Pixels, number: int) -> None:
+        """All views of an image that is decoded already, which depend on its number and not on the pass."""
+        numbers, _ = self.numbers(0, number)
+        [tries], [places] = self.tries(numbers[None]), self.places(slot, task)
+        self.place(places, pixels, crop_boxes(tries, *pixels.shape[:2]))
+        self.draw(slot, task.first, numbers[None])
+
     def draw(self, slot: dict[str, Tensor], first: int, numbers: Floats) -> None:
         for name, values in draws(numbers, self.views.all)._asdict().items():
             slot[name][:, first : first + len(numbers)] = values
@@ -192,13 +199,14 @@ class Seen(NamedTuple):
 
 
 class PlainFiller:
-    """Fills with the evaluation's view of each image.
+    """Fills with the evaluation's view of each image, and with views of a recipe beside it if there is one.
 
     Args:
         source: The images, or a stream of them.
         size: Side of the view.
         images: How files become pixels.
         before: How many of the stream's images come before a chunk, by its batch and first image.
+        cutter: Of the views beside.
     """
 
     def __init__(
@@ -207,8 +215,9 @@ class PlainFiller:
         size: int,
         images: ImagesConfig,
         before: Callable[[int, int], int] = lambda batch, first: 0,
+        cutter: Cutter | None = None,
     ) -> None:
-        self.source, self.size, self.images, self.before = source, size, images, before
+        self.source, self.size, self.images, self.before, self.cutter = source, size, images, before, cutter
         self._taken = 0
 
     def _pass_over(self, task: Task) -> None:
@@ -226,18 +235,20 @@ class PlainFiller:
                 row = task.batch * len(slot["images"]) + b
                 if row >= len(self.source):
                     break
-                name, label = self.source.names[row], int(self.source.labels[row])
+                number, name, label = row, self.source.names[row], int(self.source.labels[row])
                 data: bytes | Image | BadImage = _read(self.source, row)
             else:
                 sample = next(self.source, None)
                 if sample is None:
                     break
-                name, label, data = sample.name, sample.label, sample.data
+                number, name, label, data = sample.number, sample.name, sample.label, sample.data
             pixels = data if isinstance(data, BadImage) else decode(data, self.images)
             if isinstance(pixels, BadImage):
                 seen.append(Seen(b, name, label, pixels.reason))
                 continue
             slot["images"][b] = resize_and_center(pixels, resize_for(self.size), self.size)
+            if self.cutter:
+                self.cutter.cut_one(slot, task._replace(first=b, images=1), pixels, number)
             seen.append(Seen(b, name, label, ""))
         return seen
 

@@ -126,9 +126,6 @@ class TrainBatches:
         self._source, self._views, self._device, self._seen = source, views, device, 0
         self._batch_size = batch_size
         shape = _fields(views, batch_size)
-        # A few batches wait, and never more of them than the budget of memory.
-        batch_bytes = sum(torch.Size(f.shape).numel() * f.dtype.itemsize for f in shape.values())
-        slots = max(2, min(_SLOTS, _WAITING_BYTES // batch_bytes))
         cutter = Cutter(views, seed, images)
         self.cache = kept = PixelCache(len(source), views.all, cache) if cache and isinstance(source, Images) else None
         make: Callable[[int, int], Filler[tuple[str, str]]]
@@ -147,7 +144,7 @@ class TrainBatches:
             make=make,
             prepare=order.write,
             workers=workers,
-            slots=slots,
+            slots=_slots(shape),
             start=start,
             bound=isinstance(source, Shards),
             pin=device.type == "cuda",
@@ -212,13 +209,20 @@ def _stream_filler(
 
 
 def _plain_filler(
-    source: Source, size: int, images: ImagesConfig, batch_size: int, workers: int, lane: int, lanes: int
+    source: Source,
+    size: int,
+    images: ImagesConfig,
+    cutter: Cutter | None,
+    batch_size: int,
+    workers: int,
+    lane: int,
+    lanes: int,
 ) -> PlainFiller:
     if isinstance(source, Images):
-        return PlainFiller(source, size, images)
+        return PlainFiller(source, size, images, cutter=cutter)
     # Every process reads the whole stream, and passes over what is in the batches of others.
     before = partial(ring.turns_before, lane, workers, batch_size)
-    return PlainFiller(source.stream(lane, lanes), size, images, before)
+    return PlainFiller(source.stream(lane, lanes), size, images, before, cutter)
 
 
 class _Copier:
@@ -273,6 +277,12 @@ def _fields(views: ViewsConfig, batch_size: int) -> dict[str, ring.Field]:
     }
 
 
+def _slots(fields: dict[str, ring.Field]) -> int:
+    """A few batches wait, and never more of them than the budget of memory."""
+    batch_bytes = sum(torch.Size(f.shape).numel() * f.dtype.itemsize for f in fields.values())
+    return max(2, min(_SLOTS, _WAITING_BYTES // batch_bytes))
+
+
 class _Order:
     """Which images a batch holds: each once an epoch, in the epoch's own order; the rest is dropped."""
 
@@ -306,12 +316,14 @@ class Plain(NamedTuple):
         names: Of each.
         labels: Of each, -1 where there is none.
         bad: Name and reason of those that could not be read and are left out.
+        views: Views of each beside it, where they were asked for. [V, B, 3, size, size]
     """
 
     images: Tensor
     names: list[str]
     labels: list[int]
     bad: list[tuple[str, str]]
+    views: Tensor | None = None
 
 
 def plain_batches(
@@ -325,31 +337,39 @@ def plain_batches(
     device: torch.device,
     images: ImagesConfig = DEFAULTS,
     share: Share = ALONE,
+    cutter: Cutter | None = None,
 ) -> Iterator[Plain]:
     """All images once, as the evaluation sees them: resized, cropped in the middle, normalized.
 
     They come in the order of the source; from tar shards and several workers, in that of the workers' turns. Several
     processes take the batches in turns, each of which holds what it would hold in one; it may be empty.
+
+    A cutter makes views beside each image, all of one side. They depend on its seed and the image's number alone.
     """
+    fields = {"images": ring.Field((batch_size, 3, size, size), torch.uint8)}
+    if cutter:
+        fields |= _fields(cutter.views, batch_size)
     filled = Ring(
-        {"images": ring.Field((batch_size, 3, size, size), torch.uint8)},
+        fields,
         batch_size=batch_size,
-        make=partial(_plain_filler, source, size, images, batch_size, workers),
+        make=partial(_plain_filler, source, size, images, cutter, batch_size, workers),
         prepare=lambda slot, batch: None,
         workers=workers,
-        slots=_SLOTS,
+        slots=_slots(fields),
         start=share.rank,
         stride=share.of,
         bound=isinstance(source, Shards),
         pin=device.type == "cuda",
     )
-    m, s = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    there = [torch.tensor(values, device=device) for values in (mean, std)]
     empty = 0
     try:
         for slot, arrays, told in filled:
             seen = sorted(told)
             good = [s for s in seen if not s.reason]
-            pixels = arrays["images"][[s.place for s in good]].to(device)
+            kept = [s.place for s in good]
+            pixels = arrays["images"][kept].to(device)
+            views = _views(arrays, kept, *there) if cutter and kept else None
             filled.release(slot)
             # One worker's stream may end before another's: it is over when each has had a turn with nothing in it.
             empty = 0 if seen else empty + 1
@@ -358,6 +378,13 @@ def plain_batches(
             if seen or share.of > 1:
                 bad = [(s.name, s.reason) for s in seen if s.reason]
                 names, labels = [s.name for s in good], [s.label for s in good]
-                yield Plain(normalize(pixels.float() / 255, m, s), names, labels, bad)
+                yield Plain(normalize(pixels.float() / 255, *there), names, labels, bad, views)
     finally:
         filled.close()
+
+
+def _views(arrays: dict[str, Tensor], kept: list[int], mean: Tensor, std: Tensor) -> Tensor:
+    """The views of some images of a slot, on the device of mean and spread. [V, B, 3, H, H]"""
+    crops = torch.cat([arrays[name][:, kept] for name in ("globals", "locals") if arrays[name].numel()])
+    drawn = Draws(*(arrays[name][:, kept] for name in Draws._fields))
+    return augment(crops.to(mean.device), drawn, mean, std)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,22 +54,6 @@ def test_the_same_seed_gives_the_same_result() -> None:
     assert linear(clusters(80), None, epochs=3, device=CPU) == linear(clusters(80), None, epochs=3, device=CPU)
 
 
-def test_a_sweep_trains_each_rate_as_if_it_were_alone() -> None:
-    from dinocli.evals.linear import _Probes, _stored_batches, _trainer
-    from dinocli.schedules import Clock, Cosine
-
-    data, weights = clusters(64), []
-    for rates in ((0.1, 0.01), (0.01,)):
-        probes = _Probes(16, 4, rates, seed=0)
-        batches = _stored_batches(
-            torch.from_numpy(data.values), torch.from_numpy(data.labels), np.arange(64), 16, seed=0
-        )
-        clock = Clock(4, 2)
-        _trainer(probes, Cosine(kind="cosine", start=1.0, end=0.0), clock, 16).fit(batches, 8, lambda c, v: False)
-        weights.append(probes.weights[-1].data)
-    torch.testing.assert_close(*weights)
-
-
 def test_too_little_is_said() -> None:
     for data in (clusters(5), clusters(50, classes=1)):
         with pytest.raises(DinoError, match="two classes"):
@@ -101,11 +86,50 @@ def test_the_papers_protocol_learns_from_images(tmp_path: Path, encoder: Encoder
         linear_on_images(encoder, parts["train"], parts["val"])
 
 
-def test_a_probe_starts_as_the_originals() -> None:
-    from dinocli.evals.linear import _Probes
+def seen(images: int, views: int) -> Features:
+    """Clusters with views, of which the centered features tell nothing."""
+    data = clusters(images)
+    noise = np.random.default_rng(1).normal(size=(images, views, 16)).astype(np.float32)
+    return replace(
+        data,
+        values=np.zeros_like(data.values),
+        views=data.values[:, None] + 0.1 * noise,
+        recipe=replace(data.recipe, views=views),
+    )
 
-    probes = _Probes(384, 100, [0.1, 1.0], seed=0)
-    for weights, biases in zip(probes.weights, probes.biases, strict=True):
-        assert weights.std().item() == pytest.approx(0.01, rel=0.02)
-        assert weights.mean().item() == pytest.approx(0, abs=2e-4)
-        assert biases.eq(0).all()
+
+@pytest.mark.parametrize("held", [2**32, 0], ids=["in memory", "on disk"])
+def test_views_are_learned_from_and_the_centered_images_classified(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+    from dinocli.evals import linear as module
+
+    monkeypatch.setattr(module, "_HELD_BYTES", held)
+    data = seen(400, 3)
+    result = linear(data, clusters(200, seed=1), epochs=20, rates=[0.1], device=CPU)
+    assert (result.protocol, result.test_images) == ("stored, 3 views", 200)
+    assert result.top1 > 90, "what was learned can only come from the views"
+    assert result.sweep == {0.1: 25.0}, "the held-out images are the centered ones, which here say nothing"
+    assert linear(data, clusters(200, seed=1), epochs=20, rates=[0.1], device=CPU) == result
+
+
+def test_an_epoch_takes_one_view_of_each_image() -> None:
+    from dinocli.evals.linear import _batches, _Stored
+
+    images, views = 12, 5
+    numbers = np.arange(images * views, dtype=np.float32).reshape(images, views, 1)
+    batches = _batches(_Stored(numbers, CPU), np.arange(images), np.arange(images), 4, seed=0, views=views)
+    taken = []
+    for _ in range(40):
+        epoch = [next(batches) for _ in range(3)]
+        x, y = torch.cat([x for x, _ in epoch])[:, 0].long(), torch.cat([y for _, y in epoch])
+        assert (x // views).equal(y)
+        assert y.sort().values.tolist() == list(range(images))
+        taken.append(x)
+    assert len(torch.cat(taken).unique()) == images * views, "each view has its turn"
+
+
+def test_blocks_of_test_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinocli.evals import linear as module
+
+    whole = linear(clusters(200), clusters(100, seed=1), epochs=3, device=CPU)
+    monkeypatch.setattr(module, "_SCORED", 7)
+    assert linear(clusters(200), clusters(100, seed=1), epochs=3, device=CPU) == whole

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dinocli.evals.probes import Probes, trainer
+from dinocli.schedules import Clock, Cosine
+
+
+def test_a_sweep_trains_each_rate_as_if_it_were_alone() -> None:
+    generator = np.random.default_rng(0)
+    x, y = (
+        torch.from_numpy(generator.normal(size=(8, 16, 16))).float(),
+        torch.from_numpy(generator.integers(0, 4, (8, 16))),
+    )
+    weights = []
+    for rates in ((0.1, 0.01), (0.01,)):
+        probes = Probes(16, 4, rates, seed=0)
+        clock = Clock(4, 2)
+        trainer(probes, Cosine(kind="cosine", start=1.0, end=0.0), clock, 16).fit(
+            iter(zip(x, y, strict=True)), 8, lambda c, v: False
+        )
+        weights.append(probes.weights[-1].data)
+    torch.testing.assert_close(*weights)
+
+
+def test_a_probe_starts_as_the_originals() -> None:
+    probes = Probes(384, 100, [0.1, 1.0], seed=0)
+    for weights, biases in zip(probes.weights, probes.biases, strict=True):
+        assert weights.std().item() == pytest.approx(0.01, rel=0.02)
+        assert weights.mean().item() == pytest.approx(0, abs=2e-4)
+        assert biases.eq(0).all()
