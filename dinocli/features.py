@@ -144,6 +144,8 @@ def read_splits(folder: Path) -> dict[str, Features]:
     paths = {path.stem: path for path in files}
     for index in sorted(folder.glob(f"*/{INDEX}")):
         name = index.parent.name
+        if name.startswith("."):  # what a run that was killed had not yet put in its place
+            continue
         if name in paths:
             raise DinoError(
                 f"one {name} was wanted; {folder} has both {paths[name].name} and the folder {name}",

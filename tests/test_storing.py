@@ -66,6 +66,12 @@ def test_neither_form_leaves_the_other_behind(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
 
 
+def test_what_a_killed_run_had_not_finished_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "f.safetensors", 3, ROW).rename(tmp_path / ".f.4711.part")
+    write(tmp_path / "f.safetensors", 2)
+    assert {name: len(found) for name, found in read_splits(tmp_path).items()} == {"f": 2}
+
+
 def test_a_folder_of_the_users_own_is_never_touched(tmp_path: Path) -> None:
     """Features beside the images: `--out data` where `data/train/` holds them."""
     (tmp_path / "train").mkdir()

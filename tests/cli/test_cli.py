@@ -303,6 +303,12 @@ def test_data_goes_to_stdout_and_words_to_stderr(dino: Dino, tmp_path: Path, ima
     assert scores["leave_one_out"] is True
     above = dino("knn", "--k", "12", code=1)
     assert "between 1 and 11" in above.stderr
+    options = ("--views", "2", "--dtype", "float16", "--out", "seen", "--workers", "0")
+    assert json.loads(dino("extract", "images", "--json", *options).stdout)[0]["shape"][0] == 3
+    patches = dino("extract", "images", "--tokens", "patches", *options, code=1)
+    assert "one feature an image" in patches.stderr
+    assert "hint: leave out --tokens patches" in patches.stderr
+    assert json.loads(dino("knn", "--features", "seen", "--k", "3", "--json").stdout)["neighbours"] == 11
 
 
 def test_a_colored_terminal_may_say_no(tmp_path: Path) -> None:

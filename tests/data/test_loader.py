@@ -9,7 +9,8 @@ from conftest import write_images
 
 from dinocli.data import ring
 from dinocli.data.crops import JitterConfig, ViewConfig, ViewsConfig
-from dinocli.data.fill import resize_for
+from dinocli.data.decode import DEFAULTS
+from dinocli.data.fill import Cutter, resize_for
 from dinocli.data.loader import ALONE, Batch, Share, TrainBatches, plain_batches
 from dinocli.data.sources import open_images, open_source
 from dinocli.errors import DinoError
@@ -181,3 +182,42 @@ def test_one_pass_in_order_names_what_it_leaves_out(images: Path) -> None:
 
 def test_the_evaluations_resize() -> None:
     assert [resize_for(size) for size in (224, 112, 48)] == [256, 128, 55]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_views_beside_the_plain_images_depend_on_seed_and_image_alone(images: Path, tmp_path: Path, kind: str) -> None:
+    (images / "b" / "0003.png").write_bytes(b"no image")
+    source = open_source(str(images))
+    if kind == "shards":
+        pack(open_images(str(images)), tmp_path / "packed", side=None, per_shard=4, name="x", report=lambda *a: None)
+        source = open_source(str(tmp_path / "packed"))
+    views = ViewsConfig(mean=(0.5,) * 3, std=(0.5,) * 3, global_1=GLOBAL, local=GLOBAL, locals=2)
+
+    def passed(seed: int, workers: int, batch_size: int, cutter: bool = True) -> dict[str, tuple]:
+        batches = plain_batches(
+            source,
+            size=24,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            batch_size=batch_size,
+            workers=workers,
+            device=CPU,
+            cutter=Cutter(views, seed, DEFAULTS) if cutter else None,
+        )
+        seen = {}
+        for batch in batches:
+            assert (batch.views is None) == (not cutter or not batch.names)
+            each = batch.views.unbind(1) if batch.views is not None else [None] * len(batch.names)
+            seen |= dict(zip(batch.names, zip(batch.images, each, strict=True), strict=True))
+        return seen
+
+    first, plain = passed(0, 0, 5), passed(0, 0, 5, cutter=False)
+    assert len(first) == 11
+    assert next(iter(first.values()))[1].shape == (3, 3, 24, 24)
+    for workers, batch_size in ((2, 5), (0, 1)):
+        other = passed(0, workers, batch_size)
+        assert set(other) == set(first) == set(plain)
+        for name, (image, of_image) in first.items():
+            assert other[name][0].equal(image) and plain[name][0].equal(image)
+            torch.testing.assert_close(other[name][1], of_image)
+    assert not any(passed(1, 0, 5)[name][1].equal(of_image) for name, (_, of_image) in first.items())

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +113,39 @@ def test_a_vote_is_weighed_as_in_the_original_unless_told(original, stored: tupl
 
     assert knn(*stored, [20]) == knn(*stored, [20], original.made["knn"]["T"])
     assert knn(*stored, [20]).temperature == signature(command).parameters["temperature"].default == 0.07
+
+
+LITTLE = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from dinocli.evals import knn as module
+from dinocli.features import Features, Recipe, read_features
+from dinocli.storing import write_features
+
+generator, recipe, names = np.random.default_rng(0), Recipe("x", "0", "cls", 1, 8, "d"), ["a", "b"]
+with write_features(Path(sys.argv[1]), recipe, names, dtype="float16", shard_bytes=2**25) as writer:
+    for _ in range(100):
+        writer.append(generator.normal(size=(1000, 384)).astype(np.float32), [0, 1] * 500, ["x"] * 1000)
+train = read_features(writer.place)
+test = Features(train.values[:50], train.labels[:50], [], names, {}, recipe)
+module._VOTER_BYTES = 2**24
+module.knn(test, test, [1])  # what the libraries take once
+status = Path("/proc/self/status").read_text().split()
+room = 1024 * int(status[status.index("VmData:") + 1]) + 100 * 2**20
+resource.setrlimit(resource.RLIMIT_DATA, (room, room))
+print(module.knn(train, test, [1]).scores[0].top1)
+try:
+    train.values[:]
+except MemoryError:
+    print("all at once do not fit")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc, and a limit that others do not keep")
+def test_voters_need_not_fit_in_memory(tmp_path: Path) -> None:
+    """154 MB of float32 numbers, where the system gives no more than 100."""
+    command = [sys.executable, "-c", LITTLE, str(tmp_path / "train.safetensors")]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
+    assert done.stdout.split("\n")[:2] == ["100.0", "all at once do not fit"], done.stderr

@@ -1,0 +1,247 @@
+"""The work of a linear probe: the original's way, and this tool's on stored features, with and without views.
+
+    python benchmarks/probe.py DATA [--checkpoint CKPT] [--images 32] [--views 10] [--rounds 3] [--accuracy]
+
+DATA has train/ and val/ with class folders. The original sends augmented images through the backbone in each of 100
+epochs, the test images too, for one learning rate; this tool sends each image through once (with K views 1+K times) and
+trains 13 rates on what came out, and the best of them once more. Days of that are not waited for: measured is the
+processor time of a few images, of each kind of pass, and of a few epochs of the heads; what is marked "scaled" is that,
+times the counted images and epochs. Both ways have the same backbone in float32, the original's all of its tokens, and
+take the class tokens of four blocks, in this process alone. The ways take turns, round after round; ratios are within
+rounds, the last of them without the test images on either side.
+
+A second table is of the heads alone: 13 rates in one product, and 13 single runs. With --accuracy the whole of DATA is
+extracted by the checkpoint, and a third one says what the two protocols find.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torchvision import transforms
+
+from dinocli.data.listing import Names
+from dinocli.data.sources import Images, splits
+from dinocli.device import default_workers
+from dinocli.encoder import Encoder, load_encoder
+from dinocli.evals.linear import RATES, linear
+from dinocli.evals.probes import Probes, trainer
+from dinocli.extraction import extract
+from dinocli.features import Features, Recipe, read_features
+from dinocli.models.backbone import BackboneConfig
+from dinocli.schedules import Clock, Cosine
+
+EPOCHS, BLOCKS, BATCH = 100, 4, 256
+CPU = torch.device("cpu")
+
+
+class Original:
+    """What the original does with a batch, written out: PIL, the frozen backbone, one linear layer, SGD."""
+
+    def __init__(self, encoder: Encoder, classes: int) -> None:
+        self.encoder = encoder
+        self.layer = nn.Linear(BLOCKS * encoder.backbone.width, classes)
+        self.optimizer = torch.optim.SGD(self.layer.parameters(), 0.001, momentum=0.9)
+        end = [transforms.ToTensor(), transforms.Normalize(encoder.mean, encoder.std)]
+        size = encoder.size
+        self.random = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *end])
+        bicubic = transforms.InterpolationMode.BICUBIC
+        self.centered = transforms.Compose(
+            [transforms.Resize(round(size * 256 / 224), bicubic), transforms.CenterCrop(size), *end]
+        )
+
+    def scores(self, source: Images, rows: range, view: Callable[[Image.Image], Tensor]) -> Tensor:
+        images = torch.stack([view(Image.open(source.root / source.names[i]).convert("RGB")) for i in rows])
+        with torch.no_grad():
+            tokens = torch.cat([t.cls for t in self.encoder.backbone.blocks(images, BLOCKS)], dim=1)
+        return self.layer(tokens)
+
+    def learn(self, source: Images) -> None:
+        for start in range(0, len(source), 32):
+            rows = range(start, min(start + 32, len(source)))
+            truth = torch.from_numpy(source.labels[rows.start : rows.stop]).long()
+            loss = nn.functional.cross_entropy(self.scores(source, rows, self.random), truth)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+
+    def test(self, source: Images) -> None:
+        for start in range(0, len(source), 32):
+            self.scores(source, range(start, min(start + 32, len(source))), self.centered).topk(5)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of processor time; this process has no others."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
+
+
+def some(source: Images, count: int) -> Images:
+    rows = np.linspace(0, len(source) - 1, count).astype(int)
+    return replace(source, names=Names.of([source.names[i] for i in rows]), labels=source.labels[rows])
+
+
+def drawn(images: int, width: int, classes: int) -> Features:
+    """Features that say nothing, as quickly learned from as others."""
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((images, width), dtype=np.float32)
+    labels = np.arange(images) % classes
+    return Features(values, labels, [], [str(c) for c in range(classes)], {}, Recipe("drawn", "", "cls", 4, 224, "d"))
+
+
+def work(encoder: Encoder, train: Images, test: Images, chosen: argparse.Namespace) -> Table:
+    """The first table."""
+    few, classes, width = some(train, chosen.images), len(train.classes), BLOCKS * encoder.backbone.width
+    original = Original(encoder, classes)
+    learned, tested = drawn(len(train), width, classes), drawn(len(test), width, classes)
+
+    def ours(views: int) -> float:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "f.safetensors"
+            return seconds(lambda: extract(encoder, few, path, data="", blocks=BLOCKS, batch_size=32, views=views))
+
+    ways = {
+        "learn": lambda: seconds(lambda: original.learn(few)) / len(few),
+        "test": lambda: seconds(lambda: original.test(few)) / len(few),
+        "plain": lambda: ours(0) / len(few),
+        "views": lambda: ours(chosen.views) / len(few),
+        "heads": lambda: seconds(lambda: linear(learned, tested, epochs=chosen.epochs, device=CPU)),
+    }
+    rounds = []
+    for _ in range(chosen.rounds):
+        took = {name: way() for name, way in ways.items()}
+        heads = took["heads"] * EPOCHS / chosen.epochs
+        took |= {
+            "the original": EPOCHS * (len(train) * took["learn"] + len(test) * took["test"]),
+            "stored": (len(train) + len(test)) * took["plain"] + heads,
+            f"stored, {chosen.views} views": len(train) * took["views"] + len(test) * took["plain"] + heads,
+        }
+        took |= {
+            "the original, learning": EPOCHS * len(train) * took["learn"],
+            "stored, learning": len(train) * took["plain"] + heads,
+            f"stored, {chosen.views} views, learning": len(train) * took["views"] + heads,
+        }
+        rounds.append(took)
+
+    def median(name: str, scale: float = 1) -> str:
+        return f"{scale * statistics.median(r[name] for r in rounds):.4g}"
+
+    table = Table(
+        "way", "rates", "passes over train, test", "ms a training image", "ms a test image",
+        "heads, s (scaled)", "all, hours (scaled)", "times less", "without the test images",
+        title=f"a probe on {len(train)} training and {len(test)} test images of {classes} classes, {EPOCHS} epochs; "
+        f"measured on {len(few)} images and {chosen.epochs} epochs of the heads",
+    )  # fmt: skip
+    scaled = EPOCHS / chosen.epochs
+    for name, rates, passes, columns in (
+        ("the original", "1", f"{EPOCHS}, {EPOCHS}", (median("learn", 1e3), median("test", 1e3), "with the images")),
+        ("stored", "13", "1, 1", (median("plain", 1e3), median("plain", 1e3), median("heads", scaled))),
+        (f"stored, {chosen.views} views", "13", f"{1 + chosen.views}, 1",
+         (median("views", 1e3), median("plain", 1e3), median("heads", scaled))),
+    ):  # fmt: skip
+        spreads = []
+        for part in ("", ", learning"):
+            ratios = sorted(r[f"the original{part}"] / r[f"{name}{part}"] for r in rounds)
+            spreads.append(f"{statistics.median(ratios):.1f} [{ratios[0]:.1f} .. {ratios[-1]:.1f}]")
+        table.add_row(name, rates, passes, *columns, median(name, 1 / 3600), *spreads)
+    return table
+
+
+def train_heads(x: Tensor, y: Tensor, classes: int, epochs: int, rates: tuple[float, ...]) -> None:
+    rows = (rows for _ in range(epochs) for rows in torch.randperm(len(x)).split(BATCH) if len(rows) == BATCH)
+    clock, schedule = Clock(len(x) // BATCH, epochs), Cosine(kind="cosine", start=1.0, end=0.0)
+    probes = Probes(x.shape[1], classes, rates, seed=0)
+    batches = ((x[some], y[some]) for some in rows)
+    trainer(probes, schedule, clock, BATCH).fit(batches, clock.total, lambda clock, values: False)
+
+
+def heads(images: int, width: int, chosen: argparse.Namespace) -> Table:
+    """The second table: 13 rates together, and one after another, all of it measured."""
+    table = Table(
+        "classes", "13 rates together, s", "13 single runs, s", "times less",
+        title=f"the heads alone: {images} features of {width}, {chosen.epochs} epochs, batches of {BATCH}",
+    )  # fmt: skip
+    for classes in chosen.classes:
+        data = drawn(images, width, classes)
+        x, y = torch.from_numpy(np.asarray(data.values)), torch.from_numpy(data.labels)
+        epochs = chosen.epochs
+        rounds = [
+            (
+                seconds(partial(train_heads, x, y, classes, epochs, RATES)),
+                sum(seconds(partial(train_heads, x, y, classes, epochs, (rate,))) for rate in RATES),
+            )
+            for _ in range(chosen.rounds)
+        ]
+        together, single = (statistics.median(r[i] for r in rounds) for i in (0, 1))
+        ratios = sorted(b / a for a, b in rounds)
+        spread = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f} .. {ratios[-1]:.2f}]"
+        table.add_row(str(classes), f"{together:.2f}", f"{single:.2f}", spread)
+    return table
+
+
+def accuracy(encoder: Encoder, train: Images, test: Images, views: int) -> Table:
+    """The third table: what the two protocols find on all images."""
+    table = Table("protocol", "learning rate", "top-1 %", "top-5 %", title=f"{encoder.source}, four blocks")
+    with TemporaryDirectory() as folder:
+        for count in (0, views):
+            parts = [
+                extract(
+                    encoder, source, Path(folder) / f"{name}-{count}.safetensors", data="d", blocks=BLOCKS, views=k,
+                    workers=default_workers(CPU),
+                ).path
+                for name, source, k in (("train", train, count), ("val", test, 0))
+            ]  # fmt: skip
+            found = linear(*(read_features(path) for path in parts), epochs=EPOCHS, device=CPU)
+            table.add_row(found.protocol, f"{found.lr:g}", f"{found.top1:.2f}", f"{found.top5:.2f}")
+    return table
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data")
+    parser.add_argument("--checkpoint", help="as `dino extract` takes it; absent, ViT-S/16 at 224 without training")
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--views", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=2, help="of the heads")
+    parser.add_argument("--classes", type=int, nargs="+", default=[10, 1000])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--accuracy", action="store_true")
+    chosen = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    parts = splits(chosen.data)
+    train, test = parts["train"], parts.get("val") or parts["test"]
+    if not isinstance(train, Images) or not isinstance(test, Images):
+        raise SystemExit("train/ and val/ with class folders were wanted")
+    if chosen.checkpoint:
+        encoder = load_encoder(chosen.checkpoint, CPU)
+    else:
+        backbone = BackboneConfig(name="vit_small_patch16_224").build(drop_path=False).eval()
+        encoder = Encoder(backbone, "untrained ViT-S/16", "", 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    console = Console(width=150)
+    console.print(work(encoder, train, test, chosen))
+    console.print(heads(len(train), BLOCKS * encoder.backbone.width, chosen))
+    if chosen.accuracy:
+        console.print(accuracy(encoder, train, test, chosen.views))
+
+
+if __name__ == "__main__":
+    main()
