@@ -127,7 +127,7 @@ def class_tokens(network: Network, pixels: Tensor, views: ViewsConfig) -> Tensor
     mean, std = (torch.tensor(values, device=device) for values in (views.mean, views.std))
     with at_rest(network):
         images = (normalize(some.to(device).float() / 255, mean, std) for some in pixels.split(_AT_ONCE))
-        return torch.cat([network.backbone(some).cls.float().cpu() for some in images])
+        return torch.cat([network.backbone.class_tokens(some)[0].float().cpu() for some in images])
 
 
 @contextmanager

@@ -40,8 +40,9 @@ def test_fewer_images_than_a_batch_is_said_with_a_batch_that_fits(images: int, h
 def test_counts_of_the_papers_network(images: Path) -> None:
     cost = estimate(plan(images, "views.locals=8", "training.batch_size=8", preset="vits16"))
     assert cost.backbone_parameters == 21_665_664
-    # Two network passes over 2x224 + 8x96, backward twice a forward: 113.4 GFLOP by hand.
-    assert cost.flops / 1e9 == pytest.approx(113.4, rel=0.03)
+    # Two network passes over 2x224 + 8x96, backward twice a forward: 113.4 GFLOP by hand, less the
+    # last block's work on tokens that no loss asks for: 105.7.
+    assert cost.flops / 1e9 == pytest.approx(105.7, rel=0.002)
     assert cost.seconds > 0
     assert 1e9 < cost.memory < 10e9
 

@@ -137,11 +137,10 @@ class _CrossEntropy(torch.autograd.Function):
                 continue
             summed = sum(others[1:], others[0])  # [B, K]
             scaled = logits.to(targets.dtype) / temperature
-            log_sum = scaled.logsumexp(-1, keepdim=True)  # [B, 1]
-            total += len(others) * log_sum.sum() - torch.linalg.vecdot(summed, scaled).sum()
+            total += (len(others) * scaled.logsumexp(-1) - torch.linalg.vecdot(summed, scaled)).sum()
             if ctx.needs_input_grad[0]:
-                p = scaled.sub_(log_sum).exp_()
-                logits.copy_(p.mul_(len(others)).sub_(summed).mul_(share / temperature))
+                # Not exp(s - logsumexp(s)), which rounds away what small logits differ by.
+                logits.copy_(scaled.softmax(-1).mul_(len(others)).sub_(summed).mul_(share / temperature))
         if ctx.needs_input_grad[0]:
             ctx.gradient = student
             # Whoever else has kept these logits for its own gradient is told by torch that they are gone.

@@ -44,9 +44,15 @@ class Network(nn.Module):
             crops: A [V, B, C, H, W] for each resolution; V may differ, B may not.
         """
         # The backbone runs once a resolution, the heads once on everything: a head with BatchNorm must see all views.
-        cls = torch.cat([self.backbone(group.flatten(0, 1)).cls.unflatten(0, group.shape[:2]) for group in crops])
+        cls = torch.cat(
+            [self.backbone.class_tokens(group.flatten(0, 1))[0].unflatten(0, group.shape[:2]) for group in crops]
+        )
         logits = {name: head(cls.flatten(0, 1)).unflatten(0, cls.shape[:2]) for name, head in self.heads.items()}
         return Encoding(cls, logits)
+
+    def _class_tokens(self, group: Tensor) -> Tensor:  # [V, B, C, H, W] -> [V, B, D]
+        (cls,) = self.backbone.class_tokens(group.flatten(0, 1))
+        return cls.unflatten(0, group.shape[:2])
 
     def prototypes(self, head: str) -> int:
         """K of a head."""
