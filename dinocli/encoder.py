@@ -19,8 +19,9 @@ from dinocli.data.fill import Cutter
 from dinocli.data.loader import ALONE, Plain, Share, plain_batches
 from dinocli.data.sources import Source
 from dinocli.errors import DinoError
-from dinocli.models.backbone import Backbone, BackboneConfig, Positions, Tokens, adapt, create_timm
+from dinocli.models.backbone import Backbone, BackboneConfig, Tokens, adapt, create_timm
 from dinocli.models.network import load_strictly
+from dinocli.models.positions import Positions
 from dinocli.preset import Preset
 from dinocli.weights import Weights, Which, read_weights
 
@@ -123,12 +124,12 @@ class Encoder:
 
 def features_of(backbone: Backbone, images: Tensor, tokens: TokenChoice = "cls", blocks: int = 1) -> Tensor:
     """What `Encoder.features` describes, of a bare backbone."""
+    if tokens == "cls":
+        return torch.cat(backbone.class_tokens(images, blocks), dim=-1)
     return torch.cat([_choose(t, tokens) for t in backbone.blocks(images, blocks)], dim=-1)
 
 
 def _choose(tokens: Tokens, choice: TokenChoice) -> Tensor:
-    if choice == "cls":
-        return tokens.cls
     if choice == "patches":
         return tokens.patches
     return torch.stack([tokens.cls, tokens.patches.mean(1)], dim=-1).flatten(1)

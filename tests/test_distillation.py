@@ -92,7 +92,7 @@ def watch(method: SelfDistillation) -> tuple[dict[str, torch.Tensor], dict[str, 
     for which in ("student", "teacher"):
 
         def keep(module: object, crops: object, made: Encoding, which: str = which) -> None:
-            logits[which] = made.logits["dino"].detach().flatten(0, 1)
+            logits[which] = made.logits["dino"].detach().clone().flatten(0, 1)
 
         getattr(method, which).register_forward_hook(keep)
     for key, parameter in method.student.named_parameters():

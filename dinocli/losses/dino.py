@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from dinocli.config import Config
 from dinocli.distributed import mean_over_processes
@@ -101,7 +105,7 @@ def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
     fully with its teacher has a loss equal to the entropy of the targets, not zero.
 
     Args:
-        student: Logits. [V, B, K]
+        student: Logits. [V, B, K] Where a gradient is wanted they are used up: it is written over them.
         targets: Distributions that sum to 1 over K. [G, B, K]
         temperature: Divides the student's logits.
 
@@ -110,12 +114,43 @@ def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
 
     Source: arXiv 2104.14294, equation 3; facebookresearch/dino@7c446df main_dino.py, DINOLoss.forward.
     """
-    pairs = len(targets) * (len(student) - 1)
-    total = student.new_zeros((), dtype=targets.dtype)
-    for v, logits in enumerate(student):
-        # The cross-entropy is linear in the target, so a view's pairs cost one pass over their summed targets.
-        others = [target for g, target in enumerate(targets) if g != v]
-        if others:
-            log_p = (logits.to(targets.dtype) / temperature).log_softmax(-1)  # [B, K]
-            total = total - (sum(others[1:], others[0]) * log_p).sum(-1).mean()
-    return total / pairs
+    loss: Tensor = _CrossEntropy.apply(student, targets, temperature)
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The loss, with its gradient worked out beside it: so that of a student's K logits nothing else is ever kept.
+
+    A view v meets w targets, every global view's but its own. With their sum T, and s the logits over the temperature,
+    its cross-entropies add up to w logsumexp(s) - T s; their gradient is (w softmax(s) - T) / temperature.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        pairs = len(targets) * (len(student) - 1)
+        total, share = targets.new_zeros(()), 1 / (student.shape[1] * pairs)
+        for v, logits in enumerate(student):
+            others = [target for g, target in enumerate(targets) if g != v]
+            if not others:  # one global view has none to be compared with
+                if ctx.needs_input_grad[0]:
+                    logits.zero_()
+                continue
+            summed = sum(others[1:], others[0])  # [B, K]
+            scaled = logits.to(targets.dtype) / temperature
+            total += (len(others) * scaled.logsumexp(-1) - torch.linalg.vecdot(summed, scaled)).sum()
+            if ctx.needs_input_grad[0]:
+                # Not exp(s - logsumexp(s)), which rounds away what small logits differ by.
+                logits.copy_(scaled.softmax(-1).mul_(len(others)).sub_(summed).mul_(share / temperature))
+        if ctx.needs_input_grad[0]:
+            ctx.gradient = student
+            # Whoever else has kept these logits for its own gradient is told by torch that they are gone.
+            increment_version(student)
+        return total * share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("the gradient of this loss can be asked for once; it was written over the logits")
+        return gradient.mul_(grads[0]), None, None

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from timm.layers import PatchEmbed  # type: ignore[attr-defined]
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dinocli.config import Config
 from dinocli.errors import DinoError, nearest
+from dinocli.models.block import PlainBlock
+from dinocli.models.positions import Positions, Resampler
 
-Positions = Literal["dino", "antialias"]
 _NOT_CONVOLUTIONS = ("Attention", "Mixer", "Mamba", "Gated", "LSTM", "ResBlock", "SpatialGating", "VisionTransformer")
 
 
@@ -126,6 +127,16 @@ class Backbone(nn.Module):
     width: int
     patch_size: int
 
+    def recompute_blocks(self) -> None:
+        """Keep nothing of a block for its gradient but what goes in, and work it out again then.
+
+        Raises:
+            DinoError: The backbone is no row of blocks.
+        """
+        raise DinoError(
+            "blocks were to be worked out again for the gradient; this backbone is no row of them", "--accumulate N"
+        )
+
     def forward(self, images: Tensor) -> Tokens:  # [B, C, H, W]
         """The tokens of the last block."""
         return self.blocks(images, 1)[-1]
@@ -137,6 +148,14 @@ class Backbone(nn.Module):
             DinoError: The backbone has fewer blocks, or none.
         """
         raise NotImplementedError
+
+    def class_tokens(self, images: Tensor, last: int = 1) -> list[Tensor]:
+        """The class tokens alone of the `last` blocks: those of `blocks`, for less work where that can be. [B, D] each
+
+        Raises:
+            DinoError: The backbone has fewer blocks, or none.
+        """
+        return [tokens.cls for tokens in self.blocks(images, last)]
 
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         """How much each token draws on each other in the last block. [B, heads, queries, 1+R+N]
@@ -162,7 +181,13 @@ class ViTBackbone(Backbone):
         self.width = model.embed_dim
         self.patch_size = model.patch_embed.patch_size[0]
         # A model with registers gives its positions to the patches alone.
-        self._placed_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        self._resample = Resampler(positions, 0 if model.no_embed_class else model.num_prefix_tokens)
+        self._recompute = False
+        for block in model.blocks:
+            PlainBlock.instead_of(block)
+
+    def recompute_blocks(self) -> None:
+        self._recompute = True
 
     @property
     def native_size(self) -> int:
@@ -192,8 +217,7 @@ class ViTBackbone(Backbone):
         ]
         tokens = torch.cat([*prefix, patches], dim=1)  # [B, 1+R+N, D]
         if self.model.pos_embed is not None:
-            square = images.shape[-2] == images.shape[-1]
-            placed = resample_positions(self.model.pos_embed, grid, self._placed_prefix, self.positions, square=square)
+            placed = self._resample(self.model.pos_embed, grid, square=images.shape[-2] == images.shape[-1])
             unplaced = tokens.shape[1] - placed.shape[1]
             tokens = (
                 torch.cat([tokens[:, :unplaced], tokens[:, unplaced:] + placed], 1) if unplaced else tokens + placed
@@ -201,19 +225,36 @@ class ViTBackbone(Backbone):
         return self.model.norm_pre(tokens), grid
 
     def blocks(self, images: Tensor, last: int) -> list[Tokens]:
+        tokens, grid = self._embed(images)
+        return [self._split(self.model.norm(made), grid) for made in self._last(tokens, last)]
+
+    def class_tokens(self, images: Tensor, last: int = 1) -> list[Tensor]:
+        tokens, _ = self._embed(images)
+        return [self.model.norm(made[:, 0]) for made in self._last(tokens, last, asking=1)]
+
+    def _last(self, tokens: Tensor, last: int, asking: int | None = None) -> list[Tensor]:
+        """What the `last` blocks make of tokens, the last one of the first `asking` alone where it can. [B, T, D]"""
         first = len(self.model.blocks) - last
         if first < 0:
             raise DinoError(
                 f"the last {last} blocks were asked for; this backbone has {len(self.model.blocks)}",
                 f"--blocks {len(self.model.blocks)}",
             )
-        tokens, grid = self._embed(images)
         outputs = []
         for i, block in enumerate(self.model.blocks):
-            tokens = block(tokens)
+            of_last = asking if i == len(self.model.blocks) - 1 else None
+            more = (block.shares(tokens), of_last) if isinstance(block, PlainBlock) else ()
+            tokens = self._run(block, tokens, *more)
             if i >= first:
-                outputs.append(self._split(self.model.norm(tokens), grid))
+                outputs.append(tokens)
         return outputs
+
+    def _run(self, block: nn.Module, *given: Any) -> Tensor:
+        """A block, whole or with all but what goes in forgotten until its gradient is wanted."""
+        if self._recompute and torch.is_grad_enabled():
+            made: Tensor = checkpoint(block, *given, use_reentrant=False)
+            return made
+        return block(*given)
 
     def _split(self, tokens: Tensor, grid: tuple[int, int]) -> Tokens:
         prefix = self.model.num_prefix_tokens
@@ -259,33 +300,3 @@ class ConvBackbone(Backbone):
             "attention maps need a vision transformer; this backbone is a convolutional network",
             "take a checkpoint of a ViT preset such as vits16",
         )
-
-
-def resample_positions(
-    positions: Tensor, grid: tuple[int, int], prefix: int, how: Positions, *, square: bool = True
-) -> Tensor:
-    """Learned positions for another grid of patches.
-
-    Args:
-        positions: `prefix` positions that stay as they are, then those of a square grid. [1, prefix+M, D]
-        grid: Rows and columns wanted.
-        prefix: How many positions belong to class and register tokens.
-        how: `dino` scales by (rows + 0.1) / side, bicubic, no antialias: the sampling points then really lie at that
-            scale, which is not the same as asking for the size. `antialias` asks for the size.
-        square: Whether the image is. The original resamples for any other image, even onto the grid that is there.
-
-    Returns:
-        Positions for the prefix and the grid. [1, prefix+N, D]
-
-    Source: facebookresearch/dino@7c446df vision_transformer.py, interpolate_pos_encoding; timm resample_abs_pos_embed.
-    """
-    side = round((positions.shape[1] - prefix) ** 0.5)
-    if grid == (side, side) and (square or how != "dino"):
-        return positions
-    table = positions[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
-    if how == "dino":
-        scale = ((grid[0] + 0.1) / side, (grid[1] + 0.1) / side)
-        table = F.interpolate(table, scale_factor=scale, mode="bicubic", align_corners=False)
-    else:
-        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False, antialias=True)
-    return torch.cat([positions[:, :prefix], table.flatten(2).transpose(1, 2)], dim=1)

@@ -28,9 +28,55 @@ def test_equals_the_definition(views: int, batch: int, prototypes: int) -> None:
     torch.manual_seed(0)
     student = torch.randn(views, batch, prototypes, dtype=torch.float64, requires_grad=True)
     targets = torch.randn(2, batch, prototypes, dtype=torch.float64).softmax(-1)
-    loss, expected = dino_loss(student, targets, 0.1), loss_over_pairs(student, targets, 0.1)
+    loss, expected = dino_loss(student.clone(), targets, 0.1), loss_over_pairs(student, targets, 0.1)
     torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, expected)), rtol=1e-12, atol=1e-15)
+
+
+def test_the_gradient_is_written_over_the_logits_and_no_other_memory_is_kept() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, 17, requires_grad=True).clone()
+    address = logits.data_ptr()
+    held: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        loss = dino_loss(logits, torch.randn(2, 3, 17).softmax(-1), 0.1)
+    assert not held
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.data_ptr() == address
+
+
+def test_logits_without_a_gradient_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(4, 3, 17)
+    before = logits.clone()
+    dino_loss(logits, torch.randn(2, 3, 17).softmax(-1), 0.1)
+    assert torch.equal(logits, before)
+
+
+def test_one_global_view_has_no_target_of_its_own() -> None:
+    torch.manual_seed(0)
+    student = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.randn(1, 2, 5, dtype=torch.float64).softmax(-1)
+    loss, expected = dino_loss(student.clone(), targets, 0.1), loss_over_pairs(student, targets, 0.1)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, expected)))
+
+
+def test_who_else_kept_the_logits_is_told_that_they_are_gone() -> None:
+    student = torch.randn(3, 2, 5, requires_grad=True)
+    logits = student.clone()
+    squared = logits.square()  # keeps them for its gradient
+    loss = dino_loss(logits, torch.randn(2, 2, 5).softmax(-1), 0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + squared.sum()).backward()
+
+
+def test_a_second_gradient_is_refused() -> None:
+    logits = torch.randn(3, 2, 5, requires_grad=True).clone()
+    loss = dino_loss(logits, torch.randn(2, 2, 5).softmax(-1), 0.1)
+    torch.autograd.grad(loss, logits, retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(loss, logits)
 
 
 @PRECISIONS
@@ -51,7 +97,7 @@ def test_loss_gradient_and_center_equal_the_originals(original, case: str, dtype
         loss_of.targets.center.copy_(original[f"{name}/center_before"][0])
         student = original[f"{name}/student"].to(dtype).unflatten(0, (made["ncrops"], -1)).requires_grad_()
         teacher = original[f"{name}/teacher"].to(dtype).unflatten(0, (2, -1))
-        loss = loss_of(student, loss_of.aim(teacher, Clock(1, made["nepochs"], call["epoch"])))
+        loss = loss_of(student.clone(), loss_of.aim(teacher, Clock(1, made["nepochs"], call["epoch"])))
         loss.backward()
         loss_of.after_step()
         assert_original(loss, original[f"{name}/loss"], name)

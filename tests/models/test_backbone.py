@@ -4,10 +4,11 @@ import plain
 import pytest
 import torch
 from conftest import PRECISIONS, assert_original
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.errors import DinoError
-from dinocli.models.backbone import BackboneConfig, ViTBackbone, adapt, resample_positions
+from dinocli.models.backbone import BackboneConfig, ViTBackbone, adapt
 
 MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SIZES = ["32x32", "16x16", "24x40", "16x64", "27x45"]
@@ -67,24 +68,6 @@ def test_every_block_equals_its_description_at_the_sizes_of_training(
         assert_original(backbone.attention(images), attention[:, :, :1])
 
 
-@pytest.mark.parametrize("case", ["p16_224"])
-def test_positions_equal_the_originals(original, case: str) -> None:
-    patch = original.made["posembed"][case]["patch"]
-    table = original[f"posembed/{case}/pos_embed"]
-    sizes = original.below(f"posembed/{case}/")
-    del sizes["pos_embed"]
-    for size, expected in sizes.items():
-        grid = tuple(int(side) // patch for side in size.split("x"))
-        torch.testing.assert_close(resample_positions(table, grid, 1, "dino"), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_antialiased_positions_are_another_choice(original) -> None:
-    table = original["posembed/p16_224/pos_embed"]
-    dino, antialias = (resample_positions(table, (6, 6), 1, how) for how in ("dino", "antialias"))
-    relative = (dino - antialias).norm() / dino[:, 1:].norm()
-    assert 0.5 < relative < 1.0, "the original's resampling at 96 pixels is far from the antialiased one"
-
-
 def test_a_large_photo_costs_memory_for_its_patches_and_not_their_square() -> None:
     backbone = BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, positions="dino").build(drop_path=False)
     with torch.no_grad():
@@ -115,24 +98,6 @@ def test_drop_path_grows_linearly_and_is_the_students_alone(original, depth: int
     assert all(not hasattr(block.drop_path1, "drop_prob") for block in config.build(drop_path=False).model.blocks)
 
 
-def test_a_dropped_branch_is_the_originals(original, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = original["droppath/keep_mask"]
-    config = BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, drop_path=0.3, positions="dino")
-    block = config.build(drop_path=True).train().model.blocks[-1]
-    drawn: list[float] = []
-
-    def draw(values: torch.Tensor, p: float) -> torch.Tensor:
-        drawn.append(p)
-        return values.copy_(kept)
-
-    monkeypatch.setattr(torch.Tensor, "bernoulli_", draw)
-    x = original["droppath/input"]  # stored in float32 alone
-    for branch in (block.drop_path1, block.drop_path2):
-        assert_original(branch(x), original["droppath/output_p0.3_seed0"])
-        assert torch.equal(branch.eval()(x), x)
-    assert drawn == pytest.approx([0.7, 0.7])
-
-
 def test_a_class_token_starts_with_the_spread_asked_for() -> None:
     config = BackboneConfig(name="vit_small_patch16_224", class_token_std=0.02, positions="dino")
     assert config.build(drop_path=False).model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
@@ -145,6 +110,41 @@ def test_last_blocks_are_normed_and_in_order(micro: ViTBackbone, original) -> No
     assert not torch.allclose(first.cls, last.cls)
     with pytest.raises(DinoError, match="last 3 blocks"):
         micro.blocks(images, 3)
+
+
+@pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+def test_class_tokens_alone_are_those_of_all_tokens_with_the_same_gradient(
+    micro: ViTBackbone, original, last: int, size: str
+) -> None:
+    images = original[f"vit/micro32d2h2p8_f64/{size}/input"]
+    alone, all_ = micro.class_tokens(images, last), [tokens.cls for tokens in micro.blocks(images, last)]
+    weights = torch.randn(last, *all_[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients = [
+        torch.autograd.grad((torch.stack(tokens) * weights).sum(), list(micro.parameters())) for tokens in (alone, all_)
+    ]
+    torch.testing.assert_close(alone, all_, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_class_tokens_alone_are_less_work(micro: ViTBackbone) -> None:
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+    work = []
+    for tokens in (micro.class_tokens, micro.blocks):
+        with FlopCounterMode(display=False) as counter:
+            tokens(images, 1)
+        work.append(counter.get_total_flops())
+    width, tokens = 32, 17
+    # Queries, projection and MLP of the last block for one token and not for seventeen, and its share of attention.
+    saved = 2 * (tokens - 1) * (width * width * (1 + 1 + 8) + 2 * tokens * width)
+    assert work[1] - work[0] == saved
+
+
+def test_a_block_that_is_not_timms_own_is_run_as_it_is() -> None:
+    model = VisionTransformer(**MICRO, num_classes=0, block_fn=ParallelScalingBlock).eval()
+    backbone, images = ViTBackbone(model, "antialias"), torch.randn(2, 3, 32, 32)
+    (cls,) = backbone.class_tokens(images)
+    torch.testing.assert_close(cls, model.forward_features(images)[:, 0])
 
 
 def test_a_convolutional_network_gives_its_map_and_the_average_of_it() -> None:
@@ -179,9 +179,3 @@ def test_adapt_takes_any_timm_model_of_the_two_kinds() -> None:
 def test_an_image_smaller_than_a_patch_is_said(micro: ViTBackbone) -> None:
     with pytest.raises(DinoError, match="at least one patch of 8 pixels"):
         micro(torch.zeros(1, 3, 7, 9, dtype=torch.float64))
-
-
-def test_the_original_resamples_for_any_image_that_is_not_square() -> None:
-    table = torch.randn(1, 197, 8)
-    assert resample_positions(table, (14, 14), 1, "dino") is table
-    assert not torch.equal(resample_positions(table, (14, 14), 1, "dino", square=False), table)

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import assert_original
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from dinocli.models.block import PlainBlock
+
+KINDS: dict[str, dict] = {
+    "plain": {"qkv_bias": True},
+    "without biases": {"proj_bias": False},
+    "layer scale": {"qkv_bias": True, "init_values": 0.3},
+    "normed": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+}
+
+
+def made(**options) -> tuple[Block, PlainBlock]:
+    """timm's block in evaluation mode, and ours with the same weights; no weight is as it starts."""
+    torch.manual_seed(0)
+    theirs = Block(16, 2, **options).double().eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours = PlainBlock.instead_of(copy.deepcopy(theirs))
+    assert isinstance(ours, PlainBlock)
+    return theirs, ours
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_is_timms_own(kind: str) -> None:
+    theirs, ours = made(**KINDS[kind])
+    tokens = torch.randn(3, 5, 16, dtype=torch.float64)
+    expected = theirs(tokens)
+    torch.testing.assert_close(ours(tokens), expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ours(tokens, asking=2), expected[:, :2], rtol=1e-12, atol=1e-13)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_a_gate_of_newer_timm_is_obeyed() -> None:
+    theirs, ours = made()
+    for block in (theirs, ours):
+        torch.manual_seed(1)
+        block.attn.gate = nn.Linear(16, 16).double()
+    tokens = torch.randn(3, 5, 16, dtype=torch.float64)
+    if not hasattr(Block(16, 2).attn, "gate"):
+        pytest.skip("this timm has no gate")
+    expected = theirs(tokens)
+    torch.testing.assert_close(ours(tokens), expected)
+    torch.testing.assert_close(ours(tokens, asking=1), expected[:, :1])
+
+
+def test_attention_in_steps_is_attention() -> None:
+    _, ours = made(qkv_bias=True)
+    ours = ours.float()
+    tokens = torch.randn(3, 5, 16)
+    expected = ours(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        in_steps = ours(tokens)
+        with torch.no_grad():
+            whole = ours(tokens)
+    assert not torch.equal(in_steps, whole), "with and without a gradient the same way was taken"
+    for coarse in (in_steps, whole):
+        torch.testing.assert_close(coarse.float(), expected, rtol=0.03, atol=0.1)
+
+
+def test_other_blocks_stay_what_they_are() -> None:
+    class Other(Block):
+        pass
+
+    assert type(PlainBlock.instead_of(Other(16, 2))) is Other
+
+
+def test_a_dropped_branch_is_the_originals(original, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = original["droppath/keep_mask"]
+    x = original["droppath/input"]  # stored in float32 alone
+    block = PlainBlock.instead_of(Block(32, 2, drop_path=0.3)).train()
+    drawn: list[float] = []
+
+    def draw(values: torch.Tensor, p: float) -> torch.Tensor:
+        drawn.append(p)
+        return values.copy_(kept)
+
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", draw)
+    shares = block.shares(x)
+    assert drawn == pytest.approx([0.7, 0.7])
+    for share in shares:
+        assert_original(x * share, original["droppath/output_p0.3_seed0"])
+    assert block.eval().shares(x) == (None, None)
+
+
+def test_dropped_branches_are_those_that_the_shares_say() -> None:
+    _, block = made(qkv_bias=True)
+    tokens = torch.randn(3, 5, 16, dtype=torch.float64)
+    none, double = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 2.0])
+    whole = block(tokens)
+    found = block(tokens, (none.view(3, 1, 1), double.view(3, 1, 1)))
+    attended = tokens + torch.tensor([0.0, 1.0, 1.0]).view(3, 1, 1) * block.attn(block.norm1(tokens))
+    expected = attended + torch.tensor([1.0, 1.0, 2.0]).view(3, 1, 1) * block.mlp(block.norm2(attended))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found[1], whole[1])
