@@ -25,6 +25,24 @@ def test_a_sweep_trains_each_rate_as_if_it_were_alone() -> None:
     torch.testing.assert_close(*weights)
 
 
+def test_products_of_few_classifiers_are_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes = Probes(16, 4, [0.1, 0.2, 0.3], seed=0)
+    for i, weights in enumerate(probes.weights):
+        weights.data *= 1 + i
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(5, 16, generator=generator), torch.tensor([0, 3, 1, 2, 0])
+    whole, losses = probes.scores(x), probes((x, y))
+    assert whole.shape == (5, 3, 4)
+    assert len({loss.item() for loss in losses.values()}) == 3
+    for i, (weights, loss) in enumerate(zip(probes.weights, losses.values(), strict=True)):
+        torch.testing.assert_close(whole[:, i], x @ weights.T)
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x @ weights.T, y))
+    for least in (1, 2 * 16 * 4):
+        monkeypatch.setattr("dinocli.evals.probes._AT_ONCE", least)
+        torch.testing.assert_close(probes.scores(x), whole)
+        torch.testing.assert_close(probes((x, y)), losses)
+
+
 def test_a_probe_starts_as_the_originals() -> None:
     probes = Probes(384, 100, [0.1, 1.0], seed=0)
     for weights, biases in zip(probes.weights, probes.biases, strict=True):
