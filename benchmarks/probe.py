@@ -1,14 +1,16 @@
 """The work of a linear probe: the original's way, and this tool's on stored features, with and without views.
 
-    python benchmarks/probe.py DATA [--checkpoint CKPT] [--images 32] [--views 10] [--rounds 3] [--accuracy]
+    python benchmarks/probe.py DATA [--checkpoint CKPT] [--images 8] [--views 10] [--rounds 3] [--accuracy]
 
-DATA has train/ and val/ with class folders. The original sends augmented images through the backbone in each of 100
-epochs, the test images too, for one learning rate; this tool sends each image through once (with K views 1+K times) and
-trains 13 rates on what came out, and the best of them once more. Days of that are not waited for: measured is the
-processor time of a few images, of each kind of pass, and of a few epochs of the heads; what is marked "scaled" is that,
-times the counted images and epochs. Both ways have the same backbone in float32, the original's all of its tokens, and
-take the class tokens of four blocks, in this process alone. The ways take turns, round after round; ratios are within
-rounds, the last of them without the test images on either side.
+DATA has class folders, or train/ and val/ with those; without a val/ a fifth of the images stand for one, and without
+labels they get some, for neither changes how long it takes. The original sends augmented images through the backbone
+in each of 100 epochs, the test images too, for one learning rate; this tool sends each image through once (with K
+views 1+K times) and trains 13 rates on what came out, and the best of them once more. Days of that are not waited for:
+measured is the processor time of a few images, of each kind of pass, and of a few epochs of the heads, which learn
+from as many features as there are images, of few images from 1024; what is marked "scaled" is that, times the counted
+images and epochs. Both ways have the same backbone in float32, the original's all of its tokens, and take the class
+tokens of four blocks, in this process alone. The ways take turns, round after round; ratios are within rounds, the
+last of them without the test images on either side.
 
 A second table is of the heads alone: 13 rates in one product, and 13 single runs. With --accuracy the whole of DATA is
 extracted by the checkpoint, and a third one says what the two protocols find.
@@ -99,6 +101,18 @@ def some(source: Images, count: int) -> Images:
     return replace(source, names=Names.of([source.names[i] for i in rows]), labels=source.labels[rows])
 
 
+def labelled(data: str, real: bool) -> tuple[Images, Images]:
+    """Images to learn from and to test; what is missing is made up, unless it is to be real."""
+    parts = {name: part for name, part in splits(data).items() if isinstance(part, Images)}
+    train = parts.get("train") or next(iter(parts.values()))
+    test = parts.get("val") or parts.get("test")
+    if real and not (test and train.classes):
+        raise SystemExit("--accuracy wants train/ and val/ with class folders")
+    if not train.classes:
+        train = replace(train, classes=[str(c) for c in range(10)], labels=np.arange(len(train), dtype=np.int32) % 10)
+    return train, test or some(train, max(1, len(train) // 5))
+
+
 def drawn(images: int, width: int, classes: int) -> Features:
     """Features that say nothing, as quickly learned from as others."""
     generator = np.random.default_rng(0)
@@ -111,7 +125,7 @@ def work(encoder: Encoder, train: Images, test: Images, chosen: argparse.Namespa
     """The first table."""
     few, classes, width = some(train, chosen.images), len(train.classes), BLOCKS * encoder.backbone.width
     original = Original(encoder, classes)
-    learned, tested = drawn(len(train), width, classes), drawn(len(test), width, classes)
+    learned, tested = drawn(max(len(train), 4 * BATCH), width, classes), drawn(len(test), width, classes)
 
     def ours(views: int) -> float:
         with TemporaryDirectory() as folder:
@@ -219,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--checkpoint", help="as `dino extract` takes it; absent, ViT-S/16 at 224 without training")
-    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--views", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=2, help="of the heads")
     parser.add_argument("--classes", type=int, nargs="+", default=[10, 1000])
@@ -227,10 +241,7 @@ def main() -> None:
     parser.add_argument("--accuracy", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    parts = splits(chosen.data)
-    train, test = parts["train"], parts.get("val") or parts["test"]
-    if not isinstance(train, Images) or not isinstance(test, Images):
-        raise SystemExit("train/ and val/ with class folders were wanted")
+    train, test = labelled(chosen.data, chosen.accuracy)
     if chosen.checkpoint:
         encoder = load_encoder(chosen.checkpoint, CPU)
     else:
@@ -238,7 +249,7 @@ def main() -> None:
         encoder = Encoder(backbone, "untrained ViT-S/16", "", 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     console = Console(width=150)
     console.print(work(encoder, train, test, chosen))
-    console.print(heads(len(train), BLOCKS * encoder.backbone.width, chosen))
+    console.print(heads(max(len(train), 4 * BATCH), BLOCKS * encoder.backbone.width, chosen))
     if chosen.accuracy:
         console.print(accuracy(encoder, train, test, chosen.views))
 
