@@ -1,0 +1,92 @@
+"""What the benchmarks compare does the same: else their ratios say nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinocli.engine.trainer import Trainer
+from dinocli.preset import Preset, load_preset
+from dinocli.schedules import Clock
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from original import OriginalStep
+from stopwatch import PARTS, Stopwatch
+from ways import WAYS, Job, build, first_losses, made_up
+
+SMALL = (
+    "backbone.options={img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2}",
+    "backbone.drop_path=0",
+    "heads.dino.prototypes=64",
+    "heads.dino.hidden=48",
+    "heads.dino.bottleneck=16",
+    "views.global_1.size=32",
+    "views.global_2.size=32",
+    "views.local.size=16",
+    "training.batch_size=4",
+    "training.epochs=4",
+    "optimizer.lr.warmup_epochs=1",
+)
+
+
+def small(*changes: str, preset: str = "vits16-vanilla") -> Preset:
+    return load_preset(preset, [*SMALL, *changes])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("heads.dino.norm_last_layer=false",), ("optimizer.clip.norm=0.01",), ("heads.dino.batch_norm=true",)],
+)
+def test_the_original_written_out_learns_what_this_tool_learns(changes: tuple[str, ...]) -> None:
+    # This tool's step is held against the original's own numbers in test_distillation.py; so this holds the other to them.
+    torch.manual_seed(0)
+    preset = small(*changes)
+    method, clock = preset.method(), Clock(2, 4)
+    began = {k: v.double() for k, v in method.student.weights().items()}
+    theirs = OriginalStep(preset, method.student.weights(), clock, torch.device("cpu"), contextlib.nullcontext())
+    for module in (method, theirs.student, theirs.teacher, theirs.loss):
+        module.double()
+    ours = Trainer(method, preset.optimizer, clock, batch_size=4)
+    for i in range(5):  # over warm-up and the frozen epoch, and on
+        batch = made_up(preset, torch.device("cpu"), seed=i, dtype=torch.float64)
+        assert theirs.step(batch) == pytest.approx(ours.step(batch)["loss"].item(), rel=1e-12), f"step {i}"
+    learned = method.teacher.weights()
+    for name, value in theirs.teacher.state_dict().items():
+        key = name if name.startswith("backbone.") else f"heads.dino.{name}"
+        torch.testing.assert_close(value, learned[key], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        assert name == "last_layer.weight_g" or not torch.equal(value, began[key]), f"{name} moved"
+
+
+def test_all_ways_begin_with_the_same_losses() -> None:
+    changes = tuple(c for c in SMALL if not c.startswith("training.batch"))
+    job = Job("vits16-vanilla", changes, batch_size=4, device="cpu", threads=1, images=None, steps=1)
+    losses = {key: first_losses(way, job) for key, way in WAYS.items()}
+    for key, way in WAYS.items():
+        tolerance = 1e-5 if way.precision == "float32" else 1e-2
+        assert losses[key] == pytest.approx(losses["original"], rel=tolerance), key
+    assert losses["original"][0] != pytest.approx(losses["original"][1], rel=1e-3), "two batches, two losses"
+
+
+def test_the_parts_of_a_step_add_up_to_it() -> None:
+    preset = small()
+    for key in ("original", "float32", "recomputed"):
+        device, ticks = torch.device("cpu"), iter(range(10**6))
+        stepper = build(WAYS[key], preset, device)
+        backward = torch.autograd.backward
+        try:
+            watch = Stopwatch(device, lambda ticks=ticks: float(next(ticks)))  # each look at the clock is a second
+            watch.attach(stepper)
+            watch.begin()
+            with watch.part("waiting"):
+                batch = made_up(preset, device)
+            stepper.step(batch)
+            spent = watch.end()
+        finally:
+            torch.autograd.backward = backward
+        assert sum(spent.values()) == next(ticks) - 2, "from the first look to the last"
+        assert all(spent[part] > 0 for part in PARTS), (key, spent)
