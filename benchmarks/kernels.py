@@ -97,7 +97,10 @@ def main() -> None:
         seen.export_chrome_trace(chosen.trace)
     console.print(f"{WAYS[chosen.way].name}: a step of {chosen.preset} at {chosen.batch_size} images")
     if on_gpu:
-        on_device = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        # Spans that have a name, such as the optimizer's step, are told as if they ran on the device too.
+        on_device = [
+            e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+        ]
         kernels = [Kernel(e.name, e.time_range.start, e.time_range.end) for e in on_device]
         print_kernels(console, kernels, chosen.top)
     else:

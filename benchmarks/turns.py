@@ -27,6 +27,7 @@ class Steps:
         self.stepper = build(way, preset, self.device)
         self.batches = batches(way, job, preset, self.device)
         self._do(2 if self.on_gpu or way.compiled else 1)
+        self._rest()
         forget_peak(self.device)
 
     @property
@@ -41,8 +42,7 @@ class Steps:
         began = now()
         self._do(self.job.steps)
         took = (now() - began) / self.job.steps
-        if self.on_gpu:
-            torch.cuda.empty_cache()  # for the others
+        self._rest()
         return took
 
     def memory(self) -> int:
@@ -61,6 +61,7 @@ class Steps:
                 batch = next(self.batches)
             self.stepper.step(batch)
             found.append(watch.end())
+        self._rest()
         return {part: statistics.median(each[part] for each in found) for part in PARTS}
 
     def _do(self, steps: int) -> None:
@@ -68,6 +69,10 @@ class Steps:
             self.stepper.step(next(self.batches))
         if self.on_gpu:
             torch.cuda.synchronize()
+
+    def _rest(self) -> None:
+        if self.on_gpu:
+            torch.cuda.empty_cache()  # the others may have it
 
 
 def forget_peak(device: torch.device) -> None:
@@ -95,13 +100,14 @@ class Failed:
 def serve(pipe: Connection, way: Way, job: Job) -> None:
     """A way's process: answers what it is asked until nobody asks."""
     torch.set_num_threads(job.threads)
+    torch.backends.cudnn.allow_tf32 = False  # torch's choice for convolutions alone; float32 is to be float32
     try:
         pipe.send(first_losses(way, job))
         steps = Steps(way, job)
         pipe.send(None)
         while True:
             pipe.send(getattr(steps, pipe.recv())())
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         return
     except Exception as error:  # of whatever kind: the other ways go on
         pipe.send(Failed(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"))
@@ -124,7 +130,7 @@ class Process:
             return None
         try:
             said = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             said = Failed("it was killed, which mostly means that memory was short")
         if isinstance(said, Failed):
             self.failed, said = said.reason, None
@@ -132,7 +138,7 @@ class Process:
 
     def ask(self, what: str) -> Any:
         """What it finds."""
-        if not self.failed:
+        with contextlib.suppress(OSError):  # where it has gone, there will be no answer either
             self.pipe.send(what)
         return self.answer()
 

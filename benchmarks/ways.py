@@ -78,10 +78,11 @@ def build(way: Way, preset: Preset, device: torch.device) -> Trainer | OriginalS
     precision = torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
     if way.original:
         return OriginalStep(preset, method.student.weights(), middle(preset), device, precision)
-    for block in [*method.student.blocks(), *method.teacher.blocks()]:
-        if way.recomputed:
+    if way.recomputed:
+        for block in method.student.blocks():
             block.forward = recomputing(block.forward)
-        if way.compiled:
+    if way.compiled:
+        for block in [*method.student.blocks(), *method.teacher.blocks()]:
             block.compile()
     return Trainer(
         method.to(device),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from dinocli.engine.trainer import Trainer
 from dinocli.preset import Preset, load_preset
 from dinocli.schedules import Clock
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from original import OriginalStep
 from stopwatch import PARTS, Stopwatch
@@ -90,3 +92,34 @@ def test_the_parts_of_a_step_add_up_to_it() -> None:
             torch.autograd.backward = backward
         assert sum(spent.values()) == next(ticks) - 2, "from the first look to the last"
         assert all(spent[part] > 0 for part in PARTS), (key, spent)
+
+
+def table_of(*words: str) -> tuple[int, dict, str]:
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "benchmarks" / "step.py"),
+        "--device",
+        "cpu",
+        "--json",
+        "--rounds",
+        "2",
+        *words,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.slow
+def test_the_table_of_two_ways_and_of_one_that_cannot_be() -> None:
+    changes = [word for change in SMALL for word in ("--set", change)]
+    code, found, words = table_of(*changes, "--ways", "original", "bfloat16")
+    assert code == 0, words
+    first, second = found["rows"]
+    assert first["ratios"] == [1.0, 1.0]
+    assert second["ratios"] == [a / b for a, b in zip(first["seconds"], second["seconds"], strict=True)]
+    assert all(row["memory"] > 1e8 and 0 < row["share"] < 1 for row in found["rows"])
+    assert "this, bfloat16" in words
+
+    code, found, words = table_of("--preset", "resnet50", "--batch-size", "2", "--ways", "original")
+    assert code == 1
+    assert "vision transformers" in found["rows"][0]["failed"], words
