@@ -6,18 +6,18 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from dinocli.costs import Estimate, to_fit
 from dinocli.data.cache import kept_side
 from dinocli.data.loader import BAD_SHARE
 from dinocli.inspection import Inspection
 from dinocli.machine import Machine
-from dinocli.planning import Estimate
 from dinocli.preset import Preset, load_preset
 from dinocli.schedules import Cosine, LinearByEpoch
 
-# What a run of so many steps with this preset takes, batch and all.
-Cost = Callable[[Preset, int], Estimate]
+# What a run of so many steps with this preset takes, its batch at once, without or with blocks worked out again.
+Cost = Callable[[Preset, int, bool], Estimate]
 
 WEIGHTS = "timm:vit_small_patch16_224.dino"
 _IMAGENET = 1_281_167
@@ -27,7 +27,6 @@ _FEW, _TOO_FEW = 50_000, 32  # images: to learn from scratch, and to learn at al
 _PROTOTYPES = ((1_000_000, 65_536), (100_000, 16_384), (20_000, 8_192), (2_000, 4_096), (0, 1_024))
 _STEPS = 100_000  # the paper's shortest run, 100 epochs of 1,024 on ImageNet, has 125,000
 _SLOW_TEACHER = 20 * 2_000  # steps; a momentum of 0.9995 averages over 2,000
-_FILLED = 0.9  # share of the device's memory that a step may take
 _SHORT = {"--epochs": "training.epochs", "--batch-size": "training.batch_size"}
 
 
@@ -38,7 +37,7 @@ class Advice:
     Attributes:
         what: In words.
         settings: Options (`--epochs`) or keys of the preset (`heads.dino.prototypes`), with their values as one types
-            them.
+            them; an option that has none, with an empty one.
         reason: Why, and where that comes from.
     """
 
@@ -50,7 +49,7 @@ class Advice:
     def words(self) -> list[str]:
         """What to type."""
         typed = [
-            [key, value] if key.startswith("--") else ["--set", f"{key}={value}"]
+            [key, *([value] if value else [])] if key.startswith("--") else ["--set", f"{key}={value}"]
             for key, value in self.settings.items()
         ]
         return [word for pair in typed for word in pair]
@@ -94,9 +93,9 @@ def advise(machine: Machine, images: Inspection, cost: Cost) -> Advised:
     taken += _schedules(_changed(name, others), int(length.settings["--epochs"]), count)
     preset = _changed(name, taken)
     steps = _steps(preset, count)
-    whole = cost(preset, steps)
-    accumulated, unfit = _accumulate(machine, preset, whole.memory, lambda part: cost(part, steps).memory)
-    taken += accumulated + _place(machine, images, preset)
+    whole = cost(preset, steps, False)
+    fitted, unfit = _fitted(machine, whole, lambda again: cost(preset, steps, True) if again else whole)
+    taken += fitted + _place(machine, images, preset)
     command = ["dino", "pretrain", images.where, *(word for advice in taken for word in advice.words)]
     notes += [*unfit, _duration(machine, preset, steps, whole.seconds), *_expectations(machine, preset, count, steps)]
     return Advised(taken, notes, shlex.join(command))
@@ -216,22 +215,19 @@ def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
     return taken
 
 
-def _accumulate(
-    machine: Machine, preset: Preset, whole: float, memory: Callable[[Preset], float]
-) -> tuple[list[Advice], list[str]]:
-    """Into how many parts the batch has to go to fit the device, if into several; else what is to be known."""
-    batch, room = preset.training.batch_size, _FILLED * machine.memory
-    if whole <= room:
+def _fitted(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate]) -> tuple[list[Advice], list[str]]:
+    """How a batch is taken so that it fits the device, where it does not at once; else what is to be known."""
+    if whole.fits(machine.memory):
         return [], []
-    half = preset.model_copy(update={"training": preset.training.model_copy(update={"batch_size": batch // 2})})
-    image = (whole - memory(half)) / (batch - batch // 2)  # memory is a straight line over the batch
-    parts = [n for n in range(2, batch + 1) if batch % n == 0 and whole - image * (batch - batch // n) <= room]
     has = f"{machine.device} has {machine.memory / 1e9:.0f}"
-    if not parts:
-        least = whole - image * (batch - 1)
-        return [], [f"a step of one image takes about {least / 1e9:.1f} GB, and {has}: these settings do not fit"]
-    why = f"{batch} at once take about {whole / 1e9:.0f} GB, {has}; the gradient is the same"
-    return [Advice(f"in {parts[0]} parts", {"--accumulate": str(parts[0])}, why)], []
+    fitting = to_fit(cost, machine.memory)
+    if fitting is None:
+        one = replace(whole, at_once=1).memory
+        return [], [f"a step of one image takes about {one / 1e9:.1f} GB, and {has}: these settings do not fit"]
+    typed, _ = fitting
+    names = {"--recompute": "blocks worked out again", "--accumulate": f"in {typed.get('--accumulate')} parts"}
+    why = f"{whole.at_once} at once take about {whole.memory / 1e9:.0f} GB, {has}; the gradient is the same"
+    return [Advice(", ".join(names[option] for option in typed), typed, why)], []
 
 
 def _place(machine: Machine, images: Inspection, preset: Preset) -> list[Advice]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,10 +45,30 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """What computes products of `precision` on CUDA, and in float32 elsewhere; weights are float32 everywhere."""
-    if device.type == "cuda" and precision == "bfloat16":
-        return torch.autocast("cuda", torch.bfloat16)
+    """What computes products of `precision` where the device has them; they are float32 elsewhere, as weights are."""
+    if precision == "bfloat16" and has_bfloat16(device):
+        return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device has products of bfloat16; one that can only imitate them takes longer than for float32."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer torch
+        return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """What keeps torch from compiling for a device, in a line; absent, it can, as was tried."""
+    try:
+        torch.compile(lambda x: (x * 2).relu())(torch.ones(8, device=device))
+    except Exception as error:  # no compiler, no Triton, a Python it does not know: whatever it is, it cannot
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def cores() -> int:

@@ -86,7 +86,8 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = _R
 
     affine, there = cores(), os.cpu_count() or 1
     ram, ram_there = ram_of(root)
-    memory, memory_there, name, devices = _memory(device, ram, ram_there, root)
+    memory, memory_there = memory_of(device, root)
+    name, devices = _name(device, root)
     formats, disk = readable(), shutil.disk_usage(folder).free
     faults = faults_of(device, formats, root)
     if disk < _LITTLE_DISK:
@@ -173,13 +174,21 @@ def _words(path: Path) -> str:
         return ""
 
 
-def _memory(device: torch.device, ram: int, ram_there: int, root: Path) -> tuple[int, int, str, int]:
-    """Free and all bytes of a device, its name, and how many there are."""
+def memory_of(device: torch.device, root: Path = _ROOT) -> tuple[int, int]:
+    """Bytes of a device that can be had now, and bytes of it in all; of a CPU, those of the process."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free, total, torch.cuda.get_device_name(device), torch.cuda.device_count()
+        return torch.cuda.mem_get_info(device)
     if device.type == "mps":
         total = torch.mps.recommended_max_memory()
-        return total - torch.mps.driver_allocated_memory(), total, "Apple GPU", 1
+        return total - torch.mps.driver_allocated_memory(), total
+    return ram_of(root)
+
+
+def _name(device: torch.device, root: Path) -> tuple[str, int]:
+    """What a device is called, and how many of its kind there are."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device), torch.cuda.device_count()
+    if device.type == "mps":
+        return "Apple GPU", 1
     model = re.search(r"^model name\s*: (.+)$", _words(root / "proc/cpuinfo"), re.MULTILINE)
-    return ram, ram_there, model[1] if model else platform.processor() or platform.machine(), 1
+    return model[1] if model else platform.processor() or platform.machine(), 1

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Subset
 
 from dinocli.data.augment import normalize
@@ -131,12 +131,13 @@ def class_tokens(network: Network, pixels: Tensor, views: ViewsConfig) -> Tensor
 
 
 @contextmanager
-def at_rest(module: nn.Module) -> Iterator[None]:
-    """A module as it is used and not as it is trained, for a while; what was switched then is switched back."""
-    training = [m for m in module.modules() if m.training]
-    module.eval()
+def at_rest(network: Network) -> Iterator[None]:
+    """A network as it is used and not as it is trained, for a while; what was switched then is switched back."""
+    training = [m for m in network.modules() if m.training]
+    network.eval()
     try:
-        yield
+        with network.eager():
+            yield
     finally:
         for m in training:
             m.training = True

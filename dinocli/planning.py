@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from dinocli.data.crops import ViewsConfig
-from dinocli.data.loader import Batch
 from dinocli.data.sources import Source
+from dinocli.distillation import SelfDistillation
 from dinocli.distributed import size
 from dinocli.engine.parallel import Kind
 from dinocli.errors import DinoError
 from dinocli.preset import Preset
 from dinocli.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
-
-# Share of a bare matrix product's rate that a whole step reaches: measured 0.8 on a CPU; published ViT runs and DINO's
-# own logs say 0.25 to 0.4 on a GPU.
-_EFFICIENCY = {"cpu": 0.7, "cuda": 0.3, "mps": 0.3}
-
 
 # The demo's recipe shows each prototype 75 images, the paper's 1,950.
 _IMAGES_A_PROTOTYPE = 30
@@ -74,6 +66,7 @@ class Plan:
         report: Whether to look at the same photos now and again, and to draw the report.
         parallel: How several processes share the work.
         compiled: Whether torch compiles what can be compiled.
+        recompute: Whether the student's blocks are worked out again for the gradient, to need less memory.
 
     Raises:
         DinoError: A batch cannot be shared evenly by the processes and their parts.
@@ -97,6 +90,7 @@ class Plan:
     report: bool = False
     parallel: Kind = "ddp"
     compiled: bool = False
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each
@@ -122,29 +116,21 @@ class Plan:
         """The clock at the start."""
         return start_clock(self.preset, self.source.count)
 
+    def method(self) -> SelfDistillation:
+        """What the run trains, with fresh weights.
+
+        Raises:
+            DinoError: Its backbone cannot be run as was asked for.
+        """
+        method = self.preset.method()
+        if self.recompute:
+            method.student.backbone.recompute_blocks()
+        return method
+
     @property
     def lr(self) -> Rate:
         """The learning rate over the run, with the batch size counted in."""
         return self.preset.optimizer.lr_for(self.preset.training.batch_size)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will take.
-
-    Attributes:
-        parameters: Of the student: backbone and heads.
-        backbone_parameters: Of the backbone alone.
-        flops: Floating-point operations an image, student and teacher, forward and backward.
-        memory: Bytes at the peak of a step, in each process.
-        seconds: Of the whole run.
-    """
-
-    parameters: int
-    backbone_parameters: int
-    flops: float
-    memory: float
-    seconds: float
 
 
 def cautions(plan: Plan) -> Iterator[str]:
@@ -223,62 +209,3 @@ def equal_parts(batch: int) -> list[int]:
 
 def _power_below(n: int) -> int:
     return 1 << (n.bit_length() - 1)
-
-
-def estimate(plan: Plan) -> Estimate:
-    """Count a step's operations and bytes on tensors without data, and time a matrix product for the device's rate."""
-    with torch.device("meta"):
-        method = plan.preset.method()
-        batch = _empty_batch(plan.preset.views)
-    saved: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        saved[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        kept.append(tensor)
-        return tensor
-
-    kept: list[torch.Tensor] = []
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
-    flops = counter.get_total_flops() / _EMPTY_BATCH
-    weights = _bytes(method.student)
-    half = 0.55 if plan.device.type == "cuda" else 1.0
-    activations = (sum(saved.values()) - weights) / _EMPTY_BATCH * half
-    # Student, its gradient, two moments, teacher; and of the batch as much as is taken at once.
-    memory = 5 * weights + max(0.0, activations) * plan.images_each / plan.accumulate
-    rate = _product_rate(plan.device) * _EFFICIENCY[plan.device.type]
-    seconds = flops * plan.images_each * plan.stop / rate
-    return Estimate(_count(method.student), _count(method.student.backbone), flops, memory, seconds)
-
-
-_EMPTY_BATCH = 2
-
-
-def _empty_batch(views: ViewsConfig) -> Batch:
-    size, rows = views.global_1.size, torch.arange(_EMPTY_BATCH, device="cpu")
-    crops = torch.empty(len(views.globals), _EMPTY_BATCH, 3, size, size)
-    if not views.local or not views.locals:
-        return Batch(crops, None, rows)
-    return Batch(crops, torch.empty(views.locals, _EMPTY_BATCH, 3, views.local.size, views.local.size), rows)
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
-def _product_rate(device: torch.device) -> float:
-    """Operations a second of a matrix product in the precision of training."""
-    side = 1024 if device.type == "cpu" else 4096
-    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a = torch.randn(side, side, device=device, dtype=kind)
-    best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        product = a @ a
-        product[0, 0].item()  # waits for the device
-        best = max(best, 2 * side**3 / (time.perf_counter() - start))
-    return best

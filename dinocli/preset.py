@@ -61,7 +61,7 @@ class TrainingConfig(Config):
         epochs: Length; warm-ups and schedules are counted in these.
         steps_per_epoch: Steps in an epoch; absent, one pass over the images.
         batch_size: Images a step.
-        precision: Of products on a CUDA device; weights, losses and the rest are float32, as is everything on a CPU.
+        precision: Of products, where the device has them of its own; weights, losses and the rest are float32.
         seed: Of the weights at the start, the order of the images and every view.
     """
 

@@ -190,7 +190,9 @@ def _trainer(plan: Plan, saved: Saved | None) -> tuple[Trainer, SelfDistillation
     """What trains, where it is to begin; what it trains; and the heads that stay fresh."""
     preset = plan.preset
     torch.manual_seed(preset.training.seed)
-    method = preset.method()
+    method = plan.method()
+    for network in (method.student, method.teacher) if plan.compiled else ():
+        network.compile_blocks()
     fresh = start_from(method, plan.init) if plan.init and not saved else []
     trainer = Trainer(
         method.to(plan.device),
@@ -255,6 +257,8 @@ class _Session:
         except torch.OutOfMemoryError as error:
             whole, each, parts = self.plan.preset.training.batch_size, self.plan.images_each, self.plan.accumulate
             more = next((f"--accumulate {n}, which learns the same; or " for n in equal_parts(each) if n > parts), "")
+            if not self.plan.recompute and self.method.student.blocks():
+                more += "--recompute; or "
             raise DinoError(
                 f"the device's memory is too small for a batch of {each} in {parts} parts",
                 f"{more}--batch-size {max(1, whole // 2)}",

@@ -5,7 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from dinocli.device import autocast, default_workers, peak_memory, pick_device
+from dinocli import device as device_module
+from dinocli.device import autocast, default_workers, has_bfloat16, peak_memory, pick_device, why_not_compiled
 from dinocli.errors import DinoError
 
 
@@ -21,8 +22,35 @@ def test_what_is_not_there_is_said(name: str) -> None:
     assert error.value.hint == "--device auto"
 
 
-def test_a_cpu_computes_in_single_precision_with_few_helpers() -> None:
+def test_products_are_coarser_only_where_they_are_asked_for_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert isinstance(autocast(cpu, "bfloat16"), contextlib.nullcontext)
+    a = torch.randn(4, 4)
+    for there in (True, False):
+        monkeypatch.setattr(device_module, "has_bfloat16", lambda device, there=there: there)
+        with autocast(cpu, "bfloat16"):
+            assert (a @ a).dtype == (torch.bfloat16 if there else torch.float32)
+        assert isinstance(autocast(cpu, "float32"), contextlib.nullcontext)
+
+
+@pytest.mark.parametrize(
+    ("chip", "has"),
+    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"bf16": True}, True), ({"avx512_f": True}, False)],
+)
+def test_what_a_chip_says_of_itself_counts(chip: dict, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: chip, raising=False)
+    assert has_bfloat16(torch.device("cpu")) == has
+    assert not has_bfloat16(torch.device("mps"))
+
+
+def test_what_keeps_torch_from_compiling_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_(function: object) -> object:
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    assert why_not_compiled(torch.device("cpu")) == "no compiler"
+
+
+def test_a_cpu_has_few_helpers() -> None:
+    cpu = torch.device("cpu")
     assert 1 <= default_workers(cpu) <= 4
     assert peak_memory(cpu) > 1e6

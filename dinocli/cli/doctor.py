@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import torch
 
     from dinocli.advice import Advised
+    from dinocli.costs import Estimate
     from dinocli.data.crops import ViewsConfig
     from dinocli.data.sources import Source
     from dinocli.inspection import Inspection, Spread
     from dinocli.machine import Machine
-    from dinocli.planning import Estimate
     from dinocli.preset import Preset
 
 
@@ -75,15 +75,16 @@ def doctor(
 
 def _look(source: Source, machine: Machine, device: torch.device, sample: int, seed: int) -> tuple[Inspection, Advised]:
     from dinocli.advice import advise
+    from dinocli.costs import estimate
     from dinocli.inspection import inspect
-    from dinocli.planning import Plan, estimate
+    from dinocli.planning import Plan
 
     total = sample if source.count is None else min(sample, source.count)
     with console.progress("look", total, "images") as advance:
         seen = inspect(source, sample=sample, seed=seed, report=advance)
 
-    def cost(preset: Preset, steps: int) -> Estimate:
-        return estimate(Plan("doctor", preset, source, steps, Path(), device, 0, None))
+    def cost(preset: Preset, steps: int, again: bool) -> Estimate:
+        return estimate(Plan("doctor", preset, source, steps, Path(), device, 0, None, recompute=again))
 
     return seen, advise(machine, seen, cost)
 

@@ -16,6 +16,7 @@ from dinocli.errors import DinoError
 from dinocli.runs import link_newest, next_folder, runs_of
 
 if TYPE_CHECKING:
+    from dinocli.costs import Estimate
     from dinocli.planning import Plan, Saving
 
 OnCollapse = Literal["stop", "warn"]
@@ -76,9 +77,18 @@ def pretrain(
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Write the figures for TensorBoard too, into the run folder.")
     ] = False,
-    compiled: Annotated[
-        bool, typer.Option("--compile", help="Let torch compile part of what is done to the views: some seconds, once.")
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Work blocks out again for the gradient: a third more work in less memory."),
     ] = False,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Let torch compile the blocks and the turn of the hue: a minute at the start, then faster. On CUDA if "
+            "absent.",
+        ),
+    ] = None,
     report: Annotated[bool, typer.Option(help="Draw report.html and curves.png into the run folder.")] = True,
     workers: Workers = None,
     device: Device = "auto",
@@ -123,12 +133,29 @@ def pretrain(
         parallel=parallel,
         tensorboard=tensorboard,
         report=report,
-        compiled=compiled,
+        compiled=picked.type == "cuda" if compiled is None else compiled,
+        recompute=recompute,
     )
     if dry_run:
         _print_plan(plan, json)
     else:
-        _run(plan, json)
+        _run(_compilable(plan, asked=compiled is True), json)
+
+
+def _compilable(plan: Plan, *, asked: bool) -> Plan:
+    """The plan, uncompiled where torch cannot compile here.
+
+    Raises:
+        DinoError: It cannot, and was asked to.
+    """
+    from dinocli.device import why_not_compiled
+
+    fault = why_not_compiled(plan.device) if plan.compiled else None
+    if fault and asked:
+        raise DinoError(f"torch cannot compile here: {fault}", "leave --compile out, or install a C++ compiler")
+    if fault:
+        console.say(f"note: torch cannot compile here, and so the run is slower: {fault}")
+    return replace(plan, compiled=plan.compiled and not fault)
 
 
 def _launched(gpus: int, device: str) -> bool:
@@ -171,9 +198,13 @@ def _saving(every: str, keep: int, milestones: int | None) -> Saving:
 
 
 def _print_plan(plan: Plan, json: bool) -> None:
-    from dinocli.planning import estimate
+    from dinocli.costs import estimate, to_fit
+    from dinocli.machine import memory_of
 
     preset, clock, cost = plan.preset, plan.clock, estimate(plan)
+    free, _ = memory_of(plan.device)
+    fits = cost.fits(free)
+    less = None if fits else to_fit(lambda again: estimate(replace(plan, recompute=again, accumulate=1)), free)
     views = f"{len(preset.views.globals)}x{preset.views.global_1.size}"
     if preset.views.local:
         views += f" + {preset.views.locals}x{preset.views.local.size}"
@@ -185,14 +216,16 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "views": views,
         "batch": f"{preset.training.batch_size} images"
         + (f", {plan.images_each} in each of {size()} processes" if size() > 1 else "")
-        + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else ""),
+        + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else "")
+        + (", blocks worked out again" if plan.recompute else ""),
         "steps": f"{steps}, {clock.steps_per_epoch} an epoch, {clock.epochs} epochs",
         "learning rate": f"up to {_peak(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",
         "start": plan.init or "random weights",
         "out": str(plan.out),
         "work": f"{cost.flops / 1e9:.3g} GFLOP an image",
-        "memory": f"about {console.size(cost.memory)} (an estimate)",
+        "memory": f"about {console.size(cost.memory)} (an estimate); {console.size(free)} are free: "
+        + ("it fits" if fits else "it does not fit" + _instead(less)),
         "time": f"about {console.duration(cost.seconds)} (an estimate, from this device's rate of matrix products)",
     }
     if json:
@@ -202,9 +235,18 @@ def _print_plan(plan: Plan, json: bool) -> None:
             "schedule_steps": clock.total,
             "peak_lr": _peak(plan),
         }
-        console.out_json(numbers | asdict(cost) | {"out": str(plan.out), "device": str(plan.device)})
+        memory = {"memory": cost.memory, "free": free, "fits": fits, "instead": less and less[0]}
+        console.out_json(numbers | asdict(cost) | memory | {"out": str(plan.out), "device": str(plan.device)})
         return
     console.table(["plan", plan.name], [[name, value] for name, value in rows.items()])
+
+
+def _instead(less: tuple[dict[str, str], Estimate] | None) -> str:
+    if less is None:
+        return ", nor does one image at once: a smaller backbone, or --parallel fsdp over several GPUs"
+    typed, cost = less
+    words = " ".join(word for pair in typed.items() for word in pair if word)
+    return f"; {words} takes about {console.size(cost.memory)}"
 
 
 def _peak(plan: Plan) -> float:

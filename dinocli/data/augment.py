@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dinocli.data.crops import Draws
-from dinocli.errors import DinoError
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _CACHED = 2**18  # numbers; of a CPU's cache, so that the operations on an image find it there
@@ -33,9 +32,6 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
 
     Returns:
         Normalized. [V, B, 3, H, H], float32
-
-    Raises:
-        DinoError: torch cannot compile here.
     """
     views, images = crops.shape[:2]
     crops, steps = crops.flatten(0, 1), _steps(draws)
@@ -188,24 +184,9 @@ def _turned(x: Tensor, turn: Tensor) -> Tensor:
     return torch.stack([value - (2 - 6 * (a - a.round()).abs()).clamp(0, 1) * chroma for a in away], 1)
 
 
+@cache
 def _compiled(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An operation as torch compiles it, for any number of images of any size."""
-    fast = _compile(operation)
-
-    def tried(*values: Tensor) -> Tensor:
-        try:
-            return fast(*values)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            why = str(error).strip().splitlines()[0]
-            raise DinoError(
-                f"torch cannot compile here: {why}", "leave --compile out, or install a C++ compiler"
-            ) from error
-
-    return tried
-
-
-@cache
-def _compile(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(operation, dynamic=True)
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from timm.layers import PatchEmbed  # type: ignore[attr-defined]
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dinocli.config import Config
 from dinocli.errors import DinoError, nearest
@@ -126,6 +127,16 @@ class Backbone(nn.Module):
     width: int
     patch_size: int
 
+    def recompute_blocks(self) -> None:
+        """Keep nothing of a block for its gradient but what goes in, and work it out again then.
+
+        Raises:
+            DinoError: The backbone is no row of blocks.
+        """
+        raise DinoError(
+            "blocks were to be worked out again for the gradient; this backbone is no row of them", "--accumulate N"
+        )
+
     def forward(self, images: Tensor) -> Tokens:  # [B, C, H, W]
         """The tokens of the last block."""
         return self.blocks(images, 1)[-1]
@@ -171,8 +182,12 @@ class ViTBackbone(Backbone):
         self.patch_size = model.patch_embed.patch_size[0]
         # A model with registers gives its positions to the patches alone.
         self._resample = Resampler(positions, 0 if model.no_embed_class else model.num_prefix_tokens)
+        self._recompute = False
         for block in model.blocks:
             PlainBlock.instead_of(block)
+
+    def recompute_blocks(self) -> None:
+        self._recompute = True
 
     @property
     def native_size(self) -> int:
@@ -227,11 +242,19 @@ class ViTBackbone(Backbone):
             )
         outputs = []
         for i, block in enumerate(self.model.blocks):
-            of_last = asking if block is self.model.blocks[-1] else None
-            tokens = block(tokens, block.shares(tokens), of_last) if isinstance(block, PlainBlock) else block(tokens)
+            of_last = asking if i == len(self.model.blocks) - 1 else None
+            more = (block.shares(tokens), of_last) if isinstance(block, PlainBlock) else ()
+            tokens = self._run(block, tokens, *more)
             if i >= first:
                 outputs.append(tokens)
         return outputs
+
+    def _run(self, block: nn.Module, *given: Any) -> Tensor:
+        """A block, whole or with all but what goes in forgotten until its gradient is wanted."""
+        if self._recompute and torch.is_grad_enabled():
+            made: Tensor = checkpoint(block, *given, use_reentrant=False)
+            return made
+        return block(*given)
 
     def _split(self, tokens: Tensor, grid: tuple[int, int]) -> Tokens:
         prefix = self.model.num_prefix_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ class Network(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
+        self._compiled = False
 
     def forward(self, crops: Sequence[Tensor]) -> Encoding:
         """Encode groups of views, one group a resolution.
@@ -61,6 +63,19 @@ class Network(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The backbone's blocks in order; none of one that is no row of blocks."""
         return list(getattr(self.backbone.model, "blocks", []))
+
+    def compile_blocks(self) -> None:
+        """Let torch compile the blocks, once for each size of images that comes."""
+        # A resolution, with a gradient or not, whole or for the class token alone, with drop path or not: each is one
+        # more version of the same code, and torch's own limit is eight.
+        torch._dynamo.config.recompile_limit = 64
+        for block in self.blocks():
+            block.compile(dynamic=False)
+        self._compiled = True
+
+    def eager(self) -> AbstractContextManager[Any]:
+        """Around uses at other sizes than those of training, for which compiling anew would not pay."""
+        return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
         """All weights and buffers, under `backbone.<timm's key>` and `heads.<name>.<key>`; what is in shards, whole."""

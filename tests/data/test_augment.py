@@ -10,7 +10,6 @@ from torchvision.transforms import functional as TF
 from dinocli.data import augment as augment_module
 from dinocli.data.augment import _blur, _blur_kernels, augment
 from dinocli.data.crops import NUMBERS, Draws, JitterConfig, ViewConfig, draws
-from dinocli.errors import DinoError
 
 ZERO, ONE = torch.zeros(3), torch.ones(3)
 JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
@@ -214,13 +213,3 @@ def test_compiled_views_are_the_same() -> None:
     draws = Draws(**(nothing(16) | {"order": order, "factors": factors}))
     plain, compiled = (augment(crops, draws, ZERO, ONE, compiled=c) for c in (False, True))
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-6)
-
-
-def test_where_torch_cannot_compile_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*values: Tensor) -> Tensor:
-        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nand more")
-
-    monkeypatch.setattr(augment_module, "_compile", lambda operation: fail)
-    with pytest.raises(DinoError, match=r"torch cannot compile here: no C[+][+] compiler") as error:
-        augment_module._compiled(augment_module._turned)(torch.zeros(1))
-    assert error.value.hint == "leave --compile out, or install a C++ compiler"

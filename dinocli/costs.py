@@ -1,0 +1,171 @@
+"""Costs: what a run takes in memory, work and time, before it does anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinocli.data.crops import ViewsConfig
+from dinocli.data.loader import Batch
+from dinocli.device import autocast, has_bfloat16
+from dinocli.distillation import SelfDistillation
+from dinocli.errors import DinoError
+from dinocli.planning import Plan, equal_parts
+
+# Share of a bare matrix product's rate that a whole step reaches: measured 0.8 on a CPU; published ViT runs and DINO's
+# own logs say 0.25 to 0.4 on a GPU.
+_EFFICIENCY = {"cpu": 0.7, "cuda": 0.3, "mps": 0.3}
+_FILLED = 0.9  # share of what is free that a step may take: the device needs some for itself, and leaves gaps
+_BUSY = 16  # images that are still enough at once to keep a device busy
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes:
+        parameters: Of the student: backbone and heads.
+        backbone_parameters: Of the backbone alone.
+        flops: Floating-point operations an image, student and teacher, forward and backward.
+        fixed: Bytes that are in use whatever the batch: weights, gradients, moments.
+        image: Bytes more for each image that is taken at once.
+        at_once: Images that each process takes at once.
+        seconds: Of the whole run.
+    """
+
+    parameters: int
+    backbone_parameters: int
+    flops: float
+    fixed: float
+    image: float
+    at_once: int
+    seconds: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes at the peak of a step, in each process."""
+        return self.fixed + self.image * self.at_once
+
+    def fits(self, free: float) -> bool:
+        """Whether a step fits into memory of which so many bytes are free."""
+        return self.memory <= _FILLED * free
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Count a step's operations and bytes on tensors without data, and time a matrix product for the device's rate."""
+    with torch.device("meta"):
+        method = plan.method()
+    depth = len(method.student.blocks())
+    two, four = (_peak(plan, images, depth) for images in (2, 4))
+    image = (four - two) / 2  # bytes are a straight line over the batch
+    weights = _bytes(method.student)
+    # Student, its gradient, two moments, teacher; and what of the student is held in another precision.
+    fixed = 5 * weights + max(0.0, two - 2 * image)
+    at_once = plan.images_each // plan.accumulate
+    flops = _flops(method, plan)
+    rate = _product_rate(plan) * _EFFICIENCY[plan.device.type]
+    seconds = flops * plan.images_each * plan.stop / rate
+    return Estimate(_count(method.student), _count(method.student.backbone), flops, fixed, image, at_once, seconds)
+
+
+def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str], Estimate] | None:
+    """What to type so that a step fits into memory of which so many bytes are free, and what it then takes.
+
+    Args:
+        cost: Of a run that takes its batch at once, without and with blocks worked out again for the gradient.
+        free: Bytes.
+
+    Returns:
+        The fewest parts in which it fits, with images enough at once to keep a device busy if that can be had, with
+        blocks worked out again if need be; absent where one image does not fit.
+    """
+    for again, fewest in ((False, _BUSY), (True, _BUSY), (True, 1), (False, 1)):
+        try:
+            whole = cost(again)
+        except DinoError:  # this backbone has no blocks
+            continue
+        for parts in equal_parts(whole.at_once):
+            tried = replace(whole, at_once=whole.at_once // parts)
+            if tried.at_once >= min(fewest, whole.at_once) and tried.fits(free):
+                typed = {"--recompute": ""} if again else {}
+                return typed | ({"--accumulate": str(parts)} if parts > 1 else {}), tried
+    return None
+
+
+def _flops(method: SelfDistillation, plan: Plan) -> float:
+    """Operations an image of a step; on tensors that are nowhere, which have a gradient on any machine."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        batch = _empty_batch(plan.preset.views, 2)
+        torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+def _peak(plan: Plan, images: int, depth: int) -> float:
+    """Bytes at the peak of a step that are neither weights nor made of them by the optimizer."""
+    kept = _kept(plan, images)
+    if not plan.recompute:
+        return kept
+    # One block's are there again while its gradient is worked out.
+    return kept + (_kept(replace(plan, recompute=False), images) - kept) / depth
+
+
+def _kept(plan: Plan, images: int) -> float:
+    """Bytes that the forward pass keeps for the backward one."""
+    kept: dict[int, Tensor] = {}  # by storage; with the tensors, so that no storage gets the place of another
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.device("meta"):
+        method = plan.method()
+    kind = plan.device.type if plan.device.type == "cuda" else "cpu"
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device(kind):
+        method = method.to_empty(device=kind)
+        batch = _empty_batch(plan.preset.views, images)
+        with autocast(plan.device, plan.preset.training.precision):
+            (part,) = method.parts(batch, 1, plan.clock)
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                student = method.student(batch.crops)
+    weights = {p.untyped_storage()._cdata for p in method.parameters()}
+    # Logits turn into their gradient in place; targets and crops stay to the end of the step.
+    stay = [*kept.values(), *student.logits.values(), *part.targets.values(), *batch.crops]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in stay}
+    return sum(size for key, size in storages.items() if key not in weights)
+
+
+def _empty_batch(views: ViewsConfig, images: int) -> Batch:
+    size, rows = views.global_1.size, torch.arange(images, device="cpu")
+    crops = torch.empty(len(views.globals), images, 3, size, size)
+    if not views.local or not views.locals:
+        return Batch(crops, None, rows)
+    return Batch(crops, torch.empty(views.locals, images, 3, views.local.size, views.local.size), rows)
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _product_rate(plan: Plan) -> float:
+    """Operations a second of a matrix product in the precision of training."""
+    device = plan.device
+    half = plan.preset.training.precision == "bfloat16" and has_bfloat16(device)
+    side = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for the device
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best

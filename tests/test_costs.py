@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_images
+
+from dinocli.costs import Estimate, estimate, to_fit
+from dinocli.data.loader import Batch
+from dinocli.data.sources import image_folder
+from dinocli.device import autocast
+from dinocli.engine.trainer import Trainer
+from dinocli.errors import DinoError
+from dinocli.planning import Plan
+from dinocli.preset import load_preset
+
+CPU = torch.device("cpu")
+# A network small enough to try, in which activations weigh more than weights.
+SMALL = ("backbone.options={depth=3,embed_dim=64,num_heads=2,img_size=64,patch_size=8}", "heads.dino.prototypes=512")
+
+
+def plan(images: Path, *overrides: str, preset: str = "tiny", stop: int = 10, recompute: bool = False) -> Plan:
+    made = load_preset(preset, overrides)
+    return Plan(preset, made, image_folder(images), stop, Path("run"), CPU, 0, None, recompute=recompute)
+
+
+def test_counts_of_the_papers_network(images: Path) -> None:
+    cost = estimate(plan(images, "views.locals=8", "training.batch_size=8", preset="vits16"))
+    assert cost.backbone_parameters == 21_665_664
+    # Two network passes over 2x224 + 8x96, backward twice a forward: 113.4 GFLOP by hand, less the
+    # last block's work on tokens that no loss asks for: 105.7.
+    assert cost.flops / 1e9 == pytest.approx(105.7, rel=0.002)
+    assert cost.seconds > 0
+    assert 1e9 < cost.memory < 10e9
+
+
+def test_an_estimate_grows_with_the_run(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "x", 40)
+    small, large = (estimate(plan(folder, f"training.batch_size={b}", stop=5)) for b in (4, 32))
+    assert large.memory > small.memory
+    assert large.flops == small.flops
+    parts = estimate(replace(plan(folder, "training.batch_size=32", stop=5), accumulate=8))
+    assert parts.memory == small.memory, "32 images in 8 parts are 4 at a time"
+
+
+def peak_of_a_step(plan: Plan) -> float:
+    """Bytes that a real step takes at its peak, above what is there before it."""
+    torch.manual_seed(0)
+    training, views = plan.preset.training, plan.preset.views
+    precision = autocast(CPU, training.precision)
+    trainer = Trainer(
+        plan.method(), plan.preset.optimizer, plan.clock, batch_size=training.batch_size, precision=precision
+    )
+    sizes = [(2, views.global_1.size)] + ([(views.locals, views.local.size)] if views.local else [])
+    made = [torch.randn(n, training.batch_size, 3, side, side) for n, side in sizes]
+    batch = Batch(made[0], made[1] if len(made) > 1 else None, torch.arange(training.batch_size))
+    trainer.step(batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.step(batch)
+    memory = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0.0
+    for event in sorted(memory, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_step_takes_what_was_estimated(images: Path, precision: str, recompute: bool) -> None:
+    made = plan(images, *SMALL, "training.batch_size=8", f"training.precision={precision}", recompute=recompute)
+    cost = estimate(made)
+    crops = 3 * 4 * 8 * (2 * 48**2 + 4 * 24**2)  # are there before the step
+    before = 4 * 4 * cost.parameters + crops  # student, teacher and two moments, of float32
+    assert peak_of_a_step(made) == pytest.approx(cost.memory - before, rel=0.25)
+
+
+def test_blocks_worked_out_again_take_less_memory_and_more_work(images: Path) -> None:
+    once, again = (estimate(plan(images, *SMALL, "training.batch_size=8", recompute=again)) for again in (False, True))
+    assert again.image < 0.6 * once.image
+    assert 1.1 * once.flops < again.flops < 4 / 3 * once.flops
+
+
+def whole(again: bool) -> Estimate:
+    return Estimate(1, 1, 1.0, 1e9, 0.03e9 if again else 0.1e9, 96, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("free", "typed", "takes"),
+    [
+        (100e9, {}, 10.6e9),
+        (7e9, {"--accumulate": "2"}, 5.8e9),
+        (3e9, {"--accumulate": "6"}, 2.6e9),
+        (2.7e9, {"--recompute": "", "--accumulate": "3"}, 1.96e9),  # sixteen at once would take 2.6 without
+        (1.2e9, {"--recompute": "", "--accumulate": "48"}, 1.06e9),
+        (1.1e9, None, 0.0),
+    ],
+)
+def test_what_fits_is_found_in_the_fewest_parts(free: float, typed: dict | None, takes: float) -> None:
+    found = to_fit(whole, free)
+    assert (found and found[0]) == typed
+    if found:
+        assert found[1].memory == pytest.approx(takes)
+        assert found[1].fits(free)
+
+
+def test_a_backbone_without_blocks_goes_in_smaller_parts() -> None:
+    def cost(again: bool) -> Estimate:
+        if again:
+            raise DinoError("no blocks", "")
+        return whole(again)
+
+    assert to_fit(cost, 1.5e9) == ({"--accumulate": "32"}, replace(whole(False), at_once=3))
