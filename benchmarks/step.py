@@ -208,9 +208,9 @@ def main() -> None:
         raise SystemExit(f"error: {error.message}\nhint: {error.hint}") from error
     tables = words if chosen.json else Console(width=150)
     show(tables, rows)
-    chip = torch.cuda.get_device_name() if device.startswith("cuda") else f"{chosen.threads} threads of a CPU"
+    chip = torch.cuda.get_device_name() if device.startswith("cuda") else f"a CPU with --threads {chosen.threads}"
     tables.print(
-        f"{chosen.preset} {' '.join(changes)} at {chosen.batch_size} images on {chip}, torch {torch.__version__}; "
+        f"{' '.join([chosen.preset, *changes])} at {chosen.batch_size} images on {chip}, torch {torch.__version__}; "
         f"a step needs {rates['operations'] / 1e9:.4g} GFLOP; a matrix product does {rates['float32'] / 1e12:.3g} "
         f"TFLOP/s in float32 and {rates['bfloat16'] / 1e12:.3g} in bfloat16; "
         f"{'processor time' if job.processor_time else 'time'}, {chosen.rounds} rounds of {steps}"
