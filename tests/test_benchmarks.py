@@ -69,7 +69,7 @@ def test_all_ways_begin_with_the_same_losses() -> None:
     job = Job("vits16-vanilla", changes, batch_size=4, device="cpu", threads=1, images=None, steps=1)
     losses = {key: first_losses(way, job) for key, way in WAYS.items()}
     for key, way in WAYS.items():
-        tolerance = 1e-5 if way.precision == "float32" else 1e-2
+        tolerance = 1e-5 if way.precision == "float32" else 5e-2
         assert losses[key] == pytest.approx(losses["original"], rel=tolerance), key
     assert losses["original"][0] != pytest.approx(losses["original"][1], rel=1e-3), "two batches, two losses"
 
