@@ -17,6 +17,7 @@ from dinocli.schedules import Clock
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+from kernels import Kernel, gaps
 from original import OriginalStep
 from stopwatch import PARTS, Stopwatch
 from ways import WAYS, Job, build, first_losses, made_up
@@ -92,6 +93,13 @@ def test_the_parts_of_a_step_add_up_to_it() -> None:
             torch.autograd.backward = backward
         assert sum(spent.values()) == next(ticks) - 2, "from the first look to the last"
         assert all(spent[part] > 0 for part in PARTS), (key, spent)
+
+
+def test_gaps_are_where_no_kernel_runs() -> None:
+    # a has b within it, on another stream; c follows at once, d after a while
+    a, b, c, d = Kernel("a", 0, 10), Kernel("b", 2, 4), Kernel("c", 10, 11), Kernel("d", 14, 15)
+    assert gaps([d, b, a, c]) == [(3, "c", "d")]
+    assert gaps([a, Kernel("e", 12, 13), d]) == [(2, "a", "e"), (1, "e", "d")]
 
 
 def table_of(*words: str) -> tuple[int, dict, str]:
