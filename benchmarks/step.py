@@ -57,7 +57,7 @@ class Row:
         share: Of the floor.
         parts: Seconds by part.
         losses: Of the first two steps.
-        failed: Why there is nothing, if it is so.
+        failed: Why there is nothing, or not all of it, if it is so.
     """
 
     way: str
@@ -142,13 +142,23 @@ def measure(keys: list[str], job: Job, rounds: int, note: Callable[[str], None])
     for key, process in processes.items():
         seconds = [turn[key] for turn in turns if turn[key]]
         ratios = [turn[keys[0]] / turn[key] for turn in turns if turn[key] and turn[keys[0]]]
-        if process.failed or not seconds:
+        if not seconds:
             rows.append(Row(process.way.name, [], [], 0, 0, 0, {}, losses[key] or [], process.failed))
             continue
         each = statistics.median(seconds)
         share = needed / each / rates[process.way.precision]
         rows.append(
-            Row(process.way.name, seconds, ratios, job.batch_size / each, memory[key], share, parts[key], losses[key])
+            Row(
+                way=process.way.name,
+                seconds=seconds,
+                ratios=ratios,
+                images_per_second=job.batch_size / each,
+                memory=memory[key] or 0,
+                share=share,
+                parts=parts[key] or {},
+                losses=losses[key],
+                failed=process.failed,
+            )
         )
     return rows, rates | {"operations": needed}
 
@@ -161,6 +171,10 @@ def begun(process: Process, note: Callable[[str], None]) -> list[float] | None:
     return losses
 
 
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} [{min(ratios):.2f} .. {max(ratios):.2f}]"
+
+
 def show(console: Console, rows: list[Row]) -> None:
     table = Table(
         "way", "s a step", "times the first [min .. max]", "images/s", "share of the floor", "peak memory, GB"
@@ -169,16 +183,13 @@ def show(console: Console, rows: list[Row]) -> None:
     for row in rows:
         if row.failed:
             console.print(f"{row.way}: {row.failed}")
+        if not row.seconds:
             continue
-        ratio = (
-            f"{statistics.median(row.ratios):.2f} [{min(row.ratios):.2f} .. {max(row.ratios):.2f}]"
-            if row.ratios
-            else ""
-        )
+        ratio = spread(row.ratios) if row.ratios else ""
         memory = f"{row.memory / 1e9:.2f}" + (f" ({row.memory / rows[0].memory:.2f})" if rows[0].memory else "")
         each = statistics.median(row.seconds)
         table.add_row(row.way, f"{each:.4g}", ratio, f"{row.images_per_second:.4g}", f"{row.share:.1%}", memory)
-        parts.add_row(row.way, *(f"{1000 * row.parts[part]:.2f}" for part in PARTS))
+        parts.add_row(row.way, *(f"{1000 * seconds:.2f}" for seconds in row.parts.values()))
     console.print(table, parts)
 
 
