@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import multiprocessing
 import statistics
-import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,9 @@ class Steps:
         """Of a step, on average over one turn."""
         if self.on_gpu:
             self._do(2)  # memory is there again, and the clocks are up
-        now = time.process_time if self.job.processor_time else time.perf_counter
-        began = now()
+        began = self.job.now()
         self._do(self.job.steps)
-        took = (now() - began) / self.job.steps
+        took = (self.job.now() - began) / self.job.steps
         self._rest()
         return took
 
@@ -51,7 +49,7 @@ class Steps:
 
     def parts(self) -> dict[str, float]:
         """Seconds of each part of a step: medians over one turn, or three steps."""
-        watch = Stopwatch(self.device, time.process_time if self.job.processor_time else time.perf_counter)
+        watch = Stopwatch(self.device, self.job.now)
         watch.attach(self.stepper)
         self._do(2 if self.on_gpu else 0)
         found = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -62,6 +63,11 @@ class Job:
     def processor_time(self) -> bool:
         """Whether the processor's time is what counts."""
         return self.device == "cpu" and self.threads == 1 and self.images is None
+
+    @property
+    def now(self) -> Callable[[], float]:
+        """The clock that counts, in seconds."""
+        return time.process_time if self.processor_time else time.perf_counter
 
 
 def middle(preset: Preset) -> Clock:
