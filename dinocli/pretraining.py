@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import time
@@ -81,7 +82,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
             memory is too small, or nothing is learned.
     """
     began = time.perf_counter()
-    with held(plan.out) if rank() == 0 else nullcontext(), _stop_signals() as asked_to_stop:
+    with held(plan.out) if rank() == 0 else nullcontext(), _stop_signals() as asked_to_stop, _tidied() as tidy:
         saved = _found(plan, note)
         if saved:
             plan = going_on(plan, saved.state, note)
@@ -101,6 +102,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
                 watch.saw(batch.rows, batches.waited)
                 if due:
                     watch.log(values)
+                    tidy()
                 # What time or a signal decides, all processes decide together.
                 late, save, stop = any_of(watch.late, session.late, bool(asked_to_stop))
                 if session.save_now_and_then(save):
@@ -256,9 +258,10 @@ class _Session:
             values = self.trainer.step(batch, watch=watch)
         except torch.OutOfMemoryError as error:
             whole, each, parts = self.plan.preset.training.batch_size, self.plan.images_each, self.plan.accumulate
-            more = next((f"--accumulate {n}, which learns the same; or " for n in equal_parts(each) if n > parts), "")
+            same = [f"--accumulate {n}" for n in equal_parts(each) if n > parts][:1]
             if not self.plan.recompute and self.method.student.blocks():
-                more += "--recompute; or "
+                same.append("--recompute")
+            more = f"{' or '.join(same)}, which learns the same; or " if same else ""
             raise DinoError(
                 f"the device's memory is too small for a batch of {each} in {parts} parts",
                 f"{more}--batch-size {max(1, whole // 2)}",
@@ -331,6 +334,21 @@ def start_from(method: SelfDistillation, source: str) -> list[str]:
             if name not in fresh:
                 head.load_state_dict(weights.heads[name])
     return fresh
+
+
+@contextmanager
+def _tidied() -> Iterator[Callable[[], object]]:
+    """Collect garbage when told to and never between: a step makes little, and to look for it stalls the device."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # networks and libraries are not looked at again
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
+        if was:
+            gc.enable()
 
 
 @contextmanager

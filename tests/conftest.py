@@ -136,3 +136,15 @@ def encoder() -> Encoder:
     config = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino")
     backbone = config.build(drop_path=False).eval()
     return Encoder(backbone, "x", "0123", 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def peak_of(action: Callable[[], object]) -> int:
+    """Bytes of tensors on the CPU that an action takes at its peak, above those that are there before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import peak_of, write_images
 
 from dinocli.costs import Estimate, estimate, to_fit
 from dinocli.data.loader import Batch
@@ -57,14 +57,7 @@ def peak_of_a_step(plan: Plan) -> float:
     made = [torch.randn(n, training.batch_size, 3, side, side) for n, side in sizes]
     batch = Batch(made[0], made[1] if len(made) > 1 else None, torch.arange(training.batch_size))
     trainer.step(batch)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.step(batch)
-    memory = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0.0
-    for event in sorted(memory, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return peak_of(lambda: trainer.step(batch))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import gc
 import json
 import os
 import shutil
@@ -117,6 +118,39 @@ def test_training_moves_the_teacher(plan: Plan) -> None:
     assert not torch.equal(before["blocks.0.attn.proj.weight"], after["blocks.0.attn.proj.weight"])
 
 
+DROPPING = (*SMALL, "backbone.drop_path=0.5", "backbone.options.depth=3")
+
+
+def test_blocks_worked_out_again_give_the_same_bits(plan: Plan) -> None:
+    """Also where they drop paths: what is drawn is drawn once."""
+    plan = replace(plan, preset=load_preset("tiny", DROPPING))
+    once = pretrain(plan, lambda p: None)
+    again = pretrain(replace(plan, out=Path("runs/again"), recompute=True), lambda p: None)
+    for key, value in weights_of(once.folder).items():
+        assert torch.equal(value, weights_of(again.folder)[key]), key
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(plan: Plan) -> None:
+    plan = replace(plan, preset=load_preset("tiny", DROPPING))
+    plain = pretrain(plan, lambda p: None)
+    compiled = pretrain(replace(plan, out=Path("runs/compiled"), compiled=True), lambda p: None)
+    torch.testing.assert_close(weights_of(compiled.folder), weights_of(plain.folder), rtol=1e-3, atol=1e-4)
+
+
+def test_garbage_is_looked_for_at_logged_steps_alone(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+
+    def tell(progress: Progress) -> None:
+        looked.append(gc.isenabled())
+
+    assert gc.isenabled()
+    pretrain(plan, tell)
+    assert looked == [False, False], "asked at the two steps that were logged"
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_stops_after_the_step_with_the_weights_saved(plan: Plan, number: int) -> None:
     handler = signal.getsignal(number)
@@ -212,9 +246,15 @@ def test_a_device_without_room_says_in_how_many_parts_to_take_a_batch(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Trainer, "step", full)
-    for parts, hint in ((1, "--accumulate 2, which learns the same; or --batch-size 2"), (4, "--batch-size 2")):
+    same = ", which learns the same; or --batch-size 2"
+    for parts, again, hint in (
+        (1, False, f"--accumulate 2 or --recompute{same}"),
+        (1, True, f"--accumulate 2{same}"),
+        (4, False, f"--recompute{same}"),
+        (4, True, "--batch-size 2"),
+    ):
         with pytest.raises(DinoError, match=f"too small for a batch of 4 in {parts} parts") as error:
-            pretrain(replace(plan, accumulate=parts), lambda p: None)
+            pretrain(replace(plan, accumulate=parts, recompute=again), lambda p: None)
         assert error.value.hint == hint
     assert [folder.name for folder, _ in saved_states(plan.out)] == ["0"], "the step that was broken off is not saved"
 

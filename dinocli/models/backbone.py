@@ -127,6 +127,23 @@ class Backbone(nn.Module):
     width: int
     patch_size: int
 
+    @property
+    def row(self) -> list[nn.Module]:
+        """The blocks in order; none of a backbone that is no row of blocks."""
+        return list(getattr(self.model, "blocks", []))
+
+    def compile_blocks(self, *, any_batch: bool) -> None:
+        """Let torch compile the blocks, if there are any.
+
+        Args:
+            any_batch: Whether batches of other sizes may come than the first, as at the end of a pass.
+        """
+        # A resolution, with a gradient or not, whole or for the class token alone, with drop path or not: each is one
+        # more version of the same code, and torch's own limit is eight.
+        torch._dynamo.config.recompile_limit = 64
+        for block in self.row:
+            block.compile(dynamic=None if any_batch else False)
+
     def recompute_blocks(self) -> None:
         """Keep nothing of a block for its gradient but what goes in, and work it out again then.
 

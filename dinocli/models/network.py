@@ -62,15 +62,11 @@ class Network(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The backbone's blocks in order; none of one that is no row of blocks."""
-        return list(getattr(self.backbone.model, "blocks", []))
+        return self.backbone.row
 
     def compile_blocks(self) -> None:
-        """Let torch compile the blocks, once for each size of images that comes."""
-        # A resolution, with a gradient or not, whole or for the class token alone, with drop path or not: each is one
-        # more version of the same code, and torch's own limit is eight.
-        torch._dynamo.config.recompile_limit = 64
-        for block in self.blocks():
-            block.compile(dynamic=False)
+        """Let torch compile the backbone's blocks, once for each size of images that comes."""
+        self.backbone.compile_blocks(any_batch=False)
         self._compiled = True
 
     def eager(self) -> AbstractContextManager[Any]:

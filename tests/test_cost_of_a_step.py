@@ -1,0 +1,154 @@
+"""What a step may cost, counted and not timed: operations, memory, waits of the host, breaks in what torch compiles.
+
+Where a count here rises, a step has become slower on somebody's machine; where it falls, lower it here too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import peak_of
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dinocli.data.loader import Batch
+from dinocli.device import autocast
+from dinocli.engine.trainer import Trainer
+from dinocli.preset import load_preset
+from dinocli.schedules import Clock
+
+IMAGES = 4
+# Seen with torch 2.15; a few more are allowed for, since versions differ by some.
+A_BLOCK, AROUND_THE_BLOCKS, CASTS = 120, 255, 310
+PEAK = 3_100_000
+# What makes the host wait until the device has come so far.
+WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that make or change numbers; views of what is there are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        infos = [result.alias_info for result in func._schema.returns]
+        if not any(info is not None and not info.is_write for info in infos):
+            self.counts[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step_of(
+    *, depth: int = 3, prototypes: int = 256, precision: str = "float32", recompute: bool = False
+) -> tuple[Trainer, Batch]:
+    """A trainer of a small network of the paper's kind that has done a step, and a batch for the next one."""
+    preset = load_preset(
+        "vits16",
+        [
+            f"backbone.options={{depth={depth},embed_dim=64,num_heads=2,img_size=64,patch_size=16}}",
+            f"heads.dino.prototypes={prototypes}",
+            "heads.dino.hidden=64",
+            "heads.dino.bottleneck=16",
+            "heads.dino.freeze_last_layer_epochs=0",
+            "views.locals=4",
+        ],
+    )
+    torch.manual_seed(0)
+    method = preset.method()
+    if recompute:
+        method.student.backbone.recompute_blocks()
+    trainer = Trainer(
+        method,
+        preset.optimizer,
+        Clock(10, 100),
+        batch_size=IMAGES,
+        precision=autocast(torch.device("cpu"), precision),
+        seed=0,
+        guarded=True,
+    )
+    batch = Batch(torch.randn(2, IMAGES, 3, 64, 64), torch.randn(4, IMAGES, 3, 32, 32), torch.arange(IMAGES))
+    trainer.step(batch)
+    return trainer, batch
+
+
+def counted(**options: Any) -> Counter[str]:
+    trainer, batch = step_of(**options)
+    with Operations() as operations:
+        trainer.step(batch)
+    return operations.counts
+
+
+def peak(**options: Any) -> int:
+    """Bytes that a step takes at its peak, above what is there before it."""
+    trainer, batch = step_of(**options)
+    return peak_of(lambda: trainer.step(batch))
+
+
+def test_a_step_has_so_many_operations() -> None:
+    small, large = counted(depth=3), counted(depth=4)
+    a_block = large.total() - small.total()
+    assert a_block <= A_BLOCK
+    assert small.total() - 3 * a_block <= AROUND_THE_BLOCKS
+
+
+def test_coarse_products_cost_casts_and_little_else() -> None:
+    plain, coarse = counted(precision="float32"), counted(precision="bfloat16")
+    assert coarse.total() - plain.total() <= CASTS
+
+
+def test_each_network_goes_over_each_resolution_once() -> None:
+    counts = counted(depth=3)
+    attention = sum(
+        n for name, n in counts.items() if name.startswith("_scaled_dot_product") and "backward" not in name
+    )
+    assert attention == 3 * (1 + 2), "the teacher sees global crops, the student both resolutions"
+    assert counts["_fused_adamw_"] == 2, "one for the weights with decay, one for those without"
+    assert counts["lerp_"] == 1 + 1 or counts["_foreach_lerp_"] == 1
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_host_never_waits_in_a_step_that_is_not_logged(precision: str) -> None:
+    counts = counted(precision=precision)
+    assert not {name: n for name, n in counts.items() if name.lstrip("_") in {w.lstrip("_") for w in WAITS}}
+
+
+def test_logits_are_kept_once() -> None:
+    """K more prototypes cost the logits of all views, which become their gradient, targets, and little else."""
+    few, many, views, globals_ = 1024, 9216, 6, 2
+    slope = (peak(prototypes=many) - peak(prototypes=few)) / (many - few)  # bytes a prototype
+    kept = 4 * IMAGES * (views + globals_)
+    # A view's logits over the temperature, their softmax, and a sum of targets; 318 in all where a loss keeps its own.
+    assert slope <= kept + 4 * IMAGES * 4.5
+
+
+def test_blocks_worked_out_again_hold_a_third() -> None:
+    assert peak(depth=6, recompute=True) < 0.5 * peak(depth=6)
+
+
+def test_a_step_of_this_network_holds_so_much() -> None:
+    assert peak() <= PEAK
+
+
+def test_blocks_are_compiled_without_a_break_and_once_for_each_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_: Callable[..., Any] = torch.nn.Module.compile
+    # What dynamo makes of the code is the same whatever turns it into kernels, and this backend takes no time.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **given: compile_(module, backend="eager", **given))
+    torch._dynamo.reset()
+    counters.clear()
+    trainer, batch = step_of()
+    losses = [trainer.step(batch)["loss"]]
+    trainer, _ = step_of()
+    for network in (trainer.method.student, trainer.method.teacher):
+        network.compile_blocks()
+    assert torch.equal(trainer.step(batch)["loss"], losses[0])
+    assert not counters["graph_break"]
+    # The student's two resolutions: the first block (which drops no path), others, the last; the teacher's: others, last.
+    assert counters["stats"]["unique_graphs"] == 2 * 3 + 2
+    trainer.step(batch)
+    assert counters["stats"]["unique_graphs"] == 2 * 3 + 2, "nothing is compiled anew at a second step"
+    torch._dynamo.reset()
