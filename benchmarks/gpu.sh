@@ -97,10 +97,12 @@ if [ "$device" = cpu ]; then
     small=(--batch-size 4 "${tiny[@]}") large=(--batch-size 8 "${tiny[@]}") base=(--batch-size 4 "${tiny[@]}")
     kernels=("${small[@]:0:${#small[@]}-2}")
     packed=(--images 2 --rounds 2) count=16 side=64 data=(--images 16 --rounds 1)
+    extract=(--images 16 --batch-size 8 --rounds 1 --rows 0) knn=(--voters 2000 --queries 200 --rounds 1)
 else
     small=(--batch-size 64) large=(--batch-size 256) base=(--preset vitb16 --set views.locals=8 --batch-size 128)
     kernels=(--batch-size 256)
     packed=(--images 64) count=512 side=384 data=(--images 128 --rounds 3)
+    extract=(--images 512 --batch-size 256 --workers 12 --rounds 3) knn=(--threads 1 "$(nproc)" --rounds 3)
 fi
 house="pydantic timm torchvision safetensors rich PIL numpy"
 
@@ -165,8 +167,8 @@ part packed 60 "rich" "$python" benchmarks/packed.py --device "$device" "${packe
 [ "$device" = cpu ] && tell "tests: passed over, for they need a GPU" ||
     part tests 90 "$house pytest typer matplotlib" "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors tests
 part data 60 "$house" "$python" benchmarks/data.py "$photos" "${data[@]}"
-part extract 60 "$house" "$python" benchmarks/extract.py "$photos"
-part knn 60 "$house faiss" "$python" benchmarks/knn.py
+part extract 60 "$house" "$python" benchmarks/extract.py "$photos" --device "$device" "${extract[@]}"
+part knn 60 "$house faiss" "$python" benchmarks/knn.py "${knn[@]}"
 part probe 60 "$house faiss" "$python" benchmarks/probe.py "$photos"
 if [ "$gpus" -ge 2 ]; then
     for kind in ddp fsdp; do
