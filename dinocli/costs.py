@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,7 +34,9 @@ class Estimate:
         backbone_parameters: Of the backbone alone.
         flops: Floating-point operations an image, student and teacher, forward and backward.
         fixed: Bytes that are in use whatever the batch: weights, gradients, moments.
+        waiting: Bytes more for each image of the batch: its crops, and what the teacher says of it.
         image: Bytes more for each image that is taken at once.
+        images: Of the batch, in each process.
         at_once: Images that each process takes at once.
         seconds: Of the whole run.
     """
@@ -43,14 +45,16 @@ class Estimate:
     backbone_parameters: int
     flops: float
     fixed: float
+    waiting: float
     image: float
+    images: int
     at_once: int
     seconds: float
 
     @property
     def memory(self) -> float:
         """Bytes at the peak of a step, in each process."""
-        return self.fixed + self.image * self.at_once
+        return self.fixed + self.waiting * self.images + self.image * self.at_once
 
     def fits(self, free: float) -> bool:
         """Whether a step fits into memory of which so many bytes are free."""
@@ -62,7 +66,7 @@ def estimate(plan: Plan) -> Estimate:
     with torch.device("meta"):
         method = plan.method()
     depth = len(method.student.blocks())
-    two, four = (_peak(plan, images, depth) for images in (2, 4))
+    (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
     image = (four - two) / 2  # bytes are a straight line over the batch
     weights = _bytes(method.student)
     # Student, its gradient, two moments, teacher; and what of the student is held in another precision.
@@ -71,7 +75,17 @@ def estimate(plan: Plan) -> Estimate:
     flops = _flops(method, plan)
     rate = _product_rate(plan) * _EFFICIENCY[plan.device.type]
     seconds = flops * plan.images_each * plan.stop / rate
-    return Estimate(_count(method.student), _count(method.student.backbone), flops, fixed, image, at_once, seconds)
+    return Estimate(
+        parameters=_count(method.student),
+        backbone_parameters=_count(method.student.backbone),
+        flops=flops,
+        fixed=fixed,
+        waiting=waiting / 2,
+        image=image,
+        images=plan.images_each,
+        at_once=at_once,
+        seconds=seconds,
+    )
 
 
 def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str], Estimate] | None:
@@ -106,17 +120,17 @@ def _flops(method: SelfDistillation, plan: Plan) -> float:
     return counter.get_total_flops() / 2
 
 
-def _peak(plan: Plan, images: int, depth: int) -> float:
-    """Bytes at the peak of a step that are neither weights nor made of them by the optimizer."""
-    kept = _kept(plan, images)
+def _peak(plan: Plan, images: int, depth: int) -> tuple[float, float]:
+    """Bytes that wait for the whole batch, and those at the peak of the student's turn."""
+    waiting, kept = _kept(plan, images)
     if not plan.recompute:
-        return kept
+        return waiting, kept
     # One block's are there again while its gradient is worked out.
-    return kept + (_kept(replace(plan, recompute=False), images) - kept) / depth
+    return waiting, kept + (_kept(replace(plan, recompute=False), images)[1] - kept) / depth
 
 
-def _kept(plan: Plan, images: int) -> float:
-    """Bytes that the forward pass keeps for the backward one."""
+def _kept(plan: Plan, images: int) -> tuple[float, float]:
+    """Bytes of crops and targets, and those that the student's forward pass keeps for the backward one."""
     kept: dict[int, Tensor] = {}  # by storage; with the tensors, so that no storage gets the place of another
 
     def note(tensor: Tensor) -> Tensor:
@@ -133,11 +147,16 @@ def _kept(plan: Plan, images: int) -> float:
             (part,) = method.parts(batch, 1, plan.clock)
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 student = method.student(batch.crops)
-    weights = {p.untyped_storage()._cdata for p in method.parameters()}
-    # Logits turn into their gradient in place; targets and crops stay to the end of the step.
-    stay = [*kept.values(), *student.logits.values(), *part.targets.values(), *batch.crops]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in stay}
-    return sum(size for key, size in storages.items() if key not in weights)
+    weights = _storages(method.parameters())
+    waiting = _storages([*part.targets.values(), *batch.crops])
+    # Logits turn into their gradient in place.
+    turn = _storages([*kept.values(), *student.logits.values()])
+    return sum(waiting.values()), sum(size for key, size in turn.items() if key not in weights | waiting)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes of what lies behind tensors, each counted once."""
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
 def _empty_batch(views: ViewsConfig, images: int) -> Batch:

@@ -38,7 +38,8 @@ def images(count: int | None, side: int = 400, **facts: object) -> Inspection:
 
 def cost(preset: Preset, steps: int, again: bool) -> Estimate:
     """One GB, and 0.1 more an image of the batch, or 0.03 with blocks worked out again; a step takes a second."""
-    return Estimate(1, 1, 1.0, GB, (0.03 if again else 0.1) * GB, preset.training.batch_size, float(steps))
+    batch = preset.training.batch_size
+    return Estimate(1, 1, 1.0, GB, 0.0, (0.03 if again else 0.1) * GB, batch, batch, float(steps))
 
 
 def preset_of(advised: Advised) -> Preset:
@@ -289,7 +290,9 @@ def test_each_command_can_be_typed(machine: Machine, facts: Inspection, monkeypa
     seen: list[planning.Plan] = []
     source = type("Source", (), {"count": facts.count, "where": where, "fingerprint": "0"})()
     monkeypatch.setattr(sources, "open_source", lambda spec: source)
-    monkeypatch.setattr(costs, "estimate", lambda plan: seen.append(plan) or Estimate(1, 1, 1.0, 1.0, 1.0, 1, 1.0))
+    monkeypatch.setattr(
+        costs, "estimate", lambda plan: seen.append(plan) or Estimate(1, 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1.0)
+    )
     monkeypatch.setattr(sys, "argv", ["dino", verb, where, *words, "--device", "cpu", "--dry-run", "--json"])
     with pytest.raises(SystemExit) as stopped:
         main()

@@ -18,6 +18,7 @@ from dinocli.data.crops import Draws
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _CACHED = 2**18  # numbers; of a CPU's cache, so that the operations on an image find it there
+_AT_ONCE = 2**26  # numbers; on a GPU, so that what is in between takes a GB at most
 
 
 def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled: bool = False) -> Tensor:
@@ -37,7 +38,7 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
     crops, steps = crops.flatten(0, 1), _steps(draws)
     kernels = _blur_kernels(draws.radius.flatten().to(crops.device, non_blocking=True), min(crops.shape[2], _SHORT))
     # A GPU wants few large operations; a CPU wants all operations on an image before the next image.
-    step = len(crops) if crops.is_cuda else max(1, _CACHED // crops[0].numel())
+    step = max(1, (_AT_ONCE if crops.is_cuda else _CACHED) // crops[0].numel())
     out = torch.empty(len(crops), 3, *crops.shape[1:3], device=crops.device)
     for i in range(0, len(crops), step):
         part = slice(i, i + step)

@@ -67,7 +67,7 @@ def _attend(attn: Attention, tokens: Tensor, asking: int | None) -> Tensor:
     q, k, v = _queries_keys_values(attn, tokens, asking)
     q, k = attn.q_norm(q), attn.k_norm(k)
     drop = attn.attn_drop.p if attn.training else 0.0
-    if _in_steps(q):
+    if _in_steps(q, k):
         weights = (q * attn.scale @ k.transpose(-2, -1)).softmax(-1)  # [B, heads, asking, T]
         mixed = F.dropout(weights, drop) @ v
     else:
@@ -97,8 +97,14 @@ def _by_head(attn: Attention, values: Tensor, count: int) -> tuple[Tensor, ...]:
     return values.unflatten(-1, (count, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _in_steps(q: Tensor) -> bool:
-    """Whether the three steps of attention one by one beat torch's own whole, whose gradient in bfloat16 on a CPU
-    takes two to six times as long.
+_SHORT = 400  # tokens; 197 took 50 and 82 ms in steps and whole, forward and backward, and 785 took 430 and 290
+
+
+def _in_steps(q: Tensor, k: Tensor) -> bool:
+    """Whether the three steps of attention one by one beat torch's own whole.
+
+    They do on a CPU in bfloat16, where the gradient of the whole takes two to five times as long, unless there are so
+    many tokens that to write down what each draws on each takes longer still.
     """
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    coarse = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return coarse and torch.is_grad_enabled() and k.shape[-2] <= _SHORT

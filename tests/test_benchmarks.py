@@ -1,0 +1,133 @@
+"""What the benchmarks compare does the same: else their ratios say nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinocli.engine.trainer import Trainer
+from dinocli.preset import Preset, load_preset
+from dinocli.schedules import Clock
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from kernels import Kernel, gaps
+from original import OriginalStep
+from stopwatch import PARTS, Stopwatch
+from ways import WAYS, Job, build, first_losses, made_up
+
+SMALL = (
+    "backbone.options={img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2}",
+    "backbone.drop_path=0",
+    "heads.dino.prototypes=64",
+    "heads.dino.hidden=48",
+    "heads.dino.bottleneck=16",
+    "views.global_1.size=32",
+    "views.global_2.size=32",
+    "views.local.size=16",
+    "training.batch_size=4",
+    "training.epochs=4",
+    "optimizer.lr.warmup_epochs=1",
+)
+
+
+def small(*changes: str, preset: str = "vits16-vanilla") -> Preset:
+    return load_preset(preset, [*SMALL, *changes])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [(), ("heads.dino.norm_last_layer=false",), ("optimizer.clip.norm=0.01",), ("heads.dino.batch_norm=true",)],
+)
+def test_the_original_written_out_learns_what_this_tool_learns(changes: tuple[str, ...]) -> None:
+    # This tool's step is held against the original's own numbers in test_distillation.py; so this holds the other to them.
+    torch.manual_seed(0)
+    preset = small(*changes)
+    method, clock = preset.method(), Clock(2, 4)
+    began = {k: v.double() for k, v in method.student.weights().items()}
+    theirs = OriginalStep(preset, method.student.weights(), clock, torch.device("cpu"), contextlib.nullcontext())
+    for module in (method, theirs.student, theirs.teacher, theirs.loss):
+        module.double()
+    ours = Trainer(method, preset.optimizer, clock, batch_size=4)
+    for i in range(5):  # over warm-up and the frozen epoch, and on
+        batch = made_up(preset, torch.device("cpu"), seed=i, dtype=torch.float64)
+        assert theirs.step(batch) == pytest.approx(ours.step(batch)["loss"].item(), rel=1e-12), f"step {i}"
+    learned = method.teacher.weights()
+    for name, value in theirs.teacher.state_dict().items():
+        key = name if name.startswith("backbone.") else f"heads.dino.{name}"
+        torch.testing.assert_close(value, learned[key], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        assert name == "last_layer.weight_g" or not torch.equal(value, began[key]), f"{name} moved"
+
+
+def test_all_ways_begin_with_the_same_losses() -> None:
+    changes = tuple(c for c in SMALL if not c.startswith("training.batch"))
+    job = Job("vits16-vanilla", changes, batch_size=4, device="cpu", threads=1, images=None, steps=1)
+    losses = {key: first_losses(way, job) for key, way in WAYS.items()}
+    for key, way in WAYS.items():
+        tolerance = 1e-5 if way.precision == "float32" else 5e-2
+        assert losses[key] == pytest.approx(losses["original"], rel=tolerance), key
+    assert losses["original"][0] != pytest.approx(losses["original"][1], rel=1e-3), "two batches, two losses"
+
+
+def test_the_parts_of_a_step_add_up_to_it() -> None:
+    preset = small()
+    for key in ("original", "float32", "recomputed"):
+        device, ticks = torch.device("cpu"), iter(range(10**6))
+        stepper = build(WAYS[key], preset, device)
+        backward = torch.autograd.backward
+        try:
+            watch = Stopwatch(device, lambda ticks=ticks: float(next(ticks)))  # each look at the clock is a second
+            watch.attach(stepper)
+            watch.begin()
+            with watch.part("waiting"):
+                batch = made_up(preset, device)
+            stepper.step(batch)
+            spent = watch.end()
+        finally:
+            torch.autograd.backward = backward
+        assert sum(spent.values()) == next(ticks) - 2, "from the first look to the last"
+        assert all(spent[part] > 0 for part in PARTS), (key, spent)
+
+
+def test_gaps_are_where_no_kernel_runs() -> None:
+    # a has b within it, on another stream; c follows at once, d after a while
+    a, b, c, d = Kernel("a", 0, 10), Kernel("b", 2, 4), Kernel("c", 10, 11), Kernel("d", 14, 15)
+    assert gaps([d, b, a, c]) == [(3, "c", "d")]
+    assert gaps([a, Kernel("e", 12, 13), d]) == [(2, "a", "e"), (1, "e", "d")]
+
+
+def table_of(*words: str) -> tuple[int, dict, str]:
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "benchmarks" / "step.py"),
+        "--device",
+        "cpu",
+        "--json",
+        "--rounds",
+        "2",
+        *words,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.slow
+def test_the_table_of_two_ways_and_of_one_that_cannot_be() -> None:
+    changes = [word for change in SMALL for word in ("--set", change)]
+    code, found, words = table_of(*changes, "--ways", "original", "bfloat16")
+    assert code == 0, words
+    first, second = found["rows"]
+    assert first["ratios"] == [1.0, 1.0]
+    assert second["ratios"] == [a / b for a, b in zip(first["seconds"], second["seconds"], strict=True)]
+    assert all(row["memory"] > 1e8 and 0 < row["share"] < 1 for row in found["rows"])
+    assert "this, bfloat16" in words
+
+    code, found, words = table_of("--preset", "resnet50", "--batch-size", "2", "--ways", "original")
+    assert code == 1
+    assert "vision transformers" in found["rows"][0]["failed"], words
