@@ -25,7 +25,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-from dinocli.storing import write_features
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
@@ -40,6 +39,7 @@ from dinocli.encoder import Encoder, quick
 from dinocli.extraction import extract
 from dinocli.features import Recipe, read_features
 from dinocli.models.backbone import BackboneConfig
+from dinocli.storing import write_features
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -57,9 +57,9 @@ CPU = torch.device("cpu")
 class Original:
     """What the original does with a batch, written out: PIL, the frozen backbone, one linear layer, SGD."""
 
-    def __init__(self, encoder: Encoder, classes: int) -> None:
-        self.encoder = encoder
-        self.layer = nn.Linear(BLOCKS * encoder.backbone.width, classes)
+    def __init__(self, encoder: Encoder, classes: int, blocks: int = BLOCKS) -> None:
+        self.encoder, self.blocks = encoder, blocks
+        self.layer = nn.Linear(blocks * encoder.backbone.width, classes)
         self.optimizer = torch.optim.SGD(self.layer.parameters(), 0.001, momentum=0.9)
         end = [transforms.ToTensor(), transforms.Normalize(encoder.mean, encoder.std)]
         size = encoder.size
@@ -72,7 +72,7 @@ class Original:
     def scores(self, source: Images, rows: range, view: Callable[[Image.Image], Tensor]) -> Tensor:
         images = torch.stack([view(Image.open(source.root / source.names[i]).convert("RGB")) for i in rows])
         with torch.no_grad():
-            tokens = torch.cat([t.cls for t in self.encoder.backbone.blocks(images, BLOCKS)], dim=1)
+            tokens = torch.cat([t.cls for t in self.encoder.backbone.blocks(images, self.blocks)], dim=1)
         return self.layer(tokens)
 
     def learn(self, source: Images) -> None:

@@ -10,15 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_images
+from PIL import Image
 
+from dinocli.encoder import Encoder
 from dinocli.engine.trainer import Trainer
+from dinocli.evals.knn import knn
 from dinocli.preset import Preset, load_preset
 from dinocli.schedules import Clock
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from kernels import Kernel, gaps
+from knn import TEMPERATURE, drawn
+from knn import original as neighbours_of_original
 from original import OriginalStep
+from probe import Original as OriginalProbe
+from probe import labelled
 from stopwatch import PARTS, Stopwatch
 from ways import WAYS, Job, build, first_losses, made_up
 
@@ -100,6 +108,33 @@ def test_gaps_are_where_no_kernel_runs() -> None:
     a, b, c, d = Kernel("a", 0, 10), Kernel("b", 2, 4), Kernel("c", 10, 11), Kernel("d", 14, 15)
     assert gaps([d, b, a, c]) == [(3, "c", "d")]
     assert gaps([a, Kernel("e", 12, 13), d]) == [(2, "a", "e"), (1, "e", "d")]
+
+
+def test_the_originals_neighbours_written_out_vote_as_this_tools() -> None:
+    # This tool's votes are held against the original's own numbers in evals/test_knn.py; so this holds the other to them.
+    train, test = drawn(4000, 384, 0), drawn(200, 384, 1)
+    tensors = [torch.from_numpy(x) for f in (train, test) for x in (f.values, f.labels)]
+    ours = knn(train, test, [1, 10, 50], TEMPERATURE).scores
+    for score in ours:
+        top1, top5 = neighbours_of_original(*tensors, score.k)
+        assert top1 == pytest.approx(score.top1), score.k
+        assert top5 >= score.top5 - 1e-9, "it may count classes without a vote"
+    assert 1 < ours[0].top1 < 99
+
+
+def test_the_originals_probe_written_out_learns(tmp_path: Path, encoder: Encoder) -> None:
+    for name, color in (("dark", 40), ("light", 210)):
+        for path in write_images(tmp_path / name, 8, 24).iterdir():
+            Image.blend(Image.open(path), Image.new("RGB", (24, 24), (color,) * 3), 0.8).save(path)
+    train, test = labelled(str(tmp_path), real=False)
+    assert (len(train), len(test)) == (16, 3)
+    probe = OriginalProbe(encoder, 2, blocks=3)
+    for group in probe.optimizer.param_groups:
+        group["lr"] = 0.5
+    for _ in range(30):
+        probe.learn(train)
+    scores = probe.scores(train, range(16), probe.centered)
+    assert scores.argmax(1).tolist() == train.labels.tolist()
 
 
 def table_of(*words: str) -> tuple[int, dict, str]:
