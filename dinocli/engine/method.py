@@ -21,12 +21,15 @@ class ParamGroup:
         decay: Whether weight decay applies.
         lr_scale: Factor on the learning rate.
         frozen_epochs: Epochs at the start in which they get no gradient, and so no decay and no moments either.
+        modules: For each, which module of the method it belongs to, for what bounds a module as a whole; absent, to the
+            one that there is.
     """
 
     params: list[nn.Parameter]
     decay: bool = True
     lr_scale: float = 1.0
     frozen_epochs: int = 0
+    modules: list[str] | None = None
 
 
 class Method(nn.Module, ABC):
