@@ -120,9 +120,9 @@ class SelfDistillation(Method):
                 continue
             decay = parameter.ndim > 1 and not name.endswith(".bias")
             module, rate, frozen = self._learns(name)
-            group = groups.setdefault((decay, rate, frozen), ParamGroup([], decay, rate, frozen, []))
+            group = groups.setdefault((decay, rate, frozen), ParamGroup([], decay, rate, frozen))
             group.params.append(parameter)
-            (group.modules or []).append(module)
+            group.modules.append(module)
         return list(groups.values())
 
     def _learns(self, name: str) -> tuple[str, float, int]:
