@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +24,12 @@ class Encoding:
     Attributes:
         cls: The backbone's class tokens. [V, B, D]
         logits: What each head says of them, by its name. [V, B, K]
+        hidden: What each head that reads patches says of the hidden ones, by its name. [M, K]
     """
 
     cls: Tensor
     logits: dict[str, Tensor]
+    hidden: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Network(nn.Module):
