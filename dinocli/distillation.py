@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from dinocli.data.loader import Batch
 from dinocli.distributed import local, mean_over_processes
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.losses import LossesConfig
+from dinocli.models.backbone import AS_THE_HEADS, LearningConfig
 from dinocli.models.network import Encoding, Network
 from dinocli.schedules import Clock, Schedule
 
@@ -40,12 +41,21 @@ class SelfDistillation(Method):
         teacher: Of the same shape; it starts as a copy of the student and follows it as a moving average.
         losses: Which losses there are.
         momentum: How much of itself the teacher keeps at a step.
+        learning: How the backbone learns, where not like the heads.
 
     Source: arXiv 2104.14294, algorithm 1.
     """
 
-    def __init__(self, student: Network, teacher: Network, losses: LossesConfig, momentum: Schedule) -> None:
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network,
+        losses: LossesConfig,
+        momentum: Schedule,
+        learning: LearningConfig = AS_THE_HEADS,
+    ) -> None:
         super().__init__()
+        self.learning = learning
         self.student = student
         self.teacher = teacher.requires_grad_(False)
         self.teacher.load_state_dict(student.state_dict())
@@ -62,7 +72,7 @@ class SelfDistillation(Method):
         seen = [self.teacher([part.global_crops]) for part in batches]
         cls = torch.cat([encoding.cls for encoding in seen], 1)
         logits = {head: torch.cat([encoding.logits[head] for encoding in seen], 1) for head in seen[0].logits}
-        whole, targets = Encoding(cls, logits), dict[str, list[Tensor]]()
+        whole, targets = Encoding(cls, len(cls), logits), dict[str, list[Tensor]]()
         for name, loss in self.losses.items():
             aimed: Tensor | None = loss.aim(whole, clock)  # type: ignore[operator]
             if aimed is not None:
@@ -101,20 +111,30 @@ class SelfDistillation(Method):
     def param_groups(self) -> list[ParamGroup]:
         """The student's parameters: no decay on biases and one-dimensional ones, prototypes apart while frozen.
 
-        Class token and positions do get decay, as in the original.
+        Class token and positions do get decay, as in the original and in DINOv2.
         """
-        groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
-        for decay, frozen_epochs, parameter in self._student_parameters():
-            groups.setdefault((decay, frozen_epochs), []).append(parameter)
-        return [ParamGroup(params, decay=d, frozen_epochs=f) for (d, f), params in groups.items()]
-
-    def _student_parameters(self) -> Iterator[tuple[bool, int, nn.Parameter]]:
+        groups: dict[tuple[bool, float, int], ParamGroup] = {}
         for name, parameter in self.student.named_parameters():
-            if parameter.requires_grad:
-                owner = name.partition(".last_layer.")[0]
-                head = self.student.get_submodule(owner) if owner != name else None
-                frozen = int(head.freeze_last_layer_epochs) if head is not None else 0  # type: ignore[arg-type]
-                yield parameter.ndim > 1 and not name.endswith(".bias"), frozen, parameter
+            if not parameter.requires_grad:
+                continue
+            decay = parameter.ndim > 1 and not name.endswith(".bias")
+            module, rate, frozen = self._learns(name)
+            group = groups.setdefault((decay, rate, frozen), ParamGroup([], decay, rate, frozen))
+            group.params.append(parameter)
+            group.modules.append(module)
+        return list(groups.values())
+
+    def _learns(self, name: str) -> tuple[str, float, int]:
+        """The module of a student's parameter, the factor on its rate, and the epochs in which it is frozen."""
+        if name.startswith("heads."):
+            head, _, rest = name.removeprefix("heads.").partition(".")
+            frozen = self.student.get_submodule(f"heads.{head}").freeze_last_layer_epochs
+            return head, 1.0, int(frozen) if rest.startswith("last_layer.") else 0  # type: ignore[arg-type]
+        inside = name.removeprefix("backbone.model.")
+        backbone, learning = self.student.backbone, self.learning
+        rate = learning.layer_decay ** (len(backbone.row) + 1 - backbone.level(inside)) if backbone.row else 1.0
+        rate *= learning.patch_embed if inside.startswith("patch_embed.") else 1.0
+        return "backbone", rate, learning.frozen_epochs
 
     @torch.no_grad()
     def after_step(self, clock: Clock, done: Tensor) -> None:

@@ -121,7 +121,8 @@ class Preset(Config):
 
     def method(self) -> SelfDistillation:
         """Student and teacher with the same fresh weights, and the losses between them."""
-        return SelfDistillation(self.network(drop_path=True), self.network(), self.losses, self.teacher.momentum)
+        student, teacher = self.network(drop_path=True), self.network()
+        return SelfDistillation(student, teacher, self.losses, self.teacher.momentum, self.backbone.learning)
 
 
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:

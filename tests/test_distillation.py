@@ -176,6 +176,29 @@ def test_groups_are_the_originals(original, trainer: Trainer) -> None:
         assert ours == set(expected)
 
 
+def test_layers_learn_at_rates_of_their_own() -> None:
+    """The further from the loss the slower, the patch embedding slower still; heads and final norm at the full rate."""
+    preset = load_preset(
+        "tiny", ["backbone.learning={layer_decay=0.5, patch_embed=0.2, frozen_epochs=3}", "backbone.options.depth=2"]
+    )
+    method = preset.method()
+    names = {p: name for name, p in method.student.named_parameters()}
+    learned = {}
+    for group in method.param_groups():
+        for p, module in zip(group.params, group.modules, strict=True):
+            learned[names[p]] = (module, pytest.approx(group.lr_scale), group.frozen_epochs, group.decay)
+    assert len(learned) == sum(p.requires_grad for p in names)
+    last = preset.heads["dino"].freeze_last_layer_epochs
+    assert learned["backbone.model.cls_token"] == ("backbone", 0.125, 3, True)
+    assert learned["backbone.model.pos_embed"] == ("backbone", 0.125, 3, True)
+    assert learned["backbone.model.patch_embed.proj.weight"] == ("backbone", 0.025, 3, True)
+    assert learned["backbone.model.blocks.0.norm1.weight"] == ("backbone", 0.25, 3, False)
+    assert learned["backbone.model.blocks.1.mlp.fc2.weight"] == ("backbone", 0.5, 3, True)
+    assert learned["backbone.model.norm.weight"] == ("backbone", 1.0, 3, False)
+    assert learned["heads.dino.mlp.0.weight"] == ("dino", 1.0, 0, True)
+    assert learned["heads.dino.last_layer.weight_v"] == ("dino", 1.0, last, True)
+
+
 def test_teacher_starts_as_the_student_and_gets_no_gradient(trainer: Trainer) -> None:
     student, teacher = trainer.method.student, trainer.method.teacher
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
@@ -244,7 +267,7 @@ def test_figures_tell_uniform_and_one_sided_collapse_from_learning() -> None:
         (100 * torch.eye(16)[:1].expand(2, 8, 16), 0, 0, 1 / 16),  # one prototype for all
         (100 * torch.eye(16).view(2, 8, 16), 0, math.log(16), 1),  # each image its own
     ):
-        targets = loss.aim(Encoding(torch.empty(0), {"dino": logits}), clock)
+        targets = loss.aim(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
         told = loss.watch(targets, torch.tensor(3.0), clock)
         assert {k: float(told[k]) for k in ("teacher_entropy", "information", "prototypes", "kl")} == pytest.approx(
             {"teacher_entropy": entropy, "information": information, "prototypes": prototypes, "kl": 3 - entropy},
@@ -271,7 +294,7 @@ def test_the_prototypes_in_use_are_those_of_the_last_hundred_steps() -> None:
     def share(logits: torch.Tensor, steps: int) -> float:
         for _ in range(steps):
             loss.targets.center.zero_()
-            targets = loss.aim(Encoding(torch.empty(0), {"dino": logits}), clock)
+            targets = loss.aim(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
             told = loss.watch(targets, torch.tensor(0.0), clock)
             loss.after_step()
         return float(told["prototypes"])

@@ -37,19 +37,18 @@ class KoleoLoss(nn.Module):
     def __init__(self, config: KoleoLossConfig) -> None:
         super().__init__()
         self.config = config
-        self._globals = 0  # G of the batch
+        self._views = 1  # that the loss is a sum of
 
     def aim(self, teacher: Encoding, clock: Clock) -> None:
-        """There are no targets; the teacher, who sees the global views alone, tells how many they are."""
-        self._globals = len(teacher.cls)
+        """There are no targets."""
+        self._views = teacher.globals
 
     def forward(self, student: Encoding, targets: None, masks: Masks | None) -> Tensor:  # -> []
-        views = [koleo_loss(cls) for cls in student.cls[: self._globals]]
-        return self.config.weight * torch.stack(views).sum()
+        return self.config.weight * torch.stack([koleo_loss(cls) for cls in student.cls[: student.globals]]).sum()
 
     def watch(self, targets: None, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
         """The geometric mean of the distances to the nearest others, which are 0 to 2; towards 0 images look alike."""
-        return {"distance": (-loss / self.config.weight / self._globals).exp()}
+        return {"distance": (-loss / self.config.weight / self._views).exp()}
 
     def after_step(self) -> None:
         """Nothing is kept from one step to the next."""

@@ -98,7 +98,7 @@ def test_loss_gradient_and_center_equal_the_originals(original, case: str, dtype
         loss_of.targets.center.copy_(original[f"{name}/center_before"][0])
         student = original[f"{name}/student"].to(dtype).unflatten(0, (made["ncrops"], -1)).requires_grad_()
         teacher = original[f"{name}/teacher"].to(dtype).unflatten(0, (2, -1))
-        seen, made_of = (Encoding(torch.empty(0), {"dino": logits}) for logits in (teacher, student.clone()))
+        seen, made_of = (Encoding(torch.empty(0), 2, {"dino": logits}) for logits in (teacher, student.clone()))
         loss = loss_of(made_of, loss_of.aim(seen, Clock(1, made["nepochs"], call["epoch"])), None)
         loss.backward()
         loss_of.after_step()

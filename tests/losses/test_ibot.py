@@ -70,9 +70,9 @@ def test_the_module_reads_its_head_aims_weighs_and_tells() -> None:
     masks = Masks.of(where)
     teacher, student = torch.randn(len(masks.rows), 11), torch.randn(len(masks.rows), 11)
     loss_of = CONFIG.build(11)
-    targets = loss_of.aim(Encoding(torch.empty(0), {}, {"patches": teacher}), CLOCK)
+    targets = loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": teacher}), CLOCK)
     torch.testing.assert_close(targets, (teacher / 0.5).softmax(-1))
-    loss = loss_of(Encoding(torch.empty(0), {}, {"patches": student.clone()}), targets, masks)
+    loss = loss_of(Encoding(torch.empty(0), 2, {}, {"patches": student.clone()}), targets, masks)
     every = [torch.zeros(2 * 3 * 8, 11) for _ in range(2)]
     for all_, some in zip(every, (student, targets), strict=True):
         all_[masks.rows] = some
@@ -102,17 +102,17 @@ def test_a_student_that_agrees_has_no_divergence_left_in_parts_too() -> None:
     halves = [Masks.of(half) for half in where.chunk(2, 1)]
     agrees = torch.randn(sum(len(half.rows) for half in halves), 11)
     loss_of = CONFIG.build(11)
-    targets = loss_of.aim(Encoding(torch.empty(0), {}, {"patches": agrees}), CLOCK)
+    targets = loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": agrees}), CLOCK)
     sizes = [len(half.rows) for half in halves]
     assert sizes[0] != sizes[1]
     losses = [
-        loss_of(Encoding(torch.empty(0), {}, {"patches": (said * 0.2).clone()}), aimed, half)  # 0.1 over 0.5
+        loss_of(Encoding(torch.empty(0), 2, {}, {"patches": (said * 0.2).clone()}), aimed, half)  # 0.1 over 0.5
         for said, aimed, half in zip(agrees.split(sizes), targets.split(sizes), halves, strict=True)
     ]
     told = loss_of.watch(targets, torch.stack(losses).mean(), CLOCK)
     assert told["teacher_entropy"] > 0.5
     assert abs(told["kl"]) < 1e-6
-    loss_of.aim(Encoding(torch.empty(0), {}, {"patches": agrees}), CLOCK)
+    loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": agrees}), CLOCK)
     assert not loss_of._weights, "a step that was watched leaves nothing for the next"
 
 
@@ -120,16 +120,16 @@ def test_without_masks_all_patches_count_alike() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(6, 5), torch.randn(6, 5)
     loss_of = CONFIG.build(5)
-    targets = loss_of.aim(Encoding(torch.empty(0), {}, {"patches": teacher}), CLOCK)
-    loss = loss_of(Encoding(torch.empty(0), {}, {"patches": student}), targets, None)
+    targets = loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": teacher}), CLOCK)
+    loss = loss_of(Encoding(torch.empty(0), 2, {}, {"patches": student}), targets, None)
     torch.testing.assert_close(loss, 0.25 * -(targets * torch.log_softmax(student / 0.1, -1)).sum(-1).mean())
 
 
 def test_a_batch_without_hidden_patches_costs_nothing() -> None:
     loss_of, nothing = CONFIG.build(5), torch.zeros(0, 5, requires_grad=True)
     masks = Masks.of(torch.zeros(2, 1, 4, dtype=torch.bool))
-    targets = loss_of.aim(Encoding(torch.empty(0), {}, {"patches": nothing.detach()}), CLOCK)
-    loss = loss_of(Encoding(torch.empty(0), {}, {"patches": nothing.clone()}), targets, masks)
+    targets = loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": nothing.detach()}), CLOCK)
+    loss = loss_of(Encoding(torch.empty(0), 2, {}, {"patches": nothing.clone()}), targets, masks)
     loss.backward()
     told = loss_of.watch(targets, loss.detach(), CLOCK)
     loss_of.after_step()
