@@ -5,6 +5,7 @@ import torch
 
 from dinocli.data.masking import Masks
 from dinocli.losses import ibot
+from dinocli.losses.dino import dino_loss
 from dinocli.losses.ibot import IbotLossConfig, ibot_loss
 from dinocli.losses.targets import CenteringConfig
 from dinocli.models.network import Encoding
@@ -135,3 +136,25 @@ def test_a_batch_without_hidden_patches_costs_nothing() -> None:
     loss_of.after_step()
     assert (loss, told["teacher_entropy"], told["kl"]) == (0, 0, 0)
     assert loss_of.targets.center.isfinite().all()
+
+
+def test_a_head_shared_with_class_tokens_gets_both_gradients() -> None:
+    """Both losses write their gradients over halves of what one call of the head has said."""
+    torch.manual_seed(0)
+    where = hidden(2, 3, 8)
+    rows, weights = rows_and_weights(where)
+    features = torch.randn(4 * 3 + len(rows), 6, dtype=torch.float64, requires_grad=True)
+    prototypes = torch.randn(6, 11, dtype=torch.float64)
+    of_class = torch.randn(2, 3, 11, dtype=torch.float64).softmax(-1)
+    of_patches = torch.randn(len(rows), 11, dtype=torch.float64).softmax(-1)
+
+    said = (features @ prototypes).split([12, len(rows)])
+    loss = dino_loss(said[0].unflatten(0, (4, 3)), of_class, 0.1) + ibot_loss(said[1], of_patches, weights, 0.1)
+    (ours,) = torch.autograd.grad(loss, features)
+
+    said = (features @ prototypes).split([12, len(rows)])
+    log_p = (said[0].unflatten(0, (4, 3)) / 0.1).log_softmax(-1)
+    pairs = [-(of_class[g] * log_p[v]).sum(-1).mean() for g in range(2) for v in range(4) if g != v]
+    patches = -(weights * (of_patches * (said[1] / 0.1).log_softmax(-1)).sum(-1)).sum()
+    (theirs,) = torch.autograd.grad(torch.stack(pairs).mean() + patches, features)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
