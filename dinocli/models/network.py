@@ -101,7 +101,7 @@ class Network(nn.Module):
 
     def prototypes(self, head: str) -> int:
         """K of a head."""
-        return self.get_parameter(f"heads.{head}.last_layer.weight_v").shape[0]
+        return int(self.get_submodule(f"heads.{head}").prototypes)  # type: ignore[arg-type]
 
     def blocks(self) -> list[nn.Module]:
         """The backbone's blocks in order; none of one that is no row of blocks."""
