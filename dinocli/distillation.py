@@ -14,7 +14,7 @@ from dinocli.distributed import local, mean_over_processes
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.losses import LossesConfig
 from dinocli.models.backbone import AS_THE_HEADS, LearningConfig
-from dinocli.models.network import Network
+from dinocli.models.network import Encoding, Network
 from dinocli.schedules import Clock, Schedule
 
 
@@ -24,7 +24,7 @@ class Part:
 
     Attributes:
         batch: The views of b images.
-        targets: For each loss, by its name. [G, b, K]
+        targets: For each loss that has targets, by its name. [G, b, K]
         cls: The teacher's class tokens of the global views. [G, b, D]
     """
 
@@ -60,10 +60,7 @@ class SelfDistillation(Method):
         self.teacher = teacher.requires_grad_(False)
         self.teacher.load_state_dict(student.state_dict())
         self.momentum = momentum
-        self.head_of = {name: config.head for name, config in losses.present().items()}
-        self.losses = nn.ModuleDict(
-            {name: config.build(student.prototypes(config.head)) for name, config in losses.present().items()}
-        )
+        self.losses = losses.build(student.prototypes)
 
     @torch.no_grad()
     def parts(self, batch: Batch, count: int, clock: Clock) -> list[Part]:
@@ -73,10 +70,13 @@ class SelfDistillation(Method):
         """
         batches = batch.split(count)
         seen = [self.teacher([part.global_crops]) for part in batches]
-        targets: dict[str, list[Tensor]] = {}
+        cls = torch.cat([encoding.cls for encoding in seen], 1)
+        logits = {head: torch.cat([encoding.logits[head] for encoding in seen], 1) for head in seen[0].logits}
+        whole, targets = Encoding(cls, len(cls), logits), dict[str, list[Tensor]]()
         for name, loss in self.losses.items():
-            logits = torch.cat([encoding.logits[self.head_of[name]] for encoding in seen], 1)  # [G, B, K]
-            targets[name] = list(loss.aim(logits, clock).chunk(count, 1))  # type: ignore[operator]
+            aimed: Tensor | None = loss.aim(whole, clock)  # type: ignore[operator]
+            if aimed is not None:
+                targets[name] = list(aimed.chunk(count, 1))
         return [
             Part(part, {name: chunks[i] for name, chunks in targets.items()}, seen[i].cls)
             for i, part in enumerate(batches)
@@ -85,8 +85,7 @@ class SelfDistillation(Method):
     def forward(self, part: Part) -> dict[str, Tensor]:
         """The losses of a part."""
         student = self.student(part.batch.crops)
-        logits = {name: student.logits[head] for name, head in self.head_of.items()}  # [V, b, K]
-        return {name: loss(logits[name], part.targets[name]) for name, loss in self.losses.items()}
+        return {name: loss(student, part.targets.get(name), None) for name, loss in self.losses.items()}
 
     def watch(self, parts: Sequence[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
         """What tells whether the networks learn: of each loss as `<loss>/<figure>`, and of the features.
@@ -96,7 +95,7 @@ class SelfDistillation(Method):
         """
         figures: dict[str, Tensor | float] = {}
         for name, loss in self.losses.items():
-            targets = torch.cat([part.targets[name] for part in parts], 1)
+            targets = torch.cat([part.targets[name] for part in parts], 1) if name in parts[0].targets else None
             told = loss.watch(targets, losses[name], clock)  # type: ignore[operator]
             figures |= {f"{name}/{figure}": value for figure, value in told.items()}
         cls = F.normalize(torch.cat([part.cls for part in parts], 1).float().flatten(0, 1), dim=-1)  # [G * B, D]

@@ -89,14 +89,14 @@ class Preset(Config):
     def _fits(self) -> Self:
         if not self.losses.present():
             raise ValueError("a run needs at least one loss, such as [losses.dino]")
-        for name, loss in self.losses.present().items():
+        for name, loss in self.losses.aimed().items():
             if loss.head not in self.heads:
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
         if len(self.views.all) < 2:
             raise ValueError("two views at least were wanted, to predict one from another; it needs views.locals=2")
         if not all(0 <= value <= 1 for value in self.teacher.momentum.bounds):
             raise ValueError("teacher.momentum should lie between 0 and 1")
-        for name, loss in self.losses.present().items():
+        for name, loss in self.losses.aimed().items():
             if not all(value > 0 for value in loss.targets.temperature.bounds):
                 raise ValueError(f"losses.{name}.targets.temperature should lie above 0")
         lr, epochs = self.optimizer.lr, self.training.epochs

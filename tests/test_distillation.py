@@ -267,7 +267,7 @@ def test_figures_tell_uniform_and_one_sided_collapse_from_learning() -> None:
         (100 * torch.eye(16)[:1].expand(2, 8, 16), 0, 0, 1 / 16),  # one prototype for all
         (100 * torch.eye(16).view(2, 8, 16), 0, math.log(16), 1),  # each image its own
     ):
-        targets = loss.aim(logits, clock)
+        targets = loss.aim(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
         told = loss.watch(targets, torch.tensor(3.0), clock)
         assert {k: float(told[k]) for k in ("teacher_entropy", "information", "prototypes", "kl")} == pytest.approx(
             {"teacher_entropy": entropy, "information": information, "prototypes": prototypes, "kl": 3 - entropy},
@@ -294,7 +294,7 @@ def test_the_prototypes_in_use_are_those_of_the_last_hundred_steps() -> None:
     def share(logits: torch.Tensor, steps: int) -> float:
         for _ in range(steps):
             loss.targets.center.zero_()
-            targets = loss.aim(logits, clock)
+            targets = loss.aim(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
             told = loss.watch(targets, torch.tensor(0.0), clock)
             loss.after_step()
         return float(told["prototypes"])
