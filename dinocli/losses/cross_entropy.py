@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
+from dinocli.precision import exactly
+
 
 class Chunk(NamedTuple):
     """Logits that are worked out at once; of theirs alone there are copies, in the wider precision.
@@ -59,7 +61,7 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = logits.new_zeros((), dtype=wide)
         # Under autocast the product of targets and logits would be coarse.
-        with torch.autocast(logits.device.type, enabled=False):
+        with exactly(logits.device):
             for where, targets, weights in chunks:
                 total += _worked_out(
                     logits[where], targets, weights, temperature, share, gradient=ctx.needs_input_grad[0]

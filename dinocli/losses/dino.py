@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from dinocli.data.masking import Masks
 from dinocli.distributed import mean_over_processes
 from dinocli.losses.cross_entropy import Chunk, cross_entropy, entropy
 from dinocli.losses.targets import TargetsConfig
-from dinocli.models.network import Encoding
+from dinocli.models.network import Encoding, Reads
 from dinocli.schedules import Clock
 
 
@@ -25,6 +27,7 @@ class DinoLossConfig(Config):
         targets: How the teacher's logits become targets.
     """
 
+    reads: ClassVar[Reads] = "class"
     weight: float = Field(gt=0)
     head: str
     student_temperature: float = Field(gt=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from dinocli.config import Config
 from dinocli.data.masking import Masks
 from dinocli.losses.cross_entropy import Chunk, cross_entropy, entropy
 from dinocli.losses.targets import TargetsConfig
-from dinocli.models.network import Encoding
+from dinocli.models.network import Encoding, Reads
 from dinocli.schedules import Clock
 
 
@@ -24,6 +26,7 @@ class IbotLossConfig(Config):
         targets: How the teacher's logits become targets.
     """
 
+    reads: ClassVar[Reads] = "patches"
     weight: float = Field(gt=0)
     head: str
     student_temperature: float = Field(gt=0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dinocli.config import Config
 from dinocli.data.masking import Masks
 from dinocli.models.network import Encoding
+from dinocli.precision import exactly
 from dinocli.schedules import Clock
 
 
@@ -71,7 +72,7 @@ def koleo_loss(cls: Tensor, eps: float = 1e-8) -> Tensor:
     Source: arXiv 1806.03198, equation 2; arXiv 2304.07193, section 4; facebookresearch/dinov2@b8931f7
     dinov2/loss/koleo_loss.py.
     """
-    with torch.autocast(cls.device.type, enabled=False):
+    with exactly(cls.device):
         x = F.normalize(cls.to(torch.promote_types(cls.dtype, torch.float32)), dim=-1, eps=eps)
         if len(x) < 2:
             return 0 * x.sum()
