@@ -37,7 +37,7 @@ class IbotLossConfig(Config):
         return IbotLoss(self, prototypes)
 
 
-_AT_ONCE = 2**26  # logits, of which two copies in float32 take half a GiB
+_AT_ONCE = 2**24  # logits, of which two copies in float32 take 128 MiB; larger chunks are no quicker
 
 
 class IbotLoss(nn.Module):

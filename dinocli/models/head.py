@@ -101,7 +101,11 @@ class Head(nn.Module):
             nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(features), dim=-1))  # [S, K]
+        return self.last_layer(self.squeezed(features))  # [S, K]
+
+    def squeezed(self, features: Tensor) -> Tensor:
+        """What is compared with the prototypes, at unit length. [S, bottleneck]"""
+        return F.normalize(self.mlp(features), dim=-1)
 
 
 def original_head(weights: Mapping[str, Tensor]) -> nn.Module:
