@@ -334,6 +334,8 @@ def start_from(method: SelfDistillation, source: str) -> list[str]:
         for name, head in network.heads.items():
             if name not in fresh:
                 head.load_state_dict(weights.heads[name])
+        if network.mask_token is not None and weights.mask_token is not None:
+            network.mask_token.data.copy_(weights.mask_token)
     return fresh
 
 

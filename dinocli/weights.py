@@ -31,11 +31,13 @@ class Weights:
         backbone: Under timm's keys.
         heads: The weights of each head, by its name and the original's keys; a file of a backbone alone has none.
         preset: What the run was, if the file is the tool's own.
+        mask_token: What stands in the place of hidden patches, if the network was trained with some. [1, D]
     """
 
     backbone: dict[str, Tensor]
     heads: dict[str, dict[str, Tensor]]
     preset: Preset | None
+    mask_token: Tensor | None = None
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int) -> None:
@@ -133,12 +135,15 @@ def _pick(content: Any, which: Which, path: Path) -> dict[str, Tensor]:
 def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> Weights:
     backbone: dict[str, Tensor] = {}
     heads: dict[str, dict[str, Tensor]] = {}
+    mask_token = None
     for key, value in tensors.items():
         # DDP writes `module.` before every key, the original's wrapper `backbone.` and `head.`.
         key = key.removeprefix("module.")
         if key.startswith("heads."):
             _, name, rest = key.split(".", 2)
             heads.setdefault(name, {})[rest] = value
+        elif key.removeprefix("backbone.") == "mask_token":
+            mask_token = value.view(1, -1)
         elif key.startswith(("head.mlp.", "head.last_layer.")):
             heads.setdefault("dino", {})[key.removeprefix("head.")] = value
         # A supervised classifier on top (timm's `head`, torchvision's `fc`) is no part of a backbone.
@@ -146,4 +151,4 @@ def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> W
             backbone[key.removeprefix("backbone.")] = value
     if not backbone:
         raise DinoError(f"{path} holds no backbone", "take a file that was saved from a whole network")
-    return Weights(backbone, heads, preset)
+    return Weights(backbone, heads, preset, mask_token)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dinocli.data.sources import image_folder
+from dinocli.encoder import load_encoder
 from dinocli.errors import DinoError
 from dinocli.planning import Plan
 from dinocli.preset import Preset, load_preset
@@ -267,6 +268,27 @@ def test_start_from_own_weights_takes_the_heads_too(plan: Plan) -> None:
     for network in (method.student, method.teacher):
         assert torch.equal(network.backbone.model.cls_token, stored.backbone["cls_token"])
         assert torch.equal(network.heads["dino"].last_layer.weight_v, stored.heads["dino"]["last_layer.weight_v"])
+
+
+def test_a_run_with_hidden_patches_is_one_like_others(plan: Plan) -> None:
+    """It resumes to the same bits, its weights are read, and who starts from it gets its token for hidden patches."""
+    small = [*SMALL, *(line.replace("heads.dino", "heads.ibot") for line in SMALL if line.startswith("heads.dino"))]
+    small[0] = small[0].replace("patch_size=8", "patch_size=4")
+    preset = load_preset("tiny-dinov2", small)
+    whole = pretrain(replace(plan, preset=preset), lambda p: None)
+    parts = replace(plan, preset=preset, out=Path("runs/parts"))
+    for stop in (2, 6):
+        again = pretrain(replace(parts, stop=stop, workers=stop // 4), lambda p: None)
+    assert again.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
+    stored = read_weights(whole.folder)
+    assert stored.mask_token is not None
+    assert stored.mask_token.abs().sum() > 0, "it has learned"
+    assert load_encoder(str(whole.folder), torch.device("cpu")).features(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
+    method = preset.method()
+    assert start_from(method, str(whole.folder)) == []
+    assert torch.equal(method.student.mask_token, stored.mask_token)
+    lines = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"ibot", "koleo", "ibot/kl", "koleo/distance"} <= set(lines[-1])
 
 
 def test_start_from_a_backbone_of_another_shape_is_said(plan: Plan, tmp_path: Path) -> None:
