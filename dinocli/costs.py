@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.data.crops import ViewsConfig
 from dinocli.data.loader import Batch
+from dinocli.data.masking import Masks, hidden_counts
 from dinocli.device import autocast, has_bfloat16
 from dinocli.distillation import SelfDistillation
 from dinocli.errors import DinoError
@@ -116,7 +117,7 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
 def _flops(method: SelfDistillation, plan: Plan) -> float:
     """Operations an image of a step; on tensors that are nowhere, which have a gradient on any machine."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        batch = _empty_batch(plan.preset.views, 2)
+        batch = _empty_batch(plan.preset.views, _grid(plan, method), 2)
         torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
     return counter.get_total_flops() / 2
 
@@ -143,15 +144,16 @@ def _kept(plan: Plan, images: int) -> tuple[float, float]:
     kind = plan.device.type if plan.device.type == "cuda" else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(kind):
         method = method.to_empty(device=kind)
-        batch = _empty_batch(plan.preset.views, images)
+        batch = _empty_batch(plan.preset.views, _grid(plan, method), images)
         with autocast(plan.device, plan.preset.training.precision):
             (part,) = method.parts(batch, 1, plan.clock)
+            masks = batch.masks
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                student = method.student(batch.crops)
+                student = method.student(batch.crops, masks and masks.where, masks and masks.rows)
     weights = _storages(method.parameters())
     waiting = _storages([*part.targets.values(), *batch.crops])
     # Logits turn into their gradient in place.
-    turn = _storages([*kept.values(), *student.logits.values()])
+    turn = _storages([*kept.values(), *student.logits.values(), *student.hidden.values()])
     return sum(waiting.values()), sum(size for key, size in turn.items() if key not in weights | waiting)
 
 
@@ -160,12 +162,22 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
-def _empty_batch(views: ViewsConfig, images: int) -> Batch:
-    size, rows = views.global_1.size, torch.arange(images, device="cpu")
-    crops = torch.empty(len(views.globals), images, 3, size, size)
-    if not views.local or not views.locals:
-        return Batch(crops, None, rows)
-    return Batch(crops, torch.empty(views.locals, images, 3, views.local.size, views.local.size), rows)
+def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) -> Batch:
+    size, rows, shown = views.global_1.size, torch.arange(images, device="cpu"), len(views.globals)
+    large, small, masks = torch.empty(shown, images, 3, size, size), None, None
+    if views.local and views.locals:
+        small = torch.empty(views.locals, images, 3, views.local.size, views.local.size)
+    if views.mask and grid:
+        patches = grid[0] * grid[1]
+        hidden = sum(hidden_counts(views.mask, shown * images, patches))
+        where = torch.zeros(shown, images, patches, dtype=torch.bool)
+        counts = torch.zeros(shown, images, dtype=torch.int64, device="cpu")
+        masks = Masks(where, torch.arange(hidden), torch.ones(hidden), counts)
+    return Batch(large, small, rows, masks)
+
+
+def _grid(plan: Plan, method: SelfDistillation) -> tuple[int, int] | None:
+    return method.student.backbone.grid(plan.preset.views.global_1.size)
 
 
 def _count(module: torch.nn.Module) -> int:

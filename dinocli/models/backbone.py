@@ -178,6 +178,10 @@ class Backbone(nn.Module):
     width: int
     patch_size: int
 
+    def grid(self, size: int) -> tuple[int, int] | None:
+        """Rows and columns of the patches of a square image, in pixels; absent where patches cannot be hidden."""
+        return None
+
     @property
     def row(self) -> list[nn.Module]:
         """The blocks in order; none of a backbone that is no row of blocks."""
@@ -283,6 +287,9 @@ class Transformer(Backbone):
         self.width = model.embed_dim
         self.patch_size = model.patch_embed.patch_size[0]
         self._recompute = False
+
+    def grid(self, size: int) -> tuple[int, int] | None:
+        return size // self.patch_size, size // self.patch_size
 
     def recompute_blocks(self) -> None:
         self._recompute = True

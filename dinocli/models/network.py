@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torchvision
@@ -80,7 +80,7 @@ class Network(nn.Module):
         for name, head in self.heads.items():
             of_class = cls.flatten(0, 1) if "class" in self.reads[name] else None
             of_patches = patches if "patches" in self.reads[name] else None
-            said = _both(head, of_class, of_patches)
+            said = _both(cast(Head, head), of_class, of_patches)
             if said[0] is not None:
                 logits[name] = said[0].unflatten(0, cls.shape[:2])
             if said[1] is not None:
@@ -101,7 +101,7 @@ class Network(nn.Module):
 
     def prototypes(self, head: str) -> int:
         """K of a head."""
-        return self.get_parameter(f"heads.{head}.last_layer.weight_v").shape[0]
+        return int(self.get_submodule(f"heads.{head}").prototypes)  # type: ignore[arg-type]
 
     def blocks(self) -> list[nn.Module]:
         """The backbone's blocks in order; none of one that is no row of blocks."""
@@ -129,13 +129,14 @@ class Network(nn.Module):
         load_strictly(self, {k.replace("backbone.", "backbone.model.", 1): v for k, v in weights.items()}, source)
 
 
-def _both(head: nn.Module, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What a head says of two lots of features, either of which may be absent, in one call."""
+def _both(head: Head, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What a head says of two lots of features, either of which may be absent; its MLP sees them at once."""
     if a is None or b is None:
-        # Whole: to give the gradient of a half back would be a copy of all logits.
         return None if a is None else head(a), None if b is None else head(b)
-    of_a, of_b = head(torch.cat([a, b])).split([len(a), len(b)])
-    return of_a, of_b
+    # Logits are made apart: losses write their gradients over them, which torch forbids for pieces of one tensor, and
+    # to give back the gradient of a piece would be a copy of all logits.
+    of_a, of_b = head.squeezed(torch.cat([a, b])).split([len(a), len(b)])
+    return head.last_layer(of_a), head.last_layer(of_b)
 
 
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

@@ -69,11 +69,21 @@ def test_heads_read_what_they_are_told() -> None:
     torch.testing.assert_close(whole.hidden["b"][:4], network.heads["b"](network.backbone(large[0, :1]).patches[0]))
 
 
-def test_a_head_that_two_losses_share_is_called_once() -> None:
+def test_the_mlp_of_a_head_that_two_losses_share_is_called_once() -> None:
     network, calls = reading({"a": BOTH}, batch_norm=True), []
-    network.heads["a"].register_forward_pre_hook(lambda module, args: calls.append(args[0].shape))
+    network.heads["a"].mlp.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape))
     network([torch.randn(2, 3, 3, 16, 16), torch.randn(4, 3, 3, 8, 8)], None, torch.tensor([1, 5, 23]))
     assert calls == [(18 + 3, 16)]
+
+
+def test_what_a_shared_head_says_of_classes_and_of_patches_may_both_be_written_over() -> None:
+    network = reading({"a": BOTH})
+    encoding = network([torch.randn(2, 3, 3, 16, 16)], None, torch.tensor([1, 5]))
+    with torch.no_grad():
+        encoding.logits["a"].zero_()
+        encoding.hidden["a"].zero_()
+    (encoding.logits["a"].sum() + encoding.hidden["a"].sum()).backward()
+    assert network.heads["a"].last_layer.weight_v.grad.any()
 
 
 def test_the_token_for_hidden_patches_is_among_the_weights() -> None:
