@@ -18,7 +18,7 @@ import dinocli
 from dinocli.atomic import atomic, atomic_folder, write_tensors, write_text
 from dinocli.encoder import OFFICIAL, Encoder, TokenChoice, architecture_of, encoder_of, features_of, timm_folder
 from dinocli.errors import DinoError
-from dinocli.models.backbone import BackboneConfig, ViTBackbone
+from dinocli.models.backbone import BackboneConfig, Transformer, ViTBackbone
 from dinocli.models.head import Head, HeadConfig, original_head
 from dinocli.models.network import load_strictly, original_network
 from dinocli.runs import CHECKPOINT
@@ -248,20 +248,20 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: 
 
 
 def _timm_features(model: Any, encoder: Encoder) -> Loaded:
-    if isinstance(encoder.backbone, ViTBackbone):
+    if isinstance(encoder.backbone, Transformer):
         return lambda images: model.forward_features(images)[:, 0]
     return lambda images: model.forward_features(images).mean((2, 3))
 
 
 def _notes_on_timm(encoder: Encoder, model: Any, native: int) -> list[str]:
-    vit, notes = isinstance(encoder.backbone, ViTBackbone), []
+    backbone, notes = encoder.backbone, []
     try:
         _compare(encoder, model, "cls", native)
     except DinoError:
-        same = "model.forward_features(images)" + ("[:, 0]" if vit else ".mean((2, 3))")
+        same = "model.forward_features(images)" + ("[:, 0]" if isinstance(backbone, Transformer) else ".mean((2, 3))")
         notes.append(f"model(images) goes through what timm has on top; the same features are {same}")
-    if vit and model.pos_embed is not None:
-        differ = ", so that the features differ" if encoder.backbone.positions == "dino" else ""
+    if isinstance(backbone, ViTBackbone) and model.pos_embed is not None:
+        differ = ", so that the features differ" if backbone.positions == "dino" else ""
         how = "needs dynamic_img_size=True (or img_size=N) and then resamples positions with antialias"
         notes.append(f"at other sizes than {native} pixels timm {how}{differ}")
     return notes

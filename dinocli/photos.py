@@ -23,7 +23,7 @@ from dinocli.data.sources import Images, Source
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, default_size
 from dinocli.evals.spread import effective_rank, uniformity
-from dinocli.models.backbone import ViTBackbone
+from dinocli.models.backbone import Transformer
 from dinocli.models.network import Network
 from dinocli.monitor import at_rest, class_tokens
 from dinocli.picture import heat
@@ -94,7 +94,7 @@ class Photos:
         if not (pictures / "photos.json").is_file():
             _save([[_tile(photo, TILE) for photo in self.shown]], pictures / "photos.jpg")
             write_text(pictures / "photos.json", json.dumps({"names": self.names}))
-        if isinstance(network.backbone, ViTBackbone):
+        if isinstance(network.backbone, Transformer):
             _save([self._maps(network)], pictures / f"attention-{step}.jpg")
         features = class_tokens(network, self.pool, self.preset.views)
         nearest = _nearest(features, len(self.shown), NEIGHBOURS)

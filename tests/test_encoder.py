@@ -141,6 +141,25 @@ def test_dinos_own_weights_in_timm_meet_other_sizes_as_they_were_trained(
     assert torch.equal(encoder.features(images), expected)
 
 
+def test_dinov3s_weights_in_timm_are_read_as_timm_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    create, made = timm.create_model, []
+
+    def random(name: str, **options: object) -> torch.nn.Module:
+        made.append(create(name, **options | {"pretrained": False, "depth": 2}))
+        return copy.deepcopy(made[-1])
+
+    monkeypatch.setattr(timm, "create_model", random)
+    encoder = load_encoder("timm:vit_small_patch16_dinov3.lvd1689m", CPU)
+    assert (encoder.size, encoder.mean) == (256, (0.485, 0.456, 0.406))
+    images = torch.randn(1, 3, 64, 96)
+    (timms,) = made
+    expected = timms.eval().forward_features(images)
+    torch.testing.assert_close(encoder.features(images), expected[:, 0])
+    torch.testing.assert_close(encoder.features(images, "patches"), expected[:, 5:])
+    assert encoder.attention(images).shape == (1, 6, 4, 6)
+    assert encoder.fingerprint == fingerprint(timms.state_dict()), "no weight was started anew"
+
+
 def test_a_folder_of_ours_in_timms_form_says_how_it_met_other_sizes(local_timm: str, tmp_path: Path) -> None:
     assert load_encoder(local_timm, CPU).backbone.positions == "antialias"
     config = json.loads((tmp_path / "config.json").read_text())
@@ -180,9 +199,10 @@ def test_an_encoder_for_many_images_is_the_same_network() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_features_for_any_number_of_images() -> None:
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3"])
+def test_compiled_blocks_give_the_same_features_for_any_number_of_images(name: str) -> None:
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    backbone = BackboneConfig(name="vit_tiny_patch16_224", options=options).build(drop_path=False).eval()
+    backbone = BackboneConfig(name=name, options=options).build(drop_path=False).eval()
     plain = Encoder(copy.deepcopy(backbone), "x", "", 32, MEAN, STD)
     fast = quick(Encoder(backbone, "x", "", 32, MEAN, STD), "float32", compiled=True)
     for count in (4, 3, 1):

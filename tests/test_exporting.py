@@ -202,6 +202,12 @@ def test_official_weights_are_read_as_the_original_reads_them_at_every_size(tmp_
 
 
 RESNET18 = 'backbone={name="resnet18"}'
+ROTARY = [
+    "backbone.name=vit_small_patch16_dinov3",
+    "backbone.options={img_size=48, patch_size=8, embed_dim=96, depth=2, num_heads=6, init_values=0.5}",
+    "backbone.positions=none",
+    "backbone.rescale_positions=2",
+]
 
 
 @pytest.mark.parametrize(("preset", "changes"), [("tiny", []), ("resnet50", [RESNET18])], ids=["vit", "resnet"])
@@ -217,6 +223,34 @@ def test_timm_builds_it_from_the_folder(tmp_path: Path, preset: str, changes: li
     assert (again.fingerprint, again.size) == (encoder.fingerprint, 48)
 
 
+def test_a_rotary_network_goes_to_timm_for_any_size(tmp_path: Path) -> None:
+    path, encoder = written(tmp_path, run(tmp_path, *ROTARY), "timm")
+    (note,) = export(str(tmp_path / "run"), "timm", path).notes
+    assert note.endswith("the same features are model.forward_features(images)[:, 0]")
+    model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    for size in (48, 24, 64):
+        torch.testing.assert_close(model.forward_features(images(size))[:, 0], encoder.features(images(size)))
+    again = load_encoder(f"timm:local-dir:{path}", CPU)
+    assert (again.fingerprint, again.size) == (encoder.fingerprint, 48)
+    assert torch.equal(again.features(images(24)), encoder.features(images(24)))
+
+
+@pytest.mark.parametrize("tokens", ["cls", "patches"])
+@pytest.mark.parametrize("size", [None, 24])
+def test_onnxruntime_computes_a_rotary_network(tmp_path: Path, tokens: str, size: int | None) -> None:
+    path, encoder = written(tmp_path, run(tmp_path, *ROTARY), "onnx", tokens=tokens, size=size)
+    batch = images(size or 48)
+    (features,) = onnxruntime.InferenceSession(path).run(["features"], {"images": batch.numpy()})
+    torch.testing.assert_close(torch.from_numpy(features), encoder.features(batch, tokens), rtol=1e-4, atol=1e-5)
+
+
+def test_a_rotary_network_is_not_one_of_the_originals(tmp_path: Path) -> None:
+    with pytest.raises(DinoError, match=r"learned positions.*vit_small_patch16_dinov3 is neither") as error:
+        export(str(run(tmp_path, *ROTARY)), "official", tmp_path / "out.pth")
+    assert error.value.hint == "--to timm"
+    assert not (tmp_path / "out.pth").exists()
+
+
 @pytest.mark.parametrize(("tokens", "size"), [("cls", None), ("patches", 24), ("cls+avg", None)])
 def test_onnxruntime_computes_it(tmp_path: Path, tokens: str, size: int | None) -> None:
     path, encoder = written(tmp_path, run(tmp_path), "onnx", tokens=tokens, size=size)
@@ -230,7 +264,9 @@ def test_onnxruntime_computes_it(tmp_path: Path, tokens: str, size: int | None) 
     assert session.get_inputs()[0].shape == ["batch", 3, size or 48, size or 48]
 
 
-@pytest.mark.parametrize(("preset", "changes"), [("tiny", []), ("resnet50", [RESNET18])], ids=["vit", "resnet"])
+@pytest.mark.parametrize(
+    ("preset", "changes"), [("tiny", []), ("tiny", ROTARY), ("resnet50", [RESNET18])], ids=["vit", "rotary", "resnet"]
+)
 def test_torch_export_computes_it(tmp_path: Path, preset: str, changes: list[str]) -> None:
     path, encoder = written(tmp_path, run(tmp_path, *changes, preset=preset), "torch-export")
     extra = {"dinocli.json": ""}

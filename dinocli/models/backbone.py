@@ -9,14 +9,16 @@ import timm
 import torch
 from pydantic import Field
 from timm.layers import PatchEmbed  # type: ignore[attr-defined]
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinocli.config import Config
 from dinocli.errors import DinoError, nearest
-from dinocli.models.block import PlainBlock
+from dinocli.models.block import BranchBlock, PlainBlock, RotaryBlock, attention_of
 from dinocli.models.positions import Positions, Resampler
+from dinocli.models.rotary import Rotary
 
 _NOT_CONVOLUTIONS = ("Attention", "Mixer", "Mamba", "Gated", "LSTM", "ResBlock", "SpatialGating", "VisionTransformer")
 
@@ -91,6 +93,7 @@ class BackboneConfig(Config):
     drop_path_rule: Literal["linear", "uniform"] = "linear"
     learning: LearningConfig = AS_THE_HEADS
     positions: Positions | None = None
+    rescale_positions: float = Field(1.0, ge=1)
     class_token_std: float | None = Field(None, gt=0)
 
     def build(self, *, drop_path: bool) -> Backbone:
@@ -105,13 +108,19 @@ class BackboneConfig(Config):
         backbone = adapt(create_timm(self.name, **options), self.positions or "antialias")
         if drop_path and self.drop_path and self.drop_path_rule == "uniform":
             backbone.leave_out(self.drop_path)
+        if drop_path and self.rescale_positions != 1:
+            backbone.rescale_positions(self.rescale_positions)
+        if isinstance(backbone, RotaryBackbone):
+            backbone.start_evenly()
         if self.class_token_std is not None:
-            if not isinstance(backbone, ViTBackbone):
+            if not isinstance(backbone, Transformer):
                 raise DinoError(
                     f"{self.name} has no class token to start with a spread of {self.class_token_std}",
                     "--set backbone.class_token_std=none",
                 )
-            nn.init.trunc_normal_(backbone.model.cls_token, std=self.class_token_std)
+            for token in (backbone.model.cls_token, backbone.model.reg_token):
+                if token is not None:
+                    nn.init.trunc_normal_(token, std=self.class_token_std)
         return backbone
 
 
@@ -141,6 +150,8 @@ def adapt(model: Any, positions: Positions) -> Backbone:
     # Its descendants (distilled, hybrid, ...) put more into the sequence than this reads out of it.
     if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.cls_token is not None:
         return ViTBackbone(model, positions)
+    if RotaryBackbone.reads(model):
+        return RotaryBackbone(model)
     # A convolutional network gives a map [B, D, h, w]; what mixes places otherwise has layouts of its own.
     parts = list(model.modules())
     if hasattr(model, "feature_info") and not any(
@@ -148,8 +159,9 @@ def adapt(model: Any, positions: Positions) -> Backbone:
     ):
         return ConvBackbone(model)
     raise DinoError(
-        f"a {type(model).__name__} cannot be a backbone yet: vision transformers and convolutional networks can",
-        "take one such as vit_small_patch16_224 or resnet50",
+        f"a {type(model).__name__} cannot be a backbone yet: vision transformers, with learned positions or DINOv3's "
+        "rotary ones, and convolutional networks can",
+        "take one such as vit_small_patch16_224, vit_small_patch16_dinov3 or resnet50",
     )
 
 
@@ -196,6 +208,17 @@ class Backbone(nn.Module):
         raise DinoError(
             "branches were to be left out in all blocks alike; this backbone is no row of plain ones",
             "--set backbone.drop_path_rule=linear",
+        )
+
+    def rescale_positions(self, most: float) -> None:
+        """Multiply coordinates by a factor drawn log-uniformly between 1/most and most, while it trains.
+
+        Raises:
+            DinoError: The backbone's positions are not rotary.
+        """
+        raise DinoError(
+            f"coordinates were to be rescaled by up to {most:g}; this backbone has no rotary positions",
+            "--set backbone.rescale_positions=1",
         )
 
     def level(self, parameter: str) -> int:
@@ -252,20 +275,18 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
 
-class ViTBackbone(Backbone):
-    """A timm VisionTransformer for images of any size, square or not."""
+class Transformer(Backbone):
+    """A timm transformer with a class token, a row of blocks, and images of any size, square or not.
 
-    def __init__(self, model: VisionTransformer, positions: Positions) -> None:
+    What its kinds differ in is how a token knows its place.
+    """
+
+    def __init__(self, model: VisionTransformer | Eva) -> None:
         super().__init__()
         self.model = model
-        self.positions = positions
         self.width = model.embed_dim
         self.patch_size = model.patch_embed.patch_size[0]
-        # A model with registers gives its positions to the patches alone.
-        self._resample = Resampler(positions, 0 if model.no_embed_class else model.num_prefix_tokens)
         self._recompute = False
-        for block in model.blocks:
-            PlainBlock.instead_of(block)
 
     def grid(self, size: int) -> tuple[int, int] | None:
         return size // self.patch_size, size // self.patch_size
@@ -274,7 +295,7 @@ class ViTBackbone(Backbone):
         self._recompute = True
 
     def leave_out(self, share: float) -> None:
-        if not all(isinstance(block, PlainBlock) for block in self.row):
+        if not all(isinstance(block, BranchBlock) for block in self.row):
             super().leave_out(share)
         for block in self.row:
             block.left_out = share  # type: ignore[assignment]
@@ -284,19 +305,21 @@ class ViTBackbone(Backbone):
             return 1 + int(parameter.split(".")[1])
         return len(self.row) + 1 if parameter.startswith("norm.") else 0
 
-    @property
-    def native_size(self) -> int:
-        """Side of the square images for which positions are taken as they are, in pixels."""
-        return int(self.model.patch_embed.img_size[0])
+    def _place(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
+        """Tokens with what tells their places, and how far queries and keys are turned, if they are.
 
-    @property
-    def shape(self) -> dict[str, int]:
-        """What tells plain vision transformers apart, as both timm and the original name it."""
-        blocks = self.model.blocks
-        sizes = {"patch_size": self.patch_size, "embed_dim": self.width, "depth": len(blocks)}
-        return sizes | {"num_heads": int(blocks[0].attn.num_heads)}
+        Args:
+            tokens: [B, 1+R+N, D]
+            grid: Rows and columns of the patches.
+            square: Whether the images are.
 
-    def _embed(self, images: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, tuple[int, int]]:
+        Returns:
+            [B, 1+R+N, D] and [2, 1+R+N, d/2]
+        """
+        raise NotImplementedError
+
+    def _embed(self, images: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """Tokens for the first block, how far it turns them, and rows and columns."""
         if min(images.shape[-2:]) < self.patch_size:
             raise DinoError(
                 f"images of at least one patch of {self.patch_size} pixels were wanted; they are "
@@ -313,59 +336,124 @@ class ViTBackbone(Backbone):
             t.expand(images.shape[0], -1, -1) for t in (self.model.cls_token, self.model.reg_token) if t is not None
         ]
         tokens = torch.cat([*prefix, patches], dim=1)  # [B, 1+R+N, D]
-        if self.model.pos_embed is not None:
-            placed = self._resample(self.model.pos_embed, grid, square=images.shape[-2] == images.shape[-1])
-            unplaced = tokens.shape[1] - placed.shape[1]
-            tokens = (
-                torch.cat([tokens[:, :unplaced], tokens[:, unplaced:] + placed], 1) if unplaced else tokens + placed
-            )
-        return self.model.norm_pre(tokens), grid
+        tokens, rotation = self._place(tokens, grid, square=images.shape[-2] == images.shape[-1])
+        return self.model.norm_pre(tokens), rotation, grid
 
     def blocks(self, images: Tensor, last: int, hidden: Hidden | None = None) -> list[Tokens]:
-        tokens, grid = self._embed(images, hidden)
-        return [self._split(self.model.norm(made), grid) for made in self._last(tokens, last)]
+        tokens, rotation, grid = self._embed(images, hidden)
+        return [self._split(self.model.norm(made), grid) for made in self._last(tokens, rotation, last)]
 
     def class_tokens(self, images: Tensor, last: int = 1, hidden: Hidden | None = None) -> list[Tensor]:
-        tokens, _ = self._embed(images, hidden)
-        return [self.model.norm(made[:, 0]) for made in self._last(tokens, last, asking=1)]
+        tokens, rotation, _ = self._embed(images, hidden)
+        return [self.model.norm(made[:, 0]) for made in self._last(tokens, rotation, last, asking=1)]
 
-    def _last(self, tokens: Tensor, last: int, asking: int | None = None) -> list[Tensor]:
+    def _last(self, tokens: Tensor, rotation: Tensor | None, last: int, asking: int | None = None) -> list[Tensor]:
         """What the `last` blocks make of tokens, the last one of the first `asking` alone where it can. [B, T, D]"""
-        first = len(self.model.blocks) - last
+        first = len(self.row) - last
         if first < 0:
             raise DinoError(
-                f"the last {last} blocks were asked for; this backbone has {len(self.model.blocks)}",
-                f"--blocks {len(self.model.blocks)}",
+                f"the last {last} blocks were asked for; this backbone has {len(self.row)}", f"--blocks {len(self.row)}"
             )
         outputs = []
-        for i, block in enumerate(self.model.blocks):
-            of_last = asking if i == len(self.model.blocks) - 1 else None
-            more = (block.shares(tokens), of_last) if isinstance(block, PlainBlock) else ()
-            tokens = self._run(block, tokens, *more)
+        for i, block in enumerate(self.row):
+            tokens = self._run(block, tokens, rotation, asking if i == len(self.row) - 1 else None)
             if i >= first:
                 outputs.append(tokens)
         return outputs
 
-    def _run(self, block: nn.Module, *given: Any) -> Tensor:
+    def _run(self, block: nn.Module, tokens: Tensor, rotation: Tensor | None, asking: int | None = None) -> Tensor:
         """A block, whole or with all but what goes in forgotten until its gradient is wanted."""
+        # What is random is drawn here: neither a compiled block nor one that is worked out again draws anything.
+        more: tuple[Any, ...] = (block.shares(tokens), asking) if isinstance(block, BranchBlock) else ()
+        if rotation is not None:
+            more = (*more, rotation)
         if self._recompute and torch.is_grad_enabled():
-            made: Tensor = checkpoint(block, *given, use_reentrant=False)
+            made: Tensor = checkpoint(block, tokens, *more, use_reentrant=False)
             return made
-        return block(*given)
+        return block(tokens, *more)
 
     def _split(self, tokens: Tensor, grid: tuple[int, int]) -> Tokens:
         prefix = self.model.num_prefix_tokens
         return Tokens(cls=tokens[:, 0], registers=tokens[:, 1:prefix], patches=tokens[:, prefix:], grid=grid)
 
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
-        tokens, _ = self._embed(images)
-        for block in self.model.blocks[:-1]:
-            tokens = block(tokens)
-        attn = self.model.blocks[-1].attn
-        qkv = attn.qkv(self.model.blocks[-1].norm1(tokens))  # [B, 1+R+N, 3*D]
-        q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)  # [B, heads, 1+R+N, d]
-        q, k = attn.q_norm(q[:, :, queries]), attn.k_norm(k)
-        return (q * attn.scale @ k.transpose(-2, -1)).softmax(-1)  # [B, heads, queries, 1+R+N]
+        tokens, rotation, _ = self._embed(images)
+        for block in self.row[:-1]:
+            tokens = self._run(block, tokens, rotation)
+        last: Any = self.row[-1]
+        return attention_of(last.attn, last.norm1(tokens), queries, rotation)
+
+
+class ViTBackbone(Transformer):
+    """A timm VisionTransformer: positions are learned, and added to the tokens."""
+
+    def __init__(self, model: VisionTransformer, positions: Positions) -> None:
+        super().__init__(model)
+        self.positions = positions
+        # A model with registers gives its positions to the patches alone.
+        self._resample = Resampler(positions, 0 if model.no_embed_class else model.num_prefix_tokens)
+        for block in model.blocks:
+            PlainBlock.instead_of(block)
+
+    @property
+    def native_size(self) -> int:
+        """Side of the square images for which positions are taken as they are, in pixels."""
+        return int(self.model.patch_embed.img_size[0])
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What tells plain vision transformers apart, as both timm and the original name it."""
+        blocks = self.model.blocks
+        sizes = {"patch_size": self.patch_size, "embed_dim": self.width, "depth": len(blocks)}
+        return sizes | {"num_heads": int(blocks[0].attn.num_heads)}
+
+    def _place(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
+        if self.model.pos_embed is None:
+            return tokens, None
+        placed = self._resample(self.model.pos_embed, grid, square=square)
+        unplaced = tokens.shape[1] - placed.shape[1]
+        if not unplaced:
+            return tokens + placed, None
+        return torch.cat([tokens[:, :unplaced], tokens[:, unplaced:] + placed], 1), None
+
+
+class RotaryBackbone(Transformer):
+    """A timm Eva as DINOv3 uses it: no learned positions; each block turns queries and keys by their patch's place."""
+
+    def __init__(self, model: Eva) -> None:
+        super().__init__(model)
+        self._rotary = Rotary(model.num_prefix_tokens)
+        self._rescale = 1.0
+        for block in model.blocks:
+            RotaryBlock.instead_of(block)
+
+    @staticmethod
+    def reads(model: Any) -> bool:
+        """Whether a model is such a one of timm's."""
+        return (
+            type(model) is Eva
+            and type(model.patch_embed) is PatchEmbed
+            and model.cls_token is not None
+            and model.pos_embed is None
+            and model.patch_drop is None
+            and Rotary.reads(model.rope)
+            and all(RotaryBlock.reads(block) for block in model.blocks)
+        )
+
+    def rescale_positions(self, most: float) -> None:
+        self._rescale = most
+
+    def start_evenly(self) -> None:
+        """Give what closes each branch a fresh start like all else: timm's own is the smaller, the deeper the block.
+
+        Source: facebookresearch/dinov2@b8931f7 dinov2/models/vision_transformer.py, init_weights_vit_timm.
+        """
+        for block in self.model.blocks:
+            for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+                nn.init.trunc_normal_(weight, std=0.02)
+
+    def _place(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
+        return tokens, self._rotary(self.model.rope.periods, grid, self._rescale if self.training else 1.0)
 
 
 class ConvBackbone(Backbone):

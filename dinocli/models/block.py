@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention  # type: ignore[attr-defined]
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from dinocli.models.rotary import turned
 
 Shares = tuple[Tensor | None, Tensor | None]
 ALL: Shares = (None, None)
 Branch = Callable[[Tensor], Tensor]
 
 
-class PlainBlock(Block):
-    """timm's own block, with two doors more: drop path's draws come in, and the first tokens may go on alone.
+class BranchBlock(nn.Module):
+    """What both kinds of block have: two branches that drop path may leave out, by draws that come in from outside.
 
     Attributes:
         left_out: Share of the images of a batch whose branches are left out, and cost nothing; timm's own drop path
             works them out, and multiplies with 0.
     """
 
-    attn: Attention
+    drop_path1: Any
+    drop_path2: Any
     left_out: float = 0.0
-
-    @staticmethod
-    def instead_of(block: nn.Module) -> nn.Module:
-        """A block as one of these, its weights as they are; one that is not timm's own stays what it is."""
-        if type(block) is Block and type(block.attn) is Attention:
-            block.__class__ = PlainBlock
-        return block
 
     def shares(self, tokens: Tensor) -> Shares:
         """Drop path's draws for the two branches.
@@ -48,6 +46,19 @@ class PlainBlock(Block):
             first, second = (torch.randperm(len(tokens), device=tokens.device)[:count] for _ in range(2))
             return first, second
         return _share(self.drop_path1, tokens), _share(self.drop_path2, tokens)
+
+
+class PlainBlock(BranchBlock, Block):
+    """timm's own block, with two doors more: drop path's draws come in, and the first tokens may go on alone."""
+
+    attn: Attention
+
+    @staticmethod
+    def instead_of(block: nn.Module) -> nn.Module:
+        """A block as one of these, its weights as they are; one that is not timm's own stays what it is."""
+        if type(block) is Block and type(block.attn) is Attention:
+            block.__class__ = PlainBlock
+        return block
 
     def forward(  # type: ignore[override]  # timm's second is a mask, which nobody here has
         self, tokens: Tensor, shares: Shares = ALL, asking: int | None = None
@@ -65,6 +76,48 @@ class PlainBlock(Block):
         """
         tokens = _added(tokens, lambda x: self.ls1(_attend(self.attn, self.norm1(x), asking)), shares[0], asking)
         return _added(tokens, lambda x: self.ls2(self.mlp(self.norm2(x))), shares[1])
+
+
+class RotaryBlock(BranchBlock, EvaBlock):
+    """The block of timm's Eva with those two doors, for tokens whose positions are rotary."""
+
+    attn: Any  # an EvaAttention
+
+    @staticmethod
+    def reads(block: Any) -> bool:
+        """Whether a block is such a one of timm's."""
+        attn: Any = block.attn if type(block) is EvaBlock else None
+        return type(attn) is EvaAttention and attn.qkv is not None and bool(attn.rotate_half)
+
+    @staticmethod
+    def instead_of(block: nn.Module) -> None:
+        """Make one of these of a block that `reads` takes, its weights as they are."""
+        block.__class__ = RotaryBlock
+
+    def forward(  # type: ignore[override]  # timm's others are masks, which nobody here has
+        self, tokens: Tensor, shares: Shares = ALL, asking: int | None = None, rotation: Tensor | None = None
+    ) -> Tensor:
+        """The tokens after the block, as `PlainBlock` has it.
+
+        Args:
+            tokens: [B, T, D]
+            shares: Of each image's branches.
+            asking: How many of the first tokens are wanted; all where absent.
+            rotation: Cosines and sines by which queries and keys are turned; absent, they are not. [2, T, d/2]
+
+        Returns:
+            [B, asking, D]
+        """
+
+        def attended(x: Tensor) -> Tensor:
+            return _scaled(self.gamma_1, _attend(self.attn, self.norm1(x), asking, rotation))
+
+        tokens = _added(tokens, attended, shares[0], asking)
+        return _added(tokens, lambda x: _scaled(self.gamma_2, self.mlp(self.norm2(x))), shares[1])
+
+
+def _scaled(scale: Tensor | None, values: Tensor) -> Tensor:
+    return values if scale is None else scale * values
 
 
 def _share(path: nn.Module, tokens: Tensor) -> Tensor | None:
@@ -86,10 +139,14 @@ def _added(tokens: Tensor, branch: Branch, share: Tensor | None, asking: int | N
     return stay.index_add(0, share, branch(tokens[share]).to(stay.dtype), alpha=len(tokens) / len(share))
 
 
-def _attend(attn: Attention, tokens: Tensor, asking: int | None) -> Tensor:
+def _attend(
+    attn: Attention | EvaAttention, tokens: Tensor, asking: int | None, rotation: Tensor | None = None
+) -> Tensor:
     """Attention of the first tokens to all. [B, T, D] -> [B, asking, D]"""
     q, k, v = _queries_keys_values(attn, tokens, asking)
     q, k = attn.q_norm(q), attn.k_norm(k)
+    if rotation is not None:
+        q, k = turned(q, rotation[:, :asking]), turned(k, rotation)
     drop = attn.attn_drop.p if attn.training else 0.0
     if _in_steps(q, k):
         weights = (q * attn.scale @ k.transpose(-2, -1)).softmax(-1)  # [B, heads, asking, T]
@@ -103,20 +160,40 @@ def _attend(attn: Attention, tokens: Tensor, asking: int | None) -> Tensor:
     return attn.proj_drop(attn.proj(mixed))
 
 
-def _queries_keys_values(attn: Attention, tokens: Tensor, asking: int | None) -> tuple[Tensor, Tensor, Tensor]:
+def attention_of(
+    attn: Attention | EvaAttention, tokens: Tensor, queries: slice, rotation: Tensor | None = None
+) -> Tensor:
+    """How much each of some tokens draws on each other. [B, T, D] -> [B, heads, queries, T]"""
+    q, k, _ = _queries_keys_values(attn, tokens, None)
+    q, k = attn.q_norm(q[:, :, queries]), attn.k_norm(k)
+    if rotation is not None:
+        q, k = turned(q, rotation[:, queries]), turned(k, rotation)
+    return (q * attn.scale @ k.transpose(-2, -1)).softmax(-1)
+
+
+def _queries_keys_values(
+    attn: Attention | EvaAttention, tokens: Tensor, asking: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """[B, heads, asking, d] and twice [B, heads, T, d]"""
+    weight, bias = attn.qkv.weight, _bias(attn)
     if asking is None:
-        q, k, v = _by_head(attn, attn.qkv(tokens), 3)
+        q, k, v = _by_head(attn, F.linear(tokens, weight, bias), 3)
         return q, k, v
-    width = attn.attn_dim
-    bias = attn.qkv.bias
+    width = attn.num_heads * attn.head_dim
     of_q, of_kv = (None, None) if bias is None else (bias[:width], bias[width:])
-    (q,) = _by_head(attn, F.linear(tokens[:, :asking], attn.qkv.weight[:width], of_q), 1)
-    k, v = _by_head(attn, F.linear(tokens, attn.qkv.weight[width:], of_kv), 2)
+    (q,) = _by_head(attn, F.linear(tokens[:, :asking], weight[:width], of_q), 1)
+    k, v = _by_head(attn, F.linear(tokens, weight[width:], of_kv), 2)
     return q, k, v
 
 
-def _by_head(attn: Attention, values: Tensor, count: int) -> tuple[Tensor, ...]:
+def _bias(attn: Any) -> Tensor | None:
+    """Of queries, keys and values in a row; Eva holds them apart, and that of keys is always 0."""
+    if getattr(attn, "q_bias", None) is None:
+        return attn.qkv.bias
+    return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+
+
+def _by_head(attn: Attention | EvaAttention, values: Tensor, count: int) -> tuple[Tensor, ...]:
     """[B, T, count*heads*d] -> count times [B, heads, T, d]"""
     return values.unflatten(-1, (count, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 

@@ -190,7 +190,9 @@ def original_network(backbone: Backbone, name: str) -> tuple[nn.Module, Callable
         network.fc = nn.Identity()
     else:
         raise DinoError(
-            f"the original builds vision transformers and torchvision's networks; {name} is neither", "--to timm"
+            "the original builds vision transformers with learned positions and torchvision's networks; "
+            f"{name} is neither",
+            "--to timm",
         )
     try:
         load_strictly(network, backbone.model.state_dict(), name)

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import copy
+
 import plain
 import pytest
 import torch
 from conftest import PRECISIONS, assert_original
+from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.errors import DinoError
-from dinocli.models.backbone import BackboneConfig, Hidden, ViTBackbone, adapt
+from dinocli.models.backbone import BackboneConfig, Hidden, RotaryBackbone, ViTBackbone, adapt, create_timm
 
 MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SIZES = ["32x32", "16x16", "24x40", "16x64", "27x45"]
@@ -212,3 +215,193 @@ def test_adapt_takes_any_timm_model_of_the_two_kinds() -> None:
 def test_an_image_smaller_than_a_patch_is_said(micro: ViTBackbone) -> None:
     with pytest.raises(DinoError, match="at least one patch of 8 pixels"):
         micro(torch.zeros(1, 3, 7, 9, dtype=torch.float64))
+
+
+def turning(depth: int = 3, seed: int = 0, **options: object) -> tuple[Eva, RotaryBackbone]:
+    """A small DINOv3 of timm's, and ours with the same weights; no weight is as it starts."""
+    torch.manual_seed(seed)
+    theirs = create_timm("vit_small_patch16_dinov3", **(MICRO | {"depth": depth} | options)).double().eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours = adapt(copy.deepcopy(theirs), "antialias")
+    assert isinstance(ours, RotaryBackbone)
+    return theirs, ours
+
+
+ROTARY = [{}, {"qkv_bias": True, "num_reg_tokens": 0}, {"swiglu_mlp": True, "swiglu_align_to": 8}]
+ROTARY_IDS = ["released", "without registers", "swiglu"]
+ROTARY_SIZES = [(32, 32), (16, 16), (24, 40), (16, 64), (8, 8)]
+
+
+@PRECISIONS
+@pytest.mark.parametrize("options", ROTARY, ids=ROTARY_IDS)
+def test_a_rotary_network_is_timms_at_every_size(options: dict, dtype: torch.dtype) -> None:
+    theirs, ours = turning(**options)
+    theirs, ours = theirs.to(dtype), ours.to(dtype)
+    registers = options.get("num_reg_tokens", 4)
+    for size in ROTARY_SIZES:
+        images = torch.randn(2, 3, *size, dtype=dtype)
+        with torch.no_grad():
+            expected, tokens = theirs.forward_features(images), ours(images)
+        assert tokens.registers.shape == (2, registers, 32)
+        assert tokens.grid == (size[0] // 8, size[1] // 8)
+        assert_original(torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1), expected, str(size))
+
+
+def test_pixels_over_a_multiple_of_the_patch_are_not_seen_by_a_rotary_network_either() -> None:
+    theirs, ours = turning()
+    images = torch.randn(2, 3, 27, 45, dtype=torch.float64)
+    torch.testing.assert_close(ours(images).cls, theirs.forward_features(images[..., :24, :40])[:, 0])
+
+
+@pytest.mark.parametrize("last", [1, 3])
+@pytest.mark.parametrize("options", ROTARY, ids=ROTARY_IDS)
+def test_class_tokens_alone_of_a_rotary_network_have_the_same_gradient(options: dict, last: int) -> None:
+    _, ours = turning(**options)
+    images = torch.randn(2, 3, 24, 40, dtype=torch.float64)
+    alone, all_ = ours.class_tokens(images, last), [tokens.cls for tokens in ours.blocks(images, last)]
+    gradients = [
+        torch.autograd.grad(torch.stack(tokens).square().sum(), list(ours.parameters())) for tokens in (alone, all_)
+    ]
+    torch.testing.assert_close(alone, all_, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", ROTARY[:2], ids=ROTARY_IDS[:2])
+def test_attention_of_a_rotary_network_is_a_plain_softmax(options: dict) -> None:
+    theirs, ours = turning(**options)
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    prefix, block = theirs.num_prefix_tokens, theirs.blocks[-1]
+    _, (before, _) = theirs.forward_intermediates(images, indices=[1, 2], output_fmt="NLC", return_prefix_tokens=True)
+    tokens = block.norm1(torch.cat([before[1], before[0]], 1))
+    none = torch.zeros(32, dtype=torch.float64)
+    q_bias = none if block.attn.q_bias is None else block.attn.q_bias
+    q, k = tokens @ block.attn.qkv.weight[:32].T + q_bias, tokens @ block.attn.qkv.weight[32:64].T
+    angles = [[0.0] * 8] * prefix
+    for row in range(2):
+        for column in range(3):
+            places = (2 * (row + 0.5) / 2 - 1, 2 * (column + 0.5) / 3 - 1)
+            angles.append([2 * torch.pi * place / 100 ** (i / 4) for place in places for i in range(4)])
+    turn = torch.polar(torch.ones(prefix + 6, 8, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
+
+    def by_head(values: torch.Tensor) -> torch.Tensor:  # [B, T, 32] -> [B, heads, T, 8], complex
+        heads = values.unflatten(-1, (2, 16)).transpose(1, 2)
+        return torch.complex(heads[..., :8], heads[..., 8:]) * turn
+
+    scores = (by_head(q) @ by_head(k).mH).real / 16**0.5
+    expected = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    found = ours.attention(images, slice(None))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # timm's periods and places are float32
+    torch.testing.assert_close(found.sum(-1), torch.ones_like(found.sum(-1)))
+    torch.testing.assert_close(ours.attention(images), found[:, :, :1])
+
+
+def training(**changes: object) -> BackboneConfig:
+    options = MICRO | {"depth": 3, "init_values": 0.5}
+    return BackboneConfig.parse({"name": "vit_small_patch16_dinov3", "options": options} | changes, "here")
+
+
+@pytest.mark.parametrize("rule", ["linear", "uniform"])
+def test_a_rotary_network_worked_out_again_has_the_same_gradient(rule: str) -> None:
+    torch.manual_seed(0)
+    config = training(rescale_positions=2.0, drop_path=0.4, drop_path_rule=rule)
+    backbone = config.build(drop_path=True).double().train()
+    again = copy.deepcopy(backbone)
+    again.recompute_blocks()
+    images = torch.randn(4, 3, 24, 32, dtype=torch.float64)
+    made = []
+    for network in (backbone, again):
+        torch.manual_seed(1)
+        network(images).patches.square().sum().backward()
+        made.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(*made)
+    assert all(gradient is not None and gradient.any() for gradient in made[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_positions_are_rescaled_for_the_student_alone_and_once_a_pass(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = training(rescale_positions=2.0)
+    student, teacher = config.build(drop_path=True).train(), config.build(drop_path=False).train()
+    if recompute:
+        student.recompute_blocks()
+    images, draws, draw = torch.randn(2, 3, 32, 32), [], torch.Tensor.uniform_
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda t, *a: draws.append(a) or draw(t, *a))
+    cls = student(images).cls
+    cls.sum().backward()
+    assert draws == [pytest.approx((-0.6931, 0.6931), abs=1e-4)]
+    assert not torch.equal(student(images).cls, cls)
+    draws.clear()
+    assert torch.equal(teacher(images).cls, teacher(images).cls)
+    assert torch.equal(student.eval()(images).cls, student(images).cls)
+    assert not draws
+
+
+def test_learned_positions_cannot_be_rescaled() -> None:
+    with pytest.raises(DinoError, match="no rotary positions"):
+        BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, rescale_positions=2.0).build(drop_path=True)
+
+
+def test_hidden_patches_of_a_rotary_network_are_not_seen() -> None:
+    _, ours = turning()
+    one, other = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
+    hidden = Hidden(torch.zeros(2, 16, dtype=torch.bool), torch.randn(1, 32, dtype=torch.float64))
+    hidden.where[0, 5], hidden.where[1, :] = True, True
+    mixed = one.clone()
+    mixed[0, :, 8:16, 8:16], mixed[1] = other[0, :, 8:16, 8:16], other[1]  # the sixth patch, and all
+    torch.testing.assert_close(ours(mixed, hidden).patches, ours(one, hidden).patches)
+    assert not torch.allclose(ours(mixed).patches, ours(one).patches)
+    # Among others that are seen, what stands in a hidden place knows where it is.
+    two = Hidden(torch.zeros(2, 16, dtype=torch.bool), hidden.token)
+    two.where[:, [2, 9]] = True
+    assert not torch.allclose(ours(one, two).patches[0, 2], ours(one, two).patches[0, 9])
+
+
+def test_a_fresh_rotary_network_starts_evenly_and_a_loaded_one_is_left_alone() -> None:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "num_heads": 3, "depth": 6}
+    name = "vit_small_patch16_dinov3"
+    fresh = BackboneConfig(name=name, options=options, class_token_std=0.5).build(drop_path=False).model
+    timms = adapt(create_timm(name, **options), "antialias").model
+    for depth in range(6):
+        for key in ("attn.proj.weight", "mlp.fc2.weight", "mlp.fc1.weight"):
+            spread = fresh.blocks[depth].get_parameter(key).std().item()
+            assert spread == pytest.approx(0.02, rel=0.03)
+        rescaled = timms.blocks[depth].attn.proj.weight.std().item()
+        assert rescaled == pytest.approx(0.02 / (2 * (depth + 1)) ** 0.5, rel=0.03)
+    assert fresh.cls_token.std().item() == pytest.approx(0.5, rel=0.2)
+    assert fresh.reg_token.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_a_rotary_network_is_a_row_of_blocks() -> None:
+    config = training(drop_path=0.3, drop_path_rule="uniform")
+    backbone = config.build(drop_path=True)
+    assert [block.left_out for block in backbone.row] == [0.3] * 3
+    assert (backbone.width, backbone.patch_size) == (32, 8)
+    found = {name: backbone.level(name) for name, _ in backbone.model.named_parameters()}
+    assert {found[key] for key in ("cls_token", "reg_token", "patch_embed.proj.weight")} == {0}
+    assert (found["blocks.0.gamma_1"], found["blocks.2.mlp.fc2.weight"], found["norm.weight"]) == (1, 3, 4)
+    with pytest.raises(DinoError, match="last 4 blocks"):
+        backbone.blocks(torch.zeros(1, 3, 32, 32), 4)
+    rates = [getattr(b.drop_path2, "drop_prob", 0.0) for b in training(drop_path=0.2).build(drop_path=True).row]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_small_patch16_dinov3", {"use_abs_pos_emb": True}),
+        ("vit_small_patch16_dinov3", {"class_token": False}),
+        ("vit_small_patch16_dinov3", {"patch_drop_rate": 0.5}),
+        ("vit_small_patch16_dinov3", {"rope_type": "cat"}),
+        ("vit_small_patch16_dinov3", {"use_post_norm": True}),
+        ("vit_small_patch16_dinov3", {"attn_type": "rope"}),
+        ("eva02_tiny_patch14_224", {}),
+    ],
+)
+def test_an_eva_of_another_kind_is_refused(name: str, options: dict) -> None:
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    with pytest.raises(DinoError, match="a Eva cannot be a backbone yet"):
+        BackboneConfig(name=name, options=small | options).build(drop_path=False)

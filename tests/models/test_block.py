@@ -7,17 +7,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import assert_original
+from timm.layers import RotaryEmbeddingDinoV3
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinocli.models.block import PlainBlock
+from dinocli.models.block import PlainBlock, RotaryBlock, attention_of
+from dinocli.models.rotary import Rotary
 
 KINDS: dict[str, dict] = {
     "plain": {"qkv_bias": True},
     "without biases": {"proj_bias": False},
     "layer scale": {"qkv_bias": True, "init_values": 0.3},
     "normed": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+}
+
+ROTARY_KINDS: dict[str, dict] = {
+    "plain": {"qkv_bias": True},
+    "without biases": {"qkv_bias": False},
+    "layer scale": {"init_values": 0.3},
+    "swiglu": {"swiglu_mlp": True, "swiglu_align_to": 8, "init_values": 0.3},
+    "normed": {"qk_norm": True, "scale_attn_inner": True, "scale_mlp": True},
 }
 
 
@@ -30,6 +41,72 @@ def made(**options) -> tuple[Block, PlainBlock]:
     ours = PlainBlock.instead_of(copy.deepcopy(theirs))
     assert isinstance(ours, PlainBlock)
     return theirs, ours
+
+
+def made_rotary(**options) -> tuple[EvaBlock, RotaryBlock, torch.Tensor, torch.Tensor]:
+    """timm's block and ours, as `made` has them, with the rotary positions of a grid of 2x3 for each."""
+    torch.manual_seed(0)
+    theirs = EvaBlock(16, 2, num_prefix_tokens=2, rotate_half=True, **options).double().eval()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ours = copy.deepcopy(theirs)
+    RotaryBlock.instead_of(ours)
+    rope = RotaryEmbeddingDinoV3(8).double()
+    return theirs, ours, rope.get_embed((2, 3)), Rotary(prefix=2)(rope.periods, (2, 3))
+
+
+@pytest.mark.parametrize("kind", ROTARY_KINDS)
+def test_a_rotary_block_is_timms_own(kind: str) -> None:
+    theirs, ours, rope, rotation = made_rotary(**ROTARY_KINDS[kind])
+    assert RotaryBlock.reads(theirs)
+    tokens = torch.randn(3, 2 + 6, 16, dtype=torch.float64)
+    expected = theirs(tokens, rope)
+    found = ours(tokens, rotation=rotation)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    for asking in (1, 4):
+        found = ours(tokens, asking=asking, rotation=rotation)
+        torch.testing.assert_close(found, expected[:, :asking], rtol=1e-12, atol=1e-13)
+    assert not torch.allclose(ours(tokens), expected), "without them it is another block"
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_a_rotary_block_leaves_out_what_the_shares_say() -> None:
+    _, block, _, rotation = made_rotary(init_values=0.3)
+    tokens = torch.randn(3, 8, 16, dtype=torch.float64)
+    whole = block(tokens, rotation=rotation)
+    found = block(tokens, (torch.tensor([0, 2]), torch.tensor([2, 0])), None, rotation)
+    assert torch.equal(found[1], tokens[1])
+    assert not torch.allclose(found[0], whole[0]), "what stays makes up for what is left out"
+    scale = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64).view(3, 1, 1)
+    found = block(tokens, (scale, scale), None, rotation)
+    torch.testing.assert_close(found, torch.cat([tokens[:1], whole[1:]]))
+    block.train().left_out = 0.5
+    assert [len(share) for share in block.shares(tokens)] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rotate_half": False}, {"qkv_fused": False}, {"attn_type": "rope", "norm_layer": nn.LayerNorm}],
+    ids=["other halves", "apart", "timm's other attention"],
+)
+def test_a_block_that_turns_in_another_way_is_not_read(options: dict) -> None:
+    assert not RotaryBlock.reads(EvaBlock(16, 2, **{"rotate_half": True} | options))
+    assert not RotaryBlock.reads(Block(16, 2))
+
+
+@pytest.mark.parametrize("kind", ROTARY_KINDS)
+def test_attention_of_a_rotary_block_is_what_it_mixes_values_with(kind: str) -> None:
+    _, block, _, rotation = made_rotary(**ROTARY_KINDS[kind])
+    tokens = torch.randn(3, 8, 16, dtype=torch.float64)
+    weights = attention_of(block.attn, tokens, slice(None), rotation)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 8, dtype=torch.float64))
+    torch.testing.assert_close(attention_of(block.attn, tokens, slice(2, 5), rotation), weights[:, :, 2:5])
+    values = F.linear(tokens, block.attn.qkv.weight[32:], block.attn.v_bias)
+    mixed = (weights @ values.unflatten(-1, (2, 8)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    expected = block.attn.proj(block.attn.norm(mixed))
+    theirs = copy.deepcopy(block.attn)
+    rope = RotaryEmbeddingDinoV3(8).double().get_embed((2, 3))
+    torch.testing.assert_close(theirs(tokens, rope=rope), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

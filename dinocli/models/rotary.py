@@ -1,0 +1,85 @@
+"""Rotary positions: queries and keys turned by where their patch lies, on any grid."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import RotaryEmbeddingDinoV3  # type: ignore[attr-defined]
+from torch import Tensor
+
+
+class Rotary:
+    """How far queries and keys are turned on a grid of patches; the angles of a grid are worked out once.
+
+    Rows and columns of any grid lie between -1 and 1, each patch at its middle. The first half of a head's angles
+    follows the row, the second the column, each at the same d/4 periods.
+
+    Args:
+        prefix: Class and register tokens; they have no place and are not turned.
+
+    Source: DINOv3, section 3.2 (arXiv:2508.10104); timm RotaryEmbeddingDinoV3.
+    """
+
+    def __init__(self, prefix: int) -> None:
+        self.prefix = prefix
+        self._kept: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+
+    @staticmethod
+    def reads(rope: Any) -> bool:
+        """Whether a timm model's rotary positions are these."""
+        return (
+            type(rope) is RotaryEmbeddingDinoV3
+            and rope.rotate_half
+            and (rope.normalize_coords, rope.grid_indexing, rope.grid_offset) == ("separate", "ij", 0)
+            and not rope.aug_active
+        )
+
+    def __call__(self, periods: Tensor, grid: tuple[int, int], rescale: float = 1.0) -> Tensor:
+        """Cosines and sines of the angles on a grid.
+
+        Args:
+            periods: Of the angles, in half-widths of an image. [d/4]
+            grid: Rows and columns.
+            rescale: Coordinates are multiplied by a factor drawn log-uniformly between 1/this and this, one for all
+                images; it is drawn on the device, so that nothing waits for it.
+
+        Returns:
+            [2, 1+R+N, d/2]
+        """
+        angles = self._angles(periods, grid)
+        if rescale != 1:
+            most = math.log(rescale)
+            angles = angles * angles.new_empty(1).uniform_(-most, most).exp()
+        return torch.stack([angles.cos(), angles.sin()])
+
+    def _angles(self, periods: Tensor, grid: tuple[int, int]) -> Tensor:
+        if torch.compiler.is_compiling():  # what is traced holds no numbers that could be kept
+            return _angles(periods, grid, self.prefix)
+        key = (*grid, periods.dtype, periods.device)
+        if key not in self._kept:
+            self._kept[key] = _angles(periods, grid, self.prefix)
+        return self._kept[key]
+
+
+def _angles(periods: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """[1+R+N, d/2]"""
+    # Places are the host's, in float32, as timm's are: the same bits wherever the network is.
+    rows, columns = (2 * (torch.arange(0.5, count, dtype=torch.float32, device="cpu") / count) - 1 for count in grid)
+    places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)  # [N, 2]
+    angles = 2 * math.pi * places[..., None].to(periods) / periods  # [N, 2, d/4]
+    return F.pad(angles.flatten(1), (0, 0, prefix, 0))
+
+
+def turned(values: Tensor, rotation: Tensor) -> Tensor:
+    """Queries or keys, each pair of numbers half a head apart turned by its angle. [B, heads, T, d]
+
+    Args:
+        values: [B, heads, T, d]
+        rotation: Cosines and sines, which may be finer than the values. [2, T, d/2]
+    """
+    cos, sin = rotation
+    first, second = values.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(values.dtype)
