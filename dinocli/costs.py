@@ -160,11 +160,11 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _empty_batch(views: ViewsConfig, images: int) -> Batch:
-    size, rows = views.global_1.size, torch.arange(images, device="cpu")
-    crops = torch.empty(len(views.globals), images, 3, size, size)
+    c, size, rows = views.channels, views.global_1.size, torch.arange(images, device="cpu")
+    crops = torch.empty(len(views.globals), images, c, size, size)
     if not views.local or not views.locals:
         return Batch(crops, None, rows)
-    return Batch(crops, torch.empty(views.locals, images, 3, views.local.size, views.local.size), rows)
+    return Batch(crops, torch.empty(views.locals, images, c, views.local.size, views.local.size), rows)
 
 
 def _count(module: torch.nn.Module) -> int:
