@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dinocli.losses.dino import DinoLossConfig
+from dinocli.losses import AimedConfig
+from dinocli.losses.targets import CenteringConfig
 from dinocli.preset import Preset
 from dinocli.schedules import Constant
 
@@ -60,7 +61,7 @@ class CollapseWatch:
             return None
         while step - self._lines[1][0] >= self.span:
             self._lines.popleft()
-        for name, loss in self.preset.losses.present().items():
+        for name, loss in self.preset.losses.aimed().items():
             kind = self._kind(name, math.log(self.preset.heads[loss.head].prototypes))
             if kind is None:
                 self._told.discard(name)
@@ -86,7 +87,7 @@ class CollapseWatch:
         return f"{kind} collapse: for {self.span} steps the teacher {said}, whatever the image (losses.{loss})"
 
 
-def _remedy(preset: Preset, name: str, loss: DinoLossConfig, kind: Kind) -> str:
+def _remedy(preset: Preset, name: str, loss: AimedConfig, kind: Kind) -> str:
     """The first of what users and paper report as remedies that this preset has not taken yet."""
     rule = f"losses.{name}.targets"
     temperature, batch = max(loss.targets.temperature.bounds), preset.training.batch_size
@@ -99,7 +100,7 @@ def _remedy(preset: Preset, name: str, loss: DinoLossConfig, kind: Kind) -> str:
         if temperature > 0.02:
             return f"{begin}a sharper teacher: --set {rule}.temperature='{{kind=\"constant\", value=0.02}}'"
         return f"{begin}more images a step: --batch-size {2 * batch}, with --accumulate 2 where memory is short"
-    if loss.targets.momentum > 0.9:
+    if isinstance(loss.targets, CenteringConfig) and loss.targets.momentum > 0.9:
         return f"{begin}a center that follows sooner: --set {rule}.momentum=0.9"
     if temperature < 0.04:
         return f"{begin}a less sharp teacher: --set {rule}.temperature='{{kind=\"constant\", value=0.04}}'"

@@ -13,14 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.data.crops import ViewsConfig
 from dinocli.data.loader import Batch
+from dinocli.data.masking import Masks, hidden_counts
 from dinocli.device import autocast, has_bfloat16
 from dinocli.distillation import SelfDistillation
 from dinocli.errors import DinoError
 from dinocli.planning import Plan, equal_parts
 
-# Share of a bare matrix product's rate that a whole step reaches: measured 0.8 on a CPU; published ViT runs and DINO's
-# own logs say 0.25 to 0.4 on a GPU.
+# Share of a bare matrix product's rate that a whole step reaches: on a CPU measured 0.75 in float32, and 0.22 in
+# bfloat16, whose products outrun all that is between them; on a GPU published ViT runs and DINO's own logs say 0.25 to
+# 0.4.
 _EFFICIENCY = {"cpu": 0.7, "cuda": 0.3, "mps": 0.3}
+_COARSE_ON_CPU = 0.22
 _FILLED = 0.9  # share of what is free that a step may take: the device needs some for itself, and leaves gaps
 _BUSY = 16  # images that are still enough at once to keep a device busy
 
@@ -36,7 +39,7 @@ class Estimate:
         fixed: Bytes that are in use whatever the batch: weights, gradients, moments.
         waiting: Bytes more for each image of the batch: its crops, and what the teacher says of it.
         image: Bytes more for each image that is taken at once.
-        images: Of the batch, in each process.
+        batch: Images of a step, in each process.
         at_once: Images that each process takes at once.
         seconds: Of the whole run.
     """
@@ -47,14 +50,14 @@ class Estimate:
     fixed: float
     waiting: float
     image: float
-    images: int
+    batch: int
     at_once: int
     seconds: float
 
     @property
     def memory(self) -> float:
         """Bytes at the peak of a step, in each process."""
-        return self.fixed + self.waiting * self.images + self.image * self.at_once
+        return self.fixed + self.waiting * self.batch + self.image * self.at_once
 
     def fits(self, free: float) -> bool:
         """Whether a step fits into memory of which so many bytes are free."""
@@ -73,8 +76,7 @@ def estimate(plan: Plan) -> Estimate:
     fixed = 5 * weights + max(0.0, two - 2 * image)
     at_once = plan.images_each // plan.accumulate
     flops = _flops(method, plan)
-    rate = _product_rate(plan) * _EFFICIENCY[plan.device.type]
-    seconds = flops * plan.images_each * plan.stop / rate
+    seconds = flops * plan.images_each * plan.stop / _rate(plan)
     return Estimate(
         parameters=_count(method.student),
         backbone_parameters=_count(method.student.backbone),
@@ -82,7 +84,7 @@ def estimate(plan: Plan) -> Estimate:
         fixed=fixed,
         waiting=waiting / 2,
         image=image,
-        images=plan.images_each,
+        batch=plan.images_each,
         at_once=at_once,
         seconds=seconds,
     )
@@ -115,7 +117,7 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
 def _flops(method: SelfDistillation, plan: Plan) -> float:
     """Operations an image of a step; on tensors that are nowhere, which have a gradient on any machine."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        batch = _empty_batch(plan.preset.views, 2)
+        batch = _empty_batch(plan.preset.views, _grid(plan, method), 2)
         torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
     return counter.get_total_flops() / 2
 
@@ -142,15 +144,16 @@ def _kept(plan: Plan, images: int) -> tuple[float, float]:
     kind = plan.device.type if plan.device.type == "cuda" else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(kind):
         method = method.to_empty(device=kind)
-        batch = _empty_batch(plan.preset.views, images)
+        batch = _empty_batch(plan.preset.views, _grid(plan, method), images)
         with autocast(plan.device, plan.preset.training.precision):
             (part,) = method.parts(batch, 1, plan.clock)
+            masks = batch.masks
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                student = method.student(batch.crops)
+                student = method.student(batch.crops, masks and masks.where, masks and masks.rows)
     weights = _storages(method.parameters())
     waiting = _storages([*part.targets.values(), *batch.crops])
     # Logits turn into their gradient in place.
-    turn = _storages([*kept.values(), *student.logits.values()])
+    turn = _storages([*kept.values(), *student.logits.values(), *student.hidden.values()])
     return sum(waiting.values()), sum(size for key, size in turn.items() if key not in weights | waiting)
 
 
@@ -159,12 +162,22 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
-def _empty_batch(views: ViewsConfig, images: int) -> Batch:
-    c, size, rows = views.channels, views.global_1.size, torch.arange(images, device="cpu")
-    crops = torch.empty(len(views.globals), images, c, size, size)
-    if not views.local or not views.locals:
-        return Batch(crops, None, rows)
-    return Batch(crops, torch.empty(views.locals, images, c, views.local.size, views.local.size), rows)
+def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) -> Batch:
+    c, size, rows, shown = views.channels, views.global_1.size, torch.arange(images, device="cpu"), len(views.globals)
+    large, small, masks = torch.empty(shown, images, c, size, size), None, None
+    if views.local and views.locals:
+        small = torch.empty(views.locals, images, c, views.local.size, views.local.size)
+    if views.mask and grid:
+        patches = grid[0] * grid[1]
+        hidden = sum(hidden_counts(views.mask, shown * images, patches))
+        where = torch.zeros(shown, images, patches, dtype=torch.bool)
+        counts = torch.zeros(shown, images, dtype=torch.int64, device="cpu")
+        masks = Masks(where, torch.arange(hidden), torch.ones(hidden), counts)
+    return Batch(large, small, rows, masks)
+
+
+def _grid(plan: Plan, method: SelfDistillation) -> tuple[int, int] | None:
+    return method.student.backbone.grid(plan.preset.views.global_1.size)
 
 
 def _count(module: torch.nn.Module) -> int:
@@ -175,10 +188,11 @@ def _bytes(module: torch.nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def _product_rate(plan: Plan) -> float:
-    """Operations a second of a matrix product in the precision of training."""
+def _rate(plan: Plan) -> float:
+    """Operations a second, from a matrix product in the precision of training."""
     device = plan.device
     half = plan.preset.training.precision == "bfloat16" and has_bfloat16(device)
+    reached = _COARSE_ON_CPU if half and device.type == "cpu" else _EFFICIENCY[device.type]
     side = 1024 if device.type == "cpu" else 4096
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if half else torch.float32)
     best = 0.0
@@ -187,4 +201,4 @@ def _product_rate(plan: Plan) -> float:
         product = a @ a
         product[0, 0].item()  # waits for the device
         best = max(best, 2 * side**3 / (time.perf_counter() - start))
-    return best
+    return best * reached

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,8 @@ from dinocli.data.loader import Batch
 from dinocli.distributed import local, mean_over_processes
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.losses import LossesConfig
-from dinocli.models.network import Network
+from dinocli.models.backbone import AS_THE_HEADS, LearningConfig
+from dinocli.models.network import Encoding, Network
 from dinocli.schedules import Clock, Schedule
 
 
@@ -23,7 +24,7 @@ class Part:
 
     Attributes:
         batch: The views of b images.
-        targets: For each loss, by its name. [G, b, K]
+        targets: For each loss that has targets, by its name: of class tokens [G, b, K], of hidden patches [m, K].
         cls: The teacher's class tokens of the global views. [G, b, D]
     """
 
@@ -40,20 +41,26 @@ class SelfDistillation(Method):
         teacher: Of the same shape; it starts as a copy of the student and follows it as a moving average.
         losses: Which losses there are.
         momentum: How much of itself the teacher keeps at a step.
+        learning: How the backbone learns, where not like the heads.
 
     Source: arXiv 2104.14294, algorithm 1.
     """
 
-    def __init__(self, student: Network, teacher: Network, losses: LossesConfig, momentum: Schedule) -> None:
+    def __init__(
+        self,
+        student: Network,
+        teacher: Network,
+        losses: LossesConfig,
+        momentum: Schedule,
+        learning: LearningConfig = AS_THE_HEADS,
+    ) -> None:
         super().__init__()
+        self.learning = learning
         self.student = student
         self.teacher = teacher.requires_grad_(False)
         self.teacher.load_state_dict(student.state_dict())
         self.momentum = momentum
-        self.head_of = {name: config.head for name, config in losses.present().items()}
-        self.losses = nn.ModuleDict(
-            {name: config.build(student.prototypes(config.head)) for name, config in losses.present().items()}
-        )
+        self.losses = losses.build(student.prototypes)
 
     @torch.no_grad()
     def parts(self, batch: Batch, count: int, clock: Clock) -> list[Part]:
@@ -62,21 +69,20 @@ class SelfDistillation(Method):
         The teacher sees the global crops alone, and as many images at a time as the student will.
         """
         batches = batch.split(count)
-        seen = [self.teacher([part.global_crops]) for part in batches]
-        targets: dict[str, list[Tensor]] = {}
+        seen = [self.teacher([part.global_crops], rows=part.masks and part.masks.rows) for part in batches]
+        whole = _joined(seen)
+        targets: list[dict[str, Tensor]] = [{} for _ in batches]
         for name, loss in self.losses.items():
-            logits = torch.cat([encoding.logits[self.head_of[name]] for encoding in seen], 1)  # [G, B, K]
-            targets[name] = list(loss.aim(logits, clock).chunk(count, 1))  # type: ignore[operator]
-        return [
-            Part(part, {name: chunks[i] for name, chunks in targets.items()}, seen[i].cls)
-            for i, part in enumerate(batches)
-        ]
+            aimed: Tensor | None = loss.aim(whole, clock)  # type: ignore[operator]
+            for i, share in enumerate(_parted(aimed, seen) if aimed is not None else ()):
+                targets[i][name] = share
+        return [Part(part, targets[i], seen[i].cls) for i, part in enumerate(batches)]
 
     def forward(self, part: Part) -> dict[str, Tensor]:
         """The losses of a part."""
-        student = self.student(part.batch.crops)
-        logits = {name: student.logits[head] for name, head in self.head_of.items()}  # [V, b, K]
-        return {name: loss(logits[name], part.targets[name]) for name, loss in self.losses.items()}
+        masks = part.batch.masks
+        student = self.student(part.batch.crops, masks and masks.where, masks and masks.rows)
+        return {name: loss(student, part.targets.get(name), masks) for name, loss in self.losses.items()}
 
     def watch(self, parts: Sequence[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
         """What tells whether the networks learn: of each loss as `<loss>/<figure>`, and of the features.
@@ -86,7 +92,8 @@ class SelfDistillation(Method):
         """
         figures: dict[str, Tensor | float] = {}
         for name, loss in self.losses.items():
-            targets = torch.cat([part.targets[name] for part in parts], 1)
+            shares = [part.targets[name] for part in parts if name in part.targets]
+            targets = torch.cat(shares, _IMAGES[shares[0].ndim]) if shares else None
             told = loss.watch(targets, losses[name], clock)  # type: ignore[operator]
             figures |= {f"{name}/{figure}": value for figure, value in told.items()}
         cls = F.normalize(torch.cat([part.cls for part in parts], 1).float().flatten(0, 1), dim=-1)  # [G * B, D]
@@ -102,20 +109,30 @@ class SelfDistillation(Method):
     def param_groups(self) -> list[ParamGroup]:
         """The student's parameters: no decay on biases and one-dimensional ones, prototypes apart while frozen.
 
-        Class token and positions do get decay, as in the original.
+        Class token and positions do get decay, as in the original and in DINOv2.
         """
-        groups: dict[tuple[bool, int], list[nn.Parameter]] = {}
-        for decay, frozen_epochs, parameter in self._student_parameters():
-            groups.setdefault((decay, frozen_epochs), []).append(parameter)
-        return [ParamGroup(params, decay=d, frozen_epochs=f) for (d, f), params in groups.items()]
-
-    def _student_parameters(self) -> Iterator[tuple[bool, int, nn.Parameter]]:
+        groups: dict[tuple[bool, float, int], ParamGroup] = {}
         for name, parameter in self.student.named_parameters():
-            if parameter.requires_grad:
-                owner = name.partition(".last_layer.")[0]
-                head = self.student.get_submodule(owner) if owner != name else None
-                frozen = int(head.freeze_last_layer_epochs) if head is not None else 0  # type: ignore[arg-type]
-                yield parameter.ndim > 1 and not name.endswith(".bias"), frozen, parameter
+            if not parameter.requires_grad:
+                continue
+            decay = parameter.ndim > 1 and not name.endswith(".bias")
+            module, rate, frozen = self._learns(name)
+            group = groups.setdefault((decay, rate, frozen), ParamGroup([], decay, rate, frozen))
+            group.params.append(parameter)
+            group.modules.append(module)
+        return list(groups.values())
+
+    def _learns(self, name: str) -> tuple[str, float, int]:
+        """The module of a student's parameter, the factor on its rate, and the epochs in which it is frozen."""
+        if name.startswith("heads."):
+            head, _, rest = name.removeprefix("heads.").partition(".")
+            frozen = self.student.get_submodule(f"heads.{head}").freeze_last_layer_epochs
+            return head, 1.0, int(frozen) if rest.startswith("last_layer.") else 0  # type: ignore[arg-type]
+        inside = name.removeprefix("backbone.model.")
+        backbone, learning = self.student.backbone, self.learning
+        rate = learning.layer_decay ** (len(backbone.row) + 1 - backbone.level(inside)) if backbone.row else 1.0
+        rate *= learning.patch_embed if inside.startswith("patch_embed.") else 1.0
+        return "backbone", rate, learning.frozen_epochs
 
     @torch.no_grad()
     def after_step(self, clock: Clock, done: Tensor) -> None:
@@ -127,3 +144,22 @@ class SelfDistillation(Method):
         torch._foreach_lerp_(teacher, student, [pull] * len(teacher))
         for loss in self.losses.values():
             loss.after_step()  # type: ignore[operator]
+
+
+# Along which dimension images lie, of what is said of class tokens [V, B, K] and of patches [M, K].
+_IMAGES = {3: 1, 2: 0}
+
+
+def _joined(parts: Sequence[Encoding]) -> Encoding:
+    """What a network made of a batch, from what it made of its parts."""
+    cls = torch.cat([part.cls for part in parts], 1)
+    logits = {head: torch.cat([part.logits[head] for part in parts], 1) for head in parts[0].logits}
+    hidden = {head: torch.cat([part.hidden[head] for part in parts]) for head in parts[0].hidden}
+    return Encoding(cls, parts[0].globals, logits, hidden)
+
+
+def _parted(targets: Tensor, parts: Sequence[Encoding]) -> Sequence[Tensor]:
+    """The targets of each part, of those of the batch."""
+    if targets.ndim == 3:
+        return targets.split([part.cls.shape[1] for part in parts], 1)
+    return targets.split([len(next(iter(part.hidden.values()))) for part in parts])

@@ -179,6 +179,25 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
+def logsumexp_over_processes(values: Tensor) -> Tensor:
+    """The logarithm of the sum, over the processes of the run, of the exponentials of what each holds.
+
+    Of what each process's `logsumexp` found for its own samples it makes what that would find for the samples of all.
+    In a run of one process, the values as they are.
+    """
+    if not _together():
+        return values
+    import torch
+    from torch import distributed
+
+    top = values.clone()
+    distributed.all_reduce(top, distributed.ReduceOp.MAX)
+    top.clamp_(min=torch.finfo(top.dtype).min)  # -inf, of no samples anywhere, has no difference to itself
+    total = (values - top).exp()
+    distributed.all_reduce(total)
+    return total.log() + top
+
+
 def all_of(done: Tensor) -> Tensor:
     """Whether a truth on the device holds in all processes; the host does not wait for it. [], bool"""
     if not _together():

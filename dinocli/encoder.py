@@ -18,7 +18,7 @@ from dinocli.data.decode import DEFAULTS, ImagesConfig
 from dinocli.data.fill import Cutter
 from dinocli.data.loader import ALONE, Plain, Share, plain_batches
 from dinocli.data.sources import Source
-from dinocli.device import autocast
+from dinocli.device import autocast, has_bfloat16
 from dinocli.errors import DinoError
 from dinocli.models.backbone import Backbone, BackboneConfig, Tokens, adapt, create_timm
 from dinocli.models.network import load_strictly
@@ -228,7 +228,8 @@ def quick(encoder: Encoder, precision: Precision, *, compiled: bool) -> Encoder:
         encoder.backbone.compile_blocks(any_batch=True)
     # Filters want the channels beside each other, as decoders give them.
     encoder.backbone.to(memory_format=torch.channels_last)
-    return replace(encoder, precision=precision)
+    there = precision == "float32" or has_bfloat16(encoder.device)
+    return replace(encoder, precision=precision if there else "float32")
 
 
 def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> Encoder:

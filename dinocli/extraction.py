@@ -86,7 +86,7 @@ def extract(
         )
     if views and tokens == "patches":
         raise DinoError("--views are for a classifier, which wants one feature an image", "leave out --tokens patches")
-    recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data, views)
+    recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data, views, encoder.precision)
     cutter = Cutter(augmented(encoder, size, views), seed, encoder.images) if views else None
     share = Share(rank(), size_of_run())
     batches = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, share=share, cutter=cutter)

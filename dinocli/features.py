@@ -31,6 +31,7 @@ class Recipe:
         size: Side of the images, in pixels.
         data: The folder the images came from.
         views: How many random views of each image are stored beside it.
+        precision: Of the products.
     """
 
     source: str
@@ -40,6 +41,7 @@ class Recipe:
     size: int
     data: str
     views: int = 0
+    precision: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def read_splits(folder: Path) -> dict[str, Features]:
             ("blocks", "blocks"),
             ("size", "image sizes"),
             ("data", "data sets"),
+            ("precision", "precisions"),
         ):
             a, b = getattr(first.recipe, field), getattr(other.recipe, field)
             if a != b:

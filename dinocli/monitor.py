@@ -39,6 +39,9 @@ class Monitor:
         preset: Whose networks are measured.
         workers: Processes that decode.
 
+    Attributes:
+        measured: How many images are classified.
+
     Raises:
         DinoError: The set is not there, not labelled, or its labels cannot be told by neighbours.
     """
@@ -62,6 +65,7 @@ class Monitor:
                 "DIR/CLASS/*, or leave it out",
             )
         # Of a few images a class, twenty neighbours would be mostly others, whatever the network has learned.
+        self.measured = len(train if test is None else test)
         self._k = max(1, min(_K, (len(train) - (test is None)) // classes))
 
     @property

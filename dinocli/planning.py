@@ -175,7 +175,7 @@ def _warm_ups(preset: Preset) -> Iterator[tuple[str, int, str]]:
         yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs"
     for name, head in preset.heads.items():
         yield "the freeze of the prototypes", head.freeze_last_layer_epochs, f"heads.{name}.freeze_last_layer_epochs"
-    for name, loss in preset.losses.present().items():
+    for name, loss in preset.losses.aimed().items():
         temperature = loss.targets.temperature
         if isinstance(temperature, LinearByEpoch):
             yield "the teacher temperature's warm-up", temperature.epochs, f"losses.{name}.targets.temperature.epochs"

@@ -19,7 +19,7 @@ from dinocli.errors import DinoError
 from dinocli.losses import LossesConfig
 from dinocli.models.backbone import BackboneConfig
 from dinocli.models.head import HeadConfig
-from dinocli.models.network import Network
+from dinocli.models.network import CLASS, Network
 from dinocli.schedules import Cosine, Schedule
 
 
@@ -100,36 +100,38 @@ class Preset(Config):
     @model_validator(mode="after")
     def _has_one_number_of_channels(self) -> Self:
         channels, views = self.images.channels, self.views
+        have = f"images have {channels} channel{'s' if channels > 1 else ''}"
         if (taken := self.backbone.options.get("in_chans", 3)) != channels:
             raise ValueError(
                 f"backbone.options.in_chans is {taken} and images.channels {channels}; it needs images.channels={taken}"
             )
         if (len(views.mean), len(views.std)) != (channels, channels):
             raise ValueError(
-                f"images have {channels} channels, and views.mean and views.std {len(views.mean)} and {len(views.std)} "
-                "numbers; it needs views.mean=[...] and views.std=[...], as `dino doctor IMAGES --set "
-                f"images.channels={channels}` measures them"
+                f"{have}, and views.mean and views.std {len(views.mean)} and {len(views.std)} numbers; it needs "
+                f"views.mean=[...] and views.std=[...], as `dino doctor IMAGES --set images.channels={channels}` measures"
             )
         if channels != 3 and views.color_keys:
             off = " --set ".join(f"views.{key}=0" for key in views.color_keys)
-            raise ValueError(
-                f"views.{views.color_keys[0]} is of colors, and images have {channels} "
-                f"channel{'s' if channels > 1 else ''}; it needs {off}"
-            )
+            raise ValueError(f"views.{views.color_keys[0]} is of colors, and {have}; it needs {off}")
         return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if not self.losses.present():
             raise ValueError("a run needs at least one loss, such as [losses.dino]")
-        for name, loss in self.losses.present().items():
+        for name, loss in self.losses.aimed().items():
             if loss.head not in self.heads:
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
         if len(self.views.all) < 2:
             raise ValueError("two views at least were wanted, to predict one from another; it needs views.locals=2")
         if not all(0 <= value <= 1 for value in self.teacher.momentum.bounds):
             raise ValueError("teacher.momentum should lie between 0 and 1")
-        for name, loss in self.losses.present().items():
+        if self.losses.ibot and not self.views.mask:
+            raise ValueError(
+                "losses.ibot asks for patches that are hidden; it needs "
+                "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=4, aspect=[0.3, 3.33]}"
+            )
+        for name, loss in self.losses.aimed().items():
             if not all(value > 0 for value in loss.targets.temperature.bounds):
                 raise ValueError(f"losses.{name}.targets.temperature should lie above 0")
         lr, epochs = self.optimizer.lr, self.training.epochs
@@ -150,11 +152,17 @@ class Preset(Config):
     def network(self, *, drop_path: bool = False) -> Network:
         """A network with fresh weights."""
         backbone = self.backbone.build(drop_path=drop_path)
-        return Network(backbone, {name: head.build(backbone.width) for name, head in self.heads.items()})
+        heads = {name: head.build(backbone.width) for name, head in self.heads.items()}
+        reads = {
+            name: frozenset(loss.reads for loss in self.losses.aimed().values() if loss.head == name) or CLASS
+            for name in self.heads
+        }
+        return Network(backbone, heads, reads, hides=self.views.mask is not None)
 
     def method(self) -> SelfDistillation:
         """Student and teacher with the same fresh weights, and the losses between them."""
-        return SelfDistillation(self.network(drop_path=True), self.network(), self.losses, self.teacher.momentum)
+        student, teacher = self.network(drop_path=True), self.network()
+        return SelfDistillation(student, teacher, self.losses, self.teacher.momentum, self.backbone.learning)
 
 
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:

@@ -91,7 +91,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         trainer, method, fresh = _trainer(plan, saved, note)
         watch = Watch(plan, trainer, method, report, note)
         session = _Session(plan, trainer, method, saved)
-        batches = _batches(plan, trainer)
+        batches = _batches(plan, trainer, method)
         session.bad = batches.bad
         late = False
         try:
@@ -214,7 +214,7 @@ def _trainer(
     return trainer, method, fresh
 
 
-def _batches(plan: Plan, trainer: Trainer) -> TrainBatches:
+def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBatches:
     return TrainBatches(
         plan.source,
         plan.preset.views,
@@ -227,6 +227,7 @@ def _batches(plan: Plan, trainer: Trainer) -> TrainBatches:
         share=Share(rank(), size()),
         cache=plan.cache,
         compiled=plan.compiled,
+        grid=method.student.backbone.grid(plan.preset.views.global_1.size),
     )
 
 

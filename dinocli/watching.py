@@ -28,6 +28,7 @@ from dinocli.report import write_report
 LOG_EVERY = 10  # steps; each log makes the host wait for the device once
 _LOG_AFTER = 5.0  # seconds, for steps so slow that ten of them leave a person waiting
 _DRAW_AFTER = 60.0  # seconds, for runs that save after every few steps
+_FALL = 2.0  # points of k-NN accuracy that may be lost unsaid
 GIVE_UP = 20  # steps in a row that were left out
 
 
@@ -83,6 +84,7 @@ class Watch:
         self.plan, self.trainer, self.method, self.report, self.note = plan, trainer, method, report, note
         self.loss: float | None = None
         self.knn: float | None = None
+        self._best, self._fallen = 0.0, False
         first = rank() == 0  # of several processes one looks and writes
         looks = first and plan.monitor
         self._monitor = Monitor(looks, plan.preset, plan.workers) if looks else None
@@ -139,9 +141,28 @@ class Watch:
         if self._monitor:
             self.knn = self._monitor.look(teacher)
             found["knn"] = round(self.knn, 3)
+            self._warn_of_a_fall(self.knn, self._monitor.measured)
         if self._photos:
             found |= self._photos.snapshot(teacher, self.trainer.clock.step, self.plan.out)
         return found
+
+    def _warn_of_a_fall(self, knn: float, images: int) -> None:
+        """Say where the accuracy is lower than it was by more than chance moves it; once, until it rises again."""
+        self._best = max(self._best, knn)
+        chance = 100 * math.sqrt(self._best / 100 * (1 - self._best / 100) / images)
+        fallen = knn < self._best - max(_FALL, 3 * chance)
+        if fallen and not self._fallen:
+            self.note(
+                f"warning: k-NN has fallen from {self._best:.1f} to {knn:.1f} %: what was known is being forgotten"
+            )
+            lower = "a lower --set optimizer.lr.start=VALUE"
+            self.note(
+                f"hint: go on as --preset continue-dinov2 does: --set backbone.learning.frozen_epochs=N, {lower}, "
+                "--set teacher.momentum.start=0.999"
+                if self.plan.init
+                else f"hint: {lower}; with --milestones N the states before the fall are kept"
+            )
+        self._fallen = fallen
 
     def _teacher(self) -> Network:
         """The teacher; where it lies in shards, in the process that looks a whole copy."""
@@ -178,14 +199,14 @@ class Watch:
         if self._looks(clock.step):
             looked = self._look()
             self._pace.look(self._waited)  # what it took is no step's
-        group = self.trainer.optimizer.param_groups[0]
+        groups = self.trainer.optimizer.param_groups
         self._write(
             {
                 "step": clock.step,
                 "epoch": round(clock.step / clock.steps_per_epoch, 4),
                 **plain,
-                "lr": group["lr"],
-                "weight_decay": group["weight_decay"],
+                "lr": max(group["lr"] for group in groups),  # that of the heads, where layers have others
+                "weight_decay": max(group["weight_decay"] for group in groups),
                 "images_per_second": round(rate, 2),
                 "data_wait": round(sum(waits) / len(waits), 4),
                 "peak_memory": max(memory),

@@ -1,23 +1,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import PRECISIONS, Original, assert_original
 from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.data.loader import Batch
+from dinocli.data.masking import Masks, blocks, deal
 from dinocli.distillation import SelfDistillation
 from dinocli.engine.optim import AdamWConfig, ClipEach, LinearRule
 from dinocli.engine.trainer import Trainer
 from dinocli.losses import LossesConfig
 from dinocli.losses.dino import DinoLossConfig
 from dinocli.losses.targets import CenteringConfig
-from dinocli.models.backbone import ViTBackbone
+from dinocli.models.backbone import Hidden, ViTBackbone
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import Encoding, Network
-from dinocli.preset import load_preset
+from dinocli.preset import Preset, load_preset
 from dinocli.schedules import Clock, Cosine, LinearByEpoch
 
 
@@ -176,6 +180,29 @@ def test_groups_are_the_originals(original, trainer: Trainer) -> None:
         assert ours == set(expected)
 
 
+def test_layers_learn_at_rates_of_their_own() -> None:
+    """The further from the loss the slower, the patch embedding slower still; heads and final norm at the full rate."""
+    preset = load_preset(
+        "tiny", ["backbone.learning={layer_decay=0.5, patch_embed=0.2, frozen_epochs=3}", "backbone.options.depth=2"]
+    )
+    method = preset.method()
+    names = {p: name for name, p in method.student.named_parameters()}
+    learned = {}
+    for group in method.param_groups():
+        for p, module in zip(group.params, group.modules, strict=True):
+            learned[names[p]] = (module, pytest.approx(group.lr_scale), group.frozen_epochs, group.decay)
+    assert len(learned) == sum(p.requires_grad for p in names)
+    last = preset.heads["dino"].freeze_last_layer_epochs
+    assert learned["backbone.model.cls_token"] == ("backbone", 0.125, 3, True)
+    assert learned["backbone.model.pos_embed"] == ("backbone", 0.125, 3, True)
+    assert learned["backbone.model.patch_embed.proj.weight"] == ("backbone", 0.025, 3, True)
+    assert learned["backbone.model.blocks.0.norm1.weight"] == ("backbone", 0.25, 3, False)
+    assert learned["backbone.model.blocks.1.mlp.fc2.weight"] == ("backbone", 0.5, 3, True)
+    assert learned["backbone.model.norm.weight"] == ("backbone", 1.0, 3, False)
+    assert learned["heads.dino.mlp.0.weight"] == ("dino", 1.0, 0, True)
+    assert learned["heads.dino.last_layer.weight_v"] == ("dino", 1.0, last, True)
+
+
 def test_teacher_starts_as_the_student_and_gets_no_gradient(trainer: Trainer) -> None:
     student, teacher = trainer.method.student, trainer.method.teacher
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
@@ -215,25 +242,95 @@ def test_the_teacher_follows_in_its_parameters_and_keeps_statistics_of_its_own()
         assert statistics.num_batches_tracked == 1
 
 
-def test_parts_of_a_batch_make_the_same_step_as_the_whole() -> None:
+OPTIONS = "backbone.options={img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2}"
+
+
+def small_preset(name: str, *more: str) -> Preset:
+    heads = load_preset(name).heads
+    sizes = [f"heads.{head}.{key}={value}" for head in heads for key, value in SIZES.items()]
+    return load_preset(name, [OPTIONS, *sizes, "optimizer.lr.warmup_epochs=0", *more])
+
+
+SIZES = {"prototypes": 16, "hidden": 16, "bottleneck": 8, "batch_norm": "false"}
+
+
+def drawn_batch(images: int, preset: Preset) -> Batch:
+    views = torch.randn(6, images, 3, 16, 16, dtype=torch.float64)
+    masks = None
+    if preset.views.mask:
+        counts = deal(preset.views.mask, (2, images), 16, seed=0, batch=0, rank=0)
+        generator = np.random.default_rng(0)
+        where = [blocks(preset.views.mask, (4, 4), int(count), generator).ravel() for count in counts.flatten()]
+        masks = Masks.of(torch.from_numpy(np.stack(where)).view(2, images, 16))
+        masks = replace(masks, weights=masks.weights.double())
+    return Batch(views[:2], views[2:], torch.arange(images), masks)
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("tiny", ()), ("tiny-dinov2", ("losses.koleo=none",)), ("ibot-vits16", ("backbone.drop_path=0",))],
+)
+def test_parts_of_a_batch_make_the_same_step_as_the_whole(name: str, more: tuple[str, ...]) -> None:
     """Targets are made of the whole batch first, so that a step in parts is the same step."""
-    options = "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"
-    small = [options, "heads.dino.prototypes=16", "heads.dino.hidden=16", "heads.dino.bottleneck=8"]
-    preset = load_preset("tiny", [*small, "heads.dino.batch_norm=false", "optimizer.lr.warmup_epochs=0"])
+    preset = small_preset(name, *more)
     ends = []
     for parts in (1, 2, 4):
         torch.manual_seed(0)
         method = preset.method().double()
         trainer = Trainer(method, preset.optimizer, Clock(2, 10), batch_size=8, accumulate=parts)
         for _ in range(4):
-            batch = torch.randn(6, 8, 3, 16, 16, dtype=torch.float64)
-            values = trainer.step(Batch(batch[:2], batch[2:], torch.arange(8)), watch=True)
+            values = trainer.step(drawn_batch(8, preset), watch=True)
         ends.append((values, method.state_dict()))
     for values, state in ends[1:]:
-        for name, value in ends[0][0].items():
-            torch.testing.assert_close(value, values[name], rtol=1e-9, atol=1e-12)
-        for name, value in ends[0][1].items():
-            torch.testing.assert_close(value, state[name], rtol=1e-7, atol=1e-9, msg=name)
+        for key, value in ends[0][0].items():
+            torch.testing.assert_close(value, values[key], rtol=1e-9, atol=1e-12)
+        for key, value in ends[0][1].items():
+            torch.testing.assert_close(value, state[key], rtol=1e-7, atol=1e-9, msg=key)
+
+
+def balanced(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Sinkhorn-Knopp as it is written down: in turns each prototype and each sample gets the same."""
+    q = (logits.flatten(0, -2) / temperature).exp()
+    for _ in range(3):
+        q = q / q.sum(0)
+        q = q / q.sum(1, keepdim=True)
+    return q.view(logits.shape)
+
+
+def test_all_of_dinov2_is_the_sum_of_its_definitions() -> None:
+    torch.manual_seed(0)
+    preset = small_preset("tiny-dinov2")
+    method = preset.method().double()
+    student, teacher = method.student, method.teacher
+    for network in (student, teacher):
+        for parameter in network.parameters():
+            parameter.data = torch.randn_like(parameter) / 4
+    batch = drawn_batch(4, preset)
+    where = batch.masks.where
+    (part,) = method.parts(batch, 1, Clock(1, 10))
+    found = method(part)
+
+    seen = teacher.backbone(batch.global_crops.flatten(0, 1))
+    aims = balanced(teacher.heads["dino"](seen.cls).unflatten(0, (2, 4)), 0.05)
+    places = where.flatten(0, 1)
+    patch_aims = balanced(teacher.heads["ibot"](seen.patches[places]), 0.05)
+    said = student.backbone(batch.global_crops.flatten(0, 1), Hidden(places, student.mask_token))
+    local = student.backbone(batch.local_crops.flatten(0, 1))
+    views = student.heads["dino"](torch.cat([said.cls, local.cls])).unflatten(0, (6, 4))
+    pairs = [(g, v) for g in range(2) for v in range(6) if g != v]
+    crosses = [-(aims[g] * (views[v] / 0.1).log_softmax(-1)).sum(-1).mean() for g, v in pairs]
+    torch.testing.assert_close(found["dino"], torch.stack(crosses).mean())
+
+    each = -(patch_aims * (student.heads["ibot"](said.patches[places]) / 0.1).log_softmax(-1)).sum(-1)
+    crops = torch.arange(8).repeat_interleave(places.sum(1))
+    means = [each[crops == crop].mean() for crop in range(8) if places[crop].any()]
+    torch.testing.assert_close(found["ibot"], torch.stack(means).sum() / 8)
+
+    spread = 0.0
+    for cls in F.normalize(said.cls, dim=-1).unflatten(0, (2, 4)):
+        distances = torch.cdist(cls, cls, compute_mode="donot_use_mm_for_euclid_dist")
+        spread -= distances.fill_diagonal_(torch.inf).min(1).values.log().mean()
+    torch.testing.assert_close(found["koleo"], 0.1 * spread, rtol=1e-6, atol=1e-8)
 
 
 def test_figures_tell_uniform_and_one_sided_collapse_from_learning() -> None:
@@ -244,7 +341,7 @@ def test_figures_tell_uniform_and_one_sided_collapse_from_learning() -> None:
         (100 * torch.eye(16)[:1].expand(2, 8, 16), 0, 0, 1 / 16),  # one prototype for all
         (100 * torch.eye(16).view(2, 8, 16), 0, math.log(16), 1),  # each image its own
     ):
-        targets = loss.aim(logits, clock)
+        targets = loss.aim(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
         told = loss.watch(targets, torch.tensor(3.0), clock)
         assert {k: float(told[k]) for k in ("teacher_entropy", "information", "prototypes", "kl")} == pytest.approx(
             {"teacher_entropy": entropy, "information": information, "prototypes": prototypes, "kl": 3 - entropy},
@@ -271,7 +368,7 @@ def test_the_prototypes_in_use_are_those_of_the_last_hundred_steps() -> None:
     def share(logits: torch.Tensor, steps: int) -> float:
         for _ in range(steps):
             loss.targets.center.zero_()
-            targets = loss.aim(logits, clock)
+            targets = loss.aim(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
             told = loss.watch(targets, torch.tensor(0.0), clock)
             loss.after_step()
         return float(told["prototypes"])

@@ -15,10 +15,11 @@ from conftest import TOLERANCE, Original, assert_original, together, write_image
 from test_pretraining import SMALL
 
 from dinocli.data.sources import image_folder, open_source
-from dinocli.distributed import any_of, from_first, gathered, mean_over_processes, rank, size
+from dinocli.distributed import any_of, from_first, gathered, logsumexp_over_processes, mean_over_processes, rank, size
 from dinocli.errors import DinoError
 from dinocli.losses.dino import DinoLossConfig
 from dinocli.losses.targets import CenteringConfig
+from dinocli.models.network import Encoding
 from dinocli.planning import Plan
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
@@ -39,7 +40,9 @@ def two_calls() -> str:
             name = f"loss2rank/rank{rank()}"
             student = original[f"{name}/student{call}"].to(dtype).unflatten(0, (made["ncrops"], -1))
             teacher = original[f"{name}/teacher{call}"].to(dtype).unflatten(0, (2, -1))
-            assert_original(loss(student, loss.aim(teacher, Clock(1, 10, epoch))), original[f"{name}/loss{call}"])
+            seen, made_of = (Encoding(torch.empty(0), 2, {"dino": logits}) for logits in (teacher, student))
+            told = loss(made_of, loss.aim(seen, Clock(1, 10, epoch)), None)
+            assert_original(told, original[f"{name}/loss{call}"])
             loss.after_step()
             assert_original(loss.targets.center, original[f"{name}/center_after{call}"][0])
     return "compared"
@@ -52,6 +55,19 @@ def test_two_processes_share_one_center_which_is_the_originals() -> None:
 def test_alone_the_mean_is_what_one_has() -> None:
     values = torch.randn(3)
     assert mean_over_processes(values) is values
+
+
+FAR = torch.tensor([[200.0, -3.0, 0.5, -torch.inf, 7.0], [-1e4, 300.0, 0.5, -torch.inf, -torch.inf]])
+
+
+def added_up() -> torch.Tensor:
+    return logsumexp_over_processes(FAR[rank()])
+
+
+def test_a_logsumexp_over_processes_is_that_of_all_they_hold() -> None:
+    for found in together(2, added_up):
+        torch.testing.assert_close(found, FAR.logsumexp(0))
+    assert added_up().equal(FAR[0]), "alone it is what one has"
 
 
 def asked() -> tuple[Any, ...]:

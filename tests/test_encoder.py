@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.encoder import (
     Encoder,
+    features_of,
     fingerprint,
     fitted_to,
     initial_weights,
     load_encoder,
     official_architecture,
+    quick,
     untrained_encoder,
     with_images,
 )
@@ -24,6 +27,7 @@ from dinocli.models.backbone import BackboneConfig, ViTBackbone
 from dinocli.preset import load_preset
 from dinocli.weights import Weights, read_weights, write_checkpoint
 
+MEAN = STD = (0.5, 0.5, 0.5)
 CPU = torch.device("cpu")
 
 
@@ -198,3 +202,25 @@ def test_an_encoder_keeps_its_channels(tmp_path: Path) -> None:
     assert with_images(encoder, ["images.window=[0, 9]"]).images.window == (0, 9)
     with pytest.raises(DinoError, match="takes images of 4 channels; 3 were asked for"):
         with_images(encoder, ["images.channels=3"])
+
+
+def test_an_encoder_for_many_images_is_the_same_network() -> None:
+    """With its channels last, which filters want; weights and fingerprint stay what they are."""
+    backbone = BackboneConfig(name="resnet18").build(drop_path=False).eval().requires_grad_(False)
+    plain = Encoder(copy.deepcopy(backbone), "x", fingerprint(backbone.model.state_dict()), 64, MEAN, STD)
+    fast = quick(plain, "float32", compiled=False)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(fast.features(images), features_of(backbone, images), rtol=1e-4, atol=1e-5)
+    assert fast.backbone.model.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert fingerprint(fast.backbone.model.state_dict()) == plain.fingerprint
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_features_for_any_number_of_images() -> None:
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    backbone = BackboneConfig(name="vit_tiny_patch16_224", options=options).build(drop_path=False).eval()
+    plain = Encoder(copy.deepcopy(backbone), "x", "", 32, MEAN, STD)
+    fast = quick(Encoder(backbone, "x", "", 32, MEAN, STD), "float32", compiled=True)
+    for count in (4, 3, 1):
+        images = torch.randn(count, 3, 32, 32)
+        torch.testing.assert_close(fast.features(images), plain.features(images), rtol=1e-4, atol=1e-5)

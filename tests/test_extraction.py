@@ -8,14 +8,16 @@ import torch
 from conftest import together, write_images
 from PIL import Image
 
+from dinocli import device as device_module
+from dinocli import encoder as encoder_module
 from dinocli.data.crops import crop_boxes, crop_tries, cut, draws, uniforms
 from dinocli.data.sources import image_folder, open_source
 from dinocli.distributed import size
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, quick
 from dinocli.errors import DinoError
 from dinocli.evals.linear import augmented
 from dinocli.extraction import extract
-from dinocli.features import read_features
+from dinocli.features import read_features, read_splits
 from dinocli.models.backbone import BackboneConfig
 from dinocli.packing import pack
 
@@ -70,6 +72,26 @@ def test_half_the_bytes_are_nearly_the_same_features(tmp_path: Path, images: Pat
     np.testing.assert_allclose(half.values[:], whole.values[:], rtol=1e-3, atol=1e-6)
     sizes = [(tmp_path / f"{d}.safetensors").stat().st_size for d in ("float32", "float16")]
     assert sizes[0] - sizes[1] == 12 * 16 * 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_coarser_products_give_nearly_the_same_features_and_are_told_of(
+    tmp_path: Path, images: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    for module in (encoder_module, device_module):
+        monkeypatch.setattr(module, "has_bfloat16", lambda device: there)
+    read = []
+    for name, made in (("fine", encoder), ("coarse", quick(encoder, "bfloat16", compiled=False))):
+        extract(made, image_folder(images), tmp_path / f"{name}.safetensors", data="d")
+        read.append(read_features(tmp_path / f"{name}.safetensors"))
+    fine, coarse = read
+    assert (fine.recipe.precision, coarse.recipe.precision) == ("float32", "bfloat16" if there else "float32")
+    a, b = (np.asarray(f.values) for f in read)
+    assert np.array_equal(a, b) == (not there)
+    assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() > 0.999
+    if there:
+        with pytest.raises(DinoError, match="made by different precisions"):
+            read_splits(tmp_path)
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -141,3 +141,26 @@ def test_few_images_a_class_are_asked_for_few_neighbours(tmp_path: Path) -> None
     preset = load_preset("tiny", SMALL)
     torch.manual_seed(0)
     assert Monitor(str(tmp_path / "few"), preset, workers=0).look(preset.network()) == 100
+
+
+@pytest.mark.parametrize(
+    ("init", "hint"),
+    [(None, "hint: a lower --set optimizer.lr.start"), ("run", "hint: go on as --preset continue-dinov2")],
+)
+def test_a_fall_that_is_no_chance_is_said_once(
+    plan: Plan, labelled: Path, monkeypatch: pytest.MonkeyPatch, init: str | None, hint: str
+) -> None:
+    """Of 8 images at 90 % chance moves the figure by 11 points; more than three times that is a fall."""
+    if init:
+        pretrain(replace(plan, stop=0, out=Path(init)), lambda p: None)
+    told = iter([90.0, 70.0, 50.0, 45.0, 89.0, 40.0])
+    monkeypatch.setattr(Monitor, "look", lambda monitor, network: next(told))
+    said: list[str] = []
+    watched = replace(plan, out=Path("watched"), monitor=str(labelled), monitor_every=1, stop=5, init=init)
+    pretrain(watched, lambda p: None, said.append)
+    falls = [line for line in said if line.startswith("warning: k-NN")]
+    assert falls == [
+        "warning: k-NN has fallen from 90.0 to 50.0 %: what was known is being forgotten",
+        "warning: k-NN has fallen from 90.0 to 40.0 %: what was known is being forgotten",
+    ]
+    assert sum(line.startswith(hint) for line in said) == 2

@@ -209,7 +209,7 @@ def test_the_backbone_takes_the_images_channels(channels: int) -> None:
         (["backbone.options.in_chans=4"], "in_chans is 4 and images.channels 3", "--set images.channels=4"),
         (of_channels(4, "backbone.options.in_chans=5"), "in_chans is 5 and images.channels 4", "--set images.channels=5"),
         (of_channels(4, "views.std=[1, 1, 1]"), "4 channels, and views.mean and views.std 4 and 3", "dino doctor IMAGES"),
-        (["images.channels=1"], "1 channels, and views.mean and views.std 3 and 3", "--set images.channels=1"),
+        (["images.channels=1"], "1 channel, and views.mean and views.std 3 and 3", "--set images.channels=1"),
         (["views.mean=[0.5]"], "3 channels, and views.mean and views.std 1 and 3", "dino doctor"),
         (of_channels(4, "views.local.gray=0.1"), "views.local.gray is of colors", "--set views.local.gray=0"),
         (of_channels(1, "views.global_2.jitter.hue=0.1", "views.local.jitter.saturation=0.1"), "1 channel",

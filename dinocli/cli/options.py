@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from dinocli import console
 from dinocli.errors import DinoError
 from dinocli.runs import CHECKPOINT, newest_run
+
+if TYPE_CHECKING:
+    import torch
 
 Images = Annotated[
     str,
@@ -38,8 +41,23 @@ Checkpoint = Annotated[
 ]
 NetworkName = Annotated[Literal["teacher", "student"], typer.Option("--network", help="Of a file that holds both.")]
 Tokens = Annotated[Literal["cls", "patches", "cls+avg"], typer.Option(help="Features of an image.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at once.")]
 Size = Annotated[int | None, typer.Option(min=8, help="Side of the images in pixels; the training's if absent.")]
+
+
+def compiles(device: torch.device, *, asked: bool) -> bool:
+    """Whether torch can compile for a device, as was tried; said where it cannot.
+
+    Raises:
+        DinoError: It cannot, and was asked to.
+    """
+    from dinocli.device import why_not_compiled
+
+    fault = why_not_compiled(device)
+    if fault and asked:
+        raise DinoError(f"torch cannot compile here: {fault}", "leave --compile out, or install a C++ compiler")
+    if fault:
+        console.say(f"note: torch cannot compile here, and so the run is slower: {fault}")
+    return not fault
 
 
 def checkpoint_or_newest(given: str | None) -> str:

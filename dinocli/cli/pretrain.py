@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console, shipped
-from dinocli.cli.options import Device, Images, Json, Workers
+from dinocli.cli.options import Device, Images, Json, Workers, compiles
 from dinocli.distributed import from_first, launch, local_size, rank, size
 from dinocli.errors import DinoError
 from dinocli.runs import link_newest, next_folder, runs_of
@@ -139,23 +139,7 @@ def pretrain(
     if dry_run:
         _print_plan(plan, json)
     else:
-        _run(_compilable(plan, asked=compiled is True), json)
-
-
-def _compilable(plan: Plan, *, asked: bool) -> Plan:
-    """The plan, uncompiled where torch cannot compile here.
-
-    Raises:
-        DinoError: It cannot, and was asked to.
-    """
-    from dinocli.device import why_not_compiled
-
-    fault = why_not_compiled(plan.device) if plan.compiled else None
-    if fault and asked:
-        raise DinoError(f"torch cannot compile here: {fault}", "leave --compile out, or install a C++ compiler")
-    if fault:
-        console.say(f"note: torch cannot compile here, and so the run is slower: {fault}")
-    return replace(plan, compiled=plan.compiled and not fault)
+        _run(replace(plan, compiled=plan.compiled and compiles(picked, asked=compiled is True)), json)
 
 
 def _launched(gpus: int, device: str) -> bool:

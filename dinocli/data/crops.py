@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dinocli.config import Config
 from dinocli.data.decode import Pixels
+from dinocli.data.masking import MaskConfig
 
 Probability = Field(ge=0, le=1)
 _LONG = 8  # times as long as wide, beyond which an image is cut before it is resized
@@ -82,6 +83,7 @@ class ViewsConfig(Config):
         global_2: The second; a loss between views wants it, a classifier does not.
         local: The local views, all alike; absent, there are none.
         locals: How many local views.
+        mask: Which part of the global views is hidden from the student; absent, nothing is.
     """
 
     mean: tuple[float, ...]
@@ -90,6 +92,7 @@ class ViewsConfig(Config):
     global_2: ViewConfig | None = None
     local: ViewConfig | None = None
     locals: int = Field(0, ge=0)
+    mask: MaskConfig | None = None
 
     @property
     def channels(self) -> int:

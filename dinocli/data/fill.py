@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +25,7 @@ from dinocli.data.crops import (
     uniforms,
 )
 from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode, open_image, reduction
+from dinocli.data.masking import blocks, generator_of
 from dinocli.data.ring import Task
 from dinocli.data.shards import Sample
 from dinocli.data.sources import Images
@@ -89,6 +90,18 @@ class Cutter:
         for name, values in draws(numbers, self.views.all)._asdict().items():
             slot[name][:, first : first + len(numbers)] = values
 
+    def hide(self, slot: dict[str, Tensor], first: int, keys: Sequence[Sequence[int]]) -> None:
+        """Hide as many patches of each global crop as its batch wants; `keys` are epoch and number of the images."""
+        if not self.views.mask:
+            return
+        where, counts = slot["where"].numpy(), slot["counts"].numpy()
+        for b, (epoch, number) in enumerate(keys, first):
+            for g, count in enumerate(counts[:, b].tolist()):
+                where[g, b] = False
+                if count:
+                    generator = generator_of(self.seed, epoch, number, g)
+                    where[g, b] = blocks(self.views.mask, where.shape[2:], count, generator)
+
 
 def _on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ...]) -> list[Box]:
     """Boxes of an image on the grid of its smaller decoding."""
@@ -108,10 +121,11 @@ class ImageFiller:
     def __call__(self, slot: dict[str, Tensor], task: Task) -> list[tuple[str, str]]:
         bad: list[tuple[str, str]] = []
         keys = slot["keys"][task.first : task.first + task.images]
-        drawn = [self.cutter.numbers(epoch, row) for epoch, row in keys.tolist()]
+        asked = keys.tolist()
+        drawn = [self.cutter.numbers(epoch, row) for epoch, row in asked]
         numbers = np.stack([n for n, _ in drawn])
         tries, places = self.cutter.tries(numbers), self.cutter.places(slot, task)
-        for b, row in enumerate(keys[:, 1].tolist()):
+        for b, (_, row) in enumerate(asked):
             for redraw in range(_REDRAWS):
                 if redraw:
                     row = int(drawn[b][1].integers(len(self.source)))
@@ -124,6 +138,7 @@ class ImageFiller:
             else:
                 raise _nothing_to_read(*bad[-1])
         self.cutter.draw(slot, task.first, numbers)
+        self.cutter.hide(slot, task.first, asked)
         return bad
 
     def _pixels(self, row: int, tries: list[Tries]) -> tuple[Pixels, list[Box]] | BadImage:
@@ -149,10 +164,11 @@ class StreamFiller:
 
     def __call__(self, slot: dict[str, Tensor], task: Task) -> list[tuple[str, str]]:
         bad: list[tuple[str, str]] = []
-        drawn = []
+        drawn, asked = [], []
         places = self.cutter.places(slot, task)
         for b, place in enumerate(places, task.first):
             sample = self.ahead.popleft() if self.ahead else next(self.stream)
+            asked.append((sample.epoch, sample.number))
             numbers, _ = self.cutter.numbers(sample.epoch, sample.number)
             [tries] = self.cutter.tries(numbers[None])
             found = self.cutter.pixels(sample.data, tries)
@@ -172,6 +188,7 @@ class StreamFiller:
             self.cutter.place(place, *found)
             drawn.append(numbers)
         self.cutter.draw(slot, task.first, np.stack(drawn))
+        self.cutter.hide(slot, task.first, asked)
         return bad
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from dinocli.data.cache import PixelCache
 from dinocli.data.crops import Draws, ViewsConfig
 from dinocli.data.decode import DEFAULTS, ImagesConfig
 from dinocli.data.fill import Cutter, ImageFiller, PlainFiller, StreamFiller
+from dinocli.data.masking import Grid, MaskConfig, Masks, deal
 from dinocli.data.ring import Filler, Ring
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source
@@ -36,11 +38,13 @@ class Batch:
         global_crops: [G, B, C, H, W]
         local_crops: [V-G, B, C, h, w]; absent where there are no local views.
         rows: Number of each image in its source. [B], on the host
+        masks: Patches of the global crops that the student does not see; absent where it sees all.
     """
 
     global_crops: Tensor
     local_crops: Tensor | None
     rows: Tensor
+    masks: Masks | None = None
 
     @property
     def crops(self) -> list[Tensor]:
@@ -51,7 +55,8 @@ class Batch:
         """Its images in `count` batches of the same size, in order."""
         globals_, rows = self.global_crops.chunk(count, 1), self.rows.chunk(count)
         locals_ = [None] * count if self.local_crops is None else self.local_crops.chunk(count, 1)
-        return [Batch(*part) for part in zip(globals_, locals_, rows, strict=True)]
+        masks = [None] * count if self.masks is None else self.masks.split(count)
+        return [Batch(*part) for part in zip(globals_, locals_, rows, masks, strict=True)]
 
 
 @dataclass
@@ -97,6 +102,8 @@ class TrainBatches:
         share: Which part of each batch of the run is this process's.
         cache: `ram`, or a folder, to keep decoded images in; absent, each is decoded whenever it is drawn.
         compiled: Whether torch compiles the turn of the hue, the longest of what is done to the views.
+        grid: Rows and columns of a global crop's patches, where the views have a mask: how many patches of each crop
+            are hidden depends on seed, batch and rank, and which ones on seed, epoch and the image's number.
 
     Attributes:
         bad: The files that could not be read.
@@ -120,12 +127,13 @@ class TrainBatches:
         share: Share = ALONE,
         cache: str | None = None,
         compiled: bool = False,
+        grid: Grid | None = None,
     ) -> None:
         self._compiled = compiled
         self.bad = BadFiles()
         self._source, self._views, self._device, self._seen = source, views, device, 0
         self._batch_size = batch_size
-        shape = _fields(views, batch_size)
+        shape = _fields(views, batch_size) | _mask_fields(views, batch_size, grid)
         cutter = Cutter(views, seed, images)
         kept = None
         if cache and isinstance(source, Images):
@@ -140,7 +148,7 @@ class TrainBatches:
             make = partial(_stream_filler, cutter, source, batch_size, start, workers, share)
         else:
             make = partial(_image_filler, cutter, source, kept)
-        order = _Order(source, batch_size, seed, share)
+        order = _Order(source, batch_size, seed, share, views.mask)
         self._ring = Ring(
             shape,
             batch_size=batch_size,
@@ -170,6 +178,7 @@ class TrainBatches:
             self._count(bad)
             drawn = Draws(*(arrays[name].clone() for name in Draws._fields))
             rows = arrays["keys"][:, 1].clone()
+            masks = copier.masks(Masks.of(arrays["where"].flatten(2).clone())) if "where" in arrays else None
             groups = [copier(arrays[name]) for name in ("globals", "locals") if arrays[name].numel()]
             copier.wait()
             parts = (slice(0, n), slice(n, None))
@@ -178,7 +187,7 @@ class TrainBatches:
                 for group, part in zip(groups, parts, strict=False)
             ]
             copier.done(slot, self._ring.release)
-            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows)
+            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks)
 
     def _count(self, bad: list[tuple[str, str]]) -> None:
         self.bad.reasons.update(bad)
@@ -229,21 +238,25 @@ def _plain_filler(
 
 
 class _Copier:
-    """Moves a slot's crops to the device: beside its work on CUDA, not at all on the CPU."""
+    """Moves what is in a slot to the device: beside its work on CUDA, not at all on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.busy: deque[tuple[Any, int]] = deque()
 
-    def __call__(self, crops: Tensor) -> Tensor:
+    def __call__(self, values: Tensor) -> Tensor:
         if self.stream is None:
-            return crops.to(self.device)
+            return values.to(self.device)
         with torch.cuda.stream(self.stream):
-            moved = crops.to(self.device, non_blocking=True)
+            moved = values.to(self.device, non_blocking=True)
         # Its memory was taken on the side stream and is read on the main one: it may not be used again before that.
         moved.record_stream(torch.cuda.current_stream(self.device))
         return moved
+
+    def masks(self, masks: Masks) -> Masks:
+        """Masks of the host; before the crops, for they are few bytes and the host would wait for many before them."""
+        return Masks(self(masks.where), self(masks.rows), self(masks.weights), masks.counts)
 
     def wait(self) -> None:
         """Let what the device does next wait for the copies; the host does not wait."""
@@ -280,6 +293,16 @@ def _fields(views: ViewsConfig, batch_size: int) -> dict[str, ring.Field]:
     }
 
 
+def _mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> dict[str, ring.Field]:
+    """The arrays that say what is hidden, and how much of each crop."""
+    if not views.mask:
+        return {}
+    if not grid:
+        raise DinoError("views.mask hides patches, and this backbone has none", "--set views.mask=none")
+    crops = (len(views.globals), batch_size)
+    return {"where": ring.Field((*crops, *grid), torch.bool), "counts": ring.Field(crops, torch.int64)}
+
+
 def _slots(fields: dict[str, ring.Field]) -> int:
     """A few batches wait, and never more of them than the budget of memory."""
     batch_bytes = sum(torch.Size(f.shape).numel() * f.dtype.itemsize for f in fields.values())
@@ -287,15 +310,24 @@ def _slots(fields: dict[str, ring.Field]) -> int:
 
 
 class _Order:
-    """Which images a batch holds: each once an epoch, in the epoch's own order; the rest is dropped."""
+    """Which images a batch holds: each once an epoch, in the epoch's own order; the rest is dropped.
 
-    def __init__(self, source: Source, batch_size: int, seed: int, share: Share) -> None:
+    And how many patches of each of their global crops are hidden, where the views have a mask.
+    """
+
+    def __init__(
+        self, source: Source, batch_size: int, seed: int, share: Share, mask: MaskConfig | None = None
+    ) -> None:
         self.images = None if isinstance(source, Shards) else len(source)
-        self.batch_size, self.seed, self.share = batch_size, seed, share
+        self.batch_size, self.seed, self.share, self.mask = batch_size, seed, share, mask
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def write(self, slot: dict[str, Tensor], batch: int) -> None:
         """Write epoch and number of each image of a batch; of a stream they are known when they come."""
+        if self.mask:
+            views, images, *grid = slot["where"].shape
+            dealt = deal(self.mask, (views, images), math.prod(grid), seed=self.seed, batch=batch, rank=self.share.rank)
+            slot["counts"].copy_(dealt)
         if self.images is None:
             return
         whole = self.batch_size * self.share.of

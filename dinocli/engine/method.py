@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,12 +21,15 @@ class ParamGroup:
         decay: Whether weight decay applies.
         lr_scale: Factor on the learning rate.
         frozen_epochs: Epochs at the start in which they get no gradient, and so no decay and no moments either.
+        modules: For each, which module of the method it belongs to, for what bounds a module as a whole; none, where
+            there is one.
     """
 
     params: list[nn.Parameter]
     decay: bool = True
     lr_scale: float = 1.0
     frozen_epochs: int = 0
+    modules: list[str] = field(default_factory=list)
 
 
 class Method(nn.Module, ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -27,11 +28,47 @@ class LinearRule(Config):
         return batch / self.batch
 
 
+class SqrtRule(Config):
+    """The rate grows with the square root of the batch; the preset's is for `batch` images."""
+
+    kind: Literal["sqrt"]
+    batch: int = Field(gt=0)
+
+    def factor(self, batch: int) -> float:
+        """What to multiply the rate by."""
+        return math.sqrt(batch / self.batch)
+
+
+RateRule = Annotated[LinearRule | SqrtRule, Field(discriminator="kind")]
+
+
 class ClipEach(Config):
     """Scale each parameter's gradient on its own to a norm of at most `norm`."""
 
     kind: Literal["each_parameter"]
     norm: float = Field(gt=0)
+
+    def wholes(self, norms: Sequence[Tensor], modules: Sequence[str]) -> list[Tensor]:
+        """For each parameter the norm that is bounded: of its own gradient. [] each"""
+        return list(norms)
+
+
+class ClipModules(Config):
+    """Scale the gradient of each module (backbone, a head) as a whole to a norm of at most `norm`."""
+
+    kind: Literal["each_module"]
+    norm: float = Field(gt=0)
+
+    def wholes(self, norms: Sequence[Tensor], modules: Sequence[str]) -> list[Tensor]:
+        """For each parameter the norm that is bounded: of the gradient of its module. [] each"""
+        parts: dict[str, list[Tensor]] = {}
+        for norm, module in zip(norms, modules, strict=True):
+            parts.setdefault(module, []).append(norm)
+        whole = {module: torch.linalg.vector_norm(torch.stack(part)) for module, part in parts.items()}
+        return [whole[module] for module in modules]
+
+
+Clip = Annotated[ClipEach | ClipModules, Field(discriminator="kind")]
 
 
 class _Optimizer(Config):
@@ -45,9 +82,9 @@ class _Optimizer(Config):
     """
 
     lr: Rate
-    lr_rule: LinearRule | None = None
+    lr_rule: RateRule | None = None
     weight_decay: Schedule
-    clip: ClipEach | None = None
+    clip: Clip | None = None
 
     def lr_for(self, batch: int) -> Rate:
         """The schedule of the rate for a batch size."""
@@ -112,7 +149,13 @@ OptimizerConfig = Annotated[AdamWConfig | SGDConfig | LARSConfig, Field(discrimi
 
 def _as_dicts(groups: Sequence[ParamGroup]) -> list[dict[str, Any]]:
     return [
-        {"params": g.params, "decay": g.decay, "lr_scale": g.lr_scale, "frozen_epochs": g.frozen_epochs}
+        {
+            "params": g.params,
+            "decay": g.decay,
+            "lr_scale": g.lr_scale,
+            "frozen_epochs": g.frozen_epochs,
+            "modules": g.modules or [""] * len(g.params),
+        }
         for g in groups
         if g.params
     ]
@@ -175,10 +218,16 @@ def drop_frozen(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
 
 
 @torch.no_grad()
-def clip_gradients(optimizer: torch.optim.Optimizer, clip: ClipEach | None) -> Tensor:
+def clip_gradients(optimizer: torch.optim.Optimizer, clip: Clip | None) -> Tensor:
     """Bound the gradients in place, and return their whole norm as it was before. []"""
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads, modules = [], []
+    for group in optimizer.param_groups:
+        for p, module in zip(group["params"], group["modules"], strict=True):
+            if p.grad is not None:
+                grads.append(p.grad)
+                modules.append(module)
     found = norms(grads)
     if clip is not None:
-        torch._foreach_mul_(local(grads), [(clip.norm / (n + 1e-6)).clamp(max=1.0) for n in found])
+        bounded = clip.wholes(found, modules)
+        torch._foreach_mul_(local(grads), [(clip.norm / (n + 1e-6)).clamp(max=1.0) for n in bounded])
     return torch.linalg.vector_norm(torch.stack(found))

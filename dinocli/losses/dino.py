@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import increment_version
 
 from dinocli.config import Config
+from dinocli.data.masking import Masks
 from dinocli.distributed import mean_over_processes
-from dinocli.losses.targets import CenteringConfig
+from dinocli.losses.cross_entropy import Chunk, cross_entropy, entropy
+from dinocli.losses.targets import TargetsConfig
+from dinocli.models.network import Encoding, Reads
 from dinocli.schedules import Clock
 
 
@@ -26,10 +27,11 @@ class DinoLossConfig(Config):
         targets: How the teacher's logits become targets.
     """
 
+    reads: ClassVar[Reads] = "class"
     weight: float = Field(gt=0)
     head: str
     student_temperature: float = Field(gt=0)
-    targets: CenteringConfig
+    targets: TargetsConfig
 
     def build(self, prototypes: int) -> DinoLoss:
         """The loss with its targets' state at the start."""
@@ -51,14 +53,15 @@ class DinoLoss(nn.Module):
         self.register_buffer("use", torch.zeros(prototypes))
         self._mean: Tensor | None = None
 
-    def aim(self, teacher: Tensor, clock: Clock) -> Tensor:  # [G, B, K] -> [G, B, K]
-        """What the student is to say of a whole batch, from the teacher's logits."""
-        targets = self.targets(teacher, clock)
+    def aim(self, teacher: Encoding, clock: Clock) -> Tensor:
+        """What the student is to say of a whole batch, from what the teacher says of its global views. [G, B, K]"""
+        targets: Tensor = self.targets(teacher.logits[self.config.head], clock)
         self._mean = targets.mean((0, 1))
         return targets
 
-    def forward(self, student: Tensor, targets: Tensor) -> Tensor:  # [V, B, K], [G, B, K] -> []
-        return self.config.weight * dino_loss(student, targets, self.config.student_temperature)
+    def forward(self, student: Encoding, targets: Tensor, masks: Masks | None) -> Tensor:  # [G, B, K] -> []
+        logits = student.logits[self.config.head]  # [V, B, K]
+        return self.config.weight * dino_loss(logits, targets, self.config.student_temperature)
 
     def watch(self, targets: Tensor, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
         """What tells whether the student learns.
@@ -75,14 +78,14 @@ class DinoLoss(nn.Module):
 
         Source: arXiv 2104.14294, section 5.3 and figure 7.
         """
-        entropy = _entropy(targets).mean()
+        uncertain = entropy(targets).mean()
         mean = mean_over_processes(targets.mean((0, 1)))
         use = self.use.clone() if self._mean is None else self.use.lerp(mean, 1 - _REMEMBERED)
         return {
-            "teacher_entropy": entropy,
-            "kl": loss / self.config.weight - entropy,
-            "information": _entropy(mean) - mean_over_processes(entropy),
-            "prototypes": _entropy(use / use.sum()).exp() / len(use),
+            "teacher_entropy": uncertain,
+            "kl": loss / self.config.weight - uncertain,
+            "information": entropy(mean) - mean_over_processes(uncertain),
+            "prototypes": entropy(use / use.sum()).exp() / len(use),
             "temperature": self.targets.config.temperature.at(clock),
         }
 
@@ -92,10 +95,6 @@ class DinoLoss(nn.Module):
         if self._mean is not None:
             self.use.lerp_(mean_over_processes(self._mean), 1 - _REMEMBERED)
             self._mean = None
-
-
-def _entropy(p: Tensor) -> Tensor:  # [..., K] -> [...]
-    return torch.special.entr(p).sum(-1)
 
 
 def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -114,43 +113,7 @@ def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
 
     Source: arXiv 2104.14294, equation 3; facebookresearch/dino@7c446df main_dino.py, DINOLoss.forward.
     """
-    loss: Tensor = _CrossEntropy.apply(student, targets, temperature)
-    return loss
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """The loss, with its gradient worked out beside it: so that of a student's K logits nothing else is ever kept.
-
-    A view v meets w targets, every global view's but its own. With their sum T, and s the logits over the temperature,
-    its cross-entropies add up to w logsumexp(s) - T s; their gradient is (w softmax(s) - T) / temperature.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        pairs = len(targets) * (len(student) - 1)
-        total, share = targets.new_zeros(()), 1 / (student.shape[1] * pairs)
-        for v, logits in enumerate(student):
-            others = [target for g, target in enumerate(targets) if g != v]
-            if not others:  # one global view has none to be compared with
-                if ctx.needs_input_grad[0]:
-                    logits.zero_()
-                continue
-            summed = sum(others[1:], others[0])  # [B, K]
-            scaled = logits.to(targets.dtype) / temperature
-            total += (len(others) * scaled.logsumexp(-1) - torch.linalg.vecdot(summed, scaled)).sum()
-            if ctx.needs_input_grad[0]:
-                # Not exp(s - logsumexp(s)), which rounds away what small logits differ by.
-                logits.copy_(scaled.softmax(-1).mul_(len(others)).sub_(summed).mul_(share / temperature))
-        if ctx.needs_input_grad[0]:
-            ctx.gradient = student
-            # Whoever else has kept these logits for its own gradient is told by torch that they are gone.
-            increment_version(student)
-        return total * share
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError("the gradient of this loss can be asked for once; it was written over the logits")
-        return gradient.mul_(grads[0]), None, None
+    pairs = len(targets) * (len(student) - 1)
+    # A view alone has none to be compared with.
+    views = [Chunk(v, [target for g, target in enumerate(targets) if g != v]) for v in range(len(student))]
+    return cross_entropy(student, views, temperature, share=1 / (student.shape[1] * pairs))

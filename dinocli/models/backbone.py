@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -38,13 +38,48 @@ class Tokens:
     grid: tuple[int, int]
 
 
+class Hidden(NamedTuple):
+    """Patches that a backbone does not get to see.
+
+    Attributes:
+        where: Which of each image's. [B, N], bool
+        token: What stands in their place, before positions are added. [1, D]
+    """
+
+    where: Tensor
+    token: Tensor
+
+
+class LearningConfig(Config):
+    """How a backbone learns where it does not do so like the rest of the network.
+
+    Attributes:
+        layer_decay: The learning rate of a block is this times that of the next one; of what comes before the first
+            block, once more.
+        patch_embed: The learning rate of the patch embedding is this times what `layer_decay` gives it.
+        frozen_epochs: Epochs at the start in which it does not learn, while the heads do.
+
+    Source: facebookresearch/dinov2@b8931f7 dinov2/utils/param_groups.py.
+    """
+
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    patch_embed: float = Field(1.0, gt=0)
+    frozen_epochs: int = Field(0, ge=0)
+
+
+AS_THE_HEADS = LearningConfig()
+
+
 class BackboneConfig(Config):
     """Which timm model, and what of it differs from timm's own.
 
     Attributes:
         name: timm's name of the architecture.
         options: Arguments for `timm.create_model` (patch size, image size, width, depth).
-        drop_path: Share of residual branches that the student skips, growing linearly to this in the last block.
+        drop_path: Share of residual branches that the student skips.
+        drop_path_rule: How that share lies over the blocks: `linear`, growing to this in the last one, as in the
+            original; or `uniform`, the same in all, left out so that they cost nothing, as in DINOv2.
+        learning: How it learns, where not like the heads.
         positions: How learned positions meet another grid: `dino` as the original does (scaled by a factor with 0.1
             added, no antialias), or `antialias` (to an exact size). Absent for networks without positions.
         class_token_std: Spread of the class token at the start of training; absent where there is none.
@@ -53,6 +88,8 @@ class BackboneConfig(Config):
     name: str
     options: dict[str, bool | int | float | str] = {}
     drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path_rule: Literal["linear", "uniform"] = "linear"
+    learning: LearningConfig = AS_THE_HEADS
     positions: Positions | None = None
     class_token_std: float | None = Field(None, gt=0)
 
@@ -63,9 +100,11 @@ class BackboneConfig(Config):
             DinoError: timm has no such model, or does not take the options.
         """
         options: dict[str, Any] = dict(self.options)
-        if drop_path and self.drop_path:
+        if drop_path and self.drop_path and self.drop_path_rule == "linear":
             options["drop_path_rate"] = self.drop_path
         backbone = adapt(create_timm(self.name, **options), self.positions or "antialias")
+        if drop_path and self.drop_path and self.drop_path_rule == "uniform":
+            backbone.leave_out(self.drop_path)
         if self.class_token_std is not None:
             if not isinstance(backbone, ViTBackbone):
                 raise DinoError(
@@ -127,6 +166,10 @@ class Backbone(nn.Module):
     width: int
     patch_size: int
 
+    def grid(self, size: int) -> tuple[int, int] | None:
+        """Rows and columns of the patches of a square image, in pixels; absent where patches cannot be hidden."""
+        return None
+
     @property
     def row(self) -> list[nn.Module]:
         """The blocks in order; none of a backbone that is no row of blocks."""
@@ -144,6 +187,23 @@ class Backbone(nn.Module):
         for block in self.row:
             block.compile(dynamic=None if any_batch else False)
 
+    def leave_out(self, share: float) -> None:
+        """Leave out the branches of such a share of the images in each block, while it trains.
+
+        Raises:
+            DinoError: The backbone has no blocks of which that is known.
+        """
+        raise DinoError(
+            "branches were to be left out in all blocks alike; this backbone is no row of plain ones",
+            "--set backbone.drop_path_rule=linear",
+        )
+
+    def level(self, parameter: str) -> int:
+        """How deep in the row of blocks a parameter of `model` lies, by its name: 0 before the first block, n in the
+        nth, and one more after the last; the same for all where there is no row.
+        """
+        return 0
+
     def recompute_blocks(self) -> None:
         """Keep nothing of a block for its gradient but what goes in, and work it out again then.
 
@@ -154,25 +214,29 @@ class Backbone(nn.Module):
             "blocks were to be worked out again for the gradient; this backbone is no row of them", "--accumulate N"
         )
 
-    def forward(self, images: Tensor) -> Tokens:  # [B, C, H, W]
-        """The tokens of the last block."""
-        return self.blocks(images, 1)[-1]
+    def forward(self, images: Tensor, hidden: Hidden | None = None) -> Tokens:  # [B, C, H, W]
+        """The tokens of the last block, where some patches may be hidden.
 
-    def blocks(self, images: Tensor, last: int) -> list[Tokens]:
+        Raises:
+            DinoError: The backbone has no patches that could be hidden.
+        """
+        return self.blocks(images, 1, hidden)[-1]
+
+    def blocks(self, images: Tensor, last: int, hidden: Hidden | None = None) -> list[Tokens]:
         """The tokens of the `last` blocks, each through the final norm, the earliest first.
 
         Raises:
-            DinoError: The backbone has fewer blocks, or none.
+            DinoError: The backbone has fewer blocks, or none, or no patches that could be hidden.
         """
         raise NotImplementedError
 
-    def class_tokens(self, images: Tensor, last: int = 1) -> list[Tensor]:
+    def class_tokens(self, images: Tensor, last: int = 1, hidden: Hidden | None = None) -> list[Tensor]:
         """The class tokens alone of the `last` blocks: those of `blocks`, for less work where that can be. [B, D] each
 
         Raises:
-            DinoError: The backbone has fewer blocks, or none.
+            DinoError: The backbone has fewer blocks, or none, or no patches that could be hidden.
         """
-        return [tokens.cls for tokens in self.blocks(images, last)]
+        return [tokens.cls for tokens in self.blocks(images, last, hidden)]
 
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         """How much each token draws on each other in the last block. [B, heads, queries, 1+R+N]
@@ -203,8 +267,22 @@ class ViTBackbone(Backbone):
         for block in model.blocks:
             PlainBlock.instead_of(block)
 
+    def grid(self, size: int) -> tuple[int, int] | None:
+        return size // self.patch_size, size // self.patch_size
+
     def recompute_blocks(self) -> None:
         self._recompute = True
+
+    def leave_out(self, share: float) -> None:
+        if not all(isinstance(block, PlainBlock) for block in self.row):
+            super().leave_out(share)
+        for block in self.row:
+            block.left_out = share  # type: ignore[assignment]
+
+    def level(self, parameter: str) -> int:
+        if parameter.startswith("blocks."):
+            return 1 + int(parameter.split(".")[1])
+        return len(self.row) + 1 if parameter.startswith("norm.") else 0
 
     @property
     def native_size(self) -> int:
@@ -219,7 +297,7 @@ class ViTBackbone(Backbone):
         channels = int(self.model.patch_embed.proj.in_channels)
         return sizes | {"num_heads": int(blocks[0].attn.num_heads)} | ({"in_chans": channels} if channels != 3 else {})
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _embed(self, images: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, tuple[int, int]]:
         if min(images.shape[-2:]) < self.patch_size:
             raise DinoError(
                 f"images of at least one patch of {self.patch_size} pixels were wanted; they are "
@@ -229,6 +307,8 @@ class ViTBackbone(Backbone):
         patches = self.model.patch_embed.proj(images)  # [B, D, h, w]; pixels over a multiple of the patch size drop out
         grid = (patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
+        if hidden is not None:
+            patches = torch.where(hidden.where[..., None], hidden.token.to(patches.dtype), patches)
         # shape[0] and not len(): an exported graph keeps the number of images free.
         prefix = [
             t.expand(images.shape[0], -1, -1) for t in (self.model.cls_token, self.model.reg_token) if t is not None
@@ -242,12 +322,12 @@ class ViTBackbone(Backbone):
             )
         return self.model.norm_pre(tokens), grid
 
-    def blocks(self, images: Tensor, last: int) -> list[Tokens]:
-        tokens, grid = self._embed(images)
+    def blocks(self, images: Tensor, last: int, hidden: Hidden | None = None) -> list[Tokens]:
+        tokens, grid = self._embed(images, hidden)
         return [self._split(self.model.norm(made), grid) for made in self._last(tokens, last)]
 
-    def class_tokens(self, images: Tensor, last: int = 1) -> list[Tensor]:
-        tokens, _ = self._embed(images)
+    def class_tokens(self, images: Tensor, last: int = 1, hidden: Hidden | None = None) -> list[Tensor]:
+        tokens, _ = self._embed(images, hidden)
         return [self.model.norm(made[:, 0]) for made in self._last(tokens, last, asking=1)]
 
     def _last(self, tokens: Tensor, last: int, asking: int | None = None) -> list[Tensor]:
@@ -298,7 +378,11 @@ class ConvBackbone(Backbone):
         self.width = int(model.num_features)
         self.patch_size = int(model.feature_info[-1]["reduction"])
 
-    def blocks(self, images: Tensor, last: int) -> list[Tokens]:
+    def blocks(self, images: Tensor, last: int, hidden: Hidden | None = None) -> list[Tokens]:
+        if hidden is not None:
+            raise DinoError(
+                "patches were to be hidden; a convolutional network has none to hide", "--set views.mask=none"
+            )
         if last != 1:
             raise DinoError(
                 f"the last {last} blocks were asked for; a convolutional network gives only its output", "--blocks 1"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention  # type: ignore[attr-defined]
@@ -10,12 +13,19 @@ from torch import Tensor, nn
 
 Shares = tuple[Tensor | None, Tensor | None]
 ALL: Shares = (None, None)
+Branch = Callable[[Tensor], Tensor]
 
 
 class PlainBlock(Block):
-    """timm's own block, with two doors more: drop path's draws come in, and the first tokens may go on alone."""
+    """timm's own block, with two doors more: drop path's draws come in, and the first tokens may go on alone.
+
+    Attributes:
+        left_out: Share of the images of a batch whose branches are left out, and cost nothing; timm's own drop path
+            works them out, and multiplies with 0.
+    """
 
     attn: Attention
+    left_out: float = 0.0
 
     @staticmethod
     def instead_of(block: nn.Module) -> nn.Module:
@@ -25,10 +35,18 @@ class PlainBlock(Block):
         return block
 
     def shares(self, tokens: Tensor) -> Shares:
-        """Drop path's draws: what each image's two branches are multiplied by; absent, none is dropped. [B, 1, 1] each
+        """Drop path's draws for the two branches.
 
         They are drawn apart, so that a block which torch compiles, or does again for its gradient, draws nothing.
+
+        Returns:
+            For each branch what each image's is multiplied by ([B, 1, 1]), or the numbers of the images that have one
+            ([n], int64); absent, none is dropped.
         """
+        if self.left_out and self.training:
+            count = max(1, math.ceil((1 - self.left_out) * len(tokens)))  # always as many, so that shapes stay fixed
+            first, second = (torch.randperm(len(tokens), device=tokens.device)[:count] for _ in range(2))
+            return first, second
         return _share(self.drop_path1, tokens), _share(self.drop_path2, tokens)
 
     def forward(  # type: ignore[override]  # timm's second is a mask, which nobody here has
@@ -45,9 +63,8 @@ class PlainBlock(Block):
         Returns:
             [B, asking, D]
         """
-        attended = self.ls1(_attend(self.attn, self.norm1(tokens), asking))
-        tokens = tokens[:, :asking] + _times(attended, shares[0])
-        return tokens + _times(self.ls2(self.mlp(self.norm2(tokens))), shares[1])
+        tokens = _added(tokens, lambda x: self.ls1(_attend(self.attn, self.norm1(x), asking)), shares[0], asking)
+        return _added(tokens, lambda x: self.ls2(self.mlp(self.norm2(x))), shares[1])
 
 
 def _share(path: nn.Module, tokens: Tensor) -> Tensor | None:
@@ -58,8 +75,15 @@ def _share(path: nn.Module, tokens: Tensor) -> Tensor | None:
     return tokens.new_empty(len(tokens), 1, 1).bernoulli_(keep).div_(keep)
 
 
-def _times(branch: Tensor, share: Tensor | None) -> Tensor:
-    return branch if share is None else branch * share
+def _added(tokens: Tensor, branch: Branch, share: Tensor | None, asking: int | None = None) -> Tensor:
+    """The first tokens with what a branch makes of all. [B, T, D] -> [B, asking, D]"""
+    stay = tokens[:, :asking]
+    if share is None:
+        return stay + branch(tokens)
+    if share.is_floating_point():
+        return stay + branch(tokens) * share
+    # What some images get more makes up for what the others do without.
+    return stay.index_add(0, share, branch(tokens[share]).to(stay.dtype), alpha=len(tokens) / len(share))
 
 
 def _attend(attn: Attention, tokens: Tensor, asking: int | None) -> Tensor:

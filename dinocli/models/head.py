@@ -25,6 +25,8 @@ class HeadConfig(Config):
         batch_norm: A BatchNorm before each GELU.
         norm_last_layer: Keep the prototypes' norms at 1, so that logits are cosines. Steadier; switching it off can
             score higher.
+        weight_norm: Whether a prototype is a direction with a length of its own; else they are a plain linear layer, as
+            in DINOv3.
         freeze_last_layer_epochs: Epochs at the start in which the student's prototypes do not move.
     """
 
@@ -34,6 +36,7 @@ class HeadConfig(Config):
     layers: int = Field(ge=1)
     batch_norm: bool = False
     norm_last_layer: bool
+    weight_norm: bool = True
     freeze_last_layer_epochs: int = Field(0, ge=0)
 
     def build(self, width: int) -> Head:
@@ -89,10 +92,20 @@ class Head(nn.Module):
                 layers.append(nn.GELU())
         # The original's one-layer head is a bare Linear, without the index that a Sequential gives.
         self.mlp = nn.Sequential(*layers) if config.layers > 1 else layers[0]
-        self.last_layer = Prototypes(config.bottleneck, config.prototypes, train_norm=not config.norm_last_layer)
+        self.prototypes = config.prototypes
+        self.last_layer: nn.Module
+        if config.weight_norm:
+            self.last_layer = Prototypes(config.bottleneck, config.prototypes, train_norm=not config.norm_last_layer)
+        else:
+            self.last_layer = nn.Linear(config.bottleneck, config.prototypes, bias=False)
+            nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.last_layer(F.normalize(self.mlp(features), dim=-1))  # [S, K]
+        return self.last_layer(self.squeezed(features))  # [S, K]
+
+    def squeezed(self, features: Tensor) -> Tensor:
+        """What is compared with the prototypes, at unit length. [S, bottleneck]"""
+        return F.normalize(self.mlp(features), dim=-1)
 
 
 def original_head(weights: Mapping[str, Tensor]) -> nn.Module:
@@ -104,7 +117,7 @@ def original_head(weights: Mapping[str, Tensor]) -> nn.Module:
     config, width = HeadConfig.of(weights)
     head = config.build(width).eval()
     with warnings.catch_warnings(action="ignore"):  # torch would rather have its other weight norm, with other keys
-        head.last_layer = nn.utils.weight_norm(nn.Linear(config.bottleneck, config.prototypes, bias=False))  # type: ignore[assignment]
+        head.last_layer = nn.utils.weight_norm(nn.Linear(config.bottleneck, config.prototypes, bias=False))
     head.load_state_dict(weights)
     return head
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
 
 import torch
 import torchvision
@@ -13,52 +13,95 @@ from torch import Tensor, nn
 
 from dinocli.distributed import whole
 from dinocli.errors import DinoError
-from dinocli.models.backbone import Backbone, BackboneConfig, ViTBackbone
+from dinocli.models.backbone import Backbone, BackboneConfig, Hidden, ViTBackbone
 from dinocli.models.head import Head
+
+Reads = Literal["class", "patches"]
+CLASS: frozenset[Reads] = frozenset(["class"])
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a network makes of V views of B images.
+    """What a network makes of V views of B images, of which the first G are global.
 
     Attributes:
         cls: The backbone's class tokens. [V, B, D]
-        logits: What each head says of them, by its name. [V, B, K]
+        globals: G.
+        logits: What each head that reads class tokens says of them, by its name. [V, B, K]
+        hidden: What each head that reads patches says of those that were asked for, by its name. [M, K]
     """
 
     cls: Tensor
+    globals: int
     logits: dict[str, Tensor]
+    hidden: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Network(nn.Module):
-    """A backbone and the heads on it."""
+    """A backbone and the heads on it.
 
-    def __init__(self, backbone: Backbone, heads: Mapping[str, Head]) -> None:
+    Args:
+        backbone: It.
+        heads: By their names.
+        reads: What each head reads; the class token, if it is not told.
+        hides: Whether patches may be hidden from it; then it has a token that stands in their place.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        heads: Mapping[str, Head],
+        reads: Mapping[str, frozenset[Reads]] | None = None,
+        *,
+        hides: bool = False,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
+        self.reads = {name: (reads or {}).get(name, CLASS) for name in heads}
+        self.mask_token = nn.Parameter(torch.zeros(1, backbone.width)) if hides else None
         self._compiled = False
 
-    def forward(self, crops: Sequence[Tensor]) -> Encoding:
+    def forward(self, crops: Sequence[Tensor], hide: Tensor | None = None, rows: Tensor | None = None) -> Encoding:
         """Encode groups of views, one group a resolution.
 
         Args:
-            crops: A [V, B, C, H, W] for each resolution; V may differ, B may not.
+            crops: A [V, B, C, H, W] for each resolution, the global views' first; V may differ, B may not.
+            hide: Which patches of the global views the network does not get to see; none where absent. [G, B, N], bool
+            rows: Which of their G*B*N patches the heads that read patches are asked of; all where absent. [M], int64
         """
         # The backbone runs once a resolution, the heads once on everything: a head with BatchNorm must see all views.
-        cls = torch.cat(
-            [self.backbone.class_tokens(group.flatten(0, 1))[0].unflatten(0, group.shape[:2]) for group in crops]
-        )
-        logits = {name: head(cls.flatten(0, 1)).unflatten(0, cls.shape[:2]) for name, head in self.heads.items()}
-        return Encoding(cls, logits)
+        first, *others = crops
+        cls, patches = self._globals(first, hide)
+        cls = torch.cat([cls, *(self._class_tokens(group, None) for group in others)])
+        if patches is not None and rows is not None:
+            patches = patches[rows]  # [M, D]
+        logits, hidden = {}, {}
+        for name, head in self.heads.items():
+            of_class = cls.flatten(0, 1) if "class" in self.reads[name] else None
+            of_patches = patches if "patches" in self.reads[name] else None
+            said = _both(cast(Head, head), of_class, of_patches)
+            if said[0] is not None:
+                logits[name] = said[0].unflatten(0, cls.shape[:2])
+            if said[1] is not None:
+                hidden[name] = said[1]
+        return Encoding(cls, len(first), logits, hidden)
 
-    def _class_tokens(self, group: Tensor) -> Tensor:  # [V, B, C, H, W] -> [V, B, D]
-        (cls,) = self.backbone.class_tokens(group.flatten(0, 1))
+    def _globals(self, group: Tensor, hide: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Class tokens of the global views, and their patches where a head reads them. [G, B, D] and [G*B*N, D]"""
+        hidden = None if hide is None or self.mask_token is None else Hidden(hide.flatten(0, 1), self.mask_token)
+        if not any("patches" in reads for reads in self.reads.values()):
+            return self._class_tokens(group, hidden), None
+        tokens = self.backbone(group.flatten(0, 1), hidden)
+        return tokens.cls.unflatten(0, group.shape[:2]), tokens.patches.flatten(0, 1)
+
+    def _class_tokens(self, group: Tensor, hidden: Hidden | None) -> Tensor:  # [V, B, C, H, W] -> [V, B, D]
+        (cls,) = self.backbone.class_tokens(group.flatten(0, 1), hidden=hidden)
         return cls.unflatten(0, group.shape[:2])
 
     def prototypes(self, head: str) -> int:
         """K of a head."""
-        return self.get_parameter(f"heads.{head}.last_layer.weight_v").shape[0]
+        return int(self.get_submodule(f"heads.{head}").prototypes)  # type: ignore[arg-type]
 
     def blocks(self) -> list[nn.Module]:
         """The backbone's blocks in order; none of one that is no row of blocks."""
@@ -84,6 +127,16 @@ class Network(nn.Module):
             DinoError: A key is missing, unknown, or of another shape.
         """
         load_strictly(self, {k.replace("backbone.", "backbone.model.", 1): v for k, v in weights.items()}, source)
+
+
+def _both(head: Head, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What a head says of two lots of features, either of which may be absent; its MLP sees them at once."""
+    if a is None or b is None:
+        return None if a is None else head(a), None if b is None else head(b)
+    # Logits are made apart: losses write their gradients over them, which torch forbids for pieces of one tensor, and
+    # to give back the gradient of a piece would be a copy of all logits.
+    of_a, of_b = head.squeezed(torch.cat([a, b])).split([len(a), len(b)])
+    return head.last_layer(of_a), head.last_layer(of_b)
 
 
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dinocli.precision import exactly
 
 Positions = Literal["dino", "antialias"]
 
@@ -43,9 +44,8 @@ class Resampler:
             return positions
         of_rows, of_columns = (self._weights(side, count, positions) for count in grid)
         table = positions[0, self.prefix :].unflatten(0, (side, side))  # [side, side, D]
-        kind = positions.device.type
         # Two products, whose gradient on a GPU is the same each time; they are small, and so need not be coarse.
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        with exactly(positions.device):
             table = of_columns @ (of_rows @ table.flatten(1)).unflatten(1, (side, -1))  # [rows, columns, D]
         return torch.cat([positions[:, : self.prefix], table.flatten(0, 1)[None]], dim=1)
 

@@ -10,6 +10,7 @@ from PIL import Image
 from dinocli.data.crops import JitterConfig, ViewConfig, ViewsConfig
 from dinocli.data.decode import ImagesConfig
 from dinocli.data.fill import Cutter, StreamFiller, _on_grid
+from dinocli.data.masking import MaskConfig, blocks, generator_of
 from dinocli.data.ring import Task
 from dinocli.data.shards import Sample
 
@@ -89,3 +90,29 @@ def test_a_bad_sample_of_a_stream_is_replaced_by_a_later_one_which_keeps_its_tur
         rows += slot["keys"][:, 1].tolist()
     assert rows == [0, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     assert [name for name, _ in bad] == ["1.jpg", "2.jpg", "2.jpg"]
+
+
+MASK = MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=2, aspect=(0.3, 1 / 0.3))
+MASKED = VIEWS.model_copy(update={"mask": MASK})
+
+
+def test_each_global_crop_has_the_blocks_of_its_seed_epoch_image_and_view() -> None:
+    # A slot that was filled before: what is not this chunk's stays, and what is becomes new.
+    slot = {"where": torch.ones(2, 4, 5, 6, dtype=torch.bool), "counts": torch.tensor([[0, 9, 15, 0], [3, 0, 12, 3]])}
+    Cutter(MASKED, 7, ImagesConfig()).hide(slot, 1, [(2, 40), (3, 41)])
+    assert slot["where"][:, [0, 3]].all()
+    for g in range(2):
+        for b, epoch, number in ((1, 2, 40), (2, 3, 41)):
+            wanted = blocks(MASK, (5, 6), int(slot["counts"][g, b]), generator_of(7, epoch, number, g))
+            assert slot["where"][g, b].equal(torch.from_numpy(wanted))
+
+
+def test_a_bad_sample_of_a_stream_leaves_the_masks_where_they_were() -> None:
+    wheres = []
+    for bad in ({1, 2}, set()):
+        slot = slot_of(4) | {"where": torch.zeros(2, 4, 8, 8, dtype=torch.bool), "counts": torch.full((2, 4), 20)}
+        StreamFiller(Cutter(MASKED, 0, ImagesConfig()), stream(bad))(slot, Task(0, 0, 0, 4))
+        wheres.append(slot["where"])
+    assert wheres[0].equal(wheres[1])
+    assert (wheres[0].sum((2, 3)) == 20).all()
+    assert len({str(one.tolist()) for one in wheres[0].flatten(0, 1)}) == 8

@@ -12,6 +12,7 @@ from dinocli.data.crops import JitterConfig, ViewConfig, ViewsConfig
 from dinocli.data.decode import DEFAULTS
 from dinocli.data.fill import Cutter, resize_for
 from dinocli.data.loader import ALONE, Batch, Share, TrainBatches, plain_batches
+from dinocli.data.masking import MaskConfig, Masks, hidden_counts
 from dinocli.data.sources import open_images, open_source
 from dinocli.errors import DinoError
 from dinocli.packing import pack
@@ -26,6 +27,10 @@ VIEWS = ViewsConfig(
     global_2=GLOBAL,
     local=GLOBAL.model_copy(update={"size": 16}),
     locals=3,
+)
+GRID = (6, 6)
+MASKED = VIEWS.model_copy(
+    update={"mask": MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=2, aspect=(0.3, 1 / 0.3)), "local": None}
 )
 
 
@@ -49,6 +54,7 @@ def take(
         workers=workers,
         device=CPU,
         share=share,
+        grid=GRID if views.mask else None,
     )
     try:
         return list(islice(stream, count))
@@ -97,6 +103,71 @@ def test_two_processes_share_each_batch_of_one(images: Path) -> None:
 
 def test_a_later_start_gives_the_same_batches(images: Path) -> None:
     assert all(same(a, b) for a, b in zip(take(images, 7)[4:], take(images, 3, start=4), strict=True))
+
+
+def test_batches_have_masks_where_the_views_do_and_the_views_are_the_same(images: Path) -> None:
+    plain, masked = take(images, 4), take(images, 4, views=MASKED.model_copy(update={"local": VIEWS.local}))
+    assert all(same(a, b) for a, b in zip(plain, masked, strict=True))
+    assert plain[0].masks is None
+    masks = [batch.masks for batch in masked]
+    assert masks[0].where.shape == (2, 4, 36)
+    # As many in each batch, in crops and to a count that change from batch to batch.
+    wanted = sorted([0] * 4 + hidden_counts(MASKED.mask, 8, 36))
+    assert all(sorted(m.counts.flatten().tolist()) == wanted for m in masks)
+    assert len({str(m.counts.tolist()) for m in masks}) == 4
+    assert all(part.masks is None for part in plain[0].split(2))
+    assert [part.masks.where.shape for part in masked[0].split(2)] == [(2, 2, 36)] * 2
+
+
+def same_masks(a: Masks, b: Masks) -> bool:
+    return all(getattr(a, name).equal(getattr(b, name)) for name in ("where", "rows", "weights", "counts"))
+
+
+def test_masks_depend_on_no_worker_and_no_start(images: Path, shards: Path) -> None:
+    whole = take(images, 7, views=MASKED)
+    for other in (take(images, 7, views=MASKED, workers=workers) for workers in (1, 2)):
+        assert all(same_masks(a.masks, b.masks) for a, b in zip(whole, other, strict=True))
+    assert all(
+        same_masks(a.masks, b.masks)
+        for a, b in zip(whole[4:], take(images, 3, views=MASKED, start=4, workers=2), strict=True)
+    )
+    stream = take(shards, 7, views=MASKED)
+    for other, start in (
+        (take(shards, 7, views=MASKED, workers=1), 0),  # two workers read the images in another order
+        (take(shards, 3, views=MASKED, start=4), 4),
+    ):
+        assert all(same_masks(a.masks, b.masks) for a, b in zip(stream[start:], other, strict=True))
+
+
+def test_a_slot_that_is_filled_again_leaves_a_batchs_masks_alone(images: Path) -> None:
+    kept = take(images, 6, views=MASKED)  # two slots were filled thrice meanwhile
+    assert all(Masks.of(batch.masks.where).rows.equal(batch.masks.rows) for batch in kept)
+    assert len({str(batch.masks.rows.tolist()) for batch in kept}) == 6
+
+
+def test_processes_and_seeds_have_masks_of_their_own(images: Path) -> None:
+    one = take(images, 3, views=MASKED)
+    for other in (
+        take(images, 3, views=MASKED, seed=1),
+        take(images, 3, batch_size=4, views=MASKED, share=Share(1, 2)),
+    ):
+        assert not any(a.masks.counts.equal(b.masks.counts) for a, b in zip(one, other, strict=True))
+        assert all(len(a.masks.rows) == len(b.masks.rows) for a, b in zip(one, other, strict=True))
+
+
+def test_a_bad_file_moves_no_mask(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "x", 40)
+    all_masked = MASKED.model_copy(update={"mask": MASKED.mask.model_copy(update={"share": 1.0})})
+    before = take(folder, 5, batch_size=8, views=all_masked)
+    (folder / "0003.png").write_bytes(b"no image")
+    after = take(folder, 5, batch_size=8, views=all_masked)
+    assert any(not a.rows.equal(b.rows) for a, b in zip(before, after, strict=True))
+    assert all(same_masks(a.masks, b.masks) for a, b in zip(before, after, strict=True))
+
+
+def test_masks_want_patches(images: Path) -> None:
+    with pytest.raises(DinoError, match=r"views\.mask hides patches"):
+        TrainBatches(open_source(str(images)), MASKED, batch_size=4, seed=0, device=CPU)
 
 
 def test_views_follow_the_seed(images: Path) -> None:

@@ -11,10 +11,12 @@ from dinocli.engine.method import ParamGroup
 from dinocli.engine.optim import (
     AdamWConfig,
     ClipEach,
+    ClipModules,
     LARSConfig,
     LinearRule,
     OptimizerConfig,
     SGDConfig,
+    SqrtRule,
     clip_gradients,
     drop_frozen,
     set_rates,
@@ -94,6 +96,30 @@ def test_clip_bounds_each_parameter_on_its_own_and_tells_the_whole_norm() -> Non
     assert norm.item() == pytest.approx((100 + 0.04) ** 0.5)
     assert big.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
     torch.testing.assert_close(small.grad, torch.full((4,), 0.1))
+
+
+def test_clip_bounds_each_module_as_a_whole() -> None:
+    """Wherever its parameters lie: groups are for rates and decay."""
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
+    for p, size in zip(parameters, (3.0, 4.0, 0.1), strict=True):
+        p.grad = torch.full((4,), size)
+    a, b, c = parameters
+    optimizer = SGD.build(
+        [ParamGroup([a, c], modules=["backbone", "head"]), ParamGroup([b], lr_scale=0.5, modules=["backbone"])]
+    )
+    norm = clip_gradients(optimizer, ClipModules(kind="each_module", norm=2.0))
+    assert norm.item() == pytest.approx((100 + 0.04) ** 0.5)
+    assert torch.stack([a.grad, b.grad]).norm().item() == pytest.approx(2.0, abs=1e-5)
+    assert (a.grad / b.grad).tolist() == pytest.approx([0.75] * 4)
+    torch.testing.assert_close(c.grad, torch.full((4,), 0.1))
+
+
+@pytest.mark.parametrize(
+    ("rule", "factor"), [(LinearRule(kind="linear", batch=256), 4.0), (SqrtRule(kind="sqrt", batch=256), 2.0)]
+)
+def test_the_rate_grows_with_the_batch_as_its_rule_says(rule: LinearRule | SqrtRule, factor: float) -> None:
+    assert rule.factor(1024) == factor
+    assert rule.factor(256) == 1
 
 
 def test_without_a_clip_gradients_stay() -> None:

@@ -8,6 +8,7 @@ from conftest import PRECISIONS, assert_original
 
 from dinocli.losses.dino import DinoLossConfig, dino_loss
 from dinocli.losses.targets import CenteringConfig
+from dinocli.models.network import Encoding
 from dinocli.schedules import Clock, LinearByEpoch
 
 
@@ -97,7 +98,8 @@ def test_loss_gradient_and_center_equal_the_originals(original, case: str, dtype
         loss_of.targets.center.copy_(original[f"{name}/center_before"][0])
         student = original[f"{name}/student"].to(dtype).unflatten(0, (made["ncrops"], -1)).requires_grad_()
         teacher = original[f"{name}/teacher"].to(dtype).unflatten(0, (2, -1))
-        loss = loss_of(student.clone(), loss_of.aim(teacher, Clock(1, made["nepochs"], call["epoch"])))
+        seen, made_of = (Encoding(torch.empty(0), 2, {"dino": logits}) for logits in (teacher, student.clone()))
+        loss = loss_of(made_of, loss_of.aim(seen, Clock(1, made["nepochs"], call["epoch"])), None)
         loss.backward()
         loss_of.after_step()
         assert_original(loss, original[f"{name}/loss"], name)
@@ -116,3 +118,36 @@ def test_a_student_that_agrees_has_the_entropy_of_the_targets_as_loss() -> None:
 def test_half_precision_logits_are_summed_in_single() -> None:
     targets = torch.full((2, 1, 4), 0.25)
     assert dino_loss(torch.zeros(2, 1, 4, dtype=torch.bfloat16), targets, 0.1).dtype == torch.float32
+
+
+def class_token_loss_of_dinov2(student: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The global and the local term of dinov2@b8931f7 train/ssl_meta_arch.py, each weighted by its share of the pairs."""
+
+    def between(view: torch.Tensor, target: torch.Tensor) -> torch.Tensor:  # [K], [K] -> []
+        return -(target * torch.log_softmax(view / temperature, -1)).sum()
+
+    globals_, locals_, images = student[:2], student[2:], range(student.shape[1])
+    pairs = 2 + 2 * len(locals_)
+    # Both global views as one batch, against the teacher's with the two views changed over.
+    crossed = [between(globals_[v, b], targets[1 - v, b]) for v in (0, 1) for b in images]
+    beside = [between(view[b], target[b]) for view in locals_ for target in targets for b in images]
+    return torch.stack(crossed).mean() * 2 / pairs + torch.stack(beside).mean() * 2 * len(locals_) / pairs
+
+
+@pytest.mark.parametrize("locals_", [1, 3, 8])
+def test_one_loss_on_class_tokens_is_that_of_both_formulas(locals_: int) -> None:
+    """The mean over DINO's cross-view pairs, 18 of them with 8 local views, is DINOv2's sum of two terms."""
+    torch.manual_seed(0)
+    student = 4 * torch.randn(2 + locals_, 3, 17, dtype=torch.float64)
+    targets = (4 * torch.randn(2, 3, 17, dtype=torch.float64)).softmax(-1)
+    first, second = loss_over_pairs(student, targets, 0.1), class_token_loss_of_dinov2(student, targets, 0.1)
+    torch.testing.assert_close(first, second, rtol=1e-13, atol=0)
+    torch.testing.assert_close(dino_loss(student, targets, 0.1), second, rtol=1e-13, atol=0)
+
+
+def test_autocast_does_not_make_the_loss_coarse() -> None:
+    torch.manual_seed(0)
+    student, targets = torch.randn(3, 2, 500), torch.randn(2, 2, 500).softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = dino_loss(student, targets, 0.1)
+    assert coarse.equal(dino_loss(student, targets, 0.1))

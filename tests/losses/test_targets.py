@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from conftest import together
+from pydantic import TypeAdapter, ValidationError
 
-from dinocli.losses.targets import CenteringConfig
+from dinocli.distributed import rank
+from dinocli.losses.targets import CenteringConfig, SinkhornKnopp, SinkhornKnoppConfig, TargetsConfig
 from dinocli.schedules import Clock, Constant
 
 CONFIG = CenteringConfig(kind="centering", momentum=0.75, temperature=Constant(kind="constant", value=0.05))
@@ -30,3 +34,104 @@ def test_a_center_takes_away_what_all_images_share() -> None:
     torch.testing.assert_close(
         rule(torch.zeros(2, 3, 6) + offset, Clock(1, 1)), torch.full((2, 3, 6), 1 / 6), atol=1e-3, rtol=0
     )
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6), (7, 6), (1, 6)])
+def test_a_center_is_the_mean_of_all_that_the_head_said(shape: tuple[int, ...]) -> None:
+    rule, logits = CONFIG.build(6), torch.randn(*shape)
+    before = logits.clone()
+    torch.testing.assert_close(rule(logits, Clock(1, 1)), (logits / 0.05).softmax(-1))
+    rule.update()
+    torch.testing.assert_close(rule.center, 0.25 * logits.reshape(-1, 6).mean(0))
+    assert logits.equal(before)
+
+
+def sinkhorn(iterations: int, temperature: float = 0.25) -> SinkhornKnopp:
+    value = Constant(kind="constant", value=temperature)
+    return SinkhornKnoppConfig(kind="sinkhorn_knopp", iterations=iterations, temperature=value).build(0)
+
+
+def by_exponentials(logits: torch.Tensor, iterations: int, temperature: float) -> torch.Tensor:
+    """The algorithm as it is written down, sum by sum: rows are prototypes, columns samples. [S, K] -> [S, K]"""
+    q = (logits / temperature).exp().T.clone()
+    prototypes, samples = q.shape
+    q /= q.sum()
+    for _ in range(iterations):
+        for k in range(prototypes):
+            q[k] /= q[k].sum() * prototypes
+        for s in range(samples):
+            q[:, s] /= q[:, s].sum() * samples
+    return q.T * samples
+
+
+@pytest.mark.parametrize("samples", [1, 4, 30])
+@pytest.mark.parametrize("prototypes", [1, 5, 40])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_sinkhorn_in_logarithms_is_that_in_exponentials(samples: int, prototypes: int, iterations: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(samples, prototypes, dtype=torch.float64)
+    targets = sinkhorn(iterations)(logits, Clock(1, 1))
+    torch.testing.assert_close(targets, by_exponentials(logits, iterations, 0.25), rtol=1e-12, atol=0)
+
+
+def test_sinkhorns_sums_are_one_a_sample_and_in_the_end_the_same_a_prototype() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(40, 10, dtype=torch.float64)
+    away = []
+    for iterations in (1, 3, 100):
+        targets = sinkhorn(iterations)(logits, Clock(1, 1))
+        torch.testing.assert_close(targets.sum(1), torch.ones(40, dtype=torch.float64))
+        away.append((targets.sum(0) - 4).abs().max())
+    assert away[0] > 2 * away[1] > 4 * away[2]
+    assert away[2] < 1e-9
+    offset = torch.tensor([5.0] + 9 * [0.0])
+    torch.testing.assert_close(targets, sinkhorn(100)(logits + offset, Clock(1, 1)))
+    assert (((logits + offset) / 0.25).softmax(-1).sum(0) - 4).abs().max() > 30, "a softmax gives one nearly all"
+
+
+def test_sinkhorn_pools_views_and_leaves_the_logits() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 6, 9)
+    before = logits.clone()
+    targets = sinkhorn(3)(logits, Clock(1, 1))
+    assert targets.equal(sinkhorn(3)(logits.flatten(0, 1), Clock(1, 1)).view(2, 6, 9))
+    assert logits.equal(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_sinkhorn_takes_logits_whose_exponentials_are_infinite(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = (20 * torch.randn(12, 7)).to(dtype)
+    assert (logits.float() / 0.04).exp().isinf().any()
+    with torch.autocast("cpu", torch.bfloat16):
+        targets = sinkhorn(3, 0.04)(logits, Clock(1, 1))
+    assert targets.dtype == torch.float32
+    torch.testing.assert_close(targets.sum(1), torch.ones(12))
+    exact = sinkhorn(3, 0.04)(logits.double(), Clock(1, 1))
+    torch.testing.assert_close(targets, exact.float(), rtol=1e-3, atol=1e-4)
+
+
+LOGITS = 3 * torch.randn(10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def share_of_sinkhorn() -> torch.Tensor:
+    """Of two processes, which have not the same number of samples."""
+    return sinkhorn(3)(LOGITS[:4] if rank() == 0 else LOGITS[4:], Clock(1, 1))
+
+
+def test_sinkhorn_balances_over_the_samples_of_all_processes() -> None:
+    whole = by_exponentials(LOGITS, 3, 0.25)
+    torch.testing.assert_close(torch.cat(together(2, share_of_sinkhorn)), whole, rtol=1e-12, atol=1e-15)
+    alone = sinkhorn(3)(LOGITS[:4], Clock(1, 1))
+    assert (alone - whole[:4]).abs().max() > 0.01
+
+
+def test_the_kind_says_which_rule_it_is() -> None:
+    constant = {"kind": "constant", "value": 0.04}
+    read = TypeAdapter(TargetsConfig).validate_python
+    balanced = read({"kind": "sinkhorn_knopp", "iterations": 3, "temperature": constant})
+    assert isinstance(balanced.build(9), SinkhornKnopp)
+    assert not balanced.build(9).state_dict()
+    assert isinstance(read({"kind": "centering", "momentum": 0.9, "temperature": constant}), CenteringConfig)
+    with pytest.raises(ValidationError):
+        read({"kind": "sinkhorn_knopp", "iterations": 0, "temperature": constant})

@@ -8,7 +8,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.errors import DinoError
-from dinocli.models.backbone import BackboneConfig, ViTBackbone, adapt
+from dinocli.models.backbone import BackboneConfig, Hidden, ViTBackbone, adapt
 
 MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SIZES = ["32x32", "16x16", "24x40", "16x64", "27x45"]
@@ -125,6 +125,39 @@ def test_class_tokens_alone_are_those_of_all_tokens_with_the_same_gradient(
     ]
     torch.testing.assert_close(alone, all_, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_hidden_patches_are_not_seen_and_their_places_are(micro: ViTBackbone) -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
+    where = torch.zeros(2, 16, dtype=torch.bool)
+    where[0, 5], where[1, :] = True, True
+    hidden = Hidden(where, torch.randn(1, 32, dtype=torch.float64))
+    mixed = one.clone()
+    mixed[0, :, 8:16, 8:16] = other[0, :, 8:16, 8:16]  # the sixth patch
+    mixed[1] = other[1]
+    torch.testing.assert_close(micro(mixed, hidden).patches, micro(one, hidden).patches)
+    assert not torch.allclose(micro(mixed).patches, micro(one).patches)
+    torch.testing.assert_close(micro.class_tokens(mixed, hidden=hidden)[0], micro(one, hidden).cls)
+    # What stands in a hidden place knows where it is.
+    assert not torch.allclose(micro(one, hidden).patches[1, 0], micro(one, hidden).patches[1, 1])
+
+
+def test_a_convolutional_network_has_nothing_to_hide() -> None:
+    backbone = BackboneConfig(name="resnet18").build(drop_path=False)
+    with pytest.raises(DinoError, match="patches were to be hidden") as error:
+        backbone(torch.zeros(1, 3, 32, 32), Hidden(torch.zeros(1, 1, dtype=torch.bool), torch.zeros(1, 512)))
+    assert error.value.hint == "--set views.mask=none"
+
+
+def test_branches_are_left_out_alike_in_all_blocks() -> None:
+    config = BackboneConfig(
+        name="vit_tiny_patch16_224", options=MICRO, drop_path=0.3, drop_path_rule="uniform", positions="dino"
+    )
+    assert [block.left_out for block in config.build(drop_path=True).row] == [0.3, 0.3]
+    assert [block.left_out for block in config.build(drop_path=False).row] == [0.0, 0.0]
+    with pytest.raises(DinoError, match="no row of plain ones"):
+        BackboneConfig(name="resnet18", drop_path=0.1, drop_path_rule="uniform").build(drop_path=True)
 
 
 def test_class_tokens_alone_are_less_work(micro: ViTBackbone) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from conftest import assert_original
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.models.block import PlainBlock
 
@@ -104,3 +106,41 @@ def test_dropped_branches_are_those_that_the_shares_say() -> None:
     expected = attended + torch.tensor([1.0, 1.0, 2.0]).view(3, 1, 1) * block.mlp(block.norm2(attended))
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found[1], whole[1])
+
+
+def test_branches_that_are_left_out_are_those_of_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, block = made(qkv_bias=True)
+    block.train().left_out = 0.4
+    tokens = torch.randn(5, 3, 16, dtype=torch.float64)
+    orders = iter([torch.tensor([3, 0, 4, 1, 2]), torch.tensor([2, 4, 1, 0, 3])])
+    monkeypatch.setattr(torch, "randperm", lambda n, device: next(orders))
+    shares = block.shares(tokens)
+    assert [s.tolist() for s in shares] == [[3, 0, 4], [2, 4, 1]], "three of five, whatever is drawn"
+    first = torch.tensor([1, 0, 0, 1, 1.0], dtype=torch.float64).view(5, 1, 1) * 5 / 3
+    second = torch.tensor([0, 1, 1, 0, 1.0], dtype=torch.float64).view(5, 1, 1) * 5 / 3
+    attended = tokens + first * block.attn(block.norm1(tokens))
+    expected = attended + second * block.mlp(block.norm2(attended))
+    torch.testing.assert_close(block(tokens, shares), expected)
+    torch.testing.assert_close(block(tokens, shares, asking=1), expected[:, :1])
+    assert block.eval().shares(tokens) == (None, None)
+
+
+@pytest.mark.parametrize(("images", "left"), [(1, 0.9), (3, 0.5), (10, 0.3), (64, 0.4)])
+def test_as_many_are_left_out_each_time_and_one_at_least_stays(images: int, left: float) -> None:
+    block = PlainBlock.instead_of(Block(16, 2)).train()
+    block.left_out = left
+    for share in block.shares(torch.zeros(images, 2, 16)):
+        assert len(share) == max(1, math.ceil((1 - left) * images))
+        assert len(share.unique()) == len(share)
+
+
+def test_what_is_left_out_is_no_work() -> None:
+    block = PlainBlock.instead_of(Block(16, 2)).train()
+    tokens = torch.zeros(10, 4, 16)
+    work = []
+    for left in (0.0, 0.5):
+        block.left_out = left
+        with FlopCounterMode(display=False) as counter:
+            block(tokens, block.shares(tokens))
+        work.append(counter.get_total_flops())
+    assert work[1] * 2 == work[0]

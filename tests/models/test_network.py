@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dinocli.errors import DinoError
-from dinocli.models.backbone import BackboneConfig
+from dinocli.models.backbone import BackboneConfig, Hidden
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import Network
 
@@ -34,6 +34,62 @@ def test_a_head_with_batch_norm_sees_all_views_at_once() -> None:
     network.heads["dino"].register_forward_pre_hook(lambda module, args: calls.append(args[0].shape))
     network([torch.randn(2, 3, 3, 16, 16), torch.randn(4, 3, 3, 8, 8)])
     assert calls == [(18, 16)]
+
+
+BOTH = frozenset(["class", "patches"])
+
+
+def reading(reads: dict[str, frozenset[str]], batch_norm: bool = False) -> Network:
+    backbone = BackboneConfig(name="vit_tiny_patch16_224", options=OPTIONS, positions="dino").build(drop_path=False)
+    config = HeadConfig(prototypes=12, hidden=20, bottleneck=8, layers=3, batch_norm=batch_norm, norm_last_layer=True)
+    return Network(backbone, {name: config.build(16) for name in reads}, reads, hides=True)
+
+
+def test_heads_read_what_they_are_told() -> None:
+    network = reading({"a": frozenset(["class"]), "b": frozenset(["patches"]), "c": BOTH})
+    torch.nn.init.normal_(network.mask_token)
+    large, local = torch.randn(2, 3, 3, 16, 16), torch.randn(4, 3, 3, 8, 8)
+    hide = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    rows = hide.flatten().nonzero().flatten()
+    encoding = network([large, local], hide, rows)
+    assert {name: logits.shape for name, logits in encoding.logits.items()} == {"a": (6, 3, 12), "c": (6, 3, 12)}
+    assert {name: logits.shape for name, logits in encoding.hidden.items()} == {
+        "b": (len(rows), 12),
+        "c": (len(rows), 12),
+    }
+    assert encoding.globals == 2
+    seen = network.backbone(large.flatten(0, 1), Hidden(hide.flatten(0, 1), network.mask_token))
+    torch.testing.assert_close(encoding.cls[:2].flatten(0, 1), seen.cls)
+    patches = seen.patches.flatten(0, 1)[rows]
+    for name in ("b", "c"):
+        torch.testing.assert_close(encoding.hidden[name], network.heads[name](patches))
+    for name in ("a", "c"):
+        torch.testing.assert_close(encoding.logits[name][5], network.heads[name](network.backbone(local[3]).cls))
+    whole = network([large])  # as the teacher sees it, and asked of all patches
+    torch.testing.assert_close(whole.hidden["b"][:4], network.heads["b"](network.backbone(large[0, :1]).patches[0]))
+
+
+def test_the_mlp_of_a_head_that_two_losses_share_is_called_once() -> None:
+    network, calls = reading({"a": BOTH}, batch_norm=True), []
+    network.heads["a"].mlp.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape))
+    network([torch.randn(2, 3, 3, 16, 16), torch.randn(4, 3, 3, 8, 8)], None, torch.tensor([1, 5, 23]))
+    assert calls == [(18 + 3, 16)]
+
+
+def test_what_a_shared_head_says_of_classes_and_of_patches_may_both_be_written_over() -> None:
+    network = reading({"a": BOTH})
+    encoding = network([torch.randn(2, 3, 3, 16, 16)], None, torch.tensor([1, 5]))
+    with torch.no_grad():
+        encoding.logits["a"].zero_()
+        encoding.hidden["a"].zero_()
+    (encoding.logits["a"].sum() + encoding.hidden["a"].sum()).backward()
+    assert network.heads["a"].last_layer.weight_v.grad.any()
+
+
+def test_the_token_for_hidden_patches_is_among_the_weights() -> None:
+    network = reading({"a": BOTH})
+    assert torch.equal(network.weights()["mask_token"], torch.zeros(1, 16))
+    assert "mask_token" not in small().weights()
 
 
 def test_weights_go_out_and_in_under_timms_keys() -> None:
