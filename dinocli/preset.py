@@ -108,7 +108,8 @@ class Preset(Config):
         if (len(views.mean), len(views.std)) != (channels, channels):
             raise ValueError(
                 f"{have}, and views.mean and views.std {len(views.mean)} and {len(views.std)} numbers; it needs "
-                f"views.mean=[...] and views.std=[...], as `dino doctor IMAGES --set images.channels={channels}` measures"
+                "views.mean=[...] and views.std=[...], as they are measured by `dino doctor IMAGES --set "
+                f"images.channels={channels}`"
             )
         if channels != 3 and views.color_keys:
             off = " --set ".join(f"views.{key}=0" for key in views.color_keys)
