@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dinocli.costs import Estimate, to_fit
@@ -26,6 +26,9 @@ _FEW, _TOO_FEW = 50_000, 32  # images: to learn from scratch, and to learn at al
 # 65,536 69.7; 8,192 is what users of small sets were helped by (facebookresearch/dino, threads 246 and 279).
 _PROTOTYPES = ((1_000_000, 65_536), (100_000, 16_384), (20_000, 8_192), (2_000, 4_096), (0, 1_024))
 _STEPS = 100_000  # the paper's shortest run, 100 epochs of 1,024 on ImageNet, has 125,000
+# A shift of the mean and a ratio of the spread above which they are not those of ImageNet: Imagenette at 128 pixels has
+# 0.03 and 1.3, CIFAR-10 0.04 and 1.2.
+_FAR_MEAN, _FAR_STD, _LEAST_STD = 0.1, 1.6, 1e-3
 _SLOW_TEACHER = 20 * 2_000  # steps; a momentum of 0.9995 averages over 2,000
 _SHORT = {"--epochs": "training.epochs", "--batch-size": "training.batch_size"}
 
@@ -76,19 +79,21 @@ class Advised:
     command: str | None
 
 
-def advise(machine: Machine, images: Inspection, cost: Cost) -> Advised:
+def advise(machine: Machine, images: Inspection, cost: Cost, asked: Sequence[str] = ()) -> Advised:
     """The settings for these images on this machine.
 
     Args:
         machine: What there is to compute with.
         images: What they are like.
         cost: Tells what a preset takes on this machine.
+        asked: How the images were looked at, as `--set` has it: `images.key=value`.
     """
     count, notes = images.count, _notes(images)
     if not images.read or (count is not None and count * images.read / images.drawn < _TOO_FEW):
         return Advised([], [*notes, _too_few(images)], None)
     name = "tiny" if machine.on_cpu else "vits16-vanilla"
     taken = _for_cpu(images) if machine.on_cpu else _for_accelerator(images)
+    taken[1:1] = [*_asked(asked), *_statistics(images, name, taken)]
     *others, length = taken
     taken += _schedules(_changed(name, others), int(length.settings["--epochs"]), count)
     preset = _changed(name, taken)
@@ -108,6 +113,30 @@ def _changed(name: str, taken: list[Advice]) -> Preset:
 def _steps(preset: Preset, count: int | None) -> int:
     training = preset.training
     return training.epochs * (training.steps_per_epoch or (count or 0) // training.batch_size)
+
+
+def _asked(overrides: Sequence[str]) -> list[Advice]:
+    pairs = [override.partition("=")[::2] for override in overrides]
+    return [Advice(key.strip(), {key.strip(): value.strip()}, "what you asked for") for key, value in pairs]
+
+
+def _statistics(images: Inspection, name: str, taken: list[Advice]) -> list[Advice]:
+    """Mean and spread of the channels, where the preset's are far off; and no colors where there are none."""
+    views, channels = load_preset(name).views, len(images.mean)
+    numbers = {"mean": images.mean, "std": [max(_LEAST_STD, std) for std in images.std]}
+    typed = {f"views.{key}": f"[{', '.join(f'{n:.4g}' for n in values)}]" for key, values in numbers.items()}
+    if channels != 3:
+        off = {f"views.{key}": "0" for key in views.color_keys}
+        return [
+            Advice("mean and std", typed, f"measured, for {channels} channel{'s' if channels > 1 else ''}"),
+            Advice("no change of colors", off, "hue, saturation and gray are of three channels"),
+        ]
+    shift = max(abs(ours - theirs) for ours, theirs in zip(images.mean, views.mean, strict=True))
+    ratio = max(max(ours / theirs, theirs / ours) for ours, theirs in zip(numbers["std"], views.std, strict=True))
+    # Released weights know images by the numbers that they were made with.
+    if any("--init" in advice.settings for advice in taken) or (shift <= _FAR_MEAN and ratio <= _FAR_STD):
+        return []
+    return [Advice("mean and std", typed, "measured; far from ImageNet's")]
 
 
 def _for_cpu(images: Inspection) -> list[Advice]:
@@ -259,7 +288,10 @@ def _kept(images: Inspection, preset: Preset) -> float | None:
 def _notes(images: Inspection) -> list[str]:
     notes = []
     kinds = Counter(reason.split(":")[0] for reason in images.bad.values())
-    lost = len(images.bad) - kinds["truncated"]
+    lost = len(images.bad) - kinds["truncated"] - kinds["other channels"]
+    if kinds["other channels"] > BAD_SHARE * images.drawn:
+        such = next(reason for reason in images.bad.values() if reason.startswith("other channels"))
+        notes.append(f"{kinds['other channels']} of {images.drawn} have {such}: --set images.channels=N says how many")
     if images.read and lost > BAD_SHARE * images.drawn:
         notes.append(
             f"{lost} of {images.drawn} cannot be read, and above {BAD_SHARE:.0%} a run stops: take them out, or name "
@@ -277,7 +309,8 @@ def _notes(images: Inspection) -> list[str]:
 
 def _too_few(images: Inspection) -> str:
     if not images.read:
-        return f"none of the {images.drawn} images looked at can be read"
+        first = "".join(f"; {name}: {reason}" for name, reason in list(images.bad.items())[:1])
+        return f"none of the {images.drawn} images looked at can be read{first}"
     return (
         f"fewer than {_TOO_FEW} images can be read, too few to train on; their features without training: "
         f"dino extract {WEIGHTS} {shlex.quote(images.where)}"

@@ -14,7 +14,7 @@ from dinocli.atomic import atomic, write_tensors
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import AttentionMaps, attention_maps, default_size, enlarge
-from dinocli.picture import Panel, heat, sheet, spotlight
+from dinocli.picture import Panel, heat, sheet, spotlight, visible
 
 # A sheet has two rows of up to 14 panels; of a photo beyond this many pixels it would not open in a viewer any more.
 _PANEL_PIXELS = 4_000_000
@@ -53,7 +53,7 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
     maps = attention_maps(encoder, pixels, size or default_size(encoder))
     picture = name.with_name(name.name + ".png")
     with atomic(picture) as draft:
-        attention_sheet(pixels, maps, keep).save(draft, format="PNG")
+        attention_sheet(visible(pixels), maps, keep).save(draft, format="PNG")
     tensors = name.with_name(name.name + ".safetensors") if raw else None
     if tensors:
         arrays: dict[str, NDArray[Any]] = {"heads": maps.heads, "masks": maps.masks(keep).astype(np.uint8)}

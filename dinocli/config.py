@@ -74,7 +74,7 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
         return DinoError(f"{what}: the key {key} is missing", f"add it with --set {key}=VALUE")
     said = first["msg"].removeprefix("Value error, ")
     if not key:
-        mend = said.partition("it needs ")[2]
+        said, _, mend = said.partition("; it needs ")
         return DinoError(f"{what}: {said}", f"--set {mend}" if mend else "change it with --set KEY=VALUE")
     wanted = said.removeprefix("Input ") if said.startswith("Input should be ") else f"is not valid: {said}"
     came = repr(first["input"]) if not isinstance(first["input"], dict) else "that of another kind"

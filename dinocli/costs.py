@@ -163,10 +163,10 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) -> Batch:
-    size, rows, shown = views.global_1.size, torch.arange(images, device="cpu"), len(views.globals)
-    large, small, masks = torch.empty(shown, images, 3, size, size), None, None
+    c, size, rows, shown = views.channels, views.global_1.size, torch.arange(images, device="cpu"), len(views.globals)
+    large, small, masks = torch.empty(shown, images, c, size, size), None, None
     if views.local and views.locals:
-        small = torch.empty(views.locals, images, 3, views.local.size, views.local.size)
+        small = torch.empty(views.locals, images, c, views.local.size, views.local.size)
     if views.mask and grid:
         patches = grid[0] * grid[1]
         hidden = sum(hidden_counts(views.mask, shown * images, patches))

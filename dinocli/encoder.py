@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor
 
-from dinocli.config import change
 from dinocli.data.decode import DEFAULTS, ImagesConfig
 from dinocli.data.fill import Cutter
 from dinocli.data.loader import ALONE, Plain, Share, plain_batches
@@ -27,7 +27,7 @@ from dinocli.preset import Precision, Preset
 from dinocli.weights import Weights, Which, read_weights
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
-Channels = tuple[float, float, float]
+Channels = tuple[float, ...]
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # The original's vision transformers, by width: blocks and heads.
 OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
@@ -56,6 +56,11 @@ class Encoder:
     std: Channels
     images: ImagesConfig = DEFAULTS
     precision: Precision = "float32"
+
+    @property
+    def channels(self) -> int:
+        """C of the images that it takes."""
+        return len(self.mean)
 
     @property
     def device(self) -> torch.device:
@@ -154,7 +159,8 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher") ->
     if not source.startswith("timm:"):
         return encoder_of(read_weights(Path(source), which), source, device)
     backbone, size, mean, std = _from_timm(source.removeprefix("timm:"))
-    return _frozen(backbone, source, device, size, mean, std)
+    encoder = _frozen(backbone, source, device, size, mean, std)
+    return replace(encoder, images=ImagesConfig(channels=encoder.channels))
 
 
 def encoder_of(weights: Weights, source: str, device: torch.device) -> Encoder:
@@ -199,16 +205,15 @@ def with_images(encoder: Encoder, overrides: Iterable[str]) -> Encoder:
         overrides: `images.key=value`, as `--set` has them.
 
     Raises:
-        DinoError: One is not of `images`, or not valid.
+        DinoError: One is not of `images`, not valid, or of other channels than the weights.
     """
-    data: dict[str, Any] = {"images": encoder.images.model_dump(mode="json", exclude_none=True)}
-    for override in overrides:
-        if not override.strip().startswith("images."):
-            raise DinoError(
-                f"--set of `images.` alone was wanted here; it is {override!r}", "--set images.window='[0, 4095]'"
-            )
-        change(data, override)
-    return replace(encoder, images=ImagesConfig.parse(data["images"], "--set images"))
+    images = encoder.images.changed(overrides)
+    if images.channels != encoder.channels:
+        raise DinoError(
+            f"{encoder.source} takes images of {encoder.channels} channels; {images.channels} were asked for",
+            "leave images.channels out, or --init a training of your own with these weights",
+        )
+    return replace(encoder, images=images)
 
 
 def quick(encoder: Encoder, precision: Precision, *, compiled: bool) -> Encoder:
@@ -250,6 +255,22 @@ def initial_weights(source: str) -> Weights:
     if source.startswith("timm:"):
         return Weights(dict(_from_timm(source.removeprefix("timm:"))[0].model.state_dict()), {}, None)
     return read_weights(Path(source))
+
+
+def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
+    """Weights of three channels for a backbone of another number, or None where nothing is to be done.
+
+    The first layer's filters are added up for one channel, and repeated and scaled for several, so that its output
+    keeps its size where all channels are alike.
+
+    Source: timm's adapt_input_conv.
+    """
+    first = backbone.model.pretrained_cfg.get("first_conv")
+    key = f"{first}.weight"
+    own, given = backbone.model.state_dict().get(key), weights.backbone.get(key)
+    if own is None or given is None or own.shape[1] == given.shape[1] or given.shape[1] != 3:
+        return None
+    return replace(weights, backbone=weights.backbone | {key: adapt_input_conv(own.shape[1], given)})
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

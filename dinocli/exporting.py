@@ -144,7 +144,7 @@ def _native_size(encoder: Encoder) -> int:
 def _compare(encoder: Encoder, loaded: Loaded, tokens: TokenChoice, size: int) -> float:
     """Relative difference of the features, where none but rounding is allowed."""
     # Another number of images than the graph was made with, since that is what must stay free.
-    images = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, encoder.channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return _difference(encoder.features(images, tokens), loaded(images), "features")
 
@@ -207,7 +207,11 @@ def _notes_on_the_original(encoder: Encoder, architecture: BackboneConfig, head:
         notes.append(f"network = torchvision.models.{architecture.name}(); network.fc = torch.nn.Identity()")
     else:
         shape = backbone.shape
-        if native != 224 or OFFICIAL.get(backbone.width) != (shape["depth"], shape["num_heads"]):
+        if (
+            native != 224
+            or encoder.channels != 3
+            or OFFICIAL.get(backbone.width) != (shape["depth"], shape["num_heads"])
+        ):
             arguments = ", ".join(f"{key}={value}" for key, value in shape.items())
             rest = "qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)"
             notes.append(f"network = VisionTransformer(img_size=[{native}], {arguments}, {rest})")
@@ -224,7 +228,7 @@ def _notes_on_the_original(encoder: Encoder, architecture: BackboneConfig, head:
 def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: Path) -> Any:
     backbone = encoder.backbone
     about = {
-        "input_size": [3, size, size],
+        "input_size": [encoder.channels, size, size],
         "mean": encoder.mean,
         "std": encoder.std,
         "interpolation": "bicubic",
@@ -300,7 +304,7 @@ def _graphs_can_fail() -> Iterator[None]:
 
 
 def _to_torch_export(encoder: Encoder, tokens: TokenChoice, size: int, draft: Path) -> Loaded:
-    images = torch.zeros(2, 3, size, size)
+    images = torch.zeros(2, encoder.channels, size, size)
     with _graphs_can_fail():
         free = {"images": {0: torch.export.Dim("batch")}}
         program = torch.export.export(_Features(encoder, tokens).eval(), (images,), dynamic_shapes=free)
@@ -321,7 +325,7 @@ def _to_onnx(encoder: Encoder, tokens: TokenChoice, size: int, draft: Path) -> L
     with _graphs_can_fail():
         program: Any = torch.onnx.export(
             _Features(encoder, tokens).eval(),
-            (torch.zeros(2, 3, size, size),),
+            (torch.zeros(2, encoder.channels, size, size),),
             input_names=["images"],
             output_names=["features"],
             dynamic_shapes=({0: "batch"},),

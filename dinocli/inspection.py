@@ -65,7 +65,7 @@ class Inspection:
         copies: Images that are an earlier one again, byte for byte.
         near: Images that look nearly like an earlier one and are no copies.
         pairs: The most alike of those.
-        mean: Of the channels, 0 to 1, each image with the same weight.
+        mean: Of the channels, 0 to 1, each image with the same weight. C numbers.
         std: Of the channels.
         milliseconds: To read and decode an image; half take less.
         seconds: That the inspection took.
@@ -151,7 +151,7 @@ def inspect(
     first = {look.digest: look for look in reversed(good)}
     near, pairs = near_equal([look.name for look in first.values()], [look.thumb for look in first.values()])
     square, mean = (
-        np.mean([value for value in values] or [np.zeros(3)], axis=0)
+        np.mean([value for value in values] or [np.zeros(images.channels)], axis=0)
         for values in ([look.square for look in good], [look.mean for look in good])
     )
     return Inspection(
@@ -166,7 +166,7 @@ def inspect(
         height=_spread([look.height for look in good]),
         short=_spread([min(look.width, look.height) for look in good]),
         aspect=_spread([max(look.width, look.height) / min(look.width, look.height) for look in good]),
-        megabytes=float(np.mean([3e-6 * look.width * look.height for look in good] or [0.0])),
+        megabytes=float(np.mean([1e-6 * images.channels * look.width * look.height for look in good] or [0.0])),
         deep=sum(look.deep for look in good),
         # A JPEG of a grey picture in three channels has them equal but for rounding.
         gray=sum(bool(np.ptp(look.thumb, axis=2).max() < 3) for look in good),
@@ -217,7 +217,7 @@ def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
         return _Look(name, pixels.reason)
     seconds = time.perf_counter() - start
     step = max(1, math.isqrt(pixels.shape[0] * pixels.shape[1] // _ENOUGH))
-    some = pixels[::step, ::step].reshape(-1, 3) / 255
+    some = pixels[::step, ::step].reshape(-1, pixels.shape[2]) / 255
     return _Look(
         name,
         format=opened.format or "decoded",

@@ -87,8 +87,8 @@ class Monitor:
         for batch in plain_batches(
             source,
             size=size,
-            mean=(0.0,) * 3,
-            std=(1.0,) * 3,
+            mean=(0.0,) * preset.views.channels,
+            std=(1.0,) * preset.views.channels,
             batch_size=_AT_ONCE,
             workers=workers,
             device=torch.device("cpu"),
@@ -121,7 +121,7 @@ def class_tokens(network: Network, pixels: Tensor, views: ViewsConfig) -> Tensor
 
     Args:
         network: On any device.
-        pixels: On the host. [S, 3, size, size], uint8
+        pixels: On the host. [S, C, size, size], uint8
         views: Tells mean and spread of the channels.
 
     Returns:

@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 from PIL import Image
 
 from dinocli.atomic import atomic, write_text
 from dinocli.data.crops import shrink
-from dinocli.data.decode import BadImage, Pixels, decode
-from dinocli.data.listing import SUFFIXES
+from dinocli.data.decode import DEFAULTS, BadImage, ImagesConfig, Pixels, decode
+from dinocli.data.listing import ARRAY, SUFFIXES
 from dinocli.data.shards import INDEX, open_shards
 from dinocli.errors import DinoError
 
@@ -82,6 +83,7 @@ def pack(
     per_shard: int = 1000,
     name: str = "images",
     seed: int = 0,
+    images: ImagesConfig = DEFAULTS,
     report: Callable[[int], None] = lambda images: None,
 ) -> Packed:
     """Write tar shards in the WebDataset form, each a fair draw of the source, and an index beside them.
@@ -92,12 +94,13 @@ def pack(
     Args:
         source: The images.
         out: Folder for the shards.
-        side: Images whose short side is longer are resized to this many pixels and become JPEG; the others, and without
-            it all, go in as the files they are.
+        side: Images whose short side is longer are resized to this many pixels and become JPEG, or .npy where they have
+            neither three channels nor one; the others, and without it all, go in as the files they are.
         quality: Of the JPEG, 1 to 95.
         per_shard: Images of the source a shard, the bad ones among them.
         name: How the shards' names begin.
         seed: Of the order.
+        images: What is taken for readable, and how deep ones become 8 bits.
         report: Called with the number of images done so far.
 
     Raises:
@@ -110,9 +113,11 @@ def pack(
         "source": source.where, "images": len(source), "listing": digest, "side": side, "quality": quality,
         "per_shard": per_shard, "name": name, "seed": seed,
     }  # fmt: skip
+    if images != DEFAULTS:
+        settings["read as"] = images.model_dump(mode="json", exclude_defaults=True)
     done: dict[str, Any] = _begun(out, settings)
     order = np.random.default_rng(seed).permutation(len(source))
-    make = partial(_entry, source, repeated, side, quality)
+    make = partial(_entry, source, repeated, images, side, quality)
     kept = 0
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter
         for first in range(0, len(order), per_shard):
@@ -121,7 +126,7 @@ def pack(
                 kept += 1
                 report(first + len(rows))
                 continue
-            bad, images = {}, 0
+            bad, packed = {}, 0
             with atomic(out / shard) as draft, tarfile.open(draft, "w", format=tarfile.GNU_FORMAT) as tar:
                 for part in range(0, len(rows), _AT_ONCE):
                     some = rows[part : part + _AT_ONCE].tolist()
@@ -129,12 +134,12 @@ def pack(
                         if entry.reason:
                             bad[source.names[row]] = entry.reason
                             continue
-                        images += 1
+                        packed += 1
                         _add(tar, f"{entry.key}{entry.suffix}", entry.data)
                         if source.labels[row] >= 0:
                             _add(tar, f"{entry.key}.cls", b"%d" % source.labels[row])
                     report(first + part + len(some))
-            done[shard] = {"images": images, "bytes": _size(out / shard), "bad": bad}
+            done[shard] = {"images": packed, "bytes": _size(out / shard), "bad": bad}
             _remember(out, settings, done)
     return _finished(source, out, done, order, kept, start)
 
@@ -173,10 +178,11 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
             raise DinoError(f"{out} holds tar files that `dino pack` did not write", "name a new folder") from None
         _remember(out, settings, {})
         return {}
-    for key, value in settings.items():
-        if stored["settings"].get(key) != value:
+    before = stored["settings"]
+    for key in before | settings:
+        if before.get(key) != settings.get(key):
             raise DinoError(
-                f"{out} was packed with {key} {stored['settings'].get(key)}; now it is {value}",
+                f"{out} was packed with {key} {before.get(key)}; now it is {settings.get(key)}",
                 "name a new folder, or the same images and settings to go on",
             )
     return dict(stored["shards"])
@@ -190,33 +196,41 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
 
-def _entry(source: Images, repeated: NDArray[np.bool_], side: int | None, quality: int, row: int) -> _Entry:
+def _entry(
+    source: Images, repeated: NDArray[np.bool_], images: ImagesConfig, side: int | None, quality: int, row: int
+) -> _Entry:
     try:
         data = source.read(row)
     except OSError as error:
         return _Entry(reason=f"{type(error).__name__}: {error.strerror}")
-    pixels = decode(data)
+    pixels = decode(data, images)
     if isinstance(pixels, BadImage):
         return _Entry(reason=pixels.reason)
     key = _key(source.names[row]) + (f"~{row}" if repeated[row] else "")
     height, width = pixels.shape[:2]
     short = min(height, width)
     if side and short > side and max(height, width) * side // short <= _LONGEST_SIDE:
-        return _Entry(key, ".jpg", _encoded(shrink(pixels, side), "JPEG", quality=quality))
+        return _Entry(key, *_encoded(shrink(pixels, side), "JPEG", quality=quality))
     if not isinstance(data, bytes):
-        return _Entry(key, ".png", _encoded(pixels, "PNG"))
+        return _Entry(key, *_encoded(pixels, "PNG"))
     suffix = os.path.splitext(source.names[row])[1].lower()
     # What has no suffix is named after what it is; readers tell by the content anyway.
-    return _Entry(key, suffix if suffix in SUFFIXES else _kind(data), data)
+    return _Entry(key, suffix if suffix in SUFFIXES or suffix == ARRAY else _kind(data), data)
 
 
-def _encoded(pixels: Pixels, kind: str, **options: Any) -> bytes:
+def _encoded(pixels: Pixels, kind: Literal["JPEG", "PNG"], **options: Any) -> tuple[str, bytes]:
+    """A file's suffix and its bytes: of that kind, or an array where it is neither of colors nor grey."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **options)
-    return file.getvalue()
+    if pixels.shape[2] not in (1, 3):
+        np.save(file, pixels)
+        return ARRAY, file.getvalue()
+    Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[..., 0]).save(file, kind, **options)
+    return {"JPEG": ".jpg", "PNG": ".png"}[kind], file.getvalue()
 
 
 def _kind(data: bytes) -> str:
+    if data.startswith(MAGIC_PREFIX):
+        return ARRAY
     with Image.open(io.BytesIO(data)) as image:
         suffix = f".{image.format or ''}".lower()
     return suffix if suffix in SUFFIXES else ".jpg"

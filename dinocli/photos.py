@@ -26,7 +26,7 @@ from dinocli.evals.spread import effective_rank, uniformity
 from dinocli.models.backbone import Transformer
 from dinocli.models.network import Network
 from dinocli.monitor import at_rest, class_tokens
-from dinocli.picture import heat
+from dinocli.picture import heat, visible
 from dinocli.preset import Preset
 
 POOL, SHOWN, NEIGHBOURS = 256, 6, 5
@@ -40,8 +40,8 @@ class Photos:
     """Some photos of a source, small, in the host's memory: 40 MB at 224 pixels.
 
     Attributes:
-        pool: As the evaluation sees them, the shown ones first. [S, 3, size, size], uint8
-        shown: The first few, in the size at which attention is looked at. [side, side, 3] each
+        pool: As the evaluation sees them, the shown ones first. [S, C, size, size], uint8
+        shown: The first few, in the size at which attention is looked at. [side, side, C] each
         names: Of the shown ones.
         preset: What says how images look to the network.
     """
@@ -71,7 +71,9 @@ class Photos:
                 names.append(name)
             if len(pool) == POOL:
                 break
-        return cls(torch.stack(pool) if pool else torch.empty(0, 3, size, size), shown, names, preset)
+        return cls(
+            torch.stack(pool) if pool else torch.empty(0, preset.views.channels, size, size), shown, names, preset
+        )
 
     @torch.no_grad()
     def snapshot(self, network: Network, step: int, folder: Path) -> dict[str, float]:
@@ -146,7 +148,7 @@ def _upright(image: Tensor) -> Pixels:
 
 
 def _tile(pixels: Pixels, side: int) -> Pixels:
-    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize((side, side), Image.Resampling.LANCZOS))
+    return np.asarray(Image.fromarray(visible(pixels)).resize((side, side), Image.Resampling.LANCZOS))
 
 
 def _save(rows: Sequence[Sequence[Pixels]], path: Path) -> None:

@@ -36,6 +36,12 @@ def heat(values: NDArray[np.floating], height: int, width: int) -> Pixels:
     return (colormaps["inferno"](large)[..., :3] * 255 + 0.5).astype(np.uint8)
 
 
+def visible(pixels: Pixels) -> Pixels:
+    """What can be shown of any channels: the first three as colors, or the first as grey. [H, W, C] -> [H, W, 3]"""
+    few = pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, -1)
+    return np.ascontiguousarray(few)
+
+
 def spotlight(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
     """A photo with all outside a mask gray and pale. [H, W, 3], [H, W] -> [H, W, 3]"""
     gray = pixels @ np.array([0.299, 0.587, 0.114])

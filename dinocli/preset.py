@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -84,6 +84,37 @@ class Preset(Config):
     views: ViewsConfig
     optimizer: OptimizerConfig
     training: TrainingConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tells_the_backbone_its_channels(cls, data: Any) -> Any:
+        """`images.channels` is said once: timm's `in_chans` follows, and stands in the stored preset."""
+        images, backbone = (data.get(key) for key in ("images", "backbone")) if isinstance(data, dict) else (None, None)
+        channels = images.get("channels", 3) if isinstance(images, dict) else 3
+        if channels == 3 or not isinstance(channels, int) or not isinstance(backbone, dict):
+            return data
+        options = backbone.get("options", {})
+        options = {"in_chans": channels} | options if isinstance(options, dict) else options
+        return data | {"backbone": backbone | {"options": options}}
+
+    @model_validator(mode="after")
+    def _has_one_number_of_channels(self) -> Self:
+        channels, views = self.images.channels, self.views
+        have = f"images have {channels} channel{'s' if channels > 1 else ''}"
+        if (taken := self.backbone.options.get("in_chans", 3)) != channels:
+            raise ValueError(
+                f"backbone.options.in_chans is {taken} and images.channels {channels}; it needs images.channels={taken}"
+            )
+        if (len(views.mean), len(views.std)) != (channels, channels):
+            raise ValueError(
+                f"{have}, and views.mean and views.std {len(views.mean)} and {len(views.std)} numbers; it needs "
+                "views.mean=[...] and views.std=[...], as they are measured by `dino doctor IMAGES --set "
+                f"images.channels={channels}`"
+            )
+        if channels != 3 and views.color_keys:
+            off = " --set ".join(f"views.{key}=0" for key in views.color_keys)
+            raise ValueError(f"views.{views.color_keys[0]} is of colors, and {have}; it needs {off}")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -19,7 +19,7 @@ from dinocli.data.shards import Shards
 from dinocli.device import autocast
 from dinocli.distillation import SelfDistillation
 from dinocli.distributed import any_of, from_first, gathered, rank, size
-from dinocli.encoder import initial_weights
+from dinocli.encoder import fitted_to, initial_weights
 from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
@@ -88,7 +88,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
             plan = going_on(plan, saved.state, note)
             if saved.state.step >= plan.stop:  # nothing to look at that was not seen
                 plan = replace(plan, report=False, monitor=None)
-        trainer, method, fresh = _trainer(plan, saved)
+        trainer, method, fresh = _trainer(plan, saved, note)
         watch = Watch(plan, trainer, method, report, note)
         session = _Session(plan, trainer, method, saved)
         batches = _batches(plan, trainer, method)
@@ -188,14 +188,16 @@ def _lanes(plan: Plan) -> int:
     return size() * max(1, plan.workers)
 
 
-def _trainer(plan: Plan, saved: Saved | None) -> tuple[Trainer, SelfDistillation, list[str]]:
+def _trainer(
+    plan: Plan, saved: Saved | None, note: Callable[[str], None]
+) -> tuple[Trainer, SelfDistillation, list[str]]:
     """What trains, where it is to begin; what it trains; and the heads that stay fresh."""
     preset = plan.preset
     torch.manual_seed(preset.training.seed)
     method = plan.method()
     for network in (method.student, method.teacher) if plan.compiled else ():
         network.compile_blocks()
-    fresh = start_from(method, plan.init) if plan.init and not saved else []
+    fresh = start_from(method, plan.init, note) if plan.init and not saved else []
     trainer = Trainer(
         method.to(plan.device),
         preset.optimizer,
@@ -315,8 +317,13 @@ class _Session:
             self.save(broken=broken)
 
 
-def start_from(method: SelfDistillation, source: str) -> list[str]:
+def start_from(method: SelfDistillation, source: str, note: Callable[[str], None] = lambda line: None) -> list[str]:
     """Put weights into student and teacher: the backbone's, and those of the heads that the source has in that shape.
+
+    Args:
+        method: What is to be trained.
+        source: As `initial_weights` takes it.
+        note: Told where weights of three channels were fitted to another number.
 
     Returns:
         The heads that stay fresh.
@@ -325,6 +332,9 @@ def start_from(method: SelfDistillation, source: str) -> list[str]:
         DinoError: The source is not there, or its backbone is of another shape.
     """
     weights, fresh = initial_weights(source), []
+    if fitted := fitted_to(weights, method.student.backbone):
+        note(f"note: {source} takes three channels; the filters of its first layer were fitted to those of the images")
+        weights = fitted
     for name, head in method.student.heads.items():
         stored = weights.heads.get(name, {})
         if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in head.state_dict().items()}:

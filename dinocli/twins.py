@@ -34,9 +34,11 @@ class Pair:
 
 
 def thumbnail(pixels: Pixels) -> Thumbnail:
-    """The averages of 8x8 areas. [8, 8, 3], 0 to 255"""
-    small = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32)
+    """The averages of 8x8 areas. [8, 8, C], 0 to 255"""
+    # Pillow knows some numbers of channels only.
+    parts = [pixels] if pixels.shape[2] == 3 else [np.ascontiguousarray(part) for part in np.moveaxis(pixels, 2, 0)]
+    small = [Image.fromarray(part).resize((SIDE, SIDE), Image.Resampling.BOX) for part in parts]
+    return np.dstack([np.asarray(part) for part in small]).astype(np.float32)
 
 
 def is_flat(thumb: Thumbnail) -> bool:

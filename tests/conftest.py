@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from dinocli import distributed
 from dinocli.encoder import Encoder
 from dinocli.models.backbone import BackboneConfig
+from dinocli.preset import load_preset
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # Beside a checkout of the house there may lie more of the original's numbers; a clone without them is held all the same.
@@ -80,6 +81,13 @@ def write_images(folder: Path, count: int, size: int = 32, seed: int = 0) -> Pat
     for i in range(count):
         Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(folder / f"{i:04}.png")
     return folder
+
+
+def of_channels(channels: int, *more: str) -> list[str]:
+    """What makes of `tiny` a preset for images of so many channels, and more that is to be set."""
+    numbers = [0.5] * channels
+    colors = [f"views.{key}=0" for key in load_preset("tiny").views.color_keys]
+    return [f"images.channels={channels}", f"views.mean={numbers}", f"views.std={numbers}", *colors, *more]
 
 
 def together(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:

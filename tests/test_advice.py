@@ -304,3 +304,39 @@ def test_each_command_can_be_typed(machine: Machine, facts: Inspection, monkeypa
     assert plan.accumulate == int(value_of(advise(machine, facts, cost), "--accumulate") or 1)
     # What the start of a run would caution of is not advised, but where there is hardly anything to learn from.
     assert not list(planning.cautions(plan)) or facts.count == 32
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU])
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_of_other_channels_mean_and_std_are_typed_and_colors_left_alone(machine: Machine, channels: int) -> None:
+    mean, std = tuple(0.01 * i for i in range(channels)), (0.2, *[0.0] * (channels - 1))
+    asked = [f"images.channels={channels}", "images.window=[0, 9000]"]
+    advised = advise(machine, images(60_000, mean=mean, std=std), cost, asked)
+    preset = preset_of(advised)
+    assert preset.views.mean == pytest.approx(mean, abs=1e-4)
+    assert preset.views.std == (0.2, *[0.001] * (channels - 1)), "a channel of one value has no spread to divide by"
+    assert (preset.images.channels, preset.images.window) == (channels, (0, 9000))
+    assert preset.backbone.options["in_chans"] == channels
+    assert preset.views.color_keys == []
+    jitter = preset.views.global_1.jitter
+    assert jitter is not None
+    assert jitter.brightness > 0
+
+
+def test_of_three_channels_only_what_is_far_from_the_presets_is_typed() -> None:
+    for facts in ({}, {"mean": (0.465, 0.461, 0.432), "std": (0.276, 0.275, 0.297)}):
+        assert value_of(advise(GPU, images(60_000, **facts), cost), "views.mean") is None
+    for facts in ({"mean": (0.1, 0.1, 0.1)}, {"std": (0.05, 0.2, 0.2)}, {"std": (0.2, 0.4, 0.2)}):
+        assert value_of(advise(CPU, images(60_000, **facts), cost), "views.mean"), facts
+    released = advise(GPU, images(3_000, mean=(0.1, 0.1, 0.1)), cost)
+    assert value_of(released, "--init")
+    assert value_of(released, "views.mean") is None, "weights know images by the numbers that they were made with"
+
+
+def test_files_of_other_channels_are_noted_with_what_to_type() -> None:
+    bad = {f"{i}.npy": "other channels: an array of 8x8x13, where images.channels is 3" for i in range(6)}
+    for facts in (images(60_000, bad=bad), images(60_000, bad=bad, read=0)):
+        notes = " ".join(advise(GPU, facts, cost).notes)
+        assert "6 of 100 have other channels: an array of 8x8x13" in notes
+        assert "--set images.channels=N" in notes
+        assert "cannot be read, and above" not in notes

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import of_channels
 from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.encoder import (
     Encoder,
     features_of,
     fingerprint,
+    fitted_to,
     initial_weights,
     load_encoder,
     official_architecture,
@@ -23,7 +25,7 @@ from dinocli.encoder import (
 from dinocli.errors import DinoError
 from dinocli.models.backbone import BackboneConfig, ViTBackbone
 from dinocli.preset import load_preset
-from dinocli.weights import read_weights, write_checkpoint
+from dinocli.weights import Weights, read_weights, write_checkpoint
 
 MEAN = STD = (0.5, 0.5, 0.5)
 CPU = torch.device("cpu")
@@ -185,6 +187,40 @@ def test_limits_and_window_of_files_are_the_trainings_until_they_are_changed(tmp
     with pytest.raises(DinoError, match="no key max_aspects") as error:
         with_images(encoder, ["images.max_aspects=3"])
     assert "max_aspect" in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_weights_of_three_channels_are_fitted_to_others(name: str, channels: int) -> None:
+    options = {"img_size": 32, "depth": 1} if name.startswith("vit") else {}
+    torch.manual_seed(0)
+    three = BackboneConfig(name=name, options=options).build(drop_path=False).eval()
+    other = BackboneConfig(name=name, options=options | {"in_chans": channels}).build(drop_path=False).eval()
+    weights = Weights(dict(three.model.state_dict()), {}, None)
+    fitted = fitted_to(weights, other)
+    other.model.load_state_dict(fitted.backbone)
+    gray = torch.randn(2, 1, 32, 32).expand(-1, 3, -1, -1)
+    # Where all channels are alike, one sums the filters up, and several repeat them at 3 by their number: of 3 k all is
+    # the same, of others nearly.
+    if channels == 1:
+        torch.testing.assert_close(other(gray[:, :1]).cls, three(gray).cls, rtol=1e-4, atol=1e-5)
+    first = next(key for key, value in weights.backbone.items() if value.ndim == 4)
+    ours, theirs = fitted.backbone[first], weights.backbone[first]
+    assert ours.shape[1] == channels
+    for channel in range(channels) if channels > 1 else ():
+        torch.testing.assert_close(ours[:, channel], theirs[:, channel % 3] * 3 / channels)
+    assert fitted_to(weights, three) is None
+    assert fitted_to(fitted, three) is None, "what is not of three is left, and loading says that it does not fit"
+
+
+def test_an_encoder_keeps_its_channels(tmp_path: Path) -> None:
+    preset = load_preset("tiny", of_channels(4))
+    write_checkpoint(tmp_path / "ckpt.safetensors", preset.network().weights(), preset, 0)
+    encoder = load_encoder(str(tmp_path), CPU)
+    assert (encoder.channels, encoder.images.channels) == (4, 4)
+    assert with_images(encoder, ["images.window=[0, 9]"]).images.window == (0, 9)
+    with pytest.raises(DinoError, match="takes images of 4 channels; 3 were asked for"):
+        with_images(encoder, ["images.channels=3"])
 
 
 def test_an_encoder_for_many_images_is_the_same_network() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -61,3 +62,50 @@ def test_five_commands_one_after_another(
 
     lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny-2" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 200
+
+
+@pytest.mark.parametrize(("channels", "window"), [(1, [0, 4095]), (4, None), (13, [0, 10_000])])
+def test_images_of_other_channels_are_learned_from_as_the_doctor_says(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    channels: int,
+    window: list[int],
+) -> None:
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("low", "high")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(20):  # two classes that their channels tell apart, of stripes
+            stripes = 0.5 + 0.3 * np.sin(np.arange(64) * (0.2 + 0.4 * label) + generator.random() * 6)
+            values = np.clip(stripes[:, None, None] * np.linspace(0.5 + 0.5 * label, 1, channels), 0, 1)
+            values = np.broadcast_to(values, (64, 64, channels)) + 0.02 * generator.random((64, 64, channels))
+            place = tmp_path / "data" / name / f"{i}"
+            if channels == 1:
+                Image.fromarray((values[..., 0] * 4000).astype(np.uint16)).save(f"{place}.png")
+            elif channels == 4:
+                Image.fromarray((values * 240).astype(np.uint8), "RGBA").save(f"{place}.png")
+            else:
+                np.save(f"{place}.npy", (values * 9000).astype(np.uint16).transpose(2, 0, 1)[:, ::-1])
+    monkeypatch.chdir(tmp_path)
+
+    def dino(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["dino", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        assert not stopped.value.code, err
+        return out
+
+    asked = ["--set", f"images.channels={channels}", *(["--set", f"images.window={window}"] if window else [])]
+    *_, command = dino("doctor", "data", *asked, "--device", "cpu").strip().splitlines()
+    more = ["--device", "cpu", "--workers", "1", "--steps", "3", "--monitor", "data"]
+    dino(*shlex.split(command)[1:], *more)
+    assert (tmp_path / "runs/tiny-1/report.html").is_file()
+    assert any(Path("runs/tiny-1/pictures").glob("neighbours-*.jpg"))
+    dino("extract", "data")
+    knn = json.loads(dino("knn", "--k", "3", "--json"))
+    assert knn["scores"][0]["top1"] > 90, "what the channels tell is seen"
+    photo = next((tmp_path / "data" / "low").iterdir())
+    dino("attn-map", str(photo), "--out", "maps")
+    with Image.open(tmp_path / "maps" / f"{photo.stem}.png") as sheet:
+        assert np.asarray(sheet).std() > 20

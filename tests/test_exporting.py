@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from conftest import of_channels
 
 from dinocli import exporting
 from dinocli.encoder import Encoder, load_encoder
@@ -208,6 +209,7 @@ ROTARY = [
     "backbone.positions=none",
     "backbone.rescale_positions=2",
 ]
+RESNET = ["backbone.positions=none", "backbone.class_token_std=none"]
 
 
 @pytest.mark.parametrize(("preset", "changes"), [("tiny", []), ("resnet50", [RESNET18])], ids=["vit", "resnet"])
@@ -417,3 +419,22 @@ def test_a_folder_is_replaced_by_a_later_export(tmp_path: Path) -> None:
     _, second = written(tmp_path, tmp_path / "run", "timm")
     assert first.fingerprint != second.fingerprint == load_encoder(f"timm:local-dir:{path}", CPU).fingerprint
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
+
+
+@pytest.mark.parametrize("to", list(ENDINGS))
+@pytest.mark.parametrize("channels", [1, 13])
+def test_networks_of_any_channels_go_out(tmp_path: Path, to: Format, channels: int) -> None:
+    source = run(tmp_path, *of_channels(channels))
+    path, encoder = written(tmp_path, source, to)
+    if to == "timm":
+        again = load_encoder(f"timm:local-dir:{path}", CPU)
+        assert (again.fingerprint, again.mean, again.images.channels) == (encoder.fingerprint, encoder.mean, channels)
+    if to == "official":
+        (note,) = export(str(source), to, tmp_path / "x.pth").notes
+        assert f"in_chans={channels}," in note
+
+
+def test_torchvision_knows_three_channels_alone(tmp_path: Path) -> None:
+    source = run(tmp_path, *of_channels(4, 'backbone.name="resnet50"', "backbone.options={}", *RESNET))
+    with pytest.raises(DinoError, match=r"conv1\.weight should be 64x3x7x7; it is 64x4x7x7"):
+        export(str(source), "official", tmp_path / "x.pth")

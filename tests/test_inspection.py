@@ -11,6 +11,7 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
+from dinocli.data.decode import ImagesConfig
 from dinocli.data.drawn import draw
 from dinocli.data.sources import Images, TorchvisionImages, open_source
 from dinocli.inspection import inspect
@@ -146,3 +147,16 @@ def test_decoded_images_have_no_format(tmp_path: Path) -> None:
     names = type(source.names).of([str(i) for i in range(6)])
     seen = inspect(TorchvisionImages("torchvision:X", Path("x"), names, [], np.zeros(6, np.int32), pictures))
     assert (seen.kind, seen.formats, seen.copies, seen.whole) == ("decoded", {"decoded": 6}, 1, True)
+
+
+def test_mean_and_std_of_any_channels(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4000, (5, 20, 24, 13)).astype(np.uint16)
+    for i, each in enumerate(pixels):
+        np.save(tmp_path / f"{i}.npy", each)
+    np.save(tmp_path / "other.npy", pixels[0, ..., :4])
+    seen = inspect(open_source(str(tmp_path)), images=ImagesConfig(channels=13, window=(0, 4000)))
+    np.testing.assert_allclose(seen.mean, pixels.mean((0, 1, 2)) / 4000, atol=1e-4)
+    np.testing.assert_allclose(seen.std, pixels.std((0, 1, 2)) / 4000, atol=1e-4)
+    assert (seen.read, seen.deep, seen.gray, seen.formats) == (5, 5, 0, {"NPY": 5})
+    assert seen.bad == {"other.npy": "other channels: an array of 20x24x4, where images.channels is 13"}
+    assert seen.megabytes == pytest.approx(20 * 24 * 13e-6)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dinocli import packing
 from dinocli.cli.pack import pack as command
-from dinocli.data.decode import decode
+from dinocli.data.decode import ImagesConfig, decode
 from dinocli.data.shards import open_shards
 from dinocli.errors import DinoError
 from dinocli.packing import Packed, pack
@@ -54,8 +54,8 @@ def listed(root: Path, labelled: bool = False) -> Listed:
 def images_decode(monkeypatch) -> None:
     """`decode` as it takes what a torchvision set gives."""
 
-    def given(data: Any) -> Any:
-        return decode(data) if isinstance(data, bytes) else np.array(data.convert("RGB"))
+    def given(data: Any, images: ImagesConfig) -> Any:
+        return decode(data, images) if isinstance(data, bytes) else np.array(data.convert("RGB"))
 
     monkeypatch.setattr(packing, "decode", given)
 
@@ -207,3 +207,31 @@ def test_the_command(tmp_path: Path, images: Path, monkeypatch, capsys) -> None:
     assert set(told) == {"path", *Packed.__dataclass_fields__}
     with pytest.raises(Exception, match="a plain name was wanted"):
         command(str(images), out, name="a/b")
+
+
+def test_arrays_are_packed_as_they_are_and_stay_arrays_when_made_small(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    values = np.random.default_rng(0).integers(0, 4000, (3, 40, 60, 13)).astype(np.uint16)
+    for i, each in enumerate(values):
+        np.save(tmp_path / "in" / f"{i}.npy", each)
+    np.save(tmp_path / "in" / "other.npy", values[0, ..., :3])
+    taken = ImagesConfig(channels=13, window=(0, 4000))
+    for side, shape, kind in ((None, (40, 60, 13), np.uint16), (20, (20, 30, 13), np.uint8)):
+        out = tmp_path / f"out{side}"
+        done = pack(listed(tmp_path / "in"), out, side=side, images=taken)
+        assert (done.images, list(done.bad)) == (3, ["other.npy"])
+        found = {s.name[-5:]: np.load(io.BytesIO(s.data)) for s in open_shards(str(out)).stream(0, 1)}
+        for i in range(3):
+            assert (found[f"{i}.npy"].shape, found[f"{i}.npy"].dtype) == (shape, kind)
+        if side is None:
+            assert np.array_equal(found["2.npy"], values[2])
+    with pytest.raises(DinoError, match="was packed with read as"):
+        pack(listed(tmp_path / "in"), tmp_path / "out20", side=20)
+
+
+def test_grey_images_made_small_stay_grey(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.tile(np.arange(100, dtype=np.uint16) * 600, (100, 1))).save(tmp_path / "in" / "a.png")
+    pack(listed(tmp_path / "in"), tmp_path / "out", side=32, images=ImagesConfig(channels=1))
+    (sample,) = open_shards(str(tmp_path / "out")).stream(0, 1)
+    assert Image.open(io.BytesIO(sample.data)).mode == "L"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dinocli.picture import Panel, heat, sheet, spotlight
+from dinocli.picture import Panel, heat, sheet, spotlight, visible
 
 
 def test_heat_runs_from_black_to_yellow_at_the_photos_size() -> None:
@@ -28,3 +28,11 @@ def test_a_sheet_holds_its_panels_whole() -> None:
     page = np.asarray(sheet([[red, blue], [None, red]]))
     assert (page == (255, 0, 0)).all(-1).sum() == 2 * 30 * 50
     assert (page == (0, 0, 255)).all(-1).sum() == 30 * 50
+
+
+def test_of_any_channels_the_first_are_seen() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 13), dtype=np.uint8)
+    for channels in (3, 4, 13):
+        np.testing.assert_array_equal(visible(pixels[..., :channels]), pixels[..., :3])
+    for channels in (1, 2):
+        np.testing.assert_array_equal(visible(pixels[..., :channels]), pixels[..., [0, 0, 0]])

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import of_channels
 
 from dinocli import shipped
 from dinocli.errors import DinoError
@@ -191,3 +192,36 @@ def test_the_student_alone_drops_paths() -> None:
         block = network.backbone.model.blocks[-1]
         for branch in (block.drop_path1, block.drop_path2):
             assert getattr(branch, "drop_prob", 0.0) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_the_backbone_takes_the_images_channels(channels: int) -> None:
+    preset = load_preset("tiny", of_channels(channels))
+    assert preset.backbone.build(drop_path=False).model.patch_embed.proj.in_channels == channels
+    assert Preset.parse(preset.model_dump(mode="json"), "x") == preset
+    assert load_preset("tiny", of_channels(channels, f"backbone.options.in_chans={channels}")) == preset
+    assert "in_chans" not in load_preset("tiny").backbone.options
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "hint"),
+    [
+        (["backbone.options.in_chans=4"], "in_chans is 4 and images.channels 3", "--set images.channels=4"),
+        (of_channels(4, "backbone.options.in_chans=5"), "in_chans is 5 and images.channels 4", "--set images.channels=5"),
+        (of_channels(4, "views.std=[1, 1, 1]"), "4 channels, and views.mean and views.std 4 and 3", "dino doctor IMAGES"),
+        (["images.channels=1"], "1 channel, and views.mean and views.std 3 and 3", "--set images.channels=1"),
+        (["views.mean=[0.5]"], "3 channels, and views.mean and views.std 1 and 3", "dino doctor"),
+        (of_channels(4, "views.local.gray=0.1"), "views.local.gray is of colors", "--set views.local.gray=0"),
+        (of_channels(1, "views.global_2.jitter.hue=0.1", "views.local.jitter.saturation=0.1"), "1 channel",
+         "--set views.global_2.jitter.hue=0 --set views.local.jitter.saturation=0"),
+        (["images.channels=0"], "images.channels", ""),
+        (["images.channels=33"], "images.channels", ""),
+        (["images.channels=x"], "images.channels", ""),
+    ],
+)  # fmt: skip
+def test_channels_that_do_not_fit_are_said(overrides: list[str], message: str, hint: str) -> None:
+    with pytest.raises(DinoError) as error:
+        load_preset("tiny", overrides)
+    assert message in error.value.message
+    assert hint in error.value.hint
+    assert "it needs" not in error.value.message, "what to type is said once"

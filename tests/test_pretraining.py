@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import of_channels
 
 from dinocli.data.sources import image_folder
 from dinocli.encoder import load_encoder
@@ -305,3 +306,18 @@ def test_heads_of_another_shape_stay_fresh_and_are_named(plan: Plan, tmp_path: P
     same = plan.preset
     write_checkpoint(tmp_path / "same.safetensors", same.network().weights(), same, 0)
     assert start_from(plan.preset.method(), str(tmp_path / "same.safetensors")) == []
+
+
+def test_weights_of_three_channels_are_fitted_and_that_is_said(plan: Plan, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "three.safetensors", plan.preset.network().weights(), plan.preset, 0)
+    other, notes = load_preset("tiny", [*SMALL, *of_channels(4)]), list[str]()
+    method = other.method()
+    start_from(method, str(tmp_path / "three.safetensors"), notes.append)
+    assert [note for note in notes if "three channels" in note] == notes != []
+    three = read_weights(tmp_path / "three.safetensors").backbone["patch_embed.proj.weight"]
+    for network in (method.student, method.teacher):
+        assert torch.equal(network.backbone.model.patch_embed.proj.weight[:, 3], three[:, 0] * 3 / 4)
+    write_checkpoint(tmp_path / "four.safetensors", other.network().weights(), other, 0)
+    with pytest.raises(DinoError, match=r"patch_embed\.proj\.weight should be"):
+        start_from(plan.preset.method(), str(tmp_path / "four.safetensors"), notes.append)
+    assert len(notes) == 1

@@ -69,3 +69,14 @@ def test_a_thumbnail_is_the_average_of_areas() -> None:
     assert thumb[0, 0].tolist() == [0, 200, 0]
     assert thumb.sum() == 200
     assert not is_flat(thumb)
+
+
+def test_a_thumbnail_has_all_channels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 13), dtype=np.uint8)
+    thumb = thumbnail(pixels)
+    assert thumb.shape == (8, 8, 13)
+    np.testing.assert_allclose(
+        thumb, pixels.reshape(8, 8, 8, 8, 13).mean((1, 3)), atol=1.01
+    )  # it rounds along each axis
+    np.testing.assert_array_equal(thumbnail(np.ascontiguousarray(pixels[..., :3])), thumb[..., :3])
+    assert thumbnail(pixels[..., :1]).shape == (8, 8, 1)

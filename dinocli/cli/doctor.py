@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Device, Json
+from dinocli.cli.options import Device, Json, Limits
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def doctor(
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="Images to decode; all where there are fewer.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    overrides: Limits = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -56,7 +57,7 @@ def doctor(
 
     picked = pick_device(device)
     machine = look_at_machine(picked)
-    seen, advised = _look(source, machine, picked, sample, seed) if source else (None, None)
+    seen, advised = _look(source, machine, picked, sample, seed, overrides or []) if source else (None, None)
     if json:
         advice = asdict(advised) if advised else {}
         console.out_json({"machine": asdict(machine), "images": asdict(seen) if seen else None} | advice)
@@ -73,20 +74,24 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _look(source: Source, machine: Machine, device: torch.device, sample: int, seed: int) -> tuple[Inspection, Advised]:
+def _look(
+    source: Source, machine: Machine, device: torch.device, sample: int, seed: int, overrides: list[str]
+) -> tuple[Inspection, Advised]:
     from dinocli.advice import advise
     from dinocli.costs import estimate
+    from dinocli.data.decode import DEFAULTS
     from dinocli.inspection import inspect
     from dinocli.planning import Plan
 
+    images = DEFAULTS.changed(overrides)
     total = sample if source.count is None else min(sample, source.count)
     with console.progress("look", total, "images") as advance:
-        seen = inspect(source, sample=sample, seed=seed, report=advance)
+        seen = inspect(source, images=images, sample=sample, seed=seed, report=advance)
 
     def cost(preset: Preset, steps: int, again: bool) -> Estimate:
         return estimate(Plan("doctor", preset, source, steps, Path(), device, 0, None, recompute=again))
 
-    return seen, advise(machine, seen, cost)
+    return seen, advise(machine, seen, cost, overrides)
 
 
 def _machine_rows(machine: Machine) -> list[list[str]]:
@@ -126,8 +131,8 @@ def _image_rows(seen: Inspection, views: ViewsConfig) -> list[list[str]]:
             ["height", _spread(seen.height)],
             ["long / short", _spread(seen.aspect, ".2g")],
             ["of them", f"{seen.gray} grey, {seen.deep} deeper than 8 bits, {seen.flat} of one color"],
-            ["mean", f"{_three(seen.mean)} (the preset's: {_three(views.mean)})"],
-            ["std", f"{_three(seen.std)} (the preset's: {_three(views.std)})"],
+            ["mean", _beside(seen.mean, views.mean)],
+            ["std", _beside(seen.std, views.std)],
             ["equal", _twins(seen)],
         ]
     return [*rows, ["unreadable", _unreadable(seen)]]
@@ -138,7 +143,12 @@ def _spread(spread: Spread, form: str = ".0f") -> str:
     return least if least == most else f"{median}, 90 % in {low} to {high}, all in {least} to {most}"
 
 
-def _three(values: Sequence[float]) -> str:
+def _beside(values: Sequence[float], preset: Sequence[float]) -> str:
+    """Numbers of the channels, beside the preset's if it has as many."""
+    return _numbers(values) + (f" (the preset's: {_numbers(preset)})" if len(values) == len(preset) else "")
+
+
+def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.3f}".removeprefix("0") for value in values)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Json
+from dinocli.cli.options import Json, Limits
 
 
 def pack(
@@ -21,11 +21,13 @@ def pack(
         int | None,
         typer.Option(
             min=8,
-            help="Resize images whose short side is longer to this many pixels, as JPEG; else all stay as they are.",
+            help="Resize images whose short side is longer to this many pixels, as JPEG (.npy if "
+            "of neither three channels nor one); else all stay as they are.",
         ),
     ] = None,
     per_shard: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 1000,
     name: Annotated[str, typer.Option(help="How the shards' names begin.")] = "images",
+    overrides: Limits = None,
     json: Json = False,
 ) -> None:
     """Pack images into tar shards, which large sets are read from faster; the same command again goes on."""
@@ -37,11 +39,13 @@ def pack(
 
     import torch
 
+    from dinocli.data.decode import DEFAULTS
     from dinocli.packing import pack
 
+    taken = DEFAULTS.changed(overrides or [])
     torch.set_num_threads(1)  # images are resized side by side, a thread each
     with console.progress("pack", len(source), "images") as advance:
-        packed = pack(source, out, side=side, per_shard=per_shard, name=name, report=advance)
+        packed = pack(source, out, side=side, per_shard=per_shard, name=name, images=taken, report=advance)
     for path, reason in packed.bad.items():
         console.say(f"note: left out {path}: {reason}")
     if packed.kept:

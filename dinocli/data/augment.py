@@ -25,21 +25,21 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
     """Make views of crops.
 
     Args:
-        crops: uint8, with the channels last. [V, B, H, H, 3]
+        crops: uint8, with the channels last. [V, B, H, H, C]
         draws: What happens to each, on the host. [V, B, ...]
-        mean: Of the data's channels. [3]
-        std: Of the data's channels. [3]
+        mean: Of the data's channels. [C]
+        std: Of the data's channels. [C]
         compiled: Whether torch compiles the turn of the hue, which takes it some seconds once; the views are the same.
 
     Returns:
-        Normalized. [V, B, 3, H, H], float32
+        Normalized. [V, B, C, H, H], float32
     """
     views, images = crops.shape[:2]
     crops, steps = crops.flatten(0, 1), _steps(draws)
     kernels = _blur_kernels(draws.radius.flatten().to(crops.device, non_blocking=True), min(crops.shape[2], _SHORT))
     # A GPU wants few large operations; a CPU wants all operations on an image before the next image.
     step = max(1, (_AT_ONCE if crops.is_cuda else _CACHED) // crops[0].numel())
-    out = torch.empty(len(crops), 3, *crops.shape[1:3], device=crops.device)
+    out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3], device=crops.device)
     for i in range(0, len(crops), step):
         part = slice(i, i + step)
         _augment(out[part], crops[part], _Steps._make(s[..., part] for s in steps), kernels[part], compiled)
@@ -84,7 +84,7 @@ def _steps(draws: Draws) -> _Steps:
 
 
 def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled: bool) -> None:
-    """Make views [S, 3, H, H] in 0 to 1 of crops [S, H, H, 3]."""
+    """Make views [S, C, H, H] in 0 to 1 of crops [S, H, H, C]."""
     turn_hue = _turn_hue_compiled if compiled else _turn_hue
     if steps.flip.any():  # as bytes, a quarter of what they become
         mirrored = steps.flip.nonzero()[:, 0].to(crops.device, non_blocking=True)
@@ -102,7 +102,7 @@ def _on(x: Tensor, which: Tensor, change: Callable[..., object], *parameters: Te
     """Change some images in place; what decides lies on the host, so that the device is not waited for.
 
     Args:
-        x: [S, 3, H, H]
+        x: [S, C, H, H]
         which: [S], bool
         change: Called with those images and with their parameters.
         parameters: Of all images. [S, ...] each
@@ -128,12 +128,16 @@ def _gray(x: Tensor) -> Tensor:
 
 def _blend(x: Tensor, factor: Tensor, operation: Tensor) -> None:
     """Blend each image with what its operation asks for: brightness with black, contrast with its mean gray, saturation
-    with its gray self. One formula for three.
+    with its gray self. One formula for three. Saturation, gray and hue are of three channels alone.
     """
     there = set(operation.tolist())
     other, scale = 1 - factor, _column(factor, x)
     if there == {_BRIGHTNESS}:
         x.mul_(scale).clamp_(0, 1)
+        return
+    if x.shape[1] != 3:  # without colors there is no gray: contrast is about each channel's own mean
+        mean = x.mean((2, 3), keepdim=True) * _column(other * (operation == _CONTRAST), x)
+        x.mul_(scale).add_(mean).clamp_(0, 1)
         return
     gray = _gray(x)
     if _CONTRAST in there:
@@ -198,7 +202,7 @@ def _blur(x: Tensor, kernels: Tensor) -> None:
     alike.
 
     Args:
-        x: [S, 3, H, H]
+        x: [S, C, H, H]
         kernels: [S, short, short]
     """
     short, size = kernels.shape[1], x.shape[2]
@@ -214,14 +218,14 @@ def _blur(x: Tensor, kernels: Tensor) -> None:
     diagonal.copy_(kernels[:, half : half + 1, half - _REACH : half + _REACH + 1])
     seen = slice(half - _REACH, size - half + _REACH)
 
-    lines = x.flatten(1, 2)  # [S, 3 H, H]
+    lines = x.flatten(1, 2)  # [S, C H, H]
     along = torch.empty_like(lines)
     along[..., :half] = lines[..., :short] @ kernels[:, :half].mT
     along[..., -half:] = lines[..., -short:] @ kernels[:, half:].mT
-    windows = lines[..., seen].unfold(2, reach, block).transpose(1, 2)  # [S, blocks, 3 H, reach]
+    windows = lines[..., seen].unfold(2, reach, block).transpose(1, 2)  # [S, blocks, C H, reach]
     along[..., half:-half].unflatten(2, (blocks, block)).copy_((windows @ band[:, None].mT).transpose(1, 2))
 
-    for channel, out in zip(along.unflatten(1, (3, size)).unbind(1), x.unbind(1), strict=True):
+    for channel, out in zip(along.unflatten(1, (-1, size)).unbind(1), x.unbind(1), strict=True):
         out[:, :half] = kernels[:, :half] @ channel[:, :short]
         out[:, -half:] = kernels[:, half:] @ channel[:, -short:]
         windows = channel[:, seen].unfold(1, reach, block).mT  # [S, blocks, reach, H]

@@ -42,15 +42,16 @@ class PixelCache:
         images: How many there are.
         views: Whose crops are to be cut.
         where: `ram`, or a folder for the file.
+        channels: C of every image.
 
     Raises:
         DinoError: Processes here cannot share it, or the folder cannot be written to.
     """
 
-    def __init__(self, images: int, views: Sequence[ViewConfig], where: str) -> None:
+    def __init__(self, images: int, views: Sequence[ViewConfig], where: str, channels: int = 3) -> None:
         if sys.platform != "linux":
             raise DinoError("--cache needs Linux, where worker processes share memory as it stands", "leave it out")
-        self.side = kept_side(views)
+        self.side, self._channels = kept_side(views), channels
         self._memory, self._budget = _memory(where)
         self._next: Any = multiprocessing.get_context("fork").Value("q", 0)
         # Where each image lies, plus one, and its height and width; of anonymous memory that starts as zeros.
@@ -63,15 +64,15 @@ class PixelCache:
         return int((self._table[:, 0] > 0).sum())
 
     def get(self, row: int) -> Pixels | None:
-        """The pixels of an image, if they are kept. [H, W, 3]"""
+        """The pixels of an image, if they are kept. [H, W, C]"""
         place, height, width = self._table[row].tolist()
         if not place:
             return None
-        count = height * width * 3
-        return np.frombuffer(self._memory, dtype=np.uint8, count=count, offset=place - 1).reshape(height, width, 3)
+        shape = (height, width, self._channels)
+        return np.frombuffer(self._memory, np.uint8, count=math.prod(shape), offset=place - 1).reshape(shape)
 
     def put(self, row: int, pixels: Pixels) -> Pixels:
-        """Keep an image, if there is room; what is to be cut from in its place. [H, W, 3]"""
+        """Keep an image, if there is room; what is to be cut from in its place. [H, W, C]"""
         pixels = shrink(pixels, self.side)
         with self._next.get_lock():
             place = self._next.value

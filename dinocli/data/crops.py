@@ -77,8 +77,8 @@ class ViewsConfig(Config):
     """The views of an image.
 
     Attributes:
-        mean: Of the three channels, in 0 to 1.
-        std: Of the three channels.
+        mean: Of the channels, in 0 to 1; as many numbers as there are channels.
+        std: Of the channels.
         global_1: The first global view.
         global_2: The second; a loss between views wants it, a classifier does not.
         local: The local views, all alike; absent, there are none.
@@ -86,13 +86,29 @@ class ViewsConfig(Config):
         mask: Which part of the global views is hidden from the student; absent, nothing is.
     """
 
-    mean: tuple[float, float, float]
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat]
+    mean: tuple[float, ...]
+    std: tuple[PositiveFloat, ...]
     global_1: ViewConfig
     global_2: ViewConfig | None = None
     local: ViewConfig | None = None
     locals: int = Field(0, ge=0)
     mask: MaskConfig | None = None
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return len(self.mean)
+
+    @property
+    def color_keys(self) -> list[str]:
+        """The keys, below `views.`, that ask for what is done to colors, and so to three channels alone."""
+        views = {"global_1": self.global_1, "global_2": self.global_2, "local": self.local}
+        keys = []
+        for name, view in views.items():
+            jitter = view.jitter if view else None
+            keys += [f"{name}.jitter.{key}" for key in ("saturation", "hue") if jitter and getattr(jitter, key)]
+            keys += [f"{name}.gray"] if view and view.gray else []
+        return keys
 
     @property
     def globals(self) -> list[ViewConfig]:
@@ -242,8 +258,8 @@ def cut_into(out: Tensor, pixels: Pixels, box: Box, resample: str = "bicubic") -
     """Cut a box out of an image and resize it with antialiasing.
 
     Args:
-        out: Takes the crop, within 2 levels of what Pillow makes of the same box. [1, 3, height, width], uint8
-        pixels: [H, W, 3]
+        out: Takes the crop, within 2 levels of what Pillow makes of the same box. [1, C, height, width], uint8
+        pixels: [H, W, C]
         box: Top, left, height, width.
         resample: `bicubic` or `bilinear`.
     """
@@ -259,14 +275,14 @@ def cut_into(out: Tensor, pixels: Pixels, box: Box, resample: str = "bicubic") -
 
 
 def cut(pixels: Pixels, box: Box, size: tuple[int, int], resample: str = "bicubic") -> Tensor:
-    """What `cut_into` does, into new memory. [3, height, width], uint8"""
-    out = torch.empty((1, 3, *size), dtype=torch.uint8, memory_format=torch.channels_last)
+    """What `cut_into` does, into new memory. [C, height, width], uint8"""
+    out = torch.empty((1, pixels.shape[2], *size), dtype=torch.uint8, memory_format=torch.channels_last)
     cut_into(out, pixels, box, resample)
     return out[0]
 
 
 def shrink(pixels: Pixels, side: int) -> Pixels:
-    """An image with its short side at `side` pixels; one that is no larger stays as it is. [H, W, 3]"""
+    """An image with its short side at `side` pixels; one that is no larger stays as it is. [H, W, C]"""
     height, width = pixels.shape[:2]
     short = min(height, width)
     if short <= side:
@@ -276,7 +292,7 @@ def shrink(pixels: Pixels, side: int) -> Pixels:
 
 
 def resize_and_center(pixels: Pixels, resize: int, crop: int) -> Tensor:
-    """The evaluation's view: the short side to `resize` pixels, then the square in the middle. [3, crop, crop], uint8
+    """The evaluation's view: the short side to `resize` pixels, then the square in the middle. [C, crop, crop], uint8
 
     Source: torchvision Resize and CenterCrop, as facebookresearch/dino@7c446df eval_knn.py uses them.
     """

@@ -1,4 +1,4 @@
-"""Bytes to pixels: uint8 RGB, upright, whatever the file's mode; a bad file is a value and not a crash."""
+"""Bytes to pixels: uint8, upright, RGB or grey whatever the file's mode; a bad file is a value and not a crash."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -16,16 +16,20 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from dinocli.config import Config
-from dinocli.data.depth import deep_to_gray, is_deep_color, read_ppm, windowed
+from dinocli.config import Config, change
+from dinocli.data.arrays import ArrayFile, UnfitArray, open_array, other_channels
+from dinocli.data.depth import array_to_bytes, deep_to_gray, is_deep_color, read_ppm, windowed
 from dinocli.data.guards import BODY, Reader, TooSlow, check_tags, too_many_scans
 from dinocli.data.jpeg import plain_header
+from dinocli.errors import DinoError
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its words on bad files come out on stderr
 
 Pixels = NDArray[np.uint8]
+Range = tuple[float, float]
+Window = Range | tuple[Range, ...] | None
 T = TypeVar("T")
 
 # Only what holds pixels. EPS starts Ghostscript, PDF and WMF draw, FITS, HDF5 and GRIB hold measurements, and PCD, IMT,
@@ -34,6 +38,7 @@ _FORMATS = tuple(
     "JPEG PNG WEBP GIF TIFF BMP DIB AVIF JPEG2000 PPM ICO CUR ICNS PSD PCX DCX DDS SGI SUN QOI MSP XBM XPM PIXAR "
     "FTEX GBR BLP FLI XVTHUMB IM SPIDER TGA".split()
 )
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION = 0x0112
 _QOI = 2e6  # pixels; some ten seconds
 _HOLD_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
@@ -46,6 +51,9 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
     7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
     8: np.rot90,
 }
+# Channels of what is not made RGB or grey. RGBX is what Pillow calls four bands of which it knows three.
+_BANDS = {"LA": 2, "RGBA": 4, "RGBX": 4}
+_NO_NUMBER = "damaged: none of its values is a number"
 _GREY: dict[str, Any] = {"L": 128, "RGB": (128,) * 3, "RGBA": (128, 128, 128, 255), "I;16": 32768}
 
 
@@ -53,29 +61,59 @@ class ImagesConfig(Config):
     """Which images are taken, and how deep ones become 8 bits.
 
     Attributes:
+        channels: Of every image. At 3 all that has colors or greys becomes RGB, at 1 grey; at any other number a file
+            has to have so many.
         reduce_above: Megapixels from which a JPEG is decoded smaller, by 2, 4 or 8, where no crop is enlarged by that.
         max_megapixels: Larger are refused: they are mistakes or attacks.
         max_aspect: Times as long as wide; longer are refused.
         min_side: In pixels; refuses one-pixel images.
         max_megabytes: Of the file.
         truncated: Take files that end early, the missing part grey, instead of refusing them.
-        window: Values of 16-, 32-bit and float images that become black and white; absent: by bit depth.
+        window: Values of 16-, 32-bit and float images that become black and white, or a pair of them a channel;
+            absent: by bit depth.
     """
 
+    channels: int = Field(3, ge=1, le=32)
     reduce_above: float = Field(2.0, ge=0)
     max_megapixels: float = Field(150.0, gt=0)
     max_aspect: float = Field(100.0, ge=1)
     min_side: int = Field(2, ge=1)
     max_megabytes: float = Field(500.0, gt=0)
     truncated: bool = False
-    window: tuple[float, float] | None = None
+    window: Window = None
 
     @field_validator("window")
     @classmethod
-    def _is_a_range(cls, window: tuple[float, float] | None) -> tuple[float, float] | None:
-        if window and not window[0] < window[1]:
+    def _is_a_range(cls, window: Window, info: ValidationInfo) -> Window:
+        pairs = [] if window is None else np.reshape(window, (-1, 2)).tolist()
+        if not all(low < high for low, high in pairs):
             raise ValueError("two values were wanted, the smaller first")
+        if window and isinstance(window[0], tuple) and len(window) != info.data.get("channels"):
+            raise ValueError("two values were wanted, or as many pairs as images.channels")
         return window
+
+    @property
+    def windows(self) -> NDArray[np.float64] | None:
+        """What becomes black and white in each channel. [C, 2]"""
+        return None if self.window is None else np.broadcast_to(np.array(self.window, float), (self.channels, 2))
+
+    def changed(self, overrides: Iterable[str]) -> ImagesConfig:
+        """The same with single values changed.
+
+        Args:
+            overrides: `images.key=value`, as `--set` has them.
+
+        Raises:
+            DinoError: One is not of `images`, or not valid.
+        """
+        data: dict[str, Any] = {"images": self.model_dump(mode="json", exclude_none=True)}
+        for override in overrides:
+            if not override.strip().startswith("images."):
+                raise DinoError(
+                    f"--set of `images.` alone was wanted here; it is {override!r}", "--set images.window='[0, 4095]'"
+                )
+            change(data, override)
+        return ImagesConfig.parse(data["images"], "--set images")
 
 
 DEFAULTS = ImagesConfig()
@@ -94,8 +132,8 @@ class Opened:
     Attributes:
         height: In pixels, upright.
         width: In pixels, upright.
-        format: As Pillow names it; absent of what came decoded.
-        mode: Pillow's, of the file's pixels: `I;16` is deep, `L` grey.
+        format: As Pillow names it, or `NPY`; absent of what came decoded.
+        mode: Pillow's, of the file's pixels, or of one channel of an array: `I;16` is deep, `L` grey.
     """
 
     def __init__(
@@ -107,12 +145,14 @@ class Opened:
         format: str | None = "JPEG",
         mode: str,
         image: Image.Image | None = None,
+        array: ArrayFile | None = None,
         turn: int = 1,
         tagged: bool = False,
         plain_jpeg: bool = True,
     ) -> None:
         self._source, self._images, self._size = source, images, size
         self._image, self._turn, self._tagged, self._plain_jpeg = image, turn, tagged, plain_jpeg
+        self._array = array
         self.width, self.height = size[::-1] if turn > 4 else size
         self.format, self.mode = format, mode
 
@@ -124,17 +164,24 @@ class Opened:
                 at full size. So look at the shape of what you get; an icon or a PNG may also have lied in its header.
 
         Returns:
-            [H, W, 3], or the reason why not.
+            [H, W, C], or the reason why not.
         """
-        if self._plain_jpeg and reduce == 1:
+        if self._array:
+            return _tried(self._images, False, self._array_pixels)
+        if self._plain_jpeg and reduce == 1 and self._images.channels in (1, 3):
             fast = _fast_jpeg(self._source, self._tagged)
             if fast is not None and fast.shape[1::-1] == self._size:
-                return _turned(fast, self._turn)
+                return _turned(_gray(fast) if self._images.channels == 1 else fast, self._turn)
         image, self._image = self._image, None  # Pillow reads a file once
         result = _tried(self._images, False, lambda: self._load(image, reduce))
         if isinstance(result, BadImage) and self._images.truncated and isinstance(self._source, bytes):
             return _tried(self._images, True, lambda: self._load(None, reduce))
         return result
+
+    def _array_pixels(self) -> Pixels | BadImage:
+        assert self._array
+        pixels = array_to_bytes(self._array.read(), self._images.windows)
+        return BadImage(_NO_NUMBER) if pixels is None else pixels
 
     def _load(self, image: Image.Image | None, reduce: int) -> Pixels | BadImage:
         lenient = ImageFile.LOAD_TRUNCATED_IMAGES
@@ -148,21 +195,22 @@ class Opened:
                 reader.left = BODY
         if lenient and image.mode in _GREY and image.format in ("PNG", "BMP", "TIFF", "PPM", "TGA"):
             image.im = Image.new(image.mode, image.size, _GREY[image.mode]).im  # Pillow would begin with black
-        deep = self._images.window is not None and isinstance(image, ImageFile.ImageFile) and is_deep_color(image)
+        windows, channels = self._images.windows, self._images.channels
+        deep = windows is not None and isinstance(image, ImageFile.ImageFile) and is_deep_color(image)
         if isinstance(image, ImageFile.ImageFile) and isinstance(self._source, bytes):
-            image = read_ppm(image, self._source, self._images.window) or image
+            image = read_ppm(image, self._source, windows) or image
         with _hushed() if image.format == "TIFF" else nullcontext():
             image.load()
         # What an icon holds is known only now.
         if image.size != self._size and reduce == 1 and (fault := _size_fault(image.size, self._images)):
             return fault
-        pixels = _to_rgb(image, self._images.window)
-        if deep and self._images.window and not isinstance(pixels, BadImage):
-            exact = _deep_png(self._source) if image.format == "PNG" and image.mode == "RGB" else None
+        pixels = _to_rgb(image, windows, channels) if channels in (1, 3) else _as_it_is(image, channels)
+        if deep and windows is not None and not isinstance(pixels, BadImage):
+            exact = _deep_png(self._source, pixels.shape[2]) if image.format == "PNG" else None
             # Of other color files Pillow has only the upper 8 bits to tell: the window is right, its steps are coarse.
-            pixels = windowed(
-                pixels if exact is None else exact, *(w / (257 if exact is None else 1) for w in self._images.window)
-            )
+            pixels = windowed(pixels, windows / 257) if exact is None else windowed(exact, windows)
+        if channels == 1 and not isinstance(pixels, BadImage) and pixels.shape[2] == 3:
+            pixels = _gray(pixels)
         if lenient and not isinstance(pixels, BadImage) and (pixels == pixels[:1, :1]).all():
             return BadImage("truncated: nothing is left of the picture")
         return pixels if isinstance(pixels, BadImage) else _turned(pixels, _orientation(image))
@@ -176,8 +224,9 @@ def reduction(room: float) -> int:
 def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Opened | BadImage:
     """Read the header of an image file and hold it against the limits, before anything of its size is allocated.
 
-    EXIF orientation is applied; transparency is laid on white; 16-bit values are scaled by `images.window` or their bit
-    depth, 32-bit and float by the usual range that holds them; of an animation the first frame is taken.
+    EXIF orientation is applied; transparency is laid on white, where three channels or one are wanted; 16-bit values
+    are scaled by `images.window` or their bit depth, 32-bit and float by the usual range that holds them; of an
+    animation the first frame is taken.
 
     Returns:
         What knows its size and can be decoded, or the reason why not; no bytes make it raise.
@@ -191,7 +240,7 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
 
 
 def decode(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
-    """Decode an image file as `open_image` says. [H, W, 3], or the reason why not."""
+    """Decode an image file as `open_image` says. [H, W, C], or the reason why not."""
     opened = open_image(data, images)
     return opened if isinstance(opened, BadImage) else opened.pixels()
 
@@ -203,6 +252,10 @@ def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
         return BadImage("empty: the file has no bytes")
     if len(data) > images.max_megabytes * 1e6:
         return BadImage(f"too large: {len(data) / 1e6:.0f} megabytes, over {images.max_megabytes:g}")
+    if data[:4] in _TIFF:
+        check_tags(data)
+    if array := open_array(data, images.channels):
+        return _opened_array(data, array, images)
     image = _header(data)
     return _size_fault(image.size, images) or _slow_fault(image, data) or _opened(data, image, images)
 
@@ -229,9 +282,18 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)  # this Pillow may know fewer
 
 
+def _opened_array(data: bytes, array: ArrayFile, images: ImagesConfig) -> Opened | BadImage:
+    size = (array.width, array.height)
+    if array.width * array.height * images.channels > 3 * images.max_megapixels * 1e6:  # a bound of memory
+        what = f"{size[0]}x{size[1]} pixels of {images.channels} channels"
+        return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of three")
+    mode = "F" if array.dtype.kind == "f" else "L" if array.dtype.itemsize == 1 else "I"
+    return _size_fault(size, images) or Opened(
+        data, images, size, format=array.format, mode=mode, array=array, plain_jpeg=False
+    )
+
+
 def _header(data: bytes) -> ImageFile.ImageFile:
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        check_tags(data)
     return Image.open(Reader(data), formats=_formats())
 
 
@@ -289,12 +351,12 @@ def _fast_jpeg(data: Any, tagged: bool) -> Pixels | None:
         return None
 
 
-def _deep_png(data: Any) -> NDArray[np.uint16] | None:
-    """A color PNG's 16 bits, where torchvision is there to read them. [H, W, 3]"""
+def _deep_png(data: Any, channels: int) -> NDArray[np.uint16] | None:
+    """A color PNG's 16 bits, with or without alpha, where torchvision is there to read them. [H, W, 3 or 4]"""
     try:
         import_module("torchvision.io")
         torch = import_module("torch")
-        values = torch.ops.image.decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, False)
+        values = torch.ops.image.decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), channels, False)
         return values.permute(1, 2, 0).numpy() if values.dtype == torch.uint16 else None
     except Exception:  # Pillow's upper 8 bits will do
         return None
@@ -335,6 +397,8 @@ def _tried(images: ImagesConfig, lenient: bool, work: Callable[[], T]) -> T | Ba
     try:
         with _pillow(images, lenient):
             return work()
+    except UnfitArray as error:
+        return BadImage(str(error))
     except UnidentifiedImageError:
         return BadImage("not an image: no format that is known here")  # its own words hold a memory address
     except Image.DecompressionBombError:
@@ -365,15 +429,36 @@ def _turned(pixels: Pixels, turn: int) -> Pixels:
     return np.ascontiguousarray(_TURNS[turn](pixels)) if turn in _TURNS else pixels
 
 
-def _to_rgb(image: Image.Image, window: tuple[float, float] | None) -> Pixels | BadImage:
+def _to_rgb(image: Image.Image, windows: NDArray[np.float64] | None, channels: int) -> Pixels | BadImage:
+    """Colors; where one channel is wanted, greys that are there as such stay one. [H, W, 3 or 1]"""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        gray = deep_to_gray(image, window)
-        return (
-            BadImage("damaged: none of its values is a number") if gray is None else np.repeat(gray[..., None], 3, -1)
-        )
+        ranges = [None] if windows is None else [(low, high) for low, high in np.unique(windows, axis=0).tolist()]
+        if windows is not None and len(ranges) > 1:
+            ranges = [(low, high) for low, high in windows.tolist()]
+        gray = [deep_to_gray(image, each) for each in ranges]
+        if gray[0] is None:
+            return BadImage(_NO_NUMBER)
+        return np.repeat(gray[0][..., None], channels, -1) if len(gray) == 1 else np.stack(gray, -1)  # type: ignore[arg-type]
     if image.has_transparency_data:
         image = _on_white(image.convert("RGBA"))
+    if channels == 1 and image.mode == "L":
+        return np.array(image)[..., None]
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _gray(pixels: Pixels) -> Pixels:
+    """The brightness of colors, as Pillow weighs them. [H, W, 3] -> [H, W, 1]"""
+    return np.array(Image.fromarray(pixels).convert("L"))[..., None]
+
+
+def _as_it_is(image: Image.Image, channels: int) -> Pixels | BadImage:
+    """All bands of an image that has so many, alpha too. [H, W, C]"""
+    if image.mode in ("P", "PA") and image.has_transparency_data:  # a palette has as many as its colors
+        image = image.convert("RGBA")
+    # CMYK is none of these: four inks make three colors.
+    if _BANDS.get(image.mode) != channels:
+        return BadImage(other_channels(f"{len(image.getbands())} ({image.mode})", channels))
+    return np.array(image)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -27,7 +27,11 @@ def deep_to_gray(image: Image.Image, window: tuple[float, float] | None) -> NDAr
     real = values[np.isfinite(values) & (np.abs(values) < 1e30)] if image.mode == "F" else values
     if not real.size:
         return None
-    low, high = window or (_depth(image, real) if image.mode.startswith("I;16") else _usual(image, real))
+    if image.format == "PPM" and image.mode == "I":  # the file told its depth, and Pillow scaled it
+        usual: tuple[float, float] = 0, 65535
+    else:
+        usual = _depth(image, real) if image.mode.startswith("I;16") else _usual(real)
+    low, high = window or usual
     grey = values.astype(np.float32)  # in place from here, as these images may be large
     grey -= low
     grey *= 255 / (high - low)
@@ -37,10 +41,36 @@ def deep_to_gray(image: Image.Image, window: tuple[float, float] | None) -> NDAr
     return (np.nan_to_num(grey, copy=False) + 0.5).astype(np.uint8)
 
 
-def windowed(values: NDArray[Any], low: float, high: float) -> NDArray[np.uint8]:
-    """Values to 8 bits, `low` to black and `high` to white."""
-    scaled = (values.astype(np.float32) - low) * (255 / (high - low))
-    return (np.clip(scaled, 0, 255, out=scaled) + 0.5).astype(np.uint8)
+def windowed(values: NDArray[Any], windows: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Values to 8 bits.
+
+    Args:
+        values: [H, W, C]
+        windows: What becomes black and what white, of each channel or of all. [C or 1, 2]
+    """
+    low, high = windows.T
+    scaled = (values.astype(np.float32) - low.astype(np.float32)) * (255 / (high - low)).astype(np.float32)
+    np.clip(scaled, 0, 255, out=scaled)
+    return (np.nan_to_num(scaled, copy=False) + 0.5).astype(np.uint8)
+
+
+def array_to_bytes(values: NDArray[Any], windows: NDArray[np.float64] | None) -> NDArray[np.uint8] | None:
+    """8 bits of an array; those of 8 bits as they are, and none where no value is a number. [H, W, C]
+
+    Args:
+        values: Integers or floats. [H, W, C]
+        windows: As of `windowed`; absent, all that 16 bits can hold, or the usual range that holds the values.
+    """
+    if values.dtype == np.uint8:
+        return np.ascontiguousarray(values)
+    if values.dtype.kind == "f":
+        values = values.astype(np.float32)
+    real = values[np.isfinite(values) & (np.abs(values) < 1e30)] if values.dtype.kind == "f" else values
+    if not real.size:
+        return None
+    if windows is None:
+        windows = np.array([(0, 65535) if values.dtype.kind == "u" and values.itemsize == 2 else _usual(real)])
+    return np.ascontiguousarray(windowed(values, windows))
 
 
 def is_deep_color(image: ImageFile) -> bool:
@@ -48,7 +78,7 @@ def is_deep_color(image: ImageFile) -> bool:
     return image.mode in ("RGB", "RGBA") and any(";16" in str(tile.args) for tile in image.tile)
 
 
-def read_ppm(image: ImageFile, data: bytes, window: tuple[float, float] | None) -> Image.Image | None:
+def read_ppm(image: ImageFile, data: bytes, windows: NDArray[np.float64] | None) -> Image.Image | None:
     """A binary PPM with another largest value than 255 or 65535, a hundred times as fast as by Pillow's own loop.
 
     Returns:
@@ -63,8 +93,8 @@ def read_ppm(image: ImageFile, data: bytes, window: tuple[float, float] | None) 
         return None
     values = np.frombuffer(data, kind, count, offset).reshape(image.height, image.width, bands)
     values = values[..., 0] if bands == 1 else values
-    if window and image.mode == "RGB" and maximum > 255:
-        made = Image.fromarray(windowed(values, *window))
+    if windows is not None and image.mode == "RGB" and maximum > 255:
+        made = Image.fromarray(windowed(values, windows))
     else:
         top = 65535 if image.mode == "I" else 255
         scaled = np.minimum(np.round(values / maximum * top), top)
@@ -86,10 +116,8 @@ def _depth(image: Image.Image, values: NDArray[Any]) -> tuple[float, float]:
     return 0, top if values.max() <= top else 65535
 
 
-def _usual(image: Image.Image, values: NDArray[Any]) -> tuple[float, float]:
+def _usual(values: NDArray[Any]) -> tuple[float, float]:
     """The smallest usual range that holds all values, as the file does not tell it."""
-    if image.format == "PPM" and image.mode == "I":  # but this one did, and Pillow scaled it
-        return 0, 65535
     least, most = float(values.min()), float(values.max())
     tops = (1, 255, 65535, 2**32 - 1) if least >= 0 else (1, 128, 32768, 2**31)
     top = next((float(t) for t in tops if max(most, -least) <= t), max(most, -least))

@@ -70,7 +70,7 @@ class Cutter:
         return pixels, boxes
 
     def places(self, slot: dict[str, Tensor], task: Task) -> list[list[Tensor]]:
-        """Where the views of a chunk's images go, of each image [V] times [1, 3, H, W]."""
+        """Where the views of a chunk's images go, of each image [V] times [1, C, H, W]."""
         chunk = slice(task.first, task.first + task.images)
         groups = [slot[name][:, chunk].permute(1, 0, 4, 2, 3).unsqueeze(2) for name in ("globals", "locals")]
         return [[out for group in image for out in group.unbind()] for image in zip(*groups, strict=True)]

@@ -19,6 +19,7 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .bmp .dib .gif .avif .jp2 .j2k .jpx .ppm .pgm .pbm .pnm .pfm "
     ".tga".split()
 )
+ARRAY = ".npy"  # an image too, where no other kind is there
 _REMEMBERED = 20_000  # files; below, listing takes no time worth a file in the user's cache
 _SETTLED = 2_000_000_000  # nanoseconds; a folder changed later than this may change again within one tick of its clock
 

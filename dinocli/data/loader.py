@@ -135,7 +135,10 @@ class TrainBatches:
         self._batch_size = batch_size
         shape = _fields(views, batch_size) | _mask_fields(views, batch_size, grid)
         cutter = Cutter(views, seed, images)
-        self.cache = kept = PixelCache(len(source), views.all, cache) if cache and isinstance(source, Images) else None
+        kept = None
+        if cache and isinstance(source, Images):
+            kept = PixelCache(len(source), views.all, cache, views.channels)
+        self.cache = kept
         make: Callable[[int, int], Filler[tuple[str, str]]]
         if isinstance(source, Shards):
             if cache:
@@ -275,12 +278,12 @@ class _Copier:
 
 def _fields(views: ViewsConfig, batch_size: int) -> dict[str, ring.Field]:
     """The arrays of a batch: crops with the channels last, as decoders give them, and what their images' draws say."""
-    v, g, b = len(views.all), len(views.globals), batch_size
+    v, g, b, c = len(views.all), len(views.globals), batch_size, views.channels
     large, small = views.global_1.size, views.local.size if views.local else 0
     return {
         "keys": ring.Field((b, 2), torch.int64),  # epoch and number of each image
-        "globals": ring.Field((g, b, large, large, 3), torch.uint8),
-        "locals": ring.Field((v - g, b, small, small, 3), torch.uint8),
+        "globals": ring.Field((g, b, large, large, c), torch.uint8),
+        "locals": ring.Field((v - g, b, small, small, c), torch.uint8),
         "flip": ring.Field((v, b), torch.bool),
         "factors": ring.Field((v, b, 4), torch.float32),
         "order": ring.Field((v, b, 4), torch.uint8),
@@ -344,11 +347,11 @@ class Plain(NamedTuple):
     """Images of one pass.
 
     Attributes:
-        images: Normalized. [B, 3, size, size]
+        images: Normalized. [B, C, size, size]
         names: Of each.
         labels: Of each, -1 where there is none.
         bad: Name and reason of those that could not be read and are left out.
-        views: Views of each beside it, where they were asked for. [V, B, 3, size, size]
+        views: Views of each beside it, where they were asked for. [V, B, C, size, size]
     """
 
     images: Tensor
@@ -378,7 +381,7 @@ def plain_batches(
 
     A cutter makes views beside each image, all of one side. They depend on its seed and the image's number alone.
     """
-    fields = {"images": ring.Field((batch_size, 3, size, size), torch.uint8)}
+    fields = {"images": ring.Field((batch_size, len(mean), size, size), torch.uint8)}
     if cutter:
         fields |= _fields(cutter.views, batch_size)
     filled = Ring(
@@ -416,7 +419,7 @@ def plain_batches(
 
 
 def _views(arrays: dict[str, Tensor], kept: list[int], mean: Tensor, std: Tensor) -> Tensor:
-    """The views of some images of a slot, on the device of mean and spread. [V, B, 3, H, H]"""
+    """The views of some images of a slot, on the device of mean and spread. [V, B, C, H, H]"""
     crops = torch.cat([arrays[name][:, kept] for name in ("globals", "locals") if arrays[name].numel()])
     drawn = Draws(*(arrays[name][:, kept] for name in Draws._fields))
     return augment(crops.to(mean.device), drawn, mean, std)

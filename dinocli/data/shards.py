@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinocli.data.listing import SUFFIXES
+from dinocli.data.listing import ARRAY, SUFFIXES
 from dinocli.data.tar import PIPE, LocalTar, PipedTar, Span, members
 from dinocli.errors import DinoError
 
@@ -272,7 +272,9 @@ def _samples(tape: LocalTar | PipedTar) -> Iterator[tuple[str, bytes | Span, byt
     keyed = ((name, key, content) for name, key, content in found if key)
     for _, group in itertools.groupby(keyed, lambda member: member[1][1]):
         parts = [(key[2].lower(), name, content) for name, key, content in group]
-        images = [part for part in parts if "." + part[0].rpartition(".")[2] in SUFFIXES]
+        ends = ["." + suffix.rpartition(".")[2] for suffix, _, _ in parts]
+        images = [part for part, end in zip(parts, ends, strict=True) if end in SUFFIXES]
+        images = images or [part for part, end in zip(parts, ends, strict=True) if end == ARRAY]
         if images:
             # Of `a.jpg` and `a.mask.png` the first is the image; it may also stand alone as `a.v2.jpg`.
             _, name, image = min(images, key=lambda part: part[0].count("."))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.listing import SUFFIXES, Names, cache_folder, list_files
+from dinocli.data.listing import ARRAY, SUFFIXES, Names, cache_folder, list_files
 from dinocli.data.shards import Shards, is_shards, open_shards
 from dinocli.errors import DinoError, nearest
 
@@ -134,6 +134,8 @@ def splits(spec: str) -> dict[str, Source]:
 def image_folder(root: Path) -> Images:
     """List the images in a folder of any depth; hidden files and other kinds of file are passed over.
 
+    Arrays (.npy) are images in a folder that holds no others.
+
     Class names are those of the folders right below, if every image lies in one.
 
     Raises:
@@ -148,6 +150,8 @@ def image_folder(root: Path) -> Images:
             f"a folder of images was wanted; {root} is a file", f"name the folder it lies in: {root.parent}"
         )
     names, others = list_files(root, _is_image)
+    if not len(names):  # beside images arrays are mostly features, masks or labels of them
+        names, others = list_files(root, _is_array)
     if not len(names):
         seen = f"{others} other files" if others else "nothing"
         raise DinoError(
@@ -169,6 +173,10 @@ def _is_image(path: str) -> bool:
             return file.read(4).startswith(_BEGINNINGS)
     except OSError:
         return False
+
+
+def _is_array(path: str) -> bool:
+    return path.lower().endswith(ARRAY)
 
 
 def _numbered(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:

@@ -43,7 +43,7 @@ def attention_maps(encoder: Encoder, pixels: Pixels, short_side: int) -> Attenti
 
     Args:
         encoder: A vision transformer.
-        pixels: [H, W, 3]
+        pixels: [H, W, C]
         short_side: What to resize the photo's short side to, in pixels; both sides are then rounded to whole patches,
             so that the map covers all of the photo.
 

@@ -197,7 +197,7 @@ def linear_on_images(
         )
     size = size or encoder.size
     labels = torch.from_numpy(train.labels).long()
-    sample = encoder.features(torch.zeros(1, 3, size, size, device=encoder.device), tokens, blocks)
+    sample = encoder.features(torch.zeros(1, encoder.channels, size, size, device=encoder.device), tokens, blocks)
     probes = Probes(sample.shape[1], len(train.classes), [lr], seed).to(encoder.device)
     clock = Clock(len(train) // batch_size, epochs)
 

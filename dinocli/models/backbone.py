@@ -405,7 +405,8 @@ class ViTBackbone(Transformer):
         """What tells plain vision transformers apart, as both timm and the original name it."""
         blocks = self.model.blocks
         sizes = {"patch_size": self.patch_size, "embed_dim": self.width, "depth": len(blocks)}
-        return sizes | {"num_heads": int(blocks[0].attn.num_heads)}
+        channels = int(self.model.patch_embed.proj.in_channels)
+        return sizes | {"num_heads": int(blocks[0].attn.num_heads)} | ({"in_chans": channels} if channels != 3 else {})
 
     def _place(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
         if self.model.pos_embed is None:

@@ -213,3 +213,27 @@ def test_compiled_views_are_the_same() -> None:
     draws = Draws(**(nothing(16) | {"order": order, "factors": factors}))
     plain, compiled = (augment(crops, draws, ZERO, ONE, compiled=c) for c in (False, True))
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-6)
+
+
+def test_what_any_channels_can_have_is_done_to_each_as_if_it_were_alone() -> None:
+    torch.manual_seed(0)
+    crops = torch.randint(0, 256, (1, 4, 40, 40, 13), dtype=torch.uint8)
+    drawn = Draws(
+        flip=torch.tensor([[True, False, True, False]]),
+        factors=torch.tensor(
+            [[[1.3, 0.7, 1.0, 0.0], [0.6, 1.0, 1.0, 0.0], [1.0, 1.4, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]]]
+        ),
+        order=torch.tensor([[[0, 1, 2, 3], [3, 2, 1, 0], [1, 0, 2, 3], [0, 1, 2, 3]]], dtype=torch.uint8),
+        gray=torch.zeros(1, 4, dtype=torch.bool),
+        radius=torch.tensor([[0.0, 1.5, 0.3, 0.0]]),
+        solarize=torch.tensor([[False, True, False, True]]),
+    )
+    mean, std = torch.rand(13), torch.rand(13) + 0.5
+    every = augment(crops, drawn, mean, std)
+    assert every.shape == (1, 4, 13, 40, 40)
+    for c in range(13):
+        alone = augment(crops[..., c : c + 1], drawn, mean[c : c + 1], std[c : c + 1])
+        torch.testing.assert_close(every[:, :, c : c + 1], alone)
+        # And as the same channel thrice, which is gray, with the operations of colors.
+        thrice = augment(crops[..., [c, c, c]], drawn, mean[[c, c, c]], std[[c, c, c]])
+        torch.testing.assert_close(thrice[:, :, :1], alone)

@@ -72,3 +72,11 @@ def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DinoError, match="cannot be written to"):
         PixelCache(3, [VIEW], str(tmp_path / "file"))
+
+
+def test_images_of_any_channels_are_kept() -> None:
+    cache = PixelCache(2, [VIEW], "ram", channels=13)
+    for row, seed in ((1, 0), (0, 1)):
+        pixels = np.random.default_rng(seed).integers(0, 256, (9, 11, 13), dtype=np.uint8)
+        cache.put(row, pixels)
+        np.testing.assert_array_equal(cache.get(row), pixels)

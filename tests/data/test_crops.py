@@ -15,8 +15,10 @@ from dinocli.data.crops import (
     crop_boxes,
     crop_tries,
     cut,
+    cut_into,
     draws,
     resize_and_center,
+    shrink,
     uniforms,
 )
 
@@ -130,3 +132,19 @@ def test_the_evaluations_view_is_torchvisions(height: int, width: int) -> None:
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 100_000), (100_000, 1), (3, 4000)])
 def test_an_extreme_shape_costs_no_more_than_its_middle(height: int, width: int) -> None:
     assert resize_and_center(np.zeros((height, width, 3), dtype=np.uint8), 256, 224).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_each_of_any_channels_is_cut_as_it_would_be_alone(channels: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (50, 60, channels), dtype=np.uint8)
+    pixels = np.ascontiguousarray(np.repeat(np.repeat(noise, 3, 0), 3, 1))
+    box, size = (7, 9, 90, 110), (32, 32)
+    slab = torch.empty(2, 32, 32, channels, dtype=torch.uint8)
+    cut_into(slab.permute(0, 3, 1, 2)[1:], pixels, box)
+    assert torch.equal(slab[1].permute(2, 0, 1), cut(pixels, box, size))
+    region = pixels[7:97, 9:119]
+    for channel in range(channels):
+        theirs = Image.fromarray(np.ascontiguousarray(region[..., channel])).resize(size, Image.Resampling.BICUBIC)
+        assert np.abs(slab[1, ..., channel].numpy().astype(int) - np.asarray(theirs)).max() <= 2
+    assert shrink(pixels, 40).shape == (40, 48, channels)
+    assert resize_and_center(pixels, 40, 32).shape == (channels, 32, 32)

@@ -487,3 +487,65 @@ def test_a_damaged_tiff_says_nothing_on_stderr(capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err == ""
     os.write(2, b"ours")
     assert capfd.readouterr().err == "ours"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_one_channel_is_pillows_grey_of_what_three_would_be(mode: str, kind: str) -> None:
+    image = photo().convert(mode)
+    if (kind == "JPEG" and mode in ("P", "RGBA", "LA", "1")) or (kind == "PNG" and mode == "CMYK"):
+        pytest.skip("no such file")
+    data = saved(image, kind)
+    gray = decode(data, ImagesConfig(channels=1))
+    assert gray.shape == (75, 101, 1)
+    assert np.array_equal(gray[..., 0], np.asarray(Image.fromarray(decode(data)).convert("L")))
+    small = open_image(data, ImagesConfig(channels=1)).pixels(2)
+    assert small.shape[2] == 1
+
+
+def test_one_channel_of_16_bits_is_scaled_as_three_are() -> None:
+    for data in (tiff(DEEP), saved(Image.fromarray(DEEP)), tiff(RAMP.astype(np.float32))):
+        for window in (None, (9000, 50_000)):
+            three, one = (decode(data, ImagesConfig(channels=c, window=window)) for c in (3, 1))
+            assert np.array_equal(one, three[..., :1])
+
+
+def test_a_grey_file_may_have_a_window_for_each_of_three_channels() -> None:
+    windows = ((0, 65535), (0, 30_000), (20_000, 65535))
+    pixels = decode(tiff(DEEP), ImagesConfig(window=windows))
+    for i, window in enumerate(windows):
+        assert np.array_equal(pixels[..., i], decode(tiff(DEEP), ImagesConfig(window=window))[..., 0])
+
+
+def test_four_channels_are_taken_as_they_are() -> None:
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    values[..., 3] //= 9  # alpha would make nearly all of it white
+    for kind in ("PNG", "TIFF", "WEBP"):
+        pixels = decode(
+            saved(Image.fromarray(values, "RGBA"), kind, lossless=True, exact=True), ImagesConfig(channels=4)
+        )
+        assert np.array_equal(pixels, values), kind
+    assert np.array_equal(decode(Image.fromarray(values, "RGBA"), ImagesConfig(channels=4)), values)
+    palette = Image.fromarray(np.zeros((20, 30), np.uint8), "P")
+    palette.putpalette([9, 8, 7])
+    assert decode(saved(palette, transparency=0), ImagesConfig(channels=4))[0, 0].tolist() == [9, 8, 7, 0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "channels", "came"),
+    [("RGB", 4, "3 (RGB)"), ("L", 13, "1 (L)"), ("CMYK", 4, "4 (CMYK)"), ("RGBA", 2, "4 (RGBA)")],
+)
+def test_another_number_of_channels_is_a_bad_image(mode: str, channels: int, came: str) -> None:
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    for data in (saved(photo().convert(mode), kind), photo().convert(mode)):
+        bad = decode(data, ImagesConfig(channels=channels))
+        assert bad == BadImage(f"other channels: {came}, where images.channels is {channels}")
+    if mode == "RGB":
+        assert isinstance(decode(saved(photo(), "JPEG"), ImagesConfig(channels=4)), BadImage)
+
+
+@pytest.mark.parametrize("window", [[[0, 1], [2, 3]], [[0, 1], [2, 3], [5, 4]], [[0, 1, 2]], 7])
+def test_windows_are_ranges_as_many_as_channels(window: object) -> None:
+    with pytest.raises(DinoError, match=r"images?\.window|window"):
+        ImagesConfig.parse({"window": window}, "preset x")
+    assert ImagesConfig.parse({"window": [[0, 1], [2, 3]], "channels": 2}, "x").windows.tolist() == [[0, 1], [2, 3]]

@@ -294,3 +294,9 @@ def test_no_file_stays_open(tmp_path: Path, monkeypatch) -> None:
         assert len(os.listdir("/proc/self/fd")) <= before + 4
         stream.close()
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_array_is_the_image_where_there_is_no_other(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a.npy", b"1"), ("a.cls", b"2"), ("b.npy", b"feature"), ("b.png", b"3")])
+    samples = list(open_shards(str(tmp_path / "x.tar")).stream(0, 1))
+    assert [(s.name, s.data, s.label) for s in samples] == [("x.tar/a.npy", b"1", 2), ("x.tar/b.png", b"3", -1)]

@@ -199,3 +199,13 @@ def test_two_links_to_one_folder_are_two_classes(tmp_path: Path) -> None:
         (tmp_path / "data").mkdir(exist_ok=True)
         (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere")
     assert image_folder(tmp_path / "data").classes == ["a", "b"]
+
+
+def test_arrays_are_images_where_there_are_no_others(tmp_path: Path) -> None:
+    for name in ("a/1.npy", "b/2.NPY", "b/words.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    source = image_folder(tmp_path)
+    assert (list(source.names), source.classes) == (["a/1.npy", "b/2.NPY"], ["a", "b"])
+    (tmp_path / "a" / "1.jpg").write_bytes(b"x")
+    assert list(image_folder(tmp_path).names) == ["a/1.jpg"], "beside images they are features or masks of them"
