@@ -102,7 +102,7 @@ else
     small=(--batch-size 64) large=(--batch-size 256) base=(--preset vitb16 --set views.locals=8 --batch-size 128)
     kernels=(--batch-size 256)
     packed=(--images 64) count=512 side=384 data=(--images 128 --rounds 3)
-    extract=(--images 512 --batch-size 256 --workers 12 --rounds 3) knn=(--threads 1 "$(nproc)" --rounds 3)
+    extract=(--images 512 --batch-size 256 --workers 12 --rounds 3) knn=(--threads "$(nproc)" --rounds 2)
 fi
 house="pydantic timm torchvision safetensors rich PIL numpy"
 

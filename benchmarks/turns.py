@@ -35,8 +35,8 @@ class Steps:
 
     def seconds(self) -> float:
         """Of a step, on average over one turn."""
-        if self.on_gpu:
-            self._do(2)  # memory is there again, and the clocks are up
+        # While the others had their turns, its memory went elsewhere, and on a GPU the clocks went down.
+        self._do(2 if self.on_gpu else 1)
         began = self.job.now()
         self._do(self.job.steps)
         took = (self.job.now() - began) / self.job.steps
@@ -51,7 +51,7 @@ class Steps:
         """Seconds of each part of a step: medians over one turn, or three steps."""
         watch = Stopwatch(self.device, self.job.now)
         watch.attach(self.stepper)
-        self._do(2 if self.on_gpu else 0)
+        self._do(2 if self.on_gpu else 1)
         found = []
         for _ in range(max(3, self.job.steps)):
             watch.begin()

@@ -14,7 +14,7 @@ from original import OriginalStep
 
 from dinocli.data.loader import Batch, TrainBatches
 from dinocli.data.sources import open_source
-from dinocli.device import default_workers
+from dinocli.device import default_workers, keep_freed_memory
 from dinocli.engine.trainer import Trainer
 from dinocli.preset import Preset, load_preset
 from dinocli.schedules import Clock
@@ -83,6 +83,8 @@ def build(way: Way, preset: Preset, device: torch.device) -> Trainer | OriginalS
     precision = torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
     if way.original:
         return OriginalStep(preset, method.student.weights(), middle(preset), device, precision)
+    if device.type == "cpu":
+        keep_freed_memory()  # as `dino pretrain` does there
     if way.recomputed:
         method.student.backbone.recompute_blocks()
     for network in (method.student, method.teacher) if way.compiled else ():

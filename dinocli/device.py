@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -69,6 +70,21 @@ def why_not_compiled(device: torch.device) -> str | None:
     except Exception as error:  # no compiler, no Triton, a Python it does not know: whatever it is, it cannot
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step on a CPU frees for the next step, which takes as much again.
+
+    To give it back to the system and get it anew, page by page, was 4 % of a step in float32 and 7 % in bfloat16. Where
+    the library is not glibc, nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def cores() -> int:

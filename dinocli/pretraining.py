@@ -16,7 +16,7 @@ import torch
 from dinocli.atomic import write_text
 from dinocli.data.loader import BadFiles, Share, TrainBatches
 from dinocli.data.shards import Shards
-from dinocli.device import autocast
+from dinocli.device import autocast, keep_freed_memory
 from dinocli.distillation import SelfDistillation
 from dinocli.distributed import any_of, from_first, gathered, rank, size
 from dinocli.encoder import fitted_to, initial_weights
@@ -82,6 +82,8 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
             memory is too small, or nothing is learned.
     """
     began = time.perf_counter()
+    if plan.device.type == "cpu":
+        keep_freed_memory()
     with held(plan.out) if rank() == 0 else nullcontext(), _stop_signals() as asked_to_stop, _tidied() as tidy:
         saved = _found(plan, note)
         if saved:

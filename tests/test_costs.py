@@ -70,6 +70,22 @@ def test_a_step_takes_what_was_estimated(images: Path, precision: str, recompute
     assert peak_of_a_step(made) == pytest.approx(cost.memory - before, rel=0.25)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_gpu_takes_what_was_estimated(images: Path, recompute: bool) -> None:
+    cuda = torch.device("cuda")
+    wide = ["backbone.options={depth=6,embed_dim=384,num_heads=6,img_size=64,patch_size=8}", "training.batch_size=8"]
+    made = replace(plan(images, *wide, "training.precision=bfloat16", recompute=recompute), device=cuda)
+    trainer = Trainer(
+        made.method().to(cuda), made.preset.optimizer, made.clock, batch_size=8, precision=autocast(cuda, "bfloat16")
+    )
+    batch = Batch(torch.randn(2, 8, 3, 48, 48, device=cuda), torch.randn(4, 8, 3, 24, 24, device=cuda), torch.arange(8))
+    trainer.step(batch)
+    torch.cuda.reset_peak_memory_stats()
+    trainer.step(batch)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(estimate(made).memory, rel=0.25)
+
+
 def test_blocks_worked_out_again_take_less_memory_and_more_work(images: Path) -> None:
     once, again = (estimate(plan(images, *SMALL, "training.batch_size=8", recompute=again)) for again in (False, True))
     assert again.image < 0.6 * once.image

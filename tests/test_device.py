@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import contextlib
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -54,3 +57,27 @@ def test_a_cpu_has_few_helpers() -> None:
     cpu = torch.device("cpu")
     assert 1 <= default_workers(cpu) <= 4
     assert peak_memory(cpu) > 1e6
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_a_step_frees_is_there_for_the_next_one() -> None:
+    """Seen from outside, in a process of its own: its pages are not asked for again."""
+    code = """
+import resource, torch
+from dinocli.device import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.zeros(2**20) for _ in range(64)]  # 256 MiB in pieces of four
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+KEEP
+faults()
+print(faults())
+"""
+    counts = []
+    for keep in ("", "keep_freed_memory()"):
+        done = subprocess.run(
+            [sys.executable, "-c", code.replace("KEEP", keep)], capture_output=True, text=True, check=True
+        )
+        counts.append(int(done.stdout))
+    assert counts[1] < 0.1 * 2**28 / 4096, counts
