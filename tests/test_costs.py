@@ -70,6 +70,16 @@ def test_a_step_takes_what_was_estimated(images: Path, precision: str, recompute
     assert peak_of_a_step(made) == pytest.approx(cost.memory - before, rel=0.25)
 
 
+def test_what_is_said_of_hidden_patches_costs_too(images: Path) -> None:
+    alone, both = (
+        estimate(plan(images, "training.batch_size=8", *more, preset="tiny-dinov2"))
+        for more in (("losses.ibot=none", "losses.koleo=none"), ())
+    )
+    assert both.flops > alone.flops
+    assert both.waiting > alone.waiting, "its targets"
+    assert both.image > alone.image, "its logits"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_gpu_takes_what_was_estimated(images: Path, recompute: bool) -> None:

@@ -53,6 +53,8 @@ class Batch:
 
     def split(self, count: int) -> list[Batch]:
         """Its images in `count` batches of the same size, in order."""
+        if count == 1:
+            return [self]
         globals_, rows = self.global_crops.chunk(count, 1), self.rows.chunk(count)
         locals_ = [None] * count if self.local_crops is None else self.local_crops.chunk(count, 1)
         masks = [None] * count if self.masks is None else self.masks.split(count)
