@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -101,9 +102,10 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
         The fewest parts in which it fits, with images enough at once to keep a device busy if that can be had, with
         blocks worked out again if need be; absent where one image does not fit.
     """
+    known = cache(cost)  # to work one out takes seconds
     for again, fewest in ((False, _BUSY), (True, _BUSY), (True, 1), (False, 1)):
         try:
-            whole = cost(again)
+            whole = known(again)
         except DinoError:  # this backbone has no blocks
             continue
         for parts in equal_parts(whole.at_once):

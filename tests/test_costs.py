@@ -125,6 +125,12 @@ def test_what_fits_is_found_in_the_fewest_parts(free: float, typed: dict | None,
         assert found[1].fits(free)
 
 
+def test_each_cost_is_worked_out_once() -> None:
+    asked: list[bool] = []
+    assert to_fit(lambda again: asked.append(again) or whole(again), 1.1e9) is None
+    assert asked == [False, True]
+
+
 def test_a_backbone_without_blocks_goes_in_smaller_parts() -> None:
     def cost(again: bool) -> Estimate:
         if again:
