@@ -13,7 +13,7 @@ from dinocli.data.loader import Batch
 from dinocli.distributed import local, mean_over_processes
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.losses import LossesConfig
-from dinocli.models.backbone import AS_THE_HEADS, LearningConfig
+from dinocli.models.architecture import AS_THE_HEADS, LearningConfig
 from dinocli.models.network import Encoding, Network
 from dinocli.schedules import Clock, Schedule
 

@@ -17,7 +17,7 @@ from dinocli.distillation import SelfDistillation
 from dinocli.engine.optim import OptimizerConfig
 from dinocli.errors import DinoError
 from dinocli.losses import LossesConfig
-from dinocli.models.backbone import BackboneConfig
+from dinocli.models.architecture import BackboneConfig
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import CLASS, Network
 from dinocli.schedules import Cosine, Schedule

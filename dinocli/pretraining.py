@@ -19,10 +19,10 @@ from dinocli.data.shards import Shards
 from dinocli.device import autocast, keep_freed_memory
 from dinocli.distillation import SelfDistillation
 from dinocli.distributed import any_of, from_first, gathered, rank, size
-from dinocli.encoder import fitted_to, initial_weights
 from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
+from dinocli.loading import fitted_to, initial_weights
 from dinocli.models.network import load_strictly
 from dinocli.planning import Plan, equal_parts
 from dinocli.report import CURVES, REPORT
