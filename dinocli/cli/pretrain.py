@@ -267,7 +267,7 @@ def _run(plan: Plan, json: bool) -> None:
     images = f"{count} images" if count else "a stream of images"
     console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
     if plan.preset.views.low_resolution:
-        console.say(f"note: views of {_views(plan)} pixels, when a step takes longer")
+        console.say(f"note: views of {_views(plan)}: steps take longer then")
     begun = any(True for _ in saved_states(plan.out))  # what was said then need not be said again
     for caution in () if begun else cautions(plan):
         console.say(f"note: {caution}")
