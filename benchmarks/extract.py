@@ -38,7 +38,7 @@ from dinocli.device import has_bfloat16, pick_device
 from dinocli.encoder import Encoder, quick
 from dinocli.extraction import extract
 from dinocli.features import Recipe, read_features
-from dinocli.models.backbone import BackboneConfig
+from dinocli.models.architecture import BackboneConfig
 from dinocli.storing import write_features
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

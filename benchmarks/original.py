@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dinocli.data.loader import Batch
 from dinocli.engine.optim import AdamWConfig
 from dinocli.errors import DinoError
-from dinocli.models.backbone import create_timm
+from dinocli.models.architecture import create_timm
 from dinocli.models.head import HeadConfig
 from dinocli.preset import Preset
 from dinocli.schedules import Clock

@@ -42,12 +42,13 @@ from torchvision import transforms
 from dinocli.data.listing import Names
 from dinocli.data.sources import Images, splits
 from dinocli.device import default_workers
-from dinocli.encoder import Encoder, load_encoder
+from dinocli.encoder import Encoder
 from dinocli.evals.linear import RATES, linear
 from dinocli.evals.probes import Probes, trainer
 from dinocli.extraction import extract
 from dinocli.features import Features, Recipe, read_features
-from dinocli.models.backbone import BackboneConfig
+from dinocli.loading import load_encoder
+from dinocli.models.architecture import BackboneConfig
 from dinocli.schedules import Clock, Cosine
 
 EPOCHS, BLOCKS, BATCH = 100, 4, 256

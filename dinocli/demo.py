@@ -18,12 +18,13 @@ from dinocli.data.decode import BadImage, decode
 from dinocli.data.drawn import CLASSES, write_set
 from dinocli.data.loader import plain_batches
 from dinocli.data.sources import Images, image_folder
-from dinocli.encoder import Encoder, load_encoder, untrained_encoder
+from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard
 from dinocli.evals.knn import knn
 from dinocli.evals.linear import linear
 from dinocli.extraction import extract
 from dinocli.features import Features, Recipe, read_features
+from dinocli.loading import load_encoder, untrained_encoder
 from dinocli.planning import Plan, start_clock
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain

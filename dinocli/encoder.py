@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from timm.models import adapt_input_conv
 from torch import Tensor
 
-from dinocli.data.decode import DEFAULTS, ImagesConfig
+from dinocli.data.augment import normalize
+from dinocli.data.crops import cut
+from dinocli.data.decode import DEFAULTS, ImagesConfig, Pixels
 from dinocli.data.fill import Cutter
 from dinocli.data.loader import ALONE, Plain, Share, plain_batches
 from dinocli.data.sources import Source
 from dinocli.device import autocast, has_bfloat16
 from dinocli.errors import DinoError
-from dinocli.models.backbone import Backbone, BackboneConfig, Tokens, adapt, create_timm
-from dinocli.models.network import load_strictly
-from dinocli.models.positions import Positions
-from dinocli.preset import Precision, Preset
-from dinocli.weights import Weights, Which, read_weights
+from dinocli.models.backbone import Backbone, Facet, Tokens
+from dinocli.preset import Precision
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
 Channels = tuple[float, ...]
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The original's vision transformers, by width: blocks and heads.
-OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
+_MOST_PATCHES = 16_384
 
 
 @dataclass(frozen=True)
@@ -119,6 +112,31 @@ class Encoder:
         with autocast(self.device, self.precision):
             return features_of(self.backbone, images, tokens, blocks)
 
+    def photo(self, pixels: Pixels, short_side: int) -> Tensor:
+        """A photo of any size and shape as the backbone takes it, all of it.
+
+        Args:
+            pixels: [H, W, C]
+            short_side: What to resize its short side to, in pixels; both sides are then rounded to whole patches, no
+                more of them than a machine can hold: a very long photo, or a very large size, becomes coarser.
+
+        Returns:
+            Normalized. [1, C, H', W']
+        """
+        height, width = pixels.shape[:2]
+        patch = self.backbone.patch_size
+        scale = min(short_side / min(height, width), patch * (_MOST_PATCHES / (height * width)) ** 0.5)
+        rows, columns = (min(_MOST_PATCHES, max(1, round(side * scale / patch))) for side in (height, width))
+        image = cut(pixels, (0, 0, height, width), (rows * patch, columns * patch), "bilinear")
+        mean, std = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))
+        return normalize(image.to(self.device).float() / 255, mean, std)[None]
+
+    @torch.no_grad()
+    def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
+        """What some blocks make of the patches, as `Backbone.patches` has it. [B, rows, columns, len(layers)*D]"""
+        with autocast(self.device, self.precision):
+            return self.backbone.patches(images, layers, facet).float()
+
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
         """How much the class token draws on each patch in the last block, for each head. [B, heads, rows, columns]
@@ -142,59 +160,6 @@ def _choose(tokens: Tokens, choice: TokenChoice) -> Tensor:
     if choice == "patches":
         return tokens.patches
     return torch.stack([tokens.cls, tokens.patches.mean(1)], dim=-1).flatten(1)
-
-
-def load_encoder(source: str, device: torch.device, which: Which = "teacher") -> Encoder:
-    """Load an encoder.
-
-    Args:
-        source: A run folder, a `ckpt.safetensors`, an official DINO `.pth`, or `timm:NAME` with that model's released
-            weights.
-        device: Where it is to compute.
-        which: Of a file that holds both networks.
-
-    Raises:
-        DinoError: There is no such source, or its weights do not fit.
-    """
-    if not source.startswith("timm:"):
-        return encoder_of(read_weights(Path(source), which), source, device)
-    backbone, size, mean, std = _from_timm(source.removeprefix("timm:"))
-    encoder = _frozen(backbone, source, device, size, mean, std)
-    return replace(encoder, images=ImagesConfig(channels=encoder.channels))
-
-
-def encoder_of(weights: Weights, source: str, device: torch.device) -> Encoder:
-    """The encoder of weights that were read.
-
-    Raises:
-        DinoError: They are of no network that can be told, or do not fit it.
-    """
-    architecture = architecture_of(weights, source)
-    backbone = architecture.build(drop_path=False)
-    load_strictly(backbone.model, weights.backbone, source)
-    if weights.preset is None:
-        return _frozen(backbone, source, device, int(architecture.options.get("img_size", 224)), *_IMAGENET)
-    return _of_preset(backbone, source, device, weights.preset)
-
-
-def architecture_of(weights: Weights, source: str) -> BackboneConfig:
-    """What to build for weights that were read: what their preset says, or which of the original's networks they fit.
-
-    Raises:
-        DinoError: They carry no preset and are of none of the original's networks.
-    """
-    return weights.preset.backbone if weights.preset else official_architecture(weights.backbone, source)
-
-
-def _of_preset(backbone: Backbone, source: str, device: torch.device, preset: Preset) -> Encoder:
-    views = preset.views
-    encoder = _frozen(backbone, source, device, views.global_1.size, views.mean, views.std)
-    return replace(encoder, images=preset.images)
-
-
-def _frozen(backbone: Backbone, source: str, device: torch.device, size: int, mean: Channels, std: Channels) -> Encoder:
-    backbone = backbone.eval().requires_grad_(False).to(device)
-    return Encoder(backbone, source, fingerprint(backbone.model.state_dict()), size, mean, std)
 
 
 def with_images(encoder: Encoder, overrides: Iterable[str]) -> Encoder:
@@ -232,47 +197,6 @@ def quick(encoder: Encoder, precision: Precision, *, compiled: bool) -> Encoder:
     return replace(encoder, precision=precision if there else "float32")
 
 
-def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> Encoder:
-    """The encoder of a checkpoint's architecture before any training: the baseline that training has to beat.
-
-    Raises:
-        DinoError: The checkpoint is not this tool's own.
-    """
-    if weights.preset is None:
-        raise DinoError(
-            "an untrained twin needs a checkpoint of this tool", "take a ckpt.safetensors that `dino pretrain` wrote"
-        )
-    torch.manual_seed(seed)
-    return _of_preset(weights.preset.backbone.build(drop_path=False), "untrained", device, weights.preset)
-
-
-def initial_weights(source: str) -> Weights:
-    """Weights to start training from: those of `read_weights`, or a timm model's released ones.
-
-    Raises:
-        DinoError: There is no such source.
-    """
-    if source.startswith("timm:"):
-        return Weights(dict(_from_timm(source.removeprefix("timm:"))[0].model.state_dict()), {}, None)
-    return read_weights(Path(source))
-
-
-def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
-    """Weights of three channels for a backbone of another number, or None where nothing is to be done.
-
-    The first layer's filters are added up for one channel, and repeated and scaled for several, so that its output
-    keeps its size where all channels are alike.
-
-    Source: timm's adapt_input_conv.
-    """
-    first = backbone.model.pretrained_cfg.get("first_conv")
-    key = f"{first}.weight"
-    own, given = backbone.model.state_dict().get(key), weights.backbone.get(key)
-    if own is None or given is None or own.shape[1] == given.shape[1] or given.shape[1] != 3:
-        return None
-    return replace(weights, backbone=weights.backbone | {key: adapt_input_conv(own.shape[1], given)})
-
-
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """Sixteen hexadecimal digits that differ between networks with different weights."""
     digest = hashlib.sha256()
@@ -280,71 +204,3 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         digest.update(key.encode())
         digest.update(weights[key].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _from_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
-    # The hub's client tells of every retry; one sentence at the end is enough.
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    options: dict[str, Any] = {"pretrained": True}
-    try:
-        model = create_timm(name, **options)
-    except DinoError:
-        raise
-    # The hub's client has dozens of ways to say that it cannot reach a file.
-    except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise DinoError(
-            f"the released weights of timm's {name} could not be had: {said}",
-            "it takes the network once; without one, a folder with config.json and weights: timm:local-dir:FOLDER",
-        ) from error
-    released: Mapping[str, Any] = model.pretrained_cfg
-    backbone = adapt(model, _positions_of(name, released))
-    return backbone, released["input_size"][-1], tuple(released["mean"]), tuple(released["std"])
-
-
-def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
-    """How a timm model met other grids in its training; where nothing tells, as timm does it."""
-    exported = timm_folder(Path(name.removeprefix("local-dir:"))) if name.startswith("local-dir:") else {}
-    if "dinocli" in exported:
-        return "dino" if exported.get("positions") == "dino" else "antialias"
-    return "dino" if released.get("tag") == "dino" else "antialias"
-
-
-def timm_folder(folder: Path) -> dict[str, Any]:
-    """What a folder in the form of timm's hub says of itself; `dinocli` stands in it if this tool exported it."""
-    try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def official_architecture(backbone: Mapping[str, Tensor], source: str) -> BackboneConfig:
-    """Which of the original's networks some weights are of, told by their keys and shapes.
-
-    Raises:
-        DinoError: None of them.
-    """
-    if "patch_embed.proj.weight" in backbone and "pos_embed" in backbone:
-        width, _, patch, _ = backbone["patch_embed.proj.weight"].shape
-        blocks = len({key.split(".")[1] for key in backbone if key.startswith("blocks.")})
-        size = round((backbone["pos_embed"].shape[1] - 1) ** 0.5) * patch
-        if width in OFFICIAL and OFFICIAL[width][0] == blocks:
-            options: dict[str, bool | int | float | str] = {
-                "embed_dim": width,
-                "depth": blocks,
-                "num_heads": OFFICIAL[width][1],
-                "patch_size": patch,
-                "img_size": size,
-            }
-            return BackboneConfig(name="vit_small_patch16_224", options=options, positions="dino")
-    if (
-        "layer4.2.conv3.weight" in backbone
-        and "layer3.5.conv3.weight" in backbone
-        and "layer3.6.conv3.weight" not in backbone
-    ):
-        return BackboneConfig(name="resnet50")
-    raise DinoError(
-        f"{source} is none of DINO's networks (ViT-Ti, S or B with any patch size, ResNet-50)",
-        f"its first keys are {', '.join(list(backbone)[:3])}; a checkpoint of this tool carries its own shape",
-    )

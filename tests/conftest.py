@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dinocli import distributed
 from dinocli.encoder import Encoder
-from dinocli.models.backbone import BackboneConfig
+from dinocli.models.architecture import BackboneConfig
 from dinocli.preset import load_preset
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -16,9 +16,10 @@ import torchvision
 from conftest import of_channels
 
 from dinocli import exporting
-from dinocli.encoder import Encoder, load_encoder
+from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.exporting import ENDINGS, Format, export
+from dinocli.loading import load_encoder
 from dinocli.models import head as head_module
 from dinocli.models.head import Head
 from dinocli.models.network import Network

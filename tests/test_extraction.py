@@ -18,7 +18,7 @@ from dinocli.errors import DinoError
 from dinocli.evals.linear import augmented
 from dinocli.extraction import extract
 from dinocli.features import read_features, read_splits
-from dinocli.models.backbone import BackboneConfig
+from dinocli.models.architecture import BackboneConfig
 from dinocli.packing import pack
 
 

@@ -12,11 +12,11 @@ from PIL import Image
 from test_pretraining import SMALL
 
 from dinocli.data.sources import image_folder
-from dinocli.encoder import load_encoder
 from dinocli.errors import DinoError
 from dinocli.evals.knn import knn
 from dinocli.extraction import extract
 from dinocli.features import read_features
+from dinocli.loading import load_encoder
 from dinocli.monitor import Monitor, _some, steps_between_looks
 from dinocli.planning import Plan
 from dinocli.preset import load_preset

@@ -15,8 +15,8 @@ import torch
 from conftest import of_channels
 
 from dinocli.data.sources import image_folder
-from dinocli.encoder import load_encoder
 from dinocli.errors import DinoError
+from dinocli.loading import load_encoder
 from dinocli.planning import Plan
 from dinocli.preset import Preset, load_preset
 from dinocli.pretraining import Progress, pretrain, start_from

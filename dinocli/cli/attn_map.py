@@ -37,7 +37,8 @@ def attn_map(
 
     from dinocli.attention_pictures import draw
     from dinocli.device import pick_device
-    from dinocli.encoder import load_encoder, with_images
+    from dinocli.encoder import with_images
+    from dinocli.loading import load_encoder
 
     encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
     encoder = with_images(encoder, overrides or [])

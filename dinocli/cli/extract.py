@@ -64,9 +64,10 @@ def extract(
     parts = splits(data)
 
     from dinocli.device import default_workers, pick_device
-    from dinocli.encoder import load_encoder, quick, with_images
+    from dinocli.encoder import quick, with_images
     from dinocli.extraction import extract
     from dinocli.features import learned_from
+    from dinocli.loading import load_encoder
 
     picked = pick_device(device)
     encoder = load_encoder(checkpoint_or_newest(paths[0] if len(paths) == 2 else None), picked, network)

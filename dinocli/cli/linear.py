@@ -60,8 +60,8 @@ def linear(
 
     if paper:
         from dinocli.data.sources import Images, splits
-        from dinocli.encoder import load_encoder
         from dinocli.evals.linear import linear_on_images
+        from dinocli.loading import load_encoder
 
         parts = {name: part for name, part in splits(paper).items() if isinstance(part, Images)}
         test = parts.get("val") or parts.get("test")

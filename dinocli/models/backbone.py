@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
-from pydantic import Field
 from timm.layers import PatchEmbed  # type: ignore[attr-defined]
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinocli.config import Config
-from dinocli.errors import DinoError, nearest
-from dinocli.models.block import BranchBlock, PlainBlock, RotaryBlock, attention_of
+from dinocli.errors import DinoError
+from dinocli.models.block import BranchBlock, PlainBlock, Projection, RotaryBlock, attention_of, projected
 from dinocli.models.positions import Positions, Resampler
 from dinocli.models.rotary import Rotary
 
 _NOT_CONVOLUTIONS = ("Attention", "Mixer", "Mamba", "Gated", "LSTM", "ResBlock", "SpatialGating", "VisionTransformer")
+
+
+Facet = Literal["token", "query", "key", "value"]
 
 
 @dataclass(frozen=True)
@@ -50,95 +51,6 @@ class Hidden(NamedTuple):
 
     where: Tensor
     token: Tensor
-
-
-class LearningConfig(Config):
-    """How a backbone learns where it does not do so like the rest of the network.
-
-    Attributes:
-        layer_decay: The learning rate of a block is this times that of the next one; of what comes before the first
-            block, once more.
-        patch_embed: The learning rate of the patch embedding is this times what `layer_decay` gives it.
-        frozen_epochs: Epochs at the start in which it does not learn, while the heads do.
-
-    Source: facebookresearch/dinov2@b8931f7 dinov2/utils/param_groups.py.
-    """
-
-    layer_decay: float = Field(1.0, gt=0, le=1)
-    patch_embed: float = Field(1.0, gt=0)
-    frozen_epochs: int = Field(0, ge=0)
-
-
-AS_THE_HEADS = LearningConfig()
-
-
-class BackboneConfig(Config):
-    """Which timm model, and what of it differs from timm's own.
-
-    Attributes:
-        name: timm's name of the architecture.
-        options: Arguments for `timm.create_model` (patch size, image size, width, depth).
-        drop_path: Share of residual branches that the student skips.
-        drop_path_rule: How that share lies over the blocks: `linear`, growing to this in the last one, as in the
-            original; or `uniform`, the same in all, left out so that they cost nothing, as in DINOv2.
-        learning: How it learns, where not like the heads.
-        positions: How learned positions meet another grid: `dino` as the original does (scaled by a factor with 0.1
-            added, no antialias), or `antialias` (to an exact size). Absent for networks without positions.
-        class_token_std: Spread of the class token at the start of training; absent where there is none.
-    """
-
-    name: str
-    options: dict[str, bool | int | float | str] = {}
-    drop_path: float = Field(0.0, ge=0, lt=1)
-    drop_path_rule: Literal["linear", "uniform"] = "linear"
-    learning: LearningConfig = AS_THE_HEADS
-    positions: Positions | None = None
-    rescale_positions: float = Field(1.0, ge=1)
-    class_token_std: float | None = Field(None, gt=0)
-
-    def build(self, *, drop_path: bool) -> Backbone:
-        """A backbone with fresh weights; `drop_path` is for the student alone.
-
-        Raises:
-            DinoError: timm has no such model, or does not take the options.
-        """
-        options: dict[str, Any] = dict(self.options)
-        if drop_path and self.drop_path and self.drop_path_rule == "linear":
-            options["drop_path_rate"] = self.drop_path
-        backbone = adapt(create_timm(self.name, **options), self.positions or "antialias")
-        if drop_path and self.drop_path and self.drop_path_rule == "uniform":
-            backbone.leave_out(self.drop_path)
-        if drop_path and self.rescale_positions != 1:
-            backbone.rescale_positions(self.rescale_positions)
-        if isinstance(backbone, RotaryBackbone):
-            backbone.start_evenly()
-        if self.class_token_std is not None:
-            if not isinstance(backbone, Transformer):
-                raise DinoError(
-                    f"{self.name} has no class token to start with a spread of {self.class_token_std}",
-                    "--set backbone.class_token_std=none",
-                )
-            for token in (backbone.model.cls_token, backbone.model.reg_token):
-                if token is not None:
-                    nn.init.trunc_normal_(token, std=self.class_token_std)
-        return backbone
-
-
-def create_timm(name: str, **options: Any) -> Any:
-    """A timm model without its classifier.
-
-    Raises:
-        DinoError: timm has no such model, or does not take the options.
-    """
-    architecture = name.split(".")[0]
-    if ":" not in name and architecture not in timm.list_models():
-        raise DinoError(
-            f"timm {timm.__version__} has no model {name!r}", f"did you mean {nearest(name, timm.list_models())}?"
-        )
-    try:
-        return timm.create_model(name, num_classes=0, **options)
-    except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise DinoError(f"timm cannot build {name} with {options}: {error}", "change [backbone.options]") from error
 
 
 def adapt(model: Any, positions: Positions) -> Backbone:
@@ -261,6 +173,25 @@ class Backbone(nn.Module):
         """
         return [tokens.cls for tokens in self.blocks(images, last, hidden)]
 
+    def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
+        """What some blocks make of the patches, or ask of them.
+
+        Args:
+            images: [B, C, H, W]
+            layers: Numbers of blocks: 1 is the first and -1 the last; what they give is joined in this order.
+            facet: `token`, what comes out of a block, through the final norm; or the `query`, `key` or `value` of its
+                attention, those of all heads joined and before any turn by place.
+
+        Returns:
+            [B, rows, columns, len(layers)*D]
+
+        Raises:
+            DinoError: The backbone has no such block, or no attention.
+
+        Source: Amir et al., arXiv 2112.05814, which calls them facets.
+        """
+        raise NotImplementedError
+
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         """How much each token draws on each other in the last block. [B, heads, queries, 1+R+N]
 
@@ -376,12 +307,32 @@ class Transformer(Backbone):
         prefix = self.model.num_prefix_tokens
         return Tokens(cls=tokens[:, 0], registers=tokens[:, 1:prefix], patches=tokens[:, prefix:], grid=grid)
 
+    def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
+        depth = len(self.row)
+        if wrong := [layer for layer in layers if not 1 <= abs(layer) <= depth]:
+            raise DinoError(f"blocks 1 to {depth} were wanted, or -1 to -{depth}; {wrong[0]} is none", "--layer -1")
+        wanted = [layer - 1 if layer > 0 else depth + layer for layer in layers]
+        tokens, rotation, grid = self._embed(images)
+        made: dict[int, Tensor] = {}
+        for i, block in enumerate(self.row[: max(wanted) + 1]):
+            before, last = tokens, i == max(wanted)
+            if not last or facet == "token":
+                tokens = self._run(block, tokens, rotation)
+            if i in wanted:
+                made[i] = self.model.norm(tokens) if facet == "token" else _projected(block, before, facet)
+        joined = torch.cat([made[i] for i in wanted], dim=-1)
+        return joined[:, self.model.num_prefix_tokens :].unflatten(1, grid)
+
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         tokens, rotation, _ = self._embed(images)
         for block in self.row[:-1]:
             tokens = self._run(block, tokens, rotation)
         last: Any = self.row[-1]
         return attention_of(last.attn, last.norm1(tokens), queries, rotation)
+
+
+def _projected(block: Any, tokens: Tensor, which: Projection) -> Tensor:
+    return projected(block.attn, block.norm1(tokens), which)
 
 
 class ViTBackbone(Transformer):
@@ -484,6 +435,15 @@ class ConvBackbone(Backbone):
             )
         patches = features.flatten(2).transpose(1, 2)  # [B, N, D]
         return [Tokens(patches.mean(1), patches[:, :0], patches, (features.shape[-2], features.shape[-1]))]
+
+    def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
+        if tuple(layers) != (-1,) or facet != "token":
+            raise DinoError(
+                "a convolutional network gives only its output: no other layer, and no query, key or value",
+                "--layer -1 --facet token",
+            )
+        (tokens,) = self.blocks(images, 1)
+        return tokens.patches.unflatten(1, tokens.grid)
 
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         raise DinoError(

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dinocli.distributed import whole
 from dinocli.errors import DinoError
-from dinocli.models.backbone import Backbone, BackboneConfig, Hidden, ViTBackbone
+from dinocli.models.architecture import BackboneConfig
+from dinocli.models.backbone import Backbone, Hidden, ViTBackbone
 from dinocli.models.head import Head
 
 Reads = Literal["class", "patches"]

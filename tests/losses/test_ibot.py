@@ -8,7 +8,7 @@ from dinocli.losses import ibot
 from dinocli.losses.dino import dino_loss
 from dinocli.losses.ibot import IbotLossConfig, ibot_loss
 from dinocli.losses.targets import CenteringConfig
-from dinocli.models.backbone import BackboneConfig
+from dinocli.models.architecture import BackboneConfig
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import Encoding, Network
 from dinocli.schedules import Clock, Constant

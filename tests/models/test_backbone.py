@@ -11,7 +11,8 @@ from timm.models.vision_transformer import ParallelScalingBlock, VisionTransform
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.errors import DinoError
-from dinocli.models.backbone import BackboneConfig, Hidden, RotaryBackbone, ViTBackbone, adapt, create_timm
+from dinocli.models.architecture import BackboneConfig, create_timm
+from dinocli.models.backbone import Hidden, RotaryBackbone, ViTBackbone, adapt
 
 MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SIZES = ["32x32", "16x16", "24x40", "16x64", "27x45"]
@@ -88,22 +89,6 @@ def test_registers_stand_apart_and_get_no_position() -> None:
     expected = backbone.model.forward_features(images)
     torch.testing.assert_close(tokens.cls, expected[:, 0])
     torch.testing.assert_close(tokens.patches, expected[:, 5:])
-
-
-@pytest.mark.parametrize("depth", [4, 12])
-def test_drop_path_grows_linearly_and_is_the_students_alone(original, depth: int) -> None:
-    options = MICRO | {"depth": depth}
-    config = BackboneConfig(name="vit_tiny_patch16_224", options=options, drop_path=0.1, positions="dino")
-    blocks = config.build(drop_path=True).model.blocks
-    for branch in ("drop_path1", "drop_path2"):
-        rates = [getattr(getattr(block, branch), "drop_prob", 0.0) for block in blocks]
-        assert rates == pytest.approx(original.made["droppath"][str(depth)], abs=1e-8)
-    assert all(not hasattr(block.drop_path1, "drop_prob") for block in config.build(drop_path=False).model.blocks)
-
-
-def test_a_class_token_starts_with_the_spread_asked_for() -> None:
-    config = BackboneConfig(name="vit_small_patch16_224", class_token_std=0.02, positions="dino")
-    assert config.build(drop_path=False).model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 def test_last_blocks_are_normed_and_in_order(micro: ViTBackbone, original) -> None:
@@ -190,22 +175,6 @@ def test_a_convolutional_network_gives_its_map_and_the_average_of_it() -> None:
     torch.testing.assert_close(tokens.cls, tokens.patches.mean(1))
     with pytest.raises(DinoError, match="vision transformer"):
         backbone.attention(torch.zeros(1, 3, 64, 64))
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("vit_smal_patch16_224", {}, "no model 'vit_smal_patch16_224'"),
-        ("vit_tiny_patch16_224", {"wings": 2}, "cannot build"),
-        ("swin_tiny_patch4_window7_224", {}, "cannot be a backbone"),
-        ("deit_tiny_distilled_patch16_224", {}, "cannot be a backbone"),
-        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}, "cannot be a backbone"),
-        ("mixer_s32_224", {}, "cannot be a backbone"),
-    ],
-)
-def test_what_cannot_be_a_backbone_is_named(name: str, options: dict, message: str) -> None:
-    with pytest.raises(DinoError, match=message):
-        BackboneConfig(name=name, options=options).build(drop_path=False)
 
 
 def test_adapt_takes_any_timm_model_of_the_two_kinds() -> None:
@@ -339,11 +308,6 @@ def test_positions_are_rescaled_for_the_student_alone_and_once_a_pass(
     assert not draws
 
 
-def test_learned_positions_cannot_be_rescaled() -> None:
-    with pytest.raises(DinoError, match="no rotary positions"):
-        BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, rescale_positions=2.0).build(drop_path=True)
-
-
 def test_hidden_patches_of_a_rotary_network_are_not_seen() -> None:
     _, ours = turning()
     one, other = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
@@ -357,22 +321,6 @@ def test_hidden_patches_of_a_rotary_network_are_not_seen() -> None:
     two = Hidden(torch.zeros(2, 16, dtype=torch.bool), hidden.token)
     two.where[:, [2, 9]] = True
     assert not torch.allclose(ours(one, two).patches[0, 2], ours(one, two).patches[0, 9])
-
-
-def test_a_fresh_rotary_network_starts_evenly_and_a_loaded_one_is_left_alone() -> None:
-    torch.manual_seed(0)
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "num_heads": 3, "depth": 6}
-    name = "vit_small_patch16_dinov3"
-    fresh = BackboneConfig(name=name, options=options, class_token_std=0.5).build(drop_path=False).model
-    timms = adapt(create_timm(name, **options), "antialias").model
-    for depth in range(6):
-        for key in ("attn.proj.weight", "mlp.fc2.weight", "mlp.fc1.weight"):
-            spread = fresh.blocks[depth].get_parameter(key).std().item()
-            assert spread == pytest.approx(0.02, rel=0.03)
-        rescaled = timms.blocks[depth].attn.proj.weight.std().item()
-        assert rescaled == pytest.approx(0.02 / (2 * (depth + 1)) ** 0.5, rel=0.03)
-    assert fresh.cls_token.std().item() == pytest.approx(0.5, rel=0.2)
-    assert fresh.reg_token.std().item() == pytest.approx(0.5, rel=0.1)
 
 
 def test_a_rotary_network_is_a_row_of_blocks() -> None:
@@ -405,3 +353,52 @@ def test_an_eva_of_another_kind_is_refused(name: str, options: dict) -> None:
     small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
     with pytest.raises(DinoError, match="a Eva cannot be a backbone yet"):
         BackboneConfig(name=name, options=small | options).build(drop_path=False)
+
+
+def _asked(network: ViTBackbone | RotaryBackbone, images: torch.Tensor, layer: int, part: int) -> torch.Tensor:
+    """Queries, keys or values of a block, as its own linear layer gives them, of the patches. [B, N, D]"""
+    seen: list[torch.Tensor] = []
+    block = network.model.blocks[layer - 1]
+    handle = block.norm1.register_forward_hook(lambda module, given, made: seen.append(made))
+    network.blocks(images, 1)
+    handle.remove()
+    made = block.attn.qkv(seen[0])
+    if getattr(block.attn, "q_bias", None) is not None:
+        made = made + torch.cat([block.attn.q_bias, block.attn.k_bias, block.attn.v_bias])
+    return made.chunk(3, -1)[part][:, network.model.num_prefix_tokens :]
+
+
+def test_facets_of_patches_are_what_their_blocks_work_out(micro: ViTBackbone) -> None:
+    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    tokens = micro.blocks(images, 2)
+    exact = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(micro.patches(images).flatten(1, 2), tokens[-1].patches, **exact)
+    assert micro.patches(images).shape[1:3] == (4, 6)
+    both = torch.cat([tokens[1].patches, tokens[0].patches], -1)
+    torch.testing.assert_close(micro.patches(images, [-1, 1]).flatten(1, 2), both, **exact)
+    for layer in (1, 2):
+        for part, facet in enumerate(("query", "key", "value")):
+            made = micro.patches(images, [layer], facet).flatten(1, 2)  # type: ignore[arg-type]
+            torch.testing.assert_close(made, _asked(micro, images, layer, part), **exact)
+    for layer in (0, 3, -3):
+        with pytest.raises(DinoError, match="blocks 1 to 2 were wanted"):
+            micro.patches(images, [layer])
+
+
+def test_facets_of_a_rotary_network_are_those_before_the_turn() -> None:
+    _, network = turning()
+    images = torch.randn(1, 3, 32, 48, dtype=next(network.parameters()).dtype)
+    with torch.no_grad():
+        for part, facet in enumerate(("query", "key", "value")):
+            made = network.patches(images, [2], facet).flatten(1, 2)  # type: ignore[arg-type]
+            torch.testing.assert_close(made, _asked(network, images, 2, part))
+
+
+def test_a_convolutional_network_has_one_layer_and_no_facets() -> None:
+    network = adapt(create_timm("resnet18"), "antialias").eval()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert network.patches(images).shape == (1, 2, 3, 512)
+        for asked in (([-1], "key"), ([1], "token")):
+            with pytest.raises(DinoError, match="gives only its output"):
+                network.patches(images, *asked)  # type: ignore[arg-type]

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from dinocli.errors import DinoError
-from dinocli.models.backbone import BackboneConfig, Hidden
+from dinocli.models.architecture import BackboneConfig
+from dinocli.models.backbone import Hidden
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import Network
 

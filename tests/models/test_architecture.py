@@ -1,0 +1,65 @@
+"""A configuration builds the backbone it says, and names what it cannot build."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dinocli.errors import DinoError
+from dinocli.models.architecture import BackboneConfig, create_timm
+from dinocli.models.backbone import adapt
+
+MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+@pytest.mark.parametrize("depth", [4, 12])
+def test_drop_path_grows_linearly_and_is_the_students_alone(original, depth: int) -> None:
+    options = MICRO | {"depth": depth}
+    config = BackboneConfig(name="vit_tiny_patch16_224", options=options, drop_path=0.1, positions="dino")
+    blocks = config.build(drop_path=True).model.blocks
+    for branch in ("drop_path1", "drop_path2"):
+        rates = [getattr(getattr(block, branch), "drop_prob", 0.0) for block in blocks]
+        assert rates == pytest.approx(original.made["droppath"][str(depth)], abs=1e-8)
+    assert all(not hasattr(block.drop_path1, "drop_prob") for block in config.build(drop_path=False).model.blocks)
+
+
+def test_a_class_token_starts_with_the_spread_asked_for() -> None:
+    config = BackboneConfig(name="vit_small_patch16_224", class_token_std=0.02, positions="dino")
+    assert config.build(drop_path=False).model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_smal_patch16_224", {}, "no model 'vit_smal_patch16_224'"),
+        ("vit_tiny_patch16_224", {"wings": 2}, "cannot build"),
+        ("swin_tiny_patch4_window7_224", {}, "cannot be a backbone"),
+        ("deit_tiny_distilled_patch16_224", {}, "cannot be a backbone"),
+        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}, "cannot be a backbone"),
+        ("mixer_s32_224", {}, "cannot be a backbone"),
+    ],
+)
+def test_what_cannot_be_a_backbone_is_named(name: str, options: dict, message: str) -> None:
+    with pytest.raises(DinoError, match=message):
+        BackboneConfig(name=name, options=options).build(drop_path=False)
+
+
+def test_learned_positions_cannot_be_rescaled() -> None:
+    with pytest.raises(DinoError, match="no rotary positions"):
+        BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, rescale_positions=2.0).build(drop_path=True)
+
+
+def test_a_fresh_rotary_network_starts_evenly_and_a_loaded_one_is_left_alone() -> None:
+    torch.manual_seed(0)
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "num_heads": 3, "depth": 6}
+    name = "vit_small_patch16_dinov3"
+    fresh = BackboneConfig(name=name, options=options, class_token_std=0.5).build(drop_path=False).model
+    timms = adapt(create_timm(name, **options), "antialias").model
+    for depth in range(6):
+        for key in ("attn.proj.weight", "mlp.fc2.weight", "mlp.fc1.weight"):
+            spread = fresh.blocks[depth].get_parameter(key).std().item()
+            assert spread == pytest.approx(0.02, rel=0.03)
+        rescaled = timms.blocks[depth].attn.proj.weight.std().item()
+        assert rescaled == pytest.approx(0.02 / (2 * (depth + 1)) ** 0.5, rel=0.03)
+    assert fresh.cls_token.std().item() == pytest.approx(0.5, rel=0.2)
+    assert fresh.reg_token.std().item() == pytest.approx(0.5, rel=0.1)

@@ -1,0 +1,177 @@
+"""What is read is the network that was written, with the sizes and statistics that belong to it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from dinocli.encoder import fingerprint
+from dinocli.errors import DinoError
+from dinocli.loading import fitted_to, initial_weights, load_encoder, official_architecture, untrained_encoder
+from dinocli.models.architecture import BackboneConfig
+from dinocli.models.backbone import ViTBackbone
+from dinocli.preset import load_preset
+from dinocli.weights import Weights, read_weights, write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+def test_a_checkpoint_carries_its_own_shape_size_and_statistics(tmp_path: Path) -> None:
+    preset = load_preset("tiny", ["views.mean=[0.1, 0.2, 0.3]"])
+    network = preset.network().eval()
+    write_checkpoint(tmp_path / "ckpt.safetensors", network.weights(), preset, 0)
+    encoder = load_encoder(str(tmp_path), CPU)
+    assert (encoder.size, encoder.mean) == (preset.views.global_1.size, (0.1, 0.2, 0.3))
+    images = torch.randn(2, 3, encoder.size, encoder.size)
+    torch.testing.assert_close(encoder.features(images), network.backbone(images).cls)
+    assert encoder.fingerprint == fingerprint(network.backbone.model.state_dict())
+    twin = untrained_encoder(read_weights(tmp_path), CPU)
+    assert twin.fingerprint != encoder.fingerprint
+    assert twin.features(images).shape == encoder.features(images).shape
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {}),
+        ("vit_small_patch8_224", {}),
+        ("vit_tiny_patch16_224", {"img_size": 96, "patch_size": 8}),
+        ("resnet50", {}),
+    ],
+)
+def test_official_networks_are_told_by_their_weights(tmp_path: Path, name: str, options: dict) -> None:
+    model = timm.create_model(name, num_classes=0, **options).eval()
+    torch.save(
+        {"teacher": {f"module.backbone.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "official.pth"
+    )
+    encoder = load_encoder(str(tmp_path / "official.pth"), CPU)
+    images = torch.randn(1, 3, *[options.get("img_size", 64 if name == "resnet50" else 224)] * 2)
+    expected = model(images)
+    torch.testing.assert_close(encoder.features(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_no_known_network_are_never_random_ones(tmp_path: Path) -> None:
+    with pytest.raises(DinoError, match="none of DINO's networks"):
+        official_architecture({"conv.weight": torch.zeros(1)}, "x.pth")
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    weights = model.state_dict()
+    del weights["blocks.3.norm1.bias"]
+    torch.save(weights, tmp_path / "torn.pth")
+    with pytest.raises(DinoError, match=r"lacks blocks\.3\.norm1\.bias"):
+        load_encoder(str(tmp_path / "torn.pth"), CPU)
+
+
+@pytest.fixture
+def local_timm(tmp_path: Path) -> str:
+    """A model folder in the form of timm's hub, since no released weights can be downloaded in a test."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 0,
+        "model_args": {"img_size": 32, "depth": 2},
+        "pretrained_cfg": {
+            "input_size": [3, 32, 32],
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.4, 0.4, 0.4],
+            "num_classes": 0,
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return f"timm:local-dir:{tmp_path}"
+
+
+def test_timms_released_weights(local_timm: str) -> None:
+    encoder = load_encoder(local_timm, CPU)
+    assert (encoder.size, encoder.mean, encoder.std) == (32, (0.5, 0.5, 0.5), (0.4, 0.4, 0.4))
+    assert encoder.features(torch.randn(2, 3, 32, 32)).shape == (2, 192)
+    weights = initial_weights(local_timm)
+    assert fingerprint(weights.backbone) == encoder.fingerprint
+    assert weights.heads == {}
+
+
+def test_released_weights_that_cannot_be_had_are_never_random_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no network here")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(DinoError, match="could not be had: no network here"):
+        load_encoder("timm:vit_tiny_patch16_224", CPU)
+    with pytest.raises(DinoError, match="no model 'vit_tinny_patch16_224'"):
+        load_encoder("timm:vit_tinny_patch16_224", CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"), [("vit_small_patch16_224.dino", "dino"), ("vit_small_patch16_224.augreg_in21k", "antialias")]
+)
+def test_dinos_own_weights_in_timm_meet_other_sizes_as_they_were_trained(
+    monkeypatch: pytest.MonkeyPatch, name: str, positions: str
+) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: create(name, **options | {"pretrained": False}))
+    encoder = load_encoder(f"timm:{name}", CPU)
+    assert encoder.backbone.positions == positions
+    images = torch.randn(1, 3, 64, 96)
+    (expected,) = ViTBackbone(encoder.backbone.model, positions).class_tokens(images)
+    assert torch.equal(encoder.features(images), expected)
+
+
+def test_dinov3s_weights_in_timm_are_read_as_timm_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    create, made = timm.create_model, []
+
+    def random(name: str, **options: object) -> torch.nn.Module:
+        made.append(create(name, **options | {"pretrained": False, "depth": 2}))
+        return copy.deepcopy(made[-1])
+
+    monkeypatch.setattr(timm, "create_model", random)
+    encoder = load_encoder("timm:vit_small_patch16_dinov3.lvd1689m", CPU)
+    assert (encoder.size, encoder.mean) == (256, (0.485, 0.456, 0.406))
+    images = torch.randn(1, 3, 64, 96)
+    (timms,) = made
+    expected = timms.eval().forward_features(images)
+    torch.testing.assert_close(encoder.features(images), expected[:, 0])
+    torch.testing.assert_close(encoder.features(images, "patches"), expected[:, 5:])
+    assert encoder.attention(images).shape == (1, 6, 4, 6)
+    assert encoder.fingerprint == fingerprint(timms.state_dict()), "no weight was started anew"
+
+
+def test_a_folder_of_ours_in_timms_form_says_how_it_met_other_sizes(local_timm: str, tmp_path: Path) -> None:
+    assert load_encoder(local_timm, CPU).backbone.positions == "antialias"
+    config = json.loads((tmp_path / "config.json").read_text())
+    for about, positions in (
+        ({"dinocli": "1", "positions": "dino"}, "dino"),
+        ({"dinocli": "1", "positions": "antialias"}, "antialias"),
+        ({"dinocli": "1", "positions": None}, "antialias"),
+        ({"positions": "dino"}, "antialias"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | about))
+        assert load_encoder(local_timm, CPU).backbone.positions == positions
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_weights_of_three_channels_are_fitted_to_others(name: str, channels: int) -> None:
+    options = {"img_size": 32, "depth": 1} if name.startswith("vit") else {}
+    torch.manual_seed(0)
+    three = BackboneConfig(name=name, options=options).build(drop_path=False).eval()
+    other = BackboneConfig(name=name, options=options | {"in_chans": channels}).build(drop_path=False).eval()
+    weights = Weights(dict(three.model.state_dict()), {}, None)
+    fitted = fitted_to(weights, other)
+    other.model.load_state_dict(fitted.backbone)
+    gray = torch.randn(2, 1, 32, 32).expand(-1, 3, -1, -1)
+    # Where all channels are alike, one sums the filters up, and several repeat them at 3 by their number: of 3 k all is
+    # the same, of others nearly.
+    if channels == 1:
+        torch.testing.assert_close(other(gray[:, :1]).cls, three(gray).cls, rtol=1e-4, atol=1e-5)
+    first = next(key for key, value in weights.backbone.items() if value.ndim == 4)
+    ours, theirs = fitted.backbone[first], weights.backbone[first]
+    assert ours.shape[1] == channels
+    for channel in range(channels) if channels > 1 else ():
+        torch.testing.assert_close(ours[:, channel], theirs[:, channel % 3] * 3 / channels)
+    assert fitted_to(weights, three) is None
+    assert fitted_to(fitted, three) is None, "what is not of three is left, and loading says that it does not fit"
