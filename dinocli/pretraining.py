@@ -231,12 +231,13 @@ def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBat
         seed=plan.preset.training.seed,
         images=plan.preset.images,
         start=trainer.clock.step,
+        steps_per_epoch=trainer.clock.steps_per_epoch,
         workers=plan.workers,
         device=plan.device,
         share=Share(rank(), size()),
         cache=plan.cache,
         compiled=plan.compiled,
-        grid=method.student.backbone.grid(plan.preset.views.global_1.size),
+        grid=method.student.backbone.grid,
     )
 
 

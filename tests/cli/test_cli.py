@@ -246,7 +246,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dino: Dino, tmp_path: Path
     done = dino("pretrain", "images", "--preset", "tiny", *SMALL, "--dry-run")
     for word in ("images", "steps", "learning rate", "parameters", "memory", "time", "runs/tiny-1"):
         assert word in done.stdout
+    assert "2x16 + 4x8 " in done.stdout
+    low = ["--set", "views.low_resolution={epochs=2, global_size=8}"]
+    done = dino("pretrain", "images", "--preset", "tiny", *SMALL, *low, "--dry-run")
+    assert "2x8 + 4x8 for 2 of 8 epochs, then 2x16 + 4x8" in done.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
+    run = dino("pretrain", "images", "--preset", "tiny", *SMALL, *low, "--steps", "2", "--no-report")
+    assert "note: views of 2x8 + 4x8 for 2 of 8 epochs, then 2x16 + 4x8: steps take longer then" in run.stderr
+    assert "low resolution lasts 100 steps and this run ends at 2" in run.stderr
 
 
 def test_the_doctor_looks_and_leaves_nothing(dino: Dino, tmp_path: Path) -> None:
