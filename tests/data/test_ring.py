@@ -160,16 +160,24 @@ def test_waiting_is_counted() -> None:
     assert 0 < filled.waited < 5
 
 
-@pytest.mark.parametrize("end", ["raise SystemExit(3)", "os.kill(os.getpid(), 9)"])
-def test_no_worker_outlives_the_process_that_started_it(end: str) -> None:
-    code = (
-        "import os, sys\n"
-        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-        "import test_ring\n"
-        "ring = test_ring.made(test_ring.Counting, 2)\n"
-        "next(iter(ring))\n"
-        "print(*(p.pid for p in ring._processes), flush=True)\n" + end
-    )
+def test_no_worker_outlives_the_process_that_started_it() -> None:
+    """Whether that comes to its end or is killed: two copies of one process, which imports torch once for both."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_ring
+for killed in (False, True):
+    if not os.fork():
+        ring = test_ring.made(test_ring.Counting, 2)
+        next(iter(ring))
+        print(*(p.pid for p in ring._processes), flush=True)
+        if killed:
+            os.kill(os.getpid(), 9)
+        sys.exit(3)
+print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)), flush=True)
+"""
     # The workers hold the pipe open: reading it to its end waits for the last of them.
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=30)
-    assert len(done.stdout.split()) == 2
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    *workers, codes = done.stdout.splitlines()
+    assert [len(line.split()) for line in workers] == [2, 2]
+    assert sorted(codes.split()) == ["-9", "3"]
