@@ -138,15 +138,12 @@ def _from_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
             "it takes the network once; without one, a folder with config.json and weights: timm:local-dir:FOLDER",
         ) from error
     released: Mapping[str, Any] = model.pretrained_cfg
-    backbone = adapt(model, _positions_of(name, released))
+    backbone = adapt(model, _positions_of(released))
     return backbone, released["input_size"][-1], tuple(released["mean"]), tuple(released["std"])
 
 
-def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
-    """How a timm model met other grids in its training; where nothing tells, as timm does it."""
-    exported = timm_folder(Path(name.removeprefix("local-dir:"))) if name.startswith("local-dir:") else {}
-    if "dinocli" in exported:
-        return "dino" if exported.get("positions") == "dino" else "antialias"
+def _positions_of(released: Mapping[str, Any]) -> Positions:
+    """How a timm model met other grids in its training: as the original's, or, where nothing tells, as timm does it."""
     return "dino" if released.get("tag") == "dino" else "antialias"
 
 

@@ -59,7 +59,20 @@ def in_a_process(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | env)
 
 
-COMMANDS = ["", "doctor", "pretrain", "extract", "knn", "linear", "attn-map", "export", "pack", "presets", "demo"]
+COMMANDS = [
+    "",
+    "doctor",
+    "pretrain",
+    "extract",
+    "knn",
+    "linear",
+    "attn-map",
+    "export",
+    "push",
+    "pack",
+    "presets",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -390,6 +403,17 @@ def test_export_says_how_to_load_what_it_wrote(dino: Dino, images: Path) -> None
     assert dino("export", "runs/tiny-1", "--to", "official", "--heads").stdout == "tiny-1-heads.pth\n"
     assert dino("export", "--to", "timm").stdout == "tiny-1-timm\n"
     assert dino("export", "--to", "timm").stdout == "tiny-1-timm\n", "an export may replace its own"
+
+
+def test_push_says_what_to_look_at_and_what_uploads_it(dino: Dino, images: Path) -> None:
+    dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "1", "--workers", "0")
+    done = dino("push")
+    assert done.stdout == "tiny-1-hub\n"
+    assert "next: hf upload USER/tiny-1 tiny-1-hub" in done.stderr
+    assert "12 images" in Path("tiny-1-hub/README.md").read_text()
+    told = json.loads(dino("push", "runs/tiny-1", "my birds", "--json").stdout)
+    assert (told["path"], told["name"], told["knn"]) == ("my birds", "my-birds", None)
+    assert dino("extract", "timm:local-dir:tiny-1-hub", "images").stdout
 
 
 def test_an_export_leaves_its_source_and_its_neighbours_alone(dino: Dino, tmp_path: Path) -> None:
