@@ -127,6 +127,12 @@ class Preset(Config):
         for name, loss in self.losses.aimed().items():
             if loss.head not in self.heads:
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
+        first, second = self.views.global_1, self.views.global_2
+        if second and second.size != first.size:
+            raise ValueError(
+                f"the global views should have one size; they are {first.size} and {second.size}; "
+                f"it needs views.global_2.size={first.size}"
+            )
         if len(self.views.all) < 2:
             raise ValueError("two views at least were wanted, to predict one from another; it needs views.locals=2")
         if not all(0 <= value <= 1 for value in self.teacher.momentum.bounds):

@@ -27,7 +27,8 @@ from dinocli.preset import Preset, load_preset
 from dinocli.weights import Which, read_weights, write_checkpoint
 
 CPU = torch.device("cpu")
-SMALL = ["heads.dino.prototypes=16", "heads.dino.hidden=24", "heads.dino.bottleneck=8", "views.global_1.size=48"]
+SMALL = ["heads.dino.prototypes=16", "heads.dino.hidden=24", "heads.dino.bottleneck=8"]
+SMALL += ["views.global_1.size=48", "views.global_2.size=48"]
 
 
 def run(folder: Path, *overrides: str, preset: str = "tiny") -> Path:

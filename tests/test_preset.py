@@ -58,6 +58,7 @@ def test_overrides_are_toml_values_and_none_takes_a_key_out() -> None:
         ("training.epochs", "--set wants key.path=value", "--set training.epochs=10"),
         ("training.epochs.more=1", "epochs is a value and not a table", "--set"),
         ("losses.dino=none", "at least one loss", "--set"),
+        ("views.global_1.size=160", "one size; they are 160 and 224", "--set views.global_2.size=160"),
         ("training.epochs=5", "a warm-up of 10 epochs does not fit a run of 5", "--set"),
     ],
 )

@@ -21,6 +21,7 @@ from dinocli.cli.linear import linear
 from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
+from dinocli.cli.push import push
 from dinocli.errors import DinoError
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command()(knn)
 app.command()(linear)
 app.command()(attn_map)
 app.command()(export)
+app.command()(push)
 app.add_typer(presets, name="presets")
 app.command()(demo)
 
