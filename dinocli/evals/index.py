@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -109,7 +110,8 @@ def digest_of(values: Values, more: str = "") -> str:
 
 
 def open_index(values: Values, kind: Kind, folder: Path, of: str, report: Report = lambda images: None) -> Index:
-    """The index of features: the one that is kept, if it is of these features; else a new one, which is kept.
+    """The index of features: the one that is kept, if it is of these features; else a new one, which is kept
+    where the folder may be written to.
 
     Args:
         values: [S, D]
@@ -117,9 +119,6 @@ def open_index(values: Values, kind: Kind, folder: Path, of: str, report: Report
         folder: That it is kept in, as `index.KIND/`.
         of: What tells the features from others; see `digest_of`.
         report: Called now and then with the number of features that are in a new index.
-
-    Raises:
-        OSError: The disk is full, or the place may not be written to.
     """
     if kind == "exact":
         return Index(About("exact", len(values), of), values)
@@ -149,7 +148,8 @@ def _build(values: Values, kind: Kind, place: Path, of: str, report: Report) -> 
         coarse.add(unit(values[first : first + _BLOCK]))
         report(min(len(values), first + _BLOCK))
     index = _set(Index(About(kind, len(values), of), values, coarse), values)
-    with atomic_folder(place) as draft:
+    # Where it cannot be kept, it is made each time, and nothing else is lost.
+    with contextlib.suppress(OSError, RuntimeError), atomic_folder(place) as draft:
         with atomic(draft / _FILE) as file:
             faiss.write_index(coarse, str(file))
         write_text(draft / _ABOUT, json.dumps(asdict(index.about)))

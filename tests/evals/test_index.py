@@ -55,6 +55,12 @@ def test_an_index_of_other_features_or_a_damaged_one_is_made_anew(tmp_path: Path
     assert built == [500, 500]
 
 
+def test_an_index_that_cannot_be_kept_is_used_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    index = open_index(drawn(300), "ivf", tmp_path / "file", "x")
+    assert index.search(drawn(300)[:3], 1)[1][:, 0].tolist() == [0, 1, 2]
+
+
 def test_a_digest_tells_features_apart() -> None:
     values = drawn(300)
     changed = values.copy()
