@@ -36,7 +36,8 @@ class Estimate:
     Attributes:
         parameters: Of the student: backbone and heads.
         backbone_parameters: Of the backbone alone.
-        flops: Floating-point operations an image, student and teacher, forward and backward.
+        flops: Floating-point operations an image, student and teacher, forward and backward; where crops change their
+            size on the way, on average over the run.
         fixed: Bytes that are in use whatever the batch: weights, gradients, moments.
         waiting: Bytes more for each image of the batch: its crops, and what the teacher says of it.
         image: Bytes more for each image that is taken at once.
@@ -66,17 +67,22 @@ class Estimate:
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Count a step's operations and bytes on tensors without data, and time a matrix product for the device's rate."""
+    """Count a step's operations and bytes on tensors without data, and time a matrix product for the device's rate.
+
+    Where crops change their size on the way, the bytes are those of the largest that the run comes to.
+    """
     with torch.device("meta"):
         method = plan.method()
+    phases = plan.phases
+    flops = sum((steps or 1) / max(1, plan.stop) * _flops(method, part) for steps, part in phases)
+    _, plan = phases[-1]
     depth = len(method.student.blocks())
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
     image = (four - two) / 2  # bytes are a straight line over the batch
     weights = _bytes(method.student)
-    # Student, its gradient, two moments, teacher; and what of the student is held in another precision.
-    fixed = 5 * weights + max(0.0, two - 2 * image)
+    # Student, its gradient, two moments, average; and what of the student is held in another precision.
+    fixed = 5 * weights + (_bytes(method.teacher) if plan.teacher else 0) + max(0.0, two - 2 * image)
     at_once = plan.images_each // plan.accumulate
-    flops = _flops(method, plan)
     seconds = flops * plan.images_each * plan.stop / _rate(plan)
     return Estimate(
         parameters=_count(method.student),

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dinocli.data.decode import DEFAULTS, ImagesConfig
+from dinocli.data.augment import normalize
+from dinocli.data.crops import cut
+from dinocli.data.decode import DEFAULTS, ImagesConfig, Pixels
 from dinocli.data.fill import Cutter
 from dinocli.data.loader import ALONE, Plain, Share, plain_batches
 from dinocli.data.sources import Source
 from dinocli.device import autocast, has_bfloat16
 from dinocli.errors import DinoError
-from dinocli.models.backbone import Backbone, Tokens
+from dinocli.models.backbone import Backbone, Facet, Tokens
 from dinocli.preset import Precision
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
 Channels = tuple[float, ...]
+_MOST_PATCHES = 16_384
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,31 @@ class Encoder:
         """
         with autocast(self.device, self.precision):
             return features_of(self.backbone, images, tokens, blocks)
+
+    def photo(self, pixels: Pixels, short_side: int) -> Tensor:
+        """A photo of any size and shape as the backbone takes it, all of it.
+
+        Args:
+            pixels: [H, W, C]
+            short_side: What to resize its short side to, in pixels; both sides are then rounded to whole patches, no
+                more of them than a machine can hold: a very long photo, or a very large size, becomes coarser.
+
+        Returns:
+            Normalized. [1, C, H', W']
+        """
+        height, width = pixels.shape[:2]
+        patch = self.backbone.patch_size
+        scale = min(short_side / min(height, width), patch * (_MOST_PATCHES / (height * width)) ** 0.5)
+        rows, columns = (min(_MOST_PATCHES, max(1, round(side * scale / patch))) for side in (height, width))
+        image = cut(pixels, (0, 0, height, width), (rows * patch, columns * patch), "bilinear")
+        mean, std = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))
+        return normalize(image.to(self.device).float() / 255, mean, std)[None]
+
+    @torch.no_grad()
+    def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
+        """What some blocks make of the patches, as `Backbone.patches` has it. [B, rows, columns, len(layers)*D]"""
+        with autocast(self.device, self.precision):
+            return self.backbone.patches(images, layers, facet).float()
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:

@@ -92,8 +92,7 @@ def of_channels(channels: int, *more: str) -> list[str]:
 
 def together(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What a function returns in each of so many processes that are one run, marked as torchrun marks them."""
-    context = multiprocessing.get_context("forkserver")  # it loads torch once for all of them
-    context.set_forkserver_preload(["dinocli.pretraining"])
+    context = multiprocessing.get_context("fork")  # this process has paid for importing torch
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -139,9 +139,10 @@ def assert_same_weights(one: Path, other: Path, idle: tuple[str, ...] = KEYS) ->
         (2, PLAIN, KEYS, {"accumulate": 2}),
         (2, [], IDLE, {"workers": 1}),
         (2, PLAIN, KEYS, {"parallel": "fsdp", "report": True}),
+        (2, [*PLAIN, "views.low_resolution={epochs=2, global_size=8}"], KEYS, {"workers": 1}),
         pytest.param(4, [], IDLE, {}, marks=pytest.mark.slow),
     ],
-    ids=["parts", "batch norm", "shards", "four"],
+    ids=["parts", "batch norm", "shards", "low resolution", "four"],
 )
 def test_several_processes_do_the_run_of_one(
     tmp_path: Path,

@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dinocli.data.augment import normalize
-from dinocli.data.crops import cut
 from dinocli.data.decode import Pixels
 from dinocli.encoder import Encoder
-
-_MOST_PATCHES = 16_384
 
 
 @dataclass(frozen=True)
@@ -50,15 +45,7 @@ def attention_maps(encoder: Encoder, pixels: Pixels, short_side: int) -> Attenti
     Raises:
         DinoError: The backbone has no attention.
     """
-    height, width = pixels.shape[:2]
-    patch = encoder.backbone.patch_size
-    # A very long photo, or a very large size, is looked at coarser: at no more patches than a machine can hold.
-    scale = min(short_side / min(height, width), patch * (_MOST_PATCHES / (height * width)) ** 0.5)
-    rows, columns = (min(_MOST_PATCHES, max(1, round(side * scale / patch))) for side in (height, width))
-    size = (rows * patch, columns * patch)
-    image = cut(pixels, (0, 0, height, width), size, "bilinear").to(encoder.device).float() / 255
-    mean, std = (torch.tensor(values, device=encoder.device) for values in (encoder.mean, encoder.std))
-    return AttentionMaps(encoder.attention(normalize(image, mean, std)[None])[0].float().cpu().numpy())
+    return AttentionMaps(encoder.attention(encoder.photo(pixels, short_side))[0].float().cpu().numpy())
 
 
 def keep_mass(maps: NDArray[np.floating], keep: float) -> NDArray[np.bool_]:

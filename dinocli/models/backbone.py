@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers import PatchEmbed  # type: ignore[attr-defined]
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinocli.errors import DinoError
-from dinocli.models.block import BranchBlock, PlainBlock, RotaryBlock, attention_of
+from dinocli.models.block import BranchBlock, PlainBlock, Projection, RotaryBlock, attention_of, projected
 from dinocli.models.positions import Positions, Resampler
 from dinocli.models.rotary import Rotary
 
 _NOT_CONVOLUTIONS = ("Attention", "Mixer", "Mamba", "Gated", "LSTM", "ResBlock", "SpatialGating", "VisionTransformer")
+
+
+Facet = Literal["token", "query", "key", "value"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,25 @@ class Backbone(nn.Module):
         """
         return [tokens.cls for tokens in self.blocks(images, last, hidden)]
 
+    def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
+        """What some blocks make of the patches, or ask of them.
+
+        Args:
+            images: [B, C, H, W]
+            layers: Numbers of blocks: 1 is the first and -1 the last; what they give is joined in this order.
+            facet: `token`, what comes out of a block, through the final norm; or the `query`, `key` or `value` of its
+                attention, those of all heads joined and before any turn by place.
+
+        Returns:
+            [B, rows, columns, len(layers)*D]
+
+        Raises:
+            DinoError: The backbone has no such block, or no attention.
+
+        Source: Amir et al., arXiv 2112.05814, which calls them facets.
+        """
+        raise NotImplementedError
+
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         """How much each token draws on each other in the last block. [B, heads, queries, 1+R+N]
 
@@ -284,12 +307,32 @@ class Transformer(Backbone):
         prefix = self.model.num_prefix_tokens
         return Tokens(cls=tokens[:, 0], registers=tokens[:, 1:prefix], patches=tokens[:, prefix:], grid=grid)
 
+    def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
+        depth = len(self.row)
+        if wrong := [layer for layer in layers if not 1 <= abs(layer) <= depth]:
+            raise DinoError(f"blocks 1 to {depth} were wanted, or -1 to -{depth}; {wrong[0]} is none", "--layer -1")
+        wanted = [layer - 1 if layer > 0 else depth + layer for layer in layers]
+        tokens, rotation, grid = self._embed(images)
+        made: dict[int, Tensor] = {}
+        for i, block in enumerate(self.row[: max(wanted) + 1]):
+            before, last = tokens, i == max(wanted)
+            if not last or facet == "token":
+                tokens = self._run(block, tokens, rotation)
+            if i in wanted:
+                made[i] = self.model.norm(tokens) if facet == "token" else _projected(block, before, facet)
+        joined = torch.cat([made[i] for i in wanted], dim=-1)
+        return joined[:, self.model.num_prefix_tokens :].unflatten(1, grid)
+
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         tokens, rotation, _ = self._embed(images)
         for block in self.row[:-1]:
             tokens = self._run(block, tokens, rotation)
         last: Any = self.row[-1]
         return attention_of(last.attn, last.norm1(tokens), queries, rotation)
+
+
+def _projected(block: Any, tokens: Tensor, which: Projection) -> Tensor:
+    return projected(block.attn, block.norm1(tokens), which)
 
 
 class ViTBackbone(Transformer):
@@ -392,6 +435,15 @@ class ConvBackbone(Backbone):
             )
         patches = features.flatten(2).transpose(1, 2)  # [B, N, D]
         return [Tokens(patches.mean(1), patches[:, :0], patches, (features.shape[-2], features.shape[-1]))]
+
+    def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
+        if tuple(layers) != (-1,) or facet != "token":
+            raise DinoError(
+                "a convolutional network gives only its output: no other layer, and no query, key or value",
+                "--layer -1 --facet token",
+            )
+        (tokens,) = self.blocks(images, 1)
+        return tokens.patches.unflatten(1, tokens.grid)
 
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         raise DinoError(

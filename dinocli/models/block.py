@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from dinocli.models.rotary import turned
 Shares = tuple[Tensor | None, Tensor | None]
 ALL: Shares = (None, None)
 Branch = Callable[[Tensor], Tensor]
+Projection = Literal["query", "key", "value"]
 
 
 class BranchBlock(nn.Module):
@@ -169,6 +170,13 @@ def attention_of(
     if rotation is not None:
         q, k = turned(q, rotation[:, queries]), turned(k, rotation)
     return (q * attn.scale @ k.transpose(-2, -1)).softmax(-1)
+
+
+def projected(attn: Attention | EvaAttention, tokens: Tensor, which: Projection) -> Tensor:
+    """Queries, keys or values of tokens, those of all heads joined, before any turn by place. [B, T, D] -> [B, T, D]"""
+    width, first = attn.num_heads * attn.head_dim, ("query", "key", "value").index(which)
+    rows, bias = slice(first * width, (first + 1) * width), _bias(attn)
+    return F.linear(tokens, attn.qkv.weight[rows], None if bias is None else bias[rows])
 
 
 def _queries_keys_values(

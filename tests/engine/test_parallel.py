@@ -21,7 +21,15 @@ from dinocli.schedules import Clock, Constant
 Arrays = dict[str, NDArray[np.float32]]
 
 
-def normed(shape: tuple[int, ...]) -> Arrays:
+SHAPES = {"vectors": (12, 5), "maps": (12, 3, 4, 2)}
+
+
+def normed() -> dict[str, Arrays]:
+    """What BatchNorms make of this process's share of a batch of each kind."""
+    return {kind: _normed(shape) for kind, shape in SHAPES.items()}
+
+
+def _normed(shape: tuple[int, ...]) -> Arrays:
     """What a BatchNorm makes of this process's share of a batch, twice; its gradients and statistics."""
     generator = torch.Generator().manual_seed(0)
     whole = 3 + 2 * torch.randn(*shape, generator=generator)
@@ -44,17 +52,16 @@ def normed(shape: tuple[int, ...]) -> Arrays:
     return {name: value.detach().double().numpy() for name, value in found.items()}
 
 
-@pytest.mark.parametrize("shape", [(12, 5), (12, 3, 4, 2)], ids=["vectors", "maps"])
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_shared_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...], count: int) -> None:
-    whole, shares = normed(shape), together(count, normed, shape)
-    for name, value in whole.items():
-        each = [share[name] for share in shares]
+def test_a_shared_batch_norm_is_that_of_the_whole_batch(count: int) -> None:
+    whole, shares = normed(), together(count, normed)
+    for kind, name in [(kind, name) for kind, found in whole.items() for name in found]:
+        each = [share[kind][name] for share in shares]
         if name in ("made", "given", "at rest"):
             found = np.concatenate(each)
         else:  # gradients add up, as those of the images of one batch do; statistics are the same everywhere
             found = sum(each) if name in ("weight", "bias") else each[-1]
-        np.testing.assert_allclose(found, value, rtol=2e-5, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(found, whole[kind][name], rtol=2e-5, atol=2e-5, err_msg=f"{kind}: {name}")
 
 
 def test_alone_nothing_is_wrapped() -> None:

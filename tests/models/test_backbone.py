@@ -353,3 +353,52 @@ def test_an_eva_of_another_kind_is_refused(name: str, options: dict) -> None:
     small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
     with pytest.raises(DinoError, match="a Eva cannot be a backbone yet"):
         BackboneConfig(name=name, options=small | options).build(drop_path=False)
+
+
+def _asked(network: ViTBackbone | RotaryBackbone, images: torch.Tensor, layer: int, part: int) -> torch.Tensor:
+    """Queries, keys or values of a block, as its own linear layer gives them, of the patches. [B, N, D]"""
+    seen: list[torch.Tensor] = []
+    block = network.model.blocks[layer - 1]
+    handle = block.norm1.register_forward_hook(lambda module, given, made: seen.append(made))
+    network.blocks(images, 1)
+    handle.remove()
+    made = block.attn.qkv(seen[0])
+    if getattr(block.attn, "q_bias", None) is not None:
+        made = made + torch.cat([block.attn.q_bias, block.attn.k_bias, block.attn.v_bias])
+    return made.chunk(3, -1)[part][:, network.model.num_prefix_tokens :]
+
+
+def test_facets_of_patches_are_what_their_blocks_work_out(micro: ViTBackbone) -> None:
+    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    tokens = micro.blocks(images, 2)
+    exact = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(micro.patches(images).flatten(1, 2), tokens[-1].patches, **exact)
+    assert micro.patches(images).shape[1:3] == (4, 6)
+    both = torch.cat([tokens[1].patches, tokens[0].patches], -1)
+    torch.testing.assert_close(micro.patches(images, [-1, 1]).flatten(1, 2), both, **exact)
+    for layer in (1, 2):
+        for part, facet in enumerate(("query", "key", "value")):
+            made = micro.patches(images, [layer], facet).flatten(1, 2)  # type: ignore[arg-type]
+            torch.testing.assert_close(made, _asked(micro, images, layer, part), **exact)
+    for layer in (0, 3, -3):
+        with pytest.raises(DinoError, match="blocks 1 to 2 were wanted"):
+            micro.patches(images, [layer])
+
+
+def test_facets_of_a_rotary_network_are_those_before_the_turn() -> None:
+    _, network = turning()
+    images = torch.randn(1, 3, 32, 48, dtype=next(network.parameters()).dtype)
+    with torch.no_grad():
+        for part, facet in enumerate(("query", "key", "value")):
+            made = network.patches(images, [2], facet).flatten(1, 2)  # type: ignore[arg-type]
+            torch.testing.assert_close(made, _asked(network, images, 2, part))
+
+
+def test_a_convolutional_network_has_one_layer_and_no_facets() -> None:
+    network = adapt(create_timm("resnet18"), "antialias").eval()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert network.patches(images).shape == (1, 2, 3, 512)
+        for asked in (([-1], "key"), ([1], "token")):
+            with pytest.raises(DinoError, match="gives only its output"):
+                network.patches(images, *asked)  # type: ignore[arg-type]
