@@ -47,14 +47,15 @@ def dedup(
     histogram = out / "histogram.png"
     write_histogram(found.best, "cosine of each image to its nearest other one", threshold, histogram)
     if threshold is None:
-        steps = {share: float(np.quantile(found.best, 1 - share)) for share in _SHARES}
+        # Rounded down, so that what is typed takes as many as are told.
+        steps = {share: float(np.floor(1e6 * np.quantile(found.best, 1 - share)) / 1e6) for share in _SHARES}
         if json:
             console.out_json({"images": count, "thresholds": steps, "files": [str(histogram)]})
             return
-        rows = [[f"{100 * share:g}", f"{step:.5f}"] for share, step in steps.items()]
+        rows = [[f"{100 * share:g}", f"{step:.6f}"] for share, step in steps.items()]
         console.table(["% of images with another as near", "threshold"], rows)
         console.out(str(histogram))
-        console.say(f"next: dino dedup --threshold {steps[0.01]:.5f}, or another, and a look at its sheets")
+        console.say(f"next: dino dedup --threshold {steps[0.01]:.6f}, or another, and a look at its sheets")
         return
     groups = choose(found, lambda row: gallery.size(row, images))
     dropped = [row for group in groups for row in group.dropped]

@@ -83,6 +83,7 @@ def find_alike(values: Values, threshold: float | None, report: Callable[[int], 
     """
     best = np.empty(len(values), np.float32)
     components, pairs = Components(len(values)), 0
+    report(1)  # whoever tells the time that is left begins to count here
     for tile in alike(values, threshold, best):
         components.join(tile.first, tile.second)
         pairs += len(tile.first)

@@ -20,7 +20,7 @@ from dinocli.mapped import Indices, Values
 Kind = Literal["exact", "ivf", "hnsw"]
 
 # Up to so many features all are looked at: a photo is found in about a second, and there is nothing to build.
-# Above, an IVF index is built once, in the time of a hundred exact searches. Measured: benchmarks/search.py.
+# Above, an IVF index is built once, in the time of thirty to sixty exact searches. Measured: benchmarks/search.py.
 EXACT_UP_TO = 500_000
 GOAL = 0.95  # of the recall
 AT = 10  # neighbours by which the recall is told
