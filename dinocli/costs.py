@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.data.crops import ViewsConfig
 from dinocli.data.loader import Batch
-from dinocli.data.masking import Masks, hidden_counts
+from dinocli.data.masking import Masks, hidden_in_all
 from dinocli.device import autocast, has_bfloat16
 from dinocli.distillation import SelfDistillation
 from dinocli.errors import DinoError
@@ -177,7 +177,7 @@ def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) 
         small = torch.empty(views.locals, images, c, views.local.size, views.local.size)
     if views.mask and grid:
         patches = grid[0] * grid[1]
-        hidden = sum(hidden_counts(views.mask, shown * images, patches))
+        hidden = hidden_in_all(views.mask, (shown, images), patches)
         where = torch.zeros(shown, images, patches, dtype=torch.bool)
         counts = torch.zeros(shown, images, dtype=torch.int64, device="cpu")
         masks = Masks(where, torch.arange(hidden), torch.ones(hidden), counts)

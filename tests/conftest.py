@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -105,7 +106,7 @@ def together(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         process.start()
     try:
         assert all(end.poll(120) for end, _ in pipes), "a process does not come back"
-        found = [end.recv() for end, _ in pipes]
+        found = [pickle.loads(end.recv_bytes()) for end, _ in pipes]
     finally:
         for process in processes:
             process.join(10)
@@ -121,10 +122,11 @@ def _member(rank: int, count: int, port: int, answer: Any, function: Callable[..
     torch.set_num_threads(1)
     try:
         distributed.begin()
-        answer.send(function(*args))
+        # As bytes: of a tensor `send` sends a handle alone, which is gone if the process ends before it is taken up.
+        answer.send_bytes(pickle.dumps(function(*args)))
         distributed.end()
     except BaseException:
-        answer.send(traceback.format_exc())
+        answer.send_bytes(pickle.dumps(traceback.format_exc()))
 
 
 @pytest.fixture

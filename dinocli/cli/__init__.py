@@ -23,6 +23,7 @@ from dinocli.cli.linear import linear
 from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
+from dinocli.cli.push import push
 from dinocli.cli.search import search
 from dinocli.errors import DinoError
 
@@ -43,6 +44,7 @@ app.command()(dedup)
 app.command()(curate)
 app.command()(attn_map)
 app.command()(export)
+app.command()(push)
 app.add_typer(presets, name="presets")
 app.command()(demo)
 

@@ -106,7 +106,8 @@ class TrainBatches:
         cache: `ram`, or a folder, to keep decoded images in; absent, each is decoded whenever it is drawn.
         compiled: Whether torch compiles the turn of the hue, the longest of what is done to the views.
         grid: Rows and columns of a global crop's patches by its size, where the views have a mask: how many patches of
-            each crop are hidden depends on seed, batch and rank, and which ones on seed, epoch and the image's number.
+            each crop are hidden depends on seed, batch and the image's place in it (and on the number of processes,
+            where their shares are no multiples of 32), and which ones on seed, epoch and the image's number.
 
     Attributes:
         bad: The files that could not be read.

@@ -71,6 +71,7 @@ COMMANDS = [
     "curate",
     "attn-map",
     "export",
+    "push",
     "pack",
     "presets",
     "demo",
@@ -133,6 +134,7 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["linear"], "features were wanted", "dino extract"),
         (["linear", "--paper", "images"], "train/ and val/", "DATA/train/CLASS"),
         (["attn-map", "nowhere.jpg"], "nowhere.jpg does not exist", ""),
+        (["attn-map", "nowhere", "--film", "gif"], "nowhere does not exist", ""),
         (["attn-map", "images"], "a checkpoint was wanted", "dino pretrain"),
         (["presets", "show", "vits61"], "no preset 'vits61'", "vits16"),
         (["linear", "--checkpoint", "x"], "are for images", "--paper"),
@@ -404,6 +406,25 @@ def test_features_of_other_weights_are_not_mixed(dino: Dino, tmp_path: Path) -> 
     assert "made by different weights" in done.stderr
 
 
+def test_a_film_of_each_folder_of_frames_and_one_of_the_files_that_were_named(dino: Dino, images: Path) -> None:
+    dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
+    for name in ("dog", "cat"):
+        write_images(Path(name, "frames"), 9, size=24)
+    assert dino("attn-map", "dog/frames", "--film", "strip").stdout == "attention/frames.png\n"
+    both = dino("attn-map", "dog/frames", "cat/frames", "--film", "gif", "--head", "1", "--fps", "5").stdout
+    assert both == "attention/dog-frames.gif\nattention/cat-frames.gif\n"
+    files = [str(path) for path in sorted(Path("dog/frames").glob("000[1-3].png"))]
+    told = json.loads(dino("attn-map", *files, "--film", "gif", "--json").stdout)
+    assert told == [{"film": "attention/frames.gif", "frames": 3, "skipped": {}}]
+
+
+def test_what_is_for_films_alone_is_told(dino: Dino, tmp_path: Path) -> None:
+    assert "--film" in dino("attn-map", "x.jpg", "--head", "2", code=2).stderr
+    assert "photos alone" in dino("attn-map", "x", "--film", "gif", "--raw", code=2).stderr
+    (tmp_path / "x.mp4").touch()
+    assert "hint: --film strip, gif or mp4" in dino("attn-map", "x.mp4", code=1).stderr
+
+
 def test_export_says_how_to_load_what_it_wrote(dino: Dino, images: Path) -> None:
     dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
     done = dino("export", "--to", "official", "--json")
@@ -414,6 +435,17 @@ def test_export_says_how_to_load_what_it_wrote(dino: Dino, images: Path) -> None
     assert dino("export", "runs/tiny-1", "--to", "official", "--heads").stdout == "tiny-1-heads.pth\n"
     assert dino("export", "--to", "timm").stdout == "tiny-1-timm\n"
     assert dino("export", "--to", "timm").stdout == "tiny-1-timm\n", "an export may replace its own"
+
+
+def test_push_says_what_to_look_at_and_what_uploads_it(dino: Dino, images: Path) -> None:
+    dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "1", "--workers", "0")
+    done = dino("push")
+    assert done.stdout == "tiny-1-hub\n"
+    assert "next: hf upload USER/tiny-1 tiny-1-hub" in done.stderr
+    assert "12 images" in Path("tiny-1-hub/README.md").read_text()
+    told = json.loads(dino("push", "runs/tiny-1", "my birds", "--json").stdout)
+    assert (told["path"], told["name"], told["knn"]) == ("my birds", "my-birds", None)
+    assert dino("extract", "timm:local-dir:tiny-1-hub", "images").stdout
 
 
 def test_an_export_leaves_its_source_and_its_neighbours_alone(dino: Dino, tmp_path: Path) -> None:
