@@ -59,7 +59,20 @@ def in_a_process(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | env)
 
 
-COMMANDS = ["", "doctor", "pretrain", "extract", "knn", "linear", "attn-map", "export", "pack", "presets", "demo"]
+COMMANDS = [
+    "",
+    "doctor",
+    "pretrain",
+    "extract",
+    "knn",
+    "linear",
+    "attn-map",
+    "track",
+    "export",
+    "pack",
+    "presets",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -118,6 +131,8 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["linear", "--paper", "images"], "train/ and val/", "DATA/train/CLASS"),
         (["attn-map", "nowhere.jpg"], "nowhere.jpg does not exist", ""),
         (["attn-map", "images"], "a checkpoint was wanted", "dino pretrain"),
+        (["track", "images", "--mask", "nowhere.png"], "nowhere.png does not exist", ""),
+        (["track", "nowhere", "--mask", "images/0000.png"], "nowhere does not exist", ""),
         (["presets", "show", "vits61"], "no preset 'vits61'", "vits16"),
         (["linear", "--checkpoint", "x"], "are for images", "--paper"),
         (["pretrain", "images", "--set", "views.local.scale=[0.4, 0.05]"], "views.local.scale", "--set views.local.scale"),
