@@ -73,8 +73,8 @@ def estimate(plan: Plan) -> Estimate:
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
     image = (four - two) / 2  # bytes are a straight line over the batch
     weights = _bytes(method.student)
-    # Student, its gradient, two moments, teacher; and what of the student is held in another precision.
-    fixed = 5 * weights + max(0.0, two - 2 * image)
+    # Student, its gradient, two moments, average; and what of the student is held in another precision.
+    fixed = 5 * weights + (_bytes(method.teacher) if plan.teacher else 0) + max(0.0, two - 2 * image)
     at_once = plan.images_each // plan.accumulate
     flops = _flops(method, plan)
     seconds = flops * plan.images_each * plan.stop / _rate(plan)

@@ -15,6 +15,7 @@ from dinocli.distillation import SelfDistillation
 from dinocli.distributed import size
 from dinocli.engine.parallel import Kind
 from dinocli.errors import DinoError
+from dinocli.frozen_teacher import FrozenTeacher
 from dinocli.preset import Preset
 from dinocli.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
 
@@ -55,6 +56,7 @@ class Plan:
         device: Where to train.
         workers: Processes that decode.
         init: Weights to start from, as the user named them.
+        teacher: The frozen one, where the preset wants that.
         cache: Where decoded images are kept, if they are: `ram`, or a folder.
         accumulate: Parts in which a batch is taken, to need less memory.
         saving: How often all that is needed to go on is saved.
@@ -69,7 +71,7 @@ class Plan:
         recompute: Whether the student's blocks are worked out again for the gradient, to need less memory.
 
     Raises:
-        DinoError: A batch cannot be shared evenly by the processes and their parts.
+        DinoError: A batch cannot be shared evenly by the processes and their parts, or a frozen teacher is missing.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Plan:
     device: torch.device
     workers: int
     init: str | None
+    teacher: FrozenTeacher | None = None
     cache: str | None = None
     accumulate: int = 1
     saving: Saving = Saving()
@@ -94,6 +97,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each
+        if self.preset.teacher.frozen != (self.teacher is not None):
+            raise DinoError(
+                "the preset says teacher.frozen, and no teacher was named"
+                if self.preset.teacher.frozen
+                else "the preset's teacher follows the student, and another one was named",
+                "--teacher RUN" if self.preset.teacher.frozen else "--set teacher.frozen=true",
+            )
         if batch % size():
             raise DinoError(
                 f"a batch of {batch} images cannot be shared evenly by {size()} processes",
@@ -120,9 +130,9 @@ class Plan:
         """What the run trains, with fresh weights.
 
         Raises:
-            DinoError: Its backbone cannot be run as was asked for.
+            DinoError: Its backbone cannot be run as was asked for, or the frozen teacher cannot teach it.
         """
-        method = self.preset.method()
+        method = self.preset.method(self.teacher.network(self.preset) if self.teacher else None)
         if self.recompute:
             method.student.backbone.recompute_blocks()
         return method

@@ -19,7 +19,7 @@ from dinocli.errors import DinoError
 from dinocli.losses import LossesConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.head import HeadConfig
-from dinocli.models.network import CLASS, Network
+from dinocli.models.network import CLASS, Network, Reads
 from dinocli.schedules import Cosine, Schedule
 
 
@@ -45,10 +45,13 @@ class TeacherConfig(Config):
     """The teacher.
 
     Attributes:
-        momentum: How much of itself it keeps at a step.
+        momentum: How much of itself the student's moving average keeps at a step.
+        frozen: Whether another network teaches, which was trained before and stays as it is. Then the average teaches
+            nobody, and is what the run hands on all the same. Without masks iBOT is on all patches.
     """
 
     momentum: Schedule
+    frozen: bool = False
 
 
 Precision = Literal["float32", "bfloat16"]
@@ -127,7 +130,7 @@ class Preset(Config):
             raise ValueError("two views at least were wanted, to predict one from another; it needs views.locals=2")
         if not all(0 <= value <= 1 for value in self.teacher.momentum.bounds):
             raise ValueError("teacher.momentum should lie between 0 and 1")
-        if self.losses.ibot and not self.views.mask:
+        if self.losses.ibot and not self.views.mask and not self.teacher.frozen:
             raise ValueError(
                 "losses.ibot asks for patches that are hidden; it needs "
                 "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=4, aspect=[0.3, 3.33]}"
@@ -154,16 +157,22 @@ class Preset(Config):
         """A network with fresh weights."""
         backbone = self.backbone.build(drop_path=drop_path)
         heads = {name: head.build(backbone.width) for name, head in self.heads.items()}
-        reads = {
-            name: frozenset(loss.reads for loss in self.losses.aimed().values() if loss.head == name) or CLASS
-            for name in self.heads
-        }
-        return Network(backbone, heads, reads, hides=self.views.mask is not None)
+        return Network(backbone, heads, self.reads, hides=self.views.mask is not None)
 
-    def method(self) -> SelfDistillation:
-        """Student and teacher with the same fresh weights, and the losses between them."""
-        student, teacher = self.network(drop_path=True), self.network()
-        return SelfDistillation(student, teacher, self.losses, self.teacher.momentum, self.backbone.learning)
+    @property
+    def reads(self) -> dict[str, frozenset[Reads]]:
+        """What each head reads."""
+        aimed = self.losses.aimed().values()
+        return {name: frozenset(loss.reads for loss in aimed if loss.head == name) or CLASS for name in self.heads}
+
+    def method(self, frozen: Network | None = None) -> SelfDistillation:
+        """Student and its moving average with the same fresh weights, and the losses.
+
+        Args:
+            frozen: The teacher, where it is not that average.
+        """
+        student, average = self.network(drop_path=True), self.network()
+        return SelfDistillation(student, average, self.losses, self.teacher.momentum, self.backbone.learning, frozen)
 
 
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:

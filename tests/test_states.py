@@ -290,7 +290,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(plan: Plan) -> None:
 
 
 def test_a_run_that_was_broken_off_is_found_again_and_no_other(plan: Plan) -> None:
-    wanted = (plan.preset, plan.source.fingerprint, None)
+    wanted = (plan.preset, plan.source.fingerprint, None, None)
     assert unfinished(runs_of("tiny"), wanted) is None
     stopped(plan, 12)
     assert unfinished(runs_of("tiny"), wanted) is None, "it was told to end there"
@@ -299,8 +299,8 @@ def test_a_run_that_was_broken_off_is_found_again_and_no_other(plan: Plan) -> No
     pretrain(replace(plan, out=next_folder("tiny")), lambda p: None)
     assert unfinished(runs_of("tiny"), wanted) == Path("runs/tiny-2")
     assert unfinished(runs_of("tiny"), (load_preset("tiny"), *wanted[1:])) is None
-    assert unfinished(runs_of("tiny"), (plan.preset, "other", None)) is None
-    assert unfinished(runs_of("tiny"), (*wanted[:2], "some.pth")) is None
+    assert unfinished(runs_of("tiny"), (plan.preset, "other", None, None)) is None
+    assert unfinished(runs_of("tiny"), (*wanted[:2], "some.pth", None)) is None
 
 
 def test_the_first_difference_is_named_by_its_path() -> None:

@@ -39,6 +39,13 @@ def pretrain(
         typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the preset; may be repeated."),
     ] = None,
     init: Annotated[str | None, typer.Option(metavar="FILE|timm:NAME", help="Weights to start from.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|FILE",
+            help="A trained network that teaches and stays as it is; short for --set teacher.frozen=true beside it.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -106,12 +113,16 @@ def pretrain(
         shipped.text(preset)
 
     from dinocli.device import default_workers, pick_device
+    from dinocli.frozen_teacher import FrozenTeacher
     from dinocli.planning import Plan, start_clock
     from dinocli.preset import load_preset
     from dinocli.states import unfinished
 
     short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
-    loaded = load_preset(preset, [*(overrides or []), *(f"{key}={v}" for key, v in short.items() if v is not None)])
+    given = [f"{key}={value}" for key, value in short.items() if value is not None]
+    loaded = load_preset(preset, [*(overrides or []), *given, *(["teacher.frozen=true"] if teacher else [])])
+    frozen = FrozenTeacher.read(teacher) if teacher else None
+    same = (loaded, source.fingerprint, init, frozen.fingerprint if frozen else None)
     total = start_clock(loaded, source.count).total
     picked = pick_device(device)
     name = Path(preset).name.removesuffix(".toml")
@@ -120,10 +131,11 @@ def pretrain(
         preset=loaded,
         source=source,
         stop=total if steps is None else min(steps, total),
-        out=from_first(out or unfinished(runs_of(name), (loaded, source.fingerprint, init)) or next_folder(name)),
+        out=from_first(out or unfinished(runs_of(name), same) or next_folder(name)),
         device=picked,
         workers=default_workers(picked) if workers is None else workers,
         init=init,
+        teacher=frozen,
         cache=cache,
         accumulate=accumulate,
         saving=_saving(save_every, keep, milestones),
@@ -206,6 +218,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "learning rate": f"up to {_peak(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",
         "start": plan.init or "random weights",
+        **({"teacher": f"{plan.teacher.source} ({plan.teacher.preset.backbone.name}), frozen"} if plan.teacher else {}),
         "out": str(plan.out),
         "work": f"{cost.flops / 1e9:.3g} GFLOP an image",
         "memory": f"about {console.size(cost.memory)} (an estimate); {console.size(free)} are free: "

@@ -466,3 +466,15 @@ def test_a_command_of_one_process_is_refused_in_several(dino: Dino, monkeypatch:
     assert left == [1]
     monkeypatch.setenv("RANK", "1")
     assert not dino("knn", code=1).stderr, "one of them says so"
+
+
+def test_a_run_teaches_another_and_the_plan_says_so(dino: Dino, tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 4)
+    plan = ["pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "1", "--no-report"]
+    dino(*plan, "--out", "large")
+    taught = [*plan, "--out", "small", "--teacher", "large"]
+    assert "large (vit_tiny_patch16_224), frozen" in dino(*taught, "--dry-run").stdout
+    dino(*taught)
+    assert json.loads(Path("small/preset.json").read_text())["teacher"]["frozen"]
+    failed = dino(*plan, "--out", "none", "--set", "teacher.frozen=true", code=1)
+    assert "no teacher was named" in failed.stderr and "hint: --teacher RUN" in failed.stderr
