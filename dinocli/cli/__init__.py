@@ -18,6 +18,7 @@ from dinocli.cli.export import export
 from dinocli.cli.extract import extract
 from dinocli.cli.knn import knn
 from dinocli.cli.linear import linear
+from dinocli.cli.match import match
 from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
@@ -37,6 +38,7 @@ app.command()(extract)
 app.command()(knn)
 app.command()(linear)
 app.command()(attn_map)
+app.command()(match)
 app.command()(track)
 app.command()(export)
 app.add_typer(presets, name="presets")
