@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -126,6 +126,21 @@ class Plan:
         """The clock at the start."""
         return start_clock(self.preset, self.source.count)
 
+    @property
+    def phases(self) -> list[tuple[int, Plan]]:
+        """The steps of the run that have crops of one size, and the plan with those alone: smaller ones, then larger.
+
+        A run that stops before its crops grow has no second part.
+        """
+        views = self.preset.views.phases(self.clock.steps_per_epoch)
+        ends = [min(first, self.stop) for first, _ in views[1:]] + [self.stop]
+        parts = []
+        for (first, those), end in zip(views, ends, strict=True):
+            if first < end or first == 0:
+                preset = self.preset.model_copy(update={"views": those})
+                parts.append((end - first, replace(self, preset=preset)))
+        return parts
+
     def method(self) -> SelfDistillation:
         """What the run trains, with fresh weights.
 
@@ -153,6 +168,12 @@ def cautions(plan: Plan) -> Iterator[str]:
         elif steps > clock.total / 2:
             fits = max(1, clock.epochs // 5)
             yield f"{name} takes {steps} of {clock.total} steps: --set {path}={fits} leaves most of the run after it"
+    low = preset.views.low_resolution
+    if low and low.epochs * clock.steps_per_epoch >= plan.stop > 0:
+        yield (
+            f"low resolution lasts {low.epochs * clock.steps_per_epoch} steps and this run ends at {plan.stop}, "
+            "without a crop of full size: --set views.low_resolution=none"
+        )
     seen = clock.total * preset.training.batch_size
     for name, head in preset.heads.items():
         if seen < _IMAGES_A_PROTOTYPE * head.prototypes:

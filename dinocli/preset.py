@@ -18,6 +18,7 @@ from dinocli.engine.optim import OptimizerConfig
 from dinocli.errors import DinoError
 from dinocli.losses import LossesConfig
 from dinocli.models.architecture import BackboneConfig
+from dinocli.models.backbone import Backbone
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import CLASS, Network, Reads
 from dinocli.schedules import Cosine, Schedule
@@ -126,6 +127,12 @@ class Preset(Config):
         for name, loss in self.losses.aimed().items():
             if loss.head not in self.heads:
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
+        first, second = self.views.global_1, self.views.global_2
+        if second and second.size != first.size:
+            raise ValueError(
+                f"the global views should have one size; they are {first.size} and {second.size}; "
+                f"it needs views.global_2.size={first.size}"
+            )
         if len(self.views.all) < 2:
             raise ValueError("two views at least were wanted, to predict one from another; it needs views.locals=2")
         if not all(0 <= value <= 1 for value in self.teacher.momentum.bounds):
@@ -153,6 +160,24 @@ class Preset(Config):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _grows_to_its_full_size(self) -> Self:
+        views, low, epochs = self.views, self.views.low_resolution, self.training.epochs
+        if low is None:
+            return self
+        if low.epochs >= epochs:
+            left_out = f"low_resolution.epochs={epochs // 2}" if epochs > 1 else "low_resolution=none"
+            raise ValueError(
+                f"low resolution for {low.epochs} epochs leaves none of a run of {epochs} for the full size; "
+                f"it needs views.{left_out}"
+            )
+        if low.local_size and not (views.local and views.locals):
+            raise ValueError(
+                f"views.low_resolution.local_size is {low.local_size}, and there are no local views; "
+                "it needs views.low_resolution.local_size=none"
+            )
+        return self
+
     def network(self, *, drop_path: bool = False) -> Network:
         """A network with fresh weights."""
         backbone = self.backbone.build(drop_path=drop_path)
@@ -170,9 +195,31 @@ class Preset(Config):
 
         Args:
             frozen: The teacher, where it is not that average.
+
+        Raises:
+            DinoError: timm cannot build the backbone, or the crops of low resolution do not fit it.
         """
         student, average = self.network(drop_path=True), self.network()
+        _check_low_resolution(self.views, student.backbone)
         return SelfDistillation(student, average, self.losses, self.teacher.momentum, self.backbone.learning, frozen)
+
+
+def _check_low_resolution(views: ViewsConfig, backbone: Backbone) -> None:
+    low, full = views.low_resolution, {"global_size": views.global_1.size}
+    if low is None:
+        return
+    # A convolutional network takes any size.
+    patch = backbone.patch_size if backbone.grid(low.global_size) else 1
+    whole = f" and a whole number of patches of {patch} pixels" if patch > 1 else ""
+    for key, size in (full | ({"local_size": views.local.size} if views.local else {})).items():
+        smaller = getattr(low, key)
+        if smaller and (smaller >= size or smaller % patch):
+            fits = (smaller if smaller < size else size // 2) // patch * patch
+            without = ".local_size=none" if key == "local_size" else "=none"
+            raise DinoError(
+                f"views.low_resolution.{key} should be below the full {size}{whole}; it is {smaller}",
+                f"--set views.low_resolution{f'.{key}={fits}' if fits >= 8 else without}",
+            )
 
 
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:

@@ -231,12 +231,13 @@ def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBat
         seed=plan.preset.training.seed,
         images=plan.preset.images,
         start=trainer.clock.step,
+        steps_per_epoch=trainer.clock.steps_per_epoch,
         workers=plan.workers,
         device=plan.device,
         share=Share(rank(), size()),
         cache=plan.cache,
         compiled=plan.compiled,
-        grid=method.student.backbone.grid(plan.preset.views.global_1.size),
+        grid=method.student.backbone.grid,
     )
 
 
@@ -341,22 +342,24 @@ def start_from(method: SelfDistillation, source: str, note: Callable[[str], None
     Raises:
         DinoError: The source is not there, or its backbone is of another shape.
     """
-    weights, fresh = initial_weights(source), []
+    weights = initial_weights(source)
     if fitted := fitted_to(weights, method.student.backbone):
         note(f"note: {source} takes three channels; the filters of its first layer were fitted to those of the images")
         weights = fitted
+    fitting: dict[str, dict[str, torch.Tensor]] = {}
     for name, head in method.student.heads.items():
-        stored = weights.heads.get(name, {})
-        if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in head.state_dict().items()}:
-            fresh.append(name)
+        # The originals name a head by the loss that reads it; a head that two share is by theirs the class tokens'.
+        theirs = "dino" if "class" in method.student.reads[name] else "ibot"
+        stored = weights.heads.get(name) or weights.heads.get(theirs, {})
+        if {k: v.shape for k, v in stored.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+            fitting[name] = stored
     for network in (method.student, method.average):
         load_strictly(network.backbone.model, weights.backbone, source)
-        for name, head in network.heads.items():
-            if name not in fresh:
-                head.load_state_dict(weights.heads[name])
+        for name, stored in fitting.items():
+            network.heads[name].load_state_dict(stored)
         if network.mask_token is not None and weights.mask_token is not None:
             network.mask_token.data.copy_(weights.mask_token)
-    return fresh
+    return [name for name in method.student.heads if name not in fitting]
 
 
 @contextmanager

@@ -201,15 +201,12 @@ def _print_plan(plan: Plan, json: bool) -> None:
     free, _ = memory_of(plan.device)
     fits = cost.fits(free)
     less = None if fits else to_fit(lambda again: estimate(replace(plan, recompute=again, accumulate=1)), free)
-    views = f"{len(preset.views.globals)}x{preset.views.global_1.size}"
-    if preset.views.local:
-        views += f" + {preset.views.locals}x{preset.views.local.size}"
     networks = f"{cost.backbone_parameters / 1e6:.1f} M parameters, {cost.parameters / 1e6:.1f} M with heads"
     steps = f"{plan.stop} of {clock.total}" if plan.stop < clock.total else f"{plan.stop}"
     rows = {
         "images": f"{plan.source.count or 'an unknown number'} in {plan.source.where}",
         "backbone": f"{preset.backbone.name}, {networks}",
-        "views": views,
+        "views": _views(plan),
         "batch": f"{preset.training.batch_size} images"
         + (f", {plan.images_each} in each of {size()} processes" if size() > 1 else "")
         + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else "")
@@ -238,6 +235,15 @@ def _print_plan(plan: Plan, json: bool) -> None:
     console.table(["plan", plan.name], [[name, value] for name, value in rows.items()])
 
 
+def _views(plan: Plan) -> str:
+    """How many views of which size, and for how long where that changes."""
+    low, words = plan.preset.views.low_resolution, []
+    for _, views in plan.preset.views.phases(1):
+        local = f" + {views.locals}x{views.local.size}" if views.local else ""
+        words.append(f"{len(views.globals)}x{views.global_1.size}{local}")
+    return f" for {low.epochs} of {plan.clock.epochs} epochs, then ".join(words) if low else words[0]
+
+
 def _instead(less: tuple[dict[str, str], Estimate] | None) -> str:
     if less is None:
         return ", nor does one image at once: a smaller backbone, or --parallel fsdp over several GPUs"
@@ -260,6 +266,8 @@ def _run(plan: Plan, json: bool) -> None:
     size = plan.preset.training.batch_size
     images = f"{count} images" if count else "a stream of images"
     console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
+    if plan.preset.views.low_resolution:
+        console.say(f"note: views of {_views(plan)}: steps take longer then")
     begun = any(True for _ in saved_states(plan.out))  # what was said then need not be said again
     for caution in () if begun else cautions(plan):
         console.say(f"note: {caution}")
