@@ -22,11 +22,8 @@ from dinocli.cli.match import match
 from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
-<<<<<<< HEAD
-from dinocli.cli.track import track
-=======
 from dinocli.cli.push import push
->>>>>>> ec361791d6161ae086fe47c57c9ccbf7d18658af
+from dinocli.cli.track import track
 from dinocli.errors import DinoError
 
 app = typer.Typer(

@@ -67,6 +67,7 @@ COMMANDS = [
     "knn",
     "linear",
     "attn-map",
+    "match",
     "track",
     "export",
     "push",
