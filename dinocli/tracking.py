@@ -1,9 +1,8 @@
-"""Tracking on disk: a folder of frames and a first mask to masks, a film and scores."""
+"""Tracking on disk: the frames of a video and a first mask to masks, a film and scores."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode
+from dinocli.data.frames import Frame, Frames, open_frames
 from dinocli.data.labels import LabelMap, Labels, read_labels, write_labels
-from dinocli.data.sources import image_folder
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.evals.davis import VideoScore, frame_scores, outline, video_score
@@ -22,6 +21,8 @@ from dinocli.picture import Panel, visible
 
 _WIDTH = 480  # pixels, of a frame in the film
 _STRIP_WIDTH = 320
+_RATE = 12  # frames a second, where nothing tells
+_ALL = range(1, 2**62)  # frames after the first, however many a video says that it has
 # For objects without a color of their own, told apart on a photo, and by those who see no red or green.
 _COLORS = np.array([(230, 60, 60), (50, 140, 240), (250, 200, 40), (40, 180, 130), (200, 100, 220), (250, 140, 40)])
 
@@ -49,40 +50,24 @@ class Tracked:
     still: VideoScore | None = None
 
 
-def frame_files(folder: Path) -> list[Path]:
-    """The images that lie right in a folder, as a film counts them: 2 before 10.
-
-    Raises:
-        DinoError: It is missing, or holds no image.
-    """
-    names = [name for name in image_folder(folder).names if "/" not in name]
-    if not names:
-        raise DinoError(f"frames were wanted right in {folder}; they lie deeper", "name the folder of one video")
-    return [folder / name for name in sorted(names, key=_counted)]
-
-
-def _counted(name: str) -> list[tuple[int, str]]:
-    """A name as words and numbers, to sort by."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
-
-
-def first_mask(path: Path, frame: Path, images: ImagesConfig) -> tuple[LabelMap, Pixels]:
+def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelMap, Pixels]:
     """The mask of a first frame, and that frame.
 
     Raises:
         DinoError: One cannot be read, they are not of one size, or the mask holds no object.
     """
-    pixels = decode(frame.read_bytes(), images)
+    frame = next(frames.read({0}), None)
+    pixels = _decoded(frame, images) if frame else BadImage("there is none")
     if isinstance(pixels, BadImage):
-        raise DinoError(f"the first frame cannot be read: {frame}: {pixels.reason}", "take it out of the folder")
+        raise DinoError(f"the first frame of {frames.where} cannot be read: {pixels.reason}", "take it out")
     labels = read_labels(path)
     if isinstance(labels, BadImage):
         raise DinoError(f"a mask of the first frame was wanted; {path}: {labels.reason}", "a PNG: 0 where nothing is")
     if labels.values.shape != pixels.shape[:2]:
         (height, width), size = labels.values.shape, pixels.shape
         raise DinoError(
-            f"a mask of {frame.name} has its {size[1]}x{size[0]} pixels; {path} has {width}x{height}",
-            "the mask that belongs to the first frame",
+            f"a mask of the first frame has its {size[1]}x{size[0]} pixels; {path} has {width}x{height}",
+            "the mask that was drawn on that frame",
         )
     if not labels.objects:
         raise DinoError(f"a mask with an object was wanted; {path} is 0 everywhere", "paint what is to be followed")
@@ -97,16 +82,16 @@ def too_small(encoder: Encoder, labels: LabelMap, pixels: Pixels, looking: Looki
     return [number for number, there in zip(labels.objects, hot.flatten(1).any(1).tolist(), strict=True) if not there]
 
 
-def track_folder(
+def track_video(
     encoder: Encoder,
-    files: Sequence[Path],
+    video: Frames,
     first: tuple[LabelMap, Pixels],
     out: Path,
     *,
     rule: Rule,
     looking: Looking,
     truth: Path | None = None,
-    per_second: float = 12,
+    per_second: float | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Tracked:
     """Follow what a first mask holds through a video, and write what was found.
@@ -115,83 +100,92 @@ def track_folder(
 
     Args:
         encoder: Its patches are compared.
-        files: The frames, in order.
+        video: The frames.
         first: The first one's mask, and it.
         out: Folder for `masks/`, `track.gif` and `strip.png`.
         rule: How a patch comes by its label.
         looking: How a frame becomes patches.
         truth: Folder of true masks, by the frames' names; the first and the last frame are not counted.
-        per_second: Frames of the film.
+        per_second: Frames of the film; absent, as many as the video has, or 12.
         advance: Told how many frames are done.
 
     Raises:
         DinoError: A true mask cannot be read, or there is none to count.
     """
     labels, pixels = first
-    reader = _Reader(files[1:], encoder.images, pixels.shape)
-    judge = _Judge(truth, labels, files[-1].stem) if truth else None
+    reader = _Reader(video, encoder.images, pixels.shape)
+    judge = _Judge(truth, labels) if truth else None
 
-    def frames() -> Iterator[tuple[Path, Pixels, Labels]]:
-        yield files[0], pixels, labels.values
+    def frames() -> Iterator[tuple[Frame, Pixels, Labels]]:
+        yield next(video.read({0})), pixels, labels.values
         # The tracker takes a frame, and gives its labels before it takes the next.
         for found in track(encoder, pixels, labels.values, reader, rule, looking):
             yield reader.now, reader.pixels, found
 
     strip: list[Panel] = []
-    chosen = {files[i] for i in shown(len(files))}
+    chosen = set(shown(video.count))
 
     def film() -> Iterator[Pixels]:
-        for done, (path, frame, found) in enumerate(frames(), 1):
-            write_labels(out / "masks" / f"{path.stem}.png", LabelMap(found, labels.palette))
-            if judge and done > 1:
-                judge.see(path.stem, found)
-            laid = overlay(visible(frame), LabelMap(found, labels.palette))
-            if path in chosen:
-                strip.append(Panel(small(laid, _STRIP_WIDTH), path.stem))
-            advance(done + len(reader.skipped))
+        for frame, seen, found in frames():
+            name = _stem(frame)
+            write_labels(out / "masks" / f"{name}.png", LabelMap(found, labels.palette))
+            if judge and 0 < frame.number < video.count - 1:
+                judge.see(name, found)
+            laid = overlay(visible(seen), LabelMap(found, labels.palette))
+            if frame.number in chosen:
+                strip.append(Panel(small(laid, _STRIP_WIDTH), name))
+            advance(frame.number + 1)
             yield small(laid, _WIDTH)
 
     gif, picture = out / "track.gif", out / "strip.png"
-    count = write_gif(film(), gif, per_second)
+    count = write_gif(film(), gif, per_second or float(video.rate or _RATE))
     write_strip(strip, picture)
     score, still = judge.scores() if judge else (None, None)
     return Tracked(out / "masks", gif, picture, count, reader.skipped, score, still)
 
 
+def _stem(frame: Frame) -> str:
+    """Of its file; of a video's frame its number, from 0 as in DAVIS."""
+    return Path(frame.name).stem if isinstance(frame.data, bytes) else f"{frame.number:05}"
+
+
+def _decoded(frame: Frame, images: ImagesConfig) -> Pixels | BadImage:
+    return frame.data if isinstance(frame.data, BadImage) else decode(frame.data, images)
+
+
 @dataclass
 class _Reader:
-    """The frames that can be read and are of one size; it remembers the one it gave last."""
+    """The frames after the first that can be read and are of its size; it remembers the one it gave last."""
 
-    files: Sequence[Path]
+    video: Frames
     images: ImagesConfig
     shape: tuple[int, ...]
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Pixels]:
-        for path in self.files:
-            # A frame is decoded when it is asked for, and only the one given last is kept.
-            pixels = decode(path.read_bytes(), self.images)
+        for frame in self.video.read(_ALL):
+            pixels = _decoded(frame, self.images)
             if isinstance(pixels, BadImage):
-                self.skipped[str(path)] = pixels.reason
+                self.skipped[frame.name] = pixels.reason
             elif pixels.shape != self.shape:
                 sizes = [f"{shape[1]}x{shape[0]}" for shape in (pixels.shape, self.shape)]
-                self.skipped[str(path)] = f"another size: {sizes[0]} pixels, the first frame has {sizes[1]}"
+                self.skipped[frame.name] = f"another size: {sizes[0]} pixels, the first frame has {sizes[1]}"
             else:
-                self.now, self.pixels = path, pixels
+                self.now, self.pixels = frame, pixels
                 yield pixels
 
 
 class _Judge:
     """Holds masks against the true ones, frame by frame."""
 
-    def __init__(self, folder: Path, first: LabelMap, last: str) -> None:
-        self._truth = {path.stem: path for path in frame_files(folder)}
-        self._first, self._last = first, last
+    def __init__(self, folder: Path, first: LabelMap) -> None:
+        self._truth = {path.stem: path for path in open_frames(folder).files}
+        self._first = first
         self._found: list[NDArray[np.float64]] = []
         self._still: list[NDArray[np.float64]] = []
 
     def see(self, name: str, found: Labels) -> None:
-        if name == self._last or name not in self._truth:
+        if name not in self._truth:
             return
         truth = read_labels(self._truth[name])
         if isinstance(truth, BadImage) or truth.values.shape != found.shape:

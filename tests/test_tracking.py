@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinocli.data.frames import open_frames
 from dinocli.data.labels import LabelMap, read_labels, write_labels
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.evals.track import Looking, Rule
-from dinocli.tracking import first_mask, frame_files, overlay, too_small, track_folder
+from dinocli.tracking import first_mask, overlay, too_small, track_video
 
 PALETTE = bytes([0, 0, 0, 10, 200, 30, 0, 0, 250]) + bytes(759)
 LOOKING = Looking(short_side=32, layer=1)
@@ -31,15 +32,14 @@ def video(tmp_path: Path) -> Path:
 
 
 def test_a_folder_of_frames_becomes_masks_a_film_and_scores(video: Path, encoder: Encoder) -> None:
-    files = frame_files(video / "frames")
-    assert [path.stem for path in files] == [f"f{i}" for i in range(11)], "2 comes before 10"
-    first = first_mask(video / "masks" / "f0.png", files[0], encoder.images)
+    files = open_frames(video / "frames")
+    first = first_mask(video / "masks" / "f0.png", files, encoder.images)
     told: list[int] = []
-    done = track_folder(
+    done = track_video(
         encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks", advance=told.append
     )
     assert done.frames == 11 and told[-1] == 11 and not done.skipped
-    assert sorted(path.stem for path in done.masks.iterdir()) == sorted(path.stem for path in files)
+    assert sorted(path.stem for path in done.masks.iterdir()) == sorted(path.stem for path in files.files)
     np.testing.assert_array_equal(read_labels(done.masks / "f0.png").values, first[0].values)
     last = read_labels(done.masks / "f10.png")
     assert last.palette == PALETTE and last.values.shape == (32, 112)
@@ -55,9 +55,9 @@ def test_a_folder_of_frames_becomes_masks_a_film_and_scores(video: Path, encoder
 def test_frames_that_cannot_be_read_are_passed_over(video: Path, encoder: Encoder) -> None:
     (video / "frames/f3.png").write_bytes(b"no image")
     Image.new("RGB", (20, 20)).save(video / "frames/f10.png")
-    files = frame_files(video / "frames")
-    first = first_mask(video / "masks" / "f0.png", files[0], encoder.images)
-    done = track_folder(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING)
+    files = open_frames(video / "frames")
+    first = first_mask(video / "masks" / "f0.png", files, encoder.images)
+    done = track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING)
     assert done.frames == 9 and done.score is None
     assert not (done.masks / "f3.png").exists() and (done.masks / "f4.png").exists()
     reasons = list(done.skipped.values())
@@ -65,24 +65,24 @@ def test_frames_that_cannot_be_read_are_passed_over(video: Path, encoder: Encode
 
 
 def test_what_does_not_belong_together_is_said(video: Path, encoder: Encoder) -> None:
-    files = frame_files(video / "frames")
+    files = open_frames(video / "frames")
     for name, values, words in (
         ("small", np.ones((8, 8), np.uint8), "has its 112x32 pixels; .* has 8x8"),
         ("empty", np.zeros((32, 112), np.uint8), "is 0 everywhere"),
     ):
         write_labels(video / f"{name}.png", LabelMap(values))
         with pytest.raises(DinoError, match=words):
-            first_mask(video / f"{name}.png", files[0], encoder.images)
+            first_mask(video / f"{name}.png", files, encoder.images)
     with pytest.raises(DinoError, match="its pixels are RGB"):
-        first_mask(files[0], files[0], encoder.images)
-    first = first_mask(video / "masks" / "f0.png", files[0], encoder.images)
-    write_labels(video / "deep" / "er" / "x.png", first[0])
-    with pytest.raises(DinoError, match="lie deeper"):
-        frame_files(video / "deep")
+        first_mask(files.files[0], files, encoder.images)
+    first = first_mask(video / "masks" / "f0.png", files, encoder.images)
+    (video / "frames/f0.png").write_bytes(b"no image")
+    with pytest.raises(DinoError, match=r"the first frame of .*frames cannot be read: not an image"):
+        first_mask(video / "masks" / "f0.png", files, encoder.images)
     (video / "other").mkdir()
     write_labels(video / "other" / "x.png", first[0])
     with pytest.raises(DinoError, match="no true mask has the name"):
-        track_folder(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "other")
+        track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "other")
 
 
 def test_an_object_in_no_patchs_middle_is_named(encoder: Encoder) -> None:
@@ -100,3 +100,19 @@ def test_objects_have_the_palettes_colors_and_all_else_its_own() -> None:
     assert laid[20, 20].tolist() == [60, 145, 69]
     assert laid[10, 10].tolist() == [10, 200, 30]
     assert not (overlay(grey, LabelMap(values)) == laid).all()
+
+
+def test_a_video_files_frames_are_followed_and_their_masks_numbered(video: Path, encoder: Encoder) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(video / "v.mp4"), "w") as file:
+        stream = file.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 112, 32, "yuv420p"
+        for path in open_frames(video / "frames").files:
+            file.mux(stream.encode(av.VideoFrame.from_image(Image.open(path))))
+        file.mux(stream.encode())
+    frames = open_frames(video / "v.mp4")
+    first = first_mask(video / "masks" / "f0.png", frames, encoder.images)
+    done = track_video(encoder, frames, first, video / "out", rule=Rule(), looking=LOOKING)
+    assert sorted(path.name for path in done.masks.iterdir()) == [f"{i:05}.png" for i in range(11)]
+    with Image.open(done.gif) as film:
+        assert film.n_frames == 11 and film.info["duration"] == 40

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def track(
-    frames: Annotated[Path, typer.Argument(help="Folder of a video's frames, in the order of their names.")],
+    frames: Annotated[
+        Path, typer.Argument(help="Folder of a video's frames, in the order of their names, or a video file.")
+    ],
     mask: Annotated[
         Path, typer.Option(help="Mask of the first frame, as PNG: 0 where nothing is, any other value an object.")
     ],
@@ -33,7 +35,9 @@ def track(
     temperature: Annotated[float, typer.Option(min=1e-4, help="They weigh exp(cosine / temperature).")] = 0.1,
     layer: Annotated[int, typer.Option(help="Block whose patches are compared: 1 the first, -1 the last.")] = -1,
     facet: FacetName = "token",
-    fps: Annotated[float, typer.Option(min=0.1, max=50, help="Frames a second of the film.")] = 12,
+    fps: Annotated[
+        float | None, typer.Option(min=0.1, max=50, help="Frames a second of the GIF; the video's, or 12, if absent.")
+    ] = None,
     network: NetworkName = "teacher",
     overrides: Limits = None,
     device: Device = "auto",
@@ -44,23 +48,24 @@ def track(
         raise DinoError(f"a mask of the first frame was wanted; {mask} does not exist", "check the path")
     if any(given and given.resolve() == (out / "masks").resolve() for given in (mask.parent, evaluate)):
         raise DinoError(f"{out / 'masks'} holds masks that were given, and would be written over", "--out track")
+    from dinocli.data.frames import open_frames
     from dinocli.device import pick_device
     from dinocli.encoder import with_images
     from dinocli.evals.track import Looking, Rule
     from dinocli.loading import load_encoder
-    from dinocli.tracking import first_mask, frame_files, too_small, track_folder
+    from dinocli.tracking import first_mask, too_small, track_video
 
-    files = frame_files(frames)
+    video = open_frames(frames)
     encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
     encoder = with_images(encoder, overrides or [])
     looking = Looking(size, layer, facet)
-    first = first_mask(mask, files[0], encoder.images)
+    first = first_mask(mask, video, encoder.images)
     for lost in too_small(encoder, *first, looking):
         console.say(f"note: object {lost} is smaller than a patch and cannot be followed: a larger --size")
-    with console.progress("track", len(files), "frames") as advance:
-        done = track_folder(
+    with console.progress("track", video.count, "frames") as advance:
+        done = track_video(
             encoder,
-            files,
+            video,
             first,
             out,
             rule=Rule(previous, radius, top, temperature),
