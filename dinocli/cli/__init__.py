@@ -20,11 +20,13 @@ from dinocli.cli.export import export
 from dinocli.cli.extract import extract
 from dinocli.cli.knn import knn
 from dinocli.cli.linear import linear
+from dinocli.cli.match import match
 from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
 from dinocli.cli.push import push
 from dinocli.cli.search import search
+from dinocli.cli.track import track
 from dinocli.errors import DinoError
 
 app = typer.Typer(
@@ -43,6 +45,8 @@ app.command()(search)
 app.command()(dedup)
 app.command()(curate)
 app.command()(attn_map)
+app.command()(match)
+app.command()(track)
 app.command()(export)
 app.command()(push)
 app.add_typer(presets, name="presets")

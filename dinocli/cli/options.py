@@ -43,6 +43,10 @@ Checkpoint = Annotated[
     ),
 ]
 NetworkName = Annotated[Literal["teacher", "student"], typer.Option("--network", help="Of a file that holds both.")]
+FacetName = Annotated[
+    Literal["token", "query", "key", "value"],
+    typer.Option("--facet", help="Of a block: its output, or of its attention."),
+]
 Tokens = Annotated[Literal["cls", "patches", "cls+avg"], typer.Option(help="Features of an image.")]
 Size = Annotated[int | None, typer.Option(min=8, help="Side of the images in pixels; the training's if absent.")]
 

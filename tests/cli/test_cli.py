@@ -70,6 +70,8 @@ COMMANDS = [
     "dedup",
     "curate",
     "attn-map",
+    "match",
+    "track",
     "export",
     "push",
     "pack",
@@ -136,6 +138,10 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["attn-map", "nowhere.jpg"], "nowhere.jpg does not exist", ""),
         (["attn-map", "nowhere", "--film", "gif"], "nowhere does not exist", ""),
         (["attn-map", "images"], "a checkpoint was wanted", "dino pretrain"),
+        (["match", "nowhere.jpg", "images/a/0000.png"], "nowhere.jpg does not exist", ""),
+        (["match", "images/a/0000.png", "images/a/0001.png"], "a checkpoint was wanted", "dino pretrain"),
+        (["track", "images", "--mask", "nowhere.png"], "nowhere.png does not exist", ""),
+        (["track", "nowhere", "--mask", "images/a/0000.png"], "nowhere does not exist", ""),
         (["presets", "show", "vits61"], "no preset 'vits61'", "vits16"),
         (["linear", "--checkpoint", "x"], "are for images", "--paper"),
         (["pretrain", "images", "--set", "views.local.scale=[0.4, 0.05]"], "views.local.scale", "--set views.local.scale"),
@@ -612,3 +618,27 @@ def test_a_run_teaches_another_and_the_plan_says_so(dino: Dino, tmp_path: Path) 
     assert json.loads(Path("small/preset.json").read_text())["teacher"]["frozen"]
     failed = dino(*plan, "--out", "none", "--set", "teacher.frozen=true", code=1)
     assert "no teacher was named" in failed.stderr and "hint: --teacher RUN" in failed.stderr
+
+
+def test_places_are_matched_and_things_followed_with_a_checkpoint(dino: Dino, images: Path) -> None:
+    from PIL import Image
+
+    dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "0", "--no-report")
+    a, b = "images/a/0000.png", "images/a/0001.png"
+    Path("k.csv").write_text("x_a,y_a,x_b,y_b\n4,4,4,4\n20,20,20,20\n")
+    wide = dino("match", a, a, "--keypoints", "k.csv", "--size", "32", "--layer", "1", "--layer", "-1", "--pca", "6")
+    assert "100.0" in wide.stdout and "matches/0000-0000.png" in wide.stdout
+    found = json.loads(dino("match", a, b, "--json").stdout)
+    assert Path(found["picture"]).is_file() and "pck" not in found
+    assert set(found["pairs"][0]) == {"x_a", "y_a", "x_b", "y_b", "cosine"}
+
+    Path("truth").mkdir()
+    for i in range(6):
+        Image.linear_gradient("L").resize((32, 32)).point(lambda v: 255 * (v > 120)).save(f"truth/{i:04}.png")
+    asked = ["track", "images/a", "--mask", "truth/0000.png", "--size", "32", "--evaluate", "truth"]
+    score = json.loads(dino(*asked, "--json").stdout)
+    assert score["frames"] == 6 and score["copying the first mask"]["mean"] == {"j": 1, "f": 1}
+    assert 0 < score["score"]["objects"]["255"]["j"] <= 1
+    assert "track/track.gif" in dino(*asked).stdout and Path("track/masks/0005.png").is_file()
+    done = dino("track", "images/a", "--mask", "track/masks/0000.png", code=1)
+    assert "would be written over" in done.stderr

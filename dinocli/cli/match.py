@@ -1,0 +1,122 @@
+"""`dino match`: which place of one photo is which of another."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, checkpoint_or_newest
+from dinocli.errors import DinoError
+
+if TYPE_CHECKING:
+    from dinocli.data.decode import Pixels
+    from dinocli.encoder import Encoder
+    from dinocli.evals.match import Matches, PatchMap, Pck
+
+
+def match(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A photo.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another, of any size.")],
+    checkpoint: Checkpoint = None,
+    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("matches"),
+    keypoints: Annotated[
+        Path | None,
+        typer.Option(
+            help="Places that are the same in both, to score by: CSV or JSON with x_a, y_a, x_b, y_b; CSV with a photo "
+            "and its x, y, x, y ... a row; or a homography from A to B (XML, or nine numbers in a .txt)."
+        ),
+    ] = None,
+    pck_of: Annotated[
+        Literal["box", "image"],
+        typer.Option("--pck-of", help="Near enough is a share of the larger side of B's keypoints' box, or of B."),
+    ] = "box",
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=8,
+            help="Short side in pixels to look at the photos with; 480 for a network trained at 224, in that "
+            "proportion for others.",
+        ),
+    ] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Block whose patches are compared: 1 the first, -1 the last; repeatable.")
+    ] = None,
+    facet: FacetName = "token",
+    pca: Annotated[int | None, typer.Option(min=1, help="Numbers a patch, by a PCA of both photos.")] = None,
+    lines: Annotated[int, typer.Option(min=1, help="About how many lines to draw.")] = 24,
+    sd: Annotated[
+        str | None,
+        typer.Option(
+            "--sd", metavar="MODEL", help="Join features of a Stable Diffusion model: a folder, or a name on the hub."
+        ),
+    ] = None,
+    sd_weight: Annotated[float, typer.Option(min=0, max=1, help="Their weight; the others have the rest.")] = 0.5,
+    sd_size: Annotated[int, typer.Option(min=64, help="Long side in pixels of the photos for them.")] = 960,
+    caption: Annotated[str, typer.Option(help="What both photos show, for --sd; nothing if absent.")] = "",
+    network: NetworkName = "teacher",
+    overrides: Limits = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Match places of two photos by what their patches look like, draw them, and score them by known points."""
+    for photo in (a, b):
+        if not photo.is_file():
+            raise DinoError(f"a photo was wanted; {photo} does not exist", "check the path")
+    from dinocli.data.keypoints import read_keypoints
+    from dinocli.device import pick_device
+    from dinocli.diffusion import load_diffusion
+    from dinocli.encoder import with_images
+    from dinocli.evals.match import match as matched
+    from dinocli.evals.match import near_enough, pck, spread_out
+    from dinocli.loading import load_encoder
+    from dinocli.matching import Looking, patch_maps, write_picture
+
+    where = pick_device(device)
+    encoder = with_images(load_encoder(checkpoint_or_newest(checkpoint), where, network), overrides or [])
+    photos = _read(a, encoder), _read(b, encoder)
+    known = keypoints and read_keypoints(keypoints, a, b, (photos[0].shape[:2], photos[1].shape[:2]))
+    diffusion = load_diffusion(sd, where, caption) if sd else None
+    if sd and not caption:
+        console.say("note: the diffusion model is given no caption; --caption 'a photo of a cat' says what is there")
+    looking = Looking(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
+    maps = patch_maps(encoder, *photos, looking)
+    matches = matched(*maps)
+    picture = out / f"{a.stem}-{b.stem}.png"
+    marked = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None
+    write_picture(picture, photos, maps, matches, spread_out(maps[0], matches.mutual, lines), marked)
+    scores = pck(*maps, matches, *known, pck_of) if known else []
+    if json:
+        result = {"picture": str(picture), "pairs": _pairs(*maps, matches)}
+        console.out_json(result | ({"keypoints": len(known[0]), "pck": [asdict(s) for s in scores]} if known else {}))
+        return
+    if known:
+        title = f"PCK in percent of {len(known[0])} keypoints; near is a share of the {pck_of}'s larger side"
+        console.table(["near", "found", "same place", "chance"], _rows(scores), title=title)
+    console.out(str(picture))
+
+
+def _read(path: Path, encoder: Encoder) -> Pixels:
+    from dinocli.data.decode import BadImage, decode
+
+    pixels = decode(path.read_bytes(), encoder.images)
+    if isinstance(pixels, BadImage):
+        raise DinoError(f"{path} cannot be read: {pixels.reason}", "name a photo such as a .jpg")
+    return pixels
+
+
+def _rows(scores: list[Pck]) -> list[list[str]]:
+    return [[f"{s.alpha:g}", f"{s.found:.1f}", f"{s.same_place:.1f}", f"{s.chance:.1f}"] for s in scores]
+
+
+def _pairs(a: PatchMap, b: PatchMap, matches: Matches) -> list[dict[str, float]]:
+    """Mutual nearest patches, the most alike first: their middles in pixels of the photos."""
+    ours, theirs = a.centers[matches.mutual], b.centers[matches.forth[matches.mutual]]
+    cosines = matches.cosine[matches.mutual].tolist()
+    return [
+        {"x_a": xa, "y_a": ya, "x_b": xb, "y_b": yb, "cosine": round(cosine, 4)}
+        for (xa, ya), (xb, yb), cosine in zip(ours.round(1).tolist(), theirs.round(1).tolist(), cosines, strict=True)
+    ]

@@ -1,0 +1,98 @@
+"""`dino track`: follow what a first mask holds through a video."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, checkpoint_or_newest
+from dinocli.errors import DinoError
+
+if TYPE_CHECKING:
+    from dinocli.evals.davis import Score, VideoScore
+
+
+def track(
+    frames: Annotated[
+        Path, typer.Argument(help="Folder of a video's frames, in the order of their names, or a video file.")
+    ],
+    mask: Annotated[
+        Path, typer.Option(help="Mask of the first frame, as PNG: 0 where nothing is, any other value an object.")
+    ],
+    checkpoint: Checkpoint = None,
+    out: Annotated[Path, typer.Option(help="Folder for the masks and the film.")] = Path("track"),
+    evaluate: Annotated[
+        Path | None, typer.Option(metavar="MASKS", help="Folder of true masks, by the frames' names: prints J and F.")
+    ] = None,
+    size: Annotated[int, typer.Option(min=8, help="Short side in pixels to look at a frame with.")] = 480,
+    previous: Annotated[int, typer.Option(min=0, help="Frames before each that are asked, beside the first.")] = 7,
+    radius: Annotated[int, typer.Option(min=0, help="How far they look, in patches.")] = 12,
+    top: Annotated[int, typer.Option(min=1, help="Patches that give a patch its label.")] = 5,
+    temperature: Annotated[float, typer.Option(min=1e-4, help="They weigh exp(cosine / temperature).")] = 0.1,
+    layer: Annotated[int, typer.Option(help="Block whose patches are compared: 1 the first, -1 the last.")] = -1,
+    facet: FacetName = "token",
+    fps: Annotated[
+        float | None, typer.Option(min=0.1, max=50, help="Frames a second of the GIF; the video's, or 12, if absent.")
+    ] = None,
+    network: NetworkName = "teacher",
+    overrides: Limits = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Follow what a first mask holds through a video: a mask for each frame, and a film with them laid over."""
+    if not mask.is_file():
+        raise DinoError(f"a mask of the first frame was wanted; {mask} does not exist", "check the path")
+    if any(given and given.resolve() == (out / "masks").resolve() for given in (mask.parent, evaluate)):
+        raise DinoError(f"{out / 'masks'} holds masks that were given, and would be written over", "--out track")
+    from dinocli.data.frames import open_frames
+    from dinocli.device import pick_device
+    from dinocli.encoder import with_images
+    from dinocli.evals.track import Looking, Rule
+    from dinocli.loading import load_encoder
+    from dinocli.tracking import first_mask, too_small, track_video
+
+    video = open_frames(frames)
+    encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
+    encoder = with_images(encoder, overrides or [])
+    looking = Looking(size, layer, facet)
+    first = first_mask(mask, video, encoder.images)
+    for lost in too_small(encoder, *first, looking):
+        console.say(f"note: object {lost} is smaller than a patch and cannot be followed: a larger --size")
+    with console.progress("track", video.count, "frames") as advance:
+        done = track_video(
+            encoder,
+            video,
+            first,
+            out,
+            rule=Rule(previous, radius, top, temperature),
+            looking=looking,
+            truth=evaluate,
+            per_second=fps,
+            advance=advance,
+        )
+    for bad, reason in done.skipped.items():
+        console.say(f"note: skipped {bad}: {reason}")
+    if json:
+        paths = {"masks": str(done.masks), "gif": str(done.gif), "strip": str(done.strip)}
+        scores = {"score": _plain(done.score), "copying the first mask": _plain(done.still)} if done.score else {}
+        console.out_json(paths | {"frames": done.frames, "skipped": done.skipped} | scores)
+        return
+    if done.score and done.still:
+        rows = [_row("all", done.score.mean, done.still.mean)] if len(done.score.objects) > 1 else []
+        rows += [_row(str(n), score, done.still.objects[n]) for n, score in done.score.objects.items()]
+        title = f"{done.score.frames} frames of {encoder.source}, without the first and the last, in percent"
+        console.table(["object", "J", "F", "J&F", "J copied", "F copied"], rows, title=title)
+    for path in (done.strip, done.gif, done.masks):
+        console.out(str(path))
+
+
+def _row(name: str, score: Score, still: Score) -> list[str]:
+    return [name, *(f"{100 * x:.1f}" for x in (score.j, score.f, score.j_and_f, still.j, still.f))]
+
+
+def _plain(score: VideoScore | None) -> dict[str, Any] | None:
+    return asdict(score) if score else None

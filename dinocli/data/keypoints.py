@@ -1,0 +1,111 @@
+"""Keypoints: places that are the same in two photos, from a table, a list of landmarks or a homography."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocli.errors import DinoError
+
+Points = NDArray[np.float64]
+Sizes = tuple[tuple[int, int], tuple[int, int]]
+_COLUMNS = ("x_a", "y_a", "x_b", "y_b")
+_STEPS = 40  # points on the larger side of a photo that a homography maps
+_FORMS = "a CSV or JSON with x_a, y_a, x_b, y_b; a CSV with a photo and its x, y, x, y ... a row; or a homography's XML"
+
+
+def read_keypoints(
+    path: Path, a: Path, b: Path, sizes: tuple[tuple[int, int], tuple[int, int]]
+) -> tuple[Points, Points]:
+    """Keypoints of two photos, in pixels from the upper left. [P, 2] each
+
+    Args:
+        path: A CSV or JSON of matched points (`x_a`, `y_a`, `x_b`, `y_b`), one a row; a CSV of landmarks, whose first
+            column names the photo and whose others are x and y in turn; or XML or text with the nine numbers of a
+            homography from A to B, of which the points are an even grid over A, as far as it falls into B.
+        a: A photo, for its name.
+        b: Another.
+        sizes: Height and width of each.
+
+    Raises:
+        DinoError: The file is missing, or none of these; it does not name a photo; or no point lies in both.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise _unreadable(path) from None
+    except FileNotFoundError:
+        raise DinoError(f"keypoints were wanted; {path} does not exist", "check the path") from None
+    try:
+        if path.suffix.lower() in (".xml", ".txt"):
+            points = _mapped(_homography(text), sizes)
+        elif path.suffix.lower() == ".json":
+            points = _pairs([[row[name] for name in _COLUMNS] for row in json.loads(text)])
+        else:
+            points = _of_table(list(csv.reader(text.splitlines())), path, a, b)
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise _unreadable(path) from None
+    there = np.isfinite(points[0]).all(1) & np.isfinite(points[1]).all(1)
+    if not there.any():
+        raise DinoError(f"{path} has no point that lies in both photos", _FORMS)
+    return points[0][there], points[1][there]
+
+
+def landmarks(path: Path) -> dict[str, Points]:
+    """The points of each photo of a CSV, by the photo's name; what is not there is not a number. [P, 2] each
+
+    Raises:
+        DinoError: The file is none.
+    """
+    try:
+        _, *rows = csv.reader(path.read_text(encoding="utf-8-sig").splitlines())
+        return {row[0]: _numbers(row[1:]).reshape(-1, 2) for row in rows}
+    except (ValueError, IndexError):
+        raise _unreadable(path) from None
+
+
+def _unreadable(path: Path) -> DinoError:
+    return DinoError(f"{path} holds no keypoints that can be read", _FORMS)
+
+
+def _of_table(rows: list[list[str]], path: Path, a: Path, b: Path) -> tuple[Points, Points]:
+    head = [name.strip().lower() for name in rows[0]]
+    if set(_COLUMNS) <= set(head):
+        return _pairs([[row[head.index(name)] for name in _COLUMNS] for row in rows[1:]])
+    known = landmarks(path)
+    for photo in (a, b):
+        if photo.name not in known:
+            raise DinoError(f"{path} has no row for {photo.name}", f"one of its {len(known)} photos, or another file")
+    return known[a.name], known[b.name]
+
+
+def _numbers(values: list[str]) -> Points:
+    return np.array([float(value) if value.strip() else math.nan for value in values])
+
+
+def _pairs(rows: list[list[object]] | list[list[str]]) -> tuple[Points, Points]:
+    points = np.array([[float(str(value)) for value in row] for row in rows]).reshape(-1, 4)
+    return points[:, :2], points[:, 2:]
+
+
+def _homography(text: str) -> Points:
+    """[3, 3]"""
+    data = re.search(r"<data>(.*?)</data>", text, re.DOTALL)
+    return np.array([float(word) for word in (data[1] if data else text).split()]).reshape(3, 3)
+
+
+def _mapped(homography: Points, sizes: Sizes) -> tuple[Points, Points]:
+    (height, width), (height_b, width_b) = sizes
+    step = max(height, width) / _STEPS
+    y, x = np.mgrid[step / 2 : height : step, step / 2 : width : step]
+    at_a = np.stack([x, y], -1).reshape(-1, 2)
+    mapped = np.column_stack([at_a, np.ones(len(at_a))]) @ homography.T
+    at_b = mapped[:, :2] / mapped[:, 2:]
+    inside = (mapped[:, 2] > 0) & (at_b >= 0).all(1) & (at_b < [width_b, height_b]).all(1)
+    return at_a[inside], at_b[inside]

@@ -1,0 +1,83 @@
+"""Label maps: masks whose values are numbers of objects, read and written with their palette."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinocli.atomic import atomic
+from dinocli.data.decode import DEFAULTS, BadImage
+
+Labels = NDArray[np.uint8]
+# A photo, or a mask with soft edges, taken for a map of objects has more values than this.
+_MOST = 64
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """Which object each pixel belongs to.
+
+    Attributes:
+        values: 0 where there is none. [H, W]
+        palette: Red, green and blue of each value, if the file had colors.
+    """
+
+    values: Labels
+    palette: bytes | None = None
+
+    @property
+    def objects(self) -> list[int]:
+        """The values that stand for objects, ascending."""
+        return [int(value) for value in np.unique(self.values) if value]
+
+
+def read_labels(path: Path) -> LabelMap | BadImage:
+    """Read a mask: an image with a palette, whose numbers count and not its colors, or a grey or black-and-white one.
+
+    Returns:
+        The map, or why the file is none.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                if image.width * image.height > DEFAULTS.max_megapixels * 1e6:
+                    return BadImage(f"too large: {image.width}x{image.height} pixels")
+                found = _labels(image)
+    # Pillow's readers raise nearly every kind of exception on a broken file.
+    except Exception as error:
+        return BadImage(f"damaged: {' '.join(str(error).split())[:160] or type(error).__name__}")
+    if found is None:
+        return BadImage(
+            f"no label map: its pixels are {image.mode}, and not numbers of objects (a palette, or 8-bit grey)"
+        )
+    if len(found.objects) > _MOST:
+        return BadImage(f"no label map: it has {len(found.objects)} values, as photos and masks with soft edges have")
+    return found
+
+
+def _labels(image: Image.Image) -> LabelMap | None:
+    if image.mode == "P":
+        palette = image.getpalette()
+        return LabelMap(np.array(image), bytes(palette) if palette else None)
+    if image.mode in ("L", "1"):
+        return LabelMap(np.array(image.convert("L")))
+    if image.mode in ("RGB", "RGBA"):
+        colors = np.array(image)[..., :3]
+        if (colors == colors[..., :1]).all():  # grey that was saved as colors
+            return LabelMap(np.ascontiguousarray(colors[..., 0]))
+    return None
+
+
+def write_labels(path: Path, labels: LabelMap) -> None:
+    """Write a mask as a PNG, in the palette it came with; grey where it had none."""
+    image = Image.fromarray(labels.values)
+    if labels.palette is not None:
+        image.putpalette(labels.palette)
+    with atomic(path) as draft:
+        image.save(draft, format="PNG")

@@ -1,0 +1,179 @@
+"""Matching: which place of one photo looks like which of another, by what their patches look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+Points = NDArray[np.float64]  # x and y in pixels of a photo. [P, 2]
+SideOf = Literal["box", "image"]
+ALPHAS = (0.05, 0.1, 0.15)
+_BLOCK = 2048  # patches compared with all of the other photo at once
+
+
+@dataclass(frozen=True)
+class PatchMap:
+    """A photo as patches.
+
+    Attributes:
+        features: Of each patch, normalized. [h, w, D]
+        size: Height and width of the photo, in pixels.
+    """
+
+    features: Tensor
+    size: tuple[int, int]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches."""
+        return self.features.shape[0], self.features.shape[1]
+
+    @property
+    def centers(self) -> Points:
+        """The middle of each patch, row by row. [h*w, 2]"""
+        (height, width), (rows, columns) = self.size, self.grid
+        y, x = np.mgrid[:rows, :columns] + 0.5
+        return np.stack([x * width / columns, y * height / rows], -1).reshape(-1, 2)
+
+    def holding(self, points: Points) -> NDArray[np.int64]:
+        """Number of the patch that each point lies in; a point beyond the edge lies in the nearest. [P]"""
+        (height, width), (rows, columns) = self.size, self.grid
+        column = np.clip(points[:, 0] * columns / width, 0, columns - 1).astype(np.int64)
+        row = np.clip(points[:, 1] * rows / height, 0, rows - 1).astype(np.int64)
+        return row * columns + column
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Which patches of two photos are alike.
+
+    Attributes:
+        forth: For each patch of A the patch of B most like it. [hA*wA]
+        back: For each patch of B the patch of A. [hB*wB]
+        cosine: For each patch of A, with that of B. [hA*wA]
+    """
+
+    forth: NDArray[np.int64]
+    back: NDArray[np.int64]
+    cosine: NDArray[np.float32]
+
+    @property
+    def mutual(self) -> NDArray[np.int64]:
+        """Patches of A that their match in B would choose too, the most alike first."""
+        itself = np.flatnonzero(self.back[self.forth] == np.arange(len(self.forth)))
+        return itself[np.argsort(-self.cosine[itself], kind="stable")]
+
+
+@dataclass(frozen=True)
+class Pck:
+    """Percent of correct keypoints: points whose answer lies near enough to the true one.
+
+    Attributes:
+        alpha: How near, as a share of the larger side of the box of B's keypoints, or of photo B.
+        found: Percent by the features.
+        same_place: Percent of answering the same place of B as the point has in A, each side scaled.
+        chance: Percent to expect of answering any patch of B.
+    """
+
+    alpha: float
+    found: float
+    same_place: float
+    chance: float
+
+
+def joint_pca(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]:
+    """Two photos' features by the directions in which both together differ most. [..., dims] of [..., D]
+
+    Fewer where there are fewer.
+
+    Source: Zhang et al., arXiv 2305.15347, section 3.3 ("co-PCA").
+    """
+    both = torch.cat([a.flatten(0, -2), b.flatten(0, -2)]).double()
+    mean = both.mean(0)
+    directions = torch.linalg.eigh((both - mean).T @ (both - mean)).eigenvectors.flip(1)[:, : min(dims, len(both))]
+    return ((a.double() - mean) @ directions).to(a.dtype), ((b.double() - mean) @ directions).to(b.dtype)
+
+
+def normalized(features: Tensor) -> Tensor:
+    """Each of length one. [..., D]"""
+    return F.normalize(features.float(), dim=-1)
+
+
+def match(a: PatchMap, b: PatchMap) -> Matches:
+    """Each patch's nearest in the other photo by cosine; A's patches are taken some at a time."""
+    ours, theirs = a.features.flatten(0, 1), b.features.flatten(0, 1)
+    forth, cosine = [], []
+    best = torch.full((len(theirs),), -torch.inf, device=theirs.device)
+    back = torch.zeros(len(theirs), dtype=torch.long, device=theirs.device)
+    for first in range(0, len(ours), _BLOCK):
+        similar = ours[first : first + _BLOCK] @ theirs.T
+        values, found = similar.max(1)
+        forth.append(found)
+        cosine.append(values)
+        values, found = similar.max(0)
+        back = torch.where(values > best, found + first, back)
+        best = torch.maximum(values, best)
+    return Matches(torch.cat(forth).cpu().numpy(), back.cpu().numpy(), torch.cat(cosine).cpu().numpy())
+
+
+def answers(a: PatchMap, b: PatchMap, matches: Matches, points: Points) -> Points:
+    """Where points of A are in B: the middle of the patch most like the one that a point lies in. [P, 2]
+
+    Source: Junyi42/sd-dino@48278d9 pck_spair_pascal.py: the nearest patch, nothing interpolated.
+    """
+    return b.centers[matches.forth[a.holding(points)]]
+
+
+def pck(a: PatchMap, b: PatchMap, matches: Matches, at_a: Points, at_b: Points, side_of: SideOf = "box") -> list[Pck]:
+    """Score answers for keypoints of A by where they truly are in B, one score for each of `ALPHAS`.
+
+    Args:
+        a: A.
+        b: B.
+        matches: Of them.
+        at_a: Keypoints in A. [P, 2]
+        at_b: The same in B. [P, 2]
+        side_of: What `alpha` is a share of.
+    """
+    scaled = at_a * (np.array(b.size[::-1]) / np.array(a.size[::-1]))
+    far = [_distances(answer, at_b) for answer in (answers(a, b, matches, at_a), scaled)]
+    everywhere = np.linalg.norm(b.centers[None] - at_b[:, None], axis=2)  # [P, hB*wB]
+    near = {alpha: near_enough(b, at_b, side_of, alpha) for alpha in ALPHAS}
+    return [Pck(alpha, *(100 * float((d <= near[alpha]).mean()) for d in (*far, everywhere))) for alpha in ALPHAS]
+
+
+def near_enough(b: PatchMap, at_b: Points, side_of: SideOf, alpha: float) -> float:
+    """How far an answer may lie from the true place, in pixels of B."""
+    return alpha * float(max(np.ptp(at_b, axis=0)) if side_of == "box" else max(b.size))
+
+
+def mean_pck(pairs: Sequence[Sequence[Pck]]) -> list[Pck]:
+    """Scores over pairs of photos, each of which counts the same."""
+    mean = np.mean([[(s.found, s.same_place, s.chance) for s in scores] for scores in pairs], axis=0)
+    return [Pck(score.alpha, *row) for score, row in zip(pairs[0], mean.tolist(), strict=True)]
+
+
+def _distances(a: Points, b: Points) -> NDArray[np.float64]:
+    return np.linalg.norm(a - b, axis=1)
+
+
+def spread_out(a: PatchMap, chosen: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Of A's patches, the first that falls in each part of the photo, of about so many parts.
+
+    Args:
+        a: A.
+        chosen: Numbers of patches, the best first.
+        count: Of parts, as square as they can be.
+    """
+    (rows, columns), (height, width) = a.grid, a.size
+    down = min(rows, max(1, round((count * height / width) ** 0.5)))
+    across = min(columns, max(1, round(count / down)))
+    part = (chosen // columns * down // rows) * across + chosen % columns * across // columns
+    return chosen[np.sort(np.unique(part, return_index=True)[1])]

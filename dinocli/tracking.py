@@ -1,0 +1,224 @@
+"""Tracking on disk: the frames of a video and a first mask to masks, a film and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode
+from dinocli.data.frames import Frame, Frames, open_frames
+from dinocli.data.labels import LabelMap, Labels, read_labels, write_labels
+from dinocli.encoder import Encoder
+from dinocli.errors import DinoError
+from dinocli.evals.davis import VideoScore, frame_scores, outline, video_score
+from dinocli.evals.track import Looking, Rule, one_hot, track
+from dinocli.film import shown, small, write_gif, write_strip
+from dinocli.picture import Panel, visible
+
+_WIDTH = 480  # pixels, of a frame in the film
+_STRIP_WIDTH = 320
+_RATE = 12  # frames a second, where nothing tells
+_ALL = range(1, 2**62)  # frames after the first, however many a video says that it has
+# For objects without a color of their own, told apart on a photo, and by those who see no red or green.
+_COLORS = np.array([(230, 60, 60), (50, 140, 240), (250, 200, 40), (40, 180, 130), (200, 100, 220), (250, 140, 40)])
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """What was written for a video.
+
+    Attributes:
+        masks: Folder of a mask for each frame, by the frame's name.
+        gif: The frames with their masks laid over.
+        strip: Some of them side by side.
+        frames: How many there are, the first among them.
+        skipped: Frames that were passed over, and why.
+        score: Of the masks; absent where there was nothing to hold them against.
+        still: Of the first mask, copied to every frame: what tracking has to beat.
+    """
+
+    masks: Path
+    gif: Path
+    strip: Path
+    frames: int
+    skipped: dict[str, str]
+    score: VideoScore | None = None
+    still: VideoScore | None = None
+
+
+def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelMap, Pixels]:
+    """The mask of a first frame, and that frame.
+
+    Raises:
+        DinoError: One cannot be read, they are not of one size, or the mask holds no object.
+    """
+    frame = next(frames.read({0}), None)
+    pixels = _decoded(frame, images) if frame else BadImage("there is none")
+    if isinstance(pixels, BadImage):
+        raise DinoError(f"the first frame of {frames.where} cannot be read: {pixels.reason}", "take it out")
+    labels = read_labels(path)
+    if isinstance(labels, BadImage):
+        raise DinoError(f"a mask of the first frame was wanted; {path}: {labels.reason}", "a PNG: 0 where nothing is")
+    if labels.values.shape != pixels.shape[:2]:
+        (height, width), size = labels.values.shape, pixels.shape
+        raise DinoError(
+            f"a mask of the first frame has its {size[1]}x{size[0]} pixels; {path} has {width}x{height}",
+            "the mask that was drawn on that frame",
+        )
+    if not labels.objects:
+        raise DinoError(f"a mask with an object was wanted; {path} is 0 everywhere", "paint what is to be followed")
+    return labels, pixels
+
+
+def too_small(encoder: Encoder, labels: LabelMap, pixels: Pixels, looking: Looking) -> list[int]:
+    """Objects that lie in the middle of no patch, and so cannot be followed."""
+    height, width = encoder.photo(pixels, looking.short_side).shape[-2:]
+    patch = encoder.backbone.patch_size
+    hot = one_hot(labels.values, labels.objects, (height // patch, width // patch))
+    return [number for number, there in zip(labels.objects, hot.flatten(1).any(1).tolist(), strict=True) if not there]
+
+
+def track_video(
+    encoder: Encoder,
+    video: Frames,
+    first: tuple[LabelMap, Pixels],
+    out: Path,
+    *,
+    rule: Rule,
+    looking: Looking,
+    truth: Path | None = None,
+    per_second: float | None = None,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Tracked:
+    """Follow what a first mask holds through a video, and write what was found.
+
+    Frames are read, written and forgotten one by one.
+
+    Args:
+        encoder: Its patches are compared.
+        video: The frames.
+        first: The first one's mask, and it.
+        out: Folder for `masks/`, `track.gif` and `strip.png`.
+        rule: How a patch comes by its label.
+        looking: How a frame becomes patches.
+        truth: Folder of true masks, by the frames' names; the first and the last frame are not counted.
+        per_second: Frames of the film; absent, as many as the video has, or 12.
+        advance: Told how many frames are done.
+
+    Raises:
+        DinoError: A true mask cannot be read, or there is none to count.
+    """
+    labels, pixels = first
+    reader = _Reader(video, encoder.images, pixels.shape)
+    judge = _Judge(truth, labels) if truth else None
+
+    def frames() -> Iterator[tuple[Frame, Pixels, Labels]]:
+        yield next(video.read({0})), pixels, labels.values
+        # The tracker takes a frame, and gives its labels before it takes the next.
+        for found in track(encoder, pixels, labels.values, reader, rule, looking):
+            yield reader.now, reader.pixels, found
+
+    strip: list[Panel] = []
+    chosen = set(shown(video.count))
+
+    def film() -> Iterator[Pixels]:
+        for frame, seen, found in frames():
+            name = _stem(frame)
+            write_labels(out / "masks" / f"{name}.png", LabelMap(found, labels.palette))
+            if judge and 0 < frame.number < video.count - 1:
+                judge.see(name, found)
+            laid = overlay(visible(seen), LabelMap(found, labels.palette))
+            if frame.number in chosen:
+                strip.append(Panel(small(laid, _STRIP_WIDTH), name))
+            advance(frame.number + 1)
+            yield small(laid, _WIDTH)
+
+    gif, picture = out / "track.gif", out / "strip.png"
+    count = write_gif(film(), gif, per_second or float(video.rate or _RATE))
+    write_strip(strip, picture)
+    score, still = judge.scores() if judge else (None, None)
+    return Tracked(out / "masks", gif, picture, count, reader.skipped, score, still)
+
+
+def _stem(frame: Frame) -> str:
+    """Of its file; of a video's frame its number, from 0 as in DAVIS."""
+    return Path(frame.name).stem if isinstance(frame.data, bytes) else f"{frame.number:05}"
+
+
+def _decoded(frame: Frame, images: ImagesConfig) -> Pixels | BadImage:
+    return frame.data if isinstance(frame.data, BadImage) else decode(frame.data, images)
+
+
+@dataclass
+class _Reader:
+    """The frames after the first that can be read and are of its size; it remembers the one it gave last."""
+
+    video: Frames
+    images: ImagesConfig
+    shape: tuple[int, ...]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Pixels]:
+        for frame in self.video.read(_ALL):
+            pixels = _decoded(frame, self.images)
+            if isinstance(pixels, BadImage):
+                self.skipped[frame.name] = pixels.reason
+            elif pixels.shape != self.shape:
+                sizes = [f"{shape[1]}x{shape[0]}" for shape in (pixels.shape, self.shape)]
+                self.skipped[frame.name] = f"another size: {sizes[0]} pixels, the first frame has {sizes[1]}"
+            else:
+                self.now, self.pixels = frame, pixels
+                yield pixels
+
+
+class _Judge:
+    """Holds masks against the true ones, frame by frame."""
+
+    def __init__(self, folder: Path, first: LabelMap) -> None:
+        self._truth = {path.stem: path for path in open_frames(folder).files}
+        self._first = first
+        self._found: list[NDArray[np.float64]] = []
+        self._still: list[NDArray[np.float64]] = []
+
+    def see(self, name: str, found: Labels) -> None:
+        if name not in self._truth:
+            return
+        truth = read_labels(self._truth[name])
+        if isinstance(truth, BadImage) or truth.values.shape != found.shape:
+            why = truth.reason if isinstance(truth, BadImage) else "another size than its frame's"
+            raise DinoError(f"a true mask was wanted; {self._truth[name]}: {why}", "--evaluate FOLDER OF MASKS")
+        self._found.append(frame_scores(found, truth.values, self._first.objects))
+        self._still.append(frame_scores(self._first.values, truth.values, self._first.objects))
+
+    def scores(self) -> tuple[VideoScore, VideoScore]:
+        if not self._found:
+            raise DinoError(
+                "no true mask has the name of a frame between the first and the last", "--evaluate FOLDER OF MASKS"
+            )
+        return video_score(self._found, self._first.objects), video_score(self._still, self._first.objects)
+
+
+def overlay(pixels: Pixels, labels: LabelMap) -> Pixels:
+    """A frame with each object tinted and outlined in its color. [H, W, 3]"""
+    laid = pixels.astype(np.float32)
+    for i, number in enumerate(labels.objects):
+        mask = labels.values == number
+        color = _color(labels, number, i)
+        laid[mask] = laid[mask] * 0.55 + color * 0.45
+        edge = outline(mask)
+        thick = max(1, min(pixels.shape[:2]) // 240)
+        for dy in range(-thick, thick + 1):
+            for dx in range(-thick, thick + 1):
+                laid[np.roll(edge, (dy, dx), (0, 1)) & mask] = color
+    return (laid + 0.5).astype(np.uint8)
+
+
+def _color(labels: LabelMap, number: int, place: int) -> NDArray[np.float64]:
+    own = np.frombuffer(labels.palette or b"", np.uint8).reshape(-1, 3)
+    if number < len(own) and np.ptp(own[number]):  # greys are no colors
+        return own[number].astype(float)
+    return _COLORS[place % len(_COLORS)].astype(float)
