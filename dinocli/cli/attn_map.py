@@ -13,9 +13,9 @@ from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, c
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
+    from dinocli.attention_films import Form
     from dinocli.data.frames import Frames
     from dinocli.encoder import Encoder
-    from dinocli.films import Form
 
 
 def attn_map(
@@ -109,7 +109,7 @@ def _draw_films(
 ) -> None:
     from fractions import Fraction
 
-    from dinocli.films import ENDINGS, film
+    from dinocli.attention_films import ENDINGS, film
 
     rate = Fraction(fps).limit_denominator(1000) if fps else None
     made = []
