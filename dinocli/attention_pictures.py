@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinocli.atomic import atomic, write_tensors
-from dinocli.data.decode import BadImage, Pixels, decode
+from dinocli.data.decode import BadImage, Pixels
+from dinocli.data.named import read_photo
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import AttentionMaps, attention_maps, default_size, enlarge
 from dinocli.picture import Panel, heat, sheet, spotlight, visible
@@ -47,7 +48,7 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
         size: Short side to look at the photo with, in pixels; absent, what fits the encoder.
         raw: Whether to write the maps too: `heads` [heads, rows, columns] and `masks` of the same shape.
     """
-    pixels = decode(image.read_bytes(), encoder.images)
+    pixels = read_photo(image, encoder.images)
     if isinstance(pixels, BadImage):
         return pixels.reason
     maps = attention_maps(encoder, pixels, size or default_size(encoder))

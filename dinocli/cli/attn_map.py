@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +32,9 @@ def attn_map(
     json: Json = False,
 ) -> None:
     """Draw the attention of each head in the last block: beside the photo, in color, and as masks."""
-    files = _files(images)
+    from dinocli.data.named import named_photos
+
+    files = named_photos(images)
 
     from dinocli.attention_pictures import draw
     from dinocli.device import pick_device
@@ -62,32 +63,3 @@ def attn_map(
     else:
         for d in drawn:
             console.out(str(d.picture))
-
-
-def _files(images: list[Path]) -> dict[Path, Path]:
-    """Each image file, and the name of its picture below the folder of pictures."""
-    from dinocli.data.sources import image_folder
-
-    files: dict[Path, Path] = {}
-    for path in images:
-        if path.is_dir():
-            files |= {path / inside: Path(inside) for inside in image_folder(path).names}
-        elif path.is_file():
-            files[path] = Path(path.name)
-        else:
-            raise DinoError(f"a photo or a folder was wanted; {path} does not exist", "check the path")
-    return _told_apart(files)
-
-
-def _told_apart(files: dict[Path, Path]) -> dict[Path, Path]:
-    """Names without their suffix, unless two would then be the same."""
-    stems = [name.with_suffix("") for name in files.values()]
-    times, taken = Counter(stems), set[Path]()
-    names: dict[Path, Path] = {}
-    for (path, name), stem in zip(files.items(), stems, strict=True):
-        chosen = stem if times[stem] == 1 else name.with_name(name.name.replace(".", "_"))
-        while chosen in taken:
-            chosen = chosen.with_name(chosen.name + "_")
-        taken.add(chosen)
-        names[path] = chosen
-    return names
