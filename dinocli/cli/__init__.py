@@ -21,6 +21,7 @@ from dinocli.cli.linear import linear
 from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
+from dinocli.cli.segment import segment
 from dinocli.errors import DinoError
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ app.command()(extract)
 app.command()(knn)
 app.command()(linear)
 app.command()(attn_map)
+app.command()(segment)
 app.command()(export)
 app.add_typer(presets, name="presets")
 app.command()(demo)

@@ -34,14 +34,14 @@ class Masks:
             self._stems.setdefault(Path(name).stem, []).append(name)
 
     def of(self, name: Path) -> Path | None:
-        """The mask of a photo by its name, without suffix, below its own folder; else the one that has its bare name."""
+        """The mask of a photo by its name, without suffix, below its folder; else the one of its bare name."""
         whole = self._names.get(str(name))
         alone = self._stems.get(name.name, []) if whole is None else [whole]
         return self.folder / alone[0] if len(alone) == 1 else None
 
 
 def read_object(path: Path) -> NDArray[np.bool_] | BadImage:
-    """Where a mask has its object: above half of 255, or all but 0 in an index mask. [H, W], or why it cannot be read."""
+    """Where a mask has its object: above half of 255, or all but 0 in an index mask. [H, W], or the reason why not."""
     values = _read(path)
     if isinstance(values, BadImage):
         return values

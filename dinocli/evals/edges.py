@@ -50,7 +50,7 @@ def refine(mask: Mask, pixels: Pixels) -> Mask:
 
 
 def _lines(photo: Tensor, mask: Tensor) -> Tensor:
-    """For each place the average line of the windows that hold it: three slopes, and the value at black. [1, 4, h, w]"""
+    """The average line of the windows that hold a place: three slopes, and the value at black. [1, 4, h, w]"""
 
     def mean(values: Tensor) -> Tensor:
         for size, pad in (((2 * _CELL + 1, 1), (_CELL, 0)), ((1, 2 * _CELL + 1), (0, _CELL))):
