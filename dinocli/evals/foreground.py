@@ -46,10 +46,10 @@ def foreground(
     """Tell the foreground of a photo of any size and shape.
 
     Args:
-        encoder: A vision transformer; by a cut of keys alone.
+        encoder: A vision transformer.
         pixels: [H, W, C]
-        short_side: What to resize the photo's short side to, in pixels; a cut takes at most 6,400 patches, and looks
-            at a photo of more coarsely.
+        short_side: What to resize the photo's short side to, in pixels; a cut takes some 6,400 patches at most, and
+            looks at a photo of more coarsely.
         by: `attention`, the fewest patches that hold `keep` of what the class token looks at, averaged over the heads;
             or `cut`, see `cut`.
         keep: Share of the attention.
@@ -61,11 +61,7 @@ def foreground(
     if by == "attention":
         mass = attention_maps(encoder, pixels, short_side).heads.mean(0).astype(np.float64)
         return Foreground(mass, largest_component(keep_mass(mass, keep)))
-    image = encoder.photo(pixels, short_side)
-    patches = image.shape[-2] * image.shape[-1] / encoder.backbone.patch_size**2
-    if patches > MOST_PATCHES:
-        short = min(image.shape[-2:]) * (MOST_PATCHES / patches) ** 0.5
-        image = encoder.photo(pixels, int(short - encoder.backbone.patch_size))  # a patch off, as it may be rounded up
+    image = encoder.photo(pixels, short_side, MOST_PATCHES)
     return cut(encoder.patches(image, facet="key")[0], tau)
 
 
