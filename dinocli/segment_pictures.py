@@ -61,7 +61,7 @@ def draw_foreground(
     """Write the sheet of a photo's foreground, and the mask if asked for; or return why the photo cannot be read.
 
     Args:
-        encoder: A vision transformer.
+        encoder: A frozen one.
         image: The photo.
         name: Of the files to write, without a suffix.
         by: See `foreground`, as `keep` and `tau`.
@@ -99,7 +99,7 @@ def draw_classes(
     """Write the sheet of a photo's classes, and the index mask if asked for; or return why it cannot be read.
 
     Args:
-        encoder: A vision transformer.
+        encoder: A frozen one.
         head: What tells the classes.
         image: The photo.
         name: Of the files to write, without a suffix.
@@ -137,7 +137,7 @@ def draw_colors(
     """Write sheets of photos and, below each, its patches in color: 24 photos a sheet, one photo in memory at a time.
 
     Args:
-        encoder: A vision transformer.
+        encoder: A frozen one.
         colors: What colors the patches.
         photos: In order.
         folder: Takes `pca.png`, and `pca-2.png` and so on.

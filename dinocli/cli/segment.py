@@ -54,7 +54,7 @@ def segment(
     head: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the classes that a trained head tells instead.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="With --train: passes over the photos.")] = 20,
+    epochs: Annotated[int, typer.Option(min=1, help="With --train: passes over the photos.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="With --train: of the order and of what is held out.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("segments"),
     size: Annotated[

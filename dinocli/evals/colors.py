@@ -71,7 +71,7 @@ def fit_colors(
     in any photo, nothing is taken out.
 
     Args:
-        encoder: A vision transformer.
+        encoder: A frozen one.
         photos: Of which those that cannot be read are passed over.
         short_side: To look at a photo with, in pixels.
         by: How the foreground is told.

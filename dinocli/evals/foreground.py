@@ -15,6 +15,7 @@ from dinocli.data.decode import Pixels
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, keep_mass
 from dinocli.evals.components import component_at, largest_component
+from dinocli.models.backbone import Facet, Transformer
 
 By = Literal["attention", "cut"]
 Map = NDArray[np.float64]
@@ -46,7 +47,7 @@ def foreground(
     """Tell the foreground of a photo of any size and shape.
 
     Args:
-        encoder: A vision transformer.
+        encoder: A vision transformer; a convolutional network can be cut, but has no attention.
         pixels: [H, W, C]
         short_side: What to resize the photo's short side to, in pixels; a cut takes some 6,400 patches at most, and
             looks at a photo of more coarsely.
@@ -56,13 +57,15 @@ def foreground(
         tau: Cosine of two patches' keys from which they are alike.
 
     Raises:
-        DinoError: The backbone has no attention.
+        DinoError: Attention was asked for and the backbone has none.
     """
     if by == "attention":
         mass = attention_maps(encoder, pixels, short_side).heads.mean(0).astype(np.float64)
         return Foreground(mass, largest_component(keep_mass(mass, keep)))
     image = encoder.photo(pixels, short_side, MOST_PATCHES)
-    return cut(encoder.patches(image, facet="key")[0], tau)
+    # A convolutional network has no keys; what comes out of it parts photos too.
+    facet: Facet = "key" if isinstance(encoder.backbone, Transformer) else "token"
+    return cut(encoder.patches(image, facet=facet)[0], tau)
 
 
 def cut(features: Tensor, tau: float = TAU) -> Foreground:

@@ -54,7 +54,7 @@ def overlaps(
     """Measure foregrounds at the photos' pixels, beside a mask of everything and an ellipse in the middle.
 
     Args:
-        encoder: A vision transformer.
+        encoder: A frozen one.
         pairs: Photos and their masks.
         ways: To tell the foreground.
         short_side: To look at a photo with, in pixels.

@@ -149,7 +149,7 @@ def train_head(
     folder: Path,
     *,
     short_side: int,
-    epochs: int = 20,
+    epochs: int = 100,
     batch_size: int = 8,
     seed: int = 0,
     report: Callable[[str, int, int], None] = lambda stage, done, of: None,

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from dinocli.encoder import Encoder
+from dinocli.errors import DinoError
 from dinocli.evals import foreground as module
 from dinocli.evals.attention import attention_maps, keep_mass
 from dinocli.evals.components import components, largest_component
 from dinocli.evals.foreground import cut, foreground
+from dinocli.models.architecture import BackboneConfig
 
 
 def scene(rows: int = 9, columns: int = 12, noise: float = 0.3) -> tuple[torch.Tensor, np.ndarray]:
@@ -97,3 +101,13 @@ def test_a_cut_of_too_many_patches_looks_more_coarsely(
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     found = foreground(encoder, pixels, 200, "cut")
     assert 40 < found.mask.size < 80, "rounded to whole patches"
+
+
+def test_a_convolutional_network_is_cut_by_its_output_and_has_no_attention(encoder: Encoder) -> None:
+    backbone = BackboneConfig(name="resnet10t", options={}, positions="dino").build(drop_path=False).eval()
+    resnet = replace(encoder, backbone=backbone)
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    tokens = resnet.patches(resnet.photo(pixels, 96))[0]
+    np.testing.assert_array_equal(foreground(resnet, pixels, 96, "cut", tau=0.9).mask, cut(tokens, 0.9).mask)
+    with pytest.raises(DinoError, match="need a vision transformer"):
+        foreground(resnet, pixels, 96, "attention")
