@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import write_images
+from PIL import Image
 
 from dinocli import shipped
 from dinocli.cli import main
@@ -59,7 +61,20 @@ def in_a_process(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | env)
 
 
-COMMANDS = ["", "doctor", "pretrain", "extract", "knn", "linear", "attn-map", "export", "pack", "presets", "demo"]
+COMMANDS = [
+    "",
+    "doctor",
+    "pretrain",
+    "extract",
+    "knn",
+    "linear",
+    "attn-map",
+    "segment",
+    "export",
+    "pack",
+    "presets",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -118,6 +133,11 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["linear", "--paper", "images"], "train/ and val/", "DATA/train/CLASS"),
         (["attn-map", "nowhere.jpg"], "nowhere.jpg does not exist", ""),
         (["attn-map", "images"], "a checkpoint was wanted", "dino pretrain"),
+        (["segment", "nowhere.jpg"], "nowhere.jpg does not exist", ""),
+        (["segment", "images"], "a checkpoint was wanted", "dino pretrain"),
+        (["segment"], "photos were wanted", "dino segment photo.jpg"),
+        (["segment", "images", "--pca", "--evaluate", "masks"], "--pca and --evaluate came", "leave --evaluate out"),
+        (["segment", "images", "--train", "images"], "--train takes its photos from its own folder", "leave them out"),
         (["presets", "show", "vits61"], "no preset 'vits61'", "vits16"),
         (["linear", "--checkpoint", "x"], "are for images", "--paper"),
         (["pretrain", "images", "--set", "views.local.scale=[0.4, 0.05]"], "views.local.scale", "--set views.local.scale"),
@@ -378,6 +398,51 @@ def test_features_of_other_weights_are_not_mixed(dino: Dino, tmp_path: Path) -> 
     (tmp_path / "features1" / "val.safetensors").replace(tmp_path / "features0" / "val.safetensors")
     done = dino("knn", "--features", "features0", "--k", "1", code=1)
     assert "made by different weights" in done.stderr
+
+
+def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: Path) -> None:
+    dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
+    (images / "a" / "torn.png").write_bytes(b"no image")
+    write_images(tmp_path / "masks" / "a", 6, seed=0)  # of RGB, which are no masks
+    for path in sorted((tmp_path / "masks" / "a").iterdir()):
+        mask = Image.fromarray((np.arange(32 * 32).reshape(32, 32) > 500).astype(np.uint8) * 255)
+        (mask if path.stem != "0003" else mask.convert("RGB")).save(path)
+
+    done = dino("segment", "images", "--masks", "--json")
+    told = json.loads(done.stdout)
+    assert [d["picture"] for d in told[:2]] == ["segments/a/0000.png", "segments/a/0001.png"]
+    assert len(told) == 12
+    assert "note: skipped images/a/torn.png: not an image" in done.stderr
+    with Image.open(told[0]["mask"]) as mask:
+        assert mask.size == (32, 32)
+    assert dino("segment", "images/a/0000.png", "--by", "attention", "--out", "one").stdout == "one/0000.png\n"
+    assert dino("segment", "images", "--pca", "--out", "colors").stdout == "colors/pca.png\n"
+
+    done = dino("segment", "images/a", "--evaluate", "masks/a", "--json")
+    measured = json.loads(done.stdout)
+    assert list(measured["jaccard"]) == ["attention", "cut", "all foreground", "centred ellipse"]
+    assert measured["jaccard"]["all foreground"] == pytest.approx(523 / 1024)
+    assert measured["photos"] == 5
+    assert sorted(measured["skipped"]) == ["images/a/0003.png", "images/a/torn.png"]
+    table = dino("segment", "images/a", "--evaluate", "masks", "--by", "cut").stdout
+    assert "masks of 5 photos" in table
+    assert "attention" not in table
+    nothing = dino("segment", "images/a/0003.png", "--evaluate", "masks", code=1).stderr
+    assert "none of 1 photos has a mask in masks that fits it" in nothing
+
+    for split, names in (("train", "0124"), ("val", "5")):
+        for name in names:
+            for kind, folder in (("images", images), ("masks", tmp_path / "masks")):
+                place = tmp_path / "data" / split / kind / f"{name}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes((folder / "a" / f"000{name}.png").read_bytes())
+    done = dino("segment", "--train", "data", "--epochs", "2", "--json")
+    learned = json.loads(done.stdout)
+    assert (learned["train_photos"], learned["val_photos"], learned["path"]) == (4, 1, "segments/head.safetensors")
+    assert list(learned["head"]["iou"]) == ["background", "object"]
+    drawn = dino("segment", "images/b/0001.png", "--head", "segments/head.safetensors", "--masks", "--json")
+    assert set(json.loads(drawn.stdout)[0]["shares"]) <= {"background", "object"}
+    assert "no segmentation head" in dino("segment", "images", "--head", "ckpt.safetensors", code=1).stderr
 
 
 def test_export_says_how_to_load_what_it_wrote(dino: Dino, images: Path) -> None:
