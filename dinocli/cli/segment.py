@@ -139,6 +139,10 @@ def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Se
     _skipped(skipped)
     if not drawn:
         raise DinoError(*_UNREADABLE)
+    empty = [d.image for d in drawn if d.shares.get("foreground") == 0]
+    if empty:
+        others = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        console.say(f"note: nothing stands out in {empty[0]}{others}: all patches are alike; try --tau 0.4")
     if json:
         console.out_json(
             [

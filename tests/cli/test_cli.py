@@ -413,6 +413,8 @@ def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: P
     assert [d["picture"] for d in told[:2]] == ["segments/a/0000.png", "segments/a/0001.png"]
     assert len(told) == 12
     assert "note: skipped images/a/torn.png: not an image" in done.stderr
+    alike = dino("segment", "images/a/0000.png", "images/a/0001.png", "--tau", "-1", "--out", "alike")
+    assert "nothing stands out in images/a/0000.png and 1 more" in alike.stderr
     with Image.open(told[0]["mask"]) as mask:
         assert mask.size == (32, 32)
     assert dino("segment", "images/a/0000.png", "--by", "attention", "--out", "one").stdout == "one/0000.png\n"
