@@ -67,7 +67,7 @@ class CollapseWatch:
                 self._told.discard(name)
             elif name not in self._told:
                 self._told.add(name)
-                return Collapse(kind, self._words(name, kind), _remedy(self.preset, name, loss, kind))
+                return Collapse(kind, self._words(name, loss, kind), _remedy(self.preset, name, loss, kind))
         return None
 
     def _kind(self, loss: str, most: float) -> Kind | None:
@@ -80,11 +80,12 @@ class CollapseWatch:
             return None
         return "uniform" if entropy > _UNIFORM else "one-sided" if entropy < _ONE_SIDED else None
 
-    def _words(self, loss: str, kind: Kind) -> str:
+    def _words(self, name: str, loss: AimedConfig, kind: Kind) -> str:
         said = {"uniform": "gives every prototype the same share", "one-sided": "gives nearly all to one prototype"}[
             kind
         ]
-        return f"{kind} collapse: for {self.span} steps the teacher {said}, whatever the image (losses.{loss})"
+        seen = "image" if loss.reads == "class" else "patch"
+        return f"{kind} collapse: for {self.span} steps the teacher {said}, whatever the {seen} (losses.{name})"
 
 
 def _remedy(preset: Preset, name: str, loss: AimedConfig, kind: Kind) -> str:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.data.crops import ViewsConfig
 from dinocli.data.loader import Batch
-from dinocli.data.masking import Masks, hidden_counts
+from dinocli.data.masking import Masks, hidden_in_all
 from dinocli.device import autocast, has_bfloat16
 from dinocli.distillation import SelfDistillation
 from dinocli.errors import DinoError
@@ -36,7 +36,8 @@ class Estimate:
     Attributes:
         parameters: Of the student: backbone and heads.
         backbone_parameters: Of the backbone alone.
-        flops: Floating-point operations an image, student and teacher, forward and backward.
+        flops: Floating-point operations an image, student and teacher, forward and backward; where crops change their
+            size on the way, on average over the run.
         fixed: Bytes that are in use whatever the batch: weights, gradients, moments.
         waiting: Bytes more for each image of the batch: its crops, and what the teacher says of it.
         image: Bytes more for each image that is taken at once.
@@ -66,17 +67,22 @@ class Estimate:
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Count a step's operations and bytes on tensors without data, and time a matrix product for the device's rate."""
+    """Count a step's operations and bytes on tensors without data, and time a matrix product for the device's rate.
+
+    Where crops change their size on the way, the bytes are those of the largest that the run comes to.
+    """
     with torch.device("meta"):
         method = plan.method()
+    phases = plan.phases
+    flops = sum((steps or 1) / max(1, plan.stop) * _flops(method, part) for steps, part in phases)
+    _, plan = phases[-1]
     depth = len(method.student.blocks())
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
     image = (four - two) / 2  # bytes are a straight line over the batch
     weights = _bytes(method.student)
-    # Student, its gradient, two moments, teacher; and what of the student is held in another precision.
-    fixed = 5 * weights + max(0.0, two - 2 * image)
+    # Student, its gradient, two moments, average; and what of the student is held in another precision.
+    fixed = 5 * weights + (_bytes(method.teacher) if plan.teacher else 0) + max(0.0, two - 2 * image)
     at_once = plan.images_each // plan.accumulate
-    flops = _flops(method, plan)
     seconds = flops * plan.images_each * plan.stop / _rate(plan)
     return Estimate(
         parameters=_count(method.student),
@@ -171,7 +177,7 @@ def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) 
         small = torch.empty(views.locals, images, c, views.local.size, views.local.size)
     if views.mask and grid:
         patches = grid[0] * grid[1]
-        hidden = sum(hidden_counts(views.mask, shown * images, patches))
+        hidden = hidden_in_all(views.mask, (shown, images), patches)
         where = torch.zeros(shown, images, patches, dtype=torch.bool)
         counts = torch.zeros(shown, images, dtype=torch.int64, device="cpu")
         masks = Masks(where, torch.arange(hidden), torch.ones(hidden), counts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +35,18 @@ class Part:
 
 
 class SelfDistillation(Method):
-    """Self-distillation with no labels.
+    """Self-distillation with no labels; or distillation from a teacher that was trained before.
 
     Args:
         student: What the gradient moves.
-        teacher: Of the same shape; it starts as a copy of the student and follows it as a moving average.
+        average: Of the same shape; it starts as a copy of the student and follows it as a moving average.
         losses: Which losses there are.
-        momentum: How much of itself the teacher keeps at a step.
+        momentum: How much of itself the average keeps at a step.
         learning: How the backbone learns, where not like the heads.
+        frozen: A teacher that stays as it is; absent, the average is the teacher.
+
+    Attributes:
+        teacher: What sets the targets.
 
     Source: arXiv 2104.14294, algorithm 1.
     """
@@ -49,18 +54,34 @@ class SelfDistillation(Method):
     def __init__(
         self,
         student: Network,
-        teacher: Network,
+        average: Network,
         losses: LossesConfig,
         momentum: Schedule,
         learning: LearningConfig = AS_THE_HEADS,
+        frozen: Network | None = None,
     ) -> None:
         super().__init__()
         self.learning = learning
         self.student = student
-        self.teacher = teacher.requires_grad_(False)
-        self.teacher.load_state_dict(student.state_dict())
+        average.requires_grad_(False).load_state_dict(student.state_dict())
+        self.teacher = average if frozen is None else frozen.requires_grad_(False).eval()
+        self.spare = None if frozen is None else average
         self.momentum = momentum
         self.losses = losses.build(student.prototypes)
+
+    @property
+    def average(self) -> Network:
+        """The student's moving average, which is what a run hands on: the teacher itself, unless that is frozen."""
+        return self.teacher if self.spare is None else self.spare
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.spare is not None:
+            self.teacher.eval()  # what it says of an image hangs on no other image
+        return self
+
+    def lasting(self) -> list[str]:
+        return [] if self.spare is None else ["teacher"]
 
     @torch.no_grad()
     def parts(self, batch: Batch, count: int, clock: Clock) -> list[Part]:
@@ -88,7 +109,7 @@ class SelfDistillation(Method):
         """What tells whether the networks learn: of each loss as `<loss>/<figure>`, and of the features.
 
         `feature_std` is the spread of the teacher's normalized class tokens over the images: 1 where they lie in all
-        directions alike, 0 where they are all the same.
+        directions alike, 0 where they are all the same. Those of a frozen teacher tell nothing.
         """
         figures: dict[str, Tensor | float] = {}
         for name, loss in self.losses.items():
@@ -96,15 +117,17 @@ class SelfDistillation(Method):
             targets = torch.cat(shares, _IMAGES[shares[0].ndim]) if shares else None
             told = loss.watch(targets, losses[name], clock)  # type: ignore[operator]
             figures |= {f"{name}/{figure}": value for figure, value in told.items()}
-        cls = F.normalize(torch.cat([part.cls for part in parts], 1).float().flatten(0, 1), dim=-1)  # [G * B, D]
-        away = (cls - mean_over_processes(cls.mean(0))).square().sum(-1).mean()
-        figures["feature_std"] = mean_over_processes(away).sqrt()
+        if self.spare is None:
+            cls = F.normalize(torch.cat([part.cls for part in parts], 1).float().flatten(0, 1), dim=-1)  # [G * B, D]
+            away = (cls - mean_over_processes(cls.mean(0))).square().sum(-1).mean()
+            figures["feature_std"] = mean_over_processes(away).sqrt()
         figures["momentum"] = self.momentum.at(clock)
         return figures
 
     def units(self) -> list[nn.Module]:
-        """The blocks of both networks, and the networks: so that shards of teacher and student lie side by side."""
-        return [module for network in (self.student, self.teacher) for module in (*network.blocks(), network)]
+        """The blocks of all networks, and the networks: so that shards of average and student lie side by side."""
+        networks = [network for network in (self.student, self.teacher, self.spare) if network is not None]
+        return [module for network in networks for module in (*network.blocks(), network)]
 
     def param_groups(self) -> list[ParamGroup]:
         """The student's parameters: no decay on biases and one-dimensional ones, prototypes apart while frozen.
@@ -136,12 +159,12 @@ class SelfDistillation(Method):
 
     @torch.no_grad()
     def after_step(self, clock: Clock, done: Tensor) -> None:
-        """Move the teacher towards the student, and let the targets take in what the step saw."""
-        # Parameters alone, as in the original: the teacher's BatchNorm keeps statistics of its own.
-        teacher = local(list(self.teacher.parameters()))
+        """Move the average towards the student, and let the targets take in what the step saw."""
+        # Parameters alone, as in the original: the average's BatchNorm keeps statistics of its own.
+        average = local(list(self.average.parameters()))
         student = local(list(self.student.parameters()))
-        pull = (1 - self.momentum.at(clock)) * done.to(teacher[0].dtype)
-        torch._foreach_lerp_(teacher, student, [pull] * len(teacher))
+        pull = (1 - self.momentum.at(clock)) * done.to(average[0].dtype)
+        torch._foreach_lerp_(average, student, [pull] * len(average))
         for loss in self.losses.values():
             loss.after_step()  # type: ignore[operator]
 

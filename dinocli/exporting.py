@@ -18,11 +18,12 @@ import dinocli
 from dinocli.atomic import atomic, atomic_folder, write_tensors, write_text
 from dinocli.encoder import Encoder, TokenChoice, features_of
 from dinocli.errors import DinoError
-from dinocli.loading import OFFICIAL, architecture_of, encoder_of, timm_folder
+from dinocli.loading import architecture_of, encoder_of, timm_folder
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Transformer, ViTBackbone
 from dinocli.models.head import Head, HeadConfig, original_head
 from dinocli.models.network import load_strictly, original_network
+from dinocli.official import OFFICIAL
 from dinocli.runs import CHECKPOINT
 from dinocli.weights import Weights, Which, read_weights
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from timm.models import adapt_input_conv
-from torch import Tensor
 
 from dinocli.data.decode import ImagesConfig
 from dinocli.encoder import Channels, Encoder, fingerprint
@@ -20,20 +19,19 @@ from dinocli.models.architecture import BackboneConfig, create_timm
 from dinocli.models.backbone import Backbone, adapt
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
+from dinocli.official import official_architecture
 from dinocli.preset import Preset
 from dinocli.weights import Weights, Which, read_weights
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# The original's vision transformers, by width: blocks and heads.
-OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
 
 
 def load_encoder(source: str, device: torch.device, which: Which = "teacher") -> Encoder:
     """Load an encoder.
 
     Args:
-        source: A run folder, a `ckpt.safetensors`, an official DINO `.pth`, or `timm:NAME` with that model's released
-            weights.
+        source: A run folder, a `ckpt.safetensors`, an official `.pth` of DINO or DINOv2, or `timm:NAME` with that
+            model's released weights.
         device: Where it is to compute.
         which: Of a file that holds both networks.
 
@@ -62,10 +60,10 @@ def encoder_of(weights: Weights, source: str, device: torch.device) -> Encoder:
 
 
 def architecture_of(weights: Weights, source: str) -> BackboneConfig:
-    """What to build for weights that were read: what their preset says, or which of the original's networks they fit.
+    """What to build for weights that were read: what their preset says, or which of the originals' networks they fit.
 
     Raises:
-        DinoError: They carry no preset and are of none of the original's networks.
+        DinoError: They carry no preset and are of none of the originals' networks.
     """
     return weights.preset.backbone if weights.preset else official_architecture(weights.backbone, source)
 
@@ -147,7 +145,9 @@ def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
     exported = timm_folder(Path(name.removeprefix("local-dir:"))) if name.startswith("local-dir:") else {}
     if "dinocli" in exported:
         return "dino" if exported.get("positions") == "dino" else "antialias"
-    return "dino" if released.get("tag") == "dino" else "antialias"
+    # Those of DINO, and those of DINOv2 without registers, as `official_architecture` has them.
+    as_dino = released.get("tag") == "dino" or (released.get("tag") == "lvd142m" and "_reg" not in name)
+    return "dino" if as_dino else "antialias"
 
 
 def timm_folder(folder: Path) -> dict[str, Any]:
@@ -157,34 +157,3 @@ def timm_folder(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}
-
-
-def official_architecture(backbone: Mapping[str, Tensor], source: str) -> BackboneConfig:
-    """Which of the original's networks some weights are of, told by their keys and shapes.
-
-    Raises:
-        DinoError: None of them.
-    """
-    if "patch_embed.proj.weight" in backbone and "pos_embed" in backbone:
-        width, _, patch, _ = backbone["patch_embed.proj.weight"].shape
-        blocks = len({key.split(".")[1] for key in backbone if key.startswith("blocks.")})
-        size = round((backbone["pos_embed"].shape[1] - 1) ** 0.5) * patch
-        if width in OFFICIAL and OFFICIAL[width][0] == blocks:
-            options: dict[str, bool | int | float | str] = {
-                "embed_dim": width,
-                "depth": blocks,
-                "num_heads": OFFICIAL[width][1],
-                "patch_size": patch,
-                "img_size": size,
-            }
-            return BackboneConfig(name="vit_small_patch16_224", options=options, positions="dino")
-    if (
-        "layer4.2.conv3.weight" in backbone
-        and "layer3.5.conv3.weight" in backbone
-        and "layer3.6.conv3.weight" not in backbone
-    ):
-        return BackboneConfig(name="resnet50")
-    raise DinoError(
-        f"{source} is none of DINO's networks (ViT-Ti, S or B with any patch size, ResNet-50)",
-        f"its first keys are {', '.join(list(backbone)[:3])}; a checkpoint of this tool carries its own shape",
-    )

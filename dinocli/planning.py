@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ from dinocli.distillation import SelfDistillation
 from dinocli.distributed import size
 from dinocli.engine.parallel import Kind
 from dinocli.errors import DinoError
+from dinocli.frozen_teacher import FrozenTeacher
 from dinocli.preset import Preset
 from dinocli.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
 
@@ -55,6 +56,7 @@ class Plan:
         device: Where to train.
         workers: Processes that decode.
         init: Weights to start from, as the user named them.
+        teacher: The frozen one, where the preset wants that.
         cache: Where decoded images are kept, if they are: `ram`, or a folder.
         accumulate: Parts in which a batch is taken, to need less memory.
         saving: How often all that is needed to go on is saved.
@@ -69,7 +71,7 @@ class Plan:
         recompute: Whether the student's blocks are worked out again for the gradient, to need less memory.
 
     Raises:
-        DinoError: A batch cannot be shared evenly by the processes and their parts.
+        DinoError: A batch cannot be shared evenly by the processes and their parts, or a frozen teacher is missing.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Plan:
     device: torch.device
     workers: int
     init: str | None
+    teacher: FrozenTeacher | None = None
     cache: str | None = None
     accumulate: int = 1
     saving: Saving = Saving()
@@ -94,6 +97,13 @@ class Plan:
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each
+        if self.preset.teacher.frozen != (self.teacher is not None):
+            raise DinoError(
+                "the preset says teacher.frozen, and no teacher was named"
+                if self.preset.teacher.frozen
+                else "the preset's teacher follows the student, and another one was named",
+                "--teacher RUN" if self.preset.teacher.frozen else "--set teacher.frozen=true",
+            )
         if batch % size():
             raise DinoError(
                 f"a batch of {batch} images cannot be shared evenly by {size()} processes",
@@ -116,13 +126,28 @@ class Plan:
         """The clock at the start."""
         return start_clock(self.preset, self.source.count)
 
+    @property
+    def phases(self) -> list[tuple[int, Plan]]:
+        """The steps of the run that have crops of one size, and the plan with those alone: smaller ones, then larger.
+
+        A run that stops before its crops grow has no second part.
+        """
+        views = self.preset.views.phases(self.clock.steps_per_epoch)
+        ends = [min(first, self.stop) for first, _ in views[1:]] + [self.stop]
+        parts = []
+        for (first, those), end in zip(views, ends, strict=True):
+            if first < end or first == 0:
+                preset = self.preset.model_copy(update={"views": those})
+                parts.append((end - first, replace(self, preset=preset)))
+        return parts
+
     def method(self) -> SelfDistillation:
         """What the run trains, with fresh weights.
 
         Raises:
-            DinoError: Its backbone cannot be run as was asked for.
+            DinoError: Its backbone cannot be run as was asked for, or the frozen teacher cannot teach it.
         """
-        method = self.preset.method()
+        method = self.preset.method(self.teacher.network(self.preset) if self.teacher else None)
         if self.recompute:
             method.student.backbone.recompute_blocks()
         return method
@@ -143,6 +168,12 @@ def cautions(plan: Plan) -> Iterator[str]:
         elif steps > clock.total / 2:
             fits = max(1, clock.epochs // 5)
             yield f"{name} takes {steps} of {clock.total} steps: --set {path}={fits} leaves most of the run after it"
+    low = preset.views.low_resolution
+    if low and low.epochs * clock.steps_per_epoch >= plan.stop > 0:
+        yield (
+            f"low resolution lasts {low.epochs * clock.steps_per_epoch} steps and this run ends at {plan.stop}, "
+            "without a crop of full size: --set views.low_resolution=none"
+        )
     seen = clock.total * preset.training.batch_size
     for name, head in preset.heads.items():
         if seen < _IMAGES_A_PROTOTYPE * head.prototypes:

@@ -18,8 +18,9 @@ from dinocli.engine.optim import OptimizerConfig
 from dinocli.errors import DinoError
 from dinocli.losses import LossesConfig
 from dinocli.models.architecture import BackboneConfig
+from dinocli.models.backbone import Backbone
 from dinocli.models.head import HeadConfig
-from dinocli.models.network import CLASS, Network
+from dinocli.models.network import CLASS, Network, Reads
 from dinocli.schedules import Cosine, Schedule
 
 
@@ -45,10 +46,13 @@ class TeacherConfig(Config):
     """The teacher.
 
     Attributes:
-        momentum: How much of itself it keeps at a step.
+        momentum: How much of itself the student's moving average keeps at a step.
+        frozen: Whether another network teaches, which was trained before and stays as it is. Then the average teaches
+            nobody, and is what the run hands on all the same. Without masks iBOT is on all patches.
     """
 
     momentum: Schedule
+    frozen: bool = False
 
 
 Precision = Literal["float32", "bfloat16"]
@@ -123,11 +127,17 @@ class Preset(Config):
         for name, loss in self.losses.aimed().items():
             if loss.head not in self.heads:
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
+        first, second = self.views.global_1, self.views.global_2
+        if second and second.size != first.size:
+            raise ValueError(
+                f"the global views should have one size; they are {first.size} and {second.size}; "
+                f"it needs views.global_2.size={first.size}"
+            )
         if len(self.views.all) < 2:
             raise ValueError("two views at least were wanted, to predict one from another; it needs views.locals=2")
         if not all(0 <= value <= 1 for value in self.teacher.momentum.bounds):
             raise ValueError("teacher.momentum should lie between 0 and 1")
-        if self.losses.ibot and not self.views.mask:
+        if self.losses.ibot and not self.views.mask and not self.teacher.frozen:
             raise ValueError(
                 "losses.ibot asks for patches that are hidden; it needs "
                 "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=4, aspect=[0.3, 3.33]}"
@@ -150,20 +160,66 @@ class Preset(Config):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _grows_to_its_full_size(self) -> Self:
+        views, low, epochs = self.views, self.views.low_resolution, self.training.epochs
+        if low is None:
+            return self
+        if low.epochs >= epochs:
+            left_out = f"low_resolution.epochs={epochs // 2}" if epochs > 1 else "low_resolution=none"
+            raise ValueError(
+                f"low resolution for {low.epochs} epochs leaves none of a run of {epochs} for the full size; "
+                f"it needs views.{left_out}"
+            )
+        if low.local_size and not (views.local and views.locals):
+            raise ValueError(
+                f"views.low_resolution.local_size is {low.local_size}, and there are no local views; "
+                "it needs views.low_resolution.local_size=none"
+            )
+        return self
+
     def network(self, *, drop_path: bool = False) -> Network:
         """A network with fresh weights."""
         backbone = self.backbone.build(drop_path=drop_path)
         heads = {name: head.build(backbone.width) for name, head in self.heads.items()}
-        reads = {
-            name: frozenset(loss.reads for loss in self.losses.aimed().values() if loss.head == name) or CLASS
-            for name in self.heads
-        }
-        return Network(backbone, heads, reads, hides=self.views.mask is not None)
+        return Network(backbone, heads, self.reads, hides=self.views.mask is not None)
 
-    def method(self) -> SelfDistillation:
-        """Student and teacher with the same fresh weights, and the losses between them."""
-        student, teacher = self.network(drop_path=True), self.network()
-        return SelfDistillation(student, teacher, self.losses, self.teacher.momentum, self.backbone.learning)
+    @property
+    def reads(self) -> dict[str, frozenset[Reads]]:
+        """What each head reads."""
+        aimed = self.losses.aimed().values()
+        return {name: frozenset(loss.reads for loss in aimed if loss.head == name) or CLASS for name in self.heads}
+
+    def method(self, frozen: Network | None = None) -> SelfDistillation:
+        """Student and its moving average with the same fresh weights, and the losses.
+
+        Args:
+            frozen: The teacher, where it is not that average.
+
+        Raises:
+            DinoError: timm cannot build the backbone, or the crops of low resolution do not fit it.
+        """
+        student, average = self.network(drop_path=True), self.network()
+        _check_low_resolution(self.views, student.backbone)
+        return SelfDistillation(student, average, self.losses, self.teacher.momentum, self.backbone.learning, frozen)
+
+
+def _check_low_resolution(views: ViewsConfig, backbone: Backbone) -> None:
+    low, full = views.low_resolution, {"global_size": views.global_1.size}
+    if low is None:
+        return
+    # A convolutional network takes any size.
+    patch = backbone.patch_size if backbone.grid(low.global_size) else 1
+    whole = f" and a whole number of patches of {patch} pixels" if patch > 1 else ""
+    for key, size in (full | ({"local_size": views.local.size} if views.local else {})).items():
+        smaller = getattr(low, key)
+        if smaller and (smaller >= size or smaller % patch):
+            fits = (smaller if smaller < size else size // 2) // patch * patch
+            without = ".local_size=none" if key == "local_size" else "=none"
+            raise DinoError(
+                f"views.low_resolution.{key} should be below the full {size}{whole}; it is {smaller}",
+                f"--set views.low_resolution{f'.{key}={fits}' if fits >= 8 else without}",
+            )
 
 
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:

@@ -155,7 +155,7 @@ def going_on(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
     """The plan of a run that goes on from a state, told to the user where it differs from what was asked for.
 
     Raises:
-        DinoError: Preset or images are others.
+        DinoError: Preset, images or a frozen teacher are others.
     """
     for line in changes(plan.preset, state, plan.clock):
         note(line)
@@ -165,6 +165,11 @@ def going_on(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
             f"the images have changed since {plan.out} began: {was} then, {plan.source.count or 'others'} in "
             f"{plan.source.where} now",
             f"take another --out, and --init {plan.out} to begin with its weights",
+        )
+    if plan.teacher and plan.teacher.fingerprint != state.teacher:
+        raise DinoError(
+            f"the run in {plan.out} began with another teacher than {plan.teacher.source}",
+            "name that one with --teacher, or take another --out",
         )
     if plan.init and plan.init != state.init:
         note(f"note: --init {plan.init} is passed over; the run goes on from weights of its own")
@@ -199,6 +204,8 @@ def _trainer(
     method = plan.method()
     for network in (method.student, method.teacher) if plan.compiled else ():
         network.compile_blocks()
+    if plan.teacher:
+        plan.teacher.load(method.teacher)
     fresh = start_from(method, plan.init, note) if plan.init and not saved else []
     trainer = Trainer(
         method.to(plan.device),
@@ -224,12 +231,13 @@ def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBat
         seed=plan.preset.training.seed,
         images=plan.preset.images,
         start=trainer.clock.step,
+        steps_per_epoch=trainer.clock.steps_per_epoch,
         workers=plan.workers,
         device=plan.device,
         share=Share(rank(), size()),
         cache=plan.cache,
         compiled=plan.compiled,
-        grid=method.student.backbone.grid(plan.preset.views.global_1.size),
+        grid=method.student.backbone.grid,
     )
 
 
@@ -285,9 +293,10 @@ class _Session:
                 preset=self.plan.preset,
                 images=self.images,
                 init=self.plan.init,
+                teacher=self.plan.teacher.fingerprint if self.plan.teacher else None,
                 lanes=_lanes(self.plan),
             )
-            self.keeper.write(state, self.trainer, self.method.teacher)
+            self.keeper.write(state, self.trainer, self.method.average)
             self.whole = True
         self.saved_step, self._saved = step, time.perf_counter()
         for reasons in [self.bad.reasons] if broken else gathered(self.bad.reasons):
@@ -320,7 +329,7 @@ class _Session:
 
 
 def start_from(method: SelfDistillation, source: str, note: Callable[[str], None] = lambda line: None) -> list[str]:
-    """Put weights into student and teacher: the backbone's, and those of the heads that the source has in that shape.
+    """Put weights into student and average: the backbone's, and those of the heads that the source has in that shape.
 
     Args:
         method: What is to be trained.
@@ -333,22 +342,24 @@ def start_from(method: SelfDistillation, source: str, note: Callable[[str], None
     Raises:
         DinoError: The source is not there, or its backbone is of another shape.
     """
-    weights, fresh = initial_weights(source), []
+    weights = initial_weights(source)
     if fitted := fitted_to(weights, method.student.backbone):
         note(f"note: {source} takes three channels; the filters of its first layer were fitted to those of the images")
         weights = fitted
+    fitting: dict[str, dict[str, torch.Tensor]] = {}
     for name, head in method.student.heads.items():
-        stored = weights.heads.get(name, {})
-        if {k: v.shape for k, v in stored.items()} != {k: v.shape for k, v in head.state_dict().items()}:
-            fresh.append(name)
-    for network in (method.student, method.teacher):
+        # The originals name a head by the loss that reads it; a head that two share is by theirs the class tokens'.
+        theirs = "dino" if "class" in method.student.reads[name] else "ibot"
+        stored = weights.heads.get(name) or weights.heads.get(theirs, {})
+        if {k: v.shape for k, v in stored.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+            fitting[name] = stored
+    for network in (method.student, method.average):
         load_strictly(network.backbone.model, weights.backbone, source)
-        for name, head in network.heads.items():
-            if name not in fresh:
-                head.load_state_dict(weights.heads[name])
+        for name, stored in fitting.items():
+            network.heads[name].load_state_dict(stored)
         if network.mask_token is not None and weights.mask_token is not None:
             network.mask_token.data.copy_(weights.mask_token)
-    return fresh
+    return [name for name in method.student.heads if name not in fitting]
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class State(Config):
         preset: What it trains.
         images: What on.
         init: Weights that it began with, as the user named them.
+        teacher: Fingerprint of the frozen teacher, if it has one.
         lanes: Processes that read, in all; from tar shards the order of the images depends on it.
         files: Checksum of each file beside it.
         dinocli: Version that wrote it.
@@ -69,6 +70,7 @@ class State(Config):
     preset: Preset
     images: ImageFacts
     init: str | None
+    teacher: str | None = None
     lanes: int
     files: dict[str, int] = {}
     dinocli: str = dinocli.__version__
@@ -247,13 +249,13 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
         )
 
 
-def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None]) -> Path | None:
-    """The first of the runs that is not at its end and does what is planned: the preset, on images, with init."""
+def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | None]) -> Path | None:
+    """The first of the runs that is not at its end and does what is planned: preset, images, init, frozen teacher."""
     for run in runs:
         state = next((state for _, state in saved_states(run) if state), None)
         if state and state.step < state.stop:
             same = state.preset.model_copy(update={"about": plan[0].about})  # words change nothing
-            if (same, state.images.fingerprint, state.init) == plan:
+            if (same, state.images.fingerprint, state.init, state.teacher) == plan:
                 return run
     return None
 

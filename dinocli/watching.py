@@ -135,15 +135,15 @@ class Watch:
         return self._every > 0 and (step % self._every == 0 or step == self.plan.stop)
 
     def _look(self) -> dict[str, float]:
-        """What the teacher makes of the labelled images and of the photos."""
+        """What the student's average makes of the labelled images and of the photos."""
         found: dict[str, float] = {}
-        teacher = self._teacher()
+        average = self._average()
         if self._monitor:
-            self.knn = self._monitor.look(teacher)
+            self.knn = self._monitor.look(average)
             found["knn"] = round(self.knn, 3)
             self._warn_of_a_fall(self.knn, self._monitor.measured)
         if self._photos:
-            found |= self._photos.snapshot(teacher, self.trainer.clock.step, self.plan.out)
+            found |= self._photos.snapshot(average, self.trainer.clock.step, self.plan.out)
         return found
 
     def _warn_of_a_fall(self, knn: float, images: int) -> None:
@@ -164,13 +164,13 @@ class Watch:
             )
         self._fallen = fallen
 
-    def _teacher(self) -> Network:
-        """The teacher; where it lies in shards, in the process that looks a whole copy."""
+    def _average(self) -> Network:
+        """What is handed on; where it lies in shards, in the process that looks a whole copy."""
         if size() == 1 or self.plan.parallel == "ddp":
-            return self.method.teacher
-        weights = self.method.teacher.weights()  # for which all processes are asked
+            return self.method.average
+        weights = self.method.average.weights()  # for which all processes are asked
         if rank() > 0:
-            return self.method.teacher
+            return self.method.average
         copy = self.plan.preset.network().to(self.plan.device)
         copy.load_weights(weights, "the run")
         return copy

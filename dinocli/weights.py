@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,10 +18,13 @@ from torch import Tensor
 import dinocli
 from dinocli.atomic import write_tensors
 from dinocli.errors import DinoError
+from dinocli.official import under_timms_keys
 from dinocli.preset import Preset
 from dinocli.runs import CHECKPOINT
 
 Which = Literal["teacher", "student"]
+# What the originals call a head: DINO has one, DINOv2 one for the loss on class tokens and perhaps one for iBOT's.
+_HEAD = re.compile(r"(?:(dino|ibot)_)?head\.(?=mlp\.|last_layer\.)")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, 
 
 
 def read_weights(path: Path, which: Which = "teacher") -> Weights:
-    """Read a run folder, a checkpoint of this tool, or an official DINO file, whatever prefixes its keys carry.
+    """Read a run folder, a checkpoint of this tool, or an official file, whatever its keys begin with.
 
     Args:
         path: A run folder, a `.safetensors`, or a `.pth`, which is read without running what it may contain.
@@ -98,7 +102,7 @@ def _read_pickle(path: Path) -> Any:
     except Exception as error:
         raise DinoError(
             f"{path} cannot be read as weights: it is damaged, no PyTorch file, or holds more than numbers",
-            "an official DINO .pth or a .safetensors was wanted",
+            "an official .pth or a .safetensors was wanted",
         ) from error
 
 
@@ -128,8 +132,16 @@ def _pick(content: Any, which: Which, path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and "student" in content:
             raise DinoError(f"{path} holds no teacher, but a student", "--network student")
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise DinoError(f"{path} holds no weights", "an official DINO .pth or a .safetensors was wanted")
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)}
+        raise DinoError(f"{path} holds no weights", "an official .pth or a .safetensors was wanted")
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    # A whole method of DINOv2's under one roof: `teacher.backbone.`, `teacher.dino_head.`, `student.backbone.`, ...
+    for network in (which, "student", "teacher"):
+        inside = {k.removeprefix(f"{network}."): v for k, v in tensors.items() if k.startswith(f"{network}.")}
+        if inside and network != which:
+            raise DinoError(f"{path} holds no {which}, but a {network}", f"--network {network}")
+        if inside:
+            return inside
+    return tensors
 
 
 def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> Weights:
@@ -137,18 +149,18 @@ def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> W
     heads: dict[str, dict[str, Tensor]] = {}
     mask_token = None
     for key, value in tensors.items():
-        # DDP writes `module.` before every key, the original's wrapper `backbone.` and `head.`.
+        # DDP writes `module.` before every key, the originals' wrappers `backbone.` and `head.`, or `dino_head.`.
         key = key.removeprefix("module.")
         if key.startswith("heads."):
             _, name, rest = key.split(".", 2)
             heads.setdefault(name, {})[rest] = value
         elif key.removeprefix("backbone.") == "mask_token":
             mask_token = value.view(1, -1)
-        elif key.startswith(("head.mlp.", "head.last_layer.")):
-            heads.setdefault("dino", {})[key.removeprefix("head.")] = value
+        elif head := _HEAD.match(key):
+            heads.setdefault(head[1] or "dino", {})[key[head.end() :]] = value
         # A supervised classifier on top (timm's `head`, torchvision's `fc`) is no part of a backbone.
         elif not key.startswith(("head.", "fc.")):
             backbone[key.removeprefix("backbone.")] = value
     if not backbone:
         raise DinoError(f"{path} holds no backbone", "take a file that was saved from a whole network")
-    return Weights(backbone, heads, preset, mask_token)
+    return Weights(under_timms_keys(backbone), heads, preset, mask_token)

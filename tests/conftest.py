@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -92,8 +93,7 @@ def of_channels(channels: int, *more: str) -> list[str]:
 
 def together(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What a function returns in each of so many processes that are one run, marked as torchrun marks them."""
-    context = multiprocessing.get_context("forkserver")  # it loads torch once for all of them
-    context.set_forkserver_preload(["dinocli.pretraining"])
+    context = multiprocessing.get_context("fork")  # this process has paid for importing torch
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,7 +106,7 @@ def together(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         process.start()
     try:
         assert all(end.poll(120) for end, _ in pipes), "a process does not come back"
-        found = [end.recv() for end, _ in pipes]
+        found = [pickle.loads(end.recv_bytes()) for end, _ in pipes]
     finally:
         for process in processes:
             process.join(10)
@@ -122,10 +122,11 @@ def _member(rank: int, count: int, port: int, answer: Any, function: Callable[..
     torch.set_num_threads(1)
     try:
         distributed.begin()
-        answer.send(function(*args))
+        # As bytes: of a tensor `send` sends a handle alone, which is gone if the process ends before it is taken up.
+        answer.send_bytes(pickle.dumps(function(*args)))
         distributed.end()
     except BaseException:
-        answer.send(traceback.format_exc())
+        answer.send_bytes(pickle.dumps(traceback.format_exc()))
 
 
 @pytest.fixture

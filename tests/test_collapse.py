@@ -111,3 +111,28 @@ def test_a_run_warns_and_goes_on_or_stops_with_its_state_saved(flat: Plan) -> No
     with pytest.raises(DinoError, match="uniform collapse"):
         pretrain(replace(flat, out=Path("runs/y"), on_collapse="stop"), lambda p: None)
     assert [p.name for p in Path("runs/y/state").iterdir()].count("60") == 1
+
+
+def test_the_loss_on_patches_is_watched_as_that_on_images_is() -> None:
+    preset = load_preset("tiny-dinov2")
+    watch, found = CollapseWatch(preset, 400), []
+    for i in range(20):
+        figures = {}
+        for loss, (entropy, information) in (("dino", LEARNS[i % 5]), ("ibot", UNIFORM[i % 5])):
+            figures |= {f"{loss}/teacher_entropy": entropy, f"{loss}/information": information}
+        found += [collapse for collapse in [watch.see(10 * i, figures)] if collapse]
+    (collapse,) = found
+    assert collapse.words.endswith("whatever the patch (losses.ibot)")
+    changed = collapse.remedy.partition("--set ")[2].replace("'", "")
+    assert changed.startswith("losses.ibot.targets.temperature=")
+    assert load_preset("tiny-dinov2", [changed]).losses.ibot != preset.losses.ibot
+
+
+@pytest.mark.parametrize(("temperature", "noticed"), [("5.0", True), ("0.05", False)])
+def test_a_teacher_that_says_the_same_of_all_patches_is_noticed(temperature: str, noticed: bool, flat: Plan) -> None:
+    heads = ["heads.dino.batch_norm=false", "heads.ibot.batch_norm=false", "heads.ibot.prototypes=16"]
+    dull = [f"losses.ibot.targets.temperature.value={temperature}", "training.epochs=16"]
+    said: list[str] = []
+    pretrain(replace(flat, preset=load_preset("tiny-dinov2", [*SMALL, *heads, *dull])), lambda p: None, said.append)
+    assert len([line for line in said if "uniform collapse" in line and "(losses.ibot)" in line]) == noticed
+    assert len([line for line in said if "--set losses.ibot.targets.temperature" in line]) == noticed

@@ -70,6 +70,20 @@ def test_a_step_takes_what_was_estimated(images: Path, precision: str, recompute
     assert peak_of_a_step(made) == pytest.approx(cost.memory - before, rel=0.25)
 
 
+def test_low_resolution_takes_less_work_and_the_memory_of_the_full_one(images: Path) -> None:
+    low = "views.low_resolution={epochs=4, global_size=32, local_size=16}"
+    small = [f"views.{view}.size={size}" for view, size in (("global_1", 32), ("global_2", 32), ("local", 16))]
+    full, less, both, early = (
+        estimate(plan(images, "training.batch_size=8", *more, stop=stop))
+        for more, stop in (((), 400), (small, 400), ([low], 400), ([low], 100))
+    )
+    assert both.flops == pytest.approx((full.flops + less.flops) / 2)
+    assert both.flops < 0.8 * full.flops
+    assert (both.memory, early.memory) == (full.memory, less.memory)
+    assert early.flops == pytest.approx(less.flops)
+    assert estimate(plan(images, "training.batch_size=8", low, stop=0)).flops > 0
+
+
 def test_what_is_said_of_hidden_patches_costs_too(images: Path) -> None:
     alone, both = (
         estimate(plan(images, "training.batch_size=8", *more, preset="tiny-dinov2"))

@@ -87,11 +87,13 @@ def test_clusters_that_set_ranks_for_whole_machines_start_no_run(monkeypatch: py
     assert (rank(), size()) == (0, 1)
 
 
-def run_of(folder: Path, out: str, stop: int, overrides: list[str], changes: dict[str, Any]) -> list[str]:
+def run_of(
+    folder: Path, out: str, stop: int, overrides: list[str], changes: dict[str, Any], name: str = "tiny"
+) -> list[str]:
     """A run in this process or its share of one in several; what it said."""
     os.chdir(folder)
-    preset = load_preset("tiny", [*SMALL, "training.batch_size=12", *overrides])
-    plan = Plan("tiny", preset, open_source("images"), stop, Path(out), torch.device("cpu"), 0, None)
+    preset = load_preset(name, [*SMALL, "training.batch_size=12", *overrides])
+    plan = Plan(name, preset, open_source("images"), stop, Path(out), torch.device("cpu"), 0, None)
     said: list[str] = []
     pretrain(replace(plan, **changes), lambda p: None, said.append)
     return said
@@ -139,9 +141,10 @@ def assert_same_weights(one: Path, other: Path, idle: tuple[str, ...] = KEYS) ->
         (2, PLAIN, KEYS, {"accumulate": 2}),
         (2, [], IDLE, {"workers": 1}),
         (2, PLAIN, KEYS, {"parallel": "fsdp", "report": True}),
+        (2, [*PLAIN, "views.low_resolution={epochs=2, global_size=8}"], KEYS, {"workers": 1}),
         pytest.param(4, [], IDLE, {}, marks=pytest.mark.slow),
     ],
-    ids=["parts", "batch norm", "shards", "four"],
+    ids=["parts", "batch norm", "shards", "low resolution", "four"],
 )
 def test_several_processes_do_the_run_of_one(
     tmp_path: Path,
@@ -160,6 +163,18 @@ def test_several_processes_do_the_run_of_one(
     assert sorted(p.name for p in (tmp_path / "alone").iterdir()) == sorted(
         p.name for p in (tmp_path / "several").iterdir()
     )
+
+
+def test_two_processes_do_the_run_of_one_with_hidden_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 32 images each they hide what one with 64 does; KoLeo's neighbours are those of a process, or of a part."""
+    write_images(tmp_path / "images", 70, size=16)
+    monkeypatch.chdir(tmp_path)
+    ibot = "heads.ibot={prototypes=16, hidden=16, bottleneck=8, layers=2, norm_last_layer=true}"
+    overrides = [*PLAIN, "training.batch_size=64", ibot]
+    run_of(tmp_path, "alone", 4, overrides, {"accumulate": 2}, "tiny-dinov2")
+    together(2, run_of, tmp_path, "several", 4, overrides, {}, "tiny-dinov2")
+    assert {"dino", "ibot", "koleo", "ibot/information"} <= set(logged(tmp_path / "alone")[-1])
+    assert_same_run(tmp_path / "alone", tmp_path / "several")
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -50,6 +50,12 @@ def test_the_rate_counts_the_batch_in(images: Path) -> None:
         (["heads.dino.prototypes=65536"], None, ["400 steps show 19200 images to 65536 prototypes"]),
         (["optimizer.lr.warmup_epochs=5"], None, ["the learning rate's warm-up takes 250 of 400 steps"]),
         (["training.epochs=9", "heads.dino.prototypes=1024"], None, ["450 steps show 21600 images to 1024 prototypes"]),
+        (["views.low_resolution={epochs=3, global_size=32}"], 151, []),
+        (
+            ["views.low_resolution={epochs=3, global_size=32}"],
+            150,
+            ["low resolution lasts 150 steps and this run ends at 150"],
+        ),
         (["optimizer.lr.start=1.0"], None, ["a learning rate of 0.19 for 48 images is far from the paper's"]),
         (
             ["losses.dino.targets.temperature={kind='linear_by_epoch', start=0.04, end=0.07, epochs=30}"],
@@ -73,6 +79,17 @@ def test_what_is_unlikely_to_be_meant_is_said_with_the_value_to_take(
         assert changed, "there is a value to take"
         mended = load_preset("tiny", [*overrides, *changed])
         assert not [w for w in cautions(replace(plan, preset=mended)) if expected in w], "which is right"
+
+
+def test_a_run_has_a_part_for_each_size_of_its_crops(tmp_path: Path) -> None:
+    images = write_images(tmp_path, 48, size=8)
+    whole = plan(images, stop=400)
+    assert whole.phases == [(400, whole)]
+    low = "views.low_resolution={epochs=3, global_size=32, local_size=16}"
+    assert [(n, p.preset.views.global_1.size) for n, p in plan(images, low, stop=400).phases] == [(150, 32), (250, 48)]
+    assert [(n, p.preset.views.local.size) for n, p in plan(images, low, stop=151).phases] == [(150, 16), (1, 24)]
+    assert [(n, p.preset.views.local.size) for n, p in plan(images, low, stop=150).phases] == [(150, 16)]
+    assert [n for n, _ in plan(images, low, stop=0).phases] == [0]
 
 
 def test_what_is_said_of_few_prototypes_is_never_to_take_more(tmp_path: Path) -> None:

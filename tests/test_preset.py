@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,7 @@ def test_overrides_are_toml_values_and_none_takes_a_key_out() -> None:
         ("training.epochs", "--set wants key.path=value", "--set training.epochs=10"),
         ("training.epochs.more=1", "epochs is a value and not a table", "--set"),
         ("losses.dino=none", "at least one loss", "--set"),
+        ("views.global_1.size=160", "one size; they are 160 and 224", "--set views.global_2.size=160"),
         ("training.epochs=5", "a warm-up of 10 epochs does not fit a run of 5", "--set"),
     ],
 )
@@ -66,6 +68,55 @@ def test_a_mistake_names_its_key_and_the_nearest(override: str, message: str, hi
     assert message in error.value.message
     assert hint in error.value.hint
     assert "\n" not in error.value.message + error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("table", "changed", "message", "hint"),
+    [
+        ("epochs=8, global_size=32", [], "low resolution for 8 epochs leaves none of a run of 8", ".epochs=4"),
+        ("epochs=1, global_size=32", ["training.epochs=1"], "leaves none of a run of 1", "=none"),
+        ("epochs=0, global_size=32", [], "should be greater than or equal to 1", "--set"),
+        ("global_size=32", [], "the key views.low_resolution.epochs is missing", "--set"),
+        ("epochs=4, global_size=32, local=8", [], "there is no key views.low_resolution.local", "local_size"),
+        ("epochs=4, global_size=32, local_size=16", ["views.local=none"], "no local views", ".local_size=none"),
+        ("epochs=4, global_size=32, local_size=16", ["views.locals=0"], "no local views", ".local_size=none"),
+        ("epochs=4, global_size=48", [], "global_size should be below the full 48 and a whole", ".global_size=24"),
+        ("epochs=4, global_size=36", [], "number of patches of 8 pixels; it is 36", ".global_size=32"),
+        ("epochs=4, global_size=8", ["backbone.options.patch_size=16"], "of 16 pixels; it is 8", "=none"),
+        ("epochs=4, global_size=32, local_size=24", [], "local_size should be below the full 24", ".local_size=8"),
+        ("epochs=4, global_size=32, local_size=12", [], "of 8 pixels; it is 12", ".local_size=8"),
+        (
+            "epochs=4, global_size=32, local_size=8",
+            ["backbone.options.patch_size=16"],
+            "of 16 pixels; it is 8",
+            ".local_size=none",
+        ),
+    ],
+)
+def test_low_resolution_that_does_not_fit_is_said_with_what_does(
+    table: str, changed: list[str], message: str, hint: str
+) -> None:
+    overrides = ["optimizer.lr.warmup_epochs=0", "heads.dino.freeze_last_layer_epochs=0", *changed]
+    with pytest.raises(DinoError) as error:
+        load_preset("tiny", [*overrides, f"views.low_resolution={{{table}}}"]).method()
+    assert message in error.value.message
+    typed = re.fullmatch(r"--set (\S+)", error.value.hint)
+    if typed and not typed[1].endswith("VALUE"):
+        assert typed[1].endswith(hint)
+        load_preset("tiny", [*overrides, f"views.low_resolution={{{table}}}", typed[1]]).method()
+    else:
+        assert hint in error.value.hint
+
+
+def test_low_resolution_is_a_table_of_a_preset(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(shipped.text("tiny") + "\n[views.low_resolution]\nepochs = 4\nglobal_size = 32\n")
+    mine = load_preset(str(path))
+    assert (mine.views.low_resolution.global_size, mine.views.low_resolution.local_size) == (32, None)
+    assert Preset.parse(json.loads(mine.model_dump_json()), "stored") == mine
+    assert load_preset(str(path), ["views.low_resolution=none"]) == load_preset("tiny")
+    convolutional = ["backbone={name='resnet18'}", "views.low_resolution.global_size=33"]
+    assert load_preset(str(path), convolutional).method().student.backbone.patch_size == 32, "takes any size"
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:

@@ -14,13 +14,16 @@ import pytest
 import torch
 from conftest import of_channels
 
+from dinocli.data.loader import Batch
 from dinocli.data.sources import image_folder
+from dinocli.distillation import Part, SelfDistillation
 from dinocli.errors import DinoError
 from dinocli.loading import load_encoder
 from dinocli.planning import Plan
 from dinocli.preset import Preset, load_preset
 from dinocli.pretraining import Progress, pretrain, start_from
 from dinocli.runs import newest_run
+from dinocli.schedules import Clock
 from dinocli.states import saved_states
 from dinocli.weights import read_weights, write_checkpoint
 
@@ -290,6 +293,57 @@ def test_a_run_with_hidden_patches_is_one_like_others(plan: Plan) -> None:
     assert torch.equal(method.student.mask_token, stored.mask_token)
     lines = [json.loads(line) for line in (whole.folder / "metrics.jsonl").read_text().splitlines()]
     assert {"ibot", "koleo", "ibot/kl", "koleo/distance"} <= set(lines[-1])
+
+
+LOW = [
+    *(line.replace("patch_size=8", "patch_size=4") for line in SMALL),
+    "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=2, aspect=[0.3, 3.33]}",
+    "training.steps_per_epoch=2",
+    "views.low_resolution={epochs=2, global_size=8}",
+]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_with_low_resolution_stops_anywhere_and_ends_in_the_same_bits(
+    plan: Plan, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids: list[tuple[int, int]] = []
+    parts_of = SelfDistillation.parts
+
+    def seen(self: SelfDistillation, batch: Batch, count: int, clock: Clock) -> list[Part]:
+        grids.append((clock.step, batch.masks.where.shape[-1]))
+        return parts_of(self, batch, count, clock)
+
+    monkeypatch.setattr(SelfDistillation, "parts", seen)
+    plan = replace(plan, preset=load_preset("tiny", LOW), stop=8, workers=workers)
+    whole = pretrain(plan, lambda p: None)
+    assert grids == [(step, 4 if step < 4 else 16) for step in range(8)]
+    parts = replace(plan, out=Path("runs/parts"))
+    for stop in (3, 4, 5, 8):  # before the switch, at it and after it
+        again = pretrain(replace(parts, stop=stop), lambda p: None)
+    assert again.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
+    assert grids[8:] == grids[:8]
+    assert load_encoder(str(whole.folder), torch.device("cpu")).size == 16, "it looks at images of full size"
+    other = replace(parts, stop=12, preset=load_preset("tiny", [*LOW, "views.low_resolution.epochs=3"]))
+    with pytest.raises(DinoError, match=r"began with views\.low_resolution\.epochs = 2; 3 was asked for"):
+        pretrain(other, lambda p: None)
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "{name='vit_small_patch16_dinov3', options={img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2}}",
+        "{name='vit_tiny_patch16_224', positions='antialias', "
+        "options={img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2}}",
+        "{name='resnet18'}",
+    ],
+    ids=["rotary", "antialias", "convolutions"],
+)
+def test_any_backbone_takes_low_resolution(plan: Plan, backbone: str) -> None:
+    mask = ["views.mask=none"] if "resnet" in backbone else []
+    preset = load_preset("tiny", [*LOW, f"backbone={backbone}", *mask])
+    run = pretrain(replace(plan, preset=preset, stop=6), lambda p: None)
+    assert (run.step, run.skipped) == (6, 0)
 
 
 def test_start_from_a_backbone_of_another_shape_is_said(plan: Plan, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_images
 from test_pretraining import SMALL
 
 from dinocli.data.sources import image_folder, open_source
@@ -35,6 +36,19 @@ def plan(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
         "tiny", preset, image_folder(images), 12, Path("runs/tiny-1"), torch.device("cpu"), 0, None,
         saving=Saving(seconds=None, steps=4),
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The content of the plan's run, done in one go: the same bits wherever its images lie."""
+    torch.set_num_threads(1)  # a fixture of a module is made before that of each test
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for seed, label in enumerate("ab"):
+        write_images(folder / "images" / label, 6, seed=seed)
+    preset, source = load_preset("tiny", [*SMALL, "backbone.drop_path=0.3"]), image_folder(folder / "images")
+    saving = Saving(seconds=None, steps=4)
+    run = Plan("tiny", preset, source, 12, folder / "run", torch.device("cpu"), 0, None, saving=saving)
+    return content(pretrain(run, lambda p: None).folder)
 
 
 def stopped(plan: Plan, step: int) -> Plan:
@@ -99,8 +113,9 @@ def _flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_state_is_named_and_the_one_before_it_taken(plan: Plan, damage: Callable[[Path], object]) -> None:
-    whole = pretrain(replace(plan, out=Path("whole")), lambda p: None)
+def test_a_damaged_state_is_named_and_the_one_before_it_taken(
+    plan: Plan, undisturbed: dict[str, bytes], damage: Callable[[Path], object]
+) -> None:
     stopped(plan, 8)
     # Checkpoint and state share their bytes on disk, and a file that is changed in place is another's too.
     folder = plan.out / "state" / "8"
@@ -114,7 +129,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(plan: Plan, damage
     assert "runs/tiny-1/state/damaged-8" in said[0]
     assert said[1] == "going on from step 4 of 12 in runs/tiny-1"
     assert (plan.out / "state" / "damaged-8").is_dir()
-    assert content(plan.out) == content(whole.folder)
+    assert content(plan.out) == undisturbed
 
 
 def test_where_no_state_is_whole_it_says_so_and_touches_nothing_else(plan: Plan) -> None:
@@ -149,11 +164,10 @@ def test_what_else_lies_among_the_states_stays(plan: Plan) -> None:
 
 
 def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_saved(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dinocli import atomic
 
-    whole = pretrain(replace(plan, out=Path("whole")), lambda p: None)
     sync = os.fsync
 
     def full(file: int) -> None:
@@ -170,15 +184,14 @@ def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_saved(
     said: list[str] = []
     pretrain(plan, lambda p: None, said.append)
     assert said == ["going on from step 4 of 12 in runs/tiny-1"]
-    assert content(plan.out) == content(whole.folder)
+    assert content(plan.out) == undisturbed
 
 
 def test_a_second_ctrl_c_in_the_middle_of_a_step_saves_nothing_half_done(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    plan: Plan, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dinocli.engine import trainer
 
-    whole = pretrain(replace(plan, out=Path("whole")), lambda p: None)
     move, moved = trainer.move, []
 
     def interrupted(*arguments: object) -> None:
@@ -194,7 +207,7 @@ def test_a_second_ctrl_c_in_the_middle_of_a_step_saves_nothing_half_done(
             pretrain(plan, lambda p: None)
     assert steps_of(plan.out) == [4, 0], "the student had moved, and the teacher had not"
     pretrain(plan, lambda p: None)
-    assert content(plan.out) == content(whole.folder)
+    assert content(plan.out) == undisturbed
 
 
 def test_drafts_of_a_save_that_was_killed_are_taken_away(plan: Plan) -> None:
@@ -290,7 +303,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(plan: Plan) -> None:
 
 
 def test_a_run_that_was_broken_off_is_found_again_and_no_other(plan: Plan) -> None:
-    wanted = (plan.preset, plan.source.fingerprint, None)
+    wanted = (plan.preset, plan.source.fingerprint, None, None)
     assert unfinished(runs_of("tiny"), wanted) is None
     stopped(plan, 12)
     assert unfinished(runs_of("tiny"), wanted) is None, "it was told to end there"
@@ -299,8 +312,8 @@ def test_a_run_that_was_broken_off_is_found_again_and_no_other(plan: Plan) -> No
     pretrain(replace(plan, out=next_folder("tiny")), lambda p: None)
     assert unfinished(runs_of("tiny"), wanted) == Path("runs/tiny-2")
     assert unfinished(runs_of("tiny"), (load_preset("tiny"), *wanted[1:])) is None
-    assert unfinished(runs_of("tiny"), (plan.preset, "other", None)) is None
-    assert unfinished(runs_of("tiny"), (*wanted[:2], "some.pth")) is None
+    assert unfinished(runs_of("tiny"), (plan.preset, "other", None, None)) is None
+    assert unfinished(runs_of("tiny"), (*wanted[:2], "some.pth", None)) is None
 
 
 def test_the_first_difference_is_named_by_its_path() -> None:
@@ -338,8 +351,7 @@ def train_in(folder: str, out: str) -> None:
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(images: Path, tmp_path: Path) -> None:
     """A process that saves after each step is killed at moments that chance picks, over and over."""
     images.rename(tmp_path / "images")
-    context = multiprocessing.get_context("forkserver")  # it loads torch once for all of them
-    context.set_forkserver_preload(["dinocli.pretraining"])
+    context = multiprocessing.get_context("fork")  # this process has paid for importing torch
 
     def started(out: str) -> multiprocessing.process.BaseProcess:
         process = context.Process(target=train_in, args=(str(tmp_path), out))

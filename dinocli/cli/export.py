@@ -23,7 +23,7 @@ def export(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]", help="Run folder, ckpt.safetensors, or official DINO .pth; the newest weights if absent."
+            metavar="[RUN]", help="Run folder, ckpt.safetensors, or official .pth; the newest weights if absent."
         ),
     ] = None,
     out: Annotated[

@@ -16,8 +16,8 @@ def extract(
         list[str],
         typer.Argument(
             metavar="[CHECKPOINT] DATA",
-            help="Run folder, ckpt.safetensors, official "
-            "DINO .pth or timm:NAME (the newest weights if absent); then images as `dino pretrain` takes "
+            help="Run folder, ckpt.safetensors, official .pth "
+            "of DINO or DINOv2, or timm:NAME (the newest weights if absent); then images as `dino pretrain` takes "
             "them, with class folders if there are labels, or train/ and val/.",
         ),
     ],

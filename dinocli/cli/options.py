@@ -35,7 +35,7 @@ Checkpoint = Annotated[
     str | None,
     typer.Option(
         "--checkpoint",
-        help="Run folder, ckpt.safetensors, official DINO .pth, or timm:NAME. "
+        help="Run folder, ckpt.safetensors, official .pth of DINO or DINOv2, or timm:NAME. "
         "If absent: ./ckpt.safetensors, else the newest run.",
     ),
 ]

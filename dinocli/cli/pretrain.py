@@ -39,6 +39,13 @@ def pretrain(
         typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the preset; may be repeated."),
     ] = None,
     init: Annotated[str | None, typer.Option(metavar="FILE|timm:NAME", help="Weights to start from.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN|FILE",
+            help="A trained network that teaches and stays as it is; short for --set teacher.frozen=true beside it.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -106,12 +113,16 @@ def pretrain(
         shipped.text(preset)
 
     from dinocli.device import default_workers, pick_device
+    from dinocli.frozen_teacher import FrozenTeacher
     from dinocli.planning import Plan, start_clock
     from dinocli.preset import load_preset
     from dinocli.states import unfinished
 
     short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
-    loaded = load_preset(preset, [*(overrides or []), *(f"{key}={v}" for key, v in short.items() if v is not None)])
+    given = [f"{key}={value}" for key, value in short.items() if value is not None]
+    loaded = load_preset(preset, [*(overrides or []), *given, *(["teacher.frozen=true"] if teacher else [])])
+    frozen = FrozenTeacher.read(teacher) if teacher else None
+    same = (loaded, source.fingerprint, init, frozen.fingerprint if frozen else None)
     total = start_clock(loaded, source.count).total
     picked = pick_device(device)
     name = Path(preset).name.removesuffix(".toml")
@@ -120,10 +131,11 @@ def pretrain(
         preset=loaded,
         source=source,
         stop=total if steps is None else min(steps, total),
-        out=from_first(out or unfinished(runs_of(name), (loaded, source.fingerprint, init)) or next_folder(name)),
+        out=from_first(out or unfinished(runs_of(name), same) or next_folder(name)),
         device=picked,
         workers=default_workers(picked) if workers is None else workers,
         init=init,
+        teacher=frozen,
         cache=cache,
         accumulate=accumulate,
         saving=_saving(save_every, keep, milestones),
@@ -189,15 +201,12 @@ def _print_plan(plan: Plan, json: bool) -> None:
     free, _ = memory_of(plan.device)
     fits = cost.fits(free)
     less = None if fits else to_fit(lambda again: estimate(replace(plan, recompute=again, accumulate=1)), free)
-    views = f"{len(preset.views.globals)}x{preset.views.global_1.size}"
-    if preset.views.local:
-        views += f" + {preset.views.locals}x{preset.views.local.size}"
     networks = f"{cost.backbone_parameters / 1e6:.1f} M parameters, {cost.parameters / 1e6:.1f} M with heads"
     steps = f"{plan.stop} of {clock.total}" if plan.stop < clock.total else f"{plan.stop}"
     rows = {
         "images": f"{plan.source.count or 'an unknown number'} in {plan.source.where}",
         "backbone": f"{preset.backbone.name}, {networks}",
-        "views": views,
+        "views": _views(plan),
         "batch": f"{preset.training.batch_size} images"
         + (f", {plan.images_each} in each of {size()} processes" if size() > 1 else "")
         + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else "")
@@ -206,6 +215,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "learning rate": f"up to {_peak(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",
         "start": plan.init or "random weights",
+        **({"teacher": f"{plan.teacher.source} ({plan.teacher.preset.backbone.name}), frozen"} if plan.teacher else {}),
         "out": str(plan.out),
         "work": f"{cost.flops / 1e9:.3g} GFLOP an image",
         "memory": f"about {console.size(cost.memory)} (an estimate); {console.size(free)} are free: "
@@ -223,6 +233,15 @@ def _print_plan(plan: Plan, json: bool) -> None:
         console.out_json(numbers | asdict(cost) | memory | {"out": str(plan.out), "device": str(plan.device)})
         return
     console.table(["plan", plan.name], [[name, value] for name, value in rows.items()])
+
+
+def _views(plan: Plan) -> str:
+    """How many views of which size, and for how long where that changes."""
+    low, words = plan.preset.views.low_resolution, []
+    for _, views in plan.preset.views.phases(1):
+        local = f" + {views.locals}x{views.local.size}" if views.local else ""
+        words.append(f"{len(views.globals)}x{views.global_1.size}{local}")
+    return f" for {low.epochs} of {plan.clock.epochs} epochs, then ".join(words) if low else words[0]
 
 
 def _instead(less: tuple[dict[str, str], Estimate] | None) -> str:
@@ -247,6 +266,8 @@ def _run(plan: Plan, json: bool) -> None:
     size = plan.preset.training.batch_size
     images = f"{count} images" if count else "a stream of images"
     console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
+    if plan.preset.views.low_resolution:
+        console.say(f"note: views of {_views(plan)}: steps take longer then")
     begun = any(True for _ in saved_states(plan.out))  # what was said then need not be said again
     for caution in () if begun else cautions(plan):
         console.say(f"note: {caution}")

@@ -38,21 +38,22 @@ _REDRAWS = 20
 
 
 class Cutter:
-    """Decodes an image once and cuts all its crops into a slot."""
+    """Decodes an image once and cuts all its crops into a slot, as large as their places there are."""
 
     def __init__(self, views: ViewsConfig, seed: int, images: ImagesConfig) -> None:
         self.views, self.seed, self.images = views, seed, images
         self.scale = np.array([v.scale for v in views.all])
-        self.sides = np.array([v.size for v in views.all])
         self.resamples = [v.resample for v in views.all]
 
     def numbers(self, epoch: int, row: int) -> tuple[Floats, np.random.Generator]:
-        return uniforms(self.seed, epoch, row, len(self.sides))
+        return uniforms(self.seed, epoch, row, len(self.scale))
 
     def tries(self, numbers: Floats) -> list[list[Tries]]:
         return crop_tries(numbers, self.scale)
 
-    def pixels(self, data: bytes | Image, tries: list[Tries]) -> tuple[Pixels, list[Box]] | BadImage:
+    def pixels(
+        self, data: bytes | Image, tries: list[Tries], places: list[Tensor]
+    ) -> tuple[Pixels, list[Box]] | BadImage:
         """Pixels and boxes of all views; a large photo is decoded smaller if no crop is enlarged by that."""
         opened = open_image(data, self.images)
         if isinstance(opened, BadImage):
@@ -60,7 +61,7 @@ class Cutter:
         boxes = crop_boxes(tries, opened.height, opened.width)
         reduce = 1
         if opened.height * opened.width > self.images.reduce_above * 1e6:
-            room = (np.array(boxes)[:, 2:].min(1) / self.sides).min()
+            room = (np.array(boxes)[:, 2:].min(1) / [place.shape[-1] for place in places]).min()
             reduce = reduction(room)
         pixels = opened.pixels(reduce)
         if isinstance(pixels, BadImage):
@@ -130,7 +131,7 @@ class ImageFiller:
                 if redraw:
                     row = int(drawn[b][1].integers(len(self.source)))
                     keys[b, 1] = row
-                found = self._pixels(row, tries[b])
+                found = self._pixels(row, tries[b], places[b])
                 if not isinstance(found, BadImage):
                     self.cutter.place(places[b], *found)
                     break
@@ -141,10 +142,10 @@ class ImageFiller:
         self.cutter.hide(slot, task.first, asked)
         return bad
 
-    def _pixels(self, row: int, tries: list[Tries]) -> tuple[Pixels, list[Box]] | BadImage:
+    def _pixels(self, row: int, tries: list[Tries], places: list[Tensor]) -> tuple[Pixels, list[Box]] | BadImage:
         if self.cache is None:
             data = _read(self.source, row)
-            return data if isinstance(data, BadImage) else self.cutter.pixels(data, tries)
+            return data if isinstance(data, BadImage) else self.cutter.pixels(data, tries, places)
         pixels = self.cache.get(row)
         if pixels is None:
             data = _read(self.source, row)
@@ -171,7 +172,7 @@ class StreamFiller:
             asked.append((sample.epoch, sample.number))
             numbers, _ = self.cutter.numbers(sample.epoch, sample.number)
             [tries] = self.cutter.tries(numbers[None])
-            found = self.cutter.pixels(sample.data, tries)
+            found = self.cutter.pixels(sample.data, tries, place)
             # In the place of a bad one comes one further on, which keeps its own turn: so the stream stays in step with
             # the batches, and a run that goes on finds its place.
             for further in range(_REDRAWS):
@@ -181,7 +182,7 @@ class StreamFiller:
                 while len(self.ahead) <= further:
                     self.ahead.append(next(self.stream))
                 sample = self.ahead[further]
-                found = self.cutter.pixels(sample.data, tries)
+                found = self.cutter.pixels(sample.data, tries, place)
             if isinstance(found, BadImage):
                 raise _nothing_to_read(sample.name, found.reason)
             slot["keys"][b] = torch.tensor([sample.epoch, sample.number])

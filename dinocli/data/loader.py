@@ -99,13 +99,15 @@ class TrainBatches:
         seed: Of the order and of all views.
         images: How files become pixels.
         start: Batches to pass over, for a run that goes on.
+        steps_per_epoch: Batches of an epoch, in which the views' low resolution is counted.
         workers: Processes that decode and crop; 0 does it in this one.
         device: Where color and blur are done, and where the batches lie.
         share: Which part of each batch of the run is this process's.
         cache: `ram`, or a folder, to keep decoded images in; absent, each is decoded whenever it is drawn.
         compiled: Whether torch compiles the turn of the hue, the longest of what is done to the views.
-        grid: Rows and columns of a global crop's patches, where the views have a mask: how many patches of each crop
-            are hidden depends on seed, batch and rank, and which ones on seed, epoch and the image's number.
+        grid: Rows and columns of a global crop's patches by its size, where the views have a mask: how many patches of
+            each crop are hidden depends on seed, batch and the image's place in it (and on the number of processes,
+            where their shares are no multiples of 32), and which ones on seed, epoch and the image's number.
 
     Attributes:
         bad: The files that could not be read.
@@ -124,18 +126,22 @@ class TrainBatches:
         seed: int,
         images: ImagesConfig = DEFAULTS,
         start: int = 0,
+        steps_per_epoch: int = 1,
         workers: int = 0,
         device: torch.device,
         share: Share = ALONE,
         cache: str | None = None,
         compiled: bool = False,
-        grid: Grid | None = None,
+        grid: Callable[[int], Grid | None] = lambda size: None,
     ) -> None:
         self._compiled = compiled
         self.bad = BadFiles()
         self._source, self._views, self._device, self._seen = source, views, device, 0
         self._batch_size = batch_size
-        shape = _fields(views, batch_size) | _mask_fields(views, batch_size, grid)
+        phases = [
+            (first, _fields(those, batch_size) | _mask_fields(those, batch_size, grid(those.global_1.size)))
+            for first, those in views.phases(steps_per_epoch)
+        ]
         cutter = Cutter(views, seed, images)
         kept = None
         if cache and isinstance(source, Images):
@@ -152,12 +158,12 @@ class TrainBatches:
             make = partial(_image_filler, cutter, source, kept)
         order = _Order(source, batch_size, seed, share, views.mask)
         self._ring = Ring(
-            shape,
+            phases,
             batch_size=batch_size,
             make=make,
             prepare=order.write,
             workers=workers,
-            slots=_slots(shape),
+            slots=min(_slots(fields) for _, fields in phases),
             start=start,
             bound=isinstance(source, Shards),
             pin=device.type == "cuda",
@@ -278,7 +284,7 @@ class _Copier:
             release(free)
 
 
-def _fields(views: ViewsConfig, batch_size: int) -> dict[str, ring.Field]:
+def _fields(views: ViewsConfig, batch_size: int) -> ring.Fields:
     """The arrays of a batch: crops with the channels last, as decoders give them, and what their images' draws say."""
     v, g, b, c = len(views.all), len(views.globals), batch_size, views.channels
     large, small = views.global_1.size, views.local.size if views.local else 0
@@ -295,7 +301,7 @@ def _fields(views: ViewsConfig, batch_size: int) -> dict[str, ring.Field]:
     }
 
 
-def _mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> dict[str, ring.Field]:
+def _mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> ring.Fields:
     """The arrays that say what is hidden, and how much of each crop."""
     if not views.mask:
         return {}
@@ -305,7 +311,7 @@ def _mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> dict
     return {"where": ring.Field((*crops, *grid), torch.bool), "counts": ring.Field(crops, torch.int64)}
 
 
-def _slots(fields: dict[str, ring.Field]) -> int:
+def _slots(fields: ring.Fields) -> int:
     """A few batches wait, and never more of them than the budget of memory."""
     batch_bytes = sum(torch.Size(f.shape).numel() * f.dtype.itemsize for f in fields.values())
     return max(2, min(_SLOTS, _WAITING_BYTES // batch_bytes))
@@ -387,7 +393,7 @@ def plain_batches(
     if cutter:
         fields |= _fields(cutter.views, batch_size)
     filled = Ring(
-        fields,
+        [(0, fields)],
         batch_size=batch_size,
         make=partial(_plain_filler, source, size, images, cutter, batch_size, workers),
         prepare=lambda slot, batch: None,

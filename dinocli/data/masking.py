@@ -16,6 +16,9 @@ from dinocli.config import Config
 Grid = tuple[int, int]  # rows and columns of a crop's patches
 Where = NDArray[np.bool_]
 
+# Images that shares are dealt to at once, where a process's batch is made up of so many: then what is hidden does not
+# depend on how many processes there are. Their masked crops have a mean share of 0.306, endless ones would have 0.3.
+_DEALT_TO = 32
 _TRIES = 32  # blocks drawn for a crop: twelve are enough for 99 % of 14 by 14 patches, sixteen for 98 % of 32 by 32
 # No view has this number, so that the dealing out shares its random numbers with no crop's blocks.
 _DEALT = 2**31
@@ -25,9 +28,9 @@ class MaskConfig(Config):
     """Which part of the global crops is hidden; the paper's is 0.5 of them, from 0.1 to 0.5 of their patches.
 
     The shares of the masked crops lie in equal steps between `ratio`'s two, the highest among them, and not drawn one
-    by one: so batches of one size hide the same number of patches, and shapes stay fixed. iBOT hides nothing in one
-    half of the crops and a share drawn in 0.3 +- 0.2 in the other: that is `share = 0.5`, `ratio = [0.1, 0.5]` too,
-    but that there a coin is tossed for each crop.
+    by one, to 32 images at a time: so batches of one size hide the same number of patches, and shapes stay fixed.
+    iBOT hides nothing in one half of the crops and a share drawn in 0.3 +- 0.2 in the other: that is `share = 0.5`,
+    `ratio = [0.1, 0.5]` too, but that there a coin is tossed for each crop.
     Its Swin recipe masks from epoch 50 on; that has no place here.
 
     Attributes:
@@ -107,14 +110,14 @@ class Masks:
 
 
 def hidden_counts(config: MaskConfig, crops: int, patches: int) -> list[int]:
-    """How many patches each masked crop of a batch hides, fewest first; they are as many as crops have a mask.
+    """How many patches each masked crop of a group hides, fewest first; they are as many as crops have a mask.
 
     Slot i of n hides the upper edge of the i-th of n equal steps from the lowest share to the highest, and one patch at
     least.
 
     Args:
         config: The shares.
-        crops: Global crops of the batch: G*B.
+        crops: Global crops that they are dealt to.
         patches: Of a crop: N.
     """
     masked = round(config.share * crops)
@@ -122,22 +125,40 @@ def hidden_counts(config: MaskConfig, crops: int, patches: int) -> list[int]:
     return [max(1, round(patches * edge)) for edge in edges.tolist()]
 
 
+def _groups(images: int) -> int:
+    """In how many groups a process's images are dealt masks: in groups of 32, or as one where these do not fit."""
+    return images // _DEALT_TO if images % _DEALT_TO == 0 else 1
+
+
+def hidden_in_all(config: MaskConfig, crops: tuple[int, int], patches: int) -> int:
+    """Hidden patches of a process's batch: M. `crops` and `patches` are those of `deal`."""
+    count = _groups(crops[1])
+    return count * sum(hidden_counts(config, crops[0] * crops[1] // count, patches))
+
+
 def deal(config: MaskConfig, crops: tuple[int, int], patches: int, *, seed: int, batch: int, rank: int) -> Tensor:
     """Hidden patches of each crop of a batch, shuffled; 0 where a crop has no mask. [G, B], int64
 
+    Every process hides as many; and two processes with 32 images each hide what one does with these 64.
+
     Args:
         config: The shares.
-        crops: G and B.
+        crops: G and B, of this process.
         patches: Of a crop: N.
         seed: Of the run.
         batch: Its number in the run.
         rank: Of the process whose batch it is.
     """
-    counts = np.zeros(crops[0] * crops[1], dtype=np.int64)
+    views, images = crops
+    count = _groups(images)
+    counts = np.zeros(views * images // count, dtype=np.int64)
     masked = hidden_counts(config, len(counts), patches)
     counts[: len(masked)] = masked
-    generator = np.random.default_rng((seed, batch, rank, _DEALT))
-    return torch.from_numpy(generator.permutation(counts)).view(crops)
+    dealt = [
+        np.random.default_rng((seed, batch, group, _DEALT)).permutation(counts).reshape(views, -1)
+        for group in range(rank * count, (rank + 1) * count)
+    ]
+    return torch.from_numpy(np.concatenate(dealt, axis=1))
 
 
 def generator_of(seed: int, epoch: int, index: int, view: int) -> np.random.Generator:

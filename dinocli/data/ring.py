@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -32,6 +34,10 @@ class Field(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+Fields = dict[str, Field]
+Slot = dict[str, Tensor]
 
 
 class Task(NamedTuple):
@@ -90,8 +96,12 @@ class Ring(Generic[Note]):
 
     A batch is cut into chunks, so that all workers share the first one and memory does not grow with their number.
 
+    Where shapes change on the way, a slot's memory is that of the largest, and each batch has its part of it: workers
+    go on, with what they have decoded and read ahead.
+
     Args:
-        fields: The arrays of a batch, by name.
+        phases: The arrays of a batch, by name, and the number of the first batch that has them; of the first batch of
+            all, then of those from which on there are others.
         batch_size: B.
         make: Makes a worker's filler, in the worker: called with its lane and the number of lanes.
         prepare: Called in this process before a batch is filled, with its arrays and its number.
@@ -108,7 +118,7 @@ class Ring(Generic[Note]):
 
     def __init__(
         self,
-        fields: dict[str, Field],
+        phases: Sequence[tuple[int, Fields]],
         *,
         batch_size: int,
         make: Callable[[int, int], Filler[Note]],
@@ -123,15 +133,13 @@ class Ring(Generic[Note]):
         self.waited = 0.0
         self._batch_size, self._next, self._workers, self._prepare = batch_size, start, workers, prepare
         self._stride = stride
-        self._slots = [
-            {name: _shared(field, spawned=workers > 0 and not _FORK) for name, field in fields.items()}
-            for _ in range(slots if workers else 2)
-        ]
+        slots = slots if workers else 2
+        memory = [_memory(phases, spawned=workers > 0 and not _FORK) for _ in range(slots)]
         if pin:
-            for slot in self._slots:
-                for values in slot.values():
-                    _pin(values)
-        self._free = deque(range(len(self._slots)))
+            for values in (values for slot in memory for values in slot.values()):
+                _pin(values)
+        self._slots = _Slots([(first, [_shaped(slot, fields) for slot in memory]) for first, fields in phases])
+        self._free = deque(range(slots))
         self._asked: deque[tuple[int, int]] = deque()  # slot and batch, in order
         self._missing: dict[int, int] = {}  # batch -> images still to come
         self._notes: dict[int, list[Note]] = {}
@@ -158,9 +166,9 @@ class Ring(Generic[Note]):
             began = time.perf_counter()
             while self._free and self._processes:
                 self._ask(self._free.popleft())
-            slot, notes = self._here() if not self._processes else self._received()
+            slot, batch, notes = self._here() if not self._processes else self._received()
             self.waited += time.perf_counter() - began
-            yield slot, self._slots[slot], notes
+            yield slot, self._slots.of(slot, batch), notes
 
     def release(self, slot: int) -> None:
         """Let a slot be filled again."""
@@ -170,22 +178,23 @@ class Ring(Generic[Note]):
         """End the workers."""
         _end(self._processes)
 
-    def _here(self) -> tuple[int, list[Note]]:
-        slot = self._free.popleft()
-        self._prepare(self._slots[slot], self._next)
-        notes = self._fill(self._slots[slot], Task(slot, self._next, 0, self._batch_size))
+    def _here(self) -> tuple[int, int, list[Note]]:
+        slot, batch = self._free.popleft(), self._next
+        arrays = self._slots.of(slot, batch)
+        self._prepare(arrays, batch)
+        notes = self._fill(arrays, Task(slot, batch, 0, self._batch_size))
         self._next += self._stride
-        return slot, list(notes)
+        return slot, batch, list(notes)
 
     def _ask(self, slot: int) -> None:
         batch, self._next = self._next, self._next + self._stride
-        self._prepare(self._slots[slot], batch)
+        self._prepare(self._slots.of(slot, batch), batch)
         self._asked.append((slot, batch))
         self._missing[batch], self._notes[batch] = self._batch_size, []
         for i, (first, images) in enumerate(self._chunks, batch * len(self._chunks)):
             self._queues[i % self._workers].put(Task(slot, batch, first, images))
 
-    def _received(self) -> tuple[int, list[Note]]:
+    def _received(self) -> tuple[int, int, list[Note]]:
         slot, batch = self._asked[0]
         while self._missing[batch]:
             task, notes = self._result()
@@ -193,7 +202,7 @@ class Ring(Generic[Note]):
             self._notes[task.batch] += notes
         self._asked.popleft()
         del self._missing[batch]
-        return slot, self._notes.pop(batch)
+        return slot, batch, self._notes.pop(batch)
 
     def _result(self) -> tuple[Task, list[Note]]:
         ready = wait([self._done._reader, *(p.sentinel for p in self._processes)], timeout=_STUCK)
@@ -229,14 +238,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(
-    lane: int,
-    lanes: int,
-    make: Callable[[int, int], Filler[Any]],
-    slots: list[dict[str, Tensor]],
-    tasks: Any,
-    done: Any,
-) -> None:
+def _work(lane: int, lanes: int, make: Callable[[int, int], Filler[Any]], slots: _Slots, tasks: Any, done: Any) -> None:
     # Ctrl-C, and what `timeout` and schedulers send, reach every process of the group; the parent finishes its step
     # and then ends its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -249,11 +251,40 @@ def _work(
         fill = make(lane, lanes)
         while True:
             task = Task(*tasks.get())
-            done.put((task, fill(slots[task.slot], task)))
+            done.put((task, fill(slots.of(task.slot, task.batch), task)))
     except (DinoError, MemoryError) as error:
         done.put(error)
     except BaseException:
         done.put(RuntimeError(f"in a process that decodes images:\n{traceback.format_exc()}"))
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """The places of a ring, as arrays of the shapes that a batch has.
+
+    Attributes:
+        phases: First batch of these shapes, and the arrays of each place.
+    """
+
+    phases: list[tuple[int, list[Slot]]]
+
+    def of(self, slot: int, batch: int) -> Slot:
+        """The arrays of a place that holds a batch of this number."""
+        return next(slots for first, slots in reversed(self.phases) if first <= batch)[slot]
+
+
+def _memory(phases: Sequence[tuple[int, Fields]], *, spawned: bool) -> Slot:
+    """Memory of a place, in which each array has room for its largest shape."""
+    largest = {
+        name: max((fields[name] for _, fields in phases), key=lambda field: math.prod(field.shape))
+        for name in phases[0][1]
+    }
+    return {name: _shared(field, spawned=spawned) for name, field in largest.items()}
+
+
+def _shaped(memory: Slot, fields: Fields) -> Slot:
+    """The beginning of each array's memory, in another shape."""
+    return {name: memory[name].flatten()[: math.prod(field.shape)].view(field.shape) for name, field in fields.items()}
 
 
 def _shared(field: Field, *, spawned: bool) -> Tensor:

@@ -13,11 +13,13 @@ from dinocli.engine.trainer import Trainer
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """Parameters, buffers, the optimizer's moments and counts, and how many steps were left out.
 
-    The clock is not among them, and no random numbers are: what is drawn depends on seed and step. What lies in shards
-    is gathered, for which all processes must ask.
+    What the method says is `lasting` stays where it came from. The clock is not among them, and no random numbers are:
+    what is drawn depends on seed and step. What lies in shards is gathered, for which all processes must ask.
     """
-    tensors = {f"method/{name}": whole(value) for name, value in trainer.method.state_dict().items()}
-    names: dict[Tensor, str] = {p: name for name, p in trainer.method.named_parameters()}
+    method = trainer.method
+    given = tuple(f"{name}." for name in method.lasting())
+    tensors = {f"method/{k}": whole(v) for k, v in method.state_dict().items() if not k.startswith(given)}
+    names: dict[Tensor, str] = {p: name for name, p in method.named_parameters()}
     for p, slots in trainer.optimizer.state.items():
         tensors |= {f"optimizer/{names[p]}/{slot}": whole(value) for slot, value in slots.items()}
     return tensors | {"skipped": trainer.skipped}
@@ -32,8 +34,10 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
     """
     method = trainer.method
     own, parameters = method.state_dict(), dict(method.named_parameters())
+    given = tuple(f"{name}." for name in method.lasting())
     stored = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
-    method.load_state_dict({k: placed_as(v, own[k]) if k in own else v for k, v in stored.items()})
+    stays = {k: v for k, v in own.items() if k.startswith(given)}
+    method.load_state_dict(stays | {k: placed_as(v, own[k]) if k in own else v for k, v in stored.items()})
     trainer.optimizer.state.clear()
     for key, value in tensors.items():
         if key.startswith("optimizer/"):

@@ -63,6 +63,10 @@ class Method(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} does not say what of it may lie in shards")
 
+    def lasting(self) -> list[str]:
+        """Names of its modules whose weights come from outside and never change: no state needs to keep them."""
+        return []
+
     @abstractmethod
     def param_groups(self) -> list[ParamGroup]:
         """The parameters to move."""

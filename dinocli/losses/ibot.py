@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from dinocli.config import Config
 from dinocli.data.masking import Masks
+from dinocli.distributed import mean_over_processes
 from dinocli.losses.cross_entropy import Chunk, cross_entropy, entropy
 from dinocli.losses.targets import TargetsConfig
 from dinocli.models.network import Encoding, Reads
+from dinocli.precision import exactly
 from dinocli.schedules import Clock
 
 
@@ -74,14 +76,22 @@ class IbotLoss(nn.Module):
 
         Returns:
             Entropy of the targets and divergence of the student from them, in nats, as means over the crops that have
-            a mask; and the teacher's temperature.
+            a mask; how many nats a hidden patch's targets tell of it (0 where all patches get the same, nan where
+            none is hidden); and the teacher's temperature.
         """
         weights = torch.cat(self._weights) / len(self._weights)  # of a part's mean to those of the batch's. [M]
-        masked = weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)  # where no crop has a mask, 0 and not nan
-        uncertain = (weights * entropy(targets)).sum() / masked
+        # Of all processes, which may have masked crops in other numbers.
+        share = mean_over_processes(weights.sum())
+        masked = share.clamp(min=torch.finfo(share.dtype).tiny)  # where no crop has a mask, figures are 0 and not nan
+        weights = weights / masked
+        uncertain = (weights * entropy(targets)).sum()
+        with exactly(targets.device):
+            mean = mean_over_processes(weights.to(targets.dtype) @ targets)  # [K]
+        information = entropy(mean) - mean_over_processes(uncertain)
         return {
             "teacher_entropy": uncertain,
             "kl": loss / self.config.weight / masked - uncertain,
+            "information": information.where(share > 0, torch.nan),  # of nothing hidden, collapse cannot be told
             "temperature": self.targets.config.temperature.at(clock),
         }
 

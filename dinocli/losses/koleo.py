@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dinocli.config import Config
 from dinocli.data.masking import Masks
+from dinocli.distributed import mean_over_processes
 from dinocli.models.network import Encoding
 from dinocli.precision import exactly
 from dinocli.schedules import Clock
@@ -49,7 +50,8 @@ class KoleoLoss(nn.Module):
 
     def watch(self, targets: None, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
         """The geometric mean of the distances to the nearest others, which are 0 to 2; towards 0 images look alike."""
-        return {"distance": (-loss / self.config.weight / self._views).exp()}
+        # Of all processes first: the mean of their geometric means would be another number.
+        return {"distance": (-mean_over_processes(loss) / self.config.weight / self._views).exp()}
 
     def after_step(self) -> None:
         """Nothing is kept from one step to the next."""

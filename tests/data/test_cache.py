@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from conftest import write_images
 
 from dinocli.data import cache as module
 from dinocli.data.cache import PixelCache
-from dinocli.data.crops import ViewConfig, ViewsConfig
+from dinocli.data.crops import LowResolutionConfig, ViewConfig, ViewsConfig
 from dinocli.data.loader import TrainBatches
 from dinocli.data.sources import open_source
 from dinocli.errors import DinoError
@@ -66,6 +68,41 @@ def test_views_do_not_depend_on_what_was_kept(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     # As near as a resize of a resize is to a resize.
     assert all((a - b).abs().mean() < 0.2 for a, b in zip(whole, take(None, 0), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_kept_in_low_resolution_serves_the_full_one(tmp_path: Path, workers: int) -> None:
+    folder = write_images(tmp_path / "x", 12, size=100)
+    views = ViewsConfig(mean=(0.5,) * 3, std=(0.5,) * 3, global_1=VIEW, global_2=VIEW)
+    low = views.model_copy(update={"low_resolution": LowResolutionConfig(epochs=3, global_size=8)})
+
+    def take(views: ViewsConfig, start: int, after: Callable[[], object]) -> list[torch.Tensor]:
+        stream = TrainBatches(
+            open_source(str(folder)),
+            views,
+            batch_size=4,
+            seed=0,
+            start=start,
+            steps_per_epoch=3,
+            workers=workers,
+            device=torch.device("cpu"),
+            cache="ram",
+        )
+        try:
+            taken = []
+            for batch in islice(stream, 12 - start):
+                taken.append(batch.global_crops)
+                if len(taken) == 5:
+                    after()  # all twelve are kept
+            return taken
+        finally:
+            stream.close()
+
+    fresh = take(views, 9, lambda: None)
+    taken = take(low, 0, lambda: shutil.rmtree(folder))
+    assert [len(crops[0, 0, 0]) for crops in taken] == [8] * 9 + [16] * 3
+    for ours, theirs in zip(taken[9:], fresh, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:

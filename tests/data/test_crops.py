@@ -11,7 +11,9 @@ from torchvision.transforms import RandomResizedCrop
 from dinocli.data.crops import (
     NUMBERS,
     JitterConfig,
+    LowResolutionConfig,
     ViewConfig,
+    ViewsConfig,
     crop_boxes,
     crop_tries,
     cut,
@@ -148,3 +150,20 @@ def test_each_of_any_channels_is_cut_as_it_would_be_alone(channels: int) -> None
         assert np.abs(slab[1, ..., channel].numpy().astype(int) - np.asarray(theirs)).max() <= 2
     assert shrink(pixels, 40).shape == (40, 48, channels)
     assert resize_and_center(pixels, 40, 32).shape == (channels, 32, 32)
+
+
+def test_low_resolution_changes_sizes_and_nothing_else() -> None:
+    local = VIEW.model_copy(update={"size": 16, "scale": (0.1, 0.25)})
+    views = ViewsConfig(mean=(0.5,) * 3, std=(0.5,) * 3, global_1=VIEW, global_2=VIEW, local=local, locals=3)
+    assert views.phases(7) == [(0, views)]
+    low = views.model_copy(update={"low_resolution": LowResolutionConfig(epochs=2, global_size=24, local_size=8)})
+    (first, small), (then, full) = low.phases(7)
+    assert (first, then, full) == (0, 14, views)
+    assert [view.size for view in small.all] == [24, 24, 8, 8, 8]
+    back = {name: getattr(small, name).model_copy(update={"size": size}) for name, size in
+            (("global_1", 32), ("global_2", 32), ("local", 16))}  # fmt: skip
+    assert small.model_copy(update=back) == views
+    kept = views.model_copy(update={"low_resolution": LowResolutionConfig(epochs=2, global_size=24)})
+    assert [view.size for view in kept.phases(7)[0][1].all] == [24, 24, 16, 16, 16], "what is not said stays"
+    without = kept.model_copy(update={"local": None, "global_2": None})
+    assert [view.size for view in without.phases(7)[0][1].all] == [24]

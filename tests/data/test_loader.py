@@ -8,7 +8,7 @@ import torch
 from conftest import write_images
 
 from dinocli.data import ring
-from dinocli.data.crops import JitterConfig, ViewConfig, ViewsConfig
+from dinocli.data.crops import JitterConfig, LowResolutionConfig, ViewConfig, ViewsConfig
 from dinocli.data.decode import DEFAULTS
 from dinocli.data.fill import Cutter, resize_for
 from dinocli.data.loader import ALONE, Batch, Share, TrainBatches, plain_batches
@@ -28,7 +28,6 @@ VIEWS = ViewsConfig(
     local=GLOBAL.model_copy(update={"size": 16}),
     locals=3,
 )
-GRID = (6, 6)
 MASKED = VIEWS.model_copy(
     update={"mask": MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=2, aspect=(0.3, 1 / 0.3)), "local": None}
 )
@@ -54,7 +53,8 @@ def take(
         workers=workers,
         device=CPU,
         share=share,
-        grid=GRID if views.mask else None,
+        steps_per_epoch=2,
+        grid=lambda size: (size // 4, size // 4),
     )
     try:
         return list(islice(stream, count))
@@ -168,6 +168,42 @@ def test_a_bad_file_moves_no_mask(tmp_path: Path) -> None:
 def test_masks_want_patches(images: Path) -> None:
     with pytest.raises(DinoError, match=r"views\.mask hides patches"):
         TrainBatches(open_source(str(images)), MASKED, batch_size=4, seed=0, device=CPU)
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_smaller_crops_give_way_to_full_ones_between_two_batches(
+    images: Path, shards: Path, kind: str, workers: int
+) -> None:
+    """Before the switch all is as in a run of the small sizes, after it as in one of the full, wherever it begins."""
+    where = images if kind == "folder" else shards
+    full = MASKED.model_copy(update={"local": VIEWS.local})
+    low = full.model_copy(update={"low_resolution": LowResolutionConfig(epochs=2, global_size=16, local_size=8)})
+    small = low.phases(1)[0][1]
+    wanted = take(where, 4, views=small, workers=workers) + take(where, 7, views=full, workers=workers)[4:]
+    assert [len(batch.global_crops[0, 0, 0]) for batch in wanted] == [16] * 4 + [24] * 3
+    for start in (0, 3, 4, 5):
+        batches = take(where, 7 - start, views=low, workers=workers, start=start)
+        for ours, theirs in zip(batches, wanted[start:], strict=True):
+            assert same(ours, theirs)
+            assert same_masks(ours.masks, theirs.masks)
+    # The order is that of a run without; and so each image still comes once an epoch.
+    assert [b.rows.tolist() for b in wanted] == [b.rows.tolist() for b in take(where, 7, workers=workers)]
+
+
+def test_smaller_crops_are_of_the_same_places_in_the_same_colors(images: Path) -> None:
+    low = VIEWS.model_copy(update={"low_resolution": LowResolutionConfig(epochs=1, global_size=12, local_size=8)})
+    plain = {"flip": 0.5, "jitter": None, "blur": 0.0}
+    calm = {name: getattr(low, name).model_copy(update=plain) for name in ("global_1", "global_2", "local")}
+    low = low.model_copy(update=calm)
+    [small], [full] = take(images, 1, views=low), take(images, 1, views=low.model_copy(update={"low_resolution": None}))
+    for less, more in zip(small.crops, full.crops, strict=True):
+        again = torch.nn.functional.interpolate(
+            more.flatten(0, 1), size=less.shape[-2:], mode="bicubic", antialias=True
+        )
+        # The test's images are noise: of other places or colors they would have nothing in common.
+        both = torch.stack([again.flatten(), less.flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.8
 
 
 def test_views_follow_the_seed(images: Path) -> None:

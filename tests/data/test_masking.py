@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from dinocli.config import Config
-from dinocli.data.masking import Grid, MaskConfig, Masks, Where, blocks, deal, generator_of, hidden_counts
+from dinocli.data.masking import (
+    Grid,
+    MaskConfig,
+    Masks,
+    Where,
+    blocks,
+    deal,
+    generator_of,
+    hidden_counts,
+    hidden_in_all,
+)
 from dinocli.errors import DinoError
 
 MASK = MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=4, aspect=(0.3, 1 / 0.3))
@@ -130,6 +140,28 @@ def test_slots_are_dealt_anew_to_each_batch_and_process() -> None:
     often = torch.stack([dealt(batch=batch) for batch in range(400)]).double()
     assert often.mean(0).sub(often.mean()).abs().max() < 4 * often.std() / 20
     assert (often > 0).double().mean(0).sub(0.5).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("processes", [2, 3, 6])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
+def test_processes_with_groups_of_images_hide_what_one_does(processes: int, share: float) -> None:
+    mask, each = changed(share=share), 192 // processes
+    whole = deal(mask, (2, 192), 36, seed=0, batch=5, rank=0)
+    parts = [deal(mask, (2, each), 36, seed=0, batch=5, rank=rank) for rank in range(processes)]
+    assert torch.cat(parts, 1).equal(whole)
+    assert {int(part.sum()) for part in parts} == {hidden_in_all(mask, (2, each), 36)}
+    assert hidden_in_all(mask, (2, 192), 36) == whole.sum()
+    masked = (whole > 0).double()
+    assert masked.mean() == pytest.approx(share, abs=0.01)
+    if share:
+        assert len({str(group.tolist()) for group in whole.split(32, 1)}) == 6, "each group is dealt anew"
+
+
+@pytest.mark.parametrize("images", [1, 5, 33, 48])
+def test_other_batches_are_dealt_to_as_a_whole(images: int) -> None:
+    dealt = deal(MASK, (2, images), 196, seed=0, batch=0, rank=0)
+    assert sorted(dealt[dealt > 0].tolist()) == hidden_counts(MASK, 2 * images, 196)
+    assert dealt.sum() == hidden_in_all(MASK, (2, images), 196)
 
 
 def made(views: int, images: int, grid: Grid = (4, 5), share: float = 0.6) -> Masks:

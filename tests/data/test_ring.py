@@ -36,7 +36,7 @@ def numbers(slot: dict[str, Tensor], batch: int) -> None:
 
 
 def made(make: Callable[[int, int], object], workers: int, **options: object) -> Ring:
-    return Ring(FIELDS, batch_size=10, make=make, prepare=numbers, workers=workers, slots=3, **options)  # type: ignore[arg-type]
+    return Ring([(0, FIELDS)], batch_size=10, make=make, prepare=numbers, workers=workers, slots=3, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -62,6 +62,38 @@ def test_a_bound_chunk_goes_to_the_worker_of_its_turn() -> None:
             filled.release(slot)
     finally:
         filled.close()
+
+
+class Shaped(Counting):
+    """Writes what shape a batch has, and which process filled it."""
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        slot["grid"][...] = slot["grid"].shape[1]
+        return [os.getpid()]
+
+
+@pytest.mark.parametrize(("workers", "start", "copied"), [(0, 0, True), (2, 0, True), (2, 4, True), (1, 2, False)])
+def test_shapes_follow_the_number_of_the_batch_and_workers_go_on(
+    workers: int, start: int, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring, "_FORK", copied and ring._FORK)
+    sides, who = {0: 2, 3: 5, 5: 1}, set()
+    phases = [(first, {"grid": Field((10, side), torch.uint8)}) for first, side in sides.items()]
+    filled = Ring(phases, batch_size=10, make=Shaped, prepare=unchanged, workers=workers, slots=3, start=start)
+    try:
+        for batch, (slot, arrays, notes) in enumerate(islice(filled, 7 - start), start):
+            side = sides[max(first for first in sides if first <= batch)]
+            assert arrays["grid"].tolist() == [[side] * side] * 10
+            assert arrays["grid"].is_contiguous()
+            who.update(notes)
+            filled.release(slot)
+    finally:
+        filled.close()
+    assert len(who) <= max(1, workers), "those that began"
+
+
+def unchanged(slot: dict[str, Tensor], batch: int) -> None:
+    pass
 
 
 @pytest.mark.parametrize(("workers", "batch"), [(1, 5), (2, 100), (3, 32), (4, 7), (5, 1)])
@@ -128,16 +160,24 @@ def test_waiting_is_counted() -> None:
     assert 0 < filled.waited < 5
 
 
-@pytest.mark.parametrize("end", ["raise SystemExit(3)", "os.kill(os.getpid(), 9)"])
-def test_no_worker_outlives_the_process_that_started_it(end: str) -> None:
-    code = (
-        "import os, sys\n"
-        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-        "import test_ring\n"
-        "ring = test_ring.made(test_ring.Counting, 2)\n"
-        "next(iter(ring))\n"
-        "print(*(p.pid for p in ring._processes), flush=True)\n" + end
-    )
+def test_no_worker_outlives_the_process_that_started_it() -> None:
+    """Whether that comes to its end or is killed: two copies of one process, which imports torch once for both."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_ring
+for killed in (False, True):
+    if not os.fork():
+        ring = test_ring.made(test_ring.Counting, 2)
+        next(iter(ring))
+        print(*(p.pid for p in ring._processes), flush=True)
+        if killed:
+            os.kill(os.getpid(), 9)
+        sys.exit(3)
+print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)), flush=True)
+"""
     # The workers hold the pipe open: reading it to its end waits for the last of them.
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=30)
-    assert len(done.stdout.split()) == 2
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    *workers, codes = done.stdout.splitlines()
+    assert [len(line.split()) for line in workers] == [2, 2]
+    assert sorted(codes.split()) == ["-9", "3"]

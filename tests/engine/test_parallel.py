@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dinocli.data.loader import Batch
+from dinocli.data.masking import Masks
 from dinocli.distributed import rank, size
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.method import Method, ParamGroup
@@ -21,7 +22,15 @@ from dinocli.schedules import Clock, Constant
 Arrays = dict[str, NDArray[np.float32]]
 
 
-def normed(shape: tuple[int, ...]) -> Arrays:
+SHAPES = {"vectors": (12, 5), "maps": (12, 3, 4, 2)}
+
+
+def normed() -> dict[str, Arrays]:
+    """What BatchNorms make of this process's share of a batch of each kind."""
+    return {kind: _normed(shape) for kind, shape in SHAPES.items()}
+
+
+def _normed(shape: tuple[int, ...]) -> Arrays:
     """What a BatchNorm makes of this process's share of a batch, twice; its gradients and statistics."""
     generator = torch.Generator().manual_seed(0)
     whole = 3 + 2 * torch.randn(*shape, generator=generator)
@@ -44,17 +53,16 @@ def normed(shape: tuple[int, ...]) -> Arrays:
     return {name: value.detach().double().numpy() for name, value in found.items()}
 
 
-@pytest.mark.parametrize("shape", [(12, 5), (12, 3, 4, 2)], ids=["vectors", "maps"])
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_shared_batch_norm_is_that_of_the_whole_batch(shape: tuple[int, ...], count: int) -> None:
-    whole, shares = normed(shape), together(count, normed, shape)
-    for name, value in whole.items():
-        each = [share[name] for share in shares]
+def test_a_shared_batch_norm_is_that_of_the_whole_batch(count: int) -> None:
+    whole, shares = normed(), together(count, normed)
+    for kind, name in [(kind, name) for kind, found in whole.items() for name in found]:
+        each = [share[kind][name] for share in shares]
         if name in ("made", "given", "at rest"):
             found = np.concatenate(each)
         else:  # gradients add up, as those of the images of one batch do; statistics are the same everywhere
             found = sum(each) if name in ("weight", "bias") else each[-1]
-        np.testing.assert_allclose(found, value, rtol=2e-5, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(found, whole[kind][name], rtol=2e-5, atol=2e-5, err_msg=f"{kind}: {name}")
 
 
 def test_alone_nothing_is_wrapped() -> None:
@@ -82,10 +90,16 @@ Told = list[dict[str, float]]
 
 
 def steps(
-    kind: Kind, overrides: list[str], accumulate: int = 1, first: int = 0, last: int = 6, state: Arrays | None = None
+    kind: Kind,
+    overrides: list[str],
+    accumulate: int = 1,
+    first: int = 0,
+    last: int = 6,
+    state: Arrays | None = None,
+    name: str = "tiny",
 ) -> tuple[Told, Arrays]:
     """The figures of some steps, and all that the trainer holds then; at the fourth one process is given a NaN."""
-    preset = load_preset("tiny", [*SMALL, *overrides])
+    preset = load_preset(name, [*SMALL, *overrides])
     torch.manual_seed(0)
     trainer = Trainer(
         preset.method(), preset.optimizer, Clock(2, 10, first), batch_size=8, accumulate=accumulate, seed=0,
@@ -99,14 +113,32 @@ def steps(
         crops, small = (torch.randn(v, 8, 3, s, s, generator=generator) for v, s in ((2, 16), (3, 8)))
         if step == 3:
             small[0, 0] = torch.nan
+        masks = hidden(step).split(size())[rank()] if preset.views.mask else None
         if step >= first:
-            values = trainer.step(Batch(crops[:, mine], small[:, mine], torch.arange(8)[mine]), watch=True)
+            values = trainer.step(Batch(crops[:, mine], small[:, mine], torch.arange(8)[mine], masks), watch=True)
             told.append({name: float(value) for name, value in values.items()})
     return told, {name: value.detach().numpy().copy() for name, value in state_of(trainer).items()}
 
 
+def hidden(step: int) -> Masks:
+    """Patches that are hidden of a batch of eight: as many crops of both halves, and other numbers of their patches."""
+    where = torch.zeros(2, 8, 4, dtype=torch.bool)
+    for view, image, count in ((0, 0, 1), (1, 2, 2), (0, 3, 1), (0, 5, 3), (1, 6, 2), (1, 7, 3)):
+        where[view, image, : (count + step) % 4 + 1] = True
+    masks = Masks.of(where)
+    first, second = masks.split(2)
+    assert len(first.rows) != len(second.rows)
+    return masks
+
+
 # Biases before a BatchNorm have no gradient but for rounding, since it takes them out again.
 IDLE = ("mlp.0.bias", "mlp.3.bias")
+
+
+def without_keys(bias: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A bias of queries, keys and values without the keys', which has no gradient either: it moves all scores alike."""
+    queries, _, values = np.split(bias, 3)
+    return np.concatenate([queries, values])
 
 
 def assert_same(one: tuple[Told, Arrays], other: tuple[Told, Arrays]) -> None:
@@ -117,7 +149,10 @@ def assert_same(one: tuple[Told, Arrays], other: tuple[Told, Arrays]) -> None:
     assert one[1].keys() == other[1].keys()
     for name, value in one[1].items():
         atol = 1e-3 if normed and any(idle in name for idle in IDLE) else 1e-5
-        np.testing.assert_allclose(other[1][name], value, rtol=1e-4, atol=atol, err_msg=name)
+        found, wanted = (
+            without_keys(array) if name.endswith("qkv.bias") else array for array in (other[1][name], value)
+        )
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=atol, err_msg=name)
 
 
 # With a BatchNorm by SGD: AdamW makes a gradient that is all rounding as large as any other.
@@ -143,6 +178,36 @@ def test_two_processes_learn_what_one_does(kind: Kind, optimizer: str, batch_nor
     assert_same((two[0][0], {}), (two[1][0], {}))
     for name, value in two[0][1].items():
         np.testing.assert_array_equal(two[1][1][name], value, err_msg=name)
+
+
+ALL_OF_DINOV2 = [
+    "heads.dino.batch_norm=false", "heads.ibot={prototypes=16, hidden=16, bottleneck=8, layers=2, norm_last_layer=true}",
+    *KINDS["adamw"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_with_hidden_patches_learn_what_one_does(kind: Kind) -> None:
+    """iBOT, Sinkhorn-Knopp and the figures count over all processes, whatever each of them hides."""
+    overrides = [*ALL_OF_DINOV2, "losses.koleo=none"]
+    alone = steps(kind, overrides, name="tiny-dinov2")
+    two = together(2, steps, kind, overrides, 1, 0, 6, None, "tiny-dinov2")
+    assert_same(alone, two[0])
+    assert_same((two[0][0], {}), (two[1][0], {}))
+    start = steps(kind, overrides, last=0, name="tiny-dinov2")[1]
+    for key in ("mask_token", "heads.ibot.last_layer.weight_v"):
+        moved = np.abs(alone[1][f"method/student.{key}"] - start[f"method/student.{key}"]).max()
+        assert moved > 3e-4, "there is something to agree on"
+
+
+def test_in_two_processes_koleo_is_that_of_two_parts() -> None:
+    """A class token's neighbours are those of its process, as in one process they are those of its part."""
+    in_parts = steps("ddp", ALL_OF_DINOV2, 2, name="tiny-dinov2")
+    assert_same(in_parts, together(2, steps, "ddp", ALL_OF_DINOV2, 1, 0, 6, None, "tiny-dinov2")[0])
+    whole = steps("ddp", ALL_OF_DINOV2, last=1, name="tiny-dinov2")[0][0]
+    assert whole["dino"] == pytest.approx(in_parts[0][0]["dino"], rel=1e-5)
+    assert whole["ibot"] == pytest.approx(in_parts[0][0]["ibot"], rel=1e-5)
+    assert whole["koleo"] > in_parts[0][0]["koleo"] + 1e-3, "of more images the nearest other is nearer"
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -137,6 +137,7 @@ def test_a_batch_without_hidden_patches_costs_nothing() -> None:
     told = loss_of.watch(targets, loss.detach(), CLOCK)
     loss_of.after_step()
     assert (loss, told["teacher_entropy"], told["kl"]) == (0, 0, 0)
+    assert told["information"].isnan(), "and is no collapse"
     assert loss_of.targets.center.isfinite().all()
 
 
@@ -166,3 +167,34 @@ def test_a_head_shared_with_class_tokens_gets_both_gradients() -> None:
     theirs = gradients(torch.stack(pairs).mean() + patches)
     assert all(found is not None for found in theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_information_is_what_a_hidden_patchs_targets_tell_of_it() -> None:
+    """The entropy of the mean target less the mean entropy, where each masked crop counts alike."""
+    torch.manual_seed(0)
+    where = hidden(2, 3, 8)
+    masks = Masks.of(where)
+    crops = [i for i in range(6) if where.view(6, 8)[i].any()]
+    assert len({int(where.view(6, 8)[i].sum()) for i in crops}) == len(crops), "crops hide different numbers"
+    loss_of = CONFIG.build(11)
+
+    def told(teacher: torch.Tensor) -> tuple[torch.Tensor, float]:
+        targets = loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": teacher}), CLOCK)
+        loss = loss_of(Encoding(torch.empty(0), 2, {}, {"patches": torch.randn_like(teacher)}), targets, masks)
+        return targets, float(loss_of.watch(targets, loss, CLOCK)["information"])
+
+    targets, information = told(4 * torch.randn(len(masks.rows), 11))
+    table = torch.zeros(6 * 8, 11)
+    table[masks.rows] = targets
+    means, entropies = [], []
+    for i in crops:
+        of_crop = table.view(6, 8, 11)[i][where.view(6, 8)[i]]
+        means.append(of_crop.mean(0))
+        entropies.append(torch.stack([-(p * p.log()).sum() for p in of_crop]).mean())
+    mean = torch.stack(means).mean(0)
+    assert information == pytest.approx(float(-(mean * mean.log()).sum() - torch.stack(entropies).mean()), rel=1e-5)
+    assert information > 0.5
+    _, nothing = told((4 * torch.randn(11)).expand(len(masks.rows), 11))
+    assert abs(nothing) < 1e-6, "all patches get the same"
+    _, everything = told(1000 * torch.eye(11)[torch.arange(len(masks.rows)) % 11])
+    assert everything > 1.5, "each gets its own"

@@ -1,0 +1,115 @@
+"""Frozen teacher: a network that was trained before and stays as it is, while a student learns to say what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinocli.encoder import fingerprint
+from dinocli.errors import DinoError
+from dinocli.models.network import Network, load_strictly
+from dinocli.preset import Preset
+from dinocli.weights import Weights, read_weights
+
+
+@dataclass(frozen=True)
+class FrozenTeacher:
+    """A checkpoint of this tool that teaches; it may be of another size than its student.
+
+    Attributes:
+        source: Where it lies, as the user named it.
+        preset: What it was trained as.
+        fingerprint: Of its weights.
+
+    Source: arXiv 2304.07193, section 5: DINOv2's small models were made so, by ViT-g/14.
+    """
+
+    source: str
+    preset: Preset
+    fingerprint: str
+
+    @classmethod
+    def read(cls, source: str) -> FrozenTeacher:
+        """What a checkpoint is; its weights are left where they are.
+
+        Raises:
+            DinoError: There is none, or it is not of this tool and so holds no heads that can be told.
+        """
+        weights = read_weights(Path(source))
+        if weights.preset is None:
+            raise DinoError(
+                f"a teacher with its heads was wanted; {source} is not of this tool and says nothing of them",
+                "--teacher RUN, or a ckpt.safetensors that `dino pretrain` wrote",
+            )
+        heads = {f"{name}.{key}": value for name, head in weights.heads.items() for key, value in head.items()}
+        return cls(source, weights.preset, fingerprint(weights.backbone | heads))
+
+    def network(self, student: Preset) -> Network:
+        """Its backbone and those heads that a student's losses read, with fresh weights.
+
+        Raises:
+            DinoError: It cannot teach what the student's preset wants to learn.
+        """
+        self._check(student)
+        backbone = self.preset.backbone.build(drop_path=False)
+        heads = {name: self.preset.heads[name].build(backbone.width) for name in student.heads}
+        network = Network(backbone, heads, student.reads)
+        for name, loss in student.losses.aimed().items():
+            own, side = student.backbone.build(drop_path=False), student.views.global_1.size
+            if loss.reads == "patches" and backbone.grid(side) != own.grid(side):
+                raise DinoError(
+                    f"losses.{name} compares patches one by one; at {side} pixels the teacher has "
+                    f"{_shape(backbone.grid(side))} of them and the student {_shape(own.grid(side))}",
+                    f"a student with patches of {backbone.patch_size} pixels, or --set losses.{name}=none",
+                )
+        return network
+
+    def load(self, network: Network) -> None:
+        """Put its weights into what `network` gave.
+
+        Raises:
+            DinoError: The checkpoint is no longer there, or has become another.
+        """
+        weights: Weights = read_weights(Path(self.source))
+        load_strictly(network.backbone.model, weights.backbone, self.source)
+        for name, head in network.heads.items():
+            load_strictly(head, weights.heads[name], self.source)
+
+    def _check(self, student: Preset) -> None:
+        for name, head in student.heads.items():
+            own = self.preset.heads.get(name)
+            if own is None:
+                raise DinoError(
+                    f"a teacher with a head called {name} was wanted; {self.source} has {', '.join(self.preset.heads)}",
+                    f"name the student's head as the teacher's: [heads.{next(iter(self.preset.heads))}]",
+                )
+            if own.prototypes != head.prototypes:
+                raise DinoError(
+                    f"the teacher's head {name} has {own.prototypes} prototypes; the student's has {head.prototypes}",
+                    f"--set heads.{name}.prototypes={own.prototypes}",
+                )
+        taught = {loss.head: set[str]() for loss in self.preset.losses.aimed().values()}
+        for loss in self.preset.losses.aimed().values():
+            taught[loss.head].add(loss.reads)
+        for name, wanted in student.losses.aimed().items():
+            if wanted.reads not in taught.get(wanted.head, ()):
+                raise DinoError(
+                    f"losses.{name} asks the teacher's head {wanted.head} of {_READS[wanted.reads]}, which it never "
+                    "learned to read",
+                    f"a teacher that was trained with losses.{name}, or --set losses.{name}=none",
+                )
+        for key in ("mean", "std"):
+            own_numbers, numbers = list(getattr(self.preset.views, key)), list(getattr(student.views, key))
+            if own_numbers != numbers:
+                raise DinoError(
+                    f"the teacher was trained with views.{key}={own_numbers}, and the student's is {numbers}; both see "
+                    "the same images",
+                    f"--set views.{key}='{own_numbers}'",
+                )
+
+
+_READS = {"class": "class tokens", "patches": "patches"}
+
+
+def _shape(grid: tuple[int, int] | None) -> str:
+    return "none" if grid is None else f"{grid[0]}x{grid[1]}"

@@ -1,0 +1,273 @@
+"""Official files of DINOv2: told by their keys, and the same numbers as its plain definition and as timm's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor
+
+from dinocli.errors import DinoError
+from dinocli.loading import load_encoder
+from dinocli.official import official_architecture, under_timms_keys
+from dinocli.preset import load_preset
+from dinocli.pretraining import start_from
+from dinocli.weights import read_weights
+
+CPU = torch.device("cpu")
+Weights = dict[str, Tensor]
+
+
+def shapes(width: int, depth: int, *, registers: int, gated: int = 0, side: int = 37) -> dict[str, tuple[int, ...]]:
+    """What a released file holds, by its own keys; `gated` is the width inside of SwiGLU."""
+    mlp = {"fc1": (4 * width, width), "fc2": (width, 4 * width)}
+    if gated:
+        mlp = {"w12": (2 * gated, width), "w3": (width, gated)}
+    layers = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)} | {f"mlp.{k}": v for k, v in mlp.items()}
+    found = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + side**2, width), "mask_token": (1, width)}
+    if registers:
+        found["register_tokens"] = (1, registers, width)
+    found |= {"patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
+    for i in range(depth):
+        for norm in ("norm1", "norm2"):
+            found |= {f"blocks.{i}.{norm}.{key}": (width,) for key in ("weight", "bias")}
+        found |= {f"blocks.{i}.{scale}.gamma": (width,) for scale in ("ls1", "ls2")}
+        found |= {f"blocks.{i}.{layer}.weight": shape for layer, shape in layers.items()}
+        found |= {f"blocks.{i}.{layer}.bias": shape[:1] for layer, shape in layers.items()}
+    return found | {"norm.weight": (width,), "norm.bias": (width,)}
+
+
+def random_file(*args: int, **how: int) -> Weights:
+    """Numbers of such a size that no part drowns in another; on a grid, so that sums of two are exact in float32."""
+    torch.manual_seed(0)
+    found = {}
+    for key, shape in shapes(*args, **how).items():
+        spread = shape[-1] ** -0.5 if len(shape) == 2 else 0.3
+        around = 1.0 if "norm" in key and key.endswith("weight") else 0.0
+        found[key] = (around + spread * torch.randn(shape)).mul(2**12).round().div(2**12)
+    return found
+
+
+def defined(w: Weights, images: Tensor, heads: int) -> Tensor:
+    """The tokens that DINOv2 makes of images, after the norm, straight from the keys of its file. [B, 1+R+N, D]"""
+
+    def linear(key: str, x: Tensor) -> Tensor:
+        return x @ w[f"{key}.weight"].T + w[f"{key}.bias"]
+
+    def norm(key: str, x: Tensor) -> Tensor:
+        away = x - x.mean(-1, keepdim=True)
+        return away / (away.square().mean(-1, keepdim=True) + 1e-6).sqrt() * w[f"{key}.weight"] + w[f"{key}.bias"]
+
+    patches = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=14)
+    rows, columns = patches.shape[-2:]
+    table = w["pos_embed"][:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
+    if (rows, columns) != (37, 37):
+        # Without registers as DINO has it; with them to the exact size, antialiased.
+        how = {"size": (rows, columns), "antialias": True}
+        if "register_tokens" not in w:
+            how = {"scale_factor": ((rows + 0.1) / 37, (columns + 0.1) / 37)}
+        table = F.interpolate(table, mode="bicubic", **how)
+    x = (patches + table).flatten(2).transpose(1, 2)
+    first = [w["cls_token"] + w["pos_embed"][:, :1], *([w["register_tokens"]] if "register_tokens" in w else [])]
+    x = torch.cat([*(token.expand(len(x), -1, -1) for token in first), x], 1)
+    for i in range(len({key.split(".")[1] for key in w if key.startswith("blocks.")})):
+        b = f"blocks.{i}"
+        q, k, v = linear(f"{b}.attn.qkv", norm(f"{b}.norm1", x)).unflatten(-1, (3, heads, -1)).unbind(2)
+        weights = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+        mixed = torch.einsum("bhqk,bkhd->bqhd", weights.softmax(-1), v).flatten(2)
+        x = x + w[f"{b}.ls1.gamma"] * linear(f"{b}.attn.proj", mixed)
+        y = norm(f"{b}.norm2", x)
+        if f"{b}.mlp.w12.weight" in w:
+            gate, value = linear(f"{b}.mlp.w12", y).chunk(2, -1)
+            y = linear(f"{b}.mlp.w3", gate * gate.sigmoid() * value)
+        else:
+            y = linear(f"{b}.mlp.fc1", y)
+            y = linear(f"{b}.mlp.fc2", y * 0.5 * (1 + torch.erf(y / 2**0.5)))
+        x = x + w[f"{b}.ls2.gamma"] * y
+    return norm("norm", x)
+
+
+def features(path: Path, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The class tokens and the patches that an encoder makes in float64. [B, D] and [B, N, D]"""
+    encoder = load_encoder(str(path), CPU)
+    assert (encoder.size, encoder.mean, encoder.std) == (518, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    encoder.backbone.double()
+    return encoder.features(images), encoder.features(images, "patches")
+
+
+def doubled(weights: Weights) -> Weights:
+    return {key: value.double() for key, value in weights.items()}
+
+
+FILES = {
+    "ViT-S/14": ((384, 12), {"registers": 0}, 6),
+    "with registers": ((384, 2), {"registers": 4}, 6),
+    "SwiGLU": ((384, 2), {"registers": 0, "gated": 1024}, 6),
+    "SwiGLU, registers": ((768, 1), {"registers": 2, "gated": 2048}, 12),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("size", [(70, 70), (56, 98)], ids=["square", "wide"])
+def test_features_are_those_of_the_plain_definition(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+    args, how, heads = FILES[name]
+    weights = random_file(*args, **how)
+    torch.save(weights, tmp_path / "released.pth")
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    cls, patches = features(tmp_path / "released.pth", images)
+    expected = defined(doubled(weights), images, heads)
+    torch.testing.assert_close(cls, expected[:, 0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(patches, expected[:, 1 + how["registers"] :], rtol=1e-10, atol=1e-10)
+    assert expected.std(1).mean() > 0.3, "tokens differ, so that there is something to agree on"
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "registers"),
+    [("S/14", "vit_small_patch14_dinov2", 0), ("reg", "vit_small_patch14_reg4_dinov2", 4)],
+)
+def test_features_are_those_of_timms_model_with_the_same_file(
+    name: str, model: str, registers: int, tmp_path: Path
+) -> None:
+    """At the 518 pixels of the release; at others timm takes positions of the networks without registers its own way."""
+    weights = random_file(384, 1, registers=registers)
+    torch.save(weights, tmp_path / "released.pth")
+    theirs = timm.create_model(model, num_classes=0, depth=1).eval()
+    theirs.load_state_dict(checkpoint_filter_fn(dict(weights), theirs))
+    theirs.double()
+    images = torch.randn(1, 3, 518, 518, dtype=torch.float64)
+    cls, patches = features(tmp_path / "released.pth", images)
+    with torch.no_grad():
+        expected = theirs.forward_features(images)
+    torch.testing.assert_close(cls, expected[:, 0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(patches, expected[:, 1 + registers :], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize(
+    ("width", "depth", "gated", "timms"),
+    [(384, 12, 0, "small"), (768, 12, 0, "base"), (1024, 24, 0, "large"), (1536, 40, 4096, "giant")],
+)
+def test_the_four_sizes_are_told_by_their_shapes(
+    width: int, depth: int, gated: int, timms: str, registers: int
+) -> None:
+    with torch.device("meta"):
+        found = shapes(width, depth, registers=registers, gated=gated)
+        released = {key: torch.empty(shape) for key, shape in found.items() if key != "mask_token"}
+        config = official_architecture(under_timms_keys(released), "x.pth")
+        model = config.build(drop_path=False).model
+        reg = f"reg{registers}_" if registers else ""
+        timms_own = timm.create_model(f"vit_{timms}_patch14_{reg}dinov2", num_classes=0)
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    assert own == {key: value.shape for key, value in timms_own.state_dict().items()}
+    assert own == {key: value.shape for key, value in under_timms_keys(released).items()}
+    assert {block.attn.num_heads for block in model.blocks} == {timms_own.blocks[0].attn.num_heads}
+    assert type(model.blocks[0].mlp) is type(timms_own.blocks[0].mlp)
+    assert config.positions == ("antialias" if registers else "dino")
+
+
+def test_other_networks_under_the_same_keys_are_refused() -> None:
+    with torch.device("meta"):
+        wide = {k: torch.empty(s) for k, s in shapes(1280, 2, registers=0).items() if k != "mask_token"}
+    with pytest.raises(DinoError, match="nor of DINOv2's"):
+        official_architecture(wide, "x.pth")
+
+
+def test_dinov3s_own_file_is_named_and_timms_way_told() -> None:
+    theirs = {"storage_tokens": torch.zeros(1, 4, 384), "patch_embed.proj.weight": torch.zeros(384, 3, 16, 16)}
+    with pytest.raises(DinoError, match="DINOv3") as error:
+        official_architecture(theirs, "x.pth")
+    assert "timm:vit_small_patch16_dinov3" in error.value.hint
+
+
+def in_chunks(weights: Weights, depth: int, each: int) -> Weights:
+    """As a training with chunks of blocks names them: the number of the chunk, and of the block among all."""
+    found = {}
+    for key, value in weights.items():
+        if key.startswith("blocks."):
+            number = int(key.split(".")[1])
+            assert number < depth
+            key = f"blocks.{number // each}.{key.removeprefix('blocks.')}"
+        found[key] = value
+    return found
+
+
+SMALL = [
+    "backbone.name=vit_small_patch14_dinov2", "backbone.options={img_size=518, depth=2}", "backbone.positions=dino",
+]  # fmt: skip
+HEAD = "{prototypes=16, hidden=24, bottleneck=8, layers=3, norm_last_layer=false}"
+
+
+def head_file(prototypes: int) -> Weights:
+    layers = {"mlp.0": (24, 384), "mlp.2": (24, 24), "mlp.4": (8, 24)}
+    found = {f"{name}.weight": torch.randn(shape) for name, shape in layers.items()}
+    found |= {f"{name}.bias": torch.randn(shape[0]) for name, shape in layers.items()}
+    return found | {"last_layer.weight_g": torch.ones(prototypes, 1), "last_layer.weight_v": torch.randn(prototypes, 8)}
+
+
+def of_training(ibot: int | None) -> tuple[Weights, Weights]:
+    """What a training calls its teacher, and the backbone in it."""
+    backbone = random_file(384, 2, registers=0)
+    teacher = {f"backbone.{k}": v for k, v in in_chunks(backbone, 2, 1).items()}
+    teacher |= {f"dino_head.{k}": v for k, v in head_file(16).items()}
+    if ibot:
+        teacher |= {f"ibot_head.{k}": v for k, v in head_file(ibot).items()}
+    return teacher, backbone
+
+
+@pytest.mark.parametrize("form", ["teacher checkpoint", "whole method"])
+def test_a_trainings_own_checkpoint_is_read_with_its_heads(form: str, tmp_path: Path) -> None:
+    teacher, backbone = of_training(ibot=32)
+    content = {"teacher": teacher}
+    if form == "whole method":
+        student = {f"student.{k}": v + 1 for k, v in teacher.items()}
+        content = {"model": {f"teacher.{k}": v for k, v in teacher.items()} | student, "iteration": 3}
+    torch.save(content, tmp_path / "teacher_checkpoint.pth")
+    weights = read_weights(tmp_path / "teacher_checkpoint.pth")
+    mask_token = backbone.pop("mask_token")
+    assert weights.backbone.keys() == backbone.keys()
+    assert all(torch.equal(weights.backbone[key], value) for key, value in backbone.items())
+    assert torch.equal(weights.mask_token, mask_token)
+    for name in ("dino", "ibot"):
+        assert all(torch.equal(v, teacher[f"{name}_head.{k}"]) for k, v in weights.heads[name].items())
+    if form == "whole method":
+        other = read_weights(tmp_path / "teacher_checkpoint.pth", "student")
+        assert torch.equal(other.backbone["norm.bias"], backbone["norm.bias"] + 1)
+
+
+def test_a_file_of_one_network_alone_is_not_taken_for_the_other(tmp_path: Path) -> None:
+    teacher, _ = of_training(ibot=None)
+    torch.save({f"student.{k}": v for k, v in teacher.items()}, tmp_path / "student.pth")
+    with pytest.raises(DinoError, match="holds no teacher, but a student") as error:
+        read_weights(tmp_path / "student.pth")
+    assert error.value.hint == "--network student"
+
+
+@pytest.mark.parametrize(
+    ("heads", "ibot", "fresh"),
+    [
+        (f"{{dino={HEAD}, ibot={HEAD}}}", 16, []),
+        (f"{{dino={HEAD}, ibot={HEAD}}}", 32, ["ibot"]),
+        (f"{{dino={HEAD}, ibot={HEAD}}}", None, ["ibot"]),
+        (f"{{shared={HEAD}}}", None, []),
+    ],
+)
+def test_a_training_goes_on_from_it_with_the_heads_that_fit(
+    heads: str, ibot: int | None, fresh: list[str], tmp_path: Path
+) -> None:
+    teacher, backbone = of_training(ibot)
+    torch.save({"teacher": teacher}, tmp_path / "teacher_checkpoint.pth")
+    names = ["shared", "shared"] if "shared" in heads else ["dino", "ibot"]
+    read = [f"losses.{loss}.head={head}" for loss, head in zip(("dino", "ibot"), names, strict=True)]
+    preset = load_preset("tiny-dinov2", [*SMALL, f"heads={heads}", *read])
+    method = preset.method()
+    assert start_from(method, str(tmp_path / "teacher_checkpoint.pth")) == fresh
+    for network in (method.student, method.teacher):
+        assert torch.equal(network.backbone.model.state_dict()["blocks.1.ls2.gamma"], backbone["blocks.1.ls2.gamma"])
+        assert torch.equal(network.mask_token, backbone["mask_token"])
+        for loss, name in zip(("dino", "ibot"), names, strict=True):
+            theirs = teacher.get(f"{loss if name != 'shared' else 'dino'}_head.last_layer.weight_v", torch.empty(0))
+            assert torch.equal(network.heads[name].last_layer.weight_v, theirs) == (name not in fresh)
