@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from dinocli.data.augment import normalize
 from dinocli.data.crops import cut
 from dinocli.data.decode import DEFAULTS, ImagesConfig, Pixels
 from dinocli.data.fill import Cutter
+from dinocli.data.given import Given, given_images, unreadable
 from dinocli.data.loader import ALONE, Plain, Share, plain_batches
 from dinocli.data.sources import Source
 from dinocli.device import autocast, has_bfloat16
-from dinocli.errors import DinoError
+from dinocli.errors import DinoError, nearest
 from dinocli.models.backbone import Backbone, Facet, Tokens
 from dinocli.preset import Precision
 
@@ -41,7 +42,7 @@ class Encoder:
         precision: Of products, where the device has them of its own.
     """
 
-    backbone: Backbone
+    backbone: Backbone = field(repr=False)  # a page of modules in a notebook
     source: str
     fingerprint: str
     size: int
@@ -59,6 +60,39 @@ class Encoder:
     def device(self) -> torch.device:
         """Where it computes."""
         return next(self.backbone.parameters()).device
+
+    def __call__(
+        self,
+        images: Given | Sequence[Given],
+        tokens: TokenChoice = "cls",
+        blocks: int = 1,
+        size: int | None = None,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Features of images that a program holds: the numbers that `dino extract` stores of the same files.
+
+        Args:
+            images: One or several: a path; an image of Pillow; an array of numbers, which counts as the `.npy` file of
+                it, [H, W, C] or, for one channel, [H, W]. Tensors that are normalized already are for `features`.
+            tokens: Which tokens; see `features`.
+            blocks: Of how many of the last blocks.
+            size: Side that the images are brought to, in pixels; absent, what the encoder was trained on.
+            batch_size: Images at once.
+
+        Returns:
+            float32, on the CPU, a row for each image, for a single one too. What a row is, `features` says.
+
+        Raises:
+            DinoError: One cannot be read, which it names; or there is no such choice of tokens.
+        """
+        if tokens not in (known := get_args(TokenChoice)):
+            raise DinoError(f"tokens are one of {', '.join(known)}; {tokens!r} came", f'"{nearest(tokens, known)}"')
+        source, rows = given_images(images), []
+        for batch in self.batches(source, size=size or self.size, batch_size=batch_size, workers=0):
+            for name, reason in batch.bad:
+                raise unreadable(name, reason)
+            rows.append(self.features(batch.images, tokens, blocks).float().cpu())
+        return torch.cat(rows)
 
     def batches(
         self,
@@ -79,7 +113,15 @@ class Encoder:
             workers: Processes that decode.
             share: Which batches are this process's.
             cutter: Of views beside each image, if any.
+
+        Raises:
+            DinoError: The images would be smaller than a patch.
         """
+        if size < self.backbone.patch_size:
+            raise DinoError(
+                f"images of at least one patch of {self.backbone.patch_size} pixels were wanted; the size is {size}",
+                f"a size of {self.size}, as in training",
+            )
         return plain_batches(
             source,
             size=size,

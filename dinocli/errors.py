@@ -18,6 +18,7 @@ class DinoError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.add_note(f"hint: {hint}")  # for whoever meets it in Python and not in the command line
 
     def __reduce__(self) -> tuple[type[DinoError], tuple[str, str]]:
         # A worker process hands its mistake to the one that started it.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import dinocli
 from dinocli.atomic import atomic, atomic_folder, write_tensors, write_text
+from dinocli.data.fill import resize_for
 from dinocli.encoder import Encoder, TokenChoice, features_of
 from dinocli.errors import DinoError
 from dinocli.loading import architecture_of, encoder_of, timm_folder
@@ -29,7 +30,7 @@ from dinocli.weights import Weights, Which, read_weights
 
 Format = Literal["official", "timm", "onnx", "torch-export"]
 ENDINGS: dict[Format, str] = {"official": ".pth", "timm": "", "onnx": ".onnx", "torch-export": ".pt2"}
-_TIMM_FILES = {"config.json", "model.safetensors"}
+TIMM_FILES = {"config.json", "model.safetensors"}
 _TOLERANCE = 1e-4  # relative; other libraries add up in another order
 _ONE_ONNX_FILE = 2**31  # bytes, a bound of the format
 
@@ -91,12 +92,11 @@ def export(
     architecture = architecture_of(weights, source)
     side, native = size or encoder.size, _native_size(encoder)
     if to == "timm":
-        _folder_is_free(out)
+        folder_is_free(out, TIMM_FILES)
         with atomic_folder(out) as folder:
-            model = _to_timm(encoder, architecture, native, folder)
-            difference = _compare(encoder, _timm_features(model, encoder), "cls", native)
+            written = write_timm(encoder, architecture, folder)
         load = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
-        return Exported(out, difference, _notes_on_timm(encoder, model, native), load)
+        return Exported(out, written.difference, written.notes, load)
     notes = []
     with atomic(out) as draft:
         if to == "official":
@@ -122,15 +122,23 @@ def _keep_the_source(source: Path, to: Format, out: Path) -> None:
         raise DinoError(f"{out} is what is exported, or holds it: it would be written over", other)
 
 
-def _folder_is_free(out: Path) -> None:
-    """Whether nothing stands there, or what an earlier export made."""
+def folder_is_free(out: Path, ours: set[str]) -> None:
+    """Whether nothing stands there, or what this tool made before.
+
+    Args:
+        out: Where a model folder is to be.
+        ours: Names of the files that may be replaced.
+
+    Raises:
+        DinoError: Something of the user's own stands there.
+    """
     what = ""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         what = "is a link" if out.is_symlink() else "is a file"
     elif out.is_dir():
         names = {path.name for path in out.iterdir()}
-        if names - _TIMM_FILES:
-            what = f"holds {min(names - _TIMM_FILES)}"
+        if names - ours:
+            what = f"holds {min(names - ours)}"
         elif names and "dinocli" not in timm_folder(out):
             what = "holds a model that this tool did not export"
         elif out.samefile(Path()):
@@ -228,6 +236,35 @@ def _notes_on_the_original(encoder: Encoder, architecture: BackboneConfig, head:
     return notes
 
 
+@dataclass(frozen=True)
+class WrittenTimm:
+    """A folder that timm has loaded again.
+
+    Attributes:
+        difference: Of the features that timm made from those of this tool, relative, on random images.
+        call: What gives the same features, of a `model` and its `images`.
+        notes: What differs in use.
+    """
+
+    difference: float
+    call: str
+    notes: list[str]
+
+
+def write_timm(encoder: Encoder, architecture: BackboneConfig, folder: Path) -> WrittenTimm:
+    """Write config and weights into a folder in the form of timm's hub, and load them again with timm.
+
+    Raises:
+        DinoError: What timm loads gives other features.
+        OSError: The disk is full, or the place may not be written to.
+    """
+    native = _native_size(encoder)
+    model = _to_timm(encoder, architecture, native, folder)
+    difference = _compare(encoder, _timm_features(model, encoder), "cls", native)
+    call = _call_of_timm(encoder, model, native)
+    return WrittenTimm(difference, call, _notes_on_timm(encoder, model, native, call))
+
+
 def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: Path) -> Any:
     backbone = encoder.backbone
     about = {
@@ -235,8 +272,10 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: 
         "mean": encoder.mean,
         "std": encoder.std,
         "interpolation": "bicubic",
-        "crop_pct": 224 / 256,
+        "crop_pct": size / resize_for(size),
         "num_classes": 0,
+        # What timm calls the original's weights, and `load_encoder` asks for.
+        "tag": "dino" if isinstance(backbone, ViTBackbone) and backbone.positions == "dino" else None,
     }
     config = {
         "architecture": architecture.name,
@@ -244,9 +283,8 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: 
         "num_features": backbone.width,
         "model_args": architecture.options,
         "pretrained_cfg": about,
-        # For `timm_folder`; timm passes them over.
+        # So that a later export knows its own; timm passes it over.
         "dinocli": dinocli.__version__,
-        "positions": backbone.positions if isinstance(backbone, ViTBackbone) else None,
     }
     write_text(folder / "config.json", json.dumps(config, indent=2))
     state = {key: value.numpy() for key, value in backbone.model.state_dict().items()}
@@ -260,13 +298,19 @@ def _timm_features(model: Any, encoder: Encoder) -> Loaded:
     return lambda images: model.forward_features(images).mean((2, 3))
 
 
-def _notes_on_timm(encoder: Encoder, model: Any, native: int) -> list[str]:
-    backbone, notes = encoder.backbone, []
+def _call_of_timm(encoder: Encoder, model: Any, native: int) -> str:
     try:
         _compare(encoder, model, "cls", native)
     except DinoError:
-        same = "model.forward_features(images)" + ("[:, 0]" if isinstance(backbone, Transformer) else ".mean((2, 3))")
-        notes.append(f"model(images) goes through what timm has on top; the same features are {same}")
+        end = "[:, 0]" if isinstance(encoder.backbone, Transformer) else ".mean((2, 3))"
+        return f"model.forward_features(images){end}"
+    return "model(images)"
+
+
+def _notes_on_timm(encoder: Encoder, model: Any, native: int, call: str) -> list[str]:
+    backbone, notes = encoder.backbone, []
+    if call != "model(images)":
+        notes.append(f"model(images) goes through what timm has on top; the same features are {call}")
     if isinstance(backbone, ViTBackbone) and model.pos_embed is not None:
         differ = ", so that the features differ" if backbone.positions == "dino" else ""
         how = "needs dynamic_img_size=True (or img_size=N) and then resamples positions with antialias"

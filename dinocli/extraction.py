@@ -79,11 +79,6 @@ def extract(
         DinoError: The size is below one patch, views are asked for of patch tokens, or no image can be read.
     """
     size = size or encoder.size
-    if size < encoder.backbone.patch_size:
-        raise DinoError(
-            f"--size should be at least one patch of {encoder.backbone.patch_size} pixels; it is {size}",
-            f"--size {encoder.size}",
-        )
     if views and tokens == "patches":
         raise DinoError("--views are for a classifier, which wants one feature an image", "leave out --tokens patches")
     recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data, views, encoder.precision)

@@ -141,10 +141,7 @@ def _from_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
 
 
 def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
-    """How a timm model met other grids in its training; where nothing tells, as timm does it."""
-    exported = timm_folder(Path(name.removeprefix("local-dir:"))) if name.startswith("local-dir:") else {}
-    if "dinocli" in exported:
-        return "dino" if exported.get("positions") == "dino" else "antialias"
+    """How a timm model met other grids in its training: as the originals', or, where nothing tells, as timm does it."""
     # Those of DINO, and those of DINOv2 without registers, as `official_architecture` has them.
     as_dino = released.get("tag") == "dino" or (released.get("tag") == "lvd142m" and "_reg" not in name)
     return "dino" if as_dino else "antialias"

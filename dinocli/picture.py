@@ -35,9 +35,16 @@ class Panel:
     caption: str
 
 
-def heat(values: NDArray[np.floating], height: int, width: int) -> Pixels:
-    """A map [rows, columns] in color at a photo's size, from its lowest, black, to its highest, yellow. [H, W, 3]"""
-    low, high = float(values.min()), float(values.max())
+def heat(values: NDArray[np.floating], height: int, width: int, scale: tuple[float, float] | None = None) -> Pixels:
+    """A map [rows, columns] in color at a photo's size. [H, W, 3]
+
+    Args:
+        values: The map.
+        height: Of the photo.
+        width: Of the photo.
+        scale: What is black and what is yellow; absent, the lowest and the highest value.
+    """
+    low, high = scale or (float(values.min()), float(values.max()))
     small = Image.fromarray(((values - low) / ((high - low) or 1.0)).astype(np.float32))
     large = np.clip(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
     return (colormaps["inferno"](large)[..., :3] * 255 + 0.5).astype(np.uint8)

@@ -7,23 +7,21 @@ import io
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from dinocli import shipped
 from dinocli.atomic import write_text
 from dinocli.curves import panel_svg, write_sheet
-from dinocli.errors import DinoError
 from dinocli.history import Curve, read_history
 from dinocli.page import page_of, text_of
 from dinocli.panels import LossFacts, Panel, panels
-from dinocli.preset import load_preset
+from dinocli.settings import flat, shipped_as
 
-CURVES, REPORT = "curves.png", "report.html"
+METRICS, CURVES, REPORT = "metrics.jsonl", "curves.png", "report.html"
 _TIMES = 8  # steps whose attention is shown
 _TILES = 12  # photos at most, whatever lies in the folder
 _SIDE = 192  # pixels of a tile at most: so the page stays below some megabytes
@@ -38,7 +36,7 @@ def write_report(folder: Path) -> None:
     Raises:
         OSError: The disk is full, or the folder may not be written to.
     """
-    history, preset = read_history(folder / "metrics.jsonl"), _read_json(folder / "preset.json")
+    history, preset = read_history(folder / METRICS), _read_json(folder / "preset.json")
     drawn = panels(history, _losses(preset))
     write_sheet(drawn, folder / CURVES)
     pictures = folder / "pictures"
@@ -56,6 +54,20 @@ def write_report(folder: Path) -> None:
     nav = f"<nav aria-label='Parts of this page'>{links}</nav>"
     head = f"<header><h1>{title}</h1>{_facts(history, preset)}{nav}</header>"
     write_text(folder / REPORT, page_of(title, f"{head}<main>{sections}</main>"))
+
+
+def draw_curves(history: Mapping[str, Curve], preset: dict[str, Any], path: Path) -> None:
+    """Write the curves of a run as a picture.
+
+    Args:
+        history: What was logged, by its key.
+        preset: Of the run, as stored.
+        path: Of the PNG.
+
+    Raises:
+        OSError: The disk is full, or the place may not be written to.
+    """
+    write_sheet(panels(history, _losses(preset)), path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -225,13 +237,13 @@ def _address(tile: Image.Image) -> str:
 def _settings(preset: dict[str, Any]) -> str:
     if not preset:
         return ""
-    name, before = _shipped(preset)
+    name, before = shipped_as(preset)
     text = f"<p>Marked is what differs from the preset <code>{name}</code>.</p>" if name else ""
     text += "<div class='tables'>"
     for table, values in preset.items():
         if table == "about":
             continue
-        now, then = dict(_flat(values)), dict(_flat(_at(before, table)))
+        now, then = dict(flat(values)), dict(flat(_at(before, table)))
         keys = [key for key in dict.fromkeys([*now, *then]) if now.get(key) is not None or then.get(key) is not None]
         rows = "".join(_setting(key, now.get(key), then.get(key), marked=bool(name)) for key in keys)
         text += f"<table><caption>{text_of(table)}</caption><tbody>{rows}</tbody></table>" if rows else ""
@@ -243,30 +255,6 @@ def _setting(key: str, now: str | None, then: str | None, *, marked: bool) -> st
     note = f" <small>shipped: {text_of(then or 'absent')}</small>" if changed else ""
     value = f"<mark>{text_of(now or 'absent')}</mark>{note}" if changed else text_of(now)
     return f'<tr><th scope="row">{text_of(key)}</th><td>{value}</td></tr>'
-
-
-def _flat(data: object, above: str = "") -> Iterator[tuple[str, str | None]]:
-    """Values by their key below a table; a schedule, or another table of a kind with plain values, is one value."""
-    if not isinstance(data, dict):
-        yield above, None if data is None else data if isinstance(data, str) else json.dumps(data)
-    elif above and "kind" in data and not any(isinstance(value, dict) for value in data.values()):
-        named = [f"{key} {json.dumps(value)}" for key, value in data.items() if key != "kind" and value is not None]
-        yield above, ", ".join([str(data["kind"]), *named])
-    else:
-        for key, value in data.items():
-            yield from _flat(value, f"{above}.{key}" if above else str(key))
-
-
-def _shipped(preset: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The shipped preset that tells the same about itself, and what it says; nothing for one of the user's own."""
-    for name in shipped.names():
-        try:
-            found = load_preset(name).model_dump(mode="json")
-        except DinoError:
-            continue
-        if found["about"] == preset.get("about"):
-            return name, found
-    return "", {}
 
 
 def _values(history: Mapping[str, Curve]) -> str:

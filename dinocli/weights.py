@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -36,12 +36,14 @@ class Weights:
         heads: The weights of each head, by its name and the original's keys; a file of a backbone alone has none.
         preset: What the run was, if the file is the tool's own.
         mask_token: What stands in the place of hidden patches, if the network was trained with some. [1, D]
+        step: How many steps it was trained, if the file tells.
     """
 
     backbone: dict[str, Tensor]
     heads: dict[str, dict[str, Tensor]]
     preset: Preset | None
     mask_token: Tensor | None = None
+    step: int | None = None
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int) -> None:
@@ -81,7 +83,8 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
     if "preset" in metadata and which == "student":
         raise DinoError(f"{path} holds the teacher alone; the student was asked for", "leave --network out")
     preset = Preset.parse(json.loads(metadata["preset"]), str(path)) if "preset" in metadata else None
-    return _sort(tensors, preset, path)
+    step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
+    return replace(_sort(tensors, preset, path), step=step)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -143,13 +143,8 @@ def test_dinov3s_weights_in_timm_are_read_as_timm_reads_them(monkeypatch: pytest
 def test_a_folder_of_ours_in_timms_form_says_how_it_met_other_sizes(local_timm: str, tmp_path: Path) -> None:
     assert load_encoder(local_timm, CPU).backbone.positions == "antialias"
     config = json.loads((tmp_path / "config.json").read_text())
-    for about, positions in (
-        ({"dinocli": "1", "positions": "dino"}, "dino"),
-        ({"dinocli": "1", "positions": "antialias"}, "antialias"),
-        ({"dinocli": "1", "positions": None}, "antialias"),
-        ({"positions": "dino"}, "antialias"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(config | about))
+    for tag, positions in (("dino", "dino"), ("augreg", "antialias"), (None, "antialias")):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": {"tag": tag}}))
         assert load_encoder(local_timm, CPU).backbone.positions == positions
 
 

@@ -26,6 +26,13 @@ def test_heat_runs_from_black_to_yellow_at_the_photos_size() -> None:
     assert heat(np.ones((2, 2)), 4, 4).sum() == heat(np.zeros((2, 2)), 4, 4).sum(), "a flat map is dark, and no error"
 
 
+def test_heat_on_a_scale_of_many_maps_is_cut_at_its_ends() -> None:
+    values = np.array([[0.0, 1.0], [2.0, 9.0]], dtype=np.float32)
+    large = heat(values, 2, 2, (0.0, 2.0))
+    assert np.array_equal(large[1, 0], large[1, 1]), "what is above is yellow too"
+    assert np.array_equal(heat(values[:1], 1, 2, (0.0, 2.0))[0], large[0]), "whatever else a map holds"
+
+
 def test_a_spotlight_keeps_the_inside_and_pales_the_outside() -> None:
     photo = np.full((4, 4, 3), (200, 10, 10), dtype=np.uint8)
     mask = np.zeros((4, 4), bool)

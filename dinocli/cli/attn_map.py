@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,9 +11,16 @@ from dinocli import console
 from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, checkpoint_or_newest
 from dinocli.errors import DinoError
 
+if TYPE_CHECKING:
+    from dinocli.data.frames import Frames
+    from dinocli.encoder import Encoder
+    from dinocli.films import Form
+
 
 def attn_map(
-    images: Annotated[list[Path], typer.Argument(help="Photos, and folders of photos.")],
+    images: Annotated[
+        list[Path], typer.Argument(help="Photos, and folders of photos; with --film folders of frames, and videos.")
+    ],
     checkpoint: Checkpoint = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("attention"),
     keep: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the attention that the masks hold.")] = 0.6,
@@ -26,23 +33,47 @@ def attn_map(
         ),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Write the maps themselves too, as safetensors.")] = False,
+    film: Annotated[
+        Literal["strip", "gif", "mp4"] | None,
+        typer.Option(
+            help="One picture of all frames of a folder or a video: eight of them side by side, or moving ones "
+            "beside their maps, in the same scale of colors throughout."
+        ),
+    ] = None,
+    head: Annotated[int | None, typer.Option(min=1, help="With --film: which head; the mean if absent.")] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=240, help="With --film: frames a second; the video's, or 24, if absent."),
+    ] = None,
     network: NetworkName = "teacher",
     overrides: Limits = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Draw the attention of each head in the last block: beside the photo, in color, and as masks."""
-    from dinocli.data.named import named_photos
+    """Draw the attention of each head in the last block: beside the photo, in color, and as masks; or over a film."""
+    if film and raw:
+        raise typer.BadParameter("the maps themselves are written of photos alone", param_hint="--raw")
+    if not film and (head or fps):
+        raise typer.BadParameter("they are for --film strip, gif or mp4", param_hint="--head, --fps")
+    films, files = (_films(images), {}) if film else ({}, _photos(images))
 
-    files = named_photos(images)
-
-    from dinocli.attention_pictures import draw
     from dinocli.device import pick_device
     from dinocli.encoder import with_images
     from dinocli.loading import load_encoder
 
     encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
     encoder = with_images(encoder, overrides or [])
+    if film:
+        _draw_films(encoder, films, out, film, head, size, fps, json)
+    else:
+        _draw_photos(encoder, files, out, keep, size, raw, json)
+
+
+def _draw_photos(
+    encoder: Encoder, files: dict[Path, Path], out: Path, keep: float, size: int | None, raw: bool, json: bool
+) -> None:
+    from dinocli.attention_pictures import draw
+
     drawn, skipped = [], {}
     with console.progress("attn-map", len(files), "images") as advance:
         for done, (path, name) in enumerate(files.items(), 1):
@@ -63,3 +94,61 @@ def attn_map(
     else:
         for d in drawn:
             console.out(str(d.picture))
+
+
+def _draw_films(
+    encoder: Encoder,
+    films: dict[str, Frames],
+    out: Path,
+    form: Form,
+    head: int | None,
+    size: int | None,
+    fps: float | None,
+    json: bool,
+) -> None:
+    from fractions import Fraction
+
+    from dinocli.films import ENDINGS, film
+
+    rate = Fraction(fps).limit_denominator(1000) if fps else None
+    made = []
+    for name, frames in films.items():
+        path = out / f"{name}{ENDINGS[form]}"
+        with console.progress(f"attn-map {name}", frames.count, "frames") as advance:
+            made.append(film(encoder, frames, path, form, head=head, size=size, rate=rate, report=advance))
+        for bad, reason in made[-1].skipped.items():
+            console.say(f"note: left out {bad} of {frames.where}: {reason}")
+        if not json:
+            console.out(str(path))
+    if json:
+        console.out_json([{"film": str(m.path), "frames": m.frames, "skipped": m.skipped} for m in made])
+
+
+def _films(images: list[Path]) -> dict[str, Frames]:
+    """The frames of each folder and video, and of all files that were named together, by the name of their film."""
+    from dinocli.data.frames import Frames, is_video, open_frames
+
+    whole = [path for path in images if path.is_dir() or is_video(path)]
+    files = [path for path in images if path not in whole]
+    missing = next((path for path in images if not path.exists()), None)
+    if missing:
+        raise DinoError(f"a folder of frames or a video was wanted; {missing} does not exist", "check the path")
+    places = {path: open_frames(path) for path in whole}
+    if files:
+        places[files[0].parent] = Frames(files[0].parent, files)
+    names = [path.resolve().stem for path in places]
+    # Many folders of frames are called `frames`; then the one above tells them apart.
+    return {
+        name if names.count(name) == 1 else "-".join(path.resolve().with_suffix("").parts[-2:]): frames
+        for name, (path, frames) in zip(names, places.items(), strict=True)
+    }
+
+
+def _photos(images: list[Path]) -> dict[Path, Path]:
+    """Each image file, and the name of its picture below the folder of pictures."""
+    from dinocli.data.frames import is_video
+    from dinocli.data.named import named_photos
+
+    if video := next((path for path in images if is_video(path)), None):
+        raise DinoError(f"photos were wanted; {video} is a video", "--film strip, gif or mp4")
+    return named_photos(images)

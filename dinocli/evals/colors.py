@@ -17,7 +17,7 @@ from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.evals.foreground import KEEP, TAU, By, foreground
 
-PHOTOS, PATCHES = 1000, 65_536  # of which the PCA is made, at most: 400 MB of 1,536 numbers a patch
+PHOTOS, PATCHES = (1000, 65_536)  # of which the PCA is made, at most: 0.4 GB of 1,536 numbers a patch
 _REACH = 2.0  # standard deviations from the middle to the ends of a color
 
 

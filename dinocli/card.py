@@ -1,0 +1,158 @@
+"""Card: what a model is, how it came about and how it is loaded, as the README of a folder on the hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import dinocli
+from dinocli.encoder import Encoder
+from dinocli.evals.knn import KnnResult
+from dinocli.models.backbone import Transformer
+from dinocli.preset import Preset
+from dinocli.settings import changes, shipped_as
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What features of a model came to.
+
+    Attributes:
+        knn: Their k-NN accuracy.
+        data: The name of the images.
+    """
+
+    knn: KnnResult
+    data: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells; what is absent is left out.
+
+    Attributes:
+        name: Of the model.
+        encoder: It.
+        preset: What it was trained by.
+        call: What gives its features in timm, of a `model` and its `images`.
+        notes: What differs in use, in timm.
+        steps: That it was trained.
+        images: That it was trained on.
+        init: Weights that it began with.
+        watched: k-NN accuracy at the run's end on the images of `--monitor`, in percent.
+        measured: Of its features.
+        curves: Name of the picture of the curves.
+    """
+
+    name: str
+    encoder: Encoder
+    preset: Preset
+    call: str
+    notes: list[str]
+    steps: int | None = None
+    images: int | None = None
+    init: str | None = None
+    watched: float | None = None
+    measured: Measured | None = None
+    curves: str | None = None
+
+
+def card_of(facts: Facts) -> str:
+    """The card, in Markdown, below the lines by which the hub sorts models. The licence is left to the user."""
+    parts = [
+        f"# {facts.name}",
+        f"Turns images into features. A `{facts.preset.backbone.name}` of timm, trained without labels by "
+        f"{_names(list(facts.preset.losses.present()))} with dinocli {dinocli.__version__}.",
+        _table(_rows(facts)),
+        _loading(facts),
+        f"## The run\n\n![What the run logged, step by step]({facts.curves})" if facts.curves else "",
+        "<details><summary>All settings</summary>\n\n```json\n"
+        f"{facts.preset.model_dump_json(indent=2, exclude_none=True)}\n```\n\n</details>",
+    ]
+    return "\n\n".join([_front(facts), *filter(None, parts)]) + "\n"
+
+
+def _front(facts: Facts) -> str:
+    tags = "".join(f"- {tag}\n" for tag in ("timm", "dinocli", "self-supervised", *facts.preset.losses.present()))
+    licence = "# license: yours to name, as in `license: apache-2.0`"
+    return f"---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\ntags:\n{tags}{licence}\n---"
+
+
+def _rows(facts: Facts) -> dict[str, str]:
+    encoder, training = facts.encoder, facts.preset.training
+    options = ", ".join(f"{key} {value}" for key, value in facts.preset.backbone.options.items())
+    count = sum(parameter.numel() for parameter in encoder.backbone.parameters())
+    which = "the class token" if isinstance(encoder.backbone, Transformer) else "the mean over all places"
+    stored = facts.preset.model_dump(mode="json")
+    name, shipped = shipped_as(stored)
+    changed = changes(stored, shipped) if name else {}
+    told = ", ".join(f"`{key}` {now or 'absent'} (was {then or 'absent'})" for key, (now, then) in changed.items())
+    rows = {
+        "network": f"`{facts.preset.backbone.name}`{f', {options}' if options else ''}: {_count(count)} parameters",
+        "image": f"{encoder.size} x {encoder.size} pixels, mean {_numbers(encoder.mean)}, std {_numbers(encoder.std)}",
+        "features": f"{encoder.backbone.width} numbers, {which}",
+        "preset": f"`{name}`" if name else facts.preset.about.recipe,
+        "changed in it": told,
+        "began with": f"`{facts.init}`" if facts.init else "",
+        "data": f"{facts.images:,} images, their labels not used" if facts.images else "",
+        "length": f"{facts.steps:,} steps of {training.batch_size:,} images" if facts.steps is not None else "",
+        "k-NN": _told(facts.measured) if facts.measured else "",
+        "k-NN while it trained": f"{facts.watched:.1f} % right at the end" if facts.watched is not None else "",
+        "fingerprint": f"`{encoder.fingerprint}`",
+    }
+    return {key: value for key, value in rows.items() if value}
+
+
+def _told(measured: Measured) -> str:
+    result = measured.knn
+    (score,) = result.scores
+    voters = "each by all others" if result.leave_one_out else f"by {result.neighbours:,} training images"
+    images = f"{result.queries:,} images of {result.classes} classes of {measured.data}"
+    return f"{score.top1:.2f} % right (k = {score.k}): {images}, {voters}"
+
+
+def _loading(facts: Facts) -> str:
+    """How timm and this tool load it, as code that runs once USER is named."""
+    encoder, where = facts.encoder, f"hf-hub:USER/{facts.name}"
+    shape = f"1, {encoder.channels}, {encoder.size}, {encoder.size}"
+    mode = {1: "L", 3: "RGB"}.get(encoder.channels)
+    read = f'images = transform(Image.open("photo.jpg").convert("{mode}"))[None]  # [{shape}]'
+    code = [
+        "import timm",
+        "import torch",
+        *(["from PIL import Image", ""] if mode else [""]),
+        f'model = timm.create_model("{where}", pretrained=True).eval()',
+        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))" if mode else "",
+        read if mode else f"images = torch.zeros({shape})  # from 0 to 1, less mean, over std",
+        "with torch.no_grad():",
+        f"    features = {facts.call}  # [1, {encoder.backbone.width}]",
+    ]
+    own = ["import dinocli", "", f'features = dinocli.load("timm:{where}")("photo.jpg")']
+    ours = f"With dinocli, or `dino extract timm:{where} DATA`:"
+    text = ["## Load it", "With timm:", _block(code), ours, _block(own)]
+    notes = [f"* {note}" for note in (*facts.notes, f"`local-dir:FOLDER` in the place of `{where}` loads a copy of it")]
+    return "\n\n".join([*text, "\n".join(notes)])
+
+
+def _block(lines: list[str]) -> str:
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _table(rows: dict[str, str]) -> str:
+    lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.3g} million" if number >= 1e6 else f"{number:,}"
+
+
+_LOSSES = {"dino": "DINO", "ibot": "iBOT", "koleo": "KoLeo"}
+
+
+def _names(losses: list[str]) -> str:
+    names = [_LOSSES.get(loss, loss) for loss in losses]
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

@@ -1,0 +1,108 @@
+"""Images that a program holds: paths, Pillow's images and arrays, read as the files of a folder are."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL.Image import Image
+
+from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode
+from dinocli.data.listing import Names
+from dinocli.data.sources import Images
+from dinocli.errors import DinoError
+
+Given = str | os.PathLike[str] | Image | NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class GivenImages(Images):
+    """Images that somebody holds.
+
+    Attributes:
+        given: They, in order.
+    """
+
+    given: Sequence[Given] = ()
+
+    def read(self, index: int) -> bytes | Image:
+        one = self.given[index]
+        if isinstance(one, Image):
+            return one
+        if not isinstance(one, np.ndarray):
+            return Path(one).read_bytes()
+        file = io.BytesIO()
+        np.save(file, one, allow_pickle=False)
+        return file.getvalue()
+
+
+def given_images(images: Given | Sequence[Given]) -> GivenImages:
+    """A source of what somebody holds, whose files are not looked at yet.
+
+    Args:
+        images: One or several: a path; an image of Pillow; an array of numbers, which counts as the `.npy` file of it:
+            [H, W, C], [C, H, W], or [H, W] where one channel is wanted. An array of four dimensions is several.
+
+    Raises:
+        DinoError: There are none, or one is something else.
+    """
+    alone = isinstance(images, str | os.PathLike | Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+    if not alone and not isinstance(images, Sequence | np.ndarray):
+        raise _other(images)
+    given: list[Any] = [images] if alone else list(images)  # type: ignore[arg-type]
+    if not given:
+        raise DinoError("images were wanted; none came", "a path, an image of Pillow, an array, or a list of them")
+    names = Names.of([_name(one, i) for i, one in enumerate(given)])
+    return GivenImages("what was given", Path(), names, [], np.full(len(given), -1, dtype=np.int32), given)
+
+
+def given_pixels(image: Given, config: ImagesConfig) -> Pixels:
+    """The pixels of one image. [H, W, C]
+
+    Raises:
+        DinoError: It cannot be read, or is none.
+    """
+    source = given_images(image)
+    try:
+        pixels = decode(source.read(0), config)
+    except OSError as error:
+        raise unreadable(source.names[0], error.strerror or str(error)) from error
+    if isinstance(pixels, BadImage):
+        raise unreadable(source.names[0], pixels.reason)
+    return pixels
+
+
+def unreadable(name: str, reason: str) -> DinoError:
+    """What is raised where an image of somebody's is none."""
+    folder = "is a directory" in reason.lower()
+    return DinoError(
+        f"{name} cannot be read: {reason}",
+        f'a list of its files: sorted(Path("{name}").glob("*.jpg"))' if folder else "look at it, or leave it out",
+    )
+
+
+def _name(one: object, index: int) -> str:
+    """What an error calls an image."""
+    if isinstance(one, str | os.PathLike):
+        return os.fsdecode(one)
+    numbers = isinstance(one, np.ndarray) and one.dtype.kind in "uif"
+    if not numbers and not isinstance(one, Image):
+        raise _other(one)
+    return str(getattr(one, "filename", "")) or f"image {index} of those given"
+
+
+def _other(came: object) -> DinoError:
+    what = f"an array of {came.dtype}" if isinstance(came, np.ndarray) else f"a {type(came).__name__}"
+    normalized = type(came).__name__ == "Tensor"
+    return DinoError(
+        f"a path, an image of Pillow, or an array of numbers was wanted; {what} came",
+        "encoder.features(images) takes normalized tensors; tensor.numpy() of pixels is an array"
+        if normalized
+        else 'encoder("photo.jpg")',
+    )

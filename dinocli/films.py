@@ -1,0 +1,223 @@
+"""Films: attention over the frames of a video, as a strip, a GIF or an MP4; frame by frame, on one scale of colors."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import GifImagePlugin, Image
+
+from dinocli.atomic import atomic
+from dinocli.data.decode import BadImage, Pixels, decode
+from dinocli.data.frames import Frames, pyav
+from dinocli.encoder import Encoder
+from dinocli.errors import DinoError
+from dinocli.evals.attention import attention_maps, default_size
+from dinocli.picture import Panel, heat, sheet, visible
+
+Form = Literal["strip", "gif", "mp4"]
+ENDINGS: dict[Form, str] = {"strip": ".png", "gif": ".gif", "mp4": ".mp4"}
+RATE = Fraction(24)  # frames a second, where nothing tells
+_SHOWN = 8  # frames of a strip
+_WIDTHS: dict[Form, int] = {"strip": 240, "gif": 320, "mp4": 960}  # pixels at most, of the photo and of its map each
+_OF_THE_MAP = 96  # of a GIF's 256 colors
+Map = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Filmed:
+    """What was written.
+
+    Attributes:
+        path: The film.
+        frames: How many it shows.
+        skipped: Name and reason of those that could not be read, or are of another size than the first.
+    """
+
+    path: Path
+    frames: int
+    skipped: dict[str, str]
+
+
+def film(
+    encoder: Encoder,
+    frames: Frames,
+    path: Path,
+    form: Form,
+    *,
+    head: int | None = None,
+    size: int | None = None,
+    rate: Fraction | None = None,
+    report: Callable[[int], None] = lambda frames: None,
+) -> Filmed:
+    """Write a film of frames beside what the class token looks at in each.
+
+    One head, or the mean of all, and one scale of colors go through the whole film, so that nothing flickers: from the
+    lowest value of all to the median of the frames' highest. So each frame is looked at once and drawn after the last
+    one is known; the maps wait in a file.
+
+    Args:
+        encoder: A vision transformer.
+        frames: What is shown; of a strip eight of them, evenly spaced.
+        path: Of the film.
+        form: `strip`, a PNG; `gif`; or `mp4`, which needs the package av.
+        head: Which, from 1; absent, the mean.
+        size: Short side to look at the frames with, in pixels; absent, what fits the encoder.
+        rate: Frames a second; absent, the video's own, or 24.
+        report: Called with the number of frames looked at so far.
+
+    Raises:
+        DinoError: There is no such head, the backbone has no attention, no frame can be read, or av is not there.
+        OSError: The disk is full, or the place may not be written to.
+    """
+    if form == "mp4":
+        pyav()
+    with tempfile.TemporaryFile() as store:
+        seen = _look(encoder, frames, store, form, head=head, size=size, report=report)
+        store.seek(0)
+        drawn = _drawn(encoder, frames, store, seen, _WIDTHS[form])
+        with atomic(path) as draft:
+            _WRITERS[form](drawn, draft, rate or frames.rate or RATE)
+    return Filmed(path, len(seen.kept), seen.skipped)
+
+
+class _Seen(NamedTuple):
+    """What is known of a film before it is drawn: which frames, how large, and between which values."""
+
+    kept: list[int]
+    skipped: dict[str, str]
+    height: int
+    width: int
+    low: float
+    high: float
+
+
+class _Drawn(NamedTuple):
+    """A frame and its map in color. Both [H, W, 3]"""
+
+    name: str
+    photo: Pixels
+    map: Pixels
+
+
+def _look(
+    encoder: Encoder,
+    frames: Frames,
+    store: IO[bytes],
+    form: Form,
+    *,
+    head: int | None,
+    size: int | None,
+    report: Callable[[int], None],
+) -> _Seen:
+    """Look at each frame once, and put its map away."""
+    wanted = _spread(frames.count) if form == "strip" else range(sys.maxsize)  # a video may hold more than it tells
+    shape, kept, skipped = (0, 0), list[int](), dict[str, str]()
+    lows, highs = list[float](), list[float]()
+    for number, name, data in frames.read(wanted):
+        report(number + 1)
+        pixels = data if isinstance(data, BadImage) else decode(data, encoder.images)
+        if isinstance(pixels, BadImage):
+            skipped[name] = pixels.reason
+            continue
+        shape = shape if kept else (pixels.shape[0], pixels.shape[1])
+        if pixels.shape[:2] != shape:
+            skipped[name] = f"other size: {pixels.shape[1]}x{pixels.shape[0]}, where the first is {shape[1]}x{shape[0]}"
+            continue
+        values = _of_head(attention_maps(encoder, pixels, size or default_size(encoder)).heads, head)
+        np.save(store, values)
+        kept.append(number)
+        lows.append(float(values.min()))
+        highs.append(float(values.max()))
+    if not kept:
+        first = next(iter(skipped.items()), ("", "it holds none"))
+        raise DinoError(
+            f"none of the frames of {frames.where} can be read; {first[0]}: {first[1]}", "look at that file"
+        )
+    return _Seen(kept, skipped, *shape, min(lows), float(np.median(highs)))
+
+
+def _of_head(heads: Map, head: int | None) -> Map:
+    if head is None:
+        return heads.mean(0)
+    if head > len(heads):
+        raise DinoError(f"this network has {len(heads)} heads; number {head} was asked for", f"--head {len(heads)}")
+    return heads[head - 1]
+
+
+def _spread(count: int) -> set[int]:
+    return set(np.linspace(0, max(0, count - 1), _SHOWN).round().astype(int).tolist())
+
+
+def _drawn(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen, most: int) -> Iterator[_Drawn]:
+    """The frames again, each with its map on the scale of the whole film."""
+    width = min(most, seen.width) // 2 * 2  # a video's sides are even
+    height = max(2, round(seen.height * width / seen.width / 2) * 2)
+    for _, name, data in frames.read(set(seen.kept)):
+        pixels = data if isinstance(data, BadImage) else decode(data, encoder.images)
+        if isinstance(pixels, BadImage):
+            raise DinoError(
+                f"{name} of {frames.where} was read, and cannot be read again: {pixels.reason}", "once more"
+            )
+        photo = Image.fromarray(visible(pixels)).resize((width, height), Image.Resampling.LANCZOS)
+        yield _Drawn(name, np.asarray(photo), heat(np.load(store), height, width, (seen.low, seen.high)))
+
+
+def _write_strip(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
+    frames = list(drawn)
+    above = [Panel(frame.photo, Path(frame.name).stem) for frame in frames]
+    sheet([above, [Panel(frame.map, "") for frame in frames]]).save(path, format="PNG")
+
+
+def _write_gif(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
+    """A frame at a time; Pillow's own writer of many would hold them all."""
+    # A hundredth of a second is the unit, and viewers slow down what is faster than two of them.
+    duration = max(2, round(100 / rate)) * 10
+    with path.open("wb") as file:
+        for i, frame in enumerate(drawn):
+            image = _with_palette(frame)
+            if not i:
+                header, _ = GifImagePlugin.getheader(image.copy(), info={"loop": 0, "duration": duration})
+                file.writelines(header)
+            file.writelines(GifImagePlugin.getdata(image, duration=duration, include_color_table=True))
+        file.write(b";")
+
+
+def _with_palette(frame: _Drawn) -> Image.Image:
+    """A frame in 256 colors, those of the map the same in all of a film."""
+    levels = heat(np.linspace(0, 1, _OF_THE_MAP, dtype=np.float32)[None], 1, _OF_THE_MAP)[0]
+    photo = Image.fromarray(frame.photo)
+    own = np.array(photo.quantize(256 - _OF_THE_MAP).getpalette() or [], dtype=np.uint8).reshape(-1, 3)
+    colors = np.concatenate([levels, own])
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(colors.tobytes())
+    whole = Image.fromarray(np.concatenate([frame.photo, frame.map], axis=1))
+    return whole.quantize(palette=palette, dither=Image.Dither.NONE)
+
+
+def _write_mp4(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
+    av = pyav()
+    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
+        stream: Any = None
+        for frame in drawn:
+            pixels = np.concatenate([frame.photo, frame.map], axis=1)
+            if stream is None:
+                stream = file.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
+                stream.height, stream.width = pixels.shape[:2]
+                stream.pix_fmt = "yuv420p"  # what every player knows
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+
+
+_WRITERS: dict[Form, Callable[[Iterator[_Drawn], Path, Fraction], None]] = {
+    "strip": _write_strip,
+    "gif": _write_gif,
+    "mp4": _write_mp4,
+}

@@ -1,0 +1,146 @@
+"""Pushing: a run as a model folder for the hub, with its card; to upload it is the job of the hub's own client."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dinocli.atomic import atomic_folder, write_text
+from dinocli.card import Facts, Measured, card_of
+from dinocli.encoder import Encoder
+from dinocli.errors import DinoError
+from dinocli.evals.knn import knn
+from dinocli.exporting import TIMM_FILES, folder_is_free, write_timm
+from dinocli.features import compared, read_splits
+from dinocli.history import Curve, read_history
+from dinocli.loading import encoder_of
+from dinocli.report import CURVES, METRICS, draw_curves
+from dinocli.runs import CHECKPOINT
+from dinocli.states import FOLDER as STATES
+from dinocli.states import State, saved_states
+from dinocli.weights import read_weights
+
+CARD = "README.md"
+_FILES = TIMM_FILES | {CARD, CURVES}
+_K = 20
+_MARK = "<!-- dinocli wrote this; {} -->"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        name: What its card calls the model.
+        difference: Of the features that timm made from those of this tool, relative, on random images.
+        measured: The k-NN accuracy of the features that were named.
+    """
+
+    path: Path
+    name: str
+    difference: float
+    measured: Measured | None
+
+
+def push(source: str, out: Path | None = None, features: Path | None = None) -> Pushed:
+    """Write a model folder in the form that timm's hub loader reads, load it with timm, and compare the features.
+
+    The card tells nothing of where files lie on this machine, and shows none of the photos.
+
+    Args:
+        source: A run folder, or a checkpoint of this tool.
+        out: The folder, which names the model; absent, the run's name with `-hub` after it. What an earlier push made
+            there is replaced, unless somebody changed its card.
+        features: A folder of labelled features of these weights; their k-NN accuracy goes into the card.
+
+    Raises:
+        DinoError: The source cannot be read or is not this tool's, the features are of other weights, something else
+            stands in the folder's place, or timm makes other features of it; then nothing is left.
+        OSError: The disk is full, or the place may not be written to.
+    """
+    if source.startswith("timm:"):
+        raise DinoError(f"a run was wanted; {source} is timm's own, and there already", "a run folder: runs/tiny-1")
+    weights = read_weights(Path(source))
+    if weights.preset is None:
+        raise DinoError(f"a run of this tool was wanted; {source} tells of none", f"dino export {source} --to timm")
+    run = _run_of(Path(source))
+    name = re.sub(r"[^\w.-]+", "-", out.name if out else run.name if run else Path(source).stem)
+    out = out or Path(f"{name}-hub")
+    _is_free(out)
+    encoder = encoder_of(weights, source, torch.device("cpu"))
+    measured = _measured(features, encoder, source) if features else None
+    history = _until(weights.step, read_history(run / METRICS)) if run else {}
+    state = _state_of(run)
+    with atomic_folder(out) as folder:
+        written = write_timm(encoder, weights.preset.backbone, folder)
+        if history:
+            draw_curves(history, weights.preset.model_dump(mode="json"), folder / CURVES)
+        facts = Facts(
+            name=name,
+            encoder=encoder,
+            preset=weights.preset,
+            call=written.call,
+            notes=written.notes,
+            steps=weights.step,
+            images=state.images.count if state else None,
+            init=_shown(state.init) if state and state.init else None,
+            watched=float(history["knn"].values[-1]) if "knn" in history else None,
+            measured=measured,
+            curves=CURVES if history else None,
+        )
+        text = card_of(facts)
+        write_text(folder / CARD, f"{text}\n{_MARK.format(_sum(text))}\n")
+    return Pushed(out, name, written.difference, measured)
+
+
+def _run_of(source: Path) -> Path | None:
+    """The folder of a run, if a path is that or leads to a checkpoint of it."""
+    folder = (source / CHECKPOINT if source.is_dir() else source).resolve().parent
+    folder = folder.parent.parent if folder.parent.name == STATES else folder
+    return folder if (folder / METRICS).is_file() else None
+
+
+def _until(step: int | None, history: dict[str, Curve]) -> dict[str, Curve]:
+    """What was logged up to a step: a run that was killed goes on beyond its checkpoint."""
+    if step is None:
+        return history
+    kept = {key: Curve(c.steps[c.steps <= step], c.values[c.steps <= step]) for key, c in history.items()}
+    return {key: curve for key, curve in kept.items() if len(curve.steps)}
+
+
+def _state_of(run: Path | None) -> State | None:
+    return next((state for _, state in saved_states(run) if state), None) if run else None
+
+
+def _measured(folder: Path, encoder: Encoder, source: str) -> Measured:
+    train, test = compared(read_splits(folder))
+    if train.recipe.fingerprint != encoder.fingerprint:
+        raise DinoError(
+            f"features of {source} were wanted; {folder} holds those of other weights ({train.recipe.source})",
+            f"dino extract {source} DATA --out OTHER, then --features OTHER",
+        )
+    return Measured(knn(train, test, [_K]), _shown(train.recipe.data))
+
+
+def _shown(place: str) -> str:
+    """What may be told of a place: of a path its end, all of `timm:NAME` or `torchvision:NAME`."""
+    return place if re.match(r"\w{2,}:", place) else Path(place).resolve().name
+
+
+def _is_free(out: Path) -> None:
+    folder_is_free(out, _FILES)
+    card = out / CARD
+    if not card.is_file():
+        return
+    text, _, mark = card.read_text(encoding="utf-8", errors="replace").rstrip("\n").rpartition("\n")
+    if mark != _MARK.format(_sum(text)):
+        raise DinoError(f"{card} was changed since it was written, and would be lost", "another OUT, and copy it there")
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinocli.data.decode import DEFAULTS, ImagesConfig, decode
+from dinocli.data.given import given_images, given_pixels
+from dinocli.errors import DinoError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+def test_a_path_an_image_and_an_array_are_the_same_pixels(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as opened:
+        ways = [str(tmp_path / "x.png"), tmp_path / "x.png", Image.fromarray(PIXELS), opened, PIXELS, PIXELS[:, ::-1]]
+        read = [given_pixels(way, DEFAULTS) for way in ways]
+    assert all(np.array_equal(each, PIXELS) for each in read[:-1])
+    assert np.array_equal(read[-1], PIXELS[:, ::-1])
+
+
+def test_an_image_is_turned_like_its_file(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS).save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as opened:
+        assert np.array_equal(given_pixels(opened, DEFAULTS), np.rot90(PIXELS, -1))
+
+
+def test_an_array_counts_as_its_npy_file(tmp_path: Path) -> None:
+    deep = np.random.default_rng(0).integers(0, 4000, (20, 30, 5), dtype=np.uint16)
+    np.save(tmp_path / "x.npy", deep)
+    images = ImagesConfig(channels=5, window=(0, 4095))
+    expected = decode((tmp_path / "x.npy").read_bytes(), images)
+    assert np.array_equal(given_pixels(deep, images), expected)
+    assert given_pixels(PIXELS[..., 0], ImagesConfig(channels=1)).shape == (20, 30, 1)
+
+
+def test_several_are_a_list_or_an_array_of_four_dimensions() -> None:
+    assert len(given_images(PIXELS)) == 1
+    assert len(given_images([PIXELS, "a.jpg"])) == 2
+    assert len(given_images(np.stack([PIXELS] * 3))) == 3
+    assert list(given_images(["a.jpg", PIXELS]).names) == ["a.jpg", "image 1 of those given"]
+
+
+@pytest.mark.parametrize(
+    ("images", "says", "hint"),
+    [
+        ([], "none came", "a path"),
+        (torch.zeros(2, 3, 8, 8), "a Tensor came", "encoder.features(images)"),
+        ([torch.zeros(3, 8, 8)], "a Tensor came", "encoder.features(images)"),
+        (np.array(["a.jpg"]), "a str_ came|an array of <U5", "encoder"),
+        (7, "a int came", "encoder"),
+        ({"a.jpg"}, "a set came", "encoder"),
+    ],
+)
+def test_what_is_no_image_is_told(images: object, says: str, hint: str) -> None:
+    with pytest.raises(DinoError, match=says) as caught:
+        given_images(images)
+    assert hint in caught.value.hint
+
+
+def test_one_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torn.jpg").write_bytes(b"no image")
+    with pytest.raises(DinoError, match=r"torn\.jpg cannot be read: not an image"):
+        given_pixels(tmp_path / "torn.jpg", DEFAULTS)
+    with pytest.raises(DinoError, match=r"gone\.jpg cannot be read: No such file"):
+        given_pixels(str(tmp_path / "gone.jpg"), DEFAULTS)
+    with pytest.raises(DinoError, match="Is a directory") as caught:
+        given_pixels(tmp_path, DEFAULTS)
+    assert "glob" in caught.value.hint
+    with pytest.raises(DinoError, match="image 0 of those given cannot be read: other channels: an array of 20x30"):
+        given_pixels(PIXELS[..., 0], DEFAULTS)

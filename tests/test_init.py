@@ -1,0 +1,100 @@
+"""The package's own face: what a notebook calls, and that it gives what the commands write."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from PIL import Image
+from test_exporting import run
+
+import dinocli
+from dinocli.attention_pictures import draw
+from dinocli.data.sources import image_folder
+from dinocli.device import pick_device
+from dinocli.encoder import Encoder, quick
+from dinocli.errors import DinoError
+from dinocli.extraction import extract
+from dinocli.loading import load_encoder
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_it_gives_the_bits_that_extract_stores(tmp_path: Path) -> None:
+    source, images = run(tmp_path), write_images(tmp_path / "images", 7, size=70)
+    Image.new("RGB", (90, 41), "olive").save(images / "photo.jpg")
+    command = quick(load_encoder(str(source), pick_device("cpu")), "bfloat16", compiled=False)
+    stored = extract(command, image_folder(images), tmp_path / "f.safetensors", data="d", batch_size=5)
+    features = dinocli.read_features(stored.path)
+    encoder = dinocli.load(source, device="cpu")
+    given = encoder([images / name for name in features.paths], batch_size=5)
+    assert given.dtype == torch.float32
+    assert np.array_equal(given.numpy(), features.values[:])
+    assert encoder.precision == command.precision
+    assert dinocli.load(source, device="cpu", precision="float32").precision == "float32"
+
+
+def test_one_image_is_a_row_and_every_choice_has_its_shape(tmp_path: Path, encoder: Encoder) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    assert encoder(pixels).shape == (1, 16)
+    assert torch.equal(encoder(pixels), encoder([Image.fromarray(pixels)]))
+    assert encoder([pixels] * 5, tokens="patches", blocks=2, size=32, batch_size=2).shape == (5, 16, 32)
+    assert encoder(pixels, tokens="cls+avg").shape == (1, 32)
+
+
+def test_an_encoder_is_told_in_a_line(encoder: Encoder) -> None:
+    assert repr(encoder).startswith("Encoder(source='x', fingerprint='0123', size=16")
+    assert "Linear" not in repr(encoder)
+
+
+def test_a_mistake_is_told_with_its_hint(tmp_path: Path, encoder: Encoder) -> None:
+    (tmp_path / "torn.jpg").write_bytes(b"no image")
+    good = np.zeros((20, 30, 3), dtype=np.uint8)
+    with pytest.raises(DinoError, match=r"torn\.jpg cannot be read: not an image"):
+        encoder([good, tmp_path / "torn.jpg", good])
+    with pytest.raises(DinoError, match=r"gone\.jpg cannot be read"):
+        encoder("gone.jpg")
+    with pytest.raises(DinoError, match="'patch' came") as caught:
+        encoder(good, tokens="patch")
+    assert caught.value.hint == '"patches"'
+    assert caught.value.__notes__ == ['hint: "patches"'], "a traceback shows it"
+    with pytest.raises(DinoError, match="at least one patch of 8 pixels"):
+        encoder(good, size=4)
+
+
+def test_attention_is_what_the_command_draws(tmp_path: Path, encoder: Encoder) -> None:
+    photo = write_images(tmp_path, 1, size=50) / "0000.png"
+    drawn = draw(encoder, photo, tmp_path / "a", keep=0.5, size=32, raw=True)
+    maps = dinocli.attention(encoder, photo, size=32)
+    from safetensors.numpy import load_file
+
+    assert np.array_equal(load_file(drawn.raw)["heads"], maps.heads)
+    assert dinocli.attention(encoder, photo).heads.shape == (2, 4, 4)
+
+
+def test_what_it_says_of_types_is_shipped() -> None:
+    assert (ROOT / "dinocli" / "py.typed").is_file()
+    assert (
+        "py.typed"
+        in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["dinocli"]
+    )
+
+
+@pytest.mark.slow
+def test_a_users_script_is_checked(tmp_path: Path) -> None:
+    script = tmp_path / "user.py"
+    lines = ["import dinocli", "encoder = dinocli.load('x')", "rows: list[int] = encoder(['a.jpg'])", "encoder(7)"]
+    script.write_text("\n".join(lines))
+    options = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
+    told = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, str(script)], capture_output=True, text=True, cwd=ROOT
+    ).stdout
+    assert "user.py:3: error: Incompatible types" in told
+    assert "user.py:4: error: Argument 1" in told
+    assert "Found 2 errors" in told
