@@ -1,4 +1,4 @@
-"""Curves: panels of what a run logged as drawings, for a page and for a file."""
+"""Curves: panels of what a run logged as drawings, for a page and for a file; and a histogram."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
 
 from dinocli.atomic import atomic
 from dinocli.history import thinned
@@ -82,6 +83,28 @@ def write_sheet(drawn: Sequence[Panel], path: Path) -> None:
             page.text(0.5, 0.5, "nothing was logged yet", ha="center", va="center")
         with atomic(path) as draft:
             page.savefig(draft, format="png")
+
+
+def write_histogram(values: NDArray[np.floating[Any]], title: str, mark: float | None, path: Path) -> None:
+    """How often each value comes, counted on a logarithmic scale, as PNG, with a line at a mark if there is one."""
+    values = values[np.isfinite(values)]
+    marks = [] if mark is None else [mark]
+    ends = [*marks, *([float(values.min()), float(values.max())] if len(values) else [0.0, 1.0])]
+    bins = np.linspace(min(ends), max(ends) + 1e-6, 101)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(1.6 * _WIDTH, 1.6 * _LANE), dpi=120, facecolor="white", layout="constrained")
+        axes = figure.subplots()
+        axes.hist(values, bins.tolist(), log=True, color=_COLORS[0])
+        for at in marks:
+            axes.axvline(at, color=_COLORS[1], linewidth=1.2)
+            words = f"{at:g}: {int((values >= at).sum()):,} of {len(values):,} at or above"
+            side = ((-4, 9), "right") if at - bins[0] > bins[-1] - at else ((4, 9), "left")
+            axes.annotate(words, (at, 1), side[0], ("data", "axes fraction"), "offset points", ha=side[1], va="top")
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=16)
+        axes.set_ylabel("images, logarithmic")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        with atomic(path) as draft:
+            figure.savefig(draft, format="png")
 
 
 def _height(panel: Panel) -> float:

@@ -162,23 +162,46 @@ def read_splits(folder: Path) -> dict[str, Features]:
     found = {name: read_features(path) for name, path in sorted(paths.items())}
     first_name, first = next(iter(found.items()))
     for name, other in found.items():
-        for field, what in (
-            ("fingerprint", "weights"),
-            ("tokens", "tokens"),
-            ("blocks", "blocks"),
-            ("size", "image sizes"),
-            ("data", "data sets"),
-            ("precision", "precisions"),
-        ):
-            a, b = getattr(first.recipe, field), getattr(other.recipe, field)
-            if a != b:
-                if field == "fingerprint":
-                    a, b = f"{first.recipe.source} ({a})", f"{other.recipe.source} ({b})"
-                raise DinoError(
-                    f"{folder} holds features made by different {what}: {first_name} by {a}, {name} by {b}",
-                    f"extract into a folder of its own (--out), or remove {paths[first_name]} if old",
-                )
+        old = f"extract into a folder of its own (--out), or remove {paths[first_name]} if old"
+        same_maker((first_name, first.recipe), (name, other.recipe), f"{folder} holds features", old)
+        if first.recipe.data != other.recipe.data:
+            raise DinoError(
+                f"{folder} holds features made by different data sets: {first_name} by {first.recipe.data}, {name} by "
+                f"{other.recipe.data}",
+                old,
+            )
     return found
+
+
+def same_maker(
+    first: tuple[str, Recipe],
+    other: tuple[str, Recipe],
+    whose: str = "features are compared",
+    hint: str = "extract both with the same checkpoint and the same settings",
+) -> None:
+    """See that two features were made by the same weights and settings, whatever the images.
+
+    Args:
+        first: What they are called, and what made them.
+        other: The same of the others.
+        whose: Begins the sentence.
+        hint: Ends it.
+
+    Raises:
+        DinoError: They were not.
+    """
+    for field, what in (
+        ("fingerprint", "weights"),
+        ("tokens", "tokens"),
+        ("blocks", "blocks"),
+        ("size", "image sizes"),
+        ("precision", "precisions"),
+    ):
+        a, b = getattr(first[1], field), getattr(other[1], field)
+        if a != b:
+            if field == "fingerprint":
+                a, b = f"{first[1].source} ({a})", f"{other[1].source} ({b})"
+            raise DinoError(f"{whose} made by different {what}: {first[0]} by {a}, {other[0]} by {b}", hint)
 
 
 def learned_from(splits: Iterable[str]) -> str:

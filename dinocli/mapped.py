@@ -53,7 +53,7 @@ class Rows:
         shape: [S, ...]
     """
 
-    def __init__(self, parts: Sequence[NDArray[Any]]) -> None:
+    def __init__(self, parts: Sequence[NDArray[Any] | Rows]) -> None:
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
         self.shape: tuple[int, ...] = (int(self._ends[-1]), *parts[0].shape[1:])
@@ -71,6 +71,11 @@ class Rows:
             first, last, step = key.indices(len(self))
             if len(self._parts) == 1:
                 return np.asarray(self._parts[0][key], np.float32)
+            if step == 1 and first < last:  # in large pieces, of which each lies in one part
+                begins = [int(end) - len(part) for end, part in zip(self._ends, self._parts, strict=True)]
+                cut = [(max(0, first - b), min(len(p), last - b)) for b, p in zip(begins, self._parts, strict=True)]
+                pieces = [np.asarray(p[a:b], np.float32) for p, (a, b) in zip(self._parts, cut, strict=True) if a < b]
+                return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             key = np.arange(first, last, step)
         rows, *rest = key if isinstance(key, tuple) else (key,)
         rows = np.where(rows < 0, rows + len(self), rows)

@@ -1,4 +1,4 @@
-"""Pictures: maps in color, and sheets of panels with captions."""
+"""Pictures: maps in color, sheets of panels with captions, and contact sheets of photos."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dinocli.data.decode import Pixels
 
-_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+_PAPER, _INK, _PALE = (255, 255, 255), (40, 40, 40), (200, 200, 200)
+_SIDE, _GAP, _LINE = 144, 6, 16  # pixels, of a contact sheet
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -72,3 +75,70 @@ def sheet(rows: Sequence[Sequence[Panel | None]]) -> Image.Image:
                 page.paste(Image.fromarray(panel.pixels), (left, top))
                 pen.text((left + width / 2, top + height + line * 0.55), panel.caption, _INK, font, anchor="mm")
     return page
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[Panel | str | None]], *, title: str = "", lead: int = 0, side: int = _SIDE
+) -> Image.Image:
+    """Photos of any shape in a grid of squares, each made to fit whole, with its caption below.
+
+    Args:
+        rows: Of each place a photo, or in words why there is none, or nothing.
+        title: A line above all; one that is too long is cut.
+        lead: Columns at the left that a line sets apart from the others, such as one of queries.
+        side: Of a square, in pixels.
+    """
+    font = ImageFont.load_default(size=_LINE * 0.8)
+    columns = max(len(row) for row in rows)
+    panels = [place for row in rows for place in row if isinstance(place, Panel)]
+    lines = max((panel.caption.count("\n") + 1 for panel in panels if panel.caption), default=0)
+    top = 2 * _LINE if title else _GAP
+    pitch = side + lines * _LINE + _GAP
+    lefts = [_GAP + c * (side + _GAP) + (2 * _GAP if lead and c >= lead else 0) for c in range(columns)]
+    page = Image.new("RGB", (lefts[-1] + side + _GAP, top + len(rows) * pitch), _PAPER)
+    pen = ImageDraw.Draw(page)
+    if title:
+        pen.text((_GAP, _LINE), _fitted(title, font, page.width - 2 * _GAP), _INK, font, anchor="lm")
+    if 0 < lead < columns:
+        pen.line([(lefts[lead] - 1.5 * _GAP, top), (lefts[lead] - 1.5 * _GAP, page.height - _GAP)], _PALE)
+    for r, row in enumerate(rows):
+        for left, place in zip(lefts, row, strict=False):
+            if place is not None:
+                _place(page, pen, place, left, top + r * pitch, side, font)
+    return page
+
+
+def _place(
+    page: Image.Image, pen: ImageDraw.ImageDraw, place: Panel | str, left: int, top: int, side: int, font: Font
+) -> None:
+    if isinstance(place, str):
+        pen.rectangle((left, top, left + side - 1, top + side - 1), outline=_PALE)
+        words = "\n".join(_fitted(line, font, side - 2 * _GAP) for line in place.split("\n"))
+        pen.multiline_text((left + side / 2, top + side / 2), words, _INK, font, anchor="mm", align="center")
+        return
+    photo = fitted(place.pixels, side)
+    height, width = photo.shape[:2]
+    page.paste(Image.fromarray(photo), (left + (side - width) // 2, top + (side - height) // 2))
+    for i, line in enumerate(place.caption.split("\n")):
+        middle = (left + side / 2, top + side + (i + 0.55) * _LINE)
+        pen.text(middle, _fitted(line, font, side), _INK, font, anchor="mm")
+
+
+def fitted(pixels: Pixels, side: int) -> Pixels:
+    """A photo made to fit whole into a square; a small one is enlarged. [H, W, C] -> [<= side, <= side, 3]"""
+    height, width = pixels.shape[:2]
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    # A few pixels stay the squares that they are.
+    way = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(visible(pixels)).resize(size, way))
+
+
+def _fitted(text: str, font: Font, width: float) -> str:
+    """The text, or as much of its end as there is room for: of a path the end tells most."""
+    text = text.encode("utf-8", "replace").decode()  # file names may hold any bytes
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength("..." + text) > width:
+        text = text[1:]
+    return "..." + text

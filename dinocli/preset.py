@@ -121,12 +121,7 @@ class Preset(Config):
         return self
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if not self.losses.present():
-            raise ValueError("a run needs at least one loss, such as [losses.dino]")
-        for name, loss in self.losses.aimed().items():
-            if loss.head not in self.heads:
-                raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
+    def _has_views_for_its_losses(self) -> Self:
         first, second = self.views.global_1, self.views.global_2
         if second and second.size != first.size:
             raise ValueError(
@@ -135,13 +130,22 @@ class Preset(Config):
             )
         if len(self.views.all) < 2:
             raise ValueError("two views at least were wanted, to predict one from another; it needs views.locals=2")
-        if not all(0 <= value <= 1 for value in self.teacher.momentum.bounds):
-            raise ValueError("teacher.momentum should lie between 0 and 1")
         if self.losses.ibot and not self.views.mask and not self.teacher.frozen:
             raise ValueError(
                 "losses.ibot asks for patches that are hidden; it needs "
                 "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=4, aspect=[0.3, 3.33]}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not self.losses.present():
+            raise ValueError("a run needs at least one loss, such as [losses.dino]")
+        for name, loss in self.losses.aimed().items():
+            if loss.head not in self.heads:
+                raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
+        if not all(0 <= value <= 1 for value in self.teacher.momentum.bounds):
+            raise ValueError("teacher.momentum should lie between 0 and 1")
         for name, loss in self.losses.aimed().items():
             if not all(value > 0 for value in loss.targets.temperature.bounds):
                 raise ValueError(f"losses.{name}.targets.temperature should lie above 0")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinocli.curves import panel_svg, write_sheet
+from dinocli.curves import panel_svg, write_histogram, write_sheet
 from dinocli.history import Curve
 from dinocli.panels import LossFacts, panels
 
@@ -73,3 +73,13 @@ def test_the_sheet_shows_all_panels(tmp_path: Path) -> None:
         with Image.open(tmp_path / "curves.png") as sheet:
             sizes.append(sheet.size)
     assert sizes[0][0] == sizes[1][0] == 440 and sizes[2][0] == 1320 and sizes[2][1] > sizes[1][1]
+
+
+@pytest.mark.parametrize("mark", [None, 0.5, 2.0])
+def test_a_histogram_is_drawn_of_whatever_values_come(tmp_path: Path, mark: float | None) -> None:
+    generator = np.random.default_rng(0)
+    for name, values in (("many", generator.random(999)), ("one", np.array([0.3])), ("odd", np.array([np.nan, 1.0]))):
+        write_histogram(values.astype(np.float32), "cosine", mark, tmp_path / f"{name}.png")
+        picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
+        assert (np.abs(picture.astype(int) - (0x1F, 0x6F, 0xB4)).max(-1) < 10).any(), "bars"
+        assert (np.abs(picture.astype(int) - (0xC8, 0x65, 0x1B)).max(-1) < 10).any() == (mark is not None), "the mark"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dinocli.picture import Panel, heat, sheet, spotlight, visible
+from dinocli.picture import Panel, contact_sheet, fitted, heat, sheet, spotlight, visible
 
 
 def test_heat_runs_from_black_to_yellow_at_the_photos_size() -> None:
@@ -43,3 +43,23 @@ def test_of_any_channels_the_first_are_seen() -> None:
         np.testing.assert_array_equal(visible(pixels[..., :channels]), pixels[..., :3])
     for channels in (1, 2):
         np.testing.assert_array_equal(visible(pixels[..., :channels]), pixels[..., [0, 0, 0]])
+
+
+def test_a_contact_sheet_fits_photos_of_any_shape_into_its_squares() -> None:
+    red, blue = (255, 0, 0), (0, 0, 255)
+    wide = Panel(np.full((30, 60, 3), red, dtype=np.uint8), "a\nsecond line")
+    high = Panel(np.full((800, 100, 3), blue, dtype=np.uint8), "of a path " * 20)
+    page = np.asarray(contact_sheet([[wide, high], [None, wide, "gone"]], title="title " * 99, lead=1, side=80))
+    assert (page == red).all(-1).sum() == 2 * 80 * 40
+    assert (page == blue).all(-1).sum() == 80 * 10
+    left = np.flatnonzero((page == red).all(-1).any(0))
+    assert left[0] >= 6, "a margin"
+    assert page.shape[1] > 3 * 80
+
+
+def test_small_photos_are_enlarged_as_squares_and_none_is_lost() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 4, 1), dtype=np.uint8)
+    large = fitted(pixels, 64)
+    assert large.shape == (64, 32, 3)
+    np.testing.assert_array_equal(large[4::8, 4::8], pixels[..., [0, 0, 0]])
+    assert fitted(np.zeros((1, 5000, 3), dtype=np.uint8), 64).shape == (1, 64, 3)

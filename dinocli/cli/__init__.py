@@ -12,6 +12,8 @@ import typer
 import dinocli
 from dinocli import console, distributed
 from dinocli.cli.attn_map import attn_map
+from dinocli.cli.curate import curate
+from dinocli.cli.dedup import dedup
 from dinocli.cli.demo import demo
 from dinocli.cli.doctor import doctor
 from dinocli.cli.export import export
@@ -23,6 +25,7 @@ from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
 from dinocli.cli.push import push
+from dinocli.cli.search import search
 from dinocli.cli.track import track
 from dinocli.errors import DinoError
 
@@ -38,6 +41,9 @@ app.command()(pretrain)
 app.command()(extract)
 app.command()(knn)
 app.command()(linear)
+app.command()(search)
+app.command()(dedup)
+app.command()(curate)
 app.command()(attn_map)
 app.command()(match)
 app.command()(track)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +14,8 @@ from dinocli.runs import CHECKPOINT, newest_run
 
 if TYPE_CHECKING:
     import torch
+
+    from dinocli.gallery import Gallery
 
 Images = Annotated[
     str,
@@ -46,6 +49,18 @@ FacetName = Annotated[
 ]
 Tokens = Annotated[Literal["cls", "patches", "cls+avg"], typer.Option(help="Features of an image.")]
 Size = Annotated[int | None, typer.Option(min=8, help="Side of the images in pixels; the training's if absent.")]
+
+
+FeatureFolder = Annotated[Path | None, typer.Option("--features", help="Folder of features; ./features if absent.")]
+DataNow = Annotated[
+    str | None, typer.Option("--data", help="Where the images lie now; where `dino extract` found them if absent.")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        min=-1, max=1, help="Cosine from which two images are near-duplicates; `dino dedup` shows which to take."
+    ),
+]
 
 
 def compiles(device: torch.device, *, asked: bool) -> bool:
@@ -116,3 +131,17 @@ def features_or_newest(given: Path | None) -> Path:
     raise DinoError(
         "features were wanted; none were named, and there is no ./features", "dino extract ckpt.safetensors DATA"
     )
+
+
+def listed(gallery: Gallery, rows: Sequence[int], path: Path) -> list[Path]:
+    """Write the list of some images' files, if they have any, and say what is in no list; what was written."""
+    from dinocli.gallery import write_list
+
+    try:
+        odd = write_list(gallery, rows, path)
+    except DinoError as none:
+        console.say(f"note: no list was written: {none.message}; {none.hint}")
+        return []
+    for name in odd:
+        console.say(f"note: {name!r} is not in the list, since its name holds a tab or the end of a line")
+    return [path]

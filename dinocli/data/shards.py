@@ -297,6 +297,16 @@ def _read(content: bytes | Span, opened: dict[str, int]) -> bytes:
     return data if len(data) == content.size else b""
 
 
+def read_sample(shards: Shards, name: str) -> bytes:
+    """The image of a name as `Sample` has it, from local shards; none where it is not there."""
+    title, _, inside = name.partition("/")
+    for url in shards.urls:
+        if os.path.basename(url) == title and not url.startswith(PIPE):
+            with contextlib.closing(LocalTar(url)) as tape:
+                return next((_read(content, {}) for member, content in members(tape) if member == inside), b"")
+    return b""
+
+
 def _label(text: bytes) -> int:
     """An integer as text, or a table with one as `label` or `cls`."""
     try:

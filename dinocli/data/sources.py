@@ -164,6 +164,20 @@ def image_folder(root: Path) -> Images:
     return Images(str(root), root, names, *_numbered(tops))
 
 
+def photos(paths: Sequence[Path]) -> Images:
+    """Photos, and all that are in folders, as one source without labels.
+
+    Raises:
+        DinoError: One is not there, or a folder holds no image.
+    """
+    names: list[str] = []
+    for path in paths:
+        if not path.exists():
+            raise DinoError(f"a photo or a folder was wanted; {path} does not exist", "check the path")
+        names += [str(path / inside) for inside in image_folder(path).names] if path.is_dir() else [str(path)]
+    return Images(", ".join(map(str, paths)), Path(), Names.of(names), [], np.full(len(names), -1, dtype=np.int32))
+
+
 def _is_image(path: str) -> bool:
     suffix = os.path.splitext(path)[1].lower()
     if suffix:

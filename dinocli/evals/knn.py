@@ -6,18 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.errors import DinoError
 from dinocli.evals.accuracy import hits_among
+from dinocli.evals.nearest import nearest
 from dinocli.features import Features
-from dinocli.mapped import Values
 
 # What is held at once, whatever the sizes; each block of queries reads all voters once.
 _QUERIES = 16384
-_VOTER_BYTES = 128 * 2**20  # of float32
 _CELLS = 2**22  # votes of some queries for all classes
 
 
@@ -83,7 +81,7 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
     hits = np.zeros((len(ascending), 2), dtype=np.int64)
     for first in range(0, len(queries), _QUERIES):
         asked = slice(first, first + _QUERIES)
-        similarities, found = _search(train.values, queries.values[asked], ascending[-1] + (test is None))
+        similarities, found = nearest(train.values, queries.values[asked], ascending[-1] + (test is None))
         if test is None:
             similarities, found = _without_itself(similarities, found, first)
         hits += _hits(similarities, train.labels[found], queries.labels[asked], ascending, train, temperature)
@@ -136,24 +134,6 @@ def _hits(
     return hits
 
 
-def _search(voters: Values, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Similarities and numbers of each query's k nearest voters, the nearest first. [Q, k] each
-
-    The search is exact. The voters are taken in blocks, of which the nearest so far are kept.
-    """
-    queries = _normalized(queries)
-    step = max(1, _VOTER_BYTES // (4 * queries.shape[1]))
-    nearest = faiss.ResultHeap(len(queries), k, keep_max=True)
-    for first in range(0, len(voters), step):
-        block = _normalized(voters[first : first + step])
-        similarities, found = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-        if len(block) == len(voters):
-            return similarities, found
-        nearest.add_result(similarities, found + first)
-    nearest.finalize()
-    return nearest.D, nearest.I
-
-
 def _without_itself(
     similarities: NDArray[np.float32], found: NDArray[np.int64], first: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -162,8 +142,3 @@ def _without_itself(
     itself = found == np.arange(first, first + len(found))[:, None]
     itself[~itself.any(1), -1] = True
     return similarities[~itself].reshape(len(found), -1), found[~itself].reshape(len(found), -1)
-
-
-def _normalized(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)

@@ -66,6 +66,9 @@ COMMANDS = [
     "extract",
     "knn",
     "linear",
+    "search",
+    "dedup",
+    "curate",
     "attn-map",
     "match",
     "track",
@@ -510,6 +513,99 @@ def test_a_command_of_one_process_is_refused_in_several(dino: Dino, monkeypatch:
     assert left == [1]
     monkeypatch.setenv("RANK", "1")
     assert not dino("knn", code=1).stderr, "one of them says so"
+
+
+@pytest.fixture
+def searched(dino: Dino, tmp_path: Path) -> list[str]:
+    """Features of five images, of which one is there twice and once smaller, and the checkpoint that made them."""
+    from PIL import Image
+
+    write_images(tmp_path / "images", 4, 32)
+    first = Image.open(tmp_path / "images" / "0000.png")
+    first.save(tmp_path / "images" / "same.png")
+    first.resize((16, 16)).resize((24, 24)).save(tmp_path / "images" / "small.png")
+    dino("pretrain", "images", "--preset", "tiny", "--steps", "0", *SMALL)
+    dino("extract", "ckpt.safetensors", "images", "--workers", "0", "--device", "cpu")
+    return ["--features", "features"]
+
+
+def test_search_finds_draws_and_tells(dino: Dino, searched: list[str], tmp_path: Path) -> None:
+    (tmp_path / "torn.jpg").write_bytes(b"torn")
+    done = dino("search", "images/0001.png", "torn.jpg", "--k", "3", "--device", "cpu")
+    assert "0001.png" in done.stdout
+    assert "search.png" in done.stdout
+    assert "skipped torn.jpg" in done.stderr
+    for kind in ("exact", "hnsw", "ivf"):
+        found = json.loads(dino("search", "images", "--index", kind, "--device", "cpu", *searched, "--json").stdout)
+        assert found["index"] == kind
+        for hit in found["found"]:
+            nearest = {n["image"] for n in hit["neighbours"] if n["cosine"] > 1 - 1e-5}
+            assert Path(hit["query"]).name in nearest
+    assert (tmp_path / "features" / "index.ivf").is_dir()
+    assert json.loads(dino("knn", "--k", "1", code=1).stdout or "0") == 0, "an index beside features is no split"
+
+
+def test_search_says_what_does_not_fit(dino: Dino, searched: list[str], tmp_path: Path) -> None:
+    assert "neither came" in dino("search", code=2).stderr
+    assert "both came" in dino("search", "images", "--evaluate", "x.pkl", code=2).stderr
+    assert "nothing.jpg does not exist" in dino("search", "nothing.jpg", code=1).stderr
+    assert "gnd_roxford5k" in dino("search", "--evaluate", "x.pkl", code=1).stderr
+    dino("pretrain", "images", "--preset", "tiny", "--steps", "0", *SMALL, "--seed", "5", "--out", "other")
+    assert "other weights" in dino("search", "images", "--checkpoint", "other", "--device", "cpu", code=1).stderr
+
+
+def test_search_evaluates_both_ways(dino: Dino, searched: list[str], tmp_path: Path) -> None:
+    truth = {
+        "imlist": ["0000.png", "0001.png"],
+        "qimlist": ["same.png"],
+        "gnd": [{"easy": [0], "hard": [], "junk": []}],
+    }
+    (tmp_path / "gnd.json").write_text(json.dumps(truth))
+    told = json.loads(dino("search", "--evaluate", "gnd.json", "--data", "images", "--device", "cpu", "--json").stdout)
+    assert [s["mean_ap"] for s in told["scores"]][:2] == [100, 100]
+    assert told["scores"][2]["queries"] == 0
+    assert "hard" in dino("search", "--evaluate", "gnd.json", "--data", "images", "--device", "cpu").stdout
+    write_images(tmp_path / "set" / "original", 3)
+    write_images(tmp_path / "set" / "strong", 3)
+    done = dino("search", "--evaluate", "set", "--whiten", "images", "--distractors", "images", "--device", "cpu")
+    assert "3 originals among 6 others, whitened by 6" in " ".join(done.stdout.split())
+
+
+def test_dedup_shows_a_threshold_then_groups_and_a_list(dino: Dino, searched: list[str], tmp_path: Path) -> None:
+    first = dino("dedup")
+    assert "next: dino dedup --threshold" in first.stderr
+    assert (tmp_path / "dedup" / "histogram.png").is_file()
+    told = json.loads(dino("dedup", "--threshold", "0.999999", "--json").stdout)
+    assert [(g["kept"], g["dropped"]) for g in told["groups"]] == [("0000.png", ["same.png"])]
+    assert told["kept"] == 5
+    keep = (tmp_path / "dedup" / "keep.txt").read_text().split()
+    assert str(tmp_path / "images" / "same.png") not in keep
+    assert len(keep) == 5
+    assert "groups.jpg" in dino("dedup", "--threshold", "0.999999").stdout
+    assert "5 images" in dino("pretrain", "dedup/keep.txt", "--preset", "tiny", "--steps", "0", *SMALL).stderr
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert "no list was written" in dino("dedup", "--threshold", "0.999999").stderr
+    assert "keep.txt" in dino("dedup", "--threshold", "0.999999", "--data", "moved").stdout
+
+
+def test_curate_takes_what_is_like_the_seeds(dino: Dino, searched: list[str], tmp_path: Path) -> None:
+    for name, images in (("seeds", ["0001.png"]), ("held", ["0002.png"])):
+        (tmp_path / name).mkdir()
+        for image in images:
+            (tmp_path / name / image).write_bytes((tmp_path / "images" / image).read_bytes())
+        dino("extract", name, "--out", f"f-{name}", "--workers", "0", "--device", "cpu")
+    told = json.loads(dino("curate", "features", "--like", "f-seeds", "--k", "1", "--json").stdout)
+    assert told["images"] == ["0001.png"]
+    options = ("--without", "f-held", "--threshold", "0.999999", "--like", "f-seeds", "--k", "9")
+    told = json.loads(dino("curate", "features", *options, "--json").stdout)
+    assert told["left"] == {"pool": 6, "without duplicates": 5, "away from f-held": 4, "chosen": 4}
+    assert not {"same.png", "0002.png"} & set(told["images"])
+    done = dino("curate", "features", "--clusters", "2", "--each", "1", "--out", "two.txt")
+    assert "chosen" in done.stdout
+    assert len((tmp_path / "two.txt").read_text().split()) == 2
+    assert "--like" in dino("curate", "features", code=1).stderr
+    assert "threshold" in dino("curate", "features", "--like", "f-seeds", "--without", "f-held", code=1).stderr
+    assert "holds 4 of the 1 seeds" in dino("curate", "features", "--like", "f-seeds", "--clusters", "2", code=1).stderr
 
 
 def test_a_run_teaches_another_and_the_plan_says_so(dino: Dino, tmp_path: Path) -> None:

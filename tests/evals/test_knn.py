@@ -77,6 +77,7 @@ def test_a_vote_weighs_by_similarity() -> None:
 @pytest.mark.parametrize("alone", [True, False])
 def test_blocks_of_queries_voters_and_votes_change_nothing(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
     from dinocli.evals import knn as module
+    from dinocli.evals import nearest
 
     generator = np.random.default_rng(0)
     values = generator.normal(size=(50, 4))
@@ -84,8 +85,9 @@ def test_blocks_of_queries_voters_and_votes_change_nothing(monkeypatch: pytest.M
     train = features(values, generator.integers(0, 5, 50), 5)
     test = None if alone else features(generator.normal(size=(20, 4)), generator.integers(0, 5, 20), 5)
     whole = knn(train, test, [7, 3, 40])
-    for name, least in (("_QUERIES", 7), ("_VOTER_BYTES", 9 * 4 * 4), ("_CELLS", 20)):
-        monkeypatch.setattr(module, name, least)
+    blocks = ((module, "_QUERIES", 7), (nearest, "_BLOCK_BYTES", 9 * 4 * 4), (module, "_CELLS", 20))
+    for where, name, least in blocks:
+        monkeypatch.setattr(where, name, least)
         assert knn(train, test, [7, 3, 40]) == whole
     assert [score.k for score in whole.scores] == [7, 3, 40]
 
@@ -120,6 +122,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from dinocli.evals import knn as module
+from dinocli.evals import nearest
 from dinocli.features import Features, Recipe, read_features
 from dinocli.storing import write_features
 
@@ -129,7 +132,7 @@ with write_features(Path(sys.argv[1]), recipe, names, dtype="float16", shard_byt
         writer.append(generator.normal(size=(1000, 384)).astype(np.float32), [0, 1] * 500, ["x"] * 1000)
 train = read_features(writer.place)
 test = Features(train.values[:50], train.labels[:50], [], names, {}, recipe)
-module._VOTER_BYTES = 2**24
+nearest._BLOCK_BYTES = 2**24
 module.knn(test, test, [1])  # what the libraries take once
 status = Path("/proc/self/status").read_text().split()
 room = 1024 * int(status[status.index("VmData:") + 1]) + 100 * 2**20

@@ -1,0 +1,129 @@
+"""`dino curate`: from a pool of images those worth training on, as a list of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import DataNow, Json, Threshold, listed
+from dinocli.errors import DinoError
+
+if TYPE_CHECKING:
+    from dinocli.gallery import Gallery
+    from dinocli.mapped import Indices
+
+
+def curate(
+    pool: Annotated[Path, typer.Argument(help="Folder of features to choose from.")],
+    like: Annotated[
+        Path | None, typer.Option(help="Folder of features of seed images: what is chosen is to be like these.")
+    ] = None,
+    without: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of features, such as of a test set, that nothing chosen may be near to; may be repeated."
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="Pool images for each seed.")] = 4,
+    clusters: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Choose by so many k-means clusters of the pool instead: those with more than three seeds, "
+            "or all without --like.",
+        ),
+    ] = None,
+    each: Annotated[int, typer.Option(min=1, help="With --clusters: images drawn from each.")] = 100,
+    threshold: Threshold = None,
+    seed: Annotated[int, typer.Option(min=0, help="With --clusters: of their start and of the draw.")] = 0,
+    out: Annotated[Path, typer.Option(help="The list, which `dino pretrain` takes as its images.")] = Path(
+        "curated.txt"
+    ),
+    data: DataNow = None,
+    json: Json = False,
+) -> None:
+    """Take of a pool what is like some seeds, or as much of each kind.
+
+    With --threshold duplicates are dropped first, and what is near to the images of --without.
+    """
+    if not like and not clusters:
+        raise DinoError(
+            "what to choose by was wanted; neither --like nor --clusters was given",
+            "--like FEATURES takes what is nearest to those, --clusters 100 as many of each kind",
+        )
+
+    if without and threshold is None:
+        raise DinoError(
+            "a threshold for what is near to --without was wanted; none was given",
+            f"see `dino dedup --features {pool}`",
+        )
+
+    import numpy as np
+
+    from dinocli.evals.curate import near_to, retrieve
+    from dinocli.gallery import belong_together, open_gallery
+
+    gallery = open_gallery(pool, data)
+    others = [open_gallery(folder) for folder in [*([like] if like else []), *(without or [])]]
+    for other in others:
+        belong_together(gallery, other)
+    seeds = others.pop(0) if like else None
+    rows = np.arange(len(gallery))
+    left = {"pool": len(rows)}
+    if threshold is not None:
+        rows = np.setdiff1d(rows, _duplicates(gallery, threshold))
+        left["without duplicates"] = len(rows)
+    for other in others:
+        with console.progress(f"compare with {other.folder}", len(rows), "images") as advance:
+            rows = np.setdiff1d(rows, near_to(gallery.values, rows, other.values, threshold or 0, advance))
+        left[f"away from {other.folder}"] = len(rows)
+    if not len(rows):
+        raise DinoError("nothing of the pool is left", f"a higher --threshold than {threshold}")
+    if clusters:
+        rows = _by_clusters(gallery, rows, seeds, clusters, each, seed)
+    elif seeds:
+        with console.progress("retrieve", len(seeds), "seeds") as advance:
+            rows = retrieve(gallery.values, rows, seeds.values, k, advance)
+    left["chosen"] = len(rows)
+    written = listed(gallery, rows.tolist(), out)
+    if json:
+        names = [gallery.name(row) for row in rows.tolist()]
+        console.out_json({"left": left, "list": str(out) if written else None, "images": names})
+        return
+    console.table(["step", "images left"], [[step, str(images)] for step, images in left.items()])
+    for path in written:
+        console.out(str(path))
+
+
+def _duplicates(gallery: Gallery, threshold: float) -> list[int]:
+    """Rows of the pool that are dropped for a better image of the same."""
+    from dinocli.evals.dedup import choose, find_alike
+
+    count = len(gallery)
+    with console.progress("compare", count * (count - 1) // 2, "pairs") as advance:
+        found = find_alike(gallery.values, threshold, advance)
+    return [row for group in choose(found, gallery.size) for row in group.dropped]
+
+
+def _by_clusters(gallery: Gallery, rows: Indices, seeds: Gallery | None, count: int, each: int, seed: int) -> Indices:
+    import numpy as np
+
+    from dinocli.evals.curate import HELD, assign, clusters, held, sample
+
+    console.say(f"{count} clusters of {len(rows)} images")
+    centers = clusters(gallery.values, rows, count, seed)
+    with console.progress("assign", len(rows), "images") as advance:
+        of = assign(gallery.values, rows, centers, advance)
+    if seeds is None:
+        return sample(rows, of, each, seed)
+    among = held(assign(seeds.values, np.arange(len(seeds)), centers))
+    console.say(f"{len(among)} of the clusters hold {HELD} seeds or more")
+    if not len(among):
+        raise DinoError(
+            f"none of the {count} clusters holds {HELD} of the {len(seeds)} seeds",
+            "fewer --clusters, or --k in their place",
+        )
+    return sample(rows, of, each, seed, among)

@@ -1,0 +1,82 @@
+"""`dino dedup`: near-duplicates among the images of some features, and a list of what to keep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import DataNow, FeatureFolder, Json, Limits, Threshold, features_or_newest, listed
+from dinocli.errors import DinoError
+
+_SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the images, by which a threshold is chosen
+
+
+def dedup(
+    features: FeatureFolder = None,
+    threshold: Threshold = None,
+    out: Annotated[Path, typer.Option(help="Folder for the list, the histogram and the sheets.")] = Path("dedup"),
+    pages: Annotated[int, typer.Option(min=0, help="Sheets of 20 groups to look at.")] = 5,
+    data: DataNow = None,
+    overrides: Limits = None,
+    json: Json = False,
+) -> None:
+    """Find near-duplicates by the cosine of their features, draw them, and list what to keep.
+
+    What cosine tells duplicates depends on the network: without --threshold a histogram and a table show which to take.
+    """
+    folder = features_or_newest(features)
+
+    import numpy as np
+
+    from dinocli.curves import write_histogram
+    from dinocli.data.decode import DEFAULTS
+    from dinocli.evals.dedup import choose, find_alike
+    from dinocli.gallery import open_gallery
+    from dinocli.gallery_pictures import draw_groups
+
+    images = DEFAULTS.changed(overrides or [])
+    gallery = open_gallery(folder, data)
+    count = len(gallery)
+    if count < 2:
+        raise DinoError(f"images to compare were wanted; {folder} has {count}", "extract more than one image")
+    with console.progress("compare", count * (count - 1) // 2, "pairs") as advance:
+        found = find_alike(gallery.values, threshold, advance)
+    histogram = out / "histogram.png"
+    write_histogram(found.best, "cosine of each image to its nearest other one", threshold, histogram)
+    if threshold is None:
+        # Rounded down, so that what is typed takes as many as are told.
+        steps = {share: float(np.floor(1e6 * np.quantile(found.best, 1 - share)) / 1e6) for share in _SHARES}
+        if json:
+            console.out_json({"images": count, "thresholds": steps, "files": [str(histogram)]})
+            return
+        rows = [[f"{100 * share:g}", f"{step:.6f}"] for share, step in steps.items()]
+        console.table(["% of images with another as near", "threshold"], rows)
+        console.out(str(histogram))
+        console.say(f"next: dino dedup --threshold {steps[0.01]:.6f}, or another, and a look at its sheets")
+        return
+    groups = choose(found, lambda row: gallery.size(row, images))
+    dropped = [row for group in groups for row in group.dropped]
+    kept = np.setdiff1d(np.arange(count), dropped).tolist()
+    files = [histogram, *draw_groups(gallery, groups, out / "groups.jpg", pages, images)]
+    files += listed(gallery, kept, out / "keep.txt")
+    largest = max((1 + len(group.dropped) for group in groups), default=0)
+    if largest > max(100, count // 20):
+        console.say(f"note: {largest} images hang together in one group: the threshold joins what is merely alike")
+    unread = sum(not any(gallery.size(group.kept, images)) for group in groups)
+    if unread:
+        console.say(f"note: of {unread} groups no image can be read, and the first one is kept; see --data")
+    if json:
+        told = [
+            {"kept": gallery.name(g.kept), "dropped": [gallery.name(row) for row in g.dropped], "cosines": g.cosines}
+            for g in groups
+        ]
+        numbers = {"images": count, "threshold": threshold, "pairs": found.pairs, "kept": len(kept)}
+        console.out_json({**numbers, "groups": told, "files": list(map(str, files))})
+        return
+    numbers = {"images": count, "pairs": found.pairs, "groups": len(groups), "largest": largest, "kept": len(kept)}
+    console.table(list(numbers), [[str(number) for number in numbers.values()]])
+    for path in files:
+        console.out(str(path))

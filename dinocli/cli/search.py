@@ -1,0 +1,194 @@
+"""`dino search`: the images that are nearest to a photo; and how well a network finds what it should."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import (
+    DataNow,
+    Device,
+    FeatureFolder,
+    Json,
+    Limits,
+    NetworkName,
+    checkpoint_or_newest,
+    features_or_newest,
+)
+
+if TYPE_CHECKING:
+    from dinocli.encoder import Encoder
+    from dinocli.evals.index import Index, Kind
+    from dinocli.gallery import Gallery
+
+
+def search(
+    queries: Annotated[
+        list[Path] | None, typer.Argument(metavar="QUERY...", help="Photos, and folders of photos.")
+    ] = None,
+    features: FeatureFolder = None,
+    k: Annotated[int, typer.Option("--k", min=1, help="Images to find for each photo.")] = 8,
+    checkpoint: Annotated[
+        str | None, typer.Option("--checkpoint", help="What made the features, if it lies elsewhere now.")
+    ] = None,
+    index: Annotated[
+        Literal["auto", "exact", "ivf", "hnsw"],
+        typer.Option(
+            help="How to look: at all features, or through an index that is kept beside them. By their number if auto."
+        ),
+    ] = "auto",
+    out: Annotated[Path, typer.Option(help="The picture.")] = Path("search.png"),
+    data: DataNow = None,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="GND|COPIES",
+            help="In place of a search: score a checkpoint on gnd_roxford5k.pkl, gnd_rparis6k.pkl or the same as JSON, "
+            "or on a folder like Copydays, with original/ and folders of copies.",
+        ),
+    ] = None,
+    whiten: Annotated[
+        Path | None, typer.Option(help="With copies: folder of images to learn the whitening from.")
+    ] = None,
+    distractors: Annotated[
+        Path | None, typer.Option(help="With copies: folder of images among which the originals are to be found.")
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=8,
+            help="With --evaluate: longest side, or side of copies, in pixels; in the original's proportion if absent.",
+        ),
+    ] = None,
+    multiscale: Annotated[bool, typer.Option("--multiscale", help="With --evaluate GND: add up three sizes.")] = False,
+    network: NetworkName = "teacher",
+    overrides: Limits = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Find the images that are nearest to photos by the cosine of their features, and draw them."""
+    if bool(evaluate) == bool(queries):
+        came = "both came" if queries else "neither came"
+        raise typer.BadParameter(f"photos, or --evaluate, were wanted; {came}", param_hint="QUERY")
+    if evaluate:
+        encoder = _encoder(checkpoint_or_newest(checkpoint), device, network, overrides)
+        if evaluate.is_dir():
+            _copies(encoder, evaluate, distractors, whiten, size, json=json)
+        else:
+            _retrieval(encoder, evaluate, data, size, multiscale=multiscale, json=json)
+        return
+    folder = features_or_newest(features)
+
+    from dinocli.data.sources import photos
+    from dinocli.evals.search import encode, same_encoder, search
+    from dinocli.gallery import open_gallery
+    from dinocli.gallery_pictures import draw_hits
+
+    source = photos(queries or [])
+    gallery = open_gallery(folder, data)
+    encoder = _encoder(checkpoint or gallery.recipe.source, device, network, overrides, gallery.recipe.precision)
+    same_encoder(encoder, gallery.recipe)
+    with console.progress("encode", len(source), "images") as advance:
+        asked = encode(encoder, source, gallery.recipe, report=advance)
+    _skipped(asked.skipped)
+    opened = _index(gallery, index)
+    hits = list(search(opened, gallery, asked, k))
+    pictures = [str(path) for path in draw_hits(gallery, hits, out, encoder.images)]
+    about = opened.about
+    if json:
+        told = {"index": about.kind, "recall": about.recall, "images": len(gallery), "found": [asdict(h) for h in hits]}
+        console.out_json({**told, "skipped": asked.skipped, "pictures": pictures})
+        return
+    rows = [[Path(h.query).name, n.image, f"{n.cosine:.4f}", n.label or ""] for h in hits for n in h.neighbours]
+    how = "all looked at" if about.kind == "exact" else f"{about.kind} index, recall@10 {about.recall:.3f}"
+    console.table(["photo", "image", "cosine", "class"], rows, title=f"the nearest of {len(gallery)} images ({how})")
+    for picture in pictures:
+        console.out(picture)
+
+
+def _encoder(
+    source: str,
+    device: str,
+    network: Literal["teacher", "student"],
+    overrides: list[str] | None,
+    precision: str = "float32",
+) -> Encoder:
+    from dinocli.device import pick_device
+    from dinocli.encoder import quick, with_images
+    from dinocli.loading import load_encoder
+
+    encoder = with_images(load_encoder(source, pick_device(device), network), overrides or [])
+    return quick(encoder, precision, compiled=False)  # type: ignore[arg-type]
+
+
+def _index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:
+    from dinocli.evals.index import About, Index, digest_of, kind_for, open_index
+
+    kind = kind_for(len(gallery)) if asked == "auto" else asked
+    if kind == "exact":
+        return Index(About("exact", len(gallery), ""), gallery.values)
+    of = digest_of(gallery.values, gallery.digest)
+    with console.progress(f"{kind} index", len(gallery), "images") as advance:
+        return open_index(gallery.values, kind, gallery.folder, of, advance)
+
+
+def _retrieval(
+    encoder: Encoder, truth: Path, data: str | None, size: int | None, *, multiscale: bool, json: bool
+) -> None:
+    from dinocli.evals.retrieval import KS, read_ground_truth, retrieval
+
+    read = read_ground_truth(truth)
+    folder = Path(data) if data else truth.parent / "jpg"
+    side, total = size or encoder.size, len(read.images) + len(read.queries)
+    with console.progress("encode", total, "images") as advance:
+        scores, skipped = retrieval(encoder, read, folder, size=side, multiscale=multiscale, report=advance)
+    _skipped(skipped)
+    if json:
+        console.out_json(
+            {"size": side, "multiscale": multiscale, "scores": [asdict(s) for s in scores], "skipped": skipped}
+        )
+        return
+    rows = [[s.level, f"{s.mean_ap:.2f}", *(f"{p:.2f}" for p in s.precisions), str(s.queries)] for s in scores]
+    title = (
+        f"retrieval by {encoder.source}: {len(read.images)} images, longest side {side}" + ", three sizes" * multiscale
+    )
+    console.table(["level", "mAP %", *(f"mP@{k} %" for k in KS), "queries"], rows, title=title)
+
+
+def _copies(
+    encoder: Encoder, folder: Path, distractors: Path | None, whiten: Path | None, size: int | None, *, json: bool
+) -> None:
+    from dinocli.evals.copies import copies
+
+    patch = encoder.backbone.patch_size
+    side = size or round(encoder.size * 320 / 224 / patch) * patch
+    said = ""
+
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal said
+        if done == total or what != said:
+            console.say(f"{what}: {done} of {total} images")
+        said = what
+
+    result = copies(encoder, folder, distractors=distractors, whiten=whiten, size=side, report=report)
+    _skipped(result.skipped)
+    if json:
+        console.out_json({"size": side, **asdict(result)})
+        return
+    rows = [[s.kind, f"{s.mean_ap:.2f}", f"{s.micro_ap:.2f}", str(s.queries)] for s in result.scores]
+    whitened = f"whitened by {result.whitened}" if result.whitened else "not whitened"
+    among = f"{result.originals} originals among {result.distractors} others"
+    console.table(
+        ["copies", "mAP %", "micro-AP %", "queries"],
+        rows,
+        title=f"copies found by {encoder.source}: {among}, {whitened}, {side} pixels",
+    )
+
+
+def _skipped(skipped: dict[str, str]) -> None:
+    for path, reason in skipped.items():
+        console.say(f"note: skipped {path}: {reason}")

@@ -1,0 +1,262 @@
+"""Retrieval: mean average precision by the protocol of the revisited Oxford and Paris sets, and their files."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional as F
+
+from dinocli.data.augment import normalize
+from dinocli.data.decode import BadImage, decode
+from dinocli.encoder import Encoder
+from dinocli.errors import DinoError
+from dinocli.evals.nearest import Floats, unit
+from dinocli.mapped import Indices
+
+Level = Literal["easy", "medium", "hard"]
+LEVELS: tuple[Level, ...] = ("easy", "medium", "hard")
+KS = (1, 5, 10)
+_SCALES = (1.0, 2**-0.5, 0.5)  # of the original's --multiscale
+_FORM = "a file with imlist, qimlist and gnd was wanted, as gnd_roxford5k.pkl or the same as JSON"
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What is to be found.
+
+    Attributes:
+        images: Names of the database's images, without suffix.
+        queries: Names of the query images.
+        easy: For each query the numbers of the images that show the same and are easily found.
+        hard: Those that are not.
+        junk: Those that count neither as found nor as wrong.
+    """
+
+    images: list[str]
+    queries: list[str]
+    easy: list[Indices]
+    hard: list[Indices]
+    junk: list[Indices]
+
+    def at(self, level: Level, query: int) -> tuple[Indices, Indices]:
+        """The images to be found of a query, and those that do not count."""
+        easy, hard, junk = self.easy[query], self.hard[query], self.junk[query]
+        none = np.empty(0, np.int64)
+        wanted = {"easy": (easy, none), "medium": (easy, hard), "hard": (none, hard)}[level]
+        besides = {"easy": (junk, hard), "medium": (junk, none), "hard": (junk, easy)}[level]
+        return np.concatenate(wanted), np.concatenate(besides)
+
+
+@dataclass(frozen=True)
+class RetrievalScore:
+    """How well the images of one level were found, in percent.
+
+    Attributes:
+        level: Which.
+        mean_ap: Mean over queries of the average precision.
+        precisions: Mean precision among the first 1, 5 and 10.
+        queries: That have something to be found.
+    """
+
+    level: Level
+    mean_ap: float
+    precisions: list[float]
+    queries: int
+
+
+def read_ground_truth(path: Path) -> GroundTruth:
+    """Read `gnd_roxford5k.pkl`, `gnd_rparis6k.pkl`, or the same as JSON.
+
+    A pickle is read without running what it may contain: nothing but lists, dictionaries, texts, numbers and arrays.
+
+    Raises:
+        DinoError: There is no such file, or it is of another form.
+    """
+    try:
+        with path.open("rb") as file:
+            told = (
+                json.load(file) if path.suffix.lower() == ".json" else _PlainUnpickler(file, encoding="latin1").load()
+            )
+        images, queries = ([str(name) for name in told[key]] for key in ("imlist", "qimlist"))
+        rows = {
+            key: [_rows(each.get(key, ()), len(images)) for each in told["gnd"]] for key in ("easy", "hard", "junk")
+        }
+        if len(told["gnd"]) != len(queries) or not queries or not images:
+            raise ValueError(f"{len(queries)} queries and the truth of {len(told['gnd'])}")
+    except FileNotFoundError:
+        raise DinoError(f"{_FORM}; {path} does not exist", "check the path") from None
+    # A damaged pickle makes its reader raise nearly anything.
+    except Exception as error:
+        raise DinoError(f"{_FORM}; {path} is not: {error}", "take the file that comes with the data set") from error
+    return GroundTruth(images, queries, rows["easy"], rows["hard"], rows["junk"])
+
+
+def _rows(numbers: Any, count: int) -> Indices:
+    rows = np.asarray(numbers, dtype=np.float64).ravel().astype(np.int64)  # an empty list is one of floats
+    if len(rows) and not (rows.min() >= 0 and rows.max() < count):
+        raise ValueError(f"it names an image beyond the {count} of imlist")
+    return rows
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes arrays and numbers of numpy, and nothing else that a pickle may name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
+            return {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}[name]
+        # How old protocols write bytes, and none.
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding: text.encode("latin1")
+        if (module, name) == ("__builtin__", "bytes"):
+            return lambda: b""
+        raise pickle.UnpicklingError(f"it holds more than plain numbers: {module}.{name}")
+
+
+def average_precision(positions: NDArray[np.integer[Any]], wanted: int) -> float:
+    """Area under the line of precision over recall, by trapezoids.
+
+    Args:
+        positions: Of what was found and was to be found, ascending, 0 first. [P]
+        wanted: How many there are to be found.
+
+    Source: filipradenovic/revisitop evaluate.py; facebookresearch/dino@7c446df utils.py, eval_copy_detection.py.
+    """
+    found = np.arange(len(positions))
+    before = np.where(positions == 0, 1.0, found / np.maximum(positions, 1))
+    after = (found + 1) / (positions + 1)
+    return float((before + after).sum() / (2 * wanted))
+
+
+def scores(cosines: Floats, truth: GroundTruth) -> list[RetrievalScore]:
+    """Mean average precision and precisions of each level.
+
+    Args:
+        cosines: Of each query and each image; a query with none that is finite is left out. [Q, S]
+        truth: What is to be found.
+
+    Source: filipradenovic/revisitop; facebookresearch/dino@7c446df eval_image_retrieval.py.
+    """
+    ranks = np.argsort(-cosines, axis=1, kind="stable")
+    found = []
+    for level in LEVELS:
+        each = []
+        for query, ranked in enumerate(ranks):
+            wanted, besides = truth.at(level, query)
+            if len(wanted) and np.isfinite(cosines[query]).any():
+                each.append(_of_query(ranked, wanted, besides))
+        means = 100 * np.mean(each, axis=0) if each else np.full(1 + len(KS), np.nan)
+        found.append(RetrievalScore(level, float(means[0]), means[1:].tolist(), len(each)))
+    return found
+
+
+def _of_query(ranked: Indices, wanted: Indices, besides: Indices) -> list[float]:
+    counted = ranked[~np.isin(ranked, np.setdiff1d(besides, wanted))]  # junk is taken out of the ranking
+    positions = np.flatnonzero(np.isin(counted, wanted))
+    places = [min(k, int(positions[-1]) + 1) for k in KS]  # no more are asked for than it takes to find all
+    return [average_precision(positions, len(wanted)), *(float((positions < k).sum() / k) for k in places)]
+
+
+def features_of_files(
+    encoder: Encoder,
+    files: Sequence[Path],
+    *,
+    size: int,
+    multiscale: bool = False,
+    report: Callable[[int], None] = lambda images: None,
+) -> tuple[Floats, dict[str, str]]:
+    """Unit class tokens of photos in their own shape, one after another, as the original takes them.
+
+    Args:
+        encoder: Of three channels.
+        files: The photos.
+        size: Longest side in pixels; smaller ones stay as they are.
+        multiscale: Add up the features at three sizes.
+        report: Called after each photo with the number done so far.
+
+    Returns:
+        [S, D], of which those that cannot be read are NaN; and path and reason of these.
+    """
+    rows: list[Floats | None] = []
+    skipped: dict[str, str] = {}
+    for done, file in enumerate(files, 1):
+        made = _feature(encoder, file, size, multiscale)
+        if isinstance(made, BadImage):
+            skipped[str(file)] = made.reason
+        rows.append(None if isinstance(made, BadImage) else made)
+        report(done)
+    width = next((len(row) for row in rows if row is not None), 0)
+    if not width:
+        path, reason = next(iter(skipped.items()))
+        raise DinoError(f"none of the {len(files)} photos can be read; {path}: {reason}", "name their folder by --data")
+    return np.stack([np.full(width, np.nan, np.float32) if row is None else row for row in rows]), skipped
+
+
+def _feature(encoder: Encoder, file: Path, size: int, multiscale: bool) -> Floats | BadImage:
+    try:
+        pixels = decode(file.read_bytes(), encoder.images)
+    except OSError as error:
+        return BadImage(f"missing: {error.strerror or error}")
+    if isinstance(pixels, BadImage):
+        return pixels
+    photo = Image.fromarray(pixels)
+    photo.thumbnail((size, size), Image.Resampling.LANCZOS)
+    whole = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].to(encoder.device).float() / 255  # [1, 3, h, w]
+    mean, std = (torch.tensor(v, device=encoder.device) for v in (encoder.mean, encoder.std))
+    whole = normalize(whole, mean, std)
+    tokens = []
+    for scale in _SCALES[: 3 if multiscale else 1]:
+        scaled = F.interpolate(whole, scale_factor=scale, mode="bilinear") if scale < 1 else whole
+        patch = encoder.backbone.patch_size
+        height, width = (side // patch * patch for side in scaled.shape[-2:])
+        if not height or not width:
+            return BadImage(f"too small: {photo.width}x{photo.height} pixels, below a patch of {patch}")
+        tokens.append(encoder.features(scaled[..., :height, :width]).float())
+    return unit(torch.stack(tokens).sum(0).cpu().numpy())[0]
+
+
+def retrieval(
+    encoder: Encoder,
+    truth: GroundTruth,
+    folder: Path,
+    *,
+    size: int,
+    multiscale: bool = False,
+    report: Callable[[int], None] = lambda images: None,
+) -> tuple[list[RetrievalScore], dict[str, str]]:
+    """Encode a set's images and queries, rank, and score.
+
+    Images that cannot be read are never found, and queries that cannot are left out.
+
+    Args:
+        encoder: Of three channels.
+        truth: What is to be found.
+        folder: Of the images.
+        size: Longest side in pixels.
+        multiscale: Add up the features at three sizes.
+        report: Called after each photo with the number done so far.
+
+    Returns:
+        The scores, and path and reason of each image that cannot be read.
+
+    Raises:
+        DinoError: None can be read.
+    """
+    names = [*truth.images, *truth.queries]
+    files = [
+        folder / (name if Path(name).suffix.lower() in (".jpg", ".jpeg", ".png") else f"{name}.jpg") for name in names
+    ]
+    values, skipped = features_of_files(encoder, files, size=size, multiscale=multiscale, report=report)
+    images, queries = values[: len(truth.images)], values[len(truth.images) :]
+    cosines = queries @ images.T  # [Q, S]
+    return scores(np.where(np.isnan(cosines), -np.inf, cosines), truth), skipped

@@ -1,0 +1,116 @@
+"""Search: the images of a gallery that are nearest to photos."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from dinocli.data.sources import Source
+from dinocli.encoder import Encoder
+from dinocli.errors import DinoError
+from dinocli.evals.index import Index
+from dinocli.evals.nearest import Floats
+from dinocli.features import Recipe
+from dinocli.gallery import Gallery
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An image that was found.
+
+    Attributes:
+        image: Its name in the gallery.
+        cosine: To the query.
+        label: Its class, if it has one.
+        row: Its number in the gallery.
+    """
+
+    image: str
+    cosine: float
+    label: str | None
+    row: int
+
+
+@dataclass(frozen=True)
+class Hits:
+    """A query and what is nearest to it, the nearest first."""
+
+    query: str
+    neighbours: list[Neighbour]
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Photos as features.
+
+    Attributes:
+        names: Of those that could be read. [Q]
+        values: [Q, D]
+        skipped: Path and reason of the others.
+    """
+
+    names: list[str]
+    values: Floats
+    skipped: dict[str, str]
+
+
+def same_encoder(encoder: Encoder, recipe: Recipe) -> None:
+    """See that an encoder is the one that made some features.
+
+    Raises:
+        DinoError: It is another.
+    """
+    if encoder.fingerprint != recipe.fingerprint:
+        raise DinoError(
+            f"these features were made by {recipe.source} ({recipe.fingerprint}); {encoder.source} has other weights "
+            f"({encoder.fingerprint})",
+            "--checkpoint with what made them, or extract again",
+        )
+
+
+def encode(
+    encoder: Encoder,
+    source: Source,
+    recipe: Recipe,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    report: Callable[[int], None] = lambda images: None,
+) -> Queries:
+    """Features of photos, made as those of a gallery were.
+
+    Args:
+        encoder: The same that made those; see `same_encoder`.
+        source: The photos.
+        recipe: Of the gallery's features.
+        batch_size: Images at once.
+        workers: Processes that decode.
+        report: Called after each batch with the number of photos done so far.
+
+    Raises:
+        DinoError: None can be read.
+    """
+    names: list[str] = []
+    values: list[Floats] = []
+    skipped: dict[str, str] = {}
+    for batch in encoder.batches(source, size=recipe.size, batch_size=batch_size, workers=workers):
+        if batch.names:
+            tokens = encoder.features(batch.images, recipe.tokens, recipe.blocks)  # type: ignore[arg-type]
+            values.append(tokens.float().cpu().numpy())
+        names += batch.names
+        skipped |= dict(batch.bad)
+        report(len(names) + len(skipped))
+    if not names:
+        path, reason = next(iter(skipped.items()))
+        raise DinoError(f"none of the photos can be read; {path}: {reason}", "name a photo such as a .jpg")
+    return Queries(names, np.concatenate(values), skipped)
+
+
+def search(index: Index, gallery: Gallery, queries: Queries, k: int) -> Iterator[Hits]:
+    """The k nearest images of each query; fewer where the gallery has fewer."""
+    cosines, rows = index.search(queries.values, k)
+    for name, near, found in zip(queries.names, cosines.tolist(), rows.tolist(), strict=True):
+        pairs = [(cosine, row) for cosine, row in zip(near, found, strict=True) if row >= 0]
+        yield Hits(name, [Neighbour(gallery.name(row), cosine, gallery.label(row), row) for cosine, row in pairs])

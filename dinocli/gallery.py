@@ -1,0 +1,178 @@
+"""Gallery: the images behind a folder of features, all splits as one, and the photos where they can still be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dinocli.atomic import write_text
+from dinocli.data.decode import DEFAULTS, BadImage, ImagesConfig, Pixels, open_image, reduction
+from dinocli.data.shards import Shards, read_sample
+from dinocli.data.sources import Source, TorchvisionImages, splits
+from dinocli.errors import DinoError
+from dinocli.features import Features, Recipe, read_splits, same_maker
+from dinocli.mapped import Rows
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images by the number of their row.
+
+    Attributes:
+        folder: Of the features.
+        parts: The features of each split, by its name.
+        data: Where the images lie, as it was named to `dino extract`, or as they lie now.
+    """
+
+    folder: Path
+    parts: dict[str, Features]
+    data: str
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @cached_property
+    def values(self) -> Rows:
+        """Of all splits, one after another. [S, D]"""
+        return Rows([part.values for part in self.parts.values()])
+
+    @property
+    def recipe(self) -> Recipe:
+        """What made the features of every split, but for its views."""
+        return next(iter(self.parts.values())).recipe
+
+    @property
+    def digest(self) -> str:
+        """What tells the images and their order from others, beside the numbers themselves."""
+        return f"{self.recipe.fingerprint} {[(name, len(part)) for name, part in self.parts.items()]}"
+
+    def name(self, row: int) -> str:
+        """Path of an image, below its split where there are several."""
+        split, path = self._place(row)
+        return path if len(self.parts) == 1 else f"{split}/{path}"
+
+    def label(self, row: int) -> str | None:
+        """Class of an image, if it has one."""
+        split, _ = self._place(row)
+        part = self.parts[split]
+        label = int(part.labels[row - self._begins[split]])
+        return part.classes[label] if 0 <= label < len(part.classes) else None
+
+    def file(self, row: int) -> Path | None:
+        """The file of an image; none where it lies in a tar file or comes decoded, or where nothing is left."""
+        split, path = self._place(row)
+        source = self._sources.get(split)
+        if source is None or isinstance(source, Shards | TorchvisionImages):
+            return None
+        return (source.root / path).absolute()
+
+    def read(self, row: int) -> bytes | Image.Image | BadImage:
+        """The bytes of an image, or why there are none."""
+        split, path = self._place(row)
+        source = self._sources.get(split)
+        if source is None:
+            return BadImage(f"missing: {self._missing or f'{self.data} has no part {split}'}")
+        try:
+            if isinstance(source, TorchvisionImages):
+                return source.read(int(path))
+            if isinstance(source, Shards):
+                return read_sample(source, path) or BadImage(f"missing: {path} is not in {source.where}")
+            return (source.root / path).read_bytes()
+        except (OSError, ValueError, IndexError) as error:
+            return BadImage(f"missing: {getattr(error, 'strerror', None) or error}")
+
+    def photo(self, row: int, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
+        """An image of at least so many pixels a side, as far as it has them, or why it cannot be read. [H, W, C]"""
+        data = self.read(row)
+        return data if isinstance(data, BadImage) else small(data, side, images)
+
+    def size(self, row: int, images: ImagesConfig = DEFAULTS) -> tuple[int, int]:
+        """Pixels and bytes of an image, by its header; zeros where it cannot be read."""
+        data = self.read(row)
+        opened = data if isinstance(data, BadImage) else open_image(data, images)
+        if isinstance(opened, BadImage):
+            return 0, 0
+        return opened.height * opened.width, len(data) if isinstance(data, bytes) else 0
+
+    def _place(self, row: int) -> tuple[str, str]:
+        split = [name for name, begin in self._begins.items() if begin <= row and len(self.parts[name])][-1]
+        return split, self.parts[split].paths[row - self._begins[split]]
+
+    @cached_property
+    def _begins(self) -> dict[str, int]:
+        ends = np.cumsum([0, *(len(part) for part in self.parts.values())]).tolist()
+        return dict(zip(self.parts, ends, strict=False))
+
+    @cached_property
+    def _opened(self) -> tuple[dict[str, Source], str]:
+        try:
+            return splits(self.data), ""
+        except DinoError as error:
+            return {}, error.message
+
+    @property
+    def _sources(self) -> dict[str, Source]:
+        return self._opened[0]
+
+    @property
+    def _missing(self) -> str:
+        return self._opened[1]
+
+
+def open_gallery(folder: Path, data: str | None = None) -> Gallery:
+    """The images behind a folder of features.
+
+    Args:
+        folder: Of `dino extract`.
+        data: Where the images lie now; absent, where they lay then.
+
+    Raises:
+        DinoError: It holds no features, features that do not belong together, or patch tokens.
+    """
+    parts = read_splits(folder)
+    if any(part.values.ndim != 2 for part in parts.values()):
+        raise DinoError("one feature an image was wanted; these are patch tokens", "extract again with --tokens cls")
+    return Gallery(folder, parts, data or next(iter(parts.values())).recipe.data)
+
+
+def belong_together(first: Gallery, other: Gallery) -> None:
+    """See that the features of two galleries can be compared.
+
+    Raises:
+        DinoError: They were made by different weights or settings.
+    """
+    same_maker((str(first.folder), first.recipe), (str(other.folder), other.recipe))
+
+
+def small(data: bytes | Image.Image, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
+    """A photo to be shown at `side` pixels: a large one is decoded smaller, where that is quick. [H, W, C]"""
+    opened = open_image(data, images)
+    if isinstance(opened, BadImage):
+        return opened
+    return opened.pixels(reduction(max(opened.height, opened.width) / (2 * side)))
+
+
+def write_list(gallery: Gallery, rows: Sequence[int], path: Path) -> list[str]:
+    """Write a list of files that `dino pretrain` takes as its images, with absolute paths.
+
+    Returns:
+        Names of images that no line can name, since they hold a tab or the end of a line.
+
+    Raises:
+        DinoError: The images do not lie in files of their own, or are not there any more.
+    """
+    files = [gallery.file(row) for row in rows]
+    if not all(files):
+        raise DinoError(
+            f"a list names image files; those of {gallery.folder} are in {gallery.data}, which has none to name",
+            "name the folder that they lie in now with --data",
+        )
+    lines = [(row, str(file)) for row, file in zip(rows, files, strict=True)]
+    odd = {row for row, line in lines if any(sign in line for sign in "\t\r\n")}
+    write_text(path, "".join(f"{line}\n" for row, line in lines if row not in odd))
+    return [gallery.name(row) for row in sorted(odd)]

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dinocli.evals import nearest as module
+from dinocli.evals.nearest import alike, nearest, unit
+from dinocli.mapped import Rows
+
+
+def drawn(count: int, width: int = 6, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+@pytest.mark.parametrize("rows_a_block", [1000, 7])
+@pytest.mark.parametrize("among", [None, np.array([0, 3, 4, 17, 30, 49])])
+def test_the_nearest_are_those_of_a_plain_loop(
+    monkeypatch: pytest.MonkeyPatch, rows_a_block: int, among: np.ndarray | None
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", rows_a_block * 6 * 4)
+    values, queries = drawn(50), drawn(9, seed=1)
+    done: list[int] = []
+    cosines, found = nearest(Rows([values[:20], values[20:]]), queries, 4, among=among, report=done.append)
+    allowed = range(50) if among is None else among.tolist()
+    for q, query in enumerate(queries):
+        best = sorted(allowed, key=lambda row: -cosine(values[row], query))[:4]
+        assert found[q].tolist() == best
+        assert cosines[q] == pytest.approx([cosine(values[row], query) for row in best], abs=1e-6)
+    assert done[-1] == len(allowed)
+
+
+@pytest.mark.parametrize("tile", [4096, 8, 7])
+def test_every_alike_pair_comes_once_and_the_best_is_right(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setattr(module, "_TILE", tile)
+    values = drawn(23, 3)
+    best = np.empty(23, np.float32)
+    parts = list(alike(values, 0.8, best))
+    pairs = [(a, b) for part in parts for a, b in zip(part.first.tolist(), part.second.tolist(), strict=True)]
+    expected = [(a, b) for a in range(23) for b in range(a + 1, 23) if cosine(values[a], values[b]) >= 0.8]
+    assert sorted(pairs) == expected
+    assert len(expected) > 5
+    for part in parts:
+        for a, b, near in zip(*part[1:], strict=True):
+            assert near == pytest.approx(cosine(values[a], values[b]), abs=1e-6)
+    for a in range(23):
+        assert best[a] == pytest.approx(max(cosine(values[a], values[b]) for b in range(23) if b != a), abs=1e-6)
+    assert parts[-1].done == 23 * 22 // 2
+    assert not any(len(part.first) for part in alike(values, None, best)), "without a threshold there is no pair"
+
+
+def test_a_feature_of_zeros_is_near_to_nothing() -> None:
+    assert unit(np.zeros((1, 4), np.float32)).tolist() == [[0, 0, 0, 0]]
+    np.testing.assert_allclose(np.linalg.norm(unit(drawn(5)), axis=1), 1, rtol=1e-6)
