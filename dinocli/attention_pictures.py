@@ -11,14 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinocli.atomic import atomic, write_tensors
-from dinocli.data.decode import BadImage, Pixels, decode
+from dinocli.data.decode import BadImage, Pixels
+from dinocli.data.named import read_photo
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import AttentionMaps, attention_maps, default_size, enlarge
-from dinocli.picture import Panel, heat, sheet, spotlight, visible
-
-# A sheet has two rows of up to 14 panels; of a photo beyond this many pixels it would not open in a viewer any more.
-_PANEL_PIXELS = 4_000_000
-_PANEL_SIDE = 160  # pixels, below which captions overlap
+from dinocli.picture import Panel, bounded, heat, sheet, spotlight, visible
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
         size: Short side to look at the photo with, in pixels; absent, what fits the encoder.
         raw: Whether to write the maps too: `heads` [heads, rows, columns] and `masks` of the same shape.
     """
-    pixels = decode(image.read_bytes(), encoder.images)
+    pixels = read_photo(image, encoder.images)
     if isinstance(pixels, BadImage):
         return pixels.reason
     maps = attention_maps(encoder, pixels, size or default_size(encoder))
@@ -63,7 +60,7 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
 
 def attention_sheet(pixels: Pixels, maps: AttentionMaps, keep: float) -> Image.Image:
     """The photo beside each head's map and their mean; below, what each keeps of the photo."""
-    pixels = _bounded(pixels)
+    pixels = bounded(pixels)
     height, width = pixels.shape[:2]
     every = [(f"head {i + 1}", m) for i, m in enumerate(maps.heads)] + [("mean of heads", maps.heads.mean(0))]
     masks = [*maps.masks(keep), AttentionMaps(maps.heads.mean(0, keepdims=True)).masks(keep)[0]]
@@ -74,16 +71,3 @@ def attention_sheet(pixels: Pixels, maps: AttentionMaps, keep: float) -> Image.I
         for mask, (name, _) in zip(masks, every, strict=True)
     ]
     return sheet([above, below])
-
-
-def _bounded(pixels: Pixels) -> Pixels:
-    """A photo at its own size, but a tiny one enlarged until its captions fit, and a huge one made to fit a viewer."""
-    height, width = pixels.shape[:2]
-    if min(height, width) < _PANEL_SIDE:
-        times = min(-(-_PANEL_SIDE // min(height, width)), max(1, int((_PANEL_PIXELS / (height * width)) ** 0.5)))
-        return np.repeat(np.repeat(pixels, times, 0), times, 1)
-    factor = (_PANEL_PIXELS / (height * width)) ** 0.5
-    if factor >= 1:
-        return pixels
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))

@@ -154,21 +154,22 @@ class Encoder:
         with autocast(self.device, self.precision):
             return features_of(self.backbone, images, tokens, blocks)
 
-    def photo(self, pixels: Pixels, short_side: int) -> Tensor:
+    def photo(self, pixels: Pixels, short_side: int, most: int = _MOST_PATCHES) -> Tensor:
         """A photo of any size and shape as the backbone takes it, all of it.
 
         Args:
             pixels: [H, W, C]
-            short_side: What to resize its short side to, in pixels; both sides are then rounded to whole patches, no
-                more of them than a machine can hold: a very long photo, or a very large size, becomes coarser.
+            short_side: What to resize its short side to, in pixels; both sides are then rounded to whole patches.
+            most: Patches, but for rounding; as many as a machine can hold unless told otherwise. A very long photo, or
+                a very large size, becomes coarser.
 
         Returns:
             Normalized. [1, C, H', W']
         """
         height, width = pixels.shape[:2]
         patch = self.backbone.patch_size
-        scale = min(short_side / min(height, width), patch * (_MOST_PATCHES / (height * width)) ** 0.5)
-        rows, columns = (min(_MOST_PATCHES, max(1, round(side * scale / patch))) for side in (height, width))
+        scale = min(short_side / min(height, width), patch * (most / (height * width)) ** 0.5)
+        rows, columns = (min(most, max(1, round(side * scale / patch))) for side in (height, width))
         image = cut(pixels, (0, 0, height, width), (rows * patch, columns * patch), "bilinear")
         mean, std = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))
         return normalize(image.to(self.device).float() / 255, mean, std)[None]

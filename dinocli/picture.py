@@ -1,8 +1,9 @@
-"""Pictures: maps in color, sheets of panels with captions, and contact sheets of photos."""
+"""Pictures: maps in color, masks over photos, sheets of panels with captions, and contact sheets of photos."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,9 @@ from dinocli.data.decode import Pixels
 
 _PAPER, _INK, _PALE = (255, 255, 255), (40, 40, 40), (200, 200, 200)
 _SIDE, _GAP, _LINE = 144, 6, 16  # pixels, of a contact sheet
+# A sheet has two rows of up to 14 panels; of a photo beyond this many pixels it would not open in a viewer any more.
+_PANEL_PIXELS = 4_000_000
+_PANEL_SIDE = 160  # pixels, below which captions overlap
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -57,6 +61,65 @@ def spotlight(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
     gray = pixels @ np.array([0.299, 0.587, 0.114])
     pale = (170 + gray * 0.3).astype(np.uint8)[..., None]
     return np.where(mask[..., None], pixels, pale)
+
+
+def bounded(pixels: Pixels) -> Pixels:
+    """A photo at its own size, but a tiny one enlarged until its captions fit, and a huge one made to fit a viewer."""
+    height, width = pixels.shape[:2]
+    if min(height, width) < _PANEL_SIDE:
+        times = min(-(-_PANEL_SIDE // min(height, width)), max(1, int((_PANEL_PIXELS / (height * width)) ** 0.5)))
+        return np.repeat(np.repeat(pixels, times, 0), times, 1)
+    factor = (_PANEL_PIXELS / (height * width)) ** 0.5
+    if factor >= 1:
+        return pixels
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
+def outline(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
+    """A photo with a line along the inner edge of a mask, white beside black, to be seen on any color. [H, W, 3]"""
+    wide = max(1, min(mask.shape) // 200)
+    drawn = pixels.copy()
+    drawn[mask & ~_shrunk(mask, 2 * wide)] = _INK
+    drawn[mask & ~_shrunk(mask, wide)] = _PAPER
+    return drawn
+
+
+def _shrunk(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
+    """The places of a mask from which its edge is farther than `by`; the photo's own edge is none."""
+    for _ in range(by):
+        padded = np.pad(mask, 1, constant_values=True)
+        mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    return mask
+
+
+def palette(count: int) -> NDArray[np.uint8]:
+    """Colors that differ as far as a few can, the first one grey. [count, 3]"""
+    colors = [(110, 110, 110)] + [
+        tuple(round(255 * part) for part in hsv_to_rgb(i * 0.382 % 1, 0.85 - 0.3 * (i % 3 == 2), 1 - 0.35 * (i % 2)))
+        for i in range(count - 1)
+    ]
+    return np.array(colors[:count], dtype=np.uint8)
+
+
+def tinted(pixels: Pixels, classes: NDArray[np.uint8], colors: NDArray[np.uint8]) -> Pixels:
+    """A photo under the colors of its pixels' classes. [H, W, 3], [H, W], [K, 3] -> [H, W, 3]"""
+    return (0.4 * pixels + 0.6 * colors[classes]).round().astype(np.uint8)
+
+
+def legend(pixels: Pixels, entries: Sequence[tuple[str, NDArray[np.uint8]]]) -> Pixels:
+    """A photo with names beside their colors in its upper left corner. [H, W, 3]"""
+    line = max(12, round(min(pixels.shape[:2]) / 16))
+    font = ImageFont.load_default(size=line * 0.8)
+    page = Image.fromarray(pixels)
+    pen = ImageDraw.Draw(page)
+    for i, (name, color) in enumerate(entries[: max(1, page.height // line - 1)]):
+        top = line * (i + 0.5)
+        box = (line * 0.5, top, line * 2 + font.getlength(name), top + line)
+        pen.rectangle(box, fill=_PAPER)
+        pen.rectangle((box[0] + 3, top + 3, box[0] + line - 3, top + line - 3), fill=tuple(color.tolist()))
+        pen.text((box[0] + line, top + line / 2), name, _INK, font, anchor="lm")
+    return np.asarray(page)
 
 
 def sheet(rows: Sequence[Sequence[Panel | None]]) -> Image.Image:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from dinocli import attention_pictures as module
+from dinocli import picture as module
 from dinocli.attention_pictures import attention_sheet, draw
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import AttentionMaps

@@ -2,7 +2,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from dinocli.picture import Panel, contact_sheet, fitted, heat, sheet, spotlight, visible
+from dinocli.picture import (
+    Panel,
+    contact_sheet,
+    fitted,
+    heat,
+    legend,
+    outline,
+    palette,
+    sheet,
+    spotlight,
+    tinted,
+    visible,
+)
 
 
 def test_heat_runs_from_black_to_yellow_at_the_photos_size() -> None:
@@ -63,3 +75,31 @@ def test_small_photos_are_enlarged_as_squares_and_none_is_lost() -> None:
     assert large.shape == (64, 32, 3)
     np.testing.assert_array_equal(large[4::8, 4::8], pixels[..., [0, 0, 0]])
     assert fitted(np.zeros((1, 5000, 3), dtype=np.uint8), 64).shape == (1, 64, 3)
+
+
+def test_an_outline_follows_the_inner_edge_of_a_mask() -> None:
+    photo = np.full((40, 60, 3), (90, 160, 120), dtype=np.uint8)
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[10:30, 20:60] = True
+    drawn = outline(photo, mask)
+    changed = (drawn != photo).any(-1)
+    inner = np.zeros_like(mask)
+    inner[12:28, 22:60] = True  # the photo's own edge is none of the mask's
+    np.testing.assert_array_equal(changed, mask & ~inner)
+    assert (drawn[10, 20:] == 255).all()
+    np.testing.assert_array_equal(outline(photo, np.ones_like(mask)), photo)
+
+
+def test_classes_have_colors_of_their_own_and_names_beside_them() -> None:
+    colors = palette(20)
+    assert len(np.unique(colors, axis=0)) == 20
+    photo = np.zeros((100, 100, 3), dtype=np.uint8)
+    classes = np.zeros((100, 100), dtype=np.uint8)
+    classes[50:] = 3
+    drawn = tinted(photo, classes, colors)
+    np.testing.assert_array_equal(drawn[0, 0], (0.6 * colors[0]).round())
+    np.testing.assert_array_equal(drawn[99, 0], (0.6 * colors[3]).round())
+    named = legend(photo, [("sky", colors[1]), ("sea", colors[2])])
+    for i in (1, 2):
+        assert (named == colors[i]).all(-1).sum() >= 25
+    assert not named[60:].any()

@@ -26,6 +26,7 @@ from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
 from dinocli.cli.push import push
 from dinocli.cli.search import search
+from dinocli.cli.segment import segment
 from dinocli.cli.track import track
 from dinocli.errors import DinoError
 
@@ -47,6 +48,7 @@ app.command()(curate)
 app.command()(attn_map)
 app.command()(match)
 app.command()(track)
+app.command()(segment)
 app.command()(export)
 app.command()(push)
 app.add_typer(presets, name="presets")

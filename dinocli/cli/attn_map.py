@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,9 +12,9 @@ from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, c
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
+    from dinocli.attention_films import Form
     from dinocli.data.frames import Frames
     from dinocli.encoder import Encoder
-    from dinocli.films import Form
 
 
 def attn_map(
@@ -56,7 +55,7 @@ def attn_map(
         raise typer.BadParameter("the maps themselves are written of photos alone", param_hint="--raw")
     if not film and (head or fps):
         raise typer.BadParameter("they are for --film strip, gif or mp4", param_hint="--head, --fps")
-    films, files = (_films(images), {}) if film else ({}, _files(images))
+    films, files = (_films(images), {}) if film else ({}, _photos(images))
 
     from dinocli.device import pick_device
     from dinocli.encoder import with_images
@@ -109,7 +108,7 @@ def _draw_films(
 ) -> None:
     from fractions import Fraction
 
-    from dinocli.films import ENDINGS, film
+    from dinocli.attention_films import ENDINGS, film
 
     rate = Fraction(fps).limit_denominator(1000) if fps else None
     made = []
@@ -145,34 +144,11 @@ def _films(images: list[Path]) -> dict[str, Frames]:
     }
 
 
-def _files(images: list[Path]) -> dict[Path, Path]:
+def _photos(images: list[Path]) -> dict[Path, Path]:
     """Each image file, and the name of its picture below the folder of pictures."""
     from dinocli.data.frames import is_video
-    from dinocli.data.sources import image_folder
+    from dinocli.data.named import named_photos
 
     if video := next((path for path in images if is_video(path)), None):
         raise DinoError(f"photos were wanted; {video} is a video", "--film strip, gif or mp4")
-
-    files: dict[Path, Path] = {}
-    for path in images:
-        if path.is_dir():
-            files |= {path / inside: Path(inside) for inside in image_folder(path).names}
-        elif path.is_file():
-            files[path] = Path(path.name)
-        else:
-            raise DinoError(f"a photo or a folder was wanted; {path} does not exist", "check the path")
-    return _told_apart(files)
-
-
-def _told_apart(files: dict[Path, Path]) -> dict[Path, Path]:
-    """Names without their suffix, unless two would then be the same."""
-    stems = [name.with_suffix("") for name in files.values()]
-    times, taken = Counter(stems), set[Path]()
-    names: dict[Path, Path] = {}
-    for (path, name), stem in zip(files.items(), stems, strict=True):
-        chosen = stem if times[stem] == 1 else name.with_name(name.name.replace(".", "_"))
-        while chosen in taken:
-            chosen = chosen.with_name(chosen.name + "_")
-        taken.add(chosen)
-        names[path] = chosen
-    return names
+    return named_photos(images)

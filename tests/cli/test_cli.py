@@ -15,8 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import write_images
+from PIL import Image
 
 from dinocli import shipped
 from dinocli.cli import main
@@ -72,6 +74,7 @@ COMMANDS = [
     "attn-map",
     "match",
     "track",
+    "segment",
     "export",
     "push",
     "pack",
@@ -142,6 +145,11 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["match", "images/a/0000.png", "images/a/0001.png"], "a checkpoint was wanted", "dino pretrain"),
         (["track", "images", "--mask", "nowhere.png"], "nowhere.png does not exist", ""),
         (["track", "nowhere", "--mask", "images/a/0000.png"], "nowhere does not exist", ""),
+        (["segment", "nowhere.jpg"], "nowhere.jpg does not exist", ""),
+        (["segment", "images"], "a checkpoint was wanted", "dino pretrain"),
+        (["segment"], "photos were wanted", "dino segment photo.jpg"),
+        (["segment", "images", "--pca", "--evaluate", "masks"], "--pca and --evaluate came", "leave --evaluate out"),
+        (["segment", "images", "--train", "images"], "--train takes its photos from its own folder", "leave them out"),
         (["presets", "show", "vits61"], "no preset 'vits61'", "vits16"),
         (["linear", "--checkpoint", "x"], "are for images", "--paper"),
         (["pretrain", "images", "--set", "views.local.scale=[0.4, 0.05]"], "views.local.scale", "--set views.local.scale"),
@@ -410,6 +418,53 @@ def test_features_of_other_weights_are_not_mixed(dino: Dino, tmp_path: Path) -> 
     (tmp_path / "features1" / "val.safetensors").replace(tmp_path / "features0" / "val.safetensors")
     done = dino("knn", "--features", "features0", "--k", "1", code=1)
     assert "made by different weights" in done.stderr
+
+
+def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: Path) -> None:
+    dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
+    (images / "a" / "torn.png").write_bytes(b"no image")
+    write_images(tmp_path / "masks" / "a", 6, seed=0)  # of RGB, which are no masks
+    for path in sorted((tmp_path / "masks" / "a").iterdir()):
+        mask = Image.fromarray((np.arange(32 * 32).reshape(32, 32) > 500).astype(np.uint8) * 255)
+        (mask if path.stem != "0003" else mask.convert("RGB")).save(path)
+
+    done = dino("segment", "images", "--masks", "--json")
+    told = json.loads(done.stdout)
+    assert [d["picture"] for d in told[:2]] == ["segments/a/0000.png", "segments/a/0001.png"]
+    assert len(told) == 12
+    assert "note: skipped images/a/torn.png: not an image" in done.stderr
+    alike = dino("segment", "images/a/0000.png", "images/a/0001.png", "--tau", "-1", "--out", "alike")
+    assert "nothing stands out in images/a/0000.png and 1 more" in alike.stderr
+    with Image.open(told[0]["mask"]) as mask:
+        assert mask.size == (32, 32)
+    assert dino("segment", "images/a/0000.png", "--by", "attention", "--out", "one").stdout == "one/0000.png\n"
+    assert dino("segment", "images", "--pca", "--out", "colors").stdout == "colors/pca.png\n"
+
+    done = dino("segment", "images/a", "--evaluate", "masks/a", "--json")
+    measured = json.loads(done.stdout)
+    assert list(measured["jaccard"]) == ["attention", "cut", "all foreground", "centred ellipse"]
+    assert measured["jaccard"]["all foreground"] == pytest.approx(523 / 1024)
+    assert measured["photos"] == 5
+    assert sorted(measured["skipped"]) == ["images/a/0003.png", "images/a/torn.png"]
+    table = dino("segment", "images/a", "--evaluate", "masks", "--by", "cut").stdout
+    assert "masks of 5 photos" in table
+    assert "attention" not in table
+    nothing = dino("segment", "images/a/0003.png", "--evaluate", "masks", code=1).stderr
+    assert "none of 1 photos has a mask in masks that fits it" in nothing
+
+    for split, names in (("train", "0124"), ("val", "5")):
+        for name in names:
+            for kind, folder in (("images", images), ("masks", tmp_path / "masks")):
+                place = tmp_path / "data" / split / kind / f"{name}.png"
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes((folder / "a" / f"000{name}.png").read_bytes())
+    done = dino("segment", "--train", "data", "--epochs", "2", "--json")
+    learned = json.loads(done.stdout)
+    assert (learned["train_photos"], learned["val_photos"], learned["path"]) == (4, 1, "segments/head.safetensors")
+    assert list(learned["head"]["iou"]) == ["background", "object"]
+    drawn = dino("segment", "images/b/0001.png", "--head", "segments/head.safetensors", "--masks", "--json")
+    assert set(json.loads(drawn.stdout)[0]["shares"]) <= {"background", "object"}
+    assert "no segmentation head" in dino("segment", "images", "--head", "ckpt.safetensors", code=1).stderr
 
 
 def test_a_film_of_each_folder_of_frames_and_one_of_the_files_that_were_named(dino: Dino, images: Path) -> None:

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import GifImagePlugin, Image
+from PIL import Image
 
 from dinocli.atomic import atomic
 from dinocli.data.decode import BadImage, Pixels, decode
@@ -20,6 +20,7 @@ from dinocli.data.frames import Frames, pyav
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.evals.attention import attention_maps, default_size
+from dinocli.film import write_gif, write_mp4
 from dinocli.picture import Panel, heat, sheet, visible
 
 Form = Literal["strip", "gif", "mp4"]
@@ -83,8 +84,7 @@ def film(
         seen = _look(encoder, frames, store, form, head=head, size=size, report=report)
         store.seek(0)
         drawn = _drawn(encoder, frames, store, seen, _WIDTHS[form])
-        with atomic(path) as draft:
-            _WRITERS[form](drawn, draft, rate or frames.rate or RATE)
+        _WRITERS[form](drawn, path, rate or frames.rate or RATE)
     return Filmed(path, len(seen.kept), seen.skipped)
 
 
@@ -173,47 +173,30 @@ def _drawn(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen, most
 def _write_strip(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
     frames = list(drawn)
     above = [Panel(frame.photo, Path(frame.name).stem) for frame in frames]
-    sheet([above, [Panel(frame.map, "") for frame in frames]]).save(path, format="PNG")
+    with atomic(path) as draft:
+        sheet([above, [Panel(frame.map, "") for frame in frames]]).save(draft, format="PNG")
 
 
 def _write_gif(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
-    """A frame at a time; Pillow's own writer of many would hold them all."""
-    # A hundredth of a second is the unit, and viewers slow down what is faster than two of them.
-    duration = max(2, round(100 / rate)) * 10
-    with path.open("wb") as file:
-        for i, frame in enumerate(drawn):
-            image = _with_palette(frame)
-            if not i:
-                header, _ = GifImagePlugin.getheader(image.copy(), info={"loop": 0, "duration": duration})
-                file.writelines(header)
-            file.writelines(GifImagePlugin.getdata(image, duration=duration, include_color_table=True))
-        file.write(b";")
-
-
-def _with_palette(frame: _Drawn) -> Image.Image:
-    """A frame in 256 colors, those of the map the same in all of a film."""
-    levels = heat(np.linspace(0, 1, _OF_THE_MAP, dtype=np.float32)[None], 1, _OF_THE_MAP)[0]
-    photo = Image.fromarray(frame.photo)
-    own = np.array(photo.quantize(256 - _OF_THE_MAP).getpalette() or [], dtype=np.uint8).reshape(-1, 3)
-    colors = np.concatenate([levels, own])
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(colors.tobytes())
-    whole = Image.fromarray(np.concatenate([frame.photo, frame.map], axis=1))
-    return whole.quantize(palette=palette, dither=Image.Dither.NONE)
+    write_gif(_side_by_side(drawn), path, rate, _with_palette)
 
 
 def _write_mp4(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
-    av = pyav()
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as file:
-        stream: Any = None
-        for frame in drawn:
-            pixels = np.concatenate([frame.photo, frame.map], axis=1)
-            if stream is None:
-                stream = file.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=rate)
-                stream.height, stream.width = pixels.shape[:2]
-                stream.pix_fmt = "yuv420p"  # what every player knows
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        file.mux(stream.encode())
+    write_mp4(_side_by_side(drawn), path, rate)
+
+
+def _side_by_side(drawn: Iterator[_Drawn]) -> Iterator[Pixels]:
+    return (np.concatenate([frame.photo, frame.map], axis=1) for frame in drawn)
+
+
+def _with_palette(frame: Pixels) -> Image.Image:
+    """A frame beside its map in 256 colors, those of the map the same in all of a film."""
+    levels = heat(np.linspace(0, 1, _OF_THE_MAP, dtype=np.float32)[None], 1, _OF_THE_MAP)[0]
+    photo = Image.fromarray(frame[:, : frame.shape[1] // 2])
+    own = np.array(photo.quantize(256 - _OF_THE_MAP).getpalette() or [], dtype=np.uint8).reshape(-1, 3)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(np.concatenate([levels, own]).tobytes())
+    return Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 _WRITERS: dict[Form, Callable[[Iterator[_Drawn], Path, Fraction], None]] = {

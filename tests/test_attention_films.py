@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinocli import films as module
+from dinocli import attention_films as module
+from dinocli.attention_films import film
 from dinocli.data.decode import decode
 from dinocli.data.frames import Frames, open_frames
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.evals.attention import attention_maps
-from dinocli.films import film
 from dinocli.picture import heat
 
 

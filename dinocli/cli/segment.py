@@ -1,0 +1,249 @@
+"""`dino segment`: what is the main thing of a photo, what belongs together, and of which class is each pixel?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from dinocli import console
+from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, checkpoint_or_newest
+from dinocli.errors import DinoError
+
+if TYPE_CHECKING:
+    from dinocli.encoder import Encoder
+    from dinocli.segment_pictures import Segmented
+
+By = Literal["attention", "cut"]
+_BEST: By = "cut"  # of the two on ECSSD, with every network that was tried
+_UNREADABLE = ("none of the images can be read", "name a photo such as a .jpg")
+
+
+def segment(
+    images: Annotated[list[Path] | None, typer.Argument(help="Photos, and folders of photos.")] = None,
+    checkpoint: Checkpoint = None,
+    by: Annotated[
+        By | None,
+        typer.Option(
+            help="What tells the foreground: a cut through patches whose keys are alike (TokenCut), or what the class "
+            "token looks at. The cut if absent; with --evaluate both."
+        ),
+    ] = None,
+    keep: Annotated[float, typer.Option(min=0.01, max=1, help="By attention: the share that a mask holds.")] = 0.6,
+    tau: Annotated[float, typer.Option(min=-1, max=1, help="By cut: the cosine above which patches are alike.")] = 0.2,
+    masks: Annotated[bool, typer.Option("--masks", help="Write each mask too, as a PNG at the photo's size.")] = False,
+    pca: Annotated[
+        bool, typer.Option("--pca", help="Draw the patches of all photos in color instead, by one PCA over them.")
+    ] = False,
+    evaluate: Annotated[
+        Path | None,
+        typer.Option(metavar="MASKS", help="Measure on masks that are called as their photos are; draws nothing."),
+    ] = None,
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Train a linear head on images/ and masks/ (index PNGs) in this folder, with train/ and val/ or "
+            "a tenth held out; measures it and writes head.safetensors.",
+        ),
+    ] = None,
+    head: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the classes that a trained head tells instead.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="With --train: passes over the photos.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="With --train: of the order and of what is held out.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("segments"),
+    size: Annotated[
+        int | None,
+        typer.Option(
+            min=8,
+            help="Short side in pixels to look at the photo with; 480 for a network "
+            "trained at 224, in that proportion for others.",
+        ),
+    ] = None,
+    network: NetworkName = "teacher",
+    overrides: Limits = None,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Tell the foreground of photos without training, color their patches, or train a head for classes of pixels."""
+    _check(images, {"--pca": pca, "--evaluate": evaluate, "--train": train, "--head": head})
+    if not train:
+        from dinocli.data.named import named_photos
+
+        files = named_photos(images or [])
+
+    from dinocli.device import pick_device
+    from dinocli.encoder import with_images
+    from dinocli.evals.attention import default_size
+    from dinocli.loading import load_encoder
+
+    encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
+    encoder = with_images(encoder, overrides or [])
+    side = size or default_size(encoder)
+    if train:
+        _train(encoder, train, out, side, epochs, seed, json=json)
+    elif evaluate:
+        _evaluate(encoder, files, evaluate, [by] if by else ["attention", "cut"], side, keep, tau, json=json)
+    elif pca:
+        _pca(encoder, files, out, by or _BEST, side, keep, tau, json=json)
+    elif head:
+        from dinocli.evals.segmentation import read_head
+        from dinocli.segment_pictures import draw_classes
+
+        layer = read_head(head, encoder)
+        classes = partial(draw_classes, encoder, layer, short_side=size, masks=masks)
+        _draw(files, out, classes, json=json)
+    else:
+        from dinocli.segment_pictures import draw_foreground
+
+        one = partial(draw_foreground, encoder, by=by or _BEST, keep=keep, tau=tau, short_side=side, masks=masks)
+        _draw(files, out, one, json=json)
+
+
+def _check(images: list[Path] | None, ways: Mapping[str, object]) -> None:
+    """Whether what was asked for goes together.
+
+    Raises:
+        DinoError: It does not.
+    """
+    asked = [way for way, value in ways.items() if value]
+    if len(asked) > 1:
+        raise DinoError(f"one of {', '.join(ways)} was wanted; {' and '.join(asked)} came", f"leave {asked[1]} out")
+    if "--train" in asked and images:
+        raise DinoError("--train takes its photos from its own folder; others were named", "leave them out")
+    if "--train" not in asked and not images:
+        raise DinoError("photos were wanted; none were named", "dino segment photo.jpg")
+
+
+def _skipped(skipped: Mapping[Path, str] | Mapping[str, str]) -> None:
+    for bad, reason in skipped.items():
+        console.say(f"note: skipped {bad}: {reason}")
+
+
+def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Segmented | str], *, json: bool) -> None:
+    drawn: list[Segmented] = []
+    skipped: dict[Path, str] = {}
+    with console.progress("segment", len(files), "images") as advance:
+        for done, (path, name) in enumerate(files.items(), 1):
+            result = draw(path, out / name)
+            if isinstance(result, str):
+                skipped[path] = result
+            else:
+                drawn.append(result)
+            advance(done)
+    _skipped(skipped)
+    if not drawn:
+        raise DinoError(*_UNREADABLE)
+    empty = [d.image for d in drawn if d.shares.get("foreground") == 0]
+    if empty:
+        others = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        console.say(f"note: nothing stands out in {empty[0]}{others}: all patches are alike; try --tau 0.4")
+    if json:
+        console.out_json(
+            [
+                {"image": str(d.image), "picture": str(d.picture), "mask": d.mask and str(d.mask), "shares": d.shares}
+                for d in drawn
+            ]
+        )
+    else:
+        for d in drawn:
+            console.out(str(d.picture))
+
+
+def _pca(
+    encoder: Encoder, files: Mapping[Path, Path], out: Path, by: By, side: int, keep: float, tau: float, *, json: bool
+) -> None:
+    from dinocli.evals.colors import PHOTOS, fit_colors
+    from dinocli.segment_pictures import draw_colors
+
+    photos = list(files)
+    with console.progress("fit the colors", min(len(photos), PHOTOS), "images") as advance:
+        colors = fit_colors(encoder, photos, side, by, keep=keep, tau=tau, report=advance)
+    if colors.least is None:
+        console.say("note: no foreground was told apart in any photo, and so nothing was taken out")
+    with console.progress("draw", len(photos), "images") as advance:
+        pages, skipped = draw_colors(encoder, colors, photos, out, short_side=side, report=advance)
+    _skipped(skipped)
+    if json:
+        console.out_json({"pictures": [str(page) for page in pages], "photos": len(photos) - len(skipped)})
+    else:
+        for page in pages:
+            console.out(str(page))
+
+
+def _evaluate(
+    encoder: Encoder,
+    files: Mapping[Path, Path],
+    folder: Path,
+    ways: Sequence[By],
+    side: int,
+    keep: float,
+    tau: float,
+    *,
+    json: bool,
+) -> None:
+    from dinocli.data.masks import Masks, with_masks
+    from dinocli.evals.overlap import overlaps
+
+    pairs, skipped = with_masks(files, Masks(folder))
+    with console.progress("measure", len(pairs), "images") as advance:
+        result = overlaps(encoder, pairs, ways, short_side=side, keep=keep, tau=tau, report=advance)
+    skipped |= result.skipped
+    _skipped(skipped)
+    if not result.each:
+        raise DinoError(
+            f"none of {len(files)} photos has a mask in {folder} that fits it", "masks are called as their photos are"
+        )
+    if json:
+        each = {str(path): scores for path, scores in result.each.items()}
+        reasons = {str(path): reason for path, reason in skipped.items()}
+        console.out_json({"jaccard": result.means, "photos": len(each), "each": each, "skipped": reasons})
+        return
+    console.table(
+        ["foreground by", "Jaccard"],
+        [[way, f"{mean:.3f}"] for way, mean in result.means.items()],
+        title=f"overlap with the masks of {len(result.each)} photos, by {encoder.source} at {side} pixels",
+    )
+
+
+def _train(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed: int, *, json: bool) -> None:
+    from dinocli.data.pairs import labelled_set
+    from dinocli.evals.segmentation import train_head, write_head
+
+    with console.progress("segment", 100, "%") as advance:
+
+        def report(stage: str, done: int, of: int) -> None:
+            # Of the time that each takes about the half goes to the features.
+            first, share = {"masks": (0, 5), "features": (5, 45), "train": (50, 30), "measure": (80, 20)}[stage]
+            advance(first + share * done // of, f"{stage} {done}/{of}")
+
+        data = labelled_set(root, seed=seed, report=lambda done, of: report("masks", done, of))
+        head, result = train_head(
+            encoder, data, out / "patches", short_side=side, epochs=epochs, seed=seed, report=report
+        )
+    write_head(out / "head.safetensors", head)
+    _skipped(result.skipped)
+    if result.split_off:
+        console.say(f"note: the data has no val/; {result.val_photos} of its photos were held out")
+    console.say(f"head: {out / 'head.safetensors'}")
+    if json:
+        console.out_json(asdict(result) | {"path": str(out / "head.safetensors")})
+        return
+    console.table(
+        ["class", "IoU %", f"IoU %, all {result.commonest}"],
+        [[name, f"{iou:.1f}", f"{result.baseline.iou[name]:.1f}"] for name, iou in result.head.iou.items()],
+        title=f"linear segmentation head on {encoder.source} at {side} pixels: {result.train_photos} training and "
+        f"{result.val_photos} other photos",
+    )
+    console.table(
+        ["", "mIoU %", "pixels right %"],
+        [
+            ["head", f"{result.head.miou:.2f}", f"{result.head.accuracy:.2f}"],
+            [f"all {result.commonest}", f"{result.baseline.miou:.2f}", f"{result.baseline.accuracy:.2f}"],
+        ],
+    )

@@ -1,0 +1,54 @@
+"""Photos that a person names, one by one or by the folder, and what to call that which is made of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode
+from dinocli.data.sources import image_folder
+from dinocli.errors import DinoError
+
+
+def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
+    """Each image file, and the name without a suffix of what is made of it, below the folder of such things.
+
+    Args:
+        paths: Files, and folders of any depth, whose tree the names keep.
+
+    Raises:
+        DinoError: One does not exist, or is a folder without images.
+    """
+    files: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            files |= {path / inside: Path(inside) for inside in image_folder(path).names}
+        elif path.is_file():
+            files[path] = Path(path.name)
+        else:
+            raise DinoError(f"a photo or a folder was wanted; {path} does not exist", "check the path")
+    return _told_apart(files)
+
+
+def _told_apart(files: dict[Path, Path]) -> dict[Path, Path]:
+    """Names without their suffix, unless two would then be the same."""
+    stems = [name.with_suffix("") for name in files.values()]
+    times, taken = Counter(stems), set[Path]()
+    names: dict[Path, Path] = {}
+    for (path, name), stem in zip(files.items(), stems, strict=True):
+        chosen = stem if times[stem] == 1 else name.with_name(name.name.replace(".", "_"))
+        while chosen in taken:
+            chosen = chosen.with_name(chosen.name + "_")
+        taken.add(chosen)
+        names[path] = chosen
+    return names
+
+
+def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:
+    """The pixels of a file, or the reason why there are none. [H, W, C]"""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return BadImage(error.strerror or str(error))
+    return decode(data, images)

@@ -1,0 +1,132 @@
+"""Colors: patch tokens of many photos as red, green and blue, by one PCA over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinocli.data.decode import BadImage, Pixels
+from dinocli.data.named import read_photo
+from dinocli.encoder import Encoder
+from dinocli.errors import DinoError
+from dinocli.evals.foreground import KEEP, TAU, By, foreground
+
+PHOTOS, PATCHES = (1000, 65_536)  # of which the PCA is made, at most: 0.4 GB of 1,536 numbers a patch
+_REACH = 2.0  # standard deviations from the middle to the ends of a color
+
+
+@dataclass(frozen=True)
+class Colors:
+    """What colors patch tokens, the same for all photos.
+
+    Attributes:
+        mean: Of all patches of the sample. [D]
+        first: Its first component, which points to the foreground. [D]
+        least: How far along it a patch is foreground; absent, all is.
+        middle: Of the foreground's patches. [D]
+        axes: Their first three components, each as long as makes two standard deviations 1. [D, 3]
+        skipped: Photos of the sample that could not be read, and why.
+    """
+
+    mean: Tensor
+    first: Tensor
+    least: float | None
+    middle: Tensor
+    axes: Tensor
+    skipped: dict[Path, str]
+
+    def paint(self, tokens: Tensor, height: int, width: int) -> Pixels:
+        """Patches in color at a size, the background black. [rows, columns, D] -> [height, width, 3]"""
+        tokens = tokens.cpu().double()
+        planes = torch.cat([(tokens - self.middle) @ self.axes, ((tokens - self.mean) @ self.first)[..., None]], dim=-1)
+        large = F.interpolate(planes.permute(2, 0, 1)[None], (height, width), mode="bilinear", align_corners=False)[0]
+        rgb = large[:3].clamp(-1, 1) * 127.5 + 127.5
+        if self.least is not None:
+            rgb = rgb * (large[3] > self.least)
+        return rgb.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
+
+
+def fit_colors(
+    encoder: Encoder,
+    photos: Sequence[Path],
+    short_side: int,
+    by: By,
+    *,
+    keep: float = KEEP,
+    tau: float = TAU,
+    seed: int = 0,
+    report: Callable[[int], None] = lambda done: None,
+) -> Colors:
+    """Find what colors the patches of photos; at most 65,536 patches of 1,000 photos are held, drawn by a seed.
+
+    A first PCA of all patches parts foreground and background, a second one of the foreground's gives the colors. Which
+    side of the first component is foreground, and from where on, is told by the foreground as attention or a cut has
+    it: the threshold lies halfway between the mean of its patches and the mean of the others. Where that finds none
+    in any photo, nothing is taken out.
+
+    Args:
+        encoder: A frozen one.
+        photos: Of which those that cannot be read are passed over.
+        short_side: To look at a photo with, in pixels.
+        by: How the foreground is told.
+        keep: Share of the attention.
+        tau: Of the cut.
+        seed: Of the sample.
+        report: Called after each photo with how many are done.
+
+    Raises:
+        DinoError: No photo can be read, or there are fewer than four patches.
+
+    Source: the figures of DINOv2, arXiv 2304.07193, section 7.5, whose threshold is set by hand.
+    """
+    random, skipped = np.random.default_rng(seed), dict[Path, str]()
+    chosen = random.permutation(len(photos))[:PHOTOS]
+    some = max(1, PATCHES // max(1, len(chosen)))
+    tokens, inside = list[Tensor](), list[Tensor]()
+    for done, i in enumerate(chosen.tolist(), 1):
+        pixels = read_photo(photos[i], encoder.images)
+        if isinstance(pixels, BadImage):
+            skipped[photos[i]] = pixels.reason
+        else:
+            each = encoder.patches(encoder.photo(pixels, short_side))[0]  # [rows, columns, D]
+            mask = torch.from_numpy(foreground(encoder, pixels, short_side, by, keep=keep, tau=tau).mask)
+            told = F.interpolate(mask[None, None].float(), each.shape[:2])[0, 0] > 0.5  # [rows, columns]
+            rows = torch.from_numpy(random.permutation(told.numel())[:some])
+            tokens.append(each.flatten(0, 1).cpu()[rows])
+            inside.append(told.flatten()[rows])
+        report(done)
+    if not tokens:
+        path, reason = next(iter(skipped.items()))
+        raise DinoError(f"none of the images can be read; {path}: {reason}", "name a photo such as a .jpg")
+    return _fitted(torch.cat(tokens).double(), torch.cat(inside), skipped)
+
+
+def _fitted(tokens: Tensor, inside: Tensor, skipped: dict[Path, str]) -> Colors:
+    """Colors of a sample. [S, D], of which some are foreground: [S]"""
+    if len(tokens) < 4:
+        raise DinoError(f"four patches were wanted for a PCA; there are {len(tokens)}", "a larger --size")
+    mean = tokens.mean(0)
+    first, least = _components(tokens - mean, 1)[:, 0], None
+    if inside.any() and not inside.all():
+        ours, theirs = (((tokens[side] - mean) @ first).mean() for side in (inside, ~inside))
+        side = 1 if ours >= theirs else -1
+        first, least = side * first, float(side * (ours + theirs) / 2)
+    kept = tokens if least is None else tokens[(tokens - mean) @ first > least]
+    kept = kept if len(kept) >= 4 else tokens
+    middle = kept.mean(0)
+    axes = _components(kept - middle, 3)
+    spread = ((kept - middle) @ axes).std(0)
+    return Colors(mean, first, least, middle, axes / (_REACH * spread).clamp_min(1e-12), skipped)
+
+
+def _components(centered: Tensor, count: int) -> Tensor:
+    """The first principal components, each with its largest number positive. [S, D] -> [D, count]"""
+    vectors = torch.linalg.eigh(centered.T @ centered).eigenvectors.flip(1)[:, :count]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * largest.sign()

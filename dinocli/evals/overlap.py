@@ -1,0 +1,90 @@
+"""Overlap: how well foregrounds told without training agree with masks drawn by people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocli.data.decode import BadImage
+from dinocli.data.masks import read_object
+from dinocli.data.named import read_photo
+from dinocli.encoder import Encoder
+from dinocli.evals.attention import jaccard
+from dinocli.evals.edges import refine
+from dinocli.evals.foreground import KEEP, TAU, By, foreground
+from dinocli.picture import visible
+
+EVERYTHING, ELLIPSE = "all foreground", "centred ellipse"
+_AXIS = 1 / 3  # half an axis of the ellipse, as a share of the photo's side
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """What was measured.
+
+    Attributes:
+        each: Of each photo, by its path, the Jaccard overlap with its mask of each way; the trivial ones last.
+        skipped: Photos that could not be measured, and why.
+    """
+
+    each: dict[Path, dict[str, float]]
+    skipped: dict[Path, str]
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Of each way, over all photos."""
+        ways = next(iter(self.each.values()), {})
+        return {way: float(np.mean([scores[way] for scores in self.each.values()])) for way in ways}
+
+
+def overlaps(
+    encoder: Encoder,
+    pairs: Mapping[Path, Path],
+    ways: Sequence[By],
+    *,
+    short_side: int,
+    keep: float = KEEP,
+    tau: float = TAU,
+    report: Callable[[int], None] = lambda done: None,
+) -> Overlaps:
+    """Measure foregrounds at the photos' pixels, beside a mask of everything and an ellipse in the middle.
+
+    Args:
+        encoder: A frozen one.
+        pairs: Photos and their masks.
+        ways: To tell the foreground.
+        short_side: To look at a photo with, in pixels.
+        keep: Share of the attention that a mask holds.
+        tau: Of the cut.
+        report: Called after each photo with how many are done.
+    """
+    each, skipped = dict[Path, dict[str, float]](), dict[Path, str]()
+    for done, (photo, mask) in enumerate(pairs.items(), 1):
+        pixels, truth = read_photo(photo, encoder.images), read_object(mask)
+        if isinstance(pixels, BadImage):
+            skipped[photo] = pixels.reason
+        elif isinstance(truth, BadImage):
+            skipped[photo] = f"its mask: {truth.reason}"
+        elif truth.shape != pixels.shape[:2]:
+            skipped[photo] = f"it has {_shape(pixels)} pixels, its mask {_shape(truth)}"
+        else:
+            found = {by: foreground(encoder, pixels, short_side, by, keep=keep, tau=tau) for by in ways}
+            masks = {str(by): refine(told.mask, visible(pixels)) for by, told in found.items()}
+            masks |= {EVERYTHING: np.ones_like(truth), ELLIPSE: ellipse(*truth.shape)}
+            each[photo] = {way: jaccard(one, truth) for way, one in masks.items()}
+        report(done)
+    return Overlaps(each, skipped)
+
+
+def ellipse(height: int, width: int) -> NDArray[np.bool_]:
+    """An ellipse in the middle, two thirds as high and wide as the photo: 35 % of it. [H, W]"""
+    y, x = ((np.arange(side) + 0.5) / side - 0.5 for side in (height, width))
+    return (y[:, None] / _AXIS) ** 2 + (x / _AXIS) ** 2 <= 1
+
+
+def _shape(values: NDArray[np.generic]) -> str:
+    return f"{values.shape[1]}x{values.shape[0]}"

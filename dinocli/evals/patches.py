@@ -1,0 +1,120 @@
+"""Patches: features of many photos' patches beside the classes of their pixels, on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from dinocli.atomic import draft_folder
+from dinocli.data.masks import IGNORED
+from dinocli.data.pairs import Pairs
+from dinocli.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class StoredPatches:
+    """Photos whose patches lie in a file that is mapped into memory; nothing is read before it is asked for.
+
+    Attributes:
+        values: Features of all patches, photo after photo. [P, D], float16
+        truth: Classes of all pixels as the network sees them, photo after photo. [pixels]
+        grids: Rows and columns of each photo. [S, 2]
+        patch: Side of a patch, in pixels.
+        mean: Of the features. [D], float32
+        std: Of the features. [D], float32
+        counts: Pixels of each class. [256]
+        skipped: Photos that could not be taken, and why.
+    """
+
+    values: NDArray[np.float16]
+    truth: NDArray[np.uint8]
+    grids: NDArray[np.int64]
+    patch: int
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+    counts: NDArray[np.int64]
+    skipped: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Features [rows, columns, D] and classes [rows * patch, columns * patch] of a photo."""
+        rows, columns = self.grids[index].tolist()
+        before, many = int(self.grids[:index].prod(1).sum()), rows * columns
+        values = np.array(self.values[before : before + many], dtype=np.float32).reshape(rows, columns, -1)
+        area = self.patch**2
+        truth = np.array(self.truth[before * area : (before + many) * area], dtype=np.int64)
+        return torch.from_numpy(values), torch.from_numpy(truth.reshape(rows * self.patch, columns * self.patch))
+
+
+@contextmanager
+def store_patches(
+    encoder: Encoder,
+    pairs: Pairs,
+    folder: Path,
+    *,
+    short_side: int,
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> Iterator[StoredPatches]:
+    """Work out the features of photos' patches and keep them on disk until the block ends.
+
+    Args:
+        encoder: The frozen backbone.
+        pairs: Photos and masks.
+        folder: Beside which they lie.
+        short_side: To look at the photos with, in pixels.
+        report: Called after each photo with how many of how many.
+    """
+    patch, width = encoder.backbone.patch_size, encoder.backbone.width
+    grids, skipped = list[tuple[int, int]](), dict[str, str]()
+    total, squares, counts = np.zeros(width), np.zeros(width), np.zeros(256, dtype=np.int64)
+    with draft_folder(folder) as draft:
+        with (draft / "values").open("wb") as values, (draft / "truth").open("wb") as truth:
+            for done, photo in enumerate(pairs.masks, 1):
+                read = pairs.read(photo, encoder.images)
+                if isinstance(read, str):
+                    skipped[str(photo)] = read
+                else:
+                    image = encoder.photo(read[0], short_side)
+                    tokens = encoder.patches(image)[0].cpu().numpy()  # [rows, columns, D]
+                    rows, columns = tokens.shape[:2]
+                    classes = _sized(read[1], rows * patch, columns * patch)
+                    values.write(tokens.astype(np.float16).tobytes())
+                    truth.write(classes.tobytes())
+                    grids.append((rows, columns))
+                    total += tokens.sum((0, 1), dtype=np.float64)
+                    squares += np.square(tokens, dtype=np.float64).sum((0, 1))
+                    counts += np.bincount(classes.ravel(), minlength=256)
+                report(done, len(pairs.masks))
+        many = sum(rows * columns for rows, columns in grids)
+        mean = total / max(1, many)
+        std = np.sqrt(np.maximum(squares / max(1, many) - mean**2, 1e-12))
+        counts[IGNORED] = 0
+        yield StoredPatches(
+            _mapped(draft / "values", np.dtype(np.float16)).reshape(many, width),
+            _mapped(draft / "truth", np.dtype(np.uint8)),
+            np.array(grids, dtype=np.int64).reshape(-1, 2),
+            patch,
+            mean.astype(np.float32),
+            std.astype(np.float32),
+            counts,
+            skipped,
+        )
+
+
+def _sized(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # nothing cannot be mapped

@@ -1,0 +1,305 @@
+"""Segmentation: a linear layer that tells the class of each patch from its frozen features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dinocli.atomic import write_tensors
+from dinocli.data.decode import Pixels
+from dinocli.data.masks import IGNORED
+from dinocli.data.pairs import LabelledSet, Pairs
+from dinocli.encoder import Encoder
+from dinocli.engine import trainer as engine
+from dinocli.engine.method import Method, ParamGroup
+from dinocli.engine.optim import AdamWConfig
+from dinocli.errors import DinoError
+from dinocli.evals.patches import StoredPatches, store_patches
+from dinocli.mapped import map_tensors
+from dinocli.schedules import Clock, Constant, Cosine
+
+_AT_ONCE = 2**25  # numbers of logits at a photo's size that are held at once
+_LR = 0.01
+_KIND = "segmentation head"
+
+
+@dataclass(frozen=True)
+class SegmentationHead:
+    """A linear layer on patch tokens.
+
+    Attributes:
+        weight: [K, D]
+        bias: [K]
+        classes: Names of the K classes.
+        short_side: Of the photos that it learned from, in pixels.
+        fingerprint: Of the encoder whose tokens it reads.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    classes: list[str]
+    short_side: int
+    fingerprint: str
+
+    def classify(self, encoder: Encoder, pixels: Pixels, short_side: int | None = None) -> NDArray[np.uint8]:
+        """The class of each pixel of a photo: of the logits of its patches, enlarged, the highest. [H, W]"""
+        height, width = pixels.shape[:2]
+        tokens = encoder.patches(encoder.photo(pixels, short_side or self.short_side))[0].cpu()
+        logits = F.linear(tokens, self.weight, self.bias).permute(2, 0, 1)  # [K, rows, columns]
+        best, which = torch.full((height, width), -torch.inf), torch.zeros((height, width), dtype=torch.uint8)
+        step = max(1, _AT_ONCE // (height * width))
+        for first in range(0, len(logits), step):
+            some, place = _enlarged(logits[None, first : first + step], (height, width))[0].max(0)
+            which = torch.where(some > best, (place + first).to(torch.uint8), which)
+            best = torch.maximum(some, best)
+        return which.numpy()
+
+
+@dataclass(frozen=True)
+class PixelScores:
+    """How well classes of pixels are told, over all pixels that count.
+
+    Attributes:
+        iou: Of each class that the true masks hold, what both masks hold over what either holds, in percent.
+        miou: Their mean.
+        accuracy: Percent of pixels whose class is right.
+    """
+
+    iou: dict[str, float]
+    miou: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class SegmentationResult:
+    """How well a head does on photos that it did not learn from.
+
+    Attributes:
+        head: Its scores.
+        commonest: The class that most pixels learned from have.
+        baseline: The scores of saying that class of every pixel.
+        train_photos: Photos that were learned from.
+        val_photos: Photos that were measured on.
+        split_off: Whether these were taken from the first by chance.
+        epochs: Passes over the photos.
+        skipped: Photos that could not be taken, and why.
+    """
+
+    head: PixelScores
+    commonest: str
+    baseline: PixelScores
+    train_photos: int
+    val_photos: int
+    split_off: bool
+    epochs: int
+    skipped: dict[str, str]
+
+
+class PatchClassifier(Method):
+    """Tells the class of each patch.
+
+    Args:
+        width: D.
+        classes: K.
+        mean: Of the features. [D]
+        std: Of the features. [D]
+    """
+
+    def __init__(self, width: int, classes: int, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+        self.mean, self.std = mean, std
+
+    def forward(self, part: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Cross-entropy over the pixels of some photos that count.
+
+        Args:
+            part: Of each photo its patches' features [rows, columns, D], and the classes of pixels [h, w].
+        """
+        total, count = self.linear.bias.sum() * 0, 0
+        for features, truth in part:
+            logits = self.linear((features - self.mean) / self.std).permute(2, 0, 1)[None]
+            large = _enlarged(logits, (truth.shape[0], truth.shape[1]))
+            total = total + F.cross_entropy(large, truth[None], ignore_index=IGNORED, reduction="sum")
+            count += int((truth != IGNORED).sum())
+        return {"cross_entropy": total / max(1, count)}
+
+    def param_groups(self) -> list[ParamGroup]:
+        return [ParamGroup(list(self.linear.parameters()), decay=False)]
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias for features as they are."""
+        weight = (self.linear.weight / self.std).detach().cpu()
+        return weight, self.linear.bias.detach().cpu() - weight @ self.mean.cpu()
+
+
+def train_head(
+    encoder: Encoder,
+    data: LabelledSet,
+    folder: Path,
+    *,
+    short_side: int,
+    epochs: int = 100,
+    batch_size: int = 8,
+    seed: int = 0,
+    report: Callable[[str, int, int], None] = lambda stage, done, of: None,
+) -> tuple[SegmentationHead, SegmentationResult]:
+    """Learn a head from photos, and measure it on others at their own pixels.
+
+    The features of the photos are worked out once and lie in float16 in a file, mapped into memory, until it is done:
+    2 D bytes a patch, and a byte for each pixel of the photos as the network sees them, at which the loss is taken.
+
+    Args:
+        encoder: The frozen backbone.
+        data: Photos and masks.
+        folder: Where the features lie meanwhile.
+        short_side: To look at the photos with, in pixels.
+        epochs: Passes over the photos.
+        batch_size: Photos a step.
+        seed: Of the order.
+        report: Called with the stage and how much of it is done.
+
+    Raises:
+        DinoError: No photo of a part can be read.
+    """
+    classes = len(data.classes)
+    with store_patches(
+        encoder, data.train, folder, short_side=short_side, report=lambda done, of: report("features", done, of)
+    ) as stored:
+        if not len(stored):
+            raise _unreadable(stored.skipped)
+        device = encoder.device
+        mean, std = (torch.from_numpy(values).to(device) for values in (stored.mean, stored.std))
+        method = PatchClassifier(len(mean), classes, mean, std).to(device)
+        size = min(batch_size, len(stored))
+        clock = Clock(len(stored) // size, epochs)
+        config = AdamWConfig(
+            kind="adamw",
+            betas=(0.9, 0.999),
+            lr=Cosine(kind="cosine", start=_LR, end=0.0),
+            weight_decay=Constant(kind="constant", value=0.0),
+        )
+
+        def count(clock: Clock, values: engine.Values) -> bool:
+            report("train", clock.step, clock.total)
+            return False
+
+        trainer = engine.Trainer(method, config, clock, batch_size=size)
+        trainer.fit(_batches(stored, size, seed, device), clock.total, count)
+        commonest = int(stored.counts[:classes].argmax())
+    head = SegmentationHead(*method.folded(), data.classes, short_side, encoder.fingerprint)
+    table, skipped, photos = _confusion(encoder, head, data.val, lambda done, of: report("measure", done, of))
+    if not photos:
+        raise _unreadable(skipped)
+    baseline = np.zeros_like(table)
+    baseline[:, commonest] = table.sum(1)
+    return head, SegmentationResult(
+        _scores(table, data.classes),
+        data.classes[commonest],
+        _scores(baseline, data.classes),
+        len(stored),
+        photos,
+        data.split_off,
+        epochs,
+        {str(path): reason for path, reason in data.skipped.items()} | stored.skipped | skipped,
+    )
+
+
+def _batches(
+    stored: StoredPatches, size: int, seed: int, device: torch.device
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Endless batches, each photo once an epoch."""
+    random = np.random.default_rng(seed)
+    while True:
+        order = random.permutation(len(stored))
+        for start in range(0, len(order) - size + 1, size):
+            yield [tuple(part.to(device) for part in stored[i]) for i in order[start : start + size].tolist()]  # type: ignore[misc]
+
+
+def _confusion(
+    encoder: Encoder, head: SegmentationHead, pairs: Pairs, report: Callable[[int, int], None]
+) -> tuple[NDArray[np.int64], dict[str, str], int]:
+    """Pixels by their class and by what the head says of them [K, K]; what could not be read; and photos."""
+    count = len(head.classes)
+    table, skipped, photos = np.zeros((count, count), dtype=np.int64), dict[str, str](), 0
+    for done, photo in enumerate(pairs.masks, 1):
+        read = pairs.read(photo, encoder.images)
+        if isinstance(read, str):
+            skipped[str(photo)] = read
+        else:
+            pixels, truth = read
+            said = head.classify(encoder, pixels)
+            counts = truth != IGNORED
+            table += np.bincount(
+                truth[counts].astype(np.int64) * count + said[counts], minlength=count * count
+            ).reshape(count, count)
+            photos += 1
+        report(done, len(pairs.masks))
+    return table, skipped, photos
+
+
+def _scores(table: NDArray[np.int64], classes: list[str]) -> PixelScores:
+    """What a table of pixels, by their class and by what is said of them, comes to. [K, K]"""
+    right, truth, said = table.diagonal(), table.sum(1), table.sum(0)
+    there = np.flatnonzero(truth)
+    iou = 100 * right[there] / (truth + said - right)[there]
+    named = dict(zip([classes[i] for i in there], iou.tolist(), strict=True))
+    return PixelScores(named, float(iou.mean()), float(100 * right.sum() / truth.sum()))
+
+
+def _enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
+
+
+def _unreadable(skipped: dict[str, str]) -> DinoError:
+    path, reason = next(iter(skipped.items()))
+    return DinoError(f"none of the photos can be taken; {path}: {reason}", "look at that photo and its mask")
+
+
+def write_head(path: Path, head: SegmentationHead) -> None:
+    """Write a head with all that is needed to use it."""
+    about = {
+        "dinocli": _KIND,
+        "classes": json.dumps(head.classes),
+        "short_side": str(head.short_side),
+        "fingerprint": head.fingerprint,
+    }
+    write_tensors(path, {"weight": head.weight.numpy(), "bias": head.bias.numpy()}, about)
+
+
+def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
+    """Read a head for the encoder that it was trained with.
+
+    Raises:
+        DinoError: There is none, it is damaged, or it is of other weights.
+    """
+    if not path.is_file():
+        raise DinoError(f"a segmentation head was wanted; {path} does not exist", "dino segment --train DATA")
+    try:
+        tensors, about = map_tensors(path)
+        if about.get("dinocli") != _KIND:
+            raise ValueError("it holds something else")
+        weight, bias = (torch.from_numpy(np.array(tensors[name])) for name in ("weight", "bias"))
+        head = SegmentationHead(
+            weight, bias, json.loads(about["classes"]), int(about["short_side"]), about["fingerprint"]
+        )
+    # safetensors has an exception of its own for each damage.
+    except Exception as error:
+        raise DinoError(f"{path} is no segmentation head: {error}", "dino segment --train DATA") from error
+    if head.fingerprint != encoder.fingerprint:
+        raise DinoError(
+            f"{path} was trained on features of other weights ({head.fingerprint}) than {encoder.source} "
+            f"({encoder.fingerprint})",
+            "--checkpoint with the one it was trained with, or train another with --train",
+        )
+    return head

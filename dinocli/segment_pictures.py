@@ -1,0 +1,197 @@
+"""Segment pictures: photos to sheets of what was told apart in them, masks, and sheets of patches in color."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinocli.atomic import atomic
+from dinocli.data.decode import BadImage, Pixels
+from dinocli.data.named import read_photo
+from dinocli.encoder import Encoder
+from dinocli.evals.attention import enlarge
+from dinocli.evals.colors import Colors
+from dinocli.evals.edges import refine
+from dinocli.evals.foreground import By, foreground
+from dinocli.evals.segmentation import SegmentationHead
+from dinocli.picture import (
+    Panel,
+    bounded,
+    contact_sheet,
+    heat,
+    legend,
+    outline,
+    palette,
+    sheet,
+    spotlight,
+    tinted,
+    visible,
+)
+
+_ACROSS, _DOWN, _SIDE = 6, 4, 240  # photos on a sheet of colors, and the side of each in pixels
+_NAMED = 0.01  # share of the photo from which a class is named in its picture
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What was written for a photo.
+
+    Attributes:
+        image: The photo.
+        picture: The sheet.
+        mask: The mask, if it was asked for.
+        shares: Share of the photo that each class has; of a foreground that alone.
+    """
+
+    image: Path
+    picture: Path
+    mask: Path | None
+    shares: dict[str, float]
+
+
+def draw_foreground(
+    encoder: Encoder, image: Path, name: Path, *, by: By, keep: float, tau: float, short_side: int, masks: bool
+) -> Segmented | str:
+    """Write the sheet of a photo's foreground, and the mask if asked for; or return why the photo cannot be read.
+
+    Args:
+        encoder: A frozen one.
+        image: The photo.
+        name: Of the files to write, without a suffix.
+        by: See `foreground`, as `keep` and `tau`.
+        keep: Share of the attention.
+        tau: Of the cut.
+        short_side: To look at the photo with, in pixels.
+        masks: Whether to write the mask at the photo's size, 0 and 255.
+    """
+    pixels = read_photo(image, encoder.images)
+    if isinstance(pixels, BadImage):
+        return pixels.reason
+    told = foreground(encoder, pixels, short_side, by, keep=keep, tau=tau)
+    mask = refine(told.mask, visible(pixels))
+    shown = bounded(visible(pixels))
+    height, width = shown.shape[:2]
+    large = enlarge(mask, height, width).astype(bool)
+    what = "attention, mean of heads" if by == "attention" else "eigenvector of the cut"
+    row = [
+        Panel(shown, "photo"),
+        Panel(heat(told.values, height, width), what),
+        Panel(outline(spotlight(shown, large), large), f"foreground, {mask.mean():.0%}"),
+    ]
+    picture = _saved(sheet([row]), name, ".png")
+    return Segmented(
+        image,
+        picture,
+        _saved(Image.fromarray(mask.astype(np.uint8) * 255), name, "-mask.png") if masks else None,
+        {"foreground": float(mask.mean())},
+    )
+
+
+def draw_classes(
+    encoder: Encoder, head: SegmentationHead, image: Path, name: Path, *, short_side: int | None, masks: bool
+) -> Segmented | str:
+    """Write the sheet of a photo's classes, and the index mask if asked for; or return why it cannot be read.
+
+    Args:
+        encoder: A frozen one.
+        head: What tells the classes.
+        image: The photo.
+        name: Of the files to write, without a suffix.
+        short_side: To look at the photo with, in pixels; absent, what the head learned from.
+        masks: Whether to write the number of each pixel's class.
+    """
+    pixels = read_photo(image, encoder.images)
+    if isinstance(pixels, BadImage):
+        return pixels.reason
+    classes = head.classify(encoder, pixels, short_side)
+    colors = palette(len(head.classes))
+    shares = np.bincount(classes.ravel(), minlength=len(head.classes)) / classes.size
+    shown = bounded(visible(pixels))
+    large = enlarge(classes, *shown.shape[:2]).astype(np.uint8)
+    named = [(head.classes[i], colors[i]) for i in np.argsort(-shares) if shares[i] >= _NAMED]
+    row = [Panel(shown, "photo"), Panel(legend(tinted(shown, large, colors), named), "classes")]
+    picture = _saved(sheet([row]), name, ".png")
+    return Segmented(
+        image,
+        picture,
+        _saved(_indexed(classes, colors), name, "-mask.png") if masks else None,
+        {head.classes[i]: float(shares[i]) for i in np.flatnonzero(shares)},
+    )
+
+
+def draw_colors(
+    encoder: Encoder,
+    colors: Colors,
+    photos: Sequence[Path],
+    folder: Path,
+    *,
+    short_side: int,
+    report: Callable[[int], None] = lambda done: None,
+) -> tuple[list[Path], dict[Path, str]]:
+    """Write sheets of photos and, below each, its patches in color: 24 photos a sheet, one photo in memory at a time.
+
+    Args:
+        encoder: A frozen one.
+        colors: What colors the patches.
+        photos: In order.
+        folder: Takes `pca.png`, and `pca-2.png` and so on.
+        short_side: To look at a photo with, in pixels.
+        report: Called after each photo with how many are done.
+
+    Returns:
+        The sheets; photos that could not be read, and why.
+    """
+    skipped: dict[Path, str] = {}
+    pages: list[Path] = []
+    painted = _painted(encoder, colors, photos, short_side, skipped, report)
+    while some := list(islice(painted, _ACROSS * _DOWN)):
+        rows: list[list[Panel]] = []
+        for first in range(0, len(some), _ACROSS):
+            rows += [list(row) for row in zip(*some[first : first + _ACROSS], strict=True)]
+        name = folder / (f"pca-{len(pages) + 1}" if pages else "pca")
+        pages.append(_saved(contact_sheet(rows, side=_SIDE), name, ".png"))
+    return pages, skipped
+
+
+def _painted(
+    encoder: Encoder,
+    colors: Colors,
+    photos: Sequence[Path],
+    short_side: int,
+    skipped: dict[Path, str],
+    report: Callable[[int], None],
+) -> Iterator[tuple[Panel, Panel]]:
+    """Each photo that can be read, made small, and its patches in color."""
+    for done, path in enumerate(photos, 1):
+        pixels = read_photo(path, encoder.images)
+        if isinstance(pixels, BadImage):
+            skipped[path] = pixels.reason
+        else:
+            tokens = encoder.patches(encoder.photo(pixels, short_side))[0]
+            scale = _SIDE / max(pixels.shape[:2])
+            size = (max(1, round(pixels.shape[0] * scale)), max(1, round(pixels.shape[1] * scale)))
+            yield Panel(_small(visible(pixels), size), ""), Panel(colors.paint(tokens, *size), "")
+        report(done)
+
+
+def _small(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS))
+
+
+def _indexed(classes: NDArray[np.uint8], colors: NDArray[np.uint8]) -> Image.Image:
+    image = Image.fromarray(classes)  # of mode L, which a palette makes P
+    image.putpalette(colors.ravel().tolist())
+    return image
+
+
+def _saved(image: Image.Image, name: Path, end: str) -> Path:
+    path = name.with_name(name.name + end)
+    with atomic(path) as draft:
+        image.save(draft, format="PNG")
+    return path

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinocli.data.decode import BadImage
+from dinocli.data.masks import Masks, read_index, read_object, with_masks
+from dinocli.errors import DinoError
+
+
+def save(path: Path, values: list[list[int]], mode: str = "L") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.array(values, dtype=np.uint8))
+    if mode == "P":
+        image.putpalette([200, 0, 0] * 256)  # whose colors are not the numbers
+    (image.convert("1") if mode == "1" else image).save(path)
+    return path
+
+
+def test_masks_are_found_in_the_photos_tree_or_by_a_bare_name_that_is_one_masks_alone(tmp_path: Path) -> None:
+    for name in ("a/1.png", "b/1.png", "b/2.png", "c/v1.5.png"):
+        save(tmp_path / name, [[0]])
+    masks = Masks(tmp_path)
+    assert masks.of(Path("b/1")) == tmp_path / "b" / "1.png"
+    assert masks.of(Path("2")) == tmp_path / "b" / "2.png"
+    assert masks.of(Path("elsewhere/2")) == tmp_path / "b" / "2.png"
+    assert masks.of(Path("v1.5")) == tmp_path / "c" / "v1.5.png"
+    assert masks.of(Path("1")) is None, "two have that name"
+    pairs, alone = with_masks({Path("x/2.jpg"): Path("2"), Path("x/3.jpg"): Path("3")}, masks)
+    assert pairs == {Path("x/2.jpg"): tmp_path / "b" / "2.png"}
+    assert list(alone) == [Path("x/3.jpg")]
+    with pytest.raises(DinoError, match="does not exist"):
+        Masks(tmp_path / "gone")
+
+
+def test_objects_are_bright_or_have_a_number(tmp_path: Path) -> None:
+    assert read_object(save(tmp_path / "a.png", [[0, 127, 128, 255]])).tolist() == [[False, False, True, True]]
+    assert read_object(save(tmp_path / "b.png", [[0, 1, 2]])).tolist() == [[False, True, True]]
+    assert read_object(save(tmp_path / "c.png", [[0, 1, 200]], "P")).tolist() == [[False, True, True]]
+    assert read_object(save(tmp_path / "d.png", [[0, 255]], "1")).tolist() == [[False, True]]
+    assert not read_object(save(tmp_path / "e.png", [[0, 0]])).any()
+
+
+def test_an_index_mask_is_its_numbers_and_what_is_none_is_a_reason(tmp_path: Path) -> None:
+    assert read_index(save(tmp_path / "a.png", [[0, 1, 7, 255]], "P")).tolist() == [[0, 1, 7, 255]]
+    assert read_index(save(tmp_path / "b.png", [[0, 1, 7, 255]])).tolist() == [[0, 1, 7, 255]]
+    Image.new("RGB", (2, 2)).save(tmp_path / "c.png")
+    (tmp_path / "d.png").write_bytes(b"no image")
+    for name, words in (("c.png", "one channel"), ("d.png", "damaged"), ("gone.png", "damaged")):
+        for read in (read_index, read_object):
+            bad = read(tmp_path / name)
+            assert isinstance(bad, BadImage)
+            assert words in bad.reason

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dinocli.evals.components import component_at, components, largest_component
+
+
+def plainly(mask: np.ndarray) -> np.ndarray:
+    """Pieces by walking from place to place, in the order of their first places."""
+    numbers = np.zeros(mask.shape, dtype=int)
+    for start in zip(*np.nonzero(mask), strict=True):
+        if numbers[start]:
+            continue
+        numbers[start] = number = numbers.max() + 1
+        todo = [start]
+        while todo:
+            row, column = todo.pop()
+            for r, c in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
+                inside = 0 <= r < mask.shape[0] and 0 <= c < mask.shape[1]
+                if inside and mask[r, c] and not numbers[r, c]:
+                    numbers[r, c] = number
+                    todo.append((r, c))
+    return numbers
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.6, 0.9])
+def test_pieces_are_those_of_a_plain_walk(share: float) -> None:
+    random = np.random.default_rng(0)
+    for shape in ((1, 1), (1, 9), (9, 1), (2, 2), (13, 17), (40, 31)):
+        for _ in range(5):
+            mask = random.random(shape) < share
+            np.testing.assert_array_equal(components(mask), plainly(mask))
+
+
+def test_a_spiral_is_one_piece_and_corners_do_not_join() -> None:
+    spiral = np.zeros((21, 21), dtype=bool)
+    row, column, step = 0, 0, (0, 1)
+    for length in [20, 20, 20, 18, 18, 16, 16, 14, 14, 12, 12, 10, 10, 8, 8, 6, 6, 4, 4, 2]:
+        for _ in range(length):
+            spiral[row, column] = True
+            row, column = row + step[0], column + step[1]
+        step = (step[1], -step[0])
+    assert components(spiral).max() == 1
+    assert components(np.eye(3, dtype=bool)).max() == 3
+
+
+def test_the_largest_piece_and_that_of_a_place() -> None:
+    mask = np.array([[1, 1, 0, 1], [0, 0, 0, 1], [1, 0, 0, 1]], dtype=bool)
+    assert (
+        largest_component(mask).tolist() == np.array([[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1]]).astype(bool).tolist()
+    )
+    assert component_at(mask, (0, 1)).sum() == 2
+    assert not component_at(mask, (1, 1)).any()
+    assert not largest_component(np.zeros((3, 3), dtype=bool)).any()
