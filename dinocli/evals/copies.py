@@ -23,6 +23,7 @@ from dinocli.evals.retrieval import average_precision
 from dinocli.mapped import Indices
 
 ORIGINAL = "original"
+_STRONG = "strong"
 TOP = 20  # images that are looked at for each query
 _POWER = 4  # of the generalized mean
 _LEAST = 1e-6
@@ -127,7 +128,8 @@ def copies(
     Args:
         encoder: A vision transformer of three channels.
         folder: With `original/`, and folders of copies of any depth, such as `strong/` and `jpegqual/3/`. A copy's name
-            begins with that of its original; of names of six digits, which are Copydays', the first four tell it.
+            is that of its original or begins with it; of six digits in `strong/`, as Copydays has them, the first four
+            tell it.
         distractors: Folder of images that are no originals, among which these are to be found.
         whiten: Folder of images to learn the whitening from; absent, there is none.
         size: To which photos are stretched, in pixels a side.
@@ -155,7 +157,7 @@ def copies(
     for kind, (files, queries) in found.items():
         if files:
             cosines, rows = nearest(database, whitening(queries), min(TOP, len(database)))
-            scores.append(score(kind, cosines, rows, [originals_of(file.stem, stems) for file in files]))
+            scores.append(score(kind, cosines, rows, [originals_of(file.stem, stems, kind) for file in files]))
     return CopiesResult(scores, len(originals), len(others), len(learned), skipped)
 
 
@@ -181,17 +183,28 @@ def _micro(cosines: Floats, right: NDArray[np.bool_], wanted: int) -> float:
     return float(precision[hits].sum() / wanted)
 
 
-def originals_of(stem: str, originals: Sequence[str]) -> Indices:
-    """Rows of the originals of a copy by its name.
+def originals_of(stem: str, originals: Sequence[str], kind: str) -> Indices:
+    """Rows of the originals of a copy by its name: of the same, else of what it begins with.
+
+    Copydays names its `strong` copies otherwise: of six digits the first four tell the original.
+
+    Args:
+        stem: Name of the copy, without suffix.
+        originals: Names of the originals, without suffix.
+        kind: Of the copy.
 
     Raises:
         DinoError: It has none.
+
+    Source: facebookresearch/dino@7c446df eval_copy_detection.py.
     """
-    digits = len(stem) == 6 and stem.isdecimal()
-    rows = [i for i, name in enumerate(originals) if (name[:4] == stem[:4] if digits else stem.startswith(name))]
-    if not digits and rows:  # `car10_crop` is of `car10` and not of `car1`
-        longest = max(len(originals[i]) for i in rows)
-        rows = [i for i in rows if len(originals[i]) == longest]
+    rows = [i for i, name in enumerate(originals) if name == stem]
+    if not rows and kind == _STRONG and len(stem) == 6 and stem.isdecimal():
+        rows = [i for i, name in enumerate(originals) if name[:4] == stem[:4]]
+    if not rows:  # `car10_crop` is of `car10` and not of `car1`
+        begins = [i for i, name in enumerate(originals) if stem.startswith(name)]
+        longest = max((len(originals[i]) for i in begins), default=0)
+        rows = [i for i in begins if len(originals[i]) == longest]
     if not rows:
         raise DinoError(
             f"the copy {stem} has no original", f"name it as its original in {ORIGINAL}/, with more behind it"

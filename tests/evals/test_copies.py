@@ -61,11 +61,20 @@ def test_scores_are_those_of_plain_loops() -> None:
 
 
 def test_a_name_tells_the_original() -> None:
-    assert originals_of("200301", ["200200", "200300"]).tolist() == [1]
-    assert originals_of("car10_crop", ["car1", "car10", "dog"]).tolist() == [1]
-    assert originals_of("dog", ["car1", "car10", "dog"]).tolist() == [2]
+    assert originals_of("200301", ["200200", "200300"], "strong").tolist() == [1]
+    assert originals_of("car10_crop", ["car1", "car10", "dog"], "crop").tolist() == [1]
+    assert originals_of("dog", ["car1", "car10", "dog"], "strong").tolist() == [2]
     with pytest.raises(DinoError, match="no original"):
-        originals_of("cat_1", ["car1", "dog"])
+        originals_of("cat_1", ["car1", "dog"], "crop")
+
+
+def test_a_counted_name_is_its_own_and_the_rule_of_four_digits_is_that_of_strong() -> None:
+    counted = ["000001", "000002", "000003"]
+    for kind in ("jpegqual/3", "original", "strong"):
+        assert originals_of("000002", counted, kind).tolist() == [1]
+    assert originals_of("0000021", counted, "crops/10").tolist() == [1]
+    with pytest.raises(DinoError, match="no original"):
+        originals_of("200301", ["200200", "200300"], "jpegqual/3")
 
 
 def test_copies_find_their_originals(tmp_path: Path, encoder: Encoder) -> None:
