@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from dinocli.data.augment import normalize
-from dinocli.data.decode import BadImage, decode
+from dinocli.data.decode import BadImage
+from dinocli.data.named import read_photo
 from dinocli.data.sources import image_folder
 from dinocli.device import autocast
 from dinocli.encoder import Encoder
@@ -56,7 +57,7 @@ class CopiesResult:
         originals: Images to be found.
         distractors: Images among them that are none.
         whitened: Images by which the features were whitened; 0 where they were not.
-        skipped: Path and reason of each image that cannot be read.
+        skipped: Path and reason of each image that cannot be read, or whose original cannot.
     """
 
     scores: list[CopyScore]
@@ -152,12 +153,21 @@ def copies(
     learned = encode(_files(whiten), "whitening")[1] if whiten else values[:0]
     whitening: Callable[[Floats], Floats] = Whitening.learn(learned) if len(learned) else lambda same: same
     database = unit(whitening(database))
-    stems = [file.stem for file in originals]
+    row_of = {file: row for row, file in enumerate(originals)}  # of those that can be read
+    stems = [file.stem for file in groups[ORIGINAL]]
     scores = []
     for kind, (files, queries) in found.items():
-        if files:
-            cosines, rows = nearest(database, whitening(queries), min(TOP, len(database)))
-            scores.append(score(kind, cosines, rows, [originals_of(file.stem, stems, kind) for file in files]))
+        wanted, asked = [], []
+        for query, file in enumerate(files):
+            own = [groups[ORIGINAL][i] for i in originals_of(file.stem, stems, kind)]
+            if rows := [row_of[original] for original in own if original in row_of]:
+                wanted.append(np.array(rows))
+                asked.append(query)
+            else:
+                skipped[str(file)] = "its original cannot be read"
+        if asked:
+            cosines, nearby = nearest(database, whitening(queries[asked]), min(TOP, len(database)))
+            scores.append(score(kind, cosines, nearby, wanted))
     return CopiesResult(scores, len(originals), len(others), len(learned), skipped)
 
 
@@ -246,7 +256,7 @@ def _encode(
     for first in range(0, len(files), batch_size):
         photos = []
         for file in files[first : first + batch_size]:
-            pixels = decode(file.read_bytes(), encoder.images)
+            pixels = read_photo(file, encoder.images)
             if isinstance(pixels, BadImage):
                 skipped[str(file)] = pixels.reason
                 continue

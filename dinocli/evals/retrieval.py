@@ -16,7 +16,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from dinocli.data.augment import normalize
-from dinocli.data.decode import BadImage, decode
+from dinocli.data.decode import BadImage
+from dinocli.data.named import read_photo
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.evals.nearest import Floats, unit
@@ -203,10 +204,7 @@ def features_of_files(
 
 
 def _feature(encoder: Encoder, file: Path, size: int, multiscale: bool) -> Floats | BadImage:
-    try:
-        pixels = decode(file.read_bytes(), encoder.images)
-    except OSError as error:
-        return BadImage(f"missing: {error.strerror or error}")
+    pixels = read_photo(file, encoder.images)
     if isinstance(pixels, BadImage):
         return pixels
     photo = Image.fromarray(pixels)

@@ -77,6 +77,21 @@ def test_a_counted_name_is_its_own_and_the_rule_of_four_digits_is_that_of_strong
         originals_of("200301", ["200200", "200300"], "jpegqual/3")
 
 
+def test_a_photo_that_is_gone_is_named_and_ends_nothing(tmp_path: Path, encoder: Encoder) -> None:
+    folder = tmp_path / "set"
+    for kind in ("original", "jpegqual"):
+        write_images(folder / kind, 4)
+    for lost in ("jpegqual/0001.png", "original/0002.png"):
+        (folder / lost).unlink()
+        (folder / lost).symlink_to(tmp_path / "nowhere.png")
+    result = copies(encoder, folder, size=16)
+    told = {str(Path(path).relative_to(folder)): reason for path, reason in result.skipped.items()}
+    assert sorted(told) == ["jpegqual/0001.png", "jpegqual/0002.png", "original/0002.png"]
+    assert "original" in told["jpegqual/0002.png"], "it can be read, and what it is a copy of cannot"
+    assert (result.originals, [(s.kind, s.queries) for s in result.scores]) == (3, [("original", 3), ("jpegqual", 2)])
+    assert result.scores[1].mean_ap == pytest.approx(100)
+
+
 def test_copies_find_their_originals(tmp_path: Path, encoder: Encoder) -> None:
     folder = tmp_path / "set"
     write_images(folder / "original", 5)
