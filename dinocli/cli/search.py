@@ -152,7 +152,10 @@ def _retrieval(
             {"size": side, "multiscale": multiscale, "scores": [asdict(s) for s in scores], "skipped": skipped}
         )
         return
-    rows = [[s.level, f"{s.mean_ap:.2f}", *(f"{p:.2f}" for p in s.precisions), str(s.queries)] for s in scores]
+    rows = []
+    for s in scores:
+        numbers = ["-" if n is None else f"{n:.2f}" for n in (s.mean_ap, *(s.precisions or (None for _ in KS)))]
+        rows.append([s.level, *numbers, str(s.queries)])
     title = (
         f"retrieval by {encoder.source}: {len(read.images)} images, longest side {side}" + ", three sizes" * multiscale
     )

@@ -63,14 +63,14 @@ class RetrievalScore:
 
     Attributes:
         level: Which.
-        mean_ap: Mean over queries of the average precision.
-        precisions: Mean precision among the first 1, 5 and 10.
+        mean_ap: Mean over queries of the average precision; None where there is no query.
+        precisions: Mean precision among the first 1, 5 and 10; None where there is no query.
         queries: That have something to be found.
     """
 
     level: Level
-    mean_ap: float
-    precisions: list[float]
+    mean_ap: float | None
+    precisions: list[float] | None
     queries: int
 
 
@@ -143,7 +143,8 @@ def scores(cosines: Floats, truth: GroundTruth) -> list[RetrievalScore]:
     """Mean average precision and precisions of each level.
 
     Args:
-        cosines: Of each query and each image; a query with none that is finite is left out. [Q, S]
+        cosines: Of each query and each image, NaN where one cannot be read: such an image is in no ranking, and a query
+            with no other is left out. [Q, S]
         truth: What is to be found.
 
     Source: filipradenovic/revisitop; facebookresearch/dino@7c446df eval_image_retrieval.py.
@@ -154,17 +155,23 @@ def scores(cosines: Floats, truth: GroundTruth) -> list[RetrievalScore]:
         each = []
         for query, ranked in enumerate(ranks):
             wanted, besides = truth.at(level, query)
-            if len(wanted) and np.isfinite(cosines[query]).any():
-                each.append(_of_query(ranked, wanted, besides))
-        means = 100 * np.mean(each, axis=0) if each else np.full(1 + len(KS), np.nan)
-        found.append(RetrievalScore(level, float(means[0]), means[1:].tolist(), len(each)))
+            read = ranked[np.isfinite(cosines[query, ranked])]
+            if len(wanted) and len(read):
+                each.append(_of_query(read, wanted, besides))
+        if each:
+            means = 100 * np.mean(each, axis=0)
+            found.append(RetrievalScore(level, float(means[0]), means[1:].tolist(), len(each)))
+        else:
+            found.append(RetrievalScore(level, None, None, 0))
     return found
 
 
 def _of_query(ranked: Indices, wanted: Indices, besides: Indices) -> list[float]:
     counted = ranked[~np.isin(ranked, np.setdiff1d(besides, wanted))]  # junk is taken out of the ranking
     positions = np.flatnonzero(np.isin(counted, wanted))
-    places = [min(k, int(positions[-1]) + 1) for k in KS]  # no more are asked for than it takes to find all
+    # No more are asked for than it takes to find all; what is not in the ranking is never found.
+    enough = int(positions[-1]) + 1 if len(positions) == len(wanted) else max(KS)
+    places = [min(k, enough) for k in KS]
     return [average_precision(positions, len(wanted)), *(float((positions < k).sum() / k) for k in places)]
 
 
@@ -234,7 +241,8 @@ def retrieval(
 ) -> tuple[list[RetrievalScore], dict[str, str]]:
     """Encode a set's images and queries, rank, and score.
 
-    Images that cannot be read are never found, and queries that cannot are left out.
+    Images that cannot be read are never found, and queries that cannot are left out. Queries are whole photos, as
+    DINO's script takes them; the figures that others publish are of queries cut to their `bbx`.
 
     Args:
         encoder: Of three channels.
@@ -256,5 +264,4 @@ def retrieval(
     ]
     values, skipped = features_of_files(encoder, files, size=size, multiscale=multiscale, report=report)
     images, queries = values[: len(truth.images)], values[len(truth.images) :]
-    cosines = queries @ images.T  # [Q, S]
-    return scores(np.where(np.isnan(cosines), -np.inf, cosines), truth), skipped
+    return scores(queries @ images.T, truth), skipped

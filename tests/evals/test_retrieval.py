@@ -73,6 +73,23 @@ def test_scores_are_those_of_a_plain_walk_down_each_ranking() -> None:
     assert [s.queries for s in found] == [10, 11, 11]
 
 
+def test_images_that_cannot_be_read_are_in_no_ranking() -> None:
+    none = np.empty(0, np.int64)
+    truth = GroundTruth(["a", "b", "c"], ["q"], [np.array([0, 2])], [none], [none])
+    easy = scores(np.array([[0.9, 0.5, np.nan]], np.float32), truth)[0]
+    assert easy.mean_ap == pytest.approx(50), "one of two is found, at the first place, and the other never"
+    assert easy.precisions == pytest.approx([100, 20, 10])
+    only = scores(np.array([[np.nan, 0.5, np.nan]], np.float32), truth)[0]
+    assert (only.mean_ap, only.precisions, only.queries) == (0, [0, 0, 0], 1)
+
+
+def test_a_level_without_queries_has_no_score() -> None:
+    none = np.empty(0, np.int64)
+    truth = GroundTruth(["a"], ["q"], [np.array([0])], [none], [none])
+    hard = scores(np.ones((1, 1), np.float32), truth)[2]
+    assert (hard.mean_ap, hard.precisions, hard.queries) == (None, None, 0)
+
+
 def test_a_perfect_and_a_worst_ranking() -> None:
     assert average_precision(np.arange(5), 5) == 1
     assert average_precision(np.array([], np.int64), 5) == 0
