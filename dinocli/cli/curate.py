@@ -12,6 +12,7 @@ from dinocli.cli.options import DataNow, Json, Threshold, listed
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
+    from dinocli.evals.dedup import Alike
     from dinocli.gallery import Gallery
     from dinocli.mapped import Indices
 
@@ -47,7 +48,7 @@ def curate(
 ) -> None:
     """Take of a pool what is like some seeds, or as much of each kind.
 
-    With --threshold duplicates are dropped first, and what is near to the images of --without.
+    With --threshold what is near to the images of --without is dropped first, with all its duplicates; then duplicates.
     """
     if not like and not clusters:
         raise DinoError(
@@ -63,7 +64,8 @@ def curate(
 
     import numpy as np
 
-    from dinocli.evals.curate import near_to, retrieve
+    from dinocli.evals.curate import near_to, retrieve, whole_groups
+    from dinocli.evals.dedup import choose
     from dinocli.gallery import belong_together, open_gallery
 
     gallery = open_gallery(pool, data)
@@ -74,12 +76,15 @@ def curate(
     rows = np.arange(len(gallery))
     left = {"pool": len(rows)}
     if threshold is not None:
-        rows = np.setdiff1d(rows, _duplicates(gallery, threshold))
+        alike = _alike(gallery, threshold)
+        for other in others:
+            with console.progress(f"compare with {other.folder}", len(gallery), "images") as advance:
+                near = near_to(gallery.values, np.arange(len(gallery)), other.values, threshold, advance)
+            # All of a group are asked, not the one that would be kept of it: any may be what was held out.
+            rows = np.setdiff1d(rows, whole_groups(near, alike.members))
+            left[f"away from {other.folder}"] = len(rows)
+        rows = np.setdiff1d(rows, [row for group in choose(alike, gallery.size) for row in group.dropped])
         left["without duplicates"] = len(rows)
-    for other in others:
-        with console.progress(f"compare with {other.folder}", len(rows), "images") as advance:
-            rows = np.setdiff1d(rows, near_to(gallery.values, rows, other.values, threshold or 0, advance))
-        left[f"away from {other.folder}"] = len(rows)
     if not len(rows):
         raise DinoError("nothing of the pool is left", f"a higher --threshold than {threshold}")
     if clusters:
@@ -98,14 +103,12 @@ def curate(
         console.out(str(path))
 
 
-def _duplicates(gallery: Gallery, threshold: float) -> list[int]:
-    """Rows of the pool that are dropped for a better image of the same."""
-    from dinocli.evals.dedup import choose, find_alike
+def _alike(gallery: Gallery, threshold: float) -> Alike:
+    from dinocli.evals.dedup import find_alike
 
     count = len(gallery)
     with console.progress("compare", count * (count - 1) // 2, "pairs") as advance:
-        found = find_alike(gallery.values, threshold, advance)
-    return [row for group in choose(found, gallery.size) for row in group.dropped]
+        return find_alike(gallery.values, threshold, advance)
 
 
 def _by_clusters(gallery: Gallery, rows: Indices, seeds: Gallery | None, count: int, each: int, seed: int) -> Indices:

@@ -129,8 +129,7 @@ def copies(
     Args:
         encoder: A vision transformer of three channels.
         folder: With `original/`, and folders of copies of any depth, such as `strong/` and `jpegqual/3/`. A copy's name
-            is that of its original or begins with it; of six digits in `strong/`, as Copydays has them, the first four
-            tell it.
+            is that of its original or begins with it; of six digits, as Copydays has them, the first four tell it.
         distractors: Folder of images that are no originals, among which these are to be found.
         whiten: Folder of images to learn the whitening from; absent, there is none.
         size: To which photos are stretched, in pixels a side.
@@ -196,7 +195,8 @@ def _micro(cosines: Floats, right: NDArray[np.bool_], wanted: int) -> float:
 def originals_of(stem: str, originals: Sequence[str], kind: str) -> Indices:
     """Rows of the originals of a copy by its name: of the same, else of what it begins with.
 
-    Copydays names its `strong` copies otherwise: of six digits the first four tell the original.
+    Copydays names its `strong` copies otherwise: of six digits the first four tell the original. Elsewhere, where the
+    source goes by the order of the files, they do so if there is but one such original.
 
     Args:
         stem: Name of the copy, without suffix.
@@ -209,8 +209,9 @@ def originals_of(stem: str, originals: Sequence[str], kind: str) -> Indices:
     Source: facebookresearch/dino@7c446df eval_copy_detection.py.
     """
     rows = [i for i, name in enumerate(originals) if name == stem]
-    if not rows and kind == _STRONG and len(stem) == 6 and stem.isdecimal():
-        rows = [i for i, name in enumerate(originals) if name[:4] == stem[:4]]
+    if not rows and len(stem) == 6 and stem.isdecimal():
+        same = [i for i, name in enumerate(originals) if name[:4] == stem[:4]]
+        rows = same if kind == _STRONG or len(same) == 1 else []
     if not rows:  # `car10_crop` is of `car10` and not of `car1`
         begins = [i for i, name in enumerate(originals) if stem.startswith(name)]
         longest = max((len(originals[i]) for i in begins), default=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import faiss
 import numpy as np
@@ -38,6 +38,20 @@ def near_to(
         found.append(asked[nearest(others, values[asked], 1)[0][:, 0] >= threshold])
         report(first + len(asked))
     return np.concatenate(found) if found else rows
+
+
+def whole_groups(rows: Indices, members: Sequence[Indices]) -> Indices:
+    """Some rows, and those that are in a group with one of them, ascending.
+
+    Args:
+        rows: Such as those near to what is held out. [R]
+        members: Rows of each group of near-duplicates.
+
+    Source: arXiv 2304.07193, appendix A.3, relative deduplication.
+    """
+    near = set(rows.tolist())
+    touched = [group for group in members if not near.isdisjoint(group.tolist())]
+    return np.unique(np.concatenate([rows, *touched]))
 
 
 def retrieve(values: Values, rows: Indices, seeds: Values, k: int, report: Report = lambda done: None) -> Indices:

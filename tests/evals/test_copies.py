@@ -74,7 +74,9 @@ def test_a_counted_name_is_its_own_and_the_rule_of_four_digits_is_that_of_strong
         assert originals_of("000002", counted, kind).tolist() == [1]
     assert originals_of("0000021", counted, "crops/10").tolist() == [1]
     with pytest.raises(DinoError, match="no original"):
-        originals_of("200301", ["200200", "200300"], "jpegqual/3")
+        originals_of("000004", counted, "jpegqual/3")
+    assert originals_of("000004", counted, "strong").tolist() == [0, 1, 2], "as the original has it"
+    assert originals_of("200301", ["200200", "200300"], "jpegqual/3").tolist() == [1]
 
 
 def test_a_photo_that_is_gone_is_named_and_ends_nothing(tmp_path: Path, encoder: Encoder) -> None:

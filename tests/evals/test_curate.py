@@ -5,7 +5,8 @@ import pytest
 
 from dinocli.errors import DinoError
 from dinocli.evals import curate as module
-from dinocli.evals.curate import assign, clusters, held, near_to, retrieve, sample
+from dinocli.evals.curate import assign, clusters, held, near_to, retrieve, sample, whole_groups
+from dinocli.evals.dedup import find_alike
 
 
 def drawn(count: int, seed: int = 0, width: int = 5) -> np.ndarray:
@@ -51,3 +52,16 @@ def test_as_many_are_drawn_of_each_cluster() -> None:
     assert drawn.tolist() != sample(rows, of, 10, seed=1).tolist()
     assert set(of[sample(rows, of, 10, seed=0, among=np.array([1])) - 100].tolist()) == {1}
     assert held(np.array([0, 0, 0, 0, 1, 1, 1, 4, 4, 4, 4, 4])).tolist() == [0, 4]
+
+
+def test_a_group_goes_whole_where_one_of_it_is_near_to_what_is_held_out() -> None:
+    angles = np.radians([0, 8, 16, 90, 98, 180])  # the third, and by it the first two; then a pair, and one alone
+    pool = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    held_out = np.array([[np.cos(np.radians(24)), np.sin(np.radians(24))]], np.float32)
+    threshold = float(np.cos(np.radians(10)))
+    near = near_to(pool, np.arange(6), held_out, threshold)
+    members = find_alike(pool, threshold).members
+    assert near.tolist() == [2], "of the group neither the first nor the second is near itself"
+    assert whole_groups(near, members).tolist() == [0, 1, 2]
+    assert whole_groups(np.array([5]), members).tolist() == [5]
+    assert whole_groups(np.array([], np.int64), members).tolist() == []
