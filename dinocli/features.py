@@ -105,6 +105,9 @@ def read_features(path: Path) -> Features:
 
 def _index(folder: Path) -> dict[str, int]:
     """Names of a folder's shards and how many images each has."""
+    splits = sorted(path for path in folder.glob("*.safetensors") if not path.stem.isdigit())
+    if splits and not (folder / INDEX).exists():
+        raise DinoError(f"the features of one split were wanted; {folder} is a folder of splits", f"take {splits[0]}")
     try:
         told = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if told["dinocli"] != "features":

@@ -588,6 +588,14 @@ def test_a_command_of_one_process_is_refused_in_several(dino: Dino, monkeypatch:
     assert not dino("knn", code=1).stderr, "one of them says so"
 
 
+def test_who_stops_a_command_is_told_that_it_stopped(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinocli.cli.options.newest_run", interrupted)
+    assert dino("knn", code=130).stderr == "stopped\n"
+
+
 @pytest.fixture
 def searched(dino: Dino, tmp_path: Path) -> list[str]:
     """Features of five images, of which one is there twice and once smaller, and the checkpoint that made them."""
