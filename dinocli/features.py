@@ -155,7 +155,7 @@ def read_splits(folder: Path) -> dict[str, Features]:
             )
         paths[name] = index.parent
     if not paths:
-        came = "holds none" if folder.is_dir() else "does not exist"
+        came = "holds none" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise DinoError(
             f"a folder with features was wanted; {folder} {came}", "make some with `dino extract CHECKPOINT DATA`"
         )
@@ -176,7 +176,7 @@ def read_splits(folder: Path) -> dict[str, Features]:
 def same_maker(
     first: tuple[str, Recipe],
     other: tuple[str, Recipe],
-    whose: str = "features are compared",
+    whose: str = "features to compare are",
     hint: str = "extract both with the same checkpoint and the same settings",
 ) -> None:
     """See that two features were made by the same weights and settings, whatever the images.
