@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, checkpoint_or_newest
+from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, checkpoint_or_newest
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -24,14 +24,7 @@ def attn_map(
     checkpoint: Checkpoint = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("attention"),
     keep: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the attention that the masks hold.")] = 0.6,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=8,
-            help="Short side in pixels to look at the photo with; 480 for a network "
-            "trained at 224, in that proportion for others.",
-        ),
-    ] = None,
+    size: ShortSide = None,
     raw: Annotated[bool, typer.Option("--raw", help="Write the maps themselves too, as safetensors.")] = False,
     film: Annotated[
         Literal["strip", "gif", "mp4"] | None,

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, checkpoint_or_newest
+from dinocli.cli.options import (
+    Checkpoint,
+    Device,
+    FacetName,
+    Json,
+    Limits,
+    NetworkName,
+    ShortSide,
+    checkpoint_or_newest,
+)
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -34,14 +43,7 @@ def match(
         Literal["box", "image"],
         typer.Option("--pck-of", help="Near enough is a share of the larger side of B's keypoints' box, or of B."),
     ] = "box",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=8,
-            help="Short side in pixels to look at the photos with; 480 for a network trained at 224, in that "
-            "proportion for others.",
-        ),
-    ] = None,
+    size: ShortSide = None,
     layer: Annotated[
         list[int] | None, typer.Option(help="Block whose patches are compared: 1 the first, -1 the last; repeatable.")
     ] = None,

@@ -49,6 +49,15 @@ FacetName = Annotated[
 ]
 Tokens = Annotated[Literal["cls", "patches", "cls+avg"], typer.Option(help="Features of an image.")]
 Size = Annotated[int | None, typer.Option(min=8, help="Side of the images in pixels; the training's if absent.")]
+ShortSide = Annotated[
+    int | None,
+    typer.Option(
+        "--size",
+        min=8,
+        help="Short side in pixels to look at photos with; 480 for a network trained at 224, in that proportion for "
+        "others.",
+    ),
+]
 
 
 FeatureFolder = Annotated[Path | None, typer.Option("--features", help="Folder of features; ./features if absent.")]

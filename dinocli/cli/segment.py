@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, checkpoint_or_newest
+from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, checkpoint_or_newest
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -57,14 +57,7 @@ def segment(
     epochs: Annotated[int, typer.Option(min=1, help="With --train: passes over the photos.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="With --train: of the order and of what is held out.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("segments"),
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=8,
-            help="Short side in pixels to look at the photo with; 480 for a network "
-            "trained at 224, in that proportion for others.",
-        ),
-    ] = None,
+    size: ShortSide = None,
     network: NetworkName = "teacher",
     overrides: Limits = None,
     device: Device = "auto",

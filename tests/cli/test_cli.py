@@ -214,6 +214,7 @@ def test_too_little_memory_is_said(
     assert "too little memory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_to_the_whole_group_saves_and_the_same_command_goes_on(dino: Dino, tmp_path: Path, images: Path) -> None:
     words = [
         "pretrain",
