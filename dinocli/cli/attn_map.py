@@ -50,6 +50,15 @@ def attn_map(
         raise typer.BadParameter("they are for --film strip, gif or mp4", param_hint="--head, --fps")
     films, files = (_films(images), {}) if film else ({}, _photos(images))
 
+    from dinocli.attention_films import ENDINGS
+    from dinocli.data.named import spare
+
+    if film:
+        shots = (path for frames in films.values() for path in (frames.where, *frames.files))
+        spare((out / f"{name}{ENDINGS[film]}" for name in films), shots)
+    else:
+        spare((out / f"{name}.png" for name in files.values()), files)
+
     from dinocli.device import pick_device
     from dinocli.encoder import with_images
     from dinocli.loading import load_encoder

@@ -67,8 +67,11 @@ def match(
     """Match places of two photos by what their patches look like, draw them, and score them by known points."""
     for photo in (a, b):
         if not photo.is_file():
-            raise DinoError(f"a photo was wanted; {photo} does not exist", "check the path")
+            came = "is a folder" if photo.is_dir() else "does not exist"
+            raise DinoError(f"a photo was wanted; {photo} {came}", "check the path")
+    picture = out / f"{a.stem}-{b.stem}.png"
     from dinocli.data.keypoints import read_keypoints
+    from dinocli.data.named import spare
     from dinocli.device import pick_device
     from dinocli.diffusion import load_diffusion
     from dinocli.encoder import with_images
@@ -77,6 +80,7 @@ def match(
     from dinocli.loading import load_encoder
     from dinocli.matching import Looking, patch_maps, write_picture
 
+    spare([picture], [a, b])
     where = pick_device(device)
     encoder = with_images(load_encoder(checkpoint_or_newest(checkpoint), where, network), overrides or [])
     photos = _read(a, encoder), _read(b, encoder)
@@ -87,7 +91,6 @@ def match(
     looking = Looking(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
     maps = patch_maps(encoder, *photos, looking)
     matches = matched(*maps)
-    picture = out / f"{a.stem}-{b.stem}.png"
     marked = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None
     write_picture(picture, photos, maps, matches, spread_out(maps[0], matches.mutual, lines), marked)
     scores = pck(*maps, matches, *known, pck_of) if known else []
