@@ -36,7 +36,7 @@ class Tracked:
         gif: The frames with their masks laid over.
         strip: Some of them side by side.
         frames: How many there are, the first among them.
-        skipped: Frames that were passed over, and why.
+        skipped: Frames that were passed over, or counted in no score, and why.
         score: Of the masks; absent where there was nothing to hold them against.
         still: Of the first mask, copied to every frame: what tracking has to beat.
     """
@@ -110,7 +110,7 @@ def track_video(
         advance: Told how many frames are done.
 
     Raises:
-        DinoError: A true mask cannot be read, or there is none to count.
+        DinoError: There is no true mask to count.
     """
     labels, pixels = first
     reader = _Reader(video, encoder.images, pixels.shape)
@@ -130,7 +130,7 @@ def track_video(
             name = _stem(frame)
             write_labels(out / "masks" / f"{name}.png", LabelMap(found, labels.palette))
             if judge and 0 < frame.number < video.count - 1:
-                judge.see(name, found)
+                judge.see(frame, found)
             laid = overlay(visible(seen), LabelMap(found, labels.palette))
             if frame.number in chosen:
                 strip.append(Panel(small(laid, _STRIP_WIDTH), name))
@@ -141,7 +141,8 @@ def track_video(
     count = write_gif(film(), gif, per_second or float(video.rate or _RATE))
     write_strip(strip, picture)
     score, still = judge.scores() if judge else (None, None)
-    return Tracked(out / "masks", gif, picture, count, reader.skipped, score, still)
+    skipped = reader.skipped | (judge.skipped if judge else {})
+    return Tracked(out / "masks", gif, picture, count, skipped, score, still)
 
 
 def _stem(frame: Frame) -> str:
@@ -179,25 +180,32 @@ class _Judge:
     """Holds masks against the true ones, frame by frame."""
 
     def __init__(self, folder: Path, first: LabelMap) -> None:
+        self.skipped: dict[str, str] = {}
         self._truth = {path.stem: path for path in open_frames(folder).files}
         self._first = first
         self._found: list[NDArray[np.float64]] = []
         self._still: list[NDArray[np.float64]] = []
 
-    def see(self, name: str, found: Labels) -> None:
-        if name not in self._truth:
+    def see(self, frame: Frame, found: Labels) -> None:
+        path = self._truth.get(_stem(frame))
+        if path is None:
             return
-        truth = read_labels(self._truth[name])
+        truth = read_labels(path)
         if isinstance(truth, BadImage) or truth.values.shape != found.shape:
             why = truth.reason if isinstance(truth, BadImage) else "another size than its frame's"
-            raise DinoError(f"a true mask was wanted; {self._truth[name]}: {why}", "--evaluate FOLDER OF MASKS")
+            self.skipped[frame.name] = f"counted in no score; its true mask {path}: {why}"
+            return
         self._found.append(frame_scores(found, truth.values, self._first.objects))
         self._still.append(frame_scores(self._first.values, truth.values, self._first.objects))
 
     def scores(self) -> tuple[VideoScore, VideoScore]:
         if not self._found:
+            bad = next(iter(self.skipped.items()), None)
             raise DinoError(
-                "no true mask has the name of a frame between the first and the last", "--evaluate FOLDER OF MASKS"
+                f"none of the true masks can be counted; {bad[0]}: {bad[1]}"
+                if bad
+                else "no true mask has the name of a frame between the first and the last",
+                "--evaluate FOLDER OF MASKS",
             )
         return video_score(self._found, self._first.objects), video_score(self._still, self._first.objects)
 

@@ -64,6 +64,22 @@ def test_frames_that_cannot_be_read_are_passed_over(video: Path, encoder: Encode
     assert "not an image" in reasons[0] and "another size: 20x20 pixels, the first frame has 112x32" in reasons[1]
 
 
+def test_a_bad_true_mask_costs_its_own_frames_score_alone(video: Path, encoder: Encoder) -> None:
+    files = open_frames(video / "frames")
+    first = first_mask(video / "masks" / "f0.png", files, encoder.images)
+    (video / "masks/f4.png").write_bytes(b"no image")
+    write_labels(video / "masks/f6.png", LabelMap(np.ones((8, 8), np.uint8)))
+    done = track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks")
+    assert done.frames == 11 and done.score.frames == done.still.frames == 7
+    assert done.gif.exists() and done.strip.exists() and (done.masks / "f4.png").exists()
+    assert list(done.skipped) == ["f4.png", "f6.png"]
+    assert "f4.png: damaged" in done.skipped["f4.png"] and "another size" in done.skipped["f6.png"]
+    for path in (video / "masks").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(DinoError, match=r"none of the true masks can be counted; f1.png: .*damaged"):
+        track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks")
+
+
 def test_what_does_not_belong_together_is_said(video: Path, encoder: Encoder) -> None:
     files = open_frames(video / "frames")
     for name, values, words in (
