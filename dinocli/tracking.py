@@ -51,7 +51,7 @@ class Tracked:
 
 
 def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelMap, Pixels]:
-    """The mask of a first frame, and that frame.
+    """The mask of a first frame, 0 where it is void, and that frame.
 
     Raises:
         DinoError: One cannot be read, they are not of one size, or the mask holds no object.
@@ -70,8 +70,11 @@ def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelM
             "the mask that was drawn on that frame",
         )
     if not labels.objects:
-        raise DinoError(f"a mask with an object was wanted; {path} is 0 everywhere", "paint what is to be followed")
-    return labels, pixels
+        void = " or 255, which in a palette is void" if labels.void.any() else ""
+        raise DinoError(
+            f"a mask with an object was wanted; {path} is 0 everywhere{void}", "paint what is to be followed"
+        )
+    return labels.cleared, pixels
 
 
 def too_small(encoder: Encoder, labels: LabelMap, pixels: Pixels, looking: Looking) -> list[int]:
@@ -195,8 +198,8 @@ class _Judge:
             why = truth.reason if isinstance(truth, BadImage) else "another size than its frame's"
             self.skipped[frame.name] = f"counted in no score; its true mask {path}: {why}"
             return
-        self._found.append(frame_scores(found, truth.values, self._first.objects))
-        self._still.append(frame_scores(self._first.values, truth.values, self._first.objects))
+        self._found.append(frame_scores(found, truth, self._first.objects))
+        self._still.append(frame_scores(self._first.values, truth, self._first.objects))
 
     def scores(self) -> tuple[VideoScore, VideoScore]:
         if not self._found:

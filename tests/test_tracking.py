@@ -80,13 +80,25 @@ def test_a_bad_true_mask_costs_its_own_frames_score_alone(video: Path, encoder: 
         track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks")
 
 
+def test_the_void_of_a_first_mask_is_not_followed(video: Path, encoder: Encoder) -> None:
+    files = open_frames(video / "frames")
+    values = np.zeros((32, 112), np.uint8)
+    values[8:24, :16], values[8:24, 40:80] = 1, 255
+    write_labels(video / "void.png", LabelMap(values, PALETTE))
+    first = first_mask(video / "void.png", files, encoder.images)
+    done = track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks")
+    assert {int(v) for path in done.masks.iterdir() for v in np.unique(np.array(Image.open(path)))} == {0, 1}
+    assert set(done.score.objects) == {1}
+
+
 def test_what_does_not_belong_together_is_said(video: Path, encoder: Encoder) -> None:
     files = open_frames(video / "frames")
-    for name, values, words in (
-        ("small", np.ones((8, 8), np.uint8), "has its 112x32 pixels; .* has 8x8"),
-        ("empty", np.zeros((32, 112), np.uint8), "is 0 everywhere"),
+    for name, values, palette, words in (
+        ("small", np.ones((8, 8), np.uint8), None, "has its 112x32 pixels; .* has 8x8"),
+        ("empty", np.zeros((32, 112), np.uint8), None, "is 0 everywhere\nhint"),
+        ("void", np.full((32, 112), 255, np.uint8), PALETTE, "255, which in a palette is void"),
     ):
-        write_labels(video / f"{name}.png", LabelMap(values))
+        write_labels(video / f"{name}.png", LabelMap(values, palette))
         with pytest.raises(DinoError, match=words):
             first_mask(video / f"{name}.png", files, encoder.images)
     with pytest.raises(DinoError, match="its pixels are RGB"):

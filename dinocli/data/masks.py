@@ -12,7 +12,6 @@ from PIL import Image
 from dinocli.data.decode import BadImage
 from dinocli.data.sources import image_folder
 
-IGNORED = 255  # in an index mask, of pixels that count for nothing
 _INDEX = ("P", "L", "1")  # modes of one channel of 8 bits or fewer
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.labels import Labels
+from dinocli.data.labels import LabelMap, Labels
 from dinocli.evals.attention import jaccard
 
 Mask = NDArray[np.bool_]
@@ -49,15 +49,18 @@ class VideoScore:
     frames: int
 
 
-def frame_scores(found: Labels, truth: Labels, objects: Sequence[int]) -> NDArray[np.float64]:
-    """J and F of each object in a frame. [objects, 2]
+def frame_scores(found: Labels, truth: LabelMap, objects: Sequence[int]) -> NDArray[np.float64]:
+    """J and F of each object in a frame; what is void in the truth counts in neither mask. [objects, 2]
 
     Args:
         found: [H, W]
-        truth: [H, W]
+        truth: Of the same size.
         objects: Their values in both.
+
+    Source: davisvideochallenge/davis2017-evaluation@30b698a davis2017/metrics.py (`void_pixels`).
     """
-    masks = [(found == value, truth == value) for value in objects]
+    known = ~truth.void
+    masks = [((found == value) & known, (truth.values == value) & known) for value in objects]
     return np.array([(jaccard(mask, true), boundary_f(mask, true)) for mask, true in masks])
 
 
