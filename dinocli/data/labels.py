@@ -1,4 +1,4 @@
-"""Label maps: masks whose values are numbers of objects, read and written with their palette."""
+"""Label maps: masks whose values are numbers of objects or classes, read and written with their palette."""
 
 from __future__ import annotations
 
@@ -47,8 +47,12 @@ class LabelMap:
         return LabelMap(np.where(self.void, np.uint8(0), self.values), self.palette)
 
 
-def read_labels(path: Path) -> LabelMap | BadImage:
+def read_labels(path: Path, most: int = _MOST) -> LabelMap | BadImage:
     """Read a mask: an image with a palette, whose numbers count and not its colors, or a grey or black-and-white one.
+
+    Args:
+        path: The file; grey may have been saved as colors.
+        most: Objects that it may hold.
 
     Returns:
         The map, or why the file is none.
@@ -67,7 +71,7 @@ def read_labels(path: Path) -> LabelMap | BadImage:
         return BadImage(
             f"no label map: its pixels are {image.mode}, and not numbers of objects (a palette, or 8-bit grey)"
         )
-    if len(found.objects) > _MOST:
+    if len(found.objects) > most:
         return BadImage(f"no label map: it has {len(found.objects)} values, as photos and masks with soft edges have")
     return found
 
