@@ -102,9 +102,10 @@ def match(
 
 
 def _read(path: Path, encoder: Encoder) -> Pixels:
-    from dinocli.data.decode import BadImage, decode
+    from dinocli.data.decode import BadImage
+    from dinocli.data.named import read_photo
 
-    pixels = decode(path.read_bytes(), encoder.images)
+    pixels = read_photo(path, encoder.images)
     if isinstance(pixels, BadImage):
         raise DinoError(f"{path} cannot be read: {pixels.reason}", "name a photo such as a .jpg")
     return pixels
