@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, checkpoint_or_newest
+from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, encoder_from
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -50,12 +50,7 @@ def attn_map(
         raise typer.BadParameter("they are for --film strip, gif or mp4", param_hint="--head, --fps")
     films, files = (_films(images), {}) if film else ({}, _photos(images))
 
-    from dinocli.device import pick_device
-    from dinocli.encoder import with_images
-    from dinocli.loading import load_encoder
-
-    encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
-    encoder = with_images(encoder, overrides or [])
+    encoder = encoder_from(checkpoint, device, network, overrides)
     if film:
         _draw_films(encoder, films, out, film, head, size, fps, json)
     else:
@@ -76,8 +71,7 @@ def _draw_photos(
             else:
                 drawn.append(result)
             advance(done)
-    for bad, reason in skipped.items():
-        console.say(f"note: skipped {bad}: {reason}")
+    console.skipped(skipped)
     if not drawn:
         raise DinoError("none of the images can be read", "name a photo such as a .jpg")
     if json:

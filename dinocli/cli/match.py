@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import (
-    Checkpoint,
-    Device,
-    FacetName,
-    Json,
-    Limits,
-    NetworkName,
-    ShortSide,
-    checkpoint_or_newest,
-)
+from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, ShortSide, encoder_from
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -71,17 +62,14 @@ def match(
     from dinocli.data.keypoints import read_keypoints
     from dinocli.device import pick_device
     from dinocli.diffusion import load_diffusion
-    from dinocli.encoder import with_images
     from dinocli.evals.match import match as matched
     from dinocli.evals.match import near_enough, pck, spread_out
-    from dinocli.loading import load_encoder
     from dinocli.matching import Looking, patch_maps, write_picture
 
-    where = pick_device(device)
-    encoder = with_images(load_encoder(checkpoint_or_newest(checkpoint), where, network), overrides or [])
+    encoder = encoder_from(checkpoint, device, network, overrides)
     photos = _read(a, encoder), _read(b, encoder)
     known = keypoints and read_keypoints(keypoints, a, b, (photos[0].shape[:2], photos[1].shape[:2]))
-    diffusion = load_diffusion(sd, where, caption) if sd else None
+    diffusion = load_diffusion(sd, pick_device(device), caption) if sd else None
     if sd and not caption:
         console.say("note: the diffusion model is given no caption; --caption 'a photo of a cat' says what is there")
     looking = Looking(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
