@@ -14,17 +14,19 @@ from dinocli.data.frames import Frame, Frames, open_frames
 from dinocli.data.labels import LabelMap, Labels, read_labels, write_labels
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
-from dinocli.evals.davis import VideoScore, frame_scores, outline, video_score
+from dinocli.evals.davis import VideoScore, frame_scores, video_score
 from dinocli.evals.track import Looking, Rule, one_hot, track
 from dinocli.film import shown, small, write_gif, write_strip
-from dinocli.picture import Panel, visible
+from dinocli.picture import Panel, inner_edge, tinted, visible
 
 _WIDTH = 480  # pixels, of a frame in the film
 _STRIP_WIDTH = 320
 _RATE = 12  # frames a second, where nothing tells
 _ALL = range(1, 2**62)  # frames after the first, however many a video says that it has
 # For objects without a color of their own, told apart on a photo, and by those who see no red or green.
-_COLORS = np.array([(230, 60, 60), (50, 140, 240), (250, 200, 40), (40, 180, 130), (200, 100, 220), (250, 140, 40)])
+_COLORS = np.array(
+    [(230, 60, 60), (50, 140, 240), (250, 200, 40), (40, 180, 130), (200, 100, 220), (250, 140, 40)], np.uint8
+)
 
 
 @dataclass(frozen=True)
@@ -215,21 +217,17 @@ class _Judge:
 
 def overlay(pixels: Pixels, labels: LabelMap) -> Pixels:
     """A frame with each object tinted and outlined in its color. [H, W, 3]"""
-    laid = pixels.astype(np.float32)
+    colors = np.zeros((256, 3), np.uint8)
     for i, number in enumerate(labels.objects):
-        mask = labels.values == number
-        color = _color(labels, number, i)
-        laid[mask] = laid[mask] * 0.55 + color * 0.45
-        edge = outline(mask)
-        thick = max(1, min(pixels.shape[:2]) // 240)
-        for dy in range(-thick, thick + 1):
-            for dx in range(-thick, thick + 1):
-                laid[np.roll(edge, (dy, dx), (0, 1)) & mask] = color
-    return (laid + 0.5).astype(np.uint8)
+        colors[number] = _color(labels, number, i)
+    laid = np.where(labels.values[..., None] > 0, tinted(pixels, labels.values, colors, 0.45), pixels)
+    for number in labels.objects:
+        laid[inner_edge(labels.values == number)] = colors[number]
+    return laid
 
 
-def _color(labels: LabelMap, number: int, place: int) -> NDArray[np.float64]:
+def _color(labels: LabelMap, number: int, place: int) -> Pixels:
     own = np.frombuffer(labels.palette or b"", np.uint8).reshape(-1, 3)
     if number < len(own) and np.ptp(own[number]):  # greys are no colors
-        return own[number].astype(float)
-    return _COLORS[place % len(_COLORS)].astype(float)
+        return own[number]
+    return _COLORS[place % len(_COLORS)]

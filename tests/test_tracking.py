@@ -125,8 +125,11 @@ def test_objects_have_the_palettes_colors_and_all_else_its_own() -> None:
     grey = np.full((40, 40, 3), 100, np.uint8)
     laid = overlay(grey, LabelMap(values, PALETTE))
     np.testing.assert_array_equal(laid[values == 0], grey[values == 0])
-    assert laid[20, 20].tolist() == [60, 145, 69]
+    assert laid[20, 20].tolist() == [60, 145, 68]
     assert laid[10, 10].tolist() == [10, 200, 30]
+    values[:, :3] = 1
+    far = overlay(grey, LabelMap(values, PALETTE))[:, 39]
+    assert (far == 100).all(), "a line at the left side is not drawn at the right one"
     assert not (overlay(grey, LabelMap(values)) == laid).all()
 
 

@@ -64,7 +64,7 @@ def match(
     from dinocli.diffusion import load_diffusion
     from dinocli.evals.match import match as matched
     from dinocli.evals.match import near_enough, pck, spread_out
-    from dinocli.matching import Looking, patch_maps, write_picture
+    from dinocli.matching import Compared, patch_maps, write_picture
 
     encoder = encoder_from(checkpoint, device, network, overrides)
     photos = _read(a, encoder), _read(b, encoder)
@@ -72,8 +72,8 @@ def match(
     diffusion = load_diffusion(sd, pick_device(device), caption) if sd else None
     if sd and not caption:
         console.say("note: the diffusion model is given no caption; --caption 'a photo of a cat' says what is there")
-    looking = Looking(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
-    maps = patch_maps(encoder, *photos, looking)
+    compared = Compared(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
+    maps = patch_maps(encoder, *photos, compared)
     matches = matched(*maps)
     picture = out / f"{a.stem}-{b.stem}.png"
     marked = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None

@@ -83,7 +83,7 @@ def boundary_f(mask: Mask, truth: Mask) -> float:
     Source: Perazzi et al., CVPR 2016; davisvideochallenge/davis2017-evaluation@30b698a davis2017/metrics.py.
     """
     radius = math.ceil(_TOLERANCE * math.hypot(*mask.shape))
-    ours, theirs = outline(mask), outline(truth)
+    ours, theirs = boundary(mask), boundary(truth)
     if not ours.any() or not theirs.any():
         return float(ours.any() == theirs.any())
     precision = (ours & widened(theirs, radius)).sum() / ours.sum()
@@ -91,7 +91,7 @@ def boundary_f(mask: Mask, truth: Mask) -> float:
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
-def outline(mask: Mask) -> Mask:
+def boundary(mask: Mask) -> Mask:
     """Pixels that differ from the one to the right, below, or both, half a pixel up and left of the edge. [H, W]"""
     # Beyond the last row and column everything stays as it is.
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dinocli.data.labels import LabelMap
-from dinocli.evals.davis import boundary_f, frame_scores, outline, video_score, widened
+from dinocli.evals.davis import boundary, boundary_f, frame_scores, video_score, widened
 
 
 def blobs(seed: int, height: int = 40, width: int = 60, shift: int = 0) -> np.ndarray:
@@ -51,7 +51,7 @@ def plain_f(mask: np.ndarray, truth: np.ndarray) -> float:
 @pytest.mark.parametrize("seed", range(6))
 def test_the_boundarys_f_is_the_plain_definition(seed: int) -> None:
     mask, truth = blobs(seed), blobs(seed, shift=1 + seed % 3)
-    np.testing.assert_array_equal(outline(mask), plain_outline(mask))
+    np.testing.assert_array_equal(boundary(mask), plain_outline(mask))
     assert 0 < plain_f(mask, truth) < 1
     assert boundary_f(mask, truth) == pytest.approx(plain_f(mask, truth), abs=1e-12)
 
