@@ -144,7 +144,7 @@ def folder_is_free(out: Path, ours: set[str]) -> None:
         elif out.samefile(Path()):
             what = "is the folder that you are in"
     if what:
-        raise DinoError(f"a new folder was wanted; {out} {what}", "another --out")
+        raise DinoError(f"a new folder was wanted; {out} {what}", "name another one")
 
 
 def _native_size(encoder: Encoder) -> int:

@@ -105,6 +105,9 @@ def read_features(path: Path) -> Features:
 
 def _index(folder: Path) -> dict[str, int]:
     """Names of a folder's shards and how many images each has."""
+    splits = sorted(path for path in folder.glob("*.safetensors") if not path.stem.isdigit())
+    if splits and not (folder / INDEX).exists():
+        raise DinoError(f"the features of one split were wanted; {folder} is a folder of splits", f"take {splits[0]}")
     try:
         told = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         if told["dinocli"] != "features":
@@ -155,7 +158,7 @@ def read_splits(folder: Path) -> dict[str, Features]:
             )
         paths[name] = index.parent
     if not paths:
-        came = "holds none" if folder.is_dir() else "does not exist"
+        came = "holds none" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise DinoError(
             f"a folder with features was wanted; {folder} {came}", "make some with `dino extract CHECKPOINT DATA`"
         )
@@ -176,7 +179,7 @@ def read_splits(folder: Path) -> dict[str, Features]:
 def same_maker(
     first: tuple[str, Recipe],
     other: tuple[str, Recipe],
-    whose: str = "features are compared",
+    whose: str = "features to compare are",
     hint: str = "extract both with the same checkpoint and the same settings",
 ) -> None:
     """See that two features were made by the same weights and settings, whatever the images.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinocli.atomic import atomic
-from dinocli.data.decode import DEFAULTS, BadImage, ImagesConfig
+from dinocli.data.decode import DEFAULTS, BadImage, ImagesConfig, Pixels
 from dinocli.evals.dedup import Group
 from dinocli.evals.search import Hits
 from dinocli.gallery import Gallery, small
@@ -19,7 +19,9 @@ _SIDE = 144  # pixels of a photo
 Place = Panel | str | None
 
 
-def draw_hits(gallery: Gallery, hits: Sequence[Hits], out: Path, images: ImagesConfig = DEFAULTS) -> list[Path]:
+def draw_hits(
+    gallery: Gallery, hits: Sequence[Hits], out: Path, images: ImagesConfig = DEFAULTS
+) -> tuple[list[Path], dict[str, str]]:
     """Sheets with a query at the left of each row, and behind it what was found, with its cosine.
 
     Args:
@@ -29,13 +31,19 @@ def draw_hits(gallery: Gallery, hits: Sequence[Hits], out: Path, images: ImagesC
         images: How files become pixels.
 
     Returns:
-        What was written.
+        What was written, and the reason of each found image that could not be shown.
     """
     rows: list[list[Place]] = []
+    unread: dict[str, str] = {}
     for each in hits:
-        found = [_place(gallery, n.row, f"{n.cosine:.4f}\n{n.label or n.image}", images) for n in each.neighbours]
-        rows.append([_query(Path(each.query), images), *found[:_COLUMNS]])
-    return _write(rows, out, f"photo, and the nearest of {len(gallery)} images by cosine", lead=1)
+        row = [_query(Path(each.query), images)]
+        for n in each.neighbours[:_COLUMNS]:
+            pixels = gallery.photo(n.row, _SIDE, images)
+            if isinstance(pixels, BadImage):
+                unread[n.image] = pixels.reason
+            row.append(_shown(pixels, n.image, f"{n.cosine:.4f}\n{n.label or n.image}"))
+        rows.append(row)
+    return _write(rows, out, f"photo, and the nearest of {len(gallery)} images by cosine", lead=1), unread
 
 
 def draw_groups(
@@ -51,7 +59,7 @@ def draw_groups(
         images: How files become pixels.
 
     Returns:
-        What was written.
+        What was written; sheets of an earlier call that had more groups are taken away.
     """
     rows: list[list[Place]] = []
     for group in groups[: pages * ROWS]:
@@ -60,17 +68,18 @@ def draw_groups(
         dropped = [_place(gallery, row, f"{cosine:.4f}\n{gallery.name(row)}", images) for row, cosine in shown]
         more = len(group.dropped) - len(shown)
         rows.append([kept, *dropped, f"and {more} more" if more else None])
-    return (
-        _write(rows, out, "kept, and what is dropped with its cosine to the nearest of its group", lead=1)
-        if rows
-        else []
-    )
+    written = _write(rows, out, "kept, and what is dropped with its cosine to the nearest of its group", lead=1)
+    number = len(written) + 1
+    while (old := _page(out, number)).is_file():
+        old.unlink()
+        number += 1
+    return written
 
 
 def _write(rows: list[list[Place]], out: Path, title: str, lead: int) -> list[Path]:
     written = []
     for first in range(0, len(rows), ROWS):
-        path = out if not first else out.with_name(f"{out.stem}-{first // ROWS + 1}{out.suffix}")
+        path = _page(out, first // ROWS + 1)
         with atomic(path) as draft:
             sheet = contact_sheet(rows[first : first + ROWS], title=title, lead=lead, side=_SIDE)
             sheet.save(draft, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=85)
@@ -78,15 +87,20 @@ def _write(rows: list[list[Place]], out: Path, title: str, lead: int) -> list[Pa
     return written
 
 
+def _page(out: Path, number: int) -> Path:
+    """The place of a sheet, from 1."""
+    return out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+
+
 def _place(gallery: Gallery, row: int, caption: str, images: ImagesConfig) -> Place:
-    pixels = gallery.photo(row, _SIDE, images)
-    return _bad(pixels, gallery.name(row)) if isinstance(pixels, BadImage) else Panel(pixels, caption)
+    return _shown(gallery.photo(row, _SIDE, images), gallery.name(row), caption)
 
 
 def _query(path: Path, images: ImagesConfig) -> Place:
-    pixels = small(path.read_bytes(), _SIDE, images)
-    return _bad(pixels, path.name) if isinstance(pixels, BadImage) else Panel(pixels, f"\n{path.name}")
+    return _shown(small(path.read_bytes(), _SIDE, images), path.name, f"\n{path.name}")
 
 
-def _bad(bad: BadImage, name: str) -> str:
-    return f"{bad.reason.partition(':')[0]}\n{Path(name).name}"
+def _shown(pixels: Pixels | BadImage, name: str, caption: str) -> Place:
+    if isinstance(pixels, BadImage):
+        return f"{pixels.reason.partition(':')[0]}\n{Path(name).name}"
+    return Panel(pixels, caption)

@@ -26,6 +26,7 @@ def plan(images: Path, *overrides: str, preset: str = "tiny", stop: int = 10, re
     return Plan(preset, made, image_folder(images), stop, Path("run"), CPU, 0, None, recompute=recompute)
 
 
+@pytest.mark.slow
 def test_counts_of_the_papers_network(images: Path) -> None:
     cost = estimate(plan(images, "views.locals=8", "training.batch_size=8", preset="vits16"))
     assert cost.backbone_parameters == 21_665_664
@@ -70,6 +71,7 @@ def test_a_step_takes_what_was_estimated(images: Path, precision: str, recompute
     assert peak_of_a_step(made) == pytest.approx(cost.memory - before, rel=0.25)
 
 
+@pytest.mark.slow
 def test_low_resolution_takes_less_work_and_the_memory_of_the_full_one(images: Path) -> None:
     low = "views.low_resolution={epochs=4, global_size=32, local_size=16}"
     small = [f"views.{view}.size={size}" for view, size in (("global_1", 32), ("global_2", 32), ("local", 16))]

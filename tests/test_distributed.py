@@ -195,6 +195,7 @@ def test_a_state_of_two_processes_goes_on_in_one_and_of_one_in_two(
     assert (tmp_path / "mixed" / "bad_images.txt").read_text() == (tmp_path / "whole" / "bad_images.txt").read_text()
 
 
+@pytest.mark.slow
 def test_shards_go_on_with_as_many_readers_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dinocli.packing import pack
 

@@ -23,6 +23,7 @@ QUICK = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_five_commands_one_after_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

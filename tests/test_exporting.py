@@ -422,6 +422,7 @@ def test_a_folder_is_replaced_by_a_later_export(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
 
 
+@pytest.mark.slow
 # A graph is traced alike for any channels, and that takes its time; the others write their number down, or read it.
 @pytest.mark.parametrize(("to", "channels"), [*((to, 13) for to in ENDINGS), *((to, 1) for to in ("official", "timm"))])
 def test_networks_of_any_channels_go_out(tmp_path: Path, to: Format, channels: int) -> None:

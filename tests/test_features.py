@@ -108,3 +108,10 @@ def test_views_lie_beside_each_image_and_older_files_have_none(tmp_path: Path) -
 def test_a_classifier_learns_from_the_training_split_or_the_first() -> None:
     assert learned_from(["test", "train", "val"]) == "train"
     assert learned_from({"all": 1}) == "all"
+
+
+def test_a_folder_of_splits_names_one_to_read(tmp_path: Path) -> None:
+    write(tmp_path / "f" / "train.safetensors")
+    with pytest.raises(DinoError, match=r"f is a folder of splits") as error:
+        read_features(tmp_path / "f")
+    assert error.value.hint == f"take {tmp_path / 'f' / 'train.safetensors'}"

@@ -32,9 +32,10 @@ def test_a_sheet_shows_the_query_and_what_was_found(tmp_path: Path) -> None:
     images = data(tmp_path / "data")
     gallery = open_gallery(stored(tmp_path / "f", str(images), {"all": ["r.png", "g.png", "gone.png"]}))
     found = [Neighbour(gallery.name(row), 0.5, None, row) for row in (0, 2, 1)]
-    [path] = draw_hits(gallery, [Hits(str(images / "b.png"), found)], tmp_path / "out" / "search.png")
+    [path], unread = draw_hits(gallery, [Hits(str(images / "b.png"), found)], tmp_path / "out" / "search.png")
+    assert unread == {"gone.png": "missing: No such file or directory"}
     assert seen(path) == {RED: 1, GREEN: 1, BLUE: 1}
-    many = draw_hits(gallery, [Hits(str(images / "b.png"), found)] * 21, tmp_path / "many.jpg")
+    many, _ = draw_hits(gallery, [Hits(str(images / "b.png"), found)] * 21, tmp_path / "many.jpg")
     assert [p.name for p in many] == ["many.jpg", "many-2.jpg"]
     assert [seen(p)[GREEN] for p in many] == [20, 1]
     assert Image.open(many[0]).format == "JPEG"
@@ -48,3 +49,15 @@ def test_a_sheet_shows_what_is_kept_and_what_is_dropped(tmp_path: Path) -> None:
     assert seen(path) == {RED: 1, GREEN: 11, BLUE: 1}
     assert draw_groups(gallery, groups, tmp_path / "none.png", pages=0) == []
     assert draw_groups(gallery, [], tmp_path / "none.png", pages=5) == []
+
+
+def test_sheets_of_an_earlier_threshold_are_gone(tmp_path: Path) -> None:
+    gallery = open_gallery(stored(tmp_path / "f", str(data(tmp_path / "data")), {"all": ["r.png", "g.png", "b.png"]}))
+    out = tmp_path / "groups.jpg"
+    group = Group(0, [1], [0.9])
+    assert len(draw_groups(gallery, [group] * 41, out, pages=5)) == 3
+    (tmp_path / "groups-old.jpg").touch()
+    assert [p.name for p in draw_groups(gallery, [group] * 21, out, pages=5)] == ["groups.jpg", "groups-2.jpg"]
+    assert sorted(p.name for p in tmp_path.glob("groups*")) == ["groups-2.jpg", "groups-old.jpg", "groups.jpg"]
+    assert draw_groups(gallery, [], out, pages=5) == []
+    assert [p.name for p in tmp_path.glob("groups*")] == ["groups-old.jpg"]

@@ -346,6 +346,19 @@ def test_any_backbone_takes_low_resolution(plan: Plan, backbone: str) -> None:
     assert (run.step, run.skipped) == (6, 0)
 
 
+def test_new_heads_learn_first_and_the_backbone_waits_for_them(plan: Plan) -> None:
+    first = pretrain(plan, lambda p: None)
+    waiting = [*SMALL, "heads.dino.prototypes=32", "backbone.learning.frozen_epochs=1"]
+    later = replace(plan, preset=load_preset("tiny", waiting), init=str(first.folder))
+    for stop, moved in ((4, False), (5, True)):  # an epoch has four steps
+        run = pretrain(replace(later, stop=stop, out=Path(f"runs/{stop}")), lambda p: None)
+        assert run.fresh_heads == ["dino"]
+        before, after = weights_of(first.folder), weights_of(run.folder)
+        assert any(not torch.equal(value, before[key]) for key, value in after.items()) == moved
+        heads = read_weights(run.folder / "state" / "0").heads["dino"], read_weights(run.folder).heads["dino"]
+        assert any(not torch.equal(value, heads[0][key]) for key, value in heads[1].items())
+
+
 def test_start_from_a_backbone_of_another_shape_is_said(plan: Plan, tmp_path: Path) -> None:
     preset = load_preset("tiny")
     write_checkpoint(tmp_path / "other.safetensors", preset.network().weights(), preset, 0)

@@ -348,6 +348,7 @@ def train_in(folder: str, out: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(images: Path, tmp_path: Path) -> None:
     """A process that saves after each step is killed at moments that chance picks, over and over."""
     images.rename(tmp_path / "images")

@@ -87,6 +87,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code = app(prog_name="dino", standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C, without a word
+            console.say("stopped")
         sys.stdout.flush()
         distributed.end()
     except DinoError as mistake:

@@ -50,6 +50,15 @@ def attn_map(
         raise typer.BadParameter("they are for --film strip, gif or mp4", param_hint="--head, --fps")
     films, files = (_films(images), {}) if film else ({}, _photos(images))
 
+    from dinocli.attention_films import ENDINGS
+    from dinocli.data.named import spare
+
+    if film:
+        shots = (path for frames in films.values() for path in (frames.where, *frames.files))
+        spare((out / f"{name}{ENDINGS[film]}" for name in films), shots)
+    else:
+        spare((out / f"{name}.png" for name in files.values()), files)
+
     encoder = encoder_from(checkpoint, device, network, overrides)
     if film:
         _draw_films(encoder, films, out, film, head, size, fps, json)

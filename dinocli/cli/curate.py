@@ -89,6 +89,8 @@ def curate(
             rows = retrieve(gallery.values, rows, seeds.values, k, advance)
     left["chosen"] = len(rows)
     written = listed(gallery, rows.tolist(), out)
+    if not written and not json:
+        raise DinoError(f"a list of {len(rows)} images was wanted; none was written", "--json prints their names")
     if json:
         names = [gallery.name(row) for row in rows.tolist()]
         console.out_json({"left": left, "list": str(out) if written else None, "images": names})

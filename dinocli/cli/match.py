@@ -58,14 +58,18 @@ def match(
     """Match places of two photos by what their patches look like, draw them, and score them by known points."""
     for photo in (a, b):
         if not photo.is_file():
-            raise DinoError(f"a photo was wanted; {photo} does not exist", "check the path")
+            came = "is a folder" if photo.is_dir() else "does not exist"
+            raise DinoError(f"a photo was wanted; {photo} {came}", "check the path")
+    picture = out / f"{a.stem}-{b.stem}.png"
     from dinocli.data.keypoints import read_keypoints
+    from dinocli.data.named import spare
     from dinocli.device import pick_device
     from dinocli.diffusion import load_diffusion
     from dinocli.evals.match import match as matched
     from dinocli.evals.match import near_enough, pck, spread_out
     from dinocli.matching import Compared, patch_maps, write_picture
 
+    spare([picture], [a, b])
     encoder = encoder_from(checkpoint, device, network, overrides)
     photos = _read(a, encoder), _read(b, encoder)
     known = keypoints and read_keypoints(keypoints, a, b, (photos[0].shape[:2], photos[1].shape[:2]))
@@ -75,7 +79,6 @@ def match(
     compared = Compared(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
     maps = patch_maps(encoder, *photos, compared)
     matches = matched(*maps)
-    picture = out / f"{a.stem}-{b.stem}.png"
     marked = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None
     write_picture(picture, photos, maps, matches, spread_out(maps[0], matches.mutual, lines), marked)
     scores = pck(*maps, matches, *known, pck_of) if known else []

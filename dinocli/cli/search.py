@@ -85,6 +85,7 @@ def search(
         return
     folder = features_or_newest(features)
 
+    from dinocli.data.named import spare
     from dinocli.data.sources import photos
     from dinocli.encoder import quick
     from dinocli.evals.search import encode, same_encoder, search
@@ -92,6 +93,7 @@ def search(
     from dinocli.gallery_pictures import draw_hits
 
     source = photos(queries or [])
+    spare([out], queries or [])
     gallery = open_gallery(folder, data)
     encoder = encoder_from(checkpoint or gallery.recipe.source, device, network, overrides)
     encoder = quick(encoder, gallery.recipe.precision, compiled=False)  # type: ignore[arg-type]
@@ -101,7 +103,11 @@ def search(
     console.skipped(asked.skipped)
     opened = _index(gallery, index)
     hits = list(search(opened, gallery, asked, k))
-    pictures = [str(path) for path in draw_hits(gallery, hits, out, encoder.images)]
+    written, unread = draw_hits(gallery, hits, out, encoder.images)
+    pictures = [str(path) for path in written]
+    if unread:
+        name, reason = next(iter(unread.items()))
+        console.say(f"note: {len(unread)} of the images that were found cannot be shown ({name}: {reason}); see --data")
     about = opened.about
     if json:
         told = {"index": about.kind, "recall": about.recall, "images": len(gallery), "found": [asdict(h) for h in hits]}

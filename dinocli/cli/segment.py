@@ -64,11 +64,15 @@ def segment(
     json: Json = False,
 ) -> None:
     """Tell the foreground of photos without training, color their patches, or train a head for classes of pixels."""
-    _check(images, {"--pca": pca, "--evaluate": evaluate, "--train": train, "--head": head})
+    _check(images, {"--pca": pca, "--evaluate": evaluate, "--train": train, "--head": head}, masks=masks)
     if not train:
-        from dinocli.data.named import named_photos
+        from dinocli.data.named import named_photos, spare
 
         files = named_photos(images or [])
+        if pca:
+            spare([out / "pca.png"], files)
+        elif not evaluate:
+            spare((out / f"{name}{end}" for name in files.values() for end in (".png", "-mask.png")), files)
 
     from dinocli.evals.attention import default_size
 
@@ -94,13 +98,17 @@ def segment(
         _draw(files, out, one, json=json)
 
 
-def _check(images: list[Path] | None, ways: Mapping[str, object]) -> None:
+def _check(images: list[Path] | None, ways: Mapping[str, object], *, masks: bool) -> None:
     """Whether what was asked for goes together.
 
     Raises:
         DinoError: It does not.
     """
     asked = [way for way, value in ways.items() if value]
+    if masks and asked not in ([], ["--head"]):
+        raise DinoError(
+            f"--masks is for what each photo shows; {asked[0]} came too", f"leave --masks or {asked[0]} out"
+        )
     if len(asked) > 1:
         raise DinoError(f"one of {', '.join(ways)} was wanted; {' and '.join(asked)} came", f"leave {asked[1]} out")
     if "--train" in asked and images:
@@ -197,7 +205,7 @@ def _evaluate(
 
 def _train(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed: int, *, json: bool) -> None:
     from dinocli.data.pairs import labelled_set
-    from dinocli.evals.segmentation import train_head, write_head
+    from dinocli.evals.segmentation import HEAD, train_head, write_head
 
     with console.progress("segment", 100, "%") as advance:
 
@@ -210,13 +218,13 @@ def _train(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed
         head, result = train_head(
             encoder, data, out / "patches", short_side=side, epochs=epochs, seed=seed, report=report
         )
-    write_head(out / "head.safetensors", head)
+    path = out / HEAD
+    write_head(path, head)
     console.skipped(result.skipped)
     if result.split_off:
         console.say(f"note: the data has no val/; {result.val_photos} of its photos were held out")
-    console.say(f"head: {out / 'head.safetensors'}")
     if json:
-        console.out_json(asdict(result) | {"path": str(out / "head.safetensors")})
+        console.out_json(asdict(result) | {"path": str(path)})
         return
     console.table(
         ["class", "IoU %", f"IoU %, all {result.commonest}"],
@@ -231,3 +239,4 @@ def _train(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed
             [f"all {result.commonest}", f"{result.baseline.miou:.2f}", f"{result.baseline.accuracy:.2f}"],
         ],
     )
+    console.out(str(path))

@@ -46,13 +46,17 @@ def track(
     """Follow what a first mask holds through a video: a mask for each frame, and a film with them laid over."""
     if not mask.is_file():
         raise DinoError(f"a mask of the first frame was wanted; {mask} does not exist", "check the path")
-    if any(given and given.resolve() == (out / "masks").resolve() for given in (mask.parent, evaluate)):
-        raise DinoError(f"{out / 'masks'} holds masks that were given, and would be written over", "--out track")
+    if any(given and given.resolve() == (out / "masks").resolve() for given in (frames, mask.parent, evaluate)):
+        raise DinoError(
+            f"{out / 'masks'} holds what was given, and would be written over", "name another folder with --out"
+        )
     from dinocli.data.frames import open_frames
+    from dinocli.data.named import spare
     from dinocli.evals.track import Looking, Rule
     from dinocli.tracking import first_mask, too_small, track_video
 
     video = open_frames(frames)
+    spare([out / "track.gif", out / "strip.png"], [frames, mask, *video.files])
     encoder = encoder_from(checkpoint, device, network, overrides)
     looking = Looking(size, layer, facet)
     first = first_mask(mask, video, encoder.images)

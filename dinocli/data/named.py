@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode
@@ -43,6 +43,23 @@ def _told_apart(files: dict[Path, Path]) -> dict[Path, Path]:
         taken.add(chosen)
         names[path] = chosen
     return names
+
+
+def spare(made: Iterable[Path], given: Iterable[Path]) -> None:
+    """See that nothing that is to be written takes the place of what it is made of.
+
+    Args:
+        made: Files to be written.
+        given: Files of the user's.
+
+    Raises:
+        DinoError: One of the first is one of the second.
+    """
+    there = [path for path in made if path.exists()]
+    theirs = {path.resolve() for path in given} if there else set()
+    for path in there:
+        if path.resolve() in theirs:
+            raise DinoError(f"{path} was given, and would be written over", "name another place with --out")
 
 
 def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:

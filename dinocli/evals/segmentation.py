@@ -28,6 +28,7 @@ from dinocli.schedules import Clock, Constant, Cosine
 
 _AT_ONCE = 2**25  # numbers of logits at a photo's size that are held at once
 _LR = 0.01
+HEAD = "head.safetensors"
 _KIND = "segmentation head"
 
 
@@ -283,6 +284,8 @@ def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
     Raises:
         DinoError: There is none, it is damaged, or it is of other weights.
     """
+    if path.is_dir():
+        raise DinoError(f"a segmentation head was wanted; {path} is a folder", f"--head {path / HEAD}")
     if not path.is_file():
         raise DinoError(f"a segmentation head was wanted; {path} does not exist", "dino segment --train DATA")
     try:

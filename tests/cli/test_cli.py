@@ -214,6 +214,7 @@ def test_too_little_memory_is_said(
     assert "too little memory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_to_the_whole_group_saves_and_the_same_command_goes_on(dino: Dino, tmp_path: Path, images: Path) -> None:
     words = [
         "pretrain",
@@ -466,6 +467,24 @@ def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: P
     drawn = dino("segment", "images/b/0001.png", "--head", "segments/head.safetensors", "--masks", "--json")
     assert set(json.loads(drawn.stdout)[0]["shares"]) <= {"background", "object"}
     assert "no segmentation head" in dino("segment", "images", "--head", "ckpt.safetensors", code=1).stderr
+    assert "hint: --head segments/head.safetensors" in dino("segment", "images", "--head", "segments", code=1).stderr
+    assert "--masks or --pca" in dino("segment", "images", "--pca", "--masks", code=1).stderr
+    table = dino("segment", "--train", "data", "--epochs", "1").stdout
+    assert table.splitlines()[-1] == "segments/head.safetensors"
+
+
+def test_no_picture_takes_the_place_of_a_photo(dino: Dino, images: Path) -> None:
+    dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
+    photo = images / "a" / "0000.png"
+    before = photo.read_bytes()
+    for words in (["segment", str(photo)], ["attn-map", str(photo)], ["segment", str(images)]):
+        out = images if words[1] == str(images) else photo.parent
+        assert "would be written over" in dino(*words, "--out", str(out), code=1).stderr
+    strip = photo.parent / "a.png"
+    photo.rename(strip)
+    done = dino("attn-map", str(images / "a"), "--film", "strip", "--out", str(images / "a"), code=1)
+    assert "a.png was given" in done.stderr
+    assert strip.read_bytes() == before
 
 
 def test_a_film_of_each_folder_of_frames_and_one_of_the_files_that_were_named(dino: Dino, images: Path) -> None:
@@ -571,6 +590,14 @@ def test_a_command_of_one_process_is_refused_in_several(dino: Dino, monkeypatch:
     assert not dino("knn", code=1).stderr, "one of them says so"
 
 
+def test_who_stops_a_command_is_told_that_it_stopped(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinocli.cli.options.newest_run", interrupted)
+    assert dino("knn", code=130).stderr == "stopped\n"
+
+
 @pytest.fixture
 def searched(dino: Dino, tmp_path: Path) -> list[str]:
     """Features of five images, of which one is there twice and once smaller, and the checkpoint that made them."""
@@ -642,6 +669,9 @@ def test_dedup_shows_a_threshold_then_groups_and_a_list(dino: Dino, searched: li
     (tmp_path / "images").rename(tmp_path / "moved")
     assert "no list was written" in dino("dedup", "--threshold", "0.999999").stderr
     assert "keep.txt" in dino("dedup", "--threshold", "0.999999", "--data", "moved").stdout
+    assert "found cannot be shown (" in dino("search", "moved/same.png", "--device", "cpu").stderr
+    assert "--json prints their names" in dino("curate", "features", "--clusters", "2", code=1).stderr
+    assert "was given" in dino("search", "moved/same.png", "--out", "moved/same.png", "--device", "cpu", code=1).stderr
 
 
 def test_curate_takes_what_is_like_the_seeds(dino: Dino, searched: list[str], tmp_path: Path) -> None:
@@ -698,3 +728,6 @@ def test_places_are_matched_and_things_followed_with_a_checkpoint(dino: Dino, im
     assert "track/track.gif" in dino(*asked).stdout and Path("track/masks/0005.png").is_file()
     done = dino("track", "images/a", "--mask", "track/masks/0000.png", code=1)
     assert "would be written over" in done.stderr
+    done = dino("track", "track/masks", "--mask", "truth/0000.png", code=1)
+    assert "would be written over" in done.stderr
+    assert "images is a folder" in dino("match", a, "images", code=1).stderr

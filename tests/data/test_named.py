@@ -6,7 +6,7 @@ import pytest
 from conftest import write_images
 
 from dinocli.data.decode import DEFAULTS, BadImage
-from dinocli.data.named import named_photos, read_photo
+from dinocli.data.named import named_photos, read_photo, spare
 from dinocli.errors import DinoError
 
 
@@ -36,3 +36,11 @@ def test_what_is_not_there_is_an_error_and_what_cannot_be_read_a_reason(tmp_path
     assert "No such file" in gone.reason
     pixels = read_photo(write_images(tmp_path / "good", 1) / "0000.png", DEFAULTS)
     assert pixels.shape == (32, 32, 3)
+
+
+def test_what_is_made_takes_the_place_of_nothing_that_was_given(tmp_path: Path) -> None:
+    photo = write_images(tmp_path / "photos", 1) / "0000.png"
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    spare([tmp_path / "new.png", photo], [tmp_path / "other.png"])
+    with pytest.raises(DinoError, match=r"link/0000.png was given, and would be written over"):
+        spare([tmp_path / "link" / "0000.png"], [photo])
