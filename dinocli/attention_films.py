@@ -20,13 +20,12 @@ from dinocli.data.frames import Frames, pyav
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
 from dinocli.evals.attention import attention_maps, default_size
-from dinocli.film import write_gif, write_mp4
+from dinocli.film import shown, write_gif, write_mp4
 from dinocli.picture import Panel, heat, sheet, visible
 
 Form = Literal["strip", "gif", "mp4"]
 ENDINGS: dict[Form, str] = {"strip": ".png", "gif": ".gif", "mp4": ".mp4"}
 RATE = Fraction(24)  # frames a second, where nothing tells
-_SHOWN = 8  # frames of a strip
 _WIDTHS: dict[Form, int] = {"strip": 240, "gif": 320, "mp4": 960}  # pixels at most, of the photo and of its map each
 _OF_THE_MAP = 96  # of a GIF's 256 colors
 Map = NDArray[np.float32]
@@ -118,7 +117,7 @@ def _look(
     report: Callable[[int], None],
 ) -> _Seen:
     """Look at each frame once, and put its map away."""
-    wanted = _spread(frames.count) if form == "strip" else range(sys.maxsize)  # a video may hold more than it tells
+    wanted = set(shown(frames.count)) if form == "strip" else range(sys.maxsize)  # a video may hold more than it tells
     shape, kept, skipped = (0, 0), list[int](), dict[str, str]()
     lows, highs = list[float](), list[float]()
     for number, name, data in frames.read(wanted):
@@ -150,10 +149,6 @@ def _of_head(heads: Map, head: int | None) -> Map:
     if head > len(heads):
         raise DinoError(f"this network has {len(heads)} heads; number {head} was asked for", f"--head {len(heads)}")
     return heads[head - 1]
-
-
-def _spread(count: int) -> set[int]:
-    return set(np.linspace(0, max(0, count - 1), _SHOWN).round().astype(int).tolist())
 
 
 def _drawn(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen, most: int) -> Iterator[_Drawn]:

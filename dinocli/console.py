@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -29,6 +30,12 @@ _PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 def say(text: str) -> None:
     """A line for the person, on stderr."""
     _words.print(escape(text))
+
+
+def skipped(reasons: Mapping[str, str] | Mapping[Path, str]) -> None:
+    """A line for each thing that was passed over, and why, on stderr."""
+    for what, reason in reasons.items():
+        say(f"note: skipped {what}: {reason}")
 
 
 def error(message: str, hint: str) -> None:

@@ -29,7 +29,7 @@ _RIGHT, _WRONG = (60, 190, 90), (225, 60, 60)
 
 
 @dataclass(frozen=True)
-class Looking:
+class Compared:
     """What of a photo is compared.
 
     Attributes:
@@ -51,26 +51,26 @@ class Looking:
     long_side: int = LONG_SIDE
 
 
-def patch_maps(encoder: Encoder, a: Pixels, b: Pixels, looking: Looking) -> tuple[PatchMap, PatchMap]:
+def patch_maps(encoder: Encoder, a: Pixels, b: Pixels, compared: Compared) -> tuple[PatchMap, PatchMap]:
     """Two photos as patches that can be compared.
 
     Args:
         encoder: Its patches are compared.
         a: [H, W, C]
         b: [H, W, C], of any other size.
-        looking: What of them.
+        compared: What of them.
 
     Source: Zhang et al., arXiv 2305.15347, section 3.3: each kind normalized, weighed and joined.
     """
-    size = looking.short_side or default_size(encoder)
+    size = compared.short_side or default_size(encoder)
     images = (encoder.photo(photo, size) for photo in (a, b))
-    ours, theirs = (encoder.patches(image, looking.layers, looking.facet)[0] for image in images)  # [h, w, D]
-    if looking.pca:
-        ours, theirs = joint_pca(ours, theirs, looking.pca)
-    if looking.diffusion:
-        more = diffusion_maps(looking.diffusion, (a, b), (ours, theirs), looking.long_side)
+    ours, theirs = (encoder.patches(image, compared.layers, compared.facet)[0] for image in images)  # [h, w, D]
+    if compared.pca:
+        ours, theirs = joint_pca(ours, theirs, compared.pca)
+    if compared.diffusion:
+        more = diffusion_maps(compared.diffusion, (a, b), (ours, theirs), compared.long_side)
         both = zip((ours, theirs), more, strict=True)
-        ours, theirs = (_joined(made, diffused, looking.weight) for made, diffused in both)
+        ours, theirs = (_joined(made, diffused, compared.weight) for made, diffused in both)
     return PatchMap(normalized(ours), a.shape[:2]), PatchMap(normalized(theirs), b.shape[:2])
 
 

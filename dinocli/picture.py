@@ -78,11 +78,15 @@ def bounded(pixels: Pixels) -> Pixels:
 
 def outline(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
     """A photo with a line along the inner edge of a mask, white beside black, to be seen on any color. [H, W, 3]"""
-    wide = max(1, min(mask.shape) // 200)
     drawn = pixels.copy()
-    drawn[mask & ~_shrunk(mask, 2 * wide)] = _INK
-    drawn[mask & ~_shrunk(mask, wide)] = _PAPER
+    drawn[inner_edge(mask, 2)] = _INK
+    drawn[inner_edge(mask)] = _PAPER
     return drawn
+
+
+def inner_edge(mask: NDArray[np.bool_], lines: int = 1) -> NDArray[np.bool_]:
+    """The places of a mask along its edge, so many lines wide, which are the wider the larger the photo. [H, W]"""
+    return mask & ~_shrunk(mask, lines * max(1, min(mask.shape) // 200))
 
 
 def _shrunk(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
@@ -102,9 +106,9 @@ def palette(count: int) -> NDArray[np.uint8]:
     return np.array(colors[:count], dtype=np.uint8)
 
 
-def tinted(pixels: Pixels, classes: NDArray[np.uint8], colors: NDArray[np.uint8]) -> Pixels:
-    """A photo under the colors of its pixels' classes. [H, W, 3], [H, W], [K, 3] -> [H, W, 3]"""
-    return (0.4 * pixels + 0.6 * colors[classes]).round().astype(np.uint8)
+def tinted(pixels: Pixels, classes: NDArray[np.uint8], colors: NDArray[np.uint8], share: float = 0.6) -> Pixels:
+    """A photo under the colors of its pixels' classes, which have a share. [H, W, 3], [H, W], [K, 3] -> [H, W, 3]"""
+    return ((1 - share) * pixels + share * colors[classes]).round().astype(np.uint8)
 
 
 def legend(pixels: Pixels, entries: Sequence[tuple[str, NDArray[np.uint8]]]) -> Pixels:

@@ -14,17 +14,19 @@ from dinocli.data.frames import Frame, Frames, open_frames
 from dinocli.data.labels import LabelMap, Labels, read_labels, write_labels
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
-from dinocli.evals.davis import VideoScore, frame_scores, outline, video_score
+from dinocli.evals.davis import VideoScore, frame_scores, video_score
 from dinocli.evals.track import Looking, Rule, one_hot, track
 from dinocli.film import shown, small, write_gif, write_strip
-from dinocli.picture import Panel, visible
+from dinocli.picture import Panel, inner_edge, tinted, visible
 
 _WIDTH = 480  # pixels, of a frame in the film
 _STRIP_WIDTH = 320
 _RATE = 12  # frames a second, where nothing tells
 _ALL = range(1, 2**62)  # frames after the first, however many a video says that it has
 # For objects without a color of their own, told apart on a photo, and by those who see no red or green.
-_COLORS = np.array([(230, 60, 60), (50, 140, 240), (250, 200, 40), (40, 180, 130), (200, 100, 220), (250, 140, 40)])
+_COLORS = np.array(
+    [(230, 60, 60), (50, 140, 240), (250, 200, 40), (40, 180, 130), (200, 100, 220), (250, 140, 40)], np.uint8
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Tracked:
         gif: The frames with their masks laid over.
         strip: Some of them side by side.
         frames: How many there are, the first among them.
-        skipped: Frames that were passed over, and why.
+        skipped: Frames that were passed over, or counted in no score, and why.
         score: Of the masks; absent where there was nothing to hold them against.
         still: Of the first mask, copied to every frame: what tracking has to beat.
     """
@@ -51,7 +53,7 @@ class Tracked:
 
 
 def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelMap, Pixels]:
-    """The mask of a first frame, and that frame.
+    """The mask of a first frame, 0 where it is void, and that frame.
 
     Raises:
         DinoError: One cannot be read, they are not of one size, or the mask holds no object.
@@ -70,8 +72,11 @@ def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelM
             "the mask that was drawn on that frame",
         )
     if not labels.objects:
-        raise DinoError(f"a mask with an object was wanted; {path} is 0 everywhere", "paint what is to be followed")
-    return labels, pixels
+        void = " or 255, which in a palette is void" if labels.void.any() else ""
+        raise DinoError(
+            f"a mask with an object was wanted; {path} is 0 everywhere{void}", "paint what is to be followed"
+        )
+    return labels.cleared, pixels
 
 
 def too_small(encoder: Encoder, labels: LabelMap, pixels: Pixels, looking: Looking) -> list[int]:
@@ -110,7 +115,7 @@ def track_video(
         advance: Told how many frames are done.
 
     Raises:
-        DinoError: A true mask cannot be read, or there is none to count.
+        DinoError: There is no true mask to count.
     """
     labels, pixels = first
     reader = _Reader(video, encoder.images, pixels.shape)
@@ -130,7 +135,7 @@ def track_video(
             name = _stem(frame)
             write_labels(out / "masks" / f"{name}.png", LabelMap(found, labels.palette))
             if judge and 0 < frame.number < video.count - 1:
-                judge.see(name, found)
+                judge.see(frame, found)
             laid = overlay(visible(seen), LabelMap(found, labels.palette))
             if frame.number in chosen:
                 strip.append(Panel(small(laid, _STRIP_WIDTH), name))
@@ -141,7 +146,8 @@ def track_video(
     count = write_gif(film(), gif, per_second or float(video.rate or _RATE))
     write_strip(strip, picture)
     score, still = judge.scores() if judge else (None, None)
-    return Tracked(out / "masks", gif, picture, count, reader.skipped, score, still)
+    skipped = reader.skipped | (judge.skipped if judge else {})
+    return Tracked(out / "masks", gif, picture, count, skipped, score, still)
 
 
 def _stem(frame: Frame) -> str:
@@ -179,46 +185,49 @@ class _Judge:
     """Holds masks against the true ones, frame by frame."""
 
     def __init__(self, folder: Path, first: LabelMap) -> None:
+        self.skipped: dict[str, str] = {}
         self._truth = {path.stem: path for path in open_frames(folder).files}
         self._first = first
         self._found: list[NDArray[np.float64]] = []
         self._still: list[NDArray[np.float64]] = []
 
-    def see(self, name: str, found: Labels) -> None:
-        if name not in self._truth:
+    def see(self, frame: Frame, found: Labels) -> None:
+        path = self._truth.get(_stem(frame))
+        if path is None:
             return
-        truth = read_labels(self._truth[name])
+        truth = read_labels(path)
         if isinstance(truth, BadImage) or truth.values.shape != found.shape:
             why = truth.reason if isinstance(truth, BadImage) else "another size than its frame's"
-            raise DinoError(f"a true mask was wanted; {self._truth[name]}: {why}", "--evaluate FOLDER OF MASKS")
-        self._found.append(frame_scores(found, truth.values, self._first.objects))
-        self._still.append(frame_scores(self._first.values, truth.values, self._first.objects))
+            self.skipped[frame.name] = f"counted in no score; its true mask {path}: {why}"
+            return
+        self._found.append(frame_scores(found, truth, self._first.objects))
+        self._still.append(frame_scores(self._first.values, truth, self._first.objects))
 
     def scores(self) -> tuple[VideoScore, VideoScore]:
         if not self._found:
+            bad = next(iter(self.skipped.items()), None)
             raise DinoError(
-                "no true mask has the name of a frame between the first and the last", "--evaluate FOLDER OF MASKS"
+                f"none of the true masks can be counted; {bad[0]}: {bad[1]}"
+                if bad
+                else "no true mask has the name of a frame between the first and the last",
+                "--evaluate FOLDER OF MASKS",
             )
         return video_score(self._found, self._first.objects), video_score(self._still, self._first.objects)
 
 
 def overlay(pixels: Pixels, labels: LabelMap) -> Pixels:
     """A frame with each object tinted and outlined in its color. [H, W, 3]"""
-    laid = pixels.astype(np.float32)
+    colors = np.zeros((256, 3), np.uint8)
     for i, number in enumerate(labels.objects):
-        mask = labels.values == number
-        color = _color(labels, number, i)
-        laid[mask] = laid[mask] * 0.55 + color * 0.45
-        edge = outline(mask)
-        thick = max(1, min(pixels.shape[:2]) // 240)
-        for dy in range(-thick, thick + 1):
-            for dx in range(-thick, thick + 1):
-                laid[np.roll(edge, (dy, dx), (0, 1)) & mask] = color
-    return (laid + 0.5).astype(np.uint8)
+        colors[number] = _color(labels, number, i)
+    laid = np.where(labels.values[..., None] > 0, tinted(pixels, labels.values, colors, 0.45), pixels)
+    for number in labels.objects:
+        laid[inner_edge(labels.values == number)] = colors[number]
+    return laid
 
 
-def _color(labels: LabelMap, number: int, place: int) -> NDArray[np.float64]:
+def _color(labels: LabelMap, number: int, place: int) -> Pixels:
     own = np.frombuffer(labels.palette or b"", np.uint8).reshape(-1, 3)
     if number < len(own) and np.ptp(own[number]):  # greys are no colors
-        return own[number].astype(float)
-    return _COLORS[place % len(_COLORS)].astype(float)
+        return own[number]
+    return _COLORS[place % len(_COLORS)]

@@ -14,6 +14,13 @@ def test_tables_are_data_and_words_are_not(capsys: pytest.CaptureFixture[str]) -
     assert captured.err == "a [word]\n"
 
 
+def test_what_was_skipped_is_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    console.skipped({"a.jpg": "damaged", "b.jpg": "[empty]"})
+    assert capsys.readouterr().err == "note: skipped a.jpg: damaged\nnote: skipped b.jpg: [empty]\n"
+    console.skipped({})
+    assert not capsys.readouterr().err
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

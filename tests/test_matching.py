@@ -10,7 +10,7 @@ from PIL import Image
 
 from dinocli.encoder import Encoder
 from dinocli.evals.match import PatchMap, match, normalized
-from dinocli.matching import Looking, diffusion_maps, patch_maps, swap, write_picture
+from dinocli.matching import Compared, diffusion_maps, patch_maps, swap, write_picture
 
 
 def photo(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -19,15 +19,15 @@ def photo(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
 
 def test_photos_become_patches_of_the_layers_and_facet_asked_for(encoder: Encoder) -> None:
     a, b = photo(0), photo(1, 32, 32)
-    looking = Looking(layers=(1, 3), facet="key", short_side=32)
-    ours, theirs = patch_maps(encoder, a, b, looking)
+    compared = Compared(layers=(1, 3), facet="key", short_side=32)
+    ours, theirs = patch_maps(encoder, a, b, compared)
     assert ours.grid == (4, 5) and theirs.grid == (4, 4)
     assert ours.size == (48, 64) and theirs.size == (32, 32)
     expected = encoder.patches(encoder.photo(b, 32), (1, 3), "key")[0]
     torch.testing.assert_close(theirs.features, normalized(expected))
-    few, _ = patch_maps(encoder, a, b, Looking(short_side=32, pca=5))
+    few, _ = patch_maps(encoder, a, b, Compared(short_side=32, pca=5))
     assert few.features.shape == (4, 5, 5)
-    assert patch_maps(encoder, a, b, Looking())[0].grid[0] == 4, "16 pixels of training are looked at with 32"
+    assert patch_maps(encoder, a, b, Compared())[0].grid[0] == 4, "16 pixels of training are looked at with 32"
 
 
 def test_a_diffusion_models_features_are_joined_by_their_weight(encoder: Encoder) -> None:
@@ -35,9 +35,9 @@ def test_a_diffusion_models_features_are_joined_by_their_weight(encoder: Encoder
     layers = {48: [torch.randn(2, 3, 6), torch.randn(4, 6, 8)], 32: [torch.randn(2, 2, 6), torch.randn(4, 4, 8)]}
     model = SimpleNamespace(layers=lambda pixels, long_side: layers[len(pixels)])
     a, b = photo(0), photo(1, 32, 32)
-    looking = Looking(short_side=32, diffusion=model, weight=0.3)
-    joined, _ = patch_maps(encoder, a, b, looking)
-    alone = patch_maps(encoder, a, b, Looking(short_side=32))
+    compared = Compared(short_side=32, diffusion=model, weight=0.3)
+    joined, _ = patch_maps(encoder, a, b, compared)
+    alone = patch_maps(encoder, a, b, Compared(short_side=32))
     more, _ = diffusion_maps(model, (a, b), (alone[0].features, alone[1].features), 64)
     assert more.shape == (4, 5, 14), "each layer on the other's grid, by no more directions than there are"
     both = torch.cat([0.7 * alone[0].features, 0.3 * normalized(more)], -1)
@@ -59,7 +59,7 @@ def test_the_picture_shows_lines_and_swaps_and_keypoints_if_there_are_any(
     tmp_path: Path, encoder: Encoder, known: bool
 ) -> None:
     a, b = photo(0), photo(1, 90, 32)
-    maps = patch_maps(encoder, a, b, Looking(short_side=32))
+    maps = patch_maps(encoder, a, b, Compared(short_side=32))
     matches = match(*maps)
     points = np.array([[1.0, 2], [40, 40]])
     write_picture(

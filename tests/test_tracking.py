@@ -64,13 +64,41 @@ def test_frames_that_cannot_be_read_are_passed_over(video: Path, encoder: Encode
     assert "not an image" in reasons[0] and "another size: 20x20 pixels, the first frame has 112x32" in reasons[1]
 
 
+def test_a_bad_true_mask_costs_its_own_frames_score_alone(video: Path, encoder: Encoder) -> None:
+    files = open_frames(video / "frames")
+    first = first_mask(video / "masks" / "f0.png", files, encoder.images)
+    (video / "masks/f4.png").write_bytes(b"no image")
+    write_labels(video / "masks/f6.png", LabelMap(np.ones((8, 8), np.uint8)))
+    done = track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks")
+    assert done.frames == 11 and done.score.frames == done.still.frames == 7
+    assert done.gif.exists() and done.strip.exists() and (done.masks / "f4.png").exists()
+    assert list(done.skipped) == ["f4.png", "f6.png"]
+    assert "f4.png: damaged" in done.skipped["f4.png"] and "another size" in done.skipped["f6.png"]
+    for path in (video / "masks").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(DinoError, match=r"none of the true masks can be counted; f1.png: .*damaged"):
+        track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks")
+
+
+def test_the_void_of_a_first_mask_is_not_followed(video: Path, encoder: Encoder) -> None:
+    files = open_frames(video / "frames")
+    values = np.zeros((32, 112), np.uint8)
+    values[8:24, :16], values[8:24, 40:80] = 1, 255
+    write_labels(video / "void.png", LabelMap(values, PALETTE))
+    first = first_mask(video / "void.png", files, encoder.images)
+    done = track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks")
+    assert {int(v) for path in done.masks.iterdir() for v in np.unique(np.array(Image.open(path)))} == {0, 1}
+    assert set(done.score.objects) == {1}
+
+
 def test_what_does_not_belong_together_is_said(video: Path, encoder: Encoder) -> None:
     files = open_frames(video / "frames")
-    for name, values, words in (
-        ("small", np.ones((8, 8), np.uint8), "has its 112x32 pixels; .* has 8x8"),
-        ("empty", np.zeros((32, 112), np.uint8), "is 0 everywhere"),
+    for name, values, palette, words in (
+        ("small", np.ones((8, 8), np.uint8), None, "has its 112x32 pixels; .* has 8x8"),
+        ("empty", np.zeros((32, 112), np.uint8), None, "is 0 everywhere\nhint"),
+        ("void", np.full((32, 112), 255, np.uint8), PALETTE, "255, which in a palette is void"),
     ):
-        write_labels(video / f"{name}.png", LabelMap(values))
+        write_labels(video / f"{name}.png", LabelMap(values, palette))
         with pytest.raises(DinoError, match=words):
             first_mask(video / f"{name}.png", files, encoder.images)
     with pytest.raises(DinoError, match="its pixels are RGB"):
@@ -97,8 +125,11 @@ def test_objects_have_the_palettes_colors_and_all_else_its_own() -> None:
     grey = np.full((40, 40, 3), 100, np.uint8)
     laid = overlay(grey, LabelMap(values, PALETTE))
     np.testing.assert_array_equal(laid[values == 0], grey[values == 0])
-    assert laid[20, 20].tolist() == [60, 145, 69]
+    assert laid[20, 20].tolist() == [60, 145, 68]
     assert laid[10, 10].tolist() == [10, 200, 30]
+    values[:, :3] = 1
+    far = overlay(grey, LabelMap(values, PALETTE))[:, 39]
+    assert (far == 100).all(), "a line at the left side is not drawn at the right one"
     assert not (overlay(grey, LabelMap(values)) == laid).all()
 
 

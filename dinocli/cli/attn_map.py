@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, checkpoint_or_newest
+from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, encoder_from
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -59,12 +59,7 @@ def attn_map(
     else:
         spare((out / f"{name}.png" for name in files.values()), files)
 
-    from dinocli.device import pick_device
-    from dinocli.encoder import with_images
-    from dinocli.loading import load_encoder
-
-    encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
-    encoder = with_images(encoder, overrides or [])
+    encoder = encoder_from(checkpoint, device, network, overrides)
     if film:
         _draw_films(encoder, films, out, film, head, size, fps, json)
     else:
@@ -85,8 +80,7 @@ def _draw_photos(
             else:
                 drawn.append(result)
             advance(done)
-    for bad, reason in skipped.items():
-        console.say(f"note: skipped {bad}: {reason}")
+    console.skipped(skipped)
     if not drawn:
         raise DinoError("none of the images can be read", "name a photo such as a .jpg")
     if json:

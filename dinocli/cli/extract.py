@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Device, Json, Limits, NetworkName, Size, Tokens, Workers, checkpoint_or_newest, compiles
+from dinocli.cli.options import Device, Json, Limits, NetworkName, Size, Tokens, Workers, compiles, encoder_from
 
 
 def extract(
@@ -64,14 +64,12 @@ def extract(
     parts = splits(data)
 
     from dinocli.device import default_workers, pick_device
-    from dinocli.encoder import quick, with_images
+    from dinocli.encoder import quick
     from dinocli.extraction import extract
     from dinocli.features import learned_from
-    from dinocli.loading import load_encoder
 
     picked = pick_device(device)
-    encoder = load_encoder(checkpoint_or_newest(paths[0] if len(paths) == 2 else None), picked, network)
-    encoder = with_images(encoder, overrides or [])
+    encoder = encoder_from(paths[0] if len(paths) == 2 else None, device, network, overrides)
     encoder = quick(encoder, precision, compiled=compiled and compiles(picked, asked=True))
     written = []
     for name, source in parts.items():
@@ -94,8 +92,7 @@ def extract(
                 )
             )
     for part in written:
-        for path, reason in part.skipped.items():
-            console.say(f"note: skipped {path}: {reason}")
+        console.skipped(part.skipped)
     if json:
         console.out_json(
             [{"path": str(p.path), "images": p.images, "shape": p.shape, "skipped": p.skipped} for p in written]

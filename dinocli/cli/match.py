@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import (
-    Checkpoint,
-    Device,
-    FacetName,
-    Json,
-    Limits,
-    NetworkName,
-    ShortSide,
-    checkpoint_or_newest,
-)
+from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, ShortSide, encoder_from
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -74,22 +65,19 @@ def match(
     from dinocli.data.named import spare
     from dinocli.device import pick_device
     from dinocli.diffusion import load_diffusion
-    from dinocli.encoder import with_images
     from dinocli.evals.match import match as matched
     from dinocli.evals.match import near_enough, pck, spread_out
-    from dinocli.loading import load_encoder
-    from dinocli.matching import Looking, patch_maps, write_picture
+    from dinocli.matching import Compared, patch_maps, write_picture
 
     spare([picture], [a, b])
-    where = pick_device(device)
-    encoder = with_images(load_encoder(checkpoint_or_newest(checkpoint), where, network), overrides or [])
+    encoder = encoder_from(checkpoint, device, network, overrides)
     photos = _read(a, encoder), _read(b, encoder)
     known = keypoints and read_keypoints(keypoints, a, b, (photos[0].shape[:2], photos[1].shape[:2]))
-    diffusion = load_diffusion(sd, where, caption) if sd else None
+    diffusion = load_diffusion(sd, pick_device(device), caption) if sd else None
     if sd and not caption:
         console.say("note: the diffusion model is given no caption; --caption 'a photo of a cat' says what is there")
-    looking = Looking(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
-    maps = patch_maps(encoder, *photos, looking)
+    compared = Compared(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
+    maps = patch_maps(encoder, *photos, compared)
     matches = matched(*maps)
     marked = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None
     write_picture(picture, photos, maps, matches, spread_out(maps[0], matches.mutual, lines), marked)
@@ -105,9 +93,10 @@ def match(
 
 
 def _read(path: Path, encoder: Encoder) -> Pixels:
-    from dinocli.data.decode import BadImage, decode
+    from dinocli.data.decode import BadImage
+    from dinocli.data.named import read_photo
 
-    pixels = decode(path.read_bytes(), encoder.images)
+    pixels = read_photo(path, encoder.images)
     if isinstance(pixels, BadImage):
         raise DinoError(f"{path} cannot be read: {pixels.reason}", "name a photo such as a .jpg")
     return pixels

@@ -15,6 +15,7 @@ from dinocli.runs import CHECKPOINT, newest_run
 if TYPE_CHECKING:
     import torch
 
+    from dinocli.encoder import Encoder
     from dinocli.gallery import Gallery
 
 Images = Annotated[
@@ -120,6 +121,21 @@ def _step(checkpoint: Path) -> str:
     except SafetensorError:
         return ""  # whoever reads the file says what is wrong with it
     return f", step {step}" if step else ""
+
+
+def encoder_from(
+    checkpoint: str | None, device: str, network: Literal["teacher", "student"], overrides: Sequence[str] | None
+) -> Encoder:
+    """The encoder that a command's options name.
+
+    Raises:
+        DinoError: There is no such checkpoint or device, the weights do not fit, or an override does not.
+    """
+    from dinocli.device import pick_device
+    from dinocli.encoder import with_images
+    from dinocli.loading import load_encoder
+
+    return with_images(load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network), overrides or [])
 
 
 def features_or_newest(given: Path | None) -> Path:

@@ -16,7 +16,7 @@ from dinocli.cli.options import (
     Json,
     Limits,
     NetworkName,
-    checkpoint_or_newest,
+    encoder_from,
     features_or_newest,
 )
 
@@ -75,7 +75,9 @@ def search(
         came = "both came" if queries else "neither came"
         raise typer.BadParameter(f"photos, or --evaluate, were wanted; {came}", param_hint="QUERY")
     if evaluate:
-        encoder = _encoder(checkpoint_or_newest(checkpoint), device, network, overrides)
+        from dinocli.encoder import quick
+
+        encoder = quick(encoder_from(checkpoint, device, network, overrides), "float32", compiled=False)
         if evaluate.is_dir():
             _copies(encoder, evaluate, distractors, whiten, size, json=json)
         else:
@@ -85,6 +87,7 @@ def search(
 
     from dinocli.data.named import spare
     from dinocli.data.sources import photos
+    from dinocli.encoder import quick
     from dinocli.evals.search import encode, same_encoder, search
     from dinocli.gallery import open_gallery
     from dinocli.gallery_pictures import draw_hits
@@ -92,11 +95,12 @@ def search(
     source = photos(queries or [])
     spare([out], queries or [])
     gallery = open_gallery(folder, data)
-    encoder = _encoder(checkpoint or gallery.recipe.source, device, network, overrides, gallery.recipe.precision)
+    encoder = encoder_from(checkpoint or gallery.recipe.source, device, network, overrides)
+    encoder = quick(encoder, gallery.recipe.precision, compiled=False)  # type: ignore[arg-type]
     same_encoder(encoder, gallery.recipe)
     with console.progress("encode", len(source), "images") as advance:
         asked = encode(encoder, source, gallery.recipe, report=advance)
-    _skipped(asked.skipped)
+    console.skipped(asked.skipped)
     opened = _index(gallery, index)
     hits = list(search(opened, gallery, asked, k))
     written, unread = draw_hits(gallery, hits, out, encoder.images)
@@ -114,21 +118,6 @@ def search(
     console.table(["photo", "image", "cosine", "class"], rows, title=f"the nearest of {len(gallery)} images ({how})")
     for picture in pictures:
         console.out(picture)
-
-
-def _encoder(
-    source: str,
-    device: str,
-    network: Literal["teacher", "student"],
-    overrides: list[str] | None,
-    precision: str = "float32",
-) -> Encoder:
-    from dinocli.device import pick_device
-    from dinocli.encoder import quick, with_images
-    from dinocli.loading import load_encoder
-
-    encoder = with_images(load_encoder(source, pick_device(device), network), overrides or [])
-    return quick(encoder, precision, compiled=False)  # type: ignore[arg-type]
 
 
 def _index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:
@@ -152,7 +141,7 @@ def _retrieval(
     side, total = size or encoder.size, len(read.images) + len(read.queries)
     with console.progress("encode", total, "images") as advance:
         scores, skipped = retrieval(encoder, read, folder, size=side, multiscale=multiscale, report=advance)
-    _skipped(skipped)
+    console.skipped(skipped)
     if json:
         console.out_json(
             {"size": side, "multiscale": multiscale, "scores": [asdict(s) for s in scores], "skipped": skipped}
@@ -184,7 +173,7 @@ def _copies(
         said = what
 
     result = copies(encoder, folder, distractors=distractors, whiten=whiten, size=side, report=report)
-    _skipped(result.skipped)
+    console.skipped(result.skipped)
     if json:
         console.out_json({"size": side, **asdict(result)})
         return
@@ -196,8 +185,3 @@ def _copies(
         rows,
         title=f"copies found by {encoder.source}: {among}, {whitened}, {side} pixels",
     )
-
-
-def _skipped(skipped: dict[str, str]) -> None:
-    for path, reason in skipped.items():
-        console.say(f"note: skipped {path}: {reason}")

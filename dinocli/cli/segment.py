@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, checkpoint_or_newest
+from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, encoder_from
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -74,13 +74,9 @@ def segment(
         elif not evaluate:
             spare((out / f"{name}{end}" for name in files.values() for end in (".png", "-mask.png")), files)
 
-    from dinocli.device import pick_device
-    from dinocli.encoder import with_images
     from dinocli.evals.attention import default_size
-    from dinocli.loading import load_encoder
 
-    encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
-    encoder = with_images(encoder, overrides or [])
+    encoder = encoder_from(checkpoint, device, network, overrides)
     side = size or default_size(encoder)
     if train:
         _train(encoder, train, out, side, epochs, seed, json=json)
@@ -121,11 +117,6 @@ def _check(images: list[Path] | None, ways: Mapping[str, object], *, masks: bool
         raise DinoError("photos were wanted; none were named", "dino segment photo.jpg")
 
 
-def _skipped(skipped: Mapping[Path, str] | Mapping[str, str]) -> None:
-    for bad, reason in skipped.items():
-        console.say(f"note: skipped {bad}: {reason}")
-
-
 def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Segmented | str], *, json: bool) -> None:
     drawn: list[Segmented] = []
     skipped: dict[Path, str] = {}
@@ -137,7 +128,7 @@ def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Se
             else:
                 drawn.append(result)
             advance(done)
-    _skipped(skipped)
+    console.skipped(skipped)
     if not drawn:
         raise DinoError(*_UNREADABLE)
     empty = [d.image for d in drawn if d.shares.get("foreground") == 0]
@@ -169,7 +160,7 @@ def _pca(
         console.say("note: no foreground was told apart in any photo, and so nothing was taken out")
     with console.progress("draw", len(photos), "images") as advance:
         pages, skipped = draw_colors(encoder, colors, photos, out, short_side=side, report=advance)
-    _skipped(skipped)
+    console.skipped(skipped)
     if json:
         console.out_json({"pictures": [str(page) for page in pages], "photos": len(photos) - len(skipped)})
     else:
@@ -195,7 +186,7 @@ def _evaluate(
     with console.progress("measure", len(pairs), "images") as advance:
         result = overlaps(encoder, pairs, ways, short_side=side, keep=keep, tau=tau, report=advance)
     skipped |= result.skipped
-    _skipped(skipped)
+    console.skipped(skipped)
     if not result.each:
         raise DinoError(
             f"none of {len(files)} photos has a mask in {folder} that fits it", "masks are called as their photos are"
@@ -229,7 +220,7 @@ def _train(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed
         )
     path = out / HEAD
     write_head(path, head)
-    _skipped(result.skipped)
+    console.skipped(result.skipped)
     if result.split_off:
         console.say(f"note: the data has no val/; {result.val_photos} of its photos were held out")
     if json:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, checkpoint_or_newest
+from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, encoder_from
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -52,16 +52,12 @@ def track(
         )
     from dinocli.data.frames import open_frames
     from dinocli.data.named import spare
-    from dinocli.device import pick_device
-    from dinocli.encoder import with_images
     from dinocli.evals.track import Looking, Rule
-    from dinocli.loading import load_encoder
     from dinocli.tracking import first_mask, too_small, track_video
 
     video = open_frames(frames)
     spare([out / "track.gif", out / "strip.png"], [frames, mask, *video.files])
-    encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network)
-    encoder = with_images(encoder, overrides or [])
+    encoder = encoder_from(checkpoint, device, network, overrides)
     looking = Looking(size, layer, facet)
     first = first_mask(mask, video, encoder.images)
     for lost in too_small(encoder, *first, looking):
@@ -78,8 +74,7 @@ def track(
             per_second=fps,
             advance=advance,
         )
-    for bad, reason in done.skipped.items():
-        console.say(f"note: skipped {bad}: {reason}")
+    console.skipped(done.skipped)
     if json:
         paths = {"masks": str(done.masks), "gif": str(done.gif), "strip": str(done.strip)}
         scores = {"score": _plain(done.score), "copying the first mask": _plain(done.still)} if done.score else {}

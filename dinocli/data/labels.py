@@ -1,4 +1,4 @@
-"""Label maps: masks whose values are numbers of objects, read and written with their palette."""
+"""Label maps: masks whose values are numbers of objects or classes, read and written with their palette."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from dinocli.atomic import atomic
 from dinocli.data.decode import DEFAULTS, BadImage
 
 Labels = NDArray[np.uint8]
+IGNORED = 255  # of pixels that count for nothing, in a map of many objects or classes
 # A photo, or a mask with soft edges, taken for a map of objects has more values than this.
 _MOST = 64
 
@@ -23,7 +24,7 @@ class LabelMap:
     """Which object each pixel belongs to.
 
     Attributes:
-        values: 0 where there is none. [H, W]
+        values: 0 where there is none; 255 is void where there is a palette, and an object where there is none. [H, W]
         palette: Red, green and blue of each value, if the file had colors.
     """
 
@@ -33,11 +34,25 @@ class LabelMap:
     @property
     def objects(self) -> list[int]:
         """The values that stand for objects, ascending."""
-        return [int(value) for value in np.unique(self.values) if value]
+        return [int(value) for value in np.unique(self.cleared.values) if value]
+
+    @property
+    def void(self) -> NDArray[np.bool_]:
+        """Pixels of which nobody said what they are, as DAVIS 2017 has them. [H, W]"""
+        return (self.values == IGNORED) & (self.palette is not None)
+
+    @property
+    def cleared(self) -> LabelMap:
+        """The map with 0 where it is void."""
+        return LabelMap(np.where(self.void, np.uint8(0), self.values), self.palette)
 
 
-def read_labels(path: Path) -> LabelMap | BadImage:
+def read_labels(path: Path, most: int = _MOST) -> LabelMap | BadImage:
     """Read a mask: an image with a palette, whose numbers count and not its colors, or a grey or black-and-white one.
+
+    Args:
+        path: The file; grey may have been saved as colors.
+        most: Objects that it may hold.
 
     Returns:
         The map, or why the file is none.
@@ -56,7 +71,7 @@ def read_labels(path: Path) -> LabelMap | BadImage:
         return BadImage(
             f"no label map: its pixels are {image.mode}, and not numbers of objects (a palette, or 8-bit grey)"
         )
-    if len(found.objects) > _MOST:
+    if len(found.objects) > most:
         return BadImage(f"no label map: it has {len(found.objects)} values, as photos and masks with soft edges have")
     return found
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dinocli.data.decode import BadImage
+from dinocli.data.labels import read_labels
 from dinocli.data.sources import image_folder
 
-IGNORED = 255  # in an index mask, of pixels that count for nothing
-_INDEX = ("P", "L", "1")  # modes of one channel of 8 bits or fewer
+_CLASSES = 256  # of a mask at most: one may have soft edges, or a number for each of many classes
 
 
 class Masks:
@@ -42,32 +41,17 @@ class Masks:
 
 def read_object(path: Path) -> NDArray[np.bool_] | BadImage:
     """Where a mask has its object: above half of 255, or all but 0 in an index mask. [H, W], or the reason why not."""
-    values = _read(path)
-    if isinstance(values, BadImage):
-        return values
+    read = read_labels(path, _CLASSES)
+    if isinstance(read, BadImage):
+        return read
     # Of some sets an object is 1, or each has a number of its own.
-    return values > (127 if values.max(initial=0) > 127 and not _has_palette(path) else 0)
+    return read.values > (127 if read.values.max(initial=0) > 127 and read.palette is None else 0)
 
 
 def read_index(path: Path) -> NDArray[np.uint8] | BadImage:
     """The number of each pixel's class, 255 where it counts for nothing. [H, W], or why it cannot be read."""
-    return _read(path)
-
-
-def _read(path: Path) -> NDArray[np.uint8] | BadImage:
-    try:
-        with Image.open(path) as image:
-            if image.mode not in _INDEX:
-                return BadImage(f"no mask: one channel of 8 bits was wanted; it is {image.mode}")
-            return np.array(image).astype(np.uint8)
-    # Pillow's readers raise nearly every kind of exception on a broken file.
-    except Exception as error:
-        return BadImage(f"damaged: {str(error)[:160] or type(error).__name__}")
-
-
-def _has_palette(path: Path) -> bool:
-    with Image.open(path) as image:
-        return image.mode == "P"
+    read = read_labels(path, _CLASSES)
+    return read if isinstance(read, BadImage) else read.values
 
 
 def with_masks(photos: Mapping[Path, Path], masks: Masks) -> tuple[dict[Path, Path], dict[Path, str]]:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.data.decode import BadImage, ImagesConfig, Pixels
-from dinocli.data.masks import IGNORED, Masks, read_index, with_masks
+from dinocli.data.labels import IGNORED
+from dinocli.data.masks import Masks, read_index, with_masks
 from dinocli.data.named import named_photos, read_photo
 from dinocli.errors import DinoError
 

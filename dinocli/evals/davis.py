@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.labels import Labels
+from dinocli.data.labels import LabelMap, Labels
 from dinocli.evals.attention import jaccard
 
 Mask = NDArray[np.bool_]
@@ -49,15 +49,18 @@ class VideoScore:
     frames: int
 
 
-def frame_scores(found: Labels, truth: Labels, objects: Sequence[int]) -> NDArray[np.float64]:
-    """J and F of each object in a frame. [objects, 2]
+def frame_scores(found: Labels, truth: LabelMap, objects: Sequence[int]) -> NDArray[np.float64]:
+    """J and F of each object in a frame; what is void in the truth counts in neither mask. [objects, 2]
 
     Args:
         found: [H, W]
-        truth: [H, W]
+        truth: Of the same size.
         objects: Their values in both.
+
+    Source: davisvideochallenge/davis2017-evaluation@30b698a davis2017/metrics.py (`void_pixels`).
     """
-    masks = [(found == value, truth == value) for value in objects]
+    known = ~truth.void
+    masks = [((found == value) & known, (truth.values == value) & known) for value in objects]
     return np.array([(jaccard(mask, true), boundary_f(mask, true)) for mask, true in masks])
 
 
@@ -80,7 +83,7 @@ def boundary_f(mask: Mask, truth: Mask) -> float:
     Source: Perazzi et al., CVPR 2016; davisvideochallenge/davis2017-evaluation@30b698a davis2017/metrics.py.
     """
     radius = math.ceil(_TOLERANCE * math.hypot(*mask.shape))
-    ours, theirs = outline(mask), outline(truth)
+    ours, theirs = boundary(mask), boundary(truth)
     if not ours.any() or not theirs.any():
         return float(ours.any() == theirs.any())
     precision = (ours & widened(theirs, radius)).sum() / ours.sum()
@@ -88,7 +91,7 @@ def boundary_f(mask: Mask, truth: Mask) -> float:
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
-def outline(mask: Mask) -> Mask:
+def boundary(mask: Mask) -> Mask:
     """Pixels that differ from the one to the right, below, or both, half a pixel up and left of the edge. [H, W]"""
     # Beyond the last row and column everything stays as it is.
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")

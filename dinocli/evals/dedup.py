@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dinocli.evals.components import Pieces
 from dinocli.evals.nearest import Floats, alike
 from dinocli.mapped import Indices, Values
 
@@ -41,36 +42,6 @@ class Alike:
     members: list[Indices]
 
 
-class Components:
-    """Which of S things hang together by the pairs that were told so far."""
-
-    def __init__(self, count: int) -> None:
-        self._roots = np.arange(count)
-
-    def join(self, first: Indices, second: Indices) -> None:
-        """Take pairs. Both [P]."""
-        while len(first):
-            a, b = self._find(first), self._find(second)
-            apart = a != b
-            first, second, a, b = first[apart], second[apart], a[apart], b[apart]
-            # Each root hangs below the smallest one it meets; whoever lost against another comes again.
-            np.minimum.at(self._roots, np.maximum(a, b), np.minimum(a, b))
-
-    def _find(self, rows: Indices) -> Indices:
-        roots = self._roots[rows]
-        while not np.array_equal(above := self._roots[roots], roots):
-            roots = above
-        self._roots[rows] = roots
-        return roots
-
-    def groups(self) -> list[Indices]:
-        """Those of more than one, by their first member; rows ascending."""
-        roots = self._find(np.arange(len(self._roots)))
-        order = np.argsort(roots, kind="stable")
-        cuts = np.flatnonzero(np.diff(roots[order])) + 1
-        return [group for group in np.split(order, cuts) if len(group) > 1]
-
-
 def find_alike(values: Values, threshold: float | None, report: Callable[[int], None] = lambda pairs: None) -> Alike:
     """Compare all images with all, and join those whose cosine is at least a threshold.
 
@@ -82,13 +53,13 @@ def find_alike(values: Values, threshold: float | None, report: Callable[[int], 
         report: Called now and then with the number of pairs looked at, of S * (S - 1) / 2.
     """
     best = np.empty(len(values), np.float32)
-    components, pairs = Components(len(values)), 0
+    pieces, pairs = Pieces(len(values)), 0
     report(1)  # whoever tells the time that is left begins to count here
     for tile in alike(values, threshold, best):
-        components.join(tile.first, tile.second)
+        pieces.join(tile.first, tile.second)
         pairs += len(tile.first)
         report(tile.done)
-    return Alike(best, pairs, components.groups())
+    return Alike(best, pairs, pieces.groups())
 
 
 def choose(found: Alike, quality: Callable[[int], Sequence[int]]) -> list[Group]:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinocli.atomic import draft_folder
-from dinocli.data.masks import IGNORED
+from dinocli.data.labels import IGNORED
 from dinocli.data.pairs import Pairs
 from dinocli.encoder import Encoder
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dinocli.atomic import write_tensors
 from dinocli.data.decode import Pixels
-from dinocli.data.masks import IGNORED
+from dinocli.data.labels import IGNORED
 from dinocli.data.pairs import LabelledSet, Pairs
 from dinocli.encoder import Encoder
 from dinocli.engine import trainer as engine

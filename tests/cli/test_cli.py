@@ -427,7 +427,8 @@ def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: P
     write_images(tmp_path / "masks" / "a", 6, seed=0)  # of RGB, which are no masks
     for path in sorted((tmp_path / "masks" / "a").iterdir()):
         mask = Image.fromarray((np.arange(32 * 32).reshape(32, 32) > 500).astype(np.uint8) * 255)
-        (mask if path.stem != "0003" else mask.convert("RGB")).save(path)
+        if path.stem != "0003":
+            (mask if path.stem != "0002" else mask.convert("RGB")).save(path)
 
     done = dino("segment", "images", "--masks", "--json")
     told = json.loads(done.stdout)

@@ -18,7 +18,9 @@ def test_numbers_and_palette_go_there_and_back(tmp_path: Path) -> None:
     read = read_labels(tmp_path / "a.png")
     np.testing.assert_array_equal(read.values, VALUES)
     assert read.palette == palette
-    assert read.objects == [1, 7, 255]
+    assert read.objects == [1, 7]
+    assert read.void.tolist() == [[False, False, False], [False, False, True]], "255 in a palette, as in DAVIS 2017"
+    assert read.cleared.values.tolist() == [[0, 1, 1], [0, 7, 0]]
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode == "P"
 
@@ -29,6 +31,7 @@ def test_grey_masks_are_label_maps_however_they_were_saved(tmp_path: Path, mode:
     read = read_labels(tmp_path / "a.png")
     np.testing.assert_array_equal(read.values, VALUES)
     assert read.palette is None
+    assert read.objects == [1, 7, 255] and not read.void.any()
     write_labels(tmp_path / "b.png", read)
     with Image.open(tmp_path / "b.png") as image:
         assert image.mode == "L"

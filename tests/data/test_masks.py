@@ -47,10 +47,24 @@ def test_objects_are_bright_or_have_a_number(tmp_path: Path) -> None:
 def test_an_index_mask_is_its_numbers_and_what_is_none_is_a_reason(tmp_path: Path) -> None:
     assert read_index(save(tmp_path / "a.png", [[0, 1, 7, 255]], "P")).tolist() == [[0, 1, 7, 255]]
     assert read_index(save(tmp_path / "b.png", [[0, 1, 7, 255]])).tolist() == [[0, 1, 7, 255]]
-    Image.new("RGB", (2, 2)).save(tmp_path / "c.png")
+    assert read_index(save(tmp_path / "many.png", [list(range(256))])).tolist() == [list(range(256))], "of many classes"
+    Image.new("RGB", (2, 2), (200, 0, 0)).save(tmp_path / "c.png")
     (tmp_path / "d.png").write_bytes(b"no image")
-    for name, words in (("c.png", "one channel"), ("d.png", "damaged"), ("gone.png", "damaged")):
+    for name, words in (("c.png", "its pixels are RGB"), ("d.png", "damaged"), ("gone.png", "damaged")):
         for read in (read_index, read_object):
             bad = read(tmp_path / name)
             assert isinstance(bad, BadImage)
             assert words in bad.reason
+
+
+def test_grey_that_was_saved_as_colors_is_grey(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 1, 255]], np.uint8)).convert("RGB").save(tmp_path / "a.png")
+    assert read_index(tmp_path / "a.png").tolist() == [[0, 1, 255]]
+    assert read_object(tmp_path / "a.png").tolist() == [[False, False, True]]
+
+
+def test_a_huge_mask_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    Image.new("1", (13_000, 12_000)).save(tmp_path / "huge.png")
+    for read in (read_index, read_object):
+        bad = read(tmp_path / "huge.png")
+        assert isinstance(bad, BadImage) and "too large: 13000x12000" in bad.reason

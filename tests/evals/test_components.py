@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dinocli.evals.components import component_at, components, largest_component
+from dinocli.evals.components import Pieces, component_at, components, largest_component
 
 
 def plainly(mask: np.ndarray) -> np.ndarray:
@@ -53,3 +53,41 @@ def test_the_largest_piece_and_that_of_a_place() -> None:
     assert component_at(mask, (0, 1)).sum() == 2
     assert not component_at(mask, (1, 1)).any()
     assert not largest_component(np.zeros((3, 3), dtype=bool)).any()
+
+
+def plain_groups(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
+    """Walk from each image to all that it reaches."""
+    near: dict[int, set[int]] = {i: set() for i in range(count)}
+    for a, b in pairs:
+        near[a].add(b)
+        near[b].add(a)
+    groups, seen = [], set[int]()
+    for start in range(count):
+        reached, todo = set[int](), [start]
+        while todo:
+            i = todo.pop()
+            if i not in reached:
+                reached.add(i)
+                todo += near[i]
+        if start not in seen and len(reached) > 1:
+            groups.append(sorted(reached))
+        seen |= reached
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_are_those_of_a_plain_walk(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    count = 60
+    pairs = generator.integers(0, count, (int(generator.integers(0, 90)), 2))
+    pieces = Pieces(count)
+    for some in np.array_split(pairs, 4):
+        pieces.join(some[:, 0], some[:, 1])
+    assert [group.tolist() for group in pieces.groups()] == plain_groups(count, pairs.tolist())
+
+
+def test_a_long_chain_is_one_group() -> None:
+    order = np.random.default_rng(0).permutation(1000)
+    pieces = Pieces(1001)
+    pieces.join(order, order + 1)
+    assert [len(group) for group in pieces.groups()] == [1001]

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from dinocli.evals.davis import boundary_f, frame_scores, outline, video_score, widened
+from dinocli.data.labels import LabelMap
+from dinocli.evals.davis import boundary, boundary_f, frame_scores, video_score, widened
 
 
 def blobs(seed: int, height: int = 40, width: int = 60, shift: int = 0) -> np.ndarray:
@@ -50,7 +51,7 @@ def plain_f(mask: np.ndarray, truth: np.ndarray) -> float:
 @pytest.mark.parametrize("seed", range(6))
 def test_the_boundarys_f_is_the_plain_definition(seed: int) -> None:
     mask, truth = blobs(seed), blobs(seed, shift=1 + seed % 3)
-    np.testing.assert_array_equal(outline(mask), plain_outline(mask))
+    np.testing.assert_array_equal(boundary(mask), plain_outline(mask))
     assert 0 < plain_f(mask, truth) < 1
     assert boundary_f(mask, truth) == pytest.approx(plain_f(mask, truth), abs=1e-12)
 
@@ -75,10 +76,23 @@ def test_each_object_counts_the_same_and_so_does_each_frame() -> None:
     truth[:10, :10], truth[20:, 20:] = 1, 2
     halved = truth.copy()
     halved[:10, 5:10] = 0
-    scores = [frame_scores(found, truth, [1, 2]) for found in (truth, halved)]
+    scores = [frame_scores(found, LabelMap(truth), [1, 2]) for found in (truth, halved)]
     assert scores[1][:, 0].tolist() == [0.5, 1.0]
     score = video_score(scores, [1, 2])
     assert score.frames == 2 and set(score.objects) == {1, 2}
     assert score.objects[1].j == 0.75 and score.objects[2].j_and_f == 1
     assert score.mean.j == 0.875
     assert score.mean.f == pytest.approx((score.objects[1].f + 1) / 2)
+
+
+def test_void_pixels_of_the_truth_count_in_neither_mask() -> None:
+    truth = np.zeros((40, 40), np.uint8)
+    truth[:20, :10], truth[:20, 10:20] = 1, 255
+    spilled, halved = np.where(truth == 255, 1, truth), np.where(truth == 255, 0, truth)
+    halved[10:20] = 0
+    palette = bytes(768)
+    assert frame_scores(spilled, LabelMap(truth, palette), [1]).tolist() == [[1, 1]], "into the void"
+    # Worked out by hand: half of the object is left; the void is neither the object's nor the mask's.
+    score = frame_scores(halved, LabelMap(truth, palette), [1])[0]
+    assert score[0] == 0.5 and score[1] == boundary_f(halved == 1, truth == 1)
+    assert frame_scores(spilled, LabelMap(truth), [1])[0, 0] == 0.5, "in a grey mask 255 is an object as any other"
