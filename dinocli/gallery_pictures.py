@@ -13,7 +13,7 @@ from dinocli.gallery import Gallery, small
 from dinocli.picture import Panel, contact_sheet
 
 ROWS = 20  # of a sheet
-_COLUMNS = 10
+SHOWN = 10  # of what was found, in a row
 _SIDE = 144  # pixels of a photo
 
 Place = Panel | str | None
@@ -37,7 +37,7 @@ def draw_hits(
     unread: dict[str, str] = {}
     for each in hits:
         row = [_query(Path(each.query), images)]
-        for n in each.neighbours[:_COLUMNS]:
+        for n in each.neighbours[:SHOWN]:
             pixels = gallery.photo(n.row, _SIDE, images)
             if isinstance(pixels, BadImage):
                 unread[n.image] = pixels.reason
@@ -64,7 +64,7 @@ def draw_groups(
     rows: list[list[Place]] = []
     for group in groups[: pages * ROWS]:
         kept = _place(gallery, group.kept, f"kept\n{gallery.name(group.kept)}", images)
-        shown = list(zip(group.dropped, group.cosines, strict=True))[:_COLUMNS]
+        shown = list(zip(group.dropped, group.cosines, strict=True))[:SHOWN]
         dropped = [_place(gallery, row, f"{cosine:.4f}\n{gallery.name(row)}", images) for row, cosine in shown]
         more = len(group.dropped) - len(shown)
         rows.append([kept, *dropped, f"and {more} more" if more else None])

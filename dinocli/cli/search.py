@@ -90,7 +90,7 @@ def search(
     from dinocli.encoder import quick
     from dinocli.evals.search import encode, same_encoder, search
     from dinocli.gallery import open_gallery
-    from dinocli.gallery_pictures import draw_hits
+    from dinocli.gallery_pictures import SHOWN, draw_hits
 
     source = photos(queries or [])
     spare([out], queries or [])
@@ -108,6 +108,8 @@ def search(
     if unread:
         name, reason = next(iter(unread.items()))
         console.say(f"note: {len(unread)} of the images that were found cannot be shown ({name}: {reason}); see --data")
+    if k > SHOWN:
+        console.say(f"note: the picture shows the {SHOWN} nearest of each; the table and --json have all {k}")
     about = opened.about
     if json:
         told = {"index": about.kind, "recall": about.recall, "images": len(gallery), "found": [asdict(h) for h in hits]}

@@ -81,7 +81,7 @@ def segment(
     if train:
         _train(encoder, train, out, side, epochs, seed, json=json)
     elif evaluate:
-        _evaluate(encoder, files, evaluate, [by] if by else ["attention", "cut"], side, keep, tau, json=json)
+        _evaluate(encoder, files, evaluate, [by] if by else _ways(encoder), side, keep, tau, json=json)
     elif pca:
         _pca(encoder, files, out, by or _BEST, side, keep, tau, json=json)
     elif head:
@@ -166,6 +166,15 @@ def _pca(
     else:
         for page in pages:
             console.out(str(page))
+
+
+def _ways(encoder: Encoder) -> list[By]:
+    from dinocli.models.backbone import Transformer
+
+    if isinstance(encoder.backbone, Transformer):
+        return ["attention", "cut"]
+    console.say("note: a convolutional network has no attention; the cut alone is measured")
+    return ["cut"]
 
 
 def _evaluate(

@@ -469,6 +469,11 @@ def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: P
     assert "no segmentation head" in dino("segment", "images", "--head", "ckpt.safetensors", code=1).stderr
     assert "hint: --head segments/head.safetensors" in dino("segment", "images", "--head", "segments", code=1).stderr
     assert "--masks or --pca" in dino("segment", "images", "--pca", "--masks", code=1).stderr
+    convolutional = ["--set", "backbone={name='resnet10t'}", "--set", "backbone.class_token_std=none"]
+    dino("pretrain", "images", "--preset", "tiny", *SMALL, *convolutional, "--steps", "0", "--out", "resnet")
+    by_cut = dino("segment", "images/a", "--evaluate", "masks", "--checkpoint", "resnet", "--json")
+    assert list(json.loads(by_cut.stdout)["jaccard"]) == ["cut", "all foreground", "centred ellipse"]
+    assert "note: a convolutional network has no attention" in by_cut.stderr
     table = dino("segment", "--train", "data", "--epochs", "1").stdout
     assert table.splitlines()[-1] == "segments/head.safetensors"
 
