@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dinocli.data.augment import normalize
 from dinocli.data.crops import cut
-from dinocli.data.decode import DEFAULTS, ImagesConfig, Pixels
+from dinocli.data.decode import Pixels
 from dinocli.data.fill import Cutter
 from dinocli.data.given import Given, given_images, unreadable
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader import ALONE, Plain, Share, plain_batches
 from dinocli.data.sources import Source
 from dinocli.device import autocast, has_bfloat16

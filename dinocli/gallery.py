@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from dinocli.atomic import write_text
-from dinocli.data.decode import DEFAULTS, BadImage, ImagesConfig, Pixels, open_image, reduction
+from dinocli.data.decode import BadImage, Pixels, open_image, reduction
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.shards import Shards, read_sample
 from dinocli.data.sources import Source, TorchvisionImages, splits
 from dinocli.errors import DinoError

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinocli.atomic import atomic
-from dinocli.data.decode import DEFAULTS, BadImage, ImagesConfig, Pixels
+from dinocli.data.decode import BadImage, Pixels
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.evals.dedup import Group
 from dinocli.evals.search import Hits
 from dinocli.gallery import Gallery, small

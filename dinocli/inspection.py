@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinocli.data.decode import DEFAULTS, BadImage, ImagesConfig, has_fast_jpeg, open_image, reduction
+from dinocli.data.decode import BadImage, has_fast_jpeg, open_image, reduction
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source, TorchvisionImages
 from dinocli.twins import SIDE, Pair, is_flat, near_equal, thumbnail

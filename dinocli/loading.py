@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from timm.models import adapt_input_conv
 
-from dinocli.data.decode import ImagesConfig
+from dinocli.data.images import ImagesConfig
 from dinocli.encoder import Channels, Encoder, fingerprint
 from dinocli.errors import DinoError
 from dinocli.models.architecture import BackboneConfig, create_timm

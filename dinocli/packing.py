@@ -26,7 +26,8 @@ from PIL import Image
 
 from dinocli.atomic import atomic, write_text
 from dinocli.data.crops import shrink
-from dinocli.data.decode import DEFAULTS, BadImage, ImagesConfig, Pixels, decode
+from dinocli.data.decode import BadImage, Pixels, decode
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.listing import ARRAY, SUFFIXES
 from dinocli.data.shards import INDEX, open_shards
 from dinocli.errors import DinoError

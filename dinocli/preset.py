@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from dinocli import shipped
 from dinocli.config import Config, change
 from dinocli.data.crops import ViewsConfig
-from dinocli.data.decode import DEFAULTS, ImagesConfig
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.distillation import SelfDistillation
 from dinocli.engine.optim import OptimizerConfig
 from dinocli.errors import DinoError

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode
+from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.frames import Frame, Frames, open_frames
+from dinocli.data.images import ImagesConfig
 from dinocli.data.labels import LabelMap, Labels, read_labels, write_labels
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError

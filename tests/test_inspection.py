@@ -11,8 +11,8 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
-from dinocli.data.decode import ImagesConfig
 from dinocli.data.drawn import draw
+from dinocli.data.images import ImagesConfig
 from dinocli.data.sources import Images, TorchvisionImages, open_source
 from dinocli.inspection import inspect
 

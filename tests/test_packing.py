@@ -15,7 +15,8 @@ from PIL import Image
 
 from dinocli import packing
 from dinocli.cli.pack import pack as command
-from dinocli.data.decode import ImagesConfig, decode
+from dinocli.data.decode import decode
+from dinocli.data.images import ImagesConfig
 from dinocli.data.shards import open_shards
 from dinocli.errors import DinoError
 from dinocli.packing import Packed, pack

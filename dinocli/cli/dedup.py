@@ -32,7 +32,7 @@ def dedup(
     import numpy as np
 
     from dinocli.curves import write_histogram
-    from dinocli.data.decode import DEFAULTS
+    from dinocli.data.images import DEFAULTS
     from dinocli.evals.dedup import choose, find_alike
     from dinocli.gallery import open_gallery
     from dinocli.gallery_pictures import draw_groups

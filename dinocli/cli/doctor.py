@@ -79,7 +79,7 @@ def _look(
 ) -> tuple[Inspection, Advised]:
     from dinocli.advice import advise
     from dinocli.costs import estimate
-    from dinocli.data.decode import DEFAULTS
+    from dinocli.data.images import DEFAULTS
     from dinocli.inspection import inspect
     from dinocli.planning import Plan
 

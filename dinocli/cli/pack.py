@@ -39,7 +39,7 @@ def pack(
 
     import torch
 
-    from dinocli.data.decode import DEFAULTS
+    from dinocli.data.images import DEFAULTS
     from dinocli.packing import pack
 
     taken = DEFAULTS.changed(overrides or [])

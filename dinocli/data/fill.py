@@ -24,7 +24,8 @@ from dinocli.data.crops import (
     resize_and_center,
     uniforms,
 )
-from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode, open_image, reduction
+from dinocli.data.decode import BadImage, Pixels, decode, open_image, reduction
+from dinocli.data.images import ImagesConfig
 from dinocli.data.masking import blocks, generator_of
 from dinocli.data.ring import Task
 from dinocli.data.shards import Sample

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
-from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode
+from dinocli.data.decode import BadImage, Pixels, decode
+from dinocli.data.images import ImagesConfig
 from dinocli.data.listing import Names
 from dinocli.data.sources import Images
 from dinocli.errors import DinoError

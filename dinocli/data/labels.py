@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinocli.atomic import atomic
-from dinocli.data.decode import DEFAULTS, BadImage
+from dinocli.data.decode import BadImage
+from dinocli.data.images import DEFAULTS
 
 Labels = NDArray[np.uint8]
 IGNORED = 255  # of pixels that count for nothing, in a map of many objects or classes

@@ -17,8 +17,8 @@ from dinocli.data import ring
 from dinocli.data.augment import augment, normalize
 from dinocli.data.cache import PixelCache
 from dinocli.data.crops import Draws, ViewsConfig
-from dinocli.data.decode import DEFAULTS, ImagesConfig
 from dinocli.data.fill import Cutter, ImageFiller, PlainFiller, StreamFiller
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.masking import Grid, MaskConfig, Masks, deal
 from dinocli.data.ring import Filler, Ring
 from dinocli.data.shards import Shards

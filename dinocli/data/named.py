@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from dinocli.data.decode import BadImage, ImagesConfig, Pixels, decode
+from dinocli.data.decode import BadImage, Pixels, decode
+from dinocli.data.images import ImagesConfig
 from dinocli.data.sources import image_folder
 from dinocli.errors import DinoError
 

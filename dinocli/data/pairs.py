@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.decode import BadImage, ImagesConfig, Pixels
+from dinocli.data.decode import BadImage, Pixels
+from dinocli.data.images import ImagesConfig
 from dinocli.data.labels import IGNORED
 from dinocli.data.masks import Masks, read_index, with_masks
 from dinocli.data.named import named_photos, read_photo

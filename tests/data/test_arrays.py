@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from dinocli.data.arrays import UnfitArray, open_array
-from dinocli.data.decode import BadImage, ImagesConfig, decode, open_image
+from dinocli.data.decode import BadImage, decode, open_image
+from dinocli.data.images import ImagesConfig
 
 CUBE = np.random.default_rng(0).integers(0, 10_000, (20, 30, 13)).astype(np.uint16)
 

@@ -19,10 +19,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dinocli.config import Config
 from dinocli.data import decode as module
-from dinocli.data.decode import BadImage, ImagesConfig, Opened, decode, open_image
-from dinocli.errors import DinoError
+from dinocli.data.decode import BadImage, Opened, decode, open_image
+from dinocli.data.images import ImagesConfig
 
 NASTY = Path(__file__).parents[3] / "shared/data/nasty.tar.gz"
 CATEGORIES = {"not an image", "truncated", "too large", "too long", "too small", "too slow", "damaged", "empty"}
@@ -421,12 +420,6 @@ def test_the_nasty_files() -> None:
     assert max(np.abs(t.astype(int) - turned[0]).mean() for t in turned) < 12
 
 
-def test_a_window_is_a_range() -> None:
-    assert issubclass(ImagesConfig, Config)
-    with pytest.raises(DinoError, match="the smaller first"):
-        ImagesConfig.parse({"window": [9, 3]}, "preset x")
-
-
 def deep_png(values: np.ndarray) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -542,10 +535,3 @@ def test_another_number_of_channels_is_a_bad_image(mode: str, channels: int, cam
         assert bad == BadImage(f"other channels: {came}, where images.channels is {channels}")
     if mode == "RGB":
         assert isinstance(decode(saved(photo(), "JPEG"), ImagesConfig(channels=4)), BadImage)
-
-
-@pytest.mark.parametrize("window", [[[0, 1], [2, 3]], [[0, 1], [2, 3], [5, 4]], [[0, 1, 2]], 7])
-def test_windows_are_ranges_as_many_as_channels(window: object) -> None:
-    with pytest.raises(DinoError, match=r"images?\.window|window"):
-        ImagesConfig.parse({"window": window}, "preset x")
-    assert ImagesConfig.parse({"window": [[0, 1], [2, 3]], "channels": 2}, "x").windows.tolist() == [[0, 1], [2, 3]]

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from dinocli.data.crops import JitterConfig, ViewConfig, ViewsConfig
-from dinocli.data.decode import ImagesConfig
 from dinocli.data.fill import Cutter, StreamFiller, _on_grid
+from dinocli.data.images import ImagesConfig
 from dinocli.data.masking import MaskConfig, blocks, generator_of
 from dinocli.data.ring import Task
 from dinocli.data.shards import Sample

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dinocli.data.decode import DEFAULTS, ImagesConfig, decode
+from dinocli.data.decode import decode
 from dinocli.data.given import given_images, given_pixels
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.errors import DinoError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

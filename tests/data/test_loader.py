@@ -9,8 +9,8 @@ from conftest import write_images
 
 from dinocli.data import ring
 from dinocli.data.crops import JitterConfig, LowResolutionConfig, ViewConfig, ViewsConfig
-from dinocli.data.decode import DEFAULTS
 from dinocli.data.fill import Cutter, resize_for
+from dinocli.data.images import DEFAULTS
 from dinocli.data.loader import ALONE, Batch, Share, TrainBatches, plain_batches
 from dinocli.data.masking import MaskConfig, Masks, hidden_counts
 from dinocli.data.sources import open_images, open_source

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import write_images
 
-from dinocli.data.decode import DEFAULTS, BadImage
+from dinocli.data.decode import BadImage
+from dinocli.data.images import DEFAULTS
 from dinocli.data.named import named_photos, read_photo, spare
 from dinocli.errors import DinoError
 

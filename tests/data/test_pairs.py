@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinocli.data.decode import DEFAULTS
+from dinocli.data.images import DEFAULTS
 from dinocli.data.pairs import labelled_set
 from dinocli.errors import DinoError
 

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+
+from dinocli.data.images import ImagesConfig
+from dinocli.errors import DinoError
+
+
+def test_a_window_is_a_range() -> None:
+    with pytest.raises(DinoError, match="the smaller first"):
+        ImagesConfig.parse({"window": [9, 3]}, "preset x")
+
+
+@pytest.mark.parametrize("window", [[[0, 1], [2, 3]], [[0, 1], [2, 3], [5, 4]], [[0, 1, 2]], 7])
+def test_windows_are_ranges_as_many_as_channels(window: object) -> None:
+    with pytest.raises(DinoError, match=r"images?\.window|window"):
+        ImagesConfig.parse({"window": window}, "preset x")
+    assert ImagesConfig.parse({"window": [[0, 1], [2, 3]], "channels": 2}, "x").windows.tolist() == [[0, 1], [2, 3]]
+
+
+def test_single_values_are_changed_and_no_others() -> None:
+    assert ImagesConfig().changed(["images.max_aspect=7"]) == ImagesConfig(max_aspect=7)
+    with pytest.raises(DinoError, match=r"--set of `images\.` alone was wanted here; it is 'views\.locals=2'"):
+        ImagesConfig().changed(["views.locals=2"])
