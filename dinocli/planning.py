@@ -161,8 +161,6 @@ class Plan:
 def cautions(plan: Plan) -> Iterator[str]:
     """What in a plan is unlikely to be meant: a line each, with the value to take."""
     preset, clock = plan.preset, plan.clock
-    if plan.init and not plan.monitor:
-        yield "nobody looks whether these weights lose what they know: --monitor DIR, a small labelled folder"
     for name, schedule, path in _warm_ups(preset):
         steps = schedule * clock.steps_per_epoch
         if steps >= plan.stop > 0:

@@ -59,6 +59,7 @@ def test_a_cpu_has_few_helpers() -> None:
     assert peak_memory(cpu) > 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_what_a_step_frees_is_there_for_the_next_one() -> None:
     """Seen from outside, in processes of their own: their pages are not asked for again."""

@@ -138,10 +138,12 @@ def assert_same_weights(one: Path, other: Path, idle: tuple[str, ...] = KEYS) ->
 @pytest.mark.parametrize(
     ("count", "overrides", "idle", "changes"),
     [
-        (2, PLAIN, KEYS, {"accumulate": 2}),
+        pytest.param(2, PLAIN, KEYS, {"accumulate": 2}, marks=pytest.mark.slow),
         (2, [], IDLE, {"workers": 1}),
         (2, PLAIN, KEYS, {"parallel": "fsdp", "report": True}),
-        (2, [*PLAIN, "views.low_resolution={epochs=2, global_size=8}"], KEYS, {"workers": 1}),
+        pytest.param(
+            2, [*PLAIN, "views.low_resolution={epochs=2, global_size=8}"], KEYS, {"workers": 1}, marks=pytest.mark.slow
+        ),
         pytest.param(4, [], IDLE, {}, marks=pytest.mark.slow),
     ],
     ids=["parts", "batch norm", "shards", "low resolution", "four"],
@@ -177,6 +179,7 @@ def test_two_processes_do_the_run_of_one_with_hidden_patches(tmp_path: Path, mon
     assert_same_run(tmp_path / "alone", tmp_path / "several")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_state_of_two_processes_goes_on_in_one_and_of_one_in_two(
     tmp_path: Path, parallel: str, monkeypatch: pytest.MonkeyPatch
@@ -293,9 +296,8 @@ def torchrun(folder: Path, cause: str, *options: str) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "cause", ["killed", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistake", "defect"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cause", list(CAUSES))
 def test_one_process_that_dies_ends_the_others_with_one_error(tmp_path: Path, cause: str) -> None:
     done = torchrun(tmp_path, CAUSES[cause][0])
     assert done.returncode == 1

@@ -117,10 +117,3 @@ def test_parts_before_a_batch_norm_are_cautioned_of(tmp_path: Path) -> None:
     assert "sees 12 images at a time" in line
     without = plan(tmp_path, "heads.dino.batch_norm=false", stop=400)
     assert not list(cautions(replace(without, accumulate=4)))
-
-
-def test_weights_to_go_on_from_are_better_watched(images: Path) -> None:
-    made = replace(plan(images, "training.batch_size=8", stop=400), init="timm:vit_tiny_patch16_224")
-    asked = [line for line in cautions(made) if "--monitor DIR" in line]
-    assert len(asked) == 1
-    assert list(cautions(replace(made, monitor="known"))) == [line for line in cautions(made) if line not in asked]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -257,22 +258,30 @@ def _peak(plan: Plan) -> float:
     return max(plan.lr.at(replace(clock, step=clock.total * i // 1000)) for i in range(1000))
 
 
-def _run(plan: Plan, json: bool) -> None:
+def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
+    """What a person should know before a run; of one that was begun, what is not known from then."""
     from dinocli.planning import cautions
+
+    if plan.preset.views.low_resolution:
+        yield f"views of {_views(plan)}: steps take longer then"
+    if not begun:
+        yield from cautions(plan)
+        if plan.init and not plan.monitor:
+            yield "nobody looks whether these weights lose what they know: --monitor DIR, a small labelled folder"
+    if plan.stop < plan.clock.total:
+        yield f"stops at step {plan.stop} of {plan.clock.total}; the schedules stay those of the whole run"
+
+
+def _run(plan: Plan, json: bool) -> None:
     from dinocli.pretraining import pretrain
     from dinocli.states import saved_states
 
-    count, total = plan.source.count, plan.clock.total
-    size = plan.preset.training.batch_size
+    count, size = plan.source.count, plan.preset.training.batch_size
     images = f"{count} images" if count else "a stream of images"
     console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
-    if plan.preset.views.low_resolution:
-        console.say(f"note: views of {_views(plan)}: steps take longer then")
     begun = any(True for _ in saved_states(plan.out))  # what was said then need not be said again
-    for caution in () if begun else cautions(plan):
-        console.say(f"note: {caution}")
-    if plan.stop < total:
-        console.say(f"note: stops at step {plan.stop} of {total}; the schedules stay those of the whole run")
+    for line in _beforehand(plan, begun=begun):
+        console.say(f"note: {line}")
     with console.progress("pretrain", plan.stop, "steps") as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)
     linked = rank() > 0 or link_newest(run.checkpoint)

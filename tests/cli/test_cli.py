@@ -708,6 +708,8 @@ def test_a_run_teaches_another_and_the_plan_says_so(dino: Dino, tmp_path: Path) 
     assert "large (vit_tiny_patch16_224), frozen" in dino(*taught, "--dry-run").stdout
     dino(*taught)
     assert json.loads(Path("small/preset.json").read_text())["teacher"]["frozen"]
+    watched = dino(*plan, "--out", "on", "--init", "large")
+    assert "note: nobody looks whether these weights lose what they know: --monitor DIR" in watched.stderr
     failed = dino(*plan, "--out", "none", "--set", "teacher.frozen=true", code=1)
     assert "no teacher was named" in failed.stderr and "hint: --teacher RUN" in failed.stderr
 
