@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -49,6 +50,8 @@ _TURNS: dict[int, Callable[[Pixels], Pixels]] = {
 }
 # Channels of what is not made RGB or grey. RGBX is what Pillow calls four bands of which it knows three.
 _BANDS = {"LA": 2, "RGBA": 4, "RGBX": 4}
+_ENTERING = threading.Lock()
+_inside: list[tuple[int | None, bool]] = []  # what Pillow was set to, for each thread that reads
 _NO_NUMBER = "damaged: none of its values is a number"
 _GREY: dict[str, Any] = {"L": 128, "RGB": (128,) * 3, "RGBA": (128, 128, 128, 255), "I;16": 32768}
 
@@ -316,7 +319,10 @@ def _hushed() -> Iterator[None]:
 @contextmanager
 def _pillow(images: ImagesConfig, lenient: bool) -> Iterator[None]:
     """Pillow with our limit, which it then also holds against frames and icons within a file, and without warnings."""
-    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    # Pillow's settings are of the whole process: the last thread to leave puts back what the first one found.
+    with _ENTERING:
+        found = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+        _inside.append(_inside[0] if _inside else found)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -324,7 +330,10 @@ def _pillow(images: ImagesConfig, lenient: bool) -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = lenient
             yield
     finally:
-        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+        with _ENTERING:
+            found = _inside.pop()
+            if not _inside:
+                Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = found
 
 
 def _tried(images: ImagesConfig, lenient: bool, work: Callable[[], T]) -> T | BadImage:

@@ -18,6 +18,7 @@ Labels = NDArray[np.uint8]
 IGNORED = 255  # of pixels that count for nothing, in a map of many objects or classes
 # A photo, or a mask with soft edges, taken for a map of objects has more values than this.
 _MOST = 64
+_TOO_LARGE = f"too large: over {DEFAULTS.max_megapixels:g} megapixels"
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ def read_labels(path: Path, most: int = _MOST) -> LabelMap | BadImage:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 if image.width * image.height > DEFAULTS.max_megapixels * 1e6:
-                    return BadImage(f"too large: {image.width}x{image.height} pixels")
+                    return BadImage(_TOO_LARGE)
                 found = _labels(image)
+    except Image.DecompressionBombError:
+        return BadImage(_TOO_LARGE)
     # Pillow's readers raise nearly every kind of exception on a broken file.
     except Exception as error:
         return BadImage(f"damaged: {' '.join(str(error).split())[:160] or type(error).__name__}")

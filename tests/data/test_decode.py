@@ -535,3 +535,17 @@ def test_another_number_of_channels_is_a_bad_image(mode: str, channels: int, cam
         assert bad == BadImage(f"other channels: {came}, where images.channels is {channels}")
     if mode == "RGB":
         assert isinstance(decode(saved(photo(), "JPEG"), ImagesConfig(channels=4)), BadImage)
+
+
+def test_pillow_is_left_as_it_was_found_by_threads_that_read_at_once() -> None:
+    from dinocli.data.decode import _pillow
+
+    before = Image.MAX_IMAGE_PIXELS
+    first, second = _pillow(ImagesConfig(), False), _pillow(ImagesConfig(), False)
+    first.__enter__()
+    second.__enter__()
+    assert Image.MAX_IMAGE_PIXELS == 75_000_000
+    first.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS == 75_000_000, "the second still reads"
+    second.__exit__(None, None, None)
+    assert before == Image.MAX_IMAGE_PIXELS
