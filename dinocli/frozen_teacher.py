@@ -54,12 +54,14 @@ class FrozenTeacher:
         backbone = self.preset.backbone.build(drop_path=False)
         heads = {name: self.preset.heads[name].build(backbone.width) for name in student.heads}
         network = Network(backbone, heads, student.reads)
-        for name, loss in student.losses.aimed().items():
-            own, side = student.backbone.build(drop_path=False), student.views.global_1.size
-            if loss.reads == "patches" and backbone.grid(side) != own.grid(side):
+        compared = [name for name, loss in student.losses.aimed().items() if loss.reads == "patches"]
+        if compared:
+            name, side = compared[0], student.views.global_1.size
+            own, theirs = student.backbone.build(drop_path=False).grid(side), backbone.grid(side)
+            if own != theirs:
                 raise DinoError(
-                    f"losses.{name} compares patches one by one; at {side} pixels the teacher has "
-                    f"{_shape(backbone.grid(side))} of them and the student {_shape(own.grid(side))}",
+                    f"losses.{name} compares patches one by one; at {side} pixels the teacher has {_shape(theirs)} of "
+                    f"them and the student {_shape(own)}",
                     f"a student with patches of {backbone.patch_size} pixels, or --set losses.{name}=none",
                 )
         return network
@@ -88,11 +90,9 @@ class FrozenTeacher:
                     f"the teacher's head {name} has {own.prototypes} prototypes; the student's has {head.prototypes}",
                     f"--set heads.{name}.prototypes={own.prototypes}",
                 )
-        taught = {loss.head: set[str]() for loss in self.preset.losses.aimed().values()}
-        for loss in self.preset.losses.aimed().values():
-            taught[loss.head].add(loss.reads)
+        taught = {(loss.head, loss.reads) for loss in self.preset.losses.aimed().values()}
         for name, wanted in student.losses.aimed().items():
-            if wanted.reads not in taught.get(wanted.head, ()):
+            if (wanted.head, wanted.reads) not in taught:
                 raise DinoError(
                     f"losses.{name} asks the teacher's head {wanted.head} of {_READS[wanted.reads]}, which it never "
                     "learned to read",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from dinocli.distributed import placed_as, whole
+from dinocli.engine.method import Method
 from dinocli.engine.trainer import Trainer
 
 
@@ -17,7 +18,7 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     what is drawn depends on seed and step. What lies in shards is gathered, for which all processes must ask.
     """
     method = trainer.method
-    given = tuple(f"{name}." for name in method.lasting())
+    given = _lasting(method)
     tensors = {f"method/{k}": whole(v) for k, v in method.state_dict().items() if not k.startswith(given)}
     names: dict[Tensor, str] = {p: name for name, p in method.named_parameters()}
     for p, slots in trainer.optimizer.state.items():
@@ -34,7 +35,7 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
     """
     method = trainer.method
     own, parameters = method.state_dict(), dict(method.named_parameters())
-    given = tuple(f"{name}." for name in method.lasting())
+    given = _lasting(method)
     stored = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
     stays = {k: v for k, v in own.items() if k.startswith(given)}
     method.load_state_dict(stays | {k: placed_as(v, own[k]) if k in own else v for k, v in stored.items()})
@@ -46,3 +47,8 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
             # Moments lie as their parameter does; a count is a single number everywhere.
             trainer.optimizer.state[p][slot] = placed_as(value, p) if value.shape == p.shape else value.to(p.device)
     trainer.skipped.copy_(tensors["skipped"])
+
+
+def _lasting(method: Method) -> tuple[str, ...]:
+    """What the names of tensors begin with that no state keeps."""
+    return tuple(f"{name}." for name in method.lasting())
