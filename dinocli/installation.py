@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import io
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 from PIL import Image
 
 from dinocli.data.decode import BadImage, decode
@@ -54,32 +54,29 @@ def readable() -> list[str]:
 
 def _misfits() -> dict[str, str]:
     packages = [package for package in ("dinocli", "torchvision", "timm") if version(package)]
-    wanted = [(package, line) for package in packages for line in importlib.metadata.requires(package) or []]
-    said = [misfit(package, line, version) for package, line in wanted]
-    return {fault: "pip install --upgrade torch torchvision timm" for fault in said if fault}
+    requirements = [(package, line) for package in packages for line in importlib.metadata.requires(package) or []]
+    faults = [misfit(package, line, version) for package, line in requirements]
+    return {fault: "pip install --upgrade torch torchvision timm" for fault in faults if fault}
 
 
-def misfit(package: str, wanted: str, version: Callable[[str], str | None]) -> str | None:
-    """What is wrong with the version of another package that one needs, if anything is.
+def misfit(package: str, requirement: str, installed: Callable[[str], str | None]) -> str | None:
+    """Return a sentence if an installed version does not meet a requirement of another package, else None.
 
     Args:
-        package: That needs something.
-        wanted: A line of its metadata: `torch==2.11.0`, `torch (>=2.14.0)`, `numpy`. Lower bounds and exact versions
-            are looked at; what holds for some platforms or extras alone is not.
-        version: Tells which version of a package is installed, if any is.
+        package: Package that states the requirement.
+        requirement: Line of its metadata: `torch==2.11.0`, `torch (>=2.14.0)`, `numpy`. Requirements of extras and of
+            other platforms are ignored.
+        installed: Returns the installed version of a package by name, or None.
     """
-    found = re.match(r"([\w.-]+)[ (]*([^;)]*)\)?(;.*)?$", wanted.strip())
-    if not found or found[3]:
+    needed = Requirement(requirement)
+    if needed.marker and not needed.marker.evaluate({"extra": ""}):
         return None
-    name, bounds = found[1], found[2].strip()
-    has = version(name)
+    has = installed(needed.name)
     if has is None:
-        return f"{package} needs {name}, which is not installed"
-    for sign, bound in re.findall(r"(>=|==)\s*([\d.]+)", bounds):
-        mine, theirs = (tuple(map(int, re.findall(r"\d+", v.partition("+")[0]))) for v in (has, bound))
-        if mine < theirs if sign == ">=" else mine[: len(theirs)] != theirs:
-            return f"{package} {version(package)} needs {name} {bounds}; {has} is installed"
-    return None
+        return f"{package} needs {needed.name}, which is not installed"
+    if needed.specifier.contains(has, prereleases=True):
+        return None
+    return f"{package} {installed(package)} needs {needed.name} {needed.specifier}; {has} is installed"
 
 
 def _unloadable() -> dict[str, str]:

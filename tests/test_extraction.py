@@ -60,8 +60,9 @@ def test_rows_do_not_depend_on_batches_or_workers(tmp_path: Path, images: Path, 
             workers=workers,
         )
         values.append(read_features(tmp_path / f"{i}.safetensors").values)
+    # float32 products of other batches, or at other addresses, may be added up in another order.
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
-    np.testing.assert_array_equal(values[1], values[2])
+    np.testing.assert_allclose(values[1], values[2], atol=1e-5)
 
 
 def test_half_the_bytes_are_nearly_the_same_features(tmp_path: Path, images: Path, encoder: Encoder) -> None:
@@ -87,7 +88,7 @@ def test_coarser_products_give_nearly_the_same_features_and_are_told_of(
     fine, coarse = read
     assert (fine.recipe.precision, coarse.recipe.precision) == ("float32", "bfloat16" if there else "float32")
     a, b = (np.asarray(f.values) for f in read)
-    assert np.array_equal(a, b) == (not there)
+    assert np.allclose(a, b, rtol=0, atol=1e-5) == (not there), "bfloat16 has eight bits, and moves them by 1e-3"
     assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() > 0.999
     if there:
         with pytest.raises(DinoError, match="made by different precisions"):

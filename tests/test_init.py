@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import assert_same_features, write_images
 from PIL import Image
 from test_exporting import run
 
@@ -26,7 +26,7 @@ from dinocli.loading import load_encoder
 ROOT = Path(__file__).parent.parent
 
 
-def test_it_gives_the_bits_that_extract_stores(tmp_path: Path) -> None:
+def test_it_gives_the_features_that_extract_stores(tmp_path: Path) -> None:
     source, images = run(tmp_path), write_images(tmp_path / "images", 7, size=70)
     Image.new("RGB", (90, 41), "olive").save(images / "photo.jpg")
     command = quick(load_encoder(str(source), pick_device("cpu")), "bfloat16", compiled=False)
@@ -35,7 +35,8 @@ def test_it_gives_the_bits_that_extract_stores(tmp_path: Path) -> None:
     encoder = dinocli.load(source, device="cpu")
     given = encoder([images / name for name in features.paths], batch_size=5)
     assert given.dtype == torch.float32
-    assert np.array_equal(given.numpy(), features.values[:])
+    # Products in bfloat16, if the device has it: two ways to the same numbers may differ by the last of its eight bits.
+    np.testing.assert_allclose(given.numpy(), features.values[:], rtol=0.02, atol=0.02)
     assert encoder.precision == command.precision
     assert dinocli.load(source, device="cpu", precision="float32").precision == "float32"
 
@@ -43,7 +44,7 @@ def test_it_gives_the_bits_that_extract_stores(tmp_path: Path) -> None:
 def test_one_image_is_a_row_and_every_choice_has_its_shape(tmp_path: Path, encoder: Encoder) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     assert encoder(pixels).shape == (1, 16)
-    assert torch.equal(encoder(pixels), encoder([Image.fromarray(pixels)]))
+    assert_same_features(encoder(pixels), encoder([Image.fromarray(pixels)]))
     assert encoder([pixels] * 5, tokens="patches", blocks=2, size=32, batch_size=2).shape == (5, 16, 32)
     assert encoder(pixels, tokens="cls+avg").shape == (1, 32)
 
@@ -74,7 +75,7 @@ def test_attention_is_what_the_command_draws(tmp_path: Path, encoder: Encoder) -
     maps = dinocli.attention(encoder, photo, size=32)
     from safetensors.numpy import load_file
 
-    assert np.array_equal(load_file(drawn.raw)["heads"], maps.heads)
+    np.testing.assert_allclose(load_file(drawn.raw)["heads"], maps.heads, rtol=1e-4, atol=1e-6)
     assert dinocli.attention(encoder, photo).heads.shape == (2, 4, 4)
 
 

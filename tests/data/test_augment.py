@@ -116,8 +116,8 @@ def test_blur_is_pillows(image: Image.Image, radius: float) -> None:
 def blurred(image: Tensor, radius: Tensor) -> Tensor:
     x = image.expand(len(radius), 3, -1, -1).clone()
     _blur(x, _blur_kernels(radius, min(len(image), 32)))
-    assert torch.equal(x[:, 0], x[:, 1])
-    assert torch.equal(x[:, 0], x[:, 2])
+    # Every channel is a row of one matrix product, whose kernel may add up the last rows in another order.
+    torch.testing.assert_close(x, x[:, :1].expand_as(x), rtol=0, atol=1e-6)
     return x[:, 0]
 
 
@@ -201,7 +201,7 @@ def test_what_is_written_for_a_compiler_is_the_same() -> None:
     x[0, 1], x[1], x[2, :2] = x[0, 0], 0.25, 1.0  # two channels that lead, gray, and a color at its end
     turn, turned = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5, 0.0]), x.clone()
     augment_module._turn_hue(turned, turn)
-    assert torch.equal(augment_module._turned(x, turn[:, None, None]), turned)
+    torch.testing.assert_close(augment_module._turned(x, turn[:, None, None]), turned, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -31,7 +31,8 @@ def test_the_size_of_a_plain_file_is_pillows(mode: str, options: dict[str, objec
     assert plain_header(data) == (pillows.size, pillows.mode) == ((41, 30), mode)
     opened = open_image(data)
     assert (opened.width, opened.height, opened.format, opened.mode) == (41, 30, "JPEG", mode)
-    np.testing.assert_array_equal(opened.pixels(), decode(Image.open(io.BytesIO(data))))
+    # Torchvision and Pillow each bring a libjpeg, whose inverse transform and colours may round otherwise by a level.
+    np.testing.assert_allclose(opened.pixels().astype(int), decode(Image.open(io.BytesIO(data))), atol=2)
 
 
 EXIF = Image.Exif()

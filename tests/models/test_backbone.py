@@ -5,7 +5,7 @@ import copy
 import plain
 import pytest
 import torch
-from conftest import PRECISIONS, assert_original
+from conftest import PRECISIONS, assert_original, assert_same_features
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
@@ -149,7 +149,9 @@ def test_branches_are_left_out_alike_in_all_blocks() -> None:
 
 
 def test_class_tokens_alone_are_less_work(micro: ViTBackbone) -> None:
-    images = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+    # Counted on meta: on a CPU the counter knows only some of the kernels of attention, and which one runs depends on the CPU.
+    micro = micro.to("meta")
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.float64, device="meta")
     work = []
     for tokens in (micro.class_tokens, micro.blocks):
         with FlopCounterMode(display=False) as counter:
@@ -301,10 +303,10 @@ def test_positions_are_rescaled_for_the_student_alone_and_once_a_pass(
     cls = student(images).cls
     cls.sum().backward()
     assert draws == [pytest.approx((-0.6931, 0.6931), abs=1e-4)]
-    assert not torch.equal(student(images).cls, cls)
+    assert not torch.allclose(student(images).cls, cls, atol=1e-3)
     draws.clear()
-    assert torch.equal(teacher(images).cls, teacher(images).cls)
-    assert torch.equal(student.eval()(images).cls, student(images).cls)
+    assert_same_features(teacher(images).cls, teacher(images).cls)
+    assert_same_features(student.eval()(images).cls, student(images).cls)
     assert not draws
 
 

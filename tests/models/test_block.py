@@ -212,8 +212,9 @@ def test_as_many_are_left_out_each_time_and_one_at_least_stays(images: int, left
 
 
 def test_what_is_left_out_is_no_work() -> None:
-    block = PlainBlock.instead_of(Block(16, 2)).train()
-    tokens = torch.zeros(10, 4, 16)
+    # Counted on meta: on a CPU the counter knows only some of the kernels of attention, and which one runs depends on the CPU.
+    block = PlainBlock.instead_of(Block(16, 2)).train().to("meta")
+    tokens = torch.zeros(10, 4, 16, device="meta")
     work = []
     for left in (0.0, 0.5):
         block.left_out = left
