@@ -20,6 +20,7 @@ from PIL import Image
 
 from dinocli.data.decode import BadImage, has_fast_jpeg, open_image, reduction
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.regular import why_unread
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source, TorchvisionImages
 from dinocli.twins import SIDE, Pair, is_flat, near_equal, thumbnail
@@ -140,7 +141,7 @@ def inspect(
     has_fast_jpeg()  # which loads torch, once: not to be counted as an image's time
     looks, start = list[_Look](), time.monotonic()
     threads = min(16, os.cpu_count() or 1)
-    draw = islice(_drawn(source, sample, seed), sample)
+    draw = islice(_drawn(source, images, sample, seed), sample)
     with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the interpreter
         while time.monotonic() - start < seconds and (some := list(islice(draw, 4 * threads))):
             looks += pool.map(partial(_look, images), *zip(*some, strict=True))
@@ -183,12 +184,12 @@ def inspect(
     )
 
 
-def _drawn(source: Source, sample: int, seed: int) -> Iterator[tuple[str, Read]]:
+def _drawn(source: Source, images: ImagesConfig, sample: int, seed: int) -> Iterator[tuple[str, Read]]:
     """Names of images, and what reads each, in a random order; of shards from some, a few of each."""
     generator = np.random.default_rng(seed)
     if isinstance(source, Images):
         for row in generator.permutation(len(source))[:sample].tolist():
-            yield source.names[row], partial(source.read, row)
+            yield source.names[row], partial(source.read, row, images)
         return
     counts = source.counts or [sample] * len(source.urls)
     order = [shard for shard in generator.permutation(len(counts)).tolist() if counts[shard]]
@@ -208,7 +209,7 @@ def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
     try:
         data = read()
     except OSError as error:
-        return _Look(name, f"cannot be opened: {error.strerror or error}")
+        return _Look(name, why_unread(error))
     opened = open_image(data, images)
     if isinstance(opened, BadImage):
         return _Look(name, opened.reason)

@@ -76,7 +76,9 @@ def test_a_draw_is_fair_and_the_same_for_a_seed(tmp_path: Path) -> None:
     source = open_source(str(write_images(tmp_path / "noise", 60, size=8)))
     assert isinstance(source, Images)
     read: list[int] = []
-    watched = type("Watched", (Images,), {"read": lambda self, row: (read.append(row), source.read(row))[1]})
+    watched = type(
+        "Watched", (Images,), {"read": lambda self, row, images: (read.append(row), source.read(row, images))[1]}
+    )
     spied = watched(source.where, source.root, source.names, source.classes, source.labels)
     draws = []
     for seed in (0, 0, 1):
