@@ -51,5 +51,9 @@ def orientation_of(matrix: ArrayLike) -> int:
     a, b, _, c, d = np.asarray(matrix, dtype=np.float64).ravel()[:5].tolist()
     # A turn by other than quarters becomes the nearest quarter.
     straight = abs(a) + abs(d) >= abs(b) + abs(c)
-    signs = (np.sign(a), 0, 0, np.sign(d)) if straight else (0, np.sign(b), np.sign(c), 0)
-    return _SIGNS.get(tuple(int(sign) for sign in signs), 1)  # type: ignore[call-overload, no-any-return]
+    a, b, c, d = (a, 0, 0, d) if straight else (0, b, c, 0)
+    return _SIGNS.get((_sign(a), _sign(b), _sign(c), _sign(d)), 1)
+
+
+def _sign(number: float) -> int:
+    return (number > 0) - (number < 0)
