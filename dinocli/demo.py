@@ -201,7 +201,7 @@ def _overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage, what: 
     scores = []
     with stage(what, len(source), "images") as advance:
         for i, path in enumerate(source.names, 1):
-            pixels = decode(source.read(i - 1), encoder.images)
+            pixels = decode(source.read(i - 1, encoder.images), encoder.images)
             if isinstance(pixels, BadImage):
                 continue
             truth = _mask(masks, path)

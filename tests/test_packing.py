@@ -39,7 +39,7 @@ class Listed:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, index: int) -> Any:
+    def read(self, index: int, images: ImagesConfig) -> Any:
         name = self.names[index]
         return self.held[name] if name in self.held else (self.root / name).read_bytes()
 
