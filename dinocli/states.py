@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dinocli
-from dinocli.atomic import atomic, atomic_folder, sweep, write_tensors, write_text
+from dinocli.atomic import atomic, atomic_folder, write_json, write_tensors
+from dinocli.checksums import KEY, crc_of_file, parse, unseal
 from dinocli.config import Config
 from dinocli.distributed import rank
+from dinocli.drafts import discard, sweep
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
@@ -33,7 +34,6 @@ from dinocli.weights import write_checkpoint
 FOLDER = "state"
 _TRAINER = "trainer.safetensors"
 _STATE = "state.json"
-_PIECE = 1 << 24
 
 
 class ImageFacts(Config):
@@ -107,7 +107,7 @@ def saved_states(run: Path) -> Iterator[tuple[Path, State | None]]:
     """The states of a run, the newest first; absent where what tells of it is damaged. The rest is not looked at."""
     for folder in _folders(run):
         try:
-            yield folder, State.parse(json.loads((folder / _STATE).read_bytes()), str(folder))
+            yield folder, State.parse(unseal((folder / _STATE).read_bytes()), str(folder))
         except (OSError, ValueError, DinoError):
             yield folder, None
 
@@ -126,7 +126,7 @@ def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
     """
     for folder, state in saved_states(run):
         writer = _writer(folder) if state is None else None
-        if writer not in (None, dinocli.__version__):
+        if writer:
             raise DinoError(
                 f"the state in {folder} was written by dinocli {writer}; this is {dinocli.__version__}, which cannot "
                 "read it",
@@ -143,12 +143,19 @@ def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
 
 
 def _writer(folder: Path) -> str | None:
-    """The version that wrote what tells of a state; absent where that is no more to be read."""
+    """Return the version that wrote a state which this one cannot read, or None if the state is damaged."""
     try:
-        found = json.loads((folder / _STATE).read_bytes())
-    except (OSError, ValueError):
+        text = (folder / _STATE).read_bytes()
+        found = parse(text)
+        version = str(found["dinocli"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return str(found["dinocli"]) if isinstance(found, dict) and "dinocli" in found else None
+    if version != dinocli.__version__:
+        return version
+    try:  # the same version from another commit
+        return version if KEY in found and unseal(text) else None
+    except ValueError:
+        return None
 
 
 class Keeper:
@@ -183,7 +190,9 @@ class Keeper:
             tensors = {name: value.detach().cpu().numpy() for name, value in state_tensors.items()}
             write_tensors(draft / _TRAINER, tensors, {})
             files = {name: _checksum(draft / name) for name in (CHECKPOINT, _TRAINER)}
-            write_text(draft / _STATE, state.model_copy(update={"files": files}).model_dump_json(indent=2))
+            # By way of text, in which infinite numbers are words.
+            plain = parse(state.model_copy(update={"files": files}).model_dump_json())
+            write_json(draft / _STATE, plain, indent=2)
         self._hand_on(folder)
         self._prune()
 
@@ -199,10 +208,7 @@ class Keeper:
     def _prune(self) -> None:
         for folder in _folders(self.run)[self.keep :]:
             if not (self.milestones and int(folder.name) and int(folder.name) % self.milestones == 0):
-                # Under another name first, so that what is half gone is taken for no state.
-                gone = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-                folder.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                discard(folder)
 
 
 def first_difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:
@@ -275,15 +281,11 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _checksum(path: Path) -> int:
-    """Of a file's bytes; -1 of one that cannot be read."""
-    total = 0
+    """Compute the checksum of a file's bytes; -1 of one that cannot be read."""
     try:
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                total = zlib.crc32(piece, total)
+        return crc_of_file(path)
     except OSError:
         return -1
-    return total
 
 
 def _read(path: Path) -> dict[str, Tensor]:

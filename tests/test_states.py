@@ -19,6 +19,7 @@ from conftest import write_images
 from test_pretraining import SMALL
 
 from dinocli.data.sources import image_folder, open_source
+from dinocli.drafts import drafting
 from dinocli.errors import DinoError
 from dinocli.planning import Plan, Saving
 from dinocli.preset import load_preset
@@ -101,6 +102,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "flipped": lambda folder: _flip(folder / "trainer.safetensors"),
     "weights flipped": lambda folder: _flip(folder / "ckpt.safetensors"),
     "no list": lambda folder: (folder / "state.json").unlink(),
+    "a number changed": lambda folder: _edit(folder / "state.json", '"stop": 8', '"stop": 9'),
     "a torn list": lambda folder: os.truncate(folder / "state.json", 30),
     "a file gone": lambda folder: (folder / "ckpt.safetensors").unlink(),
 }
@@ -110,6 +112,12 @@ def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
+
+
+def _edit(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -212,12 +220,17 @@ def test_a_second_ctrl_c_in_the_middle_of_a_step_saves_nothing_half_done(
 
 def test_drafts_of_a_save_that_was_killed_are_taken_away(plan: Plan) -> None:
     stopped(plan, 4)
-    drafts = [plan.out / ".ckpt.safetensors.123.part", plan.out / "state" / ".8.123.part" / "x"]
-    for draft in drafts:
-        draft.parent.mkdir(exist_ok=True)
-        draft.write_bytes(b"half")
+    for place in (plan.out / "ckpt.safetensors", plan.out / "state" / "8"):
+        child = os.fork()
+        if not child:
+            with drafting(place) as draft:
+                draft.write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+    (plan.out / ".notes.123.part").write_text("the user's own")
+    assert len(list(plan.out.rglob(".dinocli-*"))) == 4
     pretrain(plan, lambda p: None)
-    assert not list(plan.out.rglob(".*"))
+    assert [path.name for path in plan.out.rglob(".*")] == [".notes.123.part"]
 
 
 def test_a_save_that_was_killed_before_the_checkpoint_followed_is_mended(plan: Plan) -> None:
