@@ -123,7 +123,8 @@ def _told(error: Exception) -> int:
     if getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message"):
         # By its face and not its class: typer has carried a copy of click's classes since 0.24.
         if not words or "Usage:" in words:
-            console.say(words)
+            for line in words.splitlines() or [""]:
+                console.say(line)
         else:
             context = getattr(error, "ctx", None)
             # One line, without what the parser's own library puts before its message.

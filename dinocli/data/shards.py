@@ -272,9 +272,7 @@ def _indexed(urls: Sequence[str]) -> tuple[dict[str, tuple[int, str]], list[str]
 
 
 def _damaged_index(path: Path, why: str) -> DinoError:
-    return DinoError(
-        f"{path} is damaged: {why}", "pack the images again, or remove the file: the shards are then counted"
-    )
+    return DinoError(f"{path} is damaged: {why}", "pack the images again, or remove it: the shards are counted then")
 
 
 def _count(url: str) -> tuple[int, str]:
