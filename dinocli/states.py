@@ -7,7 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,9 @@ import dinocli
 from dinocli.atomic import atomic, atomic_folder, write_json, write_tensors
 from dinocli.checksums import KEY, crc_of_file, parse, unseal
 from dinocli.config import Config
+from dinocli.data.shards import Shards
+from dinocli.data.sources import Source, TorchvisionImages
+from dinocli.data.tar import PIPE
 from dinocli.distributed import rank
 from dinocli.drafts import discard, sweep
 from dinocli.engine.checkpoint import restore, state_of
@@ -32,6 +38,8 @@ from dinocli.schedules import Clock, Schedule
 from dinocli.weights import write_checkpoint
 
 FOLDER = "state"
+_SAMPLED = 200  # files whose contents are remembered
+_PIECE = 1 << 18  # bytes
 _TRAINER = "trainer.safetensors"
 _STATE = "state.json"
 
@@ -43,11 +51,13 @@ class ImageFacts(Config):
         where: As the user named them.
         count: How many; absent where nobody knows.
         fingerprint: Of their names in order.
+        contents: Of a sample of the files, as `sample_of` returns it; empty in states of earlier versions.
     """
 
     where: str
     count: int | None
     fingerprint: str
+    contents: str = ""
 
 
 class State(Config):
@@ -271,6 +281,55 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}={_shown(inner)}' for key, inner in value.items() if inner is not None)}}}"
     return "none" if value is None else json.dumps(value)
+
+
+def sample_of(source: Source) -> str:
+    """Fingerprint the contents of images, or of shards: eight hexadecimal digits for each of up to 200 files.
+
+    Empty if there are no files: what comes from a pipe, or from torchvision.
+    """
+    if isinstance(source, TorchvisionImages):
+        return ""
+    if isinstance(source, Shards):
+        piped = any(url.startswith(PIPE) for url in source.urls)
+        paths = [] if piped else [source.urls[i] for i in _spread(len(source.urls))]
+    else:
+        paths = [os.path.join(source.root, source.names[row]) for row in _spread(len(source))]
+    with ThreadPoolExecutor(8) as pool:  # for disks at the other end of a network
+        return "".join(pool.map(_content, paths))
+
+
+def _spread(count: int) -> list[int]:
+    """Return numbers below a count: all of them, or a sample that is evenly spaced."""
+    return [i * count // min(count, _SAMPLED) for i in range(min(count, _SAMPLED))]
+
+
+def _content(path: str) -> str:
+    """Fingerprint a file's size and bytes; of a large one, those of its beginning, middle and end."""
+    try:
+        told = os.stat(path)
+        if not stat.S_ISREG(told.st_mode):  # a pipe would wait for its writer
+            return f"{0:08x}"
+        total = zlib.crc32(str(told.st_size).encode())
+        with open(path, "rb", buffering=0) as file:
+            large = told.st_size > 4 * _PIECE
+            for begin in (0, told.st_size // 2, told.st_size - _PIECE) if large else (0,):
+                file.seek(begin)
+                total = zlib.crc32(file.read(_PIECE if large else 4 * _PIECE), total)
+    except OSError:
+        return f"{0:08x}"
+    return f"{total:08x}"
+
+
+def other_contents(before: str, source: Source) -> str | None:
+    """A line for the user if files have other contents than those whose fingerprints are given; else None."""
+    now = sample_of(source) if before else ""
+    pairs = [(before[i : i + 8], now[i : i + 8]) for i in range(0, len(before), 8)]
+    changed = sum(was != is_now for was, is_now in pairs)
+    if not changed or len(before) != len(now):  # of another number of files another line tells
+        return None
+    kind = "shards" if isinstance(source, Shards) else "images"
+    return f"note: {changed} of {len(pairs)} sampled {kind} have other contents than when this run began"
 
 
 def _link(source: Path, path: Path) -> None:

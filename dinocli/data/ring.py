@@ -28,7 +28,8 @@ from dinocli.errors import DinoError
 _STUCK = 300.0  # seconds for one chunk of a batch, after which whatever is being decoded will not end
 # Where a process can be copied as it stands, the shared memory comes along; elsewhere torch hands it over by name.
 _FORK = sys.platform == "linux"
-_MINDED = (signal.SIGINT, signal.SIGTERM)  # by the process that starts workers, for all of them
+# By the process that starts workers, for all of them; the last is not on every system.
+_MINDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Field(NamedTuple):
