@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
@@ -24,13 +23,15 @@ from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinocli.atomic import atomic, write_text
+from dinocli.atomic import atomic, write_json
+from dinocli.checksums import unseal
 from dinocli.data.crops import shrink
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.listing import ARRAY, SUFFIXES
 from dinocli.data.regular import why_unread
 from dinocli.data.shards import INDEX, open_shards
+from dinocli.drafts import sweep
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -173,25 +174,44 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DinoError: It had others.
     """
+    sweep(out)
     try:
-        stored = json.loads((out / SETTINGS).read_text())
+        stored = unseal((out / SETTINGS).read_bytes())
+        before, shards = stored["settings"], stored["shards"]
+        _check_shards(before, shards)
     except FileNotFoundError:
         if any(out.glob("*.tar")):
             raise DinoError(f"{out} holds tar files that `dino pack` did not write", "name a new folder") from None
         _remember(out, settings, {})
         return {}
-    before = stored["settings"]
+    except (ValueError, LookupError, TypeError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DinoError(f"{out / SETTINGS} is damaged: {why}", "name a new folder, or remove this one") from error
     for key in before | settings:
         if before.get(key) != settings.get(key):
             raise DinoError(
                 f"{out} was packed with {key} {before.get(key)}; now it is {settings.get(key)}",
                 "name a new folder, or the same images and settings to go on",
             )
-    return dict(stored["shards"])
+    return dict(shards)
+
+
+def _check_shards(settings: object, shards: object) -> None:
+    """Check that what was stored of earlier shards can be counted on.
+
+    Raises:
+        ValueError: It is of another kind.
+    """
+    if not isinstance(settings, dict) or not isinstance(shards, dict):
+        raise ValueError("its settings or its shards are of another kind")
+    for name, shard in shards.items():
+        numbers = [shard["images"], shard["bytes"]]
+        if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(shard["bad"], dict):
+            raise ValueError(f"what it says of {name} is of another kind")
 
 
 def _remember(out: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
-    write_text(out / SETTINGS, json.dumps({"settings": settings, "shards": done}, indent=1))
+    write_json(out / SETTINGS, {"settings": settings, "shards": done}, indent=1)
 
 
 def _size(path: Path) -> int:
@@ -267,7 +287,7 @@ def _finished(
         "shards": {name: shard["images"] for name, shard in done.items()},
         "bytes": {name: shard["bytes"] for name, shard in done.items()},
     }
-    write_text(out / INDEX, json.dumps(index, indent=1))
+    write_json(out / INDEX, index, indent=1)
     seconds = time.monotonic() - start
     good = [row for row in order[:_TIMED].tolist() if source.names[row] not in bad]
     faster, cold = _compared(source, out, images, good)
