@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -71,6 +73,82 @@ Threshold = Annotated[
         min=-1, max=1, help="Cosine from which two images are near-duplicates; `dino dedup` shows which to take."
     ),
 ]
+
+# Names that promise a file. A folder of such a name is only taken if it exists already.
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_FILES = (
+    *(".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".onnx", ".npy", ".npz", ".h5", ".parquet"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".mp4", ".pdf", ".html", ".csv", ".tsv", ".json", ".txt", ".log", ".toml"),
+)
+
+
+def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
+    """Return a local place that a command can write to, with `~` expanded; write nothing.
+
+    Args:
+        path: Value of the option.
+        option: Option as the user types it, or the name of an argument.
+        file: File name to suggest, for an output that is one file. If empty, the output is a folder.
+
+    Raises:
+        DinoError: An address, an existing path of the other kind, a folder named like a file, or no permission.
+    """
+    use = f"use {option}" if option.startswith("-") else f"for {option}, name"
+    wanted = "file" if file else "folder"
+    if address := _address(path):
+        local = file or _plain(Path(address.rpartition(":")[2])).name or "results"
+        if address.startswith("file:"):
+            hint = f"{use} {address.removeprefix('file://')}"
+        else:
+            hint = f"{use} {local}, and copy that to {address} afterwards"
+        raise DinoError(f"{option} {address} is an address; expected a local {wanted}", hint)
+    if path.parts[:1] == ("~",):  # bash leaves it as it is in --out=~/runs
+        path = path.expanduser()
+    suffix, there = path.suffix.lower(), os.path.lexists(path)
+    instead = file or str(_plain(path) if suffix in (*_ARCHIVES, *_FILES) else f"{path}-2")
+    fault = ""
+    if file and path.is_dir():
+        fault, instead = "is a folder", str(path / file)
+    elif there and not path.is_dir() and not (file and path.is_file()):
+        fault = "is a file" if path.is_file() else "is a broken link" if path.is_symlink() else "is a device"
+    elif not there and suffix in _ARCHIVES:
+        fault = "is named like an archive"
+    elif not there and not file and suffix in _FILES:
+        fault = "is named like a file"
+    if fault:
+        raise DinoError(f"{option} {path} {fault}; expected a {wanted}", f"{use} {instead}")
+    _check_writable(path, option, use)
+    return path
+
+
+def _plain(path: Path) -> Path:
+    """Drop the endings of files: run.tar.gz is run, and run.v1 stays."""
+    while path.suffix.lower() in (*_ARCHIVES, *_FILES):
+        path = path.with_suffix("")
+    return path
+
+
+def _address(path: Path) -> str:
+    """Return what was typed, if it is s3://bucket/x or user@host:/x and not a path; else nothing."""
+    words = path.as_posix()
+    if re.match(r"[\w.-]+@[\w.-]+:", words):
+        return words
+    # A Path has lost the second slash, and would become the local folders s3:/bucket/x. One letter is a Windows drive.
+    scheme, colon, rest = words.partition(":")
+    if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme) and (not rest or rest.startswith("/")):
+        return f"{scheme}://{rest.lstrip('/')}" if scheme != "file" else f"file:///{rest.lstrip('/')}"
+    return ""
+
+
+def _check_writable(path: Path, option: str, use: str) -> None:
+    folders = [*([path.absolute()] if path.is_dir() else []), *path.absolute().parents]
+    nearest = next(folder for folder in folders if os.path.lexists(folder))
+    if not nearest.is_dir():
+        raise DinoError(f"{option} {path} lies below {nearest}, which is a file", f"{use} {path.name}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise DinoError(
+            f"no permission to write {option} {path}: {nearest} is read-only for you", f"{use} ~/{path.name}"
+        )
 
 
 def compiles(device: torch.device, *, asked: bool) -> bool:

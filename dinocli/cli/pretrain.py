@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console, shipped
-from dinocli.cli.options import Device, Images, Json, Workers, compiles
+from dinocli.cli.options import Device, Images, Json, Workers, compiles, output_place
 from dinocli.distributed import from_first, launch, local_size, rank, size
 from dinocli.errors import DinoError
 from dinocli.runs import link_newest, next_folder, runs_of
@@ -104,6 +104,7 @@ def pretrain(
     json: Json = False,
 ) -> None:
     """Train a vision transformer on a folder of images with DINO."""
+    out = out and output_place(out)
     if gpus and not dry_run and _launched(gpus, device):
         return
 
