@@ -71,13 +71,20 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    if distributed.size() > 1:
-        if context.invoked_subcommand not in _SHARED:
-            raise DinoError(
-                f"dino {context.invoked_subcommand} is done by one process; {distributed.size()} were started",
-                f"leave torchrun out: dino {context.invoked_subcommand} ...",
-            )
+    if "--help" in sys.argv:
+        return
+    command, found = context.invoked_subcommand, distributed.started()
+    if command in _SHARED:
+        distributed.check_launch(command)
+        if found and found.launcher != "torchrun":
+            console.say(f"note: joining {found.size} processes, as {found.launcher} numbers them")
         distributed.begin()
+    # RANK and WORLD_SIZE alone may be about a whole container, in which other commands run once.
+    elif found and found.launcher != "torch.distributed":
+        raise DinoError(
+            f"dino {command} is done by one process; {found.size or 'several'} were started",
+            f"leave {found.launcher} out: dino {command} ...",
+        )
 
 
 def main() -> None:

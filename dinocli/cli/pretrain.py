@@ -12,7 +12,7 @@ import typer
 
 from dinocli import console, shipped
 from dinocli.cli.options import Device, Images, Json, Workers, compiles, output_place
-from dinocli.distributed import from_first, launch, local_size, rank, size
+from dinocli.distributed import from_first, launch, local_size, rank, size, unused_tasks
 from dinocli.errors import DinoError
 from dinocli.runs import link_newest, next_folder, runs_of
 
@@ -105,6 +105,8 @@ def pretrain(
 ) -> None:
     """Train a vision transformer on a folder of images with DINO."""
     out = out and output_place(out)
+    if (tasks := unused_tasks()) > 1 and not gpus:
+        console.say(f"note: SLURM gave this job {tasks} tasks and this command runs in one process; see --gpus")
     if gpus and not dry_run and _launched(gpus, device):
         return
 

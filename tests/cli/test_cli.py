@@ -191,6 +191,25 @@ def test_wrong_usage_is_code_two(dino: Dino, words: list[str]) -> None:
     assert done.stdout == ""
 
 
+def test_processes_of_another_launcher_do_not_train_alone(
+    dino: Dino, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for command in ("pretrain", "extract"):
+        done = dino(command, "images", code=1)
+        assert done.stderr.startswith("error: RANK=1 WORLD_SIZE=2 without MASTER_ADDR")
+        assert "torchrun --nproc-per-node 2" in done.stderr.splitlines()[1]
+    assert "Usage" in dino("pretrain", "--help").stdout
+    assert dino("presets", "show", "tiny").stdout, "what a container says of itself is no matter to other commands"
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert "leave srun out: dino presets" in dino("presets", code=1).stderr
+
+
 def test_dino_alone_is_its_help(dino: Dino) -> None:
     assert "pretrain" in (done := dino(code=2)).stdout + done.stderr
 
