@@ -263,7 +263,7 @@ def _peak(plan: Plan) -> float:
 
 def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
     """What a person should know before a run; of one that was begun, what is not known from then."""
-    from dinocli.planning import cautions
+    from dinocli.planning import cautions, short_stop
 
     if plan.preset.views.low_resolution:
         yield f"views of {_views(plan)}: steps take longer then"
@@ -271,8 +271,8 @@ def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
         yield from cautions(plan)
         if plan.init and not plan.monitor:
             yield "nobody looks whether these weights lose what they know: --monitor DIR, a small labelled folder"
-    if plan.stop < plan.clock.total:
-        yield f"stops at step {plan.stop} of {plan.clock.total}; the schedules stay those of the whole run"
+    if line := short_stop(plan):
+        yield line
 
 
 def _run(plan: Plan, json: bool) -> None:

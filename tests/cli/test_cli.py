@@ -121,7 +121,7 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["pretrain", "nowhere"], "nowhere does not exist", ""),
         (["pretrain", "empty"], "no images in empty", ".jpg"),
         (["pretrain", "images", "--preset", "vits61"], "no preset 'vits61'", "vits16"),
-        (["pretrain", "images"], "a batch of 1024 images was wanted; the folder has 12", "--batch-size 8"),
+        (["pretrain", "images"], "a batch of 1024 images is larger than the set of 12", "--batch-size 8"),
         (["pretrain", "images", "--set", "optimizer.lr.strat=1"], "no key optimizer.lr.strat", "optimizer.lr.start"),
         (["pretrain", "images", "--set", "training.seed=-1"], "training.seed", "--set training.seed"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--device", "cuda:9"], "cuda:9", "--device auto"),
@@ -154,8 +154,8 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["linear", "--checkpoint", "x"], "are for images", "--paper"),
         (["pretrain", "images", "--set", "views.local.scale=[0.4, 0.05]"], "views.local.scale", "--set views.local.scale"),
         (["pretrain", "images", "--set", "optimizer.betas=[0.9, 1.5]"], "optimizer.betas", "--set"),
-        (["pretrain", "images", "--set", "teacher.momentum.start=1.5"], "teacher.momentum should lie between 0 and 1", "--set"),
-        (["pretrain", "images", "--epochs", "5"], "a warm-up of 10 epochs does not fit", "--set optimizer.lr.warmup_epochs=0"),
+        (["pretrain", "images", "--set", "teacher.momentum.start=1.5"], "teacher.momentum.start is 1.5; expected from 0 to 1", "--set teacher.momentum.start=0.996"),
+        (["pretrain", "images", "--epochs", "5"], "optimizer.lr.warmup_epochs=10 (at most 4)", "--set optimizer.lr.warmup_epochs=0"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--set", "backbone.name=resnet18", "--set", "backbone.options={}"],
          "no class token", "--set backbone.class_token_std=none"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--set", "backbone.options.patch_size=0"], "cannot build", "backbone.options"),
@@ -304,7 +304,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dino: Dino, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
     run = dino("pretrain", "images", "--preset", "tiny", *SMALL, *low, "--steps", "2", "--no-report")
     assert "note: views of 2x8 + 4x8 for 2 of 8 epochs, then 2x16 + 4x8: steps take longer then" in run.stderr
-    assert "low resolution lasts 100 steps and this run ends at 2" in run.stderr
+    assert "stops at step 2 of 400" in run.stderr
+    assert "the epochs of low resolution (100 steps)" in run.stderr
 
 
 def test_the_doctor_looks_and_leaves_nothing(dino: Dino, tmp_path: Path) -> None:
