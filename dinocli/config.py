@@ -139,7 +139,7 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
 
 
 # Words of papers, of the original's options and of other tools, by the key that they mean here.
-_MEANT = {
+MEANT = {
     "arch": "backbone.name", "model": "backbone.name", "patch_size": "backbone.options.patch_size",
     "img_size": "backbone.options.img_size", "embed_dim": "backbone.options.embed_dim",
     "depth": "backbone.options.depth", "num_heads": "backbone.options.num_heads",
@@ -148,6 +148,7 @@ _MEANT = {
     "num_epochs": "training.epochs", "max_epochs": "training.epochs",
     "dtype": "training.precision", "use_fp16": "training.precision",
     "crops": "views.locals", "n_crops": "views.locals", "local_crops_number": "views.locals", "crop_size": "size",
+    "image_size": "size", "amp": "training.precision", "fp16": "training.precision", "bf16": "training.precision",
     "global_crops_scale": "views.global_1.scale", "local_crops_scale": "views.local.scale",
     "k": "prototypes", "num_prototypes": "prototypes", "out_dim": "prototypes",
     "learning_rate": "optimizer.lr", "min_lr": "optimizer.lr.end", "wd": "optimizer.weight_decay",
@@ -159,19 +160,19 @@ _MEANT = {
 }  # fmt: skip
 
 
-def find_keys(word: str, data: dict[str, Any], model: type[BaseModel]) -> list[str]:
+def find_keys(word: str, data: dict[str, Any], model: type[BaseModel] | None = None) -> list[str]:
     """Return the full paths of the keys that a word means, `optimizer.lr.start` for `lr`; none if it is like no key.
 
     Args:
         word: Last part of a key, as a user or another tool spells it.
         data: Nested values of a preset.
-        model: Config that they are read into.
+        model: Config that they are read into. If None, only the keys that the values have are searched.
     """
     word = word.lower().replace("-", "_")
-    wanted = _MEANT.get(word, word)
-    paths = sorted(_paths(data, model), key=lambda path: path.count("."))
+    wanted = MEANT.get(word, word)
+    paths = sorted(_paths(data, model) if model else _plain_paths(data), key=lambda path: path.count("."))
     found = [path for path in paths if f".{path}".endswith(f".{wanted}")]
-    if not found and wanted.startswith("backbone.options."):  # names of timm's, which any preset takes
+    if not found and word in MEANT and "." in wanted:  # options of timm's, and tables that this preset does not have
         found = [wanted]
     if not found:
         close = difflib.get_close_matches(word, {path.rpartition(".")[2] for path in paths}, n=1, cutoff=0.75)
@@ -200,6 +201,12 @@ def _paths(data: Any, model: type[BaseModel], above: str = "") -> Iterator[str]:
                 yield from _paths(inner, models[0], f"{path}.{key}")
         elif isinstance(here, dict):
             yield from _paths(here, _of_kind(models, here), path)
+
+
+def _plain_paths(data: Any, above: str = "") -> Iterator[str]:
+    for key, value in data.items() if isinstance(data, dict) else ():
+        yield f"{above}{key}"
+        yield from _plain_paths(value, f"{above}{key}.")
 
 
 def _other_key(path: list[str], data: dict[str, Any], model: type[BaseModel]) -> str:

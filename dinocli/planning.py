@@ -213,7 +213,7 @@ def short_stop(plan: Plan) -> str:
     if not within:
         return line
     names = _listed([f"{name} ({epochs * clock.steps_per_epoch} steps)" for name, epochs, _ in within])
-    return f"{line}, and it ends within {names}: for none of that " + " ".join(f"--set {way}" for *_, way in within)
+    return f"{line}, and it ends within {names}: without them " + " ".join(f"--set {way}" for *_, way in within)
 
 
 def _long_schedules(plan: Plan) -> str:

@@ -256,8 +256,11 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
+            stem = path.stem
+            shipped_one = f"use --preset {stem}, which ships with dino" if stem in shipped.names() else ""
+            listed = ", ".join(shipped.names())
             raise DinoError(
-                f"a preset file was wanted; {name} does not exist", f"shipped ones are {', '.join(shipped.names())}"
+                f"a preset file was wanted; {name} does not exist", shipped_one or f"shipped ones are {listed}"
             )
         text = path.read_text(encoding="utf-8", errors="replace")
     else:

@@ -160,8 +160,8 @@ def test_an_early_stop_is_one_line_with_all_that_it_does_not_get_past(tmp_path: 
     assert short_stop(plan(tmp_path, low, stop=151)) == line.replace("200", "151")
     assert short_stop(plan(tmp_path, low, stop=40)) == (
         "stops at step 40 of 400; the schedules stay those of the whole run, and it ends within the learning rate's "
-        "warm-up (50 steps), the freeze of the prototypes (50 steps) and the epochs of low resolution (150 steps): for "
-        "none of that --set optimizer.lr.warmup_epochs=0 --set heads.dino.freeze_last_layer_epochs=0 "
+        "warm-up (50 steps), the freeze of the prototypes (50 steps) and the epochs of low resolution (150 steps): without "
+        "them --set optimizer.lr.warmup_epochs=0 --set heads.dino.freeze_last_layer_epochs=0 "
         "--set views.low_resolution=none"
     )
     assert not list(cautions(plan(tmp_path, low, stop=40))), "it is said once"

@@ -28,6 +28,7 @@ from dinocli.cli.push import push
 from dinocli.cli.search import search
 from dinocli.cli.segment import segment
 from dinocli.cli.track import track
+from dinocli.cli.usage import explain
 from dinocli.errors import DinoError
 
 app = typer.Typer(
@@ -132,10 +133,7 @@ def _told(error: Exception) -> int:
         if not words or "Usage:" in words:
             console.say(words)
         else:
-            context = getattr(error, "ctx", None)
-            # One line, without what the parser's own library puts before its message.
-            said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
-            _said(said, f"{context.command_path if context else 'dino'} --help")
+            _said(*explain(error, sys.argv[1:]))
         return 2
     if isinstance(error, MemoryError) or "out of memory" in words.lower() or "can't allocate memory" in words:
         return _said("there is too little memory for this", "a smaller --batch-size or --size")

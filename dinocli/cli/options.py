@@ -121,6 +121,19 @@ def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
     return path
 
 
+def refuse_address(value: str, option: str, expected: str) -> None:
+    """Check that a source is no s3:// or other address, which is read from nowhere here.
+
+    Raises:
+        DinoError: It is one.
+    """
+    if "://" in value and (address := _address(Path(value))):
+        raise DinoError(
+            f"{option} {address} is an address; expected {expected}",
+            f"copy it here first, and name the copy: {Path(address).name or 'DIR'}",
+        )
+
+
 def _plain(path: Path) -> Path:
     """Drop the endings of files: run.tar.gz is run, and run.v1 stays."""
     while path.suffix.lower() in (*_ARCHIVES, *_FILES):
@@ -191,14 +204,20 @@ def checkpoint_or_newest(given: str | None) -> str:
 
 def _step(checkpoint: Path) -> str:
     """The step that a checkpoint is of, so that one of a run which failed at its start is not taken for trained."""
+    step = step_of(checkpoint)
+    return "" if step is None else f", step {step}"
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step of a checkpoint; None if the file does not say, or cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(checkpoint, framework="numpy") as file:
-            step = (file.metadata() or {}).get("step")
-    except SafetensorError:
-        return ""  # whoever reads the file says what is wrong with it
-    return f", step {step}" if step else ""
+            step = (file.metadata() or {}).get("step", "")
+    except (SafetensorError, OSError):
+        return None  # whoever reads the file says what is wrong with it
+    return int(step) if step.isdecimal() else None
 
 
 def encoder_from(
