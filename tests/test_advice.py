@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dinocli import costs, planning
+from dinocli import costs, planning, pretraining
 from dinocli.advice import WEIGHTS, Advised, advise
 from dinocli.costs import Estimate
 from dinocli.inspection import Inspection, Spread
@@ -294,6 +294,7 @@ def test_each_command_can_be_typed(machine: Machine, facts: Inspection, monkeypa
     monkeypatch.setattr(
         costs, "estimate", lambda plan: seen.append(plan) or Estimate(1, 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1.0)
     )
+    monkeypatch.setattr(pretraining, "rehearse", lambda plan, note: None)  # it would download released weights
     monkeypatch.setattr(sys, "argv", ["dino", verb, where, *words, "--device", "cpu", "--dry-run", "--json"])
     with pytest.raises(SystemExit) as stopped:
         main()

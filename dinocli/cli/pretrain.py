@@ -177,8 +177,8 @@ def _refuse_names(init: str | None, teacher: str | None) -> None:
         DinoError: They are; the hint says where the name belongs.
     """
     weights = (".pth", ".pt", ".safetensors")
-    bare = init and re.fullmatch(r"[a-z]\w*(\.\w+)?", init) and not init.endswith(weights)
-    if bare and not Path(init).exists():
+    named = init if init and re.fullmatch(r"[a-z]\w*(\.\w+)?", init) and not init.endswith(weights) else None
+    if named and not Path(named).exists():
         raise DinoError(f"--init {init} does not exist here", f"use --init timm:{init} for a model of timm, or a path")
     if teacher in shipped.names() and not Path(teacher).exists():
         trained = f"dino pretrain IMAGES --preset {teacher}, then --teacher runs/{teacher}-1"

@@ -711,7 +711,7 @@ def test_a_place_that_cannot_be_is_said_by_the_name_it_was_given(dino: Dino, ima
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--to", "tf"], "'tf' is not one of 'official', 'timm', 'onnx', 'torch-export'"),
+        (["--to", "tf"], "--to tf is not one of official, timm, onnx, torch-export"),
         ([], "Missing option '--to'. Choose from: official, timm, onnx, torch-export"),
         (["--to", "onnx", "--heads"], "--heads is for --to official alone"),
         (["--to", "timm", "--size", "32"], "a graph has one choice of features"),
