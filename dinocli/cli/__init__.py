@@ -80,7 +80,8 @@ def _options(
     if command in _SHARED:
         distributed.check_launch(command)
         if found and found.launcher != "torchrun":
-            console.say(f"note: joining {found.size} processes, as {found.launcher} numbers them")
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            console.say(f"note: joining {found.size} processes of {found.launcher}, which meet at {where}")
         distributed.begin()
     # RANK and WORLD_SIZE alone may be about a whole container, in which other commands run once.
     elif found and found.launcher != "torch.distributed":

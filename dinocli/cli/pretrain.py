@@ -165,6 +165,8 @@ def pretrain(
         from dinocli.pretraining import rehearse
 
         rehearse(plan, console.say)
+        for line in _beforehand(plan, begun=False):
+            console.say(f"note: {line}")
         _print_plan(plan, json)
     else:
         _run(replace(plan, compiled=plan.compiled and compiles(picked, asked=compiled is True)), json)
