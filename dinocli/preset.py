@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dinocli import shipped
-from dinocli.config import Config, change
+from dinocli.config import LARGEST, Config, change
 from dinocli.data.crops import ViewsConfig
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.distillation import SelfDistillation
@@ -149,7 +149,12 @@ class Preset(Config):
         for name, loss in self.losses.aimed().items():
             if not all(value > 0 for value in loss.targets.temperature.bounds):
                 raise ValueError(f"losses.{name}.targets.temperature should lie above 0")
-        lr, epochs = self.optimizer.lr, self.training.epochs
+        lr, epochs, images = self.optimizer.lr, self.training.epochs, self.training.batch_size
+        if not all(abs(value) <= LARGEST for value in self.optimizer.lr_for(images).bounds):
+            raise ValueError(
+                f"optimizer.lr becomes infinite by optimizer.lr_rule at a batch of {images}; it needs "
+                "optimizer.lr.start=0.0005"
+            )
         if isinstance(lr, Cosine) and lr.warmup_epochs >= epochs:
             fits = max(0, epochs // 10)
             raise ValueError(
