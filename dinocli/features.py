@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from dinocli.errors import DinoError
-from dinocli.mapped import Rows, Texts, Values, map_tensors
+from dinocli.mapped import Rows, Texts, Values, first_not_finite, map_tensors
 
 FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards
@@ -71,22 +71,22 @@ class Features:
 
 
 def read_features(path: Path) -> Features:
-    """Open features; their numbers stay on the disk until they are asked for.
+    """Open features; their numbers are checked once, and stay on the disk until they are asked for.
 
     Args:
         path: Of a feature file, or of a folder of shards.
 
     Raises:
-        DinoError: There are none, they are damaged, or it is another kind of file.
+        DinoError: There are none, they are damaged, or it is another kind of file; or an image's are not finite.
     """
     if not path.exists():
         raise DinoError(f"features were wanted; {path} does not exist", "make some with `dino extract CHECKPOINT DATA`")
     if path.is_dir():
-        shards = [_map_file(path / name, images) for name, images in _index(path).items()]
+        shards = [_read_file(path / name, images) for name, images in _index(path).items()]
         if any(metadata != shards[0][1] for _, metadata in shards):
             raise _damaged(path, "its shards were made by different commands")
     else:
-        shards = [_map_file(path)]
+        shards = [_read_file(path)]
     tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
     values = [t["values"] for t in tensors]
     recipe = Recipe(**json.loads(metadata["recipe"]))
@@ -118,6 +118,19 @@ def _index(folder: Path) -> dict[str, int]:
         return shards
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _damaged(folder, f"its {INDEX} cannot be read") from error
+
+
+def _read_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    tensors, metadata = _map_file(path, images)
+    values = tensors["values"]
+    if found := first_not_finite(values):
+        row, count = found
+        raise DinoError(
+            f"{path}: row {row} ({Texts([tensors['paths']])[row]}) holds {count} of {values[row].size} values that are "
+            "not finite",
+            "make it again with `dino extract CHECKPOINT DATA`, which skips images without finite features",
+        )
+    return tensors, metadata
 
 
 def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

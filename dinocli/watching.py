@@ -17,6 +17,7 @@ from dinocli.data.sources import Images
 from dinocli.device import peak_memory
 from dinocli.distillation import SelfDistillation
 from dinocli.distributed import any_of, from_first, gathered, rank, size
+from dinocli.encoder import NotFinite
 from dinocli.engine.checkpoint import state_of
 from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
@@ -162,7 +163,10 @@ class Watch:
             found["knn"] = round(self.knn, 3)
             self._warn_of_a_fall(self.knn, self._monitor.measured)
         if self._photos:
-            found |= self._photos.snapshot(average, self.trainer.clock.step, self.plan.out)
+            try:
+                found |= self._photos.snapshot(average, self.trainer.clock.step, self.plan.out)
+            except NotFinite as error:  # a picture that cannot be drawn is no reason to lose a run
+                self.note(f"note: no pictures at step {self.trainer.clock.step}: {error.message}")
         return found
 
     def _warn_of_a_fall(self, knn: float, images: int) -> None:
