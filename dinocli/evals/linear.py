@@ -280,9 +280,9 @@ def _scaled(values: Floats, scale: float) -> Tensor:
 
 
 def _scale_of(values: Values) -> float:
-    """A power of two that brings features near 1 if they are far from it, and else 1, which changes no bit."""
+    """A power of two that brings numbers near 1, as a last norm leaves them, if they are far from it; else 1."""
     some = values[np.unique(np.linspace(0, len(values) - 1, _SCORED).astype(np.int64))]
-    size = float(np.median(np.abs(some).max(1)))
+    size = float(np.median(np.sqrt(np.square(some, dtype=np.float64).mean(1))))
     power = round(math.log2(size)) if size else 0
     return 2.0 ** min(126, -power) if abs(power) > _FAR else 1.0
 
