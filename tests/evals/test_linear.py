@@ -139,7 +139,7 @@ def test_blocks_of_test_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 def test_the_size_of_features_changes_no_accuracy(scale: float) -> None:
     """Rates are for features near 1; others are scaled by a power of two, which changes no other bit of them."""
     plain = clusters(200)
-    plain.values /= np.sqrt(np.square(plain.values).mean(), dtype=np.float32)
+    plain.values[:] /= np.sqrt(np.square(plain.values).mean())
     far = replace(plain, values=(plain.values * scale).astype(np.float32))
     assert linear(far, None, epochs=5, device=CPU) == linear(plain, None, epochs=5, device=CPU)
     assert linear(far, None, epochs=5, device=CPU).top1 > 60
