@@ -70,13 +70,13 @@ def attention(encoder: Encoder, image: Given, size: int | None = None) -> Attent
 
 
 def read_features(path: str | os.PathLike[str]) -> Features:
-    """Open features that `dino extract` wrote; their numbers stay on the disk until they are asked for.
+    """Open features that `dino extract` wrote; they are checked once, and stay on the disk until they are asked for.
 
     Args:
         path: Of a feature file, or of a folder of shards.
 
     Raises:
-        DinoError: There are none, they are damaged, or it is another kind of file.
+        DinoError: There are none, they are damaged, or it is another kind of file; or an image's are not finite.
     """
     from pathlib import Path
 

@@ -17,7 +17,7 @@ from PIL import Image
 from dinocli.atomic import atomic
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.frames import Frames, pyav
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, NotFinite
 from dinocli.errors import DinoError
 from dinocli.evals.attention import attention_maps, default_size
 from dinocli.film import shown, write_gif, write_mp4
@@ -130,7 +130,11 @@ def _look(
         if pixels.shape[:2] != shape:
             skipped[name] = f"other size: {pixels.shape[1]}x{pixels.shape[0]}, where the first is {shape[1]}x{shape[0]}"
             continue
-        values = _of_head(attention_maps(encoder, pixels, size or default_size(encoder)).heads, head)
+        try:
+            values = _of_head(attention_maps(encoder, pixels, size or default_size(encoder)).heads, head)
+        except NotFinite as lost:
+            skipped[name] = lost.reason
+            continue
         np.save(store, values)
         kept.append(number)
         lows.append(float(values.min()))

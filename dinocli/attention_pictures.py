@@ -13,7 +13,7 @@ from PIL import Image
 from dinocli.atomic import atomic, write_tensors
 from dinocli.data.decode import BadImage, Pixels
 from dinocli.data.named import read_photo
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.attention import AttentionMaps, attention_maps, default_size, enlarge
 from dinocli.picture import Panel, bounded, heat, sheet, spotlight, visible
 
@@ -47,7 +47,10 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
     pixels = read_photo(image, encoder.images)
     if isinstance(pixels, BadImage):
         return pixels.reason
-    maps = attention_maps(encoder, pixels, size or default_size(encoder))
+    try:
+        maps = attention_maps(encoder, pixels, size or default_size(encoder))
+    except NotFinite as lost:
+        return lost.reason
     picture = name.with_name(name.name + ".png")
     with atomic(picture) as draft:
         attention_sheet(visible(pixels), maps, keep).save(draft, format="PNG")

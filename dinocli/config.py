@@ -7,23 +7,24 @@ import tomllib
 from collections.abc import Iterator
 from typing import Any, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
 from dinocli.errors import DinoError, nearest
 
 _DEEPEST = 32  # levels of nested tables and lists; a preset has about 6
+LARGEST = 3.4028234663852886e38  # of float32
 
 
 class Config(BaseModel):
     """Frozen settings in which an unknown key is an error.
 
     Fields that define a recipe have no default: a preset states them. Where a field has one it is the identity
-    (no warm-up, no drop path), so that what a preset leaves out does not exist.
+    (no warm-up, no drop path), so that what a preset leaves out does not exist. Numbers are finite.
     """
 
-    # Without "strings" pydantic writes inf as null, and a stored preset could not be read back.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    # TOML and JSON readers take nan and inf, and a rate of nan destroys all weights in one step.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def parse(cls, data: dict[str, Any], what: str) -> Self:
@@ -41,7 +42,18 @@ class Config(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise _explain(error.errors()[0], data, cls, what) from None
+            errors = error.errors()
+            # Of a union's members one may complain of the kind of value alone; that it is not finite says more.
+            first = next((e for e in errors if e["type"] == "finite_number"), errors[0])
+            raise _explain(first, data, cls, what) from None
+
+    @field_validator("*")
+    @classmethod
+    def _fits_float32(cls, value: Any) -> Any:
+        """Networks compute in float32, in which a larger number is infinite."""
+        if any(abs(number) > LARGEST for number in _numbers(value)):
+            raise ValueError(f"Input should be at most {LARGEST:.1e} in size, the largest float32")
+        return value
 
 
 def change(data: dict[str, Any], override: str) -> None:
@@ -108,6 +120,14 @@ def _deeper(data: object, levels: int) -> bool:
         tables = [value for value in inside if isinstance(value, dict | list | tuple)]
         inside = [each for table in tables for each in (table.values() if isinstance(table, dict) else table)]
     return bool(inside)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
 
 
 def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], what: str) -> DinoError:

@@ -28,6 +28,44 @@ Channels = tuple[float, ...]
 _MOST_PATCHES = 16_384
 
 
+class NotFinite(DinoError):
+    """Output of a network with values that are infinite or NaN.
+
+    Args:
+        reason: Number of these values, and of all.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the network's output is {reason}", "another checkpoint: its weights are too large for what it computes"
+        )
+        self.reason = reason
+
+
+def checked(made: Tensor, what: str) -> Tensor:
+    """Return what a network made.
+
+    Raises:
+        NotFinite: A value is infinite or NaN.
+    """
+    if bad := made.numel() - int(made.isfinite().sum()):
+        raise NotFinite(f"not finite: {bad:,} of {made.numel():,} {what}")
+    return made
+
+
+def finite_rows(made: Tensor, names: Sequence[str]) -> tuple[list[int], list[tuple[str, str]]]:
+    """Return the numbers of the rows that are finite, and name and reason of each other one.
+
+    Args:
+        made: Features of images. [B, ...]
+        names: Name of each. [B]
+    """
+    bad = (~made.isfinite()).flatten(1).sum(1).tolist()
+    of = made[0].numel() if len(made) else 0
+    reasons = [(name, f"not finite: {n:,} of {of:,} features") for name, n in zip(names, bad, strict=True) if n]
+    return [row for row, n in enumerate(bad) if not n], reasons
+
+
 @dataclass(frozen=True)
 class Encoder:
     """A frozen backbone in evaluation mode.
@@ -84,7 +122,8 @@ class Encoder:
             float32, on the CPU, a row for each image, for a single one too. What a row is, `features` says.
 
         Raises:
-            DinoError: One cannot be read, which it names; or there is no such choice of tokens.
+            DinoError: One cannot be read or has features that are not finite, which it names; or there is no such
+                choice of tokens.
         """
         if tokens not in (known := get_args(TokenChoice)):
             raise DinoError(f"tokens are one of {', '.join(known)}; {tokens!r} came", f'"{nearest(tokens, known)}"')
@@ -93,6 +132,8 @@ class Encoder:
             for name, reason in batch.bad:
                 raise unreadable(name, reason)
             rows.append(self.features(batch.images, tokens, blocks).float().cpu())
+            for name, reason in finite_rows(rows[-1], batch.names)[1]:
+                raise DinoError(f"{name}: {reason}", "leave it out; of all images, another checkpoint")
         return torch.cat(rows)
 
     def batches(
@@ -138,7 +179,7 @@ class Encoder:
 
     @torch.no_grad()
     def features(self, images: Tensor, tokens: TokenChoice = "cls", blocks: int = 1) -> Tensor:
-        """Features of normalized images.
+        """Features of normalized images; whoever stores or compares them checks them with `finite_rows`.
 
         Args:
             images: [B, C, H, W]
@@ -177,9 +218,13 @@ class Encoder:
 
     @torch.no_grad()
     def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
-        """What some blocks make of the patches, as `Backbone.patches` has it. [B, rows, columns, len(layers)*D]"""
+        """What some blocks make of the patches, as `Backbone.patches` has it. [B, rows, columns, len(layers)*D]
+
+        Raises:
+            NotFinite: A value is infinite or NaN.
+        """
         with autocast(self.device, self.precision):
-            return self.backbone.patches(images, layers, facet).float()
+            return checked(self.backbone.patches(images, layers, facet).float(), "values of patches")
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
@@ -187,10 +232,12 @@ class Encoder:
 
         Raises:
             DinoError: The backbone has no attention.
+            NotFinite: A value is infinite or NaN.
         """
         rows, columns = images.shape[-2] // self.backbone.patch_size, images.shape[-1] // self.backbone.patch_size
         attention = self.backbone.attention(images)[:, :, 0]  # [B, heads, 1+R+N]
-        return attention[..., attention.shape[-1] - rows * columns :].unflatten(-1, (rows, columns))
+        attention = attention[..., attention.shape[-1] - rows * columns :].unflatten(-1, (rows, columns))
+        return checked(attention, "values of attention")
 
 
 def features_of(backbone: Backbone, images: Tensor, tokens: TokenChoice = "cls", blocks: int = 1) -> Tensor:

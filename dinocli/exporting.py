@@ -165,6 +165,7 @@ def _difference(ours: Tensor, theirs: Tensor, what: str) -> float:
     if ours.shape != theirs.shape:
         how = f"of shape {list(theirs.shape)} and not {list(ours.shape)}"
         raise DinoError(f"what the other library loads gives {what} {how}", hint)
+    ours, theirs = ours.double(), theirs.double()  # whose squares do not overflow
     difference = ((ours - theirs).norm() / ours.norm()).item()
     if not difference < _TOLERANCE:
         how = f"that differ by {difference:.2g} of their length"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dinocli.data.fill import Cutter
@@ -16,7 +17,7 @@ from dinocli.data.loader import Plain, Share
 from dinocli.data.sources import Source
 from dinocli.distributed import any_of, gathered, rank
 from dinocli.distributed import size as size_of_run
-from dinocli.encoder import Encoder, TokenChoice
+from dinocli.encoder import Encoder, TokenChoice, finite_rows
 from dinocli.errors import DinoError
 from dinocli.evals.linear import augmented
 from dinocli.features import Recipe
@@ -31,7 +32,7 @@ class Extracted:
         path: Of the feature file, or of the folder of shards that large features become.
         images: How many rows it has.
         shape: Of one row; with K views [1+K, D].
-        skipped: Path and reason of each file that could not be read.
+        skipped: Path and reason of each image that could not be read, or whose features are not finite.
     """
 
     path: Path
@@ -76,7 +77,8 @@ def extract(
         report: Called after each batch with the number of images done so far.
 
     Raises:
-        DinoError: The size is below one patch, views are asked for of patch tokens, or no image can be read.
+        DinoError: The size is below one patch, views are asked for of patch tokens, or no image can be read and has
+            finite features.
     """
     size = size or encoder.size
     if views and tokens == "patches":
@@ -98,16 +100,18 @@ def extract(
             skipped |= dict(part.bad)
             report(images + len(skipped))
         if not images:
-            first = next(iter(skipped.items()))
+            name, reason = next(iter(skipped.items()))
+            lost = reason.startswith("not finite")
             raise DinoError(
-                f"none of the {len(skipped)} images in {source.where} can be read; {first[0]}: {first[1]}",
-                "look at that file",
+                f"none of the {len(skipped)} images in {source.where} can be {'used' if lost else 'read'}; "
+                f"{name}: {reason}",
+                "another checkpoint: its weights are too large for what it computes" if lost else "look at that file",
             )
     return Extracted(writer.place if writer else path, images, shape, skipped)
 
 
 class _Part(NamedTuple):
-    """What becomes of a batch; no values where no image of it can be read."""
+    """Features of a batch; no values if no image of it can be read and has finite ones."""
 
     values: NDArray[np.float32] | None
     names: list[str]
@@ -116,16 +120,22 @@ class _Part(NamedTuple):
 
     @classmethod
     def of(cls, batch: Plain, encoder: Encoder, tokens: TokenChoice, blocks: int) -> _Part:
-        values = None
-        if len(batch.images):
-            values = encoder.features(batch.images, tokens, blocks).float().cpu().numpy()
-            if batch.views is not None:
-                beside = (encoder.features(view, tokens, blocks).float().cpu().numpy() for view in batch.views)
-                values = np.stack([values, *beside], axis=1)  # [B, 1+K, D]
-        return cls(values, batch.names, batch.labels, batch.bad)
+        if not len(batch.images):
+            return cls(None, batch.names, batch.labels, batch.bad)
+        values = encoder.features(batch.images, tokens, blocks).float().cpu()
+        if batch.views is not None:
+            beside = (encoder.features(view, tokens, blocks).float().cpu() for view in batch.views)
+            values = torch.stack([values, *beside], dim=1)  # [B, 1+K, D]
+        kept, lost = finite_rows(values, batch.names)
+        return cls(
+            values[kept].numpy() if lost else values.numpy(),
+            [batch.names[i] for i in kept],
+            [batch.labels[i] for i in kept],
+            [*batch.bad, *lost],
+        )
 
     def write(self, writer: FeatureWriter) -> None:
-        if self.values is not None:
+        if self.values is not None and len(self.values):
             writer.append(self.values, self.labels, self.names)
         writer.skipped |= dict(self.bad)
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from dinocli.checksums import parse, unseal
 from dinocli.errors import DinoError
-from dinocli.mapped import Rows, Texts, Values, map_tensors
+from dinocli.mapped import Rows, Texts, Values, first_not_finite, map_tensors
 
 FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards
@@ -74,25 +74,29 @@ class Features:
 
 
 def read_features(path: Path) -> Features:
-    """Open features; their numbers stay on the disk until they are asked for.
+    """Open features; their numbers are checked once, and stay on the disk until they are asked for.
 
     Args:
         path: Of a feature file, or of a folder of shards.
 
     Raises:
-        DinoError: There are none, they are damaged, or it is another kind of file.
+        DinoError: There are none, they are damaged, or it is another kind of file; or an image's are not finite.
     """
     if not path.exists():
         raise DinoError(f"features were wanted; {path} does not exist", "make some with `dino extract CHECKPOINT DATA`")
     if path.is_dir():
-        shards = [_map_file(path / name, images) for name, images in _index(path).items()]
+        index = _index(path)
+        files = [path / name for name in index]
+        shards = [_map_file(path / name, images) for name, images in index.items()]
         if any(metadata != shards[0][1] for _, metadata in shards):
             raise _damaged(path, "its shards were made by different commands")
     else:
-        shards = [_map_file(path)]
+        files, shards = [path], [_map_file(path)]
     tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
     recipe, classes = _maker(path, metadata)
     skipped = [_fitting(path, t, recipe, len(classes), tensors[0]) for t in tensors]
+    for file, one in zip(files, tensors, strict=True):
+        _check_finite(file, one)
     values = [t["values"] for t in tensors]
     labels = np.concatenate([t["labels"] for t in tensors])
     return Features(
@@ -185,6 +189,22 @@ def _index(folder: Path) -> dict[str, int]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = f": {error}" if isinstance(error, ValueError) else ""
         raise _damaged(folder, f"its {INDEX} cannot be read{why}") from error
+
+
+def _check_finite(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
+    """Check that all numbers of a feature file are finite.
+
+    Raises:
+        DinoError: Some are not; it names the first image.
+    """
+    values = tensors["values"]
+    if found := first_not_finite(values):
+        row, count = found
+        raise DinoError(
+            f"{path}: row {row} ({Texts([tensors['paths']])[row]}) holds {count} of {values[row].size} values that are "
+            "not finite",
+            "make it again with `dino extract CHECKPOINT DATA`, which skips images without finite features",
+        )
 
 
 def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

@@ -21,7 +21,7 @@ from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
 from dinocli.official import official_architecture
 from dinocli.preset import Preset
-from dinocli.weights import Weights, Which, read_weights
+from dinocli.weights import Weights, Which, read_weights, refuse_not_finite
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -136,6 +136,7 @@ def _from_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
             "it takes the network once; without one, a folder with config.json and weights: timm:local-dir:FOLDER",
         ) from error
     released: Mapping[str, Any] = model.pretrained_cfg
+    refuse_not_finite(model.state_dict(), f"timm:{name}")
     backbone = adapt(model, _positions_of(name, released))
     return backbone, released["input_size"][-1], tuple(released["mean"]), tuple(released["std"])
 

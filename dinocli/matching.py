@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from dinocli.atomic import atomic
 from dinocli.data.decode import Pixels
 from dinocli.diffusion import DIMS, LONG_SIDE, Diffusion
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, checked
 from dinocli.evals.attention import default_size
-from dinocli.evals.match import Matches, PatchMap, Points, answers, joint_pca, normalized
+from dinocli.evals.match import Matches, PatchMap, Points, answers, joint_pca
+from dinocli.evals.units import normalized
 from dinocli.models.backbone import Facet
 from dinocli.picture import Panel, sheet, visible
 
@@ -83,7 +84,7 @@ def diffusion_maps(
 ) -> tuple[Tensor, Tensor]:
     """A diffusion model's features of two photos, each layer by joint PCA, on grids such as `like` has. [h, w, D']"""
     layers = zip(*(diffusion.layers(visible(photo), long_side) for photo in photos), strict=True)
-    made = [joint_pca(a, b, DIMS) for a, b in layers]
+    made = [joint_pca(checked(a, "values of layers"), checked(b, "values of layers"), DIMS) for a, b in layers]
     a, b = (torch.cat([_resized(pair[i], like[i].shape[:2]) for pair in made], -1).to(like[i].device) for i in (0, 1))
     return a, b
 

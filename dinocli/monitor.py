@@ -17,6 +17,7 @@ from dinocli.data.crops import ViewsConfig
 from dinocli.data.listing import Names
 from dinocli.data.loader import plain_batches
 from dinocli.data.sources import Images, TorchvisionImages, splits
+from dinocli.encoder import checked
 from dinocli.errors import DinoError
 from dinocli.evals.knn import knn
 from dinocli.features import Features, Recipe, compared
@@ -126,12 +127,16 @@ def class_tokens(network: Network, pixels: Tensor, views: ViewsConfig) -> Tensor
 
     Returns:
         [S, D], float32
+
+    Raises:
+        NotFinite: A value is infinite or NaN.
     """
     device = next(network.parameters()).device
     mean, std = (torch.tensor(values, device=device) for values in (views.mean, views.std))
     with at_rest(network):
         images = (normalize(some.to(device).float() / 255, mean, std) for some in pixels.split(_AT_ONCE))
-        return torch.cat([network.backbone.class_tokens(some)[0].float().cpu() for some in images])
+        tokens = torch.cat([network.backbone.class_tokens(some)[0].float().cpu() for some in images])
+        return checked(tokens, "values of class tokens")
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from dinocli.atomic import atomic, write_text
 from dinocli.data.crops import resize_and_center
@@ -23,6 +22,7 @@ from dinocli.data.sources import Images, Source
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, default_size
 from dinocli.evals.spread import effective_rank, uniformity
+from dinocli.evals.units import normalized
 from dinocli.models.backbone import Transformer
 from dinocli.models.network import Network
 from dinocli.monitor import at_rest, class_tokens
@@ -89,6 +89,9 @@ class Photos:
 
         Returns:
             `rank` and `uniformity` of the pool's features; nothing where there are fewer than two photos.
+
+        Raises:
+            NotFinite: The network's output is infinite or NaN.
         """
         if len(self.pool) < 2:
             return {}
@@ -111,7 +114,7 @@ class Photos:
         encoder = Encoder(network.backbone, "teacher", "", size, views.mean, views.std, images)
         with at_rest(network):
             maps = [attention_maps(encoder, photo, default_size(encoder)) for photo in self.shown]
-        return [heat(np.nan_to_num(m.heads.mean(0)), TILE, TILE) for m in maps]
+        return [heat(m.heads.mean(0), TILE, TILE) for m in maps]
 
 
 def _candidates(source: Source, preset: Preset) -> Iterator[tuple[str, Opened]]:
@@ -139,7 +142,7 @@ def _some(source: Images, preset: Preset) -> Iterator[tuple[str, bytes | Image.I
 
 def _nearest(features: Tensor, queries: int, count: int) -> list[list[int]]:
     """Each of the first photos, and those nearest to it by cosine, the nearest first."""
-    unit = F.normalize(features, dim=1)
+    unit = normalized(features)
     similarity = unit[:queries] @ unit.T  # [Q, S]
     similarity.fill_diagonal_(torch.inf)
     return similarity.argsort(dim=1, descending=True, stable=True)[:, : count + 1].tolist()

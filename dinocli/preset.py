@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dinocli import shipped
-from dinocli.config import Config, change
+from dinocli.config import LARGEST, Config, change
 from dinocli.data.crops import ViewsConfig
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.distillation import SelfDistillation
@@ -145,6 +145,12 @@ class Preset(Config):
         for name, loss in self.losses.aimed().items():
             if loss.head not in self.heads:
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
+        images = self.training.batch_size
+        if not all(abs(value) <= LARGEST for value in self.optimizer.lr_for(images).bounds):
+            raise ValueError(
+                f"optimizer.lr becomes infinite by optimizer.lr_rule at a batch of {images}; it needs "
+                "optimizer.lr.start=0.0005"
+            )
         return self
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ from dinocli.report import CURVES, REPORT
 from dinocli.runs import CHECKPOINT, held
 from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest, other_contents, sample_of, saved_states
 from dinocli.stopping import stop_signals
-from dinocli.watching import Progress, Watch
+from dinocli.watching import Progress, Watch, check_weights
 
 _BAD = "bad_images.txt"
 # Written once there is a state: where they lie without one, they are not of a run that can go on, and stay as they are.
@@ -47,7 +47,7 @@ class Run:
         began: Steps that were done before; 0 for a run that did not go on from a state.
         step: Steps done.
         stopped: Whether it was stopped by the user before its end.
-        loss: Of the last step that was logged; absent where none was.
+        loss: Loss of the last logged step that was finite, if any.
         seconds: It took.
         bad: Files that could not be read.
         cached: Images whose pixels were kept, where that was asked for.
@@ -336,9 +336,18 @@ class _Session:
         return values
 
     def save(self, *, broken: bool = False) -> None:
-        """Save, unless this step is; where the run was broken off, without asking the other processes."""
+        """Save, unless this step is; where the run was broken off, without asking the other processes.
+
+        Raises:
+            DinoError: Weights are not finite; the states before stay.
+        """
         step = self.trainer.clock.step
-        if step != self.saved_step:
+        new = step != self.saved_step
+        if new and broken:
+            new = self.trainer.is_finite()  # lost weights go without a word: the run's own error is on its way
+        elif new:
+            check_weights(self.trainer, self.plan.out)
+        if new:
             began, self.whole = time.perf_counter(), False
             state = State(
                 step=step,

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from dinocli.atomic import atomic
 from dinocli.data.decode import BadImage, Pixels
 from dinocli.data.named import read_photo
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.attention import enlarge
 from dinocli.evals.colors import Colors
 from dinocli.evals.edges import refine
@@ -73,7 +74,10 @@ def draw_foreground(
     pixels = read_photo(image, encoder.images)
     if isinstance(pixels, BadImage):
         return pixels.reason
-    told = foreground(encoder, pixels, short_side, by, keep=keep, tau=tau)
+    try:
+        told = foreground(encoder, pixels, short_side, by, keep=keep, tau=tau)
+    except NotFinite as lost:
+        return lost.reason
     mask = refine(told.mask, visible(pixels))
     shown = bounded(visible(pixels))
     height, width = shown.shape[:2]
@@ -109,7 +113,10 @@ def draw_classes(
     pixels = read_photo(image, encoder.images)
     if isinstance(pixels, BadImage):
         return pixels.reason
-    classes = head.classify(encoder, pixels, short_side)
+    try:
+        classes = head.classify(encoder, pixels, short_side)
+    except NotFinite as lost:
+        return lost.reason
     colors = palette(len(head.classes))
     shares = np.bincount(classes.ravel(), minlength=len(head.classes)) / classes.size
     shown = bounded(visible(pixels))
@@ -172,12 +179,20 @@ def _painted(
         pixels = read_photo(path, encoder.images)
         if isinstance(pixels, BadImage):
             skipped[path] = pixels.reason
+        elif isinstance(tokens := _tokens(encoder, pixels, short_side), BadImage):
+            skipped[path] = tokens.reason
         else:
-            tokens = encoder.patches(encoder.photo(pixels, short_side))[0]
             scale = _SIDE / max(pixels.shape[:2])
             size = (max(1, round(pixels.shape[0] * scale)), max(1, round(pixels.shape[1] * scale)))
             yield Panel(_small(visible(pixels), size), ""), Panel(colors.paint(tokens, *size), "")
         report(done)
+
+
+def _tokens(encoder: Encoder, pixels: Pixels, short_side: int) -> Tensor | BadImage:
+    try:
+        return encoder.patches(encoder.photo(pixels, short_side))[0]
+    except NotFinite as lost:
+        return BadImage(lost.reason)
 
 
 def _small(pixels: Pixels, size: tuple[int, int]) -> Pixels:

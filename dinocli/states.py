@@ -35,7 +35,7 @@ from dinocli.models.network import Network
 from dinocli.preset import Preset
 from dinocli.runs import CHECKPOINT
 from dinocli.schedules import Clock, Schedule
-from dinocli.weights import write_checkpoint
+from dinocli.weights import refuse_not_finite, write_checkpoint
 
 FOLDER = "state"
 _SAMPLED = 200  # files whose contents are remembered
@@ -102,10 +102,12 @@ class Saved:
         """Put it into a trainer of the same preset.
 
         Raises:
-            DinoError: It is of other shapes.
+            DinoError: It is of other shapes, or holds values that are not finite.
         """
         try:
-            restore(trainer, _read(self.folder / _TRAINER))
+            tensors = _read(self.folder / _TRAINER)
+            refuse_not_finite(tensors, str(self.folder))
+            restore(trainer, tensors)
         except (KeyError, RuntimeError) as error:
             raise DinoError(
                 f"the state in {self.folder} does not fit this preset: {str(error).splitlines()[0]}",

@@ -55,11 +55,16 @@ class FeatureWriter:
             paths: [B]
 
         Raises:
-            DinoError: A number is too large for float16, or a folder of the user's own stands where shards would.
+            DinoError: A number is not finite or too large for float16, or a folder of the user's own stands where
+                shards would.
         """
+        if not np.isfinite(values).all():
+            raise DinoError(
+                f"features from {paths[0]} on are not finite, and are not stored", "another checkpoint, or skip them"
+            )
         with np.errstate(over="ignore"):
             rows = values.astype(self._dtype, copy=False)
-        if self._dtype == "float16" and np.isinf(rows).any() and np.isfinite(values).all():
+        if self._dtype == "float16" and np.isinf(rows).any():
             raise DinoError(f"float16 ends at 65504; a feature is {np.abs(values).max():.0f}", "--dtype float32")
         if self._bytes and self._bytes + rows.nbytes > self._shard_bytes:
             if in_the_way(_folder_of(self.place)):

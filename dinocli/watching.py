@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -15,7 +16,9 @@ from dinocli.collapse import CollapseWatch
 from dinocli.data.sources import Images
 from dinocli.device import peak_memory
 from dinocli.distillation import SelfDistillation
-from dinocli.distributed import from_first, gathered, rank, size
+from dinocli.distributed import any_of, from_first, gathered, rank, size
+from dinocli.encoder import NotFinite
+from dinocli.engine.checkpoint import state_of
 from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.errors import DinoError
@@ -24,6 +27,7 @@ from dinocli.monitor import Monitor, steps_between_looks
 from dinocli.photos import Photos
 from dinocli.planning import Plan
 from dinocli.report import write_report
+from dinocli.weights import not_finite
 
 LOG_EVERY = 10  # steps; each log makes the host wait for the device once
 _LOG_AFTER = 5.0  # seconds, for steps so slow that ten of them leave a person waiting
@@ -58,6 +62,22 @@ class Progress:
         return f"loss {self.loss:.3f}{knn}  {self.images_per_second:.0f} images/s{left_out}"
 
 
+def check_weights(trainer: Trainer, run: Path) -> None:
+    """Check what a trainer holds; of several processes all must come here.
+
+    Raises:
+        DinoError: Weights, buffers or moments are not finite; it names the step and the first tensor.
+    """
+    (lost,) = any_of(not trainer.is_finite())
+    if lost:
+        found = (not_finite(state_of(trainer)) or "a buffer holds values that are not finite").removeprefix("method/")
+        raise DinoError(
+            f"after step {trainer.clock.step} {found}; {run} keeps the last finite state",
+            f"begin again with --out NEW --init {run} and a lower --set optimizer.lr.start=VALUE, or --set "
+            "training.precision=float32",
+        )
+
+
 class Watch:
     """Logs steps, and notices where nothing is learned.
 
@@ -69,7 +89,7 @@ class Watch:
         note: Told, in a line, what a person should know.
 
     Attributes:
-        loss: Of the last logged step; absent before the first.
+        loss: Loss of the last logged step that was finite. None before the first.
         knn: What the monitor said last; absent without one.
     """
 
@@ -143,7 +163,10 @@ class Watch:
             found["knn"] = round(self.knn, 3)
             self._warn_of_a_fall(self.knn, self._monitor.measured)
         if self._photos:
-            found |= self._photos.snapshot(average, self.trainer.clock.step, self.plan.out)
+            try:
+                found |= self._photos.snapshot(average, self.trainer.clock.step, self.plan.out)
+            except NotFinite as error:  # a picture that cannot be drawn is no reason to lose a run
+                self.note(f"note: no pictures at step {self.trainer.clock.step}: {error.message}")
         return found
 
     def _warn_of_a_fall(self, knn: float, images: int) -> None:
@@ -188,13 +211,15 @@ class Watch:
         """Write a line, tell of it, and look whether the run learns; the host waits for the device.
 
         Raises:
-            DinoError: Too many steps in a row were left out; or the networks have collapsed, and that is to stop them.
+            DinoError: Weights are not finite; too many steps in a row were left out, or all; or the networks have
+                collapsed, and that is to stop them.
         """
         clock = self.trainer.clock
         plain = {name: float(value) for name, value in values.items()}
         skipped, in_a_row = self.trainer.skipped.tolist()
         rate, waiting = self._pace.look(self._waited)
         waits, memory = zip(*gathered((waiting, peak_memory(self.plan.device))), strict=True)
+        check_weights(self.trainer, self.plan.out)
         looked = {}
         if self._looks(clock.step):
             looked = self._look()
@@ -214,9 +239,11 @@ class Watch:
                 **looked,
             }
         )
-        self.loss = plain["loss"]
-        self.report(Progress(clock.step, self.loss, rate, skipped, self.knn))
-        if in_a_row >= GIVE_UP:
+        if math.isfinite(plain["loss"]):
+            self.loss = plain["loss"]
+        self.report(Progress(clock.step, plain["loss"], rate, skipped, self.knn))
+        # A short run that left out every step has learned nothing either.
+        if in_a_row >= GIVE_UP or (clock.step == self.plan.stop and in_a_row == clock.step):
             self._give_up(in_a_row)
         collapse = self._collapse.see(clock.step, plain)
         if collapse:

@@ -47,7 +47,12 @@ class Weights:
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int) -> None:
-    """Write what `Network.weights` gave with its resolved preset: the one file to hand on."""
+    """Write what `Network.weights` gave with its resolved preset: the one file to hand on.
+
+    Raises:
+        DinoError: Weights are not finite; what stood at `path` stays.
+    """
+    refuse_not_finite(weights, f"step {step}")
     tensors = {k: v.detach().cpu().contiguous().numpy() for k, v in weights.items()}
     metadata = {"dinocli": dinocli.__version__, "preset": preset.model_dump_json(), "step": str(step)}
     write_tensors(path, tensors, metadata)
@@ -61,7 +66,7 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
         which: Of a file that holds both networks. This tool's own checkpoint holds the teacher.
 
     Raises:
-        DinoError: There is no such file, it is damaged, or it holds no such network.
+        DinoError: There is no such file, it is damaged, holds no such network, or weights that are not finite.
     """
     if path.is_dir():
         if not (path / CHECKPOINT).is_file():
@@ -82,6 +87,7 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
         tensors = _pick(_read_pickle(path), which, path)
     if "preset" in metadata and which == "student":
         raise DinoError(f"{path} holds the teacher alone; the student was asked for", "leave --network out")
+    refuse_not_finite(tensors, str(path))
     preset = _preset(metadata, path)
     step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
     return replace(_sort(tensors, preset, path), step=step)
@@ -111,6 +117,35 @@ def _preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
             f"{error.message}; the file was written by dinocli {writer}, and this is {dinocli.__version__}",
             f"pip install dinocli=={writer}",
         ) from error
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Describe values that are infinite or NaN: the first tensor with some, and how many; None if all are finite."""
+    bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if not bad:
+        return None
+    first = tensors[bad[0]]
+    count = first.numel() - int(first.float().isfinite().sum())
+    more = f" (and {len(bad) - 1} tensors besides)" if len(bad) > 1 else ""
+    return f"{bad[0]} holds {count:,} of {first.numel():,} values that are not finite{more}"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.numel() or not tensor.is_floating_point():
+        return True
+    # What float64 holds may be infinite in the float32 that networks have. Extremes need no mask of the tensor's size.
+    low, high = (tensor.float() if tensor.dtype == torch.float64 else tensor).aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check weights that were read.
+
+    Raises:
+        DinoError: Some are not finite; it names the first tensor.
+    """
+    if found := not_finite(tensors):
+        raise DinoError(f"{source} cannot be used: {found}", "take another checkpoint, or an earlier RUN/state/STEP")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

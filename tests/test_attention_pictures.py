@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -40,3 +41,14 @@ def test_a_huge_photo_makes_a_sheet_that_still_opens(monkeypatch: pytest.MonkeyP
 def test_a_tiny_photo_is_enlarged_until_its_captions_fit() -> None:
     maps = AttentionMaps(np.random.default_rng(0).random((2, 4, 4), dtype=np.float32))
     assert attention_sheet(np.zeros((32, 32, 3), dtype=np.uint8), maps, 0.6).width > 4 * module._PANEL_SIDE
+
+
+def test_attention_that_is_not_finite_is_a_reason_and_no_picture(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32), (9, 99, 199)).save(photo)
+    monkeypatch.setattr(type(encoder.backbone), "attention", lambda self, images: torch.full((1, 2, 5, 5), torch.nan))
+    said = draw(encoder, photo, tmp_path / "out" / "photo", keep=0.6, size=16, raw=True)
+    assert said == "not finite: 8 of 8 values of attention"
+    assert not (tmp_path / "out").exists()

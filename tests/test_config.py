@@ -57,11 +57,33 @@ def test_a_mistake_names_where_it_is(change: dict, message: str, hint: str) -> N
     assert hint in error.value.hint
 
 
-def test_a_config_is_frozen_and_keeps_infinity() -> None:
-    class Bound(Config):
-        norm: float
+class Bound(Config):
+    norm: float
+    window: tuple[float, float] | tuple[tuple[float, float], ...] | None = None
+    options: dict[str, bool | int | float | str] = {}
 
-    bound = Bound(norm=float("inf"))
-    assert Bound.model_validate_json(bound.model_dump_json()) == bound
+
+def test_a_config_is_frozen() -> None:
+    bound = Bound(norm=1.0)
     with pytest.raises(ValueError, match="frozen"):
-        bound.norm = 1.0
+        bound.norm = 2.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), "nan", "Infinity"])
+@pytest.mark.parametrize("key", ["norm", "window", "options"])
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(key: str, bad: float | str) -> None:
+    for value in {"norm": [bad], "window": [(0, bad), ((0, 1), (bad, 1))], "options": [{"rate": bad}]}[key]:
+        if key == "options" and isinstance(bad, str):
+            continue  # a text of timm's own
+        with pytest.raises(DinoError, match=rf"{key}.* should be a finite number; it is .*{bad}"):
+            Bound.parse({"norm": 1.0} | {key: value}, "preset x")
+
+
+@pytest.mark.parametrize(
+    "value", [{"norm": -1e39}, {"norm": 1, "window": (0, 1e300)}, {"norm": 1, "options": {"a": 1e39}}]
+)
+def test_a_number_beyond_float32_is_refused(value: dict) -> None:
+    """Networks compute in float32, where it is infinite."""
+    with pytest.raises(DinoError, match=r"should be at most 3.4e\+38 in size"):
+        Bound.parse({"norm": 1.0} | value, "preset x")
+    assert Bound(norm=3.4e38).norm == 3.4e38

@@ -8,7 +8,7 @@ import torch
 from conftest import of_channels
 from timm.models.vision_transformer import VisionTransformer
 
-from dinocli.encoder import Encoder, features_of, fingerprint, quick, with_images
+from dinocli.encoder import Encoder, NotFinite, features_of, fingerprint, finite_rows, quick, with_images
 from dinocli.errors import DinoError
 from dinocli.loading import load_encoder
 from dinocli.models.architecture import BackboneConfig
@@ -77,3 +77,30 @@ def test_compiled_blocks_give_the_same_features_for_any_number_of_images(name: s
     for count in (4, 3, 1):
         images = torch.randn(count, 3, 32, 32)
         torch.testing.assert_close(fast.features(images), plain.features(images), rtol=1e-4, atol=1e-5)
+
+
+def overflowing(encoder: Encoder) -> Encoder:
+    """Weights that are finite, and products of them that are not."""
+    with torch.no_grad():
+        for block in encoder.backbone.model.blocks:
+            block.attn.qkv.weight.mul_(1e30)
+        encoder.backbone.model.norm.weight.fill_(3e38)
+    return encoder
+
+
+def test_patches_and_attention_that_are_not_finite_are_refused(encoder: Encoder) -> None:
+    images = torch.randn(1, 3, 16, 24)
+    for look in (encoder.patches, encoder.attention):
+        assert look(images).isfinite().all()
+    lost = overflowing(encoder)
+    for look in (lost.patches, lost.attention):
+        with pytest.raises(NotFinite, match=r"not finite: [\d,]+ of [\d,]+ values") as error:
+            look(images)
+        assert "another checkpoint" in error.value.hint
+
+
+def test_rows_are_told_apart_by_whether_they_are_finite() -> None:
+    made = torch.ones(3, 2, 2)
+    made[1, 0, 1], made[1, 1, 1] = torch.nan, -torch.inf
+    assert finite_rows(made, ["a", "b", "c"]) == ([0, 2], [("b", "not finite: 2 of 4 features")])
+    assert finite_rows(made[:0], []) == ([], [])

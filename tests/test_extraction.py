@@ -11,13 +11,14 @@ from PIL import Image
 from dinocli import device as device_module
 from dinocli import encoder as encoder_module
 from dinocli.data.crops import crop_boxes, crop_tries, cut, draws, uniforms
-from dinocli.data.sources import image_folder, open_source
+from dinocli.data.sources import image_folder, open_source, photos
 from dinocli.distributed import size
 from dinocli.encoder import Encoder, quick
 from dinocli.errors import DinoError
 from dinocli.evals.linear import augmented
+from dinocli.evals.search import encode
 from dinocli.extraction import extract
-from dinocli.features import read_features, read_splits
+from dinocli.features import Recipe, read_features, read_splits
 from dinocli.models.architecture import BackboneConfig
 from dinocli.packing import pack
 
@@ -179,3 +180,62 @@ def test_several_processes_write_the_file_of_one(tmp_path: Path, images: Path, k
     for count in (2, 3):
         assert together(count, extracted, tmp_path, str(spec), workers) == [whole] * count
         assert (tmp_path / f"of-{count}.safetensors").read_bytes() == (tmp_path / "of-1.safetensors").read_bytes()
+
+
+class Lossy(Encoder):
+    """Gives no numbers for images whose first pixel is bright, as weights may whose products overflow."""
+
+    def features(self, images: torch.Tensor, tokens: str = "cls", blocks: int = 1) -> torch.Tensor:
+        made = super().features(images, tokens, blocks).clone()
+        made[images[:, 0, 0, 0] > 0, ..., 3] = torch.inf
+        made[images[:, 0, 0, 0] > 0, ..., :2] = torch.nan
+        return made
+
+
+@pytest.fixture
+def lossy(encoder: Encoder, images: Path) -> Encoder:
+    for path in sorted(images.rglob("*.png")):
+        pixels = np.array(Image.open(path))
+        pixels[:] = 20
+        Image.fromarray(pixels).save(path)
+    Image.fromarray(np.full((32, 32, 3), 230, np.uint8)).save(images / "a" / "0002.png")
+    return Lossy(**vars(encoder))
+
+
+@pytest.mark.parametrize("options", [{}, {"tokens": "patches"}, {"views": 2}, {"dtype": "float16"}], ids=str)
+def test_an_image_whose_features_are_not_finite_is_skipped_and_named(
+    tmp_path: Path, images: Path, lossy: Encoder, options: dict
+) -> None:
+    path = tmp_path / "f.safetensors"
+    done = extract(lossy, image_folder(images), path, data="d", batch_size=5, **options)
+    each = {"tokens": "12 of 64", "views": "9 of 48"}.get(next(iter(options), ""), "3 of 16")
+    assert done.skipped == {"a/0002.png": f"not finite: {each} features"}
+    read = read_features(path)
+    assert (done.images, len(read), len(read.paths), len(read.labels)) == (11, 11, 11, 11)
+    assert read.skipped == done.skipped and "a/0002.png" not in list(read.paths)
+
+
+def test_nothing_is_written_if_no_features_are_finite(tmp_path: Path, images: Path, lossy: Encoder) -> None:
+    for path in images.rglob("*.png"):
+        Image.fromarray(np.full((32, 32, 3), 230, np.uint8)).save(path)
+    with pytest.raises(
+        DinoError, match=r"none of the 12 images .* can be used; a/0000.png: not finite: 3 of 16"
+    ) as error:
+        extract(lossy, image_folder(images), tmp_path / "out" / "f.safetensors", data="d", batch_size=5)
+    assert "another checkpoint" in error.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_program_is_told_of_an_image_without_finite_features(images: Path, lossy: Encoder) -> None:
+    assert lossy([images / "a" / "0000.png"]).isfinite().all()
+    with pytest.raises(DinoError, match=r"0002.png: not finite: 3 of 16 features"):
+        lossy([images / "a" / "0000.png", images / "a" / "0002.png"])
+
+
+def test_a_query_without_finite_features_is_skipped(images: Path, lossy: Encoder) -> None:
+    recipe = Recipe("x", "0123", "cls", 1, 16, "d")
+    queries = encode(lossy, photos([images / "a"]), recipe, batch_size=4)
+    assert [Path(name).name for name in queries.skipped] == ["0002.png"]
+    assert len(queries.names) == len(queries.values) == 5
+    with pytest.raises(DinoError, match="not finite"):
+        encode(lossy, photos([images / "a" / "0002.png"]), recipe)

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
+import dinocli
 from dinocli.atomic import write_tensors
 from dinocli.errors import DinoError
 from dinocli.features import Recipe, compared, learned_from, read_features, read_splits
@@ -200,3 +202,40 @@ def test_images_without_a_label_are_no_class(tmp_path: Path) -> None:
     rewrite(tmp_path / "f.safetensors", {"labels": np.array([0, -1, 1])})
     with pytest.raises(DinoError, match="1 of the 3 images of f have no label"):
         compared(read_splits(tmp_path))
+
+
+def spoil(path: Path, row: int, value: float) -> None:
+    """Change a number of a file of features and drop its checksum, as in a file of version 0.1."""
+    with safe_open(path, framework="numpy") as file:
+        tensors, metadata = {key: np.array(file.get_tensor(key)) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors["values"][row].reshape(-1)[1] = value
+    metadata.pop("crc32", None)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("width", [(4,), (5, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("views", [0, 4])
+def test_features_that_are_not_finite_are_refused_and_named(
+    tmp_path: Path, width: tuple[int, ...], dtype: str, views: int
+) -> None:
+    path = tmp_path / "train.safetensors"
+    recipe = replace(RECIPE, views=views)
+    with write_features(path, recipe, ["a", "b"], dtype=dtype) as writer:
+        writer.append(np.ones((3, *width), np.float32), [0, 1, 0], ["a/0.png", "b/1.png", "a/2.png"])
+    read_features(path)
+    for value in (np.nan, -np.inf):
+        spoil(path, 1, value)
+        for read in (read_features, lambda p: read_splits(p.parent), lambda p: dinocli.read_features(str(p))):
+            with pytest.raises(DinoError, match=r"train.safetensors: row 1 \(b/1.png\) holds 1 of \d+ values") as error:
+                read(path)
+            assert "dino extract" in error.value.hint
+
+
+def test_a_shard_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    with write_features(tmp_path / "f.safetensors", RECIPE, [], shard_bytes=40) as writer:
+        for i in range(5):
+            writer.append(np.ones((2, 4), np.float32), [-1, -1], [f"{i}-0.png", f"{i}-1.png"])
+    spoil(tmp_path / "f" / "00002.safetensors", 1, np.inf)
+    with pytest.raises(DinoError, match=r"00002.safetensors: row 1 \(2-1.png\)"):
+        read_features(tmp_path / "f")

@@ -7,7 +7,8 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from dinocli.mapped import Rows, Texts, map_tensors
+from dinocli import mapped as module
+from dinocli.mapped import Rows, Texts, first_not_finite, map_tensors
 
 
 def test_a_mapped_tensor_is_that_of_the_file_and_takes_no_memory(tmp_path: Path) -> None:
@@ -54,3 +55,16 @@ def test_texts_lie_between_zeros() -> None:
     parts = [np.frombuffer(text.encode(), np.uint8) for text in ("a/ü.png\0b.png", "c.png")]
     assert list(Texts(parts)) == ["a/ü.png", "b.png", "c.png"]
     assert (len(Texts(parts)), Texts(parts)[1], Texts([])[:]) == (3, "b.png", [])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_the_first_row_that_is_not_finite_is_found(monkeypatch: pytest.MonkeyPatch, dtype: type, bad: float) -> None:
+    monkeypatch.setattr(module, "_CHECKED_BYTES", 100)
+    values = np.full((50, 2, 3), np.finfo(dtype).max)  # whose sum is infinite
+    values[::2] *= -1
+    assert first_not_finite(values) is None
+    assert first_not_finite(np.abs(values)) is None
+    values[[31, 40]], values[17, 1, :2] = bad, (bad, -bad)
+    assert first_not_finite(values) == (17, 2)
+    assert first_not_finite(values[:0]) is None

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from dinocli.encoder import Encoder
-from dinocli.evals.match import PatchMap, match, normalized
+from dinocli.evals.match import PatchMap, match
+from dinocli.evals.units import normalized
 from dinocli.matching import Compared, diffusion_maps, patch_maps, swap, write_picture
 
 

@@ -18,6 +18,7 @@ from dinocli import photos as module
 from dinocli.data.loader import TrainBatches
 from dinocli.data.shards import open_shards
 from dinocli.data.sources import Images, image_folder
+from dinocli.encoder import NotFinite
 from dinocli.engine.trainer import Trainer
 from dinocli.evals.spread import effective_rank, uniformity
 from dinocli.photos import TILE, Photos
@@ -135,12 +136,13 @@ def test_few_photos_are_no_error(count: int, tmp_path: Path, preset: Preset) -> 
     assert bool(figures) == (tmp_path / "run").exists() == (count == 2)
 
 
-def test_a_network_that_gives_no_numbers_is_no_error(source: Images, preset: Preset, tmp_path: Path) -> None:
+def test_a_network_that_gives_no_numbers_is_not_drawn(source: Images, preset: Preset, tmp_path: Path) -> None:
     method = preset.method()
     for parameter in method.teacher.parameters():
         parameter.fill_(math.nan)
-    figures = Photos.of(source, preset).snapshot(method.teacher, 1, tmp_path)
-    assert math.isnan(figures["rank"]) and math.isnan(figures["uniformity"])
+    with pytest.raises(NotFinite, match=r"not finite: .* values of (attention|class tokens)"):
+        Photos.of(source, preset).snapshot(method.teacher, 1, tmp_path)
+    assert not list((tmp_path / "pictures").glob("*-1.jpg"))
 
 
 @pytest.mark.parametrize("settings", [("tiny", VIT), ("resnet50", RESNET)], ids=["vit", "resnet"])

@@ -342,3 +342,43 @@ def test_a_number_is_a_constant_schedule_where_nothing_else_could_be_meant() -> 
     for table, key in (("optimizer", "lr"), ("optimizer", "weight_decay"), ("teacher", "momentum")):
         read = type(ours).parse(data | {table: data[table] | {key: 0.05}}, "mine.toml")
         assert getattr(getattr(read, table), key).model_dump() == constant, "a file has no other"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr.start=nan",
+        "optimizer.weight_decay.end=inf",
+        "optimizer.clip={kind='each_parameter',norm=inf}",
+        "teacher.momentum.start=nan",
+        "losses.dino.targets.temperature.end=nan",
+        "images.window=[0, inf]",
+        "images.window=[[0, 1], [nan, 2], [0, 1]]",
+        "images.max_megapixels=inf",
+        "views.mean=[nan, 0, 0]",
+        "views.std=[1, inf, 1]",
+        "backbone.options.drop_rate=nan",
+    ],
+)
+def test_every_number_is_finite(tmp_path: Path, override: str) -> None:
+    key = override.partition("=")[0] + (".norm" if "norm" in override else "")
+    with pytest.raises(DinoError, match=f"{key} should be a finite number") as error:
+        load_preset("vits16", [override])
+    assert f"--set {key}=" in error.value.hint
+    stored = json.loads(load_preset("vits16").model_dump_json())
+    stored["optimizer"]["lr"]["start"] = "NaN"
+    with pytest.raises(DinoError, match=r"optimizer.lr.start should be a finite number"):
+        Preset.parse(stored, "a checkpoint")
+
+
+def test_pixels_are_divided_by_a_spread_that_float32_can_hold() -> None:
+    for value in (0, -1, 1e-30):
+        with pytest.raises(DinoError, match=r"views.std should be greater than or equal to"):
+            load_preset("vits16", [f"views.std=[1, {value}, 1]"])
+    with pytest.raises(DinoError, match=r"images.window is not valid"):
+        load_preset("vits16", ["images.window=[5, 5]"])
+
+
+def test_a_rate_that_becomes_infinite_by_the_batch_is_refused() -> None:
+    with pytest.raises(DinoError, match="becomes infinite"):
+        load_preset("vits16", ["optimizer.lr.start=1e38", "training.batch_size=1048576"])

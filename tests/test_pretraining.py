@@ -7,19 +7,23 @@ import json
 import os
 import shutil
 import signal
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import of_channels
+from safetensors.torch import load_file, save_file
 
+from dinocli import pretraining
 from dinocli.data.loader import Batch
 from dinocli.data.sources import image_folder
 from dinocli.distillation import Part, SelfDistillation
+from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
 from dinocli.loading import load_encoder
-from dinocli.planning import Plan
+from dinocli.planning import Plan, Saving
 from dinocli.preset import Preset, load_preset
 from dinocli.pretraining import Progress, pretrain, start_from
 from dinocli.runs import newest_run
@@ -240,6 +244,49 @@ def test_steps_that_are_not_finite_are_left_out_and_end_the_run_when_no_other_co
     named = [line.split("\t") for line in (plan.out / "not_finite.txt").read_text().splitlines()]
     assert len(named) == 30 * 4, "the images of each of the last thirty steps"
     assert all((images / ast.literal_eval(name)).is_file() for _, name in named)
+
+
+class Spoiled(Trainer):
+    """Whose step, from the fourth on, leaves an average that is not finite, with a finite loss and gradient."""
+
+    def step(self, batch: object, *, watch: bool = False) -> dict:
+        values = super().step(batch, watch=watch)
+        if self.clock.step >= 4:
+            self.method.average.backbone.model.cls_token.data[..., 0] = torch.nan
+        return values
+
+
+@pytest.mark.parametrize("every", [None, 1, 5], ids=str)
+def test_weights_that_are_not_finite_are_never_saved_and_end_the_run(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, every: int | None
+) -> None:
+    monkeypatch.setattr(pretraining, "Trainer", Spoiled)
+    with pytest.raises(DinoError, match=r"after step [456] teacher.backbone.model.cls_token holds 1 of \d+") as error:
+        pretrain(replace(plan, saving=Saving(seconds=None, steps=every)), lambda p: None)
+    assert "a lower --set optimizer.lr.start=VALUE" in error.value.hint
+    last_good = 3 if every == 1 else 0
+    assert next(folder.name for folder, _ in saved_states(plan.out)) == str(last_good)
+    assert read_weights(plan.out).step == last_good
+
+
+def test_a_run_that_left_out_every_step_is_not_done(plan: Plan) -> None:
+    spoiled = plan.preset.model_copy(update={"views": plan.preset.views.model_copy(update={"std": (1e-45,) * 3})})
+    with pytest.raises(DinoError, match="not finite in 2 steps in a row, up to 2"):
+        pretrain(replace(plan, preset=spoiled, stop=2), lambda p: None)
+
+
+def test_a_state_that_is_not_finite_is_not_resumed(plan: Plan) -> None:
+    pretrain(replace(plan, stop=2), lambda p: None)
+    folder = plan.out / "state" / "2"
+    tensors = load_file(folder / "trainer.safetensors")
+    tensors["method/student.backbone.model.cls_token"][..., :2] = torch.inf
+    save_file(tensors, folder / "trainer.safetensors")
+    told = json.loads((folder / "state.json").read_text())
+    del told["crc32"]  # as in a state of version 0.1
+    told["files"]["trainer.safetensors"] = zlib.crc32((folder / "trainer.safetensors").read_bytes())
+    (folder / "state.json").write_text(json.dumps(told))
+    with pytest.raises(DinoError, match=r"state/2 cannot be used: method/student.backbone.model.cls_token holds 2 of"):
+        pretrain(plan, lambda p: None)
 
 
 def test_a_device_without_room_says_in_how_many_parts_to_take_a_batch(

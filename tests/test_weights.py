@@ -16,7 +16,7 @@ from dinocli.atomic import write_tensors
 from dinocli.errors import DinoError
 from dinocli.models.network import Network
 from dinocli.preset import Preset, load_preset
-from dinocli.weights import read_weights, write_checkpoint
+from dinocli.weights import not_finite, read_weights, write_checkpoint
 
 SMALL = ["heads.dino.prototypes=16", "heads.dino.hidden=24", "heads.dino.bottleneck=8"]
 
@@ -177,3 +177,35 @@ def test_a_preset_that_cannot_be_read_is_one_line(
     assert said in error.value.message
     assert "\n" not in error.value.message
     assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_neither_read_nor_written(
+    tmp_path: Path, preset: Preset, network: Network, bad: float
+) -> None:
+    path = tmp_path / "ckpt.safetensors"
+    write_checkpoint(path, network.weights(), preset, 7)
+    good = path.read_bytes()
+    weights = {k: v.clone() for k, v in network.weights().items()}
+    weights["backbone.blocks.1.attn.qkv.weight"][0, :3] = bad
+    weights["heads.dino.mlp.0.bias"][1] = bad
+    with pytest.raises(DinoError, match=r"step 8 .*blocks.1.attn.qkv.weight holds 3 of .* \(and 1 tensors besides\)"):
+        write_checkpoint(path, weights, preset, 8)
+    assert path.read_bytes() == good, "the last good one stays"
+    from safetensors.torch import save_file
+
+    save_file(weights, tmp_path / "bad.safetensors", {"preset": preset.model_dump_json(), "step": "8"})
+    torch.save({"teacher": weights}, tmp_path / "bad.pth")
+    for name in ("bad.safetensors", "bad.pth"):
+        with pytest.raises(DinoError, match=rf"{name} cannot be used: backbone.blocks.1.attn.qkv.weight holds 3 of"):
+            read_weights(tmp_path / name)
+
+
+def test_values_that_float32_cannot_hold_are_not_finite() -> None:
+    wide = {"steps": torch.arange(3), "empty": torch.empty(0), "one": torch.tensor(1.0)}
+    assert not_finite(wide) is None
+    assert not_finite(wide | {"wide": torch.tensor([1e300, 1.0], dtype=torch.float64)}) == (
+        "wide holds 1 of 2 values that are not finite"
+    )
+    for dtype in (torch.float16, torch.bfloat16):
+        assert not_finite({"half": torch.tensor([3e38, float("nan")]).to(dtype)})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from dinocli.config import Config
@@ -17,6 +17,7 @@ from dinocli.data.decode import Pixels
 from dinocli.data.masking import MaskConfig
 
 Probability = Field(ge=0, le=1)
+Spread = Annotated[float, Field(ge=1e-6)]  # a thousandth of a grey level is 4e-6; pixels are divided by it in float32
 _LONG = 8  # times as long as wide, beyond which an image is cut before it is resized
 Floats = NDArray[np.float64]
 # What `F.interpolate(antialias=True)` calls, which knows no place for the result.
@@ -104,7 +105,7 @@ class ViewsConfig(Config):
     """
 
     mean: tuple[float, ...]
-    std: tuple[PositiveFloat, ...]
+    std: tuple[Spread, ...]
     global_1: ViewConfig
     global_2: ViewConfig | None = None
     local: ViewConfig | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinocli.data.decode import BadImage, Pixels
 from dinocli.data.named import read_photo
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, NotFinite
 from dinocli.errors import DinoError
 from dinocli.evals.foreground import KEEP, TAU, By, foreground
 
@@ -94,12 +94,16 @@ def fit_colors(
         if isinstance(pixels, BadImage):
             skipped[photos[i]] = pixels.reason
         else:
-            each = encoder.patches(encoder.photo(pixels, short_side))[0]  # [rows, columns, D]
-            mask = torch.from_numpy(foreground(encoder, pixels, short_side, by, keep=keep, tau=tau).mask)
-            told = F.interpolate(mask[None, None].float(), each.shape[:2])[0, 0] > 0.5  # [rows, columns]
-            rows = torch.from_numpy(random.permutation(told.numel())[:some])
-            tokens.append(each.flatten(0, 1).cpu()[rows])
-            inside.append(told.flatten()[rows])
+            try:
+                each = encoder.patches(encoder.photo(pixels, short_side))[0]  # [rows, columns, D]
+                mask = torch.from_numpy(foreground(encoder, pixels, short_side, by, keep=keep, tau=tau).mask)
+            except NotFinite as lost:
+                skipped[photos[i]] = lost.reason
+            else:
+                told = F.interpolate(mask[None, None].float(), each.shape[:2])[0, 0] > 0.5  # [rows, columns]
+                rows = torch.from_numpy(random.permutation(told.numel())[:some])
+                tokens.append(each.flatten(0, 1).cpu()[rows])
+                inside.append(told.flatten()[rows])
         report(done)
     if not tokens:
         path, reason = next(iter(skipped.items()))

@@ -17,10 +17,11 @@ from dinocli.data.decode import BadImage
 from dinocli.data.named import read_photo
 from dinocli.data.sources import image_folder
 from dinocli.device import autocast
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, finite_rows
 from dinocli.errors import DinoError
-from dinocli.evals.nearest import Floats, nearest, unit
+from dinocli.evals.nearest import nearest
 from dinocli.evals.retrieval import average_precision
+from dinocli.evals.units import Floats, unit
 from dinocli.mapped import Indices
 
 ORIGINAL = "original"
@@ -28,6 +29,7 @@ _STRONG = "strong"
 TOP = 20  # images that are looked at for each query
 _POWER = 4  # of the generalized mean
 _LEAST = 1e-6
+_LARGE = 1e8
 _FLAT = 1e-5  # times the largest variance: directions with less are taken to have that much
 
 
@@ -69,7 +71,10 @@ class CopiesResult:
 
 def generalized_mean(patches: Tensor) -> Tensor:
     """The fourth root of the mean of fourth powers of what is positive. [B, N, D] -> [B, D]"""
-    return patches.clamp(min=_LEAST).pow(_POWER).mean(1).pow(1 / _POWER)
+    positive = patches.clamp(min=_LEAST)
+    largest = positive.amax(1, keepdim=True)
+    scale = torch.where(largest > _LARGE, largest, 1)  # fourth powers of more overflow float32
+    return (positive / scale).pow(_POWER).mean(1).pow(1 / _POWER) * scale[:, 0]
 
 
 @torch.no_grad()
@@ -108,7 +113,7 @@ class Whitening:
         sizes, directions = np.linalg.eigh(plain.T @ plain / len(plain))
         sizes = np.maximum(sizes, sizes.max() * _FLAT)
         matrix = (directions / np.sqrt(sizes)).T[::-1]
-        return cls(values.mean(0), np.ascontiguousarray(matrix, np.float32))
+        return cls(plain.mean(0).astype(np.float32), np.ascontiguousarray(matrix, np.float32))
 
     def __call__(self, values: Floats) -> Floats:
         return np.asarray((values - self.mean) @ self.matrix.T, np.float32)
@@ -255,18 +260,22 @@ def _encode(
     kept: list[Path] = []
     parts: list[Floats] = []
     for first in range(0, len(files), batch_size):
-        photos = []
+        photos, names = [], []
         for file in files[first : first + batch_size]:
             pixels = read_photo(file, encoder.images)
             if isinstance(pixels, BadImage):
                 skipped[str(file)] = pixels.reason
                 continue
             photos.append(np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)))
-            kept.append(file)
+            names.append(str(file))
         if photos:
             batch = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).to(encoder.device).float() / 255
-            parts.append(describe(encoder, normalize(batch, mean, std)))
+            made = describe(encoder, normalize(batch, mean, std))
+            finite, lost = finite_rows(torch.from_numpy(made), names)
+            parts.append(made[finite])
+            kept += [Path(names[i]) for i in finite]
+            skipped |= dict(lost)
         report(min(len(files), first + batch_size))
-    if not parts:
+    if not kept:
         raise DinoError(f"none of the {len(files)} photos beside {files[0]} can be read", "look at that file")
     return kept, np.concatenate(parts)

@@ -8,7 +8,9 @@ import faiss
 import numpy as np
 
 from dinocli.errors import DinoError
-from dinocli.evals.nearest import Floats, nearest, unit
+from dinocli.evals.equal import found_in
+from dinocli.evals.nearest import nearest
+from dinocli.evals.units import Floats, unit
 from dinocli.mapped import Indices, Values
 
 _QUERIES = 8192  # that are searched at once
@@ -32,12 +34,12 @@ def near_to(
         threshold: Of the cosine.
         report: Called now and then with the number of rows done so far.
     """
-    found = []
+    near = found_in(values, rows, others)  # by rounding a copy may come second, behind one that is merely alike
     for first in range(0, len(rows), _QUERIES):
-        asked = rows[first : first + _QUERIES]
-        found.append(asked[nearest(others, values[asked], 1)[0][:, 0] >= threshold])
-        report(first + len(asked))
-    return np.concatenate(found) if found else rows
+        some = slice(first, first + _QUERIES)
+        near[some] |= nearest(others, values[rows[some]], 1)[0][:, 0] >= threshold
+        report(min(len(rows), first + _QUERIES))
+    return rows[near]
 
 
 def whole_groups(rows: Indices, members: Sequence[Indices]) -> Indices:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinocli.evals.components import Pieces
-from dinocli.evals.nearest import Floats, alike
+from dinocli.evals.nearest import alike
+from dinocli.evals.units import Floats
 from dinocli.mapped import Indices, Values
 
 

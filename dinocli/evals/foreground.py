@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from dinocli.data.decode import Pixels
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, keep_mass
 from dinocli.evals.components import component_at, largest_component
+from dinocli.evals.units import normalized
 from dinocli.models.backbone import Facet, Transformer
 
 By = Literal["attention", "cut"]
@@ -83,7 +83,7 @@ def cut(features: Tensor, tau: float = TAU) -> Foreground:
     Source: Wang et al., TokenCut, arXiv 2202.11539, section 3, and its supplement.
     """
     rows, columns, _ = features.shape
-    unit = F.normalize(features.flatten(0, 1).cpu().double(), dim=1)
+    unit = normalized(features.flatten(0, 1).cpu().double())
     alike = unit @ unit.T > tau  # [N, N]
     alike.fill_diagonal_(True)
     joined = int(alike.sum()) - len(alike)

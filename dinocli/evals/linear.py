@@ -14,11 +14,12 @@ from torch import Tensor
 from dinocli.data.crops import ViewConfig, ViewsConfig
 from dinocli.data.loader import TrainBatches
 from dinocli.data.sources import Images
-from dinocli.encoder import Encoder, TokenChoice
+from dinocli.encoder import Encoder, TokenChoice, finite_rows
 from dinocli.engine import trainer as engine
 from dinocli.errors import DinoError
 from dinocli.evals.accuracy import hits_among
 from dinocli.evals.probes import Probes, scores_of, trainer
+from dinocli.evals.units import Floats
 from dinocli.features import Features
 from dinocli.mapped import Values
 from dinocli.schedules import Clock, Cosine, CosineByEpoch
@@ -28,6 +29,7 @@ RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1,
 _HELD_OUT = 10  # every tenth image of a class chooses the rate
 _TEST = 5  # every fifth image of a class is the test, where the data has no test of its own
 _HELD_BYTES = 4 * 2**30
+_FAR = 10  # as a power of two: features so much larger or smaller than 1 are scaled, since rates are for others
 _SCORED = 4096  # images that are classified at once: by 13 classifiers of 1000 classes, 213 MB
 
 
@@ -91,7 +93,7 @@ def linear(
         report: Called after each step with steps done and steps in all.
 
     Raises:
-        DinoError: There are too few images or classes.
+        DinoError: There are too few images or classes, or the probe diverges.
     """
     classes = len(train.classes)
     rows = np.arange(len(train))
@@ -108,7 +110,8 @@ def linear(
             "extract a larger labelled set",
         )
     views = train.recipe.views if train.views is not None else 0
-    x = _Stored(train.values if train.views is None else train.views, device)
+    scale = _scale_of(train.values)
+    x = _Stored(train.values if train.views is None else train.views, device, scale)
     fitted = 0
 
     def fit(on: NDArray[np.int64], rates: Sequence[float]) -> Probes:
@@ -127,10 +130,11 @@ def linear(
         return probes
 
     probes = fit(kept, rates)
-    held_top1 = [top1 for top1, _ in _percents(probes, train.values, held, train.labels[held], device)]
+    held_top1 = [top1 for top1, _ in _percents(probes, train.values, held, train.labels[held], device, scale)]
     best = int(np.argmax(held_top1))
     chosen = fit(rows, rates[best : best + 1])
-    [[top1, top5]] = _percents(chosen, test_values, test_rows, test_labels, device)
+    _refuse_diverged(chosen, "features without outliers, or fewer --epochs")
+    [[top1, top5]] = _percents(chosen, test_values, test_rows, test_labels, device, scale)
     return LinearResult(
         f"stored, {views} views" if views else "stored",
         top1,
@@ -178,7 +182,8 @@ def linear_on_images(
         report: Called after each step with steps done and steps in all.
 
     Raises:
-        DinoError: There are fewer images than one batch, no labels, or other classes in the test.
+        DinoError: There are fewer images than one batch, no labels, or other classes in the test; a test image's
+            features are not finite, or the probe diverges.
 
     Source: facebookresearch/dino@7c446df eval_linear.py. Reported is the last epoch, where the original takes the best
     one on the test images.
@@ -224,11 +229,14 @@ def linear_on_images(
         trainer(probes, schedule, clock, batch_size).fit(batches(), clock.total, count)
     finally:
         views_of_train.close()
+    _refuse_diverged(probes, "a lower --lr, or another checkpoint")
     hits, images = np.zeros(2), 0
     for plain in encoder.batches(test, size=size, batch_size=batch_size, workers=workers):
         if plain.names:
-            truth = np.array(plain.labels)
-            hits += hits_among(scores_of(probes, encoder.features(plain.images, tokens, blocks))[0], truth)
+            truth, made = np.array(plain.labels), encoder.features(plain.images, tokens, blocks)
+            for name, reason in finite_rows(made, plain.names)[1]:
+                raise DinoError(f"{name}: {reason}", "leave it out; of all images, another checkpoint")
+            hits += hits_among(scores_of(probes, made)[0], truth)
             images += len(truth)
     top1, top5 = (100 * hits / max(1, images)).tolist()
     return LinearResult("paper", top1, top5, lr, {}, len(train), 0, images, False, len(train.classes), epochs)
@@ -252,18 +260,36 @@ def augmented(encoder: Encoder, size: int, views: int = 1) -> ViewsConfig:
 class _Stored:
     """Features that steps ask for: on the device as float32 where that takes at most 4 GiB, else where they lie."""
 
-    def __init__(self, values: Values, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, values: Values, device: torch.device, scale: float = 1.0) -> None:
+        self.device, self.scale = device, scale
         self.held: Tensor | None = None
         if 4 * math.prod(values.shape) <= _HELD_BYTES:
-            self.held = torch.from_numpy(np.require(values[:], requirements=["C", "W"])).to(device)
+            self.held = _scaled(values[:], scale).to(device)
         self.values = values
 
     def __getitem__(self, where: tuple[NDArray[np.int64], ...]) -> Tensor:
         """Of some rows, or of some rows each at a place of its own. [B, D]"""
         if self.held is not None:
             return self.held[tuple(torch.from_numpy(part).to(self.device) for part in where)]
-        return torch.from_numpy(np.require(self.values[where], requirements=["C", "W"])).to(self.device)
+        return _scaled(self.values[where], self.scale).to(self.device)
+
+
+def _scaled(values: Floats, scale: float) -> Tensor:
+    found = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    return found if scale == 1 else found * scale
+
+
+def _scale_of(values: Values) -> float:
+    """A power of two that brings numbers near 1, as a last norm leaves them, if they are far from it; else 1."""
+    some = values[np.unique(np.linspace(0, len(values) - 1, _SCORED).astype(np.int64))]
+    size = float(np.median(np.sqrt(np.square(some, dtype=np.float64).mean(1))))
+    power = round(math.log2(size)) if size else 0
+    return 2.0 ** min(126, -power) if abs(power) > _FAR else 1.0
+
+
+def _refuse_diverged(probes: Probes, hint: str) -> None:
+    if not all(bool(p.isfinite().all()) for p in probes.parameters()):
+        raise DinoError("the linear probe diverged: its weights are not finite", hint)
 
 
 def _batches(
@@ -291,12 +317,17 @@ def _set_apart(
 
 
 def _percents(
-    probes: Probes, values: Values, rows: NDArray[np.int64], truth: NDArray[np.int64], device: torch.device
+    probes: Probes,
+    values: Values,
+    rows: NDArray[np.int64],
+    truth: NDArray[np.int64],
+    device: torch.device,
+    scale: float,
 ) -> list[list[float]]:
     """Of each classifier, how many percent of some rows have their class first and among the first five. [rates][2]"""
     hits = np.zeros((len(probes.rates), 2))
     for start in range(0, len(rows), _SCORED):
         some = slice(start, start + _SCORED)
-        x = torch.from_numpy(np.require(values[rows[some]], requirements=["C", "W"])).to(device)
+        x = _scaled(values[rows[some]], scale).to(device)
         hits += [hits_among(scores, truth[some]) for scores in scores_of(probes, x)]
     return (100 * hits / len(rows)).tolist()

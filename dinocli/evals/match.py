@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 Points = NDArray[np.float64]  # x and y in pixels of a photo. [P, 2]
 SideOf = Literal["box", "image"]
@@ -101,11 +100,6 @@ def joint_pca(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     return ((a.double() - mean) @ directions).to(a.dtype), ((b.double() - mean) @ directions).to(b.dtype)
 
 
-def normalized(features: Tensor) -> Tensor:
-    """Each of length one. [..., D]"""
-    return F.normalize(features.float(), dim=-1)
-
-
 def match(a: PatchMap, b: PatchMap) -> Matches:
     """Each patch's nearest in the other photo by cosine; A's patches are taken some at a time."""
     ours, theirs = a.features.flatten(0, 1), b.features.flatten(0, 1)
@@ -120,7 +114,8 @@ def match(a: PatchMap, b: PatchMap) -> Matches:
         values, found = similar.max(0)
         back = torch.where(values > best, found + first, back)
         best = torch.maximum(values, best)
-    return Matches(torch.cat(forth).cpu().numpy(), back.cpu().numpy(), torch.cat(cosine).cpu().numpy())
+    near = torch.cat(cosine).clamp(-1, 1)  # rounding takes those of equal patches above 1
+    return Matches(torch.cat(forth).cpu().numpy(), back.cpu().numpy(), near.cpu().numpy())
 
 
 def answers(a: PatchMap, b: PatchMap, matches: Matches, points: Points) -> Points:

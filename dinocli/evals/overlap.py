@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dinocli.data.decode import BadImage
 from dinocli.data.masks import read_object
 from dinocli.data.named import read_photo
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.attention import jaccard
 from dinocli.evals.edges import refine
 from dinocli.evals.foreground import KEEP, TAU, By, foreground
@@ -72,10 +72,14 @@ def overlaps(
         elif truth.shape != pixels.shape[:2]:
             skipped[photo] = f"it has {_shape(pixels)} pixels, its mask {_shape(truth)}"
         else:
-            found = {by: foreground(encoder, pixels, short_side, by, keep=keep, tau=tau) for by in ways}
-            masks = {str(by): refine(told.mask, visible(pixels)) for by, told in found.items()}
-            masks |= {EVERYTHING: np.ones_like(truth), ELLIPSE: ellipse(*truth.shape)}
-            each[photo] = {way: jaccard(one, truth) for way, one in masks.items()}
+            try:
+                found = {by: foreground(encoder, pixels, short_side, by, keep=keep, tau=tau) for by in ways}
+            except NotFinite as lost:
+                skipped[photo] = lost.reason
+            else:
+                masks = {str(by): refine(told.mask, visible(pixels)) for by, told in found.items()}
+                masks |= {EVERYTHING: np.ones_like(truth), ELLIPSE: ellipse(*truth.shape)}
+                each[photo] = {way: jaccard(one, truth) for way, one in masks.items()}
         report(done)
     return Overlaps(each, skipped)
 

@@ -15,9 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from dinocli.atomic import draft_folder
+from dinocli.data.decode import Pixels
 from dinocli.data.labels import IGNORED
 from dinocli.data.pairs import Pairs
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, NotFinite
+
+_LARGEST = 65504  # of float16
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,10 @@ def store_patches(
         with (draft / "values").open("wb") as values, (draft / "truth").open("wb") as truth:
             for done, photo in enumerate(pairs.masks, 1):
                 read = pairs.read(photo, encoder.images)
-                if isinstance(read, str):
-                    skipped[str(photo)] = read
+                tokens = None if isinstance(read, str) else _tokens(encoder, read[0], short_side)
+                if isinstance(read, str) or tokens is None or isinstance(tokens, str):
+                    skipped[str(photo)] = str(tokens or read)
                 else:
-                    image = encoder.photo(read[0], short_side)
-                    tokens = encoder.patches(image)[0].cpu().numpy()  # [rows, columns, D]
                     rows, columns = tokens.shape[:2]
                     classes = _sized(read[1], rows * patch, columns * patch)
                     values.write(tokens.astype(np.float16).tobytes())
@@ -110,6 +112,16 @@ def store_patches(
             counts,
             skipped,
         )
+
+
+def _tokens(encoder: Encoder, pixels: Pixels, short_side: int) -> NDArray[np.float32] | str:
+    """A photo's patches [rows, columns, D], or why they cannot be stored."""
+    try:
+        tokens: NDArray[np.float32] = encoder.patches(encoder.photo(pixels, short_side))[0].cpu().numpy()
+    except NotFinite as lost:
+        return lost.reason
+    largest = float(np.abs(tokens).max())
+    return f"too large for float16: a value of a patch is {largest:.3g}" if largest > _LARGEST else tokens
 
 
 def _sized(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from dinocli.data.augment import normalize
 from dinocli.data.decode import BadImage
 from dinocli.data.named import read_photo
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, finite_rows
 from dinocli.errors import DinoError
-from dinocli.evals.nearest import Floats, unit
+from dinocli.evals.units import Floats, unit
 from dinocli.mapped import Indices
 
 Level = Literal["easy", "medium", "hard"]
@@ -227,7 +227,10 @@ def _feature(encoder: Encoder, file: Path, size: int, multiscale: bool) -> Float
         if not height or not width:
             return BadImage(f"too small: {photo.width}x{photo.height} pixels, below a patch of {patch}")
         tokens.append(encoder.features(scaled[..., :height, :width]).float())
-    return unit(torch.stack(tokens).sum(0).cpu().numpy())[0]
+    added = torch.stack(tokens).sum(0).cpu()  # [1, D]
+    for _, reason in finite_rows(added, [str(file)])[1]:
+        return BadImage(reason)
+    return unit(added.numpy())[0]
 
 
 def retrieval(
@@ -264,4 +267,6 @@ def retrieval(
     ]
     values, skipped = features_of_files(encoder, files, size=size, multiscale=multiscale, report=report)
     images, queries = values[: len(truth.images)], values[len(truth.images) :]
-    return scores(queries @ images.T, truth), skipped
+    with np.errstate(invalid="ignore"):  # rows of what cannot be read are NaN
+        cosines = queries @ images.T
+    return scores(cosines, truth), skipped

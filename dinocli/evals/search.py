@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinocli.data.sources import Source
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, finite_rows
 from dinocli.errors import DinoError
 from dinocli.evals.index import Index
-from dinocli.evals.nearest import Floats
+from dinocli.evals.units import Floats
 from dinocli.features import Recipe
 from dinocli.gallery import Gallery
 
@@ -98,8 +98,11 @@ def encode(
     for batch in encoder.batches(source, size=recipe.size, batch_size=batch_size, workers=workers):
         if batch.names:
             tokens = encoder.features(batch.images, recipe.tokens, recipe.blocks)  # type: ignore[arg-type]
-            values.append(tokens.float().cpu().numpy())
-        names += batch.names
+            made = tokens.float().cpu()
+            kept, lost = finite_rows(made, batch.names)
+            values.append(made[kept].numpy())
+            names += [batch.names[i] for i in kept]
+            skipped |= dict(lost)
         skipped |= dict(batch.bad)
         report(len(names) + len(skipped))
     if not names:

@@ -17,7 +17,7 @@ from dinocli.atomic import write_tensors
 from dinocli.data.decode import Pixels
 from dinocli.data.labels import IGNORED
 from dinocli.data.pairs import LabelledSet, Pairs
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, NotFinite
 from dinocli.engine import trainer as engine
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import AdamWConfig
@@ -49,6 +49,11 @@ class SegmentationHead:
     classes: list[str]
     short_side: int
     fingerprint: str
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all of its numbers are."""
+        return bool(self.weight.isfinite().all() and self.bias.isfinite().all())
 
     def classify(self, encoder: Encoder, pixels: Pixels, short_side: int | None = None) -> NDArray[np.uint8]:
         """The class of each pixel of a photo: of the logits of its patches, enlarged, the highest. [H, W]"""
@@ -199,6 +204,8 @@ def train_head(
         trainer.fit(_batches(stored, size, seed, device), clock.total, count)
         commonest = int(stored.counts[:classes].argmax())
     head = SegmentationHead(*method.folded(), data.classes, short_side, encoder.fingerprint)
+    if not head.is_finite:
+        raise DinoError("the head that was trained has weights that are not finite", "photos at another --size")
     table, skipped, photos = _confusion(encoder, head, data.val, lambda done, of: report("measure", done, of))
     if not photos:
         raise _unreadable(skipped)
@@ -239,12 +246,16 @@ def _confusion(
             skipped[str(photo)] = read
         else:
             pixels, truth = read
-            said = head.classify(encoder, pixels)
-            counts = truth != IGNORED
-            table += np.bincount(
-                truth[counts].astype(np.int64) * count + said[counts], minlength=count * count
-            ).reshape(count, count)
-            photos += 1
+            try:
+                said = head.classify(encoder, pixels)
+            except NotFinite as lost:
+                skipped[str(photo)] = lost.reason
+            else:
+                counts = truth != IGNORED
+                table += np.bincount(
+                    truth[counts].astype(np.int64) * count + said[counts], minlength=count * count
+                ).reshape(count, count)
+                photos += 1
         report(done, len(pairs.masks))
     return table, skipped, photos
 
@@ -296,6 +307,8 @@ def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
         head = SegmentationHead(
             weight, bias, json.loads(about["classes"]), int(about["short_side"]), about["fingerprint"]
         )
+        if not head.is_finite:
+            raise ValueError("its weights are not finite")
     # safetensors has an exception of its own for each damage.
     except Exception as error:
         raise DinoError(f"{path} is no segmentation head: {error}", "dino segment --train DATA") from error

@@ -6,7 +6,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from dinocli.evals.units import normalized
 
 
 def effective_rank(features: Tensor) -> float:
@@ -40,5 +41,5 @@ def uniformity(features: Tensor) -> float:
 
     Source: arXiv 2005.10242, section 4.1.
     """
-    distances = torch.pdist(F.normalize(features.double(), dim=1))
+    distances = torch.pdist(normalized(features.double()))
     return float((-2 * distances**2).exp().mean().log())

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dinocli.data.decode import Pixels
 from dinocli.data.labels import Labels
 from dinocli.encoder import Encoder
+from dinocli.evals.units import normalized
 from dinocli.models.backbone import Facet
 
 SHORT_SIDE = 480  # pixels
@@ -93,7 +94,7 @@ def track(
 
 def _patches(encoder: Encoder, frame: Pixels, looking: Looking) -> Tensor:
     image = encoder.photo(frame, looking.short_side)
-    return F.normalize(encoder.patches(image, [looking.layer], looking.facet)[0], dim=-1)  # [h, w, D]
+    return normalized(encoder.patches(image, [looking.layer], looking.facet)[0])  # [h, w, D]
 
 
 def one_hot(labels: Labels, values: Sequence[int] | Labels, grid: tuple[int, int]) -> Tensor:

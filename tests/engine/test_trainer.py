@@ -135,3 +135,27 @@ def test_parts_add_up_to_the_gradient_of_the_whole() -> None:
     assert [v["grad_norm"].item() for v in values] == [6.0] * 3
     with pytest.raises(ValueError, match="whole"):
         Trainer(Line(), OPTIMIZERS[0], Clock(1, 1), batch_size=1, accumulate=2).step(1.0)
+
+
+@pytest.mark.parametrize("config", OPTIMIZERS, ids=lambda c: c.kind)
+def test_a_rate_that_is_not_finite_is_seen_in_the_weights(config: OptimizerConfig) -> None:
+    """The gradient is finite and the step is done; what it leaves is not."""
+    lost = guarded(config)
+    lost.step(torch.tensor([1.0, 2.0]))
+    assert lost.is_finite()
+    lost.lr = Constant.model_construct(kind="constant", value=math.nan)
+    lost.step(torch.tensor([1.0, 2.0]))
+    assert lost.skipped.tolist() == [0, 0]
+    assert not lost.is_finite()
+
+
+def test_a_buffer_and_a_moment_count_too() -> None:
+    for spoil in (
+        lambda t: t.method.seen.fill_(math.inf),
+        lambda t: t.optimizer.state[t.method.value]["exp_avg_sq"].fill_(math.inf),
+    ):
+        one = guarded(OPTIMIZERS[1])
+        one.step(torch.tensor([1.0, 2.0]))
+        assert one.is_finite()
+        spoil(one)
+        assert not one.is_finite()

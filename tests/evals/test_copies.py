@@ -118,3 +118,8 @@ def test_copies_find_their_originals(tmp_path: Path, encoder: Encoder) -> None:
     for wrong in (folder / "jpegqual", folder / "original"):
         with pytest.raises(DinoError, match="original"):
             copies(encoder, wrong, size=16)
+
+
+def test_the_generalized_mean_of_large_numbers_does_not_overflow() -> None:
+    patches = torch.rand(2, 5, 3)
+    torch.testing.assert_close(generalized_mean(patches * 1e20), generalized_mean(patches) * 1e20)

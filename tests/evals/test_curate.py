@@ -65,3 +65,10 @@ def test_a_group_goes_whole_where_one_of_it_is_near_to_what_is_held_out() -> Non
     assert whole_groups(near, members).tolist() == [0, 1, 2]
     assert whole_groups(np.array([5]), members).tolist() == [5]
     assert whole_groups(np.array([], np.int64), members).tolist() == []
+
+
+def test_a_copy_of_what_is_held_out_is_near_at_any_threshold() -> None:
+    pool = drawn(400, width=96)
+    assert near_to(pool, np.arange(400), pool[[7, 300]].copy(), 1.0).tolist() == [7, 300]
+    both = np.concatenate([pool[:100], pool[:100] * np.float32(1 + 1e-7)])  # by rounding these may come first
+    assert near_to(pool, np.arange(100), both, 1.0).tolist() == list(range(100))

@@ -19,3 +19,15 @@ def test_near_duplicates_are_found_and_the_best_is_kept() -> None:
     assert groups[0].cosines == found.best[[20]].tolist()
     assert not find_alike(values, None).members
     np.testing.assert_array_equal(find_alike(values, None).best, found.best)
+
+
+def test_a_threshold_of_one_finds_what_is_equal() -> None:
+    """Rounding takes the cosine of a row with itself below 1 in many cases."""
+    values = np.random.default_rng(0).normal(size=(400, 96)).astype(np.float32)
+    values[200:] = values[:200]
+    values[250, 3] += 1e-2
+    found = find_alike(values, 1.0)
+    assert [g.tolist() for g in found.members] == [[i, i + 200] for i in range(200) if i != 50]
+    assert found.pairs == 199
+    assert {c for group in choose(found, lambda row: (0, 0)) for c in group.cosines} == {1.0}
+    assert found.best.max() == 1 and found.best[50] < 1

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dinocli.checksums import unseal
 from dinocli.evals import index as module
@@ -113,3 +114,52 @@ def test_a_handful_of_features_can_be_indexed(tmp_path: Path) -> None:
     values = drawn(5)
     for kind in ("ivf", "hnsw"):
         assert open_index(values, kind, tmp_path, "x").search(values, 9)[1][:, 0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+@pytest.mark.parametrize(("share", "sources"), [(0.06, 50), (0.2, 1)])
+def test_images_that_come_again_hide_nothing_and_count_as_found(
+    tmp_path: Path, kind: str, share: float, sources: int
+) -> None:
+    """Of equal rows any is right; and a graph of many equal ones would lead nowhere else."""
+    values = drawn(4000, 24)
+    again = int(share * len(values))
+    values[-again:] = values[np.random.default_rng(1).integers(0, sources, again)]
+    rest = np.arange(sources, len(values) - again, 7)
+    index = open_index(values, kind, tmp_path, "x")
+    assert index.about.distinct == len(values) - again
+    assert index.about.recall >= 0.95
+    if kind == "ivf":
+        lists = module.faiss.read_index(str(tmp_path / "index.ivf" / "index.faiss")).nlist
+        assert index.about.effort < lists / 4, "it need not look at all lists"
+    cosines, found = index.search(values[rest], 1)
+    assert np.mean(found[:, 0] == rest) > 0.98
+    assert (cosines[found[:, 0] == rest] == 1).all()
+    [near], [rows] = index.search(values[-1:], 10)
+    assert (near == 1).sum() == min(10, (values == values[-1]).all(1).sum())
+    assert len(set(rows.tolist())) == 10, "each row once"
+    again_opened = open_index(values, kind, tmp_path, "x", lambda images: pytest.fail("it is kept"))
+    np.testing.assert_array_equal(again_opened.search(values[rest], 3)[1], index.search(values[rest], 3)[1])
+
+
+@pytest.mark.parametrize("spoil", ["old", "torn", "short", "other"])
+def test_an_index_without_its_equal_rows_is_made_anew(tmp_path: Path, spoil: str) -> None:
+    values = drawn(300)
+    values[200] = values[4]
+    open_index(values, "ivf", tmp_path, "x")
+    place = tmp_path / "index.ivf"
+    if spoil == "old":  # as an earlier version kept it
+        about = json.loads((place / "about.json").read_text())
+        about.pop("distinct")
+        (place / "about.json").write_text(json.dumps(about))
+        (place / "equal.safetensors").unlink()
+    elif spoil == "torn":
+        (place / "equal.safetensors").write_bytes(b"torn")
+    else:
+        first = np.arange(299 if spoil == "short" else 300)
+        save_file({"first": first}, place / "equal.safetensors")
+    built: list[int] = []
+    index = open_index(values, "ivf", tmp_path, "x", built.append)
+    assert built == [300]
+    assert index.search(values[200:201], 2)[1].tolist() == [[4, 200]]
+    assert index.search(values[200:201], 2)[0].tolist() == [[1, 1]]

@@ -152,3 +152,13 @@ def test_voters_need_not_fit_in_memory(tmp_path: Path) -> None:
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     assert done.stdout.split("\n")[:2] == ["100.0", "all at once do not fit"], done.stderr
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-30])
+def test_the_size_of_features_changes_no_accuracy(scale: float) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    values = np.eye(3)[labels].repeat(4, axis=1) + 0.8 * generator.normal(size=(90, 12))
+    plain, far = (knn(features(values * s, labels, 3), None, [5]).scores[0] for s in (1, scale))
+    assert far == plain
+    assert plain.top1 > 50

@@ -133,3 +133,20 @@ def test_blocks_of_test_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     whole = linear(clusters(200), clusters(100, seed=1), epochs=3, device=CPU)
     monkeypatch.setattr(module, "_SCORED", 7)
     assert linear(clusters(200), clusters(100, seed=1), epochs=3, device=CPU) == whole
+
+
+@pytest.mark.parametrize("scale", [2.0**66, 2.0**-100])
+def test_the_size_of_features_changes_no_accuracy(scale: float) -> None:
+    """Rates are for features near 1; others are scaled by a power of two, which changes no other bit of them."""
+    plain = clusters(200)
+    plain.values[:] /= np.sqrt(np.square(plain.values).mean())
+    far = replace(plain, values=(plain.values * scale).astype(np.float32))
+    assert linear(far, None, epochs=5, device=CPU) == linear(plain, None, epochs=5, device=CPU)
+    assert linear(far, None, epochs=5, device=CPU).top1 > 60
+
+
+def test_a_probe_that_diverges_is_no_result() -> None:
+    outlier = clusters(200)
+    outlier.values[::20] *= np.float32(1e30)
+    with pytest.raises(DinoError, match="diverged"):
+        linear(outlier, None, epochs=5, device=CPU)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from dinocli.evals import match as module
-from dinocli.evals.match import PatchMap, answers, joint_pca, match, mean_pck, near_enough, normalized, pck, spread_out
+from dinocli.evals.match import PatchMap, answers, joint_pca, match, mean_pck, near_enough, pck, spread_out
+from dinocli.evals.units import normalized
 
 
 def patch_map(rows: int, columns: int, size: tuple[int, int], seed: int = 0) -> PatchMap:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dinocli.evals import nearest as module
-from dinocli.evals.nearest import alike, nearest, unit
+from dinocli.evals.nearest import alike, bounded, nearest
+from dinocli.evals.units import unit
 from dinocli.mapped import Rows
 
 
@@ -52,6 +53,41 @@ def test_every_alike_pair_comes_once_and_the_best_is_right(monkeypatch: pytest.M
     assert not any(len(part.first) for part in alike(values, None, best)), "without a threshold there is no pair"
 
 
-def test_a_feature_of_zeros_is_near_to_nothing() -> None:
-    assert unit(np.zeros((1, 4), np.float32)).tolist() == [[0, 0, 0, 0]]
-    np.testing.assert_allclose(np.linalg.norm(unit(drawn(5)), axis=1), 1, rtol=1e-6)
+def copied(width: int = 64) -> np.ndarray:
+    """Rows of which the second half is the first again; cosines of equal ones come out below and above 1."""
+    values = np.concatenate([drawn(300, width), drawn(300, width)])
+    products = np.einsum("sd,sd->s", unit(values), unit(values))
+    assert (products < 1).any() and (products > 1).any(), "else this tests nothing"
+    return values
+
+
+@pytest.mark.parametrize("tile", [4096, 70])
+def test_the_cosine_of_equal_rows_is_one_and_none_is_larger(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setattr(module, "_TILE", tile)
+    values, best = copied(), np.empty(600, np.float32)
+    tiles = list(alike(values, 1.0, best))
+    pairs = sorted((a, b) for part in tiles for a, b in zip(part.first.tolist(), part.second.tolist(), strict=True))
+    assert pairs == [(row, row + 300) for row in range(300)]
+    assert (best == 1).all()
+    assert all((part.cosines == 1).all() for part in tiles)
+    for block in (1 << 30, 1 << 12):
+        monkeypatch.setattr(module, "_BLOCK_BYTES", block)
+        cosines, found = nearest(values, values, 4)
+        assert (cosines[:, :2] == 1).all() and (np.abs(cosines) <= 1).all()
+        assert (np.sort(found[:, :2] % 300) == np.arange(600)[:, None] % 300).all()
+        assert (np.diff(cosines) <= 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e20, 1e-20])
+def test_neighbours_do_not_depend_on_the_size_of_features(scale: float) -> None:
+    values = drawn(50, 16)
+    cosines, found = nearest(values, values[:9], 5)
+    far, same = nearest((values * scale).astype(np.float32), (values[:9] * scale).astype(np.float32), 5)
+    np.testing.assert_array_equal(same, found)
+    np.testing.assert_allclose(far, cosines, atol=1e-6)
+
+
+def test_rows_that_were_not_found_stay_so() -> None:
+    cosines, rows = np.array([[1.0000001, -np.inf]], np.float32), np.array([[2, -1]])
+    found = bounded(drawn(3), drawn(1), cosines, rows)
+    assert found[0].tolist() == [[1.0, -np.inf]] and found[1].tolist() == [[2, -1]]

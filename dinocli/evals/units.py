@@ -1,0 +1,38 @@
+"""Units: features scaled to length 1, whatever finite size they have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+Floats = NDArray[np.float32]
+
+# Squares of float32 overflow above 1e19 and lose digits below 1e-17: between these lengths they do neither.
+_SHORTEST, _LONGEST = 1e-12, 1e18
+
+
+def unit(values: NDArray[Any]) -> Floats:
+    """Scale rows to length 1, so that a product is a cosine; a row of zeros stays. [S, D] -> [S, D], float32"""
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        length = np.sqrt(np.einsum("sd,sd->s", values, values))
+    found = values / np.maximum(length, _SHORTEST)[:, None]
+    odd = np.flatnonzero(~((length > _SHORTEST) & (length < _LONGEST)))
+    if len(odd):
+        wide = values[odd].astype(np.float64)  # squares of any float32 fit in it
+        length = np.sqrt(np.einsum("sd,sd->s", wide, wide))[:, None]
+        found[odd] = np.divide(wide, length, out=np.zeros_like(wide), where=length > 0)
+    return found
+
+
+def normalized(features: Tensor) -> Tensor:
+    """Scale features to length 1 on any device; a row of zeros stays. [..., D] of float32 or float64"""
+    # By the largest number first, which keeps the squares from overflowing; a power of two changes no other bit.
+    largest = features.abs().amax(-1, keepdim=True)
+    scaled = torch.ldexp(features, -torch.frexp(largest).exponent.clamp(-126, 126))
+    return F.normalize(scaled, dim=-1)
