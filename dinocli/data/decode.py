@@ -103,7 +103,7 @@ class Opened:
 
     @property
     def deep(self) -> bool:
-        """Whether the file has more than 8 bits a value."""
+        """Depth of more than 8 bits a value."""
         return self.mode.startswith(("I", "F"))
 
     def pixels(self, reduce: int = 1) -> Pixels | BadImage:
@@ -134,7 +134,9 @@ class Opened:
     def _array_pixels(self) -> Pixels | BadImage:
         assert self._array
         channels = self._images.channels
-        pixels = to_bytes(self._array.read(), self._array.layout, channels, self._images.windows)
+        with _hushed() if self.format in ("TIFF", "JPEG2000") else nullcontext():
+            values = self._array.read()
+        pixels = to_bytes(values, self._array.layout, channels, self._images.windows)
         if pixels is None:
             return BadImage(_NO_NUMBER)
         pixels = _gray(pixels) if channels == 1 and pixels.shape[2] == 3 else pixels

@@ -73,6 +73,11 @@ def to_bytes(values: Values, layout: Layout, channels: int, windows: Windows | N
         if layout.range in (None, (0, 255)) and layout.colors in ("bands", "rgb", "gray") and not layout.alpha:
             return _plain_bytes(values[..., :count], layout, channels)
         layout = replace(layout, range=layout.range or (0, 255))
+        if layout.colors in ("bands", "rgb", "gray") and not layout.alpha and layout.key is None:
+            # Each value has one result, and a scan in black and white has many values.
+            every = np.arange(256, dtype=np.uint8)[None, :, None]
+            results = _laid(every, replace(layout, colors="gray"), 1, None, 255)[0, :, 0]
+            return _repeated(results[values[..., :count]], layout, channels)
     if values.dtype.kind == "u" and layout.range and layout.range[1] <= 255:
         windows = None  # a window is of deep images
     stated = layout.range or usual_range(values[..., :count])

@@ -66,7 +66,7 @@ class Frame(NamedTuple):
 
     @property
     def is_common(self) -> bool:
-        """Whether decoders of 8 bits read it: baseline or progressive."""
+        """Baseline or progressive of 8 bits, as every decoder reads."""
         return self.bits == 8 and self.kind in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 
 

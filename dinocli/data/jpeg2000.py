@@ -52,7 +52,7 @@ class Header:
 
 
 def is_jpeg2000(data: bytes) -> bool:
-    """Return whether the file begins as one."""
+    """Recognize a file by its first bytes."""
     return data.startswith((_BOX, _STREAM))
 
 
@@ -119,17 +119,17 @@ def cost_fault(data: bytes, header: Header, megapixels: float, by_pillow: bool) 
 
     Args:
         data: The file.
-        header: Of it.
-        megapixels: `images.max_megapixels`, of which decoding may take 12 bytes each.
+        header: Its header.
+        megapixels: `images.max_megapixels`, for each of which decoding may take 13 bytes.
         by_pillow: Pillow decodes it.
     """
     pixels, count = header.width * header.height, len(header.bits)
     size = f"{header.width}x{header.height} pixels"
     if pixels * count > max(_SMALL, _PLAINEST * len(data)):
-        return f"too large: {size} in {len(data)} bytes, as of no picture"
+        return f"too large: {size} in {len(data)} bytes, plainer than any picture"
     deep = 1 + (max(header.bits) > 8)
     needed = header.tile * count * 5 + pixels * 8 if by_pillow else pixels * count * (5 + deep)
-    if needed > 12e6 * megapixels:
+    if needed > 13e6 * megapixels:
         tiles = "in one tile, " if by_pillow and header.tile == pixels else ""
         return f"too large: {size} of a JPEG 2000, {tiles}take {needed / 1e9:.1f} GB to decode"
     return ""

@@ -40,6 +40,7 @@ _BY_PILLOW = {1, 5, 8, 32773, 32946, 34925, 50000}  # compressions whose pixels 
 _FAX = (2, 3, 4)
 _JPEG2000, _PNG, _WEBP, _LERC = (33003, 33004, 33005, 34712), (34933,), (34927, 50001), (34887,)
 _BY_TIFFFILE = {*_BY_PILLOW, *_FAX, _JPEG, *_JPEG2000, *_PNG, *_WEBP, *_LERC}
+_TILE = 64e6  # bytes of a tile that any image may have
 _PIECES = 50_000  # from which tifffile is faster, and a million of which it takes too long for
 
 
@@ -235,6 +236,8 @@ def open_tiff(data: bytes, channels: int) -> ArrayFile | Facts | None:
         return None
     if facts.raw:
         raise UnfitArray("not read here: a camera's raw file; convert it to TIFF or JPEG with a raw converter")
+    if fault := _tile_fault(facts):
+        raise UnfitArray(fault)
     by_pillow = _is_pillows(facts, channels)
     sparse, short = _pieces_missing(facts, len(data))
     if by_pillow and not sparse and not (len(facts.offsets) > _PIECES and _has_tifffile()):
@@ -352,6 +355,15 @@ def _pieces_missing(facts: Facts, size: int) -> tuple[bool, bool]:
     return bool(empty.any()), bool((offsets + counts)[~empty].max(initial=0) > size or (offsets < 0).any())
 
 
+def _tile_fault(facts: Facts) -> str:
+    """Return what is wrong with tiles that are far larger than their image; empty if nothing is."""
+    values = facts.samples * max(facts.bits, default=1) / 8
+    if facts.piece[0] * facts.piece[1] * values <= max(_TILE, 4 * facts.width * facts.height * values):
+        return ""
+    tile, size = ("x".join(map(str, each)) for each in (facts.piece, (facts.width, facts.height)))
+    return f"too large: tiles of {tile} pixels in a TIFF of {size}"
+
+
 def _piece_fault(data: bytes, facts: Facts) -> str:
     """Return what is wrong with a piece that states another size than its place; empty if nothing is."""
     kind = facts.compression
@@ -378,8 +390,10 @@ def _size_of(piece: bytes, kind: int) -> tuple[int, int, int]:
         version = piece[6] if piece[:6] == b"Lerc2 " and len(piece) > 26 else 0
         height, width, depth = struct.unpack_from("<III", piece, 14 if version > 2 else 10) if version else (0, 0, 0)
         return width, height, depth if version > 3 else 1
-    image = Image.open(io.BytesIO(piece), formats=("PNG", "WEBP"))
-    return *image.size, 1
+    try:
+        return *Image.open(io.BytesIO(piece), formats=("PNG", "WEBP")).size, 1
+    except Exception:  # of broken files nearly any
+        return 0, 0, 0
 
 
 def _has_tifffile() -> bool:

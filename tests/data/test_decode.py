@@ -221,6 +221,40 @@ def test_first_frame_of_an_animation(kind: str) -> None:
     assert np.abs(first.astype(int) - [255, 0, 0]).max() < 5
 
 
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_pages_and_frames_are_counted(kind: str, count: int) -> None:
+    frames = [photo(30, 40 + i).resize((40, 30)) for i in range(count)]
+    options = {"save_all": True, "append_images": frames[1:]} if count > 1 else {}
+    assert open_image(saved(frames[0], kind, **options)).pages == count
+
+
+def test_a_preview_within_a_photo_is_no_page() -> None:
+    assert open_image(JPEGS["mpo"]).pages == open_image(JPEGS["420"]).pages == open_image(photo()).pages == 1
+
+
+@pytest.mark.parametrize("kind", ["bands in one row", "tiles of 16"])
+def test_a_bilevel_scan_is_not_too_slow(kind: str) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    scan = np.indices((1400, 1000)).sum(0) % 7 < 3
+    file, pieces = io.BytesIO(), {"tile": (16, 16)} if kind == "tiles of 16" else {"rowsperstrip": 1}
+    tifffile.imwrite(file, scan, photometric="minisblack", **pieces)
+    assert np.array_equal(decode(file.getvalue())[..., 0] > 0, scan)
+    for packing in ("group4", "group3"):
+        data = saved(Image.fromarray(scan), "TIFF", compression=packing, tiffinfo={278: 1})
+        assert np.array_equal(decode(data)[..., 0] > 0, scan)
+
+
+def test_avif_of_ten_bits_is_named_under_a_window() -> None:
+    imagecodecs = pytest.importorskip("imagecodecs")
+    if "AVIF" not in Image.OPEN:
+        pytest.skip("this Pillow reads no AVIF")
+    values = np.full((16, 16, 3), 700, np.uint16)
+    data = imagecodecs.avif_encode(values, level=100, bitspersample=10)
+    assert np.abs(decode(data).astype(int) - round(700 * 255 / 1023)).max() <= 3  # lossy
+    assert reason(data, window=(0, 1023)).startswith("not read here: AVIF of more than 8 bits")
+
+
 JPEGS = {
     "444": saved(photo(), "JPEG", subsampling=0),
     "422": saved(photo(), "JPEG", subsampling=1),

