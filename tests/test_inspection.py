@@ -160,3 +160,16 @@ def test_mean_and_std_of_any_channels(tmp_path: Path) -> None:
     assert (seen.read, seen.deep, seen.gray, seen.formats) == (5, 5, 0, {"NPY": 5})
     assert seen.bad == {"other.npy": "other channels: an array of 20x24x4, where images.channels is 13"}
     assert seen.megabytes == pytest.approx(20 * 24 * 13e-6)
+
+
+def test_deep_colors_count_as_deep(tmp_path: Path) -> None:
+    imagecodecs, tifffile = pytest.importorskip("imagecodecs"), pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 65536, (40, 60, 3), dtype=np.uint16)
+    (tmp_path / "a.jp2").write_bytes(imagecodecs.jpeg2k_encode(values, level=0))
+    (tmp_path / "b.png").write_bytes(imagecodecs.png_encode(values))
+    tifffile.imwrite(tmp_path / "c.tif", values, photometric="rgb")
+    (tmp_path / "d.ppm").write_bytes(b"P6 60 40 65535\n" + values.astype(">u2").tobytes())
+    (tmp_path / "e.jp2").write_bytes(imagecodecs.jpeg2k_encode(np.uint8(values >> 8), level=0))
+    seen = inspect(open_source(str(tmp_path)))
+    assert (seen.read, seen.deep) == (5, 4)
+    assert seen.formats == {"JPEG2000": 2, "PNG": 1, "TIFF": 1, "PPM": 1}

@@ -32,8 +32,8 @@ def open_png(data: bytes, channels: int) -> ArrayFile | None:
     """
     if not data.startswith(SIGNATURE) or len(data) < 33:
         return None
-    length, kind, width, height, bits, color, _, _, interlaced = struct.unpack_from(">I4sIIBBBBB", data, 8)
-    if (length, kind, bits) != (13, b"IHDR", 16) or color not in _BANDS or interlaced > 1:
+    length, kind, width, height, bits, color = struct.unpack_from(">I4sIIBB", data, 8)
+    if (length, kind, bits) != (13, b"IHDR", 16) or color not in _BANDS or not (width and height):
         return None
     name, bands = _BANDS[color]
     if channels not in (1, 3) and bands != channels:

@@ -83,7 +83,7 @@ _UNKNOWN = "not an image: no format that is known here"
 
 def name_unread(data: bytes) -> str:
     """Return the reason for a file that nothing here reads, with the name of its format where it has one."""
-    if (frame := find_frame(data)) and not frame.is_common:
+    if (frame := find_frame(data)) and not frame.is_common and 2 <= frame.bits <= 16:
         return name_jpeg(frame.kind, frame.bits)
     for at, signature, name, advice in _SIGNATURES:
         if data.startswith(signature, at) and not (name.endswith("(AVI)") and not data.startswith(b"RIFF")):

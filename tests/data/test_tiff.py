@@ -246,18 +246,21 @@ def test_a_sample_format_that_is_absent_is_unsigned() -> None:
         check(bare, scaled(values, *span(kind)), 1, kind)
 
 
+@pytest.mark.parametrize("fill", [0, 90])
 @pytest.mark.parametrize("kind", ["u1", "u2"])
 @pytest.mark.parametrize("bands", [1, 3])
-def test_sparse_tiles_are_empty(kind: str, bands: int) -> None:
+def test_sparse_tiles_are_empty(kind: str, bands: int, fill: int) -> None:
     values = ramp(bands, kind)
-    data = bytearray(written(values, "rgb" if bands == 3 else "minisblack", tile=(16, 16)))
+    nodata = [(42113, 2, 3, f"{fill}", True)] if fill else []  # as GDAL writes it
+    photometric = "rgb" if bands == 3 else "minisblack"
+    data = bytearray(written(values, photometric, tile=(16, 16), extratags=nodata))
     with tifffile.TiffFile(io.BytesIO(bytes(data))) as file:
         tags = file.pages[0].tags
         for tag in (tags[324], tags[325]):
             form = "<I" if tag.dtype == 4 else "<H"
             struct.pack_into(form, data, tag.valueoffset + struct.calcsize(form), 0)  # the second tile
     wanted = values.copy()
-    wanted[:16, 16:32] = 0
+    wanted[:16, 16:32] = fill
     assert np.array_equal(stored(bytes(data)), wanted)
     check(bytes(data), np.repeat(scaled(wanted, *span(kind)), 3 // bands, -1), 3, kind)
 
