@@ -332,7 +332,7 @@ def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
     return _Look(
         name,
         format=opened.format or "decoded",
-        deep=opened.mode.startswith(("I", "F")),
+        deep=opened.deep,
         width=opened.width,
         height=opened.height,
         mean=some.mean(axis=0),

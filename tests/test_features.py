@@ -220,7 +220,7 @@ def test_features_that_are_not_finite_are_refused_and_named(
     tmp_path: Path, width: tuple[int, ...], dtype: str, views: int
 ) -> None:
     path = tmp_path / "train.safetensors"
-    recipe = replace(RECIPE, views=views)
+    recipe, width = replace(RECIPE, views=views), (1 + views, *width[-1:]) if views else width
     with write_features(path, recipe, ["a", "b"], dtype=dtype) as writer:
         writer.append(np.ones((3, *width), np.float32), [0, 1, 0], ["a/0.png", "b/1.png", "a/2.png"])
     read_features(path)

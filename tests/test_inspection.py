@@ -239,3 +239,16 @@ def test_few_shards_are_opened_for_few_images(shards: Path) -> None:
     assert warn_of(open_source(str(shards)), ImagesConfig(), sample=6) == [
         "6 of 6 sampled images are a single color after conversion to 8 bits"
     ]
+
+
+def test_deep_colors_count_as_deep(tmp_path: Path) -> None:
+    imagecodecs, tifffile = pytest.importorskip("imagecodecs"), pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 65536, (40, 60, 3), dtype=np.uint16)
+    (tmp_path / "a.jp2").write_bytes(imagecodecs.jpeg2k_encode(values, level=0))
+    (tmp_path / "b.png").write_bytes(imagecodecs.png_encode(values))
+    tifffile.imwrite(tmp_path / "c.tif", values, photometric="rgb")
+    (tmp_path / "d.ppm").write_bytes(b"P6 60 40 65535\n" + values.astype(">u2").tobytes())
+    (tmp_path / "e.jp2").write_bytes(imagecodecs.jpeg2k_encode(np.uint8(values >> 8), level=0))
+    seen = inspect(open_source(str(tmp_path)))
+    assert (seen.read, seen.deep) == (5, 4)
+    assert seen.formats == {"JPEG2000": 2, "PNG": 1, "TIFF": 1, "PPM": 1}

@@ -1,81 +1,49 @@
-"""Images of any number of channels that Pillow does not read: NumPy's .npy files, and TIFFs of many bands."""
+"""Images whose raw values are read here: NumPy's .npy files, and what Pillow does not read with all of its bits."""
 
 from __future__ import annotations
 
 import io
-import logging
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from dinocli.data.depth import Layout
+from dinocli.data.images import ImagesConfig
+from dinocli.data.jpeg2000 import is_jpeg2000, open_jpeg2000
+from dinocli.data.png import open_png
+from dinocli.data.pnm import open_pnm
+from dinocli.data.raster import ArrayFile, UnfitArray, other_channels
+
 _LONGEST_HEADER = 10_000  # bytes of a .npy; it is a line of text
-_SAMPLES, _BITS = 277, 258  # tags of a TIFF
-_NUMBERS = {3: "H", 4: "I", 16: "Q"}  # kinds of a TIFF's tag that hold such a number
+_SGI = b"\x01\xda"
 
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else its words come out on stderr
-
-
-class UnfitArray(Exception):
-    """An array that is no image as it was wanted; a category to count by, a colon, a few words."""
-
-
-@dataclass(frozen=True)
-class ArrayFile:
-    """A file of which only the header was read.
-
-    Attributes:
-        format: `NPY` or `TIFF`.
-        height: In pixels.
-        width: In pixels.
-        dtype: Of its numbers.
-        read: Reads them. [H, W, C]
-    """
-
-    format: str
-    height: int
-    width: int
-    dtype: np.dtype[Any]
-    read: Callable[[], NDArray[Any]]
-
-
-def open_array(data: bytes, channels: int) -> ArrayFile | None:
-    """Read the header of a .npy, or of a TIFF that Pillow cannot give with all its bands and bits.
+def open_array(data: bytes, images: ImagesConfig) -> ArrayFile | None:
+    """Read the header of a .npy, or of a PNG, PNM, SGI or JPEG 2000 that Pillow cannot give with all its values.
 
     Args:
         data: The file.
-        channels: How many are wanted.
+        images: The number of channels that is wanted, and the limits.
 
     Returns:
-        What can be read; None where the file is neither, and Pillow's to read.
+        The header; None where the file is Pillow's to read.
 
     Raises:
         UnfitArray: It has another number of channels, or holds no numbers.
-        ValueError: It is damaged; or any other exception that the TIFF's reader has.
+        ValueError: It is damaged.
     """
     if data.startswith(npy.MAGIC_PREFIX):
-        return _open_npy(data, channels)
-    facts = _tiff_facts(data)
-    if facts is None:
-        return None
-    samples, bits = facts
-    # What Pillow reads of these is what was always read; it knows no more than four bands, and 8 bits of each.
-    if samples <= 4 and (samples != channels or channels in (1, 3) or bits <= 8):
-        return None
-    if samples != channels:
-        raise UnfitArray(other_channels(f"{samples}", channels))
-    return _open_tiff(data, channels)
-
-
-def other_channels(came: str, wanted: int) -> str:
-    """Why a file of another number of channels is refused."""
-    return f"other channels: {came}, where images.channels is {wanted}"
+        return _open_npy(data, images.channels)
+    if data[:1] == b"P":
+        return open_pnm(data, images.channels, images.truncated)
+    if data[:1] == b"\x89":
+        return open_png(data, images.channels)
+    if data[:2] == _SGI:
+        return _open_sgi(data, images.channels)
+    return open_jpeg2000(data, images.channels, images.max_megapixels) if is_jpeg2000(data) else None
 
 
 def _open_npy(data: bytes, channels: int) -> ArrayFile:
@@ -100,7 +68,8 @@ def _open_npy(data: bytes, channels: int) -> ArrayFile:
         values = values[..., None] if len(shape) == 2 else values
         return values if last else values.transpose(1, 2, 0)
 
-    return ArrayFile("NPY", height, width, dtype, read)
+    stated = (0.0, 65535.0) if dtype.kind == "u" and dtype.itemsize == 2 else None
+    return ArrayFile("NPY", height, width, channels, dtype, Layout("bands", stated), read)
 
 
 def _channels_last(shape: tuple[int, ...], channels: int) -> bool:
@@ -116,45 +85,25 @@ def _channels_last(shape: tuple[int, ...], channels: int) -> bool:
     raise UnfitArray(other_channels(f"an array of {'x'.join(map(str, shape)) or 'one number'}", channels))
 
 
-def _tiff_facts(data: bytes) -> tuple[int, int] | None:
-    """Bands and bits of a TIFF's first picture; None of other files, and of what is too damaged to tell.
-
-    Pillow says of a TIFF of five bands only that it knows no such image.
-    """
-    if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+def _open_sgi(data: bytes, channels: int) -> ArrayFile | None:
+    """Read the header of an SGI of 16 bits, of which Pillow keeps the upper 8."""
+    if len(data) < 512 or data[3] != 2:
         return None
-    order, big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
-    found = {_SAMPLES: 1, _BITS: 1}
-    try:
-        (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-        (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
-        at, size, room = (at + 8, 20, 8) if big else (at + 2, 12, 4)
-        for entry in range(at, at + size * min(entries, 4096), size):
-            tag, kind, count = struct.unpack_from(order + ("HHQ" if big else "HHI"), data, entry)
-            if tag in found and count and kind in _NUMBERS:
-                form, value = _NUMBERS[kind], entry + size - room
-                if count * struct.calcsize(form) > room:  # there lies then where they are
-                    (value,) = struct.unpack_from(order + ("Q" if big else "I"), data, value)
-                (found[tag],) = struct.unpack_from(order + form, data, value)
-    except struct.error:
-        return None
-    return found[_SAMPLES], found[_BITS]
-
-
-def _open_tiff(data: bytes, channels: int) -> ArrayFile:
-    try:
-        tifffile = import_module("tifffile")
-    except ImportError as error:
-        raise UnfitArray("not read here: a TIFF of many bands needs pip install 'dinocli[tiff]'") from error
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        page = file.pages[0]
-        height, width, axes, dtype = int(page.imagelength), int(page.imagewidth), str(page.axes), page.dtype
-    if axes not in ("YXS", "SYX") or dtype is None or dtype.kind not in "uif":
-        raise UnfitArray(f"no image: bands of numbers were wanted; it holds {dtype} along {axes}")
+    packed, _, dimensions, width, height, bands = struct.unpack_from(">BBHHHH", data, 2)
+    bands, height = bands if dimensions > 2 else 1, height if dimensions > 1 else 1
+    if channels not in (1, 3) and bands != channels:
+        raise UnfitArray(other_channels(f"{bands} (SGI)", channels))
+    if packed or bands not in (1, 3, 4):
+        raise UnfitArray("not read here: SGI of 16 bits with packed rows; convert it to 16-bit PNG")
 
     def read() -> NDArray[Any]:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            values: NDArray[Any] = file.pages[0].asarray(maxworkers=1)
-        return values if axes == "YXS" else values.transpose(1, 2, 0)
+        if len(data) < 512 + 2 * width * height * bands:
+            raise EOFError("image file is truncated")
+        values = np.frombuffer(data, ">u2", width * height * bands, 512)
+        return values.reshape(bands, height, width).transpose(1, 2, 0)[::-1]  # the lowest row comes first
 
-    return ArrayFile("TIFF", height, width, dtype, read)
+    if channels in (1, 3):
+        layout = Layout("gray" if bands == 1 else "rgb", (0, 65535), alpha="straight" if bands == 4 else "")
+    else:
+        layout = Layout("bands", (0, 65535))
+    return ArrayFile("SGI", height, width, bands, np.dtype(">u2"), layout, read)

@@ -18,12 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from dinocli.data.arrays import ArrayFile, UnfitArray, open_array, other_channels
-from dinocli.data.depth import array_to_bytes, deep_to_gray, is_deep_color, read_ppm, windowed
-from dinocli.data.guards import BODY, Reader, TooSlow, check_tags, too_many_scans
+from dinocli.data.arrays import open_array
+from dinocli.data.depth import image_layout, image_values, to_bytes
+from dinocli.data.guards import BODY, Reader, TooSlow, check_tags, gif_frames, too_many_scans
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.jpeg import plain_header
+from dinocli.data.jpeg import find_frame, plain_header
+from dinocli.data.raster import ArrayFile, UnfitArray, other_channels
+from dinocli.data.tiff import SIGNATURES, Facts, open_tiff
 from dinocli.data.turns import TURNS, turned
+from dinocli.data.unread import name_jpeg, name_unread
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its words on bad files come out on stderr
 
@@ -36,15 +39,17 @@ _FORMATS = tuple(
     "JPEG PNG WEBP GIF TIFF BMP DIB AVIF JPEG2000 PPM ICO CUR ICNS PSD PCX DCX DDS SGI SUN QOI MSP XBM XPM PIXAR "
     "FTEX GBR BLP FLI XVTHUMB IM SPIDER TGA".split()
 )
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION = 0x0112
 _QOI = 2e6  # pixels; some ten seconds
 _HOLD_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+_COUNTED = ("PNG", "WEBP", "AVIF", "DCX", "FLI", "IM", "SPIDER")  # whose header tells how many pictures there are
 # Channels of what is not made RGB or grey. RGBX is what Pillow calls four bands of which it knows three.
 _BANDS = {"LA": 2, "RGBA": 4, "RGBX": 4}
 _ENTERING = threading.Lock()
 _inside: list[tuple[int | None, bool]] = []  # what Pillow was set to, for each thread that reads
+_UNKNOWN = "not an image: no format that is known here"
 _NO_NUMBER = "damaged: none of its values is a number"
+_NOTHING_LEFT = "truncated: nothing is left of the picture"
 _GREY: dict[str, Any] = {"L": 128, "RGB": (128,) * 3, "RGBA": (128, 128, 128, 255), "I;16": 32768}
 
 
@@ -63,6 +68,7 @@ class Opened:
         width: In pixels, upright.
         format: As Pillow names it, or `NPY`; absent of what came decoded.
         mode: Pillow's, of the file's pixels, or of one channel of an array: `I;16` is deep, `L` grey.
+        pages: Number of pages or frames in the file, of which only the first is read.
     """
 
     def __init__(
@@ -75,15 +81,22 @@ class Opened:
         mode: str,
         image: Image.Image | None = None,
         array: ArrayFile | None = None,
+        palette: Pixels | None = None,
         turn: int = 1,
         tagged: bool = False,
         plain_jpeg: bool = True,
+        pages: int = 1,
     ) -> None:
         self._source, self._images, self._size = source, images, size
         self._image, self._turn, self._tagged, self._plain_jpeg = image, turn, tagged, plain_jpeg
-        self._array = array
+        self._array, self._palette = array, palette
         self.width, self.height = size[::-1] if turn > 4 else size
-        self.format, self.mode = format, mode
+        self.format, self.mode, self.pages = format, mode, pages
+
+    @property
+    def deep(self) -> bool:
+        """Depth of more than 8 bits a value."""
+        return self.mode.startswith(("I", "F"))
 
     def pixels(self, reduce: int = 1) -> Pixels | BadImage:
         """Decode.
@@ -96,7 +109,10 @@ class Opened:
             [H, W, C], or the reason why not.
         """
         if self._array:
-            return _tried(self._images, False, self._array_pixels)
+            found = _tried(self._images, False, self._array_pixels)
+            if isinstance(found, BadImage) and self._images.truncated and self.format == "PNG":
+                return _tried(self._images, True, self._array_pixels)
+            return found
         if self._plain_jpeg and reduce == 1 and self._images.channels in (1, 3):
             fast = _fast_jpeg(self._source, self._tagged)
             if fast is not None and fast.shape[1::-1] == self._size:
@@ -109,8 +125,16 @@ class Opened:
 
     def _array_pixels(self) -> Pixels | BadImage:
         assert self._array
-        pixels = array_to_bytes(self._array.read(), self._images.windows)
-        return BadImage(_NO_NUMBER) if pixels is None else pixels
+        channels = self._images.channels
+        with _hushed() if self.format in ("TIFF", "JPEG2000") else nullcontext():
+            values = self._array.read()
+        pixels = to_bytes(values, self._array.layout, channels, self._images.windows)
+        if pixels is None:
+            return BadImage(_NO_NUMBER)
+        pixels = _gray(pixels) if channels == 1 and pixels.shape[2] == 3 else pixels
+        if ImageFile.LOAD_TRUNCATED_IMAGES and (pixels == pixels[:1, :1]).all():
+            return BadImage(_NOTHING_LEFT)
+        return turned(pixels, self._turn)
 
     def _load(self, image: Image.Image | None, reduce: int) -> Pixels | BadImage:
         lenient = ImageFile.LOAD_TRUNCATED_IMAGES
@@ -125,23 +149,18 @@ class Opened:
         if lenient and image.mode in _GREY and image.format in ("PNG", "BMP", "TIFF", "PPM", "TGA"):
             image.im = Image.new(image.mode, image.size, _GREY[image.mode]).im  # Pillow would begin with black
         windows, channels = self._images.windows, self._images.channels
-        deep = windows is not None and isinstance(image, ImageFile.ImageFile) and is_deep_color(image)
-        if isinstance(image, ImageFile.ImageFile) and isinstance(self._source, bytes):
-            image = read_ppm(image, self._source, windows) or image
         with _hushed() if image.format == "TIFF" else nullcontext():
             image.load()
         # What an icon holds is known only now.
         if image.size != self._size and reduce == 1 and (fault := _size_fault(image.size, self._images)):
             return fault
+        if self._palette is not None and image.mode == "P":
+            image = Image.fromarray(self._palette[np.minimum(np.asarray(image), len(self._palette) - 1)])
         pixels = _to_rgb(image, windows, channels) if channels in (1, 3) else _as_it_is(image, channels)
-        if deep and windows is not None and not isinstance(pixels, BadImage):
-            exact = _deep_png(self._source, pixels.shape[2]) if image.format == "PNG" else None
-            # Of other color files Pillow has only the upper 8 bits to tell: the window is right, its steps are coarse.
-            pixels = windowed(pixels, windows / 257) if exact is None else windowed(exact, windows)
         if channels == 1 and not isinstance(pixels, BadImage) and pixels.shape[2] == 3:
             pixels = _gray(pixels)
         if lenient and not isinstance(pixels, BadImage) and (pixels == pixels[:1, :1]).all():
-            return BadImage("truncated: nothing is left of the picture")
+            return BadImage(_NOTHING_LEFT)
         return pixels if isinstance(pixels, BadImage) else turned(pixels, orientation(image))
 
 
@@ -165,7 +184,10 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
         plain = plain_header(data)
         if plain and not _size_fault(plain.size, images):
             return Opened(data, images, plain.size, mode=plain.mode)
-    return _tried(images, False, lambda: _open(data, images))
+    opened = _tried(images, False, lambda: _open(data, images))
+    if isinstance(opened, BadImage) and opened.reason == _UNKNOWN and isinstance(data, bytes):
+        return BadImage(name_unread(data))
+    return opened
 
 
 def decode(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
@@ -181,15 +203,23 @@ def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
         return BadImage("empty: the file has no bytes")
     if len(data) > images.max_megabytes * 1e6:
         return BadImage(f"too large: {len(data) / 1e6:.0f} megabytes, over {images.max_megabytes:g}")
-    if data[:4] in _TIFF:
+    facts = None
+    if data[:4] in SIGNATURES:
         check_tags(data)
-    if array := open_array(data, images.channels):
+        found = open_tiff(data, images.channels)
+        if isinstance(found, ArrayFile):
+            return _opened_array(data, found, images)
+        facts = found
+    elif array := open_array(data, images):
         return _opened_array(data, array, images)
     image = _header(data)
-    return _size_fault(image.size, images) or _slow_fault(image, data) or _opened(data, image, images)
+    fault = _size_fault(image.size, images) or _slow_fault(image, data) or _kind_fault(image, data, images)
+    return fault or _opened(data, image, images, facts)
 
 
-def _opened(source: bytes | Image.Image, image: Image.Image, images: ImagesConfig) -> Opened:
+def _opened(
+    source: bytes | Image.Image, image: Image.Image, images: ImagesConfig, facts: Facts | None = None
+) -> Opened:
     # Of these every libjpeg makes the same; CMYK and Adobe's RGB are Pillow's.
     plain = image.mode == "L" or (image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1)
     return Opened(
@@ -202,7 +232,16 @@ def _opened(source: bytes | Image.Image, image: Image.Image, images: ImagesConfi
         turn=orientation(image),
         tagged=bool(_HOLD_ORIENTATION & image.info.keys()),
         plain_jpeg=plain and image.format in ("JPEG", "MPO") and isinstance(source, bytes),
+        palette=facts.colors if facts else None,
+        pages=facts.pages if facts else _count_pages(image, source) if isinstance(source, bytes) else 1,
     )
+
+
+def _count_pages(image: Image.Image, data: bytes) -> int:
+    """Count frames, if that is cheap. The second picture of an MPO is a preview of the first, or a depth map."""
+    if image.format == "GIF":
+        return gif_frames(data)
+    return getattr(image, "n_frames", 1) if image.format in _COUNTED else 1
 
 
 @cache
@@ -212,13 +251,21 @@ def _formats() -> tuple[str, ...]:
 
 
 def _opened_array(data: bytes, array: ArrayFile, images: ImagesConfig) -> Opened | BadImage:
-    size = (array.width, array.height)
-    if array.width * array.height * images.channels > 3 * images.max_megapixels * 1e6:  # a bound of memory
-        what = f"{size[0]}x{size[1]} pixels of {images.channels} channels"
+    size, count = (array.width, array.height), max(images.channels, array.bands)
+    if array.width * array.height * count > 3 * images.max_megapixels * 1e6:  # a bound of memory
+        what = f"{size[0]}x{size[1]} pixels of {count} channels"
         return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of three")
+    taken = array.width * array.height * array.bands * array.dtype.itemsize
+    if taken > max(6 * images.max_megapixels * 1e6, len(data)):
+        what = f"{size[0]}x{size[1]} pixels of {array.bands * array.dtype.itemsize} bytes"
+        return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of six")
     mode = "F" if array.dtype.kind == "f" else "L" if array.dtype.itemsize == 1 else "I"
+    turn, pages = array.turn, array.pages
+    if array.format == "PNG" and not _size_fault(size, images):
+        image = _header(data)
+        turn, pages = orientation(image), _count_pages(image, data)
     return _size_fault(size, images) or Opened(
-        data, images, size, format=array.format, mode=mode, array=array, plain_jpeg=False
+        data, images, size, format=array.format, mode=mode, array=array, turn=turn, plain_jpeg=False, pages=pages
     )
 
 
@@ -231,6 +278,16 @@ def _slow_fault(image: ImageFile.ImageFile, data: bytes) -> BadImage | None:
         return BadImage(f"too slow: {image.width}x{image.height} pixels of a QOI, which Pillow reads one by one")
     said = too_many_scans(image, data)
     return BadImage(said) if said else None
+
+
+def _kind_fault(image: ImageFile.ImageFile, data: bytes, images: ImagesConfig) -> BadImage | None:
+    """Refuse kinds of a format that Pillow takes for others, or reads with fewer bits than a window is of."""
+    if image.format in ("JPEG", "MPO") and (frame := find_frame(data)) and not frame.is_common:
+        return BadImage(name_jpeg(frame.kind, frame.bits))
+    at = data.find(b"av1C", 0, 4096) if image.format == "AVIF" and images.window else -1
+    if 0 < at < len(data) - 6 and data[at + 6] & 0x40:
+        return BadImage("not read here: AVIF of more than 8 bits under images.window; convert it to 16-bit PNG")
+    return None
 
 
 def _size_fault(size: tuple[int, int], images: ImagesConfig) -> BadImage | None:
@@ -280,17 +337,6 @@ def _fast_jpeg(data: Any, tagged: bool) -> Pixels | None:
         return None
 
 
-def _deep_png(data: Any, channels: int) -> NDArray[np.uint16] | None:
-    """A color PNG's 16 bits, with or without alpha, where torchvision is there to read them. [H, W, 3 or 4]"""
-    try:
-        import_module("torchvision.io")
-        torch = import_module("torch")
-        values = torch.ops.image.decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), channels, False)
-        return values.permute(1, 2, 0).numpy() if values.dtype == torch.uint16 else None
-    except Exception:  # Pillow's upper 8 bits will do
-        return None
-
-
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Without the lines that libtiff writes of its own about a damaged file; what is wrong comes back as a value."""
@@ -335,7 +381,7 @@ def _tried(images: ImagesConfig, lenient: bool, work: Callable[[], T]) -> T | Ba
     except UnfitArray as error:
         return BadImage(str(error))
     except UnidentifiedImageError:
-        return BadImage("not an image: no format that is known here")  # its own words hold a memory address
+        return BadImage(_UNKNOWN)  # its own words hold a memory address
     except Image.DecompressionBombError:
         return BadImage(f"too large: over {images.max_megapixels:g} megapixels")
     except MemoryError:
@@ -364,13 +410,8 @@ def orientation(image: Image.Image) -> int:
 def _to_rgb(image: Image.Image, windows: NDArray[np.float64] | None, channels: int) -> Pixels | BadImage:
     """Colors; where one channel is wanted, greys that are there as such stay one. [H, W, 3 or 1]"""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        ranges = [None] if windows is None else [(low, high) for low, high in np.unique(windows, axis=0).tolist()]
-        if windows is not None and len(ranges) > 1:
-            ranges = [(low, high) for low, high in windows.tolist()]
-        gray = [deep_to_gray(image, each) for each in ranges]
-        if gray[0] is None:
-            return BadImage(_NO_NUMBER)
-        return np.repeat(gray[0][..., None], channels, -1) if len(gray) == 1 else np.stack(gray, -1)  # type: ignore[arg-type]
+        pixels = to_bytes(image_values(image), image_layout(image), channels, windows)
+        return BadImage(_NO_NUMBER) if pixels is None else pixels
     if image.has_transparency_data:
         image = _on_white(image.convert("RGBA"))
     if channels == 1 and image.mode == "L":

@@ -10,7 +10,8 @@ from PIL import ImageFile
 # What a file may cost Pillow's Python loops, a unit a read and each 64 bytes of it: under a second, and some ten.
 _HEADER, BODY = 100_000, 12_000_000
 _SCANS = 4000  # of a JPEG, times its megapixels: each goes over the whole picture, and a few bytes make one
-_VALUES = 500_000  # of a TIFF's tag: each becomes an object, before the size is known
+_VALUES = 590_000  # of a TIFF's tag: each becomes an object. A scan of 150 megapixels has so many tiles of 16x16
+_SUB_BLOCKS = 100_000  # of a GIF, of 255 bytes each, that counting its frames looks at
 
 
 class TooSlow(Exception):
@@ -61,3 +62,21 @@ def too_many_scans(image: ImageFile.ImageFile, data: bytes) -> str:
     scans = data.count(b"\xff\xda")
     slow = scans * (1 + image.width * image.height / 1e6) > _SCANS
     return f"too slow: {scans} scans of {image.width}x{image.height} pixels" if slow else ""
+
+
+def gif_frames(data: bytes) -> int:
+    """Count the frames of a GIF, those of a very large one in part."""
+    frames, at = 0, 13 + (3 << ((data[10] & 7) + 1) if data[10:11] and data[10] & 128 else 0)
+    left = _SUB_BLOCKS
+    while at + 10 < len(data) and left > 0:
+        if data[at] == 0x2C:
+            frames += 1
+            at += 11 + (3 << ((data[at + 9] & 7) + 1) if data[at + 9] & 128 else 0)
+        elif data[at] == 0x21:
+            at += 2
+        else:
+            break
+        while at < len(data) and data[at] and left > 0:
+            at, left = at + 1 + data[at], left - 1
+        at += 1
+    return max(1, frames)

@@ -1,4 +1,4 @@
-"""The header of a plain JPEG, in a fifth of the time that Pillow takes for any (6 and 29 microseconds)."""
+"""The header of a plain JPEG, in a fifth of the time that Pillow takes for any (6 and 29 microseconds); any frame."""
 
 from __future__ import annotations
 
@@ -53,3 +53,34 @@ def _is_plain(kind: int, length: int, body: bytes) -> bool:
     if kind in (_JFIF, _PROFILE):
         return length >= 16 and body.startswith(b"JFIF\0" if kind == _JFIF else b"ICC_PROFILE\0")
     return kind in _PASSED_OVER
+
+
+class Frame(NamedTuple):
+    """The start of a frame: its kind as the marker's second byte, and its size."""
+
+    kind: int
+    bits: int
+    width: int
+    height: int
+    bands: int
+
+    @property
+    def is_common(self) -> bool:
+        """Baseline or progressive of 8 bits, as every decoder reads."""
+        return self.bits == 8 and self.kind in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
+
+
+def find_frame(data: bytes) -> Frame | None:
+    """Return the first frame of any JPEG, also of 12 bits, lossless or JPEG-LS; None if it has none."""
+    at = 2
+    for _ in range(10_000):
+        while data[at : at + 2] == b"\xff\xff":
+            at += 1
+        if data[:2] != b"\xff\xd8" or at + 12 > len(data) or data[at] != 0xFF:
+            return None
+        mark, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if (0xC0 <= mark <= 0xCF and mark not in (0xC4, 0xC8, 0xCC)) or mark == 0xF7:
+            bits, height, width, bands = struct.unpack_from(">BHHB", data, at + 4)
+            return Frame(mark, bits, width, height, bands)
+        at += 2 + length
+    return None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinocli.data.guards import Reader, TooSlow, check_tags, too_many_scans
+from dinocli.data.guards import Reader, TooSlow, check_tags, gif_frames, too_many_scans
 
 
 def test_a_reader_stops_where_reading_costs_too_much() -> None:
@@ -43,3 +43,11 @@ def test_a_jpeg_of_a_thousand_scans_is_refused_and_a_progressive_photo_is_not() 
     assert too_many_scans(Image.open(io.BytesIO(data)), data) == ""
     many = data + b"\xff\xda" * 5000
     assert too_many_scans(Image.open(io.BytesIO(many)), many).startswith("too slow: ")
+
+
+def test_frames_of_a_gif_are_counted_without_decoding() -> None:
+    file = io.BytesIO()
+    frames = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40), dtype=np.uint8)) for i in range(4)]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    assert gif_frames(file.getvalue()) == 4
+    assert gif_frames(b"GIF89a") == gif_frames(file.getvalue()[:30]) == 1
