@@ -17,6 +17,7 @@ from dinocli.mapped import Rows, Texts, Values, map_tensors
 
 FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards
+_NUMBERED = 100_000  # numbers that may be classes; larger ones are something else
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,17 @@ def read_features(path: Path) -> Features:
         Rows([v[:, 0] for v in values] if recipe.views else values),
         labels,
         Texts([t["paths"] for t in tensors if len(t["labels"])]),
-        json.loads(metadata["classes"]),
+        json.loads(metadata["classes"]) or _numbered(labels),
         {name: reason for some in skipped for name, reason in some.items()},
         recipe,
         Rows([v[:, 1:] for v in values]) if recipe.views else None,
     )
+
+
+def _numbered(labels: NDArray[np.int64]) -> list[str]:
+    """Return names of classes for labels that came without, as those of tar shards through a pipe: their numbers."""
+    most = int(labels.max(initial=-1))
+    return [str(i) for i in range(most + 1)] if most < _NUMBERED else []
 
 
 def _index(folder: Path) -> dict[str, int]:
@@ -219,7 +226,7 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
     Raises:
         DinoError: No split has labels, they hold patch tokens, or the two have no class in common.
     """
-    labelled = {name: f for name, f in splits.items() if f.classes}
+    labelled = {name: _labelled(f) for name, f in splits.items() if f.classes and (f.labels >= 0).any()}
     if not labelled:
         raise DinoError(
             "labelled features were wanted; these images lie in no class folders",
@@ -232,6 +239,20 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
     if test is not None:
         test = _with_classes_of(train, test)
     return train, test
+
+
+def _labelled(features: Features) -> Features:
+    """Leave out the images that have no label."""
+    rows = np.flatnonzero(features.labels >= 0)
+    if len(rows) == len(features):
+        return features
+    return replace(
+        features,
+        values=features.values[rows],
+        labels=features.labels[rows],
+        paths=[features.paths[row] for row in rows.tolist()],
+        views=None if features.views is None else features.views[rows],
+    )
 
 
 def _with_classes_of(train: Features, test: Features) -> Features:

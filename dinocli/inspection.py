@@ -24,7 +24,7 @@ from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source, TorchvisionImages
 from dinocli.twins import SIDE, Pair, is_flat, near_equal, thumbnail
 
-Read = Callable[[], "bytes | Image.Image"]
+Read = Callable[[], "bytes | Image.Image | BadImage"]
 
 _SECONDS = 45.0  # after which no more are drawn
 _PIPES, _SHARDS = 4, 50  # from how many the draw comes
@@ -140,7 +140,7 @@ def inspect(
     has_fast_jpeg()  # which loads torch, once: not to be counted as an image's time
     looks, start = list[_Look](), time.monotonic()
     threads = min(16, os.cpu_count() or 1)
-    draw = islice(_drawn(source, sample, seed), sample)
+    draw = islice(_drawn(source, images, sample, seed), sample)
     with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the interpreter
         while time.monotonic() - start < seconds and (some := list(islice(draw, 4 * threads))):
             looks += pool.map(partial(_look, images), *zip(*some, strict=True))
@@ -183,7 +183,7 @@ def inspect(
     )
 
 
-def _drawn(source: Source, sample: int, seed: int) -> Iterator[tuple[str, Read]]:
+def _drawn(source: Source, images: ImagesConfig, sample: int, seed: int) -> Iterator[tuple[str, Read]]:
     """Names of images, and what reads each, in a random order; of shards from some, a few of each."""
     generator = np.random.default_rng(seed)
     if isinstance(source, Images):
@@ -198,9 +198,14 @@ def _drawn(source: Source, sample: int, seed: int) -> Iterator[tuple[str, Read]]
     for shard in order:
         one = replace(source, urls=[source.urls[shard]], counts=[counts[shard]] if source.counts else None)
         # Of what cannot be asked for its headers alone, the first ones: all of it would be loaded for a fair draw.
-        stream = one.stream(0, 1, seed=seed, buffer=counts[shard]) if source.counts else one.stream(0, 1)
+        order_of = {"seed": seed, "buffer": counts[shard]} if source.counts else {}
+        stream = one.stream(0, 1, max_megabytes=images.max_megabytes, **order_of)
         for found in islice(stream, min(share, counts[shard])):
-            yield found.name, partial(bytes, found.data)
+            yield found.name, partial(_given, BadImage(found.reason) if found.reason else found.data)
+
+
+def _given(data: bytes | BadImage) -> bytes | BadImage:
+    return data
 
 
 def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
@@ -209,7 +214,7 @@ def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
         data = read()
     except OSError as error:
         return _Look(name, f"cannot be opened: {error.strerror or error}")
-    opened = open_image(data, images)
+    opened = data if isinstance(data, BadImage) else open_image(data, images)
     if isinstance(opened, BadImage):
         return _Look(name, opened.reason)
     area = opened.width * opened.height

@@ -62,6 +62,7 @@ def extract(
         )
     data = paths[-1]
     parts = splits(data)
+    console.notes(note for source in parts.values() for note in source.notes)
 
     from dinocli.device import default_workers, pick_device
     from dinocli.encoder import quick
@@ -93,6 +94,7 @@ def extract(
             )
     for part in written:
         console.skipped(part.skipped)
+        console.notes(part.notes)
     if json:
         console.out_json(
             [{"path": str(p.path), "images": p.images, "shape": p.shape, "skipped": p.skipped} for p in written]

@@ -9,7 +9,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinocli.data.listing import ARRAY, SUFFIXES
-from dinocli.data.tar import PIPE, LocalTar, PipedTar, Span, members
+from dinocli.data.images import DEFAULTS
+from dinocli.data.kinds import not_beside, remedy, unread
+from dinocli.data.listing import JUNK, SUFFIXES
+from dinocli.data.outputs import SIGNS, is_output, is_sheet, recognise
+from dinocli.data.samples import LABEL_BYTES, MOST_CLASSES, Tally, classes_of, label_of, samples
+from dinocli.data.tar import PIPE, Content, LocalTar, PipedTar, Sparse, Unread, members, too_large
 from dinocli.errors import DinoError
 
 INDEX = "index.json"
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
-# WebDataset's rule (webdataset/tariterators.py): the key ends at the first dot of the last part of the name.
-_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-_META = re.compile(r"__[^/]*__($|/)")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _OPEN = 32  # files kept open for the samples that wait in a buffer
+UNNUMBERED = -2  # label of an image whose class came as a name through a pipe, where nobody knows the other names
+_PICTURES = 1000  # of this tool's own that may lie beside shards
+_TRIES = 100  # JSON members of a shard that are looked through for labels, before the others are taken to have none
 
 
 class Sample(NamedTuple):
@@ -39,6 +44,7 @@ class Sample(NamedTuple):
         name: The shard's file name, a slash, the name in the shard.
         data: The image's file; empty where it, or with the shard's name alone the rest of a shard, cannot be read.
         label: -1 where there is none.
+        reason: Why the image is not read, if that is known without its data.
     """
 
     epoch: int
@@ -46,6 +52,7 @@ class Sample(NamedTuple):
     name: str
     data: bytes
     label: int
+    reason: str = ""
 
 
 class _Item(NamedTuple):
@@ -53,8 +60,8 @@ class _Item(NamedTuple):
 
     number: int
     name: str
-    image: bytes | Span
-    label: bytes | Span
+    image: Content
+    label: Content
 
 
 @dataclass(frozen=True)
@@ -64,14 +71,20 @@ class Shards:
     Attributes:
         where: As the user named them.
         urls: Paths, or `pipe:COMMAND`.
-        classes: Names of the classes, where an index tells them.
+        classes: Names of the classes, of an index or of the labels; none through a pipe.
         counts: Images a shard, the torn rest of a shard being one; none where they cannot be known.
+        by_name: Labels are names of classes; else numbers of them.
+        apart: Shards whose labels lie apart from their images.
+        notes: Lines for the user about members that are not read.
     """
 
     where: str
     urls: list[str]
     classes: list[str]
     counts: list[int] | None
+    by_name: bool = False
+    apart: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int | None:
@@ -85,7 +98,14 @@ class Shards:
         return f"{zlib.crc32(json.dumps([names, self.counts]).encode()):08x}"
 
     def stream(
-        self, lane: int, lanes: int, *, seed: int | None = None, skip: int = 0, buffer: int = 1000
+        self,
+        lane: int,
+        lanes: int,
+        *,
+        seed: int | None = None,
+        skip: int = 0,
+        buffer: int = 1000,
+        max_megabytes: float = DEFAULTS.max_megabytes,
     ) -> Iterator[Sample]:
         """The samples of one reader among several, which together read each image once an epoch.
 
@@ -97,12 +117,14 @@ class Shards:
             seed: Of an endless stream in an order drawn anew each epoch; absent, one pass in order.
             skip: Samples to pass over, of which in local files only the headers are read, or not even those.
             buffer: Samples among which the next is drawn.
+            max_megabytes: Of an image; larger ones are not read.
 
         Raises:
             DinoError: A command failed or what it printed is torn; or there is nothing for this reader.
         """
         opened: dict[str, int] = {}
-        empty = 0
+        empty, most = 0, max_megabytes * 1e6
+        places = {name: i for i, name in enumerate(self.classes)}
         try:
             for epoch in range(1) if seed is None else itertools.count():
                 order: Sequence[int] = range(len(self.urls))
@@ -112,7 +134,7 @@ class Shards:
                 if length and length <= skip:
                     skip -= length
                     continue
-                items = self._lane(order, lane, lanes, ahead=not skip)
+                items = self._lane(order, lane, lanes, most, ahead=not skip)
                 if seed is not None:
                     items = _shuffled(items, np.random.default_rng((seed, epoch, lane)), max(1, buffer))
                 empty += 1
@@ -121,8 +143,10 @@ class Shards:
                     if skip:
                         skip -= 1
                         continue
-                    data, label = _read(item.image, opened), _label(_read(item.label, opened))
-                    yield Sample(epoch, item.number, item.name, data, label)
+                    reason = _refused(item.image, most)
+                    data = b"" if reason else _read(item.image, opened)
+                    label = self._number(_label(item.label, opened), places)
+                    yield Sample(epoch, item.number, item.name, data, label, reason)
                 # A reader whose one shard is empty has another in the next epoch: once alone says nothing.
                 if seed is not None and empty >= 10:
                     raise DinoError(
@@ -139,20 +163,25 @@ class Shards:
             return sum(self.counts[shard] for shard in order[lane::lanes])
         return len(range(lane, sum(self.counts), lanes))
 
-    def _lane(self, order: Sequence[int], lane: int, lanes: int, ahead: bool) -> Iterator[_Item]:
+    def _number(self, label: int | str | None, places: Mapping[str, int]) -> int:
+        if isinstance(label, str) or (label is not None and self.by_name):
+            return places.get(str(label), -1) if places else UNNUMBERED
+        return -1 if label is None else label
+
+    def _lane(self, order: Sequence[int], lane: int, lanes: int, most: float, ahead: bool) -> Iterator[_Item]:
         if len(order) >= lanes:
-            return itertools.chain.from_iterable(self._items(shard, ahead) for shard in order[lane::lanes])
-        every = itertools.chain.from_iterable(self._items(shard, ahead=False) for shard in order)
+            return itertools.chain.from_iterable(self._items(shard, most, ahead) for shard in order[lane::lanes])
+        every = itertools.chain.from_iterable(self._items(shard, most, ahead=False) for shard in order)
         return itertools.islice(every, lane, None, lanes)
 
-    def _items(self, shard: int, ahead: bool) -> Iterator[_Item]:
+    def _items(self, shard: int, most: float, ahead: bool) -> Iterator[_Item]:
         """The images of one shard; where it is torn, an empty one for the rest."""
         url = self.urls[shard]
         title = (re.findall(r"[^\s/]+\.tar\b", url) or [url])[-1] if url.startswith(PIPE) else os.path.basename(url)
         number = shard * 2**32
         with contextlib.closing(PipedTar(url) if url.startswith(PIPE) else LocalTar(url, ahead)) as tape:
-            for name, image, label in _samples(tape):
-                yield _Item(number, f"{title}/{name}", image, label)
+            for raw in samples(tape, most, labels=_labels_of(url) if url in self.apart else None):
+                yield _Item(number, f"{title}/{raw.name}", raw.image, raw.label)
                 number += 1
             tape.finish()
         if tape.torn:
@@ -163,16 +192,24 @@ def is_shards(spec: str) -> bool:
     """Whether what a user named is tar shards: by its name, or a folder in which there are tar files and no images."""
     if not os.path.isdir(spec):
         return spec.startswith(PIPE) or spec.lower().endswith((".tar", *_PACKED))
-    found = False
+    signs, folders, images, found = set[str](), list[str](), list[str](), False
     with os.scandir(spec) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name in SIGNS:
+                signs.add(entry.name)
+            if entry.name.startswith(".") or entry.name in JUNK:
                 continue
             suffix = os.path.splitext(entry.name)[1].lower()
-            if suffix in SUFFIXES or entry.is_dir():
-                return False
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif suffix in SUFFIXES:
+                images.append(entry.name)
             found = found or suffix == ".tar"
-    return found
+            if len(images) > _PICTURES:
+                return False
+    hides = recognise(spec, signs).hides
+    ours = all(hides.fullmatch(name) or is_sheet(spec, name) for name in images)
+    return found and ours and all(map(is_output, folders))
 
 
 def open_shards(spec: str) -> Shards:
@@ -200,14 +237,24 @@ def open_shards(spec: str) -> Shards:
     unknown = [url for url in urls if url not in known]
     # Threads, for a disk at the other end of a network answers many questions in the time of one.
     with ThreadPoolExecutor(8) as pool:
-        known |= zip(unknown, pool.map(_count, unknown), strict=True)
-    if not any(images for images, _ in known.values()):
-        torn = next((f": {url} {torn}" for url, (_, torn) in known.items() if torn), "")
+        known |= zip(unknown, pool.map(_scan, unknown), strict=True)
+    scans = [known[url] for url in urls]
+    kinds = sum((scan.tally.kinds for scan in scans), Counter[str]())
+    if not any(scan.images for scan in scans):
+        torn = next((f": {url} {scan.torn}" for url, scan in zip(urls, scans, strict=True) if scan.torn), "")
+        seen = f": they hold {unread(kinds)}" if kinds and not torn else torn
         raise DinoError(
-            f"no images in the {len(urls)} tar files of {spec}{torn}",
-            "a shard holds files such as KEY.jpg, and KEY.cls for a label; `dino pack IMAGES OUT` writes them",
+            f"no images in the {len(urls)} tar files of {spec}{seen}",
+            remedy(spec, kinds, {})
+            if kinds and not torn
+            else "a shard holds files such as KEY.jpg, and KEY.cls for a label; `dino pack IMAGES OUT` writes them",
         )
-    return Shards(spec, urls, classes, [known[url][0] + bool(known[url][1]) for url in urls])
+    named, by_name = classes_of(set().union(*(scan.labels for scan in scans)))
+    if classes:  # of an index, whose numbers stand in the shards
+        named, by_name = classes + sorted(set(named) - set(classes) if by_name else ()), False
+    apart = frozenset(url for url, scan in zip(urls, scans, strict=True) if scan.apart)
+    counts = [scan.images + bool(scan.torn) for scan in scans]
+    return Shards(spec, urls, named, counts, by_name, apart, tuple(_notes(scans, kinds)))
 
 
 def _ranges(text: str) -> Iterator[str]:
@@ -233,24 +280,96 @@ def _paths(spec: str) -> list[str]:
     return paths
 
 
-def _indexed(urls: Sequence[str]) -> tuple[dict[str, tuple[int, str]], list[str]]:
+class _Scan(NamedTuple):
+    """A shard by its headers and labels, or by an index.
+
+    Attributes:
+        images: Samples in it.
+        torn: How it is damaged.
+        labels: Different labels in it.
+        unlabelled: Samples without one.
+        apart: Labels lie apart from their images.
+        tally: Members that are no samples.
+    """
+
+    images: int
+    torn: str = ""
+    labels: frozenset[int | str] = frozenset()
+    unlabelled: int = 0
+    apart: bool = False
+    tally: Tally = Tally()
+
+
+def _indexed(urls: Sequence[str]) -> tuple[dict[str, _Scan], list[str]]:
     """Images of the shards whose size is that in the index beside them, none of them torn; and the names of classes."""
-    known: dict[str, tuple[int, str]] = {}
+    known: dict[str, _Scan] = {}
     classes: list[str] = []
     for folder in dict.fromkeys(os.path.dirname(url) for url in urls):
         # Whatever is wrong with an index, reading the shards' headers tells the counts too.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             index = json.loads((Path(folder) / INDEX).read_bytes())
-            counts = {os.path.join(folder, name): (int(index["shards"][name]), "") for name in index["shards"]}
+            counts = {os.path.join(folder, name): _Scan(int(index["shards"][name])) for name in index["shards"]}
             sizes = {os.path.join(folder, name): size for name, size in index["bytes"].items()}
             known |= {u: counts[u] for u in urls if u in counts and os.path.getsize(u) == sizes.get(u)}
             classes = classes or [str(name) for name in index["classes"]]
     return known, classes
 
 
-def _count(url: str) -> tuple[int, str]:
+def _scan(url: str) -> _Scan:
+    scan = _scan_once(url, {})
+    if not (scan.unlabelled and scan.tally.orphans):
+        return scan
+    again = _scan_once(url, scan.tally.orphans)
+    return again._replace(apart=True) if again.unlabelled < scan.unlabelled else scan
+
+
+def _scan_once(url: str, apart: Mapping[str, Content]) -> _Scan:
+    tally, labels, opened = Tally(), set[int | str](), dict[str, int]()
+    images = unlabelled = 0
+    try:
+        with contextlib.closing(LocalTar(url)) as tape:
+            for raw in samples(tape, tally=tally, labels=apart):
+                images += 1
+                # Most JSON beside images holds a caption, and a million of them take minutes to read.
+                useless = not labels and unlabelled >= _TRIES
+                label = None if useless and raw.kind == "json" else _label(raw.label, opened)
+                if label is None:
+                    unlabelled += 1
+                else:
+                    labels.add(label)
+            return _Scan(images, tape.torn, frozenset(labels), unlabelled, False, tally)
+    finally:
+        for file in opened.values():
+            os.close(file)
+
+
+def _labels_of(url: str) -> Mapping[str, Content]:
+    """Return the labels that lie apart from their images in a shard."""
+    tally = Tally()
     with contextlib.closing(LocalTar(url)) as tape:
-        return sum(1 for _ in _samples(tape)), tape.torn
+        for _ in samples(tape, tally=tally):
+            pass
+    return tally.orphans
+
+
+def _notes(scans: Sequence[_Scan], kinds: Mapping[str, int]) -> Iterator[str]:
+    """Return lines about what is not read of some shards, or read otherwise than WebDataset reads it."""
+    if missed := not_beside(kinds):
+        yield f"not read in the shards: {unread(missed)}"
+    tallies = [scan.tally for scan in scans]
+    if links := [name for tally in tallies for name in tally.links]:
+        yield f"{len(links)} images are links to files outside their shard and are ignored, such as {links[0]}"
+    if shared := [name for tally in tallies for name in tally.shared]:
+        yield f"{len(shared)} images share a WebDataset key (as {shared[0]} and {shared[1]}): each is read"
+    if beside := [name for tally in tallies for name in tally.beside]:
+        yield f"{len(beside)} images are parts of another's sample by their key and are not read, such as {beside[0]}"
+    labelled, bare = (sum(scan.images for scan in scans if scan.labels), sum(s.unlabelled for s in scans if s.labels))
+    if bare:
+        yield f"{bare} of {labelled} images in shards with labels have none: they count as unlabelled"
+    if lost := [name for scan in scans if not scan.apart for name in scan.tally.lost]:
+        yield f"{len(lost)} labels belong to no image and are ignored, such as {lost[0]}"
+    if len(set().union(*(scan.labels for scan in scans))) > MOST_CLASSES:
+        yield f"more than {MOST_CLASSES:,} different labels: these are no classes, and are ignored"
 
 
 def _shuffled(items: Iterable[_Item], generator: np.random.Generator, buffer: int) -> Iterator[_Item]:
@@ -266,52 +385,62 @@ def _shuffled(items: Iterable[_Item], generator: np.random.Generator, buffer: in
         yield held[place]
 
 
-def _samples(tape: LocalTar | PipedTar) -> Iterator[tuple[str, bytes | Span, bytes | Span]]:
-    """Name, image and label of each sample: neighbours of one key; what has no image is passed over."""
-    found = ((name, _KEY.fullmatch(name), content) for name, content in members(tape) if not _META.match(name))
-    keyed = ((name, key, content) for name, key, content in found if key)
-    for _, group in itertools.groupby(keyed, lambda member: member[1][1]):
-        parts = [(key[2].lower(), name, content) for name, key, content in group]
-        ends = ["." + suffix.rpartition(".")[2] for suffix, _, _ in parts]
-        images = [part for part, end in zip(parts, ends, strict=True) if end in SUFFIXES]
-        images = images or [part for part, end in zip(parts, ends, strict=True) if end == ARRAY]
-        if images:
-            # Of `a.jpg` and `a.mask.png` the first is the image; it may also stand alone as `a.v2.jpg`.
-            _, name, image = min(images, key=lambda part: part[0].count("."))
-            labels = {suffix: content for suffix, _, content in parts}
-            yield name, image, labels.get("cls", labels.get("json", b""))
+def _refused(content: Content, most: float) -> str:
+    """Return why a member is not to be read; empty if it is."""
+    if isinstance(content, Unread):
+        return content.reason
+    size = len(content) if isinstance(content, bytes) else content.size
+    return too_large(size, most).reason if size > most else ""
 
 
-def _read(content: bytes | Span, opened: dict[str, int]) -> bytes:
+def _read(content: Content, opened: dict[str, int]) -> bytes:
     """The bytes; none where they have gone. `opened` keeps the files that were read last, the oldest first."""
-    if not isinstance(content, Span):
-        return content
+    if isinstance(content, bytes | Unread):
+        return content if isinstance(content, bytes) else b""
     try:
         file = opened.pop(content.path, -1)
         opened[content.path] = file if file >= 0 else os.open(content.path, os.O_RDONLY)
         if len(opened) > _OPEN:
             os.close(opened.pop(next(iter(opened))))
+        if isinstance(content, Sparse):
+            return _expand(content, opened[content.path])
         data = os.pread(opened[content.path], content.size, content.offset)
     except OSError:
         return b""
     return data if len(data) == content.size else b""
 
 
-def read_sample(shards: Shards, name: str) -> bytes:
+def _expand(content: Sparse, file: int) -> bytes:
+    data = bytearray(content.size)
+    for place, offset, length in content.pieces:
+        piece = os.pread(file, length, offset)
+        if len(piece) < length:
+            return b""
+        data[place : place + length] = piece
+    return bytes(data)
+
+
+def _label(content: Content, opened: dict[str, int]) -> int | str | None:
+    # Asked before it is read: whatever is larger is no label.
+    return None if _refused(content, LABEL_BYTES) or not content else label_of(_read(content, opened))
+
+
+def read_sample(shards: Shards, name: str, max_megabytes: float = DEFAULTS.max_megabytes) -> bytes:
     """The image of a name as `Sample` has it, from local shards; none where it is not there."""
+    most = max_megabytes * 1e6
     title, _, inside = name.partition("/")
     for url in shards.urls:
         if os.path.basename(url) == title and not url.startswith(PIPE):
             with contextlib.closing(LocalTar(url)) as tape:
-                return next((_read(content, {}) for member, content in members(tape) if member == inside), b"")
+                found = (content for member, content in members(tape) if member == inside)
+                return next((_once(content) for content in found if not _refused(content, most)), b"")
     return b""
 
 
-def _label(text: bytes) -> int:
-    """An integer as text, or a table with one as `label` or `cls`."""
+def _once(content: Content) -> bytes:
+    opened: dict[str, int] = {}
     try:
-        value = json.loads(text)
-        value = value.get("label", value.get("cls")) if isinstance(value, dict) else value
-    except ValueError:
-        value = int(text) if text.strip().isdigit() else -1  # 007 is no JSON
-    return value if isinstance(value, int) and not isinstance(value, bool) else -1
+        return _read(content, opened)
+    finally:
+        for file in opened.values():
+            os.close(file)

@@ -46,7 +46,7 @@ def taken(samples: Iterable[Sample], count: int) -> list[Sample]:
 def test_in_order_without_a_seed(tmp_path: Path) -> None:
     found = open_shards(str(write_shards(tmp_path, [2, 3])))
     samples = list(found.stream(0, 1))
-    assert (found.counts, found.count, found.classes) == ([2, 3], 5, [])
+    assert (found.counts, found.count, found.classes) == ([2, 3], 5, ["0", "1", "2"])
     assert samples[0] == Sample(0, 0, "train-000.tar/0/0000.jpg", b"0/0000", 0)
     assert samples[4] == Sample(0, 2**32 + 2, "train-001.tar/1/0002.jpg", b"1/0002", 2)
     assert pickle.loads(pickle.dumps(found)) == found
@@ -99,13 +99,15 @@ def test_webdatasets_rules(tmp_path: Path) -> None:
         ("eight.tiff", b"8"), ("eight.json", b'{"label": true}'),
     ]  # fmt: skip
     write_tar(tmp_path / "x.tar", files)
-    samples = list(open_shards(str(tmp_path / "x.tar")).stream(0, 1))
+    found = open_shards(str(tmp_path / "x.tar"))
+    assert found.classes == ["3", "4", "7", "n01440764"]
+    samples = list(found.stream(0, 1))
     assert [(s.name, s.data, s.label) for s in samples] == [
-        ("x.tar/a.b/one.JPG", b"1", 7),
-        ("x.tar/two.png", b"2", 3),
-        ("x.tar/three.webp", b"3", 4),
-        ("x.tar/four.v2.jpg", b"4", 7),
-        ("x.tar/six.jpg", b"6", -1),
+        ("x.tar/a.b/one.JPG", b"1", 2),
+        ("x.tar/two.png", b"2", 0),
+        ("x.tar/three.webp", b"3", 1),
+        ("x.tar/four.v2.jpg", b"4", 2),
+        ("x.tar/six.jpg", b"6", 3),
         ("x.tar/seven.jpg", b"7", -1),
         ("x.tar/eight.tiff", b"8", -1),
     ]
