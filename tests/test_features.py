@@ -115,3 +115,20 @@ def test_a_folder_of_splits_names_one_to_read(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match=r"f is a folder of splits") as error:
         read_features(tmp_path / "f")
     assert error.value.hint == f"take {tmp_path / 'f' / 'train.safetensors'}"
+
+
+def write_labels(path: Path, labels: list[int], classes: tuple[str, ...]) -> None:
+    with write_features(path, RECIPE, classes) as writer:
+        writer.append(np.eye(len(labels), 8, dtype=np.float32), labels, [f"{i}.png" for i in range(len(labels))])
+
+
+def test_numbers_are_classes_where_nothing_names_them(tmp_path: Path) -> None:
+    write_labels(tmp_path / "train.safetensors", [0, 2, -1, 1], ())
+    write_labels(tmp_path / "val.safetensors", [1, 1], ())
+    train, val = compared(read_splits(tmp_path))
+    assert (train.classes, val.labels.tolist()) == (["0", "1", "2"], [1, 1])
+    assert (train.labels.tolist(), list(train.paths)) == ([0, 2, 1], ["0.png", "1.png", "3.png"])
+    assert train.values[:].argmax(1).tolist() == [0, 1, 3]
+    write_labels(tmp_path / "x" / "train.safetensors", [-1, -1], ("a",))
+    with pytest.raises(DinoError, match="labelled features were wanted"):
+        compared(read_splits(tmp_path / "x"))

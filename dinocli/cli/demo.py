@@ -27,13 +27,14 @@ def demo(
             f"a new folder was wanted for the demo; {out} is there already", f"--out {out}-2, or remove {out}"
         )
 
+    from dinocli.data.outputs import marked
     from dinocli.demo import demo
     from dinocli.device import default_workers, pick_device
 
     picked = pick_device(device)
-    result = demo(
-        out, device=picked, workers=default_workers(picked) if workers is None else workers, stage=console.progress
-    )
+    count = default_workers(picked) if workers is None else workers
+    with marked(out, "demo"):
+        result = demo(out, device=picked, workers=count, stage=console.progress)
     if json:
         console.out_json(asdict(result) | {"folder": str(result.folder), "pictures": [str(p) for p in result.pictures]})
         return

@@ -64,6 +64,7 @@ def extract(
     parts = splits(data)
     console.notes(note for source in parts.values() for note in source.notes)
 
+    from dinocli.data.outputs import marked
     from dinocli.device import default_workers, pick_device
     from dinocli.encoder import quick
     from dinocli.extraction import extract
@@ -74,7 +75,7 @@ def extract(
     encoder = quick(encoder, precision, compiled=compiled and compiles(picked, asked=True))
     written = []
     for name, source in parts.items():
-        with console.progress(f"extract {name}", source.count or 0, "images") as advance:
+        with marked(out, "extract"), console.progress(f"extract {name}", source.count or 0, "images") as advance:
             written.append(
                 extract(
                     encoder,

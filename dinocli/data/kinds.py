@@ -28,7 +28,7 @@ def kind_of(name: str) -> str:
     if name.upper() in _DOCUMENTS:
         return ".txt"
     # Names such as those of DICOM (1.2.840.10008) and sentences with a dot have no suffix.
-    return suffix if 1 < len(suffix) <= 9 and not suffix[1:].isdecimal() and suffix.isprintable() else ""
+    return suffix if 1 < len(suffix) <= 12 and not suffix[1:].isdecimal() and suffix.isprintable() else ""
 
 
 def unread(kinds: Mapping[str, int], most: int = 8) -> str:

@@ -58,22 +58,26 @@ def marked(folder: Path, command: str, files: Iterable[Path] = ()) -> Iterator[N
     if rank() > 0:
         yield
         return
-    fresh = _is_fresh(folder)
-    if fresh:
-        _mark(folder, command, None)
+    names: dict[Path, list[str]] = {}
+    if _is_fresh(folder):
+        names[folder] = []
     else:
-        names: dict[Path, list[str]] = {}
         for path in files:
             names.setdefault(path.parent, []).append(path.name)
-        for parent, some in names.items():
-            _mark(parent, command, None if _is_fresh(parent) else some)
+    before = {parent for parent in names if (parent / MARKER).exists()}
+    fresh = {parent for parent in names if _is_fresh(parent)}
+    for parent, some in names.items():
+        _mark(parent, command, None if parent in fresh else some)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            if fresh and os.listdir(folder) == [MARKER]:
-                (folder / MARKER).unlink()
-                folder.rmdir()
+        for parent, some in names.items():
+            with contextlib.suppress(OSError):
+                if parent in fresh and os.listdir(parent) == [MARKER]:
+                    (parent / MARKER).unlink()
+                    parent.rmdir()
+                elif parent not in fresh | before and not any((parent / name).exists() for name in some):
+                    (parent / MARKER).unlink()
 
 
 def _is_fresh(folder: Path) -> bool:

@@ -114,11 +114,12 @@ def _some(parts: Iterable[_Part], local: bool, counts: Tally) -> Iterator[list[_
         if isinstance(part.content, Unread) and local and _is_image(part):
             counts.links.append(part.name)
             continue
-        held.append(part)
-        images += _is_image(part)
-        if images > _TOGETHER:
+        # An image and its label stay together, whichever comes first.
+        if images >= _TOGETHER and part.rest != held[-1].rest:
             yield held
             held, images = [], 0
+        held.append(part)
+        images += _is_image(part)
     if held:
         yield held
 
