@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from dinocli.data.kinds import kind_of
 from dinocli.data.listing import ARRAY, JUNK, SUFFIXES
-from dinocli.data.tar import Content, LocalTar, PipedTar, Unread, members
+from dinocli.data.tar import Content, LocalTar, PipedTar, Sparse, Unread, members, too_large
 
 # WebDataset's rule (webdataset/tariterators.py): the key ends at the first dot of the last part of the name.
 _KEY = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
@@ -20,6 +21,7 @@ _KEY = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
 _HIDDEN = re.compile(rf"^__[^/]*__(?:$|/)|(?:^|/)(?:(?:{'|'.join(JUNK)})/|\.(?!\.?/))")
 _NUMBER = re.compile(r"\d+(\.\d+)*")
 LABELS = ("cls", "json")
+_OPEN = 32  # files kept open for the samples that wait in a buffer
 LABEL_BYTES = 2**20  # a longer label is none
 _TOGETHER = 32  # images of one key that may be views of one thing; more are images of their own
 _LONGEST_CLASS = 200  # characters; a longer text is a caption
@@ -219,3 +221,59 @@ def classes_of(labels: set[int | str]) -> tuple[list[str], bool]:
         return [str(i) for i in range(numbers[-1] + 1)] if numbers else [], False
     names = [str(number) for number in numbers]
     return (sorted(texts.union(names)) if texts else names), True
+
+
+def why_refused(content: Content, most: float) -> str:
+    """Return why a member is not to be read; empty if it is."""
+    if isinstance(content, Unread):
+        return content.reason
+    size = len(content) if isinstance(content, bytes) else content.size
+    return too_large(size, most).reason if size > most else ""
+
+
+def read(content: Content, opened: dict[str, int]) -> bytes:
+    """Return the bytes of a member; none if they have gone.
+
+    Args:
+        content: Of the member.
+        opened: Files that were read last, the oldest first; the caller closes them.
+    """
+    if isinstance(content, bytes | Unread):
+        return content if isinstance(content, bytes) else b""
+    try:
+        file = opened.pop(content.path, -1)
+        opened[content.path] = file if file >= 0 else os.open(content.path, os.O_RDONLY)
+        if len(opened) > _OPEN:
+            os.close(opened.pop(next(iter(opened))))
+        if isinstance(content, Sparse):
+            return _expand(content, opened[content.path])
+        data = os.pread(opened[content.path], content.size, content.offset)
+    except OSError:
+        return b""
+    return data if len(data) == content.size else b""
+
+
+def _expand(content: Sparse, file: int) -> bytes:
+    data = bytearray(content.size)
+    for place, offset, length in content.pieces:
+        piece = os.pread(file, length, offset)
+        if len(piece) < length:
+            return b""
+        data[place : place + length] = piece
+    return bytes(data)
+
+
+def read_label(content: Content, opened: dict[str, int]) -> int | str | None:
+    """Read a label; none if there is no valid one."""
+    # Asked before it is read: whatever is larger is no label.
+    return None if why_refused(content, LABEL_BYTES) or not content else label_of(read(content, opened))
+
+
+def read_once(content: Content) -> bytes:
+    """Return the bytes of one member, and keep no file open."""
+    opened: dict[str, int] = {}
+    try:
+        return read(content, opened)
+    finally:
+        for file in opened.values():
+            os.close(file)

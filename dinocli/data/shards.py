@@ -19,20 +19,19 @@ from typing import NamedTuple
 import numpy as np
 
 from dinocli.data.images import DEFAULTS
-from dinocli.data.kinds import not_beside, remedy, unread
+from dinocli.data.kinds import remedy, unread
 from dinocli.data.listing import JUNK, SUFFIXES
 from dinocli.data.outputs import SIGNS, is_output, is_sheet, recognise
-from dinocli.data.samples import LABEL_BYTES, MOST_CLASSES, Tally, classes_of, label_of, samples
-from dinocli.data.tar import PIPE, Content, LocalTar, PipedTar, Sparse, Unread, members, too_large
+from dinocli.data.samples import classes_of, read, read_label, read_once, samples, why_refused
+from dinocli.data.scans import Scan, labels_apart, notes_of, scan
+from dinocli.data.tar import PIPE, Content, LocalTar, PipedTar, members
 from dinocli.errors import DinoError
 
 INDEX = "index.json"
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_OPEN = 32  # files kept open for the samples that wait in a buffer
 UNNUMBERED = -2  # label of an image whose class came as a name through a pipe, where nobody knows the other names
 _PICTURES = 1000  # of this tool's own that may lie beside shards
-_TRIES = 100  # JSON members of a shard that are looked through for labels, before the others are taken to have none
 
 
 class Sample(NamedTuple):
@@ -143,9 +142,9 @@ class Shards:
                     if skip:
                         skip -= 1
                         continue
-                    reason = _refused(item.image, most)
-                    data = b"" if reason else _read(item.image, opened)
-                    label = self._number(_label(item.label, opened), places)
+                    reason = why_refused(item.image, most)
+                    data = b"" if reason else read(item.image, opened)
+                    label = self._number(read_label(item.label, opened), places)
                     yield Sample(epoch, item.number, item.name, data, label, reason)
                 # A reader whose one shard is empty has another in the next epoch: once alone says nothing.
                 if seed is not None and empty >= 10:
@@ -180,7 +179,7 @@ class Shards:
         title = (re.findall(r"[^\s/]+\.tar\b", url) or [url])[-1] if url.startswith(PIPE) else os.path.basename(url)
         number = shard * 2**32
         with contextlib.closing(PipedTar(url) if url.startswith(PIPE) else LocalTar(url, ahead)) as tape:
-            for raw in samples(tape, most, labels=_labels_of(url) if url in self.apart else None):
+            for raw in samples(tape, most, labels=labels_apart(url) if url in self.apart else None):
                 yield _Item(number, f"{title}/{raw.name}", raw.image, raw.label)
                 number += 1
             tape.finish()
@@ -237,11 +236,11 @@ def open_shards(spec: str) -> Shards:
     unknown = [url for url in urls if url not in known]
     # Threads, for a disk at the other end of a network answers many questions in the time of one.
     with ThreadPoolExecutor(8) as pool:
-        known |= zip(unknown, pool.map(_scan, unknown), strict=True)
+        known |= zip(unknown, pool.map(scan, unknown), strict=True)
     scans = [known[url] for url in urls]
-    kinds = sum((scan.tally.kinds for scan in scans), Counter[str]())
-    if not any(scan.images for scan in scans):
-        torn = next((f": {url} {scan.torn}" for url, scan in zip(urls, scans, strict=True) if scan.torn), "")
+    kinds = sum((each.tally.kinds for each in scans), Counter[str]())
+    if not any(each.images for each in scans):
+        torn = next((f": {url} {each.torn}" for url, each in zip(urls, scans, strict=True) if each.torn), "")
         seen = f": they hold {unread(kinds)}" if kinds and not torn else torn
         raise DinoError(
             f"no images in the {len(urls)} tar files of {spec}{seen}",
@@ -249,12 +248,12 @@ def open_shards(spec: str) -> Shards:
             if kinds and not torn
             else "a shard holds files such as KEY.jpg, and KEY.cls for a label; `dino pack IMAGES OUT` writes them",
         )
-    named, by_name = classes_of(set().union(*(scan.labels for scan in scans)))
+    named, by_name = classes_of(set().union(*(each.labels for each in scans)))
     if classes:  # of an index, whose numbers stand in the shards
         named, by_name = classes + sorted(set(named) - set(classes) if by_name else ()), False
-    apart = frozenset(url for url, scan in zip(urls, scans, strict=True) if scan.apart)
-    counts = [scan.images + bool(scan.torn) for scan in scans]
-    return Shards(spec, urls, named, counts, by_name, apart, tuple(_notes(scans, kinds)))
+    apart = frozenset(url for url, each in zip(urls, scans, strict=True) if each.apart)
+    counts = [each.images + bool(each.torn) for each in scans]
+    return Shards(spec, urls, named, counts, by_name, apart, tuple(notes_of(scans, kinds)))
 
 
 def _ranges(text: str) -> Iterator[str]:
@@ -280,96 +279,19 @@ def _paths(spec: str) -> list[str]:
     return paths
 
 
-class _Scan(NamedTuple):
-    """A shard by its headers and labels, or by an index.
-
-    Attributes:
-        images: Samples in it.
-        torn: How it is damaged.
-        labels: Different labels in it.
-        unlabelled: Samples without one.
-        apart: Labels lie apart from their images.
-        tally: Members that are no samples.
-    """
-
-    images: int
-    torn: str = ""
-    labels: frozenset[int | str] = frozenset()
-    unlabelled: int = 0
-    apart: bool = False
-    tally: Tally = Tally()
-
-
-def _indexed(urls: Sequence[str]) -> tuple[dict[str, _Scan], list[str]]:
+def _indexed(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
     """Images of the shards whose size is that in the index beside them, none of them torn; and the names of classes."""
-    known: dict[str, _Scan] = {}
+    known: dict[str, Scan] = {}
     classes: list[str] = []
     for folder in dict.fromkeys(os.path.dirname(url) for url in urls):
         # Whatever is wrong with an index, reading the shards' headers tells the counts too.
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             index = json.loads((Path(folder) / INDEX).read_bytes())
-            counts = {os.path.join(folder, name): _Scan(int(index["shards"][name])) for name in index["shards"]}
+            counts = {os.path.join(folder, name): Scan(int(index["shards"][name])) for name in index["shards"]}
             sizes = {os.path.join(folder, name): size for name, size in index["bytes"].items()}
             known |= {u: counts[u] for u in urls if u in counts and os.path.getsize(u) == sizes.get(u)}
             classes = classes or [str(name) for name in index["classes"]]
     return known, classes
-
-
-def _scan(url: str) -> _Scan:
-    scan = _scan_once(url, {})
-    if not (scan.unlabelled and scan.tally.orphans):
-        return scan
-    again = _scan_once(url, scan.tally.orphans)
-    return again._replace(apart=True) if again.unlabelled < scan.unlabelled else scan
-
-
-def _scan_once(url: str, apart: Mapping[str, Content]) -> _Scan:
-    tally, labels, opened = Tally(), set[int | str](), dict[str, int]()
-    images = unlabelled = 0
-    try:
-        with contextlib.closing(LocalTar(url)) as tape:
-            for raw in samples(tape, tally=tally, labels=apart):
-                images += 1
-                # Most JSON beside images holds a caption, and a million of them take minutes to read.
-                useless = not labels and unlabelled >= _TRIES
-                label = None if useless and raw.kind == "json" else _label(raw.label, opened)
-                if label is None:
-                    unlabelled += 1
-                else:
-                    labels.add(label)
-            return _Scan(images, tape.torn, frozenset(labels), unlabelled, False, tally)
-    finally:
-        for file in opened.values():
-            os.close(file)
-
-
-def _labels_of(url: str) -> Mapping[str, Content]:
-    """Return the labels that lie apart from their images in a shard."""
-    tally = Tally()
-    with contextlib.closing(LocalTar(url)) as tape:
-        for _ in samples(tape, tally=tally):
-            pass
-    return tally.orphans
-
-
-def _notes(scans: Sequence[_Scan], kinds: Mapping[str, int]) -> Iterator[str]:
-    """Return lines about what is not read of some shards, or read otherwise than WebDataset reads it."""
-    if missed := not_beside(kinds):
-        yield f"not read in the shards: {unread(missed)}"
-    tallies = [scan.tally for scan in scans]
-    if links := [name for tally in tallies for name in tally.links]:
-        yield f"{len(links)} images are links to files outside their shard and are ignored, such as {links[0]}"
-    if shared := [name for tally in tallies for name in tally.shared]:
-        yield f"{len(shared)} images share a WebDataset key (as {shared[0]} and {shared[1]}): each is read"
-    if beside := [name for tally in tallies for name in tally.beside]:
-        yield f"{len(beside)} images are parts of another's sample by their key and are not read, such as {beside[0]}"
-    labelled, bare = (sum(scan.images for scan in scans if scan.labels), sum(s.unlabelled for s in scans if s.labels))
-    if bare:
-        yield f"{bare} of {labelled} images in shards with labels have none: they count as unlabelled"
-    if lost := [name for scan in scans if not scan.apart for name in scan.tally.lost]:
-        yield f"{len(lost)} labels belong to no image and are ignored, such as {lost[0]}"
-    if len(set().union(*(scan.labels for scan in scans))) > MOST_CLASSES:
-        yield f"more than {MOST_CLASSES:,} different labels: these are no classes, and are ignored"
 
 
 def _shuffled(items: Iterable[_Item], generator: np.random.Generator, buffer: int) -> Iterator[_Item]:
@@ -385,46 +307,6 @@ def _shuffled(items: Iterable[_Item], generator: np.random.Generator, buffer: in
         yield held[place]
 
 
-def _refused(content: Content, most: float) -> str:
-    """Return why a member is not to be read; empty if it is."""
-    if isinstance(content, Unread):
-        return content.reason
-    size = len(content) if isinstance(content, bytes) else content.size
-    return too_large(size, most).reason if size > most else ""
-
-
-def _read(content: Content, opened: dict[str, int]) -> bytes:
-    """The bytes; none where they have gone. `opened` keeps the files that were read last, the oldest first."""
-    if isinstance(content, bytes | Unread):
-        return content if isinstance(content, bytes) else b""
-    try:
-        file = opened.pop(content.path, -1)
-        opened[content.path] = file if file >= 0 else os.open(content.path, os.O_RDONLY)
-        if len(opened) > _OPEN:
-            os.close(opened.pop(next(iter(opened))))
-        if isinstance(content, Sparse):
-            return _expand(content, opened[content.path])
-        data = os.pread(opened[content.path], content.size, content.offset)
-    except OSError:
-        return b""
-    return data if len(data) == content.size else b""
-
-
-def _expand(content: Sparse, file: int) -> bytes:
-    data = bytearray(content.size)
-    for place, offset, length in content.pieces:
-        piece = os.pread(file, length, offset)
-        if len(piece) < length:
-            return b""
-        data[place : place + length] = piece
-    return bytes(data)
-
-
-def _label(content: Content, opened: dict[str, int]) -> int | str | None:
-    # Asked before it is read: whatever is larger is no label.
-    return None if _refused(content, LABEL_BYTES) or not content else label_of(_read(content, opened))
-
-
 def read_sample(shards: Shards, name: str, max_megabytes: float = DEFAULTS.max_megabytes) -> bytes:
     """The image of a name as `Sample` has it, from local shards; none where it is not there."""
     most = max_megabytes * 1e6
@@ -433,14 +315,5 @@ def read_sample(shards: Shards, name: str, max_megabytes: float = DEFAULTS.max_m
         if os.path.basename(url) == title and not url.startswith(PIPE):
             with contextlib.closing(LocalTar(url)) as tape:
                 found = (content for member, content in members(tape) if member == inside)
-                return next((_once(content) for content in found if not _refused(content, most)), b"")
+                return next((read_once(content) for content in found if not why_refused(content, most)), b"")
     return b""
-
-
-def _once(content: Content) -> bytes:
-    opened: dict[str, int] = {}
-    try:
-        return _read(content, opened)
-    finally:
-        for file in opened.values():
-            os.close(file)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dinocli.data import shards, sources, tar
+from dinocli.data import samples, shards, sources, tar
 from dinocli.data.shards import SUFFIXES, Sample, is_shards, open_shards
 from dinocli.errors import DinoError
 
@@ -80,9 +80,12 @@ def test_skipping_reads_no_content_and_whole_epochs_nothing(tmp_path: Path, monk
     found = open_shards(str(write_shards(tmp_path, [10])))
     expected = taken(found.stream(0, 1, seed=0), 40)[35:]
     headers, contents = [], []
-    take, read = tar.LocalTar.take, shards._read
+    take = tar.LocalTar.take
     monkeypatch.setattr(tar.LocalTar, "take", lambda tape, size: headers.append(size) or take(tape, size))
-    monkeypatch.setattr(shards, "_read", lambda content, opened: contents.append(content) or read(content, opened))
+    for name in ("read", "read_label"):
+        real = getattr(shards, name)
+        count = lambda content, opened, real=real: contents.append(content) or real(content, opened)  # noqa: E731
+        monkeypatch.setattr(shards, name, count)
     assert taken(found.stream(0, 1, seed=0, skip=35), 5) == expected
     assert (len(headers), len(contents)) == (21, 10)  # one epoch's headers and its end; five images, five labels
 
@@ -287,7 +290,7 @@ def test_an_endless_command_ends_with_its_reader(tmp_path: Path, monkeypatch) ->
 
 
 def test_no_file_stays_open(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "_OPEN", 3)
+    monkeypatch.setattr(samples, "_OPEN", 3)
     found = open_shards(str(write_shards(tmp_path, [2] * 20)))
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     stream = found.stream(0, 1, seed=0, buffer=40)
