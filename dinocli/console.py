@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +32,12 @@ _PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 def say(text: str) -> None:
     """A line for the person, on stderr."""
     _words.print(_shown(text))
+
+
+def notes(lines: Iterable[str]) -> None:
+    """Print each different line as a note, on stderr."""
+    for line in dict.fromkeys(lines):
+        say(f"note: {line}")
 
 
 def skipped(reasons: Mapping[str, str] | Mapping[Path, str]) -> None:

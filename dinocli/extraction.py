@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dinocli.data.fill import Cutter
 from dinocli.data.loader import Plain, Share
+from dinocli.data.shards import UNNUMBERED
 from dinocli.data.sources import Source
 from dinocli.distributed import any_of, gathered, rank
 from dinocli.distributed import size as size_of_run
@@ -33,12 +34,14 @@ class Extracted:
         images: How many rows it has.
         shape: Of one row; with K views [1+K, D].
         skipped: Path and reason of each image that could not be read, or whose features are not finite.
+        notes: Lines for the user about labels that were not stored.
     """
 
     path: Path
     images: int
     shape: tuple[int, ...]
     skipped: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def extract(
@@ -88,7 +91,7 @@ def extract(
     share = Share(rank(), size_of_run())
     batches = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, share=share, cutter=cutter)
     shape: tuple[int, ...] = ()
-    images = 0
+    images = unnumbered = 0
     skipped: dict[str, str] = {}
     with write_features(path, recipe, source.classes, dtype=dtype) if rank() == 0 else nullcontext() as writer:
         for part in _in_turns(_Part.of(batch, encoder, tokens, blocks) for batch in batches):
@@ -97,6 +100,7 @@ def extract(
             if writer is not None:
                 part.write(writer)
             images += len(part.names)
+            unnumbered += part.labels.count(UNNUMBERED)
             skipped |= dict(part.bad)
             report(images + len(skipped))
         if not images:
@@ -107,7 +111,15 @@ def extract(
                 f"{name}: {reason}",
                 "another checkpoint: its weights are too large for what it computes" if lost else "look at that file",
             )
-    return Extracted(writer.place if writer else path, images, shape, skipped)
+    return Extracted(writer.place if writer else path, images, shape, skipped, tuple(_notes(unnumbered)))
+
+
+def _notes(unnumbered: int) -> Iterator[str]:
+    if unnumbered:
+        yield (
+            f"{unnumbered} labels are names, which have no numbers through a pipe, and are not stored: take local "
+            "shards, or numbers as labels"
+        )
 
 
 class _Part(NamedTuple):
@@ -136,7 +148,7 @@ class _Part(NamedTuple):
 
     def write(self, writer: FeatureWriter) -> None:
         if self.values is not None and len(self.values):
-            writer.append(self.values, self.labels, self.names)
+            writer.append(self.values, [max(label, -1) for label in self.labels], self.names)
         writer.skipped |= dict(self.bad)
 
 

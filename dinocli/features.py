@@ -20,6 +20,7 @@ FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards
 # Kinds of numbers in each tensor of a file.
 _KINDS = {"values": ("f4", "f2"), "labels": ("i8",), "paths": ("u1",), "skipped": ("u1",)}
+_NUMBERED = 100_000  # numbers that may be classes; larger ones are something else
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def read_features(path: Path) -> Features:
         Rows([v[:, 0] for v in values] if recipe.views else values),
         labels,
         Texts([t["paths"] for t in tensors if len(t["labels"])]),
-        classes,
+        classes or _numbered(labels),
         {name: reason for some in skipped for name, reason in some.items()},
         recipe,
         Rows([v[:, 1:] for v in values]) if recipe.views else None,
@@ -166,6 +167,12 @@ def _fitting(
         return {str(name): str(reason) for name, reason in skipped.items()}
     except (ValueError, AttributeError) as error:
         raise _damaged(path, "its list of skipped images cannot be read") from error
+
+
+def _numbered(labels: NDArray[np.int64]) -> list[str]:
+    """Return names of classes for labels that came without, as those of tar shards through a pipe: their numbers."""
+    most = int(labels.max(initial=-1))
+    return [str(i) for i in range(most + 1)] if most < _NUMBERED else []
 
 
 def _index(folder: Path) -> dict[str, int]:
@@ -307,7 +314,7 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
     Raises:
         DinoError: No split has labels, they hold patch tokens, or the two have no class in common.
     """
-    labelled = {name: f for name, f in splits.items() if f.classes}
+    labelled = {name: _labelled(f) for name, f in splits.items() if f.classes and (f.labels >= 0).any()}
     if not labelled:
         raise DinoError(
             "labelled features were wanted; these images lie in no class folders",
@@ -315,18 +322,35 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
         )
     if any(f.values.ndim != 2 for f in labelled.values()):
         raise DinoError("one feature an image was wanted; these are patch tokens", "extract again with --tokens cls")
-    for name, part in labelled.items():
-        unknown = int(np.count_nonzero(part.labels < 0))
-        if unknown:
-            raise DinoError(
-                f"{unknown} of the {len(part)} images of {name} have no label",
-                "give each image a label, or extract the labelled ones alone",
-            )
     train = labelled[learned_from(labelled)]
     test = next((labelled[name] for name in ("val", "test") if name in labelled and labelled[name] is not train), None)
     if test is not None:
         test = _with_classes_of(train, test)
     return train, test
+
+
+def unlabelled(splits: dict[str, Features]) -> list[str]:
+    """Return a line for each labelled split some of whose images have no label, which `compared` ignores."""
+    missing = {name: int(np.count_nonzero(f.labels < 0)) for name, f in splits.items() if f.classes}
+    return [
+        f"{count} of the {len(splits[name])} images of {name} have no label, and are ignored"
+        for name, count in missing.items()
+        if 0 < count < len(splits[name])
+    ]
+
+
+def _labelled(features: Features) -> Features:
+    """Return the features without the images that have no label."""
+    rows = np.flatnonzero(features.labels >= 0)
+    if len(rows) == len(features):
+        return features
+    return replace(
+        features,
+        values=features.values[rows],
+        labels=features.labels[rows],
+        paths=[features.paths[row] for row in rows.tolist()],
+        views=None if features.views is None else features.views[rows],
+    )
 
 
 def _with_classes_of(train: Features, test: Features) -> Features:

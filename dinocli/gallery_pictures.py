@@ -72,7 +72,7 @@ def draw_groups(
         rows.append([kept, *dropped, f"and {more} more" if more else None])
     written = _write(rows, out, "kept, and what is dropped with its cosine to the nearest of its group", lead=1)
     number = len(written) + 1
-    while (old := _page(out, number)).is_file():
+    while (old := page(out, number)).is_file():
         old.unlink()
         number += 1
     return written
@@ -81,7 +81,7 @@ def draw_groups(
 def _write(rows: list[list[Place]], out: Path, title: str, lead: int) -> list[Path]:
     written = []
     for first in range(0, len(rows), ROWS):
-        path = _page(out, first // ROWS + 1)
+        path = page(out, first // ROWS + 1)
         with atomic(path) as draft:
             sheet = contact_sheet(rows[first : first + ROWS], title=title, lead=lead, side=_SIDE)
             sheet.save(draft, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=85)
@@ -89,8 +89,8 @@ def _write(rows: list[list[Place]], out: Path, title: str, lead: int) -> list[Pa
     return written
 
 
-def _page(out: Path, number: int) -> Path:
-    """The place of a sheet, from 1."""
+def page(out: Path, number: int) -> Path:
+    """Return the path of a sheet, from 1."""
     return out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
 
 

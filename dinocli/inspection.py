@@ -26,7 +26,7 @@ from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source, TorchvisionImages
 from dinocli.twins import SIDE, Pair, is_flat, near_equal, thumbnail
 
-Read = Callable[[], "bytes | Image.Image"]
+Read = Callable[[], "bytes | Image.Image | BadImage"]
 
 _SECONDS = 45.0  # after which no more are drawn
 _PIPES, _SHARDS = 4, 50  # from how many the draw comes
@@ -308,9 +308,14 @@ def _drawn(source: Source, images: ImagesConfig, sample: int, seed: int) -> Iter
     for shard in order:
         one = replace(source, urls=[source.urls[shard]], counts=[counts[shard]] if source.counts else None)
         # Of what cannot be asked for its headers alone, the first ones: all of it would be loaded for a fair draw.
-        stream = one.stream(0, 1, seed=seed, buffer=counts[shard]) if source.counts else one.stream(0, 1)
+        order_of = {"seed": seed, "buffer": counts[shard]} if source.counts else {}
+        stream = one.stream(0, 1, max_megabytes=images.max_megabytes, **order_of)
         for found in islice(stream, min(share, counts[shard])):
-            yield found.name, partial(bytes, found.data)
+            yield found.name, partial(_given, BadImage(found.reason) if found.reason else found.data)
+
+
+def _given(data: bytes | BadImage) -> bytes | BadImage:
+    return data
 
 
 def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
@@ -319,7 +324,7 @@ def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
         data = read()
     except OSError as error:
         return _Look(name, why_unread(error))
-    opened = open_image(data, images)
+    opened = data if isinstance(data, BadImage) else open_image(data, images)
     if isinstance(opened, BadImage):
         return _Look(name, opened.reason)
     area = opened.width * opened.height

@@ -267,11 +267,18 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
         )
 
 
-def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | None]) -> Path | None:
-    """The first of the runs that is not at its end and does what is planned: preset, images, init, frozen teacher."""
+def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | None], stop: int = 0) -> Path | None:
+    """Return the first of the runs that is not at its end and does what is planned.
+
+    Args:
+        runs: Run folders, the newest first.
+        plan: Preset, fingerprint of the images, initial weights, fingerprint of the frozen teacher.
+        stop: Steps that are planned. A run that was told to end before (`--steps`) goes on to there, but for the
+            untrained network of `--steps 0`.
+    """
     for run in runs:
         state = next((state for _, state in saved_states(run) if state), None)
-        if state and state.step < state.stop:
+        if state and (state.step < state.stop or 0 < state.step < stop):
             same = state.preset.model_copy(update={"about": plan[0].about})  # words change nothing
             if (same, state.images.fingerprint, state.init, state.teacher) == plan:
                 return run

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -239,3 +241,24 @@ def test_a_query_without_finite_features_is_skipped(images: Path, lossy: Encoder
     assert len(queries.names) == len(queries.values) == 5
     with pytest.raises(DinoError, match="not finite"):
         encode(lossy, photos([images / "a" / "0002.png"]), recipe)
+
+
+def test_labels_of_shards_come_along(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+    def tar(name: str, labels: list[bytes]) -> Path:
+        with tarfile.open(tmp_path / name, "w") as opened:
+            for i, (path, label) in enumerate(zip(image_folder(images).names, labels, strict=False)):
+                for member, data in ((f"{i}.png", (images / path).read_bytes()), (f"{i}.cls", label)):
+                    info = tarfile.TarInfo(member)
+                    info.size = len(data)
+                    opened.addfile(info, io.BytesIO(data))
+        return tmp_path / name
+
+    def extracted(spec: str) -> tuple[list[str], list[int], int]:
+        done = extract(encoder, open_source(spec), tmp_path / "f.safetensors", data="d")
+        read = read_features(done.path)
+        return read.classes, read.labels.tolist(), len(done.notes)
+
+    words, numbers = tar("a.tar", [b"dog\n", b"cat", b"dog"]), tar("b.tar", [b"2\n", b"0"])
+    assert extracted(str(words)) == (["cat", "dog"], [1, 0, 1], 0)
+    assert extracted(f"pipe:cat {words}") == ([], [-1, -1, -1], 1)
+    assert extracted(str(numbers)) == extracted(f"pipe:cat {numbers}") == (["0", "1", "2"], [2, 0], 0)

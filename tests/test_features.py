@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 import dinocli
 from dinocli.atomic import write_tensors
 from dinocli.errors import DinoError
-from dinocli.features import Recipe, compared, learned_from, read_features, read_splits
+from dinocli.features import Recipe, compared, learned_from, read_features, read_splits, unlabelled
 from dinocli.storing import write_features
 
 RECIPE = Recipe("ckpt.safetensors", "0123456789abcdef", "cls", 1, 224, "data")
@@ -200,8 +200,10 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, name: str) -> 
 def test_images_without_a_label_are_no_class(tmp_path: Path) -> None:
     write(tmp_path / "f.safetensors")
     rewrite(tmp_path / "f.safetensors", {"labels": np.array([0, -1, 1])})
-    with pytest.raises(DinoError, match="1 of the 3 images of f have no label"):
-        compared(read_splits(tmp_path))
+    splits = read_splits(tmp_path)
+    train, _ = compared(splits)
+    assert (len(train), train.labels.tolist()) == (2, [0, 1])
+    assert unlabelled(splits) == ["1 of the 3 images of f have no label, and are ignored"]
 
 
 def spoil(path: Path, row: int, value: float) -> None:
@@ -239,3 +241,20 @@ def test_a_shard_that_is_not_finite_is_named(tmp_path: Path) -> None:
     spoil(tmp_path / "f" / "00002.safetensors", 1, np.inf)
     with pytest.raises(DinoError, match=r"00002.safetensors: row 1 \(2-1.png\)"):
         read_features(tmp_path / "f")
+
+
+def write_labels(path: Path, labels: list[int], classes: tuple[str, ...]) -> None:
+    with write_features(path, RECIPE, classes) as writer:
+        writer.append(np.eye(len(labels), 8, dtype=np.float32), labels, [f"{i}.png" for i in range(len(labels))])
+
+
+def test_numbers_are_classes_where_nothing_names_them(tmp_path: Path) -> None:
+    write_labels(tmp_path / "train.safetensors", [0, 2, -1, 1], ())
+    write_labels(tmp_path / "val.safetensors", [1, 1], ())
+    train, val = compared(read_splits(tmp_path))
+    assert (train.classes, val.labels.tolist()) == (["0", "1", "2"], [1, 1])
+    assert (train.labels.tolist(), list(train.paths)) == ([0, 2, 1], ["0.png", "1.png", "3.png"])
+    assert train.values[:].argmax(1).tolist() == [0, 1, 3]
+    write_labels(tmp_path / "x" / "train.safetensors", [-1, -1], ("a",))
+    with pytest.raises(DinoError, match="labelled features were wanted"):
+        compared(read_splits(tmp_path / "x"))

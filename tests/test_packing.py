@@ -32,6 +32,7 @@ class Listed:
     labels: np.ndarray
     classes: list[str] = field(default_factory=list)
     held: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:

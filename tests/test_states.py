@@ -377,6 +377,8 @@ def test_a_run_that_was_broken_off_is_found_again_and_no_other(plan: Plan) -> No
     assert unfinished(runs_of("tiny"), wanted) is None
     stopped(plan, 12)
     assert unfinished(runs_of("tiny"), wanted) is None, "it was told to end there"
+    assert unfinished(runs_of("tiny"), wanted, 12) is None
+    assert unfinished(runs_of("tiny"), wanted, 13) == Path("runs/tiny-1")
     broken = replace(plan, out=next_folder("tiny"))
     pretrain(broken, lambda p: os.kill(os.getpid(), signal.SIGINT))
     pretrain(replace(plan, out=next_folder("tiny")), lambda p: None)

@@ -52,18 +52,21 @@ def attn_map(
 
     from dinocli.attention_films import ENDINGS
     from dinocli.data.named import spare
+    from dinocli.data.outputs import marked
 
     if film:
-        shots = (path for frames in films.values() for path in (frames.where, *frames.files))
-        spare((out / f"{name}{ENDINGS[film]}" for name in films), shots)
+        made = [out / f"{name}{ENDINGS[film]}" for name in films]
+        spare(made, (path for frames in films.values() for path in (frames.where, *frames.files)))
     else:
-        spare((out / f"{name}.png" for name in files.values()), files)
+        made = [out / f"{name}.png" for name in files.values()]
+        spare(made, files)
 
     encoder = encoder_from(checkpoint, device, network, overrides)
-    if film:
-        _draw_films(encoder, films, out, film, head, size, fps, json)
-    else:
-        _draw_photos(encoder, files, out, keep, size, raw, json)
+    with marked(out, "attn-map", made):
+        if film:
+            _draw_films(encoder, films, out, film, head, size, fps, json)
+        else:
+            _draw_photos(encoder, files, out, keep, size, raw, json)
 
 
 def _draw_photos(

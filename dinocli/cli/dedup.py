@@ -33,9 +33,10 @@ def dedup(
 
     from dinocli.curves import write_histogram
     from dinocli.data.images import DEFAULTS
+    from dinocli.data.outputs import marked
     from dinocli.evals.dedup import choose, find_alike
     from dinocli.gallery import open_gallery
-    from dinocli.gallery_pictures import draw_groups
+    from dinocli.gallery_pictures import draw_groups, page
 
     images = DEFAULTS.changed(overrides or [])
     gallery = open_gallery(folder, data)
@@ -45,7 +46,9 @@ def dedup(
     with console.progress("compare", count * (count - 1) // 2, "pairs") as advance:
         found = find_alike(gallery.values, threshold, advance)
     histogram = out / "histogram.png"
-    write_histogram(found.best, "cosine of each image to its nearest other one", threshold, histogram)
+    made = [histogram, *(page(out / "groups.jpg", number) for number in range(1, pages + 1))]
+    with marked(out, "dedup", made):
+        write_histogram(found.best, "cosine of each image to its nearest other one", threshold, histogram)
     if threshold is None:
         # Rounded down, so that what is typed takes as many as are told.
         steps = {share: float(np.floor(1e6 * np.quantile(found.best, 1 - share)) / 1e6) for share in _SHARES}

@@ -28,13 +28,15 @@ def demo(
     if out.exists() and not (out / "demo.json").exists():  # said before torch is loaded
         raise DinoError(f"{out} is there already, and holds no demo to continue", f"--out {out}-2, or remove {out}")
 
+    from dinocli.data.outputs import marked
     from dinocli.demo import demo
     from dinocli.device import default_workers, pick_device
 
     picked = pick_device(device)
     count = default_workers(picked) if workers is None else workers
     try:
-        result = demo(out, device=picked, workers=count, stage=console.progress, note=console.say)
+        with marked(out, "demo"):
+            result = demo(out, device=picked, workers=count, stage=console.progress, note=console.say)
     except KeyboardInterrupt:
         console.say(f"the demo in {out} is not finished: the same command continues it")
         raise

@@ -45,6 +45,7 @@ def doctor(
         from dinocli.data.sources import open_source
 
         source = open_source(images)  # before torch is loaded: a wrong path is said at once
+        console.notes(source.notes)
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:

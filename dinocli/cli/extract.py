@@ -62,7 +62,9 @@ def extract(
         )
     data = paths[-1]
     parts = splits(data)
+    console.notes(note for source in parts.values() for note in source.notes)
 
+    from dinocli.data.outputs import marked
     from dinocli.device import default_workers, pick_device
     from dinocli.distributed import rank
     from dinocli.encoder import quick
@@ -77,7 +79,7 @@ def extract(
     for name, source in parts.items():
         for line in warn_of(source, encoder.images) if rank() == 0 else ():
             console.say(f"note: {f'{name}: ' if len(parts) > 1 else ''}{line}")
-        with console.progress(f"extract {name}", source.count or 0, "images") as advance:
+        with marked(out, "extract"), console.progress(f"extract {name}", source.count or 0, "images") as advance:
             written.append(
                 extract(
                     encoder,
@@ -97,6 +99,7 @@ def extract(
             )
     for part in written:
         console.skipped(part.skipped)
+        console.notes(part.notes)
     if json:
         console.out_json(
             [{"path": str(p.path), "images": p.images, "shape": p.shape, "skipped": p.skipped} for p in written]

@@ -63,6 +63,7 @@ def match(
     picture = out / f"{a.stem}-{b.stem}.png"
     from dinocli.data.keypoints import read_keypoints
     from dinocli.data.named import spare
+    from dinocli.data.outputs import marked
     from dinocli.device import pick_device
     from dinocli.diffusion import load_diffusion
     from dinocli.evals.match import match as matched
@@ -79,8 +80,9 @@ def match(
     compared = Compared(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
     maps = patch_maps(encoder, *photos, compared)
     matches = matched(*maps)
-    marked = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None
-    write_picture(picture, photos, maps, matches, spread_out(maps[0], matches.mutual, lines), marked)
+    points = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None
+    with marked(out, "match", [picture]):
+        write_picture(picture, photos, maps, matches, spread_out(maps[0], matches.mutual, lines), points)
     scores = pck(*maps, matches, *known, pck_of) if known else []
     if json:
         result = {"picture": str(picture), "pairs": _pairs(*maps, matches)}

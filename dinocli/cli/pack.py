@@ -36,6 +36,7 @@ def pack(
     from dinocli.data.sources import open_images
 
     source = open_images(images)
+    console.notes(source.notes)
 
     import torch
 

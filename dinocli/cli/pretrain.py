@@ -122,6 +122,7 @@ def pretrain(
     from dinocli.data.sources import open_source
 
     source = open_source(images)  # before torch is loaded: a wrong path or name is said at once
+    console.notes(source.notes)
     if not preset.endswith(".toml"):
         shipped.text(preset)
 
@@ -139,12 +140,13 @@ def pretrain(
         console.say(f"note: --steps {steps} is more than the {total} steps of the run, which ends there; see --epochs")
     picked = pick_device(device)
     name = Path(preset).name.removesuffix(".toml")
+    stop = total if steps is None else min(steps, total)
     plan = Plan(
         name=name,
         preset=loaded,
         source=source,
-        stop=total if steps is None else min(steps, total),
-        out=from_first(out or unfinished(runs_of(name), same) or next_folder(name)),
+        stop=stop,
+        out=from_first(out or unfinished(runs_of(name), same, stop) or next_folder(name)),
         device=picked,
         workers=default_workers(picked) if workers is None else workers,
         init=init,

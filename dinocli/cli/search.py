@@ -86,11 +86,12 @@ def search(
     folder = features_or_newest(features)
 
     from dinocli.data.named import spare
+    from dinocli.data.outputs import marked
     from dinocli.data.sources import photos
     from dinocli.encoder import quick
     from dinocli.evals.search import encode, same_encoder, search
     from dinocli.gallery import open_gallery
-    from dinocli.gallery_pictures import SHOWN, draw_hits
+    from dinocli.gallery_pictures import ROWS, SHOWN, draw_hits, page
 
     source = photos(queries or [])
     spare([out], queries or [])
@@ -103,7 +104,8 @@ def search(
     console.skipped(asked.skipped)
     opened = _index(gallery, index)
     hits = list(search(opened, gallery, asked, k))
-    written, unread = draw_hits(gallery, hits, out, encoder.images)
+    with marked(out.parent, "search", [page(out, number) for number in range(1, 2 + len(hits) // ROWS)]):
+        written, unread = draw_hits(gallery, hits, out, encoder.images)
     pictures = [str(path) for path in written]
     if unread:
         name, reason = next(iter(unread.items()))

@@ -65,37 +65,46 @@ def segment(
 ) -> None:
     """Tell the foreground of photos without training, color their patches, or train a head for classes of pixels."""
     _check(images, {"--pca": pca, "--evaluate": evaluate, "--train": train, "--head": head}, masks=masks)
+    made: list[Path] = []
     if not train:
         from dinocli.data.named import named_photos, spare
 
         files = named_photos(images or [])
         if pca:
-            spare([out / "pca.png"], files)
+            # A sheet shows several photos; more names than sheets do no harm.
+            made = [out / "pca.png", *(out / f"pca-{number}.png" for number in range(2, 1 + len(files)))]
+            spare(made[:1], files)
         elif not evaluate:
             spare((out / f"{name}{end}" for name in files.values() for end in (".png", "-mask.png")), files)
+            made = [out / f"{name}{end}" for name in files.values() for end in ([".png", "-mask.png"][: 1 + masks])]
 
     from dinocli.evals.attention import default_size
 
     encoder = encoder_from(checkpoint, device, network, overrides)
     side = size or default_size(encoder)
-    if train:
-        _train(encoder, train, out, side, epochs, seed, json=json)
-    elif evaluate:
+    if evaluate:
         _evaluate(encoder, files, evaluate, [by] if by else _ways(encoder), side, keep, tau, json=json)
-    elif pca:
-        _pca(encoder, files, out, by or _BEST, side, keep, tau, json=json)
-    elif head:
-        from dinocli.evals.segmentation import read_head
-        from dinocli.segment_pictures import draw_classes
+        return
 
-        layer = read_head(head, encoder)
-        classes = partial(draw_classes, encoder, layer, short_side=size, masks=masks)
-        _draw(files, out, classes, json=json)
-    else:
-        from dinocli.segment_pictures import draw_foreground
+    from dinocli.data.outputs import marked
 
-        one = partial(draw_foreground, encoder, by=by or _BEST, keep=keep, tau=tau, short_side=side, masks=masks)
-        _draw(files, out, one, json=json)
+    with marked(out, "segment", made):
+        if train:
+            _train(encoder, train, out, side, epochs, seed, json=json)
+        elif pca:
+            _pca(encoder, files, out, by or _BEST, side, keep, tau, json=json)
+        elif head:
+            from dinocli.evals.segmentation import read_head
+            from dinocli.segment_pictures import draw_classes
+
+            layer = read_head(head, encoder)
+            classes = partial(draw_classes, encoder, layer, short_side=size, masks=masks)
+            _draw(files, out, classes, json=json)
+        else:
+            from dinocli.segment_pictures import draw_foreground
+
+            one = partial(draw_foreground, encoder, by=by or _BEST, keep=keep, tau=tau, short_side=side, masks=masks)
+            _draw(files, out, one, json=json)
 
 
 def _check(images: list[Path] | None, ways: Mapping[str, object], *, masks: bool) -> None:

@@ -52,6 +52,7 @@ def track(
         )
     from dinocli.data.frames import open_frames
     from dinocli.data.named import spare
+    from dinocli.data.outputs import marked
     from dinocli.evals.track import Looking, Rule
     from dinocli.tracking import first_mask, too_small, track_video
 
@@ -62,7 +63,9 @@ def track(
     first = first_mask(mask, video, encoder.images)
     for lost in too_small(encoder, *first, looking):
         console.say(f"note: object {lost} is smaller than a patch and cannot be followed: a larger --size")
-    with console.progress("track", video.count, "frames") as advance:
+    stems = [path.stem for path in video.files] or [f"{number:05}" for number in range(video.count)]
+    made = [out / "track.gif", out / "strip.png", *(out / "masks" / f"{stem}.png" for stem in stems)]
+    with marked(out, "track", made), console.progress("track", video.count, "frames") as advance:
         done = track_video(
             encoder,
             video,

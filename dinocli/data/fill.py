@@ -174,7 +174,7 @@ class StreamFiller:
             asked.append((sample.epoch, sample.number))
             numbers, _ = self.cutter.numbers(sample.epoch, sample.number)
             [tries] = self.cutter.tries(numbers[None])
-            found = self.cutter.pixels(sample.data, tries, place)
+            found = self._pixels(sample, tries, place)
             # In the place of a bad one comes one further on, which keeps its own turn: so the stream stays in step with
             # the batches, and a run that goes on finds its place.
             for further in range(_REDRAWS):
@@ -184,7 +184,7 @@ class StreamFiller:
                 while len(self.ahead) <= further:
                     self.ahead.append(next(self.stream))
                 sample = self.ahead[further]
-                found = self.cutter.pixels(sample.data, tries, place)
+                found = self._pixels(sample, tries, place)
             if isinstance(found, BadImage):
                 raise _nothing_to_read(sample.name, found.reason)
             slot["keys"][b] = torch.tensor([sample.epoch, sample.number])
@@ -193,6 +193,9 @@ class StreamFiller:
         self.cutter.draw(slot, task.first, np.stack(drawn))
         self.cutter.hide(slot, task.first, asked)
         return bad
+
+    def _pixels(self, sample: Sample, tries: list[Tries], places: list[Tensor]) -> tuple[Pixels, list[Box]] | BadImage:
+        return BadImage(sample.reason) if sample.reason else self.cutter.pixels(sample.data, tries, places)
 
 
 def _read(source: Images, row: int, images: ImagesConfig) -> bytes | Image | BadImage:
@@ -261,7 +264,8 @@ class PlainFiller:
                 sample = next(self.source, None)
                 if sample is None:
                     break
-                number, name, label, data = sample.number, sample.name, sample.label, sample.data
+                number, name, label = sample.number, sample.name, sample.label
+                data = BadImage(sample.reason) if sample.reason else sample.data
             pixels = data if isinstance(data, BadImage) else decode(data, self.images)
             if isinstance(pixels, BadImage):
                 seen.append(Seen(b, name, label, pixels.reason))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -13,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.atomic import atomic
+from dinocli.data.kinds import kind_of
+from dinocli.data.outputs import SHEETS, SIGNS, Ours, is_sheet, recognise
 
 # What image files are called.
 SUFFIXES = frozenset(
@@ -20,6 +25,7 @@ SUFFIXES = frozenset(
     ".tga".split()
 )
 ARRAY = ".npy"  # an image too, where no other kind is there
+JUNK = frozenset({"__MACOSX"})  # folders of a Mac's resource forks, in archives that it made
 _REMEMBERED = 20_000  # files; below, listing takes no time worth a file in the user's cache
 _SETTLED = 2_000_000_000  # nanoseconds; a folder changed later than this may change again within one tick of its clock
 
@@ -55,19 +61,28 @@ class Names(Sequence[str]):
 
 
 class Listing(NamedTuple):
-    """What was found below a folder.
+    """Files below a folder.
 
     Attributes:
         names: Of the wanted files, in order, with `/` between folders.
-        others: How many other files there are.
+        kinds: Number of other files by suffix; "" for those without one.
+        ours: Ignored files and folders that this tool wrote, the folders with a `/` at the end.
+        first: One file of each kind; known only of a listing that was made now.
     """
 
     names: Names
-    others: int
+    kinds: dict[str, int]
+    ours: list[str]
+    first: dict[str, str]
+
+    @property
+    def others(self) -> int:
+        """Number of other files."""
+        return sum(self.kinds.values())
 
 
 def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
-    """List the files below a folder, those behind links too; hidden ones are passed over.
+    """List the files below a folder, those behind links too; hidden ones and outputs of this tool are ignored.
 
     A long list is kept in the user's cache, and taken from there as long as no folder below has changed.
 
@@ -79,39 +94,70 @@ def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
     remembered = _remembered(root, memory)
     if remembered:
         return remembered
-    began, names, folders, others = time.time_ns(), list[str](), list[str](), 0
-    for folder, files in _walk(str(root), []):
+    began, names, folders, ours = time.time_ns(), list[str](), list[str](), list[str]()
+    kinds, first = Counter[str](), dict[str, str]()
+    for folder, files, outputs in _walk(str(root), []):
         folders.append(os.path.relpath(folder, root))
         inside = "" if folders[-1] == "." else folders[-1].replace(os.sep, "/") + "/"
+        ours += [inside + name for name in outputs]
         for name in files:
-            if wanted(f"{folder}{os.sep}{name}"):
+            path = f"{folder}{os.sep}{name}"
+            if wanted(path):
                 names.append(inside + name)
             else:
-                others += 1
+                kind = kind_of(name)
+                kinds[kind] += 1
+                first.setdefault(kind, path)
     names.sort()
-    listing = Listing(Names.of(names), others)
+    listing = Listing(Names.of(names), dict(kinds.most_common()), _collapse(ours, names), first)
     if len(names) >= _REMEMBERED:
         _remember(listing, root, folders, began, memory)
     return listing
 
 
-def _walk(folder: str, above: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """Folders in no order, each with the names of its files."""
-    files, below = [], []
+def _walk(folder: str, above: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Folders in no order, each with the names of its files, and with those of outputs in it."""
+    files, below, signs = [], [], set[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name in SIGNS:
+                signs.add(entry.name)
+            if entry.name.startswith(".") or entry.name in JUNK:
                 continue
             if entry.is_dir():
-                below.append((entry.path, entry.is_symlink()))
+                below.append((entry.name, entry.path, entry.is_symlink()))
             else:
                 files.append(entry.name)
-    yield folder, files
+    ours = recognise(folder, signs)
+    # The folder that the user names is read, even if it is output.
+    if ours.whole and above:
+        yield folder, [], [""]
+        return
+    # Most folders hold no output, and a million names cost a second each time that they are matched.
+    every = ours != Ours() or os.path.basename(folder) in SHEETS
+    suspects = files if every else [name for name in files if name.startswith("search")]
+    hidden = [name for name in suspects if ours.hides.fullmatch(name) or is_sheet(folder, name)]
+    hidden_folders = {name for name, *_ in below if ours.hides.fullmatch(name)}
+    if hidden:
+        mine = set(hidden)
+        files = [name for name in files if name not in mine]
+    yield folder, files, [*hidden, *(f"{name}/" for name in hidden_folders)]
     here = [*above, os.path.realpath(folder)]
-    for path, linked in below:
+    for name, path, linked in below:
         # A link to a folder that it lies in would make the walk endless.
-        if not (linked and os.path.realpath(path) in here):
+        if name not in hidden_folders and not (linked and os.path.realpath(path) in here):
             yield from _walk(path, here)
+
+
+def _collapse(ours: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Name outputs by the folder right below the root, unless that holds images too."""
+    tops: dict[str, None] = {}
+    for path in ours:
+        top = path.partition("/")[0] + "/" if "/" in path else path
+        place = bisect_left(names, top)
+        shared = top.endswith("/") and place < len(names) and names[place].startswith(top)
+        tops[path if shared else top] = None
+    return sorted(tops)
 
 
 def cache_folder() -> Path:
@@ -134,7 +180,8 @@ def _remembered(root: Path, memory: Path) -> Listing | None:
             changes = _changes(root, folders)
             if changes is None or not np.array_equal(changes, stored["changes"]):
                 return None
-            return Listing(Names(stored["text"], stored["ends"]), int(stored["others"]))
+            kinds, ours = json.loads(stored["others"].tobytes())
+            return Listing(Names(stored["text"], stored["ends"]), kinds, ours, {})
     # Whatever is wrong with what was kept, listing again mends it.
     except Exception:
         return None
@@ -151,7 +198,7 @@ def _remember(listing: Listing, root: Path, folders: list[str], began: int, memo
                 file,
                 text=listing.names.text,
                 ends=listing.names.ends,
-                others=np.int64(listing.others),
+                others=np.frombuffer(json.dumps([listing.kinds, listing.ours]).encode(), np.uint8),
                 folder_text=where.text,
                 folder_ends=where.ends,
                 changes=changes,

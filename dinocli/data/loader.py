@@ -224,7 +224,8 @@ def _stream_filler(
     cutter: Cutter, source: Shards, batch_size: int, start: int, workers: int, share: Share, lane: int, lanes: int
 ) -> StreamFiller:
     skip = ring.turns(lane, workers, batch_size, start)
-    stream = source.stream(share.rank * lanes + lane, share.of * lanes, seed=cutter.seed, skip=skip)
+    first, most = share.rank * lanes + lane, cutter.images.max_megabytes
+    stream = source.stream(first, share.of * lanes, seed=cutter.seed, skip=skip, max_megabytes=most)
     return StreamFiller(cutter, stream)
 
 
@@ -242,7 +243,8 @@ def _plain_filler(
         return PlainFiller(source, size, images, cutter=cutter)
     # Every process reads the whole stream, and passes over what is in the batches of others.
     before = partial(ring.turns_before, lane, workers, batch_size)
-    return PlainFiller(source.stream(lane, lanes), size, images, before, cutter)
+    stream = source.stream(lane, lanes, max_megabytes=images.max_megabytes)
+    return PlainFiller(stream, size, images, before, cutter)
 
 
 class _Copier:

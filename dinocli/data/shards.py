@@ -9,7 +9,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +19,20 @@ from typing import NamedTuple
 import numpy as np
 
 from dinocli.checksums import unseal
-from dinocli.data.listing import ARRAY, SUFFIXES
-from dinocli.data.tar import PIPE, LocalTar, PipedTar, Span, members
+from dinocli.data.images import DEFAULTS
+from dinocli.data.kinds import remedy, unread
+from dinocli.data.listing import JUNK, SUFFIXES
+from dinocli.data.outputs import SIGNS, is_output, is_sheet, recognise
+from dinocli.data.samples import classes_of, read, read_label, read_once, samples, why_refused
+from dinocli.data.scans import Scan, labels_apart, notes_of, scan
+from dinocli.data.tar import PIPE, Content, LocalTar, PipedTar, members
 from dinocli.errors import DinoError
 
 INDEX = "index.json"
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
-# WebDataset's rule (webdataset/tariterators.py): the key ends at the first dot of the last part of the name.
-_KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
-_META = re.compile(r"__[^/]*__($|/)")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_OPEN = 32  # files kept open for the samples that wait in a buffer
+UNNUMBERED = -2  # label of an image whose class came as a name through a pipe, where nobody knows the other names
+_PICTURES = 1000  # of this tool's own that may lie beside shards
 
 
 class Sample(NamedTuple):
@@ -40,6 +44,7 @@ class Sample(NamedTuple):
         name: The shard's file name, a slash, the name in the shard.
         data: The image's file; empty where it, or with the shard's name alone the rest of a shard, cannot be read.
         label: -1 where there is none.
+        reason: Why the image is not read, if that is known without its data.
     """
 
     epoch: int
@@ -47,6 +52,7 @@ class Sample(NamedTuple):
     name: str
     data: bytes
     label: int
+    reason: str = ""
 
 
 class _Item(NamedTuple):
@@ -54,8 +60,8 @@ class _Item(NamedTuple):
 
     number: int
     name: str
-    image: bytes | Span
-    label: bytes | Span
+    image: Content
+    label: Content
 
 
 @dataclass(frozen=True)
@@ -65,14 +71,20 @@ class Shards:
     Attributes:
         where: As the user named them.
         urls: Paths, or `pipe:COMMAND`.
-        classes: Names of the classes, where an index tells them.
+        classes: Names of the classes, of an index or of the labels; none through a pipe.
         counts: Images a shard, the torn rest of a shard being one; none where they cannot be known.
+        by_name: Labels are names of classes; else numbers of them.
+        apart: Shards whose labels lie apart from their images.
+        notes: Lines for the user about members that are not read.
     """
 
     where: str
     urls: list[str]
     classes: list[str]
     counts: list[int] | None
+    by_name: bool = False
+    apart: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
 
     @property
     def count(self) -> int | None:
@@ -86,7 +98,14 @@ class Shards:
         return f"{zlib.crc32(json.dumps([names, self.counts]).encode()):08x}"
 
     def stream(
-        self, lane: int, lanes: int, *, seed: int | None = None, skip: int = 0, buffer: int = 1000
+        self,
+        lane: int,
+        lanes: int,
+        *,
+        seed: int | None = None,
+        skip: int = 0,
+        buffer: int = 1000,
+        max_megabytes: float = DEFAULTS.max_megabytes,
     ) -> Iterator[Sample]:
         """The samples of one reader among several, which together read each image once an epoch.
 
@@ -98,12 +117,14 @@ class Shards:
             seed: Of an endless stream in an order drawn anew each epoch; absent, one pass in order.
             skip: Samples to pass over, of which in local files only the headers are read, or not even those.
             buffer: Samples among which the next is drawn.
+            max_megabytes: Of an image; larger ones are not read.
 
         Raises:
             DinoError: A command failed or what it printed is torn; or there is nothing for this reader.
         """
         opened: dict[str, int] = {}
-        empty = 0
+        empty, most = 0, max_megabytes * 1e6
+        places = {name: i for i, name in enumerate(self.classes)}
         try:
             for epoch in range(1) if seed is None else itertools.count():
                 order: Sequence[int] = range(len(self.urls))
@@ -113,7 +134,7 @@ class Shards:
                 if length and length <= skip:
                     skip -= length
                     continue
-                items = self._lane(order, lane, lanes, ahead=not skip)
+                items = self._lane(order, lane, lanes, most, ahead=not skip)
                 if seed is not None:
                     items = _shuffled(items, np.random.default_rng((seed, epoch, lane)), max(1, buffer))
                 empty += 1
@@ -122,8 +143,10 @@ class Shards:
                     if skip:
                         skip -= 1
                         continue
-                    data, label = _read(item.image, opened), _label(_read(item.label, opened))
-                    yield Sample(epoch, item.number, item.name, data, label)
+                    reason = why_refused(item.image, most)
+                    data = b"" if reason else read(item.image, opened)
+                    label = self._number(read_label(item.label, opened), places)
+                    yield Sample(epoch, item.number, item.name, data, label, reason)
                 # A reader whose one shard is empty has another in the next epoch: once alone says nothing.
                 if seed is not None and empty >= 10:
                     raise DinoError(
@@ -140,20 +163,25 @@ class Shards:
             return sum(self.counts[shard] for shard in order[lane::lanes])
         return len(range(lane, sum(self.counts), lanes))
 
-    def _lane(self, order: Sequence[int], lane: int, lanes: int, ahead: bool) -> Iterator[_Item]:
+    def _number(self, label: int | str | None, places: Mapping[str, int]) -> int:
+        if isinstance(label, str) or (label is not None and self.by_name):
+            return places.get(str(label), -1) if places else UNNUMBERED
+        return -1 if label is None else label
+
+    def _lane(self, order: Sequence[int], lane: int, lanes: int, most: float, ahead: bool) -> Iterator[_Item]:
         if len(order) >= lanes:
-            return itertools.chain.from_iterable(self._items(shard, ahead) for shard in order[lane::lanes])
-        every = itertools.chain.from_iterable(self._items(shard, ahead=False) for shard in order)
+            return itertools.chain.from_iterable(self._items(shard, most, ahead) for shard in order[lane::lanes])
+        every = itertools.chain.from_iterable(self._items(shard, most, ahead=False) for shard in order)
         return itertools.islice(every, lane, None, lanes)
 
-    def _items(self, shard: int, ahead: bool) -> Iterator[_Item]:
+    def _items(self, shard: int, most: float, ahead: bool) -> Iterator[_Item]:
         """The images of one shard; where it is torn, an empty one for the rest."""
         url = self.urls[shard]
         title = (re.findall(r"[^\s/]+\.tar\b", url) or [url])[-1] if url.startswith(PIPE) else os.path.basename(url)
         number = shard * 2**32
         with contextlib.closing(PipedTar(url) if url.startswith(PIPE) else LocalTar(url, ahead)) as tape:
-            for name, image, label in _samples(tape):
-                yield _Item(number, f"{title}/{name}", image, label)
+            for raw in samples(tape, most, labels=labels_apart(url) if url in self.apart else None):
+                yield _Item(number, f"{title}/{raw.name}", raw.image, raw.label)
                 number += 1
             tape.finish()
         if tape.torn:
@@ -164,16 +192,24 @@ def is_shards(spec: str) -> bool:
     """Whether what a user named is tar shards: by its name, or a folder in which there are tar files and no images."""
     if not os.path.isdir(spec):
         return spec.startswith(PIPE) or spec.lower().endswith((".tar", *_PACKED))
-    found = False
+    signs, folders, images, found = set[str](), list[str](), list[str](), False
     with os.scandir(spec) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if entry.name in SIGNS:
+                signs.add(entry.name)
+            if entry.name.startswith(".") or entry.name in JUNK:
                 continue
             suffix = os.path.splitext(entry.name)[1].lower()
-            if suffix in SUFFIXES or entry.is_dir():
-                return False
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif suffix in SUFFIXES:
+                images.append(entry.name)
             found = found or suffix == ".tar"
-    return found
+            if len(images) > _PICTURES:
+                return False
+    hides = recognise(spec, signs).hides
+    ours = all(hides.fullmatch(name) or is_sheet(spec, name) for name in images)
+    return found and ours and all(map(is_output, folders))
 
 
 def open_shards(spec: str) -> Shards:
@@ -201,14 +237,24 @@ def open_shards(spec: str) -> Shards:
     unknown = [url for url in urls if url not in known]
     # Threads, for a disk at the other end of a network answers many questions in the time of one.
     with ThreadPoolExecutor(8) as pool:
-        known |= zip(unknown, pool.map(_count, unknown), strict=True)
-    if not any(images for images, _ in known.values()):
-        torn = next((f": {url} {torn}" for url, (_, torn) in known.items() if torn), "")
+        known |= zip(unknown, pool.map(scan, unknown), strict=True)
+    scans = [known[url] for url in urls]
+    kinds = sum((each.tally.kinds for each in scans), Counter[str]())
+    if not any(each.images for each in scans):
+        torn = next((f": {url} {each.torn}" for url, each in zip(urls, scans, strict=True) if each.torn), "")
+        seen = f": they hold {unread(kinds)}" if kinds and not torn else torn
         raise DinoError(
-            f"no images in the {len(urls)} tar files of {spec}{torn}",
-            "a shard holds files such as KEY.jpg, and KEY.cls for a label; `dino pack IMAGES OUT` writes them",
+            f"no images in the {len(urls)} tar files of {spec}{seen}",
+            remedy(spec, kinds, {})
+            if kinds and not torn
+            else "a shard holds files such as KEY.jpg, and KEY.cls for a label; `dino pack IMAGES OUT` writes them",
         )
-    return Shards(spec, urls, classes, [known[url][0] + bool(known[url][1]) for url in urls])
+    named, by_name = classes_of(set().union(*(each.labels for each in scans)))
+    if classes:  # of an index, whose numbers stand in the shards
+        named, by_name = classes + sorted(set(named) - set(classes) if by_name else ()), False
+    apart = frozenset(url for url, each in zip(urls, scans, strict=True) if each.apart)
+    counts = [each.images + bool(each.torn) for each in scans]
+    return Shards(spec, urls, named, counts, by_name, apart, tuple(notes_of(scans, kinds)))
 
 
 def _ranges(text: str) -> Iterator[str]:
@@ -234,13 +280,13 @@ def _paths(spec: str) -> list[str]:
     return paths
 
 
-def _indexed(urls: Sequence[str]) -> tuple[dict[str, tuple[int, str]], list[str]]:
+def _indexed(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
     """Images of the shards whose size is that in the index beside them, none of them torn; and the names of classes.
 
     Raises:
         DinoError: An index is damaged, or names other files than shards beside it.
     """
-    known: dict[str, tuple[int, str]] = {}
+    known: dict[str, Scan] = {}
     classes: list[str] = []
     for folder in dict.fromkeys(os.path.dirname(url) for url in urls):
         path = Path(folder) / INDEX
@@ -266,18 +312,13 @@ def _indexed(urls: Sequence[str]) -> tuple[dict[str, tuple[int, str]], list[str]
             if not isinstance(number, int) or isinstance(number, bool) or number < 0:
                 raise _damaged_index(path, f"it says {number} of {name}")
         beside = {os.path.join(folder, name): (counts[name], size) for name, size in sizes.items() if name in counts}
-        known |= {u: (beside[u][0], "") for u in urls if u in beside and os.path.getsize(u) == beside[u][1]}
+        known |= {u: Scan(beside[u][0]) for u in urls if u in beside and os.path.getsize(u) == beside[u][1]}
         classes = classes or [str(name) for name in names]
     return known, classes
 
 
 def _damaged_index(path: Path, why: str) -> DinoError:
     return DinoError(f"{path} is damaged: {why}", "pack the images again, or remove it: the shards are counted then")
-
-
-def _count(url: str) -> tuple[int, str]:
-    with contextlib.closing(LocalTar(url)) as tape:
-        return sum(1 for _ in _samples(tape)), tape.torn
 
 
 def _shuffled(items: Iterable[_Item], generator: np.random.Generator, buffer: int) -> Iterator[_Item]:
@@ -293,52 +334,13 @@ def _shuffled(items: Iterable[_Item], generator: np.random.Generator, buffer: in
         yield held[place]
 
 
-def _samples(tape: LocalTar | PipedTar) -> Iterator[tuple[str, bytes | Span, bytes | Span]]:
-    """Name, image and label of each sample: neighbours of one key; what has no image is passed over."""
-    found = ((name, _KEY.fullmatch(name), content) for name, content in members(tape) if not _META.match(name))
-    keyed = ((name, key, content) for name, key, content in found if key)
-    for _, group in itertools.groupby(keyed, lambda member: member[1][1]):
-        parts = [(key[2].lower(), name, content) for name, key, content in group]
-        ends = ["." + suffix.rpartition(".")[2] for suffix, _, _ in parts]
-        images = [part for part, end in zip(parts, ends, strict=True) if end in SUFFIXES]
-        images = images or [part for part, end in zip(parts, ends, strict=True) if end == ARRAY]
-        if images:
-            # Of `a.jpg` and `a.mask.png` the first is the image; it may also stand alone as `a.v2.jpg`.
-            _, name, image = min(images, key=lambda part: part[0].count("."))
-            labels = {suffix: content for suffix, _, content in parts}
-            yield name, image, labels.get("cls", labels.get("json", b""))
-
-
-def _read(content: bytes | Span, opened: dict[str, int]) -> bytes:
-    """The bytes; none where they have gone. `opened` keeps the files that were read last, the oldest first."""
-    if not isinstance(content, Span):
-        return content
-    try:
-        file = opened.pop(content.path, -1)
-        opened[content.path] = file if file >= 0 else os.open(content.path, os.O_RDONLY)
-        if len(opened) > _OPEN:
-            os.close(opened.pop(next(iter(opened))))
-        data = os.pread(opened[content.path], content.size, content.offset)
-    except OSError:
-        return b""
-    return data if len(data) == content.size else b""
-
-
-def read_sample(shards: Shards, name: str) -> bytes:
+def read_sample(shards: Shards, name: str, max_megabytes: float = DEFAULTS.max_megabytes) -> bytes:
     """The image of a name as `Sample` has it, from local shards; none where it is not there."""
+    most = max_megabytes * 1e6
     title, _, inside = name.partition("/")
     for url in shards.urls:
         if os.path.basename(url) == title and not url.startswith(PIPE):
             with contextlib.closing(LocalTar(url)) as tape:
-                return next((_read(content, {}) for member, content in members(tape) if member == inside), b"")
+                found = (content for member, content in members(tape) if member == inside)
+                return next((read_once(content) for content in found if not why_refused(content, most)), b"")
     return b""
-
-
-def _label(text: bytes) -> int:
-    """An integer as text, or a table with one as `label` or `cls`."""
-    try:
-        value = json.loads(text)
-        value = value.get("label", value.get("cls")) if isinstance(value, dict) else value
-    except ValueError:
-        value = int(text) if text.strip().isdigit() else -1  # 007 is no JSON
-    return value if isinstance(value, int) and not isinstance(value, bool) else -1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.listing import ARRAY, SUFFIXES, Names, cache_folder, list_files
+from dinocli.data.kinds import not_beside, remedy, unread
+from dinocli.data.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
+from dinocli.data.lists import LISTS, read_list
+from dinocli.data.outputs import is_output
 from dinocli.data.regular import begins_with, read_file
 from dinocli.data.shards import Shards, is_shards, open_shards
 from dinocli.errors import DinoError, nearest
@@ -27,9 +29,8 @@ if TYPE_CHECKING:
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"RIFF")
 # Names that a data set's parts commonly carry; the first of each line is what the tool calls it.
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
-_PATH_COLUMNS = ("path", "file", "filename", "filepath", "file_path", "image", "image_path")
-_LABEL_COLUMNS = ("label", "class", "category", "target", "species")
 TORCHVISION = "torchvision:"
+_NAMED = 6  # outputs that a line names
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +43,7 @@ class Images:
         names: Of the files.
         classes: Names of the classes; none for unlabelled images.
         labels: Index of each image's class, -1 where there is none. [S]
+        notes: Lines for the user about files that are not read.
     """
 
     where: str
@@ -49,6 +51,7 @@ class Images:
     names: Names
     classes: list[str]
     labels: NDArray[np.int32]
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -114,9 +117,7 @@ def open_images(spec: str) -> Images:
         parts = _torchvision(name, [split] if split else ["train"])
         return next(iter(parts.values()))
     path = Path(spec)
-    return (
-        _file_list(path) if path.suffix.lower() in (".txt", ".csv", ".tsv") and path.is_file() else image_folder(path)
-    )
+    return _file_list(path) if path.suffix.lower() in LISTS and path.is_file() else image_folder(path)
 
 
 def splits(spec: str) -> dict[str, Source]:
@@ -131,13 +132,14 @@ def splits(spec: str) -> dict[str, Source]:
     found = {split: root / name for split, spellings in _SPLITS.items() for name in spellings if (root / name).is_dir()}
     # A folder named "test" among others may well be a class: the parts must be all that is there.
     beside = {p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} if root.is_dir() else set()
-    if not found or ("train" not in found and beside - set(found.values())):
+    beside -= set(found.values())
+    if not found or ("train" not in found and not all(is_output(str(path)) for path in beside)):
         return {"all": open_source(spec)}
     return {split: open_source(str(path)) for split, path in found.items()}
 
 
 def image_folder(root: Path) -> Images:
-    """List the images in a folder of any depth; hidden files and other kinds of file are passed over.
+    """List the images in a folder of any depth; hidden files and outputs of this tool are ignored.
 
     Arrays (.npy) are images in a folder that holds no others.
 
@@ -152,19 +154,34 @@ def image_folder(root: Path) -> Images:
         raise DinoError(
             f"a folder of images was wanted; {root} is a file", f"name the folder it lies in: {root.parent}"
         )
-    names, others = list_files(root, _is_image)
-    if not len(names):  # beside images arrays are mostly features, masks or labels of them
-        names, others = list_files(root, _is_array)
-    if not len(names):
-        seen = f"{others} other files" if others else "nothing"
-        raise DinoError(
-            f"no images in {root}: it holds {seen}",
-            f"name a folder with files such as .jpg, .png, .webp or .tif ({len(SUFFIXES)} kinds are read)",
-        )
+    listing = list_files(root, _is_image)
+    if not len(listing.names):  # beside images arrays are mostly features, masks or labels of them
+        arrays = list_files(root, _is_array)
+        if not len(arrays.names):
+            raise _no_images(root, listing)
+        listing = arrays
+    names, notes = listing.names, tuple(_notes(root, listing))
     tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     if not all(tops):
-        return Images(str(root), root, names, [], np.full(len(names), -1, dtype=np.int32))
-    return Images(str(root), root, names, *_numbered(tops))
+        return Images(str(root), root, names, [], np.full(len(names), -1, dtype=np.int32), notes=notes)
+    return Images(str(root), root, names, *_numbered(tops), notes=notes)
+
+
+def _notes(root: Path, listing: Listing) -> Iterator[str]:
+    if listing.ours:
+        where = "here" if root == Path() else f"in {root}"
+        *some, last = listing.ours[:_NAMED] + ([f"{len(listing.ours) - _NAMED} more"] if listing.ours[_NAMED:] else [])
+        yield f"ignoring {', '.join(some) + ' and ' if some else ''}{last} {where}: written by dino"
+    if missed := not_beside(listing.kinds):
+        yield f"not read: {unread(missed)}"
+
+
+def _no_images(root: Path, listing: Listing) -> DinoError:
+    """Return the error for a folder without images, which names what it holds instead."""
+    seen = unread(listing.kinds) or "nothing"
+    if listing.ours:
+        seen += f", and outputs of dino ({', '.join(listing.ours[:_NAMED])})"
+    return DinoError(f"no images in {root}: it holds {seen}", remedy(str(root), listing.kinds, listing.first))
 
 
 def _nearest_place(missing: Path) -> str:
@@ -213,53 +230,20 @@ def _numbered(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
 
 
 def _file_list(path: Path) -> Images:
-    """A text file with a path a line, or a table with a column of paths and perhaps one of labels.
-
-    Relative paths start at the list's own folder. In a text file a label may follow after a tab or a space.
+    """Open a list of files; labels that some rows lack are -1.
 
     Raises:
-        DinoError: It is empty, or its first file does not exist.
+        DinoError: It is empty, names no files, or its first file does not exist.
     """
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = _table_rows(file, path) if path.suffix.lower() != ".txt" else _text_rows(file, path)
-    if not rows:
-        raise DinoError(
-            f"a list of files was wanted; {path} is empty", "one path a line, relative to the list's folder"
-        )
-    first = path.parent / rows[0][0]
-    if not first.is_file():
-        raise DinoError(
-            f"the first file of {path} does not exist: {first}", "paths in a list are relative to the list's folder"
-        )
-    names = Names.of([name for name, _ in rows])
-    labels = [label for _, label in rows]
-    if not all(labels):
-        return Images(str(path), path.parent, names, [], np.full(len(names), -1, dtype=np.int32))
-    return Images(str(path), path.parent, names, *_numbered(labels))
-
-
-def _text_rows(file: Any, path: Path) -> list[tuple[str, str]]:
-    lines = [line.strip("\r\n") for line in file]
-    lines = [line for line in lines if line.strip() and not line.startswith("#")]
-    if not lines:
-        return []
-    # Names may hold spaces: whether the last word of a line is a label is asked of the first file.
-    tab = any("\t" in line for line in lines[:1])
-    spaced = not tab and not (path.parent / lines[0]).exists() and " " in lines[0]
-    pairs = [
-        line.partition("\t")[::2] if tab else line.rpartition(" ")[::2] if spaced else (line, "") for line in lines
-    ]
-    return [(name, label.strip()) for name, label in pairs]
-
-
-def _table_rows(file: Any, path: Path) -> list[tuple[str, str]]:
-    table = [row for row in csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",") if any(row)]
-    head = [cell.strip().lower() for cell in table[0]] if table else []
-    column = next((head.index(name) for name in _PATH_COLUMNS if name in head), None)
-    if column is None:
-        return [(row[0], row[1].strip() if len(row) > 1 else "") for row in table]
-    label = next((head.index(name) for name in _LABEL_COLUMNS if name in head), None)
-    return [(row[column], row[label].strip() if label is not None else "") for row in table[1:]]
+    entries, notes = read_list(path)
+    names = Names.of([entry.name for entry in entries])
+    labelled = [entry.label for entry in entries if entry.label]
+    if not labelled:
+        return Images(str(path), path.parent, names, [], np.full(len(names), -1, dtype=np.int32), notes=notes)
+    classes, numbers = _numbered(labelled)
+    labels = np.full(len(names), -1, dtype=np.int32)
+    labels[[i for i, entry in enumerate(entries) if entry.label]] = numbers
+    return Images(str(path), path.parent, names, classes, labels, notes=notes)
 
 
 def _torchvision(name: str, wanted: Sequence[str]) -> dict[str, Images]:

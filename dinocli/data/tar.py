@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from dinocli.errors import DinoError
@@ -15,6 +17,9 @@ PIPE = "pipe:"
 _BLOCK = 512  # bytes; all in a tar file begins at a multiple of it
 _LONGEST_NAME = 2**20  # bytes; a header that says more is damaged
 _TORN = "is torn, or no tar file"
+_PADDING = 4 * 2**20  # bytes of zeros behind an archive; tar fills it up to whole records, of 10 kB if nothing is said
+_PIECE = 2**16  # bytes to read at once of what is not wanted
+_HOPS = 40  # links from one to the next, as on Linux
 
 
 class Span(NamedTuple):
@@ -23,6 +28,41 @@ class Span(NamedTuple):
     path: str
     offset: int
     size: int
+
+
+class Sparse(NamedTuple):
+    """Bytes of a local file that lie in it without their zeros, as `tar -S` stores them.
+
+    Attributes:
+        path: The tar file.
+        size: With the zeros.
+        pieces: Place in the content, offset in the tar file and length of each piece.
+    """
+
+    path: str
+    size: int
+    pieces: list[tuple[int, int, int]]
+
+
+class Link(NamedTuple):
+    """Another name of a member.
+
+    Attributes:
+        target: Name of that member.
+        kind: `hard link` or `symbolic link`.
+    """
+
+    target: str
+    kind: str
+
+
+class Unread(NamedTuple):
+    """Content that is not there or not read: a category to count by, a colon, a few words."""
+
+    reason: str
+
+
+Content = bytes | Span | Sparse | Unread
 
 
 class LocalTar:
@@ -45,7 +85,7 @@ class LocalTar:
         self.at += len(data)
         return data
 
-    def content(self, size: int) -> bytes | Span:
+    def content(self, size: int, most: int) -> bytes | Span | Unread:
         """The next file's, which a tar file fills up to whole blocks."""
         filled = -(-size // _BLOCK) * _BLOCK
         if self.at + filled > self.size:
@@ -54,6 +94,29 @@ class LocalTar:
             os.posix_fadvise(self.file, self.at, size, os.POSIX_FADV_WILLNEED)
         self.at += filled
         return Span(self.path, self.at - filled, size)
+
+    def next_archive(self) -> bytes:
+        """The first block behind zeros, of an archive that was put behind another; nothing if none is there."""
+        end = min(self.size, self.at + _PADDING)
+        while self.at < end:
+            piece = os.pread(self.file, min(_PIECE, end - self.at), self.at)
+            zeros = len(piece) - len(piece.lstrip(b"\0"))
+            if zeros < len(piece) or not piece:
+                self.at += zeros - zeros % _BLOCK
+                return self.take(_BLOCK)
+            self.at += len(piece)
+        return b""
+
+    def linked(self) -> dict[str, Content | Link]:
+        """The content of each member by its name, for links to it."""
+        tape, found = LocalTar(self.path), dict[str, Content | Link]()
+        try:
+            for name, content in _entries(tape, lambda name: 0):
+                if name not in found or isinstance(found[name], Link):
+                    found[name] = content
+        finally:
+            tape.close()
+        return found
 
     def finish(self) -> None:
         """All has been read."""
@@ -81,12 +144,27 @@ class PipedTar:
     def take(self, size: int) -> bytes:
         return self.output.read(size)
 
-    def content(self, size: int) -> bytes | Span:
+    def content(self, size: int, most: int) -> bytes | Span | Unread:
         filled = -(-size // _BLOCK) * _BLOCK
+        if size > most:
+            while filled:  # in pieces, since it may be larger than the memory
+                piece = self.take(min(filled, _PIECE))
+                if not piece:
+                    raise ValueError
+                filled -= len(piece)
+            return too_large(size, most)
         data = self.take(filled)
         if len(data) < filled:
             raise ValueError
         return data[:size]
+
+    def next_archive(self) -> bytes:
+        while (block := self.take(_BLOCK)) and block.count(0) == _BLOCK:
+            pass
+        return block
+
+    def linked(self) -> dict[str, Content | Link]:
+        return {}  # what came before has gone by
 
     def finish(self) -> None:
         """Hear the command out, that it does not fail because nobody listens.
@@ -111,44 +189,170 @@ class PipedTar:
         self.process.wait()
 
 
-def members(tape: LocalTar | PipedTar) -> Iterator[tuple[str, bytes | Span]]:
-    """Name and content of each file in a tar; where it is damaged they end, and `tape.torn` says how.
+def too_large(size: int, most: float) -> Unread:
+    """Say that a file is over the limit, both in bytes."""
+    return Unread(f"too large: {size / 1e6:.0f} megabytes, over {most / 1e6:g}")
+
+
+def members(
+    tape: LocalTar | PipedTar, most: Callable[[str], int] = lambda name: sys.maxsize
+) -> Iterator[tuple[str, Content]]:
+    """Return name and content of each file in a tar; if it is damaged they end, and `tape.torn` says how.
+
+    Links in a local tar have the content of the member that they lead to. An archive that was put behind another one is
+    read too, as `tar -i` does.
+
+    Args:
+        tape: The tar.
+        most: Bytes of a file to read through a pipe, by its name; larger ones are passed over.
 
     Parsed plainly: the standard library's reader takes a damaged header for the end, and 16 microseconds where this
     takes 5.
 
-    Source: POSIX.1-2017 pax, ustar interchange format; GNU tar manual, basic tar format.
+    Source: POSIX.1-2017 pax, ustar interchange format; GNU tar manual, basic tar format and sparse formats.
     """
-    later: dict[str, str] = {}  # what an extended header says of the file that follows it
-    begun = False
+    linked: dict[str, Content | Link] | None = None
+    for name, content in _entries(tape, most):
+        if not isinstance(content, Link):
+            yield name, content
+        elif content.target != name:  # `tar c a.jpg a.jpg` stores the second as a link to itself
+            linked = tape.linked() if linked is None else linked
+            yield name, _follow(linked, content)
+
+
+def _follow(linked: dict[str, Content | Link], link: Link) -> Content:
+    target: Content | Link | None = link
+    for _ in range(_HOPS):
+        if not isinstance(target, Link):
+            break
+        target = linked.get(target.target)
+    if target is None or isinstance(target, Link):
+        return Unread(f"{link.kind}: {link.target} is not in the archive, or came before it through a pipe")
+    return target
+
+
+def _entries(tape: LocalTar | PipedTar, most: Callable[[str], int]) -> Iterator[tuple[str, Content | Link]]:
     try:
-        while header := tape.take(_BLOCK):
-            begun = True
-            if header.count(0) == _BLOCK:
-                break
-            if len(header) < _BLOCK or sum(header) - sum(header[148:156]) + 256 != _number(header[148:156]):
-                raise ValueError
+        for header, later in _headers(tape):
             kind, size = header[156:157], int(later.get("size", _number(header[124:136])))
-            if size < 0 or (kind in b"Lx" and size > _LONGEST_NAME):
+            if size < 0:
                 raise ValueError
-            if kind in b"Lx":
-                text = tape.take(-(-size // _BLOCK) * _BLOCK)[:size]
-                later |= _pax(text) if kind == b"x" else {"path": _text(text)}
-            elif kind in b"123456":  # links, devices and folders: whatever size they give, nothing follows
-                later = {}
-            else:
-                content = tape.content(size)
-                if kind in b"07\0":
-                    folder = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-                    name = later.get("path") or (f"{folder}/" if folder else "") + _text(header[:100])
-                    yield name.removeprefix("./"), content
-                if kind not in b"Kg":
-                    later = {}
-        tape.torn = "" if begun and not later else _TORN
+            folder = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+            name = later.get("path") or (f"{folder}/" if folder else "") + _text(header[:100])
+            name = later.get("GNU.sparse.name", name).removeprefix("./")
+            if kind in b"12":  # whatever size they give, nothing follows
+                yield name, _link(name, later.get("linkpath") or _text(header[157:257]), hard=kind == b"1")
+            elif kind == b"S":
+                yield name, _old_sparse(tape, header, size, most(name))
+            elif kind in b"07\0" and any(key.startswith("GNU.sparse.") for key in later):
+                yield name, _new_sparse(tape, later, size, most(name))
+            elif kind in b"07\0":
+                yield name, tape.content(size, most(name))
+            elif kind not in b"3456":  # devices and folders, behind which nothing follows
+                tape.content(size, 0)
     except ValueError:
         tape.torn = _TORN
     except OSError as error:
         tape.torn = f"cannot be read: {error.strerror}"
+
+
+def _headers(tape: LocalTar | PipedTar) -> Iterator[tuple[bytes, dict[str, str]]]:
+    """Return the header of each member, and what the extended headers before it say.
+
+    Raises:
+        ValueError: The tar is damaged.
+    """
+    later: dict[str, str] = {}
+    begun = False
+    while header := tape.take(_BLOCK):
+        begun = True
+        if header.count(0) == _BLOCK:
+            # tar takes no notice of other things behind the end of an archive.
+            if later or not _is_header(header := tape.next_archive()):
+                break
+        elif not _is_header(header):
+            raise ValueError
+        kind = header[156:157]
+        if kind not in b"LKxXg":
+            yield header, later
+            later = {}
+            continue
+        size = int(later.get("size", _number(header[124:136])))
+        if not 0 <= size <= _LONGEST_NAME:
+            raise ValueError
+        text = tape.take(-(-size // _BLOCK) * _BLOCK)[:size]
+        if kind != b"g":  # which holds for all files, and says nothing that is needed here
+            later |= _pax(text) if kind in b"xX" else {"path" if kind == b"L" else "linkpath": _text(text)}
+    tape.torn = "" if begun and not later else _TORN
+
+
+def _is_header(block: bytes) -> bool:
+    if len(block) < _BLOCK:
+        return False
+    try:
+        return sum(block) - sum(block[148:156]) + 256 == _number(block[148:156])
+    except ValueError:
+        return False
+
+
+def _link(name: str, target: str, *, hard: bool) -> Link:
+    if hard:
+        return Link(target.removeprefix("./"), "hard link")
+    # The path of a symbolic link begins at its own folder.
+    return Link(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)), "symbolic link")
+
+
+def _old_sparse(tape: LocalTar | PipedTar, header: bytes, size: int, most: int) -> Content:
+    """Return a file that `tar -S --format=gnu` stored: its map is in the header, and in blocks behind it."""
+    numbers = [_number(header[i : i + 12]) for i in range(386, 482, 12)]
+    extended, read = header[482], 0
+    while extended:
+        block = tape.take(_BLOCK)
+        read += len(block)
+        if len(block) < _BLOCK or read > _LONGEST_NAME:
+            raise ValueError
+        numbers += [_number(block[i : i + 12]) for i in range(0, 504, 12)]
+        extended = block[504]
+    return _filled(tape, numbers, size, _number(header[483:495]), most)
+
+
+def _new_sparse(tape: LocalTar | PipedTar, records: dict[str, str], size: int, most: int) -> Content:
+    """Return a file that `tar -S --format=pax` stored: its map is in the records, or in front of its content."""
+    real = int(records.get("GNU.sparse.realsize", records.get("GNU.sparse.size", "-1")))
+    if records.get("GNU.sparse.major", "0") == "0":
+        return _filled(tape, [int(n) for n in records.get("GNU.sparse.map", "").split(",") if n], size, real, most)
+    text, lines, wanted = bytearray(), 0, -1
+    while lines <= wanted or wanted < 0:
+        block = tape.take(_BLOCK)
+        text += block
+        lines += block.count(b"\n")
+        if len(block) < _BLOCK or len(text) > min(_LONGEST_NAME, size + _BLOCK):
+            raise ValueError
+        if lines and wanted < 0:
+            wanted = 2 * int(text[: text.index(b"\n")])
+    numbers = [int(line) for line in bytes(text).split(b"\n")[1 : 1 + wanted]]
+    return _filled(tape, numbers, size - len(text), real, most)
+
+
+def _filled(tape: LocalTar | PipedTar, numbers: list[int], size: int, real: int, most: int) -> Content:
+    """Return a file of which the pieces in `numbers` (place, length, place ...) lie one behind another in the tar."""
+    pieces, stored = list[tuple[int, int, int]](), 0
+    for place, length in zip(numbers[::2], numbers[1::2], strict=True):
+        if place < 0 or length < 0 or place + length > real:
+            raise ValueError
+        pieces.append((place, stored, length))
+        stored += length
+    if size < 0 or stored > size or real < 0:
+        raise ValueError
+    content = tape.content(size, most)
+    if isinstance(content, Span):
+        return Sparse(content.path, real, [(place, content.offset + offset, n) for place, offset, n in pieces if n])
+    if isinstance(content, Unread) or real > most:
+        return too_large(real, most)
+    data = bytearray(real)
+    for place, offset, length in pieces:
+        data[place : place + length] = content[offset : offset + length]
+    return bytes(data)
 
 
 def _number(field: bytes) -> int:
@@ -162,12 +366,15 @@ def _text(field: bytes) -> str:
 
 def _pax(text: bytes) -> dict[str, str]:
     """Records `LENGTH KEY=VALUE` and a line's end, the length being that of all of it."""
-    records = {}
+    records: dict[str, str] = {}
+    pieces: list[str] = []  # of a sparse file, whose records come again and again in the oldest form
     while text:
         length = int(text.partition(b" ")[0])
         if not 0 < length <= len(text):
             raise ValueError
         key, _, value = text[:length].partition(b" ")[2].partition(b"=")
         records[_text(key)] = value.removesuffix(b"\n").decode("utf-8", "surrogateescape")
+        if key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
+            pieces.append(records[_text(key)])
         text = text[length:]
-    return records
+    return records | {"GNU.sparse.map": ",".join(pieces)} if pieces else records

@@ -298,6 +298,24 @@ def test_too_little_memory_is_said(
     assert "too little memory" in capsys.readouterr().err
 
 
+def test_outputs_in_the_folder_of_images_are_no_input_and_the_same_command_goes_on(
+    dino: Dino, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images)
+    (images / "film.mp4").touch()
+    words = ("pretrain", ".", "--preset", "tiny", *SMALL)
+    first = dino(*words, "--steps", "2")
+    assert "note: not read: 1 .mp4" in first.stderr and "ignoring" not in first.stderr
+    dino("attn-map", next(str(path) for path in images.rglob("*.png")))
+    dino("extract", "ckpt.safetensors", ".")
+    dino("search", next(str(path) for path in images.rglob("0*.png")))
+    again = dino(*words, "--steps", "3")
+    assert "note: ignoring attention/, features/, runs/ and search.png here: written by dino" in again.stderr
+    assert "tiny: 12 images" in first.stderr and "tiny: 12 images" in again.stderr
+    assert "going on from step 2 of 3 in runs/tiny-1" in again.stderr
+    assert json.loads(dino("extract", "ckpt.safetensors", ".", "--json").stdout)[0]["images"] == 12
+
+
 @pytest.mark.slow
 def test_ctrl_c_to_the_whole_group_saves_and_the_same_command_goes_on(dino: Dino, tmp_path: Path, images: Path) -> None:
     words = [

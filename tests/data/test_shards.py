@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dinocli.checksums import seal
-from dinocli.data import shards, sources, tar
+from dinocli.data import samples, shards, sources, tar
 from dinocli.data.shards import SUFFIXES, Sample, is_shards, open_shards
 from dinocli.errors import DinoError
 
@@ -47,7 +47,7 @@ def taken(samples: Iterable[Sample], count: int) -> list[Sample]:
 def test_in_order_without_a_seed(tmp_path: Path) -> None:
     found = open_shards(str(write_shards(tmp_path, [2, 3])))
     samples = list(found.stream(0, 1))
-    assert (found.counts, found.count, found.classes) == ([2, 3], 5, [])
+    assert (found.counts, found.count, found.classes) == ([2, 3], 5, ["0", "1", "2"])
     assert samples[0] == Sample(0, 0, "train-000.tar/0/0000.jpg", b"0/0000", 0)
     assert samples[4] == Sample(0, 2**32 + 2, "train-001.tar/1/0002.jpg", b"1/0002", 2)
     assert pickle.loads(pickle.dumps(found)) == found
@@ -81,9 +81,12 @@ def test_skipping_reads_no_content_and_whole_epochs_nothing(tmp_path: Path, monk
     found = open_shards(str(write_shards(tmp_path, [10])))
     expected = taken(found.stream(0, 1, seed=0), 40)[35:]
     headers, contents = [], []
-    take, read = tar.LocalTar.take, shards._read
+    take = tar.LocalTar.take
     monkeypatch.setattr(tar.LocalTar, "take", lambda tape, size: headers.append(size) or take(tape, size))
-    monkeypatch.setattr(shards, "_read", lambda content, opened: contents.append(content) or read(content, opened))
+    for name in ("read", "read_label"):
+        real = getattr(shards, name)
+        count = lambda content, opened, real=real: contents.append(content) or real(content, opened)  # noqa: E731
+        monkeypatch.setattr(shards, name, count)
     assert taken(found.stream(0, 1, seed=0, skip=35), 5) == expected
     assert (len(headers), len(contents)) == (21, 10)  # one epoch's headers and its end; five images, five labels
 
@@ -100,13 +103,15 @@ def test_webdatasets_rules(tmp_path: Path) -> None:
         ("eight.tiff", b"8"), ("eight.json", b'{"label": true}'),
     ]  # fmt: skip
     write_tar(tmp_path / "x.tar", files)
-    samples = list(open_shards(str(tmp_path / "x.tar")).stream(0, 1))
+    found = open_shards(str(tmp_path / "x.tar"))
+    assert found.classes == ["3", "4", "7", "n01440764"]
+    samples = list(found.stream(0, 1))
     assert [(s.name, s.data, s.label) for s in samples] == [
-        ("x.tar/a.b/one.JPG", b"1", 7),
-        ("x.tar/two.png", b"2", 3),
-        ("x.tar/three.webp", b"3", 4),
-        ("x.tar/four.v2.jpg", b"4", 7),
-        ("x.tar/six.jpg", b"6", -1),
+        ("x.tar/a.b/one.JPG", b"1", 2),
+        ("x.tar/two.png", b"2", 0),
+        ("x.tar/three.webp", b"3", 1),
+        ("x.tar/four.v2.jpg", b"4", 2),
+        ("x.tar/six.jpg", b"6", 3),
         ("x.tar/seven.jpg", b"7", -1),
         ("x.tar/eight.tiff", b"8", -1),
     ]
@@ -317,7 +322,7 @@ def test_an_endless_command_ends_with_its_reader(tmp_path: Path, monkeypatch) ->
 
 
 def test_no_file_stays_open(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shards, "_OPEN", 3)
+    monkeypatch.setattr(samples, "_OPEN", 3)
     found = open_shards(str(write_shards(tmp_path, [2] * 20)))
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     stream = found.stream(0, 1, seed=0, buffer=40)

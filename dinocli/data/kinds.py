@@ -1,0 +1,84 @@
+"""Kinds of files that are not read as images: their counts in words, and what to do with each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+# Kinds that lie beside images to describe them, and are no images that somebody misses.
+_BESIDE = frozenset(
+    ".txt .json .jsonl .xml .csv .tsv .md .rst .html .htm .yaml .yml .toml .ini .cfg .log .py .ipynb .sh .js .css "
+    ".safetensors .pth .pt .onnx .pkl .pickle .db .lst .idx .xmp .aae .url .lnk .bat .md5 .sha1 .sha256 .cls".split()
+)
+_DOCUMENTS = frozenset("README LICENSE LICENCE COPYING NOTICE AUTHORS CHANGELOG CITATION MAKEFILE DOCKERFILE".split())
+_PACKED = frozenset(".gz .bz2 .xz .zst".split())
+_HEIC = frozenset(".heic .heif .hif".split())
+_RAW = frozenset(".cr2 .cr3 .crw .nef .nrw .arw .sr2 .dng .orf .rw2 .raf .pef .srw .raw .3fr .iiq .x3f".split())
+_DICOM = frozenset(".dcm .dicom .ima".split())
+_ARCHIVES = frozenset(".zip .7z .rar .gz .bz2 .xz .tgz .tar.gz .tar.bz2 .tar.xz .tar.zst .zst".split())
+VIDEOS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wmv .ogv .flv .3gp".split())
+
+
+def kind_of(name: str) -> str:
+    """Return the suffix that tells a file's kind, in small letters: `.heic`, `.nii.gz`; "" if it has none."""
+    stem, suffix = os.path.splitext(name.lower())
+    inner = os.path.splitext(stem)[1]
+    if suffix in _PACKED and 1 < len(inner) <= 4 and inner[1:].isalpha():
+        return inner + suffix
+    if name.upper() in _DOCUMENTS:
+        return ".txt"
+    # Names such as those of DICOM (1.2.840.10008) and sentences with a dot have no suffix.
+    return suffix if 1 < len(suffix) <= 12 and not suffix[1:].isdecimal() and suffix.isprintable() else ""
+
+
+def unread(kinds: Mapping[str, int], most: int = 8) -> str:
+    """Return the counts of files by kind in words: `12 .heic, 3 .mp4`."""
+    ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{count} {kind or 'without a suffix'}" for kind, count in ordered[:most]]
+    rest = sum(count for _, count in ordered[most:])
+    return ", ".join([*words, f"{rest} of {len(ordered) - most} other kinds"] if rest else words)
+
+
+def not_beside(kinds: Mapping[str, int]) -> dict[str, int]:
+    """Leave out the kinds that lie beside images to describe them: texts, tables, weights."""
+    return {kind: count for kind, count in kinds.items() if kind not in _BESIDE}
+
+
+def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> str:
+    """Return what to do about a folder without images, by the commonest kind in it that holds some.
+
+    Args:
+        where: The folder, as a command takes it.
+        kinds: Number of files by suffix.
+        first: One file of each kind.
+    """
+    for kind in sorted(kinds, key=lambda kind: -kinds[kind]):
+        if kind in _HEIC:
+            return f"convert them to JPEG: magick mogrify -format jpg '{where}/*{kind}'"
+        if kind in _RAW:
+            return f"develop them to JPEG or TIFF first, with darktable-cli or dcraw: dcraw -T -w {where}/*{kind}"
+        if kind in _DICOM or (kind == "" and _is_dicom(first.get(kind, ""))):
+            return "convert DICOM to 16-bit PNG, TIFF or .npy first: dcmj2pnm +on2 IN.dcm OUT.png (DCMTK)"
+        if kind == ".tar":
+            return f"these are tar shards: name their folder, or '{where}/**/*.tar'"
+        if kind in _ARCHIVES:
+            return f"unpack them into a folder with unzip or tar -xf, and name that folder ({first.get(kind, kind)})"
+        if kind in VIDEOS:
+            return (
+                "take frames out of videos first: ffmpeg -i FILM frames/%06d.jpg; `dino attn-map --film` and "
+                "`dino track` read videos themselves"
+            )
+        if kind == ".jxl":
+            return f"convert them to PNG first: for f in {where}/*.jxl; do djxl $f $f.png; done"
+    return "name a folder with files such as .jpg, .png, .webp or .tif"
+
+
+def _is_dicom(path: str) -> bool:
+    """Tell a DICOM file, which often has no suffix, by its mark behind a preamble of 128 bytes."""
+    try:
+        if not os.path.isfile(path):
+            return False
+        with open(path, "rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False

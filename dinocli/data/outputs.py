@@ -1,0 +1,225 @@
+"""Outputs of this tool among a user's images: marked when they are written, recognised when a folder is listed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from dinocli.atomic import write_text
+from dinocli.distributed import rank
+
+MARKER = ".dinocli"
+_COMMAND, _FILES = "written by dino", "files"
+# Names that can tell an output. A listing collects those it meets, so that other folders cost nothing more.
+SIGNS = frozenset(
+    f"{MARKER} preset.json metrics.jsonl ckpt.safetensors state photos.json photos.jpg pack.json index.json README.md "
+    "config.json model.safetensors histogram.png keep.txt track.gif strip.png data masks run".split()
+)
+_NOTHING = re.compile(r"(?!)")
+# Files that version 0.1 wrote without a marker: the folder's name, and what no photo has.
+SHEETS = {"attention", "matches", "segments"}
+_SEARCH = re.compile(r"search(-\d+)?\.png")
+_HUB = b"<!-- dinocli wrote this;"
+_HEAD = 2**16  # bytes of a picture or a header to look at
+
+
+class Ours(NamedTuple):
+    """Recognised outputs in a folder.
+
+    Attributes:
+        whole: All of the folder is output.
+        hides: Names in it that are output, if not all are.
+    """
+
+    whole: bool = False
+    hides: re.Pattern[str] = _NOTHING
+
+
+@contextlib.contextmanager
+def marked(folder: Path, command: str, files: Iterable[Path] = ()) -> Iterator[None]:
+    """Mark a folder as output before anything is written to it; take the mark away if nothing was.
+
+    A folder that this call makes is marked as a whole. In one that holds files of the user's only `files` are.
+
+    Args:
+        folder: Output folder of a command.
+        command: Name of the command, for a person who opens the marker.
+        files: Images that the command writes, in the folder and below.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    if rank() > 0:
+        yield
+        return
+    names: dict[Path, list[str]] = {}
+    if _is_fresh(folder):
+        names[folder] = []
+    else:
+        for path in files:
+            names.setdefault(path.parent, []).append(path.name)
+    before = {parent for parent in names if (parent / MARKER).exists()}
+    fresh = {parent for parent in names if _is_fresh(parent)}
+    for parent, some in names.items():
+        _mark(parent, command, None if parent in fresh else some)
+    try:
+        yield
+    finally:
+        for parent, some in names.items():
+            with contextlib.suppress(OSError):
+                if parent in fresh and os.listdir(parent) == [MARKER]:
+                    (parent / MARKER).unlink()
+                    parent.rmdir()
+                elif parent not in fresh | before and not any((parent / name).exists() for name in some):
+                    (parent / MARKER).unlink()
+
+
+def _is_fresh(folder: Path) -> bool:
+    return not folder.exists() or all(name == MARKER for name in os.listdir(folder))
+
+
+def _mark(folder: Path, command: str, names: list[str] | None) -> None:
+    before = _read_marker(folder)
+    if not (before and before.whole):
+        # Names keep the user's own files input, in a folder that was there before.
+        listed = None if names is None else sorted({*names, *_listed(folder)})
+        write_text(folder / MARKER, json.dumps({_COMMAND: command, _FILES: listed}))
+
+
+def recognise(folder: str, signs: Collection[str]) -> Ours:
+    """Tell which of a folder's contents this tool has written.
+
+    Args:
+        folder: Path of the folder.
+        signs: Its names that are in `SIGNS`.
+    """
+    told = _read_marker(Path(folder)) if MARKER in signs else None
+    if told and told.whole:
+        return told
+    if {"data", "masks", "run"} <= set(signs) and os.path.isfile(os.path.join(folder, "run", "preset.json")):
+        return Ours(whole=True)  # of `dino demo`, version 0.1
+    hides = [told.hides.pattern] if told else []
+    if "preset.json" in signs and not {"metrics.jsonl", "ckpt.safetensors", "state"}.isdisjoint(signs):
+        hides.append(r"curves\.png")
+    if {"photos.json", "photos.jpg"} <= set(signs):
+        hides.append(r"(photos|attention-\d+|neighbours-\d+)\.jpg")
+    if {"pack.json", "index.json"} <= set(signs):
+        hides.append(r".+\.tar")
+    if {"README.md", "config.json", "model.safetensors"} <= set(signs) and _is_hub(folder):
+        hides.append(r"curves\.png")
+    if "histogram.png" in signs and ("keep.txt" in signs or os.path.basename(folder) == "dedup"):
+        hides.append(r"histogram\.png|groups(-\d+)?\.jpg")
+    if {"track.gif", "strip.png", "masks"} <= set(signs):
+        hides.append(r"track\.gif|strip\.png|masks")
+    return Ours(hides=re.compile("|".join(f"(?:{pattern})" for pattern in hides))) if hides else Ours()
+
+
+def is_sheet(folder: str, name: str) -> bool:
+    """Tell a picture that version 0.1 drew, by its place, its name and its white margin."""
+    if not name.endswith(".png") or not (os.path.basename(folder) in SHEETS or _SEARCH.fullmatch(name)):
+        return False
+    path = os.path.join(folder, name)
+    with contextlib.suppress(OSError, ValueError, zlib.error):
+        mask_of = path.removesuffix("-mask.png") + ".png"
+        if mask_of != path and name.endswith("-mask.png") and os.path.isfile(mask_of):
+            path = mask_of
+        return os.path.isfile(path) and _begins_white(_beginning(path))
+    return False
+
+
+def is_output(folder: str) -> bool:
+    """Tell whether all images and features in a folder are output: a run, `runs/`, features, shards, pictures."""
+    signs, below, others, tensors = set[str](), list[str](), list[str](), list[str]()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name in SIGNS:
+                signs.add(entry.name)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                below.append(entry.name)
+            elif entry.name.endswith(".safetensors"):
+                tensors.append(entry.name)
+            else:
+                others.append(entry.name)
+    ours = recognise(folder, signs)
+    if ours.whole or (ours != Ours() and {"preset.json", "pack.json"} & signs):
+        return True
+    if tensors:
+        return not others and _is_tensors(os.path.join(folder, tensors[0]))
+    return bool(below) and not others and all(is_output(os.path.join(folder, name)) for name in below)
+
+
+def _read_marker(folder: Path) -> Ours | None:
+    """Return what a marker says; none if there is no valid one."""
+    try:
+        told = json.loads((folder / MARKER).read_bytes())
+        if not isinstance(told, dict) or _COMMAND not in told:
+            return None
+        names = told[_FILES]
+        return Ours(whole=True) if names is None else Ours(hides=re.compile("|".join(map(re.escape, names)) or r"(?!)"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _listed(folder: Path) -> set[str]:
+    """Return the names in an earlier marker, which a later one keeps."""
+    try:
+        return {str(name) for name in json.loads((folder / MARKER).read_bytes())[_FILES] or ()}
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def _beginning(path: str, end: bool = False) -> bytes:
+    with open(path, "rb") as file:
+        if end:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _HEAD))
+        return file.read(_HEAD)
+
+
+def _is_hub(folder: str) -> bool:
+    """Tell a folder of `dino push` by the last line of its card."""
+    try:
+        return os.path.isfile(f"{folder}/README.md") and _HUB in _beginning(f"{folder}/README.md", end=True)
+    except OSError:
+        return False
+
+
+def _is_tensors(path: str) -> bool:
+    """Tell features and checkpoints of this tool by the metadata in their header."""
+    try:
+        return os.path.isfile(path) and b'"dinocli"' in _beginning(path)
+    except OSError:
+        return False
+
+
+def _begins_white(png: bytes) -> bool:
+    """Tell whether the first row of an 8-bit RGB PNG is white, as the margin of every sheet is.
+
+    Source: the format, RFC 2083, sections 3, 4.1 and 6: chunks, header, filters of a row.
+    """
+    if not png.startswith(b"\x89PNG\r\n\x1a\n") or png[24:26] != b"\x08\x02":
+        return False
+    width, place, packed = int.from_bytes(png[16:20]), 8, b""
+    while place + 8 <= len(png):
+        size, kind = int.from_bytes(png[place : place + 4]), png[place + 4 : place + 8]
+        if kind == b"IDAT":
+            packed += png[place + 8 : place + 8 + size]
+        place += 12 + size
+    row = zlib.decompressobj().decompress(packed, 1 + 3 * width)
+    filtered, values = row[:1], row[1:]
+    if len(values) < 3 * width or not width:
+        return False
+    # Above the first row all is 0, so that Up is no filter and Paeth is Sub.
+    white = {
+        b"\0": b"\xff" * (3 * width),
+        b"\1": b"\xff" * 3 + b"\0" * (3 * width - 3),
+        b"\3": b"\xff" * 3 + b"\x80" * (3 * width - 3),
+    }
+    return values == white.get({b"\2": b"\0", b"\4": b"\1"}.get(filtered, filtered))

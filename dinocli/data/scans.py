@@ -1,0 +1,92 @@
+"""Scans: what local shards hold, by their headers and labels, before any image is read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from dinocli.data.kinds import not_beside, unread
+from dinocli.data.samples import MOST_CLASSES, Tally, read_label, samples
+from dinocli.data.tar import Content, LocalTar
+
+_TRIES = 100  # JSON members of a shard that are looked through for labels, before the others are taken to have none
+
+
+class Scan(NamedTuple):
+    """A shard by its headers and labels, or by an index.
+
+    Attributes:
+        images: Samples in it.
+        torn: How it is damaged.
+        labels: Different labels in it.
+        unlabelled: Samples without one.
+        apart: Labels lie apart from their images.
+        tally: Members that are no samples.
+    """
+
+    images: int
+    torn: str = ""
+    labels: frozenset[int | str] = frozenset()
+    unlabelled: int = 0
+    apart: bool = False
+    tally: Tally = Tally()
+
+
+def scan(url: str) -> Scan:
+    """Read the headers and labels of a local shard."""
+    first = _scan_once(url, {})
+    if not (first.unlabelled and first.tally.orphans):
+        return first
+    again = _scan_once(url, first.tally.orphans)
+    return again._replace(apart=True) if again.unlabelled < first.unlabelled else first
+
+
+def _scan_once(url: str, apart: Mapping[str, Content]) -> Scan:
+    tally, labels, opened = Tally(), set[int | str](), dict[str, int]()
+    images = unlabelled = 0
+    try:
+        with contextlib.closing(LocalTar(url)) as tape:
+            for raw in samples(tape, tally=tally, labels=apart):
+                images += 1
+                # Most JSON beside images holds a caption, and a million of them take minutes to read.
+                useless = not labels and unlabelled >= _TRIES
+                label = None if useless and raw.kind == "json" else read_label(raw.label, opened)
+                if label is None:
+                    unlabelled += 1
+                else:
+                    labels.add(label)
+            return Scan(images, tape.torn, frozenset(labels), unlabelled, False, tally)
+    finally:
+        for file in opened.values():
+            os.close(file)
+
+
+def labels_apart(url: str) -> Mapping[str, Content]:
+    """Return the labels that lie apart from their images in a shard."""
+    tally = Tally()
+    with contextlib.closing(LocalTar(url)) as tape:
+        for _ in samples(tape, tally=tally):
+            pass
+    return tally.orphans
+
+
+def notes_of(scans: Sequence[Scan], kinds: Mapping[str, int]) -> Iterator[str]:
+    """Return lines about what is not read of some shards, or read otherwise than WebDataset reads it."""
+    if missed := not_beside(kinds):
+        yield f"not read in the shards: {unread(missed)}"
+    tallies = [scan.tally for scan in scans]
+    if links := [name for tally in tallies for name in tally.links]:
+        yield f"{len(links)} images are links to files outside their shard and are ignored, such as {links[0]}"
+    if shared := [name for tally in tallies for name in tally.shared]:
+        yield f"{len(shared)} images share a WebDataset key (as {shared[0]} and {shared[1]}): each is read"
+    if beside := [name for tally in tallies for name in tally.beside]:
+        yield f"{len(beside)} images are parts of another's sample by their key and are not read, such as {beside[0]}"
+    labelled, bare = (sum(scan.images for scan in scans if scan.labels), sum(s.unlabelled for s in scans if s.labels))
+    if bare:
+        yield f"{bare} of {labelled} images in shards with labels have none: they count as unlabelled"
+    if lost := [name for scan in scans if not scan.apart for name in scan.tally.lost]:
+        yield f"{len(lost)} labels belong to no image and are ignored, such as {lost[0]}"
+    if len(set().union(*(scan.labels for scan in scans))) > MOST_CLASSES:
+        yield f"more than {MOST_CLASSES:,} different labels: these are no classes, and are ignored"
