@@ -265,9 +265,10 @@ def _raw_window(reads: list[Read], images: ImagesConfig, seconds: float) -> Rang
 
     def measure(read: Read) -> Range | None:
         try:
-            return raw_range(read(), images)
+            data = read()
         except OSError:  # it has gone meanwhile
             return None
+        return None if isinstance(data, BadImage) else raw_range(data, images)
 
     found, start, threads = list[Range | None](), time.monotonic(), min(16, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:
