@@ -238,7 +238,9 @@ def linear_on_images(
                 raise DinoError(f"{name}: {reason}", "leave it out; of all images, another checkpoint")
             hits += hits_among(scores_of(probes, made)[0], truth)
             images += len(truth)
-    top1, top5 = (100 * hits / max(1, images)).tolist()
+    if not images:
+        raise DinoError(f"none of the {len(test)} test images in {test.where} can be read", "look at them")
+    top1, top5 = (100 * hits / images).tolist()
     return LinearResult("paper", top1, top5, lr, {}, len(train), 0, images, False, len(train.classes), epochs)
 
 

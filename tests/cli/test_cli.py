@@ -739,3 +739,13 @@ def test_places_are_matched_and_things_followed_with_a_checkpoint(dino: Dino, im
     done = dino("track", "track/masks", "--mask", "truth/0000.png", code=1)
     assert "would be written over" in done.stderr
     assert "images is a folder" in dino("match", a, "images", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("linear", "--paper", "x", "--lr", "inf"), ("knn", "--temperature", "nan"), ("dedup", "--threshold", "nan")],
+)
+def test_numbers_on_the_command_line_are_finite(dino: Dino, words: tuple[str, ...]) -> None:
+    done = dino(*words, code=2)
+    assert done.stderr.startswith("error: Invalid value for ")
+    assert words[-2] in done.stderr
