@@ -82,16 +82,17 @@ def read_features(path: Path) -> Features:
     if not path.exists():
         raise DinoError(f"features were wanted; {path} does not exist", "make some with `dino extract CHECKPOINT DATA`")
     if path.is_dir():
-        shards = [_read_file(path / name, images) for name, images in _index(path).items()]
+        shards = [_map_file(path / name, images) for name, images in _index(path).items()]
         if any(metadata != shards[0][1] for _, metadata in shards):
             raise _damaged(path, "its shards were made by different commands")
     else:
-        shards = [_read_file(path)]
+        shards = [_map_file(path)]
     tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
     values = [t["values"] for t in tensors]
     recipe = Recipe(**json.loads(metadata["recipe"]))
     labels = np.concatenate([t["labels"] for t in tensors])
     skipped = [json.loads(t["skipped"].tobytes()) for t in tensors]
+    _refuse_not_finite(path, tensors)
     return Features(
         Rows([v[:, 0] for v in values] if recipe.views else values),
         labels,
@@ -101,6 +102,20 @@ def read_features(path: Path) -> Features:
         recipe,
         Rows([v[:, 1:] for v in values]) if recipe.views else None,
     )
+
+
+def _refuse_not_finite(path: Path, shards: Sequence[dict[str, NDArray[Any]]]) -> None:
+    before = 0
+    for tensors in shards:
+        values = tensors["values"]
+        if found := first_not_finite(values):
+            row, count = found
+            raise DinoError(
+                f"{path}: row {before + row} ({Texts([tensors['paths']])[row]}) holds {count} of {values[row].size} "
+                "values that are not finite",
+                "make it again with `dino extract CHECKPOINT DATA`, which skips images without finite features",
+            )
+        before += len(values)
 
 
 def _index(folder: Path) -> dict[str, int]:
@@ -118,19 +133,6 @@ def _index(folder: Path) -> dict[str, int]:
         return shards
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _damaged(folder, f"its {INDEX} cannot be read") from error
-
-
-def _read_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    tensors, metadata = _map_file(path, images)
-    values = tensors["values"]
-    if found := first_not_finite(values):
-        row, count = found
-        raise DinoError(
-            f"{path}: row {row} ({Texts([tensors['paths']])[row]}) holds {count} of {values[row].size} values that are "
-            "not finite",
-            "make it again with `dino extract CHECKPOINT DATA`, which skips images without finite features",
-        )
-    return tensors, metadata
 
 
 def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
