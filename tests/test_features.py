@@ -128,9 +128,8 @@ def spoil(path: Path, row: int, value: float) -> None:
     save_file(tensors, path, metadata)
 
 
-@pytest.mark.parametrize("width", [(4,), (5, 3)])
+@pytest.mark.parametrize(("width", "views"), [((4,), 0), ((5, 3), 0), ((5, 3), 4)])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("views", [0, 4])
 def test_features_that_are_not_finite_are_refused_and_named(
     tmp_path: Path, width: tuple[int, ...], dtype: str, views: int
 ) -> None:
