@@ -282,7 +282,7 @@ def _scaled(values: Floats, scale: float) -> Tensor:
 
 
 def _scale_of(values: Values) -> float:
-    """A power of two that brings numbers near 1, as a last norm leaves them, if they are far from it; else 1."""
+    """Return a power of two that brings numbers near 1, as a last norm leaves them, if they are far from it; else 1."""
     some = values[np.unique(np.linspace(0, len(values) - 1, _SCORED).astype(np.int64))]
     size = float(np.median(np.sqrt(np.square(some, dtype=np.float64).mean(1))))
     power = round(math.log2(size)) if size else 0

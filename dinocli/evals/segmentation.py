@@ -52,7 +52,7 @@ class SegmentationHead:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all of its numbers are."""
+        """True if weight and bias are finite."""
         return bool(self.weight.isfinite().all() and self.bias.isfinite().all())
 
     def classify(self, encoder: Encoder, pixels: Pixels, short_side: int | None = None) -> NDArray[np.uint8]:
