@@ -86,18 +86,15 @@ def read_features(path: Path) -> Features:
     if not path.exists():
         raise DinoError(f"features were wanted; {path} does not exist", "make some with `dino extract CHECKPOINT DATA`")
     if path.is_dir():
-        index = _index(path)
-        files = [path / name for name in index]
-        shards = [_map_file(path / name, images) for name, images in index.items()]
+        shards = [_map_file(path / name, images) for name, images in _index(path).items()]
         if any(metadata != shards[0][1] for _, metadata in shards):
             raise _damaged(path, "its shards were made by different commands")
     else:
-        files, shards = [path], [_map_file(path)]
+        shards = [_map_file(path)]
     tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
     recipe, classes = _maker(path, metadata)
     skipped = [_fitting(path, t, recipe, len(classes), tensors[0]) for t in tensors]
-    for file, one in zip(files, tensors, strict=True):
-        _check_finite(file, one)
+    _refuse_not_finite(path, tensors)
     values = [t["values"] for t in tensors]
     labels = np.concatenate([t["labels"] for t in tensors])
     return Features(
@@ -175,6 +172,20 @@ def _numbered(labels: NDArray[np.int64]) -> list[str]:
     return [str(i) for i in range(most + 1)] if most < _NUMBERED else []
 
 
+def _refuse_not_finite(path: Path, shards: Sequence[dict[str, NDArray[Any]]]) -> None:
+    before = 0
+    for tensors in shards:
+        values = tensors["values"]
+        if found := first_not_finite(values):
+            row, count = found
+            raise DinoError(
+                f"{path}: row {before + row} ({Texts([tensors['paths']])[row]}) holds {count} of {values[row].size} "
+                "values that are not finite",
+                "make it again with `dino extract CHECKPOINT DATA`, which skips images without finite features",
+            )
+        before += len(values)
+
+
 def _index(folder: Path) -> dict[str, int]:
     """Names of a folder's shards and how many images each has."""
     splits = sorted(path for path in folder.glob("*.safetensors") if not path.stem.isdigit())
@@ -196,22 +207,6 @@ def _index(folder: Path) -> dict[str, int]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = f": {error}" if isinstance(error, ValueError) else ""
         raise _damaged(folder, f"its {INDEX} cannot be read{why}") from error
-
-
-def _check_finite(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
-    """Check that all numbers of a feature file are finite.
-
-    Raises:
-        DinoError: Some are not; it names the first image.
-    """
-    values = tensors["values"]
-    if found := first_not_finite(values):
-        row, count = found
-        raise DinoError(
-            f"{path}: row {row} ({Texts([tensors['paths']])[row]}) holds {count} of {values[row].size} values that are "
-            "not finite",
-            "make it again with `dino extract CHECKPOINT DATA`, which skips images without finite features",
-        )
 
 
 def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

@@ -63,7 +63,7 @@ def near_equal(names: Sequence[str], thumbs: Sequence[Thumbnail]) -> tuple[int, 
     below = found < later
     first, second, likeness = found[below], later[below], likeness[below]
     pairs = [
-        Pair(names[rows[first[i]]], names[rows[second[i]]], float(likeness[i]))
+        Pair(names[rows[first[i]]], names[rows[second[i]]], min(1.0, float(likeness[i])))  # beyond by rounding
         for i in np.argsort(-likeness)[:_SHOWN].tolist()
     ]
     return len(np.unique(second)), pairs

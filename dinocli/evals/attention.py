@@ -56,7 +56,8 @@ def keep_mass(maps: NDArray[np.floating], keep: float) -> NDArray[np.bool_]:
     flat = maps.reshape(*maps.shape[:-2], -1)
     order = flat.argsort(-1, kind="stable")
     mass = np.take_along_axis(flat, order, -1)
-    kept = np.cumsum(mass / mass.sum(-1, keepdims=True), -1) > 1 - keep
+    whole = mass.sum(-1, keepdims=True)  # 0 if the class token looks at nothing but itself: then no patch is kept
+    kept = np.cumsum(mass / np.where(whole > 0, whole, 1), -1) > 1 - keep
     masks = np.zeros(flat.shape, dtype=bool)
     np.put_along_axis(masks, order, kept, -1)
     return masks.reshape(maps.shape)

@@ -268,7 +268,7 @@ def _set(index: Index, values: Values) -> Index:
 
 
 def _recall(index: Index, queries: Floats, rows: Indices, last: Floats, k: int) -> float:
-    """Share of k neighbours of each feature that are as near as its k-th true one, itself left out.
+    """Measure the share of k neighbours of each feature that are as near as its k-th true one, without itself.
 
     Numbers of rows are not compared: of equal features any is right.
     """

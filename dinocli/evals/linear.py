@@ -238,7 +238,9 @@ def linear_on_images(
                 raise DinoError(f"{name}: {reason}", "leave it out; of all images, another checkpoint")
             hits += hits_among(scores_of(probes, made)[0], truth)
             images += len(truth)
-    top1, top5 = (100 * hits / max(1, images)).tolist()
+    if not images:
+        raise DinoError(f"none of the {len(test)} test images in {test.where} can be read", "look at them")
+    top1, top5 = (100 * hits / images).tolist()
     return LinearResult("paper", top1, top5, lr, {}, len(train), 0, images, False, len(train.classes), epochs)
 
 
@@ -280,7 +282,7 @@ def _scaled(values: Floats, scale: float) -> Tensor:
 
 
 def _scale_of(values: Values) -> float:
-    """A power of two that brings numbers near 1, as a last norm leaves them, if they are far from it; else 1."""
+    """Return a power of two that brings numbers near 1, as a last norm leaves them, if they are far from it; else 1."""
     some = values[np.unique(np.linspace(0, len(values) - 1, _SCORED).astype(np.int64))]
     size = float(np.median(np.sqrt(np.square(some, dtype=np.float64).mean(1))))
     power = round(math.log2(size)) if size else 0

@@ -62,8 +62,8 @@ def bounded(values: Values, queries: Floats, cosines: Floats, rows: Indices) -> 
     Args:
         values: [S, D]
         queries: [Q, D]
-        cosines: Of what was found, the nearest first; changed in place. [Q, K]
-        rows: Of what was found, -1 if nothing was; changed in place. [Q, K]
+        cosines: Cosine of each neighbour, the nearest first; changed in place. [Q, K]
+        rows: Row of each neighbour, -1 if none was found; changed in place. [Q, K]
     """
     q, place = np.nonzero(cosines > 1 - _CLOSE)
     step = max(1, _BLOCK_BYTES // (4 * queries.shape[1]))

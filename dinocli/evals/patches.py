@@ -115,7 +115,7 @@ def store_patches(
 
 
 def _tokens(encoder: Encoder, pixels: Pixels, short_side: int) -> NDArray[np.float32] | str:
-    """A photo's patches [rows, columns, D], or why they cannot be stored."""
+    """Return a photo's patches [rows, columns, D], or why they cannot be stored."""
     try:
         tokens: NDArray[np.float32] = encoder.patches(encoder.photo(pixels, short_side))[0].cpu().numpy()
     except NotFinite as lost:

@@ -52,7 +52,7 @@ class SegmentationHead:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all of its numbers are."""
+        """True if weight and bias are finite."""
         return bool(self.weight.isfinite().all() and self.bias.isfinite().all())
 
     def classify(self, encoder: Encoder, pixels: Pixels, short_side: int | None = None) -> NDArray[np.uint8]:
@@ -176,7 +176,7 @@ def train_head(
         report: Called with the stage and how much of it is done.
 
     Raises:
-        DinoError: No photo of a part can be read.
+        DinoError: No photo of a part can be read, no pixel of the second has a class, or the head diverges.
     """
     classes = len(data.classes)
     with store_patches(
@@ -209,6 +209,10 @@ def train_head(
     table, skipped, photos = _confusion(encoder, head, data.val, lambda done, of: report("measure", done, of))
     if not photos:
         raise _unreadable(skipped)
+    if not table.any():
+        raise DinoError(
+            f"no pixel of the {photos} masks that were measured on has a class", "masks that are not void everywhere"
+        )
     baseline = np.zeros_like(table)
     baseline[:, commonest] = table.sum(1)
     return head, SegmentationResult(

@@ -920,3 +920,13 @@ def test_deep_images_of_low_contrast_are_named_with_their_window(dino: Dino) -> 
     assert note not in dino("extract", "deep", "--device", "cpu", "--workers", "0").stderr, "the run's own window"
     done = dino("extract", "deep", "--device", "cpu", "--workers", "0", "--set", "images.window=[0, 65535]")
     assert note in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("linear", "--paper", "x", "--lr", "inf"), ("knn", "--temperature", "nan"), ("dedup", "--threshold", "nan")],
+)
+def test_numbers_on_the_command_line_are_finite(dino: Dino, words: tuple[str, ...]) -> None:
+    done = dino(*words, code=2)
+    assert done.stderr.startswith("error: Invalid value for ")
+    assert words[-2] in done.stderr

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -72,3 +74,11 @@ def test_an_extreme_photo_is_looked_at_with_a_bounded_number_of_patches(height: 
 def test_a_place_at_the_very_bound_is_left_out_as_in_the_original() -> None:
     maps = np.array([[[1, 1], [1, 1]], [[1, 1], [4, 2]]], dtype=np.float32)
     assert keep_mass(maps, 0.5).tolist() == [[[False, False], [True, True]], [[False, False], [True, False]]]
+
+
+def test_a_map_of_zeros_keeps_nothing_and_warns_of_nothing() -> None:
+    maps = np.zeros((2, 3, 4), np.float32)
+    maps[1, 2, 3] = 1
+    with warnings.catch_warnings(action="error"):
+        kept = keep_mass(maps, 0.6)
+    assert kept.sum((1, 2)).tolist() == [0, 1]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from dinocli.data.pairs import LabelledSet, Pairs, labelled_set
-from dinocli.encoder import Encoder
+from dinocli.encoder import Encoder, NotFinite
 from dinocli.errors import DinoError
 from dinocli.evals import segmentation as module
 from dinocli.evals.segmentation import PatchClassifier, SegmentationHead, read_head, train_head, write_head
@@ -145,3 +145,33 @@ def test_photos_that_cannot_be_taken_are_named_and_none_at_all_is_an_error(tmp_p
     for part in ({"train": Pairs({some: data.train.masks[some]})}, {"val": Pairs({some: data.train.masks[some]})}):
         with pytest.raises(DinoError, match="none of the photos"):
             train_head(encoder, replace(data, **part), tmp_path / "patches", short_side=16, epochs=1)
+
+
+def test_photos_without_finite_or_storable_patches_are_skipped_and_masks_of_nothing_are_no_score(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = scenes(tmp_path / "data", 10)
+    look, seen = type(encoder).patches, []
+
+    def odd(self: Encoder, images: torch.Tensor) -> torch.Tensor:
+        seen.append(1)
+        if len(seen) == 2:
+            raise NotFinite("not finite: 1 of 9 values of patches")
+        return look(self, images) * (1e6 if len(seen) == 3 else 1)
+
+    monkeypatch.setattr(type(encoder), "patches", odd)
+    _, result = train_head(encoder, data, tmp_path / "patches", short_side=48, epochs=1, batch_size=4)
+    reasons = sorted(reason.partition(":")[0] for reason in result.skipped.values())
+    assert reasons == ["not finite", "too large for float16"]
+    monkeypatch.undo()
+    for mask in data.val.masks.values():
+        Image.fromarray(np.full_like(np.array(Image.open(mask)), 255)).save(mask)
+    with pytest.raises(DinoError, match="no pixel of the 1 masks"):
+        train_head(encoder, data, tmp_path / "patches", short_side=48, epochs=1, batch_size=4)
+
+
+def test_a_head_that_is_not_finite_is_none(tmp_path: Path, encoder: Encoder) -> None:
+    head = SegmentationHead(torch.ones(2, 16), torch.tensor([0.0, torch.nan]), ["a", "b"], 16, encoder.fingerprint)
+    write_head(tmp_path / "head.safetensors", head)
+    with pytest.raises(DinoError, match="its weights are not finite"):
+        read_head(tmp_path / "head.safetensors", encoder)
