@@ -41,6 +41,8 @@ class Encoder:
         std: Of the channels of its training data.
         images: How files became pixels when it was trained.
         precision: Of products, where the device has them of its own.
+        step: Training steps of the weights, if the source tells.
+        notes: Assumptions that reading the weights made, for the user to check.
     """
 
     backbone: Backbone = field(repr=False)  # a page of modules in a notebook
@@ -51,6 +53,8 @@ class Encoder:
     std: Channels
     images: ImagesConfig = DEFAULTS
     precision: Precision = "float32"
+    step: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:

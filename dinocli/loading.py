@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,20 @@ import torch
 from timm.models import adapt_input_conv
 
 from dinocli.data.images import ImagesConfig
-from dinocli.encoder import Channels, Encoder, fingerprint
+from dinocli.encoder import Channels, Encoder, fingerprint, with_images
 from dinocli.errors import DinoError
 from dinocli.models.architecture import BackboneConfig, create_timm
 from dinocli.models.backbone import Backbone, adapt
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
-from dinocli.official import official_architecture
+from dinocli.official import HEADS, heads_are_assumed, official_architecture
 from dinocli.preset import Preset
 from dinocli.weights import Weights, Which, read_weights
 
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def load_encoder(source: str, device: torch.device, which: Which = "teacher") -> Encoder:
+def load_encoder(source: str, device: torch.device, which: Which = "teacher", overrides: Sequence[str] = ()) -> Encoder:
     """Load an encoder.
 
     Args:
@@ -34,47 +34,81 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher") ->
             model's released weights.
         device: Where it is to compute.
         which: Of a file that holds both networks.
+        overrides: `images.key=value`, and `backbone.key=value` for a file that does not store its architecture, as
+            `--set` takes them.
 
     Raises:
-        DinoError: There is no such source, or its weights do not fit.
+        DinoError: There is no such source, its weights do not fit, or an override does not.
     """
+    shape = [override for override in overrides if override.strip().startswith("backbone.")]
+    limits = [override for override in overrides if override not in shape]
     if not source.startswith("timm:"):
-        return encoder_of(read_weights(Path(source), which), source, device)
-    backbone, size, mean, std = _from_timm(source.removeprefix("timm:"))
-    encoder = _frozen(backbone, source, device, size, mean, std)
-    return replace(encoder, images=ImagesConfig(channels=encoder.channels))
+        encoder = encoder_of(read_weights(Path(source), which), source, device, shape)
+    elif shape:
+        raise _fixed_shape(source, shape[0])
+    else:
+        encoder = _frozen(*_from_timm(source.removeprefix("timm:")), source, device)
+        encoder = replace(encoder, images=ImagesConfig(channels=encoder.channels))
+    return with_images(encoder, limits)
 
 
-def encoder_of(weights: Weights, source: str, device: torch.device) -> Encoder:
-    """The encoder of weights that were read.
+def encoder_of(weights: Weights, source: str, device: torch.device, overrides: Sequence[str] = ()) -> Encoder:
+    """Return the encoder of weights that were read.
 
     Raises:
-        DinoError: They are of no network that can be told, or do not fit it.
+        DinoError: They are of no known network or do not fit it, or an override does not.
     """
-    architecture = architecture_of(weights, source)
+    architecture = architecture_of(weights, source, overrides)
     backbone = architecture.build(drop_path=False)
     load_strictly(backbone.model, weights.backbone, source)
-    if weights.preset is None:
-        return _frozen(backbone, source, device, int(architecture.options.get("img_size", 224)), *_IMAGENET)
-    return _of_preset(backbone, source, device, weights.preset)
+    if weights.preset:
+        return replace(_of_preset(backbone, source, device, weights.preset), step=weights.step)
+    channels = int(architecture.options.get("in_chans", 3))
+    if channels != 3:
+        raise DinoError(
+            f"{source} takes {channels} channels and does not store their mean and std",
+            "take the ckpt.safetensors that it was exported from",
+        )
+    encoder = _frozen(backbone, int(architecture.options.get("img_size", 224)), *_IMAGENET, source, device)
+    if weights.architecture or not heads_are_assumed(architecture):
+        return encoder
+    heads = architecture.options["num_heads"]
+    if any(override.partition("=")[0].strip() == "backbone.options.num_heads" for override in overrides):
+        # The same weights with other heads are another network, whose features must not be compared.
+        return replace(encoder, fingerprint=fingerprint({"": torch.tensor(heads), **backbone.model.state_dict()}))
+    note = f"{source} does not store its number of attention heads; taking {heads}, its width divided by 64"
+    return replace(encoder, notes=(f"{note} ({HEADS}N for another)",))
 
 
-def architecture_of(weights: Weights, source: str) -> BackboneConfig:
-    """What to build for weights that were read: what their preset says, or which of the originals' networks they fit.
+def architecture_of(weights: Weights, source: str, overrides: Sequence[str] = ()) -> BackboneConfig:
+    """Return the architecture that the source of some weights stores, or else the one that their shapes imply.
 
     Raises:
-        DinoError: They carry no preset and are of none of the originals' networks.
+        DinoError: It is of no known network, or an override does not fit.
     """
-    return weights.preset.backbone if weights.preset else official_architecture(weights.backbone, source)
+    for override in overrides:
+        if not override.strip().startswith("backbone."):
+            raise DinoError(f"--set {override} has no effect here; expected backbone.KEY=VALUE", f"{HEADS}6")
+    if weights.architecture is None:
+        return official_architecture(weights.backbone, source, overrides)
+    if overrides:
+        raise _fixed_shape(source, overrides[0])
+    return weights.architecture
+
+
+def _fixed_shape(source: str, override: str) -> DinoError:
+    return DinoError(
+        f"--set {override} is for official files; {source} stores its own architecture", "leave that --set out"
+    )
 
 
 def _of_preset(backbone: Backbone, source: str, device: torch.device, preset: Preset) -> Encoder:
     views = preset.views
-    encoder = _frozen(backbone, source, device, views.global_1.size, views.mean, views.std)
+    encoder = _frozen(backbone, views.global_1.size, views.mean, views.std, source, device)
     return replace(encoder, images=preset.images)
 
 
-def _frozen(backbone: Backbone, source: str, device: torch.device, size: int, mean: Channels, std: Channels) -> Encoder:
+def _frozen(backbone: Backbone, size: int, mean: Channels, std: Channels, source: str, device: torch.device) -> Encoder:
     backbone = backbone.eval().requires_grad_(False).to(device)
     return Encoder(backbone, source, fingerprint(backbone.model.state_dict()), size, mean, std)
 

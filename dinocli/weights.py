@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -18,6 +19,7 @@ from torch import Tensor
 import dinocli
 from dinocli.atomic import write_tensors
 from dinocli.errors import DinoError
+from dinocli.models.architecture import BackboneConfig
 from dinocli.official import under_timms_keys
 from dinocli.preset import Preset
 from dinocli.runs import CHECKPOINT
@@ -35,6 +37,7 @@ class Weights:
         backbone: Under timm's keys.
         heads: The weights of each head, by its name and the original's keys; a file of a backbone alone has none.
         preset: What the run was, if the file is the tool's own.
+        architecture: Of the backbone, if the file stores it.
         mask_token: What stands in the place of hidden patches, if the network was trained with some. [1, D]
         step: How many steps it was trained, if the file tells.
     """
@@ -44,6 +47,7 @@ class Weights:
     preset: Preset | None
     mask_token: Tensor | None = None
     step: int | None = None
+    architecture: BackboneConfig | None = None
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int) -> None:
@@ -79,12 +83,33 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
     else:
-        tensors = _pick(_read_pickle(path), which, path)
+        tensors, metadata = _pick(_read_pickle(path), which, path)
     if "preset" in metadata and which == "student":
         raise DinoError(f"{path} holds the teacher alone; the student was asked for", "leave --network out")
     preset = Preset.parse(json.loads(metadata["preset"]), str(path)) if "preset" in metadata else None
     step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
-    return replace(_sort(tensors, preset, path), step=step)
+    architecture = preset.backbone if preset else None
+    if architecture is None and "backbone" in metadata:
+        architecture = BackboneConfig.parse(json.loads(metadata["backbone"]), str(path))
+    return replace(_sort(tensors, preset, path), step=step, architecture=architecture)
+
+
+def carrying(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
+    """Return a state dict that carries metadata as PyTorch's own carry `_metadata`: as an attribute, and not as a key.
+
+    `torch.save` stores it and `torch.load` restores it; `load_state_dict` of any network ignores it.
+    """
+    found = OrderedDict(tensors)
+    found.dinocli = metadata  # type: ignore[attr-defined]
+    return found
+
+
+def metadata_of(weights: Weights, architecture: BackboneConfig) -> dict[str, str]:
+    """Return what an exported file stores beside its tensors, for this tool to read the same encoder again."""
+    if weights.preset is None:
+        return {"dinocli": dinocli.__version__, "backbone": architecture.model_dump_json()}
+    step = {} if weights.step is None else {"step": str(weights.step)}
+    return {"dinocli": dinocli.__version__, "preset": weights.preset.model_dump_json(), **step}
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -122,8 +147,8 @@ def _plain_values() -> list[Any]:
     return [argparse.Namespace, np.dtype, *kinds, *numbers, *paths]
 
 
-def _pick(content: Any, which: Which, path: Path) -> dict[str, Tensor]:
-    """The network's weights out of what a .pth held."""
+def _pick(content: Any, which: Which, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a network's weights out of the content of a .pth, and the metadata that an export of this tool adds."""
     if isinstance(content, dict) and which in content:
         content = content[which]
     else:
@@ -143,8 +168,10 @@ def _pick(content: Any, which: Which, path: Path) -> dict[str, Tensor]:
         if inside and network != which:
             raise DinoError(f"{path} holds no {which}, but a {network}", f"--network {network}")
         if inside:
-            return inside
-    return tensors
+            return inside, {}
+    carried = getattr(content, "dinocli", None)
+    metadata = carried if isinstance(carried, dict) and all(isinstance(v, str) for v in carried.values()) else {}
+    return tensors, metadata
 
 
 def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> Weights:

@@ -56,7 +56,7 @@ def test_official_networks_are_told_by_their_weights(tmp_path: Path, name: str, 
 
 
 def test_weights_of_no_known_network_are_never_random_ones(tmp_path: Path) -> None:
-    with pytest.raises(DinoError, match="none of DINO's networks"):
+    with pytest.raises(DinoError, match="is no network of DINO"):
         official_architecture({"conv.weight": torch.zeros(1)}, "x.pth")
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     weights = model.state_dict()

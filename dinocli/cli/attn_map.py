@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, encoder_from
+from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, Settings, ShortSide, encoder_from
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def attn_map(
         typer.Option(min=0.1, max=240, help="With --film: frames a second; the video's, or 24, if absent."),
     ] = None,
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

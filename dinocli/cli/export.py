@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Json, NetworkName, Size, Tokens, checkpoint_or_newest
+from dinocli.cli.options import Json, NetworkName, Settings, Size, Tokens, checkpoint_or_newest
 from dinocli.runs import CHECKPOINT
 
 
@@ -37,6 +37,7 @@ def export(
     tokens: Tokens = "cls",
     size: Size = None,
     network: NetworkName = "teacher",
+    overrides: Settings = None,
     json: Json = False,
 ) -> None:
     """Write a trained backbone for another library, load it again with that library, and compare the features."""
@@ -50,7 +51,7 @@ def export(
     from dinocli.exporting import ENDINGS, export
 
     target = out or Path(_name(Path(source), to, network, heads) + ENDINGS[to])
-    done = export(source, to, target, which=network, heads=heads, tokens=tokens, size=size)
+    done = export(source, to, target, which=network, heads=heads, tokens=tokens, size=size, overrides=overrides or [])
     for note in done.notes:
         console.say(f"note: {note}")
     exact = f"to {done.difference:.1g} of their length" if done.difference else "bit by bit"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Device, Json, Limits, NetworkName, Size, Tokens, Workers, compiles, encoder_from
+from dinocli.cli.options import Device, Json, NetworkName, Settings, Size, Tokens, Workers, compiles, encoder_from
 
 
 def extract(
@@ -48,7 +48,7 @@ def extract(
         int | None, typer.Option(min=1, help="Images at once; 64 on a CPU and 256 elsewhere if absent.")
     ] = None,
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     workers: Workers = None,
     device: Device = "auto",
     json: Json = False,

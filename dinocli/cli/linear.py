@@ -13,10 +13,11 @@ from dinocli.cli.options import (
     Checkpoint,
     Device,
     Json,
+    Settings,
     Size,
     Tokens,
     Workers,
-    checkpoint_or_newest,
+    encoder_from,
     features_or_newest,
 )
 from dinocli.errors import DinoError
@@ -45,14 +46,15 @@ def linear(
     blocks: Annotated[int, typer.Option(min=1, help="With --paper: join the tokens of the last N blocks.")] = 4,
     tokens: Tokens = "cls",
     size: Size = None,
+    overrides: Settings = None,
     workers: Workers = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Train a linear probe: on stored features with a sweep of learning rates, or by the paper's protocol."""
-    if not paper and (checkpoint or size or (lr, blocks, tokens) != (0.001, 4, "cls")):
+    if not paper and (checkpoint or size or overrides or (lr, blocks, tokens) != (0.001, 4, "cls")):
         raise DinoError(
-            "--checkpoint, --lr, --blocks, --tokens and --size are for images, and none were given",
+            "--checkpoint, --lr, --blocks, --tokens, --size and --set are for images, and none were given",
             "--paper DATA; of stored features `dino extract` chooses them",
         )
 
@@ -61,7 +63,6 @@ def linear(
     if paper:
         from dinocli.data.sources import Images, splits
         from dinocli.evals.linear import linear_on_images
-        from dinocli.loading import load_encoder
 
         parts = {name: part for name, part in splits(paper).items() if isinstance(part, Images)}
         test = parts.get("val") or parts.get("test")
@@ -71,7 +72,7 @@ def linear(
                 "DATA/train/CLASS/* and DATA/val/CLASS/*",
             )
         picked = pick_device(device)
-        encoder = load_encoder(checkpoint_or_newest(checkpoint), picked)
+        encoder = encoder_from(checkpoint, device, "teacher", overrides)
         with console.progress("linear", 100, "%") as advance:
             result = linear_on_images(
                 encoder,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, ShortSide, encoder_from
+from dinocli.cli.options import Checkpoint, Device, FacetName, Json, NetworkName, Settings, ShortSide, encoder_from
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def match(
     sd_size: Annotated[int, typer.Option(min=64, help="Long side in pixels of the photos for them.")] = 960,
     caption: Annotated[str, typer.Option(help="What both photos show, for --sd; nothing if absent.")] = "",
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

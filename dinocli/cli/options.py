@@ -32,6 +32,15 @@ Limits = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="images.KEY=VALUE", help="Other limits or window for image files; may be repeated."),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="images.KEY: other limits or window for image files; backbone.options.num_heads: attention heads of an "
+        "official file, which does not store them. May be repeated.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode images; chosen by the machine if absent.")
@@ -204,16 +213,18 @@ def _step(checkpoint: Path) -> str:
 def encoder_from(
     checkpoint: str | None, device: str, network: Literal["teacher", "student"], overrides: Sequence[str] | None
 ) -> Encoder:
-    """The encoder that a command's options name.
+    """Return the encoder that a command's options name, and print what reading it assumed.
 
     Raises:
         DinoError: There is no such checkpoint or device, the weights do not fit, or an override does not.
     """
     from dinocli.device import pick_device
-    from dinocli.encoder import with_images
     from dinocli.loading import load_encoder
 
-    return with_images(load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network), overrides or [])
+    encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network, overrides or [])
+    for note in encoder.notes:
+        console.say(f"note: {note}")
+    return encoder
 
 
 def features_or_newest(given: Path | None) -> Path:

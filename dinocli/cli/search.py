@@ -14,8 +14,8 @@ from dinocli.cli.options import (
     Device,
     FeatureFolder,
     Json,
-    Limits,
     NetworkName,
+    Settings,
     encoder_from,
     features_or_newest,
 )
@@ -66,7 +66,7 @@ def search(
     ] = None,
     multiscale: Annotated[bool, typer.Option("--multiscale", help="With --evaluate GND: add up three sizes.")] = False,
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

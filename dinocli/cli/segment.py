@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, encoder_from
+from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, Settings, ShortSide, encoder_from
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def segment(
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("segments"),
     size: ShortSide = None,
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:

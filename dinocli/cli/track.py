@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, encoder_from
+from dinocli.cli.options import Checkpoint, Device, FacetName, Json, NetworkName, Settings, encoder_from
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def track(
         float | None, typer.Option(min=0.1, max=50, help="Frames a second of the GIF; the video's, or 12, if absent.")
     ] = None,
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
