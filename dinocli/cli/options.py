@@ -219,9 +219,12 @@ def encoder_from(
         DinoError: There is no such checkpoint or device, the weights do not fit, or an override does not.
     """
     from dinocli.device import pick_device
-    from dinocli.loading import load_encoder
+    from dinocli.loading import announcement, load_encoder
 
-    encoder = load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network, overrides or [])
+    source, picked = checkpoint_or_newest(checkpoint), pick_device(device)
+    if line := announcement(source):
+        console.say(line)
+    encoder = load_encoder(source, picked, network, overrides or [])
     for note in encoder.notes:
         console.say(f"note: {note}")
     return encoder
