@@ -7,8 +7,6 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import suppress
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -32,7 +30,7 @@ from dinocli.preset import Preset
 from dinocli.weights import Weights, Which, read_weights
 
 LOCAL = "local-dir:"
-_PATIENCE = 10.0  # seconds until the hub has to have answered
+_PATIENCE = 8.0  # seconds until the hub has to have answered
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -226,11 +224,10 @@ def _download(name: str) -> Any:
     The hub's client alone tries for a minute or more. It keeps its time if the hub answers, or if files are cached.
     """
     model = _start(partial(create_timm, name, pretrained=True))
-    with suppress(FutureTimeout):
-        return model.result(_PATIENCE / 2)
-    if not _is_cached(name):
-        answer = _start(partial(_hub_answers, name))
-        wait([model, answer], _PATIENCE / 2, FIRST_COMPLETED)
+    answer = _start(partial(_hub_answers, name))
+    wait([model], 0.4 * _PATIENCE)
+    if not model.done() and not _is_cached(name):
+        wait([model, answer], 0.6 * _PATIENCE, FIRST_COMPLETED)
         if not model.done() and not (answer.done() and answer.result()):
             raise _no_download(name, f"{_hub()} does not answer")
     return model.result()
@@ -282,7 +279,7 @@ def _hub_answers(name: str) -> bool:
     repository, revision = _repository(name)
     try:
         url = huggingface_hub.hf_hub_url(repository, "config.json", revision=revision)
-        huggingface_hub.get_hf_file_metadata(url, timeout=_PATIENCE / 2)
+        huggingface_hub.get_hf_file_metadata(url, timeout=_PATIENCE)
     except Exception as error:  # of whichever HTTP library this release of the client uses
         return getattr(error, "response", None) is not None
     return True
