@@ -8,10 +8,12 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,8 +21,9 @@ from torch import Tensor
 import dinocli
 from dinocli.atomic import write_tensors
 from dinocli.errors import DinoError
+from dinocli.kinds import NAMES, foreign, kind_of
 from dinocli.models.architecture import BackboneConfig
-from dinocli.official import under_timms_keys
+from dinocli.official import timms_name, under_timms_keys
 from dinocli.preset import Preset
 from dinocli.runs import CHECKPOINT
 
@@ -67,18 +70,10 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
     Raises:
         DinoError: There is no such file, it is damaged, or it holds no such network.
     """
-    if path.is_dir():
-        if not (path / CHECKPOINT).is_file():
-            raise DinoError(
-                f"a run folder with {CHECKPOINT} was wanted; {path} has none",
-                "name a checkpoint, or train one with `dino pretrain IMAGES --preset tiny`",
-            )
+    if path.is_dir() and (path / CHECKPOINT).is_file():
         path = path / CHECKPOINT
     if not path.is_file():
-        raise DinoError(
-            f"a checkpoint was wanted; {path} does not exist",
-            "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME",
-        )
+        raise _no_checkpoint(path)
     metadata: dict[str, str] = {}
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
@@ -115,11 +110,43 @@ def metadata_of(weights: Weights, architecture: BackboneConfig) -> dict[str, str
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata() or {}
+            metadata = file.metadata() or {}
+            if metadata.get("dinocli") == "features":
+                raise DinoError(
+                    f"{path} is a file of features; expected a checkpoint", f"dino knn --features {path.parent}"
+                )
+            return {key: file.get_tensor(key) for key in list(file.keys())}, metadata
     except SafetensorError as error:
+        _refuse_foreign(path)
         raise DinoError(
             f"{path} is damaged or no safetensors file: {error}", "copy it again, or take another checkpoint"
         ) from error
+
+
+def _no_checkpoint(path: Path) -> DinoError:
+    """Explain a path that leads to no file of weights."""
+    kind, named = kind_of(str(path)), timms_name(path.as_posix()) or path.as_posix()
+    if path.is_dir():
+        hint = "name a checkpoint, or train one with `dino pretrain IMAGES --preset tiny`"
+        if kind == "features":
+            hint = f"dino knn --features {path}"
+        elif kind == "model":
+            ours = "architecture" in (path / "config.json").read_text(encoding="utf-8", errors="replace")
+            hint = f"timm:local-dir:{path}" if ours else "timm:vit_small_patch14_dinov2.lvd142m, or another of timm's"
+        return DinoError(f"{path} is {NAMES[kind]} without {CHECKPOINT}; expected a run folder or a checkpoint", hint)
+    if timms_name(path.as_posix()) or timm.is_model(named.partition(".")[0]):
+        return DinoError(f"checkpoint {path} does not exist; it is a name of released weights", f"timm:{named}")
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, beside, n=1, cutoff=0.8)
+    hint = "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME"
+    return DinoError(
+        f"checkpoint {path} does not exist", f"did you mean {path.with_name(close[0])}?" if close else hint
+    )
+
+
+def _refuse_foreign(path: Path) -> None:
+    if found := foreign(path):
+        raise DinoError(f"{path} is {found[0]}; expected a checkpoint", found[1])
 
 
 def _read_pickle(path: Path) -> Any:
@@ -128,9 +155,10 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file makes the reader raise nearly anything: EOFError, KeyError, RuntimeError, UnpicklingError.
     except Exception as error:
+        _refuse_foreign(path)
         raise DinoError(
             f"{path} cannot be read as weights: it is damaged, no PyTorch file, or holds more than numbers",
-            "an official .pth or a .safetensors was wanted",
+            "torch.save(the network's state_dict(), PATH) makes a file of numbers alone",
         ) from error
 
 
@@ -160,8 +188,9 @@ def _pick(content: Any, which: Which, path: Path) -> tuple[dict[str, Tensor], di
         if isinstance(content, dict) and "student" in content:
             raise DinoError(f"{path} holds no teacher, but a student", "--network student")
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise DinoError(f"{path} holds no weights", "an official .pth or a .safetensors was wanted")
+        raise DinoError(f"{path} holds no weights", "name a ckpt.safetensors, an official .pth, or timm:NAME")
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    _refuse_wrapped(tensors, path)
     # A whole method of DINOv2's under one roof: `teacher.backbone.`, `teacher.dino_head.`, `student.backbone.`, ...
     for network in (which, "student", "teacher"):
         inside = {k.removeprefix(f"{network}."): v for k, v in tensors.items() if k.startswith(f"{network}.")}
@@ -172,6 +201,22 @@ def _pick(content: Any, which: Which, path: Path) -> tuple[dict[str, Tensor], di
     carried = getattr(content, "dinocli", None)
     metadata = carried if isinstance(carried, dict) and all(isinstance(v, str) for v in carried.values()) else {}
     return tensors, metadata
+
+
+def _refuse_wrapped(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a network below a name that only its training code knows, as Lightning saves it.
+
+    Raises:
+        DinoError: A class token is there, below such a name.
+    """
+    inside = next((key for key in tensors if key.endswith((".cls_token", ".layer4.2.conv3.weight"))), "")
+    prefix = inside.removesuffix("cls_token").removesuffix("layer4.2.conv3.weight")
+    if re.fullmatch(r"((module|backbone|teacher|student)\.)*", prefix):
+        return
+    code = (
+        f"torch.save({{k.removeprefix('{prefix}'): v for k, v in state.items() if k.startswith('{prefix}')}}, 'x.pth')"
+    )
+    raise DinoError(f"{path} holds its network below {prefix!r}, as training frameworks save it", f"in Python: {code}")
 
 
 def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> Weights:

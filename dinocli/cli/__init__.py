@@ -28,9 +28,11 @@ from dinocli.cli.push import push
 from dinocli.cli.search import search
 from dinocli.cli.segment import segment
 from dinocli.cli.track import track
+from dinocli.cli.usage import App
+from dinocli.cli.words import Misuse
 from dinocli.errors import DinoError
 
-app = typer.Typer(
+app = App(
     help="DINO self-supervised pretraining: a folder of unlabelled images to a vision transformer, its features, its "
     "scores and its attention maps.",
     no_args_is_help=True,
@@ -99,7 +101,7 @@ def main() -> None:
         sys.stdout.flush()
         distributed.end()
     except DinoError as mistake:
-        code = _said(mistake.message, mistake.hint)
+        code = _said(mistake.message, mistake.hint) + isinstance(mistake, Misuse)
     except (KeyboardInterrupt, typer.Abort):
         console.say("stopped")
         code = 130

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Device, Json, Workers
+from dinocli.cli.options import Device, Json, Workers, output_place
 from dinocli.errors import DinoError
 
 
@@ -22,6 +22,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """Draw an image set, pretrain on it without labels, and set the features beside what they have to beat."""
+    out = output_place(out)
     if out.exists():
         raise DinoError(
             f"a new folder was wanted for the demo; {out} is there already", f"--out {out}-2, or remove {out}"

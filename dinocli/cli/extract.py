@@ -8,7 +8,19 @@ from typing import Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Device, Json, NetworkName, Settings, Size, Tokens, Workers, compiles, encoder_from
+from dinocli.cli.options import (
+    Device,
+    Json,
+    NetworkName,
+    Settings,
+    Size,
+    Tokens,
+    Workers,
+    compiles,
+    encoder_from,
+    output_place,
+)
+from dinocli.cli.places import checkpoint_and_images
 
 
 def extract(
@@ -16,6 +28,7 @@ def extract(
         list[str],
         typer.Argument(
             metavar="[CHECKPOINT] DATA",
+            callback=checkpoint_and_images,
             help="Run folder, ckpt.safetensors, official .pth "
             "of DINO or DINOv2, or timm:NAME (the newest weights if absent); then images as `dino pretrain` takes "
             "them, with class folders if there are labels, or train/ and val/.",
@@ -56,10 +69,7 @@ def extract(
     """Turn images into features: one file a split, with labels, class names and paths."""
     from dinocli.data.sources import splits
 
-    if len(paths) > 2:
-        raise typer.BadParameter(
-            f"one checkpoint and one folder were wanted; {len(paths)} came", param_hint="[CHECKPOINT] DATA"
-        )
+    out = output_place(out)
     data = paths[-1]
     parts = splits(data)
 

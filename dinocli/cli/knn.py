@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Json, features_or_newest
+from dinocli.cli.options import FeatureFolder, Json, features_or_newest
 
 
 def knn(
     k: Annotated[
         list[int] | None, typer.Option("--k", help="Neighbours that vote; may be repeated. 10 and 20 if absent.")
     ] = None,
-    features: Annotated[Path | None, typer.Option(help="Folder of features; ./features if absent.")] = None,
+    features: FeatureFolder = None,
     temperature: Annotated[float, typer.Option(min=1e-4, help="A vote weighs exp(similarity / temperature).")] = 0.07,
     json: Json = False,
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +11,7 @@ from dinocli import console
 from dinocli.cli.options import (
     Checkpoint,
     Device,
+    FeatureFolder,
     Json,
     Settings,
     Size,
@@ -20,6 +20,7 @@ from dinocli.cli.options import (
     encoder_from,
     features_or_newest,
 )
+from dinocli.cli.places import images_place
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def linear(
-    features: Annotated[Path | None, typer.Option(help="Folder of features; ./features if absent.")] = None,
+    features: FeatureFolder = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images a step; 256 of stored features, 1024 with --paper.")
@@ -37,6 +38,7 @@ def linear(
         str | None,
         typer.Option(
             metavar="DATA",
+            callback=images_place,
             help="The paper's protocol instead: SGD on augmented images "
             "of this folder (train/ and val/ with class folders); no features are read.",
         ),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
+from dinocli.cli.places import features_place, images_place
 from dinocli.errors import DinoError
 from dinocli.runs import CHECKPOINT, newest_run
 
@@ -24,6 +25,7 @@ Images = Annotated[
     str,
     typer.Argument(
         metavar="IMAGES",
+        callback=images_place,
         help="Folder of images, of any depth; a .txt or .csv list of files; tar shards (x-{000..009}.tar, a folder of "
         "them, pipe:COMMAND); or torchvision:NAME.",
     ),
@@ -72,7 +74,9 @@ ShortSide = Annotated[
 ]
 
 
-FeatureFolder = Annotated[Path | None, typer.Option("--features", help="Folder of features; ./features if absent.")]
+FeatureFolder = Annotated[
+    Path | None, typer.Option("--features", callback=features_place, help="Folder of features; ./features if absent.")
+]
 DataNow = Annotated[
     str | None, typer.Option("--data", help="Where the images lie now; where `dino extract` found them if absent.")
 ]

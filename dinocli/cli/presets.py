@@ -9,8 +9,9 @@ import typer
 
 from dinocli import console, shipped
 from dinocli.cli.options import Json
+from dinocli.cli.usage import App
 
-presets = typer.Typer(help="List the shipped presets, or show one.", invoke_without_command=True)
+presets = App(help="List the shipped presets, or show one.", invoke_without_command=True)
 
 
 @presets.callback()

