@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import dinocli
 from dinocli.atomic import atomic, atomic_folder, write_tensors, write_text
 from dinocli.data.fill import resize_for
-from dinocli.encoder import Encoder, TokenChoice, features_of
+from dinocli.encoder import Encoder, TokenChoice, features_of, whole_patches
 from dinocli.errors import DinoError
 from dinocli.loading import architecture_of, encoder_of, timm_folder
 from dinocli.models.architecture import BackboneConfig
@@ -93,7 +93,7 @@ def export(
     encoder = encoder_of(weights, source, torch.device("cpu"), overrides)
     architecture = architecture_of(weights, source, overrides)
     metadata = metadata_of(weights, architecture)
-    side, native = size or encoder.size, _native_size(encoder)
+    side, native = whole_patches(encoder, size) or encoder.size, _native_size(encoder)
     if to == "timm":
         folder_is_free(out, TIMM_FILES)
         with atomic_folder(out) as folder:

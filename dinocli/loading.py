@@ -27,6 +27,7 @@ from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
 from dinocli.official import HEADS, heads_are_assumed, official_architecture, timms_name
 from dinocli.preset import Preset
+from dinocli.runs import run_of
 from dinocli.weights import Weights, Which, read_weights
 
 LOCAL = "local-dir:"
@@ -52,6 +53,7 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
     limits = [override for override in overrides if override not in shape]
     if not source.startswith("timm:"):
         encoder = encoder_of(read_weights(Path(source), which), source, device, shape)
+        encoder = replace(encoder, run=run_of(Path(source)))
     elif shape:
         raise _fixed_shape(source, shape[0])
     else:

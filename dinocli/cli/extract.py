@@ -74,12 +74,13 @@ def extract(
     parts = splits(data)
 
     from dinocli.device import default_workers, pick_device
-    from dinocli.encoder import quick
+    from dinocli.encoder import quick, whole_patches
     from dinocli.extraction import extract
     from dinocli.features import learned_from
 
     picked = pick_device(device)
     encoder = encoder_from(paths[0] if len(paths) == 2 else None, device, network, overrides)
+    size = whole_patches(encoder, size)
     encoder = quick(encoder, precision, compiled=compiled and compiles(picked, asked=True))
     written = []
     for name, source in parts.items():

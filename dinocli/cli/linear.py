@@ -64,6 +64,7 @@ def linear(
 
     if paper:
         from dinocli.data.sources import Images, splits
+        from dinocli.encoder import whole_patches
         from dinocli.evals.linear import linear_on_images
 
         parts = {name: part for name, part in splits(paper).items() if isinstance(part, Images)}
@@ -75,6 +76,7 @@ def linear(
             )
         picked = pick_device(device)
         encoder = encoder_from(checkpoint, device, "teacher", overrides)
+        size = whole_patches(encoder, size)
         with console.progress("linear", 100, "%") as advance:
             result = linear_on_images(
                 encoder,
@@ -108,7 +110,7 @@ def linear(
                 device=pick_device(device),
                 report=lambda done, total: advance(100 * done // total, f"step {done}/{total}"),
             )
-        source = train.recipe.source
+        source = train.recipe.maker
     if json:
         console.out_json(asdict(result))
     else:

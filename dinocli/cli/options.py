@@ -13,7 +13,7 @@ import typer
 from dinocli import console
 from dinocli.cli.places import features_place, images_place
 from dinocli.errors import DinoError
-from dinocli.runs import CHECKPOINT, newest_run
+from dinocli.runs import CHECKPOINT, RUNS, newest_run
 
 if TYPE_CHECKING:
     import torch
@@ -181,37 +181,49 @@ def compiles(device: torch.device, *, asked: bool) -> bool:
 
 
 def checkpoint_or_newest(given: str | None) -> str:
-    """The checkpoint that was named, or `./ckpt.safetensors`, or the newest run's.
+    """Return the checkpoint that was named, or `./ckpt.safetensors`, or the newest run's, and print which it is.
 
     Raises:
         DinoError: None was named and there is none.
     """
-    if given:
+    if given and not Path(given).is_symlink():
         return given
-    if Path(CHECKPOINT).exists():
-        taken = Path(CHECKPOINT)
-        console.say(f"checkpoint: {taken}" + (f" -> {taken.readlink()}" if taken.is_symlink() else "") + _step(taken))
-        return str(taken)
-    run = newest_run()
-    if run is None:
-        raise DinoError(
-            "a checkpoint was wanted; none was named, and there is no ./ckpt.safetensors and no run in ./runs",
-            "dino pretrain IMAGES --preset tiny",
-        )
-    console.say(f"checkpoint: {run / CHECKPOINT}{_step(run / CHECKPOINT)}")
-    return str(run / CHECKPOINT)
+    taken = Path(given or CHECKPOINT)
+    if not taken.exists():
+        if given:
+            return given  # a link to nothing, which the reader explains
+        run = newest_run()
+        if run is None:
+            raise DinoError(
+                "no checkpoint was named, and there is no ./ckpt.safetensors and no run in ./runs",
+                "dino pretrain IMAGES --preset tiny",
+            )
+        taken = run / CHECKPOINT
+    step = _step(taken)
+    link = f" -> {os.readlink(taken)}" if taken.is_symlink() else ""
+    console.say(f"checkpoint: {taken}{link}" + (f", step {step}" if step is not None else ""))
+    _note_longer(taken, step)
+    return str(taken)
 
 
-def _step(checkpoint: Path) -> str:
-    """The step that a checkpoint is of, so that one of a run which failed at its start is not taken for trained."""
+def _note_longer(taken: Path, step: int | None) -> None:
+    """Print if another run was trained longer: a short trial may have become the newest."""
+    others = {path: _step(path) or 0 for path in RUNS.glob(f"*/{CHECKPOINT}") if not path.samefile(taken)}
+    longest = max(others, key=lambda path: others[path], default=None)
+    if step is not None and longest and others[longest] > step:
+        console.say(f"note: {longest.parent} was trained longer ({others[longest]} steps); name it to use it")
+
+
+def _step(checkpoint: Path) -> int | None:
+    """Return the training step of a checkpoint, if its file is valid and stores it."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(checkpoint, framework="numpy") as file:
-            step = (file.metadata() or {}).get("step")
-    except SafetensorError:
-        return ""  # whoever reads the file says what is wrong with it
-    return f", step {step}" if step else ""
+            step = (file.metadata() or {}).get("step", "")
+    except (SafetensorError, OSError):
+        return None  # the reader of its weights says what is wrong with it
+    return int(step) if step.isdecimal() else None
 
 
 def encoder_from(
@@ -250,7 +262,8 @@ def features_or_newest(given: Path | None) -> Path:
             console.say(f"features: {folder}")
             return folder
     raise DinoError(
-        "features were wanted; none were named, and there is no ./features", "dino extract ckpt.safetensors DATA"
+        "no features were named, and there is no ./features",
+        "dino extract ckpt.safetensors IMAGES, or --features FOLDER",
     )
 
 
