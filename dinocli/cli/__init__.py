@@ -28,7 +28,7 @@ from dinocli.cli.push import push
 from dinocli.cli.search import search
 from dinocli.cli.segment import segment
 from dinocli.cli.track import track
-from dinocli.cli.usage import App
+from dinocli.cli.mistakes import App
 from dinocli.cli.words import Misuse
 from dinocli.errors import DinoError
 

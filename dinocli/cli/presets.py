@@ -9,7 +9,7 @@ import typer
 
 from dinocli import console, shipped
 from dinocli.cli.options import Json
-from dinocli.cli.usage import App
+from dinocli.cli.mistakes import App
 
 presets = App(help="List the shipped presets, or show one.", invoke_without_command=True)
 

@@ -1,4 +1,4 @@
-"""Usage: mistakes in the words of a command, each answered with the command to type, in the user's own values."""
+"""Mistakes in the words of a command, each answered with the command to type, in the user's own values."""
 
 from __future__ import annotations
 
