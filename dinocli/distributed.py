@@ -54,8 +54,8 @@ class Started(NamedTuple):
 def started() -> Started | None:
     """Return the place of this process among several; None if it is alone."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        return Started("torchrun", number, count, True) if count > 1 else None
+        processes = int(os.environ["WORLD_SIZE"])
+        return Started("torchrun", int(os.environ["RANK"]), processes, True) if processes > 1 else None
     found = []
     for launcher, rank_name, size_name in _VARIABLES:
         number, count = _integer(rank_name), _integer(size_name)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import re
+
 import pytest
 
 from dinocli import console
@@ -43,3 +46,23 @@ def test_durations(seconds: float, said: str) -> None:
 
 def test_sizes() -> None:
     assert [console.size(n) for n in (5e6, 2.5e9)] == ["5 MB", "2.5 GB"]
+
+
+@pytest.mark.parametrize("width", [200, 80, 60])
+@pytest.mark.parametrize("what", ["pretrain", "compare with a folder of features that has a long name"])
+def test_the_time_that_is_left_is_whole_in_a_narrow_terminal(
+    width: int, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    terminal = type(console._words)(file=out, force_terminal=True, width=width, color_system=None, soft_wrap=True)
+    monkeypatch.setattr(console, "_words", terminal)
+    with console.progress(what, 125_000, "steps") as advance:
+        for step in range(1, 4):
+            advance(step, "loss 4.032  k-NN 45.1 %")
+    drawn = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip() for line in re.split(r"[\r\n]", out.getvalue())]
+    *_, last = (line for line in drawn if line)
+    assert len(last) <= width
+    assert "3/125000 steps" in last
+    assert re.search(r" (\d+:\d\d:\d\d|-:--:--) left$", last)
+    assert ("loss 4.032" in last) == (what == "pretrain" or width == 200), "a part of a note is whole or not there"
+    assert ("45.1 %" in last) == (width == 200 or (width == 80 and what == "pretrain"))

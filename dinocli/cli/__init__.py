@@ -21,6 +21,7 @@ from dinocli.cli.extract import extract
 from dinocli.cli.knn import knn
 from dinocli.cli.linear import linear
 from dinocli.cli.match import match
+from dinocli.cli.mistakes import App
 from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
@@ -28,7 +29,7 @@ from dinocli.cli.push import push
 from dinocli.cli.search import search
 from dinocli.cli.segment import segment
 from dinocli.cli.track import track
-from dinocli.cli.mistakes import App
+from dinocli.cli.usage import explain
 from dinocli.cli.words import Misuse
 from dinocli.errors import DinoError
 
@@ -79,7 +80,8 @@ def _options(
     if command in _SHARED:
         distributed.check_launch(command)
         if found and found.launcher != "torchrun":
-            console.say(f"note: joining {found.size} processes, as {found.launcher} numbers them")
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            console.say(f"note: joining {found.size} processes of {found.launcher}, which meet at {where}")
         distributed.begin()
     # RANK and WORLD_SIZE alone may be about a whole container, in which other commands run once.
     elif found and found.launcher != "torch.distributed":
@@ -134,10 +136,7 @@ def _told(error: Exception) -> int:
         if not words or "Usage:" in words:
             console.say(words)
         else:
-            context = getattr(error, "ctx", None)
-            # One line, without what the parser's own library puts before its message.
-            said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
-            _said(said, f"{context.command_path if context else 'dino'} --help")
+            _said(*explain(error, sys.argv[1:]))
         return 2
     if isinstance(error, MemoryError) or "out of memory" in words.lower() or "can't allocate memory" in words:
         return _said("there is too little memory for this", "a smaller --batch-size or --size")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -190,14 +189,19 @@ def _check(words: Words, parameters: Sequence[Any]) -> None:
         if word == "--":
             break
         # `pretrain` has answers of its own, such as the preset's key for --lr.
-        if is_option(word) and word.partition("=")[0] not in words.known and name != "pretrain":
+        if is_option(word) and word.partition("=")[0] not in words.known:
+            if name == "pretrain":
+                return
             raise _unknown_option(words, i)
     arguments = [p for p in parameters if p.param_type_name == "argument"]
     most = 2 if name == "extract" else None if any(p.nargs == -1 for p in arguments) else len(arguments)
     if most is None:
         return
     _check_wall(words, most)
-    if len(words.places) > most:
+    # Brackets in a --set without quotes become words of their own, which `usage` explains.
+    if len(words.places) <= most or "--set" in words.typed:
+        return
+    if name != "pretrain" or any(_option_of(words, word) for word in words.positional):
         raise _surplus(words, most)
 
 
@@ -313,7 +317,7 @@ def _of_images(command: str, word: str) -> str:
         return f"dino extract {quoted} IMAGES, then dino {command}"
     if kind in ("images", "source"):
         return f"dino extract ckpt.safetensors {quoted}, then dino {command}"
-    return f"dino {command} --features FOLDER"
+    return f"dino {command} --features {quoted}"
 
 
 def _fitting(option: str, number: float) -> str:
@@ -359,7 +363,7 @@ def _export_order(words: Words) -> Misuse:
 def _explain(words: Words, error: Exception) -> Misuse | None:
     """Return a hint for what the parser refused, by its face and not its class, which typer has a copy of."""
     parameter = getattr(error, "param", None)
-    if getattr(error, "exit_code", None) != 2 or not hasattr(error, "format_message"):
+    if getattr(error, "exit_code", None) != 2 or not hasattr(error, "format_message") or words.command == "pretrain":
         return None
     fault = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
     hint = ""
@@ -367,8 +371,6 @@ def _explain(words: Words, error: Exception) -> Misuse | None:
         hint = _missing(words, parameter)
     elif option := getattr(error, "option_name", "") if "requires an argument" in fault else "":
         hint = f"dino {words.command} {option} VALUE"
-    elif parameter is not None and parameter.param_type_name == "option":
-        return Misuse(*_valid(parameter.opts[0], words.value(parameter.opts), fault, parameter))
     return Misuse(fault, hint) if hint else None
 
 
@@ -385,27 +387,3 @@ def _missing(words: Words, parameter: Any) -> str:
     if words.command == "match" and words.places:
         return words.again({}, "b.jpg")
     return _EXAMPLES.get(words.command.split()[-1], "")
-
-
-def _valid(option: str, value: str, fault: str, parameter: Any) -> tuple[str, str]:
-    """Return what is wrong with the value of an option, and the option with the nearest valid value."""
-    if "not one of" in fault:
-        choices = re.findall(r"'([^']*)'", fault.partition("not one of")[2])
-        close = difflib.get_close_matches(value.lower(), choices, n=1, cutoff=0.0)
-        return fault, f"{option} {close[0] if close else choices[0]}"
-    # Some releases of typer keep bounds in the parameter, others in its type.
-    of = parameter if hasattr(parameter, "min") else getattr(parameter, "type", None)
-    least, most = getattr(of, "min", None), getattr(of, "max", None)
-    default = parameter.default if isinstance(parameter.default, (int, float)) else None
-    usual = {"--k": 20, "--size": 224, "--side": 224}.get(option, default)
-    usual = max(least or 1, 1) if usual is None and least is not None else usual
-    hint = f"{option} N" if usual is None else f"{option} {usual:g}"
-    if not is_number(value):
-        return (
-            f"{option} {value or 'of nothing'} is not a number" if least is not None or usual is not None else fault
-        ), hint
-    if least is not None and float(value) < least:
-        return f"{option} {value} is below the smallest valid value, {least:g}", hint
-    if most is not None and float(value) > most:
-        return f"{option} {value} is above the largest valid value, {most:g}", f"{option} {most:g}"
-    return f"{option} {value} is not a whole number", f"{option} {max(round(float(value)), least or 1)}"

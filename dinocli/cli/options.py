@@ -134,6 +134,19 @@ def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
     return path
 
 
+def refuse_address(value: str, option: str, expected: str) -> None:
+    """Check that a source is no s3:// or other address, which is read from nowhere here.
+
+    Raises:
+        DinoError: It is one.
+    """
+    if "://" in value and (address := _address(Path(value))):
+        raise DinoError(
+            f"{option} {address} is an address; expected {expected}",
+            f"copy it here first, and name the copy: {Path(address).name or 'DIR'}",
+        )
+
+
 def _plain(path: Path) -> Path:
     """Drop the endings of files: run.tar.gz is run, and run.v1 stays."""
     while path.suffix.lower() in (*_ARCHIVES, *_FILES):
@@ -199,7 +212,7 @@ def checkpoint_or_newest(given: str | None) -> str:
                 "dino pretrain IMAGES --preset tiny",
             )
         taken = run / CHECKPOINT
-    step = _step(taken)
+    step = step_of(taken)
     link = f" -> {os.readlink(taken)}" if taken.is_symlink() else ""
     console.say(f"checkpoint: {taken}{link}" + (f", step {step}" if step is not None else ""))
     _note_longer(taken, step)
@@ -208,21 +221,21 @@ def checkpoint_or_newest(given: str | None) -> str:
 
 def _note_longer(taken: Path, step: int | None) -> None:
     """Print if another run was trained longer: a short trial may have become the newest."""
-    others = {path: _step(path) or 0 for path in RUNS.glob(f"*/{CHECKPOINT}") if not path.samefile(taken)}
+    others = {path: step_of(path) or 0 for path in RUNS.glob(f"*/{CHECKPOINT}") if not path.samefile(taken)}
     longest = max(others, key=lambda path: others[path], default=None)
     if step is not None and longest and others[longest] > step:
         console.say(f"note: {longest.parent} was trained longer ({others[longest]} steps); name it to use it")
 
 
-def _step(checkpoint: Path) -> int | None:
-    """Return the training step of a checkpoint, if its file is valid and stores it."""
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step of a checkpoint; None if the file does not say, or cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(checkpoint, framework="numpy") as file:
             step = (file.metadata() or {}).get("step", "")
     except (SafetensorError, OSError):
-        return None  # the reader of its weights says what is wrong with it
+        return None  # whoever reads the file says what is wrong with it
     return int(step) if step.isdecimal() else None
 
 

@@ -31,7 +31,8 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
         _check_pack(words, kind)
     hint = _hint_for_images(words, value, kind)
     if hint:
-        raise DinoError(f"{value} is {NAMES[kind]}; expected images: a folder, a list of files, or tar shards", hint)
+        named = "IMAGES " * (kind == "address")
+        raise DinoError(f"{named}{value} is {NAMES[kind]}; expected images: a folder, a list, or tar shards", hint)
     return value
 
 
@@ -61,7 +62,7 @@ def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
             read = "curl -sL {}" if value.startswith("http") else "aws s3 cp {} -"
             return _with(words, value, f"pipe:{read.format(value)}")
         name = value.rstrip("/").rpartition("/")[2] or "images"
-        return f"copy it to this machine, then {_with(words, value, name)}"
+        return f"copy it here first, then {_with(words, value, name)}"
     return "take the files it was made of" if kind == "graph" else ""
 
 

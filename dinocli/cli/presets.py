@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from dinocli import console, shipped
-from dinocli.cli.options import Json
 from dinocli.cli.mistakes import App
+from dinocli.cli.options import Json
 
 presets = App(help="List the shipped presets, or show one.", invoke_without_command=True)
 
