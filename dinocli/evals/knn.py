@@ -74,7 +74,7 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
         if k < 1:
             raise DinoError(f"--k {k} is below 1", f"use --k {min(20, voters)}")
         if k > voters:
-            whose = "training images" if test is not None else "other images of each"
+            whose = "training images" if test is not None else "other images that can vote"
             raise DinoError(
                 f"--k {k} is larger than the {voters} {whose}", f"use --k {voters}" + " or fewer" * (voters > 1)
             )

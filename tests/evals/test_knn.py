@@ -106,7 +106,7 @@ def test_features_on_disk_give_what_those_in_memory_give(tmp_path: Path) -> None
     [
         (0, "--k 0 is below 1", "use --k 9"),
         (-1, "--k -1 is below 1", "use --k 9"),
-        (10, "--k 10 is larger than the 9 other images of each", "use --k 9 or fewer"),
+        (10, "--k 10 is larger than the 9 other images that can vote", "use --k 9 or fewer"),
     ],
 )
 def test_k_out_of_range_is_said(k: int, message: str, hint: str) -> None:
