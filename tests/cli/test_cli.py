@@ -490,7 +490,7 @@ def test_data_goes_to_stdout_and_words_to_stderr(dino: Dino, tmp_path: Path, ima
     assert [s["k"] for s in scores["scores"]] == [1, 3]
     assert scores["leave_one_out"] is True
     above = dino("knn", "--k", "12", code=1)
-    assert "--k 12 is larger than the 11 other images of each" in above.stderr
+    assert "--k 12 is larger than the 11 other images that can vote" in above.stderr
     options = ("--views", "2", "--dtype", "float16", "--out", "seen", "--workers", "0")
     assert json.loads(dino("extract", "images", "--json", *options).stdout)[0]["shape"][0] == 3
     patches = dino("extract", "images", "--tokens", "patches", *options, code=1)
