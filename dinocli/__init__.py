@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     from dinocli.data.given import Given
     from dinocli.encoder import Encoder
@@ -34,22 +35,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(source: str | os.PathLike[str], device: str = "auto", precision: Precision = "bfloat16") -> Encoder:
+def load(
+    source: str | os.PathLike[str],
+    device: str = "auto",
+    precision: Precision = "bfloat16",
+    overrides: Sequence[str] = (),
+) -> Encoder:
     """Load an encoder, as `dino extract` does: what it is called with becomes features.
 
     Args:
         source: A run folder, a `ckpt.safetensors`, an official DINO `.pth`, or `timm:NAME`.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         precision: Of products; bfloat16 only where the device has it.
+        overrides: `key=value` as `--set` takes them, such as `backbone.options.num_heads=6` for an official file.
 
     Raises:
-        DinoError: There is no such source or device, or the weights do not fit.
+        DinoError: There is no such source or device, or the weights or an override do not fit.
     """
     from dinocli.device import pick_device
     from dinocli.encoder import quick
     from dinocli.loading import load_encoder
 
-    return quick(load_encoder(str(source), pick_device(device)), precision, compiled=False)
+    return quick(load_encoder(str(source), pick_device(device), overrides=overrides), precision, compiled=False)
 
 
 def attention(encoder: Encoder, image: Given, size: int | None = None) -> AttentionMaps:

@@ -40,7 +40,7 @@ def pick_device(name: str) -> torch.device:
             f"{count} CUDA devices" if device.type == "cuda" and count else ", ".join(k for k, p in there.items() if p)
         )
         raise DinoError(
-            f"{name} was asked for; this machine and its torch {torch.__version__} have {has}", "--device auto"
+            f"--device {name} is not available: torch {torch.__version__} finds {has} on this machine", "--device auto"
         )
     return device
 

@@ -20,7 +20,7 @@ from dinocli.data.loader import ALONE, Plain, Share, plain_batches
 from dinocli.data.sources import Source
 from dinocli.device import autocast, has_bfloat16
 from dinocli.errors import DinoError, nearest
-from dinocli.models.backbone import Backbone, Facet, Tokens
+from dinocli.models.backbone import Backbone, Facet, Tokens, Transformer
 from dinocli.preset import Precision
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
@@ -79,6 +79,9 @@ class Encoder:
         std: Of the channels of its training data.
         images: How files became pixels when it was trained.
         precision: Of products, where the device has them of its own.
+        run: Folder of the run that the weights are of, if they lie in one.
+        step: Training steps of the weights, if the source tells.
+        notes: Assumptions that reading the weights made, for the user to check.
     """
 
     backbone: Backbone = field(repr=False)  # a page of modules in a notebook
@@ -89,6 +92,9 @@ class Encoder:
     std: Channels
     images: ImagesConfig = DEFAULTS
     precision: Precision = "float32"
+    run: str = ""
+    step: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -270,6 +276,20 @@ def with_images(encoder: Encoder, overrides: Iterable[str]) -> Encoder:
             "leave images.channels out, or --init a training of your own with these weights",
         )
     return replace(encoder, images=images)
+
+
+def whole_patches(encoder: Encoder, size: int | None) -> int | None:
+    """Return a side of images that a user chose, or None.
+
+    Raises:
+        DinoError: It is no multiple of a transformer's patch size: pixels at the border would be left out.
+    """
+    patch = encoder.backbone.patch_size
+    if size is None or not isinstance(encoder.backbone, Transformer) or size % patch == 0:
+        return size
+    below, above = size // patch * patch, (size // patch + 1) * patch
+    sizes = f"--size {above}" if not below else f"--size {below}, or {above}"
+    raise DinoError(f"--size {size} is not a multiple of the patch size {patch} of {encoder.source}", sizes)
 
 
 def quick(encoder: Encoder, precision: Precision, *, compiled: bool) -> Encoder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import dinocli
 from dinocli.atomic import atomic, atomic_folder, write_tensors, write_text
 from dinocli.data.fill import resize_for
-from dinocli.encoder import Encoder, TokenChoice, features_of
+from dinocli.encoder import Encoder, TokenChoice, features_of, whole_patches
 from dinocli.errors import DinoError
 from dinocli.loading import architecture_of, encoder_of, timm_folder
 from dinocli.models.architecture import BackboneConfig
@@ -26,7 +26,7 @@ from dinocli.models.head import Head, HeadConfig, original_head
 from dinocli.models.network import load_strictly, original_network
 from dinocli.official import OFFICIAL
 from dinocli.runs import CHECKPOINT
-from dinocli.weights import Weights, Which, read_weights
+from dinocli.weights import Weights, Which, carrying, metadata_of, read_weights
 
 Format = Literal["official", "timm", "onnx", "torch-export"]
 ENDINGS: dict[Format, str] = {"official": ".pth", "timm": "", "onnx": ".onnx", "torch-export": ".pt2"}
@@ -63,6 +63,7 @@ def export(
     heads: bool = False,
     tokens: TokenChoice = "cls",
     size: int | None = None,
+    overrides: Sequence[str] = (),
 ) -> Exported:
     """Write a backbone for another library, load it again with that library, and compare the features.
 
@@ -76,6 +77,7 @@ def export(
         heads: For `official` alone: with the head, and both under the name of the network as in a full checkpoint.
         tokens: For the graphs: which features they give, as `Encoder.features` describes.
         size: For the graphs: side of the images in pixels; that of the training if absent.
+        overrides: `backbone.key=value` for an official file, as `--set` takes them.
 
     Raises:
         DinoError: The source cannot be read or would be written over, the other library has no such network, or what
@@ -88,22 +90,23 @@ def export(
         raise DinoError(f"a file that ends in {ENDINGS[to]} was wanted; it is {out}", f"--out {out.stem}{ENDINGS[to]}")
     weights = read_weights(Path(source), which)
     _keep_the_source(Path(source), to, out)
-    encoder = encoder_of(weights, source, torch.device("cpu"))
-    architecture = architecture_of(weights, source)
-    side, native = size or encoder.size, _native_size(encoder)
+    encoder = encoder_of(weights, source, torch.device("cpu"), overrides)
+    architecture = architecture_of(weights, source, overrides)
+    metadata = metadata_of(weights, architecture)
+    side, native = whole_patches(encoder, size) or encoder.size, _native_size(encoder)
     if to == "timm":
         folder_is_free(out, TIMM_FILES)
         with atomic_folder(out) as folder:
             written = write_timm(encoder, architecture, folder)
         load = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
-        return Exported(out, written.difference, written.notes, load)
-    notes = []
+        return Exported(out, written.difference, [*encoder.notes, *written.notes], load)
+    notes = list(encoder.notes)
     with atomic(out) as draft:
         if to == "official":
             head = _head_of(weights, encoder.backbone.width) if heads else None
-            loaded, head_difference = _to_official(encoder, architecture, head, which, draft)
+            loaded, head_difference = _to_official(encoder, architecture, head, which, metadata, draft)
             difference = max(_compare(encoder, loaded, "cls", native), head_difference)
-            notes = _notes_on_the_original(encoder, architecture, head, native)
+            notes += _notes_on_the_original(encoder, architecture, head, native)
             wrapped, key = ("MultiCropWrapper(network, head)", f"[{which!r}]") if heads else ("network", "")
             load = f"{wrapped}.load_state_dict(torch.load({str(out)!r}){key})"
         elif to == "onnx":
@@ -186,17 +189,23 @@ def _head_of(weights: Weights, width: int) -> Head:
 
 
 def _to_official(
-    encoder: Encoder, architecture: BackboneConfig, head: Head | None, which: Which, draft: Path
+    encoder: Encoder,
+    architecture: BackboneConfig,
+    head: Head | None,
+    which: Which,
+    metadata: dict[str, str],
+    draft: Path,
 ) -> tuple[Loaded, float]:
     """The network that the original builds of the file, and the difference of the head that it builds."""
     original, forward = original_network(encoder.backbone, architecture.name)
     state = {key: value.contiguous() for key, value in encoder.backbone.model.state_dict().items()}
     if head is None:
-        _save(lambda file: torch.save(state, file), draft)
+        _save(lambda file: torch.save(carrying(state, metadata), file), draft)
         original.load_state_dict(torch.load(draft, weights_only=True))
         return forward, 0.0
     heads = {f"head.{key}": value for key, value in head.state_dict().items()}
-    _save(lambda file: torch.save({which: {f"backbone.{k}": v for k, v in state.items()} | heads}, file), draft)
+    both = carrying({f"backbone.{k}": v for k, v in state.items()} | heads, metadata)
+    _save(lambda file: torch.save({which: both}, file), draft)
     read = torch.load(draft, weights_only=True)[which]
     theirs = {k.removeprefix("head."): v for k, v in read.items() if k.startswith("head.")}
     original.load_state_dict({k.removeprefix("backbone."): v for k, v in read.items() if k.startswith("backbone.")})

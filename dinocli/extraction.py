@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +87,7 @@ def extract(
     if views and tokens == "patches":
         raise DinoError("--views are for a classifier, which wants one feature an image", "leave out --tokens patches")
     recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data, views, encoder.precision)
+    recipe = replace(recipe, run=encoder.run, step=encoder.step)
     cutter = Cutter(augmented(encoder, size, views), seed, encoder.images) if views else None
     share = Share(rank(), size_of_run())
     batches = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, share=share, cutter=cutter)

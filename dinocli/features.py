@@ -36,6 +36,8 @@ class Recipe:
         data: The folder the images came from.
         views: How many random views of each image are stored beside it.
         precision: Of the products.
+        run: Folder of the run that the encoder's weights are of, if they lie in one.
+        step: Training steps of the weights, if their file tells.
     """
 
     source: str
@@ -46,6 +48,15 @@ class Recipe:
     data: str
     views: int = 0
     precision: str = "float32"
+    run: str = ""
+    step: int | None = None
+
+    @property
+    def maker(self) -> str:
+        """Source, run and step of the weights, for titles."""
+        parts = [self.run if self.run != self.source else "", f"step {self.step}" if self.step is not None else ""]
+        told = ", ".join(filter(None, parts))
+        return f"{self.source} ({told})" if told else self.source
 
 
 @dataclass(frozen=True)
@@ -250,7 +261,7 @@ def read_splits(folder: Path) -> dict[str, Features]:
     if not paths:
         came = "holds none" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise DinoError(
-            f"a folder with features was wanted; {folder} {came}", "make some with `dino extract CHECKPOINT DATA`"
+            f"expected a folder of features; {folder} {came}", f"dino extract CHECKPOINT IMAGES --out {folder.stem}"
         )
     found = {name: read_features(path) for name, path in sorted(paths.items())}
     first_name, first = next(iter(found.items()))
@@ -311,8 +322,9 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
     """
     labelled = {name: _labelled(f) for name, f in splits.items() if f.classes and (f.labels >= 0).any()}
     if not labelled:
+        data = next(iter(splits.values())).recipe.data
         raise DinoError(
-            "labelled features were wanted; these images lie in no class folders",
+            f"the images of these features have no labels: {data} has no class folders",
             "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",
         )
     if any(f.values.ndim != 2 for f in labelled.values()):

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+import timm
 import torch
 from timm.models import adapt_input_conv
 
 from dinocli.checksums import parse
 from dinocli.data.images import ImagesConfig
-from dinocli.encoder import Channels, Encoder, fingerprint
+from dinocli.encoder import Channels, Encoder, fingerprint, with_images
 from dinocli.errors import DinoError
 from dinocli.models.architecture import BackboneConfig, create_timm
 from dinocli.models.backbone import Backbone, adapt
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
-from dinocli.official import official_architecture
+from dinocli.official import HEADS, heads_are_assumed, official_architecture, timms_name
 from dinocli.preset import Preset
+from dinocli.runs import run_of
 from dinocli.weights import Weights, Which, read_weights, refuse_not_finite
 
+LOCAL = "local-dir:"
+_PATIENCE = 8.0  # seconds until the hub has to have answered
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def load_encoder(source: str, device: torch.device, which: Which = "teacher") -> Encoder:
+def load_encoder(source: str, device: torch.device, which: Which = "teacher", overrides: Sequence[str] = ()) -> Encoder:
     """Load an encoder.
 
     Args:
@@ -34,47 +43,82 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher") ->
             model's released weights.
         device: Where it is to compute.
         which: Of a file that holds both networks.
+        overrides: `images.key=value`, and `backbone.key=value` for a file that does not store its architecture, as
+            `--set` takes them.
 
     Raises:
-        DinoError: There is no such source, or its weights do not fit.
+        DinoError: There is no such source, its weights do not fit, or an override does not.
     """
+    shape = [override for override in overrides if override.strip().startswith("backbone.")]
+    limits = [override for override in overrides if override not in shape]
     if not source.startswith("timm:"):
-        return encoder_of(read_weights(Path(source), which), source, device)
-    backbone, size, mean, std = _from_timm(source.removeprefix("timm:"))
-    encoder = _frozen(backbone, source, device, size, mean, std)
-    return replace(encoder, images=ImagesConfig(channels=encoder.channels))
+        encoder = encoder_of(read_weights(Path(source), which), source, device, shape)
+        encoder = replace(encoder, run=run_of(Path(source)))
+    elif shape:
+        raise _fixed_shape(source, shape[0])
+    else:
+        encoder = _frozen(*_from_timm(source.removeprefix("timm:")), source, device)
+        encoder = replace(encoder, images=ImagesConfig(channels=encoder.channels))
+    return with_images(encoder, limits)
 
 
-def encoder_of(weights: Weights, source: str, device: torch.device) -> Encoder:
-    """The encoder of weights that were read.
+def encoder_of(weights: Weights, source: str, device: torch.device, overrides: Sequence[str] = ()) -> Encoder:
+    """Return the encoder of weights that were read.
 
     Raises:
-        DinoError: They are of no network that can be told, or do not fit it.
+        DinoError: They are of no known network or do not fit it, or an override does not.
     """
-    architecture = architecture_of(weights, source)
+    architecture = architecture_of(weights, source, overrides)
     backbone = architecture.build(drop_path=False)
     load_strictly(backbone.model, weights.backbone, source)
-    if weights.preset is None:
-        return _frozen(backbone, source, device, int(architecture.options.get("img_size", 224)), *_IMAGENET)
-    return _of_preset(backbone, source, device, weights.preset)
+    if weights.preset:
+        return replace(_of_preset(backbone, source, device, weights.preset), step=weights.step)
+    channels = int(architecture.options.get("in_chans", 3))
+    if channels != 3:
+        raise DinoError(
+            f"{source} takes {channels} channels and does not store their mean and std",
+            "take the ckpt.safetensors that it was exported from",
+        )
+    encoder = _frozen(backbone, int(architecture.options.get("img_size", 224)), *_IMAGENET, source, device)
+    if weights.architecture or not heads_are_assumed(architecture):
+        return encoder
+    heads = architecture.options["num_heads"]
+    if any(override.partition("=")[0].strip() == "backbone.options.num_heads" for override in overrides):
+        # The same weights with other heads are another network, whose features must not be compared.
+        return replace(encoder, fingerprint=fingerprint({"": torch.tensor(heads), **backbone.model.state_dict()}))
+    note = f"{source} does not store its number of attention heads; taking {heads}, its width divided by 64"
+    return replace(encoder, notes=(f"{note} ({HEADS}N for another)",))
 
 
-def architecture_of(weights: Weights, source: str) -> BackboneConfig:
-    """What to build for weights that were read: what their preset says, or which of the originals' networks they fit.
+def architecture_of(weights: Weights, source: str, overrides: Sequence[str] = ()) -> BackboneConfig:
+    """Return the architecture that the source of some weights stores, or else the one that their shapes imply.
 
     Raises:
-        DinoError: They carry no preset and are of none of the originals' networks.
+        DinoError: It is of no known network, or an override does not fit.
     """
-    return weights.preset.backbone if weights.preset else official_architecture(weights.backbone, source)
+    for override in overrides:
+        if not override.strip().startswith("backbone."):
+            raise DinoError(f"--set {override} has no effect here; expected backbone.KEY=VALUE", f"{HEADS}6")
+    if weights.architecture is None:
+        return official_architecture(weights.backbone, source, overrides)
+    if overrides:
+        raise _fixed_shape(source, overrides[0])
+    return weights.architecture
+
+
+def _fixed_shape(source: str, override: str) -> DinoError:
+    return DinoError(
+        f"--set {override} is for official files; {source} stores its own architecture", "leave that --set out"
+    )
 
 
 def _of_preset(backbone: Backbone, source: str, device: torch.device, preset: Preset) -> Encoder:
     views = preset.views
-    encoder = _frozen(backbone, source, device, views.global_1.size, views.mean, views.std)
+    encoder = _frozen(backbone, views.global_1.size, views.mean, views.std, source, device)
     return replace(encoder, images=preset.images)
 
 
-def _frozen(backbone: Backbone, source: str, device: torch.device, size: int, mean: Channels, std: Channels) -> Encoder:
+def _frozen(backbone: Backbone, size: int, mean: Channels, std: Channels, source: str, device: torch.device) -> Encoder:
     backbone = backbone.eval().requires_grad_(False).to(device)
     return Encoder(backbone, source, fingerprint(backbone.model.state_dict()), size, mean, std)
 
@@ -123,22 +167,132 @@ def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
 def _from_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
     # The hub's client tells of every retry; one sentence at the end is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    options: dict[str, Any] = {"pretrained": True}
+    _check_released(name)
     try:
-        model = create_timm(name, **options)
+        model = _download(name) if not name.startswith(LOCAL) else create_timm(name, pretrained=True)
     except DinoError:
         raise
     # The hub's client has dozens of ways to say that it cannot reach a file.
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise DinoError(
-            f"the released weights of timm's {name} could not be had: {said}",
-            "it takes the network once; without one, a folder with config.json and weights: timm:local-dir:FOLDER",
-        ) from error
+        raise _no_download(name, (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]) from error
     released: Mapping[str, Any] = model.pretrained_cfg
     refuse_not_finite(model.state_dict(), f"timm:{name}")
     backbone = adapt(model, _positions_of(name, released))
     return backbone, released["input_size"][-1], tuple(released["mean"]), tuple(released["std"])
+
+
+def _check_released(name: str) -> None:
+    """Check a name before any network is asked.
+
+    Raises:
+        DinoError: timm has no such model or no weights of it, or the folder is not there.
+    """
+    if name.startswith(LOCAL):
+        folder = name.removeprefix(LOCAL)
+        if not timm_folder(Path(folder)):
+            there = "has no config.json" if Path(folder).is_dir() else "is no folder"
+            raise DinoError(f"timm:{name}: {folder or 'the name'} {there}", "a folder of `dino export --to timm`")
+        return
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        return
+    architecture, released = name.partition(".")[0], timm.list_models(pretrained=True)
+    if name in released or (architecture == name and any(other.startswith(f"{name}.") for other in released)):
+        return
+    tags = [other for other in released if other.startswith(f"{architecture}.")]
+    if not name:
+        fault = "timm: names no model"
+    elif tags:
+        fault = f"timm {timm.__version__} has no weights {name.partition('.')[2]!r} of {architecture}"
+    elif timm.is_model(architecture):
+        fault = f"timm {timm.__version__} has no pretrained weights of {architecture}"
+    else:
+        fault = f"timm {timm.__version__} has no model {name!r}"
+    raise DinoError(
+        fault, f"did you mean {' or '.join(f'timm:{other}' for other in _nearest(name, tags or released))}?"
+    )
+
+
+def _nearest(name: str, released: Sequence[str]) -> list[str]:
+    """Return up to three names, the nearest first: of weights if they are of one model, else of models."""
+    if as_timm := timms_name(name or "dino_vits16"):
+        return [as_timm]
+    models = {other.partition(".")[0] for other in released}
+    among = sorted(models if len(models) > 1 else released)
+    return get_close_matches(name if len(models) == 1 else name.partition(".")[0], among, n=3, cutoff=0.0)
+
+
+def _download(name: str) -> Any:
+    """Create a timm model with its pretrained weights, and stop early if no network answers.
+
+    The hub's client alone tries for a minute or more. It keeps its time if the hub answers, or if files are cached.
+    """
+    model = _start(partial(create_timm, name, pretrained=True))
+    answer = _start(partial(_hub_answers, name))
+    wait([model], 0.4 * _PATIENCE)
+    if not model.done() and not _is_cached(name):
+        wait([model, answer], 0.6 * _PATIENCE, FIRST_COMPLETED)
+        if not model.done() and not (answer.done() and answer.result()):
+            raise _no_download(name, f"{_hub()} does not answer")
+    return model.result()
+
+
+def _start(work: Callable[[], Any]) -> Future[Any]:
+    """Run something in a thread that may be left behind: what blocks in a network call cannot be stopped."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _no_download(name: str, why: str) -> DinoError:
+    return DinoError(
+        f"could not download the pretrained weights of timm's {name}: {why}",
+        f"connect to the network once, or take a folder with config.json and weights: timm:{LOCAL}FOLDER",
+    )
+
+
+def _repository(name: str) -> tuple[str, str | None]:
+    """Return the hub's repository of a model, and the revision if one is named."""
+    if ":" in name:
+        repository, _, revision = name.partition(":")[2].partition("@")
+        return repository, revision or None
+    return getattr(timm.models.get_pretrained_cfg(name), "hf_hub_id", None) or f"timm/{name}", None
+
+
+def announcement(source: str) -> str:
+    """Return a line to print before weights are downloaded, or nothing if they are on this machine."""
+    name = source.removeprefix("timm:")
+    if name == source or name.startswith(LOCAL):
+        return ""
+    _check_released(name)
+    return f"weights: {source}, " + ("cached" if _is_cached(name) else f"to download from {_hub()}")
+
+
+def _hub() -> str:
+    return str(huggingface_hub.constants.ENDPOINT).partition("://")[2]
+
+
+def _hub_answers(name: str) -> bool:
+    repository, revision = _repository(name)
+    try:
+        url = huggingface_hub.hf_hub_url(repository, "config.json", revision=revision)
+        huggingface_hub.get_hf_file_metadata(url, timeout=_PATIENCE)
+    except Exception as error:  # of whichever HTTP library this release of the client uses
+        return getattr(error, "response", None) is not None
+    return True
+
+
+def _is_cached(name: str) -> bool:
+    repository, revision = _repository(name)
+    files = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
+    found = (huggingface_hub.try_to_load_from_cache(repository, file, revision=revision) for file in files)
+    return any(isinstance(place, str) for place in found)
 
 
 def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:

@@ -1,20 +1,43 @@
-"""Official files: what timm calls the weights in them, and which of the originals' networks they are of."""
+"""Official files: their weights under timm's keys, and the architecture that their shapes imply."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from dinocli.config import change
 from dinocli.errors import DinoError
 from dinocli.models.architecture import BackboneConfig
 
 # DINO's vision transformers, by width: blocks and heads.
 OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
-# DINOv2's ViT-S, B, L and g, by width: heads, which no weight tells. Blocks are counted. Other widths are of others,
-# who cut them into other heads: under the same keys a well-known network of width 1280 has 16 of 80.
-_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24}
+# DINO's, and DINOv2's ViT-S, B, L and g: all have heads of 64 channels, which no weight tells.
+_ORIGINAL_WIDTHS = {*OFFICIAL, 1024, 1536}
+_HEAD_WIDTH = 64
+# Under the same keys a well-known network has other heads than its width suggests.
+_OTHERS_HEADS = {1280: "may mean 20, as the originals' widths do, or 16, as in ViT-H"}
+_TINY = 96
+HEADS = "--set backbone.options.num_heads="
+
+
+_NAMES = re.compile(r"(?:facebook[/-])?dino(v2|v3|)[-_]?(?:vit[-_]?)?(small|base|large|giant|s|b|l|g)[-_]?(\d*)(.*)")
+_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
+
+
+def timms_name(name: str) -> str:
+    """Return timm's name of weights by an original name such as dinov2_vits14 or facebook/dino-vits16, or nothing."""
+    found = _NAMES.fullmatch(name.strip().lower())
+    if not found:
+        return ""
+    version, size, patch, rest = found.groups()
+    size = _SIZES.get(size, size)
+    if version == "v3":
+        return f"vit_{size}_patch16_dinov3.lvd1689m"
+    if version == "v2":
+        return f"vit_{size}_patch14_{'reg4_' if 'reg' in rest else ''}dinov2.lvd142m"
+    return f"vit_{size}_patch{8 if patch == '8' else 16}_224.dino"
 
 
 def under_timms_keys(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -38,73 +61,117 @@ def under_timms_keys(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def official_architecture(backbone: Mapping[str, Tensor], source: str) -> BackboneConfig:
-    """Which of the originals' networks some weights are of, told by their keys and shapes.
+def official_architecture(backbone: Mapping[str, Tensor], source: str, overrides: Sequence[str] = ()) -> BackboneConfig:
+    """Return the architecture that weights in an original's layout need, inferred from their keys and shapes.
+
+    Width, depth, patch size, image size, MLP ratio, registers, LayerScale and SwiGLU follow from shapes. The number of
+    attention heads does not: unless an override gives it, it is the width divided by 64, as in all of the originals.
 
     Args:
-        backbone: Under timm's keys.
-        source: Where they came from, for the error.
+        backbone: Weights under timm's keys.
+        source: Origin of the weights, for errors.
+        overrides: `backbone.key=value`, as `--set` takes them.
 
     Raises:
-        DinoError: None of them.
+        DinoError: It is another network, an override does not fit, or the heads have to be given.
     """
     found = None
-    if "patch_embed.proj.weight" in backbone and "pos_embed" in backbone:
-        found = _dinov2(backbone) if "blocks.0.ls1.gamma" in backbone else _dino(backbone)
+    if "patch_embed.proj.weight" in backbone and "pos_embed" in backbone and "cls_token" in backbone:
+        found = _vision_transformer(backbone, source)
     elif (
         "layer4.2.conv3.weight" in backbone
         and "layer3.5.conv3.weight" in backbone
         and "layer3.6.conv3.weight" not in backbone
     ):
         found = BackboneConfig(name="resnet50")
-    if found:
-        return found
+    if found is None:
+        raise _unknown(backbone, source)
+    data = {"backbone": found.model_dump(exclude_none=True)}
+    for override in overrides:
+        change(data, override)
+    config = BackboneConfig.parse(data["backbone"], f"--set for {source}")
+    width = config.options.get("embed_dim")
+    return config if width is None else _with_heads(config, int(width), source)
+
+
+def heads_are_assumed(architecture: BackboneConfig) -> bool:
+    """Return whether an inferred number of heads is a guess: the width is none of the originals'."""
+    width = architecture.options.get("embed_dim")
+    return width is not None and width not in _ORIGINAL_WIDTHS
+
+
+def _unknown(backbone: Mapping[str, Tensor], source: str) -> DinoError:
     if "storage_tokens" in backbone or "rope_embed.periods" in backbone:
-        raise DinoError(
-            f"{source} is a file of DINOv3's own, which is not read",
-            "timm holds the same weights: timm:vit_small_patch16_dinov3.lvd1689m, and its kin",
+        return DinoError(
+            f"{source} is an original file of DINOv3, which is not read",
+            "timm has the same weights: timm:vit_small_patch16_dinov3.lvd1689m, or base, large, huge_plus, 7b",
         )
-    raise DinoError(
-        f"{source} is none of DINO's networks (ViT-Ti, S or B with any patch size, ResNet-50) "
-        "nor of DINOv2's (ViT-S, B, L or g, with or without registers)",
-        f"its first keys are {', '.join(list(backbone)[:3])}; a checkpoint of this tool carries its own shape",
+    return DinoError(
+        f"{source} is no network of DINO (a ViT, or ResNet-50) nor of DINOv2 (a ViT); "
+        f"its first keys are {', '.join(list(backbone)[:3])}",
+        "take a ckpt.safetensors of this tool, an official .pth of DINO or DINOv2, or timm:NAME",
     )
 
 
-def _dino(backbone: Mapping[str, Tensor]) -> BackboneConfig | None:
-    sizes = _sizes(backbone, unplaced=0)
-    blocks, heads = OFFICIAL.get(sizes["embed_dim"], (0, 0))
-    if sizes["depth"] != blocks:
-        return None
-    return BackboneConfig(name="vit_small_patch16_224", options={**sizes, "num_heads": heads}, positions="dino")
-
-
-def _dinov2(backbone: Mapping[str, Tensor]) -> BackboneConfig | None:
+def _vision_transformer(backbone: Mapping[str, Tensor], source: str) -> BackboneConfig | None:
+    """Return everything but the number of heads, or None if the blocks are not those of a plain ViT."""
     registers = backbone["reg_token"].shape[1] if "reg_token" in backbone else 0
-    sizes = _sizes(backbone, unplaced=1 if registers else 0)
-    width, mlp = sizes["embed_dim"], [backbone.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2")]
-    if width not in _HEADS or mlp[0] is None or mlp[1] is None:
+    scaled = "blocks.0.ls1.gamma" in backbone
+    first, second = (backbone.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
+    if first is None or second is None or "blocks.0.attn.qkv.weight" not in backbone:
         return None
-    options: dict[str, bool | int | float | str] = {**sizes, "num_heads": _HEADS[width]}
-    gated = len(mlp[0]) == 2 * mlp[1].shape[1]  # SwiGLU: one half of the first layer weighs the other
-    if gated:
-        options["mlp_ratio"] = (len(mlp[0]) + 0.5) / width  # timm rounds down what comes of it
+    options: dict[str, bool | int | float | str] = {**_sizes(backbone, source, unplaced=1 if registers else 0)}
+    width, inside = int(options["embed_dim"]), len(first)
+    gated = inside == 2 * second.shape[1]  # SwiGLU: one half of the first layer weighs the other
+    if gated and not scaled:
+        return None  # timm has SwiGLU with LayerScale alone
+    if gated or inside != 4 * width:
+        options["mlp_ratio"] = inside / width if inside % width == 0 else (inside + 0.5) / width  # timm rounds down
     if registers:
         options["reg_tokens"] = registers
-    size = "giant" if gated else "small"  # timm's one with SwiGLU, and one without
-    return BackboneConfig(
-        name=f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2",
-        options=options,
-        # The released code takes positions to other sizes as DINO's does, by (rows + 0.1) / 37 and not antialiased,
-        # for the networks without registers; those with them were released later, antialiased to the exact size
-        # (facebookresearch/dinov2@b8931f7 dinov2/hub/backbones.py). timm antialiases both.
-        positions="antialias" if registers else "dino",
-    )
+    if "blocks.0.attn.qkv.bias" not in backbone:
+        options["qkv_bias"] = False
+    if scaled:
+        size = "giant" if gated else "small"  # timm's one with SwiGLU, and one without
+        name = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2"
+    else:
+        name = "vit_small_patch16_224"
+        options |= {"no_embed_class": True} if registers else {}
+    # The released code takes positions to other sizes as DINO's does, by (rows + 0.1) / 37 and not antialiased,
+    # for the networks without registers; those with them were released later, antialiased to the exact size
+    # (facebookresearch/dinov2@b8931f7 dinov2/hub/backbones.py). timm antialiases both.
+    return BackboneConfig(name=name, options=options, positions="antialias" if registers else "dino")
 
 
-def _sizes(backbone: Mapping[str, Tensor], *, unplaced: int) -> dict[str, int]:
-    """What shapes tell, as timm names it; `unplaced` is 1 where the class token has no position of its own."""
-    width, _, patch, _ = backbone["patch_embed.proj.weight"].shape
-    side = round((backbone["pos_embed"].shape[1] - 1 + unplaced) ** 0.5)
+def _sizes(backbone: Mapping[str, Tensor], source: str, *, unplaced: int) -> dict[str, int]:
+    """Return sizes under timm's names; `unplaced` is 1 if the class token has no position of its own."""
+    width, channels, patch, across = backbone["patch_embed.proj.weight"].shape
+    places = backbone["pos_embed"].shape[1] - 1 + unplaced
+    side = round(places**0.5)
+    if side**2 != places or patch != across:
+        raise DinoError(
+            f"{source} has {places} positions and patches of {patch}x{across}; only square grids and patches are read",
+            "take a checkpoint of square images and patches",
+        )
     blocks = len({key.split(".")[1] for key in backbone if key.startswith("blocks.")})
-    return {"embed_dim": width, "depth": blocks, "patch_size": patch, "img_size": side * patch}
+    sizes = {"embed_dim": width, "depth": blocks, "patch_size": patch, "img_size": side * patch}
+    return sizes | ({"in_chans": channels} if channels != 3 else {})
+
+
+def _with_heads(config: BackboneConfig, width: int, source: str) -> BackboneConfig:
+    heads = config.options.get("num_heads")
+    if heads is None:
+        if width in _OTHERS_HEADS or width % _HEAD_WIDTH:
+            why = _OTHERS_HEADS.get(width, "is not a multiple of 64")
+            raise DinoError(
+                f"{source} does not store its number of attention heads, and its width {width} {why}",
+                f"{HEADS}N with the N it was trained with" + (" (6 for preset tiny)" if width == _TINY else ""),
+            )
+        return config.model_copy(update={"options": config.options | {"num_heads": width // _HEAD_WIDTH}})
+    if type(heads) is not int or heads < 1 or width % heads:
+        fitting = [n for n in range(1, width + 1) if width % n == 0 and 16 <= width // n <= 128]
+        raise DinoError(
+            f"{HEADS}{heads} does not divide the {width} channels of {source}",
+            f"one of {', '.join(map(str, fitting))}" if fitting else f"{HEADS}1",
+        )
+    return config

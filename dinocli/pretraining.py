@@ -22,7 +22,7 @@ from dinocli.distributed import any_of, from_first, gathered, rank, size
 from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
-from dinocli.loading import fitted_to, initial_weights
+from dinocli.loading import announcement, fitted_to, initial_weights
 from dinocli.models.network import load_strictly
 from dinocli.monitor import Monitor
 from dinocli.planning import Plan, equal_parts
@@ -396,7 +396,7 @@ def start_from(method: SelfDistillation, source: str, note: Callable[[str], None
     Args:
         method: What is to be trained.
         source: As `initial_weights` takes it.
-        note: Told where weights of three channels were fitted to another number.
+        note: Receives a line before a download, and if weights of three channels are fitted to another number.
 
     Returns:
         The heads that stay fresh.
@@ -404,6 +404,8 @@ def start_from(method: SelfDistillation, source: str, note: Callable[[str], None
     Raises:
         DinoError: The source is not there, or its backbone is of another shape.
     """
+    if line := announcement(source):
+        note(line)
     weights = initial_weights(source)
     if fitted := fitted_to(weights, method.student.backbone):
         note(f"note: {source} takes three channels; the filters of its first layer were fitted to those of the images")

@@ -65,6 +65,15 @@ def newest_run() -> Path | None:
     return max(found, key=lambda path: (path / CHECKPOINT).stat().st_mtime, default=None)
 
 
+def run_of(source: Path) -> str:
+    """Return the run folder of a checkpoint, behind any link, as a short path; nothing if it lies in no run."""
+    place = (source / CHECKPOINT if source.is_dir() else source).resolve()
+    if place.name != CHECKPOINT or place.parent == Path().resolve():
+        return ""
+    here = Path().resolve()
+    return str(place.parent.relative_to(here) if here in place.parents else place.parent)
+
+
 def link_newest(checkpoint: Path) -> bool:
     """Let `./ckpt.safetensors` be the newest weights; false where the user's own file stands there, or none may be."""
     link = Path(CHECKPOINT)

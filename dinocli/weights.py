@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -18,7 +21,9 @@ import dinocli
 from dinocli.atomic import write_tensors
 from dinocli.checksums import parse
 from dinocli.errors import DinoError
-from dinocli.official import under_timms_keys
+from dinocli.kinds import NAMES, foreign, kind_of
+from dinocli.models.architecture import BackboneConfig
+from dinocli.official import timms_name, under_timms_keys
 from dinocli.preset import Preset
 from dinocli.runs import CHECKPOINT
 
@@ -35,6 +40,7 @@ class Weights:
         backbone: Under timm's keys.
         heads: The weights of each head, by its name and the original's keys; a file of a backbone alone has none.
         preset: What the run was, if the file is the tool's own.
+        architecture: Of the backbone, if the file stores it.
         mask_token: What stands in the place of hidden patches, if the network was trained with some. [1, D]
         step: How many steps it was trained, if the file tells.
     """
@@ -44,6 +50,7 @@ class Weights:
     preset: Preset | None
     mask_token: Tensor | None = None
     step: int | None = None
+    architecture: BackboneConfig | None = None
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int) -> None:
@@ -68,29 +75,56 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
     Raises:
         DinoError: There is no such file, it is damaged, holds no such network, or weights that are not finite.
     """
-    if path.is_dir():
-        if not (path / CHECKPOINT).is_file():
-            raise DinoError(
-                f"a run folder with {CHECKPOINT} was wanted; {path} has none",
-                "name a checkpoint, or train one with `dino pretrain IMAGES --preset tiny`",
-            )
+    if path.is_dir() and (path / CHECKPOINT).is_file():
         path = path / CHECKPOINT
     if not path.is_file():
-        raise DinoError(
-            f"a checkpoint was wanted; {path} does not exist",
-            "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME",
-        )
+        raise _no_checkpoint(path)
     metadata: dict[str, str] = {}
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
     else:
-        tensors = _pick(_read_pickle(path), which, path)
+        tensors, metadata = _pick(_read_pickle(path), which, path)
     if "preset" in metadata and which == "student":
         raise DinoError(f"{path} holds the teacher alone; the student was asked for", "leave --network out")
     refuse_not_finite(tensors, str(path))
     preset = _preset(metadata, path)
     step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
-    return replace(_sort(tensors, preset, path), step=step)
+    architecture = preset.backbone if preset else None
+    if architecture is None and "backbone" in metadata:
+        architecture = BackboneConfig.parse(_stored(metadata["backbone"], path), str(path))
+    return replace(_sort(tensors, preset, path), step=step, architecture=architecture)
+
+
+def carrying(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
+    """Return a state dict that carries metadata as PyTorch's own carry `_metadata`: as an attribute, and not as a key.
+
+    `torch.save` stores it and `torch.load` restores it; `load_state_dict` of any network ignores it.
+    """
+    found = OrderedDict(tensors)
+    found.dinocli = metadata  # type: ignore[attr-defined]
+    return found
+
+
+def metadata_of(weights: Weights, architecture: BackboneConfig) -> dict[str, str]:
+    """Return what an exported file stores beside its tensors, for this tool to read the same encoder again."""
+    if weights.preset is None:
+        return {"dinocli": dinocli.__version__, "backbone": architecture.model_dump_json()}
+    step = {} if weights.step is None else {"step": str(weights.step)}
+    return {"dinocli": dinocli.__version__, "preset": weights.preset.model_dump_json(), **step}
+
+
+def _stored(text: str, path: Path) -> dict[str, Any]:
+    """Parse the preset or backbone that is stored with weights.
+
+    Raises:
+        DinoError: It is damaged.
+    """
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise DinoError(
+            f"{path} is damaged: its preset cannot be read; {error}", "copy it again, or take another checkpoint"
+        ) from error
 
 
 def _preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
@@ -101,12 +135,7 @@ def _preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
     """
     if "preset" not in metadata:
         return None
-    try:
-        stored = parse(metadata["preset"])
-    except ValueError as error:
-        raise DinoError(
-            f"{path} is damaged: its preset cannot be read; {error}", "copy it again, or take another checkpoint"
-        ) from error
+    stored = _stored(metadata["preset"], path)
     try:
         return Preset.parse(stored, str(path))
     except DinoError as error:
@@ -151,11 +180,43 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in list(file.keys())}, file.metadata() or {}
+            metadata = file.metadata() or {}
+            if metadata.get("dinocli") == "features":
+                raise DinoError(
+                    f"{path} is a file of features; expected a checkpoint", f"dino knn --features {path.parent}"
+                )
+            return {key: file.get_tensor(key) for key in list(file.keys())}, metadata
     except SafetensorError as error:
+        _refuse_foreign(path)
         raise DinoError(
             f"{path} is damaged or no safetensors file: {error}", "copy it again, or take another checkpoint"
         ) from error
+
+
+def _no_checkpoint(path: Path) -> DinoError:
+    """Explain a path that leads to no file of weights."""
+    kind, named = kind_of(str(path)), timms_name(path.as_posix()) or path.as_posix()
+    if path.is_dir():
+        hint = "name a checkpoint, or train one with `dino pretrain IMAGES --preset tiny`"
+        if kind == "features":
+            hint = f"dino knn --features {path}"
+        elif kind == "model":
+            ours = "architecture" in (path / "config.json").read_text(encoding="utf-8", errors="replace")
+            hint = f"timm:local-dir:{path}" if ours else "timm:vit_small_patch14_dinov2.lvd142m, or another of timm's"
+        return DinoError(f"{path} is {NAMES[kind]} without {CHECKPOINT}; expected a run folder or a checkpoint", hint)
+    if timms_name(path.as_posix()) or timm.is_model(named.partition(".")[0]):
+        return DinoError(f"checkpoint {path} does not exist; it is a name of released weights", f"timm:{named}")
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, beside, n=1, cutoff=0.8)
+    hint = "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME"
+    return DinoError(
+        f"checkpoint {path} does not exist", f"did you mean {path.with_name(close[0])}?" if close else hint
+    )
+
+
+def _refuse_foreign(path: Path) -> None:
+    if found := foreign(path):
+        raise DinoError(f"{path} is {found[0]}; expected a checkpoint", found[1])
 
 
 def _read_pickle(path: Path) -> Any:
@@ -164,9 +225,10 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file makes the reader raise nearly anything: EOFError, KeyError, RuntimeError, UnpicklingError.
     except Exception as error:
+        _refuse_foreign(path)
         raise DinoError(
             f"{path} cannot be read as weights: it is damaged, no PyTorch file, or holds more than numbers",
-            "an official .pth or a .safetensors was wanted",
+            "torch.save(the network's state_dict(), PATH) makes a file of numbers alone",
         ) from error
 
 
@@ -183,8 +245,8 @@ def _plain_values() -> list[Any]:
     return [argparse.Namespace, np.dtype, *kinds, *numbers, *paths]
 
 
-def _pick(content: Any, which: Which, path: Path) -> dict[str, Tensor]:
-    """The network's weights out of what a .pth held."""
+def _pick(content: Any, which: Which, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return a network's weights out of the content of a .pth, and the metadata that an export of this tool adds."""
     if isinstance(content, dict) and which in content:
         content = content[which]
     else:
@@ -196,16 +258,35 @@ def _pick(content: Any, which: Which, path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and "student" in content:
             raise DinoError(f"{path} holds no teacher, but a student", "--network student")
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
-        raise DinoError(f"{path} holds no weights", "an official .pth or a .safetensors was wanted")
+        raise DinoError(f"{path} holds no weights", "name a ckpt.safetensors, an official .pth, or timm:NAME")
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    _refuse_wrapped(tensors, path)
     # A whole method of DINOv2's under one roof: `teacher.backbone.`, `teacher.dino_head.`, `student.backbone.`, ...
     for network in (which, "student", "teacher"):
         inside = {k.removeprefix(f"{network}."): v for k, v in tensors.items() if k.startswith(f"{network}.")}
         if inside and network != which:
             raise DinoError(f"{path} holds no {which}, but a {network}", f"--network {network}")
         if inside:
-            return inside
-    return tensors
+            return inside, {}
+    carried = getattr(content, "dinocli", None)
+    metadata = carried if isinstance(carried, dict) and all(isinstance(v, str) for v in carried.values()) else {}
+    return tensors, metadata
+
+
+def _refuse_wrapped(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse a network below a name that only its training code knows, as Lightning saves it.
+
+    Raises:
+        DinoError: A class token is there, below such a name.
+    """
+    inside = next((key for key in tensors if key.endswith((".cls_token", ".layer4.2.conv3.weight"))), "")
+    prefix = inside.removesuffix("cls_token").removesuffix("layer4.2.conv3.weight")
+    if re.fullmatch(r"((module|backbone|teacher|student)\.)*", prefix):
+        return
+    code = (
+        f"torch.save({{k.removeprefix('{prefix}'): v for k, v in state.items() if k.startswith('{prefix}')}}, 'x.pth')"
+    )
+    raise DinoError(f"{path} holds its network below {prefix!r}, as training frameworks save it", f"in Python: {code}")
 
 
 def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> Weights:

@@ -193,6 +193,34 @@ def test_what_went_out_to_the_original_comes_in_again(tmp_path: Path) -> None:
     assert again.backbone.positions == "dino"
 
 
+@pytest.mark.parametrize("heads", [False, True])
+def test_an_official_file_of_a_shape_of_ones_own_comes_in_again(tmp_path: Path, heads: bool) -> None:
+    """`tiny` is 96 wide with 6 heads, which no tensor tells, and here has a mean of its own; the file stores both."""
+    source = run(tmp_path, "views.mean=[0.1, 0.2, 0.3]", "images.window=[0, 4095]")
+    path, encoder = written(tmp_path, source, "official", heads=heads)
+    again = load_encoder(str(path), CPU)
+    # Relative and absolute, for another order of additions.
+    torch.testing.assert_close(again.features(images()), encoder.features(images()), rtol=1e-5, atol=1e-5)
+    assert (again.fingerprint, again.size, again.mean) == (encoder.fingerprint, encoder.size, encoder.mean)
+    assert (again.images, again.step) == (encoder.images, 3)
+    second = tmp_path / "second.pth"
+    export(str(path), "official", second)
+    assert load_encoder(str(second), CPU).fingerprint == encoder.fingerprint
+    with pytest.raises(DinoError, match="stores its own architecture"):
+        load_encoder(str(path), CPU, overrides=["backbone.options.num_heads=3"])
+
+
+def test_an_official_file_without_its_heads_goes_out_with_those_that_were_told(tmp_path: Path) -> None:
+    path, encoder = written(tmp_path, run(tmp_path), "official")
+    torch.save(dict(torch.load(path, weights_only=True)), tmp_path / "old.pth")
+    with pytest.raises(DinoError, match="does not store its number of attention heads") as error:
+        export(str(tmp_path / "old.pth"), "official", tmp_path / "again.pth")
+    assert error.value.hint == "--set backbone.options.num_heads=N with the N it was trained with (6 for preset tiny)"
+    export(str(tmp_path / "old.pth"), "official", tmp_path / "again.pth", overrides=["backbone.options.num_heads=6"])
+    again = load_encoder(str(tmp_path / "again.pth"), CPU)
+    torch.testing.assert_close(again.features(images()), encoder.features(images()), rtol=1e-5, atol=1e-5)
+
+
 def test_official_weights_are_read_as_the_original_reads_them_at_every_size(tmp_path: Path) -> None:
     source, networks = full_checkpoint(tmp_path)
     weights = networks["teacher"].backbone.model.state_dict()

@@ -77,7 +77,7 @@ def test_splits_that_do_not_belong_together_are_refused(tmp_path: Path, changed:
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()])
 def test_a_folder_without_features_is_said(tmp_path: Path, make) -> None:
     make(tmp_path / "features")
-    with pytest.raises(DinoError, match="features was wanted"):
+    with pytest.raises(DinoError, match="expected a folder of features"):
         read_splits(tmp_path / "features")
 
 

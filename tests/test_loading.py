@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from conftest import assert_same_features
 
+from dinocli import loading
 from dinocli.encoder import fingerprint
 from dinocli.errors import DinoError
-from dinocli.loading import fitted_to, initial_weights, load_encoder, official_architecture, untrained_encoder
+from dinocli.loading import (
+    announcement,
+    fitted_to,
+    initial_weights,
+    load_encoder,
+    official_architecture,
+    untrained_encoder,
+)
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import ViTBackbone
 from dinocli.preset import load_preset
@@ -57,7 +69,7 @@ def test_official_networks_are_told_by_their_weights(tmp_path: Path, name: str, 
 
 
 def test_weights_of_no_known_network_are_never_random_ones(tmp_path: Path) -> None:
-    with pytest.raises(DinoError, match="none of DINO's networks"):
+    with pytest.raises(DinoError, match="is no network of DINO"):
         official_architecture({"conv.weight": torch.zeros(1)}, "x.pth")
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     weights = model.state_dict()
@@ -101,10 +113,80 @@ def test_released_weights_that_cannot_be_had_are_never_random_ones(monkeypatch: 
         raise ConnectionError("no network here")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(DinoError, match="could not be had: no network here"):
+    with pytest.raises(DinoError, match=r"could not download the pretrained weights .* no network here"):
         load_encoder("timm:vit_tiny_patch16_224", CPU)
-    with pytest.raises(DinoError, match="no model 'vit_tinny_patch16_224'"):
-        load_encoder("timm:vit_tinny_patch16_224", CPU)
+
+
+def block(*args: object, **kwargs: object) -> None:
+    threading.Event().wait(60)
+
+
+def refuse(*args: object, **kwargs: object) -> None:
+    raise OSError("no route to the host")
+
+
+@pytest.mark.parametrize("hub", [block, refuse])
+def test_a_network_that_does_not_answer_is_said_soon(monkeypatch: pytest.MonkeyPatch, hub: Callable[..., None]) -> None:
+    """Its own client tries for a minute or more, and so does this fake of it."""
+    monkeypatch.setattr(timm, "create_model", block)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", hub)
+    assert loading._PATIENCE <= 12, "with the import of torch no more than 20 s"
+    monkeypatch.setattr(loading, "_PATIENCE", 0.2)
+    began = time.monotonic()
+    with pytest.raises(DinoError, match=r"huggingface\.co does not answer") as error:
+        load_encoder("timm:vit_tiny_patch16_224", CPU)
+    assert time.monotonic() - began < 10
+    assert "timm:local-dir:FOLDER" in error.value.hint
+
+
+class Answer(Exception):
+    response = "404"
+
+
+@pytest.mark.parametrize("way", ["answers", "says no such file", "is not there, and files are cached"])
+def test_a_download_that_takes_its_time_is_waited_for(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    create = timm.create_model
+
+    def slow(name: str, **options: object) -> torch.nn.Module:
+        time.sleep(0.8)
+        return create(name, **options | {"pretrained": False, "depth": 1})
+
+    def hub(*args: object, **kwargs: object) -> None:
+        if way != "answers":
+            raise Answer if way == "says no such file" else OSError
+
+    monkeypatch.setattr(timm, "create_model", slow)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", hub)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a, **k: "x" if "cached" in way else None)
+    monkeypatch.setattr(loading, "_PATIENCE", 0.2)
+    assert load_encoder("timm:vit_tiny_patch16_224", CPU).size == 224
+    assert announcement("timm:vit_tiny_patch16_224").endswith("cached" if "cached" in way else "from huggingface.co")
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "hint"),
+    [
+        ("", "timm: names no model", "timm:vit_small_patch16_224.dino"),
+        ("vit_tinny_patch16_224", "no model 'vit_tinny_patch16_224'", "timm:vit_tiny_patch16_224 or timm:"),
+        ("resnet5O", "no model 'resnet5O'", "timm:resnet50"),
+        ("dinov2_vits14_reg", "no model", "timm:vit_small_patch14_reg4_dinov2.lvd142m"),
+        ("facebook/dinov2-base", "no model", "timm:vit_base_patch14_dinov2.lvd142m"),
+        ("dino_vitb8", "no model", "timm:vit_base_patch8_224.dino"),
+        ("facebook/dinov3-vits16-pretrain-lvd1689m", "no model", "timm:vit_small_patch16_dinov3.lvd1689m"),
+        ("vit_small_patch16_224.dinoo", "no weights 'dinoo' of vit_small_patch16_224", "timm:vit_small_patch16_224.dino "),
+        ("vit_base_patch16_plus_240", "no pretrained weights of vit_base_patch16_plus_240", "timm:vit_base_patch16"),
+        ("local-dir:nowhere", "nowhere is no folder", "dino export --to timm"),
+        ("local-dir:.", "has no config.json", "dino export --to timm"),
+    ],
+)  # fmt: skip
+def test_a_name_that_timm_has_not_gets_the_nearest_without_any_network(
+    monkeypatch: pytest.MonkeyPatch, name: str, message: str, hint: str
+) -> None:
+    monkeypatch.setattr(timm, "create_model", block)
+    with pytest.raises(DinoError) as error:
+        load_encoder(f"timm:{name}", CPU)
+    assert message in error.value.message
+    assert hint in error.value.hint.replace("?", " ")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinocli.errors import DinoError
 from dinocli.loading import load_encoder
-from dinocli.official import official_architecture, under_timms_keys
+from dinocli.official import HEADS, official_architecture, under_timms_keys
 from dinocli.preset import load_preset
 from dinocli.pretraining import start_from
 from dinocli.weights import read_weights
@@ -169,11 +169,100 @@ def test_the_four_sizes_are_told_by_their_shapes(
     assert config.positions == ("antialias" if registers else "dino")
 
 
-def test_other_networks_under_the_same_keys_are_refused() -> None:
+def plain_vit(path: Path, **shape: object) -> torch.nn.Module:
+    """A plain vision transformer of any shape with random weights, and its file in the original's layout."""
+    torch.manual_seed(0)
+    model = timm.models.VisionTransformer(num_classes=0, **shape).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in model.state_dict().items()}}, path)
+    return model
+
+
+SHAPES = {
+    "width 128": {"embed_dim": 128, "depth": 3, "num_heads": 2},
+    "depth 5 of ViT-S": {"embed_dim": 384, "depth": 5, "num_heads": 6},
+    "narrow MLP": {"embed_dim": 64, "depth": 2, "num_heads": 1, "mlp_ratio": 1.3},
+    "LayerScale": {"embed_dim": 128, "depth": 2, "num_heads": 2, "init_values": 0.5},
+    "registers": {"embed_dim": 128, "depth": 2, "num_heads": 2, "init_values": 0.5, "reg_tokens": 3, "no_embed_class": True},
+    "registers without LayerScale": {"embed_dim": 128, "depth": 2, "num_heads": 2, "reg_tokens": 1, "no_embed_class": True},
+    "no bias of qkv": {"embed_dim": 64, "depth": 1, "num_heads": 1, "qkv_bias": False},
+    "odd heads": {"embed_dim": 96, "depth": 2, "num_heads": 6},
+    "other heads than by width": {"embed_dim": 128, "depth": 2, "num_heads": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_vision_transformer_of_any_shape_is_read(name: str, tmp_path: Path) -> None:
+    """The shape follows from the tensors; the heads are the width divided by 64, or as told."""
+    shape = {"patch_size": 8, "img_size": 32, **SHAPES[name]}
+    model = plain_vit(tmp_path / "own.pth", **shape)
+    told = [f"{HEADS}{shape['num_heads']}".removeprefix("--set ")] if "heads" in name else []
+    encoder = load_encoder(str(tmp_path / "own.pth"), CPU, overrides=told)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model.forward_features(images)[:, 0]
+    # Attention is computed in another order than timm's.
+    torch.testing.assert_close(encoder.features(images), expected, rtol=1e-5, atol=1e-5)
+    assert encoder.size == 32
+    assumed = not told and shape["embed_dim"] != 384
+    assert [f"taking {shape['num_heads']}, its width divided by 64" in note for note in encoder.notes] == [
+        True
+    ] * assumed
+
+
+def test_heads_that_were_told_make_another_network_of_the_same_weights(tmp_path: Path) -> None:
+    plain_vit(tmp_path / "own.pth", patch_size=8, img_size=32, embed_dim=128, depth=1, num_heads=2)
+    prints = {
+        load_encoder(str(tmp_path / "own.pth"), CPU, overrides=[f"backbone.options.num_heads={n}"]).fingerprint
+        for n in (4, 8)
+    }
+    assert len(prints) == 2, "so that features of the two are never compared"
+
+
+@pytest.mark.parametrize(
+    ("width", "overrides", "message", "hint"),
+    [
+        (
+            96,
+            [],
+            "number of attention heads, and its width 96 is not a multiple of 64",
+            "--set backbone.options.num_heads=N",
+        ),
+        (
+            1280,
+            [],
+            "its width 1280 may mean 20, as the originals' widths do, or 16",
+            "--set backbone.options.num_heads=N",
+        ),
+        (96, ["backbone.options.num_heads=5"], "num_heads=5 does not divide the 96 channels", "one of 1, 2, 3, 4, 6"),
+        (96, ["backbone.options.num_heads=x"], "num_heads=x does not divide", "one of 1, 2, 3, 4, 6"),
+        (128, ["backbone.option.num_heads=2"], "there is no key option", "options"),
+    ],
+)
+def test_heads_that_cannot_be_known_have_to_be_told(width: int, overrides: list[str], message: str, hint: str) -> None:
     with torch.device("meta"):
-        wide = {k: torch.empty(s) for k, s in shapes(1280, 2, registers=0).items() if k != "mask_token"}
-    with pytest.raises(DinoError, match="nor of DINOv2's"):
+        found = {k: torch.empty(s) for k, s in shapes(width, 2, registers=0).items() if k != "mask_token"}
+    with pytest.raises(DinoError, match=message) as error:
+        official_architecture(found, "x.pth", overrides)
+    assert hint in error.value.hint
+
+
+def test_what_is_not_square_and_what_is_no_plain_network_is_refused() -> None:
+    with torch.device("meta"):
+        found = {k: torch.empty(s) for k, s in shapes(384, 1, registers=0).items() if k != "mask_token"}
+        wide = found | {"pos_embed": torch.empty(1, 1 + 14 * 7, 384)}
+        other = {key: value for key, value in found.items() if "attn" not in key}
+    with pytest.raises(DinoError, match="98 positions and patches of 14x14; only square"):
         official_architecture(wide, "x.pth")
+    with pytest.raises(DinoError, match="is no network of DINO"):
+        official_architecture(other, "x.pth")
+
+
+def test_channels_whose_statistics_nobody_stored_are_not_guessed(tmp_path: Path) -> None:
+    plain_vit(tmp_path / "own.pth", patch_size=8, img_size=32, embed_dim=64, depth=1, num_heads=1, in_chans=5)
+    with pytest.raises(DinoError, match="takes 5 channels and does not store their mean and std"):
+        load_encoder(str(tmp_path / "own.pth"), CPU)
 
 
 def test_dinov3s_own_file_is_named_and_timms_way_told() -> None:

@@ -169,7 +169,7 @@ def test_what_gives_other_features_leaves_nothing(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(("source", "says"), [("timm:resnet18", "is timm's own"), ("weights.pth", "tells of none")])
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str) -> None:
     monkeypatch.chdir(tmp_path)
-    export(str(run(tmp_path)), "official", tmp_path / "weights.pth")
+    torch.save(dict(read_weights(run(tmp_path)).backbone), tmp_path / "weights.pth")
     with pytest.raises(DinoError, match=says):
         push(source)
 

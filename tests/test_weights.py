@@ -127,7 +127,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.pth", b"", "cannot be read"),
+        ("a.pth", b"", "a.pth is empty; expected a checkpoint"),
         ("a.pth", b"rubbish", "cannot be read"),
         ("a.safetensors", b"rubbish", "damaged"),
         ("a.pth", None, "does not exist"),

@@ -25,6 +25,7 @@ from dinocli.cli.extract import extract
 from dinocli.cli.knn import knn
 from dinocli.cli.linear import linear
 from dinocli.cli.match import match
+from dinocli.cli.mistakes import App
 from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
@@ -33,9 +34,10 @@ from dinocli.cli.search import search
 from dinocli.cli.segment import segment
 from dinocli.cli.track import track
 from dinocli.cli.usage import explain
+from dinocli.cli.words import Misuse
 from dinocli.errors import DinoError
 
-app = typer.Typer(
+app = App(
     help="DINO self-supervised pretraining: a folder of unlabelled images to a vision transformer, its features, its "
     "scores and its attention maps.",
     no_args_is_help=True,
@@ -123,7 +125,7 @@ def main() -> None:
         sys.stdout.flush()
         distributed.end()
     except DinoError as mistake:
-        code = _said(mistake.message, mistake.hint)
+        code = _said(mistake.message, mistake.hint) + isinstance(mistake, Misuse)
     except (KeyboardInterrupt, typer.Abort):
         console.say("stopped")
         code = 130

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, encoder_from
+from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, Settings, ShortSide, encoder_from, output_place
+from dinocli.cli.places import photo_places
+from dinocli.cli.words import Misuse
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
 
 def attn_map(
     images: Annotated[
-        list[Path], typer.Argument(help="Photos, and folders of photos; with --film folders of frames, and videos.")
+        list[Path],
+        typer.Argument(
+            callback=photo_places, help="Photos, and folders of photos; with --film folders of frames, and videos."
+        ),
     ],
     checkpoint: Checkpoint = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("attention"),
@@ -39,15 +44,16 @@ def attn_map(
         typer.Option(min=0.1, max=240, help="With --film: frames a second; the video's, or 24, if absent."),
     ] = None,
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Draw the attention of each head in the last block: beside the photo, in color, and as masks; or over a film."""
     if film and raw:
-        raise typer.BadParameter("the maps themselves are written of photos alone", param_hint="--raw")
+        raise Misuse("--raw writes the maps of photos alone; --film came too", "leave --raw or --film out")
     if not film and (head or fps):
-        raise typer.BadParameter("they are for --film strip, gif or mp4", param_hint="--head, --fps")
+        raise Misuse("--head and --fps are for films; no --film came", "--film gif, or strip or mp4")
+    out = output_place(out)
     films, files = (_films(images), {}) if film else ({}, _photos(images))
 
     from dinocli.attention_films import ENDINGS

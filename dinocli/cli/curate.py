@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import DataNow, Json, Threshold, listed
+from dinocli.cli.options import DataNow, Json, Threshold, listed, output_place
+from dinocli.cli.places import feature_places, features_place
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -18,14 +19,18 @@ if TYPE_CHECKING:
 
 
 def curate(
-    pool: Annotated[Path, typer.Argument(help="Folder of features to choose from.")],
+    pool: Annotated[Path, typer.Argument(callback=features_place, help="Folder of features to choose from.")],
     like: Annotated[
-        Path | None, typer.Option(help="Folder of features of seed images: what is chosen is to be like these.")
+        Path | None,
+        typer.Option(
+            callback=features_place, help="Folder of features of seed images: what is chosen is to be like these."
+        ),
     ] = None,
     without: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder of features, such as of a test set, that nothing chosen may be near to; may be repeated."
+            callback=feature_places,
+            help="Folder of features, such as of a test set, that nothing chosen may be near to; may be repeated.",
         ),
     ] = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Pool images for each seed.")] = 4,
@@ -50,6 +55,7 @@ def curate(
 
     With --threshold what is near to the images of --without is dropped first, with all its duplicates; then duplicates.
     """
+    out = output_place(out, file="curated.txt")
     if not like and not clusters:
         raise DinoError(
             "what to choose by was wanted; neither --like nor --clusters was given",

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import DataNow, FeatureFolder, Json, Limits, Threshold, features_or_newest, listed
+from dinocli.cli.options import (
+    DataNow,
+    FeatureFolder,
+    Json,
+    Limits,
+    Threshold,
+    features_or_newest,
+    listed,
+    output_place,
+)
 from dinocli.errors import DinoError
 
 _SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the images, by which a threshold is chosen
@@ -27,6 +36,7 @@ def dedup(
 
     What cosine tells duplicates depends on the network: without --threshold a histogram and a table show which to take.
     """
+    out = output_place(out)
     folder = features_or_newest(features)
 
     import numpy as np

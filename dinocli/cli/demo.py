@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Device, Json, Workers
+from dinocli.cli.options import Device, Json, Workers, output_place
 from dinocli.errors import DinoError
 
 
@@ -25,6 +25,7 @@ def demo(
 
     The same command continues a demo that was stopped.
     """
+    out = output_place(out)
     if out.exists() and not (out / "demo.json").exists():  # said before torch is loaded
         raise DinoError(f"{out} is there already, and holds no demo to continue", f"--out {out}-2, or remove {out}")
 

@@ -12,6 +12,7 @@ import typer
 
 from dinocli import console
 from dinocli.cli.options import Device, Json, Limits
+from dinocli.cli.places import images_place
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ _LONG = 40  # characters of a file's name
 
 def doctor(
     images: Annotated[
-        str | None, typer.Argument(metavar="[IMAGES]", help="As for `dino pretrain`; the machine alone if absent.")
+        str | None,
+        typer.Argument(
+            metavar="[IMAGES]", callback=images_place, help="As for `dino pretrain`; the machine alone if absent."
+        ),
     ] = None,
     sample: Annotated[int, typer.Option(min=1, help="Images to decode; all where there are fewer.")] = 2000,
     seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,

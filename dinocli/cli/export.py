@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Json, NetworkName, Size, Tokens, checkpoint_or_newest
+from dinocli.cli.options import Json, NetworkName, Settings, Size, Tokens, checkpoint_or_newest, output_place
+from dinocli.cli.words import Misuse
 from dinocli.runs import CHECKPOINT
 
 
@@ -37,20 +38,25 @@ def export(
     tokens: Tokens = "cls",
     size: Size = None,
     network: NetworkName = "teacher",
+    overrides: Settings = None,
     json: Json = False,
 ) -> None:
     """Write a trained backbone for another library, load it again with that library, and compare the features."""
     graph = to in ("onnx", "torch-export")
     if heads and to != "official":
-        raise typer.BadParameter("--heads is for --to official alone", param_hint="--heads")
+        raise Misuse(f"--heads is for --to official alone; --to {to} came", "leave --heads out, or --to official")
     if not graph and (tokens != "cls" or size):
-        raise typer.BadParameter(f"a graph has one choice of features; {to} has all", param_hint="--tokens, --size")
+        raise Misuse(
+            f"--tokens and --size are for a graph, which has one choice of features; --to {to} has all",
+            "leave them out, or --to onnx",
+        )
     source = checkpoint_or_newest(run)
 
     from dinocli.exporting import ENDINGS, export
 
-    target = out or Path(_name(Path(source), to, network, heads) + ENDINGS[to])
-    done = export(source, to, target, which=network, heads=heads, tokens=tokens, size=size)
+    name = _name(Path(source), to, network, heads) + ENDINGS[to]
+    target = output_place(out, file="" if to == "timm" else name) if out else Path(name)
+    done = export(source, to, target, which=network, heads=heads, tokens=tokens, size=size, overrides=overrides or [])
     for note in done.notes:
         console.say(f"note: {note}")
     exact = f"to {done.difference:.1g} of their length" if done.difference else "bit by bit"

@@ -8,7 +8,19 @@ from typing import Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Device, Json, Limits, NetworkName, Size, Tokens, Workers, compiles, encoder_from
+from dinocli.cli.options import (
+    Device,
+    Json,
+    NetworkName,
+    Settings,
+    Size,
+    Tokens,
+    Workers,
+    compiles,
+    encoder_from,
+    output_place,
+)
+from dinocli.cli.places import checkpoint_and_images
 
 
 def extract(
@@ -16,6 +28,7 @@ def extract(
         list[str],
         typer.Argument(
             metavar="[CHECKPOINT] DATA",
+            callback=checkpoint_and_images,
             help="Run folder, ckpt.safetensors, official .pth "
             "of DINO or DINOv2, or timm:NAME (the newest weights if absent); then images as `dino pretrain` takes "
             "them, with class folders if there are labels, or train/ and val/.",
@@ -48,7 +61,7 @@ def extract(
         int | None, typer.Option(min=1, help="Images at once; 64 on a CPU and 256 elsewhere if absent.")
     ] = None,
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     workers: Workers = None,
     device: Device = "auto",
     json: Json = False,
@@ -56,10 +69,7 @@ def extract(
     """Turn images into features: one file a split, with labels, class names and paths."""
     from dinocli.data.sources import splits
 
-    if len(paths) > 2:
-        raise typer.BadParameter(
-            f"one checkpoint and one folder were wanted; {len(paths)} came", param_hint="[CHECKPOINT] DATA"
-        )
+    out = output_place(out)
     data = paths[-1]
     parts = splits(data)
     console.notes(note for source in parts.values() for note in source.notes)
@@ -67,13 +77,14 @@ def extract(
     from dinocli.data.outputs import marked
     from dinocli.device import default_workers, pick_device
     from dinocli.distributed import rank
-    from dinocli.encoder import quick
+    from dinocli.encoder import quick, whole_patches
     from dinocli.extraction import extract
     from dinocli.features import learned_from
     from dinocli.inspection import warn_of
 
     picked = pick_device(device)
     encoder = encoder_from(paths[0] if len(paths) == 2 else None, device, network, overrides)
+    size = whole_patches(encoder, size)
     encoder = quick(encoder, precision, compiled=compiled and compiles(picked, asked=True))
     written = []
     for name, source in parts.items():

@@ -3,33 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Json, features_or_newest
+from dinocli.cli.options import FeatureFolder, Json, features_or_newest
+from dinocli.errors import DinoError
 
 
 def knn(
     k: Annotated[
-        list[int] | None, typer.Option("--k", help="Neighbours that vote; may be repeated. 10 and 20 if absent.")
+        list[int] | None,
+        typer.Option("--k", help="Neighbours that vote; may be repeated. 10 and 20 if absent, or all of fewer."),
     ] = None,
-    features: Annotated[Path | None, typer.Option(help="Folder of features; ./features if absent.")] = None,
+    features: FeatureFolder = None,
     temperature: Annotated[float, typer.Option(min=1e-4, help="A vote weighs exp(similarity / temperature).")] = 0.07,
     json: Json = False,
 ) -> None:
     """Classify by the weighted vote of the nearest images in cosine similarity, as the paper does."""
     folder = features_or_newest(features)
 
-    from dinocli.evals.knn import knn
-    from dinocli.features import compared, read_splits
+    from dinocli.evals.knn import knn, votable
+    from dinocli.features import compared, read_splits, unlabelled
 
-    train, test = compared(read_splits(folder))
-    result = knn(train, test, k or [10, 20], temperature)
+    splits = read_splits(folder)
+    console.notes(unlabelled(splits))
+    train, test = compared(splits)
+    if len(train.classes) == 1:
+        raise DinoError(
+            f"all {len(train)} images of {train.recipe.data} are of one class, {train.classes[0]}; a score needs two",
+            "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",
+        )
+    most = votable(train, test)
+    if test is None and len(splits) == 1 and "all" not in splits:
+        name = next(iter(splits))
+        console.say(
+            f"note: {folder} has {name} alone; for training and test images extract a folder of train/ and val/"
+        )
+    result = knn(train, test, k or [n for n in (10, 20) if n <= most] or [most], temperature)
     if json:
-        console.out_json(asdict(result))
+        about = {"checkpoint": train.recipe.source, "run": train.recipe.run or None, "step": train.recipe.step}
+        console.out_json(asdict(result) | about)
         return
     how = (
         "each image by all others (leave-one-out)"
@@ -39,5 +54,5 @@ def knn(
     console.table(
         ["k", "top-1 %", "top-5 %"],
         [[str(s.k), f"{s.top1:.2f}", f"{s.top5:.2f}"] for s in result.scores],
-        title=f"k-NN of {train.recipe.source}: {result.queries} images of {result.classes} classes, {how}",
+        title=f"k-NN of {train.recipe.maker}: {result.queries} images of {result.classes} classes, {how}",
     )

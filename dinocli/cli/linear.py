@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,13 +11,16 @@ from dinocli import console
 from dinocli.cli.options import (
     Checkpoint,
     Device,
+    FeatureFolder,
     Json,
+    Settings,
     Size,
     Tokens,
     Workers,
-    checkpoint_or_newest,
+    encoder_from,
     features_or_newest,
 )
+from dinocli.cli.places import images_place
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def linear(
-    features: Annotated[Path | None, typer.Option(help="Folder of features; ./features if absent.")] = None,
+    features: FeatureFolder = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images a step; 256 of stored features, 1024 with --paper.")
@@ -36,6 +38,7 @@ def linear(
         str | None,
         typer.Option(
             metavar="DATA",
+            callback=images_place,
             help="The paper's protocol instead: SGD on augmented images "
             "of this folder (train/ and val/ with class folders); no features are read.",
         ),
@@ -45,14 +48,15 @@ def linear(
     blocks: Annotated[int, typer.Option(min=1, help="With --paper: join the tokens of the last N blocks.")] = 4,
     tokens: Tokens = "cls",
     size: Size = None,
+    overrides: Settings = None,
     workers: Workers = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Train a linear probe: on stored features with a sweep of learning rates, or by the paper's protocol."""
-    if not paper and (checkpoint or size or (lr, blocks, tokens) != (0.001, 4, "cls")):
+    if not paper and (checkpoint or size or overrides or (lr, blocks, tokens) != (0.001, 4, "cls")):
         raise DinoError(
-            "--checkpoint, --lr, --blocks, --tokens and --size are for images, and none were given",
+            "--checkpoint, --lr, --blocks, --tokens, --size and --set are for images, and none were given",
             "--paper DATA; of stored features `dino extract` chooses them",
         )
 
@@ -60,8 +64,8 @@ def linear(
 
     if paper:
         from dinocli.data.sources import Images, splits
+        from dinocli.encoder import whole_patches
         from dinocli.evals.linear import linear_on_images
-        from dinocli.loading import load_encoder
 
         parts = {name: part for name, part in splits(paper).items() if isinstance(part, Images)}
         test = parts.get("val") or parts.get("test")
@@ -71,7 +75,8 @@ def linear(
                 "DATA/train/CLASS/* and DATA/val/CLASS/*",
             )
         picked = pick_device(device)
-        encoder = load_encoder(checkpoint_or_newest(checkpoint), picked)
+        encoder = encoder_from(checkpoint, device, "teacher", overrides)
+        size = whole_patches(encoder, size)
         with console.progress("linear", 100, "%") as advance:
             result = linear_on_images(
                 encoder,
@@ -92,9 +97,11 @@ def linear(
         folder = features_or_newest(features)
 
         from dinocli.evals.linear import linear
-        from dinocli.features import compared, read_splits
+        from dinocli.features import compared, read_splits, unlabelled
 
-        train, held = compared(read_splits(folder))
+        splits = read_splits(folder)
+        console.notes(unlabelled(splits))
+        train, held = compared(splits)
         with console.progress("linear", 100, "%") as advance:
             result = linear(
                 train,
@@ -105,7 +112,7 @@ def linear(
                 device=pick_device(device),
                 report=lambda done, total: advance(100 * done // total, f"step {done}/{total}"),
             )
-        source = train.recipe.source
+        source = train.recipe.maker
     if json:
         console.out_json(asdict(result))
     else:

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, ShortSide, encoder_from
+from dinocli.cli.options import (
+    Checkpoint,
+    Device,
+    FacetName,
+    Json,
+    NetworkName,
+    Settings,
+    ShortSide,
+    encoder_from,
+    output_place,
+)
+from dinocli.cli.places import photo_place
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -19,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def match(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A photo.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another, of any size.")],
+    a: Annotated[Path, typer.Argument(metavar="A", callback=photo_place, help="A photo.")],
+    b: Annotated[Path, typer.Argument(metavar="B", callback=photo_place, help="Another, of any size.")],
     checkpoint: Checkpoint = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("matches"),
     keypoints: Annotated[
@@ -51,7 +62,7 @@ def match(
     sd_size: Annotated[int, typer.Option(min=64, help="Long side in pixels of the photos for them.")] = 960,
     caption: Annotated[str, typer.Option(help="What both photos show, for --sd; nothing if absent.")] = "",
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
@@ -60,6 +71,7 @@ def match(
         if photo.is_dir() or not photo.exists():
             came = "is a folder" if photo.is_dir() else "does not exist"
             raise DinoError(f"a photo was wanted; {photo} {came}", "check the path")
+    out = output_place(out)
     picture = out / f"{a.stem}-{b.stem}.png"
     from dinocli.data.keypoints import read_keypoints
     from dinocli.data.named import spare

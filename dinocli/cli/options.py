@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
+from dinocli.cli.places import features_place, images_place
 from dinocli.errors import DinoError
-from dinocli.runs import CHECKPOINT, newest_run
+from dinocli.runs import CHECKPOINT, RUNS, newest_run
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,7 @@ Images = Annotated[
     str,
     typer.Argument(
         metavar="IMAGES",
+        callback=images_place,
         help="Folder of images, of any depth; a .txt or .csv list of files; tar shards (x-{000..009}.tar, a folder of "
         "them, pipe:COMMAND); or torchvision:NAME.",
     ),
@@ -31,6 +33,15 @@ Images = Annotated[
 Limits = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="images.KEY=VALUE", help="Other limits or window for image files; may be repeated."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="images.KEY: other limits or window for image files; backbone.options.num_heads: attention heads of an "
+        "official file, which does not store them. May be repeated.",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[
@@ -63,7 +74,9 @@ ShortSide = Annotated[
 ]
 
 
-FeatureFolder = Annotated[Path | None, typer.Option("--features", help="Folder of features; ./features if absent.")]
+FeatureFolder = Annotated[
+    Path | None, typer.Option("--features", callback=features_place, help="Folder of features; ./features if absent.")
+]
 DataNow = Annotated[
     str | None, typer.Option("--data", help="Where the images lie now; where `dino extract` found them if absent.")
 ]
@@ -75,7 +88,7 @@ Threshold = Annotated[
 ]
 
 # Names that promise a file. A folder of such a name is only taken if it exists already.
-_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_ARCHIVES = (".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # a .tar may be the name of its source
 _FILES = (
     *(".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".onnx", ".npy", ".npz", ".h5", ".parquet"),
     *(".png", ".jpg", ".jpeg", ".gif", ".mp4", ".pdf", ".html", ".csv", ".tsv", ".json", ".txt", ".log", ".toml"),
@@ -136,7 +149,7 @@ def refuse_address(value: str, option: str, expected: str) -> None:
 
 def _plain(path: Path) -> Path:
     """Drop the endings of files: run.tar.gz is run, and run.v1 stays."""
-    while path.suffix.lower() in (*_ARCHIVES, *_FILES):
+    while path.suffix.lower() in (*_ARCHIVES, *_FILES, ".tar"):
         path = path.with_suffix("")
     return path
 
@@ -181,31 +194,37 @@ def compiles(device: torch.device, *, asked: bool) -> bool:
 
 
 def checkpoint_or_newest(given: str | None) -> str:
-    """The checkpoint that was named, or `./ckpt.safetensors`, or the newest run's.
+    """Return the checkpoint that was named, or `./ckpt.safetensors`, or the newest run's, and print which it is.
 
     Raises:
         DinoError: None was named and there is none.
     """
-    if given:
+    if given and not Path(given).is_symlink():
         return given
-    if Path(CHECKPOINT).exists():
-        taken = Path(CHECKPOINT)
-        console.say(f"checkpoint: {taken}" + (f" -> {taken.readlink()}" if taken.is_symlink() else "") + _step(taken))
-        return str(taken)
-    run = newest_run()
-    if run is None:
-        raise DinoError(
-            "a checkpoint was wanted; none was named, and there is no ./ckpt.safetensors and no run in ./runs",
-            "dino pretrain IMAGES --preset tiny",
-        )
-    console.say(f"checkpoint: {run / CHECKPOINT}{_step(run / CHECKPOINT)}")
-    return str(run / CHECKPOINT)
+    taken = Path(given or CHECKPOINT)
+    if not taken.exists():
+        if given:
+            return given  # a link to nothing, which the reader explains
+        run = newest_run()
+        if run is None:
+            raise DinoError(
+                "no checkpoint was named, and there is no ./ckpt.safetensors and no run in ./runs",
+                "dino pretrain IMAGES --preset tiny",
+            )
+        taken = run / CHECKPOINT
+    step = step_of(taken)
+    link = f" -> {os.readlink(taken)}" if taken.is_symlink() else ""
+    console.say(f"checkpoint: {taken}{link}" + (f", step {step}" if step is not None else ""))
+    _note_longer(taken, step)
+    return str(taken)
 
 
-def _step(checkpoint: Path) -> str:
-    """The step that a checkpoint is of, so that one of a run which failed at its start is not taken for trained."""
-    step = step_of(checkpoint)
-    return "" if step is None else f", step {step}"
+def _note_longer(taken: Path, step: int | None) -> None:
+    """Print if another run was trained longer: a short trial may have become the newest."""
+    others = {path: step_of(path) or 0 for path in RUNS.glob(f"*/{CHECKPOINT}") if not path.samefile(taken)}
+    longest = max(others, key=lambda path: others[path], default=None)
+    if step is not None and longest and others[longest] > step:
+        console.say(f"note: {longest.parent} was trained longer ({others[longest]} steps); name it to use it")
 
 
 def step_of(checkpoint: Path) -> int | None:
@@ -223,16 +242,21 @@ def step_of(checkpoint: Path) -> int | None:
 def encoder_from(
     checkpoint: str | None, device: str, network: Literal["teacher", "student"], overrides: Sequence[str] | None
 ) -> Encoder:
-    """The encoder that a command's options name.
+    """Return the encoder that a command's options name, and print what reading it assumed.
 
     Raises:
         DinoError: There is no such checkpoint or device, the weights do not fit, or an override does not.
     """
     from dinocli.device import pick_device
-    from dinocli.encoder import with_images
-    from dinocli.loading import load_encoder
+    from dinocli.loading import announcement, load_encoder
 
-    return with_images(load_encoder(checkpoint_or_newest(checkpoint), pick_device(device), network), overrides or [])
+    source, picked = checkpoint_or_newest(checkpoint), pick_device(device)
+    if line := announcement(source):
+        console.say(line)
+    encoder = load_encoder(source, picked, network, overrides or [])
+    for note in encoder.notes:
+        console.say(f"note: {note}")
+    return encoder
 
 
 def features_or_newest(given: Path | None) -> Path:
@@ -251,7 +275,8 @@ def features_or_newest(given: Path | None) -> Path:
             console.say(f"features: {folder}")
             return folder
     raise DinoError(
-        "features were wanted; none were named, and there is no ./features", "dino extract ckpt.safetensors DATA"
+        "no features were named, and there is no ./features",
+        "dino extract ckpt.safetensors IMAGES, or --features FOLDER",
     )
 
 

@@ -9,12 +9,17 @@ from typing import Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Json, Limits
+from dinocli.cli.options import Json, Limits, output_place
+from dinocli.cli.places import images_place
+from dinocli.cli.words import Misuse
 
 
 def pack(
     images: Annotated[
-        str, typer.Argument(metavar="IMAGES", help="A folder of any depth, a list of files, or torchvision:NAME.")
+        str,
+        typer.Argument(
+            metavar="IMAGES", callback=images_place, help="A folder of any depth, a list of files, or torchvision:NAME."
+        ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
     side: Annotated[
@@ -32,7 +37,10 @@ def pack(
 ) -> None:
     """Pack images into tar shards, which large sets are read from faster; the same command again goes on."""
     if "/" in name or name.startswith("."):
-        raise typer.BadParameter(f"a plain name was wanted; {name} came", param_hint="--name")
+        raise Misuse(
+            f"--name {name} is a path; expected a plain name", f"--name {Path(name).name.lstrip('.') or 'images'}"
+        )
+    out = output_place(out, "OUT")
     from dinocli.data.sources import open_images
 
     source = open_images(images)

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from dinocli import console, shipped
+from dinocli.cli.mistakes import App
 from dinocli.cli.options import Json
 
-presets = typer.Typer(help="List the shipped presets, or show one.", invoke_without_command=True)
+presets = App(help="List the shipped presets, or show one.", invoke_without_command=True)
 
 
 @presets.callback()

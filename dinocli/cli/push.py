@@ -10,13 +10,18 @@ from typing import Annotated
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Json, checkpoint_or_newest
+from dinocli.cli.options import Json, checkpoint_or_newest, output_place
+from dinocli.cli.places import run_before_out
 
 
 def push(
     run: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", help="Run folder or ckpt.safetensors; the newest weights if absent."),
+        typer.Argument(
+            metavar="[RUN]",
+            callback=run_before_out,
+            help="Run folder or ckpt.safetensors; the newest weights if absent.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -32,6 +37,7 @@ def push(
     json: Json = False,
 ) -> None:
     """Write a model folder that timm loads from the hub, with a card of how it was trained; upload nothing."""
+    out = out and output_place(out, "OUT")
     source = checkpoint_or_newest(run)
 
     from dinocli.pushing import CARD, push

@@ -14,11 +14,14 @@ from dinocli.cli.options import (
     Device,
     FeatureFolder,
     Json,
-    Limits,
     NetworkName,
+    Settings,
     encoder_from,
     features_or_newest,
+    output_place,
 )
+from dinocli.cli.places import photo_places
+from dinocli.cli.words import Misuse
 
 if TYPE_CHECKING:
     from dinocli.encoder import Encoder
@@ -28,7 +31,8 @@ if TYPE_CHECKING:
 
 def search(
     queries: Annotated[
-        list[Path] | None, typer.Argument(metavar="QUERY...", help="Photos, and folders of photos.")
+        list[Path] | None,
+        typer.Argument(metavar="QUERY...", callback=photo_places, help="Photos, and folders of photos."),
     ] = None,
     features: FeatureFolder = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Images to find for each photo.")] = 8,
@@ -66,14 +70,15 @@ def search(
     ] = None,
     multiscale: Annotated[bool, typer.Option("--multiscale", help="With --evaluate GND: add up three sizes.")] = False,
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Find the images that are nearest to photos by the cosine of their features, and draw them."""
     if bool(evaluate) == bool(queries):
         came = "both came" if queries else "neither came"
-        raise typer.BadParameter(f"photos, or --evaluate, were wanted; {came}", param_hint="QUERY")
+        example = f" --features {features}" if features else ""
+        raise Misuse(f"dino search takes photos or --evaluate; {came}", f"dino search photo.jpg{example}")
     if evaluate:
         from dinocli.encoder import quick
 
@@ -83,6 +88,7 @@ def search(
         else:
             _retrieval(encoder, evaluate, data, size, multiscale=multiscale, json=json)
         return
+    out = output_place(out, file="search.png")
     folder = features_or_newest(features)
 
     from dinocli.data.named import spare

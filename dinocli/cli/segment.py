@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, Json, Limits, NetworkName, ShortSide, encoder_from
+from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, Settings, ShortSide, encoder_from, output_place
+from dinocli.cli.places import photo_places
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ _UNREADABLE = ("none of the images can be read", "name a photo such as a .jpg")
 
 
 def segment(
-    images: Annotated[list[Path] | None, typer.Argument(help="Photos, and folders of photos.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Argument(callback=photo_places, help="Photos, and folders of photos.")
+    ] = None,
     checkpoint: Checkpoint = None,
     by: Annotated[
         By | None,
@@ -59,13 +62,14 @@ def segment(
     out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("segments"),
     size: ShortSide = None,
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Tell the foreground of photos without training, color their patches, or train a head for classes of pixels."""
     _check(images, {"--pca": pca, "--evaluate": evaluate, "--train": train, "--head": head}, masks=masks)
     made: list[Path] = []
+    out = output_place(out)
     if not train:
         from dinocli.data.named import named_photos, spare
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinocli import console
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Limits, NetworkName, encoder_from
+from dinocli.cli.options import Checkpoint, Device, FacetName, Json, NetworkName, Settings, encoder_from, output_place
+from dinocli.cli.places import photo_place
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 def track(
     frames: Annotated[
-        Path, typer.Argument(help="Folder of a video's frames, in the order of their names, or a video file.")
+        Path,
+        typer.Argument(
+            callback=photo_place, help="Folder of a video's frames, in the order of their names, or a video file."
+        ),
     ],
     mask: Annotated[
         Path, typer.Option(help="Mask of the first frame, as PNG: 0 where nothing is, any other value an object.")
@@ -39,13 +43,14 @@ def track(
         float | None, typer.Option(min=0.1, max=50, help="Frames a second of the GIF; the video's, or 12, if absent.")
     ] = None,
     network: NetworkName = "teacher",
-    overrides: Limits = None,
+    overrides: Settings = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Follow what a first mask holds through a video: a mask for each frame, and a film with them laid over."""
     if not mask.exists():
         raise DinoError(f"a mask of the first frame was wanted; {mask} does not exist", "check the path")
+    out = output_place(out)
     if any(given and given.resolve() == (out / "masks").resolve() for given in (frames, mask.parent, evaluate)):
         raise DinoError(
             f"{out / 'masks'} holds what was given, and would be written over", "name another folder with --out"

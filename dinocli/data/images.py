@@ -69,7 +69,7 @@ class ImagesConfig(Config):
         for override in overrides:
             if not override.strip().startswith("images."):
                 raise DinoError(
-                    f"--set of `images.` alone was wanted here; it is {override!r}", "--set images.window='[0, 4095]'"
+                    f"--set {override} has no effect here; expected images.KEY=VALUE", "--set images.window='[0, 4095]'"
                 )
             change(data, override)
         return ImagesConfig.parse(data["images"], "--set images")

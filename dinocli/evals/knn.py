@@ -65,16 +65,18 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
         temperature: A vote weighs exp(similarity / temperature).
 
     Raises:
-        DinoError: A k is below 1 or above the number of voters.
+        DinoError: A k is below 1 or above the number of voters, or there are no voters or queries.
 
     Source: arXiv 2104.14294, section 4.1; facebookresearch/dino@7c446df eval_knn.py.
     """
-    voters = len(train) - (test is None)
+    voters = votable(train, test)
     for k in ks:
-        if not 1 <= k <= voters:
+        if k < 1:
+            raise DinoError(f"--k {k} is below 1", f"use --k {min(20, voters)}")
+        if k > voters:
+            whose = "training images" if test is not None else "other images that can vote"
             raise DinoError(
-                f"--k should be between 1 and {voters}, the images that can vote; it is {k}",
-                f"--k {min(20, voters)}" if voters else "extract more than one image",
+                f"--k {k} is larger than the {voters} {whose}", f"use --k {voters}" + " or fewer" * (voters > 1)
             )
     queries = train if test is None else test
     ascending = sorted(set(ks))
@@ -88,6 +90,23 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
     percents = dict(zip(ascending, (100 * hits / len(queries)).tolist(), strict=True))
     scores = [Score(k, *percents[k]) for k in ks]
     return KnnResult(scores, len(queries), voters, len(train.classes), test is None, temperature)
+
+
+def votable(train: Features, test: Features | None) -> int:
+    """Return the number of images that can vote on each query: the largest k.
+
+    Raises:
+        DinoError: There are none, or there is nothing to classify.
+    """
+    voters = len(train) - (test is None)
+    if voters < 1:
+        needed = "two images, one to vote on the other" if test is None else "training images"
+        raise DinoError(
+            f"k-NN needs {needed}; the features hold {len(train)}", "dino extract CHECKPOINT IMAGES, with more images"
+        )
+    if test is not None and not len(test):
+        raise DinoError("the test split of these features holds no images", "dino extract CHECKPOINT IMAGES again")
+    return voters
 
 
 def votes(

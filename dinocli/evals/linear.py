@@ -103,11 +103,18 @@ def linear(
     else:
         test_values, test_rows, test_labels = test.values, np.arange(len(test)), test.labels
     kept, held = _set_apart(rows, train.labels[rows], _HELD_OUT, seed + 1)
-    if classes < 2 or not len(held) or not len(test_labels):
+    if classes < 2:
+        names = train.classes[0] if classes else "none"
         raise DinoError(
-            f"two classes and {_HELD_OUT} images of one were wanted; there are {classes} classes and "
-            f"{len(train)} images",
-            "extract a larger labelled set",
+            f"a linear probe needs two classes; the features have {names} alone",
+            "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",
+        )
+    if not len(held) or not len(test_labels):
+        largest = int(np.bincount(train.labels[train.labels >= 0], minlength=1).max())
+        needed = _HELD_OUT if test is not None else next(n for n in range(100) if n - n // _TEST >= _HELD_OUT)
+        raise DinoError(
+            f"a linear probe needs {needed} training images of a class; the largest class has {largest}",
+            "extract a larger labelled set, or dino knn, which takes any",
         )
     views = train.recipe.views if train.views is not None else 0
     scale = _scale_of(train.values)

@@ -20,5 +20,5 @@ def test_windows_are_ranges_as_many_as_channels(window: object) -> None:
 
 def test_single_values_are_changed_and_no_others() -> None:
     assert ImagesConfig().changed(["images.max_aspect=7"]) == ImagesConfig(max_aspect=7)
-    with pytest.raises(DinoError, match=r"--set of `images\.` alone was wanted here; it is 'views\.locals=2'"):
+    with pytest.raises(DinoError, match=r"--set views\.locals=2 has no effect here; expected images\.KEY=VALUE"):
         ImagesConfig().changed(["views.locals=2"])

@@ -101,11 +101,39 @@ def test_features_on_disk_give_what_those_in_memory_give(tmp_path: Path) -> None
     assert knn(read_features(writer.place), None, [1, 5]) == knn(data, None, [1, 5])
 
 
-@pytest.mark.parametrize("k", [0, 10, 11])
-def test_k_out_of_range_is_said(k: int) -> None:
+@pytest.mark.parametrize(
+    ("k", "message", "hint"),
+    [
+        (0, "--k 0 is below 1", "use --k 9"),
+        (-1, "--k -1 is below 1", "use --k 9"),
+        (10, "--k 10 is larger than the 9 other images that can vote", "use --k 9 or fewer"),
+    ],
+)
+def test_k_out_of_range_is_said(k: int, message: str, hint: str) -> None:
     data = features(np.eye(10), np.arange(10) % 2, 2)
-    with pytest.raises(DinoError, match="between 1 and 9"):
+    with pytest.raises(DinoError) as error:
         knn(data, None, [k])
+    assert (error.value.message, error.value.hint) == (message, hint)
+
+
+def test_more_neighbours_than_training_images_are_said() -> None:
+    train, test = features(np.eye(3), np.arange(3) % 2, 2), features(np.eye(5)[:, :3], np.arange(5) % 2, 2)
+    with pytest.raises(DinoError, match="--k 500 is larger than the 3 training images") as error:
+        knn(train, test, [500])
+    assert error.value.hint == "use --k 3 or fewer"
+    two = features(np.eye(2), np.arange(2), 2)
+    with pytest.raises(DinoError) as error:
+        knn(two, None, [2])
+    assert error.value.hint == "use --k 1"
+
+
+@pytest.mark.parametrize(("train", "test"), [(1, None), (0, None), (0, 3), (3, 0)])
+def test_no_hint_of_empty_features_is_a_k_that_cannot_be(train: int, test: int | None) -> None:
+    made = [None if n is None else features(np.eye(3)[:n], np.arange(n) % 2, 2) for n in (train, test)]
+    for k in (-1, 0, 1, 20):
+        with pytest.raises(DinoError, match=r"k-NN needs|holds no images") as error:
+            knn(made[0], made[1], [k])
+        assert error.value.hint.startswith("dino extract")
 
 
 def test_a_vote_is_weighed_as_in_the_original_unless_told(original, stored: tuple[Features, Features]) -> None:

@@ -55,8 +55,11 @@ def test_the_same_seed_gives_the_same_result() -> None:
 
 
 def test_too_little_is_said() -> None:
-    for data in (clusters(5), clusters(50, classes=1)):
-        with pytest.raises(DinoError, match="two classes"):
+    for data, message in (
+        (clusters(5), r"needs 12 training images of a class; the largest"),
+        (clusters(50, classes=1), "two classes"),
+    ):
+        with pytest.raises(DinoError, match=message):
             linear(data, None, epochs=1, device=CPU)
 
 

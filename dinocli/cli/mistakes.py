@@ -1,0 +1,389 @@
+"""Mistakes in the words of a command, each answered with the command to type, in the user's own values."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from dinocli import shipped
+from dinocli.cli.words import Misuse, Words, is_number, is_option
+from dinocli.errors import DinoError
+
+F = TypeVar("F", bound=Callable[..., Any])
+# Options of other tools, and words that users type for ours.
+_ALIASES = {
+    "--out": "-o --output --output-dir --out-dir --outdir --save --save-dir --dest --target",
+    "--batch-size": "-b --bs --batch --batchsize",
+    "--k": "-k --n --neighbors --neighbours --nb-knn --topk --top-k --n-neighbors",
+    "--help": "-h -help -?",
+    "--workers": "-j --num-workers --jobs --threads --n-workers",
+    "--size": "--img-size --image-size --imgsz --resolution --input-size --res",
+    "--checkpoint": "-c -m --ckpt --weights --model --pretrained --pretrained-weights --run --arch",
+    "--features": "-f --feature --feats --embeddings",
+    "--to": "-t --format",
+    "--blocks": "--n-last-blocks --layers --last-blocks",
+    "--temperature": "--temp --tau",
+    "--tokens": "--token --pool --pooling",
+    "--device cuda": "--gpu --cuda",
+    "--device cpu": "--cpu",
+    "--data": "-d -i --dir --folder --path --images --data-path --data-dir --input --dataset",
+    "--epochs": "-e --epoch",
+    "--threshold": "--thresh --thr",
+}
+_TARGETS = {alias: target for target, aliases in _ALIASES.items() for alias in aliases.split()}
+# The option that a bare number most likely belongs to.
+_NUMBERS = {
+    "knn": "--k", "search": "--k", "curate": "--k", "dedup": "--threshold", "doctor": "--sample", "pack": "--side",
+    "extract": "--size", "attn-map": "--size", "match": "--size", "track": "--size", "segment": "--size",
+    "export": "--size", "pretrain": "--epochs",
+}  # fmt: skip
+_VALUES = {
+    "--to": ("official", "timm", "onnx", "torch-export"),
+    "--tokens": ("cls", "patches", "cls+avg"),
+    "--network": ("teacher", "student"),
+    "--device": ("cpu", "cuda", "mps", "auto"),
+    "--dtype": ("float16", "float32"),
+    "--index": ("exact", "ivf", "hnsw"),
+    "--film": ("strip", "gif", "mp4"),
+    "--by": ("attention", "cut"),
+}
+_TAKE_IMAGES = ("extract", "pack", "doctor", "attn-map", "segment", "search", "track")
+_OF_IMAGES = ("--data", "--checkpoint", "--size", "--tokens", "--device cuda", "--batch-size", "--workers")
+_EXAMPLES = {
+    "pretrain": "dino pretrain IMAGES --preset tiny",
+    "extract": "dino extract ckpt.safetensors IMAGES",
+    "curate": "dino curate features --clusters 100",
+    "attn-map": "dino attn-map photo.jpg",
+    "match": "dino match a.jpg b.jpg",
+    "track": "dino track FRAMES --mask first.png",
+    "export": "dino export --to onnx",
+    "pack": "dino pack IMAGES SHARDS",
+    "show": "dino presets show vits16",
+}
+_COMMANDS = {
+    "pretrain": "train fit pretraining",
+    "extract": "embed features feature extraction encode infer predict inference",
+    "knn": "eval evaluate test k-nn classify score accuracy",
+    "linear": "probe lineareval linear-probe linear-eval eval-linear",
+    "search": "find query retrieve retrieval",
+    "dedup": "duplicates deduplicate dedupe",
+    "attn-map": "attention attn attention-map attn_map attnmap visualize visualise attention-maps",
+    "export": "convert save onnx",
+    "push": "upload publish",
+    "pack": "shard tar webdataset",
+    "doctor": "check info env status diagnose",
+    "presets": "preset list models configs config recipes",
+    "demo": "example tutorial quickstart",
+    "--version": "version -v -V -version",
+    "--help": "help -h -help -?",
+}
+
+
+class Command(TyperCommand):
+    """A command that answers a mistake in its words with the command to type."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse, after a look for mistakes that the parser would answer with its help page."""
+        words = Words.of(ctx.command_path.partition(" ")[2] or str(self.name), args, self.params)
+        words.keep(ctx)
+        if not ctx.resilient_parsing and "--help" not in args:
+            _check(words, self.params)
+        try:
+            return super().parse_args(ctx, args)
+        except DinoError:
+            raise
+        except Exception as error:
+            mistake = _explain(words, error)
+            if mistake is None:
+                raise
+            raise mistake from error
+
+
+class Group(TyperGroup):
+    """A group of commands that answers an unknown one with the nearest."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse; `dino --help knn` is the help of knn."""
+        if len(args) == 2 and args[0] == "--help" and args[1] in self.commands:
+            args = [args[1], "--help"]
+        first = args[0] if args else ""
+        if first.startswith("-") and not ctx.resilient_parsing and first not in self._options():
+            raise self._unknown(ctx.command_path, first, args[1:])
+        return super().parse_args(ctx, args)
+
+    def _options(self) -> set[str]:
+        return {name for p in self.params for name in p.opts} | {"--help", "--install-completion", "--show-completion"}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Return the command that the first word names."""
+        if args[0] not in self.commands and not ctx.resilient_parsing:
+            raise self._unknown(ctx.command_path, args[0], args[1:])
+        return super().resolve_command(ctx, args)
+
+    def _unknown(self, path: str, word: str, rest: list[str]) -> Misuse:
+        fault = f"{path} has no {'option' if word.startswith('-') else 'command'} {word}"
+        if path.endswith("presets"):
+            close = difflib.get_close_matches(word, shipped.names(), n=1, cutoff=0.5)
+            return Misuse(fault, f"dino presets show {close[0]}" if close else "dino presets, which lists them")
+        if Path(word).exists() and (hint := _for_a_path(word)):
+            return Misuse(fault, hint)
+        target = word.lower().replace("_", "-") if word.lower().replace("_", "-") in self.commands else ""
+        target = target or next((name for name, others in _COMMANDS.items() if word in others.split()), "")
+        if target == "--help" and rest and rest[0] in self.commands:
+            return Misuse(fault, f"dino {rest[0]} --help")
+        if target.startswith("--"):
+            return Misuse(fault, f"dino {target}")
+        if not target and word.startswith("-"):
+            owner = next((n for n, c in self.commands.items() for p in c.params if word.split("=")[0] in p.opts), "")
+            hint = f"name the command first: {shlex.join(['dino', owner, word, *rest])}" if owner else "dino --help"
+            return Misuse(f"{fault}" if not owner else f"{word} is an option of a command; none was named", hint)
+        if not target:
+            target = next(iter(difflib.get_close_matches(word, list(self.commands), n=1, cutoff=0.6)), "")
+        if target:
+            again = shlex.join(["dino", target, *rest])
+            return Misuse(fault, f"{again} (labelled data: or dino linear)" if target == "knn" and not rest else again)
+        return Misuse(fault, "dino --help, which lists the commands")
+
+
+def _for_a_path(word: str) -> str:
+    from dinocli.kinds import WEIGHTS, kind_of
+
+    kind = kind_of(word)
+    if kind in WEIGHTS:
+        return f"dino extract {shlex.quote(word)} IMAGES"
+    if kind == "features":
+        return f"dino knn --features {shlex.quote(word)}"
+    if kind == "image":
+        return f"dino attn-map {shlex.quote(word)}"
+    return f"dino pretrain {shlex.quote(word)}" if kind in ("images", "source") else ""
+
+
+class App(typer.Typer):
+    """An application of such commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(cls=Group, **settings)
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[F], F]:
+        """Register a command, as `typer.Typer.command` does."""
+        return super().command(name, cls=Command, **settings)
+
+
+def _check(words: Words, parameters: Sequence[Any]) -> None:
+    name = words.command
+    for i, word in enumerate(words.typed):
+        if word[:1] in ("–", "—"):
+            fixed = "--" + word.lstrip("–—-")
+            raise Misuse(
+                f"{word} begins with a long dash, as editors make of two short ones", words.again({i: [fixed]})
+            )
+    for i, word in enumerate(words.typed):
+        if i in words.places or (i and words.known.get(words.typed[i - 1])):
+            continue
+        if word == "--":
+            break
+        # `pretrain` has answers of its own, such as the preset's key for --lr.
+        if is_option(word) and word.partition("=")[0] not in words.known:
+            if name == "pretrain":
+                return
+            raise _unknown_option(words, i)
+    arguments = [p for p in parameters if p.param_type_name == "argument"]
+    most = 2 if name == "extract" else None if any(p.nargs == -1 for p in arguments) else len(arguments)
+    if most is None:
+        return
+    _check_wall(words, most)
+    # Brackets in a --set without quotes become words of their own, which `usage` explains.
+    if len(words.places) <= most or "--set" in words.typed:
+        return
+    if name != "pretrain" or any(_option_of(words, word) for word in words.positional):
+        raise _surplus(words, most)
+
+
+def _unknown_option(words: Words, index: int) -> Misuse:
+    option, equals, value = words.typed[index].partition("=")
+    fault = f"dino {words.command} has no option {option}"
+    plain = option.lower().replace("_", "-")
+    plain = plain if plain.startswith("--") or plain in _TARGETS else f"-{plain}"
+    target = plain if plain in words.known or plain in _ALIASES else _TARGETS.get(plain, "")
+    if target == "--help":
+        return Misuse(fault, f"dino {words.command} --help")
+    if target in ("--device cuda", "--device cpu") and "--device" in words.known:
+        return Misuse(fault, words.again({index: target.split()}))
+    if target not in words.known:
+        if target in ("--data", "--checkpoint") and (moved := _with_arguments(words)):
+            return Misuse(f"{fault}; that is an argument", moved)
+        if target in _OF_IMAGES and "--features" in words.known:
+            hint = f"dino extract CHECKPOINT IMAGES, with such options, then dino {words.command}"
+            return Misuse(f"{fault}: it reads features", hint)
+        target = next(iter(difflib.get_close_matches(plain, list(words.known), n=1, cutoff=0.6)), "")
+    if not target:
+        return Misuse(fault, f"dino {words.command} --help, which lists its options")
+    return Misuse(fault, words.again({index: [f"{target}={value}" if equals else target]}))
+
+
+def _with_arguments(words: Words) -> str:
+    """Return the command with the values of --checkpoint and --data as arguments, if it takes them as such."""
+    takes = {"--checkpoint": words.command in ("extract", "export", "push"), "--data": words.command in _TAKE_IMAGES}
+    found: dict[str, list[str]] = {"--checkpoint": [], "--data": []}
+    rest, typed = [], list(words.typed)
+    while typed:
+        word = typed.pop(0)
+        name, equals, value = word.partition("=")
+        target = name if name in found else _TARGETS.get(name.lower().replace("_", "-"), "")
+        if not takes.get(target) or name in words.known or not (equals or (typed and not is_option(typed[0]))):
+            rest.append(word)
+        else:
+            found[target].append(value if equals else typed.pop(0))
+    moved = [*found["--checkpoint"], *rest, *found["--data"]]
+    return shlex.join(["dino", words.command, *moved]) if len(rest) < len(words.typed) else ""
+
+
+def _check_wall(words: Words, most: int) -> None:
+    """Refuse files or folders that a shell made of a pattern, if the command takes one folder.
+
+    Raises:
+        Misuse: There are two or more images, or more files or folders than the command takes.
+    """
+    from dinocli.kinds import WEIGHTS, kind_of
+
+    if words.command not in ("extract", "pretrain", "doctor", "pack") or len(words.places) < 2:
+        return
+    kinds = [kind_of(word) for word in words.positional]
+    walls: dict[str, list[str]] = {"image files": ["image"]}
+    if len(kinds) > most or (words.command == "extract" and all("/" in word for word in words.positional)):
+        walls |= {"folders": ["images"], "files": ["image", "file", "video"]}
+    for what, those in walls.items():
+        wall = [word for word, kind in zip(words.positional, kinds, strict=True) if kind in those]
+        if len(wall) < 2:
+            continue
+        others = [word for word in words.positional if word not in wall]
+        if words.command == "extract":
+            others = [word for word in others if kind_of(word) in WEIGHTS][:1]
+        folders = {str(Path(word).parent) for word in wall}
+        together = len(folders) == 1 and (what != "folders" or "." not in folders)
+        images = folders.pop() if together else "list.txt"
+        shards = others or [f"{Path(images).name or 'images'}-shards"]
+        first = {"extract": [*others, images], "pack": [images, shards[-1]]}
+        hint = words.ordered(first.get(words.command, [images]))
+        if not together:
+            listed = (
+                f"find {shlex.join(wall[:3])} -type f > list.txt"
+                if what == "folders"
+                else "one name a line in list.txt"
+            )
+            hint = f"{listed}, then {hint}"
+        came = f"{len(wall)} {what} came ({wall[0]} ...)" + ", as of an unquoted *" * together
+        raise Misuse(f"{came}; dino {words.command} takes one folder", hint)
+
+
+def _surplus(words: Words, most: int) -> Misuse:
+    """Answer words beyond the last argument."""
+    name = words.command
+    takes = f"dino {name} takes {('no argument', 'one argument', 'two arguments')[min(most, 2)]}"
+    if name == "linear" and is_number(words.positional[0]):
+        hint = "dino linear, which tries 13 learning rates (--lr is for --paper DATA)"
+        return Misuse(f"{takes}; {words.positional[0]} came", hint)
+    for i in reversed(words.places):
+        word = words.typed[i]
+        if option := _option_of(words, word):
+            value = _fitting(option[0], float(word)) if is_number(word) else word
+            return Misuse(f"{takes}; {word} came" + " too" * bool(most), words.again({i: [*option, value]}))
+    if name == "export":
+        return _export_order(words)
+    if most == 0 and "--features" in words.known:
+        return Misuse(f"{takes} and reads features; {words.positional[0]} came", _of_images(name, words.positional[0]))
+    extra, others = words.positional[most], len(words.places) - most - 1
+    more = f" and {others} more" if others else ""
+    hint = f"dino {name} --help"
+    if name == "demo":
+        hint = (
+            f"dino pretrain IMAGES --preset {extra}" if extra in shipped.names() else words.ordered([], "--out", extra)
+        )
+    return Misuse(f"{takes}; {extra} came" + " too" * bool(most) + more, hint)
+
+
+def _of_images(command: str, word: str) -> str:
+    """Return what to type for a command that reads features and was given something else."""
+    from dinocli.kinds import WEIGHTS, kind_of
+
+    kind, quoted = kind_of(word), shlex.quote(word)
+    if kind in WEIGHTS:
+        return f"dino extract {quoted} IMAGES, then dino {command}"
+    if kind in ("images", "source"):
+        return f"dino extract ckpt.safetensors {quoted}, then dino {command}"
+    return f"dino {command} --features {quoted}"
+
+
+def _fitting(option: str, number: float) -> str:
+    """Return the value for an option that a bare number most likely meant."""
+    if option == "--threshold":
+        return f"{number / 100 if 1 < number <= 100 else min(max(number, -1), 1):g}"
+    least = {"--size": 224, "--side": 224, "--k": 20}.get(option, 1)
+    return str(least if number < (8 if option in ("--size", "--side") else 1) else round(number))
+
+
+def _option_of(words: Words, word: str) -> list[str]:
+    """Return the option that a bare word is most likely the value of, such as --to for onnx, or nothing."""
+    from dinocli.kinds import WEIGHTS, kind_of
+
+    free = [option for option in words.known if not words.value([option])]
+    kind = kind_of(word)
+    of_kind = {"features": "--like" if words.command == "curate" else "--features", "image": "--mask"}
+    if kind != "missing":
+        option = "--checkpoint" if kind in WEIGHTS else of_kind.get(kind, "")
+        # The first word of curate is its pool.
+        return [option] if option in free and not (option == "--like" and word == words.positional[0]) else []
+    if is_number(word):
+        return [option for option in [_NUMBERS.get(words.command, "")] if option in free]
+    values = {**_VALUES, "--preset": tuple(shipped.names())}
+    return [option for option, those in values.items() if option in free and word in those][:1]
+
+
+def _export_order(words: Words) -> Misuse:
+    """Answer `dino export OUT RUN` and `dino export RUN OUT`, of which the place is an option."""
+    from dinocli.kinds import WEIGHTS, kind_of
+
+    fault = "dino export takes one argument, the run or checkpoint"
+    run = next((word for word in words.positional if kind_of(word) in WEIGHTS), "")
+    others = [word for word in words.positional if word != run]
+    if not run or len(others) != 1:
+        return Misuse(f"{fault}; {len(words.places)} came", "dino export RUN --to onnx --out FILE")
+    out = others[0]
+    ends = {".pth": "official", ".pt": "official", ".onnx": "onnx", ".pt2": "torch-export"}
+    to = [] if words.value(["--to"]) else ["--to", ends.get(Path(out).suffix, "timm")]
+    return Misuse(f"{fault}; {out} came too", words.ordered([run], *to, "--out", out))
+
+
+def _explain(words: Words, error: Exception) -> Misuse | None:
+    """Return a hint for what the parser refused, by its face and not its class, which typer has a copy of."""
+    parameter = getattr(error, "param", None)
+    if getattr(error, "exit_code", None) != 2 or not hasattr(error, "format_message") or words.command == "pretrain":
+        return None
+    fault = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
+    hint = ""
+    if type(error).__name__ == "MissingParameter":
+        hint = _missing(words, parameter)
+    elif option := getattr(error, "option_name", "") if "requires an argument" in fault else "":
+        hint = f"dino {words.command} {option} VALUE"
+    return Misuse(fault, hint) if hint else None
+
+
+def _missing(words: Words, parameter: Any) -> str:
+    if parameter is not None and "--to" in parameter.opts:
+        for i in words.places:
+            if words.typed[i] in _VALUES["--to"]:
+                return words.again({i: ["--to", words.typed[i]]})
+        return words.again({}, "--to", "onnx")
+    if parameter is not None and "--mask" in parameter.opts:
+        return words.again({}, "--mask", "first.png")
+    if words.command == "pack" and words.places:
+        return words.again({}, f"{Path(words.positional[0]).name or 'images'}-shards")
+    if words.command == "match" and words.places:
+        return words.again({}, "b.jpg")
+    return _EXAMPLES.get(words.command.split()[-1], "")

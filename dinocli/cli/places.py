@@ -1,0 +1,234 @@
+"""Places: checks that an argument names what a command takes, which answer with the right order of words if not."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from dinocli.cli.words import Words, words_of
+from dinocli.errors import DinoError
+
+if TYPE_CHECKING:
+    from dinocli.kinds import Kind
+
+
+def images_place(context: typer.Context, value: str | None) -> str | None:
+    """Check that an argument names images.
+
+    Raises:
+        DinoError: It names a checkpoint, features, one image, an archive, a video, an address, or no file at all.
+    """
+    if value is None or context.resilient_parsing:
+        return value
+    from dinocli.kinds import NAMES, kind_of
+
+    words, kind = words_of(context), kind_of(value)
+    if words.command == "pack":
+        _check_pack(words, kind)
+    hint = _hint_for_images(words, value, kind)
+    if hint:
+        named = "IMAGES " * (kind == "address")
+        raise DinoError(f"{named}{value} is {NAMES[kind]}; expected images: a folder, a list, or tar shards", hint)
+    return value
+
+
+def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
+    """Return what to type in place of something that is no set of images, or nothing if it may be one."""
+    from dinocli.kinds import WEIGHTS
+
+    path, quoted = Path(value), shlex.quote(value)
+    stem = shlex.quote(path.stem)
+    if kind in WEIGHTS:
+        option = "--init" if words.command == "pretrain" else "--checkpoint"
+        if words.command == "extract":
+            return f"dino extract {quoted} IMAGES"
+        return f"dino {words.command} IMAGES" + (f" {option} {quoted}" if option in words.known else "")
+    if kind == "features":
+        return f"dino knn --features {shlex.quote(str(path if path.is_dir() else path.parent))}"
+    if kind in ("image", "pattern"):
+        folder = path.parent if kind == "image" or path.parent.is_dir() else Path()
+        return _with(words, value, str(folder))
+    if kind == "archive":
+        unpack = "unzip -q {} -d {}" if path.suffix.lower() == ".zip" else "7z x {} -o{}"
+        return f"{unpack.format(quoted, stem)}, then {_with(words, value, path.stem)}"
+    if kind == "video":
+        return f"mkdir {stem} && ffmpeg -i {quoted} -r 2 {stem}/%05d.png, then {_with(words, value, path.stem)}"
+    if kind == "address":
+        if value.endswith(".tar"):
+            read = "curl -sL {}" if value.startswith("http") else "aws s3 cp {} -"
+            return _with(words, value, f"pipe:{read.format(value)}")
+        name = value.rstrip("/").rpartition("/")[2] or "images"
+        return f"copy it here first, then {_with(words, value, name)}"
+    return "take the files it was made of" if kind == "graph" else ""
+
+
+def _with(words: Words, old: str, new: str) -> str:
+    return words.ordered([new if word == old else word for word in words.positional])
+
+
+def _check_pack(words: Words, kind: Kind) -> None:
+    from dinocli.kinds import kind_of
+
+    if len(words.places) != 2 or kind in ("images", "image"):
+        return
+    images, out = words.positional
+    theirs = kind_of(out)
+    if theirs in ("images", "source") and (kind in ("missing", "folder") or (kind == "source" and theirs == "images")):
+        raise DinoError(
+            f"the images come first; {out} has some, and {images} has none to pack", words.ordered([out, images])
+        )
+
+
+def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]:
+    """Check the order of `[CHECKPOINT] DATA`, and that each is what it should be.
+
+    Raises:
+        DinoError: They are swapped, one is missing, or one is another kind of thing.
+    """
+    if not value or context.resilient_parsing:
+        return value
+    from dinocli.kinds import NAMES, WEIGHTS, kind_of
+
+    words, kinds = words_of(context), [kind_of(word) for word in value]
+    if len(value) == 1:
+        if kinds[0] in WEIGHTS:
+            raise DinoError(
+                f"{value[0]} is {NAMES[kinds[0]]}; no images were named", words.ordered([value[0], "IMAGES"])
+            )
+    elif kinds[1] in WEIGHTS:
+        if kinds[0] not in WEIGHTS and kinds[0] != "missing":
+            first = f"{value[1]} is {NAMES[kinds[1]]}, and {value[0]} is {NAMES[kinds[0]]}"
+            raise DinoError(f"the checkpoint comes first: {first}", words.ordered([value[1], value[0]]))
+    elif kinds[0] in ("images", "image", "features", "source") and not value[0].endswith(".txt"):
+        hint = words.ordered(["ckpt.safetensors", value[1]])
+        raise DinoError(f"{value[0]} is {NAMES[kinds[0]]}; expected a checkpoint before the images", hint)
+    images_place(context, value[-1])
+    return value
+
+
+def run_before_out(context: typer.Context, value: str | None) -> str | None:
+    """Check the order of `[RUN] [OUT]`.
+
+    Raises:
+        DinoError: They are swapped.
+    """
+    if value is None or context.resilient_parsing:
+        return value
+    from dinocli.kinds import NAMES, WEIGHTS, kind_of
+
+    words = words_of(context)
+    if len(words.places) == 2 and kind_of(value) not in WEIGHTS and (kind := kind_of(words.positional[1])) in WEIGHTS:
+        run = words.positional[1]
+        raise DinoError(f"the run comes first: {run} is {NAMES[kind]}, and {value} is not", words.ordered([run, value]))
+    return value
+
+
+def photo_places(context: typer.Context, value: list[Path] | None) -> list[Path] | None:
+    """Check that arguments name photos and folders of photos.
+
+    Raises:
+        DinoError: One names a checkpoint, features, a number or a pattern.
+    """
+    if context.resilient_parsing:
+        return value
+    for path in value or []:
+        _check_photo(words_of(context), str(path))
+    return value
+
+
+def photo_place(context: typer.Context, value: Path) -> Path:
+    """Check that an argument names a photo, as `photo_places` does."""
+    if not context.resilient_parsing:
+        _check_photo(words_of(context), str(value))
+    return value
+
+
+def _check_photo(words: Words, value: str) -> None:
+    from dinocli.kinds import NAMES, WEIGHTS, kind_of
+
+    kind = kind_of(value)
+    typed = next((word for word in words.positional if word == value or str(Path(word)) == value), value)
+    others = [word for word in words.positional if word != typed]
+    expected = "expected photos or folders of photos"
+    if kind in WEIGHTS and "--checkpoint" in words.known:
+        photos = others or ["photo.jpg"]
+        if words.command == "match" and len(photos) < 2:
+            photos = [*photos, "b.jpg"]
+        again = words.ordered(photos) if words.value(["--checkpoint"]) else words.ordered(photos, "--checkpoint", typed)
+        raise DinoError(f"{typed} is {NAMES[kind]}; {expected}", again)
+    if kind == "features" and "--features" in words.known:
+        raise DinoError(
+            f"{typed} is {NAMES[kind]}; {expected}", words.ordered(others or ["photo.jpg"], "--features", typed)
+        )
+    if kind == "missing" and typed.isdecimal() and words.command == "search":
+        count = max(1, int(typed))
+        raise DinoError(f"no photo is named {typed}", words.ordered(others or ["photo.jpg"], "--k", str(count)))
+    if kind == "pattern":
+        folder = Path(typed).parent
+        folder = folder if folder.is_dir() else Path()
+        raise DinoError(f"{typed} is {NAMES[kind]}", words.ordered([*others, str(folder)]))
+    if kind in ("archive", "address", "graph"):
+        raise DinoError(
+            f"{typed} is {NAMES[kind]}; {expected}", "unpack or copy it here, and name the folder of its photos"
+        )
+
+
+def features_place(context: typer.Context, value: Path | None) -> Path | None:
+    """Check that an option names a folder of features.
+
+    Raises:
+        DinoError: It names images, a checkpoint, a run or a feature file.
+    """
+    if value is None or context.resilient_parsing:
+        return value
+    check_features(str(value), words_of(context))
+    return value
+
+
+def feature_places(context: typer.Context, value: list[Path] | None) -> list[Path] | None:
+    """Check that options name folders of features, as `features_place` does."""
+    for path in value or []:
+        features_place(context, path)
+    return value
+
+
+def check_features(value: str, words: Words) -> None:
+    """Check that a word names a folder of features, or nothing that exists.
+
+    Raises:
+        DinoError: It names images, a checkpoint, a run or a feature file.
+    """
+    from dinocli.features import FOLDER
+    from dinocli.kinds import NAMES, WEIGHTS, kind_of
+
+    kind, path, quoted = kind_of(value), Path(value), shlex.quote(value)
+    expected = "expected a folder of features"
+    if kind == "features" and path.is_file():
+        raise DinoError(f"{value} is one file of features; {expected}", _swap(words, value, str(path.parent)))
+    if kind == "run" and (path / FOLDER).is_dir():
+        raise DinoError(f"{value} is {NAMES[kind]}; {expected}", _swap(words, value, str(path / FOLDER)))
+    if kind in WEIGHTS:
+        raise DinoError(
+            f"{value} is {NAMES[kind]}; {expected}", f"dino extract {quoted} IMAGES, then dino {words.command}"
+        )
+    if kind in ("images", "source", "image"):
+        images = value if kind != "image" else str(path.parent)
+        features = f"{Path(images).resolve().name}-features"
+        make = shlex.join(["dino", "extract", "ckpt.safetensors", images, "--out", features])
+        raise DinoError(f"{value} is {NAMES[kind]}; {expected}", f"{make}, then {_swap(words, value, features)}")
+
+
+def _swap(words: Words, old: str, new: str) -> str:
+    """Return the command with another value in the place of one, however that was typed."""
+    instead: dict[int, Sequence[str]] = {}
+    for i, word in enumerate(words.typed):
+        name, equals, value = word.partition("=")
+        if str(Path(word)) == old or word == old:
+            instead[i] = [new]
+        elif equals and str(Path(value)) == old:
+            instead[i] = [f"{name}={new}"]
+    return words.again(instead)

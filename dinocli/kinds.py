@@ -1,0 +1,160 @@
+"""Kinds of things that a path or a name on the command line may be, told without torch: images, features, weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zipfile
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from dinocli.data.frames import is_video
+from dinocli.data.listing import ARRAY, SUFFIXES
+from dinocli.data.shards import is_shards
+from dinocli.data.sources import TORCHVISION
+from dinocli.features import INDEX
+from dinocli.runs import CHECKPOINT
+
+Kind = Literal[
+    "missing", "pattern", "address", "timm", "run", "weights", "model", "features", "graph", "archive", "video",
+    "image", "images", "source", "folder", "file",
+]  # fmt: skip
+WEIGHTS: frozenset[Kind] = frozenset(["timm", "run", "weights"])
+# With an article, to complete "x is ...".
+NAMES: dict[Kind, str] = {
+    "missing": "nothing that exists",
+    "pattern": "a pattern that matches no file",
+    "address": "an address",
+    "timm": "a model of timm",
+    "run": "a run folder",
+    "weights": "a checkpoint",
+    "model": "a model folder",
+    "features": "a folder of features",
+    "graph": "an exported graph",
+    "archive": "an archive",
+    "video": "a video",
+    "image": "an image",
+    "images": "a folder of images",
+    "source": "a set of images",
+    "folder": "a folder without images",
+    "file": "a file of another kind",
+}
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
+_GRAPHS = (
+    ".onnx",
+    ".pt2",
+    ".tflite",
+    ".pb",
+    ".h5",
+    ".keras",
+    ".hdf5",
+    ".mlmodel",
+    ".mlpackage",
+    ".engine",
+    ".gguf",
+    ".npz",
+)
+_ARCHIVES = (".zip", ".rar", ".7z")
+_LISTS = (".txt", ".csv", ".tsv")
+_ENTRIES = 20_000  # of a folder, to look for an image among
+
+
+def kind_of(place: str) -> Kind:
+    """Return the kind of thing that a word on the command line names, by name and, for features, by content."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place):
+        return "address"
+    if place.startswith("timm:"):
+        return "timm"
+    if place.startswith((TORCHVISION, "pipe:")):
+        return "source"
+    path = Path(place)
+    if path.is_dir():
+        return _folder(path)
+    if not path.exists():
+        if is_shards(place):
+            return "source"
+        return "pattern" if re.search(r"[*?]", place) else "missing"
+    suffix = path.suffix.lower()
+    if suffix in _WEIGHTS:
+        return "features" if is_features(path) else "weights"
+    if suffix in SUFFIXES:
+        return "image"
+    return _by_suffix(path, suffix)
+
+
+def _by_suffix(path: Path, suffix: str) -> Kind:
+    if suffix in _GRAPHS:
+        return "graph"
+    if suffix in _ARCHIVES:
+        return "archive"
+    if is_video(path):
+        return "video"
+    return "source" if suffix in _LISTS or is_shards(str(path)) else "file"
+
+
+def _folder(path: Path) -> Kind:
+    if (path / CHECKPOINT).is_file() and ((path / "preset.json").is_file() or (path / "state").is_dir()):
+        return "run"
+    if any(is_features(part) for part in islice(path.glob("*.safetensors"), 3)) or any(
+        is_features(index) for index in islice(path.glob(f"*/{INDEX}"), 3)
+    ):
+        return "features"
+    if (path / "config.json").is_file() and (list(path.glob("*.safetensors")) or list(path.glob("*.bin"))):
+        return "model"
+    if is_shards(str(path)):
+        return "source"
+    found = (name for _, _, names in os.walk(path) for name in names)
+    suffixes = (os.path.splitext(name)[1].lower() for name in islice(found, _ENTRIES))
+    return "images" if any(suffix in SUFFIXES or suffix == ARRAY for suffix in suffixes) else "folder"
+
+
+def is_features(path: Path) -> bool:
+    """Return whether a file is one of features, or the index of a folder of them, by what it says of itself."""
+    try:
+        if path.name == INDEX:
+            said = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                said = json.loads(file.read(length)).get("__metadata__") if length < 10**6 else None
+    except (OSError, ValueError, AttributeError):
+        return False
+    return isinstance(said, dict) and said.get("dinocli") == "features"
+
+
+def foreign(path: Path) -> tuple[str, str] | None:
+    """Return what a file is that holds no weights this tool reads, and what to take instead; None if that is unknown.
+
+    It is for files that a reader of weights has refused.
+    """
+    kind = kind_of(str(path))
+    if kind == "graph":
+        return (
+            f"a graph or weights of another framework ({path.suffix})",
+            "take the .pth or ckpt.safetensors it was made of",
+        )
+    if kind in ("image", "video", "archive"):
+        return NAMES[kind], "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME"
+    if kind == "features":
+        return "a file of features", f"dino knn --features {path.parent}"
+    try:
+        with path.open("rb") as file:
+            head = file.read(512).lstrip()
+        if head.startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS, not the file itself", "git lfs pull"
+        if head[:1] == b"<":
+            return "a web page", "download the file again: the address gave a page"
+        if not head:
+            return "empty", "copy or download it again"
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+            if any("/code/" in name for name in names) or any(name.endswith("constants.pkl") for name in names):
+                return "a TorchScript graph", "take the .pth or ckpt.safetensors it was made of"
+            if not any(name.endswith("data.pkl") for name in names):
+                return "an archive", "unpack it, and name the .pth or .safetensors in it"
+    except (OSError, zipfile.BadZipFile):
+        return None
+    return None
