@@ -125,7 +125,8 @@ def _maker(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
     Raises:
         DinoError: The metadata are damaged, or of a later version.
     """
-    known = {field.name: int if field.type == "int" else str for field in fields(Recipe)}
+    kinds: dict[Any, tuple[type, ...]] = {"int": (int,), "str": (str,), "int | None": (int, type(None))}
+    known = {field.name: kinds[field.type] for field in fields(Recipe)}
     try:
         told, classes = parse(metadata["recipe"]), parse(metadata["classes"])
         if not (isinstance(told, dict) and isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
@@ -136,7 +137,7 @@ def _maker(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
                 f"{path} was written by a later version of dinocli: its recipe has the unknown key {later[0]}",
                 "pip install --upgrade dinocli, or make it again with `dino extract CHECKPOINT DATA`",
             )
-        wrong = [name for name, value in told.items() if type(value) is not known[name]]
+        wrong = [name for name, value in told.items() if type(value) not in known[name]]
         if wrong:
             raise ValueError(f"the {wrong[0]} of its recipe is {told[wrong[0]]!r}")
         return Recipe(**told), classes

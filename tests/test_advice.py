@@ -314,11 +314,12 @@ def test_each_command_can_be_typed(machine: Machine, facts: Inspection, monkeypa
     dino, verb, where, *words = shlex.split(command)
     assert (dino, verb, where) == ("dino", "pretrain", "./my images")
     seen: list[planning.Plan] = []
-    source = type("Source", (), {"count": facts.count, "where": where, "fingerprint": "0"})()
+    source = type("Source", (), {"count": facts.count, "where": where, "fingerprint": "0", "notes": ()})()
     monkeypatch.setattr(sources, "open_source", lambda spec: source)
     monkeypatch.setattr(
         costs, "estimate", lambda plan: seen.append(plan) or Estimate(1, 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1.0)
     )
+    monkeypatch.setattr("dinocli.inspection.warn_of", lambda source, images: [])  # there are none to look at
     monkeypatch.setattr(pretraining, "rehearse", lambda plan, note: None)  # it would download released weights
     monkeypatch.setattr(sys, "argv", ["dino", verb, where, *words, "--device", "cpu", "--dry-run", "--json"])
     with pytest.raises(SystemExit) as stopped:

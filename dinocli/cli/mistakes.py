@@ -111,7 +111,7 @@ class Command(TyperCommand):
             for number in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(number, float) and not math.isfinite(number):
                     option = f"--{name.replace('_', '-')}"
-                    raise typer.BadParameter(f"{number} is not a finite number", ctx, param_hint=option)
+                    raise Misuse(f"{option} {number} is not a finite number", f"use {option} NUMBER")
         return super().invoke(ctx)
 
 

@@ -129,6 +129,8 @@ def _invalid(option: str, said: str, words: Sequence[str]) -> tuple[str, str] | 
     if value is None or not option.startswith("-"):
         return None
     came = f"{option} {value}"
+    if value.strip("+-").lower() in ("nan", "inf", "infinity"):
+        return f"{came} is not a finite number", f"use {option} NUMBER"
     if least := re.search(r"greater than or equal to (-?[\d.]+)|x>=(-?[\d.]+)", said):
         bound = least[1] or least[2]
         return f"{came} is too small; expected {bound} or more", f"use {option} {bound} or more"

@@ -930,8 +930,7 @@ def test_deep_images_of_low_contrast_are_named_with_their_window(dino: Dino) -> 
 )
 def test_numbers_on_the_command_line_are_finite(dino: Dino, words: tuple[str, ...]) -> None:
     done = dino(*words, code=2)
-    assert done.stderr.startswith("error: Invalid value for ")
-    assert words[-2] in done.stderr
+    assert done.stderr.startswith(f"error: {words[-2]} {words[-1]} is not a finite number\nhint: ")
 
 
 def test_knn_names_the_run_and_the_step_and_takes_a_k_that_fits(dino: Dino, tmp_path: Path, images: Path) -> None:
