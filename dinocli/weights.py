@@ -21,7 +21,7 @@ import dinocli
 from dinocli.atomic import write_tensors
 from dinocli.checksums import parse
 from dinocli.errors import DinoError
-from dinocli.kinds import NAMES, foreign, kind_of
+from dinocli.identify import NAMES, foreign, kind_of
 from dinocli.models.architecture import BackboneConfig
 from dinocli.official import timms_name, under_timms_keys
 from dinocli.preset import Preset

@@ -208,7 +208,7 @@ def test_the_command(tmp_path: Path, images: Path, monkeypatch, capsys) -> None:
     told = json.loads(again.out)
     assert (told["path"], told["images"], told["kept"]) == (str(out), 11, 2)
     assert set(told) == {"path", *Packed.__dataclass_fields__}
-    with pytest.raises(Exception, match="a plain name was wanted"):
+    with pytest.raises(Exception, match="expected a plain name"):
         command(str(images), out, name="a/b")
 
 

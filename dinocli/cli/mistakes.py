@@ -162,7 +162,7 @@ class Group(TyperGroup):
 
 
 def _for_a_path(word: str) -> str:
-    from dinocli.kinds import WEIGHTS, kind_of
+    from dinocli.identify import WEIGHTS, kind_of
 
     kind = kind_of(word)
     if kind in WEIGHTS:
@@ -260,7 +260,7 @@ def _check_wall(words: Words, most: int) -> None:
     Raises:
         Misuse: There are two or more images, or more files or folders than the command takes.
     """
-    from dinocli.kinds import WEIGHTS, kind_of
+    from dinocli.identify import WEIGHTS, kind_of
 
     if words.command not in ("extract", "pretrain", "doctor", "pack") or len(words.places) < 2:
         return
@@ -320,7 +320,7 @@ def _surplus(words: Words, most: int) -> Misuse:
 
 def _of_images(command: str, word: str) -> str:
     """Return what to type for a command that reads features and was given something else."""
-    from dinocli.kinds import WEIGHTS, kind_of
+    from dinocli.identify import WEIGHTS, kind_of
 
     kind, quoted = kind_of(word), shlex.quote(word)
     if kind in WEIGHTS:
@@ -340,7 +340,7 @@ def _fitting(option: str, number: float) -> str:
 
 def _option_of(words: Words, word: str) -> list[str]:
     """Return the option that a bare word is most likely the value of, such as --to for onnx, or nothing."""
-    from dinocli.kinds import WEIGHTS, kind_of
+    from dinocli.identify import WEIGHTS, kind_of
 
     free = [option for option in words.known if not words.value([option])]
     kind = kind_of(word)
@@ -357,7 +357,7 @@ def _option_of(words: Words, word: str) -> list[str]:
 
 def _export_order(words: Words) -> Misuse:
     """Answer `dino export OUT RUN` and `dino export RUN OUT`, of which the place is an option."""
-    from dinocli.kinds import WEIGHTS, kind_of
+    from dinocli.identify import WEIGHTS, kind_of
 
     fault = "dino export takes one argument, the run or checkpoint"
     run = next((word for word in words.positional if kind_of(word) in WEIGHTS), "")

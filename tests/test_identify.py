@@ -11,7 +11,7 @@ from conftest import write_images
 from safetensors.numpy import save_file
 
 from dinocli.errors import DinoError
-from dinocli.kinds import NAMES, Kind, foreign, kind_of
+from dinocli.identify import NAMES, Kind, foreign, kind_of
 from dinocli.weights import read_weights
 
 
