@@ -243,7 +243,7 @@ def ema() -> plt.Figure:
     return figure
 
 
-# Means over the last steps measured, from docs/results.md: entropy and information as fractions of ln K; place of the name.
+# Means over the last steps measured (docs/results.md): entropy and information as fractions of ln K; place of the name.
 RUNS = {
     "healthy (tiny)": (0.300, 0.332, 0.32, 0.332, "left"),
     "healthy (no BatchNorm)": (0.447, 0.251, 0.467, 0.251, "left"),
