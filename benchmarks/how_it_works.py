@@ -180,7 +180,7 @@ def koleo() -> plt.Figure:
     made = torch.Generator().manual_seed(5)
     angles = torch.cat([c + 0.22 * torch.randn(9, generator=made) for c in (0.4, 0.9, 3.9)])
     points = torch.stack([angles.cos(), angles.sin()], 1).requires_grad_()
-    figure, cells = plt.subplots(1, 3, figsize=(9.2, 3.2), layout="constrained")
+    figure, cells = plt.subplots(1, 3, figsize=(9.2, 3.5), layout="constrained")
     done = 0
     for axes, steps in zip(cells, (0, 5, 60), strict=True):
         while done < steps:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -77,6 +79,13 @@ def test_links_resolve(page: Path) -> None:
 def test_every_picture_is_used() -> None:
     used = {Path(target).name for page in PAGES for target in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text_of(page))}
     assert {path.name for path in (DOCS / "images").iterdir() if path.suffix in (".png", ".jpg")} == used
+
+
+@pytest.mark.slow
+def test_the_pictures_of_how_it_works_are_those_that_are_drawn(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "how_it_works.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (DOCS / "images").glob("how-*.png")}
 
 
 # Commands
