@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from dinocli.costs import Estimate, to_fit
 from dinocli.data.cache import kept_side
 from dinocli.data.loader import BAD_SHARE
-from dinocli.inspection import Inspection
+from dinocli.inspection import Inspection, window_text
 from dinocli.machine import Machine
 from dinocli.preset import Preset, load_preset
 from dinocli.schedules import Cosine, LinearByEpoch
@@ -93,7 +93,7 @@ def advise(machine: Machine, images: Inspection, cost: Cost, asked: Sequence[str
         return Advised([], [*notes, _too_few(images)], None)
     name = "tiny" if machine.on_cpu else "vits16-vanilla"
     taken = _for_cpu(images) if machine.on_cpu else _for_accelerator(images)
-    taken[1:1] = [*_asked(asked), *_statistics(images, name, taken)]
+    taken[1:1] = [*_asked(asked), *_window(images), *_statistics(images, name, taken)]
     *others, length = taken
     taken += _schedules(_changed(name, others), int(length.settings["--epochs"]), count)
     preset = _changed(name, taken)
@@ -120,10 +120,21 @@ def _asked(overrides: Sequence[str]) -> list[Advice]:
     return [Advice(key.strip(), {key.strip(): value.strip()}, "what you asked for") for key, value in pairs]
 
 
+def _window(images: Inspection) -> list[Advice]:
+    """Advise the window that was measured, if deep images span a small part of what their depth holds."""
+    if not images.window:
+        return []
+    low, high = (f"{end:g}" for end in images.window)
+    why = f"{images.narrow} of {images.drawn} images span under a quarter of 8 bits without it; raw values measured"
+    return [Advice(f"{low} to {high} as black to white", {"images.window": window_text(images.window)}, why)]
+
+
 def _statistics(images: Inspection, name: str, taken: list[Advice]) -> list[Advice]:
     """Mean and spread of the channels, where the preset's are far off; and no colors where there are none."""
     views, channels = load_preset(name).views, len(images.mean)
-    numbers = {"mean": images.mean, "std": [max(_LEAST_STD, std) for std in images.std]}
+    # Channels of a single value have no spread to divide by: theirs stays the preset's.
+    usual = sum(views.std) / len(views.std)
+    numbers = {"mean": images.mean, "std": [std if std >= _LEAST_STD else usual for std in images.std]}
     typed = {f"views.{key}": f"[{', '.join(f'{n:.4g}' for n in values)}]" for key, values in numbers.items()}
     if channels != 3:
         off = {f"views.{key}": "0" for key in views.color_keys}
@@ -302,6 +313,10 @@ def _notes(images: Inspection) -> list[str]:
             "the deep images are nearly black: where their values fill a part of the range only, "
             "--set images.window='[BLACK, WHITE]' says which"
         )
+    if images.single > images.read / 2:
+        notes.append(f"{images.single} of {images.read} images are a single color: there is nothing to learn from them")
+    if images.several:
+        notes.append(f"{images.several} of {images.read} have several pages or frames; only the first is read")
     if images.near > images.read / 5:
         notes.append("many look alike as thumbnails of 8x8 pixels; digits and pages do, without being the same")
     return notes

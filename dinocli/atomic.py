@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
-import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# What writing to an open file raises, without a name.
-_OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+from dinocli.checksums import seal
+from dinocli.drafts import BEFORE, drafting, sweep
+
+_FIRST = 1000  # entries of a folder, which takes less than a millisecond
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of Linux's renameat2
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and put the file there in the place of `path` when the block ends well.
+    """Yield a temporary path, and put the file there in the place of `path` when the block ends well.
 
     The folder is made where it is missing. When the block raises, what stood at `path` before stands there still, and
     the temporary file and any folder that was made for it are gone.
@@ -29,26 +31,22 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The disk is full, or the place may not be written to; it names `path`.
     """
-    # The process id keeps two runs that write the same place from mixing their bytes.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with _naming(path, draft), _parents(path):
-        try:
-            yield draft
-            with draft.open("rb+") as file:
-                os.fsync(file.fileno())
-            # Some writers make private files; what the tool leaves is for whoever the user lets read it.
-            umask = os.umask(0)
-            os.umask(umask)
-            draft.chmod(0o666 & ~umask)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+    sweep(path.parent, _FIRST)
+    with drafting(path) as draft:
+        yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        # Some writers make private files; what the tool leaves is for whoever the user lets read it.
+        umask = os.umask(0)
+        os.umask(umask)
+        draft.chmod(0o666 & ~umask)
+        draft.replace(path)
     _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, and put it in the place of `path` when the block ends well.
+    """Yield a temporary folder, and put it in the place of `path` when the block ends well.
 
     When the block raises, what stood at `path` before stands there still, and the temporary folder and any folder that
     was made for it are gone. Each file in it is to be written with `atomic`, `write_text` or `write_tensors`.
@@ -64,29 +62,31 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def draft_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which is gone at the end, unless the block has put it elsewhere.
+    """Yield a temporary folder, which is gone at the end, unless the block has put it elsewhere.
+
+    Drafts of killed writers beside `path` are removed first.
 
     Raises:
         OSError: The disk is full, or the place may not be written to; it names `path`.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with _naming(path, draft), _parents(path):
+    sweep(path.parent)
+    with drafting(path) as draft:
         draft.mkdir()
-        try:
-            yield draft
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+        yield draft
 
 
 def put_folder(draft: Path, path: Path) -> None:
-    """Put a folder in the place of another, if there is one.
+    """Put a folder that `draft_folder` made in the place of another, if there is one.
+
+    Whenever this process is killed, `path` is the old folder or the new one. Where the system cannot exchange two
+    folders at once, it may be missing for a moment; then the old one is in the draft, and `sweep` puts it back.
 
     Raises:
         OSError: A file or a link stands there, and is left; it names `path`.
     """
     _refuse_others(path)
-    before = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
+    if not (path.exists() and _exchange(draft, path)):
+        before = draft.with_name(BEFORE)
         if path.exists():
             path.rename(before)
         try:
@@ -95,50 +95,21 @@ def put_folder(draft: Path, path: Path) -> None:
             if before.exists():
                 before.rename(path)
             raise
-    finally:
-        shutil.rmtree(before, ignore_errors=True)
     _sync_folder(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, or return False if the system or the file system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return False
+    return call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0
 
 
 def _refuse_others(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
-
-
-@contextlib.contextmanager
-def _naming(path: Path, draft: Path) -> Iterator[None]:
-    """Let an error of the system name the place that a user knows, where it names the draft, or nothing."""
-    try:
-        yield
-    except OSError as error:
-        ours = str(error.filename).startswith(str(draft)) if error.filename else error.errno in _OF_A_DISK
-        if not ours:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-@contextlib.contextmanager
-def _parents(path: Path) -> Iterator[None]:
-    """Make the folders above a path, and take away those that were made if the block raises."""
-    missing = [parent for parent in path.parents if not parent.exists()]  # the nearest first
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for folder in missing:
-            with contextlib.suppress(OSError):  # never made, or another has put something there since
-                folder.rmdir()
-        raise
-
-
-def sweep(folder: Path) -> None:
-    """Take away the drafts that writers who were killed have left in a folder; nobody else may be writing there.
-
-    They are told by the number of a process in their names, so that a user's own `.bashrc.old` stays.
-    """
-    for path in folder.glob(".*"):
-        if re.fullmatch(r"\..+\.[0-9]+\.(part|old)", path.name, re.DOTALL):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _sync_folder(path: Path) -> None:
@@ -155,6 +126,11 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with atomic(path) as draft:
         draft.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names may hold any bytes
+
+
+def write_json(path: Path, data: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Write a JSON object with its checksum, which `unseal` verifies; whole or not at all."""
+    write_text(path, json.dumps(seal(data), indent=indent))
 
 
 def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:

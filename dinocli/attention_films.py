@@ -120,7 +120,7 @@ def _look(
     wanted = set(shown(frames.count)) if form == "strip" else range(sys.maxsize)  # a video may hold more than it tells
     shape, kept, skipped = (0, 0), list[int](), dict[str, str]()
     lows, highs = list[float](), list[float]()
-    for number, name, data in frames.read(wanted):
+    for number, name, data in frames.read(wanted, encoder.images):
         report(number + 1)
         pixels = data if isinstance(data, BadImage) else decode(data, encoder.images)
         if isinstance(pixels, BadImage):
@@ -155,7 +155,7 @@ def _drawn(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen, most
     """The frames again, each with its map on the scale of the whole film."""
     width = min(most, seen.width) // 2 * 2  # a video's sides are even
     height = max(2, round(seen.height * width / seen.width / 2) * 2)
-    for _, name, data in frames.read(set(seen.kept)):
+    for _, name, data in frames.read(set(seen.kept), encoder.images):
         pixels = data if isinstance(data, BadImage) else decode(data, encoder.images)
         if isinstance(pixels, BadImage):
             raise DinoError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import re
 from dataclasses import dataclass
 
 import dinocli
 from dinocli.encoder import Encoder
+from dinocli.errors import visible
 from dinocli.evals.knn import KnnResult
 from dinocli.models.backbone import Transformer
 from dinocli.preset import Preset
@@ -59,14 +62,14 @@ class Facts:
 def card_of(facts: Facts) -> str:
     """The card, in Markdown, below the lines by which the hub sorts models. The licence is left to the user."""
     parts = [
-        f"# {facts.name}",
-        f"Turns images into features. A `{facts.preset.backbone.name}` of timm, trained without labels by "
+        f"# {_plain(facts.name)}",
+        f"Turns images into features. A {_code(facts.preset.backbone.name)} of timm, trained without labels by "
         f"{_names(list(facts.preset.losses.present()))} with dinocli {dinocli.__version__}.",
         _table(_rows(facts)),
         _loading(facts),
         f"## The run\n\n![What the run logged, step by step]({facts.curves})" if facts.curves else "",
         "<details><summary>All settings</summary>\n\n```json\n"
-        f"{facts.preset.model_dump_json(indent=2, exclude_none=True)}\n```\n\n</details>",
+        f"{_lines(facts.preset.model_dump_json(indent=2, exclude_none=True))}\n```\n\n</details>",
     ]
     return "\n\n".join([_front(facts), *filter(None, parts)]) + "\n"
 
@@ -79,20 +82,22 @@ def _front(facts: Facts) -> str:
 
 def _rows(facts: Facts) -> dict[str, str]:
     encoder, training = facts.encoder, facts.preset.training
-    options = ", ".join(f"{key} {value}" for key, value in facts.preset.backbone.options.items())
+    options = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in facts.preset.backbone.options.items())
     count = sum(parameter.numel() for parameter in encoder.backbone.parameters())
     which = "the class token" if isinstance(encoder.backbone, Transformer) else "the mean over all places"
     stored = facts.preset.model_dump(mode="json")
     name, shipped = shipped_as(stored)
     changed = changes(stored, shipped) if name else {}
-    told = ", ".join(f"`{key}` {now or 'absent'} (was {then or 'absent'})" for key, (now, then) in changed.items())
+    pairs = ((key, _plain(now or "absent"), _plain(then or "absent")) for key, (now, then) in changed.items())
+    told = ", ".join(f"{_code(key)} {now} (was {then})" for key, now, then in pairs)
     rows = {
-        "network": f"`{facts.preset.backbone.name}`{f', {options}' if options else ''}: {_count(count)} parameters",
+        "network": ", ".join(filter(None, [_code(facts.preset.backbone.name), options]))
+        + f": {_count(count)} parameters",
         "image": f"{encoder.size} x {encoder.size} pixels, mean {_numbers(encoder.mean)}, std {_numbers(encoder.std)}",
         "features": f"{encoder.backbone.width} numbers, {which}",
-        "preset": f"`{name}`" if name else facts.preset.about.recipe,
+        "preset": _code(name) if name else _plain(facts.preset.about.recipe),
         "changed in it": told,
-        "began with": f"`{facts.init}`" if facts.init else "",
+        "began with": _code(facts.init) if facts.init else "",
         "data": f"{facts.images:,} images, their labels not used" if facts.images else "",
         "length": f"{facts.steps:,} steps of {training.batch_size:,} images" if facts.steps is not None else "",
         "k-NN": _told(facts.measured) if facts.measured else "",
@@ -106,7 +111,7 @@ def _told(measured: Measured) -> str:
     result = measured.knn
     (score,) = result.scores
     voters = "each by all others" if result.leave_one_out else f"by {result.neighbours:,} training images"
-    images = f"{result.queries:,} images of {result.classes} classes of {measured.data}"
+    images = f"{result.queries:,} images of {result.classes} classes of {_plain(measured.data)}"
     return f"{score.top1:.2f} % right (k = {score.k}): {images}, {voters}"
 
 
@@ -135,6 +140,21 @@ def _loading(facts: Facts) -> str:
 
 def _block(lines: list[str]) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _plain(text: object) -> str:
+    """Text that Markdown shows as it is, with neither control characters nor tags nor links."""
+    return re.sub(r"([\\`*\[\]])", r"\\\1", html.escape(visible(str(text)), quote=False))
+
+
+def _code(text: str) -> str:
+    """Text as code; it cannot end the code, since a backtick becomes a quote."""
+    return f"`{visible(text).replace('`', chr(39))}`"
+
+
+def _lines(text: str) -> str:
+    """Lines of code, without control characters in them."""
+    return "\n".join(map(visible, text.split("\n")))
 
 
 def _table(rows: dict[str, str]) -> str:

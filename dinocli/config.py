@@ -10,6 +10,8 @@ from pydantic_core import ErrorDetails
 
 from dinocli.errors import DinoError, nearest
 
+_DEEPEST = 32  # levels of nested tables and lists; a preset has about 6
+
 
 class Config(BaseModel):
     """Frozen settings in which an unknown key is an error.
@@ -32,6 +34,8 @@ class Config(BaseModel):
         Raises:
             DinoError: A key is unknown or missing, or a value is out of range.
         """
+        if _deeper(data, _DEEPEST):
+            raise DinoError(f"{what} is nested more than {_DEEPEST} levels deep", "mend its tables and lists")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -57,8 +61,19 @@ def change(data: dict[str, Any], override: str) -> None:
         return
     try:
         data[last] = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError:
+        raise DinoError(f"--set {key.strip()}: its value is nested too deeply", "mend its brackets") from None
+    except ValueError:  # no TOML, or a number of thousands of digits
         data[last] = value.strip()
+
+
+def _deeper(data: object, levels: int) -> bool:
+    """Return whether tables and lists are nested deeper than that, which would exhaust whoever reads them."""
+    inside = [data]
+    for _ in range(levels + 1):
+        tables = [value for value in inside if isinstance(value, dict | list | tuple)]
+        inside = [each for table in tables for each in (table.values() if isinstance(table, dict) else table)]
+    return bool(inside)
 
 
 def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], what: str) -> DinoError:

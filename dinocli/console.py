@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dinocli.distributed import rank
+from dinocli.errors import visible
 
 # soft_wrap: a path that is longer than the terminal stays in one piece, to be copied. Of several processes one speaks;
 # any of them may fail.
@@ -29,7 +30,7 @@ _PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 def say(text: str) -> None:
     """A line for the person, on stderr."""
-    _words.print(escape(text))
+    _words.print(_shown(text))
 
 
 def skipped(reasons: Mapping[str, str] | Mapping[Path, str]) -> None:
@@ -40,34 +41,41 @@ def skipped(reasons: Mapping[str, str] | Mapping[Path, str]) -> None:
 
 def error(message: str, hint: str) -> None:
     """What is wrong, and what to type instead, on stderr."""
-    _mistakes.print(f"[bold red]error:[/] {escape(message)}\n[bold cyan]hint:[/] {escape(hint)}")
+    _mistakes.print(f"[bold red]error:[/] {_shown(message)}\n[bold cyan]hint:[/] {_shown(hint)}")
+
+
+def _shown(text: str) -> str:
+    """Text that says what it says, whatever the names in it hold: nothing in it is obeyed by rich or the terminal."""
+    return escape(visible(text))
 
 
 def out(text: str) -> None:
-    """A line of data, on stdout, as it is; what the terminal's encoding lacks is escaped."""
+    """A line of data, on stdout, as it is; control characters, and what the terminal's encoding lacks, are escaped."""
     if _quiet:
         return
     encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    sys.stdout.write(visible(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def out_json(value: Any) -> None:
     """A value as JSON, on stdout."""
-    out(json.dumps(value, indent=2))
+    # JSON escapes all that is no ASCII, and all control characters but one.
+    for line in json.dumps(value, indent=2).replace("\x7f", "\\u007f").splitlines():
+        out(line)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """A table on stdout; the first column is text, the others are set to the right if they hold numbers alone."""
     if title:
-        _data.print(escape(title), style="bold")
+        _data.print(_shown(title), style="bold")
     drawn = Table()
     for i, name in enumerate(columns):
         numbers = all(row[i].replace(".", "").replace("-", "").replace("%", "").isdigit() for row in rows if row[i])
         # What a row is called stays in one piece, to be read and typed; a path may be too long for that.
-        whole = i == 0 and all(len(row[0]) <= _NAME for row in rows)
-        drawn.add_column(name, justify="right" if i and numbers else "left", overflow="fold", no_wrap=whole)
+        whole = i == 0 and all(len(visible(row[0])) <= _NAME for row in rows)
+        drawn.add_column(_shown(name), justify="right" if i and numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
-        drawn.add_row(*map(escape, row))
+        drawn.add_row(*map(_shown, row))
     _data.print(drawn, soft_wrap=False)
 
 
@@ -102,12 +110,12 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
             TextColumn("left"),
         )
         with Progress(*columns, console=_words) as bar:
-            task = bar.add_task(what, total=total, note="")
+            task = bar.add_task(_shown(what), total=total, note="")
 
             def drawn(done: int, note: str = "") -> None:
                 if first < 0:
                     bar.reset(task, completed=done - 1)
-                bar.update(task, completed=done, note=noted(done, note))
+                bar.update(task, completed=done, note=_shown(noted(done, note)))
 
             yield drawn
         return

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
+from dinocli.atomic import atomic_folder, write_json
 from dinocli.attention_pictures import draw as draw_attention
+from dinocli.checksums import unseal
 from dinocli.data.decode import BadImage, decode
 from dinocli.data.drawn import CLASSES, write_set
 from dinocli.data.loader import plain_batches
 from dinocli.data.sources import Images, image_folder
 from dinocli.encoder import Encoder
+from dinocli.errors import DinoError
 from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard
 from dinocli.evals.knn import knn
 from dinocli.evals.linear import linear
@@ -31,6 +34,7 @@ from dinocli.pretraining import pretrain
 from dinocli.weights import read_weights
 
 PRESET = "tiny"
+RECORD = "demo.json"  # says what a folder holds, and how far its demo has come
 TRAIN_IMAGES, VAL_IMAGES = 2000, 500
 _K = 20
 _KEEP = 0.6
@@ -95,8 +99,11 @@ def demo(
     train_images: int = TRAIN_IMAGES,
     val_images: int = VAL_IMAGES,
     steps: int | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
     """Draw images, pretrain `tiny` on them without their labels, extract, classify, and look.
+
+    A demo that was stopped or killed in the same folder is continued.
 
     Args:
         folder: Takes images, run, features and pictures.
@@ -106,16 +113,24 @@ def demo(
         train_images: To train on.
         val_images: To measure on.
         steps: Stop training after so many; absent, the preset's.
+        note: Called with a line that a person should know.
+
+    Raises:
+        DinoError: The folder holds a finished demo, one of other settings, or something else.
+        KeyboardInterrupt: The training was stopped; the same call continues it.
     """
     began = time.perf_counter()
     data, masks = folder / "data", folder / "masks"
-    with stage("draw", 2, "sets of images") as advance:
-        write_set(data / "train", train_images, seed=0)
-        advance(1)
-        write_set(data / "val", val_images, seed=1, masks=masks)
-        advance(2)
+    record = {"dinocli": "demo", "train_images": train_images, "val_images": val_images, "steps": steps}
+    if not _begun(folder, record, note):
+        with stage("draw", 2, "sets of images") as advance:
+            write_set(data / "train", train_images, seed=0)
+            advance(1)
+            write_set(data / "val", val_images, seed=1, masks=masks)
+            advance(2)
+        write_json(folder / RECORD, record | {"drawn": True, "done": False})
     # Training sees a plain folder of images; the labels come back with the evaluation.
-    checkpoint = _train(data / "train", folder / "run", device, workers, stage, steps)
+    checkpoint = _train(data / "train", folder / "run", device, workers, stage, steps, note)
     trained = load_encoder(str(checkpoint), device)
     untrained = untrained_encoder(read_weights(checkpoint), device)
     parts = {part: image_folder(data / part) for part in ("train", "val")}
@@ -141,6 +156,7 @@ def demo(
         draw_attention(trained, path, folder / "attention" / path.parent.name, keep=_KEEP, size=None, raw=False)
         for path in (val.root / val.names[int(np.argmax(val.labels == c))] for c in range(len(CLASSES)))
     ]
+    write_json(folder / RECORD, record | {"drawn": True, "done": True})
     everything = float(np.mean([_mask(masks, path).mean() for path in val.names]))
     return DemoResult(
         rows,
@@ -152,12 +168,43 @@ def demo(
     )
 
 
-def _train(images: Path, out: Path, device: torch.device, workers: int, stage: Stage, steps: int | None) -> Path:
+def _begun(folder: Path, record: dict[str, Any], note: Callable[[str], None]) -> bool:
+    """Begin a demo, or find one that can be continued; return whether its images are all drawn.
+
+    Raises:
+        DinoError: The folder holds a finished demo, one of other settings, or something else.
+    """
+    another = f"--out {folder}-2, or remove {folder}"
+    if not folder.exists():
+        with atomic_folder(folder) as draft:
+            write_json(draft / RECORD, record | {"drawn": False, "done": False})
+        return False
+    try:
+        before = unseal((folder / RECORD).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DinoError(f"{folder} is there already, and holds no demo to continue", another) from error
+    if before.get("done"):
+        raise DinoError(f"the demo in {folder} is finished", another)
+    if any(before.get(key) != value for key, value in record.items()):
+        raise DinoError(f"the demo in {folder} began with other settings", another)
+    note(f"continuing the demo in {folder}")
+    return before.get("drawn") is True
+
+
+def _train(
+    images: Path,
+    out: Path,
+    device: torch.device,
+    workers: int,
+    stage: Stage,
+    steps: int | None,
+    note: Callable[[str], None],
+) -> Path:
     preset, source = load_preset(PRESET), image_folder(images)
     stop = steps or start_clock(preset, source.count).total
     plan = Plan(PRESET, preset, source, stop, out, device, workers, None, report=True)
     with stage("pretrain", stop, "steps") as advance:
-        run = pretrain(plan, lambda progress: advance(progress.step, progress.note))
+        run = pretrain(plan, lambda progress: advance(progress.step, progress.note), note)
     if run.stopped:
         raise KeyboardInterrupt  # half-trained features prove nothing
     return run.checkpoint
@@ -201,7 +248,7 @@ def _overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage, what: 
     scores = []
     with stage(what, len(source), "images") as advance:
         for i, path in enumerate(source.names, 1):
-            pixels = decode(source.read(i - 1), encoder.images)
+            pixels = decode(source.read(i - 1, encoder.images), encoder.images)
             if isinstance(pixels, BadImage):
                 continue
             truth = _mask(masks, path)

@@ -6,7 +6,13 @@ here who may speak.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,6 +22,7 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 _PATIENCE = timedelta(minutes=30)  # for a process that is alive and does not come; one that dies is noticed at once
 
 
@@ -48,6 +55,7 @@ def begin() -> None:
     """Meet the other processes of the run."""
     if size() == 1:
         return
+    end_with(os.getppid())  # torchrun, which may be killed; alone a process would keep the run folder and the device
     import torch
     from torch import distributed
 
@@ -81,8 +89,6 @@ def _together() -> bool:
 def launch(processes: int) -> int:
     """Run this process's command in so many processes of this machine, as torchrun does; the exit code."""
     import logging
-    import signal
-    import sys
     from uuid import uuid4
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -103,6 +109,30 @@ def launch(processes: int) -> int:
     except SignalException as stopped:  # they were told, and have come to their end
         return 0 if stopped.sigval in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) else 1
     return 0
+
+
+def end_with(parent: int, *, by_system: bool = True) -> None:
+    """End this process as soon as the one that started it is gone, which may have been killed.
+
+    Linux does so itself, and ends a stopped process too. Elsewhere a thread looks twice a second.
+
+    Args:
+        parent: Process id that the parent had when it started this process.
+        by_system: Whether Linux may do it. It counts the end of the thread that started this process, which therefore
+            must be one that lives as long as its process.
+    """
+    if by_system and sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before the system was asked
+        os._exit(1)
+    threading.Thread(target=_wait_for_end_of, args=(parent,), daemon=True).start()
+
+
+def _wait_for_end_of(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def first_to_fail() -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
+from dinocli.checksums import parse, unseal
 from dinocli.errors import DinoError
 from dinocli.mapped import Rows, Texts, Values, map_tensors
 
 FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards
+# Kinds of numbers in each tensor of a file.
+_KINDS = {"values": ("f4", "f2"), "labels": ("i8",), "paths": ("u1",), "skipped": ("u1",)}
 
 
 @dataclass(frozen=True)
@@ -88,19 +91,77 @@ def read_features(path: Path) -> Features:
     else:
         shards = [_map_file(path)]
     tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
+    recipe, classes = _maker(path, metadata)
+    skipped = [_fitting(path, t, recipe, len(classes), tensors[0]) for t in tensors]
     values = [t["values"] for t in tensors]
-    recipe = Recipe(**json.loads(metadata["recipe"]))
     labels = np.concatenate([t["labels"] for t in tensors])
-    skipped = [json.loads(t["skipped"].tobytes()) for t in tensors]
     return Features(
         Rows([v[:, 0] for v in values] if recipe.views else values),
         labels,
         Texts([t["paths"] for t in tensors if len(t["labels"])]),
-        json.loads(metadata["classes"]),
+        classes,
         {name: reason for some in skipped for name, reason in some.items()},
         recipe,
         Rows([v[:, 1:] for v in values]) if recipe.views else None,
     )
+
+
+def _maker(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
+    """Return what made some features, and the names of their classes.
+
+    Raises:
+        DinoError: The metadata are damaged, or of a later version.
+    """
+    known = {field.name: int if field.type == "int" else str for field in fields(Recipe)}
+    try:
+        told, classes = parse(metadata["recipe"]), parse(metadata["classes"])
+        if not (isinstance(told, dict) and isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+            raise ValueError("its metadata are of another kind")
+        later = [name for name in told if name not in known]
+        if later:
+            raise DinoError(
+                f"{path} was written by a later version of dinocli: its recipe has the unknown key {later[0]}",
+                "pip install --upgrade dinocli, or make it again with `dino extract CHECKPOINT DATA`",
+            )
+        wrong = [name for name, value in told.items() if type(value) is not known[name]]
+        if wrong:
+            raise ValueError(f"the {wrong[0]} of its recipe is {told[wrong[0]]!r}")
+        return Recipe(**told), classes
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise _damaged(path, f"what says how it was made cannot be read; {why}") from error
+
+
+def _fitting(
+    path: Path, tensors: dict[str, NDArray[Any]], recipe: Recipe, classes: int, first: dict[str, NDArray[Any]]
+) -> dict[str, str]:
+    """Check that the parts of a feature file fit together; return its skipped images.
+
+    Raises:
+        DinoError: They do not, or a label is out of range.
+    """
+    for name, kinds in _KINDS.items():
+        if name not in tensors or tensors[name].dtype.str[1:] not in kinds:
+            raise _damaged(path, f"its {name} are missing, or numbers of another kind")
+    values, labels, paths = tensors["values"], tensors["labels"], tensors["paths"]
+    if values.ndim not in (2, 3) or labels.ndim != 1 or len(values) != len(labels):
+        rows = len(values) if values.ndim else 0
+        raise _damaged(path, f"it has {rows} rows of features and {labels.size} labels")
+    if values.shape[1:] != first["values"].shape[1:]:
+        raise _damaged(path, f"a row is {'x'.join(map(str, values.shape[1:]))}")
+    if recipe.views and (values.ndim != 3 or values.shape[1] != 1 + recipe.views):
+        raise _damaged(path, f"a row is {'x'.join(map(str, values.shape[1:]))} with {recipe.views} views")
+    named = int(np.count_nonzero(paths == 0)) + 1 if len(labels) else 0
+    if named != len(labels):
+        raise _damaged(path, f"it has {len(labels)} labels and {named} paths")
+    if len(labels) and (labels.min() < -1 or (classes and labels.max() >= classes)):
+        wrong = int(labels.min() if labels.min() < -1 else labels.max())
+        raise _damaged(path, f"the label {wrong} is out of range: it has {classes} classes")
+    try:
+        skipped = parse(tensors["skipped"].tobytes())
+        return {str(name): str(reason) for name, reason in skipped.items()}
+    except (ValueError, AttributeError) as error:
+        raise _damaged(path, "its list of skipped images cannot be read") from error
 
 
 def _index(folder: Path) -> dict[str, int]:
@@ -109,15 +170,21 @@ def _index(folder: Path) -> dict[str, int]:
     if splits and not (folder / INDEX).exists():
         raise DinoError(f"the features of one split were wanted; {folder} is a folder of splits", f"take {splits[0]}")
     try:
-        told = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        told = unseal((folder / INDEX).read_bytes())
         if told["dinocli"] != "features":
             raise DinoError(f"{folder} holds no features", "make some with `dino extract CHECKPOINT DATA`")
-        shards = {str(name): int(images) for name, images in told["images"].items()}
+        shards = dict(told["images"].items())
         if not shards:
             raise ValueError("it names no shard")
+        for name, images in shards.items():
+            if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
+                raise ValueError(f"it names {name}, which is no file in this folder")
+            if not isinstance(images, int) or images < 0:
+                raise ValueError(f"it says that {name} has {images} images")
         return shards
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(folder, f"its {INDEX} cannot be read") from error
+        why = f": {error}" if isinstance(error, ValueError) else ""
+        raise _damaged(folder, f"its {INDEX} cannot be read{why}") from error
 
 
 def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
@@ -130,8 +197,9 @@ def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[
         raise _damaged(path, str(error)) from error
     if metadata.get("dinocli") != "features":
         raise DinoError(f"{path} holds no features", "make some with `dino extract CHECKPOINT DATA`")
-    if images not in (None, len(tensors["labels"])):
-        raise _damaged(path, f"{images} images were wanted; it has {len(tensors['labels'])}")
+    here = tensors["labels"].size if "labels" in tensors else 0
+    if images not in (None, here):
+        raise _damaged(path, f"{images} images were wanted; it has {here}")
     return tensors, metadata
 
 
@@ -227,6 +295,13 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
         )
     if any(f.values.ndim != 2 for f in labelled.values()):
         raise DinoError("one feature an image was wanted; these are patch tokens", "extract again with --tokens cls")
+    for name, part in labelled.items():
+        unknown = int(np.count_nonzero(part.labels < 0))
+        if unknown:
+            raise DinoError(
+                f"{unknown} of the {len(part)} images of {name} have no label",
+                "give each image a label, or extract the labelled ones alone",
+            )
     train = labelled[learned_from(labelled)]
     test = next((labelled[name] for name in ("val", "test") if name in labelled and labelled[name] is not train), None)
     if test is not None:

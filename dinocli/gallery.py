@@ -13,6 +13,7 @@ from PIL import Image
 from dinocli.atomic import write_text
 from dinocli.data.decode import BadImage, Pixels, open_image, reduction
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.regular import Refused, read_file
 from dinocli.data.shards import Shards, read_sample
 from dinocli.data.sources import Source, TorchvisionImages, splits
 from dinocli.errors import DinoError
@@ -72,8 +73,8 @@ class Gallery:
             return None
         return (source.root / path).absolute()
 
-    def read(self, row: int) -> bytes | Image.Image | BadImage:
-        """The bytes of an image, or why there are none."""
+    def read(self, row: int, images: ImagesConfig = DEFAULTS) -> bytes | Image.Image | BadImage:
+        """Return the bytes of an image, or the reason why there are none; `images` holds the limits."""
         split, path = self._place(row)
         source = self._sources.get(split)
         if source is None:
@@ -83,18 +84,20 @@ class Gallery:
                 return source.read(int(path))
             if isinstance(source, Shards):
                 return read_sample(source, path) or BadImage(f"missing: {path} is not in {source.where}")
-            return (source.root / path).read_bytes()
+            return read_file(source.root / path, images)
+        except Refused as error:
+            return BadImage(str(error))
         except (OSError, ValueError, IndexError) as error:
             return BadImage(f"missing: {getattr(error, 'strerror', None) or error}")
 
     def photo(self, row: int, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
         """An image of at least so many pixels a side, as far as it has them, or why it cannot be read. [H, W, C]"""
-        data = self.read(row)
+        data = self.read(row, images)
         return data if isinstance(data, BadImage) else small(data, side, images)
 
     def size(self, row: int, images: ImagesConfig = DEFAULTS) -> tuple[int, int]:
         """Pixels and bytes of an image, by its header; zeros where it cannot be read."""
-        data = self.read(row)
+        data = self.read(row, images)
         opened = data if isinstance(data, BadImage) else open_image(data, images)
         if isinstance(opened, BadImage):
             return 0, 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from dinocli.atomic import atomic
 from dinocli.data.decode import BadImage, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.regular import read_file
 from dinocli.evals.dedup import Group
 from dinocli.evals.search import Hits
 from dinocli.gallery import Gallery, small
@@ -98,7 +99,7 @@ def _place(gallery: Gallery, row: int, caption: str, images: ImagesConfig) -> Pl
 
 
 def _query(path: Path, images: ImagesConfig) -> Place:
-    return _shown(small(path.read_bytes(), _SIDE, images), path.name, f"\n{path.name}")
+    return _shown(small(read_file(path, images), _SIDE, images), path.name, f"\n{path.name}")
 
 
 def _shown(pixels: Pixels | BadImage, name: str, caption: str) -> Place:

@@ -90,7 +90,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
     # Lines are flat: after a torn one without an end, the next begins at the last brace.
     try:
         line, _ = _decode(text[max(0, text.rfind(b"{")) :].decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return line if isinstance(line, dict) else {}
 

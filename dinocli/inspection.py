@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinocli.data.contrast import Contrast, contrast, raw_range
 from dinocli.data.decode import BadImage, has_fast_jpeg, open_image, reduction
-from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.images import DEFAULTS, ImagesConfig, Range
+from dinocli.data.regular import why_unread
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source, TorchvisionImages
 from dinocli.twins import SIDE, Pair, is_flat, near_equal, thumbnail
@@ -28,6 +30,7 @@ Read = Callable[[], "bytes | Image.Image"]
 
 _SECONDS = 45.0  # after which no more are drawn
 _PIPES, _SHARDS = 4, 50  # from how many the draw comes
+_MEASURED = 64  # images of narrow contrast whose raw values are measured, by decoding them a few times
 _ENOUGH = 250_000  # pixels; larger JPEGs are decoded smaller where the decoder can
 
 
@@ -70,6 +73,10 @@ class Inspection:
         std: Of the channels.
         milliseconds: To read and decode an image; half take less.
         seconds: That the inspection took.
+        single: Images whose pixels are all equal.
+        several: Images with several pages or frames, the first of which is read.
+        narrow: Images that span less than a quarter of the levels, before a window is measured.
+        window: Raw values of these if they are deep and most of all; mean, std and the rest are those under it.
     """
 
     where: str
@@ -95,6 +102,10 @@ class Inspection:
     std: tuple[float, ...]
     milliseconds: float
     seconds: float
+    single: int = 0
+    several: int = 0
+    narrow: int = 0
+    window: Range | None = None
 
     @property
     def whole(self) -> bool:
@@ -116,6 +127,8 @@ class _Look(NamedTuple):
     thumb: NDArray[np.float32] = np.zeros((SIDE, SIDE, 3), np.float32)
     digest: bytes = b""
     seconds: float = 0.0
+    contrast: Contrast | None = None
+    pages: int = 1
 
 
 def inspect(
@@ -137,18 +150,23 @@ def inspect(
         seconds: After which no more are drawn.
         report: Called with the number of images looked at so far.
     """
-    has_fast_jpeg()  # which loads torch, once: not to be counted as an image's time
-    looks, start = list[_Look](), time.monotonic()
-    threads = min(16, os.cpu_count() or 1)
-    draw = islice(_drawn(source, sample, seed), sample)
-    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the interpreter
-        while time.monotonic() - start < seconds and (some := list(islice(draw, 4 * threads))):
-            looks += pool.map(partial(_look, images), *zip(*some, strict=True))
-            report(len(looks))
+    start = time.monotonic()
+    looks, narrow = _looks(source, images, sample, seed, seconds, report)
+    good = [look for look in looks if not look.reason]
+    window = None if images.window else _window(good, [read for _, read in narrow], images, seconds)
+    if window:
+        seen = inspect(
+            source,
+            images=images.model_copy(update={"window": window}),
+            sample=sample,
+            seed=seed,
+            seconds=seconds,
+            report=report,
+        )
+        return replace(seen, narrow=_narrow(good), window=window, seconds=time.monotonic() - start)
     kind = "shards" if isinstance(source, Shards) else "files"
     if isinstance(source, TorchvisionImages):
         kind = "decoded"
-    good = [look for look in looks if not look.reason]
     first = {look.digest: look for look in reversed(good)}
     near, pairs = near_equal([look.name for look in first.values()], [look.thumb for look in first.values()])
     square, mean = (
@@ -180,20 +198,112 @@ def inspect(
         std=tuple(np.sqrt(np.maximum(square - mean**2, 0)).tolist()),
         milliseconds=1000 * float(np.median([look.seconds for look in good] or [0.0])),
         seconds=time.monotonic() - start,
+        single=_single(good),
+        several=sum(look.pages > 1 for look in good),
+        narrow=_narrow(good),
     )
 
 
-def _drawn(source: Source, sample: int, seed: int) -> Iterator[tuple[str, Read]]:
+def warn_of(source: Source, images: ImagesConfig, *, sample: int = 64, seconds: float = 2.0) -> list[str]:
+    """Look at a few images of a source before a long run, for information that is lost without an error.
+
+    Args:
+        source: The images.
+        images: Limits and window of the run.
+        sample: Images to draw.
+        seconds: After which no more are drawn.
+
+    Returns:
+        A line each for images of a single color, with the window that mends it, and for pages that are not read.
+    """
+    looks, narrow = _looks(source, images, sample, 0, seconds, lambda done: None)
+    good = [look for look in looks if not look.reason]
+    which = f"{len(good)} {'images' if len(looks) == source.count else 'sampled images'}"
+    single = _single(good)
+    faint = [look for look in good if look.contrast and look.contrast.faint and not look.contrast.single]
+    nearly = sum(look.deep for look in faint)  # 8 bits of low contrast have lost nothing
+    lines = []
+    if lost := single + nearly:
+        window = _raw_window([read for look, read in narrow if look.contrast and look.contrast.faint], images, seconds)
+        what = "a single color or nearly so" if nearly else "a single color"
+        line = f"{lost} of {which} {'is' if lost == 1 else 'are'} {what} after conversion to 8 bits"
+        if window:
+            line += f"; raw values span {window[0]:g} to {window[1]:g}: --set images.window='{window_text(window)}'"
+        lines.append(line)
+    if several := sum(look.pages > 1 for look in good):
+        have = "has" if several == 1 else "have"
+        lines.append(f"{several} of {which} {have} several pages or frames; only the first is read")
+    return lines
+
+
+def window_text(window: Range) -> str:
+    """Return a window as one types it after `images.window=`."""
+    return f"[{window[0]:.10g}, {window[1]:.10g}]"
+
+
+def _looks(
+    source: Source, images: ImagesConfig, sample: int, seed: int, seconds: float, report: Callable[[int], None]
+) -> tuple[list[_Look], list[tuple[_Look, Read]]]:
+    """Look at some images of a source. Return all looks, and the first ones of narrow contrast with their readers."""
+    has_fast_jpeg()  # which loads torch, once: not to be counted as an image's time
+    looks, narrow, start = list[_Look](), list[tuple[_Look, Read]](), time.monotonic()
+    threads = min(16, os.cpu_count() or 1)
+    draw = islice(_drawn(source, images, sample, seed), sample)
+    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the interpreter
+        while time.monotonic() - start < seconds and (some := list(islice(draw, 4 * threads))):
+            found = list(pool.map(partial(_look, images), *zip(*some, strict=True)))
+            looks += found
+            for look, (_, read) in zip(found, some, strict=True):
+                if look.contrast and look.contrast.narrow and len(narrow) < _MEASURED:
+                    narrow.append((look, read))
+            report(len(looks))
+    return looks, narrow
+
+
+def _raw_window(reads: list[Read], images: ImagesConfig, seconds: float) -> Range | None:
+    """Measure the raw values of images, as many as time allows; None if all have 8 bits or a single value each."""
+
+    def measure(read: Read) -> Range | None:
+        try:
+            return raw_range(read(), images)
+        except OSError:  # it has gone meanwhile
+            return None
+
+    found, start, threads = list[Range | None](), time.monotonic(), min(16, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        while len(found) < len(reads) and (not found or time.monotonic() - start < seconds):
+            found += pool.map(measure, reads[len(found) : len(found) + threads])
+    deep = [each for each in found if each]
+    return (min(low for low, _ in deep), max(high for _, high in deep)) if deep else None
+
+
+def _window(good: list[_Look], reads: list[Read], images: ImagesConfig, seconds: float) -> Range | None:
+    """Return the window that most images need, unless it would clip the others."""
+    levels = [(look.contrast.low, look.contrast.high) for look in good if look.contrast]
+    if _narrow(good) <= len(good) / 2 or max(high for _, high in levels) - min(low for low, _ in levels) >= 128:
+        return None
+    return _raw_window(reads, images, seconds)
+
+
+def _single(good: list[_Look]) -> int:
+    return sum(look.contrast is not None and look.contrast.single for look in good)
+
+
+def _narrow(good: list[_Look]) -> int:
+    return sum(look.contrast is not None and look.contrast.narrow for look in good)
+
+
+def _drawn(source: Source, images: ImagesConfig, sample: int, seed: int) -> Iterator[tuple[str, Read]]:
     """Names of images, and what reads each, in a random order; of shards from some, a few of each."""
     generator = np.random.default_rng(seed)
     if isinstance(source, Images):
         for row in generator.permutation(len(source))[:sample].tolist():
-            yield source.names[row], partial(source.read, row)
+            yield source.names[row], partial(source.read, row, images)
         return
     counts = source.counts or [sample] * len(source.urls)
     order = [shard for shard in generator.permutation(len(counts)).tolist() if counts[shard]]
     if sum(counts) > sample:
-        order = order[: _SHARDS if source.counts else _PIPES]
+        order = order[: min(_SHARDS, max(_PIPES, sample // 16)) if source.counts else _PIPES]
     share = sample if sum(counts) <= sample else math.ceil(sample / len(order))
     for shard in order:
         one = replace(source, urls=[source.urls[shard]], counts=[counts[shard]] if source.counts else None)
@@ -208,7 +318,7 @@ def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
     try:
         data = read()
     except OSError as error:
-        return _Look(name, f"cannot be opened: {error.strerror or error}")
+        return _Look(name, why_unread(error))
     opened = open_image(data, images)
     if isinstance(opened, BadImage):
         return _Look(name, opened.reason)
@@ -230,6 +340,8 @@ def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
         thumb=thumbnail(pixels),
         digest=hashlib.blake2b(data if isinstance(data, bytes) else pixels.tobytes(), digest_size=16).digest(),
         seconds=seconds,
+        contrast=contrast(pixels),
+        pages=getattr(opened, "pages", 1),
     )
 
 

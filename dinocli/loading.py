@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from timm.models import adapt_input_conv
 
+from dinocli.checksums import parse
 from dinocli.data.images import ImagesConfig
 from dinocli.encoder import Channels, Encoder, fingerprint
 from dinocli.errors import DinoError
@@ -150,7 +150,7 @@ def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
 def timm_folder(folder: Path) -> dict[str, Any]:
     """What a folder in the form of timm's hub says of itself; `dinocli` stands in it if this tool exported it."""
     try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        said = parse((folder / "config.json").read_bytes())
     except (OSError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}

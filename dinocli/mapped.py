@@ -11,12 +11,16 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
+from dinocli.checksums import KEY, verified
+
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1"}
 Indices = NDArray[np.int64]
 
 
 def map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """The tensors of a safetensors file, of which nothing is read before it is asked for; and the file's metadata.
+
+    A file that carries a checksum is verified first, which reads it; a large one is read once only.
 
     Raises:
         SafetensorError: The file is damaged or of another kind, or holds other numbers than float32, float16, int64
@@ -27,6 +31,11 @@ def map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     with path.open("rb") as opened:
         room = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(room))
+    known = metadata.pop(KEY, None)
+    if known is not None:
+        header["__metadata__"] = metadata
+        if not verified(path, known, 8 + room, header):
+            raise SafetensorError("its checksum does not match")
     tensors: dict[str, NDArray[Any]] = {}
     for name, told in header.items():
         if name == "__metadata__":

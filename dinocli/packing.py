@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import json
 import os
 import re
 import tarfile
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -24,12 +23,15 @@ from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinocli.atomic import atomic, write_text
+from dinocli.atomic import atomic, write_json
+from dinocli.checksums import unseal
 from dinocli.data.crops import shrink
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.listing import ARRAY, SUFFIXES
+from dinocli.data.regular import why_unread
 from dinocli.data.shards import INDEX, open_shards
+from dinocli.drafts import sweep
 from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
@@ -142,7 +144,7 @@ def pack(
                     report(first + part + len(some))
             done[shard] = {"images": packed, "bytes": _size(out / shard), "bad": bad}
             _remember(out, settings, done)
-    return _finished(source, out, done, order, kept, start)
+    return _finished(source, out, images, done, order, kept, start)
 
 
 def _names(source: Images) -> tuple[NDArray[np.bool_], str]:
@@ -172,25 +174,44 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         DinoError: It had others.
     """
+    sweep(out)
     try:
-        stored = json.loads((out / SETTINGS).read_text())
+        stored = unseal((out / SETTINGS).read_bytes())
+        before, shards = stored["settings"], stored["shards"]
+        _check_shards(before, shards)
     except FileNotFoundError:
         if any(out.glob("*.tar")):
             raise DinoError(f"{out} holds tar files that `dino pack` did not write", "name a new folder") from None
         _remember(out, settings, {})
         return {}
-    before = stored["settings"]
+    except (ValueError, LookupError, TypeError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise DinoError(f"{out / SETTINGS} is damaged: {why}", "name a new folder, or remove this one") from error
     for key in before | settings:
         if before.get(key) != settings.get(key):
             raise DinoError(
                 f"{out} was packed with {key} {before.get(key)}; now it is {settings.get(key)}",
                 "name a new folder, or the same images and settings to go on",
             )
-    return dict(stored["shards"])
+    return dict(shards)
+
+
+def _check_shards(settings: object, shards: object) -> None:
+    """Check that what was stored of earlier shards can be counted on.
+
+    Raises:
+        ValueError: It is of another kind.
+    """
+    if not isinstance(settings, dict) or not isinstance(shards, dict):
+        raise ValueError("its settings or its shards are of another kind")
+    for name, shard in shards.items():
+        numbers = [shard["images"], shard["bytes"]]
+        if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(shard["bad"], dict):
+            raise ValueError(f"what it says of {name} is of another kind")
 
 
 def _remember(out: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
-    write_text(out / SETTINGS, json.dumps({"settings": settings, "shards": done}, indent=1))
+    write_json(out / SETTINGS, {"settings": settings, "shards": done}, indent=1)
 
 
 def _size(path: Path) -> int:
@@ -201,9 +222,9 @@ def _entry(
     source: Images, repeated: NDArray[np.bool_], images: ImagesConfig, side: int | None, quality: int, row: int
 ) -> _Entry:
     try:
-        data = source.read(row)
+        data = source.read(row, images)
     except OSError as error:
-        return _Entry(reason=f"{type(error).__name__}: {error.strerror}")
+        return _Entry(reason=why_unread(error))
     pixels = decode(data, images)
     if isinstance(pixels, BadImage):
         return _Entry(reason=pixels.reason)
@@ -245,11 +266,17 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _finished(
-    source: Images, out: Path, done: dict[str, Any], order: NDArray[np.int64], kept: int, start: float
+    source: Images,
+    out: Path,
+    images: ImagesConfig,
+    done: dict[str, Any],
+    order: NDArray[np.int64],
+    kept: int,
+    start: float,
 ) -> Packed:
     bad = {name: reason for shard in done.values() for name, reason in shard["bad"].items()}
-    images = sum(shard["images"] for shard in done.values())
-    if not images:
+    count = sum(shard["images"] for shard in done.values())
+    if not count:
         first = next(iter(bad.items()))
         raise DinoError(
             f"none of the {len(source)} images in {source.where} can be read; {first[0]}: {first[1]}",
@@ -260,21 +287,22 @@ def _finished(
         "shards": {name: shard["images"] for name, shard in done.items()},
         "bytes": {name: shard["bytes"] for name, shard in done.items()},
     }
-    write_text(out / INDEX, json.dumps(index, indent=1))
+    write_json(out / INDEX, index, indent=1)
     seconds = time.monotonic() - start
-    faster, cold = _compared(source, out, [row for row in order[:_TIMED].tolist() if source.names[row] not in bad])
+    good = [row for row in order[:_TIMED].tolist() if source.names[row] not in bad]
+    faster, cold = _compared(source, out, images, good)
     size = sum(shard["bytes"] for shard in done.values())
-    return Packed(len(done), kept, images, size, seconds, bad, faster, cold)
+    return Packed(len(done), kept, count, size, seconds, bad, faster, cold)
 
 
-def _compared(source: Images, out: Path, rows: list[int]) -> tuple[float | None, bool]:
+def _compared(source: Images, out: Path, images: ImagesConfig, rows: list[int]) -> tuple[float | None, bool]:
     """How many times as fast the same images come from the shards as from the source; whether both came from disk."""
     root = Path(getattr(source, "root", source.where))
     files = [root / source.names[row] for row in rows]
     if not files or not all(file.is_file() for file in files):
         return None, False  # mostly a torchvision set: what it does to give an image is no reading of a file
     shards = open_shards(str(out))
-    of_files, cold = _timed(files, (map(source.read, rows) for _ in range(_TIMES)))
+    of_files, cold = _timed(files, (map(source.read, rows, repeat(images)) for _ in range(_TIMES)))
     of_shards, colder = _timed(map(Path, shards.urls), (islice(shards.stream(0, 1), len(rows)) for _ in range(_TIMES)))
     return of_files / of_shards, cold and colder
 

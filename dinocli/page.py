@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 
+from dinocli.errors import visible
+
 
 def text_of(value: object) -> str:
     """Text for the page, whatever a file's name holds: no tags, no control or direction marks, no broken letters."""
-    return html.escape("".join(c if c.isprintable() else "\ufffd" for c in str(value)))
+    return html.escape(visible(str(value)))
 
 
 def page_of(title: str, body: str) -> str:

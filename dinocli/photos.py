@@ -116,7 +116,7 @@ class Photos:
 
 def _candidates(source: Source, preset: Preset) -> Iterator[tuple[str, Opened]]:
     """Names and headers of images that can be opened, in the order in which they are to be taken."""
-    for name, data in _first(source) if isinstance(source, Shards) else _some(source, preset.training.seed):
+    for name, data in _first(source) if isinstance(source, Shards) else _some(source, preset):
         if not isinstance(opened := open_image(data, preset.images), BadImage):
             yield name, opened
 
@@ -125,11 +125,13 @@ def _first(source: Shards) -> Iterator[tuple[str, bytes]]:
     return ((sample.name, sample.data) for sample in islice(source.stream(0, 1), _TRIES))
 
 
-def _some(source: Images, seed: int) -> Iterator[tuple[str, bytes | Image.Image]]:
-    rows = np.random.default_rng((seed, _WORD)).choice(len(source), min(_TRIES, len(source)), replace=False)
+def _some(source: Images, preset: Preset) -> Iterator[tuple[str, bytes | Image.Image]]:
+    rows = np.random.default_rng((preset.training.seed, _WORD)).choice(
+        len(source), min(_TRIES, len(source)), replace=False
+    )
     for row in rows.tolist():
         try:
-            data = source.read(row)
+            data = source.read(row, preset.images)
         except OSError:
             continue
         yield source.names[row], data

@@ -247,7 +247,9 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
         text = shipped.text(name)
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise DinoError(f"{name} is nested too deeply for a preset", "mend the brackets") from error
+    except ValueError as error:
         raise DinoError(f"{name} is not valid TOML: {error}", "mend that line") from error
     for override in overrides:
         change(data, override)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,8 @@ from dinocli.models.network import load_strictly
 from dinocli.planning import Plan, equal_parts
 from dinocli.report import CURVES, REPORT
 from dinocli.runs import CHECKPOINT, held
-from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest
+from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest, other_contents, sample_of
+from dinocli.stopping import stop_signals
 from dinocli.watching import Progress, Watch
 
 _BAD = "bad_images.txt"
@@ -70,7 +70,8 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
     """Train, and leave a run folder with the teacher, the resolved preset, the metrics, and states to go on from.
 
     Where the folder holds an unfinished run of the same preset on the same images, it goes on from the newest state
-    that is whole. Ctrl-C, SIGTERM or SIGUSR1 end it after the step that is going on, with all saved.
+    that is whole. Ctrl-C, SIGTERM or SIGUSR1 end it after the step that is going on, with all saved; a second Ctrl-C
+    ends it at once, and nothing more is saved.
 
     Args:
         plan: What to do.
@@ -84,7 +85,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
     began = time.perf_counter()
     if plan.device.type == "cpu":
         keep_freed_memory()
-    with held(plan.out) if rank() == 0 else nullcontext(), _stop_signals() as asked_to_stop, _tidied() as tidy:
+    with held(plan.out) if rank() == 0 else nullcontext(), stop_signals(note) as stopping, _tidied() as tidy:
         saved = _found(plan, note)
         if saved:
             plan = going_on(plan, saved.state, note)
@@ -99,6 +100,9 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         try:
             watch.begin()
             for batch in batches if trainer.clock.step < plan.stop else ():
+                if stopping.asked and size() == 1:
+                    break
+                stopping.step(session.took)
                 due = watch.due() or late
                 values = session.step(batch, due)
                 watch.saw(batch.rows, batches.waited)
@@ -106,14 +110,17 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
                     watch.log(values)
                     tidy()
                 # What time or a signal decides, all processes decide together.
-                late, save, stop = any_of(watch.late, session.late, bool(asked_to_stop))
+                late, save, stop = any_of(watch.late, session.late, stopping.asked)
+                stopping.check()
                 if session.save_now_and_then(save):
                     watch.draw()
                 if stop or trainer.clock.step >= plan.stop:
                     break
+            stopping.finish()
         finally:
             batches.close()
-            session.close(broken=sys.exception() is not None)
+            if not stopping.at_once:
+                session.close(broken=sys.exception() is not None)
         watch.draw(last=True)
     return Run(
         folder=plan.out,
@@ -166,6 +173,9 @@ def going_on(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
             f"{plan.source.where} now",
             f"take another --out, and --init {plan.out} to begin with its weights",
         )
+    changed = other_contents(state.images.contents, plan.source) if rank() == 0 else None
+    if changed:
+        note(changed)
     if plan.teacher and plan.teacher.fingerprint != state.teacher:
         raise DinoError(
             f"the run in {plan.out} began with another teacher than {plan.teacher.source}",
@@ -248,9 +258,14 @@ class _Session:
         self.plan, self.trainer, self.method, self.bad = plan, trainer, method, BadFiles()
         self.all_bad = BadFiles()  # of all processes
         source = plan.source
-        self.images = ImageFacts(where=source.where, count=source.count, fingerprint=source.fingerprint)
+        contents = saved.state.images.contents if saved else ""  # as they were when the run began
+        contents = contents or (sample_of(source) if rank() == 0 else "")
+        self.images = ImageFacts(
+            where=source.where, count=source.count, fingerprint=source.fingerprint, contents=contents
+        )
         self.keeper = Keeper(plan.out, plan.saving.keep, plan.saving.milestones)
         self.whole = True  # between two steps, and what could be saved was
+        self.took = 0.0  # seconds for the last save
         path = plan.out / _BAD
         self.bad_before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         self.saved_step = saved.state.step if saved else -1
@@ -286,7 +301,7 @@ class _Session:
         """Save, unless this step is; where the run was broken off, without asking the other processes."""
         step = self.trainer.clock.step
         if step != self.saved_step:
-            self.whole = False
+            began, self.whole = time.perf_counter(), False
             state = State(
                 step=step,
                 stop=self.plan.stop,
@@ -297,7 +312,7 @@ class _Session:
                 lanes=_lanes(self.plan),
             )
             self.keeper.write(state, self.trainer, self.method.average)
-            self.whole = True
+            self.whole, self.took = True, time.perf_counter() - began
         self.saved_step, self._saved = step, time.perf_counter()
         for reasons in [self.bad.reasons] if broken else gathered(self.bad.reasons):
             self.all_bad.reasons.update(reasons)
@@ -375,27 +390,3 @@ def _tidied() -> Iterator[Callable[[], object]]:
         gc.unfreeze()
         if was:
             gc.enable()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that is no longer empty once a signal asked to stop; a second Ctrl-C interrupts at once."""
-    came: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        came.append(number)
-        if came.count(signal.SIGINT) > 1:
-            raise KeyboardInterrupt
-
-    # What Ctrl-C, `kill` and schedulers send; SIGUSR1 is not on every system.
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    # Signals belong to the main thread; a run started from another one goes without.
-    try:
-        before = {name: signal.signal(getattr(signal, name), note) for name in names}
-    except ValueError:
-        before = {}
-    try:
-        yield came
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import re
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dinocli.atomic import write_text
+from dinocli.checksums import parse
 from dinocli.curves import panel_svg, write_sheet
 from dinocli.history import Curve, read_history
 from dinocli.page import page_of, text_of
@@ -72,7 +72,7 @@ def draw_curves(history: Mapping[str, Curve], preset: dict[str, Any], path: Path
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dinocli.drafts import drafting
 from dinocli.errors import DinoError
+from dinocli.locks import Lock, lock
 
 RUNS = Path("runs")
 CHECKPOINT = "ckpt.safetensors"
@@ -37,34 +39,24 @@ def held(folder: Path) -> Iterator[None]:
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
+    held = _lock(folder)
     try:
         yield
     finally:
-        if lock is not None:
-            os.close(lock)
+        if held is not None:
+            held.close()
         with suppress(OSError):  # it holds something
             for path in made:
                 path.rmdir()
 
 
-def _lock(folder: Path) -> int | None:
-    """A lock that ends with the process however that ends; absent where the system has none for folders."""
+def _lock(folder: Path) -> Lock | None:
     try:
-        import fcntl
-
-        file = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock(folder)
     except BlockingIOError:
-        os.close(file)
         raise DinoError(f"a run is going on in {folder}", "let it end, or take another --out") from None
-    except OSError:  # a file system without locks
-        os.close(file)
+    except PermissionError:  # a folder that may be written to and not be read
         return None
-    return file
 
 
 def newest_run() -> Path | None:
@@ -78,14 +70,14 @@ def link_newest(checkpoint: Path) -> bool:
     link = Path(CHECKPOINT)
     if link.exists() and not link.is_symlink():
         return link.resolve() == checkpoint.resolve()
-    draft = Path(f".{CHECKPOINT}.{os.getpid()}.part")
     try:
-        draft.symlink_to(os.path.relpath(checkpoint))
-    except (OSError, ValueError):  # file systems without links, and Windows without the right to make one
-        try:
-            shutil.copyfile(checkpoint, draft)
-        except OSError:  # a folder that may not be written to, or a full disk: the run is well all the same
-            draft.unlink(missing_ok=True)
-            return False
-    draft.replace(link)
+        with drafting(link) as draft:
+            try:
+                # Relative to the link's own place, not to the draft's.
+                draft.symlink_to(os.path.relpath(checkpoint))
+            except (OSError, ValueError):  # file systems without links, and Windows without the right to make one
+                shutil.copyfile(checkpoint, draft)
+            draft.replace(link)
+    except OSError:  # a folder that may not be written to, or a full disk: the run is well all the same
+        return False
     return True

@@ -7,8 +7,10 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import dinocli
-from dinocli.atomic import atomic, atomic_folder, sweep, write_tensors, write_text
+from dinocli.atomic import atomic, atomic_folder, write_json, write_tensors
+from dinocli.checksums import KEY, crc_of_file, parse, unseal
 from dinocli.config import Config
+from dinocli.data.shards import Shards
+from dinocli.data.sources import Source, TorchvisionImages
+from dinocli.data.tar import PIPE
 from dinocli.distributed import rank
+from dinocli.drafts import discard, sweep
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
@@ -31,9 +38,10 @@ from dinocli.schedules import Clock, Schedule
 from dinocli.weights import write_checkpoint
 
 FOLDER = "state"
+_SAMPLED = 200  # files whose contents are remembered
+_PIECE = 1 << 18  # bytes
 _TRAINER = "trainer.safetensors"
 _STATE = "state.json"
-_PIECE = 1 << 24
 
 
 class ImageFacts(Config):
@@ -43,11 +51,13 @@ class ImageFacts(Config):
         where: As the user named them.
         count: How many; absent where nobody knows.
         fingerprint: Of their names in order.
+        contents: Of a sample of the files, as `sample_of` returns it; empty in states of earlier versions.
     """
 
     where: str
     count: int | None
     fingerprint: str
+    contents: str = ""
 
 
 class State(Config):
@@ -107,7 +117,7 @@ def saved_states(run: Path) -> Iterator[tuple[Path, State | None]]:
     """The states of a run, the newest first; absent where what tells of it is damaged. The rest is not looked at."""
     for folder in _folders(run):
         try:
-            yield folder, State.parse(json.loads((folder / _STATE).read_bytes()), str(folder))
+            yield folder, State.parse(unseal((folder / _STATE).read_bytes()), str(folder))
         except (OSError, ValueError, DinoError):
             yield folder, None
 
@@ -126,7 +136,7 @@ def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
     """
     for folder, state in saved_states(run):
         writer = _writer(folder) if state is None else None
-        if writer not in (None, dinocli.__version__):
+        if writer:
             raise DinoError(
                 f"the state in {folder} was written by dinocli {writer}; this is {dinocli.__version__}, which cannot "
                 "read it",
@@ -143,12 +153,19 @@ def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
 
 
 def _writer(folder: Path) -> str | None:
-    """The version that wrote what tells of a state; absent where that is no more to be read."""
+    """Return the version that wrote a state which this one cannot read, or None if the state is damaged."""
     try:
-        found = json.loads((folder / _STATE).read_bytes())
-    except (OSError, ValueError):
+        text = (folder / _STATE).read_bytes()
+        found = parse(text)
+        version = str(found["dinocli"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None
-    return str(found["dinocli"]) if isinstance(found, dict) and "dinocli" in found else None
+    if version != dinocli.__version__:
+        return version
+    try:  # the same version from another commit
+        return version if KEY in found and unseal(text) else None
+    except ValueError:
+        return None
 
 
 class Keeper:
@@ -183,7 +200,9 @@ class Keeper:
             tensors = {name: value.detach().cpu().numpy() for name, value in state_tensors.items()}
             write_tensors(draft / _TRAINER, tensors, {})
             files = {name: _checksum(draft / name) for name in (CHECKPOINT, _TRAINER)}
-            write_text(draft / _STATE, state.model_copy(update={"files": files}).model_dump_json(indent=2))
+            # By way of text, in which infinite numbers are words.
+            plain = parse(state.model_copy(update={"files": files}).model_dump_json())
+            write_json(draft / _STATE, plain, indent=2)
         self._hand_on(folder)
         self._prune()
 
@@ -199,10 +218,7 @@ class Keeper:
     def _prune(self) -> None:
         for folder in _folders(self.run)[self.keep :]:
             if not (self.milestones and int(folder.name) and int(folder.name) % self.milestones == 0):
-                # Under another name first, so that what is half gone is taken for no state.
-                gone = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-                folder.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                discard(folder)
 
 
 def first_difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:
@@ -267,6 +283,55 @@ def _shown(value: Any) -> str:
     return "none" if value is None else json.dumps(value)
 
 
+def sample_of(source: Source) -> str:
+    """Fingerprint the contents of images, or of shards: eight hexadecimal digits for each of up to 200 files.
+
+    Empty if there are no files: what comes from a pipe, or from torchvision.
+    """
+    if isinstance(source, TorchvisionImages):
+        return ""
+    if isinstance(source, Shards):
+        piped = any(url.startswith(PIPE) for url in source.urls)
+        paths = [] if piped else [source.urls[i] for i in _spread(len(source.urls))]
+    else:
+        paths = [os.path.join(source.root, source.names[row]) for row in _spread(len(source))]
+    with ThreadPoolExecutor(8) as pool:  # for disks at the other end of a network
+        return "".join(pool.map(_content, paths))
+
+
+def _spread(count: int) -> list[int]:
+    """Return numbers below a count: all of them, or a sample that is evenly spaced."""
+    return [i * count // min(count, _SAMPLED) for i in range(min(count, _SAMPLED))]
+
+
+def _content(path: str) -> str:
+    """Fingerprint a file's size and bytes; of a large one, those of its beginning, middle and end."""
+    try:
+        told = os.stat(path)
+        if not stat.S_ISREG(told.st_mode):  # a pipe would wait for its writer
+            return f"{0:08x}"
+        total = zlib.crc32(str(told.st_size).encode())
+        with open(path, "rb", buffering=0) as file:
+            large = told.st_size > 4 * _PIECE
+            for begin in (0, told.st_size // 2, told.st_size - _PIECE) if large else (0,):
+                file.seek(begin)
+                total = zlib.crc32(file.read(_PIECE if large else 4 * _PIECE), total)
+    except OSError:
+        return f"{0:08x}"
+    return f"{total:08x}"
+
+
+def other_contents(before: str, source: Source) -> str | None:
+    """A line for the user if files have other contents than those whose fingerprints are given; else None."""
+    now = sample_of(source) if before else ""
+    pairs = [(before[i : i + 8], now[i : i + 8]) for i in range(0, len(before), 8)]
+    changed = sum(was != is_now for was, is_now in pairs)
+    if not changed or len(before) != len(now):  # of another number of files another line tells
+        return None
+    kind = "shards" if isinstance(source, Shards) else "images"
+    return f"note: {changed} of {len(pairs)} sampled {kind} have other contents than when this run began"
+
+
 def _link(source: Path, path: Path) -> None:
     try:
         os.link(source, path)
@@ -275,15 +340,11 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _checksum(path: Path) -> int:
-    """Of a file's bytes; -1 of one that cannot be read."""
-    total = 0
+    """Compute the checksum of a file's bytes; -1 of one that cannot be read."""
     try:
-        with path.open("rb") as file:
-            while piece := file.read(_PIECE):
-                total = zlib.crc32(piece, total)
+        return crc_of_file(path)
     except OSError:
         return -1
-    return total
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.atomic import atomic, draft_folder, put_folder, write_text
+from dinocli.atomic import atomic, draft_folder, put_folder, write_json
+from dinocli.drafts import discard
 from dinocli.errors import DinoError
 from dinocli.features import INDEX, Recipe
 from dinocli.streamed import TensorStream
@@ -126,10 +126,10 @@ def write_features(
         if len(writer.images) == 1:
             with atomic(path) as whole:
                 (draft / next(iter(writer.images))).rename(whole)
-            if not in_the_way(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists() and not in_the_way(folder):
+                discard(folder)
         else:
-            write_text(draft / INDEX, json.dumps({"dinocli": "features", "images": writer.images}))
+            write_json(draft / INDEX, {"dinocli": "features", "images": writer.images})
             put_folder(draft, folder)
             path.unlink(missing_ok=True)
             writer.place = folder

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dinocli.checksums import KEY, crc_of
 
 _KINDS = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
 _A_TENSOR = 256  # bytes that the header says of a tensor, at most
@@ -22,7 +24,8 @@ class TensorStream:
     """Takes rows of tensors; the file is whole once `finish` has returned.
 
     The rows of the first tensor go to their place at once. Those of the others wait in files beside it, which have no
-    name and so are gone with the process, and are copied behind them.
+    name and so are gone with the process, and are copied behind them. The metadata get a checksum of all numbers and of
+    the header, which `map_tensors` verifies.
 
     Args:
         path: Of the file; a draft, since it is not whole before its end.
@@ -34,7 +37,7 @@ class TensorStream:
         self._metadata = metadata
         # The header holds every tensor's shape and comes first, and shapes are known at the end alone: room is left
         # for it, and padded with spaces, as the format allows.
-        self._room = len(json.dumps({"__metadata__": metadata})) + _A_TENSOR * (2 * len(names))
+        self._room = len(json.dumps({"__metadata__": metadata})) + _A_TENSOR * (2 * len(names) + 1)
         self._room += -self._room % _ALIGNED
         self._file = path.open("wb")
         self._file.write(b" " * (8 + self._room))
@@ -42,12 +45,16 @@ class TensorStream:
         for name in names[1:]:
             self._files[name] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115, closed by `close`
         self._told: dict[str, dict[str, Any]] = {}
+        self._crc = 0  # of what is in its place
 
     def append(self, name: str, rows: NDArray[Any]) -> None:
         """Add rows, of the same type and size as those before. [B, ...]"""
         there = self._told.get(name, {"shape": [0]})["shape"][0]
         self._told[name] = {"dtype": _KINDS[rows.dtype.name], "shape": [there + len(rows), *rows.shape[1:]]}
-        self._files[name].write(np.ascontiguousarray(rows, rows.dtype.newbyteorder("<")).data)
+        plain = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+        self._files[name].write(plain.data)
+        if self._files[name] is self._file and plain.size:
+            self._crc = zlib.crc32(plain.data.cast("B"), self._crc)
 
     def finish(self) -> None:
         """Put all in its place, write the header, and see that it is on the disk."""
@@ -57,16 +64,22 @@ class TensorStream:
             begin, end = end, end + file.tell() - (8 + self._room if file is self._file else 0)
             if file is not self._file:
                 file.seek(0)
-                shutil.copyfileobj(file, self._file, 1 << 20)
+                while piece := file.read(1 << 20):
+                    self._put(piece)
             header[name] = self._told[name] | {"data_offsets": [begin, end]}
             if rest := -end % _ALIGNED:  # whatever follows may be int64; the format knows no holes, so this has a name
-                self._file.write(b"\0" * rest)
+                self._put(b"\0" * rest)
                 header[f"padding of {name}"] = {"dtype": "U8", "shape": [rest], "data_offsets": [end, end + rest]}
                 end += rest
+        header["__metadata__"] = self._metadata | {KEY: f"{crc_of(header, self._crc):08x}"}
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + json.dumps(header).encode().ljust(self._room))
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _put(self, piece: bytes) -> None:
+        self._file.write(piece)
+        self._crc = zlib.crc32(piece, self._crc)
 
     def close(self) -> None:
         """Let go of the files, whole or not."""

@@ -59,13 +59,16 @@ def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelM
     Raises:
         DinoError: One cannot be read, they are not of one size, or the mask holds no object.
     """
-    frame = next(frames.read({0}), None)
+    frame = next(frames.read({0}, images), None)
     pixels = _decoded(frame, images) if frame else BadImage("there is none")
     if isinstance(pixels, BadImage):
         raise DinoError(f"the first frame of {frames.where} cannot be read: {pixels.reason}", "take it out")
     labels = read_labels(path)
     if isinstance(labels, BadImage):
-        raise DinoError(f"a mask of the first frame was wanted; {path}: {labels.reason}", "a PNG: 0 where nothing is")
+        raise DinoError(
+            f"a mask of the first frame was wanted; {path}: {labels.reason}",
+            "save the mask as PNG: numbers from 1 to 255 for objects, 0 elsewhere",
+        )
     if labels.values.shape != pixels.shape[:2]:
         (height, width), size = labels.values.shape, pixels.shape
         raise DinoError(
@@ -123,7 +126,7 @@ def track_video(
     judge = _Judge(truth, labels) if truth else None
 
     def frames() -> Iterator[tuple[Frame, Pixels, Labels]]:
-        yield next(video.read({0})), pixels, labels.values
+        yield next(video.read({0}, encoder.images)), pixels, labels.values
         # The tracker takes a frame, and gives its labels before it takes the next.
         for found in track(encoder, pixels, labels.values, reader, rule, looking):
             yield reader.now, reader.pixels, found
@@ -170,7 +173,7 @@ class _Reader:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Pixels]:
-        for frame in self.video.read(_ALL):
+        for frame in self.video.read(_ALL, self.images):
             pixels = _decoded(frame, self.images)
             if isinstance(pixels, BadImage):
                 self.skipped[frame.name] = pixels.reason

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from torch import Tensor
 
 import dinocli
 from dinocli.atomic import write_tensors
+from dinocli.checksums import parse
 from dinocli.errors import DinoError
 from dinocli.official import under_timms_keys
 from dinocli.preset import Preset
@@ -82,9 +82,35 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
         tensors = _pick(_read_pickle(path), which, path)
     if "preset" in metadata and which == "student":
         raise DinoError(f"{path} holds the teacher alone; the student was asked for", "leave --network out")
-    preset = Preset.parse(json.loads(metadata["preset"]), str(path)) if "preset" in metadata else None
+    preset = _preset(metadata, path)
     step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
     return replace(_sort(tensors, preset, path), step=step)
+
+
+def _preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
+    """Return the preset that is stored with weights, if there is one.
+
+    Raises:
+        DinoError: It is damaged, or of a later version.
+    """
+    if "preset" not in metadata:
+        return None
+    try:
+        stored = parse(metadata["preset"])
+    except ValueError as error:
+        raise DinoError(
+            f"{path} is damaged: its preset cannot be read; {error}", "copy it again, or take another checkpoint"
+        ) from error
+    try:
+        return Preset.parse(stored, str(path))
+    except DinoError as error:
+        writer = metadata.get("dinocli", "")
+        if writer in ("", dinocli.__version__):
+            raise
+        raise DinoError(
+            f"{error.message}; the file was written by dinocli {writer}, and this is {dinocli.__version__}",
+            f"pip install dinocli=={writer}",
+        ) from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -251,6 +251,31 @@ def test_dark_deep_images_and_much_alike_ones_are_noted() -> None:
     assert "thumbnails" not in notes(near=20)
 
 
+def test_a_window_that_was_measured_is_in_the_command() -> None:
+    advised = advise(
+        GPU, images(60_000, deep=100, narrow=90, window=(0.0, 100.0), mean=(0.5,) * 3, std=(0.2,) * 3), cost
+    )
+    assert advised.command and "'images.window=[0, 100]'" in advised.command
+    assert preset_of(advised).images.window == (0, 100)
+    assert any("90 of 100 images" in advice.reason for advice in advised.settings)
+    assert not any("[BLACK, WHITE]" in note for note in advised.notes)
+
+
+def test_no_spread_is_no_number_to_divide_by() -> None:
+    advised = advise(GPU, images(60_000, single=100, mean=(0.001,) * 3, std=(0.0002,) * 3), cost)
+    assert advised.command and "0.001," not in (value_of(advised, "views.std") or "")
+    assert min(preset_of(advised).views.std) > 0.2
+    assert any("100 of 100 images are a single color" in note for note in advised.notes)
+    one = advise(GPU, images(60_000, mean=(0.5,), std=(0.0,)), cost, ["images.channels=1"])
+    assert preset_of(one).views.std == pytest.approx((0.226,), abs=0.001), "the preset's, on average"
+    blue = preset_of(advise(GPU, images(60_000, mean=(0.1, 0.1, 0.0), std=(0.2, 0.2, 0.0)), cost)).views.std
+    assert blue == pytest.approx((0.2, 0.2, 0.226), abs=0.001)
+
+
+def test_pages_that_are_not_read_are_noted() -> None:
+    assert "3 of 100 have several pages" in " ".join(advise(GPU, images(60_000, several=3), cost).notes)
+
+
 def test_too_few_images_get_no_command() -> None:
     for facts in (images(31), images(1), images(3_000, read=1), images(50, read=50)):
         advised = advise(CPU, facts, cost)
@@ -314,7 +339,7 @@ def test_of_other_channels_mean_and_std_are_typed_and_colors_left_alone(machine:
     advised = advise(machine, images(60_000, mean=mean, std=std), cost, asked)
     preset = preset_of(advised)
     assert preset.views.mean == pytest.approx(mean, abs=1e-4)
-    assert preset.views.std == (0.2, *[0.001] * (channels - 1)), "a channel of one value has no spread to divide by"
+    assert preset.views.std == (0.2, *[0.226] * (channels - 1)), "a channel of one value keeps the usual spread"
     assert (preset.images.channels, preset.images.window) == (channels, (0, 9000))
     assert preset.backbone.options["in_chans"] == channels
     assert preset.views.color_keys == []

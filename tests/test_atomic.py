@@ -4,7 +4,9 @@ import contextlib
 import errno
 import os
 import resource
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,10 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from dinocli.atomic import atomic, atomic_folder, sweep, write_tensors, write_text
+from dinocli import atomic as module
+from dinocli.atomic import atomic, atomic_folder, write_json, write_tensors, write_text
+from dinocli.checksums import unseal
+from dinocli.drafts import sweep
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -141,20 +146,64 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
     rename = Path.rename
 
     def fail(path: Path, target: Path) -> Path:
-        if path.suffix == ".part":
+        if path.name == "folder" and path.parent != tmp_path:
             raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(module, "_exchange", lambda one, other: False)
     with pytest.raises(OSError, match="Input/output"), atomic_folder(tmp_path / "folder") as draft:
         write_text(draft / "new", "")
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["folder", "folder/old"]
 
 
-def test_a_sweep_takes_drafts_and_nothing_of_the_users(tmp_path: Path) -> None:
-    for name in (".8.123.part", ".4.77.old", ".ckpt.safetensors.5.part", ".bashrc.old", ".film.mp4.part", "8.123.part"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x").touch()
-    (tmp_path / ".metrics.jsonl.9.part").touch()
-    sweep(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".bashrc.old", ".film.mp4.part", "8.123.part"}
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_a_kill_at_any_call_leaves_the_old_folder_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool
+) -> None:
+    """A child is killed after the first, second, ... call that changes the file system; then it is swept."""
+    if not exchanged:
+        monkeypatch.setattr(module, "_exchange", lambda one, other: False)
+    found = set()
+    for last in range(20):
+        folder = tmp_path / str(last)
+        write_text(folder / "data" / "old", "")
+        child = os.fork()
+        if not child:
+            calls = count()
+            for name in ("rename", "unlink", "rmdir", "mkdir"):
+                monkeypatch.setattr(Path, name, killing(getattr(Path, name), calls, last))
+            monkeypatch.setattr(module, "_exchange", killing(module._exchange, calls, last))
+            with atomic_folder(folder / "data") as draft:
+                (draft / "new").touch()
+            os._exit(0)
+        os.waitpid(child, 0)
+        sweep(folder)
+        left = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.name.startswith(".dinocli")}
+        assert left in ({"data", "data/old"}, {"data", "data/new"}), last
+        found |= left
+    assert found == {"data", "data/old", "data/new"}
+
+
+def killing(function: Callable[..., object], calls: Iterator[int], last: int) -> Callable[..., object]:
+    def called(*arguments: object, **options: object) -> object:
+        result = function(*arguments, **options)
+        if next(calls) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return called
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    for name in (f".f.{os.getpid()}.part", f".f.{os.getpid()}.old"):
+        (tmp_path / name).symlink_to("mine")
+    write_text(tmp_path / "f", "new")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "f").read_text() == "new"
+
+
+def test_json_is_written_with_its_checksum(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": [1, "ü"]}, indent=1)
+    assert unseal((tmp_path / "a.json").read_bytes()) == {"x": [1, "ü"]}

@@ -62,3 +62,16 @@ def test_of_other_channels_the_code_makes_such_images(encoder: Encoder, channels
     card = card_of(facts(other, load_preset("tiny", of_channels(channels))))
     assert ('convert("L")' in card) == (channels == 1)
     assert ("torch.zeros(1, 13, 16, 16)" in card) == (channels == 13)
+
+
+def test_what_was_named_by_others_is_shown_and_not_obeyed(encoder: Encoder) -> None:
+    bad = "a\x1b[31m`|<img src=x>\n\n# \u202e[link](http://x)"
+    preset = load_preset("tiny", ["about.recipe=mine"])
+    preset = preset.model_copy(update={"about": preset.about.model_copy(update={"recipe": bad})})
+    measured = Measured(KnnResult([Score(20, 38.571, 81.0)], 3925, 9469, 10, False, 0.07), bad)
+    card = card_of(facts(encoder, preset, measured=measured, init=bad, images=3))
+    told = rows(card)
+    assert told["began with"] == r"`a\x1b[31m'\|<img src=x>\n\n# \u202e[link](http://x)`"
+    assert told["preset"] == r"a\\x1b\[31m\`\|&lt;img src=x&gt;\\n\\n# \\u202e\[link\](http://x)"
+    assert told["preset"] in told["k-NN"]
+    assert all(sign.isprintable() or sign == "\n" for sign in card)

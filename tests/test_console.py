@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import io
+import json
+
 import pytest
 
 from dinocli import console
@@ -43,3 +46,37 @@ def test_durations(seconds: float, said: str) -> None:
 
 def test_sizes() -> None:
     assert [console.size(n) for n in (5e6, 2.5e9)] == ["5 MB", "2.5 GB"]
+
+
+NAME = "a\x1b[31mred\n\u202egnp[bold]\x9b\x7f.jpg"
+SHOWN = r"a\x1b[31mred\n\u202egnp[bold]\x9b\x7f.jpg"
+
+
+def test_nothing_in_a_name_is_obeyed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    console.say(f"note: {NAME}")
+    console.skipped({NAME: "damaged"})
+    console.error(f"no {NAME}", f"take {NAME}")
+    with console.progress(f"work {NAME}", 1, "steps") as advance:
+        advance(1, NAME)
+    console.out(NAME)
+    console.table([NAME, "x"], [[NAME, "1"]], title=NAME)
+    console.out_json({NAME: [NAME]})
+    captured = capsys.readouterr()
+    assert captured.err.count(SHOWN) == 6
+    assert captured.out.count(SHOWN) == 4
+    assert json.loads(captured.out[captured.out.index("{") :]) == {NAME: [NAME]}
+    for text in (captured.out, captured.err):
+        assert all(sign.isprintable() or sign == "\n" for sign in text)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_on_a_terminal_obeys_no_name(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(console, "_words", console.Console(file=written, force_terminal=terminal, width=200))
+    with console.progress(NAME, 2, "steps") as advance:
+        advance(1, NAME)
+        advance(2, NAME)
+    assert SHOWN in written.getvalue()
+    assert "\u202e" not in written.getvalue()
+    assert "\x1b[31mred" not in written.getvalue()

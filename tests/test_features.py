@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from dinocli.atomic import write_tensors
 from dinocli.errors import DinoError
 from dinocli.features import Recipe, compared, learned_from, read_features, read_splits
 from dinocli.storing import write_features
@@ -22,6 +24,15 @@ def write(
             label = i % len(classes) if classes else -1
             writer.append(np.full((1, *width), i, dtype=np.float32), [label], [f"a/ünïcode {i}.png"])
         writer.skipped["bad.png"] = "no image"
+
+
+def rewrite(path: Path, tensors: dict[str, np.ndarray | None] | None = None, **metadata: str) -> None:
+    """Write a feature file again as an earlier version did, which knew no checksum, with some parts changed."""
+    with safe_open(path, framework="numpy") as file:
+        stored = {name: file.get_tensor(name) for name in ("values", "labels", "paths", "skipped")}
+        told = {key: value for key, value in file.metadata().items() if key != "crc32"}
+    stored |= tensors or {}
+    write_tensors(path, {name: value for name, value in stored.items() if value is not None}, told | metadata)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
@@ -99,9 +110,7 @@ def test_views_lie_beside_each_image_and_older_files_have_none(tmp_path: Path) -
     np.testing.assert_array_equal(train.views[:], values[:, 1:])
     np.testing.assert_array_equal(train.views[np.array([2, 0]), np.array([1, 0])], values[[2, 0], [2, 1]])
     assert (val.views, val.recipe.views) == (None, 0)
-    content = (tmp_path / "val.safetensors").read_bytes()
-    assert b', \\"views\\": 0' in content
-    (tmp_path / "val.safetensors").write_bytes(content.replace(b', \\"views\\": 0', b" " * 14))
+    rewrite(tmp_path / "val.safetensors", recipe=json.dumps({k: v for k, v in vars(RECIPE).items() if k != "views"}))
     assert read_features(tmp_path / "val.safetensors").recipe == RECIPE
 
 
@@ -115,3 +124,79 @@ def test_a_folder_of_splits_names_one_to_read(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match=r"f is a folder of splits") as error:
         read_features(tmp_path / "f")
     assert error.value.hint == f"take {tmp_path / 'f' / 'train.safetensors'}"
+
+
+def test_any_byte_that_changed_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    write(path, 3)
+    content = path.read_bytes()
+    room = int.from_bytes(content[:8], "little")
+    header = len(content[8 : 8 + room].rstrip())
+    for place in [*range(0, 8 + header, 7), *range(8 + room, len(content))]:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            read = read_features(path)
+        except DinoError:
+            continue
+        # A file whose checksum lost its name is one of an earlier version; what was damaged is that name alone.
+        assert b"crc32" not in path.read_bytes()
+        assert read.values[:].tolist() == [[i] * 4 for i in range(3)]
+    path.write_bytes(content)
+    assert len(read_features(path)) == 3
+
+
+BAD = {
+    "no values": ({"values": None}, {}, "its values are missing"),
+    "no paths": ({"paths": None}, {}, "its paths are missing"),
+    "labels of floats": ({"labels": np.zeros(3)}, {}, "damaged"),
+    "fewer labels": ({"labels": np.zeros(2, np.int64)}, {}, "3 rows of features and 2 labels"),
+    "labels in a table": ({"labels": np.zeros((3, 1), np.int64)}, {}, "3 rows of features and 3 labels"),
+    "fewer paths": ({"paths": np.frombuffer(b"a\0b", np.uint8)}, {}, "3 labels and 2 paths"),
+    "a label too large": ({"labels": np.array([0, 2, 1])}, {}, "the label 2 is out of range: it has 2 classes"),
+    "a label too small": ({"labels": np.array([0, -2, 1])}, {}, "the label -2 is out of range"),
+    "one number": ({"values": np.zeros((), np.float32)}, {}, "0 rows"),
+    "torn skipped": ({"skipped": np.frombuffer(b"{", np.uint8)}, {}, "skipped images cannot be read"),
+    "a list of skipped": ({"skipped": np.frombuffer(b"[]", np.uint8)}, {}, "skipped images cannot be read"),
+    "torn recipe": ({}, {"recipe": "{"}, "how it was made cannot be read"),
+    "nested recipe": ({}, {"recipe": '{"a":' * 100_000}, "nested too deeply"),
+    "nested classes": ({}, {"classes": "[" * 100_000}, "nested too deeply"),
+    "a later recipe": ({}, {"recipe": json.dumps(vars(RECIPE) | {"novel": 1})}, "by a later version .* novel"),
+    "a recipe of words": (
+        {},
+        {"recipe": json.dumps(vars(RECIPE) | {"blocks": "4"})},
+        "the blocks of its recipe is '4'",
+    ),
+    "a short recipe": ({}, {"recipe": '{"source": "x"}'}, "how it was made cannot be read"),
+    "classes of numbers": ({}, {"classes": "[1, 2]"}, "how it was made cannot be read"),
+    "views that are not there": ({}, {"recipe": json.dumps(vars(RECIPE) | {"views": 3})}, "a row is 4 with 3 views"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "metadata", "said"), BAD.values(), ids=BAD)
+def test_parts_that_do_not_fit_are_one_line(
+    tmp_path: Path, tensors: dict[str, np.ndarray | None], metadata: dict[str, str], said: str
+) -> None:
+    path = tmp_path / "f.safetensors"
+    write(path)
+    rewrite(path, tensors, **metadata)
+    with pytest.raises(DinoError, match=said) as error:
+        read_features(path)
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize(
+    "name", ["../f.safetensors", "/f.safetensors", "a/../../f.safetensors", "..", "x\\\\f.safetensors"]
+)
+def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "f.safetensors")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "index.json").write_text(json.dumps({"dinocli": "features", "images": {name: 3}}))
+    with pytest.raises(DinoError, match="no file in this folder"):
+        read_features(tmp_path / "f")
+
+
+def test_images_without_a_label_are_no_class(tmp_path: Path) -> None:
+    write(tmp_path / "f.safetensors")
+    rewrite(tmp_path / "f.safetensors", {"labels": np.array([0, -1, 1])})
+    with pytest.raises(DinoError, match="1 of the 3 images of f have no label"):
+        compared(read_splits(tmp_path))

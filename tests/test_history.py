@@ -84,3 +84,10 @@ def test_a_point_without_a_finite_value_is_a_gap() -> None:
     assert few.mean.tolist() == [1, 3]
     few = thinned(Curve(np.arange(4.0), np.array([1, math.nan, math.inf, 3])), 4)
     assert few.mean[[0, 3]].tolist() == [1, 3] and np.isnan(few.high[1:3]).all()
+
+
+def test_a_nested_line_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 2}\n{"step": ' + "[" * 100_000 + '\n{"step": 3, "loss": 4}\n'
+    )
+    assert read_history(tmp_path / "metrics.jsonl")["loss"].steps.tolist() == [1, 3]

@@ -11,10 +11,11 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
+from dinocli import inspection
 from dinocli.data.drawn import draw
-from dinocli.data.images import ImagesConfig
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources import Images, TorchvisionImages, open_source
-from dinocli.inspection import inspect
+from dinocli.inspection import inspect, warn_of
 
 
 @pytest.fixture
@@ -76,7 +77,9 @@ def test_a_draw_is_fair_and_the_same_for_a_seed(tmp_path: Path) -> None:
     source = open_source(str(write_images(tmp_path / "noise", 60, size=8)))
     assert isinstance(source, Images)
     read: list[int] = []
-    watched = type("Watched", (Images,), {"read": lambda self, row: (read.append(row), source.read(row))[1]})
+    watched = type(
+        "Watched", (Images,), {"read": lambda self, row, images: (read.append(row), source.read(row, images))[1]}
+    )
     spied = watched(source.where, source.root, source.names, source.classes, source.labels)
     draws = []
     for seed in (0, 0, 1):
@@ -160,3 +163,79 @@ def test_mean_and_std_of_any_channels(tmp_path: Path) -> None:
     assert (seen.read, seen.deep, seen.gray, seen.formats) == (5, 5, 0, {"NPY": 5})
     assert seen.bad == {"other.npy": "other channels: an array of 20x24x4, where images.channels is 13"}
     assert seen.megabytes == pytest.approx(20 * 24 * 13e-6)
+
+
+def deep_images(folder: Path, high: int, count: int = 24, low: int = 0) -> Path:
+    """Grey images of 16 bits whose values fill a part of the depth: waves, each of another length."""
+    folder.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:40, :40]
+    for i in range(count):
+        wave = (1 + np.sin(x / (2 + i % 5) + i) * np.cos(y / (2 + i % 3))) / 2
+        Image.fromarray((low + (high - low) * wave).round().astype(np.uint16)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_deep_images_of_low_contrast_get_the_window_measured(tmp_path: Path) -> None:
+    seen = inspect(open_source(str(deep_images(tmp_path / "a", 100))))
+    assert (seen.window, seen.narrow, seen.single, seen.deep) == ((0, 100), 24, 0, 24)
+    assert 0.4 < seen.mean[0] < 0.6 and 0.15 < seen.std[0] < 0.35, "those under the window"
+    seen = inspect(open_source(str(deep_images(tmp_path / "b", 40200, low=40000))))
+    np.testing.assert_allclose(seen.window, (40000, 40200), atol=1)
+    asked = inspect(open_source(str(tmp_path / "a")), images=ImagesConfig(window=(0, 1000)))
+    assert asked.window is None and asked.mean[0] < 0.1, "a window that was asked for stays"
+    assert inspect(open_source(str(deep_images(tmp_path / "c", 65535)))).window is None
+    mixed = deep_images(tmp_path / "d", 100, count=8)
+    assert inspect(open_source(str(deep_images(mixed / "full", 65535, count=3)))).window is None
+    assert inspect(open_source(str(mixed))).window is None, "it would clip the others"
+    dark = tmp_path / "e"
+    dark.mkdir()
+    for i in range(5):
+        Image.fromarray(np.arange(1600, dtype=np.uint8).reshape(40, 40) % (20 + i)).save(dark / f"{i}.png")
+    seen = inspect(open_source(str(dark)))
+    assert (seen.window, seen.narrow) == (None, 5), "a window does not reach 8 bits"
+
+
+def test_lost_contrast_is_said_before_a_run(tmp_path: Path) -> None:
+    def said(folder: Path, images: ImagesConfig = DEFAULTS) -> list[str]:
+        return warn_of(open_source(str(folder)), images)
+
+    deep = deep_images(tmp_path / "deep", 100)
+    assert said(deep) == [
+        "24 of 24 images are a single color after conversion to 8 bits; raw values span 0 to 100: "
+        "--set images.window='[0, 100]'"
+    ]
+    assert said(deep, ImagesConfig(window=(0, 100))) == []
+    (line,) = said(deep_images(tmp_path / "nearly", 1000))
+    assert line.startswith("24 of 24 images are a single color or nearly so after") and "span 0 to 1000" in line
+    assert said(deep_images(tmp_path / "full", 65535)) == []
+    flat = write_images(tmp_path / "flat", 70, size=8)
+    assert said(flat) == []
+    for path in flat.iterdir():
+        Image.new("RGB", (8, 8), (9, 99, 9)).save(path)
+    assert said(flat) == ["64 of 64 sampled images are a single color after conversion to 8 bits"]
+    for i, path in enumerate(sorted(flat.iterdir())):
+        Image.fromarray(np.random.default_rng(i).integers(99, 102, (8, 8), dtype=np.uint8)).save(path)
+    assert said(flat) == [], "8 bits of low contrast lose nothing"
+    Image.new("RGB", (8, 8)).save(tmp_path / "full" / "blank.png")
+    assert said(tmp_path / "full") == ["1 of 25 images is a single color after conversion to 8 bits"]
+
+
+def test_pages_that_are_not_read_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path, 4)
+    opened = inspection.open_image
+
+    def paged(data: bytes, images: ImagesConfig) -> object:
+        found = opened(data, images)
+        found.pages = 3 if data == (tmp_path / "0001.png").read_bytes() else 1  # type: ignore[union-attr]
+        return found
+
+    monkeypatch.setattr(inspection, "open_image", paged)
+    source = open_source(str(tmp_path))
+    assert inspect(source).several == 1
+    assert warn_of(source, ImagesConfig()) == ["1 of 4 images has several pages or frames; only the first is read"]
+
+
+def test_few_shards_are_opened_for_few_images(shards: Path) -> None:
+    assert warn_of(open_source(str(shards)), ImagesConfig(), sample=6) == [
+        "6 of 6 sampled images are a single color after conversion to 8 bits"
+    ]

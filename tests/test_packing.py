@@ -18,6 +18,7 @@ from dinocli.cli.pack import pack as command
 from dinocli.data.decode import decode
 from dinocli.data.images import ImagesConfig
 from dinocli.data.shards import open_shards
+from dinocli.data.sources import image_folder
 from dinocli.errors import DinoError
 from dinocli.packing import Packed, pack
 
@@ -39,7 +40,7 @@ class Listed:
     def __len__(self) -> int:
         return len(self.names)
 
-    def read(self, index: int) -> Any:
+    def read(self, index: int, images: ImagesConfig) -> Any:
         name = self.names[index]
         return self.held[name] if name in self.held else (self.root / name).read_bytes()
 
@@ -236,3 +237,26 @@ def test_grey_images_made_small_stay_grey(tmp_path: Path) -> None:
     pack(listed(tmp_path / "in"), tmp_path / "out", side=32, images=ImagesConfig(channels=1))
     (sample,) = open_shards(str(tmp_path / "out")).stream(0, 1)
     assert Image.open(io.BytesIO(sample.data)).mode == "L"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"settings": {}, "shards": []}',
+        '{"settings": {}, "shards": {"x": {}}}',
+        None,
+    ],
+)
+def test_damaged_settings_are_one_line(tmp_path: Path, images: Path, text: str | None) -> None:
+    source = image_folder(images)
+    pack(source, tmp_path / "out")
+    stored = tmp_path / "out" / "pack.json"
+    stored.write_text(stored.read_text().replace('"images": 12', '"images": 13') if text is None else text)
+    with pytest.raises(DinoError, match=r"pack\.json is damaged") as error:
+        pack(source, tmp_path / "out")
+    assert "\n" not in error.value.message

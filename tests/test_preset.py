@@ -276,3 +276,31 @@ def test_channels_that_do_not_fit_are_said(overrides: list[str], message: str, h
     assert message in error.value.message
     assert hint in error.value.hint
     assert "it needs" not in error.value.message, "what to type is said once"
+
+
+DEEP = "a." * 5000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a = " + "[" * 5000 + "]" * 5000,
+        f"backbone.options.{DEEP}b = 1",
+        "a = " + "{b=" * 5000 + "1" + "}" * 5000,
+        f"[{DEEP}b]\nc = 1",
+        "a = " + "9" * 10_000,
+        "a = [",
+    ],
+)
+def test_a_file_that_no_preset_looks_like_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(DinoError) as error:
+        load_preset(str(tmp_path / "mine.toml"))
+    assert len(error.value.message) < 300
+    assert "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("override", [f"{DEEP}b=1", f"backbone.options.{DEEP}b=1", "about=" + "[" * 5000 + "]" * 5000])
+def test_a_value_that_is_nested_too_deeply_is_one_line(override: str) -> None:
+    with pytest.raises(DinoError, match="nested"):
+        load_preset("tiny", [override])

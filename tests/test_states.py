@@ -18,13 +18,15 @@ import torch
 from conftest import write_images
 from test_pretraining import SMALL
 
+from dinocli.checksums import seal
 from dinocli.data.sources import image_folder, open_source
+from dinocli.drafts import drafting
 from dinocli.errors import DinoError
 from dinocli.planning import Plan, Saving
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
 from dinocli.runs import held, next_folder, runs_of
-from dinocli.states import first_difference, newest, saved_states, unfinished
+from dinocli.states import first_difference, newest, sample_of, saved_states, unfinished
 from dinocli.weights import read_weights
 
 
@@ -101,6 +103,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "flipped": lambda folder: _flip(folder / "trainer.safetensors"),
     "weights flipped": lambda folder: _flip(folder / "ckpt.safetensors"),
     "no list": lambda folder: (folder / "state.json").unlink(),
+    "a number changed": lambda folder: _edit(folder / "state.json", '"stop": 8', '"stop": 9'),
     "a torn list": lambda folder: os.truncate(folder / "state.json", 30),
     "a file gone": lambda folder: (folder / "ckpt.safetensors").unlink(),
 }
@@ -110,6 +113,12 @@ def _flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
     path.write_bytes(data)
+
+
+def _edit(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
@@ -212,12 +221,17 @@ def test_a_second_ctrl_c_in_the_middle_of_a_step_saves_nothing_half_done(
 
 def test_drafts_of_a_save_that_was_killed_are_taken_away(plan: Plan) -> None:
     stopped(plan, 4)
-    drafts = [plan.out / ".ckpt.safetensors.123.part", plan.out / "state" / ".8.123.part" / "x"]
-    for draft in drafts:
-        draft.parent.mkdir(exist_ok=True)
-        draft.write_bytes(b"half")
+    for place in (plan.out / "ckpt.safetensors", plan.out / "state" / "8"):
+        child = os.fork()
+        if not child:
+            with drafting(place) as draft:
+                draft.write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+    (plan.out / ".notes.123.part").write_text("the user's own")
+    assert len(list(plan.out.rglob(".dinocli-*"))) == 4
     pretrain(plan, lambda p: None)
-    assert not list(plan.out.rglob(".*"))
+    assert [path.name for path in plan.out.rglob(".*")] == [".notes.123.part"]
 
 
 def test_a_save_that_was_killed_before_the_checkpoint_followed_is_mended(plan: Plan) -> None:
@@ -294,6 +308,62 @@ def test_other_images_are_refused(plan: Plan, images: Path, tmp_path: Path) -> N
         DinoError, match=rf"the images have changed .* {plan.source.count} in .* {plan.source.count + 1}"
     ):
         pretrain(more, lambda p: None)
+
+
+def test_other_contents_under_the_same_names_are_said(plan: Plan, images: Path) -> None:
+    stopped(plan, 4)
+    other = images / "a" / "0000.png"
+    content = other.read_bytes()
+    other.write_bytes((images / "b" / "0003.png").read_bytes())
+    for stop in (5, 6):
+        said: list[str] = []
+        pretrain(replace(plan, stop=stop), lambda p: None, said.append)
+        assert said[0] == "note: 1 of 12 sampled images have other contents than when this run began"
+    other.write_bytes(content)
+    said = []
+    pretrain(replace(plan, stop=7), lambda p: None, said.append)
+    assert said == ["going on from step 6 of 7 in runs/tiny-1"]
+
+
+def test_states_of_earlier_versions_know_neither_contents_nor_checksums(plan: Plan) -> None:
+    stopped(plan, 4)
+    for folder, _ in saved_states(plan.out):
+        facts = json.loads((folder / "state.json").read_text())
+        del facts["crc32"], facts["images"]["contents"]
+        (folder / "state.json").write_text(json.dumps(facts))
+    said: list[str] = []
+    assert pretrain(plan, lambda p: None, said.append).step == 12
+    assert said == ["going on from step 4 of 12 in runs/tiny-1"]
+
+
+def test_a_state_of_another_commit_is_no_damaged_one(plan: Plan) -> None:
+    """The checksum tells unknown keys from damage."""
+    stopped(plan, 4)
+    for folder, _ in saved_states(plan.out):
+        facts = json.loads((folder / "state.json").read_text())
+        del facts["crc32"]
+        (folder / "state.json").write_text(json.dumps(seal(facts | {"novel": 1})))
+    with pytest.raises(DinoError, match="which cannot read it"):
+        pretrain(plan, lambda p: None)
+    assert steps_of(plan.out) == [4, 0], "they lie where they lay"
+
+
+def test_a_sample_sees_any_change_of_a_file(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 3)
+    (tmp_path / "images" / "0001.png").write_bytes(bytes(3_000_000))
+    source = image_folder(tmp_path / "images")
+    before = sample_of(source)
+    assert len(before) == 3 * 8
+    assert sample_of(image_folder(shutil.copytree(tmp_path / "images", tmp_path / "moved"))) == before
+    for place in (0, 1_600_000, 2_999_999):
+        with (tmp_path / "images" / "0001.png").open("rb+") as file:
+            file.seek(place)
+            file.write(b"x")
+        after = sample_of(source)
+        assert (after[:8], after[8:16] == before[8:16], after[16:]) == (before[:8], False, before[16:])
+        before = after
+    (tmp_path / "images" / "0002.png").unlink()
+    assert sample_of(source)[16:] == "0" * 8
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(plan: Plan) -> None:

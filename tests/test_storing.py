@@ -116,6 +116,9 @@ def test_what_is_wrong_with_shards_is_said(tmp_path: Path) -> None:
         with pytest.raises(DinoError, match=r"index\.json cannot be read"):
             read_features(folder)
     index.write_text(told.replace('"00001.safetensors": 1', '"00001.safetensors": 2'))
+    with pytest.raises(DinoError, match="its checksum does not match"):
+        read_features(folder)
+    index.write_text(json.dumps({"dinocli": "features", "images": {"00001.safetensors": 2}}))  # of an earlier version
     with pytest.raises(DinoError, match="2 images were wanted; it has 1"):
         read_features(folder)
     index.write_text(told)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from dinocli.mapped import map_tensors
 from dinocli.streamed import TensorStream
 
 
@@ -25,7 +26,8 @@ def test_tensors_that_grew_are_read_by_others_and_aligned(tmp_path: Path, width:
         assert file.get_tensor("values").dtype == dtype
         assert file.get_tensor("labels").tolist() == list(range(5))
         assert file.get_tensor("text").tobytes() == b"some"
-        assert file.metadata() == {"who": "ü" * 300}
+        assert file.metadata() == {"who": "ü" * 300, "crc32": file.metadata()["crc32"]}
+    assert map_tensors(tmp_path / "f")[1] == {"who": "ü" * 300}
     content = (tmp_path / "f").read_bytes()
     labels = content.index(np.arange(5).tobytes())
     assert labels % 8 == 0

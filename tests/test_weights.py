@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import types
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import dinocli
+from dinocli.atomic import write_tensors
 from dinocli.errors import DinoError
 from dinocli.models.network import Network
 from dinocli.preset import Preset, load_preset
@@ -151,3 +154,26 @@ def test_a_file_without_the_network_asked_for(tmp_path: Path, preset: Preset, ne
     with pytest.raises(DinoError, match="run folder"):
         (tmp_path / "nothing").mkdir()
         read_weights(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("stored", "writer", "said", "hint"),
+    [
+        ("{", "", "its preset cannot be read", "copy it again"),
+        ('{"a":' * 100_000, "", "nested too deeply", "copy it again"),
+        ("[]", dinocli.__version__, "should be", "--set"),
+        ("later", "9.7", "there is no key novel; the file was written by dinocli 9.7", "pip install dinocli==9.7"),
+    ],
+)
+def test_a_preset_that_cannot_be_read_is_one_line(
+    tmp_path: Path, preset: Preset, network: Network, stored: str, writer: str, said: str, hint: str
+) -> None:
+    if stored == "later":
+        stored = json.dumps(preset.model_dump(mode="json") | {"novel": 1})
+    tensors = {name: value.numpy() for name, value in network.weights().items()}
+    write_tensors(tmp_path / "ckpt.safetensors", tensors, {"preset": stored, "dinocli": writer})
+    with pytest.raises(DinoError) as error:
+        read_weights(tmp_path / "ckpt.safetensors")
+    assert said in error.value.message
+    assert "\n" not in error.value.message
+    assert hint in error.value.hint

@@ -15,25 +15,29 @@ from dinocli.errors import DinoError
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for images, run, features and pictures; it must not exist yet.")
+        Path, typer.Option(help="New folder for images, run, features and pictures, or that of a demo to continue.")
     ] = Path("dino-demo"),
     workers: Workers = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Draw an image set, pretrain on it without labels, and set the features beside what they have to beat."""
-    if out.exists():
-        raise DinoError(
-            f"a new folder was wanted for the demo; {out} is there already", f"--out {out}-2, or remove {out}"
-        )
+    """Draw an image set, pretrain on it without labels, and set the features beside what they have to beat.
+
+    The same command continues a demo that was stopped.
+    """
+    if out.exists() and not (out / "demo.json").exists():  # said before torch is loaded
+        raise DinoError(f"{out} is there already, and holds no demo to continue", f"--out {out}-2, or remove {out}")
 
     from dinocli.demo import demo
     from dinocli.device import default_workers, pick_device
 
     picked = pick_device(device)
-    result = demo(
-        out, device=picked, workers=default_workers(picked) if workers is None else workers, stage=console.progress
-    )
+    count = default_workers(picked) if workers is None else workers
+    try:
+        result = demo(out, device=picked, workers=count, stage=console.progress, note=console.say)
+    except KeyboardInterrupt:
+        console.say(f"the demo in {out} is not finished: the same command continues it")
+        raise
     if json:
         console.out_json(asdict(result) | {"folder": str(result.folder), "pictures": [str(p) for p in result.pictures]})
         return

@@ -64,15 +64,19 @@ def extract(
     parts = splits(data)
 
     from dinocli.device import default_workers, pick_device
+    from dinocli.distributed import rank
     from dinocli.encoder import quick
     from dinocli.extraction import extract
     from dinocli.features import learned_from
+    from dinocli.inspection import warn_of
 
     picked = pick_device(device)
     encoder = encoder_from(paths[0] if len(paths) == 2 else None, device, network, overrides)
     encoder = quick(encoder, precision, compiled=compiled and compiles(picked, asked=True))
     written = []
     for name, source in parts.items():
+        for line in warn_of(source, encoder.images) if rank() == 0 else ():
+            console.say(f"note: {f'{name}: ' if len(parts) > 1 else ''}{line}")
         with console.progress(f"extract {name}", source.count or 0, "images") as advance:
             written.append(
                 extract(

@@ -57,7 +57,7 @@ def match(
 ) -> None:
     """Match places of two photos by what their patches look like, draw them, and score them by known points."""
     for photo in (a, b):
-        if not photo.is_file():
+        if photo.is_dir() or not photo.exists():
             came = "is a folder" if photo.is_dir() else "does not exist"
             raise DinoError(f"a photo was wanted; {photo} {came}", "check the path")
     picture = out / f"{a.stem}-{b.stem}.png"

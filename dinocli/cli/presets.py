@@ -40,4 +40,5 @@ def list_presets(context: typer.Context, json: Json = False) -> None:
 @presets.command()
 def show(name: Annotated[str, typer.Argument(help="Name of a shipped preset.")]) -> None:
     """Print a preset; redirected into a file it is the start of one of your own."""
-    console.out(shipped.text(name).rstrip("\n"))
+    for line in shipped.text(name).rstrip("\n").splitlines():
+        console.out(line)

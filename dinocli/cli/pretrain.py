@@ -260,11 +260,13 @@ def _peak(plan: Plan) -> float:
 
 def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
     """What a person should know before a run; of one that was begun, what is not known from then."""
+    from dinocli.inspection import warn_of
     from dinocli.planning import cautions
 
     if plan.preset.views.low_resolution:
         yield f"views of {_views(plan)}: steps take longer then"
     if not begun:
+        yield from warn_of(plan.source, plan.preset.images) if rank() == 0 else ()
         yield from cautions(plan)
         if plan.init and not plan.monitor:
             yield "nobody looks whether these weights lose what they know: --monitor DIR, a small labelled folder"

@@ -44,7 +44,7 @@ def track(
     json: Json = False,
 ) -> None:
     """Follow what a first mask holds through a video: a mask for each frame, and a film with them laid over."""
-    if not mask.is_file():
+    if not mask.exists():
         raise DinoError(f"a mask of the first frame was wanted; {mask} does not exist", "check the path")
     if any(given and given.resolve() == (out / "masks").resolve() for given in (frames, mask.parent, evaluate)):
         raise DinoError(

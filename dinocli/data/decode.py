@@ -23,6 +23,7 @@ from dinocli.data.depth import array_to_bytes, deep_to_gray, is_deep_color, read
 from dinocli.data.guards import BODY, Reader, TooSlow, check_tags, too_many_scans
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.jpeg import plain_header
+from dinocli.data.turns import TURNS, turned
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its words on bad files come out on stderr
 
@@ -39,15 +40,6 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION = 0x0112
 _QOI = 2e6  # pixels; some ten seconds
 _HOLD_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
-_TURNS: dict[int, Callable[[Pixels], Pixels]] = {
-    2: lambda p: p[:, ::-1],
-    3: lambda p: p[::-1, ::-1],
-    4: lambda p: p[::-1],
-    5: lambda p: p.transpose(1, 0, 2),
-    6: lambda p: np.rot90(p, -1),
-    7: lambda p: p[::-1, ::-1].transpose(1, 0, 2),
-    8: np.rot90,
-}
 # Channels of what is not made RGB or grey. RGBX is what Pillow calls four bands of which it knows three.
 _BANDS = {"LA": 2, "RGBA": 4, "RGBX": 4}
 _ENTERING = threading.Lock()
@@ -108,7 +100,7 @@ class Opened:
         if self._plain_jpeg and reduce == 1 and self._images.channels in (1, 3):
             fast = _fast_jpeg(self._source, self._tagged)
             if fast is not None and fast.shape[1::-1] == self._size:
-                return _turned(_gray(fast) if self._images.channels == 1 else fast, self._turn)
+                return turned(_gray(fast) if self._images.channels == 1 else fast, self._turn)
         image, self._image = self._image, None  # Pillow reads a file once
         result = _tried(self._images, False, lambda: self._load(image, reduce))
         if isinstance(result, BadImage) and self._images.truncated and isinstance(self._source, bytes):
@@ -150,7 +142,7 @@ class Opened:
             pixels = _gray(pixels)
         if lenient and not isinstance(pixels, BadImage) and (pixels == pixels[:1, :1]).all():
             return BadImage("truncated: nothing is left of the picture")
-        return pixels if isinstance(pixels, BadImage) else _turned(pixels, _orientation(image))
+        return pixels if isinstance(pixels, BadImage) else turned(pixels, orientation(image))
 
 
 def reduction(room: float) -> int:
@@ -207,7 +199,7 @@ def _opened(source: bytes | Image.Image, image: Image.Image, images: ImagesConfi
         format=image.format,
         mode=image.mode,
         image=image,
-        turn=_orientation(image),
+        turn=orientation(image),
         tagged=bool(_HOLD_ORIENTATION & image.info.keys()),
         plain_jpeg=plain and image.format in ("JPEG", "MPO") and isinstance(source, bytes),
     )
@@ -357,7 +349,8 @@ def _tried(images: ImagesConfig, lenient: bool, work: Callable[[], T]) -> T | Ba
         return BadImage(f"{'truncated' if early else 'damaged'}: {words}")
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation that Pillow has not applied itself; 1 if there is none."""
     # Pillow turns TIFFs itself.
     if image.format == "TIFF" or not _HOLD_ORIENTATION & image.info.keys():
         return 1
@@ -365,11 +358,7 @@ def _orientation(image: Image.Image) -> int:
         turn = Image.Image.getexif(image).get(_ORIENTATION)  # that of PNG decodes the picture
     except Exception:  # nobody refuses a picture for its EXIF
         return 1
-    return turn if isinstance(turn, int) and turn in _TURNS else 1
-
-
-def _turned(pixels: Pixels, turn: int) -> Pixels:
-    return np.ascontiguousarray(_TURNS[turn](pixels)) if turn in _TURNS else pixels
+    return turn if isinstance(turn, int) and turn in TURNS else 1
 
 
 def _to_rgb(image: Image.Image, windows: NDArray[np.float64] | None, channels: int) -> Pixels | BadImage:

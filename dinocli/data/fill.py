@@ -27,6 +27,7 @@ from dinocli.data.crops import (
 from dinocli.data.decode import BadImage, Pixels, decode, open_image, reduction
 from dinocli.data.images import ImagesConfig
 from dinocli.data.masking import blocks, generator_of
+from dinocli.data.regular import why_unread
 from dinocli.data.ring import Task
 from dinocli.data.shards import Sample
 from dinocli.data.sources import Images
@@ -145,11 +146,11 @@ class ImageFiller:
 
     def _pixels(self, row: int, tries: list[Tries], places: list[Tensor]) -> tuple[Pixels, list[Box]] | BadImage:
         if self.cache is None:
-            data = _read(self.source, row)
+            data = _read(self.source, row, self.cutter.images)
             return data if isinstance(data, BadImage) else self.cutter.pixels(data, tries, places)
         pixels = self.cache.get(row)
         if pixels is None:
-            data = _read(self.source, row)
+            data = _read(self.source, row, self.cutter.images)
             found = data if isinstance(data, BadImage) else decode(data, self.cutter.images)
             if isinstance(found, BadImage):
                 return found
@@ -194,11 +195,11 @@ class StreamFiller:
         return bad
 
 
-def _read(source: Images, row: int) -> bytes | Image | BadImage:
+def _read(source: Images, row: int, images: ImagesConfig) -> bytes | Image | BadImage:
     try:
-        return source.read(row)
+        return source.read(row, images)
     except OSError as error:
-        return BadImage(f"cannot be opened: {error.strerror or error}")
+        return BadImage(why_unread(error))
 
 
 def _nothing_to_read(name: str, reason: str) -> DinoError:
@@ -255,7 +256,7 @@ class PlainFiller:
                 if row >= len(self.source):
                     break
                 number, name, label = row, self.source.names[row], int(self.source.labels[row])
-                data: bytes | Image | BadImage = _read(self.source, row)
+                data: bytes | Image | BadImage = _read(self.source, row, self.images)
             else:
                 sample = next(self.source, None)
                 if sample is None:

@@ -13,7 +13,10 @@ import numpy as np
 from PIL import Image
 
 from dinocli.data.decode import BadImage
+from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.regular import read_file, why_unread
 from dinocli.data.sources import image_folder
+from dinocli.data.turns import orientation_of, turned
 from dinocli.errors import DinoError
 
 _VIDEOS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .ogv".split())
@@ -55,14 +58,11 @@ class Frames:
         """How many a second; files do not tell."""
         return None
 
-    def read(self, wanted: Container[int]) -> Iterator[Frame]:
+    def read(self, wanted: Container[int], images: ImagesConfig = DEFAULTS) -> Iterator[Frame]:
         """The frames of some numbers, in order."""
         for number, path in enumerate(self.files):
             if number in wanted:
-                try:
-                    yield Frame(number, path.name, path.read_bytes())
-                except OSError as error:
-                    yield Frame(number, path.name, BadImage(f"cannot be opened: {error.strerror or error}"))
+                yield Frame(number, path.name, _read(path, images))
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,30 @@ class VideoFrames(Frames):
     def rate(self) -> Fraction | None:
         return self.pace
 
-    def read(self, wanted: Container[int]) -> Iterator[Frame]:
+    def read(self, wanted: Container[int], images: ImagesConfig = DEFAULTS) -> Iterator[Frame]:
         av, number = pyav(), -1
         with av.open(str(self.where)) as file:
             try:
                 for number, frame in enumerate(file.decode(video=0)):
                     if number in wanted:
-                        pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)  # a telephone's
-                        yield Frame(number, f"frame {number + 1}", Image.fromarray(np.ascontiguousarray(pixels)))
+                        pixels = turned(frame.to_ndarray(format="rgb24"), _orientation(frame))
+                        yield Frame(number, f"frame {number + 1}", Image.fromarray(pixels))
             except av.error.FFmpegError as error:
                 reason = f"damaged: {error.strerror}; nothing after it is read"
                 yield Frame(number + 1, f"frame {number + 2}", BadImage(reason))
+
+
+def _read(path: Path, images: ImagesConfig) -> bytes | BadImage:
+    try:
+        return read_file(path, images)
+    except OSError as error:
+        return BadImage(why_unread(error))
+
+
+def _orientation(frame: Any) -> int:
+    """Return the EXIF orientation of a film's picture. `frame.rotation` of PyAV leaves mirroring out."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    return 1 if matrix is None else orientation_of(np.frombuffer(bytes(matrix), np.int32))
 
 
 def is_video(path: Path) -> bool:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from dinocli.data.decode import BadImage, Pixels, decode
-from dinocli.data.images import ImagesConfig
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.listing import Names
+from dinocli.data.regular import read_file
 from dinocli.data.sources import Images
 from dinocli.errors import DinoError
 
@@ -32,12 +33,12 @@ class GivenImages(Images):
 
     given: Sequence[Given] = ()
 
-    def read(self, index: int) -> bytes | Image:
+    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> bytes | Image:
         one = self.given[index]
         if isinstance(one, Image):
             return one
         if not isinstance(one, np.ndarray):
-            return Path(one).read_bytes()
+            return read_file(Path(one), images)
         file = io.BytesIO()
         np.save(file, one, allow_pickle=False)
         return file.getvalue()
@@ -71,7 +72,7 @@ def given_pixels(image: Given, config: ImagesConfig) -> Pixels:
     """
     source = given_images(image)
     try:
-        pixels = decode(source.read(0), config)
+        pixels = decode(source.read(0, config), config)
     except OSError as error:
         raise unreadable(source.names[0], error.strerror or str(error)) from error
     if isinstance(pixels, BadImage):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocli.checksums import parse
 from dinocli.errors import DinoError
 
 Points = NDArray[np.float64]
@@ -46,7 +46,7 @@ def read_keypoints(
         if path.suffix.lower() in (".xml", ".txt"):
             points = _mapped(_homography(text), sizes)
         elif path.suffix.lower() == ".json":
-            points = _pairs([[row[name] for name in _COLUMNS] for row in json.loads(text)])
+            points = _pairs([[row[name] for name in _COLUMNS] for row in parse(text)])
         else:
             points = _of_table(list(csv.reader(text.splitlines())), path, a, b)
     except (ValueError, KeyError, TypeError, IndexError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,12 @@ from PIL import Image
 
 from dinocli.atomic import atomic
 from dinocli.data.decode import BadImage
-from dinocli.data.images import DEFAULTS
+from dinocli.data.mask_values import read_values
 
 Labels = NDArray[np.uint8]
 IGNORED = 255  # of pixels that count for nothing, in a map of many objects or classes
 # A photo, or a mask with soft edges, taken for a map of objects has more values than this.
 _MOST = 64
-_TOO_LARGE = f"too large: over {DEFAULTS.max_megapixels:g} megapixels"
 
 
 @dataclass(frozen=True)
@@ -52,45 +50,31 @@ class LabelMap:
 def read_labels(path: Path, most: int = _MOST) -> LabelMap | BadImage:
     """Read a mask: an image with a palette, whose numbers count and not its colors, or a grey or black-and-white one.
 
+    Numbers are kept as stored, also of 16 bits, 32 bits and floats; larger ones than 255 are refused.
+
     Args:
         path: The file; grey may have been saved as colors.
         most: Objects that it may hold.
 
     Returns:
-        The map, or why the file is none.
+        The map, or the reason why the file is none.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                if image.width * image.height > DEFAULTS.max_megapixels * 1e6:
-                    return BadImage(_TOO_LARGE)
-                found = _labels(image)
-    except Image.DecompressionBombError:
-        return BadImage(_TOO_LARGE)
-    # Pillow's readers raise nearly every kind of exception on a broken file.
-    except Exception as error:
-        return BadImage(f"damaged: {' '.join(str(error).split())[:160] or type(error).__name__}")
-    if found is None:
-        return BadImage(
-            f"no label map: its pixels are {image.mode}, and not numbers of objects (a palette, or 8-bit grey)"
-        )
+    read = read_values(path)
+    if isinstance(read, BadImage):
+        return read
+    if read.lossy:
+        return BadImage(f"no label map: {read.lossy} changes values; save the mask as PNG")
+    values = read.values
+    # A comparison with NaN is false.
+    wrong = ~((values >= 0) & (values <= 255)) if values.dtype != np.uint8 else np.zeros(1, np.bool_)
+    if values.dtype.kind == "f":
+        wrong |= values != np.floor(values)
+    if wrong.any():
+        return BadImage(f"no label map: it holds the value {values[wrong][0].item()}; numbers of objects are 0 to 255")
+    found = LabelMap(values.astype(np.uint8, copy=False), read.palette)
     if len(found.objects) > most:
         return BadImage(f"no label map: it has {len(found.objects)} values, as photos and masks with soft edges have")
     return found
-
-
-def _labels(image: Image.Image) -> LabelMap | None:
-    if image.mode == "P":
-        palette = image.getpalette()
-        return LabelMap(np.array(image), bytes(palette) if palette else None)
-    if image.mode in ("L", "1"):
-        return LabelMap(np.array(image.convert("L")))
-    if image.mode in ("RGB", "RGBA"):
-        colors = np.array(image)[..., :3]
-        if (colors == colors[..., :1]).all():  # grey that was saved as colors
-            return LabelMap(np.ascontiguousarray(colors[..., 0]))
-    return None
 
 
 def write_labels(path: Path, labels: LabelMap) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dinocli.data.decode import BadImage
 from dinocli.data.labels import read_labels
+from dinocli.data.mask_values import read_values
 from dinocli.data.sources import image_folder
 
 _CLASSES = 256  # of a mask at most: one may have soft edges, or a number for each of many classes
@@ -40,12 +41,28 @@ class Masks:
 
 
 def read_object(path: Path) -> NDArray[np.bool_] | BadImage:
-    """Where a mask has its object: above half of 255, or all but 0 in an index mask. [H, W], or the reason why not."""
-    read = read_labels(path, _CLASSES)
+    """Find the object of a mask: above half of 255 (of 65,535 for 16 bits), or all but 0 in an index mask.
+
+    Returns:
+        Object or not, of each pixel [H, W], or the reason why the file is no mask.
+    """
+    read = read_values(path)
     if isinstance(read, BadImage):
         return read
+    values, most = read.values, read.values.max(initial=0)
+    if not np.isfinite(most) or most > 65535 or values.min(initial=0) < 0:
+        odd = values[~((values >= 0) & (values <= 65535))][0]
+        return BadImage(f"no mask: it holds the value {odd.item()}; values of a mask are 0 to 65535")
+    if read.palette is None and most > 32767:
+        return values > 32767
+    if most > 255:
+        return BadImage(f"no mask: its largest value is {most.item()}; 255 or 65535 is white, up to 127 are numbers")
+    if read.palette is None and most > 127:
+        return values > 127
+    if read.lossy and most:
+        return BadImage(f"no mask: {read.lossy} changes values and none is above 127; save the mask as PNG")
     # Of some sets an object is 1, or each has a number of its own.
-    return read.values > (127 if read.values.max(initial=0) > 127 and read.palette is None else 0)
+    return values > 0
 
 
 def read_index(path: Path) -> NDArray[np.uint8] | BadImage:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.images import ImagesConfig
+from dinocli.data.regular import read_file
 from dinocli.data.sources import image_folder
 from dinocli.errors import DinoError
 
@@ -25,7 +26,7 @@ def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
     for path in paths:
         if path.is_dir():
             files |= {path / inside: Path(inside) for inside in image_folder(path).names}
-        elif path.is_file():
+        elif path.exists():  # of a FIFO or a device its reader says what it is
             files[path] = Path(path.name)
         else:
             raise DinoError(f"a photo or a folder was wanted; {path} does not exist", "check the path")
@@ -66,7 +67,7 @@ def spare(made: Iterable[Path], given: Iterable[Path]) -> None:
 def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:
     """The pixels of a file, or the reason why there are none. [H, W, C]"""
     try:
-        data = path.read_bytes()
+        data = read_file(path, images)
     except OSError as error:
         return BadImage(error.strerror or str(error))
     return decode(data, images)

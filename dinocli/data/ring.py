@@ -22,11 +22,14 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from dinocli.distributed import end_with
 from dinocli.errors import DinoError
 
 _STUCK = 300.0  # seconds for one chunk of a batch, after which whatever is being decoded will not end
 # Where a process can be copied as it stands, the shared memory comes along; elsewhere torch hands it over by name.
 _FORK = sys.platform == "linux"
+# By the process that starts workers, for all of them; the last is not on every system.
+_MINDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Field(NamedTuple):
@@ -152,11 +155,14 @@ class Ring(Generic[Note]):
         self._done: Any = context.SimpleQueue()
         shared: Any = context.SimpleQueue()
         self._queues = [context.SimpleQueue() if bound else shared for _ in range(workers)]
+        # The system ends a worker with the thread that started it, and only the main one lasts.
+        starter = _Starter(os.getpid(), threading.current_thread() is threading.main_thread())
         for lane, tasks in enumerate(self._queues):
-            words = (lane, workers, make, self._slots, tasks, self._done)
+            words = (starter, lane, workers, make, self._slots, tasks, self._done)
             self._processes.append(context.Process(target=_work, args=words, daemon=True))
-        for process in self._processes:
-            process.start()
+        with _held_back(_MINDED):  # until a worker ignores them, it would answer them as this process does
+            for process in self._processes:
+                process.start()
         # However this process ends, or forgets the ring, the workers end too: they mind no signal but one.
         weakref.finalize(self, _end, self._processes)
 
@@ -231,22 +237,45 @@ def _end(processes: list[Any]) -> None:
     processes.clear()
 
 
-def _end_with(parent: int) -> None:
-    """End this worker once the process that started it is gone, which may have been killed."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+class _Starter(NamedTuple):
+    """The process that starts workers: its id, and whether its main thread does."""
+
+    process: int
+    main: bool
 
 
-def _work(lane: int, lanes: int, make: Callable[[int, int], Filler[Any]], slots: _Slots, tasks: Any, done: Any) -> None:
+@contextlib.contextmanager
+def _held_back(signals: Sequence[int]) -> Iterator[None]:
+    """Hold signals back from this process, and from those that it starts, until the block ends."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(
+    starter: _Starter,
+    lane: int,
+    lanes: int,
+    make: Callable[[int, int], Filler[Any]],
+    slots: _Slots,
+    tasks: Any,
+    done: Any,
+) -> None:
     # Ctrl-C, and what `timeout` and schedulers send, reach every process of the group; the parent finishes its step
     # and then ends its workers itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _MINDED:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _MINDED)
+    end_with(starter.process, by_system=starter.main)
     torch.set_num_threads(1)
     # libtiff and libjpeg write a line of their own about each damaged file; what is wrong comes back as a value.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         fill = make(lane, lanes)
         while True:

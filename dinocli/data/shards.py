@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dinocli.checksums import unseal
 from dinocli.data.listing import ARRAY, SUFFIXES
 from dinocli.data.tar import PIPE, LocalTar, PipedTar, Span, members
 from dinocli.errors import DinoError
@@ -234,18 +235,44 @@ def _paths(spec: str) -> list[str]:
 
 
 def _indexed(urls: Sequence[str]) -> tuple[dict[str, tuple[int, str]], list[str]]:
-    """Images of the shards whose size is that in the index beside them, none of them torn; and the names of classes."""
+    """Images of the shards whose size is that in the index beside them, none of them torn; and the names of classes.
+
+    Raises:
+        DinoError: An index is damaged, or names other files than shards beside it.
+    """
     known: dict[str, tuple[int, str]] = {}
     classes: list[str] = []
     for folder in dict.fromkeys(os.path.dirname(url) for url in urls):
-        # Whatever is wrong with an index, reading the shards' headers tells the counts too.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            index = json.loads((Path(folder) / INDEX).read_bytes())
-            counts = {os.path.join(folder, name): (int(index["shards"][name]), "") for name in index["shards"]}
-            sizes = {os.path.join(folder, name): size for name, size in index["bytes"].items()}
-            known |= {u: counts[u] for u in urls if u in counts and os.path.getsize(u) == sizes.get(u)}
-            classes = classes or [str(name) for name in index["classes"]]
+        path = Path(folder) / INDEX
+        try:
+            text = path.read_bytes()
+        except OSError:  # reading the shards' headers tells the counts too
+            continue
+        try:
+            index = unseal(text)
+        except ValueError as error:
+            # Other tools have files of this name. Ours alone holds names of classes, which must not get lost unsaid.
+            if b'"shards"' in text or (Path(folder) / "pack.json").exists():
+                raise _damaged_index(path, str(error)) from error
+            continue
+        if not {"classes", "shards", "bytes"} <= index.keys():  # of another tool
+            continue
+        counts, sizes, names = index["shards"], index["bytes"], index["classes"]
+        if not (isinstance(counts, dict) and isinstance(sizes, dict) and isinstance(names, list)):
+            raise _damaged_index(path, "it has no numbers of images and bytes for each shard")
+        for name, number in [*counts.items(), *sizes.items()]:
+            if name != os.path.basename(name) or "\\" in name:
+                raise _damaged_index(path, f"it names {name}, which is no file in this folder")
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                raise _damaged_index(path, f"it says {number} of {name}")
+        beside = {os.path.join(folder, name): (counts[name], size) for name, size in sizes.items() if name in counts}
+        known |= {u: (beside[u][0], "") for u in urls if u in beside and os.path.getsize(u) == beside[u][1]}
+        classes = classes or [str(name) for name in names]
     return known, classes
+
+
+def _damaged_index(path: Path, why: str) -> DinoError:
+    return DinoError(f"{path} is damaged: {why}", "pack the images again, or remove it: the shards are counted then")
 
 
 def _count(url: str) -> tuple[int, str]:

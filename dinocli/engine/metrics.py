@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from dinocli.atomic import write_text
+from dinocli.checksums import parse
 from dinocli.errors import DinoError
 
 
@@ -62,7 +63,7 @@ class TensorBoard:
 def _step(line: str) -> float:
     """Of a line; infinite where it was never ended or is no line of ours."""
     try:
-        step = json.loads(line)["step"]
+        step = parse(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
     return step if isinstance(step, int) else math.inf

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any, Literal
 import faiss
 import numpy as np
 
-from dinocli.atomic import atomic, atomic_folder, write_text
+from dinocli.atomic import atomic, atomic_folder, write_json
+from dinocli.checksums import crc_of_file, unseal, verified
 from dinocli.evals.nearest import Floats, nearest, unit
 from dinocli.mapped import Indices, Values
 
@@ -31,6 +31,7 @@ _EACH = 40  # features for each list of an IVF index to learn from
 _LEARN_BYTES = 2**30  # of them, at most
 _BLOCK = 65_536  # features that are added at once
 _FILE, _ABOUT = "index.faiss", "about.json"
+_CHECKSUM = "file"  # in the latter: the checksum of the former
 
 Report = Callable[[int], None]
 
@@ -123,19 +124,25 @@ def open_index(values: Values, kind: Kind, folder: Path, of: str, report: Report
     if kind == "exact":
         return Index(About("exact", len(values), of), values)
     place = folder / f"index.{kind}"
-    return _kept(values, place, of) or _build(values, kind, place, of, report)
+    return _kept(values, place, kind, of) or _build(values, kind, place, of, report)
 
 
-def _kept(values: Values, place: Path, of: str) -> Index | None:
+def _kept(values: Values, place: Path, kind: Kind, of: str) -> Index | None:
+    """Return the stored index, or None if it is of other features, incomplete or damaged."""
     try:
-        about = About(**json.loads((place / _ABOUT).read_text(encoding="utf-8")))
-        if about.of != of:
+        told = unseal((place / _ABOUT).read_bytes())
+        # An index whose bytes are not known may give wrong answers, or end the process: it is built again.
+        if not verified(place / _FILE, told.pop(_CHECKSUM)):
+            return None
+        about = About(**told)
+        if (about.of, about.kind, about.images) != (of, kind, len(values)):
             return None
         # Lists stay on the disk until they are looked at; a graph is read whole.
         flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if about.kind == "ivf" else 0
-        return Index(about, values, faiss.read_index(str(place / _FILE), flags))
+        coarse = faiss.read_index(str(place / _FILE), flags)
+        return Index(about, values, coarse) if (coarse.ntotal, coarse.d) == values.shape else None
     # Whatever is wrong with what was kept, making it again mends it.
-    except (OSError, ValueError, TypeError, RuntimeError):
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError):
         return None
 
 
@@ -152,7 +159,7 @@ def _build(values: Values, kind: Kind, place: Path, of: str, report: Report) -> 
     with contextlib.suppress(OSError, RuntimeError), atomic_folder(place) as draft:
         with atomic(draft / _FILE) as file:
             faiss.write_index(coarse, str(file))
-        write_text(draft / _ABOUT, json.dumps(asdict(index.about)))
+        write_json(draft / _ABOUT, asdict(index.about) | {_CHECKSUM: f"{crc_of_file(draft / _FILE):08x}"})
     return index
 
 

@@ -739,3 +739,21 @@ def test_places_are_matched_and_things_followed_with_a_checkpoint(dino: Dino, im
     done = dino("track", "track/masks", "--mask", "truth/0000.png", code=1)
     assert "would be written over" in done.stderr
     assert "images is a folder" in dino("match", a, "images", code=1).stderr
+
+
+def test_deep_images_of_low_contrast_are_named_with_their_window(dino: Dino) -> None:
+    Path("deep").mkdir()
+    for i in range(24):
+        values = np.random.default_rng(i).integers(0, 101, (24, 24))
+        values[:2] = [[0] * 24, [100] * 24]
+        Image.fromarray(values.astype(np.uint16)).save(f"deep/{i}.png")
+    note = (
+        "note: 24 of 24 images are a single color after conversion to 8 bits; raw values span 0 to 100: "
+        "--set images.window='[0, 100]'"
+    )
+    start = ("pretrain", "deep", "--preset", "tiny", *SMALL, "--steps", "0", "--no-report")
+    assert note in dino(*start).stderr
+    assert "single color" not in dino(*start, "--set", "images.window=[0, 100]").stderr
+    assert note not in dino("extract", "deep", "--device", "cpu", "--workers", "0").stderr, "the run's own window"
+    done = dino("extract", "deep", "--device", "cpu", "--workers", "0", "--set", "images.window=[0, 65535]")
+    assert note in done.stderr

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -63,6 +64,42 @@ def test_a_videos_frames_are_its_pictures(tmp_path: Path, form: str) -> None:
             assert pixels.shape == (32, 64, 3)
             assert abs(int(pixels[16, 48, 0]) - grey) < 8 and pixels[16, 16, 0] < 8
     assert [frame.number for frame in video.read({2})] == [2]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "corners"),
+    [  # a, b, c, d of the display matrix, and the greys at the top left, top right, bottom left and bottom right
+        ((1, 0, 0, 1), (240, 160, 80, 0)),
+        ((-1, 0, 0, 1), (160, 240, 0, 80)),
+        ((-1, 0, 0, -1), (0, 80, 160, 240)),
+        ((1, 0, 0, -1), (80, 0, 240, 160)),
+        ((0, 1, 1, 0), (240, 80, 160, 0)),
+        ((0, 1, -1, 0), (80, 240, 0, 160)),
+        ((0, -1, -1, 0), (0, 160, 80, 240)),
+        ((0, -1, 1, 0), (160, 0, 240, 80)),
+    ],
+)
+def test_a_video_is_turned_and_mirrored_as_its_matrix_says(tmp_path: Path, matrix: tuple, corners: tuple) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "x.mp4"
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        pixels = np.kron(np.array([[240, 160], [80, 0]], np.uint8), np.ones((16, 32), np.uint8))
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(np.dstack([pixels] * 3), format="rgb24")))
+        file.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    at = data.index(b"tkhd") + 44  # the track's matrix of nine numbers, behind times, duration and volume
+    a, b, c, d = (65536 * number for number in matrix)
+    assert struct.unpack_from(">9i", data, at) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    struct.pack_into(">9i", data, at, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(data)
+    (frame,) = open_frames(path).read(range(9))
+    pixels = decode(frame.data)[..., 0].astype(int)
+    assert pixels.shape == ((32, 64) if matrix[0] else (64, 32))
+    h, w = pixels.shape
+    found = [pixels[y, x] for y in (h // 4, 3 * h // 4) for x in (w // 4, 3 * w // 4)]
+    np.testing.assert_allclose(found, corners, atol=12)  # of the codec; the greys are 80 apart
 
 
 def test_a_torn_video_ends_where_it_is_torn(tmp_path: Path) -> None:

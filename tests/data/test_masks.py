@@ -50,7 +50,7 @@ def test_an_index_mask_is_its_numbers_and_what_is_none_is_a_reason(tmp_path: Pat
     assert read_index(save(tmp_path / "many.png", [list(range(256))])).tolist() == [list(range(256))], "of many classes"
     Image.new("RGB", (2, 2), (200, 0, 0)).save(tmp_path / "c.png")
     (tmp_path / "d.png").write_bytes(b"no image")
-    for name, words in (("c.png", "its pixels are RGB"), ("d.png", "damaged"), ("gone.png", "damaged")):
+    for name, words in (("c.png", "its pixels are RGB"), ("d.png", "damaged"), ("gone.png", "No such file")):
         for read in (read_index, read_object):
             bad = read(tmp_path / name)
             assert isinstance(bad, BadImage)
@@ -68,3 +68,43 @@ def test_a_huge_mask_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     for read in (read_index, read_object):
         bad = read(tmp_path / "huge.png")
         assert isinstance(bad, BadImage) and bad.reason == "too large: over 150 megapixels"
+
+
+def jpeg(path: Path, inside: int, quality: int = 75) -> Path:
+    """A disk of one value on black, as a JPEG: with ringing around its edge."""
+    y, x = np.mgrid[:64, :64]
+    Image.fromarray(np.where((y - 32) ** 2 + (x - 30) ** 2 < 300, inside, 0).astype(np.uint8)).save(
+        path, quality=quality
+    )
+    return path
+
+
+def test_a_jpeg_mask_is_one_object_or_refused(tmp_path: Path) -> None:
+    y, x = np.mgrid[:64, :64]
+    disk = (y - 32) ** 2 + (x - 30) ** 2 < 300
+    path = jpeg(tmp_path / "a.jpg", 255)
+    assert len(np.unique(np.asarray(Image.open(path)))) > 10, "many values beside the two"
+    assert (read_object(path) == disk).mean() > 0.99, "above half of white; an edge may move by a pixel"
+    assert read_index(path) == BadImage("no label map: JPEG changes values; save the mask as PNG")
+    number = read_object(jpeg(tmp_path / "b.jpg", 40))
+    assert number == BadImage("no mask: JPEG changes values and none is above 127; save the mask as PNG")
+    assert not read_object(jpeg(tmp_path / "c.jpg", 0)).any(), "black, and so no object"
+
+
+def test_a_deep_mask_is_black_and_white_or_numbers_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    for values, wanted in (
+        ([0, 65535, 0, 40000], [False, True, False, True]),
+        ([0, 255, 128, 127], [False, True, True, False]),
+        ([0, 1, 2, 127], [False, True, True, True]),
+    ):
+        Image.fromarray(np.array([values], np.uint16)).save(path)
+        assert read_object(path).tolist() == [wanted]
+    Image.fromarray(np.array([[0, 300]], np.uint16)).save(path)
+    bad = read_object(path)
+    assert isinstance(bad, BadImage) and "its largest value is 300" in bad.reason
+    Image.fromarray(np.array([[0.0, np.nan]], np.float32)).save(tmp_path / "b.tif")
+    bad = read_object(tmp_path / "b.tif")
+    assert isinstance(bad, BadImage) and "the value nan" in bad.reason
+    Image.fromarray(np.array([[0.0, 1.0]], np.float32)).save(tmp_path / "b.tif")
+    assert read_object(tmp_path / "b.tif").tolist() == [[False, True]]

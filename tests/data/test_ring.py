@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from dinocli.data import ring
 from dinocli.data.ring import Field, Ring, Task, chunk_size, turns
 from dinocli.errors import DinoError
+from dinocli.runs import held
 
 FIELDS = {"keys": Field((10,), torch.int64), "worker": Field((10,), torch.int64)}
 
@@ -181,3 +183,47 @@ print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)), flush=True)
     *workers, codes = done.stdout.splitlines()
     assert [len(line.split()) for line in workers] == [2, 2]
     assert sorted(codes.split()) == ["-9", "3"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end the workers")
+def test_a_stopped_worker_dies_with_its_parent_and_the_lock_is_free_at_once(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_ring
+from dinocli.runs import held
+with held(Path(sys.argv[1])):
+    ring = test_ring.made(test_ring.Counting, 2)
+    next(iter(ring))
+    print(*(p.pid for p in ring._processes), flush=True)
+    sys.stdin.read()
+"""
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    run = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert run.stdin
+    assert run.stdout
+    workers = [int(word) for word in run.stdout.readline().split()]
+    assert len(workers) == 2
+    with pytest.raises(DinoError, match="a run is going on"), held(tmp_path):
+        pass
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    run.kill()
+    run.wait()
+    with held(tmp_path):
+        pass
+    # The workers hold the pipe open: reading it to its end waits for the last of them.
+    assert run.communicate(timeout=30) == ("", None)
+
+
+def test_signals_that_come_while_workers_start_reach_this_process_alone() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        with ring._held_back([signal.SIGINT]):
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not came
+        assert came == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)

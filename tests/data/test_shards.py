@@ -6,12 +6,13 @@ import json
 import os
 import pickle
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dinocli.checksums import seal
 from dinocli.data import shards, sources, tar
 from dinocli.data.shards import SUFFIXES, Sample, is_shards, open_shards
 from dinocli.errors import DinoError
@@ -238,6 +239,37 @@ def test_an_index_saves_the_count_and_is_believed_only_if_the_sizes_fit(tmp_path
     assert open_shards(str(tmp_path)).counts == [50, 3]
     (tmp_path / "index.json").write_text("[")
     assert open_shards(str(tmp_path)).counts == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda index: {**seal(index), "shards": {"train-000.tar": 3, "train-001.tar": 3}}, "checksum does not match"),
+        (lambda index: {**index, "shards": {"../train-000.tar": 2}}, "no file in this folder"),
+        (lambda index: {**index, "bytes": {"/train-000.tar": 2}}, "no file in this folder"),
+        (lambda index: {**index, "shards": {"train-000.tar": -2}}, "it says -2 of train-000.tar"),
+        (lambda index: {**index, "shards": {"train-000.tar": "2"}}, "it says 2 of train-000.tar"),
+        (lambda index: {**index, "shards": [2, 3]}, "no numbers of images"),
+        (lambda index: None, "damaged"),
+    ],
+)
+def test_a_damaged_index_of_ours_is_one_line(
+    tmp_path: Path, change: Callable[[dict[str, object]], dict[str, object] | None], said: str
+) -> None:
+    write_shards(tmp_path, [2, 3])
+    sizes = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
+    text = json.dumps(change({"classes": ["cat"], "shards": {"train-000.tar": 2, "train-001.tar": 3}, "bytes": sizes}))
+    (tmp_path / "index.json").write_text('{"shards": ' * 100_000 if text == "null" else text)
+    with pytest.raises(DinoError, match=said) as error:
+        open_shards(str(tmp_path))
+    assert "\n" not in error.value.message
+
+
+def test_an_index_of_another_tool_is_ignored(tmp_path: Path) -> None:
+    write_shards(tmp_path, [2, 3])
+    for text in ('{"a": 1}\n{"b": 2}\n', "{}", "[]", '{"shards": 3}'):
+        (tmp_path / "index.json").write_text(text)
+        assert open_shards(str(tmp_path)).counts == [2, 3]
 
 
 def test_pipes(tmp_path: Path) -> None:

@@ -44,3 +44,10 @@ def test_without_tensorboard_it_says_how_to_get_it(tmp_path: Path, monkeypatch: 
     with pytest.raises(DinoError, match="not installed") as error:
         TensorBoard(tmp_path)
     assert error.value.hint == "pip install 'dinocli[tensorboard]'"
+
+
+def test_damaged_lines_are_dropped_when_a_run_is_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": ' + "[" * 100_000 + '\n{"st\n[]\n{"step": 9}\n')
+    Metrics(path, 3)
+    assert path.read_text() == '{"step": 1}\n'

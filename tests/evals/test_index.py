@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dinocli.checksums import unseal
 from dinocli.evals import index as module
 from dinocli.evals.index import digest_of, kind_for, open_index
 from dinocli.evals.nearest import nearest
@@ -53,6 +55,35 @@ def test_an_index_of_other_features_or_a_damaged_one_is_made_anew(tmp_path: Path
     (tmp_path / "index.ivf" / "index.faiss").write_bytes(b"torn")
     open_index(changed, "ivf", tmp_path, digest_of(changed), built.append)
     assert built == [500, 500]
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_no_damaged_index_is_asked(tmp_path: Path, kind: str) -> None:
+    """Whichever byte has changed, of the index or of what tells of it, the index is built again."""
+    values, built = drawn(200), list[int]()
+    open_index(values, kind, tmp_path, "x")
+    for name, step in (("index.faiss", 997), ("about.json", 11)):
+        path = tmp_path / f"index.{kind}" / name
+        content = path.read_bytes()
+        for place in range(0, len(content), max(step, len(content) // 10)):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            built.clear()
+            index = open_index(values, kind, tmp_path, "x", built.append)
+            assert built, f"{name}, byte {place}"
+            assert index.search(values[:50], 1)[1][:, 0].tolist() == list(range(50))
+    open_index(values, kind, tmp_path, "x", built.append)
+    about = tmp_path / f"index.{kind}" / "about.json"
+    for text in (
+        "[" * 100_000,
+        "{",
+        "[]",
+        json.dumps({"novel": 1}),
+        json.dumps(unseal(about.read_bytes()) | {"novel": 1}),
+    ):
+        about.write_text(text)
+        built.clear()
+        open_index(values, kind, tmp_path, "x", built.append)
+        assert built, text[:20]
 
 
 def test_an_index_that_cannot_be_kept_is_used_all_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Regular files, read whole up to a limit. FIFOs, devices and sockets are never opened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from dinocli.data.images import DEFAULTS, ImagesConfig
+
+# A FIFO may take the file's place between stat and open. Without O_NONBLOCK opening it would wait for a writer.
+_FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
+_PIECE = 2**16  # bytes; the size to read on with, when a file is longer than stat said
+_LONGEST = 2**30  # bytes; some systems refuse to read more at once
+
+
+class Refused(OSError):
+    """A file that is not read: `not a file: a FIFO`, or `too large: ...`."""
+
+
+def read_file(path: str | Path, images: ImagesConfig = DEFAULTS) -> bytes:
+    """Read a regular file of at most `images.max_megabytes`.
+
+    Memory stays below the limit for sparse files too, and for files that grow meanwhile.
+
+    Raises:
+        Refused: The file is larger, or is no regular file.
+        OSError: The file does not exist, is a folder, or permission is denied.
+    """
+    _check(_status(path), images)
+    descriptor = os.open(path, _FLAGS)
+    try:
+        size = _check(os.fstat(descriptor), images)
+        room = int(images.max_megabytes * 1e6) + 1
+        parts = [os.read(descriptor, min(room, size + 1, _LONGEST))]
+        # A short read is no proof of the end on every file system; an empty one is.
+        while parts[-1] and (room := room - len(parts[-1])) > 0:
+            parts.append(os.read(descriptor, min(room, max(size - sum(map(len, parts)), _PIECE), _LONGEST)))
+    finally:
+        os.close(descriptor)
+    if room <= 0:
+        raise Refused(f"too large: it grew over {images.max_megabytes:g} megabytes while it was read")
+    return parts[0] if len(parts) == 2 and not parts[1] else b"".join(parts)
+
+
+def begins_with(path: str | Path, beginnings: tuple[bytes, ...]) -> bool:
+    """Check the first bytes of a regular file; anything that cannot be read begins with none."""
+    try:
+        if not stat.S_ISREG(_status(path).st_mode):
+            return False
+        descriptor = os.open(path, _FLAGS)
+        try:
+            return os.read(descriptor, max(map(len, beginnings))).startswith(beginnings)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        return False
+
+
+def why_unread(error: OSError) -> str:
+    """Return the reason for a skipped file: a category to count by, a colon, a few words."""
+    return str(error) if isinstance(error, Refused) else f"cannot be opened: {error.strerror or error}"
+
+
+def _status(path: str | Path) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except ValueError as error:  # a null byte in a list of files
+        raise Refused(f"cannot be opened: {error}") from error
+
+
+def _check(status: os.stat_result, images: ImagesConfig) -> int:
+    """Return the size in bytes of a file that may be read."""
+    mode = status.st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise Refused(f"not a file: {_kind(mode)}")
+    if status.st_size > images.max_megabytes * 1e6:
+        raise Refused(f"too large: {status.st_size / 1e6:.0f} megabytes, over {images.max_megabytes:g}")
+    return status.st_size
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "a FIFO"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"

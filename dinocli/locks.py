@@ -1,0 +1,56 @@
+"""Locks that end with the process that holds them, and that forked children do not inherit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+class Lock:
+    """An exclusive lock on an open file or folder, until `close` or the end of this process.
+
+    A forked child inherits the open file, and the lock with it. So children close it when they start: it ends with
+    this process, however that ends, and not with the last of its workers.
+
+    Args:
+        file: Descriptor of the open file, whose lock is held.
+    """
+
+    def __init__(self, file: int) -> None:
+        from multiprocessing.util import register_after_fork
+
+        self._file = file
+        register_after_fork(self, Lock.close)
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def lock(path: Path, flags: int = os.O_RDONLY) -> Lock | None:
+    """Lock a file or a folder, or return None if the system or the file system has no locks for it.
+
+    Args:
+        path: Existing file or folder.
+        flags: For `os.open`.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+        OSError: It cannot be opened.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = os.open(path, flags)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise
+    except OSError:
+        os.close(file)
+        return None
+    return Lock(file)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dinocli import stopping as module
+from dinocli.stopping import Stopping, stop_signals
+
+
+def until(done: object, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not done() and time.monotonic() < end:  # type: ignore[operator]
+        time.sleep(0.001)
+    assert done()  # type: ignore[operator]
+
+
+def test_the_first_signal_is_answered_and_the_second_ctrl_c_leaves() -> None:
+    said: list[str] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with pytest.raises(KeyboardInterrupt), stop_signals(said.append) as stopping:
+        stopping.step(0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: len(said) == 1)
+        os.kill(os.getpid(), signal.SIGINT)
+        until(lambda: len(said) == 2)
+        assert stopping.asked
+        assert not stopping.at_once
+        os.kill(os.getpid(), signal.SIGINT)
+        until(lambda: False)
+    assert said == ["stopping after this step", "stopping after this step; press again to stop now without saving"]
+    assert stopping.at_once
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_before_the_first_step_there_is_nothing_to_wait_for() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_signals(pytest.fail) as stopping:
+        os.kill(os.getpid(), signal.SIGINT)
+        until(lambda: False)
+    assert stopping.at_once
+
+
+def test_the_time_that_is_left_follows_from_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    stopping = Stopping(print)
+    for _ in range(3):
+        stopping.step(20.0)
+        now[0] += 300
+    now[0] -= 60
+    assert stopping.words(signal.SIGTERM) == "stopping after this step, about 80 s"  # 60, and 20 for the save
+    now[0] -= 180
+    again = "; press again to stop now without saving"
+    assert stopping.words(signal.SIGINT) == f"stopping after this step, about 4 min{again}"
+    now[0] += 1000
+    assert stopping.words(signal.SIGINT) == f"stopping after this step, about 20 s{again}", "later than the pace had it"
+    stopping.finish()
+    assert stopping.words(signal.SIGINT) == f"stopping after this save{again}"
+
+
+def test_in_another_thread_a_run_goes_without() -> None:
+    def run() -> None:
+        with stop_signals(print) as stopping:
+            stopping.step(0.0)
+        done.append(True)
+
+    done: list[bool] = []
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert done
+
+
+LONG = """
+import hashlib
+from dinocli.stopping import stop_signals
+
+with stop_signals(lambda line: print(line, flush=True)) as stopping:
+    stopping.step(0.0)
+    print("step", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in one call, in which no handler of Python's runs
+"""
+
+
+def test_a_long_call_is_answered_and_left_all_the_same() -> None:
+    run = subprocess.Popen([sys.executable, "-c", LONG], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout
+    assert run.stdout.readline() == "step\n"
+    time.sleep(0.5)  # until it is in that call
+    run.send_signal(signal.SIGINT)
+    assert run.stdout.readline() == "stopping after this step; press again to stop now without saving\n"
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=30) == ("", "stopped\n")
+    assert run.returncode == 130
