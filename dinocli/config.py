@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
+from collections.abc import Iterator
 from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -45,10 +47,12 @@ class Config(BaseModel):
 def change(data: dict[str, Any], override: str) -> None:
     """Put `key.path=value` into nested values: TOML, or a bare word for a string; `none` takes the key out.
 
+    A number in place of a schedule that is constant is its value.
+
     Raises:
-        DinoError: It is no such assignment.
+        DinoError: It is no such assignment, or a single value in place of a table.
     """
-    key, equals, value = override.partition("=")
+    key, equals, typed = override.partition("=")
     *tables, last = key.strip().split(".")
     if not equals or not last:
         raise DinoError(f"--set wants key.path=value; it is {override!r}", "for example --set training.epochs=10")
@@ -56,15 +60,45 @@ def change(data: dict[str, Any], override: str) -> None:
         if not isinstance(data.get(table, {}), dict):
             raise DinoError(f"--set {override}: {table} is a value and not a table", f"--set {table}=VALUE")
         data = data.setdefault(table, {})
-    if value.strip() == "none":
+    if typed.strip() == "none":
         data.pop(last, None)
         return
     try:
-        data[last] = tomllib.loads(f"value = {value}")["value"]
+        value = tomllib.loads(f"value = {typed}")["value"]
     except RecursionError:
         raise DinoError(f"--set {key.strip()}: its value is nested too deeply", "mend its brackets") from None
     except ValueError:  # no TOML, or a number of thousands of digits
-        data[last] = value.strip()
+        value = typed.strip()
+        if value[:1] in ("[", "{", '"', "'"):  # the shell took the quotes, or split the value at a space
+            raise DinoError(
+                f"--set {override} is not valid TOML", f"quote all of it: --set '{key}=[0.5, 0.5]' or '{key}={{a=1}}'"
+            ) from None
+    before = data.get(last)
+    if isinstance(before, dict) and before and not isinstance(value, dict):
+        if before.get("kind") != "constant" or isinstance(value, (str, list)):
+            raise _value_for_table(key.strip(), typed.strip(), before)
+        value = before | {"value": value}
+    data[last] = value
+
+
+def _value_for_table(key: str, typed: str, table: dict[str, Any]) -> DinoError:
+    message = f"--set {key}={typed}: {key} is a table, and that is a single value"
+    number = _is_number(typed)
+    if "start" in table:
+        constant = f'{{kind="constant", value={typed if number else "NUMBER"}}}'
+        start = f"--set {key}.start={typed if number else 'NUMBER'}"
+        return DinoError(message, f"{start} keeps the schedule; --set '{key}={constant}' replaces it")
+    alike = [name for name, inner in table.items() if isinstance(inner, (int, float) if number else str)]
+    names = alike or [name for name, inner in table.items() if not isinstance(inner, dict)] or list(table)
+    return DinoError(message, " or ".join(f"--set {key}.{name}={typed}" for name in names[:3]))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _deeper(data: object, levels: int) -> bool:
@@ -81,19 +115,139 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
     path = _data_path(first["loc"], data, first["type"])
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _known_keys(model, data, path[:-1])
-        close = ".".join([*path[:-1], nearest(path[-1], known)]) if known else ""
-        hint = f"did you mean {close}?" if close else f"leave {key} out"
-        return DinoError(f"{what}: there is no key {key}", hint)
+        return DinoError(f"{what}: there is no key {key}", _other_key(path, data, model))
     if first["type"] == "missing":
+        table, inner = _models_at(model, data, path[:-1])
+        others = [name for name in table if inner and name not in inner[0].model_fields]
+        if others and len(path) > 1:  # of another kind of this table
+            return DinoError(
+                f"{what}: the key {key} is missing, and {', '.join(others)} no key of that kind",
+                f"--set '{'.'.join(path[:-1])}={_example(inner[0], None)}'",
+            )
         return DinoError(f"{what}: the key {key} is missing", f"add it with --set {key}=VALUE")
     said = first["msg"].removeprefix("Value error, ")
     if not key:
         said, _, mend = said.partition("; it needs ")
         return DinoError(f"{what}: {said}", f"--set {mend}" if mend else "change it with --set KEY=VALUE")
+    context: dict[str, Any] = dict(first.get("ctx") or {})
+    if first["type"].startswith("union_tag"):
+        kinds = context.get("expected_tags") or ", ".join(f"{k!r}" for k in _all_kinds(model, data, path))
+        came = context.get("tag")
+        # Without a kind, the first that has all the keys that came.
+        having = [
+            m for m in _models_at(model, data, path)[1] if not came and set(first["input"]) <= set(m.model_fields)
+        ]
+        choice = _kinds(having[0])[0] if having else nearest(str(came or ""), kinds.replace("'", "").split(", "))
+        fault = f"should be {kinds}; it is {came!r}" if came else f"is missing; it should be {kinds}"
+        return DinoError(f"{what}: {key}.kind {fault}", f"--set {key}.kind={choice}")
+    value = first["input"]
+    if first["type"] in ("model_attributes_type", "model_type") and not isinstance(value, dict):
+        inner = _models_at(model, data, path)[1]
+        example = _example(inner[0], value) if inner else "{...}"
+        return DinoError(f"{what}: {key} should be a table; it is {value!r}", f"--set '{key}={example}'")
     wanted = said.removeprefix("Input ") if said.startswith("Input should be ") else f"is not valid: {said}"
-    came = repr(first["input"]) if not isinstance(first["input"], dict) else "that of another kind"
-    return DinoError(f"{what}: {key} {wanted}; it is {came}", f"--set {key}=VALUE with a value that fits")
+    came = repr(value) if not isinstance(value, dict) else "that of another kind"
+    fits = "VALUE with a value that fits"
+    if first["type"] == "literal_error":
+        fits = nearest(str(value), str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
+    return DinoError(f"{what}: {key} {wanted}; it is {came}", f"--set {key}={fits}")
+
+
+# Words of papers, of the original's options and of other tools, by the key that they mean here.
+MEANT = {
+    "arch": "backbone.name", "model": "backbone.name", "patch_size": "backbone.options.patch_size",
+    "img_size": "backbone.options.img_size", "embed_dim": "backbone.options.embed_dim",
+    "depth": "backbone.options.depth", "num_heads": "backbone.options.num_heads",
+    "dropout": "backbone.drop_path", "drop_path_rate": "backbone.drop_path",
+    "batch": "training.batch_size", "bs": "training.batch_size", "batch_size_per_gpu": "training.batch_size",
+    "num_epochs": "training.epochs", "max_epochs": "training.epochs",
+    "dtype": "training.precision", "use_fp16": "training.precision",
+    "crops": "views.locals", "n_crops": "views.locals", "local_crops_number": "views.locals", "crop_size": "size",
+    "image_size": "size", "amp": "training.precision", "fp16": "training.precision", "bf16": "training.precision",
+    "global_crops_scale": "views.global_1.scale", "local_crops_scale": "views.local.scale",
+    "k": "prototypes", "num_prototypes": "prototypes", "out_dim": "prototypes",
+    "learning_rate": "optimizer.lr", "min_lr": "optimizer.lr.end", "wd": "optimizer.weight_decay",
+    "warmup": "optimizer.lr.warmup_epochs", "warmup_epochs": "optimizer.lr.warmup_epochs",
+    "optim": "optimizer.kind", "clip_grad": "optimizer.clip",
+    "ema": "teacher.momentum", "momentum_teacher": "teacher.momentum",
+    "temp": "temperature", "teacher_temp": "temperature", "warmup_teacher_temp_epochs": "temperature.epochs",
+    "freeze_last_layer": "freeze_last_layer_epochs",
+}  # fmt: skip
+
+
+def find_keys(word: str, data: dict[str, Any], model: type[BaseModel] | None = None) -> list[str]:
+    """Return the full paths of the keys that a word means, `optimizer.lr.start` for `lr`; none if it is like no key.
+
+    Args:
+        word: Last part of a key, as a user or another tool spells it.
+        data: Nested values of a preset.
+        model: Config that they are read into. If None, only the keys that the values have are searched.
+    """
+    word = word.lower().replace("-", "_")
+    wanted = MEANT.get(word, word)
+    paths = sorted(_paths(data, model) if model else _plain_paths(data), key=lambda path: path.count("."))
+    found = [path for path in paths if f".{path}".endswith(f".{wanted}")]
+    if not found and word in MEANT and "." in wanted:  # options of timm's, and tables that this preset does not have
+        found = [wanted]
+    if not found:
+        close = difflib.get_close_matches(word, {path.rpartition(".")[2] for path in paths}, n=1, cutoff=0.75)
+        found = [path for path in paths if close and path.rpartition(".")[2] == close[0]]
+    leaves = []
+    for path in found:
+        table: Any = data
+        for name in path.split("."):
+            table = table.get(name) if isinstance(table, dict) else None
+        inner = next((name for name in ("start", "value") if isinstance(table, dict) and name in table), "")
+        leaves.append(f"{path}.{inner}" if inner else path)
+    return leaves
+
+
+def _paths(data: Any, model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Walk the keys that a config may hold: tables and values, by the kinds and the names that the data has."""
+    for name, field in model.model_fields.items():
+        path = f"{above}.{name}" if above else name
+        yield path
+        here = data.get(name) if isinstance(data, dict) else None
+        models = _models_in(field.annotation)
+        if not models:
+            yield from (f"{path}.{key}" for key in (here if isinstance(here, dict) else {}))
+        elif get_origin(field.annotation) is dict:
+            for key, inner in here.items() if isinstance(here, dict) else ():
+                yield from _paths(inner, models[0], f"{path}.{key}")
+        elif isinstance(here, dict):
+            yield from _paths(here, _of_kind(models, here), path)
+
+
+def _plain_paths(data: Any, above: str = "") -> Iterator[str]:
+    for key, value in data.items() if isinstance(data, dict) else ():
+        yield f"{above}{key}"
+        yield from _plain_paths(value, f"{above}{key}.")
+
+
+def _other_key(path: list[str], data: dict[str, Any], model: type[BaseModel]) -> str:
+    """Return a hint for an unknown key: the nearest one in its table, or that name elsewhere."""
+    *above, last = path
+    known = list(next((m.model_fields for m in _models_at(model, data, above)[1]), {}))
+    elsewhere = [key for key in find_keys(last, _without(data, path), model) if key != ".".join(path)]
+    near = [".".join([*above, name]) for name in difflib.get_close_matches(last, known, n=1, cutoff=0.6)]
+    found = near or elsewhere[:4] if above else elsewhere[:4] or near  # at the top it is mostly a leaf without its path
+    return f"did you mean {' or '.join(found)}?" if found else f"leave {'.'.join(path)} out"
+
+
+def _without(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
+    first, *rest = path
+    inner = data[first]
+    kept = {key: value for key, value in data.items() if key != first}
+    return kept | {first: _without(inner, rest)} if rest and isinstance(inner, dict) else kept
+
+
+def _example(model: type[BaseModel], value: Any) -> str:
+    """Format a table with all that a config requires, as --set takes it."""
+    required = {name: field for name, field in model.model_fields.items() if name != "kind" and field.is_required()}
+    numbers = [name for name, field in required.items() if field.annotation in (int, float)]
+    words = [f'kind="{kind}"' for kind in _kinds(model)[:1]]
+    words += [f"{name}={value if numbers == [name] and _is_number(str(value)) else 'VALUE'}" for name in required]
+    return f"{{{', '.join(words)}}}"
 
 
 def _data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[str]:
@@ -107,23 +261,32 @@ def _data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[st
     return path
 
 
-def _known_keys(model: type[BaseModel], data: Any, path: list[str]) -> list[str]:
-    """The keys that the table at `path` may hold; none where the table's own name is the user's to choose."""
+def _models_at(model: type[BaseModel], data: Any, path: list[str]) -> tuple[dict[str, Any], list[type[BaseModel]]]:
+    """Return the table at a path and the configs that it may be; none for names that the user chooses."""
+    models = [model]
     names = iter(path)
     for name in names:
-        field = model.model_fields.get(name)
-        inner = _models_in(field.annotation) if field else []
-        if not field or not inner:
-            return []
-        data = data[name]
+        field = models[0].model_fields.get(name)
+        models = _models_in(field.annotation) if field else []
+        data = data.get(name) if isinstance(data, dict) else None
+        if not field or not models:
+            return {}, []
         if get_origin(field.annotation) is dict:
             chosen = next(names, None)
             if chosen is None:
-                return []
-            data = data[chosen]
-        kinds = [m for m in inner if data.get("kind") in _kinds(m)]
-        model = (kinds or inner)[0]
-    return list(model.model_fields)
+                return {}, []
+            data = data.get(chosen) if isinstance(data, dict) else None
+        if isinstance(data, dict) and data.get("kind"):
+            models = [_of_kind(models, data), *models]
+    return data if isinstance(data, dict) else {}, models
+
+
+def _of_kind(models: list[type[BaseModel]], table: dict[str, Any]) -> type[BaseModel]:
+    return next((model for model in models if table.get("kind") in _kinds(model)), models[0])
+
+
+def _all_kinds(model: type[BaseModel], data: Any, path: list[str]) -> list[str]:
+    return [kind for inner in _models_at(model, data, path)[1] for kind in _kinds(inner)]
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from dinocli.distributed import rank
 from dinocli.errors import visible
@@ -25,6 +25,7 @@ _words = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quie
 _data = Console(highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
 _mistakes = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _NAME = 20  # characters
+_BAR, _SHORTEST_BAR = 40, 5  # columns of a terminal
 _PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
@@ -103,19 +104,23 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
     if _words.is_terminal:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(None, table_column=Column(max_width=_BAR)),  # takes what the words leave
             TextColumn("{task.completed}/{task.total} " + unit),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             TextColumn("left"),
         )
         with Progress(*columns, console=_words) as bar:
-            task = bar.add_task(_shown(what), total=total, note="")
+            # The time that is left stays whole in a narrow terminal; names and notes give way.
+            fixed = len(f"  {total}/{total} {unit}  00:00:00 left ") + _SHORTEST_BAR
+            short = _shown(what[: max(8, _words.width - fixed)])
+            task = bar.add_task(short, total=total, note="")
 
             def drawn(done: int, note: str = "") -> None:
                 if first < 0:
                     bar.reset(task, completed=done - 1)
-                bar.update(task, completed=done, note=_shown(noted(done, note)))
+                text = _fitting(noted(done, note), _words.width - fixed - len(short))
+                bar.update(task, completed=done, note=_shown(text))
 
             yield drawn
         return
@@ -132,6 +137,15 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
         say("  ".join(part for part in parts if part))
 
     yield plain
+
+
+def _fitting(note: str, room: int) -> str:
+    """Drop the last parts of a note until it fits."""
+    while len(note) > room:
+        note = note.rpartition("  ")[0]
+        if not note:
+            break
+    return note
 
 
 def duration(seconds: float) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from dinocli.panels import Lane, Panel
 
 # Inches: a panel is about as wide as a phone, so that the text in it comes out as large as the page's small print.
 _WIDTH, _LANE, _HEADING = 4.4, 1.75, 0.3
+# The part of a panel left of its axes at least; a digit at the labels' size; a tick with its gap and a hair to spare.
+_LEFT, _DIGIT, _TICK = 0.125, 0.071, 0.13
 _INK, _FAINT, _BAD = "#4a4a4a", "#c9c9c9", "#c0392b"
 _COLORS = ("#1f6fb4", "#c8651b", "#3a8f3a", "#8757b5", "#a33c55")
 # What the page sets in its light and in its dark style.
@@ -77,7 +81,7 @@ def write_sheet(drawn: Sequence[Panel], path: Path) -> None:
         grid = page.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
         for row, cells, height in zip(rows, grid, heights, strict=True):
             for panel, cell in zip(row, cells, strict=False):
-                cell.text(0.125, 1 - 0.06 / height, panel.title, va="top", fontsize=10, fontweight="bold")
+                cell.text(_LEFT, 1 - 0.06 / height, panel.title, va="top", fontsize=10, fontweight="bold")
                 _draw(cell, panel, height, above=_HEADING)
         if not drawn:
             page.text(0.5, 0.5, "nothing was logged yet", ha="center", va="center")
@@ -113,17 +117,21 @@ def _height(panel: Panel) -> float:
 
 def _draw(figure: Figure | SubFigure, panel: Panel, height: float, above: float = 0.0) -> None:
     """Draw a panel into a figure of so many inches, below a strip of so many for a heading."""
-    margins = {"left": 0.125, "right": 0.975, "bottom": 0.33 / height, "top": 1 - (0.22 + above) / height}
+    margins = {"right": 0.975, "bottom": 0.33 / height, "top": 1 - (0.22 + above) / height}
     lanes = figure.subplots(len(panel.lanes), sharex=True, squeeze=False, gridspec_kw={**margins, "hspace": 0.36})
-    for axes, lane in zip(lanes[:, 0], panel.lanes, strict=True):
-        _draw_lane(axes, lane)
+    widest = max(_draw_lane(axes, lane) for axes, lane in zip(lanes[:, 0], panel.lanes, strict=True))
+    figure.subplots_adjust(left=max(_LEFT, (widest * _DIGIT + _TICK) / _WIDTH))
+    low, high = lanes[-1, 0].get_xlim()
+    if high - low < 2:  # of one step, whose neighbours would be called 950m and 1.05
+        lanes[-1, 0].set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
     lowest = lanes[-1, 0]
     lowest.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     lowest.xaxis.set_major_formatter(EngFormatter(sep=""))
     lowest.annotate("step", (1, 0), (0, -15), "axes fraction", "offset points", ha="right", va="top", fontsize=7.5)
 
 
-def _draw_lane(axes: Axes, lane: Lane) -> None:
+def _draw_lane(axes: Axes, lane: Lane) -> int:
+    """Draw curves on one scale; return the characters of the longest label of that scale."""
     # A title at a given height: to look for one itself costs matplotlib a third of the time.
     axes.set_title(lane.title, loc="left", fontsize=8.5, pad=4, y=1.0)
     axes.grid(axis="y")
@@ -141,12 +149,27 @@ def _draw_lane(axes: Axes, lane: Lane) -> None:
         axes.plot(bad, [0] * len(bad), "|", color=_BAD, clip_on=False, transform=axes.get_xaxis_transform())
     for name, level in lane.marks.items():
         axes.axhline(level, color=_INK, linewidth=1, linestyle=":")
-        axes.annotate(name, (1, level), (0, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=7.5)
+        where: Any = ("axes fraction", "data")  # below the line: above it, at the top, the legend has its place
+        axes.annotate(name, (1, level), (0, -2), where, "offset points", ha="right", va="top", fontsize=7.5)
     if log:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
         axes.yaxis.set_minor_formatter(NullFormatter())
     elif lane.whole:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if not positive else 0.0, top=axes.get_ylim()[1] * 1.04)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    digits = _digits(ticks)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.{digits}g}")
     if len(lane.curves) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0.3, 0.94), ncols=4, frameon=False, fontsize=7.5)
+        axes.legend(
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lane.curves), frameon=False, fontsize=7.5,
+            borderaxespad=0.1, borderpad=0.1, handlelength=1.2, handletextpad=0.4, columnspacing=1.0,
+        )  # fmt: skip
+    return max((len(f"{tick:.{digits}g}") for tick in ticks), default=0)
+
+
+def _digits(ticks: Sequence[float]) -> int:
+    """Return the significant digits that tell neighbouring ticks apart, such as 0.9999975 and 1."""
+    steps = [b - a for a, b in pairwise(ticks) if b > a]
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    return max(6, math.ceil(math.log10(largest / min(steps))) + 2) if steps and largest else 6

@@ -1,7 +1,7 @@
 """Every question about other processes; with engine/parallel.py the one file that says torch.distributed.
 
-A run is of one process, or of those that torchrun started. torch is imported where it is needed: the command line asks
-here who may speak.
+A run is of one process, or of those that torchrun or another launcher started. torch is imported where it is needed:
+the command line asks here who may speak.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,29 +28,124 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 _PATIENCE = timedelta(minutes=30)  # for a process that is alive and does not come; one that dies is noticed at once
 
 
+# Variables that name the rank and the number of processes, by their launcher.
+_VARIABLES = (
+    ("torch.distributed", "RANK", "WORLD_SIZE"),
+    ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("srun", "SLURM_PROCID", "SLURM_NTASKS"),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("mpirun", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    ("mpirun", "PMI_RANK", "PMI_SIZE"),
+    ("mpirun", "PMIX_RANK", "PMIX_SIZE"),
+    ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+    ("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+)
+
+
+class Started(NamedTuple):
+    """Place of this process among several that a launcher started.
+
+    Attributes:
+        launcher: Command that started them, or `torch.distributed` for its variables alone.
+        rank: Number of this process; None if no variable tells.
+        size: Number of processes; None if no variable tells.
+        meets: If they can meet: the variables are complete, and name an address.
+    """
+
+    launcher: str
+    rank: int | None
+    size: int | None
+    meets: bool
+
+
+def started() -> Started | None:
+    """Return the place of this process among several; None if it is alone."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        processes = int(os.environ["WORLD_SIZE"])
+        return Started("torchrun", int(os.environ["RANK"]), processes, True) if processes > 1 else None
+    found = []
+    for launcher, rank_name, size_name in _VARIABLES:
+        number, count = _integer(rank_name), _integer(size_name)
+        if launcher == "srun" and (number is None or _integer("SLURM_STEP_NUM_TASKS") == 1 or _in_batch_script()):
+            continue  # a batch script and an interactive shell are one process of a job that may have many tasks
+        if (count or 0) > 1 or ((number or 0) > 0 and count is None):
+            address = os.environ.get("MASTER_ADDR") and _integer("MASTER_PORT")
+            meets = number is not None and count is not None and number < count and bool(address)
+            found.append(Started(launcher, number, count, meets))
+    # A batch script may export WORLD_SIZE alone and leave the rank to srun's variable.
+    return max(found, key=lambda place: (place.meets, place.size is not None), default=None)
+
+
+def unused_tasks() -> int:
+    """Return the tasks of a SLURM job whose batch script runs this command once; 1 if there are no more."""
+    return (_integer("SLURM_NTASKS") or 1) if _in_batch_script() else 1
+
+
+def _in_batch_script() -> bool:
+    # SLURM numbers the script 0 of all tasks, as srun numbers its first; only srun names a step.
+    in_step = {"SLURM_STEP_ID", "SLURM_STEPID"} & set(os.environ) or _integer("SLURM_PROCID")
+    return "SLURM_JOB_NODELIST" in os.environ and not in_step
+
+
+def _integer(name: str) -> int | None:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else None
+
+
+def check_launch(command: str) -> None:
+    """Check that processes which another launcher than torchrun started can meet, so that none trains alone.
+
+    Raises:
+        DinoError: They cannot: an address or a number is missing.
+    """
+    found = started()
+    if found is None or found.meets:
+        return
+    count = str(found.size or "N")
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if found.launcher == "torch.distributed":
+        came = [f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+        fault = f"without {' and '.join(missing)}" if missing else "is incomplete"
+        if len(came) == 2 and (found.rank or 0) >= (found.size or 1):
+            fault = "is no rank of that many"
+        raise DinoError(
+            f"{' '.join(came)} {fault}: each process would run alone",
+            f"torchrun --nproc-per-node {count} -m dinocli {command} ...; or alone: env -u RANK -u WORLD_SIZE "
+            f"dino {command} ...",
+        )
+    ways = {
+        "srun": "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500 "
+        f"before srun; or srun --ntasks=1 dino {command} ..." + (f" --gpus {count}" if command == "pretrain" else ""),
+        "mpirun": "export MASTER_ADDR=HOST MASTER_PORT=29500 to all (mpirun -x with Open MPI); or torchrun "
+        f"--nproc-per-node {count} -m dinocli {command} ...",
+    }
+    lacking = " and ".join(missing) or "the rank or the number of processes"
+    raise DinoError(
+        f"{found.launcher} started {found.size or 'several'} processes without {lacking}: each would run alone",
+        ways.get(found.launcher, f"export MASTER_ADDR=HOST MASTER_PORT=29500 before {found.launcher}"),
+    )
+
+
 def size() -> int:
     """Processes of the run."""
-    return _told("WORLD_SIZE", 1)
+    found = started()
+    return found.size if found and found.meets and found.size else 1
 
 
 def rank() -> int:
     """Number of this process in the run; 0 speaks and writes."""
-    return _told("RANK", 0)
+    found = started()
+    return found.rank if found and found.meets and found.rank else 0
 
 
 def local_size() -> int:
     """Processes of the run on this machine."""
-    return _told("LOCAL_WORLD_SIZE", 1)
+    return (_integer("LOCAL_WORLD_SIZE") or 1) if size() > 1 else 1
 
 
 def local_rank() -> int:
     """Number of this process on its machine, and of its CUDA device."""
-    return _told("LOCAL_RANK", 0)
-
-
-def _told(name: str, alone: int) -> int:
-    # Clusters set some of these names for whole containers; torchrun's own mark says that they are about this process.
-    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else alone
+    return (_integer("LOCAL_RANK") or 0) if size() > 1 else 0
 
 
 def begin() -> None:
@@ -59,16 +156,34 @@ def begin() -> None:
     import torch
     from torch import distributed
 
+    address = f"env://?rank={rank()}&world_size={size()}"
+    store, number, count = next(distributed.rendezvous(address, timeout=_PATIENCE))  # type: ignore[attr-defined]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        _find_local_places(store, number, count)
     cuda = torch.cuda.is_available()
     if cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    store, number, count = next(distributed.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
     # torchrun keeps its store when it starts processes again, and with it the addresses of those that are gone. Only on
     # one machine do all processes count the starts alike.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_size() == size() else "0"
     store = distributed.PrefixStore(f"dinocli/{attempt}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_PATIENCE)
+
+
+def _find_local_places(store: Any, number: int, count: int) -> None:
+    """Set the local rank and size as torchrun does: not every launcher tells them.
+
+    With one GPU bound to each task, each sees its own as device 0, so such tasks count as if on machines of their own.
+    """
+    import socket
+
+    mine = f"{socket.gethostname()} {os.environ.get('CUDA_VISIBLE_DEVICES', '')}"
+    store.set(f"dinocli/place/{number}", mine)
+    places = [store.get(f"dinocli/place/{i}").decode() for i in range(count)]
+    hosts = [place.split(" ")[0] for place in places]
+    os.environ["LOCAL_RANK"] = str(places[:number].count(mine))
+    os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(hosts[number]))
 
 
 def end() -> None:

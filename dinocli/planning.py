@@ -23,6 +23,11 @@ from dinocli.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
 _IMAGES_A_PROTOTYPE = 30
 _FEWEST_PROTOTYPES = 64  # that are worth naming: of fewer hardly anything is learned
 
+_LONGER = 4  # times the epochs that are worth naming; more is another recipe
+_MANY_A_BATCH, _BATCH_OF_TINY = 256, 48
+# A step of 64 images at 224 pixels takes a minute or so on two cores.
+_LARGE_CROP, _FEW_STEPS_ON_CPU = 160, 200
+
 OnCollapse = Literal["stop", "warn"]
 
 
@@ -161,28 +166,26 @@ class Plan:
 def cautions(plan: Plan) -> Iterator[str]:
     """What in a plan is unlikely to be meant: a line each, with the value to take."""
     preset, clock = plan.preset, plan.clock
-    for name, schedule, path in _warm_ups(preset):
-        steps = schedule * clock.steps_per_epoch
-        if steps >= plan.stop > 0:
-            yield f"{name} takes {steps} steps and this run ends at {plan.stop}: --set {path}=0"
-        elif steps > clock.total / 2:
-            fits = max(1, clock.epochs // 5)
-            yield f"{name} takes {steps} of {clock.total} steps: --set {path}={fits} leaves most of the run after it"
-    low = preset.views.low_resolution
-    if low and low.epochs * clock.steps_per_epoch >= plan.stop > 0:
+    if plan.stop == clock.total and (line := _long_schedules(plan)):
+        yield line
+    if plan.device.type == "cpu" and preset.views.global_1.size >= _LARGE_CROP and plan.stop > _FEW_STEPS_ON_CPU:
         yield (
-            f"low resolution lasts {low.epochs * clock.steps_per_epoch} steps and this run ends at {plan.stop}, "
-            "without a crop of full size: --set views.low_resolution=none"
+            f"{plan.stop} steps of {preset.training.batch_size} images at {preset.views.global_1.size} pixels take days"
+            f" on a CPU: --preset tiny takes minutes, and dino doctor {plan.source.where} suggests settings"
         )
     seen = clock.total * preset.training.batch_size
     for name, head in preset.heads.items():
         if seen < _IMAGES_A_PROTOTYPE * head.prototypes:
             fits = _power_below(max(1, seen // _IMAGES_A_PROTOTYPE))
             epochs = math.ceil(clock.epochs * _IMAGES_A_PROTOTYPE * head.prototypes / seen)
-            fewer = f"--set heads.{name}.prototypes={fits}, or " if fits >= _FEWEST_PROTOTYPES else ""
+            ways = [f"--set heads.{name}.prototypes={fits}"] if fits >= _FEWEST_PROTOTYPES else []
+            if epochs <= _LONGER * clock.epochs:
+                ways.append(f"--epochs {epochs}")
+            else:
+                ways.append(f"settings that dino doctor {plan.source.where} suggests")
             yield (
                 f"{clock.total} steps show {seen} images to {head.prototypes} prototypes, and few will learn: "
-                f"{fewer}--epochs {epochs}"
+                + ", or ".join(ways)
             )
     if plan.accumulate > 1 and any(head.batch_norm for head in preset.heads.values()):
         at_once = preset.training.batch_size // plan.accumulate
@@ -200,24 +203,83 @@ def cautions(plan: Plan) -> Iterator[str]:
         )
 
 
-def _warm_ups(preset: Preset) -> Iterator[tuple[str, int, str]]:
-    """What each warm-up and freeze is called, its length in epochs, and its key."""
+def short_stop(plan: Plan) -> str:
+    """Return a line about a run that stops before its schedules end, with those that it does not get past; else ""."""
+    clock = plan.clock
+    if plan.stop >= clock.total:
+        return ""
+    line = f"stops at step {plan.stop} of {clock.total}; the schedules stay those of the whole run"
+    within = [warm_up for warm_up in _warm_ups(plan.preset) if warm_up[1] * clock.steps_per_epoch >= plan.stop > 0]
+    if not within:
+        return line
+    names = _listed([f"{name} ({epochs * clock.steps_per_epoch} steps)" for name, epochs, _ in within])
+    return f"{line}, and it ends within {names}: without them " + " ".join(f"--set {way}" for *_, way in within)
+
+
+def _long_schedules(plan: Plan) -> str:
+    clock = plan.clock
+    long = [(name, n, path) for name, n, path in _warm_ups(plan.preset, low=False) if n > clock.epochs / 2]
+    if not long:
+        return ""
+    names = _listed([f"{name} ({epochs * clock.steps_per_epoch})" for name, epochs, _ in long])
+    fits = max(1, clock.epochs // 5)
+    ways = " ".join(f"--set {path.removesuffix('=0')}={fits}" for *_, path in long)
+    return f"more than half of the {clock.total} steps go to {names}: {ways} leaves most of the run after that"
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
+
+
+def _warm_ups(preset: Preset, *, low: bool = True) -> Iterator[tuple[str, int, str]]:
+    """Yield each warm-up and freeze: its name, its length in epochs, and the setting without it.
+
+    Args:
+        preset: Recipe to look through.
+        low: Include the epochs of low resolution.
+    """
     if isinstance(preset.optimizer.lr, Cosine):
-        yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs"
+        yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs=0"
     for name, head in preset.heads.items():
-        yield "the freeze of the prototypes", head.freeze_last_layer_epochs, f"heads.{name}.freeze_last_layer_epochs"
+        yield "the freeze of the prototypes", head.freeze_last_layer_epochs, f"heads.{name}.freeze_last_layer_epochs=0"
     for name, loss in preset.losses.aimed().items():
-        temperature = loss.targets.temperature
-        if isinstance(temperature, LinearByEpoch):
-            yield "the teacher temperature's warm-up", temperature.epochs, f"losses.{name}.targets.temperature.epochs"
+        ramp = loss.targets.temperature
+        if isinstance(ramp, LinearByEpoch):
+            yield "the teacher temperature's warm-up", ramp.epochs, f"losses.{name}.targets.temperature.epochs=0"
+    if low and preset.views.low_resolution:
+        yield "the epochs of low resolution", preset.views.low_resolution.epochs, "views.low_resolution=none"
+
+
+def check_schedules(preset: Preset) -> None:
+    """Check that warm-ups, ramps and freezes fit the length of a run.
+
+    Raises:
+        DinoError: Some do not; it names all of them with values that fit.
+    """
+    epochs = preset.training.epochs
+    faults = [(f"{key}.{fault.key}", *fault[1:]) for key, s in preset.schedules.items() if (fault := s.misfit(epochs))]
+    for name, head in preset.heads.items():
+        if head.freeze_last_layer_epochs >= epochs and head.freeze_last_layer_epochs:
+            faults.append((f"heads.{name}.freeze_last_layer_epochs", head.freeze_last_layer_epochs, epochs - 1, 0))
+    if not faults:
+        return
+    came = _listed([f"{key}={value} (at most {most})" for key, value, most, _ in faults])
+    fits = " ".join(f"--set {key}={value}" for key, *_, value in faults)
+    enough = max(value + (epochs - most) for _, value, most, _ in faults)
+    raise DinoError(
+        f"{came} {'do' if len(faults) > 1 else 'does'} not fit a run of {epochs} epoch{'s' * (epochs > 1)}",
+        f"use {fits}, or --epochs {enough}",
+    )
 
 
 def start_clock(preset: Preset, images: int | None) -> Clock:
     """The clock of a run over `images` images; absent where nobody knows how many a stream has.
 
     Raises:
-        DinoError: There are fewer images than one batch, or an unknown number in a recipe that needs to know.
+        DinoError: The schedules do not fit the run's length; there are fewer images than one batch, or an unknown
+            number in a recipe that needs to know.
     """
+    check_schedules(preset)
     batch, steps = preset.training.batch_size, preset.training.steps_per_epoch
     if images is None:
         if steps is None:
@@ -227,9 +289,11 @@ def start_clock(preset: Preset, images: int | None) -> Clock:
             )
         return Clock(steps, preset.training.epochs)
     if images < batch:
-        raise DinoError(
-            f"a batch of {batch} images was wanted; the folder has {images}", f"--batch-size {_power_below(images)}"
-        )
+        few = f"--batch-size {_power_below(images)}"
+        # Such a batch is of a recipe for a cluster and a million images, which a smaller one alone does not mend.
+        if batch >= _MANY_A_BATCH and images >= _BATCH_OF_TINY:
+            few = f"use --preset tiny, or {few}; dino doctor IMAGES suggests settings for your images"
+        raise DinoError(f"a batch of {batch} images is larger than the set of {images}", few)
     return Clock(steps or images // batch, preset.training.epochs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,7 +22,7 @@ from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import CLASS, Network, Reads
-from dinocli.schedules import Cosine, Schedule
+from dinocli.schedules import Schedule
 
 
 class AboutConfig(Config):
@@ -144,25 +145,41 @@ class Preset(Config):
         for name, loss in self.losses.aimed().items():
             if loss.head not in self.heads:
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
-        if not all(0 <= value <= 1 for value in self.teacher.momentum.bounds):
-            raise ValueError("teacher.momentum should lie between 0 and 1")
-        for name, loss in self.losses.aimed().items():
-            if not all(value > 0 for value in loss.targets.temperature.bounds):
-                raise ValueError(f"losses.{name}.targets.temperature should lie above 0")
-        lr, epochs = self.optimizer.lr, self.training.epochs
-        if isinstance(lr, Cosine) and lr.warmup_epochs >= epochs:
-            fits = max(0, epochs // 10)
-            raise ValueError(
-                f"a warm-up of {lr.warmup_epochs} epochs does not fit a run of {epochs}; "
-                f"it needs optimizer.lr.warmup_epochs={fits}"
-            )
-        for name, head in self.heads.items():
-            if head.freeze_last_layer_epochs >= epochs and head.freeze_last_layer_epochs:
-                raise ValueError(
-                    f"prototypes frozen for {head.freeze_last_layer_epochs} epochs would never move in a run "
-                    f"of {epochs}; it needs heads.{name}.freeze_last_layer_epochs=0"
-                )
         return self
+
+    @model_validator(mode="after")
+    def _has_schedules_with_valid_values(self) -> Self:
+        valid = {"optimizer.lr": (0.0, math.inf, 0.0005), "optimizer.weight_decay": (0.0, math.inf, 0.04)}
+        valid["teacher.momentum"] = (0.0, 1.0, 0.996)
+        for key, schedule in self.schedules.items():
+            low, high, usual = valid.get(key, (1e-6, math.inf, 0.04))
+            values = {name: getattr(schedule, name) for name in ("value", "start", "end") if hasattr(schedule, name)}
+            for name, value in values.items():
+                if not low <= value <= high:
+                    wanted = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+                    raise ValueError(f"{key}.{name} is {value:g}; expected {wanted}; it needs {key}.{name}={usual}")
+            warmup = getattr(schedule, "warmup_epochs", 0)
+            if low > 0 and warmup:
+                raise ValueError(
+                    f"{key}.warmup_epochs is {warmup}, and a temperature cannot start from 0; expected 0; it needs "
+                    f"{key}.warmup_epochs=0"
+                )
+            still, why = (0.0, "nothing would be trained") if key == "optimizer.lr" else (1.0, "it would never move")
+            if key in ("optimizer.lr", "teacher.momentum") and set(values.values()) == {still}:
+                name = next(iter(values))
+                raise ValueError(f"{key} is always {still:g}, and {why}; it needs {key}.{name}={usual}")
+        return self
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """All schedules of the recipe by their keys."""
+        aimed = self.losses.aimed().items()
+        return {
+            "optimizer.lr": self.optimizer.lr,
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+            "teacher.momentum": self.teacher.momentum,
+            **{f"losses.{name}.targets.temperature": loss.targets.temperature for name, loss in aimed},
+        }
 
     @model_validator(mode="after")
     def _grows_to_its_full_size(self) -> Self:
@@ -239,8 +256,11 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
+            stem = path.stem
+            shipped_one = f"use --preset {stem}, which ships with dino" if stem in shipped.names() else ""
+            listed = ", ".join(shipped.names())
             raise DinoError(
-                f"a preset file was wanted; {name} does not exist", f"shipped ones are {', '.join(shipped.names())}"
+                f"a preset file was wanted; {name} does not exist", shipped_one or f"shipped ones are {listed}"
             )
         text = path.read_text(encoding="utf-8", errors="replace")
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,10 +24,11 @@ from dinocli.engine.trainer import Trainer
 from dinocli.errors import DinoError
 from dinocli.loading import fitted_to, initial_weights
 from dinocli.models.network import load_strictly
+from dinocli.monitor import Monitor
 from dinocli.planning import Plan, equal_parts
 from dinocli.report import CURVES, REPORT
 from dinocli.runs import CHECKPOINT, held
-from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest, other_contents, sample_of
+from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest, other_contents, sample_of, saved_states
 from dinocli.stopping import stop_signals
 from dinocli.watching import Progress, Watch
 
@@ -149,13 +151,49 @@ def _found(plan: Plan, note: Callable[[str], None]) -> Saved | None:
         )
     # One looks, since it may set aside what is damaged.
     saved = from_first(newest(plan.out, note) if rank() == 0 else None)
-    taken = next((name for name in _WRITTEN if (plan.out / name).exists()), None) if saved is None else None
-    if taken:
-        weights = f", and --init {plan.out} to begin with its weights" if taken == CHECKPOINT else ""
-        raise DinoError(
-            f"{plan.out} holds a {taken} and no whole state of a run to go on from", f"take another --out{weights}"
-        )
+    if saved is None:
+        _refuse_taken(plan.out)
     return saved
+
+
+def _refuse_taken(out: Path) -> None:
+    taken = next((name for name in _WRITTEN if (out / name).exists()), None)
+    if taken:
+        weights = f", and --init {out} to begin with its weights" if taken == CHECKPOINT else ""
+        raise DinoError(
+            f"{out} holds a {taken} and no whole state of a run to go on from", f"take another --out{weights}"
+        )
+
+
+def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> None:
+    """Check a plan as its run would, with the same errors, and write nothing: run folder, weights, teacher, monitor.
+
+    Args:
+        plan: Run to check.
+        note: Takes lines for the user.
+
+    Raises:
+        DinoError: The run would raise it before its first step.
+    """
+    saved = None
+    if plan.out.is_dir():
+        with held(plan.out):
+            states = [state for _, state in saved_states(plan.out)]
+        saved = next((state for state in states if state), None)
+        if saved:
+            going_on(plan, saved, note)
+        elif not states:
+            _refuse_taken(plan.out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that nothing is copied to tensors without data
+        with torch.device("meta"):
+            method = plan.method()
+        if plan.teacher:
+            plan.teacher.load(method.teacher)
+        if plan.init and not saved:
+            start_from(method, plan.init, note)
+    if plan.monitor:
+        Monitor(plan.monitor, plan.preset, plan.workers)
 
 
 def going_on(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from dinocli.config import Config
 
@@ -40,6 +40,22 @@ class Clock:
         return replace(self, step=self.step + 1)
 
 
+class Misfit(NamedTuple):
+    """A key of a schedule that does not fit the length of a run.
+
+    Attributes:
+        key: Key below the schedule's table.
+        came: Its value, in epochs.
+        most: Largest valid value.
+        fits: Value to suggest.
+    """
+
+    key: str
+    came: int
+    most: int
+    fits: int
+
+
 class Constant(Config):
     """The same value at every step."""
 
@@ -50,6 +66,10 @@ class Constant(Config):
     def bounds(self) -> tuple[float, ...]:
         """Values that no other value lies outside of."""
         return (self.value,)
+
+    def misfit(self, epochs: int) -> Misfit | None:
+        """Return the key that does not fit a run of so many epochs; None if all fit."""
+        return None
 
     def at(self, clock: Clock) -> float:
         """The value at a step."""
@@ -79,12 +99,17 @@ class Cosine(Config):
         """Values that no other value, the warm-up's aside, lies outside of."""
         return (self.start, self.end)
 
+    def misfit(self, epochs: int) -> Misfit | None:
+        """Return the key that does not fit a run of so many epochs; None if all fit."""
+        came = self.warmup_epochs
+        return Misfit("warmup_epochs", came, epochs - 1, epochs // 10) if came and came >= epochs else None
+
     def at(self, clock: Clock) -> float:
         """The value at a step."""
         warmup = self.warmup_epochs * clock.steps_per_epoch
         if clock.step < warmup:
             return self.start * clock.step / max(1, warmup - 1)
-        share = (clock.step - warmup) / (clock.total - warmup)
+        share = (clock.step - warmup) / max(1, clock.total - warmup)
         return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * share))
 
     def scaled(self, factor: float) -> Self:
@@ -108,6 +133,10 @@ class LinearByEpoch(Config):
         """Values that no other value, the warm-up's aside, lies outside of."""
         return (self.start, self.end)
 
+    def misfit(self, epochs: int) -> Misfit | None:
+        """Return the key that does not fit a run of so many epochs; None if all fit."""
+        return Misfit("epochs", self.epochs, epochs, epochs * 3 // 10) if self.epochs > epochs else None
+
     def at(self, clock: Clock) -> float:
         """The value in the epoch of a step."""
         if clock.epoch >= self.epochs:
@@ -130,6 +159,10 @@ class CosineByEpoch(Config):
         """Values that no other value, the warm-up's aside, lies outside of."""
         return (self.start, self.end)
 
+    def misfit(self, epochs: int) -> Misfit | None:
+        """Return the key that does not fit a run of so many epochs; None if all fit."""
+        return None
+
     def at(self, clock: Clock) -> float:
         """The value in the epoch of a step."""
         return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * clock.epoch / clock.epochs))
@@ -139,5 +172,12 @@ class CosineByEpoch(Config):
         return self.model_copy(update={"start": self.start * factor})
 
 
-Rate = Annotated[Constant | Cosine | CosineByEpoch, Field(discriminator="kind")]
-Schedule = Annotated[Constant | Cosine | LinearByEpoch | CosineByEpoch, Field(discriminator="kind")]
+def _number_as_constant(value: Any) -> Any:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return {"kind": "constant", "value": value} if is_number else value
+
+
+Rate = Annotated[Constant | Cosine | CosineByEpoch, Field(discriminator="kind"), BeforeValidator(_number_as_constant)]
+Schedule = Annotated[
+    Constant | Cosine | LinearByEpoch | CosineByEpoch, Field(discriminator="kind"), BeforeValidator(_number_as_constant)
+]

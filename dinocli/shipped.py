@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 
 from dinocli.errors import DinoError, nearest
@@ -23,7 +24,8 @@ def text(name: str) -> str:
         DinoError: There is no preset of that name; the hint names the nearest one.
     """
     if name not in names():
-        raise DinoError(
-            f"there is no preset {name!r}", f"did you mean {nearest(name, names())}? `dino presets` lists them"
-        )
+        # As timm and the papers write them: vit_s16 and ViT-S/16 are vits16.
+        plain = {re.sub(r"[^a-z0-9]", "", known): known for known in reversed(names())}
+        close = plain[nearest(re.sub(r"[^a-z0-9]", "", name.lower()), plain)]
+        raise DinoError(f"there is no preset {name!r}", f"use --preset {close}; `dino presets` lists them")
     return (files("dinocli.presets") / f"{name}.toml").read_text(encoding="utf-8")

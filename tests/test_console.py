@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 
@@ -80,3 +81,23 @@ def test_a_bar_on_a_terminal_obeys_no_name(monkeypatch: pytest.MonkeyPatch, term
     assert SHOWN in written.getvalue()
     assert "\u202e" not in written.getvalue()
     assert "\x1b[31mred" not in written.getvalue()
+
+
+@pytest.mark.parametrize("width", [200, 80, 60])
+@pytest.mark.parametrize("what", ["pretrain", "compare with a folder of features that has a long name"])
+def test_the_time_that_is_left_is_whole_in_a_narrow_terminal(
+    width: int, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.StringIO()
+    terminal = type(console._words)(file=out, force_terminal=True, width=width, color_system=None, soft_wrap=True)
+    monkeypatch.setattr(console, "_words", terminal)
+    with console.progress(what, 125_000, "steps") as advance:
+        for step in range(1, 4):
+            advance(step, "loss 4.032  k-NN 45.1 %")
+    drawn = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line).strip() for line in re.split(r"[\r\n]", out.getvalue())]
+    *_, last = (line for line in drawn if line)
+    assert len(last) <= width
+    assert "3/125000 steps" in last
+    assert re.search(r" (\d+:\d\d:\d\d|-:--:--) left$", last)
+    assert ("loss 4.032" in last) == (what == "pretrain" or width == 200), "a part of a note is whole or not there"
+    assert ("45.1 %" in last) == (width == 200 or (width == 80 and what == "pretrain"))

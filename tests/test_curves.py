@@ -4,10 +4,14 @@ import math
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
+from dinocli import curves
 from dinocli.curves import panel_svg, write_histogram, write_sheet
 from dinocli.history import Curve
 from dinocli.panels import LossFacts, panels
@@ -83,3 +87,39 @@ def test_a_histogram_is_drawn_of_whatever_values_come(tmp_path: Path, mark: floa
         picture = np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB"))
         assert (np.abs(picture.astype(int) - (0x1F, 0x6F, 0xB4)).max(-1) < 10).any(), "bars"
         assert (np.abs(picture.astype(int) - (0xC8, 0x65, 0x1B)).max(-1) < 10).any() == (mark is not None), "the mark"
+
+
+@pytest.mark.parametrize("steps", [[1], [1, 2], [1, 8, 10, 12], [500, 1_250_000]])
+def test_no_label_is_cut_or_drawn_twice(steps: list[int]) -> None:
+    rising = np.linspace(0, 1, len(steps))
+    values = {"lr": 1.7e-4 * rising + 1e-9, "weight_decay": 0.04 + 7e-4 * rising, "momentum": 1 - 1e-5 * rising,
+              "uniformity": -1.56 - 0.04 * rising, "rank": 1 + 90_000 * rising, "loss": 11 - rising, "ibot": 3 - rising,
+              "koleo": -rising, "dino": 5 + rising, "peak_memory": 2e15 * (1 + rising)}  # fmt: skip
+    made = {key: Curve(np.array(steps, float), value) for key, value in values.items()}
+    for panel in panels(made, DINO):
+        height = curves._height(panel)
+        figure = Figure(figsize=(curves._WIDTH, height), dpi=100)
+        with matplotlib.rc_context(curves._STYLE):
+            curves._draw(figure, panel, height)
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+            inside = figure.bbox.padded(1)
+            for axes in figure.axes:
+                shown = [
+                    label
+                    for label in axes.get_yticklabels()
+                    if axes.bbox.padded(1).ymin <= label.get_window_extent().y0 + 4 <= axes.bbox.padded(1).ymax
+                ]
+                texts = [
+                    *shown,
+                    *axes.texts,
+                    axes._left_title,
+                    *(axes.get_legend().get_texts() if axes.get_legend() else []),
+                ]
+                for text in texts:
+                    box = text.get_window_extent()
+                    assert inside.xmin <= box.x0 and box.x1 <= inside.xmax, (panel.title, text.get_text())
+                said = [label.get_text() for label in shown]
+                assert len(set(said)) == len(said), (panel.title, said)
+            steps_said = [label.get_text() for label in figure.axes[-1].get_xticklabels()]
+            assert not any("m" in word for word in steps_said), "no thousandths of a step"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,18 @@ from conftest import TOLERANCE, Original, assert_original, together, write_image
 from test_pretraining import SMALL
 
 from dinocli.data.sources import image_folder, open_source
-from dinocli.distributed import any_of, from_first, gathered, logsumexp_over_processes, mean_over_processes, rank, size
+from dinocli.distributed import (
+    any_of,
+    check_launch,
+    from_first,
+    gathered,
+    logsumexp_over_processes,
+    mean_over_processes,
+    rank,
+    size,
+    started,
+    unused_tasks,
+)
 from dinocli.errors import DinoError
 from dinocli.losses.dino import DinoLossConfig
 from dinocli.losses.targets import CenteringConfig
@@ -81,10 +93,115 @@ def test_what_one_process_tells_the_others() -> None:
     assert asked() == (0, 1, [False, False], ["of 0"], Path("runs/0"))
 
 
-def test_clusters_that_set_ranks_for_whole_machines_start_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("RANK", "3")
+@pytest.fixture
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment without any launcher's variables, whatever starts these tests."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "PMI", "MASTER_", "TORCHELASTIC", "LOCAL_")) or name in (
+            "RANK",
+            "WORLD_SIZE",
+        ):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+ADDRESS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+STEP = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message", "hint"),
+    [
+        ({"RANK": "3", "WORLD_SIZE": "8"}, "RANK=3 WORLD_SIZE=8 without MASTER_ADDR and MASTER_PORT",
+         "torchrun --nproc-per-node 8 -m dinocli pretrain ...; or alone: env -u RANK -u WORLD_SIZE dino pretrain ..."),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, "RANK=0 WORLD_SIZE=2 without MASTER_PORT", "torchrun"),
+        ({"WORLD_SIZE": "2"} | ADDRESS, "WORLD_SIZE=2 is incomplete", "torchrun --nproc-per-node 2"),
+        ({"RANK": "1"}, "RANK=1 without MASTER_ADDR and MASTER_PORT", "torchrun --nproc-per-node N"),
+        ({"RANK": "2", "WORLD_SIZE": "2"} | ADDRESS, "RANK=2 WORLD_SIZE=2 is no rank of that many", "torchrun"),
+        (STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes without MASTER_ADDR and MASTER_PORT",
+         "export MASTER_ADDR=$(scontrol"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "srun started 4 processes", "srun --ntasks=1 dino pretrain ... --gpus 4"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "a"}, "srun started 4 processes", "export"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes", "mpirun -x"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpirun started 2 processes", "torchrun --nproc-per-node 2"),
+        ({"PMI_RANK": "1"}, "mpirun started several processes", "torchrun"),
+    ],
+)  # fmt: skip
+def test_processes_that_cannot_meet_do_not_train_alone(
+    plain_environment: pytest.MonkeyPatch, variables: dict[str, str], message: str, hint: str
+) -> None:
+    for name, value in variables.items():
+        plain_environment.setenv(name, value)
     assert (rank(), size()) == (0, 1)
+    with pytest.raises(DinoError) as error:
+        check_launch("pretrain")
+    assert error.value.message.startswith(message)
+    assert hint in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"RANK": "0", "WORLD_SIZE": "1"} | ADDRESS,
+        {"RANK": "colonel"},
+        ADDRESS,
+        STEP | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},
+        STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},  # an interactive step of a larger job
+        {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a", "SLURM_NTASKS": "4"},  # the shell of salloc
+        {"SLURM_NTASKS": "4"},
+        {"SLURM_JOB_NODELIST": "a", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # a batch script
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+    ],
+)
+def test_a_single_process_of_a_cluster_is_alone(
+    plain_environment: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        plain_environment.setenv(name, value)
+    check_launch("pretrain")
+    assert (started(), rank(), size()) == (None, 0, 1)
+    assert unused_tasks() == (4 if variables.get("SLURM_NTASKS") == "4" and "SLURM_JOB_NODELIST" in variables
+                              and "SLURM_STEP_ID" not in variables else 1)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1", "WORLD_SIZE": "4"},
+        STEP | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"},
+        STEP | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "4"},
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"},
+        {"PMI_RANK": "1", "PMI_SIZE": "4"},
+    ],
+)
+def test_processes_with_an_address_join(plain_environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in (variables | ADDRESS).items():
+        plain_environment.setenv(name, value)
+    check_launch("pretrain")
+    assert (rank(), size()) == (1, 4)
+
+
+def test_processes_of_another_launcher_meet(plain_environment: pytest.MonkeyPatch) -> None:
+    """Two tasks of srun, each bound to a GPU of its own, so that each sees it as device 0."""
+    code = (
+        "from dinocli import distributed as d; d.begin(); "
+        "print(d.gathered((d.rank(), d.size(), d.local_rank(), d.local_size()))); d.end()"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+    def task(number: int) -> subprocess.Popen[str]:
+        step = STEP | {"SLURM_PROCID": str(number), "SLURM_STEP_NUM_TASKS": "2", "CUDA_VISIBLE_DEVICES": str(number)}
+        return subprocess.Popen(
+            [sys.executable, "-c", code], env=os.environ | step | address, stdout=subprocess.PIPE, text=True
+        )
+
+    tasks = [task(number) for number in range(2)]
+    told = [task.communicate(timeout=120)[0].strip() for task in tasks]
+    assert told == ["[(0, 2, 0, 2), (1, 2, 0, 2)]"] * 2
 
 
 def run_of(

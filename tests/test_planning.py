@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +9,10 @@ import pytest
 import torch
 from conftest import write_images
 
+from dinocli import shipped
 from dinocli.data.sources import image_folder
 from dinocli.errors import DinoError
-from dinocli.planning import Plan, cautions, start_clock
+from dinocli.planning import Plan, cautions, check_schedules, short_stop, start_clock
 from dinocli.preset import load_preset
 
 
@@ -30,11 +32,77 @@ def test_an_epoch_is_one_pass_unless_the_preset_says_otherwise() -> None:
     )
 
 
-@pytest.mark.parametrize(("images", "hint"), [(1, "1"), (100, "64"), (1023, "512")])
+@pytest.mark.parametrize(
+    ("images", "hint"),
+    [
+        (1, "--batch-size 1"),
+        (47, "--batch-size 32"),
+        (100, "use --preset tiny, or --batch-size 64; dino doctor IMAGES suggests settings for your images"),
+        (1023, "use --preset tiny, or --batch-size 512; dino doctor IMAGES suggests settings for your images"),
+    ],
+)
 def test_fewer_images_than_a_batch_is_said_with_a_batch_that_fits(images: int, hint: str) -> None:
-    with pytest.raises(DinoError, match=f"a batch of 1024 images was wanted; the folder has {images}") as error:
+    with pytest.raises(DinoError, match=f"a batch of 1024 images is larger than the set of {images}") as error:
         start_clock(load_preset("vits16"), images)
-    assert error.value.hint == f"--batch-size {hint}"
+    assert error.value.hint == hint
+
+
+def test_a_small_recipe_is_only_told_a_smaller_batch() -> None:
+    with pytest.raises(DinoError) as error:
+        start_clock(load_preset("tiny"), 40)
+    assert error.value.hint == "--batch-size 32"
+
+
+RAMP = "{kind='linear_by_epoch', start=0.04, end=0.07, epochs=30}"
+COSINE = "{kind='cosine', start=0.9, end=0.99, warmup_epochs=8}"
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message", "hint"),
+    [
+        ("vits16", ["training.epochs=10"],
+         "optimizer.lr.warmup_epochs=10 (at most 9) and losses.dino.targets.temperature.epochs=30 (at most 10) do not fit a run "
+         "of 10 epochs",
+         "use --set optimizer.lr.warmup_epochs=1 --set losses.dino.targets.temperature.epochs=3, or --epochs 30"),
+        ("tiny", ["training.epochs=1"],
+         "optimizer.lr.warmup_epochs=1 (at most 0) and heads.dino.freeze_last_layer_epochs=1 (at most 0) do not fit a run of 1 epoch",
+         "use --set optimizer.lr.warmup_epochs=0 --set heads.dino.freeze_last_layer_epochs=0, or --epochs 2"),
+        ("tiny", [f"losses.dino.targets.temperature={RAMP}"],
+         "losses.dino.targets.temperature.epochs=30 (at most 8) does not fit a run of 8 epochs", "temperature.epochs=2, or --epochs 30"),
+        ("tiny", [f"teacher.momentum={COSINE}"], "teacher.momentum.warmup_epochs=8 (at most 7) does not", "warmup_epochs=0, or --epochs 9"),
+        ("tiny", ["optimizer.weight_decay.warmup_epochs=9"], "optimizer.weight_decay.warmup_epochs=9 (at most 7)", "--epochs 10"),
+        ("tiny", ["heads.dino.freeze_last_layer_epochs=8"], "heads.dino.freeze_last_layer_epochs=8 (at most 7)", "--epochs 9"),
+    ],
+)  # fmt: skip
+def test_schedules_that_do_not_fit_the_run_are_named_together(
+    preset: str, overrides: list[str], message: str, hint: str
+) -> None:
+    with pytest.raises(DinoError) as error:
+        start_clock(load_preset(preset, overrides), 5000)
+    assert message in error.value.message
+    assert hint in error.value.hint
+    typed = re.findall(r"--set (\S+?)(?:,|$|\s)", error.value.hint.partition(", or")[0])
+    start_clock(load_preset(preset, [*overrides, *typed]), 5000)
+    epochs = error.value.hint.rpartition("--epochs ")[2]
+    start_clock(load_preset(preset, [*overrides, f"training.epochs={epochs}"]), 5000)
+
+
+@pytest.mark.parametrize("name", shipped.names())
+def test_shipped_presets_fit_their_own_length_and_all_schedules_are_finite(name: str) -> None:
+    preset = load_preset(name)
+    check_schedules(preset)
+    clock = start_clock(preset, preset.training.batch_size * 3)
+    for schedule in preset.schedules.values():
+        for step in (0, 1, clock.total // 2, clock.total - 1, clock.total):
+            assert math.isfinite(schedule.at(replace(clock, step=step)))
+
+
+def test_a_run_of_one_step_has_a_rate(images: Path) -> None:
+    one = ["training.epochs=1", "training.steps_per_epoch=1", "training.batch_size=4", "optimizer.lr.warmup_epochs=0",
+           "heads.dino.freeze_last_layer_epochs=0"]  # fmt: skip
+    made = plan(images, *one, stop=1)
+    assert made.clock.total == 1
+    assert made.lr.at(made.clock) == pytest.approx(0.004 * 4 / 256)
 
 
 def test_the_rate_counts_the_batch_in(images: Path) -> None:
@@ -46,21 +114,23 @@ def test_the_rate_counts_the_batch_in(images: Path) -> None:
     ("overrides", "stop", "words"),
     [
         ([], None, []),
-        ([], 40, ["the learning rate's warm-up takes 50 steps and this run ends at 40", "freeze of the prototypes"]),
         (["heads.dino.prototypes=65536"], None, ["400 steps show 19200 images to 65536 prototypes"]),
-        (["optimizer.lr.warmup_epochs=5"], None, ["the learning rate's warm-up takes 250 of 400 steps"]),
-        (["training.epochs=9", "heads.dino.prototypes=1024"], None, ["450 steps show 21600 images to 1024 prototypes"]),
-        (["views.low_resolution={epochs=3, global_size=32}"], 151, []),
         (
-            ["views.low_resolution={epochs=3, global_size=32}"],
-            150,
-            ["low resolution lasts 150 steps and this run ends at 150"],
+            ["optimizer.lr.warmup_epochs=5"],
+            None,
+            ["more than half of the 400 steps go to the learning rate's warm-up (250)"],
         ),
+        (
+            ["optimizer.lr.warmup_epochs=5", "heads.dino.freeze_last_layer_epochs=6"],
+            None,
+            ["steps go to the learning rate's warm-up (250) and the freeze of the prototypes (300)"],
+        ),
+        (["training.epochs=9", "heads.dino.prototypes=1024"], None, ["450 steps show 21600 images to 1024 prototypes"]),
         (["optimizer.lr.start=1.0"], None, ["a learning rate of 0.19 for 48 images is far from the paper's"]),
         (
-            ["losses.dino.targets.temperature={kind='linear_by_epoch', start=0.04, end=0.07, epochs=30}"],
+            ["losses.dino.targets.temperature={kind='linear_by_epoch', start=0.04, end=0.07, epochs=8}"],
             None,
-            ["the teacher temperature's warm-up takes 1500 steps and this run ends at 400"],
+            ["more than half of the 400 steps go to the teacher temperature's warm-up (400)"],
         ),
     ],
 )
@@ -79,6 +149,35 @@ def test_what_is_unlikely_to_be_meant_is_said_with_the_value_to_take(
         assert changed, "there is a value to take"
         mended = load_preset("tiny", [*overrides, *changed])
         assert not [w for w in cautions(replace(plan, preset=mended)) if expected in w], "which is right"
+
+
+def test_an_early_stop_is_one_line_with_all_that_it_does_not_get_past(tmp_path: Path) -> None:
+    write_images(tmp_path, 48, size=8)
+    assert short_stop(plan(tmp_path, stop=400)) == ""
+    line = "stops at step 200 of 400; the schedules stay those of the whole run"
+    assert short_stop(plan(tmp_path, stop=200)) == line
+    low = "views.low_resolution={epochs=3, global_size=32}"
+    assert short_stop(plan(tmp_path, low, stop=151)) == line.replace("200", "151")
+    assert short_stop(plan(tmp_path, low, stop=40)) == (
+        "stops at step 40 of 400; the schedules stay those of the whole run, and it ends within the learning rate's "
+        "warm-up (50 steps), the freeze of the prototypes (50 steps) and the epochs of low resolution (150 steps): without "
+        "them --set optimizer.lr.warmup_epochs=0 --set heads.dino.freeze_last_layer_epochs=0 "
+        "--set views.low_resolution=none"
+    )
+    assert not list(cautions(plan(tmp_path, low, stop=40))), "it is said once"
+
+
+def test_a_large_recipe_for_few_images_on_a_cpu_names_a_smaller_one(tmp_path: Path) -> None:
+    write_images(tmp_path, 200, size=8)
+    made = plan(tmp_path, "training.batch_size=128", preset="vits16", stop=800)
+    on_cpu, prototypes = cautions(made)
+    assert on_cpu == (
+        "800 steps of 128 images at 224 pixels take days on a CPU: --preset tiny takes minutes, and dino doctor "
+        f"{tmp_path} suggests settings"
+    )
+    assert prototypes.endswith(f"--set heads.dino.prototypes=2048, or settings that dino doctor {tmp_path} suggests")
+    assert "--epochs" not in on_cpu + prototypes
+    assert not list(cautions(plan(tmp_path, stop=400)))
 
 
 def test_a_run_has_a_part_for_each_size_of_its_crops(tmp_path: Path) -> None:

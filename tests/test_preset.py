@@ -59,9 +59,37 @@ def test_overrides_are_toml_values_and_none_takes_a_key_out() -> None:
         ("training.epochs.more=1", "epochs is a value and not a table", "--set"),
         ("losses.dino=none", "at least one loss", "--set"),
         ("views.global_1.size=160", "one size; they are 160 and 224", "--set views.global_2.size=160"),
-        ("training.epochs=5", "a warm-up of 10 epochs does not fit a run of 5", "--set"),
+        ("teacher.momentum.end=1.5", "teacher.momentum.end is 1.5; expected from 0 to 1", "--set teacher.momentum.end=0.996"),
+        ("teacher.momentum.start=1.0", "teacher.momentum is always 1, and it would never move", "momentum.start=0.996"),
+        ("optimizer.lr.start=-1", "optimizer.lr.start is -1; expected 0 or more", "--set optimizer.lr.start=0.0005"),
+        ("optimizer.weight_decay.end=-1", "optimizer.weight_decay.end is -1; expected 0 or more", "--set optimizer"),
+        ("losses.dino.targets.temperature.start=0", "temperature.start is 0; expected 1e-06 or more", "start=0.04"),
+        ("losses.dino.targets.temperature={kind='cosine', start=0.04, end=0.07, warmup_epochs=2}",
+         "temperature.warmup_epochs is 2, and a temperature cannot start from 0", "warmup_epochs=0"),
+        ("optimizer.lr={kind='constant', value=0}", "optimizer.lr is always 0, and nothing would be trained", "value=0.0005"),
+        ("lr=0.1", "no key lr", "did you mean optimizer.lr.start?"),
+        ("training.lr=0.1", "no key training.lr", "did you mean optimizer.lr.start?"),
+        ("momentum=0.9", "no key momentum", "did you mean teacher.momentum.start or losses.dino.targets.momentum?"),
+        ("out_dim=9", "no key out_dim", "heads.dino.prototypes"),
+        ("patch_size=8", "no key patch_size", "backbone.options.patch_size"),
+        ("prototype=9", "no key prototype", "heads.dino.prototypes"),
+        ("warmup=1", "no key warmup", "optimizer.lr.warmup_epochs"),
+        ("xyzzy=1", "no key xyzzy", "leave xyzzy out"),
+        ("optimizer.lr=0.1", "optimizer.lr is a table, and that is a single value",
+         "--set optimizer.lr.start=0.1 keeps the schedule; --set 'optimizer.lr={kind=\"constant\", value=0.1}' replaces it"),
+        ("losses.dino.targets.temperature=0.1", "temperature is a table", '{kind="constant", value=0.1}'),
+        ("optimizer.weight_decay=abc", "optimizer.weight_decay is a table", "optimizer.weight_decay.start=NUMBER"),
+        ("optimizer=sgd", "optimizer is a table", "--set optimizer.kind=sgd"),
+        ("views=3", "views is a table", "--set views.locals=3"),
+        ("optimizer.kind=adam", "optimizer.kind should be 'adamw', 'sgd', 'lars'; it is 'adam'", "--set optimizer.kind=adamw"),
+        ("optimizer.lr={start=0.1}", "optimizer.lr.kind is missing", "--set optimizer.lr.kind=cosine"),
+        ("optimizer.lr.kind=constant", "optimizer.lr.value is missing, and start, end, warmup_epochs no key of that kind",
+         "--set 'optimizer.lr={kind=\"constant\", value=VALUE}'"),
+        ("optimizer.clip=3.0", "optimizer.clip should be a table; it is 3.0", 'optimizer.clip={kind="each_parameter", norm=3.0}'),
+        ("training.precision=fp16", "it is 'fp16'", "--set training.precision=bfloat16"),
+        ("views.mean=[0.5,", "is not valid TOML", "quote all of it"),
     ],
-)
+)  # fmt: skip
 def test_a_mistake_names_its_key_and_the_nearest(override: str, message: str, hint: str) -> None:
     with pytest.raises(DinoError) as error:
         load_preset("vits16", [override])
@@ -304,3 +332,13 @@ def test_a_file_that_no_preset_looks_like_is_one_line(tmp_path: Path, text: str)
 def test_a_value_that_is_nested_too_deeply_is_one_line(override: str) -> None:
     with pytest.raises(DinoError, match="nested"):
         load_preset("tiny", [override])
+
+
+def test_a_number_is_a_constant_schedule_where_nothing_else_could_be_meant() -> None:
+    constant = {"kind": "constant", "value": 0.05}
+    ours = load_preset("tiny", ["losses.dino.targets.temperature=0.05"])
+    assert ours.losses.dino.targets.temperature.model_dump() == constant, "the preset's is constant"
+    data = ours.model_dump()
+    for table, key in (("optimizer", "lr"), ("optimizer", "weight_decay"), ("teacher", "momentum")):
+        read = type(ours).parse(data | {table: data[table] | {key: 0.05}}, "mine.toml")
+        assert getattr(getattr(read, table), key).model_dump() == constant, "a file has no other"

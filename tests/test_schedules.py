@@ -59,3 +59,19 @@ def test_clock() -> None:
         (3, 1),
     ]
     assert clock.total == 6
+
+
+def test_a_warmup_as_long_as_the_run_divides_by_nothing() -> None:
+    clock = Clock(5, 2)
+    warm = Cosine(kind="cosine", start=2.0, end=0.0, warmup_epochs=2)
+    assert [warm.at(replace(clock, step=step)) for step in (0, 9, 10)] == [0.0, 2.0, 2.0]
+    assert warm.misfit(2) == ("warmup_epochs", 2, 1, 0)
+    assert warm.misfit(3) is None
+    ramp = LinearByEpoch(kind="linear_by_epoch", start=0.04, end=0.07, epochs=4)
+    assert ramp.misfit(3) == ("epochs", 4, 3, 0)
+    assert ramp.misfit(4) is None, "the end is reached in the last epoch"
+    assert (
+        Constant(kind="constant", value=1).misfit(1)
+        is CosineByEpoch(kind="cosine_by_epoch", start=1, end=0).misfit(1)
+        is None
+    )

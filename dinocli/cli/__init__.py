@@ -30,6 +30,7 @@ from dinocli.cli.push import push
 from dinocli.cli.search import search
 from dinocli.cli.segment import segment
 from dinocli.cli.track import track
+from dinocli.cli.usage import explain
 from dinocli.errors import DinoError
 
 app = typer.Typer(
@@ -73,13 +74,21 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    if distributed.size() > 1:
-        if context.invoked_subcommand not in _SHARED:
-            raise DinoError(
-                f"dino {context.invoked_subcommand} is done by one process; {distributed.size()} were started",
-                f"leave torchrun out: dino {context.invoked_subcommand} ...",
-            )
+    if "--help" in sys.argv:
+        return
+    command, found = context.invoked_subcommand, distributed.started()
+    if command in _SHARED:
+        distributed.check_launch(command)
+        if found and found.launcher != "torchrun":
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            console.say(f"note: joining {found.size} processes of {found.launcher}, which meet at {where}")
         distributed.begin()
+    # RANK and WORLD_SIZE alone may be about a whole container, in which other commands run once.
+    elif found and found.launcher != "torch.distributed":
+        raise DinoError(
+            f"dino {command} is done by one process; {found.size or 'several'} were started",
+            f"leave {found.launcher} out: dino {command} ...",
+        )
 
 
 def main() -> None:
@@ -130,10 +139,7 @@ def _told(error: Exception) -> int:
             for line in words.splitlines() or [""]:
                 console.say(line)
         else:
-            context = getattr(error, "ctx", None)
-            # One line, without what the parser's own library puts before its message.
-            said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
-            _said(said, f"{context.command_path if context else 'dino'} --help")
+            _said(*explain(error, sys.argv[1:]))
         return 2
     if isinstance(error, MemoryError) or "out of memory" in words.lower() or "can't allocate memory" in words:
         return _said("there is too little memory for this", "a smaller --batch-size or --size")

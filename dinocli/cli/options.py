@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -72,6 +74,95 @@ Threshold = Annotated[
     ),
 ]
 
+# Names that promise a file. A folder of such a name is only taken if it exists already.
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_FILES = (
+    *(".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".onnx", ".npy", ".npz", ".h5", ".parquet"),
+    *(".png", ".jpg", ".jpeg", ".gif", ".mp4", ".pdf", ".html", ".csv", ".tsv", ".json", ".txt", ".log", ".toml"),
+)
+
+
+def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
+    """Return a local place that a command can write to, with `~` expanded; write nothing.
+
+    Args:
+        path: Value of the option.
+        option: Option as the user types it, or the name of an argument.
+        file: File name to suggest, for an output that is one file. If empty, the output is a folder.
+
+    Raises:
+        DinoError: An address, an existing path of the other kind, a folder named like a file, or no permission.
+    """
+    use = f"use {option}" if option.startswith("-") else f"for {option}, name"
+    wanted = "file" if file else "folder"
+    if address := _address(path):
+        local = file or _plain(Path(address.rpartition(":")[2])).name or "results"
+        if address.startswith("file:"):
+            hint = f"{use} {address.removeprefix('file://')}"
+        else:
+            hint = f"{use} {local}, and copy that to {address} afterwards"
+        raise DinoError(f"{option} {address} is an address; expected a local {wanted}", hint)
+    if path.parts[:1] == ("~",):  # bash leaves it as it is in --out=~/runs
+        path = path.expanduser()
+    suffix, there = path.suffix.lower(), os.path.lexists(path)
+    instead = file or str(_plain(path) if suffix in (*_ARCHIVES, *_FILES) else f"{path}-2")
+    fault = ""
+    if file and path.is_dir():
+        fault, instead = "is a folder", str(path / file)
+    elif there and not path.is_dir() and not (file and path.is_file()):
+        fault = "is a file" if path.is_file() else "is a broken link" if path.is_symlink() else "is a device"
+    elif not there and suffix in _ARCHIVES:
+        fault = "is named like an archive"
+    elif not there and not file and suffix in _FILES:
+        fault = "is named like a file"
+    if fault:
+        raise DinoError(f"{option} {path} {fault}; expected a {wanted}", f"{use} {instead}")
+    _check_writable(path, option, use)
+    return path
+
+
+def refuse_address(value: str, option: str, expected: str) -> None:
+    """Check that a source is no s3:// or other address, which is read from nowhere here.
+
+    Raises:
+        DinoError: It is one.
+    """
+    if "://" in value and (address := _address(Path(value))):
+        raise DinoError(
+            f"{option} {address} is an address; expected {expected}",
+            f"copy it here first, and name the copy: {Path(address).name or 'DIR'}",
+        )
+
+
+def _plain(path: Path) -> Path:
+    """Drop the endings of files: run.tar.gz is run, and run.v1 stays."""
+    while path.suffix.lower() in (*_ARCHIVES, *_FILES):
+        path = path.with_suffix("")
+    return path
+
+
+def _address(path: Path) -> str:
+    """Return what was typed, if it is s3://bucket/x or user@host:/x and not a path; else nothing."""
+    words = path.as_posix()
+    if re.match(r"[\w.-]+@[\w.-]+:", words):
+        return words
+    # A Path has lost the second slash, and would become the local folders s3:/bucket/x. One letter is a Windows drive.
+    scheme, colon, rest = words.partition(":")
+    if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme) and (not rest or rest.startswith("/")):
+        return f"{scheme}://{rest.lstrip('/')}" if scheme != "file" else f"file:///{rest.lstrip('/')}"
+    return ""
+
+
+def _check_writable(path: Path, option: str, use: str) -> None:
+    folders = [*([path.absolute()] if path.is_dir() else []), *path.absolute().parents]
+    nearest = next(folder for folder in folders if os.path.lexists(folder))
+    if not nearest.is_dir():
+        raise DinoError(f"{option} {path} lies below {nearest}, which is a file", f"{use} {path.name}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise DinoError(
+            f"no permission to write {option} {path}: {nearest} is read-only for you", f"{use} ~/{path.name}"
+        )
+
 
 def compiles(device: torch.device, *, asked: bool) -> bool:
     """Whether torch can compile for a device, as was tried; said where it cannot.
@@ -113,14 +204,20 @@ def checkpoint_or_newest(given: str | None) -> str:
 
 def _step(checkpoint: Path) -> str:
     """The step that a checkpoint is of, so that one of a run which failed at its start is not taken for trained."""
+    step = step_of(checkpoint)
+    return "" if step is None else f", step {step}"
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the step of a checkpoint; None if the file does not say, or cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(checkpoint, framework="numpy") as file:
-            step = (file.metadata() or {}).get("step")
-    except SafetensorError:
-        return ""  # whoever reads the file says what is wrong with it
-    return f", step {step}" if step else ""
+            step = (file.metadata() or {}).get("step", "")
+    except (SafetensorError, OSError):
+        return None  # whoever reads the file says what is wrong with it
+    return int(step) if step.isdecimal() else None
 
 
 def encoder_from(

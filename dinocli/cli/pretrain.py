@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli import console, shipped
-from dinocli.cli.options import Device, Images, Json, Workers, compiles
-from dinocli.distributed import from_first, launch, local_size, rank, size
+from dinocli.cli.options import Device, Images, Json, Workers, compiles, output_place, refuse_address, step_of
+from dinocli.distributed import from_first, launch, local_size, rank, size, unused_tasks
 from dinocli.errors import DinoError
-from dinocli.runs import link_newest, next_folder, runs_of
+from dinocli.runs import CHECKPOINT, link_newest, next_folder, runs_of
 
 if TYPE_CHECKING:
     from dinocli.costs import Estimate
@@ -104,6 +104,18 @@ def pretrain(
     json: Json = False,
 ) -> None:
     """Train a vision transformer on a folder of images with DINO."""
+    out = out and output_place(out)
+    for value, option in ((images, "IMAGES"), (init, "--init"), (teacher, "--teacher"), (monitor, "--monitor")):
+        refuse_address(value or "", option, "a local path" + " or timm:NAME" * (option == "--init"))
+    _refuse_names(init, teacher)
+    if out and Path(images).is_dir() and out.resolve() == Path(images).resolve():
+        raise DinoError(f"--out {out} is the folder of the images", f"use --out runs/{out.resolve().name}")
+    cache = _cache(cache)
+    short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
+    given = [f"{key}={value}" for key, value in short.items() if value is not None]
+    _refuse_two_values(given, overrides or [])
+    if (tasks := unused_tasks()) > 1 and not gpus:
+        console.say(f"note: SLURM gave this job {tasks} tasks and this command runs in one process; see --gpus")
     if gpus and not dry_run and _launched(gpus, device):
         return
 
@@ -119,12 +131,12 @@ def pretrain(
     from dinocli.preset import load_preset
     from dinocli.states import unfinished
 
-    short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
-    given = [f"{key}={value}" for key, value in short.items() if value is not None]
     loaded = load_preset(preset, [*(overrides or []), *given, *(["teacher.frozen=true"] if teacher else [])])
     frozen = FrozenTeacher.read(teacher) if teacher else None
     same = (loaded, source.fingerprint, init, frozen.fingerprint if frozen else None)
     total = start_clock(loaded, source.count).total
+    if steps and steps > total:
+        console.say(f"note: --steps {steps} is more than the {total} steps of the run, which ends there; see --epochs")
     picked = pick_device(device)
     name = Path(preset).name.removesuffix(".toml")
     plan = Plan(
@@ -150,9 +162,48 @@ def pretrain(
         recompute=recompute,
     )
     if dry_run:
+        from dinocli.pretraining import rehearse
+
+        rehearse(plan, console.say)
+        for line in _beforehand(plan, begun=False):
+            console.say(f"note: {line}")
         _print_plan(plan, json)
     else:
         _run(replace(plan, compiled=plan.compiled and compiles(picked, asked=compiled is True)), json)
+
+
+def _refuse_names(init: str | None, teacher: str | None) -> None:
+    """Check that --init and --teacher are no bare names of a model or a preset.
+
+    Raises:
+        DinoError: They are; the hint says where the name belongs.
+    """
+    weights = (".pth", ".pt", ".safetensors")
+    named = init if init and re.fullmatch(r"[a-z]\w*(\.\w+)?", init) and not init.endswith(weights) else None
+    if named and not Path(named).exists():
+        raise DinoError(f"--init {init} does not exist here", f"use --init timm:{init} for a model of timm, or a path")
+    if teacher in shipped.names() and not Path(teacher).exists():
+        trained = f"dino pretrain IMAGES --preset {teacher}, then --teacher runs/{teacher}-1"
+        raise DinoError(f"--teacher {teacher} is a preset; expected a trained run", f"train it first: {trained}")
+
+
+def _cache(given: str | None) -> str | None:
+    if given is None or given.lower() == "ram":
+        return given and "ram"
+    return str(output_place(Path(given), "--cache"))
+
+
+def _refuse_two_values(given: list[str], overrides: list[str]) -> None:
+    """Check that no option and no --set give two values for one key.
+
+    Raises:
+        DinoError: They do.
+    """
+    keyed = {key.strip(): value.strip() for key, _, value in (override.partition("=") for override in overrides)}
+    for key, _, value in (one.partition("=") for one in given):
+        if keyed.get(key, value) != value:
+            option = f"--{key.rpartition('.')[2].replace('_', '-')} {value}"
+            raise DinoError(f"{option} and --set {key}={keyed[key]} are two values for one key", f"keep one: {option}")
 
 
 def _launched(gpus: int, device: str) -> bool:
@@ -261,7 +312,7 @@ def _peak(plan: Plan) -> float:
 def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
     """What a person should know before a run; of one that was begun, what is not known from then."""
     from dinocli.inspection import warn_of
-    from dinocli.planning import cautions
+    from dinocli.planning import cautions, short_stop
 
     if plan.preset.views.low_resolution:
         yield f"views of {_views(plan)}: steps take longer then"
@@ -270,8 +321,8 @@ def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
         yield from cautions(plan)
         if plan.init and not plan.monitor:
             yield "nobody looks whether these weights lose what they know: --monitor DIR, a small labelled folder"
-    if plan.stop < plan.clock.total:
-        yield f"stops at step {plan.stop} of {plan.clock.total}; the schedules stay those of the whole run"
+    if line := short_stop(plan):
+        yield line
 
 
 def _run(plan: Plan, json: bool) -> None:
@@ -286,7 +337,7 @@ def _run(plan: Plan, json: bool) -> None:
         console.say(f"note: {line}")
     with console.progress("pretrain", plan.stop, "steps") as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)
-    linked = rank() > 0 or link_newest(run.checkpoint)
+    linked = _link(run.checkpoint, unfinished=run.step < plan.clock.total)
     if run.fresh_heads:
         console.say(f"note: {plan.init} gave the backbone; new heads: {', '.join(run.fresh_heads)}")
     if run.bad.reasons:
@@ -306,8 +357,6 @@ def _run(plan: Plan, json: bool) -> None:
     elif run.step > run.began or not run.step:
         before = f", after {run.began} before" if run.began else ""
         console.say(f"done: {run.step - run.began} steps in {console.duration(run.seconds)}{before}{loss}")
-    if not linked:
-        console.say(f"note: ./{run.checkpoint.name} is a file of your own, or cannot be written, and was left as it is")
     console.say(f"next: dino extract {run.checkpoint.name if linked else run.checkpoint} DATA")
     if json:
         console.out_json(
@@ -322,3 +371,28 @@ def _run(plan: Plan, json: bool) -> None:
         )
     else:
         console.out(str(run.checkpoint))
+
+
+def _link(checkpoint: Path, *, unfinished: bool) -> bool:
+    """Point `./ckpt.safetensors` to a run's weights, and say so if it pointed to others; false if it does not now.
+
+    A trial of a few steps leaves a longer run's weights where they are looked for.
+    """
+    if rank() > 0:
+        return True
+    link = Path(CHECKPOINT)
+    target = link.readlink() if link.is_symlink() and link.exists() else None
+    other = target is not None and link.resolve() != checkpoint.resolve()
+    before, now = (step_of(path) or 0 for path in (link if other else checkpoint, checkpoint))
+    if other and unfinished and before > now:
+        console.say(
+            f"note: ./{link} still points to {target} (step {before}), which was trained for longer than {checkpoint} "
+            f"(step {now})"
+        )
+        return False
+    if not link_newest(checkpoint):
+        console.say(f"note: ./{link} is a file of your own, or cannot be written, and was left as it is")
+        return False
+    if other:
+        console.say(f"note: ./{link} now points to {checkpoint} (step {now}), before to {target} (step {before})")
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import os
 import zlib
 from collections.abc import Sequence
@@ -146,9 +147,7 @@ def image_folder(root: Path) -> Images:
         DinoError: The folder is missing, is a file, or holds no image.
     """
     if not root.exists():
-        raise DinoError(
-            f"a folder of images was wanted; {root} does not exist", "check the path, or `ls` what is there"
-        )
+        raise DinoError(f"a folder of images was wanted; {root} does not exist", _nearest_place(root))
     if not root.is_dir():
         raise DinoError(
             f"a folder of images was wanted; {root} is a file", f"name the folder it lies in: {root.parent}"
@@ -166,6 +165,20 @@ def image_folder(root: Path) -> Images:
     if not all(tops):
         return Images(str(root), root, names, [], np.full(len(names), -1, dtype=np.int32))
     return Images(str(root), root, names, *_numbered(tops))
+
+
+def _nearest_place(missing: Path) -> str:
+    """Return a hint with the nearest name beside a path that does not exist."""
+    above = next((parent for parent in missing.parents if parent.is_dir()), Path())
+    first = missing.relative_to(above).parts[0]
+    try:
+        beside = {
+            path.name.lower(): path for path in above.iterdir() if path.is_dir() or path.suffix in (".txt", ".csv")
+        }
+    except OSError:
+        beside = {}
+    close = difflib.get_close_matches(first.lower(), beside, n=1, cutoff=0.6)
+    return f"did you mean {beside[close[0]]}?" if close else "check the path, or `ls` what is there"
 
 
 def photos(paths: Sequence[Path]) -> Images:

@@ -119,9 +119,25 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
     ("words", "message", "hint"),
     [
         (["pretrain", "nowhere"], "nowhere does not exist", ""),
+        (["pretrain", "imagse"], "imagse does not exist", "did you mean images?"),
+        (["pretrain", "Image/a"], "Image/a does not exist", "did you mean images?"),
+        (["pretrain", "s3://bucket/images"], "IMAGES s3://bucket/images is an address", "copy it here first"),
+        (["pretrain", "images", "--init", "s3://b/x.pth"], "--init s3://b/x.pth is an address", "name the copy: x.pth"),
+        (["pretrain", "images", "--out", "s3://b/x"], "--out s3://b/x is an address", "use --out x"),
+        (["pretrain", "images", "--out", "images/a/0000.png"], "is a file; expected a folder", "use --out images/a/0000"),
+        (["pretrain", "images", "--out", "./images"], "--out images is the folder of the images", "use --out runs/images"),
+        (["pretrain", "images", "--cache", "gs://b/c"], "--cache gs://b/c is an address", "use --cache c"),
+        (["pretrain", "images", "--epochs", "5", "--set", "training.epochs=9"], "two values for one key", "keep one: --epochs 5"),
+        (["pretrain", "images", "--preset", "vit_s16"], "no preset 'vit_s16'", "use --preset vits16"),
+        (["pretrain", "images", "--preset", "ViT-S/8"], "no preset 'ViT-S/8'", "use --preset vits8"),
+        (["pretrain", "images", "--preset", "TINY"], "no preset 'TINY'", "use --preset tiny"),
+        (["pretrain", "images", "--preset", "./missing.toml"], "./missing.toml does not exist", "shipped ones are tiny"),
+        (["pretrain", "images", "--preset", "tiny.toml"], "tiny.toml does not exist", "use --preset tiny, which ships"),
+        (["pretrain", "images", "--preset", "tiny", "--init", "vit_tiny_patch16_224"], "does not exist here", "timm:vit_tiny_patch16_224"),
+        (["pretrain", "images", "--preset", "tiny", "--teacher", "tiny"], "--teacher tiny is a preset", "--teacher runs/tiny-1"),
         (["pretrain", "empty"], "no images in empty", ".jpg"),
         (["pretrain", "images", "--preset", "vits61"], "no preset 'vits61'", "vits16"),
-        (["pretrain", "images"], "a batch of 1024 images was wanted; the folder has 12", "--batch-size 8"),
+        (["pretrain", "images"], "a batch of 1024 images is larger than the set of 12", "--batch-size 8"),
         (["pretrain", "images", "--set", "optimizer.lr.strat=1"], "no key optimizer.lr.strat", "optimizer.lr.start"),
         (["pretrain", "images", "--set", "training.seed=-1"], "training.seed", "--set training.seed"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--device", "cuda:9"], "cuda:9", "--device auto"),
@@ -154,8 +170,8 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["linear", "--checkpoint", "x"], "are for images", "--paper"),
         (["pretrain", "images", "--set", "views.local.scale=[0.4, 0.05]"], "views.local.scale", "--set views.local.scale"),
         (["pretrain", "images", "--set", "optimizer.betas=[0.9, 1.5]"], "optimizer.betas", "--set"),
-        (["pretrain", "images", "--set", "teacher.momentum.start=1.5"], "teacher.momentum should lie between 0 and 1", "--set"),
-        (["pretrain", "images", "--epochs", "5"], "a warm-up of 10 epochs does not fit", "--set optimizer.lr.warmup_epochs=0"),
+        (["pretrain", "images", "--set", "teacher.momentum.start=1.5"], "teacher.momentum.start is 1.5; expected from 0 to 1", "--set teacher.momentum.start=0.996"),
+        (["pretrain", "images", "--epochs", "5"], "optimizer.lr.warmup_epochs=10 (at most 4)", "--set optimizer.lr.warmup_epochs=0"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--set", "backbone.name=resnet18", "--set", "backbone.options={}"],
          "no class token", "--set backbone.class_token_std=none"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--set", "backbone.options.patch_size=0"], "cannot build", "backbone.options"),
@@ -179,8 +195,7 @@ def test_a_mistake_is_one_error_and_one_hint(
 
 
 @pytest.mark.parametrize(
-    "words",
-    [["pretrain"], ["pretrain", "images", "--colour"], ["knn", "--k", "many"], ["fly"], ["extract", "a", "b", "c"]],
+    "words", [["pretrain"], ["pretrain", "images", "--colour"], ["fly"], ["extract", "a", "b", "c"]]
 )
 def test_wrong_usage_is_code_two(dino: Dino, words: list[str]) -> None:
     done = dino(*words, code=2)
@@ -189,6 +204,75 @@ def test_wrong_usage_is_code_two(dino: Dino, words: list[str]) -> None:
     assert hint.startswith("hint: dino")
     assert hint.endswith("--help")
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        ("pretrain images --lr 0.001", "No such option: --lr", "use --set optimizer.lr.start=0.001"),
+        ("pretrain images --preset tiny --lr=0.001", "No such option: --lr", "use --set optimizer.lr.start=0.001"),
+        ("pretrain images --learning-rate 1e-3", "No such option: --learning-rate", "use --set optimizer.lr.start=1e-3"),
+        ("pretrain images --wd 0.1", "No such option: --wd", "use --set optimizer.weight_decay.start=0.1"),
+        ("pretrain images --temperature 0.1", "--temperature", "use --set losses.dino.targets.temperature.start=0.1"),
+        ("pretrain images --preset tiny --temperature 0.1", "", "use --set losses.dino.targets.temperature.value=0.1"),
+        ("pretrain images --momentum 0.9", "--momentum", "use --set teacher.momentum.start=0.9 or --set losses.dino.targets"),
+        ("pretrain images --crops 8", "No such option: --crops", "use --set views.locals=8"),
+        ("pretrain images --patch-size 8", "No such option: --patch-size", "use --set backbone.options.patch_size=8"),
+        ("pretrain images --arch vit_base", "--arch", "use --preset NAME (dino presets lists them), or --set backbone.name=vit_base"),
+        ("pretrain images --gpu 2", "No such option: --gpu", "use --gpus 2"),
+        ("pretrain images --amp", "No such option: --amp", "use --set training.precision=VALUE"),
+        ("pretrain images --out-dim 64", "--out-dim", "use --set heads.dino.prototypes=64"),
+        ("pretrain images --num-workers 3", "--num-workers", "use --workers 3"),
+        ("pretrain images --batch_size 4", "--batch_size", "use --batch-size 4"),
+        ("pretrain images -b 4", "No such option: -b", "use --batch-size 4"),
+        ("pretrain images --step 4", "No such option: --step", "use --steps 4"),
+        ("pretrain images --resume", "No such option: --resume", "leave --resume out: the same command resumes"),
+        ("pretrain images --continue", "No such option: --continue", "leave --continue out"),
+        ("pretrain --data images", "No such option: --data", "images come without an option: dino pretrain images"),
+        ("pretrain images --batch-size 0", "--batch-size 0 is too small; expected 1 or more", "use --batch-size 1 or more"),
+        ("pretrain images --workers -1", "--workers -1 is too small; expected 0 or more", "use --workers 0 or more"),
+        ("pretrain images --epochs 0", "--epochs 0 is too small; expected 1 or more", "use --epochs 1 or more"),
+        ("pretrain images --epochs ten", "--epochs ten is not a whole number", "use --epochs N"),
+        ("pretrain images --on-collapse halt", "--on-collapse halt is not one of stop, warn", "use --on-collapse"),
+        ("pretrain images run", "dino pretrain takes no argument run", "--out run"),
+        ("pretrain a.jpg b.jpg c.jpg d.jpg", "dino pretrain takes no argument b.jpg and 2 more", "dino pretrain FOLDER"),
+        ("pretrain images --set lr 0.1", "dino pretrain takes no argument 0.1", "use --set lr=0.1"),
+        ("pretrain images --set views.mean=[0.5, 0.5, 0.5]", "takes no argument", "--set 'views.mean=[0.5, 0.5, 0.5]'"),
+        ("pretrain images --set optimizer.lr=a=1 optimizer.lr=b=2", "takes no argument", "quote the value"),
+        ("pretrain", "dino pretrain needs IMAGES", "dino pretrain ./images --preset tiny"),
+        ("pretrian images", "No such command 'pretrian'", "dino pretrain"),
+        ("knn 20", "dino knn takes no argument 20", "use --k 20"),
+        ("knn feats", "dino knn takes no argument feats", "use --features feats"),
+        ("knn --k many", "--k many is not a whole number", "use --k N"),
+    ],
+)  # fmt: skip
+def test_a_usage_error_says_what_to_type(dino: Dino, words: str, message: str, hint: str) -> None:
+    done = dino(*words.split(), code=2)
+    error, said = done.stderr.strip().splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert said.startswith("hint: ")
+    assert hint in said
+    assert done.stdout == ""
+
+
+def test_processes_of_another_launcher_do_not_train_alone(
+    dino: Dino, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for command in ("pretrain", "extract"):
+        done = dino(command, "images", code=1)
+        assert done.stderr.startswith("error: RANK=1 WORLD_SIZE=2 without MASTER_ADDR")
+        assert "torchrun --nproc-per-node 2" in done.stderr.splitlines()[1]
+    assert "Usage" in dino("pretrain", "--help").stdout
+    assert dino("presets", "show", "tiny").stdout, "what a container says of itself is no matter to other commands"
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    assert "leave srun out: dino presets" in dino("presets", code=1).stderr
 
 
 def test_dino_alone_is_its_help(dino: Dino) -> None:
@@ -285,7 +369,68 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dino: Dino, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
     run = dino("pretrain", "images", "--preset", "tiny", *SMALL, *low, "--steps", "2", "--no-report")
     assert "note: views of 2x8 + 4x8 for 2 of 8 epochs, then 2x16 + 4x8: steps take longer then" in run.stderr
-    assert "low resolution lasts 100 steps and this run ends at 2" in run.stderr
+    assert "stops at step 2 of 400" in run.stderr
+    assert "the epochs of low resolution (100 steps)" in run.stderr
+
+
+def test_a_dry_run_makes_the_checks_of_the_run(dino: Dino, tmp_path: Path, images: Path) -> None:
+    words = ["pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "1", "--no-report"]
+    dino(*words, "--out", "taken")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text("mine")
+    (tmp_path / "plain").mkdir()
+    for i in range(2):
+        Image.new("RGB", (16, 16)).save(tmp_path / "plain" / f"{i}.png")
+    (tmp_path / "no.pth").write_text("no weights")
+    before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    for more, message in (
+        (["--init", "no.pth"], "no.pth cannot be read as weights"),
+        (["--init", "taken", "--set", "backbone.options.embed_dim=32"], "cls_token should be 1x1x32; it is 1x1x16"),
+        (["--teacher", "no.pth"], "no.pth cannot be read as weights"),
+        (["--teacher", "taken", "--set", "heads.dino.prototypes=8"], "has 16 prototypes; the student's has 8"),
+        (["--monitor", "plain"], "--monitor wants images in class folders"),
+        (["--monitor", "nowhere"], "nowhere does not exist"),
+        (["--out", "other"], "other holds a metrics.jsonl and no whole state"),
+        (["--out", "taken", "--seed", "7"], "the run began with training.seed = 0; 7 was asked for"),
+        (["--out", "no.pth"], "--out no.pth is a file"),
+    ):
+        dry = dino(*words, *more, "--dry-run", code=1)
+        assert message in dry.stderr, more
+        assert dry.stdout == ""
+        assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before, "nothing is written"
+        assert dino(*words, *more, code=1).stderr.splitlines()[-2:] == dry.stderr.splitlines()[-2:], (
+            "as the run says it"
+        )
+    dino(*words, "--init", "taken", "--monitor", "images", "--out", "new", "--dry-run")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_short_try_leaves_the_link_to_a_longer_run(dino: Dino, tmp_path: Path, images: Path) -> None:
+    words = ["pretrain", "images", "--preset", "tiny", *SMALL, "--no-report"]
+    link = tmp_path / "ckpt.safetensors"
+    assert "points to" not in dino(*words, "--steps", "3").stderr
+    short = dino(*words, "--steps", "1", "--seed", "1")
+    assert "note: ./ckpt.safetensors still points to runs/tiny-1/ckpt.safetensors (step 3)" in short.stderr
+    assert "next: dino extract runs/tiny-2/ckpt.safetensors" in short.stderr
+    assert os.readlink(link) == "runs/tiny-1/ckpt.safetensors"
+    longer = dino(*words, "--steps", "4", "--seed", "2").stderr
+    assert (
+        "now points to runs/tiny-3/ckpt.safetensors (step 4), before to runs/tiny-1/ckpt.safetensors (step 3)" in longer
+    )
+    assert os.readlink(link) == "runs/tiny-3/ckpt.safetensors"
+    ends = [
+        "training.epochs=1",
+        "training.steps_per_epoch=2",
+        "optimizer.lr.warmup_epochs=0",
+        "heads.dino.freeze_last_layer_epochs=0",
+    ]
+    whole = dino(*words, *(word for end in ends for word in ("--set", end))).stderr
+    assert "now points to runs/tiny-4/ckpt.safetensors (step 2)" in whole, "a run that came to its end"
+
+
+def test_more_steps_than_the_run_has_are_said(dino: Dino, images: Path) -> None:
+    done = dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "999", "--dry-run")
+    assert "note: --steps 999 is more than the 400 steps of the run, which ends there; see --epochs" in done.stderr
 
 
 def test_the_doctor_looks_and_leaves_nothing(dino: Dino, tmp_path: Path) -> None:
@@ -566,7 +711,7 @@ def test_a_place_that_cannot_be_is_said_by_the_name_it_was_given(dino: Dino, ima
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--to", "tf"], "'tf' is not one of 'official', 'timm', 'onnx', 'torch-export'"),
+        (["--to", "tf"], "--to tf is not one of official, timm, onnx, torch-export"),
         ([], "Missing option '--to'. Choose from: official, timm, onnx, torch-export"),
         (["--to", "onnx", "--heads"], "--heads is for --to official alone"),
         (["--to", "timm", "--size", "32"], "a graph has one choice of features"),

@@ -1,0 +1,144 @@
+"""Usage errors of the parser, as one line with the value that came and one hint to type."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shlex
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+from dinocli import shipped
+from dinocli.config import MEANT, find_keys
+from dinocli.errors import DinoError
+
+# Options of other tools and of the original, by the one that does it here.
+_SAME = {
+    "--output": "--out", "--output-dir": "--out", "--save-dir": "--out", "--logdir": "--out", "--name": "--out",
+    "--num-workers": "--workers", "--num-epochs": "--epochs", "--max-epochs": "--epochs", "--batch": "--batch-size",
+    "--bs": "--batch-size", "--batch-size-per-gpu": "--batch-size", "--max-steps": "--steps", "--iterations": "--steps",
+    "--pretrained": "--init", "--pretrained-weights": "--init", "--weights": "--init", "--config": "--preset",
+    "--arch": "--preset", "--model": "--preset", "--backbone": "--preset", "--cuda": "--device", "--gpu": "--gpus",
+    "--nproc-per-node": "--gpus", "--saveckp-freq": "--save-every", "--checkpoint-every": "--save-every",
+    "--val": "--monitor", "--gradient-checkpointing": "--recompute", "--grad-accum": "--accumulate",
+    "-b": "--batch-size", "-e": "--epochs", "-o": "--out", "-j": "--workers", "-p": "--preset", "-d": "--device",
+}  # fmt: skip
+_RESUMES = ("--resume", "--continue", "--resume-from", "--restart", "--auto-resume", "--load")
+_IMAGES = ("--data", "--data-path", "--dataset", "--images", "--input", "--train", "--data-dir")
+
+
+def explain(error: Any, words: Sequence[str]) -> tuple[str, str]:
+    """Return message and hint for a usage error.
+
+    Args:
+        error: What the parser raised.
+        words: Command line without the program.
+    """
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "dino"
+    help_ = f"{command} --help"
+    said = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
+    if getattr(error, "possibilities", None) is not None or said.startswith("No such option"):
+        name = str(error.option_name)
+        options = [option for param in context.command.params for option in param.opts] if context else []
+        return f"No such option: {name}", _other_option(command, name, _value_of(name, words), options, words) or help_
+    if said.startswith("Got unexpected extra argument"):
+        extra = re.sub(r"^[^(]*(\(s\) )?\(|\)$", "", said).split() or [""]
+        message = f"{command} takes no argument {extra[0]}" + (f" and {len(extra) - 1} more" if extra[1:] else "")
+        return message, _place_of(command, words, extra) or help_
+    if said.startswith("Missing argument"):
+        what = said.removeprefix("Missing argument").strip(" '")
+        example = "dino pretrain ./images --preset tiny; see " if command == "dino pretrain" else ""
+        return f"{command} needs {what}", f"{example}{help_}"
+    if said.startswith("No such command"):
+        name = said.split("'")[1]
+        close = difflib.get_close_matches(name, list(context.command.commands) if context else [], n=1)
+        return said, f"dino {close[0]}; see {help_}" if close else help_
+    param = getattr(error, "param", None)
+    if param is not None and said.startswith("Invalid value"):
+        return _invalid(max(param.opts, key=len), said.partition(": ")[2], words) or (said, help_)
+    return said, help_
+
+
+def _value_of(option: str, words: Sequence[str]) -> str | None:
+    """Return the value that an option has on the command line, if it has one."""
+    for i, word in enumerate(words):
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+        if word == option:
+            after = words[i + 1] if i + 1 < len(words) else None
+            return None if after is None or re.match(r"-[^\d.]", after) else after
+    return None
+
+
+def _other_option(command: str, name: str, value: str | None, options: list[str], words: Sequence[str]) -> str:
+    """Return what to type in place of an option that does not exist; nothing if it is like none."""
+    typed = f" {shlex.quote(value)}" if value is not None else ""
+    spelled = name.replace("_", "-").lower()
+    if spelled in options:
+        return f"use {spelled}{typed}"
+    if command == "dino pretrain":
+        if spelled in _RESUMES:
+            return f"leave {name} out: the same command resumes its run; --out RUN names another"
+        if spelled in _IMAGES:
+            return f"images come without an option: dino pretrain{typed or ' IMAGES'}"
+    if (same := _SAME.get(spelled)) in options:
+        if same == "--preset" and value not in shipped.names():
+            return f"use --preset NAME (dino presets lists them), or --set backbone.name={value or 'NAME'}"
+        return f"use {same}{typed}"
+    keys = _keys(spelled.lstrip("-"), words) if "--set" in options and command == "dino pretrain" else []
+    close = difflib.get_close_matches(spelled, options, n=1, cutoff=0.85 if keys else 0.75)
+    if keys and (not close or spelled.lstrip("-").replace("-", "_") in MEANT):
+        return "use " + " or ".join(f"--set {key}={value if value is not None else 'VALUE'}" for key in keys[:3])
+    return f"use {close[0]}{typed}" if close else ""
+
+
+def _keys(word: str, words: Sequence[str]) -> list[str]:
+    """Return the keys of the preset on the command line that a word means, without importing torch."""
+    try:
+        data = tomllib.loads(shipped.text(_value_of("--preset", words) or "vits16"))
+    except DinoError:
+        data = tomllib.loads(shipped.text("vits16"))
+    return [key for key in find_keys(word, data) if not key.startswith("about.")]
+
+
+def _place_of(command: str, words: Sequence[str], extra: list[str]) -> str:
+    """Return what to type for arguments that have no place; nothing if nothing is known of them."""
+    at = words.index(extra[0]) if extra[0] in words else 0
+    if at >= 2 and words[at - 2] == "--set":
+        if "=" not in words[at - 1] and "=" not in extra[0]:
+            return f"use --set {words[at - 1]}={extra[0]}"
+        return f"quote the value: --set '{' '.join([words[at - 1], *extra])}'"
+    if "--set" in words and re.search(r"[\]}]$|^[\w.]+=", extra[-1]):
+        return "quote the value: --set 'KEY=[0.5, 0.5]' or --set 'KEY={kind=\"constant\", value=0.1}'"
+    if command == "dino pretrain" and extra[1:]:  # what the shell made of *.jpg
+        return "name the folder of the images: dino pretrain FOLDER"
+    if command == "dino pretrain":
+        return f"name one folder of images; the run folder is --out {shlex.quote(extra[0])}"
+    if command == "dino knn" and extra[0].isdecimal():
+        return f"use --k {extra[0]}"
+    if command in ("dino knn", "dino linear", "dino dedup"):
+        return f"use --features {shlex.quote(extra[0])}"
+    return ""
+
+
+def _invalid(option: str, said: str, words: Sequence[str]) -> tuple[str, str] | None:
+    """Return message and hint for a value that does not fit its option; none if its bound is not known."""
+    value = _value_of(option, words)
+    if value is None or not option.startswith("-"):
+        return None
+    came = f"{option} {value}"
+    if least := re.search(r"greater than or equal to (-?[\d.]+)|x>=(-?[\d.]+)", said):
+        bound = least[1] or least[2]
+        return f"{came} is too small; expected {bound} or more", f"use {option} {bound} or more"
+    if most := re.search(r"less than or equal to (-?[\d.]+)|x<=(-?[\d.]+)", said):
+        bound = most[1] or most[2]
+        return f"{came} is too large; expected {bound} or less", f"use {option} {bound} or less"
+    if "integer" in said:
+        return f"{came} is not a whole number", f"use {option} N, such as {option} 4"
+    if "is not one of" in said:
+        choices = re.findall(r"'([^']*)'", said.partition("is not one of")[2])
+        close = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)
+        return f"{came} is not one of {', '.join(choices)}", f"use {option} {close[0]}" if close else ""
+    return None
