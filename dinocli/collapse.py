@@ -14,7 +14,7 @@ from dinocli.preset import Preset
 from dinocli.schedules import Constant
 
 # Entropy and information, in shares of ln K. Runs of `tiny` that were made to collapse came to 0.986 and 0.013, or to
-# 0.005 and 0.013; those that learned had 0.1 to 0.5 and 0.18 to 0.38 (benchmarks/RESULTS.md).
+# 0.005 and 0.013; those that learned had 0.1 to 0.5 and 0.18 to 0.38 (docs/results.md).
 _UNIFORM, _ONE_SIDED, _NOTHING = 0.975, 0.02, 0.02
 _STEPS = (50, 300)  # over which it must last; an untrained network says much the same of all images for some hundred
 

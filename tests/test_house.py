@@ -1,4 +1,4 @@
-"""The house itself: what the README says of it is what stands there."""
+"""The layout of the project: files, folders, docs and dependencies agree."""
 
 from __future__ import annotations
 
@@ -14,19 +14,14 @@ from dinocli import shipped
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dinocli"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
 
 
-def test_the_readmes_tree_names_every_file() -> None:
-    tree = README.split("## The house")[1].split("```")[1]
-    for path in FILES:
-        if path.name != "__init__.py":
-            assert re.search(rf"[\s]{re.escape(path.name)}\b", tree), (
-                f"{path.relative_to(ROOT)} is not in the README's tree"
-            )
-    for name in re.findall(r"\b([a-z_]+\.py)\b", tree):
-        assert any(p.name == name for p in FILES), f"the README's tree names {name}, which does not exist"
+def test_the_tree_of_the_architecture_names_every_folder() -> None:
+    tree = ARCHITECTURE.split("```")[1]
+    for folder in {path.parent for path in FILES} - {PACKAGE}:
+        assert re.search(rf"(?<!\w){re.escape(folder.name)}/", tree), f"{folder.relative_to(ROOT)} is not in the tree"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -39,14 +34,15 @@ def test_every_file_has_its_test(path: Path) -> None:
     assert mirror.is_file(), f"{inside} has no {mirror.relative_to(ROOT)}"
 
 
-def test_every_command_and_preset_is_in_the_readme() -> None:
+def test_every_command_and_preset_is_in_the_docs() -> None:
     source = (PACKAGE / "cli" / "__init__.py").read_text()
     commands = {c.replace("_", "-") for c in re.findall(r"app\.command\(\)\((\w+)\)", source)} | {"presets"}
     assert len(commands) >= 7
+    listed, presets = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("cli.md", "presets.md"))
     for command in commands:
-        assert f"dino {command}" in README, command
+        assert f"## dino {command}\n" in listed, command
     for name in shipped.names():
-        assert f"`{name}`" in README, name
+        assert f"`{name}`" in presets, name
 
 
 def test_every_dependency_is_imported_and_none_is_pinned() -> None:

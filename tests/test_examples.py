@@ -1,0 +1,78 @@
+"""The examples run, and do what they say."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from dinocli.data.sources import open_source
+from dinocli.planning import Plan
+from dinocli.preset import load_preset
+from dinocli.pretraining import pretrain
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.fixture
+def untrained(example, tmp_path: Path) -> str:
+    """An untrained `tiny`, made in this process to save the start of another."""
+    example("features_in_python").draw(tmp_path / "for-the-run")
+    preset = load_preset("tiny", ["training.batch_size=4"])
+    source = open_source(str(tmp_path / "for-the-run"))
+    plan = Plan("tiny", preset, source, 0, tmp_path / "run", torch.device("cpu"), 0, None)
+    return str(pretrain(plan, lambda progress: None).checkpoint)
+
+
+def test_each_example_has_a_test() -> None:
+    assert NAMES == ["custom_backbone", "custom_loss", "features_in_python", "finetune_head"]
+
+
+def test_features_in_python(example, untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nearest = example("features_in_python").main(tmp_path, untrained)
+    # Even untrained features separate red discs from blue squares.
+    kinds = [name.split("-")[0] for name in nearest]
+    assert kinds == ["disc", "square"] * 6
+    assert "12 features of 96 numbers" in capsys.readouterr().out
+
+
+def test_finetune_head(example, untrained: str, tmp_path: Path) -> None:
+    assert example("finetune_head").main(tmp_path, untrained) >= 0.9
+    assert (tmp_path / "head.pt").is_file()
+
+
+def test_custom_backbone(example, tmp_path: Path) -> None:
+    run = example("custom_backbone").main(tmp_path, steps=2)
+    assert run.step == 2
+    assert run.checkpoint.is_file()
+
+
+def test_custom_loss(example, tmp_path: Path) -> None:
+    loss = example("custom_loss")
+    assert loss.variance_loss(torch.zeros(4, 3)).item() == pytest.approx(0.99, abs=1e-3)
+    assert loss.variance_loss(torch.tensor([[2.0], [-2.0]])).item() == 0
+    assert len(loss.main(tmp_path, steps=2)) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_as_a_script(name: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py")], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
