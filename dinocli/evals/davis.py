@@ -93,9 +93,7 @@ def boundary_f(mask: Mask, truth: Mask) -> float:
 
 
 def boundary(mask: Mask) -> Mask:
-    """Return pixels that differ from their right, lower or lower-right neighbour: half a pixel up and left of the edge.
-    [H, W]
-    """
+    """Return pixels that differ from the right, lower or lower-right one, half a pixel before the edge. [H, W]"""
     # The mask is continued unchanged beyond the last row and column.
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])

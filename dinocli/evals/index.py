@@ -252,7 +252,7 @@ def _set(index: Index, values: Values) -> Index:
     drawn = np.random.default_rng(1).permutation(len(values))[: 2 * _ASKED]
     k = min(AT, len(values) - 1)
     queries = values[drawn]
-    last = nearest(values, queries, k + 1)[0][:, -1]  # cosine of the last true neighbour; the first one is the feature itself
+    last = nearest(values, queries, k + 1)[0][:, -1]  # of the last true neighbour; the first is the feature itself
     tried, told = slice(0, None, 2), slice(1, None, 2)
     about = index.about
     most = index._coarse.nlist if about.kind == "ivf" else 4096
