@@ -57,7 +57,7 @@ class CopiesResult:
     Attributes:
         scores: One score per kind of copies.
         originals: Number of originals.
-        distractors: Number of images that are no original.
+        distractors: Number of distractor images.
         whitened: Number of images the whitening was learned from; 0 without whitening.
         skipped: Path and reason of each image that cannot be read, or whose original cannot.
     """

@@ -34,7 +34,7 @@ def near_to(
         threshold: Smallest cosine that counts as near.
         report: Progress callback with the number of rows done.
     """
-    near = found_in(values, rows, others)  # Rounding may rank a copy second, behind a row that is merely similar.
+    near = found_in(values, rows, others)  # rounding may rank a copy second, behind a merely similar row
     for first in range(0, len(rows), _QUERIES):
         some = slice(first, first + _QUERIES)
         near[some] |= nearest(others, values[rows[some]], 1)[0][:, 0] >= threshold

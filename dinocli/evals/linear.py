@@ -79,8 +79,8 @@ def linear(
     """Train a probe on stored features: sweep all rates at once, select one on held-out images, then train on all.
 
     If views of the training images are stored, each epoch draws one view per image. Held-out and test images use
-    centered crops. Training features stay in float32 memory up to 4 GiB (4 S K D bytes with K views, 4 S D without).
-    Larger ones are read again for each step.
+    centered crops. Training features are held in float32 up to 4 GiB: 4 S K D bytes with K views, 4 S D without. Larger
+    ones are read again for each step.
 
     Args:
         train: Labelled training features.
@@ -289,9 +289,7 @@ def _scaled(values: Floats, scale: float) -> Tensor:
 
 
 def _scale_of(values: Values) -> float:
-    """Return a power of two that scales numbers to about 1, as a last norm leaves them, if they are far from it; else
-    1.
-    """
+    """Return a power of two that scales numbers to about 1, as a last norm leaves them; 1 if they are near it."""
     some = values[np.unique(np.linspace(0, len(values) - 1, _SCORED).astype(np.int64))]
     size = float(np.median(np.sqrt(np.square(some, dtype=np.float64).mean(1))))
     power = round(math.log2(size)) if size else 0

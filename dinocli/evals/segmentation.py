@@ -162,8 +162,8 @@ def train_head(
 ) -> tuple[SegmentationHead, SegmentationResult]:
     """Train a head on photos, and evaluate it on others at pixel resolution.
 
-    Photo features are computed once and stored in a memory-mapped float16 file until training ends. The file takes 2 D
-    bytes per patch, and one byte per pixel at the network's resolution, at which the loss is computed.
+    Photo features are computed once and stored in a memory-mapped float16 file until training ends. This takes 2 D
+    bytes per patch, plus one byte per pixel at the network's resolution. The loss is computed at that resolution.
 
     Args:
         encoder: Frozen backbone.
