@@ -16,8 +16,8 @@ class AttentionMaps:
     """Attention maps of one image.
 
     Attributes:
-        heads: Share of the class token's attention per head and patch, without its attention to itself. [heads, rows,
-            columns]
+        heads: Share of the class token's attention per head and patch, without its attention to itself.
+            [heads, rows, columns]
     """
 
     heads: NDArray[np.float32]
@@ -70,9 +70,7 @@ def jaccard(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
 
 
 def enlarge(maps: NDArray[np.generic], height: int, width: int) -> NDArray[np.generic]:
-    """Enlarge maps [..., rows, columns] to a photo's size by repetition, so that no value is interpolated between
-    patches.
-    """
+    """Enlarge maps [..., rows, columns] to a photo's size by repetition, without interpolation between patches."""
     rows = np.arange(height) * maps.shape[-2] // height
     columns = np.arange(width) * maps.shape[-1] // width
     return maps[..., rows[:, None], columns]

@@ -43,9 +43,7 @@ class Colors:
     skipped: dict[Path, str]
 
     def paint(self, tokens: Tensor, height: int, width: int) -> Pixels:
-        """Paint patches as an image of the given size, with a black background. [rows, columns, D] -> [height, width,
-        3]
-        """
+        """Paint patches at the given size, with a black background. [rows, columns, D] -> [height, width, 3]"""
         tokens = tokens.cpu().double()
         planes = torch.cat([(tokens - self.middle) @ self.axes, ((tokens - self.mean) @ self.first)[..., None]], dim=-1)
         large = F.interpolate(planes.permute(2, 0, 1)[None], (height, width), mode="bilinear", align_corners=False)[0]

@@ -50,9 +50,7 @@ def refine(mask: Mask, pixels: Pixels) -> Mask:
 
 
 def _lines(photo: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean linear function of the windows around each place: three slopes, and the value at black. [1, 4, h,
-    w]
-    """
+    """Return the mean line of the windows around each place: three slopes, and the value at black. [1, 4, h, w]"""
 
     def mean(values: Tensor) -> Tensor:
         for size, pad in (((2 * _CELL + 1, 1), (_CELL, 0)), ((1, 2 * _CELL + 1), (0, _CELL))):

@@ -13,7 +13,7 @@ from dinocli.evals.equal import first_equal
 from dinocli.evals.units import Floats, unit
 from dinocli.mapped import Indices, Values
 
-_BLOCK_BYTES = 8 * 2**20  # float32 features searched at once; blocks that fit in the cache are twice as fast
+_BLOCK_BYTES = 8 * 2**20  # of float32 features searched at once; blocks that fit in the cache are twice as fast
 _TILE = 4096  # side of a square of cosines computed at once: 64 MB
 _CLOSE = 1e-5  # distance from a cosine of 1 within which rows may be equal: rounding errors are smaller
 
