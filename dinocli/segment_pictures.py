@@ -141,8 +141,7 @@ def draw_colors(
     short_side: int,
     report: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Path], dict[Path, str]]:
-    """Write sheets of photos with their patch colors below: 24 photos per sheet, with one full photo in memory at a
-    time.
+    """Write sheets of photos with their patch colors below: 24 photos per sheet, one full photo in memory at a time.
 
     Args:
         encoder: Frozen encoder.
