@@ -1,4 +1,4 @@
-"""Advice: the settings to take for these images on this machine, each with its reason. Rules over plain facts."""
+"""Advice: recommended settings for images and machine, each with a reason, from plain rules."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dinocli.machine import Machine
 from dinocli.preset import Preset, load_preset
 from dinocli.schedules import Cosine, LinearByEpoch
 
-# What a run of so many steps with this preset takes, its batch at once, without or with blocks worked out again.
+# Estimate for a preset and a number of steps with the batch at once, without or with activation checkpointing.
 Cost = Callable[[Preset, int, bool], Estimate]
 
 WEIGHTS = "timm:vit_small_patch16_224.dino"
 _IMAGENET = 1_281_167
 _FEW, _TOO_FEW = 50_000, 32  # images: to learn from scratch, and to learn at all
-# Prototypes by the images that there are at least. The paper's K on ImageNet: 1,024 67.8, 4,096 69.3, 16,384 69.2,
-# 65,536 69.7; 8,192 is what users of small sets were helped by (facebookresearch/dino, threads 246 and 279).
+# Prototypes by minimum number of images. The paper's accuracy by K on ImageNet: 1,024 67.8, 4,096 69.3, 16,384 69.2,
+# 65,536 69.7. 8,192 helped users with small sets (facebookresearch/dino, threads 246 and 279).
 _PROTOTYPES = ((1_000_000, 65_536), (100_000, 16_384), (20_000, 8_192), (2_000, 4_096), (0, 1_024))
 _STEPS = 100_000  # the paper's shortest run, 100 epochs of 1,024 on ImageNet, has 125,000
-# A shift of the mean and a ratio of the spread above which they are not those of ImageNet: Imagenette at 128 pixels has
-# 0.03 and 1.3, CIFAR-10 0.04 and 1.2.
+# Largest shift of the mean and ratio of the std still treated as ImageNet's: Imagenette at 128 pixels has 0.03 and 1.3,
+# CIFAR-10 0.04 and 1.2.
 _FAR_MEAN, _FAR_STD, _LEAST_STD = 0.1, 1.6, 1e-3
 _SLOW_TEACHER = 20 * 2_000  # steps; a momentum of 0.9995 averages over 2,000
 _SHORT = {"--epochs": "training.epochs", "--batch-size": "training.batch_size"}
@@ -35,13 +35,13 @@ _SHORT = {"--epochs": "training.epochs", "--batch-size": "training.batch_size"}
 
 @dataclass(frozen=True)
 class Advice:
-    """Something to take.
+    """Recommendation with its reason.
 
     Attributes:
-        what: In words.
-        settings: Options (`--epochs`) or keys of the preset (`heads.dino.prototypes`), with their values as one types
-            them; an option that has none, with an empty one.
-        reason: Why, and where that comes from.
+        what: Short description.
+        settings: Options (`--epochs`) or preset keys (`heads.dino.prototypes`) with their values as typed; flags have
+            an empty value.
+        reason: Reason and its source.
     """
 
     what: str
@@ -50,7 +50,7 @@ class Advice:
 
     @property
     def words(self) -> list[str]:
-        """What to type."""
+        """Command-line words of the settings."""
         typed = [
             [key, *([value] if value else [])] if key.startswith("--") else ["--set", f"{key}={value}"]
             for key, value in self.settings.items()
@@ -59,19 +59,19 @@ class Advice:
 
     @property
     def overrides(self) -> list[str]:
-        """What of it changes the preset."""
+        """Settings that change the preset, as `key=value`."""
         keyed = [(_SHORT.get(key, key), value) for key, value in self.settings.items()]
         return [f"{key}={value}" for key, value in keyed if not key.startswith("--")]
 
 
 @dataclass(frozen=True)
 class Advised:
-    """What to type, and what to know before.
+    """Recommended command with notes.
 
     Attributes:
-        settings: In the order of the command.
-        notes: What no setting mends, and what the run will take.
-        command: The whole of it; absent where these images cannot be trained on.
+        settings: Recommendations in the order of the command.
+        notes: Problems that no setting fixes, and the expected duration.
+        command: Complete command, or None if training on these images is impossible.
     """
 
     settings: list[Advice]
@@ -80,13 +80,13 @@ class Advised:
 
 
 def advise(machine: Machine, images: Inspection, cost: Cost, asked: Sequence[str] = ()) -> Advised:
-    """The settings for these images on this machine.
+    """Recommend settings for images on a machine.
 
     Args:
-        machine: What there is to compute with.
-        images: What they are like.
-        cost: Tells what a preset takes on this machine.
-        asked: How the images were looked at, as `--set` has it: `images.key=value`.
+        machine: Hardware and software of the machine.
+        images: Statistics of the images.
+        cost: Function that estimates a preset's cost on this machine.
+        asked: Overrides used for the inspection, as for `--set`: `images.key=value`.
     """
     count, notes = images.count, _notes(images)
     if not images.read or (count is not None and count * images.read / images.drawn < _TOO_FEW):
@@ -121,7 +121,7 @@ def _asked(overrides: Sequence[str]) -> list[Advice]:
 
 
 def _window(images: Inspection) -> list[Advice]:
-    """Advise the window that was measured, if deep images span a small part of what their depth holds."""
+    """Advise the measured window if deep images span a small part of their depth's range."""
     if not images.window:
         return []
     low, high = (f"{end:g}" for end in images.window)
@@ -130,9 +130,9 @@ def _window(images: Inspection) -> list[Advice]:
 
 
 def _statistics(images: Inspection, name: str, taken: list[Advice]) -> list[Advice]:
-    """Mean and spread of the channels, where the preset's are far off; and no colors where there are none."""
+    """Advise mean and std if the preset's are far off, and no color jitter unless there are three channels."""
     views, channels = load_preset(name).views, len(images.mean)
-    # Channels of a single value have no spread to divide by: theirs stays the preset's.
+    # Channels of a single value have no std to divide by and keep the preset's.
     usual = sum(views.std) / len(views.std)
     numbers = {"mean": images.mean, "std": [std if std >= _LEAST_STD else usual for std in images.std]}
     typed = {f"views.{key}": f"[{', '.join(f'{n:.4g}' for n in values)}]" for key, values in numbers.items()}
@@ -144,14 +144,14 @@ def _statistics(images: Inspection, name: str, taken: list[Advice]) -> list[Advi
         ]
     shift = max(abs(ours - theirs) for ours, theirs in zip(images.mean, views.mean, strict=True))
     ratio = max(max(ours / theirs, theirs / ours) for ours, theirs in zip(numbers["std"], views.std, strict=True))
-    # Released weights know images by the numbers that they were made with.
+    # Pretrained weights need the mean and std they were trained with.
     if any("--init" in advice.settings for advice in taken) or (shift <= _FAR_MEAN and ratio <= _FAR_STD):
         return []
     return [Advice("mean and std", typed, "measured; far from ImageNet's")]
 
 
 def _for_cpu(images: Inspection) -> list[Advice]:
-    """The one preset that a CPU trains within hours, as it was tried."""
+    """Advise the one preset that a CPU trains within hours, as measured."""
     why = "on a CPU ViT-S/16 does 0.7 images/s a core (our own measurement)"
     taken = [Advice("preset tiny", {"--preset": "tiny"}, why)]
     batch = load_preset("tiny").training.batch_size
@@ -188,9 +188,9 @@ def _for_accelerator(images: Inspection) -> list[Advice]:
 
 
 def _crops(images: Inspection, usual: int) -> list[Advice]:
-    """Views and patches for images that are smaller than those of the preset."""
+    """Advise views and patches for images smaller than the preset's."""
     side = int(images.short.median)
-    if side >= 0.7 * usual:  # there a whole image is enlarged less than the preset's smaller crops of larger ones are
+    if side >= 0.7 * usual:  # above this, enlarging is milder than for the preset's smaller crops of larger images
         return []
     patch = next((p for p in (16, 8, 4) if side // p >= 8), 2)
     size = max(8 * patch, side // patch * patch)
@@ -227,12 +227,12 @@ def _length(count: int | None, batch: int, *, init: bool) -> Advice:
 
 
 def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
-    """What has to follow from the length of the run and its batch: warm-ups, frozen prototypes, momentum.
+    """Adapt warm-ups, frozen prototypes and momentum to the length and batch of the run.
 
     Args:
-        preset: With all but the length, which alone may not fit its warm-ups.
-        epochs: The length.
-        count: Of the images.
+        preset: Preset with all other advice but the length, which alone may not fit its warm-ups.
+        epochs: Length of the run.
+        count: Number of images.
     """
     taken, rate, batch = list[Advice](), preset.optimizer.lr, preset.training.batch_size
     if isinstance(rate, Cosine) and rate.warmup_epochs > epochs / 10:
@@ -247,7 +247,7 @@ def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
         if head.freeze_last_layer_epochs >= epochs:
             free = {f"heads.{name}.freeze_last_layer_epochs": "0"}
             taken.append(Advice("free prototypes", free, f"frozen for {epochs} epochs they would never move"))
-    # Where a preset counts its own steps it is a short one, with a momentum that was tried for that.
+    # A preset with its own step count is short, and its momentum was tuned for that.
     long = preset.training.steps_per_epoch is None and epochs * ((count or 0) // batch) >= _SLOW_TEACHER
     if long and batch <= 256:
         why = "higher for small batches (the author, thread 104; solo-learn)"
@@ -256,7 +256,7 @@ def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
 
 
 def _fitted(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate]) -> tuple[list[Advice], list[str]]:
-    """How a batch is taken so that it fits the device, where it does not at once; else what is to be known."""
+    """Advise how to fit the batch on the device, if needed, or note that it cannot fit."""
     if whole.fits(machine.memory):
         return [], []
     has = f"{machine.device} has {machine.memory / 1e9:.0f}"
@@ -271,14 +271,14 @@ def _fitted(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate])
 
 
 def _place(machine: Machine, images: Inspection, preset: Preset) -> list[Advice]:
-    """Where images are decoded and kept, and which are taken."""
+    """Advise workers, cache and truncated images."""
     taken = []
     if machine.cores < machine.cores_affine:
         workers = str(max(1, machine.cores // 4 if machine.on_cpu else machine.cores))
         why = f"the control group allows {machine.cores} of {machine.cores_affine} cores"
         taken.append(Advice(f"{workers} workers", {"--workers": workers}, why))
     kept = _kept(images, preset)
-    if images.kind == "files" and kept is not None and kept < machine.ram / 2:  # the cache takes no more than half
+    if images.kind == "files" and kept is not None and kept < machine.ram / 2:  # the cache takes at most half
         free = f"{kept / 1e9:.1f} GB decoded, {machine.ram / 1e9:.0f} GB free"
         taken.append(Advice("cache in RAM", {"--cache": "ram"}, f"{free}; {images.milliseconds:.1f} ms a file saved"))
     torn = sum(reason.startswith("truncated") for reason in images.bad.values())
@@ -289,7 +289,7 @@ def _place(machine: Machine, images: Inspection, preset: Preset) -> list[Advice]
 
 
 def _kept(images: Inspection, preset: Preset) -> float | None:
-    """Bytes of all images as the cache would keep them."""
+    """Estimate the bytes of all images in the cache; None if their number is unknown."""
     if images.count is None:
         return None
     shrunk = min(1.0, kept_side(preset.views.all) / max(1.0, images.short.median)) ** 2
@@ -340,7 +340,7 @@ def _duration(machine: Machine, preset: Preset, steps: int, seconds: float) -> s
 
 
 def _expectations(machine: Machine, preset: Preset, count: int | None, steps: int) -> list[str]:
-    """What to watch for where a run is small."""
+    """Return notes on the loss and length of small runs."""
     if machine.on_cpu or count is None or count >= _FEW:
         return []
     head = preset.heads["dino"].prototypes

@@ -1,4 +1,4 @@
-"""Films: attention over the frames of a video, as a strip, a GIF or an MP4; frame by frame, on one scale of colors."""
+"""Attention films: maps over the frames of a video, as a strip, a GIF or an MP4, on one color scale."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from dinocli.picture import Panel, heat, sheet, visible
 
 Form = Literal["strip", "gif", "mp4"]
 ENDINGS: dict[Form, str] = {"strip": ".png", "gif": ".gif", "mp4": ".mp4"}
-RATE = Fraction(24)  # frames a second, where nothing tells
-_WIDTHS: dict[Form, int] = {"strip": 240, "gif": 320, "mp4": 960}  # pixels at most, of the photo and of its map each
-_OF_THE_MAP = 96  # of a GIF's 256 colors
+RATE = Fraction(24)  # default frames per second
+_WIDTHS: dict[Form, int] = {"strip": 240, "gif": 320, "mp4": 960}  # pixels at most, for the photo and its map each
+_OF_THE_MAP = 96  # palette entries for the map, of a GIF's 256
 Map = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Filmed:
-    """What was written.
+    """Result of `film`.
 
     Attributes:
-        path: The film.
-        frames: How many it shows.
-        skipped: Name and reason of those that could not be read, or are of another size than the first.
+        path: Path of the film.
+        frames: Number of frames in the film.
+        skipped: Name and reason of each frame that cannot be read, or differs in size from the first.
     """
 
     path: Path
@@ -57,25 +57,26 @@ def film(
     rate: Fraction | None = None,
     report: Callable[[int], None] = lambda frames: None,
 ) -> Filmed:
-    """Write a film of frames beside what the class token looks at in each.
+    """Write a film of frames next to the class token's attention in each.
 
-    One head, or the mean of all, and one scale of colors go through the whole film, so that nothing flickers: from the
-    lowest value of all to the median of the frames' highest. So each frame is looked at once and drawn after the last
-    one is known; the maps wait in a file.
+    The whole film uses one head, or the mean of all, and one color scale, so that nothing flickers. The scale goes from
+    the lowest value to the median of the frames' highest. All maps are therefore computed first and stored in a
+    temporary file; frames are drawn in a second pass.
 
     Args:
-        encoder: A vision transformer.
-        frames: What is shown; of a strip eight of them, evenly spaced.
-        path: Of the film.
+        encoder: Encoder with a vision transformer.
+        frames: Frames to show; a strip shows eight of them, evenly spaced.
+        path: Path of the film.
         form: `strip`, a PNG; `gif`; or `mp4`, which needs the package av.
-        head: Which, from 1; absent, the mean.
-        size: Short side to look at the frames with, in pixels; absent, what fits the encoder.
-        rate: Frames a second; absent, the video's own, or 24.
-        report: Called with the number of frames looked at so far.
+        head: Number of the head, from 1. If None, the mean of all heads.
+        size: Short side in pixels after resizing. If None, `default_size` of the encoder.
+        rate: Frames per second. If None, the video's own rate, or 24.
+        report: Progress callback with the number of frames processed.
 
     Raises:
-        DinoError: There is no such head, the backbone has no attention, no frame can be read, or av is not there.
-        OSError: The disk is full, or the place may not be written to.
+        DinoError: If the head does not exist, the backbone has no attention, no frame can be read, or av is not
+            installed.
+        OSError: If the disk is full, or the path is not writable.
     """
     if form == "mp4":
         pyav()
@@ -88,7 +89,7 @@ def film(
 
 
 class _Seen(NamedTuple):
-    """What is known of a film before it is drawn: which frames, how large, and between which values."""
+    """Frames, size and value range of a film before drawing."""
 
     kept: list[int]
     skipped: dict[str, str]
@@ -99,7 +100,7 @@ class _Seen(NamedTuple):
 
 
 class _Drawn(NamedTuple):
-    """A frame and its map in color. Both [H, W, 3]"""
+    """Frame and its map in color. Both [H, W, 3]."""
 
     name: str
     photo: Pixels
@@ -116,8 +117,8 @@ def _look(
     size: int | None,
     report: Callable[[int], None],
 ) -> _Seen:
-    """Look at each frame once, and put its map away."""
-    wanted = set(shown(frames.count)) if form == "strip" else range(sys.maxsize)  # a video may hold more than it tells
+    """Compute the map of each frame once, and save it to the store."""
+    wanted = set(shown(frames.count)) if form == "strip" else range(sys.maxsize)  # a header may understate a video
     shape, kept, skipped = (0, 0), list[int](), dict[str, str]()
     lows, highs = list[float](), list[float]()
     for number, name, data in frames.read(wanted, encoder.images):
@@ -156,8 +157,8 @@ def _of_head(heads: Map, head: int | None) -> Map:
 
 
 def _drawn(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen, most: int) -> Iterator[_Drawn]:
-    """The frames again, each with its map on the scale of the whole film."""
-    width = min(most, seen.width) // 2 * 2  # a video's sides are even
+    """Read the frames again, and yield each with its map on the film's color scale."""
+    width = min(most, seen.width) // 2 * 2  # video sides must be even
     height = max(2, round(seen.height * width / seen.width / 2) * 2)
     for _, name, data in frames.read(set(seen.kept), encoder.images):
         pixels = data if isinstance(data, BadImage) else decode(data, encoder.images)
@@ -189,7 +190,7 @@ def _side_by_side(drawn: Iterator[_Drawn]) -> Iterator[Pixels]:
 
 
 def _with_palette(frame: Pixels) -> Image.Image:
-    """A frame beside its map in 256 colors, those of the map the same in all of a film."""
+    """Reduce a frame and its map to 256 colors; the map's colors are the same in all frames of a film."""
     levels = heat(np.linspace(0, 1, _OF_THE_MAP, dtype=np.float32)[None], 1, _OF_THE_MAP)[0]
     photo = Image.fromarray(frame[:, : frame.shape[1] // 2])
     own = np.array(photo.quantize(256 - _OF_THE_MAP).getpalette() or [], dtype=np.uint8).reshape(-1, 3)

@@ -1,4 +1,4 @@
-"""Attention pictures: photos to sheets of maps and masks on disk."""
+"""Attention pictures: sheets of attention maps and masks on disk."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dinocli.picture import Panel, bounded, heat, sheet, spotlight, visible
 
 @dataclass(frozen=True)
 class Drawn:
-    """What was written for a photo.
+    """Files written for a photo.
 
     Attributes:
-        image: The photo.
-        picture: The sheet.
-        raw: The maps, if they were asked for.
+        image: Path of the photo.
+        picture: Path of the sheet.
+        raw: Path of the maps, or None.
     """
 
     image: Path
@@ -34,15 +34,15 @@ class Drawn:
 
 
 def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | None, raw: bool) -> Drawn | str:
-    """Write the sheet of a photo, and the maps if asked for; or return why the photo cannot be read.
+    """Write the attention sheet of a photo, or return the reason why the photo cannot be read.
 
     Args:
-        encoder: A vision transformer.
-        image: The photo.
-        name: Of the files to write, without a suffix.
+        encoder: Encoder with a vision transformer.
+        image: Path of the photo.
+        name: Path of the output files, without a suffix.
         keep: Share of the attention that the masks hold.
-        size: Short side to look at the photo with, in pixels; absent, what fits the encoder.
-        raw: Whether to write the maps too: `heads` [heads, rows, columns] and `masks` of the same shape.
+        size: Short side in pixels after resizing. If None, `default_size` of the encoder.
+        raw: If True, also write `heads` [heads, rows, columns] and `masks` of the same shape.
     """
     pixels = read_photo(image, encoder.images)
     if isinstance(pixels, BadImage):
@@ -62,7 +62,7 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
 
 
 def attention_sheet(pixels: Pixels, maps: AttentionMaps, keep: float) -> Image.Image:
-    """The photo beside each head's map and their mean; below, what each keeps of the photo."""
+    """Draw the photo with each head's map and their mean; below, the part of the photo that each keeps."""
     pixels = bounded(pixels)
     height, width = pixels.shape[:2]
     every = [(f"head {i + 1}", m) for i, m in enumerate(maps.heads)] + [("mean of heads", maps.heads.mean(0))]

@@ -1,4 +1,4 @@
-"""Card: what a model is, how it came about and how it is loaded, as the README of a folder on the hub."""
+"""Model card: description, training and loading of a model, as the README of its hub folder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dinocli.settings import changes, shipped_as
 
 @dataclass(frozen=True)
 class Measured:
-    """What features of a model came to.
+    """k-NN measurement of a model's features.
 
     Attributes:
-        knn: Their k-NN accuracy.
-        data: The name of the images.
+        knn: k-NN accuracy.
+        data: Name of the images.
     """
 
     knn: KnnResult
@@ -30,20 +30,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells; what is absent is left out.
+    """Contents of a card; None and empty values are omitted.
 
     Attributes:
-        name: Of the model.
-        encoder: It.
-        preset: What it was trained by.
-        call: What gives its features in timm, of a `model` and its `images`.
-        notes: What differs in use, in timm.
-        steps: That it was trained.
-        images: That it was trained on.
-        init: Weights that it began with.
-        watched: k-NN accuracy at the run's end on the images of `--monitor`, in percent.
-        measured: Of its features.
-        curves: Name of the picture of the curves.
+        preset: Training settings.
+        call: Code that computes features in timm from `model` and `images`.
+        notes: Differences in use with timm.
+        steps: Number of training steps.
+        images: Number of training images.
+        init: Initial weights.
+        watched: Final k-NN accuracy on the images of `--monitor`, in percent.
+        measured: k-NN measurement of the features.
+        curves: File name of the plot of the curves.
     """
 
     name: str
@@ -60,7 +58,7 @@ class Facts:
 
 
 def card_of(facts: Facts) -> str:
-    """The card, in Markdown, below the lines by which the hub sorts models. The licence is left to the user."""
+    """Return the card in Markdown, below the hub's metadata. The licence is left to the user."""
     parts = [
         f"# {_plain(facts.name)}",
         f"Turns images into features. A {_code(facts.preset.backbone.name)} of timm, trained without labels by "
@@ -116,7 +114,7 @@ def _told(measured: Measured) -> str:
 
 
 def _loading(facts: Facts) -> str:
-    """How timm and this tool load it, as code that runs once USER is named."""
+    """Return the code that loads the model with timm and this tool; it runs after USER is replaced."""
     encoder, where = facts.encoder, f"hf-hub:USER/{facts.name}"
     shape = f"1, {encoder.channels}, {encoder.size}, {encoder.size}"
     mode = {1: "L", 3: "RGB"}.get(encoder.channels)
@@ -143,17 +141,17 @@ def _block(lines: list[str]) -> str:
 
 
 def _plain(text: object) -> str:
-    """Text that Markdown shows as it is, with neither control characters nor tags nor links."""
+    """Escape text for Markdown, so that it contains no control characters, tags or links."""
     return re.sub(r"([\\`*\[\]])", r"\\\1", html.escape(visible(str(text)), quote=False))
 
 
 def _code(text: str) -> str:
-    """Text as code; it cannot end the code, since a backtick becomes a quote."""
+    """Format text as code; backticks become quotes, so that they cannot end it."""
     return f"`{visible(text).replace('`', chr(39))}`"
 
 
 def _lines(text: str) -> str:
-    """Lines of code, without control characters in them."""
+    """Escape control characters in lines of code."""
     return "\n".join(map(visible, text.split("\n")))
 
 

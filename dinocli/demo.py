@@ -1,4 +1,4 @@
-"""Demo: the whole main job on a drawn image set, measured against what it has to beat."""
+"""Demo: draw images, pretrain and evaluate, compared with baselines."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from dinocli.pretraining import pretrain
 from dinocli.weights import read_weights
 
 PRESET = "tiny"
-RECORD = "demo.json"  # says what a folder holds, and how far its demo has come
+RECORD = "demo.json"  # contents and progress of the demo
 TRAIN_IMAGES, VAL_IMAGES = 2000, 500
 _K = 20
 _KEEP = 0.6
-_RAW_SIDE = 16  # pixels; larger raw images classify worse
+_RAW_SIDE = 16  # pixels; raw images classify worse at larger sizes
 
 
 class Advance(Protocol):
-    """Tells how far a stage has come."""
+    """Progress callback of a stage."""
 
     def __call__(self, done: int, note: str = "") -> None:
-        """`done` of the stage's total; `note` goes beside it."""
+        """Report `done` of the stage's total, with an optional note."""
 
 
 Stage = Callable[[str, int, str], AbstractContextManager[Advance]]
@@ -53,14 +53,14 @@ Stage = Callable[[str, int, str], AbstractContextManager[Advance]]
 
 @dataclass(frozen=True)
 class Row:
-    """How well some features do.
+    """Scores of one kind of features.
 
     Attributes:
-        features: Whose.
-        knn: Top-1 of 20 neighbours, in percent.
+        features: Name of the features.
+        knn: Top-1 with 20 neighbours, in percent.
         linear: Top-1 of a linear probe, in percent.
-        overlap: Jaccard overlap of attention and true mask, for each image by the head that fits it best, averaged;
-            absent for what has no attention.
+        overlap: Jaccard overlap of attention and true mask, with the best head per image, averaged; None without
+            attention.
     """
 
     features: str
@@ -71,15 +71,15 @@ class Row:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured and left.
+    """Measurements and files of the demo.
 
     Attributes:
-        rows: Trained features first, then what they have to beat.
-        chance: Top-1 of a guess, in percent.
-        everything: Overlap with the true masks of a mask of everything.
-        pictures: Attention sheets.
-        folder: Where all of it lies.
-        seconds: It took.
+        rows: Scores of the trained features, followed by the baselines.
+        chance: Expected top-1 of a random guess, in percent.
+        everything: Overlap of a full mask with the true masks.
+        pictures: Paths of the attention sheets.
+        folder: Folder with all results.
+        seconds: Elapsed time.
     """
 
     rows: list[Row]
@@ -101,23 +101,23 @@ def demo(
     steps: int | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
-    """Draw images, pretrain `tiny` on them without their labels, extract, classify, and look.
+    """Draw images, pretrain `tiny` on them without labels, extract features, classify, and draw attention.
 
-    A demo that was stopped or killed in the same folder is continued.
+    A stopped or killed demo in the same folder is continued.
 
     Args:
-        folder: Takes images, run, features and pictures.
-        device: Where to compute.
-        workers: Processes that decode.
-        stage: Shows how far a stage is: called with what is done, how many there are, and of what.
-        train_images: To train on.
-        val_images: To measure on.
-        steps: Stop training after so many; absent, the preset's.
-        note: Called with a line that a person should know.
+        folder: Folder for images, run, features and pictures.
+        device: Device to compute on.
+        workers: Number of decoding processes.
+        stage: Function that opens a progress display from the name of a stage, its total, and the unit.
+        train_images: Number of training images.
+        val_images: Number of validation images.
+        steps: Stop training after this many steps. If None, the preset's.
+        note: Callback for messages to the user.
 
     Raises:
-        DinoError: The folder holds a finished demo, one of other settings, or something else.
-        KeyboardInterrupt: The training was stopped; the same call continues it.
+        DinoError: If the folder holds a finished demo, one of other settings, or something else.
+        KeyboardInterrupt: If the training was stopped; the same call continues it.
     """
     began = time.perf_counter()
     data, masks = folder / "data", folder / "masks"
@@ -129,7 +129,7 @@ def demo(
             write_set(data / "val", val_images, seed=1, masks=masks)
             advance(2)
         write_json(folder / RECORD, record | {"drawn": True, "done": False})
-    # Training sees a plain folder of images; the labels come back with the evaluation.
+    # Training reads a plain folder of images; only the evaluation uses the labels.
     checkpoint = _train(data / "train", folder / "run", device, workers, stage, steps, note)
     trained = load_encoder(str(checkpoint), device)
     untrained = untrained_encoder(read_weights(checkpoint), device)
@@ -169,10 +169,10 @@ def demo(
 
 
 def _begun(folder: Path, record: dict[str, Any], note: Callable[[str], None]) -> bool:
-    """Begin a demo, or find one that can be continued; return whether its images are all drawn.
+    """Start a demo, or find one to continue; return True if its images are all drawn.
 
     Raises:
-        DinoError: The folder holds a finished demo, one of other settings, or something else.
+        DinoError: If the folder holds a finished demo, one of other settings, or something else.
     """
     another = f"--out {folder}-2, or remove {folder}"
     if not folder.exists():
@@ -217,7 +217,7 @@ def _extract(encoder: Encoder, source: Images, path: Path, workers: int, stage: 
 
 
 def _raw_pixels(source: Images, workers: int) -> Features:
-    """The images themselves, made small, as features."""
+    """Return the reduced images themselves as features."""
     batches = plain_batches(
         source,
         size=_RAW_SIDE,
@@ -241,7 +241,7 @@ def _measured(
 
 
 def _overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage, what: str) -> float:
-    """Jaccard overlap of the best head's mask with the truth, averaged over images.
+    """Compute the Jaccard overlap of the best head's mask with the truth, averaged over images.
 
     Source: the paper's section 4.2.2 and facebookresearch/dino issue 54.
     """

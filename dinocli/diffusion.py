@@ -1,4 +1,4 @@
-"""Diffusion: what the U-Net of a Stable Diffusion model makes of a photo. The one file that knows diffusers."""
+"""Diffusion: U-Net features of a Stable Diffusion model. Only this file uses diffusers."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from dinocli.data.crops import cut
 from dinocli.data.decode import Pixels
 from dinocli.errors import DinoError
 
-LONG_SIDE = 960  # pixels, the paper's
-STEP = 100  # of 1,000 steps of noise, the paper's
-DIMS = 256  # of each layer, after PCA with the other photo: the paper's
+LONG_SIDE = 960  # pixels, as in the paper
+STEP = 100  # of 1,000 noise steps, as in the paper
+DIMS = 256  # per layer, after joint PCA with the other photo, as in the paper
 _SEED = 42
 _NAMES = "a local folder, or a hub name such as stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @dataclass(frozen=True, eq=False)
 class Diffusion:
-    """A frozen Stable Diffusion model of the first or second series.
+    """Frozen Stable Diffusion model of the first or second series.
 
     Attributes:
-        unet: Takes the noise away.
-        vae: Photos to latents.
-        scheduler: How much noise a step has.
-        caption: As the U-Net takes it. [1, T, D]
+        unet: Denoising U-Net.
+        vae: Autoencoder from photos to latents.
+        scheduler: Noise schedule.
+        caption: Embedding of the caption for the U-Net. [1, T, D]
     """
 
     unet: Any  # diffusers' classes are untyped
@@ -40,17 +40,18 @@ class Diffusion:
 
     @torch.no_grad()
     def layers(self, pixels: Pixels, long_side: int = LONG_SIDE) -> list[Tensor]:
-        """What goes into layers 2, 5 and 8 of the decoder, at one step of noise. [h, w, C] each, the coarsest first
+        """Return the inputs of decoder layers 2, 5 and 8 at one noise step, the coarsest first. [h, w, C] each
 
-        The same photo gives the same: the latents are the mean of what the encoder says, and the noise is drawn from
-        a seed at the size that the model was trained on, then enlarged.
+        The result is deterministic. The latents are the mean of the encoder's distribution. The noise is drawn from a
+        fixed seed at the model's training size, then enlarged.
 
         Args:
-            pixels: [H, W, 3]
-            long_side: What to resize the photo's long side to; both sides are then rounded to what the U-Net halves.
+            pixels: Pixels of the photo. [H, W, 3]
+            long_side: Long side in pixels after resizing; both sides are then rounded to multiples that the U-Net can
+                halve.
 
         Source: Zhang et al., arXiv 2305.15347; Junyi42/sd-dino@48278d9 extractor_sd.py and, in its ODISE,
-        meta_arch/ldm.py, which pads photos to squares where here all of a photo is resized.
+        meta_arch/ldm.py. The original pads photos to squares; here the whole photo is resized.
         """
         latents = self._latents(pixels, long_side)
         side = int(self.unet.config.sample_size)
@@ -67,9 +68,9 @@ class Diffusion:
         return [made[0].permute(1, 2, 0).float() for made in seen]
 
     def _latents(self, pixels: Pixels, long_side: int) -> Tensor:
-        """[1, C, h, w]"""
+        """Encode a photo as latents. [1, C, h, w]"""
         height, width = pixels.shape[:2]
-        # The encoder halves a photo for each of its blocks but the last, and the U-Net the latents.
+        # The encoder halves a photo for each of its blocks but the last, and the U-Net halves the latents.
         whole = 2 ** (len(self.vae.config.block_out_channels) + len(self.unet.up_blocks) - 2)
         rows, columns = (max(1, round(s * long_side / max(height, width) / whole)) * whole for s in (height, width))
         image = cut(pixels, (0, 0, height, width), (rows, columns)).to(self.caption.device)
@@ -77,7 +78,7 @@ class Diffusion:
         return latents * self.vae.config.scaling_factor
 
     def _places(self) -> list[Any]:
-        """What the last layer of each block of the decoder takes, but that of the finest."""
+        """Return the modules that feed the last layer of each decoder block, except for the finest block."""
         blocks = list(self.unet.up_blocks)[:-1]
         return [(getattr(block, "attentions", None) or block.resnets)[-2] for block in blocks]
 
@@ -88,15 +89,15 @@ def _first(output: Any) -> Tensor:
 
 
 def load_diffusion(model: str, device: torch.device, caption: str = "") -> Diffusion:
-    """Load a model in diffusers' form; weights are read as safetensors, never as pickles.
+    """Load a model in diffusers' format; weights are read only from safetensors, never from pickles.
 
     Args:
-        model: A folder, or a name on the hub.
-        device: Where to compute.
-        caption: What the photos show, in words; the paper has "a photo of a CLASS". Empty where nobody says it.
+        model: Local folder, or name on the hub.
+        device: Device of the model.
+        caption: Description of the photos; the paper uses "a photo of a CLASS". Empty if unknown.
 
     Raises:
-        DinoError: diffusers is not installed, the model is not there, or it is of another kind.
+        DinoError: If diffusers is not installed, or the model is missing or of another kind.
     """
     try:
         diffusers, transformers = import_module("diffusers"), import_module("transformers")
@@ -116,7 +117,7 @@ def load_diffusion(model: str, device: torch.device, caption: str = "") -> Diffu
             raise DinoError(f"no Stable Diffusion model at {model}: its {folder}: {words}", _NAMES) from None
 
     config = part(diffusers.UNet2DConditionModel.load_config, "unet")
-    # The XL series asks for more than a caption; those that paint over a part of a photo take more than latents.
+    # The XL series needs more inputs than a caption; inpainting models need more than latents.
     if config.get("addition_embed_type") or config.get("in_channels", 4) != 4:
         raise DinoError(
             f"a Stable Diffusion of the first or second series was wanted; {model} is of another kind", _NAMES

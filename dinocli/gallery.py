@@ -1,4 +1,4 @@
-"""Gallery: the images behind a folder of features, all splits as one, and the photos where they can still be read."""
+"""Gallery: the images behind a folder of features, with all splits as one; photos are read if still available."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from dinocli.mapped import Rows
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images by the number of their row.
+    """Images by row number.
 
     Attributes:
-        folder: Of the features.
-        parts: The features of each split, by its name.
-        data: Where the images lie, as it was named to `dino extract`, or as they lie now.
+        folder: Folder of the features.
+        parts: Features of each split, by name.
+        data: Location of the images, as given to `dino extract` or as overridden.
     """
 
     folder: Path
@@ -40,33 +40,33 @@ class Gallery:
 
     @cached_property
     def values(self) -> Rows:
-        """Of all splits, one after another. [S, D]"""
+        """Features of all splits, one after another. [S, D]"""
         return Rows([part.values for part in self.parts.values()])
 
     @property
     def recipe(self) -> Recipe:
-        """What made the features of every split, but for its views."""
+        """Settings that made the features of every split, except for the views."""
         return next(iter(self.parts.values())).recipe
 
     @property
     def digest(self) -> str:
-        """What tells the images and their order from others, beside the numbers themselves."""
+        """Text that identifies the images and their order, but not the feature values."""
         return f"{self.recipe.fingerprint} {[(name, len(part)) for name, part in self.parts.items()]}"
 
     def name(self, row: int) -> str:
-        """Path of an image, below its split where there are several."""
+        """Return the path of an image, with its split in front if there are several."""
         split, path = self._place(row)
         return path if len(self.parts) == 1 else f"{split}/{path}"
 
     def label(self, row: int) -> str | None:
-        """Class of an image, if it has one."""
+        """Return the class of an image, or None."""
         split, _ = self._place(row)
         part = self.parts[split]
         label = int(part.labels[row - self._begins[split]])
         return part.classes[label] if 0 <= label < len(part.classes) else None
 
     def file(self, row: int) -> Path | None:
-        """The file of an image; none where it lies in a tar file or comes decoded, or where nothing is left."""
+        """Return the file of an image, or None if it is in a tar file, comes decoded, or is missing."""
         split, path = self._place(row)
         source = self._sources.get(split)
         if source is None or isinstance(source, Shards | TorchvisionImages):
@@ -91,12 +91,12 @@ class Gallery:
             return BadImage(f"missing: {getattr(error, 'strerror', None) or error}")
 
     def photo(self, row: int, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
-        """An image of at least so many pixels a side, as far as it has them, or why it cannot be read. [H, W, C]"""
+        """Return an image of at least `side` pixels, if it has them, or the reason why it cannot be read. [H, W, C]"""
         data = self.read(row, images)
         return data if isinstance(data, BadImage) else small(data, side, images)
 
     def size(self, row: int, images: ImagesConfig = DEFAULTS) -> tuple[int, int]:
-        """Pixels and bytes of an image, by its header; zeros where it cannot be read."""
+        """Return the pixels and bytes of an image by its header; zeros if it cannot be read."""
         data = self.read(row, images)
         opened = data if isinstance(data, BadImage) else open_image(data, images)
         if isinstance(opened, BadImage):
@@ -129,14 +129,14 @@ class Gallery:
 
 
 def open_gallery(folder: Path, data: str | None = None) -> Gallery:
-    """The images behind a folder of features.
+    """Open the images behind a folder of features.
 
     Args:
-        folder: Of `dino extract`.
-        data: Where the images lie now; absent, where they lay then.
+        folder: Output folder of `dino extract`.
+        data: Current location of the images. If None, their location during `dino extract`.
 
     Raises:
-        DinoError: It holds no features, features that do not belong together, or patch tokens.
+        DinoError: If the folder holds no features, features that do not match, or patch tokens.
     """
     parts = read_splits(folder)
     if any(part.values.ndim != 2 for part in parts.values()):
@@ -145,16 +145,16 @@ def open_gallery(folder: Path, data: str | None = None) -> Gallery:
 
 
 def belong_together(first: Gallery, other: Gallery) -> None:
-    """See that the features of two galleries can be compared.
+    """Check that the features of two galleries can be compared.
 
     Raises:
-        DinoError: They were made by different weights or settings.
+        DinoError: If they were made by different weights or settings.
     """
     same_maker((str(first.folder), first.recipe), (str(other.folder), other.recipe))
 
 
 def small(data: bytes | Image.Image, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
-    """A photo to be shown at `side` pixels: a large one is decoded smaller, where that is quick. [H, W, C]"""
+    """Decode a photo for display at `side` pixels; large ones are decoded smaller if the decoder can. [H, W, C]"""
     opened = open_image(data, images)
     if isinstance(opened, BadImage):
         return opened
@@ -162,13 +162,13 @@ def small(data: bytes | Image.Image, side: int, images: ImagesConfig = DEFAULTS)
 
 
 def write_list(gallery: Gallery, rows: Sequence[int], path: Path) -> list[str]:
-    """Write a list of files that `dino pretrain` takes as its images, with absolute paths.
+    """Write a list of image files for `dino pretrain`, with absolute paths.
 
     Returns:
-        Names of images that no line can name, since they hold a tab or the end of a line.
+        Names of images whose paths contain a tab or a line break, which a list cannot hold.
 
     Raises:
-        DinoError: The images do not lie in files of their own, or are not there any more.
+        DinoError: If the images are not in separate files, or no longer there.
     """
     files = [gallery.file(row) for row in rows]
     if not all(files):

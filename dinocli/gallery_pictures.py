@@ -1,4 +1,4 @@
-"""Gallery pictures: what was found in a gallery as contact sheets on disk."""
+"""Gallery pictures: search results and near-duplicates as contact sheets on disk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dinocli.evals.search import Hits
 from dinocli.gallery import Gallery, small
 from dinocli.picture import Panel, contact_sheet
 
-ROWS = 20  # of a sheet
-SHOWN = 10  # of what was found, in a row
-_SIDE = 144  # pixels of a photo
+ROWS = 20  # rows per sheet
+SHOWN = 10  # results per row
+_SIDE = 144  # pixels per side of a photo
 
 Place = Panel | str | None
 
@@ -24,16 +24,16 @@ Place = Panel | str | None
 def draw_hits(
     gallery: Gallery, hits: Sequence[Hits], out: Path, images: ImagesConfig = DEFAULTS
 ) -> tuple[list[Path], dict[str, str]]:
-    """Sheets with a query at the left of each row, and behind it what was found, with its cosine.
+    """Draw sheets with one query per row, followed by its neighbours and their cosines.
 
     Args:
-        gallery: That was searched.
-        hits: Of each query.
-        out: The first sheet; others get a number.
-        images: How files become pixels.
+        gallery: Gallery that was searched.
+        hits: Search results per query.
+        out: Path of the first sheet; further ones get a number.
+        images: Settings and limits of image decoding.
 
     Returns:
-        What was written, and the reason of each found image that could not be shown.
+        Paths of the sheets, and the reason of each result that cannot be shown.
     """
     rows: list[list[Place]] = []
     unread: dict[str, str] = {}
@@ -51,17 +51,17 @@ def draw_hits(
 def draw_groups(
     gallery: Gallery, groups: Sequence[Group], out: Path, pages: int, images: ImagesConfig = DEFAULTS
 ) -> list[Path]:
-    """Sheets with a group of near-duplicates a row: what is kept at the left, and behind it what is dropped.
+    """Draw sheets with one group of near-duplicates per row: the kept image, followed by the dropped ones.
 
     Args:
-        gallery: Of the images.
-        groups: As they are to be looked at.
-        out: The first sheet; others get a number.
-        pages: At most so many.
-        images: How files become pixels.
+        gallery: Gallery of the images.
+        groups: Groups in display order.
+        out: Path of the first sheet; further ones get a number.
+        pages: Largest number of sheets.
+        images: Settings and limits of image decoding.
 
     Returns:
-        What was written; sheets of an earlier call that had more groups are taken away.
+        Paths of the sheets; surplus sheets of an earlier call are deleted.
     """
     rows: list[list[Place]] = []
     for group in groups[: pages * ROWS]:
@@ -90,7 +90,7 @@ def _write(rows: list[list[Place]], out: Path, title: str, lead: int) -> list[Pa
 
 
 def page(out: Path, number: int) -> Path:
-    """Return the path of a sheet, from 1."""
+    """Return the path of a sheet, by its number from 1."""
     return out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
 
 

@@ -1,4 +1,4 @@
-"""Inspection: what the images of a source are like, from a fair draw of them."""
+"""Inspection: statistics of a source's images, from a random sample."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from dinocli.twins import SIDE, Pair, is_flat, near_equal, thumbnail
 
 Read = Callable[[], "bytes | Image.Image | BadImage"]
 
-_SECONDS = 45.0  # after which no more are drawn
-_PIPES, _SHARDS = 4, 50  # from how many the draw comes
-_MEASURED = 64  # images of narrow contrast whose raw values are measured, by decoding them a few times
-_ENOUGH = 250_000  # pixels; larger JPEGs are decoded smaller where the decoder can
+_SECONDS = 45.0  # time limit of the sampling
+_PIPES, _SHARDS = 4, 50  # number of pipes and shards that the sample comes from
+_MEASURED = 64  # low-contrast images whose raw values are measured, by decoding them a few times
+_ENOUGH = 250_000  # pixels; larger JPEGs are decoded smaller if the decoder can
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Where a number lies: its least, 5 %, half, 95 % and most."""
+    """Quantiles of a number: minimum, 5 %, median, 95 % and maximum."""
 
     least: float
     low: float
@@ -47,36 +47,36 @@ class Spread:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was seen.
+    """Statistics of a source's images.
 
     Attributes:
-        where: The source as the user named it.
-        kind: `files`, `shards`, or `decoded` for what comes without files.
-        count: Images in all; absent where a pipe does not tell.
-        classes: How many there are, by folders, list or index; 0 for unlabelled images.
-        drawn: Images that were looked at.
-        read: Of them, how many could be read.
-        formats: Of those that were read, how many there are of each.
-        width: In pixels.
-        height: In pixels.
-        short: The shorter side, in pixels.
-        aspect: Long side by short side.
-        megabytes: Of the decoded pixels, on average.
-        deep: Images with more than 8 bits.
-        gray: Images without colors, the deep ones among them.
-        flat: Images of one color.
-        bad: Name and reason of each that could not be read.
-        copies: Images that are an earlier one again, byte for byte.
-        near: Images that look nearly like an earlier one and are no copies.
-        pairs: The most alike of those.
-        mean: Of the channels, 0 to 1, each image with the same weight. C numbers.
-        std: Of the channels.
-        milliseconds: To read and decode an image; half take less.
-        seconds: That the inspection took.
-        single: Images whose pixels are all equal.
-        several: Images with several pages or frames, the first of which is read.
-        narrow: Images that span less than a quarter of the levels, before a window is measured.
-        window: Raw values of these if they are deep and most of all; mean, std and the rest are those under it.
+        where: Source as the user named it.
+        kind: `files`, `shards`, or `decoded` for images without files.
+        count: Total number of images, or None if unknown for a pipe.
+        classes: Number of classes, by folders, list or index; 0 for unlabelled images.
+        drawn: Number of sampled images.
+        read: Number of readable sampled images.
+        formats: Number of readable images per format.
+        width: Width in pixels.
+        height: Height in pixels.
+        short: Shorter side in pixels.
+        aspect: Ratio of long side to short side.
+        megabytes: Mean size of the decoded pixels.
+        deep: Number of images with more than 8 bits.
+        gray: Number of images without colors, including deep ones.
+        flat: Number of images of one color.
+        bad: Name and reason of each unreadable image.
+        copies: Number of images that equal an earlier one byte for byte.
+        near: Number of near-duplicates of an earlier image, excluding copies.
+        pairs: Most similar pairs of near-duplicates.
+        mean: Mean per channel, 0 to 1, with equal weight per image. C numbers.
+        std: Standard deviation per channel.
+        milliseconds: Median time to read and decode an image.
+        seconds: Duration of the inspection.
+        single: Number of images whose pixels are all equal.
+        several: Number of images with several pages or frames; only the first is read.
+        narrow: Number of images that span less than a quarter of the levels, before a window is measured.
+        window: Raw value range if most images are deep and narrow, else None; mean, std and the rest then use it.
     """
 
     where: str
@@ -109,12 +109,12 @@ class Inspection:
 
     @property
     def whole(self) -> bool:
-        """Whether every image was looked at."""
+        """True if the sample contains every image."""
         return self.drawn == self.count
 
 
 class _Look(NamedTuple):
-    """One image, as far as it was looked at."""
+    """Statistics of one image, or the reason why it is unreadable."""
 
     name: str
     reason: str = ""
@@ -140,15 +140,15 @@ def inspect(
     seconds: float = _SECONDS,
     report: Callable[[int], None] = lambda images: None,
 ) -> Inspection:
-    """Decode some images of a source and tell what they are like; all of them where they are few.
+    """Decode a sample of a source and compute statistics; small sources are read completely.
 
     Args:
-        source: The images.
-        images: What is taken for readable.
-        sample: How many to draw.
-        seed: Of the draw.
-        seconds: After which no more are drawn.
-        report: Called with the number of images looked at so far.
+        source: Images to inspect.
+        images: Settings and limits of image decoding.
+        sample: Number of images to draw.
+        seed: Seed of the draw.
+        seconds: Time limit of the sampling.
+        report: Progress callback with the number of images processed.
     """
     start = time.monotonic()
     looks, narrow = _looks(source, images, sample, seed, seconds, report)
@@ -187,7 +187,7 @@ def inspect(
         aspect=_spread([max(look.width, look.height) / min(look.width, look.height) for look in good]),
         megabytes=float(np.mean([1e-6 * images.channels * look.width * look.height for look in good] or [0.0])),
         deep=sum(look.deep for look in good),
-        # A JPEG of a grey picture in three channels has them equal but for rounding.
+        # A grayscale JPEG in three channels has them equal up to rounding.
         gray=sum(bool(np.ptp(look.thumb, axis=2).max() < 3) for look in good),
         flat=sum(is_flat(look.thumb) for look in good),
         bad={look.name: look.reason for look in looks if look.reason},
@@ -205,16 +205,16 @@ def inspect(
 
 
 def warn_of(source: Source, images: ImagesConfig, *, sample: int = 64, seconds: float = 2.0) -> list[str]:
-    """Look at a few images of a source before a long run, for information that is lost without an error.
+    """Check a few images of a source before a long run for information that is lost without an error.
 
     Args:
-        source: The images.
+        source: Images of the run.
         images: Limits and window of the run.
-        sample: Images to draw.
-        seconds: After which no more are drawn.
+        sample: Number of images to draw.
+        seconds: Time limit of the sampling.
 
     Returns:
-        A line each for images of a single color, with the window that mends it, and for pages that are not read.
+        One line for single-color images, with the window that fixes them, and one for unread pages.
     """
     looks, narrow = _looks(source, images, sample, 0, seconds, lambda done: None)
     good = [look for look in looks if not look.reason]
@@ -237,19 +237,19 @@ def warn_of(source: Source, images: ImagesConfig, *, sample: int = 64, seconds: 
 
 
 def window_text(window: Range) -> str:
-    """Return a window as one types it after `images.window=`."""
+    """Return a window as typed after `images.window=`."""
     return f"[{window[0]:.10g}, {window[1]:.10g}]"
 
 
 def _looks(
     source: Source, images: ImagesConfig, sample: int, seed: int, seconds: float, report: Callable[[int], None]
 ) -> tuple[list[_Look], list[tuple[_Look, Read]]]:
-    """Look at some images of a source. Return all looks, and the first ones of narrow contrast with their readers."""
-    has_fast_jpeg()  # which loads torch, once: not to be counted as an image's time
+    """Read some images of a source; return their statistics, and the first narrow ones with their readers."""
+    has_fast_jpeg()  # loads torch once, so that no image's time includes it
     looks, narrow, start = list[_Look](), list[tuple[_Look, Read]](), time.monotonic()
     threads = min(16, os.cpu_count() or 1)
     draw = islice(_drawn(source, images, sample, seed), sample)
-    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the interpreter
+    with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the interpreter lock
         while time.monotonic() - start < seconds and (some := list(islice(draw, 4 * threads))):
             found = list(pool.map(partial(_look, images), *zip(*some, strict=True)))
             looks += found
@@ -261,12 +261,12 @@ def _looks(
 
 
 def _raw_window(reads: list[Read], images: ImagesConfig, seconds: float) -> Range | None:
-    """Measure the raw values of images, as many as time allows; None if all have 8 bits or a single value each."""
+    """Measure the raw value range of as many images as time allows; None if all have 8 bits or a single value each."""
 
     def measure(read: Read) -> Range | None:
         try:
             data = read()
-        except OSError:  # it has gone meanwhile
+        except OSError:  # the file was removed meanwhile
             return None
         return None if isinstance(data, BadImage) else raw_range(data, images)
 
@@ -295,7 +295,7 @@ def _narrow(good: list[_Look]) -> int:
 
 
 def _drawn(source: Source, images: ImagesConfig, sample: int, seed: int) -> Iterator[tuple[str, Read]]:
-    """Names of images, and what reads each, in a random order; of shards from some, a few of each."""
+    """Yield names and readers of images in random order; for shards, a few images of some shards."""
     generator = np.random.default_rng(seed)
     if isinstance(source, Images):
         for row in generator.permutation(len(source))[:sample].tolist():
@@ -308,7 +308,7 @@ def _drawn(source: Source, images: ImagesConfig, sample: int, seed: int) -> Iter
     share = sample if sum(counts) <= sample else math.ceil(sample / len(order))
     for shard in order:
         one = replace(source, urls=[source.urls[shard]], counts=[counts[shard]] if source.counts else None)
-        # Of what cannot be asked for its headers alone, the first ones: all of it would be loaded for a fair draw.
+        # Pipes cannot return headers alone, so their first images are taken: a random draw would load everything.
         order_of = {"seed": seed, "buffer": counts[shard]} if source.counts else {}
         stream = one.stream(0, 1, max_megabytes=images.max_megabytes, **order_of)
         for found in islice(stream, min(share, counts[shard])):

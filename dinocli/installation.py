@@ -1,4 +1,4 @@
-"""Installation: whether the packages fit together, load, and do what they are for."""
+"""Installation: checks that packages match, load and work."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _KINDS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000")
 
 
 def faults_of(device: torch.device, formats: list[str], root: Path = Path("/")) -> dict[str, str]:
-    """What is wrong with this installation, each with what to do about it; none where all is well.
+    """Return the faults of this installation with their fixes; empty if it works.
 
     Args:
-        device: To compute on.
-        formats: What `readable` gave.
-        root: Of the file system that /proc lies in.
+        device: Device to compute on.
+        formats: Formats returned by `readable`.
+        root: Root of the file system that holds /proc.
     """
     absent = [kind for kind in _KINDS if kind not in formats]
     unread = {f"{', '.join(absent)} cannot be read": "pip install --upgrade pillow"} if absent else {}
@@ -31,7 +31,7 @@ def faults_of(device: torch.device, formats: list[str], root: Path = Path("/")) 
 
 
 def version(package: str) -> str | None:
-    """Which version of a package is installed, if any is."""
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -39,13 +39,13 @@ def version(package: str) -> str | None:
 
 
 def readable() -> list[str]:
-    """Kinds of image that can be read, each tried."""
+    """Return the image formats that can be read, each tested."""
     read = []
     for kind in _KINDS:
         file = io.BytesIO()
         try:
             Image.new("RGB", (16, 16), (200, 100, 50)).save(file, kind)
-        except (OSError, KeyError):  # this Pillow was built without it
+        except (OSError, KeyError):  # Pillow was built without this format
             continue
         if not isinstance(decode(file.getvalue()), BadImage):
             read.append(kind)
@@ -85,7 +85,7 @@ def _unloadable() -> dict[str, str]:
         from torchvision.ops import nms
 
         nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
-    except Exception as error:  # one made for another torch raises ImportError, OSError or RuntimeError
+    except Exception as error:  # a build for another torch raises ImportError, OSError or RuntimeError
         faults[f"torchvision does not work: {_first_line(error)}"] = "pip install --force-reinstall torch torchvision"
     try:
         import timm  # noqa: F401
@@ -107,14 +107,14 @@ def _idle_gpu(device: torch.device, root: Path) -> dict[str, str]:
 def _untrue(device: torch.device) -> dict[str, str]:
     try:
         said = _tried(device)
-    except Exception as error:  # a torch that was not built for this device says so here
+    except Exception as error:  # a torch built without this device fails here
         said = _first_line(error)
     hint = "another --device, or a torch built for this one"
     return {f"computing on {device} failed: {said}": hint} if said else {}
 
 
 def _tried(device: torch.device) -> str:
-    """What is wrong with a small product and a step of training in the precision of training, if anything is."""
+    """Return the fault of a small matrix product or a bfloat16 training step, or an empty string."""
     a = torch.linspace(-1, 1, 128 * 128).reshape(128, 128)
     product = (a.to(device) @ a.to(device).T).cpu()
     if not torch.allclose(product, a @ a.T, rtol=1e-2, atol=1e-2):

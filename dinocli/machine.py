@@ -1,4 +1,4 @@
-"""Machine: what there is to compute with, and whether the installation is sound."""
+"""Machine: hardware, limits and installation."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from dinocli.device import cores
 from dinocli.installation import faults_of, readable, version
 
 _ROOT = Path("/")
-_LITTLE_DISK = 2e9  # bytes; a run of ViT-S/16 writes its weights, a new copy beside the old one, and a log
+_LITTLE_DISK = 2e9  # bytes; a run of ViT-S/16 writes its weights, a new copy next to the old one, and a log
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What was found.
+    """Hardware, limits and installation of this machine.
 
     Attributes:
-        python: Version, as are the next four; absent of what cannot be imported.
-        torch: With what it was built for: `2.11.0+cu130`.
-        torchvision: Of the package.
-        timm: Of the package.
-        dinocli: Of the package.
-        device: As torch names it: `cpu`, `cuda`, `cuda:1`, `mps`.
-        name: Of the device, as its maker calls it.
-        devices: How many of that kind there are.
-        memory: Bytes of the device that can be had now; of a CPU, those of the process.
-        memory_there: Bytes of the device.
-        cores: That this process may use, by its affinity and its control group.
-        cores_affine: By its affinity alone, which is all that other programs ask for.
-        cores_there: Of the machine.
-        ram: Bytes that this process can have, by the system and its control group.
-        ram_there: Bytes of the machine, or the control group's limit where that is lower.
-        folder: Where runs would lie.
-        disk: Bytes free there.
-        formats: Kinds of image that were written and read again.
-        fast_jpeg: Whether JPEGs are decoded by torch's libraries.
-        faults: What is wrong with this installation, and what to do about it.
+        python: Version of Python.
+        torch: Version with the build variant: `2.11.0+cu130`.
+        torchvision: Version, or None if not installed.
+        timm: Version, or None if not installed.
+        dinocli: Version of this package.
+        device: Device name in torch: `cpu`, `cuda`, `cuda:1`, `mps`.
+        name: Product name of the device.
+        devices: Number of devices of this kind.
+        memory: Available bytes of device memory; on a CPU, of process memory.
+        memory_there: Total bytes of device memory.
+        cores: Cores available to this process, by affinity and control group.
+        cores_affine: Cores by affinity alone, which is all that other programs query.
+        cores_there: Cores of the machine.
+        ram: Bytes available to this process, by system and control group.
+        ram_there: Bytes of the machine, or the control group's limit if lower.
+        folder: Folder for runs.
+        disk: Free bytes on the disk of `folder`.
+        formats: Image formats that were written and read back.
+        fast_jpeg: True if torch's libraries decode JPEGs.
+        faults: Faults of the installation, with fixes.
     """
 
     python: str
@@ -70,17 +70,17 @@ class Machine:
 
     @property
     def on_cpu(self) -> bool:
-        """Whether there is nothing faster to compute on."""
+        """True if the CPU is the fastest device."""
         return self.device == "cpu"
 
 
 def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = _ROOT) -> Machine:
-    """Find out what there is and try it; nothing is written.
+    """Detect and test hardware and installation, without writing anything.
 
     Args:
-        device: To compute on.
-        folder: Where runs would lie.
-        root: Of the file system that /proc and /sys lie in.
+        device: Device to compute on.
+        folder: Folder for runs.
+        root: Root of the file system that holds /proc and /sys.
     """
     import dinocli
 
@@ -119,9 +119,9 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = _R
 
 
 def cores_of_group(root: Path = _ROOT) -> int | None:
-    """Whole cores that the control group may keep busy; absent where it is not limited.
+    """Return the whole cores that the control group may use, or None without a limit.
 
-    Containers are mostly bounded so, and torch, which asks for the affinity alone, then starts a thread a core of the
+    Most container limits work this way. torch queries the affinity alone, and then starts one thread per core of the
     machine.
     """
     limits = []
@@ -135,7 +135,7 @@ def cores_of_group(root: Path = _ROOT) -> int | None:
 
 
 def ram_of(root: Path = _ROOT) -> tuple[int, int]:
-    """Bytes that can be had without swapping, and bytes in all, for this process."""
+    """Return the bytes available to this process without swapping, and the total bytes."""
     known = dict(re.findall(r"^(\w+):\s+(\d+) kB", _words(root / "proc/meminfo"), re.MULTILINE))
     if {"MemTotal", "MemAvailable"} <= known.keys():
         free, total = int(known["MemAvailable"]) * 1024, int(known["MemTotal"]) * 1024
@@ -146,7 +146,7 @@ def ram_of(root: Path = _ROOT) -> tuple[int, int]:
     for group in _groups(root, "memory"):
         limit = _words(group / "memory.max") or _words(group / "memory.limit_in_bytes")
         used = _words(group / "memory.current") or _words(group / "memory.usage_in_bytes")
-        # What the group cached of files counts as used, and is given up when somebody asks.
+        # The group's file cache counts as used but is released on demand.
         cached = dict(re.findall(r"^(\w+) (\d+)$", _words(group / "memory.stat"), re.MULTILINE))
         if limit.isdigit() and used.isdigit() and int(limit) < total:
             given_up = int(cached.get("total_inactive_file") or cached.get("inactive_file") or 0)
@@ -155,12 +155,12 @@ def ram_of(root: Path = _ROOT) -> tuple[int, int]:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of the control groups that this process is in, from its own outwards, of versions 2 and 1."""
+    """Yield the folders of this process's control groups, from its own outwards, for versions 2 and 1."""
     for line in _words(root / "proc/self/cgroup").splitlines():
         _, names, path = (line + "::").split(":")[:3]
         mounts = {"": ("", "unified")}.get(names, (controller,) if controller in names.split(",") else ())
         for mount in mounts:
-            # Inside a container the path may be that of the host, and then the mount itself is the group.
+            # Inside a container, the path may be the host's; the mount itself is then the group.
             group = (root / "sys/fs/cgroup" / mount / path.lstrip("/")).relative_to(root)
             while len(group.parts) >= 3 + bool(mount):
                 yield root / group
@@ -175,7 +175,7 @@ def _words(path: Path) -> str:
 
 
 def memory_of(device: torch.device, root: Path = _ROOT) -> tuple[int, int]:
-    """Bytes of a device that can be had now, and bytes of it in all; of a CPU, those of the process."""
+    """Return the available and total bytes of a device; on a CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     if device.type == "mps":
@@ -185,7 +185,7 @@ def memory_of(device: torch.device, root: Path = _ROOT) -> tuple[int, int]:
 
 
 def _name(device: torch.device, root: Path) -> tuple[str, int]:
-    """What a device is called, and how many of its kind there are."""
+    """Return a device's product name, and the number of devices of its kind."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), torch.cuda.device_count()
     if device.type == "mps":

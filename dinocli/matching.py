@@ -1,4 +1,4 @@
-"""Matching on disk: two photos to matched places, a picture of them, and a score."""
+"""Matching on disk: match the places of two photos, and draw the matches."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from dinocli.evals.units import normalized
 from dinocli.models.backbone import Facet
 from dinocli.picture import Panel, sheet, visible
 
-_HEIGHT = 400  # pixels, of both photos in the picture
+_HEIGHT = 400  # pixels, for both photos in the picture
 _GAP = 8  # pixels between them
-_MOST = 60  # keypoints drawn
+_MOST = 60  # keypoints drawn at most
 _RIGHT, _WRONG = (60, 190, 90), (225, 60, 60)
 
 
 @dataclass(frozen=True)
 class Compared:
-    """What of a photo is compared.
+    """Settings of the features that are compared.
 
     Attributes:
-        layers: Numbers of the blocks, whose patches are joined.
-        facet: What of them.
-        short_side: What to resize the photo's short side to, in pixels; absent, what fits the encoder.
-        pca: To how many numbers a patch's features are brought, of both photos together; absent, as they are.
-        diffusion: A Stable Diffusion model whose features are joined to them, if any.
-        weight: Of the diffusion model's features, 0 to 1; the others have the rest.
-        long_side: What to resize the photo's long side to for it, in pixels.
+        layers: Numbers of the blocks whose patch features are concatenated.
+        facet: Tensor of the blocks to use.
+        short_side: Short side in pixels after resizing. If None, `default_size` of the encoder.
+        pca: Dimension after PCA over both photos. If None, no PCA.
+        diffusion: Stable Diffusion model whose features are concatenated, or None.
+        weight: Weight of the diffusion model's features, 0 to 1; the others get the rest.
+        long_side: Long side in pixels after resizing, for the diffusion model.
     """
 
     layers: tuple[int, ...] = (-1,)
@@ -53,15 +53,15 @@ class Compared:
 
 
 def patch_maps(encoder: Encoder, a: Pixels, b: Pixels, compared: Compared) -> tuple[PatchMap, PatchMap]:
-    """Two photos as patches that can be compared.
+    """Compute comparable patch features of two photos.
 
     Args:
-        encoder: Its patches are compared.
-        a: [H, W, C]
-        b: [H, W, C], of any other size.
-        compared: What of them.
+        encoder: Encoder of the patches.
+        a: Pixels of photo A. [H, W, C]
+        b: Pixels of photo B, of any size. [H, W, C]
+        compared: Settings of the features.
 
-    Source: Zhang et al., arXiv 2305.15347, section 3.3: each kind normalized, weighed and joined.
+    Source: Zhang et al., arXiv 2305.15347, section 3.3: each kind is normalized, weighted and concatenated.
     """
     size = compared.short_side or default_size(encoder)
     images = (encoder.photo(photo, size) for photo in (a, b))
@@ -82,7 +82,7 @@ def _joined(ours: Tensor, diffused: Tensor, weight: float) -> Tensor:
 def diffusion_maps(
     diffusion: Diffusion, photos: tuple[Pixels, Pixels], like: tuple[Tensor, Tensor], long_side: int
 ) -> tuple[Tensor, Tensor]:
-    """A diffusion model's features of two photos, each layer by joint PCA, on grids such as `like` has. [h, w, D']"""
+    """Compute a diffusion model's features of two photos, by joint PCA per layer, on the grids of `like`. [h, w, D']"""
     layers = zip(*(diffusion.layers(visible(photo), long_side) for photo in photos), strict=True)
     made = [joint_pca(checked(a, "values of layers"), checked(b, "values of layers"), DIMS) for a, b in layers]
     a, b = (torch.cat([_resized(pair[i], like[i].shape[:2]) for pair in made], -1).to(like[i].device) for i in (0, 1))
@@ -90,7 +90,7 @@ def diffusion_maps(
 
 
 def _resized(features: Tensor, grid: torch.Size) -> Tensor:
-    """[h, w, D] of any rows and columns."""
+    """Resize features to a grid. [h, w, D]"""
     large = F.interpolate(features.permute(2, 0, 1)[None], size=tuple(grid), mode="bilinear", align_corners=False)
     return large[0].permute(1, 2, 0)
 
@@ -103,15 +103,15 @@ def write_picture(
     lines: NDArray[np.int64],
     keypoints: tuple[Points, Points, float] | None,
 ) -> None:
-    """Write lines between matched places, each photo drawn with the pixels of the other, and keypoints if any.
+    """Write a picture of lines between matched places, each photo drawn with the other's pixels, and the keypoints.
 
     Args:
-        path: The PNG.
-        photos: Both, of any sizes.
-        maps: Both as patches.
-        matches: Of them.
-        lines: Patches of A from which to draw a line.
-        keypoints: Of A, of B, and how many pixels of B are near enough.
+        path: Path of the PNG.
+        photos: Pixels of both photos, of any size.
+        maps: Patch features of both photos.
+        matches: Matches between the photos.
+        lines: Patches of A with a line to their match.
+        keypoints: Keypoints of A, keypoints of B, and the largest distance of a correct answer in pixels of B; or None.
     """
     a, b = maps
     seen = (visible(photos[0]), visible(photos[1]))
@@ -136,36 +136,36 @@ def write_picture(
 
 
 def swap(other: Pixels, a: PatchMap, b: PatchMap, forth: NDArray[np.int64]) -> Pixels:
-    """Photo A with each patch drawn as the patch of B that it is matched with. [hA*s, wA*s, 3]
+    """Draw photo A with each patch replaced by its match in B. [hA*s, wA*s, 3]
 
     Args:
-        other: Photo B. [H, W, 3]
-        a: A as patches.
-        b: B as patches.
-        forth: Number of the patch of B, for each of A.
+        other: Pixels of photo B. [H, W, 3]
+        a: Patch features of A.
+        b: Patch features of B.
+        forth: Number of the matching patch of B, for each patch of A.
     """
     (rows, columns), (height, width) = b.grid, a.grid
-    side = max(1, -(-_HEIGHT // height))  # pixels of a patch
+    side = max(1, -(-_HEIGHT // height))  # pixels per patch
     large = np.asarray(Image.fromarray(other).resize((columns * side, rows * side), Image.Resampling.LANCZOS))
     tiles = large.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
     return tiles[forth].reshape(height, width, side, side, 3).swapaxes(1, 2).reshape(height * side, width * side, 3)
 
 
 def _at_height(picture: Pixels, photo: Pixels) -> Pixels:
-    """A picture in the shape of a photo, at the height that all have."""
+    """Resize a picture to the common height, with the aspect ratio of a photo."""
     width = max(1, round(_HEIGHT * photo.shape[1] / photo.shape[0]))
     return np.asarray(Image.fromarray(picture).resize((width, _HEIGHT), Image.Resampling.LANCZOS))
 
 
 def _beside(pictures: tuple[Pixels, Pixels], photos: tuple[Pixels, Pixels]) -> Pixels:
-    """Two pictures in the shapes of two photos, with paper between them. [H, W, 3]"""
+    """Place two pictures side by side, with the aspect ratios of two photos. [H, W, 3]"""
     left, right = (_at_height(picture, photo) for picture, photo in zip(pictures, photos, strict=True))
     return np.concatenate([left, np.full((_HEIGHT, _GAP, 3), 255, np.uint8), right], axis=1)
 
 
 def _lines(photos: tuple[Pixels, Pixels], at_a: Points, at_b: Points, colors: list[tuple[int, int, int]]) -> Pixels:
-    """Two photos beside each other, with lines from places of the one to places of the other."""
-    large = 3  # times, so that lines come out smooth
+    """Draw two photos side by side, with lines between places of both."""
+    large = 3  # supersampling, for smooth lines
     page = Image.fromarray(_beside(photos, photos))
     size = page.size
     page = page.resize((size[0] * large, size[1] * large), Image.Resampling.BICUBIC)

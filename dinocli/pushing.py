@@ -1,4 +1,4 @@
-"""Pushing: a run as a model folder for the hub, with its card; to upload it is the job of the hub's own client."""
+"""Pushing: write a run as a model folder with a card; the hub's own client uploads it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _MARK = "<!-- dinocli wrote this; {} -->"
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was written.
+    """Result of `push`.
 
     Attributes:
-        path: The folder.
-        name: What its card calls the model.
-        difference: Of the features that timm made from those of this tool, relative, on random images.
-        measured: The k-NN accuracy of the features that were named.
+        path: Path of the folder.
+        name: Model name in the card.
+        difference: Relative difference between timm's and this tool's features of random images.
+        measured: k-NN accuracy of the given features, or None.
     """
 
     path: Path
@@ -48,20 +48,20 @@ class Pushed:
 
 
 def push(source: str, out: Path | None = None, features: Path | None = None) -> Pushed:
-    """Write a model folder in the form that timm's hub loader reads, load it with timm, and compare the features.
+    """Write a model folder for timm's hub loader, load it with timm, and compare the features.
 
-    The card tells nothing of where files lie on this machine, and shows none of the photos.
+    The card reveals no paths on this machine and shows none of the photos.
 
     Args:
-        source: A run folder, or a checkpoint of this tool.
-        out: The folder, which names the model; absent, the run's name with `-hub` after it. What an earlier push made
-            there is replaced, unless somebody changed its card.
-        features: A folder of labelled features of these weights; their k-NN accuracy goes into the card.
+        source: Run folder, or checkpoint of this tool.
+        out: Output folder, which names the model. If None, the run's name followed by `-hub`. The output of an earlier
+            push is replaced unless its card was edited.
+        features: Folder of labelled features of these weights, for the k-NN accuracy in the card.
 
     Raises:
-        DinoError: The source cannot be read or is not this tool's, the features are of other weights, something else
-            stands in the folder's place, or timm makes other features of it; then nothing is left.
-        OSError: The disk is full, or the place may not be written to.
+        DinoError: If the source cannot be read or is not this tool's. If the features are of other weights, the output
+            path is occupied, or timm's features differ. Nothing is left in these cases.
+        OSError: If the disk is full, or the path is not writable.
     """
     if source.startswith("timm:"):
         raise DinoError(f"a run was wanted; {source} is timm's own, and there already", "a run folder: runs/tiny-1")
@@ -99,14 +99,14 @@ def push(source: str, out: Path | None = None, features: Path | None = None) -> 
 
 
 def _run_of(source: Path) -> Path | None:
-    """The folder of a run, if a path is that or leads to a checkpoint of it."""
+    """Return the run folder of a path to it or to one of its checkpoints, else None."""
     folder = (source / CHECKPOINT if source.is_dir() else source).resolve().parent
     folder = folder.parent.parent if folder.parent.name == STATES else folder
     return folder if (folder / METRICS).is_file() else None
 
 
 def _until(step: int | None, history: dict[str, Curve]) -> dict[str, Curve]:
-    """What was logged up to a step: a run that was killed goes on beyond its checkpoint."""
+    """Cut a history at a step: a killed run may have logged steps beyond its checkpoint."""
     if step is None:
         return history
     kept = {key: Curve(c.steps[c.steps <= step], c.values[c.steps <= step]) for key, c in history.items()}
@@ -128,7 +128,7 @@ def _measured(folder: Path, encoder: Encoder, source: str) -> Measured:
 
 
 def _shown(place: str) -> str:
-    """What may be told of a place: of a path its end, all of `timm:NAME` or `torchvision:NAME`."""
+    """Return the public part of a location: the last part of a path, or all of `timm:NAME` or `torchvision:NAME`."""
     return place if re.match(r"\w{2,}:", place) else Path(place).resolve().name
 
 

@@ -1,4 +1,4 @@
-"""Segment pictures: photos to sheets of what was told apart in them, masks, and sheets of patches in color."""
+"""Segmentation pictures: sheets of foregrounds or classes, masks, and sheets of patch colors."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from dinocli.picture import (
     visible,
 )
 
-_ACROSS, _DOWN, _SIDE = 6, 4, 240  # photos on a sheet of colors, and the side of each in pixels
-_NAMED = 0.01  # share of the photo from which a class is named in its picture
+_ACROSS, _DOWN, _SIDE = 6, 4, 240  # photos per row and rows per sheet of colors, and pixels per side of each
+_NAMED = 0.01  # smallest share of the photo for a class in the legend
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """What was written for a photo.
+    """Files written for a photo.
 
     Attributes:
-        image: The photo.
-        picture: The sheet.
-        mask: The mask, if it was asked for.
-        shares: Share of the photo that each class has; of a foreground that alone.
+        image: Path of the photo.
+        picture: Path of the sheet.
+        mask: Path of the mask, or None.
+        shares: Share of the photo per class, or of the foreground alone.
     """
 
     image: Path
@@ -59,17 +59,17 @@ class Segmented:
 def draw_foreground(
     encoder: Encoder, image: Path, name: Path, *, by: By, keep: float, tau: float, short_side: int, masks: bool
 ) -> Segmented | str:
-    """Write the sheet of a photo's foreground, and the mask if asked for; or return why the photo cannot be read.
+    """Write the sheet of a photo's foreground, or return the reason why the photo cannot be read.
 
     Args:
-        encoder: A frozen one.
-        image: The photo.
-        name: Of the files to write, without a suffix.
-        by: See `foreground`, as `keep` and `tau`.
-        keep: Share of the attention.
-        tau: Of the cut.
-        short_side: To look at the photo with, in pixels.
-        masks: Whether to write the mask at the photo's size, 0 and 255.
+        encoder: Frozen encoder.
+        image: Path of the photo.
+        name: Path of the output files, without a suffix.
+        by: Method of `foreground`.
+        keep: Share of the attention that the foreground holds.
+        tau: Cosine threshold of the cut.
+        short_side: Short side in pixels after resizing.
+        masks: If True, also write the mask at the photo's size, 0 and 255.
     """
     pixels = read_photo(image, encoder.images)
     if isinstance(pixels, BadImage):
@@ -100,15 +100,15 @@ def draw_foreground(
 def draw_classes(
     encoder: Encoder, head: SegmentationHead, image: Path, name: Path, *, short_side: int | None, masks: bool
 ) -> Segmented | str:
-    """Write the sheet of a photo's classes, and the index mask if asked for; or return why it cannot be read.
+    """Write the sheet of a photo's classes, or return the reason why the photo cannot be read.
 
     Args:
-        encoder: A frozen one.
-        head: What tells the classes.
-        image: The photo.
-        name: Of the files to write, without a suffix.
-        short_side: To look at the photo with, in pixels; absent, what the head learned from.
-        masks: Whether to write the number of each pixel's class.
+        encoder: Frozen encoder.
+        head: Segmentation head.
+        image: Path of the photo.
+        name: Path of the output files, without a suffix.
+        short_side: Short side in pixels after resizing. If None, the head's training size.
+        masks: If True, also write the mask of class numbers.
     """
     pixels = read_photo(image, encoder.images)
     if isinstance(pixels, BadImage):
@@ -141,18 +141,18 @@ def draw_colors(
     short_side: int,
     report: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Path], dict[Path, str]]:
-    """Write sheets of photos and, below each, its patches in color: 24 photos a sheet, one photo in memory at a time.
+    """Write sheets of photos with their patch colors below: 24 photos per sheet, one full photo in memory at a time.
 
     Args:
-        encoder: A frozen one.
-        colors: What colors the patches.
-        photos: In order.
-        folder: Takes `pca.png`, and `pca-2.png` and so on.
-        short_side: To look at a photo with, in pixels.
-        report: Called after each photo with how many are done.
+        encoder: Frozen encoder.
+        colors: Mapping from patches to colors.
+        photos: Photo files in display order.
+        folder: Folder for `pca.png`, `pca-2.png` and so on.
+        short_side: Short side in pixels after resizing.
+        report: Callback after each photo, with the number done.
 
     Returns:
-        The sheets; photos that could not be read, and why.
+        Paths of the sheets; unreadable photos, with reasons.
     """
     skipped: dict[Path, str] = {}
     pages: list[Path] = []
@@ -174,7 +174,7 @@ def _painted(
     skipped: dict[Path, str],
     report: Callable[[int], None],
 ) -> Iterator[tuple[Panel, Panel]]:
-    """Each photo that can be read, made small, and its patches in color."""
+    """Yield each readable photo at small size, and its patch colors."""
     for done, path in enumerate(photos, 1):
         pixels = read_photo(path, encoder.images)
         if isinstance(pixels, BadImage):
@@ -200,7 +200,7 @@ def _small(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def _indexed(classes: NDArray[np.uint8], colors: NDArray[np.uint8]) -> Image.Image:
-    image = Image.fromarray(classes)  # of mode L, which a palette makes P
+    image = Image.fromarray(classes)  # mode L, which a palette turns into P
     image.putpalette(colors.ravel().tolist())
     return image
 

@@ -1,4 +1,4 @@
-"""Tracking on disk: the frames of a video and a first mask to masks, a film and scores."""
+"""Tracking on disk: the frames of a video and a first mask give masks, a film and scores."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dinocli.picture import Panel, inner_edge, tinted, visible
 
 _WIDTH = 480  # pixels, of a frame in the film
 _STRIP_WIDTH = 320
-_RATE = 12  # frames a second, where nothing tells
-_ALL = range(1, 2**62)  # frames after the first, however many a video says that it has
-# For objects without a color of their own, told apart on a photo, and by those who see no red or green.
+_RATE = 12  # default frames per second
+_ALL = range(1, 2**62)  # frames after the first, even if the video holds more than its header says
+# Colors for objects without one, distinct on photos and for people with red-green color blindness.
 _COLORS = np.array(
     [(230, 60, 60), (50, 140, 240), (250, 200, 40), (40, 180, 130), (200, 100, 220), (250, 140, 40)], np.uint8
 )
@@ -32,16 +32,16 @@ _COLORS = np.array(
 
 @dataclass(frozen=True)
 class Tracked:
-    """What was written for a video.
+    """Files and scores of a tracked video.
 
     Attributes:
-        masks: Folder of a mask for each frame, by the frame's name.
-        gif: The frames with their masks laid over.
-        strip: Some of them side by side.
-        frames: How many there are, the first among them.
-        skipped: Frames that were passed over, or counted in no score, and why.
-        score: Of the masks; absent where there was nothing to hold them against.
-        still: Of the first mask, copied to every frame: what tracking has to beat.
+        masks: Folder with a mask per frame, by the frame's name.
+        gif: Path of the film with masks overlaid.
+        strip: Path of a picture with some frames side by side.
+        frames: Number of frames, including the first.
+        skipped: Frames that were skipped or are in no score, with reasons.
+        score: Score of the masks, or None without true masks.
+        still: Score of the first mask copied to every frame: the baseline of tracking.
     """
 
     masks: Path
@@ -54,10 +54,10 @@ class Tracked:
 
 
 def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelMap, Pixels]:
-    """The mask of a first frame, 0 where it is void, and that frame.
+    """Return the mask of a first frame, with 0 for void, and that frame.
 
     Raises:
-        DinoError: One cannot be read, they are not of one size, or the mask holds no object.
+        DinoError: If mask or frame cannot be read, their sizes differ, or the mask holds no object.
     """
     frame = next(frames.read({0}, images), None)
     pixels = _decoded(frame, images) if frame else BadImage("there is none")
@@ -84,7 +84,7 @@ def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelM
 
 
 def too_small(encoder: Encoder, labels: LabelMap, pixels: Pixels, looking: Looking) -> list[int]:
-    """Objects that lie in the middle of no patch, and so cannot be followed."""
+    """Return objects that cover the center of no patch and thus cannot be tracked."""
     height, width = encoder.photo(pixels, looking.short_side).shape[-2:]
     patch = encoder.backbone.patch_size
     hot = one_hot(labels.values, labels.objects, (height // patch, width // patch))
@@ -103,23 +103,23 @@ def track_video(
     per_second: float | None = None,
     advance: Callable[[int], None] = lambda done: None,
 ) -> Tracked:
-    """Follow what a first mask holds through a video, and write what was found.
+    """Track the objects of a first mask through a video, and write masks, film and strip.
 
-    Frames are read, written and forgotten one by one.
+    Frames are read, written and released one by one.
 
     Args:
-        encoder: Its patches are compared.
-        video: The frames.
-        first: The first one's mask, and it.
+        encoder: Encoder of the patches.
+        video: Frames of the video.
+        first: Mask of the first frame, and the frame.
         out: Folder for `masks/`, `track.gif` and `strip.png`.
-        rule: How a patch comes by its label.
-        looking: How a frame becomes patches.
-        truth: Folder of true masks, by the frames' names; the first and the last frame are not counted.
-        per_second: Frames of the film; absent, as many as the video has, or 12.
-        advance: Told how many frames are done.
+        rule: Rule of label propagation.
+        looking: Settings for patch features.
+        truth: Folder of true masks by frame name; the first and the last frame are not scored.
+        per_second: Frames per second of the film. If None, the video's rate, or 12.
+        advance: Progress callback with the number of frames done.
 
     Raises:
-        DinoError: There is no true mask to count.
+        DinoError: If no true mask can be scored.
     """
     labels, pixels = first
     reader = _Reader(video, encoder.images, pixels.shape)
@@ -127,7 +127,7 @@ def track_video(
 
     def frames() -> Iterator[tuple[Frame, Pixels, Labels]]:
         yield next(video.read({0}, encoder.images)), pixels, labels.values
-        # The tracker takes a frame, and gives its labels before it takes the next.
+        # The tracker yields the labels of a frame before it takes the next.
         for found in track(encoder, pixels, labels.values, reader, rule, looking):
             yield reader.now, reader.pixels, found
 
@@ -155,7 +155,7 @@ def track_video(
 
 
 def _stem(frame: Frame) -> str:
-    """Of its file; of a video's frame its number, from 0 as in DAVIS."""
+    """Return the stem of a frame's file; for a video, the frame number from 0 as in DAVIS."""
     return Path(frame.name).stem if isinstance(frame.data, bytes) else f"{frame.number:05}"
 
 
@@ -165,7 +165,7 @@ def _decoded(frame: Frame, images: ImagesConfig) -> Pixels | BadImage:
 
 @dataclass
 class _Reader:
-    """The frames after the first that can be read and are of its size; it remembers the one it gave last."""
+    """Readable frames after the first, all of its size; `now` and `pixels` hold the last one."""
 
     video: Frames
     images: ImagesConfig
@@ -186,7 +186,7 @@ class _Reader:
 
 
 class _Judge:
-    """Holds masks against the true ones, frame by frame."""
+    """Scores of masks against the true ones, frame by frame."""
 
     def __init__(self, folder: Path, first: LabelMap) -> None:
         self.skipped: dict[str, str] = {}
@@ -220,7 +220,7 @@ class _Judge:
 
 
 def overlay(pixels: Pixels, labels: LabelMap) -> Pixels:
-    """A frame with each object tinted and outlined in its color. [H, W, 3]"""
+    """Draw a frame with each object tinted and outlined in its color. [H, W, 3]"""
     colors = np.zeros((256, 3), np.uint8)
     for i, number in enumerate(labels.objects):
         colors[number] = _color(labels, number, i)
@@ -232,6 +232,6 @@ def overlay(pixels: Pixels, labels: LabelMap) -> Pixels:
 
 def _color(labels: LabelMap, number: int, place: int) -> Pixels:
     own = np.frombuffer(labels.palette or b"", np.uint8).reshape(-1, 3)
-    if number < len(own) and np.ptp(own[number]):  # greys are no colors
+    if number < len(own) and np.ptp(own[number]):  # skip greys
         return own[number]
     return _COLORS[place % len(_COLORS)]

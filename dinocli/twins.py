@@ -1,4 +1,4 @@
-"""Twins: images that look nearly like another one, told by small thumbnails."""
+"""Twins: near-duplicate images, found by small thumbnails."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from PIL import Image
 from dinocli.data.decode import Pixels
 
 SIDE = 8  # pixels of a thumbnail
-# Thumbnails whose cosine lies above this are near-equal. Tried on 9,469 photos of Imagenette and 10,000 images of
-# CIFAR-10: found are a JPEG of quality 50 in 99 % of cases, half the size in all, 2 % cut off each side in 61 to 92 %,
-# 4 % in 38 %. Of Imagenette 3 pairs of different photos are told too (a horizon below an empty sky); of CIFAR-10 18,
-# which to the eye are all but one the same car, cat or plane again. Digits and printed pages are all alike in this.
+# Thumbnails with a cosine above this are near-equal. Measured on 9,469 photos of Imagenette and 10,000 images of
+# CIFAR-10. It finds JPEGs of quality 50 in 99 % of cases, and half the size in all. It finds 2 % cut off each side in
+# 61 to 92 %, and 4 % in 38 %. On Imagenette, 3 pairs of different photos are found too (a horizon below an empty sky).
+# On CIFAR-10 it finds 18: to the eye, all but one show the same car, cat or plane again. Digits and printed pages are
+# all similar by this measure.
 LIKENESS = 0.97
 _FLAT = 3  # levels of 255
 _SHOWN = 5
@@ -26,7 +27,7 @@ Thumbnail = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images that look alike, and the cosine of their thumbnails."""
+    """Two similar images, with the cosine of their thumbnails."""
 
     first: str
     second: str
@@ -34,22 +35,22 @@ class Pair:
 
 
 def thumbnail(pixels: Pixels) -> Thumbnail:
-    """The averages of 8x8 areas. [8, 8, C], 0 to 255"""
-    # Pillow knows some numbers of channels only.
+    """Average pixels to an 8x8 thumbnail. [8, 8, C], 0 to 255"""
+    # Pillow supports few channel counts.
     parts = [pixels] if pixels.shape[2] == 3 else [np.ascontiguousarray(part) for part in np.moveaxis(pixels, 2, 0)]
     small = [Image.fromarray(part).resize((SIDE, SIDE), Image.Resampling.BOX) for part in parts]
     return np.dstack([np.asarray(part) for part in small]).astype(np.float32)
 
 
 def is_flat(thumb: Thumbnail) -> bool:
-    """Whether an image is of one color: without its mean nothing but noise is left to compare."""
+    """Return True if an image has one color: after removing the mean, only noise is left to compare."""
     return bool(np.ptp(thumb, axis=(0, 1)).max() < _FLAT)
 
 
 def near_equal(names: Sequence[str], thumbs: Sequence[Thumbnail]) -> tuple[int, list[Pair]]:
-    """How many images look nearly like an earlier one, and the most alike pairs, of which flat images are none.
+    """Count the images that nearly equal an earlier one, and return the most similar pairs; flat images are skipped.
 
-    All are compared with all, exactly; a thumbnail is freed of its mean color and its contrast first.
+    All pairs are compared, exactly. Thumbnails are first normalized by mean color and contrast.
     """
     rows = [row for row, thumb in enumerate(thumbs) if not is_flat(thumb)]
     if not rows:
@@ -63,7 +64,7 @@ def near_equal(names: Sequence[str], thumbs: Sequence[Thumbnail]) -> tuple[int, 
     below = found < later
     first, second, likeness = found[below], later[below], likeness[below]
     pairs = [
-        Pair(names[rows[first[i]]], names[rows[second[i]]], min(1.0, float(likeness[i])))  # beyond by rounding
+        Pair(names[rows[first[i]]], names[rows[second[i]]], min(1.0, float(likeness[i])))  # rounding may exceed 1
         for i in np.argsort(-likeness)[:_SHOWN].tolist()
     ]
     return len(np.unique(second)), pairs

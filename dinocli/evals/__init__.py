@@ -1,1 +1,1 @@
-"""Evaluations: one a file; values in, a frozen result out."""
+"""Evaluations: one per file; features or pixels in, a frozen result out."""

@@ -1,4 +1,4 @@
-"""How often a classifier is right."""
+"""Top-1 and top-k accuracy."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 def hits_among(
     scores: NDArray[Any], truth: NDArray[np.int64], among: int = 5, above: float = -np.inf
 ) -> NDArray[np.int64]:
-    """How many rows have their true class first, and how many among the first few. [2]
+    """Count the rows whose true class has the highest score, and those with it among the first few. [2]
 
     Args:
-        scores: Of each class; of equal ones the lower class goes first. [Q, classes]
-        truth: Below 0 where it is not known, and then never hit. [Q]
-        among: How many the few are.
-        above: A true class whose score is no higher is never a hit.
+        scores: Score of each class; ties go to the lower class. [Q, classes]
+        truth: True class per row; a negative value means unknown and never counts as a hit. [Q]
+        among: Number of top classes for the second count.
+        above: Scores must exceed this; a true class with a score at or below it is never a hit.
     """
-    # How many classes go before the true one says as much as an order of them all, in a tenth of the time.
+    # Counting the classes ahead of the true one replaces a full sort, in a tenth of the time.
     true = scores[np.arange(len(truth)), truth][:, None]
     before = np.count_nonzero(scores > true, axis=1)
     before += np.count_nonzero((scores == true) & (np.arange(scores.shape[1]) < truth[:, None]), axis=1)

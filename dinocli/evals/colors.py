@@ -1,4 +1,4 @@
-"""Colors: patch tokens of many photos as red, green and blue, by one PCA over all of them."""
+"""Colors: patch tokens of many photos as red, green and blue, from one joint PCA."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from dinocli.encoder import Encoder, NotFinite
 from dinocli.errors import DinoError
 from dinocli.evals.foreground import KEEP, TAU, By, foreground
 
-PHOTOS, PATCHES = (1000, 65_536)  # of which the PCA is made, at most: 0.4 GB of 1,536 numbers a patch
-_REACH = 2.0  # standard deviations from the middle to the ends of a color
+PHOTOS, PATCHES = (1000, 65_536)  # limits for the PCA: 65,536 tokens of 1,536 numbers take 0.4 GB
+_REACH = 2.0  # standard deviations from the middle to either end of a color
 
 
 @dataclass(frozen=True)
 class Colors:
-    """What colors patch tokens, the same for all photos.
+    """Shared mapping from patch tokens to colors.
 
     Attributes:
-        mean: Of all patches of the sample. [D]
-        first: Its first component, which points to the foreground. [D]
-        least: How far along it a patch is foreground; absent, all is.
-        middle: Of the foreground's patches. [D]
-        axes: Their first three components, each as long as makes two standard deviations 1. [D, 3]
-        skipped: Photos of the sample that could not be read, and why.
+        mean: Mean of all sampled patches. [D]
+        first: First principal component of all sampled patches, oriented towards the foreground. [D]
+        least: Projection on `first` above which a patch is foreground; if None, all patches are.
+        middle: Mean of the foreground patches. [D]
+        axes: First three components of the foreground patches, scaled so that two standard deviations have length 1.
+            [D, 3]
+        skipped: Unreadable photos of the sample, with reasons.
     """
 
     mean: Tensor
@@ -42,7 +43,7 @@ class Colors:
     skipped: dict[Path, str]
 
     def paint(self, tokens: Tensor, height: int, width: int) -> Pixels:
-        """Patches in color at a size, the background black. [rows, columns, D] -> [height, width, 3]"""
+        """Paint patches at the given size, with a black background. [rows, columns, D] -> [height, width, 3]"""
         tokens = tokens.cpu().double()
         planes = torch.cat([(tokens - self.middle) @ self.axes, ((tokens - self.mean) @ self.first)[..., None]], dim=-1)
         large = F.interpolate(planes.permute(2, 0, 1)[None], (height, width), mode="bilinear", align_corners=False)[0]
@@ -63,25 +64,24 @@ def fit_colors(
     seed: int = 0,
     report: Callable[[int], None] = lambda done: None,
 ) -> Colors:
-    """Find what colors the patches of photos; at most 65,536 patches of 1,000 photos are held, drawn by a seed.
+    """Fit colors on at most 65,536 patches of 1,000 photos, drawn at random.
 
-    A first PCA of all patches parts foreground and background, a second one of the foreground's gives the colors. Which
-    side of the first component is foreground, and from where on, is told by the foreground as attention or a cut has
-    it: the threshold lies halfway between the mean of its patches and the mean of the others. Where that finds none
-    in any photo, nothing is taken out.
+    A first PCA over all patches separates foreground from background. A second PCA over the foreground patches gives
+    the colors. The foreground by attention or a cut orients the first component. The threshold is halfway between the
+    mean of the foreground patches and the mean of the others. If no photo has a foreground, all patches are kept.
 
     Args:
-        encoder: A frozen one.
-        photos: Of which those that cannot be read are passed over.
-        short_side: To look at a photo with, in pixels.
-        by: How the foreground is told.
-        keep: Share of the attention.
-        tau: Of the cut.
-        seed: Of the sample.
-        report: Called after each photo with how many are done.
+        encoder: Frozen encoder.
+        photos: Photo files; unreadable ones are skipped.
+        short_side: Short side in pixels after resizing.
+        by: Method that finds the foreground.
+        keep: Share of the attention that the foreground holds.
+        tau: Cosine threshold of the cut.
+        seed: Seed of the sample.
+        report: Callback after each photo, with the number done.
 
     Raises:
-        DinoError: No photo can be read, or there are fewer than four patches.
+        DinoError: If no photo can be read, or there are fewer than four patches.
 
     Source: the figures of DINOv2, arXiv 2304.07193, section 7.5, whose threshold is set by hand.
     """
@@ -112,7 +112,7 @@ def fit_colors(
 
 
 def _fitted(tokens: Tensor, inside: Tensor, skipped: dict[Path, str]) -> Colors:
-    """Colors of a sample. [S, D], of which some are foreground: [S]"""
+    """Fit colors to sampled tokens [S, D] and their foreground mask [S]."""
     if len(tokens) < 4:
         raise DinoError(f"four patches were wanted for a PCA; there are {len(tokens)}", "a larger --size")
     mean = tokens.mean(0)
@@ -130,7 +130,7 @@ def _fitted(tokens: Tensor, inside: Tensor, skipped: dict[Path, str]) -> Colors:
 
 
 def _components(centered: Tensor, count: int) -> Tensor:
-    """The first principal components, each with its largest number positive. [S, D] -> [D, count]"""
+    """Return the first principal components, with each one's largest coordinate positive. [S, D] -> [D, count]"""
     vectors = torch.linalg.eigh(centered.T @ centered).eigenvectors.flip(1)[:, :count]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * largest.sign()

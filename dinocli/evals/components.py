@@ -1,4 +1,4 @@
-"""Components: what hangs together, of things by the pairs that are told, and of a mask by its places' sides."""
+"""Connected components of graphs and masks."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ Mask = NDArray[np.bool_]
 
 
 class Pieces:
-    """Which of S things hang together by the pairs that were told so far."""
+    """Connected components of S items, as a union-find structure."""
 
     def __init__(self, count: int) -> None:
         self._roots = np.arange(count)
 
     def join(self, first: Indices, second: Indices) -> None:
-        """Take pairs. Both [P]."""
+        """Join pairs of items. Both [P]."""
         while len(first):
             a, b = self._find(first), self._find(second)
             apart = a != b
             first, second, a, b = first[apart], second[apart], a[apart], b[apart]
-            # Each root hangs below the smallest one it meets; whoever lost against another comes again.
+            # Each root is attached to the smallest root it meets; pairs that lost against another one repeat.
             np.minimum.at(self._roots, np.maximum(a, b), np.minimum(a, b))
 
     def _find(self, rows: Indices) -> Indices:
@@ -33,11 +33,11 @@ class Pieces:
         return roots
 
     def firsts(self) -> Indices:
-        """The first member of each thing's piece. [S]"""
+        """Return the first member of each item's component. [S]"""
         return self._find(np.arange(len(self._roots)))
 
     def groups(self) -> list[Indices]:
-        """Those of more than one, by their first member; rows ascending."""
+        """Return components of two or more items, ordered by their first member; rows ascend."""
         firsts = self.firsts()
         order = np.argsort(firsts, kind="stable")
         cuts = np.flatnonzero(np.diff(firsts[order])) + 1
@@ -45,17 +45,17 @@ class Pieces:
 
 
 def components(mask: Mask) -> NDArray[np.int64]:
-    """The number of each place's piece, from 1; 0 outside. Places are neighbours by their sides. [rows, columns]
+    """Label the 4-connected components of a mask from 1; 0 is outside. [rows, columns]
 
-    Rows are taken as runs, of which those that touch are joined: no loop over places.
+    Rows are split into runs and touching runs are joined, without a loop over pixels.
     """
     rows, columns = mask.shape
-    line = columns + 1  # with a gap at the end of each row
+    line = columns + 1  # each row ends with a gap
     flat = np.zeros(rows * line + 1, dtype=np.int8)
     flat[:-1].reshape(rows, line)[:, :columns] = mask
     edges = np.diff(flat, prepend=0)
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    # The runs in the next row that touch one, from `first` on.
+    # First run in the next row that touches each run, and how many do.
     first = np.searchsorted(ends, starts + line, side="right")
     count = np.maximum(np.searchsorted(starts, ends + line, side="left") - first, 0)
     above = np.repeat(np.arange(len(starts)), count)
@@ -68,12 +68,12 @@ def components(mask: Mask) -> NDArray[np.int64]:
 
 
 def largest_component(mask: Mask) -> Mask:
-    """The largest piece of a mask, the first of several. [rows, columns]"""
+    """Return the largest component of a mask; ties go to the first. [rows, columns]"""
     numbers = components(mask)
     return mask & (numbers == np.bincount(numbers[mask]).argmax()) if mask.any() else mask
 
 
 def component_at(mask: Mask, place: tuple[int, int]) -> Mask:
-    """The piece of a mask that holds a place; nothing where the mask does not. [rows, columns]"""
+    """Return the component of a mask at a place, or an empty mask if the place is outside. [rows, columns]"""
     numbers = components(mask)
     return mask & (numbers == numbers[place])

@@ -1,4 +1,4 @@
-"""Copies: photos that were cropped, compressed or worse are to be found by their originals, as Copydays asks."""
+"""Copy detection: find the originals of cropped, compressed or otherwise edited photos, as in Copydays."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from dinocli.mapped import Indices
 
 ORIGINAL = "original"
 _STRONG = "strong"
-TOP = 20  # images that are looked at for each query
-_POWER = 4  # of the generalized mean
+TOP = 20  # images ranked per query
+_POWER = 4  # exponent of the generalized mean
 _LEAST = 1e-6
 _LARGE = 1e8
-_FLAT = 1e-5  # times the largest variance: directions with less are taken to have that much
+_FLAT = 1e-5  # times the largest variance: floor for the variance of a direction
 
 
 @dataclass(frozen=True)
 class CopyScore:
-    """How well the originals of one kind of copies were found, in percent.
+    """Copy detection score of one kind of copies, in percent.
 
     Attributes:
         kind: Folder of the copies.
-        queries: How many copies there are.
+        queries: Number of copies.
         mean_ap: Mean over copies of the average precision, as the original tool reports it.
-        micro_ap: Average precision of all pairs in one ranking by their cosine: it asks for one threshold.
+        micro_ap: Average precision of all pairs in one ranking by cosine; it rewards a single threshold for all.
     """
 
     kind: str
@@ -52,13 +52,13 @@ class CopyScore:
 
 @dataclass(frozen=True)
 class CopiesResult:
-    """Copy detection.
+    """Result of copy detection.
 
     Attributes:
-        scores: One a kind.
-        originals: Images to be found.
-        distractors: Images among them that are none.
-        whitened: Images by which the features were whitened; 0 where they were not.
+        scores: One score per kind of copies.
+        originals: Number of originals.
+        distractors: Number of distractor images.
+        whitened: Number of images the whitening was learned from; 0 without whitening.
         skipped: Path and reason of each image that cannot be read, or whose original cannot.
     """
 
@@ -70,16 +70,16 @@ class CopiesResult:
 
 
 def generalized_mean(patches: Tensor) -> Tensor:
-    """The fourth root of the mean of fourth powers of what is positive. [B, N, D] -> [B, D]"""
+    """Return the fourth root of the mean of fourth powers, with negative values set near 0. [B, N, D] -> [B, D]"""
     positive = patches.clamp(min=_LEAST)
     largest = positive.amax(1, keepdim=True)
-    scale = torch.where(largest > _LARGE, largest, 1)  # fourth powers of more overflow float32
+    scale = torch.where(largest > _LARGE, largest, 1)  # fourth powers of larger values overflow float32
     return (positive / scale).pow(_POWER).mean(1).pow(1 / _POWER) * scale[:, 0]
 
 
 @torch.no_grad()
 def describe(encoder: Encoder, images: Tensor) -> Floats:
-    """Class token, and the generalized mean of the patch tokens behind it. [B, C, H, W] -> [B, 2*D]
+    """Return the class token followed by the generalized mean of the patch tokens. [B, C, H, W] -> [B, 2*D]
 
     Source: facebookresearch/dino@7c446df eval_copy_detection.py.
     """
@@ -90,11 +90,11 @@ def describe(encoder: Encoder, images: Tensor) -> Floats:
 
 @dataclass(frozen=True)
 class Whitening:
-    """Turns features so that those it was learned from vary by as much in each direction.
+    """Whitening: a linear map that gives all directions of its training features the same variance.
 
     Attributes:
-        mean: [D]
-        matrix: A direction a row. [D, D]
+        mean: Mean of the features. [D]
+        matrix: One direction per row. [D, D]
     """
 
     mean: Floats
@@ -102,10 +102,9 @@ class Whitening:
 
     @classmethod
     def learn(cls, values: Floats) -> Whitening:
-        """Of features [S, D].
+        """Learn from features [S, D].
 
-        The directions are those of the products of the features as they are, without their mean taken off, as the
-        original has it.
+        The directions come from the uncentered second moments of the features, as in the original.
 
         Source: facebookresearch/dino@7c446df utils.py PCA, eval_copy_detection.py.
         """
@@ -129,20 +128,21 @@ def copies(
     batch_size: int = 16,
     report: Callable[[str, int, int], None] = lambda what, done, all: None,
 ) -> CopiesResult:
-    """Encode originals and copies, and look how well each copy finds its original.
+    """Encode originals and copies, and score how well each copy finds its original.
 
     Args:
-        encoder: A vision transformer of three channels.
-        folder: With `original/`, and folders of copies of any depth, such as `strong/` and `jpegqual/3/`. A copy's name
-            is that of its original or begins with it; of six digits, as Copydays has them, the first four tell it.
-        distractors: Folder of images that are no originals, among which these are to be found.
-        whiten: Folder of images to learn the whitening from; absent, there is none.
-        size: To which photos are stretched, in pixels a side.
-        batch_size: Images at once.
-        report: Called with what is done, how many photos of it, and of how many.
+        encoder: Encoder with a vision transformer of three channels.
+        folder: Folder with `original/` and folders of copies at any depth, such as `strong/` and `jpegqual/3/`. The
+            name of a copy equals or begins with the name of its original; in Copydays' six-digit names, the first four
+            digits identify it.
+        distractors: Folder of images that are no original, added to the database.
+        whiten: Folder of images to learn the whitening from. If None, features are not whitened.
+        size: Side in pixels to which photos are stretched.
+        batch_size: Images per batch.
+        report: Callback with the name of the current part, the number of its photos done, and their total.
 
     Raises:
-        DinoError: There is no `original/`, no copy, or a copy without an original.
+        DinoError: If there is no `original/`, no copy, or a copy without an original.
     """
     groups = _groups(folder)
     skipped: dict[str, str] = {}
@@ -157,7 +157,7 @@ def copies(
     learned = encode(_files(whiten), "whitening")[1] if whiten else values[:0]
     whitening: Callable[[Floats], Floats] = Whitening.learn(learned) if len(learned) else lambda same: same
     database = unit(whitening(database))
-    row_of = {file: row for row, file in enumerate(originals)}  # of those that can be read
+    row_of = {file: row for row, file in enumerate(originals)}  # readable originals only
     stems = [file.stem for file in groups[ORIGINAL]]
     scores = []
     for kind, (files, queries) in found.items():
@@ -176,12 +176,12 @@ def copies(
 
 
 def score(kind: str, cosines: Floats, rows: Indices, wanted: Sequence[Indices]) -> CopyScore:
-    """How well originals were found.
+    """Score the retrieved rows of one kind of copies.
 
     Args:
-        kind: Of copies.
-        cosines: Of what was found, the nearest first. [Q, K]
-        rows: Of what was found. [Q, K]
+        kind: Name of the kind of copies.
+        cosines: Cosines of the retrieved images, in descending order. [Q, K]
+        rows: Rows of the retrieved images. [Q, K]
         wanted: Rows of each query's originals.
     """
     right = np.array([np.isin(found, own) for found, own in zip(rows, wanted, strict=True)])  # [Q, K]
@@ -190,7 +190,7 @@ def score(kind: str, cosines: Floats, rows: Indices, wanted: Sequence[Indices]) 
 
 
 def _micro(cosines: Floats, right: NDArray[np.bool_], wanted: int) -> float:
-    """Mean over all that is wanted of the precision where it was found, in one ranking of all pairs."""
+    """Return the average precision over one ranking of all pairs."""
     order = np.argsort(-cosines, axis=None, kind="stable")
     hits = right.ravel()[order]
     precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
@@ -198,18 +198,18 @@ def _micro(cosines: Floats, right: NDArray[np.bool_], wanted: int) -> float:
 
 
 def originals_of(stem: str, originals: Sequence[str], kind: str) -> Indices:
-    """Rows of the originals of a copy by its name: of the same, else of what it begins with.
+    """Return the rows of a copy's originals: those of the same name, else those whose name it begins with.
 
-    Copydays names its `strong` copies otherwise: of six digits the first four tell the original. Elsewhere, where the
-    source goes by the order of the files, they do so if there is but one such original.
+    In Copydays' `strong` copies, the first four of six digits identify the original. The source goes by the order of
+    files for other kinds; here the four digits count if exactly one original has them.
 
     Args:
         stem: Name of the copy, without suffix.
         originals: Names of the originals, without suffix.
-        kind: Of the copy.
+        kind: Kind of the copy.
 
     Raises:
-        DinoError: It has none.
+        DinoError: If the copy has no original.
 
     Source: facebookresearch/dino@7c446df eval_copy_detection.py.
     """
@@ -217,7 +217,7 @@ def originals_of(stem: str, originals: Sequence[str], kind: str) -> Indices:
     if not rows and len(stem) == 6 and stem.isdecimal():
         same = [i for i, name in enumerate(originals) if name[:4] == stem[:4]]
         rows = same if kind == _STRONG or len(same) == 1 else []
-    if not rows:  # `car10_crop` is of `car10` and not of `car1`
+    if not rows:  # `car10_crop` belongs to `car10`, not to `car1`
         begins = [i for i, name in enumerate(originals) if stem.startswith(name)]
         longest = max((len(originals[i]) for i in begins), default=0)
         rows = [i for i in begins if len(originals[i]) == longest]
@@ -229,7 +229,7 @@ def originals_of(stem: str, originals: Sequence[str], kind: str) -> Indices:
 
 
 def _groups(folder: Path) -> dict[str, list[Path]]:
-    """Files of the originals and of each kind of copies, by their folder."""
+    """Return the files of the originals and of each kind of copies, by folder."""
     groups: dict[str, list[Path]] = {ORIGINAL: []}
     for name in image_folder(folder).names:
         groups.setdefault(PurePosixPath(name).parent.as_posix(), []).append(folder / name)
@@ -255,7 +255,7 @@ def _encode(
     skipped: dict[str, str],
     report: Callable[[int], None],
 ) -> tuple[list[Path], Floats]:
-    """Those that can be read, and their features; the others go to `skipped`."""
+    """Return the readable files and their features; add the others to `skipped`."""
     mean, std = (torch.tensor(v, device=encoder.device) for v in (encoder.mean, encoder.std))
     kept: list[Path] = []
     parts: list[Floats] = []

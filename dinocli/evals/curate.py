@@ -1,4 +1,4 @@
-"""Curation: from a pool without order the images that are worth training on, by what they are like."""
+"""Curation: select training images from an unordered pool by feature similarity."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dinocli.evals.nearest import nearest
 from dinocli.evals.units import Floats, unit
 from dinocli.mapped import Indices, Values
 
-_QUERIES = 8192  # that are searched at once
-_LEARN = 256  # images for each cluster to learn from
-_LEARN_BYTES = 2**30  # of them, at most
-_ROUNDS = 20  # of k-means
-HELD = 4  # seeds by which a cluster counts: the paper asks for more than three
+_QUERIES = 8192  # queries per search
+_LEARN = 256  # training images per cluster
+_LEARN_BYTES = 2**30  # most bytes of training images
+_ROUNDS = 20  # k-means iterations
+HELD = 4  # seeds that select a cluster: the paper requires more than three
 
 Report = Callable[[int], None]
 
@@ -25,16 +25,16 @@ Report = Callable[[int], None]
 def near_to(
     values: Values, rows: Indices, others: Values, threshold: float, report: Report = lambda done: None
 ) -> Indices:
-    """Those of some rows whose cosine to any of other features is at least a threshold.
+    """Return the rows whose cosine to any of the other features is at least a threshold.
 
     Args:
-        values: Of the pool. [S, D]
-        rows: Of those that are asked about. [R]
-        others: What they must not be near to. [H, D]
-        threshold: Of the cosine.
-        report: Called now and then with the number of rows done so far.
+        values: Features of the pool. [S, D]
+        rows: Rows to test. [R]
+        others: Features to compare with. [H, D]
+        threshold: Smallest cosine that counts as near.
+        report: Progress callback with the number of rows done.
     """
-    near = found_in(values, rows, others)  # by rounding a copy may come second, behind one that is merely alike
+    near = found_in(values, rows, others)  # rounding may rank a copy second, behind a merely similar row
     for first in range(0, len(rows), _QUERIES):
         some = slice(first, first + _QUERIES)
         near[some] |= nearest(others, values[rows[some]], 1)[0][:, 0] >= threshold
@@ -43,10 +43,10 @@ def near_to(
 
 
 def whole_groups(rows: Indices, members: Sequence[Indices]) -> Indices:
-    """Some rows, and those that are in a group with one of them, ascending.
+    """Return the given rows and all members of groups that contain one of them, ascending.
 
     Args:
-        rows: Such as those near to what is held out. [R]
+        rows: Rows such as those near held-out images. [R]
         members: Rows of each group of near-duplicates.
 
     Source: arXiv 2304.07193, appendix A.3, relative deduplication.
@@ -57,14 +57,14 @@ def whole_groups(rows: Indices, members: Sequence[Indices]) -> Indices:
 
 
 def retrieve(values: Values, rows: Indices, seeds: Values, k: int, report: Report = lambda done: None) -> Indices:
-    """The k nearest of some rows to each seed, each row once.
+    """Return the k nearest rows to each seed, without repetition.
 
     Args:
-        values: Of the pool. [S, D]
-        rows: That may be taken. [R]
-        seeds: What the images are to be like. [Q, D]
-        k: Images for each seed.
-        report: Called now and then with the number of seeds done so far.
+        values: Features of the pool. [S, D]
+        rows: Candidate rows. [R]
+        seeds: Features of the seed images. [Q, D]
+        k: Images per seed.
+        report: Progress callback with the number of seeds done.
 
     Source: arXiv 2304.07193, appendix A.4, sample-based.
     """
@@ -77,10 +77,10 @@ def retrieve(values: Values, rows: Indices, seeds: Values, k: int, report: Repor
 
 
 def clusters(values: Values, rows: Indices, count: int, seed: int) -> Floats:
-    """Centers of spherical k-means of some rows, of unit length. [count, D]
+    """Compute the centers of spherical k-means over the given rows, with length 1. [count, D]
 
     Raises:
-        DinoError: There are fewer images than clusters.
+        DinoError: If there are fewer images than clusters.
     """
     if not 1 <= count <= len(rows):
         raise DinoError(
@@ -96,7 +96,7 @@ def clusters(values: Values, rows: Indices, count: int, seed: int) -> Floats:
 
 
 def assign(values: Values, rows: Indices, centers: Floats, report: Report = lambda done: None) -> Indices:
-    """Number of the nearest center of each of some rows. [R]"""
+    """Return the number of the nearest center of each given row. [R]"""
     found = np.empty(len(rows), np.int64)
     for first in range(0, len(rows), _QUERIES):
         asked = rows[first : first + _QUERIES]
@@ -106,19 +106,19 @@ def assign(values: Values, rows: Indices, centers: Floats, report: Report = lamb
 
 
 def sample(rows: Indices, of: Indices, each: int, seed: int, among: Indices | None = None) -> Indices:
-    """So many rows of each cluster, drawn by chance; all of a smaller one.
+    """Draw a number of rows per cluster at random; take all of a smaller one.
 
     Args:
-        rows: [R]
-        of: Cluster of each. [R]
-        each: How many of a cluster.
-        seed: Of the draw.
-        among: Clusters that count; absent, all.
+        rows: Rows to draw from. [R]
+        of: Cluster of each row. [R]
+        each: Rows per cluster.
+        seed: Seed of the draw.
+        among: Clusters to draw from. If None, all.
 
     Source: arXiv 2304.07193, appendix A.4, cluster-based.
     """
     order = np.random.default_rng(seed).permutation(len(rows))
-    order = order[np.argsort(of[order], kind="stable")]  # clusters one after another, each in an order of chance
+    order = order[np.argsort(of[order], kind="stable")]  # cluster after cluster, each in random order
     begins = np.flatnonzero(np.diff(of[order], prepend=-1))
     place = np.arange(len(rows)) - np.repeat(begins, np.diff(begins, append=len(rows)))
     taken = order[place < each]
@@ -128,6 +128,6 @@ def sample(rows: Indices, of: Indices, each: int, seed: int, among: Indices | No
 
 
 def held(of_seeds: Indices, least: int = HELD) -> Indices:
-    """Clusters that hold at least so many seeds."""
+    """Return the clusters that hold at least `least` seeds."""
     found, seeds = np.unique(of_seeds, return_counts=True)
     return found[seeds >= least]

@@ -1,4 +1,4 @@
-"""DAVIS: how well masks of a video fit the true ones, by region (J) and by boundary (F)."""
+"""DAVIS: accuracy of video masks by region (J) and by boundary (F)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dinocli.data.labels import LabelMap, Labels
 from dinocli.evals.attention import jaccard
 
 Mask = NDArray[np.bool_]
-_TOLERANCE = 0.008  # of the image's diagonal
+_TOLERANCE = 0.008  # of the image diagonal
 
 
 @dataclass(frozen=True)
 class Score:
-    """Means over the frames of an object, or over objects.
+    """Mean scores over the frames of an object, or over objects.
 
     Attributes:
-        j: Region: overlap of the masks, 0 to 1.
+        j: Region: Jaccard overlap of the masks, 0 to 1.
         f: Boundary: F-measure of the outlines, 0 to 1.
     """
 
@@ -30,7 +30,7 @@ class Score:
 
     @property
     def j_and_f(self) -> float:
-        """The mean of both, by which DAVIS ranks."""
+        """Mean of J and F, by which DAVIS ranks."""
         return (self.j + self.f) / 2
 
 
@@ -39,9 +39,9 @@ class VideoScore:
     """Scores of a video.
 
     Attributes:
-        mean: Over its objects.
-        objects: Each by its number.
-        frames: How many were counted.
+        mean: Mean over its objects.
+        objects: Score of each object, by its number.
+        frames: Number of scored frames.
     """
 
     mean: Score
@@ -50,12 +50,12 @@ class VideoScore:
 
 
 def frame_scores(found: Labels, truth: LabelMap, objects: Sequence[int]) -> NDArray[np.float64]:
-    """J and F of each object in a frame; what is void in the truth counts in neither mask. [objects, 2]
+    """Compute J and F of each object in a frame; void pixels of the truth count in neither mask. [objects, 2]
 
     Args:
-        found: [H, W]
-        truth: Of the same size.
-        objects: Their values in both.
+        found: Predicted labels. [H, W]
+        truth: True labels of the same size.
+        objects: Label values of the objects.
 
     Source: davisvideochallenge/davis2017-evaluation@30b698a davis2017/metrics.py (`void_pixels`).
     """
@@ -65,20 +65,21 @@ def frame_scores(found: Labels, truth: LabelMap, objects: Sequence[int]) -> NDAr
 
 
 def video_score(frames: Sequence[NDArray[np.float64]], objects: Sequence[int]) -> VideoScore:
-    """Means over the frames of a video, as `frame_scores` gave them; each object counts the same."""
+    """Average the `frame_scores` of a video; each object counts equally."""
     values = np.mean(frames, axis=0)  # [objects, 2]
     scores = {number: Score(*row) for number, row in zip(objects, values.tolist(), strict=True)}
     return VideoScore(Score(*values.mean(0).tolist()), scores, len(frames))
 
 
 def boundary_f(mask: Mask, truth: Mask) -> float:
-    """F-measure of two outlines: pixels of one that lie within 0.8 % of the image's diagonal, rounded up, of the other.
+    """Compute the F-measure of two outlines.
 
-    Two masks without any outline agree; of one without, precision or recall is 0.
+    Pixels match within 0.8 % of the image diagonal, rounded up, of the other outline. Two masks without an outline
+    agree fully; if only one has none, the result is 0.
 
     Args:
-        mask: [H, W]
-        truth: [H, W]
+        mask: Predicted mask. [H, W]
+        truth: True mask. [H, W]
 
     Source: Perazzi et al., CVPR 2016; davisvideochallenge/davis2017-evaluation@30b698a davis2017/metrics.py.
     """
@@ -92,17 +93,17 @@ def boundary_f(mask: Mask, truth: Mask) -> float:
 
 
 def boundary(mask: Mask) -> Mask:
-    """Pixels that differ from the one to the right, below, or both, half a pixel up and left of the edge. [H, W]"""
-    # Beyond the last row and column everything stays as it is.
+    """Return pixels that differ from the right, lower or lower-right one, half a pixel before the edge. [H, W]"""
+    # The mask is continued unchanged beyond the last row and column.
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
 
 
 def widened(mask: Mask, radius: int) -> Mask:
-    """All pixels whose centre lies no further than so many pixels from one of the mask's. [H, W]"""
+    """Return all pixels within `radius` pixels of the mask, from centre to centre. [H, W]"""
     height, width = mask.shape
     result = np.zeros_like(mask)
-    # How many of the mask's pixels lie within reach to the left and right is a difference of running sums.
+    # Differences of running sums count the mask's pixels within reach to the left and right.
     sums, columns = np.pad(np.cumsum(mask, 1, dtype=np.int32), ((0, 0), (1, 0))), np.arange(width)
     for dy in range(-min(radius, height - 1), min(radius, height - 1) + 1):
         reach = math.isqrt(radius**2 - dy**2)

@@ -1,4 +1,4 @@
-"""Dedup: groups of near-duplicates, told by the cosine of their features, and which image of each to keep."""
+"""Deduplication: groups of near-duplicates by feature cosine, and the image of each group to keep."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dinocli.mapped import Indices, Values
 
 @dataclass(frozen=True)
 class Group:
-    """Images that hang together by pairs of near-duplicates.
+    """Connected component of near-duplicate images.
 
     Attributes:
-        kept: Row of the best one.
+        kept: Row of the best image.
         dropped: Rows of the others.
-        cosines: Of each of the others to the most alike image of the group.
+        cosines: Cosine of each dropped image to its nearest neighbour in the group.
     """
 
     kept: int
@@ -30,11 +30,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Alike:
-    """What is alike in a gallery.
+    """Near-duplicates of a gallery.
 
     Attributes:
-        best: Cosine of each image to its nearest other one. [S]
-        pairs: How many pairs are at the threshold or above it.
+        best: Cosine of each image to its nearest neighbour. [S]
+        pairs: Number of pairs at or above the threshold.
         members: Rows of each group, ascending.
     """
 
@@ -44,18 +44,18 @@ class Alike:
 
 
 def find_alike(values: Values, threshold: float | None, report: Callable[[int], None] = lambda pairs: None) -> Alike:
-    """Compare all images with all, and join those whose cosine is at least a threshold.
+    """Compare all pairs of images, and join those whose cosine is at least a threshold.
 
-    Exact, and of the features no more than two blocks are in memory. The work grows with the square of their number.
+    The comparison is exact and holds at most two blocks of features in memory. Its cost grows with the square of S.
 
     Args:
-        values: [S, D]
-        threshold: Of the cosine; absent, nothing is joined, and there is `best` alone.
-        report: Called now and then with the number of pairs looked at, of S * (S - 1) / 2.
+        values: Features. [S, D]
+        threshold: Smallest cosine of a near-duplicate pair. If None, only `best` is computed.
+        report: Progress callback with the number of compared pairs, out of S * (S - 1) / 2.
     """
     best = np.empty(len(values), np.float32)
     pieces, pairs = Pieces(len(values)), 0
-    report(1)  # whoever tells the time that is left begins to count here
+    report(1)  # a timer of the remaining time starts here
     for tile in alike(values, threshold, best):
         pieces.join(tile.first, tile.second)
         pairs += len(tile.first)
@@ -64,20 +64,20 @@ def find_alike(values: Values, threshold: float | None, report: Callable[[int], 
 
 
 def choose(found: Alike, quality: Callable[[int], Sequence[int]]) -> list[Group]:
-    """Which image of each group to keep: the one of the highest quality, of equal ones the first.
+    """Choose the image of each group to keep: the highest quality, the first one for ties.
 
     Args:
-        found: The groups.
-        quality: Of an image by its row, such as pixels and then bytes.
+        found: Groups of near-duplicates.
+        quality: Function from an image's row to its quality, such as pixels and then bytes.
 
     Returns:
-        The groups, the one with the lowest cosine first: it is the one most likely to be wrong.
+        Groups in ascending order of their lowest cosine: the first is the most likely to be wrong.
     """
     groups = []
     for members in found.members:
         rows = members.tolist()
         kept = max(rows, key=lambda row: (*quality(row), -row))
         dropped = [row for row in rows if row != kept]
-        # In a group each image's nearest other one is a member of it.
+        # Each image's nearest neighbour is in its own group.
         groups.append(Group(kept, dropped, found.best[dropped].tolist()))
     return sorted(groups, key=lambda group: min(group.cosines))

@@ -1,4 +1,4 @@
-"""Edges: a mask of patches, brought to the edges of its photo."""
+"""Edges: refine a patch mask to the edges of its photo."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from dinocli.evals.components import largest_component
 
 Mask = NDArray[np.bool_]
 
-_PIXELS = 4_000_000  # of a photo at which its mask is worked out; of a larger one each place is repeated
-_CELL = 8  # pixels that a patch has where colors are fitted; more cost more and change little
+_PIXELS = 4_000_000  # pixels up to which a mask is computed at full size; beyond, it is enlarged by repetition
+_CELL = 8  # pixels per patch when fitting colors; more cost more and change little
 _EPS = 1e-3  # variance of a color in [0, 1] below which a place counts as flat
 
 
 def refine(mask: Mask, pixels: Pixels) -> Mask:
-    """A mask of patches at a photo's pixels, its edge at the edges of colors within about a patch, in one piece.
+    """Refine a patch mask to pixels; its edge follows color edges within about a patch, in one piece.
 
-    By the guided filter: in each window of about two patches the mask is fitted by a line of the colors, and the
-    average of all lines over a pixel says whether it belongs. The lines are fitted on the photo made smaller and
-    applied to it as it is. What falls apart is left but for its largest piece.
+    The guided filter fits the mask by a linear function of the colors in each window of about two patches. The average
+    of all functions over a pixel decides if it belongs to the mask. The functions are fitted on a reduced photo and
+    applied to the full one. Only the largest component remains.
 
     Args:
-        mask: [rows, columns]
-        pixels: [H, W, 3]
+        mask: Mask of patches. [rows, columns]
+        pixels: Pixels of the photo. [H, W, 3]
 
     Returns:
-        [H, W]
+        Mask of pixels. [H, W]
 
     Source: He, Sun and Tang, Guided image filtering, ECCV 2010; He and Sun, Fast guided filter, arXiv 1505.00996.
     """
@@ -50,7 +50,7 @@ def refine(mask: Mask, pixels: Pixels) -> Mask:
 
 
 def _lines(photo: Tensor, mask: Tensor) -> Tensor:
-    """The average line of the windows that hold a place: three slopes, and the value at black. [1, 4, h, w]"""
+    """Return the mean line of the windows around each place: three slopes, and the value at black. [1, 4, h, w]"""
 
     def mean(values: Tensor) -> Tensor:
         for size, pad in (((2 * _CELL + 1, 1), (_CELL, 0)), ((1, 2 * _CELL + 1), (0, _CELL))):

@@ -1,4 +1,4 @@
-"""Equal rows: features that are the same number by number, whatever rounding does to their cosine."""
+"""Equal rows: exact comparison of features, independent of rounding in their cosines."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from numpy.typing import NDArray
 from dinocli.evals.units import unit
 from dinocli.mapped import Indices, Values
 
-_BLOCK = 4096  # rows that are read at once
-# Of a number of a feature of length 1. An image that is encoded in two batches differs by 1e-7 of its size, so that one
-# number of 30 falls on two sides of a step in a few percent of pairs; cosines within a step differ by 1e-3 at most.
+_BLOCK = 4096  # rows read at once
+# Steps per unit, for features of length 1. An image encoded in two batches differs by a relative 1e-7. One number of 30
+# then falls on two sides of a step in a few percent of pairs. Cosines within a step differ by at most 1e-3.
 _STEPS = 2**14
 
 Read = Callable[[Indices], NDArray[Any]]
 
 
 def first_equal(values: Values) -> Indices:
-    """Return for each row the first one with the same numbers: itself, unless it is a copy. [S, D] -> [S]"""
+    """Return for each row the first row with the same numbers: the row itself unless it is a copy. [S, D] -> [S]"""
     return _first(_exactly(values), len(values))
 
 
 def first_nearly_equal(values: Values) -> Indices:
-    """Return for each row the first one of its direction, but for rounding, in nearly all cases. [S, D] -> [S]"""
+    """Return for each row the first row of its direction, up to rounding, in nearly all cases. [S, D] -> [S]"""
     return _first(lambda rows: np.rint(unit(values[rows]) * np.float32(_STEPS)).astype(np.int16), len(values))
 
 
 def found_in(values: Values, rows: Indices, others: Values) -> NDArray[np.bool_]:
-    """Return which of some rows have an equal row in other features. [R]"""
+    """Return a mask of the rows that have an equal row in other features. [R]"""
     theirs, place = np.unique(_hashes(_exactly(others), np.arange(len(others))), return_index=True)
     ours = _hashes(_exactly(values), rows)
     at = np.minimum(np.searchsorted(theirs, ours), len(theirs) - 1)
@@ -41,7 +41,7 @@ def found_in(values: Values, rows: Indices, others: Values) -> NDArray[np.bool_]
 
 
 def _exactly(values: Values) -> Read:
-    return lambda rows: values[rows] + np.float32(0)  # -0 becomes 0, which it equals
+    return lambda rows: values[rows] + np.float32(0)  # turns -0 into 0, so that equal numbers have equal bytes
 
 
 def _first(read: Read, count: int) -> Indices:

@@ -1,4 +1,4 @@
-"""Foreground: the main thing of a photo, told without training by attention or by a cut through its patches."""
+"""Foreground: the main object of a photo, found without training by attention or by a cut of its patch graph."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ Map = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 KEEP, TAU = 0.6, 0.2
-MOST_PATCHES = 6400  # of a cut: a table of each with each, 8 bytes a number, is 0.3 GB, and is held three times
-_EXACT = 512  # patches up to which all eigenvectors are worked out: a tenth of a second
+MOST_PATCHES = 6400  # for a cut: its square matrix of 8-byte numbers takes 0.3 GB and is held three times
+_EXACT = 512  # patches up to which all eigenvectors are computed: a tenth of a second
 _EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class Foreground:
-    """What was told apart in a photo, a place a patch.
+    """Foreground of a photo, per patch.
 
     Attributes:
-        values: How much each patch belongs to the foreground: its share of the attention, or its number in the
-            eigenvector of the cut, which is above the mean in the foreground. [rows, columns]
-        mask: The foreground, in one piece; nothing where there is none. [rows, columns]
+        values: Foreground score per patch: its share of the attention, or its entry in the eigenvector of the cut,
+            which is above the mean in the foreground. [rows, columns]
+        mask: Foreground in one component; empty if none was found. [rows, columns]
     """
 
     values: Map
@@ -44,41 +44,40 @@ class Foreground:
 def foreground(
     encoder: Encoder, pixels: Pixels, short_side: int, by: By, *, keep: float = KEEP, tau: float = TAU
 ) -> Foreground:
-    """Tell the foreground of a photo of any size and shape.
+    """Find the foreground of a photo of any size and shape.
 
     Args:
-        encoder: A vision transformer; a convolutional network can be cut, but has no attention.
-        pixels: [H, W, C]
-        short_side: What to resize the photo's short side to, in pixels; a cut takes some 6,400 patches at most, and
-            looks at a photo of more coarsely.
-        by: `attention`, the fewest patches that hold `keep` of what the class token looks at, averaged over the heads;
-            or `cut`, see `cut`.
-        keep: Share of the attention.
-        tau: Cosine of two patches' keys from which they are alike.
+        encoder: Encoder; convolutional networks support `cut` but have no attention.
+        pixels: Pixels of the photo. [H, W, C]
+        short_side: Short side in pixels after resizing; for a cut, larger photos are reduced to about 6,400 patches.
+        by: `attention` takes the fewest patches that hold `keep` of the class token's attention, averaged over heads;
+            `cut` calls `cut`.
+        keep: Share of the attention that the foreground holds.
+        tau: Cosine of two patches' keys above which they are joined.
 
     Raises:
-        DinoError: Attention was asked for and the backbone has none.
+        DinoError: If `by` is attention and the backbone has none.
     """
     if by == "attention":
         mass = attention_maps(encoder, pixels, short_side).heads.mean(0).astype(np.float64)
         return Foreground(mass, largest_component(keep_mass(mass, keep)))
     image = encoder.photo(pixels, short_side, MOST_PATCHES)
-    # A convolutional network has no keys; what comes out of it parts photos too.
+    # A convolutional network has no keys; its output separates photos too.
     facet: Facet = "key" if isinstance(encoder.backbone, Transformer) else "token"
     return cut(encoder.patches(image, facet=facet)[0], tau)
 
 
 def cut(features: Tensor, tau: float = TAU) -> Foreground:
-    """Part patches in two so that those that are alike stay together: TokenCut.
+    """Split patches in two so that similar ones stay together: TokenCut.
 
-    A graph joins all patches, by 1 where the cosine of two is above tau and by 1e-5 elsewhere. Its normalized cut is
-    told by the second-smallest eigenvector of the generalized Laplacian, (D - W) y = lambda D y: one side is above its
-    mean. The foreground is the side of the patch with the largest absolute value, and of it the piece that holds that
-    patch. Where all patches are alike, or none are, there is no cut and no foreground.
+    A graph joins all patches with weight 1 if their cosine is above tau, else 1e-5. The second-smallest eigenvector of
+    the generalized Laplacian, (D - W) y = lambda D y, gives its normalized cut. One side is above the eigenvector's
+    mean. The foreground is the side of the patch with the largest absolute value, reduced to the component with that
+    patch. If all pairs of patches are similar, or none is, the foreground is empty.
 
     Args:
-        features: Of each patch, on any device. [rows, columns, D]
-        tau: The cosine.
+        features: Features per patch, on any device. [rows, columns, D]
+        tau: Cosine above which two patches are joined.
 
     Source: Wang et al., TokenCut, arXiv 2202.11539, section 3, and its supplement.
     """
@@ -97,10 +96,10 @@ def cut(features: Tensor, tau: float = TAU) -> Foreground:
 
 
 def _second(weights: Tensor) -> Tensor:
-    """The second-smallest y of (D - W) y = lambda D y. [N, N] -> [N]
+    """Return the second-smallest eigenvector y of (D - W) y = lambda D y. [N, N] -> [N]
 
-    With z = sqrt(D) y it is the second-largest eigenvector of the normalized weights, of which the largest is sqrt(D).
-    For more than 512 patches it is found by LOBPCG, with that one taken out.
+    With z = sqrt(D) y, it is the second-largest eigenvector of the normalized weights; the largest is sqrt(D). Above
+    512 patches, the largest is subtracted and LOBPCG finds the second.
     """
     root = weights.sum(1).sqrt()
     normalized = weights.div_(root[:, None]).div_(root)  # [N, N], in place: it is large

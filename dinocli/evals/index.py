@@ -1,4 +1,4 @@
-"""Index: nearest features of many, found without a look at all of them; kept on disk and used again."""
+"""Index: exact or approximate nearest-neighbour search over features, stored on disk for reuse."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ from dinocli.mapped import Indices, Values, map_tensors
 
 Kind = Literal["exact", "ivf", "hnsw"]
 
-# Up to so many features all are looked at: a photo is found in about a second, and there is nothing to build.
-# Above, an IVF index is built once, in the time of thirty to sixty exact searches. Measured: benchmarks/search.py.
+# Exact search up to this many features: a query takes about a second, and nothing is built. Above it, an IVF index is
+# built once, in the time of thirty to sixty exact searches. Measured: benchmarks/search.py.
 EXACT_UP_TO = 500_000
-GOAL = 0.95  # of the recall
-AT = 10  # neighbours by which the recall is told
-_ASKED = 200  # features by which the index is set, and as many by which its recall is told
-_MORE = 4  # times k: so many come out of the index, whose codes are coarse, and are then held against the features
-_LINKS = 32  # of each feature in HNSW's graph
-_EACH = 40  # features for each list of an IVF index to learn from
-_LEARN_BYTES = 2**30  # of them, at most
-_BLOCK = 65_536  # features that are added at once
-_ROUNDING = 1e-6  # of a cosine: neighbours as near as the last true one, but for this, are as good as it
+GOAL = 0.95  # target recall
+AT = 10  # neighbours for measuring the recall
+_ASKED = 200  # features that tune the index, and as many others that measure its recall
+_MORE = 4  # times k candidates are taken from the index, whose codes are coarse, and reranked by the features
+_LINKS = 32  # links per feature in the HNSW graph
+_EACH = 40  # training features per IVF list
+_LEARN_BYTES = 2**30  # most bytes of training features
+_BLOCK = 65_536  # features added at once
+_ROUNDING = 1e-6  # tolerance of a cosine: neighbours this close to the last true one count as correct
 _FILE, _EQUAL, _ABOUT = "index.faiss", "equal.safetensors", "about.json"
-_CHECKSUMS = "files"  # in the last: those of the others, by their names
+_CHECKSUMS = "files"  # key in about.json: checksums of the other files by name
 
 Report = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class About:
-    """What an index is.
+    """Description of an index.
 
     Attributes:
-        kind: `exact` looks at all features, `ivf` at the lists nearest to the query, `hnsw` goes along a graph.
-        images: How many features there are.
-        of: Tells the features from others.
-        effort: Lists that are looked at, or candidates that are kept on the way; 0 where all are looked at.
-        recall: Share of the ten nearest that it finds, of 200 features drawn by chance; 1 where all are looked at.
-        distinct: Features in the index, which holds equal ones once; 0 where all are looked at.
+        kind: `exact` compares all features, `ivf` the lists nearest to the query, `hnsw` follows a graph.
+        images: Number of features.
+        of: Digest that identifies the features.
+        effort: Number of searched lists, or of candidates kept during the search; 0 for exact search.
+        recall: Share of the ten nearest neighbours found, over 200 random features; 1 for exact search.
+        distinct: Number of features in the index, with equal ones counted once; 0 for exact search.
     """
 
     kind: Kind
@@ -63,13 +63,13 @@ class About:
 
 @dataclass(frozen=True)
 class Distinct:
-    """Features that an index holds once each, and the rows that are equal to them but for rounding.
+    """Features that an index holds once each, with the rows equal to them up to rounding.
 
-    A graph with many equal features hides others: all links of a place lead to its copies.
+    A graph with many equal features hides others: all links of a node lead to its copies.
 
     Attributes:
-        rows: All rows, equal ones behind each other. [S]
-        begins: Place in `rows` where those of each feature begin, and the end. [U+1]
+        rows: All rows, with equal ones adjacent. [S]
+        begins: Position in `rows` of each feature's first row, plus the end. [U+1]
     """
 
     rows: Indices
@@ -77,7 +77,7 @@ class Distinct:
 
     @classmethod
     def of(cls, first: Indices) -> Distinct:
-        """Group rows by the first one that is equal but for rounding; see `first_nearly_equal`. [S]"""
+        """Group rows by the first row equal up to rounding; see `first_nearly_equal`. [S]"""
         rows = np.argsort(first, kind="stable")
         begins = np.flatnonzero(np.diff(first[rows], prepend=-1))
         return cls(rows, np.append(begins, len(rows)))
@@ -91,30 +91,30 @@ class Distinct:
         return self.rows[self.begins[:-1]]
 
     def equal(self, number: int) -> Indices:
-        """Return the rows that are equal to a feature but for rounding, by its number."""
+        """Return the rows equal to a feature up to rounding, by its number."""
         return self.rows[self.begins[number] : self.begins[number + 1]]
 
 
 class Index:
-    """Finds nearest features.
+    """Nearest-neighbour index over features.
 
     Args:
-        about: What it is.
-        values: The features, from which the cosines come. [S, D]
-        coarse: FAISS's index, which proposes; none where all are looked at.
-        distinct: Features in that index.
+        about: Description of the index.
+        values: Features for exact cosines. [S, D]
+        coarse: FAISS index that proposes candidates; None for exact search.
+        distinct: Features in the FAISS index.
 
     Attributes:
-        about: What it is.
+        about: Description of the index.
     """
 
     def __init__(self, about: About, values: Values, coarse: Any = None, distinct: Distinct | None = None) -> None:
         self.about, self._values, self._coarse, self._distinct = about, values, coarse, distinct
 
     def search(self, queries: Floats, k: int) -> tuple[Floats, Indices]:
-        """Cosines and rows of each query's k nearest features, the nearest first. [Q, k] each
+        """Return the cosines and rows of each query's k nearest features, the nearest first. [Q, k] each
 
-        The cosines are exact; where the index did not find as many, they are -inf and the rows -1.
+        The cosines are exact. Missing neighbours have cosine -inf and row -1.
         """
         k = min(k, len(self._values))
         if self._coarse is None or self._distinct is None:
@@ -128,7 +128,7 @@ class Index:
         cosines = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int64)
         for q, numbers in enumerate(proposed):
-            # Of those that are equal the first k are as good as all.
+            # The first k of equal rows suffice.
             equal = [self._distinct.equal(number)[:k] for number in numbers if number >= 0]
             found = np.concatenate(equal) if equal else rows[q, :0]
             exact = unit(self._values[found]) @ queries[q]
@@ -138,31 +138,30 @@ class Index:
 
 
 def kind_for(images: int) -> Kind:
-    """Which index so many features want."""
+    """Return the recommended index kind for a number of features."""
     return "exact" if images <= EXACT_UP_TO else "ivf"
 
 
 def digest_of(values: Values, more: str = "") -> str:
-    """Sixteen hexadecimal digits that differ between features, by their number and 256 of them.
+    """Return sixteen hexadecimal digits that identify features by their shape and 256 rows.
 
     Args:
-        values: [S, D]
-        more: What else tells them apart.
+        values: Features. [S, D]
+        more: Text that further identifies the features.
     """
     rows = np.unique(np.linspace(0, len(values) - 1, 256).astype(np.int64))
     return hashlib.sha256(f"{values.shape} {more}".encode() + values[rows].tobytes()).hexdigest()[:16]
 
 
 def open_index(values: Values, kind: Kind, folder: Path, of: str, report: Report = lambda images: None) -> Index:
-    """The index of features: the one that is kept, if it is of these features; else a new one, which is kept
-    where the folder may be written to.
+    """Open the stored index of these features, or build it and store it if the folder is writable.
 
     Args:
-        values: [S, D]
-        kind: Of the index; an exact one is nothing but the features.
-        folder: That it is kept in, as `index.KIND/`.
-        of: What tells the features from others; see `digest_of`.
-        report: Called now and then with the number of features that are in a new index.
+        values: Features. [S, D]
+        kind: Kind of index; an exact one consists of the features alone.
+        folder: Parent folder of the stored index, `index.KIND/`.
+        of: Digest of the features; see `digest_of`.
+        report: Progress callback with the number of features in a new index.
     """
     if kind == "exact":
         return Index(About("exact", len(values), of), values)
@@ -171,24 +170,24 @@ def open_index(values: Values, kind: Kind, folder: Path, of: str, report: Report
 
 
 def _kept(values: Values, place: Path, kind: Kind, of: str) -> Index | None:
-    """Return the stored index, or None if it is of other features, incomplete or damaged."""
+    """Return the stored index, or None if it is of other features, incomplete or corrupt."""
     try:
         told = unseal((place / _ABOUT).read_bytes())
-        # An index whose bytes are not known may give wrong answers, or end the process: it is built again.
+        # Unverified bytes may give wrong answers or crash the process, so the index is rebuilt.
         checksums = told.pop(_CHECKSUMS)
         if not all(verified(place / name, checksums[name]) for name in (_FILE, _EQUAL)):
             return None
         about = About(**told)
-        # Indices of earlier versions hold equal features as often as they come.
+        # Indices of earlier versions repeat equal features.
         if (about.of, about.kind, about.images) != (of, kind, len(values)) or not about.distinct:
             return None
-        # Lists stay on the disk until they are looked at; a graph is read whole.
+        # Lists stay on disk until searched; a graph is read completely.
         flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if about.kind == "ivf" else 0
         coarse = faiss.read_index(str(place / _FILE), flags)
         if coarse.d != values.shape[1]:
             return None
         return Index(about, values, coarse, _read_distinct(place / _EQUAL, len(values), coarse.ntotal))
-    # Whatever is wrong with what was kept, making it again mends it.
+    # Rebuilding repairs any corrupt index.
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError):
         return None
 
@@ -214,9 +213,9 @@ def _build(values: Values, kind: Kind, place: Path, of: str, report: Report) -> 
     for begin in range(0, len(rows), _BLOCK):
         coarse.add(unit(values[rows[begin : begin + _BLOCK]]))
         end = begin + _BLOCK
-        report(end if end < len(rows) else len(values))  # equal ones come in with the last
+        report(end if end < len(rows) else len(values))  # equal rows count with the last block
     index = _set(Index(About(kind, len(values), of, distinct=len(rows)), values, coarse, distinct), values)
-    # Where it cannot be kept, it is made each time, and nothing else is lost.
+    # If it cannot be stored, it is rebuilt each time, and nothing else is lost.
     with contextlib.suppress(OSError, RuntimeError), atomic_folder(place) as draft:
         with atomic(draft / _FILE) as file:
             faiss.write_index(coarse, str(file))
@@ -227,33 +226,33 @@ def _build(values: Values, kind: Kind, place: Path, of: str, report: Report) -> 
 
 
 def _ivf(count: int, width: int) -> Any:
-    """An inverted file, of which a number takes a byte."""
+    """Return an inverted file that stores each number in one byte."""
     lists = max(1, min(int(4 * count**0.5), count // _EACH))
     coarse = faiss.IndexIVFScalarQuantizer(
         faiss.IndexFlatIP(width), width, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
     )
-    coarse.cp.min_points_per_centroid = 1  # else it has words on stderr
+    coarse.cp.min_points_per_centroid = 1  # else FAISS warns on stderr
     return coarse
 
 
 def _hnsw(width: int) -> Any:
-    """A graph of neighbours, of which a number takes a byte."""
+    """Return a graph of neighbours that stores each number in one byte."""
     kind = faiss.ScalarQuantizer.QT_8bit
     return faiss.IndexHNSWSQ(width, kind, _LINKS, faiss.METRIC_INNER_PRODUCT)  # type: ignore[arg-type]
 
 
 def _sample(values: Values, rows: Indices, wanted: int) -> Floats:
-    """Features to learn from, drawn by chance."""
+    """Draw training features at random."""
     wanted = min(wanted, len(rows), max(1, _LEARN_BYTES // (4 * values.shape[1])))
     return unit(values[rows[np.sort(np.random.default_rng(0).choice(len(rows), wanted, replace=False))]])
 
 
 def _set(index: Index, values: Values) -> Index:
-    """The index with the least effort that reaches the goal on some features, and its recall on others."""
+    """Return the index with the least effort that reaches the goal on some features, and its recall on others."""
     drawn = np.random.default_rng(1).permutation(len(values))[: 2 * _ASKED]
     k = min(AT, len(values) - 1)
     queries = values[drawn]
-    last = nearest(values, queries, k + 1)[0][:, -1]  # of the true neighbours; a feature itself comes before them
+    last = nearest(values, queries, k + 1)[0][:, -1]  # of the last true neighbour; the first is the feature itself
     tried, told = slice(0, None, 2), slice(1, None, 2)
     about = index.about
     most = index._coarse.nlist if about.kind == "ivf" else 4096
@@ -268,9 +267,9 @@ def _set(index: Index, values: Values) -> Index:
 
 
 def _recall(index: Index, queries: Floats, rows: Indices, last: Floats, k: int) -> float:
-    """Measure the share of k neighbours of each feature that are as near as its k-th true one, without itself.
+    """Measure the share of k neighbours of each feature that are as near as its k-th true one, excluding itself.
 
-    Numbers of rows are not compared: of equal features any is right.
+    Row numbers are not compared: any of several equal features is correct.
     """
     if not k or not len(rows):
         return 1.0

@@ -1,4 +1,4 @@
-"""k-NN: the nearest training images vote on the class."""
+"""k-NN classification: the nearest training images vote on the class."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dinocli.evals.accuracy import hits_among
 from dinocli.evals.nearest import nearest
 from dinocli.features import Features
 
-# What is held at once, whatever the sizes; each block of queries reads all voters once.
+# Block sizes bound the memory; each block of queries reads all voters once.
 _QUERIES = 16384
-_CELLS = 2**22  # votes of some queries for all classes
+_CELLS = 2**22  # votes per block: queries times classes
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Score:
     """Accuracy for one k.
 
     Attributes:
-        k: Neighbours that vote.
+        k: Number of voting neighbours.
         top1: Percent of queries whose class has the most votes.
-        top5: Percent of queries whose class is among the five with the most; among `min(k, 5)` for small k.
+        top5: Percent of queries whose class is among the five with the most votes, or `min(k, 5)` for small k.
     """
 
     k: int
@@ -39,12 +39,12 @@ class KnnResult:
     """k-NN accuracies.
 
     Attributes:
-        scores: One a k, in the order asked for.
-        queries: Images that were classified.
-        neighbours: Images that could vote.
-        classes: How many there are.
-        leave_one_out: Whether queries and voters are the same images, none voting on itself.
-        temperature: Of the vote.
+        scores: One score per k, in the given order.
+        queries: Number of classified images.
+        neighbours: Number of images that can vote.
+        classes: Number of classes.
+        leave_one_out: True if queries and voters are the same images; no image votes on itself.
+        temperature: Temperature of the votes.
     """
 
     scores: list[Score]
@@ -60,12 +60,12 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
 
     Args:
         train: Labelled images that vote.
-        test: Labelled images to classify; absent, each training image is classified by the others.
+        test: Labelled images to classify. If None, each training image is classified by the others.
         ks: Numbers of neighbours.
-        temperature: A vote weighs exp(similarity / temperature).
+        temperature: Temperature of the votes; each weighs exp(similarity / temperature).
 
     Raises:
-        DinoError: A k is below 1 or above the number of voters, or there are no voters or queries.
+        DinoError: If a k is below 1 or above the number of voters, or there are no voters or queries.
 
     Source: arXiv 2104.14294, section 4.1; facebookresearch/dino@7c446df eval_knn.py.
     """
@@ -96,7 +96,7 @@ def votable(train: Features, test: Features | None) -> int:
     """Return the number of images that can vote on each query: the largest k.
 
     Raises:
-        DinoError: There are none, or there is nothing to classify.
+        DinoError: If there are no voters or no queries.
     """
     voters = len(train) - (test is None)
     if voters < 1:
@@ -112,19 +112,19 @@ def votable(train: Features, test: Features | None) -> int:
 def votes(
     similarities: NDArray[np.float32], labels: NDArray[np.int64], ks: Sequence[int], classes: int, temperature: float
 ) -> Iterator[NDArray[np.float64]]:
-    """Weight of the votes for each class, for one k after another in one pass over the neighbours.
+    """Sum the votes per class, for one k after another in a single pass.
 
     Args:
-        similarities: Of each query's neighbours, the nearest first. [Q, at least the last k]
-        labels: Of each query's neighbours. [Q, the same]
-        ks: Ascending.
-        classes: How many there are.
-        temperature: A vote weighs exp(similarity / temperature).
+        similarities: Similarities of each query's neighbours, in descending order. [Q, at least the last k]
+        labels: Labels of each query's neighbours. [Q, the same]
+        ks: Numbers of neighbours, ascending.
+        classes: Number of classes.
+        temperature: Temperature of the votes; each weighs exp(similarity / temperature).
 
     Yields:
-        For each k, in units of the nearest neighbour's vote; the next k's are written over it. [Q, classes]
+        Votes for each k, in units of the nearest neighbour's vote; the next k overwrites the array. [Q, classes]
     """
-    # Relative to the nearest, which changes no vote and keeps a low temperature from overflowing.
+    # Dividing by the nearest neighbour's weight changes no ranking and prevents overflow at low temperatures.
     weights = np.exp((similarities.astype(np.float64) - similarities[:, :1]) / temperature)
     cells = labels + np.arange(len(labels))[:, None] * classes
     counted = np.zeros(len(labels) * classes)
@@ -141,14 +141,14 @@ def _hits(
     train: Features,
     temperature: float,
 ) -> NDArray[np.int64]:
-    """How many queries have their class first and among the first five, for each k. [ks, 2]"""
+    """Count the queries with their class first, and among the first five, for each k. [ks, 2]"""
     classes = len(train.classes)
     hits = np.zeros((len(ks), 2), dtype=np.int64)
     step = max(1, _CELLS // max(classes, ks[-1]))
     for start in range(0, len(truth), step):
         rows = slice(start, start + step)
         for i, counted in enumerate(votes(similarities[rows], labels[rows], ks, classes, temperature)):
-            # A class that nobody voted for is no answer, even where fewer than five got a vote.
+            # A class without votes is no answer, even if fewer than five classes have votes.
             hits[i] += hits_among(counted, truth[rows], min(5, ks[i]), above=0)
     return hits
 
@@ -156,8 +156,8 @@ def _hits(
 def _without_itself(
     similarities: NDArray[np.float32], found: NDArray[np.int64], first: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The neighbours of queries that are voters too, from number `first` on, without themselves. [Q, k] of [Q, k+1]"""
-    # An image is mostly its own nearest neighbour, but an exact copy of it may come first.
+    """Remove queries numbered from `first` from their own neighbours. [Q, k+1] -> [Q, k]"""
+    # An image is mostly its own nearest neighbour, but an exact copy may come first.
     itself = found == np.arange(first, first + len(found))[:, None]
     itself[~itself.any(1), -1] = True
     return similarities[~itself].reshape(len(found), -1), found[~itself].reshape(len(found), -1)

@@ -24,13 +24,13 @@ from dinocli.features import Features
 from dinocli.mapped import Values
 from dinocli.schedules import Clock, Cosine, CosineByEpoch
 
-# Thirteen rates for a batch of 256, as DINOv2's probe sweeps; features differ in scale by more than any one rate spans.
+# Thirteen rates for a batch of 256, as DINOv2's probe sweeps: the scale of features varies beyond any single rate.
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0)
-_HELD_OUT = 10  # every tenth image of a class chooses the rate
-_TEST = 5  # every fifth image of a class is the test, where the data has no test of its own
+_HELD_OUT = 10  # every tenth image of a class selects the rate
+_TEST = 5  # every fifth image of a class is a test image, if the data has no test split
 _HELD_BYTES = 4 * 2**30
-_FAR = 10  # as a power of two: features so much larger or smaller than 1 are scaled, since rates are for others
-_SCORED = 4096  # images that are classified at once: by 13 classifiers of 1000 classes, 213 MB
+_FAR = 10  # power of two: larger or smaller features are scaled, since the rates assume sizes near 1
+_SCORED = 4096  # images classified at once: 213 MB for 13 classifiers of 1000 classes
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class LinearResult:
     """Accuracy of a linear probe.
 
     Attributes:
-        protocol: `stored` features with a swept rate, the same with so many `views` of each image, or the `paper`'s
+        protocol: `stored` for features with a swept rate, `stored, N views` for N views per image, or `paper` for
             augmented images.
         top1: Percent of test images whose class is first.
         top5: Percent of test images whose class is among the first five.
-        lr: The rate, for a batch of 256.
-        sweep: Each rate and its top-1 on the held-out images; none where no rate was chosen.
-        train_images: Images the probe learned from, the held-out ones counted.
-        held_out: Of these, the images that chose the rate.
-        test_images: Images it was measured on.
-        split_off: Whether the test images were taken from the only split there was.
-        classes: How many there are.
-        epochs: Passes over the training images.
+        lr: Learning rate for a batch of 256.
+        sweep: Top-1 on the held-out images by rate; empty if no rate was selected.
+        train_images: Number of training images, including the held-out ones.
+        held_out: Number of training images that selected the rate.
+        test_images: Number of test images.
+        split_off: True if the test images were split off from the training images.
+        classes: Number of classes.
+        epochs: Number of epochs.
     """
 
     protocol: str
@@ -76,24 +76,24 @@ def linear(
     device: torch.device,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> LinearResult:
-    """Train a probe on stored features: all rates at once, one chosen on held-out training images, then on all of them.
+    """Train a probe on stored features: sweep all rates at once, select one on held-out images, then train on all.
 
-    Where views of the training images are stored, an epoch takes one of each image, drawn anew; the held-out and the
-    test images are the centered ones. What is learned from is held as float32 if that takes at most 4 GiB (4 S K D
-    bytes with K views, 4 S D without), and else read again for each step.
+    If views of the training images are stored, each epoch draws one view per image. Held-out and test images use
+    centered crops. Training features are held in float32 up to 4 GiB: 4 S K D bytes with K views, 4 S D without. Larger
+    ones are read again for each step.
 
     Args:
-        train: Labelled features to learn from.
-        test: Labelled features to measure on; absent, a fifth of each class of `train`.
-        epochs: Passes over the training features.
-        batch_size: Features a step.
+        train: Labelled training features.
+        test: Labelled test features. If None, a fifth of each class of `train`.
+        epochs: Number of epochs.
+        batch_size: Features per step.
         rates: Learning rates to try, for a batch of 256.
-        seed: Of the start, the order, and which images are held out.
-        device: Where to train.
-        report: Called after each step with steps done and steps in all.
+        seed: Seed of the initial weights, the order, and the held-out images.
+        device: Training device.
+        report: Callback after each step, with the steps done and their total.
 
     Raises:
-        DinoError: There are too few images or classes, or the probe diverges.
+        DinoError: If there are too few images or classes, or the probe diverges.
     """
     classes = len(train.classes)
     rows = np.arange(len(train))
@@ -172,28 +172,28 @@ def linear_on_images(
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> LinearResult:
-    """The paper's protocol: SGD on randomly cropped and flipped images, a new pass of the backbone each epoch.
+    """Train by the paper's protocol: SGD on randomly cropped and flipped images, encoded again in each epoch.
 
     Args:
-        encoder: The frozen backbone.
-        train: Labelled images to learn from.
-        test: Labelled images to measure on, with the same classes.
-        tokens: Which tokens; the paper's are `cls` for ViT-S and `cls+avg` for ViT-B.
-        blocks: Of how many of the last blocks; the paper's are 4 for ViT-S and 1 for ViT-B.
-        size: Side of the images in pixels; absent, what the encoder was trained on.
-        epochs: Passes over the training images.
-        lr: For a batch of 256; it falls along a cosine, an epoch at a time.
-        batch_size: Images a step.
-        workers: Processes that decode.
-        seed: Of the start, the order and the crops.
-        report: Called after each step with steps done and steps in all.
+        encoder: Frozen backbone.
+        train: Labelled training images.
+        test: Labelled test images of the same classes.
+        tokens: Tokens that form a feature; the paper uses `cls` for ViT-S and `cls+avg` for ViT-B.
+        blocks: Number of last blocks to concatenate; the paper uses 4 for ViT-S and 1 for ViT-B.
+        size: Side of the images in pixels. If None, the encoder's training size.
+        epochs: Number of epochs.
+        lr: Initial learning rate for a batch of 256; it follows a cosine that steps once per epoch.
+        batch_size: Images per step.
+        workers: Number of decoding processes.
+        seed: Seed of the initial weights, the order and the crops.
+        report: Callback after each step, with the steps done and their total.
 
     Raises:
-        DinoError: There are fewer images than one batch, no labels, or other classes in the test; a test image's
+        DinoError: If there are fewer images than one batch, no labels, or other classes in the test; if a test image's
             features are not finite, or the probe diverges.
 
-    Source: facebookresearch/dino@7c446df eval_linear.py. Reported is the last epoch, where the original takes the best
-    one on the test images.
+    Source: facebookresearch/dino@7c446df eval_linear.py. Scores are those of the last epoch; the original reports the
+    best epoch on the test images.
     """
     if tokens == "patches":
         raise DinoError(
@@ -252,12 +252,12 @@ def linear_on_images(
 
 
 def augmented(encoder: Encoder, size: int, views: int = 1) -> ViewsConfig:
-    """The views that a linear probe learns from: crops of any size with flips.
+    """Return the training views of a linear probe: random crops with flips.
 
     Args:
-        encoder: Whose images they are to be like.
-        size: Of a view, in pixels.
-        views: How many of each image, all alike.
+        encoder: Encoder whose normalization the views use.
+        size: Side of a view, in pixels.
+        views: Number of views per image, all with the same settings.
 
     Source: facebookresearch/dino@7c446df eval_linear.py, torchvision's RandomResizedCrop as it is.
     """
@@ -267,7 +267,7 @@ def augmented(encoder: Encoder, size: int, views: int = 1) -> ViewsConfig:
 
 
 class _Stored:
-    """Features that steps ask for: on the device as float32 where that takes at most 4 GiB, else where they lie."""
+    """Features for training steps: float32 on the device if that takes at most 4 GiB, else read from storage."""
 
     def __init__(self, values: Values, device: torch.device, scale: float = 1.0) -> None:
         self.device, self.scale = device, scale
@@ -277,7 +277,7 @@ class _Stored:
         self.values = values
 
     def __getitem__(self, where: tuple[NDArray[np.int64], ...]) -> Tensor:
-        """Of some rows, or of some rows each at a place of its own. [B, D]"""
+        """Return some rows, or one indexed view of each. [B, D]"""
         if self.held is not None:
             return self.held[tuple(torch.from_numpy(part).to(self.device) for part in where)]
         return _scaled(self.values[where], self.scale).to(self.device)
@@ -289,7 +289,7 @@ def _scaled(values: Floats, scale: float) -> Tensor:
 
 
 def _scale_of(values: Values) -> float:
-    """Return a power of two that brings numbers near 1, as a last norm leaves them, if they are far from it; else 1."""
+    """Return a power of two that scales numbers to about 1, as a last norm leaves them; 1 if they are near it."""
     some = values[np.unique(np.linspace(0, len(values) - 1, _SCORED).astype(np.int64))]
     size = float(np.median(np.sqrt(np.square(some, dtype=np.float64).mean(1))))
     power = round(math.log2(size)) if size else 0
@@ -304,7 +304,7 @@ def _refuse_diverged(probes: Probes, hint: str) -> None:
 def _batches(
     x: _Stored, y: NDArray[np.int64], rows: NDArray[np.int64], size: int, seed: int, views: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of features and labels: each row once an epoch, and of its views one that is drawn."""
+    """Yield endless batches of features and labels: each row once per epoch, with one random view."""
     generator, labels = np.random.default_rng(seed), torch.from_numpy(y).to(x.device)
     while True:
         order = generator.permutation(rows)
@@ -317,7 +317,7 @@ def _batches(
 def _set_apart(
     rows: NDArray[np.int64], labels: NDArray[np.int64], every: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows without every so many-th image of each class, and those images."""
+    """Split off every `every`-th image of each class; return the remaining rows and the rows split off."""
     apart = np.zeros(len(rows), dtype=bool)
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     for label in np.unique(labels):
@@ -333,7 +333,7 @@ def _percents(
     device: torch.device,
     scale: float,
 ) -> list[list[float]]:
-    """Of each classifier, how many percent of some rows have their class first and among the first five. [rates][2]"""
+    """Return the top-1 and top-5 accuracy of each classifier on some rows, in percent. [rates][2]"""
     hits = np.zeros((len(probes.rates), 2))
     for start in range(0, len(rows), _SCORED):
         some = slice(start, start + _SCORED)

@@ -1,4 +1,4 @@
-"""Matching: which place of one photo looks like which of another, by what their patches look like."""
+"""Matching: corresponding places of two photos, by the similarity of their patches."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 Points = NDArray[np.float64]  # x and y in pixels of a photo. [P, 2]
 SideOf = Literal["box", "image"]
 ALPHAS = (0.05, 0.1, 0.15)
-_BLOCK = 2048  # patches compared with all of the other photo at once
+_BLOCK = 2048  # patches compared with the whole other photo at once
 
 
 @dataclass(frozen=True)
 class PatchMap:
-    """A photo as patches.
+    """Patch features of a photo.
 
     Attributes:
-        features: Of each patch, normalized. [h, w, D]
+        features: Normalized feature per patch. [h, w, D]
         size: Height and width of the photo, in pixels.
     """
 
@@ -36,13 +36,13 @@ class PatchMap:
 
     @property
     def centers(self) -> Points:
-        """The middle of each patch, row by row. [h*w, 2]"""
+        """Center of each patch in pixels, row by row. [h*w, 2]"""
         (height, width), (rows, columns) = self.size, self.grid
         y, x = np.mgrid[:rows, :columns] + 0.5
         return np.stack([x * width / columns, y * height / rows], -1).reshape(-1, 2)
 
     def holding(self, points: Points) -> NDArray[np.int64]:
-        """Number of the patch that each point lies in; a point beyond the edge lies in the nearest. [P]"""
+        """Return the number of the patch that holds each point, or the nearest patch for points beyond the edge. [P]"""
         (height, width), (rows, columns) = self.size, self.grid
         column = np.clip(points[:, 0] * columns / width, 0, columns - 1).astype(np.int64)
         row = np.clip(points[:, 1] * rows / height, 0, rows - 1).astype(np.int64)
@@ -51,12 +51,12 @@ class PatchMap:
 
 @dataclass(frozen=True)
 class Matches:
-    """Which patches of two photos are alike.
+    """Nearest patches between two photos.
 
     Attributes:
-        forth: For each patch of A the patch of B most like it. [hA*wA]
-        back: For each patch of B the patch of A. [hB*wB]
-        cosine: For each patch of A, with that of B. [hA*wA]
+        forth: Most similar patch of B for each patch of A. [hA*wA]
+        back: Most similar patch of A for each patch of B. [hB*wB]
+        cosine: Cosine of each patch of A with its match in B. [hA*wA]
     """
 
     forth: NDArray[np.int64]
@@ -65,20 +65,20 @@ class Matches:
 
     @property
     def mutual(self) -> NDArray[np.int64]:
-        """Patches of A that their match in B would choose too, the most alike first."""
+        """Patches of A that are also the nearest patch of their match in B, the most similar first."""
         itself = np.flatnonzero(self.back[self.forth] == np.arange(len(self.forth)))
         return itself[np.argsort(-self.cosine[itself], kind="stable")]
 
 
 @dataclass(frozen=True)
 class Pck:
-    """Percent of correct keypoints: points whose answer lies near enough to the true one.
+    """Percent of correct keypoints: points with an answer near the true place.
 
     Attributes:
-        alpha: How near, as a share of the larger side of the box of B's keypoints, or of photo B.
-        found: Percent by the features.
-        same_place: Percent of answering the same place of B as the point has in A, each side scaled.
-        chance: Percent to expect of answering any patch of B.
+        alpha: Largest distance, as a share of the larger side of the box of B's keypoints, or of photo B.
+        found: Percent correct by the features.
+        same_place: Percent correct if the answer is A's place in B, with each side scaled.
+        chance: Expected percent correct for a random patch of B.
     """
 
     alpha: float
@@ -88,9 +88,9 @@ class Pck:
 
 
 def joint_pca(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]:
-    """Two photos' features by the directions in which both together differ most. [..., dims] of [..., D]
+    """Project the features of two photos on the principal components of both together. [..., D] -> [..., dims]
 
-    Fewer where there are fewer.
+    There are fewer dims if both photos have fewer patches or features.
 
     Source: Zhang et al., arXiv 2305.15347, section 3.3 ("co-PCA").
     """
@@ -101,7 +101,7 @@ def joint_pca(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]:
 
 
 def match(a: PatchMap, b: PatchMap) -> Matches:
-    """Each patch's nearest in the other photo by cosine; A's patches are taken some at a time."""
+    """Find each patch's nearest in the other photo by cosine, for a block of A's patches at a time."""
     ours, theirs = a.features.flatten(0, 1), b.features.flatten(0, 1)
     forth, cosine = [], []
     best = torch.full((len(theirs),), -torch.inf, device=theirs.device)
@@ -114,28 +114,28 @@ def match(a: PatchMap, b: PatchMap) -> Matches:
         values, found = similar.max(0)
         back = torch.where(values > best, found + first, back)
         best = torch.maximum(values, best)
-    near = torch.cat(cosine).clamp(-1, 1)  # rounding takes those of equal patches above 1
+    near = torch.cat(cosine).clamp(-1, 1)  # rounding may exceed 1 for equal patches
     return Matches(torch.cat(forth).cpu().numpy(), back.cpu().numpy(), near.cpu().numpy())
 
 
 def answers(a: PatchMap, b: PatchMap, matches: Matches, points: Points) -> Points:
-    """Where points of A are in B: the middle of the patch most like the one that a point lies in. [P, 2]
+    """Return the places of A's points in B: the center of the patch most similar to the one with the point. [P, 2]
 
-    Source: Junyi42/sd-dino@48278d9 pck_spair_pascal.py: the nearest patch, nothing interpolated.
+    Source: Junyi42/sd-dino@48278d9 pck_spair_pascal.py: the nearest patch, without interpolation.
     """
     return b.centers[matches.forth[a.holding(points)]]
 
 
 def pck(a: PatchMap, b: PatchMap, matches: Matches, at_a: Points, at_b: Points, side_of: SideOf = "box") -> list[Pck]:
-    """Score answers for keypoints of A by where they truly are in B, one score for each of `ALPHAS`.
+    """Score the answers for keypoints of A against their true places in B, once for each of `ALPHAS`.
 
     Args:
-        a: A.
-        b: B.
-        matches: Of them.
+        a: Patches of photo A.
+        b: Patches of photo B.
+        matches: Matches between A and B.
         at_a: Keypoints in A. [P, 2]
-        at_b: The same in B. [P, 2]
-        side_of: What `alpha` is a share of.
+        at_b: Corresponding keypoints in B. [P, 2]
+        side_of: Reference length for `alpha`: the box of the keypoints, or the photo.
     """
     scaled = at_a * (np.array(b.size[::-1]) / np.array(a.size[::-1]))
     far = [_distances(answer, at_b) for answer in (answers(a, b, matches, at_a), scaled)]
@@ -145,12 +145,12 @@ def pck(a: PatchMap, b: PatchMap, matches: Matches, at_a: Points, at_b: Points, 
 
 
 def near_enough(b: PatchMap, at_b: Points, side_of: SideOf, alpha: float) -> float:
-    """How far an answer may lie from the true place, in pixels of B."""
+    """Return the largest distance of a correct answer from the true place, in pixels of B."""
     return alpha * float(max(np.ptp(at_b, axis=0)) if side_of == "box" else max(b.size))
 
 
 def mean_pck(pairs: Sequence[Sequence[Pck]]) -> list[Pck]:
-    """Scores over pairs of photos, each of which counts the same."""
+    """Average scores over pairs of photos, with equal weights."""
     mean = np.mean([[(s.found, s.same_place, s.chance) for s in scores] for scores in pairs], axis=0)
     return [Pck(score.alpha, *row) for score, row in zip(pairs[0], mean.tolist(), strict=True)]
 
@@ -160,12 +160,12 @@ def _distances(a: Points, b: Points) -> NDArray[np.float64]:
 
 
 def spread_out(a: PatchMap, chosen: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Of A's patches, the first that falls in each part of the photo, of about so many parts.
+    """Select the first patch in each part of photo A, for about `count` parts.
 
     Args:
-        a: A.
+        a: Patches of photo A.
         chosen: Numbers of patches, the best first.
-        count: Of parts, as square as they can be.
+        count: Number of parts, as square as possible.
     """
     (rows, columns), (height, width) = a.grid, a.size
     down = min(rows, max(1, round((count * height / width) ** 0.5)))

@@ -1,4 +1,4 @@
-"""Nearest: exact neighbours by cosine, of features in memory or on the disk, a block at a time."""
+"""Nearest neighbours: exact blockwise search by cosine, over features in memory or on disk."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dinocli.evals.equal import first_equal
 from dinocli.evals.units import Floats, unit
 from dinocli.mapped import Indices, Values
 
-_BLOCK_BYTES = 8 * 2**20  # of float32 features that are searched at once; what stays in the processor is twice as fast
-_TILE = 4096  # images a side of the square of cosines that is looked at at once: 64 MB
-_CLOSE = 1e-5  # below a cosine of 1, within which rows may be equal: rounding takes away less
+_BLOCK_BYTES = 8 * 2**20  # of float32 features searched at once; blocks that fit in the cache are twice as fast
+_TILE = 4096  # side of a square of cosines computed at once: 64 MB
+_CLOSE = 1e-5  # distance from a cosine of 1 within which rows may be equal: rounding errors are smaller
 
 
 def nearest(
@@ -26,17 +26,17 @@ def nearest(
     among: Indices | None = None,
     report: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Floats, NDArray[np.int64]]:
-    """Cosines and rows of each query's k nearest features, the nearest first. [Q, k] each
+    """Return the cosines and rows of each query's k nearest features, the nearest first. [Q, k] each
 
-    The search is exact. The features are taken in blocks, of which the nearest so far are kept. Rows that are equal to
-    the query have a cosine of exactly 1, and no cosine is larger.
+    The search is exact: it goes through the features in blocks and keeps the nearest so far. Rows equal to the query
+    have a cosine of exactly 1, and no cosine is larger.
 
     Args:
-        values: Of which some are to be found. [S, D]
-        queries: [Q, D]
-        k: How many, at most as many as there are.
-        among: Rows that may be found; absent, all.
-        report: Called after each block with the number of rows done so far.
+        values: Features to search. [S, D]
+        queries: Features to search for. [Q, D]
+        k: Number of neighbours, at most the number of candidates.
+        among: Candidate rows. If None, all.
+        report: Callback after each block, with the number of rows done.
     """
     asked, queries = queries, unit(queries)
     count = len(values) if among is None else len(among)
@@ -57,12 +57,12 @@ def nearest(
 
 
 def bounded(values: Values, queries: Floats, cosines: Floats, rows: Indices) -> tuple[Floats, Indices]:
-    """Undo what rounding does to cosines: those of rows that are equal to the query are 1, and none is beyond 1 or -1.
+    """Undo rounding in cosines: rows equal to the query get 1, and all values are clipped to [-1, 1].
 
     Args:
-        values: [S, D]
-        queries: [Q, D]
-        cosines: Cosine of each neighbour, the nearest first; changed in place. [Q, K]
+        values: Features that were searched. [S, D]
+        queries: Features that were searched for. [Q, D]
+        cosines: Cosine of each neighbour, in descending order; changed in place. [Q, K]
         rows: Row of each neighbour, -1 if none was found; changed in place. [Q, K]
     """
     q, place = np.nonzero(cosines > 1 - _CLOSE)
@@ -80,13 +80,13 @@ def bounded(values: Values, queries: Floats, cosines: Floats, rows: Indices) -> 
 
 
 class Tile(NamedTuple):
-    """A part of all pairs.
+    """Similar pairs in one part of all pairs.
 
     Attributes:
-        done: Pairs looked at so far, of S * (S - 1) / 2.
-        first: Rows of the alike pairs in this part, below `second`. [P]
-        second: [P]
-        cosines: [P]
+        done: Number of pairs compared so far, of S * (S - 1) / 2.
+        first: First row of each similar pair in this part, below `second`. [P]
+        second: Second row of each pair. [P]
+        cosines: Cosine of each pair. [P]
     """
 
     done: int
@@ -96,15 +96,15 @@ class Tile(NamedTuple):
 
 
 def alike(values: Values, threshold: float | None, best: Floats) -> Iterator[Tile]:
-    """All pairs of features whose cosine is at least a threshold, a part after another; of equal features it is 1.
+    """Yield all pairs of features whose cosine is at least a threshold, part by part; equal features have 1.
 
     Args:
-        values: [S, D]
-        threshold: Of the cosine; absent, no pair is.
-        best: Takes the cosine of each feature's nearest other one, which is right when all parts were taken. [S]
+        values: Features to compare. [S, D]
+        threshold: Smallest cosine of a similar pair. If None, no pair qualifies.
+        best: Output array for each feature's cosine to its nearest neighbour; valid after the last part. [S]
 
     Yields:
-        What is alike in one square of the cosines; each pair comes once.
+        Similar pairs in one square of the cosines; each pair appears once.
     """
     best[:] = -1
     count, done = len(values), 0
@@ -120,7 +120,7 @@ def alike(values: Values, threshold: float | None, best: Floats) -> Iterator[Til
                 same = group[top + a, None] == group[left + b]
                 cosines[np.ix_(a, b)] = np.where(same, np.float32(1), cosines[np.ix_(a, b)])
             if left == top:
-                cosines[np.tril_indices(len(rows))] = -2  # each pair once, and none with itself
+                cosines[np.tril_indices(len(rows))] = -2  # each pair once, without self-pairs
             for i, axis, size in ((top, 1, len(rows)), (left, 0, len(columns))):
                 best[i : i + size] = np.maximum(best[i : i + size], np.minimum(cosines.max(axis), 1))
             first, second = np.nonzero(cosines >= (2 if threshold is None else threshold))

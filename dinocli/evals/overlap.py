@@ -1,4 +1,4 @@
-"""Overlap: how well foregrounds told without training agree with masks drawn by people."""
+"""Overlap of foregrounds found without training with manual masks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dinocli.evals.foreground import KEEP, TAU, By, foreground
 from dinocli.picture import visible
 
 EVERYTHING, ELLIPSE = "all foreground", "centred ellipse"
-_AXIS = 1 / 3  # half an axis of the ellipse, as a share of the photo's side
+_AXIS = 1 / 3  # semi-axis of the ellipse, as a share of the photo's side
 
 
 @dataclass(frozen=True)
 class Overlaps:
-    """What was measured.
+    """Overlap scores of photos.
 
     Attributes:
-        each: Of each photo, by its path, the Jaccard overlap with its mask of each way; the trivial ones last.
-        skipped: Photos that could not be measured, and why.
+        each: Jaccard overlap with the mask by method, per photo path; trivial baselines come last.
+        skipped: Photos without a score, with reasons.
     """
 
     each: dict[Path, dict[str, float]]
@@ -36,7 +36,7 @@ class Overlaps:
 
     @property
     def means(self) -> dict[str, float]:
-        """Of each way, over all photos."""
+        """Mean overlap per method over all photos."""
         ways = next(iter(self.each.values()), {})
         return {way: float(np.mean([scores[way] for scores in self.each.values()])) for way in ways}
 
@@ -51,16 +51,16 @@ def overlaps(
     tau: float = TAU,
     report: Callable[[int], None] = lambda done: None,
 ) -> Overlaps:
-    """Measure foregrounds at the photos' pixels, beside a mask of everything and an ellipse in the middle.
+    """Measure foregrounds at pixel resolution, with two baselines: a full mask and a centered ellipse.
 
     Args:
-        encoder: A frozen one.
+        encoder: Frozen encoder.
         pairs: Photos and their masks.
-        ways: To tell the foreground.
-        short_side: To look at a photo with, in pixels.
+        ways: Methods to find the foreground.
+        short_side: Short side in pixels after resizing.
         keep: Share of the attention that a mask holds.
-        tau: Of the cut.
-        report: Called after each photo with how many are done.
+        tau: Cosine threshold of the cut.
+        report: Callback after each photo, with the number done.
     """
     each, skipped = dict[Path, dict[str, float]](), dict[Path, str]()
     for done, (photo, mask) in enumerate(pairs.items(), 1):
@@ -85,7 +85,7 @@ def overlaps(
 
 
 def ellipse(height: int, width: int) -> NDArray[np.bool_]:
-    """An ellipse in the middle, two thirds as high and wide as the photo: 35 % of it. [H, W]"""
+    """Return a centered ellipse, two thirds as high and wide as the photo: 35 % of its area. [H, W]"""
     y, x = ((np.arange(side) + 0.5) / side - 0.5 for side in (height, width))
     return (y[:, None] / _AXIS) ** 2 + (x / _AXIS) ** 2 <= 1
 

@@ -1,4 +1,4 @@
-"""Patches: features of many photos' patches beside the classes of their pixels, on disk."""
+"""Patch features of many photos with the classes of their pixels, on disk."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _LARGEST = 65504  # of float16
 
 @dataclass(frozen=True)
 class StoredPatches:
-    """Photos whose patches lie in a file that is mapped into memory; nothing is read before it is asked for.
+    """Patch features and pixel classes of photos in memory-mapped files, read on access.
 
     Attributes:
         values: Features of all patches, photo after photo. [P, D], float16
-        truth: Classes of all pixels as the network sees them, photo after photo. [pixels]
+        truth: Classes of all pixels at the network's resolution, photo after photo. [pixels]
         grids: Rows and columns of each photo. [S, 2]
         patch: Side of a patch, in pixels.
-        mean: Of the features. [D], float32
-        std: Of the features. [D], float32
-        counts: Pixels of each class. [256]
-        skipped: Photos that could not be taken, and why.
+        mean: Mean of the features. [D], float32
+        std: Standard deviation of the features. [D], float32
+        counts: Number of pixels per class. [256]
+        skipped: Photos that cannot be used, with reasons.
     """
 
     values: NDArray[np.float16]
@@ -51,7 +51,7 @@ class StoredPatches:
         return len(self.grids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Features [rows, columns, D] and classes [rows * patch, columns * patch] of a photo."""
+        """Return the features [rows, columns, D] and classes [rows * patch, columns * patch] of a photo."""
         rows, columns = self.grids[index].tolist()
         before, many = int(self.grids[:index].prod(1).sum()), rows * columns
         values = np.array(self.values[before : before + many], dtype=np.float32).reshape(rows, columns, -1)
@@ -69,14 +69,14 @@ def store_patches(
     short_side: int,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> Iterator[StoredPatches]:
-    """Work out the features of photos' patches and keep them on disk until the block ends.
+    """Compute patch features of photos and store them on disk until the context ends.
 
     Args:
-        encoder: The frozen backbone.
+        encoder: Frozen backbone.
         pairs: Photos and masks.
-        folder: Beside which they lie.
-        short_side: To look at the photos with, in pixels.
-        report: Called after each photo with how many of how many.
+        folder: Path next to which the files are stored.
+        short_side: Short side in pixels after resizing.
+        report: Callback after each photo, with the number done and the total.
     """
     patch, width = encoder.backbone.patch_size, encoder.backbone.width
     grids, skipped = list[tuple[int, int]](), dict[str, str]()
@@ -115,7 +115,7 @@ def store_patches(
 
 
 def _tokens(encoder: Encoder, pixels: Pixels, short_side: int) -> NDArray[np.float32] | str:
-    """Return a photo's patches [rows, columns, D], or why they cannot be stored."""
+    """Return a photo's patches [rows, columns, D], or the reason why they cannot be stored."""
     try:
         tokens: NDArray[np.float32] = encoder.patches(encoder.photo(pixels, short_side))[0].cpu().numpy()
     except NotFinite as lost:
@@ -129,4 +129,4 @@ def _sized(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8
 
 
 def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # nothing cannot be mapped
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # an empty file cannot be mapped

@@ -1,4 +1,4 @@
-"""Probes: linear classifiers that are trained together, each at a rate of its own."""
+"""Linear probes trained together, each at its own learning rate."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from dinocli.engine.trainer import Trainer
 from dinocli.schedules import Clock, Constant, Rate
 
 _MOMENTUM = 0.9
-# Numbers of weights in one product. Many small classifiers are quicker in one than one after another (ten classes: four
-# times); of large ones the product takes as long, and to put them together takes time besides (a thousand: a quarter).
+# Most weights in one product. Small classifiers are faster in one product than one after another (ten classes: four
+# times). For large ones the product takes as long, and concatenation adds time (a thousand classes: a quarter).
 _AT_ONCE = 2**20
 
 
 class Probes(Method):
-    """A linear classifier for each rate, all on the same features; they share batches and nothing else.
+    """One linear classifier per rate; all share the same batches of features.
 
     Args:
-        width: D.
-        classes: How many there are.
-        rates: Learning rates, as shares of what the schedule says.
-        seed: Of the start.
+        width: Feature dimension D.
+        classes: Number of classes.
+        rates: Learning rates, as multiples of the schedule.
+        seed: Seed of the initial weights.
     """
 
     def __init__(self, width: int, classes: int, rates: Sequence[float], seed: int) -> None:
         super().__init__()
         self.rates = rates
-        # Of all rates the same start, so that nothing but the rate tells them apart.
+        # All rates share the initial weights, so that only the rate differs.
         start = torch.randn(classes, width, generator=torch.Generator().manual_seed(seed)) * 0.01
         self.weights = nn.ParameterList([start.clone() for _ in rates])
         self.biases = nn.ParameterList([torch.zeros(classes) for _ in rates])
 
     def scores(self, x: Tensor) -> Tensor:
-        """Of each class, by each classifier. [B, D] -> [B, rates, classes]"""
+        """Return the class scores of each classifier. [B, D] -> [B, rates, classes]"""
         return torch.cat(list(self._products(x)), dim=1)
 
     def _products(self, x: Tensor) -> Iterator[Tensor]:
-        """The scores of as many classifiers at a time as are quicker together than alone. [B, some, classes]"""
+        """Yield the scores of as many classifiers at once as is faster than one by one. [B, some, classes]"""
         classes, width = self.weights[0].shape
         step = max(1, _AT_ONCE // (classes * width))
         for first in range(0, len(self.rates), step):
@@ -68,7 +68,7 @@ class Probes(Method):
 
 
 def trainer(probes: Probes, schedule: Rate, clock: Clock, batch_size: int) -> Trainer:
-    """SGD with momentum on batches of a size, at a rate for a batch of 256 that follows a schedule."""
+    """Return a trainer: SGD with momentum, with a scheduled rate that is scaled from a batch of 256."""
     config = SGDConfig(
         kind="sgd",
         momentum=_MOMENTUM,
@@ -81,5 +81,5 @@ def trainer(probes: Probes, schedule: Rate, clock: Clock, batch_size: int) -> Tr
 
 @torch.no_grad()
 def scores_of(probes: Probes, x: Tensor) -> list[NDArray[np.float32]]:
-    """Of each classifier in turn, what it gives each class. [rates] times [B, classes]"""
+    """Return the class scores of each classifier as arrays. [rates] times [B, classes]"""
     return [scores.cpu().numpy() for scores in probes.scores(x).unbind(1)]

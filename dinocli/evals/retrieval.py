@@ -26,20 +26,20 @@ from dinocli.mapped import Indices
 Level = Literal["easy", "medium", "hard"]
 LEVELS: tuple[Level, ...] = ("easy", "medium", "hard")
 KS = (1, 5, 10)
-_SCALES = (1.0, 2**-0.5, 0.5)  # of the original's --multiscale
+_SCALES = (1.0, 2**-0.5, 0.5)  # as in the original's --multiscale
 _FORM = "a file with imlist, qimlist and gnd was wanted, as gnd_roxford5k.pkl or the same as JSON"
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What is to be found.
+    """Ground truth of a retrieval set.
 
     Attributes:
         images: Names of the database's images, without suffix.
         queries: Names of the query images.
-        easy: For each query the numbers of the images that show the same and are easily found.
-        hard: Those that are not.
-        junk: Those that count neither as found nor as wrong.
+        easy: Image numbers per query that show the same object and are easily found.
+        hard: Image numbers per query that show the same object and are hard to find.
+        junk: Image numbers per query that count neither as correct nor as wrong.
     """
 
     images: list[str]
@@ -49,7 +49,7 @@ class GroundTruth:
     junk: list[Indices]
 
     def at(self, level: Level, query: int) -> tuple[Indices, Indices]:
-        """The images to be found of a query, and those that do not count."""
+        """Return the correct images of a query at a level, and those that do not count."""
         easy, hard, junk = self.easy[query], self.hard[query], self.junk[query]
         none = np.empty(0, np.int64)
         wanted = {"easy": (easy, none), "medium": (easy, hard), "hard": (none, hard)}[level]
@@ -59,13 +59,13 @@ class GroundTruth:
 
 @dataclass(frozen=True)
 class RetrievalScore:
-    """How well the images of one level were found, in percent.
+    """Retrieval score of one level, in percent.
 
     Attributes:
-        level: Which.
-        mean_ap: Mean over queries of the average precision; None where there is no query.
-        precisions: Mean precision among the first 1, 5 and 10; None where there is no query.
-        queries: That have something to be found.
+        level: Difficulty.
+        mean_ap: Mean over queries of the average precision; None without queries.
+        precisions: Mean precision among the first 1, 5 and 10; None without queries.
+        queries: Number of queries with correct images.
     """
 
     level: Level
@@ -77,10 +77,10 @@ class RetrievalScore:
 def read_ground_truth(path: Path) -> GroundTruth:
     """Read `gnd_roxford5k.pkl`, `gnd_rparis6k.pkl`, or the same as JSON.
 
-    A pickle is read without running what it may contain: nothing but lists, dictionaries, texts, numbers and arrays.
+    A pickle is read without executing its code: only lists, dictionaries, texts, numbers and arrays are allowed.
 
     Raises:
-        DinoError: There is no such file, or it is of another form.
+        DinoError: If there is no such file, or it has another format.
     """
     try:
         with path.open("rb") as file:
@@ -95,7 +95,7 @@ def read_ground_truth(path: Path) -> GroundTruth:
             raise ValueError(f"{len(queries)} queries and the truth of {len(told['gnd'])}")
     except FileNotFoundError:
         raise DinoError(f"{_FORM}; {path} does not exist", "check the path") from None
-    # A damaged pickle makes its reader raise nearly anything.
+    # The reader of a corrupt pickle may raise nearly any exception.
     except Exception as error:
         raise DinoError(f"{_FORM}; {path} is not: {error}", "take the file that comes with the data set") from error
     return GroundTruth(images, queries, rows["easy"], rows["hard"], rows["junk"])
@@ -109,14 +109,14 @@ def _rows(numbers: Any, count: int) -> Indices:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Makes arrays and numbers of numpy, and nothing else that a pickle may name."""
+    """Unpickler that allows only numpy arrays and numbers."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
             return {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}[name]
-        # How old protocols write bytes, and none.
+        # Old protocols write bytes, and empty bytes, in these ways.
         if (module, name) == ("_codecs", "encode"):
             return lambda text, encoding: text.encode("latin1")
         if (module, name) == ("__builtin__", "bytes"):
@@ -125,11 +125,11 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def average_precision(positions: NDArray[np.integer[Any]], wanted: int) -> float:
-    """Area under the line of precision over recall, by trapezoids.
+    """Compute the area under the precision-recall curve by trapezoids.
 
     Args:
-        positions: Of what was found and was to be found, ascending, 0 first. [P]
-        wanted: How many there are to be found.
+        positions: Ranks of the correct images that were found, ascending, from 0. [P]
+        wanted: Number of correct images.
 
     Source: filipradenovic/revisitop evaluate.py; facebookresearch/dino@7c446df utils.py, eval_copy_detection.py.
     """
@@ -140,12 +140,12 @@ def average_precision(positions: NDArray[np.integer[Any]], wanted: int) -> float
 
 
 def scores(cosines: Floats, truth: GroundTruth) -> list[RetrievalScore]:
-    """Mean average precision and precisions of each level.
+    """Compute mean average precision and precisions for each level.
 
     Args:
-        cosines: Of each query and each image, NaN where one cannot be read: such an image is in no ranking, and a query
-            with no other is left out. [Q, S]
-        truth: What is to be found.
+        cosines: Cosines of queries and images; NaN for unreadable ones. Unreadable images are in no ranking, and
+            queries without any finite cosine are skipped. [Q, S]
+        truth: Ground truth of the set.
 
     Source: filipradenovic/revisitop; facebookresearch/dino@7c446df eval_image_retrieval.py.
     """
@@ -167,9 +167,9 @@ def scores(cosines: Floats, truth: GroundTruth) -> list[RetrievalScore]:
 
 
 def _of_query(ranked: Indices, wanted: Indices, besides: Indices) -> list[float]:
-    counted = ranked[~np.isin(ranked, np.setdiff1d(besides, wanted))]  # junk is taken out of the ranking
+    counted = ranked[~np.isin(ranked, np.setdiff1d(besides, wanted))]  # remove junk from the ranking
     positions = np.flatnonzero(np.isin(counted, wanted))
-    # No more are asked for than it takes to find all; what is not in the ranking is never found.
+    # k is limited to the rank that completes the correct images; unranked images are never found.
     enough = int(positions[-1]) + 1 if len(positions) == len(wanted) else max(KS)
     places = [min(k, enough) for k in KS]
     return [average_precision(positions, len(wanted)), *(float((positions < k).sum() / k) for k in places)]
@@ -183,17 +183,17 @@ def features_of_files(
     multiscale: bool = False,
     report: Callable[[int], None] = lambda images: None,
 ) -> tuple[Floats, dict[str, str]]:
-    """Unit class tokens of photos in their own shape, one after another, as the original takes them.
+    """Return unit class tokens of photos in their own aspect ratio, one photo at a time, as in the original.
 
     Args:
-        encoder: Of three channels.
-        files: The photos.
-        size: Longest side in pixels; smaller ones stay as they are.
-        multiscale: Add up the features at three sizes.
-        report: Called after each photo with the number done so far.
+        encoder: Encoder of three channels.
+        files: Photo files.
+        size: Longest side in pixels; smaller photos keep their size.
+        multiscale: Sum the features at three sizes.
+        report: Callback after each photo, with the number done.
 
     Returns:
-        [S, D], of which those that cannot be read are NaN; and path and reason of these.
+        Features [S, D], with NaN for unreadable photos; path and reason of each unreadable photo.
     """
     rows: list[Floats | None] = []
     skipped: dict[str, str] = {}
@@ -244,22 +244,22 @@ def retrieval(
 ) -> tuple[list[RetrievalScore], dict[str, str]]:
     """Encode a set's images and queries, rank, and score.
 
-    Images that cannot be read are never found, and queries that cannot are left out. Queries are whole photos, as
-    DINO's script takes them; the figures that others publish are of queries cut to their `bbx`.
+    Unreadable images are never found, and unreadable queries are skipped. Queries are full photos, as in DINO's script;
+    figures published elsewhere use queries cropped to their `bbx`.
 
     Args:
-        encoder: Of three channels.
-        truth: What is to be found.
-        folder: Of the images.
+        encoder: Encoder of three channels.
+        truth: Ground truth of the set.
+        folder: Folder of the images.
         size: Longest side in pixels.
-        multiscale: Add up the features at three sizes.
-        report: Called after each photo with the number done so far.
+        multiscale: Sum the features at three sizes.
+        report: Callback after each photo, with the number done.
 
     Returns:
-        The scores, and path and reason of each image that cannot be read.
+        Scores, and path and reason of each unreadable image.
 
     Raises:
-        DinoError: None can be read.
+        DinoError: If no photo can be read.
     """
     names = [*truth.images, *truth.queries]
     files = [
@@ -267,6 +267,6 @@ def retrieval(
     ]
     values, skipped = features_of_files(encoder, files, size=size, multiscale=multiscale, report=report)
     images, queries = values[: len(truth.images)], values[len(truth.images) :]
-    with np.errstate(invalid="ignore"):  # rows of what cannot be read are NaN
+    with np.errstate(invalid="ignore"):  # rows of unreadable photos are NaN
         cosines = queries @ images.T
     return scores(cosines, truth), skipped

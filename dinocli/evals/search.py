@@ -1,4 +1,4 @@
-"""Search: the images of a gallery that are nearest to photos."""
+"""Search: nearest gallery images of photos."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dinocli.gallery import Gallery
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An image that was found.
+    """Search result.
 
     Attributes:
-        image: Its name in the gallery.
-        cosine: To the query.
-        label: Its class, if it has one.
-        row: Its number in the gallery.
+        image: Name of the image in the gallery.
+        cosine: Cosine to the query.
+        label: Class of the image, or None.
+        row: Row of the image in the gallery.
     """
 
     image: str
@@ -35,7 +35,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Hits:
-    """A query and what is nearest to it, the nearest first."""
+    """Query with its neighbours, the nearest first."""
 
     query: str
     neighbours: list[Neighbour]
@@ -43,12 +43,12 @@ class Hits:
 
 @dataclass(frozen=True)
 class Queries:
-    """Photos as features.
+    """Features of query photos.
 
     Attributes:
-        names: Of those that could be read. [Q]
-        values: [Q, D]
-        skipped: Path and reason of the others.
+        names: Names of the readable photos. [Q]
+        values: Features of the readable photos. [Q, D]
+        skipped: Path and reason of each unreadable photo.
     """
 
     names: list[str]
@@ -57,10 +57,10 @@ class Queries:
 
 
 def same_encoder(encoder: Encoder, recipe: Recipe) -> None:
-    """See that an encoder is the one that made some features.
+    """Check that an encoder has the weights that made the features.
 
     Raises:
-        DinoError: It is another.
+        DinoError: If it has other weights.
     """
     if encoder.fingerprint != recipe.fingerprint:
         raise DinoError(
@@ -79,18 +79,18 @@ def encode(
     workers: int = 0,
     report: Callable[[int], None] = lambda images: None,
 ) -> Queries:
-    """Features of photos, made as those of a gallery were.
+    """Encode photos with the settings of a gallery.
 
     Args:
-        encoder: The same that made those; see `same_encoder`.
-        source: The photos.
-        recipe: Of the gallery's features.
-        batch_size: Images at once.
-        workers: Processes that decode.
-        report: Called after each batch with the number of photos done so far.
+        encoder: Encoder of the gallery; see `same_encoder`.
+        source: Photos to encode.
+        recipe: Settings of the gallery's features.
+        batch_size: Images per batch.
+        workers: Number of decoding processes.
+        report: Callback after each batch, with the number of photos done.
 
     Raises:
-        DinoError: None can be read.
+        DinoError: If no photo can be read.
     """
     names: list[str] = []
     values: list[Floats] = []
@@ -112,7 +112,7 @@ def encode(
 
 
 def search(index: Index, gallery: Gallery, queries: Queries, k: int) -> Iterator[Hits]:
-    """The k nearest images of each query; fewer where the gallery has fewer."""
+    """Yield the k nearest images of each query, or all of a smaller gallery."""
     cosines, rows = index.search(queries.values, k)
     for name, near, found in zip(queries.names, cosines.tolist(), rows.tolist(), strict=True):
         pairs = [(cosine, row) for cosine, row in zip(near, found, strict=True) if row >= 0]

@@ -1,4 +1,4 @@
-"""Segmentation: a linear layer that tells the class of each patch from its frozen features."""
+"""Segmentation: a linear layer that classifies patches by their frozen features."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dinocli.evals.patches import StoredPatches, store_patches
 from dinocli.mapped import map_tensors
 from dinocli.schedules import Clock, Constant, Cosine
 
-_AT_ONCE = 2**25  # numbers of logits at a photo's size that are held at once
+_AT_ONCE = 2**25  # most logits held at photo resolution
 _LR = 0.01
 HEAD = "head.safetensors"
 _KIND = "segmentation head"
@@ -34,14 +34,14 @@ _KIND = "segmentation head"
 
 @dataclass(frozen=True)
 class SegmentationHead:
-    """A linear layer on patch tokens.
+    """Linear layer on patch tokens.
 
     Attributes:
-        weight: [K, D]
-        bias: [K]
+        weight: Weight matrix. [K, D]
+        bias: Bias vector. [K]
         classes: Names of the K classes.
-        short_side: Of the photos that it learned from, in pixels.
-        fingerprint: Of the encoder whose tokens it reads.
+        short_side: Short side of the training photos, in pixels.
+        fingerprint: Fingerprint of the encoder that makes the tokens.
     """
 
     weight: Tensor
@@ -56,7 +56,7 @@ class SegmentationHead:
         return bool(self.weight.isfinite().all() and self.bias.isfinite().all())
 
     def classify(self, encoder: Encoder, pixels: Pixels, short_side: int | None = None) -> NDArray[np.uint8]:
-        """The class of each pixel of a photo: of the logits of its patches, enlarged, the highest. [H, W]"""
+        """Return the class of each pixel of a photo: the highest of the enlarged patch logits. [H, W]"""
         height, width = pixels.shape[:2]
         tokens = encoder.patches(encoder.photo(pixels, short_side or self.short_side))[0].cpu()
         logits = F.linear(tokens, self.weight, self.bias).permute(2, 0, 1)  # [K, rows, columns]
@@ -71,12 +71,12 @@ class SegmentationHead:
 
 @dataclass(frozen=True)
 class PixelScores:
-    """How well classes of pixels are told, over all pixels that count.
+    """Segmentation scores over all pixels with a class.
 
     Attributes:
-        iou: Of each class that the true masks hold, what both masks hold over what either holds, in percent.
-        miou: Their mean.
-        accuracy: Percent of pixels whose class is right.
+        iou: Intersection over union per class of the true masks, in percent.
+        miou: Mean of `iou` over classes.
+        accuracy: Percent of pixels with the correct class.
     """
 
     iou: dict[str, float]
@@ -86,17 +86,17 @@ class PixelScores:
 
 @dataclass(frozen=True)
 class SegmentationResult:
-    """How well a head does on photos that it did not learn from.
+    """Scores of a head on validation photos.
 
     Attributes:
-        head: Its scores.
-        commonest: The class that most pixels learned from have.
-        baseline: The scores of saying that class of every pixel.
-        train_photos: Photos that were learned from.
-        val_photos: Photos that were measured on.
-        split_off: Whether these were taken from the first by chance.
-        epochs: Passes over the photos.
-        skipped: Photos that could not be taken, and why.
+        head: Scores of the head.
+        commonest: Most frequent class among training pixels.
+        baseline: Scores of predicting that class everywhere.
+        train_photos: Number of training photos.
+        val_photos: Number of validation photos.
+        split_off: True if the validation photos were split off from the training photos at random.
+        epochs: Number of epochs.
+        skipped: Photos that cannot be used, with reasons.
     """
 
     head: PixelScores
@@ -110,13 +110,13 @@ class SegmentationResult:
 
 
 class PatchClassifier(Method):
-    """Tells the class of each patch.
+    """Linear classifier of standardized patch features.
 
     Args:
-        width: D.
-        classes: K.
-        mean: Of the features. [D]
-        std: Of the features. [D]
+        width: Feature dimension D.
+        classes: Number of classes K.
+        mean: Mean of the features. [D]
+        std: Standard deviation of the features. [D]
     """
 
     def __init__(self, width: int, classes: int, mean: Tensor, std: Tensor) -> None:
@@ -127,10 +127,10 @@ class PatchClassifier(Method):
         self.mean, self.std = mean, std
 
     def forward(self, part: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """Cross-entropy over the pixels of some photos that count.
+        """Return the cross-entropy over the pixels with a class.
 
         Args:
-            part: Of each photo its patches' features [rows, columns, D], and the classes of pixels [h, w].
+            part: Patch features [rows, columns, D] and pixel classes [h, w] of each photo.
         """
         total, count = self.linear.bias.sum() * 0, 0
         for features, truth in part:
@@ -144,7 +144,7 @@ class PatchClassifier(Method):
         return [ParamGroup(list(self.linear.parameters()), decay=False)]
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias for features as they are."""
+        """Return weight and bias for features that are not standardized."""
         weight = (self.linear.weight / self.std).detach().cpu()
         return weight, self.linear.bias.detach().cpu() - weight @ self.mean.cpu()
 
@@ -160,23 +160,23 @@ def train_head(
     seed: int = 0,
     report: Callable[[str, int, int], None] = lambda stage, done, of: None,
 ) -> tuple[SegmentationHead, SegmentationResult]:
-    """Learn a head from photos, and measure it on others at their own pixels.
+    """Train a head on photos, and evaluate it on others at pixel resolution.
 
-    The features of the photos are worked out once and lie in float16 in a file, mapped into memory, until it is done:
-    2 D bytes a patch, and a byte for each pixel of the photos as the network sees them, at which the loss is taken.
+    Photo features are computed once and stored in a memory-mapped float16 file until training ends. This takes 2 D
+    bytes per patch, plus one byte per pixel at the network's resolution. The loss is computed at that resolution.
 
     Args:
-        encoder: The frozen backbone.
+        encoder: Frozen backbone.
         data: Photos and masks.
-        folder: Where the features lie meanwhile.
-        short_side: To look at the photos with, in pixels.
-        epochs: Passes over the photos.
-        batch_size: Photos a step.
-        seed: Of the order.
-        report: Called with the stage and how much of it is done.
+        folder: Path next to which the features are stored.
+        short_side: Short side in pixels after resizing.
+        epochs: Number of epochs.
+        batch_size: Photos per step.
+        seed: Seed of the order.
+        report: Callback with the stage, the number done and the total.
 
     Raises:
-        DinoError: No photo of a part can be read, no pixel of the second has a class, or the head diverges.
+        DinoError: If no photo of a split can be read, no validation pixel has a class, or the head diverges.
     """
     classes = len(data.classes)
     with store_patches(
@@ -230,7 +230,7 @@ def train_head(
 def _batches(
     stored: StoredPatches, size: int, seed: int, device: torch.device
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Endless batches, each photo once an epoch."""
+    """Yield endless batches, with each photo once per epoch."""
     random = np.random.default_rng(seed)
     while True:
         order = random.permutation(len(stored))
@@ -241,7 +241,7 @@ def _batches(
 def _confusion(
     encoder: Encoder, head: SegmentationHead, pairs: Pairs, report: Callable[[int, int], None]
 ) -> tuple[NDArray[np.int64], dict[str, str], int]:
-    """Pixels by their class and by what the head says of them [K, K]; what could not be read; and photos."""
+    """Return pixel counts by true and predicted class [K, K], skipped photos with reasons, and the number of photos."""
     count = len(head.classes)
     table, skipped, photos = np.zeros((count, count), dtype=np.int64), dict[str, str](), 0
     for done, photo in enumerate(pairs.masks, 1):
@@ -265,7 +265,7 @@ def _confusion(
 
 
 def _scores(table: NDArray[np.int64], classes: list[str]) -> PixelScores:
-    """What a table of pixels, by their class and by what is said of them, comes to. [K, K]"""
+    """Compute scores from a confusion matrix [K, K]."""
     right, truth, said = table.diagonal(), table.sum(1), table.sum(0)
     there = np.flatnonzero(truth)
     iou = 100 * right[there] / (truth + said - right)[there]
@@ -283,7 +283,7 @@ def _unreadable(skipped: dict[str, str]) -> DinoError:
 
 
 def write_head(path: Path, head: SegmentationHead) -> None:
-    """Write a head with all that is needed to use it."""
+    """Write a head with all settings it needs."""
     about = {
         "dinocli": _KIND,
         "classes": json.dumps(head.classes),
@@ -297,7 +297,7 @@ def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
     """Read a head for the encoder that it was trained with.
 
     Raises:
-        DinoError: There is none, it is damaged, or it is of other weights.
+        DinoError: If there is no head, it is corrupt, or it belongs to other weights.
     """
     if path.is_dir():
         raise DinoError(f"a segmentation head was wanted; {path} is a folder", f"--head {path / HEAD}")
@@ -313,7 +313,7 @@ def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
         )
         if not head.is_finite:
             raise ValueError("its weights are not finite")
-    # safetensors has an exception of its own for each damage.
+    # safetensors raises different exceptions for different damage.
     except Exception as error:
         raise DinoError(f"{path} is no segmentation head: {error}", "dino segment --train DATA") from error
     if head.fingerprint != encoder.fingerprint:

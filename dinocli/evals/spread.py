@@ -1,4 +1,4 @@
-"""Spread: figures without labels that tell features which differ from those that have collapsed."""
+"""Spread: label-free measures that detect collapsed features."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dinocli.evals.units import normalized
 
 
 def effective_rank(features: Tensor) -> float:
-    """How many directions features use: 1 where all are alike, up to the smaller of S and D.
+    """Compute the effective number of directions that features use: from 1 if all are equal, up to min(S, D).
 
-    They are not centered first: features that are alike but for some noise would else use every direction.
+    Features are not centered first: nearly equal features with some noise would otherwise use every direction.
 
     Args:
-        features: [S, D]
+        features: Features of S images. [S, D]
 
     Returns:
-        NaN where a feature is not finite.
+        Effective rank; NaN if a feature is not finite.
 
     Source: exp of the entropy of the singular values' shares, Roy and Vetterli 2007; arXiv 2210.02885 (RankMe).
     """
@@ -31,13 +31,13 @@ def effective_rank(features: Tensor) -> float:
 
 
 def uniformity(features: Tensor) -> float:
-    """How evenly features lie on the sphere: 0 where all are alike, about -4 where they fill it.
+    """Measure how evenly features cover the sphere: 0 if all are equal, about -4 if they fill it.
 
     Args:
-        features: At least two. [S, D]
+        features: At least two features. [S, D]
 
     Returns:
-        The logarithm of exp(-2 d**2), averaged over pairs at a distance d after normalization.
+        Logarithm of exp(-2 d**2), averaged over pairs at a distance d after normalization.
 
     Source: arXiv 2005.10242, section 4.1.
     """

@@ -1,4 +1,4 @@
-"""Tracking: labels of a video's first frame, carried on from frame to frame by what their patches look like."""
+"""Tracking: propagate the labels of a video's first frame by patch similarity."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from dinocli.evals.units import normalized
 from dinocli.models.backbone import Facet
 
 SHORT_SIDE = 480  # pixels
-_TILE = 16  # patches on a side, asked at once
+_TILE = 16  # side of a tile of query patches
 
 
 @dataclass(frozen=True)
 class Rule:
-    """How a patch comes by its label. The numbers are the original's.
+    """Rule of label propagation, with the original's defaults.
 
     Attributes:
-        previous: Frames before this one that are asked, beside the first.
-        radius: How far from the patch, in rows and in columns, a patch of them may lie.
-        top: How many of those most like it are asked.
-        temperature: They weigh exp(cosine / temperature).
+        previous: Number of preceding frames to use, in addition to the first frame.
+        radius: Largest distance of a source patch, in rows and in columns.
+        top: Number of most similar source patches per patch.
+        temperature: Temperature of the weights, exp(cosine / temperature).
     """
 
     previous: int = 7
@@ -40,12 +40,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Looking:
-    """How a frame becomes patches.
+    """Settings for turning a frame into patch features.
 
     Attributes:
-        short_side: What to resize its short side to, in pixels.
+        short_side: Short side in pixels after resizing.
         layer: Number of the block.
-        facet: What of it.
+        facet: Tensor of the block to use.
     """
 
     short_side: int = SHORT_SIDE
@@ -61,24 +61,24 @@ def track(
     rule: Rule = Rule(),
     looking: Looking = Looking(),
 ) -> Iterator[Labels]:
-    """Carry the labels of a first frame through the frames after it.
+    """Propagate the labels of a first frame through the following frames.
 
-    What is held is the patches of the first frame and of the last few, and nothing of the others.
+    Only the patches of the first and of the last few frames stay in memory.
 
     Args:
-        encoder: Its patches are compared.
-        first: [H, W, C]
-        labels: Which object each pixel of it belongs to, 0 for none. [H, W]
-        frames: All of the first one's size, in order. [H, W, C] each
-        rule: How a patch comes by its label.
-        looking: How a frame becomes patches.
+        encoder: Encoder of the patches.
+        first: Pixels of the first frame. [H, W, C]
+        labels: Object number of each of its pixels, 0 for none. [H, W]
+        frames: Following frames in order, all of the same size. [H, W, C] each
+        rule: Rule of label propagation.
+        looking: Settings for patch features.
 
     Yields:
-        For each frame, which object each pixel belongs to. [H, W]
+        Object number of each pixel, per frame. [H, W]
 
-    Source: facebookresearch/dino@7c446df eval_video_segmentation.py, but that frames are normalized by the training's
-    own statistics (the original has .228 for .229), sides are rounded to patches and not to 64 pixels, and patches
-    are enlarged to the frame's size at once, and not to the network's and from there by repetition.
+    Source: facebookresearch/dino@7c446df eval_video_segmentation.py, with three differences. Frames are normalized by
+    the training's own statistics (the original has .228 for .229). Sides are rounded to patches, not to 64 pixels.
+    Patches are enlarged to the frame's size directly, not to the network's size and then by repetition.
     """
     values = np.unique(np.append(labels, np.uint8(0)))
     start = _patches(encoder, first, looking)
@@ -98,22 +98,22 @@ def _patches(encoder: Encoder, frame: Pixels, looking: Looking) -> Tensor:
 
 
 def one_hot(labels: Labels, values: Sequence[int] | Labels, grid: tuple[int, int]) -> Tensor:
-    """Which value stands in the middle of each patch. [values, h, w]"""
+    """Return a mask of each value at the patch centers. [values, h, w]"""
     rows, columns = ((np.arange(n) * 2 + 1) * side // (2 * n) for n, side in zip(grid, labels.shape, strict=True))
     small = labels[rows[:, None], columns]
     return torch.from_numpy(np.stack([small == value for value in values]))
 
 
 def propagate(patches: Tensor, sources: Tensor, labels: Tensor, rule: Rule) -> Tensor:
-    """Labels of a frame's patches: the weighted mean of the labels of those patches of other frames most like them.
+    """Compute labels of a frame's patches: the weighted mean over the most similar patches of other frames.
 
-    Patches are asked a tile at a time, which keeps the similarities small.
+    Patches are processed in tiles, which bounds the memory of the similarities.
 
     Args:
-        patches: Of the frame, normalized. [h, w, D]
-        sources: Of other frames, normalized. [S, h, w, D]
-        labels: Share of each label in each patch of them. [S, L, h, w]
-        rule: How a patch comes by its label; patches as like as the last of the `top` count too.
+        patches: Normalized patches of the frame. [h, w, D]
+        sources: Normalized patches of other frames. [S, h, w, D]
+        labels: Share of each label in each source patch. [S, L, h, w]
+        rule: Rule of label propagation; ties with the last of the `top` count too.
 
     Returns:
         Shares of the labels. [L, h, w]
@@ -143,7 +143,7 @@ def _around(tile: slice, radius: int) -> slice:
 
 
 def _weighed(similar: Tensor, labels: Tensor, rule: Rule) -> Tensor:
-    """Means of labels, weighed by the similarity of those most similar. [L, Q] of [Q, N] and [L, N]"""
+    """Return the means of labels, weighted by similarity over the most similar. [Q, N] and [L, N] -> [L, Q]"""
     top = similar.topk(min(rule.top, similar.shape[1]), dim=1).values
     asking, asked = (similar >= top[:, -1:]).nonzero(as_tuple=True)
     # Relative to the most similar, so that a low temperature does not overflow.
@@ -154,12 +154,12 @@ def _weighed(similar: Tensor, labels: Tensor, rule: Rule) -> Tensor:
 
 
 def decide(shares: Tensor, size: tuple[int, int]) -> Tensor:
-    """The label of each pixel: shares enlarged bilinearly, each label's stretched from 0 to 1, the greatest taken.
+    """Choose the label of each pixel: the largest share after bilinear enlargement and stretching to 0 to 1 per label.
 
-    Stretching lets a small object, which no patch holds for itself alone, stand against the background.
+    Stretching lets a small object compete with the background if no patch contains it alone.
 
     Args:
-        shares: [L, h, w]
+        shares: Shares of the labels. [L, h, w]
         size: Height and width of the frame.
 
     Returns:
