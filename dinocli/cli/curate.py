@@ -53,8 +53,7 @@ def curate(
 ) -> None:
     """Select images from a pool: nearest to seed images, or balanced over clusters.
 
-    With --threshold, first drop the images near to those of --without, with all their duplicates, then all other
-    duplicates.
+    With --threshold, first drop images near to those of --without and all their duplicates, then other duplicates.
     """
     out = output_place(out, file="curated.txt")
     if not like and not clusters:
