@@ -1,4 +1,4 @@
-"""What a person sees: words and progress on stderr, data on stdout. The one file that knows rich."""
+"""Terminal output: messages and progress on stderr, data on stdout. Only this file imports rich."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from rich.table import Column, Table
 from dinocli.distributed import rank
 from dinocli.errors import visible
 
-# soft_wrap: a path that is longer than the terminal stays in one piece, to be copied. Of several processes one speaks;
-# any of them may fail.
+# soft_wrap keeps a path longer than the terminal in one piece, to copy it. Only rank 0 prints messages and data, but
+# any rank may print an error.
 _quiet = rank() > 0
 _words = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
 _data = Console(highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
 _mistakes = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _NAME = 20  # characters
 _BAR, _SHORTEST_BAR = 40, 5  # columns of a terminal
-_PLAIN_EVERY = 10.0  # seconds between lines where stderr is no terminal
+_PLAIN_EVERY = 10.0  # seconds between lines if stderr is not a terminal
 
 
 def say(text: str) -> None:
-    """A line for the person, on stderr."""
+    """Print a message, on stderr."""
     _words.print(_shown(text))
 
 
@@ -41,23 +41,23 @@ def notes(lines: Iterable[str]) -> None:
 
 
 def skipped(reasons: Mapping[str, str] | Mapping[Path, str]) -> None:
-    """A line for each thing that was passed over, and why, on stderr."""
+    """Print each skipped item with its reason, on stderr."""
     for what, reason in reasons.items():
         say(f"note: skipped {what}: {reason}")
 
 
 def error(message: str, hint: str) -> None:
-    """What is wrong, and what to type instead, on stderr."""
+    """Print an error and its hint, on stderr."""
     _mistakes.print(f"[bold red]error:[/] {_shown(message)}\n[bold cyan]hint:[/] {_shown(hint)}")
 
 
 def _shown(text: str) -> str:
-    """Text that says what it says, whatever the names in it hold: nothing in it is obeyed by rich or the terminal."""
+    """Escape rich markup and control characters, which file names may contain."""
     return escape(visible(text))
 
 
 def out(text: str) -> None:
-    """A line of data, on stdout, as it is; control characters, and what the terminal's encoding lacks, are escaped."""
+    """Print a line of data, on stdout; escape control characters and those that the encoding lacks."""
     if _quiet:
         return
     encoding = sys.stdout.encoding or "utf-8"
@@ -65,20 +65,20 @@ def out(text: str) -> None:
 
 
 def out_json(value: Any) -> None:
-    """A value as JSON, on stdout."""
-    # JSON escapes all that is no ASCII, and all control characters but one.
+    """Print a value as JSON, on stdout."""
+    # json.dumps escapes non-ASCII characters and all control characters except DEL.
     for line in json.dumps(value, indent=2).replace("\x7f", "\\u007f").splitlines():
         out(line)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """A table on stdout; the first column is text, the others are set to the right if they hold numbers alone."""
+    """Print a table, on stdout, with columns of numbers right-aligned, except the first column."""
     if title:
         _data.print(_shown(title), style="bold")
     drawn = Table()
     for i, name in enumerate(columns):
         numbers = all(row[i].replace(".", "").replace("-", "").replace("%", "").isdigit() for row in rows if row[i])
-        # What a row is called stays in one piece, to be read and typed; a path may be too long for that.
+        # The row's name stays on one line, to be copied, unless it is long, as a path may be.
         whole = i == 0 and all(len(visible(row[0])) <= _NAME for row in rows)
         drawn.add_column(_shown(name), justify="right" if i and numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
@@ -87,17 +87,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str |
 
 
 class Advance(Protocol):
-    """Tells how far the work has come."""
+    """Progress callback."""
 
     def __call__(self, done: int, note: str = "") -> None:
-        """`done` of the total; `note` stands beside the bar."""
+        """Report `done` of the total, with a `note` beside the bar."""
 
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
-    """A bar on a terminal; elsewhere a plain line now and then. Of images it says how many a second.
+    """Show a progress bar on a terminal, or print a line every 10 s elsewhere; for images, include the rate.
 
-    What is told first may have been done before, and does not count for the time that is left.
+    The first report may include earlier work, as of a resumed run. The rate and the time left ignore it.
     """
     start, first = time.monotonic(), -1
 
@@ -110,14 +110,14 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
     if _words.is_terminal:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(None, table_column=Column(max_width=_BAR)),  # takes what the words leave
+            BarColumn(None, table_column=Column(max_width=_BAR)),  # takes the width that the text leaves
             TextColumn("{task.completed}/{task.total} " + unit),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
             TextColumn("left"),
         )
         with Progress(*columns, console=_words) as bar:
-            # The time that is left stays whole in a narrow terminal; names and notes give way.
+            # In a narrow terminal, shorten the name and the note, not the time left.
             fixed = len(f"  {total}/{total} {unit}  00:00:00 left ") + _SHORTEST_BAR
             short = _shown(what[: max(8, _words.width - fixed)])
             task = bar.add_task(short, total=total, note="")
@@ -155,7 +155,7 @@ def _fitting(note: str, room: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time as a person says it."""
+    """Format a number of seconds, such as `5 min 3 s`."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -166,5 +166,5 @@ def duration(seconds: float) -> str:
 
 
 def size(amount: float) -> str:
-    """Bytes as a person says them."""
+    """Format a number of bytes, such as `1.2 GB`."""
     return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.0f} MB"

@@ -1,4 +1,4 @@
-"""The command line: `ls` this folder to see the commands. Nothing here imports torch before a command has to run."""
+"""Command line, with a file per command. Nothing here imports torch before a command runs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ app.add_typer(presets, name="presets")
 app.command()(demo)
 
 
-_SHARED = ("pretrain", "extract")  # by several processes
+_SHARED = ("pretrain", "extract")  # run in several processes too
 
 
 def _version(asked: bool) -> None:
@@ -85,7 +85,7 @@ def _options(
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             console.say(f"note: joining {found.size} processes of {found.launcher}, which meet at {where}")
         distributed.begin()
-    # RANK and WORLD_SIZE alone may be about a whole container, in which other commands run once.
+    # RANK and WORLD_SIZE alone may describe a whole container, in which other commands run once.
     elif found and found.launcher != "torch.distributed":
         raise DinoError(
             f"dino {command} is done by one process; {found.size or 'several'} were started",
@@ -94,15 +94,15 @@ def _options(
 
 
 def main() -> None:
-    """Run a command; a mistake becomes `error:` and `hint:`, and exit code 1, or 2 where it is one of usage."""
-    # Threads that wait without spinning: on a busy machine a step otherwise takes four times as long. It must be set
-    # before torch is imported.
+    """Run a command; print a failure as `error:` and `hint:`, and exit with code 1, or 2 for a usage error."""
+    # Idle OpenMP threads sleep: if they spin, a step takes four times as long on a busy machine. Must be set before
+    # torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # The interpreter looks through half a million objects of torch before it ends, which takes a second.
+    # At exit, garbage collection would scan half a million objects of torch, which takes a second.
     atexit.register(gc.freeze)
     try:
         code = app(prog_name="dino", standalone_mode=False)
-        if code == 130:  # what typer makes of Ctrl-C, without a word
+        if code == 130:  # typer's exit code for Ctrl-C, without a message
             console.say("stopped")
         sys.stdout.flush()
         distributed.end()
@@ -112,7 +112,7 @@ def main() -> None:
         console.say("stopped")
         code = 130
     except BrokenPipeError:
-        # Whoever read our output has enough, as in `dino presets | head -1`; nothing is left to be said to them.
+        # The reader closed the pipe, as in `dino presets | head -1`. Python's flush at exit must not fail too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as failure:
@@ -121,22 +121,22 @@ def main() -> None:
         code = _told(error)
     if code and distributed.size() > 1:
         sys.stdout.flush()
-        os._exit(code)  # at once: what lies open between processes would wait for those that are gone
+        os._exit(code)  # at once: closing the process group would wait for processes that have ended
     sys.exit(code)
 
 
 def _said(message: str, hint: str) -> int:
-    """Say what went wrong, unless another process of the run has said why it ends; the exit code."""
+    """Print an error, unless another process of the run did first; return exit code 1."""
     if distributed.first_to_fail():
         console.error(message, hint)
     return 1
 
 
 def _told(error: Exception) -> int:
-    """Say what a parser or an allocator raised and return the exit code; anything else is a defect of ours."""
+    """Print a usage error, lack of memory or loss of a process, and return the exit code; re-raise others as bugs."""
     words = str(error)
     if getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message"):
-        # By its face and not its class: typer has carried a copy of click's classes since 0.24.
+        # Recognised by attributes, not by class: typer has its own copy of click's classes since 0.24.
         if not words or "Usage:" in words:
             for line in words.splitlines() or [""]:
                 console.say(line)

@@ -1,4 +1,4 @@
-"""`dino attn-map`: what the class token looks at."""
+"""`dino attn-map`: attention maps of the class token."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def attn_map(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Draw the attention of each head in the last block: beside the photo, in color, and as masks; or over a film."""
+    """Draw the last block's attention per head, in color and as masks, beside the photo; with --film, over a video."""
     if film and raw:
         raise Misuse("--raw writes the maps of photos alone; --film came too", "leave --raw or --film out")
     if not film and (head or fps):
@@ -130,7 +130,7 @@ def _draw_films(
 
 
 def _films(images: list[Path]) -> dict[str, Frames]:
-    """The frames of each folder and video, and of all files that were named together, by the name of their film."""
+    """Return films by name: one per folder or video, and one for all single files together."""
     from dinocli.data.frames import Frames, is_video, open_frames
 
     whole = [path for path in images if path.is_dir() or is_video(path)]
@@ -142,7 +142,7 @@ def _films(images: list[Path]) -> dict[str, Frames]:
     if files:
         places[files[0].parent] = Frames(files[0].parent, files)
     names = [path.resolve().stem for path in places]
-    # Many folders of frames are called `frames`; then the one above tells them apart.
+    # Many folders of frames are named `frames`; add the parent folder's name then.
     return {
         name if names.count(name) == 1 else "-".join(path.resolve().with_suffix("").parts[-2:]): frames
         for name, (path, frames) in zip(names, places.items(), strict=True)
@@ -150,7 +150,7 @@ def _films(images: list[Path]) -> dict[str, Frames]:
 
 
 def _photos(images: list[Path]) -> dict[Path, Path]:
-    """Each image file, and the name of its picture below the folder of pictures."""
+    """Map each image file to the name of its picture below the output folder."""
     from dinocli.data.frames import is_video
     from dinocli.data.named import named_photos
 

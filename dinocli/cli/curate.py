@@ -1,4 +1,4 @@
-"""`dino curate`: from a pool of images those worth training on, as a list of files."""
+"""`dino curate`: training images selected from a pool, as a list of files."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def curate(
     data: DataNow = None,
     json: Json = False,
 ) -> None:
-    """Take of a pool what is like some seeds, or as much of each kind.
+    """Select images from a pool: nearest to seed images, or balanced over clusters.
 
-    With --threshold what is near to the images of --without is dropped first, with all its duplicates; then duplicates.
+    With --threshold, first drop images near to those of --without and all their duplicates, then other duplicates.
     """
     out = output_place(out, file="curated.txt")
     if not like and not clusters:
@@ -86,7 +86,7 @@ def curate(
         for other in others:
             with console.progress(f"compare with {other.folder}", len(gallery), "images") as advance:
                 near = near_to(gallery.values, np.arange(len(gallery)), other.values, threshold, advance)
-            # All of a group are asked, not the one that would be kept of it: any may be what was held out.
+            # Check every image of a group, not only the kept one: any of them may be the held-out image.
             rows = np.setdiff1d(rows, whole_groups(near, alike.members))
             left[f"away from {other.folder}"] = len(rows)
         rows = np.setdiff1d(rows, [row for group in choose(alike, gallery.size) for row in group.dropped])

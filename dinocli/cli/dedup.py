@@ -1,4 +1,4 @@
-"""`dino dedup`: near-duplicates among the images of some features, and a list of what to keep."""
+"""`dino dedup`: near-duplicate images by stored features, and a list of images to keep."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dinocli.cli.options import (
 )
 from dinocli.errors import DinoError
 
-_SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the images, by which a threshold is chosen
+_SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the images; the table shows the threshold for each
 
 
 def dedup(
@@ -32,9 +32,9 @@ def dedup(
     overrides: Limits = None,
     json: Json = False,
 ) -> None:
-    """Find near-duplicates by the cosine of their features, draw them, and list what to keep.
+    """Find near-duplicates by the cosine similarity of their features, draw them, and list the images to keep.
 
-    What cosine tells duplicates depends on the network: without --threshold a histogram and a table show which to take.
+    The right threshold depends on the network. Without --threshold, a histogram and a table help to choose one.
     """
     out = output_place(out)
     folder = features_or_newest(features)
@@ -60,7 +60,7 @@ def dedup(
     with marked(out, "dedup", made):
         write_histogram(found.best, "cosine of each image to its nearest other one", threshold, histogram)
     if threshold is None:
-        # Rounded down, so that what is typed takes as many as are told.
+        # Rounded down, so that the typed threshold finds as many images as the table says.
         steps = {share: float(np.floor(1e6 * np.quantile(found.best, 1 - share)) / 1e6) for share in _SHARES}
         if json:
             console.out_json({"images": count, "thresholds": steps, "files": [str(histogram)]})

@@ -1,4 +1,4 @@
-"""`dino demo`: the whole main job with nothing given."""
+"""`dino demo`: the main job from start to end, on generated images."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def demo(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Draw an image set, pretrain on it without labels, and set the features beside what they have to beat.
+    """Generate an image set, pretrain on it without labels, and compare the features with baselines.
 
-    The same command continues a demo that was stopped.
+    The same command resumes a stopped demo.
     """
     out = output_place(out)
-    if out.exists() and not (out / "demo.json").exists():  # said before torch is loaded
+    if out.exists() and not (out / "demo.json").exists():  # checked before torch is loaded, to fail at once
         raise DinoError(f"{out} is there already, and holds no demo to continue", f"--out {out}-2, or remove {out}")
 
     from dinocli.data.outputs import marked

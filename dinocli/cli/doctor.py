@@ -1,4 +1,4 @@
-"""`dino doctor`: the machine, the images, and the settings to take."""
+"""`dino doctor`: a check of the machine and the images, and recommended settings."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def doctor(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Look at the machine and the images, and say what to type; nothing is changed."""
+    """Check the machine and the images, and print the recommended command; change nothing."""
     source = None
     if images is not None:
         from dinocli.data.sources import open_source
 
-        source = open_source(images)  # before torch is loaded: a wrong path is said at once
+        source = open_source(images)  # before torch is loaded, so that a wrong path fails at once
         console.notes(source.notes)
     try:
         import torch  # noqa: F401
@@ -149,7 +149,7 @@ def _spread(spread: Spread, form: str = ".0f") -> str:
 
 
 def _beside(values: Sequence[float], preset: Sequence[float]) -> str:
-    """Numbers of the channels, beside the preset's if it has as many."""
+    """Format a number per channel, with the preset's beside if it has as many channels."""
     return _numbers(values) + (f" (the preset's: {_numbers(preset)})" if len(values) == len(preset) else "")
 
 
@@ -163,7 +163,7 @@ def _twins(seen: Inspection) -> str:
     twins = seen.copies + seen.near
     if seen.whole or not twins or seen.count is None:
         return words
-    # Both of a pair have to be drawn for it to be seen.
+    # A pair is found only if both its images are in the sample, hence the square.
     return f"{words}; about {float(f'{twins * (seen.count / seen.drawn) ** 2:.1g}'):,.0f} pairs in all"
 
 
@@ -176,7 +176,7 @@ def _unreadable(seen: Inspection) -> str:
 
 
 def _plain(name: str) -> str:
-    """A file's name without what no terminal shows, and of a long one its end."""
+    """Replace unprintable characters of a file name, and shorten a long one to its end."""
     shown = "".join(c if c.isprintable() else "?" for c in name)
     return shown if len(shown) <= _LONG else f"...{shown[3 - _LONG :]}"
 

@@ -41,7 +41,7 @@ def export(
     overrides: Settings = None,
     json: Json = False,
 ) -> None:
-    """Write a trained backbone for another library, load it again with that library, and compare the features."""
+    """Export a trained backbone for another library, load it with that library, and compare the features."""
     graph = to in ("onnx", "torch-export")
     if heads and to != "official":
         raise Misuse(f"--heads is for --to official alone; --to {to} came", "leave --heads out, or --to official")
@@ -79,11 +79,11 @@ _LIBRARY = {
 
 
 def _name(source: Path, to: str, network: str, heads: bool) -> str:
-    """A run's name, or that of a file of one's own, and what tells this export from others of it."""
+    """Return the name of the run or checkpoint file, with suffixes for network, heads and format."""
     path = source.resolve()
     if path.name == CHECKPOINT:
         path = path.parent
-    # A .pth beside its own .pth, a folder beside the run's own.
+    # The format keeps a .pth from its source's name, and a timm folder from that of the run.
     form = to if to == "timm" or (to == "official" and path.suffix == ".pth") else ""
     tail = [network * (network == "student"), "heads" * heads, form]
     return "-".join([path.name if path.is_dir() else path.stem, *filter(None, tail)])

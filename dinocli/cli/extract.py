@@ -1,4 +1,4 @@
-"""`dino extract`: images to features on disk."""
+"""`dino extract`: features of images, stored on disk."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def extract(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Turn images into features: one file a split, with labels, class names and paths."""
+    """Extract features of images into one file per split, with labels, class names and paths."""
     from dinocli.data.sources import splits
 
     out = output_place(out)

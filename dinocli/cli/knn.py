@@ -1,4 +1,4 @@
-"""`dino knn`: how well do the nearest images tell the class?"""
+"""`dino knn`: k-nearest-neighbour classification of stored features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def knn(
     temperature: Annotated[float, typer.Option(min=1e-4, help="A vote weighs exp(similarity / temperature).")] = 0.07,
     json: Json = False,
 ) -> None:
-    """Classify by the weighted vote of the nearest images in cosine similarity, as the paper does."""
+    """Evaluate features by a weighted k-NN vote in cosine similarity, as the DINO paper does."""
     folder = features_or_newest(features)
 
     from dinocli.evals.knn import knn, votable

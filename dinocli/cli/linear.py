@@ -1,4 +1,4 @@
-"""`dino linear`: how well does a linear classifier on frozen features do?"""
+"""`dino linear`: linear probe on frozen features."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def linear(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Train a linear probe: on stored features with a sweep of learning rates, or by the paper's protocol."""
+    """Train a linear probe: on stored features with a learning-rate sweep, or by the paper's protocol (--paper)."""
     if not paper and (checkpoint or size or overrides or (lr, blocks, tokens) != (0.001, 4, "cls")):
         raise DinoError(
             "--checkpoint, --lr, --blocks, --tokens, --size and --set are for images, and none were given",

@@ -1,4 +1,4 @@
-"""`dino match`: which place of one photo is which of another."""
+"""`dino match`: patch correspondences between two photos."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def match(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Match places of two photos by what their patches look like, draw them, and score them by known points."""
+    """Match the patches of two photos by their features, draw the matches, and score them by known keypoints."""
     for photo in (a, b):
         if photo.is_dir() or not photo.exists():
             came = "is a folder" if photo.is_dir() else "does not exist"
@@ -121,7 +121,7 @@ def _rows(scores: list[Pck]) -> list[list[str]]:
 
 
 def _pairs(a: PatchMap, b: PatchMap, matches: Matches) -> list[dict[str, float]]:
-    """Mutual nearest patches, the most alike first: their middles in pixels of the photos."""
+    """Return the centers of mutual nearest patches in pixels of the photos, most similar first."""
     ours, theirs = a.centers[matches.mutual], b.centers[matches.forth[matches.mutual]]
     cosines = matches.cosine[matches.mutual].tolist()
     return [

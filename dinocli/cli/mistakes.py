@@ -1,4 +1,4 @@
-"""Mistakes in the words of a command, each answered with the command to type, in the user's own values."""
+"""Usage errors, whose hints are the corrected command with the user's own values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dinocli.cli.words import Misuse, Words, is_number, is_option
 from dinocli.errors import DinoError
 
 F = TypeVar("F", bound=Callable[..., Any])
-# Options of other tools, and words that users type for ours.
+# Options of other tools and other spellings, by our option.
 _ALIASES = {
     "--out": "-o --output --output-dir --out-dir --outdir --save --save-dir --dest --target",
     "--batch-size": "-b --bs --batch --batchsize",
@@ -38,7 +38,7 @@ _ALIASES = {
     "--threshold": "--thresh --thr",
 }
 _TARGETS = {alias: target for target, aliases in _ALIASES.items() for alias in aliases.split()}
-# The option that a bare number most likely belongs to.
+# Option that a bare number most likely belongs to, by command.
 _NUMBERS = {
     "knn": "--k", "search": "--k", "curate": "--k", "dedup": "--threshold", "doctor": "--sample", "pack": "--side",
     "extract": "--size", "attn-map": "--size", "match": "--size", "track": "--size", "segment": "--size",
@@ -87,10 +87,10 @@ _COMMANDS = {
 
 
 class Command(TyperCommand):
-    """A command that answers a mistake in its words with the command to type."""
+    """Command whose usage errors hint at the corrected command."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse, after a look for mistakes that the parser would answer with its help page."""
+        """Parse the arguments, after a check for mistakes that the parser would answer with its help page."""
         words = Words.of(ctx.command_path.partition(" ")[2] or str(self.name), args, self.params)
         words.keep(ctx)
         if not ctx.resilient_parsing and "--help" not in args:
@@ -106,7 +106,7 @@ class Command(TyperCommand):
             raise mistake from error
 
     def invoke(self, ctx: Any) -> Any:
-        """Run, if all numbers are finite: nan is neither below nor above any bound, and the parser lets it pass."""
+        """Run the command if all numbers are finite: nan compares false with any bound, so the parser accepts it."""
         for name, value in ctx.params.items():
             for number in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(number, float) and not math.isfinite(number):
@@ -116,10 +116,10 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """A group of commands that answers an unknown one with the nearest."""
+    """Group of commands that suggests the nearest for an unknown one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse; `dino --help knn` is the help of knn."""
+        """Parse the arguments, with `dino --help knn` as `dino knn --help`."""
         if len(args) == 2 and args[0] == "--help" and args[1] in self.commands:
             args = [args[1], "--help"]
         first = args[0] if args else ""
@@ -175,7 +175,7 @@ def _for_a_path(word: str) -> str:
 
 
 class App(typer.Typer):
-    """An application of such commands."""
+    """Typer application with `Command` and `Group` as classes."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(cls=Group, **settings)
@@ -198,7 +198,7 @@ def _check(words: Words, parameters: Sequence[Any]) -> None:
             continue
         if word == "--":
             break
-        # `pretrain` has answers of its own, such as the preset's key for --lr.
+        # `usage` answers for `pretrain`, such as with the preset's key for --lr.
         if is_option(word) and word.partition("=")[0] not in words.known:
             if name == "pretrain":
                 return
@@ -208,7 +208,7 @@ def _check(words: Words, parameters: Sequence[Any]) -> None:
     if most is None:
         return
     _check_wall(words, most)
-    # Brackets in a --set without quotes become words of their own, which `usage` explains.
+    # Unquoted brackets in --set become separate words, which `usage` explains.
     if len(words.places) <= most or "--set" in words.typed:
         return
     if name != "pretrain" or any(_option_of(words, word) for word in words.positional):
@@ -238,7 +238,7 @@ def _unknown_option(words: Words, index: int) -> Misuse:
 
 
 def _with_arguments(words: Words) -> str:
-    """Return the command with the values of --checkpoint and --data as arguments, if it takes them as such."""
+    """Return the command with --checkpoint and --data as arguments, or nothing if it takes none of them."""
     takes = {"--checkpoint": words.command in ("extract", "export", "push"), "--data": words.command in _TAKE_IMAGES}
     found: dict[str, list[str]] = {"--checkpoint": [], "--data": []}
     rest, typed = [], list(words.typed)
@@ -255,10 +255,10 @@ def _with_arguments(words: Words) -> str:
 
 
 def _check_wall(words: Words, most: int) -> None:
-    """Refuse files or folders that a shell made of a pattern, if the command takes one folder.
+    """Refuse files or folders expanded from a shell pattern, if the command takes one folder.
 
     Raises:
-        Misuse: There are two or more images, or more files or folders than the command takes.
+        Misuse: If there are two or more images, or more files or folders than the command takes.
     """
     from dinocli.identify import WEIGHTS, kind_of
 
@@ -293,7 +293,7 @@ def _check_wall(words: Words, most: int) -> None:
 
 
 def _surplus(words: Words, most: int) -> Misuse:
-    """Answer words beyond the last argument."""
+    """Return the error for words beyond the last argument."""
     name = words.command
     takes = f"dino {name} takes {('no argument', 'one argument', 'two arguments')[min(most, 2)]}"
     if name == "linear" and is_number(words.positional[0]):
@@ -319,7 +319,7 @@ def _surplus(words: Words, most: int) -> Misuse:
 
 
 def _of_images(command: str, word: str) -> str:
-    """Return what to type for a command that reads features and was given something else."""
+    """Return the hint for a command that reads features and was given something else."""
     from dinocli.identify import WEIGHTS, kind_of
 
     kind, quoted = kind_of(word), shlex.quote(word)
@@ -331,7 +331,7 @@ def _of_images(command: str, word: str) -> str:
 
 
 def _fitting(option: str, number: float) -> str:
-    """Return the value for an option that a bare number most likely meant."""
+    """Return the value of an option that a bare number most likely meant."""
     if option == "--threshold":
         return f"{number / 100 if 1 < number <= 100 else min(max(number, -1), 1):g}"
     least = {"--size": 224, "--side": 224, "--k": 20}.get(option, 1)
@@ -339,7 +339,7 @@ def _fitting(option: str, number: float) -> str:
 
 
 def _option_of(words: Words, word: str) -> list[str]:
-    """Return the option that a bare word is most likely the value of, such as --to for onnx, or nothing."""
+    """Return the option that a bare word most likely belongs to, such as --to for onnx, or nothing."""
     from dinocli.identify import WEIGHTS, kind_of
 
     free = [option for option in words.known if not words.value([option])]
@@ -356,7 +356,7 @@ def _option_of(words: Words, word: str) -> list[str]:
 
 
 def _export_order(words: Words) -> Misuse:
-    """Answer `dino export OUT RUN` and `dino export RUN OUT`, of which the place is an option."""
+    """Return the error for `dino export OUT RUN` and `dino export RUN OUT`: the output is an option."""
     from dinocli.identify import WEIGHTS, kind_of
 
     fault = "dino export takes one argument, the run or checkpoint"
@@ -371,7 +371,7 @@ def _export_order(words: Words) -> Misuse:
 
 
 def _explain(words: Words, error: Exception) -> Misuse | None:
-    """Return a hint for what the parser refused, by its face and not its class, which typer has a copy of."""
+    """Add a hint to a parser error, recognised by attributes: typer has its own copy of click's classes."""
     parameter = getattr(error, "param", None)
     if getattr(error, "exit_code", None) != 2 or not hasattr(error, "format_message") or words.command == "pretrain":
         return None

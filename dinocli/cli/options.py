@@ -1,4 +1,4 @@
-"""Options that commands share, so that one thing has one spelling; and what a command takes when it is not told."""
+"""Options shared by commands, and the default checkpoint and features."""
 
 from __future__ import annotations
 
@@ -87,8 +87,9 @@ Threshold = Annotated[
     ),
 ]
 
-# Names that promise a file. A folder of such a name is only taken if it exists already.
-_ARCHIVES = (".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")  # a .tar may be the name of its source
+# File extensions. An output folder named with one is accepted only if it already exists. A .tar is allowed: the
+# name may come from the source.
+_ARCHIVES = (".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _FILES = (
     *(".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".onnx", ".npy", ".npz", ".h5", ".parquet"),
     *(".png", ".jpg", ".jpeg", ".gif", ".mp4", ".pdf", ".html", ".csv", ".tsv", ".json", ".txt", ".log", ".toml"),
@@ -96,15 +97,16 @@ _FILES = (
 
 
 def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
-    """Return a local place that a command can write to, with `~` expanded; write nothing.
+    """Check that a local path can be written to, without writing, and return it with `~` expanded.
 
     Args:
-        path: Value of the option.
-        option: Option as the user types it, or the name of an argument.
-        file: File name to suggest, for an output that is one file. If empty, the output is a folder.
+        path: Output path.
+        option: Option or argument name for messages.
+        file: Suggested name for an output that is one file. If empty, the output is a folder.
 
     Raises:
-        DinoError: An address, an existing path of the other kind, a folder named like a file, or no permission.
+        DinoError: If the path is an address, exists as the other kind, is a folder named like a file, or cannot be
+            written.
     """
     use = f"use {option}" if option.startswith("-") else f"for {option}, name"
     wanted = "file" if file else "folder"
@@ -115,7 +117,7 @@ def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
         else:
             hint = f"{use} {local}, and copy that to {address} afterwards"
         raise DinoError(f"{option} {address} is an address; expected a local {wanted}", hint)
-    if path.parts[:1] == ("~",):  # bash leaves it as it is in --out=~/runs
+    if path.parts[:1] == ("~",):  # bash does not expand it in --out=~/runs
         path = path.expanduser()
     suffix, there = path.suffix.lower(), os.path.lexists(path)
     instead = file or str(_plain(path) if suffix in (*_ARCHIVES, *_FILES) else f"{path}-2")
@@ -135,10 +137,10 @@ def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
 
 
 def refuse_address(value: str, option: str, expected: str) -> None:
-    """Check that a source is no s3:// or other address, which is read from nowhere here.
+    """Refuse a source at s3:// or another address, which this option does not read.
 
     Raises:
-        DinoError: It is one.
+        DinoError: If it is one.
     """
     if "://" in value and (address := _address(Path(value))):
         raise DinoError(
@@ -148,18 +150,18 @@ def refuse_address(value: str, option: str, expected: str) -> None:
 
 
 def _plain(path: Path) -> Path:
-    """Drop the endings of files: run.tar.gz is run, and run.v1 stays."""
+    """Drop file extensions: run.tar.gz becomes run, and run.v1 stays."""
     while path.suffix.lower() in (*_ARCHIVES, *_FILES, ".tar"):
         path = path.with_suffix("")
     return path
 
 
 def _address(path: Path) -> str:
-    """Return what was typed, if it is s3://bucket/x or user@host:/x and not a path; else nothing."""
+    """Return the address as typed, such as s3://bucket/x or user@host:/x; an empty string for a path."""
     words = path.as_posix()
     if re.match(r"[\w.-]+@[\w.-]+:", words):
         return words
-    # A Path has lost the second slash, and would become the local folders s3:/bucket/x. One letter is a Windows drive.
+    # Path drops the second slash, and would name a local folder s3:/bucket/x. One letter is a Windows drive.
     scheme, colon, rest = words.partition(":")
     if colon and re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme) and (not rest or rest.startswith("/")):
         return f"{scheme}://{rest.lstrip('/')}" if scheme != "file" else f"file:///{rest.lstrip('/')}"
@@ -178,10 +180,10 @@ def _check_writable(path: Path, option: str, use: str) -> None:
 
 
 def compiles(device: torch.device, *, asked: bool) -> bool:
-    """Whether torch can compile for a device, as was tried; said where it cannot.
+    """Try to compile for a device, and return True if it works; print a note if not.
 
     Raises:
-        DinoError: It cannot, and was asked to.
+        DinoError: If it fails and --compile was given.
     """
     from dinocli.device import why_not_compiled
 
@@ -194,17 +196,17 @@ def compiles(device: torch.device, *, asked: bool) -> bool:
 
 
 def checkpoint_or_newest(given: str | None) -> str:
-    """Return the checkpoint that was named, or `./ckpt.safetensors`, or the newest run's, and print which it is.
+    """Return the given checkpoint, else `./ckpt.safetensors`, else the newest run's; print a default or linked one.
 
     Raises:
-        DinoError: None was named and there is none.
+        DinoError: If none is given and none exists.
     """
     if given and not Path(given).is_symlink():
         return given
     taken = Path(given or CHECKPOINT)
     if not taken.exists():
         if given:
-            return given  # a link to nothing, which the reader explains
+            return given  # a broken link, which loading reports
         run = newest_run()
         if run is None:
             raise DinoError(
@@ -220,7 +222,7 @@ def checkpoint_or_newest(given: str | None) -> str:
 
 
 def _note_longer(taken: Path, step: int | None) -> None:
-    """Print if another run was trained longer: a short trial may have become the newest."""
+    """Print a note if another run was trained longer: the newest may be a short trial."""
     others = {path: step_of(path) or 0 for path in RUNS.glob(f"*/{CHECKPOINT}") if not path.samefile(taken)}
     longest = max(others, key=lambda path: others[path], default=None)
     if step is not None and longest and others[longest] > step:
@@ -228,24 +230,24 @@ def _note_longer(taken: Path, step: int | None) -> None:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """Return the step of a checkpoint; None if the file does not say, or cannot be read."""
+    """Return the step of a checkpoint, or None if the file lacks it or cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(checkpoint, framework="numpy") as file:
             step = (file.metadata() or {}).get("step", "")
     except (SafetensorError, OSError):
-        return None  # whoever reads the file says what is wrong with it
+        return None  # loading the file reports the fault
     return int(step) if step.isdecimal() else None
 
 
 def encoder_from(
     checkpoint: str | None, device: str, network: Literal["teacher", "student"], overrides: Sequence[str] | None
 ) -> Encoder:
-    """Return the encoder that a command's options name, and print what reading it assumed.
+    """Load the encoder for the options of a command, and print the notes of loading.
 
     Raises:
-        DinoError: There is no such checkpoint or device, the weights do not fit, or an override does not.
+        DinoError: If the checkpoint or the device does not exist, or the weights or an override do not fit.
     """
     from dinocli.device import pick_device
     from dinocli.loading import announcement, load_encoder
@@ -260,10 +262,10 @@ def encoder_from(
 
 
 def features_or_newest(given: Path | None) -> Path:
-    """The feature folder that was named, or `./features`, or the newest run's.
+    """Return the given feature folder, else `./features`, else the newest run's; print a default.
 
     Raises:
-        DinoError: None was named and there is none.
+        DinoError: If none is given and none exists.
     """
     if given:
         return given
@@ -281,7 +283,7 @@ def features_or_newest(given: Path | None) -> Path:
 
 
 def listed(gallery: Gallery, rows: Sequence[int], path: Path) -> list[Path]:
-    """Write the list of some images' files, if they have any, and say what is in no list; what was written."""
+    """Write a list of image files, print a note for each that it cannot hold, and return the files written."""
     from dinocli.gallery import write_list
 
     try:

@@ -1,4 +1,4 @@
-"""`dino pack`: images into tar shards."""
+"""`dino pack`: tar shards of images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pack(
     overrides: Limits = None,
     json: Json = False,
 ) -> None:
-    """Pack images into tar shards, which large sets are read from faster; the same command again goes on."""
+    """Pack images into tar shards, for faster reading of large sets; the same command resumes."""
     if "/" in name or name.startswith("."):
         raise Misuse(
             f"--name {name} is a path; expected a plain name", f"--name {Path(name).name.lstrip('.') or 'images'}"
@@ -52,7 +52,7 @@ def pack(
     from dinocli.packing import pack
 
     taken = DEFAULTS.changed(overrides or [])
-    torch.set_num_threads(1)  # images are resized side by side, a thread each
+    torch.set_num_threads(1)  # images are resized in parallel, one thread each
     with console.progress("pack", len(source), "images") as advance:
         packed = pack(source, out, side=side, per_shard=per_shard, name=name, images=taken, report=advance)
     for path, reason in packed.bad.items():

@@ -1,4 +1,4 @@
-"""Places: checks that an argument names what a command takes, which answer with the right order of words if not."""
+"""Checks of arguments that name files, whose hints are the corrected command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
     """Check that an argument names images.
 
     Raises:
-        DinoError: It names a checkpoint, features, one image, an archive, a video, an address, or no file at all.
+        DinoError: If it names a checkpoint, features, one image, an archive, a video, an address, or no file.
     """
     if value is None or context.resilient_parsing:
         return value
@@ -37,7 +37,7 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
 
 
 def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
-    """Return what to type in place of something that is no set of images, or nothing if it may be one."""
+    """Return the hint for a value that is no set of images, or an empty string if it may be one."""
     from dinocli.identify import WEIGHTS
 
     path, quoted = Path(value), shlex.quote(value)
@@ -84,10 +84,10 @@ def _check_pack(words: Words, kind: Kind) -> None:
 
 
 def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]:
-    """Check the order of `[CHECKPOINT] DATA`, and that each is what it should be.
+    """Check the order and the kinds of `[CHECKPOINT] DATA`.
 
     Raises:
-        DinoError: They are swapped, one is missing, or one is another kind of thing.
+        DinoError: If they are swapped, one is missing, or one is of another kind.
     """
     if not value or context.resilient_parsing:
         return value
@@ -114,7 +114,7 @@ def run_before_out(context: typer.Context, value: str | None) -> str | None:
     """Check the order of `[RUN] [OUT]`.
 
     Raises:
-        DinoError: They are swapped.
+        DinoError: If they are swapped.
     """
     if value is None or context.resilient_parsing:
         return value
@@ -131,7 +131,7 @@ def photo_places(context: typer.Context, value: list[Path] | None) -> list[Path]
     """Check that arguments name photos and folders of photos.
 
     Raises:
-        DinoError: One names a checkpoint, features, a number or a pattern.
+        DinoError: If one names a checkpoint, features, a number, a pattern, an archive or an address.
     """
     if context.resilient_parsing:
         return value
@@ -181,7 +181,7 @@ def features_place(context: typer.Context, value: Path | None) -> Path | None:
     """Check that an option names a folder of features.
 
     Raises:
-        DinoError: It names images, a checkpoint, a run or a feature file.
+        DinoError: If it names images, a checkpoint, a run or a feature file.
     """
     if value is None or context.resilient_parsing:
         return value
@@ -197,10 +197,10 @@ def feature_places(context: typer.Context, value: list[Path] | None) -> list[Pat
 
 
 def check_features(value: str, words: Words) -> None:
-    """Check that a word names a folder of features, or nothing that exists.
+    """Check that a word names a folder of features, if it exists.
 
     Raises:
-        DinoError: It names images, a checkpoint, a run or a feature file.
+        DinoError: If it names images, a checkpoint, a run or a feature file.
     """
     from dinocli.features import FOLDER
     from dinocli.identify import NAMES, WEIGHTS, kind_of
@@ -223,7 +223,7 @@ def check_features(value: str, words: Words) -> None:
 
 
 def _swap(words: Words, old: str, new: str) -> str:
-    """Return the command with another value in the place of one, however that was typed."""
+    """Return the command with one value replaced, typed as a word or as --option=value."""
     instead: dict[int, Sequence[str]] = {}
     for i, word in enumerate(words.typed):
         name, equals, value = word.partition("=")

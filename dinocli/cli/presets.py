@@ -1,4 +1,4 @@
-"""`dino presets`: what can be trained."""
+"""`dino presets`: the shipped presets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ presets = App(help="List the shipped presets, or show one.", invoke_without_comm
 
 @presets.callback()
 def list_presets(context: typer.Context, json: Json = False) -> None:
-    """List the shipped presets with backbone, recipe, cost and expected number; `dino presets show NAME` prints one."""
+    """List the shipped presets with backbone, recipe, cost and expected result; `dino presets show NAME` prints one."""
     if context.invoked_subcommand:
         return
     rows = []
@@ -40,6 +40,6 @@ def list_presets(context: typer.Context, json: Json = False) -> None:
 
 @presets.command()
 def show(name: Annotated[str, typer.Argument(help="Name of a shipped preset.")]) -> None:
-    """Print a preset; redirected into a file it is the start of one of your own."""
+    """Print a preset; redirect it to a file to start your own."""
     for line in shipped.text(name).rstrip("\n").splitlines():
         console.out(line)

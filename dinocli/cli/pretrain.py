@@ -1,4 +1,4 @@
-"""`dino pretrain`: train a backbone on unlabelled images."""
+"""`dino pretrain`: training of a backbone on unlabelled images."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def pretrain(
 
     from dinocli.data.sources import open_source
 
-    source = open_source(images)  # before torch is loaded: a wrong path or name is said at once
+    source = open_source(images)  # before torch is loaded, so that a wrong path or name fails at once
     console.notes(source.notes)
     if not preset.endswith(".toml"):
         shipped.text(preset)
@@ -175,10 +175,10 @@ def pretrain(
 
 
 def _refuse_names(init: str | None, teacher: str | None) -> None:
-    """Check that --init and --teacher are no bare names of a model or a preset.
+    """Refuse a bare model name for --init, and a preset's name for --teacher.
 
     Raises:
-        DinoError: They are; the hint says where the name belongs.
+        DinoError: If one is given. The hint says where the name belongs.
     """
     weights = (".pth", ".pt", ".safetensors")
     named = init if init and re.fullmatch(r"[a-z]\w*(\.\w+)?", init) and not init.endswith(weights) else None
@@ -196,10 +196,10 @@ def _cache(given: str | None) -> str | None:
 
 
 def _refuse_two_values(given: list[str], overrides: list[str]) -> None:
-    """Check that no option and no --set give two values for one key.
+    """Refuse two values for one key, by an option and by --set.
 
     Raises:
-        DinoError: They do.
+        DinoError: If the values differ.
     """
     keyed = {key.strip(): value.strip() for key, _, value in (override.partition("=") for override in overrides)}
     for key, _, value in (one.partition("=") for one in given):
@@ -209,10 +209,10 @@ def _refuse_two_values(given: list[str], overrides: list[str]) -> None:
 
 
 def _launched(gpus: int, device: str) -> bool:
-    """Whether this process has started others, which have done it all.
+    """Start the processes of --gpus, and return True if they have done the whole run.
 
     Raises:
-        DinoError: There are fewer devices.
+        DinoError: If there are fewer CUDA devices, --device names another kind, or another number of processes runs.
     """
     if size() > 1:
         if gpus != local_size():
@@ -290,7 +290,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
 
 
 def _views(plan: Plan) -> str:
-    """How many views of which size, and for how long where that changes."""
+    """Format the number and the size of the views, with epochs if the size changes."""
     low, words = plan.preset.views.low_resolution, []
     for _, views in plan.preset.views.phases(1):
         local = f" + {views.locals}x{views.local.size}" if views.local else ""
@@ -312,7 +312,7 @@ def _peak(plan: Plan) -> float:
 
 
 def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
-    """What a person should know before a run; of one that was begun, what is not known from then."""
+    """Yield the notes to print before a run; if it was begun, omit those printed then."""
     from dinocli.inspection import warn_of
     from dinocli.planning import cautions, short_stop
 
@@ -334,7 +334,7 @@ def _run(plan: Plan, json: bool) -> None:
     count, size = plan.source.count, plan.preset.training.batch_size
     images = f"{count} images" if count else "a stream of images"
     console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
-    begun = any(True for _ in saved_states(plan.out))  # what was said then need not be said again
+    begun = any(True for _ in saved_states(plan.out))  # a resumed run does not repeat its first notes
     for line in _beforehand(plan, begun=begun):
         console.say(f"note: {line}")
     with console.progress("pretrain", plan.stop, "steps") as advance:
@@ -376,9 +376,9 @@ def _run(plan: Plan, json: bool) -> None:
 
 
 def _link(checkpoint: Path, *, unfinished: bool) -> bool:
-    """Point `./ckpt.safetensors` to a run's weights, and say so if it pointed to others; false if it does not now.
+    """Point `./ckpt.safetensors` to a run's weights, and print a change; return False if it does not point there now.
 
-    A trial of a few steps leaves a longer run's weights where they are looked for.
+    A trial of a few steps does not replace the link to a longer run's weights.
     """
     if rank() > 0:
         return True

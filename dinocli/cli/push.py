@@ -1,4 +1,4 @@
-"""`dino push`: a run as a model folder for the hub."""
+"""`dino push`: a model folder for the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def push(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a model folder that timm loads from the hub, with a card of how it was trained; upload nothing."""
+    """Write a model folder that timm loads from the Hugging Face Hub, with a card of its training; upload nothing."""
     out = out and output_place(out, "OUT")
     source = checkpoint_or_newest(run)
 

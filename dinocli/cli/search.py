@@ -1,4 +1,4 @@
-"""`dino search`: the images that are nearest to a photo; and how well a network finds what it should."""
+"""`dino search`: nearest images to a photo, and retrieval scores of a network."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def search(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Find the images that are nearest to photos by the cosine of their features, and draw them."""
+    """Find the nearest images to photos by the cosine similarity of their features, and draw them."""
     if bool(evaluate) == bool(queries):
         came = "both came" if queries else "neither came"
         example = f" --features {features}" if features else ""

@@ -1,4 +1,4 @@
-"""`dino segment`: what is the main thing of a photo, what belongs together, and of which class is each pixel?"""
+"""`dino segment`: foreground masks, patch colors by PCA, and classes of pixels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dinocli.segment_pictures import Segmented
 
 By = Literal["attention", "cut"]
-_BEST: By = "cut"  # of the two on ECSSD, with every network that was tried
+_BEST: By = "cut"  # better than attention on ECSSD, with every network tried
 _UNREADABLE = ("none of the images can be read", "name a photo such as a .jpg")
 
 
@@ -66,7 +66,7 @@ def segment(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Tell the foreground of photos without training, color their patches, or train a head for classes of pixels."""
+    """Segment the foreground of photos without training, color their patches, or train a head for classes of pixels."""
     _check(images, {"--pca": pca, "--evaluate": evaluate, "--train": train, "--head": head}, masks=masks)
     made: list[Path] = []
     out = output_place(out)
@@ -75,7 +75,7 @@ def segment(
 
         files = named_photos(images or [])
         if pca:
-            # A sheet shows several photos; more names than sheets do no harm.
+            # A sheet shows several photos, so some of these names stay unused, which is harmless.
             made = [out / "pca.png", *(out / f"pca-{number}.png" for number in range(2, 1 + len(files)))]
             spare(made[:1], files)
         elif not evaluate:
@@ -112,10 +112,10 @@ def segment(
 
 
 def _check(images: list[Path] | None, ways: Mapping[str, object], *, masks: bool) -> None:
-    """Whether what was asked for goes together.
+    """Check that the options fit together.
 
     Raises:
-        DinoError: It does not.
+        DinoError: If they do not.
     """
     asked = [way for way, value in ways.items() if value]
     if masks and asked not in ([], ["--head"]):
@@ -232,7 +232,7 @@ def _train(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed
     with console.progress("segment", 100, "%") as advance:
 
         def report(stage: str, done: int, of: int) -> None:
-            # Of the time that each takes about the half goes to the features.
+            # First percent and share of each stage; the features take about half of the time.
             first, share = {"masks": (0, 5), "features": (5, 45), "train": (50, 30), "measure": (80, 20)}[stage]
             advance(first + share * done // of, f"{stage} {done}/{of}")
 

@@ -1,4 +1,4 @@
-"""`dino track`: follow what a first mask holds through a video."""
+"""`dino track`: objects of a first mask, tracked through a video."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def track(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Follow what a first mask holds through a video: a mask for each frame, and a film with them laid over."""
+    """Track the objects of a first mask through a video; write a mask per frame, and a GIF with the masks overlaid."""
     if not mask.exists():
         raise DinoError(f"a mask of the first frame was wanted; {mask} does not exist", "check the path")
     out = output_place(out)

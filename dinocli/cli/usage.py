@@ -1,4 +1,4 @@
-"""Usage errors of the parser, as one line with the value that came and one hint to type."""
+"""Parser errors, as one line that names the given value, and one hint to type."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dinocli import shipped
 from dinocli.config import MEANT, find_keys
 from dinocli.errors import DinoError
 
-# Options of other tools and of the original, by the one that does it here.
+# Options of other tools and of the original code, each with ours.
 _SAME = {
     "--output": "--out", "--output-dir": "--out", "--save-dir": "--out", "--logdir": "--out", "--name": "--out",
     "--num-workers": "--workers", "--num-epochs": "--epochs", "--max-epochs": "--epochs", "--batch": "--batch-size",
@@ -32,8 +32,8 @@ def explain(error: Any, words: Sequence[str]) -> tuple[str, str]:
     """Return message and hint for a usage error.
 
     Args:
-        error: What the parser raised.
-        words: Command line without the program.
+        error: Exception of the parser.
+        words: Command line without the program name.
     """
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "dino"
@@ -62,7 +62,7 @@ def explain(error: Any, words: Sequence[str]) -> tuple[str, str]:
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:
-    """Return the value that an option has on the command line, if it has one."""
+    """Return the value of an option on the command line, or None."""
     for i, word in enumerate(words):
         if word.startswith(f"{option}="):
             return word.partition("=")[2]
@@ -73,7 +73,7 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 
 
 def _other_option(command: str, name: str, value: str | None, options: list[str], words: Sequence[str]) -> str:
-    """Return what to type in place of an option that does not exist; nothing if it is like none."""
+    """Return the hint for an option that does not exist, or an empty string if it resembles none."""
     typed = f" {shlex.quote(value)}" if value is not None else ""
     spelled = name.replace("_", "-").lower()
     if spelled in options:
@@ -95,7 +95,7 @@ def _other_option(command: str, name: str, value: str | None, options: list[str]
 
 
 def _keys(word: str, words: Sequence[str]) -> list[str]:
-    """Return the keys of the preset on the command line that a word means, without importing torch."""
+    """Return the keys that a word may mean in the command line's preset, without importing torch."""
     try:
         data = tomllib.loads(shipped.text(_value_of("--preset", words) or "vits16"))
     except DinoError:
@@ -104,7 +104,7 @@ def _keys(word: str, words: Sequence[str]) -> list[str]:
 
 
 def _place_of(command: str, words: Sequence[str], extra: list[str]) -> str:
-    """Return what to type for arguments that have no place; nothing if nothing is known of them."""
+    """Return the hint for surplus arguments, or an empty string if none fits."""
     at = words.index(extra[0]) if extra[0] in words else 0
     if at >= 2 and words[at - 2] == "--set":
         if "=" not in words[at - 1] and "=" not in extra[0]:
@@ -112,7 +112,7 @@ def _place_of(command: str, words: Sequence[str], extra: list[str]) -> str:
         return f"quote the value: --set '{' '.join([words[at - 1], *extra])}'"
     if "--set" in words and re.search(r"[\]}]$|^[\w.]+=", extra[-1]):
         return "quote the value: --set 'KEY=[0.5, 0.5]' or --set 'KEY={kind=\"constant\", value=0.1}'"
-    if command == "dino pretrain" and extra[1:]:  # what the shell made of *.jpg
+    if command == "dino pretrain" and extra[1:]:  # the shell expanded *.jpg
         return "name the folder of the images: dino pretrain FOLDER"
     if command == "dino pretrain":
         return f"name one folder of images; the run folder is --out {shlex.quote(extra[0])}"
@@ -124,7 +124,7 @@ def _place_of(command: str, words: Sequence[str], extra: list[str]) -> str:
 
 
 def _invalid(option: str, said: str, words: Sequence[str]) -> tuple[str, str] | None:
-    """Return message and hint for a value that does not fit its option; none if its bound is not known."""
+    """Return message and hint for an invalid value of an option, or None if the fault is unknown."""
     value = _value_of(option, words)
     if value is None or not option.startswith("-"):
         return None

@@ -1,4 +1,4 @@
-"""Words of a command line, which a hint puts in another order or completes."""
+"""Words of a command line, which hints reorder or complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WORDS = "dinocli.words"
 
 
 class Misuse(DinoError):
-    """A mistake in the words of a command, which ends it with exit code 2."""
+    """Usage error, which ends a command with exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Words:
     """Words after a command, split by its parser's rules.
 
     Attributes:
-        command: Its name, with that of its group.
-        typed: All words.
-        places: Index of each positional word.
-        known: Options of the command, and whether each takes a value.
+        command: Command name, with its group's name.
+        typed: All words, with options.
+        places: Indexes of the positional words.
+        known: Options of the command; True if one takes a value.
     """
 
     command: str
@@ -35,7 +35,7 @@ class Words:
 
     @classmethod
     def of(cls, command: str, typed: Sequence[str], parameters: Sequence[Any]) -> Words:
-        """Split words."""
+        """Split words by the parameters of their command."""
         options = [p for p in parameters if p.param_type_name == "option"]
         known = {name: not p.is_flag for p in options for name in (*p.opts, *p.secondary_opts)}
         places: list[int] = []
@@ -53,16 +53,16 @@ class Words:
         return cls(command, list(typed), places, {**known, "--help": False})
 
     def keep(self, context: Any) -> None:
-        """Keep the words for the checks of single arguments, which `words_of` gives them."""
+        """Store the words in the context, for `words_of` in the checks of single arguments."""
         context.meta[_WORDS] = self
 
     @property
     def positional(self) -> list[str]:
-        """The positional words."""
+        """Positional words."""
         return [self.typed[i] for i in self.places]
 
     def value(self, options: Sequence[str]) -> str:
-        """Return the value that was typed for an option, or nothing."""
+        """Return the value typed for an option, or an empty string."""
         for i, word in enumerate(self.typed):
             name, equals, value = word.partition("=")
             if name in options:
@@ -70,12 +70,12 @@ class Words:
         return ""
 
     def again(self, instead: Mapping[int, Sequence[str]], *more: str) -> str:
-        """Return the command with the words at some indexes replaced, and more words at its end."""
+        """Return the command with words at some indexes replaced, and more words at its end."""
         words = [new for i, word in enumerate(self.typed) for new in instead.get(i, [word])]
         return shlex.join(["dino", *self.command.split(), *words, *more])
 
     def ordered(self, positional: Sequence[str], *more: str) -> str:
-        """Return the command with other positional words in the places of these."""
+        """Return the command with its positional words replaced."""
         instead: dict[int, Sequence[str]] = {i: [] for i in self.places}
         if not self.places:
             return self.again({}, *positional, *more)
