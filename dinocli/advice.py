@@ -271,12 +271,8 @@ def _fitted(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate])
 
 
 def _place(machine: Machine, images: Inspection, preset: Preset) -> list[Advice]:
-    """Advise workers, cache and truncated images."""
+    """Advise cache and truncated images."""
     taken = []
-    if machine.cores < machine.cores_affine:
-        workers = str(max(1, machine.cores // 4 if machine.on_cpu else machine.cores))
-        why = f"the control group allows {machine.cores} of {machine.cores_affine} cores"
-        taken.append(Advice(f"{workers} workers", {"--workers": workers}, why))
     kept = _kept(images, preset)
     if images.kind == "files" and kept is not None and kept < machine.ram / 2:  # the cache takes at most half
         free = f"{kept / 1e9:.1f} GB decoded, {machine.ram / 1e9:.0f} GB free"

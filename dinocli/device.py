@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 
 from dinocli.distributed import local_rank, local_size, size
 from dinocli.errors import DinoError
+from dinocli.resources import cores
 
 
 def pick_device(name: str) -> torch.device:
@@ -85,11 +85,6 @@ def keep_freed_memory() -> None:
 
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def cores() -> int:
-    """Cores that this process may use, by its affinity."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(device: torch.device) -> int:

@@ -6,17 +6,15 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from dinocli.data.decode import has_fast_jpeg
-from dinocli.device import cores
 from dinocli.installation import faults_of, readable, version
+from dinocli.resources import ROOT, cores, ram_of, read_words
 
-_ROOT = Path("/")
 _LITTLE_DISK = 2e9  # bytes; a run of ViT-S/16 writes its weights, a new copy next to the old one, and a log
 
 
@@ -36,7 +34,6 @@ class Machine:
         memory: Available bytes of device memory; on a CPU, of process memory.
         memory_there: Total bytes of device memory.
         cores: Cores available to this process, by affinity and control group.
-        cores_affine: Cores by affinity alone, which is all that other programs query.
         cores_there: Cores of the machine.
         ram: Bytes available to this process, by system and control group.
         ram_there: Bytes of the machine, or the control group's limit if lower.
@@ -58,7 +55,6 @@ class Machine:
     memory: int
     memory_there: int
     cores: int
-    cores_affine: int
     cores_there: int
     ram: int
     ram_there: int
@@ -74,7 +70,7 @@ class Machine:
         return self.device == "cpu"
 
 
-def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = _ROOT) -> Machine:
+def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = ROOT) -> Machine:
     """Detect and test hardware and installation, without writing anything.
 
     Args:
@@ -84,7 +80,7 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = _R
     """
     import dinocli
 
-    affine, there = cores(), os.cpu_count() or 1
+    there = os.cpu_count() or 1
     ram, ram_there = ram_of(root)
     memory, memory_there = memory_of(device, root)
     name, devices = _name(device, root)
@@ -105,8 +101,7 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = _R
         devices=devices,
         memory=memory,
         memory_there=memory_there,
-        cores=min(affine, cores_of_group(root) or affine),
-        cores_affine=affine,
+        cores=cores(root),
         cores_there=there,
         ram=ram,
         ram_there=ram_there,
@@ -118,63 +113,7 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = _R
     )
 
 
-def cores_of_group(root: Path = _ROOT) -> int | None:
-    """Return the whole cores that the control group may use, or None without a limit.
-
-    Most container limits work this way. torch queries the affinity alone, and then starts one thread per core of the
-    machine.
-    """
-    limits = []
-    for group in _groups(root, "cpu"):
-        quota, _, period = _words(group / "cpu.max").partition(" ")
-        if not quota:
-            quota, period = _words(group / "cpu.cfs_quota_us"), _words(group / "cpu.cfs_period_us")
-        if quota.isdigit() and period.isdigit():
-            limits.append(max(1, int(quota) // int(period)))
-    return min(limits, default=None)
-
-
-def ram_of(root: Path = _ROOT) -> tuple[int, int]:
-    """Return the bytes available to this process without swapping, and the total bytes."""
-    known = dict(re.findall(r"^(\w+):\s+(\d+) kB", _words(root / "proc/meminfo"), re.MULTILINE))
-    if {"MemTotal", "MemAvailable"} <= known.keys():
-        free, total = int(known["MemAvailable"]) * 1024, int(known["MemTotal"]) * 1024
-    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        free = total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:  # Windows
-        free = total = 0
-    for group in _groups(root, "memory"):
-        limit = _words(group / "memory.max") or _words(group / "memory.limit_in_bytes")
-        used = _words(group / "memory.current") or _words(group / "memory.usage_in_bytes")
-        # The group's file cache counts as used but is released on demand.
-        cached = dict(re.findall(r"^(\w+) (\d+)$", _words(group / "memory.stat"), re.MULTILINE))
-        if limit.isdigit() and used.isdigit() and int(limit) < total:
-            given_up = int(cached.get("total_inactive_file") or cached.get("inactive_file") or 0)
-            total, free = int(limit), max(0, min(free, int(limit) - int(used) + given_up))
-    return free, total
-
-
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's control groups, from its own outwards, for versions 2 and 1."""
-    for line in _words(root / "proc/self/cgroup").splitlines():
-        _, names, path = (line + "::").split(":")[:3]
-        mounts = {"": ("", "unified")}.get(names, (controller,) if controller in names.split(",") else ())
-        for mount in mounts:
-            # Inside a container, the path may be the host's; the mount itself is then the group.
-            group = (root / "sys/fs/cgroup" / mount / path.lstrip("/")).relative_to(root)
-            while len(group.parts) >= 3 + bool(mount):
-                yield root / group
-                group = group.parent
-
-
-def _words(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def memory_of(device: torch.device, root: Path = _ROOT) -> tuple[int, int]:
+def memory_of(device: torch.device, root: Path = ROOT) -> tuple[int, int]:
     """Return the available and total bytes of a device; on a CPU, of the process."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
@@ -190,5 +129,5 @@ def _name(device: torch.device, root: Path) -> tuple[str, int]:
         return torch.cuda.get_device_name(device), torch.cuda.device_count()
     if device.type == "mps":
         return "Apple GPU", 1
-    model = re.search(r"^model name\s*: (.+)$", _words(root / "proc/cpuinfo"), re.MULTILINE)
+    model = re.search(r"^model name\s*: (.+)$", read_words(root / "proc/cpuinfo"), re.MULTILINE)
     return model[1] if model else platform.processor() or platform.machine(), 1

@@ -20,7 +20,7 @@ from dinocli.preset import Preset, load_preset
 GB = 10**9
 GPU = Machine(
     python="3.11", torch="2.11.0", torchvision="0.26", timm="1.0.26", dinocli="0", device="cuda", name="A GPU", devices=1,
-    memory=80 * GB, memory_there=80 * GB, cores=16, cores_affine=16, cores_there=16, ram=64 * GB, ram_there=64 * GB,
+    memory=80 * GB, memory_there=80 * GB, cores=16, cores_there=16, ram=64 * GB, ram_there=64 * GB,
     folder="/", disk=100 * GB, formats=[], fast_jpeg=True, faults={},
 )  # fmt: skip
 CPU = replace(GPU, device="cpu", memory=64 * GB)
@@ -209,13 +209,6 @@ def test_what_to_do_about_a_flat_loss_and_a_short_run_is_said() -> None:
     assert any("7,300 steps are few" in note for note in notes)
     assert not any("steps are few" in note for note in advise(GPU, images(45_000), cost).notes[:-1])
     assert not any("ln 8192" in note for note in advise(GPU, images(50_000), cost).notes)
-
-
-def test_workers_follow_the_control_group_where_the_affinity_does_not_tell() -> None:
-    bounded = {"cores": 6, "cores_affine": 64}
-    assert value_of(advise(GPU, images(60_000), cost), "--workers") is None
-    assert value_of(advise(replace(GPU, **bounded), images(60_000), cost), "--workers") == "6"
-    assert value_of(advise(replace(CPU, **bounded), images(60_000), cost), "--workers") == "1"
 
 
 def test_images_are_kept_where_half_the_memory_holds_them() -> None:

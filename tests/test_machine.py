@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dinocli import machine
-from dinocli.machine import cores_of_group, look_at_machine, ram_of
+from dinocli.machine import look_at_machine
+from dinocli.resources import cores_of_group, ram_of
 
 GB = 10**9
 
@@ -74,7 +75,7 @@ def test_cores_are_those_of_affinity_and_group(root: Path, monkeypatch: pytest.M
     monkeypatch.setattr(machine, "faults_of", lambda *about: {})
     write(root, "proc/cpuinfo", "processor : 0\nmodel name\t: A Processor\n")
     seen = look_at_machine(torch.device("cpu"), root, root)
-    assert (seen.cores, seen.cores_affine, seen.cores_there) == (12, 12, 64)
+    assert (seen.cores, seen.cores_there) == (12, 64)
     assert (seen.name, seen.memory, seen.on_cpu, seen.faults) == ("A Processor", seen.ram, True, {})
     write(root, "proc/self/cgroup", "0::/\n")
     write(root, "sys/fs/cgroup/cpu.max", "400000 100000\n")

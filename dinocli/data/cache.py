@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 import multiprocessing
-import os
 import shutil
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from dinocli.data.crops import ViewConfig, shrink
 from dinocli.data.decode import Pixels
 from dinocli.distributed import local_size
 from dinocli.errors import DinoError
+from dinocli.resources import ram_of
 
 _SHARE = {"ram": 0.5, "disk": 0.9}  # of what is free
 _NO_RESERVE = 0x4000  # Linux: take memory when it is written to, and not before
@@ -87,8 +87,8 @@ class PixelCache:
 
 def _memory(where: str) -> tuple[mmap.mmap, int]:
     if where == "ram":
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        budget = int(_SHARE["ram"] * _available(free) / local_size())
+        free, _ = ram_of()  # of a container too: what is above its limit ends the run
+        budget = int(_SHARE["ram"] * free / local_size())
         return mmap.mmap(-1, budget, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE), budget
     folder = Path(where)
     try:
@@ -101,12 +101,3 @@ def _memory(where: str) -> tuple[mmap.mmap, int]:
         raise DinoError(
             f"--cache {where} cannot be written to: {error.strerror}", "--cache ram, or another folder"
         ) from error
-
-
-def _available(free: int) -> int:
-    """Bytes that can be had without swapping: more than what is free, since what the system caches counts too."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return free

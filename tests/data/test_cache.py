@@ -36,7 +36,7 @@ def test_pixels_are_kept_as_small_as_the_crops_allow(tmp_path: Path, where: str)
 
 
 def test_what_does_not_fit_is_as_small_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_available", lambda free: 2 * 3000)
+    monkeypatch.setattr(module, "ram_of", lambda: (2 * 3000, 2**40))
     cache = PixelCache(3, [VIEW], "ram")
     pixels = np.zeros((25, 25, 3), dtype=np.uint8)
     assert [cache.put(i, pixels).shape for i in range(3)] == [(25, 25, 3)] * 3
@@ -63,7 +63,7 @@ def test_views_do_not_depend_on_what_was_kept(
             stream.close()
 
     whole = take("ram", 0)
-    monkeypatch.setattr(module, "_available", lambda free: room)
+    monkeypatch.setattr(module, "ram_of", lambda: (room, 2**40))
     for ours, theirs in zip(take("ram", workers), whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     # As near as a resize of a resize is to a resize.
