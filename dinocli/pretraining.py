@@ -290,10 +290,7 @@ def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBat
 
 
 class _Session:
-    """Steps and saves of a run.
-
-    It saves before the first step too, so that a full disk shows early.
-    """
+    """Steps and saves of a run; a save before the first step reveals a full disk early."""
 
     def __init__(self, plan: Plan, trainer: Trainer, method: SelfDistillation, saved: Saved | None) -> None:
         self.plan, self.trainer, self.method, self.bad = plan, trainer, method, BadFiles()
@@ -432,10 +429,7 @@ def start_from(method: SelfDistillation, source: str, note: Callable[[str], None
 
 @contextmanager
 def _tidied() -> Iterator[Callable[[], object]]:
-    """Disable automatic garbage collection, and yield a function that collects.
-
-    A step makes little garbage, and searching for it stalls the device.
-    """
+    """Collect garbage only on request: a step makes little, and searching for it stalls the device."""
     was = gc.isenabled()
     gc.collect()
     gc.freeze()  # later collections ignore networks and libraries

@@ -116,10 +116,7 @@ class Saved:
 
 
 def saved_states(run: Path) -> Iterator[tuple[Path, State | None]]:
-    """Yield folder and metadata of each state of a run, newest first; None stands for corrupt metadata.
-
-    Other files in the folders are not checked.
-    """
+    """Yield folder and metadata (None if corrupt) of each state, newest first, without checking other files."""
     for folder in _folders(run):
         try:
             yield folder, State.parse(unseal((folder / _STATE).read_bytes()), str(folder))
