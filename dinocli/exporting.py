@@ -70,8 +70,8 @@ def export(
     Args:
         source: Run folder, checkpoint, or official `.pth`.
         to: Format. `official`: keys of the backbones released by facebookresearch/dino. `timm`: a folder for
-            `create_model("local-dir:...")` or the hub. `onnx` and `torch-export`: a graph from normalized images [B, C,
-            size, size], B free, to features.
+            `create_model("local-dir:...")` or the hub. `onnx` and `torch-export`: a graph to features from normalized
+            images [B, C, size, size], with B free.
         out: Output path. An existing file is replaced, a folder only if an export made it, the source never.
         which: Network to export if the file holds both.
         heads: Include the head (`official` only); both are then stored under the network's name, as in a full

@@ -316,7 +316,7 @@ def learned_from(splits: Iterable[str]) -> str:
 
 
 def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
-    """Return the labelled split to learn from, and the one to evaluate on, or None if only one has labels.
+    """Return the labelled split to learn from, and the one to evaluate on (None without one).
 
     Raises:
         DinoError: If no split has labels, the features are patch tokens, or a test class is not in the training split.

@@ -24,7 +24,7 @@ Dtype = Literal["float32", "float16"]
 
 
 class FeatureWriter:
-    """Writer of features batch by batch, in constant memory; `write_features` returns one.
+    """Writer of features batch by batch, in constant memory; `write_features` yields one.
 
     Attributes:
         place: Feature file, or folder of shards for large features.
