@@ -148,7 +148,7 @@ def initial_weights(source: str) -> Weights:
 
 
 def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
-    """Adapt three-channel weights to a backbone with another number of channels; return None if they fit.
+    """Adapt three-channel weights to a backbone with other channels; return None if there is nothing to adapt.
 
     The first layer's filters are summed for one channel, or repeated and scaled for several. So its output keeps its
     scale if all channels are equal.

@@ -33,7 +33,7 @@ _LOOKS = 20
 
 
 class Monitor:
-    """k-NN evaluation on a labelled set that is decoded once, at low resolution.
+    """k-NN evaluation on a labelled set that is decoded once, at the size of the global views.
 
     Args:
         spec: Folder with class folders, or with `train` and `val` folders that have them.
