@@ -1,4 +1,4 @@
-"""Curves: panels of what a run logged as drawings, for a page and for a file; and a histogram."""
+"""Drawings of panels for the HTML page and for a file, and a histogram."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from dinocli.atomic import atomic
 from dinocli.history import thinned
 from dinocli.panels import Lane, Panel
 
-# Inches: a panel is about as wide as a phone, so that the text in it comes out as large as the page's small print.
+# Inches. A panel is about as wide as a phone, so that its text is as large as the page's small print.
 _WIDTH, _LANE, _HEADING = 4.4, 1.75, 0.3
-# The part of a panel left of its axes at least; a digit at the labels' size; a tick with its gap and a hair to spare.
+# Minimum share of a panel left of its axes; inches of a digit in a label; inches of a tick, its gap and some slack.
 _LEFT, _DIGIT, _TICK = 0.125, 0.071, 0.13
 _INK, _FAINT, _BAD = "#4a4a4a", "#c9c9c9", "#c0392b"
 _COLORS = ("#1f6fb4", "#c8651b", "#3a8f3a", "#8757b5", "#a33c55")
-# What the page sets in its light and in its dark style.
+# CSS variables that the page sets in its light and dark styles.
 _VARIABLES = {_INK: "--ink", _FAINT: "--line", _BAD: "--bad"} | {c: f"--curve-{i}" for i, c in enumerate(_COLORS)}
 _STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text, in the page's own font
+    "svg.fonttype": "none",  # keeps text as text, in the page's own font
     "font.size": 8.5,
     "text.color": _INK,
     "axes.edgecolor": _INK,
@@ -49,13 +49,13 @@ _STYLE: Any = {
 
 
 def panel_svg(panel: Panel, label: str) -> str:
-    """A panel as an SVG element whose colors are variables of the page's.
+    """Return a panel as an SVG element whose colors are CSS variables of the page.
 
     Args:
-        panel: What to draw.
-        label: Says it in words, for those who do not see it; it is to be escaped already.
+        panel: Panel to draw.
+        label: Description for screen readers, already escaped.
     """
-    # Ids are made of this and of what they name: the same each time, and no two panels of a page share one.
+    # The salt makes ids reproducible, and different in each panel of a page.
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": panel.title}):
         figure = Figure(figsize=(_WIDTH, _height(panel)))
         _draw(figure, panel, _height(panel))
@@ -72,7 +72,7 @@ def panel_svg(panel: Panel, label: str) -> str:
 
 
 def write_sheet(drawn: Sequence[Panel], path: Path) -> None:
-    """All panels as one PNG, three a row."""
+    """Write all panels as one PNG, three per row."""
     columns = min(3, len(drawn)) or 1
     rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)] or [[]]
     heights = [max((_height(panel) for panel in row), default=1.0) + _HEADING for row in rows]
@@ -90,7 +90,7 @@ def write_sheet(drawn: Sequence[Panel], path: Path) -> None:
 
 
 def write_histogram(values: NDArray[np.floating[Any]], title: str, mark: float | None, path: Path) -> None:
-    """How often each value comes, counted on a logarithmic scale, as PNG, with a line at a mark if there is one."""
+    """Write a histogram as a PNG, with logarithmic counts and a line at `mark` if given."""
     values = values[np.isfinite(values)]
     marks = [] if mark is None else [mark]
     ends = [*marks, *([float(values.min()), float(values.max())] if len(values) else [0.0, 1.0])]
@@ -116,13 +116,13 @@ def _height(panel: Panel) -> float:
 
 
 def _draw(figure: Figure | SubFigure, panel: Panel, height: float, above: float = 0.0) -> None:
-    """Draw a panel into a figure of so many inches, below a strip of so many for a heading."""
+    """Draw a panel into a figure, below a strip for a heading (`height` and `above` in inches)."""
     margins = {"right": 0.975, "bottom": 0.33 / height, "top": 1 - (0.22 + above) / height}
     lanes = figure.subplots(len(panel.lanes), sharex=True, squeeze=False, gridspec_kw={**margins, "hspace": 0.36})
     widest = max(_draw_lane(axes, lane) for axes, lane in zip(lanes[:, 0], panel.lanes, strict=True))
     figure.subplots_adjust(left=max(_LEFT, (widest * _DIGIT + _TICK) / _WIDTH))
     low, high = lanes[-1, 0].get_xlim()
-    if high - low < 2:  # of one step, whose neighbours would be called 950m and 1.05
+    if high - low < 2:  # a single step would get ticks such as 950m and 1.05
         lanes[-1, 0].set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
     lowest = lanes[-1, 0]
     lowest.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -131,8 +131,8 @@ def _draw(figure: Figure | SubFigure, panel: Panel, height: float, above: float 
 
 
 def _draw_lane(axes: Axes, lane: Lane) -> int:
-    """Draw curves on one scale; return the characters of the longest label of that scale."""
-    # A title at a given height: to look for one itself costs matplotlib a third of the time.
+    """Draw curves on one scale; return the number of characters in its longest label."""
+    # Give the title's height: matplotlib's own search for one takes a third of the time.
     axes.set_title(lane.title, loc="left", fontsize=8.5, pad=4, y=1.0)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
@@ -149,7 +149,7 @@ def _draw_lane(axes: Axes, lane: Lane) -> int:
         axes.plot(bad, [0] * len(bad), "|", color=_BAD, clip_on=False, transform=axes.get_xaxis_transform())
     for name, level in lane.marks.items():
         axes.axhline(level, color=_INK, linewidth=1, linestyle=":")
-        where: Any = ("axes fraction", "data")  # below the line: above it, at the top, the legend has its place
+        where: Any = ("axes fraction", "data")  # below the line, because the legend is above it at the top
         axes.annotate(name, (1, level), (0, -2), where, "offset points", ha="right", va="top", fontsize=7.5)
     if log:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
@@ -169,7 +169,7 @@ def _draw_lane(axes: Axes, lane: Lane) -> int:
 
 
 def _digits(ticks: Sequence[float]) -> int:
-    """Return the significant digits that tell neighbouring ticks apart, such as 0.9999975 and 1."""
+    """Return the significant digits that distinguish neighbouring ticks, such as 0.9999975 and 1."""
     steps = [b - a for a, b in pairwise(ticks) if b > a]
     largest = max((abs(tick) for tick in ticks), default=0.0)
     return max(6, math.ceil(math.log10(largest / min(steps))) + 2) if steps and largest else 6

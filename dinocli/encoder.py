@@ -1,4 +1,4 @@
-"""Encoder: a frozen backbone that turns images into features, from wherever its weights come."""
+"""Encoder: a frozen backbone that turns images into features, with weights of any source."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _MOST_PATCHES = 16_384
 
 
 class NotFinite(DinoError):
-    """Output of a network with values that are infinite or NaN.
+    """Error about network output with infinite or NaN values.
 
     Args:
-        reason: Number of these values, and of all.
+        reason: Number of these values, and of all values.
     """
 
     def __init__(self, reason: str) -> None:
@@ -43,10 +43,10 @@ class NotFinite(DinoError):
 
 
 def checked(made: Tensor, what: str) -> Tensor:
-    """Return what a network made.
+    """Return a network's output if all values are finite.
 
     Raises:
-        NotFinite: A value is infinite or NaN.
+        NotFinite: If a value is infinite or NaN.
     """
     if bad := made.numel() - int(made.isfinite().sum()):
         raise NotFinite(f"not finite: {bad:,} of {made.numel():,} {what}")
@@ -54,11 +54,11 @@ def checked(made: Tensor, what: str) -> Tensor:
 
 
 def finite_rows(made: Tensor, names: Sequence[str]) -> tuple[list[int], list[tuple[str, str]]]:
-    """Return the numbers of the rows that are finite, and name and reason of each other one.
+    """Return the indices of the finite rows, and the name and reason of each other row.
 
     Args:
         made: Features of images. [B, ...]
-        names: Name of each. [B]
+        names: Name of each image. [B]
     """
     bad = (~made.isfinite()).flatten(1).sum(1).tolist()
     of = made[0].numel() if len(made) else 0
@@ -68,23 +68,22 @@ def finite_rows(made: Tensor, names: Sequence[str]) -> tuple[list[int], list[tup
 
 @dataclass(frozen=True)
 class Encoder:
-    """A frozen backbone in evaluation mode.
+    """Frozen backbone in evaluation mode.
 
     Attributes:
-        backbone: It.
-        source: Where its weights came from, as the user named it.
-        fingerprint: Sixteen hexadecimal digits of its weights' SHA-256.
-        size: Side of the images it was trained on, in pixels.
-        mean: Of the channels of its training data.
-        std: Of the channels of its training data.
-        images: How files became pixels when it was trained.
-        precision: Of products, where the device has them of its own.
-        run: Folder of the run that the weights are of, if they lie in one.
-        step: Training steps of the weights, if the source tells.
-        notes: Assumptions that reading the weights made, for the user to check.
+        source: Source of the weights, as the user named it.
+        fingerprint: First sixteen hexadecimal digits of the weights' SHA-256.
+        size: Side of the training images, in pixels.
+        mean: Mean of each channel in the training data.
+        std: Standard deviation of each channel in the training data.
+        images: Settings for decoding image files, as in training.
+        precision: Precision of matrix products, if the device supports it natively.
+        run: Folder of the run that produced the weights, if any.
+        step: Number of training steps, if the source stores it.
+        notes: Assumptions made in reading the weights, for the user to check.
     """
 
-    backbone: Backbone = field(repr=False)  # a page of modules in a notebook
+    backbone: Backbone = field(repr=False)  # would fill a page in a notebook
     source: str
     fingerprint: str
     size: int
@@ -98,12 +97,12 @@ class Encoder:
 
     @property
     def channels(self) -> int:
-        """C of the images that it takes."""
+        """Number of image channels (C)."""
         return len(self.mean)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the weights."""
         return next(self.backbone.parameters()).device
 
     def __call__(
@@ -114,22 +113,22 @@ class Encoder:
         size: int | None = None,
         batch_size: int = 64,
     ) -> Tensor:
-        """Features of images that a program holds: the numbers that `dino extract` stores of the same files.
+        """Return the features of images, equal to those that `dino extract` stores for the same files.
 
         Args:
-            images: One or several: a path; an image of Pillow; an array of numbers, which counts as the `.npy` file of
-                it, [H, W, C] or, for one channel, [H, W]. Tensors that are normalized already are for `features`.
-            tokens: Which tokens; see `features`.
-            blocks: Of how many of the last blocks.
-            size: Side that the images are brought to, in pixels; absent, what the encoder was trained on.
-            batch_size: Images at once.
+            images: One image or several. A path; a Pillow image; or an array, read like its `.npy` file: [H, W, C] or,
+                for one channel, [H, W]. Pass tensors that are already normalized to `features`.
+            tokens: Kind of tokens; see `features`.
+            blocks: Number of last blocks.
+            size: Side that images are resized to, in pixels. If None, the training size.
+            batch_size: Images per batch.
 
         Returns:
-            float32, on the CPU, a row for each image, for a single one too. What a row is, `features` says.
+            float32 tensor on the CPU with a row for each image, also for a single image. See `features` for the rows.
 
         Raises:
-            DinoError: One cannot be read or has features that are not finite, which it names; or there is no such
-                choice of tokens.
+            DinoError: If an image cannot be read or has non-finite features (the error names it), or `tokens` is
+                unknown.
         """
         if tokens not in (known := get_args(TokenChoice)):
             raise DinoError(f"tokens are one of {', '.join(known)}; {tokens!r} came", f'"{nearest(tokens, known)}"')
@@ -152,18 +151,18 @@ class Encoder:
         share: Share = ALONE,
         cutter: Cutter | None = None,
     ) -> Iterator[Plain]:
-        """All images of a source once, read and normalized as they were in training.
+        """Yield all images of a source once, decoded and normalized as in training.
 
         Args:
-            source: The images.
-            size: Their side, in pixels.
-            batch_size: Images at once.
-            workers: Processes that decode.
-            share: Which batches are this process's.
-            cutter: Of views beside each image, if any.
+            source: Source of the images.
+            size: Side of the images, in pixels.
+            batch_size: Images per batch.
+            workers: Number of decoding processes.
+            share: Share of the batches that this process reads.
+            cutter: Cutter of random views of each image, if any.
 
         Raises:
-            DinoError: The images would be smaller than a patch.
+            DinoError: If `size` is smaller than a patch.
         """
         if size < self.backbone.patch_size:
             raise DinoError(
@@ -185,14 +184,14 @@ class Encoder:
 
     @torch.no_grad()
     def features(self, images: Tensor, tokens: TokenChoice = "cls", blocks: int = 1) -> Tensor:
-        """Features of normalized images; whoever stores or compares them checks them with `finite_rows`.
+        """Return the features of normalized images; check them with `finite_rows` before storing or comparing.
 
         Args:
-            images: [B, C, H, W]
-            tokens: `cls` joins the class tokens of the last blocks; `cls+avg` puts the average of the patch tokens
-                beside each, number by number (cls0, avg0, cls1, avg1, ...), as the original's linear heads on ViT-B
-                expect; `patches` joins each patch's tokens.
-            blocks: How many of the last blocks, the earliest first.
+            images: Normalized images. [B, C, H, W]
+            tokens: `cls` concatenates the class tokens of the last blocks. `cls+avg` interleaves each with the average
+                of the patch tokens (cls0, avg0, cls1, avg1, ...), as the original's linear heads on ViT-B expect.
+                `patches` concatenates each patch's tokens.
+            blocks: Number of last blocks, earliest first.
 
         Returns:
             [B, blocks*D], [B, blocks*2*D], or [B, N, blocks*D]
@@ -203,16 +202,16 @@ class Encoder:
             return features_of(self.backbone, images, tokens, blocks)
 
     def photo(self, pixels: Pixels, short_side: int, most: int = _MOST_PATCHES) -> Tensor:
-        """A photo of any size and shape as the backbone takes it, all of it.
+        """Resize and normalize a whole photo of any size and shape for the backbone.
 
         Args:
-            pixels: [H, W, C]
-            short_side: What to resize its short side to, in pixels; both sides are then rounded to whole patches.
-            most: Patches, but for rounding; as many as a machine can hold unless told otherwise. A very long photo, or
-                a very large size, becomes coarser.
+            pixels: Photo. [H, W, C]
+            short_side: Target length of the short side, in pixels. Both sides are rounded to whole patches.
+            most: Maximum number of patches, before rounding. A very long photo or a very large size becomes coarser.
+                The default fits a machine's memory.
 
         Returns:
-            Normalized. [1, C, H', W']
+            Normalized photo. [1, C, H', W']
         """
         height, width = pixels.shape[:2]
         patch = self.backbone.patch_size
@@ -224,21 +223,21 @@ class Encoder:
 
     @torch.no_grad()
     def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
-        """What some blocks make of the patches, as `Backbone.patches` has it. [B, rows, columns, len(layers)*D]
+        """Return the patch features of some blocks, as `Backbone.patches`. [B, rows, columns, len(layers)*D]
 
         Raises:
-            NotFinite: A value is infinite or NaN.
+            NotFinite: If a value is infinite or NaN.
         """
         with autocast(self.device, self.precision):
             return checked(self.backbone.patches(images, layers, facet).float(), "values of patches")
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Tensor:
-        """How much the class token draws on each patch in the last block, for each head. [B, heads, rows, columns]
+        """Return the class token's attention to each patch in the last block, per head. [B, heads, rows, columns]
 
         Raises:
-            DinoError: The backbone has no attention.
-            NotFinite: A value is infinite or NaN.
+            DinoError: If the backbone has no attention.
+            NotFinite: If a value is infinite or NaN.
         """
         rows, columns = images.shape[-2] // self.backbone.patch_size, images.shape[-1] // self.backbone.patch_size
         attention = self.backbone.attention(images)[:, :, 0]  # [B, heads, 1+R+N]
@@ -247,7 +246,7 @@ class Encoder:
 
 
 def features_of(backbone: Backbone, images: Tensor, tokens: TokenChoice = "cls", blocks: int = 1) -> Tensor:
-    """What `Encoder.features` describes, of a bare backbone."""
+    """Return the features that `Encoder.features` describes, from a bare backbone."""
     if tokens == "cls":
         return torch.cat(backbone.class_tokens(images, blocks), dim=-1)
     return torch.cat([_choose(t, tokens) for t in backbone.blocks(images, blocks)], dim=-1)
@@ -260,14 +259,14 @@ def _choose(tokens: Tokens, choice: TokenChoice) -> Tensor:
 
 
 def with_images(encoder: Encoder, overrides: Iterable[str]) -> Encoder:
-    """The encoder with other limits and window for the files it reads.
+    """Return the encoder with other settings for reading image files: limits and window.
 
     Args:
-        encoder: What its checkpoint says.
-        overrides: `images.key=value`, as `--set` has them.
+        encoder: Encoder with the settings of its checkpoint.
+        overrides: `images.key=value`, as for `--set`.
 
     Raises:
-        DinoError: One is not of `images`, not valid, or of other channels than the weights.
+        DinoError: If an override is not of `images`, is invalid, or sets other channels than the weights have.
     """
     images = encoder.images.changed(overrides)
     if images.channels != encoder.channels:
@@ -279,10 +278,10 @@ def with_images(encoder: Encoder, overrides: Iterable[str]) -> Encoder:
 
 
 def whole_patches(encoder: Encoder, size: int | None) -> int | None:
-    """Return a side of images that a user chose, or None.
+    """Check an image size chosen by the user, and return it unchanged.
 
     Raises:
-        DinoError: It is no multiple of a transformer's patch size: pixels at the border would be left out.
+        DinoError: If it is not a multiple of a transformer's patch size: pixels at the border would be ignored.
     """
     patch = encoder.backbone.patch_size
     if size is None or not isinstance(encoder.backbone, Transformer) or size % patch == 0:
@@ -293,23 +292,23 @@ def whole_patches(encoder: Encoder, size: int | None) -> int | None:
 
 
 def quick(encoder: Encoder, precision: Precision, *, compiled: bool) -> Encoder:
-    """The encoder for many images: with coarser products, its channels last, and its blocks compiled.
+    """Return the encoder set up for many images: coarser products, channels last, and compiled blocks if chosen.
 
     Args:
-        encoder: Whose backbone it shares.
-        precision: Of products, where the device has them of its own.
-        compiled: Whether torch compiles the blocks: a minute at the start, and less for each batch.
+        encoder: Encoder whose backbone is shared.
+        precision: Precision of matrix products, if the device supports it natively.
+        compiled: Compile the blocks with torch.compile: about a minute at the start, then faster batches.
     """
     if compiled:
         encoder.backbone.compile_blocks(any_batch=True)
-    # Filters want the channels beside each other, as decoders give them.
+    # Convolutions are faster with adjacent channels, as decoders return them.
     encoder.backbone.to(memory_format=torch.channels_last)
     there = precision == "float32" or has_bfloat16(encoder.device)
     return replace(encoder, precision=precision if there else "float32")
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Sixteen hexadecimal digits that differ between networks with different weights."""
+    """Return sixteen hexadecimal digits that differ between networks with different weights."""
     digest = hashlib.sha256()
     for key in sorted(weights):
         digest.update(key.encode())

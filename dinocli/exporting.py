@@ -1,4 +1,4 @@
-"""Exporting: a backbone in the form that another library loads, and loaded again by it before it is said to be done."""
+"""Export of a backbone to other libraries, checked by loading the result with that library."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from dinocli.weights import Weights, Which, carrying, metadata_of, read_weights
 Format = Literal["official", "timm", "onnx", "torch-export"]
 ENDINGS: dict[Format, str] = {"official": ".pth", "timm": "", "onnx": ".onnx", "torch-export": ".pt2"}
 TIMM_FILES = {"config.json", "model.safetensors"}
-_TOLERANCE = 1e-4  # relative; other libraries add up in another order
-_ONE_ONNX_FILE = 2**31  # bytes, a bound of the format
+_TOLERANCE = 1e-4  # relative; other libraries sum in another order
+_ONE_ONNX_FILE = 2**31  # bytes, a limit of the format
 
 Loaded = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Result of an export.
 
     Attributes:
-        path: A file, or for timm a folder.
-        difference: Of the features that the other library made from those of this tool, relative, on random images.
-        notes: What differs in use.
-        load: What to type in Python.
+        path: Written file, or folder for timm.
+        difference: Relative difference between the other library's features and this tool's, on random images.
+        notes: Notes for the user on building the network and on differences in use.
+        load: Python code that loads the export.
     """
 
     path: Path
@@ -68,21 +68,22 @@ def export(
     """Write a backbone for another library, load it again with that library, and compare the features.
 
     Args:
-        source: A run folder, a checkpoint, or an official `.pth`.
-        to: `official`, for facebookresearch/dino: the keys of its released backbones. `timm`: a folder for
-            `create_model("local-dir:...")` or the hub. `onnx` and `torch-export`: a graph from normalized images
-            [B, C, size, size], B free, to features.
-        out: Where to. A file that is there is replaced, a folder if an export made it, the source never.
-        which: Of a file that holds both networks.
-        heads: For `official` alone: with the head, and both under the name of the network as in a full checkpoint.
-        tokens: For the graphs: which features they give, as `Encoder.features` describes.
-        size: For the graphs: side of the images in pixels; that of the training if absent.
-        overrides: `backbone.key=value` for an official file, as `--set` takes them.
+        source: Run folder, checkpoint, or official `.pth`.
+        to: Format. `official`: keys of the backbones released by facebookresearch/dino. `timm`: a folder for
+            `create_model("local-dir:...")` or the hub. `onnx` and `torch-export`: a graph to features from normalized
+            images [B, C, size, size], with B free.
+        out: Output path. An existing file is replaced, a folder only if an export made it, the source never.
+        which: Network to export if the file holds both.
+        heads: Include the head (`official` only); both are then stored under the network's name, as in a full
+            checkpoint.
+        tokens: Features that a graph returns, as in `Encoder.features`.
+        size: Side of a graph's input images, in pixels. By default, the training size.
+        overrides: `backbone.key=value` for an official file, as for `--set`.
 
     Raises:
-        DinoError: The source cannot be read or would be written over, the other library has no such network, or what
-            it loads gives other features; then nothing is left.
-        OSError: The disk is full, or the place may not be written to.
+        DinoError: If the source cannot be read or would be overwritten, the other library lacks this network, or its
+            features differ. Nothing is written then.
+        OSError: If the disk is full or the path is not writable.
     """
     if source.startswith("timm:"):
         raise DinoError(f"a checkpoint was wanted; {source} is timm's own", "a run folder, ckpt.safetensors or .pth")
@@ -126,14 +127,14 @@ def _keep_the_source(source: Path, to: Format, out: Path) -> None:
 
 
 def folder_is_free(out: Path, ours: set[str]) -> None:
-    """Whether nothing stands there, or what this tool made before.
+    """Check that nothing exists at a path, or only an earlier export of this tool.
 
     Args:
-        out: Where a model folder is to be.
+        out: Path of the model folder.
         ours: Names of the files that may be replaced.
 
     Raises:
-        DinoError: Something of the user's own stands there.
+        DinoError: If the path holds anything of the user's own.
     """
     what = ""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -151,13 +152,13 @@ def folder_is_free(out: Path, ours: set[str]) -> None:
 
 
 def _native_size(encoder: Encoder) -> int:
-    """Side of the images at which positions are taken as they are; where there are none any will do."""
+    """Return the image side at which positions need no resampling; without positions, the training size."""
     return encoder.backbone.native_size if isinstance(encoder.backbone, ViTBackbone) else encoder.size
 
 
 def _compare(encoder: Encoder, loaded: Loaded, tokens: TokenChoice, size: int) -> float:
-    """Relative difference of the features, where none but rounding is allowed."""
-    # Another number of images than the graph was made with, since that is what must stay free.
+    """Return the relative difference of the features, which must be within rounding."""
+    # Another batch size than in tracing, because the batch size must stay free.
     images = torch.randn(3, encoder.channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return _difference(encoder.features(images, tokens), loaded(images), "features")
@@ -168,7 +169,7 @@ def _difference(ours: Tensor, theirs: Tensor, what: str) -> float:
     if ours.shape != theirs.shape:
         how = f"of shape {list(theirs.shape)} and not {list(ours.shape)}"
         raise DinoError(f"what the other library loads gives {what} {how}", hint)
-    ours, theirs = ours.double(), theirs.double()  # whose squares do not overflow
+    ours, theirs = ours.double(), theirs.double()  # squares do not overflow in float64
     difference = ((ours - theirs).norm() / ours.norm()).item()
     if not difference < _TOLERANCE:
         how = f"that differ by {difference:.2g} of their length"
@@ -196,7 +197,7 @@ def _to_official(
     metadata: dict[str, str],
     draft: Path,
 ) -> tuple[Loaded, float]:
-    """The network that the original builds of the file, and the difference of the head that it builds."""
+    """Write an official file; return the original's network loaded from it, and its head's difference."""
     original, forward = original_network(encoder.backbone, architecture.name)
     state = {key: value.contiguous() for key, value in encoder.backbone.model.state_dict().items()}
     if head is None:
@@ -215,14 +216,14 @@ def _to_official(
 
 
 def _save(write: Callable[[io.BytesIO], None], draft: Path) -> None:
-    """Write by way of memory: on a full disk torch's own writer raises what cannot be told, or ends the process."""
+    """Write through memory: on a full disk torch's own writer raises unclear errors or ends the process."""
     file = io.BytesIO()
     write(file)
     draft.write_bytes(file.getbuffer())
 
 
 def _notes_on_the_original(encoder: Encoder, architecture: BackboneConfig, head: Head | None, native: int) -> list[str]:
-    """How to build what none of the original's options builds, and what then differs in use."""
+    """Return how to build a network that the original's options cannot build, and how its use differs."""
     backbone, notes = encoder.backbone, []
     if not isinstance(backbone, ViTBackbone):
         notes.append(f"network = torchvision.models.{architecture.name}(); network.fc = torch.nn.Identity()")
@@ -248,12 +249,12 @@ def _notes_on_the_original(encoder: Encoder, architecture: BackboneConfig, head:
 
 @dataclass(frozen=True)
 class WrittenTimm:
-    """A folder that timm has loaded again.
+    """Result of `write_timm`.
 
     Attributes:
-        difference: Of the features that timm made from those of this tool, relative, on random images.
-        call: What gives the same features, of a `model` and its `images`.
-        notes: What differs in use.
+        difference: Relative difference between timm's features and this tool's, on random images.
+        call: Python expression for the same features, from `model` and `images`.
+        notes: Differences in use.
     """
 
     difference: float
@@ -262,11 +263,11 @@ class WrittenTimm:
 
 
 def write_timm(encoder: Encoder, architecture: BackboneConfig, folder: Path) -> WrittenTimm:
-    """Write config and weights into a folder in the form of timm's hub, and load them again with timm.
+    """Write config and weights into a folder in timm's hub format, and load them again with timm.
 
     Raises:
-        DinoError: What timm loads gives other features.
-        OSError: The disk is full, or the place may not be written to.
+        DinoError: If the network that timm loads returns other features.
+        OSError: If the disk is full or the folder is not writable.
     """
     native = _native_size(encoder)
     model = _to_timm(encoder, architecture, native, folder)
@@ -284,7 +285,7 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: 
         "interpolation": "bicubic",
         "crop_pct": size / resize_for(size),
         "num_classes": 0,
-        # What timm calls the original's weights, and `load_encoder` asks for.
+        # timm's tag for the original's weights, which `load_encoder` reads.
         "tag": "dino" if isinstance(backbone, ViTBackbone) and backbone.positions == "dino" else None,
     }
     config = {
@@ -293,7 +294,7 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: 
         "num_features": backbone.width,
         "model_args": architecture.options,
         "pretrained_cfg": about,
-        # So that a later export knows its own; timm passes it over.
+        # Marks the folder for later exports; timm ignores it.
         "dinocli": dinocli.__version__,
     }
     write_text(folder / "config.json", json.dumps(config, indent=2))
@@ -329,7 +330,7 @@ def _notes_on_timm(encoder: Encoder, model: Any, native: int, call: str) -> list
 
 
 class _Features(nn.Module):
-    """Images to one tensor of features: what a graph is made of."""
+    """Module that maps images to one tensor of features, for tracing."""
 
     def __init__(self, encoder: Encoder, tokens: TokenChoice) -> None:
         super().__init__()
@@ -340,7 +341,7 @@ class _Features(nn.Module):
 
 
 def _about(encoder: Encoder, tokens: TokenChoice, size: int) -> dict[str, str]:
-    """What whoever uses a graph has to know."""
+    """Return the metadata that users of a graph need."""
     numbers = {"size": size, "mean": encoder.mean, "std": encoder.std}
     return {
         "dinocli": dinocli.__version__,
@@ -354,7 +355,7 @@ def _about(encoder: Encoder, tokens: TokenChoice, size: int) -> dict[str, str]:
 def _graphs_can_fail() -> Iterator[None]:
     try:
         yield
-    # What tracing meets in a network of anyone's has no type of its own.
+    # Tracing an arbitrary network may raise any type of error.
     except Exception as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise DinoError(f"torch cannot make a graph of this network: {said}", "--to timm") from error

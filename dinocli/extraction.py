@@ -1,4 +1,4 @@
-"""Extraction: encoder and images to features on disk."""
+"""Extraction of image features to disk."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from dinocli.storing import Dtype, FeatureWriter, write_features
 
 @dataclass(frozen=True)
 class Extracted:
-    """What was written.
+    """Result of an extraction.
 
     Attributes:
-        path: Of the feature file, or of the folder of shards that large features become.
-        images: How many rows it has.
-        shape: Of one row; with K views [1+K, D].
+        path: Feature file, or folder of shards for large features.
+        images: Number of rows.
+        shape: Shape of one row; with K views [1+K, D].
         skipped: Path and reason of each image that could not be read, or whose features are not finite.
         notes: Lines for the user about labels that were not stored.
     """
@@ -60,27 +60,27 @@ def extract(
     workers: int = 0,
     report: Callable[[int], None] = lambda images: None,
 ) -> Extracted:
-    """Write the features of all images that can be read.
+    """Write the features of all readable images.
 
-    The processes of a run take the batches in turns, and the first one writes what it would have written alone.
+    The processes of a run take batches in turns. The first one writes the same file as it would alone.
 
     Args:
-        encoder: What makes them.
-        source: The images.
-        path: Of the file to write; see `write_features`.
-        data: The data set's name, which is kept with the features so that those of two sets are not compared.
-        tokens: Which tokens; see `Encoder.features`.
-        blocks: Of how many of the last blocks.
-        size: Side of the images in pixels; absent, what the encoder was trained on.
-        dtype: Of the stored numbers.
-        views: Random views of each image whose features are stored beside its own, for `linear`.
-        seed: Of the views, which depend on nothing else but their image's number.
-        batch_size: Images at once.
-        workers: Processes that decode.
-        report: Called after each batch with the number of images done so far.
+        encoder: Encoder that computes the features.
+        source: Source of the images.
+        path: Output file; see `write_features`.
+        data: Name of the data set, stored with the features so that two sets are never compared.
+        tokens: Kind of tokens; see `Encoder.features`.
+        blocks: Number of last blocks.
+        size: Side of the images, in pixels. If None, the training size.
+        dtype: Type of the stored numbers.
+        views: Number of random views per image whose features are stored beside its own, for `linear`.
+        seed: Seed of the views, which depend only on it and on the image's index.
+        batch_size: Images per batch.
+        workers: Number of decoding processes.
+        report: Callback that receives the number of finished images after each batch.
 
     Raises:
-        DinoError: The size is below one patch, views are asked for of patch tokens, or no image can be read and has
+        DinoError: If the size is below one patch, `views` is combined with patch tokens, or no image is readable with
             finite features.
     """
     size = size or encoder.size
@@ -124,7 +124,7 @@ def _notes(unnumbered: int) -> Iterator[str]:
 
 
 class _Part(NamedTuple):
-    """Features of a batch; no values if no image of it can be read and has finite ones."""
+    """Features of a batch; `values` is None if none of its images can be read."""
 
     values: NDArray[np.float32] | None
     names: list[str]
@@ -154,7 +154,7 @@ class _Part(NamedTuple):
 
 
 def _in_turns(mine: Iterator[_Part]) -> Iterator[_Part]:
-    """The parts of all processes in the order of their batches, which the processes took in turns."""
+    """Yield the parts of all processes in the order of their batches, which the processes take in turns."""
     while True:
         part = next(mine, None)
         (more,) = any_of(part is not None)

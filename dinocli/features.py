@@ -1,4 +1,4 @@
-"""Features: the file between extraction and every evaluation."""
+"""Feature files, which extraction writes and every evaluation reads."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from dinocli.mapped import Rows, Texts, Values, first_not_finite, map_tensors
 
 FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards
-# Kinds of numbers in each tensor of a file.
+# Valid number types of each tensor in a file.
 _KINDS = {"values": ("f4", "f2"), "labels": ("i8",), "paths": ("u1",), "skipped": ("u1",)}
-_NUMBERED = 100_000  # numbers that may be classes; larger ones are something else
+_NUMBERED = 100_000  # labels below this count as class numbers; larger ones mean something else
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What made some features; two splits can be compared only if this is equal.
+    """Origin and settings of features; two splits can be compared only if these are equal.
 
     Attributes:
-        source: Of the encoder, as the user named it.
-        fingerprint: Of the encoder's weights.
+        source: Source of the encoder's weights, as the user named it.
+        fingerprint: Fingerprint of the encoder's weights.
         tokens: `cls`, `patches` or `cls+avg`.
-        blocks: How many of the last blocks.
+        blocks: Number of last blocks.
         size: Side of the images, in pixels.
-        data: The folder the images came from.
-        views: How many random views of each image are stored beside it.
-        precision: Of the products.
-        run: Folder of the run that the encoder's weights are of, if they lie in one.
-        step: Training steps of the weights, if their file tells.
+        data: Folder of the images.
+        views: Number of random views stored per image.
+        precision: Precision of matrix products.
+        run: Folder of the run that produced the weights, if any.
+        step: Number of training steps, if the weights' file stores it.
     """
 
     source: str
@@ -64,13 +64,13 @@ class Features:
     """Features of S images.
 
     Attributes:
-        values: [S, D], or [S, N, D] for patch tokens; what is taken of them is float32.
-        labels: Index into `classes`, -1 where there is none. [S]
-        paths: Of the images, below the data folder's split. [S]
-        classes: Names of the classes; none for unlabelled images.
+        values: Features, read as float32. [S, D], or [S, N, D] for patch tokens
+        labels: Index into `classes`, or -1 without a label. [S]
+        paths: Image paths relative to the split's folder. [S]
+        classes: Names of the classes; empty for unlabelled images.
         skipped: Path and reason of each file that could not be read.
-        recipe: What made them.
-        views: Of random views of each image, where they were stored. [S, K, D]
+        recipe: Origin and settings of the features.
+        views: Features of random views of each image, if stored. [S, K, D]
     """
 
     values: Values
@@ -86,13 +86,13 @@ class Features:
 
 
 def read_features(path: Path) -> Features:
-    """Open features; their numbers are checked once, and stay on the disk until they are asked for.
+    """Open features; their numbers are checked once, and stay on disk until they are used.
 
     Args:
-        path: Of a feature file, or of a folder of shards.
+        path: Feature file, or folder of shards.
 
     Raises:
-        DinoError: There are none, they are damaged, or it is another kind of file; or an image's are not finite.
+        DinoError: If the file does not exist, is corrupt, is of another kind, or holds non-finite features.
     """
     if not path.exists():
         raise DinoError(f"features were wanted; {path} does not exist", "make some with `dino extract CHECKPOINT DATA`")
@@ -120,10 +120,10 @@ def read_features(path: Path) -> Features:
 
 
 def _maker(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
-    """Return what made some features, and the names of their classes.
+    """Return the recipe of features, and the names of their classes.
 
     Raises:
-        DinoError: The metadata are damaged, or of a later version.
+        DinoError: If the metadata are corrupt, or of a later version.
     """
     kinds: dict[Any, tuple[type, ...]] = {"int": (int,), "str": (str,), "int | None": (int, type(None))}
     known = {field.name: kinds[field.type] for field in fields(Recipe)}
@@ -152,7 +152,7 @@ def _fitting(
     """Check that the parts of a feature file fit together; return its skipped images.
 
     Raises:
-        DinoError: They do not, or a label is out of range.
+        DinoError: If they do not, or a label is out of range.
     """
     for name, kinds in _KINDS.items():
         if name not in tensors or tensors[name].dtype.str[1:] not in kinds:
@@ -179,7 +179,7 @@ def _fitting(
 
 
 def _numbered(labels: NDArray[np.int64]) -> list[str]:
-    """Return names of classes for labels that came without, as those of tar shards through a pipe: their numbers."""
+    """Return numbers as class names for labels without names, such as those of tar shards through a pipe."""
     most = int(labels.max(initial=-1))
     return [str(i) for i in range(most + 1)] if most < _NUMBERED else []
 
@@ -199,7 +199,7 @@ def _refuse_not_finite(path: Path, shards: Sequence[dict[str, NDArray[Any]]]) ->
 
 
 def _index(folder: Path) -> dict[str, int]:
-    """Names of a folder's shards and how many images each has."""
+    """Return the number of images in each shard of a folder, by file name."""
     splits = sorted(path for path in folder.glob("*.safetensors") if not path.stem.isdigit())
     if splits and not (folder / INDEX).exists():
         raise DinoError(f"the features of one split were wanted; {folder} is a folder of splits", f"take {splits[0]}")
@@ -222,7 +222,7 @@ def _index(folder: Path) -> dict[str, int]:
 
 
 def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors and the metadata of a feature file, which is to have so many images."""
+    """Return the tensors and metadata of a feature file; check its number of images if one is given."""
     if not path.exists():
         raise _damaged(path.parent, f"{path.name} is missing")
     try:
@@ -242,16 +242,16 @@ def _damaged(path: Path, why: str) -> DinoError:
 
 
 def read_splits(folder: Path) -> dict[str, Features]:
-    """All features of a folder by their split's name, after a check that they belong together.
+    """Read all features of a folder by split name, and check that they belong together.
 
     Raises:
-        DinoError: There are none, they were made by different weights, settings or data, or a split is there twice.
+        DinoError: If there are none, their weights, settings or data differ, or a split exists twice.
     """
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     paths = {path.stem: path for path in files}
     for index in sorted(folder.glob(f"*/{INDEX}")):
         name = index.parent.name
-        if name.startswith("."):  # what a run that was killed had not yet put in its place
+        if name.startswith("."):  # unfinished files of a killed run
             continue
         if name in paths:
             raise DinoError(
@@ -284,16 +284,16 @@ def same_maker(
     whose: str = "features to compare are",
     hint: str = "extract both with the same checkpoint and the same settings",
 ) -> None:
-    """See that two features were made by the same weights and settings, whatever the images.
+    """Check that two sets of features have the same weights and settings, whatever their images.
 
     Args:
-        first: What they are called, and what made them.
-        other: The same of the others.
-        whose: Begins the sentence.
-        hint: Ends it.
+        first: Name and recipe of one set.
+        other: Name and recipe of the other set.
+        whose: Start of the error message.
+        hint: Hint of the error.
 
     Raises:
-        DinoError: They were not.
+        DinoError: If they differ.
     """
     for field, what in (
         ("fingerprint", "weights"),
@@ -310,16 +310,16 @@ def same_maker(
 
 
 def learned_from(splits: Iterable[str]) -> str:
-    """Name of the split that a classifier learns from."""
+    """Return the name of the split that a classifier learns from."""
     names = list(splits)
     return "train" if "train" in names else names[0]
 
 
 def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
-    """The labelled split to learn from, and the one to measure on; absent where there is one labelled split alone.
+    """Return the labelled split to learn from, and the one to evaluate on (None without one).
 
     Raises:
-        DinoError: No split has labels, they hold patch tokens, or the two have no class in common.
+        DinoError: If no split has labels, the features are patch tokens, or a test class is not in the training split.
     """
     labelled = {name: _labelled(f) for name, f in splits.items() if f.classes and (f.labels >= 0).any()}
     if not labelled:
@@ -338,7 +338,7 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
 
 
 def unlabelled(splits: dict[str, Features]) -> list[str]:
-    """Return a line for each labelled split some of whose images have no label, which `compared` ignores."""
+    """Return a line for each partly labelled split, about the unlabelled images that `compared` ignores."""
     missing = {name: int(np.count_nonzero(f.labels < 0)) for name, f in splits.items() if f.classes}
     return [
         f"{count} of the {len(splits[name])} images of {name} have no label, and are ignored"
@@ -348,7 +348,7 @@ def unlabelled(splits: dict[str, Features]) -> list[str]:
 
 
 def _labelled(features: Features) -> Features:
-    """Return the features without the images that have no label."""
+    """Return the features of the labelled images."""
     rows = np.flatnonzero(features.labels >= 0)
     if len(rows) == len(features):
         return features
@@ -362,7 +362,7 @@ def _labelled(features: Features) -> Features:
 
 
 def _with_classes_of(train: Features, test: Features) -> Features:
-    """The test features with labels that count in the training split's classes."""
+    """Return the test features with labels as indices into the training split's classes."""
     index = {name: i for i, name in enumerate(train.classes)}
     unknown = [name for name in test.classes if name not in index]
     if unknown:

@@ -1,4 +1,4 @@
-"""Film: pictures of one size, one after another, as a GIF or an MP4, or side by side as a strip."""
+"""Sequences of pictures of one size, as a GIF, an MP4 or a strip."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dinocli.data.decode import Pixels
 from dinocli.data.frames import pyav
 from dinocli.picture import Panel, sheet
 
-SHOWN = 8  # of a strip
+SHOWN = 8  # frames in a strip
 _COLUMNS = 4
 
 
 def shown(frames: int, most: int = SHOWN) -> list[int]:
-    """The frames of a strip: the first, the last, and as many between them, evenly spread."""
+    """Return the frames of a strip: the first, the last, and evenly spaced ones between."""
     return sorted({round(at) for at in np.linspace(0, frames - 1, min(frames, most))}) if frames else []
 
 
 def small(picture: Pixels, width: int) -> Pixels:
-    """A picture at most so wide, in its own shape. [H, W, 3]"""
+    """Shrink a picture to a maximum width, keeping its aspect ratio. [H, W, 3]"""
     height, whole = picture.shape[:2]
     if whole <= width:
         return picture
@@ -43,8 +43,8 @@ def write_strip(panels: Sequence[Panel], path: Path) -> None:
 
 
 def few_colors(frame: Pixels) -> Image.Image:
-    """A picture in 256 colors of its own. [H, W, 3]"""
-    # Without dithering: dots that change from frame to frame are seen more than steps between colors.
+    """Reduce a picture to a palette of 256 colors. [H, W, 3]"""
+    # No dithering: dots that change between frames are more visible than steps between colors.
     return Image.fromarray(frame).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
 
 
@@ -54,18 +54,19 @@ def write_gif(
     per_second: float | Fraction,
     colors: Callable[[Pixels], Image.Image] = few_colors,
 ) -> int:
-    """Write an animated GIF that goes on for ever, holding one frame at a time however many come.
+    """Write an endless GIF, with one frame in memory at a time.
 
     Args:
-        frames: Of one size. [H, W, 3] each
-        path: The file; it is not there where no frame came.
-        per_second: Frames. The format counts in hundredths of a second, and browsers show nothing faster than 50.
-        colors: Makes a picture with a palette of a frame; each has one of its own in the file.
+        frames: Frames of one size. [H, W, 3] each
+        path: Output file, not written if there are no frames.
+        per_second: Frame rate. The format counts in hundredths of a second, and browsers show at most 50 frames a
+            second.
+        colors: Function that reduces a frame to a palette. Each frame keeps its own in the file.
 
     Returns:
-        How many frames came.
+        Number of frames.
     """
-    # Pillow's own writer of many frames keeps all of them until the last has come.
+    # Pillow's own writer keeps all frames in memory until the last one.
     lasts = 10 * max(2, round(100 / per_second))  # ms
     count = 0
     coming = iter(frames)
@@ -83,15 +84,15 @@ def write_gif(
 
 
 def write_mp4(frames: Iterable[Pixels], path: Path, per_second: Fraction) -> None:
-    """Write a video that every player knows, a frame at a time.
+    """Write an MP4 that every player can open, with one frame in memory at a time.
 
     Args:
-        frames: Of one size, with even sides. [H, W, 3] each
-        path: The file.
-        per_second: Frames.
+        frames: Frames of one size, with even sides. [H, W, 3] each
+        path: Output file.
+        per_second: Frame rate.
 
     Raises:
-        DinoError: The package av is not there.
+        DinoError: If the package av is not installed.
     """
     av = pyav()
     with atomic(path) as draft, av.open(str(draft), "w", format="mp4", options={"movflags": "faststart"}) as file:

@@ -1,4 +1,4 @@
-"""Frozen teacher: a network that was trained before and stays as it is, while a student learns to say what it says."""
+"""Frozen teacher: a pretrained network that stays fixed while a student learns to match its output."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from dinocli.weights import Weights, read_weights
 
 @dataclass(frozen=True)
 class FrozenTeacher:
-    """A checkpoint of this tool that teaches; it may be of another size than its student.
+    """Checkpoint of this tool used as a frozen teacher; its size may differ from the student's.
 
     Attributes:
-        source: Where it lies, as the user named it.
-        preset: What it was trained as.
-        fingerprint: Of its weights.
+        source: Path of the checkpoint, as the user named it.
+        preset: Preset that the teacher was trained with.
+        fingerprint: Fingerprint of the weights of backbone and heads.
 
-    Source: arXiv 2304.07193, section 5: DINOv2's small models were made so, by ViT-g/14.
+    Source: arXiv 2304.07193, section 5: DINOv2's small models were distilled from ViT-g/14 in this way.
     """
 
     source: str
@@ -30,10 +30,10 @@ class FrozenTeacher:
 
     @classmethod
     def read(cls, source: str) -> FrozenTeacher:
-        """What a checkpoint is; its weights are left where they are.
+        """Read preset and fingerprint of a checkpoint without keeping its weights.
 
         Raises:
-            DinoError: There is none, or it is not of this tool and so holds no heads that can be told.
+            DinoError: If there is no checkpoint, or this tool did not write it: then its heads are unknown.
         """
         weights = read_weights(Path(source))
         if weights.preset is None:
@@ -45,10 +45,10 @@ class FrozenTeacher:
         return cls(source, weights.preset, fingerprint(weights.backbone | heads))
 
     def network(self, student: Preset) -> Network:
-        """Its backbone and those heads that a student's losses read, with fresh weights.
+        """Return the teacher's backbone and the heads that a student's losses read, with random weights.
 
         Raises:
-            DinoError: It cannot teach what the student's preset wants to learn.
+            DinoError: If the teacher does not fit the student's preset.
         """
         self._check(student)
         backbone = self.preset.backbone.build(drop_path=False)
@@ -67,10 +67,10 @@ class FrozenTeacher:
         return network
 
     def load(self, network: Network) -> None:
-        """Put its weights into what `network` gave.
+        """Load the teacher's weights into a network that `network` returned.
 
         Raises:
-            DinoError: The checkpoint is no longer there, or has become another.
+            DinoError: If the checkpoint no longer exists, or has changed.
         """
         weights: Weights = read_weights(Path(self.source))
         load_strictly(network.backbone.model, weights.backbone, self.source)

@@ -1,4 +1,4 @@
-"""History: metrics.jsonl read back, a curve a value."""
+"""History of a run: one curve per value, read from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
-_decode = json.JSONDecoder().raw_decode  # what json.loads calls, in two thirds of its time
-_BLOCK = 4096  # lines that are held as text and objects at once
+_decode = json.JSONDecoder().raw_decode  # called by json.loads, but takes two thirds of its time
+_BLOCK = 4096  # lines held in memory at once as text and objects
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A value over the steps at which it was logged.
+    """Value over the steps at which it was logged.
 
     Attributes:
-        steps: In rising order. [S]
-        values: NaN or infinite where that was logged. [S]
+        steps: Steps in rising order. [S]
+        values: Logged values, which may be NaN or infinite. [S]
     """
 
     steps: Numbers
@@ -33,19 +33,19 @@ class Curve:
 
     @property
     def finite(self) -> Numbers:
-        """The values that are numbers."""
+        """Finite values."""
         return self.values[np.isfinite(self.values)]
 
 
 @dataclass(frozen=True)
 class Thinned:
-    """A curve in few points, each of which stands for several lines.
+    """Curve with fewer points that each summarize several lines.
 
     Attributes:
-        steps: The middle of each point's steps. [P]
-        mean: Of its finite values; NaN where there is none, as below. [P]
-        low: The lowest of them. [P]
-        high: The highest of them. [P]
+        steps: Mean step of each point. [P]
+        mean: Mean of each point's finite values. NaN if there are none, also in `low` and `high`. [P]
+        low: Lowest finite value of each point. [P]
+        high: Highest finite value of each point. [P]
     """
 
     steps: Numbers
@@ -55,10 +55,10 @@ class Thinned:
 
 
 def read_history(path: Path) -> dict[str, Curve]:
-    """Read a metrics file, whatever state a killed run left it in; a file that is not there holds no curves.
+    """Read a metrics file in any state that a killed run left; a missing file gives no curves.
 
-    A line that is torn is passed over, and so is what is no number. Where a run went on from an earlier step, what it
-    had logged beyond that step before is replaced.
+    Truncated lines and values that are not numbers are skipped. If a run resumed from an earlier step, its new lines
+    replace the old lines beyond that step.
     """
     steps = array("d")
     pieces: defaultdict[str, list[Numbers]] = defaultdict(list)  # [L, 2] each: number of a line, and its value
@@ -75,7 +75,7 @@ def read_history(path: Path) -> dict[str, Curve]:
 
 
 def _by_keys(block: list[bytes], steps: array[float]) -> dict[tuple[str, ...], list[tuple[object, ...]]]:
-    """Lines as rows of their number and their values, those with the same keys together; their steps are added."""
+    """Group lines with the same keys into rows of line number and values; append their steps to `steps`."""
     found: dict[tuple[str, ...], list[tuple[object, ...]]] = {}
     for text in block:
         line = _parsed(text)
@@ -87,7 +87,7 @@ def _by_keys(block: list[bytes], steps: array[float]) -> dict[tuple[str, ...], l
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
-    # Lines are flat: after a torn one without an end, the next begins at the last brace.
+    # Lines are flat: after a truncated one without a line end, the next begins at the last brace.
     try:
         line, _ = _decode(text[max(0, text.rfind(b"{")) :].decode())
     except (ValueError, RecursionError):
@@ -96,7 +96,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 
 def _table(rows: list[tuple[object, ...]]) -> Numbers:
-    """Rows as numbers; `nan` and `inf` come as strings, since JSON cannot hold them."""
+    """Return rows as numbers; `nan` and `inf` are strings, because JSON cannot hold them."""
     try:
         return np.array(rows, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):
@@ -104,7 +104,7 @@ def _table(rows: list[tuple[object, ...]]) -> Numbers:
 
 
 def _number(value: object) -> float:
-    """A number, or NaN for what is none."""
+    """Return a value as a number, or NaN if it is none."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (ValueError, TypeError, OverflowError):
@@ -121,7 +121,7 @@ def _curve(rows: Numbers, at: Numbers, stands: NDArray[np.bool_]) -> Curve | Non
 
 
 def thinned(curve: Curve, points: int = 300) -> Thinned:
-    """A curve in at most so many points, of which none hides a spike."""
+    """Reduce a curve to at most `points` points without hiding a spike."""
     count = len(curve.steps)
     starts = np.arange(min(points, count)) * count // min(points, count)
     sizes = np.diff(np.append(starts, count))

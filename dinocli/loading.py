@@ -1,4 +1,4 @@
-"""Loading: what a checkpoint, a file of others or a timm model holds, as an encoder or as weights to start from."""
+"""Loading of encoders and initial weights from checkpoints, files of other tools and timm models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dinocli.runs import run_of
 from dinocli.weights import Weights, Which, read_weights, refuse_not_finite
 
 LOCAL = "local-dir:"
-_PATIENCE = 8.0  # seconds until the hub has to have answered
+_PATIENCE = 8.0  # seconds to wait for the hub's answer
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -39,15 +39,14 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
     """Load an encoder.
 
     Args:
-        source: A run folder, a `ckpt.safetensors`, an official `.pth` of DINO or DINOv2, or `timm:NAME` with that
-            model's released weights.
-        device: Where it is to compute.
-        which: Of a file that holds both networks.
-        overrides: `images.key=value`, and `backbone.key=value` for a file that does not store its architecture, as
-            `--set` takes them.
+        source: Run folder, `ckpt.safetensors`, official `.pth` of DINO or DINOv2, or `timm:NAME` with released weights.
+        device: Device to compute on.
+        which: Network to load if a file holds both.
+        overrides: `images.key=value`, and `backbone.key=value` for a file that does not store its architecture, as for
+            `--set`.
 
     Raises:
-        DinoError: There is no such source, its weights do not fit, or an override does not.
+        DinoError: If the source does not exist, or its weights or an override do not fit.
     """
     shape = [override for override in overrides if override.strip().startswith("backbone.")]
     limits = [override for override in overrides if override not in shape]
@@ -63,10 +62,10 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
 
 
 def encoder_of(weights: Weights, source: str, device: torch.device, overrides: Sequence[str] = ()) -> Encoder:
-    """Return the encoder of weights that were read.
+    """Return the encoder of loaded weights.
 
     Raises:
-        DinoError: They are of no known network or do not fit it, or an override does not.
+        DinoError: If the network is unknown, its weights do not fit, or an override does not.
     """
     architecture = architecture_of(weights, source, overrides)
     backbone = architecture.build(drop_path=False)
@@ -84,17 +83,17 @@ def encoder_of(weights: Weights, source: str, device: torch.device, overrides: S
         return encoder
     heads = architecture.options["num_heads"]
     if any(override.partition("=")[0].strip() == "backbone.options.num_heads" for override in overrides):
-        # The same weights with other heads are another network, whose features must not be compared.
+        # The same weights with another number of heads are another network, and its features are not comparable.
         return replace(encoder, fingerprint=fingerprint({"": torch.tensor(heads), **backbone.model.state_dict()}))
     note = f"{source} does not store its number of attention heads; taking {heads}, its width divided by 64"
     return replace(encoder, notes=(f"{note} ({HEADS}N for another)",))
 
 
 def architecture_of(weights: Weights, source: str, overrides: Sequence[str] = ()) -> BackboneConfig:
-    """Return the architecture that the source of some weights stores, or else the one that their shapes imply.
+    """Return the architecture that is stored with weights, or infer it from their shapes.
 
     Raises:
-        DinoError: It is of no known network, or an override does not fit.
+        DinoError: If the network is unknown, or an override does not fit.
     """
     for override in overrides:
         if not override.strip().startswith("backbone."):
@@ -124,10 +123,10 @@ def _frozen(backbone: Backbone, size: int, mean: Channels, std: Channels, source
 
 
 def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> Encoder:
-    """The encoder of a checkpoint's architecture before any training: the baseline that training has to beat.
+    """Return the untrained encoder of a checkpoint's architecture, as a baseline for the trained one.
 
     Raises:
-        DinoError: The checkpoint is not this tool's own.
+        DinoError: If this tool did not write the checkpoint.
     """
     if weights.preset is None:
         raise DinoError(
@@ -138,10 +137,10 @@ def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> 
 
 
 def initial_weights(source: str) -> Weights:
-    """Weights to start training from: those of `read_weights`, or a timm model's released ones.
+    """Load weights to start training from: any source of `read_weights`, or a timm model's released weights.
 
     Raises:
-        DinoError: There is no such source.
+        DinoError: If the source does not exist.
     """
     if source.startswith("timm:"):
         return Weights(dict(_from_timm(source.removeprefix("timm:"))[0].model.state_dict()), {}, None)
@@ -149,10 +148,10 @@ def initial_weights(source: str) -> Weights:
 
 
 def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
-    """Weights of three channels for a backbone of another number, or None where nothing is to be done.
+    """Adapt three-channel weights to a backbone with other channels; return None if there is nothing to adapt.
 
-    The first layer's filters are added up for one channel, and repeated and scaled for several, so that its output
-    keeps its size where all channels are alike.
+    The first layer's filters are summed for one channel, or repeated and scaled for several. So its output keeps its
+    scale if all channels are equal.
 
     Source: timm's adapt_input_conv.
     """
@@ -165,14 +164,14 @@ def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
 
 
 def _from_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
-    # The hub's client tells of every retry; one sentence at the end is enough.
+    # The hub's client logs every retry; one error at the end is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     _check_released(name)
     try:
         model = _download(name) if not name.startswith(LOCAL) else create_timm(name, pretrained=True)
     except DinoError:
         raise
-    # The hub's client has dozens of ways to say that it cannot reach a file.
+    # The hub's client raises dozens of error types if it cannot reach a file.
     except Exception as error:
         raise _no_download(name, (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]) from error
     released: Mapping[str, Any] = model.pretrained_cfg
@@ -182,10 +181,10 @@ def _from_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
 
 
 def _check_released(name: str) -> None:
-    """Check a name before any network is asked.
+    """Check a name before any network access.
 
     Raises:
-        DinoError: timm has no such model or no weights of it, or the folder is not there.
+        DinoError: If timm has no such model or no weights of it, or the folder does not exist.
     """
     if name.startswith(LOCAL):
         folder = name.removeprefix(LOCAL)
@@ -213,7 +212,7 @@ def _check_released(name: str) -> None:
 
 
 def _nearest(name: str, released: Sequence[str]) -> list[str]:
-    """Return up to three names, the nearest first: of weights if they are of one model, else of models."""
+    """Return up to three similar names, nearest first: weights if all are of one model, else models."""
     if as_timm := timms_name(name or "dino_vits16"):
         return [as_timm]
     models = {other.partition(".")[0] for other in released}
@@ -224,7 +223,7 @@ def _nearest(name: str, released: Sequence[str]) -> list[str]:
 def _download(name: str) -> Any:
     """Create a timm model with its pretrained weights, and stop early if no network answers.
 
-    The hub's client alone tries for a minute or more. It keeps its time if the hub answers, or if files are cached.
+    The hub's client alone retries for a minute or more. It gets this time if the hub answers or the files are cached.
     """
     model = _start(partial(create_timm, name, pretrained=True))
     answer = _start(partial(_hub_answers, name))
@@ -237,7 +236,7 @@ def _download(name: str) -> Any:
 
 
 def _start(work: Callable[[], Any]) -> Future[Any]:
-    """Run something in a thread that may be left behind: what blocks in a network call cannot be stopped."""
+    """Run a function in a thread that is never stopped, because a blocked network call cannot be."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -258,7 +257,7 @@ def _no_download(name: str, why: str) -> DinoError:
 
 
 def _repository(name: str) -> tuple[str, str | None]:
-    """Return the hub's repository of a model, and the revision if one is named."""
+    """Return the hub repository of a model, and its revision if the name includes one."""
     if ":" in name:
         repository, _, revision = name.partition(":")[2].partition("@")
         return repository, revision or None
@@ -266,7 +265,7 @@ def _repository(name: str) -> tuple[str, str | None]:
 
 
 def announcement(source: str) -> str:
-    """Return a line to print before weights are downloaded, or nothing if they are on this machine."""
+    """Return a line to print before loading timm weights, cached or to download; empty for local sources."""
     name = source.removeprefix("timm:")
     if name == source or name.startswith(LOCAL):
         return ""
@@ -283,7 +282,7 @@ def _hub_answers(name: str) -> bool:
     try:
         url = huggingface_hub.hf_hub_url(repository, "config.json", revision=revision)
         huggingface_hub.get_hf_file_metadata(url, timeout=_PATIENCE)
-    except Exception as error:  # of whichever HTTP library this release of the client uses
+    except Exception as error:  # the type depends on the HTTP library of the client's release
         return getattr(error, "response", None) is not None
     return True
 
@@ -296,14 +295,14 @@ def _is_cached(name: str) -> bool:
 
 
 def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
-    """How a timm model met other grids in its training: as the originals', or, where nothing tells, as timm does it."""
-    # Those of DINO, and those of DINOv2 without registers, as `official_architecture` has them.
+    """Return how a timm model resampled positions in its training: as the originals, or by default as timm."""
+    # DINO, and DINOv2 without registers, as in `official_architecture`.
     as_dino = released.get("tag") == "dino" or (released.get("tag") == "lvd142m" and "_reg" not in name)
     return "dino" if as_dino else "antialias"
 
 
 def timm_folder(folder: Path) -> dict[str, Any]:
-    """What a folder in the form of timm's hub says of itself; `dinocli` stands in it if this tool exported it."""
+    """Return the config of a folder in timm's hub format, or {}; exports of this tool have the key `dinocli`."""
     try:
         said = parse((folder / "config.json").read_bytes())
     except (OSError, ValueError):

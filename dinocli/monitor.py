@@ -24,27 +24,27 @@ from dinocli.features import Features, Recipe, compared
 from dinocli.models.network import Network
 from dinocli.preset import Preset
 
-_IMAGES = 1000  # of each part, as many of each class as of the others
+_IMAGES = 1000  # per split, balanced over the classes
 _AT_ONCE = 64
 _K = 20
-# A look at an image costs about a seventh of a step on it: one forward pass of the ten or so views there.
+# Evaluating an image costs about a seventh of a training step on it: one forward pass instead of about ten views.
 _COST, _SHARE = 0.15, 0.05
 _LOOKS = 20
 
 
 class Monitor:
-    """Decodes a labelled set once, in small, and measures a network on it whenever it is asked.
+    """k-NN evaluation on a labelled set that is decoded once, at the size of the global views.
 
     Args:
-        spec: A folder with class folders, or one with `train` and `val` that have them.
-        preset: Whose networks are measured.
-        workers: Processes that decode.
+        spec: Folder with class folders, or with `train` and `val` folders that have them.
+        preset: Preset of the evaluated networks.
+        workers: Number of decoding processes.
 
     Attributes:
-        measured: How many images are classified.
+        measured: Number of classified images.
 
     Raises:
-        DinoError: The set is not there, not labelled, or its labels cannot be told by neighbours.
+        DinoError: If the set does not exist, has no labels, or has too few classes or images for k-NN.
     """
 
     def __init__(self, spec: str, preset: Preset, workers: int) -> None:
@@ -65,17 +65,17 @@ class Monitor:
                 "that can be read",
                 "DIR/CLASS/*, or leave it out",
             )
-        # Of a few images a class, twenty neighbours would be mostly others, whatever the network has learned.
+        # With few images per class, most of twenty neighbours would be of other classes, however good the network is.
         self.measured = len(train if test is None else test)
         self._k = max(1, min(_K, (len(train) - (test is None)) // classes))
 
     @property
     def images(self) -> int:
-        """How many are looked at."""
+        """Number of images per evaluation."""
         return sum(len(pixels) for pixels, _ in self._parts.values())
 
     def look(self, network: Network) -> float:
-        """Percent of images whose class the nearest others tell; the network is left as it was."""
+        """Return the k-NN accuracy in percent; the network stays unchanged."""
         found = {
             name: replace(plain, values=class_tokens(network, pixels, self.views).numpy())
             for name, (pixels, plain) in self._parts.items()
@@ -95,7 +95,7 @@ class Monitor:
             device=torch.device("cpu"),
             images=preset.images,
         ):
-            pixels.append((batch.images * 255).round().byte())  # a quarter of the memory
+            pixels.append((batch.images * 255).round().byte())  # uint8 takes a quarter of the memory
             names += batch.names
             labels += batch.labels
         if len(names) < 2:
@@ -106,30 +106,30 @@ class Monitor:
 
 
 def steps_between_looks(images: int, steps: int, batch_size: int) -> int:
-    """So many that there are some twenty looks over a run, or fewer where those would take a twentieth of its time.
+    """Return the steps between evaluations: about 20 per run, or fewer if these would take over 5 % of its time.
 
     Args:
-        images: That are looked at each time.
-        steps: Of the run.
-        batch_size: Images a step.
+        images: Number of images per evaluation.
+        steps: Number of steps in the run.
+        batch_size: Images per step.
     """
     return max(1, steps // _LOOKS, round(images * _COST / (_SHARE * batch_size)))
 
 
 @torch.no_grad()
 def class_tokens(network: Network, pixels: Tensor, views: ViewsConfig) -> Tensor:
-    """What a network that is in training makes of images, in the host's memory; it is left as it was.
+    """Return the class tokens of images, on the CPU, from a network in training, which stays unchanged.
 
     Args:
-        network: On any device.
-        pixels: On the host. [S, C, size, size], uint8
-        views: Tells mean and spread of the channels.
+        network: Network on any device.
+        pixels: Images on the CPU. [S, C, size, size], uint8
+        views: Settings with the mean and standard deviation of each channel.
 
     Returns:
         [S, D], float32
 
     Raises:
-        NotFinite: A value is infinite or NaN.
+        NotFinite: If a value is infinite or NaN.
     """
     device = next(network.parameters()).device
     mean, std = (torch.tensor(values, device=device) for values in (views.mean, views.std))
@@ -141,7 +141,7 @@ def class_tokens(network: Network, pixels: Tensor, views: ViewsConfig) -> Tensor
 
 @contextmanager
 def at_rest(network: Network) -> Iterator[None]:
-    """A network as it is used and not as it is trained, for a while; what was switched then is switched back."""
+    """Put a network into evaluation mode, without compiled blocks, and restore it afterwards."""
     training = [m for m in network.modules() if m.training]
     network.eval()
     try:
@@ -153,7 +153,7 @@ def at_rest(network: Network) -> Iterator[None]:
 
 
 def _some(source: Images, most: int) -> Images:
-    """At most so many images, of each class as many; always the same ones."""
+    """Return at most `most` images, balanced over the classes; always the same ones."""
     if len(source) <= most:
         return source
     order = np.random.default_rng(0).permutation(len(source))
@@ -165,7 +165,7 @@ def _some(source: Images, most: int) -> Images:
 
 
 def _taking_turns(rows: NDArray[np.int64], labels: NDArray[np.int32]) -> NDArray[np.int64]:
-    """The first row of each class, the second of each, and so on."""
+    """Reorder rows: the first of each class, then the second of each, and so on."""
     turn = np.empty(len(rows), np.int64)
     for label in np.unique(labels):
         mine = labels == label

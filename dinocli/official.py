@@ -1,4 +1,4 @@
-"""Official files: their weights under timm's keys, and the architecture that their shapes imply."""
+"""Official files: their weights under timm's keys, and the architecture inferred from their shapes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dinocli.models.architecture import BackboneConfig
 
 # DINO's vision transformers, by width: blocks and heads.
 OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
-# DINO's, and DINOv2's ViT-S, B, L and g: all have heads of 64 channels, which no weight tells.
+# Widths of DINO, and of DINOv2's ViT-S, B, L and g. All heads have 64 channels, which no weight shows.
 _ORIGINAL_WIDTHS = {*OFFICIAL, 1024, 1536}
 _HEAD_WIDTH = 64
-# Under the same keys a well-known network has other heads than its width suggests.
+# Widths for which a well-known network with the same keys has another number of heads.
 _OTHERS_HEADS = {1280: "may mean 20, as the originals' widths do, or 16, as in ViT-H"}
 _TINY = 96
 HEADS = "--set backbone.options.num_heads="
@@ -27,7 +27,7 @@ _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 
 
 def timms_name(name: str) -> str:
-    """Return timm's name of weights by an original name such as dinov2_vits14 or facebook/dino-vits16, or nothing."""
+    """Return timm's name for an original name such as dinov2_vits14 or facebook/dino-vits16, or an empty string."""
     found = _NAMES.fullmatch(name.strip().lower())
     if not found:
         return ""
@@ -41,15 +41,15 @@ def timms_name(name: str) -> str:
 
 
 def under_timms_keys(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's weights under timm's keys, where they are DINOv2's; all others as they are.
+    """Rename DINOv2 weights to timm's keys; return all others unchanged.
 
-    Chunks of blocks (`blocks.0.3.`, which a training writes) become a row, SwiGLU's `w12` and `w3` timm's `fc1` and
-    `fc2`. A network with registers holds its class token and that token's position apart, where timm holds their sum.
+    Chunked blocks (`blocks.0.3.`, as saved in training) become one list. SwiGLU's `w12` and `w3` become timm's `fc1`
+    and `fc2`. With registers, DINOv2 stores the class token and its position separately, and timm stores their sum.
 
     Source: timm's _convert_dinov2.
     """
     if "cls_token" not in backbone:
-        return dict(backbone)  # what convolutional networks call `blocks.0.1.` is no chunk
+        return dict(backbone)  # in convolutional networks `blocks.0.1.` is not a chunk
     found = {}
     for key, value in backbone.items():
         key = re.sub(r"^blocks\.\d+\.(?=\d+\.)", "blocks.", key)
@@ -62,18 +62,18 @@ def under_timms_keys(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def official_architecture(backbone: Mapping[str, Tensor], source: str, overrides: Sequence[str] = ()) -> BackboneConfig:
-    """Return the architecture that weights in an original's layout need, inferred from their keys and shapes.
+    """Infer the architecture of weights in an original's layout from their keys and shapes.
 
     Width, depth, patch size, image size, MLP ratio, registers, LayerScale and SwiGLU follow from shapes. The number of
-    attention heads does not: unless an override gives it, it is the width divided by 64, as in all of the originals.
+    attention heads does not. By default it is the width divided by 64, as in all of the originals.
 
     Args:
         backbone: Weights under timm's keys.
         source: Origin of the weights, for errors.
-        overrides: `backbone.key=value`, as `--set` takes them.
+        overrides: `backbone.key=value`, as for `--set`.
 
     Raises:
-        DinoError: It is another network, an override does not fit, or the heads have to be given.
+        DinoError: If the network is unknown, an override does not fit, or the number of heads must be given.
     """
     found = None
     if "patch_embed.proj.weight" in backbone and "pos_embed" in backbone and "cls_token" in backbone:
@@ -95,7 +95,7 @@ def official_architecture(backbone: Mapping[str, Tensor], source: str, overrides
 
 
 def heads_are_assumed(architecture: BackboneConfig) -> bool:
-    """Return whether an inferred number of heads is a guess: the width is none of the originals'."""
+    """Return True if an inferred number of heads is a guess, because no original has this width."""
     width = architecture.options.get("embed_dim")
     return width is not None and width not in _ORIGINAL_WIDTHS
 
@@ -122,9 +122,9 @@ def _vision_transformer(backbone: Mapping[str, Tensor], source: str) -> Backbone
         return None
     options: dict[str, bool | int | float | str] = {**_sizes(backbone, source, unplaced=1 if registers else 0)}
     width, inside = int(options["embed_dim"]), len(first)
-    gated = inside == 2 * second.shape[1]  # SwiGLU: one half of the first layer weighs the other
+    gated = inside == 2 * second.shape[1]  # SwiGLU: one half of the first layer gates the other
     if gated and not scaled:
-        return None  # timm has SwiGLU with LayerScale alone
+        return None  # timm has SwiGLU only with LayerScale
     if gated or inside != 4 * width:
         options["mlp_ratio"] = inside / width if inside % width == 0 else (inside + 0.5) / width  # timm rounds down
     if registers:
@@ -137,9 +137,9 @@ def _vision_transformer(backbone: Mapping[str, Tensor], source: str) -> Backbone
     else:
         name = "vit_small_patch16_224"
         options |= {"no_embed_class": True} if registers else {}
-    # The released code takes positions to other sizes as DINO's does, by (rows + 0.1) / 37 and not antialiased,
-    # for the networks without registers; those with them were released later, antialiased to the exact size
-    # (facebookresearch/dinov2@b8931f7 dinov2/hub/backbones.py). timm antialiases both.
+    # For networks without registers, the released code resamples positions as DINO does: by (rows + 0.1) / 37, not
+    # antialiased. Networks with registers came later, antialiased to the exact size (facebookresearch/dinov2@b8931f7
+    # dinov2/hub/backbones.py). timm antialiases both.
     return BackboneConfig(name=name, options=options, positions="antialias" if registers else "dino")
 
 

@@ -1,4 +1,4 @@
-"""Page: the head and the style of a page that needs nothing but a browser, and text that is safe in it."""
+"""HTML page that needs only a browser: head, style, and escaped text."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dinocli.errors import visible
 
 
 def text_of(value: object) -> str:
-    """Text for the page, whatever a file's name holds: no tags, no control or direction marks, no broken letters."""
+    """Escape text for the page: no tags, no control or direction marks, no invalid characters from file names."""
     return html.escape(visible(str(value)))
 
 
 def page_of(title: str, body: str) -> str:
-    """A whole page, light or dark as the reader has it, for a desk and for a phone.
+    """Return a complete page, in the reader's light or dark mode, for desktop and phone.
 
     Args:
-        title: As `text_of` gives it.
-        body: HTML whose pictures are `data:` addresses; the page forbids the browser to fetch anything.
+        title: Title, escaped by `text_of`.
+        body: HTML whose pictures are `data:` URLs; the page forbids the browser to fetch anything.
     """
     return f"{_HEAD.replace('TITLE', title)}<body>{body}</body></html>\n"
 

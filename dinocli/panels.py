@@ -1,4 +1,4 @@
-"""Panels: what of a run's values is drawn together, and what a healthy curve looks like."""
+"""Panels: logged values that are drawn together, each with a description of healthy curves."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dinocli.history import Curve
 
 
 class LossFacts(NamedTuple):
-    """What a loss on prototypes comes to when it tells nothing: weight * ln(prototypes)."""
+    """Facts of a loss on prototypes; the value of an uninformative loss is weight * ln(prototypes)."""
 
     weight: float
     prototypes: int
 
     @property
     def entropy(self) -> float:
-        """Of a target that gives all prototypes the same, in nats."""
+        """Entropy of a target that is uniform over all prototypes, in nats."""
         return math.log(self.prototypes)
 
 
@@ -27,11 +27,11 @@ class Lane:
     """Curves on one scale.
 
     Attributes:
-        title: What is drawn, with its unit.
-        curves: By their names in the legend.
-        marks: Levels for a dotted line, by what they mean.
-        log: Whether the scale is logarithmic.
-        whole: Whether 0 belongs in the picture.
+        title: Name and unit of the values.
+        curves: Curves with their names in the legend.
+        marks: Levels of dotted lines, with their labels.
+        log: True for a logarithmic scale.
+        whole: True if the scale includes 0.
     """
 
     title: str
@@ -43,12 +43,11 @@ class Lane:
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture with a heading.
+    """Drawing with a heading.
 
     Attributes:
-        title: The heading.
-        healthy: What a healthy curve looks like, in a sentence or two.
-        lanes: One below the other, with the same steps.
+        healthy: Description of a healthy curve, in a sentence or two.
+        lanes: Lanes from top to bottom, with a shared step axis.
     """
 
     title: str
@@ -57,11 +56,11 @@ class Panel:
 
 
 def panels(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> list[Panel]:
-    """The panels for which something was logged.
+    """Return the panels that have logged values.
 
     Args:
-        history: What was logged, by its key.
-        losses: What is known of the losses on prototypes, by their names.
+        history: Logged values by key.
+        losses: Facts of the losses on prototypes, by name.
     """
     every = [*_training(history, losses), *_monitor(history), *_schedules(history), *_machine(history)]
     filled = [Panel(p.title, p.healthy, [lane for lane in p.lanes if lane.curves]) for p in every]
@@ -187,7 +186,7 @@ def _pick(history: Mapping[str, Curve], keys: Mapping[str, str], scale: float = 
 
 
 def _ending(history: Mapping[str, Curve], end: str, scale: float = 1.0) -> dict[str, Curve]:
-    """The curves of a kind, each by the name of its loss."""
+    """Return the curves of one kind, by the name of their loss."""
     return _pick(history, {key.removesuffix(end): key for key in history if key.endswith(end)}, scale)
 
 

@@ -1,4 +1,4 @@
-"""Photos: the same ones, looked at now and again while a run goes on."""
+"""Photos that a run evaluates and draws at intervals, always the same ones."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from dinocli.picture import heat, visible
 from dinocli.preset import Preset
 
 POOL, SHOWN, NEIGHBOURS = 256, 6, 5
-TILE = 144  # pixels, of a map; a neighbour's is two thirds
+TILE = 144  # side of a map in pixels; a neighbour's is two thirds
 _TRIES = 2 * POOL
-_WORD = 2**63 - 2  # keeps the choice apart from all else that the seed decides
+_WORD = 2**63 - 2  # separates this choice from other uses of the seed
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Some photos of a source, small, in the host's memory: 40 MB at 224 pixels.
+    """Small photos of a source in CPU memory: 40 MB at 224 pixels.
 
     Attributes:
-        pool: As the evaluation sees them, the shown ones first. [S, C, size, size], uint8
-        shown: The first few, in the size at which attention is looked at. [side, side, C] each
-        names: Of the shown ones.
-        preset: What says how images look to the network.
+        pool: All photos as evaluated, the shown ones first. [S, C, size, size], uint8
+        shown: First few photos, at the size for attention maps. [side, side, C] each
+        names: Names of the shown photos.
+        preset: Preset with the image settings of the network.
     """
 
     pool: Tensor
@@ -53,7 +53,7 @@ class Photos:
 
     @classmethod
     def of(cls, source: Source, preset: Preset) -> Photos:
-        """Choose photos by the run's seed; of shards the first ones. Those that cannot be read are passed over."""
+        """Choose photos by the run's seed, or the first ones of shards; skip unreadable ones."""
         size = preset.views.global_1.size
         large = round(size * 480 / 224)
         pool: list[Tensor] = []
@@ -61,7 +61,7 @@ class Photos:
         names: list[str] = []
         for name, opened in _candidates(source, preset):
             short, wanted = min(opened.height, opened.width), resize_for(large if len(shown) < SHOWN else size)
-            # A photo of many megapixels is not decoded at its full size to become a small square.
+            # Decode large photos at a reduced size, since they become small squares.
             pixels = opened.pixels(reduction(short / (2 * wanted)))
             if isinstance(pixels, BadImage):
                 continue
@@ -77,21 +77,21 @@ class Photos:
 
     @torch.no_grad()
     def snapshot(self, network: Network, step: int, folder: Path) -> dict[str, float]:
-        """Write what a network makes of the photos at a step, and return figures of it.
+        """Write pictures of a network's output on the photos, and return statistics of its features.
 
-        The network is left as it was, and no random number is drawn: a run goes on as if nobody had looked.
+        The network stays unchanged and no random number is drawn, so the run is not affected.
 
         Args:
-            network: The teacher, with all of its weights, on any device.
-            step: Goes into the files' names.
-            folder: The run folder; its `pictures/` takes `photos.jpg` with `photos.json`, `attention-STEP.jpg` (not
-                for a network without attention) and `neighbours-STEP.jpg`.
+            network: Teacher with all of its weights, on any device.
+            step: Step number for the file names.
+            folder: Run folder. Its `pictures/` receives `photos.jpg` with `photos.json`, `attention-STEP.jpg` (only for
+                networks with attention) and `neighbours-STEP.jpg`.
 
         Returns:
-            `rank` and `uniformity` of the pool's features; nothing where there are fewer than two photos.
+            `rank` and `uniformity` of the pool's features; empty for fewer than two photos.
 
         Raises:
-            NotFinite: The network's output is infinite or NaN.
+            NotFinite: If the network's output is infinite or NaN.
         """
         if len(self.pool) < 2:
             return {}
@@ -108,7 +108,7 @@ class Photos:
         return {"rank": effective_rank(features), "uniformity": uniformity(features)}
 
     def _maps(self, network: Network) -> list[Pixels]:
-        """What the class token looks at in each shown photo, averaged over the heads."""
+        """Return the class token's attention map of each shown photo, averaged over the heads."""
         views = self.preset.views
         size, images = views.global_1.size, self.preset.images
         encoder = Encoder(network.backbone, "teacher", "", size, views.mean, views.std, images)
@@ -118,7 +118,7 @@ class Photos:
 
 
 def _candidates(source: Source, preset: Preset) -> Iterator[tuple[str, Opened]]:
-    """Names and headers of images that can be opened, in the order in which they are to be taken."""
+    """Yield names and headers of images that can be opened, in order of choice."""
     for name, data in _first(source) if isinstance(source, Shards) else _some(source, preset):
         if not isinstance(opened := open_image(data, preset.images), BadImage):
             yield name, opened
@@ -141,7 +141,7 @@ def _some(source: Images, preset: Preset) -> Iterator[tuple[str, bytes | Image.I
 
 
 def _nearest(features: Tensor, queries: int, count: int) -> list[list[int]]:
-    """Each of the first photos, and those nearest to it by cosine, the nearest first."""
+    """Return the index of each of the first photos, followed by its nearest neighbours by cosine similarity."""
     unit = normalized(features)
     similarity = unit[:queries] @ unit.T  # [Q, S]
     similarity.fill_diagonal_(torch.inf)
@@ -157,7 +157,7 @@ def _tile(pixels: Pixels, side: int) -> Pixels:
 
 
 def _save(rows: Sequence[Sequence[Pixels]], path: Path) -> None:
-    """Square tiles without a gap, so that whoever reads the file can cut it up again."""
+    """Save square tiles without gaps, so that readers can split the file again."""
     page = np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0)
     with atomic(path) as draft:
         Image.fromarray(page).save(draft, format="JPEG", quality=85)

@@ -14,35 +14,30 @@ from PIL import Image, ImageDraw, ImageFont
 from dinocli.data.decode import Pixels
 
 _PAPER, _INK, _PALE = (255, 255, 255), (40, 40, 40), (200, 200, 200)
-_SIDE, _GAP, _LINE = 144, 6, 16  # pixels, of a contact sheet
-# A sheet has two rows of up to 14 panels; of a photo beyond this many pixels it would not open in a viewer any more.
+_SIDE, _GAP, _LINE = 144, 6, 16  # pixels, in a contact sheet
+# A sheet has two rows of up to 14 panels. Viewers could not open a sheet of larger photos.
 _PANEL_PIXELS = 4_000_000
-_PANEL_SIDE = 160  # pixels, below which captions overlap
+_PANEL_SIDE = 160  # pixels; captions of smaller panels overlap
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture with a line of text below it.
-
-    Attributes:
-        pixels: [H, W, 3]
-        caption: The line.
-    """
+    """Picture [H, W, 3] with a caption below it."""
 
     pixels: Pixels
     caption: str
 
 
 def heat(values: NDArray[np.floating], height: int, width: int, scale: tuple[float, float] | None = None) -> Pixels:
-    """A map [rows, columns] in color at a photo's size. [H, W, 3]
+    """Draw a map in color at a photo's size. [H, W, 3]
 
     Args:
-        values: The map.
-        height: Of the photo.
-        width: Of the photo.
-        scale: What is black and what is yellow; absent, the lowest and the highest value.
+        values: Map to draw. [rows, columns]
+        height: Height of the photo, in pixels.
+        width: Width of the photo, in pixels.
+        scale: Values of black and yellow. If None, the lowest and highest value.
     """
     low, high = scale or (float(values.min()), float(values.max()))
     small = Image.fromarray(((values - low) / ((high - low) or 1.0)).astype(np.float32))
@@ -51,20 +46,20 @@ def heat(values: NDArray[np.floating], height: int, width: int, scale: tuple[flo
 
 
 def visible(pixels: Pixels) -> Pixels:
-    """What can be shown of any channels: the first three as colors, or the first as grey. [H, W, C] -> [H, W, 3]"""
+    """Return the first three channels as colors, or the first one as gray. [H, W, C] -> [H, W, 3]"""
     few = pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, -1)
     return np.ascontiguousarray(few)
 
 
 def spotlight(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
-    """A photo with all outside a mask gray and pale. [H, W, 3], [H, W] -> [H, W, 3]"""
+    """Draw everything outside a mask in pale gray. [H, W, 3], [H, W] -> [H, W, 3]"""
     gray = pixels @ np.array([0.299, 0.587, 0.114])
     pale = (170 + gray * 0.3).astype(np.uint8)[..., None]
     return np.where(mask[..., None], pixels, pale)
 
 
 def bounded(pixels: Pixels) -> Pixels:
-    """A photo at its own size, but a tiny one enlarged until its captions fit, and a huge one made to fit a viewer."""
+    """Return a photo at its own size, a tiny one enlarged for its captions, a huge one reduced for viewers."""
     height, width = pixels.shape[:2]
     if min(height, width) < _PANEL_SIDE:
         times = min(-(-_PANEL_SIDE // min(height, width)), max(1, int((_PANEL_PIXELS / (height * width)) ** 0.5)))
@@ -77,7 +72,7 @@ def bounded(pixels: Pixels) -> Pixels:
 
 
 def outline(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
-    """A photo with a line along the inner edge of a mask, white beside black, to be seen on any color. [H, W, 3]"""
+    """Draw a line along the inner edge of a mask, white beside black to be visible on any color. [H, W, 3]"""
     drawn = pixels.copy()
     drawn[inner_edge(mask, 2)] = _INK
     drawn[inner_edge(mask)] = _PAPER
@@ -85,12 +80,12 @@ def outline(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
 
 
 def inner_edge(mask: NDArray[np.bool_], lines: int = 1) -> NDArray[np.bool_]:
-    """The places of a mask along its edge, so many lines wide, which are the wider the larger the photo. [H, W]"""
+    """Return the pixels of a mask along its edge, `lines` wide, and wider in larger photos. [H, W]"""
     return mask & ~_shrunk(mask, lines * max(1, min(mask.shape) // 200))
 
 
 def _shrunk(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """The places of a mask from which its edge is farther than `by`; the photo's own edge is none."""
+    """Erode a mask by some pixels; the photo's border is not an edge."""
     for _ in range(by):
         padded = np.pad(mask, 1, constant_values=True)
         mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -98,7 +93,7 @@ def _shrunk(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
 
 
 def palette(count: int) -> NDArray[np.uint8]:
-    """Colors that differ as far as a few can, the first one grey. [count, 3]"""
+    """Return colors that differ as much as possible, the first one gray. [count, 3]"""
     colors = [(110, 110, 110)] + [
         tuple(round(255 * part) for part in hsv_to_rgb(i * 0.382 % 1, 0.85 - 0.3 * (i % 3 == 2), 1 - 0.35 * (i % 2)))
         for i in range(count - 1)
@@ -107,12 +102,12 @@ def palette(count: int) -> NDArray[np.uint8]:
 
 
 def tinted(pixels: Pixels, classes: NDArray[np.uint8], colors: NDArray[np.uint8], share: float = 0.6) -> Pixels:
-    """A photo under the colors of its pixels' classes, which have a share. [H, W, 3], [H, W], [K, 3] -> [H, W, 3]"""
+    """Blend a photo with its classes' colors, weighted by `share`. [H, W, 3], [H, W], [K, 3] -> [H, W, 3]"""
     return ((1 - share) * pixels + share * colors[classes]).round().astype(np.uint8)
 
 
 def legend(pixels: Pixels, entries: Sequence[tuple[str, NDArray[np.uint8]]]) -> Pixels:
-    """A photo with names beside their colors in its upper left corner. [H, W, 3]"""
+    """Draw names beside their colors in the upper left corner of a photo. [H, W, 3]"""
     line = max(12, round(min(pixels.shape[:2]) / 16))
     font = ImageFont.load_default(size=line * 0.8)
     page = Image.fromarray(pixels)
@@ -127,7 +122,7 @@ def legend(pixels: Pixels, entries: Sequence[tuple[str, NDArray[np.uint8]]]) -> 
 
 
 def sheet(rows: Sequence[Sequence[Panel | None]]) -> Image.Image:
-    """Panels of one size in rows; where there is none the paper shows."""
+    """Arrange panels of one size in rows; None stays empty."""
     height, width = next(panel for row in rows for panel in row if panel).pixels.shape[:2]
     gap = max(4, min(height, width) // 40)
     line = max(12, round(min(height, width) / 14))
@@ -147,13 +142,13 @@ def sheet(rows: Sequence[Sequence[Panel | None]]) -> Image.Image:
 def contact_sheet(
     rows: Sequence[Sequence[Panel | str | None]], *, title: str = "", lead: int = 0, side: int = _SIDE
 ) -> Image.Image:
-    """Photos of any shape in a grid of squares, each made to fit whole, with its caption below.
+    """Arrange photos of any shape in a grid of squares, each scaled to fit, with its caption below.
 
     Args:
-        rows: Of each place a photo, or in words why there is none, or nothing.
-        title: A line above all; one that is too long is cut.
-        lead: Columns at the left that a line sets apart from the others, such as one of queries.
-        side: Of a square, in pixels.
+        rows: Content of each place: a photo, the reason why there is none, or None.
+        title: Line above the grid, cut if it is too long.
+        lead: Number of columns at the left that a line separates from the others, such as queries.
+        side: Side of a square, in pixels.
     """
     font = ImageFont.load_default(size=_LINE * 0.8)
     columns = max(len(row) for row in rows)
@@ -192,17 +187,17 @@ def _place(
 
 
 def fitted(pixels: Pixels, side: int) -> Pixels:
-    """A photo made to fit whole into a square; a small one is enlarged. [H, W, C] -> [<= side, <= side, 3]"""
+    """Scale a photo to fit into a square, enlarging a small one. [H, W, C] -> [<= side, <= side, 3]"""
     height, width = pixels.shape[:2]
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    # A few pixels stay the squares that they are.
+    # Enlarged pixels of a tiny photo stay squares.
     way = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
     return np.asarray(Image.fromarray(visible(pixels)).resize(size, way))
 
 
 def _fitted(text: str, font: Font, width: float) -> str:
-    """The text, or as much of its end as there is room for: of a path the end tells most."""
+    """Cut the start of a text to fit a width, because the end of a path matters most."""
     text = text.encode("utf-8", "replace").decode()  # file names may hold any bytes
     if font.getlength(text) <= width:
         return text

@@ -33,26 +33,26 @@ from dinocli.stopping import stop_signals
 from dinocli.watching import Progress, Watch, check_weights
 
 _BAD = "bad_images.txt"
-# Written once there is a state: where they lie without one, they are not of a run that can go on, and stay as they are.
+# Files of a run that has saved a state. Without a state the folder is refused, so they are never overwritten.
 _WRITTEN = (CHECKPOINT, "preset.json", "metrics.jsonl", REPORT, CURVES, _BAD)
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left.
+    """Result of a pretraining run.
 
     Attributes:
-        folder: The run folder.
-        checkpoint: The teacher in it.
-        began: Steps that were done before; 0 for a run that did not go on from a state.
-        step: Steps done.
-        stopped: Whether it was stopped by the user before its end.
-        loss: Loss of the last logged step that was finite, if any.
-        seconds: It took.
-        bad: Files that could not be read.
-        cached: Images whose pixels were kept, where that was asked for.
-        fresh_heads: Heads that the weights to start from did not have, or in another shape.
-        skipped: Steps that were left out, since their loss or gradient was not finite.
+        folder: Run folder.
+        checkpoint: Teacher checkpoint in the run folder.
+        began: Step that the run resumed from, or 0 for a new run.
+        step: Number of completed steps.
+        stopped: True if the user stopped the run before its last step.
+        loss: Last finite logged loss, if any.
+        seconds: Wall time of the run.
+        bad: Image files that could not be read.
+        cached: Number of images in the pixel cache, or None without a cache.
+        fresh_heads: Heads with random weights: the initial weights lack them, or have another shape.
+        skipped: Number of steps skipped because of a non-finite loss or gradient.
     """
 
     folder: Path
@@ -69,20 +69,20 @@ class Run:
 
 
 def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str], None] = lambda line: None) -> Run:
-    """Train, and leave a run folder with the teacher, the resolved preset, the metrics, and states to go on from.
+    """Train, and write a run folder with the teacher, the resolved preset, the metrics and states to resume from.
 
-    Where the folder holds an unfinished run of the same preset on the same images, it goes on from the newest state
-    that is whole. Ctrl-C, SIGTERM or SIGUSR1 end it after the step that is going on, with all saved; a second Ctrl-C
-    ends it at once, and nothing more is saved.
+    If the folder holds an unfinished run of the same preset on the same images, resume from its newest valid state.
+    Ctrl-C, SIGTERM or SIGUSR1 stop the run after the current step and save everything. A second Ctrl-C stops it at once
+    without saving.
 
     Args:
-        plan: What to do.
-        report: Told where the run stands, now and again.
-        note: Told, in a line, what a person should know.
+        plan: Settings of the run.
+        report: Callback that receives the progress at each logged step.
+        note: Callback that receives one-line messages for the user.
 
     Raises:
-        DinoError: The folder is taken, the images cannot be read, the weights to start from do not fit, the device's
-            memory is too small, or nothing is learned.
+        DinoError: If the folder is taken, the images cannot be read, the initial weights do not fit, the device runs
+            out of memory, or nothing is learned.
     """
     began = time.perf_counter()
     if plan.device.type == "cpu":
@@ -91,7 +91,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         saved = _found(plan, note)
         if saved:
             plan = going_on(plan, saved.state, note)
-            if saved.state.step >= plan.stop:  # nothing to look at that was not seen
+            if saved.state.step >= plan.stop:  # finished: nothing new to evaluate or draw
                 plan = replace(plan, report=False, monitor=None)
         trainer, method, fresh = _trainer(plan, saved, note)
         watch = Watch(plan, trainer, method, report, note)
@@ -111,7 +111,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
                 if due:
                     watch.log(values)
                     tidy()
-                # What time or a signal decides, all processes decide together.
+                # Clocks and signals differ between processes, so all processes decide together.
                 late, save, stop = any_of(watch.late, session.late, stopping.asked)
                 stopping.check()
                 if session.save_now_and_then(save):
@@ -140,16 +140,16 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
 
 
 def _found(plan: Plan, note: Callable[[str], None]) -> Saved | None:
-    """The state that a run goes on from.
+    """Return the state to resume from, or None for a new run.
 
     Raises:
-        DinoError: What lies in the folder cannot be gone on from, or the processes see other images.
+        DinoError: If the folder's contents cannot be resumed, or the processes see different images.
     """
     if len(set(gathered(plan.source.fingerprint))) > 1:
         raise DinoError(
             f"the processes of this run see different images in {plan.source.where}", "give all machines the same ones"
         )
-    # One looks, since it may set aside what is damaged.
+    # Only the first process reads, because it may set corrupt states aside.
     saved = from_first(newest(plan.out, note) if rank() == 0 else None)
     if saved is None:
         _refuse_taken(plan.out)
@@ -166,14 +166,14 @@ def _refuse_taken(out: Path) -> None:
 
 
 def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> None:
-    """Check a plan as its run would, with the same errors, and write nothing: run folder, weights, teacher, monitor.
+    """Check a plan's run folder, weights, teacher and monitor, with the errors of a real run, and write nothing.
 
     Args:
-        plan: Run to check.
-        note: Takes lines for the user.
+        plan: Settings of the run to check.
+        note: Callback that receives one-line messages for the user.
 
     Raises:
-        DinoError: The run would raise it before its first step.
+        DinoError: If the run would raise it before its first step.
     """
     saved = None
     if plan.out.is_dir():
@@ -185,7 +185,7 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
         elif not states:
             _refuse_taken(plan.out)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that nothing is copied to tensors without data
+        warnings.simplefilter("ignore")  # torch warns that copying to meta tensors has no effect
         with torch.device("meta"):
             method = plan.method()
         if plan.teacher:
@@ -197,10 +197,10 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
 
 
 def going_on(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
-    """The plan of a run that goes on from a state, told to the user where it differs from what was asked for.
+    """Return the plan of a resumed run, and report each difference from the requested one.
 
     Raises:
-        DinoError: Preset, images or a frozen teacher are others.
+        DinoError: If the preset, the images or the frozen teacher differ.
     """
     for line in changes(plan.preset, state, plan.clock):
         note(line)
@@ -239,14 +239,14 @@ def going_on(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
 
 
 def _lanes(plan: Plan) -> int:
-    """Processes that read, of all processes of the run together."""
+    """Return the number of reading processes of the whole run."""
     return size() * max(1, plan.workers)
 
 
 def _trainer(
     plan: Plan, saved: Saved | None, note: Callable[[str], None]
 ) -> tuple[Trainer, SelfDistillation, list[str]]:
-    """What trains, where it is to begin; what it trains; and the heads that stay fresh."""
+    """Return the trainer at its starting step, its method, and the names of heads that keep random weights."""
     preset = plan.preset
     torch.manual_seed(preset.training.seed)
     method = plan.method()
@@ -290,11 +290,11 @@ def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBat
 
 
 class _Session:
-    """Does steps, and saves where they have led: before the first, so that a full disk is known then, and after it."""
+    """Steps and saves of a run; a save before the first step reveals a full disk early."""
 
     def __init__(self, plan: Plan, trainer: Trainer, method: SelfDistillation, saved: Saved | None) -> None:
         self.plan, self.trainer, self.method, self.bad = plan, trainer, method, BadFiles()
-        self.all_bad = BadFiles()  # of all processes
+        self.all_bad = BadFiles()  # gathered from all processes
         source = plan.source
         contents = saved.state.images.contents if saved else ""  # as they were when the run began
         contents = contents or (sample_of(source) if rank() == 0 else "")
@@ -302,8 +302,8 @@ class _Session:
             where=source.where, count=source.count, fingerprint=source.fingerprint, contents=contents
         )
         self.keeper = Keeper(plan.out, plan.saving.keep, plan.saving.milestones)
-        self.whole = True  # between two steps, and what could be saved was
-        self.took = 0.0  # seconds for the last save
+        self.whole = True  # False during a step or a save, and after one failed
+        self.took = 0.0  # seconds that the last save took
         path = plan.out / _BAD
         self.bad_before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         self.saved_step = saved.state.step if saved else -1
@@ -314,10 +314,10 @@ class _Session:
             write_text(plan.out / "preset.json", plan.preset.model_dump_json(indent=2))
 
     def step(self, batch: object, watch: bool) -> dict[str, torch.Tensor | float]:
-        """One step.
+        """Run one step.
 
         Raises:
-            DinoError: The device's memory is too small for it.
+            DinoError: If the device runs out of memory.
         """
         self.whole = False
         try:
@@ -336,15 +336,15 @@ class _Session:
         return values
 
     def save(self, *, broken: bool = False) -> None:
-        """Save, unless this step is; where the run was broken off, without asking the other processes.
+        """Save this step unless it is saved already; after a failure (`broken`), do so without the other processes.
 
         Raises:
-            DinoError: Weights are not finite; the states before stay.
+            DinoError: If weights are not finite. Earlier states are kept.
         """
         step = self.trainer.clock.step
         new = step != self.saved_step
         if new and broken:
-            new = self.trainer.is_finite()  # lost weights go without a word: the run's own error is on its way
+            new = self.trainer.is_finite()  # no error about the weights: the run's own error follows
         elif new:
             check_weights(self.trainer, self.plan.out)
         if new:
@@ -369,12 +369,12 @@ class _Session:
 
     @property
     def late(self) -> bool:
-        """Whether so much time has gone by that it is time to save."""
+        """True if the last save is longer ago than the chosen interval."""
         seconds = self.plan.saving.seconds
         return seconds is not None and time.perf_counter() - self._saved > seconds
 
     def save_now_and_then(self, late: bool) -> bool:
-        """Save where it is time to, or where the steps say so; and say whether it was."""
+        """Save if `late`, or if the step's number requires it, and return True if so."""
         saving, step = self.plan.saving, self.trainer.clock.step
         due = late or any(n and step % n == 0 for n in (saving.steps, saving.milestones))
         if due:
@@ -382,27 +382,28 @@ class _Session:
         return due
 
     def close(self, *, broken: bool) -> None:
-        """Save, unless a step or a save was broken off: then the state before it is the newest.
+        """Save, unless a step or a save was interrupted: then the state before it stays the newest.
 
-        What lies in shards can be saved by all processes together alone, and a run that broke may lack one.
+        Sharded weights can only be saved by all processes together, and a failed run may lack one.
         """
         if self.whole and not (broken and size() > 1 and self.plan.parallel == "fsdp"):
             self.save(broken=broken)
 
 
 def start_from(method: SelfDistillation, source: str, note: Callable[[str], None] = lambda line: None) -> list[str]:
-    """Put weights into student and average: the backbone's, and those of the heads that the source has in that shape.
+    """Load initial weights into student and average: the backbone, and the heads of equal shape.
 
     Args:
-        method: What is to be trained.
-        source: As `initial_weights` takes it.
-        note: Receives a line before a download, and if weights of three channels are fitted to another number.
+        method: Student and average to initialize.
+        source: Source of the weights, as for `initial_weights`.
+        note: Callback that receives a line before a download, and if three-channel weights are adapted to other
+            channels.
 
     Returns:
-        The heads that stay fresh.
+        Names of the heads that keep random weights.
 
     Raises:
-        DinoError: The source is not there, or its backbone is of another shape.
+        DinoError: If the source does not exist, or its backbone has another shape.
     """
     if line := announcement(source):
         note(line)
@@ -412,7 +413,7 @@ def start_from(method: SelfDistillation, source: str, note: Callable[[str], None
         weights = fitted
     fitting: dict[str, dict[str, torch.Tensor]] = {}
     for name, head in method.student.heads.items():
-        # The originals name a head by the loss that reads it; a head that two share is by theirs the class tokens'.
+        # The originals name a head after its loss, and a shared head after the loss on class tokens.
         theirs = "dino" if "class" in method.student.reads[name] else "ibot"
         stored = weights.heads.get(name) or weights.heads.get(theirs, {})
         if {k: v.shape for k, v in stored.items()} == {k: v.shape for k, v in head.state_dict().items()}:
@@ -428,10 +429,10 @@ def start_from(method: SelfDistillation, source: str, note: Callable[[str], None
 
 @contextmanager
 def _tidied() -> Iterator[Callable[[], object]]:
-    """Collect garbage when told to and never between: a step makes little, and to look for it stalls the device."""
+    """Collect garbage only on request: a step makes little, and searching for it stalls the device."""
     was = gc.isenabled()
     gc.collect()
-    gc.freeze()  # networks and libraries are not looked at again
+    gc.freeze()  # later collections ignore networks and libraries
     gc.disable()
     try:
         yield gc.collect

@@ -1,4 +1,4 @@
-"""Report: a run folder as curves.png and as a page that needs nothing but a browser."""
+"""Report of a run folder: curves.png, and an HTML page that needs only a browser."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from dinocli.settings import flat, shipped_as
 
 METRICS, CURVES, REPORT = "metrics.jsonl", "curves.png", "report.html"
 _TIMES = 8  # steps whose attention is shown
-_TILES = 12  # photos at most, whatever lies in the folder
-_SIDE = 192  # pixels of a tile at most: so the page stays below some megabytes
-Tiles = list[str]  # data: addresses
+_TILES = 12  # maximum number of photos, whatever the folder holds
+_SIDE = 192  # maximum side of a tile in pixels; keeps the page to a few megabytes
+Tiles = list[str]  # data: URLs
 
 
 def write_report(folder: Path) -> None:
-    """Write `curves.png` and `report.html` into a run folder, from its metrics, its preset and its pictures.
+    """Write `curves.png` and `report.html` into a run folder, from its metrics, preset and pictures.
 
-    What is missing there is missing in the page; what is torn is passed over.
+    The page omits missing files and skips corrupt ones.
 
     Raises:
-        OSError: The disk is full, or the folder may not be written to.
+        OSError: If the disk is full or the folder is not writable.
     """
     history, preset = read_history(folder / METRICS), _read_json(folder / "preset.json")
     drawn = panels(history, _losses(preset))
@@ -57,15 +57,15 @@ def write_report(folder: Path) -> None:
 
 
 def draw_curves(history: Mapping[str, Curve], preset: dict[str, Any], path: Path) -> None:
-    """Write the curves of a run as a picture.
+    """Write the curves of a run as a PNG.
 
     Args:
-        history: What was logged, by its key.
-        preset: Of the run, as stored.
-        path: Of the PNG.
+        history: Logged values by key.
+        preset: Stored preset of the run.
+        path: Output file.
 
     Raises:
-        OSError: The disk is full, or the place may not be written to.
+        OSError: If the disk is full or the path is not writable.
     """
     write_sheet(panels(history, _losses(preset)), path)
 
@@ -79,7 +79,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _at(data: object, *keys: str) -> Any:
-    """What lies below some keys; absent where an older version had no such key."""
+    """Return the value at nested keys, or None if an older version lacks a key."""
     for key in keys:
         data = data.get(key) if isinstance(data, dict) else None
     return data
@@ -95,7 +95,7 @@ def _losses(preset: dict[str, Any]) -> dict[str, LossFacts]:
 
 
 def _facts(history: Mapping[str, Curve], preset: dict[str, Any]) -> str:
-    """Where the run stands, in a line of figures."""
+    """Return the progress of the run as a line of figures."""
     facts = {"recipe": _at(preset, "about", "recipe")}
     last = {key: curve.values[-1] for key, curve in history.items() if len(curve.finite)}
     if history:
@@ -133,7 +133,7 @@ def _curves(drawn: list[Panel]) -> str:
 
 
 def _said(panel: Panel) -> str:
-    """A panel for those who hear it: where each curve begins and ends."""
+    """Describe a panel for screen readers: the first and last value of each curve."""
     ends = [(lane.title, name, curve.finite) for lane in panel.lanes for name, curve in lane.curves.items()]
     return "; ".join(f"{title}, {name}, from {v[0]:.4g} to {v[-1]:.4g}" for title, name, v in ends if len(v))
 
@@ -187,7 +187,7 @@ def _tile(address: str, says: str, caption: str) -> str:
 
 
 def _names(pictures: Path, count: int) -> list[str]:
-    """The photos' names, ready for the page."""
+    """Return the photos' names, escaped for the page."""
     names = _at(_read_json(pictures / "photos.json"), "names")
     names = names if isinstance(names, list) else []
     return [text_of(names[i] if i < len(names) else f"photo {i + 1}") for i in range(count)]
@@ -199,7 +199,7 @@ def _steps(pictures: Path, kind: str) -> list[int]:
 
 
 def _spread(steps: list[int]) -> list[int]:
-    """The first, the last, and some between, evenly."""
+    """Return the first step, the last, and evenly spaced ones between."""
     return [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, _TIMES).round().astype(int))] if steps else []
 
 
@@ -209,11 +209,11 @@ def _row(path: Path) -> Tiles:
 
 
 def _grid(path: Path, rows: int) -> list[Tiles]:
-    """The square tiles of a picture, row by row; none where it cannot be read."""
+    """Return the square tiles of a picture, row by row; none if it cannot be read."""
     try:
         with Image.open(path, formats=["JPEG"]) as file:
             page = file.convert("RGB")
-    # Pillow's readers raise nearly anything on a broken file.
+    # Pillow's readers raise almost any error on a corrupt file.
     except Exception:
         return []
     side = page.height // max(1, rows)
@@ -266,5 +266,5 @@ def _values(history: Mapping[str, Curve]) -> str:
             cells = "".join(f"<td>{value:.5g}</td>" for value in figures)
             rows += f'<tr><th scope="row">{text_of(key)}</th>{cells}<td>{len(curve.steps)}</td></tr>'
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    # What scrolls sideways on a phone must be in reach of the keyboard.
+    # A region that scrolls sideways on a phone must be reachable by keyboard.
     return f"<div class='wide' role='region' aria-label='Values' tabindex='0'>{table}</div>" if rows else ""

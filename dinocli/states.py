@@ -1,4 +1,4 @@
-"""States: all that a run needs to go on, a folder for each step that was saved; and whether a run may go on."""
+"""Training states: one folder per saved step, with all that is needed to resume, and the checks before resuming."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ from dinocli.schedules import Clock, Schedule
 from dinocli.weights import refuse_not_finite, write_checkpoint
 
 FOLDER = "state"
-_SAMPLED = 200  # files whose contents are remembered
+_SAMPLED = 200  # files whose contents are fingerprinted
 _PIECE = 1 << 18  # bytes
 _TRAINER = "trainer.safetensors"
 _STATE = "state.json"
 
 
 class ImageFacts(Config):
-    """Which images a run is on.
+    """Identity of the images that a run trains on.
 
     Attributes:
-        where: As the user named them.
-        count: How many; absent where nobody knows.
-        fingerprint: Of their names in order.
-        contents: Of a sample of the files, as `sample_of` returns it; empty in states of earlier versions.
+        where: Location of the images, as the user named it.
+        count: Number of images, or None if unknown.
+        fingerprint: Fingerprint of the image names in order.
+        contents: Checksums of a sample of the files, from `sample_of`. Empty in states of earlier versions.
     """
 
     where: str
@@ -61,18 +61,18 @@ class ImageFacts(Config):
 
 
 class State(Config):
-    """What a saved state is of.
+    """Metadata of a training state.
 
     Attributes:
-        step: Steps done.
-        stop: Steps that the run was to do.
-        preset: What it trains.
-        images: What on.
-        init: Weights that it began with, as the user named them.
-        teacher: Fingerprint of the frozen teacher, if it has one.
-        lanes: Processes that read, in all; from tar shards the order of the images depends on it.
-        files: Checksum of each file beside it.
-        dinocli: Version that wrote it.
+        step: Number of completed steps.
+        stop: Number of planned steps.
+        preset: Resolved preset of the run.
+        images: Identity of the training images.
+        init: Initial weights, as the user named them.
+        teacher: Fingerprint of the frozen teacher, if any.
+        lanes: Number of reading processes, which determines the image order of tar shards.
+        files: Checksum of each other file in the folder.
+        dinocli: Version that wrote the state.
     """
 
     step: int
@@ -88,21 +88,21 @@ class State(Config):
 
 @dataclass(frozen=True)
 class Saved:
-    """A state on disk that is whole.
+    """Valid training state on disk.
 
     Attributes:
-        state: What it is of.
-        folder: Where it lies.
+        state: Metadata of the state.
+        folder: Folder that holds it.
     """
 
     state: State
     folder: Path
 
     def restore(self, trainer: Trainer) -> None:
-        """Put it into a trainer of the same preset.
+        """Load the state into a trainer of the same preset.
 
         Raises:
-            DinoError: It is of other shapes, or holds values that are not finite.
+            DinoError: If shapes differ, or values are not finite.
         """
         try:
             tensors = _read(self.folder / _TRAINER)
@@ -116,7 +116,7 @@ class Saved:
 
 
 def saved_states(run: Path) -> Iterator[tuple[Path, State | None]]:
-    """The states of a run, the newest first; absent where what tells of it is damaged. The rest is not looked at."""
+    """Yield folder and metadata (None if corrupt) of each state, newest first, without checking other files."""
     for folder in _folders(run):
         try:
             yield folder, State.parse(unseal((folder / _STATE).read_bytes()), str(folder))
@@ -125,16 +125,16 @@ def saved_states(run: Path) -> Iterator[tuple[Path, State | None]]:
 
 
 def _folders(run: Path) -> list[Path]:
-    """Of the states of a run, the newest first."""
+    """Return the state folders of a run, newest first."""
     named = (path for path in (run / FOLDER).glob("*") if re.fullmatch("[0-9]+", path.name))
     return sorted(named, key=lambda path: int(path.name), reverse=True)
 
 
 def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
-    """The newest state that is whole; damaged ones above it are named and set aside.
+    """Return the newest valid state; report and set aside corrupt newer ones.
 
     Raises:
-        DinoError: It was written by another version and cannot be read; it is no damaged one.
+        DinoError: If another version wrote a state that this one cannot read. That state is not set aside.
     """
     for folder, state in saved_states(run):
         writer = _writer(folder) if state is None else None
@@ -155,7 +155,7 @@ def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
 
 
 def _writer(folder: Path) -> str | None:
-    """Return the version that wrote a state which this one cannot read, or None if the state is damaged."""
+    """Return the version that wrote an unreadable state, or None if the state is corrupt."""
     try:
         text = (folder / _STATE).read_bytes()
         found = parse(text)
@@ -171,12 +171,12 @@ def _writer(folder: Path) -> str | None:
 
 
 class Keeper:
-    """Saves the states of a run, and takes away old ones.
+    """Writer of training states that deletes old ones.
 
     Args:
-        run: The run folder.
-        keep: How many of the newest are kept.
-        milestones: Steps between states that stay for good; absent, there are none.
+        run: Run folder.
+        keep: Number of newest states to keep.
+        milestones: Steps between states that are never deleted. If None, there are none.
     """
 
     def __init__(self, run: Path, keep: int, milestones: int | None) -> None:
@@ -186,12 +186,12 @@ class Keeper:
             sweep(run / FOLDER)
 
     def write(self, state: State, trainer: Trainer, handed_on: Network) -> None:
-        """Save a step whole or not at all, let the run's checkpoint be that of this step, and take away the oldest.
+        """Save a step atomically, update the run's checkpoint, and delete the oldest states.
 
-        Of several processes the first one writes; what lies in shards is gathered, for which all must come here.
+        The first process writes. All processes must call this method, because sharded weights are gathered.
 
         Raises:
-            OSError: The disk is full, or the place may not be written to; what was saved before is still there.
+            OSError: If the disk is full or the folder is not writable. Earlier states are kept.
         """
         state_tensors, weights = state_of(trainer), handed_on.weights()
         if rank() > 0:
@@ -202,14 +202,14 @@ class Keeper:
             tensors = {name: value.detach().cpu().numpy() for name, value in state_tensors.items()}
             write_tensors(draft / _TRAINER, tensors, {})
             files = {name: _checksum(draft / name) for name in (CHECKPOINT, _TRAINER)}
-            # By way of text, in which infinite numbers are words.
+            # Through JSON text, which writes infinite numbers as words.
             plain = parse(state.model_copy(update={"files": files}).model_dump_json())
             write_json(draft / _STATE, plain, indent=2)
         self._hand_on(folder)
         self._prune()
 
     def mend(self, saved: Saved) -> None:
-        """Let the run's checkpoint be that of a state, which a save that was killed between the two has left behind."""
+        """Replace the run's checkpoint if a save was killed before updating it."""
         if _checksum(self.run / CHECKPOINT) != saved.state.files.get(CHECKPOINT):
             self._hand_on(saved.folder)
 
@@ -224,7 +224,7 @@ class Keeper:
 
 
 def first_difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """The first key in which two nested tables differ, and its two values; absent where they are the same."""
+    """Return the first key in which two nested tables differ and its two values, or None if they are equal."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return None if one == other else (path, one, other)
     for key in [*one, *(key for key in other if key not in one)]:
@@ -236,10 +236,10 @@ def first_difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, An
 
 
 def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
-    """Lines for the user about what a run that goes on does otherwise than it did; none where the preset is the same.
+    """Yield notes for the user on changes in a resumed run; none if the preset is the same.
 
     Raises:
-        DinoError: The preset differs in more than a longer run after the end; it names the first key.
+        DinoError: If the preset differs in more than the epochs of a finished run. The error names the first key.
     """
     before, now = (p.model_dump(mode="json", exclude={"about"}) for p in (state.preset, preset))
     old = replace(clock, epochs=state.preset.training.epochs, step=state.step)
@@ -268,34 +268,34 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
 
 
 def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | None], stop: int = 0) -> Path | None:
-    """Return the first of the runs that is not at its end and does what is planned.
+    """Return the first unfinished run that matches the plan, or None.
 
     Args:
-        runs: Run folders, the newest first.
+        runs: Run folders, newest first.
         plan: Preset, fingerprint of the images, initial weights, fingerprint of the frozen teacher.
-        stop: Steps that are planned. A run that was told to end before (`--steps`) goes on to there, but for the
-            untrained network of `--steps 0`.
+        stop: Number of planned steps. Runs that `--steps` ended earlier count as unfinished, except the untrained
+            network of `--steps 0`.
     """
     for run in runs:
         state = next((state for _, state in saved_states(run) if state), None)
         if state and (state.step < state.stop or 0 < state.step < stop):
-            same = state.preset.model_copy(update={"about": plan[0].about})  # words change nothing
+            same = state.preset.model_copy(update={"about": plan[0].about})  # descriptions do not affect training
             if (same, state.images.fingerprint, state.init, state.teacher) == plan:
                 return run
     return None
 
 
 def _shown(value: Any) -> str:
-    """As --set takes it: in TOML, whose lists and words are JSON's and whose tables are not."""
+    """Format a value for `--set`, as TOML: its lists and strings are written as in JSON, its tables are not."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}={_shown(inner)}' for key, inner in value.items() if inner is not None)}}}"
     return "none" if value is None else json.dumps(value)
 
 
 def sample_of(source: Source) -> str:
-    """Fingerprint the contents of images, or of shards: eight hexadecimal digits for each of up to 200 files.
+    """Return checksums of up to 200 image files or shards, eight hexadecimal digits each.
 
-    Empty if there are no files: what comes from a pipe, or from torchvision.
+    The result is empty for sources without files: pipes and torchvision.
     """
     if isinstance(source, TorchvisionImages):
         return ""
@@ -304,20 +304,20 @@ def sample_of(source: Source) -> str:
         paths = [] if piped else [source.urls[i] for i in _spread(len(source.urls))]
     else:
         paths = [os.path.join(source.root, source.names[row]) for row in _spread(len(source))]
-    with ThreadPoolExecutor(8) as pool:  # for disks at the other end of a network
+    with ThreadPoolExecutor(8) as pool:  # for network file systems
         return "".join(pool.map(_content, paths))
 
 
 def _spread(count: int) -> list[int]:
-    """Return numbers below a count: all of them, or a sample that is evenly spaced."""
+    """Return all indices below a count, or an evenly spaced sample of them."""
     return [i * count // min(count, _SAMPLED) for i in range(min(count, _SAMPLED))]
 
 
 def _content(path: str) -> str:
-    """Fingerprint a file's size and bytes; of a large one, those of its beginning, middle and end."""
+    """Return the checksum of a file's size and bytes; of a large file, of its beginning, middle and end."""
     try:
         told = os.stat(path)
-        if not stat.S_ISREG(told.st_mode):  # a pipe would wait for its writer
+        if not stat.S_ISREG(told.st_mode):  # opening a pipe would wait for its writer
             return f"{0:08x}"
         total = zlib.crc32(str(told.st_size).encode())
         with open(path, "rb", buffering=0) as file:
@@ -331,11 +331,11 @@ def _content(path: str) -> str:
 
 
 def other_contents(before: str, source: Source) -> str | None:
-    """A line for the user if files have other contents than those whose fingerprints are given; else None."""
+    """Return a note if sampled files have changed since their checksums were taken, else None."""
     now = sample_of(source) if before else ""
     pairs = [(before[i : i + 8], now[i : i + 8]) for i in range(0, len(before), 8)]
     changed = sum(was != is_now for was, is_now in pairs)
-    if not changed or len(before) != len(now):  # of another number of files another line tells
+    if not changed or len(before) != len(now):  # another message covers a changed number of files
         return None
     kind = "shards" if isinstance(source, Shards) else "images"
     return f"note: {changed} of {len(pairs)} sampled {kind} have other contents than when this run began"
@@ -349,7 +349,7 @@ def _link(source: Path, path: Path) -> None:
 
 
 def _checksum(path: Path) -> int:
-    """Compute the checksum of a file's bytes; -1 of one that cannot be read."""
+    """Return the checksum of a file, or -1 if it cannot be read."""
     try:
         return crc_of_file(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Stopping: the signals that ask a run to stop, and what is said at once in answer."""
+"""Signals that stop a run, and the immediate answer to them."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# What Ctrl-C, `kill` and schedulers send; SIGUSR1 is not on every system.
+# Signals of Ctrl-C, `kill` and schedulers. Not every system has SIGUSR1.
 _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
-_GRACE = 2.0  # seconds for the main thread to leave, which may be inside one long call of a library
-_NEWEST = 0.3  # weight of the newest step in the pace
+_GRACE = 2.0  # seconds for the main thread to exit; a long library call may block it
+_NEWEST = 0.3  # weight of the newest step in the average step time
 
 
 class Stopping:
-    """Whether a run was asked to stop; the first signal ends it after its step, a second Ctrl-C at once.
+    """Stop request of a run: the first signal ends it after its step, a second Ctrl-C at once.
 
-    Python runs a handler only between two of its own instructions, and the gradient of a step is one of them, which
-    may take minutes. So a thread answers, which the system wakes when the signal comes.
+    Python runs signal handlers only between its own instructions. The backward pass is one instruction and may take
+    minutes. So the answer comes from a thread that the system wakes on each signal.
 
     Args:
-        say: Called in that thread with a line for the person.
+        say: Callback that receives one-line messages for the user, in that thread.
 
     Attributes:
-        asked: Whether a signal came.
-        at_once: Whether nothing more is to be saved, since Ctrl-C came again, or before the first step.
+        asked: True after a signal.
+        at_once: True if nothing more may be saved: Ctrl-C came twice, or before the first step.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.asked = self.at_once = False
         self._say = say
-        self._began: float | None = None  # when the step began that is going on
-        self._pace: float | None = None  # seconds for a step
-        self._saving = 0.0  # seconds for a save
-        self._handled = self._answered = 0  # presses of Ctrl-C that the main thread and the answering one know of
+        self._began: float | None = None  # start time of the current step
+        self._pace: float | None = None  # average seconds per step
+        self._saving = 0.0  # seconds per save
+        self._handled = self._answered = 0  # presses of Ctrl-C counted by the main thread and by the answering thread
         self._what = "step"
         self._left = threading.Event()
 
     def step(self, saving: float) -> None:
-        """Note that the next step begins.
+        """Record the start of the next step.
 
         Args:
             saving: Seconds that the last save took.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C came twice.
+            KeyboardInterrupt: If the run must stop at once.
         """
         self.check()
         now = time.perf_counter()
@@ -58,34 +58,34 @@ class Stopping:
         self._began, self._saving = now, saving
 
     def check(self) -> None:
-        """Leave where Ctrl-C came twice.
+        """Raise if the run must stop at once.
 
         Raises:
-            KeyboardInterrupt: It did.
+            KeyboardInterrupt: If `at_once` is set.
         """
         if self.at_once:
             raise KeyboardInterrupt
 
     def handle(self, number: int, frame: object) -> None:
-        """Note a signal, in the main thread.
+        """Handle a signal, in the main thread.
 
         Raises:
-            KeyboardInterrupt: It asks to leave at once.
+            KeyboardInterrupt: If the run must stop at once.
         """
         self.asked = True
         if number != signal.SIGINT:
             return
         self._handled += 1
-        # Two presses may come to this handler as one; then the thread has counted them.
+        # Two presses may reach this handler as one call; the thread counts both.
         self.at_once = self.at_once or self._handled > 1 or self._began is None
         self.check()
 
     def finish(self) -> None:
-        """Note that no step follows, but the last save."""
+        """Record that only the last save follows."""
         self._what = "save"
 
     def answer(self, waked: socket.socket) -> None:
-        """Answer signals until zero comes; each comes as a byte with its number."""
+        """Answer signals, which arrive as bytes with their numbers, until a zero byte arrives."""
         while number := waked.recv(1)[0]:
             self._answered += number == signal.SIGINT
             if number == signal.SIGINT and (self._answered > 1 or self._began is None):
@@ -95,7 +95,7 @@ class Stopping:
                 self._say(self.words(number))
 
     def words(self, number: int) -> str:
-        """The answer to a first signal, with the time that is left by the pace so far."""
+        """Return the answer to a first signal, with the time left, estimated from earlier steps."""
         left = ""
         if self._pace is not None and self._began is not None and self._what == "step":
             seconds = max(0.0, self._began + self._pace - time.perf_counter()) + self._saving
@@ -104,7 +104,7 @@ class Stopping:
         return f"stopping after this {self._what}{left}{again}"
 
     def _leave(self) -> None:
-        """End the process if its main thread does not leave: what was saved before is valid, and nothing else is."""
+        """Exit the process if the main thread does not. Earlier saves are valid; nothing more is saved."""
         if self._left.wait(_GRACE):
             return
         if sys.stderr.isatty():
@@ -113,7 +113,7 @@ class Stopping:
         os._exit(130)
 
     def end(self) -> None:
-        """Note that the run has left."""
+        """Record that the main thread has left the run."""
         self._left.set()
 
 
@@ -129,14 +129,14 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def stop_signals(say: Callable[[str], None]) -> Iterator[Stopping]:
-    """Handle the signals that ask a run to stop, in the block.
+    """Handle the signals that stop a run, inside the block.
 
     Args:
-        say: Called, in a thread of its own, with a line for the person when one comes.
+        say: Callback that receives one-line messages for the user, in a thread of its own.
     """
     stopping = Stopping(say)
     if threading.current_thread() is not threading.main_thread():
-        yield stopping  # signals belong to the main thread; a run started from another one goes without
+        yield stopping  # only the main thread can handle signals; a run in another thread does without
         return
     waked, wake = socket.socketpair()
     wake.setblocking(False)

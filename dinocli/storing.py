@@ -1,4 +1,4 @@
-"""Storing: features to disk in constant memory, as a file or as shards."""
+"""Writing of features to disk in constant memory, as a file or as shards."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dinocli.errors import DinoError
 from dinocli.features import INDEX, Recipe
 from dinocli.streamed import TensorStream
 
-SHARD_BYTES = 2 * 2**30  # of numbers in a file; more become several
+SHARD_BYTES = 2 * 2**30  # of features per file; larger features become several files
 Dtype = Literal["float32", "float16"]
 
 
 class FeatureWriter:
-    """Takes features a batch after another, in constant memory; `write_features` gives one.
+    """Writer of features batch by batch, in constant memory; `write_features` yields one.
 
     Attributes:
-        place: Of the features: the file or, of large ones, the folder.
-        skipped: Path and reason of each file that could not be read; the caller adds to it.
-        images: How many rows each shard has, by its name.
+        place: Feature file, or folder of shards for large features.
+        skipped: Path and reason of each file that could not be read; the caller fills it.
+        images: Number of rows in each shard, by file name.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class FeatureWriter:
         """Add a batch.
 
         Args:
-            values: [B, ...]
-            labels: -1 where there is none. [B]
-            paths: [B]
+            values: Features. [B, ...]
+            labels: Class indices, or -1 without a label. [B]
+            paths: Image paths. [B]
 
         Raises:
-            DinoError: A number is not finite or too large for float16, or a folder of the user's own stands where
-                shards would.
+            DinoError: If a number is not finite or too large for float16, or if the shards' folder exists with other
+                files.
         """
         if not np.isfinite(values).all():
             raise DinoError(
@@ -78,7 +78,7 @@ class FeatureWriter:
         self._bytes += rows.nbytes
         self._stream.append("values", rows)
         self._stream.append("labels", np.array(labels, dtype=np.int64))
-        # A header is capped at 100 MB, which a million paths would pass: they are a tensor of bytes.
+        # Paths are a tensor of bytes: a million of them would exceed a header's limit of 100 MB.
         text = "\0".join(paths).encode("utf-8", "surrogateescape")
         if self.images[self._name]:
             text = b"\0" + text
@@ -86,11 +86,10 @@ class FeatureWriter:
         self.images[self._name] += len(rows)
 
     def finish(self) -> None:
-        """Write what follows the rows."""
+        """Write the skipped files after the last row."""
         self._end(self.skipped)
 
     def close(self) -> None:
-        """Let go of the open files."""
         self._stream.close()
 
     def _open(self, nothing: NDArray[Any]) -> None:
@@ -110,17 +109,17 @@ class FeatureWriter:
 def write_features(
     path: Path, recipe: Recipe, classes: Sequence[str], *, dtype: Dtype = "float32", shard_bytes: int = SHARD_BYTES
 ) -> Iterator[FeatureWriter]:
-    """Write features in constant memory; they appear when the block ends well, and else not at all.
+    """Write features in constant memory; the files appear only if the block succeeds.
 
-    What is no larger than a shard is a file at `path`. More is a folder beside it, named without the suffix, with
-    shards and an index. Of the two what was there before is gone afterwards.
+    Features up to the size of a shard become a file at `path`. Larger ones become a folder beside it, named without the
+    suffix, with shards and an index. An earlier file or folder of the same name is removed.
 
     Args:
-        path: Of the file, with its suffix.
-        recipe: What makes the features.
-        classes: Names of the classes; none for unlabelled images.
-        dtype: Of the stored numbers.
-        shard_bytes: Of numbers in a file, unless one batch alone has more.
+        path: Output file, with its suffix.
+        recipe: Origin and settings of the features.
+        classes: Names of the classes; empty for unlabelled images.
+        dtype: Type of the stored numbers.
+        shard_bytes: Maximum bytes of features per file, unless a single batch has more.
     """
     folder = _folder_of(path)
     with draft_folder(folder) as draft:
@@ -145,7 +144,7 @@ def _folder_of(path: Path) -> Path:
 
 
 def in_the_way(folder: Path) -> bool:
-    """Whether something stands there that is no folder of feature shards, and so not to be replaced."""
+    """Return True if the path exists and is not a folder of feature shards, so it must not be replaced."""
     if not os.path.lexists(folder):
         return False
     return (

@@ -1,4 +1,4 @@
-"""Watching: what a run tells of itself while it goes on, and when it is better stopped."""
+"""Logs, evaluations and failure checks of a run in progress."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from dinocli.report import write_report
 from dinocli.weights import not_finite
 
 LOG_EVERY = 10  # steps; each log makes the host wait for the device once
-_LOG_AFTER = 5.0  # seconds, for steps so slow that ten of them leave a person waiting
-_DRAW_AFTER = 60.0  # seconds, for runs that save after every few steps
-_FALL = 2.0  # points of k-NN accuracy that may be lost unsaid
-GIVE_UP = 20  # steps in a row that were left out
+_LOG_AFTER = 5.0  # seconds; logs slow steps before ten have passed
+_DRAW_AFTER = 60.0  # seconds; limits drawing in runs that save every few steps
+_FALL = 2.0  # points of k-NN accuracy that may be lost without a warning
+GIVE_UP = 20  # skipped steps in a row
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, for whoever shows it.
+    """Progress of a run, for display.
 
     Attributes:
-        step: Steps done.
-        loss: Of the last step.
-        images_per_second: Since the last report.
-        skipped: Steps that were left out, since their loss or gradient was not finite.
-        knn: What the monitor said last, in percent; absent without one.
+        step: Number of completed steps.
+        loss: Loss of the last step.
+        images_per_second: Throughput since the last report.
+        skipped: Number of steps skipped because of a non-finite loss or gradient.
+        knn: Last k-NN accuracy of the monitor, in percent. None without a monitor.
     """
 
     step: int
@@ -56,17 +56,17 @@ class Progress:
 
     @property
     def note(self) -> str:
-        """What stands beside a bar."""
+        """Text beside a progress bar."""
         knn = f"  k-NN {self.knn:.1f} %" if self.knn is not None else ""
         left_out = f"  {self.skipped} steps left out" if self.skipped else ""
         return f"loss {self.loss:.3f}{knn}  {self.images_per_second:.0f} images/s{left_out}"
 
 
 def check_weights(trainer: Trainer, run: Path) -> None:
-    """Check what a trainer holds; of several processes all must come here.
+    """Check a trainer's weights, buffers and moments. All processes must call this function.
 
     Raises:
-        DinoError: Weights, buffers or moments are not finite; it names the step and the first tensor.
+        DinoError: If a value is not finite. The error names the step and the first tensor.
     """
     (lost,) = any_of(not trainer.is_finite())
     if lost:
@@ -79,18 +79,18 @@ def check_weights(trainer: Trainer, run: Path) -> None:
 
 
 class Watch:
-    """Logs steps, and notices where nothing is learned.
+    """Logs, evaluations and failure checks of a run.
 
     Args:
-        plan: What is watched.
-        trainer: What does the steps.
-        method: What it trains.
-        report: Told where the run stands at each logged step.
-        note: Told, in a line, what a person should know.
+        plan: Settings of the run.
+        trainer: Trainer whose steps are logged.
+        method: Networks that the trainer trains.
+        report: Callback that receives the progress at each logged step.
+        note: Callback that receives one-line messages for the user.
 
     Attributes:
-        loss: Loss of the last logged step that was finite. None before the first.
-        knn: What the monitor said last; absent without one.
+        loss: Last finite logged loss, or None before the first.
+        knn: Last k-NN accuracy of the monitor, in percent. None without a monitor.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Watch:
         self.loss: float | None = None
         self.knn: float | None = None
         self._best, self._fallen = 0.0, False
-        first = rank() == 0  # of several processes one looks and writes
+        first = rank() == 0  # only the first process evaluates and writes
         looks = first and plan.monitor
         self._monitor = Monitor(looks, plan.preset, plan.workers) if looks else None
         self._photos = Photos.of(plan.source, plan.preset) if first and plan.report else None
@@ -124,28 +124,28 @@ class Watch:
         self._collapse = CollapseWatch(plan.preset, plan.clock.total)
 
     def due(self) -> bool:
-        """Whether the step to come is to be logged, by its number."""
+        """Return True if the next step must be logged because of its number."""
         step = self.trainer.clock.step + 1
         return step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._looks(step)
 
     @property
     def late(self) -> bool:
-        """Whether so much time has gone by without a log that the next step is better logged."""
+        """True if the last log is so long ago that the next step should be logged."""
         return self._pace.elapsed > _LOG_AFTER
 
     def begin(self) -> None:
-        """Let the monitor look before the first step, for what comes later to be held against."""
+        """Evaluate before the first step, as a baseline for later results."""
         if self._looks(self.trainer.clock.step) and self.trainer.clock.step == 0:
             self._write({"step": 0, "epoch": 0.0, **self._look()})
             if self.knn is not None:
                 self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
 
     def saw(self, rows: Tensor, waited: float) -> None:
-        """Count a step's images, and remember which they were for a while.
+        """Count a step's images, and keep their indices for an error message.
 
         Args:
-            rows: Number of each image in its source. [B]
-            waited: Seconds for data since the start.
+            rows: Index of each image in its source. [B]
+            waited: Seconds spent waiting for data since the start.
         """
         self._waited = waited
         self._pace.add(self.plan.preset.training.batch_size)
@@ -155,7 +155,7 @@ class Watch:
         return self._every > 0 and (step % self._every == 0 or step == self.plan.stop)
 
     def _look(self) -> dict[str, float]:
-        """What the student's average makes of the labelled images and of the photos."""
+        """Evaluate the student's average on the labelled images and the photos."""
         found: dict[str, float] = {}
         average = self._average()
         if self._monitor:
@@ -165,12 +165,12 @@ class Watch:
         if self._photos:
             try:
                 found |= self._photos.snapshot(average, self.trainer.clock.step, self.plan.out)
-            except NotFinite as error:  # a picture that cannot be drawn is no reason to lose a run
+            except NotFinite as error:  # a failed picture must not end a run
                 self.note(f"note: no pictures at step {self.trainer.clock.step}: {error.message}")
         return found
 
     def _warn_of_a_fall(self, knn: float, images: int) -> None:
-        """Say where the accuracy is lower than it was by more than chance moves it; once, until it rises again."""
+        """Warn once if the accuracy falls below its best by more than chance; warn again only after a recovery."""
         self._best = max(self._best, knn)
         chance = 100 * math.sqrt(self._best / 100 * (1 - self._best / 100) / images)
         fallen = knn < self._best - max(_FALL, 3 * chance)
@@ -188,10 +188,10 @@ class Watch:
         self._fallen = fallen
 
     def _average(self) -> Network:
-        """What is handed on; where it lies in shards, in the process that looks a whole copy."""
+        """Return the student's average; if it is sharded, a full copy in the first process."""
         if size() == 1 or self.plan.parallel == "ddp":
             return self.method.average
-        weights = self.method.average.weights()  # for which all processes are asked
+        weights = self.method.average.weights()  # a collective call: all processes must take part
         if rank() > 0:
             return self.method.average
         copy = self.plan.preset.network().to(self.plan.device)
@@ -199,20 +199,20 @@ class Watch:
         return copy
 
     def draw(self, *, last: bool = False) -> None:
-        """Draw the report, if there is to be one: once a minute at most, and at the end."""
+        """Draw the report if it is enabled: at most once a minute, and at the end."""
         if self._photos and (last or time.perf_counter() - self._drawn > _DRAW_AFTER):
             try:
                 write_report(self.plan.out)
-            except Exception as error:  # a picture that cannot be drawn is no reason to lose a run
+            except Exception as error:  # a failed picture must not end a run
                 self.note(f"note: the report could not be drawn: {error}")
             self._drawn = time.perf_counter()
 
     def log(self, values: Values) -> None:
-        """Write a line, tell of it, and look whether the run learns; the host waits for the device.
+        """Log a step, and check that the run learns. The host waits for the device.
 
         Raises:
-            DinoError: Weights are not finite; too many steps in a row were left out, or all; or the networks have
-                collapsed, and that is to stop them.
+            DinoError: If weights are not finite, too many steps in a row or all steps were skipped, or training has
+                collapsed and `on_collapse` is `stop`.
         """
         clock = self.trainer.clock
         plain = {name: float(value) for name, value in values.items()}
@@ -223,14 +223,14 @@ class Watch:
         looked = {}
         if self._looks(clock.step):
             looked = self._look()
-            self._pace.look(self._waited)  # what it took is no step's
+            self._pace.look(self._waited)  # excludes the evaluation from the throughput
         groups = self.trainer.optimizer.param_groups
         self._write(
             {
                 "step": clock.step,
                 "epoch": round(clock.step / clock.steps_per_epoch, 4),
                 **plain,
-                "lr": max(group["lr"] for group in groups),  # that of the heads, where layers have others
+                "lr": max(group["lr"] for group in groups),  # the heads' rate, if layers have their own
                 "weight_decay": max(group["weight_decay"] for group in groups),
                 "images_per_second": round(rate, 2),
                 "data_wait": round(sum(waits) / len(waits), 4),
@@ -242,7 +242,7 @@ class Watch:
         if math.isfinite(plain["loss"]):
             self.loss = plain["loss"]
         self.report(Progress(clock.step, plain["loss"], rate, skipped, self.knn))
-        # A short run that left out every step has learned nothing either.
+        # A short run that skipped every step has learned nothing either.
         if in_a_row >= GIVE_UP or (clock.step == self.plan.stop and in_a_row == clock.step):
             self._give_up(in_a_row)
         collapse = self._collapse.see(clock.step, plain)
@@ -259,7 +259,7 @@ class Watch:
     def _give_up(self, in_a_row: int) -> None:
         source, path = self.plan.source, self.plan.out / "not_finite.txt"
         name = source.names.__getitem__ if isinstance(source, Images) else "image {} of the stream".format
-        # Each process saw a share of every step's images, and all of them are here for the same reason.
+        # Each process saw a share of every step's images, and all of them raise this error at the same step.
         shares = zip(*gathered([(step, rows.tolist()) for step, rows in self._last]), strict=True)
         lines = (f"{step}\t{name(row)!r}\n" for same in shares for step, rows in same for row in rows)
         if rank() == 0:

@@ -1,4 +1,4 @@
-"""Weights on disk: the tool's own checkpoint, and files of others that hold the same networks."""
+"""Weights on disk: this tool's checkpoints, and files of other tools with the same networks."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from dinocli.preset import Preset
 from dinocli.runs import CHECKPOINT
 
 Which = Literal["teacher", "student"]
-# What the originals call a head: DINO has one, DINOv2 one for the loss on class tokens and perhaps one for iBOT's.
+# Head names of the originals: DINO has one head; DINOv2 has one for class tokens and optionally one for iBOT.
 _HEAD = re.compile(r"(?:(dino|ibot)_)?head\.(?=mlp\.|last_layer\.)")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds.
+    """Contents of a weights file.
 
     Attributes:
-        backbone: Under timm's keys.
-        heads: The weights of each head, by its name and the original's keys; a file of a backbone alone has none.
-        preset: What the run was, if the file is the tool's own.
-        architecture: Of the backbone, if the file stores it.
-        mask_token: What stands in the place of hidden patches, if the network was trained with some. [1, D]
-        step: How many steps it was trained, if the file tells.
+        backbone: Backbone weights under timm's keys.
+        heads: Weights of each head by name, under the original's keys. Empty for a file with a backbone alone.
+        preset: Preset of the run, if this tool wrote the file.
+        architecture: Architecture of the backbone, if the file stores it.
+        mask_token: Token that replaces masked patches, if the network was trained with one. [1, D]
+        step: Number of training steps, if the file stores it.
     """
 
     backbone: dict[str, Tensor]
@@ -54,10 +54,10 @@ class Weights:
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int) -> None:
-    """Write what `Network.weights` gave with its resolved preset: the one file to hand on.
+    """Write the result of `Network.weights` with its resolved preset, as the one file to share.
 
     Raises:
-        DinoError: Weights are not finite; what stood at `path` stays.
+        DinoError: If weights are not finite. An existing file at `path` is kept.
     """
     refuse_not_finite(weights, f"step {step}")
     tensors = {k: v.detach().cpu().contiguous().numpy() for k, v in weights.items()}
@@ -66,14 +66,14 @@ def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, 
 
 
 def read_weights(path: Path, which: Which = "teacher") -> Weights:
-    """Read a run folder, a checkpoint of this tool, or an official file, whatever its keys begin with.
+    """Read a run folder, a checkpoint of this tool, or an official file with any key prefix.
 
     Args:
-        path: A run folder, a `.safetensors`, or a `.pth`, which is read without running what it may contain.
-        which: Of a file that holds both networks. This tool's own checkpoint holds the teacher.
+        path: Run folder, `.safetensors` file, or `.pth` file, which is read without running code in it.
+        which: Network to read if the file holds both. This tool's checkpoints hold the teacher alone.
 
     Raises:
-        DinoError: There is no such file, it is damaged, holds no such network, or weights that are not finite.
+        DinoError: If the file does not exist, is corrupt, or holds another network or non-finite weights.
     """
     if path.is_dir() and (path / CHECKPOINT).is_file():
         path = path / CHECKPOINT
@@ -96,7 +96,7 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
 
 
 def carrying(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
-    """Return a state dict that carries metadata as PyTorch's own carry `_metadata`: as an attribute, and not as a key.
+    """Return a state dict with metadata as an attribute instead of a key, like PyTorch's own `_metadata`.
 
     `torch.save` stores it and `torch.load` restores it; `load_state_dict` of any network ignores it.
     """
@@ -106,7 +106,7 @@ def carrying(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[st
 
 
 def metadata_of(weights: Weights, architecture: BackboneConfig) -> dict[str, str]:
-    """Return what an exported file stores beside its tensors, for this tool to read the same encoder again."""
+    """Return the metadata from which this tool can read an exported file as the same encoder."""
     if weights.preset is None:
         return {"dinocli": dinocli.__version__, "backbone": architecture.model_dump_json()}
     step = {} if weights.step is None else {"step": str(weights.step)}
@@ -117,7 +117,7 @@ def _stored(text: str, path: Path) -> dict[str, Any]:
     """Parse the preset or backbone that is stored with weights.
 
     Raises:
-        DinoError: It is damaged.
+        DinoError: If it is corrupt.
     """
     try:
         return parse(text)
@@ -128,10 +128,10 @@ def _stored(text: str, path: Path) -> dict[str, Any]:
 
 
 def _preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
-    """Return the preset that is stored with weights, if there is one.
+    """Return the preset that is stored with weights, if any.
 
     Raises:
-        DinoError: It is damaged, or of a later version.
+        DinoError: If it is corrupt, or of a later version.
     """
     if "preset" not in metadata:
         return None
@@ -149,7 +149,7 @@ def _preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Describe values that are infinite or NaN: the first tensor with some, and how many; None if all are finite."""
+    """Describe the first tensor with infinite or NaN values and their number; return None if all are finite."""
     bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if not bad:
         return None
@@ -162,16 +162,16 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.numel() or not tensor.is_floating_point():
         return True
-    # What float64 holds may be infinite in the float32 that networks have. Extremes need no mask of the tensor's size.
+    # float64 values may overflow in the networks' float32. Extremes need no mask of the tensor's size.
     low, high = (tensor.float() if tensor.dtype == torch.float64 else tensor).aminmax()
     return bool(low.isfinite() & high.isfinite())
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
-    """Check weights that were read.
+    """Raise an error if weights are not finite.
 
     Raises:
-        DinoError: Some are not finite; it names the first tensor.
+        DinoError: If a value is infinite or NaN. The error names the first tensor.
     """
     if found := not_finite(tensors):
         raise DinoError(f"{source} cannot be used: {found}", "take another checkpoint, or an earlier RUN/state/STEP")
@@ -194,7 +194,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _no_checkpoint(path: Path) -> DinoError:
-    """Explain a path that leads to no file of weights."""
+    """Return an error for a path that leads to no weights file."""
     kind, named = kind_of(str(path)), timms_name(path.as_posix()) or path.as_posix()
     if path.is_dir():
         hint = "name a checkpoint, or train one with `dino pretrain IMAGES --preset tiny`"
@@ -223,7 +223,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_plain_values()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged file makes the reader raise nearly anything: EOFError, KeyError, RuntimeError, UnpicklingError.
+    # A corrupt file makes the reader raise almost anything: EOFError, KeyError, RuntimeError, UnpicklingError.
     except Exception as error:
         _refuse_foreign(path)
         raise DinoError(
@@ -233,12 +233,12 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _plain_values() -> list[Any]:
-    """What a full checkpoint of the original holds beside tensors: its arguments, with paths, and numpy's numbers."""
+    """Return the types besides tensors in a full checkpoint of the original: arguments, paths and numpy scalars."""
     scalar = np.float64(0).__reduce__()[0]
     numbers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "float16", "int64", "int32", "bool")]
-    # A path is read as one that opens nothing, since a path of Windows cannot be made elsewhere; Python 3.13 keeps
-    # the classes in a module of another name.
+    # Paths are read as pure paths, because a Windows path cannot be created on other systems. Python 3.13 moved the
+    # classes to another module.
     stand_ins = [(PurePosixPath, "PosixPath"), (PureWindowsPath, "WindowsPath")]
     stand_ins += [(path, path.__name__) for path in (PurePosixPath, PureWindowsPath)]
     paths = [(path, f"{module}.{name}") for path, name in stand_ins for module in ("pathlib", "pathlib._local")]
@@ -246,7 +246,7 @@ def _plain_values() -> list[Any]:
 
 
 def _pick(content: Any, which: Which, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return a network's weights out of the content of a .pth, and the metadata that an export of this tool adds."""
+    """Return a network's weights from the contents of a .pth file, and the metadata of this tool's exports."""
     if isinstance(content, dict) and which in content:
         content = content[which]
     else:
@@ -261,7 +261,7 @@ def _pick(content: Any, which: Which, path: Path) -> tuple[dict[str, Tensor], di
         raise DinoError(f"{path} holds no weights", "name a ckpt.safetensors, an official .pth, or timm:NAME")
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     _refuse_wrapped(tensors, path)
-    # A whole method of DINOv2's under one roof: `teacher.backbone.`, `teacher.dino_head.`, `student.backbone.`, ...
+    # DINOv2 saves all networks in one dict: `teacher.backbone.`, `teacher.dino_head.`, `student.backbone.`, ...
     for network in (which, "student", "teacher"):
         inside = {k.removeprefix(f"{network}."): v for k, v in tensors.items() if k.startswith(f"{network}.")}
         if inside and network != which:
@@ -274,10 +274,10 @@ def _pick(content: Any, which: Which, path: Path) -> tuple[dict[str, Tensor], di
 
 
 def _refuse_wrapped(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a network below a name that only its training code knows, as Lightning saves it.
+    """Refuse weights under a prefix that only their training code knows, as Lightning saves them.
 
     Raises:
-        DinoError: A class token is there, below such a name.
+        DinoError: If the class token or the last ResNet block has an unknown prefix.
     """
     inside = next((key for key in tensors if key.endswith((".cls_token", ".layer4.2.conv3.weight"))), "")
     prefix = inside.removesuffix("cls_token").removesuffix("layer4.2.conv3.weight")
@@ -294,7 +294,7 @@ def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> W
     heads: dict[str, dict[str, Tensor]] = {}
     mask_token = None
     for key, value in tensors.items():
-        # DDP writes `module.` before every key, the originals' wrappers `backbone.` and `head.`, or `dino_head.`.
+        # DDP prefixes every key with `module.`, the originals' wrappers with `backbone.` and `head.`, or `dino_head.`.
         key = key.removeprefix("module.")
         if key.startswith("heads."):
             _, name, rest = key.split(".", 2)
@@ -303,7 +303,7 @@ def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> W
             mask_token = value.view(1, -1)
         elif head := _HEAD.match(key):
             heads.setdefault(head[1] or "dino", {})[key[head.end() :]] = value
-        # A supervised classifier on top (timm's `head`, torchvision's `fc`) is no part of a backbone.
+        # Skip a supervised classifier (timm's `head`, torchvision's `fc`), which is not part of the backbone.
         elif not key.startswith(("head.", "fc.")):
             backbone[key.removeprefix("backbone.")] = value
     if not backbone:
