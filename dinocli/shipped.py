@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
 
 from dinocli.errors import DinoError, nearest
 
@@ -11,9 +13,24 @@ from dinocli.errors import DinoError, nearest
 _ORDER = ("tiny", "vits16", "vits8", "vitb16", "vitb8", "resnet50")
 
 
+def _folder() -> Traversable:
+    """Return the folder of the presets: part of the installed package, or beside the package in a checkout.
+
+    Raises:
+        DinoError: If it is in neither place.
+    """
+    try:
+        return files("dinocli.presets")
+    except ModuleNotFoundError:
+        beside = Path(__file__).parents[1] / "presets"
+        if (beside / "tiny.toml").is_file():
+            return beside
+        raise DinoError(f"the presets are not installed, and {beside} has none", "pip install .") from None
+
+
 def names() -> list[str]:
     """The shipped presets, known ones in a set order and new ones after them."""
-    found = {f.name.removesuffix(".toml") for f in files("dinocli.presets").iterdir() if f.name.endswith(".toml")}
+    found = {f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml")}
     return sorted(found, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
 
 
@@ -28,4 +45,4 @@ def text(name: str) -> str:
         plain = {re.sub(r"[^a-z0-9]", "", known): known for known in reversed(names())}
         close = plain[nearest(re.sub(r"[^a-z0-9]", "", name.lower()), plain)]
         raise DinoError(f"there is no preset {name!r}", f"use --preset {close}; `dino presets` lists them")
-    return (files("dinocli.presets") / f"{name}.toml").read_text(encoding="utf-8")
+    return (_folder() / f"{name}.toml").read_text(encoding="utf-8")

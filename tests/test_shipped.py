@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -19,3 +24,26 @@ def test_an_unknown_name_is_said_with_the_nearest() -> None:
     with pytest.raises(DinoError) as error:
         shipped.text("resnet5")
     assert "resnet50" in error.value.hint
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_presets_of_a_checkout_that_is_not_installed(tmp_path: Path, beside: bool) -> None:
+    """A copy of the package alone, read by an interpreter that knows no installed one."""
+    root = Path(shipped.__file__).parents[1]
+    (tmp_path / "dinocli").mkdir()
+    for name in ("__init__", "shipped", "errors"):
+        shutil.copy(root / "dinocli" / f"{name}.py", tmp_path / "dinocli")
+    if beside:
+        shutil.copytree(root / "presets", tmp_path / "presets")
+    code = "from dinocli import shipped; print(len(shipped.names()), 'dino pretrain' in shipped.text('tiny'))"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    if beside:
+        assert done.stdout.split() == [str(len(shipped.names())), "True"], done.stderr
+    else:
+        assert "the presets are not installed" in done.stderr
+        assert "hint: pip install ." in done.stderr
