@@ -34,7 +34,7 @@ class Masks:
             self._stems.setdefault(Path(name).stem, []).append(name)
 
     def of(self, name: Path) -> Path | None:
-        """Return the mask of a photo, by its name without suffix below its folder, or else by its bare name."""
+        """Return the mask of a photo, by its name without suffix below its folder, or else by its unique bare name."""
         whole = self._names.get(str(name))
         alone = self._stems.get(name.name, []) if whole is None else [whole]
         return self.folder / alone[0] if len(alone) == 1 else None

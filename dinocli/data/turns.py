@@ -1,4 +1,4 @@
-"""The eight EXIF orientations: rotations and flips of a picture."""
+"""Rotations and flips of a picture, numbered as the eight EXIF orientations."""
 
 from __future__ import annotations
 
