@@ -1,4 +1,4 @@
-"""Images whose raw values are read here: NumPy's .npy files, and what Pillow does not read with all of its bits."""
+"""Images with raw values: NumPy's .npy files, and formats that Pillow does not read at full depth."""
 
 from __future__ import annotations
 
@@ -17,23 +17,19 @@ from dinocli.data.png import open_png
 from dinocli.data.pnm import open_pnm
 from dinocli.data.raster import ArrayFile, UnfitArray, other_channels
 
-_LONGEST_HEADER = 10_000  # bytes of a .npy; it is a line of text
+_LONGEST_HEADER = 10_000  # bytes of a .npy header, which is a line of text
 _SGI = b"\x01\xda"
 
 
 def open_array(data: bytes, images: ImagesConfig) -> ArrayFile | None:
-    """Read the header of a .npy, or of a PNG, PNM, SGI or JPEG 2000 that Pillow cannot give with all its values.
-
-    Args:
-        data: The file.
-        images: The number of channels that is wanted, and the limits.
+    """Read the header of a .npy, or of a PNG, PNM, SGI or JPEG 2000 that Pillow does not read at full depth.
 
     Returns:
-        The header; None where the file is Pillow's to read.
+        The header; None if Pillow should read the file.
 
     Raises:
-        UnfitArray: It has another number of channels, or holds no numbers.
-        ValueError: It is damaged.
+        UnfitArray: If the number of channels does not fit `images.channels`, or the array holds no numbers.
+        ValueError: If the file is corrupt.
     """
     if data.startswith(npy.MAGIC_PREFIX):
         return _open_npy(data, images.channels)
@@ -73,10 +69,10 @@ def _open_npy(data: bytes, channels: int) -> ArrayFile:
 
 
 def _channels_last(shape: tuple[int, ...], channels: int) -> bool:
-    """Whether an array is [H, W, C] and not [C, H, W]; [H, W] has one channel. Where both fit it is the first.
+    """Return True for [H, W, C] and one-channel [H, W], False for [C, H, W]. If both fit, channels are last.
 
     Raises:
-        UnfitArray: It is neither with so many channels.
+        UnfitArray: If none of them has `channels` channels.
     """
     if len(shape) == 2 and channels == 1:
         return True
@@ -86,7 +82,7 @@ def _channels_last(shape: tuple[int, ...], channels: int) -> bool:
 
 
 def _open_sgi(data: bytes, channels: int) -> ArrayFile | None:
-    """Read the header of an SGI of 16 bits, of which Pillow keeps the upper 8."""
+    """Read the header of a 16-bit SGI. Pillow keeps only the upper 8 bits."""
     if len(data) < 512 or data[3] != 2:
         return None
     packed, _, dimensions, width, height, bands = struct.unpack_from(">BBHHHH", data, 2)
@@ -100,7 +96,7 @@ def _open_sgi(data: bytes, channels: int) -> ArrayFile | None:
         if len(data) < 512 + 2 * width * height * bands:
             raise EOFError("image file is truncated")
         values = np.frombuffer(data, ">u2", width * height * bands, 512)
-        return values.reshape(bands, height, width).transpose(1, 2, 0)[::-1]  # the lowest row comes first
+        return values.reshape(bands, height, width).transpose(1, 2, 0)[::-1]  # rows are stored bottom to top
 
     if channels in (1, 3):
         layout = Layout("gray" if bands == 1 else "rgb", (0, 65535), alpha="straight" if bands == 4 else "")

@@ -1,8 +1,8 @@
-"""Batch side: color, blur and normalization of a whole batch at once, on whichever device it lies.
+"""Augmentation of whole batches on any device: color, blur and normalization.
 
-Every random number was drawn before (`crops.draws`), so the same draws give the same views on any device, and nothing
-here waits for the device. Pillow rounds to 8 bits after each operation; this does not, which is the only difference at
-equal draws beyond the hue, of which Pillow has 256 steps.
+All random numbers are drawn before (`crops.draws`). So the same draws give the same views on any device, and nothing
+here waits for the device. Equal draws give other results in Pillow for two reasons only: it rounds to 8 bits after each
+operation, and its hue has 256 steps.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from torch import Tensor
 from dinocli.data.crops import Draws
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
-_CACHED = 2**18  # numbers; of a CPU's cache, so that the operations on an image find it there
-_AT_ONCE = 2**26  # numbers; on a GPU, so that what is in between takes a GB at most
+_CACHED = 2**18  # numbers at once on a CPU, so that an image stays in the cache between operations
+_AT_ONCE = 2**26  # numbers at once on a GPU, so that intermediate results take a GB at most
 
 
 def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled: bool = False) -> Tensor:
     """Make views of crops.
 
     Args:
-        crops: uint8, with the channels last. [V, B, H, H, C]
-        draws: What happens to each, on the host. [V, B, ...]
-        mean: Of the data's channels. [C]
-        std: Of the data's channels. [C]
-        compiled: Whether torch compiles the turn of the hue, which takes it some seconds once; the views are the same.
+        crops: Crops with the channels last. [V, B, H, H, C], uint8
+        draws: Random draws of each view, on the host. [V, B, ...]
+        mean: Channel means of the data. [C]
+        std: Channel standard deviations of the data. [C]
+        compiled: True to compile hue jitter with torch.compile, which takes some seconds once. The views are the same.
 
     Returns:
-        Normalized. [V, B, C, H, H], float32
+        Normalized views. [V, B, C, H, H], float32
     """
     views, images = crops.shape[:2]
     crops, steps = crops.flatten(0, 1), _steps(draws)
     kernels = _blur_kernels(draws.radius.flatten().to(crops.device, non_blocking=True), min(crops.shape[2], _SHORT))
-    # A GPU wants few large operations; a CPU wants all operations on an image before the next image.
+    # A GPU is fastest with few large operations, a CPU with all operations on one image before the next.
     step = max(1, (_AT_ONCE if crops.is_cuda else _CACHED) // crops[0].numel())
     out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3], device=crops.device)
     for i in range(0, len(crops), step):
@@ -48,19 +48,19 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
 
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Subtract the mean of each channel and divide by its spread, in place. [..., C, H, W]"""
+    """Subtract the mean of each channel and divide by its standard deviation, in place. [..., C, H, W]"""
     return x.sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
 class _Steps(NamedTuple):
-    """What is done to N images, told on the host before anything is done.
+    """Operations on N images, decided on the host before the first one runs.
 
     Attributes:
-        flip: [N], bool, as are `gray`, `blur` and `solarize`.
-        operation: Of the color jitter, one after another. [4, N]
-        factor: Of each. [4, N]
-        blends: Whether it is one of brightness, contrast and saturation, and does something. [4, N]
-        turns: Whether it is a turn of the hue, and does something. [4, N]
+        flip: Images to mirror. [N], bool, like `gray`, `blur` and `solarize`
+        operation: Color jitter operations in order. [4, N]
+        factor: Factor of each operation. [4, N]
+        blends: True for brightness, contrast and saturation that change the image. [4, N]
+        turns: True for hue shifts that change the image. [4, N]
     """
 
     flip: Tensor
@@ -84,9 +84,9 @@ def _steps(draws: Draws) -> _Steps:
 
 
 def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled: bool) -> None:
-    """Make views [S, C, H, H] in 0 to 1 of crops [S, H, H, C]."""
+    """Make views [S, C, H, H] in [0, 1] from crops [S, H, H, C]."""
     turn_hue = _turn_hue_compiled if compiled else _turn_hue
-    if steps.flip.any():  # as bytes, a quarter of what they become
+    if steps.flip.any():  # as bytes, a quarter of the size of floats
         mirrored = steps.flip.nonzero()[:, 0].to(crops.device, non_blocking=True)
         crops = crops.index_copy(0, mirrored, crops.index_select(0, mirrored).flip(2))
     x.copy_(crops.permute(0, 3, 1, 2)).mul_(1 / 255)
@@ -99,13 +99,13 @@ def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled:
 
 
 def _on(x: Tensor, which: Tensor, change: Callable[..., object], *parameters: Tensor) -> None:
-    """Change some images in place; what decides lies on the host, so that the device is not waited for.
+    """Change selected images in place. The selection is on the host, so that nothing waits for the device.
 
     Args:
-        x: [S, C, H, H]
-        which: [S], bool
-        change: Called with those images and with their parameters.
-        parameters: Of all images. [S, ...] each
+        x: Images. [S, C, H, H]
+        which: Selection, on the host. [S], bool
+        change: Function called with the selected images and their parameters.
+        parameters: Parameters of all images. [S, ...] each
     """
     rows = which.nonzero()[:, 0]
     if len(rows) == len(x):
@@ -127,15 +127,16 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def _blend(x: Tensor, factor: Tensor, operation: Tensor) -> None:
-    """Blend each image with what its operation asks for: brightness with black, contrast with its mean gray, saturation
-    with its gray self. One formula for three. Saturation, gray and hue are of three channels alone.
+    """Blend images: brightness with black, contrast with the mean gray, saturation with the gray image.
+
+    One formula serves all three. Saturation, gray and hue need three channels.
     """
     there = set(operation.tolist())
     other, scale = 1 - factor, _column(factor, x)
     if there == {_BRIGHTNESS}:
         x.mul_(scale).clamp_(0, 1)
         return
-    if x.shape[1] != 3:  # without colors there is no gray: contrast is about each channel's own mean
+    if x.shape[1] != 3:  # without colors there is no gray: contrast uses each channel's own mean
         mean = x.mean((2, 3), keepdim=True) * _column(other * (operation == _CONTRAST), x)
         x.mul_(scale).add_(mean).clamp_(0, 1)
         return
@@ -150,27 +151,27 @@ def _blend(x: Tensor, factor: Tensor, operation: Tensor) -> None:
 
 
 def _turn_hue(x: Tensor, turn: Tensor) -> None:
-    """Turn the hue by fractions of the circle [S], through HSV."""
+    """Shift the hue by fractions of the circle [S], through HSV."""
     r, g, b = x.unbind(1)
     value = x.amax(1)  # [S, H, W]
     chroma = value - x.amin(1)
-    # Which channel leads, as 1 or 0: selecting takes a CPU many times as long as multiplying.
+    # 1 for the largest channel, 0 for others: on a CPU, selecting takes many times as long as multiplying.
     red = (r - value).sign_().add_(1)
     green = (g - value).sign_().add_(1).mul_(1 - red)
     blue = 1 - red - green
     slope = red * (g - b) + green * (b - r) + blue * (r - g)
     hue = slope.div_(chroma.clamp_min(1e-12)).add_(green, alpha=2).add_(blue, alpha=4)  # sixths of the circle
     hue.div_(6).add_(_column(turn, x)[:, 0])
-    # A channel of HSV back to RGB: value - chroma * clamp(min(k, 4 - k), 0, 1) at k = (n + hue) mod 6, n = 5, 3, 1;
-    # which is what the distance on the circle from where k is 2 tells.
-    # 3/6, 1/6, -1/6; made on the device, since numbers that come from the host make it wait.
+    # HSV to RGB: a channel is value - chroma * clamp(min(k, 4 - k), 0, 1) at k = (n + hue) mod 6, n = 5, 3, 1.
+    # It depends only on the distance on the circle to k = 2.
+    # 3/6, 1/6, -1/6 are created on the device, because numbers from the host would make it wait.
     away = hue[:, None] + (torch.arange(3, -2, -2, device=x.device) / 6)[:, None, None]
     away.sub_(away.round()).abs_().mul_(-6).add_(2).clamp_(0, 1)
     torch.sub(value[:, None], away.mul_(chroma[:, None]), out=x)
 
 
-# The same for torch to compile, which makes it one pass over an image: there selecting costs nothing, and what is
-# written in place would only be in its way. Blends gain nothing by it, for they are few passes as they are.
+# The same for torch.compile, which fuses it into one pass per image. There selecting is free, and in-place writes
+# would only hinder. Blends gain nothing from compilation, because they take few passes already.
 
 
 def _turn_hue_compiled(x: Tensor, turn: Tensor) -> None:
@@ -178,7 +179,7 @@ def _turn_hue_compiled(x: Tensor, turn: Tensor) -> None:
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """What `_turn_hue` makes of images. [S, 3, H, H] and [S, 1, 1] to [S, 3, H, H]"""
+    """Return images with shifted hue, as `_turn_hue` does. [S, 3, H, H] and [S, 1, 1] to [S, 3, H, H]"""
     r, g, b = x.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
@@ -191,19 +192,18 @@ def _turned(x: Tensor, turn: Tensor) -> Tensor:
 
 @cache
 def _compiled(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An operation as torch compiles it, for any number of images of any size."""
+    """Compile an operation for any number of images of any size."""
     return torch.compile(operation, dynamic=True)
 
 
 def _blur(x: Tensor, kernels: Tensor) -> None:
-    """Blur in place, with Pillow's kernel and what it does at the border.
+    """Blur in place, with Pillow's kernel and border handling.
 
-    Of the matrices that do it nearly all is zero: only blocks are multiplied, of which all but those at the ends are
-    alike.
+    The blur matrices are nearly all zeros, so only blocks are multiplied. All blocks but those at the ends are equal.
 
     Args:
-        x: [S, C, H, H]
-        kernels: [S, short, short]
+        x: Images. [S, C, H, H]
+        kernels: Blur matrices of a short line. [S, short, short]
     """
     short, size = kernels.shape[1], x.shape[2]
     if size == short:
@@ -233,15 +233,15 @@ def _blur(x: Tensor, kernels: Tensor) -> None:
 
 
 def _blur_kernels(radius: Tensor, short: int) -> Tensor:
-    """A blur along a line of `short` pixels, as a matrix for each radius. [S, short, short]
+    """Return the blur along a line of `short` pixels, as a matrix for each radius. [S, short, short]
 
-    Only near an end does a row differ from its neighbours by more than its place: a short line tells of all.
+    Rows differ from their neighbours by more than their place only near an end, so a short line serves for any length.
 
-    Pillow's Gaussian is three passes of a box whose fractional width gives the radius; each repeats the border.
+    Pillow's Gaussian is three passes of a box whose fractional width gives the radius. Each pass repeats the border.
 
     Args:
-        radius: In pixels, at most 2. [S]
-        short: Pixels.
+        radius: Radius in pixels, at most 2. [S]
+        short: Length of the line in pixels.
 
     Source: Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box Filtering, 2011.
     """
@@ -256,6 +256,6 @@ def _blur_kernels(radius: Tensor, short: int) -> Tensor:
     return box @ box @ box
 
 
-_REACH = 6  # pixels: three times the two of a box
-_SHORT = 32  # pixels, so long that the middle of the line knows of no end
-_BLOCK = 32  # pixels, at least; of the sizes tried the quickest
+_REACH = 6  # pixels: three passes of a box that reaches two
+_SHORT = 32  # pixels, long enough that the ends do not affect the middle of the line
+_BLOCK = 32  # pixels at least; the fastest of the sizes tried

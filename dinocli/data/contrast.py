@@ -1,4 +1,4 @@
-"""Contrast of images after conversion to 8 bits, and the raw values of deep ones that lose it there."""
+"""Contrast of images after conversion to 8 bits, and raw value ranges of deep images that lose contrast."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL.Image import Image
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.images import ImagesConfig, Range
 
-_DEEPEST = 65535.0  # of 16 bits; ranges of deeper values and floats follow the values themselves
-_TAIL = 0.001  # of the pixels at either end, which count as outliers if they stretch the range to more than twice
-_FAINT = 2.0  # levels of standard deviation, below which nothing is left to see
-_NARROW = 64  # levels, a quarter of them
+_DEEPEST = 65535.0  # of 16 bits; ranges of deeper values and floats already follow the values
+_TAIL = 0.001  # share of the pixels at either end; they are outliers if they more than double the range
+_FAINT = 2.0  # levels of standard deviation, below which nothing is visible
+_NARROW = 64  # levels, a quarter of 8 bits
 _ROUNDS = 5
 
 
@@ -24,8 +24,8 @@ class Contrast(NamedTuple):
     Attributes:
         low: Lowest level, without outliers.
         high: Highest level, without outliers.
-        single: All pixels are equal.
-        faint: Nearly so: the standard deviation without outliers is below two levels.
+        single: True if all pixels are equal.
+        faint: True if the standard deviation without outliers is below two levels.
     """
 
     low: int
@@ -35,7 +35,7 @@ class Contrast(NamedTuple):
 
     @property
     def narrow(self) -> bool:
-        """Check if the levels span less than a quarter of 8 bits."""
+        """True if the levels span less than a quarter of 8 bits."""
         return self.high - self.low < _NARROW
 
 
@@ -50,14 +50,10 @@ def contrast(pixels: Pixels) -> Contrast:
 
 
 def raw_range(data: bytes | Image, images: ImagesConfig) -> Range | None:
-    """Measure the raw values of an image of 16 bits, in the units of `images.window`.
+    """Measure the raw value range of a 16-bit image, in the units of `images.window`, which itself is ignored.
 
-    The image is decoded under one window after another, each of which ends where the values of the one before did. So
-    this holds for every format that a window reaches, and tells images that it does not reach.
-
-    Args:
-        data: The file.
-        images: Any window in it is ignored.
+    The image is decoded several times, each time with a window that ends at the values found before. So this works for
+    every format that supports a window, and detects images that ignore it.
 
     Returns:
         Lowest and highest value, without outliers. None if all values are equal or fill 16 bits, if the image has 8
@@ -78,13 +74,13 @@ def raw_range(data: bytes | Image, images: ImagesConfig) -> Range | None:
         next_low, next_high = ends[0] - step, ends[1] + step
         if next_high - next_low > 0.7 * (high - low):
             break
-        # Either end is known to half a step; levels are rounded.
+        # Levels are rounded, so either end is known to half a step.
         half, finer = step / 2, (next_high - next_low) / 255
         wanted = [((end - half - next_low) / finer - 1, (end + half - next_low) / finer + 1) for end in ends]
         low, high = next_low, next_high
     if not wanted:
         return None
-    for side, end in enumerate(ends if step > 0.5 else ()):  # to whole numbers
+    for side, end in enumerate(ends if step > 0.5 else ()):  # refine to whole numbers
         counts = _counts(data, images, end - 2 * step, end + 2 * step)
         if counts is None:
             return None
@@ -94,18 +90,18 @@ def raw_range(data: bytes | Image, images: ImagesConfig) -> Range | None:
 
 
 def _counts(data: bytes | Image, images: ImagesConfig, low: float, high: float) -> NDArray[np.int64] | None:
-    """Count the pixels of each level under a window. [256]"""
+    """Count the pixels per level under a window. [256]"""
     pixels = decode(data, images.model_copy(update={"window": (low, high)}))
     return None if isinstance(pixels, BadImage) else np.bincount(pixels.ravel(), minlength=256)
 
 
 def _ends(counts: NDArray[np.int64], *, trim: bool, whole: bool = False) -> tuple[int, int]:
-    """Return the lowest and highest level: all of them, or without a thousandth at either end.
+    """Return the lowest and highest level, with or without tails of a thousandth of the pixels at either end.
 
     Args:
-        counts: Pixels of each level. [256]
-        trim: Leave the tails out in any case; otherwise only if they stretch the range to more than twice.
-        whole: Keep the tails in any case.
+        counts: Number of pixels per level. [256]
+        trim: Always drop the tails. If False, drop them only if they more than double the range.
+        whole: Always keep the tails.
     """
     there = np.flatnonzero(counts)
     first, last = int(there[0]), int(there[-1])

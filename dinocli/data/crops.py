@@ -1,4 +1,4 @@
-"""Worker side: draw every number of an image's views, and cut its crops out of one decoding."""
+"""Worker side of augmentation: random draws for an image's views, and crops from a single decoding."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dinocli.data.masking import MaskConfig
 
 Probability = Field(ge=0, le=1)
 Spread = Annotated[float, Field(ge=1e-6)]  # a thousandth of a grey level is 4e-6; pixels are divided by it in float32
-_LONG = 8  # times as long as wide, beyond which an image is cut before it is resized
+_LONG = 8  # ratio of long to short side above which an image is cut before it is resized
 Floats = NDArray[np.float64]
-# What `F.interpolate(antialias=True)` calls, which knows no place for the result.
+# Kernels behind `F.interpolate(antialias=True)`, which itself takes no `out` argument.
 _RESIZE: dict[str, Any] = {
     "bicubic": torch._C._nn._upsample_bicubic2d_aa,
     "bilinear": torch._C._nn._upsample_bilinear2d_aa,
@@ -28,12 +28,12 @@ _RESIZE: dict[str, Any] = {
 
 
 class JitterConfig(Config):
-    """Color jitter: with `probability`, each of the four in a random order, by a factor drawn around 1 (hue: around 0).
+    """Color jitter: four operations in random order, each by a factor drawn around 1 (hue: around 0).
 
     Attributes:
-        probability: Of any jitter at all.
-        brightness: Half-width of the factor's range, as are `contrast` and `saturation`.
-        hue: Largest turn, as a fraction of the circle.
+        probability: Probability of any jitter at all.
+        brightness: Half-width of the factor's range, like `contrast` and `saturation`.
+        hue: Largest hue shift, as a fraction of the circle.
     """
 
     probability: float = Probability
@@ -44,17 +44,16 @@ class JitterConfig(Config):
 
 
 class ViewConfig(Config):
-    """How a view of an image is made; what is absent does not happen.
+    """Augmentation of a view. Optional steps are off by default.
 
     Attributes:
         size: Side of the square crop, in pixels.
-        scale: Smallest and largest area of the crop, as a fraction of the image's.
+        scale: Smallest and largest area of the crop, as fractions of the image.
         flip: Probability of a horizontal flip.
-        jitter: Color jitter.
-        gray: Probability of losing the colors.
-        blur: Probability of a Gaussian blur, its radius drawn between 0.1 and 2 pixels.
-        solarize: Probability of inverting all above half brightness.
-        resample: How the crop is resized; both are antialiased.
+        gray: Probability of conversion to grey.
+        blur: Probability of a Gaussian blur, with a radius drawn between 0.1 and 2 pixels.
+        solarize: Probability of inverting all values above half brightness.
+        resample: Interpolation of the crop's resize, always antialiased.
     """
 
     size: int = Field(ge=8, le=4096)
@@ -75,12 +74,12 @@ class ViewConfig(Config):
 
 
 class LowResolutionConfig(Config):
-    """Smaller crops at the start of a run: the same parts of the images in fewer pixels, for less work.
+    """Smaller crops at the start of a run: the same parts of the images in fewer pixels, for less compute.
 
     Attributes:
-        epochs: How long, from the first.
-        global_size: Side of the global crops meanwhile, in pixels.
-        local_size: Side of the local ones; absent, they keep theirs.
+        epochs: Number of epochs with smaller crops, from the first.
+        global_size: Side of the smaller global crops, in pixels.
+        local_size: Side of the smaller local crops, in pixels. If None, local crops keep their size.
 
     Source: FastDINOv2 (arXiv 2507.03779), which trains three quarters of the epochs at half the side.
     """
@@ -91,17 +90,16 @@ class LowResolutionConfig(Config):
 
 
 class ViewsConfig(Config):
-    """The views of an image.
+    """Views of an image.
 
     Attributes:
-        mean: Of the channels, in 0 to 1; as many numbers as there are channels.
-        std: Of the channels.
-        global_1: The first global view.
-        global_2: The second; a loss between views wants it, a classifier does not.
-        local: The local views, all alike; absent, there are none.
-        locals: How many local views.
-        mask: Which part of the global views is hidden from the student; absent, nothing is.
-        low_resolution: Smaller crops in the first epochs; absent, all epochs have the same.
+        mean: Mean of each channel, in [0, 1]. Its length is the number of channels.
+        std: Standard deviation of each channel, in the same units.
+        global_2: Second global view. A loss between views needs it, a classifier does not.
+        local: Augmentation of every local view. If None, there are none.
+        locals: Number of local views.
+        mask: Masking of the student's global views. If None, nothing is masked.
+        low_resolution: Smaller crops in the first epochs. If None, all epochs use the same sizes.
     """
 
     mean: tuple[float, ...]
@@ -114,9 +112,9 @@ class ViewsConfig(Config):
     low_resolution: LowResolutionConfig | None = None
 
     def phases(self, steps_per_epoch: int) -> list[tuple[int, ViewsConfig]]:
-        """The views by the step that they begin with: one kind, or the smaller ones and then these.
+        """Return pairs of first step and views: one phase, or low resolution followed by full size.
 
-        An image's crops are cut at the same places of it in either, with the same changes of color.
+        Both phases cut an image at the same places, with the same changes of color.
         """
         low = self.low_resolution
         if low is None:
@@ -129,12 +127,12 @@ class ViewsConfig(Config):
 
     @property
     def channels(self) -> int:
-        """C."""
+        """Number of channels."""
         return len(self.mean)
 
     @property
     def color_keys(self) -> list[str]:
-        """The keys, below `views.`, that ask for what is done to colors, and so to three channels alone."""
+        """Keys below `views.` that request color operations, which need three channels."""
         views = {"global_1": self.global_1, "global_2": self.global_2, "local": self.local}
         keys = []
         for name, view in views.items():
@@ -145,7 +143,7 @@ class ViewsConfig(Config):
 
     @property
     def globals(self) -> list[ViewConfig]:
-        """The global views in order."""
+        """Global views in order."""
         return [view for view in (self.global_1, self.global_2) if view]
 
     @property
@@ -155,17 +153,17 @@ class ViewsConfig(Config):
 
 
 class Draws(NamedTuple):
-    """Random numbers of V views of B images that the batch side needs; where nothing happens they are the identity.
+    """Random draws of V views of B images for the batch side. Skipped operations have identity values.
 
-    A NamedTuple of tensors, because the data loader knows how to pin and move one.
+    It is a NamedTuple of tensors, because the data loader can pin and move one.
 
     Attributes:
-        flip: [V, B], bool
-        factors: Brightness, contrast, saturation and hue. [V, B, 4]
-        order: Which of the four comes first, second, third, fourth. [V, B, 4], uint8
-        gray: [V, B], bool
-        radius: Of the blur in pixels; 0 for none. [V, B]
-        solarize: [V, B], bool
+        flip: True for a horizontal flip. [V, B], bool
+        factors: Factors of brightness, contrast, saturation and hue. [V, B, 4]
+        order: Indices of the four operations, in order. [V, B, 4], uint8
+        gray: True for conversion to grey. [V, B], bool
+        radius: Blur radius in pixels; 0 for none. [V, B]
+        solarize: True for solarization. [V, B], bool
     """
 
     flip: Tensor
@@ -176,9 +174,9 @@ class Draws(NamedTuple):
     solarize: Tensor
 
 
-# The numbers a view takes from its image's generator: 10 tries of (area, ratio), (top, left), flip, jitter or not, 4
-# factors, 4 that are ranked into an order, gray, blur or not, radius, solarize. All are drawn whatever a recipe
-# switches off, so that a switch moves nothing else.
+# Numbers per view from its image's generator: 10 tries of (area, ratio), (top, left), flip, jitter or not, 4 factors, 4
+# that are ranked into an order, gray, blur or not, radius, solarize. All are drawn even if a recipe disables some, so
+# that disabling one operation changes no other.
 _TRIES, _REST = 10, 14
 BOX = 2 * _TRIES + 2
 NUMBERS = BOX + _REST
@@ -187,12 +185,12 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 class Tries(NamedTuple):
-    """What a view's box is made of, whatever the image's size.
+    """Random part of a view's crop box, independent of the image's size.
 
     Attributes:
-        areas: As fractions of the image's; the first try that fits is taken.
-        ratios: Width by height.
-        corner: How far down and right the box lies in the room that it leaves, in [0, 1).
+        areas: Areas as fractions of the image. The first try that fits is used.
+        ratios: Width divided by height.
+        corner: Position down and to the right within the free room, in [0, 1).
     """
 
     areas: list[float]
@@ -201,23 +199,23 @@ class Tries(NamedTuple):
 
 
 def uniforms(seed: int, epoch: int, index: int, views: int) -> tuple[Floats, np.random.Generator]:
-    """The numbers in [0, 1) that make an image's views, and the generator they came from. [V, NUMBERS]
+    """Draw the numbers in [0, 1) for an image's views; return them and their generator. [V, NUMBERS]
 
-    They depend on nothing else than the arguments: not on the number of workers or processes, nor on a resume.
+    They depend only on the arguments, not on the number of workers or processes, nor on a resume.
     """
     generator = np.random.default_rng((seed, epoch, index))
     return generator.random((views, NUMBERS)), generator
 
 
 def crop_tries(numbers: Floats, scale: Floats) -> list[list[Tries]]:
-    """All of many images' boxes that can be told before their sizes are known, in one go.
+    """Compute the size-independent part of the crop boxes of many images at once.
 
     Args:
-        numbers: Uniform in [0, 1). [B, V, NUMBERS]
-        scale: Smallest and largest area of a view, as a fraction of the image's. [V, 2]
+        numbers: Uniform numbers in [0, 1). [B, V, NUMBERS]
+        scale: Smallest and largest area of each view, as fractions of the image. [V, 2]
 
     Returns:
-        The tries of each view of each image. [B][V]
+        Tries of each view of each image. [B][V]
     """
     uniform = numbers[..., : 2 * _TRIES].reshape(*numbers.shape[:2], _TRIES, 2)
     areas = scale[:, :1] + (scale[:, 1:] - scale[:, :1]) * uniform[..., 0]  # [B, V, tries]
@@ -228,17 +226,17 @@ def crop_tries(numbers: Floats, scale: Floats) -> list[list[Tries]]:
 
 
 def crop_boxes(tries: Sequence[Tries], height: int, width: int) -> list[Box]:
-    """Where each view is cut: areas uniform in `scale`, ratios log-uniform in 3/4 to 4/3, ten tries.
+    """Return the crop box of each view: areas uniform in `scale`, ratios log-uniform in 3/4 to 4/3, ten tries.
 
-    Plain numbers, as the first or second try mostly fits and arrays of ten are made in more time than that takes.
+    Plain numbers are faster than arrays here: the first or second try mostly fits, and arrays of ten take longer.
 
     Args:
-        tries: Of each view.
-        height: Of the image, in pixels.
-        width: Of the image, in pixels.
+        tries: Tries of each view.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
 
     Returns:
-        Top, left, height, width of each view.
+        Top, left, height and width of each crop.
 
     Source: torchvision RandomResizedCrop.get_params.
     """
@@ -253,17 +251,17 @@ def _box(tries: Tries, height: int, width: int) -> Box:
         if 0 < w <= width and 0 < h <= height:
             down, right = tries.corner
             return math.floor(down * (height - h + 1)), math.floor(right * (width - w + 1)), h, w
-    # No try fits in a very long image: then its middle is taken, as long as the ratio allows.
+    # No try fits in a very long image. Then use its middle, as long as the ratio allows.
     w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width / (3 / 4))))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def draws(numbers: Floats, views: Sequence[ViewConfig]) -> Draws:
-    """What the batch side does to each view.
+    """Convert uniform numbers to the draws that the batch side applies to each view.
 
     Args:
-        numbers: Uniform in [0, 1). [B, V, NUMBERS]
-        views: Their recipe. V of them.
+        numbers: Uniform numbers in [0, 1). [B, V, NUMBERS]
+        views: Augmentation of each of the V views.
     """
     flip, jitter, factors, order, gray, blur, radius, solarize = np.split(
         numbers.swapaxes(0, 1)[..., BOX:], [1, 2, 6, 10, 11, 12, 13], axis=-1
@@ -291,15 +289,15 @@ def cut_into(out: Tensor, pixels: Pixels, box: Box, resample: str = "bicubic") -
     """Cut a box out of an image and resize it with antialiasing.
 
     Args:
-        out: Place of the crop, within 2 levels of the resize in float64. Pillow is as near up to 12; 13.0 rounds
-            differently, by up to 12 levels at sharp edges of photos. [1, C, height, width], uint8
-        pixels: [H, W, C]
-        box: Top, left, height, width.
+        out: Crop to fill, within 2 levels of a resize in float64. Pillow is as close up to version 12. Version 13.0
+            rounds differently, by up to 12 levels at sharp edges of photos. [1, C, height, width], uint8
+        pixels: Image. [H, W, C]
+        box: Top, left, height and width of the cut.
         resample: `bicubic` or `bilinear`.
     """
     top, left, height, width = box
-    # uint8 with the channels last in memory, as decoders give them, is what torch has its fast kernel for. numpy cuts
-    # in a third of the time.
+    # torch's fast kernel needs uint8 with the channels last in memory, as decoders return it. numpy cuts in a third of
+    # torch's time.
     image = torch.from_numpy(pixels[top : top + height, left : left + width].transpose(2, 0, 1)[None])
     size = out.shape[2:]
     if (height, width) == size:
@@ -309,14 +307,14 @@ def cut_into(out: Tensor, pixels: Pixels, box: Box, resample: str = "bicubic") -
 
 
 def cut(pixels: Pixels, box: Box, size: tuple[int, int], resample: str = "bicubic") -> Tensor:
-    """What `cut_into` does, into new memory. [C, height, width], uint8"""
+    """Cut and resize as `cut_into` does, into new memory. [C, height, width], uint8"""
     out = torch.empty((1, pixels.shape[2], *size), dtype=torch.uint8, memory_format=torch.channels_last)
     cut_into(out, pixels, box, resample)
     return out[0]
 
 
 def shrink(pixels: Pixels, side: int) -> Pixels:
-    """An image with its short side at `side` pixels; one that is no larger stays as it is. [H, W, C]"""
+    """Resize an image to a short side of `side` pixels, unless it is no larger. [H, W, C]"""
     height, width = pixels.shape[:2]
     short = min(height, width)
     if short <= side:
@@ -326,13 +324,13 @@ def shrink(pixels: Pixels, side: int) -> Pixels:
 
 
 def resize_and_center(pixels: Pixels, resize: int, crop: int) -> Tensor:
-    """The evaluation's view: the short side to `resize` pixels, then the square in the middle. [C, crop, crop], uint8
+    """Make the evaluation view: short side to `resize` pixels, then center crop. [C, crop, crop], uint8
 
     Source: torchvision Resize and CenterCrop, as facebookresearch/dino@7c446df eval_knn.py uses them.
     """
     height, width = pixels.shape[:2]
     short = min(height, width)
-    # Of a very long image all but the middle would be thrown away: it is cut off first, far outside what is kept.
+    # Cut off the ends of a very long image before the resize. They are far outside the center crop.
     if max(height, width) > _LONG * short:
         top, left = max(0, (height - _LONG * short) // 2), max(0, (width - _LONG * short) // 2)
         pixels = pixels[top : top + _LONG * short, left : left + _LONG * short]

@@ -1,4 +1,4 @@
-"""Bytes to pixels: uint8, upright, RGB or grey whatever the file's mode; a bad file is a value and not a crash."""
+"""Image decoding to upright uint8 pixels, RGB or grey for every file mode. A bad file gives a `BadImage`, no error."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from dinocli.data.tiff import SIGNATURES, Facts, open_tiff
 from dinocli.data.turns import TURNS, turned
 from dinocli.data.unread import name_jpeg, name_unread
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its words on bad files come out on stderr
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise it prints messages about bad files to stderr
 
 Pixels = NDArray[np.uint8]
 T = TypeVar("T")
 
-# Only what holds pixels. EPS starts Ghostscript, PDF and WMF draw, FITS, HDF5 and GRIB hold measurements, and PCD, IMT,
-# IPTC or McIdas take nearly any bytes for an image. IM, SPIDER and TGA have no signature, so they come last.
+# Pixel formats only. EPS starts Ghostscript. PDF and WMF hold drawings, FITS, HDF5 and GRIB measurements. PCD, IMT,
+# IPTC and McIdas accept nearly any bytes. IM, SPIDER and TGA have no signature, so they come last.
 _FORMATS = tuple(
     "JPEG PNG WEBP GIF TIFF BMP DIB AVIF JPEG2000 PPM ICO CUR ICNS PSD PCX DCX DDS SGI SUN QOI MSP XBM XPM PIXAR "
     "FTEX GBR BLP FLI XVTHUMB IM SPIDER TGA".split()
 )
 _ORIENTATION = 0x0112
-_QOI = 2e6  # pixels; some ten seconds
+_QOI = 2e6  # pixels, which take Pillow about ten seconds
 _HOLD_ORIENTATION = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
-_COUNTED = ("PNG", "WEBP", "AVIF", "DCX", "FLI", "IM", "SPIDER")  # whose header tells how many pictures there are
-# Channels of what is not made RGB or grey. RGBX is what Pillow calls four bands of which it knows three.
+_COUNTED = ("PNG", "WEBP", "AVIF", "DCX", "FLI", "IM", "SPIDER")  # their headers state the number of pictures
+# Channels of modes that are read unconverted. RGBX has four bands, and Pillow knows the meaning of three.
 _BANDS = {"LA": 2, "RGBA": 4, "RGBX": 4}
 _ENTERING = threading.Lock()
-_inside: list[tuple[int | None, bool]] = []  # what Pillow was set to, for each thread that reads
+_inside: list[tuple[int | None, bool]] = []  # Pillow's settings before decoding, once per decoding thread
 _UNKNOWN = "not an image: no format that is known here"
 _NO_NUMBER = "damaged: none of its values is a number"
 _NOTHING_LEFT = "truncated: nothing is left of the picture"
@@ -55,20 +55,20 @@ _GREY: dict[str, Any] = {"L": 128, "RGB": (128,) * 3, "RGBA": (128, 128, 128, 25
 
 @dataclass(frozen=True)
 class BadImage:
-    """A file that could not be read as an image, and why: a category to count by, a colon, a few words."""
+    """Reason why a file could not be read as an image: a category for counting, a colon, a few words."""
 
     reason: str
 
 
 class Opened:
-    """An image of which only the header was read.
+    """Image file after reading only its header.
 
     Attributes:
-        height: In pixels, upright.
-        width: In pixels, upright.
-        format: As Pillow names it, or `NPY`; absent of what came decoded.
-        mode: Pillow's, of the file's pixels, or of one channel of an array: `I;16` is deep, `L` grey.
-        pages: Number of pages or frames in the file, of which only the first is read.
+        height: Height in pixels, upright.
+        width: Width in pixels, upright.
+        format: Pillow's name of the format, or `NPY`. None for an image that came decoded.
+        mode: Pillow's mode of the pixels, or of one channel of an array. `I;16` is deep, `L` grey.
+        pages: Number of pages or frames in the file. Only the first is read.
     """
 
     def __init__(
@@ -95,18 +95,18 @@ class Opened:
 
     @property
     def deep(self) -> bool:
-        """Depth of more than 8 bits a value."""
+        """True if values have more than 8 bits."""
         return self.mode.startswith(("I", "F"))
 
     def pixels(self, reduce: int = 1) -> Pixels | BadImage:
-        """Decode.
+        """Decode the image.
 
         Args:
-            reduce: 1, 2, 4 or 8: JPEGs are decoded at 1/reduce of their size, rounded up, which is faster; all others
-                at full size. So look at the shape of what you get; an icon or a PNG may also have lied in its header.
+            reduce: Factor 1, 2, 4 or 8 by which a JPEG is decoded smaller, rounded up, to save time. Other formats keep
+                their size, so check the shape of the result. Headers of icons and PNGs may also state a wrong size.
 
         Returns:
-            [H, W, C], or the reason why not.
+            Pixels [H, W, C], or the reason for failure.
         """
         if self._array:
             found = _tried(self._images, False, self._array_pixels)
@@ -117,7 +117,7 @@ class Opened:
             fast = _fast_jpeg(self._source, self._tagged)
             if fast is not None and fast.shape[1::-1] == self._size:
                 return turned(_gray(fast) if self._images.channels == 1 else fast, self._turn)
-        image, self._image = self._image, None  # Pillow reads a file once
+        image, self._image = self._image, None  # Pillow can load a file only once
         result = _tried(self._images, False, lambda: self._load(image, reduce))
         if isinstance(result, BadImage) and self._images.truncated and isinstance(self._source, bytes):
             return _tried(self._images, True, lambda: self._load(None, reduce))
@@ -147,11 +147,11 @@ class Opened:
             if isinstance(reader := getattr(image, "fp", None), Reader):
                 reader.left = BODY
         if lenient and image.mode in _GREY and image.format in ("PNG", "BMP", "TIFF", "PPM", "TGA"):
-            image.im = Image.new(image.mode, image.size, _GREY[image.mode]).im  # Pillow would begin with black
+            image.im = Image.new(image.mode, image.size, _GREY[image.mode]).im  # Pillow would start from black
         windows, channels = self._images.windows, self._images.channels
         with _hushed() if image.format == "TIFF" else nullcontext():
             image.load()
-        # What an icon holds is known only now.
+        # The size of an icon is known only after loading.
         if image.size != self._size and reduce == 1 and (fault := _size_fault(image.size, self._images)):
             return fault
         if self._palette is not None and image.mode == "P":
@@ -165,21 +165,21 @@ class Opened:
 
 
 def reduction(room: float) -> int:
-    """How many times smaller an image may be decoded which may be made `room` times smaller: 8, 4, 2 or 1."""
+    """Return the largest reduction (8, 4, 2 or 1) for decoding an image that may be made `room` times smaller."""
     return next((r for r in (8, 4, 2) if room >= r), 1)
 
 
 def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Opened | BadImage:
-    """Read the header of an image file and hold it against the limits, before anything of its size is allocated.
+    """Read the header of an image file and check it against the limits, before memory for its pixels is allocated.
 
-    EXIF orientation is applied; transparency is laid on white, where three channels or one are wanted; 16-bit values
-    are scaled by `images.window` or their bit depth, 32-bit and float by the usual range that holds them; of an
-    animation the first frame is taken.
+    Decoding applies the EXIF orientation. Transparency is composited on white if `images.channels` is 1 or 3. Deep
+    values are scaled by `images.window`. By default, 16-bit values are scaled by their bit depth, 32-bit and float
+    values by the smallest usual range that holds them. Only the first frame of an animation is read.
 
     Returns:
-        What knows its size and can be decoded, or the reason why not; no bytes make it raise.
+        The image, whose size is known and which can be decoded, or the reason for failure. No bytes make this raise.
     """
-    # Most photos need no more than this, and of all else Pillow knows what to say.
+    # Fast path that is enough for most photos. Pillow judges all other files.
     if isinstance(data, bytes) and len(data) <= images.max_megabytes * 1e6:
         plain = plain_header(data)
         if plain and not _size_fault(plain.size, images):
@@ -191,7 +191,7 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
 
 
 def decode(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
-    """Decode an image file as `open_image` says. [H, W, C], or the reason why not."""
+    """Decode an image file as described in `open_image`. Return [H, W, C], or the reason for failure."""
     opened = open_image(data, images)
     return opened if isinstance(opened, BadImage) else opened.pixels()
 
@@ -220,7 +220,7 @@ def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
 def _opened(
     source: bytes | Image.Image, image: Image.Image, images: ImagesConfig, facts: Facts | None = None
 ) -> Opened:
-    # Of these every libjpeg makes the same; CMYK and Adobe's RGB are Pillow's.
+    # Every libjpeg decodes these equally. CMYK and Adobe's RGB are left to Pillow.
     plain = image.mode == "L" or (image.mode == "RGB" and image.info.get("adobe_transform", 1) == 1)
     return Opened(
         source,
@@ -238,7 +238,7 @@ def _opened(
 
 
 def _count_pages(image: Image.Image, data: bytes) -> int:
-    """Count frames, if that is cheap. The second picture of an MPO is a preview of the first, or a depth map."""
+    """Count frames if that is cheap. An MPO counts as one: its second picture is a preview or a depth map."""
     if image.format == "GIF":
         return gif_frames(data)
     return getattr(image, "n_frames", 1) if image.format in _COUNTED else 1
@@ -247,12 +247,12 @@ def _count_pages(image: Image.Image, data: bytes) -> int:
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # this Pillow may know fewer
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # the installed Pillow may read fewer
 
 
 def _opened_array(data: bytes, array: ArrayFile, images: ImagesConfig) -> Opened | BadImage:
     size, count = (array.width, array.height), max(images.channels, array.bands)
-    if array.width * array.height * count > 3 * images.max_megapixels * 1e6:  # a bound of memory
+    if array.width * array.height * count > 3 * images.max_megapixels * 1e6:  # limits memory
         what = f"{size[0]}x{size[1]} pixels of {count} channels"
         return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of three")
     taken = array.width * array.height * array.bands * array.dtype.itemsize
@@ -281,7 +281,7 @@ def _slow_fault(image: ImageFile.ImageFile, data: bytes) -> BadImage | None:
 
 
 def _kind_fault(image: ImageFile.ImageFile, data: bytes, images: ImagesConfig) -> BadImage | None:
-    """Refuse kinds of a format that Pillow takes for others, or reads with fewer bits than a window is of."""
+    """Refuse variants that Pillow mistakes for others, or reads with fewer bits than `images.window` refers to."""
     if image.format in ("JPEG", "MPO") and (frame := find_frame(data)) and not frame.is_common:
         return BadImage(name_jpeg(frame.kind, frame.bits))
     at = data.find(b"av1C", 0, 4096) if image.format == "AVIF" and images.window else -1
@@ -302,17 +302,19 @@ def _size_fault(size: tuple[int, int], images: ImagesConfig) -> BadImage | None:
 
 @cache
 def _jpeg_decoder(tagged: bool) -> Callable[[Any], Any] | None:
-    """The fastest libjpeg, 1.2 instead of Pillow's 1.6 ms a photo: from bytes as a tensor to a [3, H, W] tensor.
+    """Return the fastest JPEG decoder, from a tensor of bytes to a [3, H, W] tensor; None to fall back to Pillow.
+
+    It takes 1.2 ms per photo, Pillow 1.6 ms.
 
     Args:
-        tagged: The file may hold an orientation. torchcodec would obey it, and we turn all files ourselves.
+        tagged: True if the file may hold an orientation. torchcodec would apply it, but `turned` does so for all files.
     """
     try:
         import_module("torchvision.io")
-        # Its Python face says at each call that torchcodec comes after it. Until then they are equally fast.
+        # torchvision's Python wrapper warns at each call that torchcodec replaces it. Today both are equally fast.
         native = import_module("torch").ops.image.decode_jpeg
         return lambda data: native(data, 3, False)
-    except Exception:  # absent, or made for another torch: OSError and RuntimeError too
+    except Exception:  # not installed, or built for another torch (OSError, RuntimeError)
         try:
             return None if tagged else import_module("torchcodec.decoders").decode_jpeg
         except Exception:
@@ -320,7 +322,7 @@ def _jpeg_decoder(tagged: bool) -> Callable[[Any], Any] | None:
 
 
 def has_fast_jpeg() -> bool:
-    """Whether JPEGs are decoded by torch's libraries; Pillow does it where they are absent."""
+    """Check if torch's libraries decode JPEGs. If they are not installed, Pillow does."""
     return _jpeg_decoder(False) is not None
 
 
@@ -331,18 +333,18 @@ def _fast_jpeg(data: Any, tagged: bool) -> Pixels | None:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch: the bytes are not writable
+            warnings.simplefilter("ignore")  # torch warns that the bytes are not writable
             return decoder(torch.from_numpy(np.frombuffer(data, np.uint8))).permute(1, 2, 0).numpy()
-    except Exception:  # Pillow has the last word
+    except Exception:  # fall back to Pillow
         return None
 
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """Without the lines that libtiff writes of its own about a damaged file; what is wrong comes back as a value."""
+    """Silence libtiff, which prints to stderr about corrupt files. The fault is returned as a value."""
     try:
         ours, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    except OSError:  # there is none
+    except OSError:  # no stderr
         yield
         return
     os.dup2(nowhere, 2)
@@ -356,15 +358,15 @@ def _hushed() -> Iterator[None]:
 
 @contextmanager
 def _pillow(images: ImagesConfig, lenient: bool) -> Iterator[None]:
-    """Pillow with our limit, which it then also holds against frames and icons within a file, and without warnings."""
-    # Pillow's settings are of the whole process: the last thread to leave puts back what the first one found.
+    """Apply our pixel limit to Pillow, for frames and icons within a file too, and silence its warnings."""
+    # Pillow's settings are global to the process: the last thread to leave restores what the first one found.
     with _ENTERING:
         found = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
         _inside.append(_inside[0] if _inside else found)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            Image.MAX_IMAGE_PIXELS = int(images.max_megapixels * 1e6 / 2)  # it warns above, and refuses above twice
+            Image.MAX_IMAGE_PIXELS = int(images.max_megapixels * 1e6 / 2)  # Pillow warns above it, refuses above twice
             ImageFile.LOAD_TRUNCATED_IMAGES = lenient
             yield
     finally:
@@ -381,14 +383,14 @@ def _tried(images: ImagesConfig, lenient: bool, work: Callable[[], T]) -> T | Ba
     except UnfitArray as error:
         return BadImage(str(error))
     except UnidentifiedImageError:
-        return BadImage(_UNKNOWN)  # its own words hold a memory address
+        return BadImage(_UNKNOWN)  # Pillow's message holds a memory address
     except Image.DecompressionBombError:
         return BadImage(f"too large: over {images.max_megapixels:g} megapixels")
     except MemoryError:
         return BadImage("too large: not enough memory")
     except TooSlow:
         return BadImage("too slow: more pieces than a picture needs")
-    # Pillow's readers raise nearly every kind of exception on a broken file: SyntaxError and struct.error too.
+    # Pillow's readers raise nearly every kind of exception on a corrupt file, SyntaxError and struct.error too.
     except Exception as error:
         words = re.sub(r" at 0x[0-9a-f]+|[^ -~]+", " ", str(error))[:160].strip() or type(error).__name__
         early = isinstance(error, EOFError) or re.search("truncat|not (large )?enough|expected to read", words, re.I)
@@ -397,18 +399,18 @@ def _tried(images: ImagesConfig, lenient: bool, work: Callable[[], T]) -> T | Ba
 
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation that Pillow has not applied itself; 1 if there is none."""
-    # Pillow turns TIFFs itself.
+    # Pillow applies the orientation of TIFFs itself.
     if image.format == "TIFF" or not _HOLD_ORIENTATION & image.info.keys():
         return 1
     try:
-        turn = Image.Image.getexif(image).get(_ORIENTATION)  # that of PNG decodes the picture
-    except Exception:  # nobody refuses a picture for its EXIF
+        turn = Image.Image.getexif(image).get(_ORIENTATION)  # PngImageFile.getexif decodes the picture
+    except Exception:  # corrupt EXIF is no reason to refuse a picture
         return 1
     return turn if isinstance(turn, int) and turn in TURNS else 1
 
 
 def _to_rgb(image: Image.Image, windows: NDArray[np.float64] | None, channels: int) -> Pixels | BadImage:
-    """Colors; where one channel is wanted, greys that are there as such stay one. [H, W, 3 or 1]"""
+    """Convert to RGB; keep one channel if `channels` is 1 and the image is grey. [H, W, 3 or 1]"""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         pixels = to_bytes(image_values(image), image_layout(image), channels, windows)
         return BadImage(_NO_NUMBER) if pixels is None else pixels
@@ -420,15 +422,15 @@ def _to_rgb(image: Image.Image, windows: NDArray[np.float64] | None, channels: i
 
 
 def _gray(pixels: Pixels) -> Pixels:
-    """The brightness of colors, as Pillow weighs them. [H, W, 3] -> [H, W, 1]"""
+    """Convert colors to grey with Pillow's weights. [H, W, 3] -> [H, W, 1]"""
     return np.array(Image.fromarray(pixels).convert("L"))[..., None]
 
 
 def _as_it_is(image: Image.Image, channels: int) -> Pixels | BadImage:
-    """All bands of an image that has so many, alpha too. [H, W, C]"""
-    if image.mode in ("P", "PA") and image.has_transparency_data:  # a palette has as many as its colors
+    """Return all bands, alpha included, if there are `channels` of them. [H, W, C]"""
+    if image.mode in ("P", "PA") and image.has_transparency_data:  # the channels of a palette are those of its colors
         image = image.convert("RGBA")
-    # CMYK is none of these: four inks make three colors.
+    # CMYK is missing on purpose: four inks make three colors.
     if _BANDS.get(image.mode) != channels:
         return BadImage(other_channels(f"{len(image.getbands())} ({image.mode})", channels))
     return np.array(image)
@@ -438,7 +440,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if np.min(flat.getextrema()) < 255:
         return flat
-    # White on white: what was drawn in white is laid on black, and an alpha that was never filled in is left away.
+    # White on white: composite white drawings on black, and drop an alpha channel that was never filled in.
     if image.getchannel("A").getextrema() == (0, 0):
         colors = image.convert("RGB")
         return colors if np.ptp(colors.getextrema(), axis=1).any() else flat

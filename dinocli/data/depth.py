@@ -1,4 +1,4 @@
-"""Raw values of any depth to 8 bits: window or bit depth, colors, white as zero, transparency."""
+"""Conversion of raw values of any depth to 8 bits: window or bit depth, colors, white as zero, transparency."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Colors = Literal["", "bands", "gray", "rgb", "cmyk", "ycbcr"]
 Alpha = Literal["", "straight", "premultiplied"]
 
 _BITS, _PHOTOMETRIC, _HIGHEST, _SAMPLE_FORMAT = 258, 262, 281, 339  # tags of a TIFF
-_BLOCK = 1_000_000  # values worked on at once: images may be large, and floats of them several times as large
+_BLOCK = 1_000_000  # values converted at once: floats of a large image would take several times its memory
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Layout:
     """Meaning of the bands of raw values.
 
     Attributes:
-        colors: Meaning of the first bands. `bands` are all of them, each by itself.
-        range: Values that become black and white without a window, by the depth that the file states. If None, the
+        colors: Meaning of the first bands. With `bands`, all bands are independent.
+        range: Values that become black and white without a window, from the depth that the file states. If None, the
             smallest usual range that holds the values.
-        alpha: Kind of opacity in the band after the colors; empty if it has none.
+        alpha: Kind of opacity in the band after the colors; empty if there is none.
         alpha_range: Values of a transparent and an opaque pixel. If None, `range`.
         key: Color of transparent pixels.
-        inverted: Zero is white.
+        inverted: True if zero is white.
         palette: Color of each value of the first band. [N, 3]
-        guessed: `range` is that of all values if some of 16 bits exceed it: tags of it are often wrong.
+        guessed: True if the full 16 bits replace `range` when a value exceeds it: depth tags are often wrong.
     """
 
     colors: Colors = "bands"
@@ -46,21 +46,21 @@ class Layout:
 
     @property
     def count(self) -> int:
-        """Number of bands of the colors."""
+        """Number of color bands."""
         return {"gray": 1, "rgb": 3, "cmyk": 4, "ycbcr": 3}.get(self.colors, 0)
 
 
 def to_bytes(values: Values, layout: Layout, channels: int, windows: Windows | None = None) -> NDArray[np.uint8] | None:
-    """Convert raw values to 8 bits, transparent pixels on white. [H, W, C], C the channels, or 3 for colors.
+    """Convert raw values to 8 bits, with transparent pixels on white.
 
     Args:
         values: Integers or floats. [H, W, bands]
         layout: Meaning of the bands.
-        channels: Number that is wanted. Grey values are repeated for three.
-        windows: Values that become black and white in each channel. Values of 8 bits or fewer ignore it. [C, 2]
+        channels: Requested number of channels. Grey values are repeated for three.
+        windows: Values that become black and white in each channel. Ignored for values of 8 bits or fewer. [C, 2]
 
     Returns:
-        The pixels. None if no value is a number.
+        Pixels [H, W, C] with `channels` channels, or 3 for colors. None if no value is a number.
     """
     if values.dtype == bool:
         values = values.view(np.uint8)
@@ -74,12 +74,12 @@ def to_bytes(values: Values, layout: Layout, channels: int, windows: Windows | N
             return _plain_bytes(values[..., :count], layout, channels)
         layout = replace(layout, range=layout.range or (0, 255))
         if layout.colors in ("bands", "rgb", "gray") and not layout.alpha and layout.key is None:
-            # Each value has one result, and a scan in black and white has many values.
+            # A table of the 256 results is faster: scans in black and white have many pixels.
             every = np.arange(256, dtype=np.uint8)[None, :, None]
             results = _laid(every, replace(layout, colors="gray"), 1, None, 255)[0, :, 0]
             return _repeated(results[values[..., :count]], layout, channels)
     if values.dtype.kind == "u" and layout.range and layout.range[1] <= 255:
-        windows = None  # a window is of deep images
+        windows = None  # windows apply to deep images only
     stated = layout.range or usual_range(values[..., :count])
     if stated is None:
         return None
@@ -98,7 +98,7 @@ def _plain_bytes(values: Values, layout: Layout, channels: int) -> NDArray[np.ui
 
 
 def _draw(values: Values, layout: Layout, channels: int, windows: Windows | None) -> NDArray[np.uint8]:
-    """Lay the colors on white; on black if all would be white, and on nothing if the opacity is zero throughout."""
+    """Composite on white, or on black if all would be white. Ignore an opacity that is zero everywhere."""
     flat = _laid(values, layout, channels, windows, 255)
     if not layout.alpha or flat.min() < 255:
         return flat
@@ -175,11 +175,11 @@ def _blocks(values: Values) -> Iterator[slice]:
 
 
 def depth_range(bits: int, values_at_most: int | None = None) -> tuple[float, float]:
-    """Return black and white of unsigned values of some bits.
+    """Return the black and white levels of unsigned values.
 
     Args:
-        bits: Per value.
-        values_at_most: Largest value as the file states it, with which cameras state a depth of 10, 12 or 14 bits.
+        bits: Number of bits per value.
+        values_at_most: Largest value that the file states. Cameras state depths of 10, 12 or 14 bits with it.
     """
     top = 2**bits - 1
     if values_at_most is not None:
@@ -188,32 +188,32 @@ def depth_range(bits: int, values_at_most: int | None = None) -> tuple[float, fl
 
 
 def image_layout(image: Image.Image) -> Layout:
-    """Return the meaning of a deep grey image of Pillow's: mode I, I;16 and its kin, or F."""
+    """Return the layout of a deep grey Pillow image: mode I, I;16 and its variants, or F."""
     stated = None
     if image.mode.startswith("I;16"):
         highest = _tag(image, _HIGHEST)
         stated = depth_range(_tag(image, _BITS) or 16, highest if isinstance(highest, int) else None)
-    # Pillow minds it in 8 bits only.
+    # Pillow itself inverts only 8 bits.
     inverted = image.mode != "I" and _tag(image, _PHOTOMETRIC) == 0
     return Layout("gray", stated, inverted=inverted, guessed=stated is not None)
 
 
 def image_values(image: Image.Image) -> Values:
-    """Return the values of a deep grey image of Pillow's. [H, W, 1]"""
+    """Return the values of a deep grey Pillow image. [H, W, 1]"""
     values = np.asarray(image)
     if image.mode == "I" and (_tag(image, _BITS), _tag(image, _SAMPLE_FORMAT) or 1) == (32, 1):
-        values = values.view(np.uint32)  # Pillow knows only signed ones
+        values = values.view(np.uint32)  # Pillow reads them as signed
     return values[..., None]
 
 
 def _tag(image: Image.Image, number: int) -> Any:
-    """Return the (first) value of a TIFF's tag, None for other files."""
+    """Return the first value of a TIFF tag; None for other files."""
     value = getattr(image, "tag_v2", {}).get(number)
     return value[0] if isinstance(value, tuple) and value else value
 
 
 def usual_range(values: Values) -> tuple[float, float] | None:
-    """Return the smallest usual range that holds all values, as the file does not state it; None without a number."""
+    """Return the smallest usual range that holds all values, if the file states none; None if none is a number."""
     ends, samples = [], []
     for rows in _blocks(values):
         part = _numbers(values[rows])
@@ -226,7 +226,7 @@ def usual_range(values: Values) -> tuple[float, float] | None:
     tops = (1, 255, 65535, 2**32 - 1) if least >= 0 else (1, 128, 32768, 2**31)
     top = next((float(t) for t in tops if max(most, -least) <= t), max(most, -least))
     bottom = 0.0 if least >= 0 else -top
-    # A few outliers, or 1.01 where 1 was the end, and next to nothing would be left to see: then the values' own range.
+    # A few outliers, or 1.01 in values up to 1, would leave almost no contrast. Then the values' own range is better.
     sample = np.concatenate(samples)
     low, high = (float(np.percentile(sample, q)) for q in (1, 99))
     if high - low >= (top - bottom) / 32 or least == most:
@@ -235,7 +235,7 @@ def usual_range(values: Values) -> tuple[float, float] | None:
 
 
 def _numbers(values: Values) -> Values:
-    """Return what counts as a number: huge floats stand for missing ones."""
+    """Return the values that count as numbers. Huge floats stand for missing values."""
     if values.dtype.kind != "f":
         return values.ravel()
     values = values.astype(np.float32) if values.dtype.itemsize < 4 else values

@@ -1,11 +1,11 @@
-"""A small labelled image set with known object masks, drawn with numpy: what `dino demo` learns from, with no download.
+"""Small labelled image set with exact object masks, drawn with numpy: the data of `dino demo`, without a download.
 
-Ten kinds of thing differ as real things do, in palette, texture and form together. With one cue alone, in colours drawn
-at random, DINO learns the colour, which is the cheapest thing that an image's crops share. Kinds overlap pairwise, in
-palette (orange, goldfish) or in texture (ladybird, mushroom), and the scene behind a thing says nothing about its kind.
+Ten kinds of object differ as real ones do, in palette, texture and form together. If kinds differed in one cue, in
+colors drawn at random, DINO would learn color, the cheapest feature that crops of an image share. Pairs of kinds share
+a palette (orange, goldfish) or a texture (ladybird, mushroom). The background is independent of the kind.
 
-How a picture is made: a kind yields its layers, back to front; a layer is a form, two inks and a pattern between them.
-A form is a field over the picture: -1 in the middle, 0 on the edge, positive outside. A pattern is a field in [0, 1].
+A kind yields its layers, back to front. A layer is a form, two inks and a pattern between them. A form is a field over
+the picture: -1 in the middle, 0 on the edge, positive outside. A pattern is a field in [0, 1].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Field = NDArray[Any]  # float32 [n, n], one value a pixel of the supersampled picture
+Field = NDArray[Any]  # float32 [n, n], one value per pixel of the supersampled picture
 Ink = NDArray[Any]  # float32 [3], RGB in [0, 1]
 
 INKS = {
@@ -36,19 +36,19 @@ INKS = {
 
 
 def soft(x: Field, width: float = 0.15) -> Field:
-    """A step from 0 to 1 where x passes zero, `width` wide."""
+    """Return a step from 0 to 1 around x = 0, `width` wide."""
     step: Field = np.clip(x / width + 0.5, 0, 1)
     return step
 
 
 def stripes(x: Field, thick: float = 0.0) -> Field:
-    """Soft stripes, one a unit of x; `thick` in [-1, 1] widens them."""
+    """Return soft stripes, one per unit of x. `thick` in [-1, 1] widens them."""
     return soft(np.sin(x * math.tau) + thick, 0.5)
 
 
 @lru_cache(maxsize=256)
 def hats(cells: int, n: int) -> Field:
-    """Weights [n, cells + 1] that spread cells + 1 knots smoothly over n pixels."""
+    """Return weights [n, cells + 1] that interpolate cells + 1 knots smoothly over n pixels."""
     at = np.linspace(0, cells, n, dtype=np.float32)[:, None] - np.arange(cells + 1, dtype=np.float32)
     near = np.clip(1 - np.abs(at), 0, 1)
     weights: Field = near * near * (3 - 2 * near)
@@ -56,14 +56,14 @@ def hats(cells: int, n: int) -> Field:
 
 
 def noise(n: int, rng: np.random.Generator, tall: int, wide: int) -> Field:
-    """Value noise, `tall` by `wide` cells over the picture; as two small matrix products it costs next to nothing."""
+    """Return value noise with `tall` by `wide` cells over the picture, from two small and cheap matrix products."""
     return hats(tall, n) @ rng.random((tall + 1, wide + 1), dtype=np.float32) @ hats(wide, n).T
 
 
 def lattice(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field, Field]:
-    """Staggered unit cells: place inside the cell, each in [-0.5, 0.5], and a random tone in [0, 1] a cell.
+    """Return staggered unit cells: x and y inside the cell, in [-0.5, 0.5], and a random tone in [0, 1] per cell.
 
-    Bricks, planks, pebbles, scales, spots and seeds are all such cells, seen through different coordinates.
+    Bricks, planks, pebbles, scales, spots and seeds are all made of these cells in different coordinates.
     """
     row = np.floor(y)
     x = x + 0.5 * (row % 2)
@@ -73,19 +73,19 @@ def lattice(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field,
 
 
 def spots(x: Field, y: Field, rng: np.random.Generator, radius: float) -> Field:
-    """Round spots of varied size, at most `radius` cells, one a lattice cell."""
+    """Return round spots of varied size, at most `radius` cells, one per lattice cell."""
     inx, iny, tone = lattice(x, y, rng)
     return soft(radius * (0.65 + 0.35 * tone) - np.hypot(inx, iny), 0.1)
 
 
 def bricks(x: Field, y: Field, rng: np.random.Generator, joint: float = 0.06) -> Field:
-    """Blocks of varied tone with dark joints, `joint` of a block's height wide; blocks are twice as long as tall."""
+    """Return blocks of varied tone, twice as long as tall, with dark joints `joint` of a block's height wide."""
     inx, iny, tone = lattice(x / 2, y, rng)
     return soft(np.minimum(1 - 2 * np.abs(inx), 0.5 - np.abs(iny)) - joint, 0.1) * (0.55 + 0.45 * tone)
 
 
 def pebbles(x: Field, y: Field, rng: np.random.Generator) -> Field:
-    """Rounded stones of varied tone, dark between them."""
+    """Return rounded stones of varied tone, dark between them."""
     inx, iny, tone = lattice(x, y, rng)
     return soft(0.46 - np.hypot(inx, iny), 0.25) * (0.45 + 0.55 * tone)
 
@@ -94,7 +94,7 @@ def pebbles(x: Field, y: Field, rng: np.random.Generator) -> Field:
 
 
 def ink(rng: np.random.Generator, *names: str) -> Ink:
-    """One of the named inks, with its own small shift of brightness and hue."""
+    """Return one of the named inks, with a small random shift of brightness and hue."""
     code = INKS[names[rng.integers(len(names))]]
     rgb = np.array([code >> 16, code >> 8 & 255, code & 255], np.float32) / 255
     return np.clip(rgb * rng.uniform(0.85, 1.15) + rng.normal(0, 0.03, 3), 0, 1).astype(np.float32)
@@ -118,13 +118,13 @@ SCENES: tuple[tuple[Callable[..., Field], str], ...] = (  # a pattern over x and
      "pine-green green-lime brick-gold black-pine"),
 )  # fmt: skip
 
-# How far scenes fade to light grey. Crops share a vivid scene most cheaply, so in a few hundred steps DINO would learn
-# that in place of the object. What keeps raw pixels from doing as well are the things' places and turns.
+# Fade of scenes to light grey. A vivid scene is the cheapest feature that crops share, so in a few hundred steps DINO
+# would learn it instead of the object. Random places and rotations of objects keep raw pixels from doing as well.
 HAZE = 0.75
 
 
 def scene(n: int, rng: np.random.Generator) -> Field:
-    """A background [n, n, 3], drawn without knowing what will stand on it."""
+    """Draw a background [n, n, 3], independent of the object on it."""
     x, y = np.meshgrid(*[np.linspace(0, 1, n, dtype=np.float32)] * 2)
     tilt, zoom = rng.uniform(-0.3, 0.3), rng.uniform(0.8, 1.4)
     pattern, pairs = SCENES[rng.integers(len(SCENES))]
@@ -140,7 +140,7 @@ def scene(n: int, rng: np.random.Generator) -> Field:
 
 @dataclass(frozen=True)
 class Layer:
-    """One part of a thing: `low` ink where the pattern is 0, `high` where it is 1, darker towards the form's edge."""
+    """Part of an object: `low` ink where the pattern is 0, `high` where it is 1, darker towards the form's edge."""
 
     form: Field
     low: Ink
@@ -150,7 +150,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Pen:
-    """Draws in the thing's own frame: u to the right, v down, the thing within about [-1, 1]."""
+    """Drawing tool in the object's own frame: u to the right, v down, the object within about [-1, 1]."""
 
     u: Field
     v: Field
@@ -163,17 +163,17 @@ class Pen:
         return self.rng.uniform(low, high)
 
     def ellipse(self, u: float, v: float, wide: float, tall: float, turn: float = 0.0) -> Field:
-        """An ellipse round (u, v), half axes `wide` and `tall`, turned clockwise by `turn` radians."""
+        """Return an ellipse around (u, v) with half axes `wide` and `tall`, turned clockwise by `turn` radians."""
         c, s = math.cos(turn), math.sin(turn)
         du, dv = self.u - u, self.v - v
         return np.hypot((c * du + s * dv) / wide, (c * dv - s * du) / tall) - 1
 
     def box(self, u: float, v: float, wide: float, tall: float) -> Field:
-        """A box round (u, v), half sides `wide` and `tall`."""
+        """Return a box around (u, v) with half sides `wide` and `tall`."""
         return np.maximum(np.abs(self.u - u) / wide, np.abs(self.v - v) / tall) - 1
 
     def limb(self, u0: float, v0: float, u1: float, v1: float, radius: float) -> Field:
-        """A straight limb with round ends."""
+        """Return a straight limb with round ends."""
         du, dv = u1 - u0, v1 - v0
         along = np.clip(((self.u - u0) * du + (self.v - v0) * dv) / (du * du + dv * dv), 0, 1)
         return np.hypot(self.u - u0 - along * du, self.v - v0 - along * dv) / radius - 1
@@ -183,7 +183,7 @@ class Pen:
 
 
 def join(*forms: Field) -> Field:
-    """The union of forms."""
+    """Return the union of forms."""
     union: Field = np.minimum.reduce(forms)
     return union
 
@@ -324,7 +324,7 @@ KINDS: dict[str, Callable[[Pen], Iterator[Layer]]] = {
     for kind in (cactus, goldfish, jellyfish, ladybird, mushroom, orange, pine, sunflower, tower, zebra)
 }
 CLASSES: tuple[str, ...] = tuple(sorted(KINDS))
-SLACK = 0.2  # how far a thing may leave the picture, in picture widths
+SLACK = 0.2  # how far an object may leave the picture, in picture widths
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -332,7 +332,7 @@ SLACK = 0.2  # how far a thing may leave the picture, in picture widths
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture, where its object is, and what the object is."""
+    """Picture with the mask and the class of its object."""
 
     image: NDArray[np.uint8]  # [S, S, 3]
     mask: NDArray[np.bool_]  # [S, S], True on the object
@@ -343,9 +343,9 @@ def draw(index: int, size: int = 96, seed: int = 0) -> Drawing:
     """Draw picture `index` of the set.
 
     Args:
-        index: which picture; its label is index % 10.
-        size: width and height, in pixels.
-        seed: which set. The same three numbers give the same picture, whatever was drawn before.
+        index: Number of the picture. Its label is index % 10.
+        size: Width and height in pixels.
+        seed: Seed of the set. The same three numbers give the same picture, whatever was drawn before.
     """
     label, n = index % len(CLASSES), 2 * size
     kind = KINDS[CLASSES[label]]
@@ -355,10 +355,10 @@ def draw(index: int, size: int = 96, seed: int = 0) -> Drawing:
     c, s = math.cos(turn), math.sin(turn)
 
     def layers(x: Field, y: Field) -> Iterator[Layer]:
-        """The thing over the picture; the same story each time, so that a rough pass foretells the fine one."""
+        """Draw the object with the same seed each time, so that the rough pass predicts the fine one."""
         return kind(Pen((c * x + s * y) / wide, (c * y - s * x) * abs(wide), np.random.default_rng(story)))
 
-    # A rough pass measures the thing; then it is scaled to the wanted area and placed where it fits.
+    # A rough pass measures the object. Then it is scaled to a random area and placed where it fits.
     rough = np.linspace(-1.7, 1.7, 48, dtype=np.float32)
     inside = join(*(layer.form for layer in layers(*np.meshgrid(rough, rough)))) < 0
     spans = [rough[inside.any(axis)][[0, -1]] for axis in (0, 1)]  # left and right, top and bottom
@@ -385,7 +385,7 @@ def draw(index: int, size: int = 96, seed: int = 0) -> Drawing:
 
 
 def write_set(folder: Path, images: int, size: int = 96, seed: int = 0, masks: Path | None = None) -> None:
-    """Write the first `images` pictures as folder/CLASS/00012.jpg and, when asked, masks/CLASS/00012.png (0 or 255)."""
+    """Write the first `images` pictures as folder/CLASS/00012.jpg, and masks/CLASS/00012.png (0 or 255) if given."""
     for root in filter(None, (folder, masks)):
         for name in CLASSES[:images]:
             (root / name).mkdir(parents=True, exist_ok=True)

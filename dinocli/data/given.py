@@ -1,4 +1,4 @@
-"""Images that a program holds: paths, Pillow's images and arrays, read as the files of a folder are."""
+"""Images passed from Python: paths, Pillow images and arrays, read like the files of a folder."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ Given = str | os.PathLike[str] | Image | NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class GivenImages(Images):
-    """Images that somebody holds.
-
-    Attributes:
-        given: They, in order.
-    """
+    """Image source of paths, Pillow images and arrays, in the order given."""
 
     given: Sequence[Given] = ()
 
@@ -45,14 +41,14 @@ class GivenImages(Images):
 
 
 def given_images(images: Given | Sequence[Given]) -> GivenImages:
-    """A source of what somebody holds, whose files are not looked at yet.
+    """Return an image source of the given images, without opening their files.
 
     Args:
-        images: One or several: a path; an image of Pillow; an array of numbers, which counts as the `.npy` file of it:
-            [H, W, C], [C, H, W], or [H, W] where one channel is wanted. An array of four dimensions is several.
+        images: One image or several. An image is a path, a Pillow image, or an array of numbers, which is read like its
+            `.npy` file: [H, W, C], [C, H, W], or [H, W] for one channel. A four-dimensional array is several images.
 
     Raises:
-        DinoError: There are none, or one is something else.
+        DinoError: If there are no images, or one has another type.
     """
     alone = isinstance(images, str | os.PathLike | Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
     if not alone and not isinstance(images, Sequence | np.ndarray):
@@ -65,10 +61,10 @@ def given_images(images: Given | Sequence[Given]) -> GivenImages:
 
 
 def given_pixels(image: Given, config: ImagesConfig) -> Pixels:
-    """The pixels of one image. [H, W, C]
+    """Read the pixels of one image. [H, W, C]
 
     Raises:
-        DinoError: It cannot be read, or is none.
+        DinoError: If the image cannot be read or has another type.
     """
     source = given_images(image)
     try:
@@ -81,7 +77,7 @@ def given_pixels(image: Given, config: ImagesConfig) -> Pixels:
 
 
 def unreadable(name: str, reason: str) -> DinoError:
-    """What is raised where an image of somebody's is none."""
+    """Return the error for a given image that cannot be read."""
     folder = "is a directory" in reason.lower()
     return DinoError(
         f"{name} cannot be read: {reason}",
@@ -90,7 +86,7 @@ def unreadable(name: str, reason: str) -> DinoError:
 
 
 def _name(one: object, index: int) -> str:
-    """What an error calls an image."""
+    """Return the name of an image in errors."""
     if isinstance(one, str | os.PathLike):
         return os.fsdecode(one)
     numbers = isinstance(one, np.ndarray) and one.dtype.kind in "uif"

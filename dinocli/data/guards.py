@@ -1,4 +1,4 @@
-"""What a file may cost to read: guards against those made to take very long."""
+"""Guards against files that are made to take very long to read."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import struct
 
 from PIL import ImageFile
 
-# What a file may cost Pillow's Python loops, a unit a read and each 64 bytes of it: under a second, and some ten.
+# Budgets of Pillow's Python loops: one unit per read and per 64 bytes. A header takes under a second, a body about ten.
 _HEADER, BODY = 100_000, 12_000_000
-_SCANS = 4000  # of a JPEG, times its megapixels: each goes over the whole picture, and a few bytes make one
-_VALUES = 590_000  # of a TIFF's tag: each becomes an object. A scan of 150 megapixels has so many tiles of 16x16
-_SUB_BLOCKS = 100_000  # of a GIF, of 255 bytes each, that counting its frames looks at
+_SCANS = 4000  # JPEG scans times megapixels: each scan covers the whole picture, and a few bytes make one
+_VALUES = 590_000  # per TIFF tag, each a Python object: the number of 16x16 tiles in 150 megapixels
+_SUB_BLOCKS = 100_000  # of a GIF, 255 bytes each, that are read to count its frames
 
 
 class TooSlow(Exception):
-    """Reading the file would take long, for what it is."""
+    """Error for a file that would take too long to read."""
 
 
 class Reader(io.BytesIO):
-    """A file that can be read for so long only: chunks, segments and junk by the million must not stop a run."""
+    """File with a reading budget: millions of chunks, segments or junk bytes must not stall a run."""
 
     left = _HEADER
 
@@ -32,11 +32,11 @@ class Reader(io.BytesIO):
 
 
 def check_tags(data: bytes) -> None:
-    """Refuse a TIFF with tags of very many values.
+    """Refuse a TIFF with too many values in a tag.
 
     Raises:
-        TooSlow: It has one.
-        struct.error: It ends within its tags.
+        TooSlow: If a tag has too many values.
+        struct.error: If the file ends within its tags.
     """
     order = "<" if data[:2] == b"II" else ">"
     big = 43 in data[2:4]
@@ -45,16 +45,16 @@ def check_tags(data: bytes) -> None:
     at, size = (at + 8, 20) if big else (at + 2, 12)
     for i in range(min(entries, (len(data) - at) // size, 65536)):
         _, kind, values = struct.unpack_from(order + ("HHQ" if big else "HHI"), data, at + i * size)
-        # Bytes and text stay one object, and what the file cannot hold is not read.
+        # Bytes and text stay one object. A count that exceeds the file is not read.
         if _VALUES < values <= len(data) and kind not in (1, 2, 6, 7):
             raise TooSlow
 
 
 def too_many_scans(image: ImageFile.ImageFile, data: bytes) -> str:
-    """What is wrong with a JPEG that would be drawn over and over; empty where nothing is."""
+    """Return the reason to refuse a JPEG with too many scans; empty if there is none."""
     if image.format not in ("JPEG", "MPO") or not image.fp:
         return ""
-    # Where the first scan has all the bands, as in nearly all photos, libjpeg reads no other.
+    # If the first scan has all bands, as in nearly all photos, libjpeg reads only that one.
     bands, end = len(image.getbands()), image.fp.tell()
     first = data[max(0, end - 8 - 2 * bands) : end - 3 - 2 * bands]
     if "progressive" not in image.info and first == bytes([0xFF, 0xDA, 0, 6 + 2 * bands, bands]):
@@ -65,7 +65,7 @@ def too_many_scans(image: ImageFile.ImageFile, data: bytes) -> str:
 
 
 def gif_frames(data: bytes) -> int:
-    """Count the frames of a GIF, those of a very large one in part."""
+    """Count the frames of a GIF; of a very large one only a part."""
     frames, at = 0, 13 + (3 << ((data[10] & 7) + 1) if data[10:11] and data[10] & 128 else 0)
     left = _SUB_BLOCKS
     while at + 10 < len(data) and left > 0:

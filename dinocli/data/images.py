@@ -1,4 +1,4 @@
-"""Images: which files are taken for such, and how deep ones become 8 bits, as a preset has it."""
+"""Image settings of a preset: limits of accepted files, and conversion of deep images to 8 bits."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Window = Range | tuple[Range, ...] | None
 
 
 class ImagesConfig(Config):
-    """Which images are taken, and how deep ones become 8 bits.
+    """Limits of accepted images, and conversion of deep ones to 8 bits.
 
     Attributes:
-        channels: Of every image. At 3 all that has colors or greys becomes RGB, at 1 grey; at any other number a file
-            has to have so many.
-        reduce_above: Megapixels from which a JPEG is decoded smaller, by 2, 4 or 8, where no crop is enlarged by that.
-        max_megapixels: Larger are refused: they are mistakes or attacks.
-        max_aspect: Times as long as wide; longer are refused.
-        min_side: In pixels; refuses one-pixel images.
-        max_megabytes: Of the file.
-        truncated: Take files that end early, the missing part grey, instead of refusing them.
-        window: Values of 16-, 32-bit and float images that become black and white, or a pair of them a channel;
-            absent: by bit depth.
+        channels: Number of channels. 3 converts colors and greys to RGB, 1 to grey. For any other number, files must
+            have exactly as many.
+        reduce_above: Megapixels above which a JPEG is decoded smaller, by 2, 4 or 8, if no crop is enlarged by that.
+        max_megapixels: Largest accepted image. Larger ones are mistakes or attacks.
+        max_aspect: Largest accepted ratio of the long side to the short side.
+        min_side: Smallest accepted side in pixels; refuses one-pixel images.
+        max_megabytes: Largest accepted file.
+        truncated: Accept files that end early, with the missing part grey, instead of refusing them.
+        window: Values of 16-, 32-bit and float images that become black and white, or one pair per channel. If None,
+            the bit depth decides.
     """
 
     channels: int = Field(3, ge=1, le=32)
@@ -53,17 +53,17 @@ class ImagesConfig(Config):
 
     @property
     def windows(self) -> NDArray[np.float64] | None:
-        """What becomes black and white in each channel. [C, 2]"""
+        """Values that become black and white in each channel. [C, 2]"""
         return None if self.window is None else np.broadcast_to(np.array(self.window, float), (self.channels, 2))
 
     def changed(self, overrides: Iterable[str]) -> ImagesConfig:
-        """The same with single values changed.
+        """Return a copy with single values changed.
 
         Args:
-            overrides: `images.key=value`, as `--set` has them.
+            overrides: Assignments `images.key=value`, as in `--set`.
 
         Raises:
-            DinoError: One is not of `images`, or not valid.
+            DinoError: If a key does not begin with `images.`, or a value is not valid.
         """
         data: dict[str, Any] = {"images": self.model_dump(mode="json", exclude_none=True)}
         for override in overrides:

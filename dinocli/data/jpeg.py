@@ -1,27 +1,27 @@
-"""The header of a plain JPEG, in a fifth of the time that Pillow takes for any (6 and 29 microseconds); any frame."""
+"""JPEG headers: plain ones in a fifth of Pillow's time (6 instead of 29 microseconds), and frames of every kind."""
 
 from __future__ import annotations
 
 import struct
 from typing import NamedTuple
 
-_SEGMENTS = 64  # a plain file has some ten
+_SEGMENTS = 64  # a plain file has about ten
 _SCAN, _BASELINE, _QUANTIZATION, _JFIF, _PROFILE = 0xDA, 0xC0, 0xDB, 0xE0, 0xE2
 _PASSED_OVER = {0xC4, 0xDD, 0xFE}  # Huffman tables, restart interval, comment
 
 
 class Header(NamedTuple):
-    """Width and height of a picture, and Pillow's name for its colors."""
+    """Size of a picture as (width, height), and its Pillow mode."""
 
     size: tuple[int, int]
     mode: str
 
 
 def plain_header(data: bytes) -> Header | None:
-    """Size and colors of a JPEG, if nothing about it is unusual: else None, and Pillow should be asked.
+    """Read the size and mode of a plain JPEG; None for all others, which Pillow should read.
 
-    Plain is 8 bits, grey or color, baseline, all in one scan, and no segment in which Pillow could find an orientation,
-    other colors, other pictures or a fault.
+    A plain JPEG has 8 bits, grey or color, and one baseline scan. It has no segment in which Pillow could find an
+    orientation, other colors, other pictures or a fault.
     """
     at, size, bands = 2, None, 0
     if data[:2] != b"\xff\xd8":
@@ -56,7 +56,7 @@ def _is_plain(kind: int, length: int, body: bytes) -> bool:
 
 
 class Frame(NamedTuple):
-    """The start of a frame: its kind as the marker's second byte, and its size."""
+    """Frame header: kind (second byte of the marker), bits per sample, size in pixels and number of bands."""
 
     kind: int
     bits: int
@@ -66,12 +66,12 @@ class Frame(NamedTuple):
 
     @property
     def is_common(self) -> bool:
-        """Baseline or progressive of 8 bits, as every decoder reads."""
+        """True for 8-bit baseline or progressive frames, which every decoder reads."""
         return self.bits == 8 and self.kind in (0xC0, 0xC1, 0xC2, 0xC9, 0xCA)
 
 
 def find_frame(data: bytes) -> Frame | None:
-    """Return the first frame of any JPEG, also of 12 bits, lossless or JPEG-LS; None if it has none."""
+    """Return the first frame of any JPEG, including 12-bit, lossless and JPEG-LS; None if there is none."""
     at = 2
     for _ in range(10_000):
         while data[at : at + 2] == b"\xff\xff":

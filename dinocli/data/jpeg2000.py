@@ -1,4 +1,4 @@
-"""JPEG 2000: the header, the memory that decoding takes, and values of other depths than 8 bits."""
+"""JPEG 2000: header, memory cost of decoding, and depths other than 8 bits."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from dinocli.data.raster import MISSING, ArrayFile, UnfitArray, other_channels
 _BOX = b"\0\0\0\x0cjP  \r\n\x87\n"
 _STREAM = b"\xff\x4f\xff\x51"
 _NESTED = (b"jp2h", b"asoc")
-_CMYK = 12  # enumerated color spaces; OpenJPEG makes RGB of sYCC
+_CMYK = 12  # enumerated color spaces; OpenJPEG converts sYCC to RGB
 _READ_SPACES = (0, _CMYK, 16, 17, 18)
-_OPACITY, _PREMULTIPLIED = 1, 2  # types of a channel
-# Samples per byte of a file above which it is made to cost memory: no picture of that size is so plain.
+_OPACITY, _PREMULTIPLIED = 1, 2  # channel types
+# Files with more samples per byte, above _SMALL samples, are attacks on memory: no real picture is so plain.
 _PLAINEST, _SMALL = 10_000, 20_000_000
 
 
 @dataclass(frozen=True)
 class Header:
-    """The facts of a JPEG 2000 file that decide how to decode it.
+    """Properties of a JPEG 2000 file that decide how to decode it.
 
     Attributes:
-        width: In pixels.
-        height: In pixels.
-        tile: Pixels of the largest tile.
-        bits: Of each component.
-        signed: For each component.
-        subsampled: Some component has fewer pixels than the image.
-        space: Enumerated color space, 0 if none is stated.
-        palette: The components are indices.
-        channels: Type of each channel, empty if not stated.
+        width: Width in pixels.
+        height: Height in pixels.
+        tile: Number of pixels in the largest tile.
+        bits: Bit depth of each component.
+        signed: True for each signed component.
+        subsampled: True if a component has fewer pixels than the image.
+        space: Enumerated color space; 0 if not stated.
+        palette: True if the components are palette indices.
+        channels: Type of each channel; empty if not stated.
     """
 
     width: int
@@ -52,12 +52,12 @@ class Header:
 
 
 def is_jpeg2000(data: bytes) -> bool:
-    """Recognize a file by its first bytes."""
+    """Recognize a JPEG 2000 by its first bytes."""
     return data.startswith((_BOX, _STREAM))
 
 
 def read_header(data: bytes) -> Header | None:
-    """Read boxes and the SIZ marker; None if they are damaged or no such file."""
+    """Read the boxes and the SIZ marker; None for corrupt and for other files."""
     try:
         return _read_boxes(data) if data.startswith(_BOX) else _read_size(data, 0, {})
     except (struct.error, ValueError, IndexError):
@@ -113,15 +113,15 @@ def _read_size(data: bytes, at: int, found: dict[str, Any]) -> Header | None:
 
 
 def cost_fault(data: bytes, header: Header, megapixels: float, by_pillow: bool) -> str:
-    """Return why decoding would take too much memory; empty if it would not.
+    """Return the reason if decoding would take too much memory; empty otherwise.
 
-    OpenJPEG holds four bytes a sample: of a tile if Pillow reads, of the whole image if imagecodecs does.
+    OpenJPEG holds four bytes per sample: of one tile if Pillow decodes, of the whole image if imagecodecs does.
 
     Args:
-        data: The file.
-        header: Its header.
-        megapixels: `images.max_megapixels`, for each of which decoding may take 13 bytes.
-        by_pillow: Pillow decodes it.
+        data: Content of the file.
+        header: Header of the file.
+        megapixels: Limit `images.max_megapixels`. Decoding may take 13 bytes per pixel of this limit.
+        by_pillow: True if Pillow decodes the file.
     """
     pixels, count = header.width * header.height, len(header.bits)
     size = f"{header.width}x{header.height} pixels"
@@ -136,18 +136,14 @@ def cost_fault(data: bytes, header: Header, megapixels: float, by_pillow: bool) 
 
 
 def open_jpeg2000(data: bytes, channels: int, megapixels: float) -> ArrayFile | None:
-    """Read the header of a JPEG 2000.
-
-    Args:
-        data: The file.
-        channels: Number that is wanted.
-        megapixels: `images.max_megapixels`.
+    """Read the header of a JPEG 2000 within the limit `megapixels` (`images.max_megapixels`).
 
     Returns:
-        The header; None for a file that Pillow reads right, of 8 bits and up to four components, and for a damaged one.
+        The header; None for a corrupt file, and for one that Pillow reads right (8 bits and up to four components).
 
     Raises:
-        UnfitArray: It has another number of channels, takes too much memory, or nothing here reads it.
+        UnfitArray: If the number of channels does not fit `channels`, decoding takes too much memory, or nothing here
+            reads the file.
     """
     header = read_header(data)
     if header is None:
@@ -190,7 +186,7 @@ def _layout(header: Header, channels: int) -> Layout:
     if count == 4 and header.space == _CMYK:
         return Layout("cmyk", (low, high))
     alpha: Alpha = ""
-    if count in (2, 4):  # opacity, as Pillow has it of 8 bits, if the file says nothing else
+    if count in (2, 4):  # opacity unless the file states otherwise, as Pillow assumes for 8 bits
         kinds: dict[int, Alpha] = {_OPACITY: "straight", _PREMULTIPLIED: "premultiplied"}
         alpha = kinds.get(header.channels[count - 1], "") if len(header.channels) == count else "straight"
         if count == 2 and not alpha:

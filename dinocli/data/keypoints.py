@@ -1,4 +1,4 @@
-"""Keypoints: places that are the same in two photos, from a table, a list of landmarks or a homography."""
+"""Matching keypoints of two photos, from a table, a list of landmarks or a homography."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from dinocli.errors import DinoError
 Points = NDArray[np.float64]
 Sizes = tuple[tuple[int, int], tuple[int, int]]
 _COLUMNS = ("x_a", "y_a", "x_b", "y_b")
-_STEPS = 40  # points on the larger side of a photo that a homography maps
+_STEPS = 40  # grid points along the larger side of a photo, mapped by a homography
 _FORMS = "a CSV or JSON with x_a, y_a, x_b, y_b; a CSV with a photo and its x, y, x, y ... a row; or a homography's XML"
 
 
 def read_keypoints(
     path: Path, a: Path, b: Path, sizes: tuple[tuple[int, int], tuple[int, int]]
 ) -> tuple[Points, Points]:
-    """Keypoints of two photos, in pixels from the upper left. [P, 2] each
+    """Read matching keypoints of two photos, in pixels from the upper left. [P, 2] each
 
     Args:
-        path: A CSV or JSON of matched points (`x_a`, `y_a`, `x_b`, `y_b`), one a row; a CSV of landmarks, whose first
-            column names the photo and whose others are x and y in turn; or XML or text with the nine numbers of a
-            homography from A to B, of which the points are an even grid over A, as far as it falls into B.
-        a: A photo, for its name.
-        b: Another.
-        sizes: Height and width of each.
+        path: CSV or JSON of matching points (`x_a`, `y_a`, `x_b`, `y_b`), one per row; or CSV of landmarks, with the
+            photo's name in the first column, then x and y in turn; or XML or text with the nine numbers of a
+            homography from A to B. A homography maps an even grid over A, without points that fall outside B.
+        a: Path of photo A, whose name selects its landmarks.
+        b: Path of photo B, whose name selects its landmarks.
+        sizes: Height and width of each photo.
 
     Raises:
-        DinoError: The file is missing, or none of these; it does not name a photo; or no point lies in both.
+        DinoError: If the file is missing or none of these, does not name a photo, or no point lies in both photos.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -58,10 +58,10 @@ def read_keypoints(
 
 
 def landmarks(path: Path) -> dict[str, Points]:
-    """The points of each photo of a CSV, by the photo's name; what is not there is not a number. [P, 2] each
+    """Read the landmarks of each photo from a CSV, by the photo's name. Missing values are NaN. [P, 2] each
 
     Raises:
-        DinoError: The file is none.
+        DinoError: If the file is no CSV of landmarks.
     """
     try:
         _, *rows = csv.reader(path.read_text(encoding="utf-8-sig").splitlines())
@@ -95,7 +95,7 @@ def _pairs(rows: list[list[object]] | list[list[str]]) -> tuple[Points, Points]:
 
 
 def _homography(text: str) -> Points:
-    """[3, 3]"""
+    """Parse a matrix from XML or text. [3, 3]"""
     data = re.search(r"<data>(.*?)</data>", text, re.DOTALL)
     return np.array([float(word) for word in (data[1] if data else text).split()]).reshape(3, 3)
 

@@ -14,18 +14,18 @@ from dinocli.data.decode import BadImage
 from dinocli.data.mask_values import read_values
 
 Labels = NDArray[np.uint8]
-IGNORED = 255  # of pixels that count for nothing, in a map of many objects or classes
-# A photo, or a mask with soft edges, taken for a map of objects has more values than this.
+IGNORED = 255  # value of ignored pixels in a map of many objects or classes
+# Photos and masks with soft edges, which are no label maps, have more values than this.
 _MOST = 64
 
 
 @dataclass(frozen=True)
 class LabelMap:
-    """Which object each pixel belongs to.
+    """Label map: the object that each pixel belongs to.
 
     Attributes:
-        values: 0 where there is none; 255 is void where there is a palette, and an object where there is none. [H, W]
-        palette: Red, green and blue of each value, if the file had colors.
+        values: Number of the object; 0 is background. With a palette, 255 is void; without one, an object. [H, W]
+        palette: Red, green and blue of each value. None if the file had no colors.
     """
 
     values: Labels
@@ -33,31 +33,31 @@ class LabelMap:
 
     @property
     def objects(self) -> list[int]:
-        """The values that stand for objects, ascending."""
+        """Values of objects, ascending."""
         return [int(value) for value in np.unique(self.cleared.values) if value]
 
     @property
     def void(self) -> NDArray[np.bool_]:
-        """Pixels of which nobody said what they are, as DAVIS 2017 has them. [H, W]"""
+        """Unlabelled pixels, as in DAVIS 2017. [H, W]"""
         return (self.values == IGNORED) & (self.palette is not None)
 
     @property
     def cleared(self) -> LabelMap:
-        """The map with 0 where it is void."""
+        """Label map with 0 for void pixels."""
         return LabelMap(np.where(self.void, np.uint8(0), self.values), self.palette)
 
 
 def read_labels(path: Path, most: int = _MOST) -> LabelMap | BadImage:
-    """Read a mask: an image with a palette, whose numbers count and not its colors, or a grey or black-and-white one.
+    """Read a label map: palette indices (not their colors), or grey or black-and-white values.
 
-    Numbers are kept as stored, also of 16 bits, 32 bits and floats; larger ones than 255 are refused.
+    Numbers are kept as stored, also from 16 bits, 32 bits and floats. Numbers above 255 are refused.
 
     Args:
-        path: The file; grey may have been saved as colors.
-        most: Objects that it may hold.
+        path: Mask file. Grey may have been saved as colors.
+        most: Maximum number of objects.
 
     Returns:
-        The map, or the reason why the file is none.
+        The label map, or the reason why the file is none.
     """
     read = read_values(path)
     if isinstance(read, BadImage):
@@ -65,7 +65,7 @@ def read_labels(path: Path, most: int = _MOST) -> LabelMap | BadImage:
     if read.lossy:
         return BadImage(f"no label map: {read.lossy} changes values; save the mask as PNG")
     values = read.values
-    # A comparison with NaN is false.
+    # Negated, because comparisons with NaN are false.
     wrong = ~((values >= 0) & (values <= 255)) if values.dtype != np.uint8 else np.zeros(1, np.bool_)
     if values.dtype.kind == "f":
         wrong |= values != np.floor(values)
@@ -78,7 +78,7 @@ def read_labels(path: Path, most: int = _MOST) -> LabelMap | BadImage:
 
 
 def write_labels(path: Path, labels: LabelMap) -> None:
-    """Write a mask as a PNG, in the palette it came with; grey where it had none."""
+    """Write a label map as a PNG with its palette, or as grey if it has none."""
     image = Image.fromarray(labels.values)
     if labels.palette is not None:
         image.putpalette(labels.palette)

@@ -1,4 +1,4 @@
-"""Stored values of a mask file of any depth, its palette, and the lossy format that may have changed them."""
+"""Stored values of a mask file of any depth, its palette, and its format if lossy."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from dinocli.data.turns import turned
 _FORMATS = tuple("PNG TIFF BMP DIB GIF PPM WEBP JPEG MPO JPEG2000 AVIF PSD PCX SGI SUN TGA".split())
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LOSSY = {"JPEG": "JPEG", "MPO": "JPEG", "JPEG2000": "JPEG 2000", "WEBP": "WebP", "AVIF": "AVIF"}
-# Compression tags of TIFF that change no value: none, fax, LZW, deflate, PackBits, LZMA, Zstandard.
+# TIFF compression tags that change no value: none, fax, LZW, deflate, PackBits, LZMA, Zstandard.
 _EXACT = {1, 2, 3, 4, 5, 8, 32771, 32773, 32946, 34925, 50000}
-_ORIENTATION = 274  # tag of a TIFF
+_ORIENTATION = 274  # TIFF tag
 _TOO_LARGE = f"too large: over {DEFAULTS.max_megapixels:g} megapixels"
 _NUMBERS = "numbers of objects (a palette, or 8-bit grey)"
 
 
 @dataclass(frozen=True)
 class MaskValues:
-    """A mask as its file has it.
+    """Mask as stored in its file.
 
     Attributes:
-        values: Integers or floats of any depth; of a palette the indices. [H, W]
-        palette: Red, green and blue of each index, if the file has a palette.
-        lossy: Name of the format, if it may have changed values.
+        values: Integers or floats of any depth; indices if there is a palette. [H, W]
+        palette: Red, green and blue of each index. None if the file has no palette.
+        lossy: Name of the format if it may have changed values; otherwise empty.
     """
 
     values: NDArray[Any]
@@ -45,7 +45,7 @@ class MaskValues:
 
 
 def read_values(path: Path) -> MaskValues | BadImage:
-    """Read the values of a mask: a palette's indices, or grey of 1 to 32 bits or floats, also if saved as colors."""
+    """Read the values of a mask: palette indices, or grey of 1 to 32 bits or floats, even if saved as colors."""
     try:
         data = read_file(path)
     except OSError as error:
@@ -58,10 +58,10 @@ def read_values(path: Path) -> MaskValues | BadImage:
     except Image.DecompressionBombError:
         return BadImage(_TOO_LARGE)
     except UnidentifiedImageError:
-        return BadImage("damaged: no image format that is read here")  # its own words hold a memory address
+        return BadImage("damaged: no image format that is read here")  # Pillow's message holds a memory address
     except TooSlow:
         return BadImage("too slow: more pieces than a picture needs")
-    # Readers raise nearly every kind of exception on a broken file.
+    # Readers raise nearly every kind of exception on a corrupt file.
     except Exception as error:
         return BadImage(f"damaged: {' '.join(str(error).split())[:160] or type(error).__name__}")
 
@@ -69,12 +69,12 @@ def read_values(path: Path) -> MaskValues | BadImage:
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # this Pillow may know fewer
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # the installed Pillow may read fewer
 
 
 @cache
 def _tifffile() -> Any:
-    """Return the package that reads every TIFF exactly, if it is installed. Pillow reads most of grey ones."""
+    """Return tifffile, which reads every TIFF exactly, if it is installed. Pillow reads most grey ones."""
     try:
         import_module("imagecodecs")
         return import_module("tifffile")
@@ -86,7 +86,7 @@ def _of_pillow(data: bytes) -> MaskValues | BadImage:
     with Image.open(Reader(data), formats=_formats()) as image:
         if image.width * image.height > DEFAULTS.max_megapixels * 1e6:
             return BadImage(_TOO_LARGE)
-        # Of PNG and others Pillow keeps the upper 8 bits of colors, which turns small numbers into 0.
+        # Pillow keeps only the upper 8 bits of deep colors in PNG and others, which turns small numbers into 0.
         deep = not image.mode.startswith("I;16") and any(";16" in str(tile.args) for tile in image.tile)
         if deep and len(image.getbands()) > 1:
             return BadImage("no label map: its colors have 16 bits; save the mask as grey")
@@ -116,7 +116,7 @@ def _of_pillow(data: bytes) -> MaskValues | BadImage:
 
 
 def _ppm_scale(image: ImageFile.ImageFile) -> float | None:
-    """Return the factor from Pillow's values back to the stored ones, for a PGM with a largest value of its own."""
+    """Return the factor from Pillow's values back to the stored ones, for a PGM with its own maximum."""
     if image.format != "PPM" or not image.tile or not image.tile[0].codec_name.startswith("ppm"):
         return None
     args = image.tile[0].args
@@ -157,7 +157,7 @@ def _of_tiff(data: bytes, tifffile: Any) -> MaskValues | BadImage:
 
 
 def _flat(bands: NDArray[Any], *, alpha: bool, kind: str) -> NDArray[Any] | BadImage:
-    """Return grey that was saved as colors, or with alpha. [H, W, S] -> [H, W]"""
+    """Return the grey values of a mask saved as colors or with alpha. [H, W, S] -> [H, W]"""
     colors = bands[..., :-1] if alpha else bands
     if (colors != colors[..., :1]).any():
         return BadImage(f"no label map: its pixels are {kind}, and not {_NUMBERS}")

@@ -1,4 +1,4 @@
-"""Masking: which patches of the global crops the student does not see, in blocks and to an exact count."""
+"""Masking of the student's global crops, in blocks and with an exact number of masked patches."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from dinocli.config import Config
 Grid = tuple[int, int]  # rows and columns of a crop's patches
 Where = NDArray[np.bool_]
 
-# Images that shares are dealt to at once, where a process's batch is made up of so many: then what is hidden does not
-# depend on how many processes there are. Their masked crops have a mean share of 0.306, endless ones would have 0.3.
+# Images per group that shares are dealt to, if a process's batch is a multiple of it. Then masks do not depend on the
+# number of processes. The mean share of masked crops in a group is 0.306; in an infinite one it would be 0.3.
 _DEALT_TO = 32
-_TRIES = 32  # blocks drawn for a crop: twelve are enough for 99 % of 14 by 14 patches, sixteen for 98 % of 32 by 32
-# No view has this number, so that the dealing out shares its random numbers with no crop's blocks.
+_TRIES = 32  # blocks drawn per crop: twelve are enough for 99 % of 14 by 14 patches, sixteen for 98 % of 32 by 32
+# No view has this number, so that dealing shares no random numbers with the blocks of a crop.
 _DEALT = 2**31
 
 
 class MaskConfig(Config):
-    """Which part of the global crops is hidden; the paper's is 0.5 of them, from 0.1 to 0.5 of their patches.
+    """Masking of the global crops. The paper masks half of the crops, with 0.1 to 0.5 of their patches.
 
-    The shares of the masked crops lie in equal steps between `ratio`'s two, the highest among them, and not drawn one
-    by one, to 32 images at a time: so batches of one size hide the same number of patches, and shapes stay fixed.
-    iBOT hides nothing in one half of the crops and a share drawn in 0.3 +- 0.2 in the other: that is `share = 0.5`,
-    `ratio = [0.1, 0.5]` too, but that there a coin is tossed for each crop.
-    Its Swin recipe masks from epoch 50 on; that has no place here.
+    Shares of masked crops are not drawn one by one. Over 32 images at a time, they lie in equal steps between the two
+    of `ratio`, the highest included. So batches of one size mask the same number of patches, and shapes stay fixed.
+    iBOT masks nothing in half of the crops, and a share drawn in 0.3 +- 0.2 in the others. This equals `share = 0.5`
+    and `ratio = [0.1, 0.5]`, except that iBOT tosses a coin for each crop.
+    Its Swin recipe masks only from epoch 50 on, which is not supported.
 
     Attributes:
-        share: Of the global crops of a batch, those that have a mask at all; rounded to a whole number of them.
-        ratio: Lowest and highest share of a masked crop's patches that are hidden.
-        smallest: Patches of a block, at least; what is left to hide below that is hidden patch by patch.
-        aspect: Lowest and highest height by width of a block, drawn evenly on the log scale.
+        share: Share of masked crops among the global crops of a batch, rounded to a whole number of crops.
+        ratio: Lowest and highest share of masked patches in a masked crop.
+        smallest: Smallest number of patches in a block. A smaller rest is masked patch by patch.
+        aspect: Lowest and highest ratio of height to width of a block, log-uniform.
 
     Source: BEiT (arXiv 2106.08254), algorithm 1; the spread over a batch and the exact count as in DINOv2 and DINOv3.
     """
@@ -64,14 +64,14 @@ class MaskConfig(Config):
 
 @dataclass(frozen=True)
 class Masks:
-    """The hidden patches of a batch's global crops.
+    """Masked patches of a batch's global crops.
 
     Attributes:
-        where: Whether a patch is hidden. [G, B, N], bool
-        rows: Which of the G*B*N patches are hidden, ascending. [M], int64
-        weights: Of each hidden patch: 1 / (hidden patches of its crop) / (G*B), so that a sum over the hidden patches
-            is a mean over all crops of the mean over a crop. [M], float32
-        counts: Hidden patches of each crop; on the host, so that nobody waits for the device to tell. [G, B], int64
+        where: True for masked patches. [G, B, N], bool
+        rows: Indices of the masked patches among all G*B*N, ascending. [M], int64
+        weights: Weight of each masked patch: 1 / (masked patches of its crop) / (G*B). A weighted sum over the masked
+            patches is the mean over all crops of the mean per crop. [M], float32
+        counts: Masked patches per crop, on the host so that nothing waits for the device. [G, B], int64
     """
 
     where: Tensor
@@ -81,16 +81,16 @@ class Masks:
 
     @classmethod
     def of(cls, where: Tensor) -> Masks:
-        """Rows and weights of hidden patches, all on the host. [G, B, N], bool"""
+        """Compute rows and weights of masked patches, all on the host. [G, B, N], bool"""
         counts = where.sum(-1)
         weights = 1 / counts.clamp(min=1).double() / counts.numel()
         rows = where.flatten().nonzero()[:, 0]
         return cls(where, rows, weights.flatten().repeat_interleave(counts.flatten()).float(), counts)
 
     def split(self, count: int) -> list[Masks]:
-        """The masks of `count` parts of the images, in order; the losses of equal parts have the whole's as their mean.
+        """Split the masks into `count` parts of the images, in order. The mean loss of equal parts is the whole's loss.
 
-        A part may hide more than another: only the whole has a fixed number of hidden patches.
+        Parts may differ in their number of masked patches: only the whole has a fixed number.
         """
         wheres, counts = self.where.chunk(count, 1), self.counts.chunk(count, 1)
         images, patches = self.where.shape[1:]
@@ -110,15 +110,15 @@ class Masks:
 
 
 def hidden_counts(config: MaskConfig, crops: int, patches: int) -> list[int]:
-    """How many patches each masked crop of a group hides, fewest first; they are as many as crops have a mask.
+    """Return the number of masked patches for each masked crop of a group, fewest first.
 
-    Slot i of n hides the upper edge of the i-th of n equal steps from the lowest share to the highest, and one patch at
-    least.
+    Crop i of n gets the upper edge of the i-th of n equal steps from the lowest share to the highest, and at least one
+    patch.
 
     Args:
-        config: The shares.
-        crops: Global crops that they are dealt to.
-        patches: Of a crop: N.
+        config: Shares to deal.
+        crops: Number of global crops in the group.
+        patches: Number of patches per crop, N.
     """
     masked = round(config.share * crops)
     edges = np.linspace(*config.ratio, masked + 1)[1:]
@@ -126,28 +126,28 @@ def hidden_counts(config: MaskConfig, crops: int, patches: int) -> list[int]:
 
 
 def _groups(images: int) -> int:
-    """In how many groups a process's images are dealt masks: in groups of 32, or as one where these do not fit."""
+    """Return the number of groups of 32 in a process's images; 1 if they are no multiple of 32."""
     return images // _DEALT_TO if images % _DEALT_TO == 0 else 1
 
 
 def hidden_in_all(config: MaskConfig, crops: tuple[int, int], patches: int) -> int:
-    """Hidden patches of a process's batch: M. `crops` and `patches` are those of `deal`."""
+    """Return the number M of masked patches in a process's batch. `crops` and `patches` are those of `deal`."""
     count = _groups(crops[1])
     return count * sum(hidden_counts(config, crops[0] * crops[1] // count, patches))
 
 
 def deal(config: MaskConfig, crops: tuple[int, int], patches: int, *, seed: int, batch: int, rank: int) -> Tensor:
-    """Hidden patches of each crop of a batch, shuffled; 0 where a crop has no mask. [G, B], int64
+    """Return the number of masked patches per crop of a batch, shuffled; 0 for crops without a mask. [G, B], int64
 
-    Every process hides as many; and two processes with 32 images each hide what one does with these 64.
+    Every process masks the same number. Two processes with 32 images each mask the same as one with these 64.
 
     Args:
-        config: The shares.
-        crops: G and B, of this process.
-        patches: Of a crop: N.
-        seed: Of the run.
-        batch: Its number in the run.
-        rank: Of the process whose batch it is.
+        config: Shares to deal.
+        crops: G and B of this process.
+        patches: Number of patches per crop, N.
+        seed: Seed of the run.
+        batch: Number of the batch in the run.
+        rank: Rank of the process with this batch.
     """
     views, images = crops
     count = _groups(images)
@@ -162,26 +162,26 @@ def deal(config: MaskConfig, crops: tuple[int, int], patches: int, *, seed: int,
 
 
 def generator_of(seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
-    """Random numbers for the blocks of an image's view, which depend on nothing else and are no other draw's."""
-    # A 0 at the end would give the very numbers of the image's crops.
+    """Return the generator for the blocks of an image's view. It depends on nothing else and repeats no other draw."""
+    # With a 0 at the end, it would repeat the numbers of the image's crops.
     return np.random.default_rng((seed, epoch, index, 1 + view))
 
 
 def blocks(config: MaskConfig, grid: Grid, count: int, generator: np.random.Generator) -> Where:
-    """Hide exactly `count` patches, in rectangles as far as that goes. [rows, columns]
+    """Mask exactly `count` patches, in rectangles as far as possible. [rows, columns]
 
-    A rectangle's area is drawn between the smallest and what is left to hide, its place among all where it fits. One
-    that would hide too many is passed over. What is left at last is hidden patch by patch.
+    The area of a rectangle is drawn between the smallest and the number of patches left to mask, its place among all
+    where it fits. A rectangle that would mask too many patches is skipped. The rest is masked patch by patch.
 
     Args:
-        config: The rectangles.
-        grid: Rows and columns.
-        count: Patches to hide, at most all.
-        generator: Of the random numbers; it is asked for the same many each time until patches are hidden one by one.
+        config: Limits of the rectangles.
+        grid: Rows and columns of patches.
+        count: Number of patches to mask, at most all.
+        generator: Random generator. Rectangles always take the same number of draws; single patches take more.
     """
     rows, columns = grid
     lowest, highest = (math.log(ratio) for ratio in config.aspect)
-    # Patch i is bit i of a whole number: a rectangle is put on and counted in a tenth of the time that arrays take.
+    # Patch i is bit i of an integer, so that adding and counting a rectangle takes a tenth of the time of arrays.
     every_row = sum(1 << columns * i for i in range(rows))
     hidden, left = 0, count
     for size, form, down, right in generator.random((_TRIES, 4)).tolist():

@@ -1,4 +1,4 @@
-"""Masks: files that say of each pixel of a photo what it is, found by the photo's name."""
+"""Masks: files with the object or class of each pixel of a photo, found by the photo's name."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dinocli.data.labels import read_labels
 from dinocli.data.mask_values import read_values
 from dinocli.data.sources import image_folder
 
-_CLASSES = 256  # of a mask at most: one may have soft edges, or a number for each of many classes
+_CLASSES = 256  # maximum per mask, which may have soft edges or a number for each of many classes
 
 
 class Masks:
-    """The masks in a folder of any depth.
+    """Masks in a folder and its subfolders.
 
     Args:
-        folder: They are called as their photos are, but for the suffix, and lie in the same tree or in any other.
+        folder: Folder of masks that are named as their photos, but for the suffix, in the same tree or in any other.
 
     Raises:
-        DinoError: There is no such folder, or nothing in it.
+        DinoError: If the folder does not exist or is empty.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -34,17 +34,17 @@ class Masks:
             self._stems.setdefault(Path(name).stem, []).append(name)
 
     def of(self, name: Path) -> Path | None:
-        """The mask of a photo by its name, without suffix, below its folder; else the one of its bare name."""
+        """Return the mask of a photo, by its name without suffix below its folder, or else by its unique bare name."""
         whole = self._names.get(str(name))
         alone = self._stems.get(name.name, []) if whole is None else [whole]
         return self.folder / alone[0] if len(alone) == 1 else None
 
 
 def read_object(path: Path) -> NDArray[np.bool_] | BadImage:
-    """Find the object of a mask: above half of 255 (of 65,535 for 16 bits), or all but 0 in an index mask.
+    """Read the object of a mask: values above half of 255 (of 65,535 for 16 bits), or all but 0 in an index mask.
 
     Returns:
-        Object or not, of each pixel [H, W], or the reason why the file is no mask.
+        True for pixels of the object [H, W], or the reason why the file is no mask.
     """
     read = read_values(path)
     if isinstance(read, BadImage):
@@ -61,22 +61,25 @@ def read_object(path: Path) -> NDArray[np.bool_] | BadImage:
         return values > 127
     if read.lossy and most:
         return BadImage(f"no mask: {read.lossy} changes values and none is above 127; save the mask as PNG")
-    # Of some sets an object is 1, or each has a number of its own.
+    # Some data sets mark the object with 1, or each object with its own number.
     return values > 0
 
 
 def read_index(path: Path) -> NDArray[np.uint8] | BadImage:
-    """The number of each pixel's class, 255 where it counts for nothing. [H, W], or why it cannot be read."""
+    """Read the class of each pixel, 255 if ignored. Return [H, W], or the reason for failure."""
     read = read_labels(path, _CLASSES)
     return read if isinstance(read, BadImage) else read.values
 
 
 def with_masks(photos: Mapping[Path, Path], masks: Masks) -> tuple[dict[Path, Path], dict[Path, str]]:
-    """Photos with their masks, and why others have none.
+    """Match photos with their masks by name.
 
     Args:
-        photos: Each with its name, as `named_photos` has it.
-        masks: Of them.
+        photos: Path of each photo with its name, as `named_photos` returns them.
+        masks: Masks to search.
+
+    Returns:
+        The mask of each photo that has one, and the reason for each other photo.
     """
     found = {path: masks.of(name) for path, name in photos.items()}
     pairs = {path: mask for path, mask in found.items() if mask}

@@ -1,4 +1,4 @@
-"""Photos that a person names, one by one or by the folder, and what to call that which is made of each."""
+"""Photos given as files or folders, and names of the outputs made from them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dinocli.errors import DinoError
 
 
 def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
-    """Each image file, and the name without a suffix of what is made of it, below the folder of such things.
+    """Return each image file with the name of its output, without suffix and relative to the output folder.
 
     Args:
         paths: Files, and folders of any depth, whose tree the names keep.
 
     Raises:
-        DinoError: One does not exist, or is a folder without images.
+        DinoError: If a path does not exist, or is a folder without images.
     """
     files: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
             files |= {path / inside: Path(inside) for inside in image_folder(path).names}
-        elif path.exists():  # of a FIFO or a device its reader says what it is
+        elif path.exists():  # reading reports FIFOs and devices
             files[path] = Path(path.name)
         else:
             raise DinoError(f"a photo or a folder was wanted; {path} does not exist", "check the path")
@@ -34,7 +34,7 @@ def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
 
 
 def _told_apart(files: dict[Path, Path]) -> dict[Path, Path]:
-    """Names without their suffix, unless two would then be the same."""
+    """Remove the suffix of each name, unless two names would then be equal."""
     stems = [name.with_suffix("") for name in files.values()]
     times, taken = Counter(stems), set[Path]()
     names: dict[Path, Path] = {}
@@ -48,14 +48,14 @@ def _told_apart(files: dict[Path, Path]) -> dict[Path, Path]:
 
 
 def spare(made: Iterable[Path], given: Iterable[Path]) -> None:
-    """See that nothing that is to be written takes the place of what it is made of.
+    """Check that no output would overwrite an input.
 
     Args:
-        made: Files to be written.
-        given: Files of the user's.
+        made: Output files.
+        given: Input files.
 
     Raises:
-        DinoError: One of the first is one of the second.
+        DinoError: If an output is an input.
     """
     there = [path for path in made if path.exists()]
     theirs = {path.resolve() for path in given} if there else set()
@@ -65,7 +65,7 @@ def spare(made: Iterable[Path], given: Iterable[Path]) -> None:
 
 
 def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:
-    """The pixels of a file, or the reason why there are none. [H, W, C]"""
+    """Read the pixels of a file. Return [H, W, C], or the reason for failure."""
     try:
         data = read_file(path, images)
     except OSError as error:

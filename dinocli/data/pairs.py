@@ -1,4 +1,4 @@
-"""Pairs: photos and their index masks, to learn classes of pixels from."""
+"""Pairs of photos and index masks, for training pixel classifiers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dinocli.errors import DinoError
 
 IMAGES, MASKS, NAMES = "images", "masks", "classes.txt"
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
-_EVERY = 10  # where there are no splits, every tenth photo is held out
+_EVERY = 10  # without splits, every tenth photo is held out
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Pairs:
     """Photos with masks.
 
     Attributes:
-        masks: Of each photo, by their paths.
-        binary: Whether the masks are of 0 and 255 alone: then 255 is class 1, and nothing is ignored.
+        masks: Mask of each photo, by path.
+        binary: True if the masks hold only 0 and 255. Then 255 is class 1, and nothing is ignored.
     """
 
     masks: dict[Path, Path]
     binary: bool = False
 
     def read(self, photo: Path, images: ImagesConfig) -> tuple[Pixels, NDArray[np.uint8]] | str:
-        """A photo and the class of each of its pixels, 255 where it counts for nothing; or why it cannot be taken."""
+        """Return a photo and the class of each pixel (255 if ignored), or the reason for failure."""
         pixels, mask = read_photo(photo, images), read_index(self.masks[photo])
         if isinstance(pixels, BadImage):
             return pixels.reason
@@ -47,14 +47,12 @@ class Pairs:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """What there is to learn from and to measure on.
+    """Training and validation pairs with their classes.
 
     Attributes:
-        train: To learn from.
-        val: To measure on.
-        classes: Their names, or their numbers where no file names them.
-        split_off: Whether the second part was taken from the first by chance.
-        skipped: Photos without a mask and masks that cannot be read, and why.
+        classes: Names of the classes; numbers if no file names them.
+        split_off: True if `val` was drawn at random from the training photos.
+        skipped: Reason for each photo without a mask or with an unreadable one.
     """
 
     train: Pairs
@@ -67,17 +65,17 @@ class LabelledSet:
 def labelled_set(
     root: Path, *, seed: int = 0, report: Callable[[int, int], None] = lambda done, of: None
 ) -> LabelledSet:
-    """Find photos and masks, and look through the masks for their classes.
+    """Find photos and masks, and read the masks for their classes.
 
     Args:
-        root: Holds `train/` and `val/`, each with `images/` and `masks/`; or `images/` and `masks/`, each with `train/`
-            and `val/` or without, and then a tenth of the photos is held out. `classes.txt` may name the classes, one
-            a line, from 0.
-        seed: Of what is held out.
-        report: Called after each mask that was looked through, with how many of how many.
+        root: Folder with `train/` and `val/`, each with `images/` and `masks/`; or with `images/` and `masks/`, each
+            with `train/` and `val/` or without splits. Without splits, a tenth of the photos is held out.
+            `classes.txt` may name the classes, one per line, from 0.
+        seed: Seed of the held-out split.
+        report: Callback after each mask, with the number of masks read and the total.
 
     Raises:
-        DinoError: The folders are not there, or there are too few photos or classes.
+        DinoError: If the folders do not exist, or there are too few photos or classes.
     """
     parts, skipped = dict[str, dict[Path, Path]](), dict[Path, str]()
     for part, (images, masks) in _folders(root).items():
@@ -114,7 +112,7 @@ def labelled_set(
 
 
 def _folders(root: Path) -> dict[str, tuple[Path, Path]]:
-    """The folders of photos and of masks, by the part that they are."""
+    """Return the folders of photos and of masks for each split."""
     found: dict[str, tuple[Path, Path]] = {}
     for part, names in _SPLITS.items():
         inside = [(root / name / IMAGES, root / name / MASKS) for name in names]
@@ -126,7 +124,6 @@ def _folders(root: Path) -> dict[str, tuple[Path, Path]]:
 
 
 def _names(root: Path, count: int, binary: bool) -> list[str]:
-    """What the classes are called."""
     try:
         names = [line.strip() for line in (root / NAMES).read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError:

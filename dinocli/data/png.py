@@ -1,4 +1,4 @@
-"""PNGs of 16 bits, of which Pillow keeps the upper 8 and no transparent color."""
+"""16-bit PNGs. Pillow keeps only their upper 8 bits and drops a transparent color."""
 
 from __future__ import annotations
 
@@ -18,17 +18,13 @@ _BANDS = {0: ("L", 1), 2: ("RGB", 3), 4: ("LA", 2), 6: ("RGBA", 4)}  # by color 
 
 
 def open_png(data: bytes, channels: int) -> ArrayFile | None:
-    """Read the header of a PNG of 16 bits.
-
-    Args:
-        data: The file.
-        channels: Number that is wanted.
+    """Read the header of a 16-bit PNG.
 
     Returns:
-        The header; None for another file, or one that Pillow refuses too.
+        The header; None for other files and those that Pillow refuses too.
 
     Raises:
-        UnfitArray: It has another number of channels.
+        UnfitArray: If the number of channels does not fit `channels`.
     """
     if not data.startswith(SIGNATURE) or len(data) < 33:
         return None
@@ -52,7 +48,7 @@ def _unfit(name: str, bands: int, channels: int) -> UnfitArray:
 
 
 def _transparent(data: bytes, bands: int) -> tuple[int, ...] | None:
-    """Return the color that tRNS makes transparent, with its 16 bits."""
+    """Return the transparent color of the tRNS chunk in 16 bits."""
     at = 33
     while at + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -65,14 +61,14 @@ def _transparent(data: bytes, bands: int) -> tuple[int, ...] | None:
 
 
 def _read(data: bytes, bands: int) -> NDArray[Any]:
-    """Read all 16 bits through Pillow, which never crashes on a damaged file as torchvision's libpng does."""
+    """Read all 16 bits through Pillow, because torchvision's libpng crashes on corrupt files."""
     if bands == 1:
         return _read_as(data, "I;16", "I;16B", 32768)[..., None].astype(np.uint16)
-    if bands == 2:  # four bytes a pixel, as those of four bands of 8 bits
+    if bands == 2:  # four bytes per pixel, like four bands of 8 bits
         octets = _read_as(data, "RGBA", "RGBA", (128, 128, 255, 255))
         return octets.reshape(*octets.shape[:2], 2, 2).view(">u2")[..., 0].astype(np.uint16)
     mode, gray = ("RGB", (128,) * 3) if bands == 3 else ("RGBA", (128, 128, 128, 255))
-    # The file's high bytes come first. Read as the other byte order, its low bytes are taken for the high ones.
+    # Pillow keeps the high byte of each value. Read in the wrong byte order, that is the low byte.
     values = _read_as(data, mode, f"{mode};16B", gray).astype(np.uint16) << 8
     values |= _read_as(data, mode, f"{mode};16L", gray)
     return values
@@ -84,6 +80,6 @@ def _read_as(data: bytes, mode: str, raw_mode: str, gray: int | tuple[int, ...])
     reader.left = BODY
     image._mode = mode
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        image.im = Image.new(mode, image.size, gray).im  # Pillow would begin with black
+        image.im = Image.new(mode, image.size, gray).im  # Pillow would start from black
     image.tile = [tile._replace(args=raw_mode) for tile in image.tile]
     return np.asarray(image)

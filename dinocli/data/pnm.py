@@ -1,4 +1,4 @@
-"""Netpbm files: deep ones by their own values, plain text ones without Pillow's loop, and PFM in color."""
+"""Netpbm files: deep ones with their own values, text ones without Pillow's loop, and color PFM."""
 
 from __future__ import annotations
 
@@ -24,16 +24,13 @@ _COMMENT = re.compile(rb"#[^\r\n]*")
 def open_pnm(data: bytes, channels: int, truncated: bool = False) -> ArrayFile | None:
     """Read the header of a PBM, PGM, PPM or PFM.
 
-    Args:
-        data: The file.
-        channels: Number that is wanted.
-        truncated: Fill the missing end of a file with grey instead of raising EOFError.
+    If `truncated`, reading fills the missing end of a file with grey instead of raising EOFError. This excludes PFM.
 
     Returns:
-        The header; None for a file that Pillow reads as well: binary and of at most 8 bits, or none of these.
+        The header; None for other files, and for binary ones of 1 or 8 bits, which Pillow reads equally well.
 
     Raises:
-        UnfitArray: It has another number of channels.
+        UnfitArray: If the number of channels does not fit `channels`.
     """
     if floats := _FLOATS.match(data, 0, _LONGEST_HEADER):
         return _open_floats(data, floats, channels)
@@ -41,7 +38,7 @@ def open_pnm(data: bytes, channels: int, truncated: bool = False) -> ArrayFile |
     if not found:
         return None
     kind, width, height = (int(found[i]) for i in (1, 2, 3))
-    if kind in (1, 4):  # the fourth number is a pixel then
+    if kind in (1, 4):  # bitmaps state no maximum: a fourth number is a pixel
         if kind == 4:
             return None
         end, top = found.end(3), 1
@@ -78,10 +75,10 @@ def _read_text(data: bytes, end: int, count: int, dtype: np.dtype[Any], bits: bo
     text = _COMMENT.sub(b"", data[end:]) if b"#" in data else data[end:]
     if text.translate(None, b"01 \t\n\v\f\r" if bits else b"0123456789 \t\n\v\f\r"):
         raise ValueError("a number was expected")
-    if bits:  # no space is needed between them
+    if bits:  # bits need no space between them
         digits = np.frombuffer(text, np.uint8)
         return digits[digits >= 48][:count] - 48
-    # With a count, NumPy fills what is missing with whatever lies in memory.
+    # With a count, NumPy fills missing values with uninitialized memory.
     values = np.fromstring(text.decode("ascii"), np.int32, sep=" ") if text.strip() else np.empty(0, np.int32)
     return values[:count].astype(dtype)
 
@@ -96,6 +93,6 @@ def _open_floats(data: bytes, found: re.Match[bytes], channels: int) -> ArrayFil
         values = _read_binary(data, found.end() - 1, height * width * bands, dtype)
         if len(values) < height * width * bands:
             raise EOFError("image file is truncated")
-        return values.reshape(height, width, bands)[::-1]  # the lowest row comes first
+        return values.reshape(height, width, bands)[::-1]  # rows are stored bottom to top
 
     return ArrayFile("PPM", height, width, bands, dtype, Layout("rgb" if bands == 3 else "gray"), read)

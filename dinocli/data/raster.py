@@ -1,4 +1,4 @@
-"""Files whose raw values are read here and not by Pillow: the header that was read, and the reason to refuse one."""
+"""Headers of files whose raw values are read without Pillow, and the error that refuses one."""
 
 from __future__ import annotations
 
@@ -15,23 +15,21 @@ MISSING = "needs pip install 'dinocli[tiff]'"
 
 
 class UnfitArray(Exception):
-    """An array that is no image as it was wanted; a category to count by, a colon, a few words."""
+    """Error for an array that does not fit the images settings: a category for counting, a colon, a few words."""
 
 
 @dataclass(frozen=True)
 class ArrayFile:
-    """A file of which only the header was read.
+    """Array file after reading only its header.
 
     Attributes:
-        format: As Pillow names it, or `NPY`.
-        height: In pixels, as stored.
-        width: In pixels, as stored.
-        bands: Number of bands in the file.
-        dtype: Type of its values.
-        layout: Meaning of its bands.
+        format: Pillow's name of the format, or `NPY`.
+        height: Height in pixels, as stored.
+        width: Width in pixels, as stored.
+        layout: Meaning of the bands.
         read: Function that reads the values. [H, W, bands]
-        turn: EXIF orientation that the pixels still need.
-        pages: Number of pictures in the file, of which this is the first.
+        turn: EXIF orientation that is not applied yet.
+        pages: Number of pictures in the file. Only the first is read.
     """
 
     format: str
@@ -46,5 +44,5 @@ class ArrayFile:
 
 
 def other_channels(came: str, wanted: int) -> str:
-    """Return the reason to refuse a file of another number of channels."""
+    """Return the reason to refuse a file with another number of channels."""
     return f"other channels: {came}, where images.channels is {wanted}"

@@ -9,24 +9,24 @@ from pathlib import Path
 
 from dinocli.data.images import DEFAULTS, ImagesConfig
 
-# A FIFO may take the file's place between stat and open. Without O_NONBLOCK opening it would wait for a writer.
+# A FIFO may replace the file between stat and open. Without O_NONBLOCK, open would wait for a writer.
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
-_PIECE = 2**16  # bytes; the size to read on with, when a file is longer than stat said
+_PIECE = 2**16  # bytes per read after the size that stat reported
 _LONGEST = 2**30  # bytes; some systems refuse to read more at once
 
 
 class Refused(OSError):
-    """A file that is not read: `not a file: a FIFO`, or `too large: ...`."""
+    """Error for a file that is not read: `not a file: a FIFO` or `too large: ...`."""
 
 
 def read_file(path: str | Path, images: ImagesConfig = DEFAULTS) -> bytes:
     """Read a regular file of at most `images.max_megabytes`.
 
-    Memory stays below the limit for sparse files too, and for files that grow meanwhile.
+    Memory stays below the limit even for sparse files and for files that grow meanwhile.
 
     Raises:
-        Refused: The file is larger, or is no regular file.
-        OSError: The file does not exist, is a folder, or permission is denied.
+        Refused: If the file is larger or not regular.
+        OSError: If the file does not exist, is a folder, or permission is denied.
     """
     _check(_status(path), images)
     descriptor = os.open(path, _FLAGS)
@@ -34,7 +34,7 @@ def read_file(path: str | Path, images: ImagesConfig = DEFAULTS) -> bytes:
         size = _check(os.fstat(descriptor), images)
         room = int(images.max_megabytes * 1e6) + 1
         parts = [os.read(descriptor, min(room, size + 1, _LONGEST))]
-        # A short read is no proof of the end on every file system; an empty one is.
+        # On some file systems a short read is not the end of the file. An empty read always is.
         while parts[-1] and (room := room - len(parts[-1])) > 0:
             parts.append(os.read(descriptor, min(room, max(size - sum(map(len, parts)), _PIECE), _LONGEST)))
     finally:
@@ -45,7 +45,7 @@ def read_file(path: str | Path, images: ImagesConfig = DEFAULTS) -> bytes:
 
 
 def begins_with(path: str | Path, beginnings: tuple[bytes, ...]) -> bool:
-    """Check the first bytes of a regular file; anything that cannot be read begins with none."""
+    """Check if a regular file begins with one of `beginnings`. False if it cannot be read."""
     try:
         if not stat.S_ISREG(_status(path).st_mode):
             return False
@@ -59,7 +59,7 @@ def begins_with(path: str | Path, beginnings: tuple[bytes, ...]) -> bool:
 
 
 def why_unread(error: OSError) -> str:
-    """Return the reason for a skipped file: a category to count by, a colon, a few words."""
+    """Return the reason for a skipped file: a category for counting, a colon, a few words."""
     return str(error) if isinstance(error, Refused) else f"cannot be opened: {error.strerror or error}"
 
 
@@ -71,7 +71,7 @@ def _status(path: str | Path) -> os.stat_result:
 
 
 def _check(status: os.stat_result, images: ImagesConfig) -> int:
-    """Return the size in bytes of a file that may be read."""
+    """Check that a file may be read, and return its size in bytes."""
     mode = status.st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

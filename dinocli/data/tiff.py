@@ -1,4 +1,4 @@
-"""TIFFs: the facts of the first picture, and the layouts that Pillow does not read right."""
+"""TIFF files: tags of the first picture, and layouts that Pillow misreads."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from dinocli.data.depth import Alpha, Colors, Layout, depth_range
 from dinocli.data.jpeg import find_frame
 from dinocli.data.raster import MISSING, ArrayFile, UnfitArray, other_channels
 
-logging.getLogger("tifffile").addHandler(logging.NullHandler())  # else its words come out on stderr
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # otherwise it logs to stderr
 
 SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _FORMS = {1: "B", 2: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
-_MOST = 2_000_000  # values of a tag
+_MOST = 2_000_000  # values per tag
 _PAGES = 100_000
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _OFFSETS = 256, 257, 258, 259, 262, 266, 273
 _ORIENTATION, _SAMPLES, _ROWS, _COUNTS, _HIGHEST, _PLANAR, _PREDICTOR = 274, 277, 278, 279, 281, 284, 317
 _COLORS, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_COUNTS, _BELOW, _INKS, _EXTRA = 320, 322, 323, 324, 325, 330, 332, 338
 _FORMAT, _SUBSAMPLING, _KIND, _DEPTH, _RAW = 339, 530, 254, 32997, 50706
-_SMALLER, _MASK = 1, 4  # bits of a picture's kind
+_SMALLER, _MASK = 1, 4  # bits of NewSubfileType
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _INKED, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
 _SENSOR = (32803, 34892)  # photometrics of camera raw files
 _NAMES = {0: "white as zero", 1: "black as zero", 2: "RGB", 3: "a palette", 5: "inks", 6: "YCbCr", 8: "Lab"}
-_GREYS = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, 4)  # the last is a mask
+_GREYS = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, 4)  # 4 is a transparency mask
 _UNASSOCIATED, _ASSOCIATED = 2, 1
 _ALPHAS: dict[tuple[int, ...], Alpha] = {(_ASSOCIATED,): "premultiplied", (_UNASSOCIATED,): "straight"}
 _OLD_JPEG, _JPEG = 6, 7
-_BY_PILLOW = {1, 5, 8, 32773, 32946, 34925, 50000}  # compressions whose pixels are tifffile's, for any depth
+_BY_PILLOW = {1, 5, 8, 32773, 32946, 34925, 50000}  # compressions that Pillow decodes as tifffile does, at any depth
 _FAX = (2, 3, 4)
 _JPEG2000, _PNG, _WEBP, _LERC = (33003, 33004, 33005, 34712), (34933,), (34927, 50001), (34887,)
 _BY_TIFFFILE = {*_BY_PILLOW, *_FAX, _JPEG, *_JPEG2000, *_PNG, *_WEBP, *_LERC}
-_TILE = 64e6  # bytes of a tile that any image may have
-_PIECES = 50_000  # from which tifffile is faster, and a million of which it takes too long for
+_TILE = 64e6  # bytes of a tile that are accepted for an image of any size
+_PIECES = 50_000  # strips or tiles above which tifffile is faster; a million take it too long
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts of a TIFF's first picture, with the format's defaults for tags that it lacks."""
+    """Tags of a TIFF's first picture, with the format's defaults for missing ones."""
 
     order: str
     big: bool
@@ -80,7 +80,7 @@ class Facts:
 
     @property
     def words(self) -> str:
-        """The layout in words."""
+        """Layout in words, for errors."""
         kind = {2: "signed ", 3: "float "}.get(self.format, "")
         bits = "/".join(map(str, sorted(set(self.bits))))
         planes = " in planes" if self.planar == 2 and self.samples > 1 else ""
@@ -90,7 +90,7 @@ class Facts:
 
 
 class _Directory:
-    """The tags of one picture."""
+    """Tags of one picture (an image file directory)."""
 
     def __init__(self, data: bytes, order: str, big: bool, at: int) -> None:
         self.data, self.order, self.wide = data, order, "Q" if big else "I"
@@ -104,7 +104,7 @@ class _Directory:
         self.next = start + size * entries
 
     def values(self, tag: int) -> NDArray[Any] | None:
-        """Return the numbers of a tag; None if it is absent or no number."""
+        """Return the numbers of a tag; None if it is missing or not numeric."""
         kind, count, at = self.entries.get(tag, (0, 0, 0))
         form = _FORMS.get(kind)
         if not form or not 0 < count <= _MOST:
@@ -122,7 +122,7 @@ class _Directory:
 
 
 def read_facts(data: bytes) -> Facts | None:
-    """Read the tags of a TIFF's first picture; None of other files, and of those too damaged to tell."""
+    """Read the tags of a TIFF's first picture; None for other files and corrupt tags."""
     if data[:4] not in SIGNATURES:
         return None
     try:
@@ -179,7 +179,7 @@ def _first(values: NDArray[Any] | None, otherwise: int, most: int) -> NDArray[An
 
 
 def _colors(values: NDArray[Any] | None) -> NDArray[np.uint8] | None:
-    """Return the color map in 8 bits. Some writers leave it in 8 bits, as libtiff's tools find out too. [N, 3]"""
+    """Return the color map in 8 bits. Some writers store 8 bits already, which libtiff's tools detect too. [N, 3]"""
     if values is None or len(values) % 3:
         return None
     colors = values.astype(np.float64).reshape(3, -1).T
@@ -187,7 +187,7 @@ def _colors(values: NDArray[Any] | None) -> NDArray[np.uint8] | None:
 
 
 def _count_pages(data: bytes, order: str, big: bool, at: int) -> int:
-    """Count pictures that are no smaller version and no mask of another."""
+    """Count pictures, without reduced versions and masks of others."""
     seen, pages = set[int](), 0
     try:
         while at and at not in seen and len(seen) < _PAGES:
@@ -205,7 +205,7 @@ def _count_pages(data: bytes, order: str, big: bool, at: int) -> int:
 
 
 def _is_raw(data: bytes, order: str, big: bool, tags: _Directory) -> bool:
-    """Tell a camera's raw file, whose first picture is often a thumbnail."""
+    """Check for a camera's raw file, whose first picture is often a thumbnail."""
     if _RAW in tags.entries or data[8:10] == b"CR" or tags.one(_PHOTOMETRIC, 1) in _SENSOR:
         return True
     below = tags.values(_BELOW)
@@ -221,15 +221,11 @@ def _is_raw(data: bytes, order: str, big: bool, tags: _Directory) -> bool:
 def open_tiff(data: bytes, channels: int) -> ArrayFile | Facts | None:
     """Read the header of a TIFF.
 
-    Args:
-        data: The file.
-        channels: Number that is wanted.
-
     Returns:
-        The header; the facts of a file that Pillow reads as well; None of other files and of damaged ones.
+        The header; `Facts` if Pillow reads the file equally well; None for other and for corrupt files.
 
     Raises:
-        UnfitArray: It has another number of channels, or nothing here reads it.
+        UnfitArray: If the number of channels does not fit `channels`, or nothing here reads the layout.
     """
     facts = read_facts(data)
     if facts is None:
@@ -256,7 +252,7 @@ def open_tiff(data: bytes, channels: int) -> ArrayFile | Facts | None:
 
 
 def _is_pillows(facts: Facts, channels: int) -> bool:
-    """Tell layouts of which Pillow gives what tifffile gives, as tests/data/test_tiff.py holds."""
+    """Check that Pillow reads a layout as tifffile does; tests/data/test_tiff.py compares the two."""
     if (facts.big and facts.order == ">") or (facts.fill_order != 1 and set(facts.bits) != {1}):
         return False
     if (facts.planar != 1 and facts.samples > 1) or len(set(facts.bits)) != 1 or len(facts.bits) != facts.samples:
@@ -293,7 +289,7 @@ def _is_pillows_single(facts: Facts) -> bool:
         return plain or facts.photometric == _PALETTE
     if facts.format == 1 and bits == 16:
         return facts.photometric == _BLACK_IS_ZERO or (little and facts.photometric == _WHITE_IS_ZERO)
-    native = little or facts.compression == 1  # of others Pillow swaps the bytes once too often
+    native = little or facts.compression == 1  # otherwise Pillow swaps the bytes once too often
     if facts.format == 1 and bits == 32:
         return little and facts.photometric == _BLACK_IS_ZERO
     if facts.format == 2 and bits in (16, 32):
@@ -302,7 +298,7 @@ def _is_pillows_single(facts: Facts) -> bool:
 
 
 def _layout(facts: Facts, channels: int) -> Layout:
-    """Return the meaning of the bands for three channels or one; else they are as many as wanted, as they are."""
+    """Return the meaning of the bands. For `channels` other than 1 and 3, all bands stay unconverted."""
     samples, kind, first = facts.samples, facts.photometric, facts.bits[0] if facts.bits else 1
     even = facts.format == 1 and first < 32 and len(set(facts.bits)) == 1
     stated = depth_range(first, facts.highest if first == 16 else None) if even else None
@@ -325,12 +321,12 @@ def _layout(facts: Facts, channels: int) -> Layout:
 
 
 def _colors_and_alpha(facts: Facts) -> tuple[Colors, Alpha]:
-    """Return the meaning of the first bands, and of the one behind them; empty if there is none for three channels."""
+    """Return the meaning of the color bands and of the band after them; empty if they cannot become RGB."""
     samples, kind, alpha = facts.samples, facts.photometric, facts.alpha
     alone = samples == 1 or (samples == 2 and alpha != "")
     if kind in _GREYS and alone:
         return "gray", alpha
-    if kind in _GREYS and not alpha and samples == 3:  # measurements, of which three count as RGB in their order
+    if kind in _GREYS and not alpha and samples == 3:  # measurements: three bands count as RGB, in order
         return "rgb", ""
     if kind in _GREYS and not alpha and samples == 4:
         alpha = _ALPHAS.get((facts.extra or ())[2:3], "")
@@ -341,14 +337,14 @@ def _colors_and_alpha(facts: Facts) -> tuple[Colors, Alpha]:
         return "rgb", alpha
     if kind == _INKED and samples == 4 and facts.inks == 1:
         return "cmyk", ""
-    if kind == _YCBCR and samples == 3 and facts.compression == _JPEG:  # of which tifffile makes RGB
+    if kind == _YCBCR and samples == 3 and facts.compression == _JPEG:  # tifffile converts it to RGB
         return "rgb", ""
-    # tifffile reads no chroma of fewer pixels.
+    # tifffile does not read subsampled chroma.
     return ("ycbcr", "") if (kind, samples, facts.subsampling) == (_YCBCR, 3, (1, 1)) else ("", "")
 
 
 def _pieces_missing(facts: Facts, size: int) -> tuple[bool, bool]:
-    """Tell whether strips or tiles were left empty, as sparse files have them, and whether some lie beyond the end."""
+    """Check for empty strips or tiles, as in sparse files, and for those beyond the end of the file."""
     few = min(len(facts.offsets), len(facts.counts))
     offsets, counts = facts.offsets[:few], facts.counts[:few]
     empty = (offsets == 0) | (counts == 0)
@@ -356,7 +352,7 @@ def _pieces_missing(facts: Facts, size: int) -> tuple[bool, bool]:
 
 
 def _tile_fault(facts: Facts) -> str:
-    """Return what is wrong with tiles that are far larger than their image; empty if nothing is."""
+    """Return the fault of tiles far larger than their image; empty if there is none."""
     values = facts.samples * max(facts.bits, default=1) / 8
     if facts.piece[0] * facts.piece[1] * values <= max(_TILE, 4 * facts.width * facts.height * values):
         return ""
@@ -365,7 +361,7 @@ def _tile_fault(facts: Facts) -> str:
 
 
 def _piece_fault(data: bytes, facts: Facts) -> str:
-    """Return what is wrong with a piece that states another size than its place; empty if nothing is."""
+    """Return the fault of a strip or tile whose own header states a wrong size; empty if there is none."""
     kind = facts.compression
     if kind not in (_JPEG, *_JPEG2000, *_PNG, *_WEBP, *_LERC):
         return ""
@@ -379,7 +375,7 @@ def _piece_fault(data: bytes, facts: Facts) -> str:
 
 
 def _size_of(piece: bytes, kind: int) -> tuple[int, int, int]:
-    """Return width, height and bands that an image within a TIFF states; zeros if it does not tell."""
+    """Return width, height and bands from the header of an image within a TIFF; zeros if unknown."""
     if kind == _JPEG:
         frame = find_frame(piece)
         return (frame.width, frame.height, frame.bands) if frame else (0, 0, 0)
@@ -392,7 +388,7 @@ def _size_of(piece: bytes, kind: int) -> tuple[int, int, int]:
         return width, height, depth if version > 3 else 1
     try:
         return *Image.open(io.BytesIO(piece), formats=("PNG", "WEBP")).size, 1
-    except Exception:  # of broken files nearly any
+    except Exception:  # corrupt files raise nearly any exception
         return 0, 0, 0
 
 

@@ -1,4 +1,4 @@
-"""Eight ways to turn and mirror a picture, numbered as EXIF numbers orientations."""
+"""Rotations and flips of a picture, numbered as the eight EXIF orientations."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Return pixels upright, contiguous in memory. [H, W, ...]
 
     Args:
-        pixels: As stored.
-        orientation: EXIF's number, 1 to 8; any other number changes nothing.
+        pixels: Pixels as stored.
+        orientation: EXIF orientation, 1 to 8. Any other number changes nothing.
     """
     return np.ascontiguousarray(TURNS[orientation](pixels)) if orientation in TURNS else pixels
 
 
 def orientation_of(matrix: ArrayLike) -> int:
-    """Return the EXIF orientation that is nearest to a display matrix, as films carry one.
+    """Return the EXIF orientation nearest to the display matrix of a video.
 
     Args:
-        matrix: Nine numbers in rows, a b u, c d v, x y w; scale and shift do not matter.
+        matrix: Nine numbers in rows, a b u, c d v, x y w. Scale and shift are ignored.
 
     Source: ISO/IEC 14496-12, section 6.2.2.
     """
     a, b, _, c, d = np.asarray(matrix, dtype=np.float64).ravel()[:5].tolist()
-    # A turn by other than quarters becomes the nearest quarter.
+    # Other rotations are rounded to the nearest quarter turn.
     straight = abs(a) + abs(d) >= abs(b) + abs(c)
     a, b, c, d = (a, 0, 0, d) if straight else (0, b, c, 0)
     return _SIGNS.get((_sign(a), _sign(b), _sign(c), _sign(d)), 1)

@@ -1,4 +1,4 @@
-"""Files that hold pictures and are not read here: their names, and what makes a readable file of them."""
+"""Names of image formats that are not read here, with advice on converting them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FRAMES = "extract its frames to PNG or JPEG"
 _DEVELOP = "convert it to TIFF or JPEG with a raw converter"
 _UNPACK = "unpack it"
 
-# Where a file says what it is: place, bytes, name, what to do.
+# Offset, signature, name and advice.
 _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\xff\x0a", "JPEG XL", _CONVERT),
     (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", _CONVERT),
@@ -66,7 +66,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x28\xb5\x2f\xfd", "a zstd file", _UNPACK),
     (257, b"ustar", "a tar archive", "name it as shards, or unpack it"),
 )
-# Kinds of ISO base media, by brand; all others are videos.
+# Still images in ISO base media files, by brand. All other brands are videos.
 _BRANDS = {
     **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"), ("HEIC", _CONVERT)),
     **dict.fromkeys((b"mif1", b"msf1", b"mif2"), ("HEIF", _CONVERT)),
@@ -82,7 +82,7 @@ _UNKNOWN = "not an image: no format that is known here"
 
 
 def name_unread(data: bytes) -> str:
-    """Return the reason for a file that nothing here reads, with the name of its format where it has one."""
+    """Return the reason why a file is not read, with the name of its format if known."""
     if (frame := find_frame(data)) and not frame.is_common and 2 <= frame.bits <= 16:
         return name_jpeg(frame.kind, frame.bits)
     for at, signature, name, advice in _SIGNATURES:
@@ -100,7 +100,7 @@ def name_unread(data: bytes) -> str:
 
 
 def name_jpeg(kind: int, bits: int) -> str:
-    """Return the reason for a JPEG of another kind than baseline or progressive of 8 bits."""
+    """Return the reason why a JPEG is not read that is neither baseline nor progressive of 8 bits."""
     if kind == 0xF7:
         return f"not read here: JPEG-LS; {_DEEP}"
     if kind in (0xC3, 0xC7, 0xCB, 0xCF):
@@ -111,7 +111,7 @@ def name_jpeg(kind: int, bits: int) -> str:
 
 
 def _brand(data: bytes) -> bytes:
-    """Return the first brand that is a picture's, or the major one."""
+    """Return the most exact image brand if the major brand is one; otherwise the major brand."""
     size = min(int.from_bytes(data[:4], "big"), 256, len(data))
     brands = [data[8:12], *(data[at : at + 4] for at in range(16, size - 3, 4))]
     pictures = [brand for brand in brands if brand in _BRANDS]
