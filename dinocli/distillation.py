@@ -71,7 +71,7 @@ class SelfDistillation(Method):
 
     @property
     def average(self) -> Network:
-        """Moving average of the student, the network that a run exports; also the teacher, unless a frozen one is set."""
+        """Moving average of the student, the network that a run exports; by default it is also the teacher."""
         return self.teacher if self.spare is None else self.spare
 
     def train(self, mode: bool = True) -> Self:
@@ -91,6 +91,7 @@ class SelfDistillation(Method):
         """
         # Targets depend on the whole batch (Sinkhorn-Knopp, the center), so they come before the student's first part.
         batches = batch.split(count)
+        # The teacher gets no mask: it sees every patch, and its heads read those that are masked for the student.
         seen = [self.teacher([part.global_crops], rows=part.masks and part.masks.rows) for part in batches]
         whole = _joined(seen)
         targets: list[dict[str, Tensor]] = [{} for _ in batches]

@@ -63,7 +63,7 @@ class Trainer:
         self.precision = precision or contextlib.nullcontext()
         self.seed = seed
         self.guarded = guarded
-        self.optimizer = config.build(method.param_groups())
+        self.optimizer = config.build(method.param_groups())  # after wrap(), which may replace the parameters
         self.skipped = torch.zeros(2, dtype=torch.int64, device=next(method.parameters()).device)
 
     def step(self, batch: Any, *, watch: bool = False) -> Values:
