@@ -7,9 +7,9 @@ From Python, with the objects that the commands use:
     maps = dinocli.attention(encoder, "a.jpg")                   # maps.heads: [heads, rows, columns]
     stored = dinocli.read_features("features/train.safetensors")
 
-Nothing here imports torch before one of these is called. A mistake raises `dinocli.errors.DinoError`.
+torch is not imported before one of these is called. User errors raise `dinocli.errors.DinoError`.
 
-The shapes in this package, written at the end of the line that makes a tensor:
+A comment at the end of a line gives the shape of the tensor that the line makes, in these letters:
 
     V  views (crops) of an image        B  images in a batch
     G  global crops among the views     C  image channels
@@ -41,16 +41,16 @@ def load(
     precision: Precision = "bfloat16",
     overrides: Sequence[str] = (),
 ) -> Encoder:
-    """Load an encoder, as `dino extract` does: what it is called with becomes features.
+    """Load an encoder that computes features of images, as `dino extract` does.
 
     Args:
         source: A run folder, a `ckpt.safetensors`, an official DINO `.pth`, or `timm:NAME`.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-        precision: Of products; bfloat16 only where the device has it.
+        precision: Precision of matrix products; bfloat16 is used only if the device supports it.
         overrides: `key=value` as `--set` takes them, such as `backbone.options.num_heads=6` for an official file.
 
     Raises:
-        DinoError: There is no such source or device, or the weights or an override do not fit.
+        DinoError: If the source or device does not exist, or the weights or an override do not fit.
     """
     from dinocli.device import pick_device
     from dinocli.encoder import quick
@@ -60,15 +60,15 @@ def load(
 
 
 def attention(encoder: Encoder, image: Given, size: int | None = None) -> AttentionMaps:
-    """What the class token looks at in a photo of any size and shape, as `dino attn-map` draws it.
+    """Compute the class token's attention maps for an image of any size and shape, as `dino attn-map` draws them.
 
     Args:
-        encoder: Of a vision transformer.
-        image: A path, an image of Pillow, or an array.
-        size: Short side to look at the photo with, in pixels; absent, what fits the encoder.
+        encoder: Encoder with a vision transformer.
+        image: A path, a Pillow image, or an array.
+        size: Short side of the image for the encoder, in pixels. If None, a size that fits the encoder.
 
     Raises:
-        DinoError: The photo cannot be read, or the backbone has no attention.
+        DinoError: If the image cannot be read, or the backbone has no attention.
     """
     from dinocli.data.given import given_pixels
     from dinocli.evals.attention import attention_maps, default_size
@@ -77,13 +77,13 @@ def attention(encoder: Encoder, image: Given, size: int | None = None) -> Attent
 
 
 def read_features(path: str | os.PathLike[str]) -> Features:
-    """Open features that `dino extract` wrote; they are checked once, and stay on the disk until they are asked for.
+    """Open features that `dino extract` wrote. They are checked once, and stay on disk until they are used.
 
     Args:
-        path: Of a feature file, or of a folder of shards.
+        path: Feature file, or folder of shards.
 
     Raises:
-        DinoError: There are none, they are damaged, or it is another kind of file; or an image's are not finite.
+        DinoError: If there are none, they are corrupt or not finite, or the file is of another kind.
     """
     from pathlib import Path
 

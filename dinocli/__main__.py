@@ -1,4 +1,4 @@
-"""`python -m dinocli`: the same as `dino`, for launchers that start a module."""
+"""Entry point of `python -m dinocli`: the same as `dino`, for launchers that start a module."""
 
 from dinocli.cli import main
 

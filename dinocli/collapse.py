@@ -1,4 +1,4 @@
-"""Collapse: the ways in which self-distillation stops to learn, told from the figures of its log."""
+"""Collapse detection: recognizes from logged figures that self-distillation has stopped learning."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from dinocli.losses.targets import CenteringConfig
 from dinocli.preset import Preset
 from dinocli.schedules import Constant
 
-# Entropy and information, in shares of ln K. Runs of `tiny` that were made to collapse came to 0.986 and 0.013, or to
-# 0.005 and 0.013; those that learned had 0.1 to 0.5 and 0.18 to 0.38 (docs/results.md).
+# Thresholds of entropy and information, in shares of ln K. Runs of `tiny` that were made to collapse reached 0.986 and
+# 0.013, or 0.005 and 0.013; runs that learned had 0.1 to 0.5 and 0.18 to 0.38 (docs/results.md).
 _UNIFORM, _ONE_SIDED, _NOTHING = 0.975, 0.02, 0.02
-_STEPS = (50, 300)  # over which it must last; an untrained network says much the same of all images for some hundred
+_STEPS = (50, 300)  # shortest and longest span; a fresh network gives all images similar outputs for some hundred steps
 
 Kind = Literal["uniform", "one-sided"]
 
 
 @dataclass(frozen=True)
 class Collapse:
-    """What went wrong.
+    """Collapse of a loss.
 
     Attributes:
-        kind: `uniform` where every prototype gets the same, `one-sided` where one gets all.
-        words: In a line.
-        remedy: What to do about it.
+        kind: `uniform` if every prototype gets the same, `one-sided` if one gets everything.
+        words: Description in one line.
+        remedy: Suggested change, with the options to type.
     """
 
     kind: Kind
@@ -37,10 +37,10 @@ class Collapse:
 
 
 class CollapseWatch:
-    """Notices when a loss's targets tell nothing of the images any more; once, until they do again.
+    """Detector of targets that no longer carry information about the images. It reports each collapse once.
 
     Source: arXiv 2104.14294, section 5.3: without sharpening the targets' entropy rises to ln K, without centering it
-    falls to 0, and in both cases nothing is left to learn.
+    falls to 0. In both cases the student has nothing left to learn.
     """
 
     def __init__(self, preset: Preset, steps: int) -> None:
@@ -50,11 +50,11 @@ class CollapseWatch:
         self._told: set[str] = set()
 
     def see(self, step: int, figures: Mapping[str, float]) -> Collapse | None:
-        """Take in a logged step.
+        """Add a logged step, and return a collapse that was not reported yet.
 
         Args:
-            step: Steps done.
-            figures: Of `SelfDistillation.watch`, among others.
+            step: Number of steps done.
+            figures: Logged figures, including those of `SelfDistillation.watch`.
         """
         self._lines.append((step, figures))
         if step - self._lines[0][0] < self.span:
@@ -71,12 +71,12 @@ class CollapseWatch:
         return None
 
     def _kind(self, loss: str, most: float) -> Kind | None:
-        """How a loss collapsed, from the means over the span: both in shares of ln K."""
+        """Return the kind of a loss's collapse, from the means of its figures over the span in shares of ln K."""
         entropy, information = (
             sum(figures.get(f"{loss}/{figure}", math.nan) for _, figures in self._lines) / len(self._lines) / most
             for figure in ("teacher_entropy", "information")
         )
-        if not information < _NOTHING:
+        if not information < _NOTHING:  # also if it is nan
             return None
         return "uniform" if entropy > _UNIFORM else "one-sided" if entropy < _ONE_SIDED else None
 
@@ -89,7 +89,7 @@ class CollapseWatch:
 
 
 def _remedy(preset: Preset, name: str, loss: AimedConfig, kind: Kind) -> str:
-    """The first of what users and paper report as remedies that this preset has not taken yet."""
+    """Return the first remedy from users' reports or the paper that this preset does not have yet."""
     rule = f"losses.{name}.targets"
     temperature, batch = max(loss.targets.temperature.bounds), preset.training.batch_size
     begin = "begin again with --out NEW and "

@@ -1,4 +1,4 @@
-"""Config: what every table of a preset is made of."""
+"""Config: base class of every table of a preset."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ LARGEST = 3.4028234663852886e38  # of float32
 class Config(BaseModel):
     """Frozen settings in which an unknown key is an error.
 
-    Fields that define a recipe have no default: a preset states them. Where a field has one it is the identity
-    (no warm-up, no drop path), so that what a preset leaves out does not exist. Numbers are finite.
+    Fields that define a recipe have no default: a preset must state them. Any default is the identity (no warm-up, no
+    drop path), so a feature that a preset does not mention is off. Numbers are finite.
     """
 
-    # TOML and JSON readers take nan and inf, and a rate of nan destroys all weights in one step.
+    # TOML and JSON readers accept nan and inf, and a learning rate of nan destroys all weights in one step.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def parse(cls, data: dict[str, Any], what: str) -> Self:
-        """Validate `data`; a mistake names the first key that is wrong.
+        """Validate `data`; an error names the first wrong key.
 
         Args:
-            data: Nested plain values, as `tomllib` or `json` give them.
-            what: What is being read, for the error line (`preset vits16`).
+            data: Nested plain values, as `tomllib` or `json` return them.
+            what: Name of the data for the error line, such as `preset vits16`.
 
         Raises:
-            DinoError: A key is unknown or missing, or a value is out of range.
+            DinoError: If a key is unknown or missing, or a value is out of range.
         """
         if _deeper(data, _DEEPEST):
             raise DinoError(f"{what} is nested more than {_DEEPEST} levels deep", "mend its tables and lists")
@@ -43,26 +43,26 @@ class Config(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             errors = error.errors()
-            # Of a union's members one may complain of the kind of value alone; that it is not finite says more.
+            # One member of a union may reject only the type; that a number is not finite says more.
             first = next((e for e in errors if e["type"] == "finite_number"), errors[0])
             raise _explain(first, data, cls, what) from None
 
     @field_validator("*")
     @classmethod
     def _fits_float32(cls, value: Any) -> Any:
-        """Networks compute in float32, in which a larger number is infinite."""
+        """Check that numbers fit float32: networks compute in it, and a larger number is infinite there."""
         if any(abs(number) > LARGEST for number in _numbers(value)):
             raise ValueError(f"Input should be at most {LARGEST:.1e} in size, the largest float32")
         return value
 
 
 def change(data: dict[str, Any], override: str) -> None:
-    """Put `key.path=value` into nested values: TOML, or a bare word for a string; `none` takes the key out.
+    """Set `key.path=value` in nested values: TOML, or a bare word for a string; `none` removes the key.
 
-    A number in place of a schedule that is constant is its value.
+    A number for a constant schedule sets its value.
 
     Raises:
-        DinoError: It is no such assignment, or a single value in place of a table.
+        DinoError: If the override is not an assignment, or a single value would replace a table.
     """
     key, equals, typed = override.partition("=")
     *tables, last = key.strip().split(".")
@@ -79,9 +79,9 @@ def change(data: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {typed}")["value"]
     except RecursionError:
         raise DinoError(f"--set {key.strip()}: its value is nested too deeply", "mend its brackets") from None
-    except ValueError:  # no TOML, or a number of thousands of digits
+    except ValueError:  # not TOML, or a number of thousands of digits
         value = typed.strip()
-        if value[:1] in ("[", "{", '"', "'"):  # the shell took the quotes, or split the value at a space
+        if value[:1] in ("[", "{", '"', "'"):  # the shell removed the quotes, or split the value at a space
             raise DinoError(
                 f"--set {override} is not valid TOML", f"quote all of it: --set '{key}=[0.5, 0.5]' or '{key}={{a=1}}'"
             ) from None
@@ -114,7 +114,7 @@ def _is_number(text: str) -> bool:
 
 
 def _deeper(data: object, levels: int) -> bool:
-    """Return whether tables and lists are nested deeper than that, which would exhaust whoever reads them."""
+    """Return True if tables and lists are nested deeper than `levels`: recursion would run out of stack."""
     inside = [data]
     for _ in range(levels + 1):
         tables = [value for value in inside if isinstance(value, dict | list | tuple)]
@@ -131,7 +131,7 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], what: str) -> DinoError:
-    # A discriminated union puts its tag into the location; only names that the data holds are keys of the user's.
+    # A discriminated union adds its tag to the location; only names in the data are keys that the user typed.
     path = _data_path(first["loc"], data, first["type"])
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
@@ -139,7 +139,7 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
     if first["type"] == "missing":
         table, inner = _models_at(model, data, path[:-1])
         others = [name for name in table if inner and name not in inner[0].model_fields]
-        if others and len(path) > 1:  # of another kind of this table
+        if others and len(path) > 1:  # keys of another kind of this table
             return DinoError(
                 f"{what}: the key {key} is missing, and {', '.join(others)} no key of that kind",
                 f"--set '{'.'.join(path[:-1])}={_example(inner[0], None)}'",
@@ -153,7 +153,7 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
     if first["type"].startswith("union_tag"):
         kinds = context.get("expected_tags") or ", ".join(f"{k!r}" for k in _all_kinds(model, data, path))
         came = context.get("tag")
-        # Without a kind, the first that has all the keys that came.
+        # Without a kind, suggest the first one that has all the given keys.
         having = [
             m for m in _models_at(model, data, path)[1] if not came and set(first["input"]) <= set(m.model_fields)
         ]
@@ -173,7 +173,7 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
     return DinoError(f"{what}: {key} {wanted}; it is {came}", f"--set {key}={fits}")
 
 
-# Words of papers, of the original's options and of other tools, by the key that they mean here.
+# Words of papers, of the original's options and of other tools, each with the key that it means here.
 MEANT = {
     "arch": "backbone.name", "model": "backbone.name", "patch_size": "backbone.options.patch_size",
     "img_size": "backbone.options.img_size", "embed_dim": "backbone.options.embed_dim",
@@ -196,18 +196,21 @@ MEANT = {
 
 
 def find_keys(word: str, data: dict[str, Any], model: type[BaseModel] | None = None) -> list[str]:
-    """Return the full paths of the keys that a word means, `optimizer.lr.start` for `lr`; none if it is like no key.
+    """Return the full paths of the keys that a word means, such as `optimizer.lr.start` for `lr`.
 
     Args:
         word: Last part of a key, as a user or another tool spells it.
         data: Nested values of a preset.
-        model: Config that they are read into. If None, only the keys that the values have are searched.
+        model: Config class of the values. If None, only keys that the values have are searched.
+
+    Returns:
+        The paths; empty if no key is similar.
     """
     word = word.lower().replace("-", "_")
     wanted = MEANT.get(word, word)
     paths = sorted(_paths(data, model) if model else _plain_paths(data), key=lambda path: path.count("."))
     found = [path for path in paths if f".{path}".endswith(f".{wanted}")]
-    if not found and word in MEANT and "." in wanted:  # options of timm's, and tables that this preset does not have
+    if not found and word in MEANT and "." in wanted:  # timm's options, and tables that this preset does not have
         found = [wanted]
     if not found:
         close = difflib.get_close_matches(word, {path.rpartition(".")[2] for path in paths}, n=1, cutoff=0.75)
@@ -223,7 +226,7 @@ def find_keys(word: str, data: dict[str, Any], model: type[BaseModel] | None = N
 
 
 def _paths(data: Any, model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Walk the keys that a config may hold: tables and values, by the kinds and the names that the data has."""
+    """Yield the keys that a config may hold: tables and values, by the kinds and names in the data."""
     for name, field in model.model_fields.items():
         path = f"{above}.{name}" if above else name
         yield path
@@ -245,7 +248,7 @@ def _plain_paths(data: Any, above: str = "") -> Iterator[str]:
 
 
 def _other_key(path: list[str], data: dict[str, Any], model: type[BaseModel]) -> str:
-    """Return a hint for an unknown key: the nearest one in its table, or that name elsewhere."""
+    """Return a hint for an unknown key: the nearest one in its table, or the same name elsewhere."""
     *above, last = path
     known = list(next((m.model_fields for m in _models_at(model, data, above)[1]), {}))
     elsewhere = [key for key in find_keys(last, _without(data, path), model) if key != ".".join(path)]
@@ -262,7 +265,7 @@ def _without(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
 
 
 def _example(model: type[BaseModel], value: Any) -> str:
-    """Format a table with all that a config requires, as --set takes it."""
+    """Format a table with all required values, as --set takes it."""
     required = {name: field for name, field in model.model_fields.items() if name != "kind" and field.is_required()}
     numbers = [name for name, field in required.items() if field.annotation in (int, float)]
     words = [f'kind="{kind}"' for kind in _kinds(model)[:1]]
@@ -282,7 +285,7 @@ def _data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[st
 
 
 def _models_at(model: type[BaseModel], data: Any, path: list[str]) -> tuple[dict[str, Any], list[type[BaseModel]]]:
-    """Return the table at a path and the configs that it may be; none for names that the user chooses."""
+    """Return the table at a path and its possible configs; none for names that the user chooses."""
     models = [model]
     names = iter(path)
     for name in names:

@@ -1,4 +1,4 @@
-"""Costs: what a run takes in memory, work and time, before it does anything."""
+"""Costs: memory, operations and time of a run, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from dinocli.distillation import SelfDistillation
 from dinocli.errors import DinoError
 from dinocli.planning import Plan, equal_parts
 
-# Share of a bare matrix product's rate that a whole step reaches: on a CPU measured 0.75 in float32, and 0.22 in
-# bfloat16, whose products outrun all that is between them; on a GPU published ViT runs and DINO's own logs say 0.25 to
-# 0.4.
+# Share of a single matrix product's rate that a whole step reaches. Measured on a CPU: 0.75 in float32, and 0.22 in
+# bfloat16, whose products are much faster than everything between them. On a GPU, published ViT runs and DINO's own
+# logs give 0.25 to 0.4.
 _EFFICIENCY = {"cpu": 0.7, "cuda": 0.3, "mps": 0.3}
 _COARSE_ON_CPU = 0.22
-_FILLED = 0.9  # share of what is free that a step may take: the device needs some for itself, and leaves gaps
-_BUSY = 16  # images that are still enough at once to keep a device busy
+_FILLED = 0.9  # share of the free memory for a step: the device needs some itself, and fragmentation leaves gaps
+_BUSY = 16  # fewest images at once that keep a device busy
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take.
+    """Estimated cost of a run.
 
     Attributes:
-        parameters: Of the student: backbone and heads.
-        backbone_parameters: Of the backbone alone.
-        flops: Floating-point operations an image, student and teacher, forward and backward; where crops change their
-            size on the way, on average over the run.
-        fixed: Bytes that are in use whatever the batch: weights, gradients, moments.
-        waiting: Bytes more for each image of the batch: its crops, and what the teacher says of it.
-        image: Bytes more for each image that is taken at once.
-        batch: Images of a step, in each process.
-        at_once: Images that each process takes at once.
-        seconds: Of the whole run.
+        parameters: Number of parameters of the student: backbone and heads.
+        backbone_parameters: Number of parameters of the backbone alone.
+        flops: Floating-point operations per image: student and teacher, forward and backward. Averaged over the run if
+            the crops change their size.
+        fixed: Bytes that do not depend on the batch: weights, gradients, moments.
+        waiting: Bytes per image of the batch: its crops and its targets.
+        image: Bytes per image that is computed at once.
+        batch: Images per step, in each process.
+        at_once: Images that each process computes at once.
+        seconds: Duration of the whole run.
     """
 
     parameters: int
@@ -58,18 +58,18 @@ class Estimate:
 
     @property
     def memory(self) -> float:
-        """Bytes at the peak of a step, in each process."""
+        """Peak bytes of a step, in each process."""
         return self.fixed + self.waiting * self.batch + self.image * self.at_once
 
     def fits(self, free: float) -> bool:
-        """Whether a step fits into memory of which so many bytes are free."""
+        """Return True if a step fits into `free` bytes of memory."""
         return self.memory <= _FILLED * free
 
 
 def estimate(plan: Plan) -> Estimate:
-    """Count a step's operations and bytes on tensors without data, and time a matrix product for the device's rate.
+    """Estimate a run: count operations and bytes on tensors without data, and time a matrix product on the device.
 
-    Where crops change their size on the way, the bytes are those of the largest that the run comes to.
+    If the crops change their size, the bytes are those of the largest crops in the run.
     """
     with torch.device("meta"):
         method = plan.method()
@@ -78,9 +78,9 @@ def estimate(plan: Plan) -> Estimate:
     _, plan = phases[-1]
     depth = len(method.student.blocks())
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
-    image = (four - two) / 2  # bytes are a straight line over the batch
+    image = (four - two) / 2  # bytes grow linearly with the batch
     weights = _bytes(method.student)
-    # Student, its gradient, two moments, average; and what of the student is held in another precision.
+    # Student, its gradient, two moments, average; and the student's copies in another precision.
     fixed = 5 * weights + (_bytes(method.teacher) if plan.teacher else 0) + max(0.0, two - 2 * image)
     at_once = plan.images_each // plan.accumulate
     seconds = flops * plan.images_each * plan.stop / _rate(plan)
@@ -98,17 +98,19 @@ def estimate(plan: Plan) -> Estimate:
 
 
 def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str], Estimate] | None:
-    """What to type so that a step fits into memory of which so many bytes are free, and what it then takes.
+    """Find options that make a step fit into `free` bytes of memory.
 
     Args:
-        cost: Of a run that takes its batch at once, without and with blocks worked out again for the gradient.
-        free: Bytes.
+        cost: Function that estimates the run with undivided batches, without (False) or with (True) activation
+            checkpointing.
+        free: Free memory, in bytes.
 
     Returns:
-        The fewest parts in which it fits, with images enough at once to keep a device busy if that can be had, with
-        blocks worked out again if need be; absent where one image does not fit.
+        The options to type, and the estimate with them; None if not even one image fits. The batch is split into the
+        fewest parts that fit. Parts large enough to keep the device busy come first, if necessary with activation
+        checkpointing.
     """
-    known = cache(cost)  # to work one out takes seconds
+    known = cache(cost)  # an estimate takes seconds
     for again, fewest in ((False, _BUSY), (True, _BUSY), (True, 1), (False, 1)):
         try:
             whole = known(again)
@@ -123,7 +125,7 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
 
 
 def _flops(method: SelfDistillation, plan: Plan) -> float:
-    """Operations an image of a step; on tensors that are nowhere, which have a gradient on any machine."""
+    """Count the operations per image of a step, on meta tensors: they have gradients on any machine."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         batch = _empty_batch(plan.preset.views, _grid(plan, method), 2)
         torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
@@ -131,17 +133,17 @@ def _flops(method: SelfDistillation, plan: Plan) -> float:
 
 
 def _peak(plan: Plan, images: int, depth: int) -> tuple[float, float]:
-    """Bytes that wait for the whole batch, and those at the peak of the student's turn."""
+    """Return the bytes that wait for the whole batch, and the peak bytes of the student's passes."""
     waiting, kept = _kept(plan, images)
     if not plan.recompute:
         return waiting, kept
-    # One block's are there again while its gradient is worked out.
+    # While the gradient of a block is computed, its activations exist again.
     return waiting, kept + (_kept(replace(plan, recompute=False), images)[1] - kept) / depth
 
 
 def _kept(plan: Plan, images: int) -> tuple[float, float]:
-    """Bytes of crops and targets, and those that the student's forward pass keeps for the backward one."""
-    kept: dict[int, Tensor] = {}  # by storage; with the tensors, so that no storage gets the place of another
+    """Return the bytes of crops and targets, and those that the student's forward pass saves for backward."""
+    kept: dict[int, Tensor] = {}  # by storage; keeping the tensors stops torch from reusing an address
 
     def note(tensor: Tensor) -> Tensor:
         kept.setdefault(tensor.untyped_storage()._cdata, tensor)
@@ -160,13 +162,13 @@ def _kept(plan: Plan, images: int) -> tuple[float, float]:
                 student = method.student(batch.crops, masks and masks.where, masks and masks.rows)
     weights = _storages(method.parameters())
     waiting = _storages([*part.targets.values(), *batch.crops])
-    # Logits turn into their gradient in place.
+    # The losses write the logits' gradient over the logits, which therefore count once.
     turn = _storages([*kept.values(), *student.logits.values(), *student.hidden.values()])
     return sum(waiting.values()), sum(size for key, size in turn.items() if key not in weights | waiting)
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes of what lies behind tensors, each counted once."""
+    """Return the bytes of each storage behind tensors, by its address."""
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
@@ -197,7 +199,7 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _rate(plan: Plan) -> float:
-    """Operations a second, from a matrix product in the precision of training."""
+    """Measure operations per second, with a matrix product in the precision of training."""
     device = plan.device
     half = plan.preset.training.precision == "bfloat16" and has_bfloat16(device)
     reached = _COARSE_ON_CPU if half and device.type == "cpu" else _EFFICIENCY[device.type]

@@ -1,4 +1,4 @@
-"""SelfDistillation: the method. A student learns to say of each crop what its own moving average says of others."""
+"""Self-distillation: the student predicts, for each crop, the teacher's output on the other crops."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from dinocli.schedules import Clock, Schedule
 
 @dataclass(frozen=True)
 class Part:
-    """Images of a batch, and what the student is to say of them.
+    """Images of a batch, with the targets for the student.
 
     Attributes:
         batch: The views of b images.
-        targets: For each loss that has targets, by its name: of class tokens [G, b, K], of hidden patches [m, K].
+        targets: Targets by the name of their loss: [G, b, K] for class tokens, [m, K] for masked patches.
         cls: The teacher's class tokens of the global views. [G, b, D]
     """
 
@@ -35,18 +35,18 @@ class Part:
 
 
 class SelfDistillation(Method):
-    """Self-distillation with no labels; or distillation from a teacher that was trained before.
+    """Self-distillation without labels, or distillation from a frozen, pretrained teacher.
 
     Args:
-        student: What the gradient moves.
-        average: Of the same shape; it starts as a copy of the student and follows it as a moving average.
-        losses: Which losses there are.
-        momentum: How much of itself the average keeps at a step.
-        learning: How the backbone learns, where not like the heads.
-        frozen: A teacher that stays as it is; absent, the average is the teacher.
+        student: Network that the gradient trains.
+        average: Network of the same shape. It starts as a copy of the student and follows it as a moving average.
+        losses: Losses to minimize.
+        momentum: Share of itself that the average keeps per step.
+        learning: Learning rates of the backbone relative to the heads.
+        frozen: Frozen teacher network. If None, the average is the teacher.
 
     Attributes:
-        teacher: What sets the targets.
+        teacher: Network that computes the targets.
 
     Source: arXiv 2104.14294, algorithm 1.
     """
@@ -71,13 +71,13 @@ class SelfDistillation(Method):
 
     @property
     def average(self) -> Network:
-        """The student's moving average, which is what a run hands on: the teacher itself, unless that is frozen."""
+        """Moving average of the student, the network that a run exports; by default it is also the teacher."""
         return self.teacher if self.spare is None else self.spare
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.spare is not None:
-            self.teacher.eval()  # what it says of an image hangs on no other image
+            self.teacher.eval()  # so that its output for an image is independent of the other images
         return self
 
     def lasting(self) -> list[str]:
@@ -85,11 +85,13 @@ class SelfDistillation(Method):
 
     @torch.no_grad()
     def parts(self, batch: Batch, count: int, clock: Clock) -> list[Part]:
-        """A batch in `count` parts, with the targets that its teacher sets for it as a whole.
+        """Split a batch into `count` parts, with the teacher's targets for the batch as a whole.
 
-        The teacher sees the global crops alone, and as many images at a time as the student will.
+        The teacher sees only the global crops, and as many images at a time as the student will.
         """
+        # Targets depend on the whole batch (Sinkhorn-Knopp, the center), so they come before the student's first part.
         batches = batch.split(count)
+        # The teacher gets no mask: it sees every patch, and its heads read those that are masked for the student.
         seen = [self.teacher([part.global_crops], rows=part.masks and part.masks.rows) for part in batches]
         whole = _joined(seen)
         targets: list[dict[str, Tensor]] = [{} for _ in batches]
@@ -100,16 +102,17 @@ class SelfDistillation(Method):
         return [Part(part, targets[i], seen[i].cls) for i, part in enumerate(batches)]
 
     def forward(self, part: Part) -> dict[str, Tensor]:
-        """The losses of a part."""
+        """Return the losses of a part, by name."""
         masks = part.batch.masks
         student = self.student(part.batch.crops, masks and masks.where, masks and masks.rows)
         return {name: loss(student, part.targets.get(name), masks) for name, loss in self.losses.items()}
 
     def watch(self, parts: Sequence[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
-        """What tells whether the networks learn: of each loss as `<loss>/<figure>`, and of the features.
+        """Return figures of training progress: each loss's as `<loss>/<figure>`, and those of the features.
 
-        `feature_std` is the spread of the teacher's normalized class tokens over the images: 1 where they lie in all
-        directions alike, 0 where they are all the same. Those of a frozen teacher tell nothing.
+        `feature_std` is the spread of the teacher's normalized class tokens over the images: 1 if they point evenly in
+        all directions, 0 if they are all the same. A frozen teacher has no such figure: its features say nothing about
+        the training.
         """
         figures: dict[str, Tensor | float] = {}
         for name, loss in self.losses.items():
@@ -125,14 +128,15 @@ class SelfDistillation(Method):
         return figures
 
     def units(self) -> list[nn.Module]:
-        """The blocks of all networks, and the networks: so that shards of average and student lie side by side."""
+        """Return each network's blocks, then the network, so that student and average are sharded in the same way."""
         networks = [network for network in (self.student, self.teacher, self.spare) if network is not None]
         return [module for network in networks for module in (*network.blocks(), network)]
 
     def param_groups(self) -> list[ParamGroup]:
-        """The student's parameters: no decay on biases and one-dimensional ones, prototypes apart while frozen.
+        """Return the student's trainable parameters in groups of equal settings.
 
-        Class token and positions do get decay, as in the original and in DINOv2.
+        Biases and one-dimensional parameters have no weight decay; prototypes are a group of their own if they start
+        frozen. Class token and positions do have weight decay, as in the original and in DINOv2.
         """
         groups: dict[tuple[bool, float, int], ParamGroup] = {}
         for name, parameter in self.student.named_parameters():
@@ -146,7 +150,7 @@ class SelfDistillation(Method):
         return list(groups.values())
 
     def _learns(self, name: str) -> tuple[str, float, int]:
-        """The module of a student's parameter, the factor on its rate, and the epochs in which it is frozen."""
+        """Return a parameter's module, the factor on its learning rate, and its number of frozen epochs."""
         if name.startswith("heads."):
             head, _, rest = name.removeprefix("heads.").partition(".")
             frozen = self.student.get_submodule(f"heads.{head}").freeze_last_layer_epochs
@@ -159,22 +163,23 @@ class SelfDistillation(Method):
 
     @torch.no_grad()
     def after_step(self, clock: Clock, done: Tensor) -> None:
-        """Move the average towards the student, and let the targets take in what the step saw."""
-        # Parameters alone, as in the original: the average's BatchNorm keeps statistics of its own.
+        """Move the average towards the student, and update the state of the targets."""
+        # Only parameters, as in the original: the average's BatchNorm keeps its own statistics.
+        # With FSDP each process averages its own shards; `units` shards both networks in the same way.
         average = local(list(self.average.parameters()))
         student = local(list(self.student.parameters()))
+        # A skipped step pulls by 0: a Python `if` on `done` would make the host wait for the device.
         pull = (1 - self.momentum.at(clock)) * done.to(average[0].dtype)
         torch._foreach_lerp_(average, student, [pull] * len(average))
         for loss in self.losses.values():
             loss.after_step()  # type: ignore[operator]
 
 
-# Along which dimension images lie, of what is said of class tokens [V, B, K] and of patches [M, K].
+# Dimension of the images, by the number of dimensions: class tokens [V, B, K], patches [M, K].
 _IMAGES = {3: 1, 2: 0}
 
 
 def _joined(parts: Sequence[Encoding]) -> Encoding:
-    """What a network made of a batch, from what it made of its parts."""
     cls = torch.cat([part.cls for part in parts], 1)
     logits = {head: torch.cat([part.logits[head] for part in parts], 1) for head in parts[0].logits}
     hidden = {head: torch.cat([part.hidden[head] for part in parts]) for head in parts[0].hidden}
@@ -182,7 +187,7 @@ def _joined(parts: Sequence[Encoding]) -> Encoding:
 
 
 def _parted(targets: Tensor, parts: Sequence[Encoding]) -> Sequence[Tensor]:
-    """The targets of each part, of those of the batch."""
+    """Split a batch's targets into those of its parts."""
     if targets.ndim == 3:
         return targets.split([part.cls.shape[1] for part in parts], 1)
     return targets.split([len(next(iter(part.hidden.values()))) for part in parts])

@@ -1,4 +1,4 @@
-"""What a user did wrong, said so that it can be mended."""
+"""Errors that users can fix, and names made safe to print."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Iterable
 
 
 class DinoError(Exception):
-    """A mistake that the user can mend.
+    """Error that the user can fix.
 
     Args:
-        message: One line: what was wanted and what came.
+        message: One line: the value that came, and what is valid.
         hint: One line: what to type instead.
     """
 
@@ -19,17 +19,17 @@ class DinoError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
-        self.add_note(f"hint: {hint}")  # for whoever meets it in Python and not in the command line
+        self.add_note(f"hint: {hint}")  # shown in a Python traceback, where no command line prints it
 
     def __reduce__(self) -> tuple[type[DinoError], tuple[str, str]]:
-        # A worker process hands its mistake to the one that started it.
+        # Worker processes pickle their error for the parent; the default would lose the hint.
         return DinoError, (self.message, self.hint)
 
 
 def visible(text: str) -> str:
     r"""Escape what a terminal or a browser obeys or hides: a name "a\x1b[2J\n.jpg" is shown as these characters.
 
-    These are control and direction marks, ends of lines, and bytes that are no letters.
+    Escaped are control and direction marks, line ends, and bytes that are not valid text.
     """
     return text if text.isprintable() else "".join(map(_visible, text))
 
@@ -39,7 +39,7 @@ def _visible(sign: str) -> str:
     if sign.isprintable() or unicodedata.category(sign) not in _OBEYED or sign in "\u200c\u200d":
         return sign
     code = ord(sign)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte of a name that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # Python's surrogate for a byte of a name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return sign.encode("unicode_escape").decode()
 
@@ -48,7 +48,7 @@ _OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories: control, forma
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """The one of `words` that looks most like `word`; there is always one to name."""
+    """Return the most similar of `words`, however different it is."""
     words = sorted(words)
     close = difflib.get_close_matches(word, words, n=1, cutoff=0.0)
     return close[0] if close else ""

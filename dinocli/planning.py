@@ -1,4 +1,4 @@
-"""Plan: what a run will do, worked out before it does anything."""
+"""Plan: the settings of a run, computed and checked before it starts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dinocli.frozen_teacher import FrozenTeacher
 from dinocli.preset import Preset
 from dinocli.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
 
-# The demo's recipe shows each prototype 75 images, the paper's 1,950.
+# Fewest images per prototype without a warning. The demo's recipe has 75, the paper's 1,950.
 _IMAGES_A_PROTOTYPE = 30
-_FEWEST_PROTOTYPES = 64  # that are worth naming: of fewer hardly anything is learned
+_FEWEST_PROTOTYPES = 64  # smallest number to suggest: with fewer, hardly anything is learned
 
-_LONGER = 4  # times the epochs that are worth naming; more is another recipe
+_LONGER = 4  # largest factor on the epochs to suggest; more is another recipe
 _MANY_A_BATCH, _BATCH_OF_TINY = 256, 48
-# A step of 64 images at 224 pixels takes a minute or so on two cores.
+# A step of 64 images at 224 pixels takes about a minute on two cores.
 _LARGE_CROP, _FEW_STEPS_ON_CPU = 160, 200
 
 OnCollapse = Literal["stop", "warn"]
@@ -33,13 +33,13 @@ OnCollapse = Literal["stop", "warn"]
 
 @dataclass(frozen=True)
 class Saving:
-    """How often a run's state is saved, besides at its end.
+    """Schedule of a run's checkpoints, besides the one at its end.
 
     Attributes:
-        seconds: Between two; absent, time does not count.
-        steps: Between two; absent, they do not count.
-        keep: How many of the newest are kept.
-        milestones: Steps between states that stay for good; absent, there are none.
+        seconds: Seconds between two checkpoints. If None, time does not count.
+        steps: Steps between two checkpoints. If None, steps do not count.
+        keep: Number of the newest checkpoints to keep.
+        milestones: Steps between permanent checkpoints. If None, there are none.
     """
 
     seconds: float | None = 600.0
@@ -50,33 +50,31 @@ class Saving:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run, ready to start.
+    """Run that is ready to start.
 
     Attributes:
-        name: Of the preset.
-        preset: What to train.
-        source: The images.
-        stop: Steps to do; fewer than the schedules' where the user asked for it.
-        out: The run folder.
-        device: Where to train.
-        workers: Processes that decode.
-        init: Weights to start from, as the user named them.
-        teacher: The frozen one, where the preset wants that.
-        cache: Where decoded images are kept, if they are: `ram`, or a folder.
-        accumulate: Parts in which a batch is taken, to need less memory.
-        saving: How often all that is needed to go on is saved.
-        on_collapse: What to do where the networks collapse.
-        monitor: A small labelled set to measure the teacher on, if there is one.
-        monitor_every: Steps between two looks at it, and at the report's photos; absent, so many that they take a
-            twentieth of the time at most.
-        tensorboard: Whether to write what is logged for TensorBoard too.
-        report: Whether to look at the same photos now and again, and to draw the report.
-        parallel: How several processes share the work.
-        compiled: Whether torch compiles what can be compiled.
-        recompute: Whether the student's blocks are worked out again for the gradient, to need less memory.
+        name: Name of the preset.
+        stop: Number of steps to do; fewer than in the schedules if the user stops the run early.
+        out: Run folder.
+        workers: Number of processes that decode images.
+        init: Source of the initial weights, as the user named it.
+        teacher: Frozen teacher, if the preset needs one.
+        cache: Cache of decoded images: `ram` or a folder. If None, there is none.
+        accumulate: Number of parts of a batch, computed one after another to save memory.
+        saving: Schedule of the checkpoints.
+        on_collapse: Action when training collapses.
+        monitor: Small labelled set to evaluate the teacher on, if any.
+        monitor_every: Steps between two evaluations, and between two passes of the report's photos. If None, as many
+            as take at most a twentieth of the time.
+        tensorboard: If True, also log to TensorBoard.
+        report: If True, follow a few photos during training, and draw the report.
+        parallel: `ddp` replicates the model in every process; `fsdp` shards it.
+        compiled: If True, use torch.compile.
+        recompute: If True, use activation checkpointing for the student's blocks, to save memory.
 
     Raises:
-        DinoError: A batch cannot be shared evenly by the processes and their parts, or a frozen teacher is missing.
+        DinoError: If the batch cannot be shared evenly by the processes and their parts, or a frozen teacher is
+            missing.
     """
 
     name: str
@@ -128,14 +126,14 @@ class Plan:
 
     @property
     def clock(self) -> Clock:
-        """The clock at the start."""
+        """Clock at the start of the run."""
         return start_clock(self.preset, self.source.count)
 
     @property
     def phases(self) -> list[tuple[int, Plan]]:
-        """The steps of the run that have crops of one size, and the plan with those alone: smaller ones, then larger.
+        """Phases of the run with crops of one size, in order: the number of steps, and the plan with only these crops.
 
-        A run that stops before its crops grow has no second part.
+        A run that stops before its crops grow has a single phase.
         """
         views = self.preset.views.phases(self.clock.steps_per_epoch)
         ends = [min(first, self.stop) for first, _ in views[1:]] + [self.stop]
@@ -147,10 +145,10 @@ class Plan:
         return parts
 
     def method(self) -> SelfDistillation:
-        """What the run trains, with fresh weights.
+        """Build the training method with fresh weights.
 
         Raises:
-            DinoError: Its backbone cannot be run as was asked for, or the frozen teacher cannot teach it.
+            DinoError: If the backbone does not support the options, or the frozen teacher cannot teach it.
         """
         method = self.preset.method(self.teacher.network(self.preset) if self.teacher else None)
         if self.recompute:
@@ -159,12 +157,12 @@ class Plan:
 
     @property
     def lr(self) -> Rate:
-        """The learning rate over the run, with the batch size counted in."""
+        """Learning rate over the run, scaled for the batch size."""
         return self.preset.optimizer.lr_for(self.preset.training.batch_size)
 
 
 def cautions(plan: Plan) -> Iterator[str]:
-    """What in a plan is unlikely to be meant: a line each, with the value to take."""
+    """Yield a line for each setting that is unlikely to be meant, with the value to take."""
     preset, clock = plan.preset, plan.clock
     if plan.stop == clock.total and (line := _long_schedules(plan)):
         yield line
@@ -204,7 +202,7 @@ def cautions(plan: Plan) -> Iterator[str]:
 
 
 def short_stop(plan: Plan) -> str:
-    """Return a line about a run that stops before its schedules end, with those that it does not get past; else ""."""
+    """Return a line on a run that stops before its schedules end, with warm-ups it does not finish; else empty."""
     clock = plan.clock
     if plan.stop >= clock.total:
         return ""
@@ -232,11 +230,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _warm_ups(preset: Preset, *, low: bool = True) -> Iterator[tuple[str, int, str]]:
-    """Yield each warm-up and freeze: its name, its length in epochs, and the setting without it.
+    """Yield each warm-up and freeze: its name, its length in epochs, and the setting that removes it.
 
-    Args:
-        preset: Recipe to look through.
-        low: Include the epochs of low resolution.
+    With `low`, the epochs of low resolution count as one.
     """
     if isinstance(preset.optimizer.lr, Cosine):
         yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs=0"
@@ -254,7 +250,7 @@ def check_schedules(preset: Preset) -> None:
     """Check that warm-ups, ramps and freezes fit the length of a run.
 
     Raises:
-        DinoError: Some do not; it names all of them with values that fit.
+        DinoError: If some do not; it names all of them with values that fit.
     """
     epochs = preset.training.epochs
     faults = [(f"{key}.{fault.key}", *fault[1:]) for key, s in preset.schedules.items() if (fault := s.misfit(epochs))]
@@ -273,11 +269,11 @@ def check_schedules(preset: Preset) -> None:
 
 
 def start_clock(preset: Preset, images: int | None) -> Clock:
-    """The clock of a run over `images` images; absent where nobody knows how many a stream has.
+    """Return the clock of a run over `images` images, or over a stream of unknown length if None.
 
     Raises:
-        DinoError: The schedules do not fit the run's length; there are fewer images than one batch, or an unknown
-            number in a recipe that needs to know.
+        DinoError: If the schedules do not fit the run's length, the images are fewer than one batch, or their number is
+            unknown and the recipe needs it.
     """
     check_schedules(preset)
     batch, steps = preset.training.batch_size, preset.training.steps_per_epoch
@@ -290,7 +286,7 @@ def start_clock(preset: Preset, images: int | None) -> Clock:
         return Clock(steps, preset.training.epochs)
     if images < batch:
         few = f"--batch-size {_power_below(images)}"
-        # Such a batch is of a recipe for a cluster and a million images, which a smaller one alone does not mend.
+        # A batch this large is from a recipe for a cluster and a million images; a smaller one alone is not enough.
         if batch >= _MANY_A_BATCH and images >= _BATCH_OF_TINY:
             few = f"use --preset tiny, or {few}; dino doctor IMAGES suggests settings for your images"
         raise DinoError(f"a batch of {batch} images is larger than the set of {images}", few)
@@ -298,7 +294,7 @@ def start_clock(preset: Preset, images: int | None) -> Clock:
 
 
 def equal_parts(batch: int) -> list[int]:
-    """The numbers of parts of the same size in which a batch can be taken, the fewest first."""
+    """Return the numbers of equal parts into which a batch can be split, in ascending order."""
     return [n for n in range(1, batch + 1) if batch % n == 0]
 
 

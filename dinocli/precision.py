@@ -1,4 +1,4 @@
-"""Precision: what is worked out as it stands, whatever autocast makes of products around it."""
+"""Precision: exact computation inside autocast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def exactly(device: torch.device) -> AbstractContextManager[Any]:
-    """Around what must not be rounded; a device without autocast needs nothing."""
+    """Return a context without autocast, for values that must not be rounded."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return nullcontext()  # this device has no autocast

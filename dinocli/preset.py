@@ -1,4 +1,4 @@
-"""Preset: the whole of a run's "what"."""
+"""Preset: the complete recipe of a run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from dinocli.schedules import Schedule
 
 
 class AboutConfig(Config):
-    """What a preset is, in words; nothing is computed from it.
+    """Description of a preset; nothing is computed from it.
 
     Attributes:
-        recipe: What it trains and how, in a few words.
-        source: Where its numbers come from.
-        command: What to type.
-        cost: What a whole run takes, on what.
-        expected: The figure to expect at its end, or that none was measured.
+        recipe: Model and method in a few words.
+        source: Origin of its numbers.
+        command: Command to type.
+        cost: Time of a whole run, and the hardware for it.
+        expected: Figure to expect at the end, or that none was measured.
     """
 
     recipe: str
@@ -44,12 +44,12 @@ class AboutConfig(Config):
 
 
 class TeacherConfig(Config):
-    """The teacher.
+    """Settings of the teacher.
 
     Attributes:
-        momentum: How much of itself the student's moving average keeps at a step.
-        frozen: Whether another network teaches, which was trained before and stays as it is. Then the average teaches
-            nobody, and is what the run hands on all the same. Without masks iBOT is on all patches.
+        momentum: Share of itself that the student's moving average keeps per step.
+        frozen: If True, a frozen, pretrained network is the teacher. The average then teaches nothing, but a run still
+            exports it. Without masks, iBOT is computed on all patches.
     """
 
     momentum: Schedule
@@ -60,25 +60,26 @@ Precision = Literal["float32", "bfloat16"]
 
 
 class TrainingConfig(Config):
-    """Length and size of a run.
+    """Length and batch size of a run.
 
     Attributes:
-        epochs: Length; warm-ups and schedules are counted in these.
-        steps_per_epoch: Steps in an epoch; absent, one pass over the images.
-        batch_size: Images a step.
-        precision: Of products, where the device has them of its own; weights, losses and the rest are float32.
-        seed: Of the weights at the start, the order of the images and every view.
+        epochs: Length of the run, and the unit of warm-ups and schedules.
+        steps_per_epoch: Steps per epoch. If None, an epoch shows each image once.
+        batch_size: Images per step.
+        precision: Precision of matrix products, if the device supports it natively; weights, losses and the rest are
+            float32.
+        seed: Seed of the initial weights, the order of the images and every view.
     """
 
     epochs: int = Field(ge=1)
     steps_per_epoch: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
-    precision: Precision = "bfloat16"  # so that what was stored before there was a choice reads as it was trained
+    precision: Precision = "bfloat16"  # presets stored before this key existed were trained in it
     seed: int = Field(0, ge=0, lt=2**63)
 
 
 class Preset(Config):
-    """A recipe: what is trained, on which views, with which losses, how fast and how long."""
+    """Recipe of a run: architecture, views, losses, optimizer and length."""
 
     about: AboutConfig
     backbone: BackboneConfig
@@ -93,7 +94,7 @@ class Preset(Config):
     @model_validator(mode="before")
     @classmethod
     def _tells_the_backbone_its_channels(cls, data: Any) -> Any:
-        """`images.channels` is said once: timm's `in_chans` follows, and stands in the stored preset."""
+        """Set timm's `in_chans` from `images.channels`, which is given once; a stored preset has both."""
         images, backbone = (data.get(key) for key in ("images", "backbone")) if isinstance(data, dict) else (None, None)
         channels = images.get("channels", 3) if isinstance(images, dict) else 3
         if channels == 3 or not isinstance(channels, int) or not isinstance(backbone, dict):
@@ -178,7 +179,7 @@ class Preset(Config):
 
     @property
     def schedules(self) -> dict[str, Schedule]:
-        """All schedules of the recipe by their keys."""
+        """Schedules of the recipe, by key."""
         aimed = self.losses.aimed().items()
         return {
             "optimizer.lr": self.optimizer.lr,
@@ -206,25 +207,25 @@ class Preset(Config):
         return self
 
     def network(self, *, drop_path: bool = False) -> Network:
-        """A network with fresh weights."""
+        """Build a network with fresh weights."""
         backbone = self.backbone.build(drop_path=drop_path)
         heads = {name: head.build(backbone.width) for name, head in self.heads.items()}
         return Network(backbone, heads, self.reads, hides=self.views.mask is not None)
 
     @property
     def reads(self) -> dict[str, frozenset[Reads]]:
-        """What each head reads."""
+        """Tokens that each head reads: class tokens, patches or both."""
         aimed = self.losses.aimed().values()
         return {name: frozenset(loss.reads for loss in aimed if loss.head == name) or CLASS for name in self.heads}
 
     def method(self, frozen: Network | None = None) -> SelfDistillation:
-        """Student and its moving average with the same fresh weights, and the losses.
+        """Build student and moving average with the same fresh weights, and the losses.
 
         Args:
-            frozen: The teacher, where it is not that average.
+            frozen: Frozen teacher. If None, the average is the teacher.
 
         Raises:
-            DinoError: timm cannot build the backbone, or the crops of low resolution do not fit it.
+            DinoError: If timm cannot build the backbone, or the crops of low resolution do not fit it.
         """
         student, average = self.network(drop_path=True), self.network()
         _check_low_resolution(self.views, student.backbone)
@@ -250,14 +251,14 @@ def _check_low_resolution(views: ViewsConfig, backbone: Backbone) -> None:
 
 
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
-    """A shipped preset by its name, or one of your own by its path, with single values changed.
+    """Load a shipped preset by its name, or a user's own by its path, and override single values.
 
     Args:
-        name: `vits16`, or a path that ends in `.toml`.
-        overrides: `key.path=value`, the value as TOML has it; a bare word is a string, and `none` takes the key out.
+        name: Name such as `vits16`, or a path that ends in `.toml`.
+        overrides: `key.path=value` with a TOML value; a bare word is a string, and `none` removes the key.
 
     Raises:
-        DinoError: There is no such preset, or what it says is not valid.
+        DinoError: If the preset does not exist or is not valid.
     """
     if name.endswith(".toml"):
         path = Path(name)

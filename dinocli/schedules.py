@@ -1,4 +1,4 @@
-"""Clock and schedules: every number that changes while a run goes on, as a pure function of the step."""
+"""Clock and schedules: every value that changes during a run, as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dinocli.config import Config
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a run stands.
+    """Position in a run.
 
     Attributes:
-        steps_per_epoch: Steps in one epoch.
+        steps_per_epoch: Number of steps in an epoch.
         epochs: Length of the run, in epochs.
-        step: Steps done so far, which is also the index of the step to come.
+        step: Number of steps done, which is also the index of the next step.
     """
 
     steps_per_epoch: int
@@ -27,21 +27,21 @@ class Clock:
 
     @property
     def epoch(self) -> int:
-        """Index of the epoch of the step to come."""
+        """Index of the epoch of the next step."""
         return self.step // self.steps_per_epoch
 
     @property
     def total(self) -> int:
-        """Steps of the whole run."""
+        """Number of steps of the whole run."""
         return self.steps_per_epoch * self.epochs
 
     def tick(self) -> Clock:
-        """The clock one step later."""
+        """Return the clock one step later."""
         return replace(self, step=self.step + 1)
 
 
 class Misfit(NamedTuple):
-    """A key of a schedule that does not fit the length of a run.
+    """Key of a schedule that does not fit the length of a run.
 
     Attributes:
         key: Key below the schedule's table.
@@ -57,34 +57,34 @@ class Misfit(NamedTuple):
 
 
 class Constant(Config):
-    """The same value at every step."""
+    """Schedule with the same value at every step."""
 
     kind: Literal["constant"]
     value: float
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """Values that no other value lies outside of."""
+        """Values between which all others lie."""
         return (self.value,)
 
     def misfit(self, epochs: int) -> Misfit | None:
-        """Return the key that does not fit a run of so many epochs; None if all fit."""
+        """Return the key that does not fit a run of `epochs` epochs; None if all fit."""
         return None
 
     def at(self, clock: Clock) -> float:
-        """The value at a step."""
+        """Return the value at a step."""
         return self.value
 
     def scaled(self, factor: float) -> Self:
-        """The same schedule with a value `factor` times as high."""
+        """Return the schedule with its value multiplied by `factor`."""
         return self.model_copy(update={"value": self.value * factor})
 
 
 class Cosine(Config):
-    """Half a cosine from `start` to `end`, a value a step, after a linear warm-up from 0 to `start`.
+    """Half a cosine from `start` to `end`, one value per step, after a linear warm-up from 0 to `start`.
 
-    As in the original the warm-up holds both of its ends, so that step 0 has exactly 0 and `start` comes twice,
-    and `end` is approached without being reached.
+    As in the original, the warm-up includes both ends: step 0 has exactly 0, and `start` comes twice. The schedule
+    approaches `end` without reaching it.
 
     Source: facebookresearch/dino@7c446df utils.py, cosine_scheduler.
     """
@@ -96,16 +96,16 @@ class Cosine(Config):
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """Values that no other value, the warm-up's aside, lies outside of."""
+        """Values between which all others lie, except those of the warm-up."""
         return (self.start, self.end)
 
     def misfit(self, epochs: int) -> Misfit | None:
-        """Return the key that does not fit a run of so many epochs; None if all fit."""
+        """Return the key that does not fit a run of `epochs` epochs; None if all fit."""
         came = self.warmup_epochs
         return Misfit("warmup_epochs", came, epochs - 1, epochs // 10) if came and came >= epochs else None
 
     def at(self, clock: Clock) -> float:
-        """The value at a step."""
+        """Return the value at a step."""
         warmup = self.warmup_epochs * clock.steps_per_epoch
         if clock.step < warmup:
             return self.start * clock.step / max(1, warmup - 1)
@@ -113,12 +113,14 @@ class Cosine(Config):
         return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * share))
 
     def scaled(self, factor: float) -> Self:
-        """The same schedule with a start `factor` times as high; the end stays, as in the original."""
+        """Return the schedule with `start` multiplied by `factor`; `end` stays, as in the original."""
         return self.model_copy(update={"start": self.start * factor})
 
 
 class LinearByEpoch(Config):
-    """A straight line from `start` to `end`, a value an epoch, reached in the last of `epochs` epochs and then kept.
+    """Straight line from `start` to `end`, one value per epoch.
+
+    The last of `epochs` epochs has `end`, and all later ones too.
 
     Source: facebookresearch/dino@7c446df main_dino.py, DINOLoss.teacher_temp_schedule.
     """
@@ -130,22 +132,22 @@ class LinearByEpoch(Config):
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """Values that no other value, the warm-up's aside, lies outside of."""
+        """Values between which all others lie."""
         return (self.start, self.end)
 
     def misfit(self, epochs: int) -> Misfit | None:
-        """Return the key that does not fit a run of so many epochs; None if all fit."""
+        """Return the key that does not fit a run of `epochs` epochs; None if all fit."""
         return Misfit("epochs", self.epochs, epochs, epochs * 3 // 10) if self.epochs > epochs else None
 
     def at(self, clock: Clock) -> float:
-        """The value in the epoch of a step."""
+        """Return the value in the epoch of a step."""
         if clock.epoch >= self.epochs:
             return self.end
         return self.start + (self.end - self.start) * clock.epoch / max(1, self.epochs - 1)
 
 
 class CosineByEpoch(Config):
-    """Half a cosine from `start` to `end`, a value an epoch.
+    """Half a cosine from `start` to `end`, one value per epoch.
 
     Source: torch.optim.lr_scheduler.CosineAnnealingLR, as facebookresearch/dino@7c446df eval_linear.py steps it.
     """
@@ -156,19 +158,19 @@ class CosineByEpoch(Config):
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """Values that no other value, the warm-up's aside, lies outside of."""
+        """Values between which all others lie."""
         return (self.start, self.end)
 
     def misfit(self, epochs: int) -> Misfit | None:
-        """Return the key that does not fit a run of so many epochs; None if all fit."""
+        """Return the key that does not fit a run of `epochs` epochs; None if all fit."""
         return None
 
     def at(self, clock: Clock) -> float:
-        """The value in the epoch of a step."""
+        """Return the value in the epoch of a step."""
         return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * clock.epoch / clock.epochs))
 
     def scaled(self, factor: float) -> Self:
-        """The same schedule with a start `factor` times as high; the end stays, as in the original."""
+        """Return the schedule with `start` multiplied by `factor`; `end` stays, as in the original."""
         return self.model_copy(update={"start": self.start * factor})
 
 

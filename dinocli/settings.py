@@ -1,4 +1,4 @@
-"""Settings: the values of a stored preset by their keys, and which of them differ from the shipped one."""
+"""Settings: the values of a stored preset by key, and their differences from the shipped preset."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAME = ("recipe", "source", "command")
 
 
 def flat(data: object, above: str = "") -> Iterator[tuple[str, str | None]]:
-    """Values by their key below a table; a schedule, or another table of a kind with plain values, is one value."""
+    """Yield values by their key below a table; a table with a `kind` and plain values, as a schedule, is one value."""
     if not isinstance(data, dict):
         yield above, None if data is None else data if isinstance(data, str) else json.dumps(data)
     elif above and "kind" in data and not any(isinstance(value, dict) for value in data.values()):
@@ -26,9 +26,9 @@ def flat(data: object, above: str = "") -> Iterator[tuple[str, str | None]]:
 
 
 def shipped_as(preset: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The shipped preset that tells the same about itself, and what it says; nothing for one of the user's own.
+    """Return the shipped preset with the same description, and its values; empty for a user's own preset.
 
-    Cost and figures are no part of that: they are measured anew between versions.
+    Cost and expected figures are not compared: they are measured again between versions.
     """
     about = preset.get("about")
     for name in shipped.names():
@@ -42,7 +42,7 @@ def shipped_as(preset: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def changes(preset: dict[str, Any], shipped: dict[str, Any]) -> dict[str, tuple[str | None, str | None]]:
-    """What two presets set differently, by key: the first one's value, and the second's."""
+    """Return the settings that differ between two presets, by key: the first one's value, and the second's."""
     now, then = (
         {key: value for key, value in flat(each) if not key.startswith("about.")} for each in (preset, shipped)
     )

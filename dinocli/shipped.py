@@ -1,4 +1,4 @@
-"""The presets that ship with the tool: their names and their text, read without importing torch."""
+"""Presets that ship with the tool: their names and their text, read without importing torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dinocli.errors import DinoError, nearest
 
-# From the cheapest to the dearest, so that a list reads in the order in which one tries them.
+# From the cheapest to the most expensive, the order in which users try them.
 _ORDER = ("tiny", "vits16", "vits8", "vitb16", "vitb8", "resnet50")
 
 
@@ -29,19 +29,19 @@ def _folder() -> Traversable:
 
 
 def names() -> list[str]:
-    """The shipped presets, known ones in a set order and new ones after them."""
+    """Return the names of the shipped presets: known ones in a fixed order, then new ones."""
     found = {f.name.removesuffix(".toml") for f in _folder().iterdir() if f.name.endswith(".toml")}
     return sorted(found, key=lambda n: (_ORDER.index(n) if n in _ORDER else len(_ORDER), n))
 
 
 def text(name: str) -> str:
-    """The TOML text of a shipped preset.
+    """Return the TOML text of a shipped preset.
 
     Raises:
-        DinoError: There is no preset of that name; the hint names the nearest one.
+        DinoError: If there is no preset of that name; the hint names the nearest one.
     """
     if name not in names():
-        # As timm and the papers write them: vit_s16 and ViT-S/16 are vits16.
+        # timm and the papers write vit_s16 and ViT-S/16 for vits16.
         plain = {re.sub(r"[^a-z0-9]", "", known): known for known in reversed(names())}
         close = plain[nearest(re.sub(r"[^a-z0-9]", "", name.lower()), plain)]
         raise DinoError(f"there is no preset {name!r}", f"use --preset {close}; `dino presets` lists them")

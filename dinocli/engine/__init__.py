@@ -1,1 +1,1 @@
-"""The engine: trains what `method.Method` describes, and knows nothing of what that is."""
+"""Engine: trains any `method.Method`, and knows nothing else about it."""

@@ -1,4 +1,4 @@
-"""What a trainer holds, as named tensors: all that it needs to go on as if it had never stopped."""
+"""State of a trainer as named tensors: everything that it needs to resume exactly."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dinocli.engine.trainer import Trainer
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Parameters, buffers, the optimizer's moments and counts, and how many steps were left out.
+    """Return parameters, buffers, the optimizer's moments and counts, and the numbers of skipped steps.
 
-    What the method says is `lasting` stays where it came from. The clock is not among them, and no random numbers are:
-    what is drawn depends on seed and step. What lies in shards is gathered, for which all processes must ask.
+    Modules that the method's `lasting` names are omitted. The clock is not included, and no random state either: random
+    draws depend only on seed and step. Sharded tensors are gathered, so all processes must call this together.
     """
     method = trainer.method
     given = _lasting(method)
@@ -27,11 +27,11 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def restore(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `state_of` gave.
+    """Load the tensors that `state_of` returned.
 
     Raises:
-        KeyError: A name is missing, or has no place.
-        RuntimeError: A tensor is missing or has another shape.
+        KeyError: If a name is missing or unknown.
+        RuntimeError: If a tensor is missing or has another shape.
     """
     method = trainer.method
     own, parameters = method.state_dict(), dict(method.named_parameters())
@@ -39,16 +39,16 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
     stored = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
     stays = {k: v for k, v in own.items() if k.startswith(given)}
     method.load_state_dict(stays | {k: placed_as(v, own[k]) if k in own else v for k, v in stored.items()})
-    trainer.optimizer.state.clear()
+    trainer.optimizer.state.clear()  # SGD has moments from its construction on
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             name, slot = key.removeprefix("optimizer/").rsplit("/", 1)
             p = parameters[name]
-            # Moments lie as their parameter does; a count is a single number everywhere.
+            # Moments are sharded like their parameter; a count is a single number in every process.
             trainer.optimizer.state[p][slot] = placed_as(value, p) if value.shape == p.shape else value.to(p.device)
     trainer.skipped.copy_(tensors["skipped"])
 
 
 def _lasting(method: Method) -> tuple[str, ...]:
-    """What the names of tensors begin with that no state keeps."""
+    """Return the prefixes of the tensors that checkpoints omit."""
     return tuple(f"{name}." for name in method.lasting())

@@ -1,4 +1,4 @@
-"""What the engine can train."""
+"""Interface of the methods that the engine trains."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ from dinocli.schedules import Clock
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that the optimizer treats alike.
+    """Parameters with the same optimizer settings.
 
     Attributes:
-        params: The parameters.
-        decay: Whether weight decay applies.
+        decay: If True, weight decay applies.
         lr_scale: Factor on the learning rate.
-        frozen_epochs: Epochs at the start in which they get no gradient, and so no decay and no moments either.
-        modules: For each, which module of the method it belongs to, for what bounds a module as a whole; none, where
-            there is one.
+        frozen_epochs: Initial epochs without a gradient, and so without weight decay and moments too.
+        modules: Module of the method for each parameter, for clipping per module. If empty, there is only one.
     """
 
     params: list[nn.Parameter]
@@ -33,15 +31,15 @@ class ParamGroup:
 
 
 class Method(nn.Module, ABC):
-    """A way of learning: losses for a batch, parameters to move, and what else changes after a step."""
+    """Training method: the losses of a batch, the parameters to train, and the updates after a step."""
 
     def parts(self, batch: Any, count: int, clock: Clock) -> Sequence[Any]:
-        """What a step is made of: `count` parts of a batch, of the same size, whose gradients are added up.
+        """Split a batch into `count` parts of the same size, whose gradients the engine accumulates.
 
-        What must be worked out of the whole batch is worked out here. In one part a batch is itself.
+        Compute here all that depends on the whole batch. With one part, the default returns the batch itself.
 
         Raises:
-            ValueError: The method cannot part its batches.
+            ValueError: If the method cannot split its batches.
         """
         if count != 1:
             raise ValueError(f"{type(self).__name__} takes its batches whole; {count} parts were asked for")
@@ -49,33 +47,33 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, part: Any) -> dict[str, Tensor]:
-        """The losses of a part by name; their sum is what is minimized."""
+        """Return the losses of a part, by name; their sum is minimized."""
 
     def watch(self, parts: Sequence[Any], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
-        """More figures of a step, for those that are logged; its parameters have not moved yet."""
+        """Return further figures of a logged step, before the optimizer moves the parameters."""
         return {}
 
     def units(self) -> list[nn.Module]:
-        """What may be held in shards, each gathered as a whole when it is called: inner modules before outer ones.
+        """Return the modules to shard, inner ones before outer ones; each is gathered as a whole when it is called.
 
         Raises:
-            ValueError: The method knows none.
+            ValueError: If the method does not support sharding.
         """
         raise ValueError(f"{type(self).__name__} does not say what of it may lie in shards")
 
     def lasting(self) -> list[str]:
-        """Names of its modules whose weights come from outside and never change: no state needs to keep them."""
+        """Return the names of frozen submodules with external weights, which checkpoints omit."""
         return []
 
     @abstractmethod
     def param_groups(self) -> list[ParamGroup]:
-        """The parameters to move."""
+        """Return the parameters to train."""
 
     def after_step(self, clock: Clock, done: Tensor) -> None:
-        """Change what no gradient reaches; called when the optimizer has moved the parameters.
+        """Update the state that has no gradient; called after the optimizer has moved the parameters.
 
         Args:
-            clock: Of the step.
-            done: Whether it was done; where it was not, no parameter may change. Buffers are put back by the engine.
-                [], bool
+            clock: Clock of the step, not yet advanced.
+            done: False if the step was skipped; then no parameter may change. The engine restores buffers. It stays on
+                the device: reading it makes the host wait. [], bool
         """

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a logged step; and how fast the steps go."""
+"""Metrics: one line per logged step in metrics.jsonl, TensorBoard files, and the speed of training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dinocli.errors import DinoError
 
 
 class Metrics:
-    """Appends a line of JSON for each logged step.
+    """Writer of one JSON line per logged step.
 
     Args:
-        path: The file.
-        step: Where the run goes on; lines of later steps, and one that was never ended, are taken out of the file.
+        path: File to append to.
+        step: Step to resume from; lines of later steps and incomplete lines are removed.
     """
 
     def __init__(self, path: Path, step: int = 0) -> None:
@@ -27,21 +27,21 @@ class Metrics:
             write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= step))
 
     def write(self, values: dict[str, float | int]) -> None:
-        """Add a line; a value that is not finite is written as a string, which JSON can hold."""
+        """Append a line; values that are not finite become strings, since JSON has no such numbers."""
         plain = {k: v if abs(v) < float("inf") else str(v) for k, v in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(plain) + "\n")
 
 
 class TensorBoard:
-    """The same figures for TensorBoard.
+    """Writer of the same figures for TensorBoard.
 
     Args:
-        folder: For its files.
-        step: Where the run goes on; what was written of later steps is not shown any more.
+        folder: Folder of its files.
+        step: Step to resume from; TensorBoard no longer shows figures of later steps.
 
     Raises:
-        DinoError: It is not installed.
+        DinoError: If TensorBoard is not installed.
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
@@ -54,14 +54,14 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, values: dict[str, float | int]) -> None:
-        """Add a step's figures."""
+        """Write the figures of a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, int(values["step"]))
         self._writer.flush()
 
 
 def _step(line: str) -> float:
-    """Of a line; infinite where it was never ended or is no line of ours."""
+    """Return the step of a line; infinite if the line is incomplete or not from this tool."""
     try:
         step = parse(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -70,7 +70,7 @@ def _step(line: str) -> float:
 
 
 class Pace:
-    """How fast the steps go, and for how much of the time they wait for data, since the last look."""
+    """Speed of training, and the share of time spent waiting for data, since the last reading."""
 
     def __init__(self) -> None:
         self._images = 0
@@ -78,19 +78,19 @@ class Pace:
         self._waited = 0.0
 
     def add(self, images: int) -> None:
-        """Count a step's images."""
+        """Count the images of a step."""
         self._images += images
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the last look."""
+        """Seconds since the last reading."""
         return time.perf_counter() - self._since
 
     def look(self, waited: float) -> tuple[float, float]:
-        """Images a second, and the share of the time that was waited, since the last look; and start again.
+        """Return images per second and the share of time spent waiting since the last reading, then reset.
 
         Args:
-            waited: Seconds for data since the start.
+            waited: Seconds spent waiting for data since the start.
         """
         elapsed = max(self.elapsed, 1e-9)
         found = self._images / elapsed, (waited - self._waited) / elapsed

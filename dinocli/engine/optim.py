@@ -1,4 +1,4 @@
-"""Optimizers from their configs; rates at a step; clipping."""
+"""Optimizers and their configs, the rates of a step, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from dinocli.schedules import Clock, Rate, Schedule
 
 
 class LinearRule(Config):
-    """The rate grows in proportion to the batch; the preset's is for `batch` images."""
+    """Learning rate proportional to the batch size; the preset's rate is for `batch` images."""
 
     kind: Literal["linear"]
     batch: int = Field(gt=0)
 
     def factor(self, batch: int) -> float:
-        """What to multiply the rate by."""
+        """Return the factor on the learning rate."""
         return batch / self.batch
 
 
 class SqrtRule(Config):
-    """The rate grows with the square root of the batch; the preset's is for `batch` images."""
+    """Learning rate proportional to the square root of the batch size; the preset's rate is for `batch` images."""
 
     kind: Literal["sqrt"]
     batch: int = Field(gt=0)
 
     def factor(self, batch: int) -> float:
-        """What to multiply the rate by."""
+        """Return the factor on the learning rate."""
         return math.sqrt(batch / self.batch)
 
 
@@ -43,24 +43,24 @@ RateRule = Annotated[LinearRule | SqrtRule, Field(discriminator="kind")]
 
 
 class ClipEach(Config):
-    """Scale each parameter's gradient on its own to a norm of at most `norm`."""
+    """Clipping of each parameter's gradient to a norm of at most `norm`."""
 
     kind: Literal["each_parameter"]
     norm: float = Field(gt=0)
 
     def wholes(self, norms: Sequence[Tensor], modules: Sequence[str]) -> list[Tensor]:
-        """For each parameter the norm that is bounded: of its own gradient. [] each"""
+        """Return the norm to bound for each parameter: the norm of its own gradient. [] each"""
         return list(norms)
 
 
 class ClipModules(Config):
-    """Scale the gradient of each module (backbone, a head) as a whole to a norm of at most `norm`."""
+    """Clipping of each module's (backbone's, a head's) gradient as a whole to a norm of at most `norm`."""
 
     kind: Literal["each_module"]
     norm: float = Field(gt=0)
 
     def wholes(self, norms: Sequence[Tensor], modules: Sequence[str]) -> list[Tensor]:
-        """For each parameter the norm that is bounded: of the gradient of its module. [] each"""
+        """Return the norm to bound for each parameter: the norm of its module's gradient. [] each"""
         parts: dict[str, list[Tensor]] = {}
         for norm, module in zip(norms, modules, strict=True):
             parts.setdefault(module, []).append(norm)
@@ -72,13 +72,13 @@ Clip = Annotated[ClipEach | ClipModules, Field(discriminator="kind")]
 
 
 class _Optimizer(Config):
-    """What all optimizers share.
+    """Settings that all optimizers share.
 
     Attributes:
         lr: Learning rate over the run, before `lr_rule`.
-        lr_rule: How the rate follows the batch size; absent, it does not.
-        weight_decay: Over the run.
-        clip: Bound on the gradient; absent, there is none.
+        lr_rule: Scaling of the learning rate with the batch size. If None, there is no scaling.
+        weight_decay: Weight decay over the run.
+        clip: Bound on the gradient norm. If None, gradients are not clipped.
     """
 
     lr: Rate
@@ -87,7 +87,7 @@ class _Optimizer(Config):
     clip: Clip | None = None
 
     def lr_for(self, batch: int) -> Rate:
-        """The schedule of the rate for a batch size."""
+        """Return the learning rate's schedule for a batch size."""
         return self.lr.scaled(self.lr_rule.factor(batch)) if self.lr_rule else self.lr
 
 
@@ -102,7 +102,8 @@ class AdamWConfig(_Optimizer):
     eps: float = Field(1e-8, gt=0)
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
-        """The optimizer over the groups."""
+        """Build the optimizer over the groups."""
+        # Rate and decay of 0: `set_rates` sets both before every step.
         return torch.optim.AdamW(
             _as_dicts(groups), lr=0.0, betas=self.betas, eps=self.eps, weight_decay=0.0, fused=True
         )
@@ -118,29 +119,29 @@ class SGDConfig(_Optimizer):
     momentum: float = Field(ge=0, lt=1)
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
-        """The optimizer over the groups.
+        """Build the optimizer over the groups.
 
         Raises:
-            DinoError: They lie in shards, for which torch has no such step.
+            DinoError: If the parameters are sharded, which torch's SGD step does not support.
         """
         if in_shards([p for group in groups for p in group.params]):
             raise DinoError("SGD was asked for with --parallel fsdp; torch has it for whole parameters", _NO_SHARDS)
         optimizer = torch.optim.SGD(_as_dicts(groups), lr=0.0, momentum=self.momentum, fused=True)
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            # torch's own start, but in being before a first step that may be left out.
+            # torch starts from the same zeros, but in its first step, which may be skipped.
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return optimizer
 
 
 class LARSConfig(_Optimizer):
-    """LARS: SGD whose step is scaled to each weight's norm."""
+    """LARS: SGD with its step scaled to each weight's norm."""
 
     kind: Literal["lars"]
     momentum: float = Field(ge=0, lt=1)
     trust: float = Field(gt=0)
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
-        """The optimizer over the groups."""
+        """Build the optimizer over the groups."""
         return LARS(_as_dicts(groups), momentum=self.momentum, trust=self.trust)
 
 
@@ -162,7 +163,7 @@ def _as_dicts(groups: Sequence[ParamGroup]) -> list[dict[str, Any]]:
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling; one-dimensional parameters are moved as by plain SGD without decay.
+    """Layer-wise adaptive rate scaling; one-dimensional parameters take steps of plain SGD without weight decay.
 
     Source: arXiv 1708.03888; facebookresearch/dino@7c446df utils.py, LARS.
     """
@@ -172,7 +173,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient, unless `found_inf` is 1, which torch's own obey too."""
+        """Update every parameter that has a gradient, unless `found_inf` is 1, like torch's own optimizers."""
         left_out = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for p in group["params"]:
@@ -193,16 +194,16 @@ class LARS(torch.optim.Optimizer):
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Give every group its learning rate and weight decay for the step to come."""
+    """Set the learning rate and weight decay of every group for the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decay"] else 0.0
 
 
 def move(optimizer: torch.optim.Optimizer, done: Tensor) -> None:
-    """Do the optimizer's step and let the gradients go; where `done` is false on the device, nothing moves.
+    """Take the optimizer's step and free the gradients; if `done` is False on the device, nothing moves.
 
-    The host does not wait to learn which: what torch made for its loss scaling keeps the moments and counts too.
+    The host does not wait for the value: torch's mechanism for loss scaling preserves the moments and counts too.
     """
     optimizer.found_inf = (~done).float()  # type: ignore[attr-defined]
     optimizer.step()
@@ -210,7 +211,7 @@ def move(optimizer: torch.optim.Optimizer, done: Tensor) -> None:
 
 
 def drop_frozen(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
-    """Take the gradient from groups that are still frozen, so that the optimizer passes them over altogether."""
+    """Remove the gradients of groups that are still frozen, so that the optimizer skips them entirely."""
     for group in optimizer.param_groups:
         if clock.epoch < group["frozen_epochs"]:
             for p in group["params"]:
@@ -219,7 +220,7 @@ def drop_frozen(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
 
 @torch.no_grad()
 def clip_gradients(optimizer: torch.optim.Optimizer, clip: Clip | None) -> Tensor:
-    """Bound the gradients in place, and return their whole norm as it was before. []"""
+    """Clip the gradients in place, and return their total norm before clipping. []"""
     grads, modules = [], []
     for group in optimizer.param_groups:
         for p, module in zip(group["params"], group["modules"], strict=True):

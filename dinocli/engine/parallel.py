@@ -1,4 +1,4 @@
-"""How the processes of a run share the work on a batch; each has as many of its images as the others."""
+"""Parallelism: processes that share the work on a batch, each with the same number of its images."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ Kind = Literal["ddp", "fsdp"]
 
 @dataclass(frozen=True)
 class Alone:
-    """One process does it all."""
+    """Single process without parallelism."""
 
     def wrap(self, method: Method) -> nn.Module:
-        """What is called in place of the method; its parameters may be others from here on."""
+        """Return the module to call instead of the method; this may replace the method's parameters."""
         return method
 
     def adding(self, wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward of a part of a step; after the last, gradients are means over processes."""
+        """Return a context for a part's forward and backward; the last part makes gradients means over processes."""
         return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
 class DDP:
-    """Every process holds the whole of everything, and the gradients are averaged while they are worked out."""
+    """Model replicated in every process; gradients are averaged during the backward pass."""
 
     def wrap(self, method: Method) -> nn.Module:
         share_batch_norm(method)
-        # Buffers are the same in all processes by what they are made of: none has to be sent.
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.15 has another name for it
+        # Buffers need no broadcast: all processes compute them from the same values.
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch 2.15 renames it
             return DistributedDataParallel(method, broadcast_buffers=False)
 
     def adding(self, wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -51,15 +51,15 @@ class DDP:
 
 @dataclass(frozen=True)
 class FSDP2:
-    """Every process holds a shard of each parameter, its gradient and moments, and gathers a block when it is used."""
+    """Parameters, gradients and moments sharded over the processes; each block is gathered when it is used."""
 
     def wrap(self, method: Method) -> nn.Module:
         share_batch_norm(method)
-        # It warns of outputs changed in place, which nobody does here.
+        # It warns about outputs changed in place, which never happens here.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         mesh = init_device_mesh(next(method.parameters()).device.type, (size(),))
         for module in method.units():
-            # Roots too: what stays gathered would be that of the step before where no backward comes.
+            # Roots too: without a backward pass, a gathered root would keep the weights of the previous step.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
         return method
 
@@ -75,17 +75,17 @@ Parallel = Alone | DDP | FSDP2
 
 
 def parallel(kind: Kind) -> Parallel:
-    """How this run's processes share the work: as asked for, or not at all where there is one."""
+    """Return the parallelism of this run: the requested one, or none for a single process."""
     if size() == 1:
         return Alone()
     return DDP() if kind == "ddp" else FSDP2()
 
 
 def share_batch_norm(module: nn.Module) -> None:
-    """Let every BatchNorm in a module work over the images of all processes; parameters and keys stay as they are.
+    """Synchronize every BatchNorm in a module over all processes; parameters and keys stay the same.
 
     Raises:
-        DinoError: It has one of a kind that is unknown here.
+        DinoError: If a BatchNorm is of an unknown kind.
     """
     for name, child in module.named_children():
         if not isinstance(child, _BatchNorm):
@@ -101,18 +101,18 @@ def share_batch_norm(module: nn.Module) -> None:
 
 
 class SharedBatchNorm(_BatchNorm):
-    """BatchNorm over the images of all processes, on a CPU, for which torch has none."""
+    """BatchNorm over the images of all processes on a CPU, for which torch has none."""
 
     @classmethod
     def of(cls, other: _BatchNorm) -> SharedBatchNorm:
-        """One with the parameters and statistics of another, which it shares with it."""
+        """Create one that shares the parameters and statistics of another BatchNorm."""
         made = cls(other.num_features, other.eps, other.momentum, other.affine, other.track_running_stats)
         for name, value in [*other.named_parameters(), *other.named_buffers()]:
             setattr(made, name, value)
         return made.train(other.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions will do."""
+        """Accept any number of dimensions."""
 
     def forward(self, values: Tensor) -> Tensor:  # [B, C, ...] -> [B, C, ...]
         if not self.training:
@@ -133,11 +133,11 @@ class SharedBatchNorm(_BatchNorm):
         self.num_batches_tracked += 1
         pace = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, pace)
-        self.running_var.lerp_(variance * count / (count - 1), pace)
+        self.running_var.lerp_(variance * count / (count - 1), pace)  # unbiased, as torch stores it
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over processes; what one process adds to it, it adds to the losses of all."""
+    """Mean over processes; backward is a mean too, because each process's value enters the losses of all."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Trainer: one step, and steps until told to stop."""
+"""Trainer: a training step, and the loop over steps."""
 
 from __future__ import annotations
 
@@ -22,23 +22,22 @@ OnStep = Callable[[Clock, Values], bool]
 
 
 class Trainer:
-    """Trains a method on batches.
+    """Trainer of a method on batches.
 
     Args:
-        method: What to train.
-        config: How its parameters move.
-        clock: Where to begin.
-        batch_size: Images a step, of all processes together.
-        accumulate: Parts in which the method takes a batch, one after another, to need less memory.
-        precision: In which products are computed.
-        seed: Of the random numbers that the networks draw; absent, they are drawn from torch's as it stands.
-        guarded: Whether a step whose loss or gradient is not finite is left out altogether.
-        parallel: How the processes of the run share the work.
+        method: Method to train.
+        config: Optimizer and its schedules.
+        clock: Step to start from.
+        batch_size: Images per step, over all processes.
+        accumulate: Number of parts of a batch, computed one after another to save memory.
+        precision: Context in which products are computed, such as autocast. If None, no context.
+        seed: Seed of the networks' random draws. If None, they use torch's current random state.
+        guarded: If True, skip steps with a loss or gradient that is not finite.
+        parallel: Parallelism over the processes of the run.
 
     Attributes:
-        clock: Steps done or left out; the schedules read it.
-        optimizer: Of torch's kind.
-        skipped: Steps that were left out so far, and how many of them were the last ones. On the device. [2]
+        clock: Number of steps, skipped ones included; schedules read it.
+        skipped: Number of skipped steps: in total, and in a row up to now. On the device. [2]
     """
 
     def __init__(
@@ -64,18 +63,19 @@ class Trainer:
         self.precision = precision or contextlib.nullcontext()
         self.seed = seed
         self.guarded = guarded
-        self.optimizer = config.build(method.param_groups())
+        self.optimizer = config.build(method.param_groups())  # after wrap(), which may replace the parameters
         self.skipped = torch.zeros(2, dtype=torch.int64, device=next(method.parameters()).device)
 
     def step(self, batch: Any, *, watch: bool = False) -> Values:
-        """One step. The values returned stay on the device: reading one makes the host wait for it.
+        """Take one training step. The returned values stay on the device: reading one makes the host wait for it.
 
         Args:
-            batch: What the method takes: this process's share.
-            watch: Whether to work out the method's further figures too, and all of them over the whole batch.
+            batch: This process's share of a batch, as the method takes it.
+            watch: If True, also compute the method's further figures, and average all values over the whole batch.
         """
         self._draw_anew()
         set_rates(self.optimizer, self.lr.at(self.clock), self.config.weight_decay.at(self.clock))
+        # To undo a skipped step, which also changes buffers (BatchNorm's statistics, the center).
         before = [buffer.clone() for buffer in self.method.buffers()]
         with self.precision:
             parts = self.method.parts(batch, self.accumulate, self.clock)
@@ -89,8 +89,10 @@ class Trainer:
             losses = {name: losses.get(name, 0) + term.detach() / len(parts) for name, term in terms.items()}
         loss = torch.stack(list(losses.values())).sum()
         grad_norm = clip_gradients(self.optimizer, self.config.clip)
+        # All processes skip a step together; otherwise their weights would differ from here on.
         done = all_of(torch.isfinite(loss + grad_norm)) if self.guarded else torch.ones_like(loss, dtype=torch.bool)
         figures = self.method.watch(parts, losses, self.clock) if watch else {}
+        # After clipping, as in the original: `grad_norm` includes frozen parameters.
         drop_frozen(self.optimizer, self.clock)
         move(self.optimizer, done)
         self.method.after_step(self.clock, done)
@@ -103,12 +105,12 @@ class Trainer:
         return _means(values) if watch else values
 
     def fit(self, batches: Iterable[Any], steps: int, on_step: OnStep) -> None:
-        """Train until the clock has done `steps` steps, the batches end, or `on_step` says stop.
+        """Train until the clock reaches `steps`, the batches end, or `on_step` returns True.
 
         Args:
-            batches: Batches in order, from where the clock stands.
-            steps: Where to stop, counted from the start of the run.
-            on_step: Called after each step with the clock and what the step returned; true stops.
+            batches: Batches in order, starting at the clock's step.
+            steps: Step to stop at, counted from the start of the run.
+            on_step: Function called after each step with the clock and the step's values; it returns True to stop.
         """
         if self.clock.step >= steps:
             return
@@ -118,30 +120,31 @@ class Trainer:
                 return
 
     def is_finite(self) -> bool:
-        """Check parameters, buffers and moments, of shards this process's own; the host waits for the device.
+        """Check that parameters, buffers and moments are finite; the host waits for the device.
 
-        A gradient that is finite is not enough: a rate that is too high makes weights of it that are not.
+        Of sharded tensors, each process checks its own shards. A finite gradient is not enough: too high a
+        learning rate still makes weights that are not finite.
         """
         moments = (value for slots in self.optimizer.state.values() for value in slots.values())
         tensors = local([*self.method.parameters(), *self.method.buffers(), *moments])
         floats = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
-        if self.skipped.device.type == "cpu":  # ten times as fast there; elsewhere it would be a launch for each tensor
+        if self.skipped.device.type == "cpu":  # ten times as fast there; on a GPU it would be one launch per tensor
             ends = [end for t in floats for end in t.aminmax()]
         else:
             ends = [norm.to(self.skipped.device) for norm in torch._foreach_norm(floats, torch.inf)]
         return bool(torch.stack(ends).isfinite().all())
 
     def _draw_anew(self) -> None:
-        """Let what the networks draw depend on seed and step alone, so that nothing of it must be kept to go on."""
+        """Seed the networks' random draws from seed and step alone, so that resuming needs no random state."""
         if self.seed is not None:
-            # Each process has images of its own, and so draws of its own.
+            # Each process has its own images, and so its own draws.
             entropy = (self.seed, self.clock.step, rank()) if rank() else (self.seed, self.clock.step)
             (mixed,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
             torch.manual_seed(int(mixed))
 
 
 def _means(values: Values) -> Values:
-    """Figures over the images of all processes, in one message."""
+    """Average figures over all processes, in one message."""
     if size() == 1:
         return values
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}

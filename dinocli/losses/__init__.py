@@ -1,4 +1,4 @@
-"""Losses: one a file. Which of them a run has is which tables its preset holds."""
+"""Losses, one per file; the tables of a preset select them."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ AimedConfig = DinoLossConfig | IbotLossConfig
 
 
 class LossesConfig(Config):
-    """One optional field a loss; a loss whose table is absent does not exist."""
+    """Losses of a run: one optional field each. A loss without a table in the preset is not computed."""
 
     dino: DinoLossConfig | None = None
     ibot: IbotLossConfig | None = None
     koleo: KoleoLossConfig | None = None
 
     def present(self) -> dict[str, LossConfig]:
-        """The losses that exist, by name."""
+        """Return the selected losses, by name."""
         return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
 
     def aimed(self) -> dict[str, AimedConfig]:
-        """Those of them that read a head and have targets, by name."""
+        """Return the selected losses that read a head and have targets, by name."""
         return {name: loss for name, loss in self.present().items() if not isinstance(loss, KoleoLossConfig)}
 
     def build(self, prototypes: Callable[[str], int]) -> nn.ModuleDict:
-        """The losses that exist, at the start.
+        """Build the selected losses with their initial state.
 
         Args:
-            prototypes: Of a head, by its name.
+            prototypes: Function from the name of a head to its number of prototypes.
         """
         built: dict[str, nn.Module] = {name: c.build(prototypes(c.head)) for name, c in self.aimed().items()}
         if self.koleo is not None:

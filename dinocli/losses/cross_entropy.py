@@ -1,4 +1,4 @@
-"""Cross-entropy of logits against distributions, with its gradient written over the logits."""
+"""Cross-entropy of logits against target distributions; the gradient overwrites the logits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from dinocli.precision import exactly
 
 
 class Chunk(NamedTuple):
-    """Logits that are worked out at once; of theirs alone there are copies, in the wider precision.
+    """Logits that are computed together. Only one chunk at a time is copied, in the wider precision.
 
     Attributes:
-        where: Which they are, by the first dimension of all logits: logits[where] is [..., K].
-        targets: Distributions that each of them is compared with, one after another; none, and they do not count.
-            [..., K] each
-        weights: How much each of them counts; absent, all count 1. [...]
+        where: Index into the first dimension of all logits: logits[where] is [..., K].
+        targets: Distributions to compare with each of these logits. If empty, the logits do not count. [..., K] each
+        weights: Weights of these logits. If None, all are 1. [...]
     """
 
     where: int | slice
@@ -29,38 +28,38 @@ class Chunk(NamedTuple):
 
 
 def cross_entropy(logits: Tensor, chunks: Iterable[Chunk], temperature: float, share: float = 1) -> Tensor:
-    """The weighted sum of the cross-entropies of softmax(logits / temperature) against its targets.
+    """Compute the weighted sum of the cross-entropies of softmax(logits / temperature) against the targets.
 
     Args:
-        logits: [..., K] Where a gradient is wanted they are used up: it is written over them.
-        chunks: All logits, each in one of them.
-        temperature: Divides the logits.
-        share: Multiplies the sum.
+        logits: [..., K] Overwritten with their gradient if they require one.
+        chunks: Chunks that together hold all logits, each once.
+        temperature: Divisor of the logits.
+        share: Factor on the sum.
 
     Returns:
-        The sum, in at least float32 whatever autocast says. []
+        The sum, in at least float32 even under autocast. []
     """
     loss: Tensor = _CrossEntropy.apply(logits, chunks, temperature, share)
     return loss
 
 
 def entropy(p: Tensor) -> Tensor:  # [..., K] -> [...]
-    """Of distributions, in nats."""
+    """Compute the entropy of distributions, in nats."""
     return torch.special.entr(p).sum(-1)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The loss, with its gradient worked out beside it: so that of a student's K logits nothing else is ever kept.
+    """Loss whose gradient is computed in the forward pass, so that no second tensor of the logits' size is kept.
 
-    Logits that meet n targets have, with these targets' sum T and s the logits over the temperature, cross-entropies
-    that add up to n logsumexp(s) - T s; their gradient is (n softmax(s) - T) / temperature.
+    Let logits meet n targets with the sum T, and let s be the logits over the temperature. Then the cross-entropies add
+    up to n logsumexp(s) - T s, and their gradient is (n softmax(s) - T) / temperature.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, chunks: Iterable[Chunk], temperature: float, share: float) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
         total = logits.new_zeros((), dtype=wide)
-        # Under autocast the product of targets and logits would be coarse.
+        # Autocast would compute the product of targets and logits in low precision.
         with exactly(logits.device):
             for where, targets, weights in chunks:
                 total += _worked_out(
@@ -68,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
                 )
         if ctx.needs_input_grad[0]:
             ctx.gradient = logits
-            # Whoever else has kept these logits for its own gradient is told by torch that they are gone.
+            # Makes torch raise if another operation saved these logits for its own gradient: they are gone.
             increment_version(logits)
         return total * share
 
@@ -90,7 +89,7 @@ def _worked_out(
     *,
     gradient: bool,
 ) -> Tensor:
-    """The sum over a chunk [], `share` apart; its gradient, `share` and all, is written over its logits."""
+    """Return the sum over a chunk without `share`, and write its gradient with `share` over the logits. []"""
     if not targets:
         if gradient:
             logits.zero_()
@@ -100,7 +99,7 @@ def _worked_out(
     scaled = logits.to(wide) / temperature
     terms = len(targets) * scaled.logsumexp(-1) - torch.linalg.vecdot(summed, scaled)  # [...]
     if gradient:
-        # Not exp(s - logsumexp(s)), which rounds away what small logits differ by.
+        # Not exp(s - logsumexp(s)), which rounds away the differences between small logits.
         slope = scaled.softmax(-1).mul_(len(targets)).sub_(summed).mul_(share / temperature)
         logits.copy_(slope if weights is None else slope.mul_(weights.unsqueeze(-1)))
     return (terms if weights is None else terms * weights).sum()

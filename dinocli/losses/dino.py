@@ -1,4 +1,4 @@
-"""The DINO loss: each view of an image predicts what the teacher says of the other global views."""
+"""DINO loss: each view of an image predicts the teacher's output on the other global views."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dinocli.schedules import Clock
 
 
 class DinoLossConfig(Config):
-    """The loss on class tokens.
+    """Loss on class tokens.
 
     Attributes:
-        weight: Its share in the total.
+        weight: Factor on this loss in the total.
         head: Name of the head whose logits it reads.
-        student_temperature: Divides the student's logits.
-        targets: How the teacher's logits become targets.
+        student_temperature: Divisor of the student's logits.
+        targets: Rule that turns the teacher's logits into targets.
     """
 
     reads: ClassVar[Reads] = "class"
@@ -34,15 +34,19 @@ class DinoLossConfig(Config):
     targets: TargetsConfig
 
     def build(self, prototypes: int) -> DinoLoss:
-        """The loss with its targets' state at the start."""
+        """Build the loss with the initial state of its targets."""
         return DinoLoss(self, prototypes)
 
 
-_REMEMBERED = 0.99  # of the prototypes' use at a step, so that some hundred batches stand for it
+_REMEMBERED = 0.99  # share of the prototypes' use that a step keeps: an average over about a hundred batches
 
 
 class DinoLoss(nn.Module):
-    """`dino_loss` with the state of its targets, and with how much of the time each prototype had. [K]"""
+    """`dino_loss` with the state of its targets.
+
+    Attributes:
+        use: Moving average of the targets' mean: the share of each prototype. [K]
+    """
 
     use: Tensor
 
@@ -54,7 +58,7 @@ class DinoLoss(nn.Module):
         self._mean: Tensor | None = None
 
     def aim(self, teacher: Encoding, clock: Clock) -> Tensor:
-        """What the student is to say of a whole batch, from what the teacher says of its global views. [G, B, K]"""
+        """Compute the targets of a whole batch from the teacher's logits of its global views. [G, B, K]"""
         targets: Tensor = self.targets(teacher.logits[self.config.head], clock)
         self._mean = targets.mean((0, 1))
         return targets
@@ -64,17 +68,17 @@ class DinoLoss(nn.Module):
         return self.config.weight * dino_loss(logits, targets, self.config.student_temperature)
 
     def watch(self, targets: Tensor, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
-        """What tells whether the student learns.
+        """Return figures of training progress.
 
         Args:
-            targets: Of a whole batch, or this process's share. [G, B, K]
-            loss: What `forward` gave for it. []
-            clock: Of the step.
+            targets: Targets of a whole batch, or of this process's share. [G, B, K]
+            loss: Loss that `forward` returned for them. []
+            clock: Clock of the step, for the teacher's temperature.
 
         Returns:
-            Entropy of the targets and divergence of the student from them, in nats; how many nats an image's targets
-            tell of it (0 where all images get the same); the share of prototypes in use over the last hundred steps,
-            as the exponential of their entropy; and the teacher's temperature.
+            `teacher_entropy` of the targets and `kl`, the student's divergence from them, in nats; `information`, the
+            nats that targets carry about their image (0 if all images get the same); `prototypes`, the share in use
+            over the last hundred steps, as the exponential of their entropy; and the teacher's `temperature`.
 
         Source: arXiv 2104.14294, section 5.3 and figure 7.
         """
@@ -90,7 +94,7 @@ class DinoLoss(nn.Module):
         }
 
     def after_step(self) -> None:
-        """Let the targets learn from the step that was done."""
+        """Update the state of the targets, and the use of the prototypes, after a step."""
         self.targets.update()
         if self._mean is not None:
             self.use.lerp_(mean_over_processes(self._mean), 1 - _REMEMBERED)
@@ -98,15 +102,15 @@ class DinoLoss(nn.Module):
 
 
 def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of every view against every global view but itself, averaged over images and pairs.
+    """Compute the cross-entropy of every view against every other global view, averaged over images and pairs.
 
-    The global views come first among the student's views, in the same order as in the targets. A student that agrees
-    fully with its teacher has a loss equal to the entropy of the targets, not zero.
+    The student's first views are the global ones, in the order of the targets. A student that agrees fully with its
+    teacher has a loss equal to the entropy of the targets, not zero.
 
     Args:
-        student: Logits. [V, B, K] Where a gradient is wanted they are used up: it is written over them.
+        student: Logits. [V, B, K] Overwritten with their gradient if they require one.
         targets: Distributions that sum to 1 over K. [G, B, K]
-        temperature: Divides the student's logits.
+        temperature: Divisor of the student's logits.
 
     Returns:
         Mean over B and over the G * (V - 1) pairs, in at least float32. []
@@ -114,6 +118,6 @@ def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
     Source: arXiv 2104.14294, equation 3; facebookresearch/dino@7c446df main_dino.py, DINOLoss.forward.
     """
     pairs = len(targets) * (len(student) - 1)
-    # A view alone has none to be compared with.
+    # A single global view has no targets; its chunk then adds nothing.
     views = [Chunk(v, [target for g, target in enumerate(targets) if g != v]) for v in range(len(student))]
     return cross_entropy(student, views, temperature, share=1 / (student.shape[1] * pairs))

@@ -1,4 +1,4 @@
-"""The iBOT loss: the student says of patches that it cannot see what the teacher, who sees them, says of them."""
+"""iBOT loss: the student predicts the teacher's output on masked patches, which only the teacher sees."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from dinocli.schedules import Clock
 
 
 class IbotLossConfig(Config):
-    """The loss on hidden patches.
+    """Loss on masked patches.
 
     Attributes:
-        weight: Its share in the total.
-        head: Name of the head that reads the hidden patches; a loss on class tokens may name the same.
-        student_temperature: Divides the student's logits.
-        targets: How the teacher's logits become targets.
+        weight: Factor on this loss in the total.
+        head: Name of the head that reads the masked patches; a loss on class tokens may share it.
+        student_temperature: Divisor of the student's logits.
+        targets: Rule that turns the teacher's logits into targets.
     """
 
     reads: ClassVar[Reads] = "patches"
@@ -35,27 +35,27 @@ class IbotLossConfig(Config):
     targets: TargetsConfig
 
     def build(self, prototypes: int) -> IbotLoss:
-        """The loss with its targets' state at the start."""
+        """Build the loss with the initial state of its targets."""
         return IbotLoss(self, prototypes)
 
 
-_AT_ONCE = 2**24  # logits, of which two copies in float32 take 128 MiB; larger chunks are no quicker
+_AT_ONCE = 2**24  # logits per chunk; two copies in float32 take 128 MiB, and larger chunks are not faster
 
 
 class IbotLoss(nn.Module):
     """`ibot_loss` with the state of its targets.
 
-    A batch without masks counts all patches that the head has read alike.
+    In a batch without masks, all patches that the head has read count equally.
     """
 
     def __init__(self, config: IbotLossConfig, prototypes: int) -> None:
         super().__init__()
         self.config = config
         self.targets = config.targets.build(prototypes)
-        self._weights: list[Tensor] = []  # of each part of the step
+        self._weights: list[Tensor] = []  # one tensor per part of the step
 
     def aim(self, teacher: Encoding, clock: Clock) -> Tensor:
-        """What the student is to say of a whole batch, from what the teacher says of its hidden patches. [M, K]"""
+        """Compute the targets of a whole batch from the teacher's logits of its masked patches. [M, K]"""
         self._weights = []
         targets: Tensor = self.targets(teacher.hidden[self.config.head], clock)
         return targets
@@ -67,22 +67,22 @@ class IbotLoss(nn.Module):
         return self.config.weight * ibot_loss(logits, targets, weights, self.config.student_temperature)
 
     def watch(self, targets: Tensor, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
-        """What tells whether the student learns.
+        """Return figures of training progress.
 
         Args:
-            targets: Of a whole batch, or this process's share, in the order of its parts. [M, K]
-            loss: The mean of what `forward` gave for these. []
-            clock: Of the step.
+            targets: Targets of a whole batch, or of this process's share, in the order of its parts. [M, K]
+            loss: Mean of the losses that `forward` returned for the parts. []
+            clock: Clock of the step, for the teacher's temperature.
 
         Returns:
-            Entropy of the targets and divergence of the student from them, in nats, as means over the crops that have
-            a mask; how many nats a hidden patch's targets tell of it (0 where all patches get the same, nan where
-            none is hidden); and the teacher's temperature.
+            `teacher_entropy` of the targets and `kl`, the student's divergence from them, in nats, as means over the
+            masked crops; `information`, the nats that targets carry about their masked patch (0 if all patches get the
+            same, nan if none is masked); and the teacher's `temperature`.
         """
-        weights = torch.cat(self._weights) / len(self._weights)  # of a part's mean to those of the batch's. [M]
-        # Of all processes, which may have masked crops in other numbers.
+        weights = torch.cat(self._weights) / len(self._weights)  # [M], rescaled from a part's mean to the batch's
+        # Over all processes, whose numbers of masked crops may differ.
         share = mean_over_processes(weights.sum())
-        masked = share.clamp(min=torch.finfo(share.dtype).tiny)  # where no crop has a mask, figures are 0 and not nan
+        masked = share.clamp(min=torch.finfo(share.dtype).tiny)  # without masked crops figures are 0, not nan
         weights = weights / masked
         uncertain = (weights * entropy(targets)).sum()
         with exactly(targets.device):
@@ -91,28 +91,28 @@ class IbotLoss(nn.Module):
         return {
             "teacher_entropy": uncertain,
             "kl": loss / self.config.weight / masked - uncertain,
-            "information": information.where(share > 0, torch.nan),  # of nothing hidden, collapse cannot be told
+            "information": information.where(share > 0, torch.nan),  # with no masked patch, collapse cannot be detected
             "temperature": self.targets.config.temperature.at(clock),
         }
 
     def after_step(self) -> None:
-        """Let the targets learn from the step that was done."""
+        """Update the state of the targets after a step."""
         self.targets.update()
         self._weights = []
 
 
 def ibot_loss(student: Tensor, targets: Tensor, weights: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of every hidden patch against what the teacher says of the same patch, as a weighted sum.
+    """Compute the cross-entropy of each masked patch against the teacher's output on it, as a weighted sum.
 
-    With `Masks.weights` it is the mean over a masked crop's hidden patches, so that one with few of them counts as much
-    as one with many, summed over the masked crops and divided by the number of all global crops, as in DINOv2: where
-    half of the crops have a mask, its weight in the total is half of what it says.
+    With `Masks.weights` it is the mean over a masked crop's patches, so that crops with few and with many masked
+    patches count equally. These means are summed over the masked crops and divided by the number of all global crops,
+    as in DINOv2. If half of the crops have a mask, the loss counts half of its `weight`.
 
     Args:
-        student: Logits. [M, K] Where a gradient is wanted they are used up: it is written over them.
+        student: Logits. [M, K] Overwritten with their gradient if they require one.
         targets: Distributions that sum to 1 over K. [M, K]
-        weights: [M]
-        temperature: Divides the student's logits.
+        weights: Weight of each patch. [M]
+        temperature: Divisor of the student's logits.
 
     Returns:
         The weighted sum over M, in at least float32. []

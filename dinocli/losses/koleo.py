@@ -1,4 +1,4 @@
-"""The KoLeo loss: it spreads the images' class tokens evenly, by pushing each away from the nearest other one."""
+"""KoLeo loss: it spreads the images' class tokens evenly by pushing each away from its nearest neighbour."""
 
 from __future__ import annotations
 
@@ -16,60 +16,60 @@ from dinocli.schedules import Clock
 
 
 class KoleoLossConfig(Config):
-    """The loss on the student's class tokens as the backbone makes them; it has no head and no targets.
+    """Loss on the class tokens of the student's backbone; it has no head and no targets.
 
     Attributes:
-        weight: Its share in the total.
+        weight: Factor on this loss in the total.
     """
 
     weight: float = Field(gt=0)
 
     def build(self) -> KoleoLoss:
-        """The loss; it has no state."""
+        """Build the loss, which has no state."""
         return KoleoLoss(self)
 
 
 class KoleoLoss(nn.Module):
-    """`koleo_loss` of each global view apart, summed over the views.
+    """`koleo_loss` of each global view, summed over the views.
 
-    An image's neighbours are the images of the same process; where a batch is taken in parts (`--accumulate`), those of
-    the same part. Few images have far neighbours, so that in small parts it pushes less; a part of one image has none.
+    Neighbours are images of the same process and, with `--accumulate`, of the same part. Among few images neighbours
+    are far, so small parts weaken the push. A part of one image has no neighbour, and no push.
     """
 
     def __init__(self, config: KoleoLossConfig) -> None:
         super().__init__()
         self.config = config
-        self._views = 1  # that the loss is a sum of
+        self._views = 1  # number of views that the loss sums over
 
     def aim(self, teacher: Encoding, clock: Clock) -> None:
-        """There are no targets."""
+        """Store the number of global views; this loss has no targets."""
         self._views = teacher.globals
 
     def forward(self, student: Encoding, targets: None, masks: Masks | None) -> Tensor:  # -> []
         return self.config.weight * torch.stack([koleo_loss(cls) for cls in student.cls[: student.globals]]).sum()
 
     def watch(self, targets: None, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
-        """The geometric mean of the distances to the nearest others, which are 0 to 2; towards 0 images look alike."""
-        # Of all processes first: the mean of their geometric means would be another number.
+        """Return the geometric mean of the distances to the nearest neighbours, 0 to 2; near 0, features coincide."""
+        # Average over the processes first: the mean of their geometric means would be another number.
         return {"distance": (-mean_over_processes(loss) / self.config.weight / self._views).exp()}
 
     def after_step(self) -> None:
-        """Nothing is kept from one step to the next."""
+        """Do nothing: this loss keeps no state between steps."""
 
 
 def koleo_loss(cls: Tensor, eps: float = 1e-8) -> Tensor:
-    """-mean log(distance to the nearest other + eps), of features on the unit sphere.
+    """Compute -mean log(distance to the nearest neighbour + eps) of features on the unit sphere.
 
-    Minus the differential entropy of what the features are drawn from, as Kozachenko and Leonenko estimate it, but for
-    factor and constant. Distances are worked out in float32 at least, whatever autocast says: in float16 eps is 0, and
-    the loss of two equal features is infinite.
+    Up to factor and constant, it is minus the differential entropy of the features' distribution, as Kozachenko and
+    Leonenko estimate it. Distances are computed in at least float32, even under autocast: in float16 eps is 0, and the
+    loss of two equal features is infinite.
 
     Args:
         cls: Features of any length. [B, D]
-        eps: Keeps the logarithm of equal features' distance finite; these get no gradient from one another.
+        eps: Offset that keeps the logarithm finite for equal features, which get no gradient from one another.
 
     Returns:
-        [] 0 for one image alone, which has no other.
+        The loss; 0 for a single image, which has no neighbour. []
 
     Source: arXiv 1806.03198, equation 2; arXiv 2304.07193, section 4; facebookresearch/dinov2@b8931f7
     dinov2/loss/koleo_loss.py.
@@ -77,9 +77,9 @@ def koleo_loss(cls: Tensor, eps: float = 1e-8) -> Tensor:
     with exactly(cls.device):
         x = F.normalize(cls.to(torch.promote_types(cls.dtype, torch.float32)), dim=-1, eps=eps)
         if len(x) < 2:
-            return 0 * x.sum()
+            return 0 * x.sum()  # a 0 with a gradient, so that backward runs
         with torch.no_grad():
             nearest = (x @ x.T).fill_diagonal_(-torch.inf).argmax(-1)  # [B]
-        # Of the difference, since what the product of two near features says of their distance is rounded away.
+        # From the difference: the product of two near features rounds their distance away.
         distances = torch.linalg.vector_norm(x - x[nearest], dim=-1)  # [B]
         return -(distances + eps).log().mean()

@@ -1,1 +1,1 @@
-"""Networks: backbones, heads, and the two together."""
+"""Networks: backbones, heads, and both combined."""

@@ -1,4 +1,4 @@
-"""Architecture: which backbone to build, how it begins, and how it learns."""
+"""Architecture: the backbone to build, its initialization and its learning rates."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dinocli.models.positions import Positions
 
 
 class LearningConfig(Config):
-    """How a backbone learns where it does not do so like the rest of the network.
+    """Learning rates of a backbone relative to the rest of the network.
 
     Attributes:
-        layer_decay: The learning rate of a block is this times that of the next one; of what comes before the first
-            block, once more.
-        patch_embed: The learning rate of the patch embedding is this times what `layer_decay` gives it.
-        frozen_epochs: Epochs at the start in which it does not learn, while the heads do.
+        layer_decay: Ratio of a block's learning rate to that of the next block. It applies once more to the layers
+            before the first block.
+        patch_embed: Factor on the patch embedding's learning rate, on top of `layer_decay`.
+        frozen_epochs: Initial epochs in which only the heads learn.
 
     Source: facebookresearch/dinov2@b8931f7 dinov2/utils/param_groups.py.
     """
@@ -35,18 +35,19 @@ AS_THE_HEADS = LearningConfig()
 
 
 class BackboneConfig(Config):
-    """Which timm model, and what of it differs from timm's own.
+    """timm model, with its differences from timm's defaults.
 
     Attributes:
         name: timm's name of the architecture.
         options: Arguments for `timm.create_model` (patch size, image size, width, depth).
         drop_path: Share of residual branches that the student skips.
-        drop_path_rule: How that share lies over the blocks: `linear`, growing to this in the last one, as in the
-            original; or `uniform`, the same in all, left out so that they cost nothing, as in DINOv2.
-        learning: How it learns, where not like the heads.
-        positions: How learned positions meet another grid: `dino` as the original does (scaled by a factor with 0.1
-            added, no antialias), or `antialias` (to an exact size). Absent for networks without positions.
-        class_token_std: Spread of the class token at the start of training; absent where there is none.
+        drop_path_rule: Distribution of that share over the blocks: `linear` grows to it in the last block, as in the
+            original; `uniform` is the same in all, and skipped branches cost nothing, as in DINOv2.
+        learning: Learning rates relative to the heads.
+        positions: Interpolation of learned positions to other grids: `dino` as in the original (by a factor with 0.1
+            added, no antialias), or `antialias` (to an exact size). None for networks without positions.
+        rescale_positions: Bound on the random factor on the student's rotary coordinates; 1 for none.
+        class_token_std: Standard deviation of the initial class token. None for networks without one.
     """
 
     name: str
@@ -59,10 +60,10 @@ class BackboneConfig(Config):
     class_token_std: float | None = Field(None, gt=0)
 
     def build(self, *, drop_path: bool) -> Backbone:
-        """A backbone with fresh weights; `drop_path` is for the student alone.
+        """Build a backbone with fresh weights; `drop_path` is for the student only.
 
         Raises:
-            DinoError: timm has no such model, or does not take the options.
+            DinoError: If timm has no model of this name, or rejects the options.
         """
         options: dict[str, Any] = dict(self.options)
         if drop_path and self.drop_path and self.drop_path_rule == "linear":
@@ -72,6 +73,7 @@ class BackboneConfig(Config):
             backbone.leave_out(self.drop_path)
         if drop_path and self.rescale_positions != 1:
             backbone.rescale_positions(self.rescale_positions)
+        # Both initializations below replace timm's own.
         if isinstance(backbone, RotaryBackbone):
             backbone.start_evenly()
         if self.class_token_std is not None:
@@ -87,10 +89,10 @@ class BackboneConfig(Config):
 
 
 def create_timm(name: str, **options: Any) -> Any:
-    """A timm model without its classifier.
+    """Create a timm model without its classifier.
 
     Raises:
-        DinoError: timm has no such model, or does not take the options.
+        DinoError: If timm has no model of this name, or rejects the options.
     """
     architecture = name.split(".")[0]
     if ":" not in name and architecture not in timm.list_models():

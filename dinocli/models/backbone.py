@@ -1,4 +1,4 @@
-"""Backbones: a timm model that returns its tokens. The one place that touches timm's insides."""
+"""Backbones: timm models that return their tokens. Only this file, block.py and rotary.py touch timm's internals."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dinocli.models.block import BranchBlock, PlainBlock, Projection, RotaryBloc
 from dinocli.models.positions import Positions, Resampler
 from dinocli.models.rotary import Rotary
 
+# Parts of class names in networks that are not purely convolutional.
 _NOT_CONVOLUTIONS = ("Attention", "Mixer", "Mamba", "Gated", "LSTM", "ResBlock", "SpatialGating", "VisionTransformer")
 
 
@@ -26,11 +27,11 @@ Facet = Literal["token", "query", "key", "value"]
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a backbone makes of B images, each after the final norm.
+    """Output of a backbone for B images, each token after the final norm.
 
     Attributes:
-        cls: The class token, or the average over the map of a convolutional network. [B, D]
-        registers: Register tokens, R of them, possibly none. [B, R, D]
+        cls: Class token, or the average over the map of a convolutional network. [B, D]
+        registers: R register tokens, possibly none. [B, R, D]
         patches: Patch tokens, row by row. [B, N, D]
         grid: Rows and columns of the patches; their product is N.
     """
@@ -42,11 +43,11 @@ class Tokens:
 
 
 class Hidden(NamedTuple):
-    """Patches that a backbone does not get to see.
+    """Masked patches of a batch.
 
     Attributes:
-        where: Which of each image's. [B, N], bool
-        token: What stands in their place, before positions are added. [1, D]
+        where: True for each masked patch. [B, N], bool
+        token: Token that replaces them before positions are added. [1, D]
     """
 
     where: Tensor
@@ -54,17 +55,17 @@ class Hidden(NamedTuple):
 
 
 def adapt(model: Any, positions: Positions) -> Backbone:
-    """The backbone that reads a timm model.
+    """Wrap a timm model in the backbone class that reads it.
 
     Raises:
-        DinoError: The model is neither a vision transformer nor a convolutional network.
+        DinoError: If the model is neither a vision transformer nor a convolutional network.
     """
-    # Its descendants (distilled, hybrid, ...) put more into the sequence than this reads out of it.
+    # Exact type: subclasses (distilled, hybrid, ...) have tokens in the sequence that this would misread.
     if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.cls_token is not None:
         return ViTBackbone(model, positions)
     if RotaryBackbone.reads(model):
         return RotaryBackbone(model)
-    # A convolutional network gives a map [B, D, h, w]; what mixes places otherwise has layouts of its own.
+    # A convolutional network returns a map [B, D, h, w]; networks that mix places otherwise have other layouts.
     parts = list(model.modules())
     if hasattr(model, "feature_info") and not any(
         word in type(p).__name__ for p in parts for word in _NOT_CONVOLUTIONS
@@ -78,12 +79,12 @@ def adapt(model: Any, positions: Positions) -> Backbone:
 
 
 class Backbone(nn.Module):
-    """A timm model behind one face; its weights are those of `model`, under timm's own keys.
+    """timm model behind a common interface; its weights are those of `model`, under timm's own keys.
 
     Attributes:
-        model: The timm model.
-        width: D.
-        patch_size: Pixels on a side that one patch token stands for.
+        model: timm model.
+        width: Width D of the tokens.
+        patch_size: Side of a patch in pixels; for a convolutional network, the stride of its map.
     """
 
     model: Any  # timm's classes are untyped
@@ -91,31 +92,31 @@ class Backbone(nn.Module):
     patch_size: int
 
     def grid(self, size: int) -> tuple[int, int] | None:
-        """Rows and columns of the patches of a square image, in pixels; absent where patches cannot be hidden."""
+        """Return rows and columns of the patches of a square image of `size` pixels; None if masking is unsupported."""
         return None
 
     @property
     def row(self) -> list[nn.Module]:
-        """The blocks in order; none of a backbone that is no row of blocks."""
+        """Blocks in order; empty if the backbone has none."""
         return list(getattr(self.model, "blocks", []))
 
     def compile_blocks(self, *, any_batch: bool) -> None:
-        """Let torch compile the blocks, if there are any.
+        """Compile the blocks with torch.compile, if there are any.
 
         Args:
-            any_batch: Whether batches of other sizes may come than the first, as at the end of a pass.
+            any_batch: If True, other batch sizes than the first may follow, as at the end of a dataset.
         """
-        # A resolution, with a gradient or not, whole or for the class token alone, with drop path or not: each is one
-        # more version of the same code, and torch's own limit is eight.
+        # Each combination of resolution, gradient or not, all tokens or the class token, and drop path or not is
+        # another version of the same code, and torch's own limit is eight.
         torch._dynamo.config.recompile_limit = 64
         for block in self.row:
             block.compile(dynamic=None if any_batch else False)
 
     def leave_out(self, share: float) -> None:
-        """Leave out the branches of such a share of the images in each block, while it trains.
+        """Skip the branches of this share of the images in each block during training, at no cost.
 
         Raises:
-            DinoError: The backbone has no blocks of which that is known.
+            DinoError: If the backbone's blocks do not support it.
         """
         raise DinoError(
             "branches were to be left out in all blocks alike; this backbone is no row of plain ones",
@@ -123,10 +124,10 @@ class Backbone(nn.Module):
         )
 
     def rescale_positions(self, most: float) -> None:
-        """Multiply coordinates by a factor drawn log-uniformly between 1/most and most, while it trains.
+        """Multiply coordinates by a factor drawn log-uniformly between 1/most and most during training.
 
         Raises:
-            DinoError: The backbone's positions are not rotary.
+            DinoError: If the backbone's positions are not rotary.
         """
         raise DinoError(
             f"coordinates were to be rescaled by up to {most:g}; this backbone has no rotary positions",
@@ -134,82 +135,83 @@ class Backbone(nn.Module):
         )
 
     def level(self, parameter: str) -> int:
-        """How deep in the row of blocks a parameter of `model` lies, by its name: 0 before the first block, n in the
-        nth, and one more after the last; the same for all where there is no row.
+        """Return the depth of a parameter of `model`, by its name.
+
+        It is 0 before the first block, n in the nth, and one more after the last; 0 for all if there are no blocks.
         """
         return 0
 
     def recompute_blocks(self) -> None:
-        """Keep nothing of a block for its gradient but what goes in, and work it out again then.
+        """Turn on activation checkpointing: save only a block's input, and recompute the rest for its gradient.
 
         Raises:
-            DinoError: The backbone is no row of blocks.
+            DinoError: If the backbone has no blocks.
         """
         raise DinoError(
             "blocks were to be worked out again for the gradient; this backbone is no row of them", "--accumulate N"
         )
 
     def forward(self, images: Tensor, hidden: Hidden | None = None) -> Tokens:  # [B, C, H, W]
-        """The tokens of the last block, where some patches may be hidden.
+        """Return the tokens of the last block, optionally with masked patches.
 
         Raises:
-            DinoError: The backbone has no patches that could be hidden.
+            DinoError: If the backbone does not support masking.
         """
         return self.blocks(images, 1, hidden)[-1]
 
     def blocks(self, images: Tensor, last: int, hidden: Hidden | None = None) -> list[Tokens]:
-        """The tokens of the `last` blocks, each through the final norm, the earliest first.
+        """Return the tokens of the `last` blocks, each after the final norm, the earliest first.
 
         Raises:
-            DinoError: The backbone has fewer blocks, or none, or no patches that could be hidden.
+            DinoError: If the backbone has fewer blocks or none, or does not support masking.
         """
         raise NotImplementedError
 
     def class_tokens(self, images: Tensor, last: int = 1, hidden: Hidden | None = None) -> list[Tensor]:
-        """The class tokens alone of the `last` blocks: those of `blocks`, for less work where that can be. [B, D] each
+        """Return only the class tokens of the `last` blocks: those of `blocks`, at less cost if possible. [B, D] each
 
         Raises:
-            DinoError: The backbone has fewer blocks, or none, or no patches that could be hidden.
+            DinoError: If the backbone has fewer blocks or none, or does not support masking.
         """
         return [tokens.cls for tokens in self.blocks(images, last, hidden)]
 
     def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
-        """What some blocks make of the patches, or ask of them.
+        """Return the patches' outputs, queries, keys or values in some blocks.
 
         Args:
             images: [B, C, H, W]
-            layers: Numbers of blocks: 1 is the first and -1 the last; what they give is joined in this order.
-            facet: `token`, what comes out of a block, through the final norm; or the `query`, `key` or `value` of its
-                attention, those of all heads joined and before any turn by place.
+            layers: Numbers of blocks: 1 is the first and -1 the last. Their features are concatenated in this order.
+            facet: `token` for the output of a block after the final norm; `query`, `key` or `value` for those of its
+                attention, all heads concatenated and before any rotation by position.
 
         Returns:
             [B, rows, columns, len(layers)*D]
 
         Raises:
-            DinoError: The backbone has no such block, or no attention.
+            DinoError: If the backbone lacks one of these blocks, or has no attention.
 
         Source: Amir et al., arXiv 2112.05814, which calls them facets.
         """
         raise NotImplementedError
 
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
-        """How much each token draws on each other in the last block. [B, heads, queries, 1+R+N]
+        """Compute the attention of each token to each other in the last block. [B, heads, queries, 1+R+N]
 
         Args:
             images: [B, C, H, W]
-            queries: Which tokens ask; the class token alone unless told otherwise, so that the memory for a large
-                photo grows with its patches and not with their square.
+            queries: Tokens that attend. By default only the class token, so that the memory for a large image grows
+                with its patches and not with their square.
 
         Raises:
-            DinoError: The backbone has no attention.
+            DinoError: If the backbone has no attention.
         """
         raise NotImplementedError
 
 
 class Transformer(Backbone):
-    """A timm transformer with a class token, a row of blocks, and images of any size, square or not.
+    """timm transformer with a class token and a row of blocks, for images of any size, square or not.
 
-    What its kinds differ in is how a token knows its place.
+    Subclasses differ in their positions.
     """
 
     def __init__(self, model: VisionTransformer | Eva) -> None:
@@ -237,12 +239,12 @@ class Transformer(Backbone):
         return len(self.row) + 1 if parameter.startswith("norm.") else 0
 
     def _place(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
-        """Tokens with what tells their places, and how far queries and keys are turned, if they are.
+        """Return tokens with learned positions added, and the rotation of queries and keys, if any.
 
         Args:
             tokens: [B, 1+R+N, D]
             grid: Rows and columns of the patches.
-            square: Whether the images are.
+            square: True if the images are square.
 
         Returns:
             [B, 1+R+N, D] and [2, 1+R+N, d/2]
@@ -250,16 +252,17 @@ class Transformer(Backbone):
         raise NotImplementedError
 
     def _embed(self, images: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
-        """Tokens for the first block, how far it turns them, and rows and columns."""
+        """Return the tokens for the first block, the rotation of queries and keys, and rows and columns."""
         if min(images.shape[-2:]) < self.patch_size:
             raise DinoError(
                 f"images of at least one patch of {self.patch_size} pixels were wanted; they are "
                 f"{images.shape[-2]}x{images.shape[-1]}",
                 "larger views (--set views.local.size=...) or a smaller patch",
             )
-        patches = self.model.patch_embed.proj(images)  # [B, D, h, w]; pixels over a multiple of the patch size drop out
+        patches = self.model.patch_embed.proj(images)  # [B, D, h, w]; drops pixels beyond a multiple of the patch size
         grid = (patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
+        # Before positions are added: a masked patch keeps its position.
         if hidden is not None:
             patches = torch.where(hidden.where[..., None], hidden.token.to(patches.dtype), patches)
         # shape[0] and not len(): an exported graph keeps the number of images free.
@@ -279,7 +282,7 @@ class Transformer(Backbone):
         return [self.model.norm(made[:, 0]) for made in self._last(tokens, rotation, last, asking=1)]
 
     def _last(self, tokens: Tensor, rotation: Tensor | None, last: int, asking: int | None = None) -> list[Tensor]:
-        """What the `last` blocks make of tokens, the last one of the first `asking` alone where it can. [B, T, D]"""
+        """Return the outputs of the `last` blocks; the final one computes only `asking` tokens if it can. [B, T, D]"""
         first = len(self.row) - last
         if first < 0:
             raise DinoError(
@@ -293,8 +296,8 @@ class Transformer(Backbone):
         return outputs
 
     def _run(self, block: nn.Module, tokens: Tensor, rotation: Tensor | None, asking: int | None = None) -> Tensor:
-        """A block, whole or with all but what goes in forgotten until its gradient is wanted."""
-        # What is random is drawn here: neither a compiled block nor one that is worked out again draws anything.
+        """Run a block, with activation checkpointing if that is on."""
+        # Random draws happen here: a compiled or recomputed block must not draw anything itself.
         more: tuple[Any, ...] = (block.shares(tokens), asking) if isinstance(block, BranchBlock) else ()
         if rotation is not None:
             more = (*more, rotation)
@@ -336,24 +339,24 @@ def _projected(block: Any, tokens: Tensor, which: Projection) -> Tensor:
 
 
 class ViTBackbone(Transformer):
-    """A timm VisionTransformer: positions are learned, and added to the tokens."""
+    """timm VisionTransformer, whose positions are learned and added to the tokens."""
 
     def __init__(self, model: VisionTransformer, positions: Positions) -> None:
         super().__init__(model)
         self.positions = positions
-        # A model with registers gives its positions to the patches alone.
+        # A model with registers has positions for the patches only.
         self._resample = Resampler(positions, 0 if model.no_embed_class else model.num_prefix_tokens)
         for block in model.blocks:
             PlainBlock.instead_of(block)
 
     @property
     def native_size(self) -> int:
-        """Side of the square images for which positions are taken as they are, in pixels."""
+        """Side of the square images whose positions need no interpolation, in pixels."""
         return int(self.model.patch_embed.img_size[0])
 
     @property
     def shape(self) -> dict[str, int]:
-        """What tells plain vision transformers apart, as both timm and the original name it."""
+        """Sizes that distinguish plain vision transformers, under the names of both timm and the original."""
         blocks = self.model.blocks
         sizes = {"patch_size": self.patch_size, "embed_dim": self.width, "depth": len(blocks)}
         channels = int(self.model.patch_embed.proj.in_channels)
@@ -370,7 +373,7 @@ class ViTBackbone(Transformer):
 
 
 class RotaryBackbone(Transformer):
-    """A timm Eva as DINOv3 uses it: no learned positions; each block turns queries and keys by their patch's place."""
+    """timm Eva as in DINOv3: no learned positions; each block rotates queries and keys by their patch's position."""
 
     def __init__(self, model: Eva) -> None:
         super().__init__(model)
@@ -381,7 +384,7 @@ class RotaryBackbone(Transformer):
 
     @staticmethod
     def reads(model: Any) -> bool:
-        """Whether a model is such a one of timm's."""
+        """Return True if this class supports the model."""
         return (
             type(model) is Eva
             and type(model.patch_embed) is PatchEmbed
@@ -396,7 +399,7 @@ class RotaryBackbone(Transformer):
         self._rescale = most
 
     def start_evenly(self) -> None:
-        """Give what closes each branch a fresh start like all else: timm's own is the smaller, the deeper the block.
+        """Initialize the last layer of each branch like all others; timm scales it down with the block's depth.
 
         Source: facebookresearch/dinov2@b8931f7 dinov2/models/vision_transformer.py, init_weights_vit_timm.
         """
@@ -409,7 +412,7 @@ class RotaryBackbone(Transformer):
 
 
 class ConvBackbone(Backbone):
-    """A convolutional timm network: its class token is the average over the map, its patches are the map's places."""
+    """Convolutional timm network: its class token is the average over the map, its patches are the map's places."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A block of a timm vision transformer: for all tokens, or for the first ones alone."""
+"""Block of a timm vision transformer that computes all tokens, or only the first ones."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Projection = Literal["query", "key", "value"]
 
 
 class BranchBlock(nn.Module):
-    """What both kinds of block have: two branches that drop path may leave out, by draws that come in from outside.
+    """Base of both kinds of block: two branches that drop path may skip, with draws passed in from outside.
 
     Attributes:
-        left_out: Share of the images of a batch whose branches are left out, and cost nothing; timm's own drop path
-            works them out, and multiplies with 0.
+        left_out: Share of the images in a batch whose branches are skipped, at no cost; timm's own drop path computes
+            them and multiplies by 0.
     """
 
     drop_path1: Any
@@ -34,43 +34,43 @@ class BranchBlock(nn.Module):
     left_out: float = 0.0
 
     def shares(self, tokens: Tensor) -> Shares:
-        """Drop path's draws for the two branches.
+        """Draw drop path for the two branches.
 
-        They are drawn apart, so that a block which torch compiles, or does again for its gradient, draws nothing.
+        The draws are separate from the block, so that a compiled or recomputed block draws nothing.
 
         Returns:
-            For each branch what each image's is multiplied by ([B, 1, 1]), or the numbers of the images that have one
-            ([n], int64); absent, none is dropped.
+            For each branch, a factor per image ([B, 1, 1]), or the indices of the images that keep it ([n], int64).
+            None if no image skips it.
         """
         if self.left_out and self.training:
-            count = max(1, math.ceil((1 - self.left_out) * len(tokens)))  # always as many, so that shapes stay fixed
+            count = max(1, math.ceil((1 - self.left_out) * len(tokens)))  # a fixed number, so that shapes stay fixed
             first, second = (torch.randperm(len(tokens), device=tokens.device)[:count] for _ in range(2))
             return first, second
         return _share(self.drop_path1, tokens), _share(self.drop_path2, tokens)
 
 
 class PlainBlock(BranchBlock, Block):
-    """timm's own block, with two doors more: drop path's draws come in, and the first tokens may go on alone."""
+    """timm's own block with two more inputs: drop path's draws, and the number of first tokens to compute."""
 
     attn: Attention
 
     @staticmethod
     def instead_of(block: nn.Module) -> nn.Module:
-        """A block as one of these, its weights as they are; one that is not timm's own stays what it is."""
+        """Turn timm's own block into this class in place, with its weights; return any other block unchanged."""
         if type(block) is Block and type(block.attn) is Attention:
             block.__class__ = PlainBlock
         return block
 
-    def forward(  # type: ignore[override]  # timm's second is a mask, which nobody here has
+    def forward(  # type: ignore[override]  # timm's second argument is a mask, which has no use here
         self, tokens: Tensor, shares: Shares = ALL, asking: int | None = None
     ) -> Tensor:
-        """The tokens after the block.
+        """Return the tokens after the block.
 
         Args:
             tokens: [B, T, D]
-            shares: Of each image's branches.
-            asking: How many of the first tokens are wanted; all where absent. Queries, projection and MLP are worked
-                out for these alone, keys and values for all, and the result is the same.
+            shares: Drop path's draws, from `shares`.
+            asking: Number of first tokens to compute. If None, all. Queries, projection and MLP are computed for these
+                only, keys and values for all tokens, and the result is the same.
 
         Returns:
             [B, asking, D]
@@ -80,31 +80,31 @@ class PlainBlock(BranchBlock, Block):
 
 
 class RotaryBlock(BranchBlock, EvaBlock):
-    """The block of timm's Eva with those two doors, for tokens whose positions are rotary."""
+    """Block of timm's Eva with the same two inputs, for tokens with rotary positions."""
 
-    attn: Any  # an EvaAttention
+    attn: Any  # EvaAttention
 
     @staticmethod
     def reads(block: Any) -> bool:
-        """Whether a block is such a one of timm's."""
+        """Return True if this class supports the block."""
         attn: Any = block.attn if type(block) is EvaBlock else None
         return type(attn) is EvaAttention and attn.qkv is not None and bool(attn.rotate_half)
 
     @staticmethod
     def instead_of(block: nn.Module) -> None:
-        """Make one of these of a block that `reads` takes, its weights as they are."""
+        """Turn a block that `reads` accepts into this class in place, with its weights."""
         block.__class__ = RotaryBlock
 
-    def forward(  # type: ignore[override]  # timm's others are masks, which nobody here has
+    def forward(  # type: ignore[override]  # timm's other arguments are masks, which have no use here
         self, tokens: Tensor, shares: Shares = ALL, asking: int | None = None, rotation: Tensor | None = None
     ) -> Tensor:
-        """The tokens after the block, as `PlainBlock` has it.
+        """Return the tokens after the block, like `PlainBlock.forward`.
 
         Args:
             tokens: [B, T, D]
-            shares: Of each image's branches.
-            asking: How many of the first tokens are wanted; all where absent.
-            rotation: Cosines and sines by which queries and keys are turned; absent, they are not. [2, T, d/2]
+            shares: Drop path's draws, from `shares`.
+            asking: Number of first tokens to compute. If None, all.
+            rotation: Cosines and sines that rotate queries and keys. If None, no rotation. [2, T, d/2]
 
         Returns:
             [B, asking, D]
@@ -130,20 +130,20 @@ def _share(path: nn.Module, tokens: Tensor) -> Tensor | None:
 
 
 def _added(tokens: Tensor, branch: Branch, share: Tensor | None, asking: int | None = None) -> Tensor:
-    """The first tokens with what a branch makes of all. [B, T, D] -> [B, asking, D]"""
+    """Add a branch's output for all tokens to the first ones. [B, T, D] -> [B, asking, D]"""
     stay = tokens[:, :asking]
     if share is None:
         return stay + branch(tokens)
     if share.is_floating_point():
         return stay + branch(tokens) * share
-    # What some images get more makes up for what the others do without.
+    # Kept branches are scaled up to make up for the skipped ones.
     return stay.index_add(0, share, branch(tokens[share]).to(stay.dtype), alpha=len(tokens) / len(share))
 
 
 def _attend(
     attn: Attention | EvaAttention, tokens: Tensor, asking: int | None, rotation: Tensor | None = None
 ) -> Tensor:
-    """Attention of the first tokens to all. [B, T, D] -> [B, asking, D]"""
+    """Compute the attention of the first tokens to all. [B, T, D] -> [B, asking, D]"""
     q, k, v = _queries_keys_values(attn, tokens, asking)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if rotation is not None:
@@ -155,7 +155,7 @@ def _attend(
     else:
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=drop)
     mixed = attn.norm(mixed.transpose(1, 2).flatten(2))  # [B, asking, heads*d]
-    gate = getattr(attn, "gate", None)  # of newer versions of timm
+    gate = getattr(attn, "gate", None)  # in newer versions of timm
     if gate is not None:
         mixed = mixed * gate(tokens[:, :asking]).sigmoid()
     return attn.proj_drop(attn.proj(mixed))
@@ -164,7 +164,7 @@ def _attend(
 def attention_of(
     attn: Attention | EvaAttention, tokens: Tensor, queries: slice, rotation: Tensor | None = None
 ) -> Tensor:
-    """How much each of some tokens draws on each other. [B, T, D] -> [B, heads, queries, T]"""
+    """Compute the attention weights of some tokens over all. [B, T, D] -> [B, heads, queries, T]"""
     q, k, _ = _queries_keys_values(attn, tokens, None)
     q, k = attn.q_norm(q[:, :, queries]), attn.k_norm(k)
     if rotation is not None:
@@ -173,7 +173,7 @@ def attention_of(
 
 
 def projected(attn: Attention | EvaAttention, tokens: Tensor, which: Projection) -> Tensor:
-    """Queries, keys or values of tokens, those of all heads joined, before any turn by place. [B, T, D] -> [B, T, D]"""
+    """Compute queries, keys or values of all heads, concatenated, before any rotation. [B, T, D] -> [B, T, D]"""
     width, first = attn.num_heads * attn.head_dim, ("query", "key", "value").index(which)
     rows, bias = slice(first * width, (first + 1) * width), _bias(attn)
     return F.linear(tokens, attn.qkv.weight[rows], None if bias is None else bias[rows])
@@ -182,7 +182,7 @@ def projected(attn: Attention | EvaAttention, tokens: Tensor, which: Projection)
 def _queries_keys_values(
     attn: Attention | EvaAttention, tokens: Tensor, asking: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, heads, asking, d] and twice [B, heads, T, d]"""
+    """Project tokens to queries [B, heads, asking, d], keys and values [B, heads, T, d]."""
     weight, bias = attn.qkv.weight, _bias(attn)
     if asking is None:
         q, k, v = _by_head(attn, F.linear(tokens, weight, bias), 3)
@@ -195,7 +195,7 @@ def _queries_keys_values(
 
 
 def _bias(attn: Any) -> Tensor | None:
-    """Of queries, keys and values in a row; Eva holds them apart, and that of keys is always 0."""
+    """Return the biases of queries, keys and values, concatenated; Eva stores them apart, with 0 for keys."""
     if getattr(attn, "q_bias", None) is None:
         return attn.qkv.bias
     return torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
@@ -206,14 +206,14 @@ def _by_head(attn: Attention | EvaAttention, values: Tensor, count: int) -> tupl
     return values.unflatten(-1, (count, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-_SHORT = 400  # tokens; 197 took 50 and 82 ms in steps and whole, forward and backward, and 785 took 430 and 290
+_SHORT = 400  # tokens; forward and backward in steps and fused: 50 and 82 ms for 197, 430 and 290 ms for 785
 
 
 def _in_steps(q: Tensor, k: Tensor) -> bool:
-    """Whether the three steps of attention one by one beat torch's own whole.
+    """Return True if attention in three separate steps is faster than torch's fused kernel.
 
-    They do on a CPU in bfloat16, where the gradient of the whole takes two to five times as long, unless there are so
-    many tokens that to write down what each draws on each takes longer still.
+    It is on a CPU in bfloat16, where the fused kernel's gradient takes two to five times as long. For many tokens,
+    storing the attention weights takes longer still.
     """
     coarse = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return coarse and torch.is_grad_enabled() and k.shape[-2] <= _SHORT

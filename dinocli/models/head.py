@@ -1,4 +1,4 @@
-"""The projection head: MLP, bottleneck, weight-normed prototypes."""
+"""Projection head: MLP, bottleneck, weight-normalized prototypes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class HeadConfig(Config):
     """Shape of a head.
 
     Attributes:
-        prototypes: K, the number of outputs.
+        prototypes: Number of outputs K.
         hidden: Width of the MLP's hidden layers.
-        bottleneck: Width of what is compared with the prototypes.
-        layers: Linear layers of the MLP, the one into the bottleneck counted.
-        batch_norm: A BatchNorm before each GELU.
-        norm_last_layer: Keep the prototypes' norms at 1, so that logits are cosines. Steadier; switching it off can
+        bottleneck: Width of the features that are compared with the prototypes.
+        layers: Number of linear layers in the MLP, including the one into the bottleneck.
+        batch_norm: BatchNorm before each GELU.
+        norm_last_layer: Keep the prototypes' norms at 1, so that logits are cosines. More stable; switching it off can
             score higher.
-        weight_norm: Whether a prototype is a direction with a length of its own; else they are a plain linear layer, as
-            in DINOv3.
-        freeze_last_layer_epochs: Epochs at the start in which the student's prototypes do not move.
+        weight_norm: If True, each prototype is a direction with its own length. If False, they are a plain linear
+            layer, as in DINOv3.
+        freeze_last_layer_epochs: Initial epochs in which the student's prototypes do not move.
     """
 
     prototypes: int = Field(ge=2)
@@ -40,15 +40,15 @@ class HeadConfig(Config):
     freeze_last_layer_epochs: int = Field(0, ge=0)
 
     def build(self, width: int) -> Head:
-        """A head with fresh weights for features of `width`."""
+        """Build a head with fresh weights for features of size `width`."""
         return Head(self, width)
 
     @classmethod
     def of(cls, weights: Mapping[str, Tensor]) -> tuple[HeadConfig, int]:
-        """The shape of a head under the original's keys, and the width of the features that it takes.
+        """Infer the shape of a head, and the width of its input, from weights under the original's keys.
 
         Raises:
-            DinoError: They are of no such head.
+            DinoError: If the weights are not those of a DINO head.
         """
         linears = [value for key, value in weights.items() if key.startswith("mlp") and value.ndim == 2]
         if not linears or "last_layer.weight_v" not in weights:
@@ -70,7 +70,7 @@ class HeadConfig(Config):
 
 
 class Head(nn.Module):
-    """Features [S, D] to logits [S, K].
+    """Head from features [S, D] to logits [S, K].
 
     The keys of its weights are the original's (`mlp.0.weight`, `last_layer.weight_v`).
 
@@ -90,7 +90,7 @@ class Head(nn.Module):
             if i < config.layers - 1:
                 layers += [nn.BatchNorm1d(config.hidden)] if config.batch_norm else []
                 layers.append(nn.GELU())
-        # The original's one-layer head is a bare Linear, without the index that a Sequential gives.
+        # The original's one-layer head is a plain Linear, without the index that Sequential adds to its keys.
         self.mlp = nn.Sequential(*layers) if config.layers > 1 else layers[0]
         self.prototypes = config.prototypes
         self.last_layer: nn.Module
@@ -104,33 +104,33 @@ class Head(nn.Module):
         return self.last_layer(self.squeezed(features))  # [S, K]
 
     def squeezed(self, features: Tensor) -> Tensor:
-        """What is compared with the prototypes, at unit length. [S, bottleneck]"""
+        """Return the bottleneck features at unit length, to compare with the prototypes. [S, bottleneck]"""
         return F.normalize(self.mlp(features), dim=-1)
 
 
 def original_head(weights: Mapping[str, Tensor]) -> nn.Module:
-    """What the original builds of weights under its keys, with torch's own weight norm.
+    """Build the original's head from weights under its keys, with torch's own weight norm.
 
     Raises:
-        DinoError: They are of no such head.
+        DinoError: If the weights are not those of a DINO head.
     """
     config, width = HeadConfig.of(weights)
     head = config.build(width).eval()
-    with warnings.catch_warnings(action="ignore"):  # torch would rather have its other weight norm, with other keys
+    with warnings.catch_warnings(action="ignore"):  # torch prefers its newer weight norm, which has other keys
         head.last_layer = nn.utils.weight_norm(nn.Linear(config.bottleneck, config.prototypes, bias=False))
     head.load_state_dict(weights)
     return head
 
 
 class Prototypes(nn.Module):
-    """K directions, and a length for each that may be learned: logits are `length * cosine` of normalized input."""
+    """K directions with lengths that may be learned: logits are `length * cosine` of normalized input."""
 
     def __init__(self, width: int, prototypes: int, *, train_norm: bool) -> None:
         super().__init__()
-        # nn.Linear's own start, as the original makes this layer after it has initialized the others.
+        # nn.Linear's default: the original creates this layer after it has initialized the others.
         self.weight_v = nn.Parameter(torch.empty(prototypes, width).uniform_(-(width**-0.5), width**-0.5))
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=train_norm)
 
     def forward(self, features: Tensor) -> Tensor:
-        # One fused kernel in place of normalize and multiply, whose backward takes four times as long at K = 65,536.
+        # One fused kernel: the backward of normalize and multiply takes four times as long at K = 65,536.
         return F.linear(features, torch._weight_norm(self.weight_v, self.weight_g, 0))

@@ -1,4 +1,4 @@
-"""Network: a backbone with named heads; the shape of student and teacher alike."""
+"""Network: a backbone with named heads, for student and teacher."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CLASS: frozenset[Reads] = frozenset(["class"])
 
 @dataclass(frozen=True)
 class Encoding:
-    """What a network makes of V views of B images, of which the first G are global.
+    """Output of a network for V views of B images; the first G views are global.
 
     Attributes:
-        cls: The backbone's class tokens. [V, B, D]
-        globals: G.
-        logits: What each head that reads class tokens says of them, by its name. [V, B, K]
-        hidden: What each head that reads patches says of those that were asked for, by its name. [M, K]
+        cls: Class tokens of the backbone. [V, B, D]
+        globals: Number of global views G.
+        logits: Logits of the class tokens, by the name of the head. [V, B, K]
+        hidden: Logits of the selected patches, by the name of the head. [M, K]
     """
 
     cls: Tensor
@@ -39,13 +39,12 @@ class Encoding:
 
 
 class Network(nn.Module):
-    """A backbone and the heads on it.
+    """Backbone with heads.
 
     Args:
-        backbone: It.
-        heads: By their names.
-        reads: What each head reads; the class token, if it is not told.
-        hides: Whether patches may be hidden from it; then it has a token that stands in their place.
+        heads: Heads by their names.
+        reads: Tokens that each head reads. By default the class token.
+        hides: If True, patches may be masked, and the network has a token that replaces them.
     """
 
     def __init__(
@@ -64,14 +63,14 @@ class Network(nn.Module):
         self._compiled = False
 
     def forward(self, crops: Sequence[Tensor], hide: Tensor | None = None, rows: Tensor | None = None) -> Encoding:
-        """Encode groups of views, one group a resolution.
+        """Encode groups of views, one group per resolution.
 
         Args:
-            crops: A [V, B, C, H, W] for each resolution, the global views' first; V may differ, B may not.
-            hide: Which patches of the global views the network does not get to see; none where absent. [G, B, N], bool
-            rows: Which of their G*B*N patches the heads that read patches are asked of; all where absent. [M], int64
+            crops: One [V, B, C, H, W] per resolution, the global views first; V may differ, B may not.
+            hide: Mask of the global views' patches. If None, none is masked. [G, B, N], bool
+            rows: Indices, among the G*B*N patches, of those that heads read. If None, all. [M], int64
         """
-        # The backbone runs once a resolution, the heads once on everything: a head with BatchNorm must see all views.
+        # The backbone runs once per resolution, the heads once on everything: BatchNorm in a head must see all views.
         first, *others = crops
         cls, patches = self._globals(first, hide)
         cls = torch.cat([cls, *(self._class_tokens(group, None) for group in others)])
@@ -89,7 +88,7 @@ class Network(nn.Module):
         return Encoding(cls, len(first), logits, hidden)
 
     def _globals(self, group: Tensor, hide: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Class tokens of the global views, and their patches where a head reads them. [G, B, D] and [G*B*N, D]"""
+        """Return class tokens of the global views, and their patches if a head reads them. [G, B, D] and [G*B*N, D]"""
         hidden = None if hide is None or self.mask_token is None else Hidden(hide.flatten(0, 1), self.mask_token)
         if not any("patches" in reads for reads in self.reads.values()):
             return self._class_tokens(group, hidden), None
@@ -101,50 +100,50 @@ class Network(nn.Module):
         return cls.unflatten(0, group.shape[:2])
 
     def prototypes(self, head: str) -> int:
-        """K of a head."""
+        """Return the number of prototypes K of a head."""
         return int(self.get_submodule(f"heads.{head}").prototypes)  # type: ignore[arg-type]
 
     def blocks(self) -> list[nn.Module]:
-        """The backbone's blocks in order; none of one that is no row of blocks."""
+        """Return the backbone's blocks in order; empty if it has none."""
         return self.backbone.row
 
     def compile_blocks(self) -> None:
-        """Let torch compile the backbone's blocks, once for each size of images that comes."""
+        """Compile the backbone's blocks, once for each image size."""
         self.backbone.compile_blocks(any_batch=False)
         self._compiled = True
 
     def eager(self) -> AbstractContextManager[Any]:
-        """Around uses at other sizes than those of training, for which compiling anew would not pay."""
+        """Return a context without compilation, for image sizes other than in training: compiling would not pay."""
         return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights and buffers, under `backbone.<timm's key>` and `heads.<name>.<key>`; what is in shards, whole."""
+        """Return all weights and buffers, gathered, as `backbone.<timm's key>` and `heads.<name>.<key>`."""
         return {k.replace("backbone.model.", "backbone.", 1): whole(v) for k, v in self.state_dict().items()}
 
     def load_weights(self, weights: Mapping[str, Tensor], source: str) -> None:
-        """Load what `weights` gave, exactly.
+        """Load the weights that `weights` returned, exactly.
 
         Raises:
-            DinoError: A key is missing, unknown, or of another shape.
+            DinoError: If a key is missing, unknown, or of another shape.
         """
         load_strictly(self, {k.replace("backbone.", "backbone.model.", 1): v for k, v in weights.items()}, source)
 
 
 def _both(head: Head, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What a head says of two lots of features, either of which may be absent; its MLP sees them at once."""
+    """Return a head's logits of two sets of features; either may be None. The MLP runs once on both."""
     if a is None or b is None:
         return None if a is None else head(a), None if b is None else head(b)
-    # Logits are made apart: losses write their gradients over them, which torch forbids for pieces of one tensor, and
-    # to give back the gradient of a piece would be a copy of all logits.
+    # Logits are separate tensors: losses write gradients over them, which torch forbids for pieces of one tensor.
+    # The gradient of a piece would also be a copy of all logits.
     of_a, of_b = head.squeezed(torch.cat([a, b])).split([len(a), len(b)])
     return head.last_layer(of_a), head.last_layer(of_b)
 
 
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into a module, or say what does not fit and change nothing.
+    """Copy weights into a module; if they do not fit, raise an error and change nothing.
 
     Raises:
-        DinoError: A key is missing, unknown, or of another shape; the line names the first one.
+        DinoError: If a key is missing, unknown, or of another shape; the line names the first one.
     """
     own = module.state_dict()
     for key, value in own.items():
@@ -170,17 +169,17 @@ def _misfit(source: str, what: str) -> DinoError:
 
 
 def original_network(backbone: Backbone, name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """What the original builds for a backbone's weights: its plain vision transformer, or torchvision's network.
+    """Build the original's network for a backbone's weights: a plain vision transformer, or torchvision's network.
 
     Args:
-        backbone: Whose weights they are.
+        backbone: Backbone with the weights.
         name: timm's name of its architecture.
 
     Returns:
-        The network with those weights in it, and how it makes features [B, D] of images.
+        The network with those weights, and a function from images to features [B, D].
 
     Raises:
-        DinoError: It builds none with these weights.
+        DinoError: If the original has no network for these weights.
     """
     if isinstance(backbone, ViTBackbone):
         options: dict[str, Any] = {"img_size": backbone.native_size, **backbone.shape}

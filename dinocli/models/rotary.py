@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys turned by where their patch lies, on any grid."""
+"""Rotary positions: queries and keys rotated by the position of their patch, on any grid."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 class Rotary:
-    """How far queries and keys are turned on a grid of patches; the angles of a grid are worked out once.
+    """Rotation of queries and keys on a grid of patches; the angles of each grid are computed once.
 
     Rows and columns of any grid lie between -1 and 1, each patch at its middle. The first half of a head's angles
-    follows the row, the second the column, each at the same d/4 periods.
+    follows the row, the second the column, each with the same d/4 periods.
 
     Args:
-        prefix: Class and register tokens; they have no place and are not turned.
+        prefix: Number of class and register tokens, which have no position and are not rotated.
 
     Source: DINOv3, section 3.2 (arXiv:2508.10104); timm RotaryEmbeddingDinoV3.
     """
@@ -29,7 +29,7 @@ class Rotary:
 
     @staticmethod
     def reads(rope: Any) -> bool:
-        """Whether a timm model's rotary positions are these."""
+        """Return True if this class supports a timm model's rotary positions."""
         return (
             type(rope) is RotaryEmbeddingDinoV3
             and rope.rotate_half
@@ -38,13 +38,13 @@ class Rotary:
         )
 
     def __call__(self, periods: Tensor, grid: tuple[int, int], rescale: float = 1.0) -> Tensor:
-        """Cosines and sines of the angles on a grid.
+        """Return cosines and sines of the angles on a grid.
 
         Args:
-            periods: Of the angles, in half-widths of an image. [d/4]
+            periods: Periods of the angles, in half-widths of an image. [d/4]
             grid: Rows and columns.
-            rescale: Coordinates are multiplied by a factor drawn log-uniformly between 1/this and this, one for all
-                images; it is drawn on the device, so that nothing waits for it.
+            rescale: Bound on a random factor on the coordinates, log-uniform between 1/rescale and rescale, one for all
+                images. It is drawn on the device, so that the host does not wait.
 
         Returns:
             [2, 1+R+N, d/2]
@@ -56,7 +56,7 @@ class Rotary:
         return torch.stack([angles.cos(), angles.sin()])
 
     def _angles(self, periods: Tensor, grid: tuple[int, int]) -> Tensor:
-        if torch.compiler.is_compiling():  # what is traced holds no numbers that could be kept
+        if torch.compiler.is_compiling():  # traced tensors hold no values to store
             return _angles(periods, grid, self.prefix)
         key = (*grid, periods.dtype, periods.device)
         if key not in self._kept:
@@ -66,7 +66,7 @@ class Rotary:
 
 def _angles(periods: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
     """[1+R+N, d/2]"""
-    # Places are the host's, in float32, as timm's are: the same bits wherever the network is.
+    # Coordinates are computed on the CPU in float32, as in timm: the same bits on every device.
     rows, columns = (2 * (torch.arange(0.5, count, dtype=torch.float32, device="cpu") / count) - 1 for count in grid)
     places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)  # [N, 2]
     angles = 2 * math.pi * places[..., None].to(periods) / periods  # [N, 2, d/4]
@@ -74,11 +74,11 @@ def _angles(periods: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
 
 
 def turned(values: Tensor, rotation: Tensor) -> Tensor:
-    """Queries or keys, each pair of numbers half a head apart turned by its angle. [B, heads, T, d]
+    """Rotate queries or keys: each pair of numbers half a head apart, by its angle. [B, heads, T, d]
 
     Args:
         values: [B, heads, T, d]
-        rotation: Cosines and sines, which may be finer than the values. [2, T, d/2]
+        rotation: Cosines and sines, possibly more precise than the values. [2, T, d/2]
     """
     cos, sin = rotation
     first, second = values.chunk(2, -1)
