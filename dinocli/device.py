@@ -67,7 +67,7 @@ def why_not_compiled(device: torch.device) -> str | None:
     """Try torch.compile on a device, and return its error in one line; None if it works."""
     try:
         torch.compile(lambda x: (x * 2).relu())(torch.ones(8, device=device))
-    except Exception as error:  # no compiler, no Triton, an unknown Python: any error will do
+    except Exception as error:  # no compiler, no Triton, an unknown Python: any error counts
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None
 
@@ -93,7 +93,7 @@ def cores() -> int:
 
 
 def default_workers(device: torch.device) -> int:
-    """Return the number of processes that decode images: one per core with a GPU; one per four cores on a busy CPU.
+    """Return the number of processes that decode images: one per core with a GPU; one per four if the CPU trains.
 
     Several processes of the run on this machine share the cores.
     """

@@ -278,7 +278,7 @@ def lost(error: BaseException) -> bool:
 
 
 def any_of(*flags: bool) -> list[bool]:
-    """Return for each flag if it is set in any process. The host waits for the others; the device does not wait."""
+    """Return, for each flag, whether it is set in any process. The host waits for the others, the device does not."""
     if not _together():
         return list(flags)
     import torch

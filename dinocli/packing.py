@@ -148,7 +148,7 @@ def pack(
 
 
 def _names(source: Images) -> tuple[NDArray[np.bool_], str]:
-    """Return if each image shares its key with another, as `a.jpg` and `a.png` do, and a digest of names and labels."""
+    """Return whether each image shares its key (`a.jpg` and `a.png`), and a digest of names and labels."""
     whole = hashlib.sha256(np.asarray(source.labels, dtype=np.int32).tobytes())
     codes = np.empty(len(source), dtype=np.uint64)  # not the keys themselves: ten million fill the memory
     for i in range(len(source)):

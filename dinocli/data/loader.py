@@ -88,7 +88,7 @@ class TrainBatches:
 
     Each image appears once per epoch, in a new order every epoch; the last, incomplete batch is dropped. The views of
     an image depend on the seed, the epoch and its number, but not on the number of processes or on where a run resumed.
-    Images from tar shards keep their stored order, shuffled in a buffer. Each worker has its own shards, so that order
+    Images from tar shards come in stored order, shuffled in a buffer. Each worker has its own shards, so this order
     depends on the number of workers too. An unreadable file is replaced by another draw, so batches keep their size.
 
     Args:

@@ -36,14 +36,14 @@ _PICTURES = 1000  # pictures of this tool's own that may be next to shards
 
 
 class Sample(NamedTuple):
-    """An image of a shard.
+    """Image of a shard.
 
     Attributes:
         epoch: Index of the pass through the stream; 0 in a single pass.
         number: Number that is the same in every run: the shard's index times 2**32 plus the image's index in the shard.
         name: File name of the shard, a slash, and the name in the shard.
-        data: Bytes of the image file; empty if it cannot be read. With the shard's name alone as `name`, this is the
-            unreadable rest of a shard.
+        data: Bytes of the image file; empty if it cannot be read. If `name` is the shard's name alone, the sample
+            stands for the unreadable rest of the shard.
         label: Class index, or -1 if there is none.
         reason: Reason for not reading the image, if known without its data.
     """

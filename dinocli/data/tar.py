@@ -247,7 +247,7 @@ def _entries(tape: LocalTar | PipedTar, most: Callable[[str], int]) -> Iterator[
                 yield name, _new_sparse(tape, later, size, most(name))
             elif kind in b"07\0":
                 yield name, tape.content(size, most(name))
-            elif kind not in b"3456":  # 3 to 6 are devices and folders, without content
+            elif kind not in b"3456":  # 3 to 6 are devices, folders and pipes, without content
                 tape.content(size, 0)
     except ValueError:
         tape.torn = _TORN
