@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, synced, and renamed into it."""
+"""Atomic writes: files are written next to their target, synced, and renamed over it."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from numpy.typing import NDArray
 from dinocli.checksums import seal
 from dinocli.drafts import BEFORE, drafting, sweep
 
-_FIRST = 1000  # entries of a folder, which takes less than a millisecond
+_FIRST = 1000  # entries of a folder to sweep, in less than a millisecond
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of Linux's renameat2
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path, and put the file there in the place of `path` when the block ends well.
+    """Yield a temporary path, and move the file there to `path` when the block succeeds.
 
-    The folder is made where it is missing. When the block raises, what stood at `path` before stands there still, and
-    the temporary file and any folder that was made for it are gone.
+    Missing folders are created. If the block raises, an earlier file at `path` is unchanged, and the temporary file and
+    any created folders are removed.
 
     Raises:
-        OSError: The disk is full, or the place may not be written to; it names `path`.
+        OSError: If the disk is full or the place is not writable. The error names `path`.
     """
     sweep(path.parent, _FIRST)
     with drafting(path) as draft:
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
-        # Some writers make private files; what the tool leaves is for whoever the user lets read it.
+        # Some writers create private files; outputs get the permissions of the user's umask.
         umask = os.umask(0)
         os.umask(umask)
         draft.chmod(0o666 & ~umask)
@@ -46,13 +46,13 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder, and put it in the place of `path` when the block ends well.
+    """Yield a temporary folder, and replace `path` with it when the block succeeds.
 
-    When the block raises, what stood at `path` before stands there still, and the temporary folder and any folder that
-    was made for it are gone. Each file in it is to be written with `atomic`, `write_text` or `write_tensors`.
+    If the block raises, an earlier folder at `path` is unchanged, and the temporary folder and any created folders are
+    removed. Write each file in it with `atomic`, `write_text` or `write_tensors`.
 
     Raises:
-        OSError: The disk is full, the place may not be written to, or a file or a link stands there; it names `path`.
+        OSError: If the disk is full, the place is not writable, or `path` is a file or a link. The error names `path`.
     """
     _refuse_others(path)
     with draft_folder(path) as draft:
@@ -62,12 +62,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def draft_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder, which is gone at the end, unless the block has put it elsewhere.
+    """Yield a temporary folder, which is removed at the end unless the block moved it.
 
-    Drafts of killed writers beside `path` are removed first.
+    Drafts of killed writers next to `path` are removed first.
 
     Raises:
-        OSError: The disk is full, or the place may not be written to; it names `path`.
+        OSError: If the disk is full or the place is not writable. The error names `path`.
     """
     sweep(path.parent)
     with drafting(path) as draft:
@@ -76,13 +76,13 @@ def draft_folder(path: Path) -> Iterator[Path]:
 
 
 def put_folder(draft: Path, path: Path) -> None:
-    """Put a folder that `draft_folder` made in the place of another, if there is one.
+    """Move a folder from `draft_folder` to `path`, replacing an existing folder.
 
-    Whenever this process is killed, `path` is the old folder or the new one. Where the system cannot exchange two
-    folders at once, it may be missing for a moment; then the old one is in the draft, and `sweep` puts it back.
+    Whenever this process is killed, `path` is the old folder or the new one. If the system cannot exchange two folders
+    in one step, `path` may be missing for a moment. Then the old folder is in the draft, and `sweep` restores it.
 
     Raises:
-        OSError: A file or a link stands there, and is left; it names `path`.
+        OSError: If `path` is a file or a link, which stays unchanged. The error names `path`.
     """
     _refuse_others(path)
     if not (path.exists() and _exchange(draft, path)):
@@ -99,7 +99,7 @@ def put_folder(draft: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step, or return False if the system or the file system cannot."""
+    """Exchange two folders in one step; return False if the system or the file system cannot."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):  # not Linux
@@ -113,7 +113,7 @@ def _refuse_others(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """A rename is durable only once its folder is synced, where the system can sync one."""
+    """Sync a folder, if the system can: only then is a rename in it durable."""
     with contextlib.suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -123,28 +123,28 @@ def _sync_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with atomic(path) as draft:
         draft.write_text(text, encoding="utf-8", errors="surrogateescape")  # file names may hold any bytes
 
 
 def write_json(path: Path, data: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Write a JSON object with its checksum, which `unseal` verifies; whole or not at all."""
+    """Write a JSON object atomically, with a checksum that `unseal` verifies."""
     write_text(path, json.dumps(seal(data), indent=indent))
 
 
 def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whole or not at all; the same tensors and metadata give the same bytes.
+    """Write a safetensors file atomically; the same tensors and metadata give the same bytes.
 
     Raises:
-        OSError: The disk is full, or the place may not be written to.
+        OSError: If the disk is full or the place is not writable.
 
     Source: the format, https://github.com/huggingface/safetensors: length of the header, header, numbers.
     """
-    # Written here and not by the library, which puts metadata in another order each time.
+    # Not written by the library, which orders metadata differently each time.
     plain = {name: np.asarray(values, order="C") for name, values in tensors.items()}
     plain = {name: values.astype(values.dtype.newbyteorder("<"), copy=False) for name, values in plain.items()}
-    # Wide numbers first, so that every tensor begins at a multiple of its numbers' width.
+    # Wide types first, so that every tensor starts at a multiple of its item size.
     names = sorted(plain, key=lambda name: (-plain[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
@@ -161,6 +161,6 @@ def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[s
 
 
 def _dtype(values: NDArray[Any]) -> str:
-    """The format's name of a type: F32, I64, U8, BOOL."""
+    """Return the format's name of a type: F32, I64, U8, BOOL."""
     letters = {"f": "F", "i": "I", "u": "U"}
     return "BOOL" if values.dtype.kind == "b" else f"{letters[values.dtype.kind]}{8 * values.itemsize}"

@@ -1,4 +1,4 @@
-"""Checksums that tell a damaged file from a valid one, in JSON and over whole files."""
+"""Checksums that distinguish corrupt files from valid ones, in JSON and over whole files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 KEY = "crc32"
-_PIECE = 1 << 22  # bytes; larger ones are slower, since they leave the processor's cache
+_PIECE = 1 << 22  # bytes; larger pieces are slower, because they exceed the processor's cache
 _WORTH_REMEMBERING = 1 << 28  # bytes, about 0.2 seconds
 _REMEMBERED = "user.dinocli.verified"
 
@@ -20,8 +20,8 @@ def crc_of(data: Mapping[str, Any], begin: int = 0) -> int:
     """Compute the checksum of a JSON object, whatever the order of its keys.
 
     Args:
-        data: As `json.loads` returns it.
-        begin: Checksum of the bytes before it.
+        data: JSON object as `json.loads` returns it.
+        begin: Checksum of the bytes before the object.
     """
     return zlib.crc32(json.dumps(data, sort_keys=True).encode(), begin)
 
@@ -35,7 +35,7 @@ def parse(text: bytes | str) -> Any:
     """Parse JSON.
 
     Raises:
-        ValueError: It is no JSON, or nested too deeply.
+        ValueError: If the text is no valid JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
@@ -47,7 +47,7 @@ def unseal(text: bytes | str) -> dict[str, Any]:
     """Parse a JSON object and verify its checksum, if it has one; files of earlier versions have none.
 
     Raises:
-        ValueError: It is no JSON object, or its checksum differs.
+        ValueError: If the text is no JSON object, or its checksum differs.
     """
     data = parse(text)
     if not isinstance(data, dict):
@@ -62,10 +62,10 @@ def unseal(text: bytes | str) -> dict[str, Any]:
 
 
 def crc_of_file(path: Path, skip: int = 0) -> int:
-    """Compute the checksum of a file's bytes, those after the first `skip`.
+    """Compute the checksum of a file's bytes after the first `skip`.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: If the file cannot be read.
     """
     total, piece = 0, bytearray(_PIECE)
     view = memoryview(piece)
@@ -79,17 +79,17 @@ def crc_of_file(path: Path, skip: int = 0) -> int:
 def verified(path: Path, known: str, skip: int = 0, header: Mapping[str, Any] | None = None) -> bool:
     """Check a file against its checksum.
 
-    A large file is read once only: an extended attribute remembers the size, time and place of the bytes that were
-    verified, if the file system has attributes.
+    A large file is read only once: an extended attribute stores the size, time and inode of the verified bytes, if the
+    file system has attributes.
 
     Args:
-        path: Of the file.
-        known: Its checksum, as eight hexadecimal digits.
-        skip: Bytes at its start that the checksum leaves out.
-        header: Part of the checksum too, after the bytes.
+        path: File to check.
+        known: Expected checksum, as eight hexadecimal digits.
+        skip: Number of bytes at the start that the checksum does not cover.
+        header: JSON object that the checksum covers after the bytes. If None, it covers the bytes alone.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: If the file cannot be read.
     """
     told = path.stat()
     state = f"{known} {told.st_size} {told.st_mtime_ns} {told.st_ino} {crc_of(header or {}):08x}".encode()

@@ -1,4 +1,4 @@
-"""Which device to compute on, how precisely, and with how many processes beside it."""
+"""Device and precision to compute with, and the number of processes that decode images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dinocli.resources import cores
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a name; `auto` is the first of CUDA, MPS and CPU that is there.
+    """Return the device with a name; `auto` is the first available of CUDA, MPS and CPU.
 
-    Of several processes each has a CUDA device of its own, the one of its number on this machine.
+    With several processes, each gets the CUDA device of its local rank.
 
     Raises:
-        DinoError: The name is none, or the device is not there.
+        DinoError: If the name is invalid or the device is not available.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        # Metal has no way between processes.
+        # MPS has no communication between processes.
         name = next(kind for kind, present in there.items() if present and (size() == 1 or kind != "mps"))
     try:
         device = torch.device(name)
@@ -46,58 +46,58 @@ def pick_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """What computes products of `precision` where the device has them; they are float32 elsewhere, as weights are."""
+    """Return the autocast context for a precision; without native support, products stay float32 like the weights."""
     if precision == "bfloat16" and has_bfloat16(device):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device has products of bfloat16; one that can only imitate them takes longer than for float32."""
+    """Return whether a device multiplies bfloat16 natively; emulation is slower than float32."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # of newer torch
+        has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # in newer torch only
         return any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """What keeps torch from compiling for a device, in a line; absent, it can, as was tried."""
+    """Try torch.compile on a device, and return its error in one line; None if it works."""
     try:
         torch.compile(lambda x: (x * 2).relu())(torch.ones(8, device=device))
-    except Exception as error:  # no compiler, no Triton, a Python it does not know: whatever it is, it cannot
+    except Exception as error:  # no compiler, no Triton, an unknown Python: any error counts
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what a step on a CPU frees for the next step, which takes as much again.
+    """Make the C library keep the memory that a CPU step frees for the next step, which needs as much again.
 
-    To give it back to the system and get it anew, page by page, was 4 % of a step in float32 and 7 % in bfloat16. Where
+    Returning it to the system and getting it back page by page took 4 % of a step in float32 and 7 % in bfloat16. If
     the library is not glibc, nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
-        library.mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
+        library.mallopt(_MMAP_THRESHOLD, 32 * 2**20)  # the largest value it accepts
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def default_workers(device: torch.device) -> int:
-    """Processes that decode images: all cores beside a GPU; beside a CPU, which has its hands full, one in four.
+    """Return the number of processes that decode images: one per core with a GPU; one per four if the CPU trains.
 
-    Several processes on this machine share the cores.
+    Several processes of the run on this machine share the cores.
     """
     each = max(1, cores() // local_size())
     return min(16, each) if device.type != "cpu" else max(1, min(4, each // 4))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: of the device's memory, or of this process where the device is the CPU."""
+    """Return the peak memory use in bytes: of the device, or of this process if the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

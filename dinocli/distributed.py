@@ -1,7 +1,7 @@
-"""Every question about other processes; with engine/parallel.py the one file that says torch.distributed.
+"""Processes of a run: their launch, ranks and collectives. Only this file and engine/parallel.py use torch.distributed.
 
-A run is of one process, or of those that torchrun or another launcher started. torch is imported where it is needed:
-the command line asks here who may speak.
+A run has one process, or those that torchrun or another launcher started. torch is imported only when needed, because
+the command line asks this module which process may print.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
-_PATIENCE = timedelta(minutes=30)  # for a process that is alive and does not come; one that dies is noticed at once
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+_PATIENCE = timedelta(minutes=30)  # for a live process that does not arrive; a dead one is noticed at once
 
 
-# Variables that name the rank and the number of processes, by their launcher.
+# Variables with the rank and the number of processes, by launcher.
 _VARIABLES = (
     ("torch.distributed", "RANK", "WORLD_SIZE"),
     ("srun", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
@@ -46,10 +46,10 @@ class Started(NamedTuple):
     """Place of this process among several that a launcher started.
 
     Attributes:
-        launcher: Command that started them, or `torch.distributed` for its variables alone.
-        rank: Number of this process; None if no variable tells.
-        size: Number of processes; None if no variable tells.
-        meets: If they can meet: the variables are complete, and name an address.
+        launcher: Command that started them, or `torch.distributed` if only its variables are set.
+        rank: Rank of this process; None if no variable has it.
+        size: Number of processes; None if no variable has it.
+        meets: True if the processes can connect: the variables are complete and include an address.
     """
 
     launcher: str
@@ -77,12 +77,12 @@ def started() -> Started | None:
 
 
 def unused_tasks() -> int:
-    """Return the tasks of a SLURM job whose batch script runs this command once; 1 if there are no more."""
+    """Return the number of tasks of a SLURM job whose batch script runs this command once; 1 outside such jobs."""
     return (_integer("SLURM_NTASKS") or 1) if _in_batch_script() else 1
 
 
 def _in_batch_script() -> bool:
-    # SLURM numbers the script 0 of all tasks, as srun numbers its first; only srun names a step.
+    # SLURM gives the script rank 0 of all tasks, as srun gives its first task; only srun sets a step.
     in_step = {"SLURM_STEP_ID", "SLURM_STEPID"} & set(os.environ) or _integer("SLURM_PROCID")
     return "SLURM_JOB_NODELIST" in os.environ and not in_step
 
@@ -93,10 +93,10 @@ def _integer(name: str) -> int | None:
 
 
 def check_launch(command: str) -> None:
-    """Check that processes which another launcher than torchrun started can meet, so that none trains alone.
+    """Check that processes of a launcher other than torchrun can connect, so that none trains alone.
 
     Raises:
-        DinoError: They cannot: an address or a number is missing.
+        DinoError: If an address, the rank or the number of processes is missing.
     """
     found = started()
     if found is None or found.meets:
@@ -127,32 +127,32 @@ def check_launch(command: str) -> None:
 
 
 def size() -> int:
-    """Processes of the run."""
+    """Return the number of processes of the run."""
     found = started()
     return found.size if found and found.meets and found.size else 1
 
 
 def rank() -> int:
-    """Number of this process in the run; 0 speaks and writes."""
+    """Return the rank of this process in the run; rank 0 prints and writes."""
     found = started()
     return found.rank if found and found.meets and found.rank else 0
 
 
 def local_size() -> int:
-    """Processes of the run on this machine."""
+    """Return the number of processes of the run on this machine."""
     return (_integer("LOCAL_WORLD_SIZE") or 1) if size() > 1 else 1
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, and of its CUDA device."""
+    """Return the rank of this process on its machine, which is also the index of its CUDA device."""
     return (_integer("LOCAL_RANK") or 0) if size() > 1 else 0
 
 
 def begin() -> None:
-    """Meet the other processes of the run."""
+    """Connect to the other processes of the run."""
     if size() == 1:
         return
-    end_with(os.getppid())  # torchrun, which may be killed; alone a process would keep the run folder and the device
+    end_with(os.getppid())  # torchrun, which may be killed; an orphan would keep the run folder and the device
     import torch
     from torch import distributed
 
@@ -163,8 +163,8 @@ def begin() -> None:
     cuda = torch.cuda.is_available()
     if cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    # torchrun keeps its store when it starts processes again, and with it the addresses of those that are gone. Only on
-    # one machine do all processes count the starts alike.
+    # When torchrun restarts processes, it keeps its store and with it the addresses of dead ones. All processes have
+    # the same restart count only on a single machine.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_size() == size() else "0"
     store = distributed.PrefixStore(f"dinocli/{attempt}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -172,9 +172,10 @@ def begin() -> None:
 
 
 def _find_local_places(store: Any, number: int, count: int) -> None:
-    """Set the local rank and size as torchrun does: not every launcher tells them.
+    """Set the local rank and size as torchrun does, because not every launcher sets them.
 
-    With one GPU bound to each task, each sees its own as device 0, so such tasks count as if on machines of their own.
+    If each task is bound to one GPU, it sees that GPU as device 0. So the ranks of such tasks are counted as if each
+    were on its own machine.
     """
     import socket
 
@@ -187,7 +188,7 @@ def _find_local_places(store: Any, number: int, count: int) -> None:
 
 
 def end() -> None:
-    """Part from the others, once all have come here."""
+    """Leave the other processes once all have arrived here."""
     if size() > 1 and _together():
         from torch import distributed
 
@@ -202,7 +203,7 @@ def _together() -> bool:
 
 
 def launch(processes: int) -> int:
-    """Run this process's command in so many processes of this machine, as torchrun does; the exit code."""
+    """Run this command in `processes` processes on this machine, as torchrun does; return the exit code."""
     import logging
     from uuid import uuid4
 
@@ -210,7 +211,7 @@ def launch(processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Whichever process failed has said why, or another one that it is gone.
+    # The failed process has printed the reason, or another process that it is gone.
     logging.disable(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
@@ -221,20 +222,20 @@ def launch(processes: int) -> int:
         elastic_launch(config, sys.executable)("-m", "dinocli", *sys.argv[1:])
     except ChildFailedError:
         return 1
-    except SignalException as stopped:  # they were told, and have come to their end
+    except SignalException as stopped:  # the processes got the signal and have ended
         return 0 if stopped.sigval in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) else 1
     return 0
 
 
 def end_with(parent: int, *, by_system: bool = True) -> None:
-    """End this process as soon as the one that started it is gone, which may have been killed.
+    """End this process as soon as its parent is gone, even if the parent was killed.
 
-    Linux does so itself, and ends a stopped process too. Elsewhere a thread looks twice a second.
+    Linux does so itself, and ends a stopped process too. On other systems, a thread checks twice a second.
 
     Args:
-        parent: Process id that the parent had when it started this process.
-        by_system: Whether Linux may do it. It counts the end of the thread that started this process, which therefore
-            must be one that lives as long as its process.
+        parent: Process id of the parent when it started this process.
+        by_system: True if Linux may do it. Linux watches the thread that started this process, so that thread must
+            live as long as its process.
     """
     if by_system and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError, TypeError):
@@ -251,7 +252,7 @@ def _wait_for_end_of(parent: int) -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether no other process of the run has failed before this one, which is then the one to say why."""
+    """Return whether this process is the first of the run to fail, and so the one to report the reason."""
     if size() == 1:
         return True
     from torch import distributed
@@ -260,12 +261,12 @@ def first_to_fail() -> bool:
         return rank() == 0
     try:
         return distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # who keeps the store is gone
+    except RuntimeError:  # the process that hosts the store is gone
         return rank() == 0
 
 
 def lost(error: BaseException) -> bool:
-    """Whether an error says that another process is gone."""
+    """Return whether an error means that another process is gone."""
     if size() == 1:
         return False
     from torch import distributed
@@ -277,7 +278,7 @@ def lost(error: BaseException) -> bool:
 
 
 def any_of(*flags: bool) -> list[bool]:
-    """For each flag, whether it is set in any process. The host waits for the others, the device for nothing."""
+    """Return, for each flag, whether it is set in any process. The host waits for the others, the device does not."""
     if not _together():
         return list(flags)
     import torch
@@ -289,7 +290,7 @@ def any_of(*flags: bool) -> list[bool]:
 
 
 def gathered(value: Value) -> list[Value]:
-    """What each process holds, by its number, in all of them; it travels as a pickle between them."""
+    """Return the values of all processes, by rank, in every process; they are exchanged as pickles."""
     if not _together():
         return [value]
     from torch import distributed
@@ -300,7 +301,7 @@ def gathered(value: Value) -> list[Value]:
 
 
 def from_first(value: Value) -> Value:
-    """What the first process holds."""
+    """Return the value of the first process."""
     if not _together():
         return value
     from torch import distributed
@@ -311,9 +312,9 @@ def from_first(value: Value) -> Value:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of what each process of the run holds; in a run of one process, the values as they are.
+    """Return the mean of the values over all processes; in a run of one process, the values unchanged.
 
-    Every process gets the same numbers, and each must have as many samples behind its own as the others.
+    Every process gets the same result, and all must have the same number of samples behind their values.
     """
     if not _together():
         return values
@@ -325,10 +326,10 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def logsumexp_over_processes(values: Tensor) -> Tensor:
-    """The logarithm of the sum, over the processes of the run, of the exponentials of what each holds.
+    """Return the logarithm of the sum, over all processes, of the exponentials of their values.
 
-    Of what each process's `logsumexp` found for its own samples it makes what that would find for the samples of all.
-    In a run of one process, the values as they are.
+    From each process's `logsumexp` over its own samples, this computes the `logsumexp` over the samples of all. In a
+    run of one process, the values are returned unchanged.
     """
     if not _together():
         return values
@@ -337,14 +338,14 @@ def logsumexp_over_processes(values: Tensor) -> Tensor:
 
     top = values.clone()
     distributed.all_reduce(top, distributed.ReduceOp.MAX)
-    top.clamp_(min=torch.finfo(top.dtype).min)  # -inf, of no samples anywhere, has no difference to itself
+    top.clamp_(min=torch.finfo(top.dtype).min)  # -inf, from no samples anywhere, minus itself is NaN
     total = (values - top).exp()
     distributed.all_reduce(total)
     return total.log() + top
 
 
 def all_of(done: Tensor) -> Tensor:
-    """Whether a truth on the device holds in all processes; the host does not wait for it. [], bool"""
+    """Return whether a flag on the device is set in all processes; the host does not wait for it. [], bool"""
     if not _together():
         return done
     from torch import distributed
@@ -354,25 +355,25 @@ def all_of(done: Tensor) -> Tensor:
     return found.bool()
 
 
-# Tensors that lie in shards, a part of each in every process, as FSDP2 holds them.
+# Sharded tensors, as in FSDP2: every process holds a part of each.
 
 
 def in_shards(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of them lies in shards."""
+    """Return whether any of the tensors is sharded."""
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process holds of each: all of it, or of one in shards its own."""
+    """Return this process's part of each tensor: its own shard, or all of a tensor that is not sharded."""
     from torch.distributed.tensor import DTensor
 
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The norm of each, over all its shards."""
+    """Return the norm of each tensor, over all its shards."""
     import torch
 
     found = torch._foreach_norm(local(tensors))
@@ -383,14 +384,14 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; one in shards is gathered in the host's memory, and then every process must ask."""
+    """Return the full tensor. A sharded one is gathered in host memory, and every process must call this."""
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor on the device of another, and in shards where that one is."""
+    """Return a full tensor on the device of `like`, and sharded if `like` is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     tensor = tensor.to(like.device)

@@ -1,4 +1,4 @@
-"""Drafts: private folders beside what is being written, and how to remove those of killed writers."""
+"""Drafts: private folders next to their targets, and the removal of those left by killed writers."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from pathlib import Path
 from dinocli.locks import Lock, lock
 
 BEFORE = ".dinocli-before"  # in a draft: the folder that it is about to replace
-_MARK = ".dinocli-mark"  # in a draft: says that it is ours, and is locked as long as its writer lives
+_MARK = ".dinocli-mark"  # in a draft: identifies it as ours, and is locked while its writer lives
 _DRAFT = re.compile(r"\.dinocli-[0-9a-f]{16}\.part")
 _OURS = b"draft of dinocli"
 _LONG = 3600.0  # seconds
-# What writing to an open file raises, without a name.
+# Errors of a write to an open file, which do not name the file.
 _OF_A_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextlib.contextmanager
 def drafting(path: Path) -> Iterator[Path]:
-    """Yield a free path of the same name in a private folder beside `path`, which is removed at the end.
+    """Yield a free path of the same name in a private folder next to `path`, which is removed at the end.
 
-    Nobody can foresee the folder's name or plant a link in it. The folder holds a mark, which is locked as long as
-    this process lives, so that `sweep` knows what a killed one has left, whatever number its process had.
+    Nobody can predict the folder's name or plant a link in it. The folder holds a mark, which is locked while this
+    process lives. So `sweep` recognises the drafts of killed processes, whatever their process ids.
 
-    Missing folders above `path` are created; those that were created are removed if the block raises.
+    Missing folders above `path` are created, and removed again if the block raises.
 
     Raises:
-        OSError: The disk is full, or the folder cannot be written to; it names `path`.
+        OSError: If the disk is full or the folder is not writable. The error names `path`.
     """
     folder = path.with_name(f".dinocli-{secrets.token_hex(8)}.part")
     with _naming(path, folder), _parents(path):
@@ -51,20 +51,20 @@ def drafting(path: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder at once, before its files go one by one: nobody finds a part of it."""
+    """Remove a folder by renaming it first, so that nobody finds it with only some of its files."""
     with drafting(folder) as gone:
         folder.rename(gone)
 
 
 def sweep(folder: Path, first: int | None = None) -> None:
-    """Remove the drafts that killed writers have left in a folder, and put back what they were about to replace.
+    """Remove the drafts of killed writers in a folder, and restore the folders that they were about to replace.
 
-    A draft is a folder of our own name that holds our mark, which no living process has locked. Nothing else is
-    touched, whatever its name.
+    A draft is a folder with a name of ours and our mark, which no living process has locked. Nothing else is touched,
+    whatever its name.
 
     Args:
-        folder: May be missing.
-        first: Look at so many of its entries only, in no order; if None, at all.
+        folder: Folder to sweep, which may be missing.
+        first: Number of entries to check, in no order. If None, all are checked.
     """
     try:
         with os.scandir(folder) as entries:
@@ -80,7 +80,7 @@ def sweep(folder: Path, first: int | None = None) -> None:
 def _sweep_one(draft: Path) -> None:
     mark = draft / _MARK
     if not mark.exists():
-        if _silent(draft):  # killed before its mark was there: it is empty, or not ours
+        if _silent(draft):  # killed before it wrote its mark: it is empty, or not ours
             (draft / f"{_MARK}.new").unlink(missing_ok=True)
             draft.rmdir()
         return
@@ -92,20 +92,20 @@ def _sweep_one(draft: Path) -> None:
         return
     try:
         ours, boot, name = mark.read_bytes().split(b"\0")
-        # Locks may not reach to other machines: a draft of another one, or from before a restart, must be old.
+        # Locks may not reach other machines: a draft from another one, or from before a reboot, must be old.
         if ours == _OURS and (boot == _boot() or _silent(draft)):
             path = draft.with_name(os.path.basename(os.fsdecode(name)))
             if (draft / BEFORE).is_dir() and not os.path.lexists(path):
                 (draft / BEFORE).rename(path)
             _remove(draft)
     except ValueError:
-        return  # a mark of another kind
+        return  # not a mark of ours
     finally:
         held.close()
 
 
 def _silent(draft: Path) -> bool:
-    """Return whether nothing in a draft has changed for long."""
+    """Return whether nothing in a draft has changed for `_LONG` seconds."""
     with contextlib.suppress(OSError):
         times = [path.lstat().st_mtime for path in (draft, *draft.rglob("*"))]
         return time.time() - max(times) > _LONG
@@ -113,7 +113,7 @@ def _silent(draft: Path) -> bool:
 
 
 def _remove(draft: Path) -> None:
-    """Remove a draft, its mark last: what is killed on the way is still known as ours."""
+    """Remove a draft, its mark last: after a kill on the way, the rest is still recognised as ours."""
     with contextlib.suppress(OSError):
         for path in draft.iterdir():
             if path.name != _MARK:
@@ -123,16 +123,16 @@ def _remove(draft: Path) -> None:
 
 
 def _mark(folder: Path, name: str) -> Lock | None:
-    """Write and lock the mark of a draft folder; on a file system without locks, return None."""
+    """Write and lock the mark of a draft folder; return None on a file system without locks."""
     new = folder / f"{_MARK}.new"
     new.write_bytes(b"\0".join((_OURS, _boot(), os.fsencode(name))))
     held = lock(new, os.O_RDWR)
-    new.rename(folder / _MARK)  # which so is never seen without its lock
+    new.rename(folder / _MARK)  # so that it is never visible without its lock
     return held
 
 
 def _boot() -> bytes:
-    """Return what tells this start of this machine from others, in all of its containers alike."""
+    """Return an id of the current boot of this machine, the same in all of its containers."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes().strip()
     except OSError:
@@ -141,7 +141,7 @@ def _boot() -> bytes:
 
 @contextlib.contextmanager
 def _naming(path: Path, draft: Path) -> Iterator[None]:
-    """Let an error of the system name the place that a user knows, where it names the draft, or nothing."""
+    """Make a system error that names the draft, or no file, name the path that the user knows."""
     try:
         yield
     except OSError as error:
@@ -153,13 +153,13 @@ def _naming(path: Path, draft: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _parents(path: Path) -> Iterator[None]:
-    """Make the folders above a path, and take away those that were made if the block raises."""
+    """Create the folders above a path, and remove the created ones if the block raises."""
     missing = [parent for parent in path.parents if not parent.exists()]  # the nearest first
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for folder in missing:
-            with contextlib.suppress(OSError):  # never made, or another has put something there since
+            with contextlib.suppress(OSError):  # never created, or another process has used it since
                 folder.rmdir()
         raise

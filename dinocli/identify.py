@@ -1,4 +1,4 @@
-"""Kinds of things that a path or a name on the command line may be, told without torch: images, features, weights."""
+"""Kinds of paths and names on the command line, recognised without torch: images, features, weights."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ _GRAPHS = (
 )
 _ARCHIVES = (".zip", ".rar", ".7z")
 _LISTS = (".txt", ".csv", ".tsv")
-_ENTRIES = 20_000  # of a folder, to look for an image among
+_ENTRIES = 20_000  # entries of a folder to search for an image
 
 
 def kind_of(place: str) -> Kind:
-    """Return the kind of thing that a word on the command line names, by name and, for features, by content."""
+    """Return the kind of a path or name on the command line, by its name and, for features, by content."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place):
         return "address"
     if place.startswith("timm:"):
@@ -111,7 +111,7 @@ def _folder(path: Path) -> Kind:
 
 
 def is_features(path: Path) -> bool:
-    """Return whether a file is one of features, or the index of a folder of them, by what it says of itself."""
+    """Return whether a file holds features, or is the index of a folder of features, by its metadata."""
     try:
         if path.name == INDEX:
             said = json.loads(path.read_text(encoding="utf-8"))
@@ -125,9 +125,9 @@ def is_features(path: Path) -> bool:
 
 
 def foreign(path: Path) -> tuple[str, str] | None:
-    """Return what a file is that holds no weights this tool reads, and what to take instead; None if that is unknown.
+    """Return a description of a file without readable weights, and a hint; None if its kind is unknown.
 
-    It is for files that a reader of weights has refused.
+    It is for files that a reader of weights has rejected.
     """
     kind = kind_of(str(path))
     if kind == "graph":

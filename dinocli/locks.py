@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 class Lock:
-    """An exclusive lock on an open file or folder, until `close` or the end of this process.
+    """Exclusive lock on an open file or folder, until `close` or the end of this process.
 
-    A forked child inherits the open file, and the lock with it. So children close it when they start: it ends with
+    A forked child inherits the open file and its lock, so children close it when they start. Then the lock ends with
     this process, however that ends, and not with the last of its workers.
 
     Args:
-        file: Descriptor of the open file, whose lock is held.
+        file: Descriptor of the open, locked file.
     """
 
     def __init__(self, file: int) -> None:
@@ -30,15 +30,15 @@ class Lock:
 
 
 def lock(path: Path, flags: int = os.O_RDONLY) -> Lock | None:
-    """Lock a file or a folder, or return None if the system or the file system has no locks for it.
+    """Lock a file or a folder; return None if the system or the file system has no locks for it.
 
     Args:
         path: Existing file or folder.
-        flags: For `os.open`.
+        flags: Flags for `os.open`.
 
     Raises:
-        BlockingIOError: Another process holds the lock.
-        OSError: It cannot be opened.
+        BlockingIOError: If another process holds the lock.
+        OSError: If `path` cannot be opened.
     """
     try:
         import fcntl

@@ -1,4 +1,4 @@
-"""Tensors where they lie: files mapped into memory, and the rows of several as one."""
+"""Memory-mapped tensors, and the rows of several arrays as one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from safetensors import SafetensorError, safe_open
 from dinocli.checksums import KEY, verified
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1"}
-_CHECKED_BYTES = 4 * 2**20  # what stays in the processor's memory
+_CHECKED_BYTES = 4 * 2**20  # a block that fits into the processor's cache
 Indices = NDArray[np.int64]
 
 
 def map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of a safetensors file, of which nothing is read before it is asked for; and the file's metadata.
+    """Return the tensors of a safetensors file, which are read on access, and the metadata of the file.
 
-    A file that carries a checksum is verified first, which reads it; a large one is read once only.
+    A file with a checksum is verified first, which reads it; a large file is read only once.
 
     Raises:
-        SafetensorError: The file is damaged or of another kind, or holds other numbers than float32, float16, int64
+        SafetensorError: If the file is corrupt or of another kind, or holds types other than float32, float16, int64
             and uint8.
     """
-    with safe_open(path, framework="numpy") as file:  # which looks whether header and length fit together
+    with safe_open(path, framework="numpy") as file:  # checks that header and length agree
         metadata = file.metadata() or {}
     with path.open("rb") as opened:
         room = int.from_bytes(opened.read(8), "little")
@@ -45,13 +45,13 @@ def map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
             raise SafetensorError(f"{name} is of the type {told['dtype']}")
         dtype, shape = _DTYPES[told["dtype"]], tuple(told["shape"])
         begin, end = told["data_offsets"]
-        # Nothing cannot be mapped.
+        # Empty tensors cannot be mapped.
         tensors[name] = np.memmap(path, dtype, "r", 8 + room + begin, shape) if end > begin else np.empty(shape, dtype)
     return tensors, metadata
 
 
 def first_not_finite(values: NDArray[Any]) -> tuple[int, int] | None:
-    """Find the first row with infinite or NaN values, and how many it has. [S, ...], float32 or float16"""
+    """Find the first row with infinite or NaN values, and their number. [S, ...], float32 or float16"""
     width = values.itemsize * max(1, int(np.prod(values.shape[1:])))
     step = max(1, _CHECKED_BYTES // width)
     for first in range(0, len(values), step):
@@ -64,7 +64,7 @@ def first_not_finite(values: NDArray[Any]) -> tuple[int, int] | None:
 
 
 def _is_finite(block: NDArray[Any]) -> bool:
-    # A sum takes a third of the time of a mask, and comes out finite of finite numbers alone; it may overflow, though.
+    # A sum takes a third of the time of a mask. It is finite only if all values are, but may overflow.
     if block.dtype == np.float16:
         exponents = np.ascontiguousarray(block).view(np.uint16) & np.uint16(0x7C00)
         return bool(exponents.max(initial=0) < 0x7C00)
@@ -73,16 +73,16 @@ def _is_finite(block: NDArray[Any]) -> bool:
 
 
 class Rows:
-    """Numbers of S images that lie in one array after another, on disk or not; what is taken of them is float32.
+    """Rows of S images from consecutive arrays, on disk or in memory, returned as float32.
 
-    It is asked as an array is: by a slice, or by an array of numbers of rows and perhaps one more of places within
-    them. Nothing else is held in memory.
+    It is indexed like an array: by a slice, or by an array of row indices and optionally one of indices within the
+    rows. Nothing else is held in memory.
 
     Args:
-        parts: At least one. [s, ...] each, with the same numbers of dimensions and sizes but for the first
+        parts: Arrays of [s, ...], at least one. Their sizes may differ only in the first dimension.
 
     Attributes:
-        shape: [S, ...]
+        shape: Shape of all rows together. [S, ...]
     """
 
     def __init__(self, parts: Sequence[NDArray[Any] | Rows]) -> None:
@@ -92,7 +92,7 @@ class Rows:
 
     @property
     def ndim(self) -> int:
-        """How many dimensions."""
+        """Number of dimensions."""
         return len(self.shape)
 
     def __len__(self) -> int:
@@ -103,7 +103,7 @@ class Rows:
             first, last, step = key.indices(len(self))
             if len(self._parts) == 1:
                 return np.asarray(self._parts[0][key], np.float32)
-            if step == 1 and first < last:  # in large pieces, of which each lies in one part
+            if step == 1 and first < last:  # in large pieces, each within one part
                 begins = [int(end) - len(part) for end, part in zip(self._ends, self._parts, strict=True)]
                 cut = [(max(0, first - b), min(len(p), last - b)) for b, p in zip(begins, self._parts, strict=True)]
                 pieces = [np.asarray(p[a:b], np.float32) for p, (a, b) in zip(self._parts, cut, strict=True) if a < b]
@@ -124,10 +124,10 @@ class Rows:
 
 
 class Texts(Sequence[str]):
-    """Texts that lie as bytes with zeros between them; they are made when the first is asked for.
+    """Texts stored as bytes with zeros between them, decoded on first access.
 
     Args:
-        parts: uint8; one without bytes is one empty text.
+        parts: Arrays of uint8; an empty array is one empty text.
     """
 
     def __init__(self, parts: Sequence[NDArray[np.uint8]]) -> None:
@@ -151,4 +151,4 @@ class Texts(Sequence[str]):
         return self._texts()[key]
 
 
-Values = NDArray[np.float32] | Rows  # what is asked for rows in the same way, in memory or not
+Values = NDArray[np.float32] | Rows  # both are indexed by rows in the same way, in memory or not

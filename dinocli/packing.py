@@ -1,4 +1,4 @@
-"""Packing: the images of a source into tar shards, which are read in one go where files are sought one by one."""
+"""Packing of images into tar shards, which are read sequentially instead of file by file."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ if TYPE_CHECKING:
 
 SETTINGS = "pack.json"
 _AT_ONCE = 64  # images that may wait in memory
-_TIMED, _TIMES = 500, 3  # images that are read to compare, and how often
-_LONGEST_SIDE = 65_000  # pixels; a JPEG file has no room for more
+_TIMED, _TIMES = 500, 3  # images to read for the comparison, and repetitions
+_LONGEST_SIDE = 65_000  # pixels; JPEG cannot store more
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What was written.
+    """Result of packing.
 
     Attributes:
-        shards: How many files.
-        kept: How many of them were there already.
-        images: In all shards.
-        bytes: Of all shards.
-        seconds: That it took.
-        bad: Name and reason of each image that was left out.
-        faster: How many times as fast the shards' files are read as those of the source; none if it cannot be told.
-        cold: Whether that was measured from the disk; else from the system's memory, where the difference is smaller.
+        shards: Number of shards.
+        kept: Number of shards that existed already.
+        images: Number of images in all shards.
+        bytes: Size of all shards.
+        seconds: Duration of the packing.
+        bad: Name and reason of each skipped image.
+        faster: Read speed of the shards relative to the source's files; None if it cannot be measured.
+        cold: True if the speed was measured from disk; else from the system's cache, where the difference is smaller.
     """
 
     shards: int
@@ -69,7 +69,7 @@ class Packed:
 
 
 class _Entry(NamedTuple):
-    """A sample to write, or why it is none."""
+    """Sample to write, or the reason to skip it."""
 
     key: str = ""
     suffix: str = ""
@@ -89,26 +89,26 @@ def pack(
     images: ImagesConfig = DEFAULTS,
     report: Callable[[int], None] = lambda images: None,
 ) -> Packed:
-    """Write tar shards in the WebDataset form, each a fair draw of the source, and an index beside them.
+    """Write tar shards in the WebDataset form, each a random sample of the source, and an index next to them.
 
-    The same call again keeps the whole shards that are there. Every image is decoded once, so that a bad one is known
-    now and not in the training.
+    The same call again keeps complete shards that exist. Every image is decoded once, so that a bad one is found now
+    and not during training.
 
     Args:
-        source: The images.
+        source: Images to pack.
         out: Folder for the shards.
-        side: Images whose short side is longer are resized to this many pixels and become JPEG, or .npy where they have
-            neither three channels nor one; the others, and without it all, go in as the files they are.
-        quality: Of the JPEG, 1 to 95.
-        per_shard: Images of the source a shard, the bad ones among them.
-        name: How the shards' names begin.
-        seed: Of the order.
-        images: What is taken for readable, and how deep ones become 8 bits.
-        report: Called with the number of images done so far.
+        side: Short side, in pixels, to which larger images are resized. These become JPEG, or .npy if they have neither
+            one nor three channels. Smaller images, and all images if None, are stored as the files they are.
+        quality: JPEG quality, 1 to 95.
+        per_shard: Number of source images per shard, including bad ones.
+        name: Prefix of the shards' names.
+        seed: Seed of the order.
+        images: Decoding settings: limits for readable images, and the conversion of deep ones to 8 bits.
+        report: Function that is called with the number of images done so far.
 
     Raises:
-        DinoError: The folder holds shards of other settings, or no image can be read.
-        OSError: The disk is full, or the place may not be written to.
+        DinoError: If the folder holds shards with other settings, or no image can be read.
+        OSError: If the disk is full or the place is not writable.
     """
     start = time.monotonic()
     repeated, digest = _names(source)
@@ -122,7 +122,7 @@ def pack(
     order = np.random.default_rng(seed).permutation(len(source))
     make = partial(_entry, source, repeated, images, side, quality)
     kept = 0
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes without holding the interpreter
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter lock
         for first in range(0, len(order), per_shard):
             rows, shard = order[first : first + per_shard], f"{name}-{first // per_shard:06}.tar"
             if shard in done and _size(out / shard) == done[shard]["bytes"]:
@@ -148,9 +148,9 @@ def pack(
 
 
 def _names(source: Images) -> tuple[NDArray[np.bool_], str]:
-    """Whether the key of each image is another's too, as of `a.jpg` and `a.png`; and a digest of names and labels."""
+    """Return whether each image shares its key (`a.jpg` and `a.png`), and a digest of names and labels."""
     whole = hashlib.sha256(np.asarray(source.labels, dtype=np.int32).tobytes())
-    codes = np.empty(len(source), dtype=np.uint64)  # not the keys themselves: of ten million they fill the memory
+    codes = np.empty(len(source), dtype=np.uint64)  # not the keys themselves: ten million fill the memory
     for i in range(len(source)):
         name = os.fsencode(source.names[i])
         whole.update(name + b"\0")
@@ -160,19 +160,19 @@ def _names(source: Images) -> tuple[NDArray[np.bool_], str]:
 
 
 def _key(name: str) -> str:
-    """A name in the shards, without its suffix: WebDataset ends it at a dot and passes over `__x__`.
+    """Return an image's name in the shards, without suffix: WebDataset ends it at a dot and skips `__x__`.
 
-    A `~` stands in none, and so none is that of a repeated one with its number behind it.
+    It never contains `~`, so it cannot equal a repeated name, which gets `~` and a number.
     """
     key = re.sub(r"[.~\x00-\x1f\x7f]", "_", os.path.splitext(name)[0].lstrip("/"))
     return "x" + key if key.startswith("__") else key
 
 
 def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier call with these settings wrote.
+    """Return the shards that an earlier call with these settings wrote.
 
     Raises:
-        DinoError: It had others.
+        DinoError: If its settings differ, their file is corrupt, or the folder holds other tar files.
     """
     sweep(out)
     try:
@@ -197,10 +197,10 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_shards(settings: object, shards: object) -> None:
-    """Check that what was stored of earlier shards can be counted on.
+    """Check the form of the stored settings and shards.
 
     Raises:
-        ValueError: It is of another kind.
+        ValueError: If a value has the wrong type.
     """
     if not isinstance(settings, dict) or not isinstance(shards, dict):
         raise ValueError("its settings or its shards are of another kind")
@@ -236,12 +236,12 @@ def _entry(
     if not isinstance(data, bytes):
         return _Entry(key, *_encoded(pixels, "PNG"))
     suffix = os.path.splitext(source.names[row])[1].lower()
-    # What has no suffix is named after what it is; readers tell by the content anyway.
+    # A file without an image suffix gets one by its content, which readers go by anyway.
     return _Entry(key, suffix if suffix in SUFFIXES or suffix == ARRAY else _kind(data), data)
 
 
 def _encoded(pixels: Pixels, kind: Literal["JPEG", "PNG"], **options: Any) -> tuple[str, bytes]:
-    """A file's suffix and its bytes: of that kind, or an array where it is neither of colors nor grey."""
+    """Return suffix and bytes of an encoded image: of the given kind, or .npy if it is neither color nor gray."""
     file = io.BytesIO()
     if pixels.shape[2] not in (1, 3):
         np.save(file, pixels)
@@ -259,7 +259,7 @@ def _kind(data: bytes) -> str:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    # No time, user or group: the same images make the same bytes.
+    # No time, user or group: the same images give the same bytes.
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -296,11 +296,11 @@ def _finished(
 
 
 def _compared(source: Images, out: Path, images: ImagesConfig, rows: list[int]) -> tuple[float | None, bool]:
-    """How many times as fast the same images come from the shards as from the source; whether both came from disk."""
+    """Return the read speed of the shards relative to the source's files, and whether both came from disk."""
     root = Path(getattr(source, "root", source.where))
     files = [root / source.names[row] for row in rows]
     if not files or not all(file.is_file() for file in files):
-        return None, False  # mostly a torchvision set: what it does to give an image is no reading of a file
+        return None, False  # mostly a torchvision set, which does not just read a file for an image
     shards = open_shards(str(out))
     of_files, cold = _timed(files, (map(source.read, rows, repeat(images)) for _ in range(_TIMES)))
     of_shards, colder = _timed(map(Path, shards.urls), (islice(shards.stream(0, 1), len(rows)) for _ in range(_TIMES)))
@@ -308,10 +308,10 @@ def _compared(source: Images, out: Path, images: ImagesConfig, rows: list[int]) 
 
 
 def _timed(paths: Iterable[Path], readings: Iterable[Iterator[object]]) -> tuple[float, bool]:
-    """Seconds of the quickest of several readings, which the machine's other work hindered least; whether from disk."""
+    """Return the seconds of the fastest reading, least disturbed by other work, and whether all came from disk."""
     paths, seconds, cold = list(paths), [], True
     for reading in readings:
-        cold = all([_forget(path) for path in paths]) and cold  # a list: every one is to be forgotten
+        cold = all([_forget(path) for path in paths]) and cold  # a list, because every file must be dropped
         began = time.perf_counter()
         deque(reading, maxlen=0)
         seconds.append(time.perf_counter() - began)
@@ -319,13 +319,13 @@ def _timed(paths: Iterable[Path], readings: Iterable[Iterator[object]]) -> tuple
 
 
 def _forget(path: Path) -> bool:
-    """Ask the system to drop a file from its memory, and tell whether it did."""
+    """Ask the system to drop a file from its cache, and return whether it did."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False
     file = os.open(path, os.O_RDONLY)
     try:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.preadv(file, [bytearray(1)], 0, os.RWF_NOWAIT)  # gives what is in memory and reads nothing from the disk
+        os.preadv(file, [bytearray(1)], 0, os.RWF_NOWAIT)  # reads from memory only, never from disk
         return False
     except OSError as error:
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Where runs lie: the next free folder, the newest run, and the link to its weights."""
+"""Run folders: the next free one, the newest run, and the link to its weights."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ CHECKPOINT = "ckpt.safetensors"
 
 
 def runs_of(preset: str) -> list[Path]:
-    """The folders `runs/<preset>-<n>`, the last first."""
+    """Return the folders `runs/<preset>-<n>`, the last first."""
     tails = {path.name.removeprefix(f"{preset}-"): path for path in RUNS.glob(f"{glob.escape(preset)}-*")}
     numbers = {int(tail): path for tail, path in tails.items() if tail.isdecimal()}
     return [numbers[n] for n in sorted(numbers, reverse=True)]
 
 
 def next_folder(preset: str) -> Path:
-    """The first `runs/<preset>-<n>` after all that exist."""
+    """Return the first `runs/<preset>-<n>` after all existing ones."""
     last = int(runs_of(preset)[0].name.removeprefix(f"{preset}-")) if runs_of(preset) else 0
     return RUNS / f"{preset}-{last + 1}"
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep a run folder, which is made where it is missing, for this process; left empty, it is taken away again.
+    """Lock a run folder for this process; create it if missing, and remove a created one that stays empty.
 
     Raises:
-        DinoError: Another process is at work in it.
+        DinoError: If another process is using the folder.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def held(folder: Path) -> Iterator[None]:
     finally:
         if held is not None:
             held.close()
-        with suppress(OSError):  # it holds something
+        with suppress(OSError):  # not empty
             for path in made:
                 path.rmdir()
 
@@ -55,18 +55,18 @@ def _lock(folder: Path) -> Lock | None:
         return lock(folder)
     except BlockingIOError:
         raise DinoError(f"a run is going on in {folder}", "let it end, or take another --out") from None
-    except PermissionError:  # a folder that may be written to and not be read
+    except PermissionError:  # a folder that is writable but not readable
         return None
 
 
 def newest_run() -> Path | None:
-    """The run folder whose checkpoint was written last."""
+    """Return the run folder whose checkpoint was written last; None if there is no run."""
     found = [path for path in RUNS.glob("*") if (path / CHECKPOINT).is_file()]
     return max(found, key=lambda path: (path / CHECKPOINT).stat().st_mtime, default=None)
 
 
 def run_of(source: Path) -> str:
-    """Return the run folder of a checkpoint, behind any link, as a short path; nothing if it lies in no run."""
+    """Return the run folder of a checkpoint as a short path, following links; "" if it is in no run."""
     place = (source / CHECKPOINT if source.is_dir() else source).resolve()
     if place.name != CHECKPOINT or place.parent == Path().resolve():
         return ""
@@ -75,18 +75,18 @@ def run_of(source: Path) -> str:
 
 
 def link_newest(checkpoint: Path) -> bool:
-    """Let `./ckpt.safetensors` be the newest weights; false where the user's own file stands there, or none may be."""
+    """Link `./ckpt.safetensors` to the newest weights; return False if the user's own file is there, or on failure."""
     link = Path(CHECKPOINT)
     if link.exists() and not link.is_symlink():
         return link.resolve() == checkpoint.resolve()
     try:
         with drafting(link) as draft:
             try:
-                # Relative to the link's own place, not to the draft's.
+                # Relative to the final place of the link, not to the draft.
                 draft.symlink_to(os.path.relpath(checkpoint))
-            except (OSError, ValueError):  # file systems without links, and Windows without the right to make one
+            except (OSError, ValueError):  # file systems without links, and Windows without the right to create one
                 shutil.copyfile(checkpoint, draft)
             draft.replace(link)
-    except OSError:  # a folder that may not be written to, or a full disk: the run is well all the same
+    except OSError:  # an unwritable folder or a full disk does not harm the run
         return False
     return True

@@ -1,4 +1,4 @@
-"""A safetensors file whose tensors grow, written in constant memory."""
+"""Safetensors files whose tensors grow, written in constant memory."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from numpy.typing import NDArray
 from dinocli.checksums import KEY, crc_of
 
 _KINDS = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
-_A_TENSOR = 256  # bytes that the header says of a tensor, at most
+_A_TENSOR = 256  # most bytes per tensor in the header
 _ALIGNED = 8
 
 
 class TensorStream:
-    """Takes rows of tensors; the file is whole once `finish` has returned.
+    """Writer of tensors row by row; the file is complete once `finish` has returned.
 
-    The rows of the first tensor go to their place at once. Those of the others wait in files beside it, which have no
-    name and so are gone with the process, and are copied behind them. The metadata get a checksum of all numbers and of
-    the header, which `map_tensors` verifies.
+    Rows of the first tensor are written in place. Rows of the others wait in unnamed files next to it, which vanish
+    with the process, and are appended at the end. The metadata gets a checksum of all numbers and of the header, which
+    `map_tensors` verifies.
 
     Args:
-        path: Of the file; a draft, since it is not whole before its end.
-        names: Of the tensors.
-        metadata: Of the file.
+        path: Path of the file; use a draft, because the file is incomplete until `finish`.
+        names: Names of the tensors.
+        metadata: Metadata of the file.
     """
 
     def __init__(self, path: Path, names: Sequence[str], metadata: dict[str, str]) -> None:
         self._metadata = metadata
-        # The header holds every tensor's shape and comes first, and shapes are known at the end alone: room is left
-        # for it, and padded with spaces, as the format allows.
+        # The header comes first and holds every tensor's shape, but shapes are known only at the end. So it gets room
+        # in advance, padded with spaces, as the format allows.
         self._room = len(json.dumps({"__metadata__": metadata})) + _A_TENSOR * (2 * len(names) + 1)
         self._room += -self._room % _ALIGNED
         self._file = path.open("wb")
@@ -45,10 +45,10 @@ class TensorStream:
         for name in names[1:]:
             self._files[name] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115, closed by `close`
         self._told: dict[str, dict[str, Any]] = {}
-        self._crc = 0  # of what is in its place
+        self._crc = 0  # of the numbers written in place
 
     def append(self, name: str, rows: NDArray[Any]) -> None:
-        """Add rows, of the same type and size as those before. [B, ...]"""
+        """Add rows of the same type and size as the earlier ones. [B, ...]"""
         there = self._told.get(name, {"shape": [0]})["shape"][0]
         self._told[name] = {"dtype": _KINDS[rows.dtype.name], "shape": [there + len(rows), *rows.shape[1:]]}
         plain = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
@@ -57,7 +57,7 @@ class TensorStream:
             self._crc = zlib.crc32(plain.data.cast("B"), self._crc)
 
     def finish(self) -> None:
-        """Put all in its place, write the header, and see that it is on the disk."""
+        """Append the other tensors, write the header, and sync the file to disk."""
         header: dict[str, Any] = {"__metadata__": self._metadata}
         end = 0
         for name, file in self._files.items():
@@ -67,7 +67,7 @@ class TensorStream:
                 while piece := file.read(1 << 20):
                     self._put(piece)
             header[name] = self._told[name] | {"data_offsets": [begin, end]}
-            if rest := -end % _ALIGNED:  # whatever follows may be int64; the format knows no holes, so this has a name
+            if rest := -end % _ALIGNED:  # the next tensor may be int64; the format allows no holes, so this has a name
                 self._put(b"\0" * rest)
                 header[f"padding of {name}"] = {"dtype": "U8", "shape": [rest], "data_offsets": [end, end + rest]}
                 end += rest
@@ -82,6 +82,6 @@ class TensorStream:
         self._crc = zlib.crc32(piece, self._crc)
 
     def close(self) -> None:
-        """Let go of the files, whole or not."""
+        """Close the files, complete or not."""
         for file in self._files.values():
             file.close()

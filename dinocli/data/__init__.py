@@ -1,1 +1,1 @@
-"""Images: where they come from, and how they become batches of views."""
+"""Images: sources, decoding, and batches of views."""

@@ -1,4 +1,4 @@
-"""Decoded images kept for the epochs to come, in memory or in a file that all workers share."""
+"""Cache of decoded images for later epochs, in memory or in a file that all workers share."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from dinocli.distributed import local_size
 from dinocli.errors import DinoError
 from dinocli.resources import ram_of
 
-_SHARE = {"ram": 0.5, "disk": 0.9}  # of what is free
-_NO_RESERVE = 0x4000  # Linux: take memory when it is written to, and not before
+_SHARE = {"ram": 0.5, "disk": 0.9}  # of the free space
+_NO_RESERVE = 0x4000  # Linux: allocate memory only when it is written to
 
 
 def kept_side(views: Sequence[ViewConfig]) -> int:
-    """The short side at which the smallest crop of each view still has as many pixels as it is resized to."""
+    """Return the short side at which the smallest crop of each view still has as many pixels as its resized output."""
     return max(math.ceil(view.size / math.sqrt(view.scale[0])) for view in views)
 
 
 class PixelCache:
-    """Pixels of images by their number, small enough that no crop of the recipe is enlarged by it.
+    """Cache of pixels by image number, downscaled only so far that no crop of the recipe is enlarged.
 
-    Each process of a run keeps what it sees itself.
+    Each process of a run caches the images that it reads itself.
 
-    What does not fit is decoded each time, made as small all the same: so the views of a run do not depend on how much
-    fitted. The memory or file is gone when the run ends.
+    Images that do not fit are decoded every time and downscaled to the same size. So the views of a run do not depend
+    on the space in the cache. The memory or file is freed when the run ends.
 
     Args:
-        images: How many there are.
-        views: Whose crops are to be cut.
+        images: Number of images.
+        views: Views whose crops are cut.
         where: `ram`, or a folder for the file.
-        channels: C of every image.
+        channels: Number of channels C of every image.
 
     Raises:
-        DinoError: Processes here cannot share it, or the folder cannot be written to.
+        DinoError: If processes cannot share memory on this system, or the folder cannot be written to.
     """
 
     def __init__(self, images: int, views: Sequence[ViewConfig], where: str, channels: int = 3) -> None:
@@ -54,17 +54,17 @@ class PixelCache:
         self.side, self._channels = kept_side(views), channels
         self._memory, self._budget = _memory(where)
         self._next: Any = multiprocessing.get_context("fork").Value("q", 0)
-        # Where each image lies, plus one, and its height and width; of anonymous memory that starts as zeros.
+        # Offset plus one, height and width of each image; anonymous memory starts as zeros, which mean no image.
         table = mmap.mmap(-1, max(1, 8 * images * 3))
         self._table: NDArray[np.int64] = np.frombuffer(table, dtype=np.int64, count=images * 3).reshape(images, 3)
 
     @property
     def kept(self) -> int:
-        """How many images are in it."""
+        """Number of cached images."""
         return int((self._table[:, 0] > 0).sum())
 
     def get(self, row: int) -> Pixels | None:
-        """The pixels of an image, if they are kept. [H, W, C]"""
+        """Return the cached pixels of an image, or None. [H, W, C]"""
         place, height, width = self._table[row].tolist()
         if not place:
             return None
@@ -72,7 +72,7 @@ class PixelCache:
         return np.frombuffer(self._memory, np.uint8, count=math.prod(shape), offset=place - 1).reshape(shape)
 
     def put(self, row: int, pixels: Pixels) -> Pixels:
-        """Keep an image, if there is room; what is to be cut from in its place. [H, W, C]"""
+        """Cache an image if there is room, and return the downscaled pixels to cut crops from. [H, W, C]"""
         pixels = shrink(pixels, self.side)
         with self._next.get_lock():
             place = self._next.value
@@ -81,7 +81,7 @@ class PixelCache:
             self._next.value += pixels.nbytes
         self._memory[place : place + pixels.nbytes] = pixels.tobytes()
         self._table[row, 1:] = pixels.shape[:2]
-        self._table[row, 0] = place + 1  # last: whoever sees it sees the pixels
+        self._table[row, 0] = place + 1  # last: a process that sees it also sees the pixels
         return pixels
 
 
@@ -94,7 +94,7 @@ def _memory(where: str) -> tuple[mmap.mmap, int]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         budget = int(_SHARE["disk"] * shutil.disk_usage(folder).free / local_size())
-        with tempfile.TemporaryFile(dir=folder) as file:  # without a name, so that nothing is left of it
+        with tempfile.TemporaryFile(dir=folder) as file:  # without a name, so nothing remains
             file.truncate(budget)
             return mmap.mmap(file.fileno(), budget), budget
     except OSError as error:

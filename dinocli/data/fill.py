@@ -1,4 +1,4 @@
-"""Worker side: files to crops, in the places of a batch."""
+"""Worker side of the loader: from files to crops in a slot."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _REDRAWS = 20
 
 
 class Cutter:
-    """Decodes an image once and cuts all its crops into a slot, as large as their places there are."""
+    """Cutter of views: decodes an image once and writes all its crops into a slot, at the slot's sizes."""
 
     def __init__(self, views: ViewsConfig, seed: int, images: ImagesConfig) -> None:
         self.views, self.seed, self.images = views, seed, images
@@ -56,7 +56,7 @@ class Cutter:
     def pixels(
         self, data: bytes | Image, tries: list[Tries], places: list[Tensor]
     ) -> tuple[Pixels, list[Box]] | BadImage:
-        """Pixels and boxes of all views; a large photo is decoded smaller if no crop is enlarged by that."""
+        """Return the pixels, and the boxes of all views; a large photo is decoded smaller if that enlarges no crop."""
         opened = open_image(data, self.images)
         if isinstance(opened, BadImage):
             return opened
@@ -73,7 +73,7 @@ class Cutter:
         return pixels, boxes
 
     def places(self, slot: dict[str, Tensor], task: Task) -> list[list[Tensor]]:
-        """Where the views of a chunk's images go, of each image [V] times [1, C, H, W]."""
+        """Return the output tensors for the views of a chunk's images: V per image, each [1, C, H, W]."""
         chunk = slice(task.first, task.first + task.images)
         groups = [slot[name][:, chunk].permute(1, 0, 4, 2, 3).unsqueeze(2) for name in ("globals", "locals")]
         return [[out for group in image for out in group.unbind()] for image in zip(*groups, strict=True)]
@@ -83,7 +83,7 @@ class Cutter:
             cut_into(out, pixels, box, resample)
 
     def cut_one(self, slot: dict[str, Tensor], task: Task, pixels: Pixels, number: int) -> None:
-        """All views of an image that is decoded already, which depend on its number and not on the pass."""
+        """Cut all views of a decoded image; they depend on its number and not on the pass."""
         numbers, _ = self.numbers(0, number)
         [tries], [places] = self.tries(numbers[None]), self.places(slot, task)
         self.place(places, pixels, crop_boxes(tries, *pixels.shape[:2]))
@@ -94,7 +94,7 @@ class Cutter:
             slot[name][:, first : first + len(numbers)] = values
 
     def hide(self, slot: dict[str, Tensor], first: int, keys: Sequence[Sequence[int]]) -> None:
-        """Hide as many patches of each global crop as its batch wants; `keys` are epoch and number of the images."""
+        """Mask the number of patches that the slot states per global crop; `keys` are epoch and number per image."""
         if not self.views.mask:
             return
         where, counts = slot["where"].numpy(), slot["counts"].numpy()
@@ -107,7 +107,7 @@ class Cutter:
 
 
 def _on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ...]) -> list[Box]:
-    """Boxes of an image on the grid of its smaller decoding."""
+    """Scale the boxes of an image to its smaller decoding."""
     all_boxes, end = np.array(boxes), np.array(small[:2])
     ratio = end / full
     first = np.minimum(np.round(all_boxes[:, :2] * ratio).astype(np.int64), end - 1)
@@ -116,7 +116,7 @@ def _on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ...]) ->
 
 
 class ImageFiller:
-    """Fills from a source that can be asked for any image."""
+    """Filler from a source with random access."""
 
     def __init__(self, cutter: Cutter, source: Images, cache: PixelCache | None = None) -> None:
         self.cutter, self.source, self.cache = cutter, source, cache
@@ -159,7 +159,7 @@ class ImageFiller:
 
 
 class StreamFiller:
-    """Fills from a stream, which gives images in its own order."""
+    """Filler from a stream, in the order of the stream."""
 
     def __init__(self, cutter: Cutter, stream: Iterator[Sample]) -> None:
         self.cutter, self.stream = cutter, stream
@@ -175,8 +175,8 @@ class StreamFiller:
             numbers, _ = self.cutter.numbers(sample.epoch, sample.number)
             [tries] = self.cutter.tries(numbers[None])
             found = self._pixels(sample, tries, place)
-            # In the place of a bad one comes one further on, which keeps its own turn: so the stream stays in step with
-            # the batches, and a run that goes on finds its place.
+            # A later sample replaces a bad one and still keeps its own turn. So the stream stays in step with the
+            # batches, and a resumed run finds its place.
             for further in range(_REDRAWS):
                 if not isinstance(found, BadImage):
                     break
@@ -213,7 +213,7 @@ def _nothing_to_read(name: str, reason: str) -> DinoError:
 
 
 class Seen(NamedTuple):
-    """What a worker tells of an image: its place in the batch, its name and label, and why it was left out."""
+    """Report of a worker on an image: its place in the batch, name, label, and the reason if it is skipped."""
 
     place: int
     name: str
@@ -222,14 +222,14 @@ class Seen(NamedTuple):
 
 
 class PlainFiller:
-    """Fills with the evaluation's view of each image, and with views of a recipe beside it if there is one.
+    """Filler with the evaluation view of each image and, given a cutter, with the views of a recipe.
 
     Args:
-        source: The images, or a stream of them.
-        size: Side of the view.
-        images: How files become pixels.
-        before: How many of the stream's images come before a chunk, by its batch and first image.
-        cutter: Of the views beside.
+        source: Images, or a stream of them.
+        size: Side of the evaluation view, in pixels.
+        images: Decoding settings.
+        before: Function that counts the stream's images before a chunk, from its batch and first image.
+        cutter: Cutter of the additional views.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class PlainFiller:
         self._taken = 0
 
     def _pass_over(self, task: Task) -> None:
-        """Let go by what others fill."""
+        """Skip the images that other processes fill."""
         if not isinstance(self.source, Images):
             passed = max(0, self.before(task.batch, task.first) - self._taken)
             self._taken += passed + task.images
@@ -278,5 +278,5 @@ class PlainFiller:
 
 
 def resize_for(size: int) -> int:
-    """The short side to resize to before a crop of `size` is taken: 256 for 224, and in that proportion for others."""
+    """Return the short side to resize to before a crop of `size`: 256 for 224, and in this proportion for others."""
     return round(size * 256 / 224)

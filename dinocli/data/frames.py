@@ -1,4 +1,4 @@
-"""Frames: a film's pictures in order, from a folder, from files that were named, or out of a video file."""
+"""Frames of a film in order, from a folder, from named files, or from a video file."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _VIDEOS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .ogv".sp
 
 
 class Frame(NamedTuple):
-    """One of them.
+    """Frame of a film.
 
     Attributes:
-        number: From 0.
-        name: Of its file, or its number from 1.
-        data: Its file, its picture, or why there is none.
+        number: Index from 0.
+        name: File name, or the frame number from 1.
+        data: Bytes of the file, decoded picture, or the reason that it cannot be read.
     """
 
     number: int
@@ -41,8 +41,8 @@ class Frames:
     """Frames as files.
 
     Attributes:
-        where: What they are told by: their folder, or the video.
-        files: They, in order.
+        where: Folder of the frames, or the video.
+        files: Files of the frames, in order.
     """
 
     where: Path
@@ -50,16 +50,16 @@ class Frames:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of frames."""
         return len(self.files)
 
     @property
     def rate(self) -> Fraction | None:
-        """How many a second; files do not tell."""
+        """Frames per second; None for files."""
         return None
 
     def read(self, wanted: Container[int], images: ImagesConfig = DEFAULTS) -> Iterator[Frame]:
-        """The frames of some numbers, in order."""
+        """Yield the frames with the given numbers, in order."""
         for number, path in enumerate(self.files):
             if number in wanted:
                 yield Frame(number, path.name, _read(path, images))
@@ -67,11 +67,11 @@ class Frames:
 
 @dataclass(frozen=True)
 class VideoFrames(Frames):
-    """Frames of a video file, decoded one after another each time they are gone through.
+    """Frames of a video file, decoded sequentially on every pass.
 
     Attributes:
-        told: How many there are, as the file tells.
-        pace: How many a second.
+        told: Number of frames, according to the file.
+        pace: Frames per second.
     """
 
     told: int = 0
@@ -106,21 +106,21 @@ def _read(path: Path, images: ImagesConfig) -> bytes | BadImage:
 
 
 def _orientation(frame: Any) -> int:
-    """Return the EXIF orientation of a film's picture. `frame.rotation` of PyAV leaves mirroring out."""
+    """Return the EXIF orientation of a video frame. PyAV's `frame.rotation` ignores mirroring."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     return 1 if matrix is None else orientation_of(np.frombuffer(bytes(matrix), np.int32))
 
 
 def is_video(path: Path) -> bool:
-    """Whether a file is a video by its name."""
+    """Return whether a file is a video, by its name."""
     return path.suffix.lower() in _VIDEOS
 
 
 def open_frames(path: Path) -> Frames:
-    """The frames of a folder, by name with numbers in them as numbers; or of a video.
+    """Open the frames of a folder, sorted by name with numbers in numeric order, or of a video.
 
     Raises:
-        DinoError: There are none, they lie in several folders, or a video cannot be read here.
+        DinoError: If there are no frames, they are in several folders, or a video cannot be read.
     """
     if path.is_file():
         return _open_video(path)
@@ -132,7 +132,7 @@ def open_frames(path: Path) -> Frames:
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """The order in which frame_2 comes before frame_10."""
+    """Return a sort key that puts frame_2 before frame_10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -144,7 +144,7 @@ def _open_video(path: Path) -> VideoFrames:
             if stream is None:
                 raise DinoError(f"a video was wanted; {path} has no pictures", "check that file")
             rate = stream.average_rate or stream.guessed_rate
-            # Some kinds do not tell; their packets are counted, which decodes nothing.
+            # Some formats do not state a count; counting packets decodes nothing.
             count = stream.frames or sum(1 for packet in file.demux(stream) if packet.size)
     except av.error.FFmpegError as error:
         raise DinoError(f"{path} cannot be read as a video: {error.strerror}", "a folder of its frames") from error
@@ -152,10 +152,10 @@ def _open_video(path: Path) -> VideoFrames:
 
 
 def pyav() -> Any:
-    """The package that reads and writes video files.
+    """Import the package that reads and writes video files.
 
     Raises:
-        DinoError: It is not there.
+        DinoError: If the package is not installed.
     """
     try:
         import av

@@ -1,11 +1,11 @@
-"""Kinds of files that are not read as images: their counts in words, and what to do with each."""
+"""Kinds of files that are not read as images: their counts in words, and a remedy for each."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
-# Kinds that lie beside images to describe them, and are no images that somebody misses.
+# Files that accompany images and describe them; nobody expects these to be read as images.
 _BESIDE = frozenset(
     ".txt .json .jsonl .xml .csv .tsv .md .rst .html .htm .yaml .yml .toml .ini .cfg .log .py .ipynb .sh .js .css "
     ".safetensors .pth .pt .onnx .pkl .pickle .db .lst .idx .xmp .aae .url .lnk .bat .md5 .sha1 .sha256 .cls".split()
@@ -20,14 +20,14 @@ VIDEOS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .wm
 
 
 def kind_of(name: str) -> str:
-    """Return the suffix that tells a file's kind, in small letters: `.heic`, `.nii.gz`; "" if it has none."""
+    """Return the suffix that identifies a file's kind, in lower case: `.heic`, `.nii.gz`; "" if it has none."""
     stem, suffix = os.path.splitext(name.lower())
     inner = os.path.splitext(stem)[1]
     if suffix in _PACKED and 1 < len(inner) <= 4 and inner[1:].isalpha():
         return inner + suffix
     if name.upper() in _DOCUMENTS:
         return ".txt"
-    # Names such as those of DICOM (1.2.840.10008) and sentences with a dot have no suffix.
+    # DICOM names (1.2.840.10008) and sentences with a dot have no suffix.
     return suffix if 1 < len(suffix) <= 12 and not suffix[1:].isdecimal() and suffix.isprintable() else ""
 
 
@@ -40,15 +40,15 @@ def unread(kinds: Mapping[str, int], most: int = 8) -> str:
 
 
 def not_beside(kinds: Mapping[str, int]) -> dict[str, int]:
-    """Leave out the kinds that lie beside images to describe them: texts, tables, weights."""
+    """Drop the kinds that accompany images: texts, tables, weights."""
     return {kind: count for kind, count in kinds.items() if kind not in _BESIDE}
 
 
 def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> str:
-    """Return what to do about a folder without images, by the commonest kind in it that holds some.
+    """Return a hint for a folder without images, by its most common kind that holds some.
 
     Args:
-        where: The folder, as a command takes it.
+        where: Folder, as written on the command line.
         kinds: Number of files by suffix.
         first: One file of each kind.
     """
@@ -74,7 +74,7 @@ def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> st
 
 
 def _is_dicom(path: str) -> bool:
-    """Tell a DICOM file, which often has no suffix, by its mark behind a preamble of 128 bytes."""
+    """Recognise a DICOM file, which often has no suffix, by its mark after a preamble of 128 bytes."""
     try:
         if not os.path.isfile(path):
             return False

@@ -1,4 +1,4 @@
-"""Listing: which files a folder of any depth holds; told quickly, in little memory, and remembered for large ones."""
+"""Recursive listing of a folder's files: fast, in little memory, and cached for large folders."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from dinocli.atomic import atomic
 from dinocli.data.kinds import kind_of
 from dinocli.data.outputs import SHEETS, SIGNS, Ours, is_sheet, recognise
 
-# What image files are called.
+# Suffixes of image files.
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .bmp .dib .gif .avif .jp2 .j2k .jpx .ppm .pgm .pbm .pnm .pfm "
     ".tga".split()
 )
-ARRAY = ".npy"  # an image too, where no other kind is there
-JUNK = frozenset({"__MACOSX"})  # folders of a Mac's resource forks, in archives that it made
-_REMEMBERED = 20_000  # files; below, listing takes no time worth a file in the user's cache
-_SETTLED = 2_000_000_000  # nanoseconds; a folder changed later than this may change again within one tick of its clock
+ARRAY = ".npy"  # counts as an image only if a folder holds no other kind
+JUNK = frozenset({"__MACOSX"})  # folders of resource forks, in archives made by macOS
+_REMEMBERED = 20_000  # files; listing fewer is too fast to be worth a cache file
+_SETTLED = 2_000_000_000  # nanoseconds; a folder changed more recently may change again within one clock tick
 
 
 class Names(Sequence[str]):
-    """Many file names in one piece of memory: their bytes and eight more each, which worker processes share."""
+    """File names in one block of memory, which worker processes share: their bytes plus eight per name."""
 
     def __init__(self, text: NDArray[np.uint8], ends: NDArray[np.int64]) -> None:
         self.text, self.ends = text, ends
 
     @classmethod
     def of(cls, names: Sequence[str]) -> Names:
-        """Put names together; they may hold any bytes that a file system allows."""
+        """Pack names, which may hold any bytes that a file system allows."""
         coded = [os.fsencode(name) for name in names]
         ends = np.cumsum([len(name) for name in coded], dtype=np.int64)
         return cls(np.frombuffer(b"".join(coded), dtype=np.uint8), ends)
@@ -64,10 +64,10 @@ class Listing(NamedTuple):
     """Files below a folder.
 
     Attributes:
-        names: Of the wanted files, in order, with `/` between folders.
-        kinds: Number of other files by suffix; "" for those without one.
-        ours: Ignored files and folders that this tool wrote, the folders with a `/` at the end.
-        first: One file of each kind; known only of a listing that was made now.
+        names: Sorted names of the selected files, with `/` between folders.
+        kinds: Number of other files by suffix; "" for files without one.
+        ours: Ignored files and folders that this tool wrote; folders end with `/`.
+        first: One file of each kind; empty for a listing from the cache.
     """
 
     names: Names
@@ -82,13 +82,13 @@ class Listing(NamedTuple):
 
 
 def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
-    """List the files below a folder, those behind links too; hidden ones and outputs of this tool are ignored.
+    """List the files below a folder, following links and ignoring hidden files and outputs of this tool.
 
-    A long list is kept in the user's cache, and taken from there as long as no folder below has changed.
+    A long listing is stored in the user's cache and reused until a folder below changes.
 
     Args:
-        root: The folder.
-        wanted: Tells by the path of a file whether it belongs in the list.
+        root: Folder to list.
+        wanted: Function that selects files by their path.
     """
     memory = cache_folder() / "listing" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]}.npz"
     remembered = _remembered(root, memory)
@@ -116,7 +116,7 @@ def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
 
 
 def _walk(folder: str, above: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Folders in no order, each with the names of its files, and with those of outputs in it."""
+    """Yield each folder, in no order, with the names of its files and of the outputs in it."""
     files, below, signs = [], [], set[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -129,11 +129,11 @@ def _walk(folder: str, above: list[str]) -> Iterator[tuple[str, list[str], list[
             else:
                 files.append(entry.name)
     ours = recognise(folder, signs)
-    # The folder that the user names is read, even if it is output.
+    # The folder that the user names is read even if it is an output.
     if ours.whole and above:
         yield folder, [], [""]
         return
-    # Most folders hold no output, and a million names cost a second each time that they are matched.
+    # Most folders hold no output, and each match over a million names takes a second.
     every = ours != Ours() or os.path.basename(folder) in SHEETS
     suspects = files if every else [name for name in files if name.startswith("search")]
     hidden = [name for name in suspects if ours.hides.fullmatch(name) or is_sheet(folder, name)]
@@ -144,13 +144,13 @@ def _walk(folder: str, above: list[str]) -> Iterator[tuple[str, list[str], list[
     yield folder, files, [*hidden, *(f"{name}/" for name in hidden_folders)]
     here = [*above, os.path.realpath(folder)]
     for name, path, linked in below:
-        # A link to a folder that it lies in would make the walk endless.
+        # A link to one of its own parent folders would make the walk endless.
         if name not in hidden_folders and not (linked and os.path.realpath(path) in here):
             yield from _walk(path, here)
 
 
 def _collapse(ours: Iterable[str], names: Sequence[str]) -> list[str]:
-    """Name outputs by the folder right below the root, unless that holds images too."""
+    """Replace outputs by their top-level folder, unless that holds images too."""
     tops: dict[str, None] = {}
     for path in ours:
         top = path.partition("/")[0] + "/" if "/" in path else path
@@ -161,12 +161,12 @@ def _collapse(ours: Iterable[str], names: Sequence[str]) -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where the tool keeps what it can make again."""
+    """Return the folder for data that the tool can recreate."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dinocli"
 
 
 def _changes(root: Path, folders: Sequence[str]) -> NDArray[np.int64] | None:
-    """When each folder last got, lost or renamed a file; none where one is gone."""
+    """Return when each folder last gained, lost or renamed a file; None if a folder is gone."""
     try:
         return np.array([os.stat(root / folder).st_mtime_ns for folder in folders], dtype=np.int64)
     except OSError:
@@ -182,7 +182,7 @@ def _remembered(root: Path, memory: Path) -> Listing | None:
                 return None
             kinds, ours = json.loads(stored["others"].tobytes())
             return Listing(Names(stored["text"], stored["ends"]), kinds, ours, {})
-    # Whatever is wrong with what was kept, listing again mends it.
+    # Whatever is wrong with the cache file, a new listing repairs it.
     except Exception:
         return None
 
@@ -204,4 +204,4 @@ def _remember(listing: Listing, root: Path, folders: list[str], began: int, memo
                 changes=changes,
             )
     except OSError:
-        pass  # a home that cannot be written to costs a listing each time, and nothing else
+        pass  # an unwritable home only costs a new listing each time

@@ -31,7 +31,7 @@ _LABELS = (
     "label_id",
 )
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t;,|", ".txt": "\t;,|"}
-# The longest beginning of a line that ends as an image file does, spaces, and the rest of the line.
+# The longest start of a line that ends in an image suffix, then spaces, then the rest of the line.
 _SPACED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))}|\.npy))[ \t]+(\S.*)", re.IGNORECASE)
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _QUOTES = "\"'"
@@ -41,9 +41,9 @@ class Entry(NamedTuple):
     """A row of a list.
 
     Attributes:
-        name: Path of the image, as its folder has it.
-        label: Empty if there is none.
-        row: Line in the file where the row ends, from 1.
+        name: Path of the image, spelled as on disk.
+        label: Label, or an empty string.
+        row: Number of the row's last line in the file, from 1.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Entry(NamedTuple):
 
 
 class FileList(NamedTuple):
-    """A list as it was read.
+    """Contents of a list.
 
     Attributes:
-        entries: In the order of the file.
-        notes: Lines for the user about rows that lack something.
+        entries: Rows in file order.
+        notes: Messages for the user about incomplete rows.
     """
 
     entries: list[Entry]
@@ -64,15 +64,15 @@ class FileList(NamedTuple):
 
 
 def read_list(path: Path) -> FileList:
-    """Read a text file with a path a line, or a table with a column of paths and perhaps one of labels.
+    """Read a text file with one path per line, or a table with a column of paths and optionally one of labels.
 
-    Relative paths start at the list's own folder. A label follows its path after a tab, a comma, a semicolon or a
-    space; of a table with a header the columns are taken by their names. UTF-8 and UTF-16, with or without a byte order
-    mark, and cp1252 are read; quotes, spaces around a cell and backslashes of Windows are understood where the path as
-    it is written does not exist.
+    Relative paths start at the list's own folder. A label follows its path after a tab, comma, semicolon or space. In a
+    table with a header, the columns are found by name. The encoding may be UTF-8 or UTF-16, with or without a byte
+    order mark, or cp1252. If a path does not exist as written, quotes and spaces around the cell are removed and
+    Windows backslashes are converted.
 
     Raises:
-        DinoError: The list is empty, no column holds paths, or the first file does not exist.
+        DinoError: If the list is empty, no column holds paths, or the first file does not exist.
     """
     try:
         text = _decode(path.read_bytes(), path.parent).removeprefix("\ufeff")
@@ -80,7 +80,7 @@ def read_list(path: Path) -> FileList:
         raise DinoError(f"{path} cannot be read: {error.strerror or error}", "check the path and its rights") from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     if path.suffix.lower() == ".txt":
-        lines = ["" if line.startswith("#") else line for line in lines]  # kept, so that rows have their numbers
+        lines = ["" if line.startswith("#") else line for line in lines]  # blank, to keep row numbers
     notes: list[str] = []
     rows = [row for row in _rows(lines, path, notes) if any(cell.strip() for cell in row.cells)]
     if not rows:
@@ -108,7 +108,7 @@ def _decode(data: bytes, folder: Path) -> str:
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             return data.removeprefix(mark).decode(encoding, "surrogateescape" if encoding == "utf-8" else "replace")
-    # Text of a spreadsheet in UTF-16 without its mark: every other byte of what is ASCII is zero.
+    # UTF-16 without its mark, from a spreadsheet: every other byte of ASCII text is zero.
     head = data[:1000]
     for encoding, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[::2])):
         if zeros and zeros.count(0) > len(zeros) // 2:
@@ -116,7 +116,7 @@ def _decode(data: bytes, folder: Path) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
-        # File names may hold any bytes; so may lists of them. A spreadsheet on Windows writes cp1252 in their place.
+        # File names may hold any bytes, and so may lists of them. Spreadsheets on Windows write cp1252 instead.
         raw = data.decode("utf-8", "surrogateescape")
         odd = next(line for line in raw.split("\n") if any("\udc80" <= sign <= "\udcff" for sign in line))
         cells = [odd, *re.split(r"[,;\t]", odd)]
@@ -125,19 +125,14 @@ def _decode(data: bytes, folder: Path) -> str:
 
 
 def _rows(lines: list[str], path: Path, notes: list[str]) -> Iterator[_Row]:
-    """Return path and label of each row, as they are written.
-
-    Args:
-        lines: Of the file.
-        path: Of the file.
-        notes: Takes a line about columns that are not read.
+    """Yield path and label of each row as written, and add a message to `notes` if columns are not read.
 
     Raises:
-        DinoError: No column holds paths.
+        DinoError: If no column holds paths.
     """
     folder, suffix = path.parent, path.suffix.lower()
     delimiters = _DELIMITERS[suffix]
-    if lines and (told := re.fullmatch(r'"?sep=(.)"?', lines[0])):  # a line of Excel's that names the delimiter
+    if lines and (told := re.fullmatch(r'"?sep=(.)"?', lines[0])):  # Excel's line that names the delimiter
         delimiters, lines[0] = told[1], ""
     first = next((line for line in lines if line.strip()), "")
     if not first:
@@ -154,7 +149,7 @@ def _rows(lines: list[str], path: Path, notes: list[str]) -> Iterator[_Row]:
             next(table)
             yield from (_Row((_cell(cells, column), _cell(cells, label)), row) for cells, row in table)
             return
-    if _exists(folder, first):  # its name may hold a delimiter
+    if _exists(folder, first):  # the file name may hold a delimiter
         yield from _labels_behind(lines, folder)
         return
     for delimiter in delimiters:
@@ -172,7 +167,7 @@ def _rows(lines: list[str], path: Path, notes: list[str]) -> Iterator[_Row]:
             f"no column of {path} holds paths; its columns are {', '.join(columns or [first.strip()])[:300]}",
             "name the column of paths `path` and that of labels `label`: path,label",
         )
-    if len(columns) > 1 and any(_is_name(cell) for cell in columns):  # a missing file, which the caller names
+    if len(columns) > 1 and any(_is_name(cell) for cell in columns):  # a missing file, which the caller reports
         yield _Row((next(cell for cell in columns if _is_name(cell)), ""), 1)
         return
     yield from _labels_behind(lines, folder)
@@ -183,7 +178,7 @@ def _table(lines: list[str], delimiter: str) -> Iterator[_Row]:
     try:
         for cells in reader:
             yield _Row(cells or [""], reader.line_num)
-    except csv.Error:  # a cell of more than 131,072 characters, as of a quote that nothing closes
+    except csv.Error:  # a cell of more than 131,072 characters, such as after an unclosed quote
         for row, line in enumerate(lines, 1):
             if row > reader.line_num:
                 yield _Row(line.split(delimiter), row)
@@ -202,11 +197,11 @@ def _cell(cells: Sequence[str], column: int | None) -> str:
 
 
 def _labels_behind(lines: list[str], folder: Path) -> Iterator[_Row]:
-    """Take a path from each line, and a label behind a tab, a comma, a semicolon or a space, if there are labels."""
+    """Yield the path of each line and, if there are labels, the label after a tab, comma, semicolon or space."""
     filled = [line for line in lines if line.strip()]
     tabbed = next((line for line in filled if "\t" in line.strip()), None)
     tab = tabbed is not None and not _exists(folder, tabbed)
-    # Names may hold spaces and commas: the first line that looks like a path and a label says whether it is.
+    # Names may hold spaces and commas: if the first line that looks like path and label is a file, there are no labels.
     sample = next((line for line in filled if _split(line) != (line, "")), None)
     labelled = sample is not None and not _exists(folder, sample)
     bare = not tab and not labelled and " " in filled[0].strip() and not _exists(folder, filled[0])
@@ -232,7 +227,7 @@ def _split(line: str) -> tuple[str, str]:
 
 
 def _unquote(text: str) -> str:
-    """Take spaces off, and quotes if they are around all of it."""
+    """Strip spaces, and quotes if they enclose the whole text."""
     text = text.strip()
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in _QUOTES else text
 
@@ -249,7 +244,7 @@ def _is_file(folder: Path, name: str) -> bool:
 
 
 def _forms(name: str) -> Iterator[str]:
-    """Return a name as it is, then without spaces and quotes around it, then with slashes for backslashes."""
+    """Yield a name as written, then without spaces and quotes around it, then with slashes for backslashes."""
     bare = name.strip()
     yield from (name, bare, _unquote(bare))
     if "\\" in bare:
@@ -257,12 +252,12 @@ def _forms(name: str) -> Iterator[str]:
 
 
 def _convention(rows: Sequence[_Row], folder: Path) -> Callable[[str], str]:
-    """Return what makes a path of a cell; the first path with a backslash tells for all others."""
+    """Return the function that converts a cell to a path; the first path with a backslash decides for all."""
     first = next((row.cells[0] for row in rows if "\\" in row.cells[0]), None)
     windows = first is not None and not _is_file(folder, first) and _exists(folder, first)
 
     def convert(name: str) -> str:
-        # To ask the disk for each name of a long list takes seconds; only odd ones are asked for.
+        # Checking every name of a long list on disk takes seconds; only odd names are checked.
         if (name != name.strip() or name[:1] in _QUOTES) and not _is_file(folder, name):
             name = _unquote(name)
         return name.replace("\\", "/") if windows else name

@@ -35,10 +35,10 @@ class Batch:
     """Views of B images, ready for the networks.
 
     Attributes:
-        global_crops: [G, B, C, H, W]
-        local_crops: [V-G, B, C, h, w]; absent where there are no local views.
-        rows: Number of each image in its source. [B], on the host
-        masks: Patches of the global crops that the student does not see; absent where it sees all.
+        global_crops: Global crops. [G, B, C, H, W]
+        local_crops: Local crops, or None without local views. [V-G, B, C, h, w]
+        rows: Index of each image in its source, on the host. [B]
+        masks: Masked patches of the student's global crops, or None without masking.
     """
 
     global_crops: Tensor
@@ -48,11 +48,11 @@ class Batch:
 
     @property
     def crops(self) -> list[Tensor]:
-        """All views, a group a resolution, global ones first."""
+        """All views, one group per resolution, global ones first."""
         return [self.global_crops] if self.local_crops is None else [self.global_crops, self.local_crops]
 
     def split(self, count: int) -> list[Batch]:
-        """Its images in `count` batches of the same size, in order."""
+        """Split the images into `count` batches of the same size, in order."""
         if count == 1:
             return [self]
         globals_, rows = self.global_crops.chunk(count, 1), self.rows.chunk(count)
@@ -63,18 +63,18 @@ class Batch:
 
 @dataclass
 class BadFiles:
-    """Files that could not be read, with the reason; a file counts once however often it is drawn."""
+    """Files that cannot be read, with the reason; a file counts once, however often it is drawn."""
 
     reasons: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """Counts by reason in one line, the most frequent first."""
+        """Return the counts by reason in one line, the most frequent first."""
         counts = Counter(reason.split(":")[0] for reason in self.reasons.values()).most_common(4)
         return ", ".join(f"{count} {reason}" for reason, count in counts)
 
 
 class Share(NamedTuple):
-    """Which process of a run this is: rank `rank` of `of`."""
+    """Place of a process in its run: rank `rank` of `of` processes."""
 
     rank: int
     of: int
@@ -84,37 +84,36 @@ ALONE = Share(0, 1)
 
 
 class TrainBatches:
-    """Endless batches in an order and with views that depend on the seed alone.
+    """Endless batches whose order and views depend on the seed alone.
 
-    Each image comes once an epoch, in the epoch's own order, and what does not fill a batch is dropped. The views of an
-    image depend on seed, epoch and its number: not on how many processes work, nor on where a run was taken up again.
-    From tar shards the images come in the order in which they lie there, shuffled in a buffer, each worker with shards
-    of its own: there the order depends on the number of workers too. A file that cannot be read is replaced by another
-    draw, so that batches keep their size.
+    Each image appears once per epoch, in a new order every epoch; the last, incomplete batch is dropped. The views of
+    an image depend on the seed, the epoch and its number, but not on the number of processes or on where a run resumed.
+    Images from tar shards come in stored order, shuffled in a buffer. Each worker has its own shards, so this order
+    depends on the number of workers too. An unreadable file is replaced by another draw, so batches keep their size.
 
     Args:
-        source: The images.
-        views: The views to make.
-        batch_size: B, of this process.
-        seed: Of the order and of all views.
-        images: How files become pixels.
-        start: Batches to pass over, for a run that goes on.
-        steps_per_epoch: Batches of an epoch, in which the views' low resolution is counted.
-        workers: Processes that decode and crop; 0 does it in this one.
-        device: Where color and blur are done, and where the batches lie.
-        share: Which part of each batch of the run is this process's.
-        cache: `ram`, or a folder, to keep decoded images in; absent, each is decoded whenever it is drawn.
-        compiled: Whether torch compiles the turn of the hue, the longest of what is done to the views.
-        grid: Rows and columns of a global crop's patches by its size, where the views have a mask: how many patches of
-            each crop are hidden depends on seed, batch and the image's place in it (and on the number of processes,
-            where their shares are no multiples of 32), and which ones on seed, epoch and the image's number.
+        source: Images to draw from.
+        views: Views to cut from each image.
+        batch_size: Images per batch in this process (B).
+        seed: Seed of the order and of all views.
+        images: Decoding settings.
+        start: Number of batches to skip, when a run resumes.
+        steps_per_epoch: Batches per epoch, the unit of the views' low-resolution phase.
+        workers: Processes that decode and crop; 0 uses this process.
+        device: Device of the batches, which also applies color jitter and blur.
+        share: Share of this process in each batch of the run.
+        cache: `ram`, or a folder, for decoded images. If None, an image is decoded whenever it is drawn.
+        compiled: True to compile the hue jitter, the slowest augmentation, with torch.compile.
+        grid: Function from the size of a global crop to its rows and columns of patches, for masking. The number of
+            masked patches per crop depends on seed, batch and the image's place in it (and on the number of processes,
+            unless their shares are multiples of 32). Their positions depend on seed, epoch and the image's number.
 
     Attributes:
-        bad: The files that could not be read.
-        cache: What was kept, if anything is.
+        bad: Files that cannot be read.
+        cache: Cache of decoded images, or None.
 
     Raises:
-        DinoError: While iterating: more than 5 % of the images cannot be read, or a worker was killed.
+        DinoError: If, while iterating, more than 5 % of the images cannot be read, or a worker is killed.
     """
 
     def __init__(
@@ -171,11 +170,11 @@ class TrainBatches:
 
     @property
     def waited(self) -> float:
-        """Seconds that this process has waited for batches."""
+        """Seconds this process has waited for batches."""
         return self._ring.waited
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         self._ring.close()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -200,7 +199,7 @@ class TrainBatches:
     def _count(self, bad: list[tuple[str, str]]) -> None:
         self.bad.reasons.update(bad)
         self._seen += self._batch_size
-        # Of a stream nobody knows how long it is: what was seen so far stands for it, once that is something.
+        # The length of a stream is unknown: use the images so far instead, but at least those of 20 batches.
         known = self._source.count if isinstance(self._source, Shards) else len(self._source)
         total = known or max(self._seen, 20 * self._batch_size)
         if len(self.bad.reasons) > max(1, BAD_SHARE * total):
@@ -213,7 +212,7 @@ class TrainBatches:
             )
 
 
-# What a worker begins with: functions of the module's own, since where processes are not copied they are sent by name.
+# Workers start with these module-level functions: spawned processes receive them by name.
 
 
 def _image_filler(cutter: Cutter, source: Images, cache: PixelCache | None, lane: int, lanes: int) -> ImageFiller:
@@ -241,14 +240,14 @@ def _plain_filler(
 ) -> PlainFiller:
     if isinstance(source, Images):
         return PlainFiller(source, size, images, cutter=cutter)
-    # Every process reads the whole stream, and passes over what is in the batches of others.
+    # Every process reads the whole stream, and skips the images in the batches of others.
     before = partial(ring.turns_before, lane, workers, batch_size)
     stream = source.stream(lane, lanes, max_megabytes=images.max_megabytes)
     return PlainFiller(stream, size, images, before, cutter)
 
 
 class _Copier:
-    """Moves what is in a slot to the device: beside its work on CUDA, not at all on the CPU."""
+    """Copier from slots to the device: concurrent with its work on CUDA, a no-op on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -260,26 +259,26 @@ class _Copier:
             return values.to(self.device)
         with torch.cuda.stream(self.stream):
             moved = values.to(self.device, non_blocking=True)
-        # Its memory was taken on the side stream and is read on the main one: it may not be used again before that.
+        # Memory from the side stream is read on the main stream: it must not be reused before that read.
         moved.record_stream(torch.cuda.current_stream(self.device))
         return moved
 
     def masks(self, masks: Masks) -> Masks:
-        """Masks of the host; before the crops, for they are few bytes and the host would wait for many before them."""
+        """Copy masks to the device. Call this before the crops, or the host waits for their many bytes first."""
         return Masks(self(masks.where), self(masks.rows), self(masks.weights), masks.counts)
 
     def wait(self) -> None:
-        """Let what the device does next wait for the copies; the host does not wait."""
+        """Make later work on the device wait for the copies; the host does not wait."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def done(self, slot: int, release: Any) -> None:
-        """Release slots whose copies are over: this one at once, or on CUDA those of batches before it."""
+        """Release slots whose copies are complete: this one at once, or on CUDA those of earlier batches."""
         if self.stream is None:
             release(slot)
             return
         self.busy.append((self.stream.record_event(), slot))
-        # One copy may be under way while the device works; before that its slot's memory must not be written.
+        # One copy may overlap with the device's work; until it completes, its slot must not be written.
         while len(self.busy) > 1 or (self.busy and self.busy[0][0].query()):
             event, free = self.busy.popleft()
             event.synchronize()
@@ -287,7 +286,7 @@ class _Copier:
 
 
 def _fields(views: ViewsConfig, batch_size: int) -> ring.Fields:
-    """The arrays of a batch: crops with the channels last, as decoders give them, and what their images' draws say."""
+    """Return the arrays of a batch: crops with the channels last, as from decoders, and the draws per view."""
     v, g, b, c = len(views.all), len(views.globals), batch_size, views.channels
     large, small = views.global_1.size, views.local.size if views.local else 0
     return {
@@ -304,7 +303,7 @@ def _fields(views: ViewsConfig, batch_size: int) -> ring.Fields:
 
 
 def _mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> ring.Fields:
-    """The arrays that say what is hidden, and how much of each crop."""
+    """Return the arrays of masked patches: their positions, and their number per crop."""
     if not views.mask:
         return {}
     if not grid:
@@ -314,15 +313,15 @@ def _mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> ring
 
 
 def _slots(fields: ring.Fields) -> int:
-    """A few batches wait, and never more of them than the budget of memory."""
+    """Return the number of waiting batches: a few, within the memory budget."""
     batch_bytes = sum(torch.Size(f.shape).numel() * f.dtype.itemsize for f in fields.values())
     return max(2, min(_SLOTS, _WAITING_BYTES // batch_bytes))
 
 
 class _Order:
-    """Which images a batch holds: each once an epoch, in the epoch's own order; the rest is dropped.
+    """Order of the images: each once per epoch, reshuffled every epoch; the last, incomplete batch is dropped.
 
-    And how many patches of each of their global crops are hidden, where the views have a mask.
+    If the views are masked, it also sets the number of masked patches per global crop.
     """
 
     def __init__(
@@ -333,7 +332,7 @@ class _Order:
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def write(self, slot: dict[str, Tensor], batch: int) -> None:
-        """Write epoch and number of each image of a batch; of a stream they are known when they come."""
+        """Write epoch and number of each image of a batch; for a stream, the filler writes them."""
         if self.mask:
             views, images, *grid = slot["where"].shape
             dealt = deal(self.mask, (views, images), math.prod(grid), seed=self.seed, batch=batch, rank=self.share.rank)
@@ -349,19 +348,19 @@ class _Order:
         slot["keys"][:, 1] = torch.from_numpy(self._order[first : first + self.batch_size])
 
 
-# No image has this number, so that the order shares its random numbers with no image's views.
+# No image has this number, so the order shares no random numbers with the views of an image.
 _ORDER = 2**63 - 1
 
 
 class Plain(NamedTuple):
-    """Images of one pass.
+    """Batch of images from one pass.
 
     Attributes:
-        images: Normalized. [B, C, size, size]
-        names: Of each.
-        labels: Of each, -1 where there is none.
-        bad: Name and reason of those that could not be read and are left out.
-        views: Views of each beside it, where they were asked for. [V, B, C, size, size]
+        images: Normalized images. [B, C, size, size]
+        names: Name per image.
+        labels: Class index per image, -1 if unlabelled.
+        bad: Name and reason of each unreadable image; these are skipped.
+        views: Additional views per image, if requested. [V, B, C, size, size]
     """
 
     images: Tensor
@@ -384,12 +383,12 @@ def plain_batches(
     share: Share = ALONE,
     cutter: Cutter | None = None,
 ) -> Iterator[Plain]:
-    """All images once, as the evaluation sees them: resized, cropped in the middle, normalized.
+    """Yield all images once, preprocessed for evaluation: resized, center-cropped, normalized.
 
-    They come in the order of the source; from tar shards and several workers, in that of the workers' turns. Several
-    processes take the batches in turns, each of which holds what it would hold in one; it may be empty.
+    They follow the order of the source or, from tar shards with several workers, the order of the workers' turns.
+    Several processes take the batches in turn. Each batch is the same as in a single process; it may be empty.
 
-    A cutter makes views beside each image, all of one side. They depend on its seed and the image's number alone.
+    A cutter adds views of each image, all of one size. They depend on its seed and the image's number alone.
     """
     fields = {"images": ring.Field((batch_size, len(mean), size, size), torch.uint8)}
     if cutter:
@@ -416,7 +415,7 @@ def plain_batches(
             pixels = arrays["images"][kept].to(device)
             views = _views(arrays, kept, *there) if cutter and kept else None
             filled.release(slot)
-            # One worker's stream may end before another's: it is over when each has had a turn with nothing in it.
+            # One worker's stream may end before another's: the pass ends once every worker had an empty turn.
             empty = 0 if seen else empty + 1
             if empty > (workers if isinstance(source, Shards) else 0):
                 return
@@ -429,7 +428,7 @@ def plain_batches(
 
 
 def _views(arrays: dict[str, Tensor], kept: list[int], mean: Tensor, std: Tensor) -> Tensor:
-    """The views of some images of a slot, on the device of mean and spread. [V, B, C, H, H]"""
+    """Return the views of some images of a slot, on the device of `mean` and `std`. [V, B, C, H, H]"""
     crops = torch.cat([arrays[name][:, kept] for name in ("globals", "locals") if arrays[name].numel()])
     drawn = Draws(*(arrays[name][:, kept] for name in Draws._fields))
     return augment(crops.to(mean.device), drawn, mean, std)

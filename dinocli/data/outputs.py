@@ -1,4 +1,4 @@
-"""Outputs of this tool among a user's images: marked when they are written, recognised when a folder is listed."""
+"""Outputs of this tool among a user's images: marked when written, recognised when a folder is listed."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from dinocli.distributed import rank
 
 MARKER = ".dinocli"
 _COMMAND, _FILES = "written by dino", "files"
-# Names that can tell an output. A listing collects those it meets, so that other folders cost nothing more.
+# Names that may indicate an output. A listing collects them on the way, so other folders cost nothing more.
 SIGNS = frozenset(
     f"{MARKER} preset.json metrics.jsonl ckpt.safetensors state photos.json photos.jpg pack.json index.json README.md "
     "config.json model.safetensors histogram.png keep.txt track.gif strip.png data masks run".split()
 )
 _NOTHING = re.compile(r"(?!)")
-# Files that version 0.1 wrote without a marker: the folder's name, and what no photo has.
+# Outputs that version 0.1 wrote without a marker: folder names, a file name, and a line in model cards.
 SHEETS = {"attention", "matches", "segments"}
 _SEARCH = re.compile(r"search(-\d+)?\.png")
 _HUB = b"<!-- dinocli wrote this;"
-_HEAD = 2**16  # bytes of a picture or a header to look at
+_HEAD = 2**16  # bytes of a picture or a header to read
 
 
 class Ours(NamedTuple):
     """Recognised outputs in a folder.
 
     Attributes:
-        whole: All of the folder is output.
-        hides: Names in it that are output, if not all are.
+        whole: True if the whole folder is output.
+        hides: Pattern of the names that are output, if not all are.
     """
 
     whole: bool = False
@@ -43,17 +43,17 @@ class Ours(NamedTuple):
 
 @contextlib.contextmanager
 def marked(folder: Path, command: str, files: Iterable[Path] = ()) -> Iterator[None]:
-    """Mark a folder as output before anything is written to it; take the mark away if nothing was.
+    """Mark a folder as output before anything is written to it; remove the mark if nothing was.
 
-    A folder that this call makes is marked as a whole. In one that holds files of the user's only `files` are.
+    A new or empty folder is marked as a whole. In a folder with the user's own files, only `files` are marked.
 
     Args:
         folder: Output folder of a command.
-        command: Name of the command, for a person who opens the marker.
+        command: Name of the command, for people who open the marker.
         files: Images that the command writes, in the folder and below.
 
     Raises:
-        OSError: The folder cannot be written to.
+        OSError: If the folder cannot be written to.
     """
     if rank() > 0:
         yield
@@ -87,23 +87,23 @@ def _is_fresh(folder: Path) -> bool:
 def _mark(folder: Path, command: str, names: list[str] | None) -> None:
     before = _read_marker(folder)
     if not (before and before.whole):
-        # Names keep the user's own files input, in a folder that was there before.
+        # In a folder that existed before, a list of names keeps the user's own files as input.
         listed = None if names is None else sorted({*names, *_listed(folder)})
         write_text(folder / MARKER, json.dumps({_COMMAND: command, _FILES: listed}))
 
 
 def recognise(folder: str, signs: Collection[str]) -> Ours:
-    """Tell which of a folder's contents this tool has written.
+    """Recognise the contents of a folder that this tool wrote.
 
     Args:
         folder: Path of the folder.
-        signs: Its names that are in `SIGNS`.
+        signs: Names in the folder that are in `SIGNS`.
     """
     told = _read_marker(Path(folder)) if MARKER in signs else None
     if told and told.whole:
         return told
     if {"data", "masks", "run"} <= set(signs) and os.path.isfile(os.path.join(folder, "run", "preset.json")):
-        return Ours(whole=True)  # of `dino demo`, version 0.1
+        return Ours(whole=True)  # from `dino demo`, version 0.1
     hides = [told.hides.pattern] if told else []
     if "preset.json" in signs and not {"metrics.jsonl", "ckpt.safetensors", "state"}.isdisjoint(signs):
         hides.append(r"curves\.png")
@@ -121,7 +121,7 @@ def recognise(folder: str, signs: Collection[str]) -> Ours:
 
 
 def is_sheet(folder: str, name: str) -> bool:
-    """Tell a picture that version 0.1 drew, by its place, its name and its white margin."""
+    """Recognise a picture of version 0.1 by its place, its name and its white margin."""
     if not name.endswith(".png") or not (os.path.basename(folder) in SHEETS or _SEARCH.fullmatch(name)):
         return False
     path = os.path.join(folder, name)
@@ -134,7 +134,7 @@ def is_sheet(folder: str, name: str) -> bool:
 
 
 def is_output(folder: str) -> bool:
-    """Tell whether all images and features in a folder are output: a run, `runs/`, features, shards, pictures."""
+    """Return whether all images and features in a folder are output: a run, `runs/`, features, shards, pictures."""
     signs, below, others, tensors = set[str](), list[str](), list[str](), list[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -157,7 +157,7 @@ def is_output(folder: str) -> bool:
 
 
 def _read_marker(folder: Path) -> Ours | None:
-    """Return what a marker says; none if there is no valid one."""
+    """Return the outputs that a marker names; None if there is no valid marker."""
     try:
         told = json.loads((folder / MARKER).read_bytes())
         if not isinstance(told, dict) or _COMMAND not in told:
@@ -169,7 +169,7 @@ def _read_marker(folder: Path) -> Ours | None:
 
 
 def _listed(folder: Path) -> set[str]:
-    """Return the names in an earlier marker, which a later one keeps."""
+    """Return the names in the existing marker, which a new one keeps."""
     try:
         return {str(name) for name in json.loads((folder / MARKER).read_bytes())[_FILES] or ()}
     except (OSError, ValueError, LookupError, TypeError):
@@ -184,7 +184,7 @@ def _beginning(path: str, end: bool = False) -> bytes:
 
 
 def _is_hub(folder: str) -> bool:
-    """Tell a folder of `dino push` by the last line of its card."""
+    """Recognise a folder of `dino push` by the last line of its model card."""
     try:
         return os.path.isfile(f"{folder}/README.md") and _HUB in _beginning(f"{folder}/README.md", end=True)
     except OSError:
@@ -192,7 +192,7 @@ def _is_hub(folder: str) -> bool:
 
 
 def _is_tensors(path: str) -> bool:
-    """Tell features and checkpoints of this tool by the metadata in their header."""
+    """Recognise features and checkpoints of this tool by the metadata in their header."""
     try:
         return os.path.isfile(path) and b'"dinocli"' in _beginning(path)
     except OSError:
@@ -200,9 +200,9 @@ def _is_tensors(path: str) -> bool:
 
 
 def _begins_white(png: bytes) -> bool:
-    """Tell whether the first row of an 8-bit RGB PNG is white, as the margin of every sheet is.
+    """Return whether the first row of an 8-bit RGB PNG is white, as the margin of every sheet is.
 
-    Source: the format, RFC 2083, sections 3, 4.1 and 6: chunks, header, filters of a row.
+    Source: PNG, RFC 2083, sections 3, 4.1 and 6: chunks, header, row filters.
     """
     if not png.startswith(b"\x89PNG\r\n\x1a\n") or png[24:26] != b"\x08\x02":
         return False
@@ -216,7 +216,7 @@ def _begins_white(png: bytes) -> bool:
     filtered, values = row[:1], row[1:]
     if len(values) < 3 * width or not width:
         return False
-    # Above the first row all is 0, so that Up is no filter and Paeth is Sub.
+    # Above the first row all values are 0, so Up is no filter and Paeth equals Sub.
     white = {
         b"\0": b"\xff" * (3 * width),
         b"\1": b"\xff" * 3 + b"\0" * (3 * width - 3),

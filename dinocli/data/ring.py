@@ -1,4 +1,4 @@
-"""Ring: worker processes that fill batches in shared memory, of which only the place's number travels."""
+"""Worker processes that fill batches in shared memory; only the slot index crosses the process boundary."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from torch import Tensor
 from dinocli.distributed import end_with
 from dinocli.errors import DinoError
 
-_STUCK = 300.0  # seconds for one chunk of a batch, after which whatever is being decoded will not end
-# Where a process can be copied as it stands, the shared memory comes along; elsewhere torch hands it over by name.
+_STUCK = 300.0  # seconds for one chunk of a batch; decoding that takes longer will not end
+# Forked processes inherit the shared memory; elsewhere torch passes it on by name.
 _FORK = sys.platform == "linux"
-# By the process that starts workers, for all of them; the last is not on every system.
+# Signals that the process which starts workers handles for all of them; not every system has the last.
 _MINDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 class Field(NamedTuple):
-    """One array of a batch."""
+    """Shape and type of one array of a batch."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -44,7 +44,7 @@ Slot = dict[str, Tensor]
 
 
 class Task(NamedTuple):
-    """A chunk of a batch to fill: which place of the ring, which batch, and which of its images."""
+    """Chunk of a batch to fill: slot of the ring, batch number, first image, and number of images."""
 
     slot: int
     batch: int
@@ -57,37 +57,37 @@ Told_co = TypeVar("Told_co", covariant=True)
 
 
 class Filler(Protocol[Told_co]):
-    """What a worker does: fill a chunk, and tell of it what does not fit into an array."""
+    """Function of a worker that fills a chunk and returns the notes that do not fit into an array."""
 
     def __call__(self, slot: dict[str, Tensor], task: Task) -> Sequence[Told_co]:
         """Fill images `first` to `first + images` of the batch."""
 
 
 def chunk_size(batch_size: int, workers: int) -> int:
-    """Images of a batch that a worker fills at a time."""
+    """Return the number of images of a batch that a worker fills at a time."""
     return max(1, min(32, batch_size // workers)) if workers else batch_size
 
 
 def _chunks(batch_size: int, workers: int) -> list[tuple[int, int]]:
-    """First image and number of images of each chunk of a batch."""
+    """Return the first image and the number of images of each chunk of a batch."""
     chunk = chunk_size(batch_size, workers)
     return [(first, min(chunk, batch_size - first)) for first in range(0, batch_size, chunk)]
 
 
 def turns(lane: int, workers: int, batch_size: int, batches: int) -> int:
-    """Images of the first `batches` batches that a worker fills where each chunk goes to the worker of its turn."""
+    """Count a worker's images in the first `batches` batches, if chunks go to the workers in turn."""
     chunks, workers = _chunks(batch_size, workers), max(1, workers)
 
     def first(batches: int) -> int:
         numbered = ((b * len(chunks) + i, size) for b in range(batches) for i, (_, size) in enumerate(chunks))
         return sum(size for number, size in numbered if number % workers == lane)
 
-    # After as many batches as there are workers the turns come round again.
+    # The turns repeat after as many batches as workers.
     return first(workers) * (batches // workers) + first(batches % workers)
 
 
 def turns_before(lane: int, workers: int, batch_size: int, batch: int, first: int) -> int:
-    """Images that a worker fills before the chunk of a batch that begins with image `first`."""
+    """Count the images that a worker fills before the chunk of a batch that starts at image `first`."""
     chunks = _chunks(batch_size, workers)
     numbered = ((batch * len(chunks) + i, start, size) for i, (start, size) in enumerate(chunks))
     same = sum(size for number, start, size in numbered if start < first and number % max(1, workers) == lane)
@@ -97,26 +97,26 @@ def turns_before(lane: int, workers: int, batch_size: int, batch: int, first: in
 class Ring(Generic[Note]):
     """Batches in order, filled ahead by worker processes.
 
-    A batch is cut into chunks, so that all workers share the first one and memory does not grow with their number.
+    Batches are cut into chunks, so all workers share the first batch and memory does not grow with their number.
 
-    Where shapes change on the way, a slot's memory is that of the largest, and each batch has its part of it: workers
-    go on, with what they have decoded and read ahead.
+    If shapes change during a run, a slot has memory for the largest, and each batch uses a part of it. Workers keep
+    running, with the images that they have decoded and read ahead.
 
     Args:
-        phases: The arrays of a batch, by name, and the number of the first batch that has them; of the first batch of
-            all, then of those from which on there are others.
-        batch_size: B.
-        make: Makes a worker's filler, in the worker: called with its lane and the number of lanes.
-        prepare: Called in this process before a batch is filled, with its arrays and its number.
-        workers: Processes; 0 fills in this one.
-        slots: Batches that are held at once.
+        phases: Pairs of a batch number and the arrays, by name, of all batches from there on. The first pair is for
+            the first batch.
+        batch_size: Images per batch (B).
+        make: Function that creates a filler in its worker, from the worker's lane and the number of lanes.
+        prepare: Function that is called in this process before a batch is filled, with its arrays and its number.
+        workers: Number of worker processes; 0 fills in this process.
+        slots: Number of batches held at once.
         start: Number of the first batch.
-        stride: From a batch's number to the next one's, where other processes fill those between.
-        bound: Whether a chunk must go to the worker of its turn, as with streams, and not to whoever is free.
-        pin: Whether to lock the memory for copies to a CUDA device.
+        stride: Step between batch numbers, if other processes fill the batches between.
+        bound: True if chunks must go to the workers in turn, as streams need; else they go to any idle worker.
+        pin: True to pin the memory for copies to a CUDA device.
 
     Attributes:
-        waited: Seconds that this process has waited for batches.
+        waited: Seconds this process has waited for batches.
     """
 
     def __init__(
@@ -155,19 +155,19 @@ class Ring(Generic[Note]):
         self._done: Any = context.SimpleQueue()
         shared: Any = context.SimpleQueue()
         self._queues = [context.SimpleQueue() if bound else shared for _ in range(workers)]
-        # The system ends a worker with the thread that started it, and only the main one lasts.
+        # The system ends a worker with the thread that started it, and only the main thread lasts.
         starter = _Starter(os.getpid(), threading.current_thread() is threading.main_thread())
         for lane, tasks in enumerate(self._queues):
             words = (starter, lane, workers, make, self._slots, tasks, self._done)
             self._processes.append(context.Process(target=_work, args=words, daemon=True))
-        with _held_back(_MINDED):  # until a worker ignores them, it would answer them as this process does
+        with _held_back(_MINDED):  # until a worker ignores them, it would handle them as this process does
             for process in self._processes:
                 process.start()
-        # However this process ends, or forgets the ring, the workers end too: they mind no signal but one.
+        # Kill the workers when this process exits or drops the ring: they ignore SIGINT, SIGTERM and SIGUSR1.
         weakref.finalize(self, _end, self._processes)
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Tensor], list[Note]]]:
-        """Number of the slot, its arrays and the fillers' notes; `release` the slot when it has been read."""
+        """Yield a slot index, its arrays and the fillers' notes; `release` the slot after reading it."""
         while True:
             began = time.perf_counter()
             while self._free and self._processes:
@@ -177,11 +177,11 @@ class Ring(Generic[Note]):
             yield slot, self._slots.of(slot, batch), notes
 
     def release(self, slot: int) -> None:
-        """Let a slot be filled again."""
+        """Allow a slot to be filled again."""
         self._free.append(slot)
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         _end(self._processes)
 
     def _here(self) -> tuple[int, int, list[Note]]:
@@ -238,7 +238,7 @@ def _end(processes: list[Any]) -> None:
 
 
 class _Starter(NamedTuple):
-    """The process that starts workers: its id, and whether its main thread does."""
+    """Process that starts workers: its id, and whether its main thread starts them."""
 
     process: int
     main: bool
@@ -246,7 +246,7 @@ class _Starter(NamedTuple):
 
 @contextlib.contextmanager
 def _held_back(signals: Sequence[int]) -> Iterator[None]:
-    """Hold signals back from this process, and from those that it starts, until the block ends."""
+    """Hold back signals from this process, and from those that it starts, until the `with` block ends."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -266,15 +266,15 @@ def _work(
     tasks: Any,
     done: Any,
 ) -> None:
-    # Ctrl-C, and what `timeout` and schedulers send, reach every process of the group; the parent finishes its step
-    # and then ends its workers itself.
+    # Ctrl-C and the signals of `timeout` and schedulers reach every process of the group; the parent finishes its step
+    # and then stops its workers itself.
     for number in _MINDED:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _MINDED)
     end_with(starter.process, by_system=starter.main)
     torch.set_num_threads(1)
-    # libtiff and libjpeg write a line of their own about each damaged file; what is wrong comes back as a value.
+    # libtiff and libjpeg print a line of their own about each corrupt file; here the reason is a return value.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     try:
         fill = make(lane, lanes)
@@ -289,21 +289,21 @@ def _work(
 
 @dataclass(frozen=True)
 class _Slots:
-    """The places of a ring, as arrays of the shapes that a batch has.
+    """Slots of a ring, as arrays in the shapes of a batch.
 
     Attributes:
-        phases: First batch of these shapes, and the arrays of each place.
+        phases: Pairs of the first batch with these shapes, and the arrays of each slot.
     """
 
     phases: list[tuple[int, list[Slot]]]
 
     def of(self, slot: int, batch: int) -> Slot:
-        """The arrays of a place that holds a batch of this number."""
+        """Return the arrays of a slot that holds a given batch."""
         return next(slots for first, slots in reversed(self.phases) if first <= batch)[slot]
 
 
 def _memory(phases: Sequence[tuple[int, Fields]], *, spawned: bool) -> Slot:
-    """Memory of a place, in which each array has room for its largest shape."""
+    """Allocate the memory of a slot, with room for the largest shape of each array."""
     largest = {
         name: max((fields[name] for _, fields in phases), key=lambda field: math.prod(field.shape))
         for name in phases[0][1]
@@ -312,7 +312,7 @@ def _memory(phases: Sequence[tuple[int, Fields]], *, spawned: bool) -> Slot:
 
 
 def _shaped(memory: Slot, fields: Fields) -> Slot:
-    """The beginning of each array's memory, in another shape."""
+    """Return the start of each array's memory in another shape."""
     return {name: memory[name].flatten()[: math.prod(field.shape)].view(field.shape) for name, field in fields.items()}
 
 
@@ -320,7 +320,7 @@ def _shared(field: Field, *, spawned: bool) -> Tensor:
     size = torch.Size(field.shape).numel()
     if spawned:
         return torch.empty(field.shape, dtype=field.dtype).share_memory_()
-    # Not /dev/shm, which a container often bounds to 64 MB and then kills whoever writes more.
+    # Not /dev/shm: containers often limit it to 64 MB and kill a process that writes more.
     memory = mmap.mmap(-1, max(1, size * field.dtype.itemsize))
     return (
         torch.frombuffer(memory, dtype=field.dtype, count=size).view(field.shape) if size else torch.empty(field.shape)
@@ -328,6 +328,6 @@ def _shared(field: Field, *, spawned: bool) -> Tensor:
 
 
 def _pin(values: Tensor) -> None:
-    """Lock memory in its place, so that the device can read it while the host goes on; without, copies wait."""
+    """Pin memory, so that the host need not wait for copies to the device; if that fails, it waits."""
     with contextlib.suppress(Exception):
         torch.cuda.cudart().cudaHostRegister(values.data_ptr(), values.nbytes, 0)

@@ -1,4 +1,4 @@
-"""Members of a tar to samples in the WebDataset form: an image and its label by their common key."""
+"""Samples in the WebDataset form from the members of a tar: an image and its label share a key."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from dinocli.data.tar import Content, LocalTar, PipedTar, Sparse, Unread, member
 
 # WebDataset's rule (webdataset/tariterators.py): the key ends at the first dot of the last part of the name.
 _KEY = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)", re.DOTALL)
-# WebDataset's own members, a Mac's resource forks, and hidden files and folders: as in a folder, they are no images.
+# WebDataset's own members, macOS resource forks, and hidden files and folders: not images, as in a folder.
 _HIDDEN = re.compile(rf"^__[^/]*__(?:$|/)|(?:^|/)(?:(?:{'|'.join(JUNK)})/|\.(?!\.?/))")
 _NUMBER = re.compile(r"\d+(\.\d+)*")
 LABELS = ("cls", "json")
 _OPEN = 32  # files kept open for the samples that wait in a buffer
-LABEL_BYTES = 2**20  # a longer label is none
-_TOGETHER = 32  # images of one key that may be views of one thing; more are images of their own
+LABEL_BYTES = 2**20  # longer members are not labels
+_TOGETHER = 32  # images of one key that may show one object; more are separate samples
 _LONGEST_CLASS = 200  # characters; a longer text is a caption
 MOST_CLASSES = 2**16
-_DENSE = 100_000  # numbers of classes up to which those without an image are classes too
+_DENSE = 100_000  # class numbers below this are classes even without an image
 
 
 class Raw(NamedTuple):
-    """A sample of which nothing may be read yet.
+    """Sample whose contents may not be read yet.
 
     Attributes:
-        name: Of the image, in the tar.
-        image: Its content.
-        label: Content of its label, empty if there is none.
+        name: Name of the image in the tar.
+        image: Content of the image.
+        label: Content of the label; empty if there is none.
         kind: Suffix of the label.
     """
 
@@ -47,15 +47,15 @@ class Raw(NamedTuple):
 
 @dataclass
 class Tally:
-    """Counts of members that are no samples, and an example of each.
+    """Counts and names of members that are not samples of their own or not read.
 
     Attributes:
-        kinds: Files of other kinds, by their suffix.
+        kinds: Number of files of other kinds, by suffix.
         links: Images that are links to nothing in the archive.
-        shared: Images of a key that others have too, each read by itself.
-        beside: Images that are parts of another's sample, and are not read.
-        orphans: Labels without an image, by the name that the image would have without its suffix.
-        lost: Names of those that are labels for sure; much JSON is none.
+        shared: Images that share their key with others and are read separately.
+        beside: Images that are parts of another image's sample and are not read.
+        orphans: Labels without an image, by the name of the missing image without its suffix.
+        lost: Names of orphans that are certainly labels; much JSON is not.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -73,7 +73,7 @@ class _Part(NamedTuple):
 
     @property
     def rest(self) -> str:
-        """The part between key and last suffix: `mask` of `a.mask.png`."""
+        """Part between key and last suffix: `mask` in `a.mask.png`."""
         return self.suffix.rpartition(".")[0]
 
 
@@ -83,13 +83,13 @@ def samples(
     tally: Tally | None = None,
     labels: Mapping[str, Content] | None = None,
 ) -> Iterator[Raw]:
-    """Return the samples of a tar: neighbours of one key; members without an image are ignored.
+    """Yield the samples of a tar: adjacent members with the same key. Members without an image are ignored.
 
     Args:
-        tape: The tar.
-        most: Bytes of an image to read through a pipe.
-        tally: Counts what is ignored.
-        labels: Labels that lie apart from their images, by the images' names without suffix.
+        tape: Tar to read.
+        most: Size limit for an image read through a pipe, in bytes.
+        tally: Counter of ignored members.
+        labels: Labels stored apart from their images, by image name without suffix.
     """
     counts, local = tally or Tally(), isinstance(tape, LocalTar)
 
@@ -110,7 +110,7 @@ def samples(
 
 
 def _some(parts: Iterable[_Part], local: bool, counts: Tally) -> Iterator[list[_Part]]:
-    """Return the parts of one key, in pieces if they are many: dates as 2021.05.01.png make a whole tar one key."""
+    """Yield the parts of one key, in pieces if there are many: names like 2021.05.01.png make a whole tar one key."""
     held, images = list[_Part](), 0
     for part in parts:
         if isinstance(part.content, Unread) and local and _is_image(part):
@@ -159,12 +159,13 @@ def _is_image(part: _Part) -> bool:
 def _own(images: list[_Part]) -> list[_Part]:
     """Return the images of a key that are samples of their own.
 
-    Of `a.jpg` and `a.mask.png` the first is the image and the second a part of its sample, and so of `a.jpg` and
-    `a.png`. But `2021.05.01.png` and `2021.05.02.png` are two, which the rule of the first dot gives one key.
+    With `a.jpg` and `a.mask.png`, the second is a part of the first image's sample. The same holds for `a.jpg` and
+    `a.png`. But `2021.05.01.png` and `2021.05.02.png` are two samples, although the rule of the first dot gives them
+    one key.
     """
     if len(images) == 1:
         return images
-    ordered = sorted(images, key=lambda part: part.suffix.count("."))  # those of fewer dots first; stable
+    ordered = sorted(images, key=lambda part: part.suffix.count("."))  # fewer dots first; stable
     own: list[_Part] = []
     for part in ordered:
         if not any(_belongs(part, other) for other in own):
@@ -174,15 +175,15 @@ def _own(images: list[_Part]) -> list[_Part]:
 
 def _belongs(part: _Part, other: _Part) -> bool:
     if part.rest == other.rest:
-        return part.name != other.name  # the same name again is another image
+        return part.name != other.name  # a repeated name is another image
     inner = part.rest.removeprefix(f"{other.rest}." if other.rest else "")
     return (not other.rest or inner != part.rest) and not _NUMBER.fullmatch(inner)
 
 
 def label_of(text: bytes) -> int | str | None:
-    """Return the label in a `.cls` or `.json` member: a number or a name, or a table with one as `label` or `cls`.
+    """Return the label in a `.cls` or `.json` member: a number, a name, or an object's `label` or `cls` entry.
 
-    Texts of several lines, empty ones and negative numbers are no labels.
+    Multi-line texts, empty texts and negative numbers are not labels.
     """
     try:
         value = json.loads(text.decode("utf-8-sig"))
@@ -194,7 +195,7 @@ def label_of(text: bytes) -> int | str | None:
         value = text.decode("utf-8-sig").strip()
         if value[:1] in ("{", "["):
             return None
-        if value.isdecimal():  # 007 is no JSON
+        if value.isdecimal():  # 007 is not valid JSON
             value = int(value) if len(value) < 19 else value
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -209,9 +210,9 @@ def label_of(text: bytes) -> int | str | None:
 
 
 def classes_of(labels: set[int | str]) -> tuple[list[str], bool]:
-    """Return the names of classes, and whether a label is found by its name: else it is the number of its class.
+    """Return the class names, and whether labels are looked up by name; if not, they are class numbers.
 
-    Numbers count from 0, so that two splits agree: `0` to the largest. Texts are sorted, with numbers among them.
+    Numbers count from 0 to the largest, so that two splits agree. Texts are sorted, with numbers among them.
     """
     texts = {label for label in labels if isinstance(label, str)}
     numbers = sorted(label for label in labels if isinstance(label, int))
@@ -224,7 +225,7 @@ def classes_of(labels: set[int | str]) -> tuple[list[str], bool]:
 
 
 def why_refused(content: Content, most: float) -> str:
-    """Return why a member is not to be read; empty if it is."""
+    """Return the reason not to read a member; empty if there is none."""
     if isinstance(content, Unread):
         return content.reason
     size = len(content) if isinstance(content, bytes) else content.size
@@ -232,11 +233,11 @@ def why_refused(content: Content, most: float) -> str:
 
 
 def read(content: Content, opened: dict[str, int]) -> bytes:
-    """Return the bytes of a member; none if they have gone.
+    """Return the bytes of a member; empty if they cannot be read.
 
     Args:
-        content: Of the member.
-        opened: Files that were read last, the oldest first; the caller closes them.
+        content: Content of the member.
+        opened: File descriptors by path, least recently used first; the caller closes them.
     """
     if isinstance(content, bytes | Unread):
         return content if isinstance(content, bytes) else b""
@@ -264,13 +265,13 @@ def _expand(content: Sparse, file: int) -> bytes:
 
 
 def read_label(content: Content, opened: dict[str, int]) -> int | str | None:
-    """Read a label; none if there is no valid one."""
-    # Asked before it is read: whatever is larger is no label.
+    """Read a label; None if there is no valid one."""
+    # The size is checked first: larger members are not labels.
     return None if why_refused(content, LABEL_BYTES) or not content else label_of(read(content, opened))
 
 
 def read_once(content: Content) -> bytes:
-    """Return the bytes of one member, and keep no file open."""
+    """Return the bytes of one member without keeping a file open."""
     opened: dict[str, int] = {}
     try:
         return read(content, opened)

@@ -1,4 +1,4 @@
-"""Scans: what local shards hold, by their headers and labels, before any image is read."""
+"""Scans of local shards by their headers and labels, before any image is read."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from dinocli.data.kinds import not_beside, unread
 from dinocli.data.samples import MOST_CLASSES, Tally, read_label, samples
 from dinocli.data.tar import Content, LocalTar
 
-_TRIES = 100  # JSON members of a shard that are looked through for labels, before the others are taken to have none
+_TRIES = 100  # JSON members per shard to search for labels, before assuming that the others have none
 
 
 class Scan(NamedTuple):
-    """A shard by its headers and labels, or by an index.
+    """Contents of a shard, from its headers and labels or from an index.
 
     Attributes:
-        images: Samples in it.
-        torn: How it is damaged.
-        labels: Different labels in it.
-        unlabelled: Samples without one.
-        apart: Labels lie apart from their images.
-        tally: Members that are no samples.
+        images: Number of samples.
+        torn: Description of the damage; empty for a valid tar.
+        labels: Distinct labels.
+        unlabelled: Number of samples without a label.
+        apart: True if labels are stored apart from their images.
+        tally: Members that are not samples.
     """
 
     images: int
@@ -50,7 +50,7 @@ def _scan_once(url: str, apart: Mapping[str, Content]) -> Scan:
         with contextlib.closing(LocalTar(url)) as tape:
             for raw in samples(tape, tally=tally, labels=apart):
                 images += 1
-                # Most JSON beside images holds a caption, and a million of them take minutes to read.
+                # Most JSON next to images holds a caption, and a million of them take minutes to read.
                 useless = not labels and unlabelled >= _TRIES
                 label = None if useless and raw.kind == "json" else read_label(raw.label, opened)
                 if label is None:
@@ -64,7 +64,7 @@ def _scan_once(url: str, apart: Mapping[str, Content]) -> Scan:
 
 
 def labels_apart(url: str) -> Mapping[str, Content]:
-    """Return the labels that lie apart from their images in a shard."""
+    """Return the labels of a shard that are stored apart from their images."""
     tally = Tally()
     with contextlib.closing(LocalTar(url)) as tape:
         for _ in samples(tape, tally=tally):
@@ -73,7 +73,7 @@ def labels_apart(url: str) -> Mapping[str, Content]:
 
 
 def notes_of(scans: Sequence[Scan], kinds: Mapping[str, int]) -> Iterator[str]:
-    """Return lines about what is not read of some shards, or read otherwise than WebDataset reads it."""
+    """Yield messages about members of shards that are not read, or read differently from WebDataset."""
     if missed := not_beside(kinds):
         yield f"not read in the shards: {unread(missed)}"
     tallies = [scan.tally for scan in scans]

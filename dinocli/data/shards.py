@@ -1,4 +1,4 @@
-"""Tar shards in the WebDataset form: many images in a file that is read from its start to its end."""
+"""Tar shards in the WebDataset form: many images in one file, which is read sequentially."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ from dinocli.errors import DinoError
 INDEX = "index.json"
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-UNNUMBERED = -2  # label of an image whose class came as a name through a pipe, where nobody knows the other names
-_PICTURES = 1000  # of this tool's own that may lie beside shards
+UNNUMBERED = -2  # label of an image whose class came as a name through a pipe: the other names are unknown
+_PICTURES = 1000  # pictures of this tool's own that may be next to shards
 
 
 class Sample(NamedTuple):
-    """An image of a shard.
+    """Image of a shard.
 
     Attributes:
-        epoch: How often the stream has begun again; 0 in one pass.
-        number: The same in every run: the shard's place in the list times 2**32, and the image's place in the shard.
-        name: The shard's file name, a slash, the name in the shard.
-        data: The image's file; empty where it, or with the shard's name alone the rest of a shard, cannot be read.
-        label: -1 where there is none.
-        reason: Why the image is not read, if that is known without its data.
+        epoch: Index of the pass through the stream; 0 in a single pass.
+        number: Number that is the same in every run: the shard's index times 2**32 plus the image's index in the shard.
+        name: File name of the shard, a slash, and the name in the shard.
+        data: Bytes of the image file; empty if it cannot be read. If `name` is the shard's name alone, the sample
+            stands for the unreadable rest of the shard.
+        label: Class index, or -1 if there is none.
+        reason: Reason for not reading the image, if known without its data.
     """
 
     epoch: int
@@ -56,7 +57,7 @@ class Sample(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """A sample that waits: what it holds, or where that lies."""
+    """Queued sample: its contents, or their place in a file."""
 
     number: int
     name: str
@@ -69,13 +70,13 @@ class Shards:
     """A list of tar files, or of commands that print them.
 
     Attributes:
-        where: As the user named them.
+        where: Shards as the user named them.
         urls: Paths, or `pipe:COMMAND`.
-        classes: Names of the classes, of an index or of the labels; none through a pipe.
-        counts: Images a shard, the torn rest of a shard being one; none where they cannot be known.
-        by_name: Labels are names of classes; else numbers of them.
-        apart: Shards whose labels lie apart from their images.
-        notes: Lines for the user about members that are not read.
+        classes: Class names, from an index or from the labels; empty for a pipe.
+        counts: Images per shard, where the torn rest of a shard counts as one. If None, they are unknown.
+        by_name: True if labels are class names; else they are class numbers.
+        apart: Shards whose labels are stored apart from their images.
+        notes: Messages for the user about members that are not read.
     """
 
     where: str
@@ -88,12 +89,12 @@ class Shards:
 
     @property
     def count(self) -> int | None:
-        """Images in all."""
+        """Number of images in all shards; None if unknown."""
         return None if self.counts is None else sum(self.counts)
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same files or commands in the same order, wherever their folder lies."""
+        """Checksum of the files or commands and their order, independent of the folder's location."""
         names = [url if url.startswith(PIPE) else os.path.basename(url) for url in self.urls]
         return f"{zlib.crc32(json.dumps([names, self.counts]).encode()):08x}"
 
@@ -107,20 +108,20 @@ class Shards:
         buffer: int = 1000,
         max_megabytes: float = DEFAULTS.max_megabytes,
     ) -> Iterator[Sample]:
-        """The samples of one reader among several, which together read each image once an epoch.
+        """Yield the samples of one reader among several, which together read each image once per epoch.
 
-        With fewer shards than readers each of them reads all shards, and keeps its share.
+        With fewer shards than readers, each reader reads all shards and keeps its share.
 
         Args:
-            lane: Which reader this is.
-            lanes: How many readers there are.
-            seed: Of an endless stream in an order drawn anew each epoch; absent, one pass in order.
-            skip: Samples to pass over, of which in local files only the headers are read, or not even those.
-            buffer: Samples among which the next is drawn.
-            max_megabytes: Of an image; larger ones are not read.
+            lane: Index of this reader.
+            lanes: Number of readers.
+            seed: Seed of an endless stream, reshuffled every epoch. If None, one pass in order.
+            skip: Number of samples to skip. For these, at most the headers of local files are read.
+            buffer: Size of the shuffle buffer.
+            max_megabytes: Size limit per image; larger ones are not read.
 
         Raises:
-            DinoError: A command failed or what it printed is torn; or there is nothing for this reader.
+            DinoError: If a command fails or its output is torn, or this reader gets no images.
         """
         opened: dict[str, int] = {}
         empty, most = 0, max_megabytes * 1e6
@@ -147,7 +148,7 @@ class Shards:
                     data = b"" if reason else read(item.image, opened)
                     label = self._number(read_label(item.label, opened), places)
                     yield Sample(epoch, item.number, item.name, data, label, reason)
-                # A reader whose one shard is empty has another in the next epoch: once alone says nothing.
+                # A reader whose only shard is empty gets another one in the next epoch: once proves nothing.
                 if seed is not None and empty >= 10:
                     raise DinoError(
                         f"{self.where} holds too few images for {lanes} readers", "fewer --workers, or more images"
@@ -175,7 +176,7 @@ class Shards:
         return itertools.islice(every, lane, None, lanes)
 
     def _items(self, shard: int, most: float, ahead: bool) -> Iterator[_Item]:
-        """The images of one shard; where it is torn, an empty one for the rest."""
+        """Yield the images of one shard; if it is torn, an empty item stands for the rest."""
         url = self.urls[shard]
         title = (re.findall(r"[^\s/]+\.tar\b", url) or [url])[-1] if url.startswith(PIPE) else os.path.basename(url)
         number = shard * 2**32
@@ -189,7 +190,7 @@ class Shards:
 
 
 def is_shards(spec: str) -> bool:
-    """Whether what a user named is tar shards: by its name, or a folder in which there are tar files and no images."""
+    """Return whether a source is tar shards: by its name, or as a folder with tar files and no images."""
     if not os.path.isdir(spec):
         return spec.startswith(PIPE) or spec.lower().endswith((".tar", *_PACKED))
     signs, folders, images, found = set[str](), list[str](), list[str](), False
@@ -217,10 +218,10 @@ def open_shards(spec: str) -> Shards:
 
     Args:
         spec: Paths with ranges and patterns (`train-{000000..000999}.tar`, `train-*.tar`), a folder of tar files, or
-            `pipe:COMMAND`, in which ranges stand for several commands.
+            `pipe:COMMAND`, in which a range expands to several commands.
 
     Raises:
-        DinoError: A shard is missing, or there is no image in them.
+        DinoError: If a shard is missing, or the shards hold no image.
     """
     if spec.startswith(PIPE):
         if not spec.removeprefix(PIPE).strip():
@@ -235,7 +236,7 @@ def open_shards(spec: str) -> Shards:
         raise DinoError(f"tar shards were wanted; {what}", "check the path, and the first and last number of a range")
     known, classes = _indexed(urls)
     unknown = [url for url in urls if url not in known]
-    # Threads, for a disk at the other end of a network answers many questions in the time of one.
+    # Threads, because a network disk answers many requests in the time of one.
     with ThreadPoolExecutor(8) as pool:
         known |= zip(unknown, pool.map(scan, unknown), strict=True)
     scans = [known[url] for url in urls]
@@ -250,7 +251,7 @@ def open_shards(spec: str) -> Shards:
             else "a shard holds files such as KEY.jpg, and KEY.cls for a label; `dino pack IMAGES OUT` writes them",
         )
     named, by_name = classes_of(set().union(*(each.labels for each in scans)))
-    if classes:  # of an index, whose numbers stand in the shards
+    if classes:  # from an index; the shards hold its class numbers
         named, by_name = classes + sorted(set(named) - set(classes) if by_name else ()), False
     apart = frozenset(url for url, each in zip(urls, scans, strict=True) if each.apart)
     counts = [each.images + bool(each.torn) for each in scans]
@@ -258,7 +259,7 @@ def open_shards(spec: str) -> Shards:
 
 
 def _ranges(text: str) -> Iterator[str]:
-    """Every text that one with ranges stands for, as a shell spells them: {08..10} is 08, 09, 10."""
+    """Expand the ranges in a text as a shell does: {08..10} gives 08, 09, 10."""
     found = _RANGE.search(text)
     if not found:
         yield text
@@ -281,10 +282,10 @@ def _paths(spec: str) -> list[str]:
 
 
 def _indexed(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
-    """Images of the shards whose size is that in the index beside them, none of them torn; and the names of classes.
+    """Return scans of the shards whose size matches the index next to them (none is torn), and the class names.
 
     Raises:
-        DinoError: An index is damaged, or names other files than shards beside it.
+        DinoError: If an index is corrupt, or names files outside its folder.
     """
     known: dict[str, Scan] = {}
     classes: list[str] = []
@@ -292,16 +293,16 @@ def _indexed(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
         path = Path(folder) / INDEX
         try:
             text = path.read_bytes()
-        except OSError:  # reading the shards' headers tells the counts too
+        except OSError:  # the headers of the shards give the counts too
             continue
         try:
             index = unseal(text)
         except ValueError as error:
-            # Other tools have files of this name. Ours alone holds names of classes, which must not get lost unsaid.
+            # Other tools write files of this name. Only ours holds class names, which must not be lost silently.
             if b'"shards"' in text or (Path(folder) / "pack.json").exists():
                 raise _damaged_index(path, str(error)) from error
             continue
-        if not {"classes", "shards", "bytes"} <= index.keys():  # of another tool
+        if not {"classes", "shards", "bytes"} <= index.keys():  # from another tool
             continue
         counts, sizes, names = index["shards"], index["bytes"], index["classes"]
         if not (isinstance(counts, dict) and isinstance(sizes, dict) and isinstance(names, list)):
@@ -335,7 +336,7 @@ def _shuffled(items: Iterable[_Item], generator: np.random.Generator, buffer: in
 
 
 def read_sample(shards: Shards, name: str, max_megabytes: float = DEFAULTS.max_megabytes) -> bytes:
-    """The image of a name as `Sample` has it, from local shards; none where it is not there."""
+    """Return the image with a name as in `Sample`, from local shards; empty if it is not there."""
     most = max_megabytes * 1e6
     title, _, inside = name.partition("/")
     for url in shards.urls:

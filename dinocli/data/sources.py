@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a list of files, tar shards, or one of torchvision's sets."""
+"""Sources of images: a folder, a list of files, tar shards, or a torchvision data set."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from dinocli.errors import DinoError, nearest
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# How image files without a suffix begin: JPEG, PNG, GIF, TIFF of both byte orders, BMP, WebP.
+# First bytes of image files, for files without a suffix: JPEG, PNG, GIF, TIFF of both byte orders, BMP, WebP.
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"RIFF")
-# Names that a data set's parts commonly carry; the first of each line is what the tool calls it.
+# Common folder names of a data set's splits, by the tool's name of the split.
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 TORCHVISION = "torchvision:"
-_NAMED = 6  # outputs that a line names
+_NAMED = 6  # outputs listed by name in a message
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images that can be asked for by number.
+    """Images with random access by index.
 
     Attributes:
-        where: The source as the user named it.
-        root: Folder that the names lie below.
-        names: Of the files.
-        classes: Names of the classes; none for unlabelled images.
-        labels: Index of each image's class, -1 where there is none. [S]
-        notes: Lines for the user about files that are not read.
+        where: Source as the user named it.
+        root: Folder that the names are relative to.
+        names: File names.
+        classes: Class names; empty for unlabelled images.
+        labels: Class index per image, -1 if unlabelled. [S]
+        notes: Messages for the user about files that are not read.
     """
 
     where: str
@@ -58,30 +58,30 @@ class Images:
 
     @property
     def count(self) -> int:
-        """How many there are; of tar shards it may be unknown."""
+        """Number of images; for tar shards it may be unknown."""
         return len(self.names)
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same names in the same order, wherever their folder lies."""
+        """Checksum of the names and their order, independent of the folder's location."""
         return f"{zlib.crc32(self.names.ends.tobytes(), zlib.crc32(self.names.text.tobytes())):08x}"
 
     def read(self, index: int, images: ImagesConfig = DEFAULTS) -> bytes | Image:
         """Return the bytes of a file.
 
         Args:
-            index: Number of the image.
-            images: Limits; a larger file is not read.
+            index: Index of the image.
+            images: Limits; larger files are not read.
 
         Raises:
-            OSError: The file no longer exists, is too large or no regular file, or permission is denied.
+            OSError: If the file no longer exists, is too large or not a regular file, or permission is denied.
         """
         return read_file(os.path.join(self.root, self.names[index]), images)
 
 
 @dataclass(frozen=True, eq=False)
 class TorchvisionImages(Images):
-    """Images of a torchvision data set, which gives them decoded."""
+    """Images of a torchvision data set, which returns them decoded."""
 
     dataset: Any = None
 
@@ -93,24 +93,24 @@ Source = Images | Shards
 
 
 def open_source(spec: str) -> Source:
-    """Open what a user named.
+    """Open a source of images.
 
     Args:
-        spec: A folder of images, of any depth; a `.txt` or `.csv` list of files, with labels or without; tar shards
+        spec: Folder of images, of any depth; `.txt` or `.csv` list of files, with or without labels; tar shards
             (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); or `torchvision:NAME`, which is
-            downloaded on first use, with `/SPLIT` for another part than that for training.
+            downloaded on first use. `/SPLIT` after the name selects a split other than the training split.
 
     Raises:
-        DinoError: It is not there, or holds no image.
+        DinoError: If the source does not exist or holds no image.
     """
     return open_shards(spec) if is_shards(spec) else open_images(spec)
 
 
 def open_images(spec: str) -> Images:
-    """Open a source whose images can be asked for by number: all but tar shards.
+    """Open a source with random access: any source except tar shards.
 
     Raises:
-        DinoError: It is not there, or holds no image.
+        DinoError: If the source does not exist or holds no image.
     """
     if spec.startswith(TORCHVISION):
         name, _, split = spec.removeprefix(TORCHVISION).partition("/")
@@ -121,16 +121,16 @@ def open_images(spec: str) -> Images:
 
 
 def splits(spec: str) -> dict[str, Source]:
-    """A labelled set by its parts: `train`, `val` and `test` where it has those, else the whole as `all`.
+    """Open the splits of a labelled set: `train`, `val` and `test` if it has any, else the whole set as `all`.
 
     Raises:
-        DinoError: It is not there, or a part of it holds no image.
+        DinoError: If the set does not exist or a split holds no image.
     """
     if spec.startswith(TORCHVISION) and "/" not in spec:
         return dict(_torchvision(spec.removeprefix(TORCHVISION), list(_SPLITS)))
     root = Path(spec)
     found = {split: root / name for split, spellings in _SPLITS.items() for name in spellings if (root / name).is_dir()}
-    # A folder named "test" among others may well be a class: the parts must be all that is there.
+    # Without "train", a folder named "test" may be a class: only outputs of this tool may be next to the splits.
     beside = {p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} if root.is_dir() else set()
     beside -= set(found.values())
     if not found or ("train" not in found and not all(is_output(str(path)) for path in beside)):
@@ -139,14 +139,13 @@ def splits(spec: str) -> dict[str, Source]:
 
 
 def image_folder(root: Path) -> Images:
-    """List the images in a folder of any depth; hidden files and outputs of this tool are ignored.
+    """List the images in a folder of any depth, ignoring hidden files and outputs of this tool.
 
-    Arrays (.npy) are images in a folder that holds no others.
-
-    Class names are those of the folders right below, if every image lies in one.
+    Arrays (.npy) count as images only in a folder without other images. If every image is in a subfolder, the
+    top-level subfolders are the classes.
 
     Raises:
-        DinoError: The folder is missing, is a file, or holds no image.
+        DinoError: If the folder is missing, is a file, or holds no image.
     """
     if not root.exists():
         raise DinoError(f"a folder of images was wanted; {root} does not exist", _nearest_place(root))
@@ -155,7 +154,7 @@ def image_folder(root: Path) -> Images:
             f"a folder of images was wanted; {root} is a file", f"name the folder it lies in: {root.parent}"
         )
     listing = list_files(root, _is_image)
-    if not len(listing.names):  # beside images arrays are mostly features, masks or labels of them
+    if not len(listing.names):  # next to images, arrays are mostly their features, masks or labels
         arrays = list_files(root, _is_array)
         if not len(arrays.names):
             raise _no_images(root, listing)
@@ -177,7 +176,7 @@ def _notes(root: Path, listing: Listing) -> Iterator[str]:
 
 
 def _no_images(root: Path, listing: Listing) -> DinoError:
-    """Return the error for a folder without images, which names what it holds instead."""
+    """Return the error for a folder without images; it lists the files that are there."""
     seen = unread(listing.kinds) or "nothing"
     if listing.ours:
         seen += f", and outputs of dino ({', '.join(listing.ours[:_NAMED])})"
@@ -185,7 +184,7 @@ def _no_images(root: Path, listing: Listing) -> DinoError:
 
 
 def _nearest_place(missing: Path) -> str:
-    """Return a hint with the nearest name beside a path that does not exist."""
+    """Return a hint with the existing name most similar to a missing path."""
     above = next((parent for parent in missing.parents if parent.is_dir()), Path())
     first = missing.relative_to(above).parts[0]
     try:
@@ -199,10 +198,10 @@ def _nearest_place(missing: Path) -> str:
 
 
 def photos(paths: Sequence[Path]) -> Images:
-    """Photos, and all that are in folders, as one source without labels.
+    """Combine image files and folders of images into one source without labels.
 
     Raises:
-        DinoError: One is not there, or a folder holds no image.
+        DinoError: If a path does not exist or a folder holds no image.
     """
     names: list[str] = []
     for path in paths:
@@ -222,7 +221,7 @@ def _is_array(path: str) -> bool:
 
 
 def _numbered(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
-    """Class names in order, by number where all are numbers, and each image's place among them."""
+    """Return the sorted class names and each image's index in them; if all names are numbers, sort by number."""
     numbers = all(label.isdecimal() for label in labels)
     classes = sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None)
     place = {name: i for i, name in enumerate(classes)}
@@ -230,10 +229,10 @@ def _numbered(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
 
 
 def _file_list(path: Path) -> Images:
-    """Open a list of files; labels that some rows lack are -1.
+    """Open a list of files; rows without a label get -1.
 
     Raises:
-        DinoError: It is empty, names no files, or its first file does not exist.
+        DinoError: If the list is empty, names no files, or its first file does not exist.
     """
     entries, notes = read_list(path)
     names = Names.of([entry.name for entry in entries])
@@ -247,10 +246,10 @@ def _file_list(path: Path) -> Images:
 
 
 def _torchvision(name: str, wanted: Sequence[str]) -> dict[str, Images]:
-    """The parts of a torchvision set that there are, of those wanted; `all` where it has no parts.
+    """Open the requested splits that a torchvision set has; a set without splits is returned as `all`.
 
     Raises:
-        DinoError: There is no such set or part, or it could not be downloaded.
+        DinoError: If the set or split does not exist, or the download fails.
     """
     import inspect
 
@@ -274,7 +273,7 @@ def _torchvision(name: str, wanted: Sequence[str]) -> dict[str, Images]:
             dataset = kind(**options, **choice)
         except ValueError as error:
             if "split" in str(error) and len(wanted) > 1:
-                continue  # this set has no such part
+                continue  # the set lacks this split
             raise DinoError(f"torchvision's {exact} has no part {part!r}: {error}", f"{TORCHVISION}{exact}") from error
         except (RuntimeError, OSError, TypeError) as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Tar files, read from start to end: local ones, whose contents need not be read, and what commands print."""
+"""Tar files, read sequentially: local ones, whose contents need not be read, and the output of commands."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import NamedTuple
 from dinocli.errors import DinoError
 
 PIPE = "pipe:"
-_BLOCK = 512  # bytes; all in a tar file begins at a multiple of it
-_LONGEST_NAME = 2**20  # bytes; a header that says more is damaged
+_BLOCK = 512  # bytes; everything in a tar file starts at a multiple of it
+_LONGEST_NAME = 2**20  # bytes; a header that states more is corrupt
 _TORN = "is torn, or no tar file"
-_PADDING = 4 * 2**20  # bytes of zeros behind an archive; tar fills it up to whole records, of 10 kB if nothing is said
-_PIECE = 2**16  # bytes to read at once of what is not wanted
-_HOPS = 40  # links from one to the next, as on Linux
+_PADDING = 4 * 2**20  # bytes of zeros after an archive; tar pads it to whole records, of 10 kB by default
+_PIECE = 2**16  # bytes to read at once of skipped content
+_HOPS = 40  # longest chain of links, as on Linux
 
 
 class Span(NamedTuple):
-    """Bytes of a local file that are read when they are wanted."""
+    """Bytes of a local file, read on demand."""
 
     path: str
     offset: int
@@ -31,11 +31,11 @@ class Span(NamedTuple):
 
 
 class Sparse(NamedTuple):
-    """Bytes of a local file that lie in it without their zeros, as `tar -S` stores them.
+    """Bytes of a local file stored without their zeros, as by `tar -S`.
 
     Attributes:
-        path: The tar file.
-        size: With the zeros.
+        path: Path of the tar file.
+        size: Size with the zeros, in bytes.
         pieces: Place in the content, offset in the tar file and length of each piece.
     """
 
@@ -48,7 +48,7 @@ class Link(NamedTuple):
     """Another name of a member.
 
     Attributes:
-        target: Name of that member.
+        target: Name of the linked member.
         kind: `hard link` or `symbolic link`.
     """
 
@@ -57,7 +57,7 @@ class Link(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """Content that is not there or not read: a category to count by, a colon, a few words."""
+    """Content that is missing or not read, with a reason: a category to count by, a colon, a few words."""
 
     reason: str
 
@@ -66,10 +66,10 @@ Content = bytes | Span | Sparse | Unread
 
 
 class LocalTar:
-    """A local shard, in which the content of files is passed over.
+    """Local shard, read by its headers; the contents of files are skipped.
 
-    With `ahead` the system is asked to fetch it meanwhile: read from a disk for the first time, samples then come 2.4
-    times as fast (8 shards of 100 MB on an SSD), and those that wait in a buffer take no memory of ours.
+    With `ahead`, the system prefetches the contents. When read from disk for the first time, samples then arrive 2.4
+    times as fast (8 shards of 100 MB on an SSD), and samples in a buffer take no memory of this process.
     """
 
     def __init__(self, path: str, ahead: bool = False) -> None:
@@ -77,7 +77,7 @@ class LocalTar:
         self.ahead = ahead and hasattr(os, "posix_fadvise")
 
     def take(self, size: int) -> bytes:
-        """The next bytes; fewer at the end."""
+        """Return the next bytes; fewer at the end."""
         if self.file < 0:
             self.file = os.open(self.path, os.O_RDONLY)
             self.size = os.fstat(self.file).st_size
@@ -86,7 +86,7 @@ class LocalTar:
         return data
 
     def content(self, size: int, most: int) -> bytes | Span | Unread:
-        """The next file's, which a tar file fills up to whole blocks."""
+        """Return the content of the next file, which tar pads to whole blocks."""
         filled = -(-size // _BLOCK) * _BLOCK
         if self.at + filled > self.size:
             raise ValueError
@@ -96,7 +96,7 @@ class LocalTar:
         return Span(self.path, self.at - filled, size)
 
     def next_archive(self) -> bytes:
-        """The first block behind zeros, of an archive that was put behind another; nothing if none is there."""
+        """Return the first block after zeros, from an appended archive; empty if there is none."""
         end = min(self.size, self.at + _PADDING)
         while self.at < end:
             piece = os.pread(self.file, min(_PIECE, end - self.at), self.at)
@@ -108,7 +108,7 @@ class LocalTar:
         return b""
 
     def linked(self) -> dict[str, Content | Link]:
-        """The content of each member by its name, for links to it."""
+        """Return the content of each member by name, to resolve links."""
         tape, found = LocalTar(self.path), dict[str, Content | Link]()
         try:
             for name, content in _entries(tape, lambda name: 0):
@@ -119,7 +119,7 @@ class LocalTar:
         return found
 
     def finish(self) -> None:
-        """All has been read."""
+        """Do nothing; a local file has no exit code to check."""
 
     def close(self) -> None:
         if self.file >= 0:
@@ -127,14 +127,14 @@ class LocalTar:
 
 
 class PipedTar:
-    """What a command prints."""
+    """Tar file that a command prints."""
 
     def __init__(self, url: str) -> None:
         self.command, self.torn = url.removeprefix(PIPE), ""
-        # With pipefail the failure of any part is seen: of `curl ... | gunzip` mostly the first fails.
+        # pipefail reports the failure of any part: in `curl ... | gunzip`, mostly the first part fails.
         bash = shutil.which("bash")
         words = [bash, "-o", "pipefail", "-c"] if bash else ["sh", "-c"]
-        # A session of its own: Ctrl-C, after which a run finishes its step, does not reach it.
+        # In its own session, Ctrl-C does not reach the command: a run still finishes its step after Ctrl-C.
         self.process = subprocess.Popen(
             [*words, self.command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
         )
@@ -147,7 +147,7 @@ class PipedTar:
     def content(self, size: int, most: int) -> bytes | Span | Unread:
         filled = -(-size // _BLOCK) * _BLOCK
         if size > most:
-            while filled:  # in pieces, since it may be larger than the memory
+            while filled:  # in pieces, because it may be larger than the memory
                 piece = self.take(min(filled, _PIECE))
                 if not piece:
                     raise ValueError
@@ -164,13 +164,13 @@ class PipedTar:
         return block
 
     def linked(self) -> dict[str, Content | Link]:
-        return {}  # what came before has gone by
+        return {}  # earlier members are gone
 
     def finish(self) -> None:
-        """Hear the command out, that it does not fail because nobody listens.
+        """Read the output to its end, so that the command does not fail on a closed pipe.
 
         Raises:
-            DinoError: It failed, or what it printed is no whole tar file.
+            DinoError: If the command failed, or its output is no complete tar file.
         """
         while not self.torn and self.take(2**16):
             pass
@@ -190,23 +190,22 @@ class PipedTar:
 
 
 def too_large(size: int, most: float) -> Unread:
-    """Say that a file is over the limit, both in bytes."""
+    """Return the reason not to read a file over the limit, both in bytes."""
     return Unread(f"too large: {size / 1e6:.0f} megabytes, over {most / 1e6:g}")
 
 
 def members(
     tape: LocalTar | PipedTar, most: Callable[[str], int] = lambda name: sys.maxsize
 ) -> Iterator[tuple[str, Content]]:
-    """Return name and content of each file in a tar; if it is damaged they end, and `tape.torn` says how.
+    """Yield name and content of each file in a tar; if it is corrupt, they end and `tape.torn` describes the damage.
 
-    Links in a local tar have the content of the member that they lead to. An archive that was put behind another one is
-    read too, as `tar -i` does.
+    Links in a local tar have the content of their target. Appended archives are read too, as by `tar -i`.
 
     Args:
-        tape: The tar.
-        most: Bytes of a file to read through a pipe, by its name; larger ones are passed over.
+        tape: Tar to read.
+        most: Function from a file's name to its size limit through a pipe, in bytes; larger files are skipped.
 
-    Parsed plainly: the standard library's reader takes a damaged header for the end, and 16 microseconds where this
+    The standard library's reader is not used: it takes a corrupt header for the end, and 16 microseconds where this
     takes 5.
 
     Source: POSIX.1-2017 pax, ustar interchange format; GNU tar manual, basic tar format and sparse formats.
@@ -240,7 +239,7 @@ def _entries(tape: LocalTar | PipedTar, most: Callable[[str], int]) -> Iterator[
             folder = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
             name = later.get("path") or (f"{folder}/" if folder else "") + _text(header[:100])
             name = later.get("GNU.sparse.name", name).removeprefix("./")
-            if kind in b"12":  # whatever size they give, nothing follows
+            if kind in b"12":  # no content follows, whatever size they state
                 yield name, _link(name, later.get("linkpath") or _text(header[157:257]), hard=kind == b"1")
             elif kind == b"S":
                 yield name, _old_sparse(tape, header, size, most(name))
@@ -248,7 +247,7 @@ def _entries(tape: LocalTar | PipedTar, most: Callable[[str], int]) -> Iterator[
                 yield name, _new_sparse(tape, later, size, most(name))
             elif kind in b"07\0":
                 yield name, tape.content(size, most(name))
-            elif kind not in b"3456":  # devices and folders, behind which nothing follows
+            elif kind not in b"3456":  # 3 to 6 are devices, folders and pipes, without content
                 tape.content(size, 0)
     except ValueError:
         tape.torn = _TORN
@@ -257,17 +256,17 @@ def _entries(tape: LocalTar | PipedTar, most: Callable[[str], int]) -> Iterator[
 
 
 def _headers(tape: LocalTar | PipedTar) -> Iterator[tuple[bytes, dict[str, str]]]:
-    """Return the header of each member, and what the extended headers before it say.
+    """Yield the header of each member, and the values of the extended headers before it.
 
     Raises:
-        ValueError: The tar is damaged.
+        ValueError: If the tar is corrupt.
     """
     later: dict[str, str] = {}
     begun = False
     while header := tape.take(_BLOCK):
         begun = True
         if header.count(0) == _BLOCK:
-            # tar takes no notice of other things behind the end of an archive.
+            # tar ignores other data after the end of an archive.
             if later or not _is_header(header := tape.next_archive()):
                 break
         elif not _is_header(header):
@@ -281,7 +280,7 @@ def _headers(tape: LocalTar | PipedTar) -> Iterator[tuple[bytes, dict[str, str]]
         if not 0 <= size <= _LONGEST_NAME:
             raise ValueError
         text = tape.take(-(-size // _BLOCK) * _BLOCK)[:size]
-        if kind != b"g":  # which holds for all files, and says nothing that is needed here
+        if kind != b"g":  # a global header holds nothing that is needed here
             later |= _pax(text) if kind in b"xX" else {"path" if kind == b"L" else "linkpath": _text(text)}
     tape.torn = "" if begun and not later else _TORN
 
@@ -298,12 +297,12 @@ def _is_header(block: bytes) -> bool:
 def _link(name: str, target: str, *, hard: bool) -> Link:
     if hard:
         return Link(target.removeprefix("./"), "hard link")
-    # The path of a symbolic link begins at its own folder.
+    # The path of a symbolic link starts at its own folder.
     return Link(posixpath.normpath(posixpath.join(posixpath.dirname(name), target)), "symbolic link")
 
 
 def _old_sparse(tape: LocalTar | PipedTar, header: bytes, size: int, most: int) -> Content:
-    """Return a file that `tar -S --format=gnu` stored: its map is in the header, and in blocks behind it."""
+    """Return a file stored by `tar -S --format=gnu`: its map is in the header and in the blocks after it."""
     numbers = [_number(header[i : i + 12]) for i in range(386, 482, 12)]
     extended, read = header[482], 0
     while extended:
@@ -317,7 +316,7 @@ def _old_sparse(tape: LocalTar | PipedTar, header: bytes, size: int, most: int) 
 
 
 def _new_sparse(tape: LocalTar | PipedTar, records: dict[str, str], size: int, most: int) -> Content:
-    """Return a file that `tar -S --format=pax` stored: its map is in the records, or in front of its content."""
+    """Return a file stored by `tar -S --format=pax`: its map is in the records, or before its content."""
     real = int(records.get("GNU.sparse.realsize", records.get("GNU.sparse.size", "-1")))
     if records.get("GNU.sparse.major", "0") == "0":
         return _filled(tape, [int(n) for n in records.get("GNU.sparse.map", "").split(",") if n], size, real, most)
@@ -335,7 +334,7 @@ def _new_sparse(tape: LocalTar | PipedTar, records: dict[str, str], size: int, m
 
 
 def _filled(tape: LocalTar | PipedTar, numbers: list[int], size: int, real: int, most: int) -> Content:
-    """Return a file of which the pieces in `numbers` (place, length, place ...) lie one behind another in the tar."""
+    """Return a sparse file from its map `numbers` (place, length, place ...); its pieces are consecutive in the tar."""
     pieces, stored = list[tuple[int, int, int]](), 0
     for place, length in zip(numbers[::2], numbers[1::2], strict=True):
         if place < 0 or length < 0 or place + length > real:
@@ -356,7 +355,7 @@ def _filled(tape: LocalTar | PipedTar, numbers: list[int], size: int, real: int,
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or where they do not suffice a binary number behind a first byte of 128."""
+    """Parse octal digits, or for large numbers a binary number after a first byte of 128."""
     return int.from_bytes(field[1:]) if field[0] & 128 else int(field.strip(b" \0") or b"0", 8)
 
 
@@ -365,9 +364,9 @@ def _text(field: bytes) -> str:
 
 
 def _pax(text: bytes) -> dict[str, str]:
-    """Records `LENGTH KEY=VALUE` and a line's end, the length being that of all of it."""
+    """Parse records of `LENGTH KEY=VALUE` and a newline, where the length is that of the whole record."""
     records: dict[str, str] = {}
-    pieces: list[str] = []  # of a sparse file, whose records come again and again in the oldest form
+    pieces: list[str] = []  # of a sparse file; its oldest form repeats these records
     while text:
         length = int(text.partition(b" ")[0])
         if not 0 < length <= len(text):
