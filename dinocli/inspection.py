@@ -76,7 +76,7 @@ class Inspection:
         single: Number of images whose pixels are all equal.
         several: Number of images with several pages or frames; only the first is read.
         narrow: Number of images that span less than a quarter of the levels, before a window is measured.
-        window: Raw value range if most images are deep and narrow, else None; mean, std and the rest then use it.
+        window: Raw value range if most deep images are narrow, else None; mean, std and the rest then use it.
     """
 
     where: str
@@ -244,7 +244,7 @@ def window_text(window: Range) -> str:
 def _looks(
     source: Source, images: ImagesConfig, sample: int, seed: int, seconds: float, report: Callable[[int], None]
 ) -> tuple[list[_Look], list[tuple[_Look, Read]]]:
-    """Read some images of a source; return their statistics, and the first narrow ones with their readers."""
+    """Read some images of a source; return their statistics, and the first deep narrow ones with their readers."""
     has_fast_jpeg()  # loads torch once, so that no image's time includes it
     looks, narrow, start = list[_Look](), list[tuple[_Look, Read]](), time.monotonic()
     threads = min(16, os.cpu_count() or 1)
@@ -254,7 +254,7 @@ def _looks(
             found = list(pool.map(partial(_look, images), *zip(*some, strict=True)))
             looks += found
             for look, (_, read) in zip(found, some, strict=True):
-                if look.contrast and look.contrast.narrow and len(narrow) < _MEASURED:
+                if look.deep and look.contrast and look.contrast.narrow and len(narrow) < _MEASURED:
                     narrow.append((look, read))
             report(len(looks))
     return looks, narrow
@@ -279,9 +279,10 @@ def _raw_window(reads: list[Read], images: ImagesConfig, seconds: float) -> Rang
 
 
 def _window(good: list[_Look], reads: list[Read], images: ImagesConfig, seconds: float) -> Range | None:
-    """Return the window that most images need, unless it would clip the others."""
-    levels = [(look.contrast.low, look.contrast.high) for look in good if look.contrast]
-    if _narrow(good) <= len(good) / 2 or max(high for _, high in levels) - min(low for low, _ in levels) >= 128:
+    """Return the window that most deep images need, unless it would clip the others."""
+    deep = [look for look in good if look.deep]  # a window does not change images of 8 bits
+    levels = [(look.contrast.low, look.contrast.high) for look in deep if look.contrast]
+    if _narrow(deep) <= len(deep) / 2 or max(high for _, high in levels) - min(low for low, _ in levels) >= 128:
         return None
     return _raw_window(reads, images, seconds)
 

@@ -193,6 +193,9 @@ def test_deep_images_of_low_contrast_get_the_window_measured(tmp_path: Path) -> 
         Image.fromarray(np.arange(1600, dtype=np.uint8).reshape(40, 40) % (20 + i)).save(dark / f"{i}.png")
     seen = inspect(open_source(str(dark)))
     assert (seen.window, seen.narrow) == (None, 5), "a window does not reach 8 bits"
+    among = write_images(tmp_path / "f", 12)
+    seen = inspect(open_source(str(deep_images(among / "deep", 100, count=5).parent)))
+    assert (seen.window, seen.deep, seen.single) == ((0, 100), 5, 0), "nor do images of 8 bits count against it"
 
 
 def test_lost_contrast_is_said_before_a_run(tmp_path: Path) -> None:
