@@ -5,13 +5,11 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
-import math
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import typer.core
 
 import dinocli
 from dinocli import console, distributed
@@ -60,22 +58,6 @@ app.command()(export)
 app.command()(push)
 app.add_typer(presets, name="presets")
 app.command()(demo)
-
-
-class _Command(typer.core.TyperCommand):
-    """A command whose numbers are finite: nan is neither below nor above any bound, and typer lets it pass."""
-
-    def invoke(self, ctx: Any) -> Any:
-        for name, value in ctx.params.items():
-            for number in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(number, float) and not math.isfinite(number):
-                    option = f"--{name.replace('_', '-')}"
-                    raise typer.BadParameter(f"{number} is not a finite number", ctx, param_hint=option)
-        return super().invoke(ctx)
-
-
-for _registered in app.registered_commands:
-    _registered.cls = _Command
 
 
 _SHARED = ("pretrain", "extract")  # by several processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -103,6 +104,15 @@ class Command(TyperCommand):
             if mistake is None:
                 raise
             raise mistake from error
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command if all its numbers are finite: nan is neither below nor above a bound, and typer takes it."""
+        for name, value in ctx.params.items():
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    option = f"--{name.replace('_', '-')}"
+                    raise typer.BadParameter(f"{number} is not a finite number", ctx, param_hint=option)
+        return super().invoke(ctx)
 
 
 class Group(TyperGroup):
