@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ INDEX = "index.json"  # of a folder of shards
 # Kinds of numbers in each tensor of a file.
 _KINDS = {"values": ("f4", "f2"), "labels": ("i8",), "paths": ("u1",), "skipped": ("u1",)}
 _NUMBERED = 100_000  # numbers that may be classes; larger ones are something else
+# Types of a recipe's values in a file; a bool is not taken for a number.
+_KEPT: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "int | None": (int, NoneType)}
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _maker(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
     Raises:
         DinoError: The metadata are damaged, or of a later version.
     """
-    known = {field.name: int if field.type == "int" else str for field in fields(Recipe)}
+    known = {field.name: _KEPT[str(field.type)] for field in fields(Recipe)}
     try:
         told, classes = parse(metadata["recipe"]), parse(metadata["classes"])
         if not (isinstance(told, dict) and isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
@@ -136,7 +139,7 @@ def _maker(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
                 f"{path} was written by a later version of dinocli: its recipe has the unknown key {later[0]}",
                 "pip install --upgrade dinocli, or make it again with `dino extract CHECKPOINT DATA`",
             )
-        wrong = [name for name, value in told.items() if type(value) is not known[name]]
+        wrong = [name for name, value in told.items() if type(value) not in known[name]]
         if wrong:
             raise ValueError(f"the {wrong[0]} of its recipe is {told[wrong[0]]!r}")
         return Recipe(**told), classes
