@@ -261,5 +261,5 @@ def test_numbers_are_classes_where_nothing_names_them(tmp_path: Path) -> None:
     assert (train.labels.tolist(), list(train.paths)) == ([0, 2, 1], ["0.png", "1.png", "3.png"])
     assert train.values[:].argmax(1).tolist() == [0, 1, 3]
     write_labels(tmp_path / "x" / "train.safetensors", [-1, -1], ("a",))
-    with pytest.raises(DinoError, match="labelled features were wanted"):
+    with pytest.raises(DinoError, match="have no labels: data has no class folders"):
         compared(read_splits(tmp_path / "x"))
