@@ -26,10 +26,11 @@ def demo(
     The same command continues a demo that was stopped.
     """
     out = output_place(out)
-    if out.exists() and not (out / "demo.json").exists():  # said before torch is loaded
+    from dinocli.data.outputs import is_fresh, marked
+
+    if not is_fresh(out) and not (out / "demo.json").exists():  # said before torch is loaded
         raise DinoError(f"{out} is there already, and holds no demo to continue", f"--out {out}-2, or remove {out}")
 
-    from dinocli.data.outputs import marked
     from dinocli.demo import demo
     from dinocli.device import default_workers, pick_device
 
