@@ -99,4 +99,4 @@ def test_other_folders_and_other_settings_are_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "mine" / "demo.json", {"dinocli": "demo", "steps": 3, "drawn": True})
     with pytest.raises(DinoError, match="other settings"):
         Played(tmp_path / "mine").play()
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["demo.json"]
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["demo.json", "notes.txt"]

@@ -99,9 +99,9 @@ def linear(
         from dinocli.evals.linear import linear
         from dinocli.features import compared, read_splits, unlabelled
 
-        splits = read_splits(folder)
-        console.notes(unlabelled(splits))
-        train, held = compared(splits)
+        found = read_splits(folder)
+        console.notes(unlabelled(found))
+        train, held = compared(found)
         with console.progress("linear", 100, "%") as advance:
             result = linear(
                 train,
