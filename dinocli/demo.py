@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinocli.atomic import atomic_folder, write_json
+from dinocli.atomic import write_json
 from dinocli.attention_pictures import draw as draw_attention
 from dinocli.checksums import unseal
 from dinocli.data.decode import BadImage, decode
 from dinocli.data.drawn import CLASSES, write_set
 from dinocli.data.loader import plain_batches
+from dinocli.data.outputs import is_fresh
 from dinocli.data.sources import Images, image_folder
 from dinocli.encoder import Encoder
 from dinocli.errors import DinoError
@@ -175,9 +176,9 @@ def _begun(folder: Path, record: dict[str, Any], note: Callable[[str], None]) ->
         DinoError: If the folder holds a finished demo, one of other settings, or something else.
     """
     another = f"--out {folder}-2, or remove {folder}"
-    if not folder.exists():
-        with atomic_folder(folder) as draft:
-            write_json(draft / RECORD, record | {"drawn": False, "done": False})
+    if is_fresh(folder):  # its marker is written first, and a kill may leave that alone
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RECORD, record | {"drawn": False, "done": False})
         return False
     try:
         before = unseal((folder / RECORD).read_bytes())

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ INDEX = "index.json"  # of a folder of shards
 # Valid number types of each tensor in a file.
 _KINDS = {"values": ("f4", "f2"), "labels": ("i8",), "paths": ("u1",), "skipped": ("u1",)}
 _NUMBERED = 100_000  # labels below this count as class numbers; larger ones mean something else
+# Types of a recipe's values in a file; a bool is not taken for a number.
+_KEPT: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "int | None": (int, NoneType)}
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,7 @@ def _maker(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
     Raises:
         DinoError: If the metadata are corrupt, or of a later version.
     """
-    kinds: dict[Any, tuple[type, ...]] = {"int": (int,), "str": (str,), "int | None": (int, type(None))}
-    known = {field.name: kinds[field.type] for field in fields(Recipe)}
+    known = {field.name: _KEPT[str(field.type)] for field in fields(Recipe)}
     try:
         told, classes = parse(metadata["recipe"]), parse(metadata["classes"])
         if not (isinstance(told, dict) and isinstance(classes, list) and all(isinstance(c, str) for c in classes)):

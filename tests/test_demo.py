@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dinocli.atomic import write_json
+from dinocli.data.outputs import marked
 from dinocli.demo import DemoResult, demo
 from dinocli.errors import DinoError
 
@@ -80,8 +81,16 @@ def test_the_demo_measures_what_it_trained_beside_what_it_must_beat(tmp_path: Pa
         played.play()
 
 
+def test_a_folder_with_a_marker_alone_is_new(tmp_path: Path) -> None:
+    played = Played(tmp_path / "demo", "draw")
+    with pytest.raises(KeyboardInterrupt), marked(tmp_path / "demo", "demo"):
+        played.play()
+    assert (tmp_path / "demo" / "demo.json").is_file()
+
+
 def test_other_folders_and_other_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(DinoError, match="holds no demo to continue"):
         Played(tmp_path / "mine").play()
     (tmp_path / "mine" / "demo.json").write_text("{")
@@ -90,4 +99,4 @@ def test_other_folders_and_other_settings_are_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "mine" / "demo.json", {"dinocli": "demo", "steps": 3, "drawn": True})
     with pytest.raises(DinoError, match="other settings"):
         Played(tmp_path / "mine").play()
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["demo.json"]
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["demo.json", "notes.txt"]

@@ -116,6 +116,12 @@ def test_views_lie_beside_each_image_and_older_files_have_none(tmp_path: Path) -
     assert read_features(tmp_path / "val.safetensors").recipe == RECIPE
 
 
+@pytest.mark.parametrize("step", [0, 400, None])
+def test_the_step_of_the_weights_is_kept(tmp_path: Path, step: int | None) -> None:
+    write(tmp_path / "f.safetensors", run="runs/tiny-1", step=step)
+    assert read_features(tmp_path / "f.safetensors").recipe == replace(RECIPE, run="runs/tiny-1", step=step)
+
+
 def test_a_classifier_learns_from_the_training_split_or_the_first() -> None:
     assert learned_from(["test", "train", "val"]) == "train"
     assert learned_from({"all": 1}) == "all"
@@ -255,5 +261,5 @@ def test_numbers_are_classes_where_nothing_names_them(tmp_path: Path) -> None:
     assert (train.labels.tolist(), list(train.paths)) == ([0, 2, 1], ["0.png", "1.png", "3.png"])
     assert train.values[:].argmax(1).tolist() == [0, 1, 3]
     write_labels(tmp_path / "x" / "train.safetensors", [-1, -1], ("a",))
-    with pytest.raises(DinoError, match="the images of these features have no labels"):
+    with pytest.raises(DinoError, match="have no labels: data has no class folders"):
         compared(read_splits(tmp_path / "x"))

@@ -26,10 +26,12 @@ def demo(
     The same command resumes a stopped demo.
     """
     out = output_place(out)
-    if out.exists() and not (out / "demo.json").exists():  # checked before torch is loaded, to fail at once
+    from dinocli.data.outputs import is_fresh, marked
+
+    # Checked before torch is loaded, to fail at once.
+    if not is_fresh(out) and not (out / "demo.json").exists():
         raise DinoError(f"{out} is there already, and holds no demo to continue", f"--out {out}-2, or remove {out}")
 
-    from dinocli.data.outputs import marked
     from dinocli.demo import demo
     from dinocli.device import default_workers, pick_device
 

@@ -226,7 +226,7 @@ def _unknown_option(words: Words, index: int) -> Misuse:
     if target in ("--device cuda", "--device cpu") and "--device" in words.known:
         return Misuse(fault, words.again({index: target.split()}))
     if target not in words.known:
-        if target in ("--data", "--checkpoint") and (moved := _with_arguments(words)):
+        if target in ("--data", "--checkpoint", "--out") and (moved := _with_arguments(words)):
             return Misuse(f"{fault}; that is an argument", moved)
         if target in _OF_IMAGES and "--features" in words.known:
             hint = f"dino extract CHECKPOINT IMAGES, with such options, then dino {words.command}"
@@ -238,9 +238,13 @@ def _unknown_option(words: Words, index: int) -> Misuse:
 
 
 def _with_arguments(words: Words) -> str:
-    """Return the command with --checkpoint and --data as arguments, or nothing if it takes none of them."""
-    takes = {"--checkpoint": words.command in ("extract", "export", "push"), "--data": words.command in _TAKE_IMAGES}
-    found: dict[str, list[str]] = {"--checkpoint": [], "--data": []}
+    """Return the command with values of --checkpoint, --data and --out as arguments, if it takes them as such."""
+    takes = {
+        "--checkpoint": words.command in ("extract", "export", "push"),
+        "--data": words.command in _TAKE_IMAGES,
+        "--out": words.command in ("pack", "push"),
+    }
+    found: dict[str, list[str]] = {target: [] for target in takes}
     rest, typed = [], list(words.typed)
     while typed:
         word = typed.pop(0)
@@ -250,7 +254,10 @@ def _with_arguments(words: Words) -> str:
             rest.append(word)
         else:
             found[target].append(value if equals else typed.pop(0))
-    moved = [*found["--checkpoint"], *rest, *found["--data"]]
+    if words.command == "push" and found["--out"] and not (words.positional or found["--checkpoint"]):
+        found["--checkpoint"] = ["RUN"]  # comes before OUT
+    moved = [*found["--checkpoint"], *(found["--data"] if found["--out"] else []), *rest]
+    moved += found["--out"] or found["--data"]
     return shlex.join(["dino", words.command, *moved]) if len(rest) < len(words.typed) else ""
 
 

@@ -59,13 +59,13 @@ def marked(folder: Path, command: str, files: Iterable[Path] = ()) -> Iterator[N
         yield
         return
     names: dict[Path, list[str]] = {}
-    if _is_fresh(folder):
+    if is_fresh(folder):
         names[folder] = []
     else:
         for path in files:
             names.setdefault(path.parent, []).append(path.name)
     before = {parent for parent in names if (parent / MARKER).exists()}
-    fresh = {parent for parent in names if _is_fresh(parent)}
+    fresh = {parent for parent in names if is_fresh(parent)}
     for parent, some in names.items():
         _mark(parent, command, None if parent in fresh else some)
     try:
@@ -80,7 +80,8 @@ def marked(folder: Path, command: str, files: Iterable[Path] = ()) -> Iterator[N
                     (parent / MARKER).unlink()
 
 
-def _is_fresh(folder: Path) -> bool:
+def is_fresh(folder: Path) -> bool:
+    """Tell whether a folder does not exist, or holds nothing but a marker."""
     return not folder.exists() or all(name == MARKER for name in os.listdir(folder))
 
 

@@ -84,6 +84,8 @@ def notes_of(scans: Sequence[Scan], kinds: Mapping[str, int]) -> Iterator[str]:
     if beside := [name for tally in tallies for name in tally.beside]:
         yield f"{len(beside)} images are parts of another's sample by their key and are not read, such as {beside[0]}"
     labelled, bare = (sum(scan.images for scan in scans if scan.labels), sum(s.unlabelled for s in scans if s.labels))
+    if not labelled and (texts := kinds.get(".txt")):
+        yield f"{texts} .txt members are taken for captions and are ignored; labels are .cls and .json members"
     if bare:
         yield f"{bare} of {labelled} images in shards with labels have none: they count as unlabelled"
     if lost := [name for scan in scans if not scan.apart for name in scan.tally.lost]:
