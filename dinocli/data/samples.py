@@ -105,11 +105,11 @@ def samples(
     keyed = ((name, key, content) for name, key, content in found if key)
     for key, group in itertools.groupby(keyed, lambda member: member[1][1]):
         parts = (_Part(match[2].lower(), name, content) for name, match, content in group)
-        for some in _some(parts, local, counts):
+        for some in _split(parts, local, counts):
             yield from _of_key(key, some, counts, labels or {})
 
 
-def _some(parts: Iterable[_Part], local: bool, counts: Tally) -> Iterator[list[_Part]]:
+def _split(parts: Iterable[_Part], local: bool, counts: Tally) -> Iterator[list[_Part]]:
     """Yield the parts of one key, in pieces if there are many: names like 2021.05.01.png make a whole tar one key."""
     held, images = list[_Part](), 0
     for part in parts:
