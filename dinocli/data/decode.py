@@ -156,7 +156,7 @@ class Opened:
             return fault
         if self._palette is not None and image.mode == "P":
             image = Image.fromarray(self._palette[np.minimum(np.asarray(image), len(self._palette) - 1)])
-        pixels = _to_rgb(image, windows, channels) if channels in (1, 3) else _as_it_is(image, channels)
+        pixels = _to_rgb(image, windows, channels) if channels in (1, 3) else _keep_channels(image, channels)
         if channels == 1 and not isinstance(pixels, BadImage) and pixels.shape[2] == 3:
             pixels = _gray(pixels)
         if lenient and not isinstance(pixels, BadImage) and (pixels == pixels[:1, :1]).all():
@@ -415,7 +415,7 @@ def _to_rgb(image: Image.Image, windows: NDArray[np.float64] | None, channels: i
         pixels = to_bytes(image_values(image), image_layout(image), channels, windows)
         return BadImage(_NO_NUMBER) if pixels is None else pixels
     if image.has_transparency_data:
-        image = _on_white(image.convert("RGBA"))
+        image = _blend_on_white(image.convert("RGBA"))
     if channels == 1 and image.mode == "L":
         return np.array(image)[..., None]
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -426,7 +426,7 @@ def _gray(pixels: Pixels) -> Pixels:
     return np.array(Image.fromarray(pixels).convert("L"))[..., None]
 
 
-def _as_it_is(image: Image.Image, channels: int) -> Pixels | BadImage:
+def _keep_channels(image: Image.Image, channels: int) -> Pixels | BadImage:
     """Return all bands, alpha included, if there are `channels` of them. [H, W, C]"""
     if image.mode in ("P", "PA") and image.has_transparency_data:  # the channels of a palette are those of its colors
         image = image.convert("RGBA")
@@ -436,7 +436,7 @@ def _as_it_is(image: Image.Image, channels: int) -> Pixels | BadImage:
     return np.array(image)
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _blend_on_white(image: Image.Image) -> Image.Image:
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if np.min(flat.getextrema()) < 255:
         return flat

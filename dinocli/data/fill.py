@@ -69,7 +69,7 @@ class Cutter:
         if isinstance(pixels, BadImage):
             return pixels
         if pixels.shape[:2] != (opened.height, opened.width):
-            boxes = _on_grid(boxes, (opened.height, opened.width), pixels.shape[:2])
+            boxes = _place_on_grid(boxes, (opened.height, opened.width), pixels.shape[:2])
         return pixels, boxes
 
     def places(self, slot: dict[str, Tensor], task: Task) -> list[list[Tensor]]:
@@ -106,7 +106,7 @@ class Cutter:
                     where[g, b] = blocks(self.views.mask, where.shape[2:], count, generator)
 
 
-def _on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ...]) -> list[Box]:
+def _place_on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ...]) -> list[Box]:
     """Scale the boxes of an image to its smaller decoding."""
     all_boxes, end = np.array(boxes), np.array(small[:2])
     ratio = end / full

@@ -98,7 +98,7 @@ def read_list(path: Path) -> FileList:
         first = named[0].name if named else ""
         raise DinoError(
             f"the first file of {path} does not exist: {path.parent / first}",
-            "write paths relative to the list's folder" + _elsewhere(first),
+            "write paths relative to the list's folder" + _suggest_move(first),
         )
     return FileList(named, (*notes, *_notes(path, named, unnamed)))
 
@@ -273,7 +273,7 @@ def _is_name(cell: str) -> bool:
     return os.path.splitext(_unquote(cell))[1].lower() in SUFFIXES or "/" in cell or "\\" in cell
 
 
-def _elsewhere(name: str) -> str:
+def _suggest_move(name: str) -> str:
     return f"; {name} exists in the current folder: move the list there" if name and os.path.isfile(name) else ""
 
 

@@ -54,7 +54,7 @@ def read_values(path: Path) -> MaskValues | BadImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tifffile = _tifffile() if data[:4] in _TIFF else None
-            return _of_tiff(data, tifffile) if tifffile else _of_pillow(data)
+            return _read_with_tifffile(data, tifffile) if tifffile else _read_with_pillow(data)
     except Image.DecompressionBombError:
         return BadImage(_TOO_LARGE)
     except UnidentifiedImageError:
@@ -82,7 +82,7 @@ def _tifffile() -> Any:
         return None
 
 
-def _of_pillow(data: bytes) -> MaskValues | BadImage:
+def _read_with_pillow(data: bytes) -> MaskValues | BadImage:
     with Image.open(Reader(data), formats=_formats()) as image:
         if image.width * image.height > DEFAULTS.max_megapixels * 1e6:
             return BadImage(_TOO_LARGE)
@@ -125,7 +125,7 @@ def _ppm_scale(image: ImageFile.ImageFile) -> float | None:
     return args[1] / (65535 if image.mode == "I" else 255)
 
 
-def _of_tiff(data: bytes, tifffile: Any) -> MaskValues | BadImage:
+def _read_with_tifffile(data: bytes, tifffile: Any) -> MaskValues | BadImage:
     import io
 
     check_tags(data)
