@@ -42,7 +42,7 @@ def map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
         if name == "__metadata__":
             continue
         if told["dtype"] not in _DTYPES:
-            raise SafetensorError(f"{name} is of the type {told['dtype']}")
+            raise SafetensorError(f"{name} has the type {told['dtype']}; expected one of {', '.join(_DTYPES)}")
         dtype, shape = _DTYPES[told["dtype"]], tuple(told["shape"])
         begin, end = told["data_offsets"]
         # Empty tensors cannot be mapped.

@@ -118,7 +118,7 @@ def pack(
     }  # fmt: skip
     if images != DEFAULTS:
         settings["read as"] = images.model_dump(mode="json", exclude_defaults=True)
-    done: dict[str, Any] = _begun(out, settings)
+    done: dict[str, Any] = _resume(out, settings)
     order = np.random.default_rng(seed).permutation(len(source))
     make = partial(_entry, source, repeated, images, side, quality)
     kept = 0
@@ -144,7 +144,7 @@ def pack(
                     report(first + part + len(some))
             done[shard] = {"images": packed, "bytes": _size(out / shard), "bad": bad}
             _remember(out, settings, done)
-    return _finished(source, out, images, done, order, kept, start)
+    return _finish(source, out, images, done, order, kept, start)
 
 
 def _names(source: Images) -> tuple[NDArray[np.bool_], str]:
@@ -168,7 +168,7 @@ def _key(name: str) -> str:
     return "x" + key if key.startswith("__") else key
 
 
-def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _resume(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the shards that an earlier call with these settings wrote.
 
     Raises:
@@ -186,12 +186,12 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     except (ValueError, LookupError, TypeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise DinoError(f"{out / SETTINGS} is damaged: {why}", "name a new folder, or remove this one") from error
+        raise DinoError(f"{out / SETTINGS} is corrupt: {why}", "name a new folder, or remove this one") from error
     for key in before | settings:
         if before.get(key) != settings.get(key):
             raise DinoError(
-                f"{out} was packed with {key} {before.get(key)}; now it is {settings.get(key)}",
-                "name a new folder, or the same images and settings to go on",
+                f"{out} was packed with {key} {before.get(key)}; this call has {settings.get(key)}",
+                "name a new folder, or use the same images and settings to resume",
             )
     return dict(shards)
 
@@ -203,11 +203,11 @@ def _check_shards(settings: object, shards: object) -> None:
         ValueError: If a value has the wrong type.
     """
     if not isinstance(settings, dict) or not isinstance(shards, dict):
-        raise ValueError("its settings or its shards are of another kind")
+        raise ValueError("its settings or its shards have the wrong type")
     for name, shard in shards.items():
         numbers = [shard["images"], shard["bytes"]]
         if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(shard["bad"], dict):
-            raise ValueError(f"what it says of {name} is of another kind")
+            raise ValueError(f"an entry of {name} has the wrong type")
 
 
 def _remember(out: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
@@ -232,15 +232,15 @@ def _entry(
     height, width = pixels.shape[:2]
     short = min(height, width)
     if side and short > side and max(height, width) * side // short <= _LONGEST_SIDE:
-        return _Entry(key, *_encoded(shrink(pixels, side), "JPEG", quality=quality))
+        return _Entry(key, *_encode(shrink(pixels, side), "JPEG", quality=quality))
     if not isinstance(data, bytes):
-        return _Entry(key, *_encoded(pixels, "PNG"))
+        return _Entry(key, *_encode(pixels, "PNG"))
     suffix = os.path.splitext(source.names[row])[1].lower()
     # A file without an image suffix gets one by its content, which readers go by anyway.
     return _Entry(key, suffix if suffix in SUFFIXES or suffix == ARRAY else _kind(data), data)
 
 
-def _encoded(pixels: Pixels, kind: Literal["JPEG", "PNG"], **options: Any) -> tuple[str, bytes]:
+def _encode(pixels: Pixels, kind: Literal["JPEG", "PNG"], **options: Any) -> tuple[str, bytes]:
     """Return suffix and bytes of an encoded image: of the given kind, or .npy if it is neither color nor gray."""
     file = io.BytesIO()
     if pixels.shape[2] not in (1, 3):
@@ -265,7 +265,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _finished(
+def _finish(
     source: Images,
     out: Path,
     images: ImagesConfig,
@@ -280,7 +280,7 @@ def _finished(
         first = next(iter(bad.items()))
         raise DinoError(
             f"none of the {len(source)} images in {source.where} can be read; {first[0]}: {first[1]}",
-            "look at that file; then name a new folder",
+            "check that file; then name a new folder",
         )
     index = {
         "classes": source.classes,
@@ -290,24 +290,24 @@ def _finished(
     write_json(out / INDEX, index, indent=1)
     seconds = time.monotonic() - start
     good = [row for row in order[:_TIMED].tolist() if source.names[row] not in bad]
-    faster, cold = _compared(source, out, images, good)
+    faster, cold = _compare(source, out, images, good)
     size = sum(shard["bytes"] for shard in done.values())
     return Packed(len(done), kept, count, size, seconds, bad, faster, cold)
 
 
-def _compared(source: Images, out: Path, images: ImagesConfig, rows: list[int]) -> tuple[float | None, bool]:
+def _compare(source: Images, out: Path, images: ImagesConfig, rows: list[int]) -> tuple[float | None, bool]:
     """Return the read speed of the shards relative to the source's files, and whether both came from disk."""
     root = Path(getattr(source, "root", source.where))
     files = [root / source.names[row] for row in rows]
     if not files or not all(file.is_file() for file in files):
         return None, False  # mostly a torchvision set, which does not just read a file for an image
     shards = open_shards(str(out))
-    of_files, cold = _timed(files, (map(source.read, rows, repeat(images)) for _ in range(_TIMES)))
-    of_shards, colder = _timed(map(Path, shards.urls), (islice(shards.stream(0, 1), len(rows)) for _ in range(_TIMES)))
+    of_files, cold = _time(files, (map(source.read, rows, repeat(images)) for _ in range(_TIMES)))
+    of_shards, colder = _time(map(Path, shards.urls), (islice(shards.stream(0, 1), len(rows)) for _ in range(_TIMES)))
     return of_files / of_shards, cold and colder
 
 
-def _timed(paths: Iterable[Path], readings: Iterable[Iterator[object]]) -> tuple[float, bool]:
+def _time(paths: Iterable[Path], readings: Iterable[Iterator[object]]) -> tuple[float, bool]:
     """Return the seconds of the fastest reading, least disturbed by other work, and whether all came from disk."""
     paths, seconds, cold = list(paths), [], True
     for reading in readings:

@@ -126,7 +126,7 @@ def test_what_goes_on_after_a_kill_is_byte_for_byte_the_same(tmp_path: Path, ima
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [({"per_shard": 4}, "per_shard 5; now it is 4"), ({"side": 8}, "side None")]
+    ("change", "said"), [({"per_shard": 4}, "per_shard 5; this call has 4"), ({"side": 8}, "side None")]
 )
 def test_other_settings_or_images_are_an_error_that_names_them(tmp_path: Path, images: Path, change, said: str) -> None:
     pack(listed(images), tmp_path / "out", per_shard=5)
@@ -200,7 +200,7 @@ def test_the_command(tmp_path: Path, images: Path, monkeypatch, capsys) -> None:
     out = tmp_path / "out"
     command(str(images), out, side=16, per_shard=6, name="train")
     first = capsys.readouterr()
-    assert "left out a/0001.png: not an image" in first.err and f"next: dino pretrain {out}" in first.err
+    assert "skipped a/0001.png: not an image" in first.err and f"next: dino pretrain {out}" in first.err
     assert {"train-000000.tar", "train-000001.tar"} < set(files(out))
     command(str(images), out, side=16, per_shard=6, name="train", json=True)
     again = capsys.readouterr()
@@ -258,6 +258,6 @@ def test_damaged_settings_are_one_line(tmp_path: Path, images: Path, text: str |
     pack(source, tmp_path / "out")
     stored = tmp_path / "out" / "pack.json"
     stored.write_text(stored.read_text().replace('"images": 12', '"images": 13') if text is None else text)
-    with pytest.raises(DinoError, match=r"pack\.json is damaged") as error:
+    with pytest.raises(DinoError, match=r"pack\.json is corrupt") as error:
         pack(source, tmp_path / "out")
     assert "\n" not in error.value.message

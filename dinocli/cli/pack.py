@@ -26,12 +26,12 @@ def pack(
         int | None,
         typer.Option(
             min=8,
-            help="Resize images whose short side is longer to this many pixels, as JPEG (.npy if "
-            "of neither three channels nor one); else all stay as they are.",
+            help="Resize images with a longer short side to this many pixels, as JPEG (.npy if they have "
+            "neither three channels nor one). By default, all are stored unchanged.",
         ),
     ] = None,
-    per_shard: Annotated[int, typer.Option(min=1, help="Images a shard.")] = 1000,
-    name: Annotated[str, typer.Option(help="How the shards' names begin.")] = "images",
+    per_shard: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
+    name: Annotated[str, typer.Option(help="Prefix of the shards' names.")] = "images",
     overrides: Limits = None,
     json: Json = False,
 ) -> None:
@@ -56,18 +56,18 @@ def pack(
     with console.progress("pack", len(source), "images") as advance:
         packed = pack(source, out, side=side, per_shard=per_shard, name=name, images=taken, report=advance)
     for path, reason in packed.bad.items():
-        console.say(f"note: left out {path}: {reason}")
+        console.say(f"note: skipped {path}: {reason}")
     if packed.kept:
-        console.say(f"kept {packed.kept} of {packed.shards} shards that were there")
+        console.say(f"kept {packed.kept} of {packed.shards} shards from an earlier call")
     if packed.faster:
-        how = "from the disk" if packed.cold else "from memory, where a disk's seeking does not show"
-        console.say(f"the shards are read {packed.faster:.1f} times as fast as the files (measured {how})")
+        how = "from disk" if packed.cold else "from memory, without the disk's seek times"
+        console.say(f"reading the shards is {packed.faster:.1f} times as fast as reading the files (measured {how})")
     console.say(f"next: dino pretrain {out}")
     if json:
         console.out_json({"path": str(out), **asdict(packed)})
     else:
         console.table(
-            ["shards", "files", "images", "left out", "size", "time"],
+            ["shards", "files", "images", "skipped", "size", "time"],
             [
                 [
                     str(out),

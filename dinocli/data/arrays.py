@@ -49,17 +49,17 @@ def _open_npy(data: bytes, channels: int) -> ArrayFile:
         read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
         shape, by_columns, dtype = read_header(file, max_header_size=_LONGEST_HEADER)
     except ValueError as error:
-        raise EOFError("it ends within its header") if file.tell() == len(data) else error from None
+        raise EOFError("the file ends within its header") if file.tell() == len(data) else error from None
     if dtype.hasobject or dtype.kind not in "uif":
         what = "objects, which would be unpickled" if dtype.hasobject else f"{dtype}"
-        raise UnfitArray(f"no image: an array of numbers was wanted; it holds {what}")
+        raise UnfitArray(f"no image: the array holds {what}; expected numbers")
     last = _channels_last(shape, channels)
     height, width = shape[:2] if last else shape[1:]
 
     def read() -> NDArray[Any]:
         count, start = int(np.prod(shape, dtype=object)), file.tell()
         if len(data) - start < count * dtype.itemsize:
-            raise EOFError(f"{len(data) - start} bytes of numbers where {count * dtype.itemsize} were to be")
+            raise EOFError(f"{len(data) - start} bytes of numbers; expected {count * dtype.itemsize}")
         values = np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if by_columns else "C")
         values = values[..., None] if len(shape) == 2 else values
         return values if last else values.transpose(1, 2, 0)
@@ -90,7 +90,7 @@ def _open_sgi(data: bytes, channels: int) -> ArrayFile | None:
     if channels not in (1, 3) and bands != channels:
         raise UnfitArray(other_channels(f"{bands} (SGI)", channels))
     if packed or bands not in (1, 3, 4):
-        raise UnfitArray("not read here: SGI of 16 bits with packed rows; convert it to 16-bit PNG")
+        raise UnfitArray("not read here: 16-bit SGI with packed rows; convert it to 16-bit PNG")
 
     def read() -> NDArray[Any]:
         if len(data) < 512 + 2 * width * height * bands:

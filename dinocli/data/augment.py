@@ -175,10 +175,10 @@ def _turn_hue(x: Tensor, turn: Tensor) -> None:
 
 
 def _turn_hue_compiled(x: Tensor, turn: Tensor) -> None:
-    x.copy_(_compiled(_turned)(x, _column(turn, x)[:, 0]))
+    x.copy_(_compiled(_shift_hue)(x, _column(turn, x)[:, 0]))
 
 
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
+def _shift_hue(x: Tensor, turn: Tensor) -> Tensor:
     """Return images with shifted hue, as `_turn_hue` does. [S, 3, H, H] and [S, 1, 1] to [S, 3, H, H]"""
     r, g, b = x.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)

@@ -50,7 +50,7 @@ class PixelCache:
 
     def __init__(self, images: int, views: Sequence[ViewConfig], where: str, channels: int = 3) -> None:
         if sys.platform != "linux":
-            raise DinoError("--cache needs Linux, where worker processes share memory as it stands", "leave it out")
+            raise DinoError(f"--cache works only on Linux; this is {sys.platform}", "run without --cache")
         self.side, self._channels = kept_side(views), channels
         self._memory, self._budget = _memory(where)
         self._next: Any = multiprocessing.get_context("fork").Value("q", 0)
@@ -99,5 +99,5 @@ def _memory(where: str) -> tuple[mmap.mmap, int]:
             return mmap.mmap(file.fileno(), budget), budget
     except OSError as error:
         raise DinoError(
-            f"--cache {where} cannot be written to: {error.strerror}", "--cache ram, or another folder"
+            f"--cache {where} cannot be written to: {error.strerror}", "use --cache ram, or another folder"
         ) from error

@@ -69,7 +69,7 @@ class ViewConfig(Config):
     @classmethod
     def _is_a_range(cls, scale: tuple[float, float]) -> tuple[float, float]:
         if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError("two fractions of the area were wanted, the smaller first")
+            raise ValueError("expected two fractions of the area, the smaller first")
         return scale
 
 

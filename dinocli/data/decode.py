@@ -47,9 +47,9 @@ _COUNTED = ("PNG", "WEBP", "AVIF", "DCX", "FLI", "IM", "SPIDER")  # their header
 _BANDS = {"LA": 2, "RGBA": 4, "RGBX": 4}
 _ENTERING = threading.Lock()
 _inside: list[tuple[int | None, bool]] = []  # Pillow's settings before decoding, once per decoding thread
-_UNKNOWN = "not an image: no format that is known here"
+_UNKNOWN = "not an image: unknown format"
 _NO_NUMBER = "damaged: none of its values is a number"
-_NOTHING_LEFT = "truncated: nothing is left of the picture"
+_NOTHING_LEFT = "truncated: no pixels left"
 _GREY: dict[str, Any] = {"L": 128, "RGB": (128,) * 3, "RGBA": (128, 128, 128, 255), "I;16": 32768}
 
 
@@ -109,24 +109,24 @@ class Opened:
             Pixels [H, W, C], or the reason for failure.
         """
         if self._array:
-            found = _tried(self._images, False, self._array_pixels)
+            found = _try(self._images, False, self._array_pixels)
             if isinstance(found, BadImage) and self._images.truncated and self.format == "PNG":
-                return _tried(self._images, True, self._array_pixels)
+                return _try(self._images, True, self._array_pixels)
             return found
         if self._plain_jpeg and reduce == 1 and self._images.channels in (1, 3):
             fast = _fast_jpeg(self._source, self._tagged)
             if fast is not None and fast.shape[1::-1] == self._size:
                 return turned(_gray(fast) if self._images.channels == 1 else fast, self._turn)
         image, self._image = self._image, None  # Pillow can load a file only once
-        result = _tried(self._images, False, lambda: self._load(image, reduce))
+        result = _try(self._images, False, lambda: self._load(image, reduce))
         if isinstance(result, BadImage) and self._images.truncated and isinstance(self._source, bytes):
-            return _tried(self._images, True, lambda: self._load(None, reduce))
+            return _try(self._images, True, lambda: self._load(None, reduce))
         return result
 
     def _array_pixels(self) -> Pixels | BadImage:
         assert self._array
         channels = self._images.channels
-        with _hushed() if self.format in ("TIFF", "JPEG2000") else nullcontext():
+        with _silence_libtiff() if self.format in ("TIFF", "JPEG2000") else nullcontext():
             values = self._array.read()
         pixels = to_bytes(values, self._array.layout, channels, self._images.windows)
         if pixels is None:
@@ -149,14 +149,14 @@ class Opened:
         if lenient and image.mode in _GREY and image.format in ("PNG", "BMP", "TIFF", "PPM", "TGA"):
             image.im = Image.new(image.mode, image.size, _GREY[image.mode]).im  # Pillow would start from black
         windows, channels = self._images.windows, self._images.channels
-        with _hushed() if image.format == "TIFF" else nullcontext():
+        with _silence_libtiff() if image.format == "TIFF" else nullcontext():
             image.load()
         # The size of an icon is known only after loading.
         if image.size != self._size and reduce == 1 and (fault := _size_fault(image.size, self._images)):
             return fault
         if self._palette is not None and image.mode == "P":
             image = Image.fromarray(self._palette[np.minimum(np.asarray(image), len(self._palette) - 1)])
-        pixels = _to_rgb(image, windows, channels) if channels in (1, 3) else _as_it_is(image, channels)
+        pixels = _to_rgb(image, windows, channels) if channels in (1, 3) else _keep_channels(image, channels)
         if channels == 1 and not isinstance(pixels, BadImage) and pixels.shape[2] == 3:
             pixels = _gray(pixels)
         if lenient and not isinstance(pixels, BadImage) and (pixels == pixels[:1, :1]).all():
@@ -184,7 +184,7 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
         plain = plain_header(data)
         if plain and not _size_fault(plain.size, images):
             return Opened(data, images, plain.size, mode=plain.mode)
-    opened = _tried(images, False, lambda: _open(data, images))
+    opened = _try(images, False, lambda: _open(data, images))
     if isinstance(opened, BadImage) and opened.reason == _UNKNOWN and isinstance(data, bytes):
         return BadImage(name_unread(data))
     return opened
@@ -198,7 +198,7 @@ def decode(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Pixels
 
 def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
     if isinstance(data, Image.Image):
-        return _size_fault(data.size, images) or _opened(data, data, images)
+        return _size_fault(data.size, images) or _describe(data, data, images)
     if not data:
         return BadImage("empty: the file has no bytes")
     if len(data) > images.max_megabytes * 1e6:
@@ -208,16 +208,16 @@ def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
         check_tags(data)
         found = open_tiff(data, images.channels)
         if isinstance(found, ArrayFile):
-            return _opened_array(data, found, images)
+            return _describe_array(data, found, images)
         facts = found
     elif array := open_array(data, images):
-        return _opened_array(data, array, images)
+        return _describe_array(data, array, images)
     image = _header(data)
     fault = _size_fault(image.size, images) or _slow_fault(image, data) or _kind_fault(image, data, images)
-    return fault or _opened(data, image, images, facts)
+    return fault or _describe(data, image, images, facts)
 
 
-def _opened(
+def _describe(
     source: bytes | Image.Image, image: Image.Image, images: ImagesConfig, facts: Facts | None = None
 ) -> Opened:
     # Every libjpeg decodes these equally. CMYK and Adobe's RGB are left to Pillow.
@@ -250,15 +250,15 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)  # the installed Pillow may read fewer
 
 
-def _opened_array(data: bytes, array: ArrayFile, images: ImagesConfig) -> Opened | BadImage:
+def _describe_array(data: bytes, array: ArrayFile, images: ImagesConfig) -> Opened | BadImage:
     size, count = (array.width, array.height), max(images.channels, array.bands)
     if array.width * array.height * count > 3 * images.max_megapixels * 1e6:  # limits memory
         what = f"{size[0]}x{size[1]} pixels of {count} channels"
-        return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of three")
+        return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of three channels")
     taken = array.width * array.height * array.bands * array.dtype.itemsize
     if taken > max(6 * images.max_megapixels * 1e6, len(data)):
-        what = f"{size[0]}x{size[1]} pixels of {array.bands * array.dtype.itemsize} bytes"
-        return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of six")
+        what = f"{size[0]}x{size[1]} pixels of {array.bands * array.dtype.itemsize} bytes each"
+        return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of six bytes")
     mode = "F" if array.dtype.kind == "f" else "L" if array.dtype.itemsize == 1 else "I"
     turn, pages = array.turn, array.pages
     if array.format == "PNG" and not _size_fault(size, images):
@@ -275,7 +275,7 @@ def _header(data: bytes) -> ImageFile.ImageFile:
 
 def _slow_fault(image: ImageFile.ImageFile, data: bytes) -> BadImage | None:
     if image.format == "QOI" and image.width * image.height > _QOI:
-        return BadImage(f"too slow: {image.width}x{image.height} pixels of a QOI, which Pillow reads one by one")
+        return BadImage(f"too slow: {image.width}x{image.height} pixels of QOI, which Pillow decodes one by one")
     said = too_many_scans(image, data)
     return BadImage(said) if said else None
 
@@ -286,7 +286,7 @@ def _kind_fault(image: ImageFile.ImageFile, data: bytes, images: ImagesConfig) -
         return BadImage(name_jpeg(frame.kind, frame.bits))
     at = data.find(b"av1C", 0, 4096) if image.format == "AVIF" and images.window else -1
     if 0 < at < len(data) - 6 and data[at + 6] & 0x40:
-        return BadImage("not read here: AVIF of more than 8 bits under images.window; convert it to 16-bit PNG")
+        return BadImage("not read here: AVIF of more than 8 bits with images.window; convert it to 16-bit PNG")
     return None
 
 
@@ -297,7 +297,7 @@ def _size_fault(size: tuple[int, int], images: ImagesConfig) -> BadImage | None:
         return BadImage(f"too large: {words} over {images.max_megapixels:g} megapixels")
     if long > images.max_aspect * short:
         return BadImage(f"too long: {words} over {images.max_aspect:g} to 1")
-    return BadImage(f"too small: {words} under {images.min_side} a side") if short < images.min_side else None
+    return BadImage(f"too small: {words} under {images.min_side} per side") if short < images.min_side else None
 
 
 @cache
@@ -340,7 +340,7 @@ def _fast_jpeg(data: Any, tagged: bool) -> Pixels | None:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
+def _silence_libtiff() -> Iterator[None]:
     """Silence libtiff, which prints to stderr about corrupt files. The fault is returned as a value."""
     try:
         ours, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
@@ -376,7 +376,7 @@ def _pillow(images: ImagesConfig, lenient: bool) -> Iterator[None]:
                 Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = found
 
 
-def _tried(images: ImagesConfig, lenient: bool, work: Callable[[], T]) -> T | BadImage:
+def _try(images: ImagesConfig, lenient: bool, work: Callable[[], T]) -> T | BadImage:
     try:
         with _pillow(images, lenient):
             return work()
@@ -389,7 +389,7 @@ def _tried(images: ImagesConfig, lenient: bool, work: Callable[[], T]) -> T | Ba
     except MemoryError:
         return BadImage("too large: not enough memory")
     except TooSlow:
-        return BadImage("too slow: more pieces than a picture needs")
+        return BadImage("too slow: more pieces than an image needs")
     # Pillow's readers raise nearly every kind of exception on a corrupt file, SyntaxError and struct.error too.
     except Exception as error:
         words = re.sub(r" at 0x[0-9a-f]+|[^ -~]+", " ", str(error))[:160].strip() or type(error).__name__
@@ -415,7 +415,7 @@ def _to_rgb(image: Image.Image, windows: NDArray[np.float64] | None, channels: i
         pixels = to_bytes(image_values(image), image_layout(image), channels, windows)
         return BadImage(_NO_NUMBER) if pixels is None else pixels
     if image.has_transparency_data:
-        image = _on_white(image.convert("RGBA"))
+        image = _blend_on_white(image.convert("RGBA"))
     if channels == 1 and image.mode == "L":
         return np.array(image)[..., None]
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -426,7 +426,7 @@ def _gray(pixels: Pixels) -> Pixels:
     return np.array(Image.fromarray(pixels).convert("L"))[..., None]
 
 
-def _as_it_is(image: Image.Image, channels: int) -> Pixels | BadImage:
+def _keep_channels(image: Image.Image, channels: int) -> Pixels | BadImage:
     """Return all bands, alpha included, if there are `channels` of them. [H, W, C]"""
     if image.mode in ("P", "PA") and image.has_transparency_data:  # the channels of a palette are those of its colors
         image = image.convert("RGBA")
@@ -436,7 +436,7 @@ def _as_it_is(image: Image.Image, channels: int) -> Pixels | BadImage:
     return np.array(image)
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _blend_on_white(image: Image.Image) -> Image.Image:
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if np.min(flat.getextrema()) < 255:
         return flat

@@ -76,8 +76,8 @@ def to_bytes(values: Values, layout: Layout, channels: int, windows: Windows | N
         if layout.colors in ("bands", "rgb", "gray") and not layout.alpha and layout.key is None:
             # A table of the 256 results is faster: scans in black and white have many pixels.
             every = np.arange(256, dtype=np.uint8)[None, :, None]
-            results = _laid(every, replace(layout, colors="gray"), 1, None, 255)[0, :, 0]
-            return _repeated(results[values[..., :count]], layout, channels)
+            results = _scale(every, replace(layout, colors="gray"), 1, None, 255)[0, :, 0]
+            return _repeat(results[values[..., :count]], layout, channels)
     if values.dtype.kind == "u" and layout.range and layout.range[1] <= 255:
         windows = None  # windows apply to deep images only
     stated = layout.range or usual_range(values[..., :count])
@@ -94,21 +94,21 @@ def _plain_bytes(values: Values, layout: Layout, channels: int) -> NDArray[np.ui
     pixels = 255 - values if layout.inverted else values
     if layout.key is not None:
         pixels = np.where((values == np.array(layout.key)).all(-1, keepdims=True), np.uint8(255), pixels)
-    return _repeated(np.ascontiguousarray(pixels), layout, channels)
+    return _repeat(np.ascontiguousarray(pixels), layout, channels)
 
 
 def _draw(values: Values, layout: Layout, channels: int, windows: Windows | None) -> NDArray[np.uint8]:
     """Composite on white, or on black if all would be white. Ignore an opacity that is zero everywhere."""
-    flat = _laid(values, layout, channels, windows, 255)
+    flat = _scale(values, layout, channels, windows, 255)
     if not layout.alpha or flat.min() < 255:
         return flat
     if not _opacity(values, layout).any():
-        bare = _laid(values, replace(layout, alpha=""), channels, windows, 255)
+        bare = _scale(values, replace(layout, alpha=""), channels, windows, 255)
         return bare if np.ptp(bare, axis=(0, 1)).any() else flat
-    return _laid(values, layout, channels, windows, 0)
+    return _scale(values, layout, channels, windows, 0)
 
 
-def _laid(values: Values, layout: Layout, channels: int, windows: Windows | None, ground: int) -> NDArray[np.uint8]:
+def _scale(values: Values, layout: Layout, channels: int, windows: Windows | None, ground: int) -> NDArray[np.uint8]:
     height, width, _ = values.shape
     assert layout.range is not None
     limits = np.array([layout.range]) if windows is None else windows
@@ -128,7 +128,7 @@ def _laid(values: Values, layout: Layout, channels: int, windows: Windows | None
         if layout.key is not None:
             scaled[(some[..., : layout.count] == np.array(layout.key)).all(-1)] = 255
         pixels[rows] = (np.nan_to_num(scaled, copy=False) + 0.5).astype(np.uint8)
-    return _repeated(pixels, layout, channels)
+    return _repeat(pixels, layout, channels)
 
 
 def _colors(values: Values, layout: Layout) -> NDArray[Any]:
@@ -163,7 +163,7 @@ def _opacity(values: Values, layout: Layout) -> NDArray[np.float32]:
     return np.clip(np.nan_to_num(part), np.float32(0), np.float32(1))
 
 
-def _repeated(pixels: NDArray[np.uint8], layout: Layout, channels: int) -> NDArray[np.uint8]:
+def _repeat(pixels: NDArray[np.uint8], layout: Layout, channels: int) -> NDArray[np.uint8]:
     grey = layout.colors == "gray" and pixels.shape[2] == 1
     return np.repeat(pixels, channels, -1) if grey and channels > 1 else pixels
 

@@ -69,7 +69,7 @@ class Cutter:
         if isinstance(pixels, BadImage):
             return pixels
         if pixels.shape[:2] != (opened.height, opened.width):
-            boxes = _on_grid(boxes, (opened.height, opened.width), pixels.shape[:2])
+            boxes = _place_on_grid(boxes, (opened.height, opened.width), pixels.shape[:2])
         return pixels, boxes
 
     def places(self, slot: dict[str, Tensor], task: Task) -> list[list[Tensor]]:
@@ -106,7 +106,7 @@ class Cutter:
                     where[g, b] = blocks(self.views.mask, where.shape[2:], count, generator)
 
 
-def _on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ...]) -> list[Box]:
+def _place_on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ...]) -> list[Box]:
     """Scale the boxes of an image to its smaller decoding."""
     all_boxes, end = np.array(boxes), np.array(small[:2])
     ratio = end / full
@@ -207,8 +207,8 @@ def _read(source: Images, row: int, images: ImagesConfig) -> bytes | Image | Bad
 
 def _nothing_to_read(name: str, reason: str) -> DinoError:
     return DinoError(
-        f"{_REDRAWS} images drawn one after another cannot be read; the last is {name}: {reason}",
-        "look at that file, and whether these are images at all",
+        f"{_REDRAWS} images in a row cannot be read; the last is {name}: {reason}",
+        "check that file, and that this is a set of images",
     )
 
 
@@ -243,7 +243,7 @@ class PlainFiller:
         self.source, self.size, self.images, self.before, self.cutter = source, size, images, before, cutter
         self._taken = 0
 
-    def _pass_over(self, task: Task) -> None:
+    def _skip(self, task: Task) -> None:
         """Skip the images that other processes fill."""
         if not isinstance(self.source, Images):
             passed = max(0, self.before(task.batch, task.first) - self._taken)
@@ -252,7 +252,7 @@ class PlainFiller:
 
     def __call__(self, slot: dict[str, Tensor], task: Task) -> list[Seen]:
         seen = []
-        self._pass_over(task)
+        self._skip(task)
         for b in range(task.first, task.first + task.images):
             if isinstance(self.source, Images):
                 row = task.batch * len(slot["images"]) + b

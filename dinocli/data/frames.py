@@ -94,7 +94,7 @@ class VideoFrames(Frames):
                         pixels = turned(frame.to_ndarray(format="rgb24"), _orientation(frame))
                         yield Frame(number, f"frame {number + 1}", Image.fromarray(pixels))
             except av.error.FFmpegError as error:
-                reason = f"damaged: {error.strerror}; nothing after it is read"
+                reason = f"damaged: {error.strerror}; later frames are skipped"
                 yield Frame(number + 1, f"frame {number + 2}", BadImage(reason))
 
 
@@ -127,7 +127,7 @@ def open_frames(path: Path) -> Frames:
     names = image_folder(path).names
     below = next((name.rsplit("/", 1)[0] for name in names if "/" in name), None)
     if below:
-        raise DinoError(f"one folder of frames was wanted; {path} holds others", f"name one: {path / below}")
+        raise DinoError(f"{path} has subfolders of frames; expected one folder of frames", f"name one: {path / below}")
     return Frames(path, [path / name for name in sorted(names, key=_by_number)])
 
 
@@ -142,12 +142,12 @@ def _open_video(path: Path) -> VideoFrames:
         with av.open(str(path)) as file:
             stream = next(iter(file.streams.video), None)
             if stream is None:
-                raise DinoError(f"a video was wanted; {path} has no pictures", "check that file")
+                raise DinoError(f"{path} has no video stream; expected a video", "check that file")
             rate = stream.average_rate or stream.guessed_rate
             # Some formats do not state a count; counting packets decodes nothing.
             count = stream.frames or sum(1 for packet in file.demux(stream) if packet.size)
     except av.error.FFmpegError as error:
-        raise DinoError(f"{path} cannot be read as a video: {error.strerror}", "a folder of its frames") from error
+        raise DinoError(f"{path} cannot be read as a video: {error.strerror}", "name a folder of its frames") from error
     return VideoFrames(path, (), count, rate)
 
 
@@ -160,6 +160,6 @@ def pyav() -> Any:
     try:
         import av
     except ImportError as error:
-        hint = "pip install 'dinocli[video]'; a folder of frames, and --film strip or gif, do without"
-        raise DinoError("video files need the package av", hint) from error
+        hint = "pip install 'dinocli[video]', or use a folder of frames, and --film strip or gif"
+        raise DinoError("video files need the package av, which is not installed", hint) from error
     return av

@@ -55,9 +55,12 @@ def given_images(images: Given | Sequence[Given]) -> GivenImages:
         raise _other(images)
     given: list[Any] = [images] if alone else list(images)  # type: ignore[arg-type]
     if not given:
-        raise DinoError("images were wanted; none came", "a path, an image of Pillow, an array, or a list of them")
+        raise DinoError(
+            "the list of images is empty; expected at least one image",
+            "pass a path, a Pillow image, an array, or a list of them",
+        )
     names = Names.of([_name(one, i) for i, one in enumerate(given)])
-    return GivenImages("what was given", Path(), names, [], np.full(len(given), -1, dtype=np.int32), given)
+    return GivenImages("the given images", Path(), names, [], np.full(len(given), -1, dtype=np.int32), given)
 
 
 def given_pixels(image: Given, config: ImagesConfig) -> Pixels:
@@ -81,7 +84,9 @@ def unreadable(name: str, reason: str) -> DinoError:
     folder = "is a directory" in reason.lower()
     return DinoError(
         f"{name} cannot be read: {reason}",
-        f'a list of its files: sorted(Path("{name}").glob("*.jpg"))' if folder else "look at it, or leave it out",
+        f'pass a list of its files: sorted(Path("{name}").glob("*.jpg"))'
+        if folder
+        else "check that image, or remove it",
     )
 
 
@@ -92,15 +97,15 @@ def _name(one: object, index: int) -> str:
     numbers = isinstance(one, np.ndarray) and one.dtype.kind in "uif"
     if not numbers and not isinstance(one, Image):
         raise _other(one)
-    return str(getattr(one, "filename", "")) or f"image {index} of those given"
+    return str(getattr(one, "filename", "")) or f"input image {index}"
 
 
 def _other(came: object) -> DinoError:
     what = f"an array of {came.dtype}" if isinstance(came, np.ndarray) else f"a {type(came).__name__}"
     normalized = type(came).__name__ == "Tensor"
     return DinoError(
-        f"a path, an image of Pillow, or an array of numbers was wanted; {what} came",
-        "encoder.features(images) takes normalized tensors; tensor.numpy() of pixels is an array"
+        f"{what} is no image; expected a path, a Pillow image, or an array of numbers",
+        "pass normalized tensors to encoder.features(images), or pixels as tensor.numpy()"
         if normalized
         else 'encoder("photo.jpg")',
     )

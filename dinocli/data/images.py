@@ -46,9 +46,9 @@ class ImagesConfig(Config):
     def _is_a_range(cls, window: Window, info: ValidationInfo) -> Window:
         pairs = [] if window is None else np.reshape(window, (-1, 2)).tolist()
         if not all(low < high for low, high in pairs):
-            raise ValueError("two values were wanted, the smaller first")
+            raise ValueError("expected two values, the smaller first")
         if window and isinstance(window[0], tuple) and len(window) != info.data.get("channels"):
-            raise ValueError("two values were wanted, or as many pairs as images.channels")
+            raise ValueError("expected two values, or as many pairs as images.channels")
         return window
 
     @property

@@ -126,7 +126,7 @@ def cost_fault(data: bytes, header: Header, megapixels: float, by_pillow: bool) 
     pixels, count = header.width * header.height, len(header.bits)
     size = f"{header.width}x{header.height} pixels"
     if pixels * count > max(_SMALL, _PLAINEST * len(data)):
-        return f"too large: {size} in {len(data)} bytes, plainer than any picture"
+        return f"too large: {size} in {len(data)} bytes; no picture compresses that far"
     deep = 1 + (max(header.bits) > 8)
     needed = header.tile * count * 5 + pixels * 8 if by_pillow else pixels * count * (5 + deep)
     if needed > 13e6 * megapixels:

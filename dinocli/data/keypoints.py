@@ -17,7 +17,10 @@ Points = NDArray[np.float64]
 Sizes = tuple[tuple[int, int], tuple[int, int]]
 _COLUMNS = ("x_a", "y_a", "x_b", "y_b")
 _STEPS = 40  # grid points along the larger side of a photo, mapped by a homography
-_FORMS = "a CSV or JSON with x_a, y_a, x_b, y_b; a CSV with a photo and its x, y, x, y ... a row; or a homography's XML"
+_FORMS = (
+    "use a CSV or JSON with x_a, y_a, x_b, y_b; a CSV with a photo and its x, y, x, y ... per row; "
+    "or a homography's XML"
+)
 
 
 def read_keypoints(
@@ -41,19 +44,19 @@ def read_keypoints(
     except UnicodeDecodeError:
         raise _unreadable(path) from None
     except FileNotFoundError:
-        raise DinoError(f"keypoints were wanted; {path} does not exist", "check the path") from None
+        raise DinoError(f"{path} does not exist; expected a file of keypoints", "check the path") from None
     try:
         if path.suffix.lower() in (".xml", ".txt"):
-            points = _mapped(_homography(text), sizes)
+            points = _apply(_homography(text), sizes)
         elif path.suffix.lower() == ".json":
             points = _pairs([[row[name] for name in _COLUMNS] for row in parse(text)])
         else:
-            points = _of_table(list(csv.reader(text.splitlines())), path, a, b)
+            points = _read_table(list(csv.reader(text.splitlines())), path, a, b)
     except (ValueError, KeyError, TypeError, IndexError):
         raise _unreadable(path) from None
     there = np.isfinite(points[0]).all(1) & np.isfinite(points[1]).all(1)
     if not there.any():
-        raise DinoError(f"{path} has no point that lies in both photos", _FORMS)
+        raise DinoError(f"{path} has no point in both photos", _FORMS)
     return points[0][there], points[1][there]
 
 
@@ -71,17 +74,19 @@ def landmarks(path: Path) -> dict[str, Points]:
 
 
 def _unreadable(path: Path) -> DinoError:
-    return DinoError(f"{path} holds no keypoints that can be read", _FORMS)
+    return DinoError(f"{path} has no readable keypoints", _FORMS)
 
 
-def _of_table(rows: list[list[str]], path: Path, a: Path, b: Path) -> tuple[Points, Points]:
+def _read_table(rows: list[list[str]], path: Path, a: Path, b: Path) -> tuple[Points, Points]:
     head = [name.strip().lower() for name in rows[0]]
     if set(_COLUMNS) <= set(head):
         return _pairs([[row[head.index(name)] for name in _COLUMNS] for row in rows[1:]])
     known = landmarks(path)
     for photo in (a, b):
         if photo.name not in known:
-            raise DinoError(f"{path} has no row for {photo.name}", f"one of its {len(known)} photos, or another file")
+            raise DinoError(
+                f"{path} has no row for {photo.name}", f"name one of its {len(known)} photos, or another file"
+            )
     return known[a.name], known[b.name]
 
 
@@ -100,7 +105,7 @@ def _homography(text: str) -> Points:
     return np.array([float(word) for word in (data[1] if data else text).split()]).reshape(3, 3)
 
 
-def _mapped(homography: Points, sizes: Sizes) -> tuple[Points, Points]:
+def _apply(homography: Points, sizes: Sizes) -> tuple[Points, Points]:
     (height, width), (height_b, width_b) = sizes
     step = max(height, width) / _STEPS
     y, x = np.mgrid[step / 2 : height : step, step / 2 : width : step]

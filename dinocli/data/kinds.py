@@ -65,7 +65,7 @@ def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> st
             return f"unpack them into a folder with unzip or tar -xf, and name that folder ({first.get(kind, kind)})"
         if kind in VIDEOS:
             return (
-                "take frames out of videos first: ffmpeg -i FILM frames/%06d.jpg; `dino attn-map --film` and "
+                "extract frames from videos first: ffmpeg -i FILM frames/%06d.jpg; `dino attn-map --film` and "
                 "`dino track` read videos themselves"
             )
         if kind == ".jxl":

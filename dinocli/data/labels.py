@@ -70,10 +70,12 @@ def read_labels(path: Path, most: int = _MOST) -> LabelMap | BadImage:
     if values.dtype.kind == "f":
         wrong |= values != np.floor(values)
     if wrong.any():
-        return BadImage(f"no label map: it holds the value {values[wrong][0].item()}; numbers of objects are 0 to 255")
+        return BadImage(
+            f"no label map: it holds the value {values[wrong][0].item()}; expected object numbers from 0 to 255"
+        )
     found = LabelMap(values.astype(np.uint8, copy=False), read.palette)
     if len(found.objects) > most:
-        return BadImage(f"no label map: it has {len(found.objects)} values, as photos and masks with soft edges have")
+        return BadImage(f"no label map: it has {len(found.objects)} values, like a photo or a mask with soft edges")
     return found
 
 

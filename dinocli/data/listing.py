@@ -91,7 +91,7 @@ def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
         wanted: Function that selects files by their path.
     """
     memory = cache_folder() / "listing" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]}.npz"
-    remembered = _remembered(root, memory)
+    remembered = _recall(root, memory)
     if remembered:
         return remembered
     began, names, folders, ours = time.time_ns(), list[str](), list[str](), list[str]()
@@ -173,7 +173,7 @@ def _changes(root: Path, folders: Sequence[str]) -> NDArray[np.int64] | None:
         return None
 
 
-def _remembered(root: Path, memory: Path) -> Listing | None:
+def _recall(root: Path, memory: Path) -> Listing | None:
     try:
         with np.load(memory) as stored:
             folders = Names(stored["folder_text"], stored["folder_ends"])

@@ -77,14 +77,18 @@ def read_list(path: Path) -> FileList:
     try:
         text = _decode(path.read_bytes(), path.parent).removeprefix("\ufeff")
     except OSError as error:
-        raise DinoError(f"{path} cannot be read: {error.strerror or error}", "check the path and its rights") from error
+        raise DinoError(
+            f"{path} cannot be read: {error.strerror or error}", "check the path and its permissions"
+        ) from error
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     if path.suffix.lower() == ".txt":
         lines = ["" if line.startswith("#") else line for line in lines]  # blank, to keep row numbers
     notes: list[str] = []
     rows = [row for row in _rows(lines, path, notes) if any(cell.strip() for cell in row.cells)]
     if not rows:
-        raise DinoError(f"{path} is empty; expected a list of files", "one path a line, relative to the list's folder")
+        raise DinoError(
+            f"{path} is empty; expected a list of files", "write one path per line, relative to the list's folder"
+        )
     named, unnamed = list[Entry](), list[Entry]()
     convert = _convention(rows, path.parent)
     for cells, row in rows:
@@ -94,7 +98,7 @@ def read_list(path: Path) -> FileList:
         first = named[0].name if named else ""
         raise DinoError(
             f"the first file of {path} does not exist: {path.parent / first}",
-            "paths in a list are relative to the list's folder" + _elsewhere(first),
+            "write paths relative to the list's folder" + _suggest_move(first),
         )
     return FileList(named, (*notes, *_notes(path, named, unnamed)))
 
@@ -269,7 +273,7 @@ def _is_name(cell: str) -> bool:
     return os.path.splitext(_unquote(cell))[1].lower() in SUFFIXES or "/" in cell or "\\" in cell
 
 
-def _elsewhere(name: str) -> str:
+def _suggest_move(name: str) -> str:
     return f"; {name} exists in the current folder: move the list there" if name and os.path.isfile(name) else ""
 
 
@@ -279,6 +283,6 @@ def _notes(path: Path, named: Sequence[Entry], unnamed: Sequence[Entry]) -> Iter
     bare = [entry for entry in named if not entry.label]
     if bare and len(bare) < len(named):
         yield (
-            f"{len(bare)} of {len(named)} images in {path} have no label and count as unlabelled, the first is row "
+            f"{len(bare)} of {len(named)} images in {path} have no label, the first is row "
             f"{bare[0].row} ({bare[0].name})"
         )

@@ -150,7 +150,7 @@ class TrainBatches:
         if isinstance(source, Shards):
             if cache:
                 raise DinoError(
-                    "--cache is for images that can be asked for in any order; shards come in a stream", "leave it out"
+                    "--cache needs random access to images; shards are read as a stream", "run without --cache"
                 )
             make = partial(_stream_filler, cutter, source, batch_size, start, workers, share)
         else:
@@ -207,8 +207,8 @@ class TrainBatches:
             where = f"{self._source.root / first}" if isinstance(self._source, Images) else first
             raise DinoError(
                 f"{len(self.bad.reasons)} of {total} images cannot be read ({self.bad.summary()}); "
-                f"up to {BAD_SHARE:.0%} are passed over",
-                f"mend them or take them out; one is {where}",
+                f"up to {BAD_SHARE:.0%} may be skipped",
+                f"repair or remove them; one is {where}",
             )
 
 
@@ -307,7 +307,7 @@ def _mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> ring
     if not views.mask:
         return {}
     if not grid:
-        raise DinoError("views.mask hides patches, and this backbone has none", "--set views.mask=none")
+        raise DinoError("views.mask needs patches to mask; this backbone has none", "--set views.mask=none")
     crops = (len(views.globals), batch_size)
     return {"where": ring.Field((*crops, *grid), torch.bool), "counts": ring.Field(crops, torch.int64)}
 

@@ -26,7 +26,7 @@ _LOSSY = {"JPEG": "JPEG", "MPO": "JPEG", "JPEG2000": "JPEG 2000", "WEBP": "WebP"
 _EXACT = {1, 2, 3, 4, 5, 8, 32771, 32773, 32946, 34925, 50000}
 _ORIENTATION = 274  # TIFF tag
 _TOO_LARGE = f"too large: over {DEFAULTS.max_megapixels:g} megapixels"
-_NUMBERS = "numbers of objects (a palette, or 8-bit grey)"
+_NUMBERS = "object numbers (a palette, or 8-bit grey)"
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def read_values(path: Path) -> MaskValues | BadImage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tifffile = _tifffile() if data[:4] in _TIFF else None
-            return _of_tiff(data, tifffile) if tifffile else _of_pillow(data)
+            return _read_with_tifffile(data, tifffile) if tifffile else _read_with_pillow(data)
     except Image.DecompressionBombError:
         return BadImage(_TOO_LARGE)
     except UnidentifiedImageError:
-        return BadImage("damaged: no image format that is read here")  # Pillow's message holds a memory address
+        return BadImage("damaged: unknown image format")  # Pillow's message holds a memory address
     except TooSlow:
-        return BadImage("too slow: more pieces than a picture needs")
+        return BadImage("too slow: more pieces than an image needs")
     # Readers raise nearly every kind of exception on a corrupt file.
     except Exception as error:
         return BadImage(f"damaged: {' '.join(str(error).split())[:160] or type(error).__name__}")
@@ -82,7 +82,7 @@ def _tifffile() -> Any:
         return None
 
 
-def _of_pillow(data: bytes) -> MaskValues | BadImage:
+def _read_with_pillow(data: bytes) -> MaskValues | BadImage:
     with Image.open(Reader(data), formats=_formats()) as image:
         if image.width * image.height > DEFAULTS.max_megapixels * 1e6:
             return BadImage(_TOO_LARGE)
@@ -111,7 +111,7 @@ def _of_pillow(data: bytes) -> MaskValues | BadImage:
                 return flat
             found = MaskValues(flat, lossy=lossy)
         else:
-            return BadImage(f"no label map: its pixels are {image.mode}, and not {_NUMBERS}")
+            return BadImage(f"no label map: its pixels are {image.mode}; expected {_NUMBERS}")
         return MaskValues(turned(found.values, orientation(image)), found.palette, found.lossy)
 
 
@@ -125,7 +125,7 @@ def _ppm_scale(image: ImageFile.ImageFile) -> float | None:
     return args[1] / (65535 if image.mode == "I" else 255)
 
 
-def _of_tiff(data: bytes, tifffile: Any) -> MaskValues | BadImage:
+def _read_with_tifffile(data: bytes, tifffile: Any) -> MaskValues | BadImage:
     import io
 
     check_tags(data)
@@ -135,7 +135,7 @@ def _of_tiff(data: bytes, tifffile: Any) -> MaskValues | BadImage:
             return BadImage(_TOO_LARGE)
         kind, axes, photometric = f"{page.samplesperpixel} bands", page.axes, int(page.photometric)
         if axes not in ("YX", "YXS", "SYX") or page.samplesperpixel > 4 or photometric not in (0, 1, 2, 3, 6):
-            return BadImage(f"no label map: its pixels are {kind}, and not {_NUMBERS}")
+            return BadImage(f"no label map: its pixels are {kind}; expected {_NUMBERS}")
         values = page.asarray(maxworkers=1)
         bits, tag, colors = int(page.bitspersample), page.tags.get(_ORIENTATION), page.colormap
         name = getattr(page.compression, "name", str(page.compression))
@@ -160,7 +160,7 @@ def _flat(bands: NDArray[Any], *, alpha: bool, kind: str) -> NDArray[Any] | BadI
     """Return the grey values of a mask saved as colors or with alpha. [H, W, S] -> [H, W]"""
     colors = bands[..., :-1] if alpha else bands
     if (colors != colors[..., :1]).any():
-        return BadImage(f"no label map: its pixels are {kind}, and not {_NUMBERS}")
+        return BadImage(f"no label map: its pixels are {kind}; expected {_NUMBERS}")
     values = np.ascontiguousarray(colors[..., 0])
     opaque = np.iinfo(bands.dtype).max if bands.dtype.kind in "ui" else 1
     if alpha and (lost := int(((bands[..., -1] < opaque) & (values != 0)).sum())):

@@ -51,14 +51,14 @@ class MaskConfig(Config):
     @classmethod
     def _is_a_range(cls, ratio: tuple[float, float]) -> tuple[float, float]:
         if not (0 <= ratio[0] <= ratio[1] <= 1 and ratio[1] > 0):
-            raise ValueError("two shares of the patches were wanted, the smaller first")
+            raise ValueError("expected two fractions of the patches, the smaller first")
         return ratio
 
     @field_validator("aspect")
     @classmethod
     def _are_ratios(cls, aspect: tuple[float, float]) -> tuple[float, float]:
         if not 0 < aspect[0] <= aspect[1] < math.inf:
-            raise ValueError("two ratios of height by width were wanted, the smaller first")
+            raise ValueError("expected two ratios of height to width, the smaller first")
         return aspect
 
 

@@ -52,11 +52,13 @@ def read_object(path: Path) -> NDArray[np.bool_] | BadImage:
     values, most = read.values, read.values.max(initial=0)
     if not np.isfinite(most) or most > 65535 or values.min(initial=0) < 0:
         odd = values[~((values >= 0) & (values <= 65535))][0]
-        return BadImage(f"no mask: it holds the value {odd.item()}; values of a mask are 0 to 65535")
+        return BadImage(f"no mask: it holds the value {odd.item()}; expected 0 to 65535")
     if read.palette is None and most > 32767:
         return values > 32767
     if most > 255:
-        return BadImage(f"no mask: its largest value is {most.item()}; 255 or 65535 is white, up to 127 are numbers")
+        return BadImage(
+            f"no mask: its largest value is {most.item()}; expected 255 or 65535 for white, or numbers up to 127"
+        )
     if read.palette is None and most > 127:
         return values > 127
     if read.lossy and most:
@@ -83,4 +85,4 @@ def with_masks(photos: Mapping[Path, Path], masks: Masks) -> tuple[dict[Path, Pa
     """
     found = {path: masks.of(name) for path, name in photos.items()}
     pairs = {path: mask for path, mask in found.items() if mask}
-    return pairs, {path: f"no mask of its name in {masks.folder}" for path, mask in found.items() if not mask}
+    return pairs, {path: f"no mask with its name in {masks.folder}" for path, mask in found.items() if not mask}

@@ -29,11 +29,11 @@ def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
         elif path.exists():  # reading reports FIFOs and devices
             files[path] = Path(path.name)
         else:
-            raise DinoError(f"a photo or a folder was wanted; {path} does not exist", "check the path")
-    return _told_apart(files)
+            raise DinoError(f"{path} does not exist; expected a photo or a folder", "check the path")
+    return _remove_suffixes(files)
 
 
-def _told_apart(files: dict[Path, Path]) -> dict[Path, Path]:
+def _remove_suffixes(files: dict[Path, Path]) -> dict[Path, Path]:
     """Remove the suffix of each name, unless two names would then be equal."""
     stems = [name.with_suffix("") for name in files.values()]
     times, taken = Counter(stems), set[Path]()
@@ -61,7 +61,7 @@ def spare(made: Iterable[Path], given: Iterable[Path]) -> None:
     theirs = {path.resolve() for path in given} if there else set()
     for path in there:
         if path.resolve() in theirs:
-            raise DinoError(f"{path} was given, and would be written over", "name another place with --out")
+            raise DinoError(f"{path} is an input, and the output would overwrite it", "name another place with --out")
 
 
 def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:

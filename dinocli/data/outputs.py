@@ -89,7 +89,7 @@ def _mark(folder: Path, command: str, names: list[str] | None) -> None:
     before = _read_marker(folder)
     if not (before and before.whole):
         # In a folder that existed before, a list of names keeps the user's own files as input.
-        listed = None if names is None else sorted({*names, *_listed(folder)})
+        listed = None if names is None else sorted({*names, *_read_listed(folder)})
         write_text(folder / MARKER, json.dumps({_COMMAND: command, _FILES: listed}))
 
 
@@ -130,7 +130,7 @@ def is_sheet(folder: str, name: str) -> bool:
         mask_of = path.removesuffix("-mask.png") + ".png"
         if mask_of != path and name.endswith("-mask.png") and os.path.isfile(mask_of):
             path = mask_of
-        return os.path.isfile(path) and _begins_white(_beginning(path))
+        return os.path.isfile(path) and _begins_white(_read_beginning(path))
     return False
 
 
@@ -169,7 +169,7 @@ def _read_marker(folder: Path) -> Ours | None:
         return None
 
 
-def _listed(folder: Path) -> set[str]:
+def _read_listed(folder: Path) -> set[str]:
     """Return the names in the existing marker, which a new one keeps."""
     try:
         return {str(name) for name in json.loads((folder / MARKER).read_bytes())[_FILES] or ()}
@@ -177,7 +177,7 @@ def _listed(folder: Path) -> set[str]:
         return set()
 
 
-def _beginning(path: str, end: bool = False) -> bytes:
+def _read_beginning(path: str, end: bool = False) -> bytes:
     with open(path, "rb") as file:
         if end:
             file.seek(max(0, os.fstat(file.fileno()).st_size - _HEAD))
@@ -187,7 +187,7 @@ def _beginning(path: str, end: bool = False) -> bytes:
 def _is_hub(folder: str) -> bool:
     """Recognise a folder of `dino push` by the last line of its model card."""
     try:
-        return os.path.isfile(f"{folder}/README.md") and _HUB in _beginning(f"{folder}/README.md", end=True)
+        return os.path.isfile(f"{folder}/README.md") and _HUB in _read_beginning(f"{folder}/README.md", end=True)
     except OSError:
         return False
 
@@ -195,7 +195,7 @@ def _is_hub(folder: str) -> bool:
 def _is_tensors(path: str) -> bool:
     """Recognise features and checkpoints of this tool by the metadata in their header."""
     try:
-        return os.path.isfile(path) and b'"dinocli"' in _beginning(path)
+        return os.path.isfile(path) and b'"dinocli"' in _read_beginning(path)
     except OSError:
         return False
 

@@ -102,9 +102,9 @@ def labelled_set(
     count = 2 if binary else int(there[there != IGNORED].max(initial=0)) + 1
     if count < 2 or not all(parts.values()):
         raise DinoError(
-            f"photos with masks of two classes were wanted, to learn from and to measure on; {root} has "
+            f"training and validation need photos with masks of two classes; {root} has "
             f"{len(parts['train'])} and {len(parts['val'])}, of {count} classes",
-            f"DATA/{IMAGES}/*.jpg and DATA/{MASKS}/*.png, whose numbers are the classes",
+            f"put photos into DATA/{IMAGES}/*.jpg, and masks with class numbers into DATA/{MASKS}/*.png",
         )
     return LabelledSet(
         Pairs(parts["train"], binary), Pairs(parts["val"], binary), _names(root, count, binary), split_off, skipped

@@ -74,7 +74,7 @@ def _read_binary(data: bytes, end: int, count: int, dtype: np.dtype[Any]) -> NDA
 def _read_text(data: bytes, end: int, count: int, dtype: np.dtype[Any], bits: bool) -> NDArray[Any]:
     text = _COMMENT.sub(b"", data[end:]) if b"#" in data else data[end:]
     if text.translate(None, b"01 \t\n\v\f\r" if bits else b"0123456789 \t\n\v\f\r"):
-        raise ValueError("a number was expected")
+        raise ValueError("expected a number")
     if bits:  # bits need no space between them
         digits = np.frombuffer(text, np.uint8)
         return digits[digits >= 48][:count] - 48

@@ -40,7 +40,7 @@ def read_file(path: str | Path, images: ImagesConfig = DEFAULTS) -> bytes:
     finally:
         os.close(descriptor)
     if room <= 0:
-        raise Refused(f"too large: it grew over {images.max_megabytes:g} megabytes while it was read")
+        raise Refused(f"too large: it grew over {images.max_megabytes:g} megabytes during reading")
     return parts[0] if len(parts) == 2 and not parts[1] else b"".join(parts)
 
 

@@ -141,7 +141,7 @@ class Ring(Generic[Note]):
         if pin:
             for values in (values for slot in memory for values in slot.values()):
                 _pin(values)
-        self._slots = _Slots([(first, [_shaped(slot, fields) for slot in memory]) for first, fields in phases])
+        self._slots = _Slots([(first, [_reshape(slot, fields) for slot in memory]) for first, fields in phases])
         self._free = deque(range(slots))
         self._asked: deque[tuple[int, int]] = deque()  # slot and batch, in order
         self._missing: dict[int, int] = {}  # batch -> images still to come
@@ -160,7 +160,7 @@ class Ring(Generic[Note]):
         for lane, tasks in enumerate(self._queues):
             words = (starter, lane, workers, make, self._slots, tasks, self._done)
             self._processes.append(context.Process(target=_work, args=words, daemon=True))
-        with _held_back(_MINDED):  # until a worker ignores them, it would handle them as this process does
+        with _hold_back(_MINDED):  # until a worker ignores them, it would handle them as this process does
             for process in self._processes:
                 process.start()
         # Kill the workers when this process exits or drops the ring: they ignore SIGINT, SIGTERM and SIGUSR1.
@@ -172,7 +172,7 @@ class Ring(Generic[Note]):
             began = time.perf_counter()
             while self._free and self._processes:
                 self._ask(self._free.popleft())
-            slot, batch, notes = self._here() if not self._processes else self._received()
+            slot, batch, notes = self._fill_here() if not self._processes else self._receive()
             self.waited += time.perf_counter() - began
             yield slot, self._slots.of(slot, batch), notes
 
@@ -184,7 +184,7 @@ class Ring(Generic[Note]):
         """Stop the workers."""
         _end(self._processes)
 
-    def _here(self) -> tuple[int, int, list[Note]]:
+    def _fill_here(self) -> tuple[int, int, list[Note]]:
         slot, batch = self._free.popleft(), self._next
         arrays = self._slots.of(slot, batch)
         self._prepare(arrays, batch)
@@ -200,7 +200,7 @@ class Ring(Generic[Note]):
         for i, (first, images) in enumerate(self._chunks, batch * len(self._chunks)):
             self._queues[i % self._workers].put(Task(slot, batch, first, images))
 
-    def _received(self) -> tuple[int, int, list[Note]]:
+    def _receive(self) -> tuple[int, int, list[Note]]:
         slot, batch = self._asked[0]
         while self._missing[batch]:
             task, notes = self._result()
@@ -220,12 +220,11 @@ class Ring(Generic[Note]):
         self.close()
         if not ready:
             raise DinoError(
-                f"no image was decoded in {_STUCK:g} seconds: a file or the place it lies on does not answer",
-                "look whether the disk or the network of the images is there; then the same command again",
+                f"no image was decoded in {_STUCK:g} seconds: a file or its disk does not respond",
+                "check the disk or network of the images; then run the same command again",
             )
         raise DinoError(
-            "a process that decodes images was killed, mostly for want of memory",
-            "--workers 1, or a smaller --batch-size",
+            "a worker process was killed, probably because memory ran out", "use --workers 1, or a smaller --batch-size"
         )
 
 
@@ -245,7 +244,7 @@ class _Starter(NamedTuple):
 
 
 @contextlib.contextmanager
-def _held_back(signals: Sequence[int]) -> Iterator[None]:
+def _hold_back(signals: Sequence[int]) -> Iterator[None]:
     """Hold back signals from this process, and from those that it starts, until the `with` block ends."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -284,7 +283,7 @@ def _work(
     except (DinoError, MemoryError) as error:
         done.put(error)
     except BaseException:
-        done.put(RuntimeError(f"in a process that decodes images:\n{traceback.format_exc()}"))
+        done.put(RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
 
 
 @dataclass(frozen=True)
@@ -308,15 +307,15 @@ def _memory(phases: Sequence[tuple[int, Fields]], *, spawned: bool) -> Slot:
         name: max((fields[name] for _, fields in phases), key=lambda field: math.prod(field.shape))
         for name in phases[0][1]
     }
-    return {name: _shared(field, spawned=spawned) for name, field in largest.items()}
+    return {name: _allocate(field, spawned=spawned) for name, field in largest.items()}
 
 
-def _shaped(memory: Slot, fields: Fields) -> Slot:
+def _reshape(memory: Slot, fields: Fields) -> Slot:
     """Return the start of each array's memory in another shape."""
     return {name: memory[name].flatten()[: math.prod(field.shape)].view(field.shape) for name, field in fields.items()}
 
 
-def _shared(field: Field, *, spawned: bool) -> Tensor:
+def _allocate(field: Field, *, spawned: bool) -> Tensor:
     size = torch.Size(field.shape).numel()
     if spawned:
         return torch.empty(field.shape, dtype=field.dtype).share_memory_()

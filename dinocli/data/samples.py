@@ -105,11 +105,11 @@ def samples(
     keyed = ((name, key, content) for name, key, content in found if key)
     for key, group in itertools.groupby(keyed, lambda member: member[1][1]):
         parts = (_Part(match[2].lower(), name, content) for name, match, content in group)
-        for some in _some(parts, local, counts):
+        for some in _split(parts, local, counts):
             yield from _of_key(key, some, counts, labels or {})
 
 
-def _some(parts: Iterable[_Part], local: bool, counts: Tally) -> Iterator[list[_Part]]:
+def _split(parts: Iterable[_Part], local: bool, counts: Tally) -> Iterator[list[_Part]]:
     """Yield the parts of one key, in pieces if there are many: names like 2021.05.01.png make a whole tar one key."""
     held, images = list[_Part](), 0
     for part in parts:
@@ -141,7 +141,7 @@ def _of_key(key: str, parts: list[_Part], counts: Tally, apart: Mapping[str, Con
             counts.orphans.setdefault(stem, content)
             counts.lost += [f"{key}.{suffix}"] if suffix.endswith("cls") else []
         return
-    own = _own(images)
+    own = _select_own(images)
     counts.beside += [part.name for part in images if part not in own]
     counts.shared += [part.name for part in own] if len(own) > 1 else []
     for part in own:
@@ -156,7 +156,7 @@ def _is_image(part: _Part) -> bool:
     return "." + part.suffix.rpartition(".")[2] in SUFFIXES
 
 
-def _own(images: list[_Part]) -> list[_Part]:
+def _select_own(images: list[_Part]) -> list[_Part]:
     """Return the images of a key that are samples of their own.
 
     With `a.jpg` and `a.mask.png`, the second is a part of the first image's sample. The same holds for `a.jpg` and

@@ -80,15 +80,15 @@ def notes_of(scans: Sequence[Scan], kinds: Mapping[str, int]) -> Iterator[str]:
     if links := [name for tally in tallies for name in tally.links]:
         yield f"{len(links)} images are links to files outside their shard and are ignored, such as {links[0]}"
     if shared := [name for tally in tallies for name in tally.shared]:
-        yield f"{len(shared)} images share a WebDataset key (as {shared[0]} and {shared[1]}): each is read"
+        yield f"{len(shared)} images share a WebDataset key (such as {shared[0]} and {shared[1]}); each is read"
     if beside := [name for tally in tallies for name in tally.beside]:
-        yield f"{len(beside)} images are parts of another's sample by their key and are not read, such as {beside[0]}"
+        yield f"{len(beside)} images belong to another image's sample by their key and are ignored, such as {beside[0]}"
     labelled, bare = (sum(scan.images for scan in scans if scan.labels), sum(s.unlabelled for s in scans if s.labels))
     if not labelled and (texts := kinds.get(".txt")):
         yield f"{texts} .txt members are taken for captions and are ignored; labels are .cls and .json members"
     if bare:
-        yield f"{bare} of {labelled} images in shards with labels have none: they count as unlabelled"
+        yield f"{bare} of {labelled} images in shards with labels have no label"
     if lost := [name for scan in scans if not scan.apart for name in scan.tally.lost]:
         yield f"{len(lost)} labels belong to no image and are ignored, such as {lost[0]}"
     if len(set().union(*(scan.labels for scan in scans))) > MOST_CLASSES:
-        yield f"more than {MOST_CLASSES:,} different labels: these are no classes, and are ignored"
+        yield f"more than {MOST_CLASSES:,} different labels: too many for classes; labels are ignored"

@@ -137,7 +137,7 @@ class Shards:
                     continue
                 items = self._lane(order, lane, lanes, most, ahead=not skip)
                 if seed is not None:
-                    items = _shuffled(items, np.random.default_rng((seed, epoch, lane)), max(1, buffer))
+                    items = _shuffle(items, np.random.default_rng((seed, epoch, lane)), max(1, buffer))
                 empty += 1
                 for item in items:
                     empty = 0
@@ -151,7 +151,7 @@ class Shards:
                 # A reader whose only shard is empty gets another one in the next epoch: once proves nothing.
                 if seed is not None and empty >= 10:
                     raise DinoError(
-                        f"{self.where} holds too few images for {lanes} readers", "fewer --workers, or more images"
+                        f"{self.where} holds too few images for {lanes} readers", "use fewer --workers, or more images"
                     )
         finally:
             for file in opened.values():
@@ -225,16 +225,18 @@ def open_shards(spec: str) -> Shards:
     """
     if spec.startswith(PIPE):
         if not spec.removeprefix(PIPE).strip():
-            raise DinoError("a command was wanted after pipe:", "pipe:cat train-{000..099}.tar")
+            raise DinoError("pipe: names no command; expected pipe:COMMAND", "pipe:cat train-{000..099}.tar")
         return Shards(spec, list(_ranges(spec)), [], None)
     if spec.lower().endswith(_PACKED):
-        raise DinoError(f"{spec} is compressed; plain tar files are read", f"'pipe:gzip -dc {spec}', or unpack them")
+        raise DinoError(
+            f"{spec} is compressed; expected plain tar files", f"use 'pipe:gzip -dc {spec}', or unpack them"
+        )
     urls = _paths(spec)
     missing = next((url for url in urls if not os.path.isfile(url)), None)
     if missing or not urls:
-        what = f"{missing} does not exist" if missing else f"none is at {spec}"
-        raise DinoError(f"tar shards were wanted; {what}", "check the path, and the first and last number of a range")
-    known, classes = _indexed(urls)
+        what = f"{missing} does not exist" if missing else f"no file matches {spec}"
+        raise DinoError(f"{what}; expected tar shards", "check the path, and the first and last number of a range")
+    known, classes = _read_indexes(urls)
     unknown = [url for url in urls if url not in known]
     # Threads, because a network disk answers many requests in the time of one.
     with ThreadPoolExecutor(8) as pool:
@@ -281,7 +283,7 @@ def _paths(spec: str) -> list[str]:
     return paths
 
 
-def _indexed(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
+def _read_indexes(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
     """Return scans of the shards whose size matches the index next to them (none is torn), and the class names.
 
     Raises:
@@ -306,12 +308,12 @@ def _indexed(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
             continue
         counts, sizes, names = index["shards"], index["bytes"], index["classes"]
         if not (isinstance(counts, dict) and isinstance(sizes, dict) and isinstance(names, list)):
-            raise _damaged_index(path, "it has no numbers of images and bytes for each shard")
+            raise _damaged_index(path, "it lacks the numbers of images and bytes of each shard")
         for name, number in [*counts.items(), *sizes.items()]:
             if name != os.path.basename(name) or "\\" in name:
-                raise _damaged_index(path, f"it names {name}, which is no file in this folder")
+                raise _damaged_index(path, f"it names {name}, which is not in this folder")
             if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-                raise _damaged_index(path, f"it says {number} of {name}")
+                raise _damaged_index(path, f"the count of {name} is {number!r}; expected a whole number")
         beside = {os.path.join(folder, name): (counts[name], size) for name, size in sizes.items() if name in counts}
         known |= {u: Scan(beside[u][0]) for u in urls if u in beside and os.path.getsize(u) == beside[u][1]}
         classes = classes or [str(name) for name in names]
@@ -319,10 +321,12 @@ def _indexed(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
 
 
 def _damaged_index(path: Path, why: str) -> DinoError:
-    return DinoError(f"{path} is damaged: {why}", "pack the images again, or remove it: the shards are counted then")
+    return DinoError(
+        f"{path} is corrupt: {why}", "pack the images again, or remove it; dino then counts the images itself"
+    )
 
 
-def _shuffled(items: Iterable[_Item], generator: np.random.Generator, buffer: int) -> Iterator[_Item]:
+def _shuffle(items: Iterable[_Item], generator: np.random.Generator, buffer: int) -> Iterator[_Item]:
     held: list[_Item] = []
     for item in items:
         if len(held) < buffer:

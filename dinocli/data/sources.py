@@ -148,11 +148,9 @@ def image_folder(root: Path) -> Images:
         DinoError: If the folder is missing, is a file, or holds no image.
     """
     if not root.exists():
-        raise DinoError(f"a folder of images was wanted; {root} does not exist", _nearest_place(root))
+        raise DinoError(f"{root} does not exist; expected a folder of images", _nearest_place(root))
     if not root.is_dir():
-        raise DinoError(
-            f"a folder of images was wanted; {root} is a file", f"name the folder it lies in: {root.parent}"
-        )
+        raise DinoError(f"{root} is a file; expected a folder of images", f"name its folder: {root.parent}")
     listing = list_files(root, _is_image)
     if not len(listing.names):  # next to images, arrays are mostly their features, masks or labels
         arrays = list_files(root, _is_array)
@@ -163,7 +161,7 @@ def image_folder(root: Path) -> Images:
     tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
     if not all(tops):
         return Images(str(root), root, names, [], np.full(len(names), -1, dtype=np.int32), notes=notes)
-    return Images(str(root), root, names, *_numbered(tops), notes=notes)
+    return Images(str(root), root, names, *_number(tops), notes=notes)
 
 
 def _notes(root: Path, listing: Listing) -> Iterator[str]:
@@ -194,7 +192,7 @@ def _nearest_place(missing: Path) -> str:
     except OSError:
         beside = {}
     close = difflib.get_close_matches(first.lower(), beside, n=1, cutoff=0.6)
-    return f"did you mean {beside[close[0]]}?" if close else "check the path, or `ls` what is there"
+    return f"did you mean {beside[close[0]]}?" if close else "check the path with `ls`"
 
 
 def photos(paths: Sequence[Path]) -> Images:
@@ -206,7 +204,7 @@ def photos(paths: Sequence[Path]) -> Images:
     names: list[str] = []
     for path in paths:
         if not path.exists():
-            raise DinoError(f"a photo or a folder was wanted; {path} does not exist", "check the path")
+            raise DinoError(f"{path} does not exist; expected a photo or a folder", "check the path")
         names += [str(path / inside) for inside in image_folder(path).names] if path.is_dir() else [str(path)]
     return Images(", ".join(map(str, paths)), Path(), Names.of(names), [], np.full(len(names), -1, dtype=np.int32))
 
@@ -220,7 +218,7 @@ def _is_array(path: str) -> bool:
     return path.lower().endswith(ARRAY)
 
 
-def _numbered(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
+def _number(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
     """Return the sorted class names and each image's index in them; if all names are numbers, sort by number."""
     numbers = all(label.isdecimal() for label in labels)
     classes = sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None)
@@ -239,7 +237,7 @@ def _file_list(path: Path) -> Images:
     labelled = [entry.label for entry in entries if entry.label]
     if not labelled:
         return Images(str(path), path.parent, names, [], np.full(len(names), -1, dtype=np.int32), notes=notes)
-    classes, numbers = _numbered(labelled)
+    classes, numbers = _number(labelled)
     labels = np.full(len(names), -1, dtype=np.int32)
     labels[[i for i, entry in enumerate(entries) if entry.label]] = numbers
     return Images(str(path), path.parent, names, classes, labels, notes=notes)
@@ -274,18 +272,18 @@ def _torchvision(name: str, wanted: Sequence[str]) -> dict[str, Images]:
         except ValueError as error:
             if "split" in str(error) and len(wanted) > 1:
                 continue  # the set lacks this split
-            raise DinoError(f"torchvision's {exact} has no part {part!r}: {error}", f"{TORCHVISION}{exact}") from error
+            raise DinoError(f"torchvision's {exact} has no split {part!r}: {error}", f"{TORCHVISION}{exact}") from error
         except (RuntimeError, OSError, TypeError) as error:
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise DinoError(
-                f"torchvision could not give {exact}: {said}",
-                f"put its files into {options['root']}, where it is looked for, or name a folder of images",
+                f"torchvision could not load {exact}: {said}",
+                f"put its files into {options['root']}, or name a folder of images",
             ) from error
-        parts[part] = _of_torchvision(dataset, f"{TORCHVISION}{exact}/{part}")
+        parts[part] = _wrap_torchvision(dataset, f"{TORCHVISION}{exact}/{part}")
     return parts
 
 
-def _of_torchvision(dataset: Any, where: str) -> Images:
+def _wrap_torchvision(dataset: Any, where: str) -> Images:
     found = next(
         (getattr(dataset, key) for key in ("targets", "labels", "_labels", "y") if hasattr(dataset, key)), None
     )

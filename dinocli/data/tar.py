@@ -16,7 +16,7 @@ from dinocli.errors import DinoError
 PIPE = "pipe:"
 _BLOCK = 512  # bytes; everything in a tar file starts at a multiple of it
 _LONGEST_NAME = 2**20  # bytes; a header that states more is corrupt
-_TORN = "is torn, or no tar file"
+_TORN = "is truncated or no tar file"
 _PADDING = 4 * 2**20  # bytes of zeros after an archive; tar pads it to whole records, of 10 kB by default
 _PIECE = 2**16  # bytes to read at once of skipped content
 _HOPS = 40  # longest chain of links, as on Linux
@@ -178,9 +178,7 @@ class PipedTar:
         code = self.process.wait()
         if code or self.torn:
             said = f"its output {self.torn}; " if self.torn else ""
-            raise DinoError(
-                f"`{self.command}`: {said}exit code {code}", "run the command by itself and see what it says"
-            )
+            raise DinoError(f"`{self.command}`: {said}exit code {code}", "run the command by itself to see its output")
 
     def close(self) -> None:
         self.output.close()
@@ -226,7 +224,7 @@ def _follow(linked: dict[str, Content | Link], link: Link) -> Content:
             break
         target = linked.get(target.target)
     if target is None or isinstance(target, Link):
-        return Unread(f"{link.kind}: {link.target} is not in the archive, or came before it through a pipe")
+        return Unread(f"{link.kind}: {link.target} is not in the archive, or comes before the link in a pipe")
     return target
 
 
@@ -312,14 +310,14 @@ def _old_sparse(tape: LocalTar | PipedTar, header: bytes, size: int, most: int) 
             raise ValueError
         numbers += [_number(block[i : i + 12]) for i in range(0, 504, 12)]
         extended = block[504]
-    return _filled(tape, numbers, size, _number(header[483:495]), most)
+    return _place(tape, numbers, size, _number(header[483:495]), most)
 
 
 def _new_sparse(tape: LocalTar | PipedTar, records: dict[str, str], size: int, most: int) -> Content:
     """Return a file stored by `tar -S --format=pax`: its map is in the records, or before its content."""
     real = int(records.get("GNU.sparse.realsize", records.get("GNU.sparse.size", "-1")))
     if records.get("GNU.sparse.major", "0") == "0":
-        return _filled(tape, [int(n) for n in records.get("GNU.sparse.map", "").split(",") if n], size, real, most)
+        return _place(tape, [int(n) for n in records.get("GNU.sparse.map", "").split(",") if n], size, real, most)
     text, lines, wanted = bytearray(), 0, -1
     while lines <= wanted or wanted < 0:
         block = tape.take(_BLOCK)
@@ -330,10 +328,10 @@ def _new_sparse(tape: LocalTar | PipedTar, records: dict[str, str], size: int, m
         if lines and wanted < 0:
             wanted = 2 * int(text[: text.index(b"\n")])
     numbers = [int(line) for line in bytes(text).split(b"\n")[1 : 1 + wanted]]
-    return _filled(tape, numbers, size - len(text), real, most)
+    return _place(tape, numbers, size - len(text), real, most)
 
 
-def _filled(tape: LocalTar | PipedTar, numbers: list[int], size: int, real: int, most: int) -> Content:
+def _place(tape: LocalTar | PipedTar, numbers: list[int], size: int, real: int, most: int) -> Content:
     """Return a sparse file from its map `numbers` (place, length, place ...); its pieces are consecutive in the tar."""
     pieces, stored = list[tuple[int, int, int]](), 0
     for place, length in zip(numbers[::2], numbers[1::2], strict=True):

@@ -113,7 +113,7 @@ class _Directory:
         if count * dtype.itemsize > self.room:
             (at,) = struct.unpack_from(self.order + self.wide, self.data, at)
         if at + count * dtype.itemsize > len(self.data):
-            raise ValueError("a tag lies beyond the end of the file")
+            raise ValueError("a tag points beyond the end of the file")
         return np.frombuffer(self.data, dtype, count, at)
 
     def one(self, tag: int, otherwise: int) -> int:
@@ -241,9 +241,9 @@ def open_tiff(data: bytes, channels: int) -> ArrayFile | Facts | None:
     layout = _layout(facts, channels)
     mixed = facts.photometric == _YCBCR and facts.compression not in (_JPEG, *_BY_PILLOW)
     if facts.compression not in _BY_TIFFFILE or facts.depth > 1 or mixed:
-        raise UnfitArray(f"not read here: {facts.words}; rewrite it as one picture with deflate")
+        raise UnfitArray(f"not read here: {facts.words}; rewrite it as one image with deflate")
     if short:
-        raise EOFError("strips or tiles lie beyond the end of the file")
+        raise EOFError("strips or tiles point beyond the end of the file")
     if len(facts.offsets) > 20 * _PIECES:
         raise UnfitArray(f"too slow: a TIFF of {len(facts.offsets)} pieces")
     if fault := _piece_fault(data, facts):
@@ -370,7 +370,9 @@ def _piece_fault(data: bytes, facts: Facts) -> str:
         if piece := data[offset : offset + count]:
             width, height, bands = _size_of(piece, kind)
             if not 0 < width * height <= room or bands > max(4, facts.samples):
-                return f"damaged: a piece of {width}x{height} pixels in a TIFF, in a place for {facts.piece}"
+                return (
+                    f"damaged: a piece of {width}x{height} pixels in a TIFF; expected {facts.piece[0]}x{facts.piece[1]}"
+                )
     return ""
 
 

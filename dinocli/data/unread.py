@@ -78,7 +78,7 @@ _NOT_PICTURES = (
     (b"<!doctype html", "an HTML page: the download failed"),
     (b"<html", "an HTML page: the download failed"),
 )
-_UNKNOWN = "not an image: no format that is known here"
+_UNKNOWN = "not an image: unknown format"
 
 
 def name_unread(data: bytes) -> str:

@@ -649,11 +649,11 @@ def test_no_picture_takes_the_place_of_a_photo(dino: Dino, images: Path) -> None
     before = photo.read_bytes()
     for words in (["segment", str(photo)], ["attn-map", str(photo)], ["segment", str(images)]):
         out = images if words[1] == str(images) else photo.parent
-        assert "would be written over" in dino(*words, "--out", str(out), code=1).stderr
+        assert "the output would overwrite it" in dino(*words, "--out", str(out), code=1).stderr
     strip = photo.parent / "a.png"
     photo.rename(strip)
     done = dino("attn-map", str(images / "a"), "--film", "strip", "--out", str(images / "a"), code=1)
-    assert "a.png was given" in done.stderr
+    assert "a.png is an input" in done.stderr
     assert strip.read_bytes() == before
 
 
@@ -842,7 +842,9 @@ def test_dedup_shows_a_threshold_then_groups_and_a_list(dino: Dino, searched: li
     assert "keep.txt" in dino("dedup", "--threshold", "0.999999", "--data", "moved").stdout
     assert "found cannot be shown (" in dino("search", "moved/same.png", "--device", "cpu").stderr
     assert "--json prints their names" in dino("curate", "features", "--clusters", "2", code=1).stderr
-    assert "was given" in dino("search", "moved/same.png", "--out", "moved/same.png", "--device", "cpu", code=1).stderr
+    assert (
+        "is an input" in dino("search", "moved/same.png", "--out", "moved/same.png", "--device", "cpu", code=1).stderr
+    )
 
 
 def test_curate_takes_what_is_like_the_seeds(dino: Dino, searched: list[str], tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_what_is_written_for_a_compiler_is_the_same() -> None:
     x[0, 1], x[1], x[2, :2] = x[0, 0], 0.25, 1.0  # two channels that lead, gray, and a color at its end
     turn, turned = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5, 0.0]), x.clone()
     augment_module._turn_hue(turned, turn)
-    torch.testing.assert_close(augment_module._turned(x, turn[:, None, None]), turned, rtol=0, atol=1e-6)
+    torch.testing.assert_close(augment_module._shift_hue(x, turn[:, None, None]), turned, rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

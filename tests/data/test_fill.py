@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dinocli.data.crops import JitterConfig, ViewConfig, ViewsConfig
-from dinocli.data.fill import Cutter, StreamFiller, _on_grid
+from dinocli.data.fill import Cutter, StreamFiller, _place_on_grid
 from dinocli.data.images import ImagesConfig
 from dinocli.data.masking import MaskConfig, blocks, generator_of
 from dinocli.data.ring import Task
@@ -59,7 +59,7 @@ def test_a_large_photo_is_decoded_smaller_and_its_crops_stay_what_they_were() ->
 
 def test_boxes_on_a_smaller_grid_stay_inside_and_keep_a_pixel() -> None:
     boxes = [(0, 0, 100, 200), (99, 199, 1, 1), (50, 100, 50, 100)]
-    on = np.array(_on_grid(boxes, (100, 200), (13, 25)))
+    on = np.array(_place_on_grid(boxes, (100, 200), (13, 25)))
     assert on[0].tolist() == [0, 0, 13, 25]
     assert (on[:, 2:] >= 1).all()
     assert (on[:, :2] + on[:, 2:] <= [13, 25]).all()

@@ -47,7 +47,7 @@ def test_a_frame_that_has_gone_is_a_reason(tmp_path: Path) -> None:
 
 def test_one_folder_is_one_film(tmp_path: Path) -> None:
     write_images(tmp_path / "dog" / "frames", 2)
-    with pytest.raises(DinoError, match="holds others") as caught:
+    with pytest.raises(DinoError, match="has subfolders of frames") as caught:
         open_frames(tmp_path)
     assert caught.value.hint.endswith("dog/frames")
 

@@ -45,18 +45,18 @@ def test_several_are_a_list_or_an_array_of_four_dimensions() -> None:
     assert len(given_images(PIXELS)) == 1
     assert len(given_images([PIXELS, "a.jpg"])) == 2
     assert len(given_images(np.stack([PIXELS] * 3))) == 3
-    assert list(given_images(["a.jpg", PIXELS]).names) == ["a.jpg", "image 1 of those given"]
+    assert list(given_images(["a.jpg", PIXELS]).names) == ["a.jpg", "input image 1"]
 
 
 @pytest.mark.parametrize(
     ("images", "says", "hint"),
     [
-        ([], "none came", "a path"),
-        (torch.zeros(2, 3, 8, 8), "a Tensor came", "encoder.features(images)"),
-        ([torch.zeros(3, 8, 8)], "a Tensor came", "encoder.features(images)"),
-        (np.array(["a.jpg"]), "a str_ came|an array of <U5", "encoder"),
-        (7, "a int came", "encoder"),
-        ({"a.jpg"}, "a set came", "encoder"),
+        ([], "is empty; expected at least one image", "a path"),
+        (torch.zeros(2, 3, 8, 8), "a Tensor is no image; expected a path", "encoder.features(images)"),
+        ([torch.zeros(3, 8, 8)], "a Tensor is no image; expected a path", "encoder.features(images)"),
+        (np.array(["a.jpg"]), "a str_ is no image|an array of <U5", "encoder"),
+        (7, "a int is no image; expected a path", "encoder"),
+        ({"a.jpg"}, "a set is no image; expected a path", "encoder"),
     ],
 )
 def test_what_is_no_image_is_told(images: object, says: str, hint: str) -> None:
@@ -74,5 +74,5 @@ def test_one_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match="Is a directory") as caught:
         given_pixels(tmp_path, DEFAULTS)
     assert "glob" in caught.value.hint
-    with pytest.raises(DinoError, match="image 0 of those given cannot be read: other channels: an array of 20x30"):
+    with pytest.raises(DinoError, match="input image 0 cannot be read: other channels: an array of 20x30"):
         given_pixels(PIXELS[..., 0], DEFAULTS)

@@ -78,4 +78,4 @@ def test_broken_files_give_what_they_give_by_pillow(monkeypatch: pytest.MonkeyPa
 
 def test_the_limits_hold_for_plain_files_too() -> None:
     assert decode(jpeg(size=(400, 3))).reason == "too long: 400x3 pixels are over 100 to 1"
-    assert decode(jpeg(size=(1, 3))).reason == "too small: 1x3 pixels are under 2 a side"
+    assert decode(jpeg(size=(1, 3))).reason == "too small: 1x3 pixels are under 2 per side"

@@ -49,7 +49,7 @@ def test_what_is_no_label_map_is_a_reason(tmp_path: Path) -> None:
     Image.fromarray(noise).save(tmp_path / "photo.png")
     Image.fromarray(noise[..., 0]).save(tmp_path / "grey.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    for name, why in (("photo", "its pixels are RGB"), ("grey", "values, as photos"), ("broken", "damaged")):
+    for name, why in (("photo", "its pixels are RGB"), ("grey", "values, like a photo"), ("broken", "damaged")):
         found = read_labels(tmp_path / f"{name}.png")
         assert isinstance(found, BadImage) and why in found.reason
 
@@ -64,7 +64,7 @@ def test_deep_values_are_kept_or_refused_and_never_clipped(tmp_path: Path, suffi
     for large in (256, 300, 65535):
         Image.fromarray(np.where(VALUES == 7, large, VALUES.astype(np.int64)).astype(np.uint16)).save(path)
         assert read_labels(path) == BadImage(
-            f"no label map: it holds the value {large}; numbers of objects are 0 to 255"
+            f"no label map: it holds the value {large}; expected object numbers from 0 to 255"
         )
 
 

@@ -166,7 +166,7 @@ def test_a_bad_file_moves_no_mask(tmp_path: Path) -> None:
 
 
 def test_masks_want_patches(images: Path) -> None:
-    with pytest.raises(DinoError, match=r"views\.mask hides patches"):
+    with pytest.raises(DinoError, match=r"views\.mask needs patches to mask"):
         TrainBatches(open_source(str(images)), MASKED, batch_size=4, seed=0, device=CPU)
 
 

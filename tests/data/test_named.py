@@ -43,5 +43,5 @@ def test_what_is_made_takes_the_place_of_nothing_that_was_given(tmp_path: Path) 
     photo = write_images(tmp_path / "photos", 1) / "0000.png"
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     spare([tmp_path / "new.png", photo], [tmp_path / "other.png"])
-    with pytest.raises(DinoError, match=r"link/0000.png was given, and would be written over"):
+    with pytest.raises(DinoError, match=r"link/0000.png is an input, and the output would overwrite it"):
         spare([tmp_path / "link" / "0000.png"], [photo])

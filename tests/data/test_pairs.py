@@ -69,7 +69,7 @@ def test_what_cannot_be_taken_is_named(tmp_path: Path) -> None:
     Image.new("L", (9, 9)).save(tmp_path / "masks" / "8.png")
     data = labelled_set(tmp_path)
     assert sorted((path.stem, reason.split(":")[0]) for path, reason in data.skipped.items()) == [
-        ("3", f"no mask of its name in {tmp_path / 'masks'}"),
+        ("3", f"no mask with its name in {tmp_path / 'masks'}"),
         ("5", "its mask"),
     ]
     both = {**data.train.masks, **data.val.masks}
@@ -81,6 +81,10 @@ def test_what_cannot_be_taken_is_named(tmp_path: Path) -> None:
 def test_too_little_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "one", ["1"])
     write(tmp_path / "flat", [str(i) for i in range(20)], (0, 0))
-    for name, words in (("one", "to measure on"), ("flat", "of 1 classes"), ("gone", "does not exist")):
+    for name, words in (
+        ("one", "training and validation need photos with masks of two classes"),
+        ("flat", "of 1 classes"),
+        ("gone", "does not exist"),
+    ):
         with pytest.raises(DinoError, match=words):
             labelled_set(tmp_path / name)

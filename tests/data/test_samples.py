@@ -88,7 +88,7 @@ def test_parts_of_a_sample_are_said(tmp_path: Path) -> None:
         ("b.v2.mask.png", b"m"),
     )
     assert [name for name, *_ in read(shards)] == ["a.jpg", "b.v2.jpg"]
-    assert shards.notes[0].startswith("3 images are parts of another's sample")
+    assert shards.notes[0].startswith("3 images belong to another image's sample")
 
 
 def test_hidden_members_and_a_macs_forks_are_ignored(tmp_path: Path) -> None:

@@ -220,9 +220,9 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     (tmp_path / "zip.tar").write_bytes(b"PK" * 1000)
     for spec, message in [
         ("train-{000..009}.tar", "train-002.tar does not exist"),
-        ("none-*.tar", "none is at"),
+        ("none-*.tar", "no file matches"),
         ("train-001.tar", "no images"),
-        ("zip.tar", "no images .* is torn, or no tar file"),
+        ("zip.tar", "no images .* is truncated or no tar file"),
         ("train.tar.gz", "compressed"),
     ]:
         with pytest.raises(DinoError, match=message) as error:
@@ -250,11 +250,11 @@ def test_an_index_saves_the_count_and_is_believed_only_if_the_sizes_fit(tmp_path
     ("change", "said"),
     [
         (lambda index: {**seal(index), "shards": {"train-000.tar": 3, "train-001.tar": 3}}, "checksum does not match"),
-        (lambda index: {**index, "shards": {"../train-000.tar": 2}}, "no file in this folder"),
-        (lambda index: {**index, "bytes": {"/train-000.tar": 2}}, "no file in this folder"),
-        (lambda index: {**index, "shards": {"train-000.tar": -2}}, "it says -2 of train-000.tar"),
-        (lambda index: {**index, "shards": {"train-000.tar": "2"}}, "it says 2 of train-000.tar"),
-        (lambda index: {**index, "shards": [2, 3]}, "no numbers of images"),
+        (lambda index: {**index, "shards": {"../train-000.tar": 2}}, "which is not in this folder"),
+        (lambda index: {**index, "bytes": {"/train-000.tar": 2}}, "which is not in this folder"),
+        (lambda index: {**index, "shards": {"train-000.tar": -2}}, "the count of train-000.tar is -2"),
+        (lambda index: {**index, "shards": {"train-000.tar": "2"}}, "the count of train-000.tar is '2'"),
+        (lambda index: {**index, "shards": [2, 3]}, "it lacks the numbers of images and bytes"),
         (lambda index: None, "damaged"),
     ],
 )
@@ -293,10 +293,10 @@ def test_pipes(tmp_path: Path) -> None:
     [
         ("cat {0}/train-000.tar; exit 3", "exit code 3"),
         ("cat {0}/train-000.tar; false | cat", "exit code 1"),
-        ("head -c 3000 {0}/train-000.tar", "torn.*exit code 0"),
-        ("head -c 2600 {0}/train-000.tar; exit 9", "torn.*exit code 9"),
-        ("true", "torn"),
-        ("echo this is no tar file", "torn"),
+        ("head -c 3000 {0}/train-000.tar", "truncated.*exit code 0"),
+        ("head -c 2600 {0}/train-000.tar; exit 9", "truncated.*exit code 9"),
+        ("true", "truncated"),
+        ("echo this is no tar file", "truncated"),
     ],
 )
 def test_a_pipe_that_fails_is_named_with_its_code(tmp_path: Path, command: str, message: str) -> None:

@@ -169,7 +169,7 @@ def test_torchvision_sets_of_several_parts(monkeypatch: pytest.MonkeyPatch) -> N
     assert open_source("torchvision:CIFAR10/test").labels.tolist() == [1, 0]
     assert set(splits("torchvision:Flowers102")) == {"train", "val", "test"}
     assert open_source("torchvision:Flowers102").classes == ["0", "1", "2"]
-    with pytest.raises(DinoError, match="has no part 'night'"):
+    with pytest.raises(DinoError, match="has no split 'night'"):
         open_source("torchvision:Flowers102/night")
     with pytest.raises(DinoError, match="no data set 'Flower'") as error:
         open_source("torchvision:Flower")
@@ -182,7 +182,7 @@ def test_a_set_that_cannot_be_downloaded_says_where_it_belongs(monkeypatch: pyte
 
     monkeypatch.setattr(Digits, "__init__", offline)
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Digits)
-    with pytest.raises(DinoError, match="could not give CIFAR10: no network here") as error:
+    with pytest.raises(DinoError, match="could not load CIFAR10: no network here") as error:
         open_source("torchvision:CIFAR10")
     assert "dinocli/torchvision/CIFAR10" in error.value.hint
 

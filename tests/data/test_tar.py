@@ -48,7 +48,7 @@ def test_a_torn_file_ends_and_says_so(tmp_path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[: cut if cut > 0 else -9000 + cut])
     tape = LocalTar(str(path))
     assert len(list(members(tape))) < len(NAMES) + 1
-    assert tape.torn == "is torn, or no tar file"
+    assert tape.torn == "is truncated or no tar file"
     tape.close()
 
 
