@@ -99,7 +99,7 @@ def read_features(path: Path) -> Features:
     if path.is_dir():
         shards = [_map_file(path / name, images) for name, images in _index(path).items()]
         if any(metadata != shards[0][1] for _, metadata in shards):
-            raise _damaged(path, "its shards come from different extractions")
+            raise _format_damage(path, "its shards come from different extractions")
     else:
         shards = [_map_file(path)]
     tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
@@ -143,7 +143,7 @@ def _read_recipe(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str
         return Recipe(**told), classes
     except (ValueError, KeyError, TypeError) as error:
         why = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise _damaged(path, f"its metadata cannot be read; {why}") from error
+        raise _format_damage(path, f"its metadata cannot be read; {why}") from error
 
 
 def _check_parts(
@@ -156,29 +156,29 @@ def _check_parts(
     """
     for name, kinds in _KINDS.items():
         if name not in tensors or tensors[name].dtype.str[1:] not in kinds:
-            raise _damaged(path, f"its {name} are missing or of the wrong type")
+            raise _format_damage(path, f"its {name} are missing or of the wrong type")
     values, labels, paths = tensors["values"], tensors["labels"], tensors["paths"]
     if values.ndim not in (2, 3) or labels.ndim != 1 or len(values) != len(labels):
         rows = len(values) if values.ndim else 0
-        raise _damaged(path, f"it has {rows} rows of features and {labels.size} labels")
+        raise _format_damage(path, f"it has {rows} rows of features and {labels.size} labels")
     if values.shape[1:] != first["values"].shape[1:]:
         shape, expected = ("x".join(map(str, v.shape[1:])) for v in (values, first["values"]))
-        raise _damaged(path, f"its rows have shape {shape}; expected {expected}")
+        raise _format_damage(path, f"its rows have shape {shape}; expected {expected}")
     if recipe.views and (values.ndim != 3 or values.shape[1] != 1 + recipe.views):
-        raise _damaged(
+        raise _format_damage(
             path, f"its rows have shape {'x'.join(map(str, values.shape[1:]))}, which does not fit {recipe.views} views"
         )
     named = int(np.count_nonzero(paths == 0)) + 1 if len(labels) else 0
     if named != len(labels):
-        raise _damaged(path, f"it has {len(labels)} labels and {named} paths")
+        raise _format_damage(path, f"it has {len(labels)} labels and {named} paths")
     if len(labels) and (labels.min() < -1 or (classes and labels.max() >= classes)):
         wrong = int(labels.min() if labels.min() < -1 else labels.max())
-        raise _damaged(path, f"the label {wrong} is out of range: it has {classes} classes")
+        raise _format_damage(path, f"the label {wrong} is out of range: it has {classes} classes")
     try:
         skipped = parse(tensors["skipped"].tobytes())
         return {str(name): str(reason) for name, reason in skipped.items()}
     except (ValueError, AttributeError) as error:
-        raise _damaged(path, "its list of skipped images cannot be read") from error
+        raise _format_damage(path, "its list of skipped images cannot be read") from error
 
 
 def _number_classes(labels: NDArray[np.int64]) -> list[str]:
@@ -221,26 +221,26 @@ def _index(folder: Path) -> dict[str, int]:
         return shards
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = f": {error}" if isinstance(error, ValueError) else ""
-        raise _damaged(folder, f"its {INDEX} cannot be read{why}") from error
+        raise _format_damage(folder, f"its {INDEX} cannot be read{why}") from error
 
 
 def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Return the tensors and metadata of a feature file; check its number of images if one is given."""
     if not path.exists():
-        raise _damaged(path.parent, f"{path.name} is missing")
+        raise _format_damage(path.parent, f"{path.name} is missing")
     try:
         tensors, metadata = map_tensors(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
+        raise _format_damage(path, str(error)) from error
     if metadata.get("dinocli") != "features":
         raise DinoError(f"{path} holds no features", "create them with `dino extract CHECKPOINT DATA`")
     here = tensors["labels"].size if "labels" in tensors else 0
     if images not in (None, here):
-        raise _damaged(path, f"it has {here} images; expected {images}")
+        raise _format_damage(path, f"it has {here} images; expected {images}")
     return tensors, metadata
 
 
-def _damaged(path: Path, why: str) -> DinoError:
+def _format_damage(path: Path, why: str) -> DinoError:
     return DinoError(f"{path} is damaged: {why}", "recreate it with `dino extract CHECKPOINT DATA`")
 
 
@@ -324,7 +324,7 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
     Raises:
         DinoError: If no split has labels, the features are patch tokens, or a test class is not in the training split.
     """
-    labelled = {name: _labelled(f) for name, f in splits.items() if f.classes and (f.labels >= 0).any()}
+    labelled = {name: _keep_labelled(f) for name, f in splits.items() if f.classes and (f.labels >= 0).any()}
     if not labelled:
         data = next(iter(splits.values())).recipe.data
         raise DinoError(
@@ -352,7 +352,7 @@ def unlabelled(splits: dict[str, Features]) -> list[str]:
     ]
 
 
-def _labelled(features: Features) -> Features:
+def _keep_labelled(features: Features) -> Features:
     """Return the features of the labelled images."""
     rows = np.flatnonzero(features.labels >= 0)
     if len(rows) == len(features):

@@ -181,7 +181,9 @@ def test_a_shape_that_the_original_has_a_name_for_needs_no_note(tmp_path: Path) 
     assert export(str(run(tmp_path, *released)), "official", tmp_path / "out.pth").notes == []
     source = run(tmp_path, *released, "backbone.positions=antialias")
     (note,) = export(str(source), "official", tmp_path / "out.pth").notes
-    assert note.startswith("at other sizes than 224 pixels the original places positions in its own way")
+    assert note.startswith(
+        "at sizes other than 224 pixels features differ: the original resamples positions differently"
+    )
 
 
 def test_what_went_out_to_the_original_comes_in_again(tmp_path: Path) -> None:
@@ -260,7 +262,7 @@ def test_timm_builds_it_from_the_folder(tmp_path: Path, preset: str, changes: li
 def test_a_rotary_network_goes_to_timm_for_any_size(tmp_path: Path) -> None:
     path, encoder = written(tmp_path, run(tmp_path, *ROTARY), "timm")
     (note,) = export(str(tmp_path / "run"), "timm", path).notes
-    assert note.endswith("the same features are model.forward_features(images)[:, 0]")
+    assert note.endswith("for the same features use model.forward_features(images)[:, 0]")
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     for size in (48, 24, 64):
         torch.testing.assert_close(model.forward_features(images(size))[:, 0], encoder.features(images(size)))
@@ -419,8 +421,8 @@ def test_timm_at_another_size_is_as_the_note_says(tmp_path: Path, positions: str
     source = run(tmp_path, f"backbone.positions={positions}")
     done = export(str(source), "timm", tmp_path / "out")
     (note,) = done.notes
-    assert "needs dynamic_img_size=True (or img_size=N) and then resamples positions with antialias" in note
-    assert ("so that the features differ" in note) == differ
+    assert "needs dynamic_img_size=True (or img_size=N) and resamples positions with antialias" in note
+    assert (": features differ" in note) == differ
     encoder = load_encoder(str(source), CPU)
     for option in ({"dynamic_img_size": True}, {"img_size": 24}):
         model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **option).eval()
@@ -436,7 +438,7 @@ def test_a_network_with_more_on_top_goes_to_timm_with_a_note(tmp_path: Path, nam
     path, encoder = written(tmp_path, run(tmp_path, f'backbone={{name="{name}"}}', preset="resnet50"), "timm")
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     (note,) = export(str(tmp_path / "run"), "timm", path).notes
-    assert note.endswith("the same features are model.forward_features(images).mean((2, 3))")
+    assert note.endswith("for the same features use model.forward_features(images).mean((2, 3))")
     torch.testing.assert_close(model.forward_features(images()).mean((2, 3)), encoder.features(images()))
     assert model(images()).shape != (5, encoder.backbone.width) or not torch.allclose(
         model(images()), encoder.features(images()), rtol=1e-2

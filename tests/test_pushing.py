@@ -124,7 +124,7 @@ def test_what_was_pushed_before_is_replaced_and_what_a_user_wrote_is_not(tmp_pat
     push(str(source), out)
     push(str(source), out)
     card = (out / CARD).read_text()
-    (out / CARD).write_text(card.replace("# license: yours to name, as in `license: apache-2.0`", "license: mit"))
+    (out / CARD).write_text(card.replace("# license: set your own, such as `license: apache-2.0`", "license: mit"))
     with pytest.raises(DinoError, match="was edited, and would be overwritten"):
         push(str(source), out)
     assert "license: mit" in (out / CARD).read_text()
@@ -166,7 +166,9 @@ def test_what_gives_other_features_leaves_nothing(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize(("source", "says"), [("timm:resnet18", "is timm's own"), ("weights.pth", "tells of none")])
+@pytest.mark.parametrize(
+    ("source", "says"), [("timm:resnet18", "is already a timm model"), ("weights.pth", "does not store its training")]
+)
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(dict(read_weights(run(tmp_path)).backbone), tmp_path / "weights.pth")

@@ -62,7 +62,7 @@ def export(
     for note in done.notes:
         console.say(f"note: {note}")
     exact = f"relative difference {done.difference:.1g}" if done.difference else "bit for bit"
-    console.say(f"loaded with {_LIBRARY[to]}: same features, {exact}")
+    console.say(f"loaded with {_LIBRARY[to]}: the same features, {exact}")
     console.say(f"load: {done.load}")
     if json:
         console.out_json(

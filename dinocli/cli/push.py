@@ -44,7 +44,7 @@ def push(
 
     done = push(source, out, features)
     exact = f"relative difference {done.difference:.1g}" if done.difference else "bit for bit"
-    console.say(f"loaded with timm: same features, {exact}")
+    console.say(f"loaded with timm: the same features, {exact}")
     console.say(f"check {done.path / CARD}, and set a license there")
     console.say(f"next: hf upload USER/{done.name} {shlex.quote(str(done.path))}")
     if json:
