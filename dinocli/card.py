@@ -61,11 +61,11 @@ def card_of(facts: Facts) -> str:
     """Return the card in Markdown, below the hub's metadata. The licence is left to the user."""
     parts = [
         f"# {_plain(facts.name)}",
-        f"Turns images into features. A {_code(facts.preset.backbone.name)} of timm, trained without labels by "
+        f"Image features from timm's {_code(facts.preset.backbone.name)}, pretrained without labels by "
         f"{_names(list(facts.preset.losses.present()))} with dinocli {dinocli.__version__}.",
         _table(_rows(facts)),
         _loading(facts),
-        f"## The run\n\n![What the run logged, step by step]({facts.curves})" if facts.curves else "",
+        f"## Training\n\n![Logged values over the training steps]({facts.curves})" if facts.curves else "",
         "<details><summary>All settings</summary>\n\n```json\n"
         f"{_lines(facts.preset.model_dump_json(indent=2, exclude_none=True))}\n```\n\n</details>",
     ]
@@ -74,7 +74,7 @@ def card_of(facts: Facts) -> str:
 
 def _front(facts: Facts) -> str:
     tags = "".join(f"- {tag}\n" for tag in ("timm", "dinocli", "self-supervised", *facts.preset.losses.present()))
-    licence = "# license: yours to name, as in `license: apache-2.0`"
+    licence = "# license: set your own, such as `license: apache-2.0`"
     return f"---\nlibrary_name: timm\npipeline_tag: image-feature-extraction\ntags:\n{tags}{licence}\n---"
 
 
@@ -82,35 +82,39 @@ def _rows(facts: Facts) -> dict[str, str]:
     encoder, training = facts.encoder, facts.preset.training
     options = ", ".join(f"{_plain(key)} {_plain(value)}" for key, value in facts.preset.backbone.options.items())
     count = sum(parameter.numel() for parameter in encoder.backbone.parameters())
-    which = "the class token" if isinstance(encoder.backbone, Transformer) else "the mean over all places"
+    which = "the class token" if isinstance(encoder.backbone, Transformer) else "the mean over all positions"
     stored = facts.preset.model_dump(mode="json")
     name, shipped = shipped_as(stored)
     changed = changes(stored, shipped) if name else {}
-    pairs = ((key, _plain(now or "absent"), _plain(then or "absent")) for key, (now, then) in changed.items())
-    told = ", ".join(f"{_code(key)} {now} (was {then})" for key, now, then in pairs)
+    pairs = ((key, _plain(now or "none"), _plain(then or "none")) for key, (now, then) in changed.items())
+    changed_settings = ", ".join(f"{_code(key)} {now} (was {then})" for key, now, then in pairs)
     rows = {
         "network": ", ".join(filter(None, [_code(facts.preset.backbone.name), options]))
         + f": {_count(count)} parameters",
-        "image": f"{encoder.size} x {encoder.size} pixels, mean {_numbers(encoder.mean)}, std {_numbers(encoder.std)}",
+        "input": f"{encoder.size} x {encoder.size} pixels, mean {_numbers(encoder.mean)}, std {_numbers(encoder.std)}",
         "features": f"{encoder.backbone.width} numbers, {which}",
         "preset": _code(name) if name else _plain(facts.preset.about.recipe),
-        "changed in it": told,
-        "began with": _code(facts.init) if facts.init else "",
-        "data": f"{facts.images:,} images, their labels not used" if facts.images else "",
-        "length": f"{facts.steps:,} steps of {training.batch_size:,} images" if facts.steps is not None else "",
-        "k-NN": _told(facts.measured) if facts.measured else "",
-        "k-NN while it trained": f"{facts.watched:.1f} % right at the end" if facts.watched is not None else "",
+        "changed settings": changed_settings,
+        "initial weights": _code(facts.init) if facts.init else "",
+        "data": f"{facts.images:,} images, without their labels" if facts.images else "",
+        "training": f"{facts.steps:,} steps of {training.batch_size:,} images" if facts.steps is not None else "",
+        "k-NN accuracy": _describe(facts.measured) if facts.measured else "",
+        "k-NN accuracy in training": f"{facts.watched:.1f} % at the end" if facts.watched is not None else "",
         "fingerprint": f"`{encoder.fingerprint}`",
     }
     return {key: value for key, value in rows.items() if value}
 
 
-def _told(measured: Measured) -> str:
+def _describe(measured: Measured) -> str:
     result = measured.knn
     (score,) = result.scores
-    voters = "each by all others" if result.leave_one_out else f"by {result.neighbours:,} training images"
+    voters = (
+        "each classified by all others"
+        if result.leave_one_out
+        else f"classified by {result.neighbours:,} training images"
+    )
     images = f"{result.queries:,} images of {result.classes} classes of {_plain(measured.data)}"
-    return f"{score.top1:.2f} % right (k = {score.k}): {images}, {voters}"
+    return f"{score.top1:.2f} % (k = {score.k}): {images}, {voters}"
 
 
 def _loading(facts: Facts) -> str:
@@ -125,14 +129,14 @@ def _loading(facts: Facts) -> str:
         *(["from PIL import Image", ""] if mode else [""]),
         f'model = timm.create_model("{where}", pretrained=True).eval()',
         "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))" if mode else "",
-        read if mode else f"images = torch.zeros({shape})  # from 0 to 1, less mean, over std",
+        read if mode else f"images = torch.zeros({shape})  # (values in 0..1 - mean) / std",
         "with torch.no_grad():",
         f"    features = {facts.call}  # [1, {encoder.backbone.width}]",
     ]
     own = ["import dinocli", "", f'features = dinocli.load("timm:{where}")("photo.jpg")']
     ours = f"With dinocli, or `dino extract timm:{where} DATA`:"
-    text = ["## Load it", "With timm:", _block(code), ours, _block(own)]
-    notes = [f"* {note}" for note in (*facts.notes, f"`local-dir:FOLDER` in the place of `{where}` loads a copy of it")]
+    text = ["## Loading", "With timm:", _block(code), ours, _block(own)]
+    notes = [f"* {note}" for note in (*facts.notes, f"`local-dir:FOLDER` instead of `{where}` loads a local copy")]
     return "\n\n".join([*text, "\n".join(notes)])
 
 

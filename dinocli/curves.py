@@ -84,7 +84,7 @@ def write_sheet(drawn: Sequence[Panel], path: Path) -> None:
                 cell.text(_LEFT, 1 - 0.06 / height, panel.title, va="top", fontsize=10, fontweight="bold")
                 _draw(cell, panel, height, above=_HEADING)
         if not drawn:
-            page.text(0.5, 0.5, "nothing was logged yet", ha="center", va="center")
+            page.text(0.5, 0.5, "no values logged yet", ha="center", va="center")
         with atomic(path) as draft:
             page.savefig(draft, format="png")
 
@@ -105,7 +105,7 @@ def write_histogram(values: NDArray[np.floating[Any]], title: str, mark: float |
             side = ((-4, 9), "right") if at - bins[0] > bins[-1] - at else ((4, 9), "left")
             axes.annotate(words, (at, 1), side[0], ("data", "axes fraction"), "offset points", ha=side[1], va="top")
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=16)
-        axes.set_ylabel("images, logarithmic")
+        axes.set_ylabel("images (log scale)")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         with atomic(path) as draft:
             figure.savefig(draft, format="png")

@@ -37,7 +37,7 @@ class NotFinite(DinoError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"the network's output is {reason}", "another checkpoint: its weights are too large for what it computes"
+            f"the network's output is {reason}", "use another checkpoint: the values of this network overflow"
         )
         self.reason = reason
 
@@ -131,14 +131,16 @@ class Encoder:
                 unknown.
         """
         if tokens not in (known := get_args(TokenChoice)):
-            raise DinoError(f"tokens are one of {', '.join(known)}; {tokens!r} came", f'"{nearest(tokens, known)}"')
+            raise DinoError(
+                f"tokens={tokens!r} is not valid; expected {', '.join(known)}", f'tokens="{nearest(tokens, known)}"'
+            )
         source, rows = given_images(images), []
         for batch in self.batches(source, size=size or self.size, batch_size=batch_size, workers=0):
             for name, reason in batch.bad:
                 raise unreadable(name, reason)
             rows.append(self.features(batch.images, tokens, blocks).float().cpu())
             for name, reason in finite_rows(rows[-1], batch.names)[1]:
-                raise DinoError(f"{name}: {reason}", "leave it out; of all images, another checkpoint")
+                raise DinoError(f"{name}: {reason}", "skip this image; if all images fail, use another checkpoint")
         return torch.cat(rows)
 
     def batches(
@@ -166,8 +168,8 @@ class Encoder:
         """
         if size < self.backbone.patch_size:
             raise DinoError(
-                f"images of at least one patch of {self.backbone.patch_size} pixels were wanted; the size is {size}",
-                f"a size of {self.size}, as in training",
+                f"size {size} is too small; expected at least one patch of {self.backbone.patch_size} pixels",
+                f"use size {self.size}, as in training",
             )
         return plain_batches(
             source,
@@ -271,8 +273,8 @@ def with_images(encoder: Encoder, overrides: Iterable[str]) -> Encoder:
     images = encoder.images.changed(overrides)
     if images.channels != encoder.channels:
         raise DinoError(
-            f"{encoder.source} takes images of {encoder.channels} channels; {images.channels} were asked for",
-            "leave images.channels out, or --init a training of your own with these weights",
+            f"images.channels={images.channels} does not fit {encoder.source}, which takes {encoder.channels} channels",
+            f"remove images.channels, or train on these images: dino pretrain IMAGES --init {encoder.source}",
         )
     return replace(encoder, images=images)
 
@@ -287,7 +289,7 @@ def whole_patches(encoder: Encoder, size: int | None) -> int | None:
     if size is None or not isinstance(encoder.backbone, Transformer) or size % patch == 0:
         return size
     below, above = size // patch * patch, (size // patch + 1) * patch
-    sizes = f"--size {above}" if not below else f"--size {below}, or {above}"
+    sizes = f"--size {above}" if not below else f"--size {below} or --size {above}"
     raise DinoError(f"--size {size} is not a multiple of the patch size {patch} of {encoder.source}", sizes)
 
 

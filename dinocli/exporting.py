@@ -86,9 +86,9 @@ def export(
         OSError: If the disk is full or the path is not writable.
     """
     if source.startswith("timm:"):
-        raise DinoError(f"a checkpoint was wanted; {source} is timm's own", "a run folder, ckpt.safetensors or .pth")
+        raise DinoError(f"{source} is already a timm model; expected a checkpoint", "name a run folder or a .pth")
     if out.suffix != ENDINGS[to] and to != "timm":
-        raise DinoError(f"a file that ends in {ENDINGS[to]} was wanted; it is {out}", f"--out {out.stem}{ENDINGS[to]}")
+        raise DinoError(f"{out} does not end in {ENDINGS[to]}, as --to {to} needs", f"--out {out.stem}{ENDINGS[to]}")
     weights = read_weights(Path(source), which)
     _keep_the_source(Path(source), to, out)
     encoder = encoder_of(weights, source, torch.device("cpu"), overrides)
@@ -123,7 +123,7 @@ def _keep_the_source(source: Path, to: Format, out: Path) -> None:
     file = source / CHECKPOINT if source.is_dir() else source
     if out.exists() and (out.samefile(file) or out.resolve() in file.resolve().parents):
         other = f"--out {out.resolve().stem}-{to}{ENDINGS[to]}"
-        raise DinoError(f"{out} is what is exported, or holds it: it would be written over", other)
+        raise DinoError(f"{out} is or contains the source of the export, which would be overwritten", other)
 
 
 def folder_is_free(out: Path, ours: set[str]) -> None:
@@ -138,7 +138,7 @@ def folder_is_free(out: Path, ours: set[str]) -> None:
     """
     what = ""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        what = "is a link" if out.is_symlink() else "is a file"
+        what = "is a symbolic link" if out.is_symlink() else "is a file"
     elif out.is_dir():
         names = {path.name for path in out.iterdir()}
         if names - ours:
@@ -146,9 +146,9 @@ def folder_is_free(out: Path, ours: set[str]) -> None:
         elif names and "dinocli" not in timm_folder(out):
             what = "holds a model that this tool did not export"
         elif out.samefile(Path()):
-            what = "is the folder that you are in"
+            what = "is the current folder"
     if what:
-        raise DinoError(f"a new folder was wanted; {out} {what}", "name another one")
+        raise DinoError(f"{out} {what}; expected a new folder", "choose another name")
 
 
 def _native_size(encoder: Encoder) -> int:
@@ -165,24 +165,21 @@ def _compare(encoder: Encoder, loaded: Loaded, tokens: TokenChoice, size: int) -
 
 
 def _difference(ours: Tensor, theirs: Tensor, what: str) -> float:
-    hint = "this network has parts that it does not know: another --to"
+    hint = "it does not support a part of this network: use another --to"
     if ours.shape != theirs.shape:
-        how = f"of shape {list(theirs.shape)} and not {list(ours.shape)}"
-        raise DinoError(f"what the other library loads gives {what} {how}", hint)
+        shapes = f"of shape {list(theirs.shape)}; expected {list(ours.shape)}"
+        raise DinoError(f"the other library returns {what} {shapes}", hint)
     ours, theirs = ours.double(), theirs.double()  # squares do not overflow in float64
     difference = ((ours - theirs).norm() / ours.norm()).item()
     if not difference < _TOLERANCE:
-        how = f"that differ by {difference:.2g} of their length"
-        raise DinoError(f"what the other library loads gives {what} {how}", hint)
+        raise DinoError(f"the other library returns {what} with a relative difference of {difference:.2g}", hint)
     return difference
 
 
 def _head_of(weights: Weights, width: int) -> Head:
     if set(weights.heads) != {"dino"}:
         names = ", ".join(weights.heads) or "none"
-        raise DinoError(
-            f"one head named dino was wanted, as the original has it; the heads are: {names}", "leave --heads out"
-        )
+        raise DinoError(f"the heads are: {names}; expected one named dino, as in the original", "remove --heads")
     config = weights.preset.heads["dino"] if weights.preset else HeadConfig.of(weights.heads["dino"])[0]
     head = config.build(width).eval()
     load_strictly(head, weights.heads["dino"], "the head")
@@ -238,8 +235,9 @@ def _notes_on_the_original(encoder: Encoder, architecture: BackboneConfig, head:
             rest = "qkv_bias=True, norm_layer=partial(nn.LayerNorm, eps=1e-6)"
             notes.append(f"network = VisionTransformer(img_size=[{native}], {arguments}, {rest})")
         if backbone.positions != "dino":
-            how = "the original places positions in its own way, and the features differ"
-            notes.append(f"at other sizes than {native} pixels {how}")
+            notes.append(
+                f"at sizes other than {native} pixels features differ: the original resamples positions differently"
+            )
     if head is not None:
         config, width = HeadConfig.of(head.state_dict())
         sizes = f"nlayers={config.layers}, hidden_dim={config.hidden}, bottleneck_dim={config.bottleneck}"
@@ -321,11 +319,11 @@ def _call_of_timm(encoder: Encoder, model: Any, native: int) -> str:
 def _notes_on_timm(encoder: Encoder, model: Any, native: int, call: str) -> list[str]:
     backbone, notes = encoder.backbone, []
     if call != "model(images)":
-        notes.append(f"model(images) goes through what timm has on top; the same features are {call}")
+        notes.append(f"model(images) also applies timm's final layers; for the same features use {call}")
     if isinstance(backbone, ViTBackbone) and model.pos_embed is not None:
-        differ = ", so that the features differ" if backbone.positions == "dino" else ""
-        how = "needs dynamic_img_size=True (or img_size=N) and then resamples positions with antialias"
-        notes.append(f"at other sizes than {native} pixels timm {how}{differ}")
+        differ = ": features differ" if backbone.positions == "dino" else ""
+        how = "needs dynamic_img_size=True (or img_size=N) and resamples positions with antialias"
+        notes.append(f"at sizes other than {native} pixels timm {how}{differ}")
     return notes
 
 
@@ -357,8 +355,8 @@ def _graphs_can_fail() -> Iterator[None]:
         yield
     # Tracing an arbitrary network may raise any type of error.
     except Exception as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DinoError(f"torch cannot make a graph of this network: {said}", "--to timm") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DinoError(f"torch cannot export a graph of this network: {reason}", "--to timm") from error
 
 
 def _to_torch_export(encoder: Encoder, tokens: TokenChoice, size: int, draft: Path) -> Loaded:
@@ -379,7 +377,7 @@ def _to_onnx(encoder: Encoder, tokens: TokenChoice, size: int, draft: Path) -> L
     except ImportError as error:
         raise DinoError(f"ONNX needs the package {error.name}", "pip install 'dinocli[onnx]'") from error
     if sum(value.nbytes for value in encoder.backbone.state_dict().values()) > _ONE_ONNX_FILE:
-        raise DinoError("an ONNX file holds at most 2 GB; these weights are larger", "--to torch-export")
+        raise DinoError("these weights exceed 2 GB, the limit of an ONNX file", "--to torch-export")
     with _graphs_can_fail():
         program: Any = torch.onnx.export(
             _Features(encoder, tokens).eval(),

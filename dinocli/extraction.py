@@ -85,7 +85,9 @@ def extract(
     """
     size = size or encoder.size
     if views and tokens == "patches":
-        raise DinoError("--views are for a classifier, which wants one feature an image", "leave out --tokens patches")
+        raise DinoError(
+            "--views needs one feature vector per image, unlike --tokens patches", "remove --tokens patches"
+        )
     recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data, views, encoder.precision)
     recipe = replace(recipe, run=encoder.run, step=encoder.step)
     cutter = Cutter(augmented(encoder, size, views), seed, encoder.images) if views else None
@@ -110,7 +112,7 @@ def extract(
             raise DinoError(
                 f"none of the {len(skipped)} images in {source.where} can be {'used' if lost else 'read'}; "
                 f"{name}: {reason}",
-                "another checkpoint: its weights are too large for what it computes" if lost else "look at that file",
+                "use another checkpoint: the values of this network overflow" if lost else "check that file",
             )
     return Extracted(writer.place if writer else path, images, shape, skipped, tuple(_notes(unnumbered)))
 
@@ -118,8 +120,8 @@ def extract(
 def _notes(unnumbered: int) -> Iterator[str]:
     if unnumbered:
         yield (
-            f"{unnumbered} labels are names, which have no numbers through a pipe, and are not stored: take local "
-            "shards, or numbers as labels"
+            f"ignoring {unnumbered} labels that are names, which have no numbers through a pipe: use local shards, or "
+            "numbers as labels"
         )
 
 

@@ -21,7 +21,7 @@ FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards
 # Valid number types of each tensor in a file.
 _KINDS = {"values": ("f4", "f2"), "labels": ("i8",), "paths": ("u1",), "skipped": ("u1",)}
-_NUMBERED = 100_000  # labels below this count as class numbers; larger ones mean something else
+_MOST_NUMBERED = 100_000  # labels below this count as class numbers; larger ones mean something else
 # Types of a recipe's values in a file; a bool is not taken for a number.
 _KEPT: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "int | None": (int, NoneType)}
 
@@ -98,16 +98,16 @@ def read_features(path: Path) -> Features:
         DinoError: If the file does not exist, is corrupt, is of another kind, or holds non-finite features.
     """
     if not path.exists():
-        raise DinoError(f"features were wanted; {path} does not exist", "make some with `dino extract CHECKPOINT DATA`")
+        raise DinoError(f"{path} does not exist; expected features", "create them with `dino extract CHECKPOINT DATA`")
     if path.is_dir():
         shards = [_map_file(path / name, images) for name, images in _index(path).items()]
         if any(metadata != shards[0][1] for _, metadata in shards):
-            raise _damaged(path, "its shards were made by different commands")
+            raise _format_damage(path, "its shards come from different extractions")
     else:
         shards = [_map_file(path)]
     tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
-    recipe, classes = _maker(path, metadata)
-    skipped = [_fitting(path, t, recipe, len(classes), tensors[0]) for t in tensors]
+    recipe, classes = _read_recipe(path, metadata)
+    skipped = [_check_parts(path, t, recipe, len(classes), tensors[0]) for t in tensors]
     _refuse_not_finite(path, tensors)
     values = [t["values"] for t in tensors]
     labels = np.concatenate([t["labels"] for t in tensors])
@@ -115,14 +115,14 @@ def read_features(path: Path) -> Features:
         Rows([v[:, 0] for v in values] if recipe.views else values),
         labels,
         Texts([t["paths"] for t in tensors if len(t["labels"])]),
-        classes or _numbered(labels),
+        classes or _number_classes(labels),
         {name: reason for some in skipped for name, reason in some.items()},
         recipe,
         Rows([v[:, 1:] for v in values]) if recipe.views else None,
     )
 
 
-def _maker(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
+def _read_recipe(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
     """Return the recipe of features, and the names of their classes.
 
     Raises:
@@ -132,23 +132,23 @@ def _maker(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
     try:
         told, classes = parse(metadata["recipe"]), parse(metadata["classes"])
         if not (isinstance(told, dict) and isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
-            raise ValueError("its metadata are of another kind")
+            raise ValueError("they have the wrong type")
         later = [name for name in told if name not in known]
         if later:
             raise DinoError(
                 f"{path} was written by a later version of dinocli: its recipe has the unknown key {later[0]}",
-                "pip install --upgrade dinocli, or make it again with `dino extract CHECKPOINT DATA`",
+                "pip install --upgrade dinocli, or recreate it with `dino extract CHECKPOINT DATA`",
             )
         wrong = [name for name, value in told.items() if type(value) not in known[name]]
         if wrong:
-            raise ValueError(f"the {wrong[0]} of its recipe is {told[wrong[0]]!r}")
+            raise ValueError(f"the recipe has {wrong[0]}={told[wrong[0]]!r}")
         return Recipe(**told), classes
     except (ValueError, KeyError, TypeError) as error:
-        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise _damaged(path, f"what says how it was made cannot be read; {why}") from error
+        why = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise _format_damage(path, f"its metadata cannot be read; {why}") from error
 
 
-def _fitting(
+def _check_parts(
     path: Path, tensors: dict[str, NDArray[Any]], recipe: Recipe, classes: int, first: dict[str, NDArray[Any]]
 ) -> dict[str, str]:
     """Check that the parts of a feature file fit together; return its skipped images.
@@ -158,32 +158,35 @@ def _fitting(
     """
     for name, kinds in _KINDS.items():
         if name not in tensors or tensors[name].dtype.str[1:] not in kinds:
-            raise _damaged(path, f"its {name} are missing, or numbers of another kind")
+            raise _format_damage(path, f"its {name} are missing or of the wrong type")
     values, labels, paths = tensors["values"], tensors["labels"], tensors["paths"]
     if values.ndim not in (2, 3) or labels.ndim != 1 or len(values) != len(labels):
         rows = len(values) if values.ndim else 0
-        raise _damaged(path, f"it has {rows} rows of features and {labels.size} labels")
+        raise _format_damage(path, f"it has {rows} rows of features and {labels.size} labels")
     if values.shape[1:] != first["values"].shape[1:]:
-        raise _damaged(path, f"a row is {'x'.join(map(str, values.shape[1:]))}")
+        shape, expected = ("x".join(map(str, v.shape[1:])) for v in (values, first["values"]))
+        raise _format_damage(path, f"its rows have shape {shape}; expected {expected}")
     if recipe.views and (values.ndim != 3 or values.shape[1] != 1 + recipe.views):
-        raise _damaged(path, f"a row is {'x'.join(map(str, values.shape[1:]))} with {recipe.views} views")
+        raise _format_damage(
+            path, f"its rows have shape {'x'.join(map(str, values.shape[1:]))}, which does not fit {recipe.views} views"
+        )
     named = int(np.count_nonzero(paths == 0)) + 1 if len(labels) else 0
     if named != len(labels):
-        raise _damaged(path, f"it has {len(labels)} labels and {named} paths")
+        raise _format_damage(path, f"it has {len(labels)} labels and {named} paths")
     if len(labels) and (labels.min() < -1 or (classes and labels.max() >= classes)):
         wrong = int(labels.min() if labels.min() < -1 else labels.max())
-        raise _damaged(path, f"the label {wrong} is out of range: it has {classes} classes")
+        raise _format_damage(path, f"the label {wrong} is out of range: it has {classes} classes")
     try:
         skipped = parse(tensors["skipped"].tobytes())
         return {str(name): str(reason) for name, reason in skipped.items()}
     except (ValueError, AttributeError) as error:
-        raise _damaged(path, "its list of skipped images cannot be read") from error
+        raise _format_damage(path, "its list of skipped images cannot be read") from error
 
 
-def _numbered(labels: NDArray[np.int64]) -> list[str]:
+def _number_classes(labels: NDArray[np.int64]) -> list[str]:
     """Return numbers as class names for labels without names, such as those of tar shards through a pipe."""
     most = int(labels.max(initial=-1))
-    return [str(i) for i in range(most + 1)] if most < _NUMBERED else []
+    return [str(i) for i in range(most + 1)] if most < _MOST_NUMBERED else []
 
 
 def _refuse_not_finite(path: Path, shards: Sequence[dict[str, NDArray[Any]]]) -> None:
@@ -195,7 +198,7 @@ def _refuse_not_finite(path: Path, shards: Sequence[dict[str, NDArray[Any]]]) ->
             raise DinoError(
                 f"{path}: row {before + row} ({Texts([tensors['paths']])[row]}) holds {count} of {values[row].size} "
                 "values that are not finite",
-                "make it again with `dino extract CHECKPOINT DATA`, which skips images without finite features",
+                "recreate it with `dino extract CHECKPOINT DATA`, which skips images without finite features",
             )
         before += len(values)
 
@@ -204,43 +207,43 @@ def _index(folder: Path) -> dict[str, int]:
     """Return the number of images in each shard of a folder, by file name."""
     splits = sorted(path for path in folder.glob("*.safetensors") if not path.stem.isdigit())
     if splits and not (folder / INDEX).exists():
-        raise DinoError(f"the features of one split were wanted; {folder} is a folder of splits", f"take {splits[0]}")
+        raise DinoError(f"{folder} is a folder of splits; expected the features of one split", f"use {splits[0]}")
     try:
         told = unseal((folder / INDEX).read_bytes())
         if told["dinocli"] != "features":
-            raise DinoError(f"{folder} holds no features", "make some with `dino extract CHECKPOINT DATA`")
+            raise DinoError(f"{folder} holds no features", "create them with `dino extract CHECKPOINT DATA`")
         shards = dict(told["images"].items())
         if not shards:
-            raise ValueError("it names no shard")
+            raise ValueError("it lists no shards")
         for name, images in shards.items():
             if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
-                raise ValueError(f"it names {name}, which is no file in this folder")
+                raise ValueError(f"it lists {name}, which is not a file name in this folder")
             if not isinstance(images, int) or images < 0:
-                raise ValueError(f"it says that {name} has {images} images")
+                raise ValueError(f"{images!r} is not a valid number of images for {name}")
         return shards
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         why = f": {error}" if isinstance(error, ValueError) else ""
-        raise _damaged(folder, f"its {INDEX} cannot be read{why}") from error
+        raise _format_damage(folder, f"its {INDEX} cannot be read{why}") from error
 
 
 def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Return the tensors and metadata of a feature file; check its number of images if one is given."""
     if not path.exists():
-        raise _damaged(path.parent, f"{path.name} is missing")
+        raise _format_damage(path.parent, f"{path.name} is missing")
     try:
         tensors, metadata = map_tensors(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
+        raise _format_damage(path, str(error)) from error
     if metadata.get("dinocli") != "features":
-        raise DinoError(f"{path} holds no features", "make some with `dino extract CHECKPOINT DATA`")
+        raise DinoError(f"{path} holds no features", "create them with `dino extract CHECKPOINT DATA`")
     here = tensors["labels"].size if "labels" in tensors else 0
     if images not in (None, here):
-        raise _damaged(path, f"{images} images were wanted; it has {here}")
+        raise _format_damage(path, f"it has {here} images; expected {images}")
     return tensors, metadata
 
 
-def _damaged(path: Path, why: str) -> DinoError:
-    return DinoError(f"{path} is damaged: {why}", "make it again with `dino extract CHECKPOINT DATA`")
+def _format_damage(path: Path, why: str) -> DinoError:
+    return DinoError(f"{path} is damaged: {why}", "recreate it with `dino extract CHECKPOINT DATA`")
 
 
 def read_splits(folder: Path) -> dict[str, Features]:
@@ -257,23 +260,23 @@ def read_splits(folder: Path) -> dict[str, Features]:
             continue
         if name in paths:
             raise DinoError(
-                f"one {name} was wanted; {folder} has both {paths[name].name} and the folder {name}",
-                "remove the older of the two; a run that was killed may have left it",
+                f"{folder} has both {paths[name].name} and the folder {name}; expected only one",
+                "remove the older one, which a killed run may have left",
             )
         paths[name] = index.parent
     if not paths:
-        came = "holds none" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        came = "holds no features" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise DinoError(
-            f"expected a folder of features; {folder} {came}", f"dino extract CHECKPOINT IMAGES --out {folder.stem}"
+            f"{folder} {came}; expected a folder of features", f"dino extract CHECKPOINT IMAGES --out {folder.stem}"
         )
     found = {name: read_features(path) for name, path in sorted(paths.items())}
     first_name, first = next(iter(found.items()))
     for name, other in found.items():
-        old = f"extract into a folder of its own (--out), or remove {paths[first_name]} if old"
+        old = f"extract into another folder (--out), or remove {paths[first_name]} if outdated"
         same_maker((first_name, first.recipe), (name, other.recipe), f"{folder} holds features", old)
         if first.recipe.data != other.recipe.data:
             raise DinoError(
-                f"{folder} holds features made by different data sets: {first_name} by {first.recipe.data}, {name} by "
+                f"{folder} holds features of different data sets: {first_name} of {first.recipe.data}, {name} of "
                 f"{other.recipe.data}",
                 old,
             )
@@ -308,7 +311,7 @@ def same_maker(
         if a != b:
             if field == "fingerprint":
                 a, b = f"{first[1].source} ({a})", f"{other[1].source} ({b})"
-            raise DinoError(f"{whose} made by different {what}: {first[0]} by {a}, {other[0]} by {b}", hint)
+            raise DinoError(f"{whose} made with different {what}: {first[0]} with {a}, {other[0]} with {b}", hint)
 
 
 def learned_from(splits: Iterable[str]) -> str:
@@ -323,7 +326,7 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
     Raises:
         DinoError: If no split has labels, the features are patch tokens, or a test class is not in the training split.
     """
-    labelled = {name: _labelled(f) for name, f in splits.items() if f.classes and (f.labels >= 0).any()}
+    labelled = {name: _keep_labelled(f) for name, f in splits.items() if f.classes and (f.labels >= 0).any()}
     if not labelled:
         data = next(iter(splits.values())).recipe.data
         raise DinoError(
@@ -331,7 +334,9 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
             "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",
         )
     if any(f.values.ndim != 2 for f in labelled.values()):
-        raise DinoError("one feature an image was wanted; these are patch tokens", "extract again with --tokens cls")
+        raise DinoError(
+            "these features are patch tokens; expected one feature vector per image", "extract again with --tokens cls"
+        )
     train = labelled[learned_from(labelled)]
     test = next((labelled[name] for name in ("val", "test") if name in labelled and labelled[name] is not train), None)
     if test is not None:
@@ -343,13 +348,13 @@ def unlabelled(splits: dict[str, Features]) -> list[str]:
     """Return a line for each partly labelled split, about the unlabelled images that `compared` ignores."""
     missing = {name: int(np.count_nonzero(f.labels < 0)) for name, f in splits.items() if f.classes}
     return [
-        f"{count} of the {len(splits[name])} images of {name} have no label, and are ignored"
+        f"ignoring {count} of the {len(splits[name])} images of {name}, which have no label"
         for name, count in missing.items()
         if 0 < count < len(splits[name])
     ]
 
 
-def _labelled(features: Features) -> Features:
+def _keep_labelled(features: Features) -> Features:
     """Return the features of the labelled images."""
     rows = np.flatnonzero(features.labels >= 0)
     if len(rows) == len(features):

@@ -38,7 +38,7 @@ class FrozenTeacher:
         weights = read_weights(Path(source))
         if weights.preset is None:
             raise DinoError(
-                f"a teacher with its heads was wanted; {source} is not of this tool and says nothing of them",
+                f"{source} was not written by this tool, so its heads are unknown; expected a teacher with heads",
                 "--teacher RUN, or a ckpt.safetensors that `dino pretrain` wrote",
             )
         heads = {f"{name}.{key}": value for name, head in weights.heads.items() for key, value in head.items()}
@@ -60,9 +60,9 @@ class FrozenTeacher:
             own, theirs = student.backbone.build(drop_path=False).grid(side), backbone.grid(side)
             if own != theirs:
                 raise DinoError(
-                    f"losses.{name} compares patches one by one; at {side} pixels the teacher has {_shape(theirs)} of "
-                    f"them and the student {_shape(own)}",
-                    f"a student with patches of {backbone.patch_size} pixels, or --set losses.{name}=none",
+                    f"losses.{name} compares individual patches; at {side} pixels the teacher has {_shape(theirs)} "
+                    f"patches and the student {_shape(own)}",
+                    f"use a student with patches of {backbone.patch_size} pixels, or --set losses.{name}=none",
                 )
         return network
 
@@ -82,8 +82,8 @@ class FrozenTeacher:
             own = self.preset.heads.get(name)
             if own is None:
                 raise DinoError(
-                    f"a teacher with a head called {name} was wanted; {self.source} has {', '.join(self.preset.heads)}",
-                    f"name the student's head as the teacher's: [heads.{next(iter(self.preset.heads))}]",
+                    f"the teacher {self.source} has no head {name}; its heads are {', '.join(self.preset.heads)}",
+                    f"rename the student's head to the teacher's: [heads.{next(iter(self.preset.heads))}]",
                 )
             if own.prototypes != head.prototypes:
                 raise DinoError(
@@ -94,16 +94,16 @@ class FrozenTeacher:
         for name, wanted in student.losses.aimed().items():
             if (wanted.head, wanted.reads) not in taught:
                 raise DinoError(
-                    f"losses.{name} asks the teacher's head {wanted.head} of {_READS[wanted.reads]}, which it never "
-                    "learned to read",
-                    f"a teacher that was trained with losses.{name}, or --set losses.{name}=none",
+                    f"losses.{name} applies the teacher's head {wanted.head} to {_READS[wanted.reads]}, but it "
+                    "was not trained on them",
+                    f"use a teacher trained with losses.{name}, or --set losses.{name}=none",
                 )
         for key in ("mean", "std"):
             own_numbers, numbers = list(getattr(self.preset.views, key)), list(getattr(student.views, key))
             if own_numbers != numbers:
                 raise DinoError(
-                    f"the teacher was trained with views.{key}={own_numbers}, and the student's is {numbers}; both see "
-                    "the same images",
+                    f"views.{key}={numbers} differs from the teacher's {own_numbers}; both networks receive the same "
+                    "images",
                     f"--set views.{key}='{own_numbers}'",
                 )
 

@@ -65,7 +65,7 @@ def read_history(path: Path) -> dict[str, Curve]:
     if path.is_file():
         with path.open("rb") as file:
             while block := list(islice(file, _BLOCK)):
-                for keys, rows in _by_keys(block, steps).items():
+                for keys, rows in _group(block, steps).items():
                     table = _table(rows)
                     for i, key in enumerate(keys, 1):
                         pieces[key].append(table[:, [0, i]])
@@ -74,11 +74,11 @@ def read_history(path: Path) -> dict[str, Curve]:
     return {key: curve for key, parts in pieces.items() if (curve := _curve(np.concatenate(parts), at, stands))}
 
 
-def _by_keys(block: list[bytes], steps: array[float]) -> dict[tuple[str, ...], list[tuple[object, ...]]]:
+def _group(block: list[bytes], steps: array[float]) -> dict[tuple[str, ...], list[tuple[object, ...]]]:
     """Group lines with the same keys into rows of line number and values; append their steps to `steps`."""
     found: dict[tuple[str, ...], list[tuple[object, ...]]] = {}
     for text in block:
-        line = _parsed(text)
+        line = _parse_line(text)
         step = _number(line.pop("step", None))
         if math.isfinite(step):
             found.setdefault(tuple(line), []).append((len(steps), *line.values()))
@@ -86,7 +86,7 @@ def _by_keys(block: list[bytes], steps: array[float]) -> dict[tuple[str, ...], l
     return found
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
+def _parse_line(text: bytes) -> dict[str, Any]:
     # Lines are flat: after a truncated one without a line end, the next begins at the last brace.
     try:
         line, _ = _decode(text[max(0, text.rfind(b"{")) :].decode())

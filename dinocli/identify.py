@@ -24,7 +24,7 @@ Kind = Literal[
 WEIGHTS: frozenset[Kind] = frozenset(["timm", "run", "weights"])
 # With an article, to complete "x is ...".
 NAMES: dict[Kind, str] = {
-    "missing": "nothing that exists",
+    "missing": "a path that does not exist",
     "pattern": "a pattern that matches no file",
     "address": "an address",
     "timm": "a model of timm",
@@ -39,7 +39,7 @@ NAMES: dict[Kind, str] = {
     "images": "a folder of images",
     "source": "a set of images",
     "folder": "a folder without images",
-    "file": "a file of another kind",
+    "file": "a file of an unknown type",
 }
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
 _GRAPHS = (
@@ -133,7 +133,7 @@ def foreign(path: Path) -> tuple[str, str] | None:
     if kind == "graph":
         return (
             f"a graph or weights of another framework ({path.suffix})",
-            "take the .pth or ckpt.safetensors it was made of",
+            "use the .pth or ckpt.safetensors it was exported from",
         )
     if kind in ("image", "video", "archive"):
         return NAMES[kind], "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME"
@@ -143,18 +143,18 @@ def foreign(path: Path) -> tuple[str, str] | None:
         with path.open("rb") as file:
             head = file.read(512).lstrip()
         if head.startswith(b"version https://git-lfs"):
-            return "a pointer of Git LFS, not the file itself", "git lfs pull"
+            return "a Git LFS pointer, not the file itself", "git lfs pull"
         if head[:1] == b"<":
-            return "a web page", "download the file again: the address gave a page"
+            return "a web page", "download the file again: the URL returned a web page"
         if not head:
             return "empty", "copy or download it again"
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
             if any("/code/" in name for name in names) or any(name.endswith("constants.pkl") for name in names):
-                return "a TorchScript graph", "take the .pth or ckpt.safetensors it was made of"
+                return "a TorchScript graph", "use the .pth or ckpt.safetensors it was exported from"
             if not any(name.endswith("data.pkl") for name in names):
-                return "an archive", "unpack it, and name the .pth or .safetensors in it"
+                return "an archive", "unpack it, and name the .pth or .safetensors inside"
     except (OSError, zipfile.BadZipFile):
         return None
     return None

@@ -56,7 +56,7 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
     elif shape:
         raise _fixed_shape(source, shape[0])
     else:
-        encoder = _frozen(*_from_timm(source.removeprefix("timm:")), source, device)
+        encoder = _freeze(*_load_timm(source.removeprefix("timm:")), source, device)
         encoder = replace(encoder, images=ImagesConfig(channels=encoder.channels))
     return with_images(encoder, limits)
 
@@ -71,22 +71,22 @@ def encoder_of(weights: Weights, source: str, device: torch.device, overrides: S
     backbone = architecture.build(drop_path=False)
     load_strictly(backbone.model, weights.backbone, source)
     if weights.preset:
-        return replace(_of_preset(backbone, source, device, weights.preset), step=weights.step)
+        return replace(_build(backbone, source, device, weights.preset), step=weights.step)
     channels = int(architecture.options.get("in_chans", 3))
     if channels != 3:
         raise DinoError(
             f"{source} takes {channels} channels and does not store their mean and std",
-            "take the ckpt.safetensors that it was exported from",
+            "use the ckpt.safetensors that it was exported from",
         )
-    encoder = _frozen(backbone, int(architecture.options.get("img_size", 224)), *_IMAGENET, source, device)
+    encoder = _freeze(backbone, int(architecture.options.get("img_size", 224)), *_IMAGENET, source, device)
     if weights.architecture or not heads_are_assumed(architecture):
         return encoder
     heads = architecture.options["num_heads"]
     if any(override.partition("=")[0].strip() == "backbone.options.num_heads" for override in overrides):
         # The same weights with another number of heads are another network, and its features are not comparable.
         return replace(encoder, fingerprint=fingerprint({"": torch.tensor(heads), **backbone.model.state_dict()}))
-    note = f"{source} does not store its number of attention heads; taking {heads}, its width divided by 64"
-    return replace(encoder, notes=(f"{note} ({HEADS}N for another)",))
+    note = f"{source} does not store its number of attention heads; assuming {heads}, its width divided by 64"
+    return replace(encoder, notes=(f"{note} ({HEADS}N overrides this)",))
 
 
 def architecture_of(weights: Weights, source: str, overrides: Sequence[str] = ()) -> BackboneConfig:
@@ -107,17 +107,17 @@ def architecture_of(weights: Weights, source: str, overrides: Sequence[str] = ()
 
 def _fixed_shape(source: str, override: str) -> DinoError:
     return DinoError(
-        f"--set {override} is for official files; {source} stores its own architecture", "leave that --set out"
+        f"--set {override} is only for official files; {source} stores its own architecture", "remove that --set"
     )
 
 
-def _of_preset(backbone: Backbone, source: str, device: torch.device, preset: Preset) -> Encoder:
+def _build(backbone: Backbone, source: str, device: torch.device, preset: Preset) -> Encoder:
     views = preset.views
-    encoder = _frozen(backbone, views.global_1.size, views.mean, views.std, source, device)
+    encoder = _freeze(backbone, views.global_1.size, views.mean, views.std, source, device)
     return replace(encoder, images=preset.images)
 
 
-def _frozen(backbone: Backbone, size: int, mean: Channels, std: Channels, source: str, device: torch.device) -> Encoder:
+def _freeze(backbone: Backbone, size: int, mean: Channels, std: Channels, source: str, device: torch.device) -> Encoder:
     backbone = backbone.eval().requires_grad_(False).to(device)
     return Encoder(backbone, source, fingerprint(backbone.model.state_dict()), size, mean, std)
 
@@ -130,10 +130,10 @@ def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> 
     """
     if weights.preset is None:
         raise DinoError(
-            "an untrained twin needs a checkpoint of this tool", "take a ckpt.safetensors that `dino pretrain` wrote"
+            "an untrained twin needs a checkpoint of this tool", "use a ckpt.safetensors that `dino pretrain` wrote"
         )
     torch.manual_seed(seed)
-    return _of_preset(weights.preset.backbone.build(drop_path=False), "untrained", device, weights.preset)
+    return _build(weights.preset.backbone.build(drop_path=False), "untrained", device, weights.preset)
 
 
 def initial_weights(source: str) -> Weights:
@@ -143,7 +143,7 @@ def initial_weights(source: str) -> Weights:
         DinoError: If the source does not exist.
     """
     if source.startswith("timm:"):
-        return Weights(dict(_from_timm(source.removeprefix("timm:"))[0].model.state_dict()), {}, None)
+        return Weights(dict(_load_timm(source.removeprefix("timm:"))[0].model.state_dict()), {}, None)
     return read_weights(Path(source))
 
 
@@ -163,7 +163,7 @@ def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
     return replace(weights, backbone=weights.backbone | {key: adapt_input_conv(own.shape[1], given)})
 
 
-def _from_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
+def _load_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
     # The hub's client logs every retry; one error at the end is enough.
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     _check_released(name)
@@ -189,8 +189,10 @@ def _check_released(name: str) -> None:
     if name.startswith(LOCAL):
         folder = name.removeprefix(LOCAL)
         if not timm_folder(Path(folder)):
-            there = "has no config.json" if Path(folder).is_dir() else "is no folder"
-            raise DinoError(f"timm:{name}: {folder or 'the name'} {there}", "a folder of `dino export --to timm`")
+            there = "has no config.json" if Path(folder).is_dir() else "is not a folder"
+            raise DinoError(
+                f"timm:{name}: {folder or 'the name'} {there}", "name a folder written by `dino export --to timm`"
+            )
         return
     if name.startswith(("hf-hub:", "hf_hub:")):
         return
@@ -199,7 +201,7 @@ def _check_released(name: str) -> None:
         return
     tags = [other for other in released if other.startswith(f"{architecture}.")]
     if not name:
-        fault = "timm: names no model"
+        fault = "timm: is not followed by a model name"
     elif tags:
         fault = f"timm {timm.__version__} has no weights {name.partition('.')[2]!r} of {architecture}"
     elif timm.is_model(architecture):
@@ -252,7 +254,7 @@ def _start(work: Callable[[], Any]) -> Future[Any]:
 def _no_download(name: str, why: str) -> DinoError:
     return DinoError(
         f"could not download the pretrained weights of timm's {name}: {why}",
-        f"connect to the network once, or take a folder with config.json and weights: timm:{LOCAL}FOLDER",
+        f"connect to the network once, or use a folder with config.json and weights: timm:{LOCAL}FOLDER",
     )
 
 

@@ -17,7 +17,7 @@ OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
 _ORIGINAL_WIDTHS = {*OFFICIAL, 1024, 1536}
 _HEAD_WIDTH = 64
 # Widths for which a well-known network with the same keys has another number of heads.
-_OTHERS_HEADS = {1280: "may mean 20, as the originals' widths do, or 16, as in ViT-H"}
+_OTHERS_HEADS = {1280: "fits 20 heads, as in the originals, or 16, as in ViT-H"}
 _TINY = 96
 HEADS = "--set backbone.options.num_heads="
 
@@ -103,13 +103,13 @@ def heads_are_assumed(architecture: BackboneConfig) -> bool:
 def _unknown(backbone: Mapping[str, Tensor], source: str) -> DinoError:
     if "storage_tokens" in backbone or "rope_embed.periods" in backbone:
         return DinoError(
-            f"{source} is an original file of DINOv3, which is not read",
-            "timm has the same weights: timm:vit_small_patch16_dinov3.lvd1689m, or base, large, huge_plus, 7b",
+            f"{source} is an official DINOv3 file, which is not supported",
+            "use the same weights from timm: timm:vit_small_patch16_dinov3.lvd1689m, or base, large, huge_plus, 7b",
         )
     return DinoError(
-        f"{source} is no network of DINO (a ViT, or ResNet-50) nor of DINOv2 (a ViT); "
+        f"{source} is not a network of DINO (ViT or ResNet-50) or DINOv2 (ViT); "
         f"its first keys are {', '.join(list(backbone)[:3])}",
-        "take a ckpt.safetensors of this tool, an official .pth of DINO or DINOv2, or timm:NAME",
+        "use a ckpt.safetensors of this tool, an official .pth of DINO or DINOv2, or timm:NAME",
     )
 
 
@@ -150,8 +150,8 @@ def _sizes(backbone: Mapping[str, Tensor], source: str, *, unplaced: int) -> dic
     side = round(places**0.5)
     if side**2 != places or patch != across:
         raise DinoError(
-            f"{source} has {places} positions and patches of {patch}x{across}; only square grids and patches are read",
-            "take a checkpoint of square images and patches",
+            f"{source} has {places} positions and patches of {patch}x{across}; only square ones are supported",
+            "use a checkpoint with square images and patches",
         )
     blocks = len({key.split(".")[1] for key in backbone if key.startswith("blocks.")})
     sizes = {"embed_dim": width, "depth": blocks, "patch_size": patch, "img_size": side * patch}
@@ -165,7 +165,7 @@ def _with_heads(config: BackboneConfig, width: int, source: str) -> BackboneConf
             why = _OTHERS_HEADS.get(width, "is not a multiple of 64")
             raise DinoError(
                 f"{source} does not store its number of attention heads, and its width {width} {why}",
-                f"{HEADS}N with the N it was trained with" + (" (6 for preset tiny)" if width == _TINY else ""),
+                f"{HEADS}N with the number it was trained with" + (" (6 for preset tiny)" if width == _TINY else ""),
             )
         return config.model_copy(update={"options": config.options | {"num_heads": width // _HEAD_WIDTH}})
     if type(heads) is not int or heads < 1 or width % heads:

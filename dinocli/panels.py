@@ -76,16 +76,16 @@ def _training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> 
     return [
         Panel(
             "Loss",
-            "It starts near the dotted line and falls. With a vision transformer it often rises again while the "
-            "teacher temperature warms up, and then falls once more. A loss that stays on the line tells nothing of "
-            "any image: take a lower teacher temperature or fewer prototypes.",
+            "The loss starts near the dotted line and falls. With a vision transformer it often rises while the "
+            "teacher temperature warms up, then falls again. A loss that stays on the line means that targets carry no "
+            "information: lower the teacher temperature or use fewer prototypes.",
             [Lane("loss, nats", curves, flat)],
         ),
         Panel(
-            "What the teacher tells",
-            "There are two ways to collapse: entropy on the dotted line, all prototypes alike, or at 0, one for all "
-            "images. In health it stays away from both; the KL of the student from the teacher stays above 0, and the "
-            "information, what a target tells of its own image, well above 0.",
+            "Teacher outputs",
+            "Training collapses in two ways: entropy on the dotted line (uniform over the prototypes), or entropy 0 "
+            "(one prototype for all images). A healthy entropy stays away from both. The KL divergence of student "
+            "from teacher stays above 0. The information of a target about its image stays well above 0.",
             [
                 Lane("entropy, nats", _ending(history, "/teacher_entropy"), uniform, whole=True),
                 Lane("KL, nats", _ending(history, "/kl"), whole=True),
@@ -94,26 +94,27 @@ def _training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> 
         ),
         Panel(
             "Prototypes in use",
-            "Over a hundred steps. After the first epochs it no longer falls; near 0 a few prototypes take all images.",
-            [Lane("% of all", _ending(history, "/prototypes", 100), whole=True)],
+            "Share of prototypes used over a hundred steps. It stops falling after the first epochs. Near 0, a few "
+            "prototypes receive all images.",
+            [Lane("% of prototypes", _ending(history, "/prototypes", 100), whole=True)],
         ),
         Panel(
             "Spread of the features",
-            "Of the teacher's normalized features: 1 where they lie in all directions, 0 where all images get the "
-            "same. It stays well above 0.",
+            "Standard deviation of the teacher's normalized features, scaled: 1 if they point in all directions, 0 if "
+            "all images have the same features. It stays well above 0.",
             [Lane("spread", _pick(history, {"features": "feature_std"}), whole=True)],
         ),
         Panel(
             "Gradient norm",
-            "Before clipping. After the warm-up it stays within a factor of ten or so; spikes that grow ask for a "
-            "lower rate or a tighter clip.",
-            [Lane("norm, logarithmic", _pick(history, {"gradient": "grad_norm"}), log=True)],
+            "Norm before clipping. After the warm-up it stays within a factor of about ten. If spikes grow, lower the "
+            "learning rate or the clipping threshold.",
+            [Lane("norm (log scale)", _pick(history, {"gradient": "grad_norm"}), log=True)],
         ),
         Panel(
-            "Steps left out",
-            "Steps whose loss or gradient was not finite, and which changed nothing. There should be none, or few that "
-            "do not become more.",
-            [Lane("steps so far", _if_any(_pick(history, {"skipped": "skipped"})), whole=True)],
+            "Skipped steps",
+            "Steps without an update, because the loss or gradient was not finite. A healthy run has none, or a few "
+            "early ones.",
+            [Lane("total so far", _if_any(_pick(history, {"skipped": "skipped"})), whole=True)],
         ),
     ]
 
@@ -122,15 +123,15 @@ def _monitor(history: Mapping[str, Curve]) -> list[Panel]:
     return [
         Panel(
             "k-NN accuracy",
-            "Labelled images told by their neighbours. It rises for most of the run, fastest early; where it falls for "
-            "long while the loss falls too, look at the pictures below.",
-            [Lane("% right", _pick(history, {"k-NN": "knn"}))],
+            "Accuracy of a k-NN classifier on labelled images. It rises for most of the run, fastest early. If it "
+            "falls for long while the loss also falls, check the pictures below.",
+            [Lane("accuracy, %", _pick(history, {"k-NN": "knn"}))],
         ),
         Panel(
             "Features without labels",
-            "Effective rank: how many directions the features use; near 1 all images look alike. Uniformity: how "
-            "evenly they lie, from 0, all alike, to about -4. Both may worsen in the first epochs; in health they do "
-            "not go on so.",
+            "Effective rank: the number of directions that the features use; near 1, all images have equal features. "
+            "Uniformity: from 0 (all features equal) to about -4 (evenly spread). Both may worsen in the first epochs, "
+            "but not for longer.",
             [
                 Lane("effective rank", _pick(history, {"rank": "rank"})),
                 Lane("uniformity", _pick(history, {"uniformity": "uniformity"})),
@@ -142,8 +143,8 @@ def _monitor(history: Mapping[str, Curve]) -> list[Panel]:
 def _schedules(history: Mapping[str, Curve]) -> list[Panel]:
     return [
         Panel(
-            "Rate and weight decay",
-            "As the settings have them: mostly the rate warms up and then falls, and the weight decay rises.",
+            "Learning rate and weight decay",
+            "Schedules from the settings. Usually the learning rate warms up, then decays, and the weight decay rises.",
             [
                 Lane("learning rate", _pick(history, {"rate": "lr"}), whole=True),
                 Lane("weight decay", _pick(history, {"weight decay": "weight_decay"})),
@@ -151,8 +152,8 @@ def _schedules(history: Mapping[str, Curve]) -> list[Panel]:
         ),
         Panel(
             "Momentum and temperature",
-            "As the settings have them: the teacher's momentum rises to 1, so that it moves less and less; its "
-            "temperature warms up in the first epochs, or stays.",
+            "Schedules from the settings. The teacher's momentum rises to 1, so its updates become smaller. Its "
+            "temperature warms up in the first epochs, or is constant.",
             [
                 Lane("momentum", _pick(history, {"momentum": "momentum"})),
                 Lane("temperature", _ending(history, "/temperature")),
@@ -164,17 +165,17 @@ def _schedules(history: Mapping[str, Curve]) -> list[Panel]:
 def _machine(history: Mapping[str, Curve]) -> list[Panel]:
     return [
         Panel(
-            "Speed and waiting",
-            "Both are flat. Where a step waits for data for more than a few percent of its time, more workers, a cache "
-            "or smaller files make the run faster.",
+            "Speed and data wait",
+            "Both are flat. If steps wait for data more than a few percent of the time, more workers, a cache or "
+            "smaller files speed up training.",
             [
-                Lane("images a second", _pick(history, {"speed": "images_per_second"}), whole=True),
-                Lane("% of the time waited", _pick(history, {"waited": "data_wait"}, 100), whole=True),
+                Lane("images per second", _pick(history, {"speed": "images_per_second"}), whole=True),
+                Lane("waiting for data, % of time", _pick(history, {"data wait": "data_wait"}, 100), whole=True),
             ],
         ),
         Panel(
             "Memory",
-            "The most in use so far. After the first steps it is flat; one that keeps growing ends the run.",
+            "Peak memory so far. It is flat after the first steps. If it keeps growing, memory will run out.",
             [Lane("GiB", _pick(history, {"memory": "peak_memory"}, 2**-30), whole=True)],
         ),
     ]

@@ -81,10 +81,10 @@ def outline(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
 
 def inner_edge(mask: NDArray[np.bool_], lines: int = 1) -> NDArray[np.bool_]:
     """Return the pixels of a mask along its edge, `lines` wide, and wider in larger photos. [H, W]"""
-    return mask & ~_shrunk(mask, lines * max(1, min(mask.shape) // 200))
+    return mask & ~_erode(mask, lines * max(1, min(mask.shape) // 200))
 
 
-def _shrunk(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
+def _erode(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
     """Erode a mask by some pixels; the photo's border is not an edge."""
     for _ in range(by):
         padded = np.pad(mask, 1, constant_values=True)
@@ -160,7 +160,7 @@ def contact_sheet(
     page = Image.new("RGB", (lefts[-1] + side + _GAP, top + len(rows) * pitch), _PAPER)
     pen = ImageDraw.Draw(page)
     if title:
-        pen.text((_GAP, _LINE), _fitted(title, font, page.width - 2 * _GAP), _INK, font, anchor="lm")
+        pen.text((_GAP, _LINE), _shorten(title, font, page.width - 2 * _GAP), _INK, font, anchor="lm")
     if 0 < lead < columns:
         pen.line([(lefts[lead] - 1.5 * _GAP, top), (lefts[lead] - 1.5 * _GAP, page.height - _GAP)], _PALE)
     for r, row in enumerate(rows):
@@ -175,7 +175,7 @@ def _place(
 ) -> None:
     if isinstance(place, str):
         pen.rectangle((left, top, left + side - 1, top + side - 1), outline=_PALE)
-        words = "\n".join(_fitted(line, font, side - 2 * _GAP) for line in place.split("\n"))
+        words = "\n".join(_shorten(line, font, side - 2 * _GAP) for line in place.split("\n"))
         pen.multiline_text((left + side / 2, top + side / 2), words, _INK, font, anchor="mm", align="center")
         return
     photo = fitted(place.pixels, side)
@@ -183,7 +183,7 @@ def _place(
     page.paste(Image.fromarray(photo), (left + (side - width) // 2, top + (side - height) // 2))
     for i, line in enumerate(place.caption.split("\n")):
         middle = (left + side / 2, top + side + (i + 0.55) * _LINE)
-        pen.text(middle, _fitted(line, font, side), _INK, font, anchor="mm")
+        pen.text(middle, _shorten(line, font, side), _INK, font, anchor="mm")
 
 
 def fitted(pixels: Pixels, side: int) -> Pixels:
@@ -196,7 +196,7 @@ def fitted(pixels: Pixels, side: int) -> Pixels:
     return np.asarray(Image.fromarray(visible(pixels)).resize(size, way))
 
 
-def _fitted(text: str, font: Font, width: float) -> str:
+def _shorten(text: str, font: Font, width: float) -> str:
     """Cut the start of a text to fit a width, because the end of a path matters most."""
     text = text.encode("utf-8", "replace").decode()  # file names may hold any bytes
     if font.getlength(text) <= width:

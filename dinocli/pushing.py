@@ -64,17 +64,19 @@ def push(source: str, out: Path | None = None, features: Path | None = None) -> 
         OSError: If the disk is full, or the path is not writable.
     """
     if source.startswith("timm:"):
-        raise DinoError(f"a run was wanted; {source} is timm's own, and there already", "a run folder: runs/tiny-1")
+        raise DinoError(f"{source} is already a timm model; expected a run", "name a run folder, such as runs/tiny-1")
     weights = read_weights(Path(source))
     if weights.preset is None:
-        raise DinoError(f"a run of this tool was wanted; {source} tells of none", f"dino export {source} --to timm")
+        raise DinoError(
+            f"{source} does not store its training; expected a run of this tool", f"dino export {source} --to timm"
+        )
     run = _run_of(Path(source))
     name = re.sub(r"[^\w.-]+", "-", out.name if out else run.name if run else Path(source).stem)
     out = out or Path(f"{name}-hub")
-    _is_free(out)
+    _check_free(out)
     encoder = encoder_of(weights, source, torch.device("cpu"))
-    measured = _measured(features, encoder, source) if features else None
-    history = _until(weights.step, read_history(run / METRICS)) if run else {}
+    measured = _measure(features, encoder, source) if features else None
+    history = _cut_after(weights.step, read_history(run / METRICS)) if run else {}
     state = _state_of(run)
     with atomic_folder(out) as folder:
         written = write_timm(encoder, weights.preset.backbone, folder)
@@ -88,13 +90,13 @@ def push(source: str, out: Path | None = None, features: Path | None = None) -> 
             notes=written.notes,
             steps=weights.step,
             images=state.images.count if state else None,
-            init=_shown(state.init) if state and state.init else None,
+            init=_strip_folders(state.init) if state and state.init else None,
             watched=float(history["knn"].values[-1]) if "knn" in history else None,
             measured=measured,
             curves=CURVES if history else None,
         )
         text = card_of(facts)
-        write_text(folder / CARD, f"{text}\n{_MARK.format(_sum(text))}\n")
+        write_text(folder / CARD, f"{text}\n{_MARK.format(_hash(text))}\n")
     return Pushed(out, name, written.difference, measured)
 
 
@@ -105,7 +107,7 @@ def _run_of(source: Path) -> Path | None:
     return folder if (folder / METRICS).is_file() else None
 
 
-def _until(step: int | None, history: dict[str, Curve]) -> dict[str, Curve]:
+def _cut_after(step: int | None, history: dict[str, Curve]) -> dict[str, Curve]:
     """Cut a history at a step: a killed run may have logged steps beyond its checkpoint."""
     if step is None:
         return history
@@ -117,30 +119,30 @@ def _state_of(run: Path | None) -> State | None:
     return next((state for _, state in saved_states(run) if state), None) if run else None
 
 
-def _measured(folder: Path, encoder: Encoder, source: str) -> Measured:
+def _measure(folder: Path, encoder: Encoder, source: str) -> Measured:
     train, test = compared(read_splits(folder))
     if train.recipe.fingerprint != encoder.fingerprint:
         raise DinoError(
-            f"features of {source} were wanted; {folder} holds those of other weights ({train.recipe.source})",
+            f"{folder} holds features of other weights ({train.recipe.source}); expected features of {source}",
             f"dino extract {source} DATA --out OTHER, then --features OTHER",
         )
-    return Measured(knn(train, test, [_K]), _shown(train.recipe.data))
+    return Measured(knn(train, test, [_K]), _strip_folders(train.recipe.data))
 
 
-def _shown(place: str) -> str:
+def _strip_folders(place: str) -> str:
     """Return the public part of a location: the last part of a path, or all of `timm:NAME` or `torchvision:NAME`."""
     return place if re.match(r"\w{2,}:", place) else Path(place).resolve().name
 
 
-def _is_free(out: Path) -> None:
+def _check_free(out: Path) -> None:
     folder_is_free(out, _FILES)
     card = out / CARD
     if not card.is_file():
         return
     text, _, mark = card.read_text(encoding="utf-8", errors="replace").rstrip("\n").rpartition("\n")
-    if mark != _MARK.format(_sum(text)):
-        raise DinoError(f"{card} was changed since it was written, and would be lost", "another OUT, and copy it there")
+    if mark != _MARK.format(_hash(text)):
+        raise DinoError(f"{card} was edited, and would be overwritten", "choose another OUT, and copy the card there")
 
 
-def _sum(text: str) -> str:
+def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

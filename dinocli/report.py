@@ -51,7 +51,7 @@ def write_report(folder: Path) -> None:
     links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in there)
     sections = "".join(f'<section id="{name.lower()}"><h2>{name}</h2>{text}</section>' for name, text in there.items())
     title = text_of(folder.resolve().name)
-    nav = f"<nav aria-label='Parts of this page'>{links}</nav>"
+    nav = f"<nav aria-label='Sections of this page'>{links}</nav>"
     head = f"<header><h1>{title}</h1>{_facts(history, preset)}{nav}</header>"
     write_text(folder / REPORT, page_of(title, f"{head}<main>{sections}</main>"))
 
@@ -78,7 +78,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _at(data: object, *keys: str) -> Any:
+def _get(data: object, *keys: str) -> Any:
     """Return the value at nested keys, or None if an older version lacks a key."""
     for key in keys:
         data = data.get(key) if isinstance(data, dict) else None
@@ -87,19 +87,19 @@ def _at(data: object, *keys: str) -> Any:
 
 def _losses(preset: dict[str, Any]) -> dict[str, LossFacts]:
     found = {}
-    for name, loss in (_at(preset, "losses") or {}).items():
-        prototypes = _at(preset, "heads", str(_at(loss, "head")), "prototypes")
+    for name, loss in (_get(preset, "losses") or {}).items():
+        prototypes = _get(preset, "heads", str(_get(loss, "head")), "prototypes")
         if isinstance(prototypes, int) and prototypes > 1:
-            found[name] = LossFacts(float(_at(loss, "weight") or 1.0), prototypes)
+            found[name] = LossFacts(float(_get(loss, "weight") or 1.0), prototypes)
     return found
 
 
 def _facts(history: Mapping[str, Curve], preset: dict[str, Any]) -> str:
     """Return the progress of the run as a line of figures."""
-    facts = {"recipe": _at(preset, "about", "recipe")}
+    facts = {"recipe": _get(preset, "about", "recipe")}
     last = {key: curve.values[-1] for key, curve in history.items() if len(curve.finite)}
     if history:
-        step, epochs = max(curve.steps[-1] for curve in history.values()), _at(preset, "training", "epochs")
+        step, epochs = max(curve.steps[-1] for curve in history.values()), _get(preset, "training", "epochs")
         facts["steps"] = f"{step:,.0f}"
         if last.get("epoch", 0) > 0 and epochs:
             facts["steps"] += f" of {step / last['epoch'] * epochs:,.0f}"
@@ -116,23 +116,23 @@ _FIGURES = (
     ("loss", "loss", "{:.3f}"),
     ("knn", "k-NN", "{:.1f} %"),
     ("rank", "effective rank", "{:.1f}"),
-    ("images_per_second", "images a second", "{:,.0f}"),
-    ("skipped", "steps left out", "{:.0f}"),
+    ("images_per_second", "images per second", "{:,.0f}"),
+    ("skipped", "skipped steps", "{:.0f}"),
 )
 
 
 def _curves(drawn: list[Panel]) -> str:
     if not drawn:
-        return "<p>Nothing was logged yet.</p>"
+        return "<p>No values logged yet.</p>"
     text = ""
     for panel in drawn:
-        label = text_of(f"{panel.title}: {_said(panel)}")
+        label = text_of(f"{panel.title}: {_describe(panel)}")
         text += f"<figure><h3>{text_of(panel.title)}</h3>{panel_svg(panel, label)}"
         text += f"<figcaption>{text_of(panel.healthy)}</figcaption></figure>"
     return f"<div class='panels'>{text}</div>"
 
 
-def _said(panel: Panel) -> str:
+def _describe(panel: Panel) -> str:
     """Describe a panel for screen readers: the first and last value of each curve."""
     ends = [(lane.title, name, curve.finite) for lane in panel.lanes for name, curve in lane.curves.items()]
     return "; ".join(f"{title}, {name}, from {v[0]:.4g} to {v[-1]:.4g}" for title, name, v in ends if len(v))
@@ -145,9 +145,9 @@ def _attention(pictures: Path) -> str:
     if not maps:
         return ""
     text = (
-        "<p>What the teacher's class token looks at in its last block, averaged over the heads, each map from "
-        "its least (black) to its most (yellow). In health the maps differ from photo to photo, and come to keep to "
-        "things or to what surrounds them.</p>"
+        "<p>Attention of the teacher's class token in the last block, averaged over the heads. Each map is scaled from "
+        "its minimum (black) to its maximum (yellow). In a healthy run the maps differ between photos and come to "
+        "separate objects from the background.</p>"
     )
     for i, (photo, name) in enumerate(zip(photos, _names(pictures, len(photos)), strict=True)):
         tiles = _tile(photo, f"Photo {i + 1}: {name}", "photo")
@@ -165,9 +165,9 @@ def _neighbours(pictures: Path) -> str:
     if not found:
         return ""
     text = (
-        "<p>The nearest of a few hundred photos, by the cosine of their features, the nearest first. An untrained "
-        "network goes by color; a trained one by what is shown. The same neighbours for every photo are a sign of "
-        "collapse.</p>"
+        "<p>Nearest neighbours among a few hundred photos, by cosine similarity of their features, nearest first. An "
+        "untrained network matches colors; a trained one matches content. The same neighbours for every photo "
+        "indicate collapse.</p>"
     )
     for i, name in enumerate(_names(pictures, len(photos))):
         text += f"<h3 class='name'>{name}</h3><div class='times'>"
@@ -188,7 +188,7 @@ def _tile(address: str, says: str, caption: str) -> str:
 
 def _names(pictures: Path, count: int) -> list[str]:
     """Return the photos' names, escaped for the page."""
-    names = _at(_read_json(pictures / "photos.json"), "names")
+    names = _get(_read_json(pictures / "photos.json"), "names")
     names = names if isinstance(names, list) else []
     return [text_of(names[i] if i < len(names) else f"photo {i + 1}") for i in range(count)]
 
@@ -238,12 +238,12 @@ def _settings(preset: dict[str, Any]) -> str:
     if not preset:
         return ""
     name, before = shipped_as(preset)
-    text = f"<p>Marked is what differs from the preset <code>{name}</code>.</p>" if name else ""
+    text = f"<p>Highlighted settings differ from the preset <code>{name}</code>.</p>" if name else ""
     text += "<div class='tables'>"
     for table, values in preset.items():
         if table == "about":
             continue
-        now, then = dict(flat(values)), dict(flat(_at(before, table)))
+        now, then = dict(flat(values)), dict(flat(_get(before, table)))
         keys = [key for key in dict.fromkeys([*now, *then]) if now.get(key) is not None or then.get(key) is not None]
         rows = "".join(_setting(key, now.get(key), then.get(key), marked=bool(name)) for key in keys)
         text += f"<table><caption>{text_of(table)}</caption><tbody>{rows}</tbody></table>" if rows else ""
@@ -252,13 +252,15 @@ def _settings(preset: dict[str, Any]) -> str:
 
 def _setting(key: str, now: str | None, then: str | None, *, marked: bool) -> str:
     changed = marked and now != then
-    note = f" <small>shipped: {text_of(then or 'absent')}</small>" if changed else ""
-    value = f"<mark>{text_of(now or 'absent')}</mark>{note}" if changed else text_of(now)
+    note = f" <small>preset: {text_of(then or 'none')}</small>" if changed else ""
+    value = f"<mark>{text_of(now or 'none')}</mark>{note}" if changed else text_of(now)
     return f'<tr><th scope="row">{text_of(key)}</th><td>{value}</td></tr>'
 
 
 def _values(history: Mapping[str, Curve]) -> str:
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("value", "last", "first", "lowest", "highest", "lines"))
+    heads = "".join(
+        f'<th scope="col">{name}</th>' for name in ("value", "last", "first", "minimum", "maximum", "entries")
+    )
     rows = ""
     for key, curve in sorted(history.items()):
         if len(finite := curve.finite):

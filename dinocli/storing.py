@@ -60,18 +60,21 @@ class FeatureWriter:
         """
         if not np.isfinite(values).all():
             raise DinoError(
-                f"features from {paths[0]} on are not finite, and are not stored", "another checkpoint, or skip them"
+                f"the features of {paths[0]} or of later images in its batch are not finite",
+                "use another checkpoint, or skip these images",
             )
         with np.errstate(over="ignore"):
             rows = values.astype(self._dtype, copy=False)
         if self._dtype == "float16" and np.isinf(rows).any():
-            raise DinoError(f"float16 ends at 65504; a feature is {np.abs(values).max():.0f}", "--dtype float32")
+            raise DinoError(
+                f"a feature of {np.abs(values).max():.0f} exceeds float16's maximum of 65504", "--dtype float32"
+            )
         if self._bytes and self._bytes + rows.nbytes > self._shard_bytes:
             if in_the_way(_folder_of(self.place)):
                 raise DinoError(
-                    f"features above {self._shard_bytes / 2**30:g} GiB become a folder of shards; "
-                    f"{_folder_of(self.place)} holds other things",
-                    "name another folder with --out",
+                    f"features above {self._shard_bytes / 2**30:g} GiB are written as a folder of shards; "
+                    f"{_folder_of(self.place)} already exists with other contents",
+                    "choose another folder with --out",
                 )
             self._end()
             self._open(rows[:0])

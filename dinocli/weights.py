@@ -85,13 +85,15 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
     else:
         tensors, metadata = _pick(_read_pickle(path), which, path)
     if "preset" in metadata and which == "student":
-        raise DinoError(f"{path} holds the teacher alone; the student was asked for", "leave --network out")
+        raise DinoError(
+            f"{path} holds only the teacher; --network student needs a file with the student", "remove --network"
+        )
     refuse_not_finite(tensors, str(path))
-    preset = _preset(metadata, path)
+    preset = _parse_preset(metadata, path)
     step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
     architecture = preset.backbone if preset else None
     if architecture is None and "backbone" in metadata:
-        architecture = BackboneConfig.parse(_stored(metadata["backbone"], path), str(path))
+        architecture = BackboneConfig.parse(_parse_stored(metadata["backbone"], path), str(path))
     return replace(_sort(tensors, preset, path), step=step, architecture=architecture)
 
 
@@ -113,7 +115,7 @@ def metadata_of(weights: Weights, architecture: BackboneConfig) -> dict[str, str
     return {"dinocli": dinocli.__version__, "preset": weights.preset.model_dump_json(), **step}
 
 
-def _stored(text: str, path: Path) -> dict[str, Any]:
+def _parse_stored(text: str, path: Path) -> dict[str, Any]:
     """Parse the preset or backbone that is stored with weights.
 
     Raises:
@@ -123,11 +125,11 @@ def _stored(text: str, path: Path) -> dict[str, Any]:
         return parse(text)
     except ValueError as error:
         raise DinoError(
-            f"{path} is damaged: its preset cannot be read; {error}", "copy it again, or take another checkpoint"
+            f"{path} is damaged: its preset cannot be read; {error}", "copy it again, or use another checkpoint"
         ) from error
 
 
-def _preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
+def _parse_preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
     """Return the preset that is stored with weights, if any.
 
     Raises:
@@ -135,7 +137,7 @@ def _preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
     """
     if "preset" not in metadata:
         return None
-    stored = _stored(metadata["preset"], path)
+    stored = _parse_stored(metadata["preset"], path)
     try:
         return Preset.parse(stored, str(path))
     except DinoError as error:
@@ -155,7 +157,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
         return None
     first = tensors[bad[0]]
     count = first.numel() - int(first.float().isfinite().sum())
-    more = f" (and {len(bad) - 1} tensors besides)" if len(bad) > 1 else ""
+    more = f" (and {len(bad) - 1} more tensors)" if len(bad) > 1 else ""
     return f"{bad[0]} holds {count:,} of {first.numel():,} values that are not finite{more}"
 
 
@@ -174,7 +176,7 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
         DinoError: If a value is infinite or NaN. The error names the first tensor.
     """
     if found := not_finite(tensors):
-        raise DinoError(f"{source} cannot be used: {found}", "take another checkpoint, or an earlier RUN/state/STEP")
+        raise DinoError(f"{source} cannot be used: {found}", "use another checkpoint, or an earlier RUN/state/STEP")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -189,7 +191,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except SafetensorError as error:
         _refuse_foreign(path)
         raise DinoError(
-            f"{path} is damaged or no safetensors file: {error}", "copy it again, or take another checkpoint"
+            f"{path} is damaged or not a safetensors file: {error}", "copy it again, or use another checkpoint"
         ) from error
 
 
@@ -202,10 +204,10 @@ def _no_checkpoint(path: Path) -> DinoError:
             hint = f"dino knn --features {path}"
         elif kind == "model":
             ours = "architecture" in (path / "config.json").read_text(encoding="utf-8", errors="replace")
-            hint = f"timm:local-dir:{path}" if ours else "timm:vit_small_patch14_dinov2.lvd142m, or another of timm's"
+            hint = f"timm:local-dir:{path}" if ours else "timm:vit_small_patch14_dinov2.lvd142m, or another timm model"
         return DinoError(f"{path} is {NAMES[kind]} without {CHECKPOINT}; expected a run folder or a checkpoint", hint)
     if timms_name(path.as_posix()) or timm.is_model(named.partition(".")[0]):
-        return DinoError(f"checkpoint {path} does not exist; it is a name of released weights", f"timm:{named}")
+        return DinoError(f"checkpoint {path} does not exist; it is the name of released weights", f"timm:{named}")
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, beside, n=1, cutoff=0.8)
     hint = "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME"
@@ -227,8 +229,8 @@ def _read_pickle(path: Path) -> Any:
     except Exception as error:
         _refuse_foreign(path)
         raise DinoError(
-            f"{path} cannot be read as weights: it is damaged, no PyTorch file, or holds more than numbers",
-            "torch.save(the network's state_dict(), PATH) makes a file of numbers alone",
+            f"{path} cannot be read as weights: it is damaged, not a PyTorch file, or holds more than tensors",
+            "save only tensors: torch.save(network.state_dict(), PATH)",
         ) from error
 
 
@@ -251,7 +253,7 @@ def _pick(content: Any, which: Which, path: Path) -> tuple[dict[str, Tensor], di
         content = content[which]
     else:
         if isinstance(content, dict) and which == "student" and "teacher" in content:
-            raise DinoError(f"{path} holds no student", "leave --network out")
+            raise DinoError(f"{path} holds no student", "remove --network")
         for key in ("state_dict", "model"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
@@ -286,7 +288,7 @@ def _refuse_wrapped(tensors: Mapping[str, Tensor], path: Path) -> None:
     code = (
         f"torch.save({{k.removeprefix('{prefix}'): v for k, v in state.items() if k.startswith('{prefix}')}}, 'x.pth')"
     )
-    raise DinoError(f"{path} holds its network below {prefix!r}, as training frameworks save it", f"in Python: {code}")
+    raise DinoError(f"{path} stores its weights under {prefix!r}, as training frameworks do", f"in Python: {code}")
 
 
 def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> Weights:
@@ -307,5 +309,5 @@ def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> W
         elif not key.startswith(("head.", "fc.")):
             backbone[key.removeprefix("backbone.")] = value
     if not backbone:
-        raise DinoError(f"{path} holds no backbone", "take a file that was saved from a whole network")
+        raise DinoError(f"{path} holds no backbone", "use a file saved from a complete network")
     return Weights(under_timms_keys(backbone), heads, preset, mask_token)

@@ -28,12 +28,14 @@ def test_it_tells_what_was_trained_on_what_and_how_well(encoder: Encoder) -> Non
     assert told["network"].startswith("`vit_tiny_patch16_224`, img_size 48, patch_size 8")
     assert told["network"].endswith(f"{sum(p.numel() for p in encoder.backbone.parameters()):,} parameters")
     assert told["preset"] == "`tiny`"
-    assert told["changed in it"] == "`training.epochs` 40 (was 8)"
-    assert told["data"] == "9,469 images, their labels not used"
-    assert told["length"] == "2,000 steps of 48 images"
-    assert told["began with"] == "`timm:vit`"
-    assert told["k-NN"] == "38.57 % right (k = 20): 3,925 images of 10 classes of imagenette, by 9,469 training images"
-    assert told["k-NN while it trained"] == "41.3 % right at the end"
+    assert told["changed settings"] == "`training.epochs` 40 (was 8)"
+    assert told["data"] == "9,469 images, without their labels"
+    assert told["training"] == "2,000 steps of 48 images"
+    assert told["initial weights"] == "`timm:vit`"
+    assert told["k-NN accuracy"] == (
+        "38.57 % (k = 20): 3,925 images of 10 classes of imagenette, classified by 9,469 training images"
+    )
+    assert told["k-NN accuracy in training"] == "41.3 % at the end"
     assert "](curves.png)" in card
     assert "* timm needs img_size=N" in card
     assert '"epochs": 40' in card
@@ -41,9 +43,16 @@ def test_it_tells_what_was_trained_on_what_and_how_well(encoder: Encoder) -> Non
 
 def test_what_is_not_known_is_not_there(encoder: Encoder) -> None:
     card = card_of(facts(encoder, load_preset("tiny")))
-    for key in ("changed in it", "data", "length", "began with", "k-NN", "k-NN while it trained"):
+    for key in (
+        "changed settings",
+        "data",
+        "training",
+        "initial weights",
+        "k-NN accuracy",
+        "k-NN accuracy in training",
+    ):
         assert key not in rows(card)
-    assert "## The run" not in card
+    assert "## Training" not in card
     assert not any("None" in value for value in rows(card).values())
 
 
@@ -52,7 +61,7 @@ def test_the_lines_on_top_are_the_hubs_and_leave_the_licence_to_the_user(encoder
     _, front, _ = card.split("---\n", 2)
     lines = front.splitlines()
     assert {"library_name: timm", "pipeline_tag: image-feature-extraction", "tags:", "- dino", "- ibot"} <= set(lines)
-    assert [line for line in lines if "license" in line] == ["# license: yours to name, as in `license: apache-2.0`"]
+    assert [line for line in lines if "license" in line] == ["# license: set your own, such as `license: apache-2.0`"]
     assert "by DINO, iBOT and KoLeo with dinocli" in card
 
 
@@ -71,7 +80,7 @@ def test_what_was_named_by_others_is_shown_and_not_obeyed(encoder: Encoder) -> N
     measured = Measured(KnnResult([Score(20, 38.571, 81.0)], 3925, 9469, 10, False, 0.07), bad)
     card = card_of(facts(encoder, preset, measured=measured, init=bad, images=3))
     told = rows(card)
-    assert told["began with"] == r"`a\x1b[31m'\|<img src=x>\n\n# \u202e[link](http://x)`"
+    assert told["initial weights"] == r"`a\x1b[31m'\|<img src=x>\n\n# \u202e[link](http://x)`"
     assert told["preset"] == r"a\\x1b\[31m\`\|&lt;img src=x&gt;\\n\\n# \\u202e\[link\](http://x)"
-    assert told["preset"] in told["k-NN"]
+    assert told["preset"] in told["k-NN accuracy"]
     assert all(sign.isprintable() or sign == "\n" for sign in card)

@@ -162,7 +162,7 @@ def test_a_head_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
         return head
 
     monkeypatch.setattr(exporting, "original_head", unpatched)
-    with pytest.raises(DinoError, match="gives logits that differ"):
+    with pytest.raises(DinoError, match="returns logits with a relative difference"):
         export(str(source), "official", tmp_path / "out.pth", heads=True)
     assert not (tmp_path / "out.pth").exists()
 
@@ -181,7 +181,9 @@ def test_a_shape_that_the_original_has_a_name_for_needs_no_note(tmp_path: Path) 
     assert export(str(run(tmp_path, *released)), "official", tmp_path / "out.pth").notes == []
     source = run(tmp_path, *released, "backbone.positions=antialias")
     (note,) = export(str(source), "official", tmp_path / "out.pth").notes
-    assert note.startswith("at other sizes than 224 pixels the original places positions in its own way")
+    assert note.startswith(
+        "at sizes other than 224 pixels features differ: the original resamples positions differently"
+    )
 
 
 def test_what_went_out_to_the_original_comes_in_again(tmp_path: Path) -> None:
@@ -215,7 +217,9 @@ def test_an_official_file_without_its_heads_goes_out_with_those_that_were_told(t
     torch.save(dict(torch.load(path, weights_only=True)), tmp_path / "old.pth")
     with pytest.raises(DinoError, match="does not store its number of attention heads") as error:
         export(str(tmp_path / "old.pth"), "official", tmp_path / "again.pth")
-    assert error.value.hint == "--set backbone.options.num_heads=N with the N it was trained with (6 for preset tiny)"
+    assert (
+        error.value.hint == "--set backbone.options.num_heads=N with the number it was trained with (6 for preset tiny)"
+    )
     export(str(tmp_path / "old.pth"), "official", tmp_path / "again.pth", overrides=["backbone.options.num_heads=6"])
     again = load_encoder(str(tmp_path / "again.pth"), CPU)
     torch.testing.assert_close(again.features(images()), encoder.features(images()), rtol=1e-5, atol=1e-5)
@@ -258,7 +262,7 @@ def test_timm_builds_it_from_the_folder(tmp_path: Path, preset: str, changes: li
 def test_a_rotary_network_goes_to_timm_for_any_size(tmp_path: Path) -> None:
     path, encoder = written(tmp_path, run(tmp_path, *ROTARY), "timm")
     (note,) = export(str(tmp_path / "run"), "timm", path).notes
-    assert note.endswith("the same features are model.forward_features(images)[:, 0]")
+    assert note.endswith("for the same features use model.forward_features(images)[:, 0]")
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     for size in (48, 24, 64):
         torch.testing.assert_close(model.forward_features(images(size))[:, 0], encoder.features(images(size)))
@@ -311,7 +315,7 @@ def test_torch_export_computes_it(tmp_path: Path, preset: str, changes: list[str
     ("option", "message"),
     [
         ("reg_tokens=2", "has no such network.*pos_embed should be"),
-        ('act_layer="relu"', "features that differ"),
+        ('act_layer="relu"', "features with a relative difference"),
         ("init_values=0.1", "has no such network.*ls1"),
     ],
 )
@@ -356,23 +360,23 @@ def test_a_place_that_should_not_be_written_is_not(tmp_path: Path, monkeypatch: 
     for name, message in {
         "mine": r"holds thesis\.tex",
         "file": "is a file",
-        "link": "is a link",
+        "link": "is a symbolic link",
         "theirs": "holds a model that this tool did not export",
-        "empty": "is the folder that you are in",
+        "empty": "is the current folder",
         "empty/../mine": r"holds thesis\.tex",
-        "run": "would be written over",
+        "run": "which would be overwritten",
     }.items():
         with pytest.raises(DinoError, match=message):
             export(str(source), "timm", tmp_path / name)
-    with pytest.raises(DinoError, match="is the folder that you are in"):
+    with pytest.raises(DinoError, match="is the current folder"):
         export(str(source), "timm", Path())
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DinoError, match="would be written over") as error:
+    with pytest.raises(DinoError, match="which would be overwritten") as error:
         export(str(source), "timm", Path())
     assert error.value.hint == f"--out {tmp_path.name}-timm"
-    with pytest.raises(DinoError, match=r"ends in \.pth was wanted"):
+    with pytest.raises(DinoError, match=r"does not end in \.pth"):
         export(str(source), "official", source / "ckpt.safetensors")
-    with pytest.raises(DinoError, match="timm's own"):
+    with pytest.raises(DinoError, match="is already a timm model"):
         export("timm:vit_tiny_patch16_224", "timm", tmp_path / "x")
     with pytest.raises(FileNotFoundError) as missing:
         export(str(source), "official", Path("/proc/x.pth"))
@@ -386,12 +390,12 @@ def test_a_source_is_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "same.pth").hardlink_to(source)
     before = source.read_bytes()
     for taken, out in itertools.product((source, tmp_path / "link.pth"), ("checkpoint.pth", "link.pth", "same.pth")):
-        with pytest.raises(DinoError, match="would be written over") as error:
+        with pytest.raises(DinoError, match="which would be overwritten") as error:
             export(str(taken), "official", tmp_path / out)
         assert error.value.hint.endswith("-official.pth")
     folder = tmp_path / "folder"
     export(str(source), "timm", folder)
-    with pytest.raises(DinoError, match="would be written over"):
+    with pytest.raises(DinoError, match="which would be overwritten"):
         export(str(folder / "model.safetensors"), "timm", folder)
     assert source.read_bytes() == before
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -417,8 +421,8 @@ def test_timm_at_another_size_is_as_the_note_says(tmp_path: Path, positions: str
     source = run(tmp_path, f"backbone.positions={positions}")
     done = export(str(source), "timm", tmp_path / "out")
     (note,) = done.notes
-    assert "needs dynamic_img_size=True (or img_size=N) and then resamples positions with antialias" in note
-    assert ("so that the features differ" in note) == differ
+    assert "needs dynamic_img_size=True (or img_size=N) and resamples positions with antialias" in note
+    assert (": features differ" in note) == differ
     encoder = load_encoder(str(source), CPU)
     for option in ({"dynamic_img_size": True}, {"img_size": 24}):
         model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **option).eval()
@@ -434,7 +438,7 @@ def test_a_network_with_more_on_top_goes_to_timm_with_a_note(tmp_path: Path, nam
     path, encoder = written(tmp_path, run(tmp_path, f'backbone={{name="{name}"}}', preset="resnet50"), "timm")
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     (note,) = export(str(tmp_path / "run"), "timm", path).notes
-    assert note.endswith("the same features are model.forward_features(images).mean((2, 3))")
+    assert note.endswith("for the same features use model.forward_features(images).mean((2, 3))")
     torch.testing.assert_close(model.forward_features(images()).mean((2, 3)), encoder.features(images()))
     assert model(images()).shape != (5, encoder.backbone.width) or not torch.allclose(
         model(images()), encoder.features(images()), rtol=1e-2

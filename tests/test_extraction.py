@@ -94,7 +94,7 @@ def test_coarser_products_give_nearly_the_same_features_and_are_told_of(
     assert np.allclose(a, b, rtol=0, atol=1e-5) == (not there), "bfloat16 has eight bits, and moves them by 1e-3"
     assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() > 0.999
     if there:
-        with pytest.raises(DinoError, match="made by different precisions"):
+        with pytest.raises(DinoError, match="made with different precisions"):
             read_splits(tmp_path)
 
 
@@ -133,7 +133,7 @@ def test_views_are_those_of_the_recipe_whoever_cuts_them(
 
 
 def test_views_of_patches_are_refused(tmp_path: Path, images: Path, encoder: Encoder) -> None:
-    with pytest.raises(DinoError, match="one feature an image"):
+    with pytest.raises(DinoError, match="one feature vector per image"):
         extract(encoder, image_folder(images), tmp_path / "f.safetensors", data="d", tokens="patches", views=2)
 
 

@@ -131,7 +131,7 @@ def test_a_folder_of_splits_names_one_to_read(tmp_path: Path) -> None:
     write(tmp_path / "f" / "train.safetensors")
     with pytest.raises(DinoError, match=r"f is a folder of splits") as error:
         read_features(tmp_path / "f")
-    assert error.value.hint == f"take {tmp_path / 'f' / 'train.safetensors'}"
+    assert error.value.hint == f"use {tmp_path / 'f' / 'train.safetensors'}"
 
 
 def test_any_byte_that_changed_is_noticed(tmp_path: Path) -> None:
@@ -165,18 +165,18 @@ BAD = {
     "one number": ({"values": np.zeros((), np.float32)}, {}, "0 rows"),
     "torn skipped": ({"skipped": np.frombuffer(b"{", np.uint8)}, {}, "skipped images cannot be read"),
     "a list of skipped": ({"skipped": np.frombuffer(b"[]", np.uint8)}, {}, "skipped images cannot be read"),
-    "torn recipe": ({}, {"recipe": "{"}, "how it was made cannot be read"),
+    "torn recipe": ({}, {"recipe": "{"}, "its metadata cannot be read"),
     "nested recipe": ({}, {"recipe": '{"a":' * 100_000}, "nested too deeply"),
     "nested classes": ({}, {"classes": "[" * 100_000}, "nested too deeply"),
     "a later recipe": ({}, {"recipe": json.dumps(vars(RECIPE) | {"novel": 1})}, "by a later version .* novel"),
-    "a recipe of words": (
+    "a recipe of words": ({}, {"recipe": json.dumps(vars(RECIPE) | {"blocks": "4"})}, "the recipe has blocks='4'"),
+    "a short recipe": ({}, {"recipe": '{"source": "x"}'}, "its metadata cannot be read"),
+    "classes of numbers": ({}, {"classes": "[1, 2]"}, "its metadata cannot be read"),
+    "views that are not there": (
         {},
-        {"recipe": json.dumps(vars(RECIPE) | {"blocks": "4"})},
-        "the blocks of its recipe is '4'",
+        {"recipe": json.dumps(vars(RECIPE) | {"views": 3})},
+        "its rows have shape 4, which does not fit 3 views",
     ),
-    "a short recipe": ({}, {"recipe": '{"source": "x"}'}, "how it was made cannot be read"),
-    "classes of numbers": ({}, {"classes": "[1, 2]"}, "how it was made cannot be read"),
-    "views that are not there": ({}, {"recipe": json.dumps(vars(RECIPE) | {"views": 3})}, "a row is 4 with 3 views"),
 }
 
 
@@ -199,7 +199,7 @@ def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, name: str) -> 
     write(tmp_path / "f.safetensors")
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "index.json").write_text(json.dumps({"dinocli": "features", "images": {name: 3}}))
-    with pytest.raises(DinoError, match="no file in this folder"):
+    with pytest.raises(DinoError, match="is not a file name in this folder"):
         read_features(tmp_path / "f")
 
 
@@ -209,7 +209,7 @@ def test_images_without_a_label_are_no_class(tmp_path: Path) -> None:
     splits = read_splits(tmp_path)
     train, _ = compared(splits)
     assert (len(train), train.labels.tolist()) == (2, [0, 1])
-    assert unlabelled(splits) == ["1 of the 3 images of f have no label, and are ignored"]
+    assert unlabelled(splits) == ["ignoring 1 of the 3 images of f, which have no label"]
 
 
 def spoil(path: Path, row: int, value: float) -> None:

@@ -161,10 +161,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_with_the_same_teach
     ("changes", "message", "hint"),
     [
         (["heads.dino.prototypes=32"], "has 16 prototypes; the student's has 32", "--set heads.dino.prototypes=16"),
-        (["views.mean=[0.1, 0.2, 0.3]"], r"trained with views.mean=\[0.485", r"--set views.mean='\[0.485"),
+        (["views.mean=[0.1, 0.2, 0.3]"], r"differs from the teacher's \[0.485", r"--set views.mean='\[0.485"),
         (
             ["backbone.options={img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2}"],
-            "the teacher has 2x2 of them and the student 4x4",
+            "the teacher has 2x2 patches and the student 4x4",
             "a student with patches of 8 pixels",
         ),
     ],
@@ -179,20 +179,20 @@ def test_a_head_teaches_what_it_learned_to_read(tmp_path: Path) -> None:
     of_class = FrozenTeacher.read(
         wrote(tmp_path / "dino", load_preset("tiny-dinov2", [*BOTH, "losses.ibot=none", "views.mask=none"]), 0)
     )
-    with pytest.raises(DinoError, match=r"losses.ibot asks the teacher's head ibot of patches"):
+    with pytest.raises(DinoError, match=r"losses.ibot applies the teacher's head ibot to patches"):
         of_class.network(student())
     of_class.network(student("losses.ibot=none"))
     named = student("losses.ibot=none").model_dump(mode="json")
     named["heads"] = {"mine": named["heads"]["dino"]}
     named["losses"]["dino"]["head"] = "mine"
-    with pytest.raises(DinoError, match=r"a head called mine was wanted; .* has dino, ibot"):
+    with pytest.raises(DinoError, match=r"has no head mine; its heads are dino, ibot"):
         of_class.network(Preset.parse(named, "mine"))
 
 
 def test_a_teacher_without_heads_is_refused(tmp_path: Path) -> None:
     backbone = load_preset("tiny-dinov2", BOTH).network().backbone.model.state_dict()
     torch.save(backbone, tmp_path / "backbone.pth")
-    with pytest.raises(DinoError, match="a teacher with its heads was wanted"):
+    with pytest.raises(DinoError, match="its heads are unknown; expected a teacher with heads"):
         FrozenTeacher.read(str(tmp_path / "backbone.pth"))
 
 

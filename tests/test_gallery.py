@@ -97,7 +97,7 @@ def test_galleries_of_different_making_are_told_apart(tmp_path: Path) -> None:
     belong_together(first, same)
     for change in ({"fingerprint": "9"}, {"size": 8}, {"tokens": "cls+avg"}):
         other = open_gallery(stored(tmp_path / "c", "data", {"all": ["a"]}, **change))
-        with pytest.raises(DinoError, match="made by different"):
+        with pytest.raises(DinoError, match="made with different"):
             belong_together(first, other)
     assert first.digest != Gallery(first.folder, first.parts | {"more": first.parts["all"]}, "x").digest
 

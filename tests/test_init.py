@@ -61,10 +61,10 @@ def test_a_mistake_is_told_with_its_hint(tmp_path: Path, encoder: Encoder) -> No
         encoder([good, tmp_path / "torn.jpg", good])
     with pytest.raises(DinoError, match=r"gone\.jpg cannot be read"):
         encoder("gone.jpg")
-    with pytest.raises(DinoError, match="'patch' came") as caught:
+    with pytest.raises(DinoError, match="tokens='patch' is not valid") as caught:
         encoder(good, tokens="patch")
-    assert caught.value.hint == '"patches"'
-    assert caught.value.__notes__ == ['hint: "patches"'], "a traceback shows it"
+    assert caught.value.hint == 'tokens="patches"'
+    assert caught.value.__notes__ == ['hint: tokens="patches"'], "a traceback shows it"
     with pytest.raises(DinoError, match="at least one patch of 8 pixels"):
         encoder(good, size=4)
 

@@ -69,7 +69,7 @@ def test_official_networks_are_told_by_their_weights(tmp_path: Path, name: str, 
 
 
 def test_weights_of_no_known_network_are_never_random_ones(tmp_path: Path) -> None:
-    with pytest.raises(DinoError, match="is no network of DINO"):
+    with pytest.raises(DinoError, match="is not a network of DINO"):
         official_architecture({"conv.weight": torch.zeros(1)}, "x.pth")
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     weights = model.state_dict()
@@ -166,7 +166,7 @@ def test_a_download_that_takes_its_time_is_waited_for(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
-        ("", "timm: names no model", "timm:vit_small_patch16_224.dino"),
+        ("", "timm: is not followed by a model name", "timm:vit_small_patch16_224.dino"),
         ("vit_tinny_patch16_224", "no model 'vit_tinny_patch16_224'", "timm:vit_tiny_patch16_224 or timm:"),
         ("resnet5O", "no model 'resnet5O'", "timm:resnet50"),
         ("dinov2_vits14_reg", "no model", "timm:vit_small_patch14_reg4_dinov2.lvd142m"),
@@ -175,7 +175,7 @@ def test_a_download_that_takes_its_time_is_waited_for(monkeypatch: pytest.Monkey
         ("facebook/dinov3-vits16-pretrain-lvd1689m", "no model", "timm:vit_small_patch16_dinov3.lvd1689m"),
         ("vit_small_patch16_224.dinoo", "no weights 'dinoo' of vit_small_patch16_224", "timm:vit_small_patch16_224.dino "),
         ("vit_base_patch16_plus_240", "no pretrained weights of vit_base_patch16_plus_240", "timm:vit_base_patch16"),
-        ("local-dir:nowhere", "nowhere is no folder", "dino export --to timm"),
+        ("local-dir:nowhere", "nowhere is not a folder", "dino export --to timm"),
         ("local-dir:.", "has no config.json", "dino export --to timm"),
     ],
 )  # fmt: skip

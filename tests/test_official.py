@@ -206,7 +206,7 @@ def test_a_vision_transformer_of_any_shape_is_read(name: str, tmp_path: Path) ->
     torch.testing.assert_close(encoder.features(images), expected, rtol=1e-5, atol=1e-5)
     assert encoder.size == 32
     assumed = not told and shape["embed_dim"] != 384
-    assert [f"taking {shape['num_heads']}, its width divided by 64" in note for note in encoder.notes] == [
+    assert [f"assuming {shape['num_heads']}, its width divided by 64" in note for note in encoder.notes] == [
         True
     ] * assumed
 
@@ -229,12 +229,7 @@ def test_heads_that_were_told_make_another_network_of_the_same_weights(tmp_path:
             "number of attention heads, and its width 96 is not a multiple of 64",
             "--set backbone.options.num_heads=N",
         ),
-        (
-            1280,
-            [],
-            "its width 1280 may mean 20, as the originals' widths do, or 16",
-            "--set backbone.options.num_heads=N",
-        ),
+        (1280, [], "its width 1280 fits 20 heads, as in the originals, or 16", "--set backbone.options.num_heads=N"),
         (96, ["backbone.options.num_heads=5"], "num_heads=5 does not divide the 96 channels", "one of 1, 2, 3, 4, 6"),
         (96, ["backbone.options.num_heads=x"], "num_heads=x does not divide", "one of 1, 2, 3, 4, 6"),
         (128, ["backbone.option.num_heads=2"], "there is no key option", "options"),
@@ -255,7 +250,7 @@ def test_what_is_not_square_and_what_is_no_plain_network_is_refused() -> None:
         other = {key: value for key, value in found.items() if "attn" not in key}
     with pytest.raises(DinoError, match="98 positions and patches of 14x14; only square"):
         official_architecture(wide, "x.pth")
-    with pytest.raises(DinoError, match="is no network of DINO"):
+    with pytest.raises(DinoError, match="is not a network of DINO"):
         official_architecture(other, "x.pth")
 
 

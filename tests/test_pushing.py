@@ -80,9 +80,11 @@ def test_the_card_tells_of_the_run_and_nothing_of_this_machine(tmp_path: Path) -
     card = (done.path / CARD).read_text()
     assert "# out\n" in card
     assert "| data | 700 images" in card
-    assert "| length | 3 steps of 48 images |" in card
-    assert "| k-NN while it trained | 30.0 % right" in card, "of the step that the weights are of, not of a later one"
-    assert "| began with | `old.pth` |" in card
+    assert "| training | 3 steps of 48 images |" in card
+    assert "| k-NN accuracy in training | 30.0 % at the end" in card, (
+        "of the step that the weights are of, not of a later one"
+    )
+    assert "| initial weights | `old.pth` |" in card
     assert "secret" not in card and str(tmp_path) not in card
     assert done.measured is None
 
@@ -110,11 +112,9 @@ def test_features_that_are_named_are_measured_if_they_are_of_these_weights(tmp_p
         extract(encoder, image_folder(images), which / "features" / "all.safetensors", data=str(images))
     done = push(str(source), tmp_path / "out", source / "features")
     assert done.measured.knn.queries == 30
-    told = (
-        f"{done.measured.knn.scores[0].top1:.2f} % right (k = 20): 30 images of 2 classes of images, each by all others"
-    )
+    told = f"{done.measured.knn.scores[0].top1:.2f} % (k = 20): 30 images of 2 classes of images, each classified by all others"
     assert told in (done.path / CARD).read_text()
-    with pytest.raises(DinoError, match="holds those of other weights"):
+    with pytest.raises(DinoError, match="holds features of other weights"):
         push(str(source), tmp_path / "again", other / "features")
     assert not (tmp_path / "again").exists()
 
@@ -124,12 +124,12 @@ def test_what_was_pushed_before_is_replaced_and_what_a_user_wrote_is_not(tmp_pat
     push(str(source), out)
     push(str(source), out)
     card = (out / CARD).read_text()
-    (out / CARD).write_text(card.replace("# license: yours to name, as in `license: apache-2.0`", "license: mit"))
-    with pytest.raises(DinoError, match="was changed since it was written"):
+    (out / CARD).write_text(card.replace("# license: set your own, such as `license: apache-2.0`", "license: mit"))
+    with pytest.raises(DinoError, match="was edited, and would be overwritten"):
         push(str(source), out)
     assert "license: mit" in (out / CARD).read_text()
     (out / CARD).write_text("my own words")
-    with pytest.raises(DinoError, match="was changed since"):
+    with pytest.raises(DinoError, match="was edited"):
         push(str(source), out)
     (out / CARD).unlink()
     push(str(source), out)
@@ -161,12 +161,14 @@ def test_what_gives_other_features_leaves_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(
         exporting.timm, "create_model", lambda *a, **o: shifted(*a, **o) if o.get("pretrained") else create(*a, **o)
     )
-    with pytest.raises(DinoError, match="features that differ"):
+    with pytest.raises(DinoError, match="features with a relative difference"):
         push(str(source), tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
 
 
-@pytest.mark.parametrize(("source", "says"), [("timm:resnet18", "is timm's own"), ("weights.pth", "tells of none")])
+@pytest.mark.parametrize(
+    ("source", "says"), [("timm:resnet18", "is already a timm model"), ("weights.pth", "does not store its training")]
+)
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(dict(read_weights(run(tmp_path)).backbone), tmp_path / "weights.pth")

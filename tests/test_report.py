@@ -138,8 +138,8 @@ def test_steps_are_spread(count: int) -> None:
 
 def test_changed_settings_are_marked(run: Path) -> None:
     page = report(run)
-    assert page.text["mark"] == ["[0.1, 0.5]", "absent"]
-    assert "shipped: [0.15, 0.5]" in page.text["small"]
+    assert page.text["mark"] == ["[0.1, 0.5]", "none"]
+    assert "preset: [0.15, 0.5]" in page.text["small"]
     assert page.text["caption"][:2] == ["backbone", "heads"]
     cells = dict(zip(page.text["th"], page.text["td"], strict=False))
     assert cells["name"] == "vit_tiny_patch16_224"
@@ -161,7 +161,7 @@ def test_only_what_was_logged_is_drawn(keys: list[str], run: Path) -> None:
 
 def test_an_empty_folder_is_an_empty_page(tmp_path: Path) -> None:
     page = report(tmp_path)
-    assert page.text["h2"] == ["Curves"] and page.text["p"] == ["Nothing was logged yet."]
+    assert page.text["h2"] == ["Curves"] and page.text["p"] == ["No values logged yet."]
 
 
 @pytest.mark.parametrize(

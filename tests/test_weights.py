@@ -149,7 +149,7 @@ def test_a_file_without_the_network_asked_for(tmp_path: Path, preset: Preset, ne
     with pytest.raises(DinoError, match="holds no student"):
         read_weights(tmp_path / "teacher.pth", "student")
     write_checkpoint(tmp_path / "ckpt.safetensors", network.weights(), preset, 7)
-    with pytest.raises(DinoError, match="the teacher alone"):
+    with pytest.raises(DinoError, match="only the teacher"):
         read_weights(tmp_path, "student")
     with pytest.raises(DinoError, match="run folder"):
         (tmp_path / "nothing").mkdir()
@@ -189,7 +189,7 @@ def test_weights_that_are_not_finite_are_neither_read_nor_written(
     weights = {k: v.clone() for k, v in network.weights().items()}
     weights["backbone.blocks.1.attn.qkv.weight"][0, :3] = bad
     weights["heads.dino.mlp.0.bias"][1] = bad
-    with pytest.raises(DinoError, match=r"step 8 .*blocks.1.attn.qkv.weight holds 3 of .* \(and 1 tensors besides\)"):
+    with pytest.raises(DinoError, match=r"step 8 .*blocks.1.attn.qkv.weight holds 3 of .* \(and 1 more tensors\)"):
         write_checkpoint(path, weights, preset, 8)
     assert path.read_bytes() == good, "the last good one stays"
     from safetensors.torch import save_file

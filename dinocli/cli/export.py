@@ -24,17 +24,19 @@ def export(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]", help="Run folder, ckpt.safetensors, or official .pth; the newest weights if absent."
+            metavar="[RUN]", help="Run folder, ckpt.safetensors, or official .pth; by default the newest weights."
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File, or folder for timm; named after the run and the network if absent. "
-            "A file that is there is replaced, a folder if an export made it, the source never."
+            help="Output file, or folder for timm; by default named after the run and network. An existing file is "
+            "replaced, a folder only if an export made it, the source never."
         ),
     ] = None,
-    heads: Annotated[bool, typer.Option("--heads", help="official: with the head, as in a full checkpoint.")] = False,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="official: include the head, as in a full checkpoint.")
+    ] = False,
     tokens: Tokens = "cls",
     size: Size = None,
     network: NetworkName = "teacher",
@@ -44,11 +46,11 @@ def export(
     """Export a trained backbone for another library, load it with that library, and compare the features."""
     graph = to in ("onnx", "torch-export")
     if heads and to != "official":
-        raise Misuse(f"--heads is for --to official alone; --to {to} came", "leave --heads out, or --to official")
+        raise Misuse(f"--heads needs --to official; this is --to {to}", "remove --heads, or use --to official")
     if not graph and (tokens != "cls" or size):
         raise Misuse(
-            f"--tokens and --size are for a graph, which has one choice of features; --to {to} has all",
-            "leave them out, or --to onnx",
+            f"--tokens and --size are only for the graphs of --to onnx and --to torch-export; this is --to {to}",
+            "remove them, or use --to onnx",
         )
     source = checkpoint_or_newest(run)
 
@@ -59,8 +61,8 @@ def export(
     done = export(source, to, target, which=network, heads=heads, tokens=tokens, size=size, overrides=overrides or [])
     for note in done.notes:
         console.say(f"note: {note}")
-    exact = f"to {done.difference:.1g} of their length" if done.difference else "bit by bit"
-    console.say(f"loaded again by {_LIBRARY[to]}: the same features, {exact}")
+    exact = f"relative difference {done.difference:.1g}" if done.difference else "bit for bit"
+    console.say(f"loaded with {_LIBRARY[to]}: the same features, {exact}")
     console.say(f"load: {done.load}")
     if json:
         console.out_json(
@@ -70,12 +72,7 @@ def export(
         console.out(str(done.path))
 
 
-_LIBRARY = {
-    "official": "the network that the original builds",
-    "timm": "timm",
-    "onnx": "onnxruntime",
-    "torch-export": "torch.export",
-}
+_LIBRARY = {"official": "the original's network", "timm": "timm", "onnx": "onnxruntime", "torch-export": "torch.export"}
 
 
 def _name(source: Path, to: str, network: str, heads: bool) -> str:

@@ -30,35 +30,36 @@ def extract(
             metavar="[CHECKPOINT] DATA",
             callback=checkpoint_and_images,
             help="Run folder, ckpt.safetensors, official .pth "
-            "of DINO or DINOv2, or timm:NAME (the newest weights if absent); then images as `dino pretrain` takes "
-            "them, with class folders if there are labels, or train/ and val/.",
+            "of DINO or DINOv2, or timm:NAME (default: the newest weights); then images as for `dino pretrain`, with "
+            "class folders for labels, or with train/ and val/.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the feature files.")] = Path("features"),
     tokens: Tokens = "cls",
-    blocks: Annotated[int, typer.Option(min=1, help="Join the tokens of the last N blocks.")] = 1,
+    blocks: Annotated[int, typer.Option(min=1, help="Concatenate the tokens of the last N blocks.")] = 1,
     size: Size = None,
     dtype: Annotated[
-        Literal["float32", "float16"], typer.Option(help="Stored numbers; float16 takes half the room.")
+        Literal["float32", "float16"], typer.Option(help="Type of the stored numbers; float16 takes half the space.")
     ] = "float32",
     views: Annotated[
         int,
         typer.Option(
             min=0,
-            help="Store features of so many random views of each training image too, for `dino linear`; "
-            "each costs as much as the image itself.",
+            help="Also store features of N random views of each training image, for `dino linear`; each view costs as "
+            "much as the image itself.",
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="With --views: of the views.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random views of --views.")] = 0,
     precision: Annotated[
         Literal["bfloat16", "float32"],
-        typer.Option(help="Of products; bfloat16 only where the device has it, and there twice as fast or more."),
+        typer.Option(help="Precision of matrix products; bfloat16 needs device support and is at least twice as fast."),
     ] = "bfloat16",
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Let torch compile the blocks: a minute at the start, then faster.")
+        bool,
+        typer.Option("--compile", help="Compile the transformer blocks with torch.compile (about a minute to start)."),
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images at once; 64 on a CPU and 256 elsewhere if absent.")
+        int | None, typer.Option(min=1, help="Images per batch; by default 64 on a CPU and 256 elsewhere.")
     ] = None,
     network: NetworkName = "teacher",
     overrides: Settings = None,

@@ -20,32 +20,32 @@ def push(
         typer.Argument(
             metavar="[RUN]",
             callback=run_before_out,
-            help="Run folder or ckpt.safetensors; the newest weights if absent.",
+            help="Run folder or ckpt.safetensors; by default the newest weights.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Argument(
             metavar="[OUT]",
-            help="Folder to write, which names the model; the run's name with -hub if absent. What an earlier push "
-            "made there is replaced, unless its card was changed.",
+            help="Output folder, which names the model; by default the run's name with -hub. Output of an earlier push "
+            "is replaced unless its card was edited.",
         ),
     ] = None,
     features: Annotated[
-        Path | None, typer.Option(help="Folder of features of these weights, whose k-NN goes into the card.")
+        Path | None, typer.Option(help="Folder of features of these weights; adds their k-NN accuracy to the card.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a model folder that timm loads from the Hugging Face Hub, with a card of its training; upload nothing."""
+    """Write a model folder that timm loads from the Hugging Face Hub, with a model card. Nothing is uploaded."""
     out = out and output_place(out, "OUT")
     source = checkpoint_or_newest(run)
 
     from dinocli.pushing import CARD, push
 
     done = push(source, out, features)
-    exact = f"to {done.difference:.1g} of their length" if done.difference else "bit by bit"
-    console.say(f"loaded again by timm: the same features, {exact}")
-    console.say(f"look at {done.path / CARD}, and name a licence there")
+    exact = f"relative difference {done.difference:.1g}" if done.difference else "bit for bit"
+    console.say(f"loaded with timm: the same features, {exact}")
+    console.say(f"check {done.path / CARD}, and set a license there")
     console.say(f"next: hf upload USER/{done.name} {shlex.quote(str(done.path))}")
     if json:
         knn = done.measured and asdict(done.measured.knn)
