@@ -82,7 +82,7 @@ def curate(
     rows = np.arange(len(gallery))
     left = {"pool": len(rows)}
     if threshold is not None:
-        alike = _alike(gallery, threshold)
+        alike = _find_duplicates(gallery, threshold)
         for other in others:
             with console.progress(f"compare with {other.folder}", len(gallery), "images") as advance:
                 near = near_to(gallery.values, np.arange(len(gallery)), other.values, threshold, advance)
@@ -111,7 +111,7 @@ def curate(
         console.out(str(path))
 
 
-def _alike(gallery: Gallery, threshold: float) -> Alike:
+def _find_duplicates(gallery: Gallery, threshold: float) -> Alike:
     from dinocli.evals.dedup import find_alike
 
     count = len(gallery)

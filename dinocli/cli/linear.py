@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def linear(
     features: FeatureFolder = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
+    epochs: Annotated[int, typer.Option(min=1, help="Training epochs.")] = 100,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per step. Default: 256, or 1024 with --paper.")
     ] = None,

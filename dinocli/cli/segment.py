@@ -58,7 +58,7 @@ def segment(
     head: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw the classes predicted by a trained head instead.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="With --train: passes over the photos.")] = 100,
+    epochs: Annotated[int, typer.Option(min=1, help="With --train: training epochs.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="With --train: seed of the order and the held-out photos.")] = 0,
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("segments"),
     size: ShortSide = None,

@@ -275,5 +275,5 @@ def _encode(
             skipped |= dict(lost)
         report(min(len(files), first + batch_size))
     if not kept:
-        raise DinoError(f"none of the {len(files)} photos beside {files[0]} can be read", "check that file")
+        raise DinoError(f"none of {len(files)} photos, such as {files[0]}, can be read", "check that file")
     return kept, np.concatenate(parts)

@@ -168,7 +168,7 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["segment", "images", "--pca", "--evaluate", "masks"], "--pca and --evaluate cannot be combined", "omit --evaluate"),
         (["segment", "images", "--train", "images"], "--train reads photos from its own folder", "omit the photos"),
         (["presets", "show", "vits61"], "no preset 'vits61'", "vits16"),
-        (["linear", "--checkpoint", "x"], "are for images", "--paper"),
+        (["linear", "--checkpoint", "x"], "need images (--paper)", "--paper"),
         (["pretrain", "images", "--set", "views.local.scale=[0.4, 0.05]"], "views.local.scale", "--set views.local.scale"),
         (["pretrain", "images", "--set", "optimizer.betas=[0.9, 1.5]"], "optimizer.betas", "--set"),
         (["pretrain", "images", "--set", "teacher.momentum.start=1.5"], "teacher.momentum.start is 1.5; expected from 0 to 1", "--set teacher.momentum.start=0.996"),
@@ -632,7 +632,9 @@ def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: P
     drawn = dino("segment", "images/b/0001.png", "--head", "segments/head.safetensors", "--masks", "--json")
     assert set(json.loads(drawn.stdout)[0]["shares"]) <= {"background", "object"}
     assert "no segmentation head" in dino("segment", "images", "--head", "ckpt.safetensors", code=1).stderr
-    assert "hint: --head segments/head.safetensors" in dino("segment", "images", "--head", "segments", code=1).stderr
+    assert (
+        "hint: use --head segments/head.safetensors" in dino("segment", "images", "--head", "segments", code=1).stderr
+    )
     assert "--masks or --pca" in dino("segment", "images", "--pca", "--masks", code=1).stderr
     convolutional = ["--set", "backbone={name='resnet10t'}", "--set", "backbone.class_token_std=none"]
     dino("pretrain", "images", "--preset", "tiny", *SMALL, *convolutional, "--steps", "0", "--out", "resnet")
@@ -649,7 +651,7 @@ def test_no_picture_takes_the_place_of_a_photo(dino: Dino, images: Path) -> None
     before = photo.read_bytes()
     for words in (["segment", str(photo)], ["attn-map", str(photo)], ["segment", str(images)]):
         out = images if words[1] == str(images) else photo.parent
-        assert "would be written over" in dino(*words, "--out", str(out), code=1).stderr
+        assert "would be overwritten" in dino(*words, "--out", str(out), code=1).stderr
     strip = photo.parent / "a.png"
     photo.rename(strip)
     done = dino("attn-map", str(images / "a"), "--film", "strip", "--out", str(images / "a"), code=1)
@@ -671,9 +673,9 @@ def test_a_film_of_each_folder_of_frames_and_one_of_the_files_that_were_named(di
 
 def test_what_is_for_films_alone_is_told(dino: Dino, tmp_path: Path) -> None:
     assert "--film" in dino("attn-map", "x.jpg", "--head", "2", code=2).stderr
-    assert "photos alone" in dino("attn-map", "x", "--film", "gif", "--raw", code=2).stderr
+    assert "photos only" in dino("attn-map", "x", "--film", "gif", "--raw", code=2).stderr
     (tmp_path / "x.mp4").touch()
-    assert "hint: --film strip, gif or mp4" in dino("attn-map", "x.mp4", code=1).stderr
+    assert "hint: add --film strip, gif or mp4" in dino("attn-map", "x.mp4", code=1).stderr
 
 
 def test_export_says_how_to_load_what_it_wrote(dino: Dino, images: Path) -> None:
@@ -715,7 +717,7 @@ def test_an_export_leaves_its_source_and_its_neighbours_alone(dino: Dino, tmp_pa
     ):
         assert dino("export", "checkpoint.pth", "--to", *words).stdout == f"{name}\n"
     said = dino("export", "checkpoint.pth", "--to", "official", "--out", "checkpoint.pth", code=1).stderr
-    assert "would be written over" in said
+    assert "would be overwritten" in said
     assert (tmp_path / "checkpoint.pth").read_bytes() == before
 
 
@@ -900,9 +902,9 @@ def test_places_are_matched_and_things_followed_with_a_checkpoint(dino: Dino, im
     assert 0 < score["score"]["objects"]["255"]["j"] <= 1
     assert "track/track.gif" in dino(*asked).stdout and Path("track/masks/0005.png").is_file()
     done = dino("track", "images/a", "--mask", "track/masks/0000.png", code=1)
-    assert "would be written over" in done.stderr
+    assert "would be overwritten" in done.stderr
     done = dino("track", "track/masks", "--mask", "truth/0000.png", code=1)
-    assert "would be written over" in done.stderr
+    assert "would be overwritten" in done.stderr
     assert "images is a folder" in dino("match", a, "images", code=1).stderr
 
 
@@ -963,7 +965,7 @@ def test_knn_names_the_run_and_the_step_and_takes_a_k_that_fits(dino: Dino, tmp_
     Path("data").mkdir()
     Path("val").rename("data/val")
     dino("extract", "ckpt.safetensors", "data", "--out", "held", "--workers", "0", "--device", "cpu")
-    assert "note: held has val alone" in dino("knn", "--features", "held").stderr
+    assert "note: held has only the val split" in dino("knn", "--features", "held").stderr
     write_images(Path("plain"), 2)
     dino("extract", "ckpt.safetensors", "plain", "--out", "bare", "--workers", "0", "--device", "cpu")
     assert "have no labels: plain has no class folders" in dino("knn", "--features", "bare", code=1).stderr
