@@ -83,7 +83,7 @@ def film(
     with tempfile.TemporaryFile() as store:
         seen = _look(encoder, frames, store, form, head=head, size=size, report=report)
         store.seek(0)
-        drawn = _drawn(encoder, frames, store, seen, _WIDTHS[form])
+        drawn = _draw_frames(encoder, frames, store, seen, _WIDTHS[form])
         _WRITERS[form](drawn, path, rate or frames.rate or RATE)
     return Filmed(path, len(seen.kept), seen.skipped)
 
@@ -129,10 +129,12 @@ def _look(
             continue
         shape = shape if kept else (pixels.shape[0], pixels.shape[1])
         if pixels.shape[:2] != shape:
-            skipped[name] = f"other size: {pixels.shape[1]}x{pixels.shape[0]}, where the first is {shape[1]}x{shape[0]}"
+            skipped[name] = (
+                f"other size: {pixels.shape[1]}x{pixels.shape[0]}; the first frame has {shape[1]}x{shape[0]}"
+            )
             continue
         try:
-            values = _of_head(attention_maps(encoder, pixels, size or default_size(encoder)).heads, head)
+            values = _select_head(attention_maps(encoder, pixels, size or default_size(encoder)).heads, head)
         except NotFinite as lost:
             skipped[name] = lost.reason
             continue
@@ -141,22 +143,22 @@ def _look(
         lows.append(float(values.min()))
         highs.append(float(values.max()))
     if not kept:
-        first = next(iter(skipped.items()), ("", "it holds none"))
-        raise DinoError(
-            f"none of the frames of {frames.where} can be read; {first[0]}: {first[1]}", "look at that file"
-        )
+        first = next(iter(skipped.items()), ("", "it has no frames"))
+        raise DinoError(f"none of the frames of {frames.where} can be read; {first[0]}: {first[1]}", "check that file")
     return _Seen(kept, skipped, *shape, min(lows), float(np.median(highs)))
 
 
-def _of_head(heads: Map, head: int | None) -> Map:
+def _select_head(heads: Map, head: int | None) -> Map:
     if head is None:
         return heads.mean(0)
     if head > len(heads):
-        raise DinoError(f"this network has {len(heads)} heads; number {head} was asked for", f"--head {len(heads)}")
+        raise DinoError(
+            f"--head {head} is larger than the {len(heads)} heads of this network", f"use --head {len(heads)} or fewer"
+        )
     return heads[head - 1]
 
 
-def _drawn(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen, most: int) -> Iterator[_Drawn]:
+def _draw_frames(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen, most: int) -> Iterator[_Drawn]:
     """Read the frames again, and yield each with its map on the film's color scale."""
     width = min(most, seen.width) // 2 * 2  # video sides must be even
     height = max(2, round(seen.height * width / seen.width / 2) * 2)
@@ -164,7 +166,8 @@ def _drawn(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen, most
         pixels = data if isinstance(data, BadImage) else decode(data, encoder.images)
         if isinstance(pixels, BadImage):
             raise DinoError(
-                f"{name} of {frames.where} was read, and cannot be read again: {pixels.reason}", "once more"
+                f"{name} of {frames.where} was read once and can no longer be read: {pixels.reason}",
+                "run the command again",
             )
         photo = Image.fromarray(visible(pixels)).resize((width, height), Image.Resampling.LANCZOS)
         yield _Drawn(name, np.asarray(photo), heat(np.load(store), height, width, (seen.low, seen.high)))

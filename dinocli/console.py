@@ -31,7 +31,7 @@ _PLAIN_EVERY = 10.0  # seconds between lines if stderr is not a terminal
 
 def say(text: str) -> None:
     """Print a message, on stderr."""
-    _words.print(_shown(text))
+    _words.print(_escape(text))
 
 
 def notes(lines: Iterable[str]) -> None:
@@ -48,10 +48,10 @@ def skipped(reasons: Mapping[str, str] | Mapping[Path, str]) -> None:
 
 def error(message: str, hint: str) -> None:
     """Print an error and its hint, on stderr."""
-    _mistakes.print(f"[bold red]error:[/] {_shown(message)}\n[bold cyan]hint:[/] {_shown(hint)}")
+    _mistakes.print(f"[bold red]error:[/] {_escape(message)}\n[bold cyan]hint:[/] {_escape(hint)}")
 
 
-def _shown(text: str) -> str:
+def _escape(text: str) -> str:
     """Escape rich markup and control characters, which file names may contain."""
     return escape(visible(text))
 
@@ -74,15 +74,15 @@ def out_json(value: Any) -> None:
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
     """Print a table, on stdout, with columns of numbers right-aligned, except the first column."""
     if title:
-        _data.print(_shown(title), style="bold")
+        _data.print(_escape(title), style="bold")
     drawn = Table()
     for i, name in enumerate(columns):
         numbers = all(row[i].replace(".", "").replace("-", "").replace("%", "").isdigit() for row in rows if row[i])
         # The row's name stays on one line, to be copied, unless it is long, as a path may be.
         whole = i == 0 and all(len(visible(row[0])) <= _NAME for row in rows)
-        drawn.add_column(_shown(name), justify="right" if i and numbers else "left", overflow="fold", no_wrap=whole)
+        drawn.add_column(_escape(name), justify="right" if i and numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
-        drawn.add_row(*map(_shown, row))
+        drawn.add_row(*map(_escape, row))
     _data.print(drawn, soft_wrap=False)
 
 
@@ -119,14 +119,14 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
         with Progress(*columns, console=_words) as bar:
             # In a narrow terminal, shorten the name and the note, not the time left.
             fixed = len(f"  {total}/{total} {unit}  00:00:00 left ") + _SHORTEST_BAR
-            short = _shown(what[: max(8, _words.width - fixed)])
+            short = _escape(what[: max(8, _words.width - fixed)])
             task = bar.add_task(short, total=total, note="")
 
             def drawn(done: int, note: str = "") -> None:
                 if first < 0:
                     bar.reset(task, completed=done - 1)
-                text = _fitting(noted(done, note), _words.width - fixed - len(short))
-                bar.update(task, completed=done, note=_shown(text))
+                text = _fit(noted(done, note), _words.width - fixed - len(short))
+                bar.update(task, completed=done, note=_escape(text))
 
             yield drawn
         return
@@ -145,7 +145,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
     yield plain
 
 
-def _fitting(note: str, room: int) -> str:
+def _fit(note: str, room: int) -> str:
     """Drop the last parts of a note until it fits."""
     while len(note) > room:
         note = note.rpartition("  ")[0]

@@ -123,7 +123,7 @@ def demo(
     began = time.perf_counter()
     data, masks = folder / "data", folder / "masks"
     record = {"dinocli": "demo", "train_images": train_images, "val_images": val_images, "steps": steps}
-    if not _begun(folder, record, note):
+    if not _begin(folder, record, note):
         with stage("draw", 2, "sets of images") as advance:
             write_set(data / "train", train_images, seed=0)
             advance(1)
@@ -150,9 +150,9 @@ def demo(
             for part, source in parts.items()
         }
         overlap = _overlap(encoder, parts["val"], masks, stage, f"attention, {name}")
-        rows.append(_measured(name, found["train"], found["val"], overlap, device, stage))
+        rows.append(_score_features(name, found["train"], found["val"], overlap, device, stage))
     raw = {part: _raw_pixels(source, workers) for part, source in parts.items()}
-    rows.append(_measured("raw pixels", raw["train"], raw["val"], None, device, stage))
+    rows.append(_score_features("raw pixels", raw["train"], raw["val"], None, device, stage))
     pictures = [
         draw_attention(trained, path, folder / "attention" / path.parent.name, keep=_KEEP, size=None, raw=False)
         for path in (val.root / val.names[int(np.argmax(val.labels == c))] for c in range(len(CLASSES)))
@@ -169,13 +169,13 @@ def demo(
     )
 
 
-def _begun(folder: Path, record: dict[str, Any], note: Callable[[str], None]) -> bool:
+def _begin(folder: Path, record: dict[str, Any], note: Callable[[str], None]) -> bool:
     """Start a demo, or find one to continue; return True if its images are all drawn.
 
     Raises:
         DinoError: If the folder holds a finished demo, one of other settings, or something else.
     """
-    another = f"--out {folder}-2, or remove {folder}"
+    another = f"use --out {folder}-2, or remove {folder}"
     if is_fresh(folder):  # its marker is written first, and a kill may leave that alone
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RECORD, record | {"drawn": False, "done": False})
@@ -183,12 +183,12 @@ def _begun(folder: Path, record: dict[str, Any], note: Callable[[str], None]) ->
     try:
         before = unseal((folder / RECORD).read_bytes())
     except (OSError, ValueError) as error:
-        raise DinoError(f"{folder} is there already, and holds no demo to continue", another) from error
+        raise DinoError(f"{folder} exists and holds no demo to resume", another) from error
     if before.get("done"):
         raise DinoError(f"the demo in {folder} is finished", another)
     if any(before.get(key) != value for key, value in record.items()):
-        raise DinoError(f"the demo in {folder} began with other settings", another)
-    note(f"continuing the demo in {folder}")
+        raise DinoError(f"the demo in {folder} was started with other settings", another)
+    note(f"resuming the demo in {folder}")
     return before.get("drawn") is True
 
 
@@ -233,7 +233,7 @@ def _raw_pixels(source: Images, workers: int) -> Features:
     return Features(values, source.labels.astype(np.int64), list(source.names), source.classes, {}, recipe)
 
 
-def _measured(
+def _score_features(
     name: str, train: Features, val: Features, overlap: float | None, device: torch.device, stage: Stage
 ) -> Row:
     with stage(f"linear probe, {name}", 100, "%") as advance:

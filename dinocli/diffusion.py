@@ -19,7 +19,7 @@ LONG_SIDE = 960  # pixels, as in the paper
 STEP = 100  # of 1,000 noise steps, as in the paper
 DIMS = 256  # per layer, after joint PCA with the other photo, as in the paper
 _SEED = 42
-_NAMES = "a local folder, or a hub name such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+_NAMES = "use a local folder, or a Hub name such as stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +102,7 @@ def load_diffusion(model: str, device: torch.device, caption: str = "") -> Diffu
     try:
         diffusers, transformers = import_module("diffusers"), import_module("transformers")
     except ImportError as error:
-        raise DinoError(
-            f"Stable Diffusion's features need diffusers and transformers: {error}", "pip install 'dinocli[sd]'"
-        ) from None
+        raise DinoError(f"--sd needs diffusers and transformers: {error}", "pip install 'dinocli[sd]'") from None
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -119,9 +117,7 @@ def load_diffusion(model: str, device: torch.device, caption: str = "") -> Diffu
     config = part(diffusers.UNet2DConditionModel.load_config, "unet")
     # The XL series needs more inputs than a caption; inpainting models need more than latents.
     if config.get("addition_embed_type") or config.get("in_channels", 4) != 4:
-        raise DinoError(
-            f"a Stable Diffusion of the first or second series was wanted; {model} is of another kind", _NAMES
-        )
+        raise DinoError(f"{model} is of another kind; expected a Stable Diffusion 1 or 2 model", _NAMES)
     weights = {"use_safetensors": True, "low_cpu_mem_usage": False}
     unet = part(diffusers.UNet2DConditionModel.from_pretrained, "unet", **weights).eval().to(device)
     tokens = part(transformers.CLIPTokenizer.from_pretrained, "tokenizer")

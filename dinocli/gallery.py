@@ -78,7 +78,7 @@ class Gallery:
         split, path = self._place(row)
         source = self._sources.get(split)
         if source is None:
-            return BadImage(f"missing: {self._missing or f'{self.data} has no part {split}'}")
+            return BadImage(f"missing: {self._missing or f'{self.data} has no split {split}'}")
         try:
             if isinstance(source, TorchvisionImages):
                 return source.read(int(path))
@@ -140,7 +140,9 @@ def open_gallery(folder: Path, data: str | None = None) -> Gallery:
     """
     parts = read_splits(folder)
     if any(part.values.ndim != 2 for part in parts.values()):
-        raise DinoError("one feature an image was wanted; these are patch tokens", "extract again with --tokens cls")
+        raise DinoError(
+            f"{folder} holds patch tokens; expected one feature per image", "extract again with --tokens cls"
+        )
     return Gallery(folder, parts, data or next(iter(parts.values())).recipe.data)
 
 
@@ -173,8 +175,8 @@ def write_list(gallery: Gallery, rows: Sequence[int], path: Path) -> list[str]:
     files = [gallery.file(row) for row in rows]
     if not all(files):
         raise DinoError(
-            f"a list names image files; those of {gallery.folder} are in {gallery.data}, which has none to name",
-            "name the folder that they lie in now with --data",
+            f"the images of {gallery.folder} are in {gallery.data}, which has no image files to list",
+            "name their current folder with --data",
         )
     lines = [(row, str(file)) for row, file in zip(rows, files, strict=True)]
     odd = {row for row, line in lines if any(sign in line for sign in "\t\r\n")}

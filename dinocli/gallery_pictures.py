@@ -43,9 +43,9 @@ def draw_hits(
             pixels = gallery.photo(n.row, _SIDE, images)
             if isinstance(pixels, BadImage):
                 unread[n.image] = pixels.reason
-            row.append(_shown(pixels, n.image, f"{n.cosine:.4f}\n{n.label or n.image}"))
+            row.append(_make_place(pixels, n.image, f"{n.cosine:.4f}\n{n.label or n.image}"))
         rows.append(row)
-    return _write(rows, out, f"photo, and the nearest of {len(gallery)} images by cosine", lead=1), unread
+    return _write(rows, out, f"photo, and its nearest of {len(gallery)} images by cosine", lead=1), unread
 
 
 def draw_groups(
@@ -70,7 +70,7 @@ def draw_groups(
         dropped = [_place(gallery, row, f"{cosine:.4f}\n{gallery.name(row)}", images) for row, cosine in shown]
         more = len(group.dropped) - len(shown)
         rows.append([kept, *dropped, f"and {more} more" if more else None])
-    written = _write(rows, out, "kept, and what is dropped with its cosine to the nearest of its group", lead=1)
+    written = _write(rows, out, "kept image, and dropped images with their cosine to the nearest of the group", lead=1)
     number = len(written) + 1
     while (old := page(out, number)).is_file():
         old.unlink()
@@ -95,14 +95,14 @@ def page(out: Path, number: int) -> Path:
 
 
 def _place(gallery: Gallery, row: int, caption: str, images: ImagesConfig) -> Place:
-    return _shown(gallery.photo(row, _SIDE, images), gallery.name(row), caption)
+    return _make_place(gallery.photo(row, _SIDE, images), gallery.name(row), caption)
 
 
 def _query(path: Path, images: ImagesConfig) -> Place:
-    return _shown(small(read_file(path, images), _SIDE, images), path.name, f"\n{path.name}")
+    return _make_place(small(read_file(path, images), _SIDE, images), path.name, f"\n{path.name}")
 
 
-def _shown(pixels: Pixels | BadImage, name: str, caption: str) -> Place:
+def _make_place(pixels: Pixels | BadImage, name: str, caption: str) -> Place:
     if isinstance(pixels, BadImage):
         return f"{pixels.reason.partition(':')[0]}\n{Path(name).name}"
     return Panel(pixels, caption)

@@ -71,11 +71,11 @@ def patch_maps(encoder: Encoder, a: Pixels, b: Pixels, compared: Compared) -> tu
     if compared.diffusion:
         more = diffusion_maps(compared.diffusion, (a, b), (ours, theirs), compared.long_side)
         both = zip((ours, theirs), more, strict=True)
-        ours, theirs = (_joined(made, diffused, compared.weight) for made, diffused in both)
+        ours, theirs = (_join(made, diffused, compared.weight) for made, diffused in both)
     return PatchMap(normalized(ours), a.shape[:2]), PatchMap(normalized(theirs), b.shape[:2])
 
 
-def _joined(ours: Tensor, diffused: Tensor, weight: float) -> Tensor:
+def _join(ours: Tensor, diffused: Tensor, weight: float) -> Tensor:
     return torch.cat([(1 - weight) * normalized(ours), weight * normalized(diffused)], -1)
 
 
@@ -85,11 +85,11 @@ def diffusion_maps(
     """Compute a diffusion model's features of two photos, by joint PCA per layer, on the grids of `like`. [h, w, D']"""
     layers = zip(*(diffusion.layers(visible(photo), long_side) for photo in photos), strict=True)
     made = [joint_pca(checked(a, "values of layers"), checked(b, "values of layers"), DIMS) for a, b in layers]
-    a, b = (torch.cat([_resized(pair[i], like[i].shape[:2]) for pair in made], -1).to(like[i].device) for i in (0, 1))
+    a, b = (torch.cat([_resize(pair[i], like[i].shape[:2]) for pair in made], -1).to(like[i].device) for i in (0, 1))
     return a, b
 
 
-def _resized(features: Tensor, grid: torch.Size) -> Tensor:
+def _resize(features: Tensor, grid: torch.Size) -> Tensor:
     """Resize features to a grid. [h, w, D]"""
     large = F.interpolate(features.permute(2, 0, 1)[None], size=tuple(grid), mode="bilinear", align_corners=False)
     return large[0].permute(1, 2, 0)
@@ -122,14 +122,14 @@ def write_picture(
         Panel(_lines(seen, at_a, at_b, colors), f"{len(matches.mutual)} mutual nearest patches, {len(lines)} drawn")
     ]
     swapped = swap(seen[1], a, b, matches.forth), swap(seen[0], b, a, matches.back)
-    rows.append(Panel(_beside(swapped, seen), "each patch as its match in the other photo looks"))
+    rows.append(Panel(_place_beside(swapped, seen), "each patch replaced by its match in the other photo"))
     if keypoints:
         true_a, true_b, near = keypoints
         found = answers(a, b, matches, true_a)
         right = np.linalg.norm(found - true_b, axis=1) <= near
         some = np.unique(np.linspace(0, len(right) - 1, min(len(right), _MOST)).round().astype(int))
         marks = [_RIGHT if hit else _WRONG for hit in right[some]]
-        caption = f"{right.sum()} of {len(right)} keypoints are near enough"
+        caption = f"{right.sum()} of {len(right)} keypoints within the threshold"
         rows.append(Panel(_lines(seen, true_a[some], found[some], marks), caption))
     with atomic(path) as draft:
         sheet([[row] for row in rows]).save(draft, format="PNG", optimize=True)
@@ -157,7 +157,7 @@ def _at_height(picture: Pixels, photo: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(picture).resize((width, _HEIGHT), Image.Resampling.LANCZOS))
 
 
-def _beside(pictures: tuple[Pixels, Pixels], photos: tuple[Pixels, Pixels]) -> Pixels:
+def _place_beside(pictures: tuple[Pixels, Pixels], photos: tuple[Pixels, Pixels]) -> Pixels:
     """Place two pictures side by side, with the aspect ratios of two photos. [H, W, 3]"""
     left, right = (_at_height(picture, photo) for picture, photo in zip(pictures, photos, strict=True))
     return np.concatenate([left, np.full((_HEIGHT, _GAP, 3), 255, np.uint8), right], axis=1)
@@ -166,7 +166,7 @@ def _beside(pictures: tuple[Pixels, Pixels], photos: tuple[Pixels, Pixels]) -> P
 def _lines(photos: tuple[Pixels, Pixels], at_a: Points, at_b: Points, colors: list[tuple[int, int, int]]) -> Pixels:
     """Draw two photos side by side, with lines between places of both."""
     large = 3  # supersampling, for smooth lines
-    page = Image.fromarray(_beside(photos, photos))
+    page = Image.fromarray(_place_beside(photos, photos))
     size = page.size
     page = page.resize((size[0] * large, size[1] * large), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(page)

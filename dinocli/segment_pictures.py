@@ -88,11 +88,11 @@ def draw_foreground(
         Panel(heat(told.values, height, width), what),
         Panel(outline(spotlight(shown, large), large), f"foreground, {mask.mean():.0%}"),
     ]
-    picture = _saved(sheet([row]), name, ".png")
+    picture = _save(sheet([row]), name, ".png")
     return Segmented(
         image,
         picture,
-        _saved(Image.fromarray(mask.astype(np.uint8) * 255), name, "-mask.png") if masks else None,
+        _save(Image.fromarray(mask.astype(np.uint8) * 255), name, "-mask.png") if masks else None,
         {"foreground": float(mask.mean())},
     )
 
@@ -123,11 +123,11 @@ def draw_classes(
     large = enlarge(classes, *shown.shape[:2]).astype(np.uint8)
     named = [(head.classes[i], colors[i]) for i in np.argsort(-shares) if shares[i] >= _NAMED]
     row = [Panel(shown, "photo"), Panel(legend(tinted(shown, large, colors), named), "classes")]
-    picture = _saved(sheet([row]), name, ".png")
+    picture = _save(sheet([row]), name, ".png")
     return Segmented(
         image,
         picture,
-        _saved(_indexed(classes, colors), name, "-mask.png") if masks else None,
+        _save(_index(classes, colors), name, "-mask.png") if masks else None,
         {head.classes[i]: float(shares[i]) for i in np.flatnonzero(shares)},
     )
 
@@ -156,17 +156,17 @@ def draw_colors(
     """
     skipped: dict[Path, str] = {}
     pages: list[Path] = []
-    painted = _painted(encoder, colors, photos, short_side, skipped, report)
+    painted = _paint(encoder, colors, photos, short_side, skipped, report)
     while some := list(islice(painted, _ACROSS * _DOWN)):
         rows: list[list[Panel]] = []
         for first in range(0, len(some), _ACROSS):
             rows += [list(row) for row in zip(*some[first : first + _ACROSS], strict=True)]
         name = folder / (f"pca-{len(pages) + 1}" if pages else "pca")
-        pages.append(_saved(contact_sheet(rows, side=_SIDE), name, ".png"))
+        pages.append(_save(contact_sheet(rows, side=_SIDE), name, ".png"))
     return pages, skipped
 
 
-def _painted(
+def _paint(
     encoder: Encoder,
     colors: Colors,
     photos: Sequence[Path],
@@ -199,13 +199,13 @@ def _small(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS))
 
 
-def _indexed(classes: NDArray[np.uint8], colors: NDArray[np.uint8]) -> Image.Image:
+def _index(classes: NDArray[np.uint8], colors: NDArray[np.uint8]) -> Image.Image:
     image = Image.fromarray(classes)  # mode L, which a palette turns into P
     image.putpalette(colors.ravel().tolist())
     return image
 
 
-def _saved(image: Image.Image, name: Path, end: str) -> Path:
+def _save(image: Image.Image, name: Path, end: str) -> Path:
     path = name.with_name(name.name + end)
     with atomic(path) as draft:
         image.save(draft, format="PNG")

@@ -60,25 +60,26 @@ def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelM
         DinoError: If mask or frame cannot be read, their sizes differ, or the mask holds no object.
     """
     frame = next(frames.read({0}, images), None)
-    pixels = _decoded(frame, images) if frame else BadImage("there is none")
+    pixels = _decode(frame, images) if frame else BadImage("there are no frames")
     if isinstance(pixels, BadImage):
-        raise DinoError(f"the first frame of {frames.where} cannot be read: {pixels.reason}", "take it out")
+        raise DinoError(f"the first frame of {frames.where} cannot be read: {pixels.reason}", "remove that frame")
     labels = read_labels(path)
     if isinstance(labels, BadImage):
         raise DinoError(
-            f"a mask of the first frame was wanted; {path}: {labels.reason}",
+            f"{path}: {labels.reason}; expected a mask of the first frame",
             "save the mask as PNG: numbers from 1 to 255 for objects, 0 elsewhere",
         )
     if labels.values.shape != pixels.shape[:2]:
         (height, width), size = labels.values.shape, pixels.shape
         raise DinoError(
-            f"a mask of the first frame has its {size[1]}x{size[0]} pixels; {path} has {width}x{height}",
-            "the mask that was drawn on that frame",
+            f"{path} has {width}x{height} pixels; the first frame has {size[1]}x{size[0]}",
+            "use a mask drawn on that frame",
         )
     if not labels.objects:
-        void = " or 255, which in a palette is void" if labels.void.any() else ""
+        void = " or 255 (void in a palette)" if labels.void.any() else ""
         raise DinoError(
-            f"a mask with an object was wanted; {path} is 0 everywhere{void}", "paint what is to be followed"
+            f"{path} is 0 everywhere{void}; expected a mask with an object",
+            "mark the object with a value from 1 to 254",
         )
     return labels.cleared, pixels
 
@@ -159,7 +160,7 @@ def _stem(frame: Frame) -> str:
     return Path(frame.name).stem if isinstance(frame.data, bytes) else f"{frame.number:05}"
 
 
-def _decoded(frame: Frame, images: ImagesConfig) -> Pixels | BadImage:
+def _decode(frame: Frame, images: ImagesConfig) -> Pixels | BadImage:
     return frame.data if isinstance(frame.data, BadImage) else decode(frame.data, images)
 
 
@@ -174,12 +175,12 @@ class _Reader:
 
     def __iter__(self) -> Iterator[Pixels]:
         for frame in self.video.read(_ALL, self.images):
-            pixels = _decoded(frame, self.images)
+            pixels = _decode(frame, self.images)
             if isinstance(pixels, BadImage):
                 self.skipped[frame.name] = pixels.reason
             elif pixels.shape != self.shape:
                 sizes = [f"{shape[1]}x{shape[0]}" for shape in (pixels.shape, self.shape)]
-                self.skipped[frame.name] = f"another size: {sizes[0]} pixels, the first frame has {sizes[1]}"
+                self.skipped[frame.name] = f"another size: {sizes[0]} pixels; the first frame has {sizes[1]}"
             else:
                 self.now, self.pixels = frame, pixels
                 yield pixels
@@ -202,7 +203,7 @@ class _Judge:
         truth = read_labels(path)
         if isinstance(truth, BadImage) or truth.values.shape != found.shape:
             why = truth.reason if isinstance(truth, BadImage) else "another size than its frame's"
-            self.skipped[frame.name] = f"counted in no score; its true mask {path}: {why}"
+            self.skipped[frame.name] = f"not scored; true mask {path}: {why}"
             return
         self._found.append(frame_scores(found, truth, self._first.objects))
         self._still.append(frame_scores(self._first.values, truth, self._first.objects))
@@ -211,10 +212,10 @@ class _Judge:
         if not self._found:
             bad = next(iter(self.skipped.items()), None)
             raise DinoError(
-                f"none of the true masks can be counted; {bad[0]}: {bad[1]}"
+                f"none of the true masks can be scored; {bad[0]}: {bad[1]}"
                 if bad
-                else "no true mask has the name of a frame between the first and the last",
-                "--evaluate FOLDER OF MASKS",
+                else "no true mask is named like a frame between the first and the last",
+                "use --evaluate FOLDER with masks named like the frames",
             )
         return video_score(self._found, self._first.objects), video_score(self._still, self._first.objects)
 

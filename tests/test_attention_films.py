@@ -94,16 +94,16 @@ def test_what_cannot_be_shown_is_named(tmp_path: Path, encoder: Encoder) -> None
     done = film(encoder, source, tmp_path / "f.gif", "gif", size=32)
     assert done.frames == 2
     assert done.skipped["1.png"].startswith("not an image")
-    assert done.skipped["2.png"] == "other size: 20x20, where the first is 64x32"
+    assert done.skipped["2.png"] == "other size: 20x20; the first frame has 64x32"
     with Image.open(tmp_path / "f.gif") as gif:
         assert gif.n_frames == 2
 
 
 def test_a_mistake_leaves_nothing(tmp_path: Path, encoder: Encoder) -> None:
     source = frames(tmp_path / "f", 2)
-    with pytest.raises(DinoError, match="has 2 heads; number 3") as caught:
+    with pytest.raises(DinoError, match="--head 3 is larger than the 2 heads") as caught:
         film(encoder, source, tmp_path / "f.gif", "gif", head=3, size=32)
-    assert caught.value.hint == "--head 2"
+    assert caught.value.hint == "use --head 2 or fewer"
     for i in range(2):
         (tmp_path / "f" / f"{i}.png").write_bytes(b"no image")
     with pytest.raises(DinoError, match=r"none of the frames of .*; 0\.png: not an image"):

@@ -64,7 +64,7 @@ def test_the_demo_measures_what_it_trained_beside_what_it_must_beat(tmp_path: Pa
     played = Played(tmp_path / "demo")
     result = played.play()
     assert played.said == [
-        f"continuing the demo in {tmp_path / 'demo'}",
+        f"resuming the demo in {tmp_path / 'demo'}",
         f"{tmp_path / 'demo' / 'run'} is finished: 2 steps are done, and 2 were asked for",
     ]
     assert [row.features for row in result.rows] == ["trained by DINO", "untrained twin", "raw pixels"]
@@ -91,10 +91,10 @@ def test_a_folder_with_a_marker_alone_is_new(tmp_path: Path) -> None:
 def test_other_folders_and_other_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(DinoError, match="holds no demo to continue"):
+    with pytest.raises(DinoError, match="holds no demo to resume"):
         Played(tmp_path / "mine").play()
     (tmp_path / "mine" / "demo.json").write_text("{")
-    with pytest.raises(DinoError, match="holds no demo to continue"):
+    with pytest.raises(DinoError, match="holds no demo to resume"):
         Played(tmp_path / "mine").play()
     write_json(tmp_path / "mine" / "demo.json", {"dinocli": "demo", "steps": 3, "drawn": True})
     with pytest.raises(DinoError, match="other settings"):

@@ -76,7 +76,7 @@ def test_photos_in_tar_shards_are_found(tmp_path: Path) -> None:
     gallery = open_gallery(stored(tmp_path / "f", source.where, {"all": [*names, "x-000.tar/b.png", "y.tar/a/1.png"]}))
     assert gallery.photo(1, 16).shape == (7, 9, 3)
     assert [isinstance(gallery.read(row), BadImage) for row in range(4)] == [False, False, True, True]
-    with pytest.raises(DinoError, match="names image files"):
+    with pytest.raises(DinoError, match="has no image files to list"):
         write_list(gallery, [0], tmp_path / "list.txt")
 
 

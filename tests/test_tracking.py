@@ -61,7 +61,7 @@ def test_frames_that_cannot_be_read_are_passed_over(video: Path, encoder: Encode
     assert done.frames == 9 and done.score is None
     assert not (done.masks / "f3.png").exists() and (done.masks / "f4.png").exists()
     reasons = list(done.skipped.values())
-    assert "not an image" in reasons[0] and "another size: 20x20 pixels, the first frame has 112x32" in reasons[1]
+    assert "not an image" in reasons[0] and "another size: 20x20 pixels; the first frame has 112x32" in reasons[1]
 
 
 def test_a_bad_true_mask_costs_its_own_frames_score_alone(video: Path, encoder: Encoder) -> None:
@@ -76,7 +76,7 @@ def test_a_bad_true_mask_costs_its_own_frames_score_alone(video: Path, encoder: 
     assert "f4.png: damaged" in done.skipped["f4.png"] and "another size" in done.skipped["f6.png"]
     for path in (video / "masks").iterdir():
         path.write_bytes(b"no image")
-    with pytest.raises(DinoError, match=r"none of the true masks can be counted; f1.png: .*damaged"):
+    with pytest.raises(DinoError, match=r"none of the true masks can be scored; f1.png: .*damaged"):
         track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks")
 
 
@@ -94,9 +94,9 @@ def test_the_void_of_a_first_mask_is_not_followed(video: Path, encoder: Encoder)
 def test_what_does_not_belong_together_is_said(video: Path, encoder: Encoder) -> None:
     files = open_frames(video / "frames")
     for name, values, palette, words in (
-        ("small", np.ones((8, 8), np.uint8), None, "has its 112x32 pixels; .* has 8x8"),
-        ("empty", np.zeros((32, 112), np.uint8), None, "is 0 everywhere\nhint"),
-        ("void", np.full((32, 112), 255, np.uint8), PALETTE, "255, which in a palette is void"),
+        ("small", np.ones((8, 8), np.uint8), None, "has 8x8 pixels; the first frame has 112x32"),
+        ("empty", np.zeros((32, 112), np.uint8), None, "is 0 everywhere; expected a mask with an object\nhint"),
+        ("void", np.full((32, 112), 255, np.uint8), PALETTE, r"255 \(void in a palette\)"),
     ):
         write_labels(video / f"{name}.png", LabelMap(values, palette))
         with pytest.raises(DinoError, match=words):
@@ -109,7 +109,7 @@ def test_what_does_not_belong_together_is_said(video: Path, encoder: Encoder) ->
         first_mask(video / "masks" / "f0.png", files, encoder.images)
     (video / "other").mkdir()
     write_labels(video / "other" / "x.png", first[0])
-    with pytest.raises(DinoError, match="no true mask has the name"):
+    with pytest.raises(DinoError, match="no true mask is named like"):
         track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "other")
 
 

@@ -36,8 +36,8 @@ from dinocli.cli.words import Misuse
 from dinocli.errors import DinoError
 
 app = App(
-    help="DINO self-supervised pretraining: a folder of unlabelled images to a vision transformer, its features, its "
-    "scores and its attention maps.",
+    help="DINO self-supervised pretraining: train a vision transformer on unlabelled images, then extract, evaluate "
+    "and draw its features and attention maps.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -63,8 +63,8 @@ app.command()(demo)
 _SHARED = ("pretrain", "extract")  # run in several processes too
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         console.out(f"dino {dinocli.__version__}")
         raise typer.Exit
 
@@ -73,7 +73,7 @@ def _version(asked: bool) -> None:
 def _options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     if "--help" in sys.argv:
@@ -83,13 +83,13 @@ def _options(
         distributed.check_launch(command)
         if found and found.launcher != "torchrun":
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            console.say(f"note: joining {found.size} processes of {found.launcher}, which meet at {where}")
+            console.say(f"note: joining {found.size} processes started by {found.launcher}, rendezvous at {where}")
         distributed.begin()
     # RANK and WORLD_SIZE alone may describe a whole container, in which other commands run once.
     elif found and found.launcher != "torch.distributed":
         raise DinoError(
-            f"dino {command} is done by one process; {found.size or 'several'} were started",
-            f"leave {found.launcher} out: dino {command} ...",
+            f"dino {command} runs in one process; {found.launcher} started {found.size or 'several'}",
+            f"run it without {found.launcher}: dino {command} ...",
         )
 
 
@@ -107,7 +107,7 @@ def main() -> None:
         sys.stdout.flush()
         distributed.end()
     except DinoError as mistake:
-        code = _said(mistake.message, mistake.hint) + isinstance(mistake, Misuse)
+        code = _print_error(mistake.message, mistake.hint) + isinstance(mistake, Misuse)
     except (KeyboardInterrupt, typer.Abort):
         console.say("stopped")
         code = 130
@@ -116,23 +116,23 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as failure:
-        code = _said(*_explain(failure))
+        code = _print_error(*_explain(failure))
     except Exception as error:
-        code = _told(error)
+        code = _handle_error(error)
     if code and distributed.size() > 1:
         sys.stdout.flush()
         os._exit(code)  # at once: closing the process group would wait for processes that have ended
     sys.exit(code)
 
 
-def _said(message: str, hint: str) -> int:
+def _print_error(message: str, hint: str) -> int:
     """Print an error, unless another process of the run did first; return exit code 1."""
     if distributed.first_to_fail():
         console.error(message, hint)
     return 1
 
 
-def _told(error: Exception) -> int:
+def _handle_error(error: Exception) -> int:
     """Print a usage error, lack of memory or loss of a process, and return the exit code; re-raise others as bugs."""
     words = str(error)
     if getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message"):
@@ -141,14 +141,14 @@ def _told(error: Exception) -> int:
             for line in words.splitlines() or [""]:
                 console.say(line)
         else:
-            _said(*explain(error, sys.argv[1:]))
+            _print_error(*explain(error, sys.argv[1:]))
         return 2
     if isinstance(error, MemoryError) or "out of memory" in words.lower() or "can't allocate memory" in words:
-        return _said("there is too little memory for this", "a smaller --batch-size or --size")
+        return _print_error("not enough memory for this command", "use a smaller --batch-size or --size")
     if distributed.lost(error):
-        return _said(
-            "another process of this run has ended, or cannot be reached any more",
-            "the same command again; a training run goes on from its last saved state",
+        return _print_error(
+            "another process of this run has ended or can no longer be reached",
+            "run the same command again; training resumes from the last checkpoint",
         )
     if not distributed.first_to_fail():
         return 1
@@ -158,7 +158,7 @@ def _told(error: Exception) -> int:
 def _explain(failure: OSError) -> tuple[str, str]:
     place = failure.filename or "a file of this run"
     if failure.errno == errno.ENOSPC or "No space left" in str(failure):
-        return f"no space left on the disk of {place}", "free some space, or name another place with --out"
+        return f"no space left on the disk of {place}", "free some space, or use --out on another disk"
     if isinstance(failure, PermissionError) or failure.errno == errno.EROFS:
-        return f"no permission for {place}", "name a place of your own (--out), or files that you may read"
+        return f"no permission for {place}", "use an --out that you may write to, and files that you may read"
     return f"{failure.strerror or failure} ({place})", "check that path and that disk"

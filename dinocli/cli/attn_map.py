@@ -23,25 +23,25 @@ def attn_map(
     images: Annotated[
         list[Path],
         typer.Argument(
-            callback=photo_places, help="Photos, and folders of photos; with --film folders of frames, and videos."
+            callback=photo_places, help="Photos, and folders of photos; with --film: folders of frames, and videos."
         ),
     ],
     checkpoint: Checkpoint = None,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("attention"),
-    keep: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the attention that the masks hold.")] = 0.6,
+    keep: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the attention mass inside the masks.")] = 0.6,
     size: ShortSide = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Write the maps themselves too, as safetensors.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Also write the attention maps as safetensors.")] = False,
     film: Annotated[
         Literal["strip", "gif", "mp4"] | None,
         typer.Option(
-            help="One picture of all frames of a folder or a video: eight of them side by side, or moving ones "
-            "beside their maps, in the same scale of colors throughout."
+            help="Draw the frames of a folder or video as one picture: a strip of eight frames, or an animation of all "
+            "frames beside their maps. All maps share one color scale."
         ),
     ] = None,
-    head: Annotated[int | None, typer.Option(min=1, help="With --film: which head; the mean if absent.")] = None,
+    head: Annotated[int | None, typer.Option(min=1, help="With --film: attention head; the mean by default.")] = None,
     fps: Annotated[
         float | None,
-        typer.Option(min=0.1, max=240, help="With --film: frames a second; the video's, or 24, if absent."),
+        typer.Option(min=0.1, max=240, help="With --film: frames per second. Default: the video's, else 24."),
     ] = None,
     network: NetworkName = "teacher",
     overrides: Settings = None,
@@ -50,9 +50,9 @@ def attn_map(
 ) -> None:
     """Draw the last block's attention per head, in color and as masks, beside the photo; with --film, over a video."""
     if film and raw:
-        raise Misuse("--raw writes the maps of photos alone; --film came too", "leave --raw or --film out")
+        raise Misuse("--raw writes maps of photos only; it cannot be combined with --film", "omit --raw or --film")
     if not film and (head or fps):
-        raise Misuse("--head and --fps are for films; no --film came", "--film gif, or strip or mp4")
+        raise Misuse("--head and --fps need --film", "add --film gif, strip or mp4")
     out = output_place(out)
     films, files = (_films(images), {}) if film else ({}, _photos(images))
 
@@ -122,7 +122,7 @@ def _draw_films(
         with console.progress(f"attn-map {name}", frames.count, "frames") as advance:
             made.append(film(encoder, frames, path, form, head=head, size=size, rate=rate, report=advance))
         for bad, reason in made[-1].skipped.items():
-            console.say(f"note: left out {bad} of {frames.where}: {reason}")
+            console.say(f"note: skipped {bad} of {frames.where}: {reason}")
         if not json:
             console.out(str(path))
     if json:
@@ -137,7 +137,7 @@ def _films(images: list[Path]) -> dict[str, Frames]:
     files = [path for path in images if path not in whole]
     missing = next((path for path in images if not path.exists()), None)
     if missing:
-        raise DinoError(f"a folder of frames or a video was wanted; {missing} does not exist", "check the path")
+        raise DinoError(f"{missing} does not exist; expected a folder of frames or a video", "check the path")
     places = {path: open_frames(path) for path in whole}
     if files:
         places[files[0].parent] = Frames(files[0].parent, files)
@@ -155,5 +155,5 @@ def _photos(images: list[Path]) -> dict[Path, Path]:
     from dinocli.data.named import named_photos
 
     if video := next((path for path in images if is_video(path)), None):
-        raise DinoError(f"photos were wanted; {video} is a video", "--film strip, gif or mp4")
+        raise DinoError(f"{video} is a video; expected photos", "add --film strip, gif or mp4")
     return named_photos(images)

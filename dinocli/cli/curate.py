@@ -19,33 +19,33 @@ if TYPE_CHECKING:
 
 
 def curate(
-    pool: Annotated[Path, typer.Argument(callback=features_place, help="Folder of features to choose from.")],
+    pool: Annotated[Path, typer.Argument(callback=features_place, help="Folder of features of the pool.")],
     like: Annotated[
         Path | None,
         typer.Option(
-            callback=features_place, help="Folder of features of seed images: what is chosen is to be like these."
+            callback=features_place, help="Folder of features of seed images; select their nearest neighbours."
         ),
     ] = None,
     without: Annotated[
         list[Path] | None,
         typer.Option(
             callback=feature_places,
-            help="Folder of features, such as of a test set, that nothing chosen may be near to; may be repeated.",
+            help="Folder of features, such as of a test set; images near to these are dropped. May be repeated.",
         ),
     ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Pool images for each seed.")] = 4,
+    k: Annotated[int, typer.Option("--k", min=1, help="Nearest neighbours per seed.")] = 4,
     clusters: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Choose by so many k-means clusters of the pool instead: those with more than three seeds, "
-            "or all without --like.",
+            help="Select from N k-means clusters of the pool instead: those with more than three seeds, or all "
+            "without --like.",
         ),
     ] = None,
-    each: Annotated[int, typer.Option(min=1, help="With --clusters: images drawn from each.")] = 100,
+    each: Annotated[int, typer.Option(min=1, help="With --clusters: images drawn per cluster.")] = 100,
     threshold: Threshold = None,
-    seed: Annotated[int, typer.Option(min=0, help="With --clusters: of their start and of the draw.")] = 0,
-    out: Annotated[Path, typer.Option(help="The list, which `dino pretrain` takes as its images.")] = Path(
+    seed: Annotated[int, typer.Option(min=0, help="With --clusters: seed of k-means and of the draw.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output list, which `dino pretrain` reads as its images.")] = Path(
         "curated.txt"
     ),
     data: DataNow = None,
@@ -58,14 +58,14 @@ def curate(
     out = output_place(out, file="curated.txt")
     if not like and not clusters:
         raise DinoError(
-            "what to choose by was wanted; neither --like nor --clusters was given",
-            "--like FEATURES takes what is nearest to those, --clusters 100 as many of each kind",
+            "neither --like nor --clusters was given; expected at least one",
+            "use --like FEATURES for nearest neighbours, or --clusters 100 for a balanced selection",
         )
 
     if without and threshold is None:
         raise DinoError(
-            "a threshold for what is near to --without was wanted; none was given",
-            f"see `dino dedup --features {pool}`",
+            "--without needs --threshold, the cosine from which images are dropped",
+            f"choose one with `dino dedup --features {pool}`",
         )
 
     import numpy as np
@@ -82,7 +82,7 @@ def curate(
     rows = np.arange(len(gallery))
     left = {"pool": len(rows)}
     if threshold is not None:
-        alike = _alike(gallery, threshold)
+        alike = _find_duplicates(gallery, threshold)
         for other in others:
             with console.progress(f"compare with {other.folder}", len(gallery), "images") as advance:
                 near = near_to(gallery.values, np.arange(len(gallery)), other.values, threshold, advance)
@@ -92,7 +92,7 @@ def curate(
         rows = np.setdiff1d(rows, [row for group in choose(alike, gallery.size) for row in group.dropped])
         left["without duplicates"] = len(rows)
     if not len(rows):
-        raise DinoError("nothing of the pool is left", f"a higher --threshold than {threshold}")
+        raise DinoError("no image of the pool is left", f"use a --threshold above {threshold}")
     if clusters:
         rows = _by_clusters(gallery, rows, seeds, clusters, each, seed)
     elif seeds:
@@ -101,7 +101,7 @@ def curate(
     left["chosen"] = len(rows)
     written = listed(gallery, rows.tolist(), out)
     if not written and not json:
-        raise DinoError(f"a list of {len(rows)} images was wanted; none was written", "--json prints their names")
+        raise DinoError(f"no list of the {len(rows)} selected images was written", "use --json to print their names")
     if json:
         names = [gallery.name(row) for row in rows.tolist()]
         console.out_json({"left": left, "list": str(out) if written else None, "images": names})
@@ -111,7 +111,7 @@ def curate(
         console.out(str(path))
 
 
-def _alike(gallery: Gallery, threshold: float) -> Alike:
+def _find_duplicates(gallery: Gallery, threshold: float) -> Alike:
     from dinocli.evals.dedup import find_alike
 
     count = len(gallery)
@@ -135,6 +135,6 @@ def _by_clusters(gallery: Gallery, rows: Indices, seeds: Gallery | None, count: 
     if not len(among):
         raise DinoError(
             f"none of the {count} clusters holds {HELD} of the {len(seeds)} seeds",
-            "fewer --clusters, or --k in their place",
+            "use fewer --clusters, or --k instead",
         )
     return sample(rows, of, each, seed, among)

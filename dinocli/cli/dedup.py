@@ -27,7 +27,7 @@ def dedup(
     features: FeatureFolder = None,
     threshold: Threshold = None,
     out: Annotated[Path, typer.Option(help="Folder for the list, the histogram and the sheets.")] = Path("dedup"),
-    pages: Annotated[int, typer.Option(min=0, help="Sheets of 20 groups to look at.")] = 5,
+    pages: Annotated[int, typer.Option(min=0, help="Sheets to draw, with 20 groups each.")] = 5,
     data: DataNow = None,
     overrides: Limits = None,
     json: Json = False,
@@ -52,7 +52,9 @@ def dedup(
     gallery = open_gallery(folder, data)
     count = len(gallery)
     if count < 2:
-        raise DinoError(f"images to compare were wanted; {folder} has {count}", "extract more than one image")
+        raise DinoError(
+            f"{folder} has too few images to compare ({count}); expected at least two", "extract more than one image"
+        )
     with console.progress("compare", count * (count - 1) // 2, "pairs") as advance:
         found = find_alike(gallery.values, threshold, advance)
     histogram = out / "histogram.png"
@@ -68,7 +70,7 @@ def dedup(
         rows = [[f"{100 * share:g}", f"{step:.6f}"] for share, step in steps.items()]
         console.table(["% of images with another as near", "threshold"], rows)
         console.out(str(histogram))
-        console.say(f"next: dino dedup --threshold {steps[0.01]:.6f}, or another, and a look at its sheets")
+        console.say(f"next: dino dedup --threshold {steps[0.01]:.6f} (or another), then check its sheets")
         return
     groups = choose(found, lambda row: gallery.size(row, images))
     dropped = [row for group in groups for row in group.dropped]
@@ -77,10 +79,10 @@ def dedup(
     files += listed(gallery, kept, out / "keep.txt")
     largest = max((1 + len(group.dropped) for group in groups), default=0)
     if largest > max(100, count // 20):
-        console.say(f"note: {largest} images hang together in one group: the threshold joins what is merely alike")
+        console.say(f"note: one group holds {largest} images: the threshold also joins images that are only similar")
     unread = sum(not any(gallery.size(group.kept, images)) for group in groups)
     if unread:
-        console.say(f"note: of {unread} groups no image can be read, and the first one is kept; see --data")
+        console.say(f"note: {unread} groups have no readable image; the first of each is kept; see --data")
     if json:
         told = [
             {"kept": gallery.name(g.kept), "dropped": [gallery.name(row) for row in g.dropped], "cosines": g.cosines}

@@ -15,7 +15,7 @@ from dinocli.errors import DinoError
 
 def demo(
     out: Annotated[
-        Path, typer.Option(help="New folder for images, run, features and pictures, or that of a demo to continue.")
+        Path, typer.Option(help="Folder for images, run, features and pictures: new, or of a demo to resume.")
     ] = Path("dino-demo"),
     workers: Workers = None,
     device: Device = "auto",
@@ -30,7 +30,7 @@ def demo(
 
     # Checked before torch is loaded, to fail at once.
     if not is_fresh(out) and not (out / "demo.json").exists():
-        raise DinoError(f"{out} is there already, and holds no demo to continue", f"--out {out}-2, or remove {out}")
+        raise DinoError(f"{out} exists and holds no demo to resume", f"use --out {out}-2, or remove {out}")
 
     from dinocli.demo import demo
     from dinocli.device import default_workers, pick_device
@@ -41,7 +41,7 @@ def demo(
         with marked(out, "demo"):
             result = demo(out, device=picked, workers=count, stage=console.progress, note=console.say)
     except KeyboardInterrupt:
-        console.say(f"the demo in {out} is not finished: the same command continues it")
+        console.say(f"the demo in {out} is not finished; run the same command to resume it")
         raise
     if json:
         console.out_json(asdict(result) | {"folder": str(result.folder), "pictures": [str(p) for p in result.pictures]})
@@ -52,7 +52,7 @@ def demo(
             [r.features, f"{r.knn:.1f}", f"{r.linear:.1f}", "" if r.overlap is None else f"{r.overlap:.3f}"]
             for r in result.rows
         ],
-        title=f"drawn images of ten kinds; a guess is right {result.chance:.0f} % of the time, "
-        f"a mask of everything overlaps {result.everything:.3f}",
+        title=f"generated images of ten classes; chance is {result.chance:.0f} %, "
+        f"a mask of the whole image has Jaccard {result.everything:.3f}",
     )
     console.say(f"done in {console.duration(result.seconds)}; attention maps: {result.pictures[0].parent}")

@@ -15,10 +15,12 @@ from dinocli.errors import DinoError
 def knn(
     k: Annotated[
         list[int] | None,
-        typer.Option("--k", help="Neighbours that vote; may be repeated. 10 and 20 if absent, or all of fewer."),
+        typer.Option("--k", help="Nearest neighbours that vote; may be repeated. Default: 10 and 20, or all if fewer."),
     ] = None,
     features: FeatureFolder = None,
-    temperature: Annotated[float, typer.Option(min=1e-4, help="A vote weighs exp(similarity / temperature).")] = 0.07,
+    temperature: Annotated[
+        float, typer.Option(min=1e-4, help="Temperature of the vote weights exp(similarity / temperature).")
+    ] = 0.07,
     json: Json = False,
 ) -> None:
     """Evaluate features by a weighted k-NN vote in cosine similarity, as the DINO paper does."""
@@ -32,14 +34,15 @@ def knn(
     train, test = compared(splits)
     if len(train.classes) == 1:
         raise DinoError(
-            f"all {len(train)} images of {train.recipe.data} are of one class, {train.classes[0]}; a score needs two",
+            f"all {len(train)} images of {train.recipe.data} are of one class, {train.classes[0]}; "
+            "expected at least two classes",
             "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",
         )
     most = votable(train, test)
     if test is None and len(splits) == 1 and "all" not in splits:
         name = next(iter(splits))
         console.say(
-            f"note: {folder} has {name} alone; for training and test images extract a folder of train/ and val/"
+            f"note: {folder} has only the {name} split; to score test images, extract a folder with train/ and val/"
         )
     result = knn(train, test, k or [n for n in (10, 20) if n <= most] or [most], temperature)
     if json:

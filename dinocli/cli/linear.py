@@ -29,23 +29,25 @@ if TYPE_CHECKING:
 
 def linear(
     features: FeatureFolder = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
+    epochs: Annotated[int, typer.Option(min=1, help="Training epochs.")] = 100,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images a step; 256 of stored features, 1024 with --paper.")
+        int | None, typer.Option(min=1, help="Images per step. Default: 256, or 1024 with --paper.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the start, the order, and what is held out.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the initial weights, the image order and the held-out split.")
+    ] = 0,
     paper: Annotated[
         str | None,
         typer.Option(
             metavar="DATA",
             callback=images_place,
-            help="The paper's protocol instead: SGD on augmented images "
-            "of this folder (train/ and val/ with class folders); no features are read.",
+            help="Run the paper's protocol instead: SGD on augmented images of this folder (train/ and val/ with class "
+            "folders). Reads no features.",
         ),
     ] = None,
     checkpoint: Checkpoint = None,
-    lr: Annotated[float, typer.Option(min=0, help="With --paper: for a batch of 256.")] = 0.001,
-    blocks: Annotated[int, typer.Option(min=1, help="With --paper: join the tokens of the last N blocks.")] = 4,
+    lr: Annotated[float, typer.Option(min=0, help="With --paper: learning rate for a batch size of 256.")] = 0.001,
+    blocks: Annotated[int, typer.Option(min=1, help="With --paper: concatenate the tokens of the last N blocks.")] = 4,
     tokens: Tokens = "cls",
     size: Size = None,
     overrides: Settings = None,
@@ -56,8 +58,8 @@ def linear(
     """Train a linear probe: on stored features with a learning-rate sweep, or by the paper's protocol (--paper)."""
     if not paper and (checkpoint or size or overrides or (lr, blocks, tokens) != (0.001, 4, "cls")):
         raise DinoError(
-            "--checkpoint, --lr, --blocks, --tokens, --size and --set are for images, and none were given",
-            "--paper DATA; of stored features `dino extract` chooses them",
+            "--checkpoint, --lr, --blocks, --tokens, --size and --set need images (--paper)",
+            "use --paper DATA; for stored features, set them in `dino extract`",
         )
 
     from dinocli.device import default_workers, pick_device
@@ -71,8 +73,8 @@ def linear(
         test = parts.get("val") or parts.get("test")
         if "train" not in parts or test is None:
             raise DinoError(
-                f"train/ and val/ with class folders were wanted; {paper} has {', '.join(parts) or 'neither'}",
-                "DATA/train/CLASS/* and DATA/val/CLASS/*",
+                f"{paper} has {', '.join(parts) or 'no split'}; expected train/ and val/ with class folders",
+                "arrange the images as DATA/train/CLASS/* and DATA/val/CLASS/*",
             )
         picked = pick_device(device)
         encoder = encoder_from(checkpoint, device, "teacher", overrides)
@@ -126,7 +128,7 @@ def _print(result: LinearResult, source: str) -> None:
             f"training split; then trained on all {result.train_images}"
         )
     if result.split_off:
-        console.say(f"note: the data has one split; {result.test_images} of its images were set apart as the test")
+        console.say(f"note: the data has one split; held out {result.test_images} images as the test split")
     console.table(
         ["protocol", "learning rate", "top-1 %", "top-5 %"],
         [[result.protocol, f"{result.lr:g}", f"{result.top1:.2f}", f"{result.top5:.2f}"]],

@@ -31,36 +31,40 @@ if TYPE_CHECKING:
 
 def match(
     a: Annotated[Path, typer.Argument(metavar="A", callback=photo_place, help="A photo.")],
-    b: Annotated[Path, typer.Argument(metavar="B", callback=photo_place, help="Another, of any size.")],
+    b: Annotated[Path, typer.Argument(metavar="B", callback=photo_place, help="Another photo, of any size.")],
     checkpoint: Checkpoint = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("matches"),
     keypoints: Annotated[
         Path | None,
         typer.Option(
-            help="Places that are the same in both, to score by: CSV or JSON with x_a, y_a, x_b, y_b; CSV with a photo "
-            "and its x, y, x, y ... a row; or a homography from A to B (XML, or nine numbers in a .txt)."
+            help="Corresponding points, for a PCK score: CSV or JSON with x_a, y_a, x_b, y_b; CSV with a photo and its "
+            "x, y, x, y ... per row; or a homography from A to B (XML, or nine numbers in a .txt)."
         ),
     ] = None,
     pck_of: Annotated[
         Literal["box", "image"],
-        typer.Option("--pck-of", help="Near enough is a share of the larger side of B's keypoints' box, or of B."),
+        typer.Option("--pck-of", help="PCK threshold relative to the larger side of B's keypoint box, or of B."),
     ] = "box",
     size: ShortSide = None,
     layer: Annotated[
-        list[int] | None, typer.Option(help="Block whose patches are compared: 1 the first, -1 the last; repeatable.")
+        list[int] | None,
+        typer.Option(help="Block whose patches are compared: 1 is the first, -1 the last; may be repeated."),
     ] = None,
     facet: FacetName = "token",
-    pca: Annotated[int | None, typer.Option(min=1, help="Numbers a patch, by a PCA of both photos.")] = None,
-    lines: Annotated[int, typer.Option(min=1, help="About how many lines to draw.")] = 24,
+    pca: Annotated[int | None, typer.Option(min=1, help="Dimensions per patch after a PCA over both photos.")] = None,
+    lines: Annotated[int, typer.Option(min=1, help="Approximate number of lines to draw.")] = 24,
     sd: Annotated[
         str | None,
         typer.Option(
-            "--sd", metavar="MODEL", help="Join features of a Stable Diffusion model: a folder, or a name on the hub."
+            "--sd", metavar="MODEL", help="Concatenate features of a Stable Diffusion model: a folder, or a Hub name."
         ),
     ] = None,
-    sd_weight: Annotated[float, typer.Option(min=0, max=1, help="Their weight; the others have the rest.")] = 0.5,
-    sd_size: Annotated[int, typer.Option(min=64, help="Long side in pixels of the photos for them.")] = 960,
-    caption: Annotated[str, typer.Option(help="What both photos show, for --sd; nothing if absent.")] = "",
+    sd_weight: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Weight of the Stable Diffusion features; the DINO features get the rest."),
+    ] = 0.5,
+    sd_size: Annotated[int, typer.Option(min=64, help="Long side in pixels of the photos for Stable Diffusion.")] = 960,
+    caption: Annotated[str, typer.Option(help="Caption of both photos for --sd; empty by default.")] = "",
     network: NetworkName = "teacher",
     overrides: Settings = None,
     device: Device = "auto",
@@ -69,8 +73,8 @@ def match(
     """Match the patches of two photos by their features, draw the matches, and score them by known keypoints."""
     for photo in (a, b):
         if photo.is_dir() or not photo.exists():
-            came = "is a folder" if photo.is_dir() else "does not exist"
-            raise DinoError(f"a photo was wanted; {photo} {came}", "check the path")
+            fault = "is a folder" if photo.is_dir() else "does not exist"
+            raise DinoError(f"{photo} {fault}; expected a photo", "check the path")
     out = output_place(out)
     picture = out / f"{a.stem}-{b.stem}.png"
     from dinocli.data.keypoints import read_keypoints
@@ -88,7 +92,7 @@ def match(
     known = keypoints and read_keypoints(keypoints, a, b, (photos[0].shape[:2], photos[1].shape[:2]))
     diffusion = load_diffusion(sd, pick_device(device), caption) if sd else None
     if sd and not caption:
-        console.say("note: the diffusion model is given no caption; --caption 'a photo of a cat' says what is there")
+        console.say("note: no --caption for the diffusion model; add one such as --caption 'a photo of a cat'")
     compared = Compared(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
     maps = patch_maps(encoder, *photos, compared)
     matches = matched(*maps)
@@ -101,8 +105,8 @@ def match(
         console.out_json(result | ({"keypoints": len(known[0]), "pck": [asdict(s) for s in scores]} if known else {}))
         return
     if known:
-        title = f"PCK in percent of {len(known[0])} keypoints; near is a share of the {pck_of}'s larger side"
-        console.table(["near", "found", "same place", "chance"], _rows(scores), title=title)
+        title = f"PCK in percent of {len(known[0])} keypoints; threshold relative to the {pck_of}'s larger side"
+        console.table(["threshold", "found", "same place", "chance"], _rows(scores), title=title)
     console.out(str(picture))
 
 

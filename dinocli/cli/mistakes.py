@@ -152,7 +152,7 @@ class Group(TyperGroup):
         if not target and word.startswith("-"):
             owner = next((n for n, c in self.commands.items() for p in c.params if word.split("=")[0] in p.opts), "")
             hint = f"name the command first: {shlex.join(['dino', owner, word, *rest])}" if owner else "dino --help"
-            return Misuse(f"{fault}" if not owner else f"{word} is an option of a command; none was named", hint)
+            return Misuse(f"{fault}" if not owner else f"{word} is an option of a command; no command was given", hint)
         if not target:
             target = next(iter(difflib.get_close_matches(word, list(self.commands), n=1, cutoff=0.6)), "")
         if target:
@@ -191,7 +191,7 @@ def _check(words: Words, parameters: Sequence[Any]) -> None:
         if word[:1] in ("–", "—"):
             fixed = "--" + word.lstrip("–—-")
             raise Misuse(
-                f"{word} begins with a long dash, as editors make of two short ones", words.again({i: [fixed]})
+                f"{word} begins with a long dash; expected two hyphens, as in --out", words.again({i: [fixed]})
             )
     for i, word in enumerate(words.typed):
         if i in words.places or (i and words.known.get(words.typed[i - 1])):
@@ -229,7 +229,7 @@ def _unknown_option(words: Words, index: int) -> Misuse:
         if target in ("--data", "--checkpoint", "--out") and (moved := _with_arguments(words)):
             return Misuse(f"{fault}; that is an argument", moved)
         if target in _OF_IMAGES and "--features" in words.known:
-            hint = f"dino extract CHECKPOINT IMAGES, with such options, then dino {words.command}"
+            hint = f"dino extract CHECKPOINT IMAGES with that option, then dino {words.command}"
             return Misuse(f"{fault}: it reads features", hint)
         target = next(iter(difflib.get_close_matches(plain, list(words.known), n=1, cutoff=0.6)), "")
     if not target:
@@ -292,11 +292,11 @@ def _check_wall(words: Words, most: int) -> None:
             listed = (
                 f"find {shlex.join(wall[:3])} -type f > list.txt"
                 if what == "folders"
-                else "one name a line in list.txt"
+                else "one name per line in list.txt"
             )
             hint = f"{listed}, then {hint}"
-        came = f"{len(wall)} {what} came ({wall[0]} ...)" + ", as of an unquoted *" * together
-        raise Misuse(f"{came}; dino {words.command} takes one folder", hint)
+        came = f"{len(wall)} {what} ({wall[0]} ...)" + ", as from an unquoted *" * together
+        raise Misuse(f"dino {words.command} takes one folder; got {came}", hint)
 
 
 def _surplus(words: Words, most: int) -> Misuse:
@@ -305,16 +305,19 @@ def _surplus(words: Words, most: int) -> Misuse:
     takes = f"dino {name} takes {('no argument', 'one argument', 'two arguments')[min(most, 2)]}"
     if name == "linear" and is_number(words.positional[0]):
         hint = "dino linear, which tries 13 learning rates (--lr is for --paper DATA)"
-        return Misuse(f"{takes}; {words.positional[0]} came", hint)
+        return Misuse(f"{takes}; unexpected argument {words.positional[0]}", hint)
     for i in reversed(words.places):
         word = words.typed[i]
         if option := _option_of(words, word):
-            value = _fitting(option[0], float(word)) if is_number(word) else word
-            return Misuse(f"{takes}; {word} came" + " too" * bool(most), words.again({i: [*option, value]}))
+            value = _fit_value(option[0], float(word)) if is_number(word) else word
+            return Misuse(f"{takes}; unexpected argument {word}", words.again({i: [*option, value]}))
     if name == "export":
         return _export_order(words)
     if most == 0 and "--features" in words.known:
-        return Misuse(f"{takes} and reads features; {words.positional[0]} came", _of_images(name, words.positional[0]))
+        return Misuse(
+            f"{takes} and reads features; unexpected argument {words.positional[0]}",
+            _of_images(name, words.positional[0]),
+        )
     extra, others = words.positional[most], len(words.places) - most - 1
     more = f" and {others} more" if others else ""
     hint = f"dino {name} --help"
@@ -322,7 +325,7 @@ def _surplus(words: Words, most: int) -> Misuse:
         hint = (
             f"dino pretrain IMAGES --preset {extra}" if extra in shipped.names() else words.ordered([], "--out", extra)
         )
-    return Misuse(f"{takes}; {extra} came" + " too" * bool(most) + more, hint)
+    return Misuse(f"{takes}; unexpected argument {extra}{more}", hint)
 
 
 def _of_images(command: str, word: str) -> str:
@@ -337,7 +340,7 @@ def _of_images(command: str, word: str) -> str:
     return f"dino {command} --features {quoted}"
 
 
-def _fitting(option: str, number: float) -> str:
+def _fit_value(option: str, number: float) -> str:
     """Return the value of an option that a bare number most likely meant."""
     if option == "--threshold":
         return f"{number / 100 if 1 < number <= 100 else min(max(number, -1), 1):g}"
@@ -370,11 +373,11 @@ def _export_order(words: Words) -> Misuse:
     run = next((word for word in words.positional if kind_of(word) in WEIGHTS), "")
     others = [word for word in words.positional if word != run]
     if not run or len(others) != 1:
-        return Misuse(f"{fault}; {len(words.places)} came", "dino export RUN --to onnx --out FILE")
+        return Misuse(f"{fault}; got {len(words.places)}", "dino export RUN --to onnx --out FILE")
     out = others[0]
     ends = {".pth": "official", ".pt": "official", ".onnx": "onnx", ".pt2": "torch-export"}
     to = [] if words.value(["--to"]) else ["--to", ends.get(Path(out).suffix, "timm")]
-    return Misuse(f"{fault}; {out} came too", words.ordered([run], *to, "--out", out))
+    return Misuse(f"{fault}; unexpected argument {out}", words.ordered([run], *to, "--out", out))
 
 
 def _explain(words: Words, error: Exception) -> Misuse | None:

@@ -26,64 +26,70 @@ Images = Annotated[
     typer.Argument(
         metavar="IMAGES",
         callback=images_place,
-        help="Folder of images, of any depth; a .txt or .csv list of files; tar shards (x-{000..009}.tar, a folder of "
-        "them, pipe:COMMAND); or torchvision:NAME.",
+        help="Folder of images, searched recursively; a .txt or .csv list of files; tar shards (x-{000..009}.tar, a "
+        "folder of them, pipe:COMMAND); or torchvision:NAME.",
     ),
 ]
 Limits = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="images.KEY=VALUE", help="Other limits or window for image files; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="images.KEY=VALUE",
+        help="Override a limit or the value window of image files; may be repeated.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="images.KEY: other limits or window for image files; backbone.options.num_heads: attention heads of an "
-        "official file, which does not store them. May be repeated.",
+        help="images.KEY: override a limit or the value window of image files; backbone.options.num_heads: attention "
+        "heads of an official file, which does not store them. May be repeated.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:1 or mps.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1 or mps.")]
 Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes that decode images; chosen by the machine if absent.")
+    int | None, typer.Option(min=0, help="Processes that decode images; chosen for the machine by default.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print data instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Checkpoint = Annotated[
     str | None,
     typer.Option(
         "--checkpoint",
         help="Run folder, ckpt.safetensors, official .pth of DINO or DINOv2, or timm:NAME. "
-        "If absent: ./ckpt.safetensors, else the newest run.",
+        "Default: ./ckpt.safetensors, else the newest run.",
     ),
 ]
-NetworkName = Annotated[Literal["teacher", "student"], typer.Option("--network", help="Of a file that holds both.")]
+NetworkName = Annotated[
+    Literal["teacher", "student"], typer.Option("--network", help="Network to load from a file that holds both.")
+]
 FacetName = Annotated[
     Literal["token", "query", "key", "value"],
-    typer.Option("--facet", help="Of a block: its output, or of its attention."),
+    typer.Option("--facet", help="Block output (token), or query, key or value of its attention."),
 ]
-Tokens = Annotated[Literal["cls", "patches", "cls+avg"], typer.Option(help="Features of an image.")]
-Size = Annotated[int | None, typer.Option(min=8, help="Side of the images in pixels; the training's if absent.")]
+Tokens = Annotated[Literal["cls", "patches", "cls+avg"], typer.Option(help="Tokens that form an image feature.")]
+Size = Annotated[int | None, typer.Option(min=8, help="Image side in pixels; the training size by default.")]
 ShortSide = Annotated[
     int | None,
     typer.Option(
         "--size",
         min=8,
-        help="Short side in pixels to look at photos with; 480 for a network trained at 224, in that proportion for "
-        "others.",
+        help="Short side in pixels of the resized photos; by default 480 for a network trained at 224, and in "
+        "proportion for others.",
     ),
 ]
 
 
 FeatureFolder = Annotated[
-    Path | None, typer.Option("--features", callback=features_place, help="Folder of features; ./features if absent.")
+    Path | None, typer.Option("--features", callback=features_place, help="Folder of features; ./features by default.")
 ]
 DataNow = Annotated[
-    str | None, typer.Option("--data", help="Where the images lie now; where `dino extract` found them if absent.")
+    str | None, typer.Option("--data", help="New location of the images, if they moved since `dino extract`.")
 ]
 Threshold = Annotated[
     float | None,
     typer.Option(
-        min=-1, max=1, help="Cosine from which two images are near-duplicates; `dino dedup` shows which to take."
+        min=-1, max=1, help="Cosine from which two images are near-duplicates; `dino dedup` helps to choose it."
     ),
 ]
 
@@ -172,7 +178,7 @@ def _check_writable(path: Path, option: str, use: str) -> None:
     folders = [*([path.absolute()] if path.is_dir() else []), *path.absolute().parents]
     nearest = next(folder for folder in folders if os.path.lexists(folder))
     if not nearest.is_dir():
-        raise DinoError(f"{option} {path} lies below {nearest}, which is a file", f"{use} {path.name}")
+        raise DinoError(f"{option} {path} is below {nearest}, which is a file", f"{use} {path.name}")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise DinoError(
             f"no permission to write {option} {path}: {nearest} is read-only for you", f"{use} ~/{path.name}"
@@ -189,9 +195,9 @@ def compiles(device: torch.device, *, asked: bool) -> bool:
 
     fault = why_not_compiled(device)
     if fault and asked:
-        raise DinoError(f"torch cannot compile here: {fault}", "leave --compile out, or install a C++ compiler")
+        raise DinoError(f"torch cannot compile here: {fault}", "omit --compile, or install a C++ compiler")
     if fault:
-        console.say(f"note: torch cannot compile here, and so the run is slower: {fault}")
+        console.say(f"note: torch cannot compile here; the run is slower without it: {fault}")
     return not fault
 
 
@@ -210,7 +216,7 @@ def checkpoint_or_newest(given: str | None) -> str:
         run = newest_run()
         if run is None:
             raise DinoError(
-                "no checkpoint was named, and there is no ./ckpt.safetensors and no run in ./runs",
+                "no checkpoint given, and neither ./ckpt.safetensors nor a run in ./runs exists",
                 "dino pretrain IMAGES --preset tiny",
             )
         taken = run / CHECKPOINT
@@ -277,7 +283,7 @@ def features_or_newest(given: Path | None) -> Path:
             console.say(f"features: {folder}")
             return folder
     raise DinoError(
-        "no features were named, and there is no ./features",
+        "no --features given, and ./features does not exist",
         "dino extract ckpt.safetensors IMAGES, or --features FOLDER",
     )
 
@@ -292,5 +298,5 @@ def listed(gallery: Gallery, rows: Sequence[int], path: Path) -> list[Path]:
         console.say(f"note: no list was written: {none.message}; {none.hint}")
         return []
     for name in odd:
-        console.say(f"note: {name!r} is not in the list, since its name holds a tab or the end of a line")
+        console.say(f"note: {name!r} is not in the list: its name contains a tab or a newline")
     return [path]

@@ -63,7 +63,7 @@ def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
             return _with(words, value, f"pipe:{read.format(value)}")
         name = value.rstrip("/").rpartition("/")[2] or "images"
         return f"copy it here first, then {_with(words, value, name)}"
-    return "take the files it was made of" if kind == "graph" else ""
+    return "name a folder of images" if kind == "graph" else ""
 
 
 def _with(words: Words, old: str, new: str) -> str:
@@ -79,7 +79,7 @@ def _check_pack(words: Words, kind: Kind) -> None:
     theirs = kind_of(out)
     if theirs in ("images", "source") and (kind in ("missing", "folder") or (kind == "source" and theirs == "images")):
         raise DinoError(
-            f"the images come first; {out} has some, and {images} has none to pack", words.ordered([out, images])
+            f"{images} holds no images, but {out} does; expected the images first", words.ordered([out, images])
         )
 
 
@@ -97,7 +97,7 @@ def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]
     if len(value) == 1:
         if kinds[0] in WEIGHTS:
             raise DinoError(
-                f"{value[0]} is {NAMES[kinds[0]]}; no images were named", words.ordered([value[0], "IMAGES"])
+                f"{value[0]} is {NAMES[kinds[0]]}; expected images after it", words.ordered([value[0], "IMAGES"])
             )
     elif kinds[1] in WEIGHTS:
         if kinds[0] not in WEIGHTS and kinds[0] != "missing":

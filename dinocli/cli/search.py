@@ -37,38 +37,40 @@ def search(
     features: FeatureFolder = None,
     k: Annotated[int, typer.Option("--k", min=1, help="Images to find for each photo.")] = 8,
     checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", help="What made the features, if it lies elsewhere now.")
+        str | None, typer.Option("--checkpoint", help="Checkpoint that made the features, if it has moved.")
     ] = None,
     index: Annotated[
         Literal["auto", "exact", "ivf", "hnsw"],
         typer.Option(
-            help="How to look: at all features, or through an index that is kept beside them. By their number if auto."
+            help="Exact search, or an approximate index stored next to the features; auto chooses by the image count."
         ),
     ] = "auto",
-    out: Annotated[Path, typer.Option(help="The picture.")] = Path("search.png"),
+    out: Annotated[Path, typer.Option(help="Output picture.")] = Path("search.png"),
     data: DataNow = None,
     evaluate: Annotated[
         Path | None,
         typer.Option(
             metavar="GND|COPIES",
-            help="In place of a search: score a checkpoint on gnd_roxford5k.pkl, gnd_rparis6k.pkl or the same as JSON, "
-            "or on a folder like Copydays, with original/ and folders of copies.",
+            help="Evaluate a checkpoint instead, on gnd_roxford5k.pkl, gnd_rparis6k.pkl or the same as JSON, or on a "
+            "folder like Copydays, with original/ and folders of copies.",
         ),
     ] = None,
-    whiten: Annotated[
-        Path | None, typer.Option(help="With copies: folder of images to learn the whitening from.")
-    ] = None,
+    whiten: Annotated[Path | None, typer.Option(help="With copies: folder of images to fit the whitening on.")] = None,
     distractors: Annotated[
-        Path | None, typer.Option(help="With copies: folder of images among which the originals are to be found.")
+        Path | None,
+        typer.Option(help="With copies: folder of distractor images, searched together with the originals."),
     ] = None,
     size: Annotated[
         int | None,
         typer.Option(
             min=8,
-            help="With --evaluate: longest side, or side of copies, in pixels; in the original's proportion if absent.",
+            help="With --evaluate: longest side, or side of copies, in pixels. Default: the training size; 320/224 of "
+            "it for copies.",
         ),
     ] = None,
-    multiscale: Annotated[bool, typer.Option("--multiscale", help="With --evaluate GND: add up three sizes.")] = False,
+    multiscale: Annotated[
+        bool, typer.Option("--multiscale", help="With --evaluate GND: sum the features of three image sizes.")
+    ] = False,
     network: NetworkName = "teacher",
     overrides: Settings = None,
     device: Device = "auto",
@@ -76,9 +78,9 @@ def search(
 ) -> None:
     """Find the nearest images to photos by the cosine similarity of their features, and draw them."""
     if bool(evaluate) == bool(queries):
-        came = "both came" if queries else "neither came"
+        got = "both" if queries else "neither"
         example = f" --features {features}" if features else ""
-        raise Misuse(f"dino search takes photos or --evaluate; {came}", f"dino search photo.jpg{example}")
+        raise Misuse(f"dino search takes photos or --evaluate; got {got}", f"dino search photo.jpg{example}")
     if evaluate:
         from dinocli.encoder import quick
 
@@ -115,17 +117,17 @@ def search(
     pictures = [str(path) for path in written]
     if unread:
         name, reason = next(iter(unread.items()))
-        console.say(f"note: {len(unread)} of the images that were found cannot be shown ({name}: {reason}); see --data")
+        console.say(f"note: {len(unread)} of the nearest images cannot be shown ({name}: {reason}); see --data")
     if k > SHOWN:
-        console.say(f"note: the picture shows the {SHOWN} nearest of each; the table and --json have all {k}")
+        console.say(f"note: the picture shows {SHOWN} nearest images per photo; the table and --json list all {k}")
     about = opened.about
     if json:
         told = {"index": about.kind, "recall": about.recall, "images": len(gallery), "found": [asdict(h) for h in hits]}
         console.out_json({**told, "skipped": asked.skipped, "pictures": pictures})
         return
     rows = [[Path(h.query).name, n.image, f"{n.cosine:.4f}", n.label or ""] for h in hits for n in h.neighbours]
-    how = "all looked at" if about.kind == "exact" else f"{about.kind} index, recall@10 {about.recall:.3f}"
-    console.table(["photo", "image", "cosine", "class"], rows, title=f"the nearest of {len(gallery)} images ({how})")
+    how = "exact search" if about.kind == "exact" else f"{about.kind} index, recall@10 {about.recall:.3f}"
+    console.table(["photo", "image", "cosine", "class"], rows, title=f"nearest of {len(gallery)} images ({how})")
     for picture in pictures:
         console.out(picture)
 
@@ -193,5 +195,5 @@ def _copies(
     console.table(
         ["copies", "mAP %", "micro-AP %", "queries"],
         rows,
-        title=f"copies found by {encoder.source}: {among}, {whitened}, {side} pixels",
+        title=f"copy detection by {encoder.source}: {among}, {whitened}, {side} pixels",
     )

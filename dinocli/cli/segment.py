@@ -32,34 +32,35 @@ def segment(
     by: Annotated[
         By | None,
         typer.Option(
-            help="What tells the foreground: a cut through patches whose keys are alike (TokenCut), or what the class "
-            "token looks at. The cut if absent; with --evaluate both."
+            help="Foreground from a normalized cut over the similarity of patch keys (TokenCut), or from the attention "
+            "of the class token. Default: cut; with --evaluate both."
         ),
     ] = None,
-    keep: Annotated[float, typer.Option(min=0.01, max=1, help="By attention: the share that a mask holds.")] = 0.6,
-    tau: Annotated[float, typer.Option(min=-1, max=1, help="By cut: the cosine above which patches are alike.")] = 0.2,
-    masks: Annotated[bool, typer.Option("--masks", help="Write each mask too, as a PNG at the photo's size.")] = False,
+    keep: Annotated[
+        float, typer.Option(min=0.01, max=1, help="With attention: share of its mass inside a mask.")
+    ] = 0.6,
+    tau: Annotated[float, typer.Option(min=-1, max=1, help="With cut: cosine above which patches are similar.")] = 0.2,
+    masks: Annotated[bool, typer.Option("--masks", help="Also write each mask as a PNG at the photo's size.")] = False,
     pca: Annotated[
-        bool, typer.Option("--pca", help="Draw the patches of all photos in color instead, by one PCA over them.")
+        bool, typer.Option("--pca", help="Color the patches of all photos instead, by one PCA over them.")
     ] = False,
     evaluate: Annotated[
-        Path | None,
-        typer.Option(metavar="MASKS", help="Measure on masks that are called as their photos are; draws nothing."),
+        Path | None, typer.Option(metavar="MASKS", help="Evaluate on masks named like their photos; draws nothing.")
     ] = None,
     train: Annotated[
         Path | None,
         typer.Option(
             metavar="DATA",
             help="Train a linear head on images/ and masks/ (index PNGs) in this folder, with train/ and val/ or "
-            "a tenth held out; measures it and writes head.safetensors.",
+            "a tenth held out; evaluates it and writes head.safetensors.",
         ),
     ] = None,
     head: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the classes that a trained head tells instead.")
+        Path | None, typer.Option(metavar="FILE", help="Draw the classes predicted by a trained head instead.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="With --train: passes over the photos.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="With --train: of the order and of what is held out.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for what is written.")] = Path("segments"),
+    epochs: Annotated[int, typer.Option(min=1, help="With --train: training epochs.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="With --train: seed of the order and the held-out photos.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("segments"),
     size: ShortSide = None,
     network: NetworkName = "teacher",
     overrides: Settings = None,
@@ -119,15 +120,15 @@ def _check(images: list[Path] | None, ways: Mapping[str, object], *, masks: bool
     """
     asked = [way for way, value in ways.items() if value]
     if masks and asked not in ([], ["--head"]):
-        raise DinoError(
-            f"--masks is for what each photo shows; {asked[0]} came too", f"leave --masks or {asked[0]} out"
-        )
+        raise DinoError(f"--masks cannot be combined with {asked[0]}", f"omit --masks or {asked[0]}")
     if len(asked) > 1:
-        raise DinoError(f"one of {', '.join(ways)} was wanted; {' and '.join(asked)} came", f"leave {asked[1]} out")
+        raise DinoError(
+            f"{' and '.join(asked)} cannot be combined; expected one of {', '.join(ways)}", f"omit {asked[1]}"
+        )
     if "--train" in asked and images:
-        raise DinoError("--train takes its photos from its own folder; others were named", "leave them out")
+        raise DinoError(f"--train reads photos from its own folder; unexpected {images[0]}", "omit the photos")
     if "--train" not in asked and not images:
-        raise DinoError("photos were wanted; none were named", "dino segment photo.jpg")
+        raise DinoError("no photos given; expected photos or folders of photos", "dino segment photo.jpg")
 
 
 def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Segmented | str], *, json: bool) -> None:
@@ -147,7 +148,7 @@ def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Se
     empty = [d.image for d in drawn if d.shares.get("foreground") == 0]
     if empty:
         others = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
-        console.say(f"note: nothing stands out in {empty[0]}{others}: all patches are alike; try --tau 0.4")
+        console.say(f"note: no foreground found in {empty[0]}{others}: all patches are similar; try --tau 0.4")
     if json:
         console.out_json(
             [
@@ -170,7 +171,7 @@ def _pca(
     with console.progress("fit the colors", min(len(photos), PHOTOS), "images") as advance:
         colors = fit_colors(encoder, photos, side, by, keep=keep, tau=tau, report=advance)
     if colors.least is None:
-        console.say("note: no foreground was told apart in any photo, and so nothing was taken out")
+        console.say("note: no foreground found in any photo; the PCA includes all patches")
     with console.progress("draw", len(photos), "images") as advance:
         pages, skipped = draw_colors(encoder, colors, photos, out, short_side=side, report=advance)
     console.skipped(skipped)
@@ -186,7 +187,7 @@ def _ways(encoder: Encoder) -> list[By]:
 
     if isinstance(encoder.backbone, Transformer):
         return ["attention", "cut"]
-    console.say("note: a convolutional network has no attention; the cut alone is measured")
+    console.say("note: a convolutional network has no attention; evaluating the cut only")
     return ["cut"]
 
 
@@ -211,7 +212,7 @@ def _evaluate(
     console.skipped(skipped)
     if not result.each:
         raise DinoError(
-            f"none of {len(files)} photos has a mask in {folder} that fits it", "masks are called as their photos are"
+            f"none of {len(files)} photos has a mask of its name and size in {folder}", "name each mask like its photo"
         )
     if json:
         each = {str(path): scores for path, scores in result.each.items()}

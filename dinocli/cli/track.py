@@ -19,28 +19,27 @@ if TYPE_CHECKING:
 
 def track(
     frames: Annotated[
-        Path,
-        typer.Argument(
-            callback=photo_place, help="Folder of a video's frames, in the order of their names, or a video file."
-        ),
+        Path, typer.Argument(callback=photo_place, help="Folder of video frames, ordered by name, or a video file.")
     ],
     mask: Annotated[
-        Path, typer.Option(help="Mask of the first frame, as PNG: 0 where nothing is, any other value an object.")
+        Path, typer.Option(help="Mask of the first frame, as PNG: 0 for background, any other value for an object.")
     ],
     checkpoint: Checkpoint = None,
-    out: Annotated[Path, typer.Option(help="Folder for the masks and the film.")] = Path("track"),
+    out: Annotated[Path, typer.Option(help="Folder for the masks and the GIF.")] = Path("track"),
     evaluate: Annotated[
-        Path | None, typer.Option(metavar="MASKS", help="Folder of true masks, by the frames' names: prints J and F.")
+        Path | None, typer.Option(metavar="MASKS", help="Folder of true masks, named like the frames; prints J and F.")
     ] = None,
-    size: Annotated[int, typer.Option(min=8, help="Short side in pixels to look at a frame with.")] = 480,
-    previous: Annotated[int, typer.Option(min=0, help="Frames before each that are asked, beside the first.")] = 7,
-    radius: Annotated[int, typer.Option(min=0, help="How far they look, in patches.")] = 12,
-    top: Annotated[int, typer.Option(min=1, help="Patches that give a patch its label.")] = 5,
-    temperature: Annotated[float, typer.Option(min=1e-4, help="They weigh exp(cosine / temperature).")] = 0.1,
-    layer: Annotated[int, typer.Option(help="Block whose patches are compared: 1 the first, -1 the last.")] = -1,
+    size: Annotated[int, typer.Option(min=8, help="Short side in pixels of the resized frames.")] = 480,
+    previous: Annotated[int, typer.Option(min=0, help="Previous frames that propagate labels, besides the first.")] = 7,
+    radius: Annotated[int, typer.Option(min=0, help="Radius of label propagation, in patches.")] = 12,
+    top: Annotated[int, typer.Option(min=1, help="Most similar patches that vote on a patch's label.")] = 5,
+    temperature: Annotated[
+        float, typer.Option(min=1e-4, help="Temperature of the vote weights exp(cosine / temperature).")
+    ] = 0.1,
+    layer: Annotated[int, typer.Option(help="Block whose patches are compared: 1 is the first, -1 the last.")] = -1,
     facet: FacetName = "token",
     fps: Annotated[
-        float | None, typer.Option(min=0.1, max=50, help="Frames a second of the GIF; the video's, or 12, if absent.")
+        float | None, typer.Option(min=0.1, max=50, help="Frames per second of the GIF. Default: the video's, else 12.")
     ] = None,
     network: NetworkName = "teacher",
     overrides: Settings = None,
@@ -49,12 +48,10 @@ def track(
 ) -> None:
     """Track the objects of a first mask through a video; write a mask per frame, and a GIF with the masks overlaid."""
     if not mask.exists():
-        raise DinoError(f"a mask of the first frame was wanted; {mask} does not exist", "check the path")
+        raise DinoError(f"{mask} does not exist; expected a mask of the first frame", "check the path")
     out = output_place(out)
     if any(given and given.resolve() == (out / "masks").resolve() for given in (frames, mask.parent, evaluate)):
-        raise DinoError(
-            f"{out / 'masks'} holds what was given, and would be written over", "name another folder with --out"
-        )
+        raise DinoError(f"{out / 'masks'} holds an input that would be overwritten", "name another folder with --out")
     from dinocli.data.frames import open_frames
     from dinocli.data.named import spare
     from dinocli.data.outputs import marked
@@ -67,7 +64,7 @@ def track(
     looking = Looking(size, layer, facet)
     first = first_mask(mask, video, encoder.images)
     for lost in too_small(encoder, *first, looking):
-        console.say(f"note: object {lost} is smaller than a patch and cannot be followed: a larger --size")
+        console.say(f"note: object {lost} is smaller than a patch and cannot be tracked; use a larger --size")
     stems = [path.stem for path in video.files] or [f"{number:05}" for number in range(video.count)]
     made = [out / "track.gif", out / "strip.png", *(out / "masks" / f"{stem}.png" for stem in stems)]
     with marked(out, "track", made), console.progress("track", video.count, "frames") as advance:

@@ -108,13 +108,13 @@ def fit_colors(
     if not tokens:
         path, reason = next(iter(skipped.items()))
         raise DinoError(f"none of the images can be read; {path}: {reason}", "name a photo such as a .jpg")
-    return _fitted(torch.cat(tokens).double(), torch.cat(inside), skipped)
+    return _fit_axes(torch.cat(tokens).double(), torch.cat(inside), skipped)
 
 
-def _fitted(tokens: Tensor, inside: Tensor, skipped: dict[Path, str]) -> Colors:
+def _fit_axes(tokens: Tensor, inside: Tensor, skipped: dict[Path, str]) -> Colors:
     """Fit colors to sampled tokens [S, D] and their foreground mask [S]."""
     if len(tokens) < 4:
-        raise DinoError(f"four patches were wanted for a PCA; there are {len(tokens)}", "a larger --size")
+        raise DinoError(f"a PCA needs at least four patches; got {len(tokens)}", "use a larger --size")
     mean = tokens.mean(0)
     first, least = _components(tokens - mean, 1)[:, 0], None
     if inside.any() and not inside.all():

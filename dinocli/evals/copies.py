@@ -222,9 +222,7 @@ def originals_of(stem: str, originals: Sequence[str], kind: str) -> Indices:
         longest = max((len(originals[i]) for i in begins), default=0)
         rows = [i for i in begins if len(originals[i]) == longest]
     if not rows:
-        raise DinoError(
-            f"the copy {stem} has no original", f"name it as its original in {ORIGINAL}/, with more behind it"
-        )
+        raise DinoError(f"the copy {stem} has no original", f"begin its name with that of its original in {ORIGINAL}/")
     return np.array(rows)
 
 
@@ -235,10 +233,10 @@ def _groups(folder: Path) -> dict[str, list[Path]]:
         groups.setdefault(PurePosixPath(name).parent.as_posix(), []).append(folder / name)
     if not groups[ORIGINAL] or len(groups) < 2:
         raise DinoError(
-            f"a folder with {ORIGINAL}/ and folders of copies was wanted; {folder} has {', '.join(groups)}"
+            f"{folder} has {', '.join(groups)}; expected {ORIGINAL}/ and folders of copies"
             if groups[ORIGINAL]
-            else f"a folder with {ORIGINAL}/ and folders of copies was wanted; {folder} has no {ORIGINAL}/",
-            "the layout of Copydays: original/, strong/, jpegqual/3/, crops/10/, ...",
+            else f"{folder} has no {ORIGINAL}/; expected {ORIGINAL}/ and folders of copies",
+            "use the layout of Copydays: original/, strong/, jpegqual/3/, crops/10/, ...",
         )
     return groups
 
@@ -277,5 +275,5 @@ def _encode(
             skipped |= dict(lost)
         report(min(len(files), first + batch_size))
     if not kept:
-        raise DinoError(f"none of the {len(files)} photos beside {files[0]} can be read", "look at that file")
+        raise DinoError(f"none of {len(files)} photos, such as {files[0]}, can be read", "check that file")
     return kept, np.concatenate(parts)

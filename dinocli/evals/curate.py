@@ -84,7 +84,8 @@ def clusters(values: Values, rows: Indices, count: int, seed: int) -> Floats:
     """
     if not 1 <= count <= len(rows):
         raise DinoError(
-            f"--clusters should be between 1 and {len(rows)}, the images that are left; it is {count}", "fewer"
+            f"--clusters {count} is not between 1 and {len(rows)}, the number of images left",
+            f"use --clusters {max(1, len(rows) // 10)}",
         )
     width = values.shape[1]
     most = max(count, min(count * _LEARN, _LEARN_BYTES // (4 * width)))

@@ -43,9 +43,9 @@ def refine(mask: Mask, pixels: Pixels) -> Mask:
     photo = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255  # [1, 3, H, W]
     rough = torch.from_numpy(mask)[None, None].float()
     small = (mask.shape[0] * _CELL, mask.shape[1] * _CELL)
-    lines = _lines(_resized(photo, small), _resized(rough, small))  # [1, 4, h, w]
-    lines = _resized(lines, inner)
-    fitted = (lines[:, :3] * _resized(photo, inner)).sum(1) + lines[:, 3]
+    lines = _lines(_resize(photo, small), _resize(rough, small))  # [1, 4, h, w]
+    lines = _resize(lines, inner)
+    fitted = (lines[:, :3] * _resize(photo, inner)).sum(1) + lines[:, 3]
     return enlarge(largest_component((fitted[0] > 0.5).numpy()), height, width).astype(bool)
 
 
@@ -66,7 +66,7 @@ def _lines(photo: Tensor, mask: Tensor) -> Tensor:
     return mean(torch.cat([slopes, value - (slopes * color).sum(1, keepdim=True)], dim=1))
 
 
-def _resized(values: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(values: Tensor, size: tuple[int, int]) -> Tensor:
     if values.shape[-2:] == size:
         return values
     smaller = size[0] * size[1] < values.shape[-2] * values.shape[-1]

@@ -166,10 +166,10 @@ def open_index(values: Values, kind: Kind, folder: Path, of: str, report: Report
     if kind == "exact":
         return Index(About("exact", len(values), of), values)
     place = folder / f"index.{kind}"
-    return _kept(values, place, kind, of) or _build(values, kind, place, of, report)
+    return _read_index(values, place, kind, of) or _build(values, kind, place, of, report)
 
 
-def _kept(values: Values, place: Path, kind: Kind, of: str) -> Index | None:
+def _read_index(values: Values, place: Path, kind: Kind, of: str) -> Index | None:
     """Return the stored index, or None if it is of other features, incomplete or corrupt."""
     try:
         told = unseal((place / _ABOUT).read_bytes())
@@ -195,10 +195,10 @@ def _kept(values: Values, place: Path, kind: Kind, of: str) -> Index | None:
 def _read_distinct(path: Path, images: int, distinct: int) -> Distinct:
     first = np.array(map_tensors(path)[0]["first"])
     if first.shape != (images,) or not ((first >= 0) & (first <= np.arange(images))).all():
-        raise ValueError(f"{path} is of other features")
+        raise ValueError(f"{path} belongs to other features")
     found = Distinct.of(first)
     if len(found) != distinct:
-        raise ValueError(f"{path} is of another index")
+        raise ValueError(f"{path} belongs to another index")
     return found
 
 

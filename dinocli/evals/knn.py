@@ -100,9 +100,9 @@ def votable(train: Features, test: Features | None) -> int:
     """
     voters = len(train) - (test is None)
     if voters < 1:
-        needed = "two images, one to vote on the other" if test is None else "training images"
+        needed = "at least two images" if test is None else "training images"
         raise DinoError(
-            f"k-NN needs {needed}; the features hold {len(train)}", "dino extract CHECKPOINT IMAGES, with more images"
+            f"k-NN needs {needed}; the features have {len(train)}", "dino extract CHECKPOINT IMAGES, with more images"
         )
     if test is not None and not len(test):
         raise DinoError("the test split of these features holds no images", "dino extract CHECKPOINT IMAGES again")

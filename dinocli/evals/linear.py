@@ -98,23 +98,23 @@ def linear(
     classes = len(train.classes)
     rows = np.arange(len(train))
     if test is None:
-        rows, test_rows = _set_apart(rows, train.labels, _TEST, seed)
+        rows, test_rows = _split_off(rows, train.labels, _TEST, seed)
         test_values, test_labels = train.values, train.labels[test_rows]
     else:
         test_values, test_rows, test_labels = test.values, np.arange(len(test)), test.labels
-    kept, held = _set_apart(rows, train.labels[rows], _HELD_OUT, seed + 1)
+    kept, held = _split_off(rows, train.labels[rows], _HELD_OUT, seed + 1)
     if classes < 2:
         names = train.classes[0] if classes else "none"
         raise DinoError(
-            f"a linear probe needs two classes; the features have {names} alone",
+            f"a linear probe needs at least two classes; the features have only {names}",
             "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",
         )
     if not len(held) or not len(test_labels):
         largest = int(np.bincount(train.labels[train.labels >= 0], minlength=1).max())
         needed = _HELD_OUT if test is not None else next(n for n in range(100) if n - n // _TEST >= _HELD_OUT)
         raise DinoError(
-            f"a linear probe needs {needed} training images of a class; the largest class has {largest}",
-            "extract a larger labelled set, or dino knn, which takes any",
+            f"a linear probe needs at least {needed} training images in a class; the largest class has {largest}",
+            "extract a larger labelled set, or use dino knn",
         )
     views = train.recipe.views if train.views is not None else 0
     scale = _scale_of(train.values)
@@ -140,7 +140,7 @@ def linear(
     held_top1 = [top1 for top1, _ in _percents(probes, train.values, held, train.labels[held], device, scale)]
     best = int(np.argmax(held_top1))
     chosen = fit(rows, rates[best : best + 1])
-    _refuse_diverged(chosen, "features without outliers, or fewer --epochs")
+    _refuse_diverged(chosen, "use features without outliers, or fewer --epochs")
     [[top1, top5]] = _percents(chosen, test_values, test_rows, test_labels, device, scale)
     return LinearResult(
         f"stored, {views} views" if views else "stored",
@@ -197,15 +197,17 @@ def linear_on_images(
     """
     if tokens == "patches":
         raise DinoError(
-            "a classifier wants one feature an image; --tokens patches gives many", "--tokens cls or cls+avg"
+            "--tokens patches gives many features per image; a linear probe needs one", "use --tokens cls or cls+avg"
         )
     if not train.classes or train.classes != test.classes:
         raise DinoError(
-            "class folders with the same names in both splits were wanted", "DATA/train/CLASS/* and DATA/val/CLASS/*"
+            "expected class folders with the same names in train/ and val/",
+            "arrange the images as DATA/train/CLASS/* and DATA/val/CLASS/*",
         )
     if len(train) < batch_size:
         raise DinoError(
-            f"a batch of {batch_size} images was wanted; there are {len(train)}", f"--batch-size {len(train)}"
+            f"--batch-size {batch_size} is larger than the {len(train)} training images",
+            f"use --batch-size {len(train)} or fewer",
         )
     size = size or encoder.size
     labels = torch.from_numpy(train.labels).long()
@@ -236,17 +238,17 @@ def linear_on_images(
         trainer(probes, schedule, clock, batch_size).fit(batches(), clock.total, count)
     finally:
         views_of_train.close()
-    _refuse_diverged(probes, "a lower --lr, or another checkpoint")
+    _refuse_diverged(probes, "use a lower --lr, or another checkpoint")
     hits, images = np.zeros(2), 0
     for plain in encoder.batches(test, size=size, batch_size=batch_size, workers=workers):
         if plain.names:
             truth, made = np.array(plain.labels), encoder.features(plain.images, tokens, blocks)
             for name, reason in finite_rows(made, plain.names)[1]:
-                raise DinoError(f"{name}: {reason}", "leave it out; of all images, another checkpoint")
+                raise DinoError(f"{name}: {reason}", "remove that image; if all images fail, use another checkpoint")
             hits += hits_among(scores_of(probes, made)[0], truth)
             images += len(truth)
     if not images:
-        raise DinoError(f"none of the {len(test)} test images in {test.where} can be read", "look at them")
+        raise DinoError(f"none of the {len(test)} test images in {test.where} can be read", "check these files")
     top1, top5 = (100 * hits / images).tolist()
     return LinearResult("paper", top1, top5, lr, {}, len(train), 0, images, False, len(train.classes), epochs)
 
@@ -273,17 +275,17 @@ class _Stored:
         self.device, self.scale = device, scale
         self.held: Tensor | None = None
         if 4 * math.prod(values.shape) <= _HELD_BYTES:
-            self.held = _scaled(values[:], scale).to(device)
+            self.held = _scale(values[:], scale).to(device)
         self.values = values
 
     def __getitem__(self, where: tuple[NDArray[np.int64], ...]) -> Tensor:
         """Return some rows, or one indexed view of each. [B, D]"""
         if self.held is not None:
             return self.held[tuple(torch.from_numpy(part).to(self.device) for part in where)]
-        return _scaled(self.values[where], self.scale).to(self.device)
+        return _scale(self.values[where], self.scale).to(self.device)
 
 
-def _scaled(values: Floats, scale: float) -> Tensor:
+def _scale(values: Floats, scale: float) -> Tensor:
     found = torch.from_numpy(np.require(values, requirements=["C", "W"]))
     return found if scale == 1 else found * scale
 
@@ -314,7 +316,7 @@ def _batches(
             yield x[(order[some], *(d[some] for d in drawn))], labels[torch.from_numpy(order[some]).to(x.device)]
 
 
-def _set_apart(
+def _split_off(
     rows: NDArray[np.int64], labels: NDArray[np.int64], every: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split off every `every`-th image of each class; return the remaining rows and the rows split off."""
@@ -337,6 +339,6 @@ def _percents(
     hits = np.zeros((len(probes.rates), 2))
     for start in range(0, len(rows), _SCORED):
         some = slice(start, start + _SCORED)
-        x = _scaled(values[rows[some]], scale).to(device)
+        x = _scale(values[rows[some]], scale).to(device)
         hits += [hits_among(scores, truth[some]) for scores in scores_of(probes, x)]
     return (100 * hits / len(rows)).tolist()

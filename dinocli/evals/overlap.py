@@ -70,7 +70,7 @@ def overlaps(
         elif isinstance(truth, BadImage):
             skipped[photo] = f"its mask: {truth.reason}"
         elif truth.shape != pixels.shape[:2]:
-            skipped[photo] = f"it has {_shape(pixels)} pixels, its mask {_shape(truth)}"
+            skipped[photo] = f"it has {_shape(pixels)} pixels, but its mask has {_shape(truth)}"
         else:
             try:
                 found = {by: foreground(encoder, pixels, short_side, by, keep=keep, tau=tau) for by in ways}

@@ -90,7 +90,7 @@ def store_patches(
                     skipped[str(photo)] = str(tokens or read)
                 else:
                     rows, columns = tokens.shape[:2]
-                    classes = _sized(read[1], rows * patch, columns * patch)
+                    classes = _resize(read[1], rows * patch, columns * patch)
                     values.write(tokens.astype(np.float16).tobytes())
                     truth.write(classes.tobytes())
                     grids.append((rows, columns))
@@ -103,8 +103,8 @@ def store_patches(
         std = np.sqrt(np.maximum(squares / max(1, many) - mean**2, 1e-12))
         counts[IGNORED] = 0
         yield StoredPatches(
-            _mapped(draft / "values", np.dtype(np.float16)).reshape(many, width),
-            _mapped(draft / "truth", np.dtype(np.uint8)),
+            _map(draft / "values", np.dtype(np.float16)).reshape(many, width),
+            _map(draft / "truth", np.dtype(np.uint8)),
             np.array(grids, dtype=np.int64).reshape(-1, 2),
             patch,
             mean.astype(np.float32),
@@ -121,12 +121,12 @@ def _tokens(encoder: Encoder, pixels: Pixels, short_side: int) -> NDArray[np.flo
     except NotFinite as lost:
         return lost.reason
     largest = float(np.abs(tokens).max())
-    return f"too large for float16: a value of a patch is {largest:.3g}" if largest > _LARGEST else tokens
+    return f"too large for float16: a patch value is {largest:.3g}" if largest > _LARGEST else tokens
 
 
-def _sized(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+def _resize(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _mapped(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # an empty file cannot be mapped

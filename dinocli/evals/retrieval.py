@@ -27,7 +27,7 @@ Level = Literal["easy", "medium", "hard"]
 LEVELS: tuple[Level, ...] = ("easy", "medium", "hard")
 KS = (1, 5, 10)
 _SCALES = (1.0, 2**-0.5, 0.5)  # as in the original's --multiscale
-_FORM = "a file with imlist, qimlist and gnd was wanted, as gnd_roxford5k.pkl or the same as JSON"
+_FORM = "expected a file with imlist, qimlist and gnd, such as gnd_roxford5k.pkl or the same as JSON"
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,19 @@ def read_ground_truth(path: Path) -> GroundTruth:
             key: [_rows(each.get(key, ()), len(images)) for each in told["gnd"]] for key in ("easy", "hard", "junk")
         }
         if len(told["gnd"]) != len(queries) or not queries or not images:
-            raise ValueError(f"{len(queries)} queries and the truth of {len(told['gnd'])}")
+            raise ValueError(f"it has {len(queries)} queries, but ground truth for {len(told['gnd'])}")
     except FileNotFoundError:
-        raise DinoError(f"{_FORM}; {path} does not exist", "check the path") from None
+        raise DinoError(f"{path} does not exist; {_FORM}", "check the path") from None
     # The reader of a corrupt pickle may raise nearly any exception.
     except Exception as error:
-        raise DinoError(f"{_FORM}; {path} is not: {error}", "take the file that comes with the data set") from error
+        raise DinoError(f"{path} is invalid: {error}; {_FORM}", "use the file that comes with the data set") from error
     return GroundTruth(images, queries, rows["easy"], rows["hard"], rows["junk"])
 
 
 def _rows(numbers: Any, count: int) -> Indices:
     rows = np.asarray(numbers, dtype=np.float64).ravel().astype(np.int64)  # an empty list is one of floats
     if len(rows) and not (rows.min() >= 0 and rows.max() < count):
-        raise ValueError(f"it names an image beyond the {count} of imlist")
+        raise ValueError(f"it refers to an image beyond the {count} of imlist")
     return rows
 
 
@@ -121,7 +121,7 @@ class _PlainUnpickler(pickle.Unpickler):
             return lambda text, encoding: text.encode("latin1")
         if (module, name) == ("__builtin__", "bytes"):
             return lambda: b""
-        raise pickle.UnpicklingError(f"it holds more than plain numbers: {module}.{name}")
+        raise pickle.UnpicklingError(f"it contains more than plain numbers: {module}.{name}")
 
 
 def average_precision(positions: NDArray[np.integer[Any]], wanted: int) -> float:
@@ -206,7 +206,9 @@ def features_of_files(
     width = next((len(row) for row in rows if row is not None), 0)
     if not width:
         path, reason = next(iter(skipped.items()))
-        raise DinoError(f"none of the {len(files)} photos can be read; {path}: {reason}", "name their folder by --data")
+        raise DinoError(
+            f"none of the {len(files)} photos can be read; {path}: {reason}", "name their folder with --data"
+        )
     return np.stack([np.full(width, np.nan, np.float32) if row is None else row for row in rows]), skipped
 
 

@@ -64,9 +64,9 @@ def same_encoder(encoder: Encoder, recipe: Recipe) -> None:
     """
     if encoder.fingerprint != recipe.fingerprint:
         raise DinoError(
-            f"these features were made by {recipe.source} ({recipe.fingerprint}); {encoder.source} has other weights "
+            f"the features were made by {recipe.source} ({recipe.fingerprint}); {encoder.source} has other weights "
             f"({encoder.fingerprint})",
-            "--checkpoint with what made them, or extract again",
+            "use --checkpoint with the one that made them, or extract again",
         )
 
 

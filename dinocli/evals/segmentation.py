@@ -63,7 +63,7 @@ class SegmentationHead:
         best, which = torch.full((height, width), -torch.inf), torch.zeros((height, width), dtype=torch.uint8)
         step = max(1, _AT_ONCE // (height * width))
         for first in range(0, len(logits), step):
-            some, place = _enlarged(logits[None, first : first + step], (height, width))[0].max(0)
+            some, place = _enlarge(logits[None, first : first + step], (height, width))[0].max(0)
             which = torch.where(some > best, (place + first).to(torch.uint8), which)
             best = torch.maximum(some, best)
         return which.numpy()
@@ -135,7 +135,7 @@ class PatchClassifier(Method):
         total, count = self.linear.bias.sum() * 0, 0
         for features, truth in part:
             logits = self.linear((features - self.mean) / self.std).permute(2, 0, 1)[None]
-            large = _enlarged(logits, (truth.shape[0], truth.shape[1]))
+            large = _enlarge(logits, (truth.shape[0], truth.shape[1]))
             total = total + F.cross_entropy(large, truth[None], ignore_index=IGNORED, reduction="sum")
             count += int((truth != IGNORED).sum())
         return {"cross_entropy": total / max(1, count)}
@@ -183,7 +183,7 @@ def train_head(
         encoder, data.train, folder, short_side=short_side, report=lambda done, of: report("features", done, of)
     ) as stored:
         if not len(stored):
-            raise _unreadable(stored.skipped)
+            raise _explain_unreadable(stored.skipped)
         device = encoder.device
         mean, std = (torch.from_numpy(values).to(device) for values in (stored.mean, stored.std))
         method = PatchClassifier(len(mean), classes, mean, std).to(device)
@@ -205,13 +205,13 @@ def train_head(
         commonest = int(stored.counts[:classes].argmax())
     head = SegmentationHead(*method.folded(), data.classes, short_side, encoder.fingerprint)
     if not head.is_finite:
-        raise DinoError("the head that was trained has weights that are not finite", "photos at another --size")
+        raise DinoError("the trained head has weights that are not finite", "use another --size")
     table, skipped, photos = _confusion(encoder, head, data.val, lambda done, of: report("measure", done, of))
     if not photos:
-        raise _unreadable(skipped)
+        raise _explain_unreadable(skipped)
     if not table.any():
         raise DinoError(
-            f"no pixel of the {photos} masks that were measured on has a class", "masks that are not void everywhere"
+            f"no pixel of the {photos} validation masks has a class", "use masks that are not void everywhere"
         )
     baseline = np.zeros_like(table)
     baseline[:, commonest] = table.sum(1)
@@ -273,13 +273,13 @@ def _scores(table: NDArray[np.int64], classes: list[str]) -> PixelScores:
     return PixelScores(named, float(iou.mean()), float(100 * right.sum() / truth.sum()))
 
 
-def _enlarged(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def _enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def _unreadable(skipped: dict[str, str]) -> DinoError:
+def _explain_unreadable(skipped: dict[str, str]) -> DinoError:
     path, reason = next(iter(skipped.items()))
-    return DinoError(f"none of the photos can be taken; {path}: {reason}", "look at that photo and its mask")
+    return DinoError(f"none of the photos can be used; {path}: {reason}", "check that photo and its mask")
 
 
 def write_head(path: Path, head: SegmentationHead) -> None:
@@ -300,13 +300,13 @@ def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
         DinoError: If there is no head, it is corrupt, or it belongs to other weights.
     """
     if path.is_dir():
-        raise DinoError(f"a segmentation head was wanted; {path} is a folder", f"--head {path / HEAD}")
+        raise DinoError(f"{path} is a folder; expected a segmentation head", f"use --head {path / HEAD}")
     if not path.is_file():
-        raise DinoError(f"a segmentation head was wanted; {path} does not exist", "dino segment --train DATA")
+        raise DinoError(f"{path} does not exist; expected a segmentation head", "dino segment --train DATA")
     try:
         tensors, about = map_tensors(path)
         if about.get("dinocli") != _KIND:
-            raise ValueError("it holds something else")
+            raise ValueError("its metadata names no segmentation head")
         weight, bias = (torch.from_numpy(np.array(tensors[name])) for name in ("weight", "bias"))
         head = SegmentationHead(
             weight, bias, json.loads(about["classes"]), int(about["short_side"]), about["fingerprint"]
@@ -320,6 +320,6 @@ def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
         raise DinoError(
             f"{path} was trained on features of other weights ({head.fingerprint}) than {encoder.source} "
             f"({encoder.fingerprint})",
-            "--checkpoint with the one it was trained with, or train another with --train",
+            "use --checkpoint with the one it was trained with, or train another head with --train",
         )
     return head

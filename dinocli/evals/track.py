@@ -133,7 +133,7 @@ def propagate(patches: Tensor, sources: Tensor, labels: Tensor, rule: Rule) -> T
             similar = tile.flatten(0, 1) @ asked.flatten(0, 2).T  # [t*t, S*T*T]
             far = ~near.flatten(2).flatten(0, 1).repeat(1, len(sources))
             theirs = labels[:, :, there[0], there[1]].transpose(0, 1).flatten(1)  # [L, S*T*T]
-            shares = _weighed(similar.masked_fill_(far, -torch.inf), theirs, rule)
+            shares = _weigh(similar.masked_fill_(far, -torch.inf), theirs, rule)
             made[:, here[0], here[1]] = shares.unflatten(1, tile.shape[:2])
     return made
 
@@ -142,7 +142,7 @@ def _around(tile: slice, radius: int) -> slice:
     return slice(max(0, tile.start - radius), tile.stop + radius)
 
 
-def _weighed(similar: Tensor, labels: Tensor, rule: Rule) -> Tensor:
+def _weigh(similar: Tensor, labels: Tensor, rule: Rule) -> Tensor:
     """Return the means of labels, weighted by similarity over the most similar. [Q, N] and [L, N] -> [L, Q]"""
     top = similar.topk(min(rule.top, similar.shape[1]), dim=1).values
     asking, asked = (similar >= top[:, -1:]).nonzero(as_tuple=True)

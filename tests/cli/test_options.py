@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("run.zip", "--out run.zip is named like an archive", "use --out run"),
         ("runs/a.tar.gz", "--out runs/a.tar.gz is named like an archive", "use --out runs/a"),
         ("model.safetensors", "--out model.safetensors is named like a file", "use --out model"),
-        ("file/run", "--out file/run lies below", "use --out run"),
+        ("file/run", "--out file/run is below", "use --out run"),
         ("pipe", "--out pipe is a device", "use --out pipe-2"),
         ("/dev/null", "--out /dev/null is a device", ""),
         ("gone", "--out gone is a broken link", "use --out gone-2"),

@@ -27,7 +27,7 @@ def sample(count: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_foreground_gets_colors_and_the_background_none() -> None:
     tokens, inside = sample()
     for told in (inside, inside & (torch.rand(len(inside), generator=torch.Generator().manual_seed(0)) < 0.7)):
-        colors = module._fitted(tokens, told, {})
+        colors = module._fit_axes(tokens, told, {})
         painted = torch.from_numpy(colors.paint(tokens.view(20, 20, 6), 20, 20)).flatten(0, 1)
         np.testing.assert_array_equal(painted.any(1).numpy(), inside.numpy())
         # The three directions of the foreground, the widest first, each as far as the others.
@@ -41,7 +41,7 @@ def test_the_foreground_gets_colors_and_the_background_none() -> None:
 
 def test_which_side_is_foreground_is_as_it_was_told() -> None:
     tokens, inside = sample()
-    ours, theirs = module._fitted(tokens, inside, {}), module._fitted(tokens, ~inside, {})
+    ours, theirs = module._fit_axes(tokens, inside, {}), module._fit_axes(tokens, ~inside, {})
     torch.testing.assert_close(ours.first, -theirs.first)
     assert ours.least == pytest.approx(-theirs.least)
     painted = theirs.paint(tokens.view(20, 20, 6), 20, 20).reshape(-1, 3)
@@ -50,16 +50,16 @@ def test_which_side_is_foreground_is_as_it_was_told() -> None:
 
 def test_where_no_foreground_was_told_nothing_is_taken_out() -> None:
     tokens, inside = sample()
-    colors = module._fitted(tokens, torch.zeros_like(inside), {})
+    colors = module._fit_axes(tokens, torch.zeros_like(inside), {})
     assert colors.least is None
     torch.testing.assert_close(colors.middle, tokens.mean(0))
     with pytest.raises(DinoError, match="four patches"):
-        module._fitted(tokens[:3], inside[:3], {})
+        module._fit_axes(tokens[:3], inside[:3], {})
 
 
 def test_a_patch_has_the_same_color_in_every_photo_and_size() -> None:
     tokens, inside = sample()
-    colors = module._fitted(tokens, inside, {})
+    colors = module._fit_axes(tokens, inside, {})
     one = tokens[inside][:1].expand(6, 6)[None].view(2, 3, 6)
     assert len(np.unique(colors.paint(one, 40, 70).reshape(-1, 3), axis=0)) == 1
     np.testing.assert_array_equal(colors.paint(one, 7, 5)[0, 0], colors.paint(one[:1, :1], 9, 9)[0, 0])
@@ -73,8 +73,8 @@ def test_of_many_photos_a_bounded_sample_is_held(
     monkeypatch.setattr(module, "PHOTOS", 5)
     monkeypatch.setattr(module, "PATCHES", 50)
     held: list[int] = []
-    fitted = module._fitted
-    monkeypatch.setattr(module, "_fitted", lambda tokens, *more: held.append(len(tokens)) or fitted(tokens, *more))
+    fitted = module._fit_axes
+    monkeypatch.setattr(module, "_fit_axes", lambda tokens, *more: held.append(len(tokens)) or fitted(tokens, *more))
     done: list[int] = []
     first = fit_colors(encoder, photos, 48, "cut", tau=0.9, report=done.append)
     assert held == [50], "ten of the 36 patches of each of five photos"

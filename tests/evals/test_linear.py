@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_result() -> None:
 
 def test_too_little_is_said() -> None:
     for data, message in (
-        (clusters(5), r"needs 12 training images of a class; the largest"),
+        (clusters(5), r"needs at least 12 training images in a class; the largest"),
         (clusters(50, classes=1), "two classes"),
     ):
         with pytest.raises(DinoError, match=message):
@@ -85,7 +85,7 @@ def test_the_papers_protocol_learns_from_images(tmp_path: Path, encoder: Encoder
     )
     assert (result.protocol, result.top1) == ("paper", 100.0)
     assert done[-1] == (32, 32)
-    with pytest.raises(DinoError, match="batch of 1024"):
+    with pytest.raises(DinoError, match="--batch-size 1024 is larger than the"):
         linear_on_images(encoder, parts["train"], parts["val"])
 
 

@@ -79,7 +79,7 @@ def test_what_cannot_be_measured_is_named(tmp_path: Path, encoder: Encoder) -> N
     assert list(result.each) == photos[3:]
     assert "not an image" in result.skipped[photos[0]]
     assert result.skipped[photos[1]].startswith("its mask: damaged")
-    assert result.skipped[photos[2]] == "it has 96x96 pixels, its mask 5x4"
+    assert result.skipped[photos[2]] == "it has 96x96 pixels, but its mask has 5x4"
     assert overlaps(encoder, {}, ["cut"], short_side=24).means == {}
 
 

@@ -166,7 +166,7 @@ def test_photos_without_finite_or_storable_patches_are_skipped_and_masks_of_noth
     monkeypatch.undo()
     for mask in data.val.masks.values():
         Image.fromarray(np.full_like(np.array(Image.open(mask)), 255)).save(mask)
-    with pytest.raises(DinoError, match="no pixel of the 1 masks"):
+    with pytest.raises(DinoError, match="no pixel of the 1 validation masks"):
         train_head(encoder, data, tmp_path / "patches", short_side=48, epochs=1, batch_size=4)
 
 
