@@ -97,9 +97,9 @@ def _unloadable() -> dict[str, str]:
 def _idle_gpu(device: torch.device, root: Path) -> dict[str, str]:
     if device.type != "cpu" or torch.cuda.is_available() or not (root / "proc/driver/nvidia/version").exists():
         return {}
-    why = "is built without CUDA" if torch.version.cuda is None else "finds no device that it can use"
+    why = "is built without CUDA" if torch.version.cuda is None else "finds no usable device"
     return {
-        f"an NVIDIA driver is here, but torch {torch.__version__} {why}": "nvidia-smi; then a torch that fits the "
+        f"an NVIDIA driver is installed, but torch {torch.__version__} {why}": "nvidia-smi; then a torch that fits the "
         "driver: https://pytorch.org/get-started/locally"
     }
 

@@ -53,7 +53,7 @@ class Monitor:
         for name, source in splits(spec).items():
             if not isinstance(source, Images) or not source.classes:
                 raise DinoError(
-                    f"--monitor wants images in class folders; {source.where} has none", "DIR/CLASS/*, or leave it out"
+                    f"--monitor needs images in class folders; {source.where} has none", "DIR/CLASS/*, or no --monitor"
                 )
             self._parts[name] = self._decoded(_some(source, _IMAGES), preset, workers)
         train, test = compared({name: plain for name, (_, plain) in self._parts.items()})
@@ -61,9 +61,9 @@ class Monitor:
         classes, most = int(np.count_nonzero(counts)), int(counts.max())
         if classes < 2 or (test is None and most < 2):
             raise DinoError(
-                f"--monitor wants two classes at least, and two images of a class; {spec} has {classes} with {most} "
+                f"--monitor needs at least two classes, and two images of a class; {spec} has {classes} with {most} "
                 "that can be read",
-                "DIR/CLASS/*, or leave it out",
+                "DIR/CLASS/*, or no --monitor",
             )
         # With few images per class, most of twenty neighbours would be of other classes, however good the network is.
         self.measured = len(train if test is None else test)
@@ -99,7 +99,10 @@ class Monitor:
             names += batch.names
             labels += batch.labels
         if len(names) < 2:
-            raise DinoError(f"--monitor wants images; {source.where} has {len(names)} that can be read", "look at them")
+            raise DinoError(
+                f"--monitor needs at least two images; {source.where} has {len(names)} that can be read",
+                "check them with dino doctor",
+            )
         recipe = Recipe("the run", "", "cls", 1, size, source.where)
         empty = np.empty((len(names), 0), np.float32)
         return torch.cat(pixels), Features(empty, np.array(labels, np.int64), names, source.classes, {}, recipe)

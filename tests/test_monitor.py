@@ -145,7 +145,7 @@ def test_few_images_a_class_are_asked_for_few_neighbours(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("init", "hint"),
-    [(None, "hint: a lower --set optimizer.lr.start"), ("run", "hint: go on as --preset continue-dinov2")],
+    [(None, "hint: a lower --set optimizer.lr.start"), ("run", "hint: train as --preset continue-dinov2")],
 )
 def test_a_fall_that_is_no_chance_is_said_once(
     plan: Plan, labelled: Path, monkeypatch: pytest.MonkeyPatch, init: str | None, hint: str
@@ -160,7 +160,7 @@ def test_a_fall_that_is_no_chance_is_said_once(
     pretrain(watched, lambda p: None, said.append)
     falls = [line for line in said if line.startswith("warning: k-NN")]
     assert falls == [
-        "warning: k-NN has fallen from 90.0 to 50.0 %: what was known is being forgotten",
-        "warning: k-NN has fallen from 90.0 to 40.0 %: what was known is being forgotten",
+        "warning: k-NN has fallen from 90.0 to 50.0 %: the backbone is forgetting",
+        "warning: k-NN has fallen from 90.0 to 40.0 %: the backbone is forgetting",
     ]
     assert sum(line.startswith(hint) for line in said) == 2

@@ -76,7 +76,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            raise RuntimeError("the gradient of this loss can be asked for once; it was written over the logits")
+            raise RuntimeError("the gradient of this loss can be computed only once: it was written over the logits")
         return gradient.mul_(grads[0]), None, None, None
 
 

@@ -148,12 +148,12 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str)
     own = module.state_dict()
     for key, value in own.items():
         if key not in weights:
-            raise _misfit(source, f"it lacks {key}")
+            raise _misfit(source, f"{key} is missing")
         if weights[key].shape != value.shape:
-            raise _misfit(source, f"{key} should be {_size(value)}; it is {_size(weights[key])}")
+            raise _misfit(source, f"{key} is {_size(weights[key])}; expected {_size(value)}")
     unknown = next((k for k in weights if k not in own), None)
     if unknown is not None:
-        raise _misfit(source, f"it also holds {unknown}, which has no place")
+        raise _misfit(source, f"{unknown} is unknown")
     module.load_state_dict(weights)
 
 
@@ -164,7 +164,7 @@ def _size(value: Tensor) -> str:
 def _misfit(source: str, what: str) -> DinoError:
     return DinoError(
         f"the weights in {source} do not fit this network: {what}",
-        "take the preset and the backbone that the weights were made with",
+        "use the preset and the backbone that the weights were trained with",
     )
 
 
@@ -190,12 +190,12 @@ def original_network(backbone: Backbone, name: str) -> tuple[nn.Module, Callable
         network.fc = nn.Identity()
     else:
         raise DinoError(
-            "the original builds vision transformers with learned positions and torchvision's networks; "
+            "the original code builds vision transformers with learned positions and torchvision's networks; "
             f"{name} is neither",
             "--to timm",
         )
     try:
         load_strictly(network, backbone.model.state_dict(), name)
     except DinoError as misfit:
-        raise DinoError(f"the original has no such network: {misfit.message}", "--to timm") from misfit
+        raise DinoError(f"the original code has no such network: {misfit.message}", "--to timm") from misfit
     return network, forward
