@@ -93,20 +93,20 @@ def advise(machine: Machine, images: Inspection, cost: Cost, asked: Sequence[str
         return Advised([], [*notes, _too_few(images)], None)
     name = "tiny" if machine.on_cpu else "vits16-vanilla"
     taken = _for_cpu(images) if machine.on_cpu else _for_accelerator(images)
-    taken[1:1] = [*_asked(asked), *_window(images), *_statistics(images, name, taken)]
+    taken[1:1] = [*_list_requested(asked), *_window(images), *_statistics(images, name, taken)]
     *others, length = taken
-    taken += _schedules(_changed(name, others), int(length.settings["--epochs"]), count)
-    preset = _changed(name, taken)
+    taken += _schedules(_load_changed(name, others), int(length.settings["--epochs"]), count)
+    preset = _load_changed(name, taken)
     steps = _steps(preset, count)
     whole = cost(preset, steps, False)
-    fitted, unfit = _fitted(machine, whole, lambda again: cost(preset, steps, True) if again else whole)
+    fitted, unfit = _fit_memory(machine, whole, lambda again: cost(preset, steps, True) if again else whole)
     taken += fitted + _place(machine, images, preset)
     command = ["dino", "pretrain", images.where, *(word for advice in taken for word in advice.words)]
     notes += [*unfit, _duration(machine, preset, steps, whole.seconds), *_expectations(machine, preset, count, steps)]
     return Advised(taken, notes, shlex.join(command))
 
 
-def _changed(name: str, taken: list[Advice]) -> Preset:
+def _load_changed(name: str, taken: list[Advice]) -> Preset:
     return load_preset(name, [override for advice in taken for override in advice.overrides])
 
 
@@ -115,7 +115,7 @@ def _steps(preset: Preset, count: int | None) -> int:
     return training.epochs * (training.steps_per_epoch or (count or 0) // training.batch_size)
 
 
-def _asked(overrides: Sequence[str]) -> list[Advice]:
+def _list_requested(overrides: Sequence[str]) -> list[Advice]:
     pairs = [override.partition("=")[::2] for override in overrides]
     return [Advice(key.strip(), {key.strip(): value.strip()}, "your own setting") for key, value in pairs]
 
@@ -257,7 +257,7 @@ def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
     return taken
 
 
-def _fitted(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate]) -> tuple[list[Advice], list[str]]:
+def _fit_memory(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate]) -> tuple[list[Advice], list[str]]:
     """Advise how to fit the batch on the device, if needed, or note that it cannot fit."""
     if whole.fits(machine.memory):
         return [], []
@@ -275,7 +275,7 @@ def _fitted(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate])
 def _place(machine: Machine, images: Inspection, preset: Preset) -> list[Advice]:
     """Advise cache and truncated images."""
     taken = []
-    kept = _kept(images, preset)
+    kept = _estimate_cache(images, preset)
     if images.kind == "files" and kept is not None and kept < machine.ram / 2:  # the cache takes at most half
         free = f"{kept / 1e9:.1f} GB decoded, {machine.ram / 1e9:.0f} GB free"
         taken.append(Advice("cache in RAM", {"--cache": "ram"}, f"{free}; {images.milliseconds:.1f} ms saved per file"))
@@ -286,7 +286,7 @@ def _place(machine: Machine, images: Inspection, preset: Preset) -> list[Advice]
     return taken
 
 
-def _kept(images: Inspection, preset: Preset) -> float | None:
+def _estimate_cache(images: Inspection, preset: Preset) -> float | None:
     """Estimate the bytes of all images in the cache; None if their number is unknown."""
     if images.count is None:
         return None

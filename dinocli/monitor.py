@@ -55,7 +55,7 @@ class Monitor:
                 raise DinoError(
                     f"--monitor needs images in class folders; {source.where} has none", "DIR/CLASS/*, or no --monitor"
                 )
-            self._parts[name] = self._decoded(_some(source, _IMAGES), preset, workers)
+            self._parts[name] = self._decode(_sample(source, _IMAGES), preset, workers)
         train, test = compared({name: plain for name, (_, plain) in self._parts.items()})
         counts = np.bincount(train.labels)
         classes, most = int(np.count_nonzero(counts)), int(counts.max())
@@ -83,7 +83,7 @@ class Monitor:
         train, test = compared(found)
         return knn(train, test, [self._k]).scores[0].top1
 
-    def _decoded(self, source: Images, preset: Preset, workers: int) -> tuple[Tensor, Features]:
+    def _decode(self, source: Images, preset: Preset, workers: int) -> tuple[Tensor, Features]:
         size, pixels, names, labels = preset.views.global_1.size, [], [], []
         for batch in plain_batches(
             source,
@@ -155,19 +155,19 @@ def at_rest(network: Network) -> Iterator[None]:
             m.training = True
 
 
-def _some(source: Images, most: int) -> Images:
+def _sample(source: Images, most: int) -> Images:
     """Return at most `most` images, balanced over the classes; always the same ones."""
     if len(source) <= most:
         return source
     order = np.random.default_rng(0).permutation(len(source))
-    rows = np.sort(_taking_turns(order, source.labels[order])[:most])
+    rows = np.sort(_interleave_classes(order, source.labels[order])[:most])
     small = replace(source, names=Names.of([source.names[i] for i in rows]), labels=source.labels[rows])
     if isinstance(source, TorchvisionImages) and isinstance(small, TorchvisionImages):
         return replace(small, dataset=Subset(source.dataset, rows.tolist()))
     return small
 
 
-def _taking_turns(rows: NDArray[np.int64], labels: NDArray[np.int32]) -> NDArray[np.int64]:
+def _interleave_classes(rows: NDArray[np.int64], labels: NDArray[np.int32]) -> NDArray[np.int64]:
     """Reorder rows: the first of each class, then the second of each, and so on."""
     turn = np.empty(len(rows), np.int64)
     for label in np.unique(labels):

@@ -210,7 +210,7 @@ def short_stop(plan: Plan) -> str:
     within = [warm_up for warm_up in _warm_ups(plan.preset) if warm_up[1] * clock.steps_per_epoch >= plan.stop > 0]
     if not within:
         return line
-    names = _listed([f"{name} ({epochs * clock.steps_per_epoch} steps)" for name, epochs, _ in within])
+    names = _join([f"{name} ({epochs * clock.steps_per_epoch} steps)" for name, epochs, _ in within])
     return f"{line}, and it ends within {names}: remove with " + " ".join(f"--set {way}" for *_, way in within)
 
 
@@ -219,13 +219,13 @@ def _long_schedules(plan: Plan) -> str:
     long = [(name, n, path) for name, n, path in _warm_ups(plan.preset, low=False) if n > clock.epochs / 2]
     if not long:
         return ""
-    names = _listed([f"{name} ({epochs * clock.steps_per_epoch})" for name, epochs, _ in long])
+    names = _join([f"{name} ({epochs * clock.steps_per_epoch})" for name, epochs, _ in long])
     fits = max(1, clock.epochs // 5)
     ways = " ".join(f"--set {path.removesuffix('=0')}={fits}" for *_, path in long)
     return f"more than half of the {clock.total} steps go to {names}: {ways} leaves most of the run after that"
 
 
-def _listed(names: list[str]) -> str:
+def _join(names: list[str]) -> str:
     return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
 
 
@@ -259,7 +259,7 @@ def check_schedules(preset: Preset) -> None:
             faults.append((f"heads.{name}.freeze_last_layer_epochs", head.freeze_last_layer_epochs, epochs - 1, 0))
     if not faults:
         return
-    came = _listed([f"{key}={value} (at most {most})" for key, value, most, _ in faults])
+    came = _join([f"{key}={value} (at most {most})" for key, value, most, _ in faults])
     fits = " ".join(f"--set {key}={value}" for key, *_, value in faults)
     enough = max(value + (epochs - most) for _, value, most, _ in faults)
     raise DinoError(

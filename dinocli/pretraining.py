@@ -87,8 +87,12 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
     began = time.perf_counter()
     if plan.device.type == "cpu":
         keep_freed_memory()
-    with held(plan.out) if rank() == 0 else nullcontext(), stop_signals(note) as stopping, _tidied() as tidy:
-        saved = _found(plan, note)
+    with (
+        held(plan.out) if rank() == 0 else nullcontext(),
+        stop_signals(note) as stopping,
+        _collect_on_request() as tidy,
+    ):
+        saved = _find_saved(plan, note)
         if saved:
             plan = going_on(plan, saved.state, note)
             if saved.state.step >= plan.stop:  # finished: nothing new to evaluate or draw
@@ -139,7 +143,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
     )
 
 
-def _found(plan: Plan, note: Callable[[str], None]) -> Saved | None:
+def _find_saved(plan: Plan, note: Callable[[str], None]) -> Saved | None:
     """Return the state to resume from, or None for a new run.
 
     Raises:
@@ -427,7 +431,7 @@ def start_from(method: SelfDistillation, source: str, note: Callable[[str], None
 
 
 @contextmanager
-def _tidied() -> Iterator[Callable[[], object]]:
+def _collect_on_request() -> Iterator[Callable[[], object]]:
     """Collect garbage only on request: a step makes little, and searching for it stalls the device."""
     was = gc.isenabled()
     gc.collect()

@@ -249,8 +249,8 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
     if found:
         key, was, wanted = found
         raise DinoError(
-            f"the run began with {key} = {_shown(was)}; {_shown(wanted)} is now set",
-            f"--set {shlex.quote(f'{key}={_shown(was)}')} to resume, or another --out",
+            f"the run began with {key} = {_format_value(was)}; {_format_value(wanted)} is now set",
+            f"--set {shlex.quote(f'{key}={_format_value(was)}')} to resume, or another --out",
         )
     if longer:
         new = replace(clock, step=state.step)
@@ -284,10 +284,10 @@ def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | 
     return None
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """Format a value for `--set`, as TOML: its lists and strings are written as in JSON, its tables are not."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}={_shown(inner)}' for key, inner in value.items() if inner is not None)}}}"
+        return f"{{{', '.join(f'{key}={_format_value(inner)}' for key, inner in value.items() if inner is not None)}}}"
     return "none" if value is None else json.dumps(value)
 
 

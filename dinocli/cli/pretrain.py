@@ -111,7 +111,7 @@ def pretrain(
     _refuse_two_values(given, overrides or [])
     if (tasks := unused_tasks()) > 1 and not gpus:
         console.say(f"note: SLURM gave this job {tasks} tasks and this command runs in one process; see --gpus")
-    if gpus and not dry_run and _launched(gpus, device):
+    if gpus and not dry_run and _launch(gpus, device):
         return
 
     from dinocli.data.sources import open_source
@@ -203,7 +203,7 @@ def _refuse_two_values(given: list[str], overrides: list[str]) -> None:
             raise DinoError(f"{option} and --set {key}={keyed[key]} are two values for one key", f"keep one: {option}")
 
 
-def _launched(gpus: int, device: str) -> bool:
+def _launch(gpus: int, device: str) -> bool:
     """Start the processes of --gpus, and return True if they have done the whole run.
 
     Raises:

@@ -321,7 +321,7 @@ class Transformer(Backbone):
             if not last or facet == "token":
                 tokens = self._run(block, tokens, rotation)
             if i in wanted:
-                made[i] = self.model.norm(tokens) if facet == "token" else _projected(block, before, facet)
+                made[i] = self.model.norm(tokens) if facet == "token" else _project(block, before, facet)
         joined = torch.cat([made[i] for i in wanted], dim=-1)
         return joined[:, self.model.num_prefix_tokens :].unflatten(1, grid)
 
@@ -333,7 +333,7 @@ class Transformer(Backbone):
         return attention_of(last.attn, last.norm1(tokens), queries, rotation)
 
 
-def _projected(block: Any, tokens: Tensor, which: Projection) -> Tensor:
+def _project(block: Any, tokens: Tensor, which: Projection) -> Tensor:
     return projected(block.attn, block.norm1(tokens), which)
 
 

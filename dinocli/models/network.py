@@ -80,7 +80,7 @@ class Network(nn.Module):
         for name, head in self.heads.items():
             of_class = cls.flatten(0, 1) if "class" in self.reads[name] else None
             of_patches = patches if "patches" in self.reads[name] else None
-            said = _both(cast(Head, head), of_class, of_patches)
+            said = _apply_to_both(cast(Head, head), of_class, of_patches)
             if said[0] is not None:
                 logits[name] = said[0].unflatten(0, cls.shape[:2])
             if said[1] is not None:
@@ -129,7 +129,7 @@ class Network(nn.Module):
         load_strictly(self, {k.replace("backbone.", "backbone.model.", 1): v for k, v in weights.items()}, source)
 
 
-def _both(head: Head, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _apply_to_both(head: Head, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return a head's logits of two sets of features; either may be None. The MLP runs once on both."""
     if a is None or b is None:
         return None if a is None else head(a), None if b is None else head(b)

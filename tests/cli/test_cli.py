@@ -228,7 +228,7 @@ def test_wrong_usage_is_code_two(dino: Dino, words: list[str]) -> None:
         ("pretrain images --batch_size 4", "--batch_size", "use --batch-size 4"),
         ("pretrain images -b 4", "No such option: -b", "use --batch-size 4"),
         ("pretrain images --step 4", "No such option: --step", "use --steps 4"),
-        ("pretrain images --resume", "No such option: --resume", "leave --resume out: the same command resumes"),
+        ("pretrain images --resume", "No such option: --resume", "remove --resume: the same command resumes"),
         ("pretrain images --continue", "No such option: --continue", "remove --continue"),
         ("pretrain --data images", "No such option: --data", "images come without an option: dino pretrain images"),
         ("pretrain images --batch-size 0", "--batch-size 0 is too small; expected 1 or more", "use --batch-size 1 or more"),
