@@ -93,20 +93,20 @@ def advise(machine: Machine, images: Inspection, cost: Cost, asked: Sequence[str
         return Advised([], [*notes, _too_few(images)], None)
     name = "tiny" if machine.on_cpu else "vits16-vanilla"
     taken = _for_cpu(images) if machine.on_cpu else _for_accelerator(images)
-    taken[1:1] = [*_asked(asked), *_window(images), *_statistics(images, name, taken)]
+    taken[1:1] = [*_list_requested(asked), *_window(images), *_statistics(images, name, taken)]
     *others, length = taken
-    taken += _schedules(_changed(name, others), int(length.settings["--epochs"]), count)
-    preset = _changed(name, taken)
+    taken += _schedules(_load_changed(name, others), int(length.settings["--epochs"]), count)
+    preset = _load_changed(name, taken)
     steps = _steps(preset, count)
     whole = cost(preset, steps, False)
-    fitted, unfit = _fitted(machine, whole, lambda again: cost(preset, steps, True) if again else whole)
+    fitted, unfit = _fit_memory(machine, whole, lambda again: cost(preset, steps, True) if again else whole)
     taken += fitted + _place(machine, images, preset)
     command = ["dino", "pretrain", images.where, *(word for advice in taken for word in advice.words)]
     notes += [*unfit, _duration(machine, preset, steps, whole.seconds), *_expectations(machine, preset, count, steps)]
     return Advised(taken, notes, shlex.join(command))
 
 
-def _changed(name: str, taken: list[Advice]) -> Preset:
+def _load_changed(name: str, taken: list[Advice]) -> Preset:
     return load_preset(name, [override for advice in taken for override in advice.overrides])
 
 
@@ -115,9 +115,9 @@ def _steps(preset: Preset, count: int | None) -> int:
     return training.epochs * (training.steps_per_epoch or (count or 0) // training.batch_size)
 
 
-def _asked(overrides: Sequence[str]) -> list[Advice]:
+def _list_requested(overrides: Sequence[str]) -> list[Advice]:
     pairs = [override.partition("=")[::2] for override in overrides]
-    return [Advice(key.strip(), {key.strip(): value.strip()}, "what you asked for") for key, value in pairs]
+    return [Advice(key.strip(), {key.strip(): value.strip()}, "your own setting") for key, value in pairs]
 
 
 def _window(images: Inspection) -> list[Advice]:
@@ -125,7 +125,7 @@ def _window(images: Inspection) -> list[Advice]:
     if not images.window:
         return []
     low, high = (f"{end:g}" for end in images.window)
-    why = f"{images.narrow} of {images.drawn} images span under a quarter of 8 bits without it; raw values measured"
+    why = f"without it, {images.narrow} of {images.drawn} images span under a quarter of 8 bits; raw values measured"
     return [Advice(f"{low} to {high} as black to white", {"images.window": window_text(images.window)}, why)]
 
 
@@ -140,7 +140,7 @@ def _statistics(images: Inspection, name: str, taken: list[Advice]) -> list[Advi
         off = {f"views.{key}": "0" for key in views.color_keys}
         return [
             Advice("mean and std", typed, f"measured, for {channels} channel{'s' if channels > 1 else ''}"),
-            Advice("no change of colors", off, "hue, saturation and gray are of three channels"),
+            Advice("no color jitter", off, "hue, saturation and gray need three channels"),
         ]
     shift = max(abs(ours - theirs) for ours, theirs in zip(images.mean, views.mean, strict=True))
     ratio = max(max(ours / theirs, theirs / ours) for ours, theirs in zip(numbers["std"], views.std, strict=True))
@@ -152,7 +152,7 @@ def _statistics(images: Inspection, name: str, taken: list[Advice]) -> list[Advi
 
 def _for_cpu(images: Inspection) -> list[Advice]:
     """Advise the one preset that a CPU trains within hours, as measured."""
-    why = "on a CPU ViT-S/16 does 0.7 images/s a core (our own measurement)"
+    why = "on a CPU ViT-S/16 does 0.7 images/s per core (our own measurement)"
     taken = [Advice("preset tiny", {"--preset": "tiny"}, why)]
     batch = load_preset("tiny").training.batch_size
     if images.count is not None and images.count < batch:
@@ -172,7 +172,7 @@ def _for_accelerator(images: Inspection) -> list[Advice]:
     taken += _crops(images, preset.views.global_1.size)
     init = count < _FEW and not any("backbone.options.patch_size" in advice.settings for advice in taken)
     if init:
-        why = f"{count} images are few to start from nothing (threads 43, 246); these weights are downloaded once"
+        why = f"{count} images are few for training from scratch (threads 43, 246); these weights are downloaded once"
         taken.append(Advice("released weights", {"--init": WEIGHTS}, why))
     prototypes = next(k for least, k in _PROTOTYPES if count >= least)
     if prototypes != preset.heads["dino"].prototypes:
@@ -197,14 +197,16 @@ def _crops(images: Inspection, usual: int) -> list[Advice]:
     views = {f"views.global_{i}.size": str(size) for i in (1, 2)}
     if side > 64:
         views["views.local.size"] = str(max(8, round(size * 96 / 224 / patch) * patch))
-    taken = [Advice(f"crops of {size} pixels", views, f"half of the images have {side} or less; more is enlarging")]
+    taken = [
+        Advice(f"crops of {size} pixels", views, f"half of the images have {side} or less; larger crops enlarge them")
+    ]
     if patch < 16:
-        grid = f"{size // patch}x{size // patch} tokens, where 16 leaves {size // 16}x{size // 16}"
+        grid = f"{size // patch}x{size // patch} tokens; patches of 16 give {size // 16}x{size // 16}"
         options = {"backbone.options.img_size": str(size), "backbone.options.patch_size": str(patch)}
         taken.append(Advice(f"patches of {patch}", options, f"{grid}; 8 for 16 gains 3.8 (paper, table 2)"))
     if side <= 64:
         views = {"views.locals": "0"} | {f"views.global_{i}.scale": "[0.14, 1.0]" for i in (1, 2)}
-        why = "as lightly and solo-learn train CIFAR-10; the scale is the authors' then (thread 122)"
+        why = "as lightly and solo-learn train CIFAR-10; the authors' scale without local crops (thread 122)"
         taken.append(Advice("no local crops", views, why))
         blur = {f"views.global_{i}.blur": "0" for i in (1, 2)}
         taken.append(Advice("no blur", blur, "as lightly and solo-learn train CIFAR-10"))
@@ -214,12 +216,12 @@ def _crops(images: Inspection, usual: int) -> list[Advice]:
 def _length(count: int | None, batch: int, *, init: bool) -> Advice:
     if count is None:
         pass_ = {"training.steps_per_epoch": str(_IMAGENET // batch), "--epochs": "100"}
-        return Advice("100 epochs", pass_, "of ImageNet's length, as nobody knows how many images a pipe gives")
+        return Advice("100 epochs", pass_, "of ImageNet's length; the number of images from a pipe is unknown")
     if count > _IMAGENET:
         epochs = max(1, math.ceil(100 * _IMAGENET / count))
         why = "as many images as in 100 epochs of ImageNet; three times as many gain 1.9 (paper)"
     elif init:
-        epochs, why = 100, "the paper's shortest run; how long from weights, no reference says"
+        epochs, why = 100, "the paper's shortest run; no reference gives a length for runs from weights"
     else:
         epochs = min(800, max(100, math.ceil(_STEPS / (count // batch))))
         why = f"{epochs * (count // batch):,} steps; the paper's runs have 125,000 and more, and up to 800 epochs"
@@ -246,7 +248,7 @@ def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
     for name, head in preset.heads.items():
         if head.freeze_last_layer_epochs >= epochs:
             free = {f"heads.{name}.freeze_last_layer_epochs": "0"}
-            taken.append(Advice("free prototypes", free, f"frozen for {epochs} epochs they would never move"))
+            taken.append(Advice("free prototypes", free, f"frozen for {epochs} epochs, they would never train"))
     # A preset with its own step count is short, and its momentum was tuned for that.
     long = preset.training.steps_per_epoch is None and epochs * ((count or 0) // batch) >= _SLOW_TEACHER
     if long and batch <= 256:
@@ -255,7 +257,7 @@ def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
     return taken
 
 
-def _fitted(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate]) -> tuple[list[Advice], list[str]]:
+def _fit_memory(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate]) -> tuple[list[Advice], list[str]]:
     """Advise how to fit the batch on the device, if needed, or note that it cannot fit."""
     if whole.fits(machine.memory):
         return [], []
@@ -265,7 +267,7 @@ def _fitted(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate])
         one = replace(whole, at_once=1).memory
         return [], [f"a step of one image takes about {one / 1e9:.1f} GB, and {has}: these settings do not fit"]
     typed, _ = fitting
-    names = {"--recompute": "blocks worked out again", "--accumulate": f"in {typed.get('--accumulate')} parts"}
+    names = {"--recompute": "activation checkpointing", "--accumulate": f"in {typed.get('--accumulate')} parts"}
     why = f"{whole.at_once} at once take about {whole.memory / 1e9:.0f} GB, {has}; the gradient is the same"
     return [Advice(", ".join(names[option] for option in typed), typed, why)], []
 
@@ -273,18 +275,18 @@ def _fitted(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate])
 def _place(machine: Machine, images: Inspection, preset: Preset) -> list[Advice]:
     """Advise cache and truncated images."""
     taken = []
-    kept = _kept(images, preset)
+    kept = _estimate_cache(images, preset)
     if images.kind == "files" and kept is not None and kept < machine.ram / 2:  # the cache takes at most half
         free = f"{kept / 1e9:.1f} GB decoded, {machine.ram / 1e9:.0f} GB free"
-        taken.append(Advice("cache in RAM", {"--cache": "ram"}, f"{free}; {images.milliseconds:.1f} ms a file saved"))
+        taken.append(Advice("cache in RAM", {"--cache": "ram"}, f"{free}; {images.milliseconds:.1f} ms saved per file"))
     torn = sum(reason.startswith("truncated") for reason in images.bad.values())
     if torn and len(images.bad) > BAD_SHARE * images.drawn:
-        why = f"{torn} of {images.drawn} end early, and above {BAD_SHARE:.0%} of bad ones a run stops"
-        taken.append(Advice("torn images too", {"images.truncated": "true"}, why))
+        why = f"{torn} of {images.drawn} are truncated; a run stops if more than {BAD_SHARE:.0%} are bad"
+        taken.append(Advice("truncated images too", {"images.truncated": "true"}, why))
     return taken
 
 
-def _kept(images: Inspection, preset: Preset) -> float | None:
+def _estimate_cache(images: Inspection, preset: Preset) -> float | None:
     """Estimate the bytes of all images in the cache; None if their number is unknown."""
     if images.count is None:
         return None
@@ -298,32 +300,34 @@ def _notes(images: Inspection) -> list[str]:
     lost = len(images.bad) - kinds["truncated"] - kinds["other channels"]
     if kinds["other channels"] > BAD_SHARE * images.drawn:
         such = next(reason for reason in images.bad.values() if reason.startswith("other channels"))
-        notes.append(f"{kinds['other channels']} of {images.drawn} have {such}: --set images.channels=N says how many")
+        notes.append(
+            f"{kinds['other channels']} of {images.drawn} have {such}: set their number with --set images.channels=N"
+        )
     if images.read and lost > BAD_SHARE * images.drawn:
         notes.append(
-            f"{lost} of {images.drawn} cannot be read, and above {BAD_SHARE:.0%} a run stops: take them out, or name "
+            f"{lost} of {images.drawn} cannot be read, and above {BAD_SHARE:.0%} a run stops: remove them, or name "
             "the others in a list of files"
         )
     if images.deep > images.read / 2 and max(images.mean) < 0.1:
         notes.append(
-            "the deep images are nearly black: where their values fill a part of the range only, "
-            "--set images.window='[BLACK, WHITE]' says which"
+            "the deep images are nearly black: if their values fill only a part of the range, set it with "
+            "--set images.window='[BLACK, WHITE]'"
         )
     if images.single > images.read / 2:
         notes.append(f"{images.single} of {images.read} images are a single color: there is nothing to learn from them")
     if images.several:
         notes.append(f"{images.several} of {images.read} have several pages or frames; only the first is read")
     if images.near > images.read / 5:
-        notes.append("many look alike as thumbnails of 8x8 pixels; digits and pages do, without being the same")
+        notes.append("many are near-equal as thumbnails of 8x8 pixels; digits and pages are, without being duplicates")
     return notes
 
 
 def _too_few(images: Inspection) -> str:
     if not images.read:
         first = "".join(f"; {name}: {reason}" for name, reason in list(images.bad.items())[:1])
-        return f"none of the {images.drawn} images looked at can be read{first}"
+        return f"none of the {images.drawn} images checked can be read{first}"
     return (
-        f"fewer than {_TOO_FEW} images can be read, too few to train on; their features without training: "
+        f"fewer than {_TOO_FEW} images can be read, too few to train on; extract features without training: "
         f"dino extract {WEIGHTS} {shlex.quote(images.where)}"
     )
 
@@ -332,7 +336,7 @@ def _duration(machine: Machine, preset: Preset, steps: int, seconds: float) -> s
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     long = f"{days:.1f} days" if days >= 2 else f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min"
     batch = preset.training.batch_size
-    return f"{steps:,} steps of {batch} take about {long} on {machine.name} (an estimate, of computing alone)"
+    return f"{steps:,} steps of {batch} take about {long} on {machine.name} (an estimate of the compute alone)"
 
 
 def _expectations(machine: Machine, preset: Preset, count: int | None, steps: int) -> list[str]:
@@ -345,5 +349,7 @@ def _expectations(machine: Machine, preset: Preset, count: int | None, steps: in
         "--set losses.dino.targets.temperature.value=0.02 (thread 43)"
     ]
     if steps < _STEPS / 10:
-        notes.append(f"{steps:,} steps are few; what released weights know without any: dino extract {WEIGHTS} DATA")
+        notes.append(
+            f"{steps:,} steps are few; features of released weights without training: dino extract {WEIGHTS} DATA"
+        )
     return notes

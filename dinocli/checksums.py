@@ -51,7 +51,7 @@ def unseal(text: bytes | str) -> dict[str, Any]:
     """
     data = parse(text)
     if not isinstance(data, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     known = data.pop(KEY, None)
     try:
         if known is not None and known != f"{crc_of(data):08x}":

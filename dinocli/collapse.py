@@ -81,18 +81,19 @@ class CollapseWatch:
         return "uniform" if entropy > _UNIFORM else "one-sided" if entropy < _ONE_SIDED else None
 
     def _words(self, name: str, loss: AimedConfig, kind: Kind) -> str:
-        said = {"uniform": "gives every prototype the same share", "one-sided": "gives nearly all to one prototype"}[
-            kind
-        ]
+        said = {
+            "uniform": "gives every prototype the same share",
+            "one-sided": "gives nearly everything to one prototype",
+        }[kind]
         seen = "image" if loss.reads == "class" else "patch"
-        return f"{kind} collapse: for {self.span} steps the teacher {said}, whatever the {seen} (losses.{name})"
+        return f"{kind} collapse: for {self.span} steps the teacher {said}, for any {seen} (losses.{name})"
 
 
 def _remedy(preset: Preset, name: str, loss: AimedConfig, kind: Kind) -> str:
     """Return the first remedy from users' reports or the paper that this preset does not have yet."""
     rule = f"losses.{name}.targets"
     temperature, batch = max(loss.targets.temperature.bounds), preset.training.batch_size
-    begin = "begin again with --out NEW and "
+    begin = "start again with --out NEW and "
     if kind == "uniform":
         if temperature > 0.04:
             return f"{begin}a sharper teacher: --set {rule}.temperature='{{kind=\"constant\", value=0.04}}'"
@@ -102,7 +103,7 @@ def _remedy(preset: Preset, name: str, loss: AimedConfig, kind: Kind) -> str:
             return f"{begin}a sharper teacher: --set {rule}.temperature='{{kind=\"constant\", value=0.02}}'"
         return f"{begin}more images a step: --batch-size {2 * batch}, with --accumulate 2 where memory is short"
     if isinstance(loss.targets, CenteringConfig) and loss.targets.momentum > 0.9:
-        return f"{begin}a center that follows sooner: --set {rule}.momentum=0.9"
+        return f"{begin}a faster center: --set {rule}.momentum=0.9"
     if temperature < 0.04:
         return f"{begin}a less sharp teacher: --set {rule}.temperature='{{kind=\"constant\", value=0.04}}'"
     momentum = preset.teacher.momentum

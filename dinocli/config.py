@@ -38,7 +38,9 @@ class Config(BaseModel):
             DinoError: If a key is unknown or missing, or a value is out of range.
         """
         if _deeper(data, _DEEPEST):
-            raise DinoError(f"{what} is nested more than {_DEEPEST} levels deep", "mend its tables and lists")
+            raise DinoError(
+                f"{what} is nested more than {_DEEPEST} levels deep", "nest its tables and lists less deeply"
+            )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -67,10 +69,12 @@ def change(data: dict[str, Any], override: str) -> None:
     key, equals, typed = override.partition("=")
     *tables, last = key.strip().split(".")
     if not equals or not last:
-        raise DinoError(f"--set wants key.path=value; it is {override!r}", "for example --set training.epochs=10")
+        raise DinoError(
+            f"--set {override!r} is not an assignment; expected key.path=value", "for example --set training.epochs=10"
+        )
     for table in tables:
         if not isinstance(data.get(table, {}), dict):
-            raise DinoError(f"--set {override}: {table} is a value and not a table", f"--set {table}=VALUE")
+            raise DinoError(f"--set {override}: {table} is a single value, not a table", f"--set {table}=VALUE")
         data = data.setdefault(table, {})
     if typed.strip() == "none":
         data.pop(last, None)
@@ -78,7 +82,7 @@ def change(data: dict[str, Any], override: str) -> None:
     try:
         value = tomllib.loads(f"value = {typed}")["value"]
     except RecursionError:
-        raise DinoError(f"--set {key.strip()}: its value is nested too deeply", "mend its brackets") from None
+        raise DinoError(f"--set {key.strip()}: its value is nested too deeply", "check its brackets") from None
     except ValueError:  # not TOML, or a number of thousands of digits
         value = typed.strip()
         if value[:1] in ("[", "{", '"', "'"):  # the shell removed the quotes, or split the value at a space
@@ -94,7 +98,7 @@ def change(data: dict[str, Any], override: str) -> None:
 
 
 def _value_for_table(key: str, typed: str, table: dict[str, Any]) -> DinoError:
-    message = f"--set {key}={typed}: {key} is a table, and that is a single value"
+    message = f"--set {key}={typed}: {typed} is a single value; {key} is a table"
     number = _is_number(typed)
     if "start" in table:
         constant = f'{{kind="constant", value={typed if number else "NUMBER"}}}'
@@ -141,7 +145,7 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
         others = [name for name in table if inner and name not in inner[0].model_fields]
         if others and len(path) > 1:  # keys of another kind of this table
             return DinoError(
-                f"{what}: the key {key} is missing, and {', '.join(others)} no key of that kind",
+                f"{what}: the key {key} is missing, and {', '.join(others)} not a key of this kind",
                 f"--set '{'.'.join(path[:-1])}={_example(inner[0], None)}'",
             )
         return DinoError(f"{what}: the key {key} is missing", f"add it with --set {key}=VALUE")
@@ -158,16 +162,16 @@ def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], 
             m for m in _models_at(model, data, path)[1] if not came and set(first["input"]) <= set(m.model_fields)
         ]
         choice = _kinds(having[0])[0] if having else nearest(str(came or ""), kinds.replace("'", "").split(", "))
-        fault = f"should be {kinds}; it is {came!r}" if came else f"is missing; it should be {kinds}"
+        fault = f"is {came!r}; expected {kinds}" if came else f"is missing; expected {kinds}"
         return DinoError(f"{what}: {key}.kind {fault}", f"--set {key}.kind={choice}")
     value = first["input"]
     if first["type"] in ("model_attributes_type", "model_type") and not isinstance(value, dict):
         inner = _models_at(model, data, path)[1]
         example = _example(inner[0], value) if inner else "{...}"
-        return DinoError(f"{what}: {key} should be a table; it is {value!r}", f"--set '{key}={example}'")
+        return DinoError(f"{what}: {key} is {value!r}; expected a table", f"--set '{key}={example}'")
     wanted = said.removeprefix("Input ") if said.startswith("Input should be ") else f"is not valid: {said}"
-    came = repr(value) if not isinstance(value, dict) else "that of another kind"
-    fits = "VALUE with a value that fits"
+    came = repr(value) if not isinstance(value, dict) else "a table of another kind"
+    fits = "VALUE with a valid value"
     if first["type"] == "literal_error":
         fits = nearest(str(value), str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
     return DinoError(f"{what}: {key} {wanted}; it is {came}", f"--set {key}={fits}")
@@ -254,7 +258,7 @@ def _other_key(path: list[str], data: dict[str, Any], model: type[BaseModel]) ->
     elsewhere = [key for key in find_keys(last, _without(data, path), model) if key != ".".join(path)]
     near = [".".join([*above, name]) for name in difflib.get_close_matches(last, known, n=1, cutoff=0.6)]
     found = near or elsewhere[:4] if above else elsewhere[:4] or near  # at the top it is mostly a leaf without its path
-    return f"did you mean {' or '.join(found)}?" if found else f"leave {'.'.join(path)} out"
+    return f"did you mean {' or '.join(found)}?" if found else f"remove {'.'.join(path)}"
 
 
 def _without(data: dict[str, Any], path: list[str]) -> dict[str, Any]:

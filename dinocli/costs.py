@@ -134,14 +134,14 @@ def _flops(method: SelfDistillation, plan: Plan) -> float:
 
 def _peak(plan: Plan, images: int, depth: int) -> tuple[float, float]:
     """Return the bytes that wait for the whole batch, and the peak bytes of the student's passes."""
-    waiting, kept = _kept(plan, images)
+    waiting, kept = _measure_memory(plan, images)
     if not plan.recompute:
         return waiting, kept
     # While the gradient of a block is computed, its activations exist again.
-    return waiting, kept + (_kept(replace(plan, recompute=False), images)[1] - kept) / depth
+    return waiting, kept + (_measure_memory(replace(plan, recompute=False), images)[1] - kept) / depth
 
 
-def _kept(plan: Plan, images: int) -> tuple[float, float]:
+def _measure_memory(plan: Plan, images: int) -> tuple[float, float]:
     """Return the bytes of crops and targets, and those that the student's forward pass saves for backward."""
     kept: dict[int, Tensor] = {}  # by storage; keeping the tensors stops torch from reusing an address
 

@@ -33,7 +33,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in there:
-        raise DinoError(f"a device was wanted (auto, cpu, cuda, cuda:1, mps); {name!r} is none", "--device auto")
+        raise DinoError(f"--device {name!r} is not a device; expected auto, cpu, cuda, cuda:1 or mps", "--device auto")
     count = torch.cuda.device_count()
     if not there[device.type] or (device.type == "cuda" and (device.index or 0) >= count):
         has = (

@@ -107,7 +107,7 @@ def check_launch(command: str) -> None:
         came = [f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ]
         fault = f"without {' and '.join(missing)}" if missing else "is incomplete"
         if len(came) == 2 and (found.rank or 0) >= (found.size or 1):
-            fault = "is no rank of that many"
+            fault = "is out of range"
         raise DinoError(
             f"{' '.join(came)} {fault}: each process would run alone",
             f"torchrun --nproc-per-node {count} -m dinocli {command} ...; or alone: env -u RANK -u WORLD_SIZE "

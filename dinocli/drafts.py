@@ -38,7 +38,7 @@ def drafting(path: Path) -> Iterator[Path]:
         OSError: If the disk is full or the folder is not writable. The error names `path`.
     """
     folder = path.with_name(f".dinocli-{secrets.token_hex(8)}.part")
-    with _naming(path, folder), _parents(path):
+    with _name_user_path(path, folder), _parents(path):
         folder.mkdir(0o700)
         held = None
         try:
@@ -140,7 +140,7 @@ def _boot() -> bytes:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, draft: Path) -> Iterator[None]:
+def _name_user_path(path: Path, draft: Path) -> Iterator[None]:
     """Make a system error that names the draft, or no file, name the path that the user knows."""
     try:
         yield

@@ -248,7 +248,7 @@ def _looks(
     has_fast_jpeg()  # loads torch once, so that no image's time includes it
     looks, narrow, start = list[_Look](), list[tuple[_Look, Read]](), time.monotonic()
     threads = min(16, os.cpu_count() or 1)
-    draw = islice(_drawn(source, images, sample, seed), sample)
+    draw = islice(_draw(source, images, sample, seed), sample)
     with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the interpreter lock
         while time.monotonic() - start < seconds and (some := list(islice(draw, 4 * threads))):
             found = list(pool.map(partial(_look, images), *zip(*some, strict=True)))
@@ -295,7 +295,7 @@ def _narrow(good: list[_Look]) -> int:
     return sum(look.contrast is not None and look.contrast.narrow for look in good)
 
 
-def _drawn(source: Source, images: ImagesConfig, sample: int, seed: int) -> Iterator[tuple[str, Read]]:
+def _draw(source: Source, images: ImagesConfig, sample: int, seed: int) -> Iterator[tuple[str, Read]]:
     """Yield names and readers of images in random order; for shards, a few images of some shards."""
     generator = np.random.default_rng(seed)
     if isinstance(source, Images):
@@ -313,10 +313,10 @@ def _drawn(source: Source, images: ImagesConfig, sample: int, seed: int) -> Iter
         order_of = {"seed": seed, "buffer": counts[shard]} if source.counts else {}
         stream = one.stream(0, 1, max_megabytes=images.max_megabytes, **order_of)
         for found in islice(stream, min(share, counts[shard])):
-            yield found.name, partial(_given, BadImage(found.reason) if found.reason else found.data)
+            yield found.name, partial(_return, BadImage(found.reason) if found.reason else found.data)
 
 
-def _given(data: bytes | BadImage) -> bytes | BadImage:
+def _return(data: bytes | BadImage) -> bytes | BadImage:
     return data
 
 

@@ -97,23 +97,23 @@ def _unloadable() -> dict[str, str]:
 def _idle_gpu(device: torch.device, root: Path) -> dict[str, str]:
     if device.type != "cpu" or torch.cuda.is_available() or not (root / "proc/driver/nvidia/version").exists():
         return {}
-    why = "is built without CUDA" if torch.version.cuda is None else "finds no device that it can use"
+    why = "is built without CUDA" if torch.version.cuda is None else "finds no usable device"
     return {
-        f"an NVIDIA driver is here, but torch {torch.__version__} {why}": "nvidia-smi; then a torch that fits the "
+        f"an NVIDIA driver is installed, but torch {torch.__version__} {why}": "nvidia-smi; then a torch that fits the "
         "driver: https://pytorch.org/get-started/locally"
     }
 
 
 def _untrue(device: torch.device) -> dict[str, str]:
     try:
-        said = _tried(device)
+        said = _check_computing(device)
     except Exception as error:  # a torch built without this device fails here
         said = _first_line(error)
     hint = "another --device, or a torch built for this one"
     return {f"computing on {device} failed: {said}": hint} if said else {}
 
 
-def _tried(device: torch.device) -> str:
+def _check_computing(device: torch.device) -> str:
     """Return the fault of a small matrix product or a bfloat16 training step, or an empty string."""
     a = torch.linspace(-1, 1, 128 * 128).reshape(128, 128)
     product = (a.to(device) @ a.to(device).T).cpu()

@@ -87,9 +87,11 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = RO
     formats, disk = readable(), shutil.disk_usage(folder).free
     faults = faults_of(device, formats, root)
     if disk < _LITTLE_DISK:
-        faults[f"{disk / 1e9:.1f} GB are free in {folder.resolve()}"] = "free some, or name another place with --out"
+        faults[f"{disk / 1e9:.1f} GB are free in {folder.resolve()}"] = (
+            "free some space, or name another place with --out"
+        )
     if not os.access(folder, os.W_OK):
-        faults[f"{folder.resolve()} may not be written to"] = "work in a folder of your own, or name one with --out"
+        faults[f"{folder.resolve()} is not writable"] = "work in a folder of your own, or name one with --out"
     return Machine(
         python=platform.python_version(),
         torch=torch.__version__,

@@ -53,17 +53,17 @@ class Monitor:
         for name, source in splits(spec).items():
             if not isinstance(source, Images) or not source.classes:
                 raise DinoError(
-                    f"--monitor wants images in class folders; {source.where} has none", "DIR/CLASS/*, or leave it out"
+                    f"--monitor needs images in class folders; {source.where} has none", "DIR/CLASS/*, or no --monitor"
                 )
-            self._parts[name] = self._decoded(_some(source, _IMAGES), preset, workers)
+            self._parts[name] = self._decode(_sample(source, _IMAGES), preset, workers)
         train, test = compared({name: plain for name, (_, plain) in self._parts.items()})
         counts = np.bincount(train.labels)
         classes, most = int(np.count_nonzero(counts)), int(counts.max())
         if classes < 2 or (test is None and most < 2):
             raise DinoError(
-                f"--monitor wants two classes at least, and two images of a class; {spec} has {classes} with {most} "
+                f"--monitor needs at least two classes, and two images of a class; {spec} has {classes} with {most} "
                 "that can be read",
-                "DIR/CLASS/*, or leave it out",
+                "DIR/CLASS/*, or no --monitor",
             )
         # With few images per class, most of twenty neighbours would be of other classes, however good the network is.
         self.measured = len(train if test is None else test)
@@ -83,7 +83,7 @@ class Monitor:
         train, test = compared(found)
         return knn(train, test, [self._k]).scores[0].top1
 
-    def _decoded(self, source: Images, preset: Preset, workers: int) -> tuple[Tensor, Features]:
+    def _decode(self, source: Images, preset: Preset, workers: int) -> tuple[Tensor, Features]:
         size, pixels, names, labels = preset.views.global_1.size, [], [], []
         for batch in plain_batches(
             source,
@@ -99,7 +99,10 @@ class Monitor:
             names += batch.names
             labels += batch.labels
         if len(names) < 2:
-            raise DinoError(f"--monitor wants images; {source.where} has {len(names)} that can be read", "look at them")
+            raise DinoError(
+                f"--monitor needs at least two images; {source.where} has {len(names)} that can be read",
+                "check them with dino doctor",
+            )
         recipe = Recipe("the run", "", "cls", 1, size, source.where)
         empty = np.empty((len(names), 0), np.float32)
         return torch.cat(pixels), Features(empty, np.array(labels, np.int64), names, source.classes, {}, recipe)
@@ -152,19 +155,19 @@ def at_rest(network: Network) -> Iterator[None]:
             m.training = True
 
 
-def _some(source: Images, most: int) -> Images:
+def _sample(source: Images, most: int) -> Images:
     """Return at most `most` images, balanced over the classes; always the same ones."""
     if len(source) <= most:
         return source
     order = np.random.default_rng(0).permutation(len(source))
-    rows = np.sort(_taking_turns(order, source.labels[order])[:most])
+    rows = np.sort(_interleave_classes(order, source.labels[order])[:most])
     small = replace(source, names=Names.of([source.names[i] for i in rows]), labels=source.labels[rows])
     if isinstance(source, TorchvisionImages) and isinstance(small, TorchvisionImages):
         return replace(small, dataset=Subset(source.dataset, rows.tolist()))
     return small
 
 
-def _taking_turns(rows: NDArray[np.int64], labels: NDArray[np.int32]) -> NDArray[np.int64]:
+def _interleave_classes(rows: NDArray[np.int64], labels: NDArray[np.int32]) -> NDArray[np.int64]:
     """Reorder rows: the first of each class, then the second of each, and so on."""
     turn = np.empty(len(rows), np.int64)
     for label in np.unique(labels):

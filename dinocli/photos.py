@@ -119,7 +119,7 @@ class Photos:
 
 def _candidates(source: Source, preset: Preset) -> Iterator[tuple[str, Opened]]:
     """Yield names and headers of images that can be opened, in order of choice."""
-    for name, data in _first(source) if isinstance(source, Shards) else _some(source, preset):
+    for name, data in _first(source) if isinstance(source, Shards) else _sample(source, preset):
         if not isinstance(opened := open_image(data, preset.images), BadImage):
             yield name, opened
 
@@ -128,7 +128,7 @@ def _first(source: Shards) -> Iterator[tuple[str, bytes]]:
     return ((sample.name, sample.data) for sample in islice(source.stream(0, 1), _TRIES))
 
 
-def _some(source: Images, preset: Preset) -> Iterator[tuple[str, bytes | Image.Image]]:
+def _sample(source: Images, preset: Preset) -> Iterator[tuple[str, bytes | Image.Image]]:
     rows = np.random.default_rng((preset.training.seed, _WORD)).choice(
         len(source), min(_TRIES, len(source)), replace=False
     )

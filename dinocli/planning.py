@@ -102,20 +102,20 @@ class Plan:
         batch, each = self.preset.training.batch_size, self.images_each
         if self.preset.teacher.frozen != (self.teacher is not None):
             raise DinoError(
-                "the preset says teacher.frozen, and no teacher was named"
+                "teacher.frozen is true, and --teacher is not set"
                 if self.preset.teacher.frozen
-                else "the preset's teacher follows the student, and another one was named",
+                else "--teacher is set, and teacher.frozen is false",
                 "--teacher RUN" if self.preset.teacher.frozen else "--set teacher.frozen=true",
             )
         if batch % size():
             raise DinoError(
-                f"a batch of {batch} images cannot be shared evenly by {size()} processes",
+                f"a batch of {batch} images cannot be split evenly over {size()} processes",
                 f"--batch-size {max(1, round(batch / size())) * size()}",
             )
         if each % self.accumulate:
             near = max(n for n in equal_parts(each) if n <= self.accumulate)
             raise DinoError(
-                f"a batch of {each} images in parts of the same size was wanted; {self.accumulate} do not divide it",
+                f"--accumulate {self.accumulate} does not split a batch of {each} images into equal parts",
                 f"--accumulate {near}",
             )
 
@@ -182,15 +182,15 @@ def cautions(plan: Plan) -> Iterator[str]:
             else:
                 ways.append(f"settings that dino doctor {plan.source.where} suggests")
             yield (
-                f"{clock.total} steps show {seen} images to {head.prototypes} prototypes, and few will learn: "
+                f"{clock.total} steps show {seen} images to {head.prototypes} prototypes, too few to train most: "
                 + ", or ".join(ways)
             )
     if plan.accumulate > 1 and any(head.batch_norm for head in preset.heads.values()):
         at_once = preset.training.batch_size // plan.accumulate
         without = ", ".join(f"--set heads.{name}.batch_norm=false" for name, h in preset.heads.items() if h.batch_norm)
         yield (
-            f"in {plan.accumulate} parts the BatchNorm of a head sees {at_once} images at a time, and learns otherwise "
-            f"than from the whole batch: --accumulate 1, or {without}"
+            f"with --accumulate {plan.accumulate} the BatchNorm of a head normalizes over {at_once} images instead of "
+            f"the whole batch: --accumulate 1, or {without}"
         )
     usual, peak = 0.0005 * preset.training.batch_size / 256, max(plan.lr.bounds)
     key = "value" if isinstance(preset.optimizer.lr, Constant) else "start"
@@ -206,12 +206,12 @@ def short_stop(plan: Plan) -> str:
     clock = plan.clock
     if plan.stop >= clock.total:
         return ""
-    line = f"stops at step {plan.stop} of {clock.total}; the schedules stay those of the whole run"
+    line = f"stops at step {plan.stop} of {clock.total}; schedules still span the whole run"
     within = [warm_up for warm_up in _warm_ups(plan.preset) if warm_up[1] * clock.steps_per_epoch >= plan.stop > 0]
     if not within:
         return line
-    names = _listed([f"{name} ({epochs * clock.steps_per_epoch} steps)" for name, epochs, _ in within])
-    return f"{line}, and it ends within {names}: without them " + " ".join(f"--set {way}" for *_, way in within)
+    names = _join([f"{name} ({epochs * clock.steps_per_epoch} steps)" for name, epochs, _ in within])
+    return f"{line}, and it ends within {names}: remove with " + " ".join(f"--set {way}" for *_, way in within)
 
 
 def _long_schedules(plan: Plan) -> str:
@@ -219,13 +219,13 @@ def _long_schedules(plan: Plan) -> str:
     long = [(name, n, path) for name, n, path in _warm_ups(plan.preset, low=False) if n > clock.epochs / 2]
     if not long:
         return ""
-    names = _listed([f"{name} ({epochs * clock.steps_per_epoch})" for name, epochs, _ in long])
+    names = _join([f"{name} ({epochs * clock.steps_per_epoch})" for name, epochs, _ in long])
     fits = max(1, clock.epochs // 5)
     ways = " ".join(f"--set {path.removesuffix('=0')}={fits}" for *_, path in long)
     return f"more than half of the {clock.total} steps go to {names}: {ways} leaves most of the run after that"
 
 
-def _listed(names: list[str]) -> str:
+def _join(names: list[str]) -> str:
     return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
 
 
@@ -259,7 +259,7 @@ def check_schedules(preset: Preset) -> None:
             faults.append((f"heads.{name}.freeze_last_layer_epochs", head.freeze_last_layer_epochs, epochs - 1, 0))
     if not faults:
         return
-    came = _listed([f"{key}={value} (at most {most})" for key, value, most, _ in faults])
+    came = _join([f"{key}={value} (at most {most})" for key, value, most, _ in faults])
     fits = " ".join(f"--set {key}={value}" for key, *_, value in faults)
     enough = max(value + (epochs - most) for _, value, most, _ in faults)
     raise DinoError(
@@ -280,7 +280,7 @@ def start_clock(preset: Preset, images: int | None) -> Clock:
     if images is None:
         if steps is None:
             raise DinoError(
-                "nobody knows how many images come through a pipe, and so not how long an epoch is",
+                "the number of images from a pipe is unknown, and so is the length of an epoch",
                 "--set training.steps_per_epoch=N, which is images / batch",
             )
         return Clock(steps, preset.training.epochs)

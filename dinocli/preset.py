@@ -113,13 +113,15 @@ class Preset(Config):
             )
         if (len(views.mean), len(views.std)) != (channels, channels):
             raise ValueError(
-                f"{have}, and views.mean and views.std {len(views.mean)} and {len(views.std)} numbers; it needs "
-                "views.mean=[...] and views.std=[...], as they are measured by `dino doctor IMAGES --set "
+                f"{have}, views.mean has {len(views.mean)} values and views.std {len(views.std)}; it needs "
+                "views.mean=[...] and views.std=[...], as measured by `dino doctor IMAGES --set "
                 f"images.channels={channels}`"
             )
         if channels != 3 and views.color_keys:
             off = " --set ".join(f"views.{key}=0" for key in views.color_keys)
-            raise ValueError(f"views.{views.color_keys[0]} is of colors, and {have}; it needs {off}")
+            raise ValueError(
+                f"views.{views.color_keys[0]} changes colors, which needs 3 channels; {have}; it needs {off}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -127,14 +129,16 @@ class Preset(Config):
         first, second = self.views.global_1, self.views.global_2
         if second and second.size != first.size:
             raise ValueError(
-                f"the global views should have one size; they are {first.size} and {second.size}; "
+                f"the global views have sizes {first.size} and {second.size}; expected one size; "
                 f"it needs views.global_2.size={first.size}"
             )
         if len(self.views.all) < 2:
-            raise ValueError("two views at least were wanted, to predict one from another; it needs views.locals=2")
+            raise ValueError(
+                "the preset has one view; expected at least two, to predict one from another; it needs views.locals=2"
+            )
         if self.losses.ibot and not self.views.mask and not self.teacher.frozen:
             raise ValueError(
-                "losses.ibot asks for patches that are hidden; it needs "
+                "losses.ibot needs masked patches, and views.mask is not set; it needs "
                 "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=4, aspect=[0.3, 3.33]}"
             )
         return self
@@ -149,7 +153,7 @@ class Preset(Config):
         images = self.training.batch_size
         if not all(abs(value) <= LARGEST for value in self.optimizer.lr_for(images).bounds):
             raise ValueError(
-                f"optimizer.lr becomes infinite by optimizer.lr_rule at a batch of {images}; it needs "
+                f"optimizer.lr_rule makes optimizer.lr infinite at a batch of {images}; it needs "
                 "optimizer.lr.start=0.0005"
             )
         return self
@@ -171,7 +175,9 @@ class Preset(Config):
                     f"{key}.warmup_epochs is {warmup}, and a temperature cannot start from 0; expected 0; it needs "
                     f"{key}.warmup_epochs=0"
                 )
-            still, why = (0.0, "nothing would be trained") if key == "optimizer.lr" else (1.0, "it would never move")
+            still, why = (
+                (0.0, "nothing would be trained") if key == "optimizer.lr" else (1.0, "the teacher would never change")
+            )
             if key in ("optimizer.lr", "teacher.momentum") and set(values.values()) == {still}:
                 name = next(iter(values))
                 raise ValueError(f"{key} is always {still:g}, and {why}; it needs {key}.{name}={usual}")
@@ -196,7 +202,7 @@ class Preset(Config):
         if low.epochs >= epochs:
             left_out = f"low_resolution.epochs={epochs // 2}" if epochs > 1 else "low_resolution=none"
             raise ValueError(
-                f"low resolution for {low.epochs} epochs leaves none of a run of {epochs} for the full size; "
+                f"views.low_resolution.epochs is {low.epochs} in a run of {epochs}; expected fewer; "
                 f"it needs views.{left_out}"
             )
         if low.local_size and not (views.local and views.locals):
@@ -245,7 +251,7 @@ def _check_low_resolution(views: ViewsConfig, backbone: Backbone) -> None:
             fits = (smaller if smaller < size else size // 2) // patch * patch
             without = ".local_size=none" if key == "local_size" else "=none"
             raise DinoError(
-                f"views.low_resolution.{key} should be below the full {size}{whole}; it is {smaller}",
+                f"views.low_resolution.{key} is {smaller}; expected less than the full {size}{whole}",
                 f"--set views.low_resolution{f'.{key}={fits}' if fits >= 8 else without}",
             )
 
@@ -266,18 +272,16 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
             stem = path.stem
             shipped_one = f"use --preset {stem}, which ships with dino" if stem in shipped.names() else ""
             listed = ", ".join(shipped.names())
-            raise DinoError(
-                f"a preset file was wanted; {name} does not exist", shipped_one or f"shipped ones are {listed}"
-            )
+            raise DinoError(f"the preset file {name} does not exist", shipped_one or f"shipped presets are {listed}")
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
         text = shipped.text(name)
     try:
         data = tomllib.loads(text)
     except RecursionError as error:
-        raise DinoError(f"{name} is nested too deeply for a preset", "mend the brackets") from error
+        raise DinoError(f"{name} is nested too deeply for a preset", "check its brackets") from error
     except ValueError as error:
-        raise DinoError(f"{name} is not valid TOML: {error}", "mend that line") from error
+        raise DinoError(f"{name} is not valid TOML: {error}", "correct that line") from error
     for override in overrides:
         change(data, override)
     return Preset.parse(data, f"preset {name}")

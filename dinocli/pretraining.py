@@ -87,8 +87,12 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
     began = time.perf_counter()
     if plan.device.type == "cpu":
         keep_freed_memory()
-    with held(plan.out) if rank() == 0 else nullcontext(), stop_signals(note) as stopping, _tidied() as tidy:
-        saved = _found(plan, note)
+    with (
+        held(plan.out) if rank() == 0 else nullcontext(),
+        stop_signals(note) as stopping,
+        _collect_on_request() as tidy,
+    ):
+        saved = _find_saved(plan, note)
         if saved:
             plan = going_on(plan, saved.state, note)
             if saved.state.step >= plan.stop:  # finished: nothing new to evaluate or draw
@@ -139,7 +143,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
     )
 
 
-def _found(plan: Plan, note: Callable[[str], None]) -> Saved | None:
+def _find_saved(plan: Plan, note: Callable[[str], None]) -> Saved | None:
     """Return the state to resume from, or None for a new run.
 
     Raises:
@@ -147,7 +151,8 @@ def _found(plan: Plan, note: Callable[[str], None]) -> Saved | None:
     """
     if len(set(gathered(plan.source.fingerprint))) > 1:
         raise DinoError(
-            f"the processes of this run see different images in {plan.source.where}", "give all machines the same ones"
+            f"the processes of this run see different images in {plan.source.where}",
+            "give all machines the same images",
         )
     # Only the first process reads, because it may set corrupt states aside.
     saved = from_first(newest(plan.out, note) if rank() == 0 else None)
@@ -159,10 +164,8 @@ def _found(plan: Plan, note: Callable[[str], None]) -> Saved | None:
 def _refuse_taken(out: Path) -> None:
     taken = next((name for name in _WRITTEN if (out / name).exists()), None)
     if taken:
-        weights = f", and --init {out} to begin with its weights" if taken == CHECKPOINT else ""
-        raise DinoError(
-            f"{out} holds a {taken} and no whole state of a run to go on from", f"take another --out{weights}"
-        )
+        weights = f", and --init {out} to start from its weights" if taken == CHECKPOINT else ""
+        raise DinoError(f"{out} holds a {taken} but no valid state to resume from", f"use another --out{weights}")
 
 
 def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> None:
@@ -209,7 +212,7 @@ def going_on(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
         raise DinoError(
             f"the images have changed since {plan.out} began: {was} then, {plan.source.count or 'others'} in "
             f"{plan.source.where} now",
-            f"take another --out, and --init {plan.out} to begin with its weights",
+            f"use another --out, and --init {plan.out} to start from its weights",
         )
     changed = other_contents(state.images.contents, plan.source) if rank() == 0 else None
     if changed:
@@ -217,24 +220,24 @@ def going_on(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
     if plan.teacher and plan.teacher.fingerprint != state.teacher:
         raise DinoError(
             f"the run in {plan.out} began with another teacher than {plan.teacher.source}",
-            "name that one with --teacher, or take another --out",
+            "name its own teacher with --teacher, or use another --out",
         )
     if plan.init and plan.init != state.init:
-        note(f"note: --init {plan.init} is passed over; the run goes on from weights of its own")
+        note(f"note: ignoring --init {plan.init}: resuming from this run's own checkpoint")
     if isinstance(plan.source, Shards) and _lanes(plan) != state.lanes:
         each, rest = divmod(state.lanes, size())
         if rest:
             note(
-                f"note: {_lanes(plan)} processes read the shards in place of {state.lanes}: the images come in another "
-                "order from here on, and in this epoch some come twice and some not at all"
+                f"note: {_lanes(plan)} processes read the shards instead of {state.lanes}: the image order changes, "
+                "and in this epoch some images repeat and some are skipped"
             )
         else:
-            note(f"note: --workers {each}, as before: the order of the images in tar shards depends on it")
+            note(f"note: using --workers {each} as before: the order of the images in tar shards depends on it")
             plan = replace(plan, workers=each)
     if state.step < plan.stop:
-        note(f"going on from step {state.step} of {plan.stop} in {plan.out}")
+        note(f"resuming from step {state.step} of {plan.stop} in {plan.out}")
     else:
-        note(f"{plan.out} is finished: {state.step} steps are done, and {plan.stop} were asked for")
+        note(f"{plan.out} is finished: {state.step} steps done, {plan.stop} requested")
     return plan
 
 
@@ -327,7 +330,7 @@ class _Session:
             same = [f"--accumulate {n}" for n in equal_parts(each) if n > parts][:1]
             if not self.plan.recompute and self.method.student.blocks():
                 same.append("--recompute")
-            more = f"{' or '.join(same)}, which learns the same; or " if same else ""
+            more = f"{' or '.join(same)}, with the same gradient; or " if same else ""
             raise DinoError(
                 f"the device's memory is too small for a batch of {each} in {parts} parts",
                 f"{more}--batch-size {max(1, whole // 2)}",
@@ -409,7 +412,7 @@ def start_from(method: SelfDistillation, source: str, note: Callable[[str], None
         note(line)
     weights = initial_weights(source)
     if fitted := fitted_to(weights, method.student.backbone):
-        note(f"note: {source} takes three channels; the filters of its first layer were fitted to those of the images")
+        note(f"note: {source} takes three channels; adapted the filters of its first layer to the images")
         weights = fitted
     fitting: dict[str, dict[str, torch.Tensor]] = {}
     for name, head in method.student.heads.items():
@@ -428,7 +431,7 @@ def start_from(method: SelfDistillation, source: str, note: Callable[[str], None
 
 
 @contextmanager
-def _tidied() -> Iterator[Callable[[], object]]:
+def _collect_on_request() -> Iterator[Callable[[], object]]:
     """Collect garbage only on request: a step makes little, and searching for it stalls the device."""
     was = gc.isenabled()
     gc.collect()

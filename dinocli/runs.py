@@ -54,7 +54,7 @@ def _lock(folder: Path) -> Lock | None:
     try:
         return lock(folder)
     except BlockingIOError:
-        raise DinoError(f"a run is going on in {folder}", "let it end, or take another --out") from None
+        raise DinoError(f"another run is using {folder}", "wait until it ends, or use another --out") from None
     except PermissionError:  # a folder that is writable but not readable
         return None
 

@@ -111,7 +111,7 @@ class Saved:
         except (KeyError, RuntimeError) as error:
             raise DinoError(
                 f"the state in {self.folder} does not fit this preset: {str(error).splitlines()[0]}",
-                "take the version of dinocli that wrote it, or begin again with another --out",
+                "use the version of dinocli that wrote it, or start again with another --out",
             ) from error
 
 
@@ -140,17 +140,16 @@ def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
         writer = _writer(folder) if state is None else None
         if writer:
             raise DinoError(
-                f"the state in {folder} was written by dinocli {writer}; this is {dinocli.__version__}, which cannot "
-                "read it",
-                f"pip install dinocli=={writer}; or take another --out, and --init {run} to begin with its weights",
+                f"the state in {folder} was written by dinocli {writer}; dinocli {dinocli.__version__} cannot read it",
+                f"pip install dinocli=={writer}; or use another --out, and --init {run} to start from its weights",
             )
         if state and state.files and all(_checksum(folder / name) == known for name, known in state.files.items()):
             return Saved(state, folder)
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-        then = "the one before it is taken" if _folders(run) else "there is none before it"
-        note(f"note: the state of step {folder.name} is damaged and lies in {aside} now; {then}")
+        then = "using the one before it" if _folders(run) else "there is none before it"
+        note(f"note: the state of step {folder.name} is corrupt and was moved to {aside}; {then}")
     return None
 
 
@@ -250,8 +249,8 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
     if found:
         key, was, wanted = found
         raise DinoError(
-            f"the run began with {key} = {_shown(was)}; {_shown(wanted)} was asked for",
-            f"--set {shlex.quote(f'{key}={_shown(was)}')} to go on, or another --out",
+            f"the run began with {key} = {_format_value(was)}; {_format_value(wanted)} is now set",
+            f"--set {shlex.quote(f'{key}={_format_value(was)}')} to resume, or another --out",
         )
     if longer:
         new = replace(clock, step=state.step)
@@ -262,8 +261,8 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
         }
         moves = (f"{what} from {s.at(old):.3g} to {s.at(new):.3g}" for what, s in schedules.items())
         yield (
-            f"note: {preset.training.epochs} epochs in place of {old.epochs} stretch the schedules from {old.total} to "
-            f"{new.total} steps; so at step {state.step} there is a leap: {', '.join(moves)}"
+            f"note: {preset.training.epochs} epochs instead of {old.epochs} stretch the schedules from {old.total} to "
+            f"{new.total} steps; at step {state.step} they jump: {', '.join(moves)}"
         )
 
 
@@ -285,10 +284,10 @@ def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | 
     return None
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """Format a value for `--set`, as TOML: its lists and strings are written as in JSON, its tables are not."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}={_shown(inner)}' for key, inner in value.items() if inner is not None)}}}"
+        return f"{{{', '.join(f'{key}={_format_value(inner)}' for key, inner in value.items() if inner is not None)}}}"
     return "none" if value is None else json.dumps(value)
 
 
@@ -338,7 +337,7 @@ def other_contents(before: str, source: Source) -> str | None:
     if not changed or len(before) != len(now):  # another message covers a changed number of files
         return None
     kind = "shards" if isinstance(source, Shards) else "images"
-    return f"note: {changed} of {len(pairs)} sampled {kind} have other contents than when this run began"
+    return f"note: {changed} of {len(pairs)} sampled {kind} have changed since this run began"
 
 
 def _link(source: Path, path: Path) -> None:

@@ -58,7 +58,7 @@ class Progress:
     def note(self) -> str:
         """Text beside a progress bar."""
         knn = f"  k-NN {self.knn:.1f} %" if self.knn is not None else ""
-        left_out = f"  {self.skipped} steps left out" if self.skipped else ""
+        left_out = f"  {self.skipped} steps skipped" if self.skipped else ""
         return f"loss {self.loss:.3f}{knn}  {self.images_per_second:.0f} images/s{left_out}"
 
 
@@ -73,7 +73,7 @@ def check_weights(trainer: Trainer, run: Path) -> None:
         found = (not_finite(state_of(trainer)) or "a buffer holds values that are not finite").removeprefix("method/")
         raise DinoError(
             f"after step {trainer.clock.step} {found}; {run} keeps the last finite state",
-            f"begin again with --out NEW --init {run} and a lower --set optimizer.lr.start=VALUE, or --set "
+            f"start again with --out NEW --init {run} and a lower --set optimizer.lr.start=VALUE, or --set "
             "training.precision=float32",
         )
 
@@ -175,15 +175,13 @@ class Watch:
         chance = 100 * math.sqrt(self._best / 100 * (1 - self._best / 100) / images)
         fallen = knn < self._best - max(_FALL, 3 * chance)
         if fallen and not self._fallen:
-            self.note(
-                f"warning: k-NN has fallen from {self._best:.1f} to {knn:.1f} %: what was known is being forgotten"
-            )
+            self.note(f"warning: k-NN has fallen from {self._best:.1f} to {knn:.1f} %: the backbone is forgetting")
             lower = "a lower --set optimizer.lr.start=VALUE"
             self.note(
-                f"hint: go on as --preset continue-dinov2 does: --set backbone.learning.frozen_epochs=N, {lower}, "
+                f"hint: train as --preset continue-dinov2 does: --set backbone.learning.frozen_epochs=N, {lower}, "
                 "--set teacher.momentum.start=0.999"
                 if self.plan.init
-                else f"hint: {lower}; with --milestones N the states before the fall are kept"
+                else f"hint: {lower}; --milestones N keeps the states before the drop"
             )
         self._fallen = fallen
 
@@ -266,8 +264,8 @@ class Watch:
             write_text(path, "".join(lines))
         raise DinoError(
             f"loss or gradient was not finite in {in_a_row} steps in a row, up to {self.trainer.clock.step}; "
-            f"they changed nothing, and their images are named in {path}",
-            f"look at those images; or begin anew from a state before, --out NEW --init {self.plan.out}/state/STEP, "
+            f"these steps changed nothing, and {path} lists their images",
+            f"check those images; or start again from an earlier state, --out NEW --init {self.plan.out}/state/STEP, "
             "with --set training.precision=float32, a lower --set optimizer.lr.start=VALUE, or "
             "--set optimizer.clip='{kind=\"each_parameter\", norm=0.3}'",
         )

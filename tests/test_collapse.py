@@ -107,7 +107,7 @@ def test_a_run_warns_and_goes_on_or_stops_with_its_state_saved(flat: Plan) -> No
     run = pretrain(flat, lambda p: None, said.append)
     assert run.step == 64
     assert said[0].startswith("warning: uniform collapse: for 50 steps")
-    assert said[1].startswith("hint: begin again with --out NEW and a sharper teacher")
+    assert said[1].startswith("hint: start again with --out NEW and a sharper teacher")
     with pytest.raises(DinoError, match="uniform collapse"):
         pretrain(replace(flat, out=Path("runs/y"), on_collapse="stop"), lambda p: None)
     assert [p.name for p in Path("runs/y/state").iterdir()].count("60") == 1
@@ -122,7 +122,7 @@ def test_the_loss_on_patches_is_watched_as_that_on_images_is() -> None:
             figures |= {f"{loss}/teacher_entropy": entropy, f"{loss}/information": information}
         found += [collapse for collapse in [watch.see(10 * i, figures)] if collapse]
     (collapse,) = found
-    assert collapse.words.endswith("whatever the patch (losses.ibot)")
+    assert collapse.words.endswith("for any patch (losses.ibot)")
     changed = collapse.remedy.partition("--set ")[2].replace("'", "")
     assert changed.startswith("losses.ibot.targets.temperature=")
     assert load_preset("tiny-dinov2", [changed]).losses.ibot != preset.losses.ibot

@@ -65,7 +65,7 @@ def test_the_demo_measures_what_it_trained_beside_what_it_must_beat(tmp_path: Pa
     result = played.play()
     assert played.said == [
         f"resuming the demo in {tmp_path / 'demo'}",
-        f"{tmp_path / 'demo' / 'run'} is finished: 2 steps are done, and 2 were asked for",
+        f"{tmp_path / 'demo' / 'run'} is finished: 2 steps done, 2 requested",
     ]
     assert [row.features for row in result.rows] == ["trained by DINO", "untrained twin", "raw pixels"]
     for row in result.rows:

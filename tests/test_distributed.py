@@ -117,7 +117,7 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": 
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node1"}, "RANK=0 WORLD_SIZE=2 without MASTER_PORT", "torchrun"),
         ({"WORLD_SIZE": "2"} | ADDRESS, "WORLD_SIZE=2 is incomplete", "torchrun --nproc-per-node 2"),
         ({"RANK": "1"}, "RANK=1 without MASTER_ADDR and MASTER_PORT", "torchrun --nproc-per-node N"),
-        ({"RANK": "2", "WORLD_SIZE": "2"} | ADDRESS, "RANK=2 WORLD_SIZE=2 is no rank of that many", "torchrun"),
+        ({"RANK": "2", "WORLD_SIZE": "2"} | ADDRESS, "RANK=2 WORLD_SIZE=2 is out of range", "torchrun"),
         (STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes without MASTER_ADDR and MASTER_PORT",
          "export MASTER_ADDR=$(scontrol"),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "srun started 4 processes", "srun --ntasks=1 dino pretrain ... --gpus 4"),
@@ -308,9 +308,9 @@ def test_a_state_of_two_processes_goes_on_in_one_and_of_one_in_two(
     how = {"parallel": parallel}
     run_of(tmp_path, "whole", 12, overrides, {})
     together(2, run_of, tmp_path, "mixed", 5, overrides, how)
-    assert run_of(tmp_path, "mixed", 9, overrides, {}) == ["going on from step 5 of 9 in mixed"]
+    assert run_of(tmp_path, "mixed", 9, overrides, {}) == ["resuming from step 5 of 9 in mixed"]
     told = together(2, run_of, tmp_path, "mixed", 12, overrides, how)
-    assert told[0] == ["going on from step 9 of 12 in mixed"]
+    assert told[0] == ["resuming from step 9 of 12 in mixed"]
     assert_same_weights(tmp_path / "whole", tmp_path / "mixed")
     assert (tmp_path / "mixed" / "bad_images.txt").read_text() == (tmp_path / "whole" / "bad_images.txt").read_text()
 
@@ -326,10 +326,10 @@ def test_shards_go_on_with_as_many_readers_in_all(tmp_path: Path, monkeypatch: p
     run_of(tmp_path, "whole", 8, overrides, {"workers": 2})
     together(2, run_of, tmp_path, "mixed", 4, overrides, {"workers": 1})
     said = run_of(tmp_path, "mixed", 8, overrides, {"workers": 0})
-    assert "--workers 2, as before" in said[0]
+    assert "using --workers 2 as before" in said[0]
     assert_same_weights(tmp_path / "whole", tmp_path / "mixed")
     told = together(3, run_of, tmp_path, "mixed", 9, overrides, {})
-    assert told[0][0].startswith("note: 3 processes read the shards in place of 2: the images come in another order")
+    assert told[0][0].startswith("note: 3 processes read the shards instead of 2: the image order changes")
     assert logged(tmp_path / "mixed")[-1]["step"] == 9
 
 
@@ -370,7 +370,7 @@ def test_images_of_all_processes_are_named_where_no_step_is_finite(tmp_path: Pat
 
 def test_a_batch_that_cannot_be_shared_is_said(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 19)
-    with pytest.raises(AssertionError, match="a batch of 12 images cannot be shared evenly by 5 processes"):
+    with pytest.raises(AssertionError, match="a batch of 12 images cannot be split evenly over 5 processes"):
         together(5, run_of, tmp_path, "run", 1, [], {})
     assert not (tmp_path / "run").exists()
 
@@ -431,7 +431,7 @@ def test_one_process_that_dies_ends_the_others_with_one_error(tmp_path: Path, ca
 def test_torchrun_that_starts_again_goes_on_from_the_last_state(tmp_path: Path) -> None:
     done = torchrun(tmp_path, CAUSES["killed"][0], "--max-restarts=1")
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert done.stdout.strip() == "run/ckpt.safetensors", "one process speaks"
     (tmp_path / "other").mkdir()
     undisturbed = torchrun(tmp_path / "other", "pass")

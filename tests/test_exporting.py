@@ -314,7 +314,7 @@ def test_torch_export_computes_it(tmp_path: Path, preset: str, changes: list[str
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("reg_tokens=2", "has no such network.*pos_embed should be"),
+        ("reg_tokens=2", "has no such network.*pos_embed is .*; expected"),
         ('act_layer="relu"', "features with a relative difference"),
         ("init_values=0.1", "has no such network.*ls1"),
     ],
@@ -470,5 +470,5 @@ def test_networks_of_any_channels_go_out(tmp_path: Path, to: Format, channels: i
 
 def test_torchvision_knows_three_channels_alone(tmp_path: Path) -> None:
     source = run(tmp_path, *of_channels(4, 'backbone.name="resnet50"', "backbone.options={}", *RESNET))
-    with pytest.raises(DinoError, match=r"conv1\.weight should be 64x3x7x7; it is 64x4x7x7"):
+    with pytest.raises(DinoError, match=r"conv1\.weight is 64x4x7x7; expected 64x3x7x7"):
         export(str(source), "official", tmp_path / "x.pth")

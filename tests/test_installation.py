@@ -71,7 +71,7 @@ def test_what_a_device_raises_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(device: torch.device) -> str:
         raise RuntimeError("CUDA error: no kernel image is available\nmore words")
 
-    monkeypatch.setattr(installation, "_tried", broken)
+    monkeypatch.setattr(installation, "_check_computing", broken)
     assert list(faults_of(torch.device("cpu"), readable(), Path("/nowhere"))) == [
         "computing on cpu failed: CUDA error: no kernel image is available"
     ]

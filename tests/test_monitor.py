@@ -17,7 +17,7 @@ from dinocli.evals.knn import knn
 from dinocli.extraction import extract
 from dinocli.features import read_features
 from dinocli.loading import load_encoder
-from dinocli.monitor import Monitor, _some, steps_between_looks
+from dinocli.monitor import Monitor, _sample, steps_between_looks
 from dinocli.planning import Plan
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
@@ -97,11 +97,11 @@ def test_looks_are_few_enough_to_leave_on() -> None:
 def test_of_a_large_set_as_many_are_taken_of_each_class(tmp_path: Path) -> None:
     for label, count in (("many", 30), ("few", 3), ("some", 10)):
         write_images(tmp_path / label, count, size=8)
-    small = _some(image_folder(tmp_path), 12)
+    small = _sample(image_folder(tmp_path), 12)
     counts = {small.classes[i]: int(n) for i, n in enumerate(np.bincount(small.labels))}
     assert counts == {"few": 3, "many": 5, "some": 4} or counts == {"few": 3, "many": 4, "some": 5}
     assert all(name.startswith(small.classes[label]) for name, label in zip(small.names, small.labels, strict=True))
-    assert list(_some(image_folder(tmp_path), 12).names) == list(small.names)
+    assert list(_sample(image_folder(tmp_path), 12).names) == list(small.names)
 
 
 def test_images_without_classes_are_refused(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_few_images_a_class_are_asked_for_few_neighbours(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("init", "hint"),
-    [(None, "hint: a lower --set optimizer.lr.start"), ("run", "hint: go on as --preset continue-dinov2")],
+    [(None, "hint: a lower --set optimizer.lr.start"), ("run", "hint: train as --preset continue-dinov2")],
 )
 def test_a_fall_that_is_no_chance_is_said_once(
     plan: Plan, labelled: Path, monkeypatch: pytest.MonkeyPatch, init: str | None, hint: str
@@ -160,7 +160,7 @@ def test_a_fall_that_is_no_chance_is_said_once(
     pretrain(watched, lambda p: None, said.append)
     falls = [line for line in said if line.startswith("warning: k-NN")]
     assert falls == [
-        "warning: k-NN has fallen from 90.0 to 50.0 %: what was known is being forgotten",
-        "warning: k-NN has fallen from 90.0 to 40.0 %: what was known is being forgotten",
+        "warning: k-NN has fallen from 90.0 to 50.0 %: the backbone is forgetting",
+        "warning: k-NN has fallen from 90.0 to 40.0 %: the backbone is forgetting",
     ]
     assert sum(line.startswith(hint) for line in said) == 2

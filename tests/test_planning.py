@@ -154,14 +154,14 @@ def test_what_is_unlikely_to_be_meant_is_said_with_the_value_to_take(
 def test_an_early_stop_is_one_line_with_all_that_it_does_not_get_past(tmp_path: Path) -> None:
     write_images(tmp_path, 48, size=8)
     assert short_stop(plan(tmp_path, stop=400)) == ""
-    line = "stops at step 200 of 400; the schedules stay those of the whole run"
+    line = "stops at step 200 of 400; schedules still span the whole run"
     assert short_stop(plan(tmp_path, stop=200)) == line
     low = "views.low_resolution={epochs=3, global_size=32}"
     assert short_stop(plan(tmp_path, low, stop=151)) == line.replace("200", "151")
     assert short_stop(plan(tmp_path, low, stop=40)) == (
-        "stops at step 40 of 400; the schedules stay those of the whole run, and it ends within the learning rate's "
-        "warm-up (50 steps), the freeze of the prototypes (50 steps) and the epochs of low resolution (150 steps): without "
-        "them --set optimizer.lr.warmup_epochs=0 --set heads.dino.freeze_last_layer_epochs=0 "
+        "stops at step 40 of 400; schedules still span the whole run, and it ends within the learning rate's "
+        "warm-up (50 steps), the freeze of the prototypes (50 steps) and the epochs of low resolution (150 steps): remove "
+        "with --set optimizer.lr.warmup_epochs=0 --set heads.dino.freeze_last_layer_epochs=0 "
         "--set views.low_resolution=none"
     )
     assert not list(cautions(plan(tmp_path, low, stop=40))), "it is said once"
@@ -195,7 +195,7 @@ def test_what_is_said_of_few_prototypes_is_never_to_take_more(tmp_path: Path) ->
     made = plan(write_images(tmp_path, 4, size=8), "heads.dino.prototypes=32", "training.batch_size=2", stop=400)
     (line,) = cautions(made)
     assert "800 images to 32 prototypes" in line
-    assert line.endswith("will learn: --epochs 10")
+    assert line.endswith("to train most: --epochs 10")
     longer = ("heads.dino.prototypes=32", "training.batch_size=2", "training.epochs=10")
     assert not list(cautions(plan(tmp_path, *longer, stop=500)))
 
@@ -204,7 +204,7 @@ def test_a_batch_goes_into_parts_of_the_same_size_alone(tmp_path: Path) -> None:
     """Parts of other sizes would weigh their images otherwise."""
     made = plan(write_images(tmp_path, 48, size=8), "heads.dino.batch_norm=false")
     for parts, hint in ((5, "4"), (49, "48"), (32, "24")):
-        with pytest.raises(DinoError, match=f"a batch of 48 .* {parts} do not divide it") as error:
+        with pytest.raises(DinoError, match=f"--accumulate {parts} does not split a batch of 48 images") as error:
             replace(made, accumulate=parts)
         assert error.value.hint == f"--accumulate {hint}"
     assert replace(made, accumulate=48).accumulate == 48
@@ -213,6 +213,6 @@ def test_a_batch_goes_into_parts_of_the_same_size_alone(tmp_path: Path) -> None:
 def test_parts_before_a_batch_norm_are_cautioned_of(tmp_path: Path) -> None:
     made = plan(write_images(tmp_path, 48, size=8), stop=400)
     (line,) = cautions(replace(made, accumulate=4))
-    assert "sees 12 images at a time" in line
+    assert "normalizes over 12 images instead of the whole batch" in line
     without = plan(tmp_path, "heads.dino.batch_norm=false", stop=400)
     assert not list(cautions(replace(without, accumulate=4)))

@@ -172,7 +172,7 @@ def test_a_finished_run_is_left_as_it_is(plan: Plan) -> None:
     pretrain(plan, lambda p: None)
     before, said = {p: p.read_bytes() for p in plan.out.rglob("*") if p.is_file()}, []
     run = pretrain(plan, lambda p: None, said.append)
-    assert said == ["runs/tiny-1 is finished: 6 steps are done, and 6 were asked for"]
+    assert said == ["runs/tiny-1 is finished: 6 steps done, 6 requested"]
     assert (run.step, run.stopped, run.loss) == (6, False, None)
     assert {p: p.read_bytes() for p in plan.out.rglob("*") if p.is_file()} == before
 
@@ -181,9 +181,9 @@ def test_a_folder_with_weights_alone_is_not_written_over(plan: Plan) -> None:
     pretrain(plan, lambda p: None)
     shutil.rmtree(plan.out / "state")
     before = (plan.out / "ckpt.safetensors").read_bytes()
-    with pytest.raises(DinoError, match=r"holds a ckpt\.safetensors and no whole state") as error:
+    with pytest.raises(DinoError, match=r"holds a ckpt\.safetensors but no valid state") as error:
         pretrain(plan, lambda p: None)
-    assert "--init runs/tiny-1 to begin with its weights" in error.value.hint
+    assert "--init runs/tiny-1 to start from its weights" in error.value.hint
     assert (plan.out / "ckpt.safetensors").read_bytes() == before
 
 
@@ -192,7 +192,7 @@ def test_files_of_the_users_are_not_written_over(plan: Plan, name: str) -> None:
     plan.out.mkdir(parents=True)
     (plan.out / name).write_text('{"step": 7}\nmine\n')
     (plan.out / "notes.txt").touch()
-    with pytest.raises(DinoError, match=f"holds a {name} and no whole state"):
+    with pytest.raises(DinoError, match=f"holds a {name} but no valid state"):
         pretrain(replace(plan, report=True), lambda p: None)
     assert sorted(path.name for path in plan.out.iterdir()) == sorted([name, "notes.txt"])
     assert (plan.out / name).read_text() == '{"step": 7}\nmine\n'
@@ -239,7 +239,7 @@ def test_steps_that_are_not_finite_are_left_out_and_end_the_run_when_no_other_co
     assert all(v.isfinite().all() for v in weights_of(Path("runs/tiny-1")).values())
     assert [folder.name for folder, _ in saved_states(plan.out)] == ["30", "0"]
     assert seen[-1].skipped > 20
-    assert f"{seen[-1].skipped} steps left out" in seen[-1].note
+    assert f"{seen[-1].skipped} steps skipped" in seen[-1].note
     named = [line.split("\t") for line in (plan.out / "not_finite.txt").read_text().splitlines()]
     assert len(named) == 30 * 4, "the images of each of the last thirty steps"
     assert all((images / ast.literal_eval(name)).is_file() for _, name in named)
@@ -296,7 +296,7 @@ def test_a_device_without_room_says_in_how_many_parts_to_take_a_batch(
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Trainer, "step", full)
-    same = ", which learns the same; or --batch-size 2"
+    same = ", with the same gradient; or --batch-size 2"
     for parts, again, hint in (
         (1, False, f"--accumulate 2 or --recompute{same}"),
         (1, True, f"--accumulate 2{same}"),
@@ -370,7 +370,7 @@ def test_a_run_with_low_resolution_stops_anywhere_and_ends_in_the_same_bits(
     assert grids[8:] == grids[:8]
     assert load_encoder(str(whole.folder), torch.device("cpu")).size == 16, "it looks at images of full size"
     other = replace(parts, stop=12, preset=load_preset("tiny", [*LOW, "views.low_resolution.epochs=3"]))
-    with pytest.raises(DinoError, match=r"began with views\.low_resolution\.epochs = 2; 3 was asked for"):
+    with pytest.raises(DinoError, match=r"began with views\.low_resolution\.epochs = 2; 3 is now set"):
         pretrain(other, lambda p: None)
 
 
@@ -407,7 +407,7 @@ def test_new_heads_learn_first_and_the_backbone_waits_for_them(plan: Plan) -> No
 def test_start_from_a_backbone_of_another_shape_is_said(plan: Plan, tmp_path: Path) -> None:
     preset = load_preset("tiny")
     write_checkpoint(tmp_path / "other.safetensors", preset.network().weights(), preset, 0)
-    with pytest.raises(DinoError, match=r"cls_token should be 1x1x16; it is"):
+    with pytest.raises(DinoError, match=r"cls_token is .*; expected 1x1x16"):
         start_from(plan.preset.method(), str(tmp_path / "other.safetensors"))
 
 
@@ -430,6 +430,6 @@ def test_weights_of_three_channels_are_fitted_and_that_is_said(plan: Plan, tmp_p
     for network in (method.student, method.teacher):
         assert torch.equal(network.backbone.model.patch_embed.proj.weight[:, 3], three[:, 0] * 3 / 4)
     write_checkpoint(tmp_path / "four.safetensors", other.network().weights(), other, 0)
-    with pytest.raises(DinoError, match=r"patch_embed\.proj\.weight should be"):
+    with pytest.raises(DinoError, match=r"patch_embed\.proj\.weight is .*; expected"):
         start_from(plan.preset.method(), str(tmp_path / "four.safetensors"), notes.append)
     assert len(notes) == 1

@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(plan: Plan) -> None:
     for step in (1, 5, 6):
         pretrain(replace(parts, stop=step), lambda p: None, said.append)
     pretrain(replace(parts, workers=2), lambda p: None, said.append)
-    assert said == [f"going on from step {a} of {b} in runs/parts" for a, b in ((1, 5), (5, 6), (6, 12))]
+    assert said == [f"resuming from step {a} of {b} in runs/parts" for a, b in ((1, 5), (5, 6), (6, 12))]
     assert content(whole.folder) == content(parts.out)
     assert (parts.out / "ckpt.safetensors").read_bytes() == content(parts.out)["ckpt.safetensors"]
     lines = [json.loads(line) for line in (parts.out / "metrics.jsonl").read_text().splitlines()]
@@ -134,9 +134,9 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(
     damage(folder)
     said: list[str] = []
     pretrain(plan, lambda p: None, said.append)
-    assert "state of step 8 is damaged" in said[0]
+    assert "state of step 8 is corrupt" in said[0]
     assert "runs/tiny-1/state/damaged-8" in said[0]
-    assert said[1] == "going on from step 4 of 12 in runs/tiny-1"
+    assert said[1] == "resuming from step 4 of 12 in runs/tiny-1"
     assert (plan.out / "state" / "damaged-8").is_dir()
     assert content(plan.out) == undisturbed
 
@@ -147,9 +147,9 @@ def test_where_no_state_is_whole_it_says_so_and_touches_nothing_else(plan: Plan)
     for folder, _ in saved_states(plan.out):
         (folder / "state.json").write_text("torn")
     said: list[str] = []
-    with pytest.raises(DinoError, match="no whole state"):
+    with pytest.raises(DinoError, match="no valid state"):
         pretrain(plan, lambda p: None, said.append)
-    assert [line.partition("now; ")[2] for line in said] == ["the one before it is taken", "there is none before it"]
+    assert [line.rpartition("; ")[2] for line in said] == ["using the one before it", "there is none before it"]
     assert (plan.out / "ckpt.safetensors").read_bytes() == before
 
 
@@ -192,7 +192,7 @@ def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_saved(
     assert not list(plan.out.rglob(".*"))
     said: list[str] = []
     pretrain(plan, lambda p: None, said.append)
-    assert said == ["going on from step 4 of 12 in runs/tiny-1"]
+    assert said == ["resuming from step 4 of 12 in runs/tiny-1"]
     assert content(plan.out) == undisturbed
 
 
@@ -251,10 +251,10 @@ def test_another_preset_is_named_by_its_first_key(plan: Plan) -> None:
     stopped(plan, 4)
     before = content(plan.out)
     for override, words, hint in (
-        ("optimizer.lr.start=0.5", "optimizer.lr.start = 0.004; 0.5 was asked for", "--set optimizer.lr.start=0.004"),
-        ("heads.dino.prototypes=17", "heads.dino.prototypes = 16; 17 was", "--set heads.dino.prototypes=16"),
-        ("training.epochs=9", "training.epochs = 8; 9 was", "--set training.epochs=8"),
-        ("views.global_2.blur=0.5", "views.global_2.blur = 0.0; 0.5 was", "--set views.global_2.blur=0.0"),
+        ("optimizer.lr.start=0.5", "optimizer.lr.start = 0.004; 0.5 is now set", "--set optimizer.lr.start=0.004"),
+        ("heads.dino.prototypes=17", "heads.dino.prototypes = 16; 17 is now set", "--set heads.dino.prototypes=16"),
+        ("training.epochs=9", "training.epochs = 8; 9 is now set", "--set training.epochs=8"),
+        ("views.global_2.blur=0.5", "views.global_2.blur = 0.0; 0.5 is now set", "--set views.global_2.blur=0.0"),
     ):
         other = replace(plan, preset=load_preset("tiny", [*SMALL, "backbone.drop_path=0.3", override]))
         with pytest.raises(DinoError, match=words) as error:
@@ -269,7 +269,7 @@ def test_what_is_to_be_typed_to_go_on_can_be_typed(plan: Plan, override: str) ->
     words = [*SMALL, "backbone.drop_path=0.3", override]
     with pytest.raises(DinoError) as error:
         pretrain(replace(plan, preset=load_preset("tiny", words)), lambda p: None)
-    typed = shlex.split(error.value.hint.removesuffix(" to go on, or another --out"))
+    typed = shlex.split(error.value.hint.removesuffix(" to resume, or another --out"))
     assert typed[0] == "--set"
     assert len(typed) == 2
     assert load_preset("tiny", [*words, typed[1]]) == plan.preset
@@ -290,7 +290,7 @@ def test_a_longer_run_after_the_end_tells_the_leap_of_its_schedules_first(plan: 
     said: list[str] = []
     run = pretrain(longer, lambda p: None, said.append)
     assert run.step == 64
-    assert said[0].startswith("note: 16 epochs in place of 8 stretch the schedules from 32 to 64 steps; so at step 32")
+    assert said[0].startswith("note: 16 epochs instead of 8 stretch the schedules from 32 to 64 steps; at step 32")
     rate = plan.preset.optimizer.lr_for(4)
     now, was = (rate.at(replace(p.clock, step=32)) for p in (longer, plan))
     assert f"learning rate from {was:.3g} to {now:.3g}" in said[0]
@@ -318,11 +318,11 @@ def test_other_contents_under_the_same_names_are_said(plan: Plan, images: Path) 
     for stop in (5, 6):
         said: list[str] = []
         pretrain(replace(plan, stop=stop), lambda p: None, said.append)
-        assert said[0] == "note: 1 of 12 sampled images have other contents than when this run began"
+        assert said[0] == "note: 1 of 12 sampled images have changed since this run began"
     other.write_bytes(content)
     said = []
     pretrain(replace(plan, stop=7), lambda p: None, said.append)
-    assert said == ["going on from step 6 of 7 in runs/tiny-1"]
+    assert said == ["resuming from step 6 of 7 in runs/tiny-1"]
 
 
 def test_states_of_earlier_versions_know_neither_contents_nor_checksums(plan: Plan) -> None:
@@ -333,7 +333,7 @@ def test_states_of_earlier_versions_know_neither_contents_nor_checksums(plan: Pl
         (folder / "state.json").write_text(json.dumps(facts))
     said: list[str] = []
     assert pretrain(plan, lambda p: None, said.append).step == 12
-    assert said == ["going on from step 4 of 12 in runs/tiny-1"]
+    assert said == ["resuming from step 4 of 12 in runs/tiny-1"]
 
 
 def test_a_state_of_another_commit_is_no_damaged_one(plan: Plan) -> None:
@@ -343,7 +343,7 @@ def test_a_state_of_another_commit_is_no_damaged_one(plan: Plan) -> None:
         facts = json.loads((folder / "state.json").read_text())
         del facts["crc32"]
         (folder / "state.json").write_text(json.dumps(seal(facts | {"novel": 1})))
-    with pytest.raises(DinoError, match="which cannot read it"):
+    with pytest.raises(DinoError, match="cannot read it"):
         pretrain(plan, lambda p: None)
     assert steps_of(plan.out) == [4, 0], "they lie where they lay"
 
@@ -367,7 +367,7 @@ def test_a_sample_sees_any_change_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(plan: Plan) -> None:
-    with held(plan.out), pytest.raises(DinoError, match="a run is going on in runs/tiny-1"):
+    with held(plan.out), pytest.raises(DinoError, match="another run is using runs/tiny-1"):
         pretrain(plan, lambda p: None)
     assert not Path("runs").exists()
 
@@ -404,7 +404,7 @@ def test_shards_go_on_with_as_many_readers_as_before(plan: Plan, images: Path) -
     pretrain(replace(shards, stop=5), lambda p: None)
     said: list[str] = []
     pretrain(replace(shards, workers=1), lambda p: None, said.append)
-    assert "--workers 2, as before" in said[0]
+    assert "using --workers 2 as before" in said[0]
     assert content(shards.out) == content(whole.folder)
 
 

@@ -34,11 +34,11 @@ def doctor(
     images: Annotated[
         str | None,
         typer.Argument(
-            metavar="[IMAGES]", callback=images_place, help="As for `dino pretrain`; the machine alone if absent."
+            metavar="[IMAGES]", callback=images_place, help="As for `dino pretrain`. Default: check the machine alone."
         ),
     ] = None,
-    sample: Annotated[int, typer.Option(min=1, help="Images to decode; all where there are fewer.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    sample: Annotated[int, typer.Option(min=1, help="Number of images to decode; all if there are fewer.")] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
     overrides: Limits = None,
     device: Device = "auto",
     json: Json = False,
@@ -101,21 +101,21 @@ def _look(
 
 def _machine_rows(machine: Machine) -> list[list[str]]:
     versions = {"torchvision": machine.torchvision, "timm": machine.timm, "Python": machine.python}
-    rest = ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
+    rest = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
     several = f"{machine.devices} x " if machine.devices > 1 else ""
     jpeg = "" if machine.fast_jpeg else "; JPEG by Pillow, 12 % slower than by torchvision"
     device = f"{machine.device}: {several}{machine.name}"
     if not machine.on_cpu:
         device += f", {_of(machine.memory, machine.memory_there)} free"
     faults = len(machine.faults)
-    tried = "product, step of training, decoders: right"
+    passed = "matrix product, training step, decoders: passed"
     return [
         ["torch", f"{machine.torch}, {rest}"],
         ["device", device],
         ["cores, RAM", f"{machine.cores} of {machine.cores_there}; {_of(machine.ram, machine.ram_there)} free"],
         ["disk", f"{console.size(machine.disk)} free in {machine.folder}"],
         ["reads", ", ".join(machine.formats) + jpeg],
-        ["tried", tried if not faults else f"{faults} fault{'s' if faults > 1 else ''}, named below"],
+        ["checks", passed if not faults else f"{faults} fault{'s' if faults > 1 else ''}, listed below"],
     ]
 
 
@@ -126,7 +126,7 @@ def _of(part: float, whole: float) -> str:
 def _image_rows(seen: Inspection, views: ViewsConfig) -> list[list[str]]:
     count = "an unknown number of images" if seen.count is None else f"{seen.count:,} images"
     labels = f"in {seen.classes} class{'es' if seen.classes > 1 else ''}" if seen.classes else "without labels"
-    drawn = "all looked at" if seen.whole else f"{seen.drawn:,} looked at"
+    drawn = "all checked" if seen.whole else f"{seen.drawn:,} checked"
     rows = [["count", f"{count} {labels}; {drawn}"]]
     if seen.read:
         kinds = ", ".join(f"{name} {number:,}" for name, number in seen.formats.items())
@@ -158,7 +158,7 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _twins(seen: Inspection) -> str:
-    such = "".join(f", as {_plain(pair.first)} and {_plain(pair.second)}" for pair in seen.pairs[:1])
+    such = "".join(f", such as {_plain(pair.first)} and {_plain(pair.second)}" for pair in seen.pairs[:1])
     words = f"{seen.copies} copies, {seen.near} near-equal{such}"
     twins = seen.copies + seen.near
     if seen.whole or not twins or seen.count is None:
@@ -172,7 +172,7 @@ def _unreadable(seen: Inspection) -> str:
         return "none"
     kinds = Counter(reason.split(":")[0] for reason in seen.bad.values()).most_common(4)
     such = {reason.split(":")[0]: name for name, reason in reversed(seen.bad.items())}
-    return "; ".join(f"{number} {kind}, as {_plain(such[kind])}" for kind, number in kinds)
+    return "; ".join(f"{number} {kind}, such as {_plain(such[kind])}" for kind, number in kinds)
 
 
 def _plain(name: str) -> str:
@@ -183,7 +183,7 @@ def _plain(name: str) -> str:
 
 def _print_advice(advised: Advised) -> None:
     if advised.settings:
-        console.table(["take", "why"], [[advice.what, advice.reason] for advice in advised.settings])
+        console.table(["setting", "reason"], [[advice.what, advice.reason] for advice in advised.settings])
     for note in advised.notes:
         console.say(f"note: {note}")
     if advised.command:

@@ -32,69 +32,64 @@ def pretrain(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Stop after N steps; the schedules stay those of the whole run. 0 writes the untrained network."
+            min=0, help="Stop early after N steps. Schedules still span all epochs. 0 writes the untrained network."
         ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the preset; may be repeated."),
+        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the preset; repeatable."),
     ] = None,
-    init: Annotated[str | None, typer.Option(metavar="FILE|timm:NAME", help="Weights to start from.")] = None,
+    init: Annotated[str | None, typer.Option(metavar="FILE|timm:NAME", help="Initial weights.")] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            metavar="RUN|FILE",
-            help="A trained network that teaches and stays as it is; short for --set teacher.frozen=true beside it.",
-        ),
+        typer.Option(metavar="RUN|FILE", help="A trained network as frozen teacher; also sets teacher.frozen=true."),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Run folder. If absent: that of the same run where it did not come to its end, else runs/<preset>-<n>."
+            help="Run folder. Default: that of an unfinished run with the same settings, else runs/<preset>-<n>."
         ),
     ] = None,
     accumulate: Annotated[
-        int, typer.Option(min=1, help="Take a batch in N parts: it learns the same in less memory.")
+        int, typer.Option(min=1, help="Accumulate the gradient over N parts of a batch: less memory.")
     ] = 1,
     save_every: Annotated[
-        str,
-        typer.Option(metavar="TIME|STEPS", help="How often to save what is needed to go on: 90s, 10min, 2h, or steps."),
+        str, typer.Option(metavar="TIME|STEPS", help="Time or steps between saved states: 90s, 10min, 2h, or 500.")
     ] = "10min",
-    keep: Annotated[int, typer.Option(min=1, help="Saved states to keep, the newest.")] = 2,
-    milestones: Annotated[int | None, typer.Option(min=1, help="Keep a state for good every N steps.")] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Number of newest states to keep.")] = 2,
+    milestones: Annotated[int | None, typer.Option(min=1, help="Keep a state permanently every N steps.")] = None,
     on_collapse: Annotated[
-        OnCollapse, typer.Option(help="What to do where the networks stop to tell images apart.")
+        OnCollapse, typer.Option(help="Action when training collapses (every image gets the same output).")
     ] = "warn",
     monitor: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="A small labelled folder, on which the teacher's k-NN accuracy is measured."),
+        typer.Option(metavar="DIR", help="A small labelled folder on which to measure the teacher's k-NN accuracy."),
     ] = None,
     monitor_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between two looks; if absent, they take 5 % of the time at most.")
+        int | None, typer.Option(min=1, help="Steps between evaluations. Default: at most 5 % of the time.")
     ] = None,
     cache: Annotated[
-        str | None, typer.Option(metavar="ram|DIR", help="Keep decoded images for the epochs to come, where they fit.")
+        str | None, typer.Option(metavar="ram|DIR", help="Keep decoded images for later epochs, if they fit.")
     ] = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, help="Train on N CUDA devices of this machine, which share each batch.")
     ] = None,
     parallel: Annotated[
         Literal["ddp", "fsdp"],
-        typer.Option(help="Whether each process holds the whole of everything, or a shard, for large backbones."),
+        typer.Option(help="`ddp` replicates the model in every process; `fsdp` shards it, for large backbones."),
     ] = "ddp",
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write the figures for TensorBoard too, into the run folder.")
+        bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard, into the run folder.")
     ] = False,
     recompute: Annotated[
-        bool,
-        typer.Option("--recompute", help="Work blocks out again for the gradient: a third more work in less memory."),
+        bool, typer.Option("--recompute", help="Activation checkpointing: less memory for about a third more compute.")
     ] = False,
     compiled: Annotated[
         bool | None,
         typer.Option(
             "--compile/--no-compile",
-            help="Let torch compile the blocks and the turn of the hue: a minute at the start, then faster. On CUDA if "
-            "absent.",
+            help="Compile the transformer blocks and hue jitter with torch.compile (about a minute to start). Default: "
+            "on CUDA.",
         ),
     ] = None,
     report: Annotated[bool, typer.Option(help="Draw report.html and curves.png into the run folder.")] = True,
@@ -116,7 +111,7 @@ def pretrain(
     _refuse_two_values(given, overrides or [])
     if (tasks := unused_tasks()) > 1 and not gpus:
         console.say(f"note: SLURM gave this job {tasks} tasks and this command runs in one process; see --gpus")
-    if gpus and not dry_run and _launched(gpus, device):
+    if gpus and not dry_run and _launch(gpus, device):
         return
 
     from dinocli.data.sources import open_source
@@ -208,7 +203,7 @@ def _refuse_two_values(given: list[str], overrides: list[str]) -> None:
             raise DinoError(f"{option} and --set {key}={keyed[key]} are two values for one key", f"keep one: {option}")
 
 
-def _launched(gpus: int, device: str) -> bool:
+def _launch(gpus: int, device: str) -> bool:
     """Start the processes of --gpus, and return True if they have done the whole run.
 
     Raises:
@@ -216,7 +211,7 @@ def _launched(gpus: int, device: str) -> bool:
     """
     if size() > 1:
         if gpus != local_size():
-            raise DinoError(f"--gpus {gpus} was asked for, and {local_size()} processes started", "leave --gpus out")
+            raise DinoError(f"--gpus {gpus} differs from the {local_size()} processes started", "remove --gpus")
         return False
     import torch
 
@@ -224,10 +219,10 @@ def _launched(gpus: int, device: str) -> bool:
     if count < gpus or not device.startswith(("auto", "cuda")):
         several = "torchrun --nproc-per-node N -m dinocli pretrain ... --device cpu"
         raise DinoError(
-            f"--gpus {gpus} was asked for; this machine has {count} CUDA devices"
+            f"--gpus {gpus} is more than the {count} CUDA devices of this machine"
             if count < gpus
-            else f"--gpus {gpus} was asked for, and --device {device}",
-            f"--gpus {count}" if count else f"leave it out; several processes on CPUs: {several}",
+            else f"--gpus {gpus} needs CUDA devices; --device is {device}",
+            f"--gpus {count}" if count else f"remove --gpus; several processes on CPUs: {several}",
         )
     if gpus > 1 and (code := launch(gpus)):
         raise typer.Exit(code)
@@ -240,7 +235,9 @@ def _saving(every: str, keep: int, milestones: int | None) -> Saving:
     units = {"s": 1, "min": 60, "h": 3600}
     found = re.fullmatch(r"([1-9]\d*)\s*(s|min|h|)", every.strip())
     if not found:
-        raise DinoError(f"--save-every wants a time or a number of steps; it is {every!r}", "--save-every 10min")
+        raise DinoError(
+            f"--save-every {every!r} is invalid; expected a time or a number of steps", "--save-every 10min"
+        )
     amount, unit = int(found[1]), found[2]
     if unit:
         return Saving(seconds=amount * units[unit], keep=keep, milestones=milestones)
@@ -264,14 +261,14 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "batch": f"{preset.training.batch_size} images"
         + (f", {plan.images_each} in each of {size()} processes" if size() > 1 else "")
         + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else "")
-        + (", blocks worked out again" if plan.recompute else ""),
-        "steps": f"{steps}, {clock.steps_per_epoch} an epoch, {clock.epochs} epochs",
+        + (", activation checkpointing" if plan.recompute else ""),
+        "steps": f"{steps}, {clock.steps_per_epoch} per epoch, {clock.epochs} epochs",
         "learning rate": f"up to {_peak(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",
         "start": plan.init or "random weights",
         **({"teacher": f"{plan.teacher.source} ({plan.teacher.preset.backbone.name}), frozen"} if plan.teacher else {}),
         "out": str(plan.out),
-        "work": f"{cost.flops / 1e9:.3g} GFLOP an image",
+        "work": f"{cost.flops / 1e9:.3g} GFLOP per image",
         "memory": f"about {console.size(cost.memory)} (an estimate); {console.size(free)} are free: "
         + ("it fits" if fits else "it does not fit" + _instead(less)),
         "time": f"about {console.duration(cost.seconds)} (an estimate, from this device's rate of matrix products)",
@@ -300,7 +297,7 @@ def _views(plan: Plan) -> str:
 
 def _instead(less: tuple[dict[str, str], Estimate] | None) -> str:
     if less is None:
-        return ", nor does one image at once: a smaller backbone, or --parallel fsdp over several GPUs"
+        return ", nor does one image at a time: use a smaller backbone, or --parallel fsdp over several GPUs"
     typed, cost = less
     words = " ".join(word for pair in typed.items() for word in pair if word)
     return f"; {words} takes about {console.size(cost.memory)}"
@@ -317,12 +314,12 @@ def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
     from dinocli.planning import cautions, short_stop
 
     if plan.preset.views.low_resolution:
-        yield f"views of {_views(plan)}: steps take longer then"
+        yield f"views of {_views(plan)}: later steps take longer"
     if not begun:
         yield from warn_of(plan.source, plan.preset.images) if rank() == 0 else ()
         yield from cautions(plan)
         if plan.init and not plan.monitor:
-            yield "nobody looks whether these weights lose what they know: --monitor DIR, a small labelled folder"
+            yield "no --monitor set: forgetting of the initial weights will go unnoticed"
     if line := short_stop(plan):
         yield line
 
@@ -341,7 +338,7 @@ def _run(plan: Plan, json: bool) -> None:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)
     linked = _link(run.checkpoint, unfinished=run.step < plan.clock.total)
     if run.fresh_heads:
-        console.say(f"note: {plan.init} gave the backbone; new heads: {', '.join(run.fresh_heads)}")
+        console.say(f"note: the backbone starts from {plan.init}; new heads: {', '.join(run.fresh_heads)}")
     if run.bad.reasons:
         console.say(
             f"note: {len(run.bad.reasons)} images could not be read and were replaced by others: {run.bad.summary()}; "
@@ -350,12 +347,10 @@ def _run(plan: Plan, json: bool) -> None:
     if run.cached is not None:
         console.say(f"note: the cache held {run.cached} of {count} images")
     if run.skipped:
-        console.say(f"note: {run.skipped} steps were left out, since their loss or gradient was not finite")
+        console.say(f"note: skipped {run.skipped} steps whose loss or gradient was not finite")
     loss = f", loss {run.loss:.3f}" if run.loss is not None else ""
     if run.stopped:
-        console.say(
-            f"stopped at step {run.step} of {plan.stop}{loss}; all is saved: the same command goes on from there"
-        )
+        console.say(f"stopped at step {run.step} of {plan.stop}{loss}; saved: repeat the same command to resume")
     elif run.step > run.began or not run.step:
         before = f", after {run.began} before" if run.began else ""
         console.say(f"done: {run.step - run.began} steps in {console.duration(run.seconds)}{before}{loss}")
@@ -393,7 +388,7 @@ def _link(checkpoint: Path, *, unfinished: bool) -> bool:
         )
         return False
     if not link_newest(checkpoint):
-        console.say(f"note: ./{link} is a file of your own, or cannot be written, and was left as it is")
+        console.say(f"note: ./{link} is not a link to a run, or is not writable; it was not changed")
         return False
     if other:
         console.say(f"note: ./{link} now points to {checkpoint} (step {now}), before to {target} (step {before})")

@@ -80,7 +80,7 @@ def _other_option(command: str, name: str, value: str | None, options: list[str]
         return f"use {spelled}{typed}"
     if command == "dino pretrain":
         if spelled in _RESUMES:
-            return f"leave {name} out: the same command resumes its run; --out RUN names another"
+            return f"remove {name}: the same command resumes its run; --out RUN names another"
         if spelled in _IMAGES:
             return f"images come without an option: dino pretrain{typed or ' IMAGES'}"
     if (same := _SAME.get(spelled)) in options:

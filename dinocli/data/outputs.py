@@ -81,7 +81,7 @@ def marked(folder: Path, command: str, files: Iterable[Path] = ()) -> Iterator[N
 
 
 def is_fresh(folder: Path) -> bool:
-    """Tell whether a folder does not exist, or holds nothing but a marker."""
+    """Return whether a folder does not exist, or holds nothing but a marker."""
     return not folder.exists() or all(name == MARKER for name in os.listdir(folder))
 
 

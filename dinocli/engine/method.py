@@ -42,7 +42,7 @@ class Method(nn.Module, ABC):
             ValueError: If the method cannot split its batches.
         """
         if count != 1:
-            raise ValueError(f"{type(self).__name__} takes its batches whole; {count} parts were asked for")
+            raise ValueError(f"{type(self).__name__} cannot split its batches into {count} parts")
         return [batch]
 
     @abstractmethod
@@ -59,7 +59,7 @@ class Method(nn.Module, ABC):
         Raises:
             ValueError: If the method does not support sharding.
         """
-        raise ValueError(f"{type(self).__name__} does not say what of it may lie in shards")
+        raise ValueError(f"{type(self).__name__} does not support sharding")
 
     def lasting(self) -> list[str]:
         """Return the names of frozen submodules with external weights, which checkpoints omit."""

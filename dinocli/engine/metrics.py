@@ -49,7 +49,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise DinoError(
-                "TensorBoard's files were asked for; it is not installed", "pip install 'dinocli[tensorboard]'"
+                "--tensorboard needs TensorBoard, which is not installed", "pip install 'dinocli[tensorboard]'"
             ) from error
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 

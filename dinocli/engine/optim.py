@@ -109,7 +109,7 @@ class AdamWConfig(_Optimizer):
         )
 
 
-_NO_SHARDS = "--parallel ddp, or --set optimizer.kind=adamw with what that needs"
+_NO_SHARDS = "--parallel ddp, or --set optimizer.kind=adamw with its own keys"
 
 
 class SGDConfig(_Optimizer):
@@ -125,7 +125,7 @@ class SGDConfig(_Optimizer):
             DinoError: If the parameters are sharded, which torch's SGD step does not support.
         """
         if in_shards([p for group in groups for p in group.params]):
-            raise DinoError("SGD was asked for with --parallel fsdp; torch has it for whole parameters", _NO_SHARDS)
+            raise DinoError("SGD does not support --parallel fsdp: torch's step needs whole parameters", _NO_SHARDS)
         optimizer = torch.optim.SGD(_as_dicts(groups), lr=0.0, momentum=self.momentum, fused=True)
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             # torch starts from the same zeros, but in its first step, which may be skipped.

@@ -92,7 +92,8 @@ def share_batch_norm(module: nn.Module) -> None:
             share_batch_norm(child)
         elif type(child) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             raise DinoError(
-                f"{type(child).__name__} of this backbone cannot be shared among processes", "train it in one process"
+                f"{type(child).__name__} of this backbone cannot be synchronized across processes",
+                "train it in one process",
             )
         elif child.running_mean is not None and child.running_mean.is_cuda:
             setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))

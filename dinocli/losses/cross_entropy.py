@@ -62,7 +62,7 @@ class _CrossEntropy(torch.autograd.Function):
         # Autocast would compute the product of targets and logits in low precision.
         with exactly(logits.device):
             for where, targets, weights in chunks:
-                total += _worked_out(
+                total += _compute_chunk(
                     logits[where], targets, weights, temperature, share, gradient=ctx.needs_input_grad[0]
                 )
         if ctx.needs_input_grad[0]:
@@ -76,11 +76,11 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            raise RuntimeError("the gradient of this loss can be asked for once; it was written over the logits")
+            raise RuntimeError("the gradient of this loss can be computed only once: it was written over the logits")
         return gradient.mul_(grads[0]), None, None, None
 
 
-def _worked_out(
+def _compute_chunk(
     logits: Tensor,  # [..., K]
     targets: Sequence[Tensor],
     weights: Tensor | None,

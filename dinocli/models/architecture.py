@@ -79,7 +79,7 @@ class BackboneConfig(Config):
         if self.class_token_std is not None:
             if not isinstance(backbone, Transformer):
                 raise DinoError(
-                    f"{self.name} has no class token to start with a spread of {self.class_token_std}",
+                    f"backbone.class_token_std is {self.class_token_std}; {self.name} has no class token",
                     "--set backbone.class_token_std=none",
                 )
             for token in (backbone.model.cls_token, backbone.model.reg_token):

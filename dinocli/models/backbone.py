@@ -72,9 +72,9 @@ def adapt(model: Any, positions: Positions) -> Backbone:
     ):
         return ConvBackbone(model)
     raise DinoError(
-        f"a {type(model).__name__} cannot be a backbone yet: vision transformers, with learned positions or DINOv3's "
-        "rotary ones, and convolutional networks can",
-        "take one such as vit_small_patch16_224, vit_small_patch16_dinov3 or resnet50",
+        f"{type(model).__name__} is not a supported backbone; expected a vision transformer, with learned or DINOv3's "
+        "rotary positions, or a convolutional network",
+        "use one such as vit_small_patch16_224, vit_small_patch16_dinov3 or resnet50",
     )
 
 
@@ -119,7 +119,7 @@ class Backbone(nn.Module):
             DinoError: If the backbone's blocks do not support it.
         """
         raise DinoError(
-            "branches were to be left out in all blocks alike; this backbone is no row of plain ones",
+            "backbone.drop_path_rule=uniform needs a sequence of plain blocks; this backbone has none",
             "--set backbone.drop_path_rule=linear",
         )
 
@@ -130,7 +130,7 @@ class Backbone(nn.Module):
             DinoError: If the backbone's positions are not rotary.
         """
         raise DinoError(
-            f"coordinates were to be rescaled by up to {most:g}; this backbone has no rotary positions",
+            f"backbone.rescale_positions is {most:g}; this backbone has no rotary positions",
             "--set backbone.rescale_positions=1",
         )
 
@@ -147,9 +147,7 @@ class Backbone(nn.Module):
         Raises:
             DinoError: If the backbone has no blocks.
         """
-        raise DinoError(
-            "blocks were to be worked out again for the gradient; this backbone is no row of them", "--accumulate N"
-        )
+        raise DinoError("--recompute needs a sequence of blocks; this backbone has none", "--accumulate N")
 
     def forward(self, images: Tensor, hidden: Hidden | None = None) -> Tokens:  # [B, C, H, W]
         """Return the tokens of the last block, optionally with masked patches.
@@ -255,9 +253,9 @@ class Transformer(Backbone):
         """Return the tokens for the first block, the rotation of queries and keys, and rows and columns."""
         if min(images.shape[-2:]) < self.patch_size:
             raise DinoError(
-                f"images of at least one patch of {self.patch_size} pixels were wanted; they are "
-                f"{images.shape[-2]}x{images.shape[-1]}",
-                "larger views (--set views.local.size=...) or a smaller patch",
+                f"images of {images.shape[-2]}x{images.shape[-1]} pixels are smaller than one patch "
+                f"of {self.patch_size} pixels",
+                "use larger views (--set views.local.size=...) or a smaller patch",
             )
         patches = self.model.patch_embed.proj(images)  # [B, D, h, w]; drops pixels beyond a multiple of the patch size
         grid = (patches.shape[-2], patches.shape[-1])
@@ -286,7 +284,8 @@ class Transformer(Backbone):
         first = len(self.row) - last
         if first < 0:
             raise DinoError(
-                f"the last {last} blocks were asked for; this backbone has {len(self.row)}", f"--blocks {len(self.row)}"
+                f"--blocks {last} is larger than the {len(self.row)} blocks of this backbone",
+                f"--blocks {len(self.row)}",
             )
         outputs = []
         for i, block in enumerate(self.row):
@@ -313,7 +312,7 @@ class Transformer(Backbone):
     def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
         depth = len(self.row)
         if wrong := [layer for layer in layers if not 1 <= abs(layer) <= depth]:
-            raise DinoError(f"blocks 1 to {depth} were wanted, or -1 to -{depth}; {wrong[0]} is none", "--layer -1")
+            raise DinoError(f"--layer {wrong[0]} is no block; expected 1 to {depth}, or -1 to -{depth}", "--layer -1")
         wanted = [layer - 1 if layer > 0 else depth + layer for layer in layers]
         tokens, rotation, grid = self._embed(images)
         made: dict[int, Tensor] = {}
@@ -322,7 +321,7 @@ class Transformer(Backbone):
             if not last or facet == "token":
                 tokens = self._run(block, tokens, rotation)
             if i in wanted:
-                made[i] = self.model.norm(tokens) if facet == "token" else _projected(block, before, facet)
+                made[i] = self.model.norm(tokens) if facet == "token" else _project(block, before, facet)
         joined = torch.cat([made[i] for i in wanted], dim=-1)
         return joined[:, self.model.num_prefix_tokens :].unflatten(1, grid)
 
@@ -334,7 +333,7 @@ class Transformer(Backbone):
         return attention_of(last.attn, last.norm1(tokens), queries, rotation)
 
 
-def _projected(block: Any, tokens: Tensor, which: Projection) -> Tensor:
+def _project(block: Any, tokens: Tensor, which: Projection) -> Tensor:
     return projected(block.attn, block.norm1(tokens), which)
 
 
@@ -423,18 +422,19 @@ class ConvBackbone(Backbone):
     def blocks(self, images: Tensor, last: int, hidden: Hidden | None = None) -> list[Tokens]:
         if hidden is not None:
             raise DinoError(
-                "patches were to be hidden; a convolutional network has none to hide", "--set views.mask=none"
+                "views.mask needs a vision transformer; a convolutional network has no patches to mask",
+                "--set views.mask=none",
             )
         if last != 1:
             raise DinoError(
-                f"the last {last} blocks were asked for; a convolutional network gives only its output", "--blocks 1"
+                f"--blocks {last} is not supported: a convolutional network gives only its output", "--blocks 1"
             )
         features = self.model.forward_features(images)  # [B, D, h, w]
         if features.ndim != 4 or features.shape[1] != self.width:
             raise DinoError(
-                f"a map of {self.width} channels was wanted of a {type(self.model).__name__}; "
-                f"its output is {'x'.join(map(str, features.shape))}",
-                "take one such as resnet50",
+                f"{type(self.model).__name__} returns {'x'.join(map(str, features.shape))} values; expected a map of "
+                f"{self.width} channels",
+                "use one such as resnet50",
             )
         patches = features.flatten(2).transpose(1, 2)  # [B, N, D]
         return [Tokens(patches.mean(1), patches[:, :0], patches, (features.shape[-2], features.shape[-1]))]
@@ -451,5 +451,5 @@ class ConvBackbone(Backbone):
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         raise DinoError(
             "attention maps need a vision transformer; this backbone is a convolutional network",
-            "take a checkpoint of a ViT preset such as vits16",
+            "use a checkpoint of a ViT preset such as vits16",
         )

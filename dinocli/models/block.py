@@ -75,8 +75,8 @@ class PlainBlock(BranchBlock, Block):
         Returns:
             [B, asking, D]
         """
-        tokens = _added(tokens, lambda x: self.ls1(_attend(self.attn, self.norm1(x), asking)), shares[0], asking)
-        return _added(tokens, lambda x: self.ls2(self.mlp(self.norm2(x))), shares[1])
+        tokens = _add_branch(tokens, lambda x: self.ls1(_attend(self.attn, self.norm1(x), asking)), shares[0], asking)
+        return _add_branch(tokens, lambda x: self.ls2(self.mlp(self.norm2(x))), shares[1])
 
 
 class RotaryBlock(BranchBlock, EvaBlock):
@@ -111,13 +111,13 @@ class RotaryBlock(BranchBlock, EvaBlock):
         """
 
         def attended(x: Tensor) -> Tensor:
-            return _scaled(self.gamma_1, _attend(self.attn, self.norm1(x), asking, rotation))
+            return _scale(self.gamma_1, _attend(self.attn, self.norm1(x), asking, rotation))
 
-        tokens = _added(tokens, attended, shares[0], asking)
-        return _added(tokens, lambda x: _scaled(self.gamma_2, self.mlp(self.norm2(x))), shares[1])
+        tokens = _add_branch(tokens, attended, shares[0], asking)
+        return _add_branch(tokens, lambda x: _scale(self.gamma_2, self.mlp(self.norm2(x))), shares[1])
 
 
-def _scaled(scale: Tensor | None, values: Tensor) -> Tensor:
+def _scale(scale: Tensor | None, values: Tensor) -> Tensor:
     return values if scale is None else scale * values
 
 
@@ -129,7 +129,7 @@ def _share(path: nn.Module, tokens: Tensor) -> Tensor | None:
     return tokens.new_empty(len(tokens), 1, 1).bernoulli_(keep).div_(keep)
 
 
-def _added(tokens: Tensor, branch: Branch, share: Tensor | None, asking: int | None = None) -> Tensor:
+def _add_branch(tokens: Tensor, branch: Branch, share: Tensor | None, asking: int | None = None) -> Tensor:
     """Add a branch's output for all tokens to the first ones. [B, T, D] -> [B, asking, D]"""
     stay = tokens[:, :asking]
     if share is None:

@@ -53,8 +53,8 @@ class HeadConfig(Config):
         linears = [value for key, value in weights.items() if key.startswith("mlp") and value.ndim == 2]
         if not linears or "last_layer.weight_v" not in weights:
             raise DinoError(
-                f"a head with mlp and last_layer.weight_v was wanted; its keys are {', '.join(list(weights)[:3])}",
-                "leave the head out",
+                f"a head has the keys {', '.join(list(weights)[:3])}; expected mlp and last_layer.weight_v",
+                "remove the head",
             )
         prototypes, bottleneck = weights["last_layer.weight_v"].shape
         first = weights.get("mlp.0.weight", linears[0])

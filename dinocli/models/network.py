@@ -80,7 +80,7 @@ class Network(nn.Module):
         for name, head in self.heads.items():
             of_class = cls.flatten(0, 1) if "class" in self.reads[name] else None
             of_patches = patches if "patches" in self.reads[name] else None
-            said = _both(cast(Head, head), of_class, of_patches)
+            said = _apply_to_both(cast(Head, head), of_class, of_patches)
             if said[0] is not None:
                 logits[name] = said[0].unflatten(0, cls.shape[:2])
             if said[1] is not None:
@@ -129,7 +129,7 @@ class Network(nn.Module):
         load_strictly(self, {k.replace("backbone.", "backbone.model.", 1): v for k, v in weights.items()}, source)
 
 
-def _both(head: Head, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _apply_to_both(head: Head, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return a head's logits of two sets of features; either may be None. The MLP runs once on both."""
     if a is None or b is None:
         return None if a is None else head(a), None if b is None else head(b)
@@ -148,12 +148,12 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str)
     own = module.state_dict()
     for key, value in own.items():
         if key not in weights:
-            raise _misfit(source, f"it lacks {key}")
+            raise _misfit(source, f"{key} is missing")
         if weights[key].shape != value.shape:
-            raise _misfit(source, f"{key} should be {_size(value)}; it is {_size(weights[key])}")
+            raise _misfit(source, f"{key} is {_size(weights[key])}; expected {_size(value)}")
     unknown = next((k for k in weights if k not in own), None)
     if unknown is not None:
-        raise _misfit(source, f"it also holds {unknown}, which has no place")
+        raise _misfit(source, f"{unknown} is unknown")
     module.load_state_dict(weights)
 
 
@@ -164,7 +164,7 @@ def _size(value: Tensor) -> str:
 def _misfit(source: str, what: str) -> DinoError:
     return DinoError(
         f"the weights in {source} do not fit this network: {what}",
-        "take the preset and the backbone that the weights were made with",
+        "use the preset and the backbone that the weights were trained with",
     )
 
 
@@ -190,12 +190,12 @@ def original_network(backbone: Backbone, name: str) -> tuple[nn.Module, Callable
         network.fc = nn.Identity()
     else:
         raise DinoError(
-            "the original builds vision transformers with learned positions and torchvision's networks; "
+            "the original code builds vision transformers with learned positions and torchvision's networks; "
             f"{name} is neither",
             "--to timm",
         )
     try:
         load_strictly(network, backbone.model.state_dict(), name)
     except DinoError as misfit:
-        raise DinoError(f"the original has no such network: {misfit.message}", "--to timm") from misfit
+        raise DinoError(f"the original code has no such network: {misfit.message}", "--to timm") from misfit
     return network, forward

@@ -205,7 +205,7 @@ with held(Path(sys.argv[1])):
     assert run.stdout
     workers = [int(word) for word in run.stdout.readline().split()]
     assert len(workers) == 2
-    with pytest.raises(DinoError, match="a run is going on"), held(tmp_path):
+    with pytest.raises(DinoError, match="another run is using"), held(tmp_path):
         pass
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)

@@ -33,10 +33,10 @@ def test_a_class_token_starts_with_the_spread_asked_for() -> None:
     [
         ("vit_smal_patch16_224", {}, "no model 'vit_smal_patch16_224'"),
         ("vit_tiny_patch16_224", {"wings": 2}, "cannot build"),
-        ("swin_tiny_patch4_window7_224", {}, "cannot be a backbone"),
-        ("deit_tiny_distilled_patch16_224", {}, "cannot be a backbone"),
-        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}, "cannot be a backbone"),
-        ("mixer_s32_224", {}, "cannot be a backbone"),
+        ("swin_tiny_patch4_window7_224", {}, "is not a supported backbone"),
+        ("deit_tiny_distilled_patch16_224", {}, "is not a supported backbone"),
+        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}, "is not a supported backbone"),
+        ("mixer_s32_224", {}, "is not a supported backbone"),
     ],
 )
 def test_what_cannot_be_a_backbone_is_named(name: str, options: dict, message: str) -> None:
