@@ -25,7 +25,7 @@ SUFFIXES = frozenset(
     ".tga".split()
 )
 ARRAY = ".npy"  # counts as an image only if a folder holds no other kind
-JUNK = frozenset({"__MACOSX"})  # folders of resource forks, in archives made by macOS
+JUNK = frozenset({"__MACOSX", "@eaDir"})  # thumbnails and forks that archives of macOS and Synology hold beside images
 _REMEMBERED = 20_000  # files; listing fewer is too fast to be worth a cache file
 _SETTLED = 2_000_000_000  # nanoseconds; a folder changed more recently may change again within one clock tick
 

@@ -50,7 +50,18 @@ def test_a_folder_of_other_kinds_alone_names_them(tmp_path: Path, files: list[st
 
 
 def test_other_kinds_are_counted_in_one_line(tmp_path: Path) -> None:
-    for name in ("a.jpg", "b.heic", "c/d.heic", "e.mp4", "notes.txt", "f.xml", "._g.heic", "__MACOSX/h.jpg", "i.npy"):
+    for name in (
+        "a.jpg",
+        "b.heic",
+        "c/d.heic",
+        "e.mp4",
+        "notes.txt",
+        "f.xml",
+        "._g.heic",
+        "__MACOSX/h.jpg",
+        "@eaDir/a.jpg/t.jpg",
+        "i.npy",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     source = image_folder(tmp_path)

@@ -92,7 +92,15 @@ def test_parts_of_a_sample_are_said(tmp_path: Path) -> None:
 
 
 def test_hidden_members_and_a_macs_forks_are_ignored(tmp_path: Path) -> None:
-    hidden = ["._a.png", "set/._a.png", "./set/._a.png", "__MACOSX/set/b.png", "set/.thumbs/c.png", "__meta__/d.png"]
+    hidden = [
+        "._a.png",
+        "set/._a.png",
+        "./set/._a.png",
+        "__MACOSX/set/b.png",
+        "set/.thumbs/c.png",
+        "__meta__/d.png",
+        "set/@eaDir/e.png",
+    ]
     shards = tar(tmp_path / "x.tar", *[(name, b"x") for name in hidden], ("./set/a.png", b"1"), ("x/../y.png", b"2"))
     assert read(shards) == [("set/a.png", b"1", -1), ("x/../y.png", b"2", -1)]
     assert not shards.notes
