@@ -41,7 +41,7 @@ def test_a_kind_is_the_suffix_that_tells() -> None:
 )
 def test_a_folder_of_other_kinds_alone_names_them(tmp_path: Path, files: list[str], seen: str, hint: str) -> None:
     for name in files:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
     with pytest.raises(DinoError) as error:
         image_folder(tmp_path)
@@ -62,7 +62,7 @@ def test_other_kinds_are_counted_in_one_line(tmp_path: Path) -> None:
         "@eaDir/a.jpg/t.jpg",
         "i.npy",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     source = image_folder(tmp_path)
     assert list(source.names) == ["a.jpg"]
