@@ -876,7 +876,7 @@ def test_a_run_teaches_another_and_the_plan_says_so(dino: Dino, tmp_path: Path) 
     watched = dino(*plan, "--out", "on", "--init", "large")
     assert "note: no --monitor set: forgetting of the initial weights will go unnoticed" in watched.stderr
     failed = dino(*plan, "--out", "none", "--set", "teacher.frozen=true", code=1)
-    assert "no teacher was named" in failed.stderr and "hint: --teacher RUN" in failed.stderr
+    assert "--teacher is not set" in failed.stderr and "hint: --teacher RUN" in failed.stderr
 
 
 def test_places_are_matched_and_things_followed_with_a_checkpoint(dino: Dino, images: Path) -> None:
