@@ -1,4 +1,4 @@
-"""The words: plain technical English in every docstring and comment (CONTRIBUTING.md, "Words")."""
+"""The words: plain technical English in docstrings, comments, messages, docs and presets (CONTRIBUTING.md, "Words")."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "dinocli").rglob("*.py"))
+PAGES = [p for p in sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]) if p.name != "README.zh.md"]
+PRESETS = sorted((ROOT / "presets").glob("*.toml"))
 
 # Openings that make a reader translate: a function's docstring begins with a verb, anything else with a noun.
 _OPENING = re.compile(r"(What|Whether|Of|How|Which|Those|That|Where|Who|It|They|Such)\b")
@@ -66,11 +68,26 @@ def test_docstrings_open_with_a_verb_or_a_noun(path: Path) -> None:
     assert not odd, "\n".join(odd)
 
 
-@pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(ROOT)))
-def test_docstrings_and_comments_use_the_fields_words(path: Path) -> None:
+def texts(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the place and the text of each comment and string of a source file, or of each line of prose."""
     source = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        yield from comments(source)
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield f"line {node.lineno}", node.value
+        return
+    fenced = False
+    for number, line in enumerate(source.splitlines(), 1):
+        fenced ^= line.lstrip().startswith("```")
+        if not fenced:
+            yield f"line {number}", line
+
+
+@pytest.mark.parametrize("path", [*PACKAGE, *PAGES, *PRESETS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_fields_own_words_are_used(path: Path) -> None:
     odd = []
-    for where, text in [*docstrings(source), *comments(source)]:
+    for where, text in texts(path):
         flat = " ".join(text.split())
         for phrase, instead in PHRASES.items():
             odd += [f"{where}: {m[0]!r}; write: {instead}" for m in re.finditer(phrase, flat, re.IGNORECASE)]
