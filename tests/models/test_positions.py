@@ -15,7 +15,8 @@ def test_positions_equal_the_originals(original, case: str) -> None:
     del sizes["pos_embed"]
     for size, expected in sizes.items():
         grid = tuple(int(side) // patch for side in size.split("x"))
-        torch.testing.assert_close(Resampler("dino", 1)(table, grid), expected, rtol=1e-6, atol=1e-6)
+        # Float32 on both sides: a CPU without AVX2 adds up the bicubic weights in another order, 2e-6 were seen.
+        torch.testing.assert_close(Resampler("dino", 1)(table, grid), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_antialiased_positions_are_another_choice(original) -> None:
