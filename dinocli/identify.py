@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zipfile
@@ -10,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
+from dinocli.checksums import parse
 from dinocli.data.frames import is_video
 from dinocli.data.listing import ARRAY, SUFFIXES
 from dinocli.data.shards import is_shards
@@ -114,11 +114,11 @@ def is_features(path: Path) -> bool:
     """Return whether a file holds features, or is the index of a folder of features, by its metadata."""
     try:
         if path.name == INDEX:
-            said = json.loads(path.read_text(encoding="utf-8"))
+            said = parse(path.read_text(encoding="utf-8"))
         else:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                said = json.loads(file.read(length)).get("__metadata__") if length < 10**6 else None
+                said = parse(file.read(length)).get("__metadata__") if length < 10**6 else None
     except (OSError, ValueError, AttributeError):
         return False
     return isinstance(said, dict) and said.get("dinocli") == "features"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dinocli.atomic import write_text
+from dinocli.checksums import parse
 from dinocli.distributed import rank
 
 MARKER = ".dinocli"
@@ -160,7 +161,7 @@ def is_output(folder: str) -> bool:
 def _read_marker(folder: Path) -> Ours | None:
     """Return the outputs that a marker names; None if there is no valid marker."""
     try:
-        told = json.loads((folder / MARKER).read_bytes())
+        told = parse((folder / MARKER).read_bytes())
         if not isinstance(told, dict) or _COMMAND not in told:
             return None
         names = told[_FILES]
@@ -172,7 +173,7 @@ def _read_marker(folder: Path) -> Ours | None:
 def _read_listed(folder: Path) -> set[str]:
     """Return the names in the existing marker, which a new one keeps."""
     try:
-        return {str(name) for name in json.loads((folder / MARKER).read_bytes())[_FILES] or ()}
+        return {str(name) for name in parse((folder / MARKER).read_bytes())[_FILES] or ()}
     except (OSError, ValueError, LookupError, TypeError):
         return set()
 

@@ -68,6 +68,15 @@ def test_a_command_that_writes_nothing_leaves_no_folder(photos: Path) -> None:
     assert named(photos) == OWN
 
 
+def test_a_marker_that_is_nested_deeply_is_none(photos: Path) -> None:
+    (photos / MARKER).write_text("[" * 100_000)
+    before = list(image_folder(photos).names)
+    made = photos / "made.png"
+    with marked(photos, "attn-map", [made]):
+        made.write_bytes((photos / before[0]).read_bytes())
+    assert list(image_folder(photos).names) == before
+
+
 def test_outputs_without_a_marker_are_told_by_their_content(photos: Path) -> None:
     touch(
         photos,
