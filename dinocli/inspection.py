@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from dinocli.data.images import DEFAULTS, ImagesConfig, Range
 from dinocli.data.regular import why_unread
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source, TorchvisionImages
+from dinocli.resources import cores
 from dinocli.twins import SIDE, Pair, is_flat, near_equal, thumbnail
 
 Read = Callable[[], "bytes | Image.Image | BadImage"]
@@ -247,7 +247,7 @@ def _looks(
     """Read some images of a source; return their statistics, and the first deep narrow ones with their readers."""
     has_fast_jpeg()  # loads torch once, so that no image's time includes it
     looks, narrow, start = list[_Look](), list[tuple[_Look, Read]](), time.monotonic()
-    threads = min(16, os.cpu_count() or 1)
+    threads = min(16, cores())
     draw = islice(_draw(source, images, sample, seed), sample)
     with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the interpreter lock
         while time.monotonic() - start < seconds and (some := list(islice(draw, 4 * threads))):
@@ -270,7 +270,7 @@ def _raw_window(reads: list[Read], images: ImagesConfig, seconds: float) -> Rang
             return None
         return None if isinstance(data, BadImage) else raw_range(data, images)
 
-    found, start, threads = list[Range | None](), time.monotonic(), min(16, os.cpu_count() or 1)
+    found, start, threads = list[Range | None](), time.monotonic(), min(16, cores())
     with ThreadPoolExecutor(threads) as pool:
         while len(found) < len(reads) and (not found or time.monotonic() - start < seconds):
             found += pool.map(measure, reads[len(found) : len(found) + threads])

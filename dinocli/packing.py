@@ -33,6 +33,7 @@ from dinocli.data.regular import why_unread
 from dinocli.data.shards import INDEX, open_shards
 from dinocli.drafts import sweep
 from dinocli.errors import DinoError
+from dinocli.resources import cores
 
 if TYPE_CHECKING:
     from dinocli.data.sources import Images
@@ -122,7 +123,7 @@ def pack(
     order = np.random.default_rng(seed).permutation(len(source))
     make = partial(_entry, source, repeated, images, side, quality)
     kept = 0
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter lock
+    with ThreadPoolExecutor(min(16, cores())) as pool:  # Pillow decodes without the interpreter lock
         for first in range(0, len(order), per_shard):
             rows, shard = order[first : first + per_shard], f"{name}-{first // per_shard:06}.tar"
             if shard in done and _size(out / shard) == done[shard]["bytes"]:
