@@ -217,8 +217,8 @@ def find_keys(word: str, data: dict[str, Any], model: type[BaseModel] | None = N
     if not found and word in MEANT and "." in wanted:  # timm's options, and tables that this preset does not have
         found = [wanted]
     if not found:
-        close = difflib.get_close_matches(word, {path.rpartition(".")[2] for path in paths}, n=1, cutoff=0.75)
-        found = [path for path in paths if close and path.rpartition(".")[2] == close[0]]
+        close = nearest(word, {path.rpartition(".")[2] for path in paths}, least=0.75)
+        found = [path for path in paths if close and path.rpartition(".")[2] == close]
     leaves = []
     for path in found:
         table: Any = data

@@ -47,8 +47,13 @@ def _visible(sign: str) -> str:
 _OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories: control, format, surrogate, line, paragraph
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return the most similar of `words`, however different it is."""
-    words = sorted(words)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.0)
+def nearest(word: str, words: Iterable[str], least: float = 0.0) -> str:
+    """Return the most similar of `words`, or an empty string if none is similar enough.
+
+    Args:
+        word: Word that was typed.
+        words: Valid words.
+        least: Lowest similarity, from 0 for any word to 1 for equal ones; a ratio of `difflib`.
+    """
+    close = difflib.get_close_matches(word, list(words), n=1, cutoff=least)
     return close[0] if close else ""

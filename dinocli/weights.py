@@ -7,7 +7,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from torch import Tensor
 import dinocli
 from dinocli.atomic import write_tensors
 from dinocli.checksums import parse
-from dinocli.errors import DinoError
+from dinocli.errors import DinoError, nearest
 from dinocli.identify import NAMES, foreign, kind_of
 from dinocli.models.architecture import BackboneConfig
 from dinocli.official import timms_name, under_timms_keys
@@ -209,11 +208,9 @@ def _no_checkpoint(path: Path) -> DinoError:
     if timms_name(path.as_posix()) or timm.is_model(named.partition(".")[0]):
         return DinoError(f"checkpoint {path} does not exist; it is the name of released weights", f"timm:{named}")
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = get_close_matches(path.name, beside, n=1, cutoff=0.8)
+    close = nearest(path.name, beside, least=0.8)
     hint = "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME"
-    return DinoError(
-        f"checkpoint {path} does not exist", f"did you mean {path.with_name(close[0])}?" if close else hint
-    )
+    return DinoError(f"checkpoint {path} does not exist", f"did you mean {path.with_name(close)}?" if close else hint)
 
 
 def _refuse_foreign(path: Path) -> None:

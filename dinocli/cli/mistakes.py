@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import shlex
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dinocli import shipped
 from dinocli.cli.words import Misuse, Words, is_number, is_option
-from dinocli.errors import DinoError
+from dinocli.errors import DinoError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Options of other tools and other spellings, by our option.
@@ -139,8 +138,8 @@ class Group(TyperGroup):
     def _unknown(self, path: str, word: str, rest: list[str]) -> Misuse:
         fault = f"{path} has no {'option' if word.startswith('-') else 'command'} {word}"
         if path.endswith("presets"):
-            close = difflib.get_close_matches(word, shipped.names(), n=1, cutoff=0.5)
-            return Misuse(fault, f"dino presets show {close[0]}" if close else "dino presets, which lists them")
+            close = nearest(word, shipped.names(), least=0.5)
+            return Misuse(fault, f"dino presets show {close}" if close else "dino presets, which lists them")
         if Path(word).exists() and (hint := _for_a_path(word)):
             return Misuse(fault, hint)
         target = word.lower().replace("_", "-") if word.lower().replace("_", "-") in self.commands else ""
@@ -154,7 +153,7 @@ class Group(TyperGroup):
             hint = f"name the command first: {shlex.join(['dino', owner, word, *rest])}" if owner else "dino --help"
             return Misuse(f"{fault}" if not owner else f"{word} is an option of a command; no command was given", hint)
         if not target:
-            target = next(iter(difflib.get_close_matches(word, list(self.commands), n=1, cutoff=0.6)), "")
+            target = nearest(word, self.commands, least=0.6)
         if target:
             again = shlex.join(["dino", target, *rest])
             return Misuse(fault, f"{again} (labelled data: or dino linear)" if target == "knn" and not rest else again)
@@ -231,7 +230,7 @@ def _unknown_option(words: Words, index: int) -> Misuse:
         if target in _OF_IMAGES and "--features" in words.known:
             hint = f"dino extract CHECKPOINT IMAGES with that option, then dino {words.command}"
             return Misuse(f"{fault}: it reads features", hint)
-        target = next(iter(difflib.get_close_matches(plain, list(words.known), n=1, cutoff=0.6)), "")
+        target = nearest(plain, words.known, least=0.6)
     if not target:
         return Misuse(fault, f"dino {words.command} --help, which lists its options")
     return Misuse(fault, words.again({index: [f"{target}={value}" if equals else target]}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 import tomllib
@@ -11,7 +10,7 @@ from typing import Any
 
 from dinocli import shipped
 from dinocli.config import MEANT, find_keys
-from dinocli.errors import DinoError
+from dinocli.errors import DinoError, nearest
 
 # Options of other tools and of the original code, each with ours.
 _SAME = {
@@ -53,8 +52,8 @@ def explain(error: Any, words: Sequence[str]) -> tuple[str, str]:
         return f"{command} needs {what}", f"{example}{help_}"
     if said.startswith("No such command"):
         name = said.split("'")[1]
-        close = difflib.get_close_matches(name, list(context.command.commands) if context else [], n=1)
-        return said, f"dino {close[0]}; see {help_}" if close else help_
+        close = nearest(name, context.command.commands if context else [], least=0.6)
+        return said, f"dino {close}; see {help_}" if close else help_
     param = getattr(error, "param", None)
     if param is not None and said.startswith("Invalid value"):
         return _invalid(max(param.opts, key=len), said.partition(": ")[2], words) or (said, help_)
@@ -88,10 +87,10 @@ def _other_option(command: str, name: str, value: str | None, options: list[str]
             return f"use --preset NAME (dino presets lists them), or --set backbone.name={value or 'NAME'}"
         return f"use {same}{typed}"
     keys = _keys(spelled.lstrip("-"), words) if "--set" in options and command == "dino pretrain" else []
-    close = difflib.get_close_matches(spelled, options, n=1, cutoff=0.85 if keys else 0.75)
+    close = nearest(spelled, options, least=0.85 if keys else 0.75)
     if keys and (not close or spelled.lstrip("-").replace("-", "_") in MEANT):
         return "use " + " or ".join(f"--set {key}={value if value is not None else 'VALUE'}" for key in keys[:3])
-    return f"use {close[0]}{typed}" if close else ""
+    return f"use {close}{typed}" if close else ""
 
 
 def _keys(word: str, words: Sequence[str]) -> list[str]:
@@ -141,6 +140,6 @@ def _invalid(option: str, said: str, words: Sequence[str]) -> tuple[str, str] | 
         return f"{came} is not a whole number", f"use {option} N, such as {option} 4"
     if "is not one of" in said:
         choices = re.findall(r"'([^']*)'", said.partition("is not one of")[2])
-        close = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)
-        return f"{came} is not one of {', '.join(choices)}", f"use {option} {close[0]}" if close else ""
+        close = nearest(value, choices)
+        return f"{came} is not one of {', '.join(choices)}", f"use {option} {close}" if close else ""
     return None

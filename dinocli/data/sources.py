@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -191,8 +190,8 @@ def _nearest_place(missing: Path) -> str:
         }
     except OSError:
         beside = {}
-    close = difflib.get_close_matches(first.lower(), beside, n=1, cutoff=0.6)
-    return f"did you mean {beside[close[0]]}?" if close else "check the path with `ls`"
+    close = nearest(first.lower(), beside, least=0.6)
+    return f"did you mean {beside[close]}?" if close else "check the path with `ls`"
 
 
 def photos(paths: Sequence[Path]) -> Images:
