@@ -32,9 +32,9 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from dinocli.core.device import has_bfloat16, pick_device
 from dinocli.data.listing import Names
 from dinocli.data.sources import Images, open_images
-from dinocli.device import has_bfloat16, pick_device
 from dinocli.encoder import Encoder, quick
 from dinocli.extraction import extract
 from dinocli.features import Recipe, read_features

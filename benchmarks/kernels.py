@@ -21,8 +21,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from ways import WAYS, build, made_up
 
-from dinocli.device import pick_device
-from dinocli.errors import DinoError
+from dinocli.core.device import pick_device
+from dinocli.core.errors import DinoError
 from dinocli.preset import load_preset
 
 

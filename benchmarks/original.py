@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dinocli.core.errors import DinoError
 from dinocli.data.loader import Batch
 from dinocli.engine.optim import AdamWConfig
-from dinocli.errors import DinoError
 from dinocli.models.architecture import create_timm
 from dinocli.models.head import HeadConfig
 from dinocli.preset import Preset

@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dinocli.device import pick_device
-from dinocli.errors import DinoError
+from dinocli.core.device import pick_device
+from dinocli.core.errors import DinoError
 
 
 class Linears(nn.Module):

@@ -39,9 +39,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision import transforms
 
+from dinocli.core.device import default_workers
 from dinocli.data.listing import Names
 from dinocli.data.sources import Images, splits
-from dinocli.device import default_workers
 from dinocli.encoder import Encoder
 from dinocli.evals.linear import RATES, linear
 from dinocli.evals.probes import Probes, trainer

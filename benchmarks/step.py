@@ -38,9 +38,9 @@ from stopwatch import PARTS
 from turns import Process
 from ways import WAYS, Job, Precision
 
+from dinocli.core.device import pick_device
+from dinocli.core.errors import DinoError
 from dinocli.costs import estimate
-from dinocli.device import pick_device
-from dinocli.errors import DinoError
 from dinocli.planning import Plan
 from dinocli.preset import Preset
 

@@ -14,7 +14,7 @@ import torch
 from stopwatch import PARTS, Stopwatch
 from ways import Job, Way, batches, build, first_losses
 
-from dinocli.device import peak_memory
+from dinocli.core.device import peak_memory
 
 
 class Steps:

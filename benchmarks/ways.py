@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from original import OriginalStep
 
+from dinocli.core.device import default_workers, keep_freed_memory
 from dinocli.data.loader import Batch, TrainBatches
 from dinocli.data.sources import open_source
-from dinocli.device import default_workers, keep_freed_memory
 from dinocli.engine.trainer import Trainer
 from dinocli.preset import Preset, load_preset
 from dinocli.schedules import Clock

@@ -7,7 +7,7 @@ From Python, with the objects that the commands use:
     maps = dinocli.attention(encoder, "a.jpg")                   # maps.heads: [heads, rows, columns]
     stored = dinocli.read_features("features/train.safetensors")
 
-torch is not imported before one of these is called. User errors raise `dinocli.errors.DinoError`.
+torch is not imported before one of these is called. User errors raise `dinocli.core.errors.DinoError`.
 
 A comment at the end of a line gives the shape of the tensor that the line makes, in these letters:
 
@@ -22,17 +22,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dinocli.core.version import __version__ as __version__
+
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
 
+    from dinocli.core.device import Precision
     from dinocli.data.given import Given
     from dinocli.encoder import Encoder
     from dinocli.evals.attention import AttentionMaps
     from dinocli.features import Features
-    from dinocli.preset import Precision
-
-__version__ = "0.1.0"
 
 
 def load(
@@ -52,7 +52,7 @@ def load(
     Raises:
         DinoError: If the source or device does not exist, or the weights or an override do not fit.
     """
-    from dinocli.device import pick_device
+    from dinocli.core.device import pick_device
     from dinocli.encoder import quick
     from dinocli.loading import load_encoder
 

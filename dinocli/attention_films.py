@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinocli.atomic import atomic
+from dinocli.core.atomic import atomic
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.frames import Frames, pyav
 from dinocli.encoder import Encoder, NotFinite
-from dinocli.errors import DinoError
 from dinocli.evals.attention import attention_maps, default_size
 from dinocli.film import shown, write_gif, write_mp4
 from dinocli.picture import Panel, heat, sheet, visible

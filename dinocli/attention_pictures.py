@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinocli.atomic import atomic, write_tensors
+from dinocli.core.atomic import atomic
+from dinocli.core.tensors import write_tensors
 from dinocli.data.decode import BadImage, Pixels
 from dinocli.data.named import read_photo
 from dinocli.encoder import Encoder, NotFinite

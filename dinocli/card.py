@@ -6,9 +6,9 @@ import html
 import re
 from dataclasses import dataclass
 
-import dinocli
+from dinocli.core.errors import visible
+from dinocli.core.version import __version__
 from dinocli.encoder import Encoder
-from dinocli.errors import visible
 from dinocli.evals.knn import KnnResult
 from dinocli.models.backbone import Transformer
 from dinocli.preset import Preset
@@ -62,7 +62,7 @@ def card_of(facts: Facts) -> str:
     parts = [
         f"# {_plain(facts.name)}",
         f"Image features from timm's {_code(facts.preset.backbone.name)}, pretrained without labels by "
-        f"{_names(list(facts.preset.losses.present()))} with dinocli {dinocli.__version__}.",
+        f"{_names(list(facts.preset.losses.present()))} with dinocli {__version__}.",
         _table(_rows(facts)),
         _loading(facts),
         f"## Training\n\n![Logged values over the training steps]({facts.curves})" if facts.curves else "",

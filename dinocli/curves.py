@@ -17,7 +17,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from dinocli.atomic import atomic
+from dinocli.core.atomic import atomic
 from dinocli.history import thinned
 from dinocli.panels import Lane, Panel
 

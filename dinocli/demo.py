@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinocli.atomic import write_json
 from dinocli.attention_pictures import draw as draw_attention
-from dinocli.checksums import unseal
+from dinocli.core.atomic import write_json
+from dinocli.core.checksums import unseal
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage, decode
 from dinocli.data.drawn import CLASSES, write_set
 from dinocli.data.loader import plain_batches
 from dinocli.data.outputs import is_fresh
 from dinocli.data.sources import Images, image_folder
 from dinocli.encoder import Encoder
-from dinocli.errors import DinoError
 from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard
 from dinocli.evals.knn import knn
 from dinocli.evals.linear import linear

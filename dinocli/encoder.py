@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from dinocli.core.device import Precision, autocast, has_bfloat16
+from dinocli.core.errors import DinoError, nearest
 from dinocli.data.augment import normalize
 from dinocli.data.crops import cut
 from dinocli.data.decode import Pixels
@@ -18,10 +19,7 @@ from dinocli.data.given import Given, given_images, unreadable
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader import ALONE, Plain, Share, plain_batches
 from dinocli.data.sources import Source
-from dinocli.device import autocast, has_bfloat16
-from dinocli.errors import DinoError, nearest
 from dinocli.models.backbone import Backbone, Facet, Tokens, Transformer
-from dinocli.preset import Precision
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
 Channels = tuple[float, ...]
@@ -307,12 +305,3 @@ def quick(encoder: Encoder, precision: Precision, *, compiled: bool) -> Encoder:
     encoder.backbone.to(memory_format=torch.channels_last)
     there = precision == "float32" or has_bfloat16(encoder.device)
     return replace(encoder, precision=precision if there else "float32")
-
-
-def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Return sixteen hexadecimal digits that differ between networks with different weights."""
-    digest = hashlib.sha256()
-    for key in sorted(weights):
-        digest.update(key.encode())
-        digest.update(weights[key].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

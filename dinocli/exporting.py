@@ -14,18 +14,19 @@ import timm
 import torch
 from torch import Tensor, nn
 
-import dinocli
-from dinocli.atomic import atomic, atomic_folder, write_tensors, write_text
+from dinocli.core.atomic import atomic, atomic_folder, write_text
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import CHECKPOINT
+from dinocli.core.tensors import write_tensors
+from dinocli.core.version import __version__
 from dinocli.data.fill import resize_for
 from dinocli.encoder import Encoder, TokenChoice, features_of, whole_patches
-from dinocli.errors import DinoError
 from dinocli.loading import architecture_of, encoder_of, timm_folder
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Transformer, ViTBackbone
 from dinocli.models.head import Head, HeadConfig, original_head
 from dinocli.models.network import load_strictly, original_network
 from dinocli.official import OFFICIAL
-from dinocli.runs import CHECKPOINT
 from dinocli.weights import Weights, Which, carrying, metadata_of, read_weights
 
 Format = Literal["official", "timm", "onnx", "torch-export"]
@@ -293,7 +294,7 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: 
         "model_args": architecture.options,
         "pretrained_cfg": about,
         # Marks the folder for later exports; timm ignores it.
-        "dinocli": dinocli.__version__,
+        "dinocli": __version__,
     }
     write_text(folder / "config.json", json.dumps(config, indent=2))
     state = {key: value.numpy() for key, value in backbone.model.state_dict().items()}
@@ -342,7 +343,7 @@ def _about(encoder: Encoder, tokens: TokenChoice, size: int) -> dict[str, str]:
     """Return the metadata that users of a graph need."""
     numbers = {"size": size, "mean": encoder.mean, "std": encoder.std}
     return {
-        "dinocli": dinocli.__version__,
+        "dinocli": __version__,
         "fingerprint": encoder.fingerprint,
         "tokens": tokens,
         **{key: json.dumps(value) for key, value in numbers.items()},

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dinocli.core.distributed import any_of, gathered, rank
+from dinocli.core.distributed import size as size_of_run
+from dinocli.core.errors import DinoError
 from dinocli.data.fill import Cutter
 from dinocli.data.loader import Plain, Share
 from dinocli.data.shards import UNNUMBERED
 from dinocli.data.sources import Source
-from dinocli.distributed import any_of, gathered, rank
-from dinocli.distributed import size as size_of_run
 from dinocli.encoder import Encoder, TokenChoice, finite_rows
-from dinocli.errors import DinoError
 from dinocli.evals.linear import augmented
 from dinocli.features import Recipe
 from dinocli.storing import Dtype, FeatureWriter, write_features

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from dinocli.checksums import parse, unseal
-from dinocli.errors import DinoError
-from dinocli.mapped import Rows, Texts, Values, first_not_finite, map_tensors
+from dinocli.core.checksums import parse, unseal
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import Rows, Texts, Values, first_not_finite, map_tensors
 
 FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards

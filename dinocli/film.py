@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from PIL.GifImagePlugin import getdata
 
-from dinocli.atomic import atomic
+from dinocli.core.atomic import atomic
 from dinocli.data.decode import Pixels
 from dinocli.data.frames import pyav
 from dinocli.picture import Panel, sheet

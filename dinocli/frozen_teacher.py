@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dinocli.encoder import fingerprint
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import fingerprint
 from dinocli.models.network import Network, load_strictly
 from dinocli.preset import Preset
 from dinocli.weights import Weights, read_weights

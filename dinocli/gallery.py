@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinocli.atomic import write_text
+from dinocli.core.atomic import write_text
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import Rows
 from dinocli.data.decode import BadImage, Pixels, open_image, reduction
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.regular import Refused, read_file
 from dinocli.data.shards import Shards, read_sample
 from dinocli.data.sources import Source, TorchvisionImages, splits
-from dinocli.errors import DinoError
 from dinocli.features import Features, Recipe, read_splits, same_maker
-from dinocli.mapped import Rows
 
 
 @dataclass(frozen=True)

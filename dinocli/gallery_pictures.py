@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dinocli.atomic import atomic
+from dinocli.core.atomic import atomic
 from dinocli.data.decode import BadImage, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.regular import read_file

@@ -9,13 +9,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from dinocli.checksums import parse
+from dinocli.core.checksums import parse
+from dinocli.core.runs import CHECKPOINT
 from dinocli.data.frames import is_video
 from dinocli.data.listing import ARRAY, SUFFIXES
 from dinocli.data.shards import is_shards
 from dinocli.data.sources import TORCHVISION
 from dinocli.features import INDEX
-from dinocli.runs import CHECKPOINT
 
 Kind = Literal[
     "missing", "pattern", "address", "timm", "run", "weights", "model", "features", "graph", "archive", "video",

@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinocli.core.resources import cores
 from dinocli.data.contrast import Contrast, contrast, raw_range
 from dinocli.data.decode import BadImage, has_fast_jpeg, open_image, reduction
 from dinocli.data.images import DEFAULTS, ImagesConfig, Range
 from dinocli.data.regular import why_unread
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source, TorchvisionImages
-from dinocli.resources import cores
 from dinocli.twins import SIDE, Pair, is_flat, near_equal, thumbnail
 
 Read = Callable[[], "bytes | Image.Image | BadImage"]

@@ -11,8 +11,8 @@ import torch
 from packaging.requirements import Requirement
 from PIL import Image
 
+from dinocli.core.device import autocast
 from dinocli.data.decode import BadImage, decode
-from dinocli.device import autocast
 
 _KINDS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from dinocli.core.resources import ROOT, cores, memory_of, ram_of, read_words
 from dinocli.data.decode import has_fast_jpeg
 from dinocli.installation import faults_of, readable, version
-from dinocli.resources import ROOT, cores, ram_of, read_words
 
 _LITTLE_DISK = 2e9  # bytes; a run of ViT-S/16 writes its weights, a new copy next to the old one, and a log
 
@@ -113,16 +113,6 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = RO
         fast_jpeg=has_fast_jpeg(),
         faults=faults,
     )
-
-
-def memory_of(device: torch.device, root: Path = ROOT) -> tuple[int, int]:
-    """Return the available and total bytes of a device; on a CPU, of the process."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    if device.type == "mps":
-        total = torch.mps.recommended_max_memory()
-        return total - torch.mps.driver_allocated_memory(), total
-    return ram_of(root)
 
 
 def _name(device: torch.device, root: Path) -> tuple[str, int]:

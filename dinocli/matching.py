@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinocli.atomic import atomic
+from dinocli.core.atomic import atomic
 from dinocli.data.decode import Pixels
 from dinocli.diffusion import DIMS, LONG_SIDE, Diffusion
 from dinocli.encoder import Encoder, checked

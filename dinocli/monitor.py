@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Subset
 
+from dinocli.core.errors import DinoError
 from dinocli.data.augment import normalize
 from dinocli.data.crops import ViewsConfig
 from dinocli.data.listing import Names
 from dinocli.data.loader import plain_batches
 from dinocli.data.sources import Images, TorchvisionImages, splits
 from dinocli.encoder import checked
-from dinocli.errors import DinoError
 from dinocli.evals.knn import knn
 from dinocli.features import Features, Recipe, compared
 from dinocli.models.network import Network

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dinocli.config import change
-from dinocli.errors import DinoError
+from dinocli.core.config import change
+from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig
 
 # DINO's vision transformers, by width: blocks and heads.

@@ -23,17 +23,17 @@ from numpy.lib.format import MAGIC_PREFIX
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinocli.atomic import atomic, write_json
-from dinocli.checksums import unseal
+from dinocli.core.atomic import atomic, write_json
+from dinocli.core.checksums import unseal
+from dinocli.core.drafts import sweep
+from dinocli.core.errors import DinoError
+from dinocli.core.resources import cores
 from dinocli.data.crops import shrink
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.listing import ARRAY, SUFFIXES
 from dinocli.data.regular import why_unread
 from dinocli.data.shards import INDEX, open_shards
-from dinocli.drafts import sweep
-from dinocli.errors import DinoError
-from dinocli.resources import cores
 
 if TYPE_CHECKING:
     from dinocli.data.sources import Images

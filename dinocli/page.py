@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from dinocli.errors import visible
+from dinocli.core.errors import visible
 
 
 def text_of(value: object) -> str:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinocli.atomic import atomic, write_text
+from dinocli.core.atomic import atomic, write_text
 from dinocli.data.crops import resize_and_center
 from dinocli.data.decode import BadImage, Opened, Pixels, open_image, reduction
 from dinocli.data.fill import resize_for

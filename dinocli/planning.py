@@ -10,11 +10,11 @@ from typing import Literal
 
 import torch
 
+from dinocli.core.distributed import size
+from dinocli.core.errors import DinoError
 from dinocli.data.sources import Source
 from dinocli.distillation import SelfDistillation
-from dinocli.distributed import size
 from dinocli.engine.parallel import Kind
-from dinocli.errors import DinoError
 from dinocli.frozen_teacher import FrozenTeacher
 from dinocli.preset import Preset
 from dinocli.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate

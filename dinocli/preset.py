@@ -6,17 +6,18 @@ import math
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from dinocli import shipped
-from dinocli.config import LARGEST, Config, change
+from dinocli.core.config import LARGEST, Config, change
+from dinocli.core.device import Precision
+from dinocli.core.errors import DinoError
 from dinocli.data.crops import ViewsConfig
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.distillation import SelfDistillation
 from dinocli.engine.optim import OptimizerConfig
-from dinocli.errors import DinoError
 from dinocli.losses import LossesConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone
@@ -54,9 +55,6 @@ class TeacherConfig(Config):
 
     momentum: Schedule
     frozen: bool = False
-
-
-Precision = Literal["float32", "bfloat16"]
 
 
 class TrainingConfig(Config):

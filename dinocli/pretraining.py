@@ -13,21 +13,21 @@ from pathlib import Path
 
 import torch
 
-from dinocli.atomic import write_text
+from dinocli.core.atomic import write_text
+from dinocli.core.device import autocast, keep_freed_memory
+from dinocli.core.distributed import any_of, from_first, gathered, rank, size
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import CHECKPOINT, held
 from dinocli.data.loader import BadFiles, Share, TrainBatches
 from dinocli.data.shards import Shards
-from dinocli.device import autocast, keep_freed_memory
 from dinocli.distillation import SelfDistillation
-from dinocli.distributed import any_of, from_first, gathered, rank, size
 from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
-from dinocli.errors import DinoError
 from dinocli.loading import announcement, fitted_to, initial_weights
 from dinocli.models.network import load_strictly
 from dinocli.monitor import Monitor
 from dinocli.planning import Plan, equal_parts
 from dinocli.report import CURVES, REPORT
-from dinocli.runs import CHECKPOINT, held
 from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest, other_contents, sample_of, saved_states
 from dinocli.stopping import stop_signals
 from dinocli.watching import Progress, Watch, check_weights

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dinocli.atomic import write_text
-from dinocli.checksums import parse
+from dinocli.core.atomic import write_text
+from dinocli.core.checksums import parse
 from dinocli.curves import panel_svg, write_sheet
 from dinocli.history import Curve, read_history
 from dinocli.page import page_of, text_of

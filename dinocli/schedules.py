@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field
 
-from dinocli.config import Config
+from dinocli.core.config import Config
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinocli.atomic import atomic
+from dinocli.core.atomic import atomic
 from dinocli.data.decode import BadImage, Pixels
 from dinocli.data.named import read_photo
 from dinocli.encoder import Encoder, NotFinite

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dinocli import shipped
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.preset import load_preset
 
 _SAME = ("recipe", "source", "command")

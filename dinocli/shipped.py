@@ -7,7 +7,7 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 
-from dinocli.errors import DinoError, nearest
+from dinocli.core.errors import DinoError, nearest
 
 # From the cheapest to the most expensive, the order in which users try them.
 _ORDER = ("tiny", "vits16", "vits8", "vitb16", "vitb8", "resnet50")

@@ -19,21 +19,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import dinocli
-from dinocli.atomic import atomic, atomic_folder, write_json, write_tensors
-from dinocli.checksums import KEY, crc_of_file, parse, unseal
-from dinocli.config import Config
+from dinocli.core.atomic import atomic, atomic_folder, write_json
+from dinocli.core.checksums import KEY, crc_of_file, parse, unseal
+from dinocli.core.config import Config
+from dinocli.core.distributed import rank
+from dinocli.core.drafts import discard, sweep
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import CHECKPOINT
+from dinocli.core.tensors import write_tensors
+from dinocli.core.version import __version__
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Source, TorchvisionImages
 from dinocli.data.tar import PIPE
-from dinocli.distributed import rank
-from dinocli.drafts import discard, sweep
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.trainer import Trainer
-from dinocli.errors import DinoError
 from dinocli.models.network import Network
 from dinocli.preset import Preset
-from dinocli.runs import CHECKPOINT
 from dinocli.schedules import Clock, Schedule
 from dinocli.weights import refuse_not_finite, write_checkpoint
 
@@ -83,7 +84,7 @@ class State(Config):
     teacher: str | None = None
     lanes: int
     files: dict[str, int] = {}
-    dinocli: str = dinocli.__version__
+    dinocli: str = __version__
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
         writer = _writer(folder) if state is None else None
         if writer:
             raise DinoError(
-                f"the state in {folder} was written by dinocli {writer}; dinocli {dinocli.__version__} cannot read it",
+                f"the state in {folder} was written by dinocli {writer}; dinocli {__version__} cannot read it",
                 f"pip install dinocli=={writer}; or use another --out, and --init {run} to start from its weights",
             )
         if state and state.files and all(_checksum(folder / name) == known for name, known in state.files.items()):
@@ -161,7 +162,7 @@ def _writer(folder: Path) -> str | None:
         version = str(found["dinocli"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    if version != dinocli.__version__:
+    if version != __version__:
         return version
     try:  # the same version from another commit
         return version if KEY in found and unseal(text) else None

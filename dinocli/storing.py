@@ -13,11 +13,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.atomic import atomic, draft_folder, put_folder, write_json
-from dinocli.drafts import discard
-from dinocli.errors import DinoError
+from dinocli.core.atomic import atomic, draft_folder, put_folder, write_json
+from dinocli.core.drafts import discard
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import TensorStream
 from dinocli.features import INDEX, Recipe
-from dinocli.streamed import TensorStream
 
 SHARD_BYTES = 2 * 2**30  # of features per file; larger features become several files
 Dtype = Literal["float32", "float16"]

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.frames import Frame, Frames, open_frames
 from dinocli.data.images import ImagesConfig
 from dinocli.data.labels import LabelMap, Labels, read_labels, write_labels
 from dinocli.encoder import Encoder
-from dinocli.errors import DinoError
 from dinocli.evals.davis import VideoScore, frame_scores, video_score
 from dinocli.evals.track import Looking, Rule, one_hot, track
 from dinocli.film import shown, small, write_gif, write_strip

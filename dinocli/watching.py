@@ -11,17 +11,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dinocli.atomic import write_text
 from dinocli.collapse import CollapseWatch
+from dinocli.core.atomic import write_text
+from dinocli.core.device import peak_memory
+from dinocli.core.distributed import any_of, from_first, gathered, rank, size
+from dinocli.core.errors import DinoError
 from dinocli.data.sources import Images
-from dinocli.device import peak_memory
 from dinocli.distillation import SelfDistillation
-from dinocli.distributed import any_of, from_first, gathered, rank, size
 from dinocli.encoder import NotFinite
 from dinocli.engine.checkpoint import state_of
 from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
-from dinocli.errors import DinoError
 from dinocli.models.network import Network
 from dinocli.monitor import Monitor, steps_between_looks
 from dinocli.photos import Photos

@@ -16,15 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-import dinocli
-from dinocli.atomic import write_tensors
-from dinocli.checksums import parse
-from dinocli.errors import DinoError, nearest
+from dinocli.core.checksums import parse
+from dinocli.core.errors import DinoError, nearest
+from dinocli.core.runs import CHECKPOINT
+from dinocli.core.tensors import write_tensors
+from dinocli.core.version import __version__
 from dinocli.identify import NAMES, foreign, kind_of
 from dinocli.models.architecture import BackboneConfig
 from dinocli.official import timms_name, under_timms_keys
 from dinocli.preset import Preset
-from dinocli.runs import CHECKPOINT
 
 Which = Literal["teacher", "student"]
 # Head names of the originals: DINO has one head; DINOv2 has one for class tokens and optionally one for iBOT.
@@ -60,7 +60,7 @@ def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, 
     """
     refuse_not_finite(weights, f"step {step}")
     tensors = {k: v.detach().cpu().contiguous().numpy() for k, v in weights.items()}
-    metadata = {"dinocli": dinocli.__version__, "preset": preset.model_dump_json(), "step": str(step)}
+    metadata = {"dinocli": __version__, "preset": preset.model_dump_json(), "step": str(step)}
     write_tensors(path, tensors, metadata)
 
 
@@ -109,9 +109,9 @@ def carrying(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[st
 def metadata_of(weights: Weights, architecture: BackboneConfig) -> dict[str, str]:
     """Return the metadata from which this tool can read an exported file as the same encoder."""
     if weights.preset is None:
-        return {"dinocli": dinocli.__version__, "backbone": architecture.model_dump_json()}
+        return {"dinocli": __version__, "backbone": architecture.model_dump_json()}
     step = {} if weights.step is None else {"step": str(weights.step)}
-    return {"dinocli": dinocli.__version__, "preset": weights.preset.model_dump_json(), **step}
+    return {"dinocli": __version__, "preset": weights.preset.model_dump_json(), **step}
 
 
 def _parse_stored(text: str, path: Path) -> dict[str, Any]:
@@ -141,10 +141,10 @@ def _parse_preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
         return Preset.parse(stored, str(path))
     except DinoError as error:
         writer = metadata.get("dinocli", "")
-        if writer in ("", dinocli.__version__):
+        if writer in ("", __version__):
             raise
         raise DinoError(
-            f"{error.message}; the file was written by dinocli {writer}, and this is {dinocli.__version__}",
+            f"{error.message}; the file was written by dinocli {writer}, and this is {__version__}",
             f"pip install dinocli=={writer}",
         ) from error
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dinocli import distributed
+from dinocli.core import distributed
 from dinocli.encoder import Encoder
 from dinocli.models.architecture import BackboneConfig
 from dinocli.preset import load_preset

@@ -15,8 +15,8 @@ from conftest import peak_of
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dinocli.core.device import autocast
 from dinocli.data.loader import Batch
-from dinocli.device import autocast
 from dinocli.engine.trainer import Trainer
 from dinocli.preset import load_preset
 from dinocli.schedules import Clock

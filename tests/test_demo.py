@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinocli.atomic import write_json
+from dinocli.core.atomic import write_json
+from dinocli.core.errors import DinoError
 from dinocli.data.outputs import marked
 from dinocli.demo import DemoResult, demo
-from dinocli.errors import DinoError
 
 
 class Played:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from dinocli.core.errors import DinoError
 from dinocli.diffusion import STEP, load_diffusion
-from dinocli.errors import DinoError
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,9 @@ import torch
 from conftest import of_channels
 from timm.models.vision_transformer import VisionTransformer
 
-from dinocli.encoder import Encoder, NotFinite, features_of, fingerprint, finite_rows, quick, with_images
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import fingerprint
+from dinocli.encoder import Encoder, NotFinite, features_of, finite_rows, quick, with_images
 from dinocli.loading import load_encoder
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import ViTBackbone

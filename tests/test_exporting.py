@@ -16,8 +16,8 @@ import torchvision
 from conftest import assert_same_features, of_channels
 
 from dinocli import exporting
+from dinocli.core.errors import DinoError
 from dinocli.encoder import Encoder
-from dinocli.errors import DinoError
 from dinocli.exporting import ENDINGS, Format, export
 from dinocli.loading import load_encoder
 from dinocli.models import head as head_module

@@ -10,13 +10,13 @@ import torch
 from conftest import together, write_images
 from PIL import Image
 
-from dinocli import device as device_module
 from dinocli import encoder as encoder_module
+from dinocli.core import device as device_module
+from dinocli.core.distributed import size
+from dinocli.core.errors import DinoError
 from dinocli.data.crops import crop_boxes, crop_tries, cut, draws, uniforms
 from dinocli.data.sources import image_folder, open_source, photos
-from dinocli.distributed import size
 from dinocli.encoder import Encoder, quick
-from dinocli.errors import DinoError
 from dinocli.evals.linear import augmented
 from dinocli.evals.search import encode
 from dinocli.extraction import extract

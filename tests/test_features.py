@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import dinocli
-from dinocli.atomic import write_tensors
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import write_tensors
 from dinocli.features import Recipe, compared, learned_from, read_features, read_splits, unlabelled
 from dinocli.storing import write_features
 

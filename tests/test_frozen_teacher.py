@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from test_pretraining import SMALL
 
+from dinocli.core.errors import DinoError
 from dinocli.data.loader import Batch
 from dinocli.data.sources import image_folder
 from dinocli.distillation import SelfDistillation
-from dinocli.errors import DinoError
 from dinocli.frozen_teacher import FrozenTeacher
 from dinocli.planning import Plan
 from dinocli.preset import Preset, load_preset

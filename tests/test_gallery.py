@@ -10,9 +10,9 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage
 from dinocli.data.sources import open_source
-from dinocli.errors import DinoError
 from dinocli.features import Recipe
 from dinocli.gallery import Gallery, belong_together, open_gallery, small, write_list
 from dinocli.storing import write_features

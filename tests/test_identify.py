@@ -10,7 +10,7 @@ import torch
 from conftest import write_images
 from safetensors.numpy import save_file
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.identify import NAMES, Kind, foreign, kind_of
 from dinocli.weights import read_weights
 

@@ -16,10 +16,10 @@ from test_exporting import run
 
 import dinocli
 from dinocli.attention_pictures import draw
+from dinocli.core.device import pick_device
+from dinocli.core.errors import DinoError
 from dinocli.data.sources import image_folder
-from dinocli.device import pick_device
 from dinocli.encoder import Encoder, quick
-from dinocli.errors import DinoError
 from dinocli.extraction import extract
 from dinocli.loading import load_encoder
 

@@ -16,8 +16,8 @@ import torch
 from conftest import assert_same_features
 
 from dinocli import loading
-from dinocli.encoder import fingerprint
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import fingerprint
 from dinocli.loading import (
     announcement,
     fitted_to,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dinocli import machine
+from dinocli.core.resources import cores_of_group, ram_of
 from dinocli.machine import look_at_machine
-from dinocli.resources import cores_of_group, ram_of
 
 GB = 10**9
 

@@ -11,8 +11,8 @@ from conftest import write_images
 from PIL import Image
 from test_pretraining import SMALL
 
+from dinocli.core.errors import DinoError
 from dinocli.data.sources import image_folder
-from dinocli.errors import DinoError
 from dinocli.evals.knn import knn
 from dinocli.extraction import extract
 from dinocli.features import read_features

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.loading import load_encoder
 from dinocli.official import HEADS, official_architecture, under_timms_keys
 from dinocli.preset import load_preset

@@ -15,11 +15,11 @@ from PIL import Image
 
 from dinocli import packing
 from dinocli.cli.pack import pack as command
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import decode
 from dinocli.data.images import ImagesConfig
 from dinocli.data.shards import open_shards
 from dinocli.data.sources import image_folder
-from dinocli.errors import DinoError
 from dinocli.packing import Packed, pack
 
 

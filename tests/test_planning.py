@@ -10,8 +10,8 @@ import torch
 from conftest import write_images
 
 from dinocli import shipped
+from dinocli.core.errors import DinoError
 from dinocli.data.sources import image_folder
-from dinocli.errors import DinoError
 from dinocli.planning import Plan, cautions, check_schedules, short_stop, start_clock
 from dinocli.preset import load_preset
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from dinocli.precision import exactly
+from dinocli.core.device import exactly
 
 
 def test_products_are_as_fine_as_their_factors() -> None:

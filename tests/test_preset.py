@@ -8,7 +8,7 @@ import pytest
 from conftest import of_channels
 
 from dinocli import shipped
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.preset import Preset, load_preset
 
 

@@ -16,16 +16,16 @@ from conftest import of_channels
 from safetensors.torch import load_file, save_file
 
 from dinocli import pretraining
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import newest_run
 from dinocli.data.loader import Batch
 from dinocli.data.sources import image_folder
 from dinocli.distillation import Part, SelfDistillation
 from dinocli.engine.trainer import Trainer
-from dinocli.errors import DinoError
 from dinocli.loading import load_encoder
 from dinocli.planning import Plan, Saving
 from dinocli.preset import Preset, load_preset
 from dinocli.pretraining import Progress, pretrain, start_from
-from dinocli.runs import newest_run
 from dinocli.schedules import Clock
 from dinocli.states import newest, saved_states
 from dinocli.weights import read_weights, write_checkpoint
@@ -207,7 +207,7 @@ def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
 
 
 def test_a_full_disk_at_the_start_leaves_no_folder(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinocli import atomic
+    from dinocli.core import atomic
 
     def full(file: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

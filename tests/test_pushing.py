@@ -15,8 +15,8 @@ from test_exporting import RESNET18, ROTARY, images, run
 
 import dinocli
 from dinocli import exporting
+from dinocli.core.errors import DinoError
 from dinocli.data.sources import image_folder
-from dinocli.errors import DinoError
 from dinocli.exporting import export
 from dinocli.extraction import extract
 from dinocli.loading import load_encoder

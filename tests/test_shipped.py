@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dinocli import shipped
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 
 def test_names_and_texts() -> None:

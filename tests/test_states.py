@@ -18,14 +18,14 @@ import torch
 from conftest import write_images
 from test_pretraining import SMALL
 
-from dinocli.checksums import seal
+from dinocli.core.checksums import seal
+from dinocli.core.drafts import drafting
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import held, next_folder, runs_of
 from dinocli.data.sources import image_folder, open_source
-from dinocli.drafts import drafting
-from dinocli.errors import DinoError
 from dinocli.planning import Plan, Saving
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
-from dinocli.runs import held, next_folder, runs_of
 from dinocli.states import first_difference, newest, sample_of, saved_states, unfinished
 from dinocli.weights import read_weights
 
@@ -175,7 +175,7 @@ def test_what_else_lies_among_the_states_stays(plan: Plan) -> None:
 def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_saved(
     plan: Plan, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dinocli import atomic
+    from dinocli.core import atomic
 
     sync = os.fsync
 

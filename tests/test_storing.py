@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.features import Recipe, read_features, read_splits
 from dinocli.storing import write_features
 

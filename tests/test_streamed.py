@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from dinocli.mapped import map_tensors
-from dinocli.streamed import TensorStream
+from dinocli.core.tensors import TensorStream, map_tensors
 
 
 @pytest.mark.parametrize("width", [1, 3, 4])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.data.frames import open_frames
 from dinocli.data.labels import LabelMap, read_labels, write_labels
 from dinocli.encoder import Encoder
-from dinocli.errors import DinoError
 from dinocli.evals.track import Looking, Rule
 from dinocli.tracking import first_mask, overlay, too_small, track_video
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from test_pretraining import SMALL
 
+from dinocli.core.errors import DinoError
 from dinocli.data.sources import image_folder
-from dinocli.errors import DinoError
 from dinocli.planning import Plan
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain

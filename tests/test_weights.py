@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 
 import dinocli
-from dinocli.atomic import write_tensors
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import write_tensors
 from dinocli.models.network import Network
 from dinocli.preset import Preset, load_preset
 from dinocli.weights import not_finite, read_weights, write_checkpoint

@@ -11,8 +11,7 @@ from typing import Annotated
 
 import typer
 
-import dinocli
-from dinocli import console, distributed
+from dinocli.cli import console
 from dinocli.cli.attn_map import attn_map
 from dinocli.cli.curate import curate
 from dinocli.cli.dedup import dedup
@@ -33,7 +32,9 @@ from dinocli.cli.segment import segment
 from dinocli.cli.track import track
 from dinocli.cli.usage import explain
 from dinocli.cli.words import Misuse
-from dinocli.errors import DinoError
+from dinocli.core import distributed
+from dinocli.core.errors import DinoError
+from dinocli.core.version import __version__
 
 app = App(
     help="DINO self-supervised pretraining: train a vision transformer on unlabelled images, then extract, evaluate "
@@ -65,7 +66,7 @@ _SHARED = ("pretrain", "extract")  # run in several processes too
 
 def _print_version(requested: bool) -> None:
     if requested:
-        console.out(f"dino {dinocli.__version__}")
+        console.out(f"dino {__version__}")
         raise typer.Exit
 
 

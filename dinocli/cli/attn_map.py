@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, Settings, ShortSide, encoder_from, output_place
 from dinocli.cli.places import photo_places
 from dinocli.cli.words import Misuse
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.attention_films import Form

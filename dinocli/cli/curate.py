@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import DataNow, Json, Threshold, listed, output_place
 from dinocli.cli.places import feature_places, features_place
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
+    from dinocli.core.tensors import Indices
     from dinocli.evals.dedup import Alike
     from dinocli.gallery import Gallery
-    from dinocli.mapped import Indices
 
 
 def curate(

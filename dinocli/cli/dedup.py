@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import (
     DataNow,
     FeatureFolder,
@@ -18,7 +18,7 @@ from dinocli.cli.options import (
     listed,
     output_place,
 )
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 _SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the images; the table shows the threshold for each
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import Device, Json, Workers, output_place
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 
 def demo(
@@ -32,8 +32,8 @@ def demo(
     if not is_fresh(out) and not (out / "demo.json").exists():
         raise DinoError(f"{out} exists and holds no demo to resume", f"use --out {out}-2, or remove {out}")
 
+    from dinocli.core.device import default_workers, pick_device
     from dinocli.demo import demo
-    from dinocli.device import default_workers, pick_device
 
     picked = pick_device(device)
     count = default_workers(picked) if workers is None else workers

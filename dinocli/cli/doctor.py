@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import Device, Json, Limits
 from dinocli.cli.places import images_place
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def doctor(
             f"torch cannot be loaded: {error}", "pip install --force-reinstall torch torchvision"
         ) from error
 
-    from dinocli.device import pick_device
+    from dinocli.core.device import pick_device
     from dinocli.machine import look_at_machine
 
     picked = pick_device(device)

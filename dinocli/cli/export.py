@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import Json, NetworkName, Settings, Size, Tokens, checkpoint_or_newest, output_place
 from dinocli.cli.words import Misuse
-from dinocli.runs import CHECKPOINT
+from dinocli.core.runs import CHECKPOINT
 
 
 def export(

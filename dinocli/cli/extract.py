@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import (
     Device,
     Json,
@@ -75,9 +75,9 @@ def extract(
     parts = splits(data)
     console.notes(note for source in parts.values() for note in source.notes)
 
+    from dinocli.core.device import default_workers, pick_device
+    from dinocli.core.distributed import rank
     from dinocli.data.outputs import marked
-    from dinocli.device import default_workers, pick_device
-    from dinocli.distributed import rank
     from dinocli.encoder import quick, whole_patches
     from dinocli.extraction import extract
     from dinocli.features import learned_from

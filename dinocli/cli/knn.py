@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import FeatureFolder, Json, features_or_newest
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 
 def knn(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import (
     Checkpoint,
     Device,
@@ -21,7 +21,7 @@ from dinocli.cli.options import (
     features_or_newest,
 )
 from dinocli.cli.places import images_place
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.evals.linear import LinearResult
@@ -62,7 +62,7 @@ def linear(
             "use --paper DATA; for stored features, set them in `dino extract`",
         )
 
-    from dinocli.device import default_workers, pick_device
+    from dinocli.core.device import default_workers, pick_device
 
     if paper:
         from dinocli.data.sources import Images, splits

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import (
     Checkpoint,
     Device,
@@ -21,7 +21,7 @@ from dinocli.cli.options import (
     output_place,
 )
 from dinocli.cli.places import photo_place
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.data.decode import Pixels
@@ -77,10 +77,10 @@ def match(
             raise DinoError(f"{photo} {fault}; expected a photo", "check the path")
     out = output_place(out)
     picture = out / f"{a.stem}-{b.stem}.png"
+    from dinocli.core.device import pick_device
     from dinocli.data.keypoints import read_keypoints
     from dinocli.data.named import spare
     from dinocli.data.outputs import marked
-    from dinocli.device import pick_device
     from dinocli.diffusion import load_diffusion
     from dinocli.evals.match import match as matched
     from dinocli.evals.match import near_enough, pck, spread_out

@@ -13,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dinocli import shipped
 from dinocli.cli.words import Misuse, Words, is_number, is_option
-from dinocli.errors import DinoError, nearest
+from dinocli.core.errors import DinoError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Options of other tools and other spellings, by our option.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.places import features_place, images_place
-from dinocli.errors import DinoError
-from dinocli.runs import CHECKPOINT, RUNS, newest_run
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import CHECKPOINT, RUNS, newest_run
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +191,7 @@ def compiles(device: torch.device, *, asked: bool) -> bool:
     Raises:
         DinoError: If it fails and --compile was given.
     """
-    from dinocli.device import why_not_compiled
+    from dinocli.core.device import why_not_compiled
 
     fault = why_not_compiled(device)
     if fault and asked:
@@ -255,7 +255,7 @@ def encoder_from(
     Raises:
         DinoError: If the checkpoint or the device does not exist, or the weights or an override do not fit.
     """
-    from dinocli.device import pick_device
+    from dinocli.core.device import pick_device
     from dinocli.loading import announcement, load_encoder
 
     source, picked = checkpoint_or_newest(checkpoint), pick_device(device)

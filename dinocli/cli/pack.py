@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import Json, Limits, output_place
 from dinocli.cli.places import images_place
 from dinocli.cli.words import Misuse

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from dinocli.cli.words import Words, words_of
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.identify import Kind

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from dinocli import console, shipped
+from dinocli import shipped
+from dinocli.cli import console
 from dinocli.cli.mistakes import App
 from dinocli.cli.options import Json
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dinocli import console, shipped
+from dinocli import shipped
+from dinocli.cli import console
 from dinocli.cli.options import Device, Images, Json, Workers, compiles, output_place, refuse_address, step_of
-from dinocli.distributed import from_first, launch, local_size, rank, size, unused_tasks
-from dinocli.errors import DinoError
-from dinocli.runs import CHECKPOINT, link_newest, next_folder, runs_of
+from dinocli.core.distributed import from_first, launch, local_size, rank, size, unused_tasks
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import CHECKPOINT, link_newest, next_folder, runs_of
 
 if TYPE_CHECKING:
     from dinocli.costs import Estimate
@@ -121,7 +122,7 @@ def pretrain(
     if not preset.endswith(".toml"):
         shipped.text(preset)
 
-    from dinocli.device import default_workers, pick_device
+    from dinocli.core.device import default_workers, pick_device
     from dinocli.frozen_teacher import FrozenTeacher
     from dinocli.planning import Plan, start_clock
     from dinocli.preset import load_preset
@@ -245,8 +246,8 @@ def _saving(every: str, keep: int, milestones: int | None) -> Saving:
 
 
 def _print_plan(plan: Plan, json: bool) -> None:
+    from dinocli.core.resources import memory_of
     from dinocli.costs import estimate, to_fit
-    from dinocli.machine import memory_of
 
     preset, clock, cost = plan.preset, plan.clock, estimate(plan)
     free, _ = memory_of(plan.device)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import Json, checkpoint_or_newest, output_place
 from dinocli.cli.places import run_before_out
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import (
     DataNow,
     Device,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dinocli import console
+from dinocli.cli import console
 from dinocli.cli.options import Checkpoint, Device, FacetName, Json, NetworkName, Settings, encoder_from, output_place
 from dinocli.cli.places import photo_place
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.evals.davis import Score, VideoScore

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dinocli import shipped
-from dinocli.config import MEANT, find_keys
-from dinocli.errors import DinoError, nearest
+from dinocli.core.config import MEANT, find_keys
+from dinocli.core.errors import DinoError, nearest
 
 # Options of other tools and of the original code, each with ours.
 _SAME = {

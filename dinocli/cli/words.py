@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 _WORDS = "dinocli.words"
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocli.core.distributed import local_size
+from dinocli.core.errors import DinoError
+from dinocli.core.resources import ram_of
 from dinocli.data.crops import ViewConfig, shrink
 from dinocli.data.decode import Pixels
-from dinocli.distributed import local_size
-from dinocli.errors import DinoError
-from dinocli.resources import ram_of
 
 _SHARE = {"ram": 0.5, "disk": 0.9}  # of the free space
 _NO_RESERVE = 0x4000  # Linux: allocate memory only when it is written to

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from dinocli.config import Config
+from dinocli.core.config import Config
 from dinocli.data.decode import Pixels
 from dinocli.data.masking import MaskConfig
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinocli.core.errors import DinoError
 from dinocli.data.cache import PixelCache
 from dinocli.data.crops import (
     Box,
@@ -31,7 +32,6 @@ from dinocli.data.regular import why_unread
 from dinocli.data.ring import Task
 from dinocli.data.shards import Sample
 from dinocli.data.sources import Images
-from dinocli.errors import DinoError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.regular import read_file, why_unread
 from dinocli.data.sources import image_folder
 from dinocli.data.turns import orientation_of, turned
-from dinocli.errors import DinoError
 
 _VIDEOS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .ogv".split())
 

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL.Image import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.listing import Names
 from dinocli.data.regular import read_file
 from dinocli.data.sources import Images
-from dinocli.errors import DinoError
 
 Given = str | os.PathLike[str] | Image | NDArray[Any]
 

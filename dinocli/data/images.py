@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationInfo, field_validator
 
-from dinocli.config import Config, change
-from dinocli.errors import DinoError
+from dinocli.core.config import Config, change
+from dinocli.core.errors import DinoError
 
 Range = tuple[float, float]
 Window = Range | tuple[Range, ...] | None

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.checksums import parse
-from dinocli.errors import DinoError
+from dinocli.core.checksums import parse
+from dinocli.core.errors import DinoError
 
 Points = NDArray[np.float64]
 Sizes = tuple[tuple[int, int], tuple[int, int]]

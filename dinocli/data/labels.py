@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinocli.atomic import atomic
+from dinocli.core.atomic import atomic
 from dinocli.data.decode import BadImage
 from dinocli.data.mask_values import read_values
 

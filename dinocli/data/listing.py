@@ -15,7 +15,7 @@ from typing import NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.atomic import atomic
+from dinocli.core.atomic import atomic
 from dinocli.data.kinds import kind_of
 from dinocli.data.outputs import SHEETS, SIGNS, Ours, is_sheet, recognise
 

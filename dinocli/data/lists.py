@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dinocli.core.errors import DinoError
 from dinocli.data.listing import SUFFIXES
-from dinocli.errors import DinoError
 
 LISTS = (".txt", ".csv", ".tsv")
 _PATHS = (

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dinocli.core.errors import DinoError
 from dinocli.data import ring
 from dinocli.data.augment import augment, normalize
 from dinocli.data.cache import PixelCache
@@ -23,7 +24,6 @@ from dinocli.data.masking import Grid, MaskConfig, Masks, deal
 from dinocli.data.ring import Filler, Ring
 from dinocli.data.shards import Shards
 from dinocli.data.sources import Images, Source
-from dinocli.errors import DinoError
 
 BAD_SHARE = 0.05
 _WAITING_BYTES = 8 * 2**30

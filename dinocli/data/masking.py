@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor
 
-from dinocli.config import Config
+from dinocli.core.config import Config
 
 Grid = tuple[int, int]  # rows and columns of a crop's patches
 Where = NDArray[np.bool_]

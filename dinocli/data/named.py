@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage, Pixels, decode
 from dinocli.data.images import ImagesConfig
 from dinocli.data.regular import read_file
 from dinocli.data.sources import image_folder
-from dinocli.errors import DinoError
 
 
 def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from dinocli.atomic import write_text
-from dinocli.checksums import parse
-from dinocli.distributed import rank
+from dinocli.core.atomic import write_text
+from dinocli.core.checksums import parse
+from dinocli.core.distributed import rank
 
 MARKER = ".dinocli"
 _COMMAND, _FILES = "written by dino", "files"

@@ -22,8 +22,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from dinocli.distributed import end_with
-from dinocli.errors import DinoError
+from dinocli.core.distributed import end_with
+from dinocli.core.errors import DinoError
 
 _STUCK = 300.0  # seconds for one chunk of a batch; decoding that takes longer will not end
 # Forked processes inherit the shared memory; elsewhere torch passes it on by name.

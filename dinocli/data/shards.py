@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinocli.checksums import unseal
+from dinocli.core.checksums import unseal
+from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS
 from dinocli.data.kinds import remedy, unread
 from dinocli.data.listing import JUNK, SUFFIXES
@@ -26,7 +27,6 @@ from dinocli.data.outputs import SIGNS, is_output, is_sheet, recognise
 from dinocli.data.samples import classes_of, read, read_label, read_once, samples, why_refused
 from dinocli.data.scans import Scan, labels_apart, notes_of, scan
 from dinocli.data.tar import PIPE, Content, LocalTar, PipedTar, members
-from dinocli.errors import DinoError
 
 INDEX = "index.json"
 _PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")

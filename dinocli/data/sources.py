@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocli.core.errors import DinoError, nearest
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.kinds import not_beside, remedy, unread
 from dinocli.data.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
@@ -19,7 +20,6 @@ from dinocli.data.lists import LISTS, read_list
 from dinocli.data.outputs import is_output
 from dinocli.data.regular import begins_with, read_file
 from dinocli.data.shards import Shards, is_shards, open_shards
-from dinocli.errors import DinoError, nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image

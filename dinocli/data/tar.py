@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 PIPE = "pipe:"
 _BLOCK = 512  # bytes; everything in a tar file starts at a multiple of it

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from dinocli.distributed import placed_as, whole
+from dinocli.core.distributed import placed_as, whole
 from dinocli.engine.method import Method
 from dinocli.engine.trainer import Trainer
 

@@ -7,9 +7,9 @@ import math
 import time
 from pathlib import Path
 
-from dinocli.atomic import write_text
-from dinocli.checksums import parse
-from dinocli.errors import DinoError
+from dinocli.core.atomic import write_text
+from dinocli.core.checksums import parse
+from dinocli.core.errors import DinoError
 
 
 class Metrics:

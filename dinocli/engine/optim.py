@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dinocli.config import Config
-from dinocli.distributed import in_shards, local, norms
+from dinocli.core.config import Config
+from dinocli.core.distributed import in_shards, local, norms
+from dinocli.core.errors import DinoError
 from dinocli.engine.method import ParamGroup
-from dinocli.errors import DinoError
 from dinocli.schedules import Clock, Rate, Schedule
 
 

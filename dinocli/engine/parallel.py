@@ -14,9 +14,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from dinocli.distributed import mean_over_processes, size
+from dinocli.core.distributed import mean_over_processes, size
+from dinocli.core.errors import DinoError
 from dinocli.engine.method import Method
-from dinocli.errors import DinoError
 
 Kind = Literal["ddp", "fsdp"]
 

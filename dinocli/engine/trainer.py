@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinocli.distributed import all_of, local, mean_over_processes, rank, size
+from dinocli.core.distributed import all_of, local, mean_over_processes, rank, size
 from dinocli.engine.method import Method
 from dinocli.engine.optim import OptimizerConfig, clip_gradients, drop_frozen, move, set_rates
 from dinocli.engine.parallel import Alone, Parallel

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage, Pixels
 from dinocli.data.named import read_photo
 from dinocli.encoder import Encoder, NotFinite
-from dinocli.errors import DinoError
 from dinocli.evals.foreground import KEEP, TAU, By, foreground
 
 PHOTOS, PATCHES = (1000, 65_536)  # limits for the PCA: 65,536 tokens of 1,536 numbers take 0.4 GB

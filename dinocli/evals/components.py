@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.mapped import Indices
+from dinocli.core.tensors import Indices
 
 Mask = NDArray[np.bool_]
 

@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dinocli.core.device import autocast
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import Indices
 from dinocli.data.augment import normalize
 from dinocli.data.decode import BadImage
 from dinocli.data.named import read_photo
 from dinocli.data.sources import image_folder
-from dinocli.device import autocast
 from dinocli.encoder import Encoder, finite_rows
-from dinocli.errors import DinoError
 from dinocli.evals.nearest import nearest
 from dinocli.evals.retrieval import average_precision
 from dinocli.evals.units import Floats, unit
-from dinocli.mapped import Indices
 
 ORIGINAL = "original"
 _STRONG = "strong"

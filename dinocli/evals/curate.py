@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import faiss
 import numpy as np
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import Indices, Values
 from dinocli.evals.equal import found_in
 from dinocli.evals.nearest import nearest
 from dinocli.evals.units import Floats, unit
-from dinocli.mapped import Indices, Values
 
 _QUERIES = 8192  # queries per search
 _LEARN = 256  # training images per cluster

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dinocli.core.tensors import Indices, Values
 from dinocli.evals.components import Pieces
 from dinocli.evals.nearest import alike
 from dinocli.evals.units import Floats
-from dinocli.mapped import Indices, Values
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocli.core.tensors import Indices, Values
 from dinocli.evals.units import unit
-from dinocli.mapped import Indices, Values
 
 _BLOCK = 4096  # rows read at once
 # Steps per unit, for features of length 1. An image encoded in two batches differs by a relative 1e-7. One number of 30

@@ -13,12 +13,12 @@ import faiss
 import numpy as np
 from safetensors import SafetensorError
 
-from dinocli.atomic import atomic, atomic_folder, write_json, write_tensors
-from dinocli.checksums import crc_of_file, unseal, verified
+from dinocli.core.atomic import atomic, atomic_folder, write_json
+from dinocli.core.checksums import crc_of_file, unseal, verified
+from dinocli.core.tensors import Indices, Values, map_tensors, write_tensors
 from dinocli.evals.equal import first_nearly_equal
 from dinocli.evals.nearest import bounded, nearest
 from dinocli.evals.units import Floats, unit
-from dinocli.mapped import Indices, Values, map_tensors
 
 Kind = Literal["exact", "ivf", "hnsw"]
 

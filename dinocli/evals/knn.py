@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.evals.accuracy import hits_among
 from dinocli.evals.nearest import nearest
 from dinocli.features import Features

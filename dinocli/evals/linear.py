@@ -11,17 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import Values
 from dinocli.data.crops import ViewConfig, ViewsConfig
 from dinocli.data.loader import TrainBatches
 from dinocli.data.sources import Images
 from dinocli.encoder import Encoder, TokenChoice, finite_rows
 from dinocli.engine import trainer as engine
-from dinocli.errors import DinoError
 from dinocli.evals.accuracy import hits_among
 from dinocli.evals.probes import Probes, scores_of, trainer
 from dinocli.evals.units import Floats
 from dinocli.features import Features
-from dinocli.mapped import Values
 from dinocli.schedules import Clock, Cosine, CosineByEpoch
 
 # Thirteen rates for a batch of 256, as DINOv2's probe sweeps: the scale of features varies beyond any single rate.

@@ -9,9 +9,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocli.core.tensors import Indices, Values
 from dinocli.evals.equal import first_equal
 from dinocli.evals.units import Floats, unit
-from dinocli.mapped import Indices, Values
 
 _BLOCK_BYTES = 8 * 2**20  # of float32 features searched at once; blocks that fit in the cache are twice as fast
 _TILE = 4096  # side of a square of cosines computed at once: 64 MB

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinocli.atomic import draft_folder
+from dinocli.core.atomic import draft_folder
 from dinocli.data.decode import Pixels
 from dinocli.data.labels import IGNORED
 from dinocli.data.pairs import Pairs

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import Indices
 from dinocli.data.augment import normalize
 from dinocli.data.decode import BadImage
 from dinocli.data.named import read_photo
 from dinocli.encoder import Encoder, finite_rows
-from dinocli.errors import DinoError
 from dinocli.evals.units import Floats, unit
-from dinocli.mapped import Indices
 
 Level = Literal["easy", "medium", "hard"]
 LEVELS: tuple[Level, ...] = ("easy", "medium", "hard")

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dinocli.atomic import write_tensors
+from dinocli.core.errors import DinoError
+from dinocli.core.tensors import map_tensors, write_tensors
 from dinocli.data.decode import Pixels
 from dinocli.data.labels import IGNORED
 from dinocli.data.pairs import LabelledSet, Pairs
@@ -21,9 +22,7 @@ from dinocli.encoder import Encoder, NotFinite
 from dinocli.engine import trainer as engine
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import AdamWConfig
-from dinocli.errors import DinoError
 from dinocli.evals.patches import StoredPatches, store_patches
-from dinocli.mapped import map_tensors
 from dinocli.schedules import Clock, Constant, Cosine
 
 _AT_ONCE = 2**25  # most logits held at photo resolution

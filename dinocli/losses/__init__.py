@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from dinocli.config import Config
+from dinocli.core.config import Config
 from dinocli.losses.dino import DinoLossConfig
 from dinocli.losses.ibot import IbotLossConfig
 from dinocli.losses.koleo import KoleoLossConfig

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
-from dinocli.precision import exactly
+from dinocli.core.device import exactly
 
 
 class Chunk(NamedTuple):

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dinocli.config import Config
+from dinocli.core.config import Config
+from dinocli.core.distributed import mean_over_processes
 from dinocli.data.masking import Masks
-from dinocli.distributed import mean_over_processes
 from dinocli.losses.cross_entropy import Chunk, cross_entropy, entropy
 from dinocli.losses.targets import TargetsConfig
 from dinocli.models.network import Encoding, Reads

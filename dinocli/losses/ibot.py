@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dinocli.config import Config
+from dinocli.core.config import Config
+from dinocli.core.device import exactly
+from dinocli.core.distributed import mean_over_processes
 from dinocli.data.masking import Masks
-from dinocli.distributed import mean_over_processes
 from dinocli.losses.cross_entropy import Chunk, cross_entropy, entropy
 from dinocli.losses.targets import TargetsConfig
 from dinocli.models.network import Encoding, Reads
-from dinocli.precision import exactly
 from dinocli.schedules import Clock
 
 

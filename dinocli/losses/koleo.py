@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dinocli.config import Config
+from dinocli.core.config import Config
+from dinocli.core.device import exactly
+from dinocli.core.distributed import mean_over_processes
 from dinocli.data.masking import Masks
-from dinocli.distributed import mean_over_processes
 from dinocli.models.network import Encoding
-from dinocli.precision import exactly
 from dinocli.schedules import Clock
 
 

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dinocli.config import Config
-from dinocli.distributed import logsumexp_over_processes, mean_over_processes
+from dinocli.core.config import Config
+from dinocli.core.distributed import logsumexp_over_processes, mean_over_processes
 from dinocli.schedules import Clock, Schedule
 
 

@@ -8,8 +8,8 @@ import timm
 from pydantic import Field
 from torch import nn
 
-from dinocli.config import Config
-from dinocli.errors import DinoError, nearest
+from dinocli.core.config import Config
+from dinocli.core.errors import DinoError, nearest
 from dinocli.models.backbone import Backbone, RotaryBackbone, Transformer, adapt
 from dinocli.models.positions import Positions
 

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.models.block import BranchBlock, PlainBlock, Projection, RotaryBlock, attention_of, projected
 from dinocli.models.positions import Positions, Resampler
 from dinocli.models.rotary import Rotary

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from dinocli.config import Config
-from dinocli.errors import DinoError
+from dinocli.core.config import Config
+from dinocli.core.errors import DinoError
 
 
 class HeadConfig(Config):

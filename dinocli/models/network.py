@@ -11,8 +11,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from dinocli.distributed import whole
-from dinocli.errors import DinoError
+from dinocli.core.distributed import whole
+from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone, Hidden, ViTBackbone
 from dinocli.models.head import Head

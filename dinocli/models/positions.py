@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dinocli.precision import exactly
+from dinocli.core.device import exactly
 
 Positions = Literal["dino", "antialias"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dinocli.cli.options import output_place
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 import torch
 from conftest import write_images
 
+from dinocli.core.errors import DinoError
 from dinocli.data import cache as module
 from dinocli.data.cache import PixelCache
 from dinocli.data.crops import LowResolutionConfig, ViewConfig, ViewsConfig
 from dinocli.data.loader import TrainBatches
 from dinocli.data.sources import open_source
-from dinocli.errors import DinoError
 
 VIEW = ViewConfig(size=16, scale=(0.25, 1.0))
 

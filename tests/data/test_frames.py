@@ -10,9 +10,9 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage, decode
 from dinocli.data.frames import Frames, is_video, open_frames
-from dinocli.errors import DinoError
 
 GREYS = [20, 90, 160, 230]
 

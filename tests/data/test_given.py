@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import decode
 from dinocli.data.given import given_images, given_pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.errors import DinoError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from dinocli.core.errors import DinoError
 from dinocli.data.images import ImagesConfig
-from dinocli.errors import DinoError
 
 
 def test_a_window_is_a_range() -> None:

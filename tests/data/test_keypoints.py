@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dinocli.core.errors import DinoError
 from dinocli.data.keypoints import landmarks, read_keypoints
-from dinocli.errors import DinoError
 
 A, B = Path("photos/a.jpg"), Path("b.jpg")
 SIZES = ((40, 80), (60, 60))

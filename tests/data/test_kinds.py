@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dinocli.core.errors import DinoError
 from dinocli.data.kinds import kind_of, not_beside, unread
 from dinocli.data.sources import image_folder
-from dinocli.errors import DinoError
 
 
 def test_a_kind_is_the_suffix_that_tells() -> None:

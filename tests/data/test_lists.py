@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dinocli.core.errors import DinoError
 from dinocli.data.lists import read_list
 from dinocli.data.sources import open_source
-from dinocli.errors import DinoError
 
 FILES = ("a/x.jpg", "a/y.jpg", "a/z w.jpg")
 BOTH = [("a/x.jpg", "cat"), ("a/y.jpg", "dog")]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import write_images
 
+from dinocli.core.errors import DinoError
 from dinocli.data import ring
 from dinocli.data.crops import JitterConfig, LowResolutionConfig, ViewConfig, ViewsConfig
 from dinocli.data.fill import Cutter, resize_for
@@ -14,7 +15,6 @@ from dinocli.data.images import DEFAULTS
 from dinocli.data.loader import ALONE, Batch, Share, TrainBatches, plain_batches
 from dinocli.data.masking import MaskConfig, Masks, hidden_counts
 from dinocli.data.sources import open_images, open_source
-from dinocli.errors import DinoError
 from dinocli.packing import pack
 
 CPU = torch.device("cpu")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinocli.config import Config
+from dinocli.core.config import Config
+from dinocli.core.errors import DinoError
 from dinocli.data.masking import (
     Grid,
     MaskConfig,
@@ -19,7 +20,6 @@ from dinocli.data.masking import (
     hidden_counts,
     hidden_in_all,
 )
-from dinocli.errors import DinoError
 
 MASK = MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=4, aspect=(0.3, 1 / 0.3))
 

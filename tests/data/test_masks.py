@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage
 from dinocli.data.masks import Masks, read_index, read_object, with_masks
-from dinocli.errors import DinoError
 
 
 def save(path: Path, values: list[list[int]], mode: str = "L") -> Path:

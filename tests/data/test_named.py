@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from conftest import write_images
 
+from dinocli.core.errors import DinoError
 from dinocli.data.decode import BadImage
 from dinocli.data.images import DEFAULTS
 from dinocli.data.named import named_photos, read_photo, spare
-from dinocli.errors import DinoError
 
 
 def test_files_and_folders_get_names_that_differ(tmp_path: Path) -> None:

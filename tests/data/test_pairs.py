@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS
 from dinocli.data.pairs import labelled_set
-from dinocli.errors import DinoError
 
 
 def write(folder: Path, names: list[str], values: tuple[int, ...] = (0, 1), inside: str = "") -> None:

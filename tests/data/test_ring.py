@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import held
 from dinocli.data import ring
 from dinocli.data.ring import Field, Ring, Task, chunk_size, turns
-from dinocli.errors import DinoError
-from dinocli.runs import held
 
 FIELDS = {"keys": Field((10,), torch.int64), "worker": Field((10,), torch.int64)}
 
@@ -193,7 +193,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 import test_ring
-from dinocli.runs import held
+from dinocli.core.runs import held
 with held(Path(sys.argv[1])):
     ring = test_ring.made(test_ring.Counting, 2)
     next(iter(ring))

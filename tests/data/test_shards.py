@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from dinocli.checksums import seal
+from dinocli.core.checksums import seal
+from dinocli.core.errors import DinoError
 from dinocli.data import samples, shards, sources, tar
 from dinocli.data.shards import SUFFIXES, Sample, is_shards, open_shards
-from dinocli.errors import DinoError
 
 
 def write_tar(path: Path, files: Iterable[tuple[str, bytes]], form: int = tarfile.GNU_FORMAT) -> Path:

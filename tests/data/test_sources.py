@@ -6,8 +6,8 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.data.sources import image_folder, open_images, open_source, splits
-from dinocli.errors import DinoError
 
 
 def test_class_folders_are_labels_and_depth_does_not_matter(tmp_path: Path) -> None:

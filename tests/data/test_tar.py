@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from dinocli.core.errors import DinoError
 from dinocli.data import shards
 from dinocli.data.shards import open_shards
 from dinocli.data.tar import LocalTar, PipedTar, Span, members
-from dinocli.errors import DinoError
 
 NAMES = ["a.jpg", "folder/" + "long" * 60 + "/ünï.png", "x" * 99 + ".cls", "empty.jpg"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dinocli.core.errors import DinoError
 from dinocli.engine.metrics import Metrics, Pace, TensorBoard
-from dinocli.errors import DinoError
 
 
 def test_every_line_is_json_even_of_a_loss_that_is_no_number(tmp_path) -> None:

@@ -7,15 +7,15 @@ from conftest import together
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dinocli.core.distributed import rank, size
+from dinocli.core.errors import DinoError
 from dinocli.data.loader import Batch
 from dinocli.data.masking import Masks
-from dinocli.distributed import rank, size
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import SGDConfig
 from dinocli.engine.parallel import Alone, Kind, SharedBatchNorm, parallel, share_batch_norm
 from dinocli.engine.trainer import Trainer
-from dinocli.errors import DinoError
 from dinocli.preset import load_preset
 from dinocli.schedules import Clock, Constant
 

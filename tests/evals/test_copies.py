@@ -8,8 +8,8 @@ import torch
 from conftest import write_images
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.encoder import Encoder
-from dinocli.errors import DinoError
 from dinocli.evals.copies import Whitening, copies, describe, generalized_mean, originals_of, score
 
 

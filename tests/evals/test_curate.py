@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.evals import curate as module
 from dinocli.evals.curate import assign, clusters, held, near_to, retrieve, sample, whole_groups
 from dinocli.evals.dedup import find_alike

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dinocli.core.tensors import Rows
 from dinocli.evals import equal as module
 from dinocli.evals.equal import first_equal, first_nearly_equal, found_in
-from dinocli.mapped import Rows
 
 
 def drawn(count: int, width: int = 8, seed: int = 0) -> np.ndarray:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from dinocli.core.errors import DinoError
 from dinocli.encoder import Encoder
-from dinocli.errors import DinoError
 from dinocli.evals import foreground as module
 from dinocli.evals.attention import attention_maps, keep_mass
 from dinocli.evals.components import components, largest_component

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from dinocli.checksums import unseal
+from dinocli.core.checksums import unseal
 from dinocli.evals import index as module
 from dinocli.evals.index import digest_of, kind_for, open_index
 from dinocli.evals.nearest import nearest

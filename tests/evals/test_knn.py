@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.evals.knn import knn, votes
 from dinocli.features import Features, Recipe, read_features
 from dinocli.storing import write_features

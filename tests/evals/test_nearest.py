@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dinocli.core.tensors import Rows
 from dinocli.evals import nearest as module
 from dinocli.evals.nearest import alike, bounded, nearest
 from dinocli.evals.units import unit
-from dinocli.mapped import Rows
 
 
 def drawn(count: int, width: int = 6, seed: int = 0) -> np.ndarray:

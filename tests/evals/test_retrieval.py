@@ -10,8 +10,8 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.encoder import Encoder
-from dinocli.errors import DinoError
 from dinocli.evals.retrieval import (
     GroundTruth,
     average_precision,

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dinocli.core.errors import DinoError
 from dinocli.data.sources import photos, splits
 from dinocli.encoder import Encoder
-from dinocli.errors import DinoError
 from dinocli.evals.index import About, Index
 from dinocli.evals.search import encode, same_encoder, search
 from dinocli.extraction import extract

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from dinocli.core.errors import DinoError
 from dinocli.data.pairs import LabelledSet, Pairs, labelled_set
 from dinocli.encoder import Encoder, NotFinite
-from dinocli.errors import DinoError
 from dinocli.evals import segmentation as module
 from dinocli.evals.segmentation import PatchClassifier, SegmentationHead, read_head, train_head, write_head
 

@@ -5,7 +5,7 @@ import torch
 from conftest import together
 from pydantic import TypeAdapter, ValidationError
 
-from dinocli.distributed import rank
+from dinocli.core.distributed import rank
 from dinocli.losses.targets import CenteringConfig, SinkhornKnopp, SinkhornKnoppConfig, TargetsConfig
 from dinocli.schedules import Clock, Constant
 

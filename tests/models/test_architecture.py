@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig, create_timm
 from dinocli.models.backbone import adapt
 

@@ -10,7 +10,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig, create_timm
 from dinocli.models.backbone import Hidden, RotaryBackbone, ViTBackbone, adapt
 

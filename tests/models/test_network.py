@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Hidden
 from dinocli.models.head import HeadConfig

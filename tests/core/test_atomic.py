@@ -14,10 +14,11 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from dinocli import atomic as module
-from dinocli.atomic import atomic, atomic_folder, write_json, write_tensors, write_text
-from dinocli.checksums import unseal
-from dinocli.drafts import sweep
+from dinocli.core import atomic as module
+from dinocli.core.atomic import atomic, atomic_folder, write_json, write_text
+from dinocli.core.checksums import unseal
+from dinocli.core.drafts import sweep
+from dinocli.core.tensors import write_tensors
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from dinocli.errors import DinoError, nearest
+from dinocli.core.errors import DinoError, nearest
 
 _DEEPEST = 32  # levels of nested tables and lists; a preset has about 6
 LARGEST = 3.4028234663852886e38  # of float32

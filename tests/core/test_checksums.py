@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dinocli import checksums
-from dinocli.checksums import crc_of, crc_of_file, parse, seal, unseal, verified
+from dinocli.core import checksums
+from dinocli.core.checksums import crc_of, crc_of_file, parse, seal, unseal, verified
 
 
 def test_what_is_sealed_reads_back_and_any_change_is_noticed() -> None:

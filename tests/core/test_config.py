@@ -5,8 +5,8 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from dinocli.config import Config
-from dinocli.errors import DinoError
+from dinocli.core.config import Config
+from dinocli.core.errors import DinoError
 
 
 class Red(Config):

@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from dinocli import device as device_module
-from dinocli.device import autocast, default_workers, has_bfloat16, peak_memory, pick_device, why_not_compiled
-from dinocli.errors import DinoError
+from dinocli.core import device as device_module
+from dinocli.core.device import autocast, default_workers, has_bfloat16, peak_memory, pick_device, why_not_compiled
+from dinocli.core.errors import DinoError
 
 
 def test_auto_is_something_that_is_there() -> None:
@@ -65,7 +65,7 @@ def test_what_a_step_frees_is_there_for_the_next_one() -> None:
     """Seen from outside, in processes of their own: their pages are not asked for again."""
     code = """
 import os, resource, torch
-from dinocli.device import keep_freed_memory
+from dinocli.core.device import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     held = [torch.zeros(2**20) for _ in range(64)]  # 256 MiB in pieces of four

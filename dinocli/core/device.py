@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 
-from dinocli.distributed import local_rank, local_size, size
-from dinocli.errors import DinoError
-from dinocli.resources import cores
+from dinocli.core.distributed import local_rank, local_size, size
+from dinocli.core.errors import DinoError
+from dinocli.core.resources import cores
+
+Precision = Literal["float32", "bfloat16"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -107,3 +110,10 @@ def peak_memory(device: torch.device) -> int:
     import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def exactly(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast, for values that must not be rounded."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()  # this device has no autocast

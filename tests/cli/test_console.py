@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from dinocli import console
+from dinocli.cli import console
 
 
 def test_tables_are_data_and_words_are_not(capsys: pytest.CaptureFixture[str]) -> None:

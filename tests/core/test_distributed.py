@@ -15,8 +15,7 @@ import torch
 from conftest import TOLERANCE, Original, assert_original, together, write_images
 from test_pretraining import SMALL
 
-from dinocli.data.sources import image_folder, open_source
-from dinocli.distributed import (
+from dinocli.core.distributed import (
     any_of,
     check_launch,
     from_first,
@@ -28,7 +27,8 @@ from dinocli.distributed import (
     started,
     unused_tasks,
 )
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
+from dinocli.data.sources import image_folder, open_source
 from dinocli.losses.dino import DinoLossConfig
 from dinocli.losses.targets import CenteringConfig
 from dinocli.models.network import Encoding
@@ -380,7 +380,7 @@ GRIEF = """
 import os, signal, sys
 from dinocli.cli import main
 from dinocli.engine.trainer import Trainer
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 step = Trainer.step
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dinocli.drafts import drafting
-from dinocli.errors import DinoError
-from dinocli.locks import Lock, lock
+from dinocli.core.drafts import drafting
+from dinocli.core.errors import DinoError
+from dinocli.core.locks import Lock, lock
 
 RUNS = Path("runs")
 CHECKPOINT = "ckpt.safetensors"

@@ -11,11 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dinocli.checksums import seal
-from dinocli.drafts import BEFORE, drafting, sweep
+from dinocli.core.checksums import seal
+from dinocli.core.drafts import BEFORE, drafting, sweep
 
 _FIRST = 1000  # entries of a folder to sweep, in less than a millisecond
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of Linux's renameat2
@@ -131,36 +128,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Mapping[str, Any], *, indent: int | None = None) -> None:
     """Write a JSON object atomically, with a checksum that `unseal` verifies."""
     write_text(path, json.dumps(seal(data), indent=indent))
-
-
-def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically; the same tensors and metadata give the same bytes.
-
-    Raises:
-        OSError: If the disk is full or the place is not writable.
-
-    Source: the format, https://github.com/huggingface/safetensors: length of the header, header, numbers.
-    """
-    # Not written by the library, which orders metadata differently each time.
-    plain = {name: np.asarray(values, order="C") for name, values in tensors.items()}
-    plain = {name: values.astype(values.dtype.newbyteorder("<"), copy=False) for name, values in plain.items()}
-    # Wide types first, so that every tensor starts at a multiple of its item size.
-    names = sorted(plain, key=lambda name: (-plain[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    end = 0
-    for name in names:
-        values, begin = plain[name], end
-        end += values.nbytes
-        header[name] = {"dtype": _dtype(values), "shape": values.shape, "data_offsets": (begin, end)}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic(path) as draft, draft.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            file.write(plain[name].data)
-
-
-def _dtype(values: NDArray[Any]) -> str:
-    """Return the format's name of a type: F32, I64, U8, BOOL."""
-    letters = {"f": "F", "i": "I", "u": "U"}
-    return "BOOL" if values.dtype.kind == "b" else f"{letters[values.dtype.kind]}{8 * values.itemsize}"

@@ -1,17 +1,29 @@
-"""Memory-mapped tensors, and the rows of several arrays as one."""
+"""Tensors on disk: safetensors files written whole or row by row, read through memory maps, and their fingerprints."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
-from dinocli.checksums import KEY, verified
+from dinocli.core.atomic import atomic
+from dinocli.core.checksums import KEY, crc_of, verified
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_KINDS = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
+_A_TENSOR = 256  # most bytes per tensor in the header
+_ALIGNED = 8
 
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1"}
 _CHECKED_BYTES = 4 * 2**20  # a block that fits into the processor's cache
@@ -152,3 +164,114 @@ class Texts(Sequence[str]):
 
 
 Values = NDArray[np.float32] | Rows  # both are indexed by rows in the same way, in memory or not
+
+
+class TensorStream:
+    """Writer of tensors row by row; the file is complete once `finish` has returned.
+
+    Rows of the first tensor are written in place. Rows of the others wait in unnamed files next to it, which vanish
+    with the process, and are appended at the end. The metadata gets a checksum of all numbers and of the header, which
+    `map_tensors` verifies.
+
+    Args:
+        path: Path of the file; use a draft, because the file is incomplete until `finish`.
+        names: Names of the tensors.
+        metadata: Metadata of the file.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str], metadata: dict[str, str]) -> None:
+        self._metadata = metadata
+        # The header comes first and holds every tensor's shape, but shapes are known only at the end. So it gets room
+        # in advance, padded with spaces, as the format allows.
+        self._room = len(json.dumps({"__metadata__": metadata})) + _A_TENSOR * (2 * len(names) + 1)
+        self._room += -self._room % _ALIGNED
+        self._file = path.open("wb")
+        self._file.write(b" " * (8 + self._room))
+        self._files: dict[str, BinaryIO] = {names[0]: self._file}
+        for name in names[1:]:
+            self._files[name] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115, closed by `close`
+        self._told: dict[str, dict[str, Any]] = {}
+        self._crc = 0  # of the numbers written in place
+
+    def append(self, name: str, rows: NDArray[Any]) -> None:
+        """Add rows of the same type and size as the earlier ones. [B, ...]"""
+        there = self._told.get(name, {"shape": [0]})["shape"][0]
+        self._told[name] = {"dtype": _KINDS[rows.dtype.name], "shape": [there + len(rows), *rows.shape[1:]]}
+        plain = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+        self._files[name].write(plain.data)
+        if self._files[name] is self._file and plain.size:
+            self._crc = zlib.crc32(plain.data.cast("B"), self._crc)
+
+    def finish(self) -> None:
+        """Append the other tensors, write the header, and sync the file to disk."""
+        header: dict[str, Any] = {"__metadata__": self._metadata}
+        end = 0
+        for name, file in self._files.items():
+            begin, end = end, end + file.tell() - (8 + self._room if file is self._file else 0)
+            if file is not self._file:
+                file.seek(0)
+                while piece := file.read(1 << 20):
+                    self._put(piece)
+            header[name] = self._told[name] | {"data_offsets": [begin, end]}
+            if rest := -end % _ALIGNED:  # the next tensor may be int64; the format allows no holes, so this has a name
+                self._put(b"\0" * rest)
+                header[f"padding of {name}"] = {"dtype": "U8", "shape": [rest], "data_offsets": [end, end + rest]}
+                end += rest
+        header["__metadata__"] = self._metadata | {KEY: f"{crc_of(header, self._crc):08x}"}
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + json.dumps(header).encode().ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _put(self, piece: bytes) -> None:
+        self._file.write(piece)
+        self._crc = zlib.crc32(piece, self._crc)
+
+    def close(self) -> None:
+        """Close the files, complete or not."""
+        for file in self._files.values():
+            file.close()
+
+
+def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically; the same tensors and metadata give the same bytes.
+
+    Raises:
+        OSError: If the disk is full or the place is not writable.
+
+    Source: the format, https://github.com/huggingface/safetensors: length of the header, header, numbers.
+    """
+    # Not written by the library, which orders metadata differently each time.
+    plain = {name: np.asarray(values, order="C") for name, values in tensors.items()}
+    plain = {name: values.astype(values.dtype.newbyteorder("<"), copy=False) for name, values in plain.items()}
+    # Wide types first, so that every tensor starts at a multiple of its item size.
+    names = sorted(plain, key=lambda name: (-plain[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for name in names:
+        values, begin = plain[name], end
+        end += values.nbytes
+        header[name] = {"dtype": _dtype(values), "shape": values.shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as draft, draft.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(plain[name].data)
+
+
+def _dtype(values: NDArray[Any]) -> str:
+    """Return the format's name of a type: F32, I64, U8, BOOL."""
+    letters = {"f": "F", "i": "I", "u": "U"}
+    return "BOOL" if values.dtype.kind == "b" else f"{letters[values.dtype.kind]}{8 * values.itemsize}"
+
+
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
+    """Return sixteen hexadecimal digits that differ between networks with different weights."""
+    import torch  # only here: features are read and compared without torch
+
+    digest = hashlib.sha256()
+    for key in sorted(weights):
+        digest.update(key.encode())
+        digest.update(weights[key].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

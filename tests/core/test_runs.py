@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dinocli.runs import link_newest, newest_run, next_folder
+from dinocli.core.runs import link_newest, newest_run, next_folder
 
 
 def test_folders_count_up_and_the_newest_is_the_one_written_last(

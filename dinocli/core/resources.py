@@ -6,6 +6,10 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path("/")
 
@@ -71,3 +75,15 @@ def read_words(path: Path) -> str:
         return path.read_text().strip()
     except OSError:
         return ""
+
+
+def memory_of(device: torch.device, root: Path = ROOT) -> tuple[int, int]:
+    """Return the available and total bytes of a device; on a CPU, of the process."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    if device.type == "mps":
+        total = torch.mps.recommended_max_memory()
+        return total - torch.mps.driver_allocated_memory(), total
+    return ram_of(root)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from dinocli.locks import lock
+from dinocli.core.locks import lock
 
 HOLD = """
 import multiprocessing, sys, time
 from pathlib import Path
-from dinocli.locks import lock
+from dinocli.core.locks import lock
 
 def worker(ready):
     ready.set()

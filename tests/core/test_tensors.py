@@ -7,8 +7,8 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from dinocli import mapped as module
-from dinocli.mapped import Rows, Texts, first_not_finite, map_tensors
+from dinocli.core import tensors as module
+from dinocli.core.tensors import Rows, Texts, first_not_finite, map_tensors
 
 
 def test_a_mapped_tensor_is_that_of_the_file_and_takes_no_memory(tmp_path: Path) -> None:

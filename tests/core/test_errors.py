@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from dinocli.errors import DinoError, nearest, visible
+from dinocli.core.errors import DinoError, nearest, visible
 
 
 def test_an_error_carries_its_hint() -> None:

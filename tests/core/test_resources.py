@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_machine import GB, root, write
 
-from dinocli import device, resources
+from dinocli.core import device, resources
 from dinocli.data.cache import PixelCache
 from dinocli.data.crops import ViewConfig
 

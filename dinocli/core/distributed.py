@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from dinocli.errors import DinoError
+from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from dinocli.locks import Lock, lock
+from dinocli.core.locks import Lock, lock
 
 BEFORE = ".dinocli-before"  # in a draft: the folder that it is about to replace
 _MARK = ".dinocli-mark"  # in a draft: identifies it as ours, and is locked while its writer lives

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from dinocli import drafts
-from dinocli.drafts import BEFORE, discard, drafting, sweep
+from dinocli.core import drafts
+from dinocli.core.drafts import BEFORE, discard, drafting, sweep
 
 # Writes a draft beside the path that it is given, says so, and waits to be killed.
 WRITE = """
 import os, sys, time
 from pathlib import Path
 os.getpid = lambda: 7  # as in a container, where every process may have the same number
-from dinocli.drafts import drafting
+from dinocli.core.drafts import drafting
 
 with drafting(Path(sys.argv[1])) as draft:
     draft.write_text("half")

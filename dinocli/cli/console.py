@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from dinocli.distributed import rank
-from dinocli.errors import visible
+from dinocli.core.distributed import rank
+from dinocli.core.errors import visible
 
 # soft_wrap keeps a path longer than the terminal in one piece, to copy it. Only rank 0 prints messages and data, but
 # any rank may print an error.

@@ -1,0 +1,1 @@
+"""Foundation of all rooms: errors, settings, files on disk, processes and devices."""
