@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from dinocli.data.loader import TrainBatches
-from dinocli.data.sources import open_images
+from dinocli.data.loader.train import TrainBatches
+from dinocli.data.sources.open import open_images
 from dinocli.preset import load_preset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dinocli.data.drawn import Drawing, draw, scene
-from dinocli.data.labels import LabelMap, write_labels
+from dinocli.data.sources.label_maps import LabelMap, write_labels
 
 WIDTH, HEIGHT, SIDE = 432, 240, 240
 PALETTE = bytes([0, 0, 0, 230, 60, 60, 50, 140, 240]) + bytes(759)

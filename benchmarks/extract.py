@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from dinocli.core.device import has_bfloat16, pick_device
-from dinocli.data.listing import Names
-from dinocli.data.sources import Images, open_images
+from dinocli.data.sources.listing import Names
+from dinocli.data.sources.open import Images, open_images
 from dinocli.encoder import Encoder, quick
 from dinocli.extraction import extract
 from dinocli.features import Recipe, read_features

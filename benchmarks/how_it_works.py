@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from matplotlib.patches import Rectangle
 
-from dinocli.data.crops import crop_boxes, crop_tries, cut, uniforms
 from dinocli.data.drawn import draw
-from dinocli.data.masking import blocks
+from dinocli.data.views.crops import crop_boxes, crop_tries, cut, uniforms
+from dinocli.data.views.masking import blocks
 from dinocli.losses.koleo import koleo_loss
 from dinocli.losses.targets import Centering, CenteringConfig, SinkhornKnopp, SinkhornKnoppConfig
 from dinocli.preset import load_preset

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dinocli.data.decode import BadImage, Pixels, decode
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.keypoints import landmarks, read_keypoints
 from dinocli.encoder import Encoder
 from dinocli.evals.match import PatchMap, match, mean_pck, normalized, pck

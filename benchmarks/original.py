@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dinocli.core.errors import DinoError
-from dinocli.data.loader import Batch
+from dinocli.data.loader.batch import Batch
 from dinocli.engine.optim import AdamWConfig
 from dinocli.models.architecture import create_timm
 from dinocli.models.head import HeadConfig

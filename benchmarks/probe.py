@@ -40,8 +40,8 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 from dinocli.core.device import default_workers
-from dinocli.data.listing import Names
-from dinocli.data.sources import Images, splits
+from dinocli.data.sources.listing import Names
+from dinocli.data.sources.open import Images, splits
 from dinocli.encoder import Encoder
 from dinocli.evals.linear import RATES, linear
 from dinocli.evals.probes import Probes, trainer

@@ -24,9 +24,9 @@ from rich.table import Table
 from ways import WAYS, build
 
 from dinocli.core.device import keep_freed_memory
-from dinocli.data.crops import ViewsConfig
-from dinocli.data.loader import TrainBatches
-from dinocli.data.sources import open_source
+from dinocli.data.loader.train import TrainBatches
+from dinocli.data.sources.open import open_source
+from dinocli.data.views.crops import ViewsConfig
 from dinocli.preset import load_preset
 
 LOW = "views.low_resolution={epochs=1, global_size=32, local_size=16}"

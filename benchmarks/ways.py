@@ -13,8 +13,9 @@ import torch
 from original import OriginalStep
 
 from dinocli.core.device import default_workers, keep_freed_memory
-from dinocli.data.loader import Batch, TrainBatches
-from dinocli.data.sources import open_source
+from dinocli.data.loader.batch import Batch
+from dinocli.data.loader.train import TrainBatches
+from dinocli.data.sources.open import open_source
 from dinocli.engine.trainer import Trainer
 from dinocli.preset import Preset, load_preset
 from dinocli.schedules import Clock

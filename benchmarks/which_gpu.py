@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dinocli import costs
-from dinocli.data.sources import open_source
+from dinocli.data.sources.open import open_source
 from dinocli.planning import Plan
 from dinocli.preset import load_preset
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from dinocli.costs import Estimate, to_fit
-from dinocli.data.cache import kept_side
-from dinocli.data.loader import BAD_SHARE
+from dinocli.data.loader.cache import kept_side
+from dinocli.data.loader.train import BAD_SHARE
 from dinocli.inspection import Inspection, window_text
 from dinocli.machine import Machine
 from dinocli.preset import Preset, load_preset

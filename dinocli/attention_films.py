@@ -16,8 +16,9 @@ from PIL import Image
 
 from dinocli.core.atomic import atomic
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import BadImage, Pixels, decode
-from dinocli.data.frames import Frames, pyav
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.sources.frames import Frames, pyav
 from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.attention import attention_maps, default_size
 from dinocli.film import shown, write_gif, write_mp4

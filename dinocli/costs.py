@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.core.device import autocast, has_bfloat16
 from dinocli.core.errors import DinoError
-from dinocli.data.crops import ViewsConfig
-from dinocli.data.loader import Batch
-from dinocli.data.masking import Masks, hidden_in_all
+from dinocli.data.loader.batch import Batch
+from dinocli.data.views.crops import ViewsConfig
+from dinocli.data.views.masking import Masks, hidden_in_all
 from dinocli.distillation import SelfDistillation
 from dinocli.planning import Plan, equal_parts
 

@@ -17,11 +17,12 @@ from dinocli.attention_pictures import draw as draw_attention
 from dinocli.core.atomic import write_json
 from dinocli.core.checksums import unseal
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import BadImage, decode
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage
 from dinocli.data.drawn import CLASSES, write_set
-from dinocli.data.loader import plain_batches
-from dinocli.data.outputs import is_fresh
-from dinocli.data.sources import Images, image_folder
+from dinocli.data.loader.plain import plain_batches
+from dinocli.data.sources.open import Images, image_folder
+from dinocli.data.sources.outputs import is_fresh
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard
 from dinocli.evals.knn import knn

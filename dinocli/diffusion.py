@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinocli.core.errors import DinoError
-from dinocli.data.crops import cut
-from dinocli.data.decode import Pixels
+from dinocli.data.decode.pixels import Pixels
+from dinocli.data.views.crops import cut
 
 LONG_SIDE = 960  # pixels, as in the paper
 STEP = 100  # of 1,000 noise steps, as in the paper

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinocli.core.distributed import local, mean_over_processes
-from dinocli.data.loader import Batch
+from dinocli.data.loader.batch import Batch
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.losses import LossesConfig
 from dinocli.models.architecture import AS_THE_HEADS, LearningConfig

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from dinocli.core.device import Precision, autocast, has_bfloat16
 from dinocli.core.errors import DinoError, nearest
-from dinocli.data.augment import normalize
-from dinocli.data.crops import cut
-from dinocli.data.decode import Pixels
-from dinocli.data.fill import Cutter
+from dinocli.data.decode.pixels import Pixels
 from dinocli.data.given import Given, given_images, unreadable
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.loader import ALONE, Plain, Share, plain_batches
-from dinocli.data.sources import Source
+from dinocli.data.loader.batch import ALONE, Share
+from dinocli.data.loader.fill import Cutter
+from dinocli.data.loader.plain import Plain, plain_batches
+from dinocli.data.sources.open import Source
+from dinocli.data.views.augment import normalize
+from dinocli.data.views.crops import cut
 from dinocli.models.backbone import Backbone, Facet, Tokens, Transformer
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]

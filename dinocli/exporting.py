@@ -19,7 +19,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import write_tensors
 from dinocli.core.version import __version__
-from dinocli.data.fill import resize_for
+from dinocli.data.views.crops import resize_for
 from dinocli.encoder import Encoder, TokenChoice, features_of, whole_patches
 from dinocli.loading import architecture_of, encoder_of, timm_folder
 from dinocli.models.architecture import BackboneConfig

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from dinocli.core.distributed import any_of, gathered, rank
 from dinocli.core.distributed import size as size_of_run
 from dinocli.core.errors import DinoError
-from dinocli.data.fill import Cutter
-from dinocli.data.loader import Plain, Share
-from dinocli.data.shards import UNNUMBERED
-from dinocli.data.sources import Source
+from dinocli.data.loader.batch import Share
+from dinocli.data.loader.fill import Cutter
+from dinocli.data.loader.plain import Plain
+from dinocli.data.sources.open import Source
+from dinocli.data.sources.shards import UNNUMBERED
 from dinocli.encoder import Encoder, TokenChoice, finite_rows
 from dinocli.evals.linear import augmented
 from dinocli.features import Recipe

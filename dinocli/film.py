@@ -13,8 +13,8 @@ from PIL import Image
 from PIL.GifImagePlugin import getdata
 
 from dinocli.core.atomic import atomic
-from dinocli.data.decode import Pixels
-from dinocli.data.frames import pyav
+from dinocli.data.decode.pixels import Pixels
+from dinocli.data.sources.frames import pyav
 from dinocli.picture import Panel, sheet
 
 SHOWN = 8  # frames in a strip

@@ -13,11 +13,12 @@ from PIL import Image
 from dinocli.core.atomic import write_text
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Rows
-from dinocli.data.decode import BadImage, Pixels, open_image, reduction
+from dinocli.data.decode.image import open_image, reduction
+from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.regular import Refused, read_file
-from dinocli.data.shards import Shards, read_sample
-from dinocli.data.sources import Source, TorchvisionImages, splits
+from dinocli.data.sources.open import Source, TorchvisionImages, splits
+from dinocli.data.sources.regular import Refused, read_file
+from dinocli.data.sources.shards import Shards, read_sample
 from dinocli.features import Features, Recipe, read_splits, same_maker
 
 

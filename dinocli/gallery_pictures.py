@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinocli.core.atomic import atomic
-from dinocli.data.decode import BadImage, Pixels
+from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.regular import read_file
+from dinocli.data.sources.regular import read_file
 from dinocli.evals.dedup import Group
 from dinocli.evals.search import Hits
 from dinocli.gallery import Gallery, small

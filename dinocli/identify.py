@@ -11,10 +11,10 @@ from typing import Literal
 
 from dinocli.core.checksums import parse
 from dinocli.core.runs import CHECKPOINT
-from dinocli.data.frames import is_video
-from dinocli.data.listing import ARRAY, SUFFIXES
-from dinocli.data.shards import is_shards
-from dinocli.data.sources import TORCHVISION
+from dinocli.data.sources.frames import is_video
+from dinocli.data.sources.listing import ARRAY, SUFFIXES
+from dinocli.data.sources.open import TORCHVISION
+from dinocli.data.sources.shards import is_shards
 from dinocli.features import INDEX
 
 Kind = Literal[

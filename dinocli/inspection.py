@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinocli.core.resources import cores
-from dinocli.data.contrast import Contrast, contrast, raw_range
-from dinocli.data.decode import BadImage, has_fast_jpeg, open_image, reduction
+from dinocli.data.decode.contrast import Contrast, contrast, raw_range
+from dinocli.data.decode.image import open_image, reduction
+from dinocli.data.decode.pixels import BadImage
+from dinocli.data.decode.torch_codecs import has_fast_jpeg
 from dinocli.data.images import DEFAULTS, ImagesConfig, Range
-from dinocli.data.regular import why_unread
-from dinocli.data.shards import Shards
-from dinocli.data.sources import Images, Source, TorchvisionImages
+from dinocli.data.sources.open import Images, Source, TorchvisionImages
+from dinocli.data.sources.regular import why_unread
+from dinocli.data.sources.shards import Shards
 from dinocli.twins import SIDE, Pair, is_flat, near_equal, thumbnail
 
 Read = Callable[[], "bytes | Image.Image | BadImage"]

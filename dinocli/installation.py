@@ -12,7 +12,8 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from dinocli.core.device import autocast
-from dinocli.data.decode import BadImage, decode
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage
 
 _KINDS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dinocli.core.resources import ROOT, cores, memory_of, ram_of, read_words
-from dinocli.data.decode import has_fast_jpeg
+from dinocli.data.decode.torch_codecs import has_fast_jpeg
 from dinocli.installation import faults_of, readable, version
 
 _LITTLE_DISK = 2e9  # bytes; a run of ViT-S/16 writes its weights, a new copy next to the old one, and a log

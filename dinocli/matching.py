@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dinocli.core.atomic import atomic
-from dinocli.data.decode import Pixels
+from dinocli.data.decode.pixels import Pixels
 from dinocli.diffusion import DIMS, LONG_SIDE, Diffusion
 from dinocli.encoder import Encoder, checked
 from dinocli.evals.attention import default_size

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from dinocli.core.errors import DinoError
-from dinocli.data.augment import normalize
-from dinocli.data.crops import ViewsConfig
-from dinocli.data.listing import Names
-from dinocli.data.loader import plain_batches
-from dinocli.data.sources import Images, TorchvisionImages, splits
+from dinocli.data.loader.plain import plain_batches
+from dinocli.data.sources.listing import Names
+from dinocli.data.sources.open import Images, TorchvisionImages, splits
+from dinocli.data.views.augment import normalize
+from dinocli.data.views.crops import ViewsConfig
 from dinocli.encoder import checked
 from dinocli.evals.knn import knn
 from dinocli.features import Features, Recipe, compared

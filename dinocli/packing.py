@@ -28,15 +28,16 @@ from dinocli.core.checksums import unseal
 from dinocli.core.drafts import sweep
 from dinocli.core.errors import DinoError
 from dinocli.core.resources import cores
-from dinocli.data.crops import shrink
-from dinocli.data.decode import BadImage, Pixels, decode
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.listing import ARRAY, SUFFIXES
-from dinocli.data.regular import why_unread
-from dinocli.data.shards import INDEX, open_shards
+from dinocli.data.sources.listing import ARRAY, SUFFIXES
+from dinocli.data.sources.regular import why_unread
+from dinocli.data.sources.shards import INDEX, open_shards
+from dinocli.data.views.crops import shrink
 
 if TYPE_CHECKING:
-    from dinocli.data.sources import Images
+    from dinocli.data.sources.open import Images
 
 SETTINGS = "pack.json"
 _AT_ONCE = 64  # images that may wait in memory

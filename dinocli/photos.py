@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from dinocli.core.atomic import atomic, write_text
-from dinocli.data.crops import resize_and_center
-from dinocli.data.decode import BadImage, Opened, Pixels, open_image, reduction
-from dinocli.data.fill import resize_for
-from dinocli.data.shards import Shards
-from dinocli.data.sources import Images, Source
+from dinocli.data.decode.image import Opened, open_image, reduction
+from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.sources.open import Images, Source
+from dinocli.data.sources.shards import Shards
+from dinocli.data.views.crops import resize_and_center, resize_for
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, default_size
 from dinocli.evals.spread import effective_rank, uniformity

@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from dinocli.data.decode import Pixels
+from dinocli.data.decode.pixels import Pixels
 
 _PAPER, _INK, _PALE = (255, 255, 255), (40, 40, 40), (200, 200, 200)
 _SIDE, _GAP, _LINE = 144, 6, 16  # pixels, in a contact sheet

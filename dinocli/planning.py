@@ -12,7 +12,7 @@ import torch
 
 from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import Source
+from dinocli.data.sources.open import Source
 from dinocli.distillation import SelfDistillation
 from dinocli.engine.parallel import Kind
 from dinocli.frozen_teacher import FrozenTeacher

@@ -14,8 +14,8 @@ from dinocli import shipped
 from dinocli.core.config import LARGEST, Config, change
 from dinocli.core.device import Precision
 from dinocli.core.errors import DinoError
-from dinocli.data.crops import ViewsConfig
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.views.crops import ViewsConfig
 from dinocli.distillation import SelfDistillation
 from dinocli.engine.optim import OptimizerConfig
 from dinocli.losses import LossesConfig

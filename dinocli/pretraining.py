@@ -18,8 +18,9 @@ from dinocli.core.device import autocast, keep_freed_memory
 from dinocli.core.distributed import any_of, from_first, gathered, rank, size
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, held
-from dinocli.data.loader import BadFiles, Share, TrainBatches
-from dinocli.data.shards import Shards
+from dinocli.data.loader.batch import BadFiles, Share
+from dinocli.data.loader.train import TrainBatches
+from dinocli.data.sources.shards import Shards
 from dinocli.distillation import SelfDistillation
 from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from dinocli.core.atomic import atomic
-from dinocli.data.decode import BadImage, Pixels
-from dinocli.data.named import read_photo
+from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.sources.photos import read_photo
 from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.attention import enlarge
 from dinocli.evals.colors import Colors

@@ -28,9 +28,9 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import write_tensors
 from dinocli.core.version import __version__
-from dinocli.data.shards import Shards
-from dinocli.data.sources import Source, TorchvisionImages
-from dinocli.data.tar import PIPE
+from dinocli.data.sources.open import Source, TorchvisionImages
+from dinocli.data.sources.shards import Shards
+from dinocli.data.sources.tar import PIPE
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.trainer import Trainer
 from dinocli.models.network import Network

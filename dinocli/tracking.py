@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import BadImage, Pixels, decode
-from dinocli.data.frames import Frame, Frames, open_frames
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import ImagesConfig
-from dinocli.data.labels import LabelMap, Labels, read_labels, write_labels
+from dinocli.data.sources.frames import Frame, Frames, open_frames
+from dinocli.data.sources.label_maps import LabelMap, Labels, read_labels, write_labels
 from dinocli.encoder import Encoder
 from dinocli.evals.davis import VideoScore, frame_scores, video_score
 from dinocli.evals.track import Looking, Rule, one_hot, track

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinocli.data.decode import Pixels
+from dinocli.data.decode.pixels import Pixels
 
 SIDE = 8  # pixels of a thumbnail
 # Thumbnails with a cosine above this are near-equal. Measured on 9,469 photos of Imagenette and 10,000 images of

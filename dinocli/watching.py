@@ -16,7 +16,7 @@ from dinocli.core.atomic import write_text
 from dinocli.core.device import peak_memory
 from dinocli.core.distributed import any_of, from_first, gathered, rank, size
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import Images
+from dinocli.data.sources.open import Images
 from dinocli.distillation import SelfDistillation
 from dinocli.encoder import NotFinite
 from dinocli.engine.checkpoint import state_of

@@ -20,7 +20,7 @@ from timm.layers import SwiGLU
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from dinocli.data.sources import open_source
+from dinocli.data.sources.open import open_source
 from dinocli.planning import Plan
 from dinocli.preset import load_preset
 from dinocli.pretraining import Run, pretrain

@@ -19,9 +19,10 @@ import torch
 from features_in_python import draw
 from torch import Tensor, nn
 
-from dinocli.data.loader import Batch, TrainBatches
-from dinocli.data.masking import Masks
-from dinocli.data.sources import open_source
+from dinocli.data.loader.batch import Batch
+from dinocli.data.loader.train import TrainBatches
+from dinocli.data.sources.open import open_source
+from dinocli.data.views.masking import Masks
 from dinocli.engine.trainer import Trainer
 from dinocli.models.network import Encoding
 from dinocli.preset import Preset, load_preset

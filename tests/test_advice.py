@@ -300,7 +300,7 @@ COMMANDS = [
 )
 def test_each_command_can_be_typed(machine: Machine, facts: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
     from dinocli.cli import main
-    from dinocli.data import sources
+    from dinocli.data.sources import open as sources
 
     command = advise(machine, facts, cost).command
     assert command

@@ -12,8 +12,8 @@ from PIL import Image
 from dinocli import attention_films as module
 from dinocli.attention_films import film
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import decode
-from dinocli.data.frames import Frames, open_frames
+from dinocli.data.decode.image import decode
+from dinocli.data.sources.frames import Frames, open_frames
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps
 from dinocli.picture import heat

@@ -10,7 +10,7 @@ from test_pretraining import SMALL
 
 from dinocli.collapse import Collapse, CollapseWatch
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import image_folder
+from dinocli.data.sources.open import image_folder
 from dinocli.planning import Plan
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinocli.core.device import autocast
-from dinocli.data.loader import Batch
+from dinocli.data.loader.batch import Batch
 from dinocli.engine.trainer import Trainer
 from dinocli.preset import load_preset
 from dinocli.schedules import Clock

@@ -10,8 +10,8 @@ from conftest import peak_of, write_images
 from dinocli.core.device import autocast
 from dinocli.core.errors import DinoError
 from dinocli.costs import Estimate, estimate, to_fit
-from dinocli.data.loader import Batch
-from dinocli.data.sources import image_folder
+from dinocli.data.loader.batch import Batch
+from dinocli.data.sources.open import image_folder
 from dinocli.engine.trainer import Trainer
 from dinocli.planning import Plan
 from dinocli.preset import load_preset

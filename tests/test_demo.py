@@ -11,7 +11,7 @@ import torch
 
 from dinocli.core.atomic import write_json
 from dinocli.core.errors import DinoError
-from dinocli.data.outputs import marked
+from dinocli.data.sources.outputs import marked
 from dinocli.demo import DemoResult, demo
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from conftest import PRECISIONS, Original, assert_original
 from timm.models.vision_transformer import VisionTransformer
 
-from dinocli.data.loader import Batch
-from dinocli.data.masking import Masks, blocks, deal
+from dinocli.data.loader.batch import Batch
+from dinocli.data.views.masking import Masks, blocks, deal
 from dinocli.distillation import SelfDistillation
 from dinocli.engine.optim import AdamWConfig, ClipEach, LinearRule
 from dinocli.engine.trainer import Trainer

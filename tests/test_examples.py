@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from dinocli.data.sources import open_source
+from dinocli.data.sources.open import open_source
 from dinocli.planning import Plan
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain

@@ -14,8 +14,8 @@ from dinocli import encoder as encoder_module
 from dinocli.core import device as device_module
 from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
-from dinocli.data.crops import crop_boxes, crop_tries, cut, draws, uniforms
-from dinocli.data.sources import image_folder, open_source, photos
+from dinocli.data.sources.open import image_folder, open_source, photos
+from dinocli.data.views.crops import crop_boxes, crop_tries, cut, draws, uniforms
 from dinocli.encoder import Encoder, quick
 from dinocli.evals.linear import augmented
 from dinocli.evals.search import encode

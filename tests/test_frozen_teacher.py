@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from test_pretraining import SMALL
 
 from dinocli.core.errors import DinoError
-from dinocli.data.loader import Batch
-from dinocli.data.sources import image_folder
+from dinocli.data.loader.batch import Batch
+from dinocli.data.sources.open import image_folder
 from dinocli.distillation import SelfDistillation
 from dinocli.frozen_teacher import FrozenTeacher
 from dinocli.planning import Plan

@@ -11,8 +11,8 @@ from conftest import write_images
 from PIL import Image
 
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import BadImage
-from dinocli.data.sources import open_source
+from dinocli.data.decode.pixels import BadImage
+from dinocli.data.sources.open import open_source
 from dinocli.features import Recipe
 from dinocli.gallery import Gallery, belong_together, open_gallery, small, write_list
 from dinocli.storing import write_features

@@ -18,7 +18,7 @@ import dinocli
 from dinocli.attention_pictures import draw
 from dinocli.core.device import pick_device
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import image_folder
+from dinocli.data.sources.open import image_folder
 from dinocli.encoder import Encoder, quick
 from dinocli.extraction import extract
 from dinocli.loading import load_encoder

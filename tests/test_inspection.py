@@ -14,7 +14,7 @@ from PIL import Image
 from dinocli import inspection
 from dinocli.data.drawn import draw
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources import Images, TorchvisionImages, open_source
+from dinocli.data.sources.open import Images, TorchvisionImages, open_source
 from dinocli.inspection import inspect, warn_of
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from test_pretraining import SMALL
 
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import image_folder
+from dinocli.data.sources.open import image_folder
 from dinocli.evals.knn import knn
 from dinocli.extraction import extract
 from dinocli.features import read_features

@@ -16,10 +16,10 @@ from PIL import Image
 from dinocli import packing
 from dinocli.cli.pack import pack as command
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import decode
+from dinocli.data.decode.image import decode
 from dinocli.data.images import ImagesConfig
-from dinocli.data.shards import open_shards
-from dinocli.data.sources import image_folder
+from dinocli.data.sources.open import image_folder
+from dinocli.data.sources.shards import open_shards
 from dinocli.packing import Packed, pack
 
 
@@ -195,7 +195,7 @@ def test_measured_cold_is_said_only_if_all_was_forgotten(tmp_path: Path, images:
 
 
 def test_the_command(tmp_path: Path, images: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("dinocli.data.sources.open_images", lambda spec: listed(Path(spec)), raising=False)
+    monkeypatch.setattr("dinocli.data.sources.open.open_images", lambda spec: listed(Path(spec)), raising=False)
     (images / "a" / "0001.png").write_bytes(b"no image")
     out = tmp_path / "out"
     command(str(images), out, side=16, per_shard=6, name="train")

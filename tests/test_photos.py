@@ -15,9 +15,9 @@ from PIL import Image
 from test_pretraining import SMALL
 
 from dinocli import photos as module
-from dinocli.data.loader import TrainBatches
-from dinocli.data.shards import open_shards
-from dinocli.data.sources import Images, image_folder
+from dinocli.data.loader.train import TrainBatches
+from dinocli.data.sources.open import Images, image_folder
+from dinocli.data.sources.shards import open_shards
 from dinocli.encoder import NotFinite
 from dinocli.engine.trainer import Trainer
 from dinocli.evals.spread import effective_rank, uniformity

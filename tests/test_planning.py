@@ -11,7 +11,7 @@ from conftest import write_images
 
 from dinocli import shipped
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import image_folder
+from dinocli.data.sources.open import image_folder
 from dinocli.planning import Plan, cautions, check_schedules, short_stop, start_clock
 from dinocli.preset import load_preset
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from dinocli import pretraining
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import newest_run
-from dinocli.data.loader import Batch
-from dinocli.data.sources import image_folder
+from dinocli.data.loader.batch import Batch
+from dinocli.data.sources.open import image_folder
 from dinocli.distillation import Part, SelfDistillation
 from dinocli.engine.trainer import Trainer
 from dinocli.loading import load_encoder

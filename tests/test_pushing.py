@@ -16,7 +16,7 @@ from test_exporting import RESNET18, ROTARY, images, run
 import dinocli
 from dinocli import exporting
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import image_folder
+from dinocli.data.sources.open import image_folder
 from dinocli.exporting import export
 from dinocli.extraction import extract
 from dinocli.loading import load_encoder

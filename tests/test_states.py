@@ -22,7 +22,7 @@ from dinocli.core.checksums import seal
 from dinocli.core.drafts import drafting
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import held, next_folder, runs_of
-from dinocli.data.sources import image_folder, open_source
+from dinocli.data.sources.open import image_folder, open_source
 from dinocli.planning import Plan, Saving
 from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain

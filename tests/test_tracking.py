@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from dinocli.core.errors import DinoError
-from dinocli.data.frames import open_frames
-from dinocli.data.labels import LabelMap, read_labels, write_labels
+from dinocli.data.sources.frames import open_frames
+from dinocli.data.sources.label_maps import LabelMap, read_labels, write_labels
 from dinocli.encoder import Encoder
 from dinocli.evals.track import Looking, Rule
 from dinocli.tracking import first_mask, overlay, too_small, track_video

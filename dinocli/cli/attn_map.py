@@ -15,7 +15,7 @@ from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.attention_films import Form
-    from dinocli.data.frames import Frames
+    from dinocli.data.sources.frames import Frames
     from dinocli.encoder import Encoder
 
 
@@ -57,8 +57,8 @@ def attn_map(
     films, files = (_films(images), {}) if film else ({}, _photos(images))
 
     from dinocli.attention_films import ENDINGS
-    from dinocli.data.named import spare
-    from dinocli.data.outputs import marked
+    from dinocli.data.sources.outputs import marked
+    from dinocli.data.sources.photos import spare
 
     if film:
         made = [out / f"{name}{ENDINGS[film]}" for name in films]
@@ -131,7 +131,7 @@ def _draw_films(
 
 def _films(images: list[Path]) -> dict[str, Frames]:
     """Return films by name: one per folder or video, and one for all single files together."""
-    from dinocli.data.frames import Frames, is_video, open_frames
+    from dinocli.data.sources.frames import Frames, is_video, open_frames
 
     whole = [path for path in images if path.is_dir() or is_video(path)]
     files = [path for path in images if path not in whole]
@@ -151,8 +151,8 @@ def _films(images: list[Path]) -> dict[str, Frames]:
 
 def _photos(images: list[Path]) -> dict[Path, Path]:
     """Map each image file to the name of its picture below the output folder."""
-    from dinocli.data.frames import is_video
-    from dinocli.data.named import named_photos
+    from dinocli.data.sources.frames import is_video
+    from dinocli.data.sources.photos import named_photos
 
     if video := next((path for path in images if is_video(path)), None):
         raise DinoError(f"{video} is a video; expected photos", "add --film strip, gif or mp4")

@@ -43,7 +43,7 @@ def dedup(
 
     from dinocli.curves import write_histogram
     from dinocli.data.images import DEFAULTS
-    from dinocli.data.outputs import marked
+    from dinocli.data.sources.outputs import marked
     from dinocli.evals.dedup import choose, find_alike
     from dinocli.gallery import open_gallery
     from dinocli.gallery_pictures import draw_groups, page

@@ -26,7 +26,7 @@ def demo(
     The same command resumes a stopped demo.
     """
     out = output_place(out)
-    from dinocli.data.outputs import is_fresh, marked
+    from dinocli.data.sources.outputs import is_fresh, marked
 
     # Checked before torch is loaded, to fail at once.
     if not is_fresh(out) and not (out / "demo.json").exists():

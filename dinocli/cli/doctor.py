@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from dinocli.advice import Advised
     from dinocli.costs import Estimate
-    from dinocli.data.crops import ViewsConfig
-    from dinocli.data.sources import Source
+    from dinocli.data.sources.open import Source
+    from dinocli.data.views.crops import ViewsConfig
     from dinocli.inspection import Inspection, Spread
     from dinocli.machine import Machine
     from dinocli.preset import Preset
@@ -46,7 +46,7 @@ def doctor(
     """Check the machine and the images, and print the recommended command; change nothing."""
     source = None
     if images is not None:
-        from dinocli.data.sources import open_source
+        from dinocli.data.sources.open import open_source
 
         source = open_source(images)  # before torch is loaded, so that a wrong path fails at once
         console.notes(source.notes)

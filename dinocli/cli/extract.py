@@ -68,7 +68,7 @@ def extract(
     json: Json = False,
 ) -> None:
     """Extract features of images into one file per split, with labels, class names and paths."""
-    from dinocli.data.sources import splits
+    from dinocli.data.sources.open import splits
 
     out = output_place(out)
     data = paths[-1]
@@ -77,7 +77,7 @@ def extract(
 
     from dinocli.core.device import default_workers, pick_device
     from dinocli.core.distributed import rank
-    from dinocli.data.outputs import marked
+    from dinocli.data.sources.outputs import marked
     from dinocli.encoder import quick, whole_patches
     from dinocli.extraction import extract
     from dinocli.features import learned_from

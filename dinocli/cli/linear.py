@@ -65,7 +65,7 @@ def linear(
     from dinocli.core.device import default_workers, pick_device
 
     if paper:
-        from dinocli.data.sources import Images, splits
+        from dinocli.data.sources.open import Images, splits
         from dinocli.encoder import whole_patches
         from dinocli.evals.linear import linear_on_images
 

@@ -24,7 +24,7 @@ from dinocli.cli.places import photo_place
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
-    from dinocli.data.decode import Pixels
+    from dinocli.data.decode.pixels import Pixels
     from dinocli.encoder import Encoder
     from dinocli.evals.match import Matches, PatchMap, Pck
 
@@ -79,8 +79,8 @@ def match(
     picture = out / f"{a.stem}-{b.stem}.png"
     from dinocli.core.device import pick_device
     from dinocli.data.keypoints import read_keypoints
-    from dinocli.data.named import spare
-    from dinocli.data.outputs import marked
+    from dinocli.data.sources.outputs import marked
+    from dinocli.data.sources.photos import spare
     from dinocli.diffusion import load_diffusion
     from dinocli.evals.match import match as matched
     from dinocli.evals.match import near_enough, pck, spread_out
@@ -111,8 +111,8 @@ def match(
 
 
 def _read(path: Path, encoder: Encoder) -> Pixels:
-    from dinocli.data.decode import BadImage
-    from dinocli.data.named import read_photo
+    from dinocli.data.decode.pixels import BadImage
+    from dinocli.data.sources.photos import read_photo
 
     pixels = read_photo(path, encoder.images)
     if isinstance(pixels, BadImage):

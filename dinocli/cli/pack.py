@@ -41,7 +41,7 @@ def pack(
             f"--name {name} is a path; expected a plain name", f"--name {Path(name).name.lstrip('.') or 'images'}"
         )
     out = output_place(out, "OUT")
-    from dinocli.data.sources import open_images
+    from dinocli.data.sources.open import open_images
 
     source = open_images(images)
     console.notes(source.notes)

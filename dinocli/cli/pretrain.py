@@ -115,7 +115,7 @@ def pretrain(
     if gpus and not dry_run and _launch(gpus, device):
         return
 
-    from dinocli.data.sources import open_source
+    from dinocli.data.sources.open import open_source
 
     source = open_source(images)  # before torch is loaded, so that a wrong path or name fails at once
     console.notes(source.notes)

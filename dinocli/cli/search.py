@@ -93,9 +93,9 @@ def search(
     out = output_place(out, file="search.png")
     folder = features_or_newest(features)
 
-    from dinocli.data.named import spare
-    from dinocli.data.outputs import marked
-    from dinocli.data.sources import photos
+    from dinocli.data.sources.open import photos
+    from dinocli.data.sources.outputs import marked
+    from dinocli.data.sources.photos import spare
     from dinocli.encoder import quick
     from dinocli.evals.search import encode, same_encoder, search
     from dinocli.gallery import open_gallery

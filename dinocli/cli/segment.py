@@ -72,7 +72,7 @@ def segment(
     made: list[Path] = []
     out = output_place(out)
     if not train:
-        from dinocli.data.named import named_photos, spare
+        from dinocli.data.sources.photos import named_photos, spare
 
         files = named_photos(images or [])
         if pca:
@@ -91,7 +91,7 @@ def segment(
         _evaluate(encoder, files, evaluate, [by] if by else _ways(encoder), side, keep, tau, json=json)
         return
 
-    from dinocli.data.outputs import marked
+    from dinocli.data.sources.outputs import marked
 
     with marked(out, "segment", made):
         if train:

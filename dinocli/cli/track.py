@@ -52,9 +52,9 @@ def track(
     out = output_place(out)
     if any(given and given.resolve() == (out / "masks").resolve() for given in (frames, mask.parent, evaluate)):
         raise DinoError(f"{out / 'masks'} holds an input that would be overwritten", "name another folder with --out")
-    from dinocli.data.frames import open_frames
-    from dinocli.data.named import spare
-    from dinocli.data.outputs import marked
+    from dinocli.data.sources.frames import open_frames
+    from dinocli.data.sources.outputs import marked
+    from dinocli.data.sources.photos import spare
     from dinocli.evals.track import Looking, Rule
     from dinocli.tracking import first_mask, too_small, track_video
 

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from PIL.Image import Image
 
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import BadImage, Pixels, decode
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.listing import Names
-from dinocli.data.regular import read_file
-from dinocli.data.sources import Images
+from dinocli.data.sources.listing import Names
+from dinocli.data.sources.open import Images
+from dinocli.data.sources.regular import read_file
 
 Given = str | os.PathLike[str] | Image | NDArray[Any]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.decode import BadImage
-from dinocli.data.labels import read_labels
-from dinocli.data.mask_values import read_values
-from dinocli.data.sources import image_folder
+from dinocli.data.decode.mask_values import read_values
+from dinocli.data.decode.pixels import BadImage
+from dinocli.data.sources.label_maps import read_labels
+from dinocli.data.sources.open import image_folder
 
 _CLASSES = 256  # maximum per mask, which may have soft edges or a number for each of many classes
 

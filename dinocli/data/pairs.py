@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import BadImage, Pixels
+from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import ImagesConfig
-from dinocli.data.labels import IGNORED
 from dinocli.data.masks import Masks, read_index, with_masks
-from dinocli.data.named import named_photos, read_photo
+from dinocli.data.sources.label_maps import IGNORED
+from dinocli.data.sources.photos import named_photos, read_photo
 
 IMAGES, MASKS, NAMES = "images", "masks", "classes.txt"
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.decode import Pixels
+from dinocli.data.decode.pixels import Pixels
 from dinocli.encoder import Encoder
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import BadImage, Pixels
-from dinocli.data.named import read_photo
+from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.sources.photos import read_photo
 from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.foreground import KEEP, TAU, By, foreground
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from dinocli.core.device import autocast
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Indices
-from dinocli.data.augment import normalize
-from dinocli.data.decode import BadImage
-from dinocli.data.named import read_photo
-from dinocli.data.sources import image_folder
+from dinocli.data.decode.pixels import BadImage
+from dinocli.data.sources.open import image_folder
+from dinocli.data.sources.photos import read_photo
+from dinocli.data.views.augment import normalize
 from dinocli.encoder import Encoder, finite_rows
 from dinocli.evals.nearest import nearest
 from dinocli.evals.retrieval import average_precision

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.labels import LabelMap, Labels
+from dinocli.data.sources.label_maps import LabelMap, Labels
 from dinocli.evals.attention import jaccard
 
 Mask = NDArray[np.bool_]

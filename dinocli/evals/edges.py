@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinocli.data.decode import Pixels
+from dinocli.data.decode.pixels import Pixels
 from dinocli.evals.attention import enlarge
 from dinocli.evals.components import largest_component
 

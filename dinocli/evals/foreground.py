@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dinocli.data.decode import Pixels
+from dinocli.data.decode.pixels import Pixels
 from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, keep_mass
 from dinocli.evals.components import component_at, largest_component

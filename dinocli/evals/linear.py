@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Values
-from dinocli.data.crops import ViewConfig, ViewsConfig
-from dinocli.data.loader import TrainBatches
-from dinocli.data.sources import Images
+from dinocli.data.loader.train import TrainBatches
+from dinocli.data.sources.open import Images
+from dinocli.data.views.crops import ViewConfig, ViewsConfig
 from dinocli.encoder import Encoder, TokenChoice, finite_rows
 from dinocli.engine import trainer as engine
 from dinocli.evals.accuracy import hits_among

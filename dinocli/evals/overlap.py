@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.decode import BadImage
+from dinocli.data.decode.pixels import BadImage
 from dinocli.data.masks import read_object
-from dinocli.data.named import read_photo
+from dinocli.data.sources.photos import read_photo
 from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.attention import jaccard
 from dinocli.evals.edges import refine

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from dinocli.core.atomic import draft_folder
-from dinocli.data.decode import Pixels
-from dinocli.data.labels import IGNORED
+from dinocli.data.decode.pixels import Pixels
 from dinocli.data.pairs import Pairs
+from dinocli.data.sources.label_maps import IGNORED
 from dinocli.encoder import Encoder, NotFinite
 
 _LARGEST = 65504  # of float16

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Indices
-from dinocli.data.augment import normalize
-from dinocli.data.decode import BadImage
-from dinocli.data.named import read_photo
+from dinocli.data.decode.pixels import BadImage
+from dinocli.data.sources.photos import read_photo
+from dinocli.data.views.augment import normalize
 from dinocli.encoder import Encoder, finite_rows
 from dinocli.evals.units import Floats, unit
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import Source
+from dinocli.data.sources.open import Source
 from dinocli.encoder import Encoder, finite_rows
 from dinocli.evals.index import Index
 from dinocli.evals.units import Floats

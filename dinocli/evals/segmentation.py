@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import map_tensors, write_tensors
-from dinocli.data.decode import Pixels
-from dinocli.data.labels import IGNORED
+from dinocli.data.decode.pixels import Pixels
 from dinocli.data.pairs import LabelledSet, Pairs
+from dinocli.data.sources.label_maps import IGNORED
 from dinocli.encoder import Encoder, NotFinite
 from dinocli.engine import trainer as engine
 from dinocli.engine.method import Method, ParamGroup

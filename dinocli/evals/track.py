@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dinocli.data.decode import Pixels
-from dinocli.data.labels import Labels
+from dinocli.data.decode.pixels import Pixels
+from dinocli.data.sources.label_maps import Labels
 from dinocli.encoder import Encoder
 from dinocli.evals.units import normalized
 from dinocli.models.backbone import Facet

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dinocli.core.config import Config
 from dinocli.core.device import exactly
 from dinocli.core.distributed import mean_over_processes
-from dinocli.data.masking import Masks
+from dinocli.data.views.masking import Masks
 from dinocli.losses.cross_entropy import Chunk, cross_entropy, entropy
 from dinocli.losses.targets import TargetsConfig
 from dinocli.models.network import Encoding, Reads

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dinocli.core.config import Config
 from dinocli.core.device import exactly
 from dinocli.core.distributed import mean_over_processes
-from dinocli.data.masking import Masks
+from dinocli.data.views.masking import Masks
 from dinocli.models.network import Encoding
 from dinocli.schedules import Clock
 

@@ -28,7 +28,7 @@ from dinocli.core.distributed import (
     unused_tasks,
 )
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import image_folder, open_source
+from dinocli.data.sources.open import image_folder, open_source
 from dinocli.losses.dino import DinoLossConfig
 from dinocli.losses.targets import CenteringConfig
 from dinocli.models.network import Encoding

@@ -9,8 +9,8 @@ import torch
 from test_machine import GB, root, write
 
 from dinocli.core import device, resources
-from dinocli.data.cache import PixelCache
-from dinocli.data.crops import ViewConfig
+from dinocli.data.loader.cache import PixelCache
+from dinocli.data.views.crops import ViewConfig
 
 __all__ = ["root"]
 
@@ -25,5 +25,5 @@ def test_workers_and_the_cache_keep_to_a_containers_limits(root: Path, monkeypat
     assert resources.ram_of(root) == (GB, 2 * GB)
     monkeypatch.setattr(device, "cores", lambda: resources.cores(root))
     assert (device.default_workers(torch.device("cuda")), device.default_workers(torch.device("cpu"))) == (8, 2)
-    monkeypatch.setattr("dinocli.data.cache.ram_of", lambda: resources.ram_of(root))
+    monkeypatch.setattr("dinocli.data.loader.cache.ram_of", lambda: resources.ram_of(root))
     assert len(PixelCache(1, [ViewConfig(size=8, scale=(0.4, 1.0))], "ram")._memory) == GB // 2

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import decode
+from dinocli.data.decode.image import decode
 from dinocli.data.given import given_images, given_pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 

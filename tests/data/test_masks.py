@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dinocli.core.errors import DinoError
-from dinocli.data.decode import BadImage
+from dinocli.data.decode.pixels import BadImage
 from dinocli.data.masks import Masks, read_index, read_object, with_masks
 
 

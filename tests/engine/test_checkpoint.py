@@ -26,7 +26,7 @@ def trainer(seed: int, optimizer: str) -> Trainer:
 
 
 def batches(count: int) -> list:
-    from dinocli.data.loader import Batch
+    from dinocli.data.loader.batch import Batch
 
     generator = torch.Generator().manual_seed(1)
     return [Batch(torch.randn(2, 4, 3, 16, 16, generator=generator), None, torch.arange(4)) for _ in range(count)]

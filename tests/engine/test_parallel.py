@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from dinocli.core.distributed import rank, size
 from dinocli.core.errors import DinoError
-from dinocli.data.loader import Batch
-from dinocli.data.masking import Masks
+from dinocli.data.loader.batch import Batch
+from dinocli.data.views.masking import Masks
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import SGDConfig

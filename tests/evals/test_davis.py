@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dinocli.data.labels import LabelMap
+from dinocli.data.sources.label_maps import LabelMap
 from dinocli.evals.davis import boundary, boundary_f, frame_scores, video_score, widened
 
 

@@ -9,7 +9,7 @@ import torch
 from conftest import write_images
 
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import splits
+from dinocli.data.sources.open import splits
 from dinocli.encoder import Encoder
 from dinocli.evals.linear import RATES, linear, linear_on_images
 from dinocli.features import Features, Recipe

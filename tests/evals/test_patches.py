@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinocli.data.decode import decode
+from dinocli.data.decode.image import decode
 from dinocli.data.pairs import Pairs
 from dinocli.encoder import Encoder
 from dinocli.evals.patches import store_patches

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dinocli.core.errors import DinoError
-from dinocli.data.sources import photos, splits
+from dinocli.data.sources.open import photos, splits
 from dinocli.encoder import Encoder
 from dinocli.evals.index import About, Index
 from dinocli.evals.search import encode, same_encoder, search

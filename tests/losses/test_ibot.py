@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinocli.data.masking import Masks
+from dinocli.data.views.masking import Masks
 from dinocli.losses import ibot
 from dinocli.losses.dino import dino_loss
 from dinocli.losses.ibot import IbotLossConfig, ibot_loss

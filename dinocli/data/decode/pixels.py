@@ -1,0 +1,19 @@
+"""What decoding returns: pixels, or the reason why there are none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+UNKNOWN_FORMAT = "not an image: unknown format"
+NO_NUMBER = "damaged: none of its values is a number"
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """Reason why a file could not be read as an image: a category for counting, a colon, a few words."""
+
+    reason: str

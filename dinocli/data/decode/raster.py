@@ -1,0 +1,48 @@
+"""Headers of files whose raw values are read without Pillow, and the error that refuses one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocli.data.decode.bit_depth import Layout
+
+MISSING = "needs pip install 'dinocli[tiff]'"
+
+
+class UnfitArray(Exception):
+    """Error for an array that does not fit the images settings: a category for counting, a colon, a few words."""
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """Array file after reading only its header.
+
+    Attributes:
+        format: Pillow's name of the format, or `NPY`.
+        height: Height in pixels, as stored.
+        width: Width in pixels, as stored.
+        layout: Meaning of the bands.
+        read: Function that reads the values. [H, W, bands]
+        turn: EXIF orientation that is not applied yet.
+        pages: Number of pictures in the file. Only the first is read.
+    """
+
+    format: str
+    height: int
+    width: int
+    bands: int
+    dtype: np.dtype[Any]
+    layout: Layout
+    read: Callable[[], NDArray[Any]]
+    turn: int = 1
+    pages: int = 1
+
+
+def other_channels(came: str, wanted: int) -> str:
+    """Return the reason to refuse a file with another number of channels."""
+    return f"other channels: {came}, where images.channels is {wanted}"

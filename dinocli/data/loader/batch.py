@@ -1,0 +1,104 @@
+"""A batch, its place in shared memory, and the files that could not be read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dinocli.core.errors import DinoError
+from dinocli.data.loader import ring
+from dinocli.data.views.crops import ViewsConfig
+from dinocli.data.views.masking import Grid, Masks
+
+_WAITING_BYTES = 8 * 2**30
+_SLOTS = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Views of B images, ready for the networks.
+
+    Attributes:
+        global_crops: Global crops. [G, B, C, H, W]
+        local_crops: Local crops, or None without local views. [V-G, B, C, h, w]
+        rows: Index of each image in its source, on the host. [B]
+        masks: Masked patches of the student's global crops, or None without masking.
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor | None
+    rows: Tensor
+    masks: Masks | None = None
+
+    @property
+    def crops(self) -> list[Tensor]:
+        """All views, one group per resolution, global ones first."""
+        return [self.global_crops] if self.local_crops is None else [self.global_crops, self.local_crops]
+
+    def split(self, count: int) -> list[Batch]:
+        """Split the images into `count` batches of the same size, in order."""
+        if count == 1:
+            return [self]
+        globals_, rows = self.global_crops.chunk(count, 1), self.rows.chunk(count)
+        locals_ = [None] * count if self.local_crops is None else self.local_crops.chunk(count, 1)
+        masks = [None] * count if self.masks is None else self.masks.split(count)
+        return [Batch(*part) for part in zip(globals_, locals_, rows, masks, strict=True)]
+
+
+@dataclass
+class BadFiles:
+    """Files that cannot be read, with the reason; a file counts once, however often it is drawn."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """Return the counts by reason in one line, the most frequent first."""
+        counts = Counter(reason.split(":")[0] for reason in self.reasons.values()).most_common(4)
+        return ", ".join(f"{count} {reason}" for reason, count in counts)
+
+
+class Share(NamedTuple):
+    """Place of a process in its run: rank `rank` of `of` processes."""
+
+    rank: int
+    of: int
+
+
+ALONE = Share(0, 1)
+
+
+def view_fields(views: ViewsConfig, batch_size: int) -> ring.Fields:
+    """Return the arrays of a batch: crops with the channels last, as from decoders, and the draws per view."""
+    v, g, b, c = len(views.all), len(views.globals), batch_size, views.channels
+    large, small = views.global_1.size, views.local.size if views.local else 0
+    return {
+        "keys": ring.Field((b, 2), torch.int64),  # epoch and number of each image
+        "globals": ring.Field((g, b, large, large, c), torch.uint8),
+        "locals": ring.Field((v - g, b, small, small, c), torch.uint8),
+        "flip": ring.Field((v, b), torch.bool),
+        "factors": ring.Field((v, b, 4), torch.float32),
+        "order": ring.Field((v, b, 4), torch.uint8),
+        "gray": ring.Field((v, b), torch.bool),
+        "radius": ring.Field((v, b), torch.float32),
+        "solarize": ring.Field((v, b), torch.bool),
+    }
+
+
+def mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> ring.Fields:
+    """Return the arrays of masked patches: their positions, and their number per crop."""
+    if not views.mask:
+        return {}
+    if not grid:
+        raise DinoError("views.mask needs patches to mask; this backbone has none", "--set views.mask=none")
+    crops = (len(views.globals), batch_size)
+    return {"where": ring.Field((*crops, *grid), torch.bool), "counts": ring.Field(crops, torch.int64)}
+
+
+def slots_for(fields: ring.Fields) -> int:
+    """Return the number of waiting batches: a few, within the memory budget."""
+    batch_bytes = sum(torch.Size(f.shape).numel() * f.dtype.itemsize for f in fields.values())
+    return max(2, min(_SLOTS, _WAITING_BYTES // batch_bytes))

@@ -1,0 +1,279 @@
+"""Worker side of the loader: from files to crops in a slot."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinocli.core.errors import DinoError
+from dinocli.data.decode.image import decode, open_image, reduction
+from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.images import ImagesConfig
+from dinocli.data.loader.cache import PixelCache
+from dinocli.data.loader.ring import Task
+from dinocli.data.sources.open import Images
+from dinocli.data.sources.regular import why_unread
+from dinocli.data.sources.shards import Sample
+from dinocli.data.views.crops import (
+    Box,
+    Floats,
+    Tries,
+    ViewsConfig,
+    crop_boxes,
+    crop_tries,
+    cut_into,
+    draws,
+    resize_and_center,
+    resize_for,
+    uniforms,
+)
+from dinocli.data.views.masking import blocks, generator_of
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_REDRAWS = 20
+
+
+class Cutter:
+    """Cutter of views: decodes an image once and writes all its crops into a slot, at the slot's sizes."""
+
+    def __init__(self, views: ViewsConfig, seed: int, images: ImagesConfig) -> None:
+        self.views, self.seed, self.images = views, seed, images
+        self.scale = np.array([v.scale for v in views.all])
+        self.resamples = [v.resample for v in views.all]
+
+    def numbers(self, epoch: int, row: int) -> tuple[Floats, np.random.Generator]:
+        return uniforms(self.seed, epoch, row, len(self.scale))
+
+    def tries(self, numbers: Floats) -> list[list[Tries]]:
+        return crop_tries(numbers, self.scale)
+
+    def pixels(
+        self, data: bytes | Image, tries: list[Tries], places: list[Tensor]
+    ) -> tuple[Pixels, list[Box]] | BadImage:
+        """Return the pixels, and the boxes of all views; a large photo is decoded smaller if that enlarges no crop."""
+        opened = open_image(data, self.images)
+        if isinstance(opened, BadImage):
+            return opened
+        boxes = crop_boxes(tries, opened.height, opened.width)
+        reduce = 1
+        if opened.height * opened.width > self.images.reduce_above * 1e6:
+            room = (np.array(boxes)[:, 2:].min(1) / [place.shape[-1] for place in places]).min()
+            reduce = reduction(room)
+        pixels = opened.pixels(reduce)
+        if isinstance(pixels, BadImage):
+            return pixels
+        if pixels.shape[:2] != (opened.height, opened.width):
+            boxes = _place_on_grid(boxes, (opened.height, opened.width), pixels.shape[:2])
+        return pixels, boxes
+
+    def places(self, slot: dict[str, Tensor], task: Task) -> list[list[Tensor]]:
+        """Return the output tensors for the views of a chunk's images: V per image, each [1, C, H, W]."""
+        chunk = slice(task.first, task.first + task.images)
+        groups = [slot[name][:, chunk].permute(1, 0, 4, 2, 3).unsqueeze(2) for name in ("globals", "locals")]
+        return [[out for group in image for out in group.unbind()] for image in zip(*groups, strict=True)]
+
+    def place(self, places: list[Tensor], pixels: Pixels, boxes: list[Box]) -> None:
+        for out, box, resample in zip(places, boxes, self.resamples, strict=True):
+            cut_into(out, pixels, box, resample)
+
+    def cut_one(self, slot: dict[str, Tensor], task: Task, pixels: Pixels, number: int) -> None:
+        """Cut all views of a decoded image; they depend on its number and not on the pass."""
+        numbers, _ = self.numbers(0, number)
+        [tries], [places] = self.tries(numbers[None]), self.places(slot, task)
+        self.place(places, pixels, crop_boxes(tries, *pixels.shape[:2]))
+        self.draw(slot, task.first, numbers[None])
+
+    def draw(self, slot: dict[str, Tensor], first: int, numbers: Floats) -> None:
+        for name, values in draws(numbers, self.views.all)._asdict().items():
+            slot[name][:, first : first + len(numbers)] = values
+
+    def hide(self, slot: dict[str, Tensor], first: int, keys: Sequence[Sequence[int]]) -> None:
+        """Mask the number of patches that the slot states per global crop; `keys` are epoch and number per image."""
+        if not self.views.mask:
+            return
+        where, counts = slot["where"].numpy(), slot["counts"].numpy()
+        for b, (epoch, number) in enumerate(keys, first):
+            for g, count in enumerate(counts[:, b].tolist()):
+                where[g, b] = False
+                if count:
+                    generator = generator_of(self.seed, epoch, number, g)
+                    where[g, b] = blocks(self.views.mask, where.shape[2:], count, generator)
+
+
+def _place_on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ...]) -> list[Box]:
+    """Scale the boxes of an image to its smaller decoding."""
+    all_boxes, end = np.array(boxes), np.array(small[:2])
+    ratio = end / full
+    first = np.minimum(np.round(all_boxes[:, :2] * ratio).astype(np.int64), end - 1)
+    last = np.clip(np.round((all_boxes[:, :2] + all_boxes[:, 2:]) * ratio).astype(np.int64), first + 1, end)
+    return [(top, left, h, w) for top, left, h, w in np.concatenate([first, last - first], 1).tolist()]
+
+
+class ImageFiller:
+    """Filler from a source with random access."""
+
+    def __init__(self, cutter: Cutter, source: Images, cache: PixelCache | None = None) -> None:
+        self.cutter, self.source, self.cache = cutter, source, cache
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[tuple[str, str]]:
+        bad: list[tuple[str, str]] = []
+        keys = slot["keys"][task.first : task.first + task.images]
+        asked = keys.tolist()
+        drawn = [self.cutter.numbers(epoch, row) for epoch, row in asked]
+        numbers = np.stack([n for n, _ in drawn])
+        tries, places = self.cutter.tries(numbers), self.cutter.places(slot, task)
+        for b, (_, row) in enumerate(asked):
+            for redraw in range(_REDRAWS):
+                if redraw:
+                    row = int(drawn[b][1].integers(len(self.source)))
+                    keys[b, 1] = row
+                found = self._pixels(row, tries[b], places[b])
+                if not isinstance(found, BadImage):
+                    self.cutter.place(places[b], *found)
+                    break
+                bad.append((self.source.names[row], found.reason))
+            else:
+                raise _nothing_to_read(*bad[-1])
+        self.cutter.draw(slot, task.first, numbers)
+        self.cutter.hide(slot, task.first, asked)
+        return bad
+
+    def _pixels(self, row: int, tries: list[Tries], places: list[Tensor]) -> tuple[Pixels, list[Box]] | BadImage:
+        if self.cache is None:
+            data = _read(self.source, row, self.cutter.images)
+            return data if isinstance(data, BadImage) else self.cutter.pixels(data, tries, places)
+        pixels = self.cache.get(row)
+        if pixels is None:
+            data = _read(self.source, row, self.cutter.images)
+            found = data if isinstance(data, BadImage) else decode(data, self.cutter.images)
+            if isinstance(found, BadImage):
+                return found
+            pixels = self.cache.put(row, found)
+        return pixels, crop_boxes(tries, *pixels.shape[:2])
+
+
+class StreamFiller:
+    """Filler from a stream, in the order of the stream."""
+
+    def __init__(self, cutter: Cutter, stream: Iterator[Sample]) -> None:
+        self.cutter, self.stream = cutter, stream
+        self.ahead: deque[Sample] = deque()
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[tuple[str, str]]:
+        bad: list[tuple[str, str]] = []
+        drawn, asked = [], []
+        places = self.cutter.places(slot, task)
+        for b, place in enumerate(places, task.first):
+            sample = self.ahead.popleft() if self.ahead else next(self.stream)
+            asked.append((sample.epoch, sample.number))
+            numbers, _ = self.cutter.numbers(sample.epoch, sample.number)
+            [tries] = self.cutter.tries(numbers[None])
+            found = self._pixels(sample, tries, place)
+            # A later sample replaces a bad one and still keeps its own turn. So the stream stays in step with the
+            # batches, and a resumed run finds its place.
+            for further in range(_REDRAWS):
+                if not isinstance(found, BadImage):
+                    break
+                bad.append((sample.name, found.reason))
+                while len(self.ahead) <= further:
+                    self.ahead.append(next(self.stream))
+                sample = self.ahead[further]
+                found = self._pixels(sample, tries, place)
+            if isinstance(found, BadImage):
+                raise _nothing_to_read(sample.name, found.reason)
+            slot["keys"][b] = torch.tensor([sample.epoch, sample.number])
+            self.cutter.place(place, *found)
+            drawn.append(numbers)
+        self.cutter.draw(slot, task.first, np.stack(drawn))
+        self.cutter.hide(slot, task.first, asked)
+        return bad
+
+    def _pixels(self, sample: Sample, tries: list[Tries], places: list[Tensor]) -> tuple[Pixels, list[Box]] | BadImage:
+        return BadImage(sample.reason) if sample.reason else self.cutter.pixels(sample.data, tries, places)
+
+
+def _read(source: Images, row: int, images: ImagesConfig) -> bytes | Image | BadImage:
+    try:
+        return source.read(row, images)
+    except OSError as error:
+        return BadImage(why_unread(error))
+
+
+def _nothing_to_read(name: str, reason: str) -> DinoError:
+    return DinoError(
+        f"{_REDRAWS} images in a row cannot be read; the last is {name}: {reason}",
+        "check that file, and that this is a set of images",
+    )
+
+
+class Seen(NamedTuple):
+    """Report of a worker on an image: its place in the batch, name, label, and the reason if it is skipped."""
+
+    place: int
+    name: str
+    label: int
+    reason: str
+
+
+class PlainFiller:
+    """Filler with the evaluation view of each image and, given a cutter, with the views of a recipe.
+
+    Args:
+        source: Images, or a stream of them.
+        size: Side of the evaluation view, in pixels.
+        images: Decoding settings.
+        before: Function that counts the stream's images before a chunk, from its batch and first image.
+        cutter: Cutter of the additional views.
+    """
+
+    def __init__(
+        self,
+        source: Iterator[Sample] | Images,
+        size: int,
+        images: ImagesConfig,
+        before: Callable[[int, int], int] = lambda batch, first: 0,
+        cutter: Cutter | None = None,
+    ) -> None:
+        self.source, self.size, self.images, self.before, self.cutter = source, size, images, before, cutter
+        self._taken = 0
+
+    def _skip(self, task: Task) -> None:
+        """Skip the images that other processes fill."""
+        if not isinstance(self.source, Images):
+            passed = max(0, self.before(task.batch, task.first) - self._taken)
+            self._taken += passed + task.images
+            next(islice(self.source, passed, passed), None)
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[Seen]:
+        seen = []
+        self._skip(task)
+        for b in range(task.first, task.first + task.images):
+            if isinstance(self.source, Images):
+                row = task.batch * len(slot["images"]) + b
+                if row >= len(self.source):
+                    break
+                number, name, label = row, self.source.names[row], int(self.source.labels[row])
+                data: bytes | Image | BadImage = _read(self.source, row, self.images)
+            else:
+                sample = next(self.source, None)
+                if sample is None:
+                    break
+                number, name, label = sample.number, sample.name, sample.label
+                data = BadImage(sample.reason) if sample.reason else sample.data
+            pixels = data if isinstance(data, BadImage) else decode(data, self.images)
+            if isinstance(pixels, BadImage):
+                seen.append(Seen(b, name, label, pixels.reason))
+                continue
+            slot["images"][b] = resize_and_center(pixels, resize_for(self.size), self.size)
+            if self.cutter:
+                self.cutter.cut_one(slot, task._replace(first=b, images=1), pixels, number)
+            seen.append(Seen(b, name, label, ""))
+        return seen

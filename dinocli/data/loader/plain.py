@@ -1,0 +1,120 @@
+"""One pass over plain images, for everything but pretraining."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.loader import ring
+from dinocli.data.loader.batch import ALONE, Share, slots_for, view_fields
+from dinocli.data.loader.fill import Cutter, PlainFiller
+from dinocli.data.loader.ring import Ring
+from dinocli.data.sources.open import Images, Source
+from dinocli.data.sources.shards import Shards
+from dinocli.data.views.augment import augment, normalize
+from dinocli.data.views.crops import Draws
+
+
+def _plain_filler(
+    source: Source,
+    size: int,
+    images: ImagesConfig,
+    cutter: Cutter | None,
+    batch_size: int,
+    workers: int,
+    lane: int,
+    lanes: int,
+) -> PlainFiller:
+    if isinstance(source, Images):
+        return PlainFiller(source, size, images, cutter=cutter)
+    # Every process reads the whole stream, and skips the images in the batches of others.
+    before = partial(ring.turns_before, lane, workers, batch_size)
+    stream = source.stream(lane, lanes, max_megabytes=images.max_megabytes)
+    return PlainFiller(stream, size, images, before, cutter)
+
+
+class Plain(NamedTuple):
+    """Batch of images from one pass.
+
+    Attributes:
+        images: Normalized images. [B, C, size, size]
+        names: Name per image.
+        labels: Class index per image, -1 if unlabelled.
+        bad: Name and reason of each unreadable image; these are skipped.
+        views: Additional views per image, if requested. [V, B, C, size, size]
+    """
+
+    images: Tensor
+    names: list[str]
+    labels: list[int]
+    bad: list[tuple[str, str]]
+    views: Tensor | None = None
+
+
+def plain_batches(
+    source: Source,
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    images: ImagesConfig = DEFAULTS,
+    share: Share = ALONE,
+    cutter: Cutter | None = None,
+) -> Iterator[Plain]:
+    """Yield all images once, preprocessed for evaluation: resized, center-cropped, normalized.
+
+    They follow the order of the source or, from tar shards with several workers, the order of the workers' turns.
+    Several processes take the batches in turn. Each batch is the same as in a single process; it may be empty.
+
+    A cutter adds views of each image, all of one size. They depend on its seed and the image's number alone.
+    """
+    fields = {"images": ring.Field((batch_size, len(mean), size, size), torch.uint8)}
+    if cutter:
+        fields |= view_fields(cutter.views, batch_size)
+    filled = Ring(
+        [(0, fields)],
+        batch_size=batch_size,
+        make=partial(_plain_filler, source, size, images, cutter, batch_size, workers),
+        prepare=lambda slot, batch: None,
+        workers=workers,
+        slots=slots_for(fields),
+        start=share.rank,
+        stride=share.of,
+        bound=isinstance(source, Shards),
+        pin=device.type == "cuda",
+    )
+    there = [torch.tensor(values, device=device) for values in (mean, std)]
+    empty = 0
+    try:
+        for slot, arrays, told in filled:
+            seen = sorted(told)
+            good = [s for s in seen if not s.reason]
+            kept = [s.place for s in good]
+            pixels = arrays["images"][kept].to(device)
+            views = _views(arrays, kept, *there) if cutter and kept else None
+            filled.release(slot)
+            # One worker's stream may end before another's: the pass ends once every worker had an empty turn.
+            empty = 0 if seen else empty + 1
+            if empty > (workers if isinstance(source, Shards) else 0):
+                return
+            if seen or share.of > 1:
+                bad = [(s.name, s.reason) for s in seen if s.reason]
+                names, labels = [s.name for s in good], [s.label for s in good]
+                yield Plain(normalize(pixels.float() / 255, *there), names, labels, bad, views)
+    finally:
+        filled.close()
+
+
+def _views(arrays: dict[str, Tensor], kept: list[int], mean: Tensor, std: Tensor) -> Tensor:
+    """Return the views of some images of a slot, on the device of `mean` and `std`. [V, B, C, H, H]"""
+    crops = torch.cat([arrays[name][:, kept] for name in ("globals", "locals") if arrays[name].numel()])
+    drawn = Draws(*(arrays[name][:, kept] for name in Draws._fields))
+    return augment(crops.to(mean.device), drawn, mean, std)

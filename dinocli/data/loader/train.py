@@ -1,0 +1,246 @@
+"""Loader: endless batches of views for training, and one pass of plain images for everything else."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dinocli.core.errors import DinoError
+from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.loader import ring
+from dinocli.data.loader.batch import ALONE, BadFiles, Batch, Share, mask_fields, slots_for, view_fields
+from dinocli.data.loader.cache import PixelCache
+from dinocli.data.loader.fill import Cutter, ImageFiller, StreamFiller
+from dinocli.data.loader.ring import Filler, Ring
+from dinocli.data.sources.open import Images, Source
+from dinocli.data.sources.shards import Shards
+from dinocli.data.views.augment import augment
+from dinocli.data.views.crops import Draws, ViewsConfig
+from dinocli.data.views.masking import Grid, MaskConfig, Masks, deal
+
+BAD_SHARE = 0.05
+
+
+class TrainBatches:
+    """Endless batches whose order and views depend on the seed alone.
+
+    Each image appears once per epoch, in a new order every epoch; the last, incomplete batch is dropped. The views of
+    an image depend on the seed, the epoch and its number, but not on the number of processes or on where a run resumed.
+    Images from tar shards come in stored order, shuffled in a buffer. Each worker has its own shards, so this order
+    depends on the number of workers too. An unreadable file is replaced by another draw, so batches keep their size.
+
+    Args:
+        source: Images to draw from.
+        views: Views to cut from each image.
+        batch_size: Images per batch in this process (B).
+        seed: Seed of the order and of all views.
+        images: Decoding settings.
+        start: Number of batches to skip, when a run resumes.
+        steps_per_epoch: Batches per epoch, the unit of the views' low-resolution phase.
+        workers: Processes that decode and crop; 0 uses this process.
+        device: Device of the batches, which also applies color jitter and blur.
+        share: Share of this process in each batch of the run.
+        cache: `ram`, or a folder, for decoded images. If None, an image is decoded whenever it is drawn.
+        compiled: True to compile the hue jitter, the slowest augmentation, with torch.compile.
+        grid: Function from the size of a global crop to its rows and columns of patches, for masking. The number of
+            masked patches per crop depends on seed, batch and the image's place in it (and on the number of processes,
+            unless their shares are multiples of 32). Their positions depend on seed, epoch and the image's number.
+
+    Attributes:
+        bad: Files that cannot be read.
+        cache: Cache of decoded images, or None.
+
+    Raises:
+        DinoError: If, while iterating, more than 5 % of the images cannot be read, or a worker is killed.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        views: ViewsConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        images: ImagesConfig = DEFAULTS,
+        start: int = 0,
+        steps_per_epoch: int = 1,
+        workers: int = 0,
+        device: torch.device,
+        share: Share = ALONE,
+        cache: str | None = None,
+        compiled: bool = False,
+        grid: Callable[[int], Grid | None] = lambda size: None,
+    ) -> None:
+        self._compiled = compiled
+        self.bad = BadFiles()
+        self._source, self._views, self._device, self._seen = source, views, device, 0
+        self._batch_size = batch_size
+        phases = [
+            (first, view_fields(those, batch_size) | mask_fields(those, batch_size, grid(those.global_1.size)))
+            for first, those in views.phases(steps_per_epoch)
+        ]
+        cutter = Cutter(views, seed, images)
+        kept = None
+        if cache and isinstance(source, Images):
+            kept = PixelCache(len(source), views.all, cache, views.channels)
+        self.cache = kept
+        make: Callable[[int, int], Filler[tuple[str, str]]]
+        if isinstance(source, Shards):
+            if cache:
+                raise DinoError(
+                    "--cache needs random access to images; shards are read as a stream", "run without --cache"
+                )
+            make = partial(_stream_filler, cutter, source, batch_size, start, workers, share)
+        else:
+            make = partial(_image_filler, cutter, source, kept)
+        order = _Order(source, batch_size, seed, share, views.mask)
+        self._ring = Ring(
+            phases,
+            batch_size=batch_size,
+            make=make,
+            prepare=order.write,
+            workers=workers,
+            slots=min(slots_for(fields) for _, fields in phases),
+            start=start,
+            bound=isinstance(source, Shards),
+            pin=device.type == "cuda",
+        )
+
+    @property
+    def waited(self) -> float:
+        """Seconds this process has waited for batches."""
+        return self._ring.waited
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._ring.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        mean, std = (torch.tensor(v, device=self._device) for v in (self._views.mean, self._views.std))
+        copier = _Copier(self._device)
+        n = len(self._views.globals)
+        for slot, arrays, bad in self._ring:
+            self._count(bad)
+            drawn = Draws(*(arrays[name].clone() for name in Draws._fields))
+            rows = arrays["keys"][:, 1].clone()
+            masks = copier.masks(Masks.of(arrays["where"].flatten(2).clone())) if "where" in arrays else None
+            groups = [copier(arrays[name]) for name in ("globals", "locals") if arrays[name].numel()]
+            copier.wait()
+            parts = (slice(0, n), slice(n, None))
+            crops = [
+                augment(group, Draws(*(d[part] for d in drawn)), mean, std, compiled=self._compiled)
+                for group, part in zip(groups, parts, strict=False)
+            ]
+            copier.done(slot, self._ring.release)
+            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks)
+
+    def _count(self, bad: list[tuple[str, str]]) -> None:
+        self.bad.reasons.update(bad)
+        self._seen += self._batch_size
+        # The length of a stream is unknown: use the images so far instead, but at least those of 20 batches.
+        known = self._source.count if isinstance(self._source, Shards) else len(self._source)
+        total = known or max(self._seen, 20 * self._batch_size)
+        if len(self.bad.reasons) > max(1, BAD_SHARE * total):
+            first = next(iter(self.bad.reasons))
+            where = f"{self._source.root / first}" if isinstance(self._source, Images) else first
+            raise DinoError(
+                f"{len(self.bad.reasons)} of {total} images cannot be read ({self.bad.summary()}); "
+                f"up to {BAD_SHARE:.0%} may be skipped",
+                f"repair or remove them; one is {where}",
+            )
+
+
+# Workers start with these module-level functions: spawned processes receive them by name.
+
+
+def _image_filler(cutter: Cutter, source: Images, cache: PixelCache | None, lane: int, lanes: int) -> ImageFiller:
+    return ImageFiller(cutter, source, cache)
+
+
+def _stream_filler(
+    cutter: Cutter, source: Shards, batch_size: int, start: int, workers: int, share: Share, lane: int, lanes: int
+) -> StreamFiller:
+    skip = ring.turns(lane, workers, batch_size, start)
+    first, most = share.rank * lanes + lane, cutter.images.max_megabytes
+    stream = source.stream(first, share.of * lanes, seed=cutter.seed, skip=skip, max_megabytes=most)
+    return StreamFiller(cutter, stream)
+
+
+class _Copier:
+    """Copier from slots to the device: concurrent with its work on CUDA, a no-op on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.busy: deque[tuple[Any, int]] = deque()
+
+    def __call__(self, values: Tensor) -> Tensor:
+        if self.stream is None:
+            return values.to(self.device)
+        with torch.cuda.stream(self.stream):
+            moved = values.to(self.device, non_blocking=True)
+        # Memory from the side stream is read on the main stream: it must not be reused before that read.
+        moved.record_stream(torch.cuda.current_stream(self.device))
+        return moved
+
+    def masks(self, masks: Masks) -> Masks:
+        """Copy masks to the device. Call this before the crops, or the host waits for their many bytes first."""
+        return Masks(self(masks.where), self(masks.rows), self(masks.weights), masks.counts)
+
+    def wait(self) -> None:
+        """Make later work on the device wait for the copies; the host does not wait."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def done(self, slot: int, release: Any) -> None:
+        """Release slots whose copies are complete: this one at once, or on CUDA those of earlier batches."""
+        if self.stream is None:
+            release(slot)
+            return
+        self.busy.append((self.stream.record_event(), slot))
+        # One copy may overlap with the device's work; until it completes, its slot must not be written.
+        while len(self.busy) > 1 or (self.busy and self.busy[0][0].query()):
+            event, free = self.busy.popleft()
+            event.synchronize()
+            release(free)
+
+
+class _Order:
+    """Order of the images: each once per epoch, reshuffled every epoch; the last, incomplete batch is dropped.
+
+    If the views are masked, it also sets the number of masked patches per global crop.
+    """
+
+    def __init__(
+        self, source: Source, batch_size: int, seed: int, share: Share, mask: MaskConfig | None = None
+    ) -> None:
+        self.images = None if isinstance(source, Shards) else len(source)
+        self.batch_size, self.seed, self.share, self.mask = batch_size, seed, share, mask
+        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+
+    def write(self, slot: dict[str, Tensor], batch: int) -> None:
+        """Write epoch and number of each image of a batch; for a stream, the filler writes them."""
+        if self.mask:
+            views, images, *grid = slot["where"].shape
+            dealt = deal(self.mask, (views, images), math.prod(grid), seed=self.seed, batch=batch, rank=self.share.rank)
+            slot["counts"].copy_(dealt)
+        if self.images is None:
+            return
+        whole = self.batch_size * self.share.of
+        epoch, place = divmod(batch, self.images // whole)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch, _ORDER)).permutation(self.images)
+        first = place * whole + self.share.rank * self.batch_size
+        slot["keys"][:, 0] = epoch
+        slot["keys"][:, 1] = torch.from_numpy(self._order[first : first + self.batch_size])
+
+
+# No image has this number, so the order shares no random numbers with the views of an image.
+_ORDER = 2**63 - 1

@@ -1,0 +1,288 @@
+"""Lists of image files with labels, as people and spreadsheets write them."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dinocli.core.errors import DinoError
+from dinocli.data.sources.listing import SUFFIXES
+
+LISTS = (".txt", ".csv", ".tsv")
+_PATHS = (
+    "path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "imagepath", "image_file",
+    "image_name", "imagename", "img", "img_path", "img_name", "photo", "picture", "relative_path",
+)  # fmt: skip
+_LABELS = (
+    "label",
+    "labels",
+    "class",
+    "class_name",
+    "label_name",
+    "category",
+    "target",
+    "species",
+    "class_id",
+    "label_id",
+)
+_DELIMITERS = {".csv": ",;\t|", ".tsv": "\t;,|", ".txt": "\t;,|"}
+# The longest start of a line that ends in an image suffix, then spaces, then the rest of the line.
+_SPACED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))}|\.npy))[ \t]+(\S.*)", re.IGNORECASE)
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+_QUOTES = "\"'"
+
+
+class Entry(NamedTuple):
+    """A row of a list.
+
+    Attributes:
+        name: Path of the image, spelled as on disk.
+        label: Label, or an empty string.
+        row: Number of the row's last line in the file, from 1.
+    """
+
+    name: str
+    label: str
+    row: int
+
+
+class FileList(NamedTuple):
+    """Contents of a list.
+
+    Attributes:
+        entries: Rows in file order.
+        notes: Messages for the user about incomplete rows.
+    """
+
+    entries: list[Entry]
+    notes: tuple[str, ...]
+
+
+def read_list(path: Path) -> FileList:
+    """Read a text file with one path per line, or a table with a column of paths and optionally one of labels.
+
+    Relative paths start at the list's own folder. A label follows its path after a tab, comma, semicolon or space. In a
+    table with a header, the columns are found by name. The encoding may be UTF-8 or UTF-16, with or without a byte
+    order mark, or cp1252. If a path does not exist as written, quotes and spaces around the cell are removed and
+    Windows backslashes are converted.
+
+    Raises:
+        DinoError: If the list is empty, no column holds paths, or the first file does not exist.
+    """
+    try:
+        text = _decode(path.read_bytes(), path.parent).removeprefix("\ufeff")
+    except OSError as error:
+        raise DinoError(
+            f"{path} cannot be read: {error.strerror or error}", "check the path and its permissions"
+        ) from error
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if path.suffix.lower() == ".txt":
+        lines = ["" if line.startswith("#") else line for line in lines]  # blank, to keep row numbers
+    notes: list[str] = []
+    rows = [row for row in _rows(lines, path, notes) if any(cell.strip() for cell in row.cells)]
+    if not rows:
+        raise DinoError(
+            f"{path} is empty; expected a list of files", "write one path per line, relative to the list's folder"
+        )
+    named, unnamed = list[Entry](), list[Entry]()
+    convert = _convention(rows, path.parent)
+    for cells, row in rows:
+        name, label = (*cells, "")[:2]
+        (named if name.strip() else unnamed).append(Entry(convert(name), _unquote(label), row))
+    if not named or not _is_file(path.parent, named[0].name):
+        first = named[0].name if named else ""
+        raise DinoError(
+            f"the first file of {path} does not exist: {path.parent / first}",
+            "write paths relative to the list's folder" + _suggest_move(first),
+        )
+    return FileList(named, (*notes, *_notes(path, named, unnamed)))
+
+
+class _Row(NamedTuple):
+    cells: Sequence[str]
+    row: int
+
+
+def _decode(data: bytes, folder: Path) -> str:
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            return data.removeprefix(mark).decode(encoding, "surrogateescape" if encoding == "utf-8" else "replace")
+    # UTF-16 without its mark, from a spreadsheet: every other byte of ASCII text is zero.
+    head = data[:1000]
+    for encoding, zeros in (("utf-16-le", head[1::2]), ("utf-16-be", head[::2])):
+        if zeros and zeros.count(0) > len(zeros) // 2:
+            return data.decode(encoding, "replace")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        # File names may hold any bytes, and so may lists of them. Spreadsheets on Windows write cp1252 instead.
+        raw = data.decode("utf-8", "surrogateescape")
+        odd = next(line for line in raw.split("\n") if any("\udc80" <= sign <= "\udcff" for sign in line))
+        cells = [odd, *re.split(r"[,;\t]", odd)]
+        exists = any(os.path.isfile(folder / _unquote(cell).replace("\\", "/")) for cell in cells if cell)
+        return raw if exists else data.decode("cp1252", "replace")
+
+
+def _rows(lines: list[str], path: Path, notes: list[str]) -> Iterator[_Row]:
+    """Yield path and label of each row as written, and add a message to `notes` if columns are not read.
+
+    Raises:
+        DinoError: If no column holds paths.
+    """
+    folder, suffix = path.parent, path.suffix.lower()
+    delimiters = _DELIMITERS[suffix]
+    if lines and (told := re.fullmatch(r'"?sep=(.)"?', lines[0])):  # Excel's line that names the delimiter
+        delimiters, lines[0] = told[1], ""
+    first = next((line for line in lines if line.strip()), "")
+    if not first:
+        return
+    for delimiter in delimiters:
+        cells = next(_table([first], delimiter)).cells
+        head = _header(cells)
+        if (column := _column(head, _PATHS)) is not None and not _exists(folder, cells[column]):
+            label = _column(head, _LABELS)
+            others = ", ".join(cell.strip() for i, cell in enumerate(cells) if i != column and cell.strip())
+            if label is None and others:
+                notes.append(f"no column of {path} is named label or class; its other columns are {others[:200]}")
+            table = (row for row in _table(lines, delimiter) if any(cell.strip() for cell in row.cells))
+            next(table)
+            yield from (_Row((_cell(cells, column), _cell(cells, label)), row) for cells, row in table)
+            return
+    if _exists(folder, first):  # the file name may hold a delimiter
+        yield from _labels_behind(lines, folder)
+        return
+    for delimiter in delimiters:
+        cells = next(_table([first], delimiter)).cells
+        column = next((i for i, cell in enumerate(cells) if _exists(folder, cell)), None)
+        if len(cells) > 1 and column is not None:
+            label = column + 1 if column + 1 < len(cells) else column - 1
+            for cells, row in _table(lines, delimiter):
+                yield _Row((_cell(cells, column), _cell(cells, label)), row)
+            return
+    split = (next(_table([first], delimiter)).cells for delimiter in delimiters)
+    columns = next(([cell.strip() for cell in cells if cell.strip()] for cells in split if len(cells) > 1), [])
+    if (suffix != ".txt" or len(columns) > 1) and not any(_is_name(cell) for cell in [first, *columns]):
+        raise DinoError(
+            f"no column of {path} holds paths; its columns are {', '.join(columns or [first.strip()])[:300]}",
+            "name the column of paths `path` and that of labels `label`: path,label",
+        )
+    if len(columns) > 1 and any(_is_name(cell) for cell in columns):  # a missing file, which the caller reports
+        yield _Row((next(cell for cell in columns if _is_name(cell)), ""), 1)
+        return
+    yield from _labels_behind(lines, folder)
+
+
+def _table(lines: list[str], delimiter: str) -> Iterator[_Row]:
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, quoting=csv.QUOTE_MINIMAL)
+    try:
+        for cells in reader:
+            yield _Row(cells or [""], reader.line_num)
+    except csv.Error:  # a cell of more than 131,072 characters, such as after an unclosed quote
+        for row, line in enumerate(lines, 1):
+            if row > reader.line_num:
+                yield _Row(line.split(delimiter), row)
+
+
+def _header(cells: Sequence[str]) -> list[str]:
+    return [re.sub(r"[\s-]+", "_", _unquote(cell).lower()) for cell in cells]
+
+
+def _column(head: Sequence[str], names: Sequence[str]) -> int | None:
+    return next((head.index(name) for name in names if name in head), None)
+
+
+def _cell(cells: Sequence[str], column: int | None) -> str:
+    return cells[column] if column is not None and column < len(cells) else ""
+
+
+def _labels_behind(lines: list[str], folder: Path) -> Iterator[_Row]:
+    """Yield the path of each line and, if there are labels, the label after a tab, comma, semicolon or space."""
+    filled = [line for line in lines if line.strip()]
+    tabbed = next((line for line in filled if "\t" in line.strip()), None)
+    tab = tabbed is not None and not _exists(folder, tabbed)
+    # Names may hold spaces and commas: if the first line that looks like path and label is a file, there are no labels.
+    sample = next((line for line in filled if _split(line) != (line, "")), None)
+    labelled = sample is not None and not _exists(folder, sample)
+    bare = not tab and not labelled and " " in filled[0].strip() and not _exists(folder, filled[0])
+    for row, line in enumerate(lines, 1):
+        if tab and "\t" in line.strip():
+            yield _Row(line.strip("\n").partition("\t")[::2], row)
+        elif labelled:
+            yield _Row(_split(line), row)
+        elif bare and _exists(folder, line.rpartition(" ")[0]):  # a name without a suffix
+            yield _Row(line.rpartition(" ")[::2], row)
+        else:
+            yield _Row((line, ""), row)
+
+
+_DELIMITED = re.compile(_SPACED.pattern.replace(r"[ \t]+", r"[\"']?[ \t]*[,;][ \t]*"), re.IGNORECASE)
+
+
+def _split(line: str) -> tuple[str, str]:
+    if os.path.splitext(_unquote(line))[1].lower() in SUFFIXES:
+        return line, ""
+    found = _DELIMITED.fullmatch(line) or _SPACED.fullmatch(line)
+    return (found[1], found[2]) if found else (line, "")
+
+
+def _unquote(text: str) -> str:
+    """Strip spaces, and quotes if they enclose the whole text."""
+    text = text.strip()
+    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in _QUOTES else text
+
+
+def _exists(folder: Path, name: str) -> bool:
+    return any(form and _is_file(folder, form) for form in _forms(name))
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    try:
+        return os.path.isfile(os.path.join(folder, name))
+    except ValueError:  # a null character
+        return False
+
+
+def _forms(name: str) -> Iterator[str]:
+    """Yield a name as written, then without spaces and quotes around it, then with slashes for backslashes."""
+    bare = name.strip()
+    yield from (name, bare, _unquote(bare))
+    if "\\" in bare:
+        yield _unquote(bare).replace("\\", "/")
+
+
+def _convention(rows: Sequence[_Row], folder: Path) -> Callable[[str], str]:
+    """Return the function that converts a cell to a path; the first path with a backslash decides for all."""
+    first = next((row.cells[0] for row in rows if "\\" in row.cells[0]), None)
+    windows = first is not None and not _is_file(folder, first) and _exists(folder, first)
+
+    def convert(name: str) -> str:
+        # Checking every name of a long list on disk takes seconds; only odd names are checked.
+        if (name != name.strip() or name[:1] in _QUOTES) and not _is_file(folder, name):
+            name = _unquote(name)
+        return name.replace("\\", "/") if windows else name
+
+    return convert
+
+
+def _is_name(cell: str) -> bool:
+    return os.path.splitext(_unquote(cell))[1].lower() in SUFFIXES or "/" in cell or "\\" in cell
+
+
+def _suggest_move(name: str) -> str:
+    return f"; {name} exists in the current folder: move the list there" if name and os.path.isfile(name) else ""
+
+
+def _notes(path: Path, named: Sequence[Entry], unnamed: Sequence[Entry]) -> Iterator[str]:
+    if unnamed:
+        yield f"{len(unnamed)} rows of {path} name no file and are ignored, the first is row {unnamed[0].row}"
+    bare = [entry for entry in named if not entry.label]
+    if bare and len(bare) < len(named):
+        yield (
+            f"{len(bare)} of {len(named)} images in {path} have no label, the first is row "
+            f"{bare[0].row} ({bare[0].name})"
+        )

@@ -1,0 +1,295 @@
+"""Sources of images: a folder, a list of files, tar shards, or a torchvision data set."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinocli.core.errors import DinoError, nearest
+from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.kinds import not_beside, remedy, unread
+from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
+from dinocli.data.sources.lists import LISTS, read_list
+from dinocli.data.sources.outputs import is_output
+from dinocli.data.sources.regular import begins_with, read_file
+from dinocli.data.sources.shards import Shards, is_shards, open_shards
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# First bytes of image files, for files without a suffix: JPEG, PNG, GIF, TIFF of both byte orders, BMP, WebP.
+_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"RIFF")
+# Common folder names of a data set's splits, by the tool's name of the split.
+_SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+TORCHVISION = "torchvision:"
+_NAMED = 6  # outputs listed by name in a message
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images with random access by index.
+
+    Attributes:
+        where: Source as the user named it.
+        root: Folder that the names are relative to.
+        names: File names.
+        classes: Class names; empty for unlabelled images.
+        labels: Class index per image, -1 if unlabelled. [S]
+        notes: Messages for the user about files that are not read.
+    """
+
+    where: str
+    root: Path
+    names: Names
+    classes: list[str]
+    labels: NDArray[np.int32]
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def count(self) -> int:
+        """Number of images; for tar shards it may be unknown."""
+        return len(self.names)
+
+    @property
+    def fingerprint(self) -> str:
+        """Checksum of the names and their order, independent of the folder's location."""
+        return f"{zlib.crc32(self.names.ends.tobytes(), zlib.crc32(self.names.text.tobytes())):08x}"
+
+    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> bytes | Image:
+        """Return the bytes of a file.
+
+        Args:
+            index: Index of the image.
+            images: Limits; larger files are not read.
+
+        Raises:
+            OSError: If the file no longer exists, is too large or not a regular file, or permission is denied.
+        """
+        return read_file(os.path.join(self.root, self.names[index]), images)
+
+
+@dataclass(frozen=True, eq=False)
+class TorchvisionImages(Images):
+    """Images of a torchvision data set, which returns them decoded."""
+
+    dataset: Any = None
+
+    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> bytes | Image:
+        return self.dataset[index][0]
+
+
+Source = Images | Shards
+
+
+def open_source(spec: str) -> Source:
+    """Open a source of images.
+
+    Args:
+        spec: Folder of images, of any depth; `.txt` or `.csv` list of files, with or without labels; tar shards
+            (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); or `torchvision:NAME`, which is
+            downloaded on first use. `/SPLIT` after the name selects a split other than the training split.
+
+    Raises:
+        DinoError: If the source does not exist or holds no image.
+    """
+    return open_shards(spec) if is_shards(spec) else open_images(spec)
+
+
+def open_images(spec: str) -> Images:
+    """Open a source with random access: any source except tar shards.
+
+    Raises:
+        DinoError: If the source does not exist or holds no image.
+    """
+    if spec.startswith(TORCHVISION):
+        name, _, split = spec.removeprefix(TORCHVISION).partition("/")
+        parts = _torchvision(name, [split] if split else ["train"])
+        return next(iter(parts.values()))
+    path = Path(spec)
+    return _file_list(path) if path.suffix.lower() in LISTS and path.is_file() else image_folder(path)
+
+
+def splits(spec: str) -> dict[str, Source]:
+    """Open the splits of a labelled set: `train`, `val` and `test` if it has any, else the whole set as `all`.
+
+    Raises:
+        DinoError: If the set does not exist or a split holds no image.
+    """
+    if spec.startswith(TORCHVISION) and "/" not in spec:
+        return dict(_torchvision(spec.removeprefix(TORCHVISION), list(_SPLITS)))
+    root = Path(spec)
+    found = {split: root / name for split, spellings in _SPLITS.items() for name in spellings if (root / name).is_dir()}
+    # Without "train", a folder named "test" may be a class: only outputs of this tool may be next to the splits.
+    beside = {p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} if root.is_dir() else set()
+    beside -= set(found.values())
+    if not found or ("train" not in found and not all(is_output(str(path)) for path in beside)):
+        return {"all": open_source(spec)}
+    return {split: open_source(str(path)) for split, path in found.items()}
+
+
+def image_folder(root: Path) -> Images:
+    """List the images in a folder of any depth, ignoring hidden files and outputs of this tool.
+
+    Arrays (.npy) count as images only in a folder without other images. If every image is in a subfolder, the
+    top-level subfolders are the classes.
+
+    Raises:
+        DinoError: If the folder is missing, is a file, or holds no image.
+    """
+    if not root.exists():
+        raise DinoError(f"{root} does not exist; expected a folder of images", _nearest_place(root))
+    if not root.is_dir():
+        raise DinoError(f"{root} is a file; expected a folder of images", f"name its folder: {root.parent}")
+    listing = list_files(root, _is_image)
+    if not len(listing.names):  # next to images, arrays are mostly their features, masks or labels
+        arrays = list_files(root, _is_array)
+        if not len(arrays.names):
+            raise _no_images(root, listing)
+        listing = arrays
+    names, notes = listing.names, tuple(_notes(root, listing))
+    tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
+    if not all(tops):
+        return Images(str(root), root, names, [], np.full(len(names), -1, dtype=np.int32), notes=notes)
+    return Images(str(root), root, names, *_number(tops), notes=notes)
+
+
+def _notes(root: Path, listing: Listing) -> Iterator[str]:
+    if listing.ours:
+        where = "here" if root == Path() else f"in {root}"
+        *some, last = listing.ours[:_NAMED] + ([f"{len(listing.ours) - _NAMED} more"] if listing.ours[_NAMED:] else [])
+        yield f"ignoring {', '.join(some) + ' and ' if some else ''}{last} {where}: written by dino"
+    if missed := not_beside(listing.kinds):
+        yield f"not read: {unread(missed)}"
+
+
+def _no_images(root: Path, listing: Listing) -> DinoError:
+    """Return the error for a folder without images; it lists the files that are there."""
+    seen = unread(listing.kinds) or "nothing"
+    if listing.ours:
+        seen += f", and outputs of dino ({', '.join(listing.ours[:_NAMED])})"
+    return DinoError(f"no images in {root}: it holds {seen}", remedy(str(root), listing.kinds, listing.first))
+
+
+def _nearest_place(missing: Path) -> str:
+    """Return a hint with the existing name most similar to a missing path."""
+    above = next((parent for parent in missing.parents if parent.is_dir()), Path())
+    first = missing.relative_to(above).parts[0]
+    try:
+        beside = {
+            path.name.lower(): path for path in above.iterdir() if path.is_dir() or path.suffix in (".txt", ".csv")
+        }
+    except OSError:
+        beside = {}
+    close = nearest(first.lower(), beside, least=0.6)
+    return f"did you mean {beside[close]}?" if close else "check the path with `ls`"
+
+
+def photos(paths: Sequence[Path]) -> Images:
+    """Combine image files and folders of images into one source without labels.
+
+    Raises:
+        DinoError: If a path does not exist or a folder holds no image.
+    """
+    names: list[str] = []
+    for path in paths:
+        if not path.exists():
+            raise DinoError(f"{path} does not exist; expected a photo or a folder", "check the path")
+        names += [str(path / inside) for inside in image_folder(path).names] if path.is_dir() else [str(path)]
+    return Images(", ".join(map(str, paths)), Path(), Names.of(names), [], np.full(len(names), -1, dtype=np.int32))
+
+
+def _is_image(path: str) -> bool:
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix in SUFFIXES if suffix else begins_with(path, _BEGINNINGS)
+
+
+def _is_array(path: str) -> bool:
+    return path.lower().endswith(ARRAY)
+
+
+def _number(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
+    """Return the sorted class names and each image's index in them; if all names are numbers, sort by number."""
+    numbers = all(label.isdecimal() for label in labels)
+    classes = sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None)
+    place = {name: i for i, name in enumerate(classes)}
+    return classes, np.array([place[label] for label in labels], dtype=np.int32)
+
+
+def _file_list(path: Path) -> Images:
+    """Open a list of files; rows without a label get -1.
+
+    Raises:
+        DinoError: If the list is empty, names no files, or its first file does not exist.
+    """
+    entries, notes = read_list(path)
+    names = Names.of([entry.name for entry in entries])
+    labelled = [entry.label for entry in entries if entry.label]
+    if not labelled:
+        return Images(str(path), path.parent, names, [], np.full(len(names), -1, dtype=np.int32), notes=notes)
+    classes, numbers = _number(labelled)
+    labels = np.full(len(names), -1, dtype=np.int32)
+    labels[[i for i, entry in enumerate(entries) if entry.label]] = numbers
+    return Images(str(path), path.parent, names, classes, labels, notes=notes)
+
+
+def _torchvision(name: str, wanted: Sequence[str]) -> dict[str, Images]:
+    """Open the requested splits that a torchvision set has; a set without splits is returned as `all`.
+
+    Raises:
+        DinoError: If the set or split does not exist, or the download fails.
+    """
+    import inspect
+
+    from torchvision import datasets
+
+    known = [kind for kind in datasets.__all__ if isinstance(getattr(datasets, kind), type)]
+    exact = next((kind for kind in known if kind.lower() == name.lower()), None)
+    if exact is None:
+        raise DinoError(f"torchvision has no data set {name!r}", f"did you mean {TORCHVISION}{nearest(name, known)}?")
+    kind = getattr(datasets, exact)
+    takes = inspect.signature(kind).parameters
+    options: dict[str, Any] = {"root": str(cache_folder() / "torchvision" / exact)}
+    if "download" in takes:
+        options["download"] = True
+    parts: dict[str, Images] = {}
+    for part in wanted if {"split", "train"} & set(takes) else ["all"]:
+        choice = {"split": part} if "split" in takes else {"train": part == "train"} if "train" in takes else {}
+        if part == "val" and "train" in takes and "split" not in takes:
+            continue
+        try:
+            dataset = kind(**options, **choice)
+        except ValueError as error:
+            if "split" in str(error) and len(wanted) > 1:
+                continue  # the set lacks this split
+            raise DinoError(f"torchvision's {exact} has no split {part!r}: {error}", f"{TORCHVISION}{exact}") from error
+        except (RuntimeError, OSError, TypeError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DinoError(
+                f"torchvision could not load {exact}: {said}",
+                f"put its files into {options['root']}, or name a folder of images",
+            ) from error
+        parts[part] = _wrap_torchvision(dataset, f"{TORCHVISION}{exact}/{part}")
+    return parts
+
+
+def _wrap_torchvision(dataset: Any, where: str) -> Images:
+    found = next(
+        (getattr(dataset, key) for key in ("targets", "labels", "_labels", "y") if hasattr(dataset, key)), None
+    )
+    if found is None and hasattr(dataset, "_samples"):
+        found = [label for _, label in dataset._samples]
+    labels = np.asarray(found if found is not None else [-1] * len(dataset), dtype=np.int32)
+    names = getattr(dataset, "classes", None) or [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+    classes = [name if isinstance(name, str) else ", ".join(name) for name in names] if labels.min() >= 0 else []
+    places = Names.of([str(i) for i in range(len(dataset))])
+    return TorchvisionImages(where, Path(where), places, classes, labels, dataset)

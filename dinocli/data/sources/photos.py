@@ -1,0 +1,74 @@
+"""Photos given as files or folders, and names of the outputs made from them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dinocli.core.errors import DinoError
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.images import ImagesConfig
+from dinocli.data.sources.open import image_folder
+from dinocli.data.sources.regular import read_file
+
+
+def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
+    """Return each image file with the name of its output, without suffix and relative to the output folder.
+
+    Args:
+        paths: Files, and folders of any depth, whose tree the names keep.
+
+    Raises:
+        DinoError: If a path does not exist, or is a folder without images.
+    """
+    files: dict[Path, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            files |= {path / inside: Path(inside) for inside in image_folder(path).names}
+        elif path.exists():  # reading reports FIFOs and devices
+            files[path] = Path(path.name)
+        else:
+            raise DinoError(f"{path} does not exist; expected a photo or a folder", "check the path")
+    return _remove_suffixes(files)
+
+
+def _remove_suffixes(files: dict[Path, Path]) -> dict[Path, Path]:
+    """Remove the suffix of each name, unless two names would then be equal."""
+    stems = [name.with_suffix("") for name in files.values()]
+    times, taken = Counter(stems), set[Path]()
+    names: dict[Path, Path] = {}
+    for (path, name), stem in zip(files.items(), stems, strict=True):
+        chosen = stem if times[stem] == 1 else name.with_name(name.name.replace(".", "_"))
+        while chosen in taken:
+            chosen = chosen.with_name(chosen.name + "_")
+        taken.add(chosen)
+        names[path] = chosen
+    return names
+
+
+def spare(made: Iterable[Path], given: Iterable[Path]) -> None:
+    """Check that no output would overwrite an input.
+
+    Args:
+        made: Output files.
+        given: Input files.
+
+    Raises:
+        DinoError: If an output is an input.
+    """
+    there = [path for path in made if path.exists()]
+    theirs = {path.resolve() for path in given} if there else set()
+    for path in there:
+        if path.resolve() in theirs:
+            raise DinoError(f"{path} is an input, and the output would overwrite it", "name another place with --out")
+
+
+def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:
+    """Read the pixels of a file. Return [H, W, C], or the reason for failure."""
+    try:
+        data = read_file(path, images)
+    except OSError as error:
+        return BadImage(error.strerror or str(error))
+    return decode(data, images)

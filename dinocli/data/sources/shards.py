@@ -1,0 +1,351 @@
+"""Tar shards in the WebDataset form: many images in one file, which is read sequentially."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import json
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dinocli.core.checksums import unseal
+from dinocli.core.errors import DinoError
+from dinocli.data.images import DEFAULTS
+from dinocli.data.sources.kinds import remedy, unread
+from dinocli.data.sources.listing import JUNK, SUFFIXES
+from dinocli.data.sources.outputs import SIGNS, is_output, is_sheet, recognise
+from dinocli.data.sources.samples import classes_of, read, read_label, read_once, samples, why_refused
+from dinocli.data.sources.scans import Scan, labels_apart, notes_of, scan
+from dinocli.data.sources.tar import PIPE, Content, LocalTar, PipedTar, members
+
+INDEX = "index.json"
+_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+UNNUMBERED = -2  # label of an image whose class came as a name through a pipe: the other names are unknown
+_PICTURES = 1000  # pictures of this tool's own that may be next to shards
+
+
+class Sample(NamedTuple):
+    """Image of a shard.
+
+    Attributes:
+        epoch: Index of the pass through the stream; 0 in a single pass.
+        number: Number that is the same in every run: the shard's index times 2**32 plus the image's index in the shard.
+        name: File name of the shard, a slash, and the name in the shard.
+        data: Bytes of the image file; empty if it cannot be read. If `name` is the shard's name alone, the sample
+            stands for the unreadable rest of the shard.
+        label: Class index, or -1 if there is none.
+        reason: Reason for not reading the image, if known without its data.
+    """
+
+    epoch: int
+    number: int
+    name: str
+    data: bytes
+    label: int
+    reason: str = ""
+
+
+class _Item(NamedTuple):
+    """Queued sample: its contents, or their place in a file."""
+
+    number: int
+    name: str
+    image: Content
+    label: Content
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A list of tar files, or of commands that print them.
+
+    Attributes:
+        where: Shards as the user named them.
+        urls: Paths, or `pipe:COMMAND`.
+        classes: Class names, from an index or from the labels; empty for a pipe.
+        counts: Images per shard, where the torn rest of a shard counts as one. If None, they are unknown.
+        by_name: True if labels are class names; else they are class numbers.
+        apart: Shards whose labels are stored apart from their images.
+        notes: Messages for the user about members that are not read.
+    """
+
+    where: str
+    urls: list[str]
+    classes: list[str]
+    counts: list[int] | None
+    by_name: bool = False
+    apart: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int | None:
+        """Number of images in all shards; None if unknown."""
+        return None if self.counts is None else sum(self.counts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Checksum of the files or commands and their order, independent of the folder's location."""
+        names = [url if url.startswith(PIPE) else os.path.basename(url) for url in self.urls]
+        return f"{zlib.crc32(json.dumps([names, self.counts]).encode()):08x}"
+
+    def stream(
+        self,
+        lane: int,
+        lanes: int,
+        *,
+        seed: int | None = None,
+        skip: int = 0,
+        buffer: int = 1000,
+        max_megabytes: float = DEFAULTS.max_megabytes,
+    ) -> Iterator[Sample]:
+        """Yield the samples of one reader among several, which together read each image once per epoch.
+
+        With fewer shards than readers, each reader reads all shards and keeps its share.
+
+        Args:
+            lane: Index of this reader.
+            lanes: Number of readers.
+            seed: Seed of an endless stream, reshuffled every epoch. If None, one pass in order.
+            skip: Number of samples to skip. For these, at most the headers of local files are read.
+            buffer: Size of the shuffle buffer.
+            max_megabytes: Size limit per image; larger ones are not read.
+
+        Raises:
+            DinoError: If a command fails or its output is torn, or this reader gets no images.
+        """
+        opened: dict[str, int] = {}
+        empty, most = 0, max_megabytes * 1e6
+        places = {name: i for i, name in enumerate(self.classes)}
+        try:
+            for epoch in range(1) if seed is None else itertools.count():
+                order: Sequence[int] = range(len(self.urls))
+                if seed is not None:
+                    order = np.random.default_rng((seed, epoch)).permutation(len(self.urls)).tolist()
+                length = self._length(order, lane, lanes)
+                if length and length <= skip:
+                    skip -= length
+                    continue
+                items = self._lane(order, lane, lanes, most, ahead=not skip)
+                if seed is not None:
+                    items = _shuffle(items, np.random.default_rng((seed, epoch, lane)), max(1, buffer))
+                empty += 1
+                for item in items:
+                    empty = 0
+                    if skip:
+                        skip -= 1
+                        continue
+                    reason = why_refused(item.image, most)
+                    data = b"" if reason else read(item.image, opened)
+                    label = self._number(read_label(item.label, opened), places)
+                    yield Sample(epoch, item.number, item.name, data, label, reason)
+                # A reader whose only shard is empty gets another one in the next epoch: once proves nothing.
+                if seed is not None and empty >= 10:
+                    raise DinoError(
+                        f"{self.where} holds too few images for {lanes} readers", "use fewer --workers, or more images"
+                    )
+        finally:
+            for file in opened.values():
+                os.close(file)
+
+    def _length(self, order: Sequence[int], lane: int, lanes: int) -> int | None:
+        if self.counts is None:
+            return None
+        if len(order) >= lanes:
+            return sum(self.counts[shard] for shard in order[lane::lanes])
+        return len(range(lane, sum(self.counts), lanes))
+
+    def _number(self, label: int | str | None, places: Mapping[str, int]) -> int:
+        if isinstance(label, str) or (label is not None and self.by_name):
+            return places.get(str(label), -1) if places else UNNUMBERED
+        return -1 if label is None else label
+
+    def _lane(self, order: Sequence[int], lane: int, lanes: int, most: float, ahead: bool) -> Iterator[_Item]:
+        if len(order) >= lanes:
+            return itertools.chain.from_iterable(self._items(shard, most, ahead) for shard in order[lane::lanes])
+        every = itertools.chain.from_iterable(self._items(shard, most, ahead=False) for shard in order)
+        return itertools.islice(every, lane, None, lanes)
+
+    def _items(self, shard: int, most: float, ahead: bool) -> Iterator[_Item]:
+        """Yield the images of one shard; if it is torn, an empty item stands for the rest."""
+        url = self.urls[shard]
+        title = (re.findall(r"[^\s/]+\.tar\b", url) or [url])[-1] if url.startswith(PIPE) else os.path.basename(url)
+        number = shard * 2**32
+        with contextlib.closing(PipedTar(url) if url.startswith(PIPE) else LocalTar(url, ahead)) as tape:
+            for raw in samples(tape, most, labels=labels_apart(url) if url in self.apart else None):
+                yield _Item(number, f"{title}/{raw.name}", raw.image, raw.label)
+                number += 1
+            tape.finish()
+        if tape.torn:
+            yield _Item(number, title, b"", b"")
+
+
+def is_shards(spec: str) -> bool:
+    """Return whether a source is tar shards: by its name, or as a folder with tar files and no images."""
+    if not os.path.isdir(spec):
+        return spec.startswith(PIPE) or spec.lower().endswith((".tar", *_PACKED))
+    signs, folders, images, found = set[str](), list[str](), list[str](), False
+    with os.scandir(spec) as entries:
+        for entry in entries:
+            if entry.name in SIGNS:
+                signs.add(entry.name)
+            if entry.name.startswith(".") or entry.name in JUNK:
+                continue
+            suffix = os.path.splitext(entry.name)[1].lower()
+            if entry.is_dir():
+                folders.append(entry.path)
+            elif suffix in SUFFIXES:
+                images.append(entry.name)
+            found = found or suffix == ".tar"
+            if len(images) > _PICTURES:
+                return False
+    hides = recognise(spec, signs).hides
+    ours = all(hides.fullmatch(name) or is_sheet(spec, name) for name in images)
+    return found and ours and all(map(is_output, folders))
+
+
+def open_shards(spec: str) -> Shards:
+    """Open tar shards.
+
+    Args:
+        spec: Paths with ranges and patterns (`train-{000000..000999}.tar`, `train-*.tar`), a folder of tar files, or
+            `pipe:COMMAND`, in which a range expands to several commands.
+
+    Raises:
+        DinoError: If a shard is missing, or the shards hold no image.
+    """
+    if spec.startswith(PIPE):
+        if not spec.removeprefix(PIPE).strip():
+            raise DinoError("pipe: names no command; expected pipe:COMMAND", "pipe:cat train-{000..099}.tar")
+        return Shards(spec, list(_ranges(spec)), [], None)
+    if spec.lower().endswith(_PACKED):
+        raise DinoError(
+            f"{spec} is compressed; expected plain tar files", f"use 'pipe:gzip -dc {spec}', or unpack them"
+        )
+    urls = _paths(spec)
+    missing = next((url for url in urls if not os.path.isfile(url)), None)
+    if missing or not urls:
+        what = f"{missing} does not exist" if missing else f"no file matches {spec}"
+        raise DinoError(f"{what}; expected tar shards", "check the path, and the first and last number of a range")
+    known, classes = _read_indexes(urls)
+    unknown = [url for url in urls if url not in known]
+    # Threads, because a network disk answers many requests in the time of one.
+    with ThreadPoolExecutor(8) as pool:
+        known |= zip(unknown, pool.map(scan, unknown), strict=True)
+    scans = [known[url] for url in urls]
+    kinds = sum((each.tally.kinds for each in scans), Counter[str]())
+    if not any(each.images for each in scans):
+        torn = next((f": {url} {each.torn}" for url, each in zip(urls, scans, strict=True) if each.torn), "")
+        seen = f": they hold {unread(kinds)}" if kinds and not torn else torn
+        raise DinoError(
+            f"no images in the {len(urls)} tar files of {spec}{seen}",
+            remedy(spec, kinds, {})
+            if kinds and not torn
+            else "a shard holds files such as KEY.jpg, and KEY.cls for a label; `dino pack IMAGES OUT` writes them",
+        )
+    named, by_name = classes_of(set().union(*(each.labels for each in scans)))
+    if classes:  # from an index; the shards hold its class numbers
+        named, by_name = classes + sorted(set(named) - set(classes) if by_name else ()), False
+    apart = frozenset(url for url, each in zip(urls, scans, strict=True) if each.apart)
+    counts = [each.images + bool(each.torn) for each in scans]
+    return Shards(spec, urls, named, counts, by_name, apart, tuple(notes_of(scans, kinds)))
+
+
+def _ranges(text: str) -> Iterator[str]:
+    """Expand the ranges in a text as a shell does: {08..10} gives 08, 09, 10."""
+    found = _RANGE.search(text)
+    if not found:
+        yield text
+        return
+    first, last = int(found[1]), int(found[2])
+    padded = any(len(end) > 1 and end.startswith("0") for end in found.groups())
+    width = max(map(len, found.groups())) if padded else 0
+    for number in range(first, last + 1) if first <= last else range(first, last - 1, -1):
+        yield from _ranges(f"{text[: found.start()]}{number:0{width}}{text[found.end() :]}")
+
+
+def _paths(spec: str) -> list[str]:
+    if os.path.isdir(spec):
+        return sorted(str(path) for path in Path(spec).glob("*.[tT][aA][rR]") if not path.name.startswith("."))
+    paths = []
+    for text in _ranges(spec):
+        plain = os.path.exists(text) or not glob.has_magic(text)
+        paths += [text] if plain else sorted(glob.glob(text))
+    return paths
+
+
+def _read_indexes(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
+    """Return scans of the shards whose size matches the index next to them (none is torn), and the class names.
+
+    Raises:
+        DinoError: If an index is corrupt, or names files outside its folder.
+    """
+    known: dict[str, Scan] = {}
+    classes: list[str] = []
+    for folder in dict.fromkeys(os.path.dirname(url) for url in urls):
+        path = Path(folder) / INDEX
+        try:
+            text = path.read_bytes()
+        except OSError:  # the headers of the shards give the counts too
+            continue
+        try:
+            index = unseal(text)
+        except ValueError as error:
+            # Other tools write files of this name. Only ours holds class names, which must not be lost silently.
+            if b'"shards"' in text or (Path(folder) / "pack.json").exists():
+                raise _damaged_index(path, str(error)) from error
+            continue
+        if not {"classes", "shards", "bytes"} <= index.keys():  # from another tool
+            continue
+        counts, sizes, names = index["shards"], index["bytes"], index["classes"]
+        if not (isinstance(counts, dict) and isinstance(sizes, dict) and isinstance(names, list)):
+            raise _damaged_index(path, "it lacks the numbers of images and bytes of each shard")
+        for name, number in [*counts.items(), *sizes.items()]:
+            if name != os.path.basename(name) or "\\" in name:
+                raise _damaged_index(path, f"it names {name}, which is not in this folder")
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+                raise _damaged_index(path, f"the count of {name} is {number!r}; expected a whole number")
+        beside = {os.path.join(folder, name): (counts[name], size) for name, size in sizes.items() if name in counts}
+        known |= {u: Scan(beside[u][0]) for u in urls if u in beside and os.path.getsize(u) == beside[u][1]}
+        classes = classes or [str(name) for name in names]
+    return known, classes
+
+
+def _damaged_index(path: Path, why: str) -> DinoError:
+    return DinoError(
+        f"{path} is corrupt: {why}", "pack the images again, or remove it; dino then counts the images itself"
+    )
+
+
+def _shuffle(items: Iterable[_Item], generator: np.random.Generator, buffer: int) -> Iterator[_Item]:
+    held: list[_Item] = []
+    for item in items:
+        if len(held) < buffer:
+            held.append(item)
+            continue
+        place = int(generator.integers(buffer))
+        drawn, held[place] = held[place], item
+        yield drawn
+    for place in generator.permutation(len(held)):
+        yield held[place]
+
+
+def read_sample(shards: Shards, name: str, max_megabytes: float = DEFAULTS.max_megabytes) -> bytes:
+    """Return the image with a name as in `Sample`, from local shards; empty if it is not there."""
+    most = max_megabytes * 1e6
+    title, _, inside = name.partition("/")
+    for url in shards.urls:
+        if os.path.basename(url) == title and not url.startswith(PIPE):
+            with contextlib.closing(LocalTar(url)) as tape:
+                found = (content for member, content in members(tape) if member == inside)
+                return next((read_once(content) for content in found if not why_refused(content, most)), b"")
+    return b""

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinocli.data.decode.image import decode, open_image
+from dinocli.data.decode.jpeg_header import plain_header
+from dinocli.data.decode.pixels import BadImage
+
+
+def jpeg(mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: object) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., :3]).convert(mode).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+def with_segment(kind: int, body: bytes) -> bytes:
+    data = jpeg()
+    return data[:2] + struct.pack(">BBH", 0xFF, kind, len(body) + 2) + body + data[2:]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"comment": b"c"}, {"icc_profile": b"p" * 200}])
+def test_the_size_of_a_plain_file_is_pillows(mode: str, options: dict[str, object]) -> None:
+    data = jpeg(mode, (41, 30), **options)
+    pillows = Image.open(io.BytesIO(data))
+    assert plain_header(data) == (pillows.size, pillows.mode) == ((41, 30), mode)
+    opened = open_image(data)
+    assert (opened.width, opened.height, opened.format, opened.mode) == (41, 30, "JPEG", mode)
+    # Torchvision and Pillow each bring a libjpeg, whose inverse transform and colours may round otherwise by a level.
+    np.testing.assert_allclose(opened.pixels().astype(int), decode(Image.open(io.BytesIO(data))), atol=2)
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6
+UNUSUAL = {
+    "several scans": jpeg(progressive=True),
+    "turned": jpeg(exif=EXIF.tobytes()),
+    "cmyk": jpeg("CMYK"),
+    "Adobe's colors": with_segment(0xEE, b"Adobe" + bytes(7)),
+    "several pictures": with_segment(0xE2, b"MPF\0" + bytes(20)),
+    "XMP": with_segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>"),
+    "a short JFIF": with_segment(0xE0, b"JFIF\0"),
+    "a bad table": with_segment(0xDB, bytes([17]) + bytes(64)),
+    "half a table": with_segment(0xDB, bytes(40)),
+    "two frames": with_segment(0xC0, struct.pack(">BHHB", 8, 30, 40, 3) + bytes(9)),
+    "twelve bits": with_segment(0xC0, struct.pack(">BHHB", 12, 30, 40, 3) + bytes(9)),
+    "junk": jpeg()[:2] + b"junk" + jpeg()[2:],
+    "another format": b"\x89PNG" + bytes(100),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_all_else_is_left_to_pillow(name: str) -> None:
+    assert plain_header(UNUSUAL[name]) is None
+
+
+def told(data: bytes) -> object:
+    pixels = decode(data)
+    return pixels.reason if isinstance(pixels, BadImage) else (pixels.shape, pixels.tobytes())
+
+
+def test_broken_files_give_what_they_give_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = jpeg(size=(16, 16), icc_profile=b"p" * 20, comment=b"c")
+    header = data.index(b"\xff\xda") + 14
+    broken = [data[:end] for end in range(0, len(data), 5)]
+    broken += [data[:i] + bytes([b]) + data[i + 1 :] for i in range(header) for b in (0, 0xFF, data[i] ^ 1)]
+    ours = [told(one) for one in broken]
+    assert sum(plain_header(one) is not None for one in broken) > 100
+    monkeypatch.setattr("dinocli.data.decode.image.plain_header", lambda data: None)
+    assert [told(one) for one in broken] == ours
+
+
+def test_the_limits_hold_for_plain_files_too() -> None:
+    assert decode(jpeg(size=(400, 3))).reason == "too long: 400x3 pixels are over 100 to 1"
+    assert decode(jpeg(size=(1, 3))).reason == "too small: 1x3 pixels are under 2 per side"

@@ -1,0 +1,64 @@
+"""Names of formats that are not read."""
+
+from __future__ import annotations
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage
+from dinocli.data.decode.unread import name_unread
+
+
+def jpeg(kind: int, bits: int) -> bytes:
+    """A plain JPEG whose frame states another kind or depth."""
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, "JPEG")
+    data = file.getvalue()
+    at = data.index(b"\xff\xc0")
+    return data[: at + 1] + bytes([kind]) + data[at + 2 : at + 4] + bytes([bits]) + data[at + 5 :]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (b"\xff\x0a" + bytes(50), "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50), "JPEG XL"),
+        (bytes(128) + b"DICM" + bytes(50), "DICOM"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(50), "HEIC"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom" + bytes(50), "a camera's raw file (CR3)"),
+        (b"\0\0\0\x18ftypisom\0\0\0\0mp41avc1" + bytes(50), "a video (MP4 or QuickTime)"),
+        (b"\x1a\x45\xdf\xa3" + bytes(50), "a video (Matroska or WebM)"),
+        (b"RIFF\0\0\0\0AVI LIST" + bytes(50), "a video (AVI)"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "SVG"),
+        (b"  <svg width='9'/>", "SVG"),
+        (b"\x76\x2f\x31\x01" + bytes(50), "OpenEXR"),
+        (b"#?RADIANCE\n", "Radiance HDR"),
+        (b"8BPS\0\1" + bytes(50), "a Photoshop file of this kind"),
+        (b"SIMPLE  =                    T", "FITS"),
+        (b"PK\3\4" + bytes(50), "a ZIP archive"),
+        (b"FUJIFILMCCD-RAW 0201", "a camera's raw file (RAF)"),
+        (jpeg(0xC1, 12), "JPEG of 12 bits"),
+        (jpeg(0xC3, 16), "lossless JPEG of 16 bits"),
+        (jpeg(0xC3, 8), "lossless JPEG of 8 bits"),
+        (jpeg(0xF7, 8), "JPEG-LS"),
+        (b"II*\0\x10\0\0\0CR\2\0" + bytes(4) + struct.pack("<HHHIIHHIII", 2, 256, 3, 1, 9, 257, 3, 1, 9, 0), "a camera's raw file"),
+    ],
+)  # fmt: skip
+def test_a_file_is_named_with_what_makes_a_readable_one_of_it(data: bytes, name: str) -> None:
+    bad = decode(data)
+    assert isinstance(bad, BadImage)
+    assert bad.reason.startswith(f"not read here: {name}; ")
+
+
+def test_what_is_no_picture_is_not_called_one() -> None:
+    assert name_unread(b"hello") == "not an image: unknown format"
+    assert name_unread(b"version https://git-lfs.github.com/spec/v1\n").startswith("not an image: a Git LFS pointer")
+    assert name_unread(b"<!DOCTYPE html><html>").startswith("not an image: an HTML page")
+    assert name_unread(b"") == name_unread(b"\xff\xd8\xff") == "not an image: unknown format"

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dinocli.data.images import ImagesConfig
+from dinocli.data.loader.fill import Cutter, StreamFiller, _place_on_grid
+from dinocli.data.loader.ring import Task
+from dinocli.data.sources.shards import Sample
+from dinocli.data.views.crops import JitterConfig, ViewConfig, ViewsConfig
+from dinocli.data.views.masking import MaskConfig, blocks, generator_of
+
+JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+GLOBAL = ViewConfig(size=64, scale=(0.4, 1.0), flip=0.5, jitter=JITTER)
+LOCAL = GLOBAL.model_copy(update={"size": 32, "scale": (0.1, 0.4)})
+VIEWS = ViewsConfig(
+    mean=(0.5,) * 3, std=(0.5,) * 3, global_1=GLOBAL, global_2=GLOBAL, local=LOCAL, locals=2
+)  # fmt: skip
+
+
+def jpeg(width: int, height: int) -> bytes:
+    y, x = np.mgrid[:height, :width]
+    pixels = np.stack([255 * x / width, 255 * y / height, 127 + 100 * np.sin((x + y) / 40)], -1).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def test_a_large_photo_is_decoded_smaller_and_its_crops_stay_what_they_were() -> None:
+    data = jpeg(1600, 1200)
+    small, whole = (Cutter(VIEWS, 0, ImagesConfig(reduce_above=above)) for above in (1.0, 100.0))
+    sizes = set()
+    for image in range(10):
+        numbers, _ = small.numbers(0, image)
+        [tries] = small.tries(numbers[None])
+        slots = [slot_of(1), slot_of(1)]
+        places = [small.places(slot, Task(0, 0, 0, 1))[0] for slot in slots]
+        (reduced, boxes), (full, exact) = (
+            cutter.pixels(data, tries, of) for cutter, of in zip((small, whole), places, strict=True)
+        )
+        sizes.add(reduced.shape)
+        assert full.shape == (1200, 1600, 3)
+        ratio = full.shape[0] / reduced.shape[0]
+        assert np.abs(np.array(boxes) * ratio - exact).max() <= ratio
+        assert (np.array(boxes)[:, 2:].min(1) >= np.array([64, 64, 32, 32]) - 1).all(), (
+            "no crop is enlarged by it, but for rounding"
+        )
+        small.place(places[0], reduced, boxes)
+        whole.place(places[1], full, exact)
+        for name in ("globals", "locals"):
+            difference = (slots[0][name].float() - slots[1][name].float()).abs()
+            assert difference.mean() < 3
+    assert all(height < 1200 for height, _, _ in sizes)
+
+
+def test_boxes_on_a_smaller_grid_stay_inside_and_keep_a_pixel() -> None:
+    boxes = [(0, 0, 100, 200), (99, 199, 1, 1), (50, 100, 50, 100)]
+    on = np.array(_place_on_grid(boxes, (100, 200), (13, 25)))
+    assert on[0].tolist() == [0, 0, 13, 25]
+    assert (on[:, 2:] >= 1).all()
+    assert (on[:, :2] + on[:, 2:] <= [13, 25]).all()
+
+
+def stream(bad: set[int]) -> Iterator[Sample]:
+    good = jpeg(80, 60)
+    for number in range(100):
+        yield Sample(0, number, f"{number}.jpg", b"" if number in bad else good, -1)
+
+
+def slot_of(batch: int) -> dict[str, torch.Tensor]:
+    v = 4
+    return {
+        "keys": torch.zeros(batch, 2, dtype=torch.int64),
+        "globals": torch.zeros(2, batch, 64, 64, 3, dtype=torch.uint8),
+        "locals": torch.zeros(2, batch, 32, 32, 3, dtype=torch.uint8),
+        "flip": torch.zeros(v, batch, dtype=torch.bool),
+        "factors": torch.zeros(v, batch, 4),
+        "order": torch.zeros(v, batch, 4, dtype=torch.uint8),
+        "gray": torch.zeros(v, batch, dtype=torch.bool),
+        "radius": torch.zeros(v, batch),
+        "solarize": torch.zeros(v, batch, dtype=torch.bool),
+    }
+
+
+def test_a_bad_sample_of_a_stream_is_replaced_by_a_later_one_which_keeps_its_turn() -> None:
+    fill = StreamFiller(Cutter(VIEWS, 0, ImagesConfig()), stream({1, 2}))
+    rows, bad = [], []
+    for batch in range(3):
+        slot = slot_of(4)
+        bad += fill(slot, Task(0, batch, 0, 4))
+        rows += slot["keys"][:, 1].tolist()
+    assert rows == [0, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert [name for name, _ in bad] == ["1.jpg", "2.jpg", "2.jpg"]
+
+
+MASK = MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=2, aspect=(0.3, 1 / 0.3))
+MASKED = VIEWS.model_copy(update={"mask": MASK})
+
+
+def test_each_global_crop_has_the_blocks_of_its_seed_epoch_image_and_view() -> None:
+    # A slot that was filled before: what is not this chunk's stays, and what is becomes new.
+    slot = {"where": torch.ones(2, 4, 5, 6, dtype=torch.bool), "counts": torch.tensor([[0, 9, 15, 0], [3, 0, 12, 3]])}
+    Cutter(MASKED, 7, ImagesConfig()).hide(slot, 1, [(2, 40), (3, 41)])
+    assert slot["where"][:, [0, 3]].all()
+    for g in range(2):
+        for b, epoch, number in ((1, 2, 40), (2, 3, 41)):
+            wanted = blocks(MASK, (5, 6), int(slot["counts"][g, b]), generator_of(7, epoch, number, g))
+            assert slot["where"][g, b].equal(torch.from_numpy(wanted))
+
+
+def test_a_bad_sample_of_a_stream_leaves_the_masks_where_they_were() -> None:
+    wheres = []
+    for bad in ({1, 2}, set()):
+        slot = slot_of(4) | {"where": torch.zeros(2, 4, 8, 8, dtype=torch.bool), "counts": torch.full((2, 4), 20)}
+        StreamFiller(Cutter(MASKED, 0, ImagesConfig()), stream(bad))(slot, Task(0, 0, 0, 4))
+        wheres.append(slot["where"])
+    assert wheres[0].equal(wheres[1])
+    assert (wheres[0].sum((2, 3)) == 20).all()
+    assert len({str(one.tolist()) for one in wheres[0].flatten(0, 1)}) == 8

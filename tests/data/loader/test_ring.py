@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import held
+from dinocli.data.loader import ring
+from dinocli.data.loader.ring import Field, Ring, Task, chunk_size, turns
+
+FIELDS = {"keys": Field((10,), torch.int64), "worker": Field((10,), torch.int64)}
+
+
+class Counting:
+    """Writes each image's number within all batches, and who filled it."""
+
+    def __init__(self, lane: int, lanes: int) -> None:
+        self.lane = lane
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        part = slice(task.first, task.first + task.images)
+        slot["keys"][part] *= 2
+        slot["worker"][part] = self.lane
+        return [task.first]
+
+
+def numbers(slot: dict[str, Tensor], batch: int) -> None:
+    slot["keys"][:] = torch.arange(10 * batch, 10 * batch + 10)
+
+
+def made(make: Callable[[int, int], object], workers: int, **options: object) -> Ring:
+    return Ring([(0, FIELDS)], batch_size=10, make=make, prepare=numbers, workers=workers, slots=3, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("start", [0, 4])
+def test_batches_come_whole_and_in_order(workers: int, start: int) -> None:
+    filled = made(Counting, workers, start=start)
+    try:
+        for batch, (slot, arrays, notes) in enumerate(islice(filled, 9), start):
+            assert arrays["keys"].tolist() == [2 * n for n in range(10 * batch, 10 * batch + 10)]
+            assert sorted(notes) == list(range(0, 10, chunk_size(10, workers)))
+            filled.release(slot)
+    finally:
+        filled.close()
+
+
+def test_a_bound_chunk_goes_to_the_worker_of_its_turn() -> None:
+    filled, seen = made(Counting, 3, bound=True), [0, 0, 0]
+    try:
+        for batches, (slot, arrays, _) in enumerate(islice(filled, 7), 1):
+            for lane in arrays["worker"].tolist():
+                seen[lane] += 1
+            assert seen == [turns(lane, 3, 10, batches) for lane in range(3)]
+            filled.release(slot)
+    finally:
+        filled.close()
+
+
+class Shaped(Counting):
+    """Writes what shape a batch has, and which process filled it."""
+
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        slot["grid"][...] = slot["grid"].shape[1]
+        return [os.getpid()]
+
+
+@pytest.mark.parametrize(("workers", "start", "copied"), [(0, 0, True), (2, 0, True), (2, 4, True), (1, 2, False)])
+def test_shapes_follow_the_number_of_the_batch_and_workers_go_on(
+    workers: int, start: int, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring, "_FORK", copied and ring._FORK)
+    sides, who = {0: 2, 3: 5, 5: 1}, set()
+    phases = [(first, {"grid": Field((10, side), torch.uint8)}) for first, side in sides.items()]
+    filled = Ring(phases, batch_size=10, make=Shaped, prepare=unchanged, workers=workers, slots=3, start=start)
+    try:
+        for batch, (slot, arrays, notes) in enumerate(islice(filled, 7 - start), start):
+            side = sides[max(first for first in sides if first <= batch)]
+            assert arrays["grid"].tolist() == [[side] * side] * 10
+            assert arrays["grid"].is_contiguous()
+            who.update(notes)
+            filled.release(slot)
+    finally:
+        filled.close()
+    assert len(who) <= max(1, workers), "those that began"
+
+
+def unchanged(slot: dict[str, Tensor], batch: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize(("workers", "batch"), [(1, 5), (2, 100), (3, 32), (4, 7), (5, 1)])
+def test_turns_count_what_each_worker_fills(workers: int, batch: int) -> None:
+    chunk = chunk_size(batch, workers)
+    sizes = [min(chunk, batch - first) for first in range(0, batch, chunk)]
+    for batches in range(3 * workers):
+        filled = [0] * workers
+        for number in range(batches * len(sizes)):
+            filled[number % workers] += sizes[number % len(sizes)]
+        assert filled == [turns(lane, workers, batch, batches) for lane in range(workers)]
+    assert turns(0, 0, batch, 3) == 3 * batch
+
+
+class Dying(Counting):
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        if task.batch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(slot, task)
+
+
+class Hanging(Counting):
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        signal.pause()
+        return []
+
+
+class Mistaken(Counting):
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        raise DinoError("a mistake", "a hint")
+
+
+class Broken(Counting):
+    def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
+        raise ZeroDivisionError("in a worker")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "said"),
+    [
+        (Dying, DinoError, "a worker process was killed, probably because memory ran out"),
+        (Hanging, DinoError, "no image was decoded in 0.5 seconds"),
+        (Mistaken, DinoError, "a mistake"),
+        (Broken, RuntimeError, "ZeroDivisionError: in a worker"),
+    ],
+)
+def test_a_worker_that_fails_is_said_and_none_is_left(
+    make: type[Counting], error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring, "_STUCK", 0.5)
+    filled = made(make, 2)
+    processes = list(filled._processes)
+    with pytest.raises(error, match=said) as raised:
+        for slot, _, _ in filled:
+            filled.release(slot)
+    filled.close()
+    assert not any(process.is_alive() for process in processes)
+    assert make is not Mistaken or raised.value.hint == "a hint"
+
+
+def test_waiting_is_counted() -> None:
+    filled = made(Counting, 0)
+    next(iter(filled))
+    assert 0 < filled.waited < 5
+
+
+def test_no_worker_outlives_the_process_that_started_it() -> None:
+    """Whether that comes to its end or is killed: two copies of one process, which imports torch once for both."""
+    code = f"""
+import os, sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_ring
+for killed in (False, True):
+    if not os.fork():
+        ring = test_ring.made(test_ring.Counting, 2)
+        next(iter(ring))
+        print(*(p.pid for p in ring._processes), flush=True)
+        if killed:
+            os.kill(os.getpid(), 9)
+        sys.exit(3)
+print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)), flush=True)
+"""
+    # The workers hold the pipe open: reading it to its end waits for the last of them.
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60)
+    *workers, codes = done.stdout.splitlines()
+    assert [len(line.split()) for line in workers] == [2, 2]
+    assert sorted(codes.split()) == ["-9", "3"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end the workers")
+def test_a_stopped_worker_dies_with_its_parent_and_the_lock_is_free_at_once(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+import test_ring
+from dinocli.core.runs import held
+with held(Path(sys.argv[1])):
+    ring = test_ring.made(test_ring.Counting, 2)
+    next(iter(ring))
+    print(*(p.pid for p in ring._processes), flush=True)
+    sys.stdin.read()
+"""
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    run = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert run.stdin
+    assert run.stdout
+    workers = [int(word) for word in run.stdout.readline().split()]
+    assert len(workers) == 2
+    with pytest.raises(DinoError, match="another run is using"), held(tmp_path):
+        pass
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)
+    run.kill()
+    run.wait()
+    with held(tmp_path):
+        pass
+    # The workers hold the pipe open: reading it to its end waits for the last of them.
+    assert run.communicate(timeout=30) == ("", None)
+
+
+def test_signals_that_come_while_workers_start_reach_this_process_alone() -> None:
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        with ring._hold_back([signal.SIGINT]):
+            # To this thread: libraries may have started others, any of which may take a signal to the process.
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+            assert not came
+        assert came == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)

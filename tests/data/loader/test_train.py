@@ -1,0 +1,332 @@
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_images
+
+from dinocli.core.errors import DinoError
+from dinocli.data.images import DEFAULTS
+from dinocli.data.loader import ring
+from dinocli.data.loader.batch import ALONE, Batch, Share
+from dinocli.data.loader.fill import Cutter
+from dinocli.data.loader.plain import plain_batches
+from dinocli.data.loader.train import TrainBatches
+from dinocli.data.sources.open import open_images, open_source
+from dinocli.data.views.crops import JitterConfig, LowResolutionConfig, ViewConfig, ViewsConfig, resize_for
+from dinocli.data.views.masking import MaskConfig, Masks, hidden_counts
+from dinocli.packing import pack
+
+CPU = torch.device("cpu")
+JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+GLOBAL = ViewConfig(size=24, scale=(0.4, 1.0), flip=0.5, jitter=JITTER, gray=0.2, blur=0.5, solarize=0.2)
+VIEWS = ViewsConfig(
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    global_1=GLOBAL,
+    global_2=GLOBAL,
+    local=GLOBAL.model_copy(update={"size": 16}),
+    locals=3,
+)
+MASKED = VIEWS.model_copy(
+    update={"mask": MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=2, aspect=(0.3, 1 / 0.3)), "local": None}
+)
+
+
+def take(
+    images: Path | str,
+    count: int,
+    *,
+    batch_size: int = 4,
+    start: int = 0,
+    workers: int = 0,
+    seed: int = 0,
+    views: ViewsConfig = VIEWS,
+    share: Share = ALONE,
+) -> list[Batch]:
+    stream = TrainBatches(
+        open_source(str(images)),
+        views,
+        batch_size=batch_size,
+        seed=seed,
+        start=start,
+        workers=workers,
+        device=CPU,
+        share=share,
+        steps_per_epoch=2,
+        grid=lambda size: (size // 4, size // 4),
+    )
+    try:
+        return list(islice(stream, count))
+    finally:
+        stream.close()
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return a.rows.equal(b.rows) and all(x.equal(y) for x, y in zip(a.crops, b.crops, strict=True))
+
+
+def test_shapes_and_groups(images: Path) -> None:
+    batch = take(images, 1)[0]
+    assert [tuple(c.shape) for c in batch.crops] == [(2, 4, 3, 24, 24), (3, 4, 3, 16, 16)]
+    assert batch.global_crops.dtype == torch.float32
+    without = take(images, 1, views=VIEWS.model_copy(update={"local": None}))[0]
+    assert without.local_crops is None
+    assert len(without.crops) == 1
+
+
+def test_every_image_comes_once_an_epoch_and_orders_differ(images: Path) -> None:
+    rows = torch.stack([b.rows for b in take(images, 6)]).view(2, 12)
+    assert rows.sort(1).values.tolist() == [list(range(12))] * 2
+    assert rows[0].tolist() != rows[1].tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_views_do_not_depend_on_the_number_of_workers(images: Path, workers: int) -> None:
+    assert all(same(a, b) for a, b in zip(take(images, 7), take(images, 7, workers=workers), strict=True))
+
+
+def test_where_processes_are_not_copied_the_views_are_the_same(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = take(images, 4)
+    monkeypatch.setattr(ring, "_FORK", False)
+    assert all(same(a, b) for a, b in zip(alone, take(images, 4, workers=1), strict=True))
+
+
+def test_two_processes_share_each_batch_of_one(images: Path) -> None:
+    whole = take(images, 5, batch_size=6)
+    halves = [take(images, 5, batch_size=3, share=Share(rank, 2)) for rank in (0, 1)]
+    for one, *two in zip(whole, *halves, strict=True):
+        assert torch.equal(one.rows, torch.cat([half.rows for half in two]))
+        for crops, *parts in zip(one.crops, *(half.crops for half in two), strict=True):
+            torch.testing.assert_close(crops, torch.cat(parts, 1), rtol=0, atol=1e-6)
+
+
+def test_a_later_start_gives_the_same_batches(images: Path) -> None:
+    assert all(same(a, b) for a, b in zip(take(images, 7)[4:], take(images, 3, start=4), strict=True))
+
+
+def test_batches_have_masks_where_the_views_do_and_the_views_are_the_same(images: Path) -> None:
+    plain, masked = take(images, 4), take(images, 4, views=MASKED.model_copy(update={"local": VIEWS.local}))
+    assert all(same(a, b) for a, b in zip(plain, masked, strict=True))
+    assert plain[0].masks is None
+    masks = [batch.masks for batch in masked]
+    assert masks[0].where.shape == (2, 4, 36)
+    # As many in each batch, in crops and to a count that change from batch to batch.
+    wanted = sorted([0] * 4 + hidden_counts(MASKED.mask, 8, 36))
+    assert all(sorted(m.counts.flatten().tolist()) == wanted for m in masks)
+    assert len({str(m.counts.tolist()) for m in masks}) == 4
+    assert all(part.masks is None for part in plain[0].split(2))
+    assert [part.masks.where.shape for part in masked[0].split(2)] == [(2, 2, 36)] * 2
+
+
+def same_masks(a: Masks, b: Masks) -> bool:
+    return all(getattr(a, name).equal(getattr(b, name)) for name in ("where", "rows", "weights", "counts"))
+
+
+def test_masks_depend_on_no_worker_and_no_start(images: Path, shards: Path) -> None:
+    whole = take(images, 7, views=MASKED)
+    for other in (take(images, 7, views=MASKED, workers=workers) for workers in (1, 2)):
+        assert all(same_masks(a.masks, b.masks) for a, b in zip(whole, other, strict=True))
+    assert all(
+        same_masks(a.masks, b.masks)
+        for a, b in zip(whole[4:], take(images, 3, views=MASKED, start=4, workers=2), strict=True)
+    )
+    stream = take(shards, 7, views=MASKED)
+    for other, start in (
+        (take(shards, 7, views=MASKED, workers=1), 0),  # two workers read the images in another order
+        (take(shards, 3, views=MASKED, start=4), 4),
+    ):
+        assert all(same_masks(a.masks, b.masks) for a, b in zip(stream[start:], other, strict=True))
+
+
+def test_a_slot_that_is_filled_again_leaves_a_batchs_masks_alone(images: Path) -> None:
+    kept = take(images, 6, views=MASKED)  # two slots were filled thrice meanwhile
+    assert all(Masks.of(batch.masks.where).rows.equal(batch.masks.rows) for batch in kept)
+    assert len({str(batch.masks.rows.tolist()) for batch in kept}) == 6
+
+
+def test_processes_and_seeds_have_masks_of_their_own(images: Path) -> None:
+    one = take(images, 3, views=MASKED)
+    for other in (
+        take(images, 3, views=MASKED, seed=1),
+        take(images, 3, batch_size=4, views=MASKED, share=Share(1, 2)),
+    ):
+        assert not any(a.masks.counts.equal(b.masks.counts) for a, b in zip(one, other, strict=True))
+        assert all(len(a.masks.rows) == len(b.masks.rows) for a, b in zip(one, other, strict=True))
+
+
+def test_a_bad_file_moves_no_mask(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "x", 40)
+    all_masked = MASKED.model_copy(update={"mask": MASKED.mask.model_copy(update={"share": 1.0})})
+    before = take(folder, 5, batch_size=8, views=all_masked)
+    (folder / "0003.png").write_bytes(b"no image")
+    after = take(folder, 5, batch_size=8, views=all_masked)
+    assert any(not a.rows.equal(b.rows) for a, b in zip(before, after, strict=True))
+    assert all(same_masks(a.masks, b.masks) for a, b in zip(before, after, strict=True))
+
+
+def test_masks_want_patches(images: Path) -> None:
+    with pytest.raises(DinoError, match=r"views\.mask needs patches to mask"):
+        TrainBatches(open_source(str(images)), MASKED, batch_size=4, seed=0, device=CPU)
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_smaller_crops_give_way_to_full_ones_between_two_batches(
+    images: Path, shards: Path, kind: str, workers: int
+) -> None:
+    """Before the switch all is as in a run of the small sizes, after it as in one of the full, wherever it begins."""
+    where = images if kind == "folder" else shards
+    full = MASKED.model_copy(update={"local": VIEWS.local})
+    low = full.model_copy(update={"low_resolution": LowResolutionConfig(epochs=2, global_size=16, local_size=8)})
+    small = low.phases(1)[0][1]
+    wanted = take(where, 4, views=small, workers=workers) + take(where, 7, views=full, workers=workers)[4:]
+    assert [len(batch.global_crops[0, 0, 0]) for batch in wanted] == [16] * 4 + [24] * 3
+    for start in (0, 3, 4, 5):
+        batches = take(where, 7 - start, views=low, workers=workers, start=start)
+        for ours, theirs in zip(batches, wanted[start:], strict=True):
+            assert same(ours, theirs)
+            assert same_masks(ours.masks, theirs.masks)
+    # The order is that of a run without; and so each image still comes once an epoch.
+    assert [b.rows.tolist() for b in wanted] == [b.rows.tolist() for b in take(where, 7, workers=workers)]
+
+
+def test_smaller_crops_are_of_the_same_places_in_the_same_colors(images: Path) -> None:
+    low = VIEWS.model_copy(update={"low_resolution": LowResolutionConfig(epochs=1, global_size=12, local_size=8)})
+    plain = {"flip": 0.5, "jitter": None, "blur": 0.0}
+    calm = {name: getattr(low, name).model_copy(update=plain) for name in ("global_1", "global_2", "local")}
+    low = low.model_copy(update=calm)
+    [small], [full] = take(images, 1, views=low), take(images, 1, views=low.model_copy(update={"low_resolution": None}))
+    for less, more in zip(small.crops, full.crops, strict=True):
+        again = torch.nn.functional.interpolate(
+            more.flatten(0, 1), size=less.shape[-2:], mode="bicubic", antialias=True
+        )
+        # The test's images are noise: of other places or colors they would have nothing in common.
+        both = torch.stack([again.flatten(), less.flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.8
+
+
+def test_views_follow_the_seed(images: Path) -> None:
+    assert not same(take(images, 1)[0], take(images, 1, seed=1)[0])
+
+
+def test_a_bad_file_is_replaced_and_named(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "x", 40)
+    (folder / "0003.png").write_bytes(b"no image")
+    stream = TrainBatches(open_source(str(folder)), VIEWS, batch_size=8, seed=0, device=CPU)
+    batches = list(islice(stream, 5))
+    bad = stream.bad
+    assert all(b.global_crops.shape[1] == 8 and not (b.rows == 3).any() for b in batches)
+    assert list(bad.reasons) == ["0003.png"]
+    assert bad.summary() == "1 not an image"
+
+
+@pytest.mark.parametrize("good", [0, 20])
+def test_too_many_bad_files_end_the_run(tmp_path: Path, good: int) -> None:
+    folder = write_images(tmp_path / "x", good)
+    for i in range(8):
+        (folder / f"bad{i}.png").write_bytes(b"no image")
+    with pytest.raises(DinoError, match=r"cannot be read") as error:
+        list(islice(TrainBatches(open_source(str(folder)), VIEWS, batch_size=4, seed=0, device=CPU), 8))
+    assert "bad" in error.value.hint + error.value.message
+
+
+@pytest.fixture
+def shards(images: Path, tmp_path: Path) -> Path:
+    """The twelve images in three tar files, the last of them short."""
+    pack(open_images(str(images)), tmp_path / "shards", per_shard=5)
+    return tmp_path / "shards"
+
+
+def test_shards_give_each_image_once_an_epoch_and_go_on_where_they_were(shards: Path) -> None:
+    for workers in (0, 1, 2):
+        whole = take(shards, 9, workers=workers)
+        assert all(same(a, b) for a, b in zip(whole[4:], take(shards, 5, start=4, workers=workers), strict=True))
+        seen = torch.cat([batch.rows for batch in whole[:3]]).tolist()
+        assert workers == 2 or len(set(seen)) == 12  # two readers of unequal shares drift apart
+
+
+def test_the_views_of_an_image_in_a_shard_depend_on_no_worker(shards: Path) -> None:
+    def by_row(workers: int) -> dict[int, torch.Tensor]:
+        views: dict[int, torch.Tensor] = {}
+        for batch in take(shards, 3, workers=workers, batch_size=4):
+            for i, row in enumerate(batch.rows.tolist()):
+                views.setdefault(row, batch.global_crops[:, i])  # the first time, which is the first epoch's
+        return views
+
+    alone, two = by_row(0), by_row(2)
+    both = alone.keys() & two.keys()
+    assert len(both) > 6
+    for row in both:
+        torch.testing.assert_close(alone[row], two[row], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_one_pass_of_shards_gives_every_image_with_its_label(shards: Path, images: Path, workers: int) -> None:
+    batches = plain_batches(
+        open_source(str(shards)), size=16, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=4, workers=workers, device=CPU
+    )
+    labels = {name: label for b in batches for name, label in zip(b.names, b.labels, strict=True)}
+    assert len(labels) == 12
+    assert sorted(labels.values()) == [0] * 6 + [1] * 6
+    assert all(("/a/" in name) == (label == 0) for name, label in labels.items())
+
+
+def test_one_pass_in_order_names_what_it_leaves_out(images: Path) -> None:
+    (images / "a" / "0002.png").write_bytes(b"no image")
+    source = open_source(str(images))
+    passes = [
+        list(plain_batches(source, size=16, mean=(0.5,) * 3, std=(0.5,) * 3, batch_size=5, workers=w, device=CPU))
+        for w in (0, 1, 3)
+    ]
+    for batches in passes:
+        assert [name for b in batches for name in b.names] == [n for n in source.names if n != "a/0002.png"]
+        assert [label for b in batches for label in b.labels] == [0] * 5 + [1] * 6
+        assert [name for b in batches for name, _ in b.bad] == ["a/0002.png"]
+        assert all(b.images.shape == (len(b.names), 3, 16, 16) for b in batches)
+        assert all(a.images.equal(b.images) for a, b in zip(passes[0], batches, strict=True))
+
+
+def test_the_evaluations_resize() -> None:
+    assert [resize_for(size) for size in (224, 112, 48)] == [256, 128, 55]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_views_beside_the_plain_images_depend_on_seed_and_image_alone(images: Path, tmp_path: Path, kind: str) -> None:
+    (images / "b" / "0003.png").write_bytes(b"no image")
+    source = open_source(str(images))
+    if kind == "shards":
+        pack(open_images(str(images)), tmp_path / "packed", side=None, per_shard=4, name="x", report=lambda *a: None)
+        source = open_source(str(tmp_path / "packed"))
+    views = ViewsConfig(mean=(0.5,) * 3, std=(0.5,) * 3, global_1=GLOBAL, local=GLOBAL, locals=2)
+
+    def passed(seed: int, workers: int, batch_size: int, cutter: bool = True) -> dict[str, tuple]:
+        batches = plain_batches(
+            source,
+            size=24,
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            batch_size=batch_size,
+            workers=workers,
+            device=CPU,
+            cutter=Cutter(views, seed, DEFAULTS) if cutter else None,
+        )
+        seen = {}
+        for batch in batches:
+            assert (batch.views is None) == (not cutter or not batch.names)
+            each = batch.views.unbind(1) if batch.views is not None else [None] * len(batch.names)
+            seen |= dict(zip(batch.names, zip(batch.images, each, strict=True), strict=True))
+        return seen
+
+    first, plain = passed(0, 0, 5), passed(0, 0, 5, cutter=False)
+    assert len(first) == 11
+    assert next(iter(first.values()))[1].shape == (3, 3, 24, 24)
+    for workers, batch_size in ((2, 5), (0, 1)):
+        other = passed(0, workers, batch_size)
+        assert set(other) == set(first) == set(plain)
+        for name, (image, of_image) in first.items():
+            assert other[name][0].equal(image) and plain[name][0].equal(image)
+            torch.testing.assert_close(other[name][1], of_image)
+    assert not any(passed(1, 0, 5)[name][1].equal(of_image) for name, (_, of_image) in first.items())

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dinocli.core.errors import DinoError
+from dinocli.data.sources.lists import read_list
+from dinocli.data.sources.open import open_source
+
+FILES = ("a/x.jpg", "a/y.jpg", "a/z w.jpg")
+BOTH = [("a/x.jpg", "cat"), ("a/y.jpg", "dog")]
+MARK = "\ufeff"
+
+
+def written(folder: Path, name: str, text: str | bytes, files: tuple[str, ...] = FILES) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder / name
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.csv", f"{MARK}path,label\r\na/x.jpg,cat\r\na/y.jpg,dog\r\n"),
+        ("l.csv", "Label;FileName\ncat;a/x.jpg\ndog;a/y.jpg\n"),
+        ("l.csv", "path\tlabel\na/x.jpg\tcat\na/y.jpg\tdog\n"),
+        ("l.csv", "sep=;\npath;label\na/x.jpg;cat\na/y.jpg;dog\n"),
+        ("l.csv", f"{MARK}path,label\r\na/x.jpg,cat\r\na/y.jpg,dog\r\n".encode("utf-16-le")),
+        ("l.csv", "path;label\na/x.jpg;cat\na/y.jpg;dog\n".encode("utf-16")),
+        ("l.txt", "path\tlabel\r\na/x.jpg\tcat\r\na/y.jpg\tdog\r\n".encode("utf-16-be")),
+        ("l.csv", " path , label \n a/x.jpg , cat \n a/y.jpg , dog \n"),
+        ("l.csv", '"path","label"\n"a/x.jpg","cat"\n"a/y.jpg","dog"\n'),
+        ("l.csv", "path,label\na\\x.jpg,cat\na\\y.jpg,dog\n"),
+        ("l.csv", "path,label\ra/x.jpg,cat\ra/y.jpg,dog\r"),
+        ("l.csv", "Image Path,id,Class Name\na/x.jpg,7,cat\na/y.jpg,8,dog\n"),
+        ("l.csv", ",label,path\n0,cat,a/x.jpg\n1,dog,a/y.jpg\n"),
+        ("l.csv", "path,label\na/x.jpg,cat\na/y.jpg,dog\n,\n,\n"),
+        ("l.csv", "cat,a/x.jpg\ndog,a/y.jpg\n"),
+        ("l.tsv", "path,label\na/x.jpg,cat\na/y.jpg,dog\n"),
+        ("l.txt", "a/x.jpg,cat\na/y.jpg,dog\n"),
+        ("l.txt", "a/x.jpg, cat\na/y.jpg, dog\n"),
+        ("l.txt", "  a/x.jpg cat \r\n\r\n  a/y.jpg dog \r\n"),
+        ("l.txt", f"{MARK}a/x.jpg\tcat\na/y.jpg\tdog"),
+        ("l.txt", '"a/x.jpg" cat\n"a/y.jpg" dog\n'),
+        ("l.txt", "a\\x.jpg cat\r\na\\y.jpg dog\r\n"),
+    ],
+)
+def test_lists_as_spreadsheets_write_them(tmp_path: Path, name: str, text: str | bytes) -> None:
+    entries, notes = read_list(written(tmp_path, name, text))
+    assert [entry[:2] for entry in entries] == BOTH
+    assert not notes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a/z w.jpg\na/y.jpg\n", [("a/z w.jpg", ""), ("a/y.jpg", "")]),
+        ("a/z w.jpg Lynx lynx\na/y.jpg 3\n", [("a/z w.jpg", "Lynx lynx"), ("a/y.jpg", "3")]),
+        ("b,c.jpg\na/y.jpg\n", [("b,c.jpg", ""), ("a/y.jpg", "")]),
+        ("# list\n00ff cat\n", [("00ff", "cat")]),
+        ("back\\slash.jpg\n", [("back\\slash.jpg", "")]),
+        ('quo"te.jpg\n', [('quo"te.jpg', "")]),
+        (" space.jpg\n", [(" space.jpg", "")]),
+    ],
+)
+def test_names_are_what_lies_there(tmp_path: Path, text: str, expected: list[tuple[str, str]]) -> None:
+    odd = ("b,c.jpg", "00ff", "back\\slash.jpg", 'quo"te.jpg', " space.jpg")
+    assert [e[:2] for e in read_list(written(tmp_path, "l.txt", text, FILES + odd)).entries] == expected
+
+
+def test_a_list_in_the_code_page_of_windows(tmp_path: Path) -> None:
+    path = written(tmp_path, "l.csv", "path;label\nä.jpg;Bär\na/y.jpg;dog\n".encode("cp1252"), ("ä.jpg", "a/y.jpg"))
+    assert read_list(path).entries[0][:2] == ("ä.jpg", "Bär")
+
+
+def test_a_missing_label_is_named_and_the_others_stay(tmp_path: Path) -> None:
+    path = written(tmp_path, "l.csv", "path,label\na/x.jpg,cat\na/y.jpg,\na/z w.jpg,dog\n,dog\n")
+    source = open_source(str(path))
+    assert (source.classes, source.labels.tolist()) == (["cat", "dog"], [0, -1, 1])
+    assert "1 of 3 images" in source.notes[1] and "row 3 (a/y.jpg)" in source.notes[1]
+    assert "1 rows" in source.notes[0] and "row 5" in source.notes[0]
+    source = open_source(str(written(tmp_path, "l.txt", "a/x.jpg\na/y.jpg\tcat\n")))
+    assert (list(source.names), source.labels.tolist()) == (["a/x.jpg", "a/y.jpg"], [-1, 0])
+    assert "row 1 (a/x.jpg)" in source.notes[0]
+
+
+def test_columns_that_are_not_known_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DinoError, match="its columns are id, where_it_is, what") as error:
+        read_list(written(tmp_path, "l.csv", "id,where_it_is,what\n1,a/x.jpg,cat\n"))
+    assert "path,label" in error.value.hint
+    _, notes = read_list(written(tmp_path, "l.csv", "path,breed\na/x.jpg,cat\n"))
+    assert "its other columns are breed" in notes[0]
+    with pytest.raises(DinoError, match=r"first file .* does not exist: .*gone.jpg"):
+        read_list(written(tmp_path, "l.csv", "gone.jpg,cat\na/x.jpg,dog\n"))
+    with pytest.raises(DinoError, match="is empty"):
+        read_list(written(tmp_path, "l.csv", "path,label\n"))

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import write_images
+
+from dinocli.core.errors import DinoError
+from dinocli.data.decode.pixels import BadImage
+from dinocli.data.images import DEFAULTS
+from dinocli.data.sources.photos import named_photos, read_photo, spare
+
+
+def test_files_and_folders_get_names_that_differ(tmp_path: Path) -> None:
+    write_images(tmp_path / "tree" / "a", 1)
+    write_images(tmp_path / "tree" / "b", 1)
+    write_images(tmp_path, 2)
+    (tmp_path / "0000.png").rename(tmp_path / "0001.jpg")  # told by its content, as all images are
+    names = named_photos([tmp_path / "0001.jpg", tmp_path / "0001.png", tmp_path / "tree"])
+    assert {path.relative_to(tmp_path).as_posix(): name.as_posix() for path, name in names.items()} == {
+        "0001.jpg": "0001_jpg",
+        "0001.png": "0001_png",
+        "tree/a/0000.png": "a/0000",
+        "tree/b/0000.png": "b/0000",
+    }
+    again = named_photos([tmp_path / "tree" / "a" / "0000.png", tmp_path / "tree" / "b" / "0000.png"])
+    assert len(set(again.values())) == 2
+
+
+def test_what_is_not_there_is_an_error_and_what_cannot_be_read_a_reason(tmp_path: Path) -> None:
+    with pytest.raises(DinoError, match=r"gone.jpg does not exist"):
+        named_photos([tmp_path / "gone.jpg"])
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    assert isinstance(read_photo(tmp_path / "bad.jpg", DEFAULTS), BadImage)
+    gone = read_photo(tmp_path / "gone.jpg", DEFAULTS)
+    assert isinstance(gone, BadImage)
+    assert "No such file" in gone.reason
+    pixels = read_photo(write_images(tmp_path / "good", 1) / "0000.png", DEFAULTS)
+    assert pixels.shape == (32, 32, 3)
+
+
+def test_what_is_made_takes_the_place_of_nothing_that_was_given(tmp_path: Path) -> None:
+    photo = write_images(tmp_path / "photos", 1) / "0000.png"
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    spare([tmp_path / "new.png", photo], [tmp_path / "other.png"])
+    with pytest.raises(DinoError, match=r"link/0000.png is an input, and the output would overwrite it"):
+        spare([tmp_path / "link" / "0000.png"], [photo])
