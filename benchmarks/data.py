@@ -34,7 +34,7 @@ from torchvision.transforms import v2
 
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_images
-from dinocli.preset import load_preset
+from dinocli.method.preset import load_preset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOCALS = 8

@@ -21,10 +21,10 @@ from matplotlib.patches import Rectangle
 from dinocli.data.drawn import draw
 from dinocli.data.views.crops import crop_boxes, crop_tries, cut, uniforms
 from dinocli.data.views.masking import blocks
-from dinocli.losses.koleo import koleo_loss
-from dinocli.losses.targets import Centering, CenteringConfig, SinkhornKnopp, SinkhornKnoppConfig
-from dinocli.preset import load_preset
-from dinocli.schedules import Clock, Constant, Cosine
+from dinocli.engine.schedules import Clock, Constant, Cosine
+from dinocli.method.losses.koleo import koleo_loss
+from dinocli.method.losses.targets import Centering, CenteringConfig, SinkhornKnopp, SinkhornKnoppConfig
+from dinocli.method.preset import load_preset
 
 SUNFLOWER, FISH, ZEBRA = 7, 21, 9  # numbers of drawn images
 COLORS = ("#1f6fb4", "#c8651b", "#3a8f3a", "#8757b5", "#a33c55", "#6b6b6b")

@@ -23,7 +23,7 @@ from ways import WAYS, build, made_up
 
 from dinocli.core.device import pick_device
 from dinocli.core.errors import DinoError
-from dinocli.preset import load_preset
+from dinocli.method.preset import load_preset
 
 
 @dataclass(frozen=True)

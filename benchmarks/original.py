@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
 from dinocli.engine.optim import AdamWConfig
+from dinocli.engine.schedules import Clock
+from dinocli.method.preset import Preset
 from dinocli.models.architecture import create_timm
 from dinocli.models.head import HeadConfig
-from dinocli.preset import Preset
-from dinocli.schedules import Clock
 
 
 class OriginalNetwork(nn.Module):

@@ -27,7 +27,7 @@ from dinocli.core.device import keep_freed_memory
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_source
 from dinocli.data.views.crops import ViewsConfig
-from dinocli.preset import load_preset
+from dinocli.method.preset import load_preset
 
 LOW = "views.low_resolution={epochs=1, global_size=32, local_size=16}"
 

@@ -41,8 +41,8 @@ from ways import WAYS, Job, Precision
 from dinocli.core.device import pick_device
 from dinocli.core.errors import DinoError
 from dinocli.costs import estimate
+from dinocli.method.preset import Preset
 from dinocli.planning import Plan
-from dinocli.preset import Preset
 
 
 @dataclasses.dataclass(frozen=True)

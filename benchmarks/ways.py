@@ -16,9 +16,9 @@ from dinocli.core.device import default_workers, keep_freed_memory
 from dinocli.data.loader.batch import Batch
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_source
+from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
-from dinocli.preset import Preset, load_preset
-from dinocli.schedules import Clock
+from dinocli.method.preset import Preset, load_preset
 
 Precision = Literal["float32", "bfloat16"]
 

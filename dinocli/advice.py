@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from dinocli.costs import Estimate, to_fit
 from dinocli.data.loader.cache import kept_side
 from dinocli.data.loader.train import BAD_SHARE
+from dinocli.engine.schedules import Cosine, LinearByEpoch
 from dinocli.inspection import Inspection, window_text
 from dinocli.machine import Machine
-from dinocli.preset import Preset, load_preset
-from dinocli.schedules import Cosine, LinearByEpoch
+from dinocli.method.preset import Preset, load_preset
 
 # Estimate for a preset and a number of steps with the batch at once, without or with activation checkpointing.
 Cost = Callable[[Preset, int, bool], Estimate]

@@ -10,9 +10,9 @@ from dinocli.core.errors import visible
 from dinocli.core.version import __version__
 from dinocli.encoder import Encoder
 from dinocli.evals.knn import KnnResult
+from dinocli.method.preset import Preset
+from dinocli.method.settings import changes, shipped_as
 from dinocli.models.backbone import Transformer
-from dinocli.preset import Preset
-from dinocli.settings import changes, shipped_as
 
 
 @dataclass(frozen=True)

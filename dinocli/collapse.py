@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dinocli.losses import AimedConfig
-from dinocli.losses.targets import CenteringConfig
-from dinocli.preset import Preset
-from dinocli.schedules import Constant
+from dinocli.engine.schedules import Constant
+from dinocli.method.losses import AimedConfig
+from dinocli.method.losses.targets import CenteringConfig
+from dinocli.method.preset import Preset
 
 # Thresholds of entropy and information, in shares of ln K. Runs of `tiny` that were made to collapse reached 0.986 and
 # 0.013, or 0.005 and 0.013; runs that learned had 0.1 to 0.5 and 0.18 to 0.38 (docs/results.md).

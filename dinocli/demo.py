@@ -30,8 +30,8 @@ from dinocli.evals.linear import linear
 from dinocli.extraction import extract
 from dinocli.features import Features, Recipe, read_features
 from dinocli.loading import load_encoder, untrained_encoder
+from dinocli.method.preset import load_preset
 from dinocli.planning import Plan, start_clock
-from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
 from dinocli.weights import read_weights
 

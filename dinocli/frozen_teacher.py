@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import fingerprint
+from dinocli.method.preset import Preset
 from dinocli.models.network import Network, load_strictly
-from dinocli.preset import Preset
 from dinocli.weights import Weights, read_weights
 
 

@@ -23,12 +23,12 @@ from dinocli.core.runs import run_of
 from dinocli.core.tensors import fingerprint
 from dinocli.data.images import ImagesConfig
 from dinocli.encoder import Channels, Encoder, with_images
+from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig, create_timm
 from dinocli.models.backbone import Backbone, adapt
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
 from dinocli.official import HEADS, heads_are_assumed, official_architecture, timms_name
-from dinocli.preset import Preset
 from dinocli.weights import Weights, Which, read_weights, refuse_not_finite
 
 LOCAL = "local-dir:"

@@ -21,8 +21,8 @@ from dinocli.data.views.crops import ViewsConfig
 from dinocli.encoder import checked
 from dinocli.evals.knn import knn
 from dinocli.features import Features, Recipe, compared
+from dinocli.method.preset import Preset
 from dinocli.models.network import Network
-from dinocli.preset import Preset
 
 _IMAGES = 1000  # per split, balanced over the classes
 _AT_ONCE = 64

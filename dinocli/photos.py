@@ -23,11 +23,11 @@ from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, default_size
 from dinocli.evals.spread import effective_rank, uniformity
 from dinocli.evals.units import normalized
+from dinocli.method.preset import Preset
 from dinocli.models.backbone import Transformer
 from dinocli.models.network import Network
 from dinocli.monitor import at_rest, class_tokens
 from dinocli.picture import heat, visible
-from dinocli.preset import Preset
 
 POOL, SHOWN, NEIGHBOURS = 256, 6, 5
 TILE = 144  # side of a map in pixels; a neighbour's is two thirds

@@ -13,11 +13,11 @@ import torch
 from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Source
-from dinocli.distillation import SelfDistillation
 from dinocli.engine.parallel import Kind
+from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
 from dinocli.frozen_teacher import FrozenTeacher
-from dinocli.preset import Preset
-from dinocli.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
+from dinocli.method.distillation import SelfDistillation
+from dinocli.method.preset import Preset
 
 # Fewest images per prototype without a warning. The demo's recipe has 75, the paper's 1,950.
 _IMAGES_A_PROTOTYPE = 30

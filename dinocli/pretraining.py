@@ -21,10 +21,10 @@ from dinocli.core.runs import CHECKPOINT, held
 from dinocli.data.loader.batch import BadFiles, Share
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.shards import Shards
-from dinocli.distillation import SelfDistillation
 from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
 from dinocli.loading import announcement, fitted_to, initial_weights
+from dinocli.method.distillation import SelfDistillation
 from dinocli.models.network import load_strictly
 from dinocli.monitor import Monitor
 from dinocli.planning import Plan, equal_parts

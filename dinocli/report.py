@@ -17,9 +17,9 @@ from dinocli.core.atomic import write_text
 from dinocli.core.checksums import parse
 from dinocli.curves import panel_svg, write_sheet
 from dinocli.history import Curve, read_history
+from dinocli.method.settings import flat, shipped_as
 from dinocli.page import page_of, text_of
 from dinocli.panels import LossFacts, Panel, panels
-from dinocli.settings import flat, shipped_as
 
 METRICS, CURVES, REPORT = "metrics.jsonl", "curves.png", "report.html"
 _TIMES = 8  # steps whose attention is shown

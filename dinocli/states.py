@@ -32,10 +32,10 @@ from dinocli.data.sources.open import Source, TorchvisionImages
 from dinocli.data.sources.shards import Shards
 from dinocli.data.sources.tar import PIPE
 from dinocli.engine.checkpoint import restore, state_of
+from dinocli.engine.schedules import Clock, Schedule
 from dinocli.engine.trainer import Trainer
+from dinocli.method.preset import Preset
 from dinocli.models.network import Network
-from dinocli.preset import Preset
-from dinocli.schedules import Clock, Schedule
 from dinocli.weights import refuse_not_finite, write_checkpoint
 
 FOLDER = "state"

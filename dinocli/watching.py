@@ -17,11 +17,11 @@ from dinocli.core.device import peak_memory
 from dinocli.core.distributed import any_of, from_first, gathered, rank, size
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Images
-from dinocli.distillation import SelfDistillation
 from dinocli.encoder import NotFinite
 from dinocli.engine.checkpoint import state_of
 from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
+from dinocli.method.distillation import SelfDistillation
 from dinocli.models.network import Network
 from dinocli.monitor import Monitor, steps_between_looks
 from dinocli.photos import Photos

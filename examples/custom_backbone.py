@@ -21,8 +21,8 @@ from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.data.sources.open import open_source
+from dinocli.method.preset import load_preset
 from dinocli.planning import Plan
-from dinocli.preset import load_preset
 from dinocli.pretraining import Run, pretrain
 
 

@@ -23,10 +23,10 @@ from dinocli.data.loader.batch import Batch
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_source
 from dinocli.data.views.masking import Masks
+from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
+from dinocli.method.preset import Preset, load_preset
 from dinocli.models.network import Encoding
-from dinocli.preset import Preset, load_preset
-from dinocli.schedules import Clock
 
 
 def variance_loss(cls: Tensor, target: float = 1.0) -> Tensor:  # [B, D] -> []

@@ -1,1 +1,1 @@
-"""Data only: one TOML a recipe; `dinocli.shipped` reads them."""
+"""Data only: one TOML a recipe; `dinocli.method.shipped` reads them."""

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from dinocli.core import distributed
 from dinocli.encoder import Encoder
+from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
-from dinocli.preset import load_preset
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # Beside a checkout of the house there may lie more of the original's numbers; a clone without them is held all the same.

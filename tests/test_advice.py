@@ -15,7 +15,7 @@ from dinocli.advice import WEIGHTS, Advised, advise
 from dinocli.costs import Estimate
 from dinocli.inspection import Inspection, Spread
 from dinocli.machine import Machine
-from dinocli.preset import Preset, load_preset
+from dinocli.method.preset import Preset, load_preset
 
 GB = 10**9
 GPU = Machine(

@@ -9,7 +9,7 @@ from conftest import of_channels
 from dinocli.card import Facts, Measured, card_of
 from dinocli.encoder import Encoder
 from dinocli.evals.knn import KnnResult, Score
-from dinocli.preset import Preset, load_preset
+from dinocli.method.preset import Preset, load_preset
 
 
 def facts(encoder: Encoder, preset: Preset, **more: object) -> Facts:

@@ -11,8 +11,8 @@ from test_pretraining import SMALL
 from dinocli.collapse import Collapse, CollapseWatch
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
+from dinocli.method.preset import load_preset
 from dinocli.planning import Plan
-from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
 
 K = 256

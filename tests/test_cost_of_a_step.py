@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinocli.core.device import autocast
 from dinocli.data.loader.batch import Batch
+from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
-from dinocli.preset import load_preset
-from dinocli.schedules import Clock
+from dinocli.method.preset import load_preset
 
 IMAGES = 4
 # Seen with torch 2.15; a few more are allowed for, since versions differ by some.

@@ -13,8 +13,8 @@ from dinocli.costs import Estimate, estimate, to_fit
 from dinocli.data.loader.batch import Batch
 from dinocli.data.sources.open import image_folder
 from dinocli.engine.trainer import Trainer
+from dinocli.method.preset import load_preset
 from dinocli.planning import Plan
-from dinocli.preset import load_preset
 
 CPU = torch.device("cpu")
 # A network small enough to try, in which activations weigh more than weights.

@@ -15,9 +15,9 @@ import pytest
 import typer
 from pydantic import BaseModel
 
-from dinocli import shipped
 from dinocli.cli import app
-from dinocli.preset import Preset
+from dinocli.method import shipped
+from dinocli.method.preset import Preset
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

@@ -12,9 +12,9 @@ from dinocli.core.errors import DinoError
 from dinocli.core.tensors import fingerprint
 from dinocli.encoder import Encoder, NotFinite, features_of, finite_rows, quick, with_images
 from dinocli.loading import load_encoder
+from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import ViTBackbone
-from dinocli.preset import load_preset
 from dinocli.weights import write_checkpoint
 
 MEAN = STD = (0.5, 0.5, 0.5)

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dinocli.data.sources.open import open_source
+from dinocli.method.preset import load_preset
 from dinocli.planning import Plan
-from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

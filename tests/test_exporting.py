@@ -20,10 +20,10 @@ from dinocli.core.errors import DinoError
 from dinocli.encoder import Encoder
 from dinocli.exporting import ENDINGS, Format, export
 from dinocli.loading import load_encoder
+from dinocli.method.preset import Preset, load_preset
 from dinocli.models import head as head_module
 from dinocli.models.head import Head
 from dinocli.models.network import Network
-from dinocli.preset import Preset, load_preset
 from dinocli.weights import Which, read_weights, write_checkpoint
 
 CPU = torch.device("cpu")

@@ -16,12 +16,12 @@ from test_pretraining import SMALL
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
 from dinocli.data.sources.open import image_folder
-from dinocli.distillation import SelfDistillation
+from dinocli.engine.schedules import Clock
 from dinocli.frozen_teacher import FrozenTeacher
+from dinocli.method.distillation import SelfDistillation
+from dinocli.method.preset import Preset, load_preset
 from dinocli.planning import Plan
-from dinocli.preset import Preset, load_preset
 from dinocli.pretraining import pretrain
-from dinocli.schedules import Clock
 from dinocli.weights import read_weights, write_checkpoint
 
 SHAPES = [s for s in SMALL if not s.startswith("heads.dino.")]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dinocli import shipped
+from dinocli.method import shipped
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dinocli"

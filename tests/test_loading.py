@@ -26,9 +26,9 @@ from dinocli.loading import (
     official_architecture,
     untrained_encoder,
 )
+from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import ViTBackbone
-from dinocli.preset import load_preset
 from dinocli.weights import Weights, read_weights, write_checkpoint
 
 CPU = torch.device("cpu")

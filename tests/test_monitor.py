@@ -17,9 +17,9 @@ from dinocli.evals.knn import knn
 from dinocli.extraction import extract
 from dinocli.features import read_features
 from dinocli.loading import load_encoder
+from dinocli.method.preset import load_preset
 from dinocli.monitor import Monitor, _sample, steps_between_looks
 from dinocli.planning import Plan
-from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.loading import load_encoder
+from dinocli.method.preset import load_preset
 from dinocli.official import HEADS, official_architecture, under_timms_keys
-from dinocli.preset import load_preset
 from dinocli.pretraining import start_from
 from dinocli.weights import read_weights
 

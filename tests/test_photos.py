@@ -21,9 +21,9 @@ from dinocli.data.sources.shards import open_shards
 from dinocli.encoder import NotFinite
 from dinocli.engine.trainer import Trainer
 from dinocli.evals.spread import effective_rank, uniformity
+from dinocli.method.preset import Preset, load_preset
 from dinocli.photos import TILE, Photos
 from dinocli.planning import start_clock
-from dinocli.preset import Preset, load_preset
 
 VIT = ["backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"]
 RESNET = ["backbone={name='resnet10t'}", "views.global_1.size=32", "views.global_2.size=32", "views.local.size=16"]

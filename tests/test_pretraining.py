@@ -20,13 +20,13 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import newest_run
 from dinocli.data.loader.batch import Batch
 from dinocli.data.sources.open import image_folder
-from dinocli.distillation import Part, SelfDistillation
+from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
 from dinocli.loading import load_encoder
+from dinocli.method.distillation import Part, SelfDistillation
+from dinocli.method.preset import Preset, load_preset
 from dinocli.planning import Plan, Saving
-from dinocli.preset import Preset, load_preset
 from dinocli.pretraining import Progress, pretrain, start_from
-from dinocli.schedules import Clock
 from dinocli.states import newest, saved_states
 from dinocli.weights import read_weights, write_checkpoint
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinocli.preset import load_preset
+from dinocli.method.preset import load_preset
 from dinocli.report import _spread, write_report
 
 KEYS = (

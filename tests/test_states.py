@@ -23,8 +23,8 @@ from dinocli.core.drafts import drafting
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import held, next_folder, runs_of
 from dinocli.data.sources.open import image_folder, open_source
+from dinocli.method.preset import load_preset
 from dinocli.planning import Plan, Saving
-from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
 from dinocli.states import first_difference, newest, sample_of, saved_states, unfinished
 from dinocli.weights import read_weights

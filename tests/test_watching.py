@@ -10,8 +10,8 @@ from test_pretraining import SMALL
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
+from dinocli.method.preset import load_preset
 from dinocli.planning import Plan
-from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
 from dinocli.watching import Progress
 
@@ -47,7 +47,7 @@ def test_a_line_holds_what_tells_whether_a_run_learns(plan: Plan) -> None:
 
 def test_figures_are_worked_out_for_logged_steps_alone(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no log shows costs nothing: neither the figures nor a wait for the device."""
-    from dinocli.distillation import SelfDistillation
+    from dinocli.method.distillation import SelfDistillation
 
     asked, read = [], []
     watch, number = SelfDistillation.watch, torch.Tensor.__float__

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dinocli.data.views.crops import ViewsConfig
     from dinocli.inspection import Inspection, Spread
     from dinocli.machine import Machine
-    from dinocli.preset import Preset
+    from dinocli.method.preset import Preset
 
 
 _LONG = 40  # characters of a file's name
@@ -69,7 +69,7 @@ def doctor(
     else:
         console.table(["machine", ""], _machine_rows(machine))
         if seen and advised:
-            from dinocli.preset import load_preset
+            from dinocli.method.preset import load_preset
 
             console.table(["images", seen.where], _image_rows(seen, load_preset("tiny").views))
             _print_advice(advised)

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from dinocli import shipped
 from dinocli.cli.words import Misuse, Words, is_number, is_option
 from dinocli.core.errors import DinoError, nearest
+from dinocli.method import shipped
 
 F = TypeVar("F", bound=Callable[..., Any])
 # Options of other tools and other spellings, by our option.

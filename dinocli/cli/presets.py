@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from dinocli import shipped
 from dinocli.cli import console
 from dinocli.cli.mistakes import App
 from dinocli.cli.options import Json
+from dinocli.method import shipped
 
 presets = App(help="List the shipped presets, or show one.", invoke_without_command=True)
 

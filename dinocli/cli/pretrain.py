@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from dinocli import shipped
 from dinocli.cli import console
 from dinocli.cli.options import Device, Images, Json, Workers, compiles, output_place, refuse_address, step_of
 from dinocli.core.distributed import from_first, launch, local_size, rank, size, unused_tasks
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, link_newest, next_folder, runs_of
+from dinocli.method import shipped
 
 if TYPE_CHECKING:
     from dinocli.costs import Estimate
@@ -124,8 +124,8 @@ def pretrain(
 
     from dinocli.core.device import default_workers, pick_device
     from dinocli.frozen_teacher import FrozenTeacher
+    from dinocli.method.preset import load_preset
     from dinocli.planning import Plan, start_clock
-    from dinocli.preset import load_preset
     from dinocli.states import unfinished
 
     loaded = load_preset(preset, [*(overrides or []), *given, *(["teacher.frozen=true"] if teacher else [])])

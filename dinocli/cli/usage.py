@@ -8,9 +8,9 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-from dinocli import shipped
 from dinocli.core.config import MEANT, find_keys
 from dinocli.core.errors import DinoError, nearest
+from dinocli.method import shipped
 
 # Options of other tools and of the original code, each with ours.
 _SAME = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dinocli.schedules import Clock
+from dinocli.engine.schedules import Clock
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dinocli.core.config import Config
 from dinocli.core.distributed import in_shards, local, norms
 from dinocli.core.errors import DinoError
 from dinocli.engine.method import ParamGroup
-from dinocli.schedules import Clock, Rate, Schedule
+from dinocli.engine.schedules import Clock, Rate, Schedule
 
 
 class LinearRule(Config):

@@ -14,7 +14,7 @@ from dinocli.core.distributed import all_of, local, mean_over_processes, rank, s
 from dinocli.engine.method import Method
 from dinocli.engine.optim import OptimizerConfig, clip_gradients, drop_frozen, move, set_rates
 from dinocli.engine.parallel import Alone, Parallel
-from dinocli.schedules import Clock
+from dinocli.engine.schedules import Clock
 
 _ALONE = Alone()
 Values = dict[str, Tensor | float]

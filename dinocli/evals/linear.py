@@ -18,11 +18,11 @@ from dinocli.data.sources.open import Images
 from dinocli.data.views.crops import ViewConfig, ViewsConfig
 from dinocli.encoder import Encoder, TokenChoice, finite_rows
 from dinocli.engine import trainer as engine
+from dinocli.engine.schedules import Clock, Cosine, CosineByEpoch
 from dinocli.evals.accuracy import hits_among
 from dinocli.evals.probes import Probes, scores_of, trainer
 from dinocli.evals.units import Floats
 from dinocli.features import Features
-from dinocli.schedules import Clock, Cosine, CosineByEpoch
 
 # Thirteen rates for a batch of 256, as DINOv2's probe sweeps: the scale of features varies beyond any single rate.
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0)

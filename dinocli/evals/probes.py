@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import LinearRule, SGDConfig
+from dinocli.engine.schedules import Clock, Constant, Rate
 from dinocli.engine.trainer import Trainer
-from dinocli.schedules import Clock, Constant, Rate
 
 _MOMENTUM = 0.9
 # Most weights in one product. Small classifiers are faster in one product than one after another (ten classes: four

@@ -22,8 +22,8 @@ from dinocli.encoder import Encoder, NotFinite
 from dinocli.engine import trainer as engine
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import AdamWConfig
+from dinocli.engine.schedules import Clock, Constant, Cosine
 from dinocli.evals.patches import StoredPatches, store_patches
-from dinocli.schedules import Clock, Constant, Cosine
 
 _AT_ONCE = 2**25  # most logits held at photo resolution
 _LR = 0.01

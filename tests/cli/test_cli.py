@@ -20,8 +20,8 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
-from dinocli import shipped
 from dinocli.cli import main
+from dinocli.method import shipped
 
 SMALL = [
     "--set", "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}",

@@ -29,13 +29,13 @@ from dinocli.core.distributed import (
 )
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder, open_source
-from dinocli.losses.dino import DinoLossConfig
-from dinocli.losses.targets import CenteringConfig
+from dinocli.engine.schedules import Clock, LinearByEpoch
+from dinocli.method.losses.dino import DinoLossConfig
+from dinocli.method.losses.targets import CenteringConfig
+from dinocli.method.preset import load_preset
 from dinocli.models.network import Encoding
 from dinocli.planning import Plan
-from dinocli.preset import load_preset
 from dinocli.pretraining import pretrain
-from dinocli.schedules import Clock, LinearByEpoch
 
 TEMPERATURE = LinearByEpoch(kind="linear_by_epoch", start=0.04, end=0.07, epochs=5)
 

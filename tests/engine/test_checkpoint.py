@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from dinocli.engine.checkpoint import restore, state_of
+from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
-from dinocli.preset import load_preset
-from dinocli.schedules import Clock
+from dinocli.method.preset import load_preset
 
 SMALL = [
     "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2}",

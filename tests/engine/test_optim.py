@@ -21,7 +21,7 @@ from dinocli.engine.optim import (
     drop_frozen,
     set_rates,
 )
-from dinocli.schedules import Clock, Constant, Cosine
+from dinocli.engine.schedules import Clock, Constant, Cosine
 
 FLAT = Constant(kind="constant", value=0.0)
 LARS = LARSConfig(kind="lars", momentum=0.9, trust=0.001, lr=FLAT, weight_decay=FLAT)

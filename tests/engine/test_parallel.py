@@ -15,9 +15,9 @@ from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import SGDConfig
 from dinocli.engine.parallel import Alone, Kind, SharedBatchNorm, parallel, share_batch_norm
+from dinocli.engine.schedules import Clock, Constant
 from dinocli.engine.trainer import Trainer
-from dinocli.preset import load_preset
-from dinocli.schedules import Clock, Constant
+from dinocli.method.preset import load_preset
 
 Arrays = dict[str, NDArray[np.float32]]
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import AdamWConfig, LARSConfig, OptimizerConfig, SGDConfig
+from dinocli.engine.schedules import Clock, Constant
 from dinocli.engine.trainer import Trainer
-from dinocli.schedules import Clock, Constant
 
 
 class Line(Method):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from dinocli.engine.schedules import Clock, Cosine
 from dinocli.evals.probes import Probes, trainer
-from dinocli.schedules import Clock, Cosine
 
 
 def test_a_sweep_trains_each_rate_as_if_it_were_alone() -> None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from dinocli.core.distributed import local, mean_over_processes
 from dinocli.data.loader.batch import Batch
 from dinocli.engine.method import Method, ParamGroup
-from dinocli.losses import LossesConfig
+from dinocli.engine.schedules import Clock, Schedule
+from dinocli.method.losses import LossesConfig
 from dinocli.models.architecture import AS_THE_HEADS, LearningConfig
 from dinocli.models.network import Encoding, Network
-from dinocli.schedules import Clock, Schedule
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dinocli.core.config import Config
 from dinocli.core.distributed import logsumexp_over_processes, mean_over_processes
-from dinocli.schedules import Clock, Schedule
+from dinocli.engine.schedules import Clock, Schedule
 
 
 class CenteringConfig(Config):

@@ -11,8 +11,8 @@ from dinocli.core.config import Config
 from dinocli.core.device import exactly
 from dinocli.core.distributed import mean_over_processes
 from dinocli.data.views.masking import Masks
+from dinocli.engine.schedules import Clock
 from dinocli.models.network import Encoding
-from dinocli.schedules import Clock
 
 
 class KoleoLossConfig(Config):

@@ -12,17 +12,17 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.data.loader.batch import Batch
 from dinocli.data.views.masking import Masks, blocks, deal
-from dinocli.distillation import SelfDistillation
 from dinocli.engine.optim import AdamWConfig, ClipEach, LinearRule
+from dinocli.engine.schedules import Clock, Cosine, LinearByEpoch
 from dinocli.engine.trainer import Trainer
-from dinocli.losses import LossesConfig
-from dinocli.losses.dino import DinoLossConfig
-from dinocli.losses.targets import CenteringConfig
+from dinocli.method.distillation import SelfDistillation
+from dinocli.method.losses import LossesConfig
+from dinocli.method.losses.dino import DinoLossConfig
+from dinocli.method.losses.targets import CenteringConfig
+from dinocli.method.preset import Preset, load_preset
 from dinocli.models.backbone import Hidden, ViTBackbone
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import Encoding, Network
-from dinocli.preset import Preset, load_preset
-from dinocli.schedules import Clock, Cosine, LinearByEpoch
 
 
 def network(made: dict) -> Network:

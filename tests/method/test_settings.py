@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from dinocli import shipped
-from dinocli.preset import load_preset
-from dinocli.settings import changes, flat, shipped_as
+from dinocli.method import shipped
+from dinocli.method.preset import load_preset
+from dinocli.method.settings import changes, flat, shipped_as
 
 
 def test_a_schedule_is_one_value_and_the_rest_goes_by_its_key() -> None:

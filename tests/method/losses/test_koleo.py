@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dinocli.losses.koleo import KoleoLossConfig, koleo_loss
+from dinocli.engine.schedules import Clock
+from dinocli.method.losses.koleo import KoleoLossConfig, koleo_loss
 from dinocli.models.network import Encoding
-from dinocli.schedules import Clock
 
 CLOCK = Clock(1, 1)
 

@@ -10,20 +10,20 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from dinocli import shipped
 from dinocli.core.config import LARGEST, Config, change
 from dinocli.core.device import Precision
 from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.views.crops import ViewsConfig
-from dinocli.distillation import SelfDistillation
 from dinocli.engine.optim import OptimizerConfig
-from dinocli.losses import LossesConfig
+from dinocli.engine.schedules import Schedule
+from dinocli.method import shipped
+from dinocli.method.distillation import SelfDistillation
+from dinocli.method.losses import LossesConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import CLASS, Network, Reads
-from dinocli.schedules import Schedule
 
 
 class AboutConfig(Config):

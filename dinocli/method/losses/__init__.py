@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import nn
 
 from dinocli.core.config import Config
-from dinocli.losses.dino import DinoLossConfig
-from dinocli.losses.ibot import IbotLossConfig
-from dinocli.losses.koleo import KoleoLossConfig
+from dinocli.method.losses.dino import DinoLossConfig
+from dinocli.method.losses.ibot import IbotLossConfig
+from dinocli.method.losses.koleo import KoleoLossConfig
 
 LossConfig = DinoLossConfig | IbotLossConfig | KoleoLossConfig
 AimedConfig = DinoLossConfig | IbotLossConfig

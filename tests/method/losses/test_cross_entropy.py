@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import peak_of
 
-from dinocli.losses.cross_entropy import Chunk, cross_entropy, entropy
+from dinocli.method.losses.cross_entropy import Chunk, cross_entropy, entropy
 
 
 def by_loops(logits: torch.Tensor, chunks: list[Chunk], temperature: float, share: float) -> torch.Tensor:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dinocli import shipped
 from dinocli.core.errors import DinoError
+from dinocli.method import shipped
 
 
 def test_names_and_texts() -> None:

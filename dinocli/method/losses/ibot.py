@@ -12,10 +12,10 @@ from dinocli.core.config import Config
 from dinocli.core.device import exactly
 from dinocli.core.distributed import mean_over_processes
 from dinocli.data.views.masking import Masks
-from dinocli.losses.cross_entropy import Chunk, cross_entropy, entropy
-from dinocli.losses.targets import TargetsConfig
+from dinocli.engine.schedules import Clock
+from dinocli.method.losses.cross_entropy import Chunk, cross_entropy, entropy
+from dinocli.method.losses.targets import TargetsConfig
 from dinocli.models.network import Encoding, Reads
-from dinocli.schedules import Clock
 
 
 class IbotLossConfig(Config):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dinocli.schedules import Clock, Constant, Cosine, CosineByEpoch, LinearByEpoch, Schedule
+from dinocli.engine.schedules import Clock, Constant, Cosine, CosineByEpoch, LinearByEpoch, Schedule
 
 
 def values(schedule: Schedule, clock: Clock) -> list[float]:

@@ -6,8 +6,8 @@ from conftest import together
 from pydantic import TypeAdapter, ValidationError
 
 from dinocli.core.distributed import rank
-from dinocli.losses.targets import CenteringConfig, SinkhornKnopp, SinkhornKnoppConfig, TargetsConfig
-from dinocli.schedules import Clock, Constant
+from dinocli.engine.schedules import Clock, Constant
+from dinocli.method.losses.targets import CenteringConfig, SinkhornKnopp, SinkhornKnoppConfig, TargetsConfig
 
 CONFIG = CenteringConfig(kind="centering", momentum=0.75, temperature=Constant(kind="constant", value=0.05))
 

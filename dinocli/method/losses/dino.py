@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from dinocli.core.config import Config
 from dinocli.core.distributed import mean_over_processes
 from dinocli.data.views.masking import Masks
-from dinocli.losses.cross_entropy import Chunk, cross_entropy, entropy
-from dinocli.losses.targets import TargetsConfig
+from dinocli.engine.schedules import Clock
+from dinocli.method.losses.cross_entropy import Chunk, cross_entropy, entropy
+from dinocli.method.losses.targets import TargetsConfig
 from dinocli.models.network import Encoding, Reads
-from dinocli.schedules import Clock
 
 
 class DinoLossConfig(Config):

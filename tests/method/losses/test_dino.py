@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import PRECISIONS, assert_original
 
-from dinocli.losses.dino import DinoLossConfig, dino_loss
-from dinocli.losses.targets import CenteringConfig
+from dinocli.engine.schedules import Clock, LinearByEpoch
+from dinocli.method.losses.dino import DinoLossConfig, dino_loss
+from dinocli.method.losses.targets import CenteringConfig
 from dinocli.models.network import Encoding
-from dinocli.schedules import Clock, LinearByEpoch
 
 
 def loss_over_pairs(student: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:

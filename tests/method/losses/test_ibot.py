@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from dinocli.data.views.masking import Masks
-from dinocli.losses import ibot
-from dinocli.losses.dino import dino_loss
-from dinocli.losses.ibot import IbotLossConfig, ibot_loss
-from dinocli.losses.targets import CenteringConfig
+from dinocli.engine.schedules import Clock, Constant
+from dinocli.method.losses import ibot
+from dinocli.method.losses.dino import dino_loss
+from dinocli.method.losses.ibot import IbotLossConfig, ibot_loss
+from dinocli.method.losses.targets import CenteringConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import Encoding, Network
-from dinocli.schedules import Clock, Constant
 
 CENTERING = CenteringConfig(kind="centering", momentum=0.9, temperature=Constant(kind="constant", value=0.5))
 CONFIG = IbotLossConfig(weight=0.25, head="patches", student_temperature=0.1, targets=CENTERING)

@@ -22,7 +22,7 @@ def _folder() -> Traversable:
     try:
         return files("dinocli.presets")
     except ModuleNotFoundError:
-        beside = Path(__file__).parents[1] / "presets"
+        beside = Path(__file__).parents[2] / "presets"
         if (beside / "tiny.toml").is_file():
             return beside
         raise DinoError(f"the presets are not installed, and {beside} has none", "pip install .") from None

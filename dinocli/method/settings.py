@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from dinocli import shipped
 from dinocli.core.errors import DinoError
-from dinocli.preset import load_preset
+from dinocli.method import shipped
+from dinocli.method.preset import load_preset
 
 _SAME = ("recipe", "source", "command")
 

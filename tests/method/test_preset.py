@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from conftest import of_channels
 
-from dinocli import shipped
 from dinocli.core.errors import DinoError
-from dinocli.preset import Preset, load_preset
+from dinocli.method import shipped
+from dinocli.method.preset import Preset, load_preset
 
 
 @pytest.mark.parametrize("name", shipped.names())
