@@ -35,11 +35,11 @@ from torchvision import transforms
 from dinocli.core.device import has_bfloat16, pick_device
 from dinocli.data.sources.listing import Names
 from dinocli.data.sources.open import Images, open_images
-from dinocli.encoder import Encoder, quick
-from dinocli.extraction import extract
-from dinocli.features import Recipe, read_features
+from dinocli.features.encoder import Encoder, quick
+from dinocli.features.extract import extract
+from dinocli.features.store import Recipe, read_features
+from dinocli.features.writer import write_features
 from dinocli.models.architecture import BackboneConfig
-from dinocli.storing import write_features
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

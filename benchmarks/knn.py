@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dinocli.evals.knn import knn
-from dinocli.features import Features, Recipe
+from dinocli.features.store import Features, Recipe
 
 CLASSES = 1000  # the original knows no other number
 TEMPERATURE = 0.07

@@ -16,9 +16,9 @@ import torch
 from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.keypoints import landmarks, read_keypoints
-from dinocli.encoder import Encoder
 from dinocli.evals.match import PatchMap, match, mean_pck, normalized, pck
-from dinocli.loading import load_encoder
+from dinocli.features.encoder import Encoder
+from dinocli.weights.load import load_encoder
 
 
 def read(path: Path) -> Pixels:

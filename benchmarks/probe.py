@@ -42,14 +42,14 @@ from torchvision import transforms
 from dinocli.core.device import default_workers
 from dinocli.data.sources.listing import Names
 from dinocli.data.sources.open import Images, splits
-from dinocli.encoder import Encoder
 from dinocli.engine.schedules import Clock, Cosine
 from dinocli.evals.linear import RATES, linear
 from dinocli.evals.probes import Probes, trainer
-from dinocli.extraction import extract
-from dinocli.features import Features, Recipe, read_features
-from dinocli.loading import load_encoder
+from dinocli.features.encoder import Encoder
+from dinocli.features.extract import extract
+from dinocli.features.store import Features, Recipe, read_features
 from dinocli.models.architecture import BackboneConfig
+from dinocli.weights.load import load_encoder
 
 EPOCHS, BLOCKS, BATCH = 100, 4, 256
 CPU = torch.device("cpu")

@@ -31,8 +31,8 @@ from rich.table import Table
 
 from dinocli.evals.index import open_index
 from dinocli.evals.nearest import nearest
-from dinocli.features import Recipe, read_features
-from dinocli.storing import write_features
+from dinocli.features.store import Recipe, read_features
+from dinocli.features.writer import write_features
 
 CENTERS, QUERIES, AT = 5000, 1000, 10
 

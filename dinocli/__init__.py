@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dinocli.core.device import Precision
-    from dinocli.data.given import Given
-    from dinocli.encoder import Encoder
     from dinocli.evals.attention import AttentionMaps
-    from dinocli.features import Features
+    from dinocli.features.encoder import Encoder
+    from dinocli.features.inputs import Given
+    from dinocli.features.store import Features
 
 
 def load(
@@ -53,8 +53,8 @@ def load(
         DinoError: If the source or device does not exist, or the weights or an override do not fit.
     """
     from dinocli.core.device import pick_device
-    from dinocli.encoder import quick
-    from dinocli.loading import load_encoder
+    from dinocli.features.encoder import quick
+    from dinocli.weights.load import load_encoder
 
     return quick(load_encoder(str(source), pick_device(device), overrides=overrides), precision, compiled=False)
 
@@ -70,8 +70,8 @@ def attention(encoder: Encoder, image: Given, size: int | None = None) -> Attent
     Raises:
         DinoError: If the image cannot be read, or the backbone has no attention.
     """
-    from dinocli.data.given import given_pixels
     from dinocli.evals.attention import attention_maps, default_size
+    from dinocli.features.inputs import given_pixels
 
     return attention_maps(encoder, given_pixels(image, encoder.images), size or default_size(encoder))
 
@@ -87,6 +87,6 @@ def read_features(path: str | os.PathLike[str]) -> Features:
     """
     from pathlib import Path
 
-    from dinocli.features import read_features
+    from dinocli.features.store import read_features
 
     return read_features(Path(path))

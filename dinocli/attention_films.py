@@ -19,8 +19,8 @@ from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.sources.frames import Frames, pyav
-from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.attention import attention_maps, default_size
+from dinocli.features.encoder import Encoder, NotFinite
 from dinocli.film import shown, write_gif, write_mp4
 from dinocli.picture import Panel, heat, sheet, visible
 

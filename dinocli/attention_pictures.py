@@ -14,8 +14,8 @@ from dinocli.core.atomic import atomic
 from dinocli.core.tensors import write_tensors
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.sources.photos import read_photo
-from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.attention import AttentionMaps, attention_maps, default_size, enlarge
+from dinocli.features.encoder import Encoder, NotFinite
 from dinocli.picture import Panel, bounded, heat, sheet, spotlight, visible
 
 

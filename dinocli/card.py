@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from dinocli.core.errors import visible
 from dinocli.core.version import __version__
-from dinocli.encoder import Encoder
 from dinocli.evals.knn import KnnResult
+from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset
 from dinocli.method.settings import changes, shipped_as
 from dinocli.models.backbone import Transformer

@@ -23,17 +23,17 @@ from dinocli.data.drawn import CLASSES, write_set
 from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources.open import Images, image_folder
 from dinocli.data.sources.outputs import is_fresh
-from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard
 from dinocli.evals.knn import knn
 from dinocli.evals.linear import linear
-from dinocli.extraction import extract
-from dinocli.features import Features, Recipe, read_features
-from dinocli.loading import load_encoder, untrained_encoder
+from dinocli.features.encoder import Encoder
+from dinocli.features.extract import extract
+from dinocli.features.store import Features, Recipe, read_features
 from dinocli.method.preset import load_preset
 from dinocli.planning import Plan, start_clock
 from dinocli.pretraining import pretrain
-from dinocli.weights import read_weights
+from dinocli.weights.checkpoint import read_weights
+from dinocli.weights.load import load_encoder, untrained_encoder
 
 PRESET = "tiny"
 RECORD = "demo.json"  # contents and progress of the demo

@@ -19,7 +19,7 @@ from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.open import Source, TorchvisionImages, splits
 from dinocli.data.sources.regular import Refused, read_file
 from dinocli.data.sources.shards import Shards, read_sample
-from dinocli.features import Features, Recipe, read_splits, same_maker
+from dinocli.features.store import Features, Recipe, read_splits, same_maker
 
 
 @dataclass(frozen=True)

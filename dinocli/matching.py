@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from dinocli.core.atomic import atomic
 from dinocli.data.decode.pixels import Pixels
 from dinocli.diffusion import DIMS, LONG_SIDE, Diffusion
-from dinocli.encoder import Encoder, checked
 from dinocli.evals.attention import default_size
 from dinocli.evals.match import Matches, PatchMap, Points, answers, joint_pca
 from dinocli.evals.units import normalized
+from dinocli.features.encoder import Encoder, checked
 from dinocli.models.backbone import Facet
 from dinocli.picture import Panel, sheet, visible
 

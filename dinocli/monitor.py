@@ -18,9 +18,9 @@ from dinocli.data.sources.listing import Names
 from dinocli.data.sources.open import Images, TorchvisionImages, splits
 from dinocli.data.views.augment import normalize
 from dinocli.data.views.crops import ViewsConfig
-from dinocli.encoder import checked
 from dinocli.evals.knn import knn
-from dinocli.features import Features, Recipe, compared
+from dinocli.features.encoder import checked
+from dinocli.features.store import Features, Recipe, compared
 from dinocli.method.preset import Preset
 from dinocli.models.network import Network
 

@@ -19,10 +19,10 @@ from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.crops import resize_and_center, resize_for
-from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, default_size
 from dinocli.evals.spread import effective_rank, uniformity
 from dinocli.evals.units import normalized
+from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset
 from dinocli.models.backbone import Transformer
 from dinocli.models.network import Network

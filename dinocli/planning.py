@@ -15,9 +15,9 @@ from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Source
 from dinocli.engine.parallel import Kind
 from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
-from dinocli.frozen_teacher import FrozenTeacher
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
+from dinocli.weights.frozen_teacher import FrozenTeacher
 
 # Fewest images per prototype without a warning. The demo's recipe has 75, the paper's 1,950.
 _IMAGES_A_PROTOTYPE = 30

@@ -23,15 +23,14 @@ from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.shards import Shards
 from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
-from dinocli.loading import announcement, fitted_to, initial_weights
 from dinocli.method.distillation import SelfDistillation
-from dinocli.models.network import load_strictly
 from dinocli.monitor import Monitor
 from dinocli.planning import Plan, equal_parts
 from dinocli.report import CURVES, REPORT
 from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest, other_contents, sample_of, saved_states
 from dinocli.stopping import stop_signals
 from dinocli.watching import Progress, Watch, check_weights
+from dinocli.weights.load import start_from
 
 _BAD = "bad_images.txt"
 # Files of a run that has saved a state. Without a state the folder is refused, so they are never overwritten.
@@ -392,43 +391,6 @@ class _Session:
         """
         if self.whole and not (broken and size() > 1 and self.plan.parallel == "fsdp"):
             self.save(broken=broken)
-
-
-def start_from(method: SelfDistillation, source: str, note: Callable[[str], None] = lambda line: None) -> list[str]:
-    """Load initial weights into student and average: the backbone, and the heads of equal shape.
-
-    Args:
-        method: Student and average to initialize.
-        source: Source of the weights, as for `initial_weights`.
-        note: Callback that receives a line before a download, and if three-channel weights are adapted to other
-            channels.
-
-    Returns:
-        Names of the heads that keep random weights.
-
-    Raises:
-        DinoError: If the source does not exist, or its backbone has another shape.
-    """
-    if line := announcement(source):
-        note(line)
-    weights = initial_weights(source)
-    if fitted := fitted_to(weights, method.student.backbone):
-        note(f"note: {source} takes three channels; adapted the filters of its first layer to the images")
-        weights = fitted
-    fitting: dict[str, dict[str, torch.Tensor]] = {}
-    for name, head in method.student.heads.items():
-        # The originals name a head after its loss, and a shared head after the loss on class tokens.
-        theirs = "dino" if "class" in method.student.reads[name] else "ibot"
-        stored = weights.heads.get(name) or weights.heads.get(theirs, {})
-        if {k: v.shape for k, v in stored.items()} == {k: v.shape for k, v in head.state_dict().items()}:
-            fitting[name] = stored
-    for network in (method.student, method.average):
-        load_strictly(network.backbone.model, weights.backbone, source)
-        for name, stored in fitting.items():
-            network.heads[name].load_state_dict(stored)
-        if network.mask_token is not None and weights.mask_token is not None:
-            network.mask_token.data.copy_(weights.mask_token)
-    return [name for name in method.student.heads if name not in fitting]
 
 
 @contextmanager

@@ -13,16 +13,16 @@ from dinocli.card import Facts, Measured, card_of
 from dinocli.core.atomic import atomic_folder, write_text
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
-from dinocli.encoder import Encoder
 from dinocli.evals.knn import knn
-from dinocli.exporting import TIMM_FILES, folder_is_free, write_timm
-from dinocli.features import compared, read_splits
+from dinocli.features.encoder import Encoder
+from dinocli.features.store import compared, read_splits
 from dinocli.history import Curve, read_history
-from dinocli.loading import encoder_of
 from dinocli.report import CURVES, METRICS, draw_curves
 from dinocli.states import FOLDER as STATES
 from dinocli.states import State, saved_states
-from dinocli.weights import read_weights
+from dinocli.weights.checkpoint import read_weights
+from dinocli.weights.export import TIMM_FILES, folder_is_free, write_timm
+from dinocli.weights.load import encoder_of
 
 CARD = "README.md"
 _FILES = TIMM_FILES | {CARD, CURVES}

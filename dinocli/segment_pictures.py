@@ -15,12 +15,12 @@ from torch import Tensor
 from dinocli.core.atomic import atomic
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.sources.photos import read_photo
-from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.attention import enlarge
 from dinocli.evals.colors import Colors
 from dinocli.evals.edges import refine
 from dinocli.evals.foreground import By, foreground
 from dinocli.evals.segmentation import SegmentationHead
+from dinocli.features.encoder import Encoder, NotFinite
 from dinocli.picture import (
     Panel,
     bounded,

@@ -36,7 +36,7 @@ from dinocli.engine.schedules import Clock, Schedule
 from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import Preset
 from dinocli.models.network import Network
-from dinocli.weights import refuse_not_finite, write_checkpoint
+from dinocli.weights.checkpoint import refuse_not_finite, write_checkpoint
 
 FOLDER = "state"
 _SAMPLED = 200  # files whose contents are fingerprinted

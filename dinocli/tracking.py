@@ -15,9 +15,9 @@ from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import ImagesConfig
 from dinocli.data.sources.frames import Frame, Frames, open_frames
 from dinocli.data.sources.label_maps import LabelMap, Labels, read_labels, write_labels
-from dinocli.encoder import Encoder
 from dinocli.evals.davis import VideoScore, frame_scores, video_score
 from dinocli.evals.track import Looking, Rule, one_hot, track
+from dinocli.features.encoder import Encoder
 from dinocli.film import shown, small, write_gif, write_strip
 from dinocli.picture import Panel, inner_edge, tinted, visible
 

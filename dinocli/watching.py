@@ -17,17 +17,17 @@ from dinocli.core.device import peak_memory
 from dinocli.core.distributed import any_of, from_first, gathered, rank, size
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Images
-from dinocli.encoder import NotFinite
 from dinocli.engine.checkpoint import state_of
 from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
+from dinocli.features.encoder import NotFinite
 from dinocli.method.distillation import SelfDistillation
 from dinocli.models.network import Network
 from dinocli.monitor import Monitor, steps_between_looks
 from dinocli.photos import Photos
 from dinocli.planning import Plan
 from dinocli.report import write_report
-from dinocli.weights import not_finite
+from dinocli.weights.checkpoint import not_finite
 
 LOG_EVERY = 10  # steps; each log makes the host wait for the device once
 _LOG_AFTER = 5.0  # seconds; logs slow steps before ten have passed

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dinocli.core import distributed
-from dinocli.encoder import Encoder
+from dinocli.features.encoder import Encoder
 from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
 

@@ -14,8 +14,8 @@ from dinocli.attention_films import film
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
 from dinocli.data.sources.frames import Frames, open_frames
-from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps
+from dinocli.features.encoder import Encoder
 from dinocli.picture import heat
 
 

@@ -10,8 +10,8 @@ from safetensors.numpy import load_file
 
 from dinocli import picture as module
 from dinocli.attention_pictures import attention_sheet, draw
-from dinocli.encoder import Encoder
 from dinocli.evals.attention import AttentionMaps
+from dinocli.features.encoder import Encoder
 
 
 def test_a_photo_of_any_shape_gets_its_sheet_and_its_maps(tmp_path: Path, encoder: Encoder) -> None:

@@ -13,10 +13,10 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from dinocli.encoder import Encoder
 from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
 from dinocli.evals.knn import knn
+from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset, load_preset
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

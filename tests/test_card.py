@@ -7,8 +7,8 @@ import pytest
 from conftest import of_channels
 
 from dinocli.card import Facts, Measured, card_of
-from dinocli.encoder import Encoder
 from dinocli.evals.knn import KnnResult, Score
+from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset, load_preset
 
 

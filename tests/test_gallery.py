@@ -13,9 +13,9 @@ from PIL import Image
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.sources.open import open_source
-from dinocli.features import Recipe
+from dinocli.features.store import Recipe
+from dinocli.features.writer import write_features
 from dinocli.gallery import Gallery, belong_together, open_gallery, small, write_list
-from dinocli.storing import write_features
 
 
 def stored(

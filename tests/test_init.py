@@ -19,9 +19,9 @@ from dinocli.attention_pictures import draw
 from dinocli.core.device import pick_device
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
-from dinocli.encoder import Encoder, quick
-from dinocli.extraction import extract
-from dinocli.loading import load_encoder
+from dinocli.features.encoder import Encoder, quick
+from dinocli.features.extract import extract
+from dinocli.weights.load import load_encoder
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dinocli.encoder import Encoder
 from dinocli.evals.match import PatchMap, match
 from dinocli.evals.units import normalized
+from dinocli.features.encoder import Encoder
 from dinocli.matching import Compared, diffusion_maps, patch_maps, swap, write_picture
 
 

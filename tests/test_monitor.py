@@ -14,13 +14,13 @@ from test_pretraining import SMALL
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
 from dinocli.evals.knn import knn
-from dinocli.extraction import extract
-from dinocli.features import read_features
-from dinocli.loading import load_encoder
+from dinocli.features.extract import extract
+from dinocli.features.store import read_features
 from dinocli.method.preset import load_preset
 from dinocli.monitor import Monitor, _sample, steps_between_looks
 from dinocli.planning import Plan
 from dinocli.pretraining import pretrain
+from dinocli.weights.load import load_encoder
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ from dinocli import photos as module
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import Images, image_folder
 from dinocli.data.sources.shards import open_shards
-from dinocli.encoder import NotFinite
 from dinocli.engine.trainer import Trainer
 from dinocli.evals.spread import effective_rank, uniformity
+from dinocli.features.encoder import NotFinite
 from dinocli.method.preset import Preset, load_preset
 from dinocli.photos import TILE, Photos
 from dinocli.planning import start_clock

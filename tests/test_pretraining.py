@@ -22,13 +22,13 @@ from dinocli.data.loader.batch import Batch
 from dinocli.data.sources.open import image_folder
 from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
-from dinocli.loading import load_encoder
 from dinocli.method.distillation import Part, SelfDistillation
 from dinocli.method.preset import Preset, load_preset
 from dinocli.planning import Plan, Saving
-from dinocli.pretraining import Progress, pretrain, start_from
+from dinocli.pretraining import Progress, pretrain
 from dinocli.states import newest, saved_states
-from dinocli.weights import read_weights, write_checkpoint
+from dinocli.weights.checkpoint import read_weights, write_checkpoint
+from dinocli.weights.load import load_encoder, start_from
 
 SMALL = [
     "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2}",

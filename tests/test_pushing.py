@@ -14,15 +14,15 @@ from conftest import assert_same_features, of_channels, write_images
 from test_exporting import RESNET18, ROTARY, images, run
 
 import dinocli
-from dinocli import exporting
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
-from dinocli.exporting import export
-from dinocli.extraction import extract
-from dinocli.loading import load_encoder
+from dinocli.features.extract import extract
 from dinocli.pushing import CARD, push
 from dinocli.states import ImageFacts, State
-from dinocli.weights import read_weights
+from dinocli.weights import export as exporting
+from dinocli.weights.checkpoint import read_weights
+from dinocli.weights.export import export
+from dinocli.weights.load import load_encoder
 
 CPU = torch.device("cpu")
 
@@ -69,7 +69,7 @@ def test_the_code_of_the_card_gives_the_features(tmp_path: Path, preset: str, ch
         torch.testing.assert_close(names["images"][0], pixels_of(photo, encoder), rtol=0, atol=0.02)
 
 
-def pixels_of(photo: Path, encoder: dinocli.encoder.Encoder) -> torch.Tensor:
+def pixels_of(photo: Path, encoder: dinocli.features.encoder.Encoder) -> torch.Tensor:
     (batch,) = encoder.batches(image_folder(photo.parent), size=encoder.size, batch_size=1, workers=0)
     return batch.images[0]
 

@@ -9,11 +9,11 @@ from conftest import write_images
 from PIL import Image
 
 from dinocli import segment_pictures as module
-from dinocli.encoder import Encoder
 from dinocli.evals.colors import fit_colors
 from dinocli.evals.edges import refine
 from dinocli.evals.foreground import foreground
 from dinocli.evals.segmentation import SegmentationHead
+from dinocli.features.encoder import Encoder
 from dinocli.segment_pictures import draw_classes, draw_colors, draw_foreground
 
 

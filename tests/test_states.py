@@ -27,7 +27,7 @@ from dinocli.method.preset import load_preset
 from dinocli.planning import Plan, Saving
 from dinocli.pretraining import pretrain
 from dinocli.states import first_difference, newest, sample_of, saved_states, unfinished
-from dinocli.weights import read_weights
+from dinocli.weights.checkpoint import read_weights
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from PIL import Image
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.frames import open_frames
 from dinocli.data.sources.label_maps import LabelMap, read_labels, write_labels
-from dinocli.encoder import Encoder
 from dinocli.evals.track import Looking, Rule
+from dinocli.features.encoder import Encoder
 from dinocli.tracking import first_mask, overlay, too_small, track_video
 
 PALETTE = bytes([0, 0, 0, 10, 200, 30, 0, 0, 250]) + bytes(759)

@@ -16,7 +16,7 @@ from dinocli.core.errors import DinoError
 if TYPE_CHECKING:
     from dinocli.attention_films import Form
     from dinocli.data.sources.frames import Frames
-    from dinocli.encoder import Encoder
+    from dinocli.features.encoder import Encoder
 
 
 def attn_map(

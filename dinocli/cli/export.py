@@ -54,7 +54,7 @@ def export(
         )
     source = checkpoint_or_newest(run)
 
-    from dinocli.exporting import ENDINGS, export
+    from dinocli.weights.export import ENDINGS, export
 
     name = _name(Path(source), to, network, heads) + ENDINGS[to]
     target = output_place(out, file="" if to == "timm" else name) if out else Path(name)

@@ -78,9 +78,9 @@ def extract(
     from dinocli.core.device import default_workers, pick_device
     from dinocli.core.distributed import rank
     from dinocli.data.sources.outputs import marked
-    from dinocli.encoder import quick, whole_patches
-    from dinocli.extraction import extract
-    from dinocli.features import learned_from
+    from dinocli.features.encoder import quick, whole_patches
+    from dinocli.features.extract import extract
+    from dinocli.features.store import learned_from
     from dinocli.inspection import warn_of
 
     picked = pick_device(device)

@@ -27,7 +27,7 @@ def knn(
     folder = features_or_newest(features)
 
     from dinocli.evals.knn import knn, votable
-    from dinocli.features import compared, read_splits, unlabelled
+    from dinocli.features.store import compared, read_splits, unlabelled
 
     splits = read_splits(folder)
     console.notes(unlabelled(splits))

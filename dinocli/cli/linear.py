@@ -66,8 +66,8 @@ def linear(
 
     if paper:
         from dinocli.data.sources.open import Images, splits
-        from dinocli.encoder import whole_patches
         from dinocli.evals.linear import linear_on_images
+        from dinocli.features.encoder import whole_patches
 
         parts = {name: part for name, part in splits(paper).items() if isinstance(part, Images)}
         test = parts.get("val") or parts.get("test")
@@ -99,7 +99,7 @@ def linear(
         folder = features_or_newest(features)
 
         from dinocli.evals.linear import linear
-        from dinocli.features import compared, read_splits, unlabelled
+        from dinocli.features.store import compared, read_splits, unlabelled
 
         stored = read_splits(folder)
         console.notes(unlabelled(stored))

@@ -25,8 +25,8 @@ from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.data.decode.pixels import Pixels
-    from dinocli.encoder import Encoder
     from dinocli.evals.match import Matches, PatchMap, Pck
+    from dinocli.features.encoder import Encoder
 
 
 def match(

@@ -161,7 +161,7 @@ class Group(TyperGroup):
 
 
 def _for_a_path(word: str) -> str:
-    from dinocli.identify import WEIGHTS, kind_of
+    from dinocli.weights.identify import WEIGHTS, kind_of
 
     kind = kind_of(word)
     if kind in WEIGHTS:
@@ -266,7 +266,7 @@ def _check_wall(words: Words, most: int) -> None:
     Raises:
         Misuse: If there are two or more images, or more files or folders than the command takes.
     """
-    from dinocli.identify import WEIGHTS, kind_of
+    from dinocli.weights.identify import WEIGHTS, kind_of
 
     if words.command not in ("extract", "pretrain", "doctor", "pack") or len(words.places) < 2:
         return
@@ -329,7 +329,7 @@ def _surplus(words: Words, most: int) -> Misuse:
 
 def _of_images(command: str, word: str) -> str:
     """Return the hint for a command that reads features and was given something else."""
-    from dinocli.identify import WEIGHTS, kind_of
+    from dinocli.weights.identify import WEIGHTS, kind_of
 
     kind, quoted = kind_of(word), shlex.quote(word)
     if kind in WEIGHTS:
@@ -349,7 +349,7 @@ def _fit_value(option: str, number: float) -> str:
 
 def _option_of(words: Words, word: str) -> list[str]:
     """Return the option that a bare word most likely belongs to, such as --to for onnx, or nothing."""
-    from dinocli.identify import WEIGHTS, kind_of
+    from dinocli.weights.identify import WEIGHTS, kind_of
 
     free = [option for option in words.known if not words.value([option])]
     kind = kind_of(word)
@@ -366,7 +366,7 @@ def _option_of(words: Words, word: str) -> list[str]:
 
 def _export_order(words: Words) -> Misuse:
     """Return the error for `dino export OUT RUN` and `dino export RUN OUT`: the output is an option."""
-    from dinocli.identify import WEIGHTS, kind_of
+    from dinocli.weights.identify import WEIGHTS, kind_of
 
     fault = "dino export takes one argument, the run or checkpoint"
     run = next((word for word in words.positional if kind_of(word) in WEIGHTS), "")

@@ -18,7 +18,7 @@ from dinocli.core.runs import CHECKPOINT, RUNS, newest_run
 if TYPE_CHECKING:
     import torch
 
-    from dinocli.encoder import Encoder
+    from dinocli.features.encoder import Encoder
     from dinocli.gallery import Gallery
 
 Images = Annotated[
@@ -256,7 +256,7 @@ def encoder_from(
         DinoError: If the checkpoint or the device does not exist, or the weights or an override do not fit.
     """
     from dinocli.core.device import pick_device
-    from dinocli.loading import announcement, load_encoder
+    from dinocli.weights.load import announcement, load_encoder
 
     source, picked = checkpoint_or_newest(checkpoint), pick_device(device)
     if line := announcement(source):
@@ -275,7 +275,7 @@ def features_or_newest(given: Path | None) -> Path:
     """
     if given:
         return given
-    from dinocli.features import FOLDER
+    from dinocli.features.store import FOLDER
 
     run = newest_run()
     for folder in [FOLDER] + ([run / FOLDER] if run else []):

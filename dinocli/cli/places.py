@@ -13,7 +13,7 @@ from dinocli.cli.words import Words, words_of
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
-    from dinocli.identify import Kind
+    from dinocli.weights.identify import Kind
 
 
 def images_place(context: typer.Context, value: str | None) -> str | None:
@@ -24,7 +24,7 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
     """
     if value is None or context.resilient_parsing:
         return value
-    from dinocli.identify import NAMES, kind_of
+    from dinocli.weights.identify import NAMES, kind_of
 
     words, kind = words_of(context), kind_of(value)
     if words.command == "pack":
@@ -38,7 +38,7 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
 
 def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
     """Return the hint for a value that is no set of images, or an empty string if it may be one."""
-    from dinocli.identify import WEIGHTS
+    from dinocli.weights.identify import WEIGHTS
 
     path, quoted = Path(value), shlex.quote(value)
     stem = shlex.quote(path.stem)
@@ -71,7 +71,7 @@ def _with(words: Words, old: str, new: str) -> str:
 
 
 def _check_pack(words: Words, kind: Kind) -> None:
-    from dinocli.identify import kind_of
+    from dinocli.weights.identify import kind_of
 
     if len(words.places) != 2 or kind in ("images", "image"):
         return
@@ -91,7 +91,7 @@ def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]
     """
     if not value or context.resilient_parsing:
         return value
-    from dinocli.identify import NAMES, WEIGHTS, kind_of
+    from dinocli.weights.identify import NAMES, WEIGHTS, kind_of
 
     words, kinds = words_of(context), [kind_of(word) for word in value]
     if len(value) == 1:
@@ -118,7 +118,7 @@ def run_before_out(context: typer.Context, value: str | None) -> str | None:
     """
     if value is None or context.resilient_parsing:
         return value
-    from dinocli.identify import NAMES, WEIGHTS, kind_of
+    from dinocli.weights.identify import NAMES, WEIGHTS, kind_of
 
     words = words_of(context)
     if len(words.places) == 2 and kind_of(value) not in WEIGHTS and (kind := kind_of(words.positional[1])) in WEIGHTS:
@@ -148,7 +148,7 @@ def photo_place(context: typer.Context, value: Path) -> Path:
 
 
 def _check_photo(words: Words, value: str) -> None:
-    from dinocli.identify import NAMES, WEIGHTS, kind_of
+    from dinocli.weights.identify import NAMES, WEIGHTS, kind_of
 
     kind = kind_of(value)
     typed = next((word for word in words.positional if word == value or str(Path(word)) == value), value)
@@ -202,8 +202,8 @@ def check_features(value: str, words: Words) -> None:
     Raises:
         DinoError: If it names images, a checkpoint, a run or a feature file.
     """
-    from dinocli.features import FOLDER
-    from dinocli.identify import NAMES, WEIGHTS, kind_of
+    from dinocli.features.store import FOLDER
+    from dinocli.weights.identify import NAMES, WEIGHTS, kind_of
 
     kind, path, quoted = kind_of(value), Path(value), shlex.quote(value)
     expected = "expected a folder of features"

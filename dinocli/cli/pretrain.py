@@ -123,10 +123,10 @@ def pretrain(
         shipped.text(preset)
 
     from dinocli.core.device import default_workers, pick_device
-    from dinocli.frozen_teacher import FrozenTeacher
     from dinocli.method.preset import load_preset
     from dinocli.planning import Plan, start_clock
     from dinocli.states import unfinished
+    from dinocli.weights.frozen_teacher import FrozenTeacher
 
     loaded = load_preset(preset, [*(overrides or []), *given, *(["teacher.frozen=true"] if teacher else [])])
     frozen = FrozenTeacher.read(teacher) if teacher else None

@@ -24,8 +24,8 @@ from dinocli.cli.places import photo_places
 from dinocli.cli.words import Misuse
 
 if TYPE_CHECKING:
-    from dinocli.encoder import Encoder
     from dinocli.evals.index import Index, Kind
+    from dinocli.features.encoder import Encoder
     from dinocli.gallery import Gallery
 
 
@@ -82,7 +82,7 @@ def search(
         example = f" --features {features}" if features else ""
         raise Misuse(f"dino search takes photos or --evaluate; got {got}", f"dino search photo.jpg{example}")
     if evaluate:
-        from dinocli.encoder import quick
+        from dinocli.features.encoder import quick
 
         encoder = quick(encoder_from(checkpoint, device, network, overrides), "float32", compiled=False)
         if evaluate.is_dir():
@@ -96,8 +96,8 @@ def search(
     from dinocli.data.sources.open import photos
     from dinocli.data.sources.outputs import marked
     from dinocli.data.sources.photos import spare
-    from dinocli.encoder import quick
     from dinocli.evals.search import encode, same_encoder, search
+    from dinocli.features.encoder import quick
     from dinocli.gallery import open_gallery
     from dinocli.gallery_pictures import ROWS, SHOWN, draw_hits, page
 

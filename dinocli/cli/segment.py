@@ -16,7 +16,7 @@ from dinocli.cli.places import photo_places
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
-    from dinocli.encoder import Encoder
+    from dinocli.features.encoder import Encoder
     from dinocli.segment_pictures import Segmented
 
 By = Literal["attention", "cut"]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.data.decode.pixels import Pixels
-from dinocli.encoder import Encoder
+from dinocli.features.encoder import Encoder
 
 
 @dataclass(frozen=True)

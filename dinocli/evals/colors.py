@@ -14,8 +14,8 @@ from torch import Tensor
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.sources.photos import read_photo
-from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.foreground import KEEP, TAU, By, foreground
+from dinocli.features.encoder import Encoder, NotFinite
 
 PHOTOS, PATCHES = (1000, 65_536)  # limits for the PCA: 65,536 tokens of 1,536 numbers take 0.4 GB
 _REACH = 2.0  # standard deviations from the middle to either end of a color

@@ -19,10 +19,10 @@ from dinocli.data.decode.pixels import BadImage
 from dinocli.data.sources.open import image_folder
 from dinocli.data.sources.photos import read_photo
 from dinocli.data.views.augment import normalize
-from dinocli.encoder import Encoder, finite_rows
 from dinocli.evals.nearest import nearest
 from dinocli.evals.retrieval import average_precision
 from dinocli.evals.units import Floats, unit
+from dinocli.features.encoder import Encoder, finite_rows
 
 ORIGINAL = "original"
 _STRONG = "strong"

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinocli.data.decode.pixels import Pixels
-from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, keep_mass
 from dinocli.evals.components import component_at, largest_component
 from dinocli.evals.units import normalized
+from dinocli.features.encoder import Encoder
 from dinocli.models.backbone import Facet, Transformer
 
 By = Literal["attention", "cut"]

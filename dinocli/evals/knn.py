@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dinocli.core.errors import DinoError
 from dinocli.evals.accuracy import hits_among
 from dinocli.evals.nearest import nearest
-from dinocli.features import Features
+from dinocli.features.store import Features
 
 # Block sizes bound the memory; each block of queries reads all voters once.
 _QUERIES = 16384

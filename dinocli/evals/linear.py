@@ -15,14 +15,13 @@ from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Values
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import Images
-from dinocli.data.views.crops import ViewConfig, ViewsConfig
-from dinocli.encoder import Encoder, TokenChoice, finite_rows
 from dinocli.engine import trainer as engine
 from dinocli.engine.schedules import Clock, Cosine, CosineByEpoch
 from dinocli.evals.accuracy import hits_among
 from dinocli.evals.probes import Probes, scores_of, trainer
 from dinocli.evals.units import Floats
-from dinocli.features import Features
+from dinocli.features.encoder import Encoder, TokenChoice, augmented, finite_rows
+from dinocli.features.store import Features
 
 # Thirteen rates for a batch of 256, as DINOv2's probe sweeps: the scale of features varies beyond any single rate.
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0)
@@ -251,21 +250,6 @@ def linear_on_images(
         raise DinoError(f"none of the {len(test)} test images in {test.where} can be read", "check these files")
     top1, top5 = (100 * hits / images).tolist()
     return LinearResult("paper", top1, top5, lr, {}, len(train), 0, images, False, len(train.classes), epochs)
-
-
-def augmented(encoder: Encoder, size: int, views: int = 1) -> ViewsConfig:
-    """Return the training views of a linear probe: random crops with flips.
-
-    Args:
-        encoder: Encoder whose normalization the views use.
-        size: Side of a view, in pixels.
-        views: Number of views per image, all with the same settings.
-
-    Source: facebookresearch/dino@7c446df eval_linear.py, torchvision's RandomResizedCrop as it is.
-    """
-    crop = ViewConfig(size=size, scale=(0.08, 1.0), flip=0.5, resample="bilinear")
-    more = crop if views > 1 else None
-    return ViewsConfig(mean=encoder.mean, std=encoder.std, global_1=crop, local=more, locals=views - 1)
 
 
 class _Stored:

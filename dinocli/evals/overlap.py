@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.masks import read_object
 from dinocli.data.sources.photos import read_photo
-from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals.attention import jaccard
 from dinocli.evals.edges import refine
 from dinocli.evals.foreground import KEEP, TAU, By, foreground
+from dinocli.features.encoder import Encoder, NotFinite
 from dinocli.picture import visible
 
 EVERYTHING, ELLIPSE = "all foreground", "centred ellipse"

@@ -18,7 +18,7 @@ from dinocli.core.atomic import draft_folder
 from dinocli.data.decode.pixels import Pixels
 from dinocli.data.pairs import Pairs
 from dinocli.data.sources.label_maps import IGNORED
-from dinocli.encoder import Encoder, NotFinite
+from dinocli.features.encoder import Encoder, NotFinite
 
 _LARGEST = 65504  # of float16
 

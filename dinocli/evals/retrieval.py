@@ -20,8 +20,8 @@ from dinocli.core.tensors import Indices
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.sources.photos import read_photo
 from dinocli.data.views.augment import normalize
-from dinocli.encoder import Encoder, finite_rows
 from dinocli.evals.units import Floats, unit
+from dinocli.features.encoder import Encoder, finite_rows
 
 Level = Literal["easy", "medium", "hard"]
 LEVELS: tuple[Level, ...] = ("easy", "medium", "hard")

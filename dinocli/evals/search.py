@@ -9,10 +9,10 @@ import numpy as np
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Source
-from dinocli.encoder import Encoder, finite_rows
 from dinocli.evals.index import Index
 from dinocli.evals.units import Floats
-from dinocli.features import Recipe
+from dinocli.features.encoder import Encoder, finite_rows
+from dinocli.features.store import Recipe
 from dinocli.gallery import Gallery
 
 

@@ -18,12 +18,12 @@ from dinocli.core.tensors import map_tensors, write_tensors
 from dinocli.data.decode.pixels import Pixels
 from dinocli.data.pairs import LabelledSet, Pairs
 from dinocli.data.sources.label_maps import IGNORED
-from dinocli.encoder import Encoder, NotFinite
 from dinocli.engine import trainer as engine
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import AdamWConfig
 from dinocli.engine.schedules import Clock, Constant, Cosine
 from dinocli.evals.patches import StoredPatches, store_patches
+from dinocli.features.encoder import Encoder, NotFinite
 
 _AT_ONCE = 2**25  # most logits held at photo resolution
 _LR = 0.01

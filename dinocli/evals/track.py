@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from dinocli.data.decode.pixels import Pixels
 from dinocli.data.sources.label_maps import Labels
-from dinocli.encoder import Encoder
 from dinocli.evals.units import normalized
+from dinocli.features.encoder import Encoder
 from dinocli.models.backbone import Facet
 
 SHORT_SIDE = 480  # pixels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -106,20 +105,6 @@ class Head(nn.Module):
     def squeezed(self, features: Tensor) -> Tensor:
         """Return the bottleneck features at unit length, to compare with the prototypes. [S, bottleneck]"""
         return F.normalize(self.mlp(features), dim=-1)
-
-
-def original_head(weights: Mapping[str, Tensor]) -> nn.Module:
-    """Build the original's head from weights under its keys, with torch's own weight norm.
-
-    Raises:
-        DinoError: If the weights are not those of a DINO head.
-    """
-    config, width = HeadConfig.of(weights)
-    head = config.build(width).eval()
-    with warnings.catch_warnings(action="ignore"):  # torch prefers its newer weight norm, which has other keys
-        head.last_layer = nn.utils.weight_norm(nn.Linear(config.bottleneck, config.prototypes, bias=False))
-    head.load_state_dict(weights)
-    return head
 
 
 class Prototypes(nn.Module):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from dinocli.core.distributed import whole
 from dinocli.core.errors import DinoError
-from dinocli.models.architecture import BackboneConfig
-from dinocli.models.backbone import Backbone, Hidden, ViTBackbone
+from dinocli.models.backbone import Backbone, Hidden
 from dinocli.models.head import Head
 
 Reads = Literal["class", "patches"]
@@ -166,36 +164,3 @@ def _misfit(source: str, what: str) -> DinoError:
         f"the weights in {source} do not fit this network: {what}",
         "use the preset and the backbone that the weights were trained with",
     )
-
-
-def original_network(backbone: Backbone, name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Build the original's network for a backbone's weights: a plain vision transformer, or torchvision's network.
-
-    Args:
-        backbone: Backbone with the weights.
-        name: timm's name of its architecture.
-
-    Returns:
-        The network with those weights, and a function from images to features [B, D].
-
-    Raises:
-        DinoError: If the original has no network for these weights.
-    """
-    if isinstance(backbone, ViTBackbone):
-        options: dict[str, Any] = {"img_size": backbone.native_size, **backbone.shape}
-        plain = BackboneConfig(name="vit_small_patch16_224", options=options, positions="dino").build(drop_path=False)
-        network, forward = plain.model.eval(), lambda images: plain(images).cls
-    elif name in torchvision.models.list_models():
-        network = forward = torchvision.models.get_model(name).eval()
-        network.fc = nn.Identity()
-    else:
-        raise DinoError(
-            "the original code builds vision transformers with learned positions and torchvision's networks; "
-            f"{name} is neither",
-            "--to timm",
-        )
-    try:
-        load_strictly(network, backbone.model.state_dict(), name)
-    except DinoError as misfit:
-        raise DinoError(f"the original code has no such network: {misfit.message}", "--to timm") from misfit
-    return network, forward

@@ -7,8 +7,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from dinocli.encoder import Encoder
 from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard, keep_mass
+from dinocli.features.encoder import Encoder
 from dinocli.models.backbone import ViTBackbone
 
 
@@ -63,7 +63,7 @@ def test_attention_of_an_encoder_is_that_of_its_class_token() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 60_000), (3000, 1)])
 def test_an_extreme_photo_is_looked_at_with_a_bounded_number_of_patches(height: int, width: int) -> None:
-    from dinocli import encoder as module
+    from dinocli.features import encoder as module
 
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1, num_classes=0)
     encoder = Encoder(ViTBackbone(model, "dino").eval(), "x", "0", 32, (0.5,) * 3, (0.5,) * 3)

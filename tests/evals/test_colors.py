@@ -9,9 +9,9 @@ from conftest import write_images
 from PIL import Image
 
 from dinocli.core.errors import DinoError
-from dinocli.encoder import Encoder
 from dinocli.evals import colors as module
 from dinocli.evals.colors import fit_colors
+from dinocli.features.encoder import Encoder
 
 
 def sample(count: int = 400) -> tuple[torch.Tensor, torch.Tensor]:

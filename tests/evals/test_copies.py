@@ -9,8 +9,8 @@ from conftest import write_images
 from PIL import Image
 
 from dinocli.core.errors import DinoError
-from dinocli.encoder import Encoder
 from dinocli.evals.copies import Whitening, copies, describe, generalized_mean, originals_of, score
+from dinocli.features.encoder import Encoder
 
 
 def test_the_generalized_mean_is_the_plain_one() -> None:

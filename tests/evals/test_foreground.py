@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dinocli.core.errors import DinoError
-from dinocli.encoder import Encoder
 from dinocli.evals import foreground as module
 from dinocli.evals.attention import attention_maps, keep_mass
 from dinocli.evals.components import components, largest_component
 from dinocli.evals.foreground import cut, foreground
+from dinocli.features.encoder import Encoder
 from dinocli.models.architecture import BackboneConfig
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from dinocli.core.errors import DinoError
 from dinocli.evals.knn import knn, votes
-from dinocli.features import Features, Recipe, read_features
-from dinocli.storing import write_features
+from dinocli.features.store import Features, Recipe, read_features
+from dinocli.features.writer import write_features
 
 RECIPE = Recipe("x", "0", "cls", 1, 224, "data")
 

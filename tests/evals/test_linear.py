@@ -10,9 +10,9 @@ from conftest import write_images
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import splits
-from dinocli.encoder import Encoder
 from dinocli.evals.linear import RATES, linear, linear_on_images
-from dinocli.features import Features, Recipe
+from dinocli.features.encoder import Encoder
+from dinocli.features.store import Features, Recipe
 
 CPU = torch.device("cpu")
 

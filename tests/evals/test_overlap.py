@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from dinocli.data.drawn import draw
-from dinocli.encoder import Encoder
 from dinocli.evals import overlap as module
 from dinocli.evals.attention import enlarge, jaccard
 from dinocli.evals.edges import refine
 from dinocli.evals.foreground import Foreground, cut, foreground
 from dinocli.evals.overlap import ELLIPSE, EVERYTHING, ellipse, overlaps
+from dinocli.features.encoder import Encoder
 
 
 def drawn(folder: Path, count: int) -> dict[Path, Path]:

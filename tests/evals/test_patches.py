@@ -8,8 +8,8 @@ from PIL import Image
 
 from dinocli.data.decode.image import decode
 from dinocli.data.pairs import Pairs
-from dinocli.encoder import Encoder
 from dinocli.evals.patches import store_patches
+from dinocli.features.encoder import Encoder
 
 
 def pairs(folder: Path, shapes: tuple[tuple[int, int], ...] = ((48, 48), (40, 80), (90, 30))) -> Pairs:

@@ -11,7 +11,6 @@ from conftest import write_images
 from PIL import Image
 
 from dinocli.core.errors import DinoError
-from dinocli.encoder import Encoder
 from dinocli.evals.retrieval import (
     GroundTruth,
     average_precision,
@@ -20,6 +19,7 @@ from dinocli.evals.retrieval import (
     retrieval,
     scores,
 )
+from dinocli.features.encoder import Encoder
 
 
 def plain_ap(ranks: list[int], wanted: int) -> float:

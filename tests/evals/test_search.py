@@ -8,10 +8,10 @@ import pytest
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import photos, splits
-from dinocli.encoder import Encoder
 from dinocli.evals.index import About, Index
 from dinocli.evals.search import encode, same_encoder, search
-from dinocli.extraction import extract
+from dinocli.features.encoder import Encoder
+from dinocli.features.extract import extract
 from dinocli.gallery import open_gallery
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 
 from dinocli.core.errors import DinoError
 from dinocli.data.pairs import LabelledSet, Pairs, labelled_set
-from dinocli.encoder import Encoder, NotFinite
 from dinocli.evals import segmentation as module
 from dinocli.evals.segmentation import PatchClassifier, SegmentationHead, read_head, train_head, write_head
+from dinocli.features.encoder import Encoder, NotFinite
 
 COLORS = np.array([[30, 30, 200], [200, 40, 40], [230, 230, 60]])
 

@@ -9,9 +9,9 @@ import torch
 from conftest import peak_of
 from torch.nn import functional as F
 
-from dinocli.encoder import Encoder
 from dinocli.evals import track as module
 from dinocli.evals.track import Looking, Rule, decide, one_hot, propagate, track
+from dinocli.features.encoder import Encoder
 
 
 def plain(patches: torch.Tensor, sources: torch.Tensor, labels: torch.Tensor, rule: Rule) -> torch.Tensor:

@@ -15,7 +15,7 @@ from dinocli.data.sources.frames import is_video
 from dinocli.data.sources.listing import ARRAY, SUFFIXES
 from dinocli.data.sources.open import TORCHVISION
 from dinocli.data.sources.shards import is_shards
-from dinocli.features import INDEX
+from dinocli.features.store import INDEX
 
 Kind = Literal[
     "missing", "pattern", "address", "timm", "run", "weights", "model", "features", "graph", "archive", "video",

@@ -9,8 +9,8 @@ from PIL import Image
 
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
-from dinocli.data.given import given_images, given_pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.features.inputs import given_images, given_pixels
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from dinocli.core.device import Precision, autocast, has_bfloat16
 from dinocli.core.errors import DinoError, nearest
 from dinocli.data.decode.pixels import Pixels
-from dinocli.data.given import Given, given_images, unreadable
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader.batch import ALONE, Share
 from dinocli.data.loader.fill import Cutter
 from dinocli.data.loader.plain import Plain, plain_batches
 from dinocli.data.sources.open import Source
 from dinocli.data.views.augment import normalize
-from dinocli.data.views.crops import cut
+from dinocli.data.views.crops import ViewConfig, ViewsConfig, cut
+from dinocli.features.inputs import Given, given_images, unreadable
 from dinocli.models.backbone import Backbone, Facet, Tokens, Transformer
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
@@ -306,3 +306,18 @@ def quick(encoder: Encoder, precision: Precision, *, compiled: bool) -> Encoder:
     encoder.backbone.to(memory_format=torch.channels_last)
     there = precision == "float32" or has_bfloat16(encoder.device)
     return replace(encoder, precision=precision if there else "float32")
+
+
+def augmented(encoder: Encoder, size: int, views: int = 1) -> ViewsConfig:
+    """Return the training views of a linear probe: random crops with flips.
+
+    Args:
+        encoder: Encoder whose normalization the views use.
+        size: Side of a view, in pixels.
+        views: Number of views per image, all with the same settings.
+
+    Source: facebookresearch/dino@7c446df eval_linear.py, torchvision's RandomResizedCrop as it is.
+    """
+    crop = ViewConfig(size=size, scale=(0.08, 1.0), flip=0.5, resample="bilinear")
+    more = crop if views > 1 else None
+    return ViewsConfig(mean=encoder.mean, std=encoder.std, global_1=crop, local=more, locals=views - 1)

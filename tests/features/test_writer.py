@@ -11,8 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from dinocli.core.errors import DinoError
-from dinocli.features import Recipe, read_features, read_splits
-from dinocli.storing import write_features
+from dinocli.features.store import Recipe, read_features, read_splits
+from dinocli.features.writer import write_features
 
 RECIPE = Recipe("ckpt.safetensors", "0123456789abcdef", "cls", 1, 224, "data")
 ROW = 4 * 4  # bytes

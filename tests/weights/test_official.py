@@ -12,11 +12,10 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from dinocli.core.errors import DinoError
-from dinocli.loading import load_encoder
 from dinocli.method.preset import load_preset
-from dinocli.official import HEADS, official_architecture, under_timms_keys
-from dinocli.pretraining import start_from
-from dinocli.weights import read_weights
+from dinocli.weights.checkpoint import read_weights
+from dinocli.weights.load import load_encoder, start_from
+from dinocli.weights.official import HEADS, official_architecture, under_timms_keys
 
 CPU = torch.device("cpu")
 Weights = dict[str, Tensor]

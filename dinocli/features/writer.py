@@ -17,7 +17,7 @@ from dinocli.core.atomic import atomic, draft_folder, put_folder, write_json
 from dinocli.core.drafts import discard
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import TensorStream
-from dinocli.features import INDEX, Recipe
+from dinocli.features.store import INDEX, Recipe
 
 SHARD_BYTES = 2 * 2**30  # of features per file; larger features become several files
 Dtype = Literal["float32", "float16"]

@@ -9,7 +9,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.tensors import fingerprint
 from dinocli.method.preset import Preset
 from dinocli.models.network import Network, load_strictly
-from dinocli.weights import Weights, read_weights
+from dinocli.weights.checkpoint import Weights, read_weights
 
 
 @dataclass(frozen=True)

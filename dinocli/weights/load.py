@@ -22,14 +22,15 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import run_of
 from dinocli.core.tensors import fingerprint
 from dinocli.data.images import ImagesConfig
-from dinocli.encoder import Channels, Encoder, with_images
+from dinocli.features.encoder import Channels, Encoder, with_images
+from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig, create_timm
 from dinocli.models.backbone import Backbone, adapt
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
-from dinocli.official import HEADS, heads_are_assumed, official_architecture, timms_name
-from dinocli.weights import Weights, Which, read_weights, refuse_not_finite
+from dinocli.weights.checkpoint import Weights, Which, read_weights, refuse_not_finite
+from dinocli.weights.official import HEADS, heads_are_assumed, official_architecture, timms_name
 
 LOCAL = "local-dir:"
 _PATIENCE = 8.0  # seconds to wait for the hub's answer
@@ -311,3 +312,40 @@ def timm_folder(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}
+
+
+def start_from(method: SelfDistillation, source: str, note: Callable[[str], None] = lambda line: None) -> list[str]:
+    """Load initial weights into student and average: the backbone, and the heads of equal shape.
+
+    Args:
+        method: Student and average to initialize.
+        source: Source of the weights, as for `initial_weights`.
+        note: Callback that receives a line before a download, and if three-channel weights are adapted to other
+            channels.
+
+    Returns:
+        Names of the heads that keep random weights.
+
+    Raises:
+        DinoError: If the source does not exist, or its backbone has another shape.
+    """
+    if line := announcement(source):
+        note(line)
+    weights = initial_weights(source)
+    if fitted := fitted_to(weights, method.student.backbone):
+        note(f"note: {source} takes three channels; adapted the filters of its first layer to the images")
+        weights = fitted
+    fitting: dict[str, dict[str, torch.Tensor]] = {}
+    for name, head in method.student.heads.items():
+        # The originals name a head after its loss, and a shared head after the loss on class tokens.
+        theirs = "dino" if "class" in method.student.reads[name] else "ibot"
+        stored = weights.heads.get(name) or weights.heads.get(theirs, {})
+        if {k: v.shape for k, v in stored.items()} == {k: v.shape for k, v in head.state_dict().items()}:
+            fitting[name] = stored
+    for network in (method.student, method.average):
+        load_strictly(network.backbone.model, weights.backbone, source)
+        for name, stored in fitting.items():
+            network.heads[name].load_state_dict(stored)
+        if network.mask_token is not None and weights.mask_token is not None:
+            network.mask_token.data.copy_(weights.mask_token)
+    return [name for name in method.student.heads if name not in fitting]

@@ -17,12 +17,12 @@ from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
 from dinocli.data.sources.open import image_folder
 from dinocli.engine.schedules import Clock
-from dinocli.frozen_teacher import FrozenTeacher
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset, load_preset
 from dinocli.planning import Plan
 from dinocli.pretraining import pretrain
-from dinocli.weights import read_weights, write_checkpoint
+from dinocli.weights.checkpoint import read_weights, write_checkpoint
+from dinocli.weights.frozen_teacher import FrozenTeacher
 
 SHAPES = [s for s in SMALL if not s.startswith("heads.dino.")]
 HEADS = ["prototypes=16", "hidden=16", "bottleneck=8", "batch_norm=false"]

@@ -11,8 +11,8 @@ from conftest import write_images
 from safetensors.numpy import save_file
 
 from dinocli.core.errors import DinoError
-from dinocli.identify import NAMES, Kind, foreign, kind_of
-from dinocli.weights import read_weights
+from dinocli.weights.checkpoint import read_weights
+from dinocli.weights.identify import NAMES, Kind, foreign, kind_of
 
 
 @pytest.fixture

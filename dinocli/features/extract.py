@@ -20,10 +20,9 @@ from dinocli.data.loader.fill import Cutter
 from dinocli.data.loader.plain import Plain
 from dinocli.data.sources.open import Source
 from dinocli.data.sources.shards import UNNUMBERED
-from dinocli.encoder import Encoder, TokenChoice, finite_rows
-from dinocli.evals.linear import augmented
-from dinocli.features import Recipe
-from dinocli.storing import Dtype, FeatureWriter, write_features
+from dinocli.features.encoder import Encoder, TokenChoice, augmented, finite_rows
+from dinocli.features.store import Recipe
+from dinocli.features.writer import Dtype, FeatureWriter, write_features
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from dinocli.core.errors import DinoError, nearest
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import write_tensors
 from dinocli.core.version import __version__
-from dinocli.identify import NAMES, foreign, kind_of
 from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig
-from dinocli.official import timms_name, under_timms_keys
+from dinocli.weights.identify import NAMES, foreign, kind_of
+from dinocli.weights.official import timms_name, under_timms_keys
 
 Which = Literal["teacher", "student"]
 # Head names of the originals: DINO has one head; DINOv2 has one for class tokens and optionally one for iBOT.

@@ -12,8 +12,8 @@ from safetensors.numpy import save_file
 import dinocli
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import write_tensors
-from dinocli.features import Recipe, compared, learned_from, read_features, read_splits, unlabelled
-from dinocli.storing import write_features
+from dinocli.features.store import Recipe, compared, learned_from, read_features, read_splits, unlabelled
+from dinocli.features.writer import write_features
 
 RECIPE = Recipe("ckpt.safetensors", "0123456789abcdef", "cls", 1, 224, "data")
 

@@ -10,12 +10,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import fingerprint
-from dinocli.encoder import Encoder, NotFinite, features_of, finite_rows, quick, with_images
-from dinocli.loading import load_encoder
+from dinocli.features.encoder import Encoder, NotFinite, features_of, finite_rows, quick, with_images
 from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import ViTBackbone
-from dinocli.weights import write_checkpoint
+from dinocli.weights.checkpoint import write_checkpoint
+from dinocli.weights.load import load_encoder
 
 MEAN = STD = (0.5, 0.5, 0.5)
 CPU = torch.device("cpu")

@@ -20,14 +20,14 @@ from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import write_tensors
 from dinocli.core.version import __version__
 from dinocli.data.views.crops import resize_for
-from dinocli.encoder import Encoder, TokenChoice, features_of, whole_patches
-from dinocli.loading import architecture_of, encoder_of, timm_folder
+from dinocli.features.encoder import Encoder, TokenChoice, features_of, whole_patches
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Transformer, ViTBackbone
-from dinocli.models.head import Head, HeadConfig, original_head
-from dinocli.models.network import load_strictly, original_network
-from dinocli.official import OFFICIAL
-from dinocli.weights import Weights, Which, carrying, metadata_of, read_weights
+from dinocli.models.head import Head, HeadConfig
+from dinocli.models.network import load_strictly
+from dinocli.weights.checkpoint import Weights, Which, carrying, metadata_of, read_weights
+from dinocli.weights.load import architecture_of, encoder_of, timm_folder
+from dinocli.weights.official import OFFICIAL, original_head, original_network
 
 Format = Literal["official", "timm", "onnx", "torch-export"]
 ENDINGS: dict[Format, str] = {"official": ".pth", "timm": "", "onnx": ".onnx", "torch-export": ".pt2"}

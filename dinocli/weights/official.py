@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+import torchvision
+from torch import Tensor, nn
 
 from dinocli.core.config import change
 from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig
+from dinocli.models.backbone import Backbone, ViTBackbone
+from dinocli.models.head import HeadConfig
+from dinocli.models.network import load_strictly
 
 # DINO's vision transformers, by width: blocks and heads.
 OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
@@ -175,3 +181,50 @@ def _with_heads(config: BackboneConfig, width: int, source: str) -> BackboneConf
             f"one of {', '.join(map(str, fitting))}" if fitting else f"{HEADS}1",
         )
     return config
+
+
+def original_network(backbone: Backbone, name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Build the original's network for a backbone's weights: a plain vision transformer, or torchvision's network.
+
+    Args:
+        backbone: Backbone with the weights.
+        name: timm's name of its architecture.
+
+    Returns:
+        The network with those weights, and a function from images to features [B, D].
+
+    Raises:
+        DinoError: If the original has no network for these weights.
+    """
+    if isinstance(backbone, ViTBackbone):
+        options: dict[str, Any] = {"img_size": backbone.native_size, **backbone.shape}
+        plain = BackboneConfig(name="vit_small_patch16_224", options=options, positions="dino").build(drop_path=False)
+        network, forward = plain.model.eval(), lambda images: plain(images).cls
+    elif name in torchvision.models.list_models():
+        network = forward = torchvision.models.get_model(name).eval()
+        network.fc = nn.Identity()
+    else:
+        raise DinoError(
+            "the original code builds vision transformers with learned positions and torchvision's networks; "
+            f"{name} is neither",
+            "--to timm",
+        )
+    try:
+        load_strictly(network, backbone.model.state_dict(), name)
+    except DinoError as misfit:
+        raise DinoError(f"the original code has no such network: {misfit.message}", "--to timm") from misfit
+    return network, forward
+
+
+def original_head(weights: Mapping[str, Tensor]) -> nn.Module:
+    """Build the original's head from weights under its keys, with torch's own weight norm.
+
+    Raises:
+        DinoError: If the weights are not those of a DINO head.
+    """
+    config, width = HeadConfig.of(weights)
+    head = config.build(width).eval()
+    with warnings.catch_warnings(action="ignore"):  # torch prefers its newer weight norm, which has other keys
+        head.last_layer = nn.utils.weight_norm(nn.Linear(config.bottleneck, config.prototypes, bias=False))
+    head.load_state_dict(weights)
+    return head

@@ -15,16 +15,16 @@ import torch
 import torchvision
 from conftest import assert_same_features, of_channels
 
-from dinocli import exporting
 from dinocli.core.errors import DinoError
-from dinocli.encoder import Encoder
-from dinocli.exporting import ENDINGS, Format, export
-from dinocli.loading import load_encoder
+from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset, load_preset
 from dinocli.models import head as head_module
 from dinocli.models.head import Head
 from dinocli.models.network import Network
-from dinocli.weights import Which, read_weights, write_checkpoint
+from dinocli.weights import export as exporting
+from dinocli.weights.checkpoint import Which, read_weights, write_checkpoint
+from dinocli.weights.export import ENDINGS, Format, export
+from dinocli.weights.load import load_encoder
 
 CPU = torch.device("cpu")
 SMALL = ["heads.dino.prototypes=16", "heads.dino.hidden=24", "heads.dino.bottleneck=8"]

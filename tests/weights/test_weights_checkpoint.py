@@ -16,7 +16,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.tensors import write_tensors
 from dinocli.method.preset import Preset, load_preset
 from dinocli.models.network import Network
-from dinocli.weights import not_finite, read_weights, write_checkpoint
+from dinocli.weights.checkpoint import not_finite, read_weights, write_checkpoint
 
 SMALL = ["heads.dino.prototypes=16", "heads.dino.hidden=24", "heads.dino.bottleneck=8"]
 

@@ -15,10 +15,14 @@ import timm
 import torch
 from conftest import assert_same_features
 
-from dinocli import loading
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import fingerprint
-from dinocli.loading import (
+from dinocli.method.preset import load_preset
+from dinocli.models.architecture import BackboneConfig
+from dinocli.models.backbone import ViTBackbone
+from dinocli.weights import load as loading
+from dinocli.weights.checkpoint import Weights, read_weights, write_checkpoint
+from dinocli.weights.load import (
     announcement,
     fitted_to,
     initial_weights,
@@ -26,10 +30,6 @@ from dinocli.loading import (
     official_architecture,
     untrained_encoder,
 )
-from dinocli.method.preset import load_preset
-from dinocli.models.architecture import BackboneConfig
-from dinocli.models.backbone import ViTBackbone
-from dinocli.weights import Weights, read_weights, write_checkpoint
 
 CPU = torch.device("cpu")
 

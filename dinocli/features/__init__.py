@@ -1,0 +1,1 @@
+"""Features: networks as encoders, extraction, and the files that hold features."""

@@ -1,0 +1,1 @@
+"""Weights in and out: checkpoints, released weights, frozen teachers and export."""
