@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinocli.data.drawn import Drawing, draw, scene
+from dinocli.apps.demo.drawings import Drawing, draw, scene
 from dinocli.data.sources.label_maps import LabelMap, write_labels
 
 WIDTH, HEIGHT, SIDE = 432, 240, 240

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dinocli.data.drawn import CLASSES, draw, scene
+from dinocli.apps.demo.drawings import CLASSES, draw, scene
 
 SIDE, FRAMES = 160, 48
 FISH, SEED = 271, 0  # the first that is wholly in its picture

@@ -140,7 +140,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dinocli.data.drawn import CLASSES, draw
+from dinocli.apps.demo.drawings import CLASSES, draw
 
 folder, count, side = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from matplotlib.patches import Rectangle
 
-from dinocli.data.drawn import draw
+from dinocli.apps.demo.drawings import draw
 from dinocli.data.views.crops import crop_boxes, crop_tries, cut, uniforms
 from dinocli.data.views.masking import blocks
 from dinocli.engine.schedules import Clock, Constant, Cosine

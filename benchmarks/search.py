@@ -29,7 +29,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dinocli.evals.index import open_index
+from dinocli.apps.search.index import open_index
 from dinocli.evals.nearest import nearest
 from dinocli.features.store import Recipe, read_features
 from dinocli.features.writer import write_features

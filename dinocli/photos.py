@@ -27,7 +27,7 @@ from dinocli.method.preset import Preset
 from dinocli.models.backbone import Transformer
 from dinocli.models.network import Network
 from dinocli.monitor import at_rest, class_tokens
-from dinocli.picture import heat, visible
+from dinocli.viz.picture import heat, visible
 
 POOL, SHOWN, NEIGHBOURS = 256, 6, 5
 TILE = 144  # side of a map in pixels; a neighbour's is two thirds

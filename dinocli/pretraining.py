@@ -26,9 +26,9 @@ from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import SelfDistillation
 from dinocli.monitor import Monitor
 from dinocli.planning import Plan, equal_parts
-from dinocli.report import CURVES, REPORT
 from dinocli.states import ImageFacts, Keeper, Saved, State, changes, newest, other_contents, sample_of, saved_states
 from dinocli.stopping import stop_signals
+from dinocli.viz.report import CURVES, REPORT
 from dinocli.watching import Progress, Watch, check_weights
 from dinocli.weights.load import start_from
 

@@ -26,7 +26,7 @@ from dinocli.models.network import Network
 from dinocli.monitor import Monitor, steps_between_looks
 from dinocli.photos import Photos
 from dinocli.planning import Plan
-from dinocli.report import write_report
+from dinocli.viz.report import write_report
 from dinocli.weights.checkpoint import not_finite
 
 LOG_EVERY = 10  # steps; each log makes the host wait for the device once

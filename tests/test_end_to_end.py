@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from dinocli.apps.demo.drawings import write_set
 from dinocli.cli import main
-from dinocli.data.drawn import write_set
 
 # Of `tiny` what learns in half the time: smaller crops, a local one less, and a batch that is smaller.
 QUICK = (

@@ -15,7 +15,7 @@ from PIL import Image
 from test_exporting import run
 
 import dinocli
-from dinocli.attention_pictures import draw
+from dinocli.apps.attention.sheets import draw
 from dinocli.core.device import pick_device
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder

@@ -396,7 +396,7 @@ def test_the_first_difference_is_named_by_its_path() -> None:
 
 
 def test_shards_go_on_with_as_many_readers_as_before(plan: Plan, images: Path) -> None:
-    from dinocli.packing import pack
+    from dinocli.apps.pack import pack
 
     pack(image_folder(images), Path("packed"), side=None, per_shard=3, name="x", report=lambda done, note="": None)
     shards = replace(plan, source=open_source("packed"), workers=2)

@@ -14,7 +14,7 @@ from dinocli.cli.words import Misuse
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
-    from dinocli.attention_films import Form
+    from dinocli.apps.attention.films import Form
     from dinocli.data.sources.frames import Frames
     from dinocli.features.encoder import Encoder
 
@@ -56,7 +56,7 @@ def attn_map(
     out = output_place(out)
     films, files = (_films(images), {}) if film else ({}, _photos(images))
 
-    from dinocli.attention_films import ENDINGS
+    from dinocli.apps.attention.films import ENDINGS
     from dinocli.data.sources.outputs import marked
     from dinocli.data.sources.photos import spare
 
@@ -78,7 +78,7 @@ def attn_map(
 def _draw_photos(
     encoder: Encoder, files: dict[Path, Path], out: Path, keep: float, size: int | None, raw: bool, json: bool
 ) -> None:
-    from dinocli.attention_pictures import draw
+    from dinocli.apps.attention.sheets import draw
 
     drawn, skipped = [], {}
     with console.progress("attn-map", len(files), "images") as advance:
@@ -113,7 +113,7 @@ def _draw_films(
 ) -> None:
     from fractions import Fraction
 
-    from dinocli.attention_films import ENDINGS, film
+    from dinocli.apps.attention.films import ENDINGS, film
 
     rate = Fraction(fps).limit_denominator(1000) if fps else None
     made = []

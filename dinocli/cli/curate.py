@@ -13,9 +13,9 @@ from dinocli.cli.places import feature_places, features_place
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
+    from dinocli.apps.search.dedup import Alike
+    from dinocli.apps.search.gallery import Gallery
     from dinocli.core.tensors import Indices
-    from dinocli.evals.dedup import Alike
-    from dinocli.gallery import Gallery
 
 
 def curate(
@@ -70,9 +70,9 @@ def curate(
 
     import numpy as np
 
-    from dinocli.evals.curate import near_to, retrieve, whole_groups
-    from dinocli.evals.dedup import choose
-    from dinocli.gallery import belong_together, open_gallery
+    from dinocli.apps.search.curate import near_to, retrieve, whole_groups
+    from dinocli.apps.search.dedup import choose
+    from dinocli.apps.search.gallery import belong_together, open_gallery
 
     gallery = open_gallery(pool, data)
     others = [open_gallery(folder) for folder in [*([like] if like else []), *(without or [])]]
@@ -112,7 +112,7 @@ def curate(
 
 
 def _find_duplicates(gallery: Gallery, threshold: float) -> Alike:
-    from dinocli.evals.dedup import find_alike
+    from dinocli.apps.search.dedup import find_alike
 
     count = len(gallery)
     with console.progress("compare", count * (count - 1) // 2, "pairs") as advance:
@@ -122,7 +122,7 @@ def _find_duplicates(gallery: Gallery, threshold: float) -> Alike:
 def _by_clusters(gallery: Gallery, rows: Indices, seeds: Gallery | None, count: int, each: int, seed: int) -> Indices:
     import numpy as np
 
-    from dinocli.evals.curate import HELD, assign, clusters, held, sample
+    from dinocli.apps.search.curate import HELD, assign, clusters, held, sample
 
     console.say(f"{count} clusters of {len(rows)} images")
     centers = clusters(gallery.values, rows, count, seed)

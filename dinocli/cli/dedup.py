@@ -41,12 +41,12 @@ def dedup(
 
     import numpy as np
 
-    from dinocli.curves import write_histogram
+    from dinocli.apps.search.dedup import choose, find_alike
+    from dinocli.apps.search.gallery import open_gallery
+    from dinocli.apps.search.sheets import draw_groups, page
     from dinocli.data.images import DEFAULTS
     from dinocli.data.sources.outputs import marked
-    from dinocli.evals.dedup import choose, find_alike
-    from dinocli.gallery import open_gallery
-    from dinocli.gallery_pictures import draw_groups, page
+    from dinocli.viz.curves import write_histogram
 
     images = DEFAULTS.changed(overrides or [])
     gallery = open_gallery(folder, data)

@@ -32,8 +32,8 @@ def demo(
     if not is_fresh(out) and not (out / "demo.json").exists():
         raise DinoError(f"{out} exists and holds no demo to resume", f"use --out {out}-2, or remove {out}")
 
+    from dinocli.apps.demo.demo import demo
     from dinocli.core.device import default_workers, pick_device
-    from dinocli.demo import demo
 
     picked = pick_device(device)
     count = default_workers(picked) if workers is None else workers

@@ -18,12 +18,12 @@ from dinocli.core.errors import DinoError
 if TYPE_CHECKING:
     import torch
 
-    from dinocli.advice import Advised
+    from dinocli.apps.doctor.advice import Advised
+    from dinocli.apps.doctor.inspection import Inspection, Spread
+    from dinocli.apps.doctor.machine import Machine
     from dinocli.costs import Estimate
     from dinocli.data.sources.open import Source
     from dinocli.data.views.crops import ViewsConfig
-    from dinocli.inspection import Inspection, Spread
-    from dinocli.machine import Machine
     from dinocli.method.preset import Preset
 
 
@@ -57,8 +57,8 @@ def doctor(
             f"torch cannot be loaded: {error}", "pip install --force-reinstall torch torchvision"
         ) from error
 
+    from dinocli.apps.doctor.machine import look_at_machine
     from dinocli.core.device import pick_device
-    from dinocli.machine import look_at_machine
 
     picked = pick_device(device)
     machine = look_at_machine(picked)
@@ -82,10 +82,10 @@ def doctor(
 def _look(
     source: Source, machine: Machine, device: torch.device, sample: int, seed: int, overrides: list[str]
 ) -> tuple[Inspection, Advised]:
-    from dinocli.advice import advise
+    from dinocli.apps.doctor.advice import advise
+    from dinocli.apps.doctor.inspection import inspect
     from dinocli.costs import estimate
     from dinocli.data.images import DEFAULTS
-    from dinocli.inspection import inspect
     from dinocli.planning import Plan
 
     images = DEFAULTS.changed(overrides)

@@ -75,13 +75,13 @@ def extract(
     parts = splits(data)
     console.notes(note for source in parts.values() for note in source.notes)
 
+    from dinocli.apps.doctor.inspection import warn_of
     from dinocli.core.device import default_workers, pick_device
     from dinocli.core.distributed import rank
     from dinocli.data.sources.outputs import marked
     from dinocli.features.encoder import quick, whole_patches
     from dinocli.features.extract import extract
     from dinocli.features.store import learned_from
-    from dinocli.inspection import warn_of
 
     picked = pick_device(device)
     encoder = encoder_from(paths[0] if len(paths) == 2 else None, device, network, overrides)

@@ -66,7 +66,7 @@ def linear(
 
     if paper:
         from dinocli.data.sources.open import Images, splits
-        from dinocli.evals.linear import linear_on_images
+        from dinocli.evals.linear_paper import linear_on_images
         from dinocli.features.encoder import whole_patches
 
         parts = {name: part for name, part in splits(paper).items() if isinstance(part, Images)}

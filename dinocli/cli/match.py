@@ -24,8 +24,8 @@ from dinocli.cli.places import photo_place
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
+    from dinocli.apps.match.correspond import Matches, PatchMap, Pck
     from dinocli.data.decode.pixels import Pixels
-    from dinocli.evals.match import Matches, PatchMap, Pck
     from dinocli.features.encoder import Encoder
 
 
@@ -77,14 +77,14 @@ def match(
             raise DinoError(f"{photo} {fault}; expected a photo", "check the path")
     out = output_place(out)
     picture = out / f"{a.stem}-{b.stem}.png"
+    from dinocli.apps.match.correspond import match as matched
+    from dinocli.apps.match.correspond import near_enough, pck, spread_out
+    from dinocli.apps.match.diffusion import load_diffusion
+    from dinocli.apps.match.keypoints import read_keypoints
+    from dinocli.apps.match.sheets import Compared, patch_maps, write_picture
     from dinocli.core.device import pick_device
-    from dinocli.data.keypoints import read_keypoints
     from dinocli.data.sources.outputs import marked
     from dinocli.data.sources.photos import spare
-    from dinocli.diffusion import load_diffusion
-    from dinocli.evals.match import match as matched
-    from dinocli.evals.match import near_enough, pck, spread_out
-    from dinocli.matching import Compared, patch_maps, write_picture
 
     spare([picture], [a, b])
     encoder = encoder_from(checkpoint, device, network, overrides)

@@ -18,8 +18,8 @@ from dinocli.core.runs import CHECKPOINT, RUNS, newest_run
 if TYPE_CHECKING:
     import torch
 
+    from dinocli.apps.search.gallery import Gallery
     from dinocli.features.encoder import Encoder
-    from dinocli.gallery import Gallery
 
 Images = Annotated[
     str,
@@ -290,7 +290,7 @@ def features_or_newest(given: Path | None) -> Path:
 
 def listed(gallery: Gallery, rows: Sequence[int], path: Path) -> list[Path]:
     """Write a list of image files, print a note for each that it cannot hold, and return the files written."""
-    from dinocli.gallery import write_list
+    from dinocli.apps.search.gallery import write_list
 
     try:
         odd = write_list(gallery, rows, path)

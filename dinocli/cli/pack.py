@@ -48,8 +48,8 @@ def pack(
 
     import torch
 
+    from dinocli.apps.pack import pack
     from dinocli.data.images import DEFAULTS
-    from dinocli.packing import pack
 
     taken = DEFAULTS.changed(overrides or [])
     torch.set_num_threads(1)  # images are resized in parallel, one thread each

@@ -311,7 +311,7 @@ def _peak(plan: Plan) -> float:
 
 def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
     """Yield the notes to print before a run; if it was begun, omit those printed then."""
-    from dinocli.inspection import warn_of
+    from dinocli.apps.doctor.inspection import warn_of
     from dinocli.planning import cautions, short_stop
 
     if plan.preset.views.low_resolution:

@@ -40,7 +40,7 @@ def push(
     out = out and output_place(out, "OUT")
     source = checkpoint_or_newest(run)
 
-    from dinocli.pushing import CARD, push
+    from dinocli.apps.hub.push import CARD, push
 
     done = push(source, out, features)
     exact = f"relative difference {done.difference:.1g}" if done.difference else "bit for bit"

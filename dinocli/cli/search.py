@@ -24,9 +24,9 @@ from dinocli.cli.places import photo_places
 from dinocli.cli.words import Misuse
 
 if TYPE_CHECKING:
-    from dinocli.evals.index import Index, Kind
+    from dinocli.apps.search.gallery import Gallery
+    from dinocli.apps.search.index import Index, Kind
     from dinocli.features.encoder import Encoder
-    from dinocli.gallery import Gallery
 
 
 def search(
@@ -93,13 +93,13 @@ def search(
     out = output_place(out, file="search.png")
     folder = features_or_newest(features)
 
+    from dinocli.apps.search.gallery import open_gallery
+    from dinocli.apps.search.search import encode, same_encoder, search
+    from dinocli.apps.search.sheets import ROWS, SHOWN, draw_hits, page
     from dinocli.data.sources.open import photos
     from dinocli.data.sources.outputs import marked
     from dinocli.data.sources.photos import spare
-    from dinocli.evals.search import encode, same_encoder, search
     from dinocli.features.encoder import quick
-    from dinocli.gallery import open_gallery
-    from dinocli.gallery_pictures import ROWS, SHOWN, draw_hits, page
 
     source = photos(queries or [])
     spare([out], queries or [])
@@ -133,7 +133,7 @@ def search(
 
 
 def _index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:
-    from dinocli.evals.index import About, Index, digest_of, kind_for, open_index
+    from dinocli.apps.search.index import About, Index, digest_of, kind_for, open_index
 
     kind = kind_for(len(gallery)) if asked == "auto" else asked
     if kind == "exact":
@@ -146,7 +146,7 @@ def _index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:
 def _retrieval(
     encoder: Encoder, truth: Path, data: str | None, size: int | None, *, multiscale: bool, json: bool
 ) -> None:
-    from dinocli.evals.retrieval import KS, read_ground_truth, retrieval
+    from dinocli.apps.search.retrieval import KS, read_ground_truth, retrieval
 
     read = read_ground_truth(truth)
     folder = Path(data) if data else truth.parent / "jpg"
@@ -172,7 +172,7 @@ def _retrieval(
 def _copies(
     encoder: Encoder, folder: Path, distractors: Path | None, whiten: Path | None, size: int | None, *, json: bool
 ) -> None:
-    from dinocli.evals.copies import copies
+    from dinocli.apps.search.copies import copies
 
     patch = encoder.backbone.patch_size
     side = size or round(encoder.size * 320 / 224 / patch) * patch

@@ -16,8 +16,8 @@ from dinocli.cli.places import photo_places
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
+    from dinocli.apps.segment.sheets import Segmented
     from dinocli.features.encoder import Encoder
-    from dinocli.segment_pictures import Segmented
 
 By = Literal["attention", "cut"]
 _BEST: By = "cut"  # better than attention on ECSSD, with every network tried
@@ -99,14 +99,14 @@ def segment(
         elif pca:
             _pca(encoder, files, out, by or _BEST, side, keep, tau, json=json)
         elif head:
-            from dinocli.evals.segmentation import read_head
-            from dinocli.segment_pictures import draw_classes
+            from dinocli.apps.segment.linear_head import read_head
+            from dinocli.apps.segment.sheets import draw_classes
 
             layer = read_head(head, encoder)
             classes = partial(draw_classes, encoder, layer, short_side=size, masks=masks)
             _draw(files, out, classes, json=json)
         else:
-            from dinocli.segment_pictures import draw_foreground
+            from dinocli.apps.segment.sheets import draw_foreground
 
             one = partial(draw_foreground, encoder, by=by or _BEST, keep=keep, tau=tau, short_side=side, masks=masks)
             _draw(files, out, one, json=json)
@@ -164,8 +164,8 @@ def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Se
 def _pca(
     encoder: Encoder, files: Mapping[Path, Path], out: Path, by: By, side: int, keep: float, tau: float, *, json: bool
 ) -> None:
-    from dinocli.evals.colors import PHOTOS, fit_colors
-    from dinocli.segment_pictures import draw_colors
+    from dinocli.apps.segment.colors import PHOTOS, fit_colors
+    from dinocli.apps.segment.sheets import draw_colors
 
     photos = list(files)
     with console.progress("fit the colors", min(len(photos), PHOTOS), "images") as advance:
@@ -202,8 +202,8 @@ def _evaluate(
     *,
     json: bool,
 ) -> None:
-    from dinocli.data.masks import Masks, with_masks
-    from dinocli.evals.overlap import overlaps
+    from dinocli.apps.segment.masks import Masks, with_masks
+    from dinocli.apps.segment.overlap import overlaps
 
     pairs, skipped = with_masks(files, Masks(folder))
     with console.progress("measure", len(pairs), "images") as advance:
@@ -227,8 +227,8 @@ def _evaluate(
 
 
 def _train(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed: int, *, json: bool) -> None:
-    from dinocli.data.pairs import labelled_set
-    from dinocli.evals.segmentation import HEAD, train_head, write_head
+    from dinocli.apps.segment.linear_head import HEAD, train_head, write_head
+    from dinocli.apps.segment.pairs import labelled_set
 
     with console.progress("segment", 100, "%") as advance:
 

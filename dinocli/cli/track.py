@@ -14,7 +14,7 @@ from dinocli.cli.places import photo_place
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
-    from dinocli.evals.davis import Score, VideoScore
+    from dinocli.apps.track.davis import Score, VideoScore
 
 
 def track(
@@ -52,11 +52,11 @@ def track(
     out = output_place(out)
     if any(given and given.resolve() == (out / "masks").resolve() for given in (frames, mask.parent, evaluate)):
         raise DinoError(f"{out / 'masks'} holds an input that would be overwritten", "name another folder with --out")
+    from dinocli.apps.track.propagate import Looking, Rule
+    from dinocli.apps.track.videos import first_mask, too_small, track_video
     from dinocli.data.sources.frames import open_frames
     from dinocli.data.sources.outputs import marked
     from dinocli.data.sources.photos import spare
-    from dinocli.evals.track import Looking, Rule
-    from dinocli.tracking import first_mask, too_small, track_video
 
     video = open_frames(frames)
     spare([out / "track.gif", out / "strip.png"], [frames, mask, *video.files])

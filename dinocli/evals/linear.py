@@ -13,14 +13,11 @@ from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Values
-from dinocli.data.loader.train import TrainBatches
-from dinocli.data.sources.open import Images
 from dinocli.engine import trainer as engine
-from dinocli.engine.schedules import Clock, Cosine, CosineByEpoch
+from dinocli.engine.schedules import Clock, Cosine
 from dinocli.evals.accuracy import hits_among
 from dinocli.evals.probes import Probes, scores_of, trainer
 from dinocli.evals.units import Floats
-from dinocli.features.encoder import Encoder, TokenChoice, augmented, finite_rows
 from dinocli.features.store import Features
 
 # Thirteen rates for a batch of 256, as DINOv2's probe sweeps: the scale of features varies beyond any single rate.
@@ -139,7 +136,7 @@ def linear(
     held_top1 = [top1 for top1, _ in _percents(probes, train.values, held, train.labels[held], device, scale)]
     best = int(np.argmax(held_top1))
     chosen = fit(rows, rates[best : best + 1])
-    _refuse_diverged(chosen, "use features without outliers, or fewer --epochs")
+    refuse_diverged(chosen, "use features without outliers, or fewer --epochs")
     [[top1, top5]] = _percents(chosen, test_values, test_rows, test_labels, device, scale)
     return LinearResult(
         f"stored, {views} views" if views else "stored",
@@ -154,102 +151,6 @@ def linear(
         classes,
         epochs,
     )
-
-
-def linear_on_images(
-    encoder: Encoder,
-    train: Images,
-    test: Images,
-    *,
-    tokens: TokenChoice = "cls",
-    blocks: int = 4,
-    size: int | None = None,
-    epochs: int = 100,
-    lr: float = 0.001,
-    batch_size: int = 1024,
-    workers: int = 0,
-    seed: int = 0,
-    report: Callable[[int, int], None] = lambda done, total: None,
-) -> LinearResult:
-    """Train by the paper's protocol: SGD on randomly cropped and flipped images, encoded again in each epoch.
-
-    Args:
-        encoder: Frozen backbone.
-        train: Labelled training images.
-        test: Labelled test images of the same classes.
-        tokens: Tokens that form a feature; the paper uses `cls` for ViT-S and `cls+avg` for ViT-B.
-        blocks: Number of last blocks to concatenate; the paper uses 4 for ViT-S and 1 for ViT-B.
-        size: Side of the images in pixels. If None, the encoder's training size.
-        epochs: Number of epochs.
-        lr: Initial learning rate for a batch of 256; it follows a cosine that steps once per epoch.
-        batch_size: Images per step.
-        workers: Number of decoding processes.
-        seed: Seed of the initial weights, the order and the crops.
-        report: Callback after each step, with the steps done and their total.
-
-    Raises:
-        DinoError: If there are fewer images than one batch, no labels, or other classes in the test; if a test image's
-            features are not finite, or the probe diverges.
-
-    Source: facebookresearch/dino@7c446df eval_linear.py. Scores are those of the last epoch; the original reports the
-    best epoch on the test images.
-    """
-    if tokens == "patches":
-        raise DinoError(
-            "--tokens patches gives many features per image; a linear probe needs one", "use --tokens cls or cls+avg"
-        )
-    if not train.classes or train.classes != test.classes:
-        raise DinoError(
-            "expected class folders with the same names in train/ and val/",
-            "arrange the images as DATA/train/CLASS/* and DATA/val/CLASS/*",
-        )
-    if len(train) < batch_size:
-        raise DinoError(
-            f"--batch-size {batch_size} is larger than the {len(train)} training images",
-            f"use --batch-size {len(train)} or fewer",
-        )
-    size = size or encoder.size
-    labels = torch.from_numpy(train.labels).long()
-    sample = encoder.features(torch.zeros(1, encoder.channels, size, size, device=encoder.device), tokens, blocks)
-    probes = Probes(sample.shape[1], len(train.classes), [lr], seed).to(encoder.device)
-    clock = Clock(len(train) // batch_size, epochs)
-
-    views_of_train = TrainBatches(
-        train,
-        augmented(encoder, size),
-        batch_size=batch_size,
-        seed=seed,
-        images=encoder.images,
-        workers=workers,
-        device=encoder.device,
-    )
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in views_of_train:
-            yield encoder.features(batch.global_crops[0], tokens, blocks), labels[batch.rows].to(encoder.device)
-
-    def count(clock: Clock, values: engine.Values) -> bool:
-        report(clock.step, clock.total)
-        return False
-
-    schedule = CosineByEpoch(kind="cosine_by_epoch", start=1.0, end=0.0)
-    try:
-        trainer(probes, schedule, clock, batch_size).fit(batches(), clock.total, count)
-    finally:
-        views_of_train.close()
-    _refuse_diverged(probes, "use a lower --lr, or another checkpoint")
-    hits, images = np.zeros(2), 0
-    for plain in encoder.batches(test, size=size, batch_size=batch_size, workers=workers):
-        if plain.names:
-            truth, made = np.array(plain.labels), encoder.features(plain.images, tokens, blocks)
-            for name, reason in finite_rows(made, plain.names)[1]:
-                raise DinoError(f"{name}: {reason}", "remove that image; if all images fail, use another checkpoint")
-            hits += hits_among(scores_of(probes, made)[0], truth)
-            images += len(truth)
-    if not images:
-        raise DinoError(f"none of the {len(test)} test images in {test.where} can be read", "check these files")
-    top1, top5 = (100 * hits / images).tolist()
-    return LinearResult("paper", top1, top5, lr, {}, len(train), 0, images, False, len(train.classes), epochs)
 
 
 class _Stored:
@@ -282,7 +183,7 @@ def _scale_of(values: Values) -> float:
     return 2.0 ** min(126, -power) if abs(power) > _FAR else 1.0
 
 
-def _refuse_diverged(probes: Probes, hint: str) -> None:
+def refuse_diverged(probes: Probes, hint: str) -> None:
     if not all(bool(p.isfinite().all()) for p in probes.parameters()):
         raise DinoError("the linear probe diverged: its weights are not finite", hint)
 

@@ -483,7 +483,7 @@ def test_the_doctor_as_data(dino: Dino, tmp_path: Path) -> None:
 
 
 def test_the_doctor_tells_a_fault_and_its_remedy(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinocli import machine
+    from dinocli.apps.doctor import machine
 
     monkeypatch.setattr(
         machine, "faults_of", lambda *about: {"timm needs torch >=9; 2 is installed": "pip install torch"}

@@ -317,7 +317,7 @@ def test_a_state_of_two_processes_goes_on_in_one_and_of_one_in_two(
 
 @pytest.mark.slow
 def test_shards_go_on_with_as_many_readers_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinocli.packing import pack
+    from dinocli.apps.pack import pack
 
     source = image_folder(write_images(tmp_path / "plain", 24))
     pack(source, tmp_path / "images", side=None, per_shard=4, name="x", report=lambda done, note="": None)

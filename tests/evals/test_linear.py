@@ -10,7 +10,8 @@ from conftest import write_images
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import splits
-from dinocli.evals.linear import RATES, linear, linear_on_images
+from dinocli.evals.linear import RATES, linear
+from dinocli.evals.linear_paper import linear_on_images
 from dinocli.features.encoder import Encoder
 from dinocli.features.store import Features, Recipe
 

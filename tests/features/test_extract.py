@@ -10,18 +10,18 @@ import torch
 from conftest import together, write_images
 from PIL import Image
 
+from dinocli.apps.pack import pack
+from dinocli.apps.search.search import encode
 from dinocli.core import device as device_module
 from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder, open_source, photos
 from dinocli.data.views.crops import crop_boxes, crop_tries, cut, draws, uniforms
-from dinocli.evals.search import encode
 from dinocli.features import encoder as encoder_module
 from dinocli.features.encoder import Encoder, augmented, quick
 from dinocli.features.extract import extract
 from dinocli.features.store import Recipe, read_features, read_splits
 from dinocli.models.architecture import BackboneConfig
-from dinocli.packing import pack
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import write_images
 
+from dinocli.apps.pack import pack
 from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS
 from dinocli.data.loader import ring
@@ -17,7 +18,6 @@ from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_images, open_source
 from dinocli.data.views.crops import JitterConfig, LowResolutionConfig, ViewConfig, ViewsConfig, resize_for
 from dinocli.data.views.masking import MaskConfig, Masks, hidden_counts
-from dinocli.packing import pack
 
 CPU = torch.device("cpu")
 JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)

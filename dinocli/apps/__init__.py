@@ -1,0 +1,1 @@
+"""Applications of features. No folder imports another, but the demo draws attention maps."""

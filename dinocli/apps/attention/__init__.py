@@ -1,0 +1,1 @@
+"""Attention maps of photos and videos."""

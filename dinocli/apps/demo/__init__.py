@@ -1,0 +1,1 @@
+"""The demo: a whole job on a drawn image set."""

@@ -1,0 +1,264 @@
+"""Demo: draw images, pretrain and evaluate, compared with baselines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dinocli.apps.attention.sheets import draw as draw_attention
+from dinocli.apps.demo.drawings import CLASSES, write_set
+from dinocli.core.atomic import write_json
+from dinocli.core.checksums import unseal
+from dinocli.core.errors import DinoError
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage
+from dinocli.data.loader.plain import plain_batches
+from dinocli.data.sources.open import Images, image_folder
+from dinocli.data.sources.outputs import is_fresh
+from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard
+from dinocli.evals.knn import knn
+from dinocli.evals.linear import linear
+from dinocli.features.encoder import Encoder
+from dinocli.features.extract import extract
+from dinocli.features.store import Features, Recipe, read_features
+from dinocli.method.preset import load_preset
+from dinocli.planning import Plan, start_clock
+from dinocli.pretraining import pretrain
+from dinocli.weights.checkpoint import read_weights
+from dinocli.weights.load import load_encoder, untrained_encoder
+
+PRESET = "tiny"
+RECORD = "demo.json"  # contents and progress of the demo
+TRAIN_IMAGES, VAL_IMAGES = 2000, 500
+_K = 20
+_KEEP = 0.6
+_RAW_SIDE = 16  # pixels; raw images classify worse at larger sizes
+
+
+class Advance(Protocol):
+    """Progress callback of a stage."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """Report `done` of the stage's total, with an optional note."""
+
+
+Stage = Callable[[str, int, str], AbstractContextManager[Advance]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores of one kind of features.
+
+    Attributes:
+        features: Name of the features.
+        knn: Top-1 with 20 neighbours, in percent.
+        linear: Top-1 of a linear probe, in percent.
+        overlap: Jaccard overlap of attention and true mask, with the best head per image, averaged; None without
+            attention.
+    """
+
+    features: str
+    knn: float
+    linear: float
+    overlap: float | None
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Measurements and files of the demo.
+
+    Attributes:
+        rows: Scores of the trained features, followed by the baselines.
+        chance: Expected top-1 of a random guess, in percent.
+        everything: Overlap of a full mask with the true masks.
+        pictures: Paths of the attention sheets.
+        folder: Folder with all results.
+        seconds: Elapsed time.
+    """
+
+    rows: list[Row]
+    chance: float
+    everything: float
+    pictures: list[Path]
+    folder: Path
+    seconds: float
+
+
+def demo(
+    folder: Path,
+    *,
+    device: torch.device,
+    workers: int,
+    stage: Stage,
+    train_images: int = TRAIN_IMAGES,
+    val_images: int = VAL_IMAGES,
+    steps: int | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> DemoResult:
+    """Draw images, pretrain `tiny` on them without labels, extract features, classify, and draw attention.
+
+    A stopped or killed demo in the same folder is continued.
+
+    Args:
+        folder: Folder for images, run, features and pictures.
+        device: Device to compute on.
+        workers: Number of decoding processes.
+        stage: Function that opens a progress display from the name of a stage, its total, and the unit.
+        train_images: Number of training images.
+        val_images: Number of validation images.
+        steps: Stop training after this many steps. If None, the preset's.
+        note: Callback for messages to the user.
+
+    Raises:
+        DinoError: If the folder holds a finished demo, one of other settings, or something else.
+        KeyboardInterrupt: If the training was stopped; the same call continues it.
+    """
+    began = time.perf_counter()
+    data, masks = folder / "data", folder / "masks"
+    record = {"dinocli": "demo", "train_images": train_images, "val_images": val_images, "steps": steps}
+    if not _begin(folder, record, note):
+        with stage("draw", 2, "sets of images") as advance:
+            write_set(data / "train", train_images, seed=0)
+            advance(1)
+            write_set(data / "val", val_images, seed=1, masks=masks)
+            advance(2)
+        write_json(folder / RECORD, record | {"drawn": True, "done": False})
+    # Training reads a plain folder of images; only the evaluation uses the labels.
+    checkpoint = _train(data / "train", folder / "run", device, workers, stage, steps, note)
+    trained = load_encoder(str(checkpoint), device)
+    untrained = untrained_encoder(read_weights(checkpoint), device)
+    parts = {part: image_folder(data / part) for part in ("train", "val")}
+    val = parts["val"]
+    rows = []
+    for name, encoder in (("trained by DINO", trained), ("untrained twin", untrained)):
+        found = {
+            part: _extract(
+                encoder,
+                source,
+                folder / "features" / name.replace(" ", "-") / f"{part}.safetensors",
+                workers,
+                stage,
+                f"extract {name}, {part}",
+            )
+            for part, source in parts.items()
+        }
+        overlap = _overlap(encoder, parts["val"], masks, stage, f"attention, {name}")
+        rows.append(_score_features(name, found["train"], found["val"], overlap, device, stage))
+    raw = {part: _raw_pixels(source, workers) for part, source in parts.items()}
+    rows.append(_score_features("raw pixels", raw["train"], raw["val"], None, device, stage))
+    pictures = [
+        draw_attention(trained, path, folder / "attention" / path.parent.name, keep=_KEEP, size=None, raw=False)
+        for path in (val.root / val.names[int(np.argmax(val.labels == c))] for c in range(len(CLASSES)))
+    ]
+    write_json(folder / RECORD, record | {"drawn": True, "done": True})
+    everything = float(np.mean([_mask(masks, path).mean() for path in val.names]))
+    return DemoResult(
+        rows,
+        100 / len(CLASSES),
+        everything,
+        [p.picture for p in pictures if not isinstance(p, str)],
+        folder,
+        time.perf_counter() - began,
+    )
+
+
+def _begin(folder: Path, record: dict[str, Any], note: Callable[[str], None]) -> bool:
+    """Start a demo, or find one to continue; return True if its images are all drawn.
+
+    Raises:
+        DinoError: If the folder holds a finished demo, one of other settings, or something else.
+    """
+    another = f"use --out {folder}-2, or remove {folder}"
+    if is_fresh(folder):  # its marker is written first, and a kill may leave that alone
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RECORD, record | {"drawn": False, "done": False})
+        return False
+    try:
+        before = unseal((folder / RECORD).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DinoError(f"{folder} exists and holds no demo to resume", another) from error
+    if before.get("done"):
+        raise DinoError(f"the demo in {folder} is finished", another)
+    if any(before.get(key) != value for key, value in record.items()):
+        raise DinoError(f"the demo in {folder} was started with other settings", another)
+    note(f"resuming the demo in {folder}")
+    return before.get("drawn") is True
+
+
+def _train(
+    images: Path,
+    out: Path,
+    device: torch.device,
+    workers: int,
+    stage: Stage,
+    steps: int | None,
+    note: Callable[[str], None],
+) -> Path:
+    preset, source = load_preset(PRESET), image_folder(images)
+    stop = steps or start_clock(preset, source.count).total
+    plan = Plan(PRESET, preset, source, stop, out, device, workers, None, report=True)
+    with stage("pretrain", stop, "steps") as advance:
+        run = pretrain(plan, lambda progress: advance(progress.step, progress.note), note)
+    if run.stopped:
+        raise KeyboardInterrupt  # half-trained features prove nothing
+    return run.checkpoint
+
+
+def _extract(encoder: Encoder, source: Images, path: Path, workers: int, stage: Stage, what: str) -> Features:
+    with stage(what, len(source), "images") as advance:
+        done = extract(encoder, source, path, data="drawn", workers=workers, report=advance)
+    return read_features(done.path)
+
+
+def _raw_pixels(source: Images, workers: int) -> Features:
+    """Return the reduced images themselves as features."""
+    batches = plain_batches(
+        source,
+        size=_RAW_SIDE,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        batch_size=256,
+        workers=workers,
+        device=torch.device("cpu"),
+    )
+    values = np.concatenate([batch.images.flatten(1).numpy() for batch in batches])
+    recipe = Recipe("raw pixels", "", "pixels", 0, _RAW_SIDE, "drawn")
+    return Features(values, source.labels.astype(np.int64), list(source.names), source.classes, {}, recipe)
+
+
+def _score_features(
+    name: str, train: Features, val: Features, overlap: float | None, device: torch.device, stage: Stage
+) -> Row:
+    with stage(f"linear probe, {name}", 100, "%") as advance:
+        probe = linear(train, val, device=device, report=lambda done, total: advance(100 * done // total))
+    return Row(name, knn(train, val, [_K]).scores[0].top1, probe.top1, overlap)
+
+
+def _overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage, what: str) -> float:
+    """Compute the Jaccard overlap of the best head's mask with the truth, averaged over images.
+
+    Source: the paper's section 4.2.2 and facebookresearch/dino issue 54.
+    """
+    scores = []
+    with stage(what, len(source), "images") as advance:
+        for i, path in enumerate(source.names, 1):
+            pixels = decode(source.read(i - 1, encoder.images), encoder.images)
+            if isinstance(pixels, BadImage):
+                continue
+            truth = _mask(masks, path)
+            kept = enlarge(attention_maps(encoder, pixels, default_size(encoder)).masks(_KEEP), *truth.shape)
+            scores.append(max(jaccard(head, truth) for head in kept))
+            advance(i)
+    return float(np.mean(scores))
+
+
+def _mask(masks: Path, path: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    return np.asarray(Image.open(masks / Path(path).with_suffix(".png"))) > 127

@@ -1,0 +1,1 @@
+"""Checks of images, preset, machine and installation before a long run."""

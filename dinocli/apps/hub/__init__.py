@@ -1,0 +1,1 @@
+"""Sharing weights: the model card and the upload to a hub."""

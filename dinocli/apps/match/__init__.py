@@ -1,0 +1,1 @@
+"""Correspondences between two photos."""

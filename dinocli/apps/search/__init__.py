@@ -1,0 +1,1 @@
+"""Search among stored features: nearest neighbours, retrieval, copies, duplicates and curation."""

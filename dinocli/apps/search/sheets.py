@@ -1,0 +1,108 @@
+"""Gallery pictures: search results and near-duplicates as contact sheets on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dinocli.apps.search.dedup import Group
+from dinocli.apps.search.gallery import Gallery, small
+from dinocli.apps.search.search import Hits
+from dinocli.core.atomic import atomic
+from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.regular import read_file
+from dinocli.viz.picture import Panel, contact_sheet
+
+ROWS = 20  # rows per sheet
+SHOWN = 10  # results per row
+_SIDE = 144  # pixels per side of a photo
+
+Place = Panel | str | None
+
+
+def draw_hits(
+    gallery: Gallery, hits: Sequence[Hits], out: Path, images: ImagesConfig = DEFAULTS
+) -> tuple[list[Path], dict[str, str]]:
+    """Draw sheets with one query per row, followed by its neighbours and their cosines.
+
+    Args:
+        gallery: Gallery that was searched.
+        hits: Search results per query.
+        out: Path of the first sheet; further ones get a number.
+        images: Settings and limits of image decoding.
+
+    Returns:
+        Paths of the sheets, and the reason of each result that cannot be shown.
+    """
+    rows: list[list[Place]] = []
+    unread: dict[str, str] = {}
+    for each in hits:
+        row = [_query(Path(each.query), images)]
+        for n in each.neighbours[:SHOWN]:
+            pixels = gallery.photo(n.row, _SIDE, images)
+            if isinstance(pixels, BadImage):
+                unread[n.image] = pixels.reason
+            row.append(_make_place(pixels, n.image, f"{n.cosine:.4f}\n{n.label or n.image}"))
+        rows.append(row)
+    return _write(rows, out, f"photo, and its nearest of {len(gallery)} images by cosine", lead=1), unread
+
+
+def draw_groups(
+    gallery: Gallery, groups: Sequence[Group], out: Path, pages: int, images: ImagesConfig = DEFAULTS
+) -> list[Path]:
+    """Draw sheets with one group of near-duplicates per row: the kept image, followed by the dropped ones.
+
+    Args:
+        gallery: Gallery of the images.
+        groups: Groups in display order.
+        out: Path of the first sheet; further ones get a number.
+        pages: Largest number of sheets.
+        images: Settings and limits of image decoding.
+
+    Returns:
+        Paths of the sheets; surplus sheets of an earlier call are deleted.
+    """
+    rows: list[list[Place]] = []
+    for group in groups[: pages * ROWS]:
+        kept = _place(gallery, group.kept, f"kept\n{gallery.name(group.kept)}", images)
+        shown = list(zip(group.dropped, group.cosines, strict=True))[:SHOWN]
+        dropped = [_place(gallery, row, f"{cosine:.4f}\n{gallery.name(row)}", images) for row, cosine in shown]
+        more = len(group.dropped) - len(shown)
+        rows.append([kept, *dropped, f"and {more} more" if more else None])
+    written = _write(rows, out, "kept image, and dropped images with their cosine to the nearest of the group", lead=1)
+    number = len(written) + 1
+    while (old := page(out, number)).is_file():
+        old.unlink()
+        number += 1
+    return written
+
+
+def _write(rows: list[list[Place]], out: Path, title: str, lead: int) -> list[Path]:
+    written = []
+    for first in range(0, len(rows), ROWS):
+        path = page(out, first // ROWS + 1)
+        with atomic(path) as draft:
+            sheet = contact_sheet(rows[first : first + ROWS], title=title, lead=lead, side=_SIDE)
+            sheet.save(draft, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=85)
+        written.append(path)
+    return written
+
+
+def page(out: Path, number: int) -> Path:
+    """Return the path of a sheet, by its number from 1."""
+    return out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+
+
+def _place(gallery: Gallery, row: int, caption: str, images: ImagesConfig) -> Place:
+    return _make_place(gallery.photo(row, _SIDE, images), gallery.name(row), caption)
+
+
+def _query(path: Path, images: ImagesConfig) -> Place:
+    return _make_place(small(read_file(path, images), _SIDE, images), path.name, f"\n{path.name}")
+
+
+def _make_place(pixels: Pixels | BadImage, name: str, caption: str) -> Place:
+    if isinstance(pixels, BadImage):
+        return f"{pixels.reason.partition(':')[0]}\n{Path(name).name}"
+    return Panel(pixels, caption)

@@ -1,0 +1,1 @@
+"""Segments without and with labels: foreground, objects, parts and masks."""

@@ -1,0 +1,1 @@
+"""Tracking of a first frame's masks through a video."""

@@ -1,0 +1,1 @@
+"""Pictures, films, curves and the report of a run."""

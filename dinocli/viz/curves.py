@@ -1,0 +1,175 @@
+"""Drawings of panels for the HTML page and for a file, and a histogram."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from dinocli.core.atomic import atomic
+from dinocli.viz.history import thinned
+from dinocli.viz.panels import Lane, Panel
+
+# Inches. A panel is about as wide as a phone, so that its text is as large as the page's small print.
+_WIDTH, _LANE, _HEADING = 4.4, 1.75, 0.3
+# Minimum share of a panel left of its axes; inches of a digit in a label; inches of a tick, its gap and some slack.
+_LEFT, _DIGIT, _TICK = 0.125, 0.071, 0.13
+_INK, _FAINT, _BAD = "#4a4a4a", "#c9c9c9", "#c0392b"
+_COLORS = ("#1f6fb4", "#c8651b", "#3a8f3a", "#8757b5", "#a33c55")
+# CSS variables that the page sets in its light and dark styles.
+_VARIABLES = {_INK: "--ink", _FAINT: "--line", _BAD: "--bad"} | {c: f"--curve-{i}" for i, c in enumerate(_COLORS)}
+_STYLE: Any = {
+    "svg.fonttype": "none",  # keeps text as text, in the page's own font
+    "font.size": 8.5,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": _INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "ytick.color": _INK,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.5,
+    "path.simplify": True,
+}
+
+
+def panel_svg(panel: Panel, label: str) -> str:
+    """Return a panel as an SVG element whose colors are CSS variables of the page.
+
+    Args:
+        panel: Panel to draw.
+        label: Description for screen readers, already escaped.
+    """
+    # The salt makes ids reproducible, and different in each panel of a page.
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": panel.title}):
+        figure = Figure(figsize=(_WIDTH, _height(panel)))
+        _draw(figure, panel, _height(panel))
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Type")))
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    size = re.search(r'viewBox="([^"]*)"', svg)
+    return re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{label}" viewBox="{size and size[1]}">', svg, count=1)
+
+
+def write_sheet(drawn: Sequence[Panel], path: Path) -> None:
+    """Write all panels as one PNG, three per row."""
+    columns = min(3, len(drawn)) or 1
+    rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)] or [[]]
+    heights = [max((_height(panel) for panel in row), default=1.0) + _HEADING for row in rows]
+    with matplotlib.rc_context(_STYLE):
+        page = Figure(figsize=(_WIDTH * columns, sum(heights)), dpi=100, facecolor="white")
+        grid = page.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
+        for row, cells, height in zip(rows, grid, heights, strict=True):
+            for panel, cell in zip(row, cells, strict=False):
+                cell.text(_LEFT, 1 - 0.06 / height, panel.title, va="top", fontsize=10, fontweight="bold")
+                _draw(cell, panel, height, above=_HEADING)
+        if not drawn:
+            page.text(0.5, 0.5, "no values logged yet", ha="center", va="center")
+        with atomic(path) as draft:
+            page.savefig(draft, format="png")
+
+
+def write_histogram(values: NDArray[np.floating[Any]], title: str, mark: float | None, path: Path) -> None:
+    """Write a histogram as a PNG, with logarithmic counts and a line at `mark` if given."""
+    values = values[np.isfinite(values)]
+    marks = [] if mark is None else [mark]
+    ends = [*marks, *([float(values.min()), float(values.max())] if len(values) else [0.0, 1.0])]
+    bins = np.linspace(min(ends), max(ends) + 1e-6, 101)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(1.6 * _WIDTH, 1.6 * _LANE), dpi=120, facecolor="white", layout="constrained")
+        axes = figure.subplots()
+        axes.hist(values, bins.tolist(), log=True, color=_COLORS[0])
+        for at in marks:
+            axes.axvline(at, color=_COLORS[1], linewidth=1.2)
+            words = f"{at:g}: {int((values >= at).sum()):,} of {len(values):,} at or above"
+            side = ((-4, 9), "right") if at - bins[0] > bins[-1] - at else ((4, 9), "left")
+            axes.annotate(words, (at, 1), side[0], ("data", "axes fraction"), "offset points", ha=side[1], va="top")
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=16)
+        axes.set_ylabel("images (log scale)")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        with atomic(path) as draft:
+            figure.savefig(draft, format="png")
+
+
+def _height(panel: Panel) -> float:
+    return _LANE * (1 if len(panel.lanes) == 1 else 0.8 * len(panel.lanes)) + 0.15
+
+
+def _draw(figure: Figure | SubFigure, panel: Panel, height: float, above: float = 0.0) -> None:
+    """Draw a panel into a figure, below a strip for a heading (`height` and `above` in inches)."""
+    margins = {"right": 0.975, "bottom": 0.33 / height, "top": 1 - (0.22 + above) / height}
+    lanes = figure.subplots(len(panel.lanes), sharex=True, squeeze=False, gridspec_kw={**margins, "hspace": 0.36})
+    widest = max(_draw_lane(axes, lane) for axes, lane in zip(lanes[:, 0], panel.lanes, strict=True))
+    figure.subplots_adjust(left=max(_LEFT, (widest * _DIGIT + _TICK) / _WIDTH))
+    low, high = lanes[-1, 0].get_xlim()
+    if high - low < 2:  # a single step would get ticks such as 950m and 1.05
+        lanes[-1, 0].set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
+    lowest = lanes[-1, 0]
+    lowest.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    lowest.xaxis.set_major_formatter(EngFormatter(sep=""))
+    lowest.annotate("step", (1, 0), (0, -15), "axes fraction", "offset points", ha="right", va="top", fontsize=7.5)
+
+
+def _draw_lane(axes: Axes, lane: Lane) -> int:
+    """Draw curves on one scale; return the number of characters in its longest label."""
+    # Give the title's height: matplotlib's own search for one takes a third of the time.
+    axes.set_title(lane.title, loc="left", fontsize=8.5, pad=4, y=1.0)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    positive = all((curve.finite > 0).all() for curve in lane.curves.values())
+    log = lane.log and positive
+    axes.set_yscale("log" if log else "linear")
+    for (name, curve), color in zip(lane.curves.items(), _COLORS * len(lane.curves), strict=False):
+        few = thinned(curve)
+        marker = "o" if len(few.steps) < 25 else ""
+        axes.plot(few.steps, few.mean, color=color, linewidth=1.3, marker=marker, markersize=2.5, label=name)
+        if len(few.steps) < len(curve.steps):
+            axes.fill_between(few.steps, few.low, few.high, color=color, alpha=0.25, linewidth=0)
+        bad = curve.steps[~np.isfinite(curve.values)][:200]
+        axes.plot(bad, [0] * len(bad), "|", color=_BAD, clip_on=False, transform=axes.get_xaxis_transform())
+    for name, level in lane.marks.items():
+        axes.axhline(level, color=_INK, linewidth=1, linestyle=":")
+        where: Any = ("axes fraction", "data")  # below the line, because the legend is above it at the top
+        axes.annotate(name, (1, level), (0, -2), where, "offset points", ha="right", va="top", fontsize=7.5)
+    if log:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    elif lane.whole:
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if not positive else 0.0, top=axes.get_ylim()[1] * 1.04)
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    digits = _digits(ticks)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.{digits}g}")
+    if len(lane.curves) > 1:
+        axes.legend(
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lane.curves), frameon=False, fontsize=7.5,
+            borderaxespad=0.1, borderpad=0.1, handlelength=1.2, handletextpad=0.4, columnspacing=1.0,
+        )  # fmt: skip
+    return max((len(f"{tick:.{digits}g}") for tick in ticks), default=0)
+
+
+def _digits(ticks: Sequence[float]) -> int:
+    """Return the significant digits that distinguish neighbouring ticks, such as 0.9999975 and 1."""
+    steps = [b - a for a, b in pairwise(ticks) if b > a]
+    largest = max((abs(tick) for tick in ticks), default=0.0)
+    return max(6, math.ceil(math.log10(largest / min(steps))) + 2) if steps and largest else 6

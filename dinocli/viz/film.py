@@ -1,0 +1,106 @@
+"""Sequences of pictures of one size, as a GIF, an MP4 or a strip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.GifImagePlugin import getdata
+
+from dinocli.core.atomic import atomic
+from dinocli.data.decode.pixels import Pixels
+from dinocli.data.sources.frames import pyav
+from dinocli.viz.picture import Panel, sheet
+
+SHOWN = 8  # frames in a strip
+_COLUMNS = 4
+
+
+def shown(frames: int, most: int = SHOWN) -> list[int]:
+    """Return the frames of a strip: the first, the last, and evenly spaced ones between."""
+    return sorted({round(at) for at in np.linspace(0, frames - 1, min(frames, most))}) if frames else []
+
+
+def small(picture: Pixels, width: int) -> Pixels:
+    """Shrink a picture to a maximum width, keeping its aspect ratio. [H, W, 3]"""
+    height, whole = picture.shape[:2]
+    if whole <= width:
+        return picture
+    size = (width, max(1, round(height * width / whole)))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
+
+
+def write_strip(panels: Sequence[Panel], path: Path) -> None:
+    """Write pictures of one size with their captions, in rows, as a PNG."""
+    rows = [panels[first : first + _COLUMNS] for first in range(0, len(panels), _COLUMNS)]
+    with atomic(path) as draft:
+        sheet(rows).save(draft, format="PNG", optimize=True)
+
+
+def few_colors(frame: Pixels) -> Image.Image:
+    """Reduce a picture to a palette of 256 colors. [H, W, 3]"""
+    # No dithering: dots that change between frames are more visible than steps between colors.
+    return Image.fromarray(frame).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+
+
+def write_gif(
+    frames: Iterable[Pixels],
+    path: Path,
+    per_second: float | Fraction,
+    colors: Callable[[Pixels], Image.Image] = few_colors,
+) -> int:
+    """Write an endless GIF, with one frame in memory at a time.
+
+    Args:
+        frames: Frames of one size. [H, W, 3] each
+        path: Output file, not written if there are no frames.
+        per_second: Frame rate. The format counts in hundredths of a second, and browsers show at most 50 frames a
+            second.
+        colors: Function that reduces a frame to a palette. Each frame keeps its own in the file.
+
+    Returns:
+        Number of frames.
+    """
+    # Pillow's own writer keeps all frames in memory until the last one.
+    lasts = 10 * max(2, round(100 / per_second))  # ms
+    count = 0
+    coming = iter(frames)
+    first = next(coming, None)
+    if first is None:
+        return 0
+    with atomic(path) as draft, draft.open("wb") as file:
+        head = BytesIO()
+        colors(first).save(head, format="GIF", duration=lasts, loop=0, optimize=False)
+        file.write(head.getvalue().removesuffix(b";"))
+        for count, frame in enumerate(coming, 1):  # noqa: B007
+            file.writelines(getdata(colors(frame), duration=lasts, include_color_table=True))
+        file.write(b";")
+    return count + 1
+
+
+def write_mp4(frames: Iterable[Pixels], path: Path, per_second: Fraction) -> None:
+    """Write an MP4 that every player can open, with one frame in memory at a time.
+
+    Args:
+        frames: Frames of one size, with even sides. [H, W, 3] each
+        path: Output file.
+        per_second: Frame rate.
+
+    Raises:
+        DinoError: If the package av is not installed.
+    """
+    av = pyav()
+    with atomic(path) as draft, av.open(str(draft), "w", format="mp4", options={"movflags": "faststart"}) as file:
+        stream: Any = None
+        for frame in frames:
+            if stream is None:
+                stream = file.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate=per_second)
+                stream.height, stream.width = frame.shape[:2]
+                stream.pix_fmt = "yuv420p"
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())

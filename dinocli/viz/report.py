@@ -1,0 +1,272 @@
+"""Report of a run folder: curves.png, and an HTML page that needs only a browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dinocli.core.atomic import write_text
+from dinocli.core.checksums import parse
+from dinocli.method.settings import flat, shipped_as
+from dinocli.viz.curves import panel_svg, write_sheet
+from dinocli.viz.history import Curve, read_history
+from dinocli.viz.page import page_of, text_of
+from dinocli.viz.panels import LossFacts, Panel, panels
+
+METRICS, CURVES, REPORT = "metrics.jsonl", "curves.png", "report.html"
+_TIMES = 8  # steps whose attention is shown
+_TILES = 12  # maximum number of photos, whatever the folder holds
+_SIDE = 192  # maximum side of a tile in pixels; keeps the page to a few megabytes
+Tiles = list[str]  # data: URLs
+
+
+def write_report(folder: Path) -> None:
+    """Write `curves.png` and `report.html` into a run folder, from its metrics, preset and pictures.
+
+    The page omits missing files and skips corrupt ones.
+
+    Raises:
+        OSError: If the disk is full or the folder is not writable.
+    """
+    history, preset = read_history(folder / METRICS), _read_json(folder / "preset.json")
+    drawn = panels(history, _losses(preset))
+    write_sheet(drawn, folder / CURVES)
+    pictures = folder / "pictures"
+    parts = {
+        "Curves": _curves(drawn),
+        "Attention": _attention(pictures),
+        "Neighbours": _neighbours(pictures),
+        "Settings": _settings(preset),
+        "Values": _values(history),
+    }
+    there = {name: text for name, text in parts.items() if text}
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in there)
+    sections = "".join(f'<section id="{name.lower()}"><h2>{name}</h2>{text}</section>' for name, text in there.items())
+    title = text_of(folder.resolve().name)
+    nav = f"<nav aria-label='Sections of this page'>{links}</nav>"
+    head = f"<header><h1>{title}</h1>{_facts(history, preset)}{nav}</header>"
+    write_text(folder / REPORT, page_of(title, f"{head}<main>{sections}</main>"))
+
+
+def draw_curves(history: Mapping[str, Curve], preset: dict[str, Any], path: Path) -> None:
+    """Write the curves of a run as a PNG.
+
+    Args:
+        history: Logged values by key.
+        preset: Stored preset of the run.
+        path: Output file.
+
+    Raises:
+        OSError: If the disk is full or the path is not writable.
+    """
+    write_sheet(panels(history, _losses(preset)), path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = parse(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _get(data: object, *keys: str) -> Any:
+    """Return the value at nested keys, or None if an older version lacks a key."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, dict) else None
+    return data
+
+
+def _losses(preset: dict[str, Any]) -> dict[str, LossFacts]:
+    found = {}
+    for name, loss in (_get(preset, "losses") or {}).items():
+        prototypes = _get(preset, "heads", str(_get(loss, "head")), "prototypes")
+        if isinstance(prototypes, int) and prototypes > 1:
+            found[name] = LossFacts(float(_get(loss, "weight") or 1.0), prototypes)
+    return found
+
+
+def _facts(history: Mapping[str, Curve], preset: dict[str, Any]) -> str:
+    """Return the progress of the run as a line of figures."""
+    facts = {"recipe": _get(preset, "about", "recipe")}
+    last = {key: curve.values[-1] for key, curve in history.items() if len(curve.finite)}
+    if history:
+        step, epochs = max(curve.steps[-1] for curve in history.values()), _get(preset, "training", "epochs")
+        facts["steps"] = f"{step:,.0f}"
+        if last.get("epoch", 0) > 0 and epochs:
+            facts["steps"] += f" of {step / last['epoch'] * epochs:,.0f}"
+            facts["epochs"] = f"{last['epoch']:.6g} of {epochs}"
+    for key, name, form in _FIGURES:
+        if key in last:
+            facts[name] = form.format(last[key])
+    facts["written"] = time.strftime("%Y-%m-%d %H:%M")
+    rows = "".join(f"<div><dt>{name}</dt><dd>{text_of(value)}</dd></div>" for name, value in facts.items() if value)
+    return f"<dl>{rows}</dl>"
+
+
+_FIGURES = (
+    ("loss", "loss", "{:.3f}"),
+    ("knn", "k-NN", "{:.1f} %"),
+    ("rank", "effective rank", "{:.1f}"),
+    ("images_per_second", "images per second", "{:,.0f}"),
+    ("skipped", "skipped steps", "{:.0f}"),
+)
+
+
+def _curves(drawn: list[Panel]) -> str:
+    if not drawn:
+        return "<p>No values logged yet.</p>"
+    text = ""
+    for panel in drawn:
+        label = text_of(f"{panel.title}: {_describe(panel)}")
+        text += f"<figure><h3>{text_of(panel.title)}</h3>{panel_svg(panel, label)}"
+        text += f"<figcaption>{text_of(panel.healthy)}</figcaption></figure>"
+    return f"<div class='panels'>{text}</div>"
+
+
+def _describe(panel: Panel) -> str:
+    """Describe a panel for screen readers: the first and last value of each curve."""
+    ends = [(lane.title, name, curve.finite) for lane in panel.lanes for name, curve in lane.curves.items()]
+    return "; ".join(f"{title}, {name}, from {v[0]:.4g} to {v[-1]:.4g}" for title, name, v in ends if len(v))
+
+
+def _attention(pictures: Path) -> str:
+    steps = _spread(_steps(pictures, "attention"))
+    photos, maps = _row(pictures / "photos.jpg"), {s: _row(pictures / f"attention-{s}.jpg") for s in steps}
+    maps = {step: tiles for step, tiles in maps.items() if tiles and len(tiles) == len(photos)}
+    if not maps:
+        return ""
+    text = (
+        "<p>Attention of the teacher's class token in the last block, averaged over the heads. Each map is scaled from "
+        "its minimum (black) to its maximum (yellow). In a healthy run the maps differ between photos and come to "
+        "separate objects from the background.</p>"
+    )
+    for i, (photo, name) in enumerate(zip(photos, _names(pictures, len(photos)), strict=True)):
+        tiles = _tile(photo, f"Photo {i + 1}: {name}", "photo")
+        for step, row in maps.items():
+            tiles += _tile(row[i], f"Photo {i + 1}, attention at step {step}", f"step {step:,}")
+        text += f"<h3 class='name'>{name}</h3><div class='tiles'>{tiles}</div>"
+    return text
+
+
+def _neighbours(pictures: Path) -> str:
+    steps = _steps(pictures, "neighbours")
+    photos = _row(pictures / "photos.jpg")
+    found = {s: _grid(pictures / f"neighbours-{s}.jpg", len(photos)) for s in dict.fromkeys(steps[:1] + steps[-1:])}
+    found = {step: rows for step, rows in found.items() if rows}
+    if not found:
+        return ""
+    text = (
+        "<p>Nearest neighbours among a few hundred photos, by cosine similarity of their features, nearest first. An "
+        "untrained network matches colors; a trained one matches content. The same neighbours for every photo "
+        "indicate collapse.</p>"
+    )
+    for i, name in enumerate(_names(pictures, len(photos))):
+        text += f"<h3 class='name'>{name}</h3><div class='times'>"
+        for step, rows in found.items():
+            tiles = _tile(rows[i][0], f"Photo {i + 1}: {name}", "photo")
+            tiles += "".join(
+                _tile(tile, f"Neighbour {k} of photo {i + 1} at step {step}", str(k))
+                for k, tile in enumerate(rows[i][1:], 1)
+            )
+            text += f"<div><p>step {step:,}</p><div class='tiles six'>{tiles}</div></div>"
+        text += "</div>"
+    return text
+
+
+def _tile(address: str, says: str, caption: str) -> str:
+    return f'<figure><img src="{address}" alt="{says}" loading="lazy"><figcaption>{caption}</figcaption></figure>'
+
+
+def _names(pictures: Path, count: int) -> list[str]:
+    """Return the photos' names, escaped for the page."""
+    names = _get(_read_json(pictures / "photos.json"), "names")
+    names = names if isinstance(names, list) else []
+    return [text_of(names[i] if i < len(names) else f"photo {i + 1}") for i in range(count)]
+
+
+def _steps(pictures: Path, kind: str) -> list[int]:
+    found = (re.fullmatch(rf"{kind}-([0-9]+)\.jpg", path.name) for path in pictures.glob(f"{kind}-*.jpg"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _spread(steps: list[int]) -> list[int]:
+    """Return the first step, the last, and evenly spaced ones between."""
+    return [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, _TIMES).round().astype(int))] if steps else []
+
+
+def _row(path: Path) -> Tiles:
+    rows = _grid(path, 1)
+    return rows[0] if rows else []
+
+
+def _grid(path: Path, rows: int) -> list[Tiles]:
+    """Return the square tiles of a picture, row by row; none if it cannot be read."""
+    try:
+        with Image.open(path, formats=["JPEG"]) as file:
+            page = file.convert("RGB")
+    # Pillow's readers raise almost any error on a corrupt file.
+    except Exception:
+        return []
+    side = page.height // max(1, rows)
+    columns = min(_TILES, page.width // max(1, side))
+    if not side or not columns:
+        return []
+    return [[_address(page.crop(_box(r, c, side))) for c in range(columns)] for r in range(min(rows, _TILES))]
+
+
+def _box(row: int, column: int, side: int) -> tuple[int, int, int, int]:
+    return column * side, row * side, (column + 1) * side, (row + 1) * side
+
+
+def _address(tile: Image.Image) -> str:
+    tile.thumbnail((_SIDE, _SIDE))
+    file = io.BytesIO()
+    tile.save(file, format="JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _settings(preset: dict[str, Any]) -> str:
+    if not preset:
+        return ""
+    name, before = shipped_as(preset)
+    text = f"<p>Highlighted settings differ from the preset <code>{name}</code>.</p>" if name else ""
+    text += "<div class='tables'>"
+    for table, values in preset.items():
+        if table == "about":
+            continue
+        now, then = dict(flat(values)), dict(flat(_get(before, table)))
+        keys = [key for key in dict.fromkeys([*now, *then]) if now.get(key) is not None or then.get(key) is not None]
+        rows = "".join(_setting(key, now.get(key), then.get(key), marked=bool(name)) for key in keys)
+        text += f"<table><caption>{text_of(table)}</caption><tbody>{rows}</tbody></table>" if rows else ""
+    return text + "</div>"
+
+
+def _setting(key: str, now: str | None, then: str | None, *, marked: bool) -> str:
+    changed = marked and now != then
+    note = f" <small>preset: {text_of(then or 'none')}</small>" if changed else ""
+    value = f"<mark>{text_of(now or 'none')}</mark>{note}" if changed else text_of(now)
+    return f'<tr><th scope="row">{text_of(key)}</th><td>{value}</td></tr>'
+
+
+def _values(history: Mapping[str, Curve]) -> str:
+    heads = "".join(
+        f'<th scope="col">{name}</th>' for name in ("value", "last", "first", "minimum", "maximum", "entries")
+    )
+    rows = ""
+    for key, curve in sorted(history.items()):
+        if len(finite := curve.finite):
+            figures = (curve.values[-1], curve.values[0], finite.min(), finite.max())
+            cells = "".join(f"<td>{value:.5g}</td>" for value in figures)
+            rows += f'<tr><th scope="row">{text_of(key)}</th>{cells}<td>{len(curve.steps)}</td></tr>'
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    # A region that scrolls sideways on a phone must be reachable by keyboard.
+    return f"<div class='wide' role='region' aria-label='Values' tabindex='0'>{table}</div>" if rows else ""

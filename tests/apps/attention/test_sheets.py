@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+
+from dinocli.apps.attention.sheets import attention_sheet, draw
+from dinocli.evals.attention import AttentionMaps
+from dinocli.features.encoder import Encoder
+from dinocli.viz import picture as module
+
+
+def test_a_photo_of_any_shape_gets_its_sheet_and_its_maps(tmp_path: Path, encoder: Encoder) -> None:
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), dtype=np.uint8)).save(photo)
+    drawn = draw(encoder, photo, tmp_path / "out" / "photo", keep=0.5, size=32, raw=True)
+    assert drawn.picture == tmp_path / "out" / "photo.png"
+    raw = load_file(drawn.raw)
+    assert raw["heads"].shape == raw["masks"].shape == (2, 4, 7)
+    with Image.open(drawn.picture) as sheet:
+        assert sheet.width > 4 * 90, "photo, two heads and their mean"
+    assert draw(encoder, photo, tmp_path / "out" / "again", keep=0.5, size=None, raw=False).raw is None
+
+
+def test_a_bad_photo_is_a_reason(tmp_path: Path, encoder: Encoder) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"no image")
+    assert "not an image" in draw(encoder, tmp_path / "x.jpg", tmp_path / "x", keep=0.6, size=None, raw=False)
+
+
+def test_a_huge_photo_makes_a_sheet_that_still_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PANEL_PIXELS", 10_000)
+    maps = AttentionMaps(np.random.default_rng(0).random((2, 4, 4), dtype=np.float32))
+    sheet = attention_sheet(np.zeros((300, 400, 3), dtype=np.uint8), maps, 0.6)
+    assert sheet.width < 4 * 130
+
+
+def test_a_tiny_photo_is_enlarged_until_its_captions_fit() -> None:
+    maps = AttentionMaps(np.random.default_rng(0).random((2, 4, 4), dtype=np.float32))
+    assert attention_sheet(np.zeros((32, 32, 3), dtype=np.uint8), maps, 0.6).width > 4 * module._PANEL_SIDE
+
+
+def test_attention_that_is_not_finite_is_a_reason_and_no_picture(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (32, 32), (9, 99, 199)).save(photo)
+    monkeypatch.setattr(type(encoder.backbone), "attention", lambda self, images: torch.full((1, 2, 5, 5), torch.nan))
+    said = draw(encoder, photo, tmp_path / "out" / "photo", keep=0.6, size=16, raw=True)
+    assert said == "not finite: 8 of 8 values of attention"
+    assert not (tmp_path / "out").exists()

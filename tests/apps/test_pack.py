@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_images
+from PIL import Image
+
+from dinocli.apps import pack as packing
+from dinocli.apps.pack import Packed, pack
+from dinocli.cli.pack import pack as command
+from dinocli.core.errors import DinoError
+from dinocli.data.decode.image import decode
+from dinocli.data.images import ImagesConfig
+from dinocli.data.sources.open import image_folder
+from dinocli.data.sources.shards import open_shards
+
+
+@dataclass
+class Listed:
+    """As much of a source as packing asks for."""
+
+    root: Path
+    names: Sequence[str]
+    labels: np.ndarray
+    classes: list[str] = field(default_factory=list)
+    held: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        return str(self.root)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int, images: ImagesConfig) -> Any:
+        name = self.names[index]
+        return self.held[name] if name in self.held else (self.root / name).read_bytes()
+
+
+def listed(root: Path, labelled: bool = False) -> Listed:
+    names = sorted(str(p.relative_to(root)) for p in root.rglob("*") if p.is_file())
+    classes = sorted({name.split("/")[0] for name in names}) if labelled else []
+    labels = [classes.index(name.split("/")[0]) if labelled else -1 for name in names]
+    return Listed(root, names, np.array(labels, dtype=np.int32), classes)
+
+
+@pytest.fixture
+def images_decode(monkeypatch) -> None:
+    """`decode` as it takes what a torchvision set gives."""
+
+    def given(data: Any, images: ImagesConfig) -> Any:
+        return decode(data, images) if isinstance(data, bytes) else np.array(data.convert("RGB"))
+
+    monkeypatch.setattr(packing, "decode", given)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir()}
+
+
+def test_all_images_once_with_their_labels_in_a_drawn_order(tmp_path: Path, images: Path) -> None:
+    source = listed(images, labelled=True)
+    done = []
+    packed = pack(source, tmp_path / "out", per_shard=5, report=done.append)
+    shards = open_shards(str(tmp_path / "out"))
+    samples = list(shards.stream(0, 1))
+    assert (packed.shards, packed.kept, packed.images, packed.bad) == (3, 0, 12, {})
+    assert (shards.counts, shards.classes, done) == ([5, 5, 2], ["a", "b"], [5, 10, 12])
+    assert packed.bytes == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.tar"))
+    assert packed.faster and packed.faster > 0
+    names = [sample.name.split("/", 1)[1] for sample in samples]
+    assert sorted(names) == source.names and names != source.names
+    for name, sample in zip(names, samples, strict=True):
+        assert (sample.data, sample.label) == ((images / name).read_bytes(), source.classes.index(name[0]))
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["shards"] == {"images-000000.tar": 5, "images-000001.tar": 5, "images-000002.tar": 2}
+
+
+def test_a_side_makes_large_images_smaller_and_leaves_small_ones(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    wide, small = Image.new("RGB", (100, 50), (200, 10, 10)), Image.new("RGB", (90, 20), (0, 0, 200))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    wide.save(root / "wide.png")
+    wide.save(root / "turned.jpg", exif=turned)
+    small.save(root / "small.png")
+    pack(listed(root), tmp_path / "out", side=25)
+    read = {s.name.split("/")[1]: decode(s.data) for s in open_shards(str(tmp_path / "out")).stream(0, 1)}
+    assert {name: pixels.shape for name, pixels in read.items()} == {
+        "wide.jpg": (25, 50, 3),
+        "turned.jpg": (50, 25, 3),
+        "small.png": (20, 90, 3),
+    }
+    assert np.abs(read["wide.jpg"].astype(int) - (200, 10, 10)).max() < 4
+
+
+def test_what_goes_on_after_a_kill_is_byte_for_byte_the_same(tmp_path: Path, images: Path) -> None:
+    (images / "a" / "0000.png").write_bytes(b"no image")
+    source = listed(images)
+
+    def killed(images: int) -> None:
+        if images > 5:
+            raise KeyboardInterrupt
+
+    for side in (None, 16):
+        whole, broken = tmp_path / f"whole{side}", tmp_path / f"broken{side}"
+        pack(source, whole, side=side, per_shard=5)
+        with pytest.raises(KeyboardInterrupt):
+            pack(source, broken, side=side, per_shard=5, report=killed)
+        assert sorted(files(broken)) == ["images-000000.tar", "pack.json"]
+        (broken / "images-000001.tar").write_bytes(b"half")  # such as a copy that was cut off
+        assert pack(source, broken, side=side, per_shard=5).kept == 1
+        again = pack(source, broken, side=side, per_shard=5)
+        assert (again.kept, again.images, list(again.bad)) == (3, 11, ["a/0000.png"])
+        assert files(broken) == files(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"per_shard": 4}, "per_shard 5; this call has 4"), ({"side": 8}, "side None")]
+)
+def test_other_settings_or_images_are_an_error_that_names_them(tmp_path: Path, images: Path, change, said: str) -> None:
+    pack(listed(images), tmp_path / "out", per_shard=5)
+    with pytest.raises(DinoError, match=said):
+        pack(listed(images), tmp_path / "out", **{"per_shard": 5} | change)
+    (images / "a" / "0000.png").rename(images / "a" / "new.png")
+    with pytest.raises(DinoError, match="listing"):
+        pack(listed(images), tmp_path / "out", per_shard=5)
+
+
+def test_tar_files_of_others_are_not_mixed_with(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x.tar").touch()
+    with pytest.raises(DinoError, match="did not write"):
+        pack(listed(images), tmp_path / "out")
+
+
+def test_bad_images_are_left_out_and_told(tmp_path: Path, images: Path) -> None:
+    source = listed(images)
+    (images / "a" / "0001.png").write_bytes(b"no image")
+    (images / "b" / "0002.png").unlink()
+    packed = pack(source, tmp_path / "out", per_shard=1)
+    assert packed.images == 10 and sorted(packed.bad) == ["a/0001.png", "b/0002.png"]
+    assert "not an image" in packed.bad["a/0001.png"] and "No such file" in packed.bad["b/0002.png"]
+    assert sum(open_shards(str(tmp_path / "out")).counts) == 10
+    for path in images.rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(DinoError, match="none of the 12 images"):
+        pack(source, tmp_path / "none")
+
+
+def test_keys_are_unique_and_end_at_no_dot(tmp_path: Path, images_decode: None) -> None:
+    png = (write_images(tmp_path / "x", 1) / "0000.png").read_bytes()
+    names = [
+        "a.png", "a.PNG", "b.c.png", "b_c.png", "b~1.png", "../up.png", "/abs.png", "__x__/y.png", "v1.5/ü 花.png",
+        "lang/" * 40 + "n" * 200 + ".png", "bare", "line\nbreak.png", "x.unknown", "odd\udcff.png", "7",
+    ]  # fmt: skip
+    source = Listed(tmp_path, names, np.arange(len(names), dtype=np.int32), held=dict.fromkeys(names, png))
+    source.held["7"] = Image.new("RGB", (8, 8), (1, 2, 3))
+    pack(source, tmp_path / "out")
+    samples = list(open_shards(str(tmp_path / "out")).stream(0, 1))
+    keys = {s.label: s.name.split("/", 1)[1] for s in samples}
+    assert sorted(keys) == list(range(len(names))) and len(set(keys.values())) == len(names)
+    assert all(key.count(".") == 1 and not key.startswith("__") for key in keys.values())
+    assert keys[0] == "a~0.png" and keys[1] == "a~1.png" and keys[2] == "b_c~2.png"
+    assert keys[8] == "v1_5/ü 花.png" and keys[10] == "bare.png" and keys[13] == "odd\udcff.png"
+    with tarfile.open(tmp_path / "out" / "images-000000.tar") as tar:
+        assert sorted(tar.getnames()) == sorted(n for key in keys.values() for n in (key, key.rsplit(".")[0] + ".cls"))
+    seven = next(s for s in samples if s.label == 14)
+    assert np.array_equal(decode(seven.data), np.full((8, 8, 3), (1, 2, 3)))
+
+
+def test_a_source_that_is_no_files_is_not_compared(tmp_path: Path, images_decode: None) -> None:
+    names = ["0", "1"]
+    source = Listed(tmp_path / "none", names, np.array([0, 1]), held={n: Image.new("RGB", (40, 40)) for n in names})
+    assert pack(source, tmp_path / "out", side=16).faster is None
+    assert [Image.open(io.BytesIO(s.data)).size for s in open_shards(str(tmp_path / "out")).stream(0, 1)] == [
+        (16, 16)
+    ] * 2
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_measured_cold_is_said_only_if_all_was_forgotten(tmp_path: Path, images: Path, monkeypatch, kept: bool) -> None:
+    monkeypatch.setattr(packing, "_forget", lambda path: not (kept and path.suffix == ".tar"))
+    assert pack(listed(images), tmp_path / "out").cold is not kept
+
+
+def test_the_command(tmp_path: Path, images: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("dinocli.data.sources.open.open_images", lambda spec: listed(Path(spec)), raising=False)
+    (images / "a" / "0001.png").write_bytes(b"no image")
+    out = tmp_path / "out"
+    command(str(images), out, side=16, per_shard=6, name="train")
+    first = capsys.readouterr()
+    assert "skipped a/0001.png: not an image" in first.err and f"next: dino pretrain {out}" in first.err
+    assert {"train-000000.tar", "train-000001.tar"} < set(files(out))
+    command(str(images), out, side=16, per_shard=6, name="train", json=True)
+    again = capsys.readouterr()
+    assert "kept 2 of 2" in again.err
+    told = json.loads(again.out)
+    assert (told["path"], told["images"], told["kept"]) == (str(out), 11, 2)
+    assert set(told) == {"path", *Packed.__dataclass_fields__}
+    with pytest.raises(Exception, match="expected a plain name"):
+        command(str(images), out, name="a/b")
+
+
+def test_arrays_are_packed_as_they_are_and_stay_arrays_when_made_small(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    values = np.random.default_rng(0).integers(0, 4000, (3, 40, 60, 13)).astype(np.uint16)
+    for i, each in enumerate(values):
+        np.save(tmp_path / "in" / f"{i}.npy", each)
+    np.save(tmp_path / "in" / "other.npy", values[0, ..., :3])
+    taken = ImagesConfig(channels=13, window=(0, 4000))
+    for side, shape, kind in ((None, (40, 60, 13), np.uint16), (20, (20, 30, 13), np.uint8)):
+        out = tmp_path / f"out{side}"
+        done = pack(listed(tmp_path / "in"), out, side=side, images=taken)
+        assert (done.images, list(done.bad)) == (3, ["other.npy"])
+        found = {s.name[-5:]: np.load(io.BytesIO(s.data)) for s in open_shards(str(out)).stream(0, 1)}
+        for i in range(3):
+            assert (found[f"{i}.npy"].shape, found[f"{i}.npy"].dtype) == (shape, kind)
+        if side is None:
+            assert np.array_equal(found["2.npy"], values[2])
+    with pytest.raises(DinoError, match="was packed with read as"):
+        pack(listed(tmp_path / "in"), tmp_path / "out20", side=20)
+
+
+def test_grey_images_made_small_stay_grey(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.tile(np.arange(100, dtype=np.uint16) * 600, (100, 1))).save(tmp_path / "in" / "a.png")
+    pack(listed(tmp_path / "in"), tmp_path / "out", side=32, images=ImagesConfig(channels=1))
+    (sample,) = open_shards(str(tmp_path / "out")).stream(0, 1)
+    assert Image.open(io.BytesIO(sample.data)).mode == "L"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"settings": {}, "shards": []}',
+        '{"settings": {}, "shards": {"x": {}}}',
+        None,
+    ],
+)
+def test_damaged_settings_are_one_line(tmp_path: Path, images: Path, text: str | None) -> None:
+    source = image_folder(images)
+    pack(source, tmp_path / "out")
+    stored = tmp_path / "out" / "pack.json"
+    stored.write_text(stored.read_text().replace('"images": 12', '"images": 13') if text is None else text)
+    with pytest.raises(DinoError, match=r"pack\.json is corrupt") as error:
+        pack(source, tmp_path / "out")
+    assert "\n" not in error.value.message

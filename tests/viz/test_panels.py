@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from dinocli.viz.history import Curve
+from dinocli.viz.panels import LossFacts, panels
+
+DINO = {"dino": LossFacts(1.0, 256)}
+
+
+def curve(*values: float) -> Curve:
+    return Curve(np.arange(1.0, len(values) + 1), np.array(values, dtype=float))
+
+
+def history(*keys: str) -> dict[str, Curve]:
+    return {key: curve(3, 2, 1) for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("key", "title"),
+    [
+        ("loss", "Loss"),
+        ("dino/teacher_entropy", "Teacher outputs"),
+        ("dino/kl", "Teacher outputs"),
+        ("dino/information", "Teacher outputs"),
+        ("dino/prototypes", "Prototypes in use"),
+        ("feature_std", "Spread of the features"),
+        ("grad_norm", "Gradient norm"),
+        ("skipped", "Skipped steps"),
+        ("knn", "k-NN accuracy"),
+        ("rank", "Features without labels"),
+        ("uniformity", "Features without labels"),
+        ("lr", "Learning rate and weight decay"),
+        ("weight_decay", "Learning rate and weight decay"),
+        ("momentum", "Momentum and temperature"),
+        ("dino/temperature", "Momentum and temperature"),
+        ("images_per_second", "Speed and data wait"),
+        ("data_wait", "Speed and data wait"),
+        ("peak_memory", "Memory"),
+    ],
+)
+def test_a_panel_is_there_where_its_value_is(key: str, title: str) -> None:
+    (panel,) = panels(history(key), DINO)
+    assert panel.title == title and len(panel.lanes) == 1 and panel.healthy.endswith(".")
+
+
+def test_without_values_there_is_no_panel() -> None:
+    assert panels({}, DINO) == []
+    assert panels(history("unheard_of"), DINO) == []
+    assert panels({"skipped": curve(0, 0)}, DINO) == [], "that nothing went wrong needs no picture"
+
+
+def test_parts_of_a_loss_are_drawn_where_there_are_several() -> None:
+    assert list(panels(history("loss", "dino"), DINO)[0].lanes[0].curves) == ["loss"]
+    both = DINO | {"ibot": LossFacts(0.5, 16)}
+    lane = panels(history("loss", "dino", "ibot"), both)[0].lanes[0]
+    assert set(lane.curves) == {"loss", "dino", "ibot"}
+    assert list(lane.marks.values()) == pytest.approx([math.log(256), 0.5 * math.log(16)])
+
+
+def test_the_line_of_collapse_stands_at_ln_k() -> None:
+    lane = panels(history("dino/teacher_entropy"), {"dino": LossFacts(2.0, 1024)})[0].lanes[0]
+    assert lane.marks == {"ln K = 6.93": math.log(1024)}
+    assert panels(history("loss"), {})[0].lanes[0].marks == {}, "of a preset that nobody knows"

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinocli.method.preset import load_preset
+from dinocli.viz.report import _spread, write_report
+
+KEYS = (
+    "loss dino dino/teacher_entropy dino/kl dino/information dino/prototypes dino/temperature feature_std grad_norm lr weight_decay "
+    "momentum images_per_second data_wait peak_memory knn rank uniformity"
+).split()
+VOID = {"meta", "img", "br", "link", "input"}
+# What of an attribute could make a browser fetch something.
+FETCHING = {"src", "href", "srcset", "data", "action", "poster", "background", "xlink:href"}
+
+
+class Page(HTMLParser):
+    """A page's tags in their tree; a tag that is not closed, or closed twice, is an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip() and self.open:
+            self.text.setdefault(self.open[-1], []).append(data.strip())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def report(folder: Path) -> Page:
+    write_report(folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert len(text) < 6_000_000
+    page = Page(text)
+    assert not page.all("script") and not page.all("link") and not page.all("iframe")
+    for tag, attributes in page.tags:
+        for name in FETCHING & attributes.keys():
+            value = attributes[name] or ""
+            assert value.startswith(("data:image/jpeg;base64,", "#")), f"{tag} {name}={value[:80]}"
+        assert not any(name.startswith("on") for name in attributes)
+    assert not re.findall(r"url\((?!#)", text) and "@import" not in text
+    assert all(image["alt"] for image in page.all("img")) and all(svg["aria-label"] for svg in page.all("svg"))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    with Image.open(folder / "curves.png") as sheet:
+        sheet.load()
+    return page
+
+
+def lines(folder: Path, count: int, keys: list[str] = KEYS) -> None:
+    text = (json.dumps({"step": 10 * i, "epoch": i / 5, **dict.fromkeys(keys, 1 / (i + 1))}) for i in range(count))
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in text))
+
+
+def strip(columns: int, rows: int = 1, side: int = 24) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (rows * side, columns * side, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with everything in it."""
+    folder = tmp_path / "tiny-1"
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True)
+    lines(folder, 41, [])  # no curves: to draw them takes the most time, and has its own tests
+    preset = load_preset("tiny", ["views.local.scale=[0.1, 0.5]", "optimizer.clip=none"])
+    (folder / "preset.json").write_text(preset.model_dump_json(indent=2))
+    strip(6).save(pictures / "photos.jpg")
+    (pictures / "photos.json").write_text(json.dumps({"names": [f"photo-{i}.jpg" for i in range(6)]}))
+    for step in range(0, 400, 20):
+        strip(6).save(pictures / f"attention-{step}.jpg")
+        strip(6, 6).save(pictures / f"neighbours-{step}.jpg")
+    return folder
+
+
+def test_a_whole_run_is_a_whole_page(run: Path) -> None:
+    lines(run, 41)
+    page = report(run)
+    assert page.text["h1"] == ["tiny-1"]
+    assert page.text["h2"] == ["Curves", "Attention", "Neighbours", "Settings", "Values"]
+    facts = dict(zip(page.text["dt"], page.text["dd"], strict=True))
+    assert facts["steps"] == "400 of 400" and facts["epochs"] == "8 of 8" and facts["k-NN"] == "0.0 %"
+    assert {"Loss", "k-NN accuracy", "Memory"} <= set(page.text["h3"])
+    assert len(page.all("svg")) == 11
+    assert {a["href"] for a in page.all("a")} == {"#curves", "#attention", "#neighbours", "#settings", "#values"}
+    assert page.all("html")[0]["lang"] == "en"
+    assert all(th.get("scope") for th in page.all("th"))
+
+
+def test_the_same_photos_are_shown_at_a_few_steps_first_and_last_among_them(run: Path) -> None:
+    page = report(run)
+    alts = [image["alt"] for image in page.all("img")]
+    of_first = [alt for alt in alts if alt.startswith("Photo 1, attention")]
+    assert len(of_first) == 8 and of_first[0].endswith("step 0") and of_first[-1].endswith("step 380")
+    assert len(alts) == 6 * 9 + 6 * 2 * 6
+    assert {alt.partition("step ")[2] for alt in alts if alt.startswith("Neighbour")} == {"0", "380"}
+    source = page.all("img")[0]["src"].partition(",")[2]
+    with Image.open(io.BytesIO(base64.b64decode(source))) as tile:
+        assert tile.size == (24, 24)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 8, 9, 1000])
+def test_steps_are_spread(count: int) -> None:
+    steps = [10 * i for i in range(count)]
+    found = _spread(steps)
+    assert found == sorted(set(found)) and set(found) <= set(steps) and len(found) == min(8, count)
+    assert found[:1] == steps[:1] and found[-1:] == steps[-1:]
+
+
+def test_changed_settings_are_marked(run: Path) -> None:
+    page = report(run)
+    assert page.text["mark"] == ["[0.1, 0.5]", "none"]
+    assert "preset: [0.15, 0.5]" in page.text["small"]
+    assert page.text["caption"][:2] == ["backbone", "heads"]
+    cells = dict(zip(page.text["th"], page.text["td"], strict=False))
+    assert cells["name"] == "vit_tiny_patch16_224"
+
+
+def test_a_preset_of_ones_own_is_shown_without_marks(run: Path) -> None:
+    preset = json.loads((run / "preset.json").read_text())
+    preset["about"]["source"] = "mine"
+    (run / "preset.json").write_text(json.dumps(preset))
+    page = report(run)
+    assert "mark" not in page.text and "caption" in page.text
+
+
+@pytest.mark.parametrize("keys", [["loss"], ["knn", "lr"], ["grad_norm", "peak_memory", "dino/kl"]], ids=str)
+def test_only_what_was_logged_is_drawn(keys: list[str], run: Path) -> None:
+    lines(run, 5, keys)
+    assert len(report(run).all("svg")) == len(keys)
+
+
+def test_an_empty_folder_is_an_empty_page(tmp_path: Path) -> None:
+    page = report(tmp_path)
+    assert page.text["h2"] == ["Curves"] and page.text["p"] == ["No values logged yet."]
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [b"", b'{"step": 1, "loss": 5}\n', b'{"step": 1, "loss": 5}\n{"step": 2, "lo', b'{"step": 1, "loss": "nan"}\n'],
+    ids=["empty", "one line", "half a line", "not finite"],
+)
+def test_any_metrics_file_makes_a_page(metrics: bytes, run: Path) -> None:
+    (run / "metrics.jsonl").write_bytes(metrics)
+    page = report(run)
+    assert len(page.all("svg")) == bool(metrics)
+
+
+def test_many_lines_make_a_small_page(run: Path) -> None:
+    lines(run, 20_000, ["loss", "knn"])
+    assert len(report(run).all("svg")) == 2
+    assert (run / "report.html").stat().st_size < 500_000
+
+
+HOSTILE = [
+    "<script>alert(1)</script>.jpg",
+    "\"onerror='x' src=http://x.y/z",
+    "a\u202egpj.exe",
+    "caf\udce9\n\0.jpg",
+    "&lt;",
+    "",
+]
+
+
+def test_hostile_names_are_text(run: Path) -> None:
+    folder = run.rename(run.with_name("<b>&\"'\udce9"))
+    (folder / "pictures" / "photos.json").write_text(json.dumps({"names": HOSTILE}))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1, "<img src=x>": 2, "<i>/kl": 3}\n')
+    page = report(folder)
+    assert page.text["h1"] == ["<b>&\"'\\xe9"]
+    assert {"<script>alert(1)</script>.jpg", r"a\u202egpj.exe", r"caf\xe9\n\x00.jpg", "&lt;"} <= set(page.text["h3"])
+    assert "<img src=x>" in page.text["th"]
+    assert not page.all("b") and not page.all("i")
+
+
+@pytest.mark.parametrize(
+    "names", [None, [], {}, {"names": 7}, {"names": ["one"]}, {"names": [1, None, {}, [], "", 2.5]}]
+)
+def test_names_may_be_missing(names: Any, run: Path) -> None:
+    (run / "pictures" / "photos.json").write_text(json.dumps(names))
+    assert len(report(run).all("img")) == 126
+
+
+def test_broken_pictures_are_passed_over(run: Path) -> None:
+    pictures = run / "pictures"
+    whole = (pictures / "attention-0.jpg").read_bytes()
+    for name, data in {"attention-0": whole[:100], "attention-380": b"", "neighbours-0": b"<svg/>"}.items():
+        (pictures / f"{name}.jpg").write_bytes(data)
+    (pictures / "attention-x.jpg").write_bytes(whole)
+    strip(3).save(pictures / "attention-400.jpg")
+    alts = [image["alt"] for image in report(run).all("img")]
+    assert sum(alt.startswith("Photo 1, attention") for alt in alts) == 6
+    assert {alt.partition("step ")[2] for alt in alts if alt.startswith("Neighbour")} == {"380"}
+    (pictures / "photos.jpg").unlink()
+    page = report(run)
+    assert page.text["h2"] == ["Curves", "Settings", "Values"]
+
+
+def test_large_pictures_make_no_large_page(run: Path) -> None:
+    for path in (run / "pictures").glob("attention-*.jpg"):
+        strip(6, side=600).save(path)
+    strip(6, side=600).save(run / "pictures" / "photos.jpg")
+    assert len(report(run).all("img")) == 126
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"losses": {"dino": 7}, "heads": [], "training": null}', '{"a": {"b": 1}}']
+)
+def test_a_preset_of_another_version_is_shown_as_far_as_it_goes(text: str, run: Path) -> None:
+    (run / "preset.json").write_text(text)
+    page = report(run)
+    assert "Curves" in page.text["h2"] and "mark" not in page.text
+    assert dict(zip(page.text["dt"], page.text["dd"], strict=True))["steps"] == "400"
+
+
+def test_a_full_disk_leaves_the_page_that_was_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report(run)
+    before = (run / "report.html").read_bytes()
+
+    def torn(self: Path, text: str, **options: object) -> None:
+        self.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", torn)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
+    assert not list(run.glob(".*"))
