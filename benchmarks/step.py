@@ -40,9 +40,9 @@ from ways import WAYS, Job, Precision
 
 from dinocli.core.device import pick_device
 from dinocli.core.errors import DinoError
-from dinocli.costs import estimate
 from dinocli.method.preset import Preset
-from dinocli.planning import Plan
+from dinocli.train.cost import estimate
+from dinocli.train.plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)

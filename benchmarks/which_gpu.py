@@ -22,10 +22,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from dinocli import costs
 from dinocli.data.sources.open import open_source
 from dinocli.method.preset import load_preset
-from dinocli.planning import Plan
+from dinocli.train import cost as costs
+from dinocli.train.plan import Plan
 
 PEAKS, EFFICIENCY = (165e12, 312e12), 0.3  # RTX 4090, A100: dense bfloat16 products, by their makers
 # Images, prototypes, batch, parts: the settings of `dino doctor` for photos of 350 to 1,000 pixels, and smaller parts.

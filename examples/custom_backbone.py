@@ -22,8 +22,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.data.sources.open import open_source
 from dinocli.method.preset import load_preset
-from dinocli.planning import Plan
-from dinocli.pretraining import Run, pretrain
+from dinocli.train.plan import Plan
+from dinocli.train.pretrain import Run, pretrain
 
 
 @register_model

@@ -9,6 +9,7 @@ import pickle
 import socket
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,40 @@ from safetensors.torch import load_file
 
 from dinocli.core import distributed
 from dinocli.features.encoder import Encoder
+from dinocli.features.store import Recipe
+from dinocli.features.writer import write_features
 from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
+from dinocli.weights.checkpoint import write_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # Beside a checkout of the house there may lie more of the original's numbers; a clone without them is held all the same.
 SHARED = Path(__file__).parents[2] / "shared" / "fixtures"
 # What floating point allows: absolute and relative, by the precision that something was computed in.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+# The smallest network and views that learn anything, as overrides of `tiny`.
+SMALL = [
+    "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2}",
+    "heads.dino.prototypes=16",
+    "heads.dino.hidden=16",
+    "heads.dino.bottleneck=8",
+    "views.global_1.size=16",
+    "views.global_2.size=16",
+    "views.local.size=8",
+    "training.batch_size=4",
+    "training.steps_per_epoch=4",
+]
+# Small heads and 48-pixel views, for networks that other libraries load.
+SMALL_HEADS = ["heads.dino.prototypes=16", "heads.dino.hidden=24", "heads.dino.bottleneck=8"]
+SMALL_HEADS += ["views.global_1.size=48", "views.global_2.size=48"]
+RESNET18 = 'backbone={name="resnet18"}'
+ROTARY = [
+    "backbone.name=vit_small_patch16_dinov3",
+    "backbone.options={img_size=48, patch_size=8, embed_dim=96, depth=2, num_heads=6, init_values=0.5}",
+    "backbone.positions=none",
+    "backbone.rescale_positions=2",
+]
+GB = 10**9
 PRECISIONS = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=["float64", "float32"])
 
 
@@ -99,6 +126,35 @@ def of_channels(channels: int, *more: str) -> list[str]:
     return [f"images.channels={channels}", f"views.mean={numbers}", f"views.std={numbers}", *colors, *more]
 
 
+def write_run(folder: Path, *overrides: str, preset: str = "tiny") -> Path:
+    """A run folder with random weights, every one of them away from where it starts."""
+    torch.manual_seed(0)
+    made = load_preset(preset, [*SMALL_HEADS, *overrides])
+    network = made.network()
+    for parameter in network.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    write_checkpoint(folder / "run" / "ckpt.safetensors", network.weights(), made, 3)
+    return folder / "run"
+
+
+def random_images(size: int = 48, count: int = 5) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def write_stored(
+    folder: Path, data: str, parts: dict[str, list[str]], classes: tuple[str, ...] = (), **recipe: object
+) -> Path:
+    """Features of images by their paths, whose numbers are their rows."""
+    row = 0
+    for split, paths in parts.items():
+        made = replace(Recipe("x", "0123", "cls", 1, 16, data), **recipe)
+        with write_features(folder / f"{split}.safetensors", made, list(classes)) as writer:
+            values = np.arange(row, row + len(paths), dtype=np.float32)[:, None].repeat(2, 1)
+            writer.append(values, [i % 2 if classes else -1 for i in range(len(paths))], paths)
+        row += len(paths)
+    return folder
+
+
 def together(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What a function returns in each of so many processes that are one run, marked as torchrun marks them."""
     context = multiprocessing.get_context("fork")  # this process has paid for importing torch
@@ -165,3 +221,17 @@ def peak_of(action: Callable[[], object]) -> int:
         now += event.nbytes()
         most = max(most, now)
     return most
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A file system of a machine with 64 GB, 50 of them free, and no control group."""
+    write_file(
+        tmp_path, "proc/meminfo", f"MemTotal: {64 * GB // 1024} kB\nMemFree: 1 kB\nMemAvailable: {50 * GB // 1024} kB\n"
+    )
+    return tmp_path
+
+
+def write_file(root: Path, path: str, text: str) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(text)

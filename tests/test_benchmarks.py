@@ -54,7 +54,7 @@ def small(*changes: str, preset: str = "vits16-vanilla") -> Preset:
     [(), ("heads.dino.norm_last_layer=false",), ("optimizer.clip.norm=0.01",), ("heads.dino.batch_norm=true",)],
 )
 def test_the_original_written_out_learns_what_this_tool_learns(changes: tuple[str, ...]) -> None:
-    # This tool's step is held against the original's own numbers in test_distillation.py; so this holds the other to them.
+    # This tool's step is held against the original's own numbers in method/test_distillation.py; so this holds the other to them.
     torch.manual_seed(0)
     preset = small(*changes)
     method, clock = preset.method(), Clock(2, 4)

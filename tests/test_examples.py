@@ -13,8 +13,8 @@ import torch
 
 from dinocli.data.sources.open import open_source
 from dinocli.method.preset import load_preset
-from dinocli.planning import Plan
-from dinocli.pretraining import pretrain
+from dinocli.train.plan import Plan
+from dinocli.train.pretrain import pretrain
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))

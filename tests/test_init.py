@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same_features, write_images
+from conftest import assert_same_features, write_images, write_run
 from PIL import Image
-from test_exporting import run
 
 import dinocli
 from dinocli.apps.attention.sheets import draw
@@ -27,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_it_gives_the_features_that_extract_stores(tmp_path: Path) -> None:
-    source, images = run(tmp_path), write_images(tmp_path / "images", 7, size=70)
+    source, images = write_run(tmp_path), write_images(tmp_path / "images", 7, size=70)
     Image.new("RGB", (90, 41), "olive").save(images / "photo.jpg")
     command = quick(load_encoder(str(source), pick_device("cpu")), "bfloat16", compiled=False)
     stored = extract(command, image_folder(images), tmp_path / "f.safetensors", data="d", batch_size=5)

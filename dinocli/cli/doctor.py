@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from dinocli.apps.doctor.advice import Advised
     from dinocli.apps.doctor.inspection import Inspection, Spread
     from dinocli.apps.doctor.machine import Machine
-    from dinocli.costs import Estimate
     from dinocli.data.sources.open import Source
     from dinocli.data.views.crops import ViewsConfig
     from dinocli.method.preset import Preset
+    from dinocli.train.cost import Estimate
 
 
 _LONG = 40  # characters of a file's name
@@ -84,9 +84,9 @@ def _look(
 ) -> tuple[Inspection, Advised]:
     from dinocli.apps.doctor.advice import advise
     from dinocli.apps.doctor.inspection import inspect
-    from dinocli.costs import estimate
     from dinocli.data.images import DEFAULTS
-    from dinocli.planning import Plan
+    from dinocli.train.cost import estimate
+    from dinocli.train.plan import Plan
 
     images = DEFAULTS.changed(overrides)
     total = sample if source.count is None else min(sample, source.count)

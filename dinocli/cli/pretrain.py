@@ -16,10 +16,11 @@ from dinocli.core.distributed import from_first, launch, local_size, rank, size,
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, link_newest, next_folder, runs_of
 from dinocli.method import shipped
+from dinocli.train.plan import peak_lr
 
 if TYPE_CHECKING:
-    from dinocli.costs import Estimate
-    from dinocli.planning import Plan, Saving
+    from dinocli.train.cost import Estimate
+    from dinocli.train.plan import Plan, Saving
 
 OnCollapse = Literal["stop", "warn"]
 
@@ -124,8 +125,8 @@ def pretrain(
 
     from dinocli.core.device import default_workers, pick_device
     from dinocli.method.preset import load_preset
-    from dinocli.planning import Plan, start_clock
-    from dinocli.states import unfinished
+    from dinocli.train.plan import Plan, start_clock
+    from dinocli.train.resume import unfinished
     from dinocli.weights.frozen_teacher import FrozenTeacher
 
     loaded = load_preset(preset, [*(overrides or []), *given, *(["teacher.frozen=true"] if teacher else [])])
@@ -160,7 +161,7 @@ def pretrain(
         recompute=recompute,
     )
     if dry_run:
-        from dinocli.pretraining import rehearse
+        from dinocli.train.pretrain import rehearse
 
         rehearse(plan, console.say)
         for line in _beforehand(plan, begun=False):
@@ -231,7 +232,7 @@ def _launch(gpus: int, device: str) -> bool:
 
 
 def _saving(every: str, keep: int, milestones: int | None) -> Saving:
-    from dinocli.planning import Saving
+    from dinocli.train.plan import Saving
 
     units = {"s": 1, "min": 60, "h": 3600}
     found = re.fullmatch(r"([1-9]\d*)\s*(s|min|h|)", every.strip())
@@ -247,7 +248,7 @@ def _saving(every: str, keep: int, milestones: int | None) -> Saving:
 
 def _print_plan(plan: Plan, json: bool) -> None:
     from dinocli.core.resources import memory_of
-    from dinocli.costs import estimate, to_fit
+    from dinocli.train.cost import estimate, to_fit
 
     preset, clock, cost = plan.preset, plan.clock, estimate(plan)
     free, _ = memory_of(plan.device)
@@ -264,7 +265,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
         + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else "")
         + (", activation checkpointing" if plan.recompute else ""),
         "steps": f"{steps}, {clock.steps_per_epoch} per epoch, {clock.epochs} epochs",
-        "learning rate": f"up to {_peak(plan):.3g} for this batch ({preset.optimizer.kind})",
+        "learning rate": f"up to {peak_lr(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",
         "start": plan.init or "random weights",
         **({"teacher": f"{plan.teacher.source} ({plan.teacher.preset.backbone.name}), frozen"} if plan.teacher else {}),
@@ -279,7 +280,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
             "images": plan.source.count,
             "steps": plan.stop,
             "schedule_steps": clock.total,
-            "peak_lr": _peak(plan),
+            "peak_lr": peak_lr(plan),
         }
         memory = {"memory": cost.memory, "free": free, "fits": fits, "instead": less and less[0]}
         console.out_json(numbers | asdict(cost) | memory | {"out": str(plan.out), "device": str(plan.device)})
@@ -304,15 +305,10 @@ def _instead(less: tuple[dict[str, str], Estimate] | None) -> str:
     return f"; {words} takes about {console.size(cost.memory)}"
 
 
-def _peak(plan: Plan) -> float:
-    clock = plan.clock
-    return max(plan.lr.at(replace(clock, step=clock.total * i // 1000)) for i in range(1000))
-
-
 def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
     """Yield the notes to print before a run; if it was begun, omit those printed then."""
     from dinocli.apps.doctor.inspection import warn_of
-    from dinocli.planning import cautions, short_stop
+    from dinocli.train.plan import cautions, short_stop
 
     if plan.preset.views.low_resolution:
         yield f"views of {_views(plan)}: later steps take longer"
@@ -326,8 +322,8 @@ def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
 
 
 def _run(plan: Plan, json: bool) -> None:
-    from dinocli.pretraining import pretrain
-    from dinocli.states import saved_states
+    from dinocli.train.pretrain import pretrain
+    from dinocli.train.state import saved_states
 
     count, size = plan.source.count, plan.preset.training.batch_size
     images = f"{count} images" if count else "a stream of images"

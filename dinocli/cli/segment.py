@@ -183,7 +183,7 @@ def _pca(
 
 
 def _ways(encoder: Encoder) -> list[By]:
-    from dinocli.models.backbone import Transformer
+    from dinocli.models.transformer import Transformer
 
     if isinstance(encoder.backbone, Transformer):
         return ["attention", "cut"]

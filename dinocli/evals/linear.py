@@ -184,6 +184,11 @@ def _scale_of(values: Values) -> float:
 
 
 def refuse_diverged(probes: Probes, hint: str) -> None:
+    """Check that the probes' weights are finite.
+
+    Raises:
+        DinoError: If training diverged, with the given hint.
+    """
     if not all(bool(p.isfinite().all()) for p in probes.parameters()):
         raise DinoError("the linear probe diverged: its weights are not finite", hint)
 

@@ -20,7 +20,8 @@ from dinocli.data.sources.open import Source
 from dinocli.data.views.augment import normalize
 from dinocli.data.views.crops import ViewConfig, ViewsConfig, cut
 from dinocli.features.inputs import Given, given_images, unreadable
-from dinocli.models.backbone import Backbone, Facet, Tokens, Transformer
+from dinocli.models.backbone import Backbone, Facet, Tokens
+from dinocli.models.transformer import Transformer
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
 Channels = tuple[float, ...]

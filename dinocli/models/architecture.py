@@ -6,12 +6,19 @@ from typing import Any, Literal
 
 import timm
 from pydantic import Field
+from timm.layers import PatchEmbed  # type: ignore[attr-defined]
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dinocli.core.config import Config
 from dinocli.core.errors import DinoError, nearest
-from dinocli.models.backbone import Backbone, RotaryBackbone, Transformer, adapt
+from dinocli.models.backbone import Backbone
+from dinocli.models.conv import ConvBackbone
 from dinocli.models.positions import Positions
+from dinocli.models.transformer import RotaryBackbone, Transformer, ViTBackbone
+
+# Parts of class names in networks that are not purely convolutional.
+_NOT_CONVOLUTIONS = ("Attention", "Mixer", "Mamba", "Gated", "LSTM", "ResBlock", "SpatialGating", "VisionTransformer")
 
 
 class LearningConfig(Config):
@@ -103,3 +110,27 @@ def create_timm(name: str, **options: Any) -> Any:
         return timm.create_model(name, num_classes=0, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         raise DinoError(f"timm cannot build {name} with {options}: {error}", "change [backbone.options]") from error
+
+
+def adapt(model: Any, positions: Positions) -> Backbone:
+    """Wrap a timm model in the backbone class that reads it.
+
+    Raises:
+        DinoError: If the model is neither a vision transformer nor a convolutional network.
+    """
+    # Exact type: subclasses (distilled, hybrid, ...) have tokens in the sequence that this would misread.
+    if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.cls_token is not None:
+        return ViTBackbone(model, positions)
+    if RotaryBackbone.reads(model):
+        return RotaryBackbone(model)
+    # A convolutional network returns a map [B, D, h, w]; networks that mix places otherwise have other layouts.
+    parts = list(model.modules())
+    if hasattr(model, "feature_info") and not any(
+        word in type(p).__name__ for p in parts for word in _NOT_CONVOLUTIONS
+    ):
+        return ConvBackbone(model)
+    raise DinoError(
+        f"{type(model).__name__} is not a supported backbone; expected a vision transformer, with learned or DINOv3's "
+        "rotary positions, or a convolutional network",
+        "use one such as vit_small_patch16_224, vit_small_patch16_dinov3 or resnet50",
+    )

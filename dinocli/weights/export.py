@@ -22,9 +22,9 @@ from dinocli.core.version import __version__
 from dinocli.data.views.crops import resize_for
 from dinocli.features.encoder import Encoder, TokenChoice, features_of, whole_patches
 from dinocli.models.architecture import BackboneConfig
-from dinocli.models.backbone import Transformer, ViTBackbone
 from dinocli.models.head import Head, HeadConfig
 from dinocli.models.network import load_strictly
+from dinocli.models.transformer import Transformer, ViTBackbone
 from dinocli.weights.checkpoint import Weights, Which, carrying, metadata_of, read_weights
 from dinocli.weights.load import architecture_of, encoder_of, timm_folder
 from dinocli.weights.official import OFFICIAL, original_head, original_network

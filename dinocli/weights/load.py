@@ -25,8 +25,8 @@ from dinocli.data.images import ImagesConfig
 from dinocli.features.encoder import Channels, Encoder, with_images
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
-from dinocli.models.architecture import BackboneConfig, create_timm
-from dinocli.models.backbone import Backbone, adapt
+from dinocli.models.architecture import BackboneConfig, adapt, create_timm
+from dinocli.models.backbone import Backbone
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
 from dinocli.weights.checkpoint import Weights, Which, read_weights, refuse_not_finite

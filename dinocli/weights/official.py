@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from dinocli.core.config import change
 from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig
-from dinocli.models.backbone import Backbone, ViTBackbone
+from dinocli.models.backbone import Backbone
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import load_strictly
+from dinocli.models.transformer import ViTBackbone
 
 # DINO's vision transformers, by width: blocks and heads.
 OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from dinocli.core import device as device_module
-from dinocli.core.device import autocast, default_workers, has_bfloat16, peak_memory, pick_device, why_not_compiled
+from dinocli.core.device import (
+    autocast,
+    default_workers,
+    exactly,
+    has_bfloat16,
+    peak_memory,
+    pick_device,
+    why_not_compiled,
+)
 from dinocli.core.errors import DinoError
 
 
@@ -83,3 +91,17 @@ for keep in (lambda: None, keep_freed_memory):
     counts = [int(line) for line in done.stdout.splitlines()]
     assert len(counts) == 2
     assert counts[1] < counts[0] / 4, counts
+
+
+def test_products_are_as_fine_as_their_factors() -> None:
+    a = torch.randn(8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+        with exactly(a.device):
+            assert torch.equal(a @ a, torch.mm(a, a))
+            assert (a @ a).dtype == torch.float32
+
+
+def test_where_nothing_is_rounded_nothing_is_done() -> None:
+    with exactly(torch.device("meta")):
+        assert torch.empty(2, 2, device="meta").matmul(torch.empty(2, 2, device="meta")).shape == (2, 2)

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOLERANCE, Original, assert_original, together, write_images
-from test_pretraining import SMALL
+from conftest import SMALL, TOLERANCE, Original, assert_original, together, write_images
 
 from dinocli.core.distributed import (
     any_of,
@@ -34,8 +33,8 @@ from dinocli.method.losses.dino import DinoLossConfig
 from dinocli.method.losses.targets import CenteringConfig
 from dinocli.method.preset import load_preset
 from dinocli.models.network import Encoding
-from dinocli.planning import Plan
-from dinocli.pretraining import pretrain
+from dinocli.train.plan import Plan
+from dinocli.train.pretrain import pretrain
 
 TEMPERATURE = LinearByEpoch(kind="linear_by_epoch", start=0.04, end=0.07, epochs=5)
 
@@ -186,7 +185,7 @@ def test_processes_with_an_address_join(plain_environment: pytest.MonkeyPatch, v
 def test_processes_of_another_launcher_meet(plain_environment: pytest.MonkeyPatch) -> None:
     """Two tasks of srun, each bound to a GPU of its own, so that each sees it as device 0."""
     code = (
-        "from dinocli import distributed as d; d.begin(); "
+        "from dinocli.core import distributed as d; d.begin(); "
         "print(d.gathered((d.rank(), d.size(), d.local_rank(), d.local_size()))); d.end()"
     )
     with socket.socket() as free:
@@ -406,7 +405,7 @@ def torchrun(folder: Path, cause: str, *options: str) -> subprocess.CompletedPro
     settings = [word for override in SMALL for word in ("--set", override)]
     command = ["grief.py", "pretrain", "images", "--preset", "tiny", *settings, "--device=cpu", "--workers=1"]
     command += ["--steps=8", "--save-every=2", "--no-report", "--out=run"]
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [*launcher, *command], cwd=folder, capture_output=True, text=True, timeout=200,
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
@@ -455,8 +454,10 @@ def test_a_command_starts_itself_in_several_processes(tmp_path: Path, monkeypatc
         "--no-report",
         "--out=run",
     ]
-    code = f"import sys; from dinocli import distributed; sys.argv[1:] = {words!r}; sys.exit(distributed.launch(2))"
-    paths = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    code = (
+        f"import sys; from dinocli.core import distributed; sys.argv[1:] = {words!r}; sys.exit(distributed.launch(2))"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 200}
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, **how)
     assert (done.returncode, done.stdout) == (0, "run/ckpt.safetensors\n"), done.stderr

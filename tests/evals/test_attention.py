@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard, keep_mass
 from dinocli.features.encoder import Encoder
-from dinocli.models.backbone import ViTBackbone
+from dinocli.models.transformer import ViTBackbone
 
 
 @pytest.mark.parametrize("size", ["32x32", "24x40"])

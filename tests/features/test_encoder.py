@@ -13,7 +13,7 @@ from dinocli.core.tensors import fingerprint
 from dinocli.features.encoder import Encoder, NotFinite, features_of, finite_rows, quick, with_images
 from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
-from dinocli.models.backbone import ViTBackbone
+from dinocli.models.transformer import ViTBackbone
 from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.load import load_encoder
 

@@ -20,9 +20,10 @@ from dinocli.method.losses import LossesConfig
 from dinocli.method.losses.dino import DinoLossConfig
 from dinocli.method.losses.targets import CenteringConfig
 from dinocli.method.preset import Preset, load_preset
-from dinocli.models.backbone import Hidden, ViTBackbone
+from dinocli.models.backbone import Hidden
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import Encoding, Network
+from dinocli.models.transformer import ViTBackbone
 
 
 def network(made: dict) -> Network:

@@ -263,7 +263,7 @@ def test_the_one_setting_that_differs_is_the_precision_of_products_on_a_gpu(name
     # use_fp16 is false in the released runs and true by default; ours is in the docs and can be set.
     assert load_preset(name).training.precision == "bfloat16"
     assert load_preset(name, ["training.precision=float32"]).training.precision == "float32"
-    assert "`training.precision`" in (Path(__file__).parents[1] / "docs" / "differences.md").read_text(encoding="utf-8")
+    assert "`training.precision`" in (Path(__file__).parents[2] / "docs" / "differences.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", COLUMNS)

@@ -29,7 +29,7 @@ def test_an_unknown_name_is_said_with_the_nearest() -> None:
 @pytest.mark.parametrize("beside", [True, False])
 def test_presets_of_a_checkout_that_is_not_installed(tmp_path: Path, beside: bool) -> None:
     """A copy of the package alone, read by an interpreter that knows no installed one."""
-    root = Path(shipped.__file__).parents[1]
+    root = Path(shipped.__file__).parents[2]
     (tmp_path / "dinocli").mkdir()
     for name in ("__init__", "shipped", "errors"):
         shutil.copy(root / "dinocli" / f"{name}.py", tmp_path / "dinocli")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.core.errors import DinoError
-from dinocli.models.architecture import BackboneConfig, create_timm
-from dinocli.models.backbone import adapt
+from dinocli.models.architecture import BackboneConfig, adapt, create_timm
 
 MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -63,3 +63,7 @@ def test_a_fresh_rotary_network_starts_evenly_and_a_loaded_one_is_left_alone() -
         assert rescaled == pytest.approx(0.02 / (2 * (depth + 1)) ** 0.5, rel=0.03)
     assert fresh.cls_token.std().item() == pytest.approx(0.5, rel=0.2)
     assert fresh.reg_token.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_adapt_takes_any_timm_model_of_the_two_kinds() -> None:
+    assert adapt(VisionTransformer(**MICRO, num_classes=0), "antialias").width == 32

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import assert_same_features, of_channels
+from conftest import RESNET18, ROTARY, SMALL_HEADS, assert_same_features, of_channels, random_images, write_run
 
 from dinocli.core.errors import DinoError
 from dinocli.features.encoder import Encoder
@@ -27,23 +27,6 @@ from dinocli.weights.export import ENDINGS, Format, export
 from dinocli.weights.load import load_encoder
 
 CPU = torch.device("cpu")
-SMALL = ["heads.dino.prototypes=16", "heads.dino.hidden=24", "heads.dino.bottleneck=8"]
-SMALL += ["views.global_1.size=48", "views.global_2.size=48"]
-
-
-def run(folder: Path, *overrides: str, preset: str = "tiny") -> Path:
-    """A run folder with random weights, every one of them away from where it starts."""
-    torch.manual_seed(0)
-    made = load_preset(preset, [*SMALL, *overrides])
-    network = made.network()
-    for parameter in network.parameters():
-        parameter.data.add_(torch.randn_like(parameter) * 0.05)
-    write_checkpoint(folder / "run" / "ckpt.safetensors", network.weights(), made, 3)
-    return folder / "run"
-
-
-def images(size: int = 48, count: int = 5) -> torch.Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def written(folder: Path, source: Path, to: Format, **options: object) -> tuple[Path, Encoder]:
@@ -57,7 +40,7 @@ def written(folder: Path, source: Path, to: Format, **options: object) -> tuple[
 def full_checkpoint(folder: Path) -> tuple[Path, dict[str, Network]]:
     """A checkpoint of the original with both networks, of ViT-Ti at 48 pixels; and those networks."""
     released = ["backbone.options={img_size=48, patch_size=8}", "backbone.name=vit_tiny_patch16_224"]
-    made, networks = load_preset("tiny", [*SMALL, *released]), {}
+    made, networks = load_preset("tiny", [*SMALL_HEADS, *released]), {}
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         networks[name] = made.network().eval()
@@ -106,14 +89,14 @@ def vision_transformer(*, img_size: list[int], qkv_bias: bool, norm_layer: objec
 
 @pytest.mark.parametrize("size", [48, 24])
 def test_the_original_reads_its_own_keys(tmp_path: Path, size: int) -> None:
-    path, encoder = written(tmp_path, run(tmp_path), "official")
-    outputs, _ = plain.vit(torch.load(path, weights_only=True), images(size), heads=6)
-    torch.testing.assert_close(outputs[-1][:, 0], encoder.features(images(size)), rtol=1e-5, atol=1e-5)
+    path, encoder = written(tmp_path, write_run(tmp_path), "official")
+    outputs, _ = plain.vit(torch.load(path, weights_only=True), random_images(size), heads=6)
+    torch.testing.assert_close(outputs[-1][:, 0], encoder.features(random_images(size)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch_norm", ["true", "false"])
 def test_the_head_goes_out_too_and_the_lines_that_are_printed_load_both(tmp_path: Path, batch_norm: str) -> None:
-    source = run(tmp_path, f"heads.dino.batch_norm={batch_norm}")
+    source = write_run(tmp_path, f"heads.dino.batch_norm={batch_norm}")
     done = export(str(source), "official", tmp_path / "it's.pth", heads=True)
     names = {
         "nn": torch.nn, "torch": torch, "partial": partial, "VisionTransformer": vision_transformer,
@@ -123,7 +106,7 @@ def test_the_head_goes_out_too_and_the_lines_that_are_printed_load_both(tmp_path
         exec(line, names)
     assert str(eval(done.load, names)) == "<All keys matched successfully>"
     encoder, weights = load_encoder(str(source), CPU), read_weights(source)
-    torch.testing.assert_close(names["network"].eval()(images()), encoder.features(images()))
+    torch.testing.assert_close(names["network"].eval()(random_images()), encoder.features(random_images()))
     own = weights.preset.heads["dino"].build(96)
     own.load_state_dict(weights.heads["dino"])
     features = torch.randn(7, 96)
@@ -145,13 +128,13 @@ def test_of_both_networks_the_one_that_was_asked_for(tmp_path: Path, which: Whic
         assert all(torch.equal(value, own[key]) for key, value in head.items())
         assert all(torch.equal(v, own[k]) for k, v in read_weights(out, which).heads["dino"].items())
     with torch.no_grad():
-        expected = networks[which].backbone(images()).cls
+        expected = networks[which].backbone(random_images()).cls
     again = load_encoder(str(out), CPU, which)
-    torch.testing.assert_close(again.features(images()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.features(random_images()), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = run(tmp_path)
+    source = write_run(tmp_path)
     forward = Head.forward
     monkeypatch.setattr(Head, "forward", lambda self, x: forward(self, x) + self.last_layer.weight_g.mean())
     kept = head_module.original_head
@@ -168,18 +151,18 @@ def test_a_head_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
 
 
 def test_torchvision_reads_a_convolutional_network(tmp_path: Path) -> None:
-    source = run(tmp_path, preset="resnet50")
+    source = write_run(tmp_path, preset="resnet50")
     path, encoder = written(tmp_path, source, "official")
     names = {"torch": torch, "torchvision": torchvision}
     done = export(str(source), "official", path)
     exec(f"{done.notes[0]}; {done.load}", names)
-    torch.testing.assert_close(names["network"].eval()(images()), encoder.features(images()))
+    torch.testing.assert_close(names["network"].eval()(random_images()), encoder.features(random_images()))
 
 
 def test_a_shape_that_the_original_has_a_name_for_needs_no_note(tmp_path: Path) -> None:
     released = ["backbone.options={}", "backbone.name=vit_tiny_patch16_224"]
-    assert export(str(run(tmp_path, *released)), "official", tmp_path / "out.pth").notes == []
-    source = run(tmp_path, *released, "backbone.positions=antialias")
+    assert export(str(write_run(tmp_path, *released)), "official", tmp_path / "out.pth").notes == []
+    source = write_run(tmp_path, *released, "backbone.positions=antialias")
     (note,) = export(str(source), "official", tmp_path / "out.pth").notes
     assert note.startswith(
         "at sizes other than 224 pixels features differ: the original resamples positions differently"
@@ -188,21 +171,21 @@ def test_a_shape_that_the_original_has_a_name_for_needs_no_note(tmp_path: Path) 
 
 def test_what_went_out_to_the_original_comes_in_again(tmp_path: Path) -> None:
     released = ["backbone.options={img_size=48, patch_size=8}", "backbone.name=vit_tiny_patch16_224"]
-    path, encoder = written(tmp_path, run(tmp_path, *released), "official")
+    path, encoder = written(tmp_path, write_run(tmp_path, *released), "official")
     again = load_encoder(str(path), CPU)
     assert again.fingerprint == encoder.fingerprint
-    assert_same_features(again.features(images()), encoder.features(images()))
+    assert_same_features(again.features(random_images()), encoder.features(random_images()))
     assert again.backbone.positions == "dino"
 
 
 @pytest.mark.parametrize("heads", [False, True])
 def test_an_official_file_of_a_shape_of_ones_own_comes_in_again(tmp_path: Path, heads: bool) -> None:
     """`tiny` is 96 wide with 6 heads, which no tensor tells, and here has a mean of its own; the file stores both."""
-    source = run(tmp_path, "views.mean=[0.1, 0.2, 0.3]", "images.window=[0, 4095]")
+    source = write_run(tmp_path, "views.mean=[0.1, 0.2, 0.3]", "images.window=[0, 4095]")
     path, encoder = written(tmp_path, source, "official", heads=heads)
     again = load_encoder(str(path), CPU)
     # Relative and absolute, for another order of additions.
-    torch.testing.assert_close(again.features(images()), encoder.features(images()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.features(random_images()), encoder.features(random_images()), rtol=1e-5, atol=1e-5)
     assert (again.fingerprint, again.size, again.mean) == (encoder.fingerprint, encoder.size, encoder.mean)
     assert (again.images, again.step) == (encoder.images, 3)
     second = tmp_path / "second.pth"
@@ -213,7 +196,7 @@ def test_an_official_file_of_a_shape_of_ones_own_comes_in_again(tmp_path: Path, 
 
 
 def test_an_official_file_without_its_heads_goes_out_with_those_that_were_told(tmp_path: Path) -> None:
-    path, encoder = written(tmp_path, run(tmp_path), "official")
+    path, encoder = written(tmp_path, write_run(tmp_path), "official")
     torch.save(dict(torch.load(path, weights_only=True)), tmp_path / "old.pth")
     with pytest.raises(DinoError, match="does not store its number of attention heads") as error:
         export(str(tmp_path / "old.pth"), "official", tmp_path / "again.pth")
@@ -222,36 +205,29 @@ def test_an_official_file_without_its_heads_goes_out_with_those_that_were_told(t
     )
     export(str(tmp_path / "old.pth"), "official", tmp_path / "again.pth", overrides=["backbone.options.num_heads=6"])
     again = load_encoder(str(tmp_path / "again.pth"), CPU)
-    torch.testing.assert_close(again.features(images()), encoder.features(images()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again.features(random_images()), encoder.features(random_images()), rtol=1e-5, atol=1e-5)
 
 
 def test_official_weights_are_read_as_the_original_reads_them_at_every_size(tmp_path: Path) -> None:
     source, networks = full_checkpoint(tmp_path)
     weights = networks["teacher"].backbone.model.state_dict()
     for size in (48, 24, 72):
-        outputs, attention = plain.vit(weights, images(size), heads=3)
+        outputs, attention = plain.vit(weights, random_images(size), heads=3)
         encoder = load_encoder(str(source), CPU)
-        torch.testing.assert_close(encoder.features(images(size)), outputs[-1][:, 0], rtol=1e-4, atol=1e-5)
-        ours = encoder.attention(images(size)).flatten(2)
+        torch.testing.assert_close(encoder.features(random_images(size)), outputs[-1][:, 0], rtol=1e-4, atol=1e-5)
+        ours = encoder.attention(random_images(size)).flatten(2)
         torch.testing.assert_close(ours, attention[:, :, 0, 1:], rtol=1e-4, atol=1e-5)
 
 
-RESNET18 = 'backbone={name="resnet18"}'
-ROTARY = [
-    "backbone.name=vit_small_patch16_dinov3",
-    "backbone.options={img_size=48, patch_size=8, embed_dim=96, depth=2, num_heads=6, init_values=0.5}",
-    "backbone.positions=none",
-    "backbone.rescale_positions=2",
-]
 RESNET = ["backbone.positions=none", "backbone.class_token_std=none"]
 
 
 @pytest.mark.parametrize(("preset", "changes"), [("tiny", []), ("resnet50", [RESNET18])], ids=["vit", "resnet"])
 def test_timm_builds_it_from_the_folder(tmp_path: Path, preset: str, changes: list[str]) -> None:
-    path, encoder = written(tmp_path, run(tmp_path, *changes, preset=preset), "timm")
+    path, encoder = written(tmp_path, write_run(tmp_path, *changes, preset=preset), "timm")
     assert {file.name for file in path.iterdir()} == {"config.json", "model.safetensors"}
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-    torch.testing.assert_close(model(images()), encoder.features(images()))
+    torch.testing.assert_close(model(random_images()), encoder.features(random_images()))
     config = timm.data.resolve_model_data_config(model)
     numbers = [tuple(config[key]) for key in ("input_size", "mean", "std")]
     assert numbers == [(3, 48, 48), encoder.mean, encoder.std]
@@ -260,38 +236,40 @@ def test_timm_builds_it_from_the_folder(tmp_path: Path, preset: str, changes: li
 
 
 def test_a_rotary_network_goes_to_timm_for_any_size(tmp_path: Path) -> None:
-    path, encoder = written(tmp_path, run(tmp_path, *ROTARY), "timm")
+    path, encoder = written(tmp_path, write_run(tmp_path, *ROTARY), "timm")
     (note,) = export(str(tmp_path / "run"), "timm", path).notes
     assert note.endswith("for the same features use model.forward_features(images)[:, 0]")
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     for size in (48, 24, 64):
-        torch.testing.assert_close(model.forward_features(images(size))[:, 0], encoder.features(images(size)))
+        torch.testing.assert_close(
+            model.forward_features(random_images(size))[:, 0], encoder.features(random_images(size))
+        )
     again = load_encoder(f"timm:local-dir:{path}", CPU)
     assert (again.fingerprint, again.size) == (encoder.fingerprint, 48)
-    assert_same_features(again.features(images(24)), encoder.features(images(24)))
+    assert_same_features(again.features(random_images(24)), encoder.features(random_images(24)))
 
 
 @pytest.mark.parametrize(("tokens", "size"), [("cls", None), ("patches", 24)])
 def test_onnxruntime_computes_a_rotary_network(tmp_path: Path, tokens: str, size: int | None) -> None:
-    path, encoder = written(tmp_path, run(tmp_path, *ROTARY), "onnx", tokens=tokens, size=size)
-    batch = images(size or 48)
+    path, encoder = written(tmp_path, write_run(tmp_path, *ROTARY), "onnx", tokens=tokens, size=size)
+    batch = random_images(size or 48)
     (features,) = onnxruntime.InferenceSession(path).run(["features"], {"images": batch.numpy()})
     torch.testing.assert_close(torch.from_numpy(features), encoder.features(batch, tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_a_rotary_network_is_not_one_of_the_originals(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match=r"learned positions.*vit_small_patch16_dinov3 is neither") as error:
-        export(str(run(tmp_path, *ROTARY)), "official", tmp_path / "out.pth")
+        export(str(write_run(tmp_path, *ROTARY)), "official", tmp_path / "out.pth")
     assert error.value.hint == "--to timm"
     assert not (tmp_path / "out.pth").exists()
 
 
 @pytest.mark.parametrize(("tokens", "size"), [("cls", None), ("patches", 24), ("cls+avg", None)])
 def test_onnxruntime_computes_it(tmp_path: Path, tokens: str, size: int | None) -> None:
-    path, encoder = written(tmp_path, run(tmp_path), "onnx", tokens=tokens, size=size)
+    path, encoder = written(tmp_path, write_run(tmp_path), "onnx", tokens=tokens, size=size)
     session = onnxruntime.InferenceSession(path)
     for count in (1, 5):
-        batch = images(size or 48, count)
+        batch = random_images(size or 48, count)
         (features,) = session.run(["features"], {"images": batch.numpy()})
         torch.testing.assert_close(torch.from_numpy(features), encoder.features(batch, tokens), rtol=1e-4, atol=1e-5)
     about = session.get_modelmeta().custom_metadata_map
@@ -303,11 +281,11 @@ def test_onnxruntime_computes_it(tmp_path: Path, tokens: str, size: int | None) 
     ("preset", "changes"), [("tiny", []), ("tiny", ROTARY), ("resnet50", [RESNET18])], ids=["vit", "rotary", "resnet"]
 )
 def test_torch_export_computes_it(tmp_path: Path, preset: str, changes: list[str]) -> None:
-    path, encoder = written(tmp_path, run(tmp_path, *changes, preset=preset), "torch-export")
+    path, encoder = written(tmp_path, write_run(tmp_path, *changes, preset=preset), "torch-export")
     extra = {"dinocli.json": ""}
     module = torch.export.load(path, extra_files=extra).module()
     for count in (1, 5):
-        torch.testing.assert_close(module(images(count=count)), encoder.features(images(count=count)))
+        torch.testing.assert_close(module(random_images(count=count)), encoder.features(random_images(count=count)))
     assert json.loads(extra["dinocli.json"])["fingerprint"] == encoder.fingerprint
 
 
@@ -323,7 +301,7 @@ def test_what_the_original_does_not_have_is_refused_and_nothing_is_left(
     tmp_path: Path, option: str, message: str
 ) -> None:
     options = f"backbone.options={{img_size=48, patch_size=8, embed_dim=96, depth=2, num_heads=6, {option}}}"
-    source = run(tmp_path, options, "backbone.positions=antialias")
+    source = write_run(tmp_path, options, "backbone.positions=antialias")
     before = set(tmp_path.rglob("*"))
     with pytest.raises(DinoError, match=message):
         export(str(source), "official", tmp_path / "out.pth")
@@ -333,14 +311,14 @@ def test_what_the_original_does_not_have_is_refused_and_nothing_is_left(
 
 def test_a_head_that_is_not_there(tmp_path: Path) -> None:
     released = ["backbone.options={img_size=48, patch_size=8}", "backbone.name=vit_tiny_patch16_224"]
-    path, _ = written(tmp_path, run(tmp_path, *released), "official")
+    path, _ = written(tmp_path, write_run(tmp_path, *released), "official")
     with pytest.raises(DinoError, match="the heads are: none"):
         export(str(path), "official", tmp_path / "again.pth", heads=True)
     assert not (tmp_path / "again.pth").exists()
 
 
 def test_a_place_that_should_not_be_written_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = run(tmp_path)
+    source = write_run(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     (tmp_path / "file").write_text("thesis")
@@ -403,7 +381,7 @@ def test_a_source_is_never_written_over(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", list(ENDINGS))
 def test_a_full_disk_is_an_error_that_names_the_place(tmp_path: Path, to: Format) -> None:
-    source = run(tmp_path)
+    source = write_run(tmp_path)
     # No file may grow over this, which the system says as it says that a disk is full.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -418,7 +396,7 @@ def test_a_full_disk_is_an_error_that_names_the_place(tmp_path: Path, to: Format
 
 @pytest.mark.parametrize(("positions", "differ"), [("dino", True), ("antialias", False)])
 def test_timm_at_another_size_is_as_the_note_says(tmp_path: Path, positions: str, differ: bool) -> None:
-    source = run(tmp_path, f"backbone.positions={positions}")
+    source = write_run(tmp_path, f"backbone.positions={positions}")
     done = export(str(source), "timm", tmp_path / "out")
     (note,) = done.notes
     assert "needs dynamic_img_size=True (or img_size=N) and resamples positions with antialias" in note
@@ -426,28 +404,28 @@ def test_timm_at_another_size_is_as_the_note_says(tmp_path: Path, positions: str
     encoder = load_encoder(str(source), CPU)
     for option in ({"dynamic_img_size": True}, {"img_size": 24}):
         model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, **option).eval()
-        theirs, ours = model(images(24)), encoder.features(images(24))
+        theirs, ours = model(random_images(24)), encoder.features(random_images(24))
         assert torch.allclose(theirs, ours, rtol=1e-3, atol=1e-3) != differ
     again = load_encoder(f"timm:local-dir:{tmp_path / 'out'}", CPU)
     assert again.backbone.positions == positions
-    assert_same_features(again.features(images(24)), encoder.features(images(24)))
+    assert_same_features(again.features(random_images(24)), encoder.features(random_images(24)))
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
 def test_a_network_with_more_on_top_goes_to_timm_with_a_note(tmp_path: Path, name: str) -> None:
-    path, encoder = written(tmp_path, run(tmp_path, f'backbone={{name="{name}"}}', preset="resnet50"), "timm")
+    path, encoder = written(tmp_path, write_run(tmp_path, f'backbone={{name="{name}"}}', preset="resnet50"), "timm")
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     (note,) = export(str(tmp_path / "run"), "timm", path).notes
     assert note.endswith("for the same features use model.forward_features(images).mean((2, 3))")
-    torch.testing.assert_close(model.forward_features(images()).mean((2, 3)), encoder.features(images()))
-    assert model(images()).shape != (5, encoder.backbone.width) or not torch.allclose(
-        model(images()), encoder.features(images()), rtol=1e-2
+    torch.testing.assert_close(model.forward_features(random_images()).mean((2, 3)), encoder.features(random_images()))
+    assert model(random_images()).shape != (5, encoder.backbone.width) or not torch.allclose(
+        model(random_images()), encoder.features(random_images()), rtol=1e-2
     )
 
 
 def test_a_folder_is_replaced_by_a_later_export(tmp_path: Path) -> None:
-    path, first = written(tmp_path, run(tmp_path), "timm")
-    preset: Preset = load_preset("tiny", SMALL)
+    path, first = written(tmp_path, write_run(tmp_path), "timm")
+    preset: Preset = load_preset("tiny", SMALL_HEADS)
     write_checkpoint(tmp_path / "run" / "ckpt.safetensors", preset.network().weights(), preset, 9)
     _, second = written(tmp_path, tmp_path / "run", "timm")
     assert first.fingerprint != second.fingerprint == load_encoder(f"timm:local-dir:{path}", CPU).fingerprint
@@ -458,7 +436,7 @@ def test_a_folder_is_replaced_by_a_later_export(tmp_path: Path) -> None:
 # A graph is traced alike for any channels, and that takes its time; the others write their number down, or read it.
 @pytest.mark.parametrize(("to", "channels"), [*((to, 13) for to in ENDINGS), *((to, 1) for to in ("official", "timm"))])
 def test_networks_of_any_channels_go_out(tmp_path: Path, to: Format, channels: int) -> None:
-    source = run(tmp_path, *of_channels(channels))
+    source = write_run(tmp_path, *of_channels(channels))
     path, encoder = written(tmp_path, source, to)
     if to == "timm":
         again = load_encoder(f"timm:local-dir:{path}", CPU)
@@ -469,6 +447,6 @@ def test_networks_of_any_channels_go_out(tmp_path: Path, to: Format, channels: i
 
 
 def test_torchvision_knows_three_channels_alone(tmp_path: Path) -> None:
-    source = run(tmp_path, *of_channels(4, 'backbone.name="resnet50"', "backbone.options={}", *RESNET))
+    source = write_run(tmp_path, *of_channels(4, 'backbone.name="resnet50"', "backbone.options={}", *RESNET))
     with pytest.raises(DinoError, match=r"conv1\.weight is 64x4x7x7; expected 64x3x7x7"):
         export(str(source), "official", tmp_path / "x.pth")

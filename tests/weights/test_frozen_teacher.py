@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_pretraining import SMALL
+from conftest import SMALL
 
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
@@ -19,8 +19,8 @@ from dinocli.data.sources.open import image_folder
 from dinocli.engine.schedules import Clock
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset, load_preset
-from dinocli.planning import Plan
-from dinocli.pretraining import pretrain
+from dinocli.train.plan import Plan
+from dinocli.train.pretrain import pretrain
 from dinocli.weights.checkpoint import read_weights, write_checkpoint
 from dinocli.weights.frozen_teacher import FrozenTeacher
 

@@ -19,7 +19,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.tensors import fingerprint
 from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
-from dinocli.models.backbone import ViTBackbone
+from dinocli.models.transformer import ViTBackbone
 from dinocli.weights import load as loading
 from dinocli.weights.checkpoint import Weights, read_weights, write_checkpoint
 from dinocli.weights.load import (

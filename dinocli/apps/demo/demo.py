@@ -30,8 +30,8 @@ from dinocli.features.encoder import Encoder
 from dinocli.features.extract import extract
 from dinocli.features.store import Features, Recipe, read_features
 from dinocli.method.preset import load_preset
-from dinocli.planning import Plan, start_clock
-from dinocli.pretraining import pretrain
+from dinocli.train.plan import Plan, start_clock
+from dinocli.train.pretrain import pretrain
 from dinocli.weights.checkpoint import read_weights
 from dinocli.weights.load import load_encoder, untrained_encoder
 

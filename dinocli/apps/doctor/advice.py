@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 
 from dinocli.apps.doctor.inspection import Inspection, window_text
 from dinocli.apps.doctor.machine import Machine
-from dinocli.costs import Estimate, to_fit
 from dinocli.data.loader.cache import kept_side
 from dinocli.data.loader.train import BAD_SHARE
 from dinocli.engine.schedules import Cosine, LinearByEpoch
 from dinocli.method.preset import Preset, load_preset
+from dinocli.train.cost import Estimate, to_fit
 
 # Estimate for a preset and a number of steps with the batch at once, without or with activation checkpointing.
 Cost = Callable[[Preset, int, bool], Estimate]

@@ -12,7 +12,7 @@ from dinocli.evals.knn import KnnResult
 from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset
 from dinocli.method.settings import changes, shipped_as
-from dinocli.models.backbone import Transformer
+from dinocli.models.transformer import Transformer
 
 
 @dataclass(frozen=True)

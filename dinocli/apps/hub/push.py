@@ -16,8 +16,8 @@ from dinocli.core.runs import CHECKPOINT
 from dinocli.evals.knn import knn
 from dinocli.features.encoder import Encoder
 from dinocli.features.store import compared, read_splits
-from dinocli.states import FOLDER as STATES
-from dinocli.states import State, saved_states
+from dinocli.train.state import FOLDER as STATES
+from dinocli.train.state import State, saved_states
 from dinocli.viz.history import Curve, read_history
 from dinocli.viz.report import CURVES, METRICS, draw_curves
 from dinocli.weights.checkpoint import read_weights

@@ -15,7 +15,8 @@ from dinocli.evals.attention import attention_maps, keep_mass
 from dinocli.evals.components import component_at, largest_component
 from dinocli.evals.units import normalized
 from dinocli.features.encoder import Encoder
-from dinocli.models.backbone import Facet, Transformer
+from dinocli.models.backbone import Facet
+from dinocli.models.transformer import Transformer
 
 By = Literal["attention", "cut"]
 Map = NDArray[np.float64]

@@ -252,7 +252,7 @@ def open_tiff(data: bytes, channels: int) -> ArrayFile | Facts | None:
 
 
 def _is_pillows(facts: Facts, channels: int) -> bool:
-    """Check that Pillow reads a layout as tifffile does; tests/data/test_tiff.py compares the two."""
+    """Check that Pillow reads a layout as tifffile does; tests/data/decode/test_tiff.py compares the two."""
     if (facts.big and facts.order == ">") or (facts.fill_order != 1 and set(facts.bits) != {1}):
         return False
     if (facts.planar != 1 and facts.samples > 1) or len(set(facts.bits)) != 1 or len(facts.bits) != facts.samples:

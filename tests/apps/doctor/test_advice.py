@@ -10,12 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dinocli import costs, planning, pretraining
 from dinocli.apps.doctor.advice import WEIGHTS, Advised, advise
 from dinocli.apps.doctor.inspection import Inspection, Spread
 from dinocli.apps.doctor.machine import Machine
-from dinocli.costs import Estimate
 from dinocli.method.preset import Preset, load_preset
+from dinocli.train import cost as costs
+from dinocli.train import plan as planning
+from dinocli.train import pretrain as pretraining
+from dinocli.train.cost import Estimate
 
 GB = 10**9
 GPU = Machine(

@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import assert_same_features, of_channels, write_images
-from test_exporting import RESNET18, ROTARY, images, run
+from conftest import RESNET18, ROTARY, assert_same_features, of_channels, random_images, write_images, write_run
 
 import dinocli
 from dinocli.apps.hub.push import CARD, push
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
 from dinocli.features.extract import extract
-from dinocli.states import ImageFacts, State
+from dinocli.train.state import ImageFacts, State
 from dinocli.weights import export as exporting
 from dinocli.weights.checkpoint import read_weights
 from dinocli.weights.export import export
@@ -29,7 +28,7 @@ CPU = torch.device("cpu")
 
 def trained(folder: Path, *overrides: str, preset: str = "tiny") -> Path:
     """A run of three steps on 700 images, that went on to log a fourth."""
-    source = run(folder, *overrides, preset=preset)
+    source = write_run(folder, *overrides, preset=preset)
     lines = [{"step": step, "loss": 5.0 - step, "knn": 10.0 * step} for step in range(5)]
     (source / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     made = read_weights(source).preset
@@ -171,7 +170,7 @@ def test_what_gives_other_features_leaves_nothing(tmp_path: Path, monkeypatch: p
 )
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save(dict(read_weights(run(tmp_path)).backbone), tmp_path / "weights.pth")
+    torch.save(dict(read_weights(write_run(tmp_path)).backbone), tmp_path / "weights.pth")
     with pytest.raises(DinoError, match=says):
         push(source)
 
@@ -187,5 +186,5 @@ def test_from_the_hub_it_meets_other_sizes_as_it_was_trained(tmp_path: Path, mon
     encoder, again = load_encoder(str(source), CPU), load_encoder("timm:hf-hub:USER/out", CPU)
     assert again.fingerprint == encoder.fingerprint
     for size in (48, 24, 72):
-        assert_same_features(again.features(images(size)), encoder.features(images(size)))
+        assert_same_features(again.features(random_images(size)), encoder.features(random_images(size)))
     assert replace(again, source=encoder.source).images == encoder.images

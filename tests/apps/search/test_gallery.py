@@ -2,34 +2,17 @@ from __future__ import annotations
 
 import io
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_images
+from conftest import write_images, write_stored
 from PIL import Image
 
 from dinocli.apps.search.gallery import Gallery, belong_together, open_gallery, small, write_list
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.sources.open import open_source
-from dinocli.features.store import Recipe
-from dinocli.features.writer import write_features
-
-
-def stored(
-    folder: Path, data: str, parts: dict[str, list[str]], classes: tuple[str, ...] = (), **recipe: object
-) -> Path:
-    """Features of images by their paths, whose numbers are their rows."""
-    row = 0
-    for split, paths in parts.items():
-        made = replace(Recipe("x", "0123", "cls", 1, 16, data), **recipe)
-        with write_features(folder / f"{split}.safetensors", made, list(classes)) as writer:
-            values = np.arange(row, row + len(paths), dtype=np.float32)[:, None].repeat(2, 1)
-            writer.append(values, [i % 2 if classes else -1 for i in range(len(paths))], paths)
-        row += len(paths)
-    return folder
 
 
 def test_splits_are_one_gallery(tmp_path: Path) -> None:
@@ -37,7 +20,7 @@ def test_splits_are_one_gallery(tmp_path: Path) -> None:
         write_images(tmp_path / "data" / split / "cat", 2, seed=len(split))
         write_images(tmp_path / "data" / split / "dog", 1)
     paths = ["cat/0000.png", "dog/0000.png", "cat/0001.png"]
-    folder = stored(tmp_path / "f", str(tmp_path / "data"), {"val": paths[:2], "train": paths}, ("cat", "dog"))
+    folder = write_stored(tmp_path / "f", str(tmp_path / "data"), {"val": paths[:2], "train": paths}, ("cat", "dog"))
     gallery = open_gallery(folder)
     assert len(gallery) == 5
     np.testing.assert_array_equal(gallery.values[0:5][:, 0], [2, 3, 4, 0, 1])
@@ -54,7 +37,7 @@ def test_splits_are_one_gallery(tmp_path: Path) -> None:
 
 def test_photos_that_moved_are_found_where_they_are_now_and_else_named(tmp_path: Path) -> None:
     write_images(tmp_path / "new", 2)
-    folder = stored(tmp_path / "f", str(tmp_path / "old"), {"all": ["0000.png", "gone.png"]})
+    folder = write_stored(tmp_path / "f", str(tmp_path / "old"), {"all": ["0000.png", "gone.png"]})
     assert "does not exist" in open_gallery(folder).read(0).reason
     assert open_gallery(folder).size(0) == (0, 0)
     assert open_gallery(folder).file(0) is None
@@ -73,7 +56,9 @@ def test_photos_in_tar_shards_are_found(tmp_path: Path) -> None:
             tar.addfile(entry, io.BytesIO(data.getvalue()))
     source = open_source(str(tmp_path / "x-000.tar"))
     names = [sample.name for sample in source.stream(0, 1)]
-    gallery = open_gallery(stored(tmp_path / "f", source.where, {"all": [*names, "x-000.tar/b.png", "y.tar/a/1.png"]}))
+    gallery = open_gallery(
+        write_stored(tmp_path / "f", source.where, {"all": [*names, "x-000.tar/b.png", "y.tar/a/1.png"]})
+    )
     assert gallery.photo(1, 16).shape == (7, 9, 3)
     assert [isinstance(gallery.read(row), BadImage) for row in range(4)] == [False, False, True, True]
     with pytest.raises(DinoError, match="has no image files to list"):
@@ -85,7 +70,7 @@ def test_a_list_is_what_training_takes(tmp_path: Path) -> None:
     odd = ["with space.png", "#1.png", "tab\t.png"]
     for name in odd:
         (tmp_path / "data" / name).write_bytes((tmp_path / "data" / "0003.png").read_bytes())
-    gallery = open_gallery(stored(tmp_path / "f", str(tmp_path / "data"), {"all": [*odd, "0002.png"]}))
+    gallery = open_gallery(write_stored(tmp_path / "f", str(tmp_path / "data"), {"all": [*odd, "0002.png"]}))
     assert write_list(gallery, [2, 0, 1, 3], tmp_path / "lists" / "keep.txt") == ["tab\t.png"]
     source = open_source(str(tmp_path / "lists" / "keep.txt"))
     assert [Path(name).name for name in source.names] == ["with space.png", "#1.png", "0002.png"]
@@ -93,10 +78,10 @@ def test_a_list_is_what_training_takes(tmp_path: Path) -> None:
 
 
 def test_galleries_of_different_making_are_told_apart(tmp_path: Path) -> None:
-    first, same = (open_gallery(stored(tmp_path / n, f"data-{n}", {"all": ["a"]})) for n in ("a", "b"))
+    first, same = (open_gallery(write_stored(tmp_path / n, f"data-{n}", {"all": ["a"]})) for n in ("a", "b"))
     belong_together(first, same)
     for change in ({"fingerprint": "9"}, {"size": 8}, {"tokens": "cls+avg"}):
-        other = open_gallery(stored(tmp_path / "c", "data", {"all": ["a"]}, **change))
+        other = open_gallery(write_stored(tmp_path / "c", "data", {"all": ["a"]}, **change))
         with pytest.raises(DinoError, match="made with different"):
             belong_together(first, other)
     assert first.digest != Gallery(first.folder, first.parts | {"more": first.parts["all"]}, "x").digest

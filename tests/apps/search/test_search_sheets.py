@@ -3,8 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from conftest import write_stored
 from PIL import Image
-from test_gallery import stored
 
 from dinocli.apps.search import sheets as gallery_pictures
 from dinocli.apps.search.dedup import Group
@@ -30,7 +30,7 @@ def data(folder: Path) -> Path:
 
 def test_a_sheet_shows_the_query_and_what_was_found(tmp_path: Path) -> None:
     images = data(tmp_path / "data")
-    gallery = open_gallery(stored(tmp_path / "f", str(images), {"all": ["r.png", "g.png", "gone.png"]}))
+    gallery = open_gallery(write_stored(tmp_path / "f", str(images), {"all": ["r.png", "g.png", "gone.png"]}))
     found = [Neighbour(gallery.name(row), 0.5, None, row) for row in (0, 2, 1)]
     [path], unread = draw_hits(gallery, [Hits(str(images / "b.png"), found)], tmp_path / "out" / "search.png")
     assert unread == {"gone.png": "missing: No such file or directory"}
@@ -43,7 +43,7 @@ def test_a_sheet_shows_the_query_and_what_was_found(tmp_path: Path) -> None:
 
 def test_a_sheet_shows_what_is_kept_and_what_is_dropped(tmp_path: Path) -> None:
     names = ["r.png", "g.png", "b.png"]
-    gallery = open_gallery(stored(tmp_path / "f", str(data(tmp_path / "data")), {"all": names}))
+    gallery = open_gallery(write_stored(tmp_path / "f", str(data(tmp_path / "data")), {"all": names}))
     groups = [Group(0, [1], [0.9]), Group(2, [1] * 12, [0.95] * 12)]
     [path] = draw_groups(gallery, groups, tmp_path / "groups.png", pages=1)
     assert seen(path) == {RED: 1, GREEN: 11, BLUE: 1}
@@ -52,7 +52,9 @@ def test_a_sheet_shows_what_is_kept_and_what_is_dropped(tmp_path: Path) -> None:
 
 
 def test_sheets_of_an_earlier_threshold_are_gone(tmp_path: Path) -> None:
-    gallery = open_gallery(stored(tmp_path / "f", str(data(tmp_path / "data")), {"all": ["r.png", "g.png", "b.png"]}))
+    gallery = open_gallery(
+        write_stored(tmp_path / "f", str(data(tmp_path / "data")), {"all": ["r.png", "g.png", "b.png"]})
+    )
     out = tmp_path / "groups.jpg"
     group = Group(0, [1], [0.9])
     assert len(draw_groups(gallery, [group] * 41, out, pages=5)) == 3

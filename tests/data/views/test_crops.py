@@ -19,6 +19,7 @@ from dinocli.data.views.crops import (
     cut_into,
     draws,
     resize_and_center,
+    resize_for,
     shrink,
     uniforms,
 )
@@ -209,3 +210,7 @@ def test_low_resolution_changes_sizes_and_nothing_else() -> None:
     assert [view.size for view in kept.phases(7)[0][1].all] == [24, 24, 16, 16, 16], "what is not said stays"
     without = kept.model_copy(update={"local": None, "global_2": None})
     assert [view.size for view in without.phases(7)[0][1].all] == [24]
+
+
+def test_the_evaluations_resize() -> None:
+    assert [resize_for(size) for size in (224, 112, 48)] == [256, 128, 55]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shlex
 import shutil
 import stat
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -32,7 +29,6 @@ from dinocli.data.sources.open import Source, TorchvisionImages
 from dinocli.data.sources.shards import Shards
 from dinocli.data.sources.tar import PIPE
 from dinocli.engine.checkpoint import restore, state_of
-from dinocli.engine.schedules import Clock, Schedule
 from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import Preset
 from dinocli.models.network import Network
@@ -221,75 +217,6 @@ class Keeper:
         for folder in _folders(self.run)[self.keep :]:
             if not (self.milestones and int(folder.name) and int(folder.name) % self.milestones == 0):
                 discard(folder)
-
-
-def first_difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Return the first key in which two nested tables differ and its two values, or None if they are equal."""
-    if not (isinstance(one, dict) and isinstance(other, dict)):
-        return None if one == other else (path, one, other)
-    for key in [*one, *(key for key in other if key not in one)]:
-        inner = f"{path}.{key}" if path else key
-        found = first_difference(one.get(key), other.get(key), inner)
-        if found:
-            return found
-    return None
-
-
-def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
-    """Yield notes for the user on changes in a resumed run; none if the preset is the same.
-
-    Raises:
-        DinoError: If the preset differs in more than the epochs of a finished run. The error names the first key.
-    """
-    before, now = (p.model_dump(mode="json", exclude={"about"}) for p in (state.preset, preset))
-    old = replace(clock, epochs=state.preset.training.epochs, step=state.step)
-    longer = state.step >= old.total and preset.training.epochs > old.epochs
-    if longer:
-        before["training"]["epochs"] = preset.training.epochs
-    found = first_difference(before, now)
-    if found:
-        key, was, wanted = found
-        raise DinoError(
-            f"the run began with {key} = {_format_value(was)}; {_format_value(wanted)} is now set",
-            f"--set {shlex.quote(f'{key}={_format_value(was)}')} to resume, or another --out",
-        )
-    if longer:
-        new = replace(clock, step=state.step)
-        schedules: dict[str, Schedule] = {
-            "learning rate": preset.optimizer.lr_for(preset.training.batch_size),
-            "weight decay": preset.optimizer.weight_decay,
-            "teacher momentum": preset.teacher.momentum,
-        }
-        moves = (f"{what} from {s.at(old):.3g} to {s.at(new):.3g}" for what, s in schedules.items())
-        yield (
-            f"note: {preset.training.epochs} epochs instead of {old.epochs} stretch the schedules from {old.total} to "
-            f"{new.total} steps; at step {state.step} they jump: {', '.join(moves)}"
-        )
-
-
-def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | None], stop: int = 0) -> Path | None:
-    """Return the first unfinished run that matches the plan, or None.
-
-    Args:
-        runs: Run folders, newest first.
-        plan: Preset, fingerprint of the images, initial weights, fingerprint of the frozen teacher.
-        stop: Number of planned steps. Runs that `--steps` ended earlier count as unfinished, except the untrained
-            network of `--steps 0`.
-    """
-    for run in runs:
-        state = next((state for _, state in saved_states(run) if state), None)
-        if state and (state.step < state.stop or 0 < state.step < stop):
-            same = state.preset.model_copy(update={"about": plan[0].about})  # descriptions do not affect training
-            if (same, state.images.fingerprint, state.init, state.teacher) == plan:
-                return run
-    return None
-
-
-def _format_value(value: Any) -> str:
-    """Format a value for `--set`, as TOML: its lists and strings are written as in JSON, its tables are not."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}={_format_value(inner)}' for key, inner in value.items() if inner is not None)}}}"
-    return "none" if value is None else json.dumps(value)
 
 
 def sample_of(source: Source) -> str:

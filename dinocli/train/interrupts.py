@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -155,3 +156,18 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Stopping]:
         thread.join()
         wake.close()
         waked.close()
+
+
+@contextmanager
+def collect_on_request() -> Iterator[Callable[[], object]]:
+    """Collect garbage only on request: a step makes little, and searching for it stalls the device."""
+    was = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # later collections ignore networks and libraries
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
+        if was:
+            gc.enable()

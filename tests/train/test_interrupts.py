@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from dinocli import stopping as module
-from dinocli.stopping import Stopping, stop_signals
+from dinocli.train import interrupts as module
+from dinocli.train.interrupts import Stopping, stop_signals
 
 
 def until(done: object, seconds: float = 10.0) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pretraining import SMALL
+from conftest import SMALL
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
 from dinocli.method.preset import load_preset
-from dinocli.planning import Plan
-from dinocli.pretraining import pretrain
-from dinocli.watching import Progress
+from dinocli.train.logger import Progress
+from dinocli.train.plan import Plan
+from dinocli.train.pretrain import pretrain
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_run_with_a_report_learns_the_same_bits_and_draws_it(plan: Plan) -> No
 
 
 def test_a_report_that_cannot_be_drawn_loses_no_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinocli import watching
+    from dinocli.train import logger as watching
 
     def broken(folder: Path) -> None:
         raise ValueError("no ink")

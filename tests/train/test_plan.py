@@ -13,7 +13,7 @@ from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
 from dinocli.method import shipped
 from dinocli.method.preset import load_preset
-from dinocli.planning import Plan, cautions, check_schedules, short_stop, start_clock
+from dinocli.train.plan import Plan, cautions, check_schedules, short_stop, start_clock
 
 
 def plan(images: Path, *overrides: str, preset: str = "tiny", stop: int = 10) -> Plan:

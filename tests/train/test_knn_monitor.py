@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import SMALL, write_images
 from PIL import Image
-from test_pretraining import SMALL
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
@@ -17,9 +16,9 @@ from dinocli.evals.knn import knn
 from dinocli.features.extract import extract
 from dinocli.features.store import read_features
 from dinocli.method.preset import load_preset
-from dinocli.monitor import Monitor, _sample, steps_between_looks
-from dinocli.planning import Plan
-from dinocli.pretraining import pretrain
+from dinocli.train.knn_monitor import Monitor, _sample, steps_between_looks
+from dinocli.train.plan import Plan
+from dinocli.train.pretrain import pretrain
 from dinocli.weights.load import load_encoder
 
 CPU = torch.device("cpu")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dinocli.collapse import CollapseWatch
 from dinocli.core.atomic import write_text
 from dinocli.core.device import peak_memory
 from dinocli.core.distributed import any_of, from_first, gathered, rank, size
@@ -23,9 +22,10 @@ from dinocli.engine.trainer import Trainer, Values
 from dinocli.features.encoder import NotFinite
 from dinocli.method.distillation import SelfDistillation
 from dinocli.models.network import Network
-from dinocli.monitor import Monitor, steps_between_looks
-from dinocli.photos import Photos
-from dinocli.planning import Plan
+from dinocli.train.collapse import CollapseWatch
+from dinocli.train.knn_monitor import Monitor, steps_between_looks
+from dinocli.train.plan import Plan
+from dinocli.train.snapshots import Photos
 from dinocli.viz.report import write_report
 from dinocli.weights.checkpoint import not_finite
 

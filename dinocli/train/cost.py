@@ -18,7 +18,7 @@ from dinocli.data.loader.batch import Batch
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.data.views.masking import Masks, hidden_in_all
 from dinocli.method.distillation import SelfDistillation
-from dinocli.planning import Plan, equal_parts
+from dinocli.train.plan import Plan, equal_parts
 
 # Share of a single matrix product's rate that a whole step reaches. Measured on a CPU: 0.75 in float32, and 0.22 in
 # bfloat16, whose products are much faster than everything between them. On a GPU, published ViT runs and DINO's own

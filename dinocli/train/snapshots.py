@@ -24,9 +24,9 @@ from dinocli.evals.spread import effective_rank, uniformity
 from dinocli.evals.units import normalized
 from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset
-from dinocli.models.backbone import Transformer
 from dinocli.models.network import Network
-from dinocli.monitor import at_rest, class_tokens
+from dinocli.models.transformer import Transformer
+from dinocli.train.knn_monitor import at_rest, class_tokens
 from dinocli.viz.picture import heat, visible
 
 POOL, SHOWN, NEIGHBOURS = 256, 6, 5

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -18,6 +18,10 @@ from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rat
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
 from dinocli.weights.frozen_teacher import FrozenTeacher
+
+if TYPE_CHECKING:
+    pass
+
 
 # Fewest images per prototype without a warning. The demo's recipe has 75, the paper's 1,950.
 _IMAGES_A_PROTOTYPE = 30
@@ -300,3 +304,9 @@ def equal_parts(batch: int) -> list[int]:
 
 def _power_below(n: int) -> int:
     return 1 << (n.bit_length() - 1)
+
+
+def peak_lr(plan: Plan) -> float:
+    """Return the highest learning rate of the run, from a thousand points of its schedule."""
+    clock = plan.clock
+    return max(plan.lr.at(replace(clock, step=clock.total * i // 1000)) for i in range(1000))

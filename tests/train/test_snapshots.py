@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import SMALL, write_images
 from PIL import Image
-from test_pretraining import SMALL
 
-from dinocli import photos as module
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import Images, image_folder
 from dinocli.data.sources.shards import open_shards
@@ -22,8 +20,9 @@ from dinocli.engine.trainer import Trainer
 from dinocli.evals.spread import effective_rank, uniformity
 from dinocli.features.encoder import NotFinite
 from dinocli.method.preset import Preset, load_preset
-from dinocli.photos import TILE, Photos
-from dinocli.planning import start_clock
+from dinocli.train import snapshots as module
+from dinocli.train.plan import start_clock
+from dinocli.train.snapshots import TILE, Photos
 
 VIT = ["backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"]
 RESNET = ["backbone={name='resnet10t'}", "views.global_1.size=32", "views.global_2.size=32", "views.local.size=16"]

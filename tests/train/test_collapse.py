@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pretraining import SMALL
+from conftest import SMALL
 
-from dinocli.collapse import Collapse, CollapseWatch
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
 from dinocli.method.preset import load_preset
-from dinocli.planning import Plan
-from dinocli.pretraining import pretrain
+from dinocli.train.collapse import Collapse, CollapseWatch
+from dinocli.train.plan import Plan
+from dinocli.train.pretrain import pretrain
 
 K = 256
 # What was logged of runs of `tiny` on photos: entropy and information at some steps, in nats.

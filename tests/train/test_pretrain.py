@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ast
-import errno
 import gc
 import json
 import os
@@ -12,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import of_channels
+from conftest import SMALL, of_channels
 from safetensors.torch import load_file, save_file
 
-from dinocli import pretraining
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import newest_run
 from dinocli.data.loader.batch import Batch
@@ -24,27 +22,16 @@ from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import Part, SelfDistillation
 from dinocli.method.preset import Preset, load_preset
-from dinocli.planning import Plan, Saving
-from dinocli.pretraining import Progress, pretrain
-from dinocli.states import newest, saved_states
+from dinocli.train import pretrain as pretraining
+from dinocli.train.plan import Plan
+from dinocli.train.pretrain import Progress, pretrain
+from dinocli.train.state import newest, saved_states
 from dinocli.weights.checkpoint import read_weights, write_checkpoint
 from dinocli.weights.load import load_encoder, start_from
 
-SMALL = [
-    "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2}",
-    "heads.dino.prototypes=16",
-    "heads.dino.hidden=16",
-    "heads.dino.bottleneck=8",
-    "views.global_1.size=16",
-    "views.global_2.size=16",
-    "views.local.size=8",
-    "training.batch_size=4",
-    "training.steps_per_epoch=4",
-]
 
-
-@pytest.fixture
-def plan(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+@pytest.fixture(name="plan")
+def six_steps(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(tmp_path)
     return Plan(
         "tiny", load_preset("tiny", SMALL), image_folder(images), 6, Path("runs/tiny-1"), torch.device("cpu"), 0, None
@@ -206,29 +193,6 @@ def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
     assert not Path("runs").exists()
 
 
-def test_a_full_disk_at_the_start_leaves_no_folder(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinocli.core import atomic
-
-    def full(file: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(atomic.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as error:
-        pretrain(plan, lambda p: None)
-    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "runs/tiny-1/state/0")
-    assert not plan.out.exists()
-
-
-def test_bad_images_are_listed(plan: Plan, images: Path) -> None:
-    (images / "a" / "0001.png").write_bytes(b"no image")
-    run = pretrain(plan, lambda p: None)
-    assert (run.folder / "bad_images.txt").read_text().startswith("'a/0001.png'\tnot an image")
-    assert list(run.bad.reasons) == ["a/0001.png"]
-    with (run.folder / "bad_images.txt").open("ab") as file:
-        file.write(b"\xff torn\n")
-    assert pretrain(replace(plan, stop=7), lambda p: None).step == 7, "what is damaged there stops no run"
-
-
 def test_steps_that_are_not_finite_are_left_out_and_end_the_run_when_no_other_comes(plan: Plan, images: Path) -> None:
     hot = plan.preset.optimizer.model_copy(update={"lr": plan.preset.optimizer.lr.scaled(1e12), "clip": None})
     broken = replace(plan, preset=plan.preset.model_copy(update={"optimizer": hot}), stop=60)
@@ -255,19 +219,6 @@ class Spoiled(Trainer):
         return values
 
 
-@pytest.mark.parametrize("every", [None, 1, 5], ids=str)
-def test_weights_that_are_not_finite_are_never_saved_and_end_the_run(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch, every: int | None
-) -> None:
-    monkeypatch.setattr(pretraining, "Trainer", Spoiled)
-    with pytest.raises(DinoError, match=r"after step [456] teacher.backbone.model.cls_token holds 1 of \d+") as error:
-        pretrain(replace(plan, saving=Saving(seconds=None, steps=every)), lambda p: None)
-    assert "a lower --set optimizer.lr.start=VALUE" in error.value.hint
-    last_good = 3 if every == 1 else 0
-    assert next(folder.name for folder, _ in saved_states(plan.out)) == str(last_good)
-    assert read_weights(plan.out).step == last_good
-
-
 def test_a_run_that_left_out_every_step_is_not_done(plan: Plan) -> None:
     spoiled = plan.preset.model_copy(update={"views": plan.preset.views.model_copy(update={"std": (1e-45,) * 3})})
     with pytest.raises(DinoError, match="not finite in 2 steps in a row, up to 2"):
@@ -285,28 +236,6 @@ def test_a_state_that_is_not_finite_is_not_resumed(plan: Plan) -> None:
     with pytest.raises(DinoError, match=r"state/2 cannot be used: method/student.backbone.model.cls_token holds 2 of"):
         saved.restore(trainer)
     assert trainer.is_finite()
-
-
-def test_a_device_without_room_says_in_how_many_parts_to_take_a_batch(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dinocli.engine.trainer import Trainer
-
-    def full(self: Trainer, batch: object, *, watch: bool) -> None:
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(Trainer, "step", full)
-    same = ", with the same gradient; or --batch-size 2"
-    for parts, again, hint in (
-        (1, False, f"--accumulate 2 or --recompute{same}"),
-        (1, True, f"--accumulate 2{same}"),
-        (4, False, f"--recompute{same}"),
-        (4, True, "--batch-size 2"),
-    ):
-        with pytest.raises(DinoError, match=f"too small for a batch of 4 in {parts} parts") as error:
-            pretrain(replace(plan, accumulate=parts, recompute=again), lambda p: None)
-        assert error.value.hint == hint
-    assert [folder.name for folder, _ in saved_states(plan.out)] == ["0"], "the step that was broken off is not saved"
 
 
 def test_start_from_own_weights_takes_the_heads_too(plan: Plan) -> None:

@@ -9,12 +9,12 @@ from conftest import peak_of, write_images
 
 from dinocli.core.device import autocast
 from dinocli.core.errors import DinoError
-from dinocli.costs import Estimate, estimate, to_fit
 from dinocli.data.loader.batch import Batch
 from dinocli.data.sources.open import image_folder
 from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import load_preset
-from dinocli.planning import Plan
+from dinocli.train.cost import Estimate, estimate, to_fit
+from dinocli.train.plan import Plan
 
 CPU = torch.device("cpu")
 # A network small enough to try, in which activations weigh more than weights.

@@ -1,0 +1,1 @@
+"""Pretraining runs: plan, loop, states, logs and failure checks."""

@@ -1,0 +1,209 @@
+"""Pretraining: preset and images to a run folder."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dinocli.core.device import autocast, keep_freed_memory
+from dinocli.core.distributed import any_of, rank, size
+from dinocli.core.runs import CHECKPOINT, held
+from dinocli.data.loader.batch import BadFiles, Share
+from dinocli.data.loader.train import TrainBatches
+from dinocli.engine.parallel import parallel
+from dinocli.engine.trainer import Trainer
+from dinocli.method.distillation import SelfDistillation
+from dinocli.train.interrupts import collect_on_request, stop_signals
+from dinocli.train.knn_monitor import Monitor
+from dinocli.train.logger import Progress, Watch
+from dinocli.train.plan import Plan
+from dinocli.train.resume import find_saved, refuse_taken, resumed_plan
+from dinocli.train.session import Session
+from dinocli.train.state import Saved, saved_states
+from dinocli.weights.load import start_from
+
+
+@dataclass(frozen=True)
+class Run:
+    """Result of a pretraining run.
+
+    Attributes:
+        folder: Run folder.
+        checkpoint: Teacher checkpoint in the run folder.
+        began: Step that the run resumed from, or 0 for a new run.
+        step: Number of completed steps.
+        stopped: True if the user stopped the run before its last step.
+        loss: Last finite logged loss, if any.
+        seconds: Wall time of the run.
+        bad: Image files that could not be read.
+        cached: Number of images in the pixel cache, or None without a cache.
+        fresh_heads: Heads with random weights: the initial weights lack them, or have another shape.
+        skipped: Number of steps skipped because of a non-finite loss or gradient.
+    """
+
+    folder: Path
+    checkpoint: Path
+    began: int
+    step: int
+    stopped: bool
+    loss: float | None
+    seconds: float
+    bad: BadFiles
+    cached: int | None
+    fresh_heads: list[str]
+    skipped: int
+
+
+def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str], None] = lambda line: None) -> Run:
+    """Train, and write a run folder with the teacher, the resolved preset, the metrics and states to resume from.
+
+    If the folder holds an unfinished run of the same preset on the same images, resume from its newest valid state.
+    Ctrl-C, SIGTERM or SIGUSR1 stop the run after the current step and save everything. A second Ctrl-C stops it at once
+    without saving.
+
+    Args:
+        plan: Settings of the run.
+        report: Callback that receives the progress at each logged step.
+        note: Callback that receives one-line messages for the user.
+
+    Raises:
+        DinoError: If the folder is taken, the images cannot be read, the initial weights do not fit, the device runs
+            out of memory, or nothing is learned.
+    """
+    began = time.perf_counter()
+    if plan.device.type == "cpu":
+        keep_freed_memory()
+    with held(plan.out) if rank() == 0 else nullcontext(), stop_signals(note) as stopping, collect_on_request() as tidy:
+        saved = find_saved(plan, note)
+        if saved:
+            plan = resumed_plan(plan, saved.state, note)
+            if saved.state.step >= plan.stop:  # finished: nothing new to evaluate or draw
+                plan = replace(plan, report=False, monitor=None)
+        trainer, method, fresh = _trainer(plan, saved, note)
+        watch = Watch(plan, trainer, method, report, note)
+        session = Session(plan, trainer, method, saved)
+        batches = _batches(plan, trainer, method)
+        session.bad = batches.bad
+        late = False
+        try:
+            watch.begin()
+            for batch in batches if trainer.clock.step < plan.stop else ():
+                if stopping.asked and size() == 1:
+                    break
+                stopping.step(session.took)
+                due = watch.due() or late
+                values = session.step(batch, due)
+                watch.saw(batch.rows, batches.waited)
+                if due:
+                    watch.log(values)
+                    tidy()
+                # Clocks and signals differ between processes, so all processes decide together.
+                late, save, stop = any_of(watch.late, session.late, stopping.asked)
+                stopping.check()
+                if session.save_now_and_then(save):
+                    watch.draw()
+                if stop or trainer.clock.step >= plan.stop:
+                    break
+            stopping.finish()
+        finally:
+            batches.close()
+            if not stopping.at_once:
+                session.close(broken=sys.exception() is not None)
+        watch.draw(last=True)
+    return Run(
+        folder=plan.out,
+        checkpoint=plan.out / CHECKPOINT,
+        began=saved.state.step if saved else 0,
+        step=trainer.clock.step,
+        stopped=trainer.clock.step < plan.stop,
+        loss=watch.loss,
+        seconds=time.perf_counter() - began,
+        bad=session.all_bad,
+        cached=batches.cache.kept if batches.cache else None,
+        fresh_heads=fresh,
+        skipped=int(trainer.skipped[0]),
+    )
+
+
+def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> None:
+    """Check a plan's run folder, weights, teacher and monitor, with the errors of a real run, and write nothing.
+
+    Args:
+        plan: Settings of the run to check.
+        note: Callback that receives one-line messages for the user.
+
+    Raises:
+        DinoError: If the run would raise it before its first step.
+    """
+    saved = None
+    if plan.out.is_dir():
+        with held(plan.out):
+            states = [state for _, state in saved_states(plan.out)]
+        saved = next((state for state in states if state), None)
+        if saved:
+            resumed_plan(plan, saved, note)
+        elif not states:
+            refuse_taken(plan.out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that copying to meta tensors has no effect
+        with torch.device("meta"):
+            method = plan.method()
+        if plan.teacher:
+            plan.teacher.load(method.teacher)
+        if plan.init and not saved:
+            start_from(method, plan.init, note)
+    if plan.monitor:
+        Monitor(plan.monitor, plan.preset, plan.workers)
+
+
+def _trainer(
+    plan: Plan, saved: Saved | None, note: Callable[[str], None]
+) -> tuple[Trainer, SelfDistillation, list[str]]:
+    """Return the trainer at its starting step, its method, and the names of heads that keep random weights."""
+    preset = plan.preset
+    torch.manual_seed(preset.training.seed)
+    method = plan.method()
+    for network in (method.student, method.teacher) if plan.compiled else ():
+        network.compile_blocks()
+    if plan.teacher:
+        plan.teacher.load(method.teacher)
+    fresh = start_from(method, plan.init, note) if plan.init and not saved else []
+    trainer = Trainer(
+        method.to(plan.device),
+        preset.optimizer,
+        replace(plan.clock, step=saved.state.step if saved else 0),
+        batch_size=preset.training.batch_size,
+        accumulate=plan.accumulate,
+        precision=autocast(plan.device, preset.training.precision),
+        seed=preset.training.seed,
+        guarded=True,
+        parallel=parallel(plan.parallel),
+    )
+    if saved:
+        saved.restore(trainer)
+    return trainer, method, fresh
+
+
+def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBatches:
+    return TrainBatches(
+        plan.source,
+        plan.preset.views,
+        batch_size=plan.images_each,
+        seed=plan.preset.training.seed,
+        images=plan.preset.images,
+        start=trainer.clock.step,
+        steps_per_epoch=trainer.clock.steps_per_epoch,
+        workers=plan.workers,
+        device=plan.device,
+        share=Share(rank(), size()),
+        cache=plan.cache,
+        compiled=plan.compiled,
+        grid=method.student.backbone.grid,
+    )

@@ -1,0 +1,170 @@
+"""Resuming: the state to start from, and the rules that a resumed run must keep."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dinocli.core.distributed import from_first, gathered, rank, size
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import CHECKPOINT
+from dinocli.data.sources.shards import Shards
+from dinocli.engine.schedules import Clock, Schedule
+from dinocli.method.preset import Preset
+from dinocli.train.plan import Plan
+from dinocli.train.state import Saved, State, newest, other_contents, saved_states
+from dinocli.viz.report import CURVES, REPORT
+
+BAD_IMAGES = "bad_images.txt"
+# Files of a run that has saved a state. Without a state the folder is refused, so they are never overwritten.
+_WRITTEN = (CHECKPOINT, "preset.json", "metrics.jsonl", REPORT, CURVES, BAD_IMAGES)
+
+
+def find_saved(plan: Plan, note: Callable[[str], None]) -> Saved | None:
+    """Return the state to resume from, or None for a new run.
+
+    Raises:
+        DinoError: If the folder's contents cannot be resumed, or the processes see different images.
+    """
+    if len(set(gathered(plan.source.fingerprint))) > 1:
+        raise DinoError(
+            f"the processes of this run see different images in {plan.source.where}",
+            "give all machines the same images",
+        )
+    # Only the first process reads, because it may set corrupt states aside.
+    saved = from_first(newest(plan.out, note) if rank() == 0 else None)
+    if saved is None:
+        refuse_taken(plan.out)
+    return saved
+
+
+def refuse_taken(out: Path) -> None:
+    """Check that a folder without a state holds no file that a run would overwrite.
+
+    Raises:
+        DinoError: If it holds one.
+    """
+    taken = next((name for name in _WRITTEN if (out / name).exists()), None)
+    if taken:
+        weights = f", and --init {out} to start from its weights" if taken == CHECKPOINT else ""
+        raise DinoError(f"{out} holds a {taken} but no valid state to resume from", f"use another --out{weights}")
+
+
+def resumed_plan(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
+    """Return the plan of a resumed run, and report each difference from the requested one.
+
+    Raises:
+        DinoError: If the preset, the images or the frozen teacher differ.
+    """
+    for line in changes(plan.preset, state, plan.clock):
+        note(line)
+    if state.images.fingerprint != plan.source.fingerprint:
+        was = f"{state.images.count or 'an unknown number'} in {state.images.where}"
+        raise DinoError(
+            f"the images have changed since {plan.out} began: {was} then, {plan.source.count or 'others'} in "
+            f"{plan.source.where} now",
+            f"use another --out, and --init {plan.out} to start from its weights",
+        )
+    changed = other_contents(state.images.contents, plan.source) if rank() == 0 else None
+    if changed:
+        note(changed)
+    if plan.teacher and plan.teacher.fingerprint != state.teacher:
+        raise DinoError(
+            f"the run in {plan.out} began with another teacher than {plan.teacher.source}",
+            "name its own teacher with --teacher, or use another --out",
+        )
+    if plan.init and plan.init != state.init:
+        note(f"note: ignoring --init {plan.init}: resuming from this run's own checkpoint")
+    if isinstance(plan.source, Shards) and reading_processes(plan) != state.lanes:
+        each, rest = divmod(state.lanes, size())
+        if rest:
+            note(
+                f"note: {reading_processes(plan)} processes read the shards instead of {state.lanes}: the image order "
+                "changes, and in this epoch some images repeat and some are skipped"
+            )
+        else:
+            note(f"note: using --workers {each} as before: the order of the images in tar shards depends on it")
+            plan = replace(plan, workers=each)
+    if state.step < plan.stop:
+        note(f"resuming from step {state.step} of {plan.stop} in {plan.out}")
+    else:
+        note(f"{plan.out} is finished: {state.step} steps done, {plan.stop} requested")
+    return plan
+
+
+def reading_processes(plan: Plan) -> int:
+    """Return the number of reading processes of the whole run."""
+    return size() * max(1, plan.workers)
+
+
+def first_difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:
+    """Return the first key in which two nested tables differ and its two values, or None if they are equal."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return None if one == other else (path, one, other)
+    for key in [*one, *(key for key in other if key not in one)]:
+        inner = f"{path}.{key}" if path else key
+        found = first_difference(one.get(key), other.get(key), inner)
+        if found:
+            return found
+    return None
+
+
+def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
+    """Yield notes for the user on changes in a resumed run; none if the preset is the same.
+
+    Raises:
+        DinoError: If the preset differs in more than the epochs of a finished run. The error names the first key.
+    """
+    before, now = (p.model_dump(mode="json", exclude={"about"}) for p in (state.preset, preset))
+    old = replace(clock, epochs=state.preset.training.epochs, step=state.step)
+    longer = state.step >= old.total and preset.training.epochs > old.epochs
+    if longer:
+        before["training"]["epochs"] = preset.training.epochs
+    found = first_difference(before, now)
+    if found:
+        key, was, wanted = found
+        raise DinoError(
+            f"the run began with {key} = {_format_value(was)}; {_format_value(wanted)} is now set",
+            f"--set {shlex.quote(f'{key}={_format_value(was)}')} to resume, or another --out",
+        )
+    if longer:
+        new = replace(clock, step=state.step)
+        schedules: dict[str, Schedule] = {
+            "learning rate": preset.optimizer.lr_for(preset.training.batch_size),
+            "weight decay": preset.optimizer.weight_decay,
+            "teacher momentum": preset.teacher.momentum,
+        }
+        moves = (f"{what} from {s.at(old):.3g} to {s.at(new):.3g}" for what, s in schedules.items())
+        yield (
+            f"note: {preset.training.epochs} epochs instead of {old.epochs} stretch the schedules from {old.total} to "
+            f"{new.total} steps; at step {state.step} they jump: {', '.join(moves)}"
+        )
+
+
+def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | None], stop: int = 0) -> Path | None:
+    """Return the first unfinished run that matches the plan, or None.
+
+    Args:
+        runs: Run folders, newest first.
+        plan: Preset, fingerprint of the images, initial weights, fingerprint of the frozen teacher.
+        stop: Number of planned steps. Runs that `--steps` ended earlier count as unfinished, except the untrained
+            network of `--steps 0`.
+    """
+    for run in runs:
+        state = next((state for _, state in saved_states(run) if state), None)
+        if state and (state.step < state.stop or 0 < state.step < stop):
+            same = state.preset.model_copy(update={"about": plan[0].about})  # descriptions do not affect training
+            if (same, state.images.fingerprint, state.init, state.teacher) == plan:
+                return run
+    return None
+
+
+def _format_value(value: Any) -> str:
+    """Format a value for `--set`, as TOML: its lists and strings are written as in JSON, its tables are not."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}={_format_value(inner)}' for key, inner in value.items() if inner is not None)}}}"
+    return "none" if value is None else json.dumps(value)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import io
+import os
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_image import photo, reason, saved
+
+from dinocli.data.decode.image import decode
+from dinocli.data.decode.pixels import BadImage
+from dinocli.data.images import ImagesConfig
+
+
+@pytest.mark.parametrize(
+    "program", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"%PDF-1.4\n", b"\xd7\xcd\xc6\x9a" + bytes(99)]
+)
+def test_no_format_that_starts_a_program_is_opened(program: bytes) -> None:
+    assert reason(program).startswith("not read here: ")
+
+
+def test_pillows_limit_is_not_in_force_and_stays_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(saved(photo())).shape == (75, 101, 3)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_a_damaged_tiff_says_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(
+        file, "TIFF", compression="tiff_lzw"
+    )
+    data = bytearray(file.getvalue())
+    data[20:400] = b"\xff" * 380
+    assert isinstance(decode(bytes(data)), BadImage)
+    assert capfd.readouterr().err == ""
+    os.write(2, b"ours")
+    assert capfd.readouterr().err == "ours"
+
+
+def test_pillow_is_left_as_it_was_found_by_threads_that_read_at_once() -> None:
+    from dinocli.data.decode.pillow import _pillow
+
+    before = Image.MAX_IMAGE_PIXELS
+    first, second = _pillow(ImagesConfig(), False), _pillow(ImagesConfig(), False)
+    first.__enter__()
+    second.__enter__()
+    assert Image.MAX_IMAGE_PIXELS == 75_000_000
+    first.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS == 75_000_000, "the second still reads"
+    second.__exit__(None, None, None)
+    assert before == Image.MAX_IMAGE_PIXELS

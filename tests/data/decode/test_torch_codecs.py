@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import io
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_image import JPEGS, photo, reason, saved
+
+from dinocli.data.decode import image as module
+from dinocli.data.decode.image import decode
+
+
+@pytest.fixture(params=["torchvision", "torchcodec", "Pillow"])
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each way to decode a JPEG, as if the ones before it were not installed."""
+    if request.param != "torchvision":
+        monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    if request.param == "torchcodec":
+        pytest.importorskip("torchcodec.decoders")
+    if request.param == "Pillow":
+        monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    module._jpeg_decoder.cache_clear()
+    yield request.param
+    module._jpeg_decoder.cache_clear()
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_every_decoder_gives_pillows_pixels(decoder: str, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = decode(JPEGS[name])
+    wanted = np.asarray(Image.open(io.BytesIO(JPEGS[name])).convert("RGB"))
+    assert np.abs(pixels.astype(int) - wanted).max() <= 3
+    assert pixels.flags.writeable
+    assert pixels.flags.c_contiguous
+
+
+def test_every_decoder_turns_once(decoder: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = decode(saved(photo(), "JPEG", exif=exif))
+    np.testing.assert_array_equal(turned, decode(saved(photo(), "JPEG"))[::-1, ::-1])
+
+
+def test_every_decoder_refuses_a_truncated_jpeg(decoder: str) -> None:
+    for name, data in JPEGS.items():
+        if name != "mpo":
+            assert reason(data[: len(data) * 2 // 3]).startswith("truncated: ")
+
+
+def test_torchcodec_follows_torchvision_and_pillow_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def decode_jpeg(data: torch.Tensor) -> torch.Tensor:
+        seen.append(bytes(data.numpy()))
+        if len(seen) > 1:
+            raise RuntimeError("cannot")
+        return torch.full((3, 75, 101), 7, dtype=torch.uint8)
+
+    fake = types.ModuleType("torchcodec.decoders")
+    fake.decode_jpeg = decode_jpeg
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", fake)
+    module._jpeg_decoder.cache_clear()
+    assert decode(JPEGS["420"]).max() == 7
+    assert decode(JPEGS["420"]).std() > 30
+    assert decode(JPEGS["cmyk"]).std() > 30
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    assert decode(saved(photo(), "JPEG", exif=exif)).std() > 30  # torchcodec would turn it too
+    assert seen == [JPEGS["420"]] * 2
+    module._jpeg_decoder.cache_clear()

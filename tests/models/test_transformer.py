@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import copy
+
+import plain
+import pytest
+import torch
+from conftest import PRECISIONS, assert_original, assert_same_features
+from timm.models.eva import Eva
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from torch.utils.flop_counter import FlopCounterMode
+
+from dinocli.core.errors import DinoError
+from dinocli.models.architecture import BackboneConfig, adapt, create_timm
+from dinocli.models.backbone import Hidden
+from dinocli.models.transformer import RotaryBackbone, ViTBackbone
+
+MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+SIZES = ["32x32", "16x16", "24x40", "16x64", "27x45"]
+
+
+@pytest.fixture
+def micro(original) -> ViTBackbone:
+    model = VisionTransformer(**MICRO, num_classes=0).double()
+    model.load_state_dict(original.below("vit/micro32d2h2p8_f64/weights/"))
+    return ViTBackbone(model, "dino").eval()
+
+
+@PRECISIONS
+@pytest.mark.parametrize("size", SIZES)
+def test_tokens_and_attention_equal_the_originals_at_every_size(
+    original, micro: ViTBackbone, size: str, dtype: torch.dtype
+) -> None:
+    name = f"vit/micro32d2h2p8_f64/{size}"
+    micro, images = micro.to(dtype), original[f"{name}/input"].to(dtype)
+    tokens = micro(images)
+    assert_original(tokens.cls, original[f"{name}/cls"])
+    everything = torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1)
+    assert_original(everything, original[f"{name}/inter_n1/0"])
+    assert tokens.grid[0] * tokens.grid[1] == tokens.patches.shape[1]
+    attention = original[f"{name}/last_attn"]
+    assert_original(micro.attention(images), attention[:, :, :1])
+    assert_original(micro.attention(images, slice(None)), attention)
+
+
+def test_the_oracle_is_the_original(original) -> None:
+    weights = original.below("vit/micro32d2h2p8_f64/weights/")
+    for size in SIZES:
+        name = f"vit/micro32d2h2p8_f64/{size}"
+        outputs, attention = plain.vit(weights, original[f"{name}/input"], heads=2)
+        assert_original(outputs[-1], original[f"{name}/inter_n1/0"], size)
+        assert_original(attention, original[f"{name}/last_attn"], size)
+
+
+@PRECISIONS
+@pytest.mark.parametrize("patch", [8, 16])
+@pytest.mark.parametrize(("height", "width"), [(224, 224), (96, 96), (160, 256), (112, 448), (230, 98)])
+def test_every_block_equals_its_description_at_the_sizes_of_training(
+    patch: int, height: int, width: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    options = {"img_size": 224, "patch_size": patch, "embed_dim": 24, "depth": 3, "num_heads": 3}
+    backbone = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino").build(drop_path=False)
+    backbone = backbone.eval().to(dtype)
+    for parameter in backbone.parameters():
+        parameter.data.copy_(torch.randn_like(parameter) / 8)
+    images = torch.randn(1, 3, height, width, dtype=dtype)
+    weights = {k: v.double() for k, v in backbone.model.state_dict().items()}
+    expected, attention = plain.vit(weights, images.double(), heads=3)
+    with torch.no_grad():
+        for ours, theirs in zip(backbone.blocks(images, 3), expected, strict=True):
+            assert_original(torch.cat([ours.cls[:, None], ours.patches], 1), theirs)
+        assert_original(backbone.attention(images), attention[:, :, :1])
+
+
+def test_a_large_photo_costs_memory_for_its_patches_and_not_their_square() -> None:
+    backbone = BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, positions="dino").build(drop_path=False)
+    with torch.no_grad():
+        assert backbone.attention(torch.zeros(1, 3, 8 * 60, 8 * 80)).shape == (1, 2, 1, 4801)
+
+
+def test_registers_stand_apart_and_get_no_position() -> None:
+    options = MICRO | {"reg_tokens": 4, "no_embed_class": True}
+    backbone = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="antialias").build(
+        drop_path=False
+    )
+    images = torch.randn(2, 3, 32, 32)
+    tokens = backbone.eval()(images)
+    assert (tokens.registers.shape, tokens.patches.shape) == ((2, 4, 32), (2, 16, 32))
+    expected = backbone.model.forward_features(images)
+    torch.testing.assert_close(tokens.cls, expected[:, 0])
+    torch.testing.assert_close(tokens.patches, expected[:, 5:])
+
+
+def test_last_blocks_are_normed_and_in_order(micro: ViTBackbone, original) -> None:
+    images = original["vit/micro32d2h2p8_f64/32x32/input"]
+    first, last = micro.blocks(images, 2)
+    torch.testing.assert_close(last.cls, micro(images).cls)
+    assert not torch.allclose(first.cls, last.cls)
+    with pytest.raises(DinoError, match="--blocks 3 is larger than the 2 blocks"):
+        micro.blocks(images, 3)
+
+
+@pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.parametrize("size", SIZES)
+def test_class_tokens_alone_are_those_of_all_tokens_with_the_same_gradient(
+    micro: ViTBackbone, original, last: int, size: str
+) -> None:
+    images = original[f"vit/micro32d2h2p8_f64/{size}/input"]
+    alone, all_ = micro.class_tokens(images, last), [tokens.cls for tokens in micro.blocks(images, last)]
+    weights = torch.randn(last, *all_[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients = [
+        torch.autograd.grad((torch.stack(tokens) * weights).sum(), list(micro.parameters())) for tokens in (alone, all_)
+    ]
+    torch.testing.assert_close(alone, all_, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_hidden_patches_are_not_seen_and_their_places_are(micro: ViTBackbone) -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
+    where = torch.zeros(2, 16, dtype=torch.bool)
+    where[0, 5], where[1, :] = True, True
+    hidden = Hidden(where, torch.randn(1, 32, dtype=torch.float64))
+    mixed = one.clone()
+    mixed[0, :, 8:16, 8:16] = other[0, :, 8:16, 8:16]  # the sixth patch
+    mixed[1] = other[1]
+    torch.testing.assert_close(micro(mixed, hidden).patches, micro(one, hidden).patches)
+    assert not torch.allclose(micro(mixed).patches, micro(one).patches)
+    torch.testing.assert_close(micro.class_tokens(mixed, hidden=hidden)[0], micro(one, hidden).cls)
+    # What stands in a hidden place knows where it is.
+    assert not torch.allclose(micro(one, hidden).patches[1, 0], micro(one, hidden).patches[1, 1])
+
+
+def test_class_tokens_alone_are_less_work(micro: ViTBackbone) -> None:
+    # Counted on meta: on a CPU the counter knows only some of the kernels of attention, and which one runs depends on the CPU.
+    micro = micro.to("meta")
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.float64, device="meta")
+    work = []
+    for tokens in (micro.class_tokens, micro.blocks):
+        with FlopCounterMode(display=False) as counter:
+            tokens(images, 1)
+        work.append(counter.get_total_flops())
+    width, tokens = 32, 17
+    # Queries, projection and MLP of the last block for one token and not for seventeen, and its share of attention.
+    saved = 2 * (tokens - 1) * (width * width * (1 + 1 + 8) + 2 * tokens * width)
+    assert work[1] - work[0] == saved
+
+
+def test_a_block_that_is_not_timms_own_is_run_as_it_is() -> None:
+    model = VisionTransformer(**MICRO, num_classes=0, block_fn=ParallelScalingBlock).eval()
+    backbone, images = ViTBackbone(model, "antialias"), torch.randn(2, 3, 32, 32)
+    (cls,) = backbone.class_tokens(images)
+    torch.testing.assert_close(cls, model.forward_features(images)[:, 0])
+
+
+def test_an_image_smaller_than_a_patch_is_said(micro: ViTBackbone) -> None:
+    with pytest.raises(DinoError, match="smaller than one patch of 8 pixels"):
+        micro(torch.zeros(1, 3, 7, 9, dtype=torch.float64))
+
+
+def turning(depth: int = 3, seed: int = 0, **options: object) -> tuple[Eva, RotaryBackbone]:
+    """A small DINOv3 of timm's, and ours with the same weights; no weight is as it starts."""
+    torch.manual_seed(seed)
+    theirs = create_timm("vit_small_patch16_dinov3", **(MICRO | {"depth": depth} | options)).double().eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours = adapt(copy.deepcopy(theirs), "antialias")
+    assert isinstance(ours, RotaryBackbone)
+    return theirs, ours
+
+
+ROTARY = [{}, {"qkv_bias": True, "num_reg_tokens": 0}, {"swiglu_mlp": True, "swiglu_align_to": 8}]
+ROTARY_IDS = ["released", "without registers", "swiglu"]
+ROTARY_SIZES = [(32, 32), (16, 16), (24, 40), (16, 64), (8, 8)]
+
+
+@PRECISIONS
+@pytest.mark.parametrize("options", ROTARY, ids=ROTARY_IDS)
+def test_a_rotary_network_is_timms_at_every_size(options: dict, dtype: torch.dtype) -> None:
+    theirs, ours = turning(**options)
+    theirs, ours = theirs.to(dtype), ours.to(dtype)
+    registers = options.get("num_reg_tokens", 4)
+    for size in ROTARY_SIZES:
+        images = torch.randn(2, 3, *size, dtype=dtype)
+        with torch.no_grad():
+            expected, tokens = theirs.forward_features(images), ours(images)
+        assert tokens.registers.shape == (2, registers, 32)
+        assert tokens.grid == (size[0] // 8, size[1] // 8)
+        assert_original(torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1), expected, str(size))
+
+
+def test_pixels_over_a_multiple_of_the_patch_are_not_seen_by_a_rotary_network_either() -> None:
+    theirs, ours = turning()
+    images = torch.randn(2, 3, 27, 45, dtype=torch.float64)
+    torch.testing.assert_close(ours(images).cls, theirs.forward_features(images[..., :24, :40])[:, 0])
+
+
+@pytest.mark.parametrize("last", [1, 3])
+@pytest.mark.parametrize("options", ROTARY, ids=ROTARY_IDS)
+def test_class_tokens_alone_of_a_rotary_network_have_the_same_gradient(options: dict, last: int) -> None:
+    _, ours = turning(**options)
+    images = torch.randn(2, 3, 24, 40, dtype=torch.float64)
+    alone, all_ = ours.class_tokens(images, last), [tokens.cls for tokens in ours.blocks(images, last)]
+    gradients = [
+        torch.autograd.grad(torch.stack(tokens).square().sum(), list(ours.parameters())) for tokens in (alone, all_)
+    ]
+    torch.testing.assert_close(alone, all_, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("options", ROTARY[:2], ids=ROTARY_IDS[:2])
+def test_attention_of_a_rotary_network_is_a_plain_softmax(options: dict) -> None:
+    theirs, ours = turning(**options)
+    images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
+    prefix, block = theirs.num_prefix_tokens, theirs.blocks[-1]
+    _, (before, _) = theirs.forward_intermediates(images, indices=[1, 2], output_fmt="NLC", return_prefix_tokens=True)
+    tokens = block.norm1(torch.cat([before[1], before[0]], 1))
+    none = torch.zeros(32, dtype=torch.float64)
+    q_bias = none if block.attn.q_bias is None else block.attn.q_bias
+    q, k = tokens @ block.attn.qkv.weight[:32].T + q_bias, tokens @ block.attn.qkv.weight[32:64].T
+    angles = [[0.0] * 8] * prefix
+    for row in range(2):
+        for column in range(3):
+            places = (2 * (row + 0.5) / 2 - 1, 2 * (column + 0.5) / 3 - 1)
+            angles.append([2 * torch.pi * place / 100 ** (i / 4) for place in places for i in range(4)])
+    turn = torch.polar(torch.ones(prefix + 6, 8, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
+
+    def by_head(values: torch.Tensor) -> torch.Tensor:  # [B, T, 32] -> [B, heads, T, 8], complex
+        heads = values.unflatten(-1, (2, 16)).transpose(1, 2)
+        return torch.complex(heads[..., :8], heads[..., 8:]) * turn
+
+    scores = (by_head(q) @ by_head(k).mH).real / 16**0.5
+    expected = scores.exp() / scores.exp().sum(-1, keepdim=True)
+    found = ours.attention(images, slice(None))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # timm's periods and places are float32
+    torch.testing.assert_close(found.sum(-1), torch.ones_like(found.sum(-1)))
+    torch.testing.assert_close(ours.attention(images), found[:, :, :1])
+
+
+def training(**changes: object) -> BackboneConfig:
+    options = MICRO | {"depth": 3, "init_values": 0.5}
+    return BackboneConfig.parse({"name": "vit_small_patch16_dinov3", "options": options} | changes, "here")
+
+
+@pytest.mark.parametrize("rule", ["linear", "uniform"])
+def test_a_rotary_network_worked_out_again_has_the_same_gradient(rule: str) -> None:
+    torch.manual_seed(0)
+    config = training(rescale_positions=2.0, drop_path=0.4, drop_path_rule=rule)
+    backbone = config.build(drop_path=True).double().train()
+    again = copy.deepcopy(backbone)
+    again.recompute_blocks()
+    images = torch.randn(4, 3, 24, 32, dtype=torch.float64)
+    made = []
+    for network in (backbone, again):
+        torch.manual_seed(1)
+        network(images).patches.square().sum().backward()
+        made.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(*made)
+    assert all(gradient is not None and gradient.any() for gradient in made[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_positions_are_rescaled_for_the_student_alone_and_once_a_pass(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    config = training(rescale_positions=2.0)
+    student, teacher = config.build(drop_path=True).train(), config.build(drop_path=False).train()
+    if recompute:
+        student.recompute_blocks()
+    images, draws, draw = torch.randn(2, 3, 32, 32), [], torch.Tensor.uniform_
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda t, *a: draws.append(a) or draw(t, *a))
+    cls = student(images).cls
+    cls.sum().backward()
+    assert draws == [pytest.approx((-0.6931, 0.6931), abs=1e-4)]
+    assert not torch.allclose(student(images).cls, cls, atol=1e-3)
+    draws.clear()
+    assert_same_features(teacher(images).cls, teacher(images).cls)
+    assert_same_features(student.eval()(images).cls, student(images).cls)
+    assert not draws
+
+
+def test_hidden_patches_of_a_rotary_network_are_not_seen() -> None:
+    _, ours = turning()
+    one, other = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
+    hidden = Hidden(torch.zeros(2, 16, dtype=torch.bool), torch.randn(1, 32, dtype=torch.float64))
+    hidden.where[0, 5], hidden.where[1, :] = True, True
+    mixed = one.clone()
+    mixed[0, :, 8:16, 8:16], mixed[1] = other[0, :, 8:16, 8:16], other[1]  # the sixth patch, and all
+    torch.testing.assert_close(ours(mixed, hidden).patches, ours(one, hidden).patches)
+    assert not torch.allclose(ours(mixed).patches, ours(one).patches)
+    # Among others that are seen, what stands in a hidden place knows where it is.
+    two = Hidden(torch.zeros(2, 16, dtype=torch.bool), hidden.token)
+    two.where[:, [2, 9]] = True
+    assert not torch.allclose(ours(one, two).patches[0, 2], ours(one, two).patches[0, 9])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_small_patch16_dinov3", {"use_abs_pos_emb": True}),
+        ("vit_small_patch16_dinov3", {"class_token": False}),
+        ("vit_small_patch16_dinov3", {"patch_drop_rate": 0.5}),
+        ("vit_small_patch16_dinov3", {"rope_type": "cat"}),
+        ("vit_small_patch16_dinov3", {"use_post_norm": True}),
+        ("vit_small_patch16_dinov3", {"attn_type": "rope"}),
+        ("eva02_tiny_patch14_224", {}),
+    ],
+)
+def test_an_eva_of_another_kind_is_refused(name: str, options: dict) -> None:
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    with pytest.raises(DinoError, match="Eva is not a supported backbone"):
+        BackboneConfig(name=name, options=small | options).build(drop_path=False)
+
+
+def _asked(network: ViTBackbone | RotaryBackbone, images: torch.Tensor, layer: int, part: int) -> torch.Tensor:
+    """Queries, keys or values of a block, as its own linear layer gives them, of the patches. [B, N, D]"""
+    seen: list[torch.Tensor] = []
+    block = network.model.blocks[layer - 1]
+    handle = block.norm1.register_forward_hook(lambda module, given, made: seen.append(made))
+    network.blocks(images, 1)
+    handle.remove()
+    made = block.attn.qkv(seen[0])
+    if getattr(block.attn, "q_bias", None) is not None:
+        made = made + torch.cat([block.attn.q_bias, block.attn.k_bias, block.attn.v_bias])
+    return made.chunk(3, -1)[part][:, network.model.num_prefix_tokens :]
+
+
+def test_facets_of_patches_are_what_their_blocks_work_out(micro: ViTBackbone) -> None:
+    images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    tokens = micro.blocks(images, 2)
+    exact = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(micro.patches(images).flatten(1, 2), tokens[-1].patches, **exact)
+    assert micro.patches(images).shape[1:3] == (4, 6)
+    both = torch.cat([tokens[1].patches, tokens[0].patches], -1)
+    torch.testing.assert_close(micro.patches(images, [-1, 1]).flatten(1, 2), both, **exact)
+    for layer in (1, 2):
+        for part, facet in enumerate(("query", "key", "value")):
+            made = micro.patches(images, [layer], facet).flatten(1, 2)  # type: ignore[arg-type]
+            torch.testing.assert_close(made, _asked(micro, images, layer, part), **exact)
+    for layer in (0, 3, -3):
+        with pytest.raises(DinoError, match="is no block; expected 1 to 2"):
+            micro.patches(images, [layer])
+
+
+def test_facets_of_a_rotary_network_are_those_before_the_turn() -> None:
+    _, network = turning()
+    images = torch.randn(1, 3, 32, 48, dtype=next(network.parameters()).dtype)
+    with torch.no_grad():
+        for part, facet in enumerate(("query", "key", "value")):
+            made = network.patches(images, [2], facet).flatten(1, 2)  # type: ignore[arg-type]
+            torch.testing.assert_close(made, _asked(network, images, 2, part))

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_pretrain import Spoiled, six_steps  # noqa: F401
+
+from dinocli.core.errors import DinoError
+from dinocli.engine.trainer import Trainer
+from dinocli.train import pretrain as pretraining
+from dinocli.train.plan import Plan, Saving
+from dinocli.train.pretrain import pretrain
+from dinocli.train.state import saved_states
+from dinocli.weights.checkpoint import read_weights
+
+
+def test_a_full_disk_at_the_start_leaves_no_folder(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinocli.core import atomic
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        pretrain(plan, lambda p: None)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "runs/tiny-1/state/0")
+    assert not plan.out.exists()
+
+
+def test_bad_images_are_listed(plan: Plan, images: Path) -> None:
+    (images / "a" / "0001.png").write_bytes(b"no image")
+    run = pretrain(plan, lambda p: None)
+    assert (run.folder / "bad_images.txt").read_text().startswith("'a/0001.png'\tnot an image")
+    assert list(run.bad.reasons) == ["a/0001.png"]
+    with (run.folder / "bad_images.txt").open("ab") as file:
+        file.write(b"\xff torn\n")
+    assert pretrain(replace(plan, stop=7), lambda p: None).step == 7, "what is damaged there stops no run"
+
+
+@pytest.mark.parametrize("every", [None, 1, 5], ids=str)
+def test_weights_that_are_not_finite_are_never_saved_and_end_the_run(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, every: int | None
+) -> None:
+    monkeypatch.setattr(pretraining, "Trainer", Spoiled)
+    with pytest.raises(DinoError, match=r"after step [456] teacher.backbone.model.cls_token holds 1 of \d+") as error:
+        pretrain(replace(plan, saving=Saving(seconds=None, steps=every)), lambda p: None)
+    assert "a lower --set optimizer.lr.start=VALUE" in error.value.hint
+    last_good = 3 if every == 1 else 0
+    assert next(folder.name for folder, _ in saved_states(plan.out)) == str(last_good)
+    assert read_weights(plan.out).step == last_good
+
+
+def test_a_device_without_room_says_in_how_many_parts_to_take_a_batch(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinocli.engine.trainer import Trainer
+
+    def full(self: Trainer, batch: object, *, watch: bool) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Trainer, "step", full)
+    same = ", with the same gradient; or --batch-size 2"
+    for parts, again, hint in (
+        (1, False, f"--accumulate 2 or --recompute{same}"),
+        (1, True, f"--accumulate 2{same}"),
+        (4, False, f"--recompute{same}"),
+        (4, True, "--batch-size 2"),
+    ):
+        with pytest.raises(DinoError, match=f"too small for a batch of 4 in {parts} parts") as error:
+            pretrain(replace(plan, accumulate=parts, recompute=again), lambda p: None)
+        assert error.value.hint == hint
+    assert [folder.name for folder, _ in saved_states(plan.out)] == ["0"], "the step that was broken off is not saved"
