@@ -37,7 +37,7 @@ from dinocli.data.sources.listing import Names
 from dinocli.data.sources.open import Images, open_images
 from dinocli.features.encoder import Encoder, quick
 from dinocli.features.extract import extract
-from dinocli.features.store import Recipe, read_features
+from dinocli.features.store import Provenance, read_features
 from dinocli.features.writer import write_features
 from dinocli.models.architecture import BackboneConfig
 
@@ -100,10 +100,10 @@ def fresh(name: str, device: torch.device) -> Encoder:
 def written(rows: int) -> tuple[float, float, float]:
     """Seconds, megabytes of memory above those before, and megabytes on disk of so many float16 features."""
     values = np.random.default_rng(0).standard_normal((1000, 384), dtype=np.float32)
-    labels, recipe = [0] * len(values), Recipe("x", "", "cls", 1, 224, "x")
+    labels, provenance = [0] * len(values), Provenance("x", "", "cls", 1, 224, "x")
     with tempfile.TemporaryDirectory() as folder:
         before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        with write_features(Path(folder) / "train.safetensors", recipe, ["x"], dtype="float16") as writer:
+        with write_features(Path(folder) / "train.safetensors", provenance, ["x"], dtype="float16") as writer:
             for start in range(0, rows, len(values)):
                 writer.append(values, labels, [f"{i:09}.jpg" for i in range(start, start + len(values))])
         seconds = time.process_time() - began

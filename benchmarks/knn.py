@@ -32,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dinocli.evals.knn import knn
-from dinocli.features.store import Features, Recipe
+from dinocli.features.store import Features, Provenance
 
 CLASSES = 1000  # the original knows no other number
 TEMPERATURE = 0.07
@@ -45,8 +45,8 @@ def drawn(images: int, width: int, seed: int) -> Features:
     labels = generator.integers(0, CLASSES, images)
     values = 0.3 * centers[labels] + generator.standard_normal((images, width), dtype=np.float32)
     values /= np.linalg.norm(values, axis=1, keepdims=True)
-    recipe = Recipe("drawn", "", "cls", 1, 224, "drawn")
-    return Features(values, labels, [], [str(c) for c in range(CLASSES)], {}, recipe)
+    provenance = Provenance("drawn", "", "cls", 1, 224, "drawn")
+    return Features(values, labels, [], [str(c) for c in range(CLASSES)], {}, provenance)
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ from dinocli.evals.linear import RATES, linear
 from dinocli.evals.probes import Probes, trainer
 from dinocli.features.encoder import Encoder
 from dinocli.features.extract import extract
-from dinocli.features.store import Features, Recipe, read_features
+from dinocli.features.store import Features, Provenance, read_features
 from dinocli.models.architecture import BackboneConfig
 from dinocli.weights.load import load_encoder
 
@@ -73,7 +73,7 @@ class Original:
     def scores(self, source: Images, rows: range, view: Callable[[Image.Image], Tensor]) -> Tensor:
         images = torch.stack([view(Image.open(source.root / source.names[i]).convert("RGB")) for i in rows])
         with torch.no_grad():
-            tokens = torch.cat([t.cls for t in self.encoder.backbone.blocks(images, self.blocks)], dim=1)
+            tokens = torch.cat([t.cls for t in self.encoder.backbone.last_tokens(images, self.blocks)], dim=1)
         return self.layer(tokens)
 
     def learn(self, source: Images) -> None:
@@ -119,7 +119,9 @@ def drawn(images: int, width: int, classes: int) -> Features:
     generator = np.random.default_rng(0)
     values = generator.standard_normal((images, width), dtype=np.float32)
     labels = np.arange(images) % classes
-    return Features(values, labels, [], [str(c) for c in range(classes)], {}, Recipe("drawn", "", "cls", 4, 224, "d"))
+    return Features(
+        values, labels, [], [str(c) for c in range(classes)], {}, Provenance("drawn", "", "cls", 4, 224, "d")
+    )
 
 
 def work(encoder: Encoder, train: Images, test: Images, chosen: argparse.Namespace) -> Table:

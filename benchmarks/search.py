@@ -31,7 +31,7 @@ from rich.table import Table
 
 from dinocli.apps.search.index import open_index
 from dinocli.evals.nearest import nearest
-from dinocli.features.store import Recipe, read_features
+from dinocli.features.store import Provenance, read_features
 from dinocli.features.writer import write_features
 
 CENTERS, QUERIES, AT = 5000, 1000, 10
@@ -47,7 +47,7 @@ def draw(count: int, width: int, seed: int) -> np.ndarray:
 
 
 def write(path: Path, images: int, width: int) -> Path:
-    with write_features(path, Recipe("drawn", "0", "cls", 1, 224, "drawn"), [], dtype="float16") as writer:
+    with write_features(path, Provenance("drawn", "0", "cls", 1, 224, "drawn"), [], dtype="float16") as writer:
         for first in range(0, images, 10_000):
             count = min(10_000, images - first)
             writer.append(draw(count, width, first + 1), [-1] * count, [str(first + i) for i in range(count)])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dinocli.data.loader.batch import Batch
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_source
-from dinocli.data.views.masking import Masks
+from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import Preset, load_preset
@@ -41,13 +41,13 @@ class VarianceLoss(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def aim(self, teacher: Encoding, clock: Clock) -> None:
+    def targets_for(self, teacher: Encoding, clock: Clock) -> None:
         """Compute targets from the teacher's output on the whole batch; this loss has none."""
 
-    def forward(self, student: Encoding, targets: None, masks: Masks | None) -> Tensor:
+    def forward(self, student: Encoding, targets: None, masks: PatchMasks | None) -> Tensor:
         return self.weight * torch.stack([variance_loss(cls) for cls in student.cls[: student.globals]]).mean()
 
-    def watch(self, targets: None, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
+    def metrics(self, targets: None, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
         """Return figures to log, as `variance/missing`."""
         return {"missing": loss / self.weight}
 
@@ -77,7 +77,7 @@ def main(folder: Path, steps: int = 8) -> list[float]:
     trainer = Trainer(method, preset.optimizer, Clock(2, preset.training.epochs), batch_size=preset.training.batch_size)
     seen = []
     for batch in batches(preset, folder, trainer):
-        values = trainer.step(batch, watch=True)
+        values = trainer.step(batch, log=True)
         seen.append(float(values["variance"]))
         print(f"step {len(seen)}: dino {float(values['dino']):.3f}, variance {seen[-1]:.3f}")
         if len(seen) == steps:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from dinocli.core import distributed
 from dinocli.features.encoder import Encoder
-from dinocli.features.store import Recipe
+from dinocli.features.store import Provenance
 from dinocli.features.writer import write_features
 from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
@@ -142,12 +142,12 @@ def random_images(size: int = 48, count: int = 5) -> torch.Tensor:
 
 
 def write_stored(
-    folder: Path, data: str, parts: dict[str, list[str]], classes: tuple[str, ...] = (), **recipe: object
+    folder: Path, data: str, parts: dict[str, list[str]], classes: tuple[str, ...] = (), **provenance: object
 ) -> Path:
     """Features of images by their paths, whose numbers are their rows."""
     row = 0
     for split, paths in parts.items():
-        made = replace(Recipe("x", "0123", "cls", 1, 16, data), **recipe)
+        made = replace(Provenance("x", "0123", "cls", 1, 16, data), **provenance)
         with write_features(folder / f"{split}.safetensors", made, list(classes)) as writer:
             values = np.arange(row, row + len(paths), dtype=np.float32)[:, None].repeat(2, 1)
             writer.append(values, [i % 2 if classes else -1 for i in range(len(paths))], paths)

@@ -34,7 +34,7 @@ def knn(
     train, test = compared(splits)
     if len(train.classes) == 1:
         raise DinoError(
-            f"all {len(train)} images of {train.recipe.data} are of one class, {train.classes[0]}; "
+            f"all {len(train)} images of {train.provenance.data} are of one class, {train.classes[0]}; "
             "expected at least two classes",
             "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",
         )
@@ -46,7 +46,11 @@ def knn(
         )
     result = knn(train, test, k or [n for n in (10, 20) if n <= most] or [most], temperature)
     if json:
-        about = {"checkpoint": train.recipe.source, "run": train.recipe.run or None, "step": train.recipe.step}
+        about = {
+            "checkpoint": train.provenance.source,
+            "run": train.provenance.run or None,
+            "step": train.provenance.step,
+        }
         console.out_json(asdict(result) | about)
         return
     how = (
@@ -57,5 +61,5 @@ def knn(
     console.table(
         ["k", "top-1 %", "top-5 %"],
         [[str(s.k), f"{s.top1:.2f}", f"{s.top5:.2f}"] for s in result.scores],
-        title=f"k-NN of {train.recipe.maker}: {result.queries} images of {result.classes} classes, {how}",
+        title=f"k-NN of {train.provenance.maker}: {result.queries} images of {result.classes} classes, {how}",
     )

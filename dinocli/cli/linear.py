@@ -114,7 +114,7 @@ def linear(
                 device=pick_device(device),
                 report=lambda done, total: advance(100 * done // total, f"step {done}/{total}"),
             )
-        source = train.recipe.maker
+        source = train.provenance.maker
     if json:
         console.out_json(asdict(result))
     else:

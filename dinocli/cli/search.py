@@ -104,11 +104,11 @@ def search(
     source = photos(queries or [])
     spare([out], queries or [])
     gallery = open_gallery(folder, data)
-    encoder = encoder_from(checkpoint or gallery.recipe.source, device, network, overrides)
-    encoder = quick(encoder, gallery.recipe.precision, compiled=False)  # type: ignore[arg-type]
-    same_encoder(encoder, gallery.recipe)
+    encoder = encoder_from(checkpoint or gallery.provenance.source, device, network, overrides)
+    encoder = quick(encoder, gallery.provenance.precision, compiled=False)  # type: ignore[arg-type]
+    same_encoder(encoder, gallery.provenance)
     with console.progress("encode", len(source), "images") as advance:
-        asked = encode(encoder, source, gallery.recipe, report=advance)
+        asked = encode(encoder, source, gallery.provenance, report=advance)
     console.skipped(asked.skipped)
     opened = _index(gallery, index)
     hits = list(search(opened, gallery, asked, k))

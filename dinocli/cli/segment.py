@@ -202,10 +202,10 @@ def _evaluate(
     *,
     json: bool,
 ) -> None:
-    from dinocli.apps.segment.masks import Masks, with_masks
+    from dinocli.apps.segment.masks import MaskFolder, with_masks
     from dinocli.apps.segment.overlap import overlaps
 
-    pairs, skipped = with_masks(files, Masks(folder))
+    pairs, skipped = with_masks(files, MaskFolder(folder))
     with console.progress("measure", len(pairs), "images") as advance:
         result = overlaps(encoder, pairs, ways, short_side=side, keep=keep, tau=tau, report=advance)
     skipped |= result.skipped

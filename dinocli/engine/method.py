@@ -49,7 +49,7 @@ class Method(nn.Module, ABC):
     def forward(self, part: Any) -> dict[str, Tensor]:
         """Return the losses of a part, by name; their sum is minimized."""
 
-    def watch(self, parts: Sequence[Any], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
+    def metrics(self, parts: Sequence[Any], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
         """Return further figures of a logged step, before the optimizer moves the parameters."""
         return {}
 
@@ -61,7 +61,7 @@ class Method(nn.Module, ABC):
         """
         raise ValueError(f"{type(self).__name__} does not support sharding")
 
-    def lasting(self) -> list[str]:
+    def frozen_modules(self) -> list[str]:
         """Return the names of frozen submodules with external weights, which checkpoints omit."""
         return []
 

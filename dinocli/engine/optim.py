@@ -91,14 +91,14 @@ class _Optimizer(Config):
         return self.lr.scaled(self.lr_rule.factor(batch)) if self.lr_rule else self.lr
 
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamWConfig(_Optimizer):
     """AdamW."""
 
     kind: Literal["adamw"]
-    betas: tuple[Share, Share]
+    betas: tuple[Fraction, Fraction]
     eps: float = Field(1e-8, gt=0)
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
@@ -200,7 +200,7 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
         group["weight_decay"] = weight_decay if group["decay"] else 0.0
 
 
-def move(optimizer: torch.optim.Optimizer, done: Tensor) -> None:
+def step_unless_skipped(optimizer: torch.optim.Optimizer, done: Tensor) -> None:
     """Take the optimizer's step and free the gradients; if `done` is False on the device, nothing moves.
 
     The host does not wait for the value: torch's mechanism for loss scaling preserves the moments and counts too.

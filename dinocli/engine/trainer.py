@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dinocli.core.distributed import all_of, local, mean_over_processes, rank, size
 from dinocli.engine.method import Method
-from dinocli.engine.optim import OptimizerConfig, clip_gradients, drop_frozen, move, set_rates
+from dinocli.engine.optim import OptimizerConfig, clip_gradients, drop_frozen, set_rates, step_unless_skipped
 from dinocli.engine.parallel import Alone, Parallel
 from dinocli.engine.schedules import Clock
 
@@ -66,12 +66,12 @@ class Trainer:
         self.optimizer = config.build(method.param_groups())  # after wrap(), which may replace the parameters
         self.skipped = torch.zeros(2, dtype=torch.int64, device=next(method.parameters()).device)
 
-    def step(self, batch: Any, *, watch: bool = False) -> Values:
+    def step(self, batch: Any, *, log: bool = False) -> Values:
         """Take one training step. The returned values stay on the device: reading one makes the host wait for it.
 
         Args:
             batch: This process's share of a batch, as the method takes it.
-            watch: If True, also compute the method's further figures, and average all values over the whole batch.
+            log: If True, also compute the method's further figures, and average all values over the whole batch.
         """
         self._draw_anew()
         set_rates(self.optimizer, self.lr.at(self.clock), self.config.weight_decay.at(self.clock))
@@ -91,10 +91,10 @@ class Trainer:
         grad_norm = clip_gradients(self.optimizer, self.config.clip)
         # All processes skip a step together; otherwise their weights would differ from here on.
         done = all_of(torch.isfinite(loss + grad_norm)) if self.guarded else torch.ones_like(loss, dtype=torch.bool)
-        figures = self.method.watch(parts, losses, self.clock) if watch else {}
+        figures = self.method.metrics(parts, losses, self.clock) if log else {}
         # After clipping, as in the original: `grad_norm` includes frozen parameters.
         drop_frozen(self.optimizer, self.clock)
-        move(self.optimizer, done)
+        step_unless_skipped(self.optimizer, done)
         self.method.after_step(self.clock, done)
         for buffer, old in zip(self.method.buffers(), before, strict=True):
             buffer.copy_(torch.where(done, buffer, old))
@@ -102,7 +102,7 @@ class Trainer:
         self.skipped[1] *= ~done
         self.clock = self.clock.tick()
         values = {"loss": loss, "grad_norm": grad_norm, **losses, **figures}
-        return _means(values) if watch else values
+        return _means(values) if log else values
 
     def fit(self, batches: Iterable[Any], steps: int, on_step: OnStep) -> None:
         """Train until the clock reaches `steps`, the batches end, or `on_step` returns True.

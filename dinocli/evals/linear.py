@@ -112,7 +112,7 @@ def linear(
             f"a linear probe needs at least {needed} training images in a class; the largest class has {largest}",
             "extract a larger labelled set, or use dino knn",
         )
-    views = train.recipe.views if train.views is not None else 0
+    views = train.provenance.views if train.views is not None else 0
     scale = _scale_of(train.values)
     x = _Stored(train.values if train.views is None else train.views, device, scale)
     fitted = 0

@@ -13,7 +13,7 @@ from dinocli.core.device import Precision, autocast, has_bfloat16
 from dinocli.core.errors import DinoError, nearest
 from dinocli.data.decode.pixels import Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.loader.batch import ALONE, Share
+from dinocli.data.loader.batch import ALONE, Shard
 from dinocli.data.loader.fill import Cutter
 from dinocli.data.loader.plain import Plain, plain_batches
 from dinocli.data.sources.open import Source
@@ -150,7 +150,7 @@ class Encoder:
         size: int,
         batch_size: int,
         workers: int,
-        share: Share = ALONE,
+        shard: Shard = ALONE,
         cutter: Cutter | None = None,
     ) -> Iterator[Plain]:
         """Yield all images of a source once, decoded and normalized as in training.
@@ -160,7 +160,7 @@ class Encoder:
             size: Side of the images, in pixels.
             batch_size: Images per batch.
             workers: Number of decoding processes.
-            share: Share of the batches that this process reads.
+            shard: Share of the batches that this process reads.
             cutter: Cutter of random views of each image, if any.
 
         Raises:
@@ -180,7 +180,7 @@ class Encoder:
             workers=workers,
             device=self.device,
             images=self.images,
-            share=share,
+            shard=shard,
             cutter=cutter,
         )
 
@@ -251,7 +251,7 @@ def features_of(backbone: Backbone, images: Tensor, tokens: TokenChoice = "cls",
     """Return the features that `Encoder.features` describes, from a bare backbone."""
     if tokens == "cls":
         return torch.cat(backbone.class_tokens(images, blocks), dim=-1)
-    return torch.cat([_choose(t, tokens) for t in backbone.blocks(images, blocks)], dim=-1)
+    return torch.cat([_choose(t, tokens) for t in backbone.last_tokens(images, blocks)], dim=-1)
 
 
 def _choose(tokens: Tokens, choice: TokenChoice) -> Tensor:

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from dinocli.core.distributed import any_of, gathered, rank
 from dinocli.core.distributed import size as size_of_run
 from dinocli.core.errors import DinoError
-from dinocli.data.loader.batch import Share
+from dinocli.data.loader.batch import Shard
 from dinocli.data.loader.fill import Cutter
 from dinocli.data.loader.plain import Plain
 from dinocli.data.sources.open import Source
 from dinocli.data.sources.shards import UNNUMBERED
 from dinocli.features.encoder import Encoder, TokenChoice, augmented, finite_rows
-from dinocli.features.store import Recipe
+from dinocli.features.store import Provenance
 from dinocli.features.writer import Dtype, FeatureWriter, write_features
 
 
@@ -88,15 +88,15 @@ def extract(
         raise DinoError(
             "--views needs one feature vector per image, unlike --tokens patches", "remove --tokens patches"
         )
-    recipe = Recipe(encoder.source, encoder.fingerprint, tokens, blocks, size, data, views, encoder.precision)
-    recipe = replace(recipe, run=encoder.run, step=encoder.step)
+    provenance = Provenance(encoder.source, encoder.fingerprint, tokens, blocks, size, data, views, encoder.precision)
+    provenance = replace(provenance, run=encoder.run, step=encoder.step)
     cutter = Cutter(augmented(encoder, size, views), seed, encoder.images) if views else None
-    share = Share(rank(), size_of_run())
-    batches = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, share=share, cutter=cutter)
+    shard = Shard(rank(), size_of_run())
+    batches = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, shard=shard, cutter=cutter)
     shape: tuple[int, ...] = ()
     images = unnumbered = 0
     skipped: dict[str, str] = {}
-    with write_features(path, recipe, source.classes, dtype=dtype) if rank() == 0 else nullcontext() as writer:
+    with write_features(path, provenance, source.classes, dtype=dtype) if rank() == 0 else nullcontext() as writer:
         for part in _in_turns(_Part.of(batch, encoder, tokens, blocks) for batch in batches):
             if part.values is not None:
                 shape = part.values.shape[1:]

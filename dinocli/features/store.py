@@ -22,12 +22,12 @@ INDEX = "index.json"  # of a folder of shards
 # Valid number types of each tensor in a file.
 _KINDS = {"values": ("f4", "f2"), "labels": ("i8",), "paths": ("u1",), "skipped": ("u1",)}
 _MOST_NUMBERED = 100_000  # labels below this count as class numbers; larger ones mean something else
-# Types of a recipe's values in a file; a bool is not taken for a number.
+# Types of a provenance's values in a file; a bool is not taken for a number.
 _KEPT: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "int | None": (int, NoneType)}
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Provenance:
     """Origin and settings of features; two splits can be compared only if these are equal.
 
     Attributes:
@@ -72,7 +72,7 @@ class Features:
         paths: Image paths relative to the split's folder. [S]
         classes: Names of the classes; empty for unlabelled images.
         skipped: Path and reason of each file that could not be read.
-        recipe: Origin and settings of the features.
+        provenance: Origin and settings of the features.
         views: Features of random views of each image, if stored. [S, K, D]
     """
 
@@ -81,7 +81,7 @@ class Features:
     paths: Sequence[str]
     classes: list[str]
     skipped: dict[str, str]
-    recipe: Recipe
+    provenance: Provenance
     views: Values | None = None
 
     def __len__(self) -> int:
@@ -106,29 +106,29 @@ def read_features(path: Path) -> Features:
     else:
         shards = [_map_file(path)]
     tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
-    recipe, classes = _read_recipe(path, metadata)
-    skipped = [_check_parts(path, t, recipe, len(classes), tensors[0]) for t in tensors]
+    provenance, classes = _read_provenance(path, metadata)
+    skipped = [_check_parts(path, t, provenance, len(classes), tensors[0]) for t in tensors]
     _refuse_not_finite(path, tensors)
     values = [t["values"] for t in tensors]
     labels = np.concatenate([t["labels"] for t in tensors])
     return Features(
-        Rows([v[:, 0] for v in values] if recipe.views else values),
+        Rows([v[:, 0] for v in values] if provenance.views else values),
         labels,
         Texts([t["paths"] for t in tensors if len(t["labels"])]),
         classes or _number_classes(labels),
         {name: reason for some in skipped for name, reason in some.items()},
-        recipe,
-        Rows([v[:, 1:] for v in values]) if recipe.views else None,
+        provenance,
+        Rows([v[:, 1:] for v in values]) if provenance.views else None,
     )
 
 
-def _read_recipe(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str]]:
-    """Return the recipe of features, and the names of their classes.
+def _read_provenance(path: Path, metadata: dict[str, str]) -> tuple[Provenance, list[str]]:
+    """Return the provenance of features, and the names of their classes.
 
     Raises:
         DinoError: If the metadata are corrupt, or of a later version.
     """
-    known = {field.name: _KEPT[str(field.type)] for field in fields(Recipe)}
+    known = {field.name: _KEPT[str(field.type)] for field in fields(Provenance)}
     try:
         told, classes = parse(metadata["recipe"]), parse(metadata["classes"])
         if not (isinstance(told, dict) and isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
@@ -136,20 +136,20 @@ def _read_recipe(path: Path, metadata: dict[str, str]) -> tuple[Recipe, list[str
         later = [name for name in told if name not in known]
         if later:
             raise DinoError(
-                f"{path} was written by a later version of dinocli: its recipe has the unknown key {later[0]}",
+                f"{path} was written by a later version of dinocli: its provenance has the unknown key {later[0]}",
                 "pip install --upgrade dinocli, or recreate it with `dino extract CHECKPOINT DATA`",
             )
         wrong = [name for name, value in told.items() if type(value) not in known[name]]
         if wrong:
-            raise ValueError(f"the recipe has {wrong[0]}={told[wrong[0]]!r}")
-        return Recipe(**told), classes
+            raise ValueError(f"the provenance has {wrong[0]}={told[wrong[0]]!r}")
+        return Provenance(**told), classes
     except (ValueError, KeyError, TypeError) as error:
         why = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise _format_damage(path, f"its metadata cannot be read; {why}") from error
 
 
 def _check_parts(
-    path: Path, tensors: dict[str, NDArray[Any]], recipe: Recipe, classes: int, first: dict[str, NDArray[Any]]
+    path: Path, tensors: dict[str, NDArray[Any]], provenance: Provenance, classes: int, first: dict[str, NDArray[Any]]
 ) -> dict[str, str]:
     """Check that the parts of a feature file fit together; return its skipped images.
 
@@ -166,9 +166,10 @@ def _check_parts(
     if values.shape[1:] != first["values"].shape[1:]:
         shape, expected = ("x".join(map(str, v.shape[1:])) for v in (values, first["values"]))
         raise _format_damage(path, f"its rows have shape {shape}; expected {expected}")
-    if recipe.views and (values.ndim != 3 or values.shape[1] != 1 + recipe.views):
+    if provenance.views and (values.ndim != 3 or values.shape[1] != 1 + provenance.views):
         raise _format_damage(
-            path, f"its rows have shape {'x'.join(map(str, values.shape[1:]))}, which does not fit {recipe.views} views"
+            path,
+            f"its rows have shape {'x'.join(map(str, values.shape[1:]))}, which does not fit {provenance.views} views",
         )
     named = int(np.count_nonzero(paths == 0)) + 1 if len(labels) else 0
     if named != len(labels):
@@ -273,27 +274,27 @@ def read_splits(folder: Path) -> dict[str, Features]:
     first_name, first = next(iter(found.items()))
     for name, other in found.items():
         old = f"extract into another folder (--out), or remove {paths[first_name]} if outdated"
-        same_maker((first_name, first.recipe), (name, other.recipe), f"{folder} holds features", old)
-        if first.recipe.data != other.recipe.data:
+        same_maker((first_name, first.provenance), (name, other.provenance), f"{folder} holds features", old)
+        if first.provenance.data != other.provenance.data:
             raise DinoError(
-                f"{folder} holds features of different data sets: {first_name} of {first.recipe.data}, {name} of "
-                f"{other.recipe.data}",
+                f"{folder} holds features of different data sets: {first_name} of {first.provenance.data}, {name} of "
+                f"{other.provenance.data}",
                 old,
             )
     return found
 
 
 def same_maker(
-    first: tuple[str, Recipe],
-    other: tuple[str, Recipe],
+    first: tuple[str, Provenance],
+    other: tuple[str, Provenance],
     whose: str = "features to compare are",
     hint: str = "extract both with the same checkpoint and the same settings",
 ) -> None:
     """Check that two sets of features have the same weights and settings, whatever their images.
 
     Args:
-        first: Name and recipe of one set.
-        other: Name and recipe of the other set.
+        first: Name and provenance of one set.
+        other: Name and provenance of the other set.
         whose: Start of the error message.
         hint: Hint of the error.
 
@@ -328,7 +329,7 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
     """
     labelled = {name: _keep_labelled(f) for name, f in splits.items() if f.classes and (f.labels >= 0).any()}
     if not labelled:
-        data = next(iter(splits.values())).recipe.data
+        data = next(iter(splits.values())).provenance.data
         raise DinoError(
             f"the images of these features have no labels: {data} has no class folders",
             "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",

@@ -17,7 +17,7 @@ from dinocli.core.atomic import atomic, draft_folder, put_folder, write_json
 from dinocli.core.drafts import discard
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import TensorStream
-from dinocli.features.store import INDEX, Recipe
+from dinocli.features.store import INDEX, Provenance
 
 SHARD_BYTES = 2 * 2**30  # of features per file; larger features become several files
 Dtype = Literal["float32", "float16"]
@@ -33,7 +33,7 @@ class FeatureWriter:
     """
 
     def __init__(
-        self, draft: Path, place: Path, recipe: Recipe, classes: Sequence[str], dtype: Dtype, shard_bytes: int
+        self, draft: Path, place: Path, provenance: Provenance, classes: Sequence[str], dtype: Dtype, shard_bytes: int
     ) -> None:
         self.place = place
         self.skipped: dict[str, str] = {}
@@ -41,7 +41,7 @@ class FeatureWriter:
         self._draft, self._dtype, self._shard_bytes, self._bytes = draft, dtype, shard_bytes, 0
         self._metadata = {
             "dinocli": "features",
-            "recipe": json.dumps(vars(recipe)),
+            "recipe": json.dumps(vars(provenance)),
             "classes": json.dumps(list(classes)),
         }
         self._open(np.empty((0, 0), dtype))
@@ -110,7 +110,12 @@ class FeatureWriter:
 
 @contextmanager
 def write_features(
-    path: Path, recipe: Recipe, classes: Sequence[str], *, dtype: Dtype = "float32", shard_bytes: int = SHARD_BYTES
+    path: Path,
+    provenance: Provenance,
+    classes: Sequence[str],
+    *,
+    dtype: Dtype = "float32",
+    shard_bytes: int = SHARD_BYTES,
 ) -> Iterator[FeatureWriter]:
     """Write features in constant memory; the files appear only if the block succeeds.
 
@@ -119,14 +124,14 @@ def write_features(
 
     Args:
         path: Output file, with its suffix.
-        recipe: Origin and settings of the features.
+        provenance: Origin and settings of the features.
         classes: Names of the classes; empty for unlabelled images.
         dtype: Type of the stored numbers.
         shard_bytes: Maximum bytes of features per file, unless a single batch has more.
     """
     folder = _folder_of(path)
     with draft_folder(folder) as draft:
-        writer = FeatureWriter(draft, path, recipe, classes, dtype, shard_bytes)
+        writer = FeatureWriter(draft, path, provenance, classes, dtype, shard_bytes)
         with closing(writer):
             yield writer
             writer.finish()

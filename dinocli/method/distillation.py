@@ -65,23 +65,28 @@ class SelfDistillation(Method):
         self.student = student
         average.requires_grad_(False).load_state_dict(student.state_dict())
         self.teacher = average if frozen is None else frozen.requires_grad_(False).eval()
-        self.spare = None if frozen is None else average
+        self.spare = None if frozen is None else average  # its name in saved states since version 0.1
         self.momentum = momentum
         self.losses = losses.build(student.prototypes)
 
     @property
+    def ema(self) -> Network | None:
+        """Moving average of the student beside a frozen teacher; None if the average itself is the teacher."""
+        return self.spare
+
+    @property
     def average(self) -> Network:
         """Moving average of the student, the network that a run exports; by default it is also the teacher."""
-        return self.teacher if self.spare is None else self.spare
+        return self.teacher if self.ema is None else self.ema
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        if self.spare is not None:
+        if self.ema is not None:
             self.teacher.eval()  # so that its output for an image is independent of the other images
         return self
 
-    def lasting(self) -> list[str]:
-        return [] if self.spare is None else ["teacher"]
+    def frozen_modules(self) -> list[str]:
+        return [] if self.ema is None else ["teacher"]
 
     @torch.no_grad()
     def parts(self, batch: Batch, count: int, clock: Clock) -> list[Part]:
@@ -96,8 +101,8 @@ class SelfDistillation(Method):
         whole = _joined(seen)
         targets: list[dict[str, Tensor]] = [{} for _ in batches]
         for name, loss in self.losses.items():
-            aimed: Tensor | None = loss.aim(whole, clock)  # type: ignore[operator]
-            for i, share in enumerate(_parted(aimed, seen) if aimed is not None else ()):
+            whole_targets: Tensor | None = loss.targets_for(whole, clock)  # type: ignore[operator]
+            for i, share in enumerate(_parted(whole_targets, seen) if whole_targets is not None else ()):
                 targets[i][name] = share
         return [Part(part, targets[i], seen[i].cls) for i, part in enumerate(batches)]
 
@@ -107,7 +112,7 @@ class SelfDistillation(Method):
         student = self.student(part.batch.crops, masks and masks.where, masks and masks.rows)
         return {name: loss(student, part.targets.get(name), masks) for name, loss in self.losses.items()}
 
-    def watch(self, parts: Sequence[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
+    def metrics(self, parts: Sequence[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
         """Return figures of training progress: each loss's as `<loss>/<figure>`, and those of the features.
 
         `feature_std` is the spread of the teacher's normalized class tokens over the images: 1 if they point evenly in
@@ -118,9 +123,9 @@ class SelfDistillation(Method):
         for name, loss in self.losses.items():
             shares = [part.targets[name] for part in parts if name in part.targets]
             targets = torch.cat(shares, _IMAGES[shares[0].ndim]) if shares else None
-            told = loss.watch(targets, losses[name], clock)  # type: ignore[operator]
+            told = loss.metrics(targets, losses[name], clock)  # type: ignore[operator]
             figures |= {f"{name}/{figure}": value for figure, value in told.items()}
-        if self.spare is None:
+        if self.ema is None:
             cls = F.normalize(torch.cat([part.cls for part in parts], 1).float().flatten(0, 1), dim=-1)  # [G * B, D]
             away = (cls - mean_over_processes(cls.mean(0))).square().sum(-1).mean()
             figures["feature_std"] = mean_over_processes(away).sqrt()
@@ -129,8 +134,8 @@ class SelfDistillation(Method):
 
     def units(self) -> list[nn.Module]:
         """Return each network's blocks, then the network, so that student and average are sharded in the same way."""
-        networks = [network for network in (self.student, self.teacher, self.spare) if network is not None]
-        return [module for network in networks for module in (*network.blocks(), network)]
+        networks = [network for network in (self.student, self.teacher, self.ema) if network is not None]
+        return [module for network in networks for module in (*network.blocks, network)]
 
     def param_groups(self) -> list[ParamGroup]:
         """Return the student's trainable parameters in groups of equal settings.
@@ -157,7 +162,7 @@ class SelfDistillation(Method):
             return head, 1.0, int(frozen) if rest.startswith("last_layer.") else 0  # type: ignore[arg-type]
         inside = name.removeprefix("backbone.model.")
         backbone, learning = self.student.backbone, self.learning
-        rate = learning.layer_decay ** (len(backbone.row) + 1 - backbone.level(inside)) if backbone.row else 1.0
+        rate = learning.layer_decay ** (len(backbone.blocks) + 1 - backbone.level(inside)) if backbone.blocks else 1.0
         rate *= learning.patch_embed if inside.startswith("patch_embed.") else 1.0
         return "backbone", rate, learning.frozen_epochs
 
@@ -181,13 +186,13 @@ _IMAGES = {3: 1, 2: 0}
 
 def _joined(parts: Sequence[Encoding]) -> Encoding:
     cls = torch.cat([part.cls for part in parts], 1)
-    logits = {head: torch.cat([part.logits[head] for part in parts], 1) for head in parts[0].logits}
-    hidden = {head: torch.cat([part.hidden[head] for part in parts]) for head in parts[0].hidden}
-    return Encoding(cls, parts[0].globals, logits, hidden)
+    class_logits = {head: torch.cat([part.class_logits[head] for part in parts], 1) for head in parts[0].class_logits}
+    masked_logits = {head: torch.cat([part.masked_logits[head] for part in parts]) for head in parts[0].masked_logits}
+    return Encoding(cls, parts[0].globals, class_logits, masked_logits)
 
 
 def _parted(targets: Tensor, parts: Sequence[Encoding]) -> Sequence[Tensor]:
     """Split a batch's targets into those of its parts."""
     if targets.ndim == 3:
         return targets.split([part.cls.shape[1] for part in parts], 1)
-    return targets.split([len(next(iter(part.hidden.values()))) for part in parts])
+    return targets.split([len(next(iter(part.masked_logits.values()))) for part in parts])

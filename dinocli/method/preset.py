@@ -145,7 +145,7 @@ class Preset(Config):
     def _fits(self) -> Self:
         if not self.losses.present():
             raise ValueError("a run needs at least one loss, such as [losses.dino]")
-        for name, loss in self.losses.aimed().items():
+        for name, loss in self.losses.with_targets().items():
             if loss.head not in self.heads:
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
         images = self.training.batch_size
@@ -184,12 +184,12 @@ class Preset(Config):
     @property
     def schedules(self) -> dict[str, Schedule]:
         """Schedules of the recipe, by key."""
-        aimed = self.losses.aimed().items()
+        with_targets = self.losses.with_targets().items()
         return {
             "optimizer.lr": self.optimizer.lr,
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "teacher.momentum": self.teacher.momentum,
-            **{f"losses.{name}.targets.temperature": loss.targets.temperature for name, loss in aimed},
+            **{f"losses.{name}.targets.temperature": loss.targets.temperature for name, loss in with_targets},
         }
 
     @model_validator(mode="after")
@@ -214,13 +214,15 @@ class Preset(Config):
         """Build a network with fresh weights."""
         backbone = self.backbone.build(drop_path=drop_path)
         heads = {name: head.build(backbone.width) for name, head in self.heads.items()}
-        return Network(backbone, heads, self.reads, hides=self.views.mask is not None)
+        return Network(backbone, heads, self.reads, masking=self.views.mask is not None)
 
     @property
     def reads(self) -> dict[str, frozenset[Reads]]:
         """Tokens that each head reads: class tokens, patches or both."""
-        aimed = self.losses.aimed().values()
-        return {name: frozenset(loss.reads for loss in aimed if loss.head == name) or CLASS for name in self.heads}
+        with_targets = self.losses.with_targets().values()
+        return {
+            name: frozenset(loss.reads for loss in with_targets if loss.head == name) or CLASS for name in self.heads
+        }
 
     def method(self, frozen: Network | None = None) -> SelfDistillation:
         """Build student and moving average with the same fresh weights, and the losses.

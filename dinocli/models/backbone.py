@@ -31,7 +31,7 @@ class Tokens:
     grid: tuple[int, int]
 
 
-class Hidden(NamedTuple):
+class MaskedPatches(NamedTuple):
     """Masked patches of a batch.
 
     Attributes:
@@ -61,7 +61,7 @@ class Backbone(nn.Module):
         return None
 
     @property
-    def row(self) -> list[nn.Module]:
+    def blocks(self) -> list[nn.Module]:
         """Blocks in order; empty if the backbone has none."""
         return list(getattr(self.model, "blocks", []))
 
@@ -74,7 +74,7 @@ class Backbone(nn.Module):
         # Each combination of resolution, gradient or not, all tokens or the class token, and drop path or not is
         # another version of the same code, and torch's own limit is eight.
         torch._dynamo.config.recompile_limit = 64
-        for block in self.row:
+        for block in self.blocks:
             block.compile(dynamic=None if any_batch else False)
 
     def leave_out(self, share: float) -> None:
@@ -114,15 +114,15 @@ class Backbone(nn.Module):
         """
         raise DinoError("--recompute needs a sequence of blocks; this backbone has none", "--accumulate N")
 
-    def forward(self, images: Tensor, hidden: Hidden | None = None) -> Tokens:  # [B, C, H, W]
+    def forward(self, images: Tensor, masked: MaskedPatches | None = None) -> Tokens:  # [B, C, H, W]
         """Return the tokens of the last block, optionally with masked patches.
 
         Raises:
             DinoError: If the backbone does not support masking.
         """
-        return self.blocks(images, 1, hidden)[-1]
+        return self.last_tokens(images, 1, masked)[-1]
 
-    def blocks(self, images: Tensor, last: int, hidden: Hidden | None = None) -> list[Tokens]:
+    def last_tokens(self, images: Tensor, last: int, masked: MaskedPatches | None = None) -> list[Tokens]:
         """Return the tokens of the `last` blocks, each after the final norm, the earliest first.
 
         Raises:
@@ -130,13 +130,13 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
-    def class_tokens(self, images: Tensor, last: int = 1, hidden: Hidden | None = None) -> list[Tensor]:
-        """Return only the class tokens of the `last` blocks: those of `blocks`, at less cost if possible. [B, D] each
+    def class_tokens(self, images: Tensor, last: int = 1, masked: MaskedPatches | None = None) -> list[Tensor]:
+        """Return only the class tokens of the `last` blocks, at less cost than `last_tokens` if possible. [B, D] each
 
         Raises:
             DinoError: If the backbone has fewer blocks or none, or does not support masking.
         """
-        return [tokens.cls for tokens in self.blocks(images, last, hidden)]
+        return [tokens.cls for tokens in self.last_tokens(images, last, masked)]
 
     def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
         """Return the patches' outputs, queries, keys or values in some blocks.

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dinocli.models.rotary import turned
 
-Shares = tuple[Tensor | None, Tensor | None]
-ALL: Shares = (None, None)
+DropPathMasks = tuple[Tensor | None, Tensor | None]
+ALL: DropPathMasks = (None, None)
 Branch = Callable[[Tensor], Tensor]
 Projection = Literal["query", "key", "value"]
 
@@ -33,7 +33,7 @@ class BranchBlock(nn.Module):
     drop_path2: Any
     left_out: float = 0.0
 
-    def shares(self, tokens: Tensor) -> Shares:
+    def drop_path_masks(self, tokens: Tensor) -> DropPathMasks:
         """Draw drop path for the two branches.
 
         The draws are separate from the block, so that a compiled or recomputed block draws nothing.
@@ -62,21 +62,21 @@ class PlainBlock(BranchBlock, Block):
         return block
 
     def forward(  # type: ignore[override]  # timm's second argument is a mask, which has no use here
-        self, tokens: Tensor, shares: Shares = ALL, asking: int | None = None
+        self, tokens: Tensor, masks: DropPathMasks = ALL, asking: int | None = None
     ) -> Tensor:
         """Return the tokens after the block.
 
         Args:
             tokens: [B, T, D]
-            shares: Drop path's draws, from `shares`.
+            masks: Drop path's draws, from `masks`.
             asking: Number of first tokens to compute. If None, all. Queries, projection and MLP are computed for these
                 only, keys and values for all tokens, and the result is the same.
 
         Returns:
             [B, asking, D]
         """
-        tokens = _add_branch(tokens, lambda x: self.ls1(_attend(self.attn, self.norm1(x), asking)), shares[0], asking)
-        return _add_branch(tokens, lambda x: self.ls2(self.mlp(self.norm2(x))), shares[1])
+        tokens = _add_branch(tokens, lambda x: self.ls1(_attend(self.attn, self.norm1(x), asking)), masks[0], asking)
+        return _add_branch(tokens, lambda x: self.ls2(self.mlp(self.norm2(x))), masks[1])
 
 
 class RotaryBlock(BranchBlock, EvaBlock):
@@ -96,13 +96,13 @@ class RotaryBlock(BranchBlock, EvaBlock):
         block.__class__ = RotaryBlock
 
     def forward(  # type: ignore[override]  # timm's other arguments are masks, which have no use here
-        self, tokens: Tensor, shares: Shares = ALL, asking: int | None = None, rotation: Tensor | None = None
+        self, tokens: Tensor, masks: DropPathMasks = ALL, asking: int | None = None, rotation: Tensor | None = None
     ) -> Tensor:
         """Return the tokens after the block, like `PlainBlock.forward`.
 
         Args:
             tokens: [B, T, D]
-            shares: Drop path's draws, from `shares`.
+            masks: Drop path's draws, from `masks`.
             asking: Number of first tokens to compute. If None, all.
             rotation: Cosines and sines that rotate queries and keys. If None, no rotation. [2, T, d/2]
 
@@ -113,8 +113,8 @@ class RotaryBlock(BranchBlock, EvaBlock):
         def attended(x: Tensor) -> Tensor:
             return _scale(self.gamma_1, _attend(self.attn, self.norm1(x), asking, rotation))
 
-        tokens = _add_branch(tokens, attended, shares[0], asking)
-        return _add_branch(tokens, lambda x: _scale(self.gamma_2, self.mlp(self.norm2(x))), shares[1])
+        tokens = _add_branch(tokens, attended, masks[0], asking)
+        return _add_branch(tokens, lambda x: _scale(self.gamma_2, self.mlp(self.norm2(x))), masks[1])
 
 
 def _scale(scale: Tensor | None, values: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dinocli.core.errors import DinoError
-from dinocli.models.backbone import Backbone, Facet, Hidden, Tokens
+from dinocli.models.backbone import Backbone, Facet, MaskedPatches, Tokens
 
 
 class ConvBackbone(Backbone):
@@ -20,8 +20,8 @@ class ConvBackbone(Backbone):
         self.width = int(model.num_features)
         self.patch_size = int(model.feature_info[-1]["reduction"])
 
-    def blocks(self, images: Tensor, last: int, hidden: Hidden | None = None) -> list[Tokens]:
-        if hidden is not None:
+    def last_tokens(self, images: Tensor, last: int, masked: MaskedPatches | None = None) -> list[Tokens]:
+        if masked is not None:
             raise DinoError(
                 "views.mask needs a vision transformer; a convolutional network has no patches to mask",
                 "--set views.mask=none",
@@ -46,7 +46,7 @@ class ConvBackbone(Backbone):
                 "a convolutional network gives only its output: no other layer, and no query, key or value",
                 "--layer -1 --facet token",
             )
-        (tokens,) = self.blocks(images, 1)
+        (tokens,) = self.last_tokens(images, 1)
         return tokens.patches.unflatten(1, tokens.grid)
 
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dinocli.core.distributed import whole
 from dinocli.core.errors import DinoError
-from dinocli.models.backbone import Backbone, Hidden
+from dinocli.models.backbone import Backbone, MaskedPatches
 from dinocli.models.head import Head
 
 Reads = Literal["class", "patches"]
@@ -26,14 +26,14 @@ class Encoding:
     Attributes:
         cls: Class tokens of the backbone. [V, B, D]
         globals: Number of global views G.
-        logits: Logits of the class tokens, by the name of the head. [V, B, K]
-        hidden: Logits of the selected patches, by the name of the head. [M, K]
+        class_logits: Logits of the class tokens, by the name of the head. [V, B, K]
+        masked_logits: Logits of the selected patches, by the name of the head. [M, K]
     """
 
     cls: Tensor
     globals: int
-    logits: dict[str, Tensor]
-    hidden: dict[str, Tensor] = field(default_factory=dict)
+    class_logits: dict[str, Tensor]
+    masked_logits: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Network(nn.Module):
@@ -42,7 +42,7 @@ class Network(nn.Module):
     Args:
         heads: Heads by their names.
         reads: Tokens that each head reads. By default the class token.
-        hides: If True, patches may be masked, and the network has a token that replaces them.
+        masking: If True, patches may be masked, and the network has a token that replaces them.
     """
 
     def __init__(
@@ -51,59 +51,60 @@ class Network(nn.Module):
         heads: Mapping[str, Head],
         reads: Mapping[str, frozenset[Reads]] | None = None,
         *,
-        hides: bool = False,
+        masking: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = nn.ModuleDict(heads)
         self.reads = {name: (reads or {}).get(name, CLASS) for name in heads}
-        self.mask_token = nn.Parameter(torch.zeros(1, backbone.width)) if hides else None
+        self.mask_token = nn.Parameter(torch.zeros(1, backbone.width)) if masking else None
         self._compiled = False
 
-    def forward(self, crops: Sequence[Tensor], hide: Tensor | None = None, rows: Tensor | None = None) -> Encoding:
+    def forward(self, crops: Sequence[Tensor], mask: Tensor | None = None, rows: Tensor | None = None) -> Encoding:
         """Encode groups of views, one group per resolution.
 
         Args:
             crops: One [V, B, C, H, W] per resolution, the global views first; V may differ, B may not.
-            hide: Mask of the global views' patches. If None, none is masked. [G, B, N], bool
+            mask: Mask of the global views' patches. If None, none is masked. [G, B, N], bool
             rows: Indices, among the G*B*N patches, of those that heads read. If None, all. [M], int64
         """
         # The backbone runs once per resolution, the heads once on everything: BatchNorm in a head must see all views.
         first, *others = crops
-        cls, patches = self._globals(first, hide)
+        cls, patches = self._globals(first, mask)
         cls = torch.cat([cls, *(self._class_tokens(group, None) for group in others)])
         if patches is not None and rows is not None:
             patches = patches[rows]  # [M, D]
-        logits, hidden = {}, {}
+        class_logits, masked_logits = {}, {}
         for name, head in self.heads.items():
             of_class = cls.flatten(0, 1) if "class" in self.reads[name] else None
             of_patches = patches if "patches" in self.reads[name] else None
             said = _apply_to_both(cast(Head, head), of_class, of_patches)
             if said[0] is not None:
-                logits[name] = said[0].unflatten(0, cls.shape[:2])
+                class_logits[name] = said[0].unflatten(0, cls.shape[:2])
             if said[1] is not None:
-                hidden[name] = said[1]
-        return Encoding(cls, len(first), logits, hidden)
+                masked_logits[name] = said[1]
+        return Encoding(cls, len(first), class_logits, masked_logits)
 
-    def _globals(self, group: Tensor, hide: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _globals(self, group: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return class tokens of the global views, and their patches if a head reads them. [G, B, D] and [G*B*N, D]"""
-        hidden = None if hide is None or self.mask_token is None else Hidden(hide.flatten(0, 1), self.mask_token)
+        masked = None if mask is None or self.mask_token is None else MaskedPatches(mask.flatten(0, 1), self.mask_token)
         if not any("patches" in reads for reads in self.reads.values()):
-            return self._class_tokens(group, hidden), None
-        tokens = self.backbone(group.flatten(0, 1), hidden)
+            return self._class_tokens(group, masked), None
+        tokens = self.backbone(group.flatten(0, 1), masked)
         return tokens.cls.unflatten(0, group.shape[:2]), tokens.patches.flatten(0, 1)
 
-    def _class_tokens(self, group: Tensor, hidden: Hidden | None) -> Tensor:  # [V, B, C, H, W] -> [V, B, D]
-        (cls,) = self.backbone.class_tokens(group.flatten(0, 1), hidden=hidden)
+    def _class_tokens(self, group: Tensor, masked: MaskedPatches | None) -> Tensor:  # [V, B, C, H, W] -> [V, B, D]
+        (cls,) = self.backbone.class_tokens(group.flatten(0, 1), masked=masked)
         return cls.unflatten(0, group.shape[:2])
 
     def prototypes(self, head: str) -> int:
         """Return the number of prototypes K of a head."""
         return int(self.get_submodule(f"heads.{head}").prototypes)  # type: ignore[arg-type]
 
+    @property
     def blocks(self) -> list[nn.Module]:
-        """Return the backbone's blocks in order; empty if it has none."""
-        return self.backbone.row
+        """Blocks of the backbone in order; empty if it has none."""
+        return self.backbone.blocks
 
     def compile_blocks(self) -> None:
         """Compile the backbone's blocks, once for each image size."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinocli.core.errors import DinoError
-from dinocli.models.backbone import Backbone, Facet, Hidden, Tokens
+from dinocli.models.backbone import Backbone, Facet, MaskedPatches, Tokens
 from dinocli.models.block import BranchBlock, PlainBlock, Projection, RotaryBlock, attention_of, projected
 from dinocli.models.positions import Positions, Resampler
 from dinocli.models.rotary import Rotary
@@ -39,15 +39,15 @@ class Transformer(Backbone):
         self._recompute = True
 
     def leave_out(self, share: float) -> None:
-        if not all(isinstance(block, BranchBlock) for block in self.row):
+        if not all(isinstance(block, BranchBlock) for block in self.blocks):
             super().leave_out(share)
-        for block in self.row:
+        for block in self.blocks:
             block.left_out = share  # type: ignore[assignment]
 
     def level(self, parameter: str) -> int:
         if parameter.startswith("blocks."):
             return 1 + int(parameter.split(".")[1])
-        return len(self.row) + 1 if parameter.startswith("norm.") else 0
+        return len(self.blocks) + 1 if parameter.startswith("norm.") else 0
 
     def _place(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
         """Return tokens with learned positions added, and the rotation of queries and keys, if any.
@@ -62,7 +62,9 @@ class Transformer(Backbone):
         """
         raise NotImplementedError
 
-    def _embed(self, images: Tensor, hidden: Hidden | None = None) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+    def _embed(
+        self, images: Tensor, masked: MaskedPatches | None = None
+    ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
         """Return the tokens for the first block, the rotation of queries and keys, and rows and columns."""
         if min(images.shape[-2:]) < self.patch_size:
             raise DinoError(
@@ -74,8 +76,8 @@ class Transformer(Backbone):
         grid = (patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
         # Before positions are added: a masked patch keeps its position.
-        if hidden is not None:
-            patches = torch.where(hidden.where[..., None], hidden.token.to(patches.dtype), patches)
+        if masked is not None:
+            patches = torch.where(masked.where[..., None], masked.token.to(patches.dtype), patches)
         # shape[0] and not len(): an exported graph keeps the number of images free.
         prefix = [
             t.expand(images.shape[0], -1, -1) for t in (self.model.cls_token, self.model.reg_token) if t is not None
@@ -84,25 +86,25 @@ class Transformer(Backbone):
         tokens, rotation = self._place(tokens, grid, square=images.shape[-2] == images.shape[-1])
         return self.model.norm_pre(tokens), rotation, grid
 
-    def blocks(self, images: Tensor, last: int, hidden: Hidden | None = None) -> list[Tokens]:
-        tokens, rotation, grid = self._embed(images, hidden)
+    def last_tokens(self, images: Tensor, last: int, masked: MaskedPatches | None = None) -> list[Tokens]:
+        tokens, rotation, grid = self._embed(images, masked)
         return [self._split(self.model.norm(made), grid) for made in self._last(tokens, rotation, last)]
 
-    def class_tokens(self, images: Tensor, last: int = 1, hidden: Hidden | None = None) -> list[Tensor]:
-        tokens, rotation, _ = self._embed(images, hidden)
+    def class_tokens(self, images: Tensor, last: int = 1, masked: MaskedPatches | None = None) -> list[Tensor]:
+        tokens, rotation, _ = self._embed(images, masked)
         return [self.model.norm(made[:, 0]) for made in self._last(tokens, rotation, last, asking=1)]
 
     def _last(self, tokens: Tensor, rotation: Tensor | None, last: int, asking: int | None = None) -> list[Tensor]:
         """Return the outputs of the `last` blocks; the final one computes only `asking` tokens if it can. [B, T, D]"""
-        first = len(self.row) - last
+        first = len(self.blocks) - last
         if first < 0:
             raise DinoError(
-                f"--blocks {last} is larger than the {len(self.row)} blocks of this backbone",
-                f"--blocks {len(self.row)}",
+                f"--blocks {last} is larger than the {len(self.blocks)} blocks of this backbone",
+                f"--blocks {len(self.blocks)}",
             )
         outputs = []
-        for i, block in enumerate(self.row):
-            tokens = self._run(block, tokens, rotation, asking if i == len(self.row) - 1 else None)
+        for i, block in enumerate(self.blocks):
+            tokens = self._run(block, tokens, rotation, asking if i == len(self.blocks) - 1 else None)
             if i >= first:
                 outputs.append(tokens)
         return outputs
@@ -110,7 +112,7 @@ class Transformer(Backbone):
     def _run(self, block: nn.Module, tokens: Tensor, rotation: Tensor | None, asking: int | None = None) -> Tensor:
         """Run a block, with activation checkpointing if that is on."""
         # Random draws happen here: a compiled or recomputed block must not draw anything itself.
-        more: tuple[Any, ...] = (block.shares(tokens), asking) if isinstance(block, BranchBlock) else ()
+        more: tuple[Any, ...] = (block.drop_path_masks(tokens), asking) if isinstance(block, BranchBlock) else ()
         if rotation is not None:
             more = (*more, rotation)
         if self._recompute and torch.is_grad_enabled():
@@ -123,13 +125,13 @@ class Transformer(Backbone):
         return Tokens(cls=tokens[:, 0], registers=tokens[:, 1:prefix], patches=tokens[:, prefix:], grid=grid)
 
     def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
-        depth = len(self.row)
+        depth = len(self.blocks)
         if wrong := [layer for layer in layers if not 1 <= abs(layer) <= depth]:
             raise DinoError(f"--layer {wrong[0]} is no block; expected 1 to {depth}, or -1 to -{depth}", "--layer -1")
         wanted = [layer - 1 if layer > 0 else depth + layer for layer in layers]
         tokens, rotation, grid = self._embed(images)
         made: dict[int, Tensor] = {}
-        for i, block in enumerate(self.row[: max(wanted) + 1]):
+        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
             before, last = tokens, i == max(wanted)
             if not last or facet == "token":
                 tokens = self._run(block, tokens, rotation)
@@ -140,9 +142,9 @@ class Transformer(Backbone):
 
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         tokens, rotation, _ = self._embed(images)
-        for block in self.row[:-1]:
+        for block in self.blocks[:-1]:
             tokens = self._run(block, tokens, rotation)
-        last: Any = self.row[-1]
+        last: Any = self.blocks[-1]
         return attention_of(last.attn, last.norm1(tokens), queries, rotation)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dinocli.engine.schedules import Constant
-from dinocli.method.losses import AimedConfig
+from dinocli.method.losses import PrototypeLossConfig
 from dinocli.method.losses.targets import CenteringConfig
 from dinocli.method.preset import Preset
 
@@ -36,7 +36,7 @@ class Collapse:
     remedy: str
 
 
-class CollapseWatch:
+class CollapseDetector:
     """Detector of targets that no longer carry information about the images. It reports each collapse once.
 
     Source: arXiv 2104.14294, section 5.3: without sharpening the targets' entropy rises to ln K, without centering it
@@ -49,19 +49,19 @@ class CollapseWatch:
         self._lines: deque[tuple[int, Mapping[str, float]]] = deque()
         self._told: set[str] = set()
 
-    def see(self, step: int, figures: Mapping[str, float]) -> Collapse | None:
+    def update(self, step: int, figures: Mapping[str, float]) -> Collapse | None:
         """Add a logged step, and return a collapse that was not reported yet.
 
         Args:
             step: Number of steps done.
-            figures: Logged figures, including those of `SelfDistillation.watch`.
+            figures: Logged figures, including those of `SelfDistillation.metrics`.
         """
         self._lines.append((step, figures))
         if step - self._lines[0][0] < self.span:
             return None
         while step - self._lines[1][0] >= self.span:
             self._lines.popleft()
-        for name, loss in self.preset.losses.aimed().items():
+        for name, loss in self.preset.losses.with_targets().items():
             kind = self._kind(name, math.log(self.preset.heads[loss.head].prototypes))
             if kind is None:
                 self._told.discard(name)
@@ -80,7 +80,7 @@ class CollapseWatch:
             return None
         return "uniform" if entropy > _UNIFORM else "one-sided" if entropy < _ONE_SIDED else None
 
-    def _words(self, name: str, loss: AimedConfig, kind: Kind) -> str:
+    def _words(self, name: str, loss: PrototypeLossConfig, kind: Kind) -> str:
         said = {
             "uniform": "gives every prototype the same share",
             "one-sided": "gives nearly everything to one prototype",
@@ -89,7 +89,7 @@ class CollapseWatch:
         return f"{kind} collapse: for {self.span} steps the teacher {said}, for any {seen} (losses.{name})"
 
 
-def _remedy(preset: Preset, name: str, loss: AimedConfig, kind: Kind) -> str:
+def _remedy(preset: Preset, name: str, loss: PrototypeLossConfig, kind: Kind) -> str:
     """Return the first remedy from users' reports or the paper that this preset does not have yet."""
     rule = f"losses.{name}.targets"
     temperature, batch = max(loss.targets.temperature.bounds), preset.training.batch_size

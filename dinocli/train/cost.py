@@ -16,7 +16,7 @@ from dinocli.core.device import autocast, has_bfloat16
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
 from dinocli.data.views.crops import ViewsConfig
-from dinocli.data.views.masking import Masks, hidden_in_all
+from dinocli.data.views.masking import PatchMasks, masked_in_all
 from dinocli.method.distillation import SelfDistillation
 from dinocli.train.plan import Plan, equal_parts
 
@@ -76,7 +76,7 @@ def estimate(plan: Plan) -> Estimate:
     phases = plan.phases
     flops = sum((steps or 1) / max(1, plan.stop) * _flops(method, part) for steps, part in phases)
     _, plan = phases[-1]
-    depth = len(method.student.blocks())
+    depth = len(method.student.blocks)
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
     image = (four - two) / 2  # bytes grow linearly with the batch
     weights = _bytes(method.student)
@@ -163,7 +163,7 @@ def _measure_memory(plan: Plan, images: int) -> tuple[float, float]:
     weights = _storages(method.parameters())
     waiting = _storages([*part.targets.values(), *batch.crops])
     # The losses write the logits' gradient over the logits, which therefore count once.
-    turn = _storages([*kept.values(), *student.logits.values(), *student.hidden.values()])
+    turn = _storages([*kept.values(), *student.class_logits.values(), *student.masked_logits.values()])
     return sum(waiting.values()), sum(size for key, size in turn.items() if key not in weights | waiting)
 
 
@@ -179,10 +179,10 @@ def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) 
         small = torch.empty(views.locals, images, c, views.local.size, views.local.size)
     if views.mask and grid:
         patches = grid[0] * grid[1]
-        hidden = hidden_in_all(views.mask, (shown, images), patches)
+        masked = masked_in_all(views.mask, (shown, images), patches)
         where = torch.zeros(shown, images, patches, dtype=torch.bool)
         counts = torch.zeros(shown, images, dtype=torch.int64, device="cpu")
-        masks = Masks(where, torch.arange(hidden), torch.ones(hidden), counts)
+        masks = PatchMasks(where, torch.arange(masked), torch.ones(masked), counts)
     return Batch(large, small, rows, masks)
 
 

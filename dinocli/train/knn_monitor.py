@@ -1,4 +1,4 @@
-"""Monitor: k-NN accuracy of a network while it trains, on a small labelled set."""
+"""KnnMonitor: k-NN accuracy of a network while it trains, on a small labelled set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dinocli.data.views.augment import normalize
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.evals.knn import knn
 from dinocli.features.encoder import checked
-from dinocli.features.store import Features, Recipe, compared
+from dinocli.features.store import Features, Provenance, compared
 from dinocli.method.preset import Preset
 from dinocli.models.network import Network
 
@@ -32,7 +32,7 @@ _COST, _SHARE = 0.15, 0.05
 _LOOKS = 20
 
 
-class Monitor:
+class KnnMonitor:
     """k-NN evaluation on a labelled set that is decoded once, at the size of the global views.
 
     Args:
@@ -74,7 +74,7 @@ class Monitor:
         """Number of images per evaluation."""
         return sum(len(pixels) for pixels, _ in self._parts.values())
 
-    def look(self, network: Network) -> float:
+    def evaluate(self, network: Network) -> float:
         """Return the k-NN accuracy in percent; the network stays unchanged."""
         found = {
             name: replace(plain, values=class_tokens(network, pixels, self.views).numpy())
@@ -103,9 +103,9 @@ class Monitor:
                 f"--monitor needs at least two images; {source.where} has {len(names)} that can be read",
                 "check them with dino doctor",
             )
-        recipe = Recipe("the run", "", "cls", 1, size, source.where)
+        provenance = Provenance("the run", "", "cls", 1, size, source.where)
         empty = np.empty((len(names), 0), np.float32)
-        return torch.cat(pixels), Features(empty, np.array(labels, np.int64), names, source.classes, {}, recipe)
+        return torch.cat(pixels), Features(empty, np.array(labels, np.int64), names, source.classes, {}, provenance)
 
 
 def steps_between_looks(images: int, steps: int, batch_size: int) -> int:

@@ -22,8 +22,8 @@ from dinocli.engine.trainer import Trainer, Values
 from dinocli.features.encoder import NotFinite
 from dinocli.method.distillation import SelfDistillation
 from dinocli.models.network import Network
-from dinocli.train.collapse import CollapseWatch
-from dinocli.train.knn_monitor import Monitor, steps_between_looks
+from dinocli.train.collapse import CollapseDetector
+from dinocli.train.knn_monitor import KnnMonitor, steps_between_looks
 from dinocli.train.plan import Plan
 from dinocli.train.snapshots import Photos
 from dinocli.viz.report import write_report
@@ -78,7 +78,7 @@ def check_weights(trainer: Trainer, run: Path) -> None:
         )
 
 
-class Watch:
+class Logger:
     """Logs, evaluations and failure checks of a run.
 
     Args:
@@ -107,7 +107,7 @@ class Watch:
         self._best, self._fallen = 0.0, False
         first = rank() == 0  # only the first process evaluates and writes
         looks = first and plan.monitor
-        self._monitor = Monitor(looks, plan.preset, plan.workers) if looks else None
+        self._monitor = KnnMonitor(looks, plan.preset, plan.workers) if looks else None
         self._photos = Photos.of(plan.source, plan.preset) if first and plan.report else None
         looked_at = (self._monitor.images if self._monitor else 0) + (len(self._photos.pool) if self._photos else 0)
         looked_at = from_first(looked_at)
@@ -121,7 +121,7 @@ class Watch:
             self._logs.append(TensorBoard(plan.out / "tensorboard", trainer.clock.step))
         self._pace, self._waited = Pace(), 0.0
         self._last: deque[tuple[int, Tensor]] = deque(maxlen=GIVE_UP + LOG_EVERY)
-        self._collapse = CollapseWatch(plan.preset, plan.clock.total)
+        self._collapse = CollapseDetector(plan.preset, plan.clock.total)
 
     def due(self) -> bool:
         """Return True if the next step must be logged because of its number."""
@@ -140,7 +140,7 @@ class Watch:
             if self.knn is not None:
                 self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
 
-    def saw(self, rows: Tensor, waited: float) -> None:
+    def count(self, rows: Tensor, waited: float) -> None:
         """Count a step's images, and keep their indices for an error message.
 
         Args:
@@ -159,7 +159,7 @@ class Watch:
         found: dict[str, float] = {}
         average = self._average()
         if self._monitor:
-            self.knn = self._monitor.look(average)
+            self.knn = self._monitor.evaluate(average)
             found["knn"] = round(self.knn, 3)
             self._warn_of_a_fall(self.knn, self._monitor.measured)
         if self._photos:
@@ -243,7 +243,7 @@ class Watch:
         # A short run that skipped every step has learned nothing either.
         if in_a_row >= GIVE_UP or (clock.step == self.plan.stop and in_a_row == clock.step):
             self._give_up(in_a_row)
-        collapse = self._collapse.see(clock.step, plain)
+        collapse = self._collapse.update(clock.step, plain)
         if collapse:
             if self.plan.on_collapse == "stop":
                 raise DinoError(collapse.words, collapse.remedy)

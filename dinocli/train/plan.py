@@ -242,7 +242,7 @@ def _warm_ups(preset: Preset, *, low: bool = True) -> Iterator[tuple[str, int, s
         yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs=0"
     for name, head in preset.heads.items():
         yield "the freeze of the prototypes", head.freeze_last_layer_epochs, f"heads.{name}.freeze_last_layer_epochs=0"
-    for name, loss in preset.losses.aimed().items():
+    for name, loss in preset.losses.with_targets().items():
         ramp = loss.targets.temperature
         if isinstance(ramp, LinearByEpoch):
             yield "the teacher temperature's warm-up", ramp.epochs, f"losses.{name}.targets.temperature.epochs=0"

@@ -15,18 +15,18 @@ import torch
 from dinocli.core.device import autocast, keep_freed_memory
 from dinocli.core.distributed import any_of, rank, size
 from dinocli.core.runs import CHECKPOINT, held
-from dinocli.data.loader.batch import BadFiles, Share
+from dinocli.data.loader.batch import BadFiles, Shard
 from dinocli.data.loader.train import TrainBatches
 from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import SelfDistillation
 from dinocli.train.interrupts import collect_on_request, stop_signals
-from dinocli.train.knn_monitor import Monitor
-from dinocli.train.logger import Progress, Watch
+from dinocli.train.knn_monitor import KnnMonitor
+from dinocli.train.logger import Logger, Progress
 from dinocli.train.plan import Plan
 from dinocli.train.resume import find_saved, refuse_taken, resumed_plan
 from dinocli.train.session import Session
-from dinocli.train.state import Saved, saved_states
+from dinocli.train.state import SavedState, saved_states
 from dinocli.weights.load import start_from
 
 
@@ -87,28 +87,28 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
             if saved.state.step >= plan.stop:  # finished: nothing new to evaluate or draw
                 plan = replace(plan, report=False, monitor=None)
         trainer, method, fresh = _trainer(plan, saved, note)
-        watch = Watch(plan, trainer, method, report, note)
+        logger = Logger(plan, trainer, method, report, note)
         session = Session(plan, trainer, method, saved)
         batches = _batches(plan, trainer, method)
         session.bad = batches.bad
         late = False
         try:
-            watch.begin()
+            logger.begin()
             for batch in batches if trainer.clock.step < plan.stop else ():
                 if stopping.asked and size() == 1:
                     break
                 stopping.step(session.took)
-                due = watch.due() or late
+                due = logger.due() or late
                 values = session.step(batch, due)
-                watch.saw(batch.rows, batches.waited)
+                logger.count(batch.rows, batches.waited)
                 if due:
-                    watch.log(values)
+                    logger.log(values)
                     tidy()
                 # Clocks and signals differ between processes, so all processes decide together.
-                late, save, stop = any_of(watch.late, session.late, stopping.asked)
+                late, save, stop = any_of(logger.late, session.late, stopping.asked)
                 stopping.check()
                 if session.save_now_and_then(save):
-                    watch.draw()
+                    logger.draw()
                 if stop or trainer.clock.step >= plan.stop:
                     break
             stopping.finish()
@@ -116,14 +116,14 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
             batches.close()
             if not stopping.at_once:
                 session.close(broken=sys.exception() is not None)
-        watch.draw(last=True)
+        logger.draw(last=True)
     return Run(
         folder=plan.out,
         checkpoint=plan.out / CHECKPOINT,
         began=saved.state.step if saved else 0,
         step=trainer.clock.step,
         stopped=trainer.clock.step < plan.stop,
-        loss=watch.loss,
+        loss=logger.loss,
         seconds=time.perf_counter() - began,
         bad=session.all_bad,
         cached=batches.cache.kept if batches.cache else None,
@@ -160,11 +160,11 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
         if plan.init and not saved:
             start_from(method, plan.init, note)
     if plan.monitor:
-        Monitor(plan.monitor, plan.preset, plan.workers)
+        KnnMonitor(plan.monitor, plan.preset, plan.workers)
 
 
 def _trainer(
-    plan: Plan, saved: Saved | None, note: Callable[[str], None]
+    plan: Plan, saved: SavedState | None, note: Callable[[str], None]
 ) -> tuple[Trainer, SelfDistillation, list[str]]:
     """Return the trainer at its starting step, its method, and the names of heads that keep random weights."""
     preset = plan.preset
@@ -202,7 +202,7 @@ def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBat
         steps_per_epoch=trainer.clock.steps_per_epoch,
         workers=plan.workers,
         device=plan.device,
-        share=Share(rank(), size()),
+        shard=Shard(rank(), size()),
         cache=plan.cache,
         compiled=plan.compiled,
         grid=method.student.backbone.grid,

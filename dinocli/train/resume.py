@@ -16,7 +16,7 @@ from dinocli.data.sources.shards import Shards
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method.preset import Preset
 from dinocli.train.plan import Plan
-from dinocli.train.state import Saved, State, newest, other_contents, saved_states
+from dinocli.train.state import SavedState, State, newest, other_contents, saved_states
 from dinocli.viz.report import CURVES, REPORT
 
 BAD_IMAGES = "bad_images.txt"
@@ -24,7 +24,7 @@ BAD_IMAGES = "bad_images.txt"
 _WRITTEN = (CHECKPOINT, "preset.json", "metrics.jsonl", REPORT, CURVES, BAD_IMAGES)
 
 
-def find_saved(plan: Plan, note: Callable[[str], None]) -> Saved | None:
+def find_saved(plan: Plan, note: Callable[[str], None]) -> SavedState | None:
     """Return the state to resume from, or None for a new run.
 
     Raises:

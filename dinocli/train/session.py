@@ -15,13 +15,13 @@ from dinocli.method.distillation import SelfDistillation
 from dinocli.train.logger import check_weights
 from dinocli.train.plan import Plan, equal_parts
 from dinocli.train.resume import BAD_IMAGES, reading_processes
-from dinocli.train.state import ImageFacts, Keeper, Saved, State, sample_of
+from dinocli.train.state import ImageFacts, SavedState, State, StateStore, sample_of
 
 
 class Session:
     """Steps and saves of a run; a save before the first step reveals a full disk early."""
 
-    def __init__(self, plan: Plan, trainer: Trainer, method: SelfDistillation, saved: Saved | None) -> None:
+    def __init__(self, plan: Plan, trainer: Trainer, method: SelfDistillation, saved: SavedState | None) -> None:
         self.plan, self.trainer, self.method, self.bad = plan, trainer, method, BadFiles()
         self.all_bad = BadFiles()  # gathered from all processes
         source = plan.source
@@ -30,19 +30,19 @@ class Session:
         self.images = ImageFacts(
             where=source.where, count=source.count, fingerprint=source.fingerprint, contents=contents
         )
-        self.keeper = Keeper(plan.out, plan.saving.keep, plan.saving.milestones)
+        self.store = StateStore(plan.out, plan.saving.keep, plan.saving.milestones)
         self.whole = True  # False during a step or a save, and after one failed
         self.took = 0.0  # seconds that the last save took
         path = plan.out / BAD_IMAGES
         self.bad_before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         self.saved_step = saved.state.step if saved else -1
         if saved:
-            self.keeper.mend(saved)
+            self.store.repair(saved)
         self.save()
         if rank() == 0:
             write_text(plan.out / "preset.json", plan.preset.model_dump_json(indent=2))
 
-    def step(self, batch: object, watch: bool) -> dict[str, torch.Tensor | float]:
+    def step(self, batch: object, log: bool) -> dict[str, torch.Tensor | float]:
         """Run one step.
 
         Raises:
@@ -50,11 +50,11 @@ class Session:
         """
         self.whole = False
         try:
-            values = self.trainer.step(batch, watch=watch)
+            values = self.trainer.step(batch, log=log)
         except torch.OutOfMemoryError as error:
             whole, each, parts = self.plan.preset.training.batch_size, self.plan.images_each, self.plan.accumulate
             same = [f"--accumulate {n}" for n in equal_parts(each) if n > parts][:1]
-            if not self.plan.recompute and self.method.student.blocks():
+            if not self.plan.recompute and self.method.student.blocks:
                 same.append("--recompute")
             more = f"{' or '.join(same)}, with the same gradient; or " if same else ""
             raise DinoError(
@@ -87,7 +87,7 @@ class Session:
                 teacher=self.plan.teacher.fingerprint if self.plan.teacher else None,
                 lanes=reading_processes(self.plan),
             )
-            self.keeper.write(state, self.trainer, self.method.average)
+            self.store.write(state, self.trainer, self.method.average)
             self.whole, self.took = True, time.perf_counter() - began
         self.saved_step, self._saved = step, time.perf_counter()
         for reasons in [self.bad.reasons] if broken else gathered(self.bad.reasons):

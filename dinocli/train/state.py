@@ -84,7 +84,7 @@ class State(Config):
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """Valid training state on disk.
 
     Attributes:
@@ -127,7 +127,7 @@ def _folders(run: Path) -> list[Path]:
     return sorted(named, key=lambda path: int(path.name), reverse=True)
 
 
-def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
+def newest(run: Path, note: Callable[[str], None]) -> SavedState | None:
     """Return the newest valid state; report and set aside corrupt newer ones.
 
     Raises:
@@ -141,7 +141,7 @@ def newest(run: Path, note: Callable[[str], None]) -> Saved | None:
                 f"pip install dinocli=={writer}; or use another --out, and --init {run} to start from its weights",
             )
         if state and state.files and all(_checksum(folder / name) == known for name, known in state.files.items()):
-            return Saved(state, folder)
+            return SavedState(state, folder)
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
@@ -166,7 +166,7 @@ def _writer(folder: Path) -> str | None:
         return None
 
 
-class Keeper:
+class StateStore:
     """Writer of training states that deletes old ones.
 
     Args:
@@ -181,7 +181,7 @@ class Keeper:
             sweep(run)
             sweep(run / FOLDER)
 
-    def write(self, state: State, trainer: Trainer, handed_on: Network) -> None:
+    def write(self, state: State, trainer: Trainer, checkpoint: Network) -> None:
         """Save a step atomically, update the run's checkpoint, and delete the oldest states.
 
         The first process writes. All processes must call this method, because sharded weights are gathered.
@@ -189,7 +189,7 @@ class Keeper:
         Raises:
             OSError: If the disk is full or the folder is not writable. Earlier states are kept.
         """
-        state_tensors, weights = state_of(trainer), handed_on.weights()
+        state_tensors, weights = state_of(trainer), checkpoint.weights()
         if rank() > 0:
             return
         folder = self.run / FOLDER / str(state.step)
@@ -201,15 +201,15 @@ class Keeper:
             # Through JSON text, which writes infinite numbers as words.
             plain = parse(state.model_copy(update={"files": files}).model_dump_json())
             write_json(draft / _STATE, plain, indent=2)
-        self._hand_on(folder)
+        self._link_checkpoint(folder)
         self._prune()
 
-    def mend(self, saved: Saved) -> None:
+    def repair(self, saved: SavedState) -> None:
         """Replace the run's checkpoint if a save was killed before updating it."""
         if _checksum(self.run / CHECKPOINT) != saved.state.files.get(CHECKPOINT):
-            self._hand_on(saved.folder)
+            self._link_checkpoint(saved.folder)
 
-    def _hand_on(self, folder: Path) -> None:
+    def _link_checkpoint(self, folder: Path) -> None:
         with atomic(self.run / CHECKPOINT) as draft:
             _link(folder / CHECKPOINT, draft)
 

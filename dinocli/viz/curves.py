@@ -1,4 +1,4 @@
-"""Drawings of panels for the HTML page and for a file, and a histogram."""
+"""Drawings of charts for the HTML page and for a file, and a histogram."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from dinocli.core.atomic import atomic
 from dinocli.viz.history import thinned
-from dinocli.viz.panels import Lane, Panel
+from dinocli.viz.panels import Axis, Chart
 
-# Inches. A panel is about as wide as a phone, so that its text is as large as the page's small print.
-_WIDTH, _LANE, _HEADING = 4.4, 1.75, 0.3
-# Minimum share of a panel left of its axes; inches of a digit in a label; inches of a tick, its gap and some slack.
+# Inches. A chart is about as wide as a phone, so that its text is as large as the page's small print.
+_WIDTH, _AXIS, _HEADING = 4.4, 1.75, 0.3
+# Minimum share of a chart left of its axes; inches of a digit in a label; inches of a tick, its gap and some slack.
 _LEFT, _DIGIT, _TICK = 0.125, 0.071, 0.13
 _INK, _FAINT, _BAD = "#4a4a4a", "#c9c9c9", "#c0392b"
 _COLORS = ("#1f6fb4", "#c8651b", "#3a8f3a", "#8757b5", "#a33c55")
@@ -48,17 +48,17 @@ _STYLE: Any = {
 }
 
 
-def panel_svg(panel: Panel, label: str) -> str:
-    """Return a panel as an SVG element whose colors are CSS variables of the page.
+def chart_svg(chart: Chart, label: str) -> str:
+    """Return a chart as an SVG element whose colors are CSS variables of the page.
 
     Args:
-        panel: Panel to draw.
+        chart: Chart to draw.
         label: Description for screen readers, already escaped.
     """
-    # The salt makes ids reproducible, and different in each panel of a page.
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": panel.title}):
-        figure = Figure(figsize=(_WIDTH, _height(panel)))
-        _draw(figure, panel, _height(panel))
+    # The salt makes ids reproducible, and different in each chart of a page.
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.title}):
+        figure = Figure(figsize=(_WIDTH, _height(chart)))
+        _draw(figure, chart, _height(chart))
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Type")))
     svg = text.getvalue()
@@ -71,18 +71,18 @@ def panel_svg(panel: Panel, label: str) -> str:
     return re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{label}" viewBox="{size and size[1]}">', svg, count=1)
 
 
-def write_sheet(drawn: Sequence[Panel], path: Path) -> None:
-    """Write all panels as one PNG, three per row."""
+def write_sheet(drawn: Sequence[Chart], path: Path) -> None:
+    """Write all charts as one PNG, three per row."""
     columns = min(3, len(drawn)) or 1
     rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)] or [[]]
-    heights = [max((_height(panel) for panel in row), default=1.0) + _HEADING for row in rows]
+    heights = [max((_height(chart) for chart in row), default=1.0) + _HEADING for row in rows]
     with matplotlib.rc_context(_STYLE):
         page = Figure(figsize=(_WIDTH * columns, sum(heights)), dpi=100, facecolor="white")
         grid = page.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
         for row, cells, height in zip(rows, grid, heights, strict=True):
-            for panel, cell in zip(row, cells, strict=False):
-                cell.text(_LEFT, 1 - 0.06 / height, panel.title, va="top", fontsize=10, fontweight="bold")
-                _draw(cell, panel, height, above=_HEADING)
+            for chart, cell in zip(row, cells, strict=False):
+                cell.text(_LEFT, 1 - 0.06 / height, chart.title, va="top", fontsize=10, fontweight="bold")
+                _draw(cell, chart, height, above=_HEADING)
         if not drawn:
             page.text(0.5, 0.5, "no values logged yet", ha="center", va="center")
         with atomic(path) as draft:
@@ -96,7 +96,7 @@ def write_histogram(values: NDArray[np.floating[Any]], title: str, mark: float |
     ends = [*marks, *([float(values.min()), float(values.max())] if len(values) else [0.0, 1.0])]
     bins = np.linspace(min(ends), max(ends) + 1e-6, 101)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(1.6 * _WIDTH, 1.6 * _LANE), dpi=120, facecolor="white", layout="constrained")
+        figure = Figure(figsize=(1.6 * _WIDTH, 1.6 * _AXIS), dpi=120, facecolor="white", layout="constrained")
         axes = figure.subplots()
         axes.hist(values, bins.tolist(), log=True, color=_COLORS[0])
         for at in marks:
@@ -111,35 +111,35 @@ def write_histogram(values: NDArray[np.floating[Any]], title: str, mark: float |
             figure.savefig(draft, format="png")
 
 
-def _height(panel: Panel) -> float:
-    return _LANE * (1 if len(panel.lanes) == 1 else 0.8 * len(panel.lanes)) + 0.15
+def _height(chart: Chart) -> float:
+    return _AXIS * (1 if len(chart.axes) == 1 else 0.8 * len(chart.axes)) + 0.15
 
 
-def _draw(figure: Figure | SubFigure, panel: Panel, height: float, above: float = 0.0) -> None:
-    """Draw a panel into a figure, below a strip for a heading (`height` and `above` in inches)."""
+def _draw(figure: Figure | SubFigure, chart: Chart, height: float, above: float = 0.0) -> None:
+    """Draw a chart into a figure, below a strip for a heading (`height` and `above` in inches)."""
     margins = {"right": 0.975, "bottom": 0.33 / height, "top": 1 - (0.22 + above) / height}
-    lanes = figure.subplots(len(panel.lanes), sharex=True, squeeze=False, gridspec_kw={**margins, "hspace": 0.36})
-    widest = max(_draw_lane(axes, lane) for axes, lane in zip(lanes[:, 0], panel.lanes, strict=True))
+    rows = figure.subplots(len(chart.axes), sharex=True, squeeze=False, gridspec_kw={**margins, "hspace": 0.36})
+    widest = max(_draw_axis(axes, axis) for axes, axis in zip(rows[:, 0], chart.axes, strict=True))
     figure.subplots_adjust(left=max(_LEFT, (widest * _DIGIT + _TICK) / _WIDTH))
-    low, high = lanes[-1, 0].get_xlim()
+    low, high = rows[-1, 0].get_xlim()
     if high - low < 2:  # a single step would get ticks such as 950m and 1.05
-        lanes[-1, 0].set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
-    lowest = lanes[-1, 0]
+        rows[-1, 0].set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
+    lowest = rows[-1, 0]
     lowest.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     lowest.xaxis.set_major_formatter(EngFormatter(sep=""))
     lowest.annotate("step", (1, 0), (0, -15), "axes fraction", "offset points", ha="right", va="top", fontsize=7.5)
 
 
-def _draw_lane(axes: Axes, lane: Lane) -> int:
+def _draw_axis(axes: Axes, axis: Axis) -> int:
     """Draw curves on one scale; return the number of characters in its longest label."""
     # Give the title's height: matplotlib's own search for one takes a third of the time.
-    axes.set_title(lane.title, loc="left", fontsize=8.5, pad=4, y=1.0)
+    axes.set_title(axis.title, loc="left", fontsize=8.5, pad=4, y=1.0)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    positive = all((curve.finite > 0).all() for curve in lane.curves.values())
-    log = lane.log and positive
+    positive = all((curve.finite > 0).all() for curve in axis.curves.values())
+    log = axis.log and positive
     axes.set_yscale("log" if log else "linear")
-    for (name, curve), color in zip(lane.curves.items(), _COLORS * len(lane.curves), strict=False):
+    for (name, curve), color in zip(axis.curves.items(), _COLORS * len(axis.curves), strict=False):
         few = thinned(curve)
         marker = "o" if len(few.steps) < 25 else ""
         axes.plot(few.steps, few.mean, color=color, linewidth=1.3, marker=marker, markersize=2.5, label=name)
@@ -147,22 +147,22 @@ def _draw_lane(axes: Axes, lane: Lane) -> int:
             axes.fill_between(few.steps, few.low, few.high, color=color, alpha=0.25, linewidth=0)
         bad = curve.steps[~np.isfinite(curve.values)][:200]
         axes.plot(bad, [0] * len(bad), "|", color=_BAD, clip_on=False, transform=axes.get_xaxis_transform())
-    for name, level in lane.marks.items():
+    for name, level in axis.marks.items():
         axes.axhline(level, color=_INK, linewidth=1, linestyle=":")
         where: Any = ("axes fraction", "data")  # below the line, because the legend is above it at the top
         axes.annotate(name, (1, level), (0, -2), where, "offset points", ha="right", va="top", fontsize=7.5)
     if log:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    elif lane.whole:
+    elif axis.whole:
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if not positive else 0.0, top=axes.get_ylim()[1] * 1.04)
     low, high = axes.get_ylim()
     ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
     digits = _digits(ticks)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.{digits}g}")
-    if len(lane.curves) > 1:
+    if len(axis.curves) > 1:
         axes.legend(
-            loc="lower right", bbox_to_anchor=(1, 1), ncols=len(lane.curves), frameon=False, fontsize=7.5,
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=len(axis.curves), frameon=False, fontsize=7.5,
             borderaxespad=0.1, borderpad=0.1, handlelength=1.2, handletextpad=0.4, columnspacing=1.0,
         )  # fmt: skip
     return max((len(f"{tick:.{digits}g}") for tick in ticks), default=0)

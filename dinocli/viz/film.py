@@ -15,7 +15,7 @@ from PIL.GifImagePlugin import getdata
 from dinocli.core.atomic import atomic
 from dinocli.data.decode.pixels import Pixels
 from dinocli.data.sources.frames import pyav
-from dinocli.viz.picture import Panel, sheet
+from dinocli.viz.picture import Tile, sheet
 
 SHOWN = 8  # frames in a strip
 _COLUMNS = 4
@@ -35,9 +35,9 @@ def small(picture: Pixels, width: int) -> Pixels:
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
 
-def write_strip(panels: Sequence[Panel], path: Path) -> None:
+def write_strip(tiles: Sequence[Tile], path: Path) -> None:
     """Write pictures of one size with their captions, in rows, as a PNG."""
-    rows = [panels[first : first + _COLUMNS] for first in range(0, len(panels), _COLUMNS)]
+    rows = [tiles[first : first + _COLUMNS] for first in range(0, len(tiles), _COLUMNS)]
     with atomic(path) as draft:
         sheet(rows).save(draft, format="PNG", optimize=True)
 

@@ -23,7 +23,7 @@ class LossFacts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Lane:
+class Axis:
     """Curves on one scale.
 
     Attributes:
@@ -42,141 +42,141 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Panel:
+class Chart:
     """Drawing with a heading.
 
     Attributes:
         healthy: Description of a healthy curve, in a sentence or two.
-        lanes: Lanes from top to bottom, with a shared step axis.
+        axes: Axes from top to bottom, with a shared step axis.
     """
 
     title: str
     healthy: str
-    lanes: list[Lane]
+    axes: list[Axis]
 
 
-def panels(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> list[Panel]:
-    """Return the panels that have logged values.
+def charts(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> list[Chart]:
+    """Return the charts that have logged values.
 
     Args:
         history: Logged values by key.
         losses: Facts of the losses on prototypes, by name.
     """
     every = [*_training(history, losses), *_monitor(history), *_schedules(history), *_machine(history)]
-    filled = [Panel(p.title, p.healthy, [lane for lane in p.lanes if lane.curves]) for p in every]
-    return [panel for panel in filled if panel.lanes]
+    filled = [Chart(p.title, p.healthy, [axis for axis in p.axes if axis.curves]) for p in every]
+    return [chart for chart in filled if chart.axes]
 
 
-def _training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> list[Panel]:
+def _training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> list[Chart]:
     parts = _pick(history, {name: name for name in (*losses, "ibot", "koleo", "dino")})
     whole = _pick(history, {"loss": "loss"})
     curves = whole if whole and len(parts) < 2 else whole | parts
     flat = {f"ln K = {facts.weight * facts.entropy:.2f}": facts.weight * facts.entropy for facts in losses.values()}
     uniform = {f"ln K = {facts.entropy:.2f}": facts.entropy for facts in losses.values()}
     return [
-        Panel(
+        Chart(
             "Loss",
             "The loss starts near the dotted line and falls. With a vision transformer it often rises while the "
             "teacher temperature warms up, then falls again. A loss that stays on the line means that targets carry no "
             "information: lower the teacher temperature or use fewer prototypes.",
-            [Lane("loss, nats", curves, flat)],
+            [Axis("loss, nats", curves, flat)],
         ),
-        Panel(
+        Chart(
             "Teacher outputs",
             "Training collapses in two ways: entropy on the dotted line (uniform over the prototypes), or entropy 0 "
             "(one prototype for all images). A healthy entropy stays away from both. The KL divergence of student "
             "from teacher stays above 0. The information of a target about its image stays well above 0.",
             [
-                Lane("entropy, nats", _ending(history, "/teacher_entropy"), uniform, whole=True),
-                Lane("KL, nats", _ending(history, "/kl"), whole=True),
-                Lane("information, nats", _ending(history, "/information"), whole=True),
+                Axis("entropy, nats", _ending(history, "/teacher_entropy"), uniform, whole=True),
+                Axis("KL, nats", _ending(history, "/kl"), whole=True),
+                Axis("information, nats", _ending(history, "/information"), whole=True),
             ],
         ),
-        Panel(
+        Chart(
             "Prototypes in use",
             "Share of prototypes used over a hundred steps. It stops falling after the first epochs. Near 0, a few "
             "prototypes receive all images.",
-            [Lane("% of prototypes", _ending(history, "/prototypes", 100), whole=True)],
+            [Axis("% of prototypes", _ending(history, "/prototypes", 100), whole=True)],
         ),
-        Panel(
+        Chart(
             "Spread of the features",
             "Standard deviation of the teacher's normalized features, scaled: 1 if they point in all directions, 0 if "
             "all images have the same features. It stays well above 0.",
-            [Lane("spread", _pick(history, {"features": "feature_std"}), whole=True)],
+            [Axis("spread", _pick(history, {"features": "feature_std"}), whole=True)],
         ),
-        Panel(
+        Chart(
             "Gradient norm",
             "Norm before clipping. After the warm-up it stays within a factor of about ten. If spikes grow, lower the "
             "learning rate or the clipping threshold.",
-            [Lane("norm (log scale)", _pick(history, {"gradient": "grad_norm"}), log=True)],
+            [Axis("norm (log scale)", _pick(history, {"gradient": "grad_norm"}), log=True)],
         ),
-        Panel(
+        Chart(
             "Skipped steps",
             "Steps without an update, because the loss or gradient was not finite. A healthy run has none, or a few "
             "early ones.",
-            [Lane("total so far", _if_any(_pick(history, {"skipped": "skipped"})), whole=True)],
+            [Axis("total so far", _if_any(_pick(history, {"skipped": "skipped"})), whole=True)],
         ),
     ]
 
 
-def _monitor(history: Mapping[str, Curve]) -> list[Panel]:
+def _monitor(history: Mapping[str, Curve]) -> list[Chart]:
     return [
-        Panel(
+        Chart(
             "k-NN accuracy",
             "Accuracy of a k-NN classifier on labelled images. It rises for most of the run, fastest early. If it "
             "falls for long while the loss also falls, check the pictures below.",
-            [Lane("accuracy, %", _pick(history, {"k-NN": "knn"}))],
+            [Axis("accuracy, %", _pick(history, {"k-NN": "knn"}))],
         ),
-        Panel(
+        Chart(
             "Features without labels",
             "Effective rank: the number of directions that the features use; near 1, all images have equal features. "
             "Uniformity: from 0 (all features equal) to about -4 (evenly spread). Both may worsen in the first epochs, "
             "but not for longer.",
             [
-                Lane("effective rank", _pick(history, {"rank": "rank"})),
-                Lane("uniformity", _pick(history, {"uniformity": "uniformity"})),
+                Axis("effective rank", _pick(history, {"rank": "rank"})),
+                Axis("uniformity", _pick(history, {"uniformity": "uniformity"})),
             ],
         ),
     ]
 
 
-def _schedules(history: Mapping[str, Curve]) -> list[Panel]:
+def _schedules(history: Mapping[str, Curve]) -> list[Chart]:
     return [
-        Panel(
+        Chart(
             "Learning rate and weight decay",
             "Schedules from the settings. Usually the learning rate warms up, then decays, and the weight decay rises.",
             [
-                Lane("learning rate", _pick(history, {"rate": "lr"}), whole=True),
-                Lane("weight decay", _pick(history, {"weight decay": "weight_decay"})),
+                Axis("learning rate", _pick(history, {"rate": "lr"}), whole=True),
+                Axis("weight decay", _pick(history, {"weight decay": "weight_decay"})),
             ],
         ),
-        Panel(
+        Chart(
             "Momentum and temperature",
             "Schedules from the settings. The teacher's momentum rises to 1, so its updates become smaller. Its "
             "temperature warms up in the first epochs, or is constant.",
             [
-                Lane("momentum", _pick(history, {"momentum": "momentum"})),
-                Lane("temperature", _ending(history, "/temperature")),
+                Axis("momentum", _pick(history, {"momentum": "momentum"})),
+                Axis("temperature", _ending(history, "/temperature")),
             ],
         ),
     ]
 
 
-def _machine(history: Mapping[str, Curve]) -> list[Panel]:
+def _machine(history: Mapping[str, Curve]) -> list[Chart]:
     return [
-        Panel(
+        Chart(
             "Speed and data wait",
             "Both are flat. If steps wait for data more than a few percent of the time, more workers, a cache or "
             "smaller files speed up training.",
             [
-                Lane("images per second", _pick(history, {"speed": "images_per_second"}), whole=True),
-                Lane("waiting for data, % of time", _pick(history, {"data wait": "data_wait"}, 100), whole=True),
+                Axis("images per second", _pick(history, {"speed": "images_per_second"}), whole=True),
+                Axis("waiting for data, % of time", _pick(history, {"data wait": "data_wait"}, 100), whole=True),
             ],
         ),
-        Panel(
+        Chart(
             "Memory",
             "Peak memory so far. It is flat after the first steps. If it keeps growing, memory will run out.",
-            [Lane("GiB", _pick(history, {"memory": "peak_memory"}, 2**-30), whole=True)],
+            [Axis("GiB", _pick(history, {"memory": "peak_memory"}, 2**-30), whole=True)],
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""Pictures: maps in color, masks over photos, sheets of panels with captions, and contact sheets of photos."""
+"""Pictures: maps in color, masks over photos, sheets of tiles with captions, and contact sheets of photos."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dinocli.data.decode.pixels import Pixels
 
 _PAPER, _INK, _PALE = (255, 255, 255), (40, 40, 40), (200, 200, 200)
 _SIDE, _GAP, _LINE = 144, 6, 16  # pixels, in a contact sheet
-# A sheet has two rows of up to 14 panels. Viewers could not open a sheet of larger photos.
+# A sheet has two rows of up to 14 tiles. Viewers could not open a sheet of larger photos.
 _PANEL_PIXELS = 4_000_000
-_PANEL_SIDE = 160  # pixels; captions of smaller panels overlap
+_TILE_SIDE = 160  # pixels; captions of smaller tiles overlap
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
-class Panel:
+class Tile:
     """Picture [H, W, 3] with a caption below it."""
 
     pixels: Pixels
@@ -61,8 +61,8 @@ def spotlight(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
 def bounded(pixels: Pixels) -> Pixels:
     """Return a photo at its own size, a tiny one enlarged for its captions, a huge one reduced for viewers."""
     height, width = pixels.shape[:2]
-    if min(height, width) < _PANEL_SIDE:
-        times = min(-(-_PANEL_SIDE // min(height, width)), max(1, int((_PANEL_PIXELS / (height * width)) ** 0.5)))
+    if min(height, width) < _TILE_SIDE:
+        times = min(-(-_TILE_SIDE // min(height, width)), max(1, int((_PANEL_PIXELS / (height * width)) ** 0.5)))
         return np.repeat(np.repeat(pixels, times, 0), times, 1)
     factor = (_PANEL_PIXELS / (height * width)) ** 0.5
     if factor >= 1:
@@ -121,9 +121,9 @@ def legend(pixels: Pixels, entries: Sequence[tuple[str, NDArray[np.uint8]]]) -> 
     return np.asarray(page)
 
 
-def sheet(rows: Sequence[Sequence[Panel | None]]) -> Image.Image:
-    """Arrange panels of one size in rows; None stays empty."""
-    height, width = next(panel for row in rows for panel in row if panel).pixels.shape[:2]
+def sheet(rows: Sequence[Sequence[Tile | None]]) -> Image.Image:
+    """Arrange tiles of one size in rows; None stays empty."""
+    height, width = next(tile for row in rows for tile in row if tile).pixels.shape[:2]
     gap = max(4, min(height, width) // 40)
     line = max(12, round(min(height, width) / 14))
     font = ImageFont.load_default(size=line * 0.8)
@@ -131,16 +131,16 @@ def sheet(rows: Sequence[Sequence[Panel | None]]) -> Image.Image:
     page = Image.new("RGB", (gap + columns * (width + gap), gap + len(rows) * (height + line + gap)), _PAPER)
     pen = ImageDraw.Draw(page)
     for r, row in enumerate(rows):
-        for c, panel in enumerate(row):
-            if panel:
+        for c, tile in enumerate(row):
+            if tile:
                 left, top = gap + c * (width + gap), gap + r * (height + line + gap)
-                page.paste(Image.fromarray(panel.pixels), (left, top))
-                pen.text((left + width / 2, top + height + line * 0.55), panel.caption, _INK, font, anchor="mm")
+                page.paste(Image.fromarray(tile.pixels), (left, top))
+                pen.text((left + width / 2, top + height + line * 0.55), tile.caption, _INK, font, anchor="mm")
     return page
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Panel | str | None]], *, title: str = "", lead: int = 0, side: int = _SIDE
+    rows: Sequence[Sequence[Tile | str | None]], *, title: str = "", lead: int = 0, side: int = _SIDE
 ) -> Image.Image:
     """Arrange photos of any shape in a grid of squares, each scaled to fit, with its caption below.
 
@@ -152,8 +152,8 @@ def contact_sheet(
     """
     font = ImageFont.load_default(size=_LINE * 0.8)
     columns = max(len(row) for row in rows)
-    panels = [place for row in rows for place in row if isinstance(place, Panel)]
-    lines = max((panel.caption.count("\n") + 1 for panel in panels if panel.caption), default=0)
+    tiles = [place for row in rows for place in row if isinstance(place, Tile)]
+    lines = max((tile.caption.count("\n") + 1 for tile in tiles if tile.caption), default=0)
     top = 2 * _LINE if title else _GAP
     pitch = side + lines * _LINE + _GAP
     lefts = [_GAP + c * (side + _GAP) + (2 * _GAP if lead and c >= lead else 0) for c in range(columns)]
@@ -171,7 +171,7 @@ def contact_sheet(
 
 
 def _place(
-    page: Image.Image, pen: ImageDraw.ImageDraw, place: Panel | str, left: int, top: int, side: int, font: Font
+    page: Image.Image, pen: ImageDraw.ImageDraw, place: Tile | str, left: int, top: int, side: int, font: Font
 ) -> None:
     if isinstance(place, str):
         pen.rectangle((left, top, left + side - 1, top + side - 1), outline=_PALE)

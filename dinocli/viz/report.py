@@ -16,10 +16,10 @@ from PIL import Image
 from dinocli.core.atomic import write_text
 from dinocli.core.checksums import parse
 from dinocli.method.settings import flat, shipped_as
-from dinocli.viz.curves import panel_svg, write_sheet
+from dinocli.viz.curves import chart_svg, write_sheet
 from dinocli.viz.history import Curve, read_history
 from dinocli.viz.page import page_of, text_of
-from dinocli.viz.panels import LossFacts, Panel, panels
+from dinocli.viz.panels import Chart, LossFacts, charts
 
 METRICS, CURVES, REPORT = "metrics.jsonl", "curves.png", "report.html"
 _TIMES = 8  # steps whose attention is shown
@@ -37,7 +37,7 @@ def write_report(folder: Path) -> None:
         OSError: If the disk is full or the folder is not writable.
     """
     history, preset = read_history(folder / METRICS), _read_json(folder / "preset.json")
-    drawn = panels(history, _losses(preset))
+    drawn = charts(history, _losses(preset))
     write_sheet(drawn, folder / CURVES)
     pictures = folder / "pictures"
     parts = {
@@ -67,7 +67,7 @@ def draw_curves(history: Mapping[str, Curve], preset: dict[str, Any], path: Path
     Raises:
         OSError: If the disk is full or the path is not writable.
     """
-    write_sheet(panels(history, _losses(preset)), path)
+    write_sheet(charts(history, _losses(preset)), path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -121,20 +121,20 @@ _FIGURES = (
 )
 
 
-def _curves(drawn: list[Panel]) -> str:
+def _curves(drawn: list[Chart]) -> str:
     if not drawn:
         return "<p>No values logged yet.</p>"
     text = ""
-    for panel in drawn:
-        label = text_of(f"{panel.title}: {_describe(panel)}")
-        text += f"<figure><h3>{text_of(panel.title)}</h3>{panel_svg(panel, label)}"
-        text += f"<figcaption>{text_of(panel.healthy)}</figcaption></figure>"
+    for chart in drawn:
+        label = text_of(f"{chart.title}: {_describe(chart)}")
+        text += f"<figure><h3>{text_of(chart.title)}</h3>{chart_svg(chart, label)}"
+        text += f"<figcaption>{text_of(chart.healthy)}</figcaption></figure>"
     return f"<div class='panels'>{text}</div>"
 
 
-def _describe(panel: Panel) -> str:
-    """Describe a panel for screen readers: the first and last value of each curve."""
-    ends = [(lane.title, name, curve.finite) for lane in panel.lanes for name, curve in lane.curves.items()]
+def _describe(chart: Chart) -> str:
+    """Describe a chart for screen readers: the first and last value of each curve."""
+    ends = [(axis.title, name, curve.finite) for axis in chart.axes for name, curve in axis.curves.items()]
     return "; ".join(f"{title}, {name}, from {v[0]:.4g} to {v[-1]:.4g}" for title, name, v in ends if len(v))
 
 

@@ -54,7 +54,7 @@ class FrozenTeacher:
         backbone = self.preset.backbone.build(drop_path=False)
         heads = {name: self.preset.heads[name].build(backbone.width) for name in student.heads}
         network = Network(backbone, heads, student.reads)
-        compared = [name for name, loss in student.losses.aimed().items() if loss.reads == "patches"]
+        compared = [name for name, loss in student.losses.with_targets().items() if loss.reads == "patches"]
         if compared:
             name, side = compared[0], student.views.global_1.size
             own, theirs = student.backbone.build(drop_path=False).grid(side), backbone.grid(side)
@@ -90,8 +90,8 @@ class FrozenTeacher:
                     f"the teacher's head {name} has {own.prototypes} prototypes; the student's has {head.prototypes}",
                     f"--set heads.{name}.prototypes={own.prototypes}",
                 )
-        taught = {(loss.head, loss.reads) for loss in self.preset.losses.aimed().values()}
-        for name, wanted in student.losses.aimed().items():
+        taught = {(loss.head, loss.reads) for loss in self.preset.losses.with_targets().values()}
+        for name, wanted in student.losses.with_targets().items():
             if (wanted.head, wanted.reads) not in taught:
                 raise DinoError(
                     f"losses.{name} applies the teacher's head {wanted.head} to {_READS[wanted.reads]}, but it "

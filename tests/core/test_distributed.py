@@ -52,7 +52,7 @@ def two_calls() -> str:
             student = original[f"{name}/student{call}"].to(dtype).unflatten(0, (made["ncrops"], -1))
             teacher = original[f"{name}/teacher{call}"].to(dtype).unflatten(0, (2, -1))
             seen, made_of = (Encoding(torch.empty(0), 2, {"dino": logits}) for logits in (teacher, student))
-            told = loss(made_of, loss.aim(seen, Clock(1, 10, epoch)), None)
+            told = loss(made_of, loss.targets_for(seen, Clock(1, 10, epoch)), None)
             assert_original(told, original[f"{name}/loss{call}"])
             loss.after_step()
             assert_original(loss.targets.center, original[f"{name}/center_after{call}"][0])

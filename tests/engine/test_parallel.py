@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dinocli.core.distributed import rank, size
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
-from dinocli.data.views.masking import Masks
+from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.checkpoint import restore, state_of
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.optim import SGDConfig
@@ -115,17 +115,17 @@ def steps(
             small[0, 0] = torch.nan
         masks = hidden(step).split(size())[rank()] if preset.views.mask else None
         if step >= first:
-            values = trainer.step(Batch(crops[:, mine], small[:, mine], torch.arange(8)[mine], masks), watch=True)
+            values = trainer.step(Batch(crops[:, mine], small[:, mine], torch.arange(8)[mine], masks), log=True)
             told.append({name: float(value) for name, value in values.items()})
     return told, {name: value.detach().numpy().copy() for name, value in state_of(trainer).items()}
 
 
-def hidden(step: int) -> Masks:
+def hidden(step: int) -> PatchMasks:
     """Patches that are hidden of a batch of eight: other numbers of crops and of patches of its two halves."""
     where = torch.zeros(2, 8, 4, dtype=torch.bool)
     for view, image, count in ((0, 0, 1), (1, 2, 2), (0, 5, 3), (1, 6, 2), (1, 7, 3)):
         where[view, image, : (count + step) % 4 + 1] = True
-    masks = Masks.of(where)
+    masks = PatchMasks.of(where)
     first, second = masks.split(2)
     assert (first.counts > 0).sum() != (second.counts > 0).sum()
     return masks

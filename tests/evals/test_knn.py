@@ -10,15 +10,15 @@ import pytest
 
 from dinocli.core.errors import DinoError
 from dinocli.evals.knn import knn, votes
-from dinocli.features.store import Features, Recipe, read_features
+from dinocli.features.store import Features, Provenance, read_features
 from dinocli.features.writer import write_features
 
-RECIPE = Recipe("x", "0", "cls", 1, 224, "data")
+PROVENANCE = Provenance("x", "0", "cls", 1, 224, "data")
 
 
 def features(values: np.ndarray, labels: np.ndarray, classes: int) -> Features:
     names = [str(i) for i in range(classes)]
-    return Features(values.astype(np.float32), labels.astype(np.int64), [""] * len(values), names, {}, RECIPE)
+    return Features(values.astype(np.float32), labels.astype(np.int64), [""] * len(values), names, {}, PROVENANCE)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_blocks_of_queries_voters_and_votes_change_nothing(monkeypatch: pytest.M
 def test_features_on_disk_give_what_those_in_memory_give(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     data = features(generator.normal(size=(60, 8)), generator.integers(0, 5, 60), 5)
-    with write_features(tmp_path / "f.safetensors", RECIPE, data.classes, shard_bytes=20 * 8 * 4) as writer:
+    with write_features(tmp_path / "f.safetensors", PROVENANCE, data.classes, shard_bytes=20 * 8 * 4) as writer:
         for some in np.split(np.arange(60), 12):
             writer.append(data.values[some], data.labels[some].tolist(), [f"{i}.png" for i in some])
     assert knn(read_features(writer.place), None, [1, 5]) == knn(data, None, [1, 5])
@@ -151,15 +151,15 @@ from pathlib import Path
 import numpy as np
 from dinocli.evals import knn as module
 from dinocli.evals import nearest
-from dinocli.features import Features, Recipe, read_features
+from dinocli.features.store import Features, Provenance, read_features
 from dinocli.storing import write_features
 
-generator, recipe, names = np.random.default_rng(0), Recipe("x", "0", "cls", 1, 8, "d"), ["a", "b"]
-with write_features(Path(sys.argv[1]), recipe, names, dtype="float16", shard_bytes=2**25) as writer:
+generator, provenance, names = np.random.default_rng(0), Provenance("x", "0", "cls", 1, 8, "d"), ["a", "b"]
+with write_features(Path(sys.argv[1]), provenance, names, dtype="float16", shard_bytes=2**25) as writer:
     for _ in range(100):
         writer.append(generator.normal(size=(1000, 384)).astype(np.float32), [0, 1] * 500, ["x"] * 1000)
 train = read_features(writer.place)
-test = Features(train.values[:50], train.labels[:50], [], names, {}, recipe)
+test = Features(train.values[:50], train.labels[:50], [], names, {}, provenance)
 nearest._BLOCK_BYTES = 2**24
 module.knn(test, test, [1])  # what the libraries take once
 status = Path("/proc/self/status").read_text().split()

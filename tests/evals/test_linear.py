@@ -8,7 +8,7 @@ import torch
 
 from dinocli.core.errors import DinoError
 from dinocli.evals.linear import RATES, linear
-from dinocli.features.store import Features, Recipe
+from dinocli.features.store import Features, Provenance
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,12 @@ def clusters(images: int, classes: int = 4, seed: int = 0) -> Features:
     labels = np.arange(images) % classes
     values = np.random.default_rng(99).normal(size=(classes, 16))[labels] + generator.normal(size=(images, 16))
     return Features(
-        values.astype(np.float32), labels, [""] * images, list("abcd")[:classes], {}, Recipe("x", "0", "cls", 1, 8, "d")
+        values.astype(np.float32),
+        labels,
+        [""] * images,
+        list("abcd")[:classes],
+        {},
+        Provenance("x", "0", "cls", 1, 8, "d"),
     )
 
 
@@ -67,7 +72,7 @@ def seen(images: int, views: int) -> Features:
         data,
         values=np.zeros_like(data.values),
         views=data.values[:, None] + 0.1 * noise,
-        recipe=replace(data.recipe, views=views),
+        provenance=replace(data.provenance, views=views),
     )
 
 

@@ -20,7 +20,7 @@ from dinocli.data.views.crops import crop_boxes, crop_tries, cut, draws, uniform
 from dinocli.features import encoder as encoder_module
 from dinocli.features.encoder import Encoder, augmented, quick
 from dinocli.features.extract import extract
-from dinocli.features.store import Recipe, read_features, read_splits
+from dinocli.features.store import Provenance, read_features, read_splits
 from dinocli.models.architecture import BackboneConfig
 
 
@@ -42,7 +42,7 @@ def test_shapes(
     assert (done.images, done.shape) == (12, shape)
     read = read_features(path)
     assert read.values.shape == (12, *shape)
-    assert (read.recipe.tokens, read.recipe.blocks, read.recipe.size, read.recipe.fingerprint) == (
+    assert (read.provenance.tokens, read.provenance.blocks, read.provenance.size, read.provenance.fingerprint) == (
         tokens,
         blocks,
         size or 16,
@@ -88,7 +88,7 @@ def test_coarser_products_give_nearly_the_same_features_and_are_told_of(
         extract(made, image_folder(images), tmp_path / f"{name}.safetensors", data="d")
         read.append(read_features(tmp_path / f"{name}.safetensors"))
     fine, coarse = read
-    assert (fine.recipe.precision, coarse.recipe.precision) == ("float32", "bfloat16" if there else "float32")
+    assert (fine.provenance.precision, coarse.provenance.precision) == ("float32", "bfloat16" if there else "float32")
     a, b = (np.asarray(f.values) for f in read)
     assert np.allclose(a, b, rtol=0, atol=1e-5) == (not there), "bfloat16 has eight bits, and moves them by 1e-3"
     assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() > 0.999
@@ -111,7 +111,7 @@ def test_views_are_those_of_the_recipe_whoever_cuts_them(
         found.append(read_features(path))
     extract(encoder, image_folder(images), tmp_path / "plain.safetensors", data="d")
     plain = read_features(tmp_path / "plain.safetensors")
-    assert (plain.views, plain.recipe.views, found[0].recipe.views) == (None, 0, count)
+    assert (plain.views, plain.provenance.views, found[0].provenance.views) == (None, 0, count)
     assert found[0].values.shape == (11, 16)
     assert found[0].views.shape == (11, count, 16)
     np.testing.assert_allclose(found[0].values[:], plain.values[:], atol=1e-5)
@@ -234,12 +234,12 @@ def test_a_program_is_told_of_an_image_without_finite_features(images: Path, los
 
 
 def test_a_query_without_finite_features_is_skipped(images: Path, lossy: Encoder) -> None:
-    recipe = Recipe("x", "0123", "cls", 1, 16, "d")
-    queries = encode(lossy, photos([images / "a"]), recipe, batch_size=4)
+    provenance = Provenance("x", "0123", "cls", 1, 16, "d")
+    queries = encode(lossy, photos([images / "a"]), provenance, batch_size=4)
     assert [Path(name).name for name in queries.skipped] == ["0002.png"]
     assert len(queries.names) == len(queries.values) == 5
     with pytest.raises(DinoError, match="not finite"):
-        encode(lossy, photos([images / "a" / "0002.png"]), recipe)
+        encode(lossy, photos([images / "a" / "0002.png"]), provenance)
 
 
 def test_labels_of_shards_come_along(tmp_path: Path, images: Path, encoder: Encoder) -> None:

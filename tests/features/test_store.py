@@ -12,16 +12,16 @@ from safetensors.numpy import save_file
 import dinocli
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import write_tensors
-from dinocli.features.store import Recipe, compared, learned_from, read_features, read_splits, unlabelled
+from dinocli.features.store import Provenance, compared, learned_from, read_features, read_splits, unlabelled
 from dinocli.features.writer import write_features
 
-RECIPE = Recipe("ckpt.safetensors", "0123456789abcdef", "cls", 1, 224, "data")
+PROVENANCE = Provenance("ckpt.safetensors", "0123456789abcdef", "cls", 1, 224, "data")
 
 
 def write(
     path: Path, rows: int = 3, width: tuple[int, ...] = (4,), classes: tuple[str, ...] = ("a", "b"), **changed: object
 ) -> None:
-    with write_features(path, Recipe(**(vars(RECIPE) | changed)), classes) as writer:
+    with write_features(path, Provenance(**(vars(PROVENANCE) | changed)), classes) as writer:
         for i in range(rows):
             label = i % len(classes) if classes else -1
             writer.append(np.full((1, *width), i, dtype=np.float32), [label], [f"a/ünïcode {i}.png"])
@@ -46,7 +46,7 @@ def test_what_is_written_is_read(tmp_path: Path, rows: int, width: tuple[int, ..
     assert read.values[:].reshape(rows, -1)[:, 0].tolist() == list(range(rows))
     assert read.labels.tolist() == [i % 2 for i in range(rows)]
     assert list(read.paths) == [f"a/ünïcode {i}.png" for i in range(rows)]
-    assert (read.classes, read.skipped, read.recipe) == (["a", "b"], {"bad.png": "no image"}, RECIPE)
+    assert (read.classes, read.skipped, read.provenance) == (["a", "b"], {"bad.png": "no image"}, PROVENANCE)
 
 
 def test_other_readers_of_safetensors_can_read_it(tmp_path: Path) -> None:
@@ -104,22 +104,24 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 
 def test_views_lie_beside_each_image_and_older_files_have_none(tmp_path: Path) -> None:
     values = np.arange(3 * 3 * 4, dtype=np.float32).reshape(3, 3, 4)
-    with write_features(tmp_path / "train.safetensors", replace(RECIPE, views=2), ["a"]) as writer:
+    with write_features(tmp_path / "train.safetensors", replace(PROVENANCE, views=2), ["a"]) as writer:
         writer.append(values, [0, 0, 0], ["x", "y", "z"])
     write(tmp_path / "val.safetensors", classes=("a",))
     train, val = compared(read_splits(tmp_path))
     np.testing.assert_array_equal(train.values[:], values[:, 0])
     np.testing.assert_array_equal(train.views[:], values[:, 1:])
     np.testing.assert_array_equal(train.views[np.array([2, 0]), np.array([1, 0])], values[[2, 0], [2, 1]])
-    assert (val.views, val.recipe.views) == (None, 0)
-    rewrite(tmp_path / "val.safetensors", recipe=json.dumps({k: v for k, v in vars(RECIPE).items() if k != "views"}))
-    assert read_features(tmp_path / "val.safetensors").recipe == RECIPE
+    assert (val.views, val.provenance.views) == (None, 0)
+    rewrite(
+        tmp_path / "val.safetensors", provenance=json.dumps({k: v for k, v in vars(PROVENANCE).items() if k != "views"})
+    )
+    assert read_features(tmp_path / "val.safetensors").provenance == PROVENANCE
 
 
 @pytest.mark.parametrize("step", [0, 400, None])
 def test_the_step_of_the_weights_is_kept(tmp_path: Path, step: int | None) -> None:
     write(tmp_path / "f.safetensors", run="runs/tiny-1", step=step)
-    assert read_features(tmp_path / "f.safetensors").recipe == replace(RECIPE, run="runs/tiny-1", step=step)
+    assert read_features(tmp_path / "f.safetensors").provenance == replace(PROVENANCE, run="runs/tiny-1", step=step)
 
 
 def test_a_classifier_learns_from_the_training_split_or_the_first() -> None:
@@ -168,13 +170,13 @@ BAD = {
     "torn recipe": ({}, {"recipe": "{"}, "its metadata cannot be read"),
     "nested recipe": ({}, {"recipe": '{"a":' * 100_000}, "nested too deeply"),
     "nested classes": ({}, {"classes": "[" * 100_000}, "nested too deeply"),
-    "a later recipe": ({}, {"recipe": json.dumps(vars(RECIPE) | {"novel": 1})}, "by a later version .* novel"),
-    "a recipe of words": ({}, {"recipe": json.dumps(vars(RECIPE) | {"blocks": "4"})}, "the recipe has blocks='4'"),
+    "a later recipe": ({}, {"recipe": json.dumps(vars(PROVENANCE) | {"novel": 1})}, "by a later version .* novel"),
+    "a recipe of words": ({}, {"recipe": json.dumps(vars(PROVENANCE) | {"blocks": "4"})}, "the recipe has blocks='4'"),
     "a short recipe": ({}, {"recipe": '{"source": "x"}'}, "its metadata cannot be read"),
     "classes of numbers": ({}, {"classes": "[1, 2]"}, "its metadata cannot be read"),
     "views that are not there": (
         {},
-        {"recipe": json.dumps(vars(RECIPE) | {"views": 3})},
+        {"recipe": json.dumps(vars(PROVENANCE) | {"views": 3})},
         "its rows have shape 4, which does not fit 3 views",
     ),
 }
@@ -227,8 +229,8 @@ def test_features_that_are_not_finite_are_refused_and_named(
     tmp_path: Path, width: tuple[int, ...], dtype: str, views: int
 ) -> None:
     path = tmp_path / "train.safetensors"
-    recipe, width = replace(RECIPE, views=views), (1 + views, *width[-1:]) if views else width
-    with write_features(path, recipe, ["a", "b"], dtype=dtype) as writer:
+    provenance, width = replace(PROVENANCE, views=views), (1 + views, *width[-1:]) if views else width
+    with write_features(path, provenance, ["a", "b"], dtype=dtype) as writer:
         writer.append(np.ones((3, *width), np.float32), [0, 1, 0], ["a/0.png", "b/1.png", "a/2.png"])
     read_features(path)
     for value in (np.nan, -np.inf):
@@ -240,7 +242,7 @@ def test_features_that_are_not_finite_are_refused_and_named(
 
 
 def test_a_shard_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    with write_features(tmp_path / "f.safetensors", RECIPE, [], shard_bytes=40) as writer:
+    with write_features(tmp_path / "f.safetensors", PROVENANCE, [], shard_bytes=40) as writer:
         for i in range(5):
             writer.append(np.ones((2, 4), np.float32), [-1, -1], [f"{i}-0.png", f"{i}-1.png"])
     spoil(tmp_path / "f" / "00002.safetensors", 1, np.inf)
@@ -249,7 +251,7 @@ def test_a_shard_that_is_not_finite_is_named(tmp_path: Path) -> None:
 
 
 def write_labels(path: Path, labels: list[int], classes: tuple[str, ...]) -> None:
-    with write_features(path, RECIPE, classes) as writer:
+    with write_features(path, PROVENANCE, classes) as writer:
         writer.append(np.eye(len(labels), 8, dtype=np.float32), labels, [f"{i}.png" for i in range(len(labels))])
 
 

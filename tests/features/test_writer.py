@@ -11,15 +11,15 @@ import pytest
 from safetensors import safe_open
 
 from dinocli.core.errors import DinoError
-from dinocli.features.store import Recipe, read_features, read_splits
+from dinocli.features.store import Provenance, read_features, read_splits
 from dinocli.features.writer import write_features
 
-RECIPE = Recipe("ckpt.safetensors", "0123456789abcdef", "cls", 1, 224, "data")
+PROVENANCE = Provenance("ckpt.safetensors", "0123456789abcdef", "cls", 1, 224, "data")
 ROW = 4 * 4  # bytes
 
 
 def write(path: Path, rows: int = 3, shard_bytes: int = 2**31, dtype: str = "float32") -> Path:
-    with write_features(path, RECIPE, ["a", "b"], dtype=dtype, shard_bytes=shard_bytes) as writer:
+    with write_features(path, PROVENANCE, ["a", "b"], dtype=dtype, shard_bytes=shard_bytes) as writer:
         for i in range(rows):
             writer.append(np.full((1, 4), i, dtype=np.float32), [i % 2], [f"a/ünïcode {i}.png"])
         writer.skipped["bad.png"] = "no image"
@@ -44,7 +44,7 @@ def test_more_than_a_shard_becomes_several_that_read_as_one(tmp_path: Path, rows
     assert read.values[:][:, 0].tolist() == list(range(rows))
     assert read.labels.tolist() == [i % 2 for i in range(rows)]
     assert list(read.paths) == [f"a/ünïcode {i}.png" for i in range(rows)]
-    assert (read.classes, read.skipped, read.recipe) == (["a", "b"], {"bad.png": "no image"}, RECIPE)
+    assert (read.classes, read.skipped, read.provenance) == (["a", "b"], {"bad.png": "no image"}, PROVENANCE)
 
 
 def test_a_batch_above_a_shard_is_one(tmp_path: Path) -> None:
@@ -90,12 +90,12 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path, before
     path = tmp_path / "f.safetensors"
     write(path, 2, before)
     found = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
-    with pytest.raises(OSError, match="full"), write_features(path, RECIPE, [], shard_bytes=shard_bytes) as writer:
+    with pytest.raises(OSError, match="full"), write_features(path, PROVENANCE, [], shard_bytes=shard_bytes) as writer:
         for _ in range(3):
             writer.append(np.zeros((1, 4), dtype=np.float32), [-1], ["x"])
         raise OSError(errno.ENOSPC, "full")
     assert {name: (tmp_path / name).read_bytes() for name in names(tmp_path)} == found
-    with pytest.raises(OSError, match="full"), write_features(tmp_path / "new" / "f.safetensors", RECIPE, []):
+    with pytest.raises(OSError, match="full"), write_features(tmp_path / "new" / "f.safetensors", PROVENANCE, []):
         raise OSError(errno.ENOSPC, "full")
     assert not (tmp_path / "new").exists()
 
@@ -134,11 +134,11 @@ def test_what_float16_cannot_hold_is_said(tmp_path: Path) -> None:
         if fails:
             with (
                 pytest.raises(DinoError, match="70000"),
-                write_features(tmp_path / "f.safetensors", RECIPE, [], dtype="float16") as writer,
+                write_features(tmp_path / "f.safetensors", PROVENANCE, [], dtype="float16") as writer,
             ):
                 writer.append(data, [0], ["x"])
         else:
-            with write_features(tmp_path / "f.safetensors", RECIPE, [], dtype="float16") as writer:
+            with write_features(tmp_path / "f.safetensors", PROVENANCE, [], dtype="float16") as writer:
                 writer.append(data, [0], ["x"])
     with safe_open(tmp_path / "f.safetensors", framework="pt") as file:
         assert file.get_tensor("values").dtype.itemsize == 2
@@ -148,7 +148,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import numpy as np
-from dinocli.features import Recipe, read_features
+from dinocli.features.store import Provenance, read_features
 from dinocli.storing import write_features
 
 def mine():  # what lies in memory but is no page of a file
@@ -158,7 +158,7 @@ def mine():  # what lies in memory but is no page of a file
 values = np.random.default_rng(0).normal(size=(1000, 384)).astype(np.float32)
 paths = [f"n01440764/n01440764_{i:08}.JPEG" for i in range(1000)]
 before, most = mine(), 0
-with write_features(Path(sys.argv[1]), Recipe("x", "0", "cls", 1, 8, "d"), ["a"], dtype="float16", shard_bytes=2**26) as writer:
+with write_features(Path(sys.argv[1]), Provenance("x", "0", "cls", 1, 8, "d"), ["a"], dtype="float16", shard_bytes=2**26) as writer:
     for _ in range(200):
         writer.append(values, [0] * 1000, paths)
         most = max(most, mine() - before)
@@ -184,7 +184,7 @@ def test_memory_does_not_grow_with_the_features(tmp_path: Path) -> None:
 def test_what_is_not_finite_is_not_stored(tmp_path: Path, dtype: str) -> None:
     with (
         pytest.raises(DinoError, match="the features of x or of later images in its batch are not finite"),
-        write_features(tmp_path / "f.safetensors", RECIPE, [], dtype=dtype) as writer,
+        write_features(tmp_path / "f.safetensors", PROVENANCE, [], dtype=dtype) as writer,
     ):
         writer.append(np.array([[1, 2], [np.inf, 1]], np.float32), [0, 0], ["x", "y"])
     assert not (tmp_path / "f.safetensors").exists()

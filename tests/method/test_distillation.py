@@ -11,7 +11,7 @@ from conftest import PRECISIONS, Original, assert_original
 from timm.models.vision_transformer import VisionTransformer
 
 from dinocli.data.loader.batch import Batch
-from dinocli.data.views.masking import Masks, blocks, deal
+from dinocli.data.views.masking import PatchMasks, blocks, deal
 from dinocli.engine.optim import AdamWConfig, ClipEach, LinearRule
 from dinocli.engine.schedules import Clock, Cosine, LinearByEpoch
 from dinocli.engine.trainer import Trainer
@@ -20,7 +20,7 @@ from dinocli.method.losses import LossesConfig
 from dinocli.method.losses.dino import DinoLossConfig
 from dinocli.method.losses.targets import CenteringConfig
 from dinocli.method.preset import Preset, load_preset
-from dinocli.models.backbone import Hidden
+from dinocli.models.backbone import MaskedPatches
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import Encoding, Network
 from dinocli.models.transformer import ViTBackbone
@@ -97,7 +97,7 @@ def watch(method: SelfDistillation) -> tuple[dict[str, torch.Tensor], dict[str, 
     for which in ("student", "teacher"):
 
         def keep(module: object, crops: object, made: Encoding, which: str = which) -> None:
-            logits[which] = made.logits["dino"].detach().clone().flatten(0, 1)
+            logits[which] = made.class_logits["dino"].detach().clone().flatten(0, 1)
 
         getattr(method, which).register_forward_hook(keep)
     for key, parameter in method.student.named_parameters():
@@ -262,7 +262,7 @@ def drawn_batch(images: int, preset: Preset) -> Batch:
         counts = deal(preset.views.mask, (2, images), 16, seed=0, batch=0, rank=0)
         generator = np.random.default_rng(0)
         where = [blocks(preset.views.mask, (4, 4), int(count), generator).ravel() for count in counts.flatten()]
-        masks = Masks.of(torch.from_numpy(np.stack(where)).view(2, images, 16))
+        masks = PatchMasks.of(torch.from_numpy(np.stack(where)).view(2, images, 16))
         masks = replace(masks, weights=masks.weights.double())
     return Batch(views[:2], views[2:], torch.arange(images), masks)
 
@@ -280,7 +280,7 @@ def test_parts_of_a_batch_make_the_same_step_as_the_whole(name: str, more: tuple
         method = preset.method().double()
         trainer = Trainer(method, preset.optimizer, Clock(2, 10), batch_size=8, accumulate=parts)
         for _ in range(4):
-            values = trainer.step(drawn_batch(8, preset), watch=True)
+            values = trainer.step(drawn_batch(8, preset), log=True)
         ends.append((values, method.state_dict()))
     for values, state in ends[1:]:
         for key, value in ends[0][0].items():
@@ -315,7 +315,7 @@ def test_all_of_dinov2_is_the_sum_of_its_definitions() -> None:
     aims = balanced(teacher.heads["dino"](seen.cls).unflatten(0, (2, 4)), 0.05)
     places = where.flatten(0, 1)
     patch_aims = balanced(teacher.heads["ibot"](seen.patches[places]), 0.05)
-    said = student.backbone(batch.global_crops.flatten(0, 1), Hidden(places, student.mask_token))
+    said = student.backbone(batch.global_crops.flatten(0, 1), MaskedPatches(places, student.mask_token))
     local = student.backbone(batch.local_crops.flatten(0, 1))
     views = student.heads["dino"](torch.cat([said.cls, local.cls])).unflatten(0, (6, 4))
     pairs = [(g, v) for g in range(2) for v in range(6) if g != v]
@@ -342,8 +342,8 @@ def test_figures_tell_uniform_and_one_sided_collapse_from_learning() -> None:
         (100 * torch.eye(16)[:1].expand(2, 8, 16), 0, 0, 1 / 16),  # one prototype for all
         (100 * torch.eye(16).view(2, 8, 16), 0, math.log(16), 1),  # each image its own
     ):
-        targets = loss.aim(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
-        told = loss.watch(targets, torch.tensor(3.0), clock)
+        targets = loss.targets_for(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
+        told = loss.metrics(targets, torch.tensor(3.0), clock)
         assert {k: float(told[k]) for k in ("teacher_entropy", "information", "prototypes", "kl")} == pytest.approx(
             {"teacher_entropy": entropy, "information": information, "prototypes": prototypes, "kl": 3 - entropy},
             abs=1e-5,
@@ -369,8 +369,8 @@ def test_the_prototypes_in_use_are_those_of_the_last_hundred_steps() -> None:
     def share(logits: torch.Tensor, steps: int) -> float:
         for _ in range(steps):
             loss.targets.center.zero_()
-            targets = loss.aim(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
-            told = loss.watch(targets, torch.tensor(0.0), clock)
+            targets = loss.targets_for(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
+            told = loss.metrics(targets, torch.tensor(0.0), clock)
             loss.after_step()
         return float(told["prototypes"])
 

@@ -81,7 +81,7 @@ def test_a_rotary_block_leaves_out_what_the_shares_say() -> None:
     found = block(tokens, (scale, scale), None, rotation)
     torch.testing.assert_close(found, torch.cat([tokens[:1], whole[1:]]))
     block.train().left_out = 0.5
-    assert [len(share) for share in block.shares(tokens)] == [2, 2]
+    assert [len(share) for share in block.drop_path_masks(tokens)] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,11 @@ def test_a_dropped_branch_is_the_originals(original, monkeypatch: pytest.MonkeyP
         return values.copy_(kept)
 
     monkeypatch.setattr(torch.Tensor, "bernoulli_", draw)
-    shares = block.shares(x)
+    shares = block.drop_path_masks(x)
     assert drawn == pytest.approx([0.7, 0.7])
     for share in shares:
         assert_original(x * share, original["droppath/output_p0.3_seed0"])
-    assert block.eval().shares(x) == (None, None)
+    assert block.eval().drop_path_masks(x) == (None, None)
 
 
 def test_dropped_branches_are_those_that_the_shares_say() -> None:
@@ -191,7 +191,7 @@ def test_branches_that_are_left_out_are_those_of_whole_images(monkeypatch: pytes
     tokens = torch.randn(5, 3, 16, dtype=torch.float64)
     orders = iter([torch.tensor([3, 0, 4, 1, 2]), torch.tensor([2, 4, 1, 0, 3])])
     monkeypatch.setattr(torch, "randperm", lambda n, device: next(orders))
-    shares = block.shares(tokens)
+    shares = block.drop_path_masks(tokens)
     assert [s.tolist() for s in shares] == [[3, 0, 4], [2, 4, 1]], "three of five, whatever is drawn"
     first = torch.tensor([1, 0, 0, 1, 1.0], dtype=torch.float64).view(5, 1, 1) * 5 / 3
     second = torch.tensor([0, 1, 1, 0, 1.0], dtype=torch.float64).view(5, 1, 1) * 5 / 3
@@ -199,14 +199,14 @@ def test_branches_that_are_left_out_are_those_of_whole_images(monkeypatch: pytes
     expected = attended + second * block.mlp(block.norm2(attended))
     torch.testing.assert_close(block(tokens, shares), expected)
     torch.testing.assert_close(block(tokens, shares, asking=1), expected[:, :1])
-    assert block.eval().shares(tokens) == (None, None)
+    assert block.eval().drop_path_masks(tokens) == (None, None)
 
 
 @pytest.mark.parametrize(("images", "left"), [(1, 0.9), (3, 0.5), (10, 0.3), (64, 0.4)])
 def test_as_many_are_left_out_each_time_and_one_at_least_stays(images: int, left: float) -> None:
     block = PlainBlock.instead_of(Block(16, 2)).train()
     block.left_out = left
-    for share in block.shares(torch.zeros(images, 2, 16)):
+    for share in block.drop_path_masks(torch.zeros(images, 2, 16)):
         assert len(share) == max(1, math.ceil((1 - left) * images))
         assert len(share.unique()) == len(share)
 
@@ -219,6 +219,6 @@ def test_what_is_left_out_is_no_work() -> None:
     for left in (0.0, 0.5):
         block.left_out = left
         with FlopCounterMode(display=False) as counter:
-            block(tokens, block.shares(tokens))
+            block(tokens, block.drop_path_masks(tokens))
         work.append(counter.get_total_flops())
     assert work[1] * 2 == work[0]

@@ -5,13 +5,13 @@ import torch
 
 from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig, adapt, create_timm
-from dinocli.models.backbone import Hidden
+from dinocli.models.backbone import MaskedPatches
 
 
 def test_a_convolutional_network_has_nothing_to_hide() -> None:
     backbone = BackboneConfig(name="resnet18").build(drop_path=False)
     with pytest.raises(DinoError, match="no patches to mask") as error:
-        backbone(torch.zeros(1, 3, 32, 32), Hidden(torch.zeros(1, 1, dtype=torch.bool), torch.zeros(1, 512)))
+        backbone(torch.zeros(1, 3, 32, 32), MaskedPatches(torch.zeros(1, 1, dtype=torch.bool), torch.zeros(1, 512)))
     assert error.value.hint == "--set views.mask=none"
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig
-from dinocli.models.backbone import Hidden
+from dinocli.models.backbone import MaskedPatches
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import Network
 
@@ -24,10 +24,10 @@ def small(prototypes: int = 12, batch_norm: bool = False) -> Network:
 def test_views_of_two_resolutions_come_out_in_their_order() -> None:
     network, large, local = small(), torch.randn(2, 3, 3, 16, 16), torch.randn(4, 3, 3, 8, 8)
     encoding = network([large, local])
-    assert (encoding.cls.shape, encoding.logits["dino"].shape) == ((6, 3, 16), (6, 3, 12))
+    assert (encoding.cls.shape, encoding.class_logits["dino"].shape) == ((6, 3, 16), (6, 3, 12))
     torch.testing.assert_close(encoding.cls[1], network.backbone(large[1]).cls)
     torch.testing.assert_close(encoding.cls[5], network.backbone(local[3]).cls)
-    torch.testing.assert_close(encoding.logits["dino"][5], network.heads["dino"](encoding.cls[5]))
+    torch.testing.assert_close(encoding.class_logits["dino"][5], network.heads["dino"](encoding.cls[5]))
 
 
 def test_a_head_with_batch_norm_sees_all_views_at_once() -> None:
@@ -53,21 +53,23 @@ def test_heads_read_what_they_are_told() -> None:
     hide = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
     rows = hide.flatten().nonzero().flatten()
     encoding = network([large, local], hide, rows)
-    assert {name: logits.shape for name, logits in encoding.logits.items()} == {"a": (6, 3, 12), "c": (6, 3, 12)}
-    assert {name: logits.shape for name, logits in encoding.hidden.items()} == {
+    assert {name: logits.shape for name, logits in encoding.class_logits.items()} == {"a": (6, 3, 12), "c": (6, 3, 12)}
+    assert {name: logits.shape for name, logits in encoding.masked_logits.items()} == {
         "b": (len(rows), 12),
         "c": (len(rows), 12),
     }
     assert encoding.globals == 2
-    seen = network.backbone(large.flatten(0, 1), Hidden(hide.flatten(0, 1), network.mask_token))
+    seen = network.backbone(large.flatten(0, 1), MaskedPatches(hide.flatten(0, 1), network.mask_token))
     torch.testing.assert_close(encoding.cls[:2].flatten(0, 1), seen.cls)
     patches = seen.patches.flatten(0, 1)[rows]
     for name in ("b", "c"):
-        torch.testing.assert_close(encoding.hidden[name], network.heads[name](patches))
+        torch.testing.assert_close(encoding.masked_logits[name], network.heads[name](patches))
     for name in ("a", "c"):
-        torch.testing.assert_close(encoding.logits[name][5], network.heads[name](network.backbone(local[3]).cls))
+        torch.testing.assert_close(encoding.class_logits[name][5], network.heads[name](network.backbone(local[3]).cls))
     whole = network([large])  # as the teacher sees it, and asked of all patches
-    torch.testing.assert_close(whole.hidden["b"][:4], network.heads["b"](network.backbone(large[0, :1]).patches[0]))
+    torch.testing.assert_close(
+        whole.masked_logits["b"][:4], network.heads["b"](network.backbone(large[0, :1]).patches[0])
+    )
 
 
 def test_the_mlp_of_a_head_that_two_losses_share_is_called_once() -> None:
@@ -81,9 +83,9 @@ def test_what_a_shared_head_says_of_classes_and_of_patches_may_both_be_written_o
     network = reading({"a": BOTH})
     encoding = network([torch.randn(2, 3, 3, 16, 16)], None, torch.tensor([1, 5]))
     with torch.no_grad():
-        encoding.logits["a"].zero_()
-        encoding.hidden["a"].zero_()
-    (encoding.logits["a"].sum() + encoding.hidden["a"].sum()).backward()
+        encoding.class_logits["a"].zero_()
+        encoding.masked_logits["a"].zero_()
+    (encoding.class_logits["a"].sum() + encoding.masked_logits["a"].sum()).backward()
     assert network.heads["a"].last_layer.weight_v.grad.any()
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig, adapt, create_timm
-from dinocli.models.backbone import Hidden
+from dinocli.models.backbone import MaskedPatches
 from dinocli.models.transformer import RotaryBackbone, ViTBackbone
 
 MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -68,7 +68,7 @@ def test_every_block_equals_its_description_at_the_sizes_of_training(
     weights = {k: v.double() for k, v in backbone.model.state_dict().items()}
     expected, attention = plain.vit(weights, images.double(), heads=3)
     with torch.no_grad():
-        for ours, theirs in zip(backbone.blocks(images, 3), expected, strict=True):
+        for ours, theirs in zip(backbone.last_tokens(images, 3), expected, strict=True):
             assert_original(torch.cat([ours.cls[:, None], ours.patches], 1), theirs)
         assert_original(backbone.attention(images), attention[:, :, :1])
 
@@ -94,11 +94,11 @@ def test_registers_stand_apart_and_get_no_position() -> None:
 
 def test_last_blocks_are_normed_and_in_order(micro: ViTBackbone, original) -> None:
     images = original["vit/micro32d2h2p8_f64/32x32/input"]
-    first, last = micro.blocks(images, 2)
+    first, last = micro.last_tokens(images, 2)
     torch.testing.assert_close(last.cls, micro(images).cls)
     assert not torch.allclose(first.cls, last.cls)
     with pytest.raises(DinoError, match="--blocks 3 is larger than the 2 blocks"):
-        micro.blocks(images, 3)
+        micro.last_tokens(images, 3)
 
 
 @pytest.mark.parametrize("last", [1, 2])
@@ -107,7 +107,7 @@ def test_class_tokens_alone_are_those_of_all_tokens_with_the_same_gradient(
     micro: ViTBackbone, original, last: int, size: str
 ) -> None:
     images = original[f"vit/micro32d2h2p8_f64/{size}/input"]
-    alone, all_ = micro.class_tokens(images, last), [tokens.cls for tokens in micro.blocks(images, last)]
+    alone, all_ = micro.class_tokens(images, last), [tokens.cls for tokens in micro.last_tokens(images, last)]
     weights = torch.randn(last, *all_[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     gradients = [
         torch.autograd.grad((torch.stack(tokens) * weights).sum(), list(micro.parameters())) for tokens in (alone, all_)
@@ -121,7 +121,7 @@ def test_hidden_patches_are_not_seen_and_their_places_are(micro: ViTBackbone) ->
     one, other = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
     where = torch.zeros(2, 16, dtype=torch.bool)
     where[0, 5], where[1, :] = True, True
-    hidden = Hidden(where, torch.randn(1, 32, dtype=torch.float64))
+    hidden = MaskedPatches(where, torch.randn(1, 32, dtype=torch.float64))
     mixed = one.clone()
     mixed[0, :, 8:16, 8:16] = other[0, :, 8:16, 8:16]  # the sixth patch
     mixed[1] = other[1]
@@ -137,7 +137,7 @@ def test_class_tokens_alone_are_less_work(micro: ViTBackbone) -> None:
     micro = micro.to("meta")
     images = torch.zeros(1, 3, 32, 32, dtype=torch.float64, device="meta")
     work = []
-    for tokens in (micro.class_tokens, micro.blocks):
+    for tokens in (micro.class_tokens, micro.last_tokens):
         with FlopCounterMode(display=False) as counter:
             tokens(images, 1)
         work.append(counter.get_total_flops())
@@ -201,7 +201,7 @@ def test_pixels_over_a_multiple_of_the_patch_are_not_seen_by_a_rotary_network_ei
 def test_class_tokens_alone_of_a_rotary_network_have_the_same_gradient(options: dict, last: int) -> None:
     _, ours = turning(**options)
     images = torch.randn(2, 3, 24, 40, dtype=torch.float64)
-    alone, all_ = ours.class_tokens(images, last), [tokens.cls for tokens in ours.blocks(images, last)]
+    alone, all_ = ours.class_tokens(images, last), [tokens.cls for tokens in ours.last_tokens(images, last)]
     gradients = [
         torch.autograd.grad(torch.stack(tokens).square().sum(), list(ours.parameters())) for tokens in (alone, all_)
     ]
@@ -284,14 +284,14 @@ def test_positions_are_rescaled_for_the_student_alone_and_once_a_pass(
 def test_hidden_patches_of_a_rotary_network_are_not_seen() -> None:
     _, ours = turning()
     one, other = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
-    hidden = Hidden(torch.zeros(2, 16, dtype=torch.bool), torch.randn(1, 32, dtype=torch.float64))
+    hidden = MaskedPatches(torch.zeros(2, 16, dtype=torch.bool), torch.randn(1, 32, dtype=torch.float64))
     hidden.where[0, 5], hidden.where[1, :] = True, True
     mixed = one.clone()
     mixed[0, :, 8:16, 8:16], mixed[1] = other[0, :, 8:16, 8:16], other[1]  # the sixth patch, and all
     torch.testing.assert_close(ours(mixed, hidden).patches, ours(one, hidden).patches)
     assert not torch.allclose(ours(mixed).patches, ours(one).patches)
     # Among others that are seen, what stands in a hidden place knows where it is.
-    two = Hidden(torch.zeros(2, 16, dtype=torch.bool), hidden.token)
+    two = MaskedPatches(torch.zeros(2, 16, dtype=torch.bool), hidden.token)
     two.where[:, [2, 9]] = True
     assert not torch.allclose(ours(one, two).patches[0, 2], ours(one, two).patches[0, 9])
 
@@ -319,7 +319,7 @@ def _asked(network: ViTBackbone | RotaryBackbone, images: torch.Tensor, layer: i
     seen: list[torch.Tensor] = []
     block = network.model.blocks[layer - 1]
     handle = block.norm1.register_forward_hook(lambda module, given, made: seen.append(made))
-    network.blocks(images, 1)
+    network.last_tokens(images, 1)
     handle.remove()
     made = block.attn.qkv(seen[0])
     if getattr(block.attn, "q_bias", None) is not None:
@@ -329,7 +329,7 @@ def _asked(network: ViTBackbone | RotaryBackbone, images: torch.Tensor, layer: i
 
 def test_facets_of_patches_are_what_their_blocks_work_out(micro: ViTBackbone) -> None:
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
-    tokens = micro.blocks(images, 2)
+    tokens = micro.last_tokens(images, 2)
     exact = {"rtol": 0, "atol": 1e-12}
     torch.testing.assert_close(micro.patches(images).flatten(1, 2), tokens[-1].patches, **exact)
     assert micro.patches(images).shape[1:3] == (4, 6)

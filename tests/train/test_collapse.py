@@ -11,7 +11,7 @@ from conftest import SMALL
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
 from dinocli.method.preset import load_preset
-from dinocli.train.collapse import Collapse, CollapseWatch
+from dinocli.train.collapse import Collapse, CollapseDetector
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain
 
@@ -23,10 +23,10 @@ UNIFORM = [(5.44, 0.072), (5.45, 0.0645), (5.46, 0.0626), (5.47, 0.0613), (5.47,
 
 
 def told(series: list[tuple[float, float]], overrides: list[str] = [], times: int = 10) -> list[tuple[int, Collapse]]:  # noqa: B006
-    watch = CollapseWatch(load_preset("tiny", overrides), 400)
+    watch = CollapseDetector(load_preset("tiny", overrides), 400)
     found = []
     for i, (entropy, information) in enumerate(series * times):
-        collapse = watch.see(10 * i, {"dino/teacher_entropy": entropy, "dino/information": information})
+        collapse = watch.update(10 * i, {"dino/teacher_entropy": entropy, "dino/information": information})
         if collapse:
             found.append((10 * i, collapse))
     return found
@@ -61,8 +61,8 @@ def test_a_slow_start_is_no_collapse() -> None:
 
 
 def test_a_recipe_without_these_figures_is_left_alone() -> None:
-    watch = CollapseWatch(load_preset("tiny"), 400)
-    assert all(watch.see(step, {"loss": 1.0}) is None for step in range(0, 400, 10))
+    watch = CollapseDetector(load_preset("tiny"), 400)
+    assert all(watch.update(step, {"loss": 1.0}) is None for step in range(0, 400, 10))
 
 
 @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ def test_a_run_warns_and_goes_on_or_stops_with_its_state_saved(flat: Plan) -> No
 
 def test_the_loss_on_patches_is_watched_as_that_on_images_is() -> None:
     preset = load_preset("tiny-dinov2")
-    watch, found = CollapseWatch(preset, 400), []
+    watch, found = CollapseDetector(preset, 400), []
     for i in range(20):
         figures = {}
         for loss, (entropy, information) in (("dino", LEARNS[i % 5]), ("ibot", UNIFORM[i % 5])):
             figures |= {f"{loss}/teacher_entropy": entropy, f"{loss}/information": information}
-        found += [collapse for collapse in [watch.see(10 * i, figures)] if collapse]
+        found += [collapse for collapse in [watch.update(10 * i, figures)] if collapse]
     (collapse,) = found
     assert collapse.words.endswith("for any patch (losses.ibot)")
     changed = collapse.remedy.partition("--set ")[2].replace("'", "")

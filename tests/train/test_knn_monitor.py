@@ -16,7 +16,7 @@ from dinocli.evals.knn import knn
 from dinocli.features.extract import extract
 from dinocli.features.store import read_features
 from dinocli.method.preset import load_preset
-from dinocli.train.knn_monitor import Monitor, _sample, steps_between_looks
+from dinocli.train.knn_monitor import KnnMonitor, _sample, steps_between_looks
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain
 from dinocli.weights.load import load_encoder
@@ -52,9 +52,9 @@ def test_it_says_what_extract_and_knn_say(labelled: Path, plan: Plan) -> None:
         parts[part] = read_features(done.path)
     network = plan.preset.network()
     network.load_weights(dict(_weights(run.checkpoint)), "x")
-    monitor = Monitor(str(labelled), plan.preset, workers=0)
+    monitor = KnnMonitor(str(labelled), plan.preset, workers=0)
     assert monitor.images == 24
-    assert monitor.look(network) == knn(parts["train"], parts["val"], [8]).scores[0].top1
+    assert monitor.evaluate(network) == knn(parts["train"], parts["val"], [8]).scores[0].top1
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
@@ -81,7 +81,7 @@ def test_the_network_is_left_in_training_as_it_was(labelled: Path, plan: Plan) -
     network = plan.preset.network()
     network.backbone.eval()
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    Monitor(str(labelled), plan.preset, workers=0).look(network)
+    KnnMonitor(str(labelled), plan.preset, workers=0).evaluate(network)
     assert network.training
     assert network.heads.training
     assert not any(m.training for m in network.backbone.modules())
@@ -106,7 +106,7 @@ def test_of_a_large_set_as_many_are_taken_of_each_class(tmp_path: Path) -> None:
 def test_images_without_classes_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "flat", 3)
     with pytest.raises(DinoError, match=r"class folders; .*flat has none"):
-        Monitor(str(tmp_path / "flat"), load_preset("tiny", SMALL), workers=0)
+        KnnMonitor(str(tmp_path / "flat"), load_preset("tiny", SMALL), workers=0)
 
 
 def test_labels_that_no_neighbour_can_tell_are_refused_before_anything_is_written(plan: Plan, tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_few_images_a_class_are_asked_for_few_neighbours(tmp_path: Path) -> None
             Image.fromarray(noise + np.uint8(color)).save(tmp_path / "few" / label / f"{i}.png")
     preset = load_preset("tiny", SMALL)
     torch.manual_seed(0)
-    assert Monitor(str(tmp_path / "few"), preset, workers=0).look(preset.network()) == 100
+    assert KnnMonitor(str(tmp_path / "few"), preset, workers=0).evaluate(preset.network()) == 100
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_fall_that_is_no_chance_is_said_once(
     if init:
         pretrain(replace(plan, stop=0, out=Path(init)), lambda p: None)
     told = iter([90.0, 70.0, 50.0, 45.0, 89.0, 40.0])
-    monkeypatch.setattr(Monitor, "look", lambda monitor, network: next(told))
+    monkeypatch.setattr(KnnMonitor, "look", lambda monitor, network: next(told))
     said: list[str] = []
     watched = replace(plan, out=Path("watched"), monitor=str(labelled), monitor_every=1, stop=5, init=init)
     pretrain(watched, lambda p: None, said.append)

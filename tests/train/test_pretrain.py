@@ -212,8 +212,8 @@ def test_steps_that_are_not_finite_are_left_out_and_end_the_run_when_no_other_co
 class Spoiled(Trainer):
     """Whose step, from the fourth on, leaves an average that is not finite, with a finite loss and gradient."""
 
-    def step(self, batch: object, *, watch: bool = False) -> dict:
-        values = super().step(batch, watch=watch)
+    def step(self, batch: object, *, log: bool = False) -> dict:
+        values = super().step(batch, log=log)
         if self.clock.step >= 4:
             self.method.average.backbone.model.cls_token.data[..., 0] = torch.nan
         return values

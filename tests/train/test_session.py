@@ -59,7 +59,7 @@ def test_a_device_without_room_says_in_how_many_parts_to_take_a_batch(
 ) -> None:
     from dinocli.engine.trainer import Trainer
 
-    def full(self: Trainer, batch: object, *, watch: bool) -> None:
+    def full(self: Trainer, batch: object, *, log: bool) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Trainer, "step", full)

@@ -199,10 +199,10 @@ def test_a_second_ctrl_c_in_the_middle_of_a_step_saves_nothing_half_done(
 ) -> None:
     from dinocli.engine import trainer
 
-    move, moved = trainer.move, []
+    step_unless_skipped, moved = trainer.move, []
 
     def interrupted(*arguments: object) -> None:
-        move(*arguments)
+        step_unless_skipped(*arguments)
         moved.append(1)
         if len(moved) == 7:
             os.kill(os.getpid(), signal.SIGINT)

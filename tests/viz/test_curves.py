@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dinocli.viz import curves
-from dinocli.viz.curves import panel_svg, write_histogram, write_sheet
+from dinocli.viz.curves import chart_svg, write_histogram, write_sheet
 from dinocli.viz.history import Curve
-from dinocli.viz.panels import LossFacts, panels
+from dinocli.viz.panels import LossFacts, charts
 
 DINO = {"dino": LossFacts(1.0, 256)}
 
@@ -42,17 +42,17 @@ class Texts(HTMLParser):
 
 def drawn(values: dict[str, Curve]) -> Texts:
     parser = Texts()
-    parser.feed(panel_svg(panels(values, DINO)[0], "in words"))
+    parser.feed(chart_svg(charts(values, DINO)[0], "in words"))
     return parser
 
 
 def test_a_drawing_is_text_and_lines_in_the_pages_colors() -> None:
-    svg = panel_svg(panels(history("loss"), DINO)[0], "in words")
+    svg = chart_svg(charts(history("loss"), DINO)[0], "in words")
     found = drawn(history("loss"))
     assert found.tags[0][0] == "svg" and found.tags[0][1]["aria-label"] == "in words"
     assert {"loss, nats", "step", "ln K = 5.55"} <= set(found.words)
     assert "var(--curve-0)" in svg and "var(--ink)" in svg and "#1f6fb4" not in svg
-    assert svg == panel_svg(panels(history("loss"), DINO)[0], "in words"), "the same each time"
+    assert svg == chart_svg(charts(history("loss"), DINO)[0], "in words"), "the same each time"
 
 
 @pytest.mark.parametrize(
@@ -67,13 +67,13 @@ def test_any_values_can_be_drawn(key: str, values: tuple[float, ...], recwarn: p
 def test_many_lines_make_no_large_drawing() -> None:
     count = 100_000
     noisy = Curve(np.arange(count, dtype=float), np.random.default_rng(0).random(count))
-    assert len(panel_svg(panels({"loss": noisy}, DINO)[0], "")) < 100_000
+    assert len(chart_svg(charts({"loss": noisy}, DINO)[0], "")) < 100_000
 
 
 def test_the_sheet_shows_all_panels(tmp_path: Path) -> None:
     sizes = []
     for keys in ((), ("loss",), ("loss", "lr", "knn", "grad_norm")):
-        write_sheet(panels(history(*keys), DINO), tmp_path / "curves.png")
+        write_sheet(charts(history(*keys), DINO), tmp_path / "curves.png")
         with Image.open(tmp_path / "curves.png") as sheet:
             sizes.append(sheet.size)
     assert sizes[0][0] == sizes[1][0] == 440 and sizes[2][0] == 1320 and sizes[2][1] > sizes[1][1]
@@ -96,11 +96,11 @@ def test_no_label_is_cut_or_drawn_twice(steps: list[int]) -> None:
               "uniformity": -1.56 - 0.04 * rising, "rank": 1 + 90_000 * rising, "loss": 11 - rising, "ibot": 3 - rising,
               "koleo": -rising, "dino": 5 + rising, "peak_memory": 2e15 * (1 + rising)}  # fmt: skip
     made = {key: Curve(np.array(steps, float), value) for key, value in values.items()}
-    for panel in panels(made, DINO):
-        height = curves._height(panel)
+    for chart in charts(made, DINO):
+        height = curves._height(chart)
         figure = Figure(figsize=(curves._WIDTH, height), dpi=100)
         with matplotlib.rc_context(curves._STYLE):
-            curves._draw(figure, panel, height)
+            curves._draw(figure, chart, height)
             canvas = FigureCanvasAgg(figure)
             canvas.draw()
             inside = figure.bbox.padded(1)
@@ -118,8 +118,8 @@ def test_no_label_is_cut_or_drawn_twice(steps: list[int]) -> None:
                 ]
                 for text in texts:
                     box = text.get_window_extent()
-                    assert inside.xmin <= box.x0 and box.x1 <= inside.xmax, (panel.title, text.get_text())
+                    assert inside.xmin <= box.x0 and box.x1 <= inside.xmax, (chart.title, text.get_text())
                 said = [label.get_text() for label in shown]
-                assert len(set(said)) == len(said), (panel.title, said)
+                assert len(set(said)) == len(said), (chart.title, said)
             steps_said = [label.get_text() for label in figure.axes[-1].get_xticklabels()]
             assert not any("m" in word for word in steps_said), "no thousandths of a step"

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from dinocli.viz.film import shown, small, write_gif, write_strip
-from dinocli.viz.picture import Panel
+from dinocli.viz.picture import Tile
 
 
 def flat(red: int, height: int = 20, width: int = 30) -> np.ndarray:
@@ -60,7 +60,7 @@ def test_of_no_frames_no_film_and_of_a_broken_one_none(tmp_path: Path) -> None:
 def test_a_strip_shows_first_and_last_and_no_frame_twice(tmp_path: Path) -> None:
     assert shown(50) == [0, 7, 14, 21, 28, 35, 42, 49]
     assert shown(3) == [0, 1, 2] and shown(1) == [0] and shown(0) == []
-    write_strip([Panel(flat(9, 60, 80), str(i)) for i in range(5)], tmp_path / "strip.png")
+    write_strip([Tile(flat(9, 60, 80), str(i)) for i in range(5)], tmp_path / "strip.png")
     with Image.open(tmp_path / "strip.png") as strip:
         assert 4 * 80 < strip.width < 5 * 80 and 2 * 60 < strip.height < 3 * 60
 

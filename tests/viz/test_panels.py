@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dinocli.viz.history import Curve
-from dinocli.viz.panels import LossFacts, panels
+from dinocli.viz.panels import LossFacts, charts
 
 DINO = {"dino": LossFacts(1.0, 256)}
 
@@ -43,25 +43,25 @@ def history(*keys: str) -> dict[str, Curve]:
     ],
 )
 def test_a_panel_is_there_where_its_value_is(key: str, title: str) -> None:
-    (panel,) = panels(history(key), DINO)
-    assert panel.title == title and len(panel.lanes) == 1 and panel.healthy.endswith(".")
+    (chart,) = charts(history(key), DINO)
+    assert chart.title == title and len(chart.axes) == 1 and chart.healthy.endswith(".")
 
 
 def test_without_values_there_is_no_panel() -> None:
-    assert panels({}, DINO) == []
-    assert panels(history("unheard_of"), DINO) == []
-    assert panels({"skipped": curve(0, 0)}, DINO) == [], "that nothing went wrong needs no picture"
+    assert charts({}, DINO) == []
+    assert charts(history("unheard_of"), DINO) == []
+    assert charts({"skipped": curve(0, 0)}, DINO) == [], "that nothing went wrong needs no picture"
 
 
 def test_parts_of_a_loss_are_drawn_where_there_are_several() -> None:
-    assert list(panels(history("loss", "dino"), DINO)[0].lanes[0].curves) == ["loss"]
+    assert list(charts(history("loss", "dino"), DINO)[0].axes[0].curves) == ["loss"]
     both = DINO | {"ibot": LossFacts(0.5, 16)}
-    lane = panels(history("loss", "dino", "ibot"), both)[0].lanes[0]
+    lane = charts(history("loss", "dino", "ibot"), both)[0].axes[0]
     assert set(lane.curves) == {"loss", "dino", "ibot"}
     assert list(lane.marks.values()) == pytest.approx([math.log(256), 0.5 * math.log(16)])
 
 
 def test_the_line_of_collapse_stands_at_ln_k() -> None:
-    lane = panels(history("dino/teacher_entropy"), {"dino": LossFacts(2.0, 1024)})[0].lanes[0]
+    lane = charts(history("dino/teacher_entropy"), {"dino": LossFacts(2.0, 1024)})[0].axes[0]
     assert lane.marks == {"ln K = 6.93": math.log(1024)}
-    assert panels(history("loss"), {})[0].lanes[0].marks == {}, "of a preset that nobody knows"
+    assert charts(history("loss"), {})[0].axes[0].marks == {}, "of a preset that nobody knows"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 
 from dinocli.viz.picture import (
-    Panel,
+    Tile,
     contact_sheet,
     fitted,
     heat,
@@ -43,7 +43,7 @@ def test_a_spotlight_keeps_the_inside_and_pales_the_outside() -> None:
 
 
 def test_a_sheet_holds_its_panels_whole() -> None:
-    red, blue = (Panel(np.full((30, 50, 3), color, dtype=np.uint8), "name") for color in ((255, 0, 0), (0, 0, 255)))
+    red, blue = (Tile(np.full((30, 50, 3), color, dtype=np.uint8), "name") for color in ((255, 0, 0), (0, 0, 255)))
     page = np.asarray(sheet([[red, blue], [None, red]]))
     assert (page == (255, 0, 0)).all(-1).sum() == 2 * 30 * 50
     assert (page == (0, 0, 255)).all(-1).sum() == 30 * 50
@@ -59,8 +59,8 @@ def test_of_any_channels_the_first_are_seen() -> None:
 
 def test_a_contact_sheet_fits_photos_of_any_shape_into_its_squares() -> None:
     red, blue = (255, 0, 0), (0, 0, 255)
-    wide = Panel(np.full((30, 60, 3), red, dtype=np.uint8), "a\nsecond line")
-    high = Panel(np.full((800, 100, 3), blue, dtype=np.uint8), "of a path " * 20)
+    wide = Tile(np.full((30, 60, 3), red, dtype=np.uint8), "a\nsecond line")
+    high = Tile(np.full((800, 100, 3), blue, dtype=np.uint8), "of a path " * 20)
     page = np.asarray(contact_sheet([[wide, high], [None, wide, "gone"]], title="title " * 99, lead=1, side=80))
     assert (page == red).all(-1).sum() == 2 * 80 * 40
     assert (page == blue).all(-1).sum() == 80 * 10

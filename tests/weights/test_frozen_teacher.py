@@ -78,8 +78,8 @@ def test_it_sets_the_targets_of_class_tokens_and_of_all_patches(larger: FrozenTe
         by_hand = torch.stack(
             [
                 -(
-                    F.softmax(teacher[g].logits["dino"][0] / 0.05, -1)
-                    * F.log_softmax(views[v].logits["dino"][0] / 0.1, -1)
+                    F.softmax(teacher[g].class_logits["dino"][0] / 0.05, -1)
+                    * F.log_softmax(views[v].class_logits["dino"][0] / 0.1, -1)
                 )
                 .sum(-1)
                 .mean()
@@ -88,9 +88,10 @@ def test_it_sets_the_targets_of_class_tokens_and_of_all_patches(larger: FrozenTe
         ).mean()
         torch.testing.assert_close(losses["dino"], by_hand * preset.losses.dino.weight, rtol=1e-9, atol=0)
         patches = [
-            -(F.softmax(teacher[g].hidden["ibot"] / 0.05, -1) * F.log_softmax(views[g].hidden["ibot"] / 0.1, -1)).sum(
-                -1
-            )
+            -(
+                F.softmax(teacher[g].masked_logits["ibot"] / 0.05, -1)
+                * F.log_softmax(views[g].masked_logits["ibot"] / 0.1, -1)
+            ).sum(-1)
             for g in range(2)
         ]
         assert patches[0].shape == (3 * 4,)

@@ -22,7 +22,7 @@ from dinocli.data.sources.frames import Frames, pyav
 from dinocli.evals.attention import attention_maps, default_size
 from dinocli.features.encoder import Encoder, NotFinite
 from dinocli.viz.film import shown, write_gif, write_mp4
-from dinocli.viz.picture import Panel, heat, sheet, visible
+from dinocli.viz.picture import Tile, heat, sheet, visible
 
 Form = Literal["strip", "gif", "mp4"]
 ENDINGS: dict[Form, str] = {"strip": ".png", "gif": ".gif", "mp4": ".mp4"}
@@ -176,9 +176,9 @@ def _draw_frames(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen
 
 def _write_strip(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
     frames = list(drawn)
-    above = [Panel(frame.photo, Path(frame.name).stem) for frame in frames]
+    above = [Tile(frame.photo, Path(frame.name).stem) for frame in frames]
     with atomic(path) as draft:
-        sheet([above, [Panel(frame.map, "") for frame in frames]]).save(draft, format="PNG")
+        sheet([above, [Tile(frame.map, "") for frame in frames]]).save(draft, format="PNG")
 
 
 def _write_gif(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:

@@ -16,7 +16,7 @@ from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.sources.photos import read_photo
 from dinocli.evals.attention import AttentionMaps, attention_maps, default_size, enlarge
 from dinocli.features.encoder import Encoder, NotFinite
-from dinocli.viz.picture import Panel, bounded, heat, sheet, spotlight, visible
+from dinocli.viz.picture import Tile, bounded, heat, sheet, spotlight, visible
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def attention_sheet(pixels: Pixels, maps: AttentionMaps, keep: float) -> Image.I
     height, width = pixels.shape[:2]
     every = [(f"head {i + 1}", m) for i, m in enumerate(maps.heads)] + [("mean of heads", maps.heads.mean(0))]
     masks = [*maps.masks(keep), AttentionMaps(maps.heads.mean(0, keepdims=True)).masks(keep)[0]]
-    above = [Panel(pixels, "photo")] + [Panel(heat(m, height, width), name) for name, m in every]
-    below: list[Panel | None] = [None]
+    above = [Tile(pixels, "photo")] + [Tile(heat(m, height, width), name) for name, m in every]
+    below: list[Tile | None] = [None]
     below += [
-        Panel(spotlight(pixels, enlarge(mask, height, width)), f"{keep:.0%} of {name.split(' of')[0]}")  # type: ignore[arg-type]
+        Tile(spotlight(pixels, enlarge(mask, height, width)), f"{keep:.0%} of {name.split(' of')[0]}")  # type: ignore[arg-type]
         for mask, (name, _) in zip(masks, every, strict=True)
     ]
     return sheet([above, below])

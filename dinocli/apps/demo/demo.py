@@ -28,7 +28,7 @@ from dinocli.evals.knn import knn
 from dinocli.evals.linear import linear
 from dinocli.features.encoder import Encoder
 from dinocli.features.extract import extract
-from dinocli.features.store import Features, Recipe, read_features
+from dinocli.features.store import Features, Provenance, read_features
 from dinocli.method.preset import load_preset
 from dinocli.train.plan import Plan, start_clock
 from dinocli.train.pretrain import pretrain
@@ -230,8 +230,8 @@ def _raw_pixels(source: Images, workers: int) -> Features:
         device=torch.device("cpu"),
     )
     values = np.concatenate([batch.images.flatten(1).numpy() for batch in batches])
-    recipe = Recipe("raw pixels", "", "pixels", 0, _RAW_SIDE, "drawn")
-    return Features(values, source.labels.astype(np.int64), list(source.names), source.classes, {}, recipe)
+    provenance = Provenance("raw pixels", "", "pixels", 0, _RAW_SIDE, "drawn")
+    return Features(values, source.labels.astype(np.int64), list(source.names), source.classes, {}, provenance)
 
 
 def _score_features(

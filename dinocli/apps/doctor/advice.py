@@ -240,7 +240,7 @@ def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
     if isinstance(rate, Cosine) and rate.warmup_epochs > epochs / 10:
         warm = {"optimizer.lr.warmup_epochs": str(epochs // 10)}
         taken.append(Advice(f"warm-up of {epochs // 10}", warm, f"a tenth of {epochs} epochs, as in the preset"))
-    for name, loss in preset.losses.aimed().items():
+    for name, loss in preset.losses.with_targets().items():
         ramp = loss.targets.temperature
         if isinstance(ramp, LinearByEpoch) and ramp.epochs > 0.3 * epochs:
             ramped = {f"losses.{name}.targets.temperature.epochs": str(epochs * 3 // 10)}

@@ -121,12 +121,12 @@ def _state_of(run: Path | None) -> State | None:
 
 def _measure(folder: Path, encoder: Encoder, source: str) -> Measured:
     train, test = compared(read_splits(folder))
-    if train.recipe.fingerprint != encoder.fingerprint:
+    if train.provenance.fingerprint != encoder.fingerprint:
         raise DinoError(
-            f"{folder} holds features of other weights ({train.recipe.source}); expected features of {source}",
+            f"{folder} holds features of other weights ({train.provenance.source}); expected features of {source}",
             f"dino extract {source} DATA --out OTHER, then --features OTHER",
         )
-    return Measured(knn(train, test, [_K]), _strip_folders(train.recipe.data))
+    return Measured(knn(train, test, [_K]), _strip_folders(train.provenance.data))
 
 
 def _strip_folders(place: str) -> str:

@@ -21,7 +21,7 @@ from dinocli.evals.attention import default_size
 from dinocli.evals.units import normalized
 from dinocli.features.encoder import Encoder, checked
 from dinocli.models.backbone import Facet
-from dinocli.viz.picture import Panel, sheet, visible
+from dinocli.viz.picture import Tile, sheet, visible
 
 _HEIGHT = 400  # pixels, for both photos in the picture
 _GAP = 8  # pixels between them
@@ -118,11 +118,9 @@ def write_picture(
     at_a, at_b = a.centers[lines], b.centers[matches.forth[lines]]
     across = at_a[:, 0].argsort().argsort() / max(1, len(at_a) - 1)
     colors = [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b, _ in colormaps["turbo"](0.05 + 0.9 * across)]
-    rows = [
-        Panel(_lines(seen, at_a, at_b, colors), f"{len(matches.mutual)} mutual nearest patches, {len(lines)} drawn")
-    ]
+    rows = [Tile(_lines(seen, at_a, at_b, colors), f"{len(matches.mutual)} mutual nearest patches, {len(lines)} drawn")]
     swapped = swap(seen[1], a, b, matches.forth), swap(seen[0], b, a, matches.back)
-    rows.append(Panel(_place_beside(swapped, seen), "each patch replaced by its match in the other photo"))
+    rows.append(Tile(_place_beside(swapped, seen), "each patch replaced by its match in the other photo"))
     if keypoints:
         true_a, true_b, near = keypoints
         found = answers(a, b, matches, true_a)
@@ -130,7 +128,7 @@ def write_picture(
         some = np.unique(np.linspace(0, len(right) - 1, min(len(right), _MOST)).round().astype(int))
         marks = [_RIGHT if hit else _WRONG for hit in right[some]]
         caption = f"{right.sum()} of {len(right)} keypoints within the threshold"
-        rows.append(Panel(_lines(seen, true_a[some], found[some], marks), caption))
+        rows.append(Tile(_lines(seen, true_a[some], found[some], marks), caption))
     with atomic(path) as draft:
         sheet([[row] for row in rows]).save(draft, format="PNG", optimize=True)
 

@@ -84,7 +84,7 @@ def describe(encoder: Encoder, images: Tensor) -> Floats:
     Source: facebookresearch/dino@7c446df eval_copy_detection.py.
     """
     with autocast(encoder.device, encoder.precision):
-        [tokens] = encoder.backbone.blocks(images, 1)
+        [tokens] = encoder.backbone.last_tokens(images, 1)
     return torch.cat([tokens.cls.float(), generalized_mean(tokens.patches.float())], 1).cpu().numpy()
 
 

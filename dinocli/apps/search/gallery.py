@@ -19,7 +19,7 @@ from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.open import Source, TorchvisionImages, splits
 from dinocli.data.sources.regular import Refused, read_file
 from dinocli.data.sources.shards import Shards, read_sample
-from dinocli.features.store import Features, Recipe, read_splits, same_maker
+from dinocli.features.store import Features, Provenance, read_splits, same_maker
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Gallery:
         return Rows([part.values for part in self.parts.values()])
 
     @property
-    def recipe(self) -> Recipe:
+    def provenance(self) -> Provenance:
         """Settings that made the features of every split, except for the views."""
-        return next(iter(self.parts.values())).recipe
+        return next(iter(self.parts.values())).provenance
 
     @property
     def digest(self) -> str:
         """Text that identifies the images and their order, but not the feature values."""
-        return f"{self.recipe.fingerprint} {[(name, len(part)) for name, part in self.parts.items()]}"
+        return f"{self.provenance.fingerprint} {[(name, len(part)) for name, part in self.parts.items()]}"
 
     def name(self, row: int) -> str:
         """Return the path of an image, with its split in front if there are several."""
@@ -144,7 +144,7 @@ def open_gallery(folder: Path, data: str | None = None) -> Gallery:
         raise DinoError(
             f"{folder} holds patch tokens; expected one feature per image", "extract again with --tokens cls"
         )
-    return Gallery(folder, parts, data or next(iter(parts.values())).recipe.data)
+    return Gallery(folder, parts, data or next(iter(parts.values())).provenance.data)
 
 
 def belong_together(first: Gallery, other: Gallery) -> None:
@@ -153,7 +153,7 @@ def belong_together(first: Gallery, other: Gallery) -> None:
     Raises:
         DinoError: If they were made by different weights or settings.
     """
-    same_maker((str(first.folder), first.recipe), (str(other.folder), other.recipe))
+    same_maker((str(first.folder), first.provenance), (str(other.folder), other.provenance))
 
 
 def small(data: bytes | Image.Image, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:

@@ -13,7 +13,7 @@ from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Source
 from dinocli.evals.units import Floats
 from dinocli.features.encoder import Encoder, finite_rows
-from dinocli.features.store import Recipe
+from dinocli.features.store import Provenance
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class Queries:
     skipped: dict[str, str]
 
 
-def same_encoder(encoder: Encoder, recipe: Recipe) -> None:
+def same_encoder(encoder: Encoder, provenance: Provenance) -> None:
     """Check that an encoder has the weights that made the features.
 
     Raises:
         DinoError: If it has other weights.
     """
-    if encoder.fingerprint != recipe.fingerprint:
+    if encoder.fingerprint != provenance.fingerprint:
         raise DinoError(
-            f"the features were made by {recipe.source} ({recipe.fingerprint}); {encoder.source} has other weights "
-            f"({encoder.fingerprint})",
+            f"the features were made by {provenance.source} ({provenance.fingerprint}); {encoder.source} has other "
+            f"weights ({encoder.fingerprint})",
             "use --checkpoint with the one that made them, or extract again",
         )
 
@@ -73,7 +73,7 @@ def same_encoder(encoder: Encoder, recipe: Recipe) -> None:
 def encode(
     encoder: Encoder,
     source: Source,
-    recipe: Recipe,
+    provenance: Provenance,
     *,
     batch_size: int = 64,
     workers: int = 0,
@@ -84,7 +84,7 @@ def encode(
     Args:
         encoder: Encoder of the gallery; see `same_encoder`.
         source: Photos to encode.
-        recipe: Settings of the gallery's features.
+        provenance: Settings of the gallery's features.
         batch_size: Images per batch.
         workers: Number of decoding processes.
         report: Callback after each batch, with the number of photos done.
@@ -95,9 +95,9 @@ def encode(
     names: list[str] = []
     values: list[Floats] = []
     skipped: dict[str, str] = {}
-    for batch in encoder.batches(source, size=recipe.size, batch_size=batch_size, workers=workers):
+    for batch in encoder.batches(source, size=provenance.size, batch_size=batch_size, workers=workers):
         if batch.names:
-            tokens = encoder.features(batch.images, recipe.tokens, recipe.blocks)  # type: ignore[arg-type]
+            tokens = encoder.features(batch.images, provenance.tokens, provenance.blocks)  # type: ignore[arg-type]
             made = tokens.float().cpu()
             kept, lost = finite_rows(made, batch.names)
             values.append(made[kept].numpy())

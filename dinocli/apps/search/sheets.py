@@ -12,13 +12,13 @@ from dinocli.core.atomic import atomic
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.regular import read_file
-from dinocli.viz.picture import Panel, contact_sheet
+from dinocli.viz.picture import Tile, contact_sheet
 
 ROWS = 20  # rows per sheet
 SHOWN = 10  # results per row
 _SIDE = 144  # pixels per side of a photo
 
-Place = Panel | str | None
+Place = Tile | str | None
 
 
 def draw_hits(
@@ -105,4 +105,4 @@ def _query(path: Path, images: ImagesConfig) -> Place:
 def _make_place(pixels: Pixels | BadImage, name: str, caption: str) -> Place:
     if isinstance(pixels, BadImage):
         return f"{pixels.reason.partition(':')[0]}\n{Path(name).name}"
-    return Panel(pixels, caption)
+    return Tile(pixels, caption)

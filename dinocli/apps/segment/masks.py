@@ -16,7 +16,7 @@ from dinocli.data.sources.open import image_folder
 _CLASSES = 256  # maximum per mask, which may have soft edges or a number for each of many classes
 
 
-class Masks:
+class MaskFolder:
     """Masks in a folder and its subfolders.
 
     Args:
@@ -73,12 +73,12 @@ def read_index(path: Path) -> NDArray[np.uint8] | BadImage:
     return read if isinstance(read, BadImage) else read.values
 
 
-def with_masks(photos: Mapping[Path, Path], masks: Masks) -> tuple[dict[Path, Path], dict[Path, str]]:
+def with_masks(photos: Mapping[Path, Path], masks: MaskFolder) -> tuple[dict[Path, Path], dict[Path, str]]:
     """Match photos with their masks by name.
 
     Args:
         photos: Path of each photo with its name, as `named_photos` returns them.
-        masks: Masks to search.
+        masks: MaskFolder to search.
 
     Returns:
         The mask of each photo that has one, and the reason for each other photo.

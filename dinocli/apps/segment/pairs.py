@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.apps.segment.masks import Masks, read_index, with_masks
+from dinocli.apps.segment.masks import MaskFolder, read_index, with_masks
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import ImagesConfig
@@ -79,7 +79,7 @@ def labelled_set(
     """
     parts, skipped = dict[str, dict[Path, Path]](), dict[Path, str]()
     for part, (images, masks) in _folders(root).items():
-        parts[part], alone = with_masks(named_photos([images]), Masks(masks))
+        parts[part], alone = with_masks(named_photos([images]), MaskFolder(masks))
         skipped |= alone
     split_off = "val" not in parts
     if split_off:

@@ -22,7 +22,7 @@ from dinocli.data.sources.photos import read_photo
 from dinocli.evals.attention import enlarge
 from dinocli.features.encoder import Encoder, NotFinite
 from dinocli.viz.picture import (
-    Panel,
+    Tile,
     bounded,
     contact_sheet,
     heat,
@@ -84,9 +84,9 @@ def draw_foreground(
     large = enlarge(mask, height, width).astype(bool)
     what = "attention, mean of heads" if by == "attention" else "eigenvector of the cut"
     row = [
-        Panel(shown, "photo"),
-        Panel(heat(told.values, height, width), what),
-        Panel(outline(spotlight(shown, large), large), f"foreground, {mask.mean():.0%}"),
+        Tile(shown, "photo"),
+        Tile(heat(told.values, height, width), what),
+        Tile(outline(spotlight(shown, large), large), f"foreground, {mask.mean():.0%}"),
     ]
     picture = _save(sheet([row]), name, ".png")
     return Segmented(
@@ -122,7 +122,7 @@ def draw_classes(
     shown = bounded(visible(pixels))
     large = enlarge(classes, *shown.shape[:2]).astype(np.uint8)
     named = [(head.classes[i], colors[i]) for i in np.argsort(-shares) if shares[i] >= _NAMED]
-    row = [Panel(shown, "photo"), Panel(legend(tinted(shown, large, colors), named), "classes")]
+    row = [Tile(shown, "photo"), Tile(legend(tinted(shown, large, colors), named), "classes")]
     picture = _save(sheet([row]), name, ".png")
     return Segmented(
         image,
@@ -158,7 +158,7 @@ def draw_colors(
     pages: list[Path] = []
     painted = _paint(encoder, colors, photos, short_side, skipped, report)
     while some := list(islice(painted, _ACROSS * _DOWN)):
-        rows: list[list[Panel]] = []
+        rows: list[list[Tile]] = []
         for first in range(0, len(some), _ACROSS):
             rows += [list(row) for row in zip(*some[first : first + _ACROSS], strict=True)]
         name = folder / (f"pca-{len(pages) + 1}" if pages else "pca")
@@ -173,7 +173,7 @@ def _paint(
     short_side: int,
     skipped: dict[Path, str],
     report: Callable[[int], None],
-) -> Iterator[tuple[Panel, Panel]]:
+) -> Iterator[tuple[Tile, Tile]]:
     """Yield each readable photo at small size, and its patch colors."""
     for done, path in enumerate(photos, 1):
         pixels = read_photo(path, encoder.images)
@@ -184,7 +184,7 @@ def _paint(
         else:
             scale = _SIDE / max(pixels.shape[:2])
             size = (max(1, round(pixels.shape[0] * scale)), max(1, round(pixels.shape[1] * scale)))
-            yield Panel(_small(visible(pixels), size), ""), Panel(colors.paint(tokens, *size), "")
+            yield Tile(_small(visible(pixels), size), ""), Tile(colors.paint(tokens, *size), "")
         report(done)
 
 

@@ -19,7 +19,7 @@ from dinocli.data.sources.frames import Frame, Frames, open_frames
 from dinocli.data.sources.label_maps import LabelMap, Labels, read_labels, write_labels
 from dinocli.features.encoder import Encoder
 from dinocli.viz.film import shown, small, write_gif, write_strip
-from dinocli.viz.picture import Panel, inner_edge, tinted, visible
+from dinocli.viz.picture import Tile, inner_edge, tinted, visible
 
 _WIDTH = 480  # pixels, of a frame in the film
 _STRIP_WIDTH = 320
@@ -133,7 +133,7 @@ def track_video(
         for found in track(encoder, pixels, labels.values, reader, rule, looking):
             yield reader.now, reader.pixels, found
 
-    strip: list[Panel] = []
+    strip: list[Tile] = []
     chosen = set(shown(video.count))
 
     def film() -> Iterator[Pixels]:
@@ -144,7 +144,7 @@ def track_video(
                 judge.see(frame, found)
             laid = overlay(visible(seen), LabelMap(found, labels.palette))
             if frame.number in chosen:
-                strip.append(Panel(small(laid, _STRIP_WIDTH), name))
+                strip.append(Tile(small(laid, _STRIP_WIDTH), name))
             advance(frame.number + 1)
             yield small(laid, _WIDTH)
 

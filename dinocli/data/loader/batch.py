@@ -12,7 +12,7 @@ from torch import Tensor
 from dinocli.core.errors import DinoError
 from dinocli.data.loader import ring
 from dinocli.data.views.crops import ViewsConfig
-from dinocli.data.views.masking import Grid, Masks
+from dinocli.data.views.masking import Grid, PatchMasks
 
 _WAITING_BYTES = 8 * 2**30
 _SLOTS = 4
@@ -32,7 +32,7 @@ class Batch:
     global_crops: Tensor
     local_crops: Tensor | None
     rows: Tensor
-    masks: Masks | None = None
+    masks: PatchMasks | None = None
 
     @property
     def crops(self) -> list[Tensor]:
@@ -61,14 +61,14 @@ class BadFiles:
         return ", ".join(f"{count} {reason}" for reason, count in counts)
 
 
-class Share(NamedTuple):
-    """Place of a process in its run: rank `rank` of `of` processes."""
+class Shard(NamedTuple):
+    """Place of a process in its run: number `rank` of `processes`."""
 
     rank: int
-    of: int
+    processes: int
 
 
-ALONE = Share(0, 1)
+ALONE = Shard(0, 1)
 
 
 def view_fields(views: ViewsConfig, batch_size: int) -> ring.Fields:

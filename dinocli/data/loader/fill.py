@@ -95,7 +95,7 @@ class Cutter:
         for name, values in draws(numbers, self.views.all)._asdict().items():
             slot[name][:, first : first + len(numbers)] = values
 
-    def hide(self, slot: dict[str, Tensor], first: int, keys: Sequence[Sequence[int]]) -> None:
+    def mask(self, slot: dict[str, Tensor], first: int, keys: Sequence[Sequence[int]]) -> None:
         """Mask the number of patches that the slot states per global crop; `keys` are epoch and number per image."""
         if not self.views.mask:
             return
@@ -143,7 +143,7 @@ class ImageFiller:
             else:
                 raise _nothing_to_read(*bad[-1])
         self.cutter.draw(slot, task.first, numbers)
-        self.cutter.hide(slot, task.first, asked)
+        self.cutter.mask(slot, task.first, asked)
         return bad
 
     def _pixels(self, row: int, tries: list[Tries], places: list[Tensor]) -> tuple[Pixels, list[Box]] | BadImage:
@@ -193,7 +193,7 @@ class StreamFiller:
             self.cutter.place(place, *found)
             drawn.append(numbers)
         self.cutter.draw(slot, task.first, np.stack(drawn))
-        self.cutter.hide(slot, task.first, asked)
+        self.cutter.mask(slot, task.first, asked)
         return bad
 
     def _pixels(self, sample: Sample, tries: list[Tries], places: list[Tensor]) -> tuple[Pixels, list[Box]] | BadImage:

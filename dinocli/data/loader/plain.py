@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader import ring
-from dinocli.data.loader.batch import ALONE, Share, slots_for, view_fields
+from dinocli.data.loader.batch import ALONE, Shard, slots_for, view_fields
 from dinocli.data.loader.fill import Cutter, PlainFiller
 from dinocli.data.loader.ring import Ring
 from dinocli.data.sources.open import Images, Source
@@ -66,7 +66,7 @@ def plain_batches(
     workers: int,
     device: torch.device,
     images: ImagesConfig = DEFAULTS,
-    share: Share = ALONE,
+    shard: Shard = ALONE,
     cutter: Cutter | None = None,
 ) -> Iterator[Plain]:
     """Yield all images once, preprocessed for evaluation: resized, center-cropped, normalized.
@@ -86,8 +86,8 @@ def plain_batches(
         prepare=lambda slot, batch: None,
         workers=workers,
         slots=slots_for(fields),
-        start=share.rank,
-        stride=share.of,
+        start=shard.rank,
+        stride=shard.processes,
         bound=isinstance(source, Shards),
         pin=device.type == "cuda",
     )
@@ -105,7 +105,7 @@ def plain_batches(
             empty = 0 if seen else empty + 1
             if empty > (workers if isinstance(source, Shards) else 0):
                 return
-            if seen or share.of > 1:
+            if seen or shard.processes > 1:
                 bad = [(s.name, s.reason) for s in seen if s.reason]
                 names, labels = [s.name for s in good], [s.label for s in good]
                 yield Plain(normalize(pixels.float() / 255, *there), names, labels, bad, views)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader import ring
-from dinocli.data.loader.batch import ALONE, BadFiles, Batch, Share, mask_fields, slots_for, view_fields
+from dinocli.data.loader.batch import ALONE, BadFiles, Batch, Shard, mask_fields, slots_for, view_fields
 from dinocli.data.loader.cache import PixelCache
 from dinocli.data.loader.fill import Cutter, ImageFiller, StreamFiller
 from dinocli.data.loader.ring import Filler, Ring
@@ -23,7 +23,7 @@ from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.augment import augment
 from dinocli.data.views.crops import Draws, ViewsConfig
-from dinocli.data.views.masking import Grid, MaskConfig, Masks, deal
+from dinocli.data.views.masking import Grid, MaskConfig, PatchMasks, deal
 
 BAD_SHARE = 0.05
 
@@ -46,7 +46,7 @@ class TrainBatches:
         steps_per_epoch: Batches per epoch, the unit of the views' low-resolution phase.
         workers: Processes that decode and crop; 0 uses this process.
         device: Device of the batches, which also applies color jitter and blur.
-        share: Share of this process in each batch of the run.
+        shard: Share of this process in each batch of the run.
         cache: `ram`, or a folder, for decoded images. If None, an image is decoded whenever it is drawn.
         compiled: True to compile the hue jitter, the slowest augmentation, with torch.compile.
         grid: Function from the size of a global crop to its rows and columns of patches, for masking. The number of
@@ -73,7 +73,7 @@ class TrainBatches:
         steps_per_epoch: int = 1,
         workers: int = 0,
         device: torch.device,
-        share: Share = ALONE,
+        shard: Shard = ALONE,
         cache: str | None = None,
         compiled: bool = False,
         grid: Callable[[int], Grid | None] = lambda size: None,
@@ -97,10 +97,10 @@ class TrainBatches:
                 raise DinoError(
                     "--cache needs random access to images; shards are read as a stream", "run without --cache"
                 )
-            make = partial(_stream_filler, cutter, source, batch_size, start, workers, share)
+            make = partial(_stream_filler, cutter, source, batch_size, start, workers, shard)
         else:
             make = partial(_image_filler, cutter, source, kept)
-        order = _Order(source, batch_size, seed, share, views.mask)
+        order = _Order(source, batch_size, seed, shard, views.mask)
         self._ring = Ring(
             phases,
             batch_size=batch_size,
@@ -130,7 +130,7 @@ class TrainBatches:
             self._count(bad)
             drawn = Draws(*(arrays[name].clone() for name in Draws._fields))
             rows = arrays["keys"][:, 1].clone()
-            masks = copier.masks(Masks.of(arrays["where"].flatten(2).clone())) if "where" in arrays else None
+            masks = copier.masks(PatchMasks.of(arrays["where"].flatten(2).clone())) if "where" in arrays else None
             groups = [copier(arrays[name]) for name in ("globals", "locals") if arrays[name].numel()]
             copier.wait()
             parts = (slice(0, n), slice(n, None))
@@ -165,11 +165,11 @@ def _image_filler(cutter: Cutter, source: Images, cache: PixelCache | None, lane
 
 
 def _stream_filler(
-    cutter: Cutter, source: Shards, batch_size: int, start: int, workers: int, share: Share, lane: int, lanes: int
+    cutter: Cutter, source: Shards, batch_size: int, start: int, workers: int, shard: Shard, lane: int, lanes: int
 ) -> StreamFiller:
     skip = ring.turns(lane, workers, batch_size, start)
-    first, most = share.rank * lanes + lane, cutter.images.max_megabytes
-    stream = source.stream(first, share.of * lanes, seed=cutter.seed, skip=skip, max_megabytes=most)
+    first, most = shard.rank * lanes + lane, cutter.images.max_megabytes
+    stream = source.stream(first, shard.processes * lanes, seed=cutter.seed, skip=skip, max_megabytes=most)
     return StreamFiller(cutter, stream)
 
 
@@ -190,9 +190,9 @@ class _Copier:
         moved.record_stream(torch.cuda.current_stream(self.device))
         return moved
 
-    def masks(self, masks: Masks) -> Masks:
+    def masks(self, masks: PatchMasks) -> PatchMasks:
         """Copy masks to the device. Call this before the crops, or the host waits for their many bytes first."""
-        return Masks(self(masks.where), self(masks.rows), self(masks.weights), masks.counts)
+        return PatchMasks(self(masks.where), self(masks.rows), self(masks.weights), masks.counts)
 
     def wait(self) -> None:
         """Make later work on the device wait for the copies; the host does not wait."""
@@ -219,25 +219,25 @@ class _Order:
     """
 
     def __init__(
-        self, source: Source, batch_size: int, seed: int, share: Share, mask: MaskConfig | None = None
+        self, source: Source, batch_size: int, seed: int, shard: Shard, mask: MaskConfig | None = None
     ) -> None:
         self.images = None if isinstance(source, Shards) else len(source)
-        self.batch_size, self.seed, self.share, self.mask = batch_size, seed, share, mask
+        self.batch_size, self.seed, self.shard, self.mask = batch_size, seed, shard, mask
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def write(self, slot: dict[str, Tensor], batch: int) -> None:
         """Write epoch and number of each image of a batch; for a stream, the filler writes them."""
         if self.mask:
             views, images, *grid = slot["where"].shape
-            dealt = deal(self.mask, (views, images), math.prod(grid), seed=self.seed, batch=batch, rank=self.share.rank)
+            dealt = deal(self.mask, (views, images), math.prod(grid), seed=self.seed, batch=batch, rank=self.shard.rank)
             slot["counts"].copy_(dealt)
         if self.images is None:
             return
-        whole = self.batch_size * self.share.of
+        whole = self.batch_size * self.shard.processes
         epoch, place = divmod(batch, self.images // whole)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch, _ORDER)).permutation(self.images)
-        first = place * whole + self.share.rank * self.batch_size
+        first = place * whole + self.shard.rank * self.batch_size
         slot["keys"][:, 0] = epoch
         slot["keys"][:, 1] = torch.from_numpy(self._order[first : first + self.batch_size])
 

@@ -63,7 +63,7 @@ class MaskConfig(Config):
 
 
 @dataclass(frozen=True)
-class Masks:
+class PatchMasks:
     """Masked patches of a batch's global crops.
 
     Attributes:
@@ -80,14 +80,14 @@ class Masks:
     counts: Tensor
 
     @classmethod
-    def of(cls, where: Tensor) -> Masks:
+    def of(cls, where: Tensor) -> PatchMasks:
         """Compute rows and weights of masked patches, all on the host. [G, B, N], bool"""
         counts = where.sum(-1)
         weights = 1 / counts.clamp(min=1).double() / counts.numel()
         rows = where.flatten().nonzero()[:, 0]
         return cls(where, rows, weights.flatten().repeat_interleave(counts.flatten()).float(), counts)
 
-    def split(self, count: int) -> list[Masks]:
+    def split(self, count: int) -> list[PatchMasks]:
         """Split the masks into `count` parts of the images, in order. The mean loss of equal parts is the whole's loss.
 
         Parts may differ in their number of masked patches: only the whole has a fixed number.
@@ -104,12 +104,12 @@ class Masks:
             moved = [(g * (images - size) + first) * patches for g in range(len(spans))]
             rows = [self.rows[begin:end] - by for (begin, end), by in zip(spans, moved, strict=True)]
             weights = [self.weights[begin:end] for begin, end in spans]
-            parts.append(Masks(where, torch.cat(rows), torch.cat(weights) * (images / size), each))
+            parts.append(PatchMasks(where, torch.cat(rows), torch.cat(weights) * (images / size), each))
             first += size
         return parts
 
 
-def hidden_counts(config: MaskConfig, crops: int, patches: int) -> list[int]:
+def masked_counts(config: MaskConfig, crops: int, patches: int) -> list[int]:
     """Return the number of masked patches for each masked crop of a group, fewest first.
 
     Crop i of n gets the upper edge of the i-th of n equal steps from the lowest share to the highest, and at least one
@@ -130,10 +130,10 @@ def _groups(images: int) -> int:
     return images // _DEALT_TO if images % _DEALT_TO == 0 else 1
 
 
-def hidden_in_all(config: MaskConfig, crops: tuple[int, int], patches: int) -> int:
+def masked_in_all(config: MaskConfig, crops: tuple[int, int], patches: int) -> int:
     """Return the number M of masked patches in a process's batch. `crops` and `patches` are those of `deal`."""
     count = _groups(crops[1])
-    return count * sum(hidden_counts(config, crops[0] * crops[1] // count, patches))
+    return count * sum(masked_counts(config, crops[0] * crops[1] // count, patches))
 
 
 def deal(config: MaskConfig, crops: tuple[int, int], patches: int, *, seed: int, batch: int, rank: int) -> Tensor:
@@ -152,7 +152,7 @@ def deal(config: MaskConfig, crops: tuple[int, int], patches: int, *, seed: int,
     views, images = crops
     count = _groups(images)
     counts = np.zeros(views * images // count, dtype=np.int64)
-    masked = hidden_counts(config, len(counts), patches)
+    masked = masked_counts(config, len(counts), patches)
     counts[: len(masked)] = masked
     dealt = [
         np.random.default_rng((seed, batch, group, _DEALT)).permutation(counts).reshape(views, -1)
@@ -183,7 +183,7 @@ def blocks(config: MaskConfig, grid: Grid, count: int, generator: np.random.Gene
     lowest, highest = (math.log(ratio) for ratio in config.aspect)
     # Patch i is bit i of an integer, so that adding and counting a rectangle takes a tenth of the time of arrays.
     every_row = sum(1 << columns * i for i in range(rows))
-    hidden, left = 0, count
+    masked, left = 0, count
     for size, form, down, right in generator.random((_TRIES, 4)).tolist():
         if left < config.smallest:
             break
@@ -194,10 +194,10 @@ def blocks(config: MaskConfig, grid: Grid, count: int, generator: np.random.Gene
             continue
         top, first = math.floor(down * (rows - height + 1)), math.floor(right * (columns - width + 1))
         lines = every_row & (1 << columns * height) - 1
-        more = hidden | (lines * ((1 << width) - 1) << top * columns + first)
+        more = masked | (lines * ((1 << width) - 1) << top * columns + first)
         if more.bit_count() <= count:
-            hidden, left = more, count - more.bit_count()
-    octets = np.frombuffer(hidden.to_bytes(-(-rows * columns // 8), "little"), dtype=np.uint8)
+            masked, left = more, count - more.bit_count()
+    octets = np.frombuffer(masked.to_bytes(-(-rows * columns // 8), "little"), dtype=np.uint8)
     where = np.unpackbits(octets, count=rows * columns, bitorder="little").view(np.bool_)
     if left:
         where[generator.choice(np.flatnonzero(~where), left, replace=False, shuffle=False)] = True

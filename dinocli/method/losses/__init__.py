@@ -12,7 +12,7 @@ from dinocli.method.losses.ibot import IbotLossConfig
 from dinocli.method.losses.koleo import KoleoLossConfig
 
 LossConfig = DinoLossConfig | IbotLossConfig | KoleoLossConfig
-AimedConfig = DinoLossConfig | IbotLossConfig
+PrototypeLossConfig = DinoLossConfig | IbotLossConfig
 
 
 class LossesConfig(Config):
@@ -26,7 +26,7 @@ class LossesConfig(Config):
         """Return the selected losses, by name."""
         return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
 
-    def aimed(self) -> dict[str, AimedConfig]:
+    def with_targets(self) -> dict[str, PrototypeLossConfig]:
         """Return the selected losses that read a head and have targets, by name."""
         return {name: loss for name, loss in self.present().items() if not isinstance(loss, KoleoLossConfig)}
 
@@ -36,7 +36,7 @@ class LossesConfig(Config):
         Args:
             prototypes: Function from the name of a head to its number of prototypes.
         """
-        built: dict[str, nn.Module] = {name: c.build(prototypes(c.head)) for name, c in self.aimed().items()}
+        built: dict[str, nn.Module] = {name: c.build(prototypes(c.head)) for name, c in self.with_targets().items()}
         if self.koleo is not None:
             built["koleo"] = self.koleo.build()
         return nn.ModuleDict(built)

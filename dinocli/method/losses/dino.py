@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dinocli.core.config import Config
 from dinocli.core.distributed import mean_over_processes
-from dinocli.data.views.masking import Masks
+from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.schedules import Clock
 from dinocli.method.losses.cross_entropy import Chunk, cross_entropy, entropy
 from dinocli.method.losses.targets import TargetsConfig
@@ -57,17 +57,17 @@ class DinoLoss(nn.Module):
         self.register_buffer("use", torch.zeros(prototypes))
         self._mean: Tensor | None = None
 
-    def aim(self, teacher: Encoding, clock: Clock) -> Tensor:
+    def targets_for(self, teacher: Encoding, clock: Clock) -> Tensor:
         """Compute the targets of a whole batch from the teacher's logits of its global views. [G, B, K]"""
-        targets: Tensor = self.targets(teacher.logits[self.config.head], clock)
+        targets: Tensor = self.targets(teacher.class_logits[self.config.head], clock)
         self._mean = targets.mean((0, 1))
         return targets
 
-    def forward(self, student: Encoding, targets: Tensor, masks: Masks | None) -> Tensor:  # [G, B, K] -> []
-        logits = student.logits[self.config.head]  # [V, B, K]
+    def forward(self, student: Encoding, targets: Tensor, masks: PatchMasks | None) -> Tensor:  # [G, B, K] -> []
+        logits = student.class_logits[self.config.head]  # [V, B, K]
         return self.config.weight * dino_loss(logits, targets, self.config.student_temperature)
 
-    def watch(self, targets: Tensor, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
+    def metrics(self, targets: Tensor, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
         """Return figures of training progress.
 
         Args:

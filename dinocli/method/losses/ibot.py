@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dinocli.core.config import Config
 from dinocli.core.device import exactly
 from dinocli.core.distributed import mean_over_processes
-from dinocli.data.views.masking import Masks
+from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.schedules import Clock
 from dinocli.method.losses.cross_entropy import Chunk, cross_entropy, entropy
 from dinocli.method.losses.targets import TargetsConfig
@@ -54,19 +54,19 @@ class IbotLoss(nn.Module):
         self.targets = config.targets.build(prototypes)
         self._weights: list[Tensor] = []  # one tensor per part of the step
 
-    def aim(self, teacher: Encoding, clock: Clock) -> Tensor:
+    def targets_for(self, teacher: Encoding, clock: Clock) -> Tensor:
         """Compute the targets of a whole batch from the teacher's logits of its masked patches. [M, K]"""
         self._weights = []
-        targets: Tensor = self.targets(teacher.hidden[self.config.head], clock)
+        targets: Tensor = self.targets(teacher.masked_logits[self.config.head], clock)
         return targets
 
-    def forward(self, student: Encoding, targets: Tensor, masks: Masks | None) -> Tensor:  # [M, K] -> []
-        logits = student.hidden[self.config.head]  # [M, K]
+    def forward(self, student: Encoding, targets: Tensor, masks: PatchMasks | None) -> Tensor:  # [M, K] -> []
+        logits = student.masked_logits[self.config.head]  # [M, K]
         weights = targets.new_full((len(targets),), 1 / max(1, len(targets))) if masks is None else masks.weights
         self._weights.append(weights)
         return self.config.weight * ibot_loss(logits, targets, weights, self.config.student_temperature)
 
-    def watch(self, targets: Tensor, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
+    def metrics(self, targets: Tensor, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
         """Return figures of training progress.
 
         Args:
@@ -104,7 +104,7 @@ class IbotLoss(nn.Module):
 def ibot_loss(student: Tensor, targets: Tensor, weights: Tensor, temperature: float) -> Tensor:
     """Compute the cross-entropy of each masked patch against the teacher's output on it, as a weighted sum.
 
-    With `Masks.weights` it is the mean over a masked crop's patches, so that crops with few and with many masked
+    With `PatchMasks.weights` it is the mean over a masked crop's patches, so that crops with few and with many masked
     patches count equally. These means are summed over the masked crops and divided by the number of all global crops,
     as in DINOv2. If half of the crops have a mask, the loss counts half of its `weight`.
 

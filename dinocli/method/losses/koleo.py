@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dinocli.core.config import Config
 from dinocli.core.device import exactly
 from dinocli.core.distributed import mean_over_processes
-from dinocli.data.views.masking import Masks
+from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.schedules import Clock
 from dinocli.models.network import Encoding
 
@@ -41,14 +41,14 @@ class KoleoLoss(nn.Module):
         self.config = config
         self._views = 1  # number of views that the loss sums over
 
-    def aim(self, teacher: Encoding, clock: Clock) -> None:
+    def targets_for(self, teacher: Encoding, clock: Clock) -> None:
         """Store the number of global views; this loss has no targets."""
         self._views = teacher.globals
 
-    def forward(self, student: Encoding, targets: None, masks: Masks | None) -> Tensor:  # -> []
+    def forward(self, student: Encoding, targets: None, masks: PatchMasks | None) -> Tensor:  # -> []
         return self.config.weight * torch.stack([koleo_loss(cls) for cls in student.cls[: student.globals]]).sum()
 
-    def watch(self, targets: None, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
+    def metrics(self, targets: None, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
         """Return the geometric mean of the distances to the nearest neighbours, 0 to 2; near 0, features coincide."""
         # Average over the processes first: the mean of their geometric means would be another number.
         return {"distance": (-mean_over_processes(loss) / self.config.weight / self._views).exp()}

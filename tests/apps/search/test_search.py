@@ -24,9 +24,9 @@ def test_a_photo_of_the_gallery_finds_itself(
     gallery = open_gallery(tmp_path / "f")
     (tmp_path / "torn.png").write_bytes(b"torn")
     asked = [images / "a" / "0003.png", tmp_path / "torn.png", images / "b"]
-    queries = encode(encoder, photos(asked), gallery.recipe, batch_size=3)
+    queries = encode(encoder, photos(asked), gallery.provenance, batch_size=3)
     assert list(queries.skipped) == [str(tmp_path / "torn.png")]
-    same_encoder(encoder, gallery.recipe)
+    same_encoder(encoder, gallery.provenance)
     hits = list(search(Index(About("exact", 12, ""), gallery.values), gallery, queries, 5))
     assert [h.query for h in hits] == [
         str(images / "a" / "0003.png"),
@@ -45,13 +45,13 @@ def test_a_photo_of_the_gallery_finds_itself(
 def test_another_encoder_is_said(tmp_path: Path, images: Path, encoder: Encoder) -> None:
     extract(encoder, splits(str(images))["all"], tmp_path / "f" / "all.safetensors", data=str(images))
     with pytest.raises(DinoError, match="other weights"):
-        same_encoder(replace(encoder, fingerprint="4567"), open_gallery(tmp_path / "f").recipe)
+        same_encoder(replace(encoder, fingerprint="4567"), open_gallery(tmp_path / "f").provenance)
 
 
 def test_what_an_index_did_not_find_is_left_out(tmp_path: Path, images: Path, encoder: Encoder) -> None:
     extract(encoder, splits(str(images))["all"], tmp_path / "f" / "all.safetensors", data=str(images))
     gallery = open_gallery(tmp_path / "f")
-    queries = encode(encoder, photos([images / "a" / "0000.png"]), gallery.recipe)
+    queries = encode(encoder, photos([images / "a" / "0000.png"]), gallery.provenance)
 
     class Few:
         def search(self, values: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

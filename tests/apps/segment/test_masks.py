@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinocli.apps.segment.masks import Masks, read_index, read_object, with_masks
+from dinocli.apps.segment.masks import MaskFolder, read_index, read_object, with_masks
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
 
@@ -23,7 +23,7 @@ def save(path: Path, values: list[list[int]], mode: str = "L") -> Path:
 def test_masks_are_found_in_the_photos_tree_or_by_a_bare_name_that_is_one_masks_alone(tmp_path: Path) -> None:
     for name in ("a/1.png", "b/1.png", "b/2.png", "c/v1.5.png"):
         save(tmp_path / name, [[0]])
-    masks = Masks(tmp_path)
+    masks = MaskFolder(tmp_path)
     assert masks.of(Path("b/1")) == tmp_path / "b" / "1.png"
     assert masks.of(Path("2")) == tmp_path / "b" / "2.png"
     assert masks.of(Path("elsewhere/2")) == tmp_path / "b" / "2.png"
@@ -33,7 +33,7 @@ def test_masks_are_found_in_the_photos_tree_or_by_a_bare_name_that_is_one_masks_
     assert pairs == {Path("x/2.jpg"): tmp_path / "b" / "2.png"}
     assert list(alone) == [Path("x/3.jpg")]
     with pytest.raises(DinoError, match="does not exist"):
-        Masks(tmp_path / "gone")
+        MaskFolder(tmp_path / "gone")
 
 
 def test_objects_are_bright_or_have_a_number(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from conftest import write_images
 from dinocli.apps.pack import pack
 from dinocli.core.errors import DinoError
 from dinocli.data.loader import ring
-from dinocli.data.loader.batch import ALONE, Batch, Share
+from dinocli.data.loader.batch import ALONE, Batch, Shard
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_images, open_source
 from dinocli.data.views.crops import JitterConfig, LowResolutionConfig, ViewConfig, ViewsConfig
-from dinocli.data.views.masking import MaskConfig, Masks, hidden_counts
+from dinocli.data.views.masking import MaskConfig, PatchMasks, masked_counts
 
 CPU = torch.device("cpu")
 JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
@@ -28,7 +28,7 @@ VIEWS = ViewsConfig(
     locals=3,
 )
 MASKED = VIEWS.model_copy(
-    update={"mask": MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=2, aspect=(0.3, 1 / 0.3)), "local": None}
+    update={"mask": MaskConfig(shard=0.5, ratio=(0.1, 0.5), smallest=2, aspect=(0.3, 1 / 0.3)), "local": None}
 )
 
 
@@ -41,7 +41,7 @@ def take(
     workers: int = 0,
     seed: int = 0,
     views: ViewsConfig = VIEWS,
-    share: Share = ALONE,
+    shard: Shard = ALONE,
 ) -> list[Batch]:
     stream = TrainBatches(
         open_source(str(images)),
@@ -51,7 +51,7 @@ def take(
         start=start,
         workers=workers,
         device=CPU,
-        share=share,
+        shard=shard,
         steps_per_epoch=2,
         grid=lambda size: (size // 4, size // 4),
     )
@@ -93,7 +93,7 @@ def test_where_processes_are_not_copied_the_views_are_the_same(images: Path, mon
 
 def test_two_processes_share_each_batch_of_one(images: Path) -> None:
     whole = take(images, 5, batch_size=6)
-    halves = [take(images, 5, batch_size=3, share=Share(rank, 2)) for rank in (0, 1)]
+    halves = [take(images, 5, batch_size=3, shard=Shard(rank, 2)) for rank in (0, 1)]
     for one, *two in zip(whole, *halves, strict=True):
         assert torch.equal(one.rows, torch.cat([half.rows for half in two]))
         for crops, *parts in zip(one.crops, *(half.crops for half in two), strict=True):
@@ -111,14 +111,14 @@ def test_batches_have_masks_where_the_views_do_and_the_views_are_the_same(images
     masks = [batch.masks for batch in masked]
     assert masks[0].where.shape == (2, 4, 36)
     # As many in each batch, in crops and to a count that change from batch to batch.
-    wanted = sorted([0] * 4 + hidden_counts(MASKED.mask, 8, 36))
+    wanted = sorted([0] * 4 + masked_counts(MASKED.mask, 8, 36))
     assert all(sorted(m.counts.flatten().tolist()) == wanted for m in masks)
     assert len({str(m.counts.tolist()) for m in masks}) == 4
     assert all(part.masks is None for part in plain[0].split(2))
     assert [part.masks.where.shape for part in masked[0].split(2)] == [(2, 2, 36)] * 2
 
 
-def same_masks(a: Masks, b: Masks) -> bool:
+def same_masks(a: PatchMasks, b: PatchMasks) -> bool:
     return all(getattr(a, name).equal(getattr(b, name)) for name in ("where", "rows", "weights", "counts"))
 
 
@@ -140,7 +140,7 @@ def test_masks_depend_on_no_worker_and_no_start(images: Path, shards: Path) -> N
 
 def test_a_slot_that_is_filled_again_leaves_a_batchs_masks_alone(images: Path) -> None:
     kept = take(images, 6, views=MASKED)  # two slots were filled thrice meanwhile
-    assert all(Masks.of(batch.masks.where).rows.equal(batch.masks.rows) for batch in kept)
+    assert all(PatchMasks.of(batch.masks.where).rows.equal(batch.masks.rows) for batch in kept)
     assert len({str(batch.masks.rows.tolist()) for batch in kept}) == 6
 
 
@@ -148,7 +148,7 @@ def test_processes_and_seeds_have_masks_of_their_own(images: Path) -> None:
     one = take(images, 3, views=MASKED)
     for other in (
         take(images, 3, views=MASKED, seed=1),
-        take(images, 3, batch_size=4, views=MASKED, share=Share(1, 2)),
+        take(images, 3, batch_size=4, views=MASKED, shard=Shard(1, 2)),
     ):
         assert not any(a.masks.counts.equal(b.masks.counts) for a, b in zip(one, other, strict=True))
         assert all(len(a.masks.rows) == len(b.masks.rows) for a, b in zip(one, other, strict=True))

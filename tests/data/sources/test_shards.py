@@ -99,7 +99,7 @@ def test_webdatasets_rules(tmp_path: Path) -> None:
         ("three.json", b'{"cls": 4}'), ("three.webp", b"3"),
         ("four.v2.jpg", b"4"), ("four.cls", b"007"),
         ("five.cls", b"5"),  # no image
-        (".hidden.jpg", b"x"), ("folder/.DS_Store", b"x"), ("plain", b"x"), ("__meta__/x.jpg", b"x"),
+        (".masked_logits.jpg", b"x"), ("folder/.DS_Store", b"x"), ("plain", b"x"), ("__meta__/x.jpg", b"x"),
         ("six.jpg", b"6"), ("six.cls", b"n01440764"), ("seven.jpg", b"7"), ("seven.json", b"[1"),
         ("eight.tiff", b"8"), ("eight.json", b'{"label": true}'),
     ]  # fmt: skip

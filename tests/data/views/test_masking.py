@@ -12,13 +12,13 @@ from dinocli.core.errors import DinoError
 from dinocli.data.views.masking import (
     Grid,
     MaskConfig,
-    Masks,
+    PatchMasks,
     Where,
     blocks,
     deal,
     generator_of,
-    hidden_counts,
-    hidden_in_all,
+    masked_counts,
+    masked_in_all,
 )
 
 MASK = MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=4, aspect=(0.3, 1 / 0.3))
@@ -29,7 +29,7 @@ def changed(**values: object) -> MaskConfig:
 
 
 def touching(where: Where) -> float:
-    """Hidden ones among the four neighbours of a hidden patch, on average."""
+    """MaskedPatches ones among the four neighbours of a hidden patch, on average."""
     padded = np.pad(where, 1).astype(int)
     around = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
     return float(around[where].mean())
@@ -68,7 +68,7 @@ def test_a_crop_hides_exactly_what_is_asked(grid: Grid, mask: MaskConfig) -> Non
 @pytest.mark.parametrize("grid", [(6, 6), (14, 14), (16, 12)])
 def test_what_is_hidden_lies_in_blocks_as_beits_does(grid: Grid) -> None:
     generator = np.random.default_rng(0)
-    counts = hidden_counts(MASK, 800, grid[0] * grid[1])
+    counts = masked_counts(MASK, 800, grid[0] * grid[1])
     ours = np.mean([touching(blocks(MASK, grid, count, generator)) for count in counts])
     beits = np.mean([touching(plain_blocks(grid, count, generator)) for count in counts])
     scattered = np.mean(
@@ -113,7 +113,7 @@ def test_blocks_depend_on_seed_epoch_image_and_view_alone() -> None:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("patches", [1, 4, 36, 196])
 def test_each_batch_of_a_size_hides_as_many(crops: int, share: float, patches: int) -> None:
-    counts = hidden_counts(changed(share=share), crops, patches)
+    counts = masked_counts(changed(share=share), crops, patches)
     assert len(counts) == round(share * crops)
     assert counts == sorted(counts)
     assert all(max(1, math.floor(0.1 * patches)) <= count <= max(1, round(0.5 * patches)) for count in counts)
@@ -131,7 +131,7 @@ def test_slots_are_dealt_anew_to_each_batch_and_process() -> None:
         return deal(MASK, (2, 9), 196, seed=seed, batch=batch, rank=rank)
 
     assert dealt().shape == (2, 9)
-    assert sorted(dealt()[dealt() > 0].tolist()) == hidden_counts(MASK, 18, 196)
+    assert sorted(dealt()[dealt() > 0].tolist()) == masked_counts(MASK, 18, 196)
     assert dealt().equal(dealt())
     others = [dealt(seed=1), dealt(batch=1), dealt(rank=1)]
     assert not any(dealt().equal(other) for other in others)
@@ -149,8 +149,8 @@ def test_processes_with_groups_of_images_hide_what_one_does(processes: int, shar
     whole = deal(mask, (2, 192), 36, seed=0, batch=5, rank=0)
     parts = [deal(mask, (2, each), 36, seed=0, batch=5, rank=rank) for rank in range(processes)]
     assert torch.cat(parts, 1).equal(whole)
-    assert {int(part.sum()) for part in parts} == {hidden_in_all(mask, (2, each), 36)}
-    assert hidden_in_all(mask, (2, 192), 36) == whole.sum()
+    assert {int(part.sum()) for part in parts} == {masked_in_all(mask, (2, each), 36)}
+    assert masked_in_all(mask, (2, 192), 36) == whole.sum()
     masked = (whole > 0).double()
     assert masked.mean() == pytest.approx(share, abs=0.01)
     if share:
@@ -160,17 +160,17 @@ def test_processes_with_groups_of_images_hide_what_one_does(processes: int, shar
 @pytest.mark.parametrize("images", [1, 5, 33, 48])
 def test_other_batches_are_dealt_to_as_a_whole(images: int) -> None:
     dealt = deal(MASK, (2, images), 196, seed=0, batch=0, rank=0)
-    assert sorted(dealt[dealt > 0].tolist()) == hidden_counts(MASK, 2 * images, 196)
-    assert dealt.sum() == hidden_in_all(MASK, (2, images), 196)
+    assert sorted(dealt[dealt > 0].tolist()) == masked_counts(MASK, 2 * images, 196)
+    assert dealt.sum() == masked_in_all(MASK, (2, images), 196)
 
 
-def made(views: int, images: int, grid: Grid = (4, 5), share: float = 0.6) -> Masks:
+def made(views: int, images: int, grid: Grid = (4, 5), share: float = 0.6) -> PatchMasks:
     counts = deal(changed(share=share), (views, images), grid[0] * grid[1], seed=0, batch=0, rank=0)
     where = [
         [blocks(MASK, grid, int(count), generator_of(0, 0, b, g)) for b, count in enumerate(view)]
         for g, view in enumerate(counts)
     ]
-    return Masks.of(torch.from_numpy(np.array(where)).flatten(2))
+    return PatchMasks.of(torch.from_numpy(np.array(where)).flatten(2))
 
 
 @pytest.mark.parametrize(("views", "images", "share"), [(2, 6, 0.6), (1, 4, 1.0), (2, 5, 0.3), (2, 1, 0.2)])
@@ -203,7 +203,7 @@ def test_parts_are_masks_of_their_own_and_their_mean_is_the_whole(images: int, p
     for i, part in enumerate(cut):
         size = images // parts
         mine = slice(i * size, (i + 1) * size)
-        alone = Masks.of(masks.where[:, mine])
+        alone = PatchMasks.of(masks.where[:, mine])
         assert part.where.equal(alone.where)
         assert part.rows.equal(alone.rows)
         assert part.counts.equal(alone.counts)

@@ -99,7 +99,7 @@ def test_loss_gradient_and_center_equal_the_originals(original, case: str, dtype
         student = original[f"{name}/student"].to(dtype).unflatten(0, (made["ncrops"], -1)).requires_grad_()
         teacher = original[f"{name}/teacher"].to(dtype).unflatten(0, (2, -1))
         seen, made_of = (Encoding(torch.empty(0), 2, {"dino": logits}) for logits in (teacher, student.clone()))
-        loss = loss_of(made_of, loss_of.aim(seen, Clock(1, made["nepochs"], call["epoch"])), None)
+        loss = loss_of(made_of, loss_of.targets_for(seen, Clock(1, made["nepochs"], call["epoch"])), None)
         loss.backward()
         loss_of.after_step()
         assert_original(loss, original[f"{name}/loss"], name)

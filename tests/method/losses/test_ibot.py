@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dinocli.data.views.masking import Masks
+from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.schedules import Clock, Constant
 from dinocli.method.losses import ibot
 from dinocli.method.losses.dino import dino_loss
@@ -70,10 +70,10 @@ def test_equals_the_definition(
 def test_the_module_reads_its_head_aims_weighs_and_tells() -> None:
     torch.manual_seed(0)
     where = hidden(2, 3, 8)
-    masks = Masks.of(where)
+    masks = PatchMasks.of(where)
     teacher, student = torch.randn(len(masks.rows), 11), torch.randn(len(masks.rows), 11)
     loss_of = CONFIG.build(11)
-    targets = loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": teacher}), CLOCK)
+    targets = loss_of.targets_for(Encoding(torch.empty(0), 2, {}, {"patches": teacher}), CLOCK)
     torch.testing.assert_close(targets, (teacher / 0.5).softmax(-1))
     loss = loss_of(Encoding(torch.empty(0), 2, {}, {"patches": student.clone()}), targets, masks)
     every = [torch.zeros(2 * 3 * 8, 11) for _ in range(2)]
@@ -82,7 +82,7 @@ def test_the_module_reads_its_head_aims_weighs_and_tells() -> None:
     expected = loss_over_crops(*(x.view(2, 3, 8, 11) for x in every), where)
     torch.testing.assert_close(loss, 0.25 * expected)
 
-    told = loss_of.watch(targets, loss, CLOCK)
+    told = loss_of.metrics(targets, loss, CLOCK)
     entropies = torch.zeros(2 * 3 * 8)
     entropies[masks.rows] = -(targets * targets.log()).sum(-1)
     masked = [
@@ -102,20 +102,20 @@ def test_a_student_that_agrees_has_no_divergence_left_in_parts_too() -> None:
     """In parts the weights are those of a part, and what is logged is the mean of the parts' losses."""
     torch.manual_seed(0)
     where = hidden(2, 4, 8)
-    halves = [Masks.of(half) for half in where.chunk(2, 1)]
+    halves = [PatchMasks.of(half) for half in where.chunk(2, 1)]
     agrees = torch.randn(sum(len(half.rows) for half in halves), 11)
     loss_of = CONFIG.build(11)
-    targets = loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": agrees}), CLOCK)
+    targets = loss_of.targets_for(Encoding(torch.empty(0), 2, {}, {"patches": agrees}), CLOCK)
     sizes = [len(half.rows) for half in halves]
     assert sizes[0] != sizes[1]
     losses = [
         loss_of(Encoding(torch.empty(0), 2, {}, {"patches": (said * 0.2).clone()}), aimed, half)  # 0.1 over 0.5
         for said, aimed, half in zip(agrees.split(sizes), targets.split(sizes), halves, strict=True)
     ]
-    told = loss_of.watch(targets, torch.stack(losses).mean(), CLOCK)
+    told = loss_of.metrics(targets, torch.stack(losses).mean(), CLOCK)
     assert told["teacher_entropy"] > 0.5
     assert abs(told["kl"]) < 1e-6
-    loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": agrees}), CLOCK)
+    loss_of.targets_for(Encoding(torch.empty(0), 2, {}, {"patches": agrees}), CLOCK)
     assert not loss_of._weights, "a step that was watched leaves nothing for the next"
 
 
@@ -123,18 +123,18 @@ def test_without_masks_all_patches_count_alike() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(6, 5), torch.randn(6, 5)
     loss_of = CONFIG.build(5)
-    targets = loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": teacher}), CLOCK)
+    targets = loss_of.targets_for(Encoding(torch.empty(0), 2, {}, {"patches": teacher}), CLOCK)
     loss = loss_of(Encoding(torch.empty(0), 2, {}, {"patches": student}), targets, None)
     torch.testing.assert_close(loss, 0.25 * -(targets * torch.log_softmax(student / 0.1, -1)).sum(-1).mean())
 
 
 def test_a_batch_without_hidden_patches_costs_nothing() -> None:
     loss_of, nothing = CONFIG.build(5), torch.zeros(0, 5, requires_grad=True)
-    masks = Masks.of(torch.zeros(2, 1, 4, dtype=torch.bool))
-    targets = loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": nothing.detach()}), CLOCK)
+    masks = PatchMasks.of(torch.zeros(2, 1, 4, dtype=torch.bool))
+    targets = loss_of.targets_for(Encoding(torch.empty(0), 2, {}, {"patches": nothing.detach()}), CLOCK)
     loss = loss_of(Encoding(torch.empty(0), 2, {}, {"patches": nothing.clone()}), targets, masks)
     loss.backward()
-    told = loss_of.watch(targets, loss.detach(), CLOCK)
+    told = loss_of.metrics(targets, loss.detach(), CLOCK)
     loss_of.after_step()
     assert (loss, told["teacher_entropy"], told["kl"]) == (0, 0, 0)
     assert told["information"].isnan(), "and is no collapse"
@@ -158,12 +158,14 @@ def test_a_head_shared_with_class_tokens_gets_both_gradients() -> None:
         return torch.autograd.grad(loss, [p for p in network.parameters() if p.requires_grad], allow_unused=True)
 
     said = network(crops, where, rows)
-    loss = dino_loss(said.logits["both"], of_class, 0.1) + ibot_loss(said.hidden["both"], of_patches, weights, 0.1)
+    loss = dino_loss(said.class_logits["both"], of_class, 0.1) + ibot_loss(
+        said.masked_logits["both"], of_patches, weights, 0.1
+    )
     ours = gradients(loss)
     said = network(crops, where, rows)
-    log_p = (said.logits["both"] / 0.1).log_softmax(-1)
+    log_p = (said.class_logits["both"] / 0.1).log_softmax(-1)
     pairs = [-(of_class[g] * log_p[v]).sum(-1).mean() for g in range(2) for v in range(4) if g != v]
-    patches = -(weights * (of_patches * (said.hidden["both"] / 0.1).log_softmax(-1)).sum(-1)).sum()
+    patches = -(weights * (of_patches * (said.masked_logits["both"] / 0.1).log_softmax(-1)).sum(-1)).sum()
     theirs = gradients(torch.stack(pairs).mean() + patches)
     assert all(found is not None for found in theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
@@ -173,15 +175,15 @@ def test_information_is_what_a_hidden_patchs_targets_tell_of_it() -> None:
     """The entropy of the mean target less the mean entropy, where each masked crop counts alike."""
     torch.manual_seed(0)
     where = hidden(2, 3, 8)
-    masks = Masks.of(where)
+    masks = PatchMasks.of(where)
     crops = [i for i in range(6) if where.view(6, 8)[i].any()]
     assert len({int(where.view(6, 8)[i].sum()) for i in crops}) == len(crops), "crops hide different numbers"
     loss_of = CONFIG.build(11)
 
     def told(teacher: torch.Tensor) -> tuple[torch.Tensor, float]:
-        targets = loss_of.aim(Encoding(torch.empty(0), 2, {}, {"patches": teacher}), CLOCK)
+        targets = loss_of.targets_for(Encoding(torch.empty(0), 2, {}, {"patches": teacher}), CLOCK)
         loss = loss_of(Encoding(torch.empty(0), 2, {}, {"patches": torch.randn_like(teacher)}), targets, masks)
-        return targets, float(loss_of.watch(targets, loss, CLOCK)["information"])
+        return targets, float(loss_of.metrics(targets, loss, CLOCK)["information"])
 
     targets, information = told(4 * torch.randn(len(masks.rows), 11))
     table = torch.zeros(6 * 8, 11)

@@ -100,11 +100,11 @@ def test_the_module_sums_the_global_views_each_apart() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(5, 6, 8), torch.randn(2, 6, 8)
     loss_of = KoleoLossConfig(weight=0.1).build()
-    assert loss_of.aim(Encoding(teacher, 2, {}), CLOCK) is None
+    assert loss_of.targets_for(Encoding(teacher, 2, {}), CLOCK) is None
     loss = loss_of(Encoding(student, 2, {}), None, None)
     terms = torch.stack([by_loops(student[0]), by_loops(student[1])])
     torch.testing.assert_close(loss, 0.1 * terms.sum())
-    told = loss_of.watch(None, loss, CLOCK)
+    told = loss_of.metrics(None, loss, CLOCK)
     torch.testing.assert_close(told["distance"], (-terms.mean()).exp())
     loss_of.after_step()
     assert not loss_of.state_dict()
