@@ -187,7 +187,7 @@ def train_heads(x: Tensor, y: Tensor, classes: int, epochs: int, rates: tuple[fl
     clock, schedule = Clock(len(x) // BATCH, epochs), Cosine(kind="cosine", start=1.0, end=0.0)
     probes = Probes(x.shape[1], classes, rates, seed=0)
     batches = ((x[some], y[some]) for some in rows)
-    trainer(probes, schedule, clock, BATCH).fit(batches, clock.total, lambda clock, values: False)
+    trainer(probes, schedule, clock, BATCH).fit(batches, clock.total, lambda clock, values: None)
 
 
 def heads(images: int, width: int, chosen: argparse.Namespace) -> Table:

@@ -18,7 +18,7 @@ from dinocli.engine.schedules import Clock
 
 _ALONE = Alone()
 Values = dict[str, Tensor | float]
-OnStep = Callable[[Clock, Values], bool]
+OnStep = Callable[[Clock, Values], None]
 
 
 class Trainer:
@@ -104,19 +104,21 @@ class Trainer:
         values = {"loss": loss, "grad_norm": grad_norm, **losses, **figures}
         return _means(values) if log else values
 
-    def fit(self, batches: Iterable[Any], steps: int, on_step: OnStep) -> None:
-        """Train until the clock reaches `steps`, the batches end, or `on_step` returns True.
+    def fit(self, batches: Iterable[Any], steps: int, on_step: OnStep, due: Callable[[], bool] = lambda: False) -> None:
+        """Train until the clock reaches `steps` or the batches end. This is the only training loop.
 
         Args:
-            batches: Batches in order, starting at the clock's step.
+            batches: Batches in order, starting at the clock's step. A run stops early if they end.
             steps: Step to stop at, counted from the start of the run.
-            on_step: Function called after each step with the clock and the step's values; it returns True to stop.
+            on_step: Function called after each step with the clock and the step's values.
+            due: Function called before each step; True if the step is logged.
         """
         if self.clock.step >= steps:
             return
         for batch in batches:
-            values = self.step(batch)
-            if on_step(self.clock, values) or self.clock.step >= steps:
+            values = self.step(batch, log=due())
+            on_step(self.clock, values)
+            if self.clock.step >= steps:
                 return
 
     def is_finite(self) -> bool:

@@ -123,9 +123,8 @@ def linear(
         size = min(batch_size, len(on))
         clock = Clock(len(on) // size, epochs)
 
-        def count(clock: Clock, values: engine.Values) -> bool:
+        def count(clock: Clock, values: engine.Values) -> None:
             report(fitted * clock.total + clock.step, 2 * clock.total)
-            return False
 
         schedule = Cosine(kind="cosine", start=1.0, end=0.0)
         trainer(probes, schedule, clock, size).fit(_batches(x, train.labels, on, size, seed, views), clock.total, count)

@@ -91,9 +91,8 @@ def linear_on_images(
         for batch in views_of_train:
             yield encoder.features(batch.global_crops[0], tokens, blocks), labels[batch.rows].to(encoder.device)
 
-    def count(clock: Clock, values: engine.Values) -> bool:
+    def count(clock: Clock, values: engine.Values) -> None:
         report(clock.step, clock.total)
-        return False
 
     schedule = CosineByEpoch(kind="cosine_by_epoch", start=1.0, end=0.0)
     try:

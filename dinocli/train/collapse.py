@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dinocli.engine.schedules import Constant
-from dinocli.method.losses import PrototypeLossConfig
-from dinocli.method.losses.targets import CenteringConfig
+from dinocli.method.losses.targets import CenteringConfig, PrototypeLossConfig
 from dinocli.method.preset import Preset
 
 # Thresholds of entropy and information, in shares of ln K. Runs of `tiny` that were made to collapse reached 0.986 and

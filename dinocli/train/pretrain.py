@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dinocli.core.device import autocast, keep_freed_memory
-from dinocli.core.distributed import any_of, rank, size
+from dinocli.core.distributed import rank, size
 from dinocli.core.runs import CHECKPOINT, held
 from dinocli.data.loader.batch import BadFiles, Shard
 from dinocli.data.loader.train import TrainBatches
@@ -88,29 +88,11 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
                 plan = replace(plan, report=False, monitor=None)
         trainer, method, fresh = _trainer(plan, saved, note)
         logger = Logger(plan, trainer, method, report, note)
-        session = Session(plan, trainer, method, saved)
+        session = Session(plan, trainer, method.average, logger, stopping, tidy, saved)
         batches = _batches(plan, trainer, method)
-        session.bad = batches.bad
-        late = False
         try:
             logger.begin()
-            for batch in batches if trainer.clock.step < plan.stop else ():
-                if stopping.asked and size() == 1:
-                    break
-                stopping.step(session.took)
-                due = logger.due() or late
-                values = session.step(batch, due)
-                logger.count(batch.rows, batches.waited)
-                if due:
-                    logger.log(values)
-                    tidy()
-                # Clocks and signals differ between processes, so all processes decide together.
-                late, save, stop = any_of(logger.late, session.late, stopping.asked)
-                stopping.check()
-                if session.save_now_and_then(save):
-                    logger.draw()
-                if stop or trainer.clock.step >= plan.stop:
-                    break
+            session.train(batches)
             stopping.finish()
         finally:
             batches.close()
@@ -125,7 +107,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         stopped=trainer.clock.step < plan.stop,
         loss=logger.loss,
         seconds=time.perf_counter() - began,
-        bad=session.all_bad,
+        bad=session.bad,
         cached=batches.cache.kept if batches.cache else None,
         fresh_heads=fresh,
         skipped=int(trainer.skipped[0]),

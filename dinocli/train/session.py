@@ -1,29 +1,57 @@
-"""Steps and saves of a run."""
+"""Session: what happens between the steps of a run, which are logs, saves, and the end on request."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 
 from dinocli.core.atomic import write_text
-from dinocli.core.distributed import gathered, rank, size
+from dinocli.core.distributed import any_of, gathered, rank, size
 from dinocli.core.errors import DinoError
-from dinocli.data.loader.batch import BadFiles
-from dinocli.engine.trainer import Trainer
-from dinocli.method.distillation import SelfDistillation
-from dinocli.train.logger import check_weights
+from dinocli.data.loader.batch import BadFiles, Batch
+from dinocli.data.loader.train import TrainBatches
+from dinocli.engine.schedules import Clock
+from dinocli.engine.trainer import Trainer, Values
+from dinocli.models.network import Network
+from dinocli.train.interrupts import Stopping
+from dinocli.train.logger import Logger, check_weights
 from dinocli.train.plan import Plan, equal_parts
 from dinocli.train.resume import BAD_IMAGES, reading_processes
 from dinocli.train.state import ImageFacts, SavedState, State, StateStore, sample_of
 
 
 class Session:
-    """Steps and saves of a run; a save before the first step reveals a full disk early."""
+    """Logs and saves of a run; a save before the first step reveals a full disk early.
 
-    def __init__(self, plan: Plan, trainer: Trainer, method: SelfDistillation, saved: SavedState | None) -> None:
-        self.plan, self.trainer, self.method, self.bad = plan, trainer, method, BadFiles()
-        self.all_bad = BadFiles()  # gathered from all processes
+    Args:
+        plan: Settings of the run.
+        trainer: Trainer at its starting step.
+        network: Network that the run exports.
+        logger: Logger of the steps.
+        stopping: Stop request of the user.
+        tidy: Function that collects garbage, called at logged steps.
+        saved: State that the run resumes from, if any.
+
+    Attributes:
+        bad: Files that no process could read.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        trainer: Trainer,
+        network: Network,
+        logger: Logger,
+        stopping: Stopping,
+        tidy: Callable[[], object],
+        saved: SavedState | None,
+    ) -> None:
+        self.plan, self.trainer, self.network, self.logger = plan, trainer, network, logger
+        self.stopping, self._tidy = stopping, tidy
+        self.bad, self._bad_here = BadFiles(), BadFiles()
         source = plan.source
         contents = saved.state.images.contents if saved else ""  # as they were when the run began
         contents = contents or (sample_of(source) if rank() == 0 else "")
@@ -31,8 +59,10 @@ class Session:
             where=source.where, count=source.count, fingerprint=source.fingerprint, contents=contents
         )
         self.store = StateStore(plan.out, plan.saving.keep, plan.saving.milestones)
-        self.whole = True  # False during a step or a save, and after one failed
-        self.took = 0.0  # seconds that the last save took
+        self._during: Literal["", "step", "save"] = ""  # stays set after a failure
+        self._due = self._late = self._ends = False
+        self._taken = torch.empty(0, dtype=torch.int64), 0.0  # rows of the step's batch, and seconds waited for data
+        self._save_took = 0.0  # seconds
         path = plan.out / BAD_IMAGES
         self.bad_before = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
         self.saved_step = saved.state.step if saved else -1
@@ -42,27 +72,63 @@ class Session:
         if rank() == 0:
             write_text(plan.out / "preset.json", plan.preset.model_dump_json(indent=2))
 
-    def step(self, batch: object, log: bool) -> dict[str, torch.Tensor | float]:
-        """Run one step.
+    def train(self, batches: TrainBatches) -> None:
+        """Train to the end of the plan, or until the user stops the run.
 
         Raises:
-            DinoError: If the device runs out of memory.
+            DinoError: If the device runs out of memory, or the run does not learn.
         """
-        self.whole = False
+        self._bad_here = batches.bad
         try:
-            values = self.trainer.step(batch, log=log)
+            self.trainer.fit(self._until_stopped(batches), self.plan.stop, self._after_step, self._is_due)
         except torch.OutOfMemoryError as error:
-            whole, each, parts = self.plan.preset.training.batch_size, self.plan.images_each, self.plan.accumulate
-            same = [f"--accumulate {n}" for n in equal_parts(each) if n > parts][:1]
-            if not self.plan.recompute and self.method.student.blocks:
-                same.append("--recompute")
-            more = f"{' or '.join(same)}, with the same gradient; or " if same else ""
-            raise DinoError(
-                f"the device's memory is too small for a batch of {each} in {parts} parts",
-                f"{more}--batch-size {max(1, whole // 2)}",
-            ) from error
-        self.whole = True
-        return values
+            if self._during != "step":
+                raise
+            raise self._too_large() from error
+
+    def _until_stopped(self, batches: TrainBatches) -> Iterator[Batch]:
+        for batch in batches:
+            if self.stopping.asked and size() == 1:
+                return
+            self.stopping.step(self._save_took)
+            self._during, self._taken = "step", (batch.rows, batches.waited)
+            yield batch
+            if self._ends:
+                return
+
+    def _is_due(self) -> bool:
+        self._due = self.logger.due() or self._late
+        return self._due
+
+    def _after_step(self, clock: Clock, values: Values) -> None:
+        self._during = ""
+        self.logger.count(*self._taken)
+        if self._due:
+            self.logger.log(values)
+            self._tidy()
+        # Clocks and signals differ between processes, so all processes decide together.
+        self._late, save, self._ends = any_of(self.logger.late, self._save_is_late, self.stopping.asked)
+        self.stopping.check()
+        saving = self.plan.saving
+        if save or any(n and clock.step % n == 0 for n in (saving.steps, saving.milestones)):
+            self.save()
+            self.logger.draw()
+
+    @property
+    def _save_is_late(self) -> bool:
+        seconds = self.plan.saving.seconds
+        return seconds is not None and time.perf_counter() - self._saved > seconds
+
+    def _too_large(self) -> DinoError:
+        whole, each, parts = self.plan.preset.training.batch_size, self.plan.images_each, self.plan.accumulate
+        same = [f"--accumulate {n}" for n in equal_parts(each) if n > parts][:1]
+        if not self.plan.recompute and self.network.blocks:
+            same.append("--recompute")
+        more = f"{' or '.join(same)}, with the same gradient; or " if same else ""
+        return DinoError(
+            f"the device's memory is too small for a batch of {each} in {parts} parts",
+            f"{more}--batch-size {max(1, whole // 2)}",
+        )
 
     def save(self, *, broken: bool = False) -> None:
         """Save this step unless it is saved already; after a failure (`broken`), do so without the other processes.
@@ -77,7 +143,7 @@ class Session:
         elif new:
             check_weights(self.trainer, self.plan.out)
         if new:
-            began, self.whole = time.perf_counter(), False
+            began, self._during = time.perf_counter(), "save"
             state = State(
                 step=step,
                 stop=self.plan.stop,
@@ -87,35 +153,20 @@ class Session:
                 teacher=self.plan.teacher.fingerprint if self.plan.teacher else None,
                 lanes=reading_processes(self.plan),
             )
-            self.store.write(state, self.trainer, self.method.average)
-            self.whole, self.took = True, time.perf_counter() - began
+            self.store.write(state, self.trainer, self.network)
+            self._during, self._save_took = "", time.perf_counter() - began
         self.saved_step, self._saved = step, time.perf_counter()
-        for reasons in [self.bad.reasons] if broken else gathered(self.bad.reasons):
-            self.all_bad.reasons.update(reasons)
-        if self.all_bad.reasons and rank() == 0:
-            lines = {f"{path!r}\t{reason}" for path, reason in self.all_bad.reasons.items()}
-            write_text(
-                self.plan.out / BAD_IMAGES, "".join(f"{line}\n" for line in sorted(lines.union(self.bad_before)))
-            )
-
-    @property
-    def late(self) -> bool:
-        """True if the last save is longer ago than the chosen interval."""
-        seconds = self.plan.saving.seconds
-        return seconds is not None and time.perf_counter() - self._saved > seconds
-
-    def save_now_and_then(self, late: bool) -> bool:
-        """Save if `late`, or if the step's number requires it, and return True if so."""
-        saving, step = self.plan.saving, self.trainer.clock.step
-        due = late or any(n and step % n == 0 for n in (saving.steps, saving.milestones))
-        if due:
-            self.save()
-        return due
+        for reasons in [self._bad_here.reasons] if broken else gathered(self._bad_here.reasons):
+            self.bad.reasons.update(reasons)
+        if self.bad.reasons and rank() == 0:
+            lines = {f"{path!r}\t{reason}\n" for path, reason in self.bad.reasons.items()}
+            lines.update(f"{line}\n" for line in self.bad_before)
+            write_text(self.plan.out / BAD_IMAGES, "".join(sorted(lines)))
 
     def close(self, *, broken: bool) -> None:
         """Save, unless a step or a save was interrupted: then the state before it stays the newest.
 
         Sharded weights can only be saved by all processes together, and a failed run may lack one.
         """
-        if self.whole and not (broken and size() > 1 and self.plan.parallel == "fsdp"):
+        if not self._during and not (broken and size() > 1 and self.plan.parallel == "fsdp"):
             self.save(broken=broken)

@@ -45,16 +45,20 @@ def test_a_step_tells_loss_parts_and_gradient_and_ticks() -> None:
     assert t.method.value.grad is None
 
 
-def test_fit_stops_where_told() -> None:
-    for steps, stop_at, done in ((5, 99, 5), (5, 3, 3), (0, 99, 0)):
-        t, seen = trainer(), []
+@pytest.mark.parametrize(("steps", "batches", "done"), [(5, 20, 5), (5, 3, 3), (0, 20, 0)])
+def test_fit_ends_at_its_step_or_with_its_batches(steps: int, batches: int, done: int) -> None:
+    t, seen, given = trainer(), [], iter([2.0] * batches)
+    t.fit(given, steps, lambda clock, values: seen.append(clock.step))
+    assert seen == list(range(1, done + 1))
+    assert len(list(given)) == batches - done, "a batch was fetched and not used"
 
-        def on_step(clock: Clock, values: dict, seen: list = seen, stop_at: int = stop_at) -> bool:
-            seen.append(clock.step)
-            return clock.step == stop_at
 
-        t.fit(iter([2.0] * 20), steps, on_step)
-        assert seen == list(range(1, done + 1))
+def test_fit_logs_the_steps_that_are_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    t, logged = trainer(), []
+    step = t.step
+    monkeypatch.setattr(t, "step", lambda batch, log: logged.append((t.clock.step, log)) or step(batch, log=log))
+    t.fit(iter([2.0] * 4), 4, lambda clock, values: None, lambda: t.clock.step % 2 == 1)
+    assert logged == [(0, False), (1, True), (2, False), (3, True)]
 
 
 class Halves(Line):

@@ -19,7 +19,7 @@ def test_a_sweep_trains_each_rate_as_if_it_were_alone() -> None:
         probes = Probes(16, 4, rates, seed=0)
         clock = Clock(4, 2)
         trainer(probes, Cosine(kind="cosine", start=1.0, end=0.0), clock, 16).fit(
-            iter(zip(x, y, strict=True)), 8, lambda c, v: False
+            iter(zip(x, y, strict=True)), 8, lambda c, v: None
         )
         weights.append(probes.weights[-1].data)
     torch.testing.assert_close(*weights)

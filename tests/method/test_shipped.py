@@ -30,12 +30,12 @@ def test_an_unknown_name_is_said_with_the_nearest() -> None:
 def test_presets_of_a_checkout_that_is_not_installed(tmp_path: Path, beside: bool) -> None:
     """A copy of the package alone, read by an interpreter that knows no installed one."""
     root = Path(shipped.__file__).parents[2]
-    (tmp_path / "dinocli").mkdir()
-    for name in ("__init__", "shipped", "errors"):
-        shutil.copy(root / "dinocli" / f"{name}.py", tmp_path / "dinocli")
+    for name in ("__init__", "core/__init__", "core/version", "core/errors", "method/__init__", "method/shipped"):
+        (tmp_path / "dinocli" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / "dinocli" / f"{name}.py", tmp_path / "dinocli" / f"{name}.py")
     if beside:
         shutil.copytree(root / "presets", tmp_path / "presets")
-    code = "from dinocli import shipped; print(len(shipped.names()), 'dino pretrain' in shipped.text('tiny'))"
+    code = "from dinocli.method import shipped; print(len(shipped.names()), 'dino pretrain' in shipped.text('tiny'))"
     done = subprocess.run(
         [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
         capture_output=True,

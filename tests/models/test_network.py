@@ -43,7 +43,7 @@ BOTH = frozenset(["class", "patches"])
 def reading(reads: dict[str, frozenset[str]], batch_norm: bool = False) -> Network:
     backbone = BackboneConfig(name="vit_tiny_patch16_224", options=OPTIONS, positions="dino").build(drop_path=False)
     config = HeadConfig(prototypes=12, hidden=20, bottleneck=8, layers=3, batch_norm=batch_norm, norm_last_layer=True)
-    return Network(backbone, {name: config.build(16) for name in reads}, reads, hides=True)
+    return Network(backbone, {name: config.build(16) for name in reads}, reads, masking=True)
 
 
 def test_heads_read_what_they_are_told() -> None:

@@ -127,7 +127,7 @@ def test_hidden_patches_are_not_seen_and_their_places_are(micro: ViTBackbone) ->
     mixed[1] = other[1]
     torch.testing.assert_close(micro(mixed, hidden).patches, micro(one, hidden).patches)
     assert not torch.allclose(micro(mixed).patches, micro(one).patches)
-    torch.testing.assert_close(micro.class_tokens(mixed, hidden=hidden)[0], micro(one, hidden).cls)
+    torch.testing.assert_close(micro.class_tokens(mixed, masked=hidden)[0], micro(one, hidden).cls)
     # What stands in a hidden place knows where it is.
     assert not torch.allclose(micro(one, hidden).patches[1, 0], micro(one, hidden).patches[1, 1])
 

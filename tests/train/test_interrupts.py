@@ -78,7 +78,7 @@ def test_in_another_thread_a_run_goes_without() -> None:
 
 LONG = """
 import hashlib
-from dinocli.stopping import stop_signals
+from dinocli.train.interrupts import stop_signals
 
 with stop_signals(lambda line: print(line, flush=True)) as stopping:
     stopping.step(0.0)

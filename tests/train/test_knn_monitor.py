@@ -153,7 +153,7 @@ def test_a_fall_that_is_no_chance_is_said_once(
     if init:
         pretrain(replace(plan, stop=0, out=Path(init)), lambda p: None)
     told = iter([90.0, 70.0, 50.0, 45.0, 89.0, 40.0])
-    monkeypatch.setattr(KnnMonitor, "look", lambda monitor, network: next(told))
+    monkeypatch.setattr(KnnMonitor, "evaluate", lambda monitor, network: next(told))
     said: list[str] = []
     watched = replace(plan, out=Path("watched"), monitor=str(labelled), monitor_every=1, stop=5, init=init)
     pretrain(watched, lambda p: None, said.append)

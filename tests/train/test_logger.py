@@ -50,8 +50,8 @@ def test_figures_are_worked_out_for_logged_steps_alone(plan: Plan, monkeypatch: 
     from dinocli.method.distillation import SelfDistillation
 
     asked, read = [], []
-    watch, number = SelfDistillation.watch, torch.Tensor.__float__
-    monkeypatch.setattr(SelfDistillation, "watch", lambda *a: asked.append(1) or watch(*a))
+    watch, number = SelfDistillation.metrics, torch.Tensor.__float__
+    monkeypatch.setattr(SelfDistillation, "metrics", lambda *a: asked.append(1) or watch(*a))
     monkeypatch.setattr(torch.Tensor, "__float__", lambda t: read.append(1) or number(t))
     pretrain(plan, lambda p: None)
     assert len(asked) == 4

@@ -150,7 +150,7 @@ def test_a_run_that_is_looked_at_is_bit_equal_to_one_that_is_not(
 ) -> None:
     preset = load_preset(settings[0], [*SMALL, *settings[1], "optimizer.lr_rule=none"])
 
-    def trained(look: Callable[[int], object]) -> dict[str, torch.Tensor]:
+    def trained(look: Callable[[int], None]) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002  whoever draws from it is to be found out
         method = preset.method()
@@ -158,7 +158,7 @@ def test_a_run_that_is_looked_at_is_bit_equal_to_one_that_is_not(
         batches = TrainBatches(source, preset.views, batch_size=4, seed=0, device=torch.device("cpu"))
         methods.append(method)
         look(0)
-        trainer.fit(batches, 4, lambda clock, values: bool(look(clock.step)))
+        trainer.fit(batches, 4, lambda clock, values: look(clock.step))
         batches.close()
         state = {**method.state_dict(), "torch": torch.get_rng_state()}
         return state | {"numpy": torch.from_numpy(np.random.get_state()[1].astype(np.int64))}  # noqa: NPY002

@@ -199,7 +199,7 @@ def test_a_second_ctrl_c_in_the_middle_of_a_step_saves_nothing_half_done(
 ) -> None:
     from dinocli.engine import trainer
 
-    step_unless_skipped, moved = trainer.move, []
+    step_unless_skipped, moved = trainer.step_unless_skipped, []
 
     def interrupted(*arguments: object) -> None:
         step_unless_skipped(*arguments)
@@ -209,7 +209,7 @@ def test_a_second_ctrl_c_in_the_middle_of_a_step_saves_nothing_half_done(
             os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "move", interrupted)
+        patch.setattr(trainer, "step_unless_skipped", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pretrain(plan, lambda p: None)
     assert steps_of(plan.out) == [4, 0], "the student had moved, and the teacher had not"

@@ -195,9 +195,8 @@ def train_head(
             weight_decay=Constant(kind="constant", value=0.0),
         )
 
-        def count(clock: Clock, values: engine.Values) -> bool:
+        def count(clock: Clock, values: engine.Values) -> None:
             report("train", clock.step, clock.total)
-            return False
 
         trainer = engine.Trainer(method, config, clock, batch_size=size)
         trainer.fit(_batches(stored, size, seed, device), clock.total, count)

@@ -10,9 +10,9 @@ from dinocli.core.config import Config
 from dinocli.method.losses.dino import DinoLossConfig
 from dinocli.method.losses.ibot import IbotLossConfig
 from dinocli.method.losses.koleo import KoleoLossConfig
+from dinocli.method.losses.targets import PrototypeLossConfig
 
-LossConfig = DinoLossConfig | IbotLossConfig | KoleoLossConfig
-PrototypeLossConfig = DinoLossConfig | IbotLossConfig
+LossConfig = PrototypeLossConfig | KoleoLossConfig
 
 
 class LossesConfig(Config):
@@ -28,7 +28,7 @@ class LossesConfig(Config):
 
     def with_targets(self) -> dict[str, PrototypeLossConfig]:
         """Return the selected losses that read a head and have targets, by name."""
-        return {name: loss for name, loss in self.present().items() if not isinstance(loss, KoleoLossConfig)}
+        return {name: loss for name, loss in self.present().items() if isinstance(loss, PrototypeLossConfig)}
 
     def build(self, prototypes: Callable[[str], int]) -> nn.ModuleDict:
         """Build the selected losses with their initial state.

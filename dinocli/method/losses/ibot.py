@@ -5,37 +5,23 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from dinocli.core.config import Config
 from dinocli.core.device import exactly
 from dinocli.core.distributed import mean_over_processes
 from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.schedules import Clock
 from dinocli.method.losses.cross_entropy import Chunk, cross_entropy, entropy
-from dinocli.method.losses.targets import TargetsConfig
+from dinocli.method.losses.targets import PrototypeLossConfig
 from dinocli.models.network import Encoding, Reads
 
 
-class IbotLossConfig(Config):
-    """Loss on masked patches.
-
-    Attributes:
-        weight: Factor on this loss in the total.
-        head: Name of the head that reads the masked patches; a loss on class tokens may share it.
-        student_temperature: Divisor of the student's logits.
-        targets: Rule that turns the teacher's logits into targets.
-    """
+class IbotLossConfig(PrototypeLossConfig):
+    """Loss on masked patches."""
 
     reads: ClassVar[Reads] = "patches"
-    weight: float = Field(gt=0)
-    head: str
-    student_temperature: float = Field(gt=0)
-    targets: TargetsConfig
 
     def build(self, prototypes: int) -> IbotLoss:
-        """Build the loss with the initial state of its targets."""
         return IbotLoss(self, prototypes)
 
 

@@ -1,8 +1,8 @@
-"""Target rules: teacher logits to the distributions that the student predicts."""
+"""Targets: rules from teacher logits to the distributions that the student predicts, and the settings that use them."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dinocli.core.config import Config
 from dinocli.core.distributed import logsumexp_over_processes, mean_over_processes
 from dinocli.engine.schedules import Clock, Schedule
+from dinocli.models.network import Reads
 
 
 class CenteringConfig(Config):
@@ -107,3 +108,24 @@ class SinkhornKnopp(nn.Module):
 
 
 TargetsConfig = Annotated[CenteringConfig | SinkhornKnoppConfig, Field(discriminator="kind")]
+
+
+class PrototypeLossConfig(Config):
+    """Loss on the prototypes of a head: a cross-entropy with targets from the teacher.
+
+    Attributes:
+        weight: Factor on this loss in the total.
+        head: Name of the head whose logits it reads; several losses may share one.
+        student_temperature: Divisor of the student's logits.
+        targets: Rule that turns the teacher's logits into targets.
+    """
+
+    reads: ClassVar[Reads]
+    weight: float = Field(gt=0)
+    head: str
+    student_temperature: float = Field(gt=0)
+    targets: TargetsConfig
+
+    def build(self, prototypes: int) -> nn.Module:
+        """Build the loss with the initial state of its targets."""
+        raise NotImplementedError

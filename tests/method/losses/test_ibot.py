@@ -147,7 +147,7 @@ def test_a_head_shared_with_class_tokens_gets_both_gradients() -> None:
     options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
     backbone = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino").build(drop_path=False)
     head = HeadConfig(prototypes=11, hidden=16, bottleneck=8, layers=2, norm_last_layer=True).build(16)
-    network = Network(backbone, {"both": head}, {"both": frozenset(["class", "patches"])}, hides=True).double()
+    network = Network(backbone, {"both": head}, {"both": frozenset(["class", "patches"])}, masking=True).double()
     where = hidden(2, 3, 4)
     rows, weights = rows_and_weights(where)
     crops = [torch.randn(2, 3, 3, 16, 16, dtype=torch.float64), torch.randn(2, 3, 3, 8, 8, dtype=torch.float64)]
