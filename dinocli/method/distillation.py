@@ -98,11 +98,11 @@ class SelfDistillation(Method):
         batches = batch.split(count)
         # The teacher gets no mask: it sees every patch, and its heads read those that are masked for the student.
         seen = [self.teacher([part.global_crops], rows=part.masks and part.masks.rows) for part in batches]
-        whole = _joined(seen)
+        whole = _join(seen)
         targets: list[dict[str, Tensor]] = [{} for _ in batches]
         for name, loss in self.losses.items():
             whole_targets: Tensor | None = loss.targets_for(whole, clock)  # type: ignore[operator]
-            for i, share in enumerate(_parted(whole_targets, seen) if whole_targets is not None else ()):
+            for i, share in enumerate(_split(whole_targets, seen) if whole_targets is not None else ()):
                 targets[i][name] = share
         return [Part(part, targets[i], seen[i].cls) for i, part in enumerate(batches)]
 
@@ -184,14 +184,14 @@ class SelfDistillation(Method):
 _IMAGES = {3: 1, 2: 0}
 
 
-def _joined(parts: Sequence[Encoding]) -> Encoding:
+def _join(parts: Sequence[Encoding]) -> Encoding:
     cls = torch.cat([part.cls for part in parts], 1)
     class_logits = {head: torch.cat([part.class_logits[head] for part in parts], 1) for head in parts[0].class_logits}
     masked_logits = {head: torch.cat([part.masked_logits[head] for part in parts]) for head in parts[0].masked_logits}
     return Encoding(cls, parts[0].globals, class_logits, masked_logits)
 
 
-def _parted(targets: Tensor, parts: Sequence[Encoding]) -> Sequence[Tensor]:
+def _split(targets: Tensor, parts: Sequence[Encoding]) -> Sequence[Tensor]:
     """Split a batch's targets into those of its parts."""
     if targets.ndim == 3:
         return targets.split([part.cls.shape[1] for part in parts], 1)

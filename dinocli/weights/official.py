@@ -92,7 +92,7 @@ def official_architecture(backbone: Mapping[str, Tensor], source: str, overrides
     ):
         found = BackboneConfig(name="resnet50")
     if found is None:
-        raise _unknown(backbone, source)
+        raise _explain_unknown(backbone, source)
     data = {"backbone": found.model_dump(exclude_none=True)}
     for override in overrides:
         change(data, override)
@@ -107,7 +107,7 @@ def heads_are_assumed(architecture: BackboneConfig) -> bool:
     return width is not None and width not in _ORIGINAL_WIDTHS
 
 
-def _unknown(backbone: Mapping[str, Tensor], source: str) -> DinoError:
+def _explain_unknown(backbone: Mapping[str, Tensor], source: str) -> DinoError:
     if "storage_tokens" in backbone or "rope_embed.periods" in backbone:
         return DinoError(
             f"{source} is an official DINOv3 file, which is not supported",

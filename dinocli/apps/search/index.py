@@ -47,7 +47,7 @@ class About:
     Attributes:
         kind: `exact` compares all features, `ivf` the lists nearest to the query, `hnsw` follows a graph.
         images: Number of features.
-        of: Digest that identifies the features.
+        digest: Digest of the features; see `digest_of`.
         effort: Number of searched lists, or of candidates kept during the search; 0 for exact search.
         recall: Share of the ten nearest neighbours found, over 200 random features; 1 for exact search.
         distinct: Number of features in the index, with equal ones counted once; 0 for exact search.
@@ -55,7 +55,7 @@ class About:
 
     kind: Kind
     images: int
-    of: str
+    digest: str
     effort: int = 0
     recall: float = 1.0
     distinct: int = 0
@@ -153,23 +153,23 @@ def digest_of(values: Values, more: str = "") -> str:
     return hashlib.sha256(f"{values.shape} {more}".encode() + values[rows].tobytes()).hexdigest()[:16]
 
 
-def open_index(values: Values, kind: Kind, folder: Path, of: str, report: Report = lambda images: None) -> Index:
+def open_index(values: Values, kind: Kind, folder: Path, digest: str, report: Report = lambda images: None) -> Index:
     """Open the stored index of these features, or build it and store it if the folder is writable.
 
     Args:
         values: Features. [S, D]
         kind: Kind of index; an exact one consists of the features alone.
         folder: Parent folder of the stored index, `index.KIND/`.
-        of: Digest of the features; see `digest_of`.
+        digest: Digest of the features; see `digest_of`.
         report: Progress callback with the number of features in a new index.
     """
     if kind == "exact":
-        return Index(About("exact", len(values), of), values)
+        return Index(About("exact", len(values), digest), values)
     place = folder / f"index.{kind}"
-    return _read_index(values, place, kind, of) or _build(values, kind, place, of, report)
+    return _read_index(values, place, kind, digest) or _build(values, kind, place, digest, report)
 
 
-def _read_index(values: Values, place: Path, kind: Kind, of: str) -> Index | None:
+def _read_index(values: Values, place: Path, kind: Kind, digest: str) -> Index | None:
     """Return the stored index, or None if it is of other features, incomplete or corrupt."""
     try:
         told = unseal((place / _ABOUT).read_bytes())
@@ -177,9 +177,9 @@ def _read_index(values: Values, place: Path, kind: Kind, of: str) -> Index | Non
         checksums = told.pop(_CHECKSUMS)
         if not all(verified(place / name, checksums[name]) for name in (_FILE, _EQUAL)):
             return None
-        about = About(**told)
+        about = About(digest=told.pop("of"), **told)  # "of" is the file's key since version 0.1
         # Indices of earlier versions repeat equal features.
-        if (about.of, about.kind, about.images) != (of, kind, len(values)) or not about.distinct:
+        if (about.digest, about.kind, about.images) != (digest, kind, len(values)) or not about.distinct:
             return None
         # Lists stay on disk until searched; a graph is read completely.
         flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if about.kind == "ivf" else 0
@@ -202,7 +202,7 @@ def _read_distinct(path: Path, images: int, distinct: int) -> Distinct:
     return found
 
 
-def _build(values: Values, kind: Kind, place: Path, of: str, report: Report) -> Index:
+def _build(values: Values, kind: Kind, place: Path, digest: str, report: Report) -> Index:
     first = first_nearly_equal(values)
     distinct = Distinct.of(first)
     rows, width = distinct.firsts, values.shape[1]
@@ -214,14 +214,15 @@ def _build(values: Values, kind: Kind, place: Path, of: str, report: Report) -> 
         coarse.add(unit(values[rows[begin : begin + _BLOCK]]))
         end = begin + _BLOCK
         report(end if end < len(rows) else len(values))  # equal rows count with the last block
-    index = _set(Index(About(kind, len(values), of, distinct=len(rows)), values, coarse, distinct), values)
+    index = _set(Index(About(kind, len(values), digest, distinct=len(rows)), values, coarse, distinct), values)
     # If it cannot be stored, it is rebuilt each time, and nothing else is lost.
     with contextlib.suppress(OSError, RuntimeError), atomic_folder(place) as draft:
         with atomic(draft / _FILE) as file:
             faiss.write_index(coarse, str(file))
         write_tensors(draft / _EQUAL, {"first": first}, {})
         checksums = {name: f"{crc_of_file(draft / name):08x}" for name in (_FILE, _EQUAL)}
-        write_json(draft / _ABOUT, asdict(index.about) | {_CHECKSUMS: checksums})
+        about = asdict(index.about)
+        write_json(draft / _ABOUT, {"of": about.pop("digest"), **about, _CHECKSUMS: checksums})
     return index
 
 

@@ -90,13 +90,13 @@ def cut(features: Tensor, tau: float = TAU) -> Foreground:
     if joined in (0, len(alike) * (len(alike) - 1)):
         return Foreground(np.zeros((rows, columns)), np.zeros((rows, columns), dtype=bool))
     weights = torch.where(alike, 1.0, _EPS).double()
-    vector = _second(weights).numpy().reshape(rows, columns)
+    vector = _second_eigenvector(weights).numpy().reshape(rows, columns)
     seed = np.unravel_index(int(np.abs(vector).argmax()), vector.shape)
     vector = vector if vector[seed] > vector.mean() else -vector
     return Foreground(vector, component_at(vector > vector.mean(), (int(seed[0]), int(seed[1]))))
 
 
-def _second(weights: Tensor) -> Tensor:
+def _second_eigenvector(weights: Tensor) -> Tensor:
     """Return the second-smallest eigenvector y of (D - W) y = lambda D y. [N, N] -> [N]
 
     With z = sqrt(D) y, it is the second-largest eigenvector of the normalized weights; the largest is sqrt(D). Above

@@ -70,16 +70,16 @@ class VideoFrames(Frames):
     """Frames of a video file, decoded sequentially on every pass.
 
     Attributes:
-        told: Number of frames, according to the file.
+        listed: Number of frames, according to the file.
         pace: Frames per second.
     """
 
-    told: int = 0
+    listed: int = 0
     pace: Fraction | None = None
 
     @property
     def count(self) -> int:
-        return self.told
+        return self.listed
 
     @property
     def rate(self) -> Fraction | None:

@@ -175,7 +175,7 @@ def _turn_hue(x: Tensor, turn: Tensor) -> None:
 
 
 def _turn_hue_compiled(x: Tensor, turn: Tensor) -> None:
-    x.copy_(_compiled(_shift_hue)(x, _column(turn, x)[:, 0]))
+    x.copy_(_compile_once(_shift_hue)(x, _column(turn, x)[:, 0]))
 
 
 def _shift_hue(x: Tensor, turn: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def _shift_hue(x: Tensor, turn: Tensor) -> Tensor:
 
 
 @cache
-def _compiled(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _compile_once(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Compile an operation for any number of images of any size."""
     return torch.compile(operation, dynamic=True)
 
