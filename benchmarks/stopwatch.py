@@ -75,7 +75,7 @@ class Stopwatch:
             self._module(head, "head")
         for loss in method.losses.values():
             self._module(loss, "loss")
-            self._call(loss, "aim", "loss")
+            self._call(loss, "targets_for", "loss")
         self._call(method, "after_step", "EMA", then="other")
 
     def _module(self, module: nn.Module, name: str) -> None:

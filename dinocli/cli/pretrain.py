@@ -16,7 +16,6 @@ from dinocli.core.distributed import from_first, launch, local_size, rank, size,
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, link_newest, next_folder, runs_of
 from dinocli.method import shipped
-from dinocli.train.plan import peak_lr
 
 if TYPE_CHECKING:
     from dinocli.train.cost import Estimate
@@ -249,6 +248,7 @@ def _saving(every: str, keep: int, milestones: int | None) -> Saving:
 def _print_plan(plan: Plan, json: bool) -> None:
     from dinocli.core.resources import memory_of
     from dinocli.train.cost import estimate, to_fit
+    from dinocli.train.plan import peak_lr
 
     preset, clock, cost = plan.preset, plan.clock, estimate(plan)
     free, _ = memory_of(plan.device)

@@ -18,7 +18,7 @@ from conftest import RESNET18, ROTARY, SMALL_HEADS, assert_same_features, of_cha
 from dinocli.core.errors import DinoError
 from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset, load_preset
-from dinocli.models import head as head_module
+from dinocli.weights import official
 from dinocli.models.head import Head
 from dinocli.models.network import Network
 from dinocli.weights import export as exporting
@@ -137,7 +137,7 @@ def test_a_head_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
     source = write_run(tmp_path)
     forward = Head.forward
     monkeypatch.setattr(Head, "forward", lambda self, x: forward(self, x) + self.last_layer.weight_g.mean())
-    kept = head_module.original_head
+    kept = official.original_head
 
     def unpatched(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
         head = kept(weights)

@@ -40,7 +40,7 @@ def test_a_huge_photo_makes_a_sheet_that_still_opens(monkeypatch: pytest.MonkeyP
 
 def test_a_tiny_photo_is_enlarged_until_its_captions_fit() -> None:
     maps = AttentionMaps(np.random.default_rng(0).random((2, 4, 4), dtype=np.float32))
-    assert attention_sheet(np.zeros((32, 32, 3), dtype=np.uint8), maps, 0.6).width > 4 * module._PANEL_SIDE
+    assert attention_sheet(np.zeros((32, 32, 3), dtype=np.uint8), maps, 0.6).width > 4 * module._TILE_SIDE
 
 
 def test_attention_that_is_not_finite_is_a_reason_and_no_picture(

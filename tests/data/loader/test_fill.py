@@ -104,7 +104,7 @@ MASKED = VIEWS.model_copy(update={"mask": MASK})
 def test_each_global_crop_has_the_blocks_of_its_seed_epoch_image_and_view() -> None:
     # A slot that was filled before: what is not this chunk's stays, and what is becomes new.
     slot = {"where": torch.ones(2, 4, 5, 6, dtype=torch.bool), "counts": torch.tensor([[0, 9, 15, 0], [3, 0, 12, 3]])}
-    Cutter(MASKED, 7, ImagesConfig()).hide(slot, 1, [(2, 40), (3, 41)])
+    Cutter(MASKED, 7, ImagesConfig()).mask(slot, 1, [(2, 40), (3, 41)])
     assert slot["where"][:, [0, 3]].all()
     for g in range(2):
         for b, epoch, number in ((1, 2, 40), (2, 3, 41)):

@@ -28,7 +28,7 @@ VIEWS = ViewsConfig(
     locals=3,
 )
 MASKED = VIEWS.model_copy(
-    update={"mask": MaskConfig(shard=0.5, ratio=(0.1, 0.5), smallest=2, aspect=(0.3, 1 / 0.3)), "local": None}
+    update={"mask": MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=2, aspect=(0.3, 1 / 0.3)), "local": None}
 )
 
 
