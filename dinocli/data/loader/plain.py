@@ -1,4 +1,4 @@
-"""One pass over plain images, for everything but pretraining."""
+"""Single pass over plain images, for everything but pretraining."""
 
 from __future__ import annotations
 
