@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-import struct
 
 from PIL import ImageFile
+
+from dinocli.data.decode.tiff_tags import Directory
 
 # Budgets of Pillow's Python loops: one unit per read and per 64 bytes. A header takes under a second, a body about ten.
 _HEADER, BODY = 100_000, 12_000_000
 _SCANS = 4000  # JPEG scans times megapixels: each scan covers the whole picture, and a few bytes make one
 _VALUES = 590_000  # per TIFF tag, each a Python object: the number of 16x16 tiles in 150 megapixels
+_ENTRIES = 65536  # of a TIFF directory
 _SUB_BLOCKS = 100_000  # of a GIF, 255 bytes each, that are read to count its frames
 
 
@@ -36,17 +38,11 @@ def check_tags(data: bytes) -> None:
 
     Raises:
         TooSlow: If a tag has too many values.
-        struct.error: If the file ends within its tags.
+        struct.error: If the file ends before its tags.
     """
-    order = "<" if data[:2] == b"II" else ">"
-    big = 43 in data[2:4]
-    (at,) = struct.unpack_from(order + "Q", data, 8) if big else struct.unpack_from(order + "I", data, 4)
-    (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
-    at, size = (at + 8, 20) if big else (at + 2, 12)
-    for i in range(min(entries, (len(data) - at) // size, 65536)):
-        _, kind, values = struct.unpack_from(order + ("HHQ" if big else "HHI"), data, at + i * size)
+    for entry in Directory(data).entries(_ENTRIES):
         # Bytes and text stay one object. A count that exceeds the file is not read.
-        if _VALUES < values <= len(data) and kind not in (1, 2, 6, 7):
+        if _VALUES < entry.length <= len(data) and entry.kind not in (1, 2, 6, 7):
             raise TooSlow
 
 

@@ -17,7 +17,8 @@ from dinocli.data.decode.jpeg_header import find_frame, plain_header
 from dinocli.data.decode.pillow import decode_or_reason, read_header, silence_libtiff
 from dinocli.data.decode.pixels import NO_NUMBER, UNKNOWN_FORMAT, BadImage, Pixels
 from dinocli.data.decode.raster import ArrayFile
-from dinocli.data.decode.tiff import SIGNATURES, Facts, open_tiff
+from dinocli.data.decode.tiff import open_tiff
+from dinocli.data.decode.tiff_tags import SIGNATURES, Facts
 from dinocli.data.decode.torch_codecs import decode_jpeg_fast
 from dinocli.data.decode.turns import turned
 from dinocli.data.decode.unread import name_jpeg, name_unread

@@ -16,12 +16,12 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from dinocli.data.decode.colors import orientation
 from dinocli.data.decode.guards import BODY, Reader, TooSlow, check_tags
 from dinocli.data.decode.pixels import BadImage
+from dinocli.data.decode.tiff_tags import SIGNATURES
 from dinocli.data.decode.turns import turned
 from dinocli.data.images import DEFAULTS
 from dinocli.data.sources.regular import read_file, why_unread
 
 _FORMATS = tuple("PNG TIFF BMP DIB GIF PPM WEBP JPEG MPO JPEG2000 AVIF PSD PCX SGI SUN TGA".split())
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _LOSSY = {"JPEG": "JPEG", "MPO": "JPEG", "JPEG2000": "JPEG 2000", "WEBP": "WebP", "AVIF": "AVIF"}
 # TIFF compression tags that change no value: none, fax, LZW, deflate, PackBits, LZMA, Zstandard.
 _EXACT = {1, 2, 3, 4, 5, 8, 32771, 32773, 32946, 34925, 50000}
@@ -54,7 +54,7 @@ def read_values(path: Path) -> MaskValues | BadImage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tifffile = _tifffile() if data[:4] in _TIFF else None
+            tifffile = _tifffile() if data[:4] in SIGNATURES else None
             return _read_with_tifffile(data, tifffile) if tifffile else _read_with_pillow(data)
     except Image.DecompressionBombError:
         return BadImage(_TOO_LARGE)

@@ -1,4 +1,4 @@
-"""What decoding returns: pixels, or the reason why there are none."""
+"""Result of decoding: pixels, or the reason for failure."""
 
 from __future__ import annotations
 

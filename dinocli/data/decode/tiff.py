@@ -1,15 +1,13 @@
-"""TIFF files: tags of the first picture, and layouts that Pillow misreads."""
+"""TIFF files: layouts that Pillow misreads, and their reading through tifffile."""
 
 from __future__ import annotations
 
 import io
 import logging
 import struct
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -17,24 +15,13 @@ from dinocli.data.decode import jpeg2000
 from dinocli.data.decode.bit_depth import Alpha, Colors, Layout, depth_range
 from dinocli.data.decode.jpeg_header import find_frame
 from dinocli.data.decode.raster import MISSING, ArrayFile, UnfitArray, other_channels
+from dinocli.data.decode.tiff_tags import ALPHAS, Facts, read_facts
 
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # otherwise it logs to stderr
 
-SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_FORMS = {1: "B", 2: "B", 3: "H", 4: "I", 6: "b", 7: "B", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
-_MOST = 2_000_000  # values per tag
-_PAGES = 100_000
-_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _FILL_ORDER, _OFFSETS = 256, 257, 258, 259, 262, 266, 273
-_ORIENTATION, _SAMPLES, _ROWS, _COUNTS, _HIGHEST, _PLANAR, _PREDICTOR = 274, 277, 278, 279, 281, 284, 317
-_COLORS, _TILE_WIDTH, _TILE_HEIGHT, _TILES, _TILE_COUNTS, _BELOW, _INKS, _EXTRA = 320, 322, 323, 324, 325, 330, 332, 338
-_FORMAT, _SUBSAMPLING, _KIND, _DEPTH, _RAW = 339, 530, 254, 32997, 50706
-_SMALLER, _MASK = 1, 4  # bits of NewSubfileType
 _WHITE_IS_ZERO, _BLACK_IS_ZERO, _RGB, _PALETTE, _INKED, _YCBCR, _LAB = 0, 1, 2, 3, 5, 6, 8
-_SENSOR = (32803, 34892)  # photometrics of camera raw files
-_NAMES = {0: "white as zero", 1: "black as zero", 2: "RGB", 3: "a palette", 5: "inks", 6: "YCbCr", 8: "Lab"}
 _GREYS = (_WHITE_IS_ZERO, _BLACK_IS_ZERO, 4)  # 4 is a transparency mask
 _UNASSOCIATED, _ASSOCIATED = 2, 1
-_ALPHAS: dict[tuple[int, ...], Alpha] = {(_ASSOCIATED,): "premultiplied", (_UNASSOCIATED,): "straight"}
 _OLD_JPEG, _JPEG = 6, 7
 _BY_PILLOW = {1, 5, 8, 32773, 32946, 34925, 50000}  # compressions that Pillow decodes as tifffile does, at any depth
 _FAX = (2, 3, 4)
@@ -42,180 +29,6 @@ _JPEG2000, _PNG, _WEBP, _LERC = (33003, 33004, 33005, 34712), (34933,), (34927, 
 _BY_TIFFFILE = {*_BY_PILLOW, *_FAX, _JPEG, *_JPEG2000, *_PNG, *_WEBP, *_LERC}
 _TILE = 64e6  # bytes of a tile that are accepted for an image of any size
 _PIECES = 50_000  # strips or tiles above which tifffile is faster; a million take it too long
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Tags of a TIFF's first picture, with the format's defaults for missing ones."""
-
-    order: str
-    big: bool
-    width: int
-    height: int
-    samples: int
-    bits: tuple[int, ...]
-    format: int
-    photometric: int
-    planar: int
-    compression: int
-    predictor: int
-    fill_order: int
-    orientation: int
-    depth: int
-    extra: tuple[int, ...] | None
-    highest: int | None
-    inks: int
-    subsampling: tuple[int, ...]
-    colors: NDArray[np.uint8] | None
-    piece: tuple[int, int]
-    offsets: NDArray[np.int64]
-    counts: NDArray[np.int64]
-    pages: int
-    raw: bool
-
-    @property
-    def alpha(self) -> Alpha:
-        """Kind of opacity in the first band after the colors; empty if the file states none."""
-        return _ALPHAS.get((self.extra or ())[:1], "")
-
-    @property
-    def words(self) -> str:
-        """Layout in words, for errors."""
-        kind = {2: "signed ", 3: "float "}.get(self.format, "")
-        bits = "/".join(map(str, sorted(set(self.bits))))
-        planes = " in planes" if self.planar == 2 and self.samples > 1 else ""
-        name = _NAMES.get(self.photometric, f"photometric {self.photometric}")
-        bands = f"{self.samples} bands" if self.samples > 1 else "1 band"
-        return f"a TIFF of {bands} of {bits} {kind}bits{planes}, {name}, compression {self.compression}"
-
-
-class _Directory:
-    """Tags of one picture (an image file directory)."""
-
-    def __init__(self, data: bytes, order: str, big: bool, at: int) -> None:
-        self.data, self.order, self.wide = data, order, "Q" if big else "I"
-        (entries,) = struct.unpack_from(order + ("Q" if big else "H"), data, at)
-        start, size = (at + 8, 20) if big else (at + 2, 12)
-        self.entries: dict[int, tuple[int, int, int]] = {}
-        for entry in range(start, start + size * min(entries, 4096), size):
-            tag, kind, count = struct.unpack_from(order + ("HHQ" if big else "HHI"), data, entry)
-            self.entries.setdefault(tag, (kind, count, entry + size - (8 if big else 4)))
-        self.room = 8 if big else 4
-        self.next = start + size * entries
-
-    def values(self, tag: int) -> NDArray[Any] | None:
-        """Return the numbers of a tag; None if it is missing or not numeric."""
-        kind, count, at = self.entries.get(tag, (0, 0, 0))
-        form = _FORMS.get(kind)
-        if not form or not 0 < count <= _MOST:
-            return None
-        dtype = np.dtype(self.order + form)
-        if count * dtype.itemsize > self.room:
-            (at,) = struct.unpack_from(self.order + self.wide, self.data, at)
-        if at + count * dtype.itemsize > len(self.data):
-            raise ValueError("a tag points beyond the end of the file")
-        return np.frombuffer(self.data, dtype, count, at)
-
-    def one(self, tag: int, otherwise: int) -> int:
-        values = self.values(tag)
-        return otherwise if values is None else int(values[0])
-
-
-def read_facts(data: bytes) -> Facts | None:
-    """Read the tags of a TIFF's first picture; None for other files and corrupt tags."""
-    if data[:4] not in SIGNATURES:
-        return None
-    try:
-        return _read_facts(data)
-    except (struct.error, ValueError, OverflowError):
-        return None
-
-
-def _read_facts(data: bytes) -> Facts:
-    order, big = "<" if data[:2] == b"II" else ">", 43 in data[2:4]
-    (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-    tags = _Directory(data, order, big, at)
-    samples, width, height = tags.one(_SAMPLES, 1), tags.one(_WIDTH, 0), tags.one(_HEIGHT, 0)
-    bits = tuple(int(bit) for bit in _first(tags.values(_BITS), 1, 64))
-    extra, highest, formats = tags.values(_EXTRA), tags.values(_HIGHEST), tags.values(_FORMAT)
-    tiled = _TILES in tags.entries
-    piece = (
-        (tags.one(_TILE_WIDTH, width), tags.one(_TILE_HEIGHT, height))
-        if tiled
-        else (width, min(height, tags.one(_ROWS, height)))
-    )
-    offsets, counts = (tags.values(tag) for tag in ((_TILES, _TILE_COUNTS) if tiled else (_OFFSETS, _COUNTS)))
-    none = np.empty(0, np.int64)
-    return Facts(
-        order=order,
-        big=big,
-        width=width,
-        height=height,
-        samples=samples,
-        bits=bits * samples if len(bits) == 1 and samples < 65 else bits,
-        format=0 if formats is not None and len(set(formats.tolist())) > 1 else int(_first(formats, 1, 1)[0]),
-        photometric=tags.one(_PHOTOMETRIC, _BLACK_IS_ZERO),
-        planar=tags.one(_PLANAR, 1),
-        compression=tags.one(_COMPRESSION, 1),
-        predictor=tags.one(_PREDICTOR, 1),
-        fill_order=tags.one(_FILL_ORDER, 1),
-        orientation=tags.one(_ORIENTATION, 1),
-        depth=tags.one(_DEPTH, 1),
-        extra=None if extra is None else tuple(extra[:64].tolist()),
-        highest=None if highest is None else int(highest[0]),
-        inks=tags.one(_INKS, 1),
-        subsampling=tuple(_first(tags.values(_SUBSAMPLING), 2, 2).tolist()),
-        colors=_colors(tags.values(_COLORS)),
-        piece=piece,
-        offsets=none if offsets is None else offsets.astype(np.int64),
-        counts=none if counts is None else counts.astype(np.int64),
-        pages=_count_pages(data, order, big, at),
-        raw=_is_raw(data, order, big, tags),
-    )
-
-
-def _first(values: NDArray[Any] | None, otherwise: int, most: int) -> NDArray[Any]:
-    return np.array([otherwise] * (2 if most == 2 else 1)) if values is None else values[:most]
-
-
-def _colors(values: NDArray[Any] | None) -> NDArray[np.uint8] | None:
-    """Return the color map in 8 bits. Some writers store 8 bits already, which libtiff's tools detect too. [N, 3]"""
-    if values is None or len(values) % 3:
-        return None
-    colors = values.astype(np.float64).reshape(3, -1).T
-    return (colors if colors.max() < 256 else np.minimum(colors / 257 + 0.5, 255)).astype(np.uint8)
-
-
-def _count_pages(data: bytes, order: str, big: bool, at: int) -> int:
-    """Count pictures, without reduced versions and masks of others."""
-    seen, pages = set[int](), 0
-    try:
-        while at and at not in seen and len(seen) < _PAGES:
-            seen.add(at)
-            if len(seen) > 1:
-                tags = _Directory(data, order, big, at)
-                pages += not tags.one(_KIND, 0) & (_SMALLER | _MASK)
-                after = tags.next
-            else:
-                pages, after = 1, _Directory(data, order, big, at).next
-            (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, after)
-    except (struct.error, ValueError):
-        pass  # the first one may still be read
-    return max(1, pages)
-
-
-def _is_raw(data: bytes, order: str, big: bool, tags: _Directory) -> bool:
-    """Check for a camera's raw file, whose first picture is often a thumbnail."""
-    if _RAW in tags.entries or data[8:10] == b"CR" or tags.one(_PHOTOMETRIC, 1) in _SENSOR:
-        return True
-    below = tags.values(_BELOW)
-    try:
-        return any(
-            _Directory(data, order, big, at).one(_PHOTOMETRIC, 1) in _SENSOR
-            for at in ([] if below is None else below[:16].tolist())
-        )
-    except (struct.error, ValueError):
-        return False
 
 
 def open_tiff(data: bytes, channels: int) -> ArrayFile | Facts | None:
@@ -329,7 +142,7 @@ def _colors_and_alpha(facts: Facts) -> tuple[Colors, Alpha]:
     if kind in _GREYS and not alpha and samples == 3:  # measurements: three bands count as RGB, in order
         return "rgb", ""
     if kind in _GREYS and not alpha and samples == 4:
-        alpha = _ALPHAS.get((facts.extra or ())[2:3], "")
+        alpha = ALPHAS.get((facts.extra or ())[2:3], "")
         return ("rgb" if alpha else ""), alpha
     if kind == _RGB and samples in (3, 4):
         return "rgb", "straight" if samples == 4 and facts.extra is None else alpha

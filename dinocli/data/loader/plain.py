@@ -1,4 +1,4 @@
-"""One pass over plain images, for everything but pretraining."""
+"""Plain images in batches, read once, for everything but pretraining."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from test_image import JPEGS, photo, reason, saved
 
-from dinocli.data.decode import image as module
+from dinocli.data.decode import torch_codecs as module
 from dinocli.data.decode.image import decode
 
 
