@@ -50,7 +50,7 @@ def test_a_large_file_is_read_once_and_again_when_it_changed(tmp_path: Path, mon
         pytest.skip("this file system has no extended attributes")
     known, read = f"{crc_of_file(path):08x}", []
     count = checksums.crc_of_file
-    monkeypatch.setattr(checksums, "_WORTH_REMEMBERING", 5)
+    monkeypatch.setattr(checksums, "_LARGE", 5)
     monkeypatch.setattr(checksums, "crc_of_file", lambda *a: read.append(1) or count(*a))
     assert verified(path, known)
     assert verified(path, known)

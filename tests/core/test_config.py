@@ -84,6 +84,6 @@ def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(key: str, bad
 )
 def test_a_number_beyond_float32_is_refused(value: dict) -> None:
     """Networks compute in float32, where it is infinite."""
-    with pytest.raises(DinoError, match=r"should be at most 3.4e\+38 in size"):
+    with pytest.raises(DinoError, match=r"should be at most 3.4e\+38 in magnitude"):
         Bound.parse({"norm": 1.0} | value, "preset x")
     assert Bound(norm=3.4e38).norm == 3.4e38

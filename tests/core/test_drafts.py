@@ -99,7 +99,7 @@ def test_what_was_to_be_replaced_is_put_back(tmp_path: Path) -> None:
 def test_drafts_of_another_machine_must_be_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some file systems lock within one machine only."""
     kill(writer(tmp_path / "file"))
-    monkeypatch.setattr(drafts, "_boot", lambda: b"another")
+    monkeypatch.setattr(drafts, "_read_boot_id", lambda: b"another")
     sweep(tmp_path)
     assert names(tmp_path)
     now = time.time()

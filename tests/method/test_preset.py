@@ -83,7 +83,7 @@ def test_overrides_are_toml_values_and_none_takes_a_key_out() -> None:
         ("views=3", "views is a table", "--set views.locals=3"),
         ("optimizer.kind=adam", "optimizer.kind is 'adam'; expected 'adamw', 'sgd', 'lars'", "--set optimizer.kind=adamw"),
         ("optimizer.lr={start=0.1}", "optimizer.lr.kind is missing", "--set optimizer.lr.kind=cosine"),
-        ("optimizer.lr.kind=constant", "optimizer.lr.value is missing, and start, end, warmup_epochs not a key of this kind",
+        ("optimizer.lr.kind=constant", "optimizer.lr.value is missing, and this kind has no key start, end, warmup_epochs",
          "--set 'optimizer.lr={kind=\"constant\", value=VALUE}'"),
         ("optimizer.clip=3.0", "optimizer.clip is 3.0; expected a table", 'optimizer.clip={kind="each_parameter", norm=3.0}'),
         ("training.precision=fp16", "it is 'fp16'", "--set training.precision=bfloat16"),
