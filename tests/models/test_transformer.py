@@ -340,7 +340,7 @@ def test_facets_of_patches_are_what_their_blocks_work_out(micro: ViTBackbone) ->
             made = micro.patches(images, [layer], facet).flatten(1, 2)  # type: ignore[arg-type]
             torch.testing.assert_close(made, _asked(micro, images, layer, part), **exact)
     for layer in (0, 3, -3):
-        with pytest.raises(DinoError, match="is no block; expected 1 to 2"):
+        with pytest.raises(DinoError, match="is not a block; expected 1 to 2"):
             micro.patches(images, [layer])
 
 

@@ -54,7 +54,7 @@ def rows_and_weights(where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_equals_the_definition(
     images: int, patches: int, prototypes: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ibot, "_AT_ONCE", at_once)
+    monkeypatch.setattr(ibot, "_CHUNK_LOGITS", at_once)
     torch.manual_seed(0)
     where = hidden(2, images, patches)
     student = torch.randn(2, images, patches, prototypes, dtype=torch.float64, requires_grad=True)
