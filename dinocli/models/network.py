@@ -131,11 +131,11 @@ class Network(nn.Module):
 
 
 def _apply_to_both(head: Head, a: Tensor | None, b: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Return a head's logits of two sets of features, either of which may be None. The MLP runs once on both."""
+    """Return a head's logits of two sets of features; either may be None. The MLP runs once on both."""
     if a is None or b is None:
         return None if a is None else head(a), None if b is None else head(b)
     # Logits are separate tensors, because losses overwrite them with gradients, which torch forbids for views from
-    # one split. The gradient of such a view would also be a copy of all logits.
+    # one split. The gradient of a view would also be a copy of all logits.
     of_a, of_b = head.squeezed(torch.cat([a, b])).split([len(a), len(b)])
     return head.last_layer(of_a), head.last_layer(of_b)
 
