@@ -66,13 +66,13 @@ class Halves(Line):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("total", torch.zeros(()))
 
     def parts(self, batch: Tensor, count: int, clock: Clock) -> list[Tensor]:
         return list(batch.chunk(count))
 
     def forward(self, part: Tensor) -> dict[str, Tensor]:
-        self.seen += part.sum()
+        self.total += part.sum()
         return {"near": ((self.value - part) ** 2).mean()}
 
 
@@ -99,7 +99,7 @@ def test_a_step_that_is_not_finite_advances_only_the_clock(config: OptimizerConf
         for batch in batches:
             trainer.step(batch)
     assert one.method.value.item() == other.method.value.item() != 0
-    assert one.method.seen.item() == other.method.seen.item() == 55
+    assert one.method.total.item() == other.method.total.item() == 55
     state, others = (t.optimizer.state[t.method.value] for t in (one, other))
     assert {k: v.item() for k, v in state.items()} == {k: v.item() for k, v in others.items()}
     assert (one.clock.step, other.clock.step) == (5, 7)
@@ -153,7 +153,7 @@ def test_is_finite_detects_weights_that_are_not_finite(config: OptimizerConfig) 
 
 def test_is_finite_checks_buffers_and_moments_too() -> None:
     for spoil in (
-        lambda t: t.method.seen.fill_(math.inf),
+        lambda t: t.method.total.fill_(math.inf),
         lambda t: t.optimizer.state[t.method.value]["exp_avg_sq"].fill_(math.inf),
     ):
         trainer = guarded_trainer(OPTIMIZERS[1])
