@@ -176,7 +176,7 @@ def _set_local_ranks(store: Any, number: int, count: int) -> None:
     """Set the local rank and size as torchrun does, because not every launcher sets them.
 
     A task that is bound to one GPU sees it as device 0 and needs local rank 0. So ranks are counted among the tasks
-    that have the same visible devices.
+    of a machine that have the same visible devices.
     """
     import socket
 
