@@ -7,9 +7,9 @@ From Python, with the objects that the commands use:
     maps = dinocli.attention(encoder, "a.jpg")                   # maps.heads: [heads, rows, columns]
     stored = dinocli.read_features("features/train.safetensors")
 
-torch is not imported before one of these is called. User errors raise `dinocli.core.errors.DinoError`.
+torch is imported only when one of these is called. User errors raise `dinocli.core.errors.DinoError`.
 
-A comment at the end of a line gives the shape of the tensor that the line makes, in these letters:
+A comment at the end of a line gives the shape of the tensor that the line computes, in these letters:
 
     V  views (crops) of an image        B  images in a batch
     G  global crops among the views     C  image channels
@@ -47,10 +47,10 @@ def load(
         source: A run folder, a `ckpt.safetensors`, an official DINO `.pth`, or `timm:NAME`.
         device: `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
         precision: Precision of matrix products; bfloat16 is used only if the device supports it.
-        overrides: `key=value` as `--set` takes them, such as `backbone.options.num_heads=6` for an official file.
+        overrides: Overrides `key=value` as for `--set`, such as `backbone.options.num_heads=6` for an official file.
 
     Raises:
-        DinoError: If the source or device does not exist, or the weights or an override do not fit.
+        DinoError: If the source or device does not exist, the weights do not fit, or an override is not valid.
     """
     from dinocli.core.device import pick_device
     from dinocli.features.encoder import quick
@@ -65,7 +65,7 @@ def attention(encoder: Encoder, image: Given, size: int | None = None) -> Attent
     Args:
         encoder: Encoder with a vision transformer.
         image: A path, a Pillow image, or an array.
-        size: Short side of the image for the encoder, in pixels. If None, a size that fits the encoder.
+        size: Length in pixels to which the image's short side is resized. If None, a size that fits the encoder.
 
     Raises:
         DinoError: If the image cannot be read, or the backbone has no attention.
@@ -77,13 +77,13 @@ def attention(encoder: Encoder, image: Given, size: int | None = None) -> Attent
 
 
 def read_features(path: str | os.PathLike[str]) -> Features:
-    """Open features that `dino extract` wrote. They are checked once, and stay on disk until they are used.
+    """Open features that `dino extract` wrote; they are checked once, and loaded only on use.
 
     Args:
         path: Feature file, or folder of shards.
 
     Raises:
-        DinoError: If there are none, they are corrupt or not finite, or the file is of another kind.
+        DinoError: If there are no features, they are corrupt or not finite, or the file is of another kind.
     """
     from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Config: base class of every table of a preset."""
+"""Config: base class of every table of a preset, overrides of single keys, and errors that suggest a fix."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pydantic_core import ErrorDetails
 
 from dinocli.core.errors import DinoError, nearest
 
-_DEEPEST = 32  # levels of nested tables and lists; a preset has about 6
-LARGEST = 3.4028234663852886e38  # of float32
+_MAX_DEPTH = 32  # levels of nested tables and lists; a preset has about 6
+LARGEST = 3.4028234663852886e38  # largest finite float32
 
 
 class Config(BaseModel):
     """Frozen settings in which an unknown key is an error.
 
-    Fields that define a recipe have no default: a preset must state them. Any default is the identity (no warm-up, no
-    drop path), so a feature that a preset does not mention is off. Numbers are finite.
+    Fields that define a recipe have no default: a preset must state them. Every other default switches its feature off
+    (no warm-up, no drop path). Numbers must be finite.
     """
 
-    # TOML and JSON readers accept nan and inf, and a learning rate of nan destroys all weights in one step.
+    # TOML and JSON readers accept nan and inf, but a learning rate of nan destroys all weights in one step.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
@@ -37,31 +37,32 @@ class Config(BaseModel):
         Raises:
             DinoError: If a key is unknown or missing, or a value is out of range.
         """
-        if _deeper(data, _DEEPEST):
+        if _is_deeper_than(data, _MAX_DEPTH):
             raise DinoError(
-                f"{what} is nested more than {_DEEPEST} levels deep", "nest its tables and lists less deeply"
+                f"{what} is nested more than {_MAX_DEPTH} levels deep", "nest its tables and lists less deeply"
             )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             errors = error.errors()
-            # One member of a union may reject only the type; that a number is not finite says more.
+            # A union reports an error for each member. That a number is not finite explains more than a wrong type.
             first = next((e for e in errors if e["type"] == "finite_number"), errors[0])
             raise _explain(first, data, cls, what) from None
 
     @field_validator("*")
     @classmethod
-    def _fits_float32(cls, value: Any) -> Any:
-        """Check that numbers fit float32: networks compute in it, and a larger number is infinite there."""
-        if any(abs(number) > LARGEST for number in _numbers(value)):
-            raise ValueError(f"Input should be at most {LARGEST:.1e} in size, the largest float32")
+    def _check_float32(cls, value: Any) -> Any:
+        """Check that numbers fit float32, in which networks compute: a larger number would become infinite."""
+        if any(abs(number) > LARGEST for number in _collect_floats(value)):
+            raise ValueError(f"Input should be at most {LARGEST:.1e} in magnitude, the largest float32")
         return value
 
 
 def change(data: dict[str, Any], override: str) -> None:
-    """Set `key.path=value` in nested values: TOML, or a bare word for a string; `none` removes the key.
+    """Apply an override `key.path=value` to nested values, in place.
 
-    A number for a constant schedule sets its value.
+    The value is TOML, or a bare word for a string; `none` removes the key. If the key is a constant schedule, a number
+    sets the schedule's value.
 
     Raises:
         DinoError: If the override is not an assignment, or a single value would replace a table.
@@ -89,23 +90,23 @@ def change(data: dict[str, Any], override: str) -> None:
             raise DinoError(
                 f"--set {override} is not valid TOML", f"quote all of it: --set '{key}=[0.5, 0.5]' or '{key}={{a=1}}'"
             ) from None
-    before = data.get(last)
-    if isinstance(before, dict) and before and not isinstance(value, dict):
-        if before.get("kind") != "constant" or isinstance(value, (str, list)):
-            raise _value_for_table(key.strip(), typed.strip(), before)
-        value = before | {"value": value}
+    current = data.get(last)
+    if isinstance(current, dict) and current and not isinstance(value, dict):
+        if current.get("kind") != "constant" or isinstance(value, (str, list)):
+            raise _explain_value_for_table(key.strip(), typed.strip(), current)
+        value = current | {"value": value}
     data[last] = value
 
 
-def _value_for_table(key: str, typed: str, table: dict[str, Any]) -> DinoError:
+def _explain_value_for_table(key: str, typed: str, table: dict[str, Any]) -> DinoError:
     message = f"--set {key}={typed}: {typed} is a single value; {key} is a table"
     number = _is_number(typed)
     if "start" in table:
         constant = f'{{kind="constant", value={typed if number else "NUMBER"}}}'
         start = f"--set {key}.start={typed if number else 'NUMBER'}"
         return DinoError(message, f"{start} keeps the schedule; --set '{key}={constant}' replaces it")
-    alike = [name for name, inner in table.items() if isinstance(inner, (int, float) if number else str)]
-    names = alike or [name for name, inner in table.items() if not isinstance(inner, dict)] or list(table)
+    same_type = [name for name, inner in table.items() if isinstance(inner, (int, float) if number else str)]
+    names = same_type or [name for name, inner in table.items() if not isinstance(inner, dict)] or list(table)
     return DinoError(message, " or ".join(f"--set {key}.{name}={typed}" for name in names[:3]))
 
 
@@ -117,67 +118,68 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _deeper(data: object, levels: int) -> bool:
-    """Return True if tables and lists are nested deeper than `levels`: recursion would run out of stack."""
-    inside = [data]
+def _is_deeper_than(data: object, levels: int) -> bool:
+    """Check for tables and lists nested deeper than `levels`, without recursion, which could overflow the stack."""
+    values = [data]
     for _ in range(levels + 1):
-        tables = [value for value in inside if isinstance(value, dict | list | tuple)]
-        inside = [each for table in tables for each in (table.values() if isinstance(table, dict) else table)]
-    return bool(inside)
+        tables = [value for value in values if isinstance(value, dict | list | tuple)]
+        values = [each for table in tables for each in (table.values() if isinstance(table, dict) else table)]
+    return bool(values)
 
 
-def _numbers(value: Any) -> Iterator[float]:
+def _collect_floats(value: Any) -> Iterator[float]:
     if isinstance(value, float):
         yield value
     elif isinstance(value, tuple | list | dict):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _numbers(inner)
+            yield from _collect_floats(inner)
 
 
 def _explain(first: ErrorDetails, data: dict[str, Any], model: type[BaseModel], what: str) -> DinoError:
     # A discriminated union adds its tag to the location; only names in the data are keys that the user typed.
-    path = _data_path(first["loc"], data, first["type"])
+    path = _find_data_path(first["loc"], data, first["type"])
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return DinoError(f"{what}: there is no key {key}", _other_key(path, data, model))
+        return DinoError(f"{what}: there is no key {key}", _suggest_key(path, data, model))
     if first["type"] == "missing":
-        table, inner = _models_at(model, data, path[:-1])
-        others = [name for name in table if inner and name not in inner[0].model_fields]
+        table, models = _find_models(model, data, path[:-1])
+        others = [name for name in table if models and name not in models[0].model_fields]
         if others and len(path) > 1:  # keys of another kind of this table
             return DinoError(
-                f"{what}: the key {key} is missing, and {', '.join(others)} not a key of this kind",
-                f"--set '{'.'.join(path[:-1])}={_example(inner[0], None)}'",
+                f"{what}: the key {key} is missing, and this kind has no key {', '.join(others)}",
+                f"--set '{'.'.join(path[:-1])}={_format_example(models[0], None)}'",
             )
         return DinoError(f"{what}: the key {key} is missing", f"add it with --set {key}=VALUE")
-    said = first["msg"].removeprefix("Value error, ")
+    message = first["msg"].removeprefix("Value error, ")
     if not key:
-        said, _, mend = said.partition("; it needs ")
-        return DinoError(f"{what}: {said}", f"--set {mend}" if mend else "change it with --set KEY=VALUE")
+        # Validators of whole tables end their message in "; it needs KEY=VALUE", which becomes the hint.
+        message, _, override = message.partition("; it needs ")
+        return DinoError(f"{what}: {message}", f"--set {override}" if override else "change it with --set KEY=VALUE")
     context: dict[str, Any] = dict(first.get("ctx") or {})
     if first["type"].startswith("union_tag"):
-        kinds = context.get("expected_tags") or ", ".join(f"{k!r}" for k in _all_kinds(model, data, path))
-        came = context.get("tag")
+        kinds = context.get("expected_tags") or ", ".join(f"{k!r}" for k in _list_kinds(model, data, path))
+        kind = context.get("tag")
         # Without a kind, suggest the first one that has all the given keys.
-        having = [
-            m for m in _models_at(model, data, path)[1] if not came and set(first["input"]) <= set(m.model_fields)
+        matching = [
+            m for m in _find_models(model, data, path)[1] if not kind and set(first["input"]) <= set(m.model_fields)
         ]
-        choice = _kinds(having[0])[0] if having else nearest(str(came or ""), kinds.replace("'", "").split(", "))
-        fault = f"is {came!r}; expected {kinds}" if came else f"is missing; expected {kinds}"
-        return DinoError(f"{what}: {key}.kind {fault}", f"--set {key}.kind={choice}")
+        choice = _kinds_of(matching[0])[0] if matching else nearest(str(kind or ""), kinds.replace("'", "").split(", "))
+        problem = f"is {kind!r}; expected {kinds}" if kind else f"is missing; expected {kinds}"
+        return DinoError(f"{what}: {key}.kind {problem}", f"--set {key}.kind={choice}")
     value = first["input"]
     if first["type"] in ("model_attributes_type", "model_type") and not isinstance(value, dict):
-        inner = _models_at(model, data, path)[1]
-        example = _example(inner[0], value) if inner else "{...}"
+        models = _find_models(model, data, path)[1]
+        example = _format_example(models[0], value) if models else "{...}"
         return DinoError(f"{what}: {key} is {value!r}; expected a table", f"--set '{key}={example}'")
-    wanted = said.removeprefix("Input ") if said.startswith("Input should be ") else f"is not valid: {said}"
-    came = repr(value) if not isinstance(value, dict) else "a table of another kind"
-    fits = "VALUE with a valid value"
+    valid = message.removeprefix("Input ") if message.startswith("Input should be ") else f"is not valid: {message}"
+    shown = repr(value) if not isinstance(value, dict) else "a table of another kind"
+    suggestion = "VALUE with a valid value"
     if first["type"] == "literal_error":
-        fits = nearest(str(value), str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
-    return DinoError(f"{what}: {key} {wanted}; it is {came}", f"--set {key}={fits}")
+        suggestion = nearest(str(value), str(context["expected"]).replace("'", "").replace(" or ", ", ").split(", "))
+    return DinoError(f"{what}: {key} {valid}; it is {shown}", f"--set {key}={suggestion}")
 
 
-# Words of papers, of the original's options and of other tools, each with the key that it means here.
+# Names in papers, in the original's options and in other tools, each with this project's key.
 MEANT = {
     "arch": "backbone.name", "model": "backbone.name", "patch_size": "backbone.options.patch_size",
     "img_size": "backbone.options.img_size", "embed_dim": "backbone.options.embed_dim",
@@ -200,27 +202,27 @@ MEANT = {
 
 
 def find_keys(word: str, data: dict[str, Any], model: type[BaseModel] | None = None) -> list[str]:
-    """Return the full paths of the keys that a word means, such as `optimizer.lr.start` for `lr`.
+    """Return the full paths of the keys that a word may refer to, such as `optimizer.lr.start` for `lr`.
 
     Args:
         word: Last part of a key, as a user or another tool spells it.
         data: Nested values of a preset.
-        model: Config class of the values. If None, only keys that the values have are searched.
+        model: Config class of the values. If None, only the keys present in the values are searched.
 
     Returns:
         The paths; empty if no key is similar.
     """
     word = word.lower().replace("-", "_")
-    wanted = MEANT.get(word, word)
-    paths = sorted(_paths(data, model) if model else _plain_paths(data), key=lambda path: path.count("."))
-    found = [path for path in paths if f".{path}".endswith(f".{wanted}")]
-    if not found and word in MEANT and "." in wanted:  # timm's options, and tables that this preset does not have
-        found = [wanted]
-    if not found:
+    key = MEANT.get(word, word)
+    paths = sorted(_list_paths(data, model) if model else _list_plain_paths(data), key=lambda path: path.count("."))
+    matches = [path for path in paths if f".{path}".endswith(f".{key}")]
+    if not matches and word in MEANT and "." in key:  # timm's options, and tables that this preset does not have
+        matches = [key]
+    if not matches:
         close = nearest(word, {path.rpartition(".")[2] for path in paths}, least=0.75)
-        found = [path for path in paths if close and path.rpartition(".")[2] == close]
+        matches = [path for path in paths if close and path.rpartition(".")[2] == close]
     leaves = []
-    for path in found:
+    for path in matches:
         table: Any = data
         for name in path.split("."):
             table = table.get(name) if isinstance(table, dict) else None
@@ -229,55 +231,56 @@ def find_keys(word: str, data: dict[str, Any], model: type[BaseModel] | None = N
     return leaves
 
 
-def _paths(data: Any, model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Yield the keys that a config may hold: tables and values, by the kinds and names in the data."""
+def _list_paths(data: Any, model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Yield the path of every key that a config may have, given the kinds and the user's own names in the data."""
     for name, field in model.model_fields.items():
         path = f"{above}.{name}" if above else name
         yield path
-        here = data.get(name) if isinstance(data, dict) else None
-        models = _models_in(field.annotation)
+        value = data.get(name) if isinstance(data, dict) else None
+        models = _list_models(field.annotation)
         if not models:
-            yield from (f"{path}.{key}" for key in (here if isinstance(here, dict) else {}))
+            yield from (f"{path}.{key}" for key in (value if isinstance(value, dict) else {}))
         elif get_origin(field.annotation) is dict:
-            for key, inner in here.items() if isinstance(here, dict) else ():
-                yield from _paths(inner, models[0], f"{path}.{key}")
-        elif isinstance(here, dict):
-            yield from _paths(here, _of_kind(models, here), path)
+            for key, inner in value.items() if isinstance(value, dict) else ():
+                yield from _list_paths(inner, models[0], f"{path}.{key}")
+        elif isinstance(value, dict):
+            yield from _list_paths(value, _pick_kind(models, value), path)
 
 
-def _plain_paths(data: Any, above: str = "") -> Iterator[str]:
+def _list_plain_paths(data: Any, above: str = "") -> Iterator[str]:
     for key, value in data.items() if isinstance(data, dict) else ():
         yield f"{above}{key}"
-        yield from _plain_paths(value, f"{above}{key}.")
+        yield from _list_plain_paths(value, f"{above}{key}.")
 
 
-def _other_key(path: list[str], data: dict[str, Any], model: type[BaseModel]) -> str:
+def _suggest_key(path: list[str], data: dict[str, Any], model: type[BaseModel]) -> str:
     """Return a hint for an unknown key: the nearest one in its table, or the same name elsewhere."""
     *above, last = path
-    known = list(next((m.model_fields for m in _models_at(model, data, above)[1]), {}))
-    elsewhere = [key for key in find_keys(last, _without(data, path), model) if key != ".".join(path)]
+    known = list(next((m.model_fields for m in _find_models(model, data, above)[1]), {}))
+    elsewhere = [key for key in find_keys(last, _remove_key(data, path), model) if key != ".".join(path)]
     near = [".".join([*above, name]) for name in difflib.get_close_matches(last, known, n=1, cutoff=0.6)]
-    found = near or elsewhere[:4] if above else elsewhere[:4] or near  # at the top it is mostly a leaf without its path
-    return f"did you mean {' or '.join(found)}?" if found else f"remove {'.'.join(path)}"
+    # An unknown key at the top is mostly a nested key typed without its path.
+    keys = near or elsewhere[:4] if above else elsewhere[:4] or near
+    return f"did you mean {' or '.join(keys)}?" if keys else f"remove {'.'.join(path)}"
 
 
-def _without(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
+def _remove_key(data: dict[str, Any], path: list[str]) -> dict[str, Any]:
     first, *rest = path
     inner = data[first]
-    kept = {key: value for key, value in data.items() if key != first}
-    return kept | {first: _without(inner, rest)} if rest and isinstance(inner, dict) else kept
+    others = {key: value for key, value in data.items() if key != first}
+    return others | {first: _remove_key(inner, rest)} if rest and isinstance(inner, dict) else others
 
 
-def _example(model: type[BaseModel], value: Any) -> str:
-    """Format a table with all required values, as --set takes it."""
+def _format_example(model: type[BaseModel], value: Any) -> str:
+    """Format a table with a placeholder for each required value, as `--set` takes it."""
     required = {name: field for name, field in model.model_fields.items() if name != "kind" and field.is_required()}
     numbers = [name for name, field in required.items() if field.annotation in (int, float)]
-    words = [f'kind="{kind}"' for kind in _kinds(model)[:1]]
+    words = [f'kind="{kind}"' for kind in _kinds_of(model)[:1]]
     words += [f"{name}={value if numbers == [name] and _is_number(str(value)) else 'VALUE'}" for name in required]
     return f"{{{', '.join(words)}}}"
 
 
-def _data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[str]:
+def _find_data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[str]:
     path: list[str] = []
     for i, part in enumerate(location):
         if isinstance(data, dict) and part in data:
@@ -288,13 +291,16 @@ def _data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[st
     return path
 
 
-def _models_at(model: type[BaseModel], data: Any, path: list[str]) -> tuple[dict[str, Any], list[type[BaseModel]]]:
-    """Return the table at a path and its possible configs; none for names that the user chooses."""
+def _find_models(model: type[BaseModel], data: Any, path: list[str]) -> tuple[dict[str, Any], list[type[BaseModel]]]:
+    """Return the table at a path and its possible config classes, that of its `kind` first.
+
+    Both are empty for a single value, and for a table whose names the user chooses, such as `heads`.
+    """
     models = [model]
     names = iter(path)
     for name in names:
         field = models[0].model_fields.get(name)
-        models = _models_in(field.annotation) if field else []
+        models = _list_models(field.annotation) if field else []
         data = data.get(name) if isinstance(data, dict) else None
         if not field or not models:
             return {}, []
@@ -304,23 +310,23 @@ def _models_at(model: type[BaseModel], data: Any, path: list[str]) -> tuple[dict
                 return {}, []
             data = data.get(chosen) if isinstance(data, dict) else None
         if isinstance(data, dict) and data.get("kind"):
-            models = [_of_kind(models, data), *models]
+            models = [_pick_kind(models, data), *models]
     return data if isinstance(data, dict) else {}, models
 
 
-def _of_kind(models: list[type[BaseModel]], table: dict[str, Any]) -> type[BaseModel]:
-    return next((model for model in models if table.get("kind") in _kinds(model)), models[0])
+def _pick_kind(models: list[type[BaseModel]], table: dict[str, Any]) -> type[BaseModel]:
+    return next((model for model in models if table.get("kind") in _kinds_of(model)), models[0])
 
 
-def _all_kinds(model: type[BaseModel], data: Any, path: list[str]) -> list[str]:
-    return [kind for inner in _models_at(model, data, path)[1] for kind in _kinds(inner)]
+def _list_kinds(model: type[BaseModel], data: Any, path: list[str]) -> list[str]:
+    return [kind for inner in _find_models(model, data, path)[1] for kind in _kinds_of(inner)]
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def _list_models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [m for arg in get_args(annotation) for m in _models_in(arg)]
+    return [m for arg in get_args(annotation) for m in _list_models(arg)]
 
 
-def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+def _kinds_of(model: type[BaseModel]) -> tuple[Any, ...]:
     return get_args(model.model_fields["kind"].annotation) if "kind" in model.model_fields else ()

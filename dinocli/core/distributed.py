@@ -1,7 +1,7 @@
 """Processes of a run: their launch, ranks and collectives. Only this file and engine/parallel.py use torch.distributed.
 
-A run has one process, or those that torchrun or another launcher started. torch is imported only when needed, because
-the command line asks this module which process may print.
+A run has one process, or those that torchrun or another launcher started. torch is imported only on use, because the
+command line calls `rank` before it needs torch, to decide which process prints.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
-_PATIENCE = timedelta(minutes=30)  # for a live process that does not arrive; a dead one is noticed at once
+_TIMEOUT = timedelta(minutes=30)  # for a live process that is late; a dead one is noticed at once
 
 
 # Variables with the rank and the number of processes, by launcher.
@@ -43,13 +43,13 @@ _VARIABLES = (
 
 
 class Started(NamedTuple):
-    """Place of this process among several that a launcher started.
+    """Launcher, rank and number of the processes of this run, as environment variables state them.
 
     Attributes:
         launcher: Command that started them, or `torch.distributed` if only its variables are set.
         rank: Rank of this process; None if no variable has it.
         size: Number of processes; None if no variable has it.
-        meets: True if the processes can connect: the variables are complete and include an address.
+        meets: True if the processes can connect: rank and size are set and valid, and so are address and port.
     """
 
     launcher: str
@@ -59,123 +59,124 @@ class Started(NamedTuple):
 
 
 def started() -> Started | None:
-    """Return the place of this process among several; None if it is alone."""
+    """Read the launcher's variables of this process; return None if it is the only process of its run."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         processes = int(os.environ["WORLD_SIZE"])
         return Started("torchrun", int(os.environ["RANK"]), processes, True) if processes > 1 else None
-    found = []
+    candidates = []
     for launcher, rank_name, size_name in _VARIABLES:
-        number, count = _integer(rank_name), _integer(size_name)
-        if launcher == "srun" and (number is None or _integer("SLURM_STEP_NUM_TASKS") == 1 or _in_batch_script()):
-            continue  # a batch script and an interactive shell are one process of a job that may have many tasks
+        number, count = _read_integer(rank_name), _read_integer(size_name)
+        alone = _read_integer("SLURM_STEP_NUM_TASKS") == 1 or _is_in_batch_script()
+        if launcher == "srun" and (number is None or alone):
+            continue  # a batch script or an interactive shell is one process, even if its job has many tasks
         if (count or 0) > 1 or ((number or 0) > 0 and count is None):
-            address = os.environ.get("MASTER_ADDR") and _integer("MASTER_PORT")
+            address = os.environ.get("MASTER_ADDR") and _read_integer("MASTER_PORT")
             meets = number is not None and count is not None and number < count and bool(address)
-            found.append(Started(launcher, number, count, meets))
-    # A batch script may export WORLD_SIZE alone and leave the rank to srun's variable.
-    return max(found, key=lambda place: (place.meets, place.size is not None), default=None)
+            candidates.append(Started(launcher, number, count, meets))
+    # A batch script may export only WORLD_SIZE and leave the rank to srun's variable.
+    return max(candidates, key=lambda each: (each.meets, each.size is not None), default=None)
 
 
 def unused_tasks() -> int:
-    """Return the number of tasks of a SLURM job whose batch script runs this command once; 1 outside such jobs."""
-    return (_integer("SLURM_NTASKS") or 1) if _in_batch_script() else 1
+    """Return the number of tasks of a SLURM job whose batch script runs this command without srun; 1 otherwise."""
+    return (_read_integer("SLURM_NTASKS") or 1) if _is_in_batch_script() else 1
 
 
-def _in_batch_script() -> bool:
-    # SLURM gives the script rank 0 of all tasks, as srun gives its first task; only srun sets a step.
-    in_step = {"SLURM_STEP_ID", "SLURM_STEPID"} & set(os.environ) or _integer("SLURM_PROCID")
+def _is_in_batch_script() -> bool:
+    # A batch script has rank 0 and the number of all tasks, like the first task of srun; only srun sets a step.
+    in_step = {"SLURM_STEP_ID", "SLURM_STEPID"} & set(os.environ) or _read_integer("SLURM_PROCID")
     return "SLURM_JOB_NODELIST" in os.environ and not in_step
 
 
-def _integer(name: str) -> int | None:
+def _read_integer(name: str) -> int | None:
     value = os.environ.get(name, "")
     return int(value) if value.isdecimal() else None
 
 
 def check_launch(command: str) -> None:
-    """Check that processes of a launcher other than torchrun can connect, so that none trains alone.
+    """Check that the processes of a launcher can connect; otherwise each would train alone.
 
     Raises:
         DinoError: If an address, the rank or the number of processes is missing.
     """
-    found = started()
-    if found is None or found.meets:
+    place = started()
+    if place is None or place.meets:
         return
-    count = str(found.size or "N")
+    count = str(place.size or "N")
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if found.launcher == "torch.distributed":
-        came = [f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-        fault = f"without {' and '.join(missing)}" if missing else "is incomplete"
-        if len(came) == 2 and (found.rank or 0) >= (found.size or 1):
-            fault = "is out of range"
+    if place.launcher == "torch.distributed":
+        present = [f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+        problem = f"without {' and '.join(missing)}" if missing else "is incomplete"
+        if len(present) == 2 and (place.rank or 0) >= (place.size or 1):
+            problem = "is out of range"
         raise DinoError(
-            f"{' '.join(came)} {fault}: each process would run alone",
+            f"{' '.join(present)} {problem}: each process would run alone",
             f"torchrun --nproc-per-node {count} -m dinocli {command} ...; or alone: env -u RANK -u WORLD_SIZE "
             f"dino {command} ...",
         )
-    ways = {
+    hints = {
         "srun": "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500 "
         f"before srun; or srun --ntasks=1 dino {command} ..." + (f" --gpus {count}" if command == "pretrain" else ""),
         "mpirun": "export MASTER_ADDR=HOST MASTER_PORT=29500 to all (mpirun -x with Open MPI); or torchrun "
         f"--nproc-per-node {count} -m dinocli {command} ...",
     }
-    lacking = " and ".join(missing) or "the rank or the number of processes"
+    absent = " and ".join(missing) or "the rank or the number of processes"
     raise DinoError(
-        f"{found.launcher} started {found.size or 'several'} processes without {lacking}: each would run alone",
-        ways.get(found.launcher, f"export MASTER_ADDR=HOST MASTER_PORT=29500 before {found.launcher}"),
+        f"{place.launcher} started {place.size or 'several'} processes without {absent}: each would run alone",
+        hints.get(place.launcher, f"export MASTER_ADDR=HOST MASTER_PORT=29500 before {place.launcher}"),
     )
 
 
 def size() -> int:
     """Return the number of processes of the run."""
-    found = started()
-    return found.size if found and found.meets and found.size else 1
+    place = started()
+    return place.size if place and place.meets and place.size else 1
 
 
 def rank() -> int:
     """Return the rank of this process in the run; rank 0 prints and writes."""
-    found = started()
-    return found.rank if found and found.meets and found.rank else 0
+    place = started()
+    return place.rank if place and place.meets and place.rank else 0
 
 
 def local_size() -> int:
     """Return the number of processes of the run on this machine."""
-    return (_integer("LOCAL_WORLD_SIZE") or 1) if size() > 1 else 1
+    return (_read_integer("LOCAL_WORLD_SIZE") or 1) if size() > 1 else 1
 
 
 def local_rank() -> int:
     """Return the rank of this process on its machine, which is also the index of its CUDA device."""
-    return (_integer("LOCAL_RANK") or 0) if size() > 1 else 0
+    return (_read_integer("LOCAL_RANK") or 0) if size() > 1 else 0
 
 
 def begin() -> None:
     """Connect to the other processes of the run."""
     if size() == 1:
         return
-    end_with(os.getppid())  # torchrun, which may be killed; an orphan would keep the run folder and the device
+    end_with(os.getppid())  # torchrun may be killed, and an orphan would keep the run folder locked and the device busy
     import torch
     from torch import distributed
 
     address = f"env://?rank={rank()}&world_size={size()}"
-    store, number, count = next(distributed.rendezvous(address, timeout=_PATIENCE))  # type: ignore[attr-defined]
+    store, number, count = next(distributed.rendezvous(address, timeout=_TIMEOUT))  # type: ignore[attr-defined]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        _find_local_places(store, number, count)
+        _set_local_ranks(store, number, count)
     cuda = torch.cuda.is_available()
     if cuda and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    # When torchrun restarts processes, it keeps its store and with it the addresses of dead ones. All processes have
-    # the same restart count only on a single machine.
+    # torchrun keeps its store when it restarts processes, and the store still has the addresses of dead ones. Only on
+    # a single machine do all processes have the same restart count.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_size() == size() else "0"
     store = distributed.PrefixStore(f"dinocli/{attempt}", store)  # type: ignore[attr-defined]
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_PATIENCE)
+    distributed.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_TIMEOUT)
 
 
-def _find_local_places(store: Any, number: int, count: int) -> None:
+def _set_local_ranks(store: Any, number: int, count: int) -> None:
     """Set the local rank and size as torchrun does, because not every launcher sets them.
 
-    If each task is bound to one GPU, it sees that GPU as device 0. So the ranks of such tasks are counted as if each
-    were on its own machine.
+    A task that is bound to one GPU sees it as device 0 and needs local rank 0. So ranks are counted among the tasks
+    of a machine that have the same visible devices.
     """
     import socket
 
@@ -188,15 +189,15 @@ def _find_local_places(store: Any, number: int, count: int) -> None:
 
 
 def end() -> None:
-    """Leave the other processes once all have arrived here."""
-    if size() > 1 and _together():
+    """Wait until all processes have arrived here, then disconnect from them."""
+    if size() > 1 and _is_connected():
         from torch import distributed
 
         any_of(False)
         distributed.destroy_process_group()
 
 
-def _together() -> bool:
+def _is_connected() -> bool:
     from torch import distributed
 
     return distributed.is_available() and distributed.is_initialized()
@@ -211,7 +212,7 @@ def launch(processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The failed process has printed the reason, or another process that it is gone.
+    # Silence torchrun's report: the failed process has printed its error, or another has printed that it is gone.
     logging.disable(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     config = LaunchConfig(
@@ -230,34 +231,34 @@ def launch(processes: int) -> int:
 def end_with(parent: int, *, by_system: bool = True) -> None:
     """End this process as soon as its parent is gone, even if the parent was killed.
 
-    Linux does so itself, and ends a stopped process too. On other systems, a thread checks twice a second.
+    A thread checks twice a second. On Linux the kernel also does so, at once and even if this process is stopped.
 
     Args:
         parent: Process id of the parent when it started this process.
-        by_system: True if Linux may do it. Linux watches the thread that started this process, so that thread must
-            live as long as its process.
+        by_system: True if the Linux kernel may do so. It ends this process together with the thread that started it,
+            so that thread must live as long as the parent.
     """
     if by_system and sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # gone before the system was asked
+    if os.getppid() != parent:  # gone before prctl was called
         os._exit(1)
-    threading.Thread(target=_wait_for_end_of, args=(parent,), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _wait_for_end_of(parent: int) -> None:
+def _exit_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def first_to_fail() -> bool:
-    """Return whether this process is the first of the run to fail, and so the one to report the reason."""
+    """Return True if this process is the first of the run to fail, and therefore reports the error."""
     if size() == 1:
         return True
     from torch import distributed
 
-    if not _together():
+    if not _is_connected():
         return rank() == 0
     try:
         return distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
@@ -266,32 +267,32 @@ def first_to_fail() -> bool:
 
 
 def lost(error: BaseException) -> bool:
-    """Return whether an error means that another process is gone."""
+    """Return True if an error means that another process is gone."""
     if size() == 1:
         return False
     from torch import distributed
 
-    words = str(error)
+    message = str(error)
     return isinstance(error, distributed.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in words or "Connection closed by peer" in words)
+        isinstance(error, RuntimeError) and ("gloo" in message or "Connection closed by peer" in message)
     )
 
 
 def any_of(*flags: bool) -> list[bool]:
-    """Return, for each flag, whether it is set in any process. The host waits for the others, the device does not."""
-    if not _together():
+    """Return True for each flag that is set in any process. The host waits for the others, the device does not."""
+    if not _is_connected():
         return list(flags)
     import torch
     from torch import distributed
 
-    found = torch.tensor(flags, dtype=torch.int32, device="cpu")
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in found.tolist()]
+    reduced = torch.tensor(flags, dtype=torch.int32, device="cpu")
+    distributed.all_reduce(reduced, distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in reduced.tolist()]
 
 
 def gathered(value: Value) -> list[Value]:
-    """Return the values of all processes, by rank, in every process; they are exchanged as pickles."""
-    if not _together():
+    """Return the values of all processes, in order of rank, in every process; they are exchanged as pickles."""
+    if not _is_connected():
         return [value]
     from torch import distributed
 
@@ -302,7 +303,7 @@ def gathered(value: Value) -> list[Value]:
 
 def from_first(value: Value) -> Value:
     """Return the value of the first process."""
-    if not _together():
+    if not _is_connected():
         return value
     from torch import distributed
 
@@ -314,9 +315,9 @@ def from_first(value: Value) -> Value:
 def mean_over_processes(values: Tensor) -> Tensor:
     """Return the mean of the values over all processes; in a run of one process, the values unchanged.
 
-    Every process gets the same result, and all must have the same number of samples behind their values.
+    Every process gets the same result. If values are means over samples, all processes must have equally many samples.
     """
-    if not _together():
+    if not _is_connected():
         return values
     from torch import distributed
 
@@ -326,47 +327,47 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def logsumexp_over_processes(values: Tensor) -> Tensor:
-    """Return the logarithm of the sum, over all processes, of the exponentials of their values.
+    """Return the elementwise `logsumexp` of the values of all processes.
 
-    From each process's `logsumexp` over its own samples, this computes the `logsumexp` over the samples of all. In a
-    run of one process, the values are returned unchanged.
+    If the values are each process's `logsumexp` over its own samples, the result is the one over all samples. In a run
+    of one process, the values are returned unchanged.
     """
-    if not _together():
+    if not _is_connected():
         return values
     import torch
     from torch import distributed
 
-    top = values.clone()
-    distributed.all_reduce(top, distributed.ReduceOp.MAX)
-    top.clamp_(min=torch.finfo(top.dtype).min)  # -inf, from no samples anywhere, minus itself is NaN
-    total = (values - top).exp()
+    maximum = values.clone()
+    distributed.all_reduce(maximum, distributed.ReduceOp.MAX)
+    maximum.clamp_(min=torch.finfo(maximum.dtype).min)  # without samples it is -inf, and -inf minus itself is NaN
+    total = (values - maximum).exp()
     distributed.all_reduce(total)
-    return total.log() + top
+    return total.log() + maximum
 
 
 def all_of(done: Tensor) -> Tensor:
-    """Return whether a flag on the device is set in all processes; the host does not wait for it. [], bool"""
-    if not _together():
+    """Return True if a flag on the device is set in all processes; the host does not wait for it. [], bool"""
+    if not _is_connected():
         return done
     from torch import distributed
 
-    found = done.int()
-    distributed.all_reduce(found, distributed.ReduceOp.MIN)
-    return found.bool()
+    reduced = done.int()
+    distributed.all_reduce(reduced, distributed.ReduceOp.MIN)
+    return reduced.bool()
 
 
-# Sharded tensors, as in FSDP2: every process holds a part of each.
+# Sharded tensors, as in FSDP2: every process holds one shard of each.
 
 
 def in_shards(tensors: Sequence[Tensor]) -> bool:
-    """Return whether any of the tensors is sharded."""
+    """Return True if any of the tensors is sharded."""
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return this process's part of each tensor: its own shard, or all of a tensor that is not sharded."""
+    """Return this process's shard of each tensor, or the full tensor if it is not sharded."""
     from torch.distributed.tensor import DTensor
 
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
@@ -376,10 +377,10 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the norm of each tensor, over all its shards."""
     import torch
 
-    found = torch._foreach_norm(local(tensors))
+    local_norms = torch._foreach_norm(local(tensors))
     if not in_shards(tensors):
-        return list(found)
-    squares = torch.stack(found).square()
+        return list(local_norms)
+    squares = torch.stack(local_norms).square()
     return list((mean_over_processes(squares) * size()).sqrt().unbind())
 
 

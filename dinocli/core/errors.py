@@ -1,4 +1,4 @@
-"""Errors that users can fix, and names made safe to print."""
+"""Errors that users can fix, and escaping of names for printing."""
 
 from __future__ import annotations
 
@@ -27,33 +27,37 @@ class DinoError(Exception):
 
 
 def visible(text: str) -> str:
-    r"""Escape what a terminal or a browser obeys or hides: a name "a\x1b[2J\n.jpg" is shown as these characters.
+    r"""Escape characters that a terminal or a browser interprets or hides, such as the escape character as `\x1b`.
 
-    Escaped are control and direction marks, line ends, and bytes that are not valid text.
+    These are control and text direction characters, line ends, and bytes that are not valid text.
     """
-    return text if text.isprintable() else "".join(map(_visible, text))
+    return text if text.isprintable() else "".join(map(_escape, text))
 
 
-def _visible(sign: str) -> str:
+def _escape(character: str) -> str:
     # Arabic, Indian scripts and emoji need the two joiners.
-    if sign.isprintable() or unicodedata.category(sign) not in _OBEYED or sign in "\u200c\u200d":
-        return sign
-    code = ord(sign)
+    if (
+        character.isprintable()
+        or unicodedata.category(character) not in _CONTROL_CATEGORIES
+        or character in "\u200c\u200d"
+    ):
+        return character
+    code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # Python's surrogate for a byte of a name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
-    return sign.encode("unicode_escape").decode()
+    return character.encode("unicode_escape").decode()
 
 
-_OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode's categories: control, format, surrogate, line, paragraph
+_CONTROL_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # of Unicode: control, format, surrogate, line, paragraph
 
 
 def nearest(word: str, words: Iterable[str], least: float = 0.0) -> str:
-    """Return the most similar of `words`, or an empty string if none is similar enough.
+    """Return the valid word that is most similar to `word`, or an empty string if none is similar enough.
 
     Args:
         word: Word that was typed.
         words: Valid words.
-        least: Lowest similarity, from 0 for any word to 1 for equal ones; a ratio of `difflib`.
+        least: Minimum similarity, from 0 for any word to 1 for equal ones; a ratio of `difflib`.
     """
     close = difflib.get_close_matches(word, list(words), n=1, cutoff=least)
     return close[0] if close else ""

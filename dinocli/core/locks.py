@@ -9,8 +9,8 @@ from pathlib import Path
 class Lock:
     """Exclusive lock on an open file or folder, until `close` or the end of this process.
 
-    A forked child inherits the open file and its lock, so children close it when they start. Then the lock ends with
-    this process, however that ends, and not with the last of its workers.
+    A forked child inherits the open file and with it the lock, so each child closes the file when it starts. Thus the
+    lock ends with this process, even if that is killed, and not with the last of its workers.
 
     Args:
         file: Descriptor of the open, locked file.

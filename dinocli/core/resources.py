@@ -1,4 +1,4 @@
-"""Memory and cores that this process may use, inside a container too."""
+"""Memory and cores that this process may use, which a container may limit."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ ROOT = Path("/")
 
 
 def cores(root: Path = ROOT) -> int:
-    """Return the cores that this process may use, by its affinity and its control group."""
+    """Return the number of cores that this process may use, by its affinity and its control group."""
     affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(affine, cores_of_group(root) or affine)
 
 
 def cores_of_group(root: Path = ROOT) -> int | None:
-    """Return the whole cores that the control group may use, or None without a limit.
+    """Return the number of cores that the control group allows, rounded down but at least 1; None without a limit.
 
-    Most container limits work this way. torch queries the affinity alone, and then starts one thread per core of the
+    Most containers are limited in this way. torch reads only the affinity, and so starts one thread per core of the
     machine.
     """
     limits = []
-    for group in _groups(root, "cpu"):
+    for group in _list_groups(root, "cpu"):
         quota, _, period = read_words(group / "cpu.max").partition(" ")
         if not quota:
             quota, period = read_words(group / "cpu.cfs_quota_us"), read_words(group / "cpu.cfs_period_us")
@@ -38,31 +38,31 @@ def cores_of_group(root: Path = ROOT) -> int | None:
 
 def ram_of(root: Path = ROOT) -> tuple[int, int]:
     """Return the bytes available to this process without swapping, and the total bytes."""
-    known = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_words(root / "proc/meminfo"), re.MULTILINE))
-    if {"MemTotal", "MemAvailable"} <= known.keys():
-        free, total = int(known["MemAvailable"]) * 1024, int(known["MemTotal"]) * 1024
+    meminfo = dict(re.findall(r"^(\w+):\s+(\d+) kB", read_words(root / "proc/meminfo"), re.MULTILINE))
+    if {"MemTotal", "MemAvailable"} <= meminfo.keys():
+        free, total = int(meminfo["MemAvailable"]) * 1024, int(meminfo["MemTotal"]) * 1024
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         free = total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:  # Windows
         free = total = 0
-    for group in _groups(root, "memory"):
+    for group in _list_groups(root, "memory"):
         limit = read_words(group / "memory.max") or read_words(group / "memory.limit_in_bytes")
         used = read_words(group / "memory.current") or read_words(group / "memory.usage_in_bytes")
         # The group's file cache counts as used but is released on demand.
-        cached = dict(re.findall(r"^(\w+) (\d+)$", read_words(group / "memory.stat"), re.MULTILINE))
+        stat = dict(re.findall(r"^(\w+) (\d+)$", read_words(group / "memory.stat"), re.MULTILINE))
         if limit.isdigit() and used.isdigit() and int(limit) < total:
-            given_up = int(cached.get("total_inactive_file") or cached.get("inactive_file") or 0)
-            total, free = int(limit), max(0, min(free, int(limit) - int(used) + given_up))
+            reclaimable = int(stat.get("total_inactive_file") or stat.get("inactive_file") or 0)
+            total, free = int(limit), max(0, min(free, int(limit) - int(used) + reclaimable))
     return free, total
 
 
-def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """Yield the folders of this process's control groups, from its own outwards, for versions 2 and 1."""
+def _list_groups(root: Path, controller: str) -> Iterator[Path]:
+    """Yield the folders of this process's control groups (version 1 or 2), from the innermost outwards."""
     for line in read_words(root / "proc/self/cgroup").splitlines():
         _, names, path = (line + "::").split(":")[:3]
         mounts = {"": ("", "unified")}.get(names, (controller,) if controller in names.split(",") else ())
         for mount in mounts:
-            # Inside a container, the path may be the host's; the mount itself is then the group.
+            # Inside a container, the path may be the host's; the root of the mount is then the container's group.
             group = (root / "sys/fs/cgroup" / mount / path.lstrip("/")).relative_to(root)
             while len(group.parts) >= 3 + bool(mount):
                 yield root / group
@@ -70,7 +70,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def read_words(path: Path) -> str:
-    """Return the text of a small file of the system, or an empty string if there is none."""
+    """Return the text of a small system file, or an empty string if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -78,7 +78,7 @@ def read_words(path: Path) -> str:
 
 
 def memory_of(device: torch.device, root: Path = ROOT) -> tuple[int, int]:
-    """Return the available and total bytes of a device; on a CPU, of the process."""
+    """Return the available and total bytes of a device; for the CPU, those of this process."""
     import torch
 
     if device.type == "cuda":

@@ -18,7 +18,7 @@ CHECKPOINT = "ckpt.safetensors"
 
 
 def runs_of(preset: str) -> list[Path]:
-    """Return the folders `runs/<preset>-<n>`, the last first."""
+    """Return the folders `runs/<preset>-<n>`, the highest number first."""
     tails = {path.name.removeprefix(f"{preset}-"): path for path in RUNS.glob(f"{glob.escape(preset)}-*")}
     numbers = {int(tail): path for tail, path in tails.items() if tail.isdecimal()}
     return [numbers[n] for n in sorted(numbers, reverse=True)]
@@ -32,21 +32,21 @@ def next_folder(preset: str) -> Path:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Lock a run folder for this process; create it if missing, and remove a created one that stays empty.
+    """Lock a run folder for this process; create it if it is missing, and then remove it if it stays empty.
 
     Raises:
         DinoError: If another process is using the folder.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    held = _lock(folder)
+    folder_lock = _lock(folder)
     try:
         yield
     finally:
-        if held is not None:
-            held.close()
+        if folder_lock is not None:
+            folder_lock.close()
         with suppress(OSError):  # not empty
-            for path in made:
+            for path in created:
                 path.rmdir()
 
 
@@ -61,28 +61,31 @@ def _lock(folder: Path) -> Lock | None:
 
 def newest_run() -> Path | None:
     """Return the run folder whose checkpoint was written last; None if there is no run."""
-    found = [path for path in RUNS.glob("*") if (path / CHECKPOINT).is_file()]
-    return max(found, key=lambda path: (path / CHECKPOINT).stat().st_mtime, default=None)
+    runs = [path for path in RUNS.glob("*") if (path / CHECKPOINT).is_file()]
+    return max(runs, key=lambda path: (path / CHECKPOINT).stat().st_mtime, default=None)
 
 
 def run_of(source: Path) -> str:
-    """Return the run folder of a checkpoint as a short path, following links; "" if it is in no run."""
-    place = (source / CHECKPOINT if source.is_dir() else source).resolve()
-    if place.name != CHECKPOINT or place.parent == Path().resolve():
+    """Return the run folder of a checkpoint, or "" if it belongs to no run.
+
+    Links are followed. The path is relative if the folder is below the working directory.
+    """
+    checkpoint = (source / CHECKPOINT if source.is_dir() else source).resolve()
+    if checkpoint.name != CHECKPOINT or checkpoint.parent == Path().resolve():
         return ""
     here = Path().resolve()
-    return str(place.parent.relative_to(here) if here in place.parents else place.parent)
+    return str(checkpoint.parent.relative_to(here) if here in checkpoint.parents else checkpoint.parent)
 
 
 def link_newest(checkpoint: Path) -> bool:
-    """Link `./ckpt.safetensors` to the newest weights; return False if the user's own file is there, or on failure."""
+    """Link `./ckpt.safetensors` to the newest weights; return False on failure, or if the user has a file there."""
     link = Path(CHECKPOINT)
     if link.exists() and not link.is_symlink():
         return link.resolve() == checkpoint.resolve()
     try:
         with drafting(link) as draft:
             try:
-                # Relative to the final place of the link, not to the draft.
+                # Relative to the link's final folder, not to the draft.
                 draft.symlink_to(os.path.relpath(checkpoint))
             except (OSError, ValueError):  # file systems without links, and Windows without the right to create one
                 shutil.copyfile(checkpoint, draft)

@@ -21,19 +21,19 @@ from dinocli.core.checksums import KEY, crc_of, verified
 if TYPE_CHECKING:
     from torch import Tensor
 
-_KINDS = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
-_A_TENSOR = 256  # most bytes per tensor in the header
-_ALIGNED = 8
-
+# Names of types in the format, by numpy's name and the other way round.
+_FORMAT_DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
 _DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1"}
+_HEADER_BYTES = 256  # most bytes per tensor in the header
+_ALIGNMENT = 8  # bytes
 _CHECKED_BYTES = 4 * 2**20  # a block that fits into the processor's cache
 Indices = NDArray[np.int64]
 
 
 def map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Return the tensors of a safetensors file, which are read on access, and the metadata of the file.
+    """Return the memory-mapped tensors of a safetensors file, and its metadata.
 
-    A file with a checksum is verified first, which reads it; a large file is read only once.
+    If the file has a checksum, it is verified first, which reads the whole file; a large file only the first time.
 
     Raises:
         SafetensorError: If the file is corrupt or of another kind, or holds types other than float32, float16, int64
@@ -42,28 +42,33 @@ def map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     with safe_open(path, framework="numpy") as file:  # checks that header and length agree
         metadata = file.metadata() or {}
     with path.open("rb") as opened:
-        room = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(room))
+        header_size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(header_size))
     known = metadata.pop(KEY, None)
     if known is not None:
         header["__metadata__"] = metadata
-        if not verified(path, known, 8 + room, header):
+        if not verified(path, known, 8 + header_size, header):
             raise SafetensorError("its checksum does not match")
     tensors: dict[str, NDArray[Any]] = {}
-    for name, told in header.items():
+    for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if told["dtype"] not in _DTYPES:
-            raise SafetensorError(f"{name} has the type {told['dtype']}; expected one of {', '.join(_DTYPES)}")
-        dtype, shape = _DTYPES[told["dtype"]], tuple(told["shape"])
-        begin, end = told["data_offsets"]
+        if entry["dtype"] not in _DTYPES:
+            raise SafetensorError(f"{name} has the type {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        offset = 8 + header_size + begin
         # Empty tensors cannot be mapped.
-        tensors[name] = np.memmap(path, dtype, "r", 8 + room + begin, shape) if end > begin else np.empty(shape, dtype)
+        tensors[name] = np.memmap(path, dtype, "r", offset, shape) if end > begin else np.empty(shape, dtype)
     return tensors, metadata
 
 
 def first_not_finite(values: NDArray[Any]) -> tuple[int, int] | None:
-    """Find the first row with infinite or NaN values, and their number. [S, ...], float32 or float16"""
+    """Return the first row with infinite or NaN values, and how many it has; None if there is no such row.
+
+    Args:
+        values: [S, ...], float32 or float16
+    """
     width = values.itemsize * max(1, int(np.prod(values.shape[1:])))
     step = max(1, _CHECKED_BYTES // width)
     for first in range(0, len(values), step):
@@ -76,7 +81,7 @@ def first_not_finite(values: NDArray[Any]) -> tuple[int, int] | None:
 
 
 def _is_finite(block: NDArray[Any]) -> bool:
-    # A sum takes a third of the time of a mask. It is finite only if all values are, but may overflow.
+    # A sum takes a third of the time of a mask. If it is finite, all values are; if not, it may only have overflowed.
     if block.dtype == np.float16:
         exponents = np.ascontiguousarray(block).view(np.uint16) & np.uint16(0x7C00)
         return bool(exponents.max(initial=0) < 0x7C00)
@@ -87,8 +92,8 @@ def _is_finite(block: NDArray[Any]) -> bool:
 class Rows:
     """Rows of S images from consecutive arrays, on disk or in memory, returned as float32.
 
-    It is indexed like an array: by a slice, or by an array of row indices and optionally one of indices within the
-    rows. Nothing else is held in memory.
+    Index it like an array: by a slice, or by an array of row indices and optionally one of indices within the rows.
+    Only the rows of the result are loaded into memory.
 
     Args:
         parts: Arrays of [s, ...], at least one. Their sizes may differ only in the first dimension.
@@ -115,28 +120,28 @@ class Rows:
             first, last, step = key.indices(len(self))
             if len(self._parts) == 1:
                 return np.asarray(self._parts[0][key], np.float32)
-            if step == 1 and first < last:  # in large pieces, each within one part
+            if step == 1 and first < last:  # one large read per part
                 begins = [int(end) - len(part) for end, part in zip(self._ends, self._parts, strict=True)]
-                cut = [(max(0, first - b), min(len(p), last - b)) for b, p in zip(begins, self._parts, strict=True)]
-                pieces = [np.asarray(p[a:b], np.float32) for p, (a, b) in zip(self._parts, cut, strict=True) if a < b]
+                cuts = [(max(0, first - b), min(len(p), last - b)) for b, p in zip(begins, self._parts, strict=True)]
+                pieces = [np.asarray(p[a:b], np.float32) for p, (a, b) in zip(self._parts, cuts, strict=True) if a < b]
                 return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             key = np.arange(first, last, step)
         rows, *rest = key if isinstance(key, tuple) else (key,)
         rows = np.where(rows < 0, rows + len(self), rows)
-        found = np.empty((len(rows), *self.shape[1 + len(rest) :]), np.float32)
-        part = np.searchsorted(self._ends, rows, side="right")
+        result = np.empty((len(rows), *self.shape[1 + len(rest) :]), np.float32)
+        part = np.searchsorted(self._ends, rows, side="right")  # index of each row's part
         for i in np.unique(part):
-            mine = part == i
-            within = rows[mine] - (self._ends[i] - len(self._parts[i]))
-            found[mine] = self._parts[i][(within, *(places[mine] for places in rest))]
-        return found
+            selected = part == i
+            within = rows[selected] - (self._ends[i] - len(self._parts[i]))
+            result[selected] = self._parts[i][(within, *(indices[selected] for indices in rest))]
+        return result
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         return np.asarray(self[:], dtype)
 
 
 class Texts(Sequence[str]):
-    """Texts stored as bytes with zeros between them, decoded on first access.
+    """Texts stored as UTF-8 bytes with a zero byte between them, decoded on first access.
 
     Args:
         parts: Arrays of uint8; an empty array is one empty text.
@@ -144,34 +149,34 @@ class Texts(Sequence[str]):
 
     def __init__(self, parts: Sequence[NDArray[np.uint8]]) -> None:
         self._parts = parts
-        self._made: list[str] | None = None
+        self._decoded: list[str] | None = None
 
-    def _texts(self) -> list[str]:
-        if self._made is None:
-            texts = (part.tobytes().decode("utf-8", "surrogateescape") for part in self._parts)
-            self._made = [text for some in texts for text in some.split("\0")]
-        return self._made
+    def _decode(self) -> list[str]:
+        if self._decoded is None:
+            joined = (part.tobytes().decode("utf-8", "surrogateescape") for part in self._parts)
+            self._decoded = [text for texts in joined for text in texts.split("\0")]
+        return self._decoded
 
     def __len__(self) -> int:
-        return len(self._texts())
+        return len(self._decode())
 
     @overload
     def __getitem__(self, key: int) -> str: ...
     @overload
     def __getitem__(self, key: slice) -> Sequence[str]: ...
     def __getitem__(self, key: int | slice) -> str | Sequence[str]:
-        return self._texts()[key]
+        return self._decode()[key]
 
 
-Values = NDArray[np.float32] | Rows  # both are indexed by rows in the same way, in memory or not
+Values = NDArray[np.float32] | Rows  # in memory or on disk; rows are indexed in the same way
 
 
 class TensorStream:
     """Writer of tensors row by row; the file is complete once `finish` has returned.
 
-    Rows of the first tensor are written in place. Rows of the others wait in unnamed files next to it, which vanish
-    with the process, and are appended at the end. The metadata gets a checksum of all numbers and of the header, which
-    `map_tensors` verifies.
+    Rows of the first tensor are written in place. Rows of the others go to unnamed temporary files next to it, which
+    vanish with the process, and are appended at the end. The metadata gets a checksum of all tensors and the header,
+    which `map_tensors` verifies.
 
     Args:
         path: Path of the file; use a draft, because the file is incomplete until `finish`.
@@ -181,45 +186,45 @@ class TensorStream:
 
     def __init__(self, path: Path, names: Sequence[str], metadata: dict[str, str]) -> None:
         self._metadata = metadata
-        # The header comes first and holds every tensor's shape, but shapes are known only at the end. So it gets room
-        # in advance, padded with spaces, as the format allows.
-        self._room = len(json.dumps({"__metadata__": metadata})) + _A_TENSOR * (2 * len(names) + 1)
-        self._room += -self._room % _ALIGNED
+        # The header comes first and states every tensor's shape, but shapes are known only at the end. So space is
+        # reserved for it, and later padded with blanks, as the format allows.
+        self._header_size = len(json.dumps({"__metadata__": metadata})) + _HEADER_BYTES * (2 * len(names) + 1)
+        self._header_size += -self._header_size % _ALIGNMENT
         self._file = path.open("wb")
-        self._file.write(b" " * (8 + self._room))
+        self._file.write(b" " * (8 + self._header_size))
         self._files: dict[str, BinaryIO] = {names[0]: self._file}
         for name in names[1:]:
             self._files[name] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115, closed by `close`
-        self._told: dict[str, dict[str, Any]] = {}
-        self._crc = 0  # of the numbers written in place
+        self._entries: dict[str, dict[str, Any]] = {}  # types and shapes for the header
+        self._crc = 0  # of the tensor data in the final file so far
 
     def append(self, name: str, rows: NDArray[Any]) -> None:
         """Add rows of the same type and size as the earlier ones. [B, ...]"""
-        there = self._told.get(name, {"shape": [0]})["shape"][0]
-        self._told[name] = {"dtype": _KINDS[rows.dtype.name], "shape": [there + len(rows), *rows.shape[1:]]}
-        plain = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
-        self._files[name].write(plain.data)
-        if self._files[name] is self._file and plain.size:
-            self._crc = zlib.crc32(plain.data.cast("B"), self._crc)
+        count = self._entries.get(name, {"shape": [0]})["shape"][0]
+        self._entries[name] = {"dtype": _FORMAT_DTYPES[rows.dtype.name], "shape": [count + len(rows), *rows.shape[1:]]}
+        contiguous = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+        self._files[name].write(contiguous.data)
+        if self._files[name] is self._file and contiguous.size:
+            self._crc = zlib.crc32(contiguous.data.cast("B"), self._crc)
 
     def finish(self) -> None:
         """Append the other tensors, write the header, and sync the file to disk."""
         header: dict[str, Any] = {"__metadata__": self._metadata}
         end = 0
         for name, file in self._files.items():
-            begin, end = end, end + file.tell() - (8 + self._room if file is self._file else 0)
+            begin, end = end, end + file.tell() - (8 + self._header_size if file is self._file else 0)
             if file is not self._file:
                 file.seek(0)
                 while piece := file.read(1 << 20):
                     self._put(piece)
-            header[name] = self._told[name] | {"data_offsets": [begin, end]}
-            if rest := -end % _ALIGNED:  # the next tensor may be int64; the format allows no holes, so this has a name
-                self._put(b"\0" * rest)
-                header[f"padding of {name}"] = {"dtype": "U8", "shape": [rest], "data_offsets": [end, end + rest]}
-                end += rest
+            header[name] = self._entries[name] | {"data_offsets": [begin, end]}
+            if gap := -end % _ALIGNMENT:  # the next tensor may be int64; gaps are not allowed, so name the padding
+                self._put(b"\0" * gap)
+                header[f"padding of {name}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
+                end += gap
         header["__metadata__"] = self._metadata | {KEY: f"{crc_of(header, self._crc):08x}"}
         self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + json.dumps(header).encode().ljust(self._room))
+        self._file.write(self._header_size.to_bytes(8, "little") + json.dumps(header).encode().ljust(self._header_size))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -239,35 +244,35 @@ def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[s
     Raises:
         OSError: If the disk is full or the place is not writable.
 
-    Source: the format, https://github.com/huggingface/safetensors: length of the header, header, numbers.
+    Source: the format, https://github.com/huggingface/safetensors: length of the header, header, tensor data.
     """
-    # Not written by the library, which orders metadata differently each time.
-    plain = {name: np.asarray(values, order="C") for name, values in tensors.items()}
-    plain = {name: values.astype(values.dtype.newbyteorder("<"), copy=False) for name, values in plain.items()}
+    # The safetensors library orders metadata differently each time, so it cannot write the same bytes twice.
+    ordered = {name: np.asarray(values, order="C") for name, values in tensors.items()}
+    ordered = {name: values.astype(values.dtype.newbyteorder("<"), copy=False) for name, values in ordered.items()}
     # Wide types first, so that every tensor starts at a multiple of its item size.
-    names = sorted(plain, key=lambda name: (-plain[name].itemsize, name))
+    names = sorted(ordered, key=lambda name: (-ordered[name].itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in names:
-        values, begin = plain[name], end
+        values, begin = ordered[name], end
         end += values.nbytes
-        header[name] = {"dtype": _dtype(values), "shape": values.shape, "data_offsets": (begin, end)}
+        header[name] = {"dtype": _name_dtype(values), "shape": values.shape, "data_offsets": (begin, end)}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with atomic(path) as draft, draft.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(plain[name].data)
+            file.write(ordered[name].data)
 
 
-def _dtype(values: NDArray[Any]) -> str:
-    """Return the format's name of a type: F32, I64, U8, BOOL."""
+def _name_dtype(values: NDArray[Any]) -> str:
+    """Return the format's name of an array's type, such as F32, I64, U8 or BOOL."""
     letters = {"f": "F", "i": "I", "u": "U"}
     return "BOOL" if values.dtype.kind == "b" else f"{letters[values.dtype.kind]}{8 * values.itemsize}"
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """Return sixteen hexadecimal digits that differ between networks with different weights."""
+    """Return a digest of weights, as sixteen hexadecimal digits."""
     import torch  # only here: features are read and compared without torch
 
     digest = hashlib.sha256()

@@ -1,1 +1,1 @@
-"""Engine: trains any `method.Method`, and knows nothing else about it."""
+"""Engine: training of any `method.Method`, through that interface alone."""

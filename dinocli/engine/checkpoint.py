@@ -14,12 +14,12 @@ from dinocli.engine.trainer import Trainer
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
     """Return parameters, buffers, the optimizer's moments and counts, and the numbers of skipped steps.
 
-    The method's `frozen_modules` are omitted. The clock is not included, and no random state either: random draws
-    depend only on seed and step. Sharded tensors are gathered, so all processes must call this together.
+    The method's `frozen_modules` are omitted. So is the clock, and any random state: random draws depend only on seed
+    and step. Sharded tensors are gathered, so all processes must call this together.
     """
     method = trainer.method
-    given = _frozen_prefixes(method)
-    tensors = {f"method/{k}": whole(v) for k, v in method.state_dict().items() if not k.startswith(given)}
+    frozen = _list_frozen_prefixes(method)
+    tensors = {f"method/{k}": whole(v) for k, v in method.state_dict().items() if not k.startswith(frozen)}
     names: dict[Tensor, str] = {p: name for name, p in method.named_parameters()}
     for p, slots in trainer.optimizer.state.items():
         tensors |= {f"optimizer/{names[p]}/{slot}": whole(value) for slot, value in slots.items()}
@@ -35,11 +35,10 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
     """
     method = trainer.method
     own, parameters = method.state_dict(), dict(method.named_parameters())
-    given = _frozen_prefixes(method)
     stored = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
-    stays = {k: v for k, v in own.items() if k.startswith(given)}
-    method.load_state_dict(stays | {k: placed_as(v, own[k]) if k in own else v for k, v in stored.items()})
-    trainer.optimizer.state.clear()  # SGD has moments from its construction on
+    frozen = {k: v for k, v in own.items() if k.startswith(_list_frozen_prefixes(method))}
+    method.load_state_dict(frozen | {k: placed_as(v, own[k]) if k in own else v for k, v in stored.items()})
+    trainer.optimizer.state.clear()  # SGD's moments exist before its first step
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             name, slot = key.removeprefix("optimizer/").rsplit("/", 1)
@@ -49,6 +48,6 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
     trainer.skipped.copy_(tensors["skipped"])
 
 
-def _frozen_prefixes(method: Method) -> tuple[str, ...]:
+def _list_frozen_prefixes(method: Method) -> tuple[str, ...]:
     """Return the prefixes of the tensors that checkpoints omit."""
     return tuple(f"{name}." for name in method.frozen_modules())

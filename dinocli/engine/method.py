@@ -19,8 +19,8 @@ class ParamGroup:
     Attributes:
         decay: If True, weight decay applies.
         lr_scale: Factor on the learning rate.
-        frozen_epochs: Initial epochs without a gradient, and so without weight decay and moments too.
-        modules: Module of the method for each parameter, for clipping per module. If empty, there is only one.
+        frozen_epochs: Number of initial epochs in which the optimizer skips these parameters, weight decay included.
+        modules: Name of each parameter's module, for clipping per module. If empty, all belong to one module.
     """
 
     params: list[nn.Parameter]
@@ -36,7 +36,7 @@ class Method(nn.Module, ABC):
     def parts(self, batch: Any, count: int, clock: Clock) -> Sequence[Any]:
         """Split a batch into `count` parts of the same size, whose gradients the engine accumulates.
 
-        Compute here all that depends on the whole batch. With one part, the default returns the batch itself.
+        Whatever depends on the whole batch must be computed here. The default supports only one part, the batch itself.
 
         Raises:
             ValueError: If the method cannot split its batches.
@@ -50,11 +50,11 @@ class Method(nn.Module, ABC):
         """Return the losses of a part, by name; their sum is minimized."""
 
     def metrics(self, parts: Sequence[Any], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
-        """Return further figures of a logged step, before the optimizer moves the parameters."""
+        """Return additional metrics of a logged step; called before the optimizer's step."""
         return {}
 
     def units(self) -> list[nn.Module]:
-        """Return the modules to shard, inner ones before outer ones; each is gathered as a whole when it is called.
+        """Return the modules to shard, inner ones before outer ones; each is gathered when it is called.
 
         Raises:
             ValueError: If the method does not support sharding.
@@ -62,7 +62,7 @@ class Method(nn.Module, ABC):
         raise ValueError(f"{type(self).__name__} does not support sharding")
 
     def frozen_modules(self) -> list[str]:
-        """Return the names of frozen submodules with external weights, which checkpoints omit."""
+        """Return the names of frozen submodules, which checkpoints omit because their weights come from elsewhere."""
         return []
 
     @abstractmethod
@@ -70,10 +70,10 @@ class Method(nn.Module, ABC):
         """Return the parameters to train."""
 
     def after_step(self, clock: Clock, done: Tensor) -> None:
-        """Update the state that has no gradient; called after the optimizer has moved the parameters.
+        """Update the state that has no gradient, such as moving averages; called after the optimizer's step.
 
         Args:
             clock: Clock of the step, not yet advanced.
-            done: False if the step was skipped; then no parameter may change. The engine restores buffers. It stays on
-                the device: reading it makes the host wait. [], bool
+            done: False if the step was skipped. Then no parameter may change here; the engine restores buffers. The
+                value is on the device, and reading it makes the host wait. [], bool
         """

@@ -24,7 +24,7 @@ class Metrics:
         self.path = path
         if path.exists():
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-            write_text(path, "".join(f"{line}\n" for line in lines if _step(line) <= step))
+            write_text(path, "".join(f"{line}\n" for line in lines if _parse_step(line) <= step))
 
     def write(self, values: dict[str, float | int]) -> None:
         """Append a line; values that are not finite become strings, since JSON has no such numbers."""
@@ -34,11 +34,11 @@ class Metrics:
 
 
 class TensorBoard:
-    """Writer of the same figures for TensorBoard.
+    """Writer of the same metrics for TensorBoard.
 
     Args:
-        folder: Folder of its files.
-        step: Step to resume from; TensorBoard no longer shows figures of later steps.
+        folder: Folder of TensorBoard's files.
+        step: Step to resume from; TensorBoard no longer shows metrics of later steps.
 
     Raises:
         DinoError: If TensorBoard is not installed.
@@ -54,14 +54,14 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, values: dict[str, float | int]) -> None:
-        """Write the figures of a step."""
+        """Write the metrics of a step."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, int(values["step"]))
         self._writer.flush()
 
 
-def _step(line: str) -> float:
-    """Return the step of a line; infinite if the line is incomplete or not from this tool."""
+def _parse_step(line: str) -> float:
+    """Return the step of a line; infinity if the line is incomplete or not from this tool."""
     try:
         step = parse(line)["step"]
     except (ValueError, KeyError, TypeError):
@@ -93,6 +93,6 @@ class Pace:
             waited: Seconds spent waiting for data since the start.
         """
         elapsed = max(self.elapsed, 1e-9)
-        found = self._images / elapsed, (waited - self._waited) / elapsed
+        reading = self._images / elapsed, (waited - self._waited) / elapsed
         self._images, self._since, self._waited = 0, time.perf_counter(), waited
-        return found
+        return reading

@@ -1,4 +1,4 @@
-"""Optimizers and their configs, the rates of a step, and gradient clipping."""
+"""Optimizers and their configs, learning rates and weight decay per group, and gradient clipping."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ class ClipEach(Config):
     norm: float = Field(gt=0)
 
     def wholes(self, norms: Sequence[Tensor], modules: Sequence[str]) -> list[Tensor]:
-        """Return the norm to bound for each parameter: the norm of its own gradient. [] each"""
+        """Return the norm that is bounded for each parameter: that of its own gradient. [] each"""
         return list(norms)
 
 
 class ClipModules(Config):
-    """Clipping of each module's (backbone's, a head's) gradient as a whole to a norm of at most `norm`."""
+    """Clipping of the joint gradient of each module (the backbone, each head) to a norm of at most `norm`."""
 
     kind: Literal["each_module"]
     norm: float = Field(gt=0)
 
     def wholes(self, norms: Sequence[Tensor], modules: Sequence[str]) -> list[Tensor]:
-        """Return the norm to bound for each parameter: the norm of its module's gradient. [] each"""
-        parts: dict[str, list[Tensor]] = {}
+        """Return the norm that is bounded for each parameter: that of its module's gradient. [] each"""
+        by_module: dict[str, list[Tensor]] = {}
         for norm, module in zip(norms, modules, strict=True):
-            parts.setdefault(module, []).append(norm)
-        whole = {module: torch.linalg.vector_norm(torch.stack(part)) for module, part in parts.items()}
-        return [whole[module] for module in modules]
+            by_module.setdefault(module, []).append(norm)
+        joint = {module: torch.linalg.vector_norm(torch.stack(part)) for module, part in by_module.items()}
+        return [joint[module] for module in modules]
 
 
 Clip = Annotated[ClipEach | ClipModules, Field(discriminator="kind")]
@@ -103,13 +103,13 @@ class AdamWConfig(_Optimizer):
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
         """Build the optimizer over the groups."""
-        # Rate and decay of 0: `set_rates` sets both before every step.
+        # Learning rate and decay are 0 here, because `set_rates` sets both before every step.
         return torch.optim.AdamW(
-            _as_dicts(groups), lr=0.0, betas=self.betas, eps=self.eps, weight_decay=0.0, fused=True
+            _to_dicts(groups), lr=0.0, betas=self.betas, eps=self.eps, weight_decay=0.0, fused=True
         )
 
 
-_NO_SHARDS = "--parallel ddp, or --set optimizer.kind=adamw with its own keys"
+_SHARDING_HINT = "--parallel ddp, or --set optimizer.kind=adamw with its own keys"
 
 
 class SGDConfig(_Optimizer):
@@ -125,10 +125,12 @@ class SGDConfig(_Optimizer):
             DinoError: If the parameters are sharded, which torch's SGD step does not support.
         """
         if in_shards([p for group in groups for p in group.params]):
-            raise DinoError("SGD does not support --parallel fsdp: torch's step needs whole parameters", _NO_SHARDS)
-        optimizer = torch.optim.SGD(_as_dicts(groups), lr=0.0, momentum=self.momentum, fused=True)
+            raise DinoError(
+                "SGD does not support --parallel fsdp: torch's step needs unsharded parameters", _SHARDING_HINT
+            )
+        optimizer = torch.optim.SGD(_to_dicts(groups), lr=0.0, momentum=self.momentum, fused=True)
         for p in (p for group in optimizer.param_groups for p in group["params"]):
-            # torch starts from the same zeros, but in its first step, which may be skipped.
+            # torch would create these zeros in its first step, but that step may be skipped.
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return optimizer
 
@@ -142,13 +144,13 @@ class LARSConfig(_Optimizer):
 
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
         """Build the optimizer over the groups."""
-        return LARS(_as_dicts(groups), momentum=self.momentum, trust=self.trust)
+        return LARS(_to_dicts(groups), momentum=self.momentum, trust=self.trust)
 
 
 OptimizerConfig = Annotated[AdamWConfig | SGDConfig | LARSConfig, Field(discriminator="kind")]
 
 
-def _as_dicts(groups: Sequence[ParamGroup]) -> list[dict[str, Any]]:
+def _to_dicts(groups: Sequence[ParamGroup]) -> list[dict[str, Any]]:
     return [
         {
             "params": g.params,
@@ -173,24 +175,25 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, unless `found_inf` is 1, like torch's own optimizers."""
-        left_out = getattr(self, "found_inf", None)
+        """Update every parameter that has a gradient; skip the step if `found_inf` is 1, as torch's optimizers do."""
+        skipped = getattr(self, "found_inf", None)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                move = p.grad
+                update = p.grad
                 if p.ndim != 1:
-                    move = move + group["weight_decay"] * p
-                    size, pull = p.norm(), move.norm()
-                    ratio = group["trust"] * size / pull
-                    move = move * torch.where((size > 0) & (pull > 0), ratio, torch.ones_like(ratio))
+                    update = update + group["weight_decay"] * p
+                    weight_norm, update_norm = p.norm(), update.norm()
+                    ratio = group["trust"] * weight_norm / update_norm
+                    scaled = (weight_norm > 0) & (update_norm > 0)
+                    update = update * torch.where(scaled, ratio, torch.ones_like(ratio))
                 state = self.state[p]
                 old = state.get("momentum", torch.zeros_like(p))
-                new = old * group["momentum"] + move
+                new = old * group["momentum"] + update
                 moved = p - group["lr"] * new
-                state["momentum"] = new if left_out is None else torch.where(left_out > 0, old, new)
-                p.copy_(moved if left_out is None else torch.where(left_out > 0, p, moved))
+                state["momentum"] = new if skipped is None else torch.where(skipped > 0, old, new)
+                p.copy_(moved if skipped is None else torch.where(skipped > 0, p, moved))
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
@@ -201,9 +204,10 @@ def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) 
 
 
 def step_unless_skipped(optimizer: torch.optim.Optimizer, done: Tensor) -> None:
-    """Take the optimizer's step and free the gradients; if `done` is False on the device, nothing moves.
+    """Take the optimizer's step and free the gradients; skip the step if `done` is False.
 
-    The host does not wait for the value: torch's mechanism for loss scaling preserves the moments and counts too.
+    The host does not read `done`, which would make it wait for the device. Instead it sets `found_inf`, torch's switch
+    for loss scaling, with which the device skips the step and preserves moments and counts too.
     """
     optimizer.found_inf = (~done).float()  # type: ignore[attr-defined]
     optimizer.step()
@@ -227,8 +231,8 @@ def clip_gradients(optimizer: torch.optim.Optimizer, clip: Clip | None) -> Tenso
             if p.grad is not None:
                 grads.append(p.grad)
                 modules.append(module)
-    found = norms(grads)
+    grad_norms = norms(grads)
     if clip is not None:
-        bounded = clip.wholes(found, modules)
+        bounded = clip.wholes(grad_norms, modules)
         torch._foreach_mul_(local(grads), [(clip.norm / (n + 1e-6)).clamp(max=1.0) for n in bounded])
-    return torch.linalg.vector_norm(torch.stack(found))
+    return torch.linalg.vector_norm(torch.stack(grad_norms))

@@ -1,4 +1,4 @@
-"""Parallelism: processes that share the work on a batch, each with the same number of its images."""
+"""Parallelism: processes that share a batch, each with the same number of its images."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Alone:
     """Single process without parallelism."""
 
     def wrap(self, method: Method) -> nn.Module:
-        """Return the module to call instead of the method; this may replace the method's parameters."""
+        """Return the module to call instead of the method; wrapping may replace the method's parameters."""
         return method
 
     def adding(self, wrapped: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return a context for a part's forward and backward; the last part makes gradients means over processes."""
+        """Return a context for a part's forward and backward pass; only in the last part are gradients averaged."""
         return contextlib.nullcontext()
 
 
@@ -55,11 +55,12 @@ class FSDP2:
 
     def wrap(self, method: Method) -> nn.Module:
         share_batch_norm(method)
-        # It warns about outputs changed in place, which never happens here.
+        # torch warns about outputs changed in place, which never happens here.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         mesh = init_device_mesh(next(method.parameters()).device.type, (size(),))
         for module in method.units():
-            # Roots too: without a backward pass, a gathered root would keep the weights of the previous step.
+            # Roots are resharded too: without a backward pass, as in the teacher, a gathered root would keep the
+            # weights of the previous step.
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
         return method
 
@@ -102,15 +103,15 @@ def share_batch_norm(module: nn.Module) -> None:
 
 
 class SharedBatchNorm(_BatchNorm):
-    """BatchNorm over the images of all processes on a CPU, for which torch has none."""
+    """BatchNorm over the images of all processes on a CPU, where torch's SyncBatchNorm does not run."""
 
     @classmethod
     def of(cls, other: _BatchNorm) -> SharedBatchNorm:
-        """Create one that shares the parameters and statistics of another BatchNorm."""
-        made = cls(other.num_features, other.eps, other.momentum, other.affine, other.track_running_stats)
+        """Create one with the same parameter and buffer tensors as another BatchNorm."""
+        norm = cls(other.num_features, other.eps, other.momentum, other.affine, other.track_running_stats)
         for name, value in [*other.named_parameters(), *other.named_buffers()]:
-            setattr(made, name, value)
-        return made.train(other.training)
+            setattr(norm, name, value)
+        return norm.train(other.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any number of dimensions."""
@@ -123,22 +124,22 @@ class SharedBatchNorm(_BatchNorm):
         mean: Tensor = _Mean.apply(values.mean(dims))
         centered = values - mean.view(shape)
         variance: Tensor = _Mean.apply(centered.square().mean(dims))
-        self._remember(mean.detach(), variance.detach(), values.numel() // values.shape[1] * size())
-        normal = centered * (variance + self.eps).rsqrt().view(shape)
-        return normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
+        self._update_statistics(mean.detach(), variance.detach(), values.numel() // values.shape[1] * size())
+        normalized = centered * (variance + self.eps).rsqrt().view(shape)
+        return normalized * self.weight.view(shape) + self.bias.view(shape) if self.affine else normalized
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor, count: int) -> None:
+    def _update_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
         self.num_batches_tracked += 1
-        pace = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, pace)
-        self.running_var.lerp_(variance * count / (count - 1), pace)  # unbiased, as torch stores it
+        weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, weight)
+        self.running_var.lerp_(variance * count / (count - 1), weight)  # unbiased, as torch stores it
 
 
 class _Mean(torch.autograd.Function):
-    """Mean over processes; backward is a mean too, because each process's value enters the losses of all."""
+    """Mean over processes; its gradient is a mean too, because each process's value enters the losses of all."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ class Misfit(NamedTuple):
     Attributes:
         key: Key below the schedule's table.
         came: Its value, in epochs.
-        most: Largest valid value.
-        fits: Value to suggest.
+        most: Largest valid value, in epochs.
+        fits: Value to suggest, in epochs.
     """
 
     key: str
@@ -64,7 +64,7 @@ class Constant(Config):
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """Values between which all others lie."""
+        """The value, as a tuple like the bounds of other schedules."""
         return (self.value,)
 
     def misfit(self, epochs: int) -> Misfit | None:
@@ -83,8 +83,8 @@ class Constant(Config):
 class Cosine(Config):
     """Half a cosine from `start` to `end`, one value per step, after a linear warm-up from 0 to `start`.
 
-    As in the original, the warm-up includes both ends: step 0 has exactly 0, and `start` comes twice. The schedule
-    approaches `end` without reaching it.
+    As in the original, the warm-up includes both ends: the value is 0 at step 0, and `start` both at the last step of
+    the warm-up and at the next one. The cosine approaches `end` without reaching it.
 
     Source: facebookresearch/dino@7c446df utils.py, cosine_scheduler.
     """
@@ -96,31 +96,31 @@ class Cosine(Config):
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """Values between which all others lie, except those of the warm-up."""
+        """`start` and `end`, between which all values lie except those of the warm-up."""
         return (self.start, self.end)
 
     def misfit(self, epochs: int) -> Misfit | None:
         """Return the key that does not fit a run of `epochs` epochs; None if all fit."""
-        came = self.warmup_epochs
-        return Misfit("warmup_epochs", came, epochs - 1, epochs // 10) if came and came >= epochs else None
+        warmup = self.warmup_epochs
+        return Misfit("warmup_epochs", warmup, epochs - 1, epochs // 10) if warmup and warmup >= epochs else None
 
     def at(self, clock: Clock) -> float:
         """Return the value at a step."""
         warmup = self.warmup_epochs * clock.steps_per_epoch
         if clock.step < warmup:
             return self.start * clock.step / max(1, warmup - 1)
-        share = (clock.step - warmup) / max(1, clock.total - warmup)
-        return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * share))
+        progress = (clock.step - warmup) / max(1, clock.total - warmup)
+        return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * progress))
 
     def scaled(self, factor: float) -> Self:
-        """Return the schedule with `start` multiplied by `factor`; `end` stays, as in the original."""
+        """Return the schedule with `start` multiplied by `factor`; `end` is unchanged, as in the original."""
         return self.model_copy(update={"start": self.start * factor})
 
 
 class LinearByEpoch(Config):
-    """Straight line from `start` to `end`, one value per epoch.
+    """Straight line from `start` to `end` over the first `epochs` epochs, one value per epoch.
 
-    The last of `epochs` epochs has `end`, and all later ones too.
+    The last of these epochs has the value `end`, and so have all later ones.
 
     Source: facebookresearch/dino@7c446df main_dino.py, DINOLoss.teacher_temp_schedule.
     """
@@ -132,7 +132,7 @@ class LinearByEpoch(Config):
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """Values between which all others lie."""
+        """`start` and `end`, between which all values lie."""
         return (self.start, self.end)
 
     def misfit(self, epochs: int) -> Misfit | None:
@@ -158,7 +158,7 @@ class CosineByEpoch(Config):
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        """Values between which all others lie."""
+        """`start` and `end`, between which all values lie."""
         return (self.start, self.end)
 
     def misfit(self, epochs: int) -> Misfit | None:
@@ -170,16 +170,16 @@ class CosineByEpoch(Config):
         return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * clock.epoch / clock.epochs))
 
     def scaled(self, factor: float) -> Self:
-        """Return the schedule with `start` multiplied by `factor`; `end` stays, as in the original."""
+        """Return the schedule with `start` multiplied by `factor`; `end` is unchanged, as in the original."""
         return self.model_copy(update={"start": self.start * factor})
 
 
-def _number_as_constant(value: Any) -> Any:
+def _wrap_number(value: Any) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return {"kind": "constant", "value": value} if is_number else value
 
 
-Rate = Annotated[Constant | Cosine | CosineByEpoch, Field(discriminator="kind"), BeforeValidator(_number_as_constant)]
+Rate = Annotated[Constant | Cosine | CosineByEpoch, Field(discriminator="kind"), BeforeValidator(_wrap_number)]
 Schedule = Annotated[
-    Constant | Cosine | LinearByEpoch | CosineByEpoch, Field(discriminator="kind"), BeforeValidator(_number_as_constant)
+    Constant | Cosine | LinearByEpoch | CosineByEpoch, Field(discriminator="kind"), BeforeValidator(_wrap_number)
 ]

@@ -1,4 +1,4 @@
-"""Trainer: a training step, and the loop over steps."""
+"""Trainer: one training step, and the loop over steps."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Trainer:
         config: Optimizer and its schedules.
         clock: Step to start from.
         batch_size: Images per step, over all processes.
-        accumulate: Number of parts of a batch, computed one after another to save memory.
-        precision: Context in which products are computed, such as autocast. If None, no context.
+        accumulate: Number of parts of a batch whose gradients are accumulated, to save memory.
+        precision: Context of the forward pass, such as autocast. If None, no context.
         seed: Seed of the networks' random draws. If None, they use torch's current random state.
         guarded: If True, skip steps with a loss or gradient that is not finite.
         parallel: Parallelism over the processes of the run.
 
     Attributes:
-        clock: Number of steps, skipped ones included; schedules read it.
-        skipped: Number of skipped steps: in total, and in a row up to now. On the device. [2]
+        clock: Clock of the next step, which schedules read. Skipped steps count too.
+        skipped: Numbers of skipped steps: in total, and in a row up to now. On the device. [2]
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class Trainer:
 
         Args:
             batch: This process's share of a batch, as the method takes it.
-            log: If True, also compute the method's further figures, and average all values over the whole batch.
+            log: If True, also compute the method's metrics, and average all values over the processes.
         """
-        self._draw_anew()
+        self._seed_draws()
         set_rates(self.optimizer, self.lr.at(self.clock), self.config.weight_decay.at(self.clock))
-        # To undo a skipped step, which also changes buffers (BatchNorm's statistics, the center).
+        # For a skipped step, whose forward pass has changed buffers too (BatchNorm's statistics, the center).
         before = [buffer.clone() for buffer in self.method.buffers()]
         with self.precision:
             parts = self.method.parts(batch, self.accumulate, self.clock)
@@ -91,8 +91,8 @@ class Trainer:
         grad_norm = clip_gradients(self.optimizer, self.config.clip)
         # All processes skip a step together; otherwise their weights would differ from here on.
         done = all_of(torch.isfinite(loss + grad_norm)) if self.guarded else torch.ones_like(loss, dtype=torch.bool)
-        figures = self.method.metrics(parts, losses, self.clock) if log else {}
-        # After clipping, as in the original: `grad_norm` includes frozen parameters.
+        metrics = self.method.metrics(parts, losses, self.clock) if log else {}
+        # After clipping, as in the original, so that `grad_norm` includes frozen parameters.
         drop_frozen(self.optimizer, self.clock)
         step_unless_skipped(self.optimizer, done)
         self.method.after_step(self.clock, done)
@@ -101,17 +101,17 @@ class Trainer:
         self.skipped += ~done
         self.skipped[1] *= ~done
         self.clock = self.clock.tick()
-        values = {"loss": loss, "grad_norm": grad_norm, **losses, **figures}
-        return _means(values) if log else values
+        values = {"loss": loss, "grad_norm": grad_norm, **losses, **metrics}
+        return _average_over_processes(values) if log else values
 
     def fit(self, batches: Iterable[Any], steps: int, on_step: OnStep, due: Callable[[], bool] = lambda: False) -> None:
         """Train until the clock reaches `steps` or the batches end. This is the only training loop.
 
         Args:
-            batches: Batches in order, starting at the clock's step. A run stops early if they end.
+            batches: Batches in order, starting at the clock's step. Training stops early if they end.
             steps: Step to stop at, counted from the start of the run.
             on_step: Function called after each step with the clock and the step's values.
-            due: Function called before each step; True if the step is logged.
+            due: Function called before each step; it returns True if the step is to be logged.
         """
         if self.clock.step >= steps:
             return
@@ -124,19 +124,19 @@ class Trainer:
     def is_finite(self) -> bool:
         """Check that parameters, buffers and moments are finite; the host waits for the device.
 
-        Of sharded tensors, each process checks its own shards. A finite gradient is not enough: too high a
-        learning rate still makes weights that are not finite.
+        Each process checks only its own shards of sharded tensors. Checking gradients is not enough: with too high a
+        learning rate, a finite gradient leads to weights that are not finite.
         """
         moments = (value for slots in self.optimizer.state.values() for value in slots.values())
         tensors = local([*self.method.parameters(), *self.method.buffers(), *moments])
         floats = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
-        if self.skipped.device.type == "cpu":  # ten times as fast there; on a GPU it would be one launch per tensor
-            ends = [end for t in floats for end in t.aminmax()]
+        if self.skipped.device.type == "cpu":  # ten times as fast on a CPU; a GPU would launch a kernel per tensor
+            extremes = [extreme for t in floats for extreme in t.aminmax()]
         else:
-            ends = [norm.to(self.skipped.device) for norm in torch._foreach_norm(floats, torch.inf)]
-        return bool(torch.stack(ends).isfinite().all())
+            extremes = [norm.to(self.skipped.device) for norm in torch._foreach_norm(floats, torch.inf)]
+        return bool(torch.stack(extremes).isfinite().all())
 
-    def _draw_anew(self) -> None:
+    def _seed_draws(self) -> None:
         """Seed the networks' random draws from seed and step alone, so that resuming needs no random state."""
         if self.seed is not None:
             # Each process has its own images, and so its own draws.
@@ -145,8 +145,8 @@ class Trainer:
             torch.manual_seed(int(mixed))
 
 
-def _means(values: Values) -> Values:
-    """Average figures over all processes, in one message."""
+def _average_over_processes(values: Values) -> Values:
+    """Average values over all processes with a single all-reduce."""
     if size() == 1:
         return values
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}

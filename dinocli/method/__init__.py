@@ -1,1 +1,1 @@
-"""The method: read this folder and you know DINO, iBOT, DINOv2 and the short recipe of DINOv3."""
+"""Training method: self-distillation with the losses and presets of DINO, iBOT, DINOv2 and DINOv3's short recipe."""

@@ -21,10 +21,10 @@ from dinocli.models.network import Encoding, Network
 
 @dataclass(frozen=True)
 class Part:
-    """Images of a batch, with the targets for the student.
+    """Part of a batch, with the targets for the student.
 
     Attributes:
-        batch: The views of b images.
+        batch: Views of b images, and their masks.
         targets: Targets by the name of their loss: [G, b, K] for class tokens, [m, K] for masked patches.
         cls: The teacher's class tokens of the global views. [G, b, D]
     """
@@ -39,9 +39,9 @@ class SelfDistillation(Method):
 
     Args:
         student: Network that the gradient trains.
-        average: Network of the same shape. It starts as a copy of the student and follows it as a moving average.
+        average: Network of the same shape, which starts as a copy of the student and becomes its moving average.
         losses: Losses to minimize.
-        momentum: Share of itself that the average keeps per step.
+        momentum: Weight of the old average in each update; the student has the rest.
         learning: Learning rates of the backbone relative to the heads.
         frozen: Frozen teacher network. If None, the average is the teacher.
 
@@ -65,13 +65,13 @@ class SelfDistillation(Method):
         self.student = student
         average.requires_grad_(False).load_state_dict(student.state_dict())
         self.teacher = average if frozen is None else frozen.requires_grad_(False).eval()
-        self.spare = None if frozen is None else average  # its name in saved states since version 0.1
+        self.spare = None if frozen is None else average  # named as in the checkpoints of version 0.1
         self.momentum = momentum
         self.losses = losses.build(student.prototypes)
 
     @property
     def ema(self) -> Network | None:
-        """Moving average of the student beside a frozen teacher; None if the average itself is the teacher."""
+        """Moving average of the student if the teacher is frozen; None if the average itself is the teacher."""
         return self.spare
 
     @property
@@ -82,7 +82,7 @@ class SelfDistillation(Method):
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.ema is not None:
-            self.teacher.eval()  # so that its output for an image is independent of the other images
+            self.teacher.eval()  # so that its output for an image does not depend on the other images
         return self
 
     def frozen_modules(self) -> list[str]:
@@ -92,19 +92,19 @@ class SelfDistillation(Method):
     def parts(self, batch: Batch, count: int, clock: Clock) -> list[Part]:
         """Split a batch into `count` parts, with the teacher's targets for the batch as a whole.
 
-        The teacher sees only the global crops, and as many images at a time as the student will.
+        The teacher encodes only the global crops, one part at a time, like the student.
         """
         # Targets depend on the whole batch (Sinkhorn-Knopp, the center), so they come before the student's first part.
         batches = batch.split(count)
         # The teacher gets no mask: it sees every patch, and its heads read those that are masked for the student.
-        seen = [self.teacher([part.global_crops], rows=part.masks and part.masks.rows) for part in batches]
-        whole = _join(seen)
+        outputs = [self.teacher([part.global_crops], rows=part.masks and part.masks.rows) for part in batches]
+        joined = _join(outputs)
         targets: list[dict[str, Tensor]] = [{} for _ in batches]
         for name, loss in self.losses.items():
-            whole_targets: Tensor | None = loss.targets_for(whole, clock)  # type: ignore[operator]
-            for i, share in enumerate(_split(whole_targets, seen) if whole_targets is not None else ()):
+            all_targets: Tensor | None = loss.targets_for(joined, clock)  # type: ignore[operator]
+            for i, share in enumerate(_split(all_targets, outputs) if all_targets is not None else ()):
                 targets[i][name] = share
-        return [Part(part, targets[i], seen[i].cls) for i, part in enumerate(batches)]
+        return [Part(part, targets[i], outputs[i].cls) for i, part in enumerate(batches)]
 
     def forward(self, part: Part) -> dict[str, Tensor]:
         """Return the losses of a part, by name."""
@@ -113,48 +113,48 @@ class SelfDistillation(Method):
         return {name: loss(student, part.targets.get(name), masks) for name, loss in self.losses.items()}
 
     def metrics(self, parts: Sequence[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
-        """Return figures of training progress: each loss's as `<loss>/<figure>`, and those of the features.
+        """Return metrics of training: those of each loss as `<loss>/<metric>`, `feature_std` and `momentum`.
 
         `feature_std` is the spread of the teacher's normalized class tokens over the images: 1 if they point evenly in
-        all directions, 0 if they are all the same. A frozen teacher has no such figure: its features say nothing about
+        all directions, 0 if they are all the same. It is omitted for a frozen teacher, whose features do not depend on
         the training.
         """
-        figures: dict[str, Tensor | float] = {}
+        metrics: dict[str, Tensor | float] = {}
         for name, loss in self.losses.items():
             shares = [part.targets[name] for part in parts if name in part.targets]
-            targets = torch.cat(shares, _IMAGES[shares[0].ndim]) if shares else None
-            told = loss.metrics(targets, losses[name], clock)  # type: ignore[operator]
-            figures |= {f"{name}/{figure}": value for figure, value in told.items()}
+            targets = torch.cat(shares, _IMAGE_DIM[shares[0].ndim]) if shares else None
+            of_loss = loss.metrics(targets, losses[name], clock)  # type: ignore[operator]
+            metrics |= {f"{name}/{metric}": value for metric, value in of_loss.items()}
         if self.ema is None:
             cls = F.normalize(torch.cat([part.cls for part in parts], 1).float().flatten(0, 1), dim=-1)  # [G * B, D]
-            away = (cls - mean_over_processes(cls.mean(0))).square().sum(-1).mean()
-            figures["feature_std"] = mean_over_processes(away).sqrt()
-        figures["momentum"] = self.momentum.at(clock)
-        return figures
+            variance = (cls - mean_over_processes(cls.mean(0))).square().sum(-1).mean()
+            metrics["feature_std"] = mean_over_processes(variance).sqrt()
+        metrics["momentum"] = self.momentum.at(clock)
+        return metrics
 
     def units(self) -> list[nn.Module]:
-        """Return each network's blocks, then the network, so that student and average are sharded in the same way."""
+        """Return the blocks of each network, then the network, so that student and average have the same shards."""
         networks = [network for network in (self.student, self.teacher, self.ema) if network is not None]
         return [module for network in networks for module in (*network.blocks, network)]
 
     def param_groups(self) -> list[ParamGroup]:
         """Return the student's trainable parameters in groups of equal settings.
 
-        Biases and one-dimensional parameters have no weight decay; prototypes are a group of their own if they start
-        frozen. Class token and positions do have weight decay, as in the original and in DINOv2.
+        Biases and one-dimensional parameters have no weight decay. Prototypes are a separate group if they are frozen
+        in the initial epochs. Class token and positions do have weight decay, as in the original and in DINOv2.
         """
         groups: dict[tuple[bool, float, int], ParamGroup] = {}
         for name, parameter in self.student.named_parameters():
             if not parameter.requires_grad:
                 continue
             decay = parameter.ndim > 1 and not name.endswith(".bias")
-            module, rate, frozen = self._learns(name)
+            module, rate, frozen = self._find_settings(name)
             group = groups.setdefault((decay, rate, frozen), ParamGroup([], decay, rate, frozen))
             group.params.append(parameter)
             group.modules.append(module)
         return list(groups.values())
 
-    def _learns(self, name: str) -> tuple[str, float, int]:
+    def _find_settings(self, name: str) -> tuple[str, float, int]:
         """Return a parameter's module, the factor on its learning rate, and its number of frozen epochs."""
         if name.startswith("heads."):
             head, _, rest = name.removeprefix("heads.").partition(".")
@@ -173,15 +173,15 @@ class SelfDistillation(Method):
         # With FSDP each process averages its own shards; `units` shards both networks in the same way.
         average = local(list(self.average.parameters()))
         student = local(list(self.student.parameters()))
-        # A skipped step pulls by 0: a Python `if` on `done` would make the host wait for the device.
-        pull = (1 - self.momentum.at(clock)) * done.to(average[0].dtype)
-        torch._foreach_lerp_(average, student, [pull] * len(average))
+        # In a skipped step the weight is 0, because a Python `if` on `done` would make the host wait for the device.
+        weight = (1 - self.momentum.at(clock)) * done.to(average[0].dtype)
+        torch._foreach_lerp_(average, student, [weight] * len(average))
         for loss in self.losses.values():
             loss.after_step()  # type: ignore[operator]
 
 
-# Dimension of the images, by the number of dimensions: class tokens [V, B, K], patches [M, K].
-_IMAGES = {3: 1, 2: 0}
+# Dimension along which parts are joined, by the targets' number of dimensions: class tokens [G, B, K], patches [M, K].
+_IMAGE_DIM = {3: 1, 2: 0}
 
 
 def _join(parts: Sequence[Encoding]) -> Encoding:

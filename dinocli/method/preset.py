@@ -32,9 +32,9 @@ class AboutConfig(Config):
     Attributes:
         recipe: Model and method in a few words.
         source: Origin of its numbers.
-        command: Command to type.
+        command: Command that starts a run.
         cost: Time of a whole run, and the hardware for it.
-        expected: Figure to expect at the end, or that none was measured.
+        expected: Result to expect at the end, or a note that none was measured.
     """
 
     recipe: str
@@ -48,9 +48,9 @@ class TeacherConfig(Config):
     """Settings of the teacher.
 
     Attributes:
-        momentum: Share of itself that the student's moving average keeps per step.
-        frozen: If True, a frozen, pretrained network is the teacher. The average then teaches nothing, but a run still
-            exports it. Without masks, iBOT is computed on all patches.
+        momentum: Weight of the old average in each update of the student's moving average.
+        frozen: If True, the teacher is a frozen, pretrained network. The average is then not used in training, but is
+            still what a run exports. Without masks, iBOT is computed on all patches.
     """
 
     momentum: Schedule
@@ -61,18 +61,17 @@ class TrainingConfig(Config):
     """Length and batch size of a run.
 
     Attributes:
-        epochs: Length of the run, and the unit of warm-ups and schedules.
+        epochs: Length of the run. Warm-ups and schedules are given in epochs too.
         steps_per_epoch: Steps per epoch. If None, an epoch shows each image once.
         batch_size: Images per step.
-        precision: Precision of matrix products, if the device supports it natively; weights, losses and the rest are
-            float32.
-        seed: Seed of the initial weights, the order of the images and every view.
+        precision: Precision of matrix products, if the device supports it natively; everything else is in float32.
+        seed: Seed of the initial weights, the order of the images and all random views.
     """
 
     epochs: int = Field(ge=1)
     steps_per_epoch: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
-    precision: Precision = "bfloat16"  # presets stored before this key existed were trained in it
+    precision: Precision = "bfloat16"  # also for stored presets from before this key existed
     seed: int = Field(0, ge=0, lt=2**63)
 
 
@@ -91,8 +90,8 @@ class Preset(Config):
 
     @model_validator(mode="before")
     @classmethod
-    def _tells_the_backbone_its_channels(cls, data: Any) -> Any:
-        """Set timm's `in_chans` from `images.channels`, which is given once; a stored preset has both."""
+    def _set_input_channels(cls, data: Any) -> Any:
+        """Set timm's `in_chans` to `images.channels`, unless a stored preset already has both."""
         images, backbone = (data.get(key) for key in ("images", "backbone")) if isinstance(data, dict) else (None, None)
         channels = images.get("channels", 3) if isinstance(images, dict) else 3
         if channels == 3 or not isinstance(channels, int) or not isinstance(backbone, dict):
@@ -102,28 +101,29 @@ class Preset(Config):
         return data | {"backbone": backbone | {"options": options}}
 
     @model_validator(mode="after")
-    def _has_one_number_of_channels(self) -> Self:
+    def _check_channels(self) -> Self:
         channels, views = self.images.channels, self.views
-        have = f"images have {channels} channel{'s' if channels > 1 else ''}"
-        if (taken := self.backbone.options.get("in_chans", 3)) != channels:
+        counted = f"images have {channels} channel{'s' if channels > 1 else ''}"
+        if (inputs := self.backbone.options.get("in_chans", 3)) != channels:
             raise ValueError(
-                f"backbone.options.in_chans is {taken} and images.channels {channels}; it needs images.channels={taken}"
+                f"backbone.options.in_chans is {inputs} and images.channels {channels}; "
+                f"it needs images.channels={inputs}"
             )
         if (len(views.mean), len(views.std)) != (channels, channels):
             raise ValueError(
-                f"{have}, views.mean has {len(views.mean)} values and views.std {len(views.std)}; it needs "
+                f"{counted}, views.mean has {len(views.mean)} values and views.std {len(views.std)}; it needs "
                 "views.mean=[...] and views.std=[...], as measured by `dino doctor IMAGES --set "
                 f"images.channels={channels}`"
             )
         if channels != 3 and views.color_keys:
             off = " --set ".join(f"views.{key}=0" for key in views.color_keys)
             raise ValueError(
-                f"views.{views.color_keys[0]} changes colors, which needs 3 channels; {have}; it needs {off}"
+                f"views.{views.color_keys[0]} changes colors, which needs 3 channels; {counted}; it needs {off}"
             )
         return self
 
     @model_validator(mode="after")
-    def _has_views_for_its_losses(self) -> Self:
+    def _check_views(self) -> Self:
         first, second = self.views.global_1, self.views.global_2
         if second and second.size != first.size:
             raise ValueError(
@@ -142,7 +142,7 @@ class Preset(Config):
         return self
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_losses(self) -> Self:
         if not self.losses.present():
             raise ValueError("a run needs at least one loss, such as [losses.dino]")
         for name, loss in self.losses.with_targets().items():
@@ -157,7 +157,8 @@ class Preset(Config):
         return self
 
     @model_validator(mode="after")
-    def _has_schedules_with_valid_values(self) -> Self:
+    def _check_schedules(self) -> Self:
+        # Smallest, largest and usual value.
         valid = {"optimizer.lr": (0.0, math.inf, 0.0005), "optimizer.weight_decay": (0.0, math.inf, 0.04)}
         valid["teacher.momentum"] = (0.0, 1.0, 0.996)
         for key, schedule in self.schedules.items():
@@ -165,20 +166,20 @@ class Preset(Config):
             values = {name: getattr(schedule, name) for name in ("value", "start", "end") if hasattr(schedule, name)}
             for name, value in values.items():
                 if not low <= value <= high:
-                    wanted = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
-                    raise ValueError(f"{key}.{name} is {value:g}; expected {wanted}; it needs {key}.{name}={usual}")
+                    expected = f"from {low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+                    raise ValueError(f"{key}.{name} is {value:g}; expected {expected}; it needs {key}.{name}={usual}")
             warmup = getattr(schedule, "warmup_epochs", 0)
             if low > 0 and warmup:
                 raise ValueError(
                     f"{key}.warmup_epochs is {warmup}, and a temperature cannot start from 0; expected 0; it needs "
                     f"{key}.warmup_epochs=0"
                 )
-            still, why = (
+            useless, effect = (
                 (0.0, "nothing would be trained") if key == "optimizer.lr" else (1.0, "the teacher would never change")
             )
-            if key in ("optimizer.lr", "teacher.momentum") and set(values.values()) == {still}:
+            if key in ("optimizer.lr", "teacher.momentum") and set(values.values()) == {useless}:
                 name = next(iter(values))
-                raise ValueError(f"{key} is always {still:g}, and {why}; it needs {key}.{name}={usual}")
+                raise ValueError(f"{key} is always {useless:g}, and {effect}; it needs {key}.{name}={usual}")
         return self
 
     @property
@@ -193,15 +194,15 @@ class Preset(Config):
         }
 
     @model_validator(mode="after")
-    def _grows_to_its_full_size(self) -> Self:
+    def _check_low_resolution_phase(self) -> Self:
         views, low, epochs = self.views, self.views.low_resolution, self.training.epochs
         if low is None:
             return self
         if low.epochs >= epochs:
-            left_out = f"low_resolution.epochs={epochs // 2}" if epochs > 1 else "low_resolution=none"
+            override = f"low_resolution.epochs={epochs // 2}" if epochs > 1 else "low_resolution=none"
             raise ValueError(
                 f"views.low_resolution.epochs is {low.epochs} in a run of {epochs}; expected fewer; "
-                f"it needs views.{left_out}"
+                f"it needs views.{override}"
             )
         if low.local_size and not (views.local and views.locals):
             raise ValueError(
@@ -231,14 +232,14 @@ class Preset(Config):
             frozen: Frozen teacher. If None, the average is the teacher.
 
         Raises:
-            DinoError: If timm cannot build the backbone, or the crops of low resolution do not fit it.
+            DinoError: If timm cannot build the backbone, or a view size of `views.low_resolution` does not fit it.
         """
         student, average = self.network(drop_path=True), self.network()
-        _check_low_resolution(self.views, student.backbone)
+        _check_low_resolution_sizes(self.views, student.backbone)
         return SelfDistillation(student, average, self.losses, self.teacher.momentum, self.backbone.learning, frozen)
 
 
-def _check_low_resolution(views: ViewsConfig, backbone: Backbone) -> None:
+def _check_low_resolution_sizes(views: ViewsConfig, backbone: Backbone) -> None:
     low, full = views.low_resolution, {"global_size": views.global_1.size}
     if low is None:
         return
@@ -246,22 +247,22 @@ def _check_low_resolution(views: ViewsConfig, backbone: Backbone) -> None:
     patch = backbone.patch_size if backbone.grid(low.global_size) else 1
     whole = f" and a whole number of patches of {patch} pixels" if patch > 1 else ""
     for key, size in (full | ({"local_size": views.local.size} if views.local else {})).items():
-        smaller = getattr(low, key)
-        if smaller and (smaller >= size or smaller % patch):
-            fits = (smaller if smaller < size else size // 2) // patch * patch
-            without = ".local_size=none" if key == "local_size" else "=none"
+        low_size = getattr(low, key)
+        if low_size and (low_size >= size or low_size % patch):
+            valid = (low_size if low_size < size else size // 2) // patch * patch
+            disabled = ".local_size=none" if key == "local_size" else "=none"
             raise DinoError(
-                f"views.low_resolution.{key} is {smaller}; expected less than the full {size}{whole}",
-                f"--set views.low_resolution{f'.{key}={fits}' if fits >= 8 else without}",
+                f"views.low_resolution.{key} is {low_size}; expected less than the full {size}{whole}",
+                f"--set views.low_resolution{f'.{key}={valid}' if valid >= 8 else disabled}",
             )
 
 
 def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
-    """Load a shipped preset by its name, or a user's own by its path, and override single values.
+    """Load a shipped preset by its name, or a user's own by its path, and apply overrides.
 
     Args:
         name: Name such as `vits16`, or a path that ends in `.toml`.
-        overrides: `key.path=value` with a TOML value; a bare word is a string, and `none` removes the key.
+        overrides: Overrides `key.path=value` with a TOML value; a bare word is a string, and `none` removes the key.
 
     Raises:
         DinoError: If the preset does not exist or is not valid.
@@ -270,9 +271,9 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
         path = Path(name)
         if not path.is_file():
             stem = path.stem
-            shipped_one = f"use --preset {stem}, which ships with dino" if stem in shipped.names() else ""
+            use_shipped = f"use --preset {stem}, which ships with dino" if stem in shipped.names() else ""
             listed = ", ".join(shipped.names())
-            raise DinoError(f"the preset file {name} does not exist", shipped_one or f"shipped presets are {listed}")
+            raise DinoError(f"the preset file {name} does not exist", use_shipped or f"shipped presets are {listed}")
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
         text = shipped.text(name)

@@ -10,11 +10,14 @@ from dinocli.core.errors import DinoError
 from dinocli.method import shipped
 from dinocli.method.preset import load_preset
 
-_SAME = ("recipe", "source", "command")
+_COMPARED = ("recipe", "source", "command")  # keys of `about` that identify a shipped preset
 
 
 def flat(data: object, above: str = "") -> Iterator[tuple[str, str | None]]:
-    """Yield values by their key below a table; a table with a `kind` and plain values, as a schedule, is one value."""
+    """Yield each setting as its full key and its value as text; None stays None.
+
+    A table with a `kind` and only plain values, such as a schedule, is one setting.
+    """
     if not isinstance(data, dict):
         yield above, None if data is None else data if isinstance(data, str) else json.dumps(data)
     elif above and "kind" in data and not any(isinstance(value, dict) for value in data.values()):
@@ -26,25 +29,25 @@ def flat(data: object, above: str = "") -> Iterator[tuple[str, str | None]]:
 
 
 def shipped_as(preset: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the shipped preset with the same description, and its values; empty for a user's own preset.
+    """Return the name and the values of the shipped preset with the same description; empty for a user's own preset.
 
-    Cost and expected figures are not compared: they are measured again between versions.
+    Cost and expected results are not compared, because they are measured anew between versions.
     """
     about = preset.get("about")
     for name in shipped.names():
         try:
-            found = load_preset(name).model_dump(mode="json")
+            values = load_preset(name).model_dump(mode="json")
         except DinoError:
             continue
-        if isinstance(about, dict) and all(found["about"][key] == about.get(key) for key in _SAME):
-            return name, found
+        if isinstance(about, dict) and all(values["about"][key] == about.get(key) for key in _COMPARED):
+            return name, values
     return "", {}
 
 
 def changes(preset: dict[str, Any], shipped: dict[str, Any]) -> dict[str, tuple[str | None, str | None]]:
-    """Return the settings that differ between two presets, by key: the first one's value, and the second's."""
-    now, then = (
+    """Return the settings that differ between two presets, by key: the value in the first, and in the second."""
+    first, second = (
         {key: value for key, value in flat(each) if not key.startswith("about.")} for each in (preset, shipped)
     )
-    keys = dict.fromkeys([*now, *then])
-    return {key: (now.get(key), then.get(key)) for key in keys if now.get(key) != then.get(key)}
+    keys = dict.fromkeys([*first, *second])
+    return {key: (first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)}

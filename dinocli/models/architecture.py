@@ -42,18 +42,19 @@ AS_THE_HEADS = LearningConfig()
 
 
 class BackboneConfig(Config):
-    """timm model, with its differences from timm's defaults.
+    """Backbone from timm, and its differences from timm's defaults.
 
     Attributes:
         name: timm's name of the architecture.
         options: Arguments for `timm.create_model` (patch size, image size, width, depth).
         drop_path: Share of residual branches that the student skips.
         drop_path_rule: Distribution of that share over the blocks: `linear` grows to it in the last block, as in the
-            original; `uniform` is the same in all, and skipped branches cost nothing, as in DINOv2.
+            original; `uniform` is the same in all blocks and does not compute skipped branches, as in DINOv2.
         learning: Learning rates relative to the heads.
         positions: Interpolation of learned positions to other grids: `dino` as in the original (by a factor with 0.1
-            added, no antialias), or `antialias` (to an exact size). None for networks without positions.
-        rescale_positions: Bound on the random factor on the student's rotary coordinates; 1 for none.
+            added, no antialias), or `antialias` (to an exact size). None for networks without learned positions.
+        rescale_positions: Largest random factor on the student's rotary coordinates; its inverse is the smallest, and 1
+            means no rescaling.
         class_token_std: Standard deviation of the initial class token. None for networks without one.
     """
 
@@ -80,7 +81,7 @@ class BackboneConfig(Config):
             backbone.leave_out(self.drop_path)
         if drop_path and self.rescale_positions != 1:
             backbone.rescale_positions(self.rescale_positions)
-        # Both initializations below replace timm's own.
+        # The initializations below replace timm's own.
         if isinstance(backbone, RotaryBackbone):
             backbone.start_evenly()
         if self.class_token_std is not None:
@@ -113,21 +114,19 @@ def create_timm(name: str, **options: Any) -> Any:
 
 
 def adapt(model: Any, positions: Positions) -> Backbone:
-    """Wrap a timm model in the backbone class that reads it.
+    """Wrap a timm model in the backbone class that supports it.
 
     Raises:
         DinoError: If the model is neither a vision transformer nor a convolutional network.
     """
-    # Exact type: subclasses (distilled, hybrid, ...) have tokens in the sequence that this would misread.
+    # The exact type: subclasses (distilled, hybrid, ...) have other tokens in the sequence.
     if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.cls_token is not None:
         return ViTBackbone(model, positions)
     if RotaryBackbone.reads(model):
         return RotaryBackbone(model)
-    # A convolutional network returns a map [B, D, h, w]; networks that mix places otherwise have other layouts.
-    parts = list(model.modules())
-    if hasattr(model, "feature_info") and not any(
-        word in type(p).__name__ for p in parts for word in _NOT_CONVOLUTIONS
-    ):
+    # A convolutional network returns a map [B, D, h, w]; networks with other kinds of token mixing do not.
+    classes = [type(module).__name__ for module in model.modules()]
+    if hasattr(model, "feature_info") and not any(word in name for name in classes for word in _NOT_CONVOLUTIONS):
         return ConvBackbone(model)
     raise DinoError(
         f"{type(model).__name__} is not a supported backbone; expected a vision transformer, with learned or DINOv3's "

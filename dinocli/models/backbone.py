@@ -1,4 +1,4 @@
-"""Backbones: timm models that return their tokens. Only this file, block.py and rotary.py touch timm's internals."""
+"""Backbones: timm models behind a common interface, which returns their tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Tokens:
     """Output of a backbone for B images, each token after the final norm.
 
     Attributes:
-        cls: Class token, or the average over the map of a convolutional network. [B, D]
+        cls: Class token; for a convolutional network, the average over its map. [B, D]
         registers: R register tokens, possibly none. [B, R, D]
         patches: Patch tokens, row by row. [B, N, D]
         grid: Rows and columns of the patches; their product is N.
@@ -44,7 +44,7 @@ class MaskedPatches(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """timm model behind a common interface; its weights are those of `model`, under timm's own keys.
+    """timm model behind a common interface; its weights are in `model`, under timm's own keys.
 
     Attributes:
         model: timm model.
@@ -57,7 +57,7 @@ class Backbone(nn.Module):
     patch_size: int
 
     def grid(self, size: int) -> tuple[int, int] | None:
-        """Return rows and columns of the patches of a square image of `size` pixels; None if masking is unsupported."""
+        """Return rows and columns of the patches of a square image of `size` pixels; None without support for masks."""
         return None
 
     @property
@@ -69,16 +69,16 @@ class Backbone(nn.Module):
         """Compile the blocks with torch.compile, if there are any.
 
         Args:
-            any_batch: If True, other batch sizes than the first may follow, as at the end of a dataset.
+            any_batch: True if batch sizes may differ, as at the end of a dataset.
         """
-        # Each combination of resolution, gradient or not, all tokens or the class token, and drop path or not is
-        # another version of the same code, and torch's own limit is eight.
+        # torch compiles another version of a block for each combination of resolution, gradient or none, all tokens or
+        # the class token, and drop path or none. Its default limit is eight versions.
         torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             block.compile(dynamic=None if any_batch else False)
 
     def leave_out(self, share: float) -> None:
-        """Skip the branches of this share of the images in each block during training, at no cost.
+        """Skip each block's branches for this share of the images during training, without computing them.
 
         Raises:
             DinoError: If the backbone's blocks do not support it.
@@ -89,7 +89,7 @@ class Backbone(nn.Module):
         )
 
     def rescale_positions(self, most: float) -> None:
-        """Multiply coordinates by a factor drawn log-uniformly between 1/most and most during training.
+        """Multiply rotary coordinates during training by a factor drawn log-uniformly between 1/most and most.
 
         Raises:
             DinoError: If the backbone's positions are not rotary.
@@ -102,12 +102,13 @@ class Backbone(nn.Module):
     def level(self, parameter: str) -> int:
         """Return the depth of a parameter of `model`, by its name.
 
-        It is 0 before the first block, n in the nth, and one more after the last; 0 for all if there are no blocks.
+        The depth is 0 before the first block, n in the n-th block, and one more than the number of blocks after the
+        last one. Without blocks, all depths are 0.
         """
         return 0
 
     def recompute_blocks(self) -> None:
-        """Turn on activation checkpointing: save only a block's input, and recompute the rest for its gradient.
+        """Turn on activation checkpointing: store only each block's input, and recompute the rest in the backward pass.
 
         Raises:
             DinoError: If the backbone has no blocks.
@@ -123,7 +124,7 @@ class Backbone(nn.Module):
         return self.last_tokens(images, 1, masked)[-1]
 
     def last_tokens(self, images: Tensor, last: int, masked: MaskedPatches | None = None) -> list[Tokens]:
-        """Return the tokens of the `last` blocks, each after the final norm, the earliest first.
+        """Return the outputs of the last `last` blocks in order, each after the final norm.
 
         Raises:
             DinoError: If the backbone has fewer blocks or none, or does not support masking.
@@ -131,7 +132,7 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def class_tokens(self, images: Tensor, last: int = 1, masked: MaskedPatches | None = None) -> list[Tensor]:
-        """Return only the class tokens of the `last` blocks, at less cost than `last_tokens` if possible. [B, D] each
+        """Return the class tokens of the last `last` blocks, at less cost than `last_tokens` if possible. [B, D] each
 
         Raises:
             DinoError: If the backbone has fewer blocks or none, or does not support masking.
@@ -144,8 +145,8 @@ class Backbone(nn.Module):
         Args:
             images: [B, C, H, W]
             layers: Numbers of blocks: 1 is the first and -1 the last. Their features are concatenated in this order.
-            facet: `token` for the output of a block after the final norm; `query`, `key` or `value` for those of its
-                attention, all heads concatenated and before any rotation by position.
+            facet: `token` for a block's output after the final norm; `query`, `key` or `value` for those of its
+                attention, with all heads concatenated, before any rotation by position.
 
         Returns:
             [B, rows, columns, len(layers)*D]
@@ -158,12 +159,12 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
-        """Compute the attention of each token to each other in the last block. [B, heads, queries, 1+R+N]
+        """Compute the attention weights of some tokens over all tokens in the last block. [B, heads, queries, 1+R+N]
 
         Args:
             images: [B, C, H, W]
-            queries: Tokens that attend. By default only the class token, so that the memory for a large image grows
-                with its patches and not with their square.
+            queries: Tokens that attend. By default only the class token, so that memory grows linearly with the number
+                of patches, not with its square.
 
         Raises:
             DinoError: If the backbone has no attention.

@@ -12,7 +12,7 @@ from dinocli.models.backbone import Backbone, Facet, MaskedPatches, Tokens
 
 
 class ConvBackbone(Backbone):
-    """Convolutional timm network: its class token is the average over the map, its patches are the map's places."""
+    """Convolutional timm network: its patches are the positions of its map, its class token is their average."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

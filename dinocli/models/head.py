@@ -22,11 +22,11 @@ class HeadConfig(Config):
         bottleneck: Width of the features that are compared with the prototypes.
         layers: Number of linear layers in the MLP, including the one into the bottleneck.
         batch_norm: BatchNorm before each GELU.
-        norm_last_layer: Keep the prototypes' norms at 1, so that logits are cosines. More stable; switching it off can
-            score higher.
-        weight_norm: If True, each prototype is a direction with its own length. If False, they are a plain linear
-            layer, as in DINOv3.
-        freeze_last_layer_epochs: Initial epochs in which the student's prototypes do not move.
+        norm_last_layer: If True, the prototypes' norms stay 1, so that logits are cosines. This is more stable; False
+            can score higher.
+        weight_norm: If True, direction and length of each prototype are separate parameters. If False, the prototypes
+            are a plain linear layer, as in DINOv3.
+        freeze_last_layer_epochs: Number of initial epochs in which the student's prototypes do not move.
     """
 
     prototypes: int = Field(ge=2)
@@ -112,7 +112,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, width: int, prototypes: int, *, train_norm: bool) -> None:
         super().__init__()
-        # nn.Linear's default: the original creates this layer after it has initialized the others.
+        # The default of nn.Linear: in the original, the initialization of the other layers does not reach this one.
         self.weight_v = nn.Parameter(torch.empty(prototypes, width).uniform_(-(width**-0.5), width**-0.5))
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=train_norm)
 

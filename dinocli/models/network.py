@@ -1,4 +1,4 @@
-"""Network: a backbone with named heads, for student and teacher."""
+"""Network: a backbone with named heads, the class of both student and teacher."""
 
 from __future__ import annotations
 
@@ -65,35 +65,37 @@ class Network(nn.Module):
 
         Args:
             crops: One [V, B, C, H, W] per resolution, the global views first; V may differ, B may not.
-            mask: Mask of the global views' patches. If None, none is masked. [G, B, N], bool
+            mask: Mask of the global views' patches. If None, no patch is masked. [G, B, N], bool
             rows: Indices, among the G*B*N patches, of those that heads read. If None, all. [M], int64
         """
-        # The backbone runs once per resolution, the heads once on everything: BatchNorm in a head must see all views.
+        # The backbone runs once per resolution, but each head once on all views, which its BatchNorm needs.
         first, *others = crops
-        cls, patches = self._globals(first, mask)
-        cls = torch.cat([cls, *(self._class_tokens(group, None) for group in others)])
+        cls, patches = self._encode_globals(first, mask)
+        cls = torch.cat([cls, *(self._encode_class_tokens(group, None) for group in others)])
         if patches is not None and rows is not None:
             patches = patches[rows]  # [M, D]
         class_logits, masked_logits = {}, {}
         for name, head in self.heads.items():
-            of_class = cls.flatten(0, 1) if "class" in self.reads[name] else None
-            of_patches = patches if "patches" in self.reads[name] else None
-            said = _apply_to_both(cast(Head, head), of_class, of_patches)
-            if said[0] is not None:
-                class_logits[name] = said[0].unflatten(0, cls.shape[:2])
-            if said[1] is not None:
-                masked_logits[name] = said[1]
+            class_input = cls.flatten(0, 1) if "class" in self.reads[name] else None
+            patch_input = patches if "patches" in self.reads[name] else None
+            of_class, of_patches = _apply_to_both(cast(Head, head), class_input, patch_input)
+            if of_class is not None:
+                class_logits[name] = of_class.unflatten(0, cls.shape[:2])
+            if of_patches is not None:
+                masked_logits[name] = of_patches
         return Encoding(cls, len(first), class_logits, masked_logits)
 
-    def _globals(self, group: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _encode_globals(self, group: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return class tokens of the global views, and their patches if a head reads them. [G, B, D] and [G*B*N, D]"""
         masked = None if mask is None or self.mask_token is None else MaskedPatches(mask.flatten(0, 1), self.mask_token)
         if not any("patches" in reads for reads in self.reads.values()):
-            return self._class_tokens(group, masked), None
+            return self._encode_class_tokens(group, masked), None
         tokens = self.backbone(group.flatten(0, 1), masked)
         return tokens.cls.unflatten(0, group.shape[:2]), tokens.patches.flatten(0, 1)
 
-    def _class_tokens(self, group: Tensor, masked: MaskedPatches | None) -> Tensor:  # [V, B, C, H, W] -> [V, B, D]
+    def _encode_class_tokens(
+        self, group: Tensor, masked: MaskedPatches | None
+    ) -> Tensor:  # [V, B, C, H, W] -> [V, B, D]
         (cls,) = self.backbone.class_tokens(group.flatten(0, 1), masked=masked)
         return cls.unflatten(0, group.shape[:2])
 
@@ -112,7 +114,7 @@ class Network(nn.Module):
         self._compiled = True
 
     def eager(self) -> AbstractContextManager[Any]:
-        """Return a context without compilation, for image sizes other than in training: compiling would not pay."""
+        """Return a context without compilation, for image sizes that are too rare to be worth compiling for."""
         return torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
 
     def weights(self) -> dict[str, Tensor]:
@@ -120,7 +122,7 @@ class Network(nn.Module):
         return {k.replace("backbone.model.", "backbone.", 1): whole(v) for k, v in self.state_dict().items()}
 
     def load_weights(self, weights: Mapping[str, Tensor], source: str) -> None:
-        """Load the weights that `weights` returned, exactly.
+        """Load weights as `weights` returns them; all keys and shapes must match.
 
         Raises:
             DinoError: If a key is missing, unknown, or of another shape.
@@ -132,8 +134,8 @@ def _apply_to_both(head: Head, a: Tensor | None, b: Tensor | None) -> tuple[Tens
     """Return a head's logits of two sets of features; either may be None. The MLP runs once on both."""
     if a is None or b is None:
         return None if a is None else head(a), None if b is None else head(b)
-    # Logits are separate tensors: losses write gradients over them, which torch forbids for pieces of one tensor.
-    # The gradient of a piece would also be a copy of all logits.
+    # Logits are separate tensors, because losses overwrite them with gradients, which torch forbids for views from
+    # one split. The gradient of a view would also be a copy of all logits.
     of_a, of_b = head.squeezed(torch.cat([a, b])).split([len(a), len(b)])
     return head.last_layer(of_a), head.last_layer(of_b)
 
@@ -147,20 +149,20 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], source: str)
     own = module.state_dict()
     for key, value in own.items():
         if key not in weights:
-            raise _misfit(source, f"{key} is missing")
+            raise _explain_misfit(source, f"{key} is missing")
         if weights[key].shape != value.shape:
-            raise _misfit(source, f"{key} is {_size(weights[key])}; expected {_size(value)}")
+            raise _explain_misfit(source, f"{key} is {_format_shape(weights[key])}; expected {_format_shape(value)}")
     unknown = next((k for k in weights if k not in own), None)
     if unknown is not None:
-        raise _misfit(source, f"{unknown} is unknown")
+        raise _explain_misfit(source, f"{unknown} is unknown")
     module.load_state_dict(weights)
 
 
-def _size(value: Tensor) -> str:
+def _format_shape(value: Tensor) -> str:
     return "x".join(map(str, value.shape)) or "a single number"
 
 
-def _misfit(source: str, what: str) -> DinoError:
+def _explain_misfit(source: str, what: str) -> DinoError:
     return DinoError(
         f"the weights in {source} do not fit this network: {what}",
         "use the preset and the backbone that the weights were trained with",

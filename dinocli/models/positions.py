@@ -17,8 +17,8 @@ class Resampler:
     """Interpolation of learned positions; the weights for each grid are computed once.
 
     Args:
-        how: `dino` scales by (rows + 0.1) / side, bicubic, no antialias. Its sampling points lie at exactly that scale,
-            which differs from interpolation to a size. `antialias` interpolates to the size.
+        how: `dino` scales by (rows + 0.1) / side, bicubic, no antialias; its sampling points follow this exact factor,
+            not the rounded size. `antialias` interpolates to the size, bicubic with antialias.
         prefix: Number of positions of class and register tokens.
 
     Source: facebookresearch/dino@7c446df vision_transformer.py, interpolate_pos_encoding; timm resample_abs_pos_embed.
@@ -26,15 +26,16 @@ class Resampler:
 
     def __init__(self, how: Positions, prefix: int) -> None:
         self.how, self.prefix = how, prefix
-        self._kept: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+        self._cache: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
     def __call__(self, positions: Tensor, grid: tuple[int, int], *, square: bool = True) -> Tensor:
         """Interpolate positions to another grid of patches.
 
         Args:
-            positions: Positions of the prefix, which stay as they are, then of a square grid. [1, prefix+M, D]
+            positions: Positions of the prefix, which are not changed, then those of a square grid. [1, prefix+M, D]
             grid: Rows and columns of the result.
-            square: True if the image is square. For other images the original interpolates even to the same grid.
+            square: True if the image is square. For other images, `dino` interpolates even to the same grid, as the
+                original does.
 
         Returns:
             [1, prefix+N, D]
@@ -42,28 +43,29 @@ class Resampler:
         side = round((positions.shape[1] - self.prefix) ** 0.5)
         if grid == (side, side) and (square or self.how != "dino"):
             return positions
-        of_rows, of_columns = (self._weights(side, count, positions) for count in grid)
+        of_rows, of_columns = (self._get_weights(side, count, positions) for count in grid)
         table = positions[0, self.prefix :].unflatten(0, (side, side))  # [side, side, D]
-        # Two matrix products: their gradient is deterministic on a GPU. They are small, so full precision costs little.
+        # As two matrix products, whose gradient is deterministic on a GPU. They are small: full precision costs little.
         with exactly(positions.device):
             table = of_columns @ (of_rows @ table.flatten(1)).unflatten(1, (side, -1))  # [rows, columns, D]
         return torch.cat([positions[:, : self.prefix], table.flatten(0, 1)[None]], dim=1)
 
-    def _weights(self, side: int, count: int, like: Tensor) -> Tensor:
-        """Return the interpolation weights from `side` places in a row to `count` places. [count, side]"""
-        if torch.compiler.is_compiling():  # traced tensors hold no values to store
-            return _weights(side, count, self.how, like)
+    def _get_weights(self, side: int, count: int, like: Tensor) -> Tensor:
+        """Return the interpolation weights from `side` positions along an axis to `count`. [count, side]"""
+        if torch.compiler.is_compiling():  # traced tensors have no values to cache
+            return _compute_weights(side, count, self.how, like)
         key = (side, count, like.dtype, like.device)
-        if key not in self._kept:
-            self._kept[key] = _weights(side, count, self.how, like)
-        return self._kept[key]
+        if key not in self._cache:
+            self._cache[key] = _compute_weights(side, count, self.how, like)
+        return self._cache[key]
 
 
-def _weights(side: int, count: int, how: Positions, like: Tensor) -> Tensor:
-    # One table per place i along the rows, with 1 there and 0 elsewhere: its interpolation is column i.
-    each = torch.eye(side, dtype=like.dtype, device=like.device)[None, :, :, None].expand(1, side, side, side)
+def _compute_weights(side: int, count: int, how: Positions, like: Tensor) -> Tensor:
+    # Channel i is a table with 1 in row i and 0 elsewhere; its interpolation is column i of the weights.
+    tables = torch.eye(side, dtype=like.dtype, device=like.device)[None, :, :, None].expand(1, side, side, side)
     if how == "dino":
-        made = F.interpolate(each, scale_factor=((count + 0.1) / side, 1.0), mode="bicubic", align_corners=False)
+        scale = ((count + 0.1) / side, 1.0)
+        weights = F.interpolate(tables, scale_factor=scale, mode="bicubic", align_corners=False)
     else:
-        made = F.interpolate(each, size=(count, side), mode="bicubic", align_corners=False, antialias=True)
-    return made[0, :, :, 0].T.contiguous()
+        weights = F.interpolate(tables, size=(count, side), mode="bicubic", align_corners=False, antialias=True)
+    return weights[0, :, :, 0].T.contiguous()

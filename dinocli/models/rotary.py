@@ -14,8 +14,8 @@ from torch import Tensor
 class Rotary:
     """Rotation of queries and keys on a grid of patches; the angles of each grid are computed once.
 
-    Rows and columns of any grid lie between -1 and 1, each patch at its middle. The first half of a head's angles
-    follows the row, the second the column, each with the same d/4 periods.
+    On any grid, the coordinates of patch centers lie between -1 and 1. The first half of a head's angles depends on the
+    row, the second on the column, each with the same d/4 periods.
 
     Args:
         prefix: Number of class and register tokens, which have no position and are not rotated.
@@ -25,7 +25,7 @@ class Rotary:
 
     def __init__(self, prefix: int) -> None:
         self.prefix = prefix
-        self._kept: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+        self._cache: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
 
     @staticmethod
     def reads(rope: Any) -> bool:
@@ -43,42 +43,42 @@ class Rotary:
         Args:
             periods: Periods of the angles, in half-widths of an image. [d/4]
             grid: Rows and columns.
-            rescale: Bound on a random factor on the coordinates, log-uniform between 1/rescale and rescale, one for all
-                images. It is drawn on the device, so that the host does not wait.
+            rescale: Largest random factor on the coordinates. One factor for all images is drawn log-uniformly between
+                1/rescale and rescale, on the device, so that the host does not wait. If 1, nothing is drawn.
 
         Returns:
             [2, 1+R+N, d/2]
         """
-        angles = self._angles(periods, grid)
+        angles = self._get_angles(periods, grid)
         if rescale != 1:
             most = math.log(rescale)
             angles = angles * angles.new_empty(1).uniform_(-most, most).exp()
         return torch.stack([angles.cos(), angles.sin()])
 
-    def _angles(self, periods: Tensor, grid: tuple[int, int]) -> Tensor:
-        if torch.compiler.is_compiling():  # traced tensors hold no values to store
-            return _angles(periods, grid, self.prefix)
+    def _get_angles(self, periods: Tensor, grid: tuple[int, int]) -> Tensor:
+        if torch.compiler.is_compiling():  # traced tensors have no values to cache
+            return _compute_angles(periods, grid, self.prefix)
         key = (*grid, periods.dtype, periods.device)
-        if key not in self._kept:
-            self._kept[key] = _angles(periods, grid, self.prefix)
-        return self._kept[key]
+        if key not in self._cache:
+            self._cache[key] = _compute_angles(periods, grid, self.prefix)
+        return self._cache[key]
 
 
-def _angles(periods: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
-    """[1+R+N, d/2]"""
-    # Coordinates are computed on the CPU in float32, as in timm: the same bits on every device.
+def _compute_angles(periods: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+    """Compute the angles of all tokens, which are 0 for those without a position. [1+R+N, d/2]"""
+    # Coordinates are computed on the CPU in float32, as in timm, for the same bits on every device.
     rows, columns = (2 * (torch.arange(0.5, count, dtype=torch.float32, device="cpu") / count) - 1 for count in grid)
-    places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)  # [N, 2]
-    angles = 2 * math.pi * places[..., None].to(periods) / periods  # [N, 2, d/4]
+    coordinates = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)  # [N, 2]
+    angles = 2 * math.pi * coordinates[..., None].to(periods) / periods  # [N, 2, d/4]
     return F.pad(angles.flatten(1), (0, 0, prefix, 0))
 
 
 def turned(values: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate queries or keys: each pair of numbers half a head apart, by its angle. [B, heads, T, d]
+    """Rotate queries or keys: each pair of channels that are d/2 apart, by its angle. [B, heads, T, d]
 
     Args:
         values: [B, heads, T, d]
-        rotation: Cosines and sines, possibly more precise than the values. [2, T, d/2]
+        rotation: Cosines and sines, which may have a higher precision than the values. [2, T, d/2]
     """
     cos, sin = rotation
     first, second = values.chunk(2, -1)

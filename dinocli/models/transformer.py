@@ -20,9 +20,9 @@ from dinocli.models.rotary import Rotary
 
 
 class Transformer(Backbone):
-    """timm transformer with a class token and a row of blocks, for images of any size, square or not.
+    """timm transformer with a class token and a sequence of blocks, for images of any size, square or not.
 
-    Subclasses differ in their positions.
+    Subclasses differ in how they encode positions.
     """
 
     def __init__(self, model: VisionTransformer | Eva) -> None:
@@ -49,8 +49,8 @@ class Transformer(Backbone):
             return 1 + int(parameter.split(".")[1])
         return len(self.blocks) + 1 if parameter.startswith("norm.") else 0
 
-    def _place(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
-        """Return tokens with learned positions added, and the rotation of queries and keys, if any.
+    def _add_positions(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the tokens with any learned positions added, and the rotation of queries and keys, if any.
 
         Args:
             tokens: [B, 1+R+N, D]
@@ -65,7 +65,7 @@ class Transformer(Backbone):
     def _embed(
         self, images: Tensor, masked: MaskedPatches | None = None
     ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
-        """Return the tokens for the first block, the rotation of queries and keys, and rows and columns."""
+        """Return the input tokens of the first block, the rotation of queries and keys, and the patch grid."""
         if min(images.shape[-2:]) < self.patch_size:
             raise DinoError(
                 f"images of {images.shape[-2]}x{images.shape[-1]} pixels are smaller than one patch "
@@ -75,27 +75,32 @@ class Transformer(Backbone):
         patches = self.model.patch_embed.proj(images)  # [B, D, h, w]; drops pixels beyond a multiple of the patch size
         grid = (patches.shape[-2], patches.shape[-1])
         patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
-        # Before positions are added: a masked patch keeps its position.
+        # Patches are masked before positions are added, so that a masked patch has its position.
         if masked is not None:
             patches = torch.where(masked.where[..., None], masked.token.to(patches.dtype), patches)
-        # shape[0] and not len(): an exported graph keeps the number of images free.
+        # shape[0] instead of len(), which would fix the number of images in an exported graph.
         prefix = [
             t.expand(images.shape[0], -1, -1) for t in (self.model.cls_token, self.model.reg_token) if t is not None
         ]
         tokens = torch.cat([*prefix, patches], dim=1)  # [B, 1+R+N, D]
-        tokens, rotation = self._place(tokens, grid, square=images.shape[-2] == images.shape[-1])
+        tokens, rotation = self._add_positions(tokens, grid, square=images.shape[-2] == images.shape[-1])
         return self.model.norm_pre(tokens), rotation, grid
 
     def last_tokens(self, images: Tensor, last: int, masked: MaskedPatches | None = None) -> list[Tokens]:
         tokens, rotation, grid = self._embed(images, masked)
-        return [self._split(self.model.norm(made), grid) for made in self._last(tokens, rotation, last)]
+        return [self._split(self.model.norm(output), grid) for output in self._run_blocks(tokens, rotation, last)]
 
     def class_tokens(self, images: Tensor, last: int = 1, masked: MaskedPatches | None = None) -> list[Tensor]:
         tokens, rotation, _ = self._embed(images, masked)
-        return [self.model.norm(made[:, 0]) for made in self._last(tokens, rotation, last, asking=1)]
+        return [self.model.norm(output[:, 0]) for output in self._run_blocks(tokens, rotation, last, asking=1)]
 
-    def _last(self, tokens: Tensor, rotation: Tensor | None, last: int, asking: int | None = None) -> list[Tensor]:
-        """Return the outputs of the `last` blocks; the final one computes only `asking` tokens if it can. [B, T, D]"""
+    def _run_blocks(
+        self, tokens: Tensor, rotation: Tensor | None, last: int, asking: int | None = None
+    ) -> list[Tensor]:
+        """Return the outputs of the last `last` blocks; the final one computes only `asking` tokens if it supports it.
+
+        The shape of each is [B, T, D].
+        """
         first = len(self.blocks) - last
         if first < 0:
             raise DinoError(
@@ -104,21 +109,23 @@ class Transformer(Backbone):
             )
         outputs = []
         for i, block in enumerate(self.blocks):
-            tokens = self._run(block, tokens, rotation, asking if i == len(self.blocks) - 1 else None)
+            tokens = self._run_block(block, tokens, rotation, asking if i == len(self.blocks) - 1 else None)
             if i >= first:
                 outputs.append(tokens)
         return outputs
 
-    def _run(self, block: nn.Module, tokens: Tensor, rotation: Tensor | None, asking: int | None = None) -> Tensor:
+    def _run_block(
+        self, block: nn.Module, tokens: Tensor, rotation: Tensor | None, asking: int | None = None
+    ) -> Tensor:
         """Run a block, with activation checkpointing if that is on."""
-        # Random draws happen here: a compiled or recomputed block must not draw anything itself.
-        more: tuple[Any, ...] = (block.drop_path_masks(tokens), asking) if isinstance(block, BranchBlock) else ()
+        # Draw here, because a compiled or recomputed block must not draw anything itself.
+        arguments: tuple[Any, ...] = (block.drop_path_masks(tokens), asking) if isinstance(block, BranchBlock) else ()
         if rotation is not None:
-            more = (*more, rotation)
+            arguments = (*arguments, rotation)
         if self._recompute and torch.is_grad_enabled():
-            made: Tensor = checkpoint(block, tokens, *more, use_reentrant=False)
-            return made
-        return block(tokens, *more)
+            output: Tensor = checkpoint(block, tokens, *arguments, use_reentrant=False)
+            return output
+        return block(tokens, *arguments)
 
     def _split(self, tokens: Tensor, grid: tuple[int, int]) -> Tokens:
         prefix = self.model.num_prefix_tokens
@@ -127,23 +134,25 @@ class Transformer(Backbone):
     def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
         depth = len(self.blocks)
         if wrong := [layer for layer in layers if not 1 <= abs(layer) <= depth]:
-            raise DinoError(f"--layer {wrong[0]} is no block; expected 1 to {depth}, or -1 to -{depth}", "--layer -1")
-        wanted = [layer - 1 if layer > 0 else depth + layer for layer in layers]
+            raise DinoError(
+                f"--layer {wrong[0]} is not a block; expected 1 to {depth}, or -1 to -{depth}", "--layer -1"
+            )
+        indices = [layer - 1 if layer > 0 else depth + layer for layer in layers]
         tokens, rotation, grid = self._embed(images)
-        made: dict[int, Tensor] = {}
-        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
-            before, last = tokens, i == max(wanted)
+        outputs: dict[int, Tensor] = {}
+        for i, block in enumerate(self.blocks[: max(indices) + 1]):
+            inputs, last = tokens, i == max(indices)
             if not last or facet == "token":
-                tokens = self._run(block, tokens, rotation)
-            if i in wanted:
-                made[i] = self.model.norm(tokens) if facet == "token" else _project(block, before, facet)
-        joined = torch.cat([made[i] for i in wanted], dim=-1)
+                tokens = self._run_block(block, tokens, rotation)
+            if i in indices:
+                outputs[i] = self.model.norm(tokens) if facet == "token" else _project(block, inputs, facet)
+        joined = torch.cat([outputs[i] for i in indices], dim=-1)
         return joined[:, self.model.num_prefix_tokens :].unflatten(1, grid)
 
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         tokens, rotation, _ = self._embed(images)
         for block in self.blocks[:-1]:
-            tokens = self._run(block, tokens, rotation)
+            tokens = self._run_block(block, tokens, rotation)
         last: Any = self.blocks[-1]
         return attention_of(last.attn, last.norm1(tokens), queries, rotation)
 
@@ -170,20 +179,20 @@ class ViTBackbone(Transformer):
 
     @property
     def shape(self) -> dict[str, int]:
-        """Sizes that distinguish plain vision transformers, under the names of both timm and the original."""
+        """Sizes that define a plain vision transformer, under names that timm and the original share."""
         blocks = self.model.blocks
         sizes = {"patch_size": self.patch_size, "embed_dim": self.width, "depth": len(blocks)}
         channels = int(self.model.patch_embed.proj.in_channels)
         return sizes | {"num_heads": int(blocks[0].attn.num_heads)} | ({"in_chans": channels} if channels != 3 else {})
 
-    def _place(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
+    def _add_positions(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
         if self.model.pos_embed is None:
             return tokens, None
-        placed = self._resample(self.model.pos_embed, grid, square=square)
-        unplaced = tokens.shape[1] - placed.shape[1]
-        if not unplaced:
-            return tokens + placed, None
-        return torch.cat([tokens[:, :unplaced], tokens[:, unplaced:] + placed], 1), None
+        positions = self._resample(self.model.pos_embed, grid, square=square)
+        without = tokens.shape[1] - positions.shape[1]  # number of leading tokens without a position
+        if not without:
+            return tokens + positions, None
+        return torch.cat([tokens[:, :without], tokens[:, without:] + positions], 1), None
 
 
 class RotaryBackbone(Transformer):
@@ -213,7 +222,7 @@ class RotaryBackbone(Transformer):
         self._rescale = most
 
     def start_evenly(self) -> None:
-        """Initialize the last layer of each branch like all others; timm scales it down with the block's depth.
+        """Initialize the last layer of each branch like all other layers; timm scales it down with the block's depth.
 
         Source: facebookresearch/dinov2@b8931f7 dinov2/models/vision_transformer.py, init_weights_vit_timm.
         """
@@ -221,5 +230,5 @@ class RotaryBackbone(Transformer):
             for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
                 nn.init.trunc_normal_(weight, std=0.02)
 
-    def _place(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
+    def _add_positions(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
         return tokens, self._rotary(self.model.rope.periods, grid, self._rescale if self.training else 1.0)

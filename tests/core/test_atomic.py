@@ -21,7 +21,7 @@ from dinocli.core.drafts import sweep
 from dinocli.core.tensors import write_tensors
 
 
-def test_a_file_appears_whole(tmp_path: Path) -> None:
+def test_a_file_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     with atomic(path) as draft:
         draft.write_text("half")
@@ -30,7 +30,7 @@ def test_a_file_appears_whole(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_earlier_file(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     write_text(path, "old")
     with pytest.raises(RuntimeError), atomic(path) as draft:
@@ -40,7 +40,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_appears_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_when_complete_and_kept_after_a_failure(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder"
     for text in ("one", "two"):
         with atomic_folder(path) as draft:
@@ -53,18 +53,18 @@ def test_a_folder_appears_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_what_is_left_can_be_read_by_others_as_any_file_of_the_users(tmp_path: Path) -> None:
+def test_written_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
     write_tensors(tmp_path / "t.safetensors", {"x": np.zeros(3)}, {})
     (tmp_path / "plain").write_text("")
     assert (tmp_path / "t.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_names_with_any_bytes_can_be_written(tmp_path: Path) -> None:
+def test_file_names_that_are_not_utf8_are_written_byte_by_byte(tmp_path: Path) -> None:
     write_text(tmp_path / "names", b"bad\xff.jpg".decode("utf-8", "surrogateescape"))
     assert (tmp_path / "names").read_bytes() == b"bad\xff.jpg"
 
 
-def test_a_view_into_an_array_is_written_as_it_reads(tmp_path: Path) -> None:
+def test_views_into_an_array_are_written_with_their_own_values(tmp_path: Path) -> None:
     values = np.arange(24.0).reshape(4, 6)
     write_tensors(tmp_path / "t.safetensors", {"part": values[:, 2:], "turned": values.T, "one": np.array(3)}, {})
     read = load_file(tmp_path / "t.safetensors")
@@ -73,14 +73,14 @@ def test_a_view_into_an_array_is_written_as_it_reads(tmp_path: Path) -> None:
     assert read["one"].shape == ()
 
 
-def test_the_same_tensors_give_the_same_bytes_which_the_library_reads(tmp_path: Path) -> None:
+def test_equal_tensors_give_equal_bytes_that_safetensors_reads(tmp_path: Path) -> None:
     kinds = ["float64", "float32", "float16", "int64", "int32", "int8", "uint8", "bool"]
     tensors = {f"ä{kind}": np.arange(7).reshape(7, 1).astype(kind) for kind in kinds}
     tensors |= {"none": np.zeros((0, 3)), "big": np.arange(3, dtype=">f4")}
     metadata = {letter: letter * 3 for letter in "qwertyuiop"}
-    turned = [dict(reversed(list(values.items()))) for values in (tensors, metadata)]
+    reordered = [dict(reversed(list(values.items()))) for values in (tensors, metadata)]
     write_tensors(tmp_path / "a", tensors, metadata)
-    write_tensors(tmp_path / "b", *turned)
+    write_tensors(tmp_path / "b", *reordered)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     read = load_file(tmp_path / "a")
     assert read.keys() == tensors.keys()
@@ -95,9 +95,9 @@ def test_the_same_tensors_give_the_same_bytes_which_the_library_reads(tmp_path: 
 
 @contextlib.contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow over 1000 bytes, which the system says as it says that a disk is full: without a name.
+    """Limit files to 1000 bytes: like a full disk, this raises an error that names no file.
 
-    Not even the one that pytest may be writing its report to, so that this must end before a test does.
+    The limit also applies to the file to which pytest may write its report, so lift it before the test ends.
     """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
@@ -107,7 +107,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_an_error_names_the_place_that_was_wanted_and_leaves_nothing(tmp_path: Path) -> None:
+def test_an_error_names_the_target_path_and_leaves_no_files(tmp_path: Path) -> None:
     for path in (tmp_path / "a" / "b" / "t", tmp_path / "t"):
         with full_disk(), pytest.raises(OSError) as error:
             write_tensors(path, {"x": np.zeros(10_000)}, {})
@@ -122,14 +122,14 @@ def test_an_error_names_the_place_that_was_wanted_and_leaves_nothing(tmp_path: P
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
-def test_an_error_of_something_else_keeps_its_name(tmp_path: Path) -> None:
+def test_errors_that_are_not_about_the_draft_are_raised_unchanged(tmp_path: Path) -> None:
     for failure in (OSError(errno.ENOENT, "no", "photo.jpg"), OSError(errno.EMFILE, "too many"), OSError("words")):
         with pytest.raises(OSError) as error, atomic(tmp_path / "t"):
             raise failure
         assert error.value is failure
 
 
-def test_a_folder_takes_no_files_or_links_place(tmp_path: Path) -> None:
+def test_a_folder_does_not_replace_a_file_or_a_link(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "mine")
     write_text(tmp_path / "folder" / "file", "mine")
     (tmp_path / "link").symlink_to("folder")
@@ -142,7 +142,7 @@ def test_a_folder_takes_no_files_or_links_place(tmp_path: Path) -> None:
     assert {path: path.lstat() for path in tmp_path.rglob("*")} == before
 
 
-def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_replaced_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "folder" / "old", "")
     rename = Path.rename
 
@@ -159,13 +159,13 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("exchanged", [True, False])
-def test_a_kill_at_any_call_leaves_the_old_folder_or_the_new_one(
+def test_a_kill_at_any_call_leaves_the_old_or_the_new_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool
 ) -> None:
-    """A child is killed after the first, second, ... call that changes the file system; then it is swept."""
+    """Kill a child process after the first, second, ... call that changes the file system, then sweep its folder."""
     if not exchanged:
         monkeypatch.setattr(module, "_exchange", lambda one, other: False)
-    found = set()
+    outcomes = set()
     for last in range(20):
         folder = tmp_path / str(last)
         write_text(folder / "data" / "old", "")
@@ -173,8 +173,8 @@ def test_a_kill_at_any_call_leaves_the_old_folder_or_the_new_one(
         if not child:
             calls = count()
             for name in ("rename", "unlink", "rmdir", "mkdir"):
-                monkeypatch.setattr(Path, name, killing(getattr(Path, name), calls, last))
-            monkeypatch.setattr(module, "_exchange", killing(module._exchange, calls, last))
+                monkeypatch.setattr(Path, name, kill_after(getattr(Path, name), calls, last))
+            monkeypatch.setattr(module, "_exchange", kill_after(module._exchange, calls, last))
             with atomic_folder(folder / "data") as draft:
                 (draft / "new").touch()
             os._exit(0)
@@ -182,21 +182,23 @@ def test_a_kill_at_any_call_leaves_the_old_folder_or_the_new_one(
         sweep(folder)
         left = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.name.startswith(".dinocli")}
         assert left in ({"data", "data/old"}, {"data", "data/new"}), last
-        found |= left
-    assert found == {"data", "data/old", "data/new"}
+        outcomes |= left
+    assert outcomes == {"data", "data/old", "data/new"}
 
 
-def killing(function: Callable[..., object], calls: Iterator[int], last: int) -> Callable[..., object]:
-    def called(*arguments: object, **options: object) -> object:
+def kill_after(function: Callable[..., object], calls: Iterator[int], last: int) -> Callable[..., object]:
+    """Wrap a function to kill this process after call number `last`, counted over all wrapped functions."""
+
+    def call(*arguments: object, **options: object) -> object:
         result = function(*arguments, **options)
         if next(calls) == last:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
-    return called
+    return call
 
 
-def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+def test_links_at_predictable_temporary_names_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     for name in (f".f.{os.getpid()}.part", f".f.{os.getpid()}.old"):
         (tmp_path / name).symlink_to("mine")

@@ -49,7 +49,7 @@ GOOD = {"size": 3, "paint": {"kind": "red", "depth": 1.0}}
         ({"paint": {"kind": "green"}}, "paint", "--set paint"),
     ],
 )
-def test_a_mistake_names_where_it_is(change: dict, message: str, hint: str) -> None:
+def test_errors_name_the_wrong_key_and_suggest_a_valid_one(change: dict, message: str, hint: str) -> None:
     with pytest.raises(DinoError) as error:
         Top.parse(GOOD | change, "preset x")
     assert error.value.message.startswith("preset x: ")
@@ -71,10 +71,10 @@ def test_a_config_is_frozen() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), "nan", "Infinity"])
 @pytest.mark.parametrize("key", ["norm", "window", "options"])
-def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(key: str, bad: float | str) -> None:
+def test_numbers_that_are_not_finite_are_refused_at_any_depth(key: str, bad: float | str) -> None:
     for value in {"norm": [bad], "window": [(0, bad), ((0, 1), (bad, 1))], "options": [{"rate": bad}]}[key]:
         if key == "options" and isinstance(bad, str):
-            continue  # a text of timm's own
+            continue  # a string is a valid option of timm
         with pytest.raises(DinoError, match=rf"{key}.* should be a finite number; it is .*{bad}"):
             Bound.parse({"norm": 1.0} | {key: value}, "preset x")
 
@@ -82,8 +82,8 @@ def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(key: str, bad
 @pytest.mark.parametrize(
     "value", [{"norm": -1e39}, {"norm": 1, "window": (0, 1e300)}, {"norm": 1, "options": {"a": 1e39}}]
 )
-def test_a_number_beyond_float32_is_refused(value: dict) -> None:
-    """Networks compute in float32, where it is infinite."""
-    with pytest.raises(DinoError, match=r"should be at most 3.4e\+38 in size"):
+def test_numbers_beyond_float32_are_refused(value: dict) -> None:
+    """Networks compute in float32, in which they would be infinite."""
+    with pytest.raises(DinoError, match=r"should be at most 3.4e\+38 in magnitude"):
         Bound.parse({"norm": 1.0} | value, "preset x")
     assert Bound(norm=3.4e38).norm == 3.4e38

@@ -21,39 +21,41 @@ from dinocli.core.device import (
 from dinocli.core.errors import DinoError
 
 
-def test_auto_is_something_that_is_there() -> None:
+def test_auto_picks_an_available_device() -> None:
     torch.zeros(1, device=pick_device("auto"))
     assert pick_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "xpu", ""])
-def test_what_is_not_there_is_said(name: str) -> None:
+def test_unavailable_devices_are_refused_with_a_hint(name: str) -> None:
     with pytest.raises(DinoError) as error:
         pick_device(name)
     assert error.value.hint == "--device auto"
 
 
-def test_products_are_coarser_only_where_they_are_asked_for_and_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autocast_uses_bfloat16_only_on_request_and_with_native_support(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     a = torch.randn(4, 4)
-    for there in (True, False):
-        monkeypatch.setattr(device_module, "has_bfloat16", lambda device, there=there: there)
+    for native in (True, False):
+        monkeypatch.setattr(device_module, "has_bfloat16", lambda device, native=native: native)
         with autocast(cpu, "bfloat16"):
-            assert (a @ a).dtype == (torch.bfloat16 if there else torch.float32)
+            assert (a @ a).dtype == (torch.bfloat16 if native else torch.float32)
         assert isinstance(autocast(cpu, "float32"), contextlib.nullcontext)
 
 
 @pytest.mark.parametrize(
-    ("chip", "has"),
+    ("capabilities", "native"),
     [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"bf16": True}, True), ({"avx512_f": True}, False)],
 )
-def test_what_a_chip_says_of_itself_counts(chip: dict, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: chip, raising=False)
-    assert has_bfloat16(torch.device("cpu")) == has
+def test_native_bfloat16_is_read_from_the_cpu_capabilities(
+    capabilities: dict, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert has_bfloat16(torch.device("cpu")) == native
     assert not has_bfloat16(torch.device("mps"))
 
 
-def test_what_keeps_torch_from_compiling_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_failed_compilation_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_(function: object) -> object:
         raise RuntimeError("no compiler\nand more")
 
@@ -61,7 +63,7 @@ def test_what_keeps_torch_from_compiling_is_said_in_a_line(monkeypatch: pytest.M
     assert why_not_compiled(torch.device("cpu")) == "no compiler"
 
 
-def test_a_cpu_has_few_helpers() -> None:
+def test_a_cpu_gets_at_most_four_workers() -> None:
     cpu = torch.device("cpu")
     assert 1 <= default_workers(cpu) <= 4
     assert peak_memory(cpu) > 1e6
@@ -69,8 +71,8 @@ def test_a_cpu_has_few_helpers() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_what_a_step_frees_is_there_for_the_next_one() -> None:
-    """Seen from outside, in processes of their own: their pages are not asked for again."""
+def test_memory_freed_by_a_step_is_reused_by_the_next() -> None:
+    """Count the page faults of two child processes, one with and one without `keep_freed_memory`."""
     code = """
 import os, resource, torch
 from dinocli.core.device import keep_freed_memory
@@ -93,7 +95,7 @@ for keep in (lambda: None, keep_freed_memory):
     assert counts[1] < counts[0] / 4, counts
 
 
-def test_products_are_as_fine_as_their_factors() -> None:
+def test_exactly_switches_autocast_off() -> None:
     a = torch.randn(8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert (a @ a).dtype == torch.bfloat16
@@ -102,6 +104,6 @@ def test_products_are_as_fine_as_their_factors() -> None:
             assert (a @ a).dtype == torch.float32
 
 
-def test_where_nothing_is_rounded_nothing_is_done() -> None:
+def test_exactly_does_nothing_on_devices_without_autocast() -> None:
     with exactly(torch.device("meta")):
         assert torch.empty(2, 2, device="meta").matmul(torch.empty(2, 2, device="meta")).shape == (2, 2)

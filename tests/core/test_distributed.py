@@ -39,8 +39,8 @@ from dinocli.train.pretrain import pretrain
 TEMPERATURE = LinearByEpoch(kind="linear_by_epoch", start=0.04, end=0.07, epochs=5)
 
 
-def two_calls() -> str:
-    """A process of two: both calls of the stored run, compared with what the original held in this rank."""
+def compare_two_calls() -> str:
+    """Run both calls of the stored two-process run, and compare loss and center with the original's on this rank."""
     original = Original("dino_fixtures_ci")
     made = original.made["loss2rank"]
     targets = CenteringConfig(kind="centering", momentum=0.9, temperature=TEMPERATURE)
@@ -51,50 +51,51 @@ def two_calls() -> str:
             name = f"loss2rank/rank{rank()}"
             student = original[f"{name}/student{call}"].to(dtype).unflatten(0, (made["ncrops"], -1))
             teacher = original[f"{name}/teacher{call}"].to(dtype).unflatten(0, (2, -1))
-            seen, made_of = (Encoding(torch.empty(0), 2, {"dino": logits}) for logits in (teacher, student))
-            told = loss(made_of, loss.targets_for(seen, Clock(1, 10, epoch)), None)
-            assert_original(told, original[f"{name}/loss{call}"])
+            of_teacher, of_student = (Encoding(torch.empty(0), 2, {"dino": logits}) for logits in (teacher, student))
+            value = loss(of_student, loss.targets_for(of_teacher, Clock(1, 10, epoch)), None)
+            assert_original(value, original[f"{name}/loss{call}"])
             loss.after_step()
             assert_original(loss.targets.center, original[f"{name}/center_after{call}"][0])
     return "compared"
 
 
-def test_two_processes_share_one_center_which_is_the_originals() -> None:
-    assert together(2, two_calls) == ["compared"] * 2
+def test_loss_and_center_of_two_processes_equal_the_originals() -> None:
+    assert together(2, compare_two_calls) == ["compared"] * 2
 
 
-def test_alone_the_mean_is_what_one_has() -> None:
+def test_the_mean_over_one_process_is_the_value_itself() -> None:
     values = torch.randn(3)
     assert mean_over_processes(values) is values
 
 
-FAR = torch.tensor([[200.0, -3.0, 0.5, -torch.inf, 7.0], [-1e4, 300.0, 0.5, -torch.inf, -torch.inf]])
+# One row per process, with values whose exponentials overflow or are 0.
+EXTREME = torch.tensor([[200.0, -3.0, 0.5, -torch.inf, 7.0], [-1e4, 300.0, 0.5, -torch.inf, -torch.inf]])
 
 
-def added_up() -> torch.Tensor:
-    return logsumexp_over_processes(FAR[rank()])
+def compute_logsumexp() -> torch.Tensor:
+    return logsumexp_over_processes(EXTREME[rank()])
 
 
-def test_a_logsumexp_over_processes_is_that_of_all_they_hold() -> None:
-    for found in together(2, added_up):
-        torch.testing.assert_close(found, FAR.logsumexp(0))
-    assert added_up().equal(FAR[0]), "alone it is what one has"
+def test_logsumexp_over_processes_equals_that_over_all_rows() -> None:
+    for result in together(2, compute_logsumexp):
+        torch.testing.assert_close(result, EXTREME.logsumexp(0))
+    assert compute_logsumexp().equal(EXTREME[0]), "a single process gets its own values"
 
 
-def asked() -> tuple[Any, ...]:
+def call_collectives() -> tuple[Any, ...]:
     return rank(), size(), any_of(rank() == 1, False), gathered(f"of {rank()}"), from_first(Path(f"runs/{rank()}"))
 
 
-def test_what_one_process_tells_the_others() -> None:
-    assert together(3, asked) == [
+def test_collectives_return_the_same_values_in_every_process() -> None:
+    assert together(3, call_collectives) == [
         (r, 3, [True, False], ["of 0", "of 1", "of 2"], Path("runs/0")) for r in range(3)
     ]  # fmt: skip
-    assert asked() == (0, 1, [False, False], ["of 0"], Path("runs/0"))
+    assert call_collectives() == (0, 1, [False, False], ["of 0"], Path("runs/0"))
 
 
 @pytest.fixture
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment without any launcher's variables, whatever starts these tests."""
+    """Remove the variables of all launchers, in case one of them has started these tests."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "PMI", "MASTER_", "TORCHELASTIC", "LOCAL_")) or name in (
             "RANK",
@@ -126,7 +127,7 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": 
         ({"PMI_RANK": "1"}, "mpirun started several processes", "torchrun"),
     ],
 )  # fmt: skip
-def test_processes_that_cannot_meet_do_not_train_alone(
+def test_processes_that_cannot_connect_are_refused(
     plain_environment: pytest.MonkeyPatch, variables: dict[str, str], message: str, hint: str
 ) -> None:
     for name, value in variables.items():
@@ -154,7 +155,7 @@ def test_processes_that_cannot_meet_do_not_train_alone(
         {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
     ],
 )
-def test_a_single_process_of_a_cluster_is_alone(
+def test_a_single_process_on_a_cluster_runs_alone(
     plain_environment: pytest.MonkeyPatch, variables: dict[str, str]
 ) -> None:
     for name, value in variables.items():
@@ -175,15 +176,17 @@ def test_a_single_process_of_a_cluster_is_alone(
         {"PMI_RANK": "1", "PMI_SIZE": "4"},
     ],
 )
-def test_processes_with_an_address_join(plain_environment: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+def test_processes_with_an_address_get_rank_and_size(
+    plain_environment: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
     for name, value in (variables | ADDRESS).items():
         plain_environment.setenv(name, value)
     check_launch("pretrain")
     assert (rank(), size()) == (1, 4)
 
 
-def test_processes_of_another_launcher_meet(plain_environment: pytest.MonkeyPatch) -> None:
-    """Two tasks of srun, each bound to a GPU of its own, so that each sees it as device 0."""
+def test_processes_of_another_launcher_connect(plain_environment: pytest.MonkeyPatch) -> None:
+    """Two tasks of srun, each bound to another GPU, which it sees as device 0."""
     code = (
         "from dinocli.core import distributed as d; d.begin(); "
         "print(d.gathered((d.rank(), d.size(), d.local_rank(), d.local_size()))); d.end()"
@@ -199,26 +202,26 @@ def test_processes_of_another_launcher_meet(plain_environment: pytest.MonkeyPatc
         )
 
     tasks = [task(number) for number in range(2)]
-    told = [task.communicate(timeout=120)[0].strip() for task in tasks]
-    assert told == ["[(0, 2, 0, 2), (1, 2, 0, 2)]"] * 2
+    outputs = [task.communicate(timeout=120)[0].strip() for task in tasks]
+    assert outputs == ["[(0, 2, 0, 2), (1, 2, 0, 2)]"] * 2
 
 
 def run_of(
     folder: Path, out: str, stop: int, overrides: list[str], changes: dict[str, Any], name: str = "tiny"
 ) -> list[str]:
-    """A run in this process or its share of one in several; what it said."""
+    """Train a run in this process, or this process's share of it, and return the printed lines."""
     os.chdir(folder)
     preset = load_preset(name, [*SMALL, "training.batch_size=12", *overrides])
     plan = Plan(name, preset, open_source("images"), stop, Path(out), torch.device("cpu"), 0, None)
-    said: list[str] = []
-    pretrain(replace(plan, **changes), lambda p: None, said.append)
-    return said
+    lines: list[str] = []
+    pretrain(replace(plan, **changes), lambda p: None, lines.append)
+    return lines
 
 
 PLAIN = ["heads.dino.batch_norm=false", "optimizer.lr.start=0.05"]
 
 
-def logged(run: Path) -> list[dict[str, float]]:
+def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -229,14 +232,14 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(newest / "trainer.safetensors")
 
 
-# A bias before a BatchNorm, or of attention's keys, has no gradient but for rounding, which AdamW makes as large as
-# any other: such a bias changes nothing of what a network says.
+# The gradient of a bias before a BatchNorm, or of attention's keys, is 0 except for rounding. AdamW scales it up like
+# any other gradient, but the bias has no effect on the network's output.
 KEYS = ("qkv.bias",)
 IDLE = (*KEYS, "mlp.0.bias", "mlp.3.bias", "running_mean", "norm.bias")
 
 
 def assert_same_run(one: Path, other: Path, idle: tuple[str, ...] = KEYS) -> None:
-    for a, b in zip(logged(one), logged(other), strict=True):
+    for a, b in zip(read_metrics(one), read_metrics(other), strict=True):
         for name in set(a) - {"images_per_second", "data_wait", "peak_memory", "grad_norm"}:
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), (a["step"], name)
         assert b.get("grad_norm", 0) == pytest.approx(a.get("grad_norm", 0), rel=1e-3)
@@ -264,7 +267,7 @@ def assert_same_weights(one: Path, other: Path, idle: tuple[str, ...] = KEYS) ->
     ],
     ids=["parts", "batch norm", "shards", "low resolution", "four"],
 )
-def test_several_processes_do_the_run_of_one(
+def test_several_processes_train_the_same_as_one(
     tmp_path: Path,
     count: int,
     overrides: list[str],
@@ -276,46 +279,50 @@ def test_several_processes_do_the_run_of_one(
     monkeypatch.chdir(tmp_path)  # and back when the test is over
     run_of(tmp_path, "alone", 20, overrides, changes | {"parallel": "ddp"})
     together(count, run_of, tmp_path, "several", 20, overrides, changes)
-    assert len(logged(tmp_path / "alone")) == (6 if "report" in changes else 3)
+    assert len(read_metrics(tmp_path / "alone")) == (6 if "report" in changes else 3)
     assert_same_run(tmp_path / "alone", tmp_path / "several", idle)
     assert sorted(p.name for p in (tmp_path / "alone").iterdir()) == sorted(
         p.name for p in (tmp_path / "several").iterdir()
     )
 
 
-def test_two_processes_do_the_run_of_one_with_hidden_patches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 32 images each they hide what one with 64 does; KoLeo's neighbours are those of a process, or of a part."""
+def test_two_processes_train_the_same_as_one_with_masked_patches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks are the same for 2 x 32 as for 64 images; KoLeo's neighbours are those of a process, or of a part."""
     write_images(tmp_path / "images", 70, size=16)
     monkeypatch.chdir(tmp_path)
     ibot = "heads.ibot={prototypes=16, hidden=16, bottleneck=8, layers=2, norm_last_layer=true}"
     overrides = [*PLAIN, "training.batch_size=64", ibot]
     run_of(tmp_path, "alone", 4, overrides, {"accumulate": 2}, "tiny-dinov2")
     together(2, run_of, tmp_path, "several", 4, overrides, {}, "tiny-dinov2")
-    assert {"dino", "ibot", "koleo", "ibot/information"} <= set(logged(tmp_path / "alone")[-1])
+    assert {"dino", "ibot", "koleo", "ibot/information"} <= set(read_metrics(tmp_path / "alone")[-1])
     assert_same_run(tmp_path / "alone", tmp_path / "several")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_state_of_two_processes_goes_on_in_one_and_of_one_in_two(
+def test_runs_of_two_processes_resume_in_one_and_the_reverse(
     tmp_path: Path, parallel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_images(tmp_path / "images", 19)
     (tmp_path / "images" / "broken.png").write_bytes(b"no image")
     monkeypatch.chdir(tmp_path)
     overrides = PLAIN
-    how = {"parallel": parallel}
+    changes = {"parallel": parallel}
     run_of(tmp_path, "whole", 12, overrides, {})
-    together(2, run_of, tmp_path, "mixed", 5, overrides, how)
+    together(2, run_of, tmp_path, "mixed", 5, overrides, changes)
     assert run_of(tmp_path, "mixed", 9, overrides, {}) == ["resuming from step 5 of 9 in mixed"]
-    told = together(2, run_of, tmp_path, "mixed", 12, overrides, how)
-    assert told[0] == ["resuming from step 9 of 12 in mixed"]
+    lines = together(2, run_of, tmp_path, "mixed", 12, overrides, changes)
+    assert lines[0] == ["resuming from step 9 of 12 in mixed"]
     assert_same_weights(tmp_path / "whole", tmp_path / "mixed")
     assert (tmp_path / "mixed" / "bad_images.txt").read_text() == (tmp_path / "whole" / "bad_images.txt").read_text()
 
 
 @pytest.mark.slow
-def test_shards_go_on_with_as_many_readers_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_on_shards_resume_with_the_same_total_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dinocli.apps.pack import pack
 
     source = image_folder(write_images(tmp_path / "plain", 24))
@@ -324,16 +331,16 @@ def test_shards_go_on_with_as_many_readers_in_all(tmp_path: Path, monkeypatch: p
     overrides = PLAIN
     run_of(tmp_path, "whole", 8, overrides, {"workers": 2})
     together(2, run_of, tmp_path, "mixed", 4, overrides, {"workers": 1})
-    said = run_of(tmp_path, "mixed", 8, overrides, {"workers": 0})
-    assert "using --workers 2 as before" in said[0]
+    lines = run_of(tmp_path, "mixed", 8, overrides, {"workers": 0})
+    assert "using --workers 2 as before" in lines[0]
     assert_same_weights(tmp_path / "whole", tmp_path / "mixed")
-    told = together(3, run_of, tmp_path, "mixed", 9, overrides, {})
-    assert told[0][0].startswith("note: 3 processes read the shards instead of 2: the image order changes")
-    assert logged(tmp_path / "mixed")[-1]["step"] == 9
+    by_process = together(3, run_of, tmp_path, "mixed", 9, overrides, {})
+    assert by_process[0][0].startswith("note: 3 processes read the shards instead of 2: the image order changes")
+    assert read_metrics(tmp_path / "mixed")[-1]["step"] == 9
 
 
-def stopped(folder: Path) -> int:
-    """A run in whose second process alone a signal comes."""
+def run_until_signal(folder: Path) -> int:
+    """Train a run of which only the second process gets a signal, and return the last step."""
     os.chdir(folder)
     preset = load_preset("tiny", [*SMALL, "training.batch_size=12"])
     plan = Plan("tiny", preset, open_source("images"), 30, Path("run"), torch.device("cpu"), 0, None)
@@ -342,12 +349,12 @@ def stopped(folder: Path) -> int:
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 19)
-    assert together(2, stopped, tmp_path) == [10, 10]
+    assert together(2, run_until_signal, tmp_path) == [10, 10]
     assert int(tensors_of(tmp_path / "run")["skipped"][0]) == 0
 
 
-def broken(folder: Path) -> str:
-    """A run whose steps are not finite."""
+def run_without_finite_steps(folder: Path) -> str:
+    """Train a run whose steps are not finite, and return its error."""
     os.chdir(folder)
     preset = load_preset("tiny", [*SMALL, "training.batch_size=12"])
     hot = preset.optimizer.model_copy(update={"lr": preset.optimizer.lr.scaled(1e12), "clip": None})
@@ -358,24 +365,24 @@ def broken(folder: Path) -> str:
     return error.value.message
 
 
-def test_images_of_all_processes_are_named_where_no_step_is_finite(tmp_path: Path) -> None:
+def test_a_run_with_no_finite_step_lists_the_images_of_all_processes(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 19)
-    first, second = together(2, broken, tmp_path)
+    first, second = together(2, run_without_finite_steps, tmp_path)
     assert first == second
     named = [line.split("\t") for line in (tmp_path / "run" / "not_finite.txt").read_text().splitlines()]
     assert len(named) == 30 * 12
-    assert all(named.count([step, name]) <= 1 for step, name in named), "an image is in a step once"
+    assert all(named.count([step, name]) <= 1 for step, name in named), "a step lists each image once"
 
 
-def test_a_batch_that_cannot_be_shared_is_said(tmp_path: Path) -> None:
+def test_a_batch_that_cannot_be_split_evenly_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 19)
     with pytest.raises(AssertionError, match="a batch of 12 images cannot be split evenly over 5 processes"):
         together(5, run_of, tmp_path, "run", 1, [], {})
     assert not (tmp_path / "run").exists()
 
 
-# A run of real processes, of which the second one comes to grief before its sixth step, once.
-GRIEF = """
+# A run of real processes whose second process fails once, before its sixth step.
+FAILING_RUN = """
 import os, signal, sys
 from dinocli.cli import main
 from dinocli.engine.trainer import Trainer
@@ -383,27 +390,27 @@ from dinocli.core.errors import DinoError
 
 step = Trainer.step
 
-def grief(self, *args, **how):
+def fail(self, *args, **options):
     if self.clock.step == 5 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         CAUSE
-    return step(self, *args, **how)
+    return step(self, *args, **options)
 
-Trainer.step = grief
+Trainer.step = fail
 main()
 """
 CAUSES = {
     "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "error: another process of this run has ended"),
-    "mistake": ("raise DinoError('the second process failed', 'mend it')", "error: the second process failed"),
-    "defect": ("raise ValueError('a defect')", "ValueError: a defect"),
+    "user error": ("raise DinoError('the second process failed', 'fix it')", "error: the second process failed"),
+    "bug": ("raise ValueError('a bug')", "ValueError: a bug"),
 }
 
 
 def torchrun(folder: Path, cause: str, *options: str) -> subprocess.CompletedProcess[str]:
     write_images(folder / "images", 19)
-    (folder / "grief.py").write_text(GRIEF.replace("CAUSE", cause))
+    (folder / "failing_run.py").write_text(FAILING_RUN.replace("CAUSE", cause))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options]
     settings = [word for override in SMALL for word in ("--set", override)]
-    command = ["grief.py", "pretrain", "images", "--preset", "tiny", *settings, "--device=cpu", "--workers=1"]
+    command = ["failing_run.py", "pretrain", "images", "--preset", "tiny", *settings, "--device=cpu", "--workers=1"]
     command += ["--steps=8", "--save-every=2", "--no-report", "--out=run"]
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
@@ -414,24 +421,24 @@ def torchrun(folder: Path, cause: str, *options: str) -> subprocess.CompletedPro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cause", list(CAUSES))
-def test_one_process_that_dies_ends_the_others_with_one_error(tmp_path: Path, cause: str) -> None:
+def test_a_failed_process_ends_the_others_with_a_single_error(tmp_path: Path, cause: str) -> None:
     done = torchrun(tmp_path, CAUSES[cause][0])
     assert done.returncode == 1
-    assert done.stderr.count("error: ") + done.stderr.count("ValueError: a defect") == 1, done.stderr
+    assert done.stderr.count("error: ") + done.stderr.count("ValueError: a bug") == 1, done.stderr
     assert CAUSES[cause][1] in done.stderr
-    ours = done.stderr.split("torch/distributed/run.py")[0]  # torchrun's own words come last
-    assert ours.count("Traceback") <= (2 if cause == "defect" else 1), done.stderr
+    ours = done.stderr.split("torch/distributed/run.py")[0]  # torchrun's own report comes last
+    assert ours.count("Traceback") <= (2 if cause == "bug" else 1), done.stderr
     failed = [line for line in done.stderr.splitlines() if line.strip().startswith("time ")]
-    assert len(failed) == 2, "both came to their end by themselves"
+    assert len(failed) == 2, "both processes ended by themselves"
     assert sorted(int(path.name) for path in (tmp_path / "run" / "state").iterdir())[-1] in (4, 5)
 
 
 @pytest.mark.slow
-def test_torchrun_that_starts_again_goes_on_from_the_last_state(tmp_path: Path) -> None:
+def test_a_restart_by_torchrun_resumes_from_the_last_state(tmp_path: Path) -> None:
     done = torchrun(tmp_path, CAUSES["killed"][0], "--max-restarts=1")
     assert done.returncode == 0, done.stderr
     assert "resuming from step" in done.stderr
-    assert done.stdout.strip() == "run/ckpt.safetensors", "one process speaks"
+    assert done.stdout.strip() == "run/ckpt.safetensors", "only one process prints"
     (tmp_path / "other").mkdir()
     undisturbed = torchrun(tmp_path / "other", "pass")
     assert undisturbed.returncode == 0, undisturbed.stderr
@@ -439,8 +446,8 @@ def test_torchrun_that_starts_again_goes_on_from_the_last_state(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_command_starts_itself_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `--gpus 2` does, on a CPU."""
+def test_launch_runs_the_command_in_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch on a CPU as `--gpus 2` does."""
     write_images(tmp_path / "images", 19)
     settings = [word for override in SMALL for word in ("--set", override)]
     words = [
@@ -458,12 +465,12 @@ def test_a_command_starts_itself_in_several_processes(tmp_path: Path, monkeypatc
         f"import sys; from dinocli.core import distributed; sys.argv[1:] = {words!r}; sys.exit(distributed.launch(2))"
     )
     paths = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    how = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 200}
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, **how)
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 200}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, **options)
     assert (done.returncode, done.stdout) == (0, "run/ckpt.safetensors\n"), done.stderr
-    assert logged(tmp_path / "run")[-1]["step"] == 3
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 3
     (tmp_path / "images").rename(tmp_path / "gone")
-    failed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, **how)
+    failed = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}, **options)
     assert failed.returncode == 1
     assert failed.stderr.count("error: ") == 1, failed.stderr
     assert len(failed.stderr.splitlines()) == 2, failed.stderr

@@ -11,11 +11,11 @@ import pytest
 from dinocli.core import drafts
 from dinocli.core.drafts import BEFORE, discard, drafting, sweep
 
-# Writes a draft beside the path that it is given, says so, and waits to be killed.
+# Script that writes a draft next to the given path, prints "ready", and waits to be killed.
 WRITE = """
 import os, sys, time
 from pathlib import Path
-os.getpid = lambda: 7  # as in a container, where every process may have the same number
+os.getpid = lambda: 7  # as in containers, where processes may have the same id
 from dinocli.core.drafts import drafting
 
 with drafting(Path(sys.argv[1])) as draft:
@@ -25,7 +25,7 @@ with drafting(Path(sys.argv[1])) as draft:
 """
 
 
-def writer(path: Path) -> subprocess.Popen[str]:
+def start_writer(path: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen([sys.executable, "-c", WRITE, str(path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "ready\n"
@@ -43,9 +43,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_drafts_of_killed_writers_are_swept_and_those_of_living_ones_stay(tmp_path: Path) -> None:
+def test_sweep_removes_drafts_of_killed_writers_and_keeps_those_of_living_ones(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    killed, living = writer(path), writer(path)
+    killed, living = start_writer(path), start_writer(path)
     try:
         kill(killed)
         assert len(names(tmp_path)) == 2
@@ -58,7 +58,7 @@ def test_drafts_of_killed_writers_are_swept_and_those_of_living_ones_stay(tmp_pa
     assert not names(tmp_path)
 
 
-def test_nothing_of_the_users_is_swept(tmp_path: Path) -> None:
+def test_sweep_keeps_the_users_own_files(tmp_path: Path) -> None:
     token = "0123456789abcdef"
     own = [".x.old", ".y.part", ".x.123.part", ".x.123.old", "8.123.part", f".dinocli-{token}.part", ".dinocli-x.part"]
     for name in own:
@@ -74,20 +74,20 @@ def test_nothing_of_the_users_is_swept(tmp_path: Path) -> None:
     assert {path: path.lstat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_draft_cannot_be_foreseen_and_no_other_user_can_reach_it(tmp_path: Path) -> None:
-    seen = set()
+def test_a_draft_has_an_unpredictable_name_and_is_private(tmp_path: Path) -> None:
+    folders = set()
     for _ in range(3):
         with drafting(tmp_path / "a.png") as draft:
             assert draft.name == "a.png"
             assert draft.parent.stat().st_mode & 0o777 == 0o700
-            seen.add(draft.parent.name)
-    assert len(seen) == 3
+            folders.add(draft.parent.name)
+    assert len(folders) == 3
     assert not names(tmp_path)
 
 
-def test_what_was_to_be_replaced_is_put_back(tmp_path: Path) -> None:
-    """A writer that was killed between setting the old folder aside and putting the new one in its place."""
-    process = writer(tmp_path / "folder")
+def test_sweep_restores_the_folder_that_was_about_to_be_replaced(tmp_path: Path) -> None:
+    """The writer is killed between its two renames: of the old folder into the draft, and of the new one out of it."""
+    process = start_writer(tmp_path / "folder")
     (draft,) = tmp_path.iterdir()
     (draft / BEFORE).mkdir()
     (draft / BEFORE / "old").touch()
@@ -96,10 +96,10 @@ def test_what_was_to_be_replaced_is_put_back(tmp_path: Path) -> None:
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["folder", "folder/old"]
 
 
-def test_drafts_of_another_machine_must_be_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some file systems lock within one machine only."""
-    kill(writer(tmp_path / "file"))
-    monkeypatch.setattr(drafts, "_boot", lambda: b"another")
+def test_drafts_of_another_machine_are_swept_only_when_stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On some file systems, locks work only within one machine."""
+    kill(start_writer(tmp_path / "file"))
+    monkeypatch.setattr(drafts, "_read_boot_id", lambda: b"another")
     sweep(tmp_path)
     assert names(tmp_path)
     now = time.time()
@@ -108,21 +108,21 @@ def test_drafts_of_another_machine_must_be_old(tmp_path: Path, monkeypatch: pyte
     assert not names(tmp_path)
 
 
-def test_a_removal_that_was_killed_is_finished_by_the_next_sweep(tmp_path: Path) -> None:
-    kill(writer(tmp_path / "file"))
+def test_sweep_finishes_a_removal_that_was_killed(tmp_path: Path) -> None:
+    kill(start_writer(tmp_path / "file"))
     (draft,) = tmp_path.iterdir()
     (draft / "file").unlink()  # the mark goes last
     sweep(tmp_path)
     assert not names(tmp_path)
 
 
-def test_a_folder_is_gone_at_once(tmp_path: Path) -> None:
+def test_discard_removes_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     discard(tmp_path / "folder")
     assert not names(tmp_path)
 
 
-def test_names_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+def test_drafts_work_for_the_longest_file_names(tmp_path: Path) -> None:
     with drafting(tmp_path / ("n" * 255)) as draft:
         draft.touch()
         draft.rename(tmp_path / draft.name)

@@ -6,11 +6,11 @@ from dinocli.core.errors import DinoError, nearest, visible
 
 
 def test_an_error_carries_its_hint() -> None:
-    error = DinoError("five came", "--give four")
-    assert (str(error), error.hint) == ("five came", "--give four")
+    error = DinoError("--k is 5; expected at most 4", "use --k 4")
+    assert (str(error), error.hint) == ("--k is 5; expected at most 4", "use --k 4")
 
 
-def test_the_nearest_word() -> None:
+def test_nearest_returns_the_most_similar_word() -> None:
     assert nearest("epoch", ["batch_size", "epochs", "seed"]) == "epochs"
     assert nearest("zzz", ["only"]) == "only"
     assert nearest("x", []) == ""
@@ -19,7 +19,7 @@ def test_the_nearest_word() -> None:
 @pytest.mark.parametrize(
     "name", ["plain.jpg", "a b\u3000c\xa0d.jpg", "日本語.jpg", "é ñ", "می\u200cخواهم", "👩\u200d🔬.png", "C:\\x"]
 )
-def test_names_of_any_script_are_shown_as_they_are(name: str) -> None:
+def test_names_in_any_script_are_not_escaped(name: str) -> None:
     assert visible(name) == name
 
 
@@ -33,6 +33,6 @@ def test_names_of_any_script_are_shown_as_they_are(name: str) -> None:
     ],
     ids=ascii,
 )  # fmt: skip
-def test_what_a_terminal_would_obey_is_escaped(sign: str, shown: str) -> None:
+def test_characters_that_a_terminal_interprets_are_escaped(sign: str, shown: str) -> None:
     assert visible(f"a{sign}[31m.jpg") == f"a{shown}[31m.jpg"
     visible(f"a{sign}").encode()

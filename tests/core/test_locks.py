@@ -31,7 +31,7 @@ time.sleep(60)
 """
 
 
-def test_a_lock_is_exclusive_and_ends_when_it_is_closed(tmp_path: Path) -> None:
+def test_a_lock_is_exclusive_until_it_is_closed(tmp_path: Path) -> None:
     held = lock(tmp_path)
     assert held is not None
     with pytest.raises(BlockingIOError):

@@ -8,7 +8,7 @@ import pytest
 from dinocli.core.runs import link_newest, newest_run, next_folder
 
 
-def test_folders_count_up_and_the_newest_is_the_one_written_last(
+def test_run_folders_are_numbered_and_the_newest_run_is_the_one_written_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -23,7 +23,7 @@ def test_folders_count_up_and_the_newest_is_the_one_written_last(
     assert newest_run() == Path("runs/tiny-2")
 
 
-def test_the_newest_weights_are_linked_but_a_file_of_the_users_is_left(
+def test_link_newest_links_the_weights_but_keeps_a_file_of_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -42,17 +42,15 @@ def test_the_newest_weights_are_linked_but_a_file_of_the_users_is_left(
     assert link.read_text() == "mine"
 
 
-def test_where_no_link_and_no_copy_can_be_made_a_run_is_well_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_link_newest_falls_back_to_a_copy_and_then_to_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").write_text("w")
 
-    def refuse(*words: object) -> None:
+    def refuse(*arguments: object) -> None:
         raise PermissionError
 
     monkeypatch.setattr(Path, "symlink_to", refuse)
-    assert link_newest(Path("weights")), "a copy where there are no links"
+    assert link_newest(Path("weights")), "a copy on systems without links"
     (tmp_path / "ckpt.safetensors").unlink()
     monkeypatch.setattr("shutil.copyfile", refuse)
     assert not link_newest(Path("weights"))

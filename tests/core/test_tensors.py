@@ -11,23 +11,23 @@ from dinocli.core import tensors as module
 from dinocli.core.tensors import Rows, TensorStream, Texts, first_not_finite, map_tensors
 
 
-def test_a_mapped_tensor_is_that_of_the_file_and_takes_no_memory(tmp_path: Path) -> None:
-    made = {
+def test_mapped_tensors_equal_the_file_and_are_memory_maps(tmp_path: Path) -> None:
+    arrays = {
         "half": np.arange(6, dtype=np.float16).reshape(2, 3),
         "labels": np.array([-1, 5]),
         "bytes": np.arange(3, dtype=np.uint8),
         "nothing": np.empty((0, 4), np.float32),
     }
-    save_file(made, tmp_path / "f.safetensors", {"a": "b"})
+    save_file(arrays, tmp_path / "f.safetensors", {"a": "b"})
     tensors, metadata = map_tensors(tmp_path / "f.safetensors")
     assert metadata == {"a": "b"}
-    for name, values in made.items():
+    for name, values in arrays.items():
         assert tensors[name].dtype == values.dtype
         np.testing.assert_array_equal(tensors[name], values)
     assert isinstance(tensors["half"], np.memmap)
 
 
-def test_other_numbers_and_damage_are_said(tmp_path: Path) -> None:
+def test_unsupported_types_and_truncated_files_are_refused(tmp_path: Path) -> None:
     save_file({"x": np.zeros(4)}, tmp_path / "f.safetensors")
     with pytest.raises(SafetensorError, match="F64"):
         map_tensors(tmp_path / "f.safetensors")
@@ -38,12 +38,12 @@ def test_other_numbers_and_damage_are_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cuts", [[], [3], [1, 2, 9]])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
-def test_rows_of_several_arrays_are_as_those_of_one(cuts: list[int], dtype: type) -> None:
+def test_rows_of_several_arrays_are_indexed_like_one_array(cuts: list[int], dtype: type) -> None:
     values = np.random.default_rng(0).normal(size=(10, 4, 2)).astype(dtype)
     rows = Rows(np.split(values, cuts))
     assert (len(rows), rows.shape, rows.ndim) == (10, (10, 4, 2), 3)
-    some, places = np.array([9, 0, 4, 4, -1]), np.array([3, 0, 1, 2, 3])
-    for key in (slice(None), slice(2, 7), slice(0, 0), slice(8, 100), slice(0, 9, 2), some, (some, places)):
+    indices, inner = np.array([9, 0, 4, 4, -1]), np.array([3, 0, 1, 2, 3])
+    for key in (slice(None), slice(2, 7), slice(0, 0), slice(8, 100), slice(0, 9, 2), indices, (indices, inner)):
         assert rows[key].dtype == np.float32
         np.testing.assert_array_equal(rows[key], values[key])
     np.testing.assert_array_equal(np.asarray(rows), values)
@@ -51,7 +51,7 @@ def test_rows_of_several_arrays_are_as_those_of_one(cuts: list[int], dtype: type
         rows[np.array([10])]
 
 
-def test_texts_lie_between_zeros() -> None:
+def test_texts_are_split_at_zero_bytes() -> None:
     parts = [np.frombuffer(text.encode(), np.uint8) for text in ("a/ü.png\0b.png", "c.png")]
     assert list(Texts(parts)) == ["a/ü.png", "b.png", "c.png"]
     assert (len(Texts(parts)), Texts(parts)[1], Texts([])[:]) == (3, "b.png", [])
@@ -72,7 +72,7 @@ def test_the_first_row_that_is_not_finite_is_found(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("width", [1, 3, 4])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-def test_tensors_that_grew_are_read_by_others_and_aligned(tmp_path: Path, width: int, dtype: str) -> None:
+def test_streamed_tensors_are_aligned_and_read_by_safetensors(tmp_path: Path, width: int, dtype: str) -> None:
     values = np.arange(5 * width).reshape(5, width).astype(dtype)
     stream = TensorStream(tmp_path / "f", ("values", "labels", "text"), {"who": "ü" * 300})
     for i in range(5):

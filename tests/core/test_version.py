@@ -6,5 +6,5 @@ import dinocli
 from dinocli.core.version import __version__
 
 
-def test_the_version_is_that_of_the_installed_package() -> None:
+def test_the_version_equals_that_of_the_installed_package() -> None:
     assert dinocli.__version__ == __version__ == version("dinocli")

@@ -17,7 +17,7 @@ SMALL = [
 ]
 
 
-def trainer(seed: int, optimizer: str) -> Trainer:
+def make_trainer(seed: int, optimizer: str) -> Trainer:
     torch.manual_seed(seed)
     kinds = {"adamw": [], "sgd": ["optimizer.betas=none", "optimizer.momentum=0.9"]}
     kinds["lars"] = [*kinds["sgd"], "optimizer.trust=0.001"]
@@ -33,8 +33,8 @@ def batches(count: int) -> list:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lars"])
-def test_one_that_is_restored_goes_on_to_the_same_bits(optimizer: str) -> None:
-    whole, first, second = trainer(0, optimizer), trainer(0, optimizer), trainer(9, optimizer)
+def test_a_restored_trainer_resumes_bit_by_bit(optimizer: str) -> None:
+    whole, first, second = make_trainer(0, optimizer), make_trainer(0, optimizer), make_trainer(9, optimizer)
     all_batches = batches(6)
     all_batches[1].global_crops[0, 0] = torch.nan
     for batch in all_batches:
@@ -43,7 +43,7 @@ def test_one_that_is_restored_goes_on_to_the_same_bits(optimizer: str) -> None:
         first.step(batch)
     restore(second, {name: value.clone() for name, value in state_of(first).items()})
     second.clock = first.clock
-    torch.manual_seed(77)  # what was drawn between does not matter
+    torch.manual_seed(77)  # torch's own random state does not matter
     for batch in all_batches[3:]:
         second.step(batch)
     ends = state_of(whole), state_of(second)
@@ -56,8 +56,8 @@ def test_one_that_is_restored_goes_on_to_the_same_bits(optimizer: str) -> None:
     assert ends[0]["skipped"].tolist() == [1, 0]
 
 
-def test_a_state_of_another_shape_is_refused() -> None:
-    one = trainer(0, "adamw")
+def test_states_with_missing_or_unknown_tensors_are_refused() -> None:
+    one = make_trainer(0, "adamw")
     state = state_of(one)
     with pytest.raises(RuntimeError, match="Missing key"):
         restore(one, {k: v for k, v in state.items() if "cls_token" not in k})

@@ -29,7 +29,7 @@ SGD = SGDConfig(kind="sgd", momentum=0.9, lr=FLAT, weight_decay=FLAT)
 ADAMW = AdamWConfig(kind="adamw", betas=(0.9, 0.999), lr=FLAT, weight_decay=FLAT)
 
 
-def test_lars_steps_equal_the_originals(original) -> None:
+def test_steps_of_lars_equal_the_originals(original) -> None:
     made = original.made["lars"]
     matrix, vector = (nn.Parameter(original[f"lars/init{i}"].clone()) for i in (0, 1))
     config = LARSConfig(kind="lars", momentum=made["momentum"], trust=made["eta"], lr=FLAT, weight_decay=FLAT)
@@ -43,7 +43,7 @@ def test_lars_steps_equal_the_originals(original) -> None:
 
 
 class PlainStep:
-    """One parameter's optimizer, as its description has it; every number in float64."""
+    """Reference implementation of each optimizer for a single parameter, in float64."""
 
     def __init__(self, config: OptimizerConfig, p: Tensor) -> None:
         self.config, self.p, self.steps = config, p.double().clone(), 0
@@ -72,7 +72,7 @@ class PlainStep:
 
 @PRECISIONS
 @pytest.mark.parametrize("config", [ADAMW, SGD, LARS], ids=["adamw", "sgd", "lars"])
-def test_steps_equal_their_description(config: OptimizerConfig, dtype: torch.dtype) -> None:
+def test_steps_equal_the_reference_implementation(config: OptimizerConfig, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     parameters = [nn.Parameter(torch.randn(*shape, dtype=dtype)) for shape in ((6, 4), (6,), (3, 2, 5))]
     plain = [PlainStep(config, p.data) for p in parameters]
@@ -82,13 +82,13 @@ def test_steps_equal_their_description(config: OptimizerConfig, dtype: torch.dty
         set_rates(optimizer, lr, decay)
         for p in parameters:
             p.grad = torch.randn_like(p)
-        expected = [oracle.step(p.grad.double(), lr, decay) for oracle, p in zip(plain, parameters, strict=True)]
+        expected = [reference.step(p.grad.double(), lr, decay) for reference, p in zip(plain, parameters, strict=True)]
         optimizer.step()
-        for p, theirs in zip(parameters, expected, strict=True):
-            assert_original(p.data, theirs, f"step {step}")
+        for p, reference in zip(parameters, expected, strict=True):
+            assert_original(p.data, reference, f"step {step}")
 
 
-def test_clip_bounds_each_parameter_on_its_own_and_tells_the_whole_norm() -> None:
+def test_clipping_bounds_each_parameter_and_returns_the_total_norm() -> None:
     big, small = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
     big.grad, small.grad = torch.full((4,), 5.0), torch.full((4,), 0.1)
     optimizer = SGD.build([ParamGroup([big, small])])
@@ -98,8 +98,8 @@ def test_clip_bounds_each_parameter_on_its_own_and_tells_the_whole_norm() -> Non
     torch.testing.assert_close(small.grad, torch.full((4,), 0.1))
 
 
-def test_clip_bounds_each_module_as_a_whole() -> None:
-    """Wherever its parameters lie: groups are for rates and decay."""
+def test_clipping_bounds_the_joint_norm_of_each_module() -> None:
+    """A module's parameters may be in several groups, which only set learning rate and weight decay."""
     parameters = [nn.Parameter(torch.zeros(4)) for _ in range(3)]
     for p, size in zip(parameters, (3.0, 4.0, 0.1), strict=True):
         p.grad = torch.full((4,), size)
@@ -117,12 +117,12 @@ def test_clip_bounds_each_module_as_a_whole() -> None:
 @pytest.mark.parametrize(
     ("rule", "factor"), [(LinearRule(kind="linear", batch=256), 4.0), (SqrtRule(kind="sqrt", batch=256), 2.0)]
 )
-def test_the_rate_grows_with_the_batch_as_its_rule_says(rule: LinearRule | SqrtRule, factor: float) -> None:
+def test_the_learning_rate_scales_with_the_batch_size_by_its_rule(rule: LinearRule | SqrtRule, factor: float) -> None:
     assert rule.factor(1024) == factor
     assert rule.factor(256) == 1
 
 
-def test_without_a_clip_gradients_stay() -> None:
+def test_gradients_are_unchanged_without_clipping() -> None:
     p = nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([30.0, 40.0])
     optimizer = SGD.build([ParamGroup([p])])
@@ -130,7 +130,7 @@ def test_without_a_clip_gradients_stay() -> None:
     assert p.grad.tolist() == [30.0, 40.0]
 
 
-def test_frozen_groups_lose_their_gradient_until_their_epoch() -> None:
+def test_frozen_groups_have_no_gradient_until_their_epoch() -> None:
     frozen, free = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     groups = [ParamGroup([frozen], frozen_epochs=2), ParamGroup([free])]
     optimizer = SGD.build(groups)
@@ -140,7 +140,7 @@ def test_frozen_groups_lose_their_gradient_until_their_epoch() -> None:
         assert (frozen.grad is not None, free.grad is not None) == (kept, True)
 
 
-def test_rates_follow_group_and_batch() -> None:
+def test_learning_rate_and_weight_decay_depend_on_group_and_batch_size() -> None:
     groups = [
         ParamGroup([nn.Parameter(torch.zeros(1))], decay=False, lr_scale=0.5),
         ParamGroup([nn.Parameter(torch.zeros(1))]),

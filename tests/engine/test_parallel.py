@@ -25,51 +25,51 @@ Arrays = dict[str, NDArray[np.float32]]
 SHAPES = {"vectors": (12, 5), "maps": (12, 3, 4, 2)}
 
 
-def normed() -> dict[str, Arrays]:
-    """What BatchNorms make of this process's share of a batch of each kind."""
-    return {kind: _normed(shape) for kind, shape in SHAPES.items()}
+def run_batch_norms() -> dict[str, Arrays]:
+    """Run a BatchNorm for each kind of input on this process's share of a batch."""
+    return {kind: _run_batch_norm(shape) for kind, shape in SHAPES.items()}
 
 
-def _normed(shape: tuple[int, ...]) -> Arrays:
-    """What a BatchNorm makes of this process's share of a batch, twice; its gradients and statistics."""
+def _run_batch_norm(shape: tuple[int, ...]) -> Arrays:
+    """Return a BatchNorm's output for this process's share of a batch, passed twice, its gradients and statistics."""
     generator = torch.Generator().manual_seed(0)
     whole = 3 + 2 * torch.randn(*shape, generator=generator)
     mine = slice(rank() * shape[0] // size(), (rank() + 1) * shape[0] // size())
     kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
     net = nn.Sequential(kind(shape[1], momentum=0.3))
     net[0].weight.data, net[0].bias.data = torch.linspace(0.5, 2, shape[1]), torch.linspace(-1, 1, shape[1])
-    pull = torch.linspace(-1, 2, whole.numel()).view(shape).sin()
+    loss_weights = torch.linspace(-1, 2, whole.numel()).view(shape).sin()
     if size() > 1:
         keys = list(net.state_dict())
         share_batch_norm(net)
         assert isinstance(net[0], SharedBatchNorm)
         assert list(net.state_dict()) == keys
-    given = whole[mine].clone().requires_grad_()
+    inputs = whole[mine].clone().requires_grad_()
     for _ in range(2):
-        made = net(given)
-    (made * pull[mine]).square().sum().backward()
-    found = {"made": made, "given": given.grad, "weight": net[0].weight.grad, "bias": net[0].bias.grad}
-    found |= {"at rest": net.eval()(given)} | dict(net.named_buffers())
-    return {name: value.detach().double().numpy() for name, value in found.items()}
+        output = net(inputs)
+    (output * loss_weights[mine]).square().sum().backward()
+    results = {"output": output, "input grad": inputs.grad, "weight": net[0].weight.grad, "bias": net[0].bias.grad}
+    results |= {"eval output": net.eval()(inputs)} | dict(net.named_buffers())
+    return {name: value.detach().double().numpy() for name, value in results.items()}
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_a_shared_batch_norm_is_that_of_the_whole_batch(count: int) -> None:
-    whole, shares = normed(), together(count, normed)
-    for kind, name in [(kind, name) for kind, found in whole.items() for name in found]:
+def test_a_shared_batch_norm_equals_one_over_the_whole_batch(count: int) -> None:
+    whole, shares = run_batch_norms(), together(count, run_batch_norms)
+    for kind, name in [(kind, name) for kind, results in whole.items() for name in results]:
         each = [share[kind][name] for share in shares]
-        if name in ("made", "given", "at rest"):
-            found = np.concatenate(each)
-        else:  # gradients add up, as those of the images of one batch do; statistics are the same everywhere
-            found = sum(each) if name in ("weight", "bias") else each[-1]
-        np.testing.assert_allclose(found, whole[kind][name], rtol=2e-5, atol=2e-5, err_msg=f"{kind}: {name}")
+        if name in ("output", "input grad", "eval output"):
+            combined = np.concatenate(each)
+        else:  # gradients are sums over images; statistics are the same in every process
+            combined = sum(each) if name in ("weight", "bias") else each[-1]
+        np.testing.assert_allclose(combined, whole[kind][name], rtol=2e-5, atol=2e-5, err_msg=f"{kind}: {name}")
 
 
-def test_alone_nothing_is_wrapped() -> None:
+def test_a_single_process_uses_no_parallelism() -> None:
     assert parallel("ddp") == parallel("fsdp") == Alone()
 
 
-def test_a_batch_norm_of_another_kind_is_refused() -> None:
+def test_batch_norms_of_unknown_kinds_are_refused() -> None:
     from timm.layers import BatchNormAct2d
 
     with pytest.raises(DinoError, match="BatchNormAct2d of this backbone"):
@@ -86,7 +86,7 @@ KINDS = {
     "sgd": ["optimizer.kind=sgd", "optimizer.betas=none", "optimizer.momentum=0.9", "optimizer.lr.start=2"],
 }
 KINDS["lars"] = [*KINDS["sgd"][1:], "optimizer.kind=lars", "optimizer.trust=0.1"]
-Told = list[dict[str, float]]
+LoggedSteps = list[dict[str, float]]
 
 
 def steps(
@@ -97,8 +97,8 @@ def steps(
     last: int = 6,
     state: Arrays | None = None,
     name: str = "tiny",
-) -> tuple[Told, Arrays]:
-    """The figures of some steps, and all that the trainer holds then; at the fourth one process is given a NaN."""
+) -> tuple[LoggedSteps, Arrays]:
+    """Train some steps, and return their metrics and the trainer's state; the fourth step has a NaN in one image."""
     preset = load_preset(name, [*SMALL, *overrides])
     torch.manual_seed(0)
     trainer = Trainer(
@@ -107,21 +107,21 @@ def steps(
     )  # fmt: skip
     if state:
         restore(trainer, {name: torch.from_numpy(value) for name, value in state.items()})
-    generator, told = torch.Generator().manual_seed(1), []
+    generator, logged = torch.Generator().manual_seed(1), []
     mine = slice(rank() * 8 // size(), (rank() + 1) * 8 // size())
     for step in range(last):
         crops, small = (torch.randn(v, 8, 3, s, s, generator=generator) for v, s in ((2, 16), (3, 8)))
         if step == 3:
             small[0, 0] = torch.nan
-        masks = hidden(step).split(size())[rank()] if preset.views.mask else None
+        masks = draw_masks(step).split(size())[rank()] if preset.views.mask else None
         if step >= first:
             values = trainer.step(Batch(crops[:, mine], small[:, mine], torch.arange(8)[mine], masks), log=True)
-            told.append({name: float(value) for name, value in values.items()})
-    return told, {name: value.detach().numpy().copy() for name, value in state_of(trainer).items()}
+            logged.append({name: float(value) for name, value in values.items()})
+    return logged, {name: value.detach().numpy().copy() for name, value in state_of(trainer).items()}
 
 
-def hidden(step: int) -> PatchMasks:
-    """Patches that are hidden of a batch of eight: other numbers of crops and of patches of its two halves."""
+def draw_masks(step: int) -> PatchMasks:
+    """Return masks of eight images, whose two halves differ in the numbers of masked crops and masked patches."""
     where = torch.zeros(2, 8, 4, dtype=torch.bool)
     for view, image, count in ((0, 0, 1), (1, 2, 2), (0, 5, 3), (1, 6, 2), (1, 7, 3)):
         where[view, image, : (count + step) % 4 + 1] = True
@@ -131,17 +131,17 @@ def hidden(step: int) -> PatchMasks:
     return masks
 
 
-# Biases before a BatchNorm have no gradient but for rounding, since it takes them out again.
+# The gradient of a bias before a BatchNorm is 0 except for rounding, because the BatchNorm subtracts the bias again.
 IDLE = ("mlp.0.bias", "mlp.3.bias")
 
 
 def without_keys(bias: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A bias of queries, keys and values without the keys', which has no gradient either: it moves all scores alike."""
+    """Remove the keys' part of a bias: its gradient is 0 too, because it shifts all scores of a query equally."""
     queries, _, values = np.split(bias, 3)
     return np.concatenate([queries, values])
 
 
-def assert_same(one: tuple[Told, Arrays], other: tuple[Told, Arrays]) -> None:
+def assert_same(one: tuple[LoggedSteps, Arrays], other: tuple[LoggedSteps, Arrays]) -> None:
     normed = any("mlp.1.running_mean" in name for name in one[1])
     for step, (a, b) in enumerate(zip(one[0], other[0], strict=True)):
         for name in a:
@@ -149,13 +149,13 @@ def assert_same(one: tuple[Told, Arrays], other: tuple[Told, Arrays]) -> None:
     assert one[1].keys() == other[1].keys()
     for name, value in one[1].items():
         atol = 1e-3 if normed and any(idle in name for idle in IDLE) else 1e-5
-        found, wanted = (
+        actual, expected = (
             without_keys(array) if name.endswith("qkv.bias") else array for array in (other[1][name], value)
         )
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=atol, err_msg=name)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=atol, err_msg=name)
 
 
-# With a BatchNorm by SGD: AdamW makes a gradient that is all rounding as large as any other.
+# BatchNorm only with SGD and LARS: AdamW scales a gradient of mere rounding up like any other.
 @pytest.mark.parametrize(
     ("kind", "optimizer", "batch_norm", "accumulate"),
     [
@@ -165,14 +165,14 @@ def assert_same(one: tuple[Told, Arrays], other: tuple[Told, Arrays]) -> None:
         ("fsdp", "lars", "true", 1),
     ],
 )
-def test_two_processes_learn_what_one_does(kind: Kind, optimizer: str, batch_norm: str, accumulate: int) -> None:
+def test_two_processes_train_the_same_as_one(kind: Kind, optimizer: str, batch_norm: str, accumulate: int) -> None:
     overrides = [*KINDS[optimizer], f"heads.dino.batch_norm={batch_norm}"]
     alone = steps(kind, overrides, accumulate)
     assert np.isnan(alone[0][3]["loss"])
     assert alone[1]["skipped"].tolist() == [1, 0]
     start = steps(kind, overrides, accumulate, last=0)[1]
     key = "method/student.backbone.model.blocks.1.mlp.fc1.weight"
-    assert np.abs(alone[1][key] - start[key]).max() > 3e-4, "there is something to agree on"
+    assert np.abs(alone[1][key] - start[key]).max() > 3e-4, "training has changed the weights"
     two = together(2, steps, kind, overrides, accumulate)
     assert_same(alone, two[0])
     assert_same((two[0][0], {}), (two[1][0], {}))
@@ -180,16 +180,16 @@ def test_two_processes_learn_what_one_does(kind: Kind, optimizer: str, batch_nor
         np.testing.assert_array_equal(two[1][1][name], value, err_msg=name)
 
 
-ALL_OF_DINOV2 = [
+DINOV2 = [
     "heads.dino.batch_norm=false", "heads.ibot={prototypes=16, hidden=16, bottleneck=8, layers=2, norm_last_layer=true}",
     *KINDS["adamw"],
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_with_hidden_patches_learn_what_one_does(kind: Kind) -> None:
-    """iBOT, Sinkhorn-Knopp and the figures count over all processes, whatever each of them hides."""
-    overrides = [*ALL_OF_DINOV2, "losses.koleo=none"]
+def test_two_processes_train_the_same_as_one_with_masked_patches(kind: Kind) -> None:
+    """iBOT, Sinkhorn-Knopp and the metrics are computed over all processes, which have different masks."""
+    overrides = [*DINOV2, "losses.koleo=none"]
     alone = steps(kind, overrides, name="tiny-dinov2")
     two = together(2, steps, kind, overrides, 1, 0, 6, None, "tiny-dinov2")
     assert_same(alone, two[0])
@@ -197,21 +197,21 @@ def test_two_processes_with_hidden_patches_learn_what_one_does(kind: Kind) -> No
     start = steps(kind, overrides, last=0, name="tiny-dinov2")[1]
     for key in ("mask_token", "heads.ibot.last_layer.weight_v"):
         moved = np.abs(alone[1][f"method/student.{key}"] - start[f"method/student.{key}"]).max()
-        assert moved > 3e-4, "there is something to agree on"
+        assert moved > 3e-4, "training has changed the weights"
 
 
-def test_in_two_processes_koleo_is_that_of_two_parts() -> None:
-    """A class token's neighbours are those of its process, as in one process they are those of its part."""
-    in_parts = steps("ddp", ALL_OF_DINOV2, 2, name="tiny-dinov2")
-    assert_same(in_parts, together(2, steps, "ddp", ALL_OF_DINOV2, 1, 0, 6, None, "tiny-dinov2")[0])
-    whole = steps("ddp", ALL_OF_DINOV2, last=1, name="tiny-dinov2")[0][0]
+def test_koleo_of_two_processes_equals_that_of_two_parts() -> None:
+    """Neighbours of a class token are from the same process; in a single process, they are from the same part."""
+    in_parts = steps("ddp", DINOV2, 2, name="tiny-dinov2")
+    assert_same(in_parts, together(2, steps, "ddp", DINOV2, 1, 0, 6, None, "tiny-dinov2")[0])
+    whole = steps("ddp", DINOV2, last=1, name="tiny-dinov2")[0][0]
     assert whole["dino"] == pytest.approx(in_parts[0][0]["dino"], rel=1e-5)
     assert whole["ibot"] == pytest.approx(in_parts[0][0]["ibot"], rel=1e-5)
-    assert whole["koleo"] > in_parts[0][0]["koleo"] + 1e-3, "of more images the nearest other is nearer"
+    assert whole["koleo"] > in_parts[0][0]["koleo"] + 1e-3, "among more images the nearest neighbour is nearer"
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_what_two_processes_held_goes_on_in_one_and_the_other_way(kind: Kind) -> None:
+def test_states_of_two_processes_resume_in_one_and_the_reverse(kind: Kind) -> None:
     overrides = [*KINDS["adamw"], "heads.dino.batch_norm=false"]
     whole = steps(kind, overrides)
     of_two = together(2, steps, kind, overrides, 1, 0, 3)[0]
@@ -223,7 +223,7 @@ def test_what_two_processes_held_goes_on_in_one_and_the_other_way(kind: Kind) ->
 
 
 class Steep(Method):
-    """One number, whose loss is not finite in the second process, while its gradient is."""
+    """Method with one parameter, whose loss is infinite in the second process but whose gradient is finite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class Steep(Method):
         return [ParamGroup([self.value])]
 
 
-def left_out() -> tuple[float, list[int]]:
+def step_with_infinite_loss() -> tuple[float, list[int]]:
     flat = Constant(kind="constant", value=0.1)
     config = SGDConfig(kind="sgd", momentum=0.0, lr=flat, weight_decay=flat)
     trainer = Trainer(Steep(), config, Clock(1, 1), batch_size=2, guarded=True, parallel=parallel("ddp"))
@@ -244,6 +244,6 @@ def left_out() -> tuple[float, list[int]]:
     return trainer.method.value.item(), trainer.skipped.tolist()
 
 
-def test_all_leave_out_a_step_that_is_not_finite_for_one() -> None:
-    assert left_out()[1] == [0, 0]
-    assert together(2, left_out) == [(1.0, [1, 1])] * 2
+def test_all_processes_skip_a_step_that_is_not_finite_in_one() -> None:
+    assert step_with_infinite_loss()[1] == [0, 0]
+    assert together(2, step_with_infinite_loss) == [(1.0, [1, 1])] * 2

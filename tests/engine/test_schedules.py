@@ -33,25 +33,25 @@ def test_schedules_of_a_run_equal_the_originals(original, run: str) -> None:
     np.testing.assert_allclose(by_epoch, original[f"sched/{run}/teacher_temp"].numpy(), rtol=1e-15)
 
 
-def test_first_step_of_a_warmup_is_zero_and_its_last_is_the_peak() -> None:
+def test_a_warmup_starts_at_zero_and_ends_at_the_peak() -> None:
     lr = Cosine(kind="cosine", start=2.0, end=0.0, warmup_epochs=2)
     assert values(lr, Clock(5, 4))[:2] == [0.0, 2.0 / 9]
     assert values(lr, Clock(5, 4))[9:11] == [2.0, 2.0]
 
 
-def test_constant_and_cosine_by_epoch() -> None:
+def test_values_of_constant_and_cosine_by_epoch() -> None:
     assert set(values(Constant(kind="constant", value=0.5), Clock(3, 2))) == {0.5}
     by_epoch = values(CosineByEpoch(kind="cosine_by_epoch", start=1.0, end=0.0), Clock(2, 4))
     assert by_epoch[::2] == by_epoch[1::2]
     assert by_epoch[::2] == pytest.approx([1.0, 0.8535533905932737, 0.5, 0.1464466094067262])
 
 
-def test_a_scaled_schedule_keeps_its_end() -> None:
+def test_scaling_a_schedule_keeps_its_end() -> None:
     scaled = Cosine(kind="cosine", start=1.0, end=0.25).scaled(4)
     assert (scaled.start, scaled.end) == (4.0, 0.25)
 
 
-def test_clock() -> None:
+def test_the_clock_counts_steps_and_epochs() -> None:
     clock = Clock(steps_per_epoch=3, epochs=2)
     assert [(c.step, c.epoch) for c in (clock, clock.tick().tick(), clock.tick().tick().tick())] == [
         (0, 0),
@@ -61,7 +61,7 @@ def test_clock() -> None:
     assert clock.total == 6
 
 
-def test_a_warmup_as_long_as_the_run_divides_by_nothing() -> None:
+def test_schedules_longer_than_the_run_are_reported_as_misfits() -> None:
     clock = Clock(5, 2)
     warm = Cosine(kind="cosine", start=2.0, end=0.0, warmup_epochs=2)
     assert [warm.at(replace(clock, step=step)) for step in (0, 9, 10)] == [0.0, 2.0, 2.0]

@@ -26,7 +26,7 @@ from dinocli.models.network import Encoding, Network
 from dinocli.models.transformer import ViTBackbone
 
 
-def network(made: dict) -> Network:
+def make_network(made: dict) -> Network:
     vit, head, args = made["vit"], made["head"], made["args"]
     model = VisionTransformer(
         img_size=vit["img"],
@@ -47,19 +47,19 @@ def network(made: dict) -> Network:
     return Network(ViTBackbone(model, "dino"), {"dino": config.build(vit["embed"])})
 
 
-def in_our_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def to_our_keys(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k.replace("head.", "heads.dino.", 1) if k.startswith("head.") else k: v for k, v in weights.items()}
 
 
-def in_their_words(name: str) -> str:
+def to_original_name(name: str) -> str:
     return name.replace(".model.", ".").replace("heads.dino.", "head.")
 
 
-def trainer_of(stored: Original, case: str, dtype: torch.dtype) -> Trainer:
+def make_trainer(stored: Original, case: str, dtype: torch.dtype) -> Trainer:
     made = stored.made["train"][case]
     args = made["args"]
-    student = network(made).double()
-    student.load_weights(in_our_keys(stored.below(f"train/{case}/init/")), "the fixture")
+    student = make_network(made).double()
+    student.load_weights(to_our_keys(stored.below(f"train/{case}/init/")), "the fixture")
     temperature = LinearByEpoch(
         kind="linear_by_epoch",
         start=args["warmup_teacher_temp"],
@@ -73,7 +73,7 @@ def trainer_of(stored: Original, case: str, dtype: torch.dtype) -> Trainer:
         targets=CenteringConfig(kind="centering", momentum=0.9, temperature=temperature),
     )
     momentum = Cosine(kind="cosine", start=args["momentum_teacher"], end=1.0)
-    method = SelfDistillation(student, network(made).double(), LossesConfig(dino=loss), momentum).to(dtype)
+    method = SelfDistillation(student, make_network(made).double(), LossesConfig(dino=loss), momentum).to(dtype)
     config = AdamWConfig(
         kind="adamw",
         betas=(0.9, 0.999),
@@ -87,36 +87,36 @@ def trainer_of(stored: Original, case: str, dtype: torch.dtype) -> Trainer:
 
 @pytest.fixture
 def trainer(original) -> Trainer:
-    return trainer_of(original, "micro_f64", torch.float64)
+    return make_trainer(original, "micro_f64", torch.float64)
 
 
-def watch(method: SelfDistillation) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """What the last step made: the logits of both networks, and the norm of each gradient as the losses left it."""
+def record_steps(method: SelfDistillation) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return dictionaries that each step fills: the logits of both networks, and gradient norms before clipping."""
     logits: dict[str, torch.Tensor] = {}
     norms: dict[str, torch.Tensor] = {}
     for which in ("student", "teacher"):
 
-        def keep(module: object, crops: object, made: Encoding, which: str = which) -> None:
-            logits[which] = made.class_logits["dino"].detach().clone().flatten(0, 1)
+        def record(module: object, crops: object, encoding: Encoding, which: str = which) -> None:
+            logits[which] = encoding.class_logits["dino"].detach().clone().flatten(0, 1)
 
-        getattr(method, which).register_forward_hook(keep)
+        getattr(method, which).register_forward_hook(record)
     for key, parameter in method.student.named_parameters():
         if parameter.requires_grad:
 
-            def measure(p: torch.Tensor, name: str = in_their_words(key)) -> None:
+            def measure(p: torch.Tensor, name: str = to_original_name(key)) -> None:
                 norms[name] = p.grad.norm()
 
             parameter.register_post_accumulate_grad_hook(measure)
     return logits, norms
 
 
-def hold_steps(stored: Original, case: str, dtype: torch.dtype) -> None:
-    """Every stored step: loss, gradient norm, and wherever they are stored the weights and the center after it."""
-    made, trainer = stored.made["train"][case], trainer_of(stored, case, dtype)
+def assert_steps(stored: Original, case: str, dtype: torch.dtype) -> None:
+    """Compare each stored step: logits, gradient norms and loss, and weights and center after it if they are stored."""
+    made, trainer = stored.made["train"][case], make_trainer(stored, case, dtype)
     crops = [stored[f"train/{case}/crops/{i}"].to(dtype) for i in range(2 + made["n_local"])]
     batch = Batch(torch.stack(crops[:2]), torch.stack(crops[2:]), torch.arange(made["batch"]))
     method = trainer.method
-    logits, before_clip = watch(method)
+    logits, before_clip = record_steps(method)
     for step in range(made["steps"]):
         values = trainer.step(batch)
         for name in ("student", "teacher"):
@@ -128,18 +128,18 @@ def hold_steps(stored: Original, case: str, dtype: torch.dtype) -> None:
         assert_original(values["grad_norm"], norms.norm(), f"gradient norm of step {step}")
         for name, ours in (("student", method.student), ("teacher", method.teacher)):
             weights = ours.weights()
-            for key, expected in in_our_keys(stored.below(f"train/{case}/after{step + 1}/{name}/")).items():
-                # The gradient of a key's bias is zero in truth, so Adam makes steps out of its rounding.
-                kept = slice(None) if not key.endswith("qkv.bias") else torch.arange(96) // 32 != 1
-                assert_original(weights[key][kept], expected[kept], f"{name} {key} after step {step}")
+            for key, expected in to_our_keys(stored.below(f"train/{case}/after{step + 1}/{name}/")).items():
+                # The exact gradient of the keys' bias is zero, so Adam's steps for it come from rounding errors.
+                compared = slice(None) if not key.endswith("qkv.bias") else torch.arange(96) // 32 != 1
+                assert_original(weights[key][compared], expected[compared], f"{name} {key} after step {step}")
         if f"train/{case}/after{step + 1}/center" in stored.tensors:
             center = stored[f"train/{case}/after{step + 1}/center"][0]
             assert_original(method.losses["dino"].targets.center, center, f"center after step {step}")
 
 
 @PRECISIONS
-def test_five_steps_leave_the_weights_of_the_original(original, dtype: torch.dtype) -> None:
-    hold_steps(original, "micro_f64", dtype)
+def test_five_steps_equal_the_originals(original, dtype: torch.dtype) -> None:
+    assert_steps(original, "micro_f64", dtype)
 
 
 @pytest.mark.parametrize(
@@ -152,78 +152,78 @@ def test_five_steps_leave_the_weights_of_the_original(original, dtype: torch.dty
         ("micro_nonorm_noclip_f64", torch.float32),
     ],
 )
-def test_every_step_of_the_larger_set(more, case: str, dtype: torch.dtype) -> None:
-    hold_steps(more, case, dtype)
+def test_every_step_equals_the_original_in_the_larger_set(more, case: str, dtype: torch.dtype) -> None:
+    assert_steps(more, case, dtype)
 
 
-def test_the_larger_set_says_the_same_where_both_speak(original, more) -> None:
+def test_both_sets_of_the_originals_numbers_agree(original, more) -> None:
     both = original.tensors.keys() & more.tensors.keys()
     assert len(both) > 300
     assert all(torch.equal(original[name], more[name]) for name in both)
 
 
-def test_adam_counts_no_step_while_prototypes_are_frozen(original, trainer: Trainer) -> None:
+def test_adam_does_not_count_steps_of_frozen_prototypes(original, trainer: Trainer) -> None:
     made = original.made["train"]["micro_f64"]
     batch = Batch(torch.randn(2, 3, 3, 32, 32, dtype=torch.float64), None, torch.arange(3))
     for _ in range(made["steps"]):
         trainer.step(batch)
     names = {p: n for n, p in trainer.method.student.named_parameters()}
-    steps = {in_their_words(names[p]): float(s["step"]) for p, s in trainer.optimizer.state.items()}
+    steps = {to_original_name(names[p]): float(s["step"]) for p, s in trainer.optimizer.state.items()}
     expected = {k: v for k, v in made["adam_step_counts"].items() if v}
     assert steps == expected
 
 
-def test_groups_are_the_originals(original, trainer: Trainer) -> None:
+def test_parameter_groups_equal_the_originals(original, trainer: Trainer) -> None:
     made = original.made["train"]["micro_f64"]["param_groups"]
-    names = {p: in_their_words(n) for n, p in trainer.method.student.named_parameters()}
+    names = {p: to_original_name(n) for n, p in trainer.method.student.named_parameters()}
     for decay, expected in ((True, made["regularized"]), (False, made["not_regularized"])):
         ours = {names[p] for group in trainer.method.param_groups() if group.decay is decay for p in group.params}
         assert ours == set(expected)
 
 
-def test_layers_learn_at_rates_of_their_own() -> None:
-    """The further from the loss the slower, the patch embedding slower still; heads and final norm at the full rate."""
+def test_layers_have_learning_rates_by_their_depth() -> None:
+    """Rates fall towards the input and are lowest in the patch embedding; heads and final norm have the full rate."""
     preset = load_preset(
         "tiny", ["backbone.learning={layer_decay=0.5, patch_embed=0.2, frozen_epochs=3}", "backbone.options.depth=2"]
     )
     method = preset.method()
     names = {p: name for name, p in method.student.named_parameters()}
-    learned = {}
+    settings = {}
     for group in method.param_groups():
         for p, module in zip(group.params, group.modules, strict=True):
-            learned[names[p]] = (module, pytest.approx(group.lr_scale), group.frozen_epochs, group.decay)
-    assert len(learned) == sum(p.requires_grad for p in names)
+            settings[names[p]] = (module, pytest.approx(group.lr_scale), group.frozen_epochs, group.decay)
+    assert len(settings) == sum(p.requires_grad for p in names)
     last = preset.heads["dino"].freeze_last_layer_epochs
-    assert learned["backbone.model.cls_token"] == ("backbone", 0.125, 3, True)
-    assert learned["backbone.model.pos_embed"] == ("backbone", 0.125, 3, True)
-    assert learned["backbone.model.patch_embed.proj.weight"] == ("backbone", 0.025, 3, True)
-    assert learned["backbone.model.blocks.0.norm1.weight"] == ("backbone", 0.25, 3, False)
-    assert learned["backbone.model.blocks.1.mlp.fc2.weight"] == ("backbone", 0.5, 3, True)
-    assert learned["backbone.model.norm.weight"] == ("backbone", 1.0, 3, False)
-    assert learned["heads.dino.mlp.0.weight"] == ("dino", 1.0, 0, True)
-    assert learned["heads.dino.last_layer.weight_v"] == ("dino", 1.0, last, True)
+    assert settings["backbone.model.cls_token"] == ("backbone", 0.125, 3, True)
+    assert settings["backbone.model.pos_embed"] == ("backbone", 0.125, 3, True)
+    assert settings["backbone.model.patch_embed.proj.weight"] == ("backbone", 0.025, 3, True)
+    assert settings["backbone.model.blocks.0.norm1.weight"] == ("backbone", 0.25, 3, False)
+    assert settings["backbone.model.blocks.1.mlp.fc2.weight"] == ("backbone", 0.5, 3, True)
+    assert settings["backbone.model.norm.weight"] == ("backbone", 1.0, 3, False)
+    assert settings["heads.dino.mlp.0.weight"] == ("dino", 1.0, 0, True)
+    assert settings["heads.dino.last_layer.weight_v"] == ("dino", 1.0, last, True)
 
 
-def test_teacher_starts_as_the_student_and_gets_no_gradient(trainer: Trainer) -> None:
+def test_the_teacher_starts_as_a_copy_of_the_student_without_gradients(trainer: Trainer) -> None:
     student, teacher = trainer.method.student, trainer.method.teacher
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-def test_the_first_step_moves_no_weight_because_its_rate_is_zero(trainer: Trainer) -> None:
+def test_the_first_step_changes_no_weight_because_its_learning_rate_is_zero(trainer: Trainer) -> None:
     before = {k: v.clone() for k, v in trainer.method.student.state_dict().items()}
     trainer.step(Batch(torch.randn(2, 3, 3, 32, 32, dtype=torch.float64), None, torch.arange(3)))
     assert all(torch.equal(v, before[k]) for k, v in trainer.method.student.state_dict().items())
 
 
-def test_the_teacher_follows_in_its_parameters_and_keeps_statistics_of_its_own() -> None:
+def test_the_teacher_averages_parameters_but_not_batch_norm_statistics() -> None:
     torch.manual_seed(0)
     options = "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2}"
     small = [options, "heads.dino.prototypes=16", "heads.dino.hidden=16", "heads.dino.bottleneck=8"]
     momentum = "teacher.momentum={kind='constant', value=0.75}"
     method = load_preset("tiny", [*small, momentum, "heads.dino.batch_norm=true"]).method()
-    seen: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
-    for which, outputs in seen.items():
+    outputs_of: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
+    for which, outputs in outputs_of.items():
         first = getattr(method, which).heads["dino"].mlp[0]
         first.register_forward_hook(lambda m, i, output, outputs=outputs: outputs.append(output.detach()))
     before = {key: value.clone() for key, value in method.teacher.named_parameters()}
@@ -236,7 +236,7 @@ def test_the_teacher_follows_in_its_parameters_and_keeps_statistics_of_its_own()
     for key, value in method.teacher.named_parameters():
         torch.testing.assert_close(value, 0.75 * before[key] + 0.25 * student[key])
     for which, rows in (("student", 20), ("teacher", 8)):
-        (output,) = seen[which]
+        (output,) = outputs_of[which]
         statistics = getattr(method, which).heads["dino"].mlp[1]
         assert len(output) == rows
         torch.testing.assert_close(statistics.running_mean, 0.1 * output.mean(0))
@@ -271,8 +271,8 @@ def drawn_batch(images: int, preset: Preset) -> Batch:
     ("name", "more"),
     [("tiny", ()), ("tiny-dinov2", ("losses.koleo=none",)), ("ibot-vits16", ("backbone.drop_path=0",))],
 )
-def test_parts_of_a_batch_make_the_same_step_as_the_whole(name: str, more: tuple[str, ...]) -> None:
-    """Targets are made of the whole batch first, so that a step in parts is the same step."""
+def test_a_step_in_parts_equals_the_step_of_the_whole_batch(name: str, more: tuple[str, ...]) -> None:
+    """Targets are computed from the whole batch first, so that gradient accumulation changes nothing."""
     preset = small_preset(name, *more)
     ends = []
     for parts in (1, 2, 4):
@@ -289,8 +289,8 @@ def test_parts_of_a_batch_make_the_same_step_as_the_whole(name: str, more: tuple
             torch.testing.assert_close(value, state[key], rtol=1e-7, atol=1e-9, msg=key)
 
 
-def balanced(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Sinkhorn-Knopp as it is written down: in turns each prototype and each sample gets the same."""
+def sinkhorn_knopp(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Sinkhorn-Knopp by its definition: normalize over samples and over prototypes in turn."""
     q = (logits.flatten(0, -2) / temperature).exp()
     for _ in range(3):
         q = q / q.sum(0)
@@ -298,7 +298,7 @@ def balanced(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     return q.view(logits.shape)
 
 
-def test_all_of_dinov2_is_the_sum_of_its_definitions() -> None:
+def test_the_losses_of_dinov2_equal_their_definitions() -> None:
     torch.manual_seed(0)
     preset = small_preset("tiny-dinov2")
     method = preset.method().double()
@@ -309,48 +309,48 @@ def test_all_of_dinov2_is_the_sum_of_its_definitions() -> None:
     batch = drawn_batch(4, preset)
     where = batch.masks.where
     (part,) = method.parts(batch, 1, Clock(1, 10))
-    found = method(part)
+    losses = method(part)
 
-    seen = teacher.backbone(batch.global_crops.flatten(0, 1))
-    aims = balanced(teacher.heads["dino"](seen.cls).unflatten(0, (2, 4)), 0.05)
-    places = where.flatten(0, 1)
-    patch_aims = balanced(teacher.heads["ibot"](seen.patches[places]), 0.05)
-    said = student.backbone(batch.global_crops.flatten(0, 1), MaskedPatches(places, student.mask_token))
+    of_teacher = teacher.backbone(batch.global_crops.flatten(0, 1))
+    targets = sinkhorn_knopp(teacher.heads["dino"](of_teacher.cls).unflatten(0, (2, 4)), 0.05)
+    masked = where.flatten(0, 1)
+    patch_targets = sinkhorn_knopp(teacher.heads["ibot"](of_teacher.patches[masked]), 0.05)
+    of_student = student.backbone(batch.global_crops.flatten(0, 1), MaskedPatches(masked, student.mask_token))
     local = student.backbone(batch.local_crops.flatten(0, 1))
-    views = student.heads["dino"](torch.cat([said.cls, local.cls])).unflatten(0, (6, 4))
+    logits = student.heads["dino"](torch.cat([of_student.cls, local.cls])).unflatten(0, (6, 4))
     pairs = [(g, v) for g in range(2) for v in range(6) if g != v]
-    crosses = [-(aims[g] * (views[v] / 0.1).log_softmax(-1)).sum(-1).mean() for g, v in pairs]
-    torch.testing.assert_close(found["dino"], torch.stack(crosses).mean())
+    terms = [-(targets[g] * (logits[v] / 0.1).log_softmax(-1)).sum(-1).mean() for g, v in pairs]
+    torch.testing.assert_close(losses["dino"], torch.stack(terms).mean())
 
-    each = -(patch_aims * (student.heads["ibot"](said.patches[places]) / 0.1).log_softmax(-1)).sum(-1)
-    crops = torch.arange(8).repeat_interleave(places.sum(1))
-    means = [each[crops == crop].mean() for crop in range(8) if places[crop].any()]
-    torch.testing.assert_close(found["ibot"], torch.stack(means).sum() / 8)
+    by_patch = -(patch_targets * (student.heads["ibot"](of_student.patches[masked]) / 0.1).log_softmax(-1)).sum(-1)
+    crops = torch.arange(8).repeat_interleave(masked.sum(1))
+    means = [by_patch[crops == crop].mean() for crop in range(8) if masked[crop].any()]
+    torch.testing.assert_close(losses["ibot"], torch.stack(means).sum() / 8)
 
-    spread = 0.0
-    for cls in F.normalize(said.cls, dim=-1).unflatten(0, (2, 4)):
+    koleo = 0.0
+    for cls in F.normalize(of_student.cls, dim=-1).unflatten(0, (2, 4)):
         distances = torch.cdist(cls, cls, compute_mode="donot_use_mm_for_euclid_dist")
-        spread -= distances.fill_diagonal_(torch.inf).min(1).values.log().mean()
-    torch.testing.assert_close(found["koleo"], 0.1 * spread, rtol=1e-6, atol=1e-8)
+        koleo -= distances.fill_diagonal_(torch.inf).min(1).values.log().mean()
+    torch.testing.assert_close(losses["koleo"], 0.1 * koleo, rtol=1e-6, atol=1e-8)
 
 
-def test_figures_tell_uniform_and_one_sided_collapse_from_learning() -> None:
+def test_metrics_distinguish_both_kinds_of_collapse_from_learning() -> None:
     loss = load_preset("tiny", ["heads.dino.prototypes=16"]).losses.dino.build(16)
     clock = Clock(1, 1)
     for logits, entropy, information, prototypes in (
-        (torch.zeros(2, 8, 16), math.log(16), 0, 1),  # all alike
-        (100 * torch.eye(16)[:1].expand(2, 8, 16), 0, 0, 1 / 16),  # one prototype for all
-        (100 * torch.eye(16).view(2, 8, 16), 0, math.log(16), 1),  # each image its own
+        (torch.zeros(2, 8, 16), math.log(16), 0, 1),  # uniform targets
+        (100 * torch.eye(16)[:1].expand(2, 8, 16), 0, 0, 1 / 16),  # the same prototype for all images
+        (100 * torch.eye(16).view(2, 8, 16), 0, math.log(16), 1),  # another prototype for each image
     ):
         targets = loss.targets_for(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
-        told = loss.metrics(targets, torch.tensor(3.0), clock)
-        assert {k: float(told[k]) for k in ("teacher_entropy", "information", "prototypes", "kl")} == pytest.approx(
+        metrics = loss.metrics(targets, torch.tensor(3.0), clock)
+        assert {k: float(metrics[k]) for k in ("teacher_entropy", "information", "prototypes", "kl")} == pytest.approx(
             {"teacher_entropy": entropy, "information": information, "prototypes": prototypes, "kl": 3 - entropy},
             abs=1e-5,
         )
 
 
-def test_a_step_that_was_left_out_does_not_move_the_teacher() -> None:
+def test_a_skipped_step_does_not_change_the_teacher() -> None:
     method = load_preset("tiny", ["heads.dino.prototypes=16"]).method()
     with torch.no_grad():
         for parameter in method.student.parameters():
@@ -362,7 +362,7 @@ def test_a_step_that_was_left_out_does_not_move_the_teacher() -> None:
     assert not any(torch.equal(value, before[name]) for name, value in method.teacher.named_parameters())
 
 
-def test_the_prototypes_in_use_are_those_of_the_last_hundred_steps() -> None:
+def test_the_share_of_used_prototypes_spans_about_a_hundred_steps() -> None:
     loss = load_preset("tiny", ["heads.dino.prototypes=16"]).losses.dino.build(16)
     clock, one, each = Clock(1, 1), 100 * torch.eye(16)[:1].expand(2, 8, 16), 100 * torch.eye(16).view(2, 8, 16)
 
@@ -370,12 +370,12 @@ def test_the_prototypes_in_use_are_those_of_the_last_hundred_steps() -> None:
         for _ in range(steps):
             loss.targets.center.zero_()
             targets = loss.targets_for(Encoding(torch.empty(0), 2, {"dino": logits}), clock)
-            told = loss.metrics(targets, torch.tensor(0.0), clock)
+            metrics = loss.metrics(targets, torch.tensor(0.0), clock)
             loss.after_step()
-        return float(told["prototypes"])
+        return float(metrics["prototypes"])
 
     assert share(one, 5) == pytest.approx(1 / 16)
-    assert share(each, 1) < 0.2, "one step is soon forgotten"
+    assert share(each, 1) < 0.2, "a single step changes little"
     assert share(each, 400) > 0.95
-    assert 0.3 < share(one, 70) < 0.9, "half of it is of seventy steps ago"
+    assert 0.3 < share(one, 70) < 0.9, "after seventy steps, half of the average is new"
     assert share(one, 600) < 0.08

@@ -13,14 +13,14 @@ from dinocli.method.preset import Preset, load_preset
 
 
 @pytest.mark.parametrize("name", shipped.names())
-def test_a_shipped_preset_is_valid_and_survives_its_stored_form(name: str) -> None:
+def test_a_shipped_preset_is_valid_and_equals_its_stored_form(name: str) -> None:
     preset = load_preset(name)
     assert Preset.parse(json.loads(preset.model_dump_json()), name) == preset
     assert preset.about.command.startswith("dino pretrain ")
     assert f"--preset {name}" in preset.about.command
 
 
-def test_overrides_are_toml_values_and_none_takes_a_key_out() -> None:
+def test_overrides_are_toml_values_and_none_removes_a_key() -> None:
     preset = load_preset(
         "vitb16",
         [
@@ -83,14 +83,14 @@ def test_overrides_are_toml_values_and_none_takes_a_key_out() -> None:
         ("views=3", "views is a table", "--set views.locals=3"),
         ("optimizer.kind=adam", "optimizer.kind is 'adam'; expected 'adamw', 'sgd', 'lars'", "--set optimizer.kind=adamw"),
         ("optimizer.lr={start=0.1}", "optimizer.lr.kind is missing", "--set optimizer.lr.kind=cosine"),
-        ("optimizer.lr.kind=constant", "optimizer.lr.value is missing, and start, end, warmup_epochs not a key of this kind",
+        ("optimizer.lr.kind=constant", "optimizer.lr.value is missing, and this kind has no key start, end, warmup_epochs",
          "--set 'optimizer.lr={kind=\"constant\", value=VALUE}'"),
         ("optimizer.clip=3.0", "optimizer.clip is 3.0; expected a table", 'optimizer.clip={kind="each_parameter", norm=3.0}'),
         ("training.precision=fp16", "it is 'fp16'", "--set training.precision=bfloat16"),
         ("views.mean=[0.5,", "is not valid TOML", "quote all of it"),
     ],
 )  # fmt: skip
-def test_a_mistake_names_its_key_and_the_nearest(override: str, message: str, hint: str) -> None:
+def test_errors_name_the_wrong_key_and_suggest_a_valid_one(override: str, message: str, hint: str) -> None:
     with pytest.raises(DinoError) as error:
         load_preset("vits16", [override])
     assert message in error.value.message
@@ -146,7 +146,7 @@ def test_a_mistake_names_its_key_and_the_nearest(override: str, message: str, hi
         ),
     ],
 )
-def test_low_resolution_that_does_not_fit_is_said_with_what_does(
+def test_a_low_resolution_that_does_not_fit_suggests_one_that_does(
     table: str, changed: list[str], message: str, hint: str
 ) -> None:
     overrides = ["optimizer.lr.warmup_epochs=0", "heads.dino.freeze_last_layer_epochs=0", *changed]
@@ -161,7 +161,7 @@ def test_low_resolution_that_does_not_fit_is_said_with_what_does(
         assert hint in error.value.hint
 
 
-def test_low_resolution_is_a_table_of_a_preset(tmp_path: Path) -> None:
+def test_low_resolution_can_be_set_in_a_preset_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(shipped.text("tiny") + "\n[views.low_resolution]\nepochs = 4\nglobal_size = 32\n")
     mine = load_preset(str(path))
@@ -172,13 +172,13 @@ def test_low_resolution_is_a_table_of_a_preset(tmp_path: Path) -> None:
     assert load_preset(str(path), convolutional).method().student.backbone.patch_size == 32, "takes any size"
 
 
-def test_an_unknown_preset_names_the_nearest() -> None:
+def test_an_unknown_preset_suggests_the_nearest() -> None:
     with pytest.raises(DinoError, match="vits61") as error:
         load_preset("vits61")
     assert "vits16" in error.value.hint
 
 
-def test_a_preset_of_ones_own(tmp_path: Path) -> None:
+def test_a_preset_is_loaded_from_the_users_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(shipped.text("tiny"))
     assert load_preset(str(path)) == load_preset("tiny")
@@ -190,8 +190,8 @@ def test_a_preset_of_ones_own(tmp_path: Path) -> None:
 
 
 COLUMNS = "vits16 vits8 vitb16 vitb8 resnet50 vits16-vanilla vits16-boosted resnet50-sgd".split()
-# facebookresearch/dino: args.txt of the released checkpoints (of ResNet-50's transcripts the one with lr 0.3), and for the
-# last three the commands of its README over the defaults of main_dino.py. A row a setting, a column a preset.
+# facebookresearch/dino: args.txt of the released checkpoints (for ResNet-50 the one with lr 0.3), and for the last three
+# the commands of its README with the defaults of main_dino.py. One row per setting, one column per preset.
 # fmt: off
 RELEASED = {
     "backbone": ["vit_small_patch16_224", "vit_small_patch8_224", "vit_base_patch16_224", "vit_base_patch8_224",
@@ -222,8 +222,8 @@ RELEASED = {
 # fmt: on
 
 
-def in_the_originals_words(preset: Preset) -> dict[str, object]:
-    """A resolved preset under the names of main_dino.py's arguments."""
+def to_original_names(preset: Preset) -> dict[str, object]:
+    """Return the settings of a preset under the names of main_dino.py's arguments."""
     head, loss, views, optimizer = preset.heads["dino"], preset.losses.dino, preset.views, preset.optimizer
     temperature = loss.targets.temperature
     return {
@@ -255,19 +255,19 @@ def in_the_originals_words(preset: Preset) -> dict[str, object]:
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_released_recipe_has_the_originals_settings(name: str) -> None:
     expected = {setting: row[COLUMNS.index(name)] for setting, row in RELEASED.items()}
-    assert in_the_originals_words(load_preset(name)) == expected
+    assert to_original_names(load_preset(name)) == expected
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_the_one_setting_that_differs_is_the_precision_of_products_on_a_gpu(name: str) -> None:
-    # use_fp16 is false in the released runs and true by default; ours is in the docs and can be set.
+def test_only_the_precision_differs_from_the_original_and_is_documented(name: str) -> None:
+    # use_fp16 is false in the released runs, and true by default.
     assert load_preset(name).training.precision == "bfloat16"
     assert load_preset(name, ["training.precision=float32"]).training.precision == "float32"
     assert "`training.precision`" in (Path(__file__).parents[2] / "docs" / "differences.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_what_the_original_does_not_let_one_change(name: str) -> None:
+def test_settings_that_are_fixed_in_the_original_are_the_same(name: str) -> None:
     preset = load_preset(name)
     head, loss, views = preset.heads["dino"], preset.losses.dino, preset.views
     assert (head.hidden, head.bottleneck, head.layers) == (2048, 256, 3)
@@ -290,7 +290,7 @@ def test_what_the_original_does_not_let_one_change(name: str) -> None:
     assert kind[preset.optimizer.kind].items() <= preset.optimizer.model_dump().items()
 
 
-def test_the_student_alone_drops_paths() -> None:
+def test_only_the_student_has_drop_path() -> None:
     method = load_preset("vits16", ["heads.dino.prototypes=16"]).method()
     for network, rate in ((method.student, 0.1), (method.teacher, 0.0)):
         block = network.backbone.model.blocks[-1]
@@ -299,7 +299,7 @@ def test_the_student_alone_drops_paths() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 4, 13])
-def test_the_backbone_takes_the_images_channels(channels: int) -> None:
+def test_the_backbone_has_the_images_number_of_channels(channels: int) -> None:
     preset = load_preset("tiny", of_channels(channels))
     assert preset.backbone.build(drop_path=False).model.patch_embed.proj.in_channels == channels
     assert Preset.parse(preset.model_dump(mode="json"), "x") == preset
@@ -323,12 +323,12 @@ def test_the_backbone_takes_the_images_channels(channels: int) -> None:
         (["images.channels=x"], "images.channels", ""),
     ],
 )  # fmt: skip
-def test_channels_that_do_not_fit_are_said(overrides: list[str], message: str, hint: str) -> None:
+def test_channels_that_do_not_fit_are_refused(overrides: list[str], message: str, hint: str) -> None:
     with pytest.raises(DinoError) as error:
         load_preset("tiny", overrides)
     assert message in error.value.message
     assert hint in error.value.hint
-    assert "it needs" not in error.value.message, "what to type is said once"
+    assert "it needs" not in error.value.message, "the override is only in the hint"
 
 
 DEEP = "a." * 5000
@@ -345,7 +345,7 @@ DEEP = "a." * 5000
         "a = [",
     ],
 )
-def test_a_file_that_no_preset_looks_like_is_one_line(tmp_path: Path, text: str) -> None:
+def test_malformed_preset_files_give_a_one_line_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "mine.toml").write_text(text)
     with pytest.raises(DinoError) as error:
         load_preset(str(tmp_path / "mine.toml"))
@@ -354,19 +354,19 @@ def test_a_file_that_no_preset_looks_like_is_one_line(tmp_path: Path, text: str)
 
 
 @pytest.mark.parametrize("override", [f"{DEEP}b=1", f"backbone.options.{DEEP}b=1", "about=" + "[" * 5000 + "]" * 5000])
-def test_a_value_that_is_nested_too_deeply_is_one_line(override: str) -> None:
+def test_overrides_that_are_nested_too_deeply_are_refused(override: str) -> None:
     with pytest.raises(DinoError, match="nested"):
         load_preset("tiny", [override])
 
 
-def test_a_number_is_a_constant_schedule_where_nothing_else_could_be_meant() -> None:
+def test_a_number_for_a_schedule_is_a_constant_schedule() -> None:
     constant = {"kind": "constant", "value": 0.05}
     ours = load_preset("tiny", ["losses.dino.targets.temperature=0.05"])
     assert ours.losses.dino.targets.temperature.model_dump() == constant, "the preset's is constant"
     data = ours.model_dump()
     for table, key in (("optimizer", "lr"), ("optimizer", "weight_decay"), ("teacher", "momentum")):
         read = type(ours).parse(data | {table: data[table] | {key: 0.05}}, "mine.toml")
-        assert getattr(getattr(read, table), key).model_dump() == constant, "a file has no other"
+        assert getattr(getattr(read, table), key).model_dump() == constant, "a number replaces the table of a file"
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ def test_a_number_is_a_constant_schedule_where_nothing_else_could_be_meant() -> 
         "backbone.options.drop_rate=nan",
     ],
 )
-def test_every_number_is_finite(tmp_path: Path, override: str) -> None:
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path, override: str) -> None:
     key = override.partition("=")[0] + (".norm" if "norm" in override else "")
     with pytest.raises(DinoError, match=f"{key} should be a finite number") as error:
         load_preset("vits16", [override])
@@ -396,7 +396,7 @@ def test_every_number_is_finite(tmp_path: Path, override: str) -> None:
         Preset.parse(stored, "a checkpoint")
 
 
-def test_pixels_are_divided_by_a_spread_that_float32_can_hold() -> None:
+def test_a_std_or_window_of_zero_is_refused() -> None:
     for value in (0, -1, 1e-30):
         with pytest.raises(DinoError, match=r"views.std should be greater than or equal to"):
             load_preset("vits16", [f"views.std=[1, {value}, 1]"])
@@ -404,6 +404,6 @@ def test_pixels_are_divided_by_a_spread_that_float32_can_hold() -> None:
         load_preset("vits16", ["images.window=[5, 5]"])
 
 
-def test_a_rate_that_becomes_infinite_by_the_batch_is_refused() -> None:
+def test_a_learning_rate_that_the_batch_size_makes_infinite_is_refused() -> None:
     with pytest.raises(DinoError, match=r"makes optimizer\.lr infinite"):
         load_preset("vits16", ["optimizer.lr.start=1e38", "training.batch_size=1048576"])

@@ -5,7 +5,7 @@ from dinocli.method.preset import load_preset
 from dinocli.method.settings import changes, flat, shipped_as
 
 
-def test_a_schedule_is_one_value_and_the_rest_goes_by_its_key() -> None:
+def test_flat_lists_each_key_and_a_schedule_as_one_value() -> None:
     found = dict(flat(load_preset("tiny").model_dump(mode="json")))
     assert found["backbone.options.depth"] == "4"
     assert found["teacher.momentum"] == "cosine, start 0.98, end 1.0, warmup_epochs 0"
@@ -13,7 +13,7 @@ def test_a_schedule_is_one_value_and_the_rest_goes_by_its_key() -> None:
     assert found["backbone.name"] == "vit_tiny_patch16_224"
 
 
-def test_a_run_is_known_by_its_recipe_whatever_was_changed_and_measured_since() -> None:
+def test_shipped_as_recognises_presets_with_changed_settings_and_results() -> None:
     for name in shipped.names():
         stored = load_preset(name).model_dump(mode="json")
         stored["training"]["epochs"] = 7777
@@ -24,12 +24,12 @@ def test_a_run_is_known_by_its_recipe_whatever_was_changed_and_measured_since() 
         assert changes(stored, before)["training.epochs"][0] == "7777"
 
 
-def test_a_preset_of_ones_own_is_no_shipped_one() -> None:
+def test_shipped_as_returns_nothing_for_a_users_own_preset() -> None:
     stored = load_preset("tiny").model_dump(mode="json")
     stored["about"]["source"] = "mine"
     assert shipped_as(stored) == ("", {})
     assert shipped_as({"about": None}) == shipped_as({}) == ("", {})
 
 
-def test_what_one_has_and_the_other_lacks_is_a_change() -> None:
+def test_settings_of_only_one_preset_are_changes() -> None:
     assert changes({"a": {"b": 1, "c": None}}, {"a": {"d": [2]}}) == {"a.b": ("1", None), "a.d": (None, "[2]")}

@@ -13,22 +13,22 @@ from dinocli.core.errors import DinoError
 from dinocli.method import shipped
 
 
-def test_names_and_texts() -> None:
+def test_shipped_presets_are_listed_and_fully_described() -> None:
     assert {"tiny", "vits16", "vits8", "vitb16", "vitb8", "resnet50"} <= set(shipped.names())
     for name in shipped.names():
         about = tomllib.loads(shipped.text(name))["about"]
         assert all(about[key] for key in ("recipe", "source", "command", "cost", "expected")), name
 
 
-def test_an_unknown_name_is_said_with_the_nearest() -> None:
+def test_an_unknown_name_suggests_the_nearest_preset() -> None:
     with pytest.raises(DinoError) as error:
         shipped.text("resnet5")
     assert "resnet50" in error.value.hint
 
 
 @pytest.mark.parametrize("beside", [True, False])
-def test_presets_of_a_checkout_that_is_not_installed(tmp_path: Path, beside: bool) -> None:
-    """A copy of the package alone, read by an interpreter that knows no installed one."""
+def test_presets_are_found_in_a_checkout_that_is_not_installed(tmp_path: Path, beside: bool) -> None:
+    """A copy of the package is imported by an interpreter without installed packages."""
     root = Path(shipped.__file__).parents[2]
     for name in ("__init__", "core/__init__", "core/version", "core/errors", "method/__init__", "method/shipped"):
         (tmp_path / "dinocli" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A configuration builds the backbone it says, and names what it cannot build."""
+"""Backbones as their configs describe them, and errors for those that cannot be built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_head
 
 
 @pytest.mark.parametrize("depth", [4, 12])
-def test_drop_path_grows_linearly_and_is_the_students_alone(original, depth: int) -> None:
+def test_drop_path_grows_linearly_and_applies_only_to_the_student(original, depth: int) -> None:
     options = MICRO | {"depth": depth}
     config = BackboneConfig(name="vit_tiny_patch16_224", options=options, drop_path=0.1, positions="dino")
     blocks = config.build(drop_path=True).model.blocks
@@ -23,7 +23,7 @@ def test_drop_path_grows_linearly_and_is_the_students_alone(original, depth: int
     assert all(not hasattr(block.drop_path1, "drop_prob") for block in config.build(drop_path=False).model.blocks)
 
 
-def test_a_class_token_starts_with_the_spread_asked_for() -> None:
+def test_the_class_token_is_initialized_with_the_configured_std() -> None:
     config = BackboneConfig(name="vit_small_patch16_224", class_token_std=0.02, positions="dino")
     assert config.build(drop_path=False).model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
 
@@ -32,14 +32,14 @@ def test_a_class_token_starts_with_the_spread_asked_for() -> None:
     ("name", "options", "message"),
     [
         ("vit_smal_patch16_224", {}, "no model 'vit_smal_patch16_224'"),
-        ("vit_tiny_patch16_224", {"wings": 2}, "cannot build"),
+        ("vit_tiny_patch16_224", {"no_such_option": 2}, "cannot build"),
         ("swin_tiny_patch4_window7_224", {}, "is not a supported backbone"),
         ("deit_tiny_distilled_patch16_224", {}, "is not a supported backbone"),
         ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}, "is not a supported backbone"),
         ("mixer_s32_224", {}, "is not a supported backbone"),
     ],
 )
-def test_what_cannot_be_a_backbone_is_named(name: str, options: dict, message: str) -> None:
+def test_unsupported_backbones_are_refused_by_name(name: str, options: dict, message: str) -> None:
     with pytest.raises(DinoError, match=message):
         BackboneConfig(name=name, options=options).build(drop_path=False)
 
@@ -49,7 +49,7 @@ def test_learned_positions_cannot_be_rescaled() -> None:
         BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, rescale_positions=2.0).build(drop_path=True)
 
 
-def test_a_fresh_rotary_network_starts_evenly_and_a_loaded_one_is_left_alone() -> None:
+def test_only_a_new_rotary_backbone_is_initialized_evenly() -> None:
     torch.manual_seed(0)
     options = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "num_heads": 3, "depth": 6}
     name = "vit_small_patch16_dinov3"
@@ -65,5 +65,5 @@ def test_a_fresh_rotary_network_starts_evenly_and_a_loaded_one_is_left_alone() -
     assert fresh.reg_token.std().item() == pytest.approx(0.5, rel=0.1)
 
 
-def test_adapt_takes_any_timm_model_of_the_two_kinds() -> None:
+def test_adapt_accepts_a_timm_vision_transformer() -> None:
     assert adapt(VisionTransformer(**MICRO, num_classes=0), "antialias").width == 32

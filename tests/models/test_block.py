@@ -32,8 +32,8 @@ ROTARY_KINDS: dict[str, dict] = {
 }
 
 
-def made(**options) -> tuple[Block, PlainBlock]:
-    """timm's block in evaluation mode, and ours with the same weights; no weight is as it starts."""
+def make_blocks(**options) -> tuple[Block, PlainBlock]:
+    """Return timm's block in evaluation mode, and ours with the same random weights."""
     torch.manual_seed(0)
     theirs = Block(16, 2, **options).double().eval()
     for parameter in theirs.parameters():
@@ -43,8 +43,8 @@ def made(**options) -> tuple[Block, PlainBlock]:
     return theirs, ours
 
 
-def made_rotary(**options) -> tuple[EvaBlock, RotaryBlock, torch.Tensor, torch.Tensor]:
-    """timm's block and ours, as `made` has them, with the rotary positions of a grid of 2x3 for each."""
+def make_rotary_blocks(**options) -> tuple[EvaBlock, RotaryBlock, torch.Tensor, torch.Tensor]:
+    """Return timm's block and ours as `make_blocks` does, and for each the rotary positions of a 2x3 grid."""
     torch.manual_seed(0)
     theirs = EvaBlock(16, 2, num_prefix_tokens=2, rotate_half=True, **options).double().eval()
     for parameter in theirs.parameters():
@@ -56,8 +56,8 @@ def made_rotary(**options) -> tuple[EvaBlock, RotaryBlock, torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("kind", ROTARY_KINDS)
-def test_a_rotary_block_is_timms_own(kind: str) -> None:
-    theirs, ours, rope, rotation = made_rotary(**ROTARY_KINDS[kind])
+def test_a_rotary_block_equals_timms(kind: str) -> None:
+    theirs, ours, rope, rotation = make_rotary_blocks(**ROTARY_KINDS[kind])
     assert RotaryBlock.reads(theirs)
     tokens = torch.randn(3, 2 + 6, 16, dtype=torch.float64)
     expected = theirs(tokens, rope)
@@ -66,37 +66,37 @@ def test_a_rotary_block_is_timms_own(kind: str) -> None:
     for asking in (1, 4):
         found = ours(tokens, asking=asking, rotation=rotation)
         torch.testing.assert_close(found, expected[:, :asking], rtol=1e-12, atol=1e-13)
-    assert not torch.allclose(ours(tokens), expected), "without them it is another block"
+    assert not torch.allclose(ours(tokens), expected), "positions change the output"
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
-def test_a_rotary_block_leaves_out_what_the_shares_say() -> None:
-    _, block, _, rotation = made_rotary(init_values=0.3)
+def test_a_rotary_block_skips_branches_by_its_masks() -> None:
+    _, block, _, rotation = make_rotary_blocks(init_values=0.3)
     tokens = torch.randn(3, 8, 16, dtype=torch.float64)
     whole = block(tokens, rotation=rotation)
     found = block(tokens, (torch.tensor([0, 2]), torch.tensor([2, 0])), None, rotation)
     assert torch.equal(found[1], tokens[1])
-    assert not torch.allclose(found[0], whole[0]), "what stays makes up for what is left out"
+    assert not torch.allclose(found[0], whole[0]), "branches that are kept are scaled up"
     scale = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64).view(3, 1, 1)
     found = block(tokens, (scale, scale), None, rotation)
     torch.testing.assert_close(found, torch.cat([tokens[:1], whole[1:]]))
     block.train().left_out = 0.5
-    assert [len(share) for share in block.drop_path_masks(tokens)] == [2, 2]
+    assert [len(mask) for mask in block.drop_path_masks(tokens)] == [2, 2]
 
 
 @pytest.mark.parametrize(
     "options",
     [{"rotate_half": False}, {"qkv_fused": False}, {"attn_type": "rope", "norm_layer": nn.LayerNorm}],
-    ids=["other halves", "apart", "timm's other attention"],
+    ids=["rotated pairs", "separate projections", "timm's other attention"],
 )
-def test_a_block_that_turns_in_another_way_is_not_read(options: dict) -> None:
+def test_blocks_with_other_kinds_of_rotary_attention_are_not_supported(options: dict) -> None:
     assert not RotaryBlock.reads(EvaBlock(16, 2, **{"rotate_half": True} | options))
     assert not RotaryBlock.reads(Block(16, 2))
 
 
 @pytest.mark.parametrize("kind", ROTARY_KINDS)
-def test_attention_of_a_rotary_block_is_what_it_mixes_values_with(kind: str) -> None:
-    _, block, _, rotation = made_rotary(**ROTARY_KINDS[kind])
+def test_attention_of_a_rotary_block_gives_timms_output(kind: str) -> None:
+    _, block, _, rotation = make_rotary_blocks(**ROTARY_KINDS[kind])
     tokens = torch.randn(3, 8, 16, dtype=torch.float64)
     weights = attention_of(block.attn, tokens, slice(None), rotation)
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, 2, 8, dtype=torch.float64))
@@ -110,8 +110,8 @@ def test_attention_of_a_rotary_block_is_what_it_mixes_values_with(kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_block_is_timms_own(kind: str) -> None:
-    theirs, ours = made(**KINDS[kind])
+def test_a_plain_block_equals_timms(kind: str) -> None:
+    theirs, ours = make_blocks(**KINDS[kind])
     tokens = torch.randn(3, 5, 16, dtype=torch.float64)
     expected = theirs(tokens)
     torch.testing.assert_close(ours(tokens), expected, rtol=1e-12, atol=1e-13)
@@ -119,8 +119,8 @@ def test_a_block_is_timms_own(kind: str) -> None:
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
-def test_a_gate_of_newer_timm_is_obeyed() -> None:
-    theirs, ours = made()
+def test_the_attention_gate_of_newer_timm_versions_is_applied() -> None:
+    theirs, ours = make_blocks()
     for block in (theirs, ours):
         torch.manual_seed(1)
         block.attn.gate = nn.Linear(16, 16).double()
@@ -132,49 +132,49 @@ def test_a_gate_of_newer_timm_is_obeyed() -> None:
     torch.testing.assert_close(ours(tokens, asking=1), expected[:, :1])
 
 
-def test_attention_in_steps_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = F.scaled_dot_product_attention
-    wholes: list[torch.Tensor] = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: wholes.append(a[0]) or whole(*a, **k))
-    _, ours = made(qkv_bias=True)
+def test_unfused_attention_equals_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = F.scaled_dot_product_attention
+    calls: list[torch.Tensor] = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0]) or fused(*a, **k))
+    _, ours = make_blocks(qkv_bias=True)
     ours = ours.float()
-    for tokens, grad, in_steps in ((5, True, True), (5, False, False), (500, True, False)):
+    for tokens, grad, unfused in ((5, True, True), (5, False, False), (500, True, False)):
         x = torch.randn(3, tokens, 16)
         expected = ours(x)
-        wholes.clear()
+        calls.clear()
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(grad):
             found = ours(x)
-        assert (not wholes) == in_steps
+        assert (not calls) == unfused
         torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.1)
 
 
-def test_other_blocks_stay_what_they_are() -> None:
+def test_other_classes_of_blocks_are_unchanged() -> None:
     class Other(Block):
         pass
 
     assert type(PlainBlock.instead_of(Other(16, 2))) is Other
 
 
-def test_a_dropped_branch_is_the_originals(original, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = original["droppath/keep_mask"]
-    x = original["droppath/input"]  # stored in float32 alone
+def test_drop_path_masks_equal_the_originals(original, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_mask = original["droppath/keep_mask"]
+    x = original["droppath/input"]  # stored only in float32
     block = PlainBlock.instead_of(Block(32, 2, drop_path=0.3)).train()
     drawn: list[float] = []
 
     def draw(values: torch.Tensor, p: float) -> torch.Tensor:
         drawn.append(p)
-        return values.copy_(kept)
+        return values.copy_(keep_mask)
 
     monkeypatch.setattr(torch.Tensor, "bernoulli_", draw)
-    shares = block.drop_path_masks(x)
+    masks = block.drop_path_masks(x)
     assert drawn == pytest.approx([0.7, 0.7])
-    for share in shares:
-        assert_original(x * share, original["droppath/output_p0.3_seed0"])
+    for mask in masks:
+        assert_original(x * mask, original["droppath/output_p0.3_seed0"])
     assert block.eval().drop_path_masks(x) == (None, None)
 
 
-def test_dropped_branches_are_those_that_the_shares_say() -> None:
-    _, block = made(qkv_bias=True)
+def test_masks_scale_the_branches_of_each_image() -> None:
+    _, block = make_blocks(qkv_bias=True)
     tokens = torch.randn(3, 5, 16, dtype=torch.float64)
     none, double = torch.tensor([0.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 2.0])
     whole = block(tokens)
@@ -185,40 +185,40 @@ def test_dropped_branches_are_those_that_the_shares_say() -> None:
     torch.testing.assert_close(found[1], whole[1])
 
 
-def test_branches_that_are_left_out_are_those_of_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, block = made(qkv_bias=True)
+def test_uniform_drop_path_skips_branches_of_whole_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, block = make_blocks(qkv_bias=True)
     block.train().left_out = 0.4
     tokens = torch.randn(5, 3, 16, dtype=torch.float64)
     orders = iter([torch.tensor([3, 0, 4, 1, 2]), torch.tensor([2, 4, 1, 0, 3])])
     monkeypatch.setattr(torch, "randperm", lambda n, device: next(orders))
-    shares = block.drop_path_masks(tokens)
-    assert [s.tolist() for s in shares] == [[3, 0, 4], [2, 4, 1]], "three of five, whatever is drawn"
+    masks = block.drop_path_masks(tokens)
+    assert [s.tolist() for s in masks] == [[3, 0, 4], [2, 4, 1]], "always three of five"
     first = torch.tensor([1, 0, 0, 1, 1.0], dtype=torch.float64).view(5, 1, 1) * 5 / 3
     second = torch.tensor([0, 1, 1, 0, 1.0], dtype=torch.float64).view(5, 1, 1) * 5 / 3
     attended = tokens + first * block.attn(block.norm1(tokens))
     expected = attended + second * block.mlp(block.norm2(attended))
-    torch.testing.assert_close(block(tokens, shares), expected)
-    torch.testing.assert_close(block(tokens, shares, asking=1), expected[:, :1])
+    torch.testing.assert_close(block(tokens, masks), expected)
+    torch.testing.assert_close(block(tokens, masks, asking=1), expected[:, :1])
     assert block.eval().drop_path_masks(tokens) == (None, None)
 
 
-@pytest.mark.parametrize(("images", "left"), [(1, 0.9), (3, 0.5), (10, 0.3), (64, 0.4)])
-def test_as_many_are_left_out_each_time_and_one_at_least_stays(images: int, left: float) -> None:
+@pytest.mark.parametrize(("images", "left_out"), [(1, 0.9), (3, 0.5), (10, 0.3), (64, 0.4)])
+def test_uniform_drop_path_keeps_a_fixed_number_of_images_and_at_least_one(images: int, left_out: float) -> None:
     block = PlainBlock.instead_of(Block(16, 2)).train()
-    block.left_out = left
-    for share in block.drop_path_masks(torch.zeros(images, 2, 16)):
-        assert len(share) == max(1, math.ceil((1 - left) * images))
-        assert len(share.unique()) == len(share)
+    block.left_out = left_out
+    for mask in block.drop_path_masks(torch.zeros(images, 2, 16)):
+        assert len(mask) == max(1, math.ceil((1 - left_out) * images))
+        assert len(mask.unique()) == len(mask)
 
 
-def test_what_is_left_out_is_no_work() -> None:
+def test_skipped_branches_are_not_computed() -> None:
     # Counted on meta: on a CPU the counter knows only some of the kernels of attention, and which one runs depends on the CPU.
     block = PlainBlock.instead_of(Block(16, 2)).train().to("meta")
     tokens = torch.zeros(10, 4, 16, device="meta")
-    work = []
-    for left in (0.0, 0.5):
-        block.left_out = left
+    flops = []
+    for left_out in (0.0, 0.5):
+        block.left_out = left_out
         with FlopCounterMode(display=False) as counter:
             block(tokens, block.drop_path_masks(tokens))
-        work.append(counter.get_total_flops())
-    assert work[1] * 2 == work[0]
+        flops.append(counter.get_total_flops())
+    assert flops[1] * 2 == flops[0]

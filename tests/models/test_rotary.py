@@ -13,36 +13,36 @@ GRIDS = [(1, 1), (2, 3), (14, 14), (6, 17)]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_angles_are_the_places_over_the_periods(grid: tuple[int, int]) -> None:
+def test_angles_are_coordinates_over_periods(grid: tuple[int, int]) -> None:
     expected = [[0.0] * 4] * 3
     for row in range(grid[0]):
         for column in range(grid[1]):
-            places = [2 * (place + 0.5) / count - 1 for place, count in zip((row, column), grid, strict=True)]
-            expected.append([2 * math.pi * place / period for place in places for period in (1.0, 10.0)])
+            coordinates = [2 * (index + 0.5) / count - 1 for index, count in zip((row, column), grid, strict=True)]
+            expected.append([2 * math.pi * value / period for value in coordinates for period in (1.0, 10.0)])
     angles = torch.tensor(expected, dtype=torch.float64)
     found = Rotary(prefix=3)(PERIODS, grid)
     torch.testing.assert_close(found, torch.stack([angles.cos(), angles.sin()]), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_angles_are_timms(grid: tuple[int, int]) -> None:
+def test_angles_equal_timms(grid: tuple[int, int]) -> None:
     rope = RotaryEmbeddingDinoV3(64)
-    sin, cos = rope.get_embed(grid).chunk(2, -1)  # each number twice, half a head apart
+    sin, cos = rope.get_embed(grid).chunk(2, -1)  # each value twice, half a head apart
     found = Rotary(prefix=1)(rope.periods, grid)
     assert torch.equal(found[0, 1:], cos[:, :32])
     assert torch.equal(found[1, 1:], sin[:, :32])
 
 
-def test_to_turn_is_to_multiply_with_a_complex_number() -> None:
+def test_rotation_is_multiplication_by_a_complex_number() -> None:
     torch.manual_seed(0)
     values = torch.randn(2, 3, 1 + 6, 8, dtype=torch.float64)
     rotation = Rotary(prefix=1)(PERIODS, (2, 3))
     numbers = torch.complex(values[..., :4], values[..., 4:]) * torch.complex(*rotation)
     torch.testing.assert_close(turned(values, rotation), torch.cat([numbers.real, numbers.imag], -1))
-    assert torch.equal(turned(values, rotation)[:, :, 0], values[:, :, 0]), "a class token has no place"
+    assert torch.equal(turned(values, rotation)[:, :, 0], values[:, :, 0]), "the class token has no position"
 
 
-def test_what_two_patches_say_of_each_other_follows_how_far_they_are_apart() -> None:
+def test_attention_scores_depend_on_relative_positions() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
     rotation = Rotary(prefix=0)(PERIODS, (4, 5))
@@ -51,14 +51,14 @@ def test_what_two_patches_say_of_each_other_follows_how_far_they_are_apart() -> 
     assert not torch.allclose(product[1, 1, 2, 4], product[1, 1, 3, 3])
 
 
-def test_coarse_values_are_turned_finely_and_stay_coarse() -> None:
+def test_bfloat16_values_are_rotated_in_float32_and_stay_bfloat16() -> None:
     values = torch.randn(1, 1, 7, 8).bfloat16()
     rotation = Rotary(prefix=1)(PERIODS.float(), (2, 3))
     assert torch.equal(turned(values, rotation), turned(values.float(), rotation).bfloat16())
     assert not torch.equal(turned(values, rotation), turned(values, rotation.bfloat16()))
 
 
-def test_what_a_resolution_needs_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_angles_are_computed_once_per_grid(monkeypatch: pytest.MonkeyPatch) -> None:
     rotary = Rotary(prefix=1)
     once = rotary(PERIODS, (3, 5))
     monkeypatch.setattr(torch, "meshgrid", None)  # calling it again would fail
@@ -68,7 +68,7 @@ def test_what_a_resolution_needs_is_worked_out_once(monkeypatch: pytest.MonkeyPa
         rotary(PERIODS, (5, 3))
 
 
-def test_coordinates_are_rescaled_by_one_factor_whose_logarithm_is_even() -> None:
+def test_coordinates_are_rescaled_by_one_log_uniform_factor() -> None:
     torch.manual_seed(0)
     rotary, periods = Rotary(prefix=2), torch.tensor([20.0, 40.0], dtype=torch.float64)  # angles stay below half a turn
 
@@ -79,7 +79,7 @@ def test_coordinates_are_rescaled_by_one_factor_whose_logarithm_is_even() -> Non
     plain, logs = angles(1.0), []
     for _ in range(300):
         found = angles(2.0)
-        assert not found[:2].any(), "class token and register stay without a place"
+        assert not found[:2].any(), "class token and register have no position"
         factors = found[2:] / plain[2:]
         torch.testing.assert_close(factors, factors[0, 0].expand_as(factors))
         logs.append(factors[0, 0].log2())
@@ -90,7 +90,7 @@ def test_coordinates_are_rescaled_by_one_factor_whose_logarithm_is_even() -> Non
     assert drawn.std() == pytest.approx(2 / math.sqrt(12), abs=0.05)
 
 
-def test_nothing_is_drawn_where_nothing_is_rescaled() -> None:
+def test_nothing_is_drawn_without_rescaling() -> None:
     before = torch.get_rng_state()
     Rotary(prefix=1)(PERIODS, (2, 2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -107,7 +107,7 @@ def test_nothing_is_drawn_where_nothing_is_rescaled() -> None:
         {"jitter_coords": 1.5},
     ],
 )
-def test_rotary_positions_of_another_kind_are_not_read(options: dict) -> None:
+def test_rotary_positions_of_other_kinds_are_not_supported(options: dict) -> None:
     assert Rotary.reads(RotaryEmbeddingDinoV3(64))
     assert not Rotary.reads(RotaryEmbeddingDinoV3(64, **options))
     assert not Rotary.reads(None)

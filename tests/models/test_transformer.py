@@ -35,15 +35,15 @@ def test_tokens_and_attention_equal_the_originals_at_every_size(
     micro, images = micro.to(dtype), original[f"{name}/input"].to(dtype)
     tokens = micro(images)
     assert_original(tokens.cls, original[f"{name}/cls"])
-    everything = torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1)
-    assert_original(everything, original[f"{name}/inter_n1/0"])
+    all_tokens = torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1)
+    assert_original(all_tokens, original[f"{name}/inter_n1/0"])
     assert tokens.grid[0] * tokens.grid[1] == tokens.patches.shape[1]
     attention = original[f"{name}/last_attn"]
     assert_original(micro.attention(images), attention[:, :, :1])
     assert_original(micro.attention(images, slice(None)), attention)
 
 
-def test_the_oracle_is_the_original(original) -> None:
+def test_the_reference_implementation_equals_the_original(original) -> None:
     weights = original.below("vit/micro32d2h2p8_f64/weights/")
     for size in SIZES:
         name = f"vit/micro32d2h2p8_f64/{size}"
@@ -55,7 +55,7 @@ def test_the_oracle_is_the_original(original) -> None:
 @PRECISIONS
 @pytest.mark.parametrize("patch", [8, 16])
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (96, 96), (160, 256), (112, 448), (230, 98)])
-def test_every_block_equals_its_description_at_the_sizes_of_training(
+def test_every_block_equals_the_reference_at_training_sizes(
     patch: int, height: int, width: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
@@ -73,13 +73,13 @@ def test_every_block_equals_its_description_at_the_sizes_of_training(
         assert_original(backbone.attention(images), attention[:, :, :1])
 
 
-def test_a_large_photo_costs_memory_for_its_patches_and_not_their_square() -> None:
+def test_attention_of_a_large_photo_is_computed_only_for_the_class_token() -> None:
     backbone = BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, positions="dino").build(drop_path=False)
     with torch.no_grad():
         assert backbone.attention(torch.zeros(1, 3, 8 * 60, 8 * 80)).shape == (1, 2, 1, 4801)
 
 
-def test_registers_stand_apart_and_get_no_position() -> None:
+def test_registers_are_returned_separately_and_have_no_position() -> None:
     options = MICRO | {"reg_tokens": 4, "no_embed_class": True}
     backbone = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="antialias").build(
         drop_path=False
@@ -92,7 +92,7 @@ def test_registers_stand_apart_and_get_no_position() -> None:
     torch.testing.assert_close(tokens.patches, expected[:, 5:])
 
 
-def test_last_blocks_are_normed_and_in_order(micro: ViTBackbone, original) -> None:
+def test_last_tokens_are_normalized_and_in_order(micro: ViTBackbone, original) -> None:
     images = original["vit/micro32d2h2p8_f64/32x32/input"]
     first, last = micro.last_tokens(images, 2)
     torch.testing.assert_close(last.cls, micro(images).cls)
@@ -103,7 +103,7 @@ def test_last_blocks_are_normed_and_in_order(micro: ViTBackbone, original) -> No
 
 @pytest.mark.parametrize("last", [1, 2])
 @pytest.mark.parametrize("size", SIZES)
-def test_class_tokens_alone_are_those_of_all_tokens_with_the_same_gradient(
+def test_class_tokens_and_their_gradient_equal_those_of_all_tokens(
     micro: ViTBackbone, original, last: int, size: str
 ) -> None:
     images = original[f"vit/micro32d2h2p8_f64/{size}/input"]
@@ -116,51 +116,51 @@ def test_class_tokens_alone_are_those_of_all_tokens_with_the_same_gradient(
     torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
 
 
-def test_hidden_patches_are_not_seen_and_their_places_are(micro: ViTBackbone) -> None:
+def test_masked_patches_have_no_influence_but_keep_their_position(micro: ViTBackbone) -> None:
     torch.manual_seed(0)
     one, other = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
     where = torch.zeros(2, 16, dtype=torch.bool)
     where[0, 5], where[1, :] = True, True
-    hidden = MaskedPatches(where, torch.randn(1, 32, dtype=torch.float64))
+    masked = MaskedPatches(where, torch.randn(1, 32, dtype=torch.float64))
     mixed = one.clone()
     mixed[0, :, 8:16, 8:16] = other[0, :, 8:16, 8:16]  # the sixth patch
     mixed[1] = other[1]
-    torch.testing.assert_close(micro(mixed, hidden).patches, micro(one, hidden).patches)
+    torch.testing.assert_close(micro(mixed, masked).patches, micro(one, masked).patches)
     assert not torch.allclose(micro(mixed).patches, micro(one).patches)
-    torch.testing.assert_close(micro.class_tokens(mixed, masked=hidden)[0], micro(one, hidden).cls)
-    # What stands in a hidden place knows where it is.
-    assert not torch.allclose(micro(one, hidden).patches[1, 0], micro(one, hidden).patches[1, 1])
+    torch.testing.assert_close(micro.class_tokens(mixed, masked=masked)[0], micro(one, masked).cls)
+    # Mask tokens at different positions differ.
+    assert not torch.allclose(micro(one, masked).patches[1, 0], micro(one, masked).patches[1, 1])
 
 
-def test_class_tokens_alone_are_less_work(micro: ViTBackbone) -> None:
+def test_class_tokens_need_fewer_operations_than_all_tokens(micro: ViTBackbone) -> None:
     # Counted on meta: on a CPU the counter knows only some of the kernels of attention, and which one runs depends on the CPU.
     micro = micro.to("meta")
     images = torch.zeros(1, 3, 32, 32, dtype=torch.float64, device="meta")
-    work = []
-    for tokens in (micro.class_tokens, micro.last_tokens):
+    flops = []
+    for encode in (micro.class_tokens, micro.last_tokens):
         with FlopCounterMode(display=False) as counter:
-            tokens(images, 1)
-        work.append(counter.get_total_flops())
+            encode(images, 1)
+        flops.append(counter.get_total_flops())
     width, tokens = 32, 17
-    # Queries, projection and MLP of the last block for one token and not for seventeen, and its share of attention.
+    # In the last block: queries, projection, MLP and attention of one token instead of seventeen.
     saved = 2 * (tokens - 1) * (width * width * (1 + 1 + 8) + 2 * tokens * width)
-    assert work[1] - work[0] == saved
+    assert flops[1] - flops[0] == saved
 
 
-def test_a_block_that_is_not_timms_own_is_run_as_it_is() -> None:
+def test_blocks_of_other_classes_run_unchanged() -> None:
     model = VisionTransformer(**MICRO, num_classes=0, block_fn=ParallelScalingBlock).eval()
     backbone, images = ViTBackbone(model, "antialias"), torch.randn(2, 3, 32, 32)
     (cls,) = backbone.class_tokens(images)
     torch.testing.assert_close(cls, model.forward_features(images)[:, 0])
 
 
-def test_an_image_smaller_than_a_patch_is_said(micro: ViTBackbone) -> None:
+def test_images_smaller_than_a_patch_are_refused(micro: ViTBackbone) -> None:
     with pytest.raises(DinoError, match="smaller than one patch of 8 pixels"):
         micro(torch.zeros(1, 3, 7, 9, dtype=torch.float64))
 
 
-def turning(depth: int = 3, seed: int = 0, **options: object) -> tuple[Eva, RotaryBackbone]:
-    """A small DINOv3 of timm's, and ours with the same weights; no weight is as it starts."""
+def make_rotary(depth: int = 3, seed: int = 0, **options: object) -> tuple[Eva, RotaryBackbone]:
+    """Return a small DINOv3 model of timm, and our backbone with the same random weights."""
     torch.manual_seed(seed)
     theirs = create_timm("vit_small_patch16_dinov3", **(MICRO | {"depth": depth} | options)).double().eval()
     for parameter in theirs.parameters():
@@ -177,8 +177,8 @@ ROTARY_SIZES = [(32, 32), (16, 16), (24, 40), (16, 64), (8, 8)]
 
 @PRECISIONS
 @pytest.mark.parametrize("options", ROTARY, ids=ROTARY_IDS)
-def test_a_rotary_network_is_timms_at_every_size(options: dict, dtype: torch.dtype) -> None:
-    theirs, ours = turning(**options)
+def test_a_rotary_backbone_equals_timms_at_every_size(options: dict, dtype: torch.dtype) -> None:
+    theirs, ours = make_rotary(**options)
     theirs, ours = theirs.to(dtype), ours.to(dtype)
     registers = options.get("num_reg_tokens", 4)
     for size in ROTARY_SIZES:
@@ -190,16 +190,16 @@ def test_a_rotary_network_is_timms_at_every_size(options: dict, dtype: torch.dty
         assert_original(torch.cat([tokens.cls[:, None], tokens.registers, tokens.patches], 1), expected, str(size))
 
 
-def test_pixels_over_a_multiple_of_the_patch_are_not_seen_by_a_rotary_network_either() -> None:
-    theirs, ours = turning()
+def test_a_rotary_backbone_ignores_pixels_beyond_the_last_whole_patch() -> None:
+    theirs, ours = make_rotary()
     images = torch.randn(2, 3, 27, 45, dtype=torch.float64)
     torch.testing.assert_close(ours(images).cls, theirs.forward_features(images[..., :24, :40])[:, 0])
 
 
 @pytest.mark.parametrize("last", [1, 3])
 @pytest.mark.parametrize("options", ROTARY, ids=ROTARY_IDS)
-def test_class_tokens_alone_of_a_rotary_network_have_the_same_gradient(options: dict, last: int) -> None:
-    _, ours = turning(**options)
+def test_class_tokens_of_a_rotary_backbone_have_the_same_gradient(options: dict, last: int) -> None:
+    _, ours = make_rotary(**options)
     images = torch.randn(2, 3, 24, 40, dtype=torch.float64)
     alone, all_ = ours.class_tokens(images, last), [tokens.cls for tokens in ours.last_tokens(images, last)]
     gradients = [
@@ -210,8 +210,8 @@ def test_class_tokens_alone_of_a_rotary_network_have_the_same_gradient(options: 
 
 
 @pytest.mark.parametrize("options", ROTARY[:2], ids=ROTARY_IDS[:2])
-def test_attention_of_a_rotary_network_is_a_plain_softmax(options: dict) -> None:
-    theirs, ours = turning(**options)
+def test_attention_of_a_rotary_backbone_equals_its_definition(options: dict) -> None:
+    theirs, ours = make_rotary(**options)
     images = torch.randn(2, 3, 16, 24, dtype=torch.float64)
     prefix, block = theirs.num_prefix_tokens, theirs.blocks[-1]
     _, (before, _) = theirs.forward_intermediates(images, indices=[1, 2], output_fmt="NLC", return_prefix_tokens=True)
@@ -222,18 +222,18 @@ def test_attention_of_a_rotary_network_is_a_plain_softmax(options: dict) -> None
     angles = [[0.0] * 8] * prefix
     for row in range(2):
         for column in range(3):
-            places = (2 * (row + 0.5) / 2 - 1, 2 * (column + 0.5) / 3 - 1)
-            angles.append([2 * torch.pi * place / 100 ** (i / 4) for place in places for i in range(4)])
-    turn = torch.polar(torch.ones(prefix + 6, 8, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
+            coordinates = (2 * (row + 0.5) / 2 - 1, 2 * (column + 0.5) / 3 - 1)
+            angles.append([2 * torch.pi * value / 100 ** (i / 4) for value in coordinates for i in range(4)])
+    rotation = torch.polar(torch.ones(prefix + 6, 8, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
 
     def by_head(values: torch.Tensor) -> torch.Tensor:  # [B, T, 32] -> [B, heads, T, 8], complex
         heads = values.unflatten(-1, (2, 16)).transpose(1, 2)
-        return torch.complex(heads[..., :8], heads[..., 8:]) * turn
+        return torch.complex(heads[..., :8], heads[..., 8:]) * rotation
 
     scores = (by_head(q) @ by_head(k).mH).real / 16**0.5
     expected = scores.exp() / scores.exp().sum(-1, keepdim=True)
     found = ours.attention(images, slice(None))
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # timm's periods and places are float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # timm's periods and coordinates are float32
     torch.testing.assert_close(found.sum(-1), torch.ones_like(found.sum(-1)))
     torch.testing.assert_close(ours.attention(images), found[:, :, :1])
 
@@ -244,24 +244,24 @@ def training(**changes: object) -> BackboneConfig:
 
 
 @pytest.mark.parametrize("rule", ["linear", "uniform"])
-def test_a_rotary_network_worked_out_again_has_the_same_gradient(rule: str) -> None:
+def test_activation_checkpointing_of_a_rotary_backbone_gives_the_same_gradient(rule: str) -> None:
     torch.manual_seed(0)
     config = training(rescale_positions=2.0, drop_path=0.4, drop_path_rule=rule)
     backbone = config.build(drop_path=True).double().train()
-    again = copy.deepcopy(backbone)
-    again.recompute_blocks()
+    checkpointed = copy.deepcopy(backbone)
+    checkpointed.recompute_blocks()
     images = torch.randn(4, 3, 24, 32, dtype=torch.float64)
-    made = []
-    for network in (backbone, again):
+    gradients = []
+    for network in (backbone, checkpointed):
         torch.manual_seed(1)
         network(images).patches.square().sum().backward()
-        made.append([parameter.grad for parameter in network.parameters()])
-    torch.testing.assert_close(*made)
-    assert all(gradient is not None and gradient.any() for gradient in made[0])
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(*gradients)
+    assert all(gradient is not None and gradient.any() for gradient in gradients[0])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_positions_are_rescaled_for_the_student_alone_and_once_a_pass(
+def test_positions_are_rescaled_only_in_the_student_and_once_per_forward_pass(
     recompute: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
@@ -281,17 +281,17 @@ def test_positions_are_rescaled_for_the_student_alone_and_once_a_pass(
     assert not draws
 
 
-def test_hidden_patches_of_a_rotary_network_are_not_seen() -> None:
-    _, ours = turning()
+def test_masked_patches_of_a_rotary_backbone_have_no_influence() -> None:
+    _, ours = make_rotary()
     one, other = torch.randn(2, 2, 3, 32, 32, dtype=torch.float64).unbind()
-    hidden = MaskedPatches(torch.zeros(2, 16, dtype=torch.bool), torch.randn(1, 32, dtype=torch.float64))
-    hidden.where[0, 5], hidden.where[1, :] = True, True
+    masked = MaskedPatches(torch.zeros(2, 16, dtype=torch.bool), torch.randn(1, 32, dtype=torch.float64))
+    masked.where[0, 5], masked.where[1, :] = True, True
     mixed = one.clone()
     mixed[0, :, 8:16, 8:16], mixed[1] = other[0, :, 8:16, 8:16], other[1]  # the sixth patch, and all
-    torch.testing.assert_close(ours(mixed, hidden).patches, ours(one, hidden).patches)
+    torch.testing.assert_close(ours(mixed, masked).patches, ours(one, masked).patches)
     assert not torch.allclose(ours(mixed).patches, ours(one).patches)
-    # Among others that are seen, what stands in a hidden place knows where it is.
-    two = MaskedPatches(torch.zeros(2, 16, dtype=torch.bool), hidden.token)
+    # Among visible patches, mask tokens at different positions differ.
+    two = MaskedPatches(torch.zeros(2, 16, dtype=torch.bool), masked.token)
     two.where[:, [2, 9]] = True
     assert not torch.allclose(ours(one, two).patches[0, 2], ours(one, two).patches[0, 9])
 
@@ -308,26 +308,26 @@ def test_hidden_patches_of_a_rotary_network_are_not_seen() -> None:
         ("eva02_tiny_patch14_224", {}),
     ],
 )
-def test_an_eva_of_another_kind_is_refused(name: str, options: dict) -> None:
+def test_other_kinds_of_eva_are_refused(name: str, options: dict) -> None:
     small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
     with pytest.raises(DinoError, match="Eva is not a supported backbone"):
         BackboneConfig(name=name, options=small | options).build(drop_path=False)
 
 
-def _asked(network: ViTBackbone | RotaryBackbone, images: torch.Tensor, layer: int, part: int) -> torch.Tensor:
-    """Queries, keys or values of a block, as its own linear layer gives them, of the patches. [B, N, D]"""
-    seen: list[torch.Tensor] = []
+def project_patches(network: ViTBackbone | RotaryBackbone, images: torch.Tensor, layer: int, part: int) -> torch.Tensor:
+    """Compute the patches' queries (part 0), keys (1) or values (2) with a block's own linear layer. [B, N, D]"""
+    inputs: list[torch.Tensor] = []
     block = network.model.blocks[layer - 1]
-    handle = block.norm1.register_forward_hook(lambda module, given, made: seen.append(made))
+    handle = block.norm1.register_forward_hook(lambda module, args, output: inputs.append(output))
     network.last_tokens(images, 1)
     handle.remove()
-    made = block.attn.qkv(seen[0])
+    projections = block.attn.qkv(inputs[0])
     if getattr(block.attn, "q_bias", None) is not None:
-        made = made + torch.cat([block.attn.q_bias, block.attn.k_bias, block.attn.v_bias])
-    return made.chunk(3, -1)[part][:, network.model.num_prefix_tokens :]
+        projections = projections + torch.cat([block.attn.q_bias, block.attn.k_bias, block.attn.v_bias])
+    return projections.chunk(3, -1)[part][:, network.model.num_prefix_tokens :]
 
 
-def test_facets_of_patches_are_what_their_blocks_work_out(micro: ViTBackbone) -> None:
+def test_facets_equal_the_projections_of_their_blocks(micro: ViTBackbone) -> None:
     images = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     tokens = micro.last_tokens(images, 2)
     exact = {"rtol": 0, "atol": 1e-12}
@@ -337,17 +337,17 @@ def test_facets_of_patches_are_what_their_blocks_work_out(micro: ViTBackbone) ->
     torch.testing.assert_close(micro.patches(images, [-1, 1]).flatten(1, 2), both, **exact)
     for layer in (1, 2):
         for part, facet in enumerate(("query", "key", "value")):
-            made = micro.patches(images, [layer], facet).flatten(1, 2)  # type: ignore[arg-type]
-            torch.testing.assert_close(made, _asked(micro, images, layer, part), **exact)
+            found = micro.patches(images, [layer], facet).flatten(1, 2)  # type: ignore[arg-type]
+            torch.testing.assert_close(found, project_patches(micro, images, layer, part), **exact)
     for layer in (0, 3, -3):
-        with pytest.raises(DinoError, match="is no block; expected 1 to 2"):
+        with pytest.raises(DinoError, match="is not a block; expected 1 to 2"):
             micro.patches(images, [layer])
 
 
-def test_facets_of_a_rotary_network_are_those_before_the_turn() -> None:
-    _, network = turning()
+def test_facets_of_a_rotary_backbone_are_those_before_the_rotation() -> None:
+    _, network = make_rotary()
     images = torch.randn(1, 3, 32, 48, dtype=next(network.parameters()).dtype)
     with torch.no_grad():
         for part, facet in enumerate(("query", "key", "value")):
-            made = network.patches(images, [2], facet).flatten(1, 2)  # type: ignore[arg-type]
-            torch.testing.assert_close(made, _asked(network, images, 2, part))
+            found = network.patches(images, [2], facet).flatten(1, 2)  # type: ignore[arg-type]
+            torch.testing.assert_close(found, project_patches(network, images, 2, part))

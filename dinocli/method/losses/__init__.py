@@ -16,7 +16,7 @@ LossConfig = PrototypeLossConfig | KoleoLossConfig
 
 
 class LossesConfig(Config):
-    """Losses of a run: one optional field each. A loss without a table in the preset is not computed."""
+    """Losses of a run, one optional field each. A loss without a table in the preset is not computed."""
 
     dino: DinoLossConfig | None = None
     ibot: IbotLossConfig | None = None
@@ -27,7 +27,7 @@ class LossesConfig(Config):
         return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
 
     def with_targets(self) -> dict[str, PrototypeLossConfig]:
-        """Return the selected losses that read a head and have targets, by name."""
+        """Return the selected losses on the prototypes of a head, which have targets, by name."""
         return {name: loss for name, loss in self.present().items() if isinstance(loss, PrototypeLossConfig)}
 
     def build(self, prototypes: Callable[[str], int]) -> nn.ModuleDict:

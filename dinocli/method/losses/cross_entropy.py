@@ -14,10 +14,10 @@ from dinocli.core.device import exactly
 
 
 class Chunk(NamedTuple):
-    """Logits that are computed together. Only one chunk at a time is copied, in the wider precision.
+    """Logits whose loss is computed together. Only one chunk at a time is copied, in the wider precision.
 
     Attributes:
-        where: Index into the first dimension of all logits: logits[where] is [..., K].
+        where: Index of the chunk in the first dimension of all logits: logits[where] is [..., K].
         targets: Distributions to compare with each of these logits. If empty, the logits do not count. [..., K] each
         weights: Weights of these logits. If None, all are 1. [...]
     """
@@ -32,7 +32,7 @@ def cross_entropy(logits: Tensor, chunks: Iterable[Chunk], temperature: float, s
 
     Args:
         logits: [..., K] Overwritten with their gradient if they require one.
-        chunks: Chunks that together hold all logits, each once.
+        chunks: Chunks that together cover all logits exactly once.
         temperature: Divisor of the logits.
         share: Factor on the sum.
 
@@ -49,10 +49,10 @@ def entropy(p: Tensor) -> Tensor:  # [..., K] -> [...]
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Loss whose gradient is computed in the forward pass, so that no second tensor of the logits' size is kept.
+    """Loss whose gradient is computed in the forward pass, so that no second tensor of the logits' size is stored.
 
-    Let logits meet n targets with the sum T, and let s be the logits over the temperature. Then the cross-entropies add
-    up to n logsumexp(s) - T s, and their gradient is (n softmax(s) - T) / temperature.
+    For logits with n targets whose sum is T, and s = logits / temperature, the cross-entropies add up to
+    n logsumexp(s) - T s. The gradient of this sum is (n softmax(s) - T) / temperature.
     """
 
     @staticmethod
@@ -67,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
                 )
         if ctx.needs_input_grad[0]:
             ctx.gradient = logits
-            # Makes torch raise if another operation saved these logits for its own gradient: they are gone.
+            # Now torch raises an error if another operation has saved these overwritten logits for its own gradient.
             increment_version(logits)
         return total * share
 
@@ -99,7 +99,7 @@ def _compute_chunk(
     scaled = logits.to(wide) / temperature
     terms = len(targets) * scaled.logsumexp(-1) - torch.linalg.vecdot(summed, scaled)  # [...]
     if gradient:
-        # Not exp(s - logsumexp(s)), which rounds away the differences between small logits.
+        # Not exp(s - logsumexp(s)), which loses small differences between large logits to rounding.
         slope = scaled.softmax(-1).mul_(len(targets)).sub_(summed).mul_(share / temperature)
         logits.copy_(slope if weights is None else slope.mul_(weights.unsqueeze(-1)))
     return (terms if weights is None else terms * weights).sum()

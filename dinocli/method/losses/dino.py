@@ -24,14 +24,14 @@ class DinoLossConfig(PrototypeLossConfig):
         return DinoLoss(self, prototypes)
 
 
-_REMEMBERED = 0.99  # share of the prototypes' use that a step keeps: an average over about a hundred batches
+_USE_MOMENTUM = 0.99  # of the moving average `use`, which thus spans about a hundred steps
 
 
 class DinoLoss(nn.Module):
-    """`dino_loss` with the state of its targets.
+    """Module of `dino_loss`, with the state of its targets.
 
     Attributes:
-        use: Moving average of the targets' mean: the share of each prototype. [K]
+        use: Moving average of the mean target, which is the share of each prototype. [K]
     """
 
     use: Tensor
@@ -54,7 +54,7 @@ class DinoLoss(nn.Module):
         return self.config.weight * dino_loss(logits, targets, self.config.student_temperature)
 
     def metrics(self, targets: Tensor, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
-        """Return figures of training progress.
+        """Return metrics of training.
 
         Args:
             targets: Targets of a whole batch, or of this process's share. [G, B, K]
@@ -62,19 +62,20 @@ class DinoLoss(nn.Module):
             clock: Clock of the step, for the teacher's temperature.
 
         Returns:
-            `teacher_entropy` of the targets and `kl`, the student's divergence from them, in nats; `information`, the
-            nats that targets carry about their image (0 if all images get the same); `prototypes`, the share in use
-            over the last hundred steps, as the exponential of their entropy; and the teacher's `temperature`.
+            `teacher_entropy`, the mean entropy of the targets; `kl`, the student's divergence from them; `information`,
+            the mutual information of targets and images (0 if all images have the same target), all in nats;
+            `prototypes`, the share of prototypes in use over the last hundred steps, as the exponential of the entropy
+            of `use`, divided by K; and the teacher's `temperature`.
 
         Source: arXiv 2104.14294, section 5.3 and figure 7.
         """
-        uncertain = entropy(targets).mean()
+        mean_entropy = entropy(targets).mean()
         mean = mean_over_processes(targets.mean((0, 1)))
-        use = self.use.clone() if self._mean is None else self.use.lerp(mean, 1 - _REMEMBERED)
+        use = self.use.clone() if self._mean is None else self.use.lerp(mean, 1 - _USE_MOMENTUM)
         return {
-            "teacher_entropy": uncertain,
-            "kl": loss / self.config.weight - uncertain,
-            "information": entropy(mean) - mean_over_processes(uncertain),
+            "teacher_entropy": mean_entropy,
+            "kl": loss / self.config.weight - mean_entropy,
+            "information": entropy(mean) - mean_over_processes(mean_entropy),
             "prototypes": entropy(use / use.sum()).exp() / len(use),
             "temperature": self.targets.config.temperature.at(clock),
         }
@@ -83,15 +84,15 @@ class DinoLoss(nn.Module):
         """Update the state of the targets, and the use of the prototypes, after a step."""
         self.targets.update()
         if self._mean is not None:
-            self.use.lerp_(mean_over_processes(self._mean), 1 - _REMEMBERED)
+            self.use.lerp_(mean_over_processes(self._mean), 1 - _USE_MOMENTUM)
             self._mean = None
 
 
 def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """Compute the cross-entropy of every view against every other global view, averaged over images and pairs.
 
-    The student's first views are the global ones, in the order of the targets. A student that agrees fully with its
-    teacher has a loss equal to the entropy of the targets, not zero.
+    The student's first views are the global ones, in the order of the targets. The loss is at least the entropy of the
+    targets: it is not zero even if the student agrees fully with its teacher.
 
     Args:
         student: Logits. [V, B, K] Overwritten with their gradient if they require one.
@@ -104,6 +105,6 @@ def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
     Source: arXiv 2104.14294, equation 3; facebookresearch/dino@7c446df main_dino.py, DINOLoss.forward.
     """
     pairs = len(targets) * (len(student) - 1)
-    # A single global view has no targets; its chunk then adds nothing.
+    # If there is only one global view, it has no target, and its chunk adds nothing.
     views = [Chunk(v, [target for g, target in enumerate(targets) if g != v]) for v in range(len(student))]
     return cross_entropy(student, views, temperature, share=1 / (student.shape[1] * pairs))

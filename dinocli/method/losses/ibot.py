@@ -25,13 +25,13 @@ class IbotLossConfig(PrototypeLossConfig):
         return IbotLoss(self, prototypes)
 
 
-_AT_ONCE = 2**24  # logits per chunk; two copies in float32 take 128 MiB, and larger chunks are not faster
+_CHUNK_LOGITS = 2**24  # per chunk; two copies in float32 take 128 MiB, and larger chunks are not faster
 
 
 class IbotLoss(nn.Module):
-    """`ibot_loss` with the state of its targets.
+    """Module of `ibot_loss`, with the state of its targets.
 
-    In a batch without masks, all patches that the head has read count equally.
+    In a batch without masks, all patches count equally.
     """
 
     def __init__(self, config: IbotLossConfig, prototypes: int) -> None:
@@ -53,7 +53,7 @@ class IbotLoss(nn.Module):
         return self.config.weight * ibot_loss(logits, targets, weights, self.config.student_temperature)
 
     def metrics(self, targets: Tensor, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
-        """Return figures of training progress.
+        """Return metrics of training.
 
         Args:
             targets: Targets of a whole batch, or of this process's share, in the order of its parts. [M, K]
@@ -61,23 +61,23 @@ class IbotLoss(nn.Module):
             clock: Clock of the step, for the teacher's temperature.
 
         Returns:
-            `teacher_entropy` of the targets and `kl`, the student's divergence from them, in nats, as means over the
-            masked crops; `information`, the nats that targets carry about their masked patch (0 if all patches get the
-            same, nan if none is masked); and the teacher's `temperature`.
+            `teacher_entropy`, the entropy of the targets; `kl`, the student's divergence from them; `information`, the
+            mutual information of targets and masked patches (0 if all patches have the same target, nan if none is
+            masked), all in nats and as means over the masked crops; and the teacher's `temperature`.
         """
         weights = torch.cat(self._weights) / len(self._weights)  # [M], rescaled from a part's mean to the batch's
-        # Over all processes, whose numbers of masked crops may differ.
+        # The share of masked crops over all processes, which may have different numbers of them.
         share = mean_over_processes(weights.sum())
-        masked = share.clamp(min=torch.finfo(share.dtype).tiny)  # without masked crops figures are 0, not nan
-        weights = weights / masked
-        uncertain = (weights * entropy(targets)).sum()
+        divisor = share.clamp(min=torch.finfo(share.dtype).tiny)  # without masked crops, metrics are 0 and not nan
+        weights = weights / divisor
+        mean_entropy = (weights * entropy(targets)).sum()
         with exactly(targets.device):
             mean = mean_over_processes(weights.to(targets.dtype) @ targets)  # [K]
-        information = entropy(mean) - mean_over_processes(uncertain)
+        information = entropy(mean) - mean_over_processes(mean_entropy)
         return {
-            "teacher_entropy": uncertain,
-            "kl": loss / self.config.weight / masked - uncertain,
-            "information": information.where(share > 0, torch.nan),  # with no masked patch, collapse cannot be detected
+            "teacher_entropy": mean_entropy,
+            "kl": loss / self.config.weight / divisor - mean_entropy,
+            "information": information.where(share > 0, torch.nan),  # 0 would be taken for collapse
             "temperature": self.targets.config.temperature.at(clock),
         }
 
@@ -90,9 +90,9 @@ class IbotLoss(nn.Module):
 def ibot_loss(student: Tensor, targets: Tensor, weights: Tensor, temperature: float) -> Tensor:
     """Compute the cross-entropy of each masked patch against the teacher's output on it, as a weighted sum.
 
-    With `PatchMasks.weights` it is the mean over a masked crop's patches, so that crops with few and with many masked
-    patches count equally. These means are summed over the masked crops and divided by the number of all global crops,
-    as in DINOv2. If half of the crops have a mask, the loss counts half of its `weight`.
+    With `PatchMasks.weights`, it is the mean over a crop's masked patches, so that crops with few and with many masked
+    patches count equally. The sum of these means is divided by the number of all global crops, as in DINOv2. So if only
+    half of the crops have a mask, the loss effectively has half of its `weight`.
 
     Args:
         student: Logits. [M, K] Overwritten with their gradient if they require one.
@@ -106,7 +106,7 @@ def ibot_loss(student: Tensor, targets: Tensor, weights: Tensor, temperature: fl
     Source: arXiv 2111.07832, equation 2; facebookresearch/dinov2@b8931f7 dinov2/loss/ibot_patch_loss.py,
     iBOTPatchLoss.forward_masked.
     """
-    rows = max(1, _AT_ONCE // student.shape[-1])
-    places = [slice(first, first + rows) for first in range(0, len(student), rows)]
-    chunks = [Chunk(place, [targets[place]], weights[place]) for place in places]
+    rows = max(1, _CHUNK_LOGITS // student.shape[-1])
+    slices = [slice(first, first + rows) for first in range(0, len(student), rows)]
+    chunks = [Chunk(part, [targets[part]], weights[part]) for part in slices]
     return cross_entropy(student, chunks, temperature)

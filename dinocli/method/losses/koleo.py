@@ -1,4 +1,4 @@
-"""KoLeo loss: it spreads the images' class tokens evenly by pushing each away from its nearest neighbour."""
+"""KoLeo loss: a regularizer that spreads class tokens evenly, by pushing each away from its nearest neighbour."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dinocli.models.network import Encoding
 
 
 class KoleoLossConfig(Config):
-    """Loss on the class tokens of the student's backbone; it has no head and no targets.
+    """Loss on the class tokens of the student's backbone, without a head and targets.
 
     Attributes:
         weight: Factor on this loss in the total.
@@ -30,10 +30,10 @@ class KoleoLossConfig(Config):
 
 
 class KoleoLoss(nn.Module):
-    """`koleo_loss` of each global view, summed over the views.
+    """Module of `koleo_loss`, which is summed over the global views.
 
-    Neighbours are images of the same process and, with `--accumulate`, of the same part. Among few images neighbours
-    are far, so small parts weaken the push. A part of one image has no neighbour, and no push.
+    Neighbours are images of the same process and, with `--accumulate`, of the same part. Among fewer images the nearest
+    neighbour is farther away, so smaller parts weaken the loss. A part of one image has no neighbour and a loss of 0.
     """
 
     def __init__(self, config: KoleoLossConfig) -> None:
@@ -49,8 +49,8 @@ class KoleoLoss(nn.Module):
         return self.config.weight * torch.stack([koleo_loss(cls) for cls in student.cls[: student.globals]]).sum()
 
     def metrics(self, targets: None, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
-        """Return the geometric mean of the distances to the nearest neighbours, 0 to 2; near 0, features coincide."""
-        # Average over the processes first: the mean of their geometric means would be another number.
+        """Return the geometric mean `distance` to the nearest neighbour, from 0 to 2; near 0, features coincide."""
+        # Average over the processes before the exponential, for one geometric mean over all images.
         return {"distance": (-mean_over_processes(loss) / self.config.weight / self._views).exp()}
 
     def after_step(self) -> None:
@@ -60,12 +60,12 @@ class KoleoLoss(nn.Module):
 def koleo_loss(cls: Tensor, eps: float = 1e-8) -> Tensor:
     """Compute -mean log(distance to the nearest neighbour + eps) of features on the unit sphere.
 
-    Up to factor and constant, it is minus the differential entropy of the features' distribution, as Kozachenko and
-    Leonenko estimate it. Distances are computed in at least float32, even under autocast: in float16 eps is 0, and the
-    loss of two equal features is infinite.
+    Up to a factor and a constant, it is the negative differential entropy of the features, as estimated by Kozachenko
+    and Leonenko. Distances are computed in at least float32, even under autocast: in float16 eps would be 0, and the
+    loss of two equal features infinite.
 
     Args:
-        cls: Features of any length. [B, D]
+        cls: Features, which need not have unit length. [B, D]
         eps: Offset that keeps the logarithm finite for equal features, which get no gradient from one another.
 
     Returns:
@@ -80,6 +80,6 @@ def koleo_loss(cls: Tensor, eps: float = 1e-8) -> Tensor:
             return 0 * x.sum()  # a 0 with a gradient, so that backward runs
         with torch.no_grad():
             nearest = (x @ x.T).fill_diagonal_(-torch.inf).argmax(-1)  # [B]
-        # From the difference: the product of two near features rounds their distance away.
+        # From differences, because the inner product of two near features loses their distance to rounding.
         distances = torch.linalg.vector_norm(x - x[nearest], dim=-1)  # [B]
         return -(distances + eps).log().mean()

@@ -1,4 +1,4 @@
-"""Targets: rules from teacher logits to the distributions that the student predicts, and the settings that use them."""
+"""Targets: rules that turn teacher logits into distributions to predict, and the config of losses that use them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CenteringConfig(Config):
     """Centering and sharpening.
 
     Attributes:
-        momentum: Share of the old center that a step keeps.
+        momentum: Weight of the old center in each update.
         temperature: Temperature of the teacher; low values sharpen.
     """
 
@@ -32,7 +32,7 @@ class CenteringConfig(Config):
 
 
 class Centering(nn.Module):
-    """softmax((logits - center) / temperature), with a moving average of the mean logits as center.
+    """Targets softmax((logits - center) / temperature), with a moving average of the mean logits as center.
 
     Centering prevents one prototype from dominating; sharpening prevents uniform targets. Together they prevent
     collapse.
@@ -56,7 +56,7 @@ class Centering(nn.Module):
         return (logits - self.center).div_(self.config.temperature.at(clock)).softmax(-1)
 
     def update(self) -> None:
-        """Move the center by the step's mean logits in all processes; call once, when the step is done."""
+        """Move the center towards the step's mean logits over all processes; call once per step."""
         if self._mean is not None:
             self.center.lerp_(mean_over_processes(self._mean), 1 - self.config.momentum)
             self._mean = None
@@ -80,11 +80,12 @@ class SinkhornKnoppConfig(Config):
 
 
 class SinkhornKnopp(nn.Module):
-    """softmax(logits / temperature), balanced so that all prototypes get the same over all samples of all processes.
+    """Targets softmax(logits / temperature), balanced so that all prototypes have the same total over all samples.
 
-    Each iteration scales every prototype's shares to one sum, then every sample's to 1. No center is needed: the
-    scaling cancels an offset that all samples share. It scales logarithms, not their exponentials, which overflow
-    float32 for logits above 3.55 at a temperature of 0.04. The counts of samples and prototypes then cancel as well.
+    Samples are those of all processes. Each iteration scales the totals of all prototypes to the same value, then the
+    total of each sample to 1. No center is needed, because the scaling cancels any offset that all samples share. The
+    computation uses logarithms, because exponentials overflow float32 for logits above 3.55 at a temperature of 0.04.
+    In this form, the numbers of samples and prototypes cancel as well.
 
     Source: arXiv 2006.09882, section 3.1; facebookresearch/dinov2@b8931f7 dinov2/loss/dino_clstoken_loss.py,
     sinkhorn_knopp_teacher.

@@ -7,7 +7,7 @@ from conftest import peak_of
 from dinocli.method.losses.cross_entropy import Chunk, cross_entropy, entropy
 
 
-def by_loops(logits: torch.Tensor, chunks: list[Chunk], temperature: float, share: float) -> torch.Tensor:
+def compute_by_loops(logits: torch.Tensor, chunks: list[Chunk], temperature: float, share: float) -> torch.Tensor:
     total = 0 * logits.sum()
     for where, targets, weights in chunks:
         for i, row in enumerate(logits[where]):
@@ -17,8 +17,8 @@ def by_loops(logits: torch.Tensor, chunks: list[Chunk], temperature: float, shar
     return total
 
 
-def chunks_of(count: int, rows: int, prototypes: int, *, weighted: bool) -> list[Chunk]:
-    """One that meets two distributions a row, one that meets none, and ones that meet one."""
+def make_chunks(count: int, rows: int, prototypes: int, *, weighted: bool) -> list[Chunk]:
+    """Return a chunk with two targets per row, one without targets, and all others with one target per row."""
     places = [slice(first, first + rows) for first in range(0, count, rows)]
     chunks = []
     for i, place in enumerate(places):
@@ -35,15 +35,15 @@ def test_equals_the_definition(count: int, rows: int, prototypes: int, weighted:
     torch.manual_seed(0)
     logits = 3 * torch.randn(count, prototypes, dtype=torch.float64)
     logits.requires_grad_()
-    chunks = chunks_of(count, rows, prototypes, weighted=weighted)
-    loss, expected = cross_entropy(logits.clone(), chunks, 0.2, 0.7), by_loops(logits, chunks, 0.2, 0.7)
+    chunks = make_chunks(count, rows, prototypes, weighted=weighted)
+    loss, expected = cross_entropy(logits.clone(), chunks, 0.2, 0.7), compute_by_loops(logits, chunks, 0.2, 0.7)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
     ours, theirs = (torch.autograd.grad(3 * value, logits)[0] for value in (loss, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
-def test_a_gradient_of_small_differences_is_not_rounded_away() -> None:
-    """Where all logits are large and alike, exp(s - logsumexp(s)) in float32 is off by what it rounds s to."""
+def test_the_gradient_keeps_small_differences_between_large_logits() -> None:
+    """For large logits of similar size, exp(s - logsumexp(s)) in float32 has the rounding error of s."""
     torch.manual_seed(0)
     exact = (1e3 + torch.randn(4, 64)).double().requires_grad_()
     targets = torch.randn(4, 64).softmax(-1)
@@ -52,12 +52,12 @@ def test_a_gradient_of_small_differences_is_not_rounded_away() -> None:
     cross_entropy(single.clone(), [Chunk(slice(None), [targets])], 0.1).backward()
     rounded = (single.double() / 0.1).float()
     naive = ((rounded - rounded.logsumexp(-1, keepdim=True)).exp() - targets) / 0.1
-    away = (single.grad.double() - exact.grad).abs().max()
-    assert away < 0.5 * (naive.double() - exact.grad).abs().max()
+    error = (single.grad.double() - exact.grad).abs().max()
+    assert error < 0.5 * (naive.double() - exact.grad).abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_worked_out_in_single(dtype: torch.dtype) -> None:
+def test_half_precision_logits_are_processed_in_float32(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     logits, targets = torch.randn(6, 40).to(dtype), torch.randn(6, 40).softmax(-1)
     chunks = [Chunk(slice(None), [targets, targets.flip(0)])]
@@ -66,23 +66,23 @@ def test_half_precision_is_worked_out_in_single(dtype: torch.dtype) -> None:
     assert loss.dtype == torch.float32
     assert loss.equal(expected)
     with torch.autocast("cpu", torch.bfloat16):
-        assert cross_entropy(logits, chunks, 0.1).equal(expected), "autocast would make the product coarse"
+        assert cross_entropy(logits, chunks, 0.1).equal(expected), "autocast does not reduce the precision"
     halves = [Chunk(slice(None), [targets.to(dtype), targets.flip(0).to(dtype)])]
     torch.testing.assert_close(cross_entropy(logits, halves, 0.1), expected, rtol=0.01, atol=0)
 
 
-def test_only_a_chunk_is_held_once_more() -> None:
+def test_only_one_chunk_at_a_time_is_copied() -> None:
     rows, prototypes = 64, 4096
     logits = torch.zeros(rows, prototypes, dtype=torch.bfloat16, requires_grad=True).clone()
     target = torch.full((rows, prototypes), 1 / prototypes)
 
-    def held(at_once: int) -> int:
-        places = [slice(first, first + at_once) for first in range(0, rows, at_once)]
-        return peak_of(lambda: cross_entropy(logits, [Chunk(place, [target[place]]) for place in places], 0.1))
+    def measure_peak(chunk_rows: int) -> int:
+        slices = [slice(first, first + chunk_rows) for first in range(0, rows, chunk_rows)]
+        return peak_of(lambda: cross_entropy(logits, [Chunk(part, [target[part]]) for part in slices], 0.1))
 
     whole = 4 * rows * prototypes
-    assert held(8) < whole / 2
-    assert held(rows) > 1.9 * whole
+    assert measure_peak(8) < whole / 2
+    assert measure_peak(rows) > 1.9 * whole
 
 
 def test_entropy_is_in_nats() -> None:

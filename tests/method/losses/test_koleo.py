@@ -12,8 +12,8 @@ from dinocli.models.network import Encoding
 CLOCK = Clock(1, 1)
 
 
-def by_loops(cls: torch.Tensor) -> torch.Tensor:
-    """The definition: for each image the least distance to any other."""
+def compute_by_loops(cls: torch.Tensor) -> torch.Tensor:
+    """Compute the definition: the distance of each image to its nearest neighbour, by loops over pairs."""
     terms = []
     for i, one in enumerate(cls):
         distances = [(one / one.norm() - other / other.norm()).norm() for j, other in enumerate(cls) if j != i]
@@ -26,17 +26,17 @@ def by_loops(cls: torch.Tensor) -> torch.Tensor:
 def test_equals_the_definition(images: int, width: int) -> None:
     torch.manual_seed(0)
     cls = torch.randn(images, width, dtype=torch.float64, requires_grad=True)
-    loss, expected = koleo_loss(cls), by_loops(cls)
+    loss, expected = koleo_loss(cls), compute_by_loops(cls)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(*(torch.autograd.grad(x, cls)[0] for x in (loss, expected)), rtol=1e-10, atol=1e-13)
 
 
-def test_opposite_features_are_each_others_neighbour_and_not_their_own() -> None:
+def test_the_nearest_neighbour_is_never_the_image_itself() -> None:
     cls = torch.tensor([[3.0, 0, 0], [-2.0, 0, 0]], dtype=torch.float64)
     assert koleo_loss(cls).item() == pytest.approx(-math.log(2))
 
 
-def test_following_it_spreads_features_evenly() -> None:
+def test_minimizing_the_loss_spreads_features_evenly() -> None:
     torch.manual_seed(0)
     cls = (torch.tensor([1.0, 0.0]) + 0.1 * torch.randn(8, 2)).requires_grad_()
     optimizer = torch.optim.Adam([cls], lr=0.02)
@@ -49,15 +49,15 @@ def test_following_it_spreads_features_evenly() -> None:
     assert gaps.min() > 0.8 * 2 * math.pi / 8
 
 
-def alike(dtype: torch.dtype) -> torch.Tensor:
+def equal(dtype: torch.dtype) -> torch.Tensor:
     return torch.ones(4, 16, dtype=dtype)
 
 
-def nearly_alike(dtype: torch.dtype) -> torch.Tensor:
+def nearly_equal(dtype: torch.dtype) -> torch.Tensor:
     return (1 + 1e-7 * torch.randn(4, 16, dtype=torch.float64)).to(dtype)
 
 
-def nothing(dtype: torch.dtype) -> torch.Tensor:
+def zero(dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(4, 16, dtype=dtype)
 
 
@@ -66,11 +66,11 @@ def huge(dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("made", [alike, nearly_alike, nothing, huge])
+@pytest.mark.parametrize("make_features", [equal, nearly_equal, zero, huge])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_loss_and_gradient_are_finite_for_any_features(made, dtype: torch.dtype, autocast: bool) -> None:
+def test_loss_and_gradient_are_finite_for_any_features(make_features, dtype: torch.dtype, autocast: bool) -> None:
     torch.manual_seed(0)
-    cls = made(dtype).requires_grad_()
+    cls = make_features(dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = koleo_loss(cls)
     loss.backward()
@@ -80,15 +80,15 @@ def test_loss_and_gradient_are_finite_for_any_features(made, dtype: torch.dtype,
     assert cls.grad.isfinite().all()
 
 
-def test_autocast_changes_nothing() -> None:
+def test_autocast_does_not_change_the_loss() -> None:
     torch.manual_seed(0)
-    cls = 1 + 0.01 * torch.randn(32, 64)  # near enough for a coarse product to take others for the nearest
+    cls = 1 + 0.01 * torch.randn(32, 64)  # so near that products in bfloat16 find other neighbours
     with torch.autocast("cpu", torch.bfloat16):
-        coarse = koleo_loss(cls)
-    assert coarse.equal(koleo_loss(cls))
+        under_autocast = koleo_loss(cls)
+    assert under_autocast.equal(koleo_loss(cls))
 
 
-def test_one_image_alone_has_no_neighbour_and_no_loss() -> None:
+def test_a_single_image_has_zero_loss() -> None:
     cls = torch.randn(1, 8, requires_grad=True)
     loss = koleo_loss(cls)
     loss.backward()
@@ -96,15 +96,15 @@ def test_one_image_alone_has_no_neighbour_and_no_loss() -> None:
     assert cls.grad.eq(0).all()
 
 
-def test_the_module_sums_the_global_views_each_apart() -> None:
+def test_the_module_sums_the_losses_of_the_global_views() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(5, 6, 8), torch.randn(2, 6, 8)
     loss_of = KoleoLossConfig(weight=0.1).build()
     assert loss_of.targets_for(Encoding(teacher, 2, {}), CLOCK) is None
     loss = loss_of(Encoding(student, 2, {}), None, None)
-    terms = torch.stack([by_loops(student[0]), by_loops(student[1])])
+    terms = torch.stack([compute_by_loops(student[0]), compute_by_loops(student[1])])
     torch.testing.assert_close(loss, 0.1 * terms.sum())
-    told = loss_of.metrics(None, loss, CLOCK)
-    torch.testing.assert_close(told["distance"], (-terms.mean()).exp())
+    metrics = loss_of.metrics(None, loss, CLOCK)
+    torch.testing.assert_close(metrics["distance"], (-terms.mean()).exp())
     loss_of.after_step()
     assert not loss_of.state_dict()

@@ -12,7 +12,7 @@ from dinocli.method.losses.targets import CenteringConfig, SinkhornKnopp, Sinkho
 CONFIG = CenteringConfig(kind="centering", momentum=0.75, temperature=Constant(kind="constant", value=0.05))
 
 
-def test_targets_are_distributions_and_the_center_moves_only_when_told() -> None:
+def test_targets_are_distributions_and_only_update_moves_the_center() -> None:
     rule = CONFIG.build(6)
     logits = torch.randn(2, 3, 6)
     targets = rule(logits, Clock(1, 1))
@@ -22,10 +22,10 @@ def test_targets_are_distributions_and_the_center_moves_only_when_told() -> None
     torch.testing.assert_close(rule.center, 0.25 * logits.mean((0, 1)))
     before = rule.center.clone()
     rule.update()
-    assert rule.center.equal(before), "a step that saw nothing moves nothing"
+    assert rule.center.equal(before), "without new logits the center does not move"
 
 
-def test_a_center_takes_away_what_all_images_share() -> None:
+def test_centering_removes_an_offset_that_all_images_share() -> None:
     rule = CONFIG.build(6)
     offset = torch.tensor([5.0, 0, 0, 0, 0, 0])
     for _ in range(50):
@@ -37,7 +37,7 @@ def test_a_center_takes_away_what_all_images_share() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 6), (7, 6), (1, 6)])
-def test_a_center_is_the_mean_of_all_that_the_head_said(shape: tuple[int, ...]) -> None:
+def test_the_center_averages_logits_over_all_leading_dimensions(shape: tuple[int, ...]) -> None:
     rule, logits = CONFIG.build(6), torch.randn(*shape)
     before = logits.clone()
     torch.testing.assert_close(rule(logits, Clock(1, 1)), (logits / 0.05).softmax(-1))
@@ -52,7 +52,7 @@ def sinkhorn(iterations: int, temperature: float = 0.25) -> SinkhornKnopp:
 
 
 def by_exponentials(logits: torch.Tensor, iterations: int, temperature: float) -> torch.Tensor:
-    """The algorithm as it is written down, sum by sum: rows are prototypes, columns samples. [S, K] -> [S, K]"""
+    """Compute the published algorithm, sum by sum, with prototypes as rows and samples as columns. [S, K] -> [S, K]"""
     q = (logits / temperature).exp().T.clone()
     prototypes, samples = q.shape
     q /= q.sum()
@@ -67,29 +67,33 @@ def by_exponentials(logits: torch.Tensor, iterations: int, temperature: float) -
 @pytest.mark.parametrize("samples", [1, 4, 30])
 @pytest.mark.parametrize("prototypes", [1, 5, 40])
 @pytest.mark.parametrize("iterations", [1, 3])
-def test_sinkhorn_in_logarithms_is_that_in_exponentials(samples: int, prototypes: int, iterations: int) -> None:
+def test_sinkhorn_in_logarithms_equals_the_algorithm_in_exponentials(
+    samples: int, prototypes: int, iterations: int
+) -> None:
     torch.manual_seed(0)
     logits = torch.randn(samples, prototypes, dtype=torch.float64)
     targets = sinkhorn(iterations)(logits, Clock(1, 1))
     torch.testing.assert_close(targets, by_exponentials(logits, iterations, 0.25), rtol=1e-12, atol=0)
 
 
-def test_sinkhorns_sums_are_one_a_sample_and_in_the_end_the_same_a_prototype() -> None:
+def test_sinkhorn_converges_to_equal_totals_of_all_prototypes() -> None:
     torch.manual_seed(0)
     logits = torch.randn(40, 10, dtype=torch.float64)
-    away = []
+    errors = []
     for iterations in (1, 3, 100):
         targets = sinkhorn(iterations)(logits, Clock(1, 1))
         torch.testing.assert_close(targets.sum(1), torch.ones(40, dtype=torch.float64))
-        away.append((targets.sum(0) - 4).abs().max())
-    assert away[0] > 2 * away[1] > 4 * away[2]
-    assert away[2] < 1e-9
+        errors.append((targets.sum(0) - 4).abs().max())
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert errors[2] < 1e-9
     offset = torch.tensor([5.0] + 9 * [0.0])
     torch.testing.assert_close(targets, sinkhorn(100)(logits + offset, Clock(1, 1)))
-    assert (((logits + offset) / 0.25).softmax(-1).sum(0) - 4).abs().max() > 30, "a softmax gives one nearly all"
+    assert (((logits + offset) / 0.25).softmax(-1).sum(0) - 4).abs().max() > 30, (
+        "a plain softmax gives one prototype nearly everything"
+    )
 
 
-def test_sinkhorn_pools_views_and_leaves_the_logits() -> None:
+def test_sinkhorn_balances_over_all_views_and_keeps_the_logits() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 6, 9)
     before = logits.clone()
@@ -99,7 +103,7 @@ def test_sinkhorn_pools_views_and_leaves_the_logits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_sinkhorn_takes_logits_whose_exponentials_are_infinite(dtype: torch.dtype) -> None:
+def test_sinkhorn_accepts_logits_whose_exponentials_overflow(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     logits = (20 * torch.randn(12, 7)).to(dtype)
     assert (logits.float() / 0.04).exp().isinf().any()
@@ -115,7 +119,7 @@ LOGITS = 3 * torch.randn(10, 6, dtype=torch.float64, generator=torch.Generator()
 
 
 def share_of_sinkhorn() -> torch.Tensor:
-    """Of two processes, which have not the same number of samples."""
+    """Compute this process's share of the targets; the two processes have different numbers of samples."""
     return sinkhorn(3)(LOGITS[:4] if rank() == 0 else LOGITS[4:], Clock(1, 1))
 
 
@@ -126,7 +130,7 @@ def test_sinkhorn_balances_over_the_samples_of_all_processes() -> None:
     assert (alone - whole[:4]).abs().max() > 0.01
 
 
-def test_the_kind_says_which_rule_it_is() -> None:
+def test_the_kind_selects_the_rule() -> None:
     constant = {"kind": "constant", "value": 0.04}
     read = TypeAdapter(TargetsConfig).validate_python
     balanced = read({"kind": "sinkhorn_knopp", "iterations": 3, "temperature": constant})
