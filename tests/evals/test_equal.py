@@ -31,7 +31,7 @@ def test_equal_rows_are_told_from_those_that_differ_in_one_bit(monkeypatch: pyte
 
 
 def test_rows_whose_hashes_collide_are_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_hashes", lambda read, rows: np.zeros(len(rows), np.int64))
+    monkeypatch.setattr(module, "_hash_rows", lambda read, rows: np.zeros(len(rows), np.int64))
     values = drawn(6)
     values[4] = values[0]
     assert first_equal(values).tolist() == [0, 1, 2, 3, 0, 5]

@@ -90,11 +90,11 @@ def test_views_are_learned_from_and_the_centered_images_classified(monkeypatch: 
 
 
 def test_an_epoch_takes_one_view_of_each_image() -> None:
-    from dinocli.evals.linear import _batches, _Stored
+    from dinocli.evals.linear import _draw_batches, _Stored
 
     images, views = 12, 5
     numbers = np.arange(images * views, dtype=np.float32).reshape(images, views, 1)
-    batches = _batches(_Stored(numbers, CPU), np.arange(images), np.arange(images), 4, seed=0, views=views)
+    batches = _draw_batches(_Stored(numbers, CPU), np.arange(images), np.arange(images), 4, seed=0, views=views)
     taken = []
     for _ in range(40):
         epoch = [next(batches) for _ in range(3)]

@@ -38,7 +38,7 @@ def test_products_of_few_classifiers_are_that_of_all(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(whole[:, i], x @ weights.T)
         torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x @ weights.T, y))
     for least in (1, 2 * 16 * 4):
-        monkeypatch.setattr("dinocli.evals.probes._AT_ONCE", least)
+        monkeypatch.setattr("dinocli.evals.probes._MAX_WEIGHTS", least)
         torch.testing.assert_close(probes.scores(x), whole)
         torch.testing.assert_close(probes((x, y)), losses)
 
