@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dinocli.method.preset import load_preset
-from dinocli.viz.report import _spread, write_report
+from dinocli.viz.report import _space_evenly, write_report
 
 KEYS = (
     "loss dino dino/teacher_entropy dino/kl dino/information dino/prototypes dino/temperature feature_std grad_norm lr weight_decay "
@@ -131,7 +131,7 @@ def test_the_same_photos_are_shown_at_a_few_steps_first_and_last_among_them(run:
 @pytest.mark.parametrize("count", [0, 1, 2, 8, 9, 1000])
 def test_steps_are_spread(count: int) -> None:
     steps = [10 * i for i in range(count)]
-    found = _spread(steps)
+    found = _space_evenly(steps)
     assert found == sorted(set(found)) and set(found) <= set(steps) and len(found) == min(8, count)
     assert found[:1] == steps[:1] and found[-1:] == steps[-1:]
 
