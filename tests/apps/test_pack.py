@@ -190,7 +190,7 @@ def test_a_source_that_is_no_files_is_not_compared(tmp_path: Path, images_decode
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_measured_cold_is_said_only_if_all_was_forgotten(tmp_path: Path, images: Path, monkeypatch, kept: bool) -> None:
-    monkeypatch.setattr(packing, "_forget", lambda path: not (kept and path.suffix == ".tar"))
+    monkeypatch.setattr(packing, "_drop_from_cache", lambda path: not (kept and path.suffix == ".tar"))
     assert pack(listed(images), tmp_path / "out").cold is not kept
 
 

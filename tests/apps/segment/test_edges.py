@@ -73,7 +73,7 @@ def test_the_lines_are_those_of_least_squares_in_each_window() -> None:
             spread = np.cov(x, bias=True) + edges._EPS * np.eye(3)
             slopes[row, column] = np.linalg.solve(spread, ((x - x.mean(1, keepdims=True)) * (y - y.mean())).mean(1))
             values[row, column] = y.mean() - slopes[row, column] @ x.mean(1)
-    found = edges._lines(torch.from_numpy(photo)[None].float(), torch.from_numpy(mask)[None, None].float())[0]
+    found = edges._fit_lines(torch.from_numpy(photo)[None].float(), torch.from_numpy(mask)[None, None].float())[0]
     for row, column in ((0, 0), (9, 11), (18, 21), (3, 20)):
         wanted = [*slopes[window(row, column)].reshape(-1, 3).mean(0), values[window(row, column)].mean()]
         np.testing.assert_allclose(found[:, row, column].numpy(), wanted, atol=2e-4)

@@ -82,7 +82,7 @@ def test_too_little_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "one", ["1"])
     write(tmp_path / "flat", [str(i) for i in range(20)], (0, 0))
     for name, words in (
-        ("one", "training and validation need photos with masks of two classes"),
+        ("one", "expected photos for both, and two classes"),
         ("flat", "of 1 classes"),
         ("gone", "does not exist"),
     ):
