@@ -27,11 +27,8 @@ from dinocli.viz.picture import Tile, heat, sheet, visible
 Form = Literal["strip", "gif", "mp4"]
 ENDINGS: dict[Form, str] = {"strip": ".png", "gif": ".gif", "mp4": ".mp4"}
 RATE = Fraction(24)  # default frames per second
-_WIDTHS: dict[Form, int] = {
-    "strip": 240,
-    "gif": 320,
-    "mp4": 960,
-}  # largest width in pixels of the photo, and of its map
+# Largest width in pixels of the photo, and of its map.
+_WIDTHS: dict[Form, int] = {"strip": 240, "gif": 320, "mp4": 960}
 _MAP_COLORS = 96  # palette entries reserved for the map, of 256 in a GIF
 Map = NDArray[np.float32]
 

@@ -284,9 +284,8 @@ def _advise_loading(machine: Machine, images: Inspection, preset: Preset) -> lis
     """Advise on the cache and on truncated images."""
     taken = []
     cache_bytes = _estimate_cache(images, preset)
-    if (
-        images.kind == "files" and cache_bytes is not None and cache_bytes < machine.ram / 2
-    ):  # the cache takes at most half
+    # The cache takes at most half of the memory.
+    if images.kind == "files" and cache_bytes is not None and cache_bytes < machine.ram / 2:
         free = f"{cache_bytes / 1e9:.1f} GB decoded, {machine.ram / 1e9:.0f} GB free"
         taken.append(Advice("cache in RAM", {"--cache": "ram"}, f"{free}; {images.milliseconds:.1f} ms saved per file"))
     truncated = sum(reason.startswith("truncated") for reason in images.bad.values())

@@ -16,7 +16,7 @@ SIDE = 8  # pixels of a thumbnail
 # Smallest cosine of near-duplicate thumbnails. Measured on 9,469 photos of Imagenette and 10,000 images of CIFAR-10.
 # Recall: 99 % of copies as JPEG of quality 50, 100 % of copies at half size, 61 to 92 % of copies cropped by 2 % on
 # each side, 38 % if cropped by 4 %. False pairs: 3 on Imagenette (a horizon below an empty sky). On CIFAR-10 it finds
-# 18 pairs; by eye, all but one show the same car, cat or plane. All digits and printed pages are similar by this measure.
+# 18 pairs; by eye, all but one show the same car, cat or plane. Digits and printed pages are all similar by it.
 LIKENESS = 0.97
 _FLAT = 3  # levels of 255
 _SHOWN = 5

@@ -124,7 +124,7 @@ class Index:
             self._coarse.nprobe = self.about.effort
         else:
             self._coarse.hnsw.efSearch = max(self.about.effort, k * _CANDIDATES)
-        proposed = self._coarse.search(queries, min(k * _CANDIDATES, len(self._distinct)))[1]  # [Q, k * _MORE]
+        proposed = self._coarse.search(queries, min(k * _CANDIDATES, len(self._distinct)))[1]  # [Q, k * _CANDIDATES]
         cosines = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int64)
         for q, numbers in enumerate(proposed):
@@ -253,9 +253,8 @@ def _tune(index: Index, values: Values) -> Index:
     drawn = np.random.default_rng(1).permutation(len(values))[: 2 * _QUERIES]
     k = min(AT, len(values) - 1)
     queries = values[drawn]
-    last_cosines = nearest(values, queries, k + 1)[0][
-        :, -1
-    ]  # of the k-th true neighbour: the first is the feature itself
+    # Of the k-th true neighbour: the nearest is the feature itself.
+    last_cosines = nearest(values, queries, k + 1)[0][:, -1]
     tuning, test = slice(0, None, 2), slice(1, None, 2)
     about = index.about
     max_effort = index._coarse.nlist if about.kind == "ivf" else 4096

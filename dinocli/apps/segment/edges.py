@@ -23,8 +23,8 @@ def refine(mask: Mask, pixels: Pixels) -> Mask:
     """Refine a patch mask to one component of pixels, whose outline follows color edges within about a patch.
 
     In each window of about two patches, the guided filter fits the mask as a linear function of color. A pixel is in
-    the mask if the mean of the functions around it is above 0.5. The functions are fitted on a reduced photo and applied
-    to the full one. Only the largest component remains.
+    the mask if the mean of the functions around it is above 0.5. The functions are fitted on a reduced photo and
+    applied to the full one. Only the largest component remains.
 
     Args:
         mask: Mask of patches. [rows, columns]

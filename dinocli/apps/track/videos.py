@@ -25,7 +25,7 @@ _WIDTH = 480  # pixels, of a frame in the film
 _STRIP_WIDTH = 320
 _RATE = 12  # default frames per second
 _ALL = range(1, 2**62)  # all frames after the first, even if the video holds more than its header says
-# Colors of objects whose mask has no palette; they differ on photos and for people with red-green color blindness.
+# Colors of objects whose mask has no palette, distinct on photos and for people with red-green color blindness.
 _COLORS = np.array(
     [(230, 60, 60), (50, 140, 240), (250, 200, 40), (40, 180, 130), (200, 100, 220), (250, 140, 40)], np.uint8
 )
