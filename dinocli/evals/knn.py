@@ -112,7 +112,7 @@ def votable(train: Features, test: Features | None) -> int:
 def votes(
     similarities: NDArray[np.float32], labels: NDArray[np.int64], ks: Sequence[int], classes: int, temperature: float
 ) -> Iterator[NDArray[np.float64]]:
-    """Sum the votes per class for every k, in a single pass over the neighbours.
+    """Sum the votes per class for every k, in one pass through the neighbours.
 
     Args:
         similarities: Similarities of each query's neighbours, in descending order. [Q, K], K >= all `ks`
