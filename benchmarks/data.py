@@ -1,11 +1,11 @@
-"""Images a second of one core, from files to views of 2x224 + 8x96: the original's way, and this tool's.
+"""Images per second and core, from files to views of 2x224 + 8x96: the original's pipeline and dinocli's.
 
     python benchmarks/data.py PHOTOS [--images 64] [--rounds 5]
 
-Each way runs in turn, round after round, in one thread; what is printed is processor time, the parent's and the
-workers' together, as the median of the rounds, and the ratio to the original's within each round: to the original as
-it runs, from files through its DataLoader, and to its ten pipelines alone, from bytes in memory, nothing collated. A
-machine that does other things at the same time changes both sides of a ratio alike.
+The methods run in turn, round after round, in one thread. The table shows the median processor time of the rounds, of
+parent and workers together. It also shows two ratios within each round: to the original as it runs, from files through
+its DataLoader, and to its ten pipelines alone, from bytes in memory without collating. Other load on the machine
+changes both sides of a ratio equally.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SIZES = ((224, (0.25, 1.0), 1.0, 0.0), (224, (0.25, 1.0), 0.1, 0.2)) + ((96, (0.
 
 
 def original() -> list[Callable[[Image.Image], torch.Tensor]]:
-    """The recipe as the original runs it: ten pipelines of PIL operations, one a view."""
+    """Return the original's augmentations: ten pipelines of PIL operations, one per view."""
 
     def blur(chance: float) -> Callable[[Image.Image], Image.Image]:
         def apply(image: Image.Image) -> Image.Image:
@@ -74,7 +74,7 @@ def original() -> list[Callable[[Image.Image], torch.Tensor]]:
 
 
 class OriginalFiles(Dataset[tuple[list[torch.Tensor], int]]):
-    """What torchvision's ImageFolder is to the original: a file opened and decoded as it does, then the pipelines."""
+    """Data set that opens and decodes files as torchvision's ImageFolder does, then runs the original's pipelines."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files, self.pipelines = files, original()
@@ -89,7 +89,7 @@ class OriginalFiles(Dataset[tuple[list[torch.Tensor], int]]):
 
 
 class OriginalLoader:
-    """The original as it runs: a DataLoader of worker processes, which collate a batch and send it."""
+    """The original's DataLoader, whose worker processes collate and send batches."""
 
     def __init__(self, files: list[Path], batch: int) -> None:
         self.batches = DataLoader(
@@ -97,7 +97,7 @@ class OriginalLoader:
         )
 
     def take(self) -> None:
-        """One epoch, of which no batch is begun before it, and none of the next."""
+        """Load one epoch; no batch is prefetched before it or for the next one."""
         for crops, _ in self.batches:
             assert len(crops) == len(SIZES)
 
@@ -107,7 +107,7 @@ class OriginalLoader:
 
 
 def per_crop_v2() -> list[Callable[[torch.Tensor], torch.Tensor]]:
-    """The same by torchvision's v2 operations on uint8 tensors, one pipeline a view."""
+    """Return the same augmentations with torchvision's v2 operations on uint8 tensors, one pipeline per view."""
     bicubic = v2.InterpolationMode.BICUBIC
     return [
         v2.Compose(
@@ -127,21 +127,21 @@ def per_crop_v2() -> list[Callable[[torch.Tensor], torch.Tensor]]:
 
 
 def processor_seconds(processes: list[int]) -> float:
-    """User and system time of this process and of others that are still running."""
+    """Return the user and system time of this process and of running worker processes."""
     mine = os.times()
     tick = os.sysconf("SC_CLK_TCK")
     theirs = (Path(f"/proc/{p}/stat").read_text().rsplit(")", 1)[1].split() for p in processes)
     return mine.user + mine.system + sum((int(s[11]) + int(s[12])) / tick for s in theirs)
 
 
-def timed(work: Callable[[], None], processes: list[int] | None = None) -> float:
-    began = settled(processes or [])
+def measure(work: Callable[[], None], processes: list[int] | None = None) -> float:
+    began = wait_until_idle(processes or [])
     work()
-    return settled(processes or []) - began
+    return wait_until_idle(processes or []) - began
 
 
-def settled(processes: list[int]) -> float:
-    """The processor time once the workers have filled all places of the ring, so that no work is counted twice."""
+def wait_until_idle(processes: list[int]) -> float:
+    """Wait until the workers have filled the ring, so that no work is counted twice; return the processor time."""
     seconds = -1.0
     while seconds < (seconds := processor_seconds(processes)) and processes:
         time.sleep(0.2)
@@ -149,7 +149,7 @@ def settled(processes: list[int]) -> float:
 
 
 class Ours:
-    """This tool's loader: what its workers make, or whole views."""
+    """dinocli's loader: the workers' output only, or complete views."""
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class Ours:
 
 
 def ways(folder: str, images: int, batch: int) -> dict[str, Callable[[], float]]:
-    """Each way as a function that makes the views of `images` images and returns its seconds of processor time."""
+    """Return one function per method, which makes the views of `images` images and returns its processor seconds."""
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()][:images]
     files = [path.read_bytes() for path in paths]
     rgb = [np.array(Image.open(io.BytesIO(data)).convert("RGB")) for data in files]
@@ -214,19 +214,19 @@ def ways(folder: str, images: int, batch: int) -> dict[str, Callable[[], float]]
 
     def ours(**options: object) -> Callable[[], float]:
         loader = Ours(folder, batch, **options)  # type: ignore[arg-type]
-        loader.take(2 * batch)  # the ring is full, what is compiled is compiled
+        loader.take(2 * batch)  # fills the ring and compiles
         count = images // batch * batch
-        return lambda: timed(lambda: loader.take(count), loader.processes) * len(rgb) / count
+        return lambda: measure(lambda: loader.take(count), loader.processes) * len(rgb) / count
 
     def in_its_loader() -> Callable[[], float]:
         loader = OriginalLoader(paths, batch)
-        loader.take()  # now its workers are there
-        return lambda: timed(loader.take, loader.processes) * len(rgb) / (len(paths) // batch * batch)
+        loader.take()  # starts the workers
+        return lambda: measure(loader.take, loader.processes) * len(rgb) / (len(paths) // batch * batch)
 
     found = {
         "the original, in its loader": in_its_loader(),
-        "the original's pipelines alone": lambda: timed(by_original),
-        "torchvision v2's pipelines alone": lambda: timed(by_v2),
+        "the original's pipelines alone": lambda: measure(by_original),
+        "torchvision v2's pipelines alone": lambda: measure(by_v2),
         "this, workers only (the rest on a GPU)": ours(device="cpu", whole=False, workers=1),
         "this, workers only, no photo decoded smaller": ours(device="cpu", whole=False, workers=1, reduce_above=1e6),
         "this, all on the CPU": ours(device="cpu", whole=True, workers=0),

@@ -1,8 +1,8 @@
-"""A drawn video for `dino track`: two things of the demo's set cross, turn and grow, before a scene that drifts.
+"""Draw a video for `dino track`: two objects of the demo's set cross, turn and grow before a drifting background.
 
     python benchmarks/drawn_video.py OUT [--frames 32]
 
-writes `OUT/frames/00.png ...` and `OUT/masks/00.png ...`, whose palette tells the two apart.
+writes `OUT/frames/00.png ...` and `OUT/masks/00.png ...`, whose palette distinguishes the two objects.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ WIDTH, HEIGHT, SIDE = 432, 240, 240
 PALETTE = bytes([0, 0, 0, 230, 60, 60, 50, 140, 240]) + bytes(759)
 
 
-def whole(kind: int, skip: int = 0) -> Drawing:
-    """A drawing of a kind that lies inside its picture."""
+def draw_inside(kind: int, skip: int = 0) -> Drawing:
+    """Return a drawing of a class whose object does not touch the border."""
     inside = (draw(index, SIDE, seed=5) for index in range(kind, 1000, 10))
     fitting = [d for d, _ in zip((d for d in inside if not _touches(d)), range(skip + 1), strict=False)]
     return fitting[skip]
@@ -41,7 +41,7 @@ def lay(
     turn: float,
     size: float,
 ) -> None:
-    """Put a thing on a page, turned by so many degrees, its picture `size` pixels wide."""
+    """Paste an object onto a page and its number onto the labels, rotated by `turn` degrees and `size` pixels wide."""
     side = round(size)
     shape = Image.fromarray(thing.mask.astype(np.uint8) * 255).resize((side, side), Image.Resampling.BILINEAR)
     shape = shape.rotate(turn, Image.Resampling.BILINEAR)
@@ -56,19 +56,19 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--kinds", type=int, nargs=2, default=[7, 1])
-    asked = parser.parse_args()
-    behind = Image.fromarray((np.clip(scene(600, np.random.default_rng(3)), 0, 1) * 255).astype(np.uint8))
-    first, second = (whole(kind) for kind in asked.kinds)
-    for i in range(asked.frames):
-        t = i / (asked.frames - 1)
+    options = parser.parse_args()
+    background = Image.fromarray((np.clip(scene(600, np.random.default_rng(3)), 0, 1) * 255).astype(np.uint8))
+    first, second = (draw_inside(kind) for kind in options.kinds)
+    for i in range(options.frames):
+        t = i / (options.frames - 1)
         left = 40 + 60 * t
-        page = behind.crop((round(left), 150, round(left) + WIDTH, 150 + HEIGHT))
+        page = background.crop((round(left), 150, round(left) + WIDTH, 150 + HEIGHT))
         labels = Image.new("L", page.size)
         lay(page, labels, second, 2, (350 - 280 * t, 90 + 60 * math.sin(math.pi * t)), -50 * t, 150 + 30 * t)
         lay(page, labels, first, 1, (90 + 250 * t, 150 - 40 * math.sin(math.pi * t)), 60 * t, 170 - 20 * t)
-        (asked.out / "frames").mkdir(parents=True, exist_ok=True)
-        page.save(asked.out / "frames" / f"{i:02}.png")
-        write_labels(asked.out / "masks" / f"{i:02}.png", LabelMap(np.asarray(labels), PALETTE))
+        (options.out / "frames").mkdir(parents=True, exist_ok=True)
+        page.save(options.out / "frames" / f"{i:02}.png")
+        write_labels(options.out / "masks" / f"{i:02}.png", LabelMap(np.asarray(labels), PALETTE))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Images a second from files to features on disk: the original's loop, and this tool's; and what writing them takes.
+"""Images per second from files to features on disk: the original's loop and dinocli's; and the cost of writing them.
 
     python benchmarks/extract.py PHOTOS [--images 64] [--rounds 5] [--device auto] [--rows 1000000]
 
-The original's loop is its evaluation's: Pillow resizes to 256 and crops 224 in the middle, the network runs in float32
-on all tokens, and the features of all images lie in memory. Each way runs in turn, round after round; on a CPU with
-one thread and no workers what counts is processor time, else the wall clock. How near the features are to those of
-float32 is said as the least cosine of an image. Decoding alone tells what a fast device waits for.
+The original's loop is that of its evaluation: Pillow resizes to 256 and crops the central 224 pixels, the network runs
+in float32 on all tokens, and the features of all images stay in memory. The methods run in turn, round after round. On
+a CPU with one thread and no workers, the table shows processor time, else wall time. The smallest cosine of an image to
+its float32 features shows the loss of precision. "Decoding alone" is the lower bound for a fast device.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Files(Dataset[tuple[torch.Tensor, int]]):
-    """Photos as the original's evaluation reads them."""
+    """Data set that reads photos as the original's evaluation does."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -69,8 +69,8 @@ class Files(Dataset[tuple[torch.Tensor, int]]):
 
 @torch.no_grad()
 def original(encoder: Encoder, files: list[Path], batch: int, workers: int) -> NDArray[np.float32]:
-    """The original's loop: every token through every block, in float32, into one array."""
-    model = encoder.backbone.model  # timm's own forward, which works out the last block for all tokens
+    """Run the original's loop: all tokens through all blocks, in float32, into one array."""
+    model = encoder.backbone.model  # timm's own forward, which computes the last block for all tokens
     features = torch.zeros(len(files), encoder.backbone.width)
     loader = DataLoader(Files(files), batch_size=batch, num_workers=workers, pin_memory=encoder.device.type == "cuda")
     for images, rows in loader:
@@ -79,26 +79,26 @@ def original(encoder: Encoder, files: list[Path], batch: int, workers: int) -> N
 
 
 def ours(encoder: Encoder, source: Images, out: Path, batch: int, workers: int) -> NDArray[np.float32]:
-    """This tool's, to a file and read from it."""
+    """Extract with dinocli to a file, and read it."""
     extract(encoder, source, out, data="x", size=224, batch_size=batch, workers=workers)
     return np.asarray(read_features(out).values)
 
 
-def decoded(encoder: Encoder, source: Images, batch: int, workers: int) -> None:
-    """What the network is given, and no network."""
+def decode_all(encoder: Encoder, source: Images, batch: int, workers: int) -> None:
+    """Decode all batches without running the network."""
     for _ in encoder.batches(source, size=224, batch_size=batch, workers=workers):
         pass
 
 
-def fresh(name: str, device: torch.device) -> Encoder:
-    """An encoder with random weights."""
+def untrained_encoder(name: str, device: torch.device) -> Encoder:
+    """Return an encoder with random weights."""
     torch.manual_seed(0)
     backbone = BackboneConfig(name=name, positions="dino").build(drop_path=False).eval().requires_grad_(False)
     return Encoder(backbone.to(device), name, "", 224, MEAN, STD)
 
 
-def written(rows: int) -> tuple[float, float, float]:
-    """Seconds, megabytes of memory above those before, and megabytes on disk of so many float16 features."""
+def measure_writing(rows: int) -> tuple[float, float, float]:
+    """Write float16 features; return the seconds, the additional memory in MB, and the size on disk in MB."""
     values = np.random.default_rng(0).standard_normal((1000, 384), dtype=np.float32)
     labels, provenance = [0] * len(values), Provenance("x", "", "cls", 1, 224, "x")
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ def main() -> None:
     chosen = parser.parse_args()
     console, device = Console(width=150), pick_device(chosen.device)
     if chosen.rows:  # first, while the process is small
-        seconds, above, size = written(chosen.rows)
+        seconds, above, size = measure_writing(chosen.rows)
         console.print(f"{chosen.rows} x 384 float16: {seconds:.2f} s, {above:.0f} MB of memory, {size:.0f} MB on disk")
     torch.set_num_threads(chosen.threads)
     source = open_images(chosen.photos)
@@ -134,9 +134,9 @@ def main() -> None:
     source = replace(source, names=Names.of(names), labels=source.labels[: len(names)])
     files = [source.root / name for name in names]
     batch, workers = chosen.batch_size, chosen.workers
-    plain = fresh(chosen.backbone, device)
-    coarse = quick(fresh(chosen.backbone, device), "bfloat16", compiled=False)
-    swift = quick(fresh(chosen.backbone, device), "bfloat16", compiled=True)
+    plain = untrained_encoder(chosen.backbone, device)
+    coarse = quick(untrained_encoder(chosen.backbone, device), "bfloat16", compiled=False)
+    swift = quick(untrained_encoder(chosen.backbone, device), "bfloat16", compiled=True)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "train.safetensors"
         ways: dict[str, Callable[[], NDArray[np.float32] | None]] = {
@@ -144,9 +144,9 @@ def main() -> None:
             "this, float32": lambda: ours(plain, source, out, batch, workers),
             "this, bfloat16": lambda: ours(coarse, source, out, batch, workers),
             "this, bfloat16, compiled": lambda: ours(swift, source, out, batch, workers),
-            "decoding alone": lambda: decoded(plain, source, batch, workers),
+            "decoding alone": lambda: decode_all(plain, source, batch, workers),
         }
-        found = {name: way() for name, way in ways.items()}  # what is compiled is compiled then
+        found = {name: way() for name, way in ways.items()}  # this run also compiles
         clock = time.process_time if device.type == "cpu" and not workers else time.perf_counter
         rounds: list[dict[str, float]] = []
         for _ in range(chosen.rounds):

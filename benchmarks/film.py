@@ -1,4 +1,4 @@
-"""The frames of the README's film: a drawn goldfish swims across a drawn scene.
+"""Draw the frames of the README's film: a goldfish swims across a background.
 
 python benchmarks/film.py frames && dino attn-map frames --film strip
 """
@@ -15,7 +15,7 @@ from PIL import Image
 from dinocli.apps.demo.drawings import CLASSES, draw, scene
 
 SIDE, FRAMES = 160, 48
-FISH, SEED = 271, 0  # the first that is wholly in its picture
+FISH, SEED = 271, 0  # the first goldfish that lies completely inside its picture
 
 
 def main(folder: Path) -> None:
@@ -23,7 +23,7 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     thing = draw(FISH, size=128, seed=SEED)
     assert CLASSES[thing.label] == "goldfish"
-    # It looks to the left, and is to swim to the right.
+    # It faces left, but swims to the right.
     alpha = Image.fromarray((thing.mask[:, ::-1] * 255).astype(np.uint8))
     fish = Image.fromarray(thing.image[:, ::-1])
     water = Image.fromarray((scene(SIDE * 2, np.random.default_rng(SEED)) * 255).astype(np.uint8))

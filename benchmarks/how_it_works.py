@@ -1,8 +1,8 @@
-"""The pictures of docs/how-it-works.md, drawn with the package's own losses, crops and masks.
+"""Draw the pictures of docs/how-it-works.md with the package's own losses, crops and masks.
 
     python benchmarks/how_it_works.py [OUT]
 
-OUT is docs/images if absent. Takes some ten seconds on a CPU, and needs no network and no checkpoint.
+OUT defaults to docs/images. The script takes about ten seconds on a CPU, without downloads or a checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CLOCK = Clock(steps_per_epoch=1, epochs=1)
 
 
 def main(out: Path) -> None:
-    """Draw all of them."""
+    """Draw all pictures."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     with plt.rc_context(STYLE):
@@ -52,19 +52,19 @@ def main(out: Path) -> None:
 
 
 def temperature(value: float) -> Constant:
-    """A temperature that stays the same."""
+    """Return a constant temperature."""
     return Constant(kind="constant", value=value)
 
 
 def picture(axes: plt.Axes, pixels: np.ndarray, title: str = "") -> None:
-    """An image without ticks or frame."""
+    """Show an image without ticks or frame."""
     axes.imshow(pixels)
     axes.set_title(title)
     axes.set_axis_off()
 
 
 def dino() -> plt.Figure:
-    """Crops of one image, and which pairs of them are compared."""
+    """Draw the crops of one image, and the pairs that the loss compares."""
     views = load_preset("tiny").views
     image = draw(SUNFLOWER, size=192).image
     numbers, _ = uniforms(seed=3, epoch=0, index=0, views=len(views.all))
@@ -96,7 +96,7 @@ def dino() -> plt.Figure:
 
 
 def sharpening() -> plt.Figure:
-    """The same logits at three temperatures."""
+    """Draw the same logits at three temperatures."""
     logits = torch.randn(16, generator=torch.Generator().manual_seed(4)) * 0.12
     figure, cells = plt.subplots(1, 3, figsize=(9.2, 2.5), sharey=True, layout="constrained")
     words = {0.02: "very sharp", 0.04: "the teacher's", 0.1: "the student's: soft"}
@@ -113,14 +113,14 @@ def sharpening() -> plt.Figure:
 
 
 def biased(images: int = 24, prototypes: int = 12) -> torch.Tensor:
-    """Logits of a batch that all prefer the same few prototypes."""
-    made = torch.Generator().manual_seed(1)
-    shared = 0.18 * torch.randn(prototypes, generator=made)
-    return shared + 0.07 * torch.randn(images, prototypes, generator=made)
+    """Return the logits of a batch in which all images prefer the same few prototypes."""
+    generator = torch.Generator().manual_seed(1)
+    shared = 0.18 * torch.randn(prototypes, generator=generator)
+    return shared + 0.07 * torch.randn(images, prototypes, generator=generator)
 
 
 def heatmap(axes: plt.Axes, targets: torch.Tensor, title: str) -> None:
-    """Targets of a batch, images by prototypes."""
+    """Show the targets of a batch, images by prototypes."""
     axes.imshow(targets, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_title(title)
     axes.set_xlabel("prototype")
@@ -129,7 +129,7 @@ def heatmap(axes: plt.Axes, targets: torch.Tensor, title: str) -> None:
 
 
 def usage(axes: plt.Axes, targets: torch.Tensor) -> None:
-    """The share of each prototype, over the heatmap's columns."""
+    """Show the share of each prototype, aligned with the heatmap's columns."""
     axes.bar(range(targets.shape[1]), targets.mean(0), color=COLORS[1], width=0.85)
     axes.axhline(1 / targets.shape[1], color="#444444", linewidth=0.8, linestyle="--")
     axes.set_xlim(-0.5, targets.shape[1] - 0.5)
@@ -138,7 +138,7 @@ def usage(axes: plt.Axes, targets: torch.Tensor) -> None:
 
 
 def targets_figure(columns: dict[str, torch.Tensor], bottom: str) -> plt.Figure:
-    """Heatmaps of targets, each with the use of its prototypes below."""
+    """Draw heatmaps of targets, each with the shares of its prototypes below."""
     figure, cells = plt.subplots(
         2, len(columns), figsize=(9.2, 3.6), height_ratios=(2.2, 1), sharey="row", layout="constrained"
     )
@@ -151,7 +151,7 @@ def targets_figure(columns: dict[str, torch.Tensor], bottom: str) -> plt.Figure:
 
 
 def centering() -> plt.Figure:
-    """Targets with the center at zero, and after it has followed the mean of the logits."""
+    """Draw targets with the center at zero, and after it has followed the mean of the logits."""
     logits = biased()
     columns = {}
     rule = Centering(CenteringConfig(kind="centering", momentum=0.9, temperature=temperature(0.04)), logits.shape[1])
@@ -166,7 +166,7 @@ def centering() -> plt.Figure:
 
 
 def sinkhorn() -> plt.Figure:
-    """Targets after rounds of Sinkhorn-Knopp."""
+    """Draw targets after rounds of Sinkhorn-Knopp."""
     logits = biased()
     columns = {"softmax alone": (logits / 0.04).softmax(-1)}
     for rounds in (1, 3):
@@ -176,9 +176,9 @@ def sinkhorn() -> plt.Figure:
 
 
 def koleo() -> plt.Figure:
-    """Points on a circle that the KoLeo loss moves apart."""
-    made = torch.Generator().manual_seed(5)
-    angles = torch.cat([c + 0.22 * torch.randn(9, generator=made) for c in (0.4, 0.9, 3.9)])
+    """Draw points on a circle that the KoLeo loss moves apart."""
+    generator = torch.Generator().manual_seed(5)
+    angles = torch.cat([c + 0.22 * torch.randn(9, generator=generator) for c in (0.4, 0.9, 3.9)])
     points = torch.stack([angles.cos(), angles.sin()], 1).requires_grad_()
     figure, cells = plt.subplots(1, 3, figsize=(9.2, 3.5), layout="constrained")
     done = 0
@@ -204,25 +204,27 @@ def koleo() -> plt.Figure:
 
 
 def masking() -> plt.Figure:
-    """Global crops with the masks of iBOT."""
+    """Draw global crops with iBOT's masks."""
     config = load_preset("ibot-vits16").views.mask
     grid, patch = (14, 14), 16
     figure, cells = plt.subplots(2, 4, figsize=(9.2, 4.5), layout="constrained")
     for i, (index, ratio) in enumerate(((SUNFLOWER, 0.1), (FISH, 0.23), (ZEBRA, 0.37), (8, 0.5))):
         image = draw(index, size=grid[0] * patch).image
-        where = blocks(config, grid, round(ratio * grid[0] * grid[1]), np.random.default_rng(20 + i))
-        hidden = np.kron(where, np.ones((patch, patch), bool))[..., None]
+        masked = blocks(config, grid, round(ratio * grid[0] * grid[1]), np.random.default_rng(20 + i))
+        masked_pixels = np.kron(masked, np.ones((patch, patch), bool))[..., None]
         picture(cells[0, i], image, "the teacher sees all patches" if i == 0 else "")
-        seen = np.where(hidden, 128, image).astype(np.uint8)
-        picture(cells[1, i], seen, f"{'the student: ' if i == 0 else ''}{where.sum() / where.size:.0%} masked")
+        input_of_student = np.where(masked_pixels, 128, image).astype(np.uint8)
+        picture(
+            cells[1, i], input_of_student, f"{'the student: ' if i == 0 else ''}{masked.sum() / masked.size:.0%} masked"
+        )
     return figure
 
 
 def ema() -> plt.Figure:
-    """A noisy weight of the student, and its moving averages; and the schedule of the momentum."""
+    """Draw a noisy student weight with its moving averages, and the momentum schedule."""
     steps = np.arange(400)
-    made = np.random.default_rng(2)
-    student = 1 - np.exp(-steps / 120) + 0.12 * made.standard_normal(len(steps))
+    generator = np.random.default_rng(2)
+    student = 1 - np.exp(-steps / 120) + 0.12 * generator.standard_normal(len(steps))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 2.8), width_ratios=(1.6, 1), layout="constrained")
     left.plot(steps, student, color="#b9b9b9", linewidth=0.8, label="student")
     for momentum, color in ((0.9, COLORS[1]), (0.98, COLORS[0]), (0.996, COLORS[2])):
@@ -243,7 +245,7 @@ def ema() -> plt.Figure:
     return figure
 
 
-# Means over the last steps measured (docs/results.md): entropy and information as fractions of ln K; place of the name.
+# Means over the last measured steps (docs/results.md): entropy and information as fractions of ln K; label position.
 RUNS = {
     "healthy (tiny)": (0.300, 0.332, 0.32, 0.332, "left"),
     "healthy (no BatchNorm)": (0.447, 0.251, 0.467, 0.251, "left"),
@@ -254,7 +256,7 @@ RUNS = {
 
 
 def collapse() -> plt.Figure:
-    """Healthy and collapsed runs by entropy and information of their targets."""
+    """Draw healthy and collapsed runs by entropy and information of their targets."""
     figure, axes = plt.subplots(figsize=(7.4, 3.4), layout="constrained")
     axes.axhspan(0, 0.02, color="#f3d9d5")
     axes.text(0.5, 0.0235, "collapse is reported below 0.02", fontsize=8, ha="center", color=COLORS[4])

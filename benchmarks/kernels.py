@@ -1,8 +1,8 @@
-"""What a device does in a training step: the kernels that take most of it, and the gaps between them.
+"""Profile a training step on a device: the most expensive kernels, and the gaps between them.
 
     python benchmarks/kernels.py [--way compiled] [--preset vits16-vanilla] [--batch-size 128] [--trace FILE]
 
-On a CPU the same of torch's operations, which have no gaps worth a word.
+On a CPU, the table shows torch's operations instead; gaps between them are negligible.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dinocli.method.preset import load_preset
 
 @dataclass(frozen=True)
 class Kernel:
-    """One run of a kernel, in microseconds."""
+    """One execution of a kernel; times in microseconds."""
 
     name: str
     start: float
@@ -36,29 +36,29 @@ class Kernel:
 
 
 def gaps(kernels: list[Kernel]) -> list[tuple[float, str, str]]:
-    """When the device had nothing to do: how long, after which kernel, and before which; the longest first."""
-    found, last = [], None
+    """Return the idle times of the device, the longest first: duration, kernel before, and kernel after."""
+    idle, last = [], None
     for kernel in sorted(kernels, key=lambda k: k.start):
         if last is not None and kernel.start > last.end:
-            found.append((kernel.start - last.end, last.name, kernel.name))
+            idle.append((kernel.start - last.end, last.name, kernel.name))
         if last is None or kernel.end > last.end:
             last = kernel
-    return sorted(found, reverse=True)
+    return sorted(idle, reverse=True)
 
 
 def print_kernels(console: Console, kernels: list[Kernel], top: int) -> None:
     spent: dict[str, list[float]] = defaultdict(list)
     for kernel in kernels:
         spent[kernel.name].append(kernel.end - kernel.start)
-    whole = max(k.end for k in kernels) - min(k.start for k in kernels)
+    total = max(k.end for k in kernels) - min(k.start for k in kernels)
     idle = gaps(kernels)
     table = Table("kernel", "ms", "share", "times")
     for name, each in sorted(spent.items(), key=lambda item: -sum(item[1]))[:top]:
-        table.add_row(name[:110], f"{sum(each) / 1000:.3f}", f"{sum(each) / whole:.1%}", str(len(each)))
+        table.add_row(name[:110], f"{sum(each) / 1000:.3f}", f"{sum(each) / total:.1%}", str(len(each)))
     console.print(table)
     console.print(
-        f"{len(kernels)} kernels of {len(spent)} kinds in {whole / 1000:.2f} ms; "
-        f"nothing to do for {sum(g[0] for g in idle) / 1000:.2f} ms ({sum(g[0] for g in idle) / whole:.1%})"
+        f"{len(kernels)} kernels of {len(spent)} kinds in {total / 1000:.2f} ms; "
+        f"idle for {sum(g[0] for g in idle) / 1000:.2f} ms ({sum(g[0] for g in idle) / total:.1%})"
     )
     for length, after, before in idle[:5]:
         console.print(f"  {length / 1000:.3f} ms after {after[:50]}, before {before[:50]}", highlight=False)
@@ -87,24 +87,26 @@ def main() -> None:
     for _ in range(5 if on_gpu else 1):
         stepper.step(batch)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
-    with profile(activities=activities) as seen:
+    with profile(activities=activities) as profiler:
         if on_gpu:
             torch.cuda.synchronize()
         stepper.step(batch)
         if on_gpu:
             torch.cuda.synchronize()
     if chosen.trace:
-        seen.export_chrome_trace(chosen.trace)
+        profiler.export_chrome_trace(chosen.trace)
     console.print(f"{WAYS[chosen.way].name}: a step of {chosen.preset} at {chosen.batch_size} images")
     if on_gpu:
-        # Spans that have a name, such as the optimizer's step, are told as if they ran on the device too.
+        # The profiler also lists named spans on the device, such as the optimizer's step; they are no kernels.
         on_device = [
-            e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
+            e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA and not e.is_user_annotation
         ]
         kernels = [Kernel(e.name, e.time_range.start, e.time_range.end) for e in on_device]
         print_kernels(console, kernels, chosen.top)
     else:
-        print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=chosen.top, max_name_column_width=50))
+        print(
+            profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=chosen.top, max_name_column_width=50)
+        )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Seconds to classify by k nearest neighbours, for four k: the original's way, and this tool's.
+"""Seconds for k-NN classification with four values of k: the original's implementation and dinocli's.
 
     python benchmarks/knn.py [--voters 50000] [--queries 10000] [--width 384] [--threads 1 2] [--rounds 5]
 
-The original searches anew for each k, in chunks of a hundredth of the queries; its way is written out below from what
-it does: a matrix product, top-k, the labels gathered, a one-hot of each neighbour weighed and summed, all classes
-sorted. The features are drawn: unit vectors around a center for each class. Both ways have them in memory; this tool
-normalizes them once more, as it does any. They run in turn, round after round; what is printed is the median of the
-rounds, the ratio within each round by the wall clock and by processor time, and the most memory above what the
-features take.
+The original searches again for each k, in chunks of a hundredth of the queries. It is reimplemented below: a matrix
+product, top-k, gathered labels, a weighted sum of one-hot vectors, and a sort of all classes. The features are random
+unit vectors around one center per class. Both implementations have them in memory; dinocli normalizes them once more,
+as always. They run in turn, round after round. The table shows the median of the rounds, the ratio within each round by
+wall time and by processor time, and the peak memory above that of the features.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from torch import Tensor
 from dinocli.evals.knn import knn
 from dinocli.features.store import Features, Provenance
 
-CLASSES = 1000  # the original knows no other number
+CLASSES = 1000  # hard-coded in the original
 TEMPERATURE = 0.07
 
 
 def drawn(images: int, width: int, seed: int) -> Features:
-    """Unit features around the centers of their classes."""
+    """Return random unit features around the centers of their classes."""
     centers = np.random.default_rng(0).standard_normal((CLASSES, width), dtype=np.float32)
     generator = np.random.default_rng((1, seed))
     labels = generator.integers(0, CLASSES, images)
@@ -51,7 +50,7 @@ def drawn(images: int, width: int, seed: int) -> Features:
 
 @torch.no_grad()
 def original(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int) -> tuple[float, float]:
-    """Top-1 and top-5 as the original's classifier finds them, in percent."""
+    """Return top-1 and top-5 of the original's classifier, in percent."""
     chunk = len(test) // 100
     voters = train.t()
     first = five = 0
@@ -68,8 +67,8 @@ def original(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Ten
     return 100 * first / len(test), 100 * five / len(test)
 
 
-class Taken(NamedTuple):
-    """What a way took, and what it found: for each k, percent of the queries."""
+class Cost(NamedTuple):
+    """Cost of an implementation, and its top-1 in percent for each k."""
 
     wall: float
     processor: float
@@ -77,18 +76,18 @@ class Taken(NamedTuple):
     top1: list[float]
 
 
-def measured(way: Callable[[], list[float]]) -> Taken:
+def measure(way: Callable[[], list[float]]) -> Cost:
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back, so that the peak is this way's own
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, so that the peak belongs to this run
     Path("/proc/self/clear_refs").write_text("5")
-    before, wall, processor = _status("VmRSS"), time.perf_counter(), time.process_time()
+    before, wall, processor = _read_status("VmRSS"), time.perf_counter(), time.process_time()
     top1 = way()
     took = time.perf_counter() - wall, time.process_time() - processor
-    return Taken(*took, (_status("VmHWM") - before) / 1024, top1)
+    return Cost(*took, (_read_status("VmHWM") - before) / 1024, top1)
 
 
-def _status(key: str) -> int:
-    """Kilobytes that the system counts for this process."""
+def _read_status(key: str) -> int:
+    """Return a figure of this process in /proc/self/status, in kilobytes."""
     text = Path("/proc/self/status").read_text().split()
     return int(text[text.index(f"{key}:") + 1])
 
@@ -117,21 +116,21 @@ def main() -> None:
     for threads in chosen.threads:
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
-        rounds = [{name: measured(way) for name, way in ways.items()} for _ in range(chosen.rounds)]
+        rounds = [{name: measure(way) for name, way in ways.items()} for _ in range(chosen.rounds)]
         for name in ways:
-            mine = [r[name] for r in rounds]
+            costs = [r[name] for r in rounds]
             ratios = []
             for part in ("wall", "processor"):
-                found = sorted(getattr(r["the original"], part) / getattr(r[name], part) for r in rounds)
-                ratios.append(f"{statistics.median(found):.1f} [{found[0]:.1f} .. {found[-1]:.1f}]")
+                quotients = sorted(getattr(r["the original"], part) / getattr(r[name], part) for r in rounds)
+                ratios.append(f"{statistics.median(quotients):.1f} [{quotients[0]:.1f} .. {quotients[-1]:.1f}]")
             table.add_row(
                 str(threads),
                 name,
-                f"{statistics.median(t.wall for t in mine):.2f}",
-                f"{statistics.median(t.processor for t in mine):.2f}",
+                f"{statistics.median(t.wall for t in costs):.2f}",
+                f"{statistics.median(t.processor for t in costs):.2f}",
                 *ratios,
-                f"{max(t.megabytes for t in mine):.0f}",
-                " ".join(f"{top1:.2f}" for top1 in mine[0].top1),
+                f"{max(t.megabytes for t in costs):.0f}",
+                " ".join(f"{top1:.2f}" for top1 in costs[0].top1),
             )
     Console(width=150).print(table)
 

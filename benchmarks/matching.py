@@ -1,4 +1,4 @@
-"""How well patches find the same place in another photo: 68 points on faces, and a wall under a homography.
+"""Accuracy of patch matching between photos: 68 landmarks on faces, and a wall under a homography.
 
     python benchmarks/matching.py DATA CHECKPOINT... [--size 240] [--layer -1] [--facet token] [--pairs 500]
 
@@ -27,9 +27,9 @@ def read(path: Path) -> Pixels:
     return pixels
 
 
-def seen(encoder: Encoder, pixels: Pixels, asked: argparse.Namespace) -> PatchMap:
-    made = encoder.patches(encoder.photo(pixels, asked.size), asked.layer or [-1], asked.facet)[0]
-    return PatchMap(normalized(made), pixels.shape[:2])
+def encode_photo(encoder: Encoder, pixels: Pixels, options: argparse.Namespace) -> PatchMap:
+    patches = encoder.patches(encoder.photo(pixels, options.size), options.layer or [-1], options.facet)[0]
+    return PatchMap(normalized(patches), pixels.shape[:2])
 
 
 def main() -> None:
@@ -40,19 +40,19 @@ def main() -> None:
     parser.add_argument("--layer", type=int, action="append")
     parser.add_argument("--facet", default="token")
     parser.add_argument("--pairs", type=int, default=500)
-    asked = parser.parse_args()
-    faces = landmarks(asked.data / "faces69" / "face_landmarks.csv")
-    names = [name for name in faces if (asked.data / "faces69" / name).is_file()]
+    options = parser.parse_args()
+    faces = landmarks(options.data / "faces69" / "face_landmarks.csv")
+    names = [name for name in faces if (options.data / "faces69" / name).is_file()]
     pairs = [(a, b) for a in names for b in names if a != b]
     np.random.default_rng(0).shuffle(pairs)
-    wall = asked.data / "graf1.png", asked.data / "graf3.png"
-    print(f"{asked.pairs} pairs of {len(names)} faces (near: of the box), and graf1, graf3 (of the image); {asked}")
-    for checkpoint in asked.checkpoints:
+    wall = options.data / "graf1.png", options.data / "graf3.png"
+    print(f"{options.pairs} pairs of {len(names)} faces (near: of the box), and graf1, graf3 (of the image); {options}")
+    for checkpoint in options.checkpoints:
         encoder = load_encoder(checkpoint, torch.device("cpu"))
-        maps = {name: seen(encoder, read(asked.data / "faces69" / name), asked) for name in names}
-        scores = [pck(maps[a], maps[b], match(maps[a], maps[b]), faces[a], faces[b]) for a, b in pairs[: asked.pairs]]
-        a, b = (seen(encoder, read(path), asked) for path in wall)
-        points = read_keypoints(asked.data / "H1to3p.xml", *wall, (a.size, b.size))
+        maps = {name: encode_photo(encoder, read(options.data / "faces69" / name), options) for name in names}
+        scores = [pck(maps[a], maps[b], match(maps[a], maps[b]), faces[a], faces[b]) for a, b in pairs[: options.pairs]]
+        a, b = (encode_photo(encoder, read(path), options) for path in wall)
+        points = read_keypoints(options.data / "H1to3p.xml", *wall, (a.size, b.size))
         for name, rows in (("faces", mean_pck(scores)), ("graf", pck(a, b, match(a, b), *points, "image"))):
             for row in rows:
                 beside = f"same place {row.same_place:.1f}, chance {row.chance:.1f}"

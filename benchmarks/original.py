@@ -1,9 +1,9 @@
-"""The original's training step, written out plainly as it runs: what this tool's step is compared with.
+"""Reimplementation of the original's training step, as the reference for dinocli's step.
 
-A pass of the backbone for each resolution, the last block for all tokens, plain attention, a log-softmax anew for each
-pair of views, a clip and a moving average parameter by parameter, and the loss read on the host twice a step. Weights
-and settings are those of a preset, so that both do the same. What the original's float16 needs, loss scaling, is left
-out: autocast is bfloat16 here, which needs none.
+As in the original, the backbone runs once per resolution and computes the last block for all tokens, with plain
+attention. Each pair of views has its own log-softmax, clipping and moving average go parameter by parameter, and the
+host reads the loss twice per step. Weights and settings come from a preset, so that both steps compute the same. Loss
+scaling, which the original's float16 needs, is omitted: autocast uses bfloat16 here.
 
 Source: facebookresearch/dino@7c446df main_dino.py, vision_transformer.py, utils.py.
 """
@@ -42,16 +42,16 @@ class OriginalNetwork(nn.Module):
         )
         if not isinstance(self.backbone, VisionTransformer) or not isinstance(preset.optimizer, AdamWConfig):
             raise DinoError(
-                f"the original's step is written out for vision transformers under AdamW; this is a "
-                f"{type(self.backbone).__name__} under {preset.optimizer.kind}",
-                "--ways float32 bfloat16",
+                f"the original's step supports vision transformers with AdamW; got a "
+                f"{type(self.backbone).__name__} with {preset.optimizer.kind}",
+                "use --ways float32 bfloat16",
             )
         for block in self.backbone.blocks:
             block.attn.fused_attn = False
         name = preset.losses.present()["dino"].head
         head = preset.heads[name]
         self.mlp = _mlp(head, self.backbone.embed_dim)
-        with warnings.catch_warnings(action="ignore"):  # torch would rather have its other weight norm
+        with warnings.catch_warnings(action="ignore"):  # torch deprecates this weight norm
             last = nn.Linear(head.bottleneck, head.prototypes, bias=False)
             self.last_layer = nn.utils.weight_norm(last)
         self.last_layer.weight_g.requires_grad = not (student and head.norm_last_layer)
@@ -62,7 +62,7 @@ class OriginalNetwork(nn.Module):
             assert all(k.startswith("backbone.") for k in kept.missing_keys)
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:  # V of [B, 3, H, W] -> [V * B, K]
-        """Logits, all images of a view after those of the view before."""
+        """Return logits view after view, each with all images of the batch."""
         groups = [list(group) for _, group in itertools.groupby(crops, key=lambda crop: crop.shape[-1])]
         features = torch.cat([self.features(torch.cat(group)) for group in groups])
         return self.logits(features)
@@ -98,7 +98,7 @@ def _mlp(head: HeadConfig, width: int) -> nn.Module:
 
 
 class OriginalLoss(nn.Module):
-    """Cross-entropy of all pairs of a teacher's view and another one of the student's; the center moves in it."""
+    """Cross-entropy over all pairs of a teacher's view and a different student's view; it also updates the center."""
 
     center: Tensor
 
@@ -108,11 +108,11 @@ class OriginalLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, prototypes))
 
     def forward(self, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        said = (student / self.student_temperature).chunk(self.views)
-        wanted = F.softmax((teacher - self.center) / temperature, dim=-1).detach().chunk(2)
+        predictions = (student / self.student_temperature).chunk(self.views)
+        targets = F.softmax((teacher - self.center) / temperature, dim=-1).detach().chunk(2)
         total, terms = 0, 0
-        for i, q in enumerate(wanted):
-            for v, logits in enumerate(said):
+        for i, q in enumerate(targets):
+            for v, logits in enumerate(predictions):
                 if v != i:
                     total = total + torch.sum(-q * F.log_softmax(logits, dim=-1), dim=-1).mean()
                     terms += 1
@@ -126,14 +126,14 @@ class OriginalLoss(nn.Module):
 
 
 class OriginalStep:
-    """Does the original's steps with a preset's settings, from given weights.
+    """The original's training step with a preset's settings.
 
     Args:
-        preset: With two global views, as the original always has.
-        weights: Of the student at the start, as `Network.weights` names them; the teacher begins with them too.
-        clock: Where to begin.
-        device: Where to train.
-        precision: In which networks and loss are computed.
+        preset: Preset with two global views, as in the original.
+        weights: Initial weights of student and teacher, with the names of `Network.weights`.
+        clock: Initial position in the schedules.
+        device: Training device.
+        precision: Autocast context for networks and loss.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class OriginalStep:
         )
 
     def step(self, batch: Batch) -> float:
-        """One step, and its loss."""
+        """Do one step, and return its loss."""
         for i, group in enumerate(self.optimizer.param_groups):
             group["lr"] = self.lr.at(self.clock)
             if i == 0:
@@ -175,8 +175,8 @@ class OriginalStep:
             teacher = self.teacher(crops[:2])
             student = self.student(crops)
             loss = self.loss(student, teacher, self.config.targets.temperature.at(self.clock))
-        if not math.isfinite(loss.item()):  # the first wait for the device
-            raise DinoError(f"the loss is {loss.item()}, and the original stops there", "another --batch-size")
+        if not math.isfinite(loss.item()):  # the first synchronization with the device
+            raise DinoError(f"the loss is {loss.item()}, at which the original stops", "use another --batch-size")
         self.optimizer.zero_grad()
         loss.backward()
         self._clip()
@@ -196,7 +196,9 @@ class OriginalStep:
             return
         for p in self.student.parameters():
             if p.grad is not None:
-                share = self.preset.optimizer.clip.norm / (p.grad.norm(2).item() + 1e-6)  # a wait for each parameter
+                share = self.preset.optimizer.clip.norm / (
+                    p.grad.norm(2).item() + 1e-6
+                )  # one synchronization per parameter
                 if share < 1:
                     p.grad.mul_(share)
 

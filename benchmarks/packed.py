@@ -1,10 +1,10 @@
-"""Whether it pays to take both resolutions through one call of each linear layer.
+"""Speed-up from passing both resolutions through one call of each linear layer.
 
     python benchmarks/packed.py [--images 64] [--rounds 5] [--device auto]
 
-The norms and linear layers of one ViT-S block, forward and backward, on the tokens of 2 global and 8 local crops an
-image: on each resolution alone, or on all tokens at once. Attention, which never mixes crops, is left out, and so is
-what laying the tokens side by side costs: this is the most there is to gain.
+Measured are the norms and linear layers of one ViT-S block, forward and backward, on the tokens of 2 global and 8 local
+crops per image: for each resolution alone, or for all tokens at once. Attention never mixes crops and is omitted. So is
+the cost of concatenating the tokens: the result is an upper bound of the gain.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class Linears(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [S, width]
         q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        x = x + self.proj(q + k + v)  # in place of attention, so that all three have a gradient
+        x = x + self.proj(q + k + v)  # replaces attention, so that all three have a gradient
         return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
 
 
 def step(block: nn.Module, groups: Sequence[Tensor], precision: contextlib.AbstractContextManager[None]) -> None:
     with precision:
-        made = [block(group) for group in groups]
-    for out in made:
+        outputs = [block(group) for group in groups]
+    for out in outputs:
         out.backward(out.detach())
 
 
-def timed(work: Callable[[], None], times: int, device: torch.device) -> float:
-    """Seconds, of the processor on a CPU."""
+def measure(work: Callable[[], None], times: int, device: torch.device) -> float:
+    """Return seconds per call: wall time on a GPU, processor time on a CPU."""
     now = time.perf_counter if device.type == "cuda" else time.process_time
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -89,8 +89,8 @@ def main() -> None:
             ways[kind + name] = lambda block=block, groups=groups: step(block, groups, precision)
     times = 50 if device.type == "cuda" else 3
     for work in ways.values():
-        timed(work, 3, device)
-    rounds = [{name: timed(work, times, device) for name, work in ways.items()} for _ in range(chosen.rounds)]
+        measure(work, 3, device)
+    rounds = [{name: measure(work, times, device) for name, work in ways.items()} for _ in range(chosen.rounds)]
     table = Table("one block's linear layers, bfloat16", "ms", "times each alone, not compiled [min .. max]")
     for name in ways:
         ratios = sorted(r[next(iter(ways))] / r[name] for r in rounds)

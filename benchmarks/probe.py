@@ -1,19 +1,20 @@
-"""The work of a linear probe: the original's way, and this tool's on stored features, with and without views.
+"""Cost of a linear probe: the original's protocol, and dinocli's on stored features, with and without views.
 
     python benchmarks/probe.py DATA [--checkpoint CKPT] [--images 8] [--views 10] [--rounds 3] [--accuracy]
 
-DATA has class folders, or train/ and val/ with those; without a val/ a fifth of the images stand for one, and without
-labels they get some, for neither changes how long it takes. The original sends augmented images through the backbone
-in each of 100 epochs, the test images too, for one learning rate; this tool sends each image through once (with K
-views 1+K times) and trains 13 rates on what came out, and the best of them once more. Days of that are not waited for:
-measured is the processor time of a few images, of each kind of pass, and of a few epochs of the heads, which learn
-from as many features as there are images, of few images from 1024; what is marked "scaled" is that, times the counted
-images and epochs. Both ways have the same backbone in float32, the original's all of its tokens, and take the class
-tokens of four blocks, in this process alone. The ways take turns, round after round; ratios are within rounds, the
-last of them without the test images on either side.
+DATA holds class folders, or train/ and val/ with class folders. Without val/, a fifth of the images is used for
+testing; without labels, labels are made up. Neither changes the time. The original encodes augmented training images,
+and the test images, in each of 100 epochs, for one learning rate. dinocli encodes each image once (1+K times with K
+views), trains heads at 13 learning rates on the features, and trains the best one again.
 
-A second table is of the heads alone: 13 rates in one product, and 13 single runs. With --accuracy the whole of DATA is
-extracted by the checkpoint, and a third one says what the two protocols find.
+The full protocols take days. Measured is the processor time of a few images per kind of pass, and of a few epochs of
+the heads, on as many features as there are images, but at least 1,024. Columns marked "scaled" extrapolate from that to
+all images and epochs. Both protocols use the same float32 backbone and the class tokens of four blocks, in one process;
+the original computes all tokens. They run in turn, round after round. Ratios are within rounds, the last one without
+the test images.
+
+A second table covers the heads alone: 13 learning rates together, and 13 single runs. With --accuracy, the checkpoint
+extracts all of DATA, and a third table shows the accuracy of the two protocols.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ CPU = torch.device("cpu")
 
 
 class Original:
-    """What the original does with a batch, written out: PIL, the frozen backbone, one linear layer, SGD."""
+    """Reimplementation of the original's probe: PIL, the frozen backbone, one linear layer, SGD."""
 
     def __init__(self, encoder: Encoder, classes: int, blocks: int = BLOCKS) -> None:
         self.encoder, self.blocks = encoder, blocks
@@ -91,7 +92,7 @@ class Original:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of processor time; this process has no others."""
+    """Return the processor seconds of a call."""
     began = time.process_time()
     work()
     return time.process_time() - began
@@ -103,19 +104,19 @@ def some(source: Images, count: int) -> Images:
 
 
 def labelled(data: str, real: bool) -> tuple[Images, Images]:
-    """Images to learn from and to test; what is missing is made up, unless it is to be real."""
+    """Return training and test images; missing splits and labels are made up, unless `real` forbids it."""
     parts = {name: part for name, part in splits(data).items() if isinstance(part, Images)}
     train = parts.get("train") or next(iter(parts.values()))
     test = parts.get("val") or parts.get("test")
     if real and not (test and train.classes):
-        raise SystemExit("--accuracy wants train/ and val/ with class folders")
+        raise SystemExit("--accuracy needs train/ and val/ with class folders")
     if not train.classes:
         train = replace(train, classes=[str(c) for c in range(10)], labels=np.arange(len(train), dtype=np.int32) % 10)
     return train, test or some(train, max(1, len(train) // 5))
 
 
 def drawn(images: int, width: int, classes: int) -> Features:
-    """Features that say nothing, as quickly learned from as others."""
+    """Return random features, which take as long to train on as real ones."""
     generator = np.random.default_rng(0)
     values = generator.standard_normal((images, width), dtype=np.float32)
     labels = np.arange(images) % classes
@@ -125,7 +126,7 @@ def drawn(images: int, width: int, classes: int) -> Features:
 
 
 def work(encoder: Encoder, train: Images, test: Images, chosen: argparse.Namespace) -> Table:
-    """The first table."""
+    """Return the table of the protocols' costs."""
     few, classes, width = some(train, chosen.images), len(train.classes), BLOCKS * encoder.backbone.width
     original = Original(encoder, classes)
     learned, tested = drawn(max(len(train), 4 * BATCH), width, classes), drawn(len(test), width, classes)
@@ -191,7 +192,7 @@ def train_heads(x: Tensor, y: Tensor, classes: int, epochs: int, rates: tuple[fl
 
 
 def heads(images: int, width: int, chosen: argparse.Namespace) -> Table:
-    """The second table: 13 rates together, and one after another, all of it measured."""
+    """Return the table of the heads: 13 learning rates together, and one after another."""
     table = Table(
         "classes", "13 rates together, s", "13 single runs, s", "times less",
         title=f"the heads alone: {images} features of {width}, {chosen.epochs} epochs, batches of {BATCH}",
@@ -215,7 +216,7 @@ def heads(images: int, width: int, chosen: argparse.Namespace) -> Table:
 
 
 def accuracy(encoder: Encoder, train: Images, test: Images, views: int) -> Table:
-    """The third table: what the two protocols find on all images."""
+    """Return the table of the protocols' accuracy on all images."""
     table = Table("protocol", "learning rate", "top-1 %", "top-5 %", title=f"{encoder.source}, four blocks")
     with TemporaryDirectory() as folder:
         for count in (0, views):
@@ -235,7 +236,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
-    parser.add_argument("--checkpoint", help="as `dino extract` takes it; absent, ViT-S/16 at 224 without training")
+    parser.add_argument("--checkpoint", help="as for `dino extract`; by default an untrained ViT-S/16 at 224")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--views", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=2, help="of the heads")

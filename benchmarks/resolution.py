@@ -1,10 +1,10 @@
-"""Processor seconds of a step at low resolution and at the full one, with the images that are decoded for it.
+"""Processor seconds of a training step at low and at full resolution, including image decoding.
 
     python benchmarks/resolution.py IMAGES [--preset tiny] [--set KEY=VALUE ...] [--steps 10] [--rounds 6]
 
-Each part of the run has a trainer of its own, in the middle of its schedules, and images of its own. They take turns,
-round after round, in one process and one thread; the ratio is within rounds. What it says of a whole run is that ratio
-over the share of the steps that have small crops: such a run takes 1 - share * (1 - ratio) of one without.
+Each phase of the run has its own trainer, in the middle of its schedules, and its own images. The phases take turns,
+round after round, in one process and one thread; ratios are within rounds. If a share of a run's steps has small crops,
+the run takes 1 - share * (1 - ratio) of the time of a run without.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from dinocli.method.preset import load_preset
 LOW = "views.low_resolution={epochs=1, global_size=32, local_size=16}"
 
 
-def turns(images: str, name: str, changes: list[str], views: ViewsConfig, steps: int) -> Iterator[float]:
-    """Seconds of a step, on average over one turn, each time they are asked for."""
+def measure_turns(images: str, name: str, changes: list[str], views: ViewsConfig, steps: int) -> Iterator[float]:
+    """Yield the mean seconds of a step over one turn."""
     preset = load_preset(name, changes).model_copy(update={"views": views})
     trainer = build(WAYS[preset.training.precision], preset, torch.device("cpu"))
     batches = iter(
@@ -48,7 +48,7 @@ def turns(images: str, name: str, changes: list[str], views: ViewsConfig, steps:
         )
     )
     while True:
-        trainer.step(next(batches))  # the caches were the others' meanwhile
+        trainer.step(next(batches))  # warms the caches, which other phases have used meanwhile
         began = time.process_time()
         for _ in range(steps):
             trainer.step(next(batches))
@@ -63,13 +63,15 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="changes")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=6)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    changes = asked.changes if any("low_resolution" in change for change in asked.changes) else [LOW, *asked.changes]
-    phases = [views for _, views in load_preset(asked.preset, changes).views.phases(1)]
-    ways = [turns(asked.images, asked.preset, changes, views, asked.steps) for views in phases]
-    rounds = [[next(way) for way in ways] for _ in range(asked.rounds)]
+    changes = (
+        options.changes if any("low_resolution" in change for change in options.changes) else [LOW, *options.changes]
+    )
+    phases = [views for _, views in load_preset(options.preset, changes).views.phases(1)]
+    ways = [measure_turns(options.images, options.preset, changes, views, options.steps) for views in phases]
+    rounds = [[next(way) for way in ways] for _ in range(options.rounds)]
     table = Table("crops", "s a step", "of the full size")
     for views, *seconds in zip(phases, *rounds, strict=True):
         shares = [took / each[-1] for took, each in zip(seconds, rounds, strict=True)]

@@ -1,11 +1,11 @@
-"""Time, memory and recall of the ways to find the nearest features: all of them, IVF, HNSW.
+"""Time, memory and recall of nearest-neighbour search: exact, IVF and HNSW.
 
     python benchmarks/search.py [--images 1000000] [--width 384] [--threads 1] [--kinds exact ivf hnsw] [--features DIR]
 
-Without --features they are drawn, float16, into a file in a temporary folder: around 5,000 centers, with a spread that
-falls with the number's place, so that they have an effective dimension as real ones do. A query is another draw around
-a center, or with --features one of them. The file is mapped, as by `dino search`; "memory" is what the process has of
-its own at the most, above what it had before, without pages of the file.
+Without --features, random float16 features are written to a temporary folder. They lie around 5,000 centers, with a
+standard deviation that falls from one dimension to the next, which gives them an effective dimension like that of real
+features. Queries are further random features, or some of those of --features. The file is memory-mapped, as by
+`dino search`. "memory" is the peak of the process's private memory above the start, without pages of the file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CENTERS, QUERIES, AT = 5000, 1000, 10
 
 
 def draw(count: int, width: int, seed: int) -> np.ndarray:
-    """Features around centers. [count, width]"""
+    """Draw random features around centers. [count, width]"""
     spread = (1 + np.arange(width, dtype=np.float32)) ** -0.5
     centers = np.random.default_rng(0).standard_normal((CENTERS, width), dtype=np.float32)
     generator = np.random.default_rng((1, seed))
@@ -56,14 +56,14 @@ def write(path: Path, images: int, width: int) -> Path:
 
 @contextmanager
 def peak() -> Iterator[list[float]]:
-    """Megabytes of the process's own memory at the most, above those before."""
+    """Yield a list with the peak of the process's private memory above the start, in megabytes."""
 
     def own() -> float:
         text = Path("/proc/self/status").read_text().split()
         return int(text[text.index("RssAnon:") + 1]) / 1024
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory
     before, most, over = own(), [0.0], threading.Event()
 
     def watch() -> None:
@@ -117,7 +117,7 @@ def main() -> None:
                 began = time.process_time()
                 found = index.search(queries, AT + 1)[1]
                 many = time.process_time() - began
-            # One of the features finds itself, which is no merit.
+            # A query that is one of the features finds itself, which does not count.
             own = rows[:, None] if chosen.features else np.full((QUERIES, 1), -1)
             right = [
                 len((set(f) & set(t)) - set(o)) / len(set(t) - set(o))

@@ -1,17 +1,17 @@
-"""Seconds, memory and parts of a training step: the original's step written out plainly, and this tool's.
+"""Time, memory and parts of a training step: a reimplementation of the original's step, and dinocli's.
 
     python benchmarks/step.py [--preset vits16-vanilla] [--batch-size 8] [--rounds 5] [--images FOLDER]
 
-Each way is a process of its own, so that the peak of memory is its own. They take turns, round after round, one at a
-time, while the others wait; the ratio is that to the first way within each round. Before that, all ways do two small
-steps from the same weights on the same images, without what is drawn at random: they must agree in both losses, the
-second of which tells whether gradient, clip, optimizer and moving average are the same too.
+Each method runs in its own process, so that its peak memory is its own. The processes take turns, round after round,
+one at a time; ratios are to the first method within each round. Before that, all methods do two small steps with the
+same weights and images, without randomness. Both losses must agree: the second one depends on gradient, clipping,
+optimizer and moving average.
 
-The share of the floor is the operations that this tool's step needs, whichever way does it, over the rate of a bare
-matrix product in the way's precision, measured in the same run. The parts are timed in further steps, in which the
-host waits for the device at the beginning and end of each; their sum may so be more than the step's time.
+The share of the floor is the time that the operations of dinocli's step would take at the rate of a bare matrix
+product, over the time of the step. The rate is measured in the same run, in the method's precision. The parts are timed
+in further steps, in which the host synchronizes with the device around each part; their sum may exceed the step's time.
 
-On a CPU in one thread, and without photos, seconds are the processor's, which a busy machine lengthens less.
+On a CPU with one thread and without photos, times are processor time, which other load changes less.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ from dinocli.train.plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was found of a way.
+    """Measurements of a method.
 
     Attributes:
-        seconds: Of a step, by round.
-        ratios: Of the first way's seconds to its own, by round.
-        memory: Bytes at the peak of a step.
-        share: Of the floor.
-        parts: Seconds by part.
-        losses: Of the first two steps.
-        failed: Why there is nothing, or not all of it, if it is so.
+        seconds: Seconds of a step, per round.
+        ratios: Speed-up over the first method, per round.
+        memory: Peak memory of a step, in bytes.
+        share: Share of the floor; see above.
+        parts: Seconds per part of a step.
+        losses: Losses of the two small steps.
+        failed: Reason if measurements are missing, else empty.
     """
 
     way: str
@@ -71,7 +71,7 @@ class Row:
 
 
 def product_rate(device: torch.device, precision: Precision, now: Callable[[], float]) -> float:
-    """Operations a second of a large matrix product on random data: the best of ten."""
+    """Return the operations per second of a large matrix product on random data: the best of 13."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     side = (8192 if dtype == torch.bfloat16 else 4096) if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -86,17 +86,17 @@ def product_rate(device: torch.device, precision: Precision, now: Callable[[], f
 
 
 def operations(preset: Preset, device: torch.device) -> float:
-    """Floating-point operations that this tool's step needs an image."""
+    """Return the floating-point operations per image of dinocli's step."""
     nothing: Any = SimpleNamespace(count=10**6)
     plan = Plan("x", preset, nothing, stop=1, out=Path(), device=device, workers=0, init=None)
     return estimate(plan).flops
 
 
 def same(losses: dict[str, list[float]]) -> None:
-    """See that all ways do the same steps as the first one in float32, or as the first.
+    """Check that the losses of all methods equal those of the first float32 method, or else of the first.
 
     Raises:
-        DinoError: They do not.
+        DinoError: If losses differ.
     """
     by = next((k for k in losses if WAYS[k].precision == "float32"), next(iter(losses), ""))
     for key, found in losses.items():
@@ -104,27 +104,27 @@ def same(losses: dict[str, list[float]]) -> None:
         for loss, wanted, tolerance in zip(found, losses[by], allowed, strict=True):
             if not abs(loss - wanted) <= tolerance * abs(wanted):
                 raise DinoError(
-                    f"the same loss of all ways was wanted; {WAYS[by].name} has {losses[by]}, {WAYS[key].name} {found}",
-                    "what does not do the same has no time to be compared",
+                    f"the losses of {WAYS[key].name} are {found}; expected {losses[by]}, those of {WAYS[by].name}",
+                    "use --ways without that method, or correct its step",
                 )
 
 
 def measure(keys: list[str], job: Job, rounds: int, note: Callable[[str], None]) -> tuple[list[Row], dict[str, float]]:
-    """What each way takes, and the rates of matrix products by precision."""
+    """Measure each method, and the rates of matrix products by precision."""
     device, preset = torch.device(job.device), job.read()
     needed = operations(preset, device) * job.batch_size
     rates = {p: product_rate(device, p, job.now) for p in ("float32", "bfloat16")}
     processes: dict[str, Process] = {}
     losses: dict[str, Any] = {}
     try:
-        # A GPU's host has the cores to begin all at once; here they would be in each other's way.
+        # The host of a GPU has enough cores to start all processes at once; on a CPU they would compete.
         together = device.type == "cuda"
         for key in keys:
             processes[key] = Process(WAYS[key], job)
             if not together:
-                losses[key] = begun(processes[key], note)
+                losses[key] = wait_for_start(processes[key], note)
         for key in keys if together else ():
-            losses[key] = begun(processes[key], note)
+            losses[key] = wait_for_start(processes[key], note)
         same({key: found for key, found in losses.items() if found})
         turns: list[dict[str, Any]] = []
         for i in range(rounds):
@@ -160,8 +160,8 @@ def measure(keys: list[str], job: Job, rounds: int, note: Callable[[str], None])
     return rows, rates | {"operations": needed}
 
 
-def begun(process: Process, note: Callable[[str], None]) -> list[float] | None:
-    """The first losses of a way that is ready."""
+def wait_for_start(process: Process, note: Callable[[str], None]) -> list[float] | None:
+    """Wait until a method is ready; return the losses of its two small steps, or None if it failed."""
     losses = process.answer()
     process.answer()
     note(f"{process.way.name}: {process.failed or 'ready'}")
@@ -198,11 +198,13 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="in each turn; 1 on a CPU and 10 elsewhere unless told")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="the first is compared with")
+    parser.add_argument("--steps", type=int, help="steps per turn; by default 1 on a CPU and 10 on other devices")
+    parser.add_argument(
+        "--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="methods to compare with the first one"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--images", help="a folder, for batches from the loader; noise unless given")
+    parser.add_argument("--images", help="folder for batches from the loader; by default noise")
     parser.add_argument("--json", action="store_true", help="figures on stdout, tables on stderr")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, seen from outside of it: nothing that is timed knows of it."""
+"""Time of each part of a training step, measured by hooks from outside."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = ("waiting", "teacher", "backbone", "head", "loss", "backward", "optimize
 
 
 class Stopwatch:
-    """Charges the time of a step to the part that is under way, the innermost where they are nested."""
+    """Stopwatch that adds elapsed time to the current part of a step, the innermost if parts are nested."""
 
     def __init__(self, device: torch.device, now: Callable[[], float]) -> None:
         self.on_gpu, self.now = device.type == "cuda", now
@@ -42,7 +42,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def part(self, name: str, then: str | None = None) -> Iterator[None]:
-        """A part; what comes after it, outside of any other, belongs to `then` from here on."""
+        """Time a part; afterwards, time outside of any part counts as `then`, if given."""
         self._enter(name)
         try:
             yield
@@ -59,7 +59,7 @@ class Stopwatch:
         self.stack.pop()
 
     def attach(self, stepper: Trainer | OriginalStep) -> None:
-        """Watch the parts of a way, from outside of it."""
+        """Install hooks that time the parts of a step."""
         self._call(torch.autograd, "backward", "backward", then="optimizer")
         if isinstance(stepper, OriginalStep):
             self._module(stepper.teacher, "teacher")
@@ -70,7 +70,7 @@ class Stopwatch:
             return
         method: Any = stepper.method
         self._module(method.teacher, "teacher")
-        self._module(method.student, "backbone")  # what of it is not a head
+        self._module(method.student, "backbone")  # without its heads, which are timed below
         for head in method.student.heads.values():
             self._module(head, "head")
         for loss in method.losses.values():

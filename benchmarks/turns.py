@@ -1,4 +1,4 @@
-"""A way of doing a step in a process of its own, which works when it is asked to and waits otherwise."""
+"""Processes that each run one method of a training step on request."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dinocli.core.device import peak_memory
 
 
 class Steps:
-    """Does a way's steps, and says what they took."""
+    """Training steps of one method, with their measurements."""
 
     def __init__(self, way: Way, job: Job) -> None:
         self.way, self.job, self.device = way, job, torch.device(job.device)
@@ -34,8 +34,8 @@ class Steps:
         return self.device.type == "cuda"
 
     def seconds(self) -> float:
-        """Of a step, on average over one turn."""
-        # While the others had their turns, its memory went elsewhere, and on a GPU the clocks went down.
+        """Return the mean seconds of a step over one turn."""
+        # Warm up: during the turns of others, memory was released and a GPU lowered its clocks.
         self._do(2 if self.on_gpu else 1)
         began = self.job.now()
         self._do(self.job.steps)
@@ -44,23 +44,23 @@ class Steps:
         return took
 
     def memory(self) -> int:
-        """Bytes at the peak of the steps so far, since the first ones."""
+        """Return the peak memory in bytes of all steps since the warm-up."""
         return peak(self.device)
 
     def parts(self) -> dict[str, float]:
-        """Seconds of each part of a step: medians over one turn, or three steps."""
+        """Return the median seconds of each part, over one turn or at least three steps."""
         watch = Stopwatch(self.device, self.job.now)
         watch.attach(self.stepper)
         self._do(2 if self.on_gpu else 1)
-        found = []
+        turns = []
         for _ in range(max(3, self.job.steps)):
             watch.begin()
             with watch.part("waiting"):
                 batch = next(self.batches)
             self.stepper.step(batch)
-            found.append(watch.end())
+            turns.append(watch.end())
         self._rest()
-        return {part: statistics.median(each[part] for each in found) for part in PARTS}
+        return {part: statistics.median(each[part] for each in turns) for part in PARTS}
 
     def _do(self, steps: int) -> None:
         for _ in range(steps):
@@ -70,18 +70,18 @@ class Steps:
 
     def _rest(self) -> None:
         if self.on_gpu:
-            torch.cuda.empty_cache()  # the others may have it
+            torch.cuda.empty_cache()  # for the other processes
 
 
 def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # Linux alone has it; elsewhere what compilation took counts too
+    with contextlib.suppress(OSError):  # only Linux has it; elsewhere the peak includes compilation
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak(device: torch.device) -> int:
-    """Bytes at the peak. The kernel's own figure for a process also holds what its parent had when it began."""
+    """Return the peak memory in bytes. `getrusage` is not used: it includes the parent's memory at the start."""
     status = Path("/proc/self/status")
     if device.type == "cuda" or not status.exists():
         return peak_memory(device)
@@ -90,15 +90,15 @@ def peak(device: torch.device) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """Why a way is not there."""
+    """Failure of a method."""
 
     reason: str
 
 
 def serve(pipe: Connection, way: Way, job: Job) -> None:
-    """A way's process: answers what it is asked until nobody asks."""
+    """Answer requests in a method's process until the pipe is closed."""
     torch.set_num_threads(job.threads)
-    torch.backends.cudnn.allow_tf32 = False  # torch's choice for convolutions alone; float32 is to be float32
+    torch.backends.cudnn.allow_tf32 = False  # torch enables it for convolutions; float32 must mean float32
     try:
         pipe.send(first_losses(way, job))
         steps = Steps(way, job)
@@ -107,12 +107,12 @@ def serve(pipe: Connection, way: Way, job: Job) -> None:
             pipe.send(getattr(steps, pipe.recv())())
     except (EOFError, BrokenPipeError):
         return
-    except Exception as error:  # of whatever kind: the other ways go on
+    except Exception as error:  # any failure is reported, and other methods continue
         pipe.send(Failed(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"))
 
 
 class Process:
-    """A way in its process, as the others see it."""
+    """Handle of a method's process."""
 
     def __init__(self, way: Way, job: Job) -> None:
         context = multiprocessing.get_context("spawn")
@@ -123,21 +123,21 @@ class Process:
         theirs.close()
 
     def answer(self) -> Any:
-        """What it says next; nothing once it has failed."""
+        """Return the next answer, or None once the process has failed."""
         if self.failed:
             return None
         try:
-            said = self.pipe.recv()
+            received = self.pipe.recv()
         except (EOFError, OSError):
-            said = Failed("it was killed, which mostly means that memory was short")
-        if isinstance(said, Failed):
-            self.failed, said = said.reason, None
-        return said
+            received = Failed("the process was killed, usually for lack of memory")
+        if isinstance(received, Failed):
+            self.failed, received = received.reason, None
+        return received
 
-    def ask(self, what: str) -> Any:
-        """What it finds."""
-        with contextlib.suppress(OSError):  # where it has gone, there will be no answer either
-            self.pipe.send(what)
+    def ask(self, request: str) -> Any:
+        """Send a request, and return its answer."""
+        with contextlib.suppress(OSError):  # a process that ended gives no answer either
+            self.pipe.send(request)
         return self.answer()
 
     def end(self) -> None:

@@ -1,4 +1,4 @@
-"""The ways to do a training step that are compared, and what they are given: one row of a table for each."""
+"""Methods of a training step to compare, and their input; each is one row of the table."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A way to do a step."""
+    """Method of a training step."""
 
     name: str
     original: bool = False
@@ -46,7 +46,7 @@ WAYS = {
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What all ways do: see the options of the command."""
+    """Settings of all methods; see the options of the command."""
 
     preset: str
     changes: tuple[str, ...]
@@ -57,27 +57,27 @@ class Job:
     steps: int
 
     def read(self, *more: str) -> Preset:
-        """The preset, with the batch size of this job and further changes."""
+        """Return the preset with this job's batch size and further changes."""
         return load_preset(self.preset, [*self.changes, f"training.batch_size={self.batch_size}", *more])
 
     @property
     def processor_time(self) -> bool:
-        """Whether the processor's time is what counts."""
+        """True if processor time is measured instead of wall time."""
         return self.device == "cpu" and self.threads == 1 and self.images is None
 
     @property
     def now(self) -> Callable[[], float]:
-        """The clock that counts, in seconds."""
+        """Function that returns the time to measure, in seconds."""
         return time.process_time if self.processor_time else time.perf_counter
 
 
 def middle(preset: Preset) -> Clock:
-    """The middle of a run, where nothing is frozen and the learning rate is not zero."""
+    """Return the middle of a run, when nothing is frozen and the learning rate is not zero."""
     return Clock(1000, preset.training.epochs, step=500 * preset.training.epochs)
 
 
 def build(way: Way, preset: Preset, device: torch.device) -> Trainer | OriginalStep:
-    """What does the steps, with the same weights whichever way it is."""
+    """Build a method's trainer; all methods have the same initial weights."""
     torch.manual_seed(0)
     method = preset.method()
     low = way.precision == "bfloat16"
@@ -85,7 +85,7 @@ def build(way: Way, preset: Preset, device: torch.device) -> Trainer | OriginalS
     if way.original:
         return OriginalStep(preset, method.student.weights(), middle(preset), device, precision)
     if device.type == "cpu":
-        keep_freed_memory()  # as `dino pretrain` does there
+        keep_freed_memory()  # as `dino pretrain` does on a CPU
     if way.recomputed:
         method.student.backbone.recompute_blocks()
     for network in (method.student, method.teacher) if way.compiled else ():
@@ -102,7 +102,7 @@ def build(way: Way, preset: Preset, device: torch.device) -> Trainer | OriginalS
 
 
 def made_up(preset: Preset, device: torch.device, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
-    """A batch of noise, the same on each device."""
+    """Return a batch of noise, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     views, images = preset.views, preset.training.batch_size
 
@@ -135,8 +135,8 @@ def loss_of(stepped: Any) -> float:
 
 
 def first_losses(way: Way, job: Job) -> list[float]:
-    """Of two steps on two images, with nothing drawn at random and nothing compiled."""
-    # The rate is not made smaller for a small batch, so that the second loss tells of the first step.
+    """Return the losses of two steps on two images, without randomness and compilation."""
+    # The learning rate is not scaled to the small batch, so that the first step changes the second loss visibly.
     preset = job.read("training.batch_size=2", "backbone.drop_path=0", "optimizer.lr_rule=none")
     device = torch.device(job.device)
     small = build(dataclasses.replace(way, compiled=False), preset, device)

@@ -1,10 +1,10 @@
-"""The README's memory and time per number of images: the estimates of `--dry-run` for GPUs that are not there.
+"""Memory and time per number of images in the README: estimates of `--dry-run` for GPUs that are not installed.
 
     python benchmarks/which_gpu.py
 
 Memory is counted as for bfloat16, on tensors without data. Time is the compute of a step at 30 % of the maker's
 bfloat16 peak. That is the share that `--dry-run` assumes of a matrix product, whose rate it measures on the device.
-Nothing of it was tested on a GPU.
+None of it was tested on a GPU.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from dinocli.data.sources.open import Images
 
 SETTINGS = "pack.json"
-_AT_ONCE = 64  # images that may wait in memory
-_TIMED, _TIMES = 500, 3  # images to read for the comparison, and repetitions
+_AT_ONCE = 64  # images decoded at once and held in memory
+_TIMED, _TIMES = 500, 3  # images and repetitions of the speed measurement
 _LONGEST_SIDE = 65_000  # pixels; JPEG cannot store more
 
 
@@ -57,7 +57,7 @@ class Packed:
         seconds: Duration of the packing.
         bad: Name and reason of each skipped image.
         faster: Read speed of the shards relative to the source's files; None if it cannot be measured.
-        cold: True if the speed was measured from disk; else from the system's cache, where the difference is smaller.
+        cold: True if the speed was measured from disk, not from the system's cache, where the difference is smaller.
     """
 
     shards: int
@@ -71,7 +71,7 @@ class Packed:
 
 
 class _Entry(NamedTuple):
-    """Sample to write, or the reason to skip it."""
+    """Image to write, or the reason to skip it."""
 
     key: str = ""
     suffix: str = ""
@@ -91,29 +91,29 @@ def pack(
     images: ImagesConfig = DEFAULTS,
     report: Callable[[int], None] = lambda images: None,
 ) -> Packed:
-    """Write tar shards in the WebDataset form, each a random sample of the source, and an index next to them.
+    """Write tar shards in WebDataset format, each a random sample of the source, and an index next to them.
 
-    The same call again keeps complete shards that exist. Every image is decoded once, so that a bad one is found now
-    and not during training.
+    A repeated call keeps complete shards. Every image is decoded once, so that a bad one is found now and not during
+    training.
 
     Args:
         source: Images to pack.
         out: Folder for the shards.
-        side: Short side, in pixels, to which larger images are resized. These become JPEG, or .npy if they have neither
-            one nor three channels. Smaller images, and all images if None, are stored as the files they are.
+        side: Short side, in pixels, to which larger images are resized. They are stored as JPEG, or as .npy if they
+            have neither one nor three channels. Smaller images, and all images if None, keep their files unchanged.
         quality: JPEG quality, 1 to 95.
         per_shard: Number of source images per shard, including bad ones.
         name: Prefix of the shards' names.
         seed: Seed of the order.
         images: Decoding settings: limits for readable images, and the conversion of deep ones to 8 bits.
-        report: Function that is called with the number of images done so far.
+        report: Progress callback with the number of images done.
 
     Raises:
         DinoError: If the folder holds shards with other settings, or no image can be read.
         OSError: If the disk is full or the place is not writable.
     """
     start = time.monotonic()
-    repeated, digest = _names(source)
+    repeated, digest = _find_repeated_keys(source)
     settings = {
         "source": source.where, "images": len(source), "listing": digest, "side": side, "quality": quality,
         "per_shard": per_shard, "name": name, "seed": seed,
@@ -122,43 +122,43 @@ def pack(
         settings["read as"] = images.model_dump(mode="json", exclude_defaults=True)
     done: dict[str, Any] = _resume(out, settings)
     order = np.random.default_rng(seed).permutation(len(source))
-    make = partial(_entry, source, repeated, images, side, quality)
+    make = partial(_make_entry, source, repeated, images, side, quality)
     kept = 0
     with ThreadPoolExecutor(min(16, cores())) as pool:  # Pillow decodes without the interpreter lock
         for first in range(0, len(order), per_shard):
             rows, shard = order[first : first + per_shard], f"{name}-{first // per_shard:06}.tar"
-            if shard in done and _size(out / shard) == done[shard]["bytes"]:
+            if shard in done and _file_size(out / shard) == done[shard]["bytes"]:
                 kept += 1
                 report(first + len(rows))
                 continue
             bad, packed = {}, 0
             with atomic(out / shard) as draft, tarfile.open(draft, "w", format=tarfile.GNU_FORMAT) as tar:
                 for part in range(0, len(rows), _AT_ONCE):
-                    some = rows[part : part + _AT_ONCE].tolist()
-                    for row, entry in zip(some, pool.map(make, some), strict=True):
+                    block = rows[part : part + _AT_ONCE].tolist()
+                    for row, entry in zip(block, pool.map(make, block), strict=True):
                         if entry.reason:
                             bad[source.names[row]] = entry.reason
                             continue
                         packed += 1
-                        _add(tar, f"{entry.key}{entry.suffix}", entry.data)
+                        _add_member(tar, f"{entry.key}{entry.suffix}", entry.data)
                         if source.labels[row] >= 0:
-                            _add(tar, f"{entry.key}.cls", b"%d" % source.labels[row])
-                    report(first + part + len(some))
-            done[shard] = {"images": packed, "bytes": _size(out / shard), "bad": bad}
-            _remember(out, settings, done)
+                            _add_member(tar, f"{entry.key}.cls", b"%d" % source.labels[row])
+                    report(first + part + len(block))
+            done[shard] = {"images": packed, "bytes": _file_size(out / shard), "bad": bad}
+            _write_settings(out, settings, done)
     return _finish(source, out, images, done, order, kept, start)
 
 
-def _names(source: Images) -> tuple[NDArray[np.bool_], str]:
-    """Return whether each image shares its key (`a.jpg` and `a.png`), and a digest of names and labels."""
-    whole = hashlib.sha256(np.asarray(source.labels, dtype=np.int32).tobytes())
-    codes = np.empty(len(source), dtype=np.uint64)  # not the keys themselves: ten million fill the memory
+def _find_repeated_keys(source: Images) -> tuple[NDArray[np.bool_], str]:
+    """Return a mask of images that share their key (`a.jpg` and `a.png`), and a digest of names and labels."""
+    digest = hashlib.sha256(np.asarray(source.labels, dtype=np.int32).tobytes())
+    codes = np.empty(len(source), dtype=np.uint64)  # not the keys themselves: ten million of them fill the memory
     for i in range(len(source)):
         name = os.fsencode(source.names[i])
-        whole.update(name + b"\0")
+        digest.update(name + b"\0")
         codes[i] = int.from_bytes(hashlib.blake2b(os.fsencode(_key(source.names[i])), digest_size=8).digest())
     _, place, counts = np.unique(codes, return_inverse=True, return_counts=True)
-    return counts[place] > 1, whole.hexdigest()[:16]
+    return counts[place] > 1, digest.hexdigest()[:16]
 
 
 def _key(name: str) -> str:
@@ -184,7 +184,7 @@ def _resume(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     except FileNotFoundError:
         if any(out.glob("*.tar")):
             raise DinoError(f"{out} holds tar files that `dino pack` did not write", "name a new folder") from None
-        _remember(out, settings, {})
+        _write_settings(out, settings, {})
         return {}
     except (ValueError, LookupError, TypeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -212,15 +212,15 @@ def _check_shards(settings: object, shards: object) -> None:
             raise ValueError(f"an entry of {name} has the wrong type")
 
 
-def _remember(out: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
+def _write_settings(out: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
     write_json(out / SETTINGS, {"settings": settings, "shards": done}, indent=1)
 
 
-def _size(path: Path) -> int:
+def _file_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
 
-def _entry(
+def _make_entry(
     source: Images, repeated: NDArray[np.bool_], images: ImagesConfig, side: int | None, quality: int, row: int
 ) -> _Entry:
     try:
@@ -238,12 +238,12 @@ def _entry(
     if not isinstance(data, bytes):
         return _Entry(key, *_encode(pixels, "PNG"))
     suffix = os.path.splitext(source.names[row])[1].lower()
-    # A file without an image suffix gets one by its content, which readers go by anyway.
-    return _Entry(key, suffix if suffix in SUFFIXES or suffix == ARRAY else _kind(data), data)
+    # A file without an image suffix gets one from its content, which readers check anyway.
+    return _Entry(key, suffix if suffix in SUFFIXES or suffix == ARRAY else _guess_suffix(data), data)
 
 
 def _encode(pixels: Pixels, kind: Literal["JPEG", "PNG"], **options: Any) -> tuple[str, bytes]:
-    """Return suffix and bytes of an encoded image: of the given kind, or .npy if it is neither color nor gray."""
+    """Encode an image as the given kind, or as .npy if it is neither color nor gray; return suffix and bytes."""
     file = io.BytesIO()
     if pixels.shape[2] not in (1, 3):
         np.save(file, pixels)
@@ -252,7 +252,7 @@ def _encode(pixels: Pixels, kind: Literal["JPEG", "PNG"], **options: Any) -> tup
     return {"JPEG": ".jpg", "PNG": ".png"}[kind], file.getvalue()
 
 
-def _kind(data: bytes) -> str:
+def _guess_suffix(data: bytes) -> str:
     if data.startswith(MAGIC_PREFIX):
         return ARRAY
     with Image.open(io.BytesIO(data)) as image:
@@ -260,7 +260,7 @@ def _kind(data: bytes) -> str:
     return suffix if suffix in SUFFIXES else ".jpg"
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     # No time, user or group: the same images give the same bytes.
     member = tarfile.TarInfo(name)
     member.size = len(data)
@@ -292,17 +292,17 @@ def _finish(
     write_json(out / INDEX, index, indent=1)
     seconds = time.monotonic() - start
     good = [row for row in order[:_TIMED].tolist() if source.names[row] not in bad]
-    faster, cold = _compare(source, out, images, good)
+    faster, cold = _measure_speedup(source, out, images, good)
     size = sum(shard["bytes"] for shard in done.values())
     return Packed(len(done), kept, count, size, seconds, bad, faster, cold)
 
 
-def _compare(source: Images, out: Path, images: ImagesConfig, rows: list[int]) -> tuple[float | None, bool]:
+def _measure_speedup(source: Images, out: Path, images: ImagesConfig, rows: list[int]) -> tuple[float | None, bool]:
     """Return the read speed of the shards relative to the source's files, and whether both came from disk."""
     root = Path(getattr(source, "root", source.where))
     files = [root / source.names[row] for row in rows]
     if not files or not all(file.is_file() for file in files):
-        return None, False  # mostly a torchvision set, which does not just read a file for an image
+        return None, False  # usually a torchvision set, which does more than read a file per image
     shards = open_shards(str(out))
     of_files, cold = _time(files, (map(source.read, rows, repeat(images)) for _ in range(_TIMES)))
     of_shards, colder = _time(map(Path, shards.urls), (islice(shards.stream(0, 1), len(rows)) for _ in range(_TIMES)))
@@ -310,17 +310,17 @@ def _compare(source: Images, out: Path, images: ImagesConfig, rows: list[int]) -
 
 
 def _time(paths: Iterable[Path], readings: Iterable[Iterator[object]]) -> tuple[float, bool]:
-    """Return the seconds of the fastest reading, least disturbed by other work, and whether all came from disk."""
+    """Return the seconds of the fastest reading, the least disturbed one, and whether all came from disk."""
     paths, seconds, cold = list(paths), [], True
     for reading in readings:
-        cold = all([_forget(path) for path in paths]) and cold  # a list, because every file must be dropped
+        cold = all([_drop_from_cache(path) for path in paths]) and cold  # a list, because every file must be dropped
         began = time.perf_counter()
         deque(reading, maxlen=0)
         seconds.append(time.perf_counter() - began)
     return min(seconds), cold
 
 
-def _forget(path: Path) -> bool:
+def _drop_from_cache(path: Path) -> bool:
     """Ask the system to drop a file from its cache, and return whether it did."""
     if not hasattr(os, "RWF_NOWAIT"):
         return False

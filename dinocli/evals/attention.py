@@ -23,7 +23,7 @@ class AttentionMaps:
     heads: NDArray[np.float32]
 
     def masks(self, keep: float) -> NDArray[np.bool_]:
-        """Return, for each head, the fewest patches that hold `keep` of its attention. [heads, rows, columns]"""
+        """Return the smallest mask per head that holds a share `keep` of its attention. [heads, rows, columns]"""
         return keep_mass(self.heads, keep)
 
 
@@ -49,17 +49,17 @@ def attention_maps(encoder: Encoder, pixels: Pixels, short_side: int) -> Attenti
 
 
 def keep_mass(maps: NDArray[np.floating], keep: float) -> NDArray[np.bool_]:
-    """Return a mask of the fewest places that hold a fraction `keep` of each map's sum. [..., rows, columns]
+    """Return the smallest mask that holds a share `keep` of each map's sum. [..., rows, columns]
 
     Source: facebookresearch/dino@7c446df visualize_attention.py.
     """
     flat = maps.reshape(*maps.shape[:-2], -1)
     order = flat.argsort(-1, kind="stable")
     mass = np.take_along_axis(flat, order, -1)
-    whole = mass.sum(-1, keepdims=True)  # 0 if the class token attends only to itself; then no patch is kept
-    kept = np.cumsum(mass / np.where(whole > 0, whole, 1), -1) > 1 - keep
+    total = mass.sum(-1, keepdims=True)  # 0 if the class token attends only to itself; the mask is then empty
+    inside = np.cumsum(mass / np.where(total > 0, total, 1), -1) > 1 - keep
     masks = np.zeros(flat.shape, dtype=bool)
-    np.put_along_axis(masks, order, kept, -1)
+    np.put_along_axis(masks, order, inside, -1)
     return masks.reshape(maps.shape)
 
 
@@ -70,7 +70,7 @@ def jaccard(mask: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
 
 
 def enlarge(maps: NDArray[np.generic], height: int, width: int) -> NDArray[np.generic]:
-    """Enlarge maps [..., rows, columns] to a photo's size by repetition, without interpolation between patches."""
+    """Enlarge maps [..., rows, columns] to a photo's size by repeating values, without interpolation."""
     rows = np.arange(height) * maps.shape[-2] // height
     columns = np.arange(width) * maps.shape[-1] // width
     return maps[..., rows[:, None], columns]

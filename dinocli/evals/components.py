@@ -22,7 +22,7 @@ class Pieces:
             a, b = self._find(first), self._find(second)
             apart = a != b
             first, second, a, b = first[apart], second[apart], a[apart], b[apart]
-            # Each root is attached to the smallest root it meets; pairs that lost against another one repeat.
+            # Each root is attached to the smallest root it is paired with; overwritten pairs are joined next time.
             np.minimum.at(self._roots, np.maximum(a, b), np.minimum(a, b))
 
     def _find(self, rows: Indices) -> Indices:
@@ -50,21 +50,21 @@ def components(mask: Mask) -> NDArray[np.int64]:
     Rows are split into runs and touching runs are joined, without a loop over pixels.
     """
     rows, columns = mask.shape
-    line = columns + 1  # each row ends with a gap
+    line = columns + 1  # each row ends with a gap, so that no run continues in the next row
     flat = np.zeros(rows * line + 1, dtype=np.int8)
     flat[:-1].reshape(rows, line)[:, :columns] = mask
     edges = np.diff(flat, prepend=0)
     starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
-    # First run in the next row that touches each run, and how many do.
+    # First run of the next row that touches each run, and the number of runs that do.
     first = np.searchsorted(ends, starts + line, side="right")
     count = np.maximum(np.searchsorted(starts, ends + line, side="left") - first, 0)
     above = np.repeat(np.arange(len(starts)), count)
     below = np.arange(len(above)) - np.repeat(np.cumsum(count) - count, count) + np.repeat(first, count)
     runs = Pieces(len(starts))
     runs.join(above, below)
-    named = np.zeros((rows, columns), dtype=np.int64)
-    named[mask] = np.repeat(np.unique(runs.firsts(), return_inverse=True)[1] + 1, ends - starts)
-    return named
+    labels = np.zeros((rows, columns), dtype=np.int64)
+    labels[mask] = np.repeat(np.unique(runs.firsts(), return_inverse=True)[1] + 1, ends - starts)
+    return labels
 
 
 def largest_component(mask: Mask) -> Mask:
@@ -74,6 +74,6 @@ def largest_component(mask: Mask) -> Mask:
 
 
 def component_at(mask: Mask, place: tuple[int, int]) -> Mask:
-    """Return the component of a mask at a place, or an empty mask if the place is outside. [rows, columns]"""
+    """Return the component of a mask at a position, or an empty mask if it is False there. [rows, columns]"""
     numbers = components(mask)
     return mask & (numbers == numbers[place])

@@ -82,18 +82,18 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
     ascending = sorted(set(ks))
     hits = np.zeros((len(ascending), 2), dtype=np.int64)
     for first in range(0, len(queries), _QUERIES):
-        asked = slice(first, first + _QUERIES)
-        similarities, found = nearest(train.values, queries.values[asked], ascending[-1] + (test is None))
+        block = slice(first, first + _QUERIES)
+        similarities, rows = nearest(train.values, queries.values[block], ascending[-1] + (test is None))
         if test is None:
-            similarities, found = _without_itself(similarities, found, first)
-        hits += _hits(similarities, train.labels[found], queries.labels[asked], ascending, train, temperature)
+            similarities, rows = _drop_self(similarities, rows, first)
+        hits += _count_hits(similarities, train.labels[rows], queries.labels[block], ascending, train, temperature)
     percents = dict(zip(ascending, (100 * hits / len(queries)).tolist(), strict=True))
     scores = [Score(k, *percents[k]) for k in ks]
     return KnnResult(scores, len(queries), voters, len(train.classes), test is None, temperature)
 
 
 def votable(train: Features, test: Features | None) -> int:
-    """Return the number of images that can vote on each query: the largest k.
+    """Return the number of images that can vote on each query, which is the largest valid k.
 
     Raises:
         DinoError: If there are no voters or no queries.
@@ -112,28 +112,28 @@ def votable(train: Features, test: Features | None) -> int:
 def votes(
     similarities: NDArray[np.float32], labels: NDArray[np.int64], ks: Sequence[int], classes: int, temperature: float
 ) -> Iterator[NDArray[np.float64]]:
-    """Sum the votes per class, for one k after another in a single pass.
+    """Sum the votes per class for every k, in one pass through the neighbours.
 
     Args:
-        similarities: Similarities of each query's neighbours, in descending order. [Q, at least the last k]
-        labels: Labels of each query's neighbours. [Q, the same]
+        similarities: Similarities of each query's neighbours, in descending order. [Q, K], K >= all `ks`
+        labels: Labels of each query's neighbours. [Q, K]
         ks: Numbers of neighbours, ascending.
         classes: Number of classes.
         temperature: Temperature of the votes; each weighs exp(similarity / temperature).
 
     Yields:
-        Votes for each k, in units of the nearest neighbour's vote; the next k overwrites the array. [Q, classes]
+        Votes for one k, in units of the nearest neighbour's vote. The array is overwritten for the next k. [Q, classes]
     """
     # Dividing by the nearest neighbour's weight changes no ranking and prevents overflow at low temperatures.
     weights = np.exp((similarities.astype(np.float64) - similarities[:, :1]) / temperature)
     cells = labels + np.arange(len(labels))[:, None] * classes
-    counted = np.zeros(len(labels) * classes)
+    totals = np.zeros(len(labels) * classes)
     for fewer, k in pairwise([0, *ks]):
-        np.add.at(counted, cells[:, fewer:k].ravel(), weights[:, fewer:k].ravel())
-        yield counted.reshape(len(labels), classes)
+        np.add.at(totals, cells[:, fewer:k].ravel(), weights[:, fewer:k].ravel())
+        yield totals.reshape(len(labels), classes)
 
 
-def _hits(
+def _count_hits(
     similarities: NDArray[np.float32],
     labels: NDArray[np.int64],
     truth: NDArray[np.int64],
@@ -141,23 +141,23 @@ def _hits(
     train: Features,
     temperature: float,
 ) -> NDArray[np.int64]:
-    """Count the queries with their class first, and among the first five, for each k. [ks, 2]"""
+    """Count the queries with the correct class first, and among the top five, for each k. [ks, 2]"""
     classes = len(train.classes)
     hits = np.zeros((len(ks), 2), dtype=np.int64)
     step = max(1, _CELLS // max(classes, ks[-1]))
     for start in range(0, len(truth), step):
         rows = slice(start, start + step)
-        for i, counted in enumerate(votes(similarities[rows], labels[rows], ks, classes, temperature)):
+        for i, totals in enumerate(votes(similarities[rows], labels[rows], ks, classes, temperature)):
             # A class without votes is no answer, even if fewer than five classes have votes.
-            hits[i] += hits_among(counted, truth[rows], min(5, ks[i]), above=0)
+            hits[i] += hits_among(totals, truth[rows], min(5, ks[i]), above=0)
     return hits
 
 
-def _without_itself(
-    similarities: NDArray[np.float32], found: NDArray[np.int64], first: int
+def _drop_self(
+    similarities: NDArray[np.float32], rows: NDArray[np.int64], first: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Remove queries numbered from `first` from their own neighbours. [Q, k+1] -> [Q, k]"""
-    # An image is mostly its own nearest neighbour, but an exact copy may come first.
-    itself = found == np.arange(first, first + len(found))[:, None]
-    itself[~itself.any(1), -1] = True
-    return similarities[~itself].reshape(len(found), -1), found[~itself].reshape(len(found), -1)
+    """Remove each query from its own neighbours; queries are the rows from `first`. [Q, k+1] -> [Q, k]"""
+    # An image is usually its own nearest neighbour, but an exact copy may come first.
+    is_self = rows == np.arange(first, first + len(rows))[:, None]
+    is_self[~is_self.any(1), -1] = True
+    return similarities[~is_self].reshape(len(rows), -1), rows[~is_self].reshape(len(rows), -1)

@@ -20,12 +20,12 @@ from dinocli.evals.probes import Probes, scores_of, trainer
 from dinocli.evals.units import Floats
 from dinocli.features.store import Features
 
-# Thirteen rates for a batch of 256, as DINOv2's probe sweeps: the scale of features varies beyond any single rate.
+# Learning rates for a batch of 256, from DINOv2's probe. No single rate suits all features, whose scales differ widely.
 RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1, 2e-1, 5e-1, 1.0)
-_HELD_OUT = 10  # every tenth image of a class selects the rate
+_HELD_OUT = 10  # every tenth image of a class is held out to select the learning rate
 _TEST = 5  # every fifth image of a class is a test image, if the data has no test split
-_HELD_BYTES = 4 * 2**30
-_FAR = 10  # power of two: larger or smaller features are scaled, since the rates assume sizes near 1
+_HELD_BYTES = 4 * 2**30  # largest features to hold in float32
+_FAR = 10  # exponent of two: beyond it, features are rescaled, because the learning rates assume values near 1
 _SCORED = 4096  # images classified at once: 213 MB for 13 classifiers of 1000 classes
 
 
@@ -34,14 +34,14 @@ class LinearResult:
     """Accuracy of a linear probe.
 
     Attributes:
-        protocol: `stored` for features with a swept rate, `stored, N views` for N views per image, or `paper` for
-            augmented images.
-        top1: Percent of test images whose class is first.
-        top5: Percent of test images whose class is among the first five.
+        protocol: `stored` for stored features and a swept learning rate, `stored, N views` with N views per image, or
+            `paper` for augmented images.
+        top1: Percent of test images whose class ranks first.
+        top5: Percent of test images whose class ranks among the top five.
         lr: Learning rate for a batch of 256.
-        sweep: Top-1 on the held-out images by rate; empty if no rate was selected.
+        sweep: Top-1 on the held-out images by learning rate; empty without a sweep.
         train_images: Number of training images, including the held-out ones.
-        held_out: Number of training images that selected the rate.
+        held_out: Number of training images held out to select the learning rate.
         test_images: Number of test images.
         split_off: True if the test images were split off from the training images.
         classes: Number of classes.
@@ -72,7 +72,7 @@ def linear(
     device: torch.device,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> LinearResult:
-    """Train a probe on stored features: sweep all rates at once, select one on held-out images, then train on all.
+    """Train a probe on stored features: sweep all learning rates, select one on held-out images, then train on all.
 
     If views of the training images are stored, each epoch draws one view per image. Held-out and test images use
     centered crops. Training features are held in float32 up to 4 GiB: 4 S K D bytes with K views, 4 S D without. Larger
@@ -98,14 +98,14 @@ def linear(
         test_values, test_labels = train.values, train.labels[test_rows]
     else:
         test_values, test_rows, test_labels = test.values, np.arange(len(test)), test.labels
-    kept, held = _split_off(rows, train.labels[rows], _HELD_OUT, seed + 1)
+    fit_rows, held_rows = _split_off(rows, train.labels[rows], _HELD_OUT, seed + 1)
     if classes < 2:
         names = train.classes[0] if classes else "none"
         raise DinoError(
             f"a linear probe needs at least two classes; the features have only {names}",
             "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",
         )
-    if not len(held) or not len(test_labels):
+    if not len(held_rows) or not len(test_labels):
         largest = int(np.bincount(train.labels[train.labels >= 0], minlength=1).max())
         needed = _HELD_OUT if test is not None else next(n for n in range(100) if n - n // _TEST >= _HELD_OUT)
         raise DinoError(
@@ -113,30 +113,34 @@ def linear(
             "extract a larger labelled set, or use dino knn",
         )
     views = train.provenance.views if train.views is not None else 0
-    scale = _scale_of(train.values)
+    scale = _choose_scale(train.values)
     x = _Stored(train.values if train.views is None else train.views, device, scale)
-    fitted = 0
+    fits_done = 0
 
-    def fit(on: NDArray[np.int64], rates: Sequence[float]) -> Probes:
-        nonlocal fitted
+    def fit(rows: NDArray[np.int64], rates: Sequence[float]) -> Probes:
+        nonlocal fits_done
         probes = Probes(train.values.shape[1], classes, rates, seed).to(device)
-        size = min(batch_size, len(on))
-        clock = Clock(len(on) // size, epochs)
+        size = min(batch_size, len(rows))
+        clock = Clock(len(rows) // size, epochs)
 
-        def count(clock: Clock, values: engine.Values) -> None:
-            report(fitted * clock.total + clock.step, 2 * clock.total)
+        def report_step(clock: Clock, values: engine.Values) -> None:
+            report(fits_done * clock.total + clock.step, 2 * clock.total)
 
         schedule = Cosine(kind="cosine", start=1.0, end=0.0)
-        trainer(probes, schedule, clock, size).fit(_batches(x, train.labels, on, size, seed, views), clock.total, count)
-        fitted += 1
+        trainer(probes, schedule, clock, size).fit(
+            _draw_batches(x, train.labels, rows, size, seed, views), clock.total, report_step
+        )
+        fits_done += 1
         return probes
 
-    probes = fit(kept, rates)
-    held_top1 = [top1 for top1, _ in _percents(probes, train.values, held, train.labels[held], device, scale)]
+    probes = fit(fit_rows, rates)
+    held_top1 = [
+        top1 for top1, _ in _measure_accuracy(probes, train.values, held_rows, train.labels[held_rows], device, scale)
+    ]
     best = int(np.argmax(held_top1))
-    chosen = fit(rows, rates[best : best + 1])
-    refuse_diverged(chosen, "use features without outliers, or fewer --epochs")
-    [[top1, top5]] = _percents(chosen, test_values, test_rows, test_labels, device, scale)
+    final = fit(rows, rates[best : best + 1])
+    refuse_diverged(final, "use features without outliers, or fewer --epochs")
+    [[top1, top5]] = _measure_accuracy(final, test_values, test_rows, test_labels, device, scale)
     return LinearResult(
         f"stored, {views} views" if views else "stored",
         top1,
@@ -144,7 +148,7 @@ def linear(
         rates[best],
         dict(zip(rates, held_top1, strict=True)),
         len(rows),
-        len(held),
+        len(held_rows),
         len(test_labels),
         test is None,
         classes,
@@ -159,26 +163,26 @@ class _Stored:
         self.device, self.scale = device, scale
         self.held: Tensor | None = None
         if 4 * math.prod(values.shape) <= _HELD_BYTES:
-            self.held = _scale(values[:], scale).to(device)
+            self.held = _to_tensor(values[:], scale).to(device)
         self.values = values
 
-    def __getitem__(self, where: tuple[NDArray[np.int64], ...]) -> Tensor:
-        """Return some rows, or one indexed view of each. [B, D]"""
+    def __getitem__(self, index: tuple[NDArray[np.int64], ...]) -> Tensor:
+        """Return features by row, or by row and view. [B, D]"""
         if self.held is not None:
-            return self.held[tuple(torch.from_numpy(part).to(self.device) for part in where)]
-        return _scale(self.values[where], self.scale).to(self.device)
+            return self.held[tuple(torch.from_numpy(part).to(self.device) for part in index)]
+        return _to_tensor(self.values[index], self.scale).to(self.device)
 
 
-def _scale(values: Floats, scale: float) -> Tensor:
-    found = torch.from_numpy(np.require(values, requirements=["C", "W"]))
-    return found if scale == 1 else found * scale
+def _to_tensor(values: Floats, scale: float) -> Tensor:
+    tensor = torch.from_numpy(np.require(values, requirements=["C", "W"]))
+    return tensor if scale == 1 else tensor * scale
 
 
-def _scale_of(values: Values) -> float:
-    """Return a power of two that scales numbers to about 1, as a last norm leaves them; 1 if they are near it."""
-    some = values[np.unique(np.linspace(0, len(values) - 1, _SCORED).astype(np.int64))]
-    size = float(np.median(np.sqrt(np.square(some, dtype=np.float64).mean(1))))
-    power = round(math.log2(size)) if size else 0
+def _choose_scale(values: Values) -> float:
+    """Return a power of two that scales features to values near 1, as after a final norm; 1 if they need no scaling."""
+    sample = values[np.unique(np.linspace(0, len(values) - 1, _SCORED).astype(np.int64))]
+    rms = float(np.median(np.sqrt(np.square(sample, dtype=np.float64).mean(1))))
+    power = round(math.log2(rms)) if rms else 0
     return 2.0 ** min(126, -power) if abs(power) > _FAR else 1.0
 
 
@@ -192,31 +196,31 @@ def refuse_diverged(probes: Probes, hint: str) -> None:
         raise DinoError("the linear probe diverged: its weights are not finite", hint)
 
 
-def _batches(
+def _draw_batches(
     x: _Stored, y: NDArray[np.int64], rows: NDArray[np.int64], size: int, seed: int, views: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield endless batches of features and labels: each row once per epoch, with one random view."""
     generator, labels = np.random.default_rng(seed), torch.from_numpy(y).to(x.device)
     while True:
         order = generator.permutation(rows)
-        drawn = (generator.integers(views, size=len(order)),) if views else ()
+        view = (generator.integers(views, size=len(order)),) if views else ()
         for start in range(0, len(order) - size + 1, size):
-            some = slice(start, start + size)
-            yield x[(order[some], *(d[some] for d in drawn))], labels[torch.from_numpy(order[some]).to(x.device)]
+            batch = slice(start, start + size)
+            yield x[(order[batch], *(d[batch] for d in view))], labels[torch.from_numpy(order[batch]).to(x.device)]
 
 
 def _split_off(
     rows: NDArray[np.int64], labels: NDArray[np.int64], every: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split off every `every`-th image of each class; return the remaining rows and the rows split off."""
-    apart = np.zeros(len(rows), dtype=bool)
+    is_split_off = np.zeros(len(rows), dtype=bool)
     shuffled = np.random.default_rng(seed).permutation(len(rows))
     for label in np.unique(labels):
-        apart[shuffled[labels[shuffled] == label][every - 1 :: every]] = True
-    return rows[~apart], rows[apart]
+        is_split_off[shuffled[labels[shuffled] == label][every - 1 :: every]] = True
+    return rows[~is_split_off], rows[is_split_off]
 
 
-def _percents(
+def _measure_accuracy(
     probes: Probes,
     values: Values,
     rows: NDArray[np.int64],
@@ -224,10 +228,10 @@ def _percents(
     device: torch.device,
     scale: float,
 ) -> list[list[float]]:
-    """Return the top-1 and top-5 accuracy of each classifier on some rows, in percent. [rates][2]"""
+    """Return the top-1 and top-5 accuracy of each classifier on the given rows, in percent. [rates][2]"""
     hits = np.zeros((len(probes.rates), 2))
     for start in range(0, len(rows), _SCORED):
-        some = slice(start, start + _SCORED)
-        x = _scale(values[rows[some]], scale).to(device)
-        hits += [hits_among(scores, truth[some]) for scores in scores_of(probes, x)]
+        block = slice(start, start + _SCORED)
+        x = _to_tensor(values[rows[block]], scale).to(device)
+        hits += [hits_among(scores, truth[block]) for scores in scores_of(probes, x)]
     return (100 * hits / len(rows)).tolist()

@@ -44,18 +44,18 @@ def linear_on_images(
         blocks: Number of last blocks to concatenate; the paper uses 4 for ViT-S and 1 for ViT-B.
         size: Side of the images in pixels. If None, the encoder's training size.
         epochs: Number of epochs.
-        lr: Initial learning rate for a batch of 256; it follows a cosine that steps once per epoch.
+        lr: Initial learning rate for a batch of 256; it follows a cosine, updated once per epoch.
         batch_size: Images per step.
         workers: Number of decoding processes.
         seed: Seed of the initial weights, the order and the crops.
         report: Callback after each step, with the steps done and their total.
 
     Raises:
-        DinoError: If there are fewer images than one batch, no labels, or other classes in the test; if a test image's
-            features are not finite, or the probe diverges.
+        DinoError: If there are fewer training images than one batch, the images have no labels, the classes of both
+            splits differ, a test image's features are not finite, or the probe diverges.
 
-    Source: facebookresearch/dino@7c446df eval_linear.py. Scores are those of the last epoch; the original reports the
-    best epoch on the test images.
+    Source: facebookresearch/dino@7c446df eval_linear.py. Accuracy is measured after the last epoch; the original
+    reports the best epoch on the test images.
     """
     if tokens == "patches":
         raise DinoError(
@@ -77,7 +77,7 @@ def linear_on_images(
     probes = Probes(sample.shape[1], len(train.classes), [lr], seed).to(encoder.device)
     clock = Clock(len(train) // batch_size, epochs)
 
-    views_of_train = TrainBatches(
+    train_batches = TrainBatches(
         train,
         augmented(encoder, size),
         batch_size=batch_size,
@@ -88,25 +88,25 @@ def linear_on_images(
     )
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in views_of_train:
+        for batch in train_batches:
             yield encoder.features(batch.global_crops[0], tokens, blocks), labels[batch.rows].to(encoder.device)
 
-    def count(clock: Clock, values: engine.Values) -> None:
+    def report_step(clock: Clock, values: engine.Values) -> None:
         report(clock.step, clock.total)
 
     schedule = CosineByEpoch(kind="cosine_by_epoch", start=1.0, end=0.0)
     try:
-        trainer(probes, schedule, clock, batch_size).fit(batches(), clock.total, count)
+        trainer(probes, schedule, clock, batch_size).fit(batches(), clock.total, report_step)
     finally:
-        views_of_train.close()
+        train_batches.close()
     refuse_diverged(probes, "use a lower --lr, or another checkpoint")
     hits, images = np.zeros(2), 0
-    for plain in encoder.batches(test, size=size, batch_size=batch_size, workers=workers):
-        if plain.names:
-            truth, made = np.array(plain.labels), encoder.features(plain.images, tokens, blocks)
-            for name, reason in finite_rows(made, plain.names)[1]:
+    for batch in encoder.batches(test, size=size, batch_size=batch_size, workers=workers):
+        if batch.names:
+            truth, features = np.array(batch.labels), encoder.features(batch.images, tokens, blocks)
+            for name, reason in finite_rows(features, batch.names)[1]:
                 raise DinoError(f"{name}: {reason}", "remove that image; if all images fail, use another checkpoint")
-            hits += hits_among(scores_of(probes, made)[0], truth)
+            hits += hits_among(scores_of(probes, features)[0], truth)
             images += len(truth)
     if not images:
         raise DinoError(f"none of the {len(test)} test images in {test.where} can be read", "check these files")

@@ -15,7 +15,7 @@ from dinocli.evals.units import Floats, unit
 
 _BLOCK_BYTES = 8 * 2**20  # of float32 features searched at once; blocks that fit in the cache are twice as fast
 _TILE = 4096  # side of a square of cosines computed at once: 64 MB
-_CLOSE = 1e-5  # distance from a cosine of 1 within which rows may be equal: rounding errors are smaller
+_CLOSE = 1e-5  # rows this close to a cosine of 1 may be equal: rounding errors are smaller
 
 
 def nearest(
@@ -28,7 +28,7 @@ def nearest(
 ) -> tuple[Floats, NDArray[np.int64]]:
     """Return the cosines and rows of each query's k nearest features, the nearest first. [Q, k] each
 
-    The search is exact: it goes through the features in blocks and keeps the nearest so far. Rows equal to the query
+    The search is exact: it reads the features in blocks and keeps the nearest so far. Rows equal to the query
     have a cosine of exactly 1, and no cosine is larger.
 
     Args:
@@ -38,22 +38,22 @@ def nearest(
         among: Candidate rows. If None, all.
         report: Callback after each block, with the number of rows done.
     """
-    asked, queries = queries, unit(queries)
+    originals, queries = queries, unit(queries)
     count = len(values) if among is None else len(among)
     step = max(1, _BLOCK_BYTES // (4 * queries.shape[1]))
     heap = faiss.ResultHeap(len(queries), k, keep_max=True)
     for first in range(0, count, step):
         rows = slice(first, first + step)
         block = unit(values[rows] if among is None else values[among[rows]])
-        cosines, found = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
+        cosines, neighbours = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
         if among is not None:
-            found, first = among[rows][found], 0
+            neighbours, first = among[rows][neighbours], 0
         report(min(count, rows.stop))
         if len(block) == count:
-            return bounded(values, asked, cosines, found)
-        heap.add_result(cosines, found + first)
+            return bounded(values, originals, cosines, neighbours)
+        heap.add_result(cosines, neighbours + first)
     heap.finalize()
-    return bounded(values, asked, heap.D, heap.I)
+    return bounded(values, originals, heap.D, heap.I)
 
 
 def bounded(values: Values, queries: Floats, cosines: Floats, rows: Indices) -> tuple[Floats, Indices]:
@@ -68,23 +68,23 @@ def bounded(values: Values, queries: Floats, cosines: Floats, rows: Indices) -> 
     q, place = np.nonzero(cosines > 1 - _CLOSE)
     step = max(1, _BLOCK_BYTES // (4 * queries.shape[1]))
     for first in range(0, len(q), step):
-        some = slice(first, first + step)
-        same = (values[rows[q[some], place[some]]] == queries[q[some]]).all(1)
-        cosines[q[some][same], place[some][same]] = 1
+        block = slice(first, first + step)
+        same = (values[rows[q[block], place[block]]] == queries[q[block]]).all(1)
+        cosines[q[block][same], place[block][same]] = 1
     np.clip(cosines, -1, 1, out=cosines, where=rows >= 0)
-    again = np.unique(q)
-    order = np.argsort(-cosines[again], axis=1, kind="stable")
-    cosines[again] = np.take_along_axis(cosines[again], order, 1)
-    rows[again] = np.take_along_axis(rows[again], order, 1)
+    changed = np.unique(q)
+    order = np.argsort(-cosines[changed], axis=1, kind="stable")
+    cosines[changed] = np.take_along_axis(cosines[changed], order, 1)
+    rows[changed] = np.take_along_axis(rows[changed], order, 1)
     return cosines, rows
 
 
 class Tile(NamedTuple):
-    """Similar pairs in one part of all pairs.
+    """Similar pairs in one square of the cosine matrix.
 
     Attributes:
-        done: Number of pairs compared so far, of S * (S - 1) / 2.
-        first: First row of each similar pair in this part, below `second`. [P]
+        done: Number of pairs compared so far, out of S * (S - 1) / 2.
+        first: First row of each similar pair, smaller than `second`. [P]
         second: Second row of each pair. [P]
         cosines: Cosine of each pair. [P]
     """
@@ -96,26 +96,26 @@ class Tile(NamedTuple):
 
 
 def alike(values: Values, threshold: float | None, best: Floats) -> Iterator[Tile]:
-    """Yield all pairs of features whose cosine is at least a threshold, part by part; equal features have 1.
+    """Yield all pairs of features with a cosine of at least a threshold, tile by tile; equal features have 1.
 
     Args:
         values: Features to compare. [S, D]
         threshold: Smallest cosine of a similar pair. If None, no pair qualifies.
-        best: Output array for each feature's cosine to its nearest neighbour; valid after the last part. [S]
+        best: Output array for each feature's cosine to its nearest neighbour; valid after the last tile. [S]
 
     Yields:
-        Similar pairs in one square of the cosines; each pair appears once.
+        Similar pairs in one square of the cosine matrix; each pair appears once.
     """
     best[:] = -1
     count, done = len(values), 0
     group = first_equal(values)
-    copied = np.bincount(group, minlength=count)[group] > 1
+    has_copy = np.bincount(group, minlength=count)[group] > 1
     for top in range(0, count, _TILE):
         rows = unit(values[top : top + _TILE])
         for left in range(top, count, _TILE):
             columns = rows if left == top else unit(values[left : left + _TILE])
             cosines = rows @ columns.T
-            a, b = (np.flatnonzero(copied[i : i + _TILE]) for i in (top, left))
+            a, b = (np.flatnonzero(has_copy[i : i + _TILE]) for i in (top, left))
             if len(a) and len(b):
                 same = group[top + a, None] == group[left + b]
                 cosines[np.ix_(a, b)] = np.where(same, np.float32(1), cosines[np.ix_(a, b)])

@@ -1,4 +1,4 @@
-"""Linear probes trained together, each at its own learning rate."""
+"""Linear probes trained together, one per learning rate."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dinocli.engine.schedules import Clock, Constant, Rate
 from dinocli.engine.trainer import Trainer
 
 _MOMENTUM = 0.9
-# Most weights in one product. Small classifiers are faster in one product than one after another (ten classes: four
-# times). For large ones the product takes as long, and concatenation adds time (a thousand classes: a quarter).
-_AT_ONCE = 2**20
+# Largest number of weights in one matrix product. Small classifiers are faster when concatenated into one product (four
+# times for ten classes). Large ones are not, and concatenation adds time (a quarter for a thousand classes).
+_MAX_WEIGHTS = 2**20
 
 
 class Probes(Method):
-    """One linear classifier per rate; all share the same batches of features.
+    """One linear classifier per learning rate; all are trained on the same batches.
 
     Args:
         width: Feature dimension D.
         classes: Number of classes.
-        rates: Learning rates, as multiples of the schedule.
+        rates: Learning rates, which multiply the schedule.
         seed: Seed of the initial weights.
     """
 
@@ -41,21 +41,21 @@ class Probes(Method):
 
     def scores(self, x: Tensor) -> Tensor:
         """Return the class scores of each classifier. [B, D] -> [B, rates, classes]"""
-        return torch.cat(list(self._products(x)), dim=1)
+        return torch.cat(list(self._score_groups(x)), dim=1)
 
-    def _products(self, x: Tensor) -> Iterator[Tensor]:
-        """Yield the scores of as many classifiers at once as is faster than one by one. [B, some, classes]"""
+    def _score_groups(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield the class scores of one group of classifiers after another. [B, group, classes]"""
         classes, width = self.weights[0].shape
-        step = max(1, _AT_ONCE // (classes * width))
+        step = max(1, _MAX_WEIGHTS // (classes * width))
         for first in range(0, len(self.rates), step):
-            some = slice(first, first + step)
-            weights, biases = torch.cat(list(self.weights[some])), torch.cat(list(self.biases[some]))
+            group = slice(first, first + step)
+            weights, biases = torch.cat(list(self.weights[group])), torch.cat(list(self.biases[group]))
             yield F.linear(x, weights, biases).unflatten(1, (-1, classes))
 
     def forward(self, part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         x, y = part
         losses: list[Tensor] = []
-        for scores in self._products(x):
+        for scores in self._score_groups(x):
             each = F.cross_entropy(scores.flatten(0, 1), y.repeat_interleave(scores.shape[1]), reduction="none")
             losses += each.view(len(y), -1).mean(0).unbind()
         return {f"lr_{rate}": loss for rate, loss in zip(self.rates, losses, strict=True)}
@@ -68,7 +68,7 @@ class Probes(Method):
 
 
 def trainer(probes: Probes, schedule: Rate, clock: Clock, batch_size: int) -> Trainer:
-    """Return a trainer: SGD with momentum, with a scheduled rate that is scaled from a batch of 256."""
+    """Return a trainer that runs SGD with momentum; the scheduled learning rate is for a batch of 256."""
     config = SGDConfig(
         kind="sgd",
         momentum=_MOMENTUM,

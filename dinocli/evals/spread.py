@@ -11,9 +11,9 @@ from dinocli.evals.units import normalized
 
 
 def effective_rank(features: Tensor) -> float:
-    """Compute the effective number of directions that features use: from 1 if all are equal, up to min(S, D).
+    """Compute the effective rank of features: 1 if all point in one direction, at most min(S, D).
 
-    Features are not centered first: nearly equal features with some noise would otherwise use every direction.
+    Features are not centered: centering nearly equal features would leave only noise, which has full rank.
 
     Args:
         features: Features of S images. [S, D]

@@ -1,4 +1,4 @@
-"""Unit features: scaling to length 1 for any finite size."""
+"""Scaling of features to length 1, without overflow or underflow."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def unit(values: NDArray[Any]) -> Floats:
     values = np.ascontiguousarray(values, dtype=np.float32)
     with np.errstate(over="ignore"):
         length = np.sqrt(np.einsum("sd,sd->s", values, values))
-    found = values / np.maximum(length, _SHORTEST)[:, None]
-    odd = np.flatnonzero(~((length > _SHORTEST) & (length < _LONGEST)))
-    if len(odd):
-        wide = values[odd].astype(np.float64)  # squares of any float32 fit in float64
+    scaled = values / np.maximum(length, _SHORTEST)[:, None]
+    extreme = np.flatnonzero(~((length > _SHORTEST) & (length < _LONGEST)))
+    if len(extreme):
+        wide = values[extreme].astype(np.float64)  # squares of any float32 fit in float64
         length = np.sqrt(np.einsum("sd,sd->s", wide, wide))[:, None]
-        found[odd] = np.divide(wide, length, out=np.zeros_like(wide), where=length > 0)
-    return found
+        scaled[extreme] = np.divide(wide, length, out=np.zeros_like(wide), where=length > 0)
+    return scaled
 
 
 def normalized(features: Tensor) -> Tensor:

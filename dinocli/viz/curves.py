@@ -1,4 +1,4 @@
-"""Drawings of charts for the HTML page and for a file, and a histogram."""
+"""Charts as SVG for the report page and as PNG files, and a histogram."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dinocli.viz.panels import Axis, Chart
 
 # Inches. A chart is about as wide as a phone, so that its text is as large as the page's small print.
 _WIDTH, _AXIS, _HEADING = 4.4, 1.75, 0.3
-# Minimum share of a chart left of its axes; inches of a digit in a label; inches of a tick, its gap and some slack.
+# Left margin, at least this share of the chart's width; width in inches of a digit, and of a tick with gap and slack.
 _LEFT, _DIGIT, _TICK = 0.125, 0.071, 0.13
 _INK, _FAINT, _BAD = "#4a4a4a", "#c9c9c9", "#c0392b"
 _COLORS = ("#1f6fb4", "#c8651b", "#3a8f3a", "#8757b5", "#a33c55")
@@ -99,11 +99,11 @@ def write_histogram(values: NDArray[np.floating[Any]], title: str, mark: float |
         figure = Figure(figsize=(1.6 * _WIDTH, 1.6 * _AXIS), dpi=120, facecolor="white", layout="constrained")
         axes = figure.subplots()
         axes.hist(values, bins.tolist(), log=True, color=_COLORS[0])
-        for at in marks:
-            axes.axvline(at, color=_COLORS[1], linewidth=1.2)
-            words = f"{at:g}: {int((values >= at).sum()):,} of {len(values):,} at or above"
-            side = ((-4, 9), "right") if at - bins[0] > bins[-1] - at else ((4, 9), "left")
-            axes.annotate(words, (at, 1), side[0], ("data", "axes fraction"), "offset points", ha=side[1], va="top")
+        for level in marks:
+            axes.axvline(level, color=_COLORS[1], linewidth=1.2)
+            label = f"{level:g}: {int((values >= level).sum()):,} of {len(values):,} at or above"
+            side = ((-4, 9), "right") if level - bins[0] > bins[-1] - level else ((4, 9), "left")
+            axes.annotate(label, (level, 1), side[0], ("data", "axes fraction"), "offset points", ha=side[1], va="top")
         axes.set_title(title, loc="left", fontsize=10, fontweight="bold", pad=16)
         axes.set_ylabel("images (log scale)")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -116,13 +116,13 @@ def _height(chart: Chart) -> float:
 
 
 def _draw(figure: Figure | SubFigure, chart: Chart, height: float, above: float = 0.0) -> None:
-    """Draw a chart into a figure, below a strip for a heading (`height` and `above` in inches)."""
+    """Draw a chart into a figure of `height` inches, with `above` inches for a heading on top."""
     margins = {"right": 0.975, "bottom": 0.33 / height, "top": 1 - (0.22 + above) / height}
     rows = figure.subplots(len(chart.axes), sharex=True, squeeze=False, gridspec_kw={**margins, "hspace": 0.36})
     widest = max(_draw_axis(axes, axis) for axes, axis in zip(rows[:, 0], chart.axes, strict=True))
     figure.subplots_adjust(left=max(_LEFT, (widest * _DIGIT + _TICK) / _WIDTH))
     low, high = rows[-1, 0].get_xlim()
-    if high - low < 2:  # a single step would get ticks such as 950m and 1.05
+    if high - low < 2:  # else a single step gets ticks such as 950m and 1.05
         rows[-1, 0].set_xlim((low + high) / 2 - 1, (low + high) / 2 + 1)
     lowest = rows[-1, 0]
     lowest.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -132,7 +132,7 @@ def _draw(figure: Figure | SubFigure, chart: Chart, height: float, above: float 
 
 def _draw_axis(axes: Axes, axis: Axis) -> int:
     """Draw curves on one scale; return the number of characters in its longest label."""
-    # Give the title's height: matplotlib's own search for one takes a third of the time.
+    # A fixed title height: matplotlib's own search for one takes a third of the drawing time.
     axes.set_title(axis.title, loc="left", fontsize=8.5, pad=4, y=1.0)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
@@ -140,17 +140,17 @@ def _draw_axis(axes: Axes, axis: Axis) -> int:
     log = axis.log and positive
     axes.set_yscale("log" if log else "linear")
     for (name, curve), color in zip(axis.curves.items(), _COLORS * len(axis.curves), strict=False):
-        few = thinned(curve)
-        marker = "o" if len(few.steps) < 25 else ""
-        axes.plot(few.steps, few.mean, color=color, linewidth=1.3, marker=marker, markersize=2.5, label=name)
-        if len(few.steps) < len(curve.steps):
-            axes.fill_between(few.steps, few.low, few.high, color=color, alpha=0.25, linewidth=0)
+        points = thinned(curve)
+        marker = "o" if len(points.steps) < 25 else ""
+        axes.plot(points.steps, points.mean, color=color, linewidth=1.3, marker=marker, markersize=2.5, label=name)
+        if len(points.steps) < len(curve.steps):
+            axes.fill_between(points.steps, points.low, points.high, color=color, alpha=0.25, linewidth=0)
         bad = curve.steps[~np.isfinite(curve.values)][:200]
         axes.plot(bad, [0] * len(bad), "|", color=_BAD, clip_on=False, transform=axes.get_xaxis_transform())
     for name, level in axis.marks.items():
         axes.axhline(level, color=_INK, linewidth=1, linestyle=":")
-        where: Any = ("axes fraction", "data")  # below the line, because the legend is above it at the top
-        axes.annotate(name, (1, level), (0, -2), where, "offset points", ha="right", va="top", fontsize=7.5)
+        coordinates: Any = ("axes fraction", "data")  # below the line: the legend is above it
+        axes.annotate(name, (1, level), (0, -2), coordinates, "offset points", ha="right", va="top", fontsize=7.5)
     if log:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -169,7 +169,7 @@ def _draw_axis(axes: Axes, axis: Axis) -> int:
 
 
 def _digits(ticks: Sequence[float]) -> int:
-    """Return the significant digits that distinguish neighbouring ticks, such as 0.9999975 and 1."""
+    """Return the number of significant digits that distinguishes neighbouring ticks, such as 0.9999975 and 1."""
     steps = [b - a for a, b in pairwise(ticks) if b > a]
     largest = max((abs(tick) for tick in ticks), default=0.0)
     return max(6, math.ceil(math.log10(largest / min(steps))) + 2) if steps and largest else 6

@@ -1,4 +1,4 @@
-"""Sequences of pictures of one size, as a GIF, an MP4 or a strip."""
+"""Films: pictures of one size, written as a GIF, an MP4 or a strip."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _COLUMNS = 4
 
 
 def shown(frames: int, most: int = SHOWN) -> list[int]:
-    """Return the frames of a strip: the first, the last, and evenly spaced ones between."""
+    """Return the frame numbers of a strip: the first, the last, and evenly spaced ones between."""
     return sorted({round(at) for at in np.linspace(0, frames - 1, min(frames, most))}) if frames else []
 
 
 def small(picture: Pixels, width: int) -> Pixels:
     """Shrink a picture to a maximum width, keeping its aspect ratio. [H, W, 3]"""
-    height, whole = picture.shape[:2]
-    if whole <= width:
+    height, full_width = picture.shape[:2]
+    if full_width <= width:
         return picture
-    size = (width, max(1, round(height * width / whole)))
+    size = (width, max(1, round(height * width / full_width)))
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS))
 
 
@@ -44,7 +44,7 @@ def write_strip(tiles: Sequence[Tile], path: Path) -> None:
 
 def few_colors(frame: Pixels) -> Image.Image:
     """Reduce a picture to a palette of 256 colors. [H, W, 3]"""
-    # No dithering: dots that change between frames are more visible than steps between colors.
+    # No dithering: dots that flicker between frames are more visible than color banding.
     return Image.fromarray(frame).quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
 
 
@@ -59,26 +59,26 @@ def write_gif(
     Args:
         frames: Frames of one size. [H, W, 3] each
         path: Output file, not written if there are no frames.
-        per_second: Frame rate. The format counts in hundredths of a second, and browsers show at most 50 frames a
-            second.
-        colors: Function that reduces a frame to a palette. Each frame keeps its own in the file.
+        per_second: Frame rate. GIF stores durations in hundredths of a second, and browsers show at most 50
+            frames per second.
+        colors: Function that reduces a frame to a palette; each frame is stored with its own palette.
 
     Returns:
         Number of frames.
     """
     # Pillow's own writer keeps all frames in memory until the last one.
-    lasts = 10 * max(2, round(100 / per_second))  # ms
+    duration = 10 * max(2, round(100 / per_second))  # ms
     count = 0
-    coming = iter(frames)
-    first = next(coming, None)
+    remaining = iter(frames)
+    first = next(remaining, None)
     if first is None:
         return 0
     with atomic(path) as draft, draft.open("wb") as file:
         head = BytesIO()
-        colors(first).save(head, format="GIF", duration=lasts, loop=0, optimize=False)
+        colors(first).save(head, format="GIF", duration=duration, loop=0, optimize=False)
         file.write(head.getvalue().removesuffix(b";"))
-        for count, frame in enumerate(coming, 1):  # noqa: B007
-            file.writelines(getdata(colors(frame), duration=lasts, include_color_table=True))
+        for count, frame in enumerate(remaining, 1):  # noqa: B007
+            file.writelines(getdata(colors(frame), duration=duration, include_color_table=True))
         file.write(b";")
     return count + 1
 

@@ -15,16 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
-_decode = json.JSONDecoder().raw_decode  # called by json.loads, but takes two thirds of its time
+_decode = json.JSONDecoder().raw_decode  # called by json.loads, which takes half as long again
 _BLOCK = 4096  # lines held in memory at once as text and objects
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Value over the steps at which it was logged.
+    """Logged value over training steps.
 
     Attributes:
-        steps: Steps in rising order. [S]
+        steps: Steps at which the value was logged, ascending. [S]
         values: Logged values, which may be NaN or infinite. [S]
     """
 
@@ -39,11 +39,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Thinned:
-    """Curve with fewer points that each summarize several lines.
+    """Curve reduced to fewer points, each a summary of several logged values.
 
     Attributes:
         steps: Mean step of each point. [P]
-        mean: Mean of each point's finite values. NaN if there are none, also in `low` and `high`. [P]
+        mean: Mean of each point's finite values; NaN, as `low` and `high`, if it has none. [P]
         low: Lowest finite value of each point. [P]
         high: Highest finite value of each point. [P]
     """
@@ -55,39 +55,43 @@ class Thinned:
 
 
 def read_history(path: Path) -> dict[str, Curve]:
-    """Read a metrics file in any state that a killed run left; a missing file gives no curves.
+    """Read a metrics file, even one that a killed run left incomplete; a missing file gives no curves.
 
     Truncated lines and values that are not numbers are skipped. If a run resumed from an earlier step, its new lines
     replace the old lines beyond that step.
     """
     steps = array("d")
-    pieces: defaultdict[str, list[Numbers]] = defaultdict(list)  # [L, 2] each: number of a line, and its value
+    pieces: defaultdict[str, list[Numbers]] = defaultdict(list)  # [L, 2] each: line number and value
     if path.is_file():
         with path.open("rb") as file:
             while block := list(islice(file, _BLOCK)):
-                for keys, rows in _group(block, steps).items():
-                    table = _table(rows)
+                for keys, rows in _group_lines(block, steps).items():
+                    table = _parse_table(rows)
                     for i, key in enumerate(keys, 1):
                         pieces[key].append(table[:, [0, i]])
-    at = np.frombuffer(steps) if steps else np.empty(0)
-    stands = at <= np.minimum.accumulate(at[::-1])[::-1] if steps else np.empty(0, dtype=bool)
-    return {key: curve for key, parts in pieces.items() if (curve := _curve(np.concatenate(parts), at, stands))}
+    step_of_line = np.frombuffer(steps) if steps else np.empty(0)
+    is_current = step_of_line <= np.minimum.accumulate(step_of_line[::-1])[::-1] if steps else np.empty(0, dtype=bool)
+    return {
+        key: curve
+        for key, parts in pieces.items()
+        if (curve := _build_curve(np.concatenate(parts), step_of_line, is_current))
+    }
 
 
-def _group(block: list[bytes], steps: array[float]) -> dict[tuple[str, ...], list[tuple[object, ...]]]:
+def _group_lines(block: list[bytes], steps: array[float]) -> dict[tuple[str, ...], list[tuple[object, ...]]]:
     """Group lines with the same keys into rows of line number and values; append their steps to `steps`."""
-    found: dict[tuple[str, ...], list[tuple[object, ...]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[object, ...]]] = {}
     for text in block:
         line = _parse_line(text)
-        step = _number(line.pop("step", None))
+        step = _parse_number(line.pop("step", None))
         if math.isfinite(step):
-            found.setdefault(tuple(line), []).append((len(steps), *line.values()))
+            groups.setdefault(tuple(line), []).append((len(steps), *line.values()))
             steps.append(step)
-    return found
+    return groups
 
 
 def _parse_line(text: bytes) -> dict[str, Any]:
-    # Lines are flat: after a truncated one without a line end, the next begins at the last brace.
+    # A truncated line has no line end, so the next one follows on the same line, from the last brace: lines are flat.
     try:
         line, _ = _decode(text[max(0, text.rfind(b"{")) :].decode())
     except (ValueError, RecursionError):
@@ -95,27 +99,27 @@ def _parse_line(text: bytes) -> dict[str, Any]:
     return line if isinstance(line, dict) else {}
 
 
-def _table(rows: list[tuple[object, ...]]) -> Numbers:
-    """Return rows as numbers; `nan` and `inf` are strings, because JSON cannot hold them."""
+def _parse_table(rows: list[tuple[object, ...]]) -> Numbers:
+    """Convert rows to numbers; `nan` and `inf` are stored as strings, because JSON has no such numbers."""
     try:
         return np.array(rows, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):
-        return np.array([[_number(value) for value in row] for row in rows])
+        return np.array([[_parse_number(value) for value in row] for row in rows])
 
 
-def _number(value: object) -> float:
-    """Return a value as a number, or NaN if it is none."""
+def _parse_number(value: object) -> float:
+    """Return a value as a number, or NaN if it is not one."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (ValueError, TypeError, OverflowError):
         return math.nan
 
 
-def _curve(rows: Numbers, at: Numbers, stands: NDArray[np.bool_]) -> Curve | None:
+def _build_curve(rows: Numbers, step_of_line: Numbers, is_current: NDArray[np.bool_]) -> Curve | None:
     rows = rows[rows[:, 0].argsort(kind="stable")]
     lines = rows[:, 0].astype(np.int64)
-    kept = stands[lines]
-    steps, values = at[lines][kept], rows[kept, 1]
+    current = is_current[lines]
+    steps, values = step_of_line[lines][current], rows[current, 1]
     last = np.append(steps[1:] != steps[:-1], True)[: len(steps)]
     return Curve(steps[last], values[last]) if len(steps) else None
 
@@ -126,9 +130,9 @@ def thinned(curve: Curve, points: int = 300) -> Thinned:
     starts = np.arange(min(points, count)) * count // min(points, count)
     sizes = np.diff(np.append(starts, count))
     values = np.where(np.isfinite(curve.values), curve.values, np.nan)
-    some = np.add.reduceat(~np.isnan(values), starts, dtype=np.int64)
+    finite_counts = np.add.reduceat(~np.isnan(values), starts, dtype=np.int64)
     with np.errstate(invalid="ignore"):
-        mean = np.add.reduceat(np.nan_to_num(values), starts) / np.where(some, some, np.nan)
+        mean = np.add.reduceat(np.nan_to_num(values), starts) / np.where(finite_counts, finite_counts, np.nan)
     return Thinned(
         np.add.reduceat(curve.steps, starts) / sizes,
         mean,

@@ -1,4 +1,4 @@
-"""Panels: logged values that are drawn together, each with a description of healthy curves."""
+"""Charts of a run: logged values that are drawn together, with a description of healthy curves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dinocli.viz.history import Curve
 
 
 class LossFacts(NamedTuple):
-    """Facts of a loss on prototypes; the value of an uninformative loss is weight * ln(prototypes)."""
+    """Weight and prototypes of a loss, which is weight * ln(prototypes) if the targets carry no information."""
 
     weight: float
     prototypes: int
@@ -43,7 +43,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Chart:
-    """Drawing with a heading.
+    """Axes with a heading, drawn as one picture.
 
     Attributes:
         healthy: Description of a healthy curve, in a sentence or two.
@@ -60,43 +60,52 @@ def charts(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> lis
 
     Args:
         history: Logged values by key.
-        losses: Facts of the losses on prototypes, by name.
+        losses: Weight and prototypes of each loss on prototypes, by name.
     """
-    every = [*_training(history, losses), *_monitor(history), *_schedules(history), *_machine(history)]
-    filled = [Chart(p.title, p.healthy, [axis for axis in p.axes if axis.curves]) for p in every]
-    return [chart for chart in filled if chart.axes]
+    candidates = [
+        *_chart_training(history, losses),
+        *_chart_monitor(history),
+        *_chart_schedules(history),
+        *_chart_machine(history),
+    ]
+    with_curves = [
+        Chart(chart.title, chart.healthy, [axis for axis in chart.axes if axis.curves]) for chart in candidates
+    ]
+    return [chart for chart in with_curves if chart.axes]
 
 
-def _training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> list[Chart]:
+def _chart_training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> list[Chart]:
     parts = _pick(history, {name: name for name in (*losses, "ibot", "koleo", "dino")})
-    whole = _pick(history, {"loss": "loss"})
-    curves = whole if whole and len(parts) < 2 else whole | parts
-    flat = {f"ln K = {facts.weight * facts.entropy:.2f}": facts.weight * facts.entropy for facts in losses.values()}
-    uniform = {f"ln K = {facts.entropy:.2f}": facts.entropy for facts in losses.values()}
+    total = _pick(history, {"loss": "loss"})
+    curves = total if total and len(parts) < 2 else total | parts
+    loss_level = {
+        f"ln K = {facts.weight * facts.entropy:.2f}": facts.weight * facts.entropy for facts in losses.values()
+    }
+    entropy_level = {f"ln K = {facts.entropy:.2f}": facts.entropy for facts in losses.values()}
     return [
         Chart(
             "Loss",
             "The loss starts near the dotted line and falls. With a vision transformer it often rises while the "
             "teacher temperature warms up, then falls again. A loss that stays on the line means that targets carry no "
             "information: lower the teacher temperature or use fewer prototypes.",
-            [Axis("loss, nats", curves, flat)],
+            [Axis("loss, nats", curves, loss_level)],
         ),
         Chart(
             "Teacher outputs",
             "Training collapses in two ways: entropy on the dotted line (uniform over the prototypes), or entropy 0 "
             "(one prototype for all images). A healthy entropy stays away from both. The KL divergence of student "
-            "from teacher stays above 0. The information of a target about its image stays well above 0.",
+            "from teacher stays above 0. The information that a target carries about its image stays well above 0.",
             [
-                Axis("entropy, nats", _ending(history, "/teacher_entropy"), uniform, whole=True),
-                Axis("KL, nats", _ending(history, "/kl"), whole=True),
-                Axis("information, nats", _ending(history, "/information"), whole=True),
+                Axis("entropy, nats", _pick_by_suffix(history, "/teacher_entropy"), entropy_level, whole=True),
+                Axis("KL, nats", _pick_by_suffix(history, "/kl"), whole=True),
+                Axis("information, nats", _pick_by_suffix(history, "/information"), whole=True),
             ],
         ),
         Chart(
             "Prototypes in use",
             "Share of prototypes used over a hundred steps. It stops falling after the first epochs. Near 0, a few "
             "prototypes receive all images.",
-            [Axis("% of prototypes", _ending(history, "/prototypes", 100), whole=True)],
+            [Axis("% of prototypes", _pick_by_suffix(history, "/prototypes", 100), whole=True)],
         ),
         Chart(
             "Spread of the features",
@@ -114,12 +123,12 @@ def _training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> 
             "Skipped steps",
             "Steps without an update, because the loss or gradient was not finite. A healthy run has none, or a few "
             "early ones.",
-            [Axis("total so far", _if_any(_pick(history, {"skipped": "skipped"})), whole=True)],
+            [Axis("total so far", _drop_zeros(_pick(history, {"skipped": "skipped"})), whole=True)],
         ),
     ]
 
 
-def _monitor(history: Mapping[str, Curve]) -> list[Chart]:
+def _chart_monitor(history: Mapping[str, Curve]) -> list[Chart]:
     return [
         Chart(
             "k-NN accuracy",
@@ -140,7 +149,7 @@ def _monitor(history: Mapping[str, Curve]) -> list[Chart]:
     ]
 
 
-def _schedules(history: Mapping[str, Curve]) -> list[Chart]:
+def _chart_schedules(history: Mapping[str, Curve]) -> list[Chart]:
     return [
         Chart(
             "Learning rate and weight decay",
@@ -156,13 +165,13 @@ def _schedules(history: Mapping[str, Curve]) -> list[Chart]:
             "temperature warms up in the first epochs, or is constant.",
             [
                 Axis("momentum", _pick(history, {"momentum": "momentum"})),
-                Axis("temperature", _ending(history, "/temperature")),
+                Axis("temperature", _pick_by_suffix(history, "/temperature")),
             ],
         ),
     ]
 
 
-def _machine(history: Mapping[str, Curve]) -> list[Chart]:
+def _chart_machine(history: Mapping[str, Curve]) -> list[Chart]:
     return [
         Chart(
             "Speed and data wait",
@@ -182,14 +191,14 @@ def _machine(history: Mapping[str, Curve]) -> list[Chart]:
 
 
 def _pick(history: Mapping[str, Curve], keys: Mapping[str, str], scale: float = 1.0) -> dict[str, Curve]:
-    there = {name: history[key] for name, key in keys.items() if key in history}
-    return {name: Curve(c.steps, c.values * scale) for name, c in there.items()}
+    logged = {name: history[key] for name, key in keys.items() if key in history}
+    return {name: Curve(c.steps, c.values * scale) for name, c in logged.items()}
 
 
-def _ending(history: Mapping[str, Curve], end: str, scale: float = 1.0) -> dict[str, Curve]:
-    """Return the curves of one kind, by the name of their loss."""
-    return _pick(history, {key.removesuffix(end): key for key in history if key.endswith(end)}, scale)
+def _pick_by_suffix(history: Mapping[str, Curve], suffix: str, scale: float = 1.0) -> dict[str, Curve]:
+    """Return the curves whose keys end in a suffix, by the part before it: the name of the loss."""
+    return _pick(history, {key.removesuffix(suffix): key for key in history if key.endswith(suffix)}, scale)
 
 
-def _if_any(curves: dict[str, Curve]) -> dict[str, Curve]:
+def _drop_zeros(curves: dict[str, Curve]) -> dict[str, Curve]:
     return {name: curve for name, curve in curves.items() if (curve.values > 0).any()}

@@ -15,7 +15,7 @@ from dinocli.data.decode.pixels import Pixels
 
 _PAPER, _INK, _PALE = (255, 255, 255), (40, 40, 40), (200, 200, 200)
 _SIDE, _GAP, _LINE = 144, 6, 16  # pixels, in a contact sheet
-# A sheet has two rows of up to 14 tiles. Viewers could not open a sheet of larger photos.
+# Largest photo in a sheet. A sheet has two rows of up to 14 tiles, and viewers fail to open one of larger photos.
 _PANEL_PIXELS = 4_000_000
 _TILE_SIDE = 160  # pixels; captions of smaller tiles overlap
 
@@ -47,8 +47,8 @@ def heat(values: NDArray[np.floating], height: int, width: int, scale: tuple[flo
 
 def visible(pixels: Pixels) -> Pixels:
     """Return the first three channels as colors, or the first one as gray. [H, W, C] -> [H, W, 3]"""
-    few = pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, -1)
-    return np.ascontiguousarray(few)
+    colors = pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, -1)
+    return np.ascontiguousarray(colors)
 
 
 def spotlight(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
@@ -59,11 +59,11 @@ def spotlight(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
 
 
 def bounded(pixels: Pixels) -> Pixels:
-    """Return a photo at its own size, a tiny one enlarged for its captions, a huge one reduced for viewers."""
+    """Enlarge a tiny photo, so that captions fit, and reduce a huge one, so that viewers can open the sheet."""
     height, width = pixels.shape[:2]
     if min(height, width) < _TILE_SIDE:
-        times = min(-(-_TILE_SIDE // min(height, width)), max(1, int((_PANEL_PIXELS / (height * width)) ** 0.5)))
-        return np.repeat(np.repeat(pixels, times, 0), times, 1)
+        repeats = min(-(-_TILE_SIDE // min(height, width)), max(1, int((_PANEL_PIXELS / (height * width)) ** 0.5)))
+        return np.repeat(np.repeat(pixels, repeats, 0), repeats, 1)
     factor = (_PANEL_PIXELS / (height * width)) ** 0.5
     if factor >= 1:
         return pixels
@@ -72,7 +72,7 @@ def bounded(pixels: Pixels) -> Pixels:
 
 
 def outline(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
-    """Draw a line along the inner edge of a mask, white beside black to be visible on any color. [H, W, 3]"""
+    """Draw a line along the inner edge of a mask, white beside black, visible on any color. [H, W, 3]"""
     drawn = pixels.copy()
     drawn[inner_edge(mask, 2)] = _INK
     drawn[inner_edge(mask)] = _PAPER
@@ -80,12 +80,12 @@ def outline(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
 
 
 def inner_edge(mask: NDArray[np.bool_], lines: int = 1) -> NDArray[np.bool_]:
-    """Return the pixels of a mask along its edge, `lines` wide, and wider in larger photos. [H, W]"""
+    """Return the pixels of a mask within `lines` lines of its edge; lines are thicker in larger photos. [H, W]"""
     return mask & ~_erode(mask, lines * max(1, min(mask.shape) // 200))
 
 
 def _erode(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
-    """Erode a mask by some pixels; the photo's border is not an edge."""
+    """Erode a mask by a number of pixels, but not at the photo's border."""
     for _ in range(by):
         padded = np.pad(mask, 1, constant_values=True)
         mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -93,7 +93,7 @@ def _erode(mask: NDArray[np.bool_], by: int) -> NDArray[np.bool_]:
 
 
 def palette(count: int) -> NDArray[np.uint8]:
-    """Return colors that differ as much as possible, the first one gray. [count, 3]"""
+    """Return distinguishable colors, the first one gray. [count, 3]"""
     colors = [(110, 110, 110)] + [
         tuple(round(255 * part) for part in hsv_to_rgb(i * 0.382 % 1, 0.85 - 0.3 * (i % 3 == 2), 1 - 0.35 * (i % 2)))
         for i in range(count - 1)
@@ -102,7 +102,7 @@ def palette(count: int) -> NDArray[np.uint8]:
 
 
 def tinted(pixels: Pixels, classes: NDArray[np.uint8], colors: NDArray[np.uint8], share: float = 0.6) -> Pixels:
-    """Blend a photo with its classes' colors, weighted by `share`. [H, W, 3], [H, W], [K, 3] -> [H, W, 3]"""
+    """Blend a photo with its class colors, whose weight is `share`. [H, W, 3], [H, W], [K, 3] -> [H, W, 3]"""
     return ((1 - share) * pixels + share * colors[classes]).round().astype(np.uint8)
 
 
@@ -145,14 +145,14 @@ def contact_sheet(
     """Arrange photos of any shape in a grid of squares, each scaled to fit, with its caption below.
 
     Args:
-        rows: Content of each place: a photo, the reason why there is none, or None.
+        rows: Content of each cell: a photo, the reason for a missing photo, or None.
         title: Line above the grid, cut if it is too long.
-        lead: Number of columns at the left that a line separates from the others, such as queries.
+        lead: Number of leading columns, such as queries, which a line separates from the others.
         side: Side of a square, in pixels.
     """
     font = ImageFont.load_default(size=_LINE * 0.8)
     columns = max(len(row) for row in rows)
-    tiles = [place for row in rows for place in row if isinstance(place, Tile)]
+    tiles = [cell for row in rows for cell in row if isinstance(cell, Tile)]
     lines = max((tile.caption.count("\n") + 1 for tile in tiles if tile.caption), default=0)
     top = 2 * _LINE if title else _GAP
     pitch = side + lines * _LINE + _GAP
@@ -164,24 +164,24 @@ def contact_sheet(
     if 0 < lead < columns:
         pen.line([(lefts[lead] - 1.5 * _GAP, top), (lefts[lead] - 1.5 * _GAP, page.height - _GAP)], _PALE)
     for r, row in enumerate(rows):
-        for left, place in zip(lefts, row, strict=False):
-            if place is not None:
-                _place(page, pen, place, left, top + r * pitch, side, font)
+        for left, cell in zip(lefts, row, strict=False):
+            if cell is not None:
+                _draw_cell(page, pen, cell, left, top + r * pitch, side, font)
     return page
 
 
-def _place(
-    page: Image.Image, pen: ImageDraw.ImageDraw, place: Tile | str, left: int, top: int, side: int, font: Font
+def _draw_cell(
+    page: Image.Image, pen: ImageDraw.ImageDraw, cell: Tile | str, left: int, top: int, side: int, font: Font
 ) -> None:
-    if isinstance(place, str):
+    if isinstance(cell, str):
         pen.rectangle((left, top, left + side - 1, top + side - 1), outline=_PALE)
-        words = "\n".join(_shorten(line, font, side - 2 * _GAP) for line in place.split("\n"))
-        pen.multiline_text((left + side / 2, top + side / 2), words, _INK, font, anchor="mm", align="center")
+        text = "\n".join(_shorten(line, font, side - 2 * _GAP) for line in cell.split("\n"))
+        pen.multiline_text((left + side / 2, top + side / 2), text, _INK, font, anchor="mm", align="center")
         return
-    photo = fitted(place.pixels, side)
+    photo = fitted(cell.pixels, side)
     height, width = photo.shape[:2]
     page.paste(Image.fromarray(photo), (left + (side - width) // 2, top + (side - height) // 2))
-    for i, line in enumerate(place.caption.split("\n")):
+    for i, line in enumerate(cell.caption.split("\n")):
         middle = (left + side / 2, top + side + (i + 0.55) * _LINE)
         pen.text(middle, _shorten(line, font, side), _INK, font, anchor="mm")
 
@@ -191,13 +191,13 @@ def fitted(pixels: Pixels, side: int) -> Pixels:
     height, width = pixels.shape[:2]
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    # Enlarged pixels of a tiny photo stay squares.
-    way = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
-    return np.asarray(Image.fromarray(visible(pixels)).resize(size, way))
+    # Pixels of a tiny photo are enlarged to squares, not blurred.
+    resampling = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(visible(pixels)).resize(size, resampling))
 
 
 def _shorten(text: str, font: Font, width: float) -> str:
-    """Cut the start of a text to fit a width, because the end of a path matters most."""
+    """Cut the start of a text to fit a width: the end of a path matters most."""
     text = text.encode("utf-8", "replace").decode()  # file names may hold any bytes
     if font.getlength(text) <= width:
         return text

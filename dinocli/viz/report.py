@@ -1,4 +1,4 @@
-"""Report of a run folder: curves.png, and an HTML page that needs only a browser."""
+"""Report of a run: curves.png and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dinocli.viz.page import page_of, text_of
 from dinocli.viz.panels import Chart, LossFacts, charts
 
 METRICS, CURVES, REPORT = "metrics.jsonl", "curves.png", "report.html"
-_TIMES = 8  # steps whose attention is shown
-_TILES = 12  # maximum number of photos, whatever the folder holds
+_TIMES = 8  # maximum number of steps whose attention is shown
+_TILES = 12  # maximum number of photos, even if the folder holds more
 _SIDE = 192  # maximum side of a tile in pixels; keeps the page to a few megabytes
 Tiles = list[str]  # data: URLs
 
@@ -37,22 +37,22 @@ def write_report(folder: Path) -> None:
         OSError: If the disk is full or the folder is not writable.
     """
     history, preset = read_history(folder / METRICS), _read_json(folder / "preset.json")
-    drawn = charts(history, _losses(preset))
+    drawn = charts(history, _read_losses(preset))
     write_sheet(drawn, folder / CURVES)
     pictures = folder / "pictures"
-    parts = {
-        "Curves": _curves(drawn),
-        "Attention": _attention(pictures),
-        "Neighbours": _neighbours(pictures),
-        "Settings": _settings(preset),
-        "Values": _values(history),
+    bodies = {
+        "Curves": _render_curves(drawn),
+        "Attention": _render_attention(pictures),
+        "Neighbours": _render_neighbours(pictures),
+        "Settings": _render_settings(preset),
+        "Values": _render_values(history),
     }
-    there = {name: text for name, text in parts.items() if text}
-    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in there)
-    sections = "".join(f'<section id="{name.lower()}"><h2>{name}</h2>{text}</section>' for name, text in there.items())
+    filled = {name: body for name, body in bodies.items() if body}
+    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in filled)
+    sections = "".join(f'<section id="{name.lower()}"><h2>{name}</h2>{body}</section>' for name, body in filled.items())
     title = text_of(folder.resolve().name)
     nav = f"<nav aria-label='Sections of this page'>{links}</nav>"
-    head = f"<header><h1>{title}</h1>{_facts(history, preset)}{nav}</header>"
+    head = f"<header><h1>{title}</h1>{_render_facts(history, preset)}{nav}</header>"
     write_text(folder / REPORT, page_of(title, f"{head}<main>{sections}</main>"))
 
 
@@ -67,15 +67,15 @@ def draw_curves(history: Mapping[str, Curve], preset: dict[str, Any], path: Path
     Raises:
         OSError: If the disk is full or the path is not writable.
     """
-    write_sheet(charts(history, _losses(preset)), path)
+    write_sheet(charts(history, _read_losses(preset)), path)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = parse(path.read_bytes())
+        data = parse(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}
 
 
 def _get(data: object, *keys: str) -> Any:
@@ -85,17 +85,17 @@ def _get(data: object, *keys: str) -> Any:
     return data
 
 
-def _losses(preset: dict[str, Any]) -> dict[str, LossFacts]:
-    found = {}
+def _read_losses(preset: dict[str, Any]) -> dict[str, LossFacts]:
+    facts = {}
     for name, loss in (_get(preset, "losses") or {}).items():
         prototypes = _get(preset, "heads", str(_get(loss, "head")), "prototypes")
         if isinstance(prototypes, int) and prototypes > 1:
-            found[name] = LossFacts(float(_get(loss, "weight") or 1.0), prototypes)
-    return found
+            facts[name] = LossFacts(float(_get(loss, "weight") or 1.0), prototypes)
+    return facts
 
 
-def _facts(history: Mapping[str, Curve], preset: dict[str, Any]) -> str:
-    """Return the progress of the run as a line of figures."""
+def _render_facts(history: Mapping[str, Curve], preset: dict[str, Any]) -> str:
+    """Render the progress of the run as a list of figures."""
     facts = {"recipe": _get(preset, "about", "recipe")}
     last = {key: curve.values[-1] for key, curve in history.items() if len(curve.finite)}
     if history:
@@ -121,7 +121,7 @@ _FIGURES = (
 )
 
 
-def _curves(drawn: list[Chart]) -> str:
+def _render_curves(drawn: list[Chart]) -> str:
     if not drawn:
         return "<p>No values logged yet.</p>"
     text = ""
@@ -138,9 +138,9 @@ def _describe(chart: Chart) -> str:
     return "; ".join(f"{title}, {name}, from {v[0]:.4g} to {v[-1]:.4g}" for title, name, v in ends if len(v))
 
 
-def _attention(pictures: Path) -> str:
-    steps = _spread(_steps(pictures, "attention"))
-    photos, maps = _row(pictures / "photos.jpg"), {s: _row(pictures / f"attention-{s}.jpg") for s in steps}
+def _render_attention(pictures: Path) -> str:
+    steps = _space_evenly(_list_steps(pictures, "attention"))
+    photos, maps = _read_row(pictures / "photos.jpg"), {s: _read_row(pictures / f"attention-{s}.jpg") for s in steps}
     maps = {step: tiles for step, tiles in maps.items() if tiles and len(tiles) == len(photos)}
     if not maps:
         return ""
@@ -149,32 +149,34 @@ def _attention(pictures: Path) -> str:
         "its minimum (black) to its maximum (yellow). In a healthy run the maps differ between photos and come to "
         "separate objects from the background.</p>"
     )
-    for i, (photo, name) in enumerate(zip(photos, _names(pictures, len(photos)), strict=True)):
-        tiles = _tile(photo, f"Photo {i + 1}: {name}", "photo")
+    for i, (photo, name) in enumerate(zip(photos, _read_names(pictures, len(photos)), strict=True)):
+        tiles = _render_tile(photo, f"Photo {i + 1}: {name}", "photo")
         for step, row in maps.items():
-            tiles += _tile(row[i], f"Photo {i + 1}, attention at step {step}", f"step {step:,}")
+            tiles += _render_tile(row[i], f"Photo {i + 1}, attention at step {step}", f"step {step:,}")
         text += f"<h3 class='name'>{name}</h3><div class='tiles'>{tiles}</div>"
     return text
 
 
-def _neighbours(pictures: Path) -> str:
-    steps = _steps(pictures, "neighbours")
-    photos = _row(pictures / "photos.jpg")
-    found = {s: _grid(pictures / f"neighbours-{s}.jpg", len(photos)) for s in dict.fromkeys(steps[:1] + steps[-1:])}
-    found = {step: rows for step, rows in found.items() if rows}
-    if not found:
+def _render_neighbours(pictures: Path) -> str:
+    steps = _list_steps(pictures, "neighbours")
+    photos = _read_row(pictures / "photos.jpg")
+    grids = {
+        s: _read_grid(pictures / f"neighbours-{s}.jpg", len(photos)) for s in dict.fromkeys(steps[:1] + steps[-1:])
+    }
+    grids = {step: rows for step, rows in grids.items() if rows}
+    if not grids:
         return ""
     text = (
         "<p>Nearest neighbours among a few hundred photos, by cosine similarity of their features, nearest first. An "
         "untrained network matches colors; a trained one matches content. The same neighbours for every photo "
         "indicate collapse.</p>"
     )
-    for i, name in enumerate(_names(pictures, len(photos))):
+    for i, name in enumerate(_read_names(pictures, len(photos))):
         text += f"<h3 class='name'>{name}</h3><div class='times'>"
-        for step, rows in found.items():
-            tiles = _tile(rows[i][0], f"Photo {i + 1}: {name}", "photo")
+        for step, rows in grids.items():
+            tiles = _render_tile(rows[i][0], f"Photo {i + 1}: {name}", "photo")
             tiles += "".join(
-                _tile(tile, f"Neighbour {k} of photo {i + 1} at step {step}", str(k))
+                _render_tile(tile, f"Neighbour {k} of photo {i + 1} at step {step}", str(k))
                 for k, tile in enumerate(rows[i][1:], 1)
             )
             text += f"<div><p>step {step:,}</p><div class='tiles six'>{tiles}</div></div>"
@@ -182,33 +184,33 @@ def _neighbours(pictures: Path) -> str:
     return text
 
 
-def _tile(address: str, says: str, caption: str) -> str:
-    return f'<figure><img src="{address}" alt="{says}" loading="lazy"><figcaption>{caption}</figcaption></figure>'
+def _render_tile(url: str, alt: str, caption: str) -> str:
+    return f'<figure><img src="{url}" alt="{alt}" loading="lazy"><figcaption>{caption}</figcaption></figure>'
 
 
-def _names(pictures: Path, count: int) -> list[str]:
+def _read_names(pictures: Path, count: int) -> list[str]:
     """Return the photos' names, escaped for the page."""
     names = _get(_read_json(pictures / "photos.json"), "names")
     names = names if isinstance(names, list) else []
     return [text_of(names[i] if i < len(names) else f"photo {i + 1}") for i in range(count)]
 
 
-def _steps(pictures: Path, kind: str) -> list[int]:
+def _list_steps(pictures: Path, kind: str) -> list[int]:
     found = (re.fullmatch(rf"{kind}-([0-9]+)\.jpg", path.name) for path in pictures.glob(f"{kind}-*.jpg"))
     return sorted(int(match[1]) for match in found if match)
 
 
-def _spread(steps: list[int]) -> list[int]:
+def _space_evenly(steps: list[int]) -> list[int]:
     """Return the first step, the last, and evenly spaced ones between."""
     return [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, _TIMES).round().astype(int))] if steps else []
 
 
-def _row(path: Path) -> Tiles:
-    rows = _grid(path, 1)
+def _read_row(path: Path) -> Tiles:
+    rows = _read_grid(path, 1)
     return rows[0] if rows else []
 
 
-def _grid(path: Path, rows: int) -> list[Tiles]:
+def _read_grid(path: Path, rows: int) -> list[Tiles]:
     """Return the square tiles of a picture, row by row; none if it cannot be read."""
     try:
         with Image.open(path, formats=["JPEG"]) as file:
@@ -220,21 +222,23 @@ def _grid(path: Path, rows: int) -> list[Tiles]:
     columns = min(_TILES, page.width // max(1, side))
     if not side or not columns:
         return []
-    return [[_address(page.crop(_box(r, c, side))) for c in range(columns)] for r in range(min(rows, _TILES))]
+    return [
+        [_encode_tile(page.crop(_locate_tile(r, c, side))) for c in range(columns)] for r in range(min(rows, _TILES))
+    ]
 
 
-def _box(row: int, column: int, side: int) -> tuple[int, int, int, int]:
+def _locate_tile(row: int, column: int, side: int) -> tuple[int, int, int, int]:
     return column * side, row * side, (column + 1) * side, (row + 1) * side
 
 
-def _address(tile: Image.Image) -> str:
+def _encode_tile(tile: Image.Image) -> str:
     tile.thumbnail((_SIDE, _SIDE))
     file = io.BytesIO()
     tile.save(file, format="JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _settings(preset: dict[str, Any]) -> str:
+def _render_settings(preset: dict[str, Any]) -> str:
     if not preset:
         return ""
     name, before = shipped_as(preset)
@@ -245,19 +249,19 @@ def _settings(preset: dict[str, Any]) -> str:
             continue
         now, then = dict(flat(values)), dict(flat(_get(before, table)))
         keys = [key for key in dict.fromkeys([*now, *then]) if now.get(key) is not None or then.get(key) is not None]
-        rows = "".join(_setting(key, now.get(key), then.get(key), marked=bool(name)) for key in keys)
+        rows = "".join(_render_setting(key, now.get(key), then.get(key), marked=bool(name)) for key in keys)
         text += f"<table><caption>{text_of(table)}</caption><tbody>{rows}</tbody></table>" if rows else ""
     return text + "</div>"
 
 
-def _setting(key: str, now: str | None, then: str | None, *, marked: bool) -> str:
+def _render_setting(key: str, now: str | None, then: str | None, *, marked: bool) -> str:
     changed = marked and now != then
     note = f" <small>preset: {text_of(then or 'none')}</small>" if changed else ""
     value = f"<mark>{text_of(now or 'none')}</mark>{note}" if changed else text_of(now)
     return f'<tr><th scope="row">{text_of(key)}</th><td>{value}</td></tr>'
 
 
-def _values(history: Mapping[str, Curve]) -> str:
+def _render_values(history: Mapping[str, Curve]) -> str:
     heads = "".join(
         f'<th scope="col">{name}</th>' for name in ("value", "last", "first", "minimum", "maximum", "entries")
     )

@@ -25,7 +25,7 @@ from dinocli.data.sources.shards import open_shards
 
 @dataclass
 class Listed:
-    """As much of a source as packing asks for."""
+    """Image source with only the attributes that packing uses."""
 
     root: Path
     names: Sequence[str]
@@ -55,19 +55,19 @@ def listed(root: Path, labelled: bool = False) -> Listed:
 
 @pytest.fixture
 def images_decode(monkeypatch) -> None:
-    """`decode` as it takes what a torchvision set gives."""
+    """Let `decode` accept Pillow images, as a torchvision set returns them."""
 
-    def given(data: Any, images: ImagesConfig) -> Any:
+    def decode_any(data: Any, images: ImagesConfig) -> Any:
         return decode(data, images) if isinstance(data, bytes) else np.array(data.convert("RGB"))
 
-    monkeypatch.setattr(packing, "decode", given)
+    monkeypatch.setattr(packing, "decode", decode_any)
 
 
 def files(out: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in out.iterdir()}
 
 
-def test_all_images_once_with_their_labels_in_a_drawn_order(tmp_path: Path, images: Path) -> None:
+def test_each_image_is_packed_once_with_its_label_in_random_order(tmp_path: Path, images: Path) -> None:
     source = listed(images, labelled=True)
     done = []
     packed = pack(source, tmp_path / "out", per_shard=5, report=done.append)
@@ -85,7 +85,7 @@ def test_all_images_once_with_their_labels_in_a_drawn_order(tmp_path: Path, imag
     assert index["shards"] == {"images-000000.tar": 5, "images-000001.tar": 5, "images-000002.tar": 2}
 
 
-def test_a_side_makes_large_images_smaller_and_leaves_small_ones(tmp_path: Path) -> None:
+def test_side_shrinks_large_images_and_keeps_small_ones(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()
     wide, small = Image.new("RGB", (100, 50), (200, 10, 10)), Image.new("RGB", (90, 20), (0, 0, 200))
@@ -104,7 +104,7 @@ def test_a_side_makes_large_images_smaller_and_leaves_small_ones(tmp_path: Path)
     assert np.abs(read["wide.jpg"].astype(int) - (200, 10, 10)).max() < 4
 
 
-def test_what_goes_on_after_a_kill_is_byte_for_byte_the_same(tmp_path: Path, images: Path) -> None:
+def test_a_resumed_packing_writes_identical_shards(tmp_path: Path, images: Path) -> None:
     (images / "a" / "0000.png").write_bytes(b"no image")
     source = listed(images)
 
@@ -113,22 +113,24 @@ def test_what_goes_on_after_a_kill_is_byte_for_byte_the_same(tmp_path: Path, ima
             raise KeyboardInterrupt
 
     for side in (None, 16):
-        whole, broken = tmp_path / f"whole{side}", tmp_path / f"broken{side}"
-        pack(source, whole, side=side, per_shard=5)
+        complete, resumed = tmp_path / f"whole{side}", tmp_path / f"broken{side}"
+        pack(source, complete, side=side, per_shard=5)
         with pytest.raises(KeyboardInterrupt):
-            pack(source, broken, side=side, per_shard=5, report=killed)
-        assert sorted(files(broken)) == ["images-000000.tar", "pack.json"]
-        (broken / "images-000001.tar").write_bytes(b"half")  # such as a copy that was cut off
-        assert pack(source, broken, side=side, per_shard=5).kept == 1
-        again = pack(source, broken, side=side, per_shard=5)
+            pack(source, resumed, side=side, per_shard=5, report=killed)
+        assert sorted(files(resumed)) == ["images-000000.tar", "pack.json"]
+        (resumed / "images-000001.tar").write_bytes(b"half")  # a truncated copy
+        assert pack(source, resumed, side=side, per_shard=5).kept == 1
+        again = pack(source, resumed, side=side, per_shard=5)
         assert (again.kept, again.images, list(again.bad)) == (3, 11, ["a/0000.png"])
-        assert files(broken) == files(whole)
+        assert files(resumed) == files(complete)
 
 
 @pytest.mark.parametrize(
     ("change", "said"), [({"per_shard": 4}, "per_shard 5; this call has 4"), ({"side": 8}, "side None")]
 )
-def test_other_settings_or_images_are_an_error_that_names_them(tmp_path: Path, images: Path, change, said: str) -> None:
+def test_resuming_with_other_settings_or_images_is_an_error_that_names_them(
+    tmp_path: Path, images: Path, change, said: str
+) -> None:
     pack(listed(images), tmp_path / "out", per_shard=5)
     with pytest.raises(DinoError, match=said):
         pack(listed(images), tmp_path / "out", **{"per_shard": 5} | change)
@@ -137,14 +139,14 @@ def test_other_settings_or_images_are_an_error_that_names_them(tmp_path: Path, i
         pack(listed(images), tmp_path / "out", per_shard=5)
 
 
-def test_tar_files_of_others_are_not_mixed_with(tmp_path: Path, images: Path) -> None:
+def test_a_folder_with_foreign_tar_files_is_refused(tmp_path: Path, images: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x.tar").touch()
     with pytest.raises(DinoError, match="did not write"):
         pack(listed(images), tmp_path / "out")
 
 
-def test_bad_images_are_left_out_and_told(tmp_path: Path, images: Path) -> None:
+def test_bad_images_are_skipped_and_reported(tmp_path: Path, images: Path) -> None:
     source = listed(images)
     (images / "a" / "0001.png").write_bytes(b"no image")
     (images / "b" / "0002.png").unlink()
@@ -158,7 +160,7 @@ def test_bad_images_are_left_out_and_told(tmp_path: Path, images: Path) -> None:
         pack(source, tmp_path / "none")
 
 
-def test_keys_are_unique_and_end_at_no_dot(tmp_path: Path, images_decode: None) -> None:
+def test_keys_are_unique_and_contain_no_dots(tmp_path: Path, images_decode: None) -> None:
     png = (write_images(tmp_path / "x", 1) / "0000.png").read_bytes()
     names = [
         "a.png", "a.PNG", "b.c.png", "b_c.png", "b~1.png", "../up.png", "/abs.png", "__x__/y.png", "v1.5/ü 花.png",
@@ -179,7 +181,7 @@ def test_keys_are_unique_and_end_at_no_dot(tmp_path: Path, images_decode: None) 
     assert np.array_equal(decode(seven.data), np.full((8, 8, 3), (1, 2, 3)))
 
 
-def test_a_source_that_is_no_files_is_not_compared(tmp_path: Path, images_decode: None) -> None:
+def test_read_speed_is_not_measured_without_source_files(tmp_path: Path, images_decode: None) -> None:
     names = ["0", "1"]
     source = Listed(tmp_path / "none", names, np.array([0, 1]), held={n: Image.new("RGB", (40, 40)) for n in names})
     assert pack(source, tmp_path / "out", side=16).faster is None
@@ -189,12 +191,14 @@ def test_a_source_that_is_no_files_is_not_compared(tmp_path: Path, images_decode
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_measured_cold_is_said_only_if_all_was_forgotten(tmp_path: Path, images: Path, monkeypatch, kept: bool) -> None:
-    monkeypatch.setattr(packing, "_forget", lambda path: not (kept and path.suffix == ".tar"))
+def test_speed_counts_as_cold_only_if_every_file_left_the_cache(
+    tmp_path: Path, images: Path, monkeypatch, kept: bool
+) -> None:
+    monkeypatch.setattr(packing, "_drop_from_cache", lambda path: not (kept and path.suffix == ".tar"))
     assert pack(listed(images), tmp_path / "out").cold is not kept
 
 
-def test_the_command(tmp_path: Path, images: Path, monkeypatch, capsys) -> None:
+def test_the_command_reports_skipped_images_and_prints_json(tmp_path: Path, images: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("dinocli.data.sources.open.open_images", lambda spec: listed(Path(spec)), raising=False)
     (images / "a" / "0001.png").write_bytes(b"no image")
     out = tmp_path / "out"
@@ -203,16 +207,16 @@ def test_the_command(tmp_path: Path, images: Path, monkeypatch, capsys) -> None:
     assert "skipped a/0001.png: not an image" in first.err and f"next: dino pretrain {out}" in first.err
     assert {"train-000000.tar", "train-000001.tar"} < set(files(out))
     command(str(images), out, side=16, per_shard=6, name="train", json=True)
-    again = capsys.readouterr()
-    assert "kept 2 of 2" in again.err
-    told = json.loads(again.out)
-    assert (told["path"], told["images"], told["kept"]) == (str(out), 11, 2)
-    assert set(told) == {"path", *Packed.__dataclass_fields__}
+    second = capsys.readouterr()
+    assert "kept 2 of 2" in second.err
+    printed = json.loads(second.out)
+    assert (printed["path"], printed["images"], printed["kept"]) == (str(out), 11, 2)
+    assert set(printed) == {"path", *Packed.__dataclass_fields__}
     with pytest.raises(Exception, match="expected a plain name"):
         command(str(images), out, name="a/b")
 
 
-def test_arrays_are_packed_as_they_are_and_stay_arrays_when_made_small(tmp_path: Path) -> None:
+def test_arrays_are_packed_unchanged_or_shrunk_as_arrays(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     values = np.random.default_rng(0).integers(0, 4000, (3, 40, 60, 13)).astype(np.uint16)
     for i, each in enumerate(values):
@@ -232,7 +236,7 @@ def test_arrays_are_packed_as_they_are_and_stay_arrays_when_made_small(tmp_path:
         pack(listed(tmp_path / "in"), tmp_path / "out20", side=20)
 
 
-def test_grey_images_made_small_stay_grey(tmp_path: Path) -> None:
+def test_shrunk_gray_images_stay_gray(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     Image.fromarray(np.tile(np.arange(100, dtype=np.uint16) * 600, (100, 1))).save(tmp_path / "in" / "a.png")
     pack(listed(tmp_path / "in"), tmp_path / "out", side=32, images=ImagesConfig(channels=1))
@@ -253,7 +257,7 @@ def test_grey_images_made_small_stay_grey(tmp_path: Path) -> None:
         None,
     ],
 )
-def test_damaged_settings_are_one_line(tmp_path: Path, images: Path, text: str | None) -> None:
+def test_corrupt_settings_give_a_one_line_error(tmp_path: Path, images: Path, text: str | None) -> None:
     source = image_folder(images)
     pack(source, tmp_path / "out")
     stored = tmp_path / "out" / "pack.json"

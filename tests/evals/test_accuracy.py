@@ -5,23 +5,23 @@ import numpy as np
 from dinocli.evals.accuracy import hits_among
 
 
-def test_first_and_among_the_first() -> None:
+def test_top_1_and_top_k_hits_are_counted() -> None:
     scores = np.array([[3.0, 2, 1, 0], [0, 1, 2, 3], [1, 1, 0, 0]])
     assert hits_among(scores, np.array([0, 2, 1]), 2).tolist() == [1, 3]
     assert hits_among(scores, np.array([3, 0, 0]), 1).tolist() == [1, 1]
 
 
-def test_what_is_out_of_the_running_is_no_hit() -> None:
+def test_excluded_unknown_and_nan_classes_are_no_hits() -> None:
     scores = np.array([[-np.inf, 1.0, -np.inf]])
     assert hits_among(scores, np.array([0]), 3).tolist() == [0, 0]
     assert hits_among(np.array([[0.0, 1.0, 0.0]]), np.array([2]), 3, above=0).tolist() == [0, 0]
-    assert hits_among(np.array([[0.0, 1.0]]), np.array([-1]), 2).tolist() == [0, 0], "its class is not known"
-    assert hits_among(np.array([[0.0, np.nan]]), np.array([1]), 2).tolist() == [0, 0], "a classifier that blew up"
+    assert hits_among(np.array([[0.0, 1.0]]), np.array([-1]), 2).tolist() == [0, 0], "unknown class"
+    assert hits_among(np.array([[0.0, np.nan]]), np.array([1]), 2).tolist() == [0, 0], "a score that is NaN"
 
 
-def test_it_counts_what_an_order_of_all_classes_tells() -> None:
+def test_hits_equal_those_of_a_full_sort() -> None:
     generator = np.random.default_rng(0)
-    scores = generator.integers(0, 4, (200, 9)).astype(np.float64)  # many of them equal
+    scores = generator.integers(0, 4, (200, 9)).astype(np.float64)  # with many ties
     truth = generator.integers(0, 9, 200)
     order = np.argsort(-scores, axis=1, kind="stable")
     for among in (1, 3, 9):

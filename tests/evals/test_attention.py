@@ -20,7 +20,7 @@ def test_masks_equal_the_originals(original, size: str) -> None:
     np.testing.assert_array_equal(masks, original[f"attnmask/{size}/th0.6/mask"].numpy().astype(bool))
 
 
-def test_a_mask_holds_the_share_asked_for_and_not_a_place_more() -> None:
+def test_a_mask_is_the_smallest_that_holds_the_requested_share() -> None:
     maps = np.random.default_rng(0).random((3, 7, 9))
     for keep in (0.1, 0.6, 0.95):
         for values, mask in zip(maps, keep_mass(maps, keep), strict=True):
@@ -40,20 +40,20 @@ def test_maps_cover_photos_of_any_shape(height: int, width: int, grid: tuple[int
     assert default_size(encoder) == 72
 
 
-def test_overlap() -> None:
+def test_jaccard_is_intersection_over_union() -> None:
     a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
     assert jaccard(a, b) == 1
     a[:2], b[1:3] = True, True
     assert jaccard(a, b) == pytest.approx(1 / 3)
 
 
-def test_enlarging_repeats_places() -> None:
+def test_enlarge_repeats_values() -> None:
     large = enlarge(np.arange(6).reshape(1, 2, 3), 4, 6)
     assert large[0].tolist() == [[0, 0, 1, 1, 2, 2]] * 2 + [[3, 3, 4, 4, 5, 5]] * 2
     assert enlarge(np.arange(6).reshape(2, 3), 5, 7).shape == (5, 7)
 
 
-def test_attention_of_an_encoder_is_that_of_its_class_token() -> None:
+def test_encoder_attention_is_that_of_the_class_token() -> None:
     torch.manual_seed(0)
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0)
     encoder = Encoder(ViTBackbone(model, "dino").eval(), "x", "0", 32, (0.5,) * 3, (0.5,) * 3)
@@ -62,7 +62,7 @@ def test_attention_of_an_encoder_is_that_of_its_class_token() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 60_000), (3000, 1)])
-def test_an_extreme_photo_is_looked_at_with_a_bounded_number_of_patches(height: int, width: int) -> None:
+def test_a_photo_of_extreme_shape_gives_a_bounded_number_of_patches(height: int, width: int) -> None:
     from dinocli.features import encoder as module
 
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1, num_classes=0)
@@ -71,12 +71,12 @@ def test_an_extreme_photo_is_looked_at_with_a_bounded_number_of_patches(height: 
     assert heads[0].size <= module._MOST_PATCHES
 
 
-def test_a_place_at_the_very_bound_is_left_out_as_in_the_original() -> None:
+def test_a_patch_exactly_at_the_bound_is_excluded_as_in_the_original() -> None:
     maps = np.array([[[1, 1], [1, 1]], [[1, 1], [4, 2]]], dtype=np.float32)
     assert keep_mass(maps, 0.5).tolist() == [[[False, False], [True, True]], [[False, False], [True, False]]]
 
 
-def test_a_map_of_zeros_keeps_nothing_and_warns_of_nothing() -> None:
+def test_a_zero_map_gives_an_empty_mask_without_warnings() -> None:
     maps = np.zeros((2, 3, 4), np.float32)
     maps[1, 2, 3] = 1
     with warnings.catch_warnings(action="error"):

@@ -6,8 +6,8 @@ import pytest
 from dinocli.evals.components import Pieces, component_at, components, largest_component
 
 
-def plainly(mask: np.ndarray) -> np.ndarray:
-    """Pieces by walking from place to place, in the order of their first places."""
+def flood_fill(mask: np.ndarray) -> np.ndarray:
+    """Label components by flood fill, in the order of their first pixels."""
     numbers = np.zeros(mask.shape, dtype=int)
     for start in zip(*np.nonzero(mask), strict=True):
         if numbers[start]:
@@ -25,15 +25,15 @@ def plainly(mask: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.6, 0.9])
-def test_pieces_are_those_of_a_plain_walk(share: float) -> None:
+def test_components_equal_those_of_a_flood_fill(share: float) -> None:
     random = np.random.default_rng(0)
     for shape in ((1, 1), (1, 9), (9, 1), (2, 2), (13, 17), (40, 31)):
         for _ in range(5):
             mask = random.random(shape) < share
-            np.testing.assert_array_equal(components(mask), plainly(mask))
+            np.testing.assert_array_equal(components(mask), flood_fill(mask))
 
 
-def test_a_spiral_is_one_piece_and_corners_do_not_join() -> None:
+def test_a_spiral_is_one_component_and_corners_do_not_connect() -> None:
     spiral = np.zeros((21, 21), dtype=bool)
     row, column, step = 0, 0, (0, 1)
     for length in [20, 20, 20, 18, 18, 16, 16, 14, 14, 12, 12, 10, 10, 8, 8, 6, 6, 4, 4, 2]:
@@ -45,7 +45,7 @@ def test_a_spiral_is_one_piece_and_corners_do_not_join() -> None:
     assert components(np.eye(3, dtype=bool)).max() == 3
 
 
-def test_the_largest_piece_and_that_of_a_place() -> None:
+def test_the_largest_component_and_the_one_at_a_position_are_found() -> None:
     mask = np.array([[1, 1, 0, 1], [0, 0, 0, 1], [1, 0, 0, 1]], dtype=bool)
     assert (
         largest_component(mask).tolist() == np.array([[0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1]]).astype(bool).tolist()
@@ -55,8 +55,8 @@ def test_the_largest_piece_and_that_of_a_place() -> None:
     assert not largest_component(np.zeros((3, 3), dtype=bool)).any()
 
 
-def plain_groups(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
-    """Walk from each image to all that it reaches."""
+def search_graph(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
+    """Find groups by searching the graph from each image."""
     near: dict[int, set[int]] = {i: set() for i in range(count)}
     for a, b in pairs:
         near[a].add(b)
@@ -76,14 +76,14 @@ def plain_groups(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_groups_are_those_of_a_plain_walk(seed: int) -> None:
+def test_groups_equal_those_of_a_graph_search(seed: int) -> None:
     generator = np.random.default_rng(seed)
     count = 60
     pairs = generator.integers(0, count, (int(generator.integers(0, 90)), 2))
     pieces = Pieces(count)
-    for some in np.array_split(pairs, 4):
-        pieces.join(some[:, 0], some[:, 1])
-    assert [group.tolist() for group in pieces.groups()] == plain_groups(count, pairs.tolist())
+    for part in np.array_split(pairs, 4):
+        pieces.join(part[:, 0], part[:, 1])
+    assert [group.tolist() for group in pieces.groups()] == search_graph(count, pairs.tolist())
 
 
 def test_a_long_chain_is_one_group() -> None:

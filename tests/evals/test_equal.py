@@ -13,7 +13,7 @@ def drawn(count: int, width: int = 8, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("block", [4096, 3])
-def test_equal_rows_are_told_from_those_that_differ_in_one_bit(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_rows_that_differ_in_one_bit_are_not_equal(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(module, "_BLOCK", block)
     values = drawn(20)
     values[[7, 19]] = values[3]
@@ -31,17 +31,17 @@ def test_equal_rows_are_told_from_those_that_differ_in_one_bit(monkeypatch: pyte
 
 
 def test_rows_whose_hashes_collide_are_not_equal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_hashes", lambda read, rows: np.zeros(len(rows), np.int64))
+    monkeypatch.setattr(module, "_hash_rows", lambda read, rows: np.zeros(len(rows), np.int64))
     values = drawn(6)
     values[4] = values[0]
     assert first_equal(values).tolist() == [0, 1, 2, 3, 0, 5]
     assert found_in(values, np.array([0, 1]), values[:1]).tolist() == [True, False]
 
 
-def test_rows_that_rounding_parts_are_nearly_equal() -> None:
+def test_rows_that_differ_by_rounding_are_nearly_equal() -> None:
     values = drawn(200, 64)
-    values[100:] = values[:100] * (1 + 1e-7 * drawn(100, 64, seed=1)) * np.float32(3)  # and of another length
+    values[100:] = values[:100] * (1 + 1e-7 * drawn(100, 64, seed=1)) * np.float32(3)  # and scaled by three
     first = first_nearly_equal(values)
     assert (first[:100] == np.arange(100)).all()
-    assert np.mean(first[100:] == np.arange(100)) > 0.9, "a number in thirty rows lies on the edge of a step"
+    assert np.mean(first[100:] == np.arange(100)) > 0.9, "in about one of thirty rows, a number rounds to another step"
     assert len(np.unique(first_nearly_equal(drawn(1000, 64)))) == 1000

@@ -46,13 +46,13 @@ def test_votes_and_predictions_equal_the_originals(original, stored: tuple[Featu
     theirs = {name: values.numpy() for name, values in original.below(f"knn/k{k}/").items()}
     train, _ = stored
     [ours] = votes(theirs["similarities"], train.labels[theirs["neighbors"]], [k], 12, original.made["knn"]["T"])
-    # Ours are counted in votes of the nearest neighbour.
+    # dinocli's votes are in units of the nearest neighbour's vote.
     nearest = np.exp(theirs["similarities"].max(axis=1, keepdims=True).astype(np.float64) / original.made["knn"]["T"])
     np.testing.assert_allclose(ours * nearest, theirs["votes"], rtol=1e-5, atol=1e-5 * theirs["votes"].max())
     np.testing.assert_array_equal(ours.argmax(1), theirs["pred"])
 
 
-def test_leave_one_out_never_asks_the_image_itself() -> None:
+def test_no_image_votes_on_itself_in_leave_one_out() -> None:
     generator = np.random.default_rng(0)
     values = generator.normal(size=(30, 8))
     values[10:20] = values[:10]  # ten exact copies, of another class
@@ -66,7 +66,7 @@ def test_leave_one_out_never_asks_the_image_itself() -> None:
     assert result.scores[0].top1 == pytest.approx(100 * (labels[similarity.argmax(1)] == labels).mean())
 
 
-def test_a_vote_weighs_by_similarity() -> None:
+def test_votes_are_weighted_by_similarity() -> None:
     counted = votes(np.array([[0.9, 0.5, 0.5]], dtype=np.float32), np.array([[2, 0, 0]]), [1, 3], 3, 0.07)
     for expected in ([[0, 0, 1]], [[2 * np.exp(-0.4 / 0.07), 0, 1]]):
         np.testing.assert_allclose(next(counted), expected, rtol=1e-5)
@@ -75,24 +75,24 @@ def test_a_vote_weighs_by_similarity() -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_blocks_of_queries_voters_and_votes_change_nothing(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+def test_block_sizes_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
     from dinocli.evals import knn as module
     from dinocli.evals import nearest
 
     generator = np.random.default_rng(0)
     values = generator.normal(size=(50, 4))
-    values[30:35] = values[:5]  # copies, in another block than what they are of
+    values[30:35] = values[:5]  # copies, in another block than their originals
     train = features(values, generator.integers(0, 5, 50), 5)
     test = None if alone else features(generator.normal(size=(20, 4)), generator.integers(0, 5, 20), 5)
     whole = knn(train, test, [7, 3, 40])
     blocks = ((module, "_QUERIES", 7), (nearest, "_BLOCK_BYTES", 9 * 4 * 4), (module, "_CELLS", 20))
-    for where, name, least in blocks:
-        monkeypatch.setattr(where, name, least)
+    for place, name, size in blocks:
+        monkeypatch.setattr(place, name, size)
         assert knn(train, test, [7, 3, 40]) == whole
     assert [score.k for score in whole.scores] == [7, 3, 40]
 
 
-def test_features_on_disk_give_what_those_in_memory_give(tmp_path: Path) -> None:
+def test_features_on_disk_and_in_memory_give_the_same_accuracy(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     data = features(generator.normal(size=(60, 8)), generator.integers(0, 5, 60), 5)
     with write_features(tmp_path / "f.safetensors", PROVENANCE, data.classes, shard_bytes=20 * 8 * 4) as writer:
@@ -109,14 +109,14 @@ def test_features_on_disk_give_what_those_in_memory_give(tmp_path: Path) -> None
         (10, "--k 10 is larger than the 9 other images that can vote", "use --k 9 or fewer"),
     ],
 )
-def test_k_out_of_range_is_said(k: int, message: str, hint: str) -> None:
+def test_k_out_of_range_is_an_error_with_a_valid_k(k: int, message: str, hint: str) -> None:
     data = features(np.eye(10), np.arange(10) % 2, 2)
     with pytest.raises(DinoError) as error:
         knn(data, None, [k])
     assert (error.value.message, error.value.hint) == (message, hint)
 
 
-def test_more_neighbours_than_training_images_are_said() -> None:
+def test_k_above_the_number_of_training_images_is_an_error() -> None:
     train, test = features(np.eye(3), np.arange(3) % 2, 2), features(np.eye(5)[:, :3], np.arange(5) % 2, 2)
     with pytest.raises(DinoError, match="--k 500 is larger than the 3 training images") as error:
         knn(train, test, [500])
@@ -128,7 +128,7 @@ def test_more_neighbours_than_training_images_are_said() -> None:
 
 
 @pytest.mark.parametrize(("train", "test"), [(1, None), (0, None), (0, 3), (3, 0)])
-def test_no_hint_of_empty_features_is_a_k_that_cannot_be(train: int, test: int | None) -> None:
+def test_features_without_voters_or_queries_hint_to_extract_again(train: int, test: int | None) -> None:
     made = [None if n is None else features(np.eye(3)[:n], np.arange(n) % 2, 2) for n in (train, test)]
     for k in (-1, 0, 1, 20):
         with pytest.raises(DinoError, match=r"k-NN needs|holds no images") as error:
@@ -136,7 +136,7 @@ def test_no_hint_of_empty_features_is_a_k_that_cannot_be(train: int, test: int |
         assert error.value.hint.startswith("dino extract")
 
 
-def test_a_vote_is_weighed_as_in_the_original_unless_told(original, stored: tuple[Features, Features]) -> None:
+def test_the_default_temperature_is_that_of_the_original(original, stored: tuple[Features, Features]) -> None:
     from inspect import signature
 
     from dinocli.cli.knn import knn as command
@@ -145,7 +145,7 @@ def test_a_vote_is_weighed_as_in_the_original_unless_told(original, stored: tupl
     assert knn(*stored, [20]).temperature == signature(command).parameters["temperature"].default == 0.07
 
 
-LITTLE = """
+LIMITED_MEMORY = """
 import resource, sys
 from pathlib import Path
 import numpy as np
@@ -161,7 +161,7 @@ with write_features(Path(sys.argv[1]), provenance, names, dtype="float16", shard
 train = read_features(writer.place)
 test = Features(train.values[:50], train.labels[:50], [], names, {}, provenance)
 nearest._BLOCK_BYTES = 2**24
-module.knn(test, test, [1])  # what the libraries take once
+module.knn(test, test, [1])  # so that the libraries have their own memory
 status = Path("/proc/self/status").read_text().split()
 room = 1024 * int(status[status.index("VmData:") + 1]) + 100 * 2**20
 resource.setrlimit(resource.RLIMIT_DATA, (room, room))
@@ -173,17 +173,17 @@ except MemoryError:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc, and a limit that others do not keep")
+@pytest.mark.skipif(sys.platform != "linux", reason="uses /proc and a memory limit that only Linux enforces")
 def test_voters_need_not_fit_in_memory(tmp_path: Path) -> None:
-    """154 MB of float32 numbers, where the system gives no more than 100."""
-    command = [sys.executable, "-c", LITTLE, str(tmp_path / "train.safetensors")]
+    """Classify with 154 MB of float32 features under a limit of 100 MB."""
+    command = [sys.executable, "-c", LIMITED_MEMORY, str(tmp_path / "train.safetensors")]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     assert done.stdout.split("\n")[:2] == ["100.0", "all at once do not fit"], done.stderr
 
 
 @pytest.mark.parametrize("scale", [1e20, 1e-30])
-def test_the_size_of_features_changes_no_accuracy(scale: float) -> None:
+def test_the_scale_of_features_does_not_change_the_accuracy(scale: float) -> None:
     generator = np.random.default_rng(0)
     labels = np.arange(90) % 3
     values = np.eye(3)[labels].repeat(4, axis=1) + 0.8 * generator.normal(size=(90, 12))

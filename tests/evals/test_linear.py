@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def clusters(images: int, classes: int = 4, seed: int = 0) -> Features:
-    """Features a linear classifier can tell apart, but not all of them."""
+    """Return noisy class clusters, which a linear classifier separates almost completely."""
     generator = np.random.default_rng(seed)
     labels = np.arange(images) % classes
     values = np.random.default_rng(99).normal(size=(classes, 16))[labels] + generator.normal(size=(images, 16))
@@ -28,7 +28,7 @@ def clusters(images: int, classes: int = 4, seed: int = 0) -> Features:
     )
 
 
-def test_the_probe_learns_and_picks_its_rate_on_held_out_training_images() -> None:
+def test_the_probe_selects_its_learning_rate_on_held_out_training_images() -> None:
     result = linear(clusters(400), clusters(200, seed=1), epochs=20, device=CPU)
     assert result.top1 > 90
     assert result.top5 == 100
@@ -37,7 +37,7 @@ def test_the_probe_learns_and_picks_its_rate_on_held_out_training_images() -> No
     assert (result.train_images, result.held_out, result.test_images, result.split_off) == (400, 40, 200, False)
 
 
-def test_labels_without_meaning_are_not_learned() -> None:
+def test_shuffled_labels_are_not_learned() -> None:
     noise = clusters(400)
     shuffled = Features(
         noise.values, np.random.default_rng(0).permutation(noise.labels), *list(vars(noise).values())[2:]
@@ -45,7 +45,7 @@ def test_labels_without_meaning_are_not_learned() -> None:
     assert linear(shuffled, None, epochs=20, device=CPU).top1 < 50
 
 
-def test_one_split_is_divided() -> None:
+def test_a_single_split_is_divided_into_training_and_test_images() -> None:
     result = linear(clusters(200), None, epochs=5, device=CPU)
     assert result.split_off
     assert (result.train_images, result.test_images) == (160, 40)
@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_result() -> None:
     assert linear(clusters(80), None, epochs=3, device=CPU) == linear(clusters(80), None, epochs=3, device=CPU)
 
 
-def test_too_little_is_said() -> None:
+def test_too_few_images_or_classes_are_an_error() -> None:
     for data, message in (
         (clusters(5), r"needs at least 12 training images in a class; the largest"),
         (clusters(50, classes=1), "two classes"),
@@ -64,8 +64,8 @@ def test_too_little_is_said() -> None:
             linear(data, None, epochs=1, device=CPU)
 
 
-def seen(images: int, views: int) -> Features:
-    """Clusters with views, of which the centered features tell nothing."""
+def clusters_with_views(images: int, views: int) -> Features:
+    """Return clusters whose views carry all information: the centered features are zero."""
     data = clusters(images)
     noise = np.random.default_rng(1).normal(size=(images, views, 16)).astype(np.float32)
     return replace(
@@ -77,24 +77,24 @@ def seen(images: int, views: int) -> Features:
 
 
 @pytest.mark.parametrize("held", [2**32, 0], ids=["in memory", "on disk"])
-def test_views_are_learned_from_and_the_centered_images_classified(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+def test_training_uses_the_views_and_testing_the_centered_images(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
     from dinocli.evals import linear as module
 
     monkeypatch.setattr(module, "_HELD_BYTES", held)
-    data = seen(400, 3)
+    data = clusters_with_views(400, 3)
     result = linear(data, clusters(200, seed=1), epochs=20, rates=[0.1], device=CPU)
     assert (result.protocol, result.test_images) == ("stored, 3 views", 200)
-    assert result.top1 > 90, "what was learned can only come from the views"
-    assert result.sweep == {0.1: 25.0}, "the held-out images are the centered ones, which here say nothing"
+    assert result.top1 > 90, "only the views carry information"
+    assert result.sweep == {0.1: 25.0}, "held-out images are centered, and carry no information here"
     assert linear(data, clusters(200, seed=1), epochs=20, rates=[0.1], device=CPU) == result
 
 
-def test_an_epoch_takes_one_view_of_each_image() -> None:
-    from dinocli.evals.linear import _batches, _Stored
+def test_each_epoch_draws_one_view_per_image() -> None:
+    from dinocli.evals.linear import _draw_batches, _Stored
 
     images, views = 12, 5
     numbers = np.arange(images * views, dtype=np.float32).reshape(images, views, 1)
-    batches = _batches(_Stored(numbers, CPU), np.arange(images), np.arange(images), 4, seed=0, views=views)
+    batches = _draw_batches(_Stored(numbers, CPU), np.arange(images), np.arange(images), 4, seed=0, views=views)
     taken = []
     for _ in range(40):
         epoch = [next(batches) for _ in range(3)]
@@ -102,10 +102,10 @@ def test_an_epoch_takes_one_view_of_each_image() -> None:
         assert (x // views).equal(y)
         assert y.sort().values.tolist() == list(range(images))
         taken.append(x)
-    assert len(torch.cat(taken).unique()) == images * views, "each view has its turn"
+    assert len(torch.cat(taken).unique()) == images * views, "every view is drawn at some time"
 
 
-def test_blocks_of_test_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_size_of_test_images_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     from dinocli.evals import linear as module
 
     whole = linear(clusters(200), clusters(100, seed=1), epochs=3, device=CPU)
@@ -114,8 +114,8 @@ def test_blocks_of_test_images_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("scale", [2.0**66, 2.0**-100])
-def test_the_size_of_features_changes_no_accuracy(scale: float) -> None:
-    """Rates are for features near 1; others are scaled by a power of two, which changes no other bit of them."""
+def test_the_scale_of_features_does_not_change_the_accuracy(scale: float) -> None:
+    """Features are scaled to near 1 by a power of two, which changes no other bit."""
     plain = clusters(200)
     plain.values[:] /= np.sqrt(np.square(plain.values).mean())
     far = replace(plain, values=(plain.values * scale).astype(np.float32))
@@ -123,7 +123,7 @@ def test_the_size_of_features_changes_no_accuracy(scale: float) -> None:
     assert linear(far, None, epochs=5, device=CPU).top1 > 60
 
 
-def test_a_probe_that_diverges_is_no_result() -> None:
+def test_a_diverging_probe_is_an_error() -> None:
     outlier = clusters(200)
     outlier.values[::20] *= np.float32(1e30)
     with pytest.raises(DinoError, match="diverged"):

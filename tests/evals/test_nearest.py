@@ -19,7 +19,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize("rows_a_block", [1000, 7])
 @pytest.mark.parametrize("among", [None, np.array([0, 3, 4, 17, 30, 49])])
-def test_the_nearest_are_those_of_a_plain_loop(
+def test_neighbours_equal_those_of_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch, rows_a_block: int, among: np.ndarray | None
 ) -> None:
     monkeypatch.setattr(module, "_BLOCK_BYTES", rows_a_block * 6 * 4)
@@ -35,7 +35,9 @@ def test_the_nearest_are_those_of_a_plain_loop(
 
 
 @pytest.mark.parametrize("tile", [4096, 8, 7])
-def test_every_alike_pair_comes_once_and_the_best_is_right(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+def test_each_similar_pair_appears_once_and_the_best_cosines_are_correct(
+    monkeypatch: pytest.MonkeyPatch, tile: int
+) -> None:
     monkeypatch.setattr(module, "_TILE", tile)
     values = drawn(23, 3)
     best = np.empty(23, np.float32)
@@ -50,19 +52,19 @@ def test_every_alike_pair_comes_once_and_the_best_is_right(monkeypatch: pytest.M
     for a in range(23):
         assert best[a] == pytest.approx(max(cosine(values[a], values[b]) for b in range(23) if b != a), abs=1e-6)
     assert parts[-1].done == 23 * 22 // 2
-    assert not any(len(part.first) for part in alike(values, None, best)), "without a threshold there is no pair"
+    assert not any(len(part.first) for part in alike(values, None, best)), "no threshold, no pairs"
 
 
 def copied(width: int = 64) -> np.ndarray:
-    """Rows of which the second half is the first again; cosines of equal ones come out below and above 1."""
+    """Return features whose second half repeats the first; rounding puts cosines of equal rows below and above 1."""
     values = np.concatenate([drawn(300, width), drawn(300, width)])
     products = np.einsum("sd,sd->s", unit(values), unit(values))
-    assert (products < 1).any() and (products > 1).any(), "else this tests nothing"
+    assert (products < 1).any() and (products > 1).any(), "else the test proves nothing"
     return values
 
 
 @pytest.mark.parametrize("tile", [4096, 70])
-def test_the_cosine_of_equal_rows_is_one_and_none_is_larger(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+def test_equal_rows_have_a_cosine_of_exactly_1_and_none_is_larger(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     monkeypatch.setattr(module, "_TILE", tile)
     values, best = copied(), np.empty(600, np.float32)
     tiles = list(alike(values, 1.0, best))
@@ -79,7 +81,7 @@ def test_the_cosine_of_equal_rows_is_one_and_none_is_larger(monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("scale", [1e20, 1e-20])
-def test_neighbours_do_not_depend_on_the_size_of_features(scale: float) -> None:
+def test_neighbours_do_not_depend_on_the_scale_of_features(scale: float) -> None:
     values = drawn(50, 16)
     cosines, found = nearest(values, values[:9], 5)
     far, same = nearest((values * scale).astype(np.float32), (values[:9] * scale).astype(np.float32), 5)
@@ -87,7 +89,7 @@ def test_neighbours_do_not_depend_on_the_size_of_features(scale: float) -> None:
     np.testing.assert_allclose(far, cosines, atol=1e-6)
 
 
-def test_rows_that_were_not_found_stay_so() -> None:
+def test_missing_neighbours_stay_missing() -> None:
     cosines, rows = np.array([[1.0000001, -np.inf]], np.float32), np.array([[2, -1]])
     found = bounded(drawn(3), drawn(1), cosines, rows)
     assert found[0].tolist() == [[1.0, -np.inf]] and found[1].tolist() == [[2, -1]]

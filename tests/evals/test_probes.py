@@ -8,7 +8,7 @@ from dinocli.engine.schedules import Clock, Cosine
 from dinocli.evals.probes import Probes, trainer
 
 
-def test_a_sweep_trains_each_rate_as_if_it_were_alone() -> None:
+def test_a_sweep_trains_each_rate_as_a_single_run_does() -> None:
     generator = np.random.default_rng(0)
     x, y = (
         torch.from_numpy(generator.normal(size=(8, 16, 16))).float(),
@@ -25,7 +25,7 @@ def test_a_sweep_trains_each_rate_as_if_it_were_alone() -> None:
     torch.testing.assert_close(*weights)
 
 
-def test_products_of_few_classifiers_are_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_group_size_of_classifiers_does_not_change_scores_and_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     probes = Probes(16, 4, [0.1, 0.2, 0.3], seed=0)
     for i, weights in enumerate(probes.weights):
         weights.data *= 1 + i
@@ -38,12 +38,12 @@ def test_products_of_few_classifiers_are_that_of_all(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(whole[:, i], x @ weights.T)
         torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x @ weights.T, y))
     for least in (1, 2 * 16 * 4):
-        monkeypatch.setattr("dinocli.evals.probes._AT_ONCE", least)
+        monkeypatch.setattr("dinocli.evals.probes._MAX_WEIGHTS", least)
         torch.testing.assert_close(probes.scores(x), whole)
         torch.testing.assert_close(probes((x, y)), losses)
 
 
-def test_a_probe_starts_as_the_originals() -> None:
+def test_initial_weights_are_distributed_as_in_the_original() -> None:
     probes = Probes(384, 100, [0.1, 1.0], seed=0)
     for weights, biases in zip(probes.weights, probes.biases, strict=True):
         assert weights.std().item() == pytest.approx(0.01, rel=0.02)

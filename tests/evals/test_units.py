@@ -14,8 +14,8 @@ def drawn(count: int, width: int = 6) -> np.ndarray:
 
 
 @pytest.mark.parametrize("scale", [1, 1e15, 1e20, 3e37, 1e-11, 1e-20, 1e-30, 1e-37])
-def test_any_finite_size_gives_length_one_and_no_warning(scale: float) -> None:
-    """Squares of float32 are infinite from 1e19 on and zero below 1e-23."""
+def test_features_of_any_finite_scale_get_length_1_without_warnings(scale: float) -> None:
+    """Squares of float32 are infinite above 1e19 and zero below 1e-23."""
     values = (drawn(7, 64) * scale).astype(np.float32)
     wide = values.astype(np.float64)
     expected = wide / np.linalg.norm(wide, axis=1, keepdims=True)
@@ -27,13 +27,13 @@ def test_any_finite_size_gives_length_one_and_no_warning(scale: float) -> None:
     np.testing.assert_allclose(normalized(torch.from_numpy(wide)).numpy(), expected, atol=1e-12)
 
 
-def test_rows_of_any_sizes_stand_beside_each_other() -> None:
+def test_rows_of_different_scales_are_scaled_independently() -> None:
     values = (drawn(5) * np.array([[1], [1e30], [1e-30], [0], [1e10]])).astype(np.float32)
     for lengths in (np.linalg.norm(unit(values), axis=1), normalized(torch.from_numpy(values)).norm(dim=1).numpy()):
         np.testing.assert_allclose(lengths, [1, 1, 1, 0, 1], rtol=1e-6)
 
 
-def test_half_numbers_and_the_ends_of_float32() -> None:
+def test_float16_and_the_limits_of_float32_are_scaled() -> None:
     for value in (np.float16(65504), np.float16(6e-8), np.float32(3.4e38), np.float32(1e-45)):
         row = np.full((1, 4), value)
         np.testing.assert_allclose(unit(row), 0.5, rtol=1e-6)

@@ -46,13 +46,13 @@ def drawn(values: dict[str, Curve]) -> Texts:
     return parser
 
 
-def test_a_drawing_is_text_and_lines_in_the_pages_colors() -> None:
+def test_a_chart_is_reproducible_svg_in_the_pages_colors() -> None:
     svg = chart_svg(charts(history("loss"), DINO)[0], "in words")
     found = drawn(history("loss"))
     assert found.tags[0][0] == "svg" and found.tags[0][1]["aria-label"] == "in words"
     assert {"loss, nats", "step", "ln K = 5.55"} <= set(found.words)
     assert "var(--curve-0)" in svg and "var(--ink)" in svg and "#1f6fb4" not in svg
-    assert svg == chart_svg(charts(history("loss"), DINO)[0], "in words"), "the same each time"
+    assert svg == chart_svg(charts(history("loss"), DINO)[0], "in words"), "reproducible"
 
 
 @pytest.mark.parametrize(
@@ -64,13 +64,13 @@ def test_any_values_can_be_drawn(key: str, values: tuple[float, ...], recwarn: p
     assert not [str(w.message) for w in recwarn]
 
 
-def test_many_lines_make_no_large_drawing() -> None:
+def test_a_curve_of_many_steps_gives_a_small_svg() -> None:
     count = 100_000
     noisy = Curve(np.arange(count, dtype=float), np.random.default_rng(0).random(count))
     assert len(chart_svg(charts({"loss": noisy}, DINO)[0], "")) < 100_000
 
 
-def test_the_sheet_shows_all_panels(tmp_path: Path) -> None:
+def test_the_sheet_grows_with_the_number_of_charts(tmp_path: Path) -> None:
     sizes = []
     for keys in ((), ("loss",), ("loss", "lr", "knn", "grad_norm")):
         write_sheet(charts(history(*keys), DINO), tmp_path / "curves.png")
@@ -80,7 +80,7 @@ def test_the_sheet_shows_all_panels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mark", [None, 0.5, 2.0])
-def test_a_histogram_is_drawn_of_whatever_values_come(tmp_path: Path, mark: float | None) -> None:
+def test_a_histogram_is_drawn_for_any_values(tmp_path: Path, mark: float | None) -> None:
     generator = np.random.default_rng(0)
     for name, values in (("many", generator.random(999)), ("one", np.array([0.3])), ("odd", np.array([np.nan, 1.0]))):
         write_histogram(values.astype(np.float32), "cosine", mark, tmp_path / f"{name}.png")
@@ -95,8 +95,8 @@ def test_no_label_is_cut_or_drawn_twice(steps: list[int]) -> None:
     values = {"lr": 1.7e-4 * rising + 1e-9, "weight_decay": 0.04 + 7e-4 * rising, "momentum": 1 - 1e-5 * rising,
               "uniformity": -1.56 - 0.04 * rising, "rank": 1 + 90_000 * rising, "loss": 11 - rising, "ibot": 3 - rising,
               "koleo": -rising, "dino": 5 + rising, "peak_memory": 2e15 * (1 + rising)}  # fmt: skip
-    made = {key: Curve(np.array(steps, float), value) for key, value in values.items()}
-    for chart in charts(made, DINO):
+    curves_by_key = {key: Curve(np.array(steps, float), value) for key, value in values.items()}
+    for chart in charts(curves_by_key, DINO):
         height = curves._height(chart)
         figure = Figure(figsize=(curves._WIDTH, height), dpi=100)
         with matplotlib.rc_context(curves._STYLE):
@@ -119,7 +119,7 @@ def test_no_label_is_cut_or_drawn_twice(steps: list[int]) -> None:
                 for text in texts:
                     box = text.get_window_extent()
                     assert inside.xmin <= box.x0 and box.x1 <= inside.xmax, (chart.title, text.get_text())
-                said = [label.get_text() for label in shown]
-                assert len(set(said)) == len(said), (chart.title, said)
-            steps_said = [label.get_text() for label in figure.axes[-1].get_xticklabels()]
-            assert not any("m" in word for word in steps_said), "no thousandths of a step"
+                labels = [label.get_text() for label in shown]
+                assert len(set(labels)) == len(labels), (chart.title, labels)
+            step_labels = [label.get_text() for label in figure.axes[-1].get_xticklabels()]
+            assert not any("m" in word for word in step_labels), "steps are integers"

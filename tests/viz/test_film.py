@@ -18,10 +18,10 @@ def flat(red: int, height: int = 20, width: int = 30) -> np.ndarray:
     return picture
 
 
-def test_a_gif_gives_back_every_frame_with_its_time(tmp_path: Path) -> None:
+def test_a_gif_holds_every_frame_with_its_duration(tmp_path: Path) -> None:
     assert write_gif((flat(red) for red in (10, 10, 200)), tmp_path / "a.gif", 10) == 3
     with Image.open(tmp_path / "a.gif") as film:
-        assert film.n_frames == 3, "a frame that is the same as the one before stays one"
+        assert film.n_frames == 3, "equal frames are not merged"
         assert film.info["loop"] == 0
         for i, red in enumerate((10, 10, 200)):
             film.seek(i)
@@ -29,7 +29,7 @@ def test_a_gif_gives_back_every_frame_with_its_time(tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.asarray(film.convert("RGB")), flat(red))
 
 
-def test_frames_are_not_collected(tmp_path: Path) -> None:
+def test_frames_are_written_without_collecting_them(tmp_path: Path) -> None:
     alive: list[int] = []
 
     class Counted(np.ndarray):
@@ -45,7 +45,7 @@ def test_frames_are_not_collected(tmp_path: Path) -> None:
     assert write_gif(coming(), tmp_path / "a.gif", 25) == 20
 
 
-def test_of_no_frames_no_film_and_of_a_broken_one_none(tmp_path: Path) -> None:
+def test_no_frames_or_a_failure_leave_no_file(tmp_path: Path) -> None:
     assert write_gif([], tmp_path / "a.gif", 10) == 0
 
     def broken() -> Iterator[np.ndarray]:
@@ -65,6 +65,6 @@ def test_a_strip_shows_first_and_last_and_no_frame_twice(tmp_path: Path) -> None
         assert 4 * 80 < strip.width < 5 * 80 and 2 * 60 < strip.height < 3 * 60
 
 
-def test_small_keeps_the_shape_and_enlarges_nothing() -> None:
+def test_small_keeps_the_aspect_ratio_and_never_enlarges() -> None:
     assert small(flat(1, 200, 400), 100).shape == (50, 100, 3)
     assert small(flat(1), 100).shape == (20, 30, 3)

@@ -20,7 +20,7 @@ def pairs(curve: Curve) -> list[tuple[float, float]]:
     return list(zip(curve.steps.tolist(), curve.values.tolist(), strict=True))
 
 
-def test_what_metrics_writes_is_read_back(tmp_path: Path) -> None:
+def test_logged_metrics_are_read_back(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl")
     metrics.write({"step": 1, "loss": 5.5})
     metrics.write({"step": 2, "loss": math.nan, "dino/kl": math.inf})
@@ -33,12 +33,12 @@ def test_what_metrics_writes_is_read_back(tmp_path: Path) -> None:
     assert pairs(history["knn"]) == [(3, 30)]
 
 
-def test_no_file_and_an_empty_one_hold_nothing(tmp_path: Path) -> None:
+def test_a_missing_or_empty_file_gives_no_curves(tmp_path: Path) -> None:
     assert read_history(tmp_path / "metrics.jsonl") == {}
     assert read_history(written(tmp_path / "metrics.jsonl", "")) == {}
 
 
-def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
+def test_truncated_and_invalid_lines_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(
         b'{"step": 1, "loss": 5}\n{"step": 2, "lo{"step": 3, "loss": 3}\n\0\0\0{"step": 4, "loss": 2}\n'
@@ -47,7 +47,7 @@ def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
     assert pairs(read_history(path)["loss"]) == [(1, 5), (3, 3), (4, 2)]
 
 
-def test_what_is_no_number_does_not_take_the_others_with_it(tmp_path: Path) -> None:
+def test_values_that_are_not_numbers_do_not_affect_others(tmp_path: Path) -> None:
     path = written(
         tmp_path / "m", '{"step": 1, "loss": 5, "note": "x"}', '{"step": 2, "loss": [1], "note": {"a": 1}, "lr": 0.5}'
     )
@@ -56,7 +56,7 @@ def test_what_is_no_number_does_not_take_the_others_with_it(tmp_path: Path) -> N
     assert not len(history["note"].finite)
 
 
-def test_a_run_that_went_on_from_an_earlier_step_replaces_what_lay_beyond(tmp_path: Path) -> None:
+def test_a_run_resumed_from_an_earlier_step_replaces_later_values(tmp_path: Path) -> None:
     lines = [(10, 5), (20, 4), (30, 3), (20, 4.5), (25, 4.2)]
     path = written(tmp_path / "m", *(json.dumps({"step": s, "loss": v}) for s, v in lines), '{"step": 25, "knn": 40}')
     history = read_history(path)
@@ -86,7 +86,7 @@ def test_a_point_without_a_finite_value_is_a_gap() -> None:
     assert few.mean[[0, 3]].tolist() == [1, 3] and np.isnan(few.high[1:3]).all()
 
 
-def test_a_nested_line_is_passed_over(tmp_path: Path) -> None:
+def test_a_deeply_nested_line_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1, "loss": 2}\n{"step": ' + "[" * 100_000 + '\n{"step": 3, "loss": 4}\n'
     )

@@ -9,13 +9,13 @@ from dinocli.viz.page import page_of, text_of
 
 
 @pytest.mark.parametrize("name", ["plain.jpg", "<b>&amp;", "\"'", "日本語.jpg", "é ñ", "a\xa0b"])
-def test_text_is_shown_as_it_is(name: str) -> None:
+def test_text_is_displayed_unchanged(name: str) -> None:
     assert html.unescape(text_of(name)) == name
     assert not set("<>\"'") & set(text_of(name))
 
 
 @pytest.mark.parametrize("bad", ["\0", "\n", "\x1b", "\u202e", "\u2066", "\udce9", "\ufeff"], ids=ascii)
-def test_what_would_break_a_page_or_turn_its_words_around_is_escaped(bad: str) -> None:
+def test_control_and_direction_characters_are_escaped(bad: str) -> None:
     assert re.fullmatch(r"a\\[xun][0-9a-f]*b", text_of(f"a{bad}b"))
     text_of(f"a{bad}b").encode()
 

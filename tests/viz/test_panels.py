@@ -42,26 +42,26 @@ def history(*keys: str) -> dict[str, Curve]:
         ("peak_memory", "Memory"),
     ],
 )
-def test_a_panel_is_there_where_its_value_is(key: str, title: str) -> None:
+def test_each_value_has_its_chart(key: str, title: str) -> None:
     (chart,) = charts(history(key), DINO)
     assert chart.title == title and len(chart.axes) == 1 and chart.healthy.endswith(".")
 
 
-def test_without_values_there_is_no_panel() -> None:
+def test_charts_without_values_are_omitted() -> None:
     assert charts({}, DINO) == []
     assert charts(history("unheard_of"), DINO) == []
-    assert charts({"skipped": curve(0, 0)}, DINO) == [], "that nothing went wrong needs no picture"
+    assert charts({"skipped": curve(0, 0)}, DINO) == [], "no chart if no step was skipped"
 
 
-def test_parts_of_a_loss_are_drawn_where_there_are_several() -> None:
+def test_parts_of_a_loss_are_drawn_if_there_are_several() -> None:
     assert list(charts(history("loss", "dino"), DINO)[0].axes[0].curves) == ["loss"]
     both = DINO | {"ibot": LossFacts(0.5, 16)}
-    lane = charts(history("loss", "dino", "ibot"), both)[0].axes[0]
-    assert set(lane.curves) == {"loss", "dino", "ibot"}
-    assert list(lane.marks.values()) == pytest.approx([math.log(256), 0.5 * math.log(16)])
+    axis = charts(history("loss", "dino", "ibot"), both)[0].axes[0]
+    assert set(axis.curves) == {"loss", "dino", "ibot"}
+    assert list(axis.marks.values()) == pytest.approx([math.log(256), 0.5 * math.log(16)])
 
 
-def test_the_line_of_collapse_stands_at_ln_k() -> None:
-    lane = charts(history("dino/teacher_entropy"), {"dino": LossFacts(2.0, 1024)})[0].axes[0]
-    assert lane.marks == {"ln K = 6.93": math.log(1024)}
-    assert charts(history("loss"), {})[0].axes[0].marks == {}, "of a preset that nobody knows"
+def test_the_collapse_line_is_at_ln_k() -> None:
+    axis = charts(history("dino/teacher_entropy"), {"dino": LossFacts(2.0, 1024)})[0].axes[0]
+    assert axis.marks == {"ln K = 6.93": math.log(1024)}
+    assert charts(history("loss"), {})[0].axes[0].marks == {}, "no line for an unknown preset"

@@ -23,14 +23,14 @@ def test_heat_runs_from_black_to_yellow_at_the_photos_size() -> None:
     assert picture[0, 0].sum() < 60
     assert picture[0, -1, 0] > 240
     assert picture[0, -1, 1] > 240
-    assert heat(np.ones((2, 2)), 4, 4).sum() == heat(np.zeros((2, 2)), 4, 4).sum(), "a flat map is dark, and no error"
+    assert heat(np.ones((2, 2)), 4, 4).sum() == heat(np.zeros((2, 2)), 4, 4).sum(), "a constant map is dark"
 
 
-def test_heat_on_a_scale_of_many_maps_is_cut_at_its_ends() -> None:
+def test_heat_clips_values_beyond_the_given_scale() -> None:
     values = np.array([[0.0, 1.0], [2.0, 9.0]], dtype=np.float32)
     large = heat(values, 2, 2, (0.0, 2.0))
-    assert np.array_equal(large[1, 0], large[1, 1]), "what is above is yellow too"
-    assert np.array_equal(heat(values[:1], 1, 2, (0.0, 2.0))[0], large[0]), "whatever else a map holds"
+    assert np.array_equal(large[1, 0], large[1, 1]), "values above the scale are yellow"
+    assert np.array_equal(heat(values[:1], 1, 2, (0.0, 2.0))[0], large[0]), "independent of other values"
 
 
 def test_a_spotlight_keeps_the_inside_and_pales_the_outside() -> None:
@@ -42,14 +42,14 @@ def test_a_spotlight_keeps_the_inside_and_pales_the_outside() -> None:
     assert np.ptp(lit[2:].astype(int), axis=-1).max() == 0
 
 
-def test_a_sheet_holds_its_panels_whole() -> None:
+def test_a_sheet_shows_its_tiles_completely() -> None:
     red, blue = (Tile(np.full((30, 50, 3), color, dtype=np.uint8), "name") for color in ((255, 0, 0), (0, 0, 255)))
     page = np.asarray(sheet([[red, blue], [None, red]]))
     assert (page == (255, 0, 0)).all(-1).sum() == 2 * 30 * 50
     assert (page == (0, 0, 255)).all(-1).sum() == 30 * 50
 
 
-def test_of_any_channels_the_first_are_seen() -> None:
+def test_visible_takes_the_first_channels() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 13), dtype=np.uint8)
     for channels in (3, 4, 13):
         np.testing.assert_array_equal(visible(pixels[..., :channels]), pixels[..., :3])
@@ -69,7 +69,7 @@ def test_a_contact_sheet_fits_photos_of_any_shape_into_its_squares() -> None:
     assert page.shape[1] > 3 * 80
 
 
-def test_small_photos_are_enlarged_as_squares_and_none_is_lost() -> None:
+def test_small_photos_are_enlarged_by_repetition_and_thin_ones_keep_a_pixel() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (8, 4, 1), dtype=np.uint8)
     large = fitted(pixels, 64)
     assert large.shape == (64, 32, 3)
@@ -84,13 +84,13 @@ def test_an_outline_follows_the_inner_edge_of_a_mask() -> None:
     drawn = outline(photo, mask)
     changed = (drawn != photo).any(-1)
     inner = np.zeros_like(mask)
-    inner[12:28, 22:60] = True  # the photo's own edge is none of the mask's
+    inner[12:28, 22:60] = True  # the photo's border is not an edge of the mask
     np.testing.assert_array_equal(changed, mask & ~inner)
     assert (drawn[10, 20:] == 255).all()
     np.testing.assert_array_equal(outline(photo, np.ones_like(mask)), photo)
 
 
-def test_classes_have_colors_of_their_own_and_names_beside_them() -> None:
+def test_classes_have_distinct_colors_and_a_legend() -> None:
     colors = palette(20)
     assert len(np.unique(colors, axis=0)) == 20
     photo = np.zeros((100, 100, 3), dtype=np.uint8)

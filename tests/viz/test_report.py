@@ -13,19 +13,19 @@ import pytest
 from PIL import Image
 
 from dinocli.method.preset import load_preset
-from dinocli.viz.report import _spread, write_report
+from dinocli.viz.report import _space_evenly, write_report
 
 KEYS = (
     "loss dino dino/teacher_entropy dino/kl dino/information dino/prototypes dino/temperature feature_std grad_norm lr weight_decay "
     "momentum images_per_second data_wait peak_memory knn rank uniformity"
 ).split()
 VOID = {"meta", "img", "br", "link", "input"}
-# What of an attribute could make a browser fetch something.
+# Attributes that can make a browser fetch something.
 FETCHING = {"src", "href", "srcset", "data", "action", "poster", "background", "xlink:href"}
 
 
 class Page(HTMLParser):
-    """A page's tags in their tree; a tag that is not closed, or closed twice, is an error."""
+    """Parser of a page that fails on tags that are not closed, or closed twice."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -87,11 +87,11 @@ def strip(columns: int, rows: int = 1, side: int = 24) -> Image.Image:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with everything in it."""
+    """Write a run folder with metrics, preset and pictures."""
     folder = tmp_path / "tiny-1"
     pictures = folder / "pictures"
     pictures.mkdir(parents=True)
-    lines(folder, 41, [])  # no curves: to draw them takes the most time, and has its own tests
+    lines(folder, 41, [])  # no curves: drawing them is slow and has its own tests
     preset = load_preset("tiny", ["views.local.scale=[0.1, 0.5]", "optimizer.clip=none"])
     (folder / "preset.json").write_text(preset.model_dump_json(indent=2))
     strip(6).save(pictures / "photos.jpg")
@@ -102,7 +102,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_whole_run_is_a_whole_page(run: Path) -> None:
+def test_a_complete_run_gives_a_complete_page(run: Path) -> None:
     lines(run, 41)
     page = report(run)
     assert page.text["h1"] == ["tiny-1"]
@@ -116,7 +116,7 @@ def test_a_whole_run_is_a_whole_page(run: Path) -> None:
     assert all(th.get("scope") for th in page.all("th"))
 
 
-def test_the_same_photos_are_shown_at_a_few_steps_first_and_last_among_them(run: Path) -> None:
+def test_attention_is_shown_at_a_few_steps_including_first_and_last(run: Path) -> None:
     page = report(run)
     alts = [image["alt"] for image in page.all("img")]
     of_first = [alt for alt in alts if alt.startswith("Photo 1, attention")]
@@ -129,9 +129,9 @@ def test_the_same_photos_are_shown_at_a_few_steps_first_and_last_among_them(run:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 8, 9, 1000])
-def test_steps_are_spread(count: int) -> None:
+def test_steps_are_spaced_evenly(count: int) -> None:
     steps = [10 * i for i in range(count)]
-    found = _spread(steps)
+    found = _space_evenly(steps)
     assert found == sorted(set(found)) and set(found) <= set(steps) and len(found) == min(8, count)
     assert found[:1] == steps[:1] and found[-1:] == steps[-1:]
 
@@ -145,7 +145,7 @@ def test_changed_settings_are_marked(run: Path) -> None:
     assert cells["name"] == "vit_tiny_patch16_224"
 
 
-def test_a_preset_of_ones_own_is_shown_without_marks(run: Path) -> None:
+def test_a_users_own_preset_is_shown_without_marks(run: Path) -> None:
     preset = json.loads((run / "preset.json").read_text())
     preset["about"]["source"] = "mine"
     (run / "preset.json").write_text(json.dumps(preset))
@@ -154,12 +154,12 @@ def test_a_preset_of_ones_own_is_shown_without_marks(run: Path) -> None:
 
 
 @pytest.mark.parametrize("keys", [["loss"], ["knn", "lr"], ["grad_norm", "peak_memory", "dino/kl"]], ids=str)
-def test_only_what_was_logged_is_drawn(keys: list[str], run: Path) -> None:
+def test_only_logged_values_are_drawn(keys: list[str], run: Path) -> None:
     lines(run, 5, keys)
     assert len(report(run).all("svg")) == len(keys)
 
 
-def test_an_empty_folder_is_an_empty_page(tmp_path: Path) -> None:
+def test_an_empty_folder_gives_an_empty_page(tmp_path: Path) -> None:
     page = report(tmp_path)
     assert page.text["h2"] == ["Curves"] and page.text["p"] == ["No values logged yet."]
 
@@ -169,13 +169,13 @@ def test_an_empty_folder_is_an_empty_page(tmp_path: Path) -> None:
     [b"", b'{"step": 1, "loss": 5}\n', b'{"step": 1, "loss": 5}\n{"step": 2, "lo', b'{"step": 1, "loss": "nan"}\n'],
     ids=["empty", "one line", "half a line", "not finite"],
 )
-def test_any_metrics_file_makes_a_page(metrics: bytes, run: Path) -> None:
+def test_any_metrics_file_gives_a_page(metrics: bytes, run: Path) -> None:
     (run / "metrics.jsonl").write_bytes(metrics)
     page = report(run)
     assert len(page.all("svg")) == bool(metrics)
 
 
-def test_many_lines_make_a_small_page(run: Path) -> None:
+def test_many_logged_lines_give_a_small_page(run: Path) -> None:
     lines(run, 20_000, ["loss", "knn"])
     assert len(report(run).all("svg")) == 2
     assert (run / "report.html").stat().st_size < 500_000
@@ -191,7 +191,7 @@ HOSTILE = [
 ]
 
 
-def test_hostile_names_are_text(run: Path) -> None:
+def test_hostile_names_are_shown_as_text(run: Path) -> None:
     folder = run.rename(run.with_name("<b>&\"'\udce9"))
     (folder / "pictures" / "photos.json").write_text(json.dumps({"names": HOSTILE}))
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1, "<img src=x>": 2, "<i>/kl": 3}\n')
@@ -210,12 +210,12 @@ def test_names_may_be_missing(names: Any, run: Path) -> None:
     assert len(report(run).all("img")) == 126
 
 
-def test_broken_pictures_are_passed_over(run: Path) -> None:
+def test_corrupt_pictures_are_skipped(run: Path) -> None:
     pictures = run / "pictures"
-    whole = (pictures / "attention-0.jpg").read_bytes()
-    for name, data in {"attention-0": whole[:100], "attention-380": b"", "neighbours-0": b"<svg/>"}.items():
+    valid = (pictures / "attention-0.jpg").read_bytes()
+    for name, data in {"attention-0": valid[:100], "attention-380": b"", "neighbours-0": b"<svg/>"}.items():
         (pictures / f"{name}.jpg").write_bytes(data)
-    (pictures / "attention-x.jpg").write_bytes(whole)
+    (pictures / "attention-x.jpg").write_bytes(valid)
     strip(3).save(pictures / "attention-400.jpg")
     alts = [image["alt"] for image in report(run).all("img")]
     assert sum(alt.startswith("Photo 1, attention") for alt in alts) == 6
@@ -225,7 +225,7 @@ def test_broken_pictures_are_passed_over(run: Path) -> None:
     assert page.text["h2"] == ["Curves", "Settings", "Values"]
 
 
-def test_large_pictures_make_no_large_page(run: Path) -> None:
+def test_large_pictures_are_reduced_in_the_page(run: Path) -> None:
     for path in (run / "pictures").glob("attention-*.jpg"):
         strip(6, side=600).save(path)
     strip(6, side=600).save(run / "pictures" / "photos.jpg")
@@ -235,22 +235,22 @@ def test_large_pictures_make_no_large_page(run: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"losses": {"dino": 7}, "heads": [], "training": null}', '{"a": {"b": 1}}']
 )
-def test_a_preset_of_another_version_is_shown_as_far_as_it_goes(text: str, run: Path) -> None:
+def test_a_preset_of_another_version_is_shown_as_far_as_possible(text: str, run: Path) -> None:
     (run / "preset.json").write_text(text)
     page = report(run)
     assert "Curves" in page.text["h2"] and "mark" not in page.text
     assert dict(zip(page.text["dt"], page.text["dd"], strict=True))["steps"] == "400"
 
 
-def test_a_full_disk_leaves_the_page_that_was_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_the_previous_page(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report(run)
     before = (run / "report.html").read_bytes()
 
-    def torn(self: Path, text: str, **options: object) -> None:
+    def write_part(self: Path, text: str, **options: object) -> None:
         self.write_bytes(text[:10].encode())
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", torn)
+    monkeypatch.setattr(Path, "write_text", write_part)
     with pytest.raises(OSError, match="No space left"):
         write_report(run)
     assert (run / "report.html").read_bytes() == before

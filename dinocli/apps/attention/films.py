@@ -27,8 +27,9 @@ from dinocli.viz.picture import Tile, heat, sheet, visible
 Form = Literal["strip", "gif", "mp4"]
 ENDINGS: dict[Form, str] = {"strip": ".png", "gif": ".gif", "mp4": ".mp4"}
 RATE = Fraction(24)  # default frames per second
-_WIDTHS: dict[Form, int] = {"strip": 240, "gif": 320, "mp4": 960}  # pixels at most, for the photo and its map each
-_OF_THE_MAP = 96  # palette entries for the map, of a GIF's 256
+# Largest width in pixels of the photo, and of its map.
+_WIDTHS: dict[Form, int] = {"strip": 240, "gif": 320, "mp4": 960}
+_MAP_COLORS = 96  # palette entries reserved for the map, of 256 in a GIF
 Map = NDArray[np.float32]
 
 
@@ -39,7 +40,7 @@ class Filmed:
     Attributes:
         path: Path of the film.
         frames: Number of frames in the film.
-        skipped: Name and reason of each frame that cannot be read, or differs in size from the first.
+        skipped: Name and reason of each frame that cannot be read, or whose size differs from the first.
     """
 
     path: Path
@@ -60,9 +61,9 @@ def film(
 ) -> Filmed:
     """Write a film of frames next to the class token's attention in each.
 
-    The whole film uses one head, or the mean of all, and one color scale, so that nothing flickers. The scale goes from
-    the lowest value to the median of the frames' highest. All maps are therefore computed first and stored in a
-    temporary file; frames are drawn in a second pass.
+    The film uses one head, or the mean of all, and one color scale, so that colors do not flicker. The scale spans the
+    lowest value of all frames to the median of their highest values. Therefore, a first pass stores all maps in a
+    temporary file, and a second pass draws the frames.
 
     Args:
         encoder: Encoder with a vision transformer.
@@ -82,15 +83,15 @@ def film(
     if form == "mp4":
         pyav()
     with tempfile.TemporaryFile() as store:
-        seen = _look(encoder, frames, store, form, head=head, size=size, report=report)
+        layout = _compute_maps(encoder, frames, store, form, head=head, size=size, report=report)
         store.seek(0)
-        drawn = _draw_frames(encoder, frames, store, seen, _WIDTHS[form])
+        drawn = _draw_frames(encoder, frames, store, layout, _WIDTHS[form])
         _WRITERS[form](drawn, path, rate or frames.rate or RATE)
-    return Filmed(path, len(seen.kept), seen.skipped)
+    return Filmed(path, len(layout.kept), layout.skipped)
 
 
-class _Seen(NamedTuple):
-    """Frames, size and value range of a film before drawing."""
+class _Layout(NamedTuple):
+    """Frames, size and value range of a film, known before drawing."""
 
     kept: list[int]
     skipped: dict[str, str]
@@ -108,7 +109,7 @@ class _Drawn(NamedTuple):
     map: Pixels
 
 
-def _look(
+def _compute_maps(
     encoder: Encoder,
     frames: Frames,
     store: IO[bytes],
@@ -117,12 +118,12 @@ def _look(
     head: int | None,
     size: int | None,
     report: Callable[[int], None],
-) -> _Seen:
+) -> _Layout:
     """Compute the map of each frame once, and save it to the store."""
-    wanted = set(shown(frames.count)) if form == "strip" else range(sys.maxsize)  # a header may understate a video
+    numbers = set(shown(frames.count)) if form == "strip" else range(sys.maxsize)  # a header may understate a video
     shape, kept, skipped = (0, 0), list[int](), dict[str, str]()
     lows, highs = list[float](), list[float]()
-    for number, name, data in frames.read(wanted, encoder.images):
+    for number, name, data in frames.read(numbers, encoder.images):
         report(number + 1)
         pixels = data if isinstance(data, BadImage) else decode(data, encoder.images)
         if isinstance(pixels, BadImage):
@@ -136,8 +137,8 @@ def _look(
             continue
         try:
             values = _select_head(attention_maps(encoder, pixels, size or default_size(encoder)).heads, head)
-        except NotFinite as lost:
-            skipped[name] = lost.reason
+        except NotFinite as error:
+            skipped[name] = error.reason
             continue
         np.save(store, values)
         kept.append(number)
@@ -146,7 +147,7 @@ def _look(
     if not kept:
         first = next(iter(skipped.items()), ("", "it has no frames"))
         raise DinoError(f"none of the frames of {frames.where} can be read; {first[0]}: {first[1]}", "check that file")
-    return _Seen(kept, skipped, *shape, min(lows), float(np.median(highs)))
+    return _Layout(kept, skipped, *shape, min(lows), float(np.median(highs)))
 
 
 def _select_head(heads: Map, head: int | None) -> Map:
@@ -159,11 +160,13 @@ def _select_head(heads: Map, head: int | None) -> Map:
     return heads[head - 1]
 
 
-def _draw_frames(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen, most: int) -> Iterator[_Drawn]:
+def _draw_frames(
+    encoder: Encoder, frames: Frames, store: IO[bytes], layout: _Layout, max_width: int
+) -> Iterator[_Drawn]:
     """Read the frames again, and yield each with its map on the film's color scale."""
-    width = min(most, seen.width) // 2 * 2  # video sides must be even
-    height = max(2, round(seen.height * width / seen.width / 2) * 2)
-    for _, name, data in frames.read(set(seen.kept), encoder.images):
+    width = min(max_width, layout.width) // 2 * 2  # video sides must be even
+    height = max(2, round(layout.height * width / layout.width / 2) * 2)
+    for _, name, data in frames.read(set(layout.kept), encoder.images):
         pixels = data if isinstance(data, BadImage) else decode(data, encoder.images)
         if isinstance(pixels, BadImage):
             raise DinoError(
@@ -171,7 +174,7 @@ def _draw_frames(encoder: Encoder, frames: Frames, store: IO[bytes], seen: _Seen
                 "run the command again",
             )
         photo = Image.fromarray(visible(pixels)).resize((width, height), Image.Resampling.LANCZOS)
-        yield _Drawn(name, np.asarray(photo), heat(np.load(store), height, width, (seen.low, seen.high)))
+        yield _Drawn(name, np.asarray(photo), heat(np.load(store), height, width, (layout.low, layout.high)))
 
 
 def _write_strip(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
@@ -182,22 +185,22 @@ def _write_strip(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
 
 
 def _write_gif(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
-    write_gif(_side_by_side(drawn), path, rate, _with_palette)
+    write_gif(_join_sides(drawn), path, rate, _reduce_colors)
 
 
 def _write_mp4(drawn: Iterator[_Drawn], path: Path, rate: Fraction) -> None:
-    write_mp4(_side_by_side(drawn), path, rate)
+    write_mp4(_join_sides(drawn), path, rate)
 
 
-def _side_by_side(drawn: Iterator[_Drawn]) -> Iterator[Pixels]:
+def _join_sides(drawn: Iterator[_Drawn]) -> Iterator[Pixels]:
     return (np.concatenate([frame.photo, frame.map], axis=1) for frame in drawn)
 
 
-def _with_palette(frame: Pixels) -> Image.Image:
+def _reduce_colors(frame: Pixels) -> Image.Image:
     """Reduce a frame and its map to 256 colors; the map's colors are the same in all frames of a film."""
-    levels = heat(np.linspace(0, 1, _OF_THE_MAP, dtype=np.float32)[None], 1, _OF_THE_MAP)[0]
+    levels = heat(np.linspace(0, 1, _MAP_COLORS, dtype=np.float32)[None], 1, _MAP_COLORS)[0]
     photo = Image.fromarray(frame[:, : frame.shape[1] // 2])
-    own = np.array(photo.quantize(256 - _OF_THE_MAP).getpalette() or [], dtype=np.uint8).reshape(-1, 3)
+    own = np.array(photo.quantize(256 - _MAP_COLORS).getpalette() or [], dtype=np.uint8).reshape(-1, 3)
     palette = Image.new("P", (1, 1))
     palette.putpalette(np.concatenate([levels, own]).tobytes())
     return Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE)

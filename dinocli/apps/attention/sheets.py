@@ -43,15 +43,15 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
         name: Path of the output files, without a suffix.
         keep: Share of the attention that the masks hold.
         size: Short side in pixels after resizing. If None, `default_size` of the encoder.
-        raw: If True, also write `heads` [heads, rows, columns] and `masks` of the same shape.
+        raw: If True, also write the tensors `heads` and `masks`, both [heads, rows, columns], to a safetensors file.
     """
     pixels = read_photo(image, encoder.images)
     if isinstance(pixels, BadImage):
         return pixels.reason
     try:
         maps = attention_maps(encoder, pixels, size or default_size(encoder))
-    except NotFinite as lost:
-        return lost.reason
+    except NotFinite as error:
+        return error.reason
     picture = name.with_name(name.name + ".png")
     with atomic(picture) as draft:
         attention_sheet(visible(pixels), maps, keep).save(draft, format="PNG")
@@ -63,15 +63,15 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
 
 
 def attention_sheet(pixels: Pixels, maps: AttentionMaps, keep: float) -> Image.Image:
-    """Draw the photo with each head's map and their mean; below, the part of the photo that each keeps."""
+    """Draw the photo, each head's map and their mean; below each map, the photo inside its mask."""
     pixels = bounded(pixels)
     height, width = pixels.shape[:2]
-    every = [(f"head {i + 1}", m) for i, m in enumerate(maps.heads)] + [("mean of heads", maps.heads.mean(0))]
+    maps_by_name = [(f"head {i + 1}", m) for i, m in enumerate(maps.heads)] + [("mean of heads", maps.heads.mean(0))]
     masks = [*maps.masks(keep), AttentionMaps(maps.heads.mean(0, keepdims=True)).masks(keep)[0]]
-    above = [Tile(pixels, "photo")] + [Tile(heat(m, height, width), name) for name, m in every]
+    above = [Tile(pixels, "photo")] + [Tile(heat(m, height, width), name) for name, m in maps_by_name]
     below: list[Tile | None] = [None]
     below += [
         Tile(spotlight(pixels, enlarge(mask, height, width)), f"{keep:.0%} of {name.split(' of')[0]}")  # type: ignore[arg-type]
-        for mask, (name, _) in zip(masks, every, strict=True)
+        for mask, (name, _) in zip(masks, maps_by_name, strict=True)
     ]
     return sheet([above, below])

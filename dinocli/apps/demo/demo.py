@@ -1,4 +1,4 @@
-"""Demo: draw images, pretrain and evaluate, compared with baselines."""
+"""Demo: draw images, pretrain on them, and compare the features with baselines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RECORD = "demo.json"  # contents and progress of the demo
 TRAIN_IMAGES, VAL_IMAGES = 2000, 500
 _K = 20
 _KEEP = 0.6
-_RAW_SIDE = 16  # pixels; raw images classify worse at larger sizes
+_RAW_SIDE = 16  # pixels; the accuracy of raw pixels is lower at larger sizes
 
 
 class Advance(Protocol):
@@ -105,7 +105,7 @@ def demo(
 ) -> DemoResult:
     """Draw images, pretrain `tiny` on them without labels, extract features, classify, and draw attention.
 
-    A stopped or killed demo in the same folder is continued.
+    A demo that was stopped or killed in the same folder is resumed.
 
     Args:
         folder: Folder for images, run, features and pictures.
@@ -118,8 +118,8 @@ def demo(
         note: Callback for messages to the user.
 
     Raises:
-        DinoError: If the folder holds a finished demo, one of other settings, or something else.
-        KeyboardInterrupt: If the training was stopped; the same call continues it.
+        DinoError: If the folder holds a finished demo, a demo with other settings, or other files.
+        KeyboardInterrupt: If training was stopped; the same call resumes it.
     """
     began = time.perf_counter()
     data, masks = folder / "data", folder / "masks"
@@ -139,7 +139,7 @@ def demo(
     val = parts["val"]
     rows = []
     for name, encoder in (("trained by DINO", trained), ("untrained twin", untrained)):
-        found = {
+        splits = {
             part: _extract(
                 encoder,
                 source,
@@ -150,16 +150,16 @@ def demo(
             )
             for part, source in parts.items()
         }
-        overlap = _overlap(encoder, parts["val"], masks, stage, f"attention, {name}")
-        rows.append(_score_features(name, found["train"], found["val"], overlap, device, stage))
-    raw = {part: _raw_pixels(source, workers) for part, source in parts.items()}
+        overlap = _measure_overlap(encoder, parts["val"], masks, stage, f"attention, {name}")
+        rows.append(_score_features(name, splits["train"], splits["val"], overlap, device, stage))
+    raw = {part: _flatten_images(source, workers) for part, source in parts.items()}
     rows.append(_score_features("raw pixels", raw["train"], raw["val"], None, device, stage))
     pictures = [
         draw_attention(trained, path, folder / "attention" / path.parent.name, keep=_KEEP, size=None, raw=False)
         for path in (val.root / val.names[int(np.argmax(val.labels == c))] for c in range(len(CLASSES)))
     ]
     write_json(folder / RECORD, record | {"drawn": True, "done": True})
-    everything = float(np.mean([_mask(masks, path).mean() for path in val.names]))
+    everything = float(np.mean([_read_mask(masks, path).mean() for path in val.names]))
     return DemoResult(
         rows,
         100 / len(CLASSES),
@@ -171,13 +171,13 @@ def demo(
 
 
 def _begin(folder: Path, record: dict[str, Any], note: Callable[[str], None]) -> bool:
-    """Start a demo, or find one to continue; return True if its images are all drawn.
+    """Start a demo, or resume one; return True if all its images are drawn.
 
     Raises:
-        DinoError: If the folder holds a finished demo, one of other settings, or something else.
+        DinoError: If the folder holds a finished demo, a demo with other settings, or other files.
     """
     another = f"use --out {folder}-2, or remove {folder}"
-    if is_fresh(folder):  # its marker is written first, and a kill may leave that alone
+    if is_fresh(folder):  # a demo killed at its start leaves at most its marker file
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RECORD, record | {"drawn": False, "done": False})
         return False
@@ -208,18 +208,18 @@ def _train(
     with stage("pretrain", stop, "steps") as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note), note)
     if run.stopped:
-        raise KeyboardInterrupt  # half-trained features prove nothing
+        raise KeyboardInterrupt  # scores of half-trained features would mislead
     return run.checkpoint
 
 
-def _extract(encoder: Encoder, source: Images, path: Path, workers: int, stage: Stage, what: str) -> Features:
-    with stage(what, len(source), "images") as advance:
+def _extract(encoder: Encoder, source: Images, path: Path, workers: int, stage: Stage, name: str) -> Features:
+    with stage(name, len(source), "images") as advance:
         done = extract(encoder, source, path, data="drawn", workers=workers, report=advance)
     return read_features(done.path)
 
 
-def _raw_pixels(source: Images, workers: int) -> Features:
-    """Return the reduced images themselves as features."""
+def _flatten_images(source: Images, workers: int) -> Features:
+    """Return the pixels of the images at 16x16 as features."""
     batches = plain_batches(
         source,
         size=_RAW_SIDE,
@@ -242,23 +242,23 @@ def _score_features(
     return Row(name, knn(train, val, [_K]).scores[0].top1, probe.top1, overlap)
 
 
-def _overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage, what: str) -> float:
+def _measure_overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage, name: str) -> float:
     """Compute the Jaccard overlap of the best head's mask with the truth, averaged over images.
 
     Source: the paper's section 4.2.2 and facebookresearch/dino issue 54.
     """
     scores = []
-    with stage(what, len(source), "images") as advance:
+    with stage(name, len(source), "images") as advance:
         for i, path in enumerate(source.names, 1):
             pixels = decode(source.read(i - 1, encoder.images), encoder.images)
             if isinstance(pixels, BadImage):
                 continue
-            truth = _mask(masks, path)
-            kept = enlarge(attention_maps(encoder, pixels, default_size(encoder)).masks(_KEEP), *truth.shape)
-            scores.append(max(jaccard(head, truth) for head in kept))
+            truth = _read_mask(masks, path)
+            masks_of_heads = enlarge(attention_maps(encoder, pixels, default_size(encoder)).masks(_KEEP), *truth.shape)
+            scores.append(max(jaccard(head, truth) for head in masks_of_heads))
             advance(i)
     return float(np.mean(scores))
 
 
-def _mask(masks: Path, path: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _read_mask(masks: Path, path: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     return np.asarray(Image.open(masks / Path(path).with_suffix(".png"))) > 127

@@ -94,7 +94,7 @@ def pebbles(x: Field, y: Field, rng: np.random.Generator) -> Field:
 
 
 def ink(rng: np.random.Generator, *names: str) -> Ink:
-    """Return one of the named inks, with a small random shift of brightness and hue."""
+    """Draw one of the named inks at random, with a small random shift of brightness and hue."""
     code = INKS[names[rng.integers(len(names))]]
     rgb = np.array([code >> 16, code >> 8 & 255, code & 255], np.float32) / 255
     return np.clip(rgb * rng.uniform(0.85, 1.15) + rng.normal(0, 0.03, 3), 0, 1).astype(np.float32)
@@ -118,8 +118,8 @@ SCENES: tuple[tuple[Callable[..., Field], str], ...] = (  # a pattern over x and
      "pine-green green-lime brick-gold black-pine"),
 )  # fmt: skip
 
-# Fade of scenes to light grey. A vivid scene is the cheapest feature that crops share, so in a few hundred steps DINO
-# would learn it instead of the object. Random places and rotations of objects keep raw pixels from doing as well.
+# Share of light grey in scenes. A vivid scene is the easiest feature that crops share: in a few hundred steps, DINO
+# would learn it instead of the object. Random positions and rotations keep the accuracy of raw pixels low.
 HAZE = 0.75
 
 
@@ -324,7 +324,7 @@ KINDS: dict[str, Callable[[Pen], Iterator[Layer]]] = {
     for kind in (cactus, goldfish, jellyfish, ladybird, mushroom, orange, pine, sunflower, tower, zebra)
 }
 CLASSES: tuple[str, ...] = tuple(sorted(KINDS))
-SLACK = 0.2  # how far an object may leave the picture, in picture widths
+SLACK = 0.2  # largest part of an object outside the picture, in picture widths
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -345,43 +345,43 @@ def draw(index: int, size: int = 96, seed: int = 0) -> Drawing:
     Args:
         index: Number of the picture. Its label is index % 10.
         size: Width and height in pixels.
-        seed: Seed of the set. The same three numbers give the same picture, whatever was drawn before.
+        seed: Seed of the set. The picture depends only on index, size and seed, not on earlier calls.
     """
     label, n = index % len(CLASSES), 2 * size
     kind = KINDS[CLASSES[label]]
     rng = np.random.default_rng((seed, index))
-    story, turn = int(rng.integers(2**62)), rng.uniform(-math.pi, math.pi)
-    wide = rng.uniform(0.92, 1.08) * (1 - 2 * int(rng.integers(2)))  # slim or stout, and facing left or right
+    object_seed, turn = int(rng.integers(2**62)), rng.uniform(-math.pi, math.pi)
+    aspect = rng.uniform(0.92, 1.08) * (1 - 2 * int(rng.integers(2)))  # slim or stout, and facing left or right
     c, s = math.cos(turn), math.sin(turn)
 
     def layers(x: Field, y: Field) -> Iterator[Layer]:
         """Draw the object with the same seed each time, so that the rough pass predicts the fine one."""
-        return kind(Pen((c * x + s * y) / wide, (c * y - s * x) * abs(wide), np.random.default_rng(story)))
+        return kind(Pen((c * x + s * y) / aspect, (c * y - s * x) * abs(aspect), np.random.default_rng(object_seed)))
 
     # A rough pass measures the object. Then it is scaled to a random area and placed where it fits.
     rough = np.linspace(-1.7, 1.7, 48, dtype=np.float32)
-    inside = join(*(layer.form for layer in layers(*np.meshgrid(rough, rough)))) < 0
-    spans = [rough[inside.any(axis)][[0, -1]] for axis in (0, 1)]  # left and right, top and bottom
-    scale = math.sqrt(rng.uniform(0.2, 0.42) / (inside.mean() * 3.4**2))
+    covered = join(*(layer.form for layer in layers(*np.meshgrid(rough, rough)))) < 0
+    spans = [rough[covered.any(axis)][[0, -1]] for axis in (0, 1)]  # left and right, top and bottom
+    scale = math.sqrt(rng.uniform(0.2, 0.42) / (covered.mean() * 3.4**2))
     scale = min(scale, 1.02 / float(max(high - low for low, high in spans)))
     centre = [rng.uniform(*sorted((-scale * low - SLACK, 1 - scale * high + SLACK))) for low, high in spans]
     x, y = np.meshgrid(*((np.linspace(0, 1, n) - at).astype(np.float32) / scale for at in centre))
 
     picture, mask, sun = scene(n, rng), np.zeros((n, n), bool), rng.uniform(0, math.tau)
     light = 1 + rng.uniform(0.1, 0.3) * (math.cos(sun) * x + math.sin(sun) * y).astype(np.float32)
-    thing = np.zeros_like(picture)
+    object_pixels = np.zeros_like(picture)
     for layer in layers(x, y):
-        here = layer.form < 0
-        pattern = np.broadcast_to(np.float32(layer.pattern), here.shape)[here]
-        shade = light[here] * (1 - 0.35 * (1 + layer.form[here]) ** 4)
-        thing[here] = (layer.low + pattern[:, None] * (layer.high - layer.low)) * shade[:, None]
-        mask |= here
-    far = n // 32  # a paper-cut shadow, away from the sun
-    down, right = far - round(-far * math.sin(sun)), far - round(-far * math.cos(sun))
-    picture[np.pad(mask, far)[down : down + n, right : right + n]] *= 0.6
-    picture = np.where(mask[..., None], thing, picture) * np.float32(rng.uniform(0.9, 1.1))
-    fine = np.clip(picture, 0, 1).reshape(size, 2, size, 2, 3).mean((1, 3))
-    return Drawing((255 * fine + 0.5).astype(np.uint8), mask.reshape(size, 2, size, 2).mean((1, 3)) >= 0.5, label)
+        inside = layer.form < 0
+        pattern = np.broadcast_to(np.float32(layer.pattern), inside.shape)[inside]
+        shade = light[inside] * (1 - 0.35 * (1 + layer.form[inside]) ** 4)
+        object_pixels[inside] = (layer.low + pattern[:, None] * (layer.high - layer.low)) * shade[:, None]
+        mask |= inside
+    offset = n // 32  # a paper-cut shadow, away from the sun
+    down, right = offset - round(-offset * math.sin(sun)), offset - round(-offset * math.cos(sun))
+    picture[np.pad(mask, offset)[down : down + n, right : right + n]] *= 0.6
+    picture = np.where(mask[..., None], object_pixels, picture) * np.float32(rng.uniform(0.9, 1.1))
+    reduced = np.clip(picture, 0, 1).reshape(size, 2, size, 2, 3).mean((1, 3))
+    return Drawing((255 * reduced + 0.5).astype(np.uint8), mask.reshape(size, 2, size, 2).mean((1, 3)) >= 0.5, label)
 
 
 def write_set(folder: Path, images: int, size: int = 96, seed: int = 0, masks: Path | None = None) -> None:

@@ -16,12 +16,12 @@ from dinocli.engine.schedules import Cosine, LinearByEpoch
 from dinocli.method.preset import Preset, load_preset
 from dinocli.train.cost import Estimate, to_fit
 
-# Estimate for a preset and a number of steps with the batch at once, without or with activation checkpointing.
+# Function from a preset, a number of steps, and True for activation checkpointing, to the estimate for the whole batch.
 Cost = Callable[[Preset, int, bool], Estimate]
 
 WEIGHTS = "timm:vit_small_patch16_224.dino"
 _IMAGENET = 1_281_167
-_FEW, _TOO_FEW = 50_000, 32  # images: to learn from scratch, and to learn at all
+_FEW, _TOO_FEW = 50_000, 32  # images: fewer than these are few for training from scratch, and too few for any training
 # Prototypes by minimum number of images. The paper's accuracy by K on ImageNet: 1,024 67.8, 4,096 69.3, 16,384 69.2,
 # 65,536 69.7. 8,192 helped users with small sets (facebookresearch/dino, threads 246 and 279).
 _PROTOTYPES = ((1_000_000, 65_536), (100_000, 16_384), (20_000, 8_192), (2_000, 4_096), (0, 1_024))
@@ -29,7 +29,7 @@ _STEPS = 100_000  # the paper's shortest run, 100 epochs of 1,024 on ImageNet, h
 # Largest shift of the mean and ratio of the std still treated as ImageNet's: Imagenette at 128 pixels has 0.03 and 1.3,
 # CIFAR-10 0.04 and 1.2.
 _FAR_MEAN, _FAR_STD, _LEAST_STD = 0.1, 1.6, 1e-3
-_SLOW_TEACHER = 20 * 2_000  # steps; a momentum of 0.9995 averages over 2,000
+_SLOW_TEACHER = 20 * 2_000  # steps; a momentum of 0.9995 averages over 2,000 steps
 _SHORT = {"--epochs": "training.epochs", "--batch-size": "training.batch_size"}
 
 
@@ -88,21 +88,27 @@ def advise(machine: Machine, images: Inspection, cost: Cost, asked: Sequence[str
         cost: Function that estimates a preset's cost on this machine.
         asked: Overrides used for the inspection, as for `--set`: `images.key=value`.
     """
-    count, notes = images.count, _notes(images)
+    count, notes = images.count, _write_notes(images)
     if not images.read or (count is not None and count * images.read / images.drawn < _TOO_FEW):
-        return Advised([], [*notes, _too_few(images)], None)
+        return Advised([], [*notes, _explain_too_few(images)], None)
     name = "tiny" if machine.on_cpu else "vits16-vanilla"
-    taken = _for_cpu(images) if machine.on_cpu else _for_accelerator(images)
-    taken[1:1] = [*_list_requested(asked), *_window(images), *_statistics(images, name, taken)]
+    taken = _advise_for_cpu(images) if machine.on_cpu else _advise_for_accelerator(images)
+    taken[1:1] = [*_list_requested(asked), *_advise_window(images), *_advise_statistics(images, name, taken)]
     *others, length = taken
-    taken += _schedules(_load_changed(name, others), int(length.settings["--epochs"]), count)
+    taken += _advise_schedules(_load_changed(name, others), int(length.settings["--epochs"]), count)
     preset = _load_changed(name, taken)
-    steps = _steps(preset, count)
-    whole = cost(preset, steps, False)
-    fitted, unfit = _fit_memory(machine, whole, lambda again: cost(preset, steps, True) if again else whole)
-    taken += fitted + _place(machine, images, preset)
+    steps = _count_steps(preset, count)
+    estimate = cost(preset, steps, False)
+    fitting, unfit_notes = _fit_memory(
+        machine, estimate, lambda again: cost(preset, steps, True) if again else estimate
+    )
+    taken += fitting + _advise_loading(machine, images, preset)
     command = ["dino", "pretrain", images.where, *(word for advice in taken for word in advice.words)]
-    notes += [*unfit, _duration(machine, preset, steps, whole.seconds), *_expectations(machine, preset, count, steps)]
+    notes += [
+        *unfit_notes,
+        _describe_duration(machine, preset, steps, estimate.seconds),
+        *_describe_expectations(machine, preset, count, steps),
+    ]
     return Advised(taken, notes, shlex.join(command))
 
 
@@ -110,7 +116,7 @@ def _load_changed(name: str, taken: list[Advice]) -> Preset:
     return load_preset(name, [override for advice in taken for override in advice.overrides])
 
 
-def _steps(preset: Preset, count: int | None) -> int:
+def _count_steps(preset: Preset, count: int | None) -> int:
     training = preset.training
     return training.epochs * (training.steps_per_epoch or (count or 0) // training.batch_size)
 
@@ -120,19 +126,19 @@ def _list_requested(overrides: Sequence[str]) -> list[Advice]:
     return [Advice(key.strip(), {key.strip(): value.strip()}, "your own setting") for key, value in pairs]
 
 
-def _window(images: Inspection) -> list[Advice]:
-    """Advise the measured window if deep images span a small part of their depth's range."""
+def _advise_window(images: Inspection) -> list[Advice]:
+    """Advise the measured window if images of more than 8 bits span a small part of their range."""
     if not images.window:
         return []
     low, high = (f"{end:g}" for end in images.window)
-    why = f"without it, {images.narrow} of {images.drawn} images span under a quarter of 8 bits; raw values measured"
+    why = f"without it, {images.narrow} of {images.drawn} images span less than a quarter of 8 bits; measured"
     return [Advice(f"{low} to {high} as black to white", {"images.window": window_text(images.window)}, why)]
 
 
-def _statistics(images: Inspection, name: str, taken: list[Advice]) -> list[Advice]:
-    """Advise mean and std if the preset's are far off, and no color jitter unless there are three channels."""
+def _advise_statistics(images: Inspection, name: str, taken: list[Advice]) -> list[Advice]:
+    """Advise mean and std if they are far from the preset's, and no color jitter unless there are three channels."""
     views, channels = load_preset(name).views, len(images.mean)
-    # Channels of a single value have no std to divide by and keep the preset's.
+    # Constant channels have a std of 0, which cannot divide; they get the preset's.
     usual = sum(views.std) / len(views.std)
     numbers = {"mean": images.mean, "std": [std if std >= _LEAST_STD else usual for std in images.std]}
     typed = {f"views.{key}": f"[{', '.join(f'{n:.4g}' for n in values)}]" for key, values in numbers.items()}
@@ -150,8 +156,8 @@ def _statistics(images: Inspection, name: str, taken: list[Advice]) -> list[Advi
     return [Advice("mean and std", typed, "measured; far from ImageNet's")]
 
 
-def _for_cpu(images: Inspection) -> list[Advice]:
-    """Advise the one preset that a CPU trains within hours, as measured."""
+def _advise_for_cpu(images: Inspection) -> list[Advice]:
+    """Advise `tiny`, the only preset that a CPU trains within hours."""
     why = "on a CPU ViT-S/16 does 0.7 images/s per core (our own measurement)"
     taken = [Advice("preset tiny", {"--preset": "tiny"}, why)]
     batch = load_preset("tiny").training.batch_size
@@ -164,12 +170,12 @@ def _for_cpu(images: Inspection) -> list[Advice]:
     return [*taken, Advice("40 epochs", {"--epochs": "40"}, why)]
 
 
-def _for_accelerator(images: Inspection) -> list[Advice]:
+def _advise_for_accelerator(images: Inspection) -> list[Advice]:
     preset = load_preset("vits16-vanilla")
     count = images.count if images.count is not None else _IMAGENET
-    why = "shortest of the published runs; steady: teacher at 0.04, gradients clipped"
+    why = "shortest of the published runs, and stable: teacher temperature 0.04, clipped gradients"
     taken = [Advice("preset vits16-vanilla", {"--preset": "vits16-vanilla"}, why)]
-    taken += _crops(images, preset.views.global_1.size)
+    taken += _advise_crops(images, preset.views.global_1.size)
     init = count < _FEW and not any("backbone.options.patch_size" in advice.settings for advice in taken)
     if init:
         why = f"{count} images are few for training from scratch (threads 43, 246); these weights are downloaded once"
@@ -184,13 +190,13 @@ def _for_accelerator(images: Inspection) -> list[Advice]:
         batch = max(_TOO_FEW, 1 << max(1, count // 64).bit_length() - 1)
         why = "for 64 steps an epoch; 128 instead of 1024 costs 2.0 of 59.9 (paper, table 9)"
     taken.append(Advice(f"batch {batch}", {"--batch-size": str(batch)}, why))
-    return [*taken, _length(images.count, batch, init=init)]
+    return [*taken, _advise_length(images.count, batch, init=init)]
 
 
-def _crops(images: Inspection, usual: int) -> list[Advice]:
+def _advise_crops(images: Inspection, usual: int) -> list[Advice]:
     """Advise views and patches for images smaller than the preset's."""
     side = int(images.short.median)
-    if side >= 0.7 * usual:  # above this, enlarging is milder than for the preset's smaller crops of larger images
+    if side >= 0.7 * usual:  # above this, crops are enlarged less than the preset's smallest crops of larger images
         return []
     patch = next((p for p in (16, 8, 4) if side // p >= 8), 2)
     size = max(8 * patch, side // patch * patch)
@@ -213,42 +219,42 @@ def _crops(images: Inspection, usual: int) -> list[Advice]:
     return taken
 
 
-def _length(count: int | None, batch: int, *, init: bool) -> Advice:
+def _advise_length(count: int | None, batch: int, *, init: bool) -> Advice:
     if count is None:
-        pass_ = {"training.steps_per_epoch": str(_IMAGENET // batch), "--epochs": "100"}
-        return Advice("100 epochs", pass_, "of ImageNet's length; the number of images from a pipe is unknown")
+        settings = {"training.steps_per_epoch": str(_IMAGENET // batch), "--epochs": "100"}
+        return Advice("100 epochs", settings, "of ImageNet's length; the number of images from a pipe is unknown")
     if count > _IMAGENET:
         epochs = max(1, math.ceil(100 * _IMAGENET / count))
         why = "as many images as in 100 epochs of ImageNet; three times as many gain 1.9 (paper)"
     elif init:
-        epochs, why = 100, "the paper's shortest run; no reference gives a length for runs from weights"
+        epochs, why = 100, "the paper's shortest run; no publication gives a length for runs from released weights"
     else:
         epochs = min(800, max(100, math.ceil(_STEPS / (count // batch))))
         why = f"{epochs * (count // batch):,} steps; the paper's runs have 125,000 and more, and up to 800 epochs"
     return Advice(f"{epochs} epochs", {"--epochs": str(epochs)}, why)
 
 
-def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
+def _advise_schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
     """Adapt warm-ups, frozen prototypes and momentum to the length and batch of the run.
 
     Args:
-        preset: Preset with all other advice but the length, which alone may not fit its warm-ups.
+        preset: Preset with all other advice applied, except the length: its warm-ups may be longer than the run.
         epochs: Length of the run.
         count: Number of images.
     """
     taken, rate, batch = list[Advice](), preset.optimizer.lr, preset.training.batch_size
     if isinstance(rate, Cosine) and rate.warmup_epochs > epochs / 10:
-        warm = {"optimizer.lr.warmup_epochs": str(epochs // 10)}
-        taken.append(Advice(f"warm-up of {epochs // 10}", warm, f"a tenth of {epochs} epochs, as in the preset"))
+        settings = {"optimizer.lr.warmup_epochs": str(epochs // 10)}
+        taken.append(Advice(f"warm-up of {epochs // 10}", settings, f"a tenth of {epochs} epochs, as in the preset"))
     for name, loss in preset.losses.with_targets().items():
         ramp = loss.targets.temperature
         if isinstance(ramp, LinearByEpoch) and ramp.epochs > 0.3 * epochs:
-            ramped = {f"losses.{name}.targets.temperature.epochs": str(epochs * 3 // 10)}
-            taken.append(Advice(f"ramp of {epochs * 3 // 10}", ramped, "three tenths of the run, as published"))
+            settings = {f"losses.{name}.targets.temperature.epochs": str(epochs * 3 // 10)}
+            taken.append(Advice(f"ramp of {epochs * 3 // 10}", settings, "three tenths of the run, as published"))
     for name, head in preset.heads.items():
         if head.freeze_last_layer_epochs >= epochs:
-            free = {f"heads.{name}.freeze_last_layer_epochs": "0"}
-            taken.append(Advice("free prototypes", free, f"frozen for {epochs} epochs, they would never train"))
+            settings = {f"heads.{name}.freeze_last_layer_epochs": "0"}
+            taken.append(Advice("free prototypes", settings, f"frozen for {epochs} epochs, they would never train"))
     # A preset with its own step count is short, and its momentum was tuned for that.
     long = preset.training.steps_per_epoch is None and epochs * ((count or 0) // batch) >= _SLOW_TEACHER
     if long and batch <= 256:
@@ -257,31 +263,34 @@ def _schedules(preset: Preset, epochs: int, count: int | None) -> list[Advice]:
     return taken
 
 
-def _fit_memory(machine: Machine, whole: Estimate, cost: Callable[[bool], Estimate]) -> tuple[list[Advice], list[str]]:
+def _fit_memory(
+    machine: Machine, estimate: Estimate, cost: Callable[[bool], Estimate]
+) -> tuple[list[Advice], list[str]]:
     """Advise how to fit the batch on the device, if needed, or note that it cannot fit."""
-    if whole.fits(machine.memory):
+    if estimate.fits(machine.memory):
         return [], []
     has = f"{machine.device} has {machine.memory / 1e9:.0f}"
     fitting = to_fit(cost, machine.memory)
     if fitting is None:
-        one = replace(whole, at_once=1).memory
+        one = replace(estimate, at_once=1).memory
         return [], [f"a step of one image takes about {one / 1e9:.1f} GB, and {has}: these settings do not fit"]
     typed, _ = fitting
     names = {"--recompute": "activation checkpointing", "--accumulate": f"in {typed.get('--accumulate')} parts"}
-    why = f"{whole.at_once} at once take about {whole.memory / 1e9:.0f} GB, {has}; the gradient is the same"
+    why = f"{estimate.at_once} at once take about {estimate.memory / 1e9:.0f} GB, {has}; the gradient is the same"
     return [Advice(", ".join(names[option] for option in typed), typed, why)], []
 
 
-def _place(machine: Machine, images: Inspection, preset: Preset) -> list[Advice]:
-    """Advise cache and truncated images."""
+def _advise_loading(machine: Machine, images: Inspection, preset: Preset) -> list[Advice]:
+    """Advise on the cache and on truncated images."""
     taken = []
-    kept = _estimate_cache(images, preset)
-    if images.kind == "files" and kept is not None and kept < machine.ram / 2:  # the cache takes at most half
-        free = f"{kept / 1e9:.1f} GB decoded, {machine.ram / 1e9:.0f} GB free"
+    cache_bytes = _estimate_cache(images, preset)
+    # The cache takes at most half of the memory.
+    if images.kind == "files" and cache_bytes is not None and cache_bytes < machine.ram / 2:
+        free = f"{cache_bytes / 1e9:.1f} GB decoded, {machine.ram / 1e9:.0f} GB free"
         taken.append(Advice("cache in RAM", {"--cache": "ram"}, f"{free}; {images.milliseconds:.1f} ms saved per file"))
-    torn = sum(reason.startswith("truncated") for reason in images.bad.values())
-    if torn and len(images.bad) > BAD_SHARE * images.drawn:
-        why = f"{torn} of {images.drawn} are truncated; a run stops if more than {BAD_SHARE:.0%} are bad"
+    truncated = sum(reason.startswith("truncated") for reason in images.bad.values())
+    if truncated and len(images.bad) > BAD_SHARE * images.drawn:
+        why = f"{truncated} of {images.drawn} are truncated; a run stops if more than {BAD_SHARE:.0%} are bad"
         taken.append(Advice("truncated images too", {"images.truncated": "true"}, why))
     return taken
 
@@ -294,19 +303,19 @@ def _estimate_cache(images: Inspection, preset: Preset) -> float | None:
     return images.count * images.megabytes * 1e6 * shrunk
 
 
-def _notes(images: Inspection) -> list[str]:
+def _write_notes(images: Inspection) -> list[str]:
     notes = []
     kinds = Counter(reason.split(":")[0] for reason in images.bad.values())
-    lost = len(images.bad) - kinds["truncated"] - kinds["other channels"]
+    unreadable = len(images.bad) - kinds["truncated"] - kinds["other channels"]
     if kinds["other channels"] > BAD_SHARE * images.drawn:
-        such = next(reason for reason in images.bad.values() if reason.startswith("other channels"))
+        example = next(reason for reason in images.bad.values() if reason.startswith("other channels"))
         notes.append(
-            f"{kinds['other channels']} of {images.drawn} have {such}: set their number with --set images.channels=N"
+            f"{kinds['other channels']} of {images.drawn} have {example}: set their number with --set images.channels=N"
         )
-    if images.read and lost > BAD_SHARE * images.drawn:
+    if images.read and unreadable > BAD_SHARE * images.drawn:
         notes.append(
-            f"{lost} of {images.drawn} cannot be read, and above {BAD_SHARE:.0%} a run stops: remove them, or name "
-            "the others in a list of files"
+            f"{unreadable} of {images.drawn} cannot be read, and above {BAD_SHARE:.0%} a run stops: remove them, or "
+            "name the others in a list of files"
         )
     if images.deep > images.read / 2 and max(images.mean) < 0.1:
         notes.append(
@@ -314,15 +323,15 @@ def _notes(images: Inspection) -> list[str]:
             "--set images.window='[BLACK, WHITE]'"
         )
     if images.single > images.read / 2:
-        notes.append(f"{images.single} of {images.read} images are a single color: there is nothing to learn from them")
+        notes.append(f"{images.single} of {images.read} images are a single color, from which nothing can be learned")
     if images.several:
         notes.append(f"{images.several} of {images.read} have several pages or frames; only the first is read")
     if images.near > images.read / 5:
-        notes.append("many are near-equal as thumbnails of 8x8 pixels; digits and pages are, without being duplicates")
+        notes.append("many have nearly equal thumbnails of 8x8 pixels; for digits and printed pages this is normal")
     return notes
 
 
-def _too_few(images: Inspection) -> str:
+def _explain_too_few(images: Inspection) -> str:
     if not images.read:
         first = "".join(f"; {name}: {reason}" for name, reason in list(images.bad.items())[:1])
         return f"none of the {images.drawn} images checked can be read{first}"
@@ -332,15 +341,15 @@ def _too_few(images: Inspection) -> str:
     )
 
 
-def _duration(machine: Machine, preset: Preset, steps: int, seconds: float) -> str:
+def _describe_duration(machine: Machine, preset: Preset, steps: int, seconds: float) -> str:
     minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
     long = f"{days:.1f} days" if days >= 2 else f"{hours:.1f} h" if hours >= 1 else f"{minutes:.0f} min"
     batch = preset.training.batch_size
     return f"{steps:,} steps of {batch} take about {long} on {machine.name} (an estimate of the compute alone)"
 
 
-def _expectations(machine: Machine, preset: Preset, count: int | None, steps: int) -> list[str]:
-    """Return notes on the loss and length of small runs."""
+def _describe_expectations(machine: Machine, preset: Preset, count: int | None, steps: int) -> list[str]:
+    """Return notes on the loss and the length of a run on few images."""
     if machine.on_cpu or count is None or count >= _FEW:
         return []
     head = preset.heads["dino"].prototypes

@@ -32,7 +32,7 @@ Read = Callable[[], "bytes | Image.Image | BadImage"]
 
 _SECONDS = 45.0  # time limit of the sampling
 _PIPES, _SHARDS = 4, 50  # number of pipes and shards that the sample comes from
-_MEASURED = 64  # low-contrast images whose raw values are measured, by decoding them a few times
+_MEASURED = 64  # largest number of low-contrast images whose raw values are measured, which decodes each a few times
 _ENOUGH = 250_000  # pixels; larger JPEGs are decoded smaller if the decoder can
 
 
@@ -77,8 +77,8 @@ class Inspection:
         seconds: Duration of the inspection.
         single: Number of images whose pixels are all equal.
         several: Number of images with several pages or frames; only the first is read.
-        narrow: Number of images that span less than a quarter of the levels, before a window is measured.
-        window: Raw value range if most deep images are narrow, else None; mean, std and the rest then use it.
+        narrow: Number of images that span less than a quarter of the 256 levels, without a measured window.
+        window: Raw value range if most deep images are narrow, else None. All other statistics except `narrow` use it.
     """
 
     where: str
@@ -115,7 +115,7 @@ class Inspection:
         return self.drawn == self.count
 
 
-class _Look(NamedTuple):
+class _Sample(NamedTuple):
     """Statistics of one image, or the reason why it is unreadable."""
 
     name: str
@@ -153,11 +153,11 @@ def inspect(
         report: Progress callback with the number of images processed.
     """
     start = time.monotonic()
-    looks, narrow = _looks(source, images, sample, seed, seconds, report)
-    good = [look for look in looks if not look.reason]
-    window = None if images.window else _window(good, [read for _, read in narrow], images, seconds)
+    samples, narrow = _read_sample(source, images, sample, seed, seconds, report)
+    good = [one for one in samples if not one.reason]
+    window = None if images.window else _choose_window(good, [read for _, read in narrow], images, seconds)
     if window:
-        seen = inspect(
+        inspection = inspect(
             source,
             images=images.model_copy(update={"window": window}),
             sample=sample,
@@ -165,49 +165,49 @@ def inspect(
             seconds=seconds,
             report=report,
         )
-        return replace(seen, narrow=_narrow(good), window=window, seconds=time.monotonic() - start)
+        return replace(inspection, narrow=_count_narrow(good), window=window, seconds=time.monotonic() - start)
     kind = "shards" if isinstance(source, Shards) else "files"
     if isinstance(source, TorchvisionImages):
         kind = "decoded"
-    first = {look.digest: look for look in reversed(good)}
-    near, pairs = near_equal([look.name for look in first.values()], [look.thumb for look in first.values()])
+    distinct = {one.digest: one for one in reversed(good)}
+    near, pairs = near_equal([one.name for one in distinct.values()], [one.thumb for one in distinct.values()])
     square, mean = (
         np.mean([value for value in values] or [np.zeros(images.channels)], axis=0)
-        for values in ([look.square for look in good], [look.mean for look in good])
+        for values in ([one.square for one in good], [one.mean for one in good])
     )
     return Inspection(
         where=source.where,
         kind=kind,
         count=source.count,
         classes=len(source.classes),
-        drawn=len(looks),
+        drawn=len(samples),
         read=len(good),
-        formats=dict(Counter(look.format for look in good).most_common()),
-        width=_spread([look.width for look in good]),
-        height=_spread([look.height for look in good]),
-        short=_spread([min(look.width, look.height) for look in good]),
-        aspect=_spread([max(look.width, look.height) / min(look.width, look.height) for look in good]),
-        megabytes=float(np.mean([1e-6 * images.channels * look.width * look.height for look in good] or [0.0])),
-        deep=sum(look.deep for look in good),
-        # A grayscale JPEG in three channels has them equal up to rounding.
-        gray=sum(bool(np.ptp(look.thumb, axis=2).max() < 3) for look in good),
-        flat=sum(is_flat(look.thumb) for look in good),
-        bad={look.name: look.reason for look in looks if look.reason},
-        copies=len(good) - len(first),
+        formats=dict(Counter(one.format for one in good).most_common()),
+        width=_compute_spread([one.width for one in good]),
+        height=_compute_spread([one.height for one in good]),
+        short=_compute_spread([min(one.width, one.height) for one in good]),
+        aspect=_compute_spread([max(one.width, one.height) / min(one.width, one.height) for one in good]),
+        megabytes=float(np.mean([1e-6 * images.channels * one.width * one.height for one in good] or [0.0])),
+        deep=sum(one.deep for one in good),
+        # The three channels of a grayscale JPEG are equal up to rounding.
+        gray=sum(bool(np.ptp(one.thumb, axis=2).max() < 3) for one in good),
+        flat=sum(is_flat(one.thumb) for one in good),
+        bad={one.name: one.reason for one in samples if one.reason},
+        copies=len(good) - len(distinct),
         near=near,
         pairs=pairs,
         mean=tuple(mean.tolist()),
         std=tuple(np.sqrt(np.maximum(square - mean**2, 0)).tolist()),
-        milliseconds=1000 * float(np.median([look.seconds for look in good] or [0.0])),
+        milliseconds=1000 * float(np.median([one.seconds for one in good] or [0.0])),
         seconds=time.monotonic() - start,
-        single=_single(good),
-        several=sum(look.pages > 1 for look in good),
-        narrow=_narrow(good),
+        single=_count_single(good),
+        several=sum(one.pages > 1 for one in good),
+        narrow=_count_narrow(good),
     )
 
 
 def warn_of(source: Source, images: ImagesConfig, *, sample: int = 64, seconds: float = 2.0) -> list[str]:
-    """Check a few images of a source before a long run for information that is lost without an error.
+    """Check a few images before a long run for content that is lost without an error.
 
     Args:
         source: Images of the run.
@@ -216,25 +216,25 @@ def warn_of(source: Source, images: ImagesConfig, *, sample: int = 64, seconds: 
         seconds: Time limit of the sampling.
 
     Returns:
-        One line for single-color images, with the window that fixes them, and one for unread pages.
+        One warning for images of a single color, with the window that fixes them, and one for pages that are not read.
     """
-    looks, narrow = _looks(source, images, sample, 0, seconds, lambda done: None)
-    good = [look for look in looks if not look.reason]
-    which = f"{len(good)} {'images' if len(looks) == source.count else 'sampled images'}"
-    single = _single(good)
-    faint = [look for look in good if look.contrast and look.contrast.faint and not look.contrast.single]
-    nearly = sum(look.deep for look in faint)  # 8 bits of low contrast have lost nothing
+    samples, narrow = _read_sample(source, images, sample, 0, seconds, lambda done: None)
+    good = [one for one in samples if not one.reason]
+    total = f"{len(good)} {'images' if len(samples) == source.count else 'sampled images'}"
+    single = _count_single(good)
+    faint = [one for one in good if one.contrast and one.contrast.faint and not one.contrast.single]
+    nearly = sum(one.deep for one in faint)  # images of 8 bits and low contrast have lost nothing
     lines = []
     if lost := single + nearly:
-        window = _raw_window([read for look, read in narrow if look.contrast and look.contrast.faint], images, seconds)
-        what = "a single color or nearly so" if nearly else "a single color"
-        line = f"{lost} of {which} {'is' if lost == 1 else 'are'} {what} after conversion to 8 bits"
+        window = _measure_window([read for one, read in narrow if one.contrast and one.contrast.faint], images, seconds)
+        appearance = "a single color or nearly so" if nearly else "a single color"
+        line = f"{lost} of {total} {'is' if lost == 1 else 'are'} {appearance} after conversion to 8 bits"
         if window:
             line += f"; raw values span {window[0]:g} to {window[1]:g}: --set images.window='{window_text(window)}'"
         lines.append(line)
-    if several := sum(look.pages > 1 for look in good):
-        have = "has" if several == 1 else "have"
-        lines.append(f"{several} of {which} {have} several pages or frames; only the first is read")
+    if multipage := sum(one.pages > 1 for one in good):
+        have = "has" if multipage == 1 else "have"
+        lines.append(f"{multipage} of {total} {have} several pages or frames; only the first is read")
     return lines
 
 
@@ -243,26 +243,26 @@ def window_text(window: Range) -> str:
     return f"[{window[0]:.10g}, {window[1]:.10g}]"
 
 
-def _looks(
+def _read_sample(
     source: Source, images: ImagesConfig, sample: int, seed: int, seconds: float, report: Callable[[int], None]
-) -> tuple[list[_Look], list[tuple[_Look, Read]]]:
-    """Read some images of a source; return their statistics, and the first deep narrow ones with their readers."""
+) -> tuple[list[_Sample], list[tuple[_Sample, Read]]]:
+    """Read a sample of images; return their statistics, and the readers of the first deep images of low contrast."""
     has_fast_jpeg()  # loads torch once, so that no image's time includes it
-    looks, narrow, start = list[_Look](), list[tuple[_Look, Read]](), time.monotonic()
+    samples, narrow, start = list[_Sample](), list[tuple[_Sample, Read]](), time.monotonic()
     threads = min(16, cores())
     draw = islice(_draw(source, images, sample, seed), sample)
     with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding the interpreter lock
-        while time.monotonic() - start < seconds and (some := list(islice(draw, 4 * threads))):
-            found = list(pool.map(partial(_look, images), *zip(*some, strict=True)))
-            looks += found
-            for look, (_, read) in zip(found, some, strict=True):
-                if look.deep and look.contrast and look.contrast.narrow and len(narrow) < _MEASURED:
-                    narrow.append((look, read))
-            report(len(looks))
-    return looks, narrow
+        while time.monotonic() - start < seconds and (block := list(islice(draw, 4 * threads))):
+            measured = list(pool.map(partial(_measure, images), *zip(*block, strict=True)))
+            samples += measured
+            for sampled, (_, read) in zip(measured, block, strict=True):
+                if sampled.deep and sampled.contrast and sampled.contrast.narrow and len(narrow) < _MEASURED:
+                    narrow.append((sampled, read))
+            report(len(samples))
+    return samples, narrow
 
 
-def _raw_window(reads: list[Read], images: ImagesConfig, seconds: float) -> Range | None:
+def _measure_window(reads: list[Read], images: ImagesConfig, seconds: float) -> Range | None:
     """Measure the raw value range of as many images as time allows; None if all have 8 bits or a single value each."""
 
     def measure(read: Read) -> Range | None:
@@ -272,29 +272,29 @@ def _raw_window(reads: list[Read], images: ImagesConfig, seconds: float) -> Rang
             return None
         return None if isinstance(data, BadImage) else raw_range(data, images)
 
-    found, start, threads = list[Range | None](), time.monotonic(), min(16, cores())
+    ranges, start, threads = list[Range | None](), time.monotonic(), min(16, cores())
     with ThreadPoolExecutor(threads) as pool:
-        while len(found) < len(reads) and (not found or time.monotonic() - start < seconds):
-            found += pool.map(measure, reads[len(found) : len(found) + threads])
-    deep = [each for each in found if each]
+        while len(ranges) < len(reads) and (not ranges or time.monotonic() - start < seconds):
+            ranges += pool.map(measure, reads[len(ranges) : len(ranges) + threads])
+    deep = [found for found in ranges if found]
     return (min(low for low, _ in deep), max(high for _, high in deep)) if deep else None
 
 
-def _window(good: list[_Look], reads: list[Read], images: ImagesConfig, seconds: float) -> Range | None:
-    """Return the window that most deep images need, unless it would clip the others."""
-    deep = [look for look in good if look.deep]  # a window does not change images of 8 bits
-    levels = [(look.contrast.low, look.contrast.high) for look in deep if look.contrast]
-    if _narrow(deep) <= len(deep) / 2 or max(high for _, high in levels) - min(low for low, _ in levels) >= 128:
+def _choose_window(good: list[_Sample], reads: list[Read], images: ImagesConfig, seconds: float) -> Range | None:
+    """Return the window of raw values if most deep images are narrow and it would not clip the others."""
+    deep = [one for one in good if one.deep]  # a window does not change images of 8 bits
+    levels = [(one.contrast.low, one.contrast.high) for one in deep if one.contrast]
+    if _count_narrow(deep) <= len(deep) / 2 or max(high for _, high in levels) - min(low for low, _ in levels) >= 128:
         return None
-    return _raw_window(reads, images, seconds)
+    return _measure_window(reads, images, seconds)
 
 
-def _single(good: list[_Look]) -> int:
-    return sum(look.contrast is not None and look.contrast.single for look in good)
+def _count_single(good: list[_Sample]) -> int:
+    return sum(one.contrast is not None and one.contrast.single for one in good)
 
 
-def _narrow(good: list[_Look]) -> int:
-    return sum(look.contrast is not None and look.contrast.narrow for look in good)
+def _count_narrow(good: list[_Sample]) -> int:
+    return sum(one.contrast is not None and one.contrast.narrow for one in good)
 
 
 def _draw(source: Source, images: ImagesConfig, sample: int, seed: int) -> Iterator[tuple[str, Read]]:
@@ -308,44 +308,44 @@ def _draw(source: Source, images: ImagesConfig, sample: int, seed: int) -> Itera
     order = [shard for shard in generator.permutation(len(counts)).tolist() if counts[shard]]
     if sum(counts) > sample:
         order = order[: min(_SHARDS, max(_PIPES, sample // 16)) if source.counts else _PIPES]
-    share = sample if sum(counts) <= sample else math.ceil(sample / len(order))
+    per_shard = sample if sum(counts) <= sample else math.ceil(sample / len(order))
     for shard in order:
-        one = replace(source, urls=[source.urls[shard]], counts=[counts[shard]] if source.counts else None)
-        # Pipes cannot return headers alone, so their first images are taken: a random draw would load everything.
-        order_of = {"seed": seed, "buffer": counts[shard]} if source.counts else {}
-        stream = one.stream(0, 1, max_megabytes=images.max_megabytes, **order_of)
-        for found in islice(stream, min(share, counts[shard])):
-            yield found.name, partial(_return, BadImage(found.reason) if found.reason else found.data)
+        single = replace(source, urls=[source.urls[shard]], counts=[counts[shard]] if source.counts else None)
+        # A pipe has no headers to skip by, so its first images are used: a random draw would read all of it.
+        shuffle = {"seed": seed, "buffer": counts[shard]} if source.counts else {}
+        stream = single.stream(0, 1, max_megabytes=images.max_megabytes, **shuffle)
+        for item in islice(stream, min(per_shard, counts[shard])):
+            yield item.name, partial(_return, BadImage(item.reason) if item.reason else item.data)
 
 
 def _return(data: bytes | BadImage) -> bytes | BadImage:
     return data
 
 
-def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
+def _measure(images: ImagesConfig, name: str, read: Read) -> _Sample:
     start = time.perf_counter()
     try:
         data = read()
     except OSError as error:
-        return _Look(name, why_unread(error))
+        return _Sample(name, why_unread(error))
     opened = data if isinstance(data, BadImage) else open_image(data, images)
     if isinstance(opened, BadImage):
-        return _Look(name, opened.reason)
+        return _Sample(name, opened.reason)
     area = opened.width * opened.height
     pixels = opened.pixels(reduction(math.sqrt(area / _ENOUGH)))
     if isinstance(pixels, BadImage):
-        return _Look(name, pixels.reason)
+        return _Sample(name, pixels.reason)
     seconds = time.perf_counter() - start
     step = max(1, math.isqrt(pixels.shape[0] * pixels.shape[1] // _ENOUGH))
-    some = pixels[::step, ::step].reshape(-1, pixels.shape[2]) / 255
-    return _Look(
+    values = pixels[::step, ::step].reshape(-1, pixels.shape[2]) / 255
+    return _Sample(
         name,
         format=opened.format or "decoded",
         deep=opened.deep,
         width=opened.width,
         height=opened.height,
-        mean=some.mean(axis=0),
-        square=(some**2).mean(axis=0),
+        mean=values.mean(axis=0),
+        square=(values**2).mean(axis=0),
         thumb=thumbnail(pixels),
         digest=hashlib.blake2b(data if isinstance(data, bytes) else pixels.tobytes(), digest_size=16).digest(),
         seconds=seconds,
@@ -354,5 +354,5 @@ def _look(images: ImagesConfig, name: str, read: Read) -> _Look:
     )
 
 
-def _spread(values: list[int] | list[float]) -> Spread:
+def _compute_spread(values: list[int] | list[float]) -> Spread:
     return Spread(*np.quantile(values or [0.0], [0, 0.05, 0.5, 0.95, 1]).tolist())

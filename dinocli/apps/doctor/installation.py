@@ -1,4 +1,4 @@
-"""Installation: checks that packages match, load and work."""
+"""Installation: checks of package versions, imports, image formats and the device."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def faults_of(device: torch.device, formats: list[str], root: Path = Path("/")) 
         formats: Formats returned by `readable`.
         root: Root of the file system that holds /proc.
     """
-    absent = [kind for kind in _KINDS if kind not in formats]
-    unread = {f"{', '.join(absent)} cannot be read": "pip install --upgrade pillow"} if absent else {}
-    return _misfits() | _unloadable() | _idle_gpu(device, root) | _untrue(device) | unread
+    missing = [kind for kind in _KINDS if kind not in formats]
+    format_faults = {f"{', '.join(missing)} cannot be read": "pip install --upgrade pillow"} if missing else {}
+    return _check_versions() | _check_imports() | _check_gpu(device, root) | _check_device(device) | format_faults
 
 
 def version(package: str) -> str | None:
@@ -40,7 +40,7 @@ def version(package: str) -> str | None:
 
 
 def readable() -> list[str]:
-    """Return the image formats that can be read, each tested."""
+    """Return the image formats that can be read, tested by writing and reading an image."""
     read = []
     for kind in _KINDS:
         file = io.BytesIO()
@@ -53,7 +53,7 @@ def readable() -> list[str]:
     return read
 
 
-def _misfits() -> dict[str, str]:
+def _check_versions() -> dict[str, str]:
     packages = [package for package in ("dinocli", "torchvision", "timm") if version(package)]
     requirements = [(package, line) for package in packages for line in importlib.metadata.requires(package) or []]
     faults = [misfit(package, line, version) for package, line in requirements]
@@ -61,7 +61,7 @@ def _misfits() -> dict[str, str]:
 
 
 def misfit(package: str, requirement: str, installed: Callable[[str], str | None]) -> str | None:
-    """Return a sentence if an installed version does not meet a requirement of another package, else None.
+    """Return a message if an installed version does not meet another package's requirement, else None.
 
     Args:
         package: Package that states the requirement.
@@ -80,7 +80,7 @@ def misfit(package: str, requirement: str, installed: Callable[[str], str | None
     return f"{package} {installed(package)} needs {needed.name} {needed.specifier}; {has} is installed"
 
 
-def _unloadable() -> dict[str, str]:
+def _check_imports() -> dict[str, str]:
     faults = {}
     try:
         from torchvision.ops import nms
@@ -95,7 +95,7 @@ def _unloadable() -> dict[str, str]:
     return faults
 
 
-def _idle_gpu(device: torch.device, root: Path) -> dict[str, str]:
+def _check_gpu(device: torch.device, root: Path) -> dict[str, str]:
     if device.type != "cpu" or torch.cuda.is_available() or not (root / "proc/driver/nvidia/version").exists():
         return {}
     why = "is built without CUDA" if torch.version.cuda is None else "finds no usable device"
@@ -105,13 +105,13 @@ def _idle_gpu(device: torch.device, root: Path) -> dict[str, str]:
     }
 
 
-def _untrue(device: torch.device) -> dict[str, str]:
+def _check_device(device: torch.device) -> dict[str, str]:
     try:
-        said = _check_computing(device)
+        fault = _check_computing(device)
     except Exception as error:  # a torch built without this device fails here
-        said = _first_line(error)
+        fault = _first_line(error)
     hint = "another --device, or a torch built for this one"
-    return {f"computing on {device} failed: {said}": hint} if said else {}
+    return {f"computing on {device} failed: {fault}": hint} if fault else {}
 
 
 def _check_computing(device: torch.device) -> str:

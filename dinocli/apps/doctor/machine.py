@@ -1,4 +1,4 @@
-"""Machine: hardware, limits and installation."""
+"""Machine: hardware, limits and installation, as detected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dinocli.apps.doctor.installation import faults_of, readable, version
 from dinocli.core.resources import ROOT, cores, memory_of, ram_of, read_words
 from dinocli.data.decode.torch_codecs import has_fast_jpeg
 
-_LITTLE_DISK = 2e9  # bytes; a run of ViT-S/16 writes its weights, a new copy next to the old one, and a log
+_LITTLE_DISK = 2e9  # bytes; a run of ViT-S/16 writes weights, a second copy of them while it replaces them, and a log
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Machine:
         name: Product name of the device.
         devices: Number of devices of this kind.
         memory: Available bytes of device memory; on a CPU, of process memory.
-        memory_there: Total bytes of device memory.
+        memory_there: Total bytes of the same memory.
         cores: Cores available to this process, by affinity and control group.
         cores_there: Cores of the machine.
         ram: Bytes available to this process, by system and control group.
@@ -80,10 +80,10 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = RO
     """
     import dinocli
 
-    there = os.cpu_count() or 1
+    cores_there = os.cpu_count() or 1
     ram, ram_there = ram_of(root)
     memory, memory_there = memory_of(device, root)
-    name, devices = _name(device, root)
+    name, devices = _read_name(device, root)
     formats, disk = readable(), shutil.disk_usage(folder).free
     faults = faults_of(device, formats, root)
     if disk < _LITTLE_DISK:
@@ -104,7 +104,7 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = RO
         memory=memory,
         memory_there=memory_there,
         cores=cores(root),
-        cores_there=there,
+        cores_there=cores_there,
         ram=ram,
         ram_there=ram_there,
         folder=str(folder.resolve()),
@@ -115,7 +115,7 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = RO
     )
 
 
-def _name(device: torch.device, root: Path) -> tuple[str, int]:
+def _read_name(device: torch.device, root: Path) -> tuple[str, int]:
     """Return a device's product name, and the number of devices of its kind."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Pushing: write a run as a model folder with a card; the hub's own client uploads it."""
+"""Model folder with a card, written from a run; the hub's own client uploads it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Pushed:
 def push(source: str, out: Path | None = None, features: Path | None = None) -> Pushed:
     """Write a model folder for timm's hub loader, load it with timm, and compare the features.
 
-    The card reveals no paths on this machine and shows none of the photos.
+    The card contains no paths of this machine and no photos.
 
     Args:
         source: Run folder, or checkpoint of this tool.
@@ -60,7 +60,7 @@ def push(source: str, out: Path | None = None, features: Path | None = None) -> 
 
     Raises:
         DinoError: If the source cannot be read or is not this tool's. If the features are of other weights, the output
-            path is occupied, or timm's features differ. Nothing is left in these cases.
+            path is occupied, or timm's features differ. No output remains in these cases.
         OSError: If the disk is full, or the path is not writable.
     """
     if source.startswith("timm:"):
@@ -70,14 +70,14 @@ def push(source: str, out: Path | None = None, features: Path | None = None) -> 
         raise DinoError(
             f"{source} does not store its training; expected a run of this tool", f"dino export {source} --to timm"
         )
-    run = _run_of(Path(source))
+    run = _find_run(Path(source))
     name = re.sub(r"[^\w.-]+", "-", out.name if out else run.name if run else Path(source).stem)
     out = out or Path(f"{name}-hub")
     _check_free(out)
     encoder = encoder_of(weights, source, torch.device("cpu"))
     measured = _measure(features, encoder, source) if features else None
     history = _cut_after(weights.step, read_history(run / METRICS)) if run else {}
-    state = _state_of(run)
+    state = _read_state(run)
     with atomic_folder(out) as folder:
         written = write_timm(encoder, weights.preset.backbone, folder)
         if history:
@@ -100,7 +100,7 @@ def push(source: str, out: Path | None = None, features: Path | None = None) -> 
     return Pushed(out, name, written.difference, measured)
 
 
-def _run_of(source: Path) -> Path | None:
+def _find_run(source: Path) -> Path | None:
     """Return the run folder of a path to it or to one of its checkpoints, else None."""
     folder = (source / CHECKPOINT if source.is_dir() else source).resolve().parent
     folder = folder.parent.parent if folder.parent.name == STATES else folder
@@ -111,11 +111,11 @@ def _cut_after(step: int | None, history: dict[str, Curve]) -> dict[str, Curve]:
     """Cut a history at a step: a killed run may have logged steps beyond its checkpoint."""
     if step is None:
         return history
-    kept = {key: Curve(c.steps[c.steps <= step], c.values[c.steps <= step]) for key, c in history.items()}
-    return {key: curve for key, curve in kept.items() if len(curve.steps)}
+    cut = {key: Curve(c.steps[c.steps <= step], c.values[c.steps <= step]) for key, c in history.items()}
+    return {key: curve for key, curve in cut.items() if len(curve.steps)}
 
 
-def _state_of(run: Path | None) -> State | None:
+def _read_state(run: Path | None) -> State | None:
     return next((state for _, state in saved_states(run) if state), None) if run else None
 
 

@@ -1,4 +1,4 @@
-"""Matching: corresponding places of two photos, by the similarity of their patches."""
+"""Matching: corresponding positions in two photos, by patch similarity."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 Points = NDArray[np.float64]  # x and y in pixels of a photo. [P, 2]
 SideOf = Literal["box", "image"]
 ALPHAS = (0.05, 0.1, 0.15)
-_BLOCK = 2048  # patches compared with the whole other photo at once
+_BLOCK = 2048  # patches of A compared with all patches of B at once
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Matches:
 
 @dataclass(frozen=True)
 class Pck:
-    """Percent of correct keypoints: points with an answer near the true place.
+    """Percent of correct keypoints (PCK): keypoints whose predicted position is near the true one.
 
     Attributes:
-        alpha: Largest distance, as a share of the larger side of the box of B's keypoints, or of photo B.
-        found: Percent correct by the features.
-        same_place: Percent correct if the answer is A's place in B, with each side scaled.
+        alpha: Largest distance, as a share of the longer side of B's keypoint bounding box, or of photo B.
+        found: Percent correct with the features.
+        same_place: Percent correct for the trivial answer: A's position, scaled to the size of B.
         chance: Expected percent correct for a random patch of B.
     """
 
@@ -90,7 +90,7 @@ class Pck:
 def joint_pca(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]:
     """Project the features of two photos on the principal components of both together. [..., D] -> [..., dims]
 
-    There are fewer dims if both photos have fewer patches or features.
+    The result has fewer dimensions if the photos have fewer patches or features than `dims`.
 
     Source: Zhang et al., arXiv 2305.15347, section 3.3 ("co-PCA").
     """
@@ -101,25 +101,25 @@ def joint_pca(a: Tensor, b: Tensor, dims: int) -> tuple[Tensor, Tensor]:
 
 
 def match(a: PatchMap, b: PatchMap) -> Matches:
-    """Find each patch's nearest in the other photo by cosine, for a block of A's patches at a time."""
+    """Find the nearest patch in the other photo for each patch, by cosine, in blocks of A's patches."""
     ours, theirs = a.features.flatten(0, 1), b.features.flatten(0, 1)
     forth, cosine = [], []
     best = torch.full((len(theirs),), -torch.inf, device=theirs.device)
     back = torch.zeros(len(theirs), dtype=torch.long, device=theirs.device)
     for first in range(0, len(ours), _BLOCK):
         similar = ours[first : first + _BLOCK] @ theirs.T
-        values, found = similar.max(1)
-        forth.append(found)
+        values, rows = similar.max(1)
+        forth.append(rows)
         cosine.append(values)
-        values, found = similar.max(0)
-        back = torch.where(values > best, found + first, back)
+        values, rows = similar.max(0)
+        back = torch.where(values > best, rows + first, back)
         best = torch.maximum(values, best)
-    near = torch.cat(cosine).clamp(-1, 1)  # rounding may exceed 1 for equal patches
-    return Matches(torch.cat(forth).cpu().numpy(), back.cpu().numpy(), near.cpu().numpy())
+    clamped = torch.cat(cosine).clamp(-1, 1)  # rounding may exceed 1 for equal patches
+    return Matches(torch.cat(forth).cpu().numpy(), back.cpu().numpy(), clamped.cpu().numpy())
 
 
 def answers(a: PatchMap, b: PatchMap, matches: Matches, points: Points) -> Points:
-    """Return the places of A's points in B: the center of the patch most similar to the one with the point. [P, 2]
+    """Return the positions in B of A's points: the center of the match of the patch that holds each point. [P, 2]
 
     Source: Junyi42/sd-dino@48278d9 pck_spair_pascal.py: the nearest patch, without interpolation.
     """
@@ -127,7 +127,7 @@ def answers(a: PatchMap, b: PatchMap, matches: Matches, points: Points) -> Point
 
 
 def pck(a: PatchMap, b: PatchMap, matches: Matches, at_a: Points, at_b: Points, side_of: SideOf = "box") -> list[Pck]:
-    """Score the answers for keypoints of A against their true places in B, once for each of `ALPHAS`.
+    """Score the predicted positions of A's keypoints against their true ones in B, for each of `ALPHAS`.
 
     Args:
         a: Patches of photo A.
@@ -138,14 +138,17 @@ def pck(a: PatchMap, b: PatchMap, matches: Matches, at_a: Points, at_b: Points, 
         side_of: Reference length for `alpha`: the box of the keypoints, or the photo.
     """
     scaled = at_a * (np.array(b.size[::-1]) / np.array(a.size[::-1]))
-    far = [_distances(answer, at_b) for answer in (answers(a, b, matches, at_a), scaled)]
-    everywhere = np.linalg.norm(b.centers[None] - at_b[:, None], axis=2)  # [P, hB*wB]
-    near = {alpha: near_enough(b, at_b, side_of, alpha) for alpha in ALPHAS}
-    return [Pck(alpha, *(100 * float((d <= near[alpha]).mean()) for d in (*far, everywhere))) for alpha in ALPHAS]
+    distances = [_measure_distances(answer, at_b) for answer in (answers(a, b, matches, at_a), scaled)]
+    all_distances = np.linalg.norm(b.centers[None] - at_b[:, None], axis=2)  # [P, hB*wB]
+    thresholds = {alpha: near_enough(b, at_b, side_of, alpha) for alpha in ALPHAS}
+    return [
+        Pck(alpha, *(100 * float((d <= thresholds[alpha]).mean()) for d in (*distances, all_distances)))
+        for alpha in ALPHAS
+    ]
 
 
 def near_enough(b: PatchMap, at_b: Points, side_of: SideOf, alpha: float) -> float:
-    """Return the largest distance of a correct answer from the true place, in pixels of B."""
+    """Return the largest distance between a correct prediction and the true position, in pixels of B."""
     return alpha * float(max(np.ptp(at_b, axis=0)) if side_of == "box" else max(b.size))
 
 
@@ -155,17 +158,17 @@ def mean_pck(pairs: Sequence[Sequence[Pck]]) -> list[Pck]:
     return [Pck(score.alpha, *row) for score, row in zip(pairs[0], mean.tolist(), strict=True)]
 
 
-def _distances(a: Points, b: Points) -> NDArray[np.float64]:
+def _measure_distances(a: Points, b: Points) -> NDArray[np.float64]:
     return np.linalg.norm(a - b, axis=1)
 
 
 def spread_out(a: PatchMap, chosen: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Select the first patch in each part of photo A, for about `count` parts.
+    """Divide photo A into about `count` cells, and select the best patch in each.
 
     Args:
         a: Patches of photo A.
         chosen: Numbers of patches, the best first.
-        count: Number of parts, as square as possible.
+        count: Number of cells, which are as square as possible.
     """
     (rows, columns), (height, width) = a.grid, a.size
     down = min(rows, max(1, round((count * height / width) ** 0.5)))

@@ -1,4 +1,4 @@
-"""Matching on disk: match the places of two photos, and draw the matches."""
+"""Matching pictures: patch features of two photos, and drawings of their matches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RIGHT, _WRONG = (60, 190, 90), (225, 60, 60)
 
 @dataclass(frozen=True)
 class Compared:
-    """Settings of the features that are compared.
+    """Settings of the patch features to compare.
 
     Attributes:
         layers: Numbers of the blocks whose patch features are concatenated.
@@ -69,9 +69,9 @@ def patch_maps(encoder: Encoder, a: Pixels, b: Pixels, compared: Compared) -> tu
     if compared.pca:
         ours, theirs = joint_pca(ours, theirs, compared.pca)
     if compared.diffusion:
-        more = diffusion_maps(compared.diffusion, (a, b), (ours, theirs), compared.long_side)
-        both = zip((ours, theirs), more, strict=True)
-        ours, theirs = (_join(made, diffused, compared.weight) for made, diffused in both)
+        diffused_maps = diffusion_maps(compared.diffusion, (a, b), (ours, theirs), compared.long_side)
+        both = zip((ours, theirs), diffused_maps, strict=True)
+        ours, theirs = (_join(own, diffused, compared.weight) for own, diffused in both)
     return PatchMap(normalized(ours), a.shape[:2]), PatchMap(normalized(theirs), b.shape[:2])
 
 
@@ -84,8 +84,8 @@ def diffusion_maps(
 ) -> tuple[Tensor, Tensor]:
     """Compute a diffusion model's features of two photos, by joint PCA per layer, on the grids of `like`. [h, w, D']"""
     layers = zip(*(diffusion.layers(visible(photo), long_side) for photo in photos), strict=True)
-    made = [joint_pca(checked(a, "values of layers"), checked(b, "values of layers"), DIMS) for a, b in layers]
-    a, b = (torch.cat([_resize(pair[i], like[i].shape[:2]) for pair in made], -1).to(like[i].device) for i in (0, 1))
+    reduced = [joint_pca(checked(a, "values of layers"), checked(b, "values of layers"), DIMS) for a, b in layers]
+    a, b = (torch.cat([_resize(pair[i], like[i].shape[:2]) for pair in reduced], -1).to(like[i].device) for i in (0, 1))
     return a, b
 
 
@@ -103,7 +103,7 @@ def write_picture(
     lines: NDArray[np.int64],
     keypoints: tuple[Points, Points, float] | None,
 ) -> None:
-    """Write a picture of lines between matched places, each photo drawn with the other's pixels, and the keypoints.
+    """Write a picture with lines between matches, each photo redrawn from the other's patches, and the keypoints.
 
     Args:
         path: Path of the PNG.
@@ -111,24 +111,29 @@ def write_picture(
         maps: Patch features of both photos.
         matches: Matches between the photos.
         lines: Patches of A with a line to their match.
-        keypoints: Keypoints of A, keypoints of B, and the largest distance of a correct answer in pixels of B; or None.
+        keypoints: Keypoints of A and of B, and the largest distance of a correct match in pixels of B; or None.
     """
     a, b = maps
-    seen = (visible(photos[0]), visible(photos[1]))
+    colors_of_photos = (visible(photos[0]), visible(photos[1]))
     at_a, at_b = a.centers[lines], b.centers[matches.forth[lines]]
     across = at_a[:, 0].argsort().argsort() / max(1, len(at_a) - 1)
     colors = [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b, _ in colormaps["turbo"](0.05 + 0.9 * across)]
-    rows = [Tile(_lines(seen, at_a, at_b, colors), f"{len(matches.mutual)} mutual nearest patches, {len(lines)} drawn")]
-    swapped = swap(seen[1], a, b, matches.forth), swap(seen[0], b, a, matches.back)
-    rows.append(Tile(_place_beside(swapped, seen), "each patch replaced by its match in the other photo"))
+    rows = [
+        Tile(
+            _draw_lines(colors_of_photos, at_a, at_b, colors),
+            f"{len(matches.mutual)} mutual nearest patches, {len(lines)} drawn",
+        )
+    ]
+    swapped = swap(colors_of_photos[1], a, b, matches.forth), swap(colors_of_photos[0], b, a, matches.back)
+    rows.append(Tile(_place_beside(swapped, colors_of_photos), "each patch replaced by its match in the other photo"))
     if keypoints:
         true_a, true_b, near = keypoints
-        found = answers(a, b, matches, true_a)
-        right = np.linalg.norm(found - true_b, axis=1) <= near
-        some = np.unique(np.linspace(0, len(right) - 1, min(len(right), _MOST)).round().astype(int))
-        marks = [_RIGHT if hit else _WRONG for hit in right[some]]
+        predicted = answers(a, b, matches, true_a)
+        right = np.linalg.norm(predicted - true_b, axis=1) <= near
+        drawn = np.unique(np.linspace(0, len(right) - 1, min(len(right), _MOST)).round().astype(int))
+        marks = [_RIGHT if hit else _WRONG for hit in right[drawn]]
         caption = f"{right.sum()} of {len(right)} keypoints within the threshold"
-        rows.append(Tile(_lines(seen, true_a[some], found[some], marks), caption))
+        rows.append(Tile(_draw_lines(colors_of_photos, true_a[drawn], predicted[drawn], marks), caption))
     with atomic(path) as draft:
         sheet([[row] for row in rows]).save(draft, format="PNG", optimize=True)
 
@@ -149,7 +154,7 @@ def swap(other: Pixels, a: PatchMap, b: PatchMap, forth: NDArray[np.int64]) -> P
     return tiles[forth].reshape(height, width, side, side, 3).swapaxes(1, 2).reshape(height * side, width * side, 3)
 
 
-def _at_height(picture: Pixels, photo: Pixels) -> Pixels:
+def _resize_to_height(picture: Pixels, photo: Pixels) -> Pixels:
     """Resize a picture to the common height, with the aspect ratio of a photo."""
     width = max(1, round(_HEIGHT * photo.shape[1] / photo.shape[0]))
     return np.asarray(Image.fromarray(picture).resize((width, _HEIGHT), Image.Resampling.LANCZOS))
@@ -157,22 +162,24 @@ def _at_height(picture: Pixels, photo: Pixels) -> Pixels:
 
 def _place_beside(pictures: tuple[Pixels, Pixels], photos: tuple[Pixels, Pixels]) -> Pixels:
     """Place two pictures side by side, with the aspect ratios of two photos. [H, W, 3]"""
-    left, right = (_at_height(picture, photo) for picture, photo in zip(pictures, photos, strict=True))
+    left, right = (_resize_to_height(picture, photo) for picture, photo in zip(pictures, photos, strict=True))
     return np.concatenate([left, np.full((_HEIGHT, _GAP, 3), 255, np.uint8), right], axis=1)
 
 
-def _lines(photos: tuple[Pixels, Pixels], at_a: Points, at_b: Points, colors: list[tuple[int, int, int]]) -> Pixels:
-    """Draw two photos side by side, with lines between places of both."""
-    large = 3  # supersampling, for smooth lines
+def _draw_lines(
+    photos: tuple[Pixels, Pixels], at_a: Points, at_b: Points, colors: list[tuple[int, int, int]]
+) -> Pixels:
+    """Draw two photos side by side, with lines between points of both."""
+    scale_up = 3  # supersampling, for smooth lines
     page = Image.fromarray(_place_beside(photos, photos))
     size = page.size
-    page = page.resize((size[0] * large, size[1] * large), Image.Resampling.BICUBIC)
+    page = page.resize((size[0] * scale_up, size[1] * scale_up), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(page)
-    scales = [large * _HEIGHT / photo.shape[0] for photo in photos]
-    begin = large * (_at_height(photos[0], photos[0]).shape[1] + _GAP)
-    ends = zip((at_a * scales[0]).tolist(), (at_b * scales[1] + [begin, 0]).tolist(), colors, strict=True)
+    scales = [scale_up * _HEIGHT / photo.shape[0] for photo in photos]
+    left_of_b = scale_up * (_resize_to_height(photos[0], photos[0]).shape[1] + _GAP)
+    ends = zip((at_a * scales[0]).tolist(), (at_b * scales[1] + [left_of_b, 0]).tolist(), colors, strict=True)
     for (xa, ya), (xb, yb), color in ends:
-        pen.line((xa, ya, xb, yb), color, width=2 * large - 1)
+        pen.line((xa, ya, xb, yb), color, width=2 * scale_up - 1)
         for x, y in ((xa, ya), (xb, yb)):
-            pen.circle((x, y), 4 * large, color, outline=(255, 255, 255), width=large)
+            pen.circle((x, y), 4 * scale_up, color, outline=(255, 255, 255), width=scale_up)
     return np.asarray(page.resize(size, Image.Resampling.LANCZOS))

@@ -28,9 +28,9 @@ ORIGINAL = "original"
 _STRONG = "strong"
 TOP = 20  # images ranked per query
 _POWER = 4  # exponent of the generalized mean
-_LEAST = 1e-6
+_SMALLEST = 1e-6
 _LARGE = 1e8
-_FLAT = 1e-5  # times the largest variance: floor for the variance of a direction
+_FLAT = 1e-5  # smallest variance of a direction, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CopyScore:
         kind: Folder of the copies.
         queries: Number of copies.
         mean_ap: Mean over copies of the average precision, as the original tool reports it.
-        micro_ap: Average precision of all pairs in one ranking by cosine; it rewards a single threshold for all.
+        micro_ap: Average precision over one ranking of all pairs by cosine; high if one threshold suits all.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class CopiesResult:
         originals: Number of originals.
         distractors: Number of distractor images.
         whitened: Number of images the whitening was learned from; 0 without whitening.
-        skipped: Path and reason of each image that cannot be read, or whose original cannot.
+        skipped: Path and reason of each image that cannot be read, or whose original cannot be read.
     """
 
     scores: list[CopyScore]
@@ -70,8 +70,8 @@ class CopiesResult:
 
 
 def generalized_mean(patches: Tensor) -> Tensor:
-    """Return the fourth root of the mean of fourth powers, with negative values set near 0. [B, N, D] -> [B, D]"""
-    positive = patches.clamp(min=_LEAST)
+    """Return the fourth root of the mean of fourth powers, with negative values clamped to 1e-6. [B, N, D] -> [B, D]"""
+    positive = patches.clamp(min=_SMALLEST)
     largest = positive.amax(1, keepdim=True)
     scale = torch.where(largest > _LARGE, largest, 1)  # fourth powers of larger values overflow float32
     return (positive / scale).pow(_POWER).mean(1).pow(1 / _POWER) * scale[:, 0]
@@ -90,11 +90,11 @@ def describe(encoder: Encoder, images: Tensor) -> Floats:
 
 @dataclass(frozen=True)
 class Whitening:
-    """Whitening: a linear map that gives all directions of its training features the same variance.
+    """Linear map that gives all directions of its training features the same variance.
 
     Attributes:
         mean: Mean of the features. [D]
-        matrix: One direction per row. [D, D]
+        matrix: Scaled principal directions, one per row. [D, D]
     """
 
     mean: Floats
@@ -135,7 +135,7 @@ def copies(
         folder: Folder with `original/` and folders of copies at any depth, such as `strong/` and `jpegqual/3/`. The
             name of a copy equals or begins with the name of its original; in Copydays' six-digit names, the first four
             digits identify it.
-        distractors: Folder of images that are no original, added to the database.
+        distractors: Folder of unrelated images, added to the database.
         whiten: Folder of images to learn the whitening from. If None, features are not whitened.
         size: Side in pixels to which photos are stretched.
         batch_size: Images per batch.
@@ -144,35 +144,37 @@ def copies(
     Raises:
         DinoError: If there is no `original/`, no copy, or a copy without an original.
     """
-    groups = _groups(folder)
+    groups = _list_groups(folder)
     skipped: dict[str, str] = {}
 
     def encode(files: Sequence[Path], what: str) -> tuple[list[Path], Floats]:
         return _encode(encoder, files, size, batch_size, skipped, lambda done: report(what, done, len(files)))
 
-    found = {kind: encode(files, kind) for kind, files in groups.items()}
-    originals, values = found[ORIGINAL]
-    others = encode(_files(distractors), "distractors")[1] if distractors else values[:0]
+    encoded = {kind: encode(files, kind) for kind, files in groups.items()}
+    originals, values = encoded[ORIGINAL]
+    others = encode(_list_files(distractors), "distractors")[1] if distractors else values[:0]
     database = np.concatenate([values, others])
-    learned = encode(_files(whiten), "whitening")[1] if whiten else values[:0]
-    whitening: Callable[[Floats], Floats] = Whitening.learn(learned) if len(learned) else lambda same: same
+    training_values = encode(_list_files(whiten), "whitening")[1] if whiten else values[:0]
+    whitening: Callable[[Floats], Floats] = (
+        Whitening.learn(training_values) if len(training_values) else lambda features: features
+    )
     database = unit(whitening(database))
     row_of = {file: row for row, file in enumerate(originals)}  # readable originals only
     stems = [file.stem for file in groups[ORIGINAL]]
     scores = []
-    for kind, (files, queries) in found.items():
-        wanted, asked = [], []
+    for kind, (files, queries) in encoded.items():
+        originals_by_query, scored = [], []
         for query, file in enumerate(files):
             own = [groups[ORIGINAL][i] for i in originals_of(file.stem, stems, kind)]
             if rows := [row_of[original] for original in own if original in row_of]:
-                wanted.append(np.array(rows))
-                asked.append(query)
+                originals_by_query.append(np.array(rows))
+                scored.append(query)
             else:
                 skipped[str(file)] = "its original cannot be read"
-        if asked:
-            cosines, nearby = nearest(database, whitening(queries[asked]), min(TOP, len(database)))
-            scores.append(score(kind, cosines, nearby, wanted))
-    return CopiesResult(scores, len(originals), len(others), len(learned), skipped)
+        if scored:
+            cosines, rows_found = nearest(database, whitening(queries[scored]), min(TOP, len(database)))
+            scores.append(score(kind, cosines, rows_found, originals_by_query))
+    return CopiesResult(scores, len(originals), len(others), len(training_values), skipped)
 
 
 def score(kind: str, cosines: Floats, rows: Indices, wanted: Sequence[Indices]) -> CopyScore:
@@ -186,10 +188,12 @@ def score(kind: str, cosines: Floats, rows: Indices, wanted: Sequence[Indices]) 
     """
     right = np.array([np.isin(found, own) for found, own in zip(rows, wanted, strict=True)])  # [Q, K]
     each = [average_precision(np.flatnonzero(r), len(own)) for r, own in zip(right, wanted, strict=True)]
-    return CopyScore(kind, len(rows), 100 * float(np.mean(each)), 100 * _micro(cosines, right, sum(map(len, wanted))))
+    return CopyScore(
+        kind, len(rows), 100 * float(np.mean(each)), 100 * _average_all_pairs(cosines, right, sum(map(len, wanted)))
+    )
 
 
-def _micro(cosines: Floats, right: NDArray[np.bool_], wanted: int) -> float:
+def _average_all_pairs(cosines: Floats, right: NDArray[np.bool_], wanted: int) -> float:
     """Return the average precision over one ranking of all pairs."""
     order = np.argsort(-cosines, axis=None, kind="stable")
     hits = right.ravel()[order]
@@ -198,10 +202,10 @@ def _micro(cosines: Floats, right: NDArray[np.bool_], wanted: int) -> float:
 
 
 def originals_of(stem: str, originals: Sequence[str], kind: str) -> Indices:
-    """Return the rows of a copy's originals: those of the same name, else those whose name it begins with.
+    """Return the rows of a copy's originals: those with its name, else those whose name is a prefix of its name.
 
-    In Copydays' `strong` copies, the first four of six digits identify the original. The source goes by the order of
-    files for other kinds; here the four digits count if exactly one original has them.
+    In Copydays' `strong` copies, the first four of six digits identify the original. For other kinds,
+    the source relies on the order of files; here, the four digits must belong to exactly one original.
 
     Args:
         stem: Name of the copy, without suffix.
@@ -226,7 +230,7 @@ def originals_of(stem: str, originals: Sequence[str], kind: str) -> Indices:
     return np.array(rows)
 
 
-def _groups(folder: Path) -> dict[str, list[Path]]:
+def _list_groups(folder: Path) -> dict[str, list[Path]]:
     """Return the files of the originals and of each kind of copies, by folder."""
     groups: dict[str, list[Path]] = {ORIGINAL: []}
     for name in image_folder(folder).names:
@@ -241,7 +245,7 @@ def _groups(folder: Path) -> dict[str, list[Path]]:
     return groups
 
 
-def _files(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     return [folder / name for name in image_folder(folder).names]
 
 
@@ -255,7 +259,7 @@ def _encode(
 ) -> tuple[list[Path], Floats]:
     """Return the readable files and their features; add the others to `skipped`."""
     mean, std = (torch.tensor(v, device=encoder.device) for v in (encoder.mean, encoder.std))
-    kept: list[Path] = []
+    readable: list[Path] = []
     parts: list[Floats] = []
     for first in range(0, len(files), batch_size):
         photos, names = [], []
@@ -268,12 +272,12 @@ def _encode(
             names.append(str(file))
         if photos:
             batch = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).to(encoder.device).float() / 255
-            made = describe(encoder, normalize(batch, mean, std))
-            finite, lost = finite_rows(torch.from_numpy(made), names)
-            parts.append(made[finite])
-            kept += [Path(names[i]) for i in finite]
-            skipped |= dict(lost)
+            features = describe(encoder, normalize(batch, mean, std))
+            finite, not_finite = finite_rows(torch.from_numpy(features), names)
+            parts.append(features[finite])
+            readable += [Path(names[i]) for i in finite]
+            skipped |= dict(not_finite)
         report(min(len(files), first + batch_size))
-    if not kept:
+    if not readable:
         raise DinoError(f"none of {len(files)} photos, such as {files[0]}, can be read", "check that file")
-    return kept, np.concatenate(parts)
+    return readable, np.concatenate(parts)

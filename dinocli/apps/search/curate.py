@@ -14,10 +14,10 @@ from dinocli.evals.nearest import nearest
 from dinocli.evals.units import Floats, unit
 
 _QUERIES = 8192  # queries per search
-_LEARN = 256  # training images per cluster
-_LEARN_BYTES = 2**30  # most bytes of training images
+_LEARN = 256  # training features per cluster
+_LEARN_BYTES = 2**30  # largest memory of the training features
 _ROUNDS = 20  # k-means iterations
-HELD = 4  # seeds that select a cluster: the paper requires more than three
+HELD = 4  # smallest number of seeds in a selected cluster: the paper requires more than three
 
 Report = Callable[[int], None]
 
@@ -36,17 +36,17 @@ def near_to(
     """
     near = found_in(values, rows, others)  # rounding may rank a copy second, behind a merely similar row
     for first in range(0, len(rows), _QUERIES):
-        some = slice(first, first + _QUERIES)
-        near[some] |= nearest(others, values[rows[some]], 1)[0][:, 0] >= threshold
+        block = slice(first, first + _QUERIES)
+        near[block] |= nearest(others, values[rows[block]], 1)[0][:, 0] >= threshold
         report(min(len(rows), first + _QUERIES))
     return rows[near]
 
 
 def whole_groups(rows: Indices, members: Sequence[Indices]) -> Indices:
-    """Return the given rows and all members of groups that contain one of them, ascending.
+    """Return the given rows and all members of their groups, ascending.
 
     Args:
-        rows: Rows such as those near held-out images. [R]
+        rows: Rows to expand, such as those near held-out images. [R]
         members: Rows of each group of near-duplicates.
 
     Source: arXiv 2304.07193, appendix A.3, relative deduplication.
@@ -57,7 +57,7 @@ def whole_groups(rows: Indices, members: Sequence[Indices]) -> Indices:
 
 
 def retrieve(values: Values, rows: Indices, seeds: Values, k: int, report: Report = lambda done: None) -> Indices:
-    """Return the k nearest rows to each seed, without repetition.
+    """Return the rows that are among the k nearest of any seed, ascending.
 
     Args:
         values: Features of the pool. [S, D]
@@ -68,12 +68,12 @@ def retrieve(values: Values, rows: Indices, seeds: Values, k: int, report: Repor
 
     Source: arXiv 2304.07193, appendix A.4, sample-based.
     """
-    found = np.zeros(len(values), bool)
+    is_found = np.zeros(len(values), bool)
     for first in range(0, len(seeds), _QUERIES):
         block = seeds[first : first + _QUERIES]
-        found[nearest(values, block, min(k, len(rows)), among=rows)[1]] = True
+        is_found[nearest(values, block, min(k, len(rows)), among=rows)[1]] = True
         report(first + len(block))
-    return np.flatnonzero(found)
+    return np.flatnonzero(is_found)
 
 
 def clusters(values: Values, rows: Indices, count: int, seed: int) -> Floats:
@@ -88,26 +88,26 @@ def clusters(values: Values, rows: Indices, count: int, seed: int) -> Floats:
             f"use --clusters {max(1, len(rows) // 10)}",
         )
     width = values.shape[1]
-    most = max(count, min(count * _LEARN, _LEARN_BYTES // (4 * width)))
-    drawn = np.random.default_rng(seed).permutation(len(rows))[:most]
+    max_training = max(count, min(count * _LEARN, _LEARN_BYTES // (4 * width)))
+    training = np.random.default_rng(seed).permutation(len(rows))[:max_training]
     options = {"min_points_per_centroid": 1, "max_points_per_centroid": len(rows)}
     means = faiss.Kmeans(width, count, niter=_ROUNDS, seed=seed, spherical=True, **options)
-    means.train(unit(values[rows[np.sort(drawn)]]))
+    means.train(unit(values[rows[np.sort(training)]]))
     return unit(np.asarray(means.centroids))
 
 
 def assign(values: Values, rows: Indices, centers: Floats, report: Report = lambda done: None) -> Indices:
     """Return the number of the nearest center of each given row. [R]"""
-    found = np.empty(len(rows), np.int64)
+    numbers = np.empty(len(rows), np.int64)
     for first in range(0, len(rows), _QUERIES):
-        asked = rows[first : first + _QUERIES]
-        found[first : first + len(asked)] = nearest(centers, values[asked], 1)[1][:, 0]
-        report(first + len(asked))
-    return found
+        block = rows[first : first + _QUERIES]
+        numbers[first : first + len(block)] = nearest(centers, values[block], 1)[1][:, 0]
+        report(first + len(block))
+    return numbers
 
 
 def sample(rows: Indices, of: Indices, each: int, seed: int, among: Indices | None = None) -> Indices:
-    """Draw a number of rows per cluster at random; take all of a smaller one.
+    """Draw the same number of rows from each cluster at random, or all rows of a smaller cluster.
 
     Args:
         rows: Rows to draw from. [R]
@@ -120,15 +120,15 @@ def sample(rows: Indices, of: Indices, each: int, seed: int, among: Indices | No
     """
     order = np.random.default_rng(seed).permutation(len(rows))
     order = order[np.argsort(of[order], kind="stable")]  # cluster after cluster, each in random order
-    begins = np.flatnonzero(np.diff(of[order], prepend=-1))
-    place = np.arange(len(rows)) - np.repeat(begins, np.diff(begins, append=len(rows)))
-    taken = order[place < each]
+    starts = np.flatnonzero(np.diff(of[order], prepend=-1))
+    rank = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
+    drawn = order[rank < each]
     if among is not None:
-        taken = taken[np.isin(of[taken], among)]
-    return np.sort(rows[taken])
+        drawn = drawn[np.isin(of[drawn], among)]
+    return np.sort(rows[drawn])
 
 
 def held(of_seeds: Indices, least: int = HELD) -> Indices:
     """Return the clusters that hold at least `least` seeds."""
-    found, seeds = np.unique(of_seeds, return_counts=True)
-    return found[seeds >= least]
+    numbers, counts = np.unique(of_seeds, return_counts=True)
+    return numbers[counts >= least]

@@ -55,7 +55,7 @@ def find_alike(values: Values, threshold: float | None, report: Callable[[int], 
     """
     best = np.empty(len(values), np.float32)
     pieces, pairs = Pieces(len(values)), 0
-    report(1)  # a timer of the remaining time starts here
+    report(1)  # starts the estimate of the remaining time
     for tile in alike(values, threshold, best):
         pieces.join(tile.first, tile.second)
         pairs += len(tile.first)
@@ -64,7 +64,7 @@ def find_alike(values: Values, threshold: float | None, report: Callable[[int], 
 
 
 def choose(found: Alike, quality: Callable[[int], Sequence[int]]) -> list[Group]:
-    """Choose the image of each group to keep: the highest quality, the first one for ties.
+    """Choose the image of each group to keep: the one of highest quality, or the first of several.
 
     Args:
         found: Groups of near-duplicates.

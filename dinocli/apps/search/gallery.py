@@ -1,4 +1,4 @@
-"""Gallery: the images behind a folder of features, with all splits as one; photos are read if still available."""
+"""Gallery: all images of a folder of features, numbered across its splits; photos are read if still available."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Gallery:
 
     @property
     def provenance(self) -> Provenance:
-        """Settings that made the features of every split, except for the views."""
+        """Provenance of the features; all splits share it, except for the views."""
         return next(iter(self.parts.values())).provenance
 
     @property
@@ -56,27 +56,27 @@ class Gallery:
 
     def name(self, row: int) -> str:
         """Return the path of an image, with its split in front if there are several."""
-        split, path = self._place(row)
+        split, path = self._locate(row)
         return path if len(self.parts) == 1 else f"{split}/{path}"
 
     def label(self, row: int) -> str | None:
         """Return the class of an image, or None."""
-        split, _ = self._place(row)
+        split, _ = self._locate(row)
         part = self.parts[split]
         label = int(part.labels[row - self._begins[split]])
         return part.classes[label] if 0 <= label < len(part.classes) else None
 
     def file(self, row: int) -> Path | None:
-        """Return the file of an image, or None if it is in a tar file, comes decoded, or is missing."""
-        split, path = self._place(row)
+        """Return the file of an image, or None if the image has no file of its own or is missing."""
+        split, path = self._locate(row)
         source = self._sources.get(split)
         if source is None or isinstance(source, Shards | TorchvisionImages):
             return None
         return (source.root / path).absolute()
 
     def read(self, row: int, images: ImagesConfig = DEFAULTS) -> bytes | Image.Image | BadImage:
-        """Return the bytes of an image, or the reason why there are none; `images` holds the limits."""
-        split, path = self._place(row)
+        """Return an image's bytes, or the reason why it cannot be read; `images` holds the limits."""
+        split, path = self._locate(row)
         source = self._sources.get(split)
         if source is None:
             return BadImage(f"missing: {self._missing or f'{self.data} has no split {split}'}")
@@ -92,19 +92,19 @@ class Gallery:
             return BadImage(f"missing: {getattr(error, 'strerror', None) or error}")
 
     def photo(self, row: int, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
-        """Return an image of at least `side` pixels, if it has them, or the reason why it cannot be read. [H, W, C]"""
+        """Return an image, reduced to no less than `side` pixels, or the reason why it cannot be read. [H, W, C]"""
         data = self.read(row, images)
         return data if isinstance(data, BadImage) else small(data, side, images)
 
     def size(self, row: int, images: ImagesConfig = DEFAULTS) -> tuple[int, int]:
-        """Return the pixels and bytes of an image by its header; zeros if it cannot be read."""
+        """Return the number of pixels and of bytes of an image, from its header; zeros if it cannot be read."""
         data = self.read(row, images)
         opened = data if isinstance(data, BadImage) else open_image(data, images)
         if isinstance(opened, BadImage):
             return 0, 0
         return opened.height * opened.width, len(data) if isinstance(data, bytes) else 0
 
-    def _place(self, row: int) -> tuple[str, str]:
+    def _locate(self, row: int) -> tuple[str, str]:
         split = [name for name, begin in self._begins.items() if begin <= row and len(self.parts[name])][-1]
         return split, self.parts[split].paths[row - self._begins[split]]
 
@@ -168,7 +168,7 @@ def write_list(gallery: Gallery, rows: Sequence[int], path: Path) -> list[str]:
     """Write a list of image files for `dino pretrain`, with absolute paths.
 
     Returns:
-        Names of images whose paths contain a tab or a line break, which a list cannot hold.
+        Names of omitted images: a list cannot hold paths with a tab or a line break.
 
     Raises:
         DinoError: If the images are not in separate files, or no longer there.
@@ -180,6 +180,6 @@ def write_list(gallery: Gallery, rows: Sequence[int], path: Path) -> list[str]:
             "name their current folder with --data",
         )
     lines = [(row, str(file)) for row, file in zip(rows, files, strict=True)]
-    odd = {row for row, line in lines if any(sign in line for sign in "\t\r\n")}
-    write_text(path, "".join(f"{line}\n" for row, line in lines if row not in odd))
-    return [gallery.name(row) for row in sorted(odd)]
+    omitted = {row for row, line in lines if any(mark in line for mark in "\t\r\n")}
+    write_text(path, "".join(f"{line}\n" for row, line in lines if row not in omitted))
+    return [gallery.name(row) for row in sorted(omitted)]

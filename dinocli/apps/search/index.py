@@ -27,13 +27,13 @@ Kind = Literal["exact", "ivf", "hnsw"]
 EXACT_UP_TO = 500_000
 GOAL = 0.95  # target recall
 AT = 10  # neighbours for measuring the recall
-_ASKED = 200  # features that tune the index, and as many others that measure its recall
-_MORE = 4  # times k candidates are taken from the index, whose codes are coarse, and reranked by the features
+_QUERIES = 200  # queries that tune the index, and as many others that measure its recall
+_CANDIDATES = 4  # candidates per neighbour: the index has coarse codes, so more than k are reranked by exact cosine
 _LINKS = 32  # links per feature in the HNSW graph
-_EACH = 40  # training features per IVF list
-_LEARN_BYTES = 2**30  # most bytes of training features
+_TRAIN_PER_LIST = 40  # training features per IVF list
+_LEARN_BYTES = 2**30  # largest memory of the training features
 _BLOCK = 65_536  # features added at once
-_ROUNDING = 1e-6  # tolerance of a cosine: neighbours this close to the last true one count as correct
+_ROUNDING = 1e-6  # tolerance in cosine: a neighbour is correct if it is as near as the k-th true one
 _FILE, _EQUAL, _ABOUT = "index.faiss", "equal.safetensors", "about.json"
 _CHECKSUMS = "files"  # key in about.json: checksums of the other files by name
 
@@ -65,7 +65,7 @@ class About:
 class Distinct:
     """Features that an index holds once each, with the rows equal to them up to rounding.
 
-    A graph with many equal features hides others: all links of a node lead to its copies.
+    In a graph, many equal features would hide all others: every link of a node would lead to its copies.
 
     Attributes:
         rows: All rows, with equal ones adjacent. [S]
@@ -119,22 +119,22 @@ class Index:
         k = min(k, len(self._values))
         if self._coarse is None or self._distinct is None:
             return nearest(self._values, queries, k)
-        asked, queries = queries, unit(queries)
+        originals, queries = queries, unit(queries)
         if self.about.kind == "ivf":
             self._coarse.nprobe = self.about.effort
         else:
-            self._coarse.hnsw.efSearch = max(self.about.effort, k * _MORE)
-        proposed = self._coarse.search(queries, min(k * _MORE, len(self._distinct)))[1]  # [Q, k * _MORE]
+            self._coarse.hnsw.efSearch = max(self.about.effort, k * _CANDIDATES)
+        proposed = self._coarse.search(queries, min(k * _CANDIDATES, len(self._distinct)))[1]  # [Q, k * _CANDIDATES]
         cosines = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int64)
         for q, numbers in enumerate(proposed):
-            # The first k of equal rows suffice.
+            # Of equal rows, the first k suffice.
             equal = [self._distinct.equal(number)[:k] for number in numbers if number >= 0]
             found = np.concatenate(equal) if equal else rows[q, :0]
             exact = unit(self._values[found]) @ queries[q]
             order = np.argsort(-exact, kind="stable")[:k]
             cosines[q, : len(order)], rows[q, : len(order)] = exact[order], found[order]
-        return bounded(self._values, asked, cosines, rows)
+        return bounded(self._values, originals, cosines, rows)
 
 
 def kind_for(images: int) -> Kind:
@@ -172,16 +172,16 @@ def open_index(values: Values, kind: Kind, folder: Path, digest: str, report: Re
 def _read_index(values: Values, place: Path, kind: Kind, digest: str) -> Index | None:
     """Return the stored index, or None if it is of other features, incomplete or corrupt."""
     try:
-        told = unseal((place / _ABOUT).read_bytes())
+        stored = unseal((place / _ABOUT).read_bytes())
         # Unverified bytes may give wrong answers or crash the process, so the index is rebuilt.
-        checksums = told.pop(_CHECKSUMS)
+        checksums = stored.pop(_CHECKSUMS)
         if not all(verified(place / name, checksums[name]) for name in (_FILE, _EQUAL)):
             return None
-        about = About(digest=told.pop("of"), **told)  # "of" is the file's key since version 0.1
+        about = About(digest=stored.pop("of"), **stored)  # "of" is the file's key since version 0.1
         # Indices of earlier versions repeat equal features.
         if (about.digest, about.kind, about.images) != (digest, kind, len(values)) or not about.distinct:
             return None
-        # Lists stay on disk until searched; a graph is read completely.
+        # IVF lists stay on disk until searched; a graph is read completely.
         flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY if about.kind == "ivf" else 0
         coarse = faiss.read_index(str(place / _FILE), flags)
         if coarse.d != values.shape[1]:
@@ -196,26 +196,26 @@ def _read_distinct(path: Path, images: int, distinct: int) -> Distinct:
     first = np.array(map_tensors(path)[0]["first"])
     if first.shape != (images,) or not ((first >= 0) & (first <= np.arange(images))).all():
         raise ValueError(f"{path} belongs to other features")
-    found = Distinct.of(first)
-    if len(found) != distinct:
+    groups = Distinct.of(first)
+    if len(groups) != distinct:
         raise ValueError(f"{path} belongs to another index")
-    return found
+    return groups
 
 
 def _build(values: Values, kind: Kind, place: Path, digest: str, report: Report) -> Index:
     first = first_nearly_equal(values)
     distinct = Distinct.of(first)
     rows, width = distinct.firsts, values.shape[1]
-    coarse = _ivf(len(rows), width) if kind == "ivf" else _hnsw(width)
-    sample = _sample(values, rows, coarse.nlist * _EACH if kind == "ivf" else _BLOCK)
+    coarse = _make_ivf(len(rows), width) if kind == "ivf" else _make_hnsw(width)
+    sample = _draw_sample(values, rows, coarse.nlist * _TRAIN_PER_LIST if kind == "ivf" else _BLOCK)
     coarse.train(sample)
     del sample
     for begin in range(0, len(rows), _BLOCK):
         coarse.add(unit(values[rows[begin : begin + _BLOCK]]))
         end = begin + _BLOCK
-        report(end if end < len(rows) else len(values))  # equal rows count with the last block
-    index = _set(Index(About(kind, len(values), digest, distinct=len(rows)), values, coarse, distinct), values)
-    # If it cannot be stored, it is rebuilt each time, and nothing else is lost.
+        report(end if end < len(rows) else len(values))  # the last block also reports the equal rows
+    index = _tune(Index(About(kind, len(values), digest, distinct=len(rows)), values, coarse, distinct), values)
+    # An index that cannot be stored is rebuilt by each command; nothing else is lost.
     with contextlib.suppress(OSError, RuntimeError), atomic_folder(place) as draft:
         with atomic(draft / _FILE) as file:
             faiss.write_index(coarse, str(file))
@@ -226,9 +226,9 @@ def _build(values: Values, kind: Kind, place: Path, digest: str, report: Report)
     return index
 
 
-def _ivf(count: int, width: int) -> Any:
+def _make_ivf(count: int, width: int) -> Any:
     """Return an inverted file that stores each number in one byte."""
-    lists = max(1, min(int(4 * count**0.5), count // _EACH))
+    lists = max(1, min(int(4 * count**0.5), count // _TRAIN_PER_LIST))
     coarse = faiss.IndexIVFScalarQuantizer(
         faiss.IndexFlatIP(width), width, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
     )
@@ -236,39 +236,43 @@ def _ivf(count: int, width: int) -> Any:
     return coarse
 
 
-def _hnsw(width: int) -> Any:
+def _make_hnsw(width: int) -> Any:
     """Return a graph of neighbours that stores each number in one byte."""
     kind = faiss.ScalarQuantizer.QT_8bit
     return faiss.IndexHNSWSQ(width, kind, _LINKS, faiss.METRIC_INNER_PRODUCT)  # type: ignore[arg-type]
 
 
-def _sample(values: Values, rows: Indices, wanted: int) -> Floats:
+def _draw_sample(values: Values, rows: Indices, count: int) -> Floats:
     """Draw training features at random."""
-    wanted = min(wanted, len(rows), max(1, _LEARN_BYTES // (4 * values.shape[1])))
-    return unit(values[rows[np.sort(np.random.default_rng(0).choice(len(rows), wanted, replace=False))]])
+    count = min(count, len(rows), max(1, _LEARN_BYTES // (4 * values.shape[1])))
+    return unit(values[rows[np.sort(np.random.default_rng(0).choice(len(rows), count, replace=False))]])
 
 
-def _set(index: Index, values: Values) -> Index:
-    """Return the index with the least effort that reaches the goal on some features, and its recall on others."""
-    drawn = np.random.default_rng(1).permutation(len(values))[: 2 * _ASKED]
+def _tune(index: Index, values: Values) -> Index:
+    """Return the index with the least effort that reaches the target recall, and its recall on other queries."""
+    drawn = np.random.default_rng(1).permutation(len(values))[: 2 * _QUERIES]
     k = min(AT, len(values) - 1)
     queries = values[drawn]
-    last = nearest(values, queries, k + 1)[0][:, -1]  # of the last true neighbour; the first is the feature itself
-    tried, told = slice(0, None, 2), slice(1, None, 2)
+    # Of the k-th true neighbour: the nearest is the feature itself.
+    last_cosines = nearest(values, queries, k + 1)[0][:, -1]
+    tuning, test = slice(0, None, 2), slice(1, None, 2)
     about = index.about
-    most = index._coarse.nlist if about.kind == "ivf" else 4096
+    max_effort = index._coarse.nlist if about.kind == "ivf" else 4096
     effort = 1 if about.kind == "ivf" else 16
     while True:
         index = Index(replace(about, effort=effort), values, index._coarse, index._distinct)
-        if effort >= most or _recall(index, queries[tried], drawn[tried], last[tried], k) >= GOAL:
+        if (
+            effort >= max_effort
+            or _measure_recall(index, queries[tuning], drawn[tuning], last_cosines[tuning], k) >= GOAL
+        ):
             break
-        effort = min(most, effort * 2)
-    recall = _recall(index, queries[told], drawn[told], last[told], k)
+        effort = min(max_effort, effort * 2)
+    recall = _measure_recall(index, queries[test], drawn[test], last_cosines[test], k)
     return Index(replace(index.about, recall=recall), values, index._coarse, index._distinct)
 
 
-def _recall(index: Index, queries: Floats, rows: Indices, last: Floats, k: int) -> float:
-    """Measure the share of k neighbours of each feature that are as near as its k-th true one, excluding itself.
+def _measure_recall(index: Index, queries: Floats, rows: Indices, last: Floats, k: int) -> float:
+    """Measure the share of the k found neighbours that are as near as the k-th true one, without the feature itself.
 
     Row numbers are not compared: any of several equal features is correct.
     """

@@ -1,4 +1,4 @@
-"""Retrieval: mean average precision by the protocol of the revisited Oxford and Paris sets, and their files."""
+"""Retrieval: mean average precision in the protocol of the revisited Oxford and Paris sets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Level = Literal["easy", "medium", "hard"]
 LEVELS: tuple[Level, ...] = ("easy", "medium", "hard")
 KS = (1, 5, 10)
 _SCALES = (1.0, 2**-0.5, 0.5)  # as in the original's --multiscale
-_FORM = "expected a file with imlist, qimlist and gnd, such as gnd_roxford5k.pkl or the same as JSON"
+_EXPECTED = "expected a file with imlist, qimlist and gnd, such as gnd_roxford5k.pkl or the same as JSON"
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class GroundTruth:
     junk: list[Indices]
 
     def at(self, level: Level, query: int) -> tuple[Indices, Indices]:
-        """Return the correct images of a query at a level, and those that do not count."""
+        """Return the correct images of a query at a level, and the images to remove from its ranking."""
         easy, hard, junk = self.easy[query], self.hard[query], self.junk[query]
         none = np.empty(0, np.int64)
-        wanted = {"easy": (easy, none), "medium": (easy, hard), "hard": (none, hard)}[level]
-        besides = {"easy": (junk, hard), "medium": (junk, none), "hard": (junk, easy)}[level]
-        return np.concatenate(wanted), np.concatenate(besides)
+        correct = {"easy": (easy, none), "medium": (easy, hard), "hard": (none, hard)}[level]
+        ignored = {"easy": (junk, hard), "medium": (junk, none), "hard": (junk, easy)}[level]
+        return np.concatenate(correct), np.concatenate(ignored)
 
 
 @dataclass(frozen=True)
@@ -84,39 +84,42 @@ def read_ground_truth(path: Path) -> GroundTruth:
     """
     try:
         with path.open("rb") as file:
-            told = (
+            data = (
                 json.load(file) if path.suffix.lower() == ".json" else _PlainUnpickler(file, encoding="latin1").load()
             )
-        images, queries = ([str(name) for name in told[key]] for key in ("imlist", "qimlist"))
+        images, queries = ([str(name) for name in data[key]] for key in ("imlist", "qimlist"))
         rows = {
-            key: [_rows(each.get(key, ()), len(images)) for each in told["gnd"]] for key in ("easy", "hard", "junk")
+            key: [_parse_rows(each.get(key, ()), len(images)) for each in data["gnd"]]
+            for key in ("easy", "hard", "junk")
         }
-        if len(told["gnd"]) != len(queries) or not queries or not images:
-            raise ValueError(f"it has {len(queries)} queries, but ground truth for {len(told['gnd'])}")
+        if len(data["gnd"]) != len(queries) or not queries or not images:
+            raise ValueError(f"it has {len(queries)} queries, but ground truth for {len(data['gnd'])}")
     except FileNotFoundError:
-        raise DinoError(f"{path} does not exist; {_FORM}", "check the path") from None
+        raise DinoError(f"{path} does not exist; {_EXPECTED}", "check the path") from None
     # The reader of a corrupt pickle may raise nearly any exception.
     except Exception as error:
-        raise DinoError(f"{path} is invalid: {error}; {_FORM}", "use the file that comes with the data set") from error
+        raise DinoError(
+            f"{path} is invalid: {error}; {_EXPECTED}", "use the file that comes with the data set"
+        ) from error
     return GroundTruth(images, queries, rows["easy"], rows["hard"], rows["junk"])
 
 
-def _rows(numbers: Any, count: int) -> Indices:
-    rows = np.asarray(numbers, dtype=np.float64).ravel().astype(np.int64)  # an empty list is one of floats
+def _parse_rows(numbers: Any, count: int) -> Indices:
+    rows = np.asarray(numbers, dtype=np.float64).ravel().astype(np.int64)  # via float64, the type of an empty list
     if len(rows) and not (rows.min() >= 0 and rows.max() < count):
         raise ValueError(f"it refers to an image beyond the {count} of imlist")
     return rows
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler that allows only numpy arrays and numbers."""
+    """Unpickler that allows only numpy arrays, numbers and bytes."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name in ("_reconstruct", "scalar"):
             return {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}[name]
-        # Old protocols write bytes, and empty bytes, in these ways.
+        # Old pickle protocols write bytes, and empty bytes, in these two ways.
         if (module, name) == ("_codecs", "encode"):
             return lambda text, encoding: text.encode("latin1")
         if (module, name) == ("__builtin__", "bytes"):
@@ -143,36 +146,36 @@ def scores(cosines: Floats, truth: GroundTruth) -> list[RetrievalScore]:
     """Compute mean average precision and precisions for each level.
 
     Args:
-        cosines: Cosines of queries and images; NaN for unreadable ones. Unreadable images are in no ranking, and
-            queries without any finite cosine are skipped. [Q, S]
+        cosines: Cosines of queries and images; NaN for unreadable ones. Unreadable images are not ranked, and queries
+            without any finite cosine are skipped. [Q, S]
         truth: Ground truth of the set.
 
     Source: filipradenovic/revisitop; facebookresearch/dino@7c446df eval_image_retrieval.py.
     """
     ranks = np.argsort(-cosines, axis=1, kind="stable")
-    found = []
+    results = []
     for level in LEVELS:
-        each = []
+        values = []
         for query, ranked in enumerate(ranks):
-            wanted, besides = truth.at(level, query)
-            read = ranked[np.isfinite(cosines[query, ranked])]
-            if len(wanted) and len(read):
-                each.append(_of_query(read, wanted, besides))
-        if each:
-            means = 100 * np.mean(each, axis=0)
-            found.append(RetrievalScore(level, float(means[0]), means[1:].tolist(), len(each)))
+            correct, ignored = truth.at(level, query)
+            readable = ranked[np.isfinite(cosines[query, ranked])]
+            if len(correct) and len(readable):
+                values.append(_score_query(readable, correct, ignored))
+        if values:
+            means = 100 * np.mean(values, axis=0)
+            results.append(RetrievalScore(level, float(means[0]), means[1:].tolist(), len(values)))
         else:
-            found.append(RetrievalScore(level, None, None, 0))
-    return found
+            results.append(RetrievalScore(level, None, None, 0))
+    return results
 
 
-def _of_query(ranked: Indices, wanted: Indices, besides: Indices) -> list[float]:
-    counted = ranked[~np.isin(ranked, np.setdiff1d(besides, wanted))]  # remove junk from the ranking
-    positions = np.flatnonzero(np.isin(counted, wanted))
-    # k is limited to the rank that completes the correct images; unranked images are never found.
-    enough = int(positions[-1]) + 1 if len(positions) == len(wanted) else max(KS)
-    places = [min(k, enough) for k in KS]
-    return [average_precision(positions, len(wanted)), *(float((positions < k).sum() / k) for k in places)]
+def _score_query(ranked: Indices, correct: Indices, ignored: Indices) -> list[float]:
+    judged = ranked[~np.isin(ranked, np.setdiff1d(ignored, correct))]  # remove junk from the ranking
+    positions = np.flatnonzero(np.isin(judged, correct))
+    # k is at most the rank of the last correct image, if all correct images are in the ranking.
+    last_rank = int(positions[-1]) + 1 if len(positions) == len(correct) else max(KS)
+    ranks = [min(k, last_rank) for k in KS]
+    return [average_precision(positions, len(correct)), *(float((positions < k).sum() / k) for k in ranks)]
 
 
 def features_of_files(
@@ -198,10 +201,10 @@ def features_of_files(
     rows: list[Floats | None] = []
     skipped: dict[str, str] = {}
     for done, file in enumerate(files, 1):
-        made = _feature(encoder, file, size, multiscale)
-        if isinstance(made, BadImage):
-            skipped[str(file)] = made.reason
-        rows.append(None if isinstance(made, BadImage) else made)
+        feature = _encode_photo(encoder, file, size, multiscale)
+        if isinstance(feature, BadImage):
+            skipped[str(file)] = feature.reason
+        rows.append(None if isinstance(feature, BadImage) else feature)
         report(done)
     width = next((len(row) for row in rows if row is not None), 0)
     if not width:
@@ -212,27 +215,27 @@ def features_of_files(
     return np.stack([np.full(width, np.nan, np.float32) if row is None else row for row in rows]), skipped
 
 
-def _feature(encoder: Encoder, file: Path, size: int, multiscale: bool) -> Floats | BadImage:
+def _encode_photo(encoder: Encoder, file: Path, size: int, multiscale: bool) -> Floats | BadImage:
     pixels = read_photo(file, encoder.images)
     if isinstance(pixels, BadImage):
         return pixels
     photo = Image.fromarray(pixels)
     photo.thumbnail((size, size), Image.Resampling.LANCZOS)
-    whole = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].to(encoder.device).float() / 255  # [1, 3, h, w]
+    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None].to(encoder.device).float() / 255  # [1, 3, h, w]
     mean, std = (torch.tensor(v, device=encoder.device) for v in (encoder.mean, encoder.std))
-    whole = normalize(whole, mean, std)
+    image = normalize(image, mean, std)
     tokens = []
     for scale in _SCALES[: 3 if multiscale else 1]:
-        scaled = F.interpolate(whole, scale_factor=scale, mode="bilinear") if scale < 1 else whole
+        scaled = F.interpolate(image, scale_factor=scale, mode="bilinear") if scale < 1 else image
         patch = encoder.backbone.patch_size
         height, width = (side // patch * patch for side in scaled.shape[-2:])
         if not height or not width:
             return BadImage(f"too small: {photo.width}x{photo.height} pixels, below a patch of {patch}")
         tokens.append(encoder.features(scaled[..., :height, :width]).float())
-    added = torch.stack(tokens).sum(0).cpu()  # [1, D]
-    for _, reason in finite_rows(added, [str(file)])[1]:
+    total = torch.stack(tokens).sum(0).cpu()  # [1, D]
+    for _, reason in finite_rows(total, [str(file)])[1]:
         return BadImage(reason)
-    return unit(added.numpy())[0]
+    return unit(total.numpy())[0]
 
 
 def retrieval(

@@ -98,11 +98,11 @@ def encode(
     for batch in encoder.batches(source, size=provenance.size, batch_size=batch_size, workers=workers):
         if batch.names:
             tokens = encoder.features(batch.images, provenance.tokens, provenance.blocks)  # type: ignore[arg-type]
-            made = tokens.float().cpu()
-            kept, lost = finite_rows(made, batch.names)
-            values.append(made[kept].numpy())
-            names += [batch.names[i] for i in kept]
-            skipped |= dict(lost)
+            features = tokens.float().cpu()
+            finite, not_finite = finite_rows(features, batch.names)
+            values.append(features[finite].numpy())
+            names += [batch.names[i] for i in finite]
+            skipped |= dict(not_finite)
         skipped |= dict(batch.bad)
         report(len(names) + len(skipped))
     if not names:
@@ -112,7 +112,7 @@ def encode(
 
 
 def search(index: Index, gallery: Gallery, queries: Queries, k: int) -> Iterator[Hits]:
-    """Yield the k nearest images of each query, or all of a smaller gallery."""
+    """Yield the k nearest images of each query, or all images of a smaller gallery."""
     cosines, rows = index.search(queries.values, k)
     for name, near, found in zip(queries.names, cosines.tolist(), rows.tolist(), strict=True):
         pairs = [(cosine, row) for cosine, row in zip(near, found, strict=True) if row >= 0]

@@ -37,15 +37,17 @@ def draw_hits(
     """
     rows: list[list[Place]] = []
     unread: dict[str, str] = {}
-    for each in hits:
-        row = [_query(Path(each.query), images)]
-        for n in each.neighbours[:SHOWN]:
-            pixels = gallery.photo(n.row, _SIDE, images)
+    for hit in hits:
+        row = [_draw_query(Path(hit.query), images)]
+        for neighbour in hit.neighbours[:SHOWN]:
+            pixels = gallery.photo(neighbour.row, _SIDE, images)
             if isinstance(pixels, BadImage):
-                unread[n.image] = pixels.reason
-            row.append(_make_place(pixels, n.image, f"{n.cosine:.4f}\n{n.label or n.image}"))
+                unread[neighbour.image] = pixels.reason
+            row.append(
+                _make_cell(pixels, neighbour.image, f"{neighbour.cosine:.4f}\n{neighbour.label or neighbour.image}")
+            )
         rows.append(row)
-    return _write(rows, out, f"photo, and its nearest of {len(gallery)} images by cosine", lead=1), unread
+    return _write_sheets(rows, out, f"photo, and its nearest of {len(gallery)} images by cosine", lead=1), unread
 
 
 def draw_groups(
@@ -65,12 +67,14 @@ def draw_groups(
     """
     rows: list[list[Place]] = []
     for group in groups[: pages * ROWS]:
-        kept = _place(gallery, group.kept, f"kept\n{gallery.name(group.kept)}", images)
+        kept = _draw_image(gallery, group.kept, f"kept\n{gallery.name(group.kept)}", images)
         shown = list(zip(group.dropped, group.cosines, strict=True))[:SHOWN]
-        dropped = [_place(gallery, row, f"{cosine:.4f}\n{gallery.name(row)}", images) for row, cosine in shown]
+        dropped = [_draw_image(gallery, row, f"{cosine:.4f}\n{gallery.name(row)}", images) for row, cosine in shown]
         more = len(group.dropped) - len(shown)
         rows.append([kept, *dropped, f"and {more} more" if more else None])
-    written = _write(rows, out, "kept image, and dropped images with their cosine to the nearest of the group", lead=1)
+    written = _write_sheets(
+        rows, out, "kept image, and dropped images with their cosine to the nearest of the group", lead=1
+    )
     number = len(written) + 1
     while (old := page(out, number)).is_file():
         old.unlink()
@@ -78,7 +82,7 @@ def draw_groups(
     return written
 
 
-def _write(rows: list[list[Place]], out: Path, title: str, lead: int) -> list[Path]:
+def _write_sheets(rows: list[list[Place]], out: Path, title: str, lead: int) -> list[Path]:
     written = []
     for first in range(0, len(rows), ROWS):
         path = page(out, first // ROWS + 1)
@@ -94,15 +98,15 @@ def page(out: Path, number: int) -> Path:
     return out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
 
 
-def _place(gallery: Gallery, row: int, caption: str, images: ImagesConfig) -> Place:
-    return _make_place(gallery.photo(row, _SIDE, images), gallery.name(row), caption)
+def _draw_image(gallery: Gallery, row: int, caption: str, images: ImagesConfig) -> Place:
+    return _make_cell(gallery.photo(row, _SIDE, images), gallery.name(row), caption)
 
 
-def _query(path: Path, images: ImagesConfig) -> Place:
-    return _make_place(small(read_file(path, images), _SIDE, images), path.name, f"\n{path.name}")
+def _draw_query(path: Path, images: ImagesConfig) -> Place:
+    return _make_cell(small(read_file(path, images), _SIDE, images), path.name, f"\n{path.name}")
 
 
-def _make_place(pixels: Pixels | BadImage, name: str, caption: str) -> Place:
+def _make_cell(pixels: Pixels | BadImage, name: str, caption: str) -> Place:
     if isinstance(pixels, BadImage):
         return f"{pixels.reason.partition(':')[0]}\n{Path(name).name}"
     return Tile(pixels, caption)

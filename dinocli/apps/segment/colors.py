@@ -17,8 +17,8 @@ from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.sources.photos import read_photo
 from dinocli.features.encoder import Encoder, NotFinite
 
-PHOTOS, PATCHES = (1000, 65_536)  # limits for the PCA: 65,536 tokens of 1,536 numbers take 0.4 GB
-_REACH = 2.0  # standard deviations from the middle to either end of a color
+PHOTOS, PATCHES = (1000, 65_536)  # limits of the PCA's sample: 65,536 tokens of 1,536 numbers take 0.4 GB
+_REACH = 2.0  # standard deviations from the mean to either end of a color channel
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Colors:
     Attributes:
         mean: Mean of all sampled patches. [D]
         first: First principal component of all sampled patches, oriented towards the foreground. [D]
-        least: Projection on `first` above which a patch is foreground; if None, all patches are.
+        least: Projection on `first` above which a patch is foreground. If None, every patch is foreground.
         middle: Mean of the foreground patches. [D]
         axes: First three components of the foreground patches, scaled so that two standard deviations have length 1.
             [D, 3]
@@ -68,7 +68,7 @@ def fit_colors(
 
     A first PCA over all patches separates foreground from background. A second PCA over the foreground patches gives
     the colors. The foreground by attention or a cut orients the first component. The threshold is halfway between the
-    mean of the foreground patches and the mean of the others. If no photo has a foreground, all patches are kept.
+    mean projections of foreground and other patches. If no photo has a foreground, all patches are used.
 
     Args:
         encoder: Frozen encoder.
@@ -87,7 +87,7 @@ def fit_colors(
     """
     random, skipped = np.random.default_rng(seed), dict[Path, str]()
     chosen = random.permutation(len(photos))[:PHOTOS]
-    some = max(1, PATCHES // max(1, len(chosen)))
+    per_photo = max(1, PATCHES // max(1, len(chosen)))
     tokens, inside = list[Tensor](), list[Tensor]()
     for done, i in enumerate(chosen.tolist(), 1):
         pixels = read_photo(photos[i], encoder.images)
@@ -95,15 +95,15 @@ def fit_colors(
             skipped[photos[i]] = pixels.reason
         else:
             try:
-                each = encoder.patches(encoder.photo(pixels, short_side))[0]  # [rows, columns, D]
+                grid = encoder.patches(encoder.photo(pixels, short_side))[0]  # [rows, columns, D]
                 mask = torch.from_numpy(foreground(encoder, pixels, short_side, by, keep=keep, tau=tau).mask)
-            except NotFinite as lost:
-                skipped[photos[i]] = lost.reason
+            except NotFinite as error:
+                skipped[photos[i]] = error.reason
             else:
-                told = F.interpolate(mask[None, None].float(), each.shape[:2])[0, 0] > 0.5  # [rows, columns]
-                rows = torch.from_numpy(random.permutation(told.numel())[:some])
-                tokens.append(each.flatten(0, 1).cpu()[rows])
-                inside.append(told.flatten()[rows])
+                is_foreground = F.interpolate(mask[None, None].float(), grid.shape[:2])[0, 0] > 0.5  # [rows, columns]
+                rows = torch.from_numpy(random.permutation(is_foreground.numel())[:per_photo])
+                tokens.append(grid.flatten(0, 1).cpu()[rows])
+                inside.append(is_foreground.flatten()[rows])
         report(done)
     if not tokens:
         path, reason = next(iter(skipped.items()))
@@ -118,14 +118,14 @@ def _fit_axes(tokens: Tensor, inside: Tensor, skipped: dict[Path, str]) -> Color
     mean = tokens.mean(0)
     first, least = _components(tokens - mean, 1)[:, 0], None
     if inside.any() and not inside.all():
-        ours, theirs = (((tokens[side] - mean) @ first).mean() for side in (inside, ~inside))
-        side = 1 if ours >= theirs else -1
-        first, least = side * first, float(side * (ours + theirs) / 2)
-    kept = tokens if least is None else tokens[(tokens - mean) @ first > least]
-    kept = kept if len(kept) >= 4 else tokens
-    middle = kept.mean(0)
-    axes = _components(kept - middle, 3)
-    spread = ((kept - middle) @ axes).std(0)
+        inside_mean, outside_mean = (((tokens[side] - mean) @ first).mean() for side in (inside, ~inside))
+        side = 1 if inside_mean >= outside_mean else -1
+        first, least = side * first, float(side * (inside_mean + outside_mean) / 2)
+    foreground_tokens = tokens if least is None else tokens[(tokens - mean) @ first > least]
+    foreground_tokens = foreground_tokens if len(foreground_tokens) >= 4 else tokens
+    middle = foreground_tokens.mean(0)
+    axes = _components(foreground_tokens - middle, 3)
+    spread = ((foreground_tokens - middle) @ axes).std(0)
     return Colors(mean, first, least, middle, axes / (_REACH * spread).clamp_min(1e-12), skipped)
 
 

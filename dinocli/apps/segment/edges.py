@@ -14,16 +14,16 @@ from dinocli.evals.components import largest_component
 
 Mask = NDArray[np.bool_]
 
-_PIXELS = 4_000_000  # pixels up to which a mask is computed at full size; beyond, it is enlarged by repetition
+_PIXELS = 4_000_000  # largest photo whose mask is computed at full size; other masks are enlarged by repetition
 _CELL = 8  # pixels per patch when fitting colors; more cost more and change little
-_EPS = 1e-3  # variance of a color in [0, 1] below which a place counts as flat
+_EPS = 1e-3  # variance of a color in [0, 1] below which a window counts as flat
 
 
 def refine(mask: Mask, pixels: Pixels) -> Mask:
-    """Refine a patch mask to pixels; its edge follows color edges within about a patch, in one piece.
+    """Refine a patch mask to one component of pixels, whose outline follows color edges within about a patch.
 
-    The guided filter fits the mask by a linear function of the colors in each window of about two patches. The average
-    of all functions over a pixel decides if it belongs to the mask. The functions are fitted on a reduced photo and
+    In each window of about two patches, the guided filter fits the mask as a linear function of color. A pixel is in
+    the mask if the mean of the functions around it is above 0.5. The functions are fitted on a reduced photo and
     applied to the full one. Only the largest component remains.
 
     Args:
@@ -39,18 +39,18 @@ def refine(mask: Mask, pixels: Pixels) -> Mask:
     if not mask.any():
         return np.zeros((height, width), dtype=bool)
     scale = min(1.0, (_PIXELS / (height * width)) ** 0.5)
-    inner = (max(1, round(height * scale)), max(1, round(width * scale)))
+    working_size = (max(1, round(height * scale)), max(1, round(width * scale)))
     photo = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255  # [1, 3, H, W]
-    rough = torch.from_numpy(mask)[None, None].float()
-    small = (mask.shape[0] * _CELL, mask.shape[1] * _CELL)
-    lines = _lines(_resize(photo, small), _resize(rough, small))  # [1, 4, h, w]
-    lines = _resize(lines, inner)
-    fitted = (lines[:, :3] * _resize(photo, inner)).sum(1) + lines[:, 3]
+    patch_mask = torch.from_numpy(mask)[None, None].float()
+    fit_size = (mask.shape[0] * _CELL, mask.shape[1] * _CELL)
+    coefficients = _fit_lines(_resize(photo, fit_size), _resize(patch_mask, fit_size))  # [1, 4, h, w]
+    coefficients = _resize(coefficients, working_size)
+    fitted = (coefficients[:, :3] * _resize(photo, working_size)).sum(1) + coefficients[:, 3]
     return enlarge(largest_component((fitted[0] > 0.5).numpy()), height, width).astype(bool)
 
 
-def _lines(photo: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean line of the windows around each place: three slopes, and the value at black. [1, 4, h, w]"""
+def _fit_lines(photo: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean linear function of the windows around each pixel: three slopes and an intercept. [1, 4, h, w]"""
 
     def mean(values: Tensor) -> Tensor:
         for size, pad in (((2 * _CELL + 1, 1), (_CELL, 0)), ((1, 2 * _CELL + 1), (0, _CELL))):
@@ -59,10 +59,10 @@ def _lines(photo: Tensor, mask: Tensor) -> Tensor:
 
     color, value = mean(photo), mean(mask)
     products = (photo[:, :, None] * photo[:, None]).flatten(1, 2)  # [1, 9, h, w]
-    spread = mean(products) - (color[:, :, None] * color[:, None]).flatten(1, 2)
-    spread = spread.permute(0, 2, 3, 1).unflatten(-1, (3, 3)) + _EPS * torch.eye(3)  # [1, h, w, 3, 3]
-    together = mean(photo * mask) - color * value
-    slopes = torch.linalg.solve(spread, together.permute(0, 2, 3, 1)[..., None])[..., 0].permute(0, 3, 1, 2)
+    variance = mean(products) - (color[:, :, None] * color[:, None]).flatten(1, 2)
+    variance = variance.permute(0, 2, 3, 1).unflatten(-1, (3, 3)) + _EPS * torch.eye(3)  # [1, h, w, 3, 3]
+    covariance = mean(photo * mask) - color * value
+    slopes = torch.linalg.solve(variance, covariance.permute(0, 2, 3, 1)[..., None])[..., 0].permute(0, 3, 1, 2)
     return mean(torch.cat([slopes, value - (slopes * color).sum(1, keepdim=True)], dim=1))
 
 

@@ -23,8 +23,8 @@ Map = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 KEEP, TAU = 0.6, 0.2
-MOST_PATCHES = 6400  # for a cut: its square matrix of 8-byte numbers takes 0.3 GB and is held three times
-_EXACT = 512  # patches up to which all eigenvectors are computed: a tenth of a second
+MOST_PATCHES = 6400  # for a cut: its float64 matrix takes 0.3 GB, and three of them are in memory
+_EXACT = 512  # largest number of patches to compute all eigenvectors for, in a tenth of a second
 _EPS = 1e-5
 
 
@@ -33,8 +33,8 @@ class Foreground:
     """Foreground of a photo, per patch.
 
     Attributes:
-        values: Foreground score per patch: its share of the attention, or its entry in the eigenvector of the cut,
-            which is above the mean in the foreground. [rows, columns]
+        values: Foreground score per patch: its share of the attention, or its entry in the eigenvector of the cut.
+            Entries of the foreground are above the mean. [rows, columns]
         mask: Foreground in one component; empty if none was found. [rows, columns]
     """
 
@@ -51,8 +51,8 @@ def foreground(
         encoder: Encoder; convolutional networks support `cut` but have no attention.
         pixels: Pixels of the photo. [H, W, C]
         short_side: Short side in pixels after resizing; for a cut, larger photos are reduced to about 6,400 patches.
-        by: `attention` takes the fewest patches that hold `keep` of the class token's attention, averaged over heads;
-            `cut` calls `cut`.
+        by: `attention` for the fewest patches that hold `keep` of the class token's attention, averaged over heads;
+            `cut` for the function `cut`.
         keep: Share of the attention that the foreground holds.
         tau: Cosine of two patches' keys above which they are joined.
 
@@ -63,7 +63,7 @@ def foreground(
         mass = attention_maps(encoder, pixels, short_side).heads.mean(0).astype(np.float64)
         return Foreground(mass, largest_component(keep_mass(mass, keep)))
     image = encoder.photo(pixels, short_side, MOST_PATCHES)
-    # A convolutional network has no keys; its output separates photos too.
+    # A convolutional network has no keys; its output features are used instead.
     facet: Facet = "key" if isinstance(encoder.backbone, Transformer) else "token"
     return cut(encoder.patches(image, facet=facet)[0], tau)
 
@@ -83,31 +83,31 @@ def cut(features: Tensor, tau: float = TAU) -> Foreground:
     Source: Wang et al., TokenCut, arXiv 2202.11539, section 3, and its supplement.
     """
     rows, columns, _ = features.shape
-    unit = normalized(features.flatten(0, 1).cpu().double())
-    alike = unit @ unit.T > tau  # [N, N]
-    alike.fill_diagonal_(True)
-    joined = int(alike.sum()) - len(alike)
-    if joined in (0, len(alike) * (len(alike) - 1)):
+    units = normalized(features.flatten(0, 1).cpu().double())
+    similar = units @ units.T > tau  # [N, N]
+    similar.fill_diagonal_(True)
+    joined = int(similar.sum()) - len(similar)
+    if joined in (0, len(similar) * (len(similar) - 1)):
         return Foreground(np.zeros((rows, columns)), np.zeros((rows, columns), dtype=bool))
-    weights = torch.where(alike, 1.0, _EPS).double()
-    vector = _second_eigenvector(weights).numpy().reshape(rows, columns)
+    weights = torch.where(similar, 1.0, _EPS).double()
+    vector = _find_second_eigenvector(weights).numpy().reshape(rows, columns)
     seed = np.unravel_index(int(np.abs(vector).argmax()), vector.shape)
     vector = vector if vector[seed] > vector.mean() else -vector
     return Foreground(vector, component_at(vector > vector.mean(), (int(seed[0]), int(seed[1]))))
 
 
-def _second_eigenvector(weights: Tensor) -> Tensor:
+def _find_second_eigenvector(weights: Tensor) -> Tensor:
     """Return the second-smallest eigenvector y of (D - W) y = lambda D y. [N, N] -> [N]
 
     With z = sqrt(D) y, it is the second-largest eigenvector of the normalized weights; the largest is sqrt(D). Above
     512 patches, the largest is subtracted and LOBPCG finds the second.
     """
     root = weights.sum(1).sqrt()
-    normalized = weights.div_(root[:, None]).div_(root)  # [N, N], in place: it is large
+    scaled = weights.div_(root[:, None]).div_(root)  # [N, N], in place: it is large
     if len(root) <= _EXACT:
-        return torch.linalg.eigh(normalized).eigenvectors[:, -2] / root
+        return torch.linalg.eigh(scaled).eigenvectors[:, -2] / root
     top = root / root.norm()
-    normalized.sub_(torch.outer(top, top))
+    scaled.sub_(torch.outer(top, top))
     start = torch.randn(len(root), 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    _, vectors = torch.lobpcg(normalized, X=start, niter=500, tol=1e-8)
+    _, vectors = torch.lobpcg(scaled, X=start, niter=500, tol=1e-8)
     return vectors[:, 0] / root

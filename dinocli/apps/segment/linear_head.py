@@ -25,7 +25,7 @@ from dinocli.engine.optim import AdamWConfig
 from dinocli.engine.schedules import Clock, Constant, Cosine
 from dinocli.features.encoder import Encoder, NotFinite
 
-_AT_ONCE = 2**25  # most logits held at photo resolution
+_AT_ONCE = 2**25  # largest number of logits in memory at photo resolution
 _LR = 0.01
 HEAD = "head.safetensors"
 _KIND = "segmentation head"
@@ -55,17 +55,17 @@ class SegmentationHead:
         return bool(self.weight.isfinite().all() and self.bias.isfinite().all())
 
     def classify(self, encoder: Encoder, pixels: Pixels, short_side: int | None = None) -> NDArray[np.uint8]:
-        """Return the class of each pixel of a photo: the highest of the enlarged patch logits. [H, W]"""
+        """Return the class of each pixel: the one with the highest logit, after bilinear enlargement. [H, W]"""
         height, width = pixels.shape[:2]
         tokens = encoder.patches(encoder.photo(pixels, short_side or self.short_side))[0].cpu()
         logits = F.linear(tokens, self.weight, self.bias).permute(2, 0, 1)  # [K, rows, columns]
-        best, which = torch.full((height, width), -torch.inf), torch.zeros((height, width), dtype=torch.uint8)
+        best, labels = torch.full((height, width), -torch.inf), torch.zeros((height, width), dtype=torch.uint8)
         step = max(1, _AT_ONCE // (height * width))
         for first in range(0, len(logits), step):
-            some, place = _enlarge(logits[None, first : first + step], (height, width))[0].max(0)
-            which = torch.where(some > best, (place + first).to(torch.uint8), which)
-            best = torch.maximum(some, best)
-        return which.numpy()
+            values, index = _enlarge(logits[None, first : first + step], (height, width))[0].max(0)
+            labels = torch.where(values > best, (index + first).to(torch.uint8), labels)
+            best = torch.maximum(values, best)
+        return labels.numpy()
 
 
 @dataclass(frozen=True)
@@ -199,12 +199,12 @@ def train_head(
             report("train", clock.step, clock.total)
 
         trainer = engine.Trainer(method, config, clock, batch_size=size)
-        trainer.fit(_batches(stored, size, seed, device), clock.total, count)
+        trainer.fit(_draw_batches(stored, size, seed, device), clock.total, count)
         commonest = int(stored.counts[:classes].argmax())
     head = SegmentationHead(*method.folded(), data.classes, short_side, encoder.fingerprint)
     if not head.is_finite:
         raise DinoError("the trained head has weights that are not finite", "use another --size")
-    table, skipped, photos = _confusion(encoder, head, data.val, lambda done, of: report("measure", done, of))
+    table, skipped, photos = _count_confusion(encoder, head, data.val, lambda done, of: report("measure", done, of))
     if not photos:
         raise _explain_unreadable(skipped)
     if not table.any():
@@ -214,9 +214,9 @@ def train_head(
     baseline = np.zeros_like(table)
     baseline[:, commonest] = table.sum(1)
     return head, SegmentationResult(
-        _scores(table, data.classes),
+        _compute_scores(table, data.classes),
         data.classes[commonest],
-        _scores(baseline, data.classes),
+        _compute_scores(baseline, data.classes),
         len(stored),
         photos,
         data.split_off,
@@ -225,7 +225,7 @@ def train_head(
     )
 
 
-def _batches(
+def _draw_batches(
     stored: StoredPatches, size: int, seed: int, device: torch.device
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Yield endless batches, with each photo once per epoch."""
@@ -236,7 +236,7 @@ def _batches(
             yield [tuple(part.to(device) for part in stored[i]) for i in order[start : start + size].tolist()]  # type: ignore[misc]
 
 
-def _confusion(
+def _count_confusion(
     encoder: Encoder, head: SegmentationHead, pairs: Pairs, report: Callable[[int, int], None]
 ) -> tuple[NDArray[np.int64], dict[str, str], int]:
     """Return pixel counts by true and predicted class [K, K], skipped photos with reasons, and the number of photos."""
@@ -249,26 +249,26 @@ def _confusion(
         else:
             pixels, truth = read
             try:
-                said = head.classify(encoder, pixels)
-            except NotFinite as lost:
-                skipped[str(photo)] = lost.reason
+                predicted = head.classify(encoder, pixels)
+            except NotFinite as error:
+                skipped[str(photo)] = error.reason
             else:
-                counts = truth != IGNORED
+                is_labelled = truth != IGNORED
                 table += np.bincount(
-                    truth[counts].astype(np.int64) * count + said[counts], minlength=count * count
+                    truth[is_labelled].astype(np.int64) * count + predicted[is_labelled], minlength=count * count
                 ).reshape(count, count)
                 photos += 1
         report(done, len(pairs.masks))
     return table, skipped, photos
 
 
-def _scores(table: NDArray[np.int64], classes: list[str]) -> PixelScores:
+def _compute_scores(table: NDArray[np.int64], classes: list[str]) -> PixelScores:
     """Compute scores from a confusion matrix [K, K]."""
-    right, truth, said = table.diagonal(), table.sum(1), table.sum(0)
-    there = np.flatnonzero(truth)
-    iou = 100 * right[there] / (truth + said - right)[there]
-    named = dict(zip([classes[i] for i in there], iou.tolist(), strict=True))
-    return PixelScores(named, float(iou.mean()), float(100 * right.sum() / truth.sum()))
+    correct, truth, predicted = table.diagonal(), table.sum(1), table.sum(0)
+    present = np.flatnonzero(truth)
+    iou = 100 * correct[present] / (truth + predicted - correct)[present]
+    by_name = dict(zip([classes[i] for i in present], iou.tolist(), strict=True))
+    return PixelScores(by_name, float(iou.mean()), float(100 * correct.sum() / truth.sum()))
 
 
 def _enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -281,7 +281,7 @@ def _explain_unreadable(skipped: dict[str, str]) -> DinoError:
 
 
 def write_head(path: Path, head: SegmentationHead) -> None:
-    """Write a head with all settings it needs."""
+    """Write a head and the settings that reading it needs."""
     about = {
         "dinocli": _KIND,
         "classes": json.dumps(head.classes),
@@ -304,14 +304,14 @@ def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
     try:
         tensors, about = map_tensors(path)
         if about.get("dinocli") != _KIND:
-            raise ValueError("its metadata names no segmentation head")
+            raise ValueError("its metadata does not say that it is a segmentation head")
         weight, bias = (torch.from_numpy(np.array(tensors[name])) for name in ("weight", "bias"))
         head = SegmentationHead(
             weight, bias, json.loads(about["classes"]), int(about["short_side"]), about["fingerprint"]
         )
         if not head.is_finite:
             raise ValueError("its weights are not finite")
-    # safetensors raises different exceptions for different damage.
+    # safetensors raises different exceptions for different kinds of corruption.
     except Exception as error:
         raise DinoError(f"{path} is no segmentation head: {error}", "dino segment --train DATA") from error
     if head.fingerprint != encoder.fingerprint:

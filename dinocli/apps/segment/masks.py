@@ -1,4 +1,4 @@
-"""Masks: files with the object or class of each pixel of a photo, found by the photo's name."""
+"""Mask files with the object or the class of each pixel, found by the name of their photo."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from dinocli.data.decode.pixels import BadImage
 from dinocli.data.sources.label_maps import read_labels
 from dinocli.data.sources.open import image_folder
 
-_CLASSES = 256  # maximum per mask, which may have soft edges or a number for each of many classes
+_CLASSES = 256  # largest number of values in a mask; soft edges and many classes have many
 
 
 class MaskFolder:
     """Masks in a folder and its subfolders.
 
     Args:
-        folder: Folder of masks that are named as their photos, but for the suffix, in the same tree or in any other.
+        folder: Folder of masks. Each has the name of its photo except for the suffix; subfolders may differ if
+            names are unique.
 
     Raises:
         DinoError: If the folder does not exist or is empty.
@@ -34,14 +35,14 @@ class MaskFolder:
             self._stems.setdefault(Path(name).stem, []).append(name)
 
     def of(self, name: Path) -> Path | None:
-        """Return the mask of a photo, by its name without suffix below its folder, or else by its unique bare name."""
-        whole = self._names.get(str(name))
-        alone = self._stems.get(name.name, []) if whole is None else [whole]
-        return self.folder / alone[0] if len(alone) == 1 else None
+        """Return the mask of a photo by its relative path without suffix, or else by its name if that is unique."""
+        exact = self._names.get(str(name))
+        candidates = self._stems.get(name.name, []) if exact is None else [exact]
+        return self.folder / candidates[0] if len(candidates) == 1 else None
 
 
 def read_object(path: Path) -> NDArray[np.bool_] | BadImage:
-    """Read the object of a mask: values above half of 255 (of 65,535 for 16 bits), or all but 0 in an index mask.
+    """Read an object mask: values above half of white (255, or 65,535 for 16 bits), or nonzero ones of an index mask.
 
     Returns:
         True for pixels of the object [H, W], or the reason why the file is no mask.
@@ -49,26 +50,26 @@ def read_object(path: Path) -> NDArray[np.bool_] | BadImage:
     read = read_values(path)
     if isinstance(read, BadImage):
         return read
-    values, most = read.values, read.values.max(initial=0)
-    if not np.isfinite(most) or most > 65535 or values.min(initial=0) < 0:
-        odd = values[~((values >= 0) & (values <= 65535))][0]
-        return BadImage(f"no mask: it holds the value {odd.item()}; expected 0 to 65535")
-    if read.palette is None and most > 32767:
+    values, largest = read.values, read.values.max(initial=0)
+    if not np.isfinite(largest) or largest > 65535 or values.min(initial=0) < 0:
+        invalid = values[~((values >= 0) & (values <= 65535))][0]
+        return BadImage(f"no mask: it holds the value {invalid.item()}; expected 0 to 65535")
+    if read.palette is None and largest > 32767:
         return values > 32767
-    if most > 255:
+    if largest > 255:
         return BadImage(
-            f"no mask: its largest value is {most.item()}; expected 255 or 65535 for white, or numbers up to 127"
+            f"no mask: its largest value is {largest.item()}; expected 255 or 65535 for white, or numbers up to 127"
         )
-    if read.palette is None and most > 127:
+    if read.palette is None and largest > 127:
         return values > 127
-    if read.lossy and most:
+    if read.lossy and largest:
         return BadImage(f"no mask: {read.lossy} changes values and none is above 127; save the mask as PNG")
     # Some data sets mark the object with 1, or each object with its own number.
     return values > 0
 
 
 def read_index(path: Path) -> NDArray[np.uint8] | BadImage:
-    """Read the class of each pixel, 255 if ignored. Return [H, W], or the reason for failure."""
+    """Read the class of each pixel [H, W], 255 if ignored, or return the reason why the mask cannot be read."""
     read = read_labels(path, _CLASSES)
     return read if isinstance(read, BadImage) else read.values
 
@@ -81,7 +82,7 @@ def with_masks(photos: Mapping[Path, Path], masks: MaskFolder) -> tuple[dict[Pat
         masks: MaskFolder to search.
 
     Returns:
-        The mask of each photo that has one, and the reason for each other photo.
+        Mask of each photo that has one, and the reason for each photo without one.
     """
     found = {path: masks.of(name) for path, name in photos.items()}
     pairs = {path: mask for path, mask in found.items() if mask}

@@ -1,4 +1,4 @@
-"""Overlap of foregrounds found without training with manual masks."""
+"""Overlap between manual masks and foregrounds found without training."""
 
 from __future__ import annotations
 
@@ -70,16 +70,16 @@ def overlaps(
         elif isinstance(truth, BadImage):
             skipped[photo] = f"its mask: {truth.reason}"
         elif truth.shape != pixels.shape[:2]:
-            skipped[photo] = f"it has {_shape(pixels)} pixels, but its mask has {_shape(truth)}"
+            skipped[photo] = f"it has {_format_size(pixels)} pixels, but its mask has {_format_size(truth)}"
         else:
             try:
                 found = {by: foreground(encoder, pixels, short_side, by, keep=keep, tau=tau) for by in ways}
-            except NotFinite as lost:
-                skipped[photo] = lost.reason
+            except NotFinite as error:
+                skipped[photo] = error.reason
             else:
-                masks = {str(by): refine(told.mask, visible(pixels)) for by, told in found.items()}
+                masks = {str(by): refine(result.mask, visible(pixels)) for by, result in found.items()}
                 masks |= {EVERYTHING: np.ones_like(truth), ELLIPSE: ellipse(*truth.shape)}
-                each[photo] = {way: jaccard(one, truth) for way, one in masks.items()}
+                each[photo] = {way: jaccard(predicted, truth) for way, predicted in masks.items()}
         report(done)
     return Overlaps(each, skipped)
 
@@ -90,5 +90,5 @@ def ellipse(height: int, width: int) -> NDArray[np.bool_]:
     return (y[:, None] / _AXIS) ** 2 + (x / _AXIS) ** 2 <= 1
 
 
-def _shape(values: NDArray[np.generic]) -> str:
+def _format_size(values: NDArray[np.generic]) -> str:
     return f"{values.shape[1]}x{values.shape[0]}"

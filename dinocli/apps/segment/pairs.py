@@ -69,25 +69,28 @@ def labelled_set(
 
     Args:
         root: Folder with `train/` and `val/`, each with `images/` and `masks/`; or with `images/` and `masks/`, each
-            with `train/` and `val/` or without splits. Without splits, a tenth of the photos is held out.
+            with `train/` and `val/`, or without splits. Without splits, a tenth of the photos is held out.
             `classes.txt` may name the classes, one per line, from 0.
-        seed: Seed of the held-out split.
+        seed: Seed of the validation split.
         report: Callback after each mask, with the number of masks read and the total.
 
     Raises:
         DinoError: If the folders do not exist, or there are too few photos or classes.
     """
     parts, skipped = dict[str, dict[Path, Path]](), dict[Path, str]()
-    for part, (images, masks) in _folders(root).items():
-        parts[part], alone = with_masks(named_photos([images]), MaskFolder(masks))
-        skipped |= alone
+    for part, (images, masks) in _find_folders(root).items():
+        parts[part], unmatched = with_masks(named_photos([images]), MaskFolder(masks))
+        skipped |= unmatched
     split_off = "val" not in parts
     if split_off:
-        whole = next(iter(parts.values()))
-        photos = sorted(whole)
+        all_pairs = next(iter(parts.values()))
+        photos = sorted(all_pairs)
         held = {photos[i] for i in np.random.default_rng(seed).permutation(len(photos))[_EVERY - 1 :: _EVERY]}
-        parts = {"train": {p: whole[p] for p in photos if p not in held}, "val": {p: whole[p] for p in sorted(held)}}
-    values, done, total = np.zeros(256, dtype=np.int64), 0, sum(map(len, parts.values()))
+        parts = {
+            "train": {p: all_pairs[p] for p in photos if p not in held},
+            "val": {p: all_pairs[p] for p in sorted(held)},
+        }
+    counts, done, total = np.zeros(256, dtype=np.int64), 0, sum(map(len, parts.values()))
     for pairs in parts.values():
         for photo, path in list(pairs.items()):
             mask = read_index(path)
@@ -95,35 +98,35 @@ def labelled_set(
                 skipped[photo] = f"its mask: {mask.reason}"
                 del pairs[photo]
             else:
-                values += np.bincount(mask.ravel(), minlength=256)
+                counts += np.bincount(mask.ravel(), minlength=256)
             report(done := done + 1, total)
-    there = np.flatnonzero(values)
-    binary = set(there.tolist()) == {0, IGNORED}
-    count = 2 if binary else int(there[there != IGNORED].max(initial=0)) + 1
+    present = np.flatnonzero(counts)
+    binary = set(present.tolist()) == {0, IGNORED}
+    count = 2 if binary else int(present[present != IGNORED].max(initial=0)) + 1
     if count < 2 or not all(parts.values()):
         raise DinoError(
-            f"training and validation need photos with masks of two classes; {root} has "
-            f"{len(parts['train'])} and {len(parts['val'])}, of {count} classes",
+            f"{root} has {len(parts['train'])} training and {len(parts['val'])} validation photos with masks, of "
+            f"{count} classes; expected photos for both, and two classes",
             f"put photos into DATA/{IMAGES}/*.jpg, and masks with class numbers into DATA/{MASKS}/*.png",
         )
     return LabelledSet(
-        Pairs(parts["train"], binary), Pairs(parts["val"], binary), _names(root, count, binary), split_off, skipped
+        Pairs(parts["train"], binary), Pairs(parts["val"], binary), _read_names(root, count, binary), split_off, skipped
     )
 
 
-def _folders(root: Path) -> dict[str, tuple[Path, Path]]:
+def _find_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     """Return the folders of photos and of masks for each split."""
-    found: dict[str, tuple[Path, Path]] = {}
+    folders_of_split: dict[str, tuple[Path, Path]] = {}
     for part, names in _SPLITS.items():
         inside = [(root / name / IMAGES, root / name / MASKS) for name in names]
         beside = [(root / IMAGES / name, root / MASKS / name) for name in names]
-        there = [folders for folders in inside + beside if folders[0].is_dir()]
-        if there:
-            found[part] = there[0]
-    return found if "train" in found else {"all": (root / IMAGES, root / MASKS)}
+        existing = [folders for folders in inside + beside if folders[0].is_dir()]
+        if existing:
+            folders_of_split[part] = existing[0]
+    return folders_of_split if "train" in folders_of_split else {"all": (root / IMAGES, root / MASKS)}
 
 
-def _names(root: Path, count: int, binary: bool) -> list[str]:
+def _read_names(root: Path, count: int, binary: bool) -> list[str]:
     try:
         names = [line.strip() for line in (root / NAMES).read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError:

@@ -1,4 +1,4 @@
-"""Patch features of many photos with the classes of their pixels, on disk."""
+"""Patch features and pixel classes of many photos, on disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dinocli.data.decode.pixels import Pixels
 from dinocli.data.sources.label_maps import IGNORED
 from dinocli.features.encoder import Encoder, NotFinite
 
-_LARGEST = 65504  # of float16
+_LARGEST = 65504  # largest float16
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class StoredPatches:
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Return the features [rows, columns, D] and classes [rows * patch, columns * patch] of a photo."""
         rows, columns = self.grids[index].tolist()
-        before, many = int(self.grids[:index].prod(1).sum()), rows * columns
-        values = np.array(self.values[before : before + many], dtype=np.float32).reshape(rows, columns, -1)
+        first, count = int(self.grids[:index].prod(1).sum()), rows * columns
+        values = np.array(self.values[first : first + count], dtype=np.float32).reshape(rows, columns, -1)
         area = self.patch**2
-        truth = np.array(self.truth[before * area : (before + many) * area], dtype=np.int64)
+        truth = np.array(self.truth[first * area : (first + count) * area], dtype=np.int64)
         return torch.from_numpy(values), torch.from_numpy(truth.reshape(rows * self.patch, columns * self.patch))
 
 
@@ -85,7 +85,7 @@ def store_patches(
         with (draft / "values").open("wb") as values, (draft / "truth").open("wb") as truth:
             for done, photo in enumerate(pairs.masks, 1):
                 read = pairs.read(photo, encoder.images)
-                tokens = None if isinstance(read, str) else _tokens(encoder, read[0], short_side)
+                tokens = None if isinstance(read, str) else _encode(encoder, read[0], short_side)
                 if isinstance(read, str) or tokens is None or isinstance(tokens, str):
                     skipped[str(photo)] = str(tokens or read)
                 else:
@@ -98,13 +98,13 @@ def store_patches(
                     squares += np.square(tokens, dtype=np.float64).sum((0, 1))
                     counts += np.bincount(classes.ravel(), minlength=256)
                 report(done, len(pairs.masks))
-        many = sum(rows * columns for rows, columns in grids)
-        mean = total / max(1, many)
-        std = np.sqrt(np.maximum(squares / max(1, many) - mean**2, 1e-12))
+        patches = sum(rows * columns for rows, columns in grids)
+        mean = total / max(1, patches)
+        std = np.sqrt(np.maximum(squares / max(1, patches) - mean**2, 1e-12))
         counts[IGNORED] = 0
         yield StoredPatches(
-            _map(draft / "values", np.dtype(np.float16)).reshape(many, width),
-            _map(draft / "truth", np.dtype(np.uint8)),
+            _open_memmap(draft / "values", np.dtype(np.float16)).reshape(patches, width),
+            _open_memmap(draft / "truth", np.dtype(np.uint8)),
             np.array(grids, dtype=np.int64).reshape(-1, 2),
             patch,
             mean.astype(np.float32),
@@ -114,12 +114,12 @@ def store_patches(
         )
 
 
-def _tokens(encoder: Encoder, pixels: Pixels, short_side: int) -> NDArray[np.float32] | str:
-    """Return a photo's patches [rows, columns, D], or the reason why they cannot be stored."""
+def _encode(encoder: Encoder, pixels: Pixels, short_side: int) -> NDArray[np.float32] | str:
+    """Return a photo's patch features [rows, columns, D], or the reason why they cannot be stored."""
     try:
         tokens: NDArray[np.float32] = encoder.patches(encoder.photo(pixels, short_side))[0].cpu().numpy()
-    except NotFinite as lost:
-        return lost.reason
+    except NotFinite as error:
+        return error.reason
     largest = float(np.abs(tokens).max())
     return f"too large for float16: a patch value is {largest:.3g}" if largest > _LARGEST else tokens
 
@@ -128,5 +128,5 @@ def _resize(mask: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint
     return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _map(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _open_memmap(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)  # an empty file cannot be mapped

@@ -75,17 +75,17 @@ def draw_foreground(
     if isinstance(pixels, BadImage):
         return pixels.reason
     try:
-        told = foreground(encoder, pixels, short_side, by, keep=keep, tau=tau)
-    except NotFinite as lost:
-        return lost.reason
-    mask = refine(told.mask, visible(pixels))
+        result = foreground(encoder, pixels, short_side, by, keep=keep, tau=tau)
+    except NotFinite as error:
+        return error.reason
+    mask = refine(result.mask, visible(pixels))
     shown = bounded(visible(pixels))
     height, width = shown.shape[:2]
     large = enlarge(mask, height, width).astype(bool)
-    what = "attention, mean of heads" if by == "attention" else "eigenvector of the cut"
+    caption = "attention, mean of heads" if by == "attention" else "eigenvector of the cut"
     row = [
         Tile(shown, "photo"),
-        Tile(heat(told.values, height, width), what),
+        Tile(heat(result.values, height, width), caption),
         Tile(outline(spotlight(shown, large), large), f"foreground, {mask.mean():.0%}"),
     ]
     picture = _save(sheet([row]), name, ".png")
@@ -115,8 +115,8 @@ def draw_classes(
         return pixels.reason
     try:
         classes = head.classify(encoder, pixels, short_side)
-    except NotFinite as lost:
-        return lost.reason
+    except NotFinite as error:
+        return error.reason
     colors = palette(len(head.classes))
     shares = np.bincount(classes.ravel(), minlength=len(head.classes)) / classes.size
     shown = bounded(visible(pixels))
@@ -127,7 +127,7 @@ def draw_classes(
     return Segmented(
         image,
         picture,
-        _save(_index(classes, colors), name, "-mask.png") if masks else None,
+        _save(_make_index_image(classes, colors), name, "-mask.png") if masks else None,
         {head.classes[i]: float(shares[i]) for i in np.flatnonzero(shares)},
     )
 
@@ -141,7 +141,7 @@ def draw_colors(
     short_side: int,
     report: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[Path], dict[Path, str]]:
-    """Write sheets of photos with their patch colors below: 24 photos per sheet, one full photo in memory at a time.
+    """Write sheets of 24 photos with their patch colors below; one full photo is in memory at a time.
 
     Args:
         encoder: Frozen encoder.
@@ -157,10 +157,10 @@ def draw_colors(
     skipped: dict[Path, str] = {}
     pages: list[Path] = []
     painted = _paint(encoder, colors, photos, short_side, skipped, report)
-    while some := list(islice(painted, _ACROSS * _DOWN)):
+    while block := list(islice(painted, _ACROSS * _DOWN)):
         rows: list[list[Tile]] = []
-        for first in range(0, len(some), _ACROSS):
-            rows += [list(row) for row in zip(*some[first : first + _ACROSS], strict=True)]
+        for first in range(0, len(block), _ACROSS):
+            rows += [list(row) for row in zip(*block[first : first + _ACROSS], strict=True)]
         name = folder / (f"pca-{len(pages) + 1}" if pages else "pca")
         pages.append(_save(contact_sheet(rows, side=_SIDE), name, ".png"))
     return pages, skipped
@@ -179,27 +179,27 @@ def _paint(
         pixels = read_photo(path, encoder.images)
         if isinstance(pixels, BadImage):
             skipped[path] = pixels.reason
-        elif isinstance(tokens := _tokens(encoder, pixels, short_side), BadImage):
+        elif isinstance(tokens := _encode(encoder, pixels, short_side), BadImage):
             skipped[path] = tokens.reason
         else:
             scale = _SIDE / max(pixels.shape[:2])
             size = (max(1, round(pixels.shape[0] * scale)), max(1, round(pixels.shape[1] * scale)))
-            yield Tile(_small(visible(pixels), size), ""), Tile(colors.paint(tokens, *size), "")
+            yield Tile(_resize(visible(pixels), size), ""), Tile(colors.paint(tokens, *size), "")
         report(done)
 
 
-def _tokens(encoder: Encoder, pixels: Pixels, short_side: int) -> Tensor | BadImage:
+def _encode(encoder: Encoder, pixels: Pixels, short_side: int) -> Tensor | BadImage:
     try:
         return encoder.patches(encoder.photo(pixels, short_side))[0]
     except NotFinite as lost:
         return BadImage(lost.reason)
 
 
-def _small(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+def _resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.LANCZOS))
 
 
-def _index(classes: NDArray[np.uint8], colors: NDArray[np.uint8]) -> Image.Image:
+def _make_index_image(classes: NDArray[np.uint8], colors: NDArray[np.uint8]) -> Image.Image:
     image = Image.fromarray(classes)  # mode L, which a palette turns into P
     image.putpalette(colors.ravel().tolist())
     return image

@@ -30,7 +30,7 @@ class Score:
 
     @property
     def j_and_f(self) -> float:
-        """Mean of J and F, by which DAVIS ranks."""
+        """Mean of J and F, the measure that DAVIS ranks by."""
         return (self.j + self.f) / 2
 
 
@@ -50,7 +50,7 @@ class VideoScore:
 
 
 def frame_scores(found: Labels, truth: LabelMap, objects: Sequence[int]) -> NDArray[np.float64]:
-    """Compute J and F of each object in a frame; void pixels of the truth count in neither mask. [objects, 2]
+    """Compute J and F of each object in a frame; void pixels of the truth are outside both masks. [objects, 2]
 
     Args:
         found: Predicted labels. [H, W]
@@ -74,8 +74,8 @@ def video_score(frames: Sequence[NDArray[np.float64]], objects: Sequence[int]) -
 def boundary_f(mask: Mask, truth: Mask) -> float:
     """Compute the F-measure of two outlines.
 
-    Pixels match within 0.8 % of the image diagonal, rounded up, of the other outline. Two masks without an outline
-    agree fully; if only one has none, the result is 0.
+    A pixel matches if the other outline is within 0.8 % of the image diagonal, rounded up. The result is 1 if neither
+    mask has an outline, and 0 if only one has none.
 
     Args:
         mask: Predicted mask. [H, W]
@@ -93,8 +93,8 @@ def boundary_f(mask: Mask, truth: Mask) -> float:
 
 
 def boundary(mask: Mask) -> Mask:
-    """Return pixels that differ from the right, lower or lower-right one, half a pixel before the edge. [H, W]"""
-    # The mask is continued unchanged beyond the last row and column.
+    """Return the pixels that differ from their right, lower or lower-right neighbour. [H, W]"""
+    # The last row and column are repeated: the frame's border is no boundary.
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask ^ padded[:-1, 1:]) | (mask ^ padded[1:, :-1]) | (mask ^ padded[1:, 1:])
 

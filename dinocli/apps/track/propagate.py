@@ -18,7 +18,7 @@ from dinocli.features.encoder import Encoder
 from dinocli.models.backbone import Facet
 
 SHORT_SIDE = 480  # pixels
-_TILE = 16  # side of a tile of query patches
+_TILE = 16  # rows and columns of a tile of query patches
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rule:
 
     Attributes:
         previous: Number of preceding frames to use, in addition to the first frame.
-        radius: Largest distance of a source patch, in rows and in columns.
+        radius: Largest distance of a source patch in rows, and in columns.
         top: Number of most similar source patches per patch.
         temperature: Temperature of the weights, exp(cosine / temperature).
     """
@@ -40,7 +40,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Looking:
-    """Settings for turning a frame into patch features.
+    """Settings of a frame's patch features.
 
     Attributes:
         short_side: Short side in pixels after resizing.
@@ -71,7 +71,7 @@ def track(
         labels: Object number of each of its pixels, 0 for none. [H, W]
         frames: Following frames in order, all of the same size. [H, W, C] each
         rule: Rule of label propagation.
-        looking: Settings for patch features.
+        looking: Settings of the patch features.
 
     Yields:
         Object number of each pixel, per frame. [H, W]
@@ -82,13 +82,13 @@ def track(
     """
     values = np.unique(np.append(labels, np.uint8(0)))
     start = _patches(encoder, first, looking)
-    at_start = one_hot(labels, values, (start.shape[0], start.shape[1])).to(start)
-    before: deque[tuple[Tensor, Tensor]] = deque(maxlen=rule.previous)
+    start_labels = one_hot(labels, values, (start.shape[0], start.shape[1])).to(start)
+    previous: deque[tuple[Tensor, Tensor]] = deque(maxlen=rule.previous)
     for frame in frames:
         patches = _patches(encoder, frame, looking)
-        sources, theirs = zip((start, at_start), *before, strict=True)
-        shares = propagate(patches, torch.stack(sources), torch.stack(theirs), rule)
-        before.append((patches, shares))
+        sources, source_labels = zip((start, start_labels), *previous, strict=True)
+        shares = propagate(patches, torch.stack(sources), torch.stack(source_labels), rule)
+        previous.append((patches, shares))
         yield values[decide(shares, frame.shape[:2]).cpu().numpy()]
 
 
@@ -105,7 +105,7 @@ def one_hot(labels: Labels, values: Sequence[int] | Labels, grid: tuple[int, int
 
 
 def propagate(patches: Tensor, sources: Tensor, labels: Tensor, rule: Rule) -> Tensor:
-    """Compute labels of a frame's patches: the weighted mean over the most similar patches of other frames.
+    """Compute the labels of a frame's patches: the weighted mean over the most similar nearby patches of other frames.
 
     Patches are processed in tiles, which bounds the memory of the similarities.
 
@@ -113,48 +113,48 @@ def propagate(patches: Tensor, sources: Tensor, labels: Tensor, rule: Rule) -> T
         patches: Normalized patches of the frame. [h, w, D]
         sources: Normalized patches of other frames. [S, h, w, D]
         labels: Share of each label in each source patch. [S, L, h, w]
-        rule: Rule of label propagation; ties with the last of the `top` count too.
+        rule: Rule of label propagation; patches as similar as the last of the `top` are included.
 
     Returns:
         Shares of the labels. [L, h, w]
     """
     height, width, _ = patches.shape
-    made = torch.empty((labels.shape[1], height, width), dtype=patches.dtype, device=patches.device)
-    row, column = (torch.arange(n, device=patches.device) for n in (height, width))
+    shares_of_frame = torch.empty((labels.shape[1], height, width), dtype=patches.dtype, device=patches.device)
+    row_numbers, column_numbers = (torch.arange(n, device=patches.device) for n in (height, width))
     for top in range(0, height, _TILE):
         for left in range(0, width, _TILE):
             here = slice(top, top + _TILE), slice(left, left + _TILE)
-            there = _around(here[0], rule.radius), _around(here[1], rule.radius)
-            near_rows = (row[here[0], None] - row[None, there[0]]).abs() <= rule.radius  # [t, T]
-            near_columns = (column[here[1], None] - column[None, there[1]]).abs() <= rule.radius
-            near = near_rows[:, None, :, None] & near_columns[None, :, None, :]  # [t, t, T, T]
-            asked = sources[:, there[0], there[1]]  # [S, T, T, D]
+            there = _widen(here[0], rule.radius), _widen(here[1], rule.radius)
+            near_rows = (row_numbers[here[0], None] - row_numbers[None, there[0]]).abs() <= rule.radius  # [t, T]
+            near_columns = (column_numbers[here[1], None] - column_numbers[None, there[1]]).abs() <= rule.radius
+            is_near = near_rows[:, None, :, None] & near_columns[None, :, None, :]  # [t, t, T, T]
+            candidates = sources[:, there[0], there[1]]  # [S, T, T, D]
             tile = patches[here]  # [t, t, D]
-            similar = tile.flatten(0, 1) @ asked.flatten(0, 2).T  # [t*t, S*T*T]
-            far = ~near.flatten(2).flatten(0, 1).repeat(1, len(sources))
-            theirs = labels[:, :, there[0], there[1]].transpose(0, 1).flatten(1)  # [L, S*T*T]
-            shares = _weigh(similar.masked_fill_(far, -torch.inf), theirs, rule)
-            made[:, here[0], here[1]] = shares.unflatten(1, tile.shape[:2])
-    return made
+            similar = tile.flatten(0, 1) @ candidates.flatten(0, 2).T  # [t*t, S*T*T]
+            is_far = ~is_near.flatten(2).flatten(0, 1).repeat(1, len(sources))
+            candidate_labels = labels[:, :, there[0], there[1]].transpose(0, 1).flatten(1)  # [L, S*T*T]
+            shares = _average_labels(similar.masked_fill_(is_far, -torch.inf), candidate_labels, rule)
+            shares_of_frame[:, here[0], here[1]] = shares.unflatten(1, tile.shape[:2])
+    return shares_of_frame
 
 
-def _around(tile: slice, radius: int) -> slice:
+def _widen(tile: slice, radius: int) -> slice:
     return slice(max(0, tile.start - radius), tile.stop + radius)
 
 
-def _weigh(similar: Tensor, labels: Tensor, rule: Rule) -> Tensor:
+def _average_labels(similar: Tensor, labels: Tensor, rule: Rule) -> Tensor:
     """Return the means of labels, weighted by similarity over the most similar. [Q, N] and [L, N] -> [L, Q]"""
     top = similar.topk(min(rule.top, similar.shape[1]), dim=1).values
-    asking, asked = (similar >= top[:, -1:]).nonzero(as_tuple=True)
-    # Relative to the most similar, so that a low temperature does not overflow.
-    weights = ((similar[asking, asked] - top[asking, 0]) / rule.temperature).exp()
-    total = torch.zeros_like(top[:, 0]).index_add_(0, asking, weights)
-    sums = labels.new_zeros(len(labels), len(similar)).index_add_(1, asking, labels[:, asked] * weights)
+    query, source = (similar >= top[:, -1:]).nonzero(as_tuple=True)
+    # Weights are relative to the most similar patch, so that a low temperature does not overflow.
+    weights = ((similar[query, source] - top[query, 0]) / rule.temperature).exp()
+    total = torch.zeros_like(top[:, 0]).index_add_(0, query, weights)
+    sums = labels.new_zeros(len(labels), len(similar)).index_add_(1, query, labels[:, source] * weights)
     return sums / total
 
 
 def decide(shares: Tensor, size: tuple[int, int]) -> Tensor:
-    """Choose the label of each pixel: the largest share after bilinear enlargement and stretching to 0 to 1 per label.
+    """Choose the label with the largest share per pixel, after enlarging and stretching each label's shares to 0 to 1.
 
     Stretching lets a small object compete with the background if no patch contains it alone.
 

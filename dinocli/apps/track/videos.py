@@ -1,4 +1,4 @@
-"""Tracking on disk: the frames of a video and a first mask give masks, a film and scores."""
+"""Tracking on disk: read a video and a first mask; write masks, a film and a strip, and compute scores."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from dinocli.viz.picture import Tile, inner_edge, tinted, visible
 _WIDTH = 480  # pixels, of a frame in the film
 _STRIP_WIDTH = 320
 _RATE = 12  # default frames per second
-_ALL = range(1, 2**62)  # frames after the first, even if the video holds more than its header says
-# Colors for objects without one, distinct on photos and for people with red-green color blindness.
+_ALL = range(1, 2**62)  # all frames after the first, even if the video holds more than its header says
+# Colors of objects whose mask has no palette, distinct on photos and for people with red-green color blindness.
 _COLORS = np.array(
     [(230, 60, 60), (50, 140, 240), (250, 200, 40), (40, 180, 130), (200, 100, 220), (250, 140, 40)], np.uint8
 )
@@ -40,7 +40,7 @@ class Tracked:
         gif: Path of the film with masks overlaid.
         strip: Path of a picture with some frames side by side.
         frames: Number of frames, including the first.
-        skipped: Frames that were skipped or are in no score, with reasons.
+        skipped: Frames that were skipped or not scored, with reasons.
         score: Score of the masks, or None without true masks.
         still: Score of the first mask copied to every frame: the baseline of tracking.
     """
@@ -55,7 +55,7 @@ class Tracked:
 
 
 def first_mask(path: Path, frames: Frames, images: ImagesConfig) -> tuple[LabelMap, Pixels]:
-    """Return the mask of a first frame, with 0 for void, and that frame.
+    """Return the mask of the first frame, with void pixels set to 0, and that frame.
 
     Raises:
         DinoError: If mask or frame cannot be read, their sizes differ, or the mask holds no object.
@@ -115,7 +115,7 @@ def track_video(
         first: Mask of the first frame, and the frame.
         out: Folder for `masks/`, `track.gif` and `strip.png`.
         rule: Rule of label propagation.
-        looking: Settings for patch features.
+        looking: Settings of the patch features.
         truth: Folder of true masks by frame name; the first and the last frame are not scored.
         per_second: Frames per second of the film. If None, the video's rate, or 12.
         advance: Progress callback with the number of frames done.
@@ -125,38 +125,38 @@ def track_video(
     """
     labels, pixels = first
     reader = _Reader(video, encoder.images, pixels.shape)
-    judge = _Judge(truth, labels) if truth else None
+    scorer = _Scorer(truth, labels) if truth else None
 
     def frames() -> Iterator[tuple[Frame, Pixels, Labels]]:
         yield next(video.read({0}, encoder.images)), pixels, labels.values
         # The tracker yields the labels of a frame before it takes the next.
-        for found in track(encoder, pixels, labels.values, reader, rule, looking):
-            yield reader.now, reader.pixels, found
+        for labels_found in track(encoder, pixels, labels.values, reader, rule, looking):
+            yield reader.now, reader.pixels, labels_found
 
     strip: list[Tile] = []
     chosen = set(shown(video.count))
 
     def film() -> Iterator[Pixels]:
-        for frame, seen, found in frames():
-            name = _stem(frame)
-            write_labels(out / "masks" / f"{name}.png", LabelMap(found, labels.palette))
-            if judge and 0 < frame.number < video.count - 1:
-                judge.see(frame, found)
-            laid = overlay(visible(seen), LabelMap(found, labels.palette))
+        for frame, frame_pixels, labels_found in frames():
+            name = _format_stem(frame)
+            write_labels(out / "masks" / f"{name}.png", LabelMap(labels_found, labels.palette))
+            if scorer and 0 < frame.number < video.count - 1:
+                scorer.add(frame, labels_found)
+            drawn = overlay(visible(frame_pixels), LabelMap(labels_found, labels.palette))
             if frame.number in chosen:
-                strip.append(Tile(small(laid, _STRIP_WIDTH), name))
+                strip.append(Tile(small(drawn, _STRIP_WIDTH), name))
             advance(frame.number + 1)
-            yield small(laid, _WIDTH)
+            yield small(drawn, _WIDTH)
 
     gif, picture = out / "track.gif", out / "strip.png"
     count = write_gif(film(), gif, per_second or float(video.rate or _RATE))
     write_strip(strip, picture)
-    score, still = judge.scores() if judge else (None, None)
-    skipped = reader.skipped | (judge.skipped if judge else {})
+    score, still = scorer.scores() if scorer else (None, None)
+    skipped = reader.skipped | (scorer.skipped if scorer else {})
     return Tracked(out / "masks", gif, picture, count, skipped, score, still)
 
 
-def _stem(frame: Frame) -> str:
+def _format_stem(frame: Frame) -> str:
     """Return the stem of a frame's file; for a video, the frame number from 0 as in DAVIS."""
     return Path(frame.name).stem if isinstance(frame.data, bytes) else f"{frame.number:05}"
 
@@ -187,7 +187,7 @@ class _Reader:
                 yield pixels
 
 
-class _Judge:
+class _Scorer:
     """Scores of masks against the true ones, frame by frame."""
 
     def __init__(self, folder: Path, first: LabelMap) -> None:
@@ -197,8 +197,8 @@ class _Judge:
         self._found: list[NDArray[np.float64]] = []
         self._still: list[NDArray[np.float64]] = []
 
-    def see(self, frame: Frame, found: Labels) -> None:
-        path = self._truth.get(_stem(frame))
+    def add(self, frame: Frame, found: Labels) -> None:
+        path = self._truth.get(_format_stem(frame))
         if path is None:
             return
         truth = read_labels(path)
@@ -225,15 +225,15 @@ def overlay(pixels: Pixels, labels: LabelMap) -> Pixels:
     """Draw a frame with each object tinted and outlined in its color. [H, W, 3]"""
     colors = np.zeros((256, 3), np.uint8)
     for i, number in enumerate(labels.objects):
-        colors[number] = _color(labels, number, i)
-    laid = np.where(labels.values[..., None] > 0, tinted(pixels, labels.values, colors, 0.45), pixels)
+        colors[number] = _pick_color(labels, number, i)
+    drawn = np.where(labels.values[..., None] > 0, tinted(pixels, labels.values, colors, 0.45), pixels)
     for number in labels.objects:
-        laid[inner_edge(labels.values == number)] = colors[number]
-    return laid
+        drawn[inner_edge(labels.values == number)] = colors[number]
+    return drawn
 
 
-def _color(labels: LabelMap, number: int, place: int) -> Pixels:
+def _pick_color(labels: LabelMap, number: int, place: int) -> Pixels:
     own = np.frombuffer(labels.palette or b"", np.uint8).reshape(-1, 3)
-    if number < len(own) and np.ptp(own[number]):  # skip greys
+    if number < len(own) and np.ptp(own[number]):  # greys are hard to see in a photo
         return own[number]
     return _COLORS[place % len(_COLORS)]

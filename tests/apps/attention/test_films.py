@@ -20,7 +20,7 @@ from dinocli.viz.picture import heat
 
 
 def frames(folder: Path, count: int = 12, size: tuple[int, int] = (64, 32)) -> Frames:
-    """A bright square that goes to the right, over noise."""
+    """Write frames of a bright square that moves right over noise."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     for i in range(count):
@@ -50,7 +50,7 @@ def test_a_gif_shows_each_frame_beside_its_map_on_one_scale(tmp_path: Path, enco
             assert np.abs(shown[:, :64] - decode(frame.data)).mean() < 12, "256 colors, most of them of the photo"
 
 
-def test_a_map_that_stays_the_same_is_drawn_the_same(tmp_path: Path, encoder: Encoder) -> None:
+def test_equal_maps_are_drawn_equally(tmp_path: Path, encoder: Encoder) -> None:
     for i, value in enumerate((0, 0, 255)):
         Image.new("RGB", (64, 32), (value,) * 3).save(tmp_path / f"{i}.png")
     maps = maps_of(encoder, open_frames(tmp_path))
@@ -65,11 +65,11 @@ def test_a_map_that_stays_the_same_is_drawn_the_same(tmp_path: Path, encoder: En
     assert np.array_equal(shown[0], shown[1]) and not np.array_equal(shown[0], shown[2])
 
 
-def test_a_strip_shows_eight_frames_of_any_number_and_reads_no_more(tmp_path: Path, encoder: Encoder) -> None:
+def test_a_strip_reads_and_shows_only_eight_frames(tmp_path: Path, encoder: Encoder) -> None:
     source = frames(tmp_path / "f", 12)
     (tmp_path / "f" / "1.png").unlink()
     done = film(encoder, source, tmp_path / "f.png", "strip", size=32)
-    assert (done.frames, done.skipped) == (8, {}), "the second frame is none of the eight"
+    assert (done.frames, done.skipped) == (8, {}), "the missing second frame is not among the eight"
     with Image.open(tmp_path / "f.png") as strip:
         assert strip.width > 8 * 64
     assert film(encoder, frames(tmp_path / "g", 3), tmp_path / "g.png", "strip", size=32).frames == 3
@@ -87,7 +87,7 @@ def test_an_mp4_reads_back_as_a_video(tmp_path: Path, encoder: Encoder) -> None:
         assert gif.info["duration"] == 80, "the video's own rate"
 
 
-def test_what_cannot_be_shown_is_named(tmp_path: Path, encoder: Encoder) -> None:
+def test_unreadable_frames_and_other_sizes_are_skipped_and_reported(tmp_path: Path, encoder: Encoder) -> None:
     source = frames(tmp_path / "f", 4)
     (tmp_path / "f" / "1.png").write_bytes(b"no image")
     Image.new("RGB", (20, 20)).save(tmp_path / "f" / "2.png")
@@ -99,7 +99,7 @@ def test_what_cannot_be_shown_is_named(tmp_path: Path, encoder: Encoder) -> None
         assert gif.n_frames == 2
 
 
-def test_a_mistake_leaves_nothing(tmp_path: Path, encoder: Encoder) -> None:
+def test_an_error_leaves_no_file(tmp_path: Path, encoder: Encoder) -> None:
     source = frames(tmp_path / "f", 2)
     with pytest.raises(DinoError, match="--head 3 is larger than the 2 heads") as caught:
         film(encoder, source, tmp_path / "f.gif", "gif", head=3, size=32)
@@ -135,4 +135,4 @@ def test_frames_are_drawn_one_after_another(
     monkeypatch.setattr(module, "_Drawn", Drawn)
     drawn: Iterator[object] = frames(tmp_path / "f")
     assert film(encoder, drawn, tmp_path / f"f.{form}", form, size=32).frames == 12
-    assert most[0] <= 2, "however long the film is"
+    assert most[0] <= 2, "independent of the length of the film"

@@ -26,12 +26,12 @@ def test_a_photo_of_any_shape_gets_its_sheet_and_its_maps(tmp_path: Path, encode
     assert draw(encoder, photo, tmp_path / "out" / "again", keep=0.5, size=None, raw=False).raw is None
 
 
-def test_a_bad_photo_is_a_reason(tmp_path: Path, encoder: Encoder) -> None:
+def test_an_unreadable_photo_gives_a_reason(tmp_path: Path, encoder: Encoder) -> None:
     (tmp_path / "x.jpg").write_bytes(b"no image")
     assert "not an image" in draw(encoder, tmp_path / "x.jpg", tmp_path / "x", keep=0.6, size=None, raw=False)
 
 
-def test_a_huge_photo_makes_a_sheet_that_still_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_photo_is_reduced_in_the_sheet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_PANEL_PIXELS", 10_000)
     maps = AttentionMaps(np.random.default_rng(0).random((2, 4, 4), dtype=np.float32))
     sheet = attention_sheet(np.zeros((300, 400, 3), dtype=np.uint8), maps, 0.6)
@@ -43,12 +43,12 @@ def test_a_tiny_photo_is_enlarged_until_its_captions_fit() -> None:
     assert attention_sheet(np.zeros((32, 32, 3), dtype=np.uint8), maps, 0.6).width > 4 * module._TILE_SIDE
 
 
-def test_attention_that_is_not_finite_is_a_reason_and_no_picture(
+def test_attention_that_is_not_finite_gives_a_reason_and_no_picture(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo = tmp_path / "photo.png"
     Image.new("RGB", (32, 32), (9, 99, 199)).save(photo)
     monkeypatch.setattr(type(encoder.backbone), "attention", lambda self, images: torch.full((1, 2, 5, 5), torch.nan))
-    said = draw(encoder, photo, tmp_path / "out" / "photo", keep=0.6, size=16, raw=True)
-    assert said == "not finite: 8 of 8 values of attention"
+    reason = draw(encoder, photo, tmp_path / "out" / "photo", keep=0.6, size=16, raw=True)
+    assert reason == "not finite: 8 of 8 values of attention"
     assert not (tmp_path / "out").exists()

@@ -16,23 +16,23 @@ from dinocli.data.sources.outputs import marked
 
 
 class Played:
-    """A demo of few images, and what was said of it.
+    """Demo of few images, with its stages and notes.
 
     Args:
-        folder: Of the demo.
-        stop: Stage in which Ctrl-C comes once something is done.
+        folder: Folder of the demo.
+        stop: Stage that Ctrl-C interrupts after some progress.
     """
 
     def __init__(self, folder: Path, stop: str = "") -> None:
         self.stages: list[str] = []
-        self.said: list[str] = []
+        self.notes: list[str] = []
         self.stop = stop
         self.folder = folder
 
     def play(self, **changed: int) -> DemoResult:
         settings = {"train_images": 120, "val_images": 30, "steps": 2} | changed
         return demo(
-            self.folder, device=torch.device("cpu"), workers=0, stage=self.stage, note=self.said.append, **settings
+            self.folder, device=torch.device("cpu"), workers=0, stage=self.stage, note=self.notes.append, **settings
         )
 
     @contextmanager
@@ -47,8 +47,8 @@ class Played:
         yield advance
 
 
-def test_the_demo_measures_what_it_trained_beside_what_it_must_beat(tmp_path: Path) -> None:
-    """Stopped in one stage after another, the same call continues it, and what was done is not done again."""
+def test_an_interrupted_demo_resumes_and_scores_features_and_baselines(tmp_path: Path) -> None:
+    """Interrupt one stage after another; each further call resumes the demo and repeats no finished stage."""
     for stop, stages in (
         ("draw", ["draw"]),
         ("pretrain", ["draw", "pretrain"]),
@@ -63,7 +63,7 @@ def test_the_demo_measures_what_it_trained_beside_what_it_must_beat(tmp_path: Pa
         assert played.stages == stages
     played = Played(tmp_path / "demo")
     result = played.play()
-    assert played.said == [
+    assert played.notes == [
         f"resuming the demo in {tmp_path / 'demo'}",
         f"{tmp_path / 'demo' / 'run'} is finished: 2 steps done, 2 requested",
     ]
@@ -81,7 +81,7 @@ def test_the_demo_measures_what_it_trained_beside_what_it_must_beat(tmp_path: Pa
         played.play()
 
 
-def test_a_folder_with_a_marker_alone_is_new(tmp_path: Path) -> None:
+def test_a_folder_with_only_a_marker_counts_as_new(tmp_path: Path) -> None:
     played = Played(tmp_path / "demo", "draw")
     with pytest.raises(KeyboardInterrupt), marked(tmp_path / "demo", "demo"):
         played.play()

@@ -14,7 +14,7 @@ def drawings() -> list[Drawing]:
     return [draw(index, size=32) for index in range(400)]
 
 
-def test_ten_kinds_in_alphabetical_order() -> None:
+def test_there_are_ten_classes_in_alphabetical_order() -> None:
     assert len(CLASSES) == 10
     assert tuple(sorted(set(CLASSES))) == CLASSES
 
@@ -27,7 +27,7 @@ def test_a_drawing_is_uint8_rgb_with_a_boolean_mask_and_the_label_of_its_index()
         assert drawing.label == index % 10
 
 
-def test_the_same_arguments_give_the_same_drawing_whatever_was_drawn_before() -> None:
+def test_a_drawing_depends_only_on_its_arguments() -> None:
     first = draw(7, size=48, seed=3)
     draw(8, size=48, seed=3)
     again = draw(7, size=48, seed=3)
@@ -61,18 +61,18 @@ def test_colours_vary_within_a_kind(drawings: list[Drawing]) -> None:
             assert np.std(part, axis=0).max() > 8  # of 255
 
 
-def test_the_scene_says_nothing_about_the_kind(drawings: list[Drawing]) -> None:
+def test_the_background_does_not_predict_the_class(drawings: list[Drawing]) -> None:
     scenes = np.stack([drawing.image[~drawing.mask].mean(0) for drawing in drawings])
     assert nearest(scenes, neighbours=10) < 0.25
 
 
-def test_raw_pixels_do_not_give_the_kind_away(drawings: list[Drawing]) -> None:
+def test_raw_pixels_barely_predict_the_class(drawings: list[Drawing]) -> None:
     pixels = np.stack([d.image.reshape(16, 2, 16, 2, 3).mean((1, 3)).ravel() for d in drawings])
     assert nearest(pixels, neighbours=10) < 0.62  # 0.1 is chance
 
 
 def nearest(values: np.ndarray, neighbours: int) -> float:
-    """Share of the last quarter whose kind its nearest `neighbours` among the rest name. Rows are in drawing order."""
+    """Return the k-NN accuracy on the last quarter of the rows, which are in drawing order; the others vote."""
     labels, split = np.arange(len(values)) % 10, len(values) * 3 // 4
     bank, queries = values[:split], values[split:]
     order = np.argsort((bank**2).sum(1) - 2 * queries @ bank.T, axis=1)[:, :neighbours]
@@ -91,7 +91,7 @@ def test_a_written_set_can_be_read_back(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(mask), drawing.mask * 255)
 
 
-def test_masks_are_written_only_when_asked(tmp_path: Path) -> None:
+def test_masks_are_written_only_if_requested(tmp_path: Path) -> None:
     write_set(tmp_path, images=3, size=32)
     assert not list(tmp_path.rglob("*.png"))
     assert sorted(path.name for path in tmp_path.rglob("*.jpg")) == ["00000.jpg", "00001.jpg", "00002.jpg"]

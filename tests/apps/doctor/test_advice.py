@@ -1,4 +1,4 @@
-"""Advice: the rules at their borders, and commands that can be typed."""
+"""Advice: the rules at their limits, and valid commands."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ CPU = replace(GPU, device="cpu", memory=64 * GB)
 def images(count: int | None, side: int = 400, **facts: object) -> Inspection:
     spread = Spread(*[float(side)] * 5)
     drawn = 100
-    told = Inspection(
+    inspection = Inspection(
         where="./my images", kind="files", count=count, classes=0, drawn=drawn, read=drawn, formats={"JPEG": drawn},
         width=spread, height=spread, short=spread, aspect=Spread(1, 1, 1, 1, 1), megabytes=3e-6 * side**2, deep=0, gray=0,
         flat=0, bad={}, copies=0, near=0, pairs=[], mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2), milliseconds=2.0, seconds=1.0,
     )  # fmt: skip
-    return replace(told, **facts)  # type: ignore[arg-type]
+    return replace(inspection, **facts)  # type: ignore[arg-type]
 
 
 def cost(preset: Preset, steps: int, again: bool) -> Estimate:
-    """One GB, and 0.1 more an image of the batch, or 0.03 with blocks worked out again; a step takes a second."""
+    """Estimate 1 GB plus 0.1 GB per image, or 0.03 GB with activation checkpointing; a step takes a second."""
     batch = preset.training.batch_size
     return Estimate(1, 1, 1.0, GB, 0.0, (0.03 if again else 0.1) * GB, batch, batch, float(steps))
 
 
 def preset_of(advised: Advised) -> Preset:
-    """What the command would train, less the things that are no matter of the preset."""
+    """Return the preset that the command would train."""
     overrides = [override for advice in advised.settings for override in advice.overrides]
     return load_preset(name_of(advised), overrides)
 
@@ -61,7 +61,7 @@ def value_of(advised: Advised, key: str) -> str | None:
     return values[0] if values else None
 
 
-def test_a_cpu_trains_the_small_preset_as_it_was_measured() -> None:
+def test_a_cpu_gets_the_preset_tiny_with_the_measured_settings() -> None:
     advised = advise(CPU, images(9_469, 128), cost)
     assert name_of(advised) == "tiny"
     preset, shipped = preset_of(advised), load_preset("tiny")
@@ -96,7 +96,7 @@ def test_prototypes_grow_with_the_images(count: int, prototypes: int) -> None:
     ("count", "batch"),
     [(32, 32), (4_095, 32), (4_096, 64), (8_191, 64), (9_469, 128), (32_767, 256), (32_768, 512), (10_000_000, 512)],
 )
-def test_the_batch_leaves_an_epoch_its_steps(count: int, batch: int) -> None:
+def test_the_batch_size_keeps_64_steps_per_epoch(count: int, batch: int) -> None:
     preset = preset_of(advise(GPU, images(count), cost))
     assert preset.training.batch_size == batch
     assert batch == 32 or count // batch >= 64
@@ -114,7 +114,7 @@ def test_the_batch_leaves_an_epoch_its_steps(count: int, batch: int) -> None:
         (200_000_000, 1),
     ],
 )
-def test_epochs_make_a_run_of_sensible_length(count: int, epochs: int) -> None:
+def test_the_number_of_epochs_gives_a_sensible_length(count: int, epochs: int) -> None:
     preset = preset_of(advise(GPU, images(count), cost))
     assert preset.training.epochs == epochs
     rate = preset.optimizer.lr
@@ -122,11 +122,11 @@ def test_epochs_make_a_run_of_sensible_length(count: int, epochs: int) -> None:
     assert preset.heads["dino"].freeze_last_layer_epochs == (1 if epochs > 1 else 0)
 
 
-def test_few_images_start_from_released_weights_where_these_fit() -> None:
+def test_few_images_start_from_released_weights_if_the_patch_size_fits() -> None:
     assert value_of(advise(GPU, images(49_999), cost), "--init") == WEIGHTS
     assert value_of(advise(GPU, images(50_000), cost), "--init") is None
-    assert value_of(advise(GPU, images(49_999, side=128), cost), "--init") == WEIGHTS  # patches of 16 all the same
-    assert value_of(advise(GPU, images(49_999, side=96), cost), "--init") is None  # these have others
+    assert value_of(advise(GPU, images(49_999, side=128), cost), "--init") == WEIGHTS  # still patches of 16
+    assert value_of(advise(GPU, images(49_999, side=96), cost), "--init") is None  # patches of 8
 
 
 @pytest.mark.parametrize(
@@ -179,14 +179,14 @@ def test_the_momentum_is_high_for_a_small_batch_in_a_long_run() -> None:
         (30, "2", False),
         (29, "4", False),
         (3, "32", False),  # sixteen at once take 2.6
-        (2.8, "16", True),  # and less than sixteen keep no device busy: 32 at once, blocks worked out again, take 1.96
+        (2.8, "16", True),  # fewer than 16 do not fill a device: 32 at once with checkpointing take 1.96
         (1.7, "32", True),
         (1.6, "64", True),
         (1.15, "512", True),
         (1.1, None, False),
     ],
 )
-def test_a_batch_goes_in_as_few_parts_as_fit(memory: float, parts: str | None, again: bool) -> None:
+def test_a_batch_is_split_into_as_few_parts_as_fit_in_memory(memory: float, parts: str | None, again: bool) -> None:
     # 512 images take 52.2 GB, 256 26.6, 128 13.8; nine tenths of the memory are for them.
     advised = advise(replace(GPU, memory=int(memory * GB)), images(1_000_000), cost)
     assert value_of(advised, "--accumulate") == parts
@@ -194,7 +194,7 @@ def test_a_batch_goes_in_as_few_parts_as_fit(memory: float, parts: str | None, a
     assert any("do not fit" in note for note in advised.notes) == (memory == 1.1)
 
 
-def test_the_time_is_said() -> None:
+def test_the_duration_is_noted() -> None:
     assert any(
         "117,187 steps of 512" in n or "195,300 steps of 512" in n for n in advise(GPU, images(1_000_000), cost).notes
     )
@@ -205,7 +205,7 @@ def test_the_time_is_said() -> None:
     assert any("33 min" in note for note in advise(CPU, images(1_000_000), cost).notes)
 
 
-def test_what_to_do_about_a_flat_loss_and_a_short_run_is_said() -> None:
+def test_notes_advise_on_a_flat_loss_and_a_short_run() -> None:
     notes = advise(GPU, images(9_469), cost).notes
     assert any("8.32, which is ln 4096" in note and "temperature.value=0.02" in note for note in notes)
     assert any("7,300 steps are few" in note for note in notes)
@@ -213,11 +213,11 @@ def test_what_to_do_about_a_flat_loss_and_a_short_run_is_said() -> None:
     assert not any("ln 8192" in note for note in advise(GPU, images(50_000), cost).notes)
 
 
-def test_images_are_kept_where_half_the_memory_holds_them() -> None:
-    # 60,000 of 400 pixels are 28.8 GB as they are.
+def test_images_are_cached_if_they_fit_in_half_the_memory() -> None:
+    # 60,000 images of 400 pixels take 28.8 GB uncompressed.
     assert value_of(advise(replace(GPU, ram=58 * GB), images(60_000), cost), "--cache") == "ram"
     assert value_of(advise(replace(GPU, ram=57 * GB), images(60_000), cost), "--cache") is None
-    # Larger ones are kept at the 430 pixels that the smallest local crop needs: 33.3 GB.
+    # Larger images are cached at the 430 pixels that the smallest local crop needs: 33.3 GB.
     assert value_of(advise(replace(GPU, ram=67 * GB), images(60_000, 4000), cost), "--cache") == "ram"
     assert value_of(advise(replace(GPU, ram=66 * GB), images(60_000, 4000), cost), "--cache") is None
     for kind in ("shards", "decoded"):
@@ -225,7 +225,7 @@ def test_images_are_kept_where_half_the_memory_holds_them() -> None:
     assert value_of(advise(GPU, images(None), cost), "--cache") is None
 
 
-def test_torn_images_are_taken_where_the_run_would_stop_for_them() -> None:
+def test_truncated_images_are_accepted_if_the_run_would_stop_otherwise() -> None:
     torn = {str(i): "truncated: 9 bytes" for i in range(6)}
     broken = {str(i): "damaged: x" for i in range(6)}
     assert preset_of(advise(GPU, images(60_000, bad=torn), cost)).images.truncated
@@ -236,7 +236,7 @@ def test_torn_images_are_taken_where_the_run_would_stop_for_them() -> None:
     assert any("6 of 100 cannot be read" in note for note in advised.notes)
 
 
-def test_dark_deep_images_and_much_alike_ones_are_noted() -> None:
+def test_dark_deep_images_and_many_near_duplicates_are_noted() -> None:
     def notes(**facts: object) -> str:
         return " ".join(advise(GPU, images(60_000, **facts), cost).notes)
 
@@ -247,7 +247,7 @@ def test_dark_deep_images_and_much_alike_ones_are_noted() -> None:
     assert "thumbnails" not in notes(near=20)
 
 
-def test_a_window_that_was_measured_is_in_the_command() -> None:
+def test_a_measured_window_is_in_the_command() -> None:
     advised = advise(
         GPU, images(60_000, deep=100, narrow=90, window=(0.0, 100.0), mean=(0.5,) * 3, std=(0.2,) * 3), cost
     )
@@ -257,7 +257,7 @@ def test_a_window_that_was_measured_is_in_the_command() -> None:
     assert not any("[BLACK, WHITE]" in note for note in advised.notes)
 
 
-def test_no_spread_is_no_number_to_divide_by() -> None:
+def test_channels_without_variance_get_the_presets_std() -> None:
     advised = advise(GPU, images(60_000, single=100, mean=(0.001,) * 3, std=(0.0002,) * 3), cost)
     assert advised.command and "0.001," not in (value_of(advised, "views.std") or "")
     assert min(preset_of(advised).views.std) > 0.2
@@ -300,7 +300,9 @@ COMMANDS = [
 @pytest.mark.parametrize(
     ("machine", "facts"), COMMANDS, ids=lambda v: f"{getattr(v, 'count', '')}{getattr(v, 'device', '')}"
 )
-def test_each_command_can_be_typed(machine: Machine, facts: Inspection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_recommended_command_starts_the_advised_plan(
+    machine: Machine, facts: Inspection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dinocli.cli import main
     from dinocli.data.sources import open as sources
 
@@ -308,11 +310,11 @@ def test_each_command_can_be_typed(machine: Machine, facts: Inspection, monkeypa
     assert command
     dino, verb, where, *words = shlex.split(command)
     assert (dino, verb, where) == ("dino", "pretrain", "./my images")
-    seen: list[planning.Plan] = []
+    plans: list[planning.Plan] = []
     source = type("Source", (), {"count": facts.count, "where": where, "fingerprint": "0", "notes": ()})()
     monkeypatch.setattr(sources, "open_source", lambda spec: source)
     monkeypatch.setattr(
-        costs, "estimate", lambda plan: seen.append(plan) or Estimate(1, 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1.0)
+        costs, "estimate", lambda plan: plans.append(plan) or Estimate(1, 1, 1.0, 1.0, 1.0, 1.0, 1, 1, 1.0)
     )
     monkeypatch.setattr(
         "dinocli.apps.doctor.inspection.warn_of", lambda source, images: []
@@ -322,26 +324,25 @@ def test_each_command_can_be_typed(machine: Machine, facts: Inspection, monkeypa
     with pytest.raises(SystemExit) as stopped:
         main()
     assert not stopped.value.code
-    (plan,) = seen
+    (plan,) = plans
     assert plan.preset == preset_of(advise(machine, facts, cost))
     assert plan.stop == plan.clock.total > 0
     assert math.isfinite(plan.lr.at(plan.clock))
     assert plan.accumulate == int(value_of(advise(machine, facts, cost), "--accumulate") or 1)
-    # What the start of a run would caution of is not advised, but where there is hardly anything to learn from.
-    # The plan is made on this machine's CPU, whatever the advice is for.
-    there = replace(plan, device=torch.device(machine.device.partition(":")[0]))
-    assert not list(planning.cautions(there)) or facts.count == 32
+    # The start of the run gives no cautions, except for very few images. The plan above is for this machine's CPU.
+    on_device = replace(plan, device=torch.device(machine.device.partition(":")[0]))
+    assert not list(planning.cautions(on_device)) or facts.count == 32
 
 
 @pytest.mark.parametrize("machine", [CPU, GPU])
 @pytest.mark.parametrize("channels", [1, 4, 13])
-def test_of_other_channels_mean_and_std_are_typed_and_colors_left_alone(machine: Machine, channels: int) -> None:
+def test_other_channel_counts_get_mean_and_std_and_no_color_jitter(machine: Machine, channels: int) -> None:
     mean, std = tuple(0.01 * i for i in range(channels)), (0.2, *[0.0] * (channels - 1))
-    asked = [f"images.channels={channels}", "images.window=[0, 9000]"]
-    advised = advise(machine, images(60_000, mean=mean, std=std), cost, asked)
+    overrides = [f"images.channels={channels}", "images.window=[0, 9000]"]
+    advised = advise(machine, images(60_000, mean=mean, std=std), cost, overrides)
     preset = preset_of(advised)
     assert preset.views.mean == pytest.approx(mean, abs=1e-4)
-    assert preset.views.std == (0.2, *[0.226] * (channels - 1)), "a channel of one value keeps the usual spread"
+    assert preset.views.std == (0.2, *[0.226] * (channels - 1)), "a constant channel gets the preset's std"
     assert (preset.images.channels, preset.images.window) == (channels, (0, 9000))
     assert preset.backbone.options["in_chans"] == channels
     assert preset.views.color_keys == []
@@ -350,17 +351,17 @@ def test_of_other_channels_mean_and_std_are_typed_and_colors_left_alone(machine:
     assert jitter.brightness > 0
 
 
-def test_of_three_channels_only_what_is_far_from_the_presets_is_typed() -> None:
+def test_three_channels_get_mean_and_std_only_if_far_from_the_presets() -> None:
     for facts in ({}, {"mean": (0.465, 0.461, 0.432), "std": (0.276, 0.275, 0.297)}):
         assert value_of(advise(GPU, images(60_000, **facts), cost), "views.mean") is None
     for facts in ({"mean": (0.1, 0.1, 0.1)}, {"std": (0.05, 0.2, 0.2)}, {"std": (0.2, 0.4, 0.2)}):
         assert value_of(advise(CPU, images(60_000, **facts), cost), "views.mean"), facts
     released = advise(GPU, images(3_000, mean=(0.1, 0.1, 0.1)), cost)
     assert value_of(released, "--init")
-    assert value_of(released, "views.mean") is None, "weights know images by the numbers that they were made with"
+    assert value_of(released, "views.mean") is None, "released weights need the mean and std of their training"
 
 
-def test_files_of_other_channels_are_noted_with_what_to_type() -> None:
+def test_files_with_other_channels_are_noted_with_the_setting() -> None:
     bad = {f"{i}.npy": "other channels: an array of 8x8x13, where images.channels is 3" for i in range(6)}
     for facts in (images(60_000, bad=bad), images(60_000, bad=bad, read=0)):
         notes = " ".join(advise(GPU, facts, cost).notes)

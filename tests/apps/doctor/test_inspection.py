@@ -1,4 +1,4 @@
-"""Inspection: planted sizes, formats, broken files and copies come out as they were planted."""
+"""Inspection: known sizes, formats, corrupt files and copies are reported correctly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dinocli.data.sources.open import Images, TorchvisionImages, open_source
 
 @pytest.fixture
 def planted(tmp_path: Path) -> Path:
-    """Ten drawn images of 64x48 in two classes, and one of each thing that a folder may hold besides."""
+    """Write ten drawn images of 64x48 in two classes, and one file of each special kind."""
     folder = tmp_path / "planted"
     for i in range(10):
         place = folder / "ab"[i % 2]
@@ -42,38 +42,44 @@ def picture(index: int) -> Image.Image:
     return Image.fromarray(np.asarray(draw(index, size=64).image))
 
 
-def test_what_was_planted_is_seen(planted: Path) -> None:
-    told: list[int] = []
-    seen = inspect(open_source(str(planted)), report=told.append)
-    assert (seen.kind, seen.count, seen.drawn, seen.read, seen.classes) == ("files", 18, 18, 15, 2)
-    assert seen.whole
-    assert told[-1] == 18
-    assert seen.formats == {"JPEG": 11, "PNG": 2, "BMP": 1, "TIFF": 1}
-    assert (seen.width.least, seen.width.median, seen.width.most) == (32, 64, 64)
-    assert (seen.height.least, seen.height.most) == (24, 400)
-    assert (seen.short.least, seen.short.median, seen.aspect.most) == (24, 48, 10)
-    assert (seen.deep, seen.flat, seen.copies) == (1, 1, 1)
-    assert seen.gray == 2
-    assert {name.split("/")[1]: reason.split(":")[0] for name, reason in seen.bad.items()} == {
+def test_all_planted_properties_are_reported(planted: Path) -> None:
+    progress: list[int] = []
+    inspected = inspect(open_source(str(planted)), report=progress.append)
+    assert (inspected.kind, inspected.count, inspected.drawn, inspected.read, inspected.classes) == (
+        "files",
+        18,
+        18,
+        15,
+        2,
+    )
+    assert inspected.whole
+    assert progress[-1] == 18
+    assert inspected.formats == {"JPEG": 11, "PNG": 2, "BMP": 1, "TIFF": 1}
+    assert (inspected.width.least, inspected.width.median, inspected.width.most) == (32, 64, 64)
+    assert (inspected.height.least, inspected.height.most) == (24, 400)
+    assert (inspected.short.least, inspected.short.median, inspected.aspect.most) == (24, 48, 10)
+    assert (inspected.deep, inspected.flat, inspected.copies) == (1, 1, 1)
+    assert inspected.gray == 2
+    assert {name.split("/")[1]: reason.split(":")[0] for name, reason in inspected.bad.items()} == {
         "empty.jpg": "empty", "torn.jpg": "truncated", "dot.png": "too small",
     }  # fmt: skip
-    # A grey copy of a drawn thing may look nearly like it too; the smaller one does in any case.
-    assert seen.near >= 1
-    assert {"a/2.jpg", "b/small-2.png"} in [{pair.first, pair.second} for pair in seen.pairs]
-    assert seen.milliseconds > 0
+    # The gray copy may be a near-duplicate too; the smaller copy always is.
+    assert inspected.near >= 1
+    assert {"a/2.jpg", "b/small-2.png"} in [{pair.first, pair.second} for pair in inspected.pairs]
+    assert inspected.milliseconds > 0
 
 
 def test_mean_and_std_are_those_of_the_pixels(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "noise", 6, size=20)
     Image.new("RGB", (20, 20), (0, 0, 255)).save(folder / "blue.png")
     pixels = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())]) / 255
-    seen = inspect(open_source(str(folder)))
-    np.testing.assert_allclose(seen.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-9)
-    np.testing.assert_allclose(seen.std, pixels.std(axis=(0, 1, 2)), rtol=1e-9)
-    assert seen.megabytes == pytest.approx(20 * 20 * 3e-6)
+    inspected = inspect(open_source(str(folder)))
+    np.testing.assert_allclose(inspected.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(inspected.std, pixels.std(axis=(0, 1, 2)), rtol=1e-9)
+    assert inspected.megabytes == pytest.approx(20 * 20 * 3e-6)
 
 
-def test_a_draw_is_fair_and_the_same_for_a_seed(tmp_path: Path) -> None:
+def test_the_sample_is_random_and_reproducible(tmp_path: Path) -> None:
     source = open_source(str(write_images(tmp_path / "noise", 60, size=8)))
     assert isinstance(source, Images)
     read: list[int] = []
@@ -84,28 +90,28 @@ def test_a_draw_is_fair_and_the_same_for_a_seed(tmp_path: Path) -> None:
     draws = []
     for seed in (0, 0, 1):
         read.clear()
-        seen = inspect(spied, sample=20, seed=seed)
+        inspected = inspect(spied, sample=20, seed=seed)
         draws.append(sorted(read))
-        assert (seen.drawn, seen.count, seen.whole) == (20, 60, False)
+        assert (inspected.drawn, inspected.count, inspected.whole) == (20, 60, False)
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) == 20
     assert max(draws[0]) > 30
 
 
-def test_it_ends_when_its_time_is_over(tmp_path: Path) -> None:
+def test_the_inspection_ends_at_its_time_limit(tmp_path: Path) -> None:
     source = open_source(str(write_images(tmp_path / "noise", 200, size=8)))
     assert inspect(source, seconds=0).drawn == 0
     assert inspect(source, seconds=1e-4).drawn < 200
 
 
-def test_nothing_to_read_is_no_crash(tmp_path: Path) -> None:
+def test_a_source_without_readable_images_is_reported(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"no image at all")
-    seen = inspect(open_source(str(tmp_path)))
-    assert (seen.drawn, seen.read, seen.formats, seen.near, len(seen.bad)) == (3, 0, {}, 0, 3)
+    inspected = inspect(open_source(str(tmp_path)))
+    assert (inspected.drawn, inspected.read, inspected.formats, inspected.near, len(inspected.bad)) == (3, 0, {}, 0, 3)
 
 
-def test_a_file_that_has_gone_is_a_reason(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_as_bad(tmp_path: Path) -> None:
     source = open_source(str(write_images(tmp_path / "noise", 3)))
     (tmp_path / "noise" / "0001.png").unlink()
     assert inspect(source).bad == {"0001.png": "cannot be opened: No such file or directory"}
@@ -113,7 +119,7 @@ def test_a_file_that_has_gone_is_a_reason(tmp_path: Path) -> None:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Three tar files with ten images each, red, green and blue, the last one torn."""
+    """Write three tar files of ten red, green or blue images; the last one is truncated."""
     for shard, color in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255)]):
         with tarfile.open(tmp_path / f"x-{shard}.tar", "w") as tar:
             for i in range(10):
@@ -127,19 +133,19 @@ def shards(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_shards_are_drawn_from_all_of_them(shards: Path) -> None:
-    seen = inspect(open_source(str(shards)), sample=12)
-    assert (seen.kind, seen.count, seen.drawn, seen.read) == ("shards", 30, 12, 12)
-    assert all(share > 0.2 for share in seen.mean)  # four of each color
+def test_the_sample_comes_from_all_shards(shards: Path) -> None:
+    inspected = inspect(open_source(str(shards)), sample=12)
+    assert (inspected.kind, inspected.count, inspected.drawn, inspected.read) == ("shards", 30, 12, 12)
+    assert all(share > 0.2 for share in inspected.mean)  # four of each color
     every = inspect(open_source(str(shards)))
     assert (every.drawn, every.read, every.width.most) == (30, 29, 17)
     assert list(every.bad) == ["x-2.tar"]
 
 
-def test_a_pipe_gives_its_first_ones(shards: Path) -> None:
-    seen = inspect(open_source(f"pipe:cat {shards}/x-{{0..1}}.tar"), sample=6)
-    assert (seen.count, seen.drawn, seen.read) == (None, 6, 6)
-    assert not seen.whole
+def test_the_sample_of_a_pipe_is_its_first_images(shards: Path) -> None:
+    inspected = inspect(open_source(f"pipe:cat {shards}/x-{{0..1}}.tar"), sample=6)
+    assert (inspected.count, inspected.drawn, inspected.read) == (None, 6, 6)
+    assert not inspected.whole
 
 
 def test_decoded_images_have_no_format(tmp_path: Path) -> None:
@@ -148,8 +154,13 @@ def test_decoded_images_have_no_format(tmp_path: Path) -> None:
     pictures = [(Image.open(tmp_path / "noise" / name).convert("RGB"), 0) for name in source.names]
     pictures.append(pictures[0])
     names = type(source.names).of([str(i) for i in range(6)])
-    seen = inspect(TorchvisionImages("torchvision:X", Path("x"), names, [], np.zeros(6, np.int32), pictures))
-    assert (seen.kind, seen.formats, seen.copies, seen.whole) == ("decoded", {"decoded": 6}, 1, True)
+    inspected = inspect(TorchvisionImages("torchvision:X", Path("x"), names, [], np.zeros(6, np.int32), pictures))
+    assert (inspected.kind, inspected.formats, inspected.copies, inspected.whole) == (
+        "decoded",
+        {"decoded": 6},
+        1,
+        True,
+    )
 
 
 def test_mean_and_std_of_any_channels(tmp_path: Path) -> None:
@@ -157,16 +168,16 @@ def test_mean_and_std_of_any_channels(tmp_path: Path) -> None:
     for i, each in enumerate(pixels):
         np.save(tmp_path / f"{i}.npy", each)
     np.save(tmp_path / "other.npy", pixels[0, ..., :4])
-    seen = inspect(open_source(str(tmp_path)), images=ImagesConfig(channels=13, window=(0, 4000)))
-    np.testing.assert_allclose(seen.mean, pixels.mean((0, 1, 2)) / 4000, atol=1e-4)
-    np.testing.assert_allclose(seen.std, pixels.std((0, 1, 2)) / 4000, atol=1e-4)
-    assert (seen.read, seen.deep, seen.gray, seen.formats) == (5, 5, 0, {"NPY": 5})
-    assert seen.bad == {"other.npy": "other channels: an array of 20x24x4, where images.channels is 13"}
-    assert seen.megabytes == pytest.approx(20 * 24 * 13e-6)
+    inspected = inspect(open_source(str(tmp_path)), images=ImagesConfig(channels=13, window=(0, 4000)))
+    np.testing.assert_allclose(inspected.mean, pixels.mean((0, 1, 2)) / 4000, atol=1e-4)
+    np.testing.assert_allclose(inspected.std, pixels.std((0, 1, 2)) / 4000, atol=1e-4)
+    assert (inspected.read, inspected.deep, inspected.gray, inspected.formats) == (5, 5, 0, {"NPY": 5})
+    assert inspected.bad == {"other.npy": "other channels: an array of 20x24x4, where images.channels is 13"}
+    assert inspected.megabytes == pytest.approx(20 * 24 * 13e-6)
 
 
 def deep_images(folder: Path, high: int, count: int = 24, low: int = 0) -> Path:
-    """Grey images of 16 bits whose values fill a part of the depth: waves, each of another length."""
+    """Write 16-bit gray images of waves with values from `low` to `high`."""
     folder.mkdir(parents=True, exist_ok=True)
     y, x = np.mgrid[:40, :40]
     for i in range(count):
@@ -175,14 +186,14 @@ def deep_images(folder: Path, high: int, count: int = 24, low: int = 0) -> Path:
     return folder
 
 
-def test_deep_images_of_low_contrast_get_the_window_measured(tmp_path: Path) -> None:
-    seen = inspect(open_source(str(deep_images(tmp_path / "a", 100))))
-    assert (seen.window, seen.narrow, seen.single, seen.deep) == ((0, 100), 24, 0, 24)
-    assert 0.4 < seen.mean[0] < 0.6 and 0.15 < seen.std[0] < 0.35, "those under the window"
-    seen = inspect(open_source(str(deep_images(tmp_path / "b", 40200, low=40000))))
-    np.testing.assert_allclose(seen.window, (40000, 40200), atol=1)
+def test_deep_images_of_low_contrast_get_a_measured_window(tmp_path: Path) -> None:
+    inspected = inspect(open_source(str(deep_images(tmp_path / "a", 100))))
+    assert (inspected.window, inspected.narrow, inspected.single, inspected.deep) == ((0, 100), 24, 0, 24)
+    assert 0.4 < inspected.mean[0] < 0.6 and 0.15 < inspected.std[0] < 0.35, "with the window applied"
+    inspected = inspect(open_source(str(deep_images(tmp_path / "b", 40200, low=40000))))
+    np.testing.assert_allclose(inspected.window, (40000, 40200), atol=1)
     asked = inspect(open_source(str(tmp_path / "a")), images=ImagesConfig(window=(0, 1000)))
-    assert asked.window is None and asked.mean[0] < 0.1, "a window that was asked for stays"
+    assert asked.window is None and asked.mean[0] < 0.1, "a requested window is kept"
     assert inspect(open_source(str(deep_images(tmp_path / "c", 65535)))).window is None
     mixed = deep_images(tmp_path / "d", 100, count=8)
     assert inspect(open_source(str(deep_images(mixed / "full", 65535, count=3)))).window is None
@@ -191,36 +202,36 @@ def test_deep_images_of_low_contrast_get_the_window_measured(tmp_path: Path) -> 
     dark.mkdir()
     for i in range(5):
         Image.fromarray(np.arange(1600, dtype=np.uint8).reshape(40, 40) % (20 + i)).save(dark / f"{i}.png")
-    seen = inspect(open_source(str(dark)))
-    assert (seen.window, seen.narrow) == (None, 5), "a window does not reach 8 bits"
+    inspected = inspect(open_source(str(dark)))
+    assert (inspected.window, inspected.narrow) == (None, 5), "a window does not affect 8 bits"
     among = write_images(tmp_path / "f", 12)
-    seen = inspect(open_source(str(deep_images(among / "deep", 100, count=5).parent)))
-    assert (seen.window, seen.deep, seen.single) == ((0, 100), 5, 0), "nor do images of 8 bits count against it"
+    inspected = inspect(open_source(str(deep_images(among / "deep", 100, count=5).parent)))
+    assert (inspected.window, inspected.deep, inspected.single) == ((0, 100), 5, 0), "8-bit images do not count"
 
 
-def test_lost_contrast_is_said_before_a_run(tmp_path: Path) -> None:
-    def said(folder: Path, images: ImagesConfig = DEFAULTS) -> list[str]:
+def test_lost_contrast_is_warned_of_before_a_run(tmp_path: Path) -> None:
+    def warn(folder: Path, images: ImagesConfig = DEFAULTS) -> list[str]:
         return warn_of(open_source(str(folder)), images)
 
     deep = deep_images(tmp_path / "deep", 100)
-    assert said(deep) == [
+    assert warn(deep) == [
         "24 of 24 images are a single color after conversion to 8 bits; raw values span 0 to 100: "
         "--set images.window='[0, 100]'"
     ]
-    assert said(deep, ImagesConfig(window=(0, 100))) == []
-    (line,) = said(deep_images(tmp_path / "nearly", 1000))
+    assert warn(deep, ImagesConfig(window=(0, 100))) == []
+    (line,) = warn(deep_images(tmp_path / "nearly", 1000))
     assert line.startswith("24 of 24 images are a single color or nearly so after") and "span 0 to 1000" in line
-    assert said(deep_images(tmp_path / "full", 65535)) == []
+    assert warn(deep_images(tmp_path / "full", 65535)) == []
     flat = write_images(tmp_path / "flat", 70, size=8)
-    assert said(flat) == []
+    assert warn(flat) == []
     for path in flat.iterdir():
         Image.new("RGB", (8, 8), (9, 99, 9)).save(path)
-    assert said(flat) == ["64 of 64 sampled images are a single color after conversion to 8 bits"]
+    assert warn(flat) == ["64 of 64 sampled images are a single color after conversion to 8 bits"]
     for i, path in enumerate(sorted(flat.iterdir())):
         Image.fromarray(np.random.default_rng(i).integers(99, 102, (8, 8), dtype=np.uint8)).save(path)
-    assert said(flat) == [], "8 bits of low contrast lose nothing"
+    assert warn(flat) == [], "8 bits of low contrast lose nothing"
     Image.new("RGB", (8, 8)).save(tmp_path / "full" / "blank.png")
-    assert said(tmp_path / "full") == ["1 of 25 images is a single color after conversion to 8 bits"]
+    assert warn(tmp_path / "full") == ["1 of 25 images is a single color after conversion to 8 bits"]
 
 
 def test_pages_that_are_not_read_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,6 +263,6 @@ def test_deep_colors_count_as_deep(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "c.tif", values, photometric="rgb")
     (tmp_path / "d.ppm").write_bytes(b"P6 60 40 65535\n" + values.astype(">u2").tobytes())
     (tmp_path / "e.jp2").write_bytes(imagecodecs.jpeg2k_encode(np.uint8(values >> 8), level=0))
-    seen = inspect(open_source(str(tmp_path)))
-    assert (seen.read, seen.deep) == (5, 4)
-    assert seen.formats == {"JPEG2000": 2, "PNG": 1, "TIFF": 1, "PPM": 1}
+    inspected = inspect(open_source(str(tmp_path)))
+    assert (inspected.read, inspected.deep) == (5, 4)
+    assert inspected.formats == {"JPEG2000": 2, "PNG": 1, "TIFF": 1, "PPM": 1}

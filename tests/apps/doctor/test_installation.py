@@ -37,17 +37,17 @@ def test_a_version_that_does_not_meet_a_requirement_is_named(requirement: str, f
     assert misfit("torchvision", requirement, HAS.get) == fault
 
 
-def test_this_installation_is_sound() -> None:
+def test_this_installation_has_no_faults() -> None:
     assert faults_of(torch.device("cpu"), readable(), Path("/nowhere")) == {}
     assert {"JPEG", "PNG", "TIFF"} <= set(readable())
 
 
-def test_a_format_that_cannot_be_read_is_told() -> None:
+def test_an_unreadable_format_is_reported() -> None:
     without = [kind for kind in readable() if kind != "PNG"]
     assert list(faults_of(torch.device("cpu"), without, Path("/nowhere"))) == ["PNG cannot be read"]
 
 
-def test_an_idle_gpu_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_gpu_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = tmp_path / "proc/driver/nvidia/version"
     driver.parent.mkdir(parents=True)
     driver.touch()
@@ -60,14 +60,14 @@ def test_an_idle_gpu_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert faults_of(torch.device("cpu"), readable(), tmp_path) == {}
 
 
-def test_a_device_that_computes_wrongly_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_computes_wrongly_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.nn.functional.linear
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: real(x, w) * float("nan"))
     (fault,) = faults_of(torch.device("cpu"), readable(), Path("/nowhere"))
     assert "not finite" in fault
 
 
-def test_what_a_device_raises_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_of_the_device_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(device: torch.device) -> str:
         raise RuntimeError("CUDA error: no kernel image is available\nmore words")
 

@@ -13,7 +13,7 @@ from dinocli.apps.doctor import machine
 from dinocli.apps.doctor.machine import look_at_machine
 
 
-def test_cores_are_those_of_affinity_and_group(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_are_limited_by_affinity_and_control_group(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(machine, "faults_of", lambda *about: {})

@@ -1,4 +1,4 @@
-"""Twins: what is an image again and what only looks a little like it."""
+"""Near-duplicates: changed copies are found, other images are not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def as_jpeg(image: Image.Image) -> Image.Image:
     ],
     ids=["jpeg", "half", "stretched", "darker", "cropped"],
 )
-def test_a_changed_copy_is_found_and_no_other_is(change: object) -> None:
+def test_a_changed_copy_is_found_and_no_other_image(change: object) -> None:
     pictures = [picture(i) for i in range(12)]
     again = change(pictures[5])  # type: ignore[operator]
     names = [*map(str, range(12)), "again"]
@@ -43,7 +43,7 @@ def test_a_changed_copy_is_found_and_no_other_is(change: object) -> None:
     assert LIKENESS < pairs[0].likeness <= 1.0001
 
 
-def test_three_of_a_kind_are_two_too_many_and_the_most_alike_comes_first() -> None:
+def test_three_similar_images_count_as_two_duplicates_most_similar_pair_first() -> None:
     one, other = picture(0), picture(1)
     thumbs = [thumbnail(np.asarray(p)) for p in (one, other, one.crop((1, 1, 95, 95)), as_jpeg(one))]
     count, pairs = near_equal(["one", "other", "cropped", "jpeg"], thumbs)
@@ -52,7 +52,7 @@ def test_three_of_a_kind_are_two_too_many_and_the_most_alike_comes_first() -> No
     assert (pairs[0].first, pairs[0].second) == ("one", "jpeg")
 
 
-def test_images_of_one_color_are_no_twins() -> None:
+def test_images_of_one_color_are_skipped() -> None:
     generator = np.random.default_rng(0)
     flat = [np.full((32, 32, 3), 90, np.uint8) + generator.integers(0, 2, (32, 32, 3), np.uint8) for _ in range(3)]
     thumbs = [thumbnail(pixels) for pixels in flat]

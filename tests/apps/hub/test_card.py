@@ -20,28 +20,28 @@ def rows(card: str) -> dict[str, str]:
     return dict(re.findall(r"^\| (.+?) \| (.+) \|$", card, re.MULTILINE))
 
 
-def test_it_tells_what_was_trained_on_what_and_how_well(encoder: Encoder) -> None:
+def test_the_card_describes_network_training_data_and_accuracy(encoder: Encoder) -> None:
     measured = Measured(KnnResult([Score(20, 38.571, 81.0)], 3925, 9469, 10, False, 0.07), "imagenette")
     known = {"steps": 2000, "images": 9469, "init": "timm:vit", "watched": 41.27, "curves": "curves.png"}
     card = card_of(facts(encoder, load_preset("tiny", ["training.epochs=40"]), measured=measured, **known))
-    told = rows(card)
-    assert told["network"].startswith("`vit_tiny_patch16_224`, img_size 48, patch_size 8")
-    assert told["network"].endswith(f"{sum(p.numel() for p in encoder.backbone.parameters()):,} parameters")
-    assert told["preset"] == "`tiny`"
-    assert told["changed settings"] == "`training.epochs` 40 (was 8)"
-    assert told["data"] == "9,469 images, without their labels"
-    assert told["training"] == "2,000 steps of 48 images"
-    assert told["initial weights"] == "`timm:vit`"
-    assert told["k-NN accuracy"] == (
+    cells = rows(card)
+    assert cells["network"].startswith("`vit_tiny_patch16_224`, img_size 48, patch_size 8")
+    assert cells["network"].endswith(f"{sum(p.numel() for p in encoder.backbone.parameters()):,} parameters")
+    assert cells["preset"] == "`tiny`"
+    assert cells["changed settings"] == "`training.epochs` 40 (was 8)"
+    assert cells["data"] == "9,469 images, without their labels"
+    assert cells["training"] == "2,000 steps of 48 images"
+    assert cells["initial weights"] == "`timm:vit`"
+    assert cells["k-NN accuracy"] == (
         "38.57 % (k = 20): 3,925 images of 10 classes of imagenette, classified by 9,469 training images"
     )
-    assert told["k-NN accuracy in training"] == "41.3 % at the end"
+    assert cells["k-NN accuracy in training"] == "41.3 % at the end"
     assert "](curves.png)" in card
     assert "* timm needs img_size=N" in card
     assert '"epochs": 40' in card
 
 
-def test_what_is_not_known_is_not_there(encoder: Encoder) -> None:
+def test_unknown_facts_are_omitted(encoder: Encoder) -> None:
     card = card_of(facts(encoder, load_preset("tiny")))
     for key in (
         "changed settings",
@@ -56,7 +56,7 @@ def test_what_is_not_known_is_not_there(encoder: Encoder) -> None:
     assert not any("None" in value for value in rows(card).values())
 
 
-def test_the_lines_on_top_are_the_hubs_and_leave_the_licence_to_the_user(encoder: Encoder) -> None:
+def test_the_front_matter_is_the_hubs_and_leaves_the_licence_to_the_user(encoder: Encoder) -> None:
     card = card_of(facts(encoder, load_preset("tiny-dinov2")))
     _, front, _ = card.split("---\n", 2)
     lines = front.splitlines()
@@ -66,21 +66,21 @@ def test_the_lines_on_top_are_the_hubs_and_leave_the_licence_to_the_user(encoder
 
 
 @pytest.mark.parametrize("channels", [1, 13])
-def test_of_other_channels_the_code_makes_such_images(encoder: Encoder, channels: int) -> None:
+def test_the_code_makes_images_with_the_models_channels(encoder: Encoder, channels: int) -> None:
     other = replace(encoder, mean=(0.5,) * channels, std=(0.5,) * channels)
     card = card_of(facts(other, load_preset("tiny", of_channels(channels))))
     assert ('convert("L")' in card) == (channels == 1)
     assert ("torch.zeros(1, 13, 16, 16)" in card) == (channels == 13)
 
 
-def test_what_was_named_by_others_is_shown_and_not_obeyed(encoder: Encoder) -> None:
+def test_names_from_others_are_escaped(encoder: Encoder) -> None:
     bad = "a\x1b[31m`|<img src=x>\n\n# \u202e[link](http://x)"
     preset = load_preset("tiny", ["about.recipe=mine"])
     preset = preset.model_copy(update={"about": preset.about.model_copy(update={"recipe": bad})})
     measured = Measured(KnnResult([Score(20, 38.571, 81.0)], 3925, 9469, 10, False, 0.07), bad)
     card = card_of(facts(encoder, preset, measured=measured, init=bad, images=3))
-    told = rows(card)
-    assert told["initial weights"] == r"`a\x1b[31m'\|<img src=x>\n\n# \u202e[link](http://x)`"
-    assert told["preset"] == r"a\\x1b\[31m\`\|&lt;img src=x&gt;\\n\\n# \\u202e\[link\](http://x)"
-    assert told["preset"] in told["k-NN accuracy"]
+    cells = rows(card)
+    assert cells["initial weights"] == r"`a\x1b[31m'\|<img src=x>\n\n# \u202e[link](http://x)`"
+    assert cells["preset"] == r"a\\x1b\[31m\`\|&lt;img src=x&gt;\\n\\n# \\u202e\[link\](http://x)"
+    assert cells["preset"] in cells["k-NN accuracy"]
     assert all(sign.isprintable() or sign == "\n" for sign in card)

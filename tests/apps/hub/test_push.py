@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 
 def trained(folder: Path, *overrides: str, preset: str = "tiny") -> Path:
-    """A run of three steps on 700 images, that went on to log a fourth."""
+    """Write a run with a checkpoint at step 3, whose log also has a fourth step."""
     source = write_run(folder, *overrides, preset=preset)
     lines = [{"step": step, "loss": 5.0 - step, "knn": 10.0 * step} for step in range(5)]
     (source / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -40,7 +40,7 @@ def trained(folder: Path, *overrides: str, preset: str = "tiny") -> Path:
 
 
 def code_of(card: str, where: str, photo: Path) -> list[str]:
-    """The code of a card, as a user types it once the folder and a photo are named."""
+    """Return the code blocks of a card, with the folder and a photo filled in."""
     blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     return [re.sub(r"hf-hub:USER/[\w-]+", f"local-dir:{where}", b).replace("photo.jpg", str(photo)) for b in blocks]
 
@@ -63,7 +63,7 @@ def test_the_code_of_the_card_gives_the_features(tmp_path: Path, preset: str, ch
         torch.testing.assert_close(names["features"], encoder.features(names["images"]), rtol=1e-4, atol=1e-5)
     if encoder.channels in (1, 3):
         exec(ours, names)
-        # 55 pixels are cut to 48 as they are, by either; the rest is the precision of the products.
+        # Both crop 55 pixels to 48 without resizing; the rest is numerical precision.
         assert torch.nn.functional.cosine_similarity(names["features"], encoder(photo)).item() > 0.999
         torch.testing.assert_close(names["images"][0], pixels_of(photo, encoder), rtol=0, atol=0.02)
 
@@ -73,7 +73,7 @@ def pixels_of(photo: Path, encoder: dinocli.features.encoder.Encoder) -> torch.T
     return batch.images[0]
 
 
-def test_the_card_tells_of_the_run_and_nothing_of_this_machine(tmp_path: Path) -> None:
+def test_the_card_describes_the_run_and_reveals_no_local_paths(tmp_path: Path) -> None:
     source = trained(tmp_path)
     done = push(str(source / "ckpt.safetensors"), tmp_path / "out")
     card = (done.path / CARD).read_text()
@@ -81,14 +81,14 @@ def test_the_card_tells_of_the_run_and_nothing_of_this_machine(tmp_path: Path) -
     assert "| data | 700 images" in card
     assert "| training | 3 steps of 48 images |" in card
     assert "| k-NN accuracy in training | 30.0 % at the end" in card, (
-        "of the step that the weights are of, not of a later one"
+        "the value at the step of the weights, not a later one"
     )
     assert "| initial weights | `old.pth` |" in card
     assert "secret" not in card and str(tmp_path) not in card
     assert done.measured is None
 
 
-def test_a_saved_state_is_a_model_too_and_a_lone_checkpoint_has_no_curves(
+def test_a_saved_state_can_be_pushed_and_a_lone_checkpoint_has_no_curves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -103,7 +103,7 @@ def test_a_saved_state_is_a_model_too_and_a_lone_checkpoint_has_no_curves(
     assert "curves" not in (alone.path / CARD).read_text()
 
 
-def test_features_that_are_named_are_measured_if_they_are_of_these_weights(tmp_path: Path, images: Path) -> None:
+def test_given_features_are_measured_if_they_are_of_these_weights(tmp_path: Path, images: Path) -> None:
     source, other = trained(tmp_path), trained(tmp_path / "other", "training.seed=1", "backbone.options.depth=2")
     for which in (source, other):
         encoder = load_encoder(str(which), CPU)
@@ -111,14 +111,14 @@ def test_features_that_are_named_are_measured_if_they_are_of_these_weights(tmp_p
         extract(encoder, image_folder(images), which / "features" / "all.safetensors", data=str(images))
     done = push(str(source), tmp_path / "out", source / "features")
     assert done.measured.knn.queries == 30
-    told = f"{done.measured.knn.scores[0].top1:.2f} % (k = 20): 30 images of 2 classes of images, each classified by all others"
-    assert told in (done.path / CARD).read_text()
+    line = f"{done.measured.knn.scores[0].top1:.2f} % (k = 20): 30 images of 2 classes of images, each classified by all others"
+    assert line in (done.path / CARD).read_text()
     with pytest.raises(DinoError, match="holds features of other weights"):
         push(str(source), tmp_path / "again", other / "features")
     assert not (tmp_path / "again").exists()
 
 
-def test_what_was_pushed_before_is_replaced_and_what_a_user_wrote_is_not(tmp_path: Path) -> None:
+def test_an_earlier_push_is_replaced_but_not_the_users_edits(tmp_path: Path) -> None:
     source, out = trained(tmp_path), tmp_path / "out"
     push(str(source), out)
     push(str(source), out)
@@ -142,14 +142,14 @@ def test_what_was_pushed_before_is_replaced_and_what_a_user_wrote_is_not(tmp_pat
         export(str(source), "timm", out)
 
 
-def test_it_takes_the_place_of_an_export(tmp_path: Path) -> None:
+def test_a_push_replaces_an_export(tmp_path: Path) -> None:
     source, out = trained(tmp_path), tmp_path / "out"
     export(str(source), "timm", out)
     push(str(source), out)
     assert (out / CARD).is_file()
 
 
-def test_what_gives_other_features_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_other_features_in_timm_leaves_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, create = trained(tmp_path), timm.create_model
 
     def shifted(*args: object, **options: object) -> torch.nn.Module:
@@ -168,19 +168,21 @@ def test_what_gives_other_features_leaves_nothing(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("source", "says"), [("timm:resnet18", "is already a timm model"), ("weights.pth", "does not store its training")]
 )
-def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str) -> None:
+def test_a_source_without_training_settings_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, says: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(dict(read_weights(write_run(tmp_path)).backbone), tmp_path / "weights.pth")
     with pytest.raises(DinoError, match=says):
         push(source)
 
 
-def test_from_the_hub_it_meets_other_sizes_as_it_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_from_the_hub_handles_other_sizes_as_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     source, out = trained(tmp_path), tmp_path / "out"
     push(str(source), out)
-    # The hub as its client keeps it; there is no network here.
+    # A local folder replaces the hub.
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, filename, **_: str(out / filename))
     monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: str(out / filename))
     encoder, again = load_encoder(str(source), CPU), load_encoder("timm:hf-hub:USER/out", CPU)

@@ -17,7 +17,7 @@ def patch_map(rows: int, columns: int, size: tuple[int, int], seed: int = 0) -> 
 
 
 @pytest.mark.parametrize("block", [4, 10_000])
-def test_matches_are_the_nearest_both_ways(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_matches_are_the_nearest_patches_in_both_directions(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(module, "_BLOCK", block)
     a, b = patch_map(5, 6, (50, 60)), patch_map(4, 3, (40, 30), seed=1)
     matches = match(a, b)
@@ -29,10 +29,10 @@ def test_matches_are_the_nearest_both_ways(monkeypatch: pytest.MonkeyPatch, bloc
     mutual = [i for i, j in product(range(30), range(12)) if cosines[i].argmax() == j and cosines[:, j].argmax() == i]
     assert 0 < len(mutual) < 12
     assert sorted(matches.mutual) == mutual
-    assert (np.diff(matches.cosine[matches.mutual]) <= 0).all(), "the most alike come first"
+    assert (np.diff(matches.cosine[matches.mutual]) <= 0).all(), "the most similar first"
 
 
-def test_a_point_is_answered_by_the_middle_of_the_patch_most_like_its_own() -> None:
+def test_a_points_answer_is_the_center_of_the_most_similar_patch() -> None:
     a = patch_map(2, 4, (20, 80))
     assert a.centers[:5].tolist() == [[10, 5], [30, 5], [50, 5], [70, 5], [10, 15]]
     points = np.array([[0, 0], [79.9, 19.9], [41, 9], [-3, 200]])
@@ -44,17 +44,17 @@ def test_a_point_is_answered_by_the_middle_of_the_patch_most_like_its_own() -> N
     np.testing.assert_allclose(found, np.stack([where % 2 * 5 + 2.5, where // 2 * 25 + 12.5], 1))
 
 
-def test_pck_counts_what_is_near_enough_beside_what_needs_no_features() -> None:
+def test_pck_counts_near_answers_and_compares_with_trivial_ones() -> None:
     a = patch_map(4, 4, (40, 40))
     b = PatchMap(a.features, (80, 40))
     at_a = np.array([[5.0, 5], [35, 35], [15, 25]])
-    at_b = np.array([[5.0, 10], [35, 70], [15, 58]])  # the third lies 8 pixels from the middle of its patch
+    at_b = np.array([[5.0, 10], [35, 70], [15, 58]])  # the third is 8 pixels from the center of its patch
     scores = pck(a, b, match(a, b), at_a, at_b)
     assert near_enough(b, at_b, "box", 0.1) == pytest.approx(6), "the box is 30 wide and 60 high"
     assert near_enough(b, at_b, "image", 0.1) == pytest.approx(8)
     assert [s.alpha for s in scores] == [0.05, 0.1, 0.15]
     assert [s.found for s in scores] == pytest.approx([200 / 3, 200 / 3, 100])
-    assert [s.same_place for s in scores] == [s.found for s in scores], "the patches have the same places"
+    assert [s.same_place for s in scores] == [s.found for s in scores], "the patches have the same positions"
     assert scores[1].chance == pytest.approx(100 * 2 / 48), "one patch of 16 for each of the first two points"
     assert pck(a, b, match(a, b), at_a, at_b, "image")[1].found == 100
     elsewhere = PatchMap(a.features.flip(0), (80, 40))
@@ -64,7 +64,7 @@ def test_pck_counts_what_is_near_enough_beside_what_needs_no_features() -> None:
     assert mean[2].found == 50 and mean[2].alpha == 0.15 and mean[2].same_place == 100
 
 
-def test_the_joint_pca_keeps_what_differs_most_over_both() -> None:
+def test_joint_pca_keeps_the_directions_of_largest_common_variance() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(3, 4, 5) * torch.tensor([9, 1, 1e-3, 4, 1e-3]), torch.randn(2, 5) * 1e-3 + 3
     ours, theirs = joint_pca(a, b, 3)
@@ -73,10 +73,10 @@ def test_the_joint_pca_keeps_what_differs_most_over_both() -> None:
     torch.testing.assert_close(made.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
     expected = torch.linalg.svd(both - both.mean(0)).S
     torch.testing.assert_close(torch.linalg.svd(made).S, expected[:3], atol=1e-4, rtol=1e-4)
-    assert joint_pca(a, b, 100)[0].shape == (3, 4, 5), "no more than there are"
+    assert joint_pca(a, b, 100)[0].shape == (3, 4, 5), "at most as many as there are"
 
 
-def test_lines_are_spread_over_the_photo_the_best_first() -> None:
+def test_spread_out_selects_the_best_patch_per_cell() -> None:
     a = patch_map(10, 20, (100, 200))
     chosen = np.arange(200)
     some = spread_out(a, chosen, 8)

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Stable Diffusion of the first series in all but its size, with random weights."""
+    """Write a tiny Stable Diffusion 1 model with random weights."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("sd")
     torch.manual_seed(0)
@@ -58,16 +58,16 @@ def photo(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_layers_are_what_the_decoder_had_before_the_last_of_each_block(model: Path) -> None:
+def test_layers_are_the_inputs_of_the_last_layer_of_each_decoder_block(model: Path) -> None:
     diffusion = load_diffusion(str(model), CPU)
     taken: list[torch.Tensor] = []
     given: list[torch.Tensor] = []
     for block in diffusion.unet.up_blocks[:-1]:
-        # Its input is that and, behind it, what the encoder hands over.
+        # Its input is the layer, concatenated with the encoder's skip connection.
         block.resnets[-1].register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0][0].permute(1, 2, 0)))
     diffusion.unet.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     layers = diffusion.layers(photo(40, 60), 48)
-    # 48 x 32 pixels are 24 x 16 latents, of which the decoder's coarsest block has a quarter on a side.
+    # 48 x 32 pixels give 24 x 16 latents; the decoder's coarsest block has a quarter of each side.
     assert [tuple(layer.shape) for layer in layers] == [(4, 6, 16), (8, 12, 12)]
     for layer, whole in zip(layers, taken, strict=True):
         torch.testing.assert_close(layer, whole[..., : layer.shape[2]])
@@ -77,11 +77,11 @@ def test_layers_are_what_the_decoder_had_before_the_last_of_each_block(model: Pa
     assert given[0].shape == (1, 4, 16, 24)
 
 
-def test_the_noise_is_that_of_the_step(model: Path) -> None:
+def test_the_noise_level_is_that_of_the_noise_step(model: Path) -> None:
     diffusion = load_diffusion(str(model), CPU)
     given: list[torch.Tensor] = []
     diffusion.unet.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    pixels = photo(16, 16)  # 8 x 8 latents, as large as the noise is drawn
+    pixels = photo(16, 16)  # 8 x 8 latents, the size of the noise
     diffusion.layers(pixels, 16)
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
@@ -91,12 +91,12 @@ def test_the_noise_is_that_of_the_step(model: Path) -> None:
     torch.testing.assert_close(given[0], kept.sqrt() * latents + (1 - kept).sqrt() * noise, rtol=1e-4, atol=1e-5)
 
 
-def test_a_caption_changes_what_is_seen(model: Path) -> None:
+def test_a_caption_changes_the_features(model: Path) -> None:
     plain, told = (load_diffusion(str(model), CPU, caption).layers(photo(32, 32), 32) for caption in ("", "a b"))
     assert not torch.allclose(plain[1], told[1])
 
 
-def test_what_is_no_such_model_is_said(model: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_suitable_model_is_an_error(model: Path, tmp_path: Path) -> None:
     with pytest.raises(DinoError, match=r"no Stable Diffusion model at .*its unet"):
         load_diffusion(str(tmp_path), CPU)
     other = tmp_path / "other" / "unet"
@@ -105,11 +105,11 @@ def test_what_is_no_such_model_is_said(model: Path, tmp_path: Path) -> None:
         (other / file.name).write_bytes(file.read_bytes())
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"in_channels": 9}))
-    with pytest.raises(DinoError, match="is of another kind"):  # made to paint over a part of a photo
+    with pytest.raises(DinoError, match="is of another kind"):  # an inpainting model
         load_diffusion(str(other.parent), CPU)
 
 
-def test_without_the_library_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffusers_the_hint_is_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(DinoError) as error:
         load_diffusion("x", CPU)

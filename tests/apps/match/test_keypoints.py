@@ -25,14 +25,14 @@ def test_tables_of_matched_points_are_read(tmp_path: Path) -> None:
 def test_landmarks_are_found_by_the_photos_names(tmp_path: Path) -> None:
     (tmp_path / "k.csv").write_text("image_name,p0_x,p0_y,p1_x,p1_y\nb.jpg,1,2,3,4\na.jpg,5,6,,\n")
     at_a, at_b = read_keypoints(tmp_path / "k.csv", A, B, SIZES)
-    assert at_a.tolist() == [[5, 6]] and at_b.tolist() == [[1, 2]], "a point that one photo lacks is left out"
+    assert at_a.tolist() == [[5, 6]] and at_b.tolist() == [[1, 2]], "a point missing in one photo is dropped"
     assert landmarks(tmp_path / "k.csv")["b.jpg"].tolist() == [[1, 2], [3, 4]]
     with pytest.raises(DinoError, match=r"no row for c\.jpg"):
         read_keypoints(tmp_path / "k.csv", A, Path("c.jpg"), SIZES)
 
 
 @pytest.mark.parametrize("form", ["xml", "txt"])
-def test_a_homography_gives_an_even_grid_as_far_as_it_falls_into_b(tmp_path: Path, form: str) -> None:
+def test_a_homography_gives_the_grid_points_that_map_into_b(tmp_path: Path, form: str) -> None:
     numbers = "0.5 0 20\n0 0.5 0\n0 0 1"
     text = f'<?xml version="1.0"?><o><H><rows>3</rows><data>{numbers}</data></H></o>' if form == "xml" else numbers
     (tmp_path / f"h.{form}").write_text(text)
@@ -49,14 +49,14 @@ def test_a_homography_gives_an_even_grid_as_far_as_it_falls_into_b(tmp_path: Pat
     [("k.csv", "x_a,y_a,x_b,y_b\n1,2,three,4\n"), ("k.csv", ""), ("k.csv", "photo,x,y\na.jpg,1\n"), ("k.json", "{"),
      ("k.json", "[[1, 2, 3, 4]]"), ("h.xml", "<data>1 2 3</data>"), ("h.txt", "\0")],
 )  # fmt: skip
-def test_what_cannot_be_read_names_the_forms_that_can(tmp_path: Path, name: str, text: str) -> None:
+def test_an_unreadable_file_hints_at_the_valid_formats(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DinoError, match="has no readable keypoints") as error:
         read_keypoints(tmp_path / name, A, B, SIZES)
     assert "x_a" in error.value.hint
 
 
-def test_no_file_and_no_point_are_said(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_file_without_points_are_errors(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match="does not exist"):
         read_keypoints(tmp_path / "k.csv", A, B, SIZES)
     (tmp_path / "k.txt").write_text("1 0 500 0 1 0 0 0 1")

@@ -18,7 +18,7 @@ def photo(seed: int, height: int = 48, width: int = 64) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def test_photos_become_patches_of_the_layers_and_facet_asked_for(encoder: Encoder) -> None:
+def test_patch_maps_use_the_requested_layers_and_facet(encoder: Encoder) -> None:
     a, b = photo(0), photo(1, 32, 32)
     compared = Compared(layers=(1, 3), facet="key", short_side=32)
     ours, theirs = patch_maps(encoder, a, b, compared)
@@ -28,10 +28,10 @@ def test_photos_become_patches_of_the_layers_and_facet_asked_for(encoder: Encode
     torch.testing.assert_close(theirs.features, normalized(expected))
     few, _ = patch_maps(encoder, a, b, Compared(short_side=32, pca=5))
     assert few.features.shape == (4, 5, 5)
-    assert patch_maps(encoder, a, b, Compared())[0].grid[0] == 4, "16 pixels of training are looked at with 32"
+    assert patch_maps(encoder, a, b, Compared())[0].grid[0] == 4, "an encoder trained at 16 pixels uses 32"
 
 
-def test_a_diffusion_models_features_are_joined_by_their_weight(encoder: Encoder) -> None:
+def test_diffusion_features_are_concatenated_by_weight(encoder: Encoder) -> None:
     torch.manual_seed(0)
     layers = {48: [torch.randn(2, 3, 6), torch.randn(4, 6, 8)], 32: [torch.randn(2, 2, 6), torch.randn(4, 4, 8)]}
     model = SimpleNamespace(layers=lambda pixels, long_side: layers[len(pixels)])
@@ -40,7 +40,7 @@ def test_a_diffusion_models_features_are_joined_by_their_weight(encoder: Encoder
     joined, _ = patch_maps(encoder, a, b, compared)
     alone = patch_maps(encoder, a, b, Compared(short_side=32))
     more, _ = diffusion_maps(model, (a, b), (alone[0].features, alone[1].features), 64)
-    assert more.shape == (4, 5, 14), "each layer on the other's grid, by no more directions than there are"
+    assert more.shape == (4, 5, 14), "each layer on the encoder's grid, with all its PCA directions"
     both = torch.cat([0.7 * alone[0].features, 0.3 * normalized(more)], -1)
     torch.testing.assert_close(joined.features, normalized(both), atol=1e-5, rtol=1e-5)
 
@@ -56,9 +56,7 @@ def test_each_patch_is_drawn_as_its_match() -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_the_picture_shows_lines_and_swaps_and_keypoints_if_there_are_any(
-    tmp_path: Path, encoder: Encoder, known: bool
-) -> None:
+def test_the_picture_has_rows_for_lines_swaps_and_any_keypoints(tmp_path: Path, encoder: Encoder, known: bool) -> None:
     a, b = photo(0), photo(1, 90, 32)
     maps = patch_maps(encoder, a, b, Compared(short_side=32))
     matches = match(*maps)

@@ -13,7 +13,7 @@ from dinocli.core.errors import DinoError
 from dinocli.features.encoder import Encoder
 
 
-def test_the_generalized_mean_is_the_plain_one() -> None:
+def test_the_generalized_mean_equals_a_plain_loop() -> None:
     patches = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
     for b in range(2):
         for d in range(3):
@@ -21,14 +21,14 @@ def test_the_generalized_mean_is_the_plain_one() -> None:
             assert float(generalized_mean(patches)[b, d]) == pytest.approx((sum(powers) / 5) ** 0.25, rel=1e-5)
 
 
-def test_a_description_is_the_class_token_and_then_the_patches(encoder: Encoder) -> None:
+def test_a_descriptor_is_the_class_token_and_the_pooled_patches(encoder: Encoder) -> None:
     images = torch.randn(3, 3, 16, 24, generator=torch.Generator().manual_seed(0))
     found = torch.from_numpy(describe(encoder, images))
     torch.testing.assert_close(found[:, :16], encoder.features(images))
     torch.testing.assert_close(found[:, 16:], generalized_mean(encoder.features(images, "patches")))
 
 
-def test_whitening_makes_the_products_of_what_it_learned_from_one() -> None:
+def test_whitening_makes_the_second_moments_of_its_training_features_the_identity() -> None:
     generator = np.random.default_rng(0)
     values = (generator.normal(size=(500, 4)) @ generator.normal(size=(4, 4)) + 1).astype(np.float32)
     whitening = Whitening.learn(values)
@@ -36,10 +36,10 @@ def test_whitening_makes_the_products_of_what_it_learned_from_one() -> None:
     np.testing.assert_allclose(plain.T @ plain / 500, np.eye(4), atol=1e-3)
     np.testing.assert_allclose(whitening(values).mean(0), 0, atol=1e-4)
     flat = np.concatenate([values, np.zeros((500, 1), np.float32)], 1)
-    assert np.isfinite(Whitening.learn(flat)(flat)).all(), "a direction without any"
+    assert np.isfinite(Whitening.learn(flat)(flat)).all(), "a direction without variance"
 
 
-def test_scores_are_those_of_plain_loops() -> None:
+def test_scores_equal_those_of_plain_loops() -> None:
     generator = np.random.default_rng(0)
     cosines = -np.sort(-generator.random((9, 6)).astype(np.float32), axis=1)
     rows = np.stack([generator.permutation(20)[:6] for _ in range(9)])
@@ -60,7 +60,7 @@ def test_scores_are_those_of_plain_loops() -> None:
     assert 0 < found.mean_ap < 100
 
 
-def test_a_name_tells_the_original() -> None:
+def test_originals_are_found_by_name() -> None:
     assert originals_of("200301", ["200200", "200300"], "strong").tolist() == [1]
     assert originals_of("car10_crop", ["car1", "car10", "dog"], "crop").tolist() == [1]
     assert originals_of("dog", ["car1", "car10", "dog"], "strong").tolist() == [2]
@@ -68,18 +68,18 @@ def test_a_name_tells_the_original() -> None:
         originals_of("cat_1", ["car1", "dog"], "crop")
 
 
-def test_a_counted_name_is_its_own_and_the_rule_of_four_digits_is_that_of_strong() -> None:
+def test_six_digit_names_match_exactly_and_by_four_digits_only_for_strong() -> None:
     counted = ["000001", "000002", "000003"]
     for kind in ("jpegqual/3", "original", "strong"):
         assert originals_of("000002", counted, kind).tolist() == [1]
     assert originals_of("0000021", counted, "crops/10").tolist() == [1]
     with pytest.raises(DinoError, match="no original"):
         originals_of("000004", counted, "jpegqual/3")
-    assert originals_of("000004", counted, "strong").tolist() == [0, 1, 2], "as the original has it"
+    assert originals_of("000004", counted, "strong").tolist() == [0, 1, 2], "as in the original"
     assert originals_of("200301", ["200200", "200300"], "jpegqual/3").tolist() == [1]
 
 
-def test_a_photo_that_is_gone_is_named_and_ends_nothing(tmp_path: Path, encoder: Encoder) -> None:
+def test_missing_photos_are_reported_and_do_not_stop_the_scoring(tmp_path: Path, encoder: Encoder) -> None:
     folder = tmp_path / "set"
     for kind in ("original", "jpegqual"):
         write_images(folder / kind, 4)
@@ -89,7 +89,7 @@ def test_a_photo_that_is_gone_is_named_and_ends_nothing(tmp_path: Path, encoder:
     result = copies(encoder, folder, size=16)
     told = {str(Path(path).relative_to(folder)): reason for path, reason in result.skipped.items()}
     assert sorted(told) == ["jpegqual/0001.png", "jpegqual/0002.png", "original/0002.png"]
-    assert "original" in told["jpegqual/0002.png"], "it can be read, and what it is a copy of cannot"
+    assert "original" in told["jpegqual/0002.png"], "its original cannot be read"
     assert (result.originals, [(s.kind, s.queries) for s in result.scores]) == (3, [("original", 3), ("jpegqual", 2)])
     assert result.scores[1].mean_ap == pytest.approx(100)
 

@@ -15,14 +15,16 @@ def test_near_duplicates_are_found_and_the_best_is_kept() -> None:
     assert found.pairs == 4
     size = {9: (800, 1), 5: (800, 2), 2: (700, 9)}
     groups = choose(found, lambda row: size.get(row, (0, 0)))
-    assert [(g.kept, g.dropped) for g in groups] == [(7, [20]), (5, [2, 9])], "the doubtful first; of equals the first"
+    assert [(g.kept, g.dropped) for g in groups] == [(7, [20]), (5, [2, 9])], (
+        "the least certain group first; the first of equal quality"
+    )
     assert groups[0].cosines == found.best[[20]].tolist()
     assert not find_alike(values, None).members
     np.testing.assert_array_equal(find_alike(values, None).best, found.best)
 
 
-def test_a_threshold_of_one_finds_what_is_equal() -> None:
-    """Rounding takes the cosine of a row with itself below 1 in many cases."""
+def test_a_threshold_of_1_finds_equal_rows() -> None:
+    """Rounding often puts the cosine of equal rows below 1."""
     values = np.random.default_rng(0).normal(size=(400, 96)).astype(np.float32)
     values[200:] = values[:200]
     values[250, 3] += 1e-2

@@ -35,7 +35,7 @@ def test_splits_are_one_gallery(tmp_path: Path) -> None:
         assert gallery.size(row) == (32 * 32, file.stat().st_size)
 
 
-def test_photos_that_moved_are_found_where_they_are_now_and_else_named(tmp_path: Path) -> None:
+def test_moved_photos_are_found_by_data_and_missing_ones_reported(tmp_path: Path) -> None:
     write_images(tmp_path / "new", 2)
     folder = write_stored(tmp_path / "f", str(tmp_path / "old"), {"all": ["0000.png", "gone.png"]})
     assert "does not exist" in open_gallery(folder).read(0).reason
@@ -65,7 +65,7 @@ def test_photos_in_tar_shards_are_found(tmp_path: Path) -> None:
         write_list(gallery, [0], tmp_path / "list.txt")
 
 
-def test_a_list_is_what_training_takes(tmp_path: Path) -> None:
+def test_a_written_list_can_be_opened_for_training(tmp_path: Path) -> None:
     write_images(tmp_path / "data", 4)
     odd = ["with space.png", "#1.png", "tab\t.png"]
     for name in odd:
@@ -77,7 +77,7 @@ def test_a_list_is_what_training_takes(tmp_path: Path) -> None:
     assert all(source.read(i) for i in range(3))
 
 
-def test_galleries_of_different_making_are_told_apart(tmp_path: Path) -> None:
+def test_galleries_of_other_weights_or_settings_are_refused(tmp_path: Path) -> None:
     first, same = (open_gallery(write_stored(tmp_path / n, f"data-{n}", {"all": ["a"]})) for n in ("a", "b"))
     belong_together(first, same)
     for change in ({"fingerprint": "9"}, {"size": 8}, {"tokens": "cls+avg"}):

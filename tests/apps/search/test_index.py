@@ -20,31 +20,31 @@ def drawn(count: int = 3000, width: int = 12) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
-def test_an_index_finds_what_it_says_and_is_used_again(
+def test_an_index_reaches_its_stated_recall_and_is_reused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     values = drawn()
     built: list[int] = []
     index = open_index(values, kind, tmp_path, digest_of(values), built.append)
     assert built[-1] == len(values)
-    assert (tmp_path / f"index.{kind}").is_dir(), "its name says its kind"
+    assert (tmp_path / f"index.{kind}").is_dir(), "named by its kind"
     queries = drawn()[::50] + 0.01
     cosines, found = index.search(queries, 10)
     true_cosines, truth = nearest(values, queries, 10)
     hits = np.mean([len(set(f) & set(t)) / 10 for f, t in zip(found.tolist(), truth.tolist(), strict=True)])
     assert hits > 0.9
-    assert index.about.recall == pytest.approx(hits, abs=0.05), "as it was told"
+    assert index.about.recall == pytest.approx(hits, abs=0.05), "the stated recall"
     assert index.about.recall >= 0.9
     same = found == truth
     np.testing.assert_allclose(cosines[same], true_cosines[same], rtol=1e-5)
 
-    monkeypatch.setattr(module, "_build", None)  # it is not made again
+    monkeypatch.setattr(module, "_build", None)  # it must not be rebuilt
     again = open_index(values, kind, tmp_path, digest_of(values))
     assert again.about == index.about
     np.testing.assert_array_equal(again.search(queries, 10)[1], found)
 
 
-def test_an_index_of_other_features_or_a_damaged_one_is_made_anew(tmp_path: Path) -> None:
+def test_an_index_of_other_features_or_a_corrupt_one_is_rebuilt(tmp_path: Path) -> None:
     values = drawn(500)
     built: list[int] = []
     open_index(values, "ivf", tmp_path, digest_of(values))
@@ -59,8 +59,8 @@ def test_an_index_of_other_features_or_a_damaged_one_is_made_anew(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
-def test_no_damaged_index_is_asked(tmp_path: Path, kind: str) -> None:
-    """Whichever byte has changed, of the index or of what tells of it, the index is built again."""
+def test_a_corrupt_index_is_never_searched(tmp_path: Path, kind: str) -> None:
+    """The index is rebuilt whichever byte of its files has changed."""
     values, built = drawn(200), list[int]()
     open_index(values, kind, tmp_path, "x")
     for name, step in (("index.faiss", 997), ("about.json", 11)):
@@ -87,13 +87,13 @@ def test_no_damaged_index_is_asked(tmp_path: Path, kind: str) -> None:
         assert built, text[:20]
 
 
-def test_an_index_that_cannot_be_kept_is_used_all_the_same(tmp_path: Path) -> None:
+def test_an_index_that_cannot_be_stored_is_still_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     index = open_index(drawn(300), "ivf", tmp_path / "file", "x")
     assert index.search(drawn(300)[:3], 1)[1][:, 0].tolist() == [0, 1, 2]
 
 
-def test_a_digest_tells_features_apart() -> None:
+def test_a_digest_distinguishes_features() -> None:
     values = drawn(300)
     changed = values.copy()
     changed[-1, 0] += 1
@@ -102,12 +102,12 @@ def test_a_digest_tells_features_apart() -> None:
     assert digest_of(values.copy()) == digests[0]
 
 
-def test_the_kind_is_chosen_by_the_number(tmp_path: Path) -> None:
+def test_the_kind_depends_on_the_number_of_features(tmp_path: Path) -> None:
     assert (kind_for(500_000), kind_for(500_001)) == ("exact", "ivf")
     exact = open_index(drawn(40), "exact", tmp_path, "")
     assert exact.about.recall == 1
     assert exact.search(drawn(40)[:2], 99)[1].shape == (2, 40)
-    assert not list(tmp_path.iterdir()), "there is nothing to keep"
+    assert not list(tmp_path.iterdir()), "nothing is stored"
 
 
 def test_a_handful_of_features_can_be_indexed(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_a_handful_of_features_can_be_indexed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
 @pytest.mark.parametrize(("share", "sources"), [(0.06, 50), (0.2, 1)])
-def test_images_that_come_again_hide_nothing_and_count_as_found(
+def test_repeated_images_hide_no_others_and_count_as_found(
     tmp_path: Path, kind: str, share: float, sources: int
 ) -> None:
-    """Of equal rows any is right; and a graph of many equal ones would lead nowhere else."""
+    """Any of several equal rows is correct. In a graph, equal rows would hide all others."""
     values = drawn(4000, 24)
     again = int(share * len(values))
     values[-again:] = values[np.random.default_rng(1).integers(0, sources, again)]
@@ -131,24 +131,24 @@ def test_images_that_come_again_hide_nothing_and_count_as_found(
     assert index.about.recall >= 0.95
     if kind == "ivf":
         lists = module.faiss.read_index(str(tmp_path / "index.ivf" / "index.faiss")).nlist
-        assert index.about.effort < lists / 4, "it need not look at all lists"
+        assert index.about.effort < lists / 4, "it searches few lists"
     cosines, found = index.search(values[rest], 1)
     assert np.mean(found[:, 0] == rest) > 0.98
     assert (cosines[found[:, 0] == rest] == 1).all()
     [near], [rows] = index.search(values[-1:], 10)
     assert (near == 1).sum() == min(10, (values == values[-1]).all(1).sum())
     assert len(set(rows.tolist())) == 10, "each row once"
-    again_opened = open_index(values, kind, tmp_path, "x", lambda images: pytest.fail("it is kept"))
+    again_opened = open_index(values, kind, tmp_path, "x", lambda images: pytest.fail("it was rebuilt"))
     np.testing.assert_array_equal(again_opened.search(values[rest], 3)[1], index.search(values[rest], 3)[1])
 
 
 @pytest.mark.parametrize("spoil", ["old", "torn", "short", "other"])
-def test_an_index_without_its_equal_rows_is_made_anew(tmp_path: Path, spoil: str) -> None:
+def test_an_index_without_valid_equal_rows_is_rebuilt(tmp_path: Path, spoil: str) -> None:
     values = drawn(300)
     values[200] = values[4]
     open_index(values, "ivf", tmp_path, "x")
     place = tmp_path / "index.ivf"
-    if spoil == "old":  # as an earlier version kept it
+    if spoil == "old":  # as stored by an earlier version
         about = json.loads((place / "about.json").read_text())
         about.pop("distinct")
         (place / "about.json").write_text(json.dumps(about))

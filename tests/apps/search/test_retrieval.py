@@ -23,7 +23,7 @@ from dinocli.features.encoder import Encoder
 
 
 def plain_ap(ranks: list[int], wanted: int) -> float:
-    """Trapezoids under precision over recall, one relevant image after another."""
+    """Sum the trapezoids under the precision-recall curve, one correct image after another."""
     area = 0.0
     for found, rank in enumerate(ranks):
         before = 1.0 if rank == 0 else found / rank
@@ -32,7 +32,7 @@ def plain_ap(ranks: list[int], wanted: int) -> float:
 
 
 def plain_score(cosines: np.ndarray, wanted: list[set[int]], junk: list[set[int]]) -> list[float]:
-    """Mean AP and precisions at 1, 5 and 10: walk down each ranking, pass over junk."""
+    """Compute mean AP and precisions at 1, 5 and 10 by loops over each ranking without junk."""
     rows = []
     for similarity, good, bad in zip(cosines, wanted, junk, strict=True):
         if not good:
@@ -57,7 +57,7 @@ def truth(seed: int = 0, images: int = 40, queries: int = 12) -> GroundTruth:
     return GroundTruth(*names, *parts)
 
 
-def test_scores_are_those_of_a_plain_walk_down_each_ranking() -> None:
+def test_scores_equal_those_of_a_plain_loop_over_each_ranking() -> None:
     gnd = truth()
     cosines = np.random.default_rng(1).normal(size=(12, 40)).astype(np.float32)
     easy, hard, junk = ([set(rows.tolist()) for rows in part] for part in (gnd.easy, gnd.hard, gnd.junk))
@@ -73,11 +73,11 @@ def test_scores_are_those_of_a_plain_walk_down_each_ranking() -> None:
     assert [s.queries for s in found] == [10, 11, 11]
 
 
-def test_images_that_cannot_be_read_are_in_no_ranking() -> None:
+def test_unreadable_images_are_not_ranked() -> None:
     none = np.empty(0, np.int64)
     truth = GroundTruth(["a", "b", "c"], ["q"], [np.array([0, 2])], [none], [none])
     easy = scores(np.array([[0.9, 0.5, np.nan]], np.float32), truth)[0]
-    assert easy.mean_ap == pytest.approx(50), "one of two is found, at the first place, and the other never"
+    assert easy.mean_ap == pytest.approx(50), "one of two is found, at rank 0; the other never"
     assert easy.precisions == pytest.approx([100, 20, 10])
     only = scores(np.array([[np.nan, 0.5, np.nan]], np.float32), truth)[0]
     assert (only.mean_ap, only.precisions, only.queries) == (0, [0, 0, 0], 1)
@@ -90,7 +90,7 @@ def test_a_level_without_queries_has_no_score() -> None:
     assert (hard.mean_ap, hard.precisions, hard.queries) == (None, None, 0)
 
 
-def test_a_perfect_and_a_worst_ranking() -> None:
+def test_average_precision_of_the_best_and_the_worst_ranking() -> None:
     assert average_precision(np.arange(5), 5) == 1
     assert average_precision(np.array([], np.int64), 5) == 0
     assert average_precision(np.array([1]), 1) == pytest.approx((0 + 1 / 2) / 2)
@@ -124,7 +124,7 @@ class Evil:
         return os.mkdir, (str(self.made),)
 
 
-def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
+def test_reading_a_pickle_executes_no_code(tmp_path: Path) -> None:
     path = tmp_path / "gnd.pkl"
     path.write_bytes(pickle.dumps({"imlist": Evil(tmp_path / "made"), "qimlist": [], "gnd": []}))
     with pytest.raises(DinoError, match="more than plain numbers"):
@@ -132,7 +132,7 @@ def test_a_pickle_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_files_of_another_form_are_said(tmp_path: Path) -> None:
+def test_invalid_files_are_an_error_that_names_the_format(tmp_path: Path) -> None:
     for name, content in (
         ("none.pkl", None),
         ("torn.pkl", b"\x80"),
@@ -146,7 +146,7 @@ def test_files_of_another_form_are_said(tmp_path: Path) -> None:
             read_ground_truth(tmp_path / name)
 
 
-def test_photos_are_looked_at_in_their_own_shape(tmp_path: Path, encoder: Encoder) -> None:
+def test_photos_keep_their_aspect_ratio(tmp_path: Path, encoder: Encoder) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 64, 3), dtype=np.uint8)).save(tmp_path / "wide.png")
     seen = []
     spied = encoder.backbone.class_tokens
@@ -158,7 +158,7 @@ def test_photos_are_looked_at_in_their_own_shape(tmp_path: Path, encoder: Encode
     assert not np.allclose(values, many)
 
 
-def test_a_set_is_scored_and_what_is_missing_is_named(tmp_path: Path, encoder: Encoder) -> None:
+def test_a_set_is_scored_and_missing_photos_are_reported(tmp_path: Path, encoder: Encoder) -> None:
     folder = write_images(tmp_path / "jpg", 6)
     for path in folder.iterdir():
         Image.open(path).save(path.with_suffix(".jpg"), quality=95)

@@ -42,13 +42,13 @@ def test_a_photo_of_the_gallery_finds_itself(
         assert len(near) == 5
 
 
-def test_another_encoder_is_said(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+def test_another_encoder_is_an_error(tmp_path: Path, images: Path, encoder: Encoder) -> None:
     extract(encoder, splits(str(images))["all"], tmp_path / "f" / "all.safetensors", data=str(images))
     with pytest.raises(DinoError, match="other weights"):
         same_encoder(replace(encoder, fingerprint="4567"), open_gallery(tmp_path / "f").provenance)
 
 
-def test_what_an_index_did_not_find_is_left_out(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+def test_missing_neighbours_are_omitted(tmp_path: Path, images: Path, encoder: Encoder) -> None:
     extract(encoder, splits(str(images))["all"], tmp_path / "f" / "all.safetensors", data=str(images))
     gallery = open_gallery(tmp_path / "f")
     queries = encode(encoder, photos([images / "a" / "0000.png"]), gallery.provenance)

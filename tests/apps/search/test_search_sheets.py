@@ -15,8 +15,8 @@ from dinocli.apps.search.sheets import draw_groups, draw_hits
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
-def seen(path: Path) -> dict[tuple[int, int, int], float]:
-    """How many squares of each color a sheet shows."""
+def count_squares(path: Path) -> dict[tuple[int, int, int], float]:
+    """Count the squares of each color in a sheet."""
     page = np.asarray(Image.open(path).convert("RGB")).astype(int)
     return {c: round((np.abs(page - c).max(-1) < 60).sum() / gallery_pictures._SIDE**2) for c in (RED, GREEN, BLUE)}
 
@@ -28,30 +28,30 @@ def data(folder: Path) -> Path:
     return folder
 
 
-def test_a_sheet_shows_the_query_and_what_was_found(tmp_path: Path) -> None:
+def test_a_sheet_shows_the_query_and_its_neighbours(tmp_path: Path) -> None:
     images = data(tmp_path / "data")
     gallery = open_gallery(write_stored(tmp_path / "f", str(images), {"all": ["r.png", "g.png", "gone.png"]}))
     found = [Neighbour(gallery.name(row), 0.5, None, row) for row in (0, 2, 1)]
     [path], unread = draw_hits(gallery, [Hits(str(images / "b.png"), found)], tmp_path / "out" / "search.png")
     assert unread == {"gone.png": "missing: No such file or directory"}
-    assert seen(path) == {RED: 1, GREEN: 1, BLUE: 1}
+    assert count_squares(path) == {RED: 1, GREEN: 1, BLUE: 1}
     many, _ = draw_hits(gallery, [Hits(str(images / "b.png"), found)] * 21, tmp_path / "many.jpg")
     assert [p.name for p in many] == ["many.jpg", "many-2.jpg"]
-    assert [seen(p)[GREEN] for p in many] == [20, 1]
+    assert [count_squares(p)[GREEN] for p in many] == [20, 1]
     assert Image.open(many[0]).format == "JPEG"
 
 
-def test_a_sheet_shows_what_is_kept_and_what_is_dropped(tmp_path: Path) -> None:
+def test_a_sheet_shows_kept_and_dropped_images(tmp_path: Path) -> None:
     names = ["r.png", "g.png", "b.png"]
     gallery = open_gallery(write_stored(tmp_path / "f", str(data(tmp_path / "data")), {"all": names}))
     groups = [Group(0, [1], [0.9]), Group(2, [1] * 12, [0.95] * 12)]
     [path] = draw_groups(gallery, groups, tmp_path / "groups.png", pages=1)
-    assert seen(path) == {RED: 1, GREEN: 11, BLUE: 1}
+    assert count_squares(path) == {RED: 1, GREEN: 11, BLUE: 1}
     assert draw_groups(gallery, groups, tmp_path / "none.png", pages=0) == []
     assert draw_groups(gallery, [], tmp_path / "none.png", pages=5) == []
 
 
-def test_sheets_of_an_earlier_threshold_are_gone(tmp_path: Path) -> None:
+def test_surplus_sheets_of_an_earlier_call_are_deleted(tmp_path: Path) -> None:
     gallery = open_gallery(
         write_stored(tmp_path / "f", str(data(tmp_path / "data")), {"all": ["r.png", "g.png", "b.png"]})
     )

@@ -16,18 +16,18 @@ from dinocli.models.architecture import BackboneConfig
 
 
 def scene(rows: int = 9, columns: int = 12, noise: float = 0.3) -> tuple[torch.Tensor, np.ndarray]:
-    """Features of a thing of 12 patches before two kinds of background, and where it is."""
+    """Return features of an object of 12 patches on two kinds of background, and its mask."""
     random = np.random.default_rng(0)
     kinds = np.linalg.qr(random.normal(size=(8, 3)))[0].T
-    kinds[2] = 0.8 * kinds[1] + 0.6 * kinds[2]  # the backgrounds are alike
-    thing = np.zeros((rows, columns), dtype=bool)
-    thing[3:6, 4:8] = True
-    which = np.where(thing, 0, 1 + (np.arange(columns) > 6))
-    return torch.from_numpy(kinds[which] + noise * random.normal(size=(rows, columns, 8)) / 8**0.5).float(), thing
+    kinds[2] = 0.8 * kinds[1] + 0.6 * kinds[2]  # the backgrounds are similar
+    object_mask = np.zeros((rows, columns), dtype=bool)
+    object_mask[3:6, 4:8] = True
+    which = np.where(object_mask, 0, 1 + (np.arange(columns) > 6))
+    return torch.from_numpy(kinds[which] + noise * random.normal(size=(rows, columns, 8)) / 8**0.5).float(), object_mask
 
 
-def plainly(features: np.ndarray, tau: float) -> tuple[np.ndarray, np.ndarray]:
-    """TokenCut as its paper defines it, in loops: the eigenvector, and the side of its largest absolute value."""
+def plain_cut(features: np.ndarray, tau: float) -> tuple[np.ndarray, np.ndarray]:
+    """Compute TokenCut by loops as in the paper: the eigenvector, and the side of its largest absolute value."""
     rows, columns, _ = features.shape
     flat = features.reshape(rows * columns, -1).astype(np.float64)
     n = len(flat)
@@ -47,11 +47,11 @@ def plainly(features: np.ndarray, tau: float) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("exact", [512, 0], ids=["all eigenvectors", "LOBPCG"])
 @pytest.mark.parametrize("tau", [0.2, 0.5])
-def test_a_cut_is_that_of_the_papers_definition(monkeypatch: pytest.MonkeyPatch, exact: int, tau: float) -> None:
+def test_a_cut_equals_the_papers_definition(monkeypatch: pytest.MonkeyPatch, exact: int, tau: float) -> None:
     monkeypatch.setattr(module, "_EXACT", exact)
     for noise in (0.3, 1.0):
-        features, thing = scene(noise=noise)
-        vector, side = plainly(features.numpy(), tau)
+        features, object_mask = scene(noise=noise)
+        vector, side = plain_cut(features.numpy(), tau)
         found = cut(features, tau)
         cosine = (found.values * vector).sum() / np.linalg.norm(found.values) / np.linalg.norm(vector)
         assert cosine == pytest.approx(1, abs=1e-6)
@@ -59,18 +59,18 @@ def test_a_cut_is_that_of_the_papers_definition(monkeypatch: pytest.MonkeyPatch,
         pieces = components(side)
         np.testing.assert_array_equal(found.mask, pieces == pieces[seed])
         if noise < 1:
-            np.testing.assert_array_equal(found.mask, thing)
+            np.testing.assert_array_equal(found.mask, object_mask)
 
 
-def test_of_two_like_things_the_piece_with_the_strongest_patch_is_taken() -> None:
-    features, thing = scene(noise=0.1)
+def test_the_component_with_the_strongest_patch_is_selected() -> None:
+    features, object_mask = scene(noise=0.1)
     features[0, 0] = features[4, 5]
     found = cut(features)
-    np.testing.assert_array_equal(found.mask, thing)
+    np.testing.assert_array_equal(found.mask, object_mask)
     assert found.values[0, 0] > found.values.mean(), "it is on the same side"
 
 
-def test_where_all_patches_are_alike_or_none_are_there_is_no_foreground() -> None:
+def test_patches_all_similar_or_all_different_give_no_foreground() -> None:
     random = torch.Generator().manual_seed(0)
     alike = torch.ones(3, 4, 8) + 0.01 * torch.randn(3, 4, 8, generator=random)
     for features, tau in ((alike, 0.2), (torch.eye(12).view(3, 4, 12), 0.2), (torch.ones(1, 1, 5), 0.2)):
@@ -79,7 +79,7 @@ def test_where_all_patches_are_alike_or_none_are_there_is_no_foreground() -> Non
         assert not found.values.any()
 
 
-def test_attention_gives_the_largest_piece_of_its_mass(encoder: Encoder) -> None:
+def test_attention_gives_the_largest_component_of_its_mask(encoder: Encoder) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     found = foreground(encoder, pixels, 48, "attention", keep=0.5)
     mass = attention_maps(encoder, pixels, 48).heads.mean(0).astype(np.float64)
@@ -87,14 +87,14 @@ def test_attention_gives_the_largest_piece_of_its_mass(encoder: Encoder) -> None
     np.testing.assert_array_equal(found.mask, largest_component(keep_mass(mass, 0.5)))
 
 
-def test_a_cut_takes_the_keys_of_the_last_block(encoder: Encoder) -> None:
+def test_a_cut_uses_the_keys_of_the_last_block(encoder: Encoder) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     keys = encoder.patches(encoder.photo(pixels, 48), (-1,), "key")[0]
     np.testing.assert_array_equal(foreground(encoder, pixels, 48, "cut", tau=0.5).mask, cut(keys, 0.5).mask)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 200), (500, 20)])
-def test_a_cut_of_too_many_patches_looks_more_coarsely(
+def test_a_cut_reduces_the_photo_to_a_bounded_number_of_patches(
     monkeypatch: pytest.MonkeyPatch, encoder: Encoder, shape: tuple[int, int]
 ) -> None:
     monkeypatch.setattr(module, "MOST_PATCHES", 60)

@@ -19,7 +19,7 @@ COLORS = np.array([[30, 30, 200], [200, 40, 40], [230, 230, 60]])
 
 
 def scenes(folder: Path, count: int, border: int = 0) -> LabelledSet:
-    """Photos of blue with a block of red or yellow, whose edges are those of patches; `border` pixels are ignored."""
+    """Write blue photos with a patch-aligned block of red or yellow, and masks whose top `border` rows are ignored."""
     random = np.random.default_rng(0)
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
@@ -35,7 +35,7 @@ def scenes(folder: Path, count: int, border: int = 0) -> LabelledSet:
     return labelled_set(folder)
 
 
-def test_colors_of_things_are_learned_and_the_commonest_class_stands_beside(tmp_path: Path, encoder: Encoder) -> None:
+def test_a_head_learns_and_is_compared_with_the_commonest_class(tmp_path: Path, encoder: Encoder) -> None:
     data = scenes(tmp_path / "data", 20, border=4)
     stages = []
     head, result = train_head(
@@ -60,7 +60,7 @@ def test_colors_of_things_are_learned_and_the_commonest_class_stands_beside(tmp_
     torch.testing.assert_close(head.weight, again.weight, rtol=0, atol=0)
 
 
-def test_the_loss_is_the_cross_entropy_of_enlarged_logits_over_what_counts() -> None:
+def test_the_loss_is_the_cross_entropy_of_enlarged_logits_over_labelled_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     mean, std = torch.randn(5, generator=generator), torch.rand(5, generator=generator) + 0.5
     method = PatchClassifier(5, 3, mean, std)
@@ -84,32 +84,32 @@ def test_the_loss_is_the_cross_entropy_of_enlarged_logits_over_what_counts() -> 
     torch.testing.assert_close(F.linear(features, weight, bias), method.linear((features - mean) / std).detach())
 
 
-def test_scores_are_those_of_a_plain_count() -> None:
+def test_scores_equal_a_plain_count() -> None:
     random = np.random.default_rng(0)
-    truth, said = random.integers(0, 3, 500), random.integers(0, 4, 500)
+    truth, predicted = random.integers(0, 3, 500), random.integers(0, 4, 500)
     table = np.zeros((4, 4), dtype=np.int64)
-    np.add.at(table, (truth, said), 1)
-    scores = module._scores(table, list("abcd"))
-    wanted = {
-        name: 100 * ((truth == i) & (said == i)).sum() / ((truth == i) | (said == i)).sum()
+    np.add.at(table, (truth, predicted), 1)
+    scores = module._compute_scores(table, list("abcd"))
+    expected = {
+        name: 100 * ((truth == i) & (predicted == i)).sum() / ((truth == i) | (predicted == i)).sum()
         for i, name in enumerate("abc")
     }
-    assert scores.iou == pytest.approx(wanted), "a class that is said and not there takes from the others"
-    assert scores.miou == pytest.approx(np.mean(list(wanted.values())))
-    assert scores.accuracy == pytest.approx(100 * (truth == said).mean())
+    assert scores.iou == pytest.approx(expected), "a predicted class that is not in the truth lowers the others"
+    assert scores.miou == pytest.approx(np.mean(list(expected.values())))
+    assert scores.accuracy == pytest.approx(100 * (truth == predicted).mean())
 
 
-def of_noise(encoder: Encoder, classes: int = 7) -> SegmentationHead:
+def random_head(encoder: Encoder, classes: int = 7) -> SegmentationHead:
     generator = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(classes, 16, generator=generator), torch.randn(classes, generator=generator)
     return SegmentationHead(weight, bias, [f"class {i}" for i in range(classes)], 48, encoder.fingerprint)
 
 
-def test_classes_at_a_photos_size_do_not_depend_on_how_many_are_enlarged_at_once(
+def test_the_number_of_logits_at_once_does_not_change_the_classes(
     monkeypatch: pytest.MonkeyPatch, encoder: Encoder
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
-    head = of_noise(encoder)
+    head = random_head(encoder)
     whole = head.classify(encoder, pixels)
     tokens = encoder.patches(encoder.photo(pixels, 48))[0]
     logits = F.linear(tokens, head.weight, head.bias).permute(2, 0, 1)[None]
@@ -119,8 +119,8 @@ def test_classes_at_a_photos_size_do_not_depend_on_how_many_are_enlarged_at_once
     np.testing.assert_array_equal(head.classify(encoder, pixels), whole)
 
 
-def test_a_head_comes_back_whole_and_only_for_its_own_encoder(tmp_path: Path, encoder: Encoder) -> None:
-    head, path = of_noise(encoder), tmp_path / "head.safetensors"
+def test_a_head_is_read_back_only_for_its_own_encoder(tmp_path: Path, encoder: Encoder) -> None:
+    head, path = random_head(encoder), tmp_path / "head.safetensors"
     write_head(path, head)
     again = read_head(path, encoder)
     torch.testing.assert_close(again.weight, head.weight, rtol=0, atol=0)
@@ -135,7 +135,7 @@ def test_a_head_comes_back_whole_and_only_for_its_own_encoder(tmp_path: Path, en
         read_head(path, encoder)
 
 
-def test_photos_that_cannot_be_taken_are_named_and_none_at_all_is_an_error(tmp_path: Path, encoder: Encoder) -> None:
+def test_unreadable_photos_are_reported_and_an_error_if_all_are(tmp_path: Path, encoder: Encoder) -> None:
     data = scenes(tmp_path / "data", 20)
     some = next(iter(data.train.masks))
     some.write_bytes(b"no image")
@@ -147,19 +147,19 @@ def test_photos_that_cannot_be_taken_are_named_and_none_at_all_is_an_error(tmp_p
             train_head(encoder, replace(data, **part), tmp_path / "patches", short_side=16, epochs=1)
 
 
-def test_photos_without_finite_or_storable_patches_are_skipped_and_masks_of_nothing_are_no_score(
+def test_photos_without_storable_patches_are_skipped_and_void_masks_are_an_error(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = scenes(tmp_path / "data", 10)
-    look, seen = type(encoder).patches, []
+    patches, calls = type(encoder).patches, []
 
-    def odd(self: Encoder, images: torch.Tensor) -> torch.Tensor:
-        seen.append(1)
-        if len(seen) == 2:
+    def spoiled(self: Encoder, images: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
             raise NotFinite("not finite: 1 of 9 values of patches")
-        return look(self, images) * (1e6 if len(seen) == 3 else 1)
+        return patches(self, images) * (1e6 if len(calls) == 3 else 1)
 
-    monkeypatch.setattr(type(encoder), "patches", odd)
+    monkeypatch.setattr(type(encoder), "patches", spoiled)
     _, result = train_head(encoder, data, tmp_path / "patches", short_side=48, epochs=1, batch_size=4)
     reasons = sorted(reason.partition(":")[0] for reason in result.skipped.values())
     assert reasons == ["not finite", "too large for float16"]
@@ -170,7 +170,7 @@ def test_photos_without_finite_or_storable_patches_are_skipped_and_masks_of_noth
         train_head(encoder, data, tmp_path / "patches", short_side=48, epochs=1, batch_size=4)
 
 
-def test_a_head_that_is_not_finite_is_none(tmp_path: Path, encoder: Encoder) -> None:
+def test_a_head_that_is_not_finite_is_refused(tmp_path: Path, encoder: Encoder) -> None:
     head = SegmentationHead(torch.ones(2, 16), torch.tensor([0.0, torch.nan]), ["a", "b"], 16, encoder.fingerprint)
     write_head(tmp_path / "head.safetensors", head)
     with pytest.raises(DinoError, match="its weights are not finite"):

@@ -17,7 +17,7 @@ from dinocli.features.encoder import Encoder
 
 
 def drawn(folder: Path, count: int) -> dict[Path, Path]:
-    """The demo's photos and masks."""
+    """Write drawn photos and masks of the demo."""
     pairs = {}
     for i in range(count):
         drawing, photo, mask = draw(i), folder / f"{i}.png", folder / f"{i}-mask.png"
@@ -27,7 +27,7 @@ def drawn(folder: Path, count: int) -> dict[Path, Path]:
     return pairs
 
 
-def test_each_way_is_measured_at_the_photos_pixels_beside_what_is_trivial(tmp_path: Path, encoder: Encoder) -> None:
+def test_each_method_is_measured_per_pixel_with_trivial_baselines(tmp_path: Path, encoder: Encoder) -> None:
     pairs = drawn(tmp_path, 3)
     done = []
     result = overlaps(encoder, pairs, ["attention", "cut"], short_side=48, keep=0.4, tau=0.3, report=done.append)
@@ -36,16 +36,16 @@ def test_each_way_is_measured_at_the_photos_pixels_beside_what_is_trivial(tmp_pa
         drawing = draw(i)
         assert list(result.each[path]) == ["attention", "cut", EVERYTHING, ELLIPSE]
         for by in ("attention", "cut"):
-            told = foreground(encoder, drawing.image, 48, by, keep=0.4, tau=0.3)
-            assert result.each[path][by] == jaccard(refine(told.mask, drawing.image), drawing.mask)
+            result_of_method = foreground(encoder, drawing.image, 48, by, keep=0.4, tau=0.3)
+            assert result.each[path][by] == jaccard(refine(result_of_method.mask, drawing.image), drawing.mask)
         assert result.each[path][EVERYTHING] == drawing.mask.mean()
     assert result.means[EVERYTHING] == pytest.approx(np.mean([draw(i).mask.mean() for i in range(3)]))
 
 
-def test_a_cut_by_color_finds_the_drawn_things(
+def test_a_cut_by_color_finds_the_drawn_objects(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Features of which it is known that they tell the things: how far a patch's colors are from its scene's."""
+    """Use features that separate the objects: the distance of a patch's color from the median color."""
 
     def by_color(encoder: Encoder, pixels: np.ndarray, side: int, by: str, **_: float) -> Foreground:
         patches = torch.from_numpy(pixels.reshape(12, 8, 12, 8, 3).mean((1, 3)).astype(np.float32))
@@ -56,7 +56,7 @@ def test_a_cut_by_color_finds_the_drawn_things(
     assert result.means["cut"] > result.means[ELLIPSE] + 0.05
 
 
-def test_truth_itself_overlaps_by_one_at_its_own_grid(
+def test_the_true_patch_mask_overlaps_almost_completely(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photo, mask = tmp_path / "a.png", tmp_path / "a-mask.png"
@@ -69,7 +69,7 @@ def test_truth_itself_overlaps_by_one_at_its_own_grid(
     assert overlaps(encoder, {photo: mask}, ["cut"], short_side=48).means["cut"] > 0.99
 
 
-def test_what_cannot_be_measured_is_named(tmp_path: Path, encoder: Encoder) -> None:
+def test_unreadable_and_mismatched_masks_are_reported(tmp_path: Path, encoder: Encoder) -> None:
     pairs = drawn(tmp_path, 4)
     photos = list(pairs)
     photos[0].write_bytes(b"no image")
@@ -83,7 +83,7 @@ def test_what_cannot_be_measured_is_named(tmp_path: Path, encoder: Encoder) -> N
     assert overlaps(encoder, {}, ["cut"], short_side=24).means == {}
 
 
-def test_the_ellipse_lies_in_the_middle() -> None:
+def test_the_ellipse_is_centered() -> None:
     mask = ellipse(300, 400)
     assert mask.mean() == pytest.approx(np.pi / 9, abs=0.002)
     assert (mask == mask[::-1, ::-1]).all()

@@ -20,7 +20,7 @@ def write(folder: Path, names: list[str], values: tuple[int, ...] = (0, 1), insi
         Image.fromarray(mask).save(folder / "masks" / inside / f"{name}.png")
 
 
-def test_parts_lie_above_or_below_images_and_masks(tmp_path: Path) -> None:
+def test_splits_may_be_above_or_below_images_and_masks(tmp_path: Path) -> None:
     write(tmp_path / "a" / "train", ["1", "2"], (0, 1, 2, 255))
     write(tmp_path / "a" / "val", ["3"])
     write(tmp_path / "b", ["1", "2"], inside="training")
@@ -39,7 +39,7 @@ def test_parts_lie_above_or_below_images_and_masks(tmp_path: Path) -> None:
     assert truth[0].tolist() == [0, 1, 2, 255]
 
 
-def test_without_parts_a_tenth_is_held_out_by_the_seed(tmp_path: Path) -> None:
+def test_without_splits_a_tenth_is_held_out_by_the_seed(tmp_path: Path) -> None:
     write(tmp_path, [f"{i:02}" for i in range(30)])
     data, again, other = labelled_set(tmp_path), labelled_set(tmp_path), labelled_set(tmp_path, seed=1)
     assert data.split_off
@@ -50,7 +50,7 @@ def test_without_parts_a_tenth_is_held_out_by_the_seed(tmp_path: Path) -> None:
     assert set(other.val.masks) != set(data.val.masks)
 
 
-def test_masks_of_0_and_255_alone_are_of_an_object(tmp_path: Path) -> None:
+def test_masks_with_only_0_and_255_are_binary(tmp_path: Path) -> None:
     write(tmp_path, [str(i) for i in range(10)], (0, 255))
     data = labelled_set(tmp_path)
     assert data.classes == ["background", "object"]
@@ -61,7 +61,7 @@ def test_masks_of_0_and_255_alone_are_of_an_object(tmp_path: Path) -> None:
     assert data.train.read(next(iter(data.train.masks)), DEFAULTS)[1][0].tolist() == [0, 255]
 
 
-def test_what_cannot_be_taken_is_named(tmp_path: Path) -> None:
+def test_unusable_photos_are_reported(tmp_path: Path) -> None:
     write(tmp_path, [str(i) for i in range(20)])
     (tmp_path / "masks" / "3.png").unlink()
     (tmp_path / "masks" / "5.png").write_bytes(b"no image")
@@ -78,11 +78,11 @@ def test_what_cannot_be_taken_is_named(tmp_path: Path) -> None:
     assert "its mask 9x9" in part["8"].read(tmp_path / "images" / "8.jpg", DEFAULTS)
 
 
-def test_too_little_is_an_error(tmp_path: Path) -> None:
+def test_too_few_photos_or_classes_are_an_error(tmp_path: Path) -> None:
     write(tmp_path / "one", ["1"])
     write(tmp_path / "flat", [str(i) for i in range(20)], (0, 0))
     for name, words in (
-        ("one", "training and validation need photos with masks of two classes"),
+        ("one", "expected photos for both, and two classes"),
         ("flat", "of 1 classes"),
         ("gone", "does not exist"),
     ):

@@ -25,7 +25,7 @@ def pairs(folder: Path, shapes: tuple[tuple[int, int], ...] = ((48, 48), (40, 80
     return Pairs(masks)
 
 
-def test_what_is_stored_is_what_the_encoder_makes_of_each_photo_and_its_mask(tmp_path: Path, encoder: Encoder) -> None:
+def test_stored_features_and_classes_equal_those_of_encoder_and_mask(tmp_path: Path, encoder: Encoder) -> None:
     data = pairs(tmp_path)
     every = []
     with store_patches(encoder, data, tmp_path / "out" / "patches", short_side=32) as stored:
@@ -44,16 +44,16 @@ def test_what_is_stored_is_what_the_encoder_makes_of_each_photo_and_its_mask(tmp
             assert (truth[:, 4 * columns].numpy() == middle).mean() > 0.9
             assert set(truth.unique().tolist()) == set(np.unique(whole).tolist())
             every.append(wanted.flatten(0, 1))
-        together = torch.cat(every)
-        np.testing.assert_allclose(stored.mean, together.mean(0).numpy(), atol=1e-5)
-        np.testing.assert_allclose(stored.std, together.std(0, unbiased=False).numpy(), rtol=1e-4)
-        assert stored.counts[255] == 0, "what is ignored is no class"
+        all_patches = torch.cat(every)
+        np.testing.assert_allclose(stored.mean, all_patches.mean(0).numpy(), atol=1e-5)
+        np.testing.assert_allclose(stored.std, all_patches.std(0, unbiased=False).numpy(), rtol=1e-4)
+        assert stored.counts[255] == 0, "ignored pixels are not counted"
         assert stored.counts[:3].min() > 0
         assert stored.counts.sum() == sum(int((stored[i][1] != 255).sum()) for i in range(3))
-    assert not list((tmp_path / "out").iterdir()), "nothing is left"
+    assert not list((tmp_path / "out").iterdir()), "the files are deleted"
 
 
-def test_what_cannot_be_taken_is_named(tmp_path: Path, encoder: Encoder) -> None:
+def test_unusable_photos_are_reported(tmp_path: Path, encoder: Encoder) -> None:
     data = pairs(tmp_path)
     next(iter(data.masks)).write_bytes(b"no image")
     with store_patches(encoder, data, tmp_path / "patches", short_side=32) as stored:

@@ -15,7 +15,7 @@ from dinocli.features.encoder import Encoder
 
 
 def sample(count: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
-    """Patches of a background, and of a foreground far from it that has directions of its own; and which is which."""
+    """Return tokens of a background and of a distant foreground with its own directions, and the foreground mask."""
     random = np.random.default_rng(0)
     inside = np.arange(count) % 4 == 0
     tokens = 0.05 * random.normal(size=(count, 6))
@@ -24,22 +24,22 @@ def sample(count: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(tokens), torch.from_numpy(inside)
 
 
-def test_the_foreground_gets_colors_and_the_background_none() -> None:
+def test_the_foreground_is_colored_and_the_background_black() -> None:
     tokens, inside = sample()
-    for told in (inside, inside & (torch.rand(len(inside), generator=torch.Generator().manual_seed(0)) < 0.7)):
-        colors = module._fit_axes(tokens, told, {})
+    for mask in (inside, inside & (torch.rand(len(inside), generator=torch.Generator().manual_seed(0)) < 0.7)):
+        colors = module._fit_axes(tokens, mask, {})
         painted = torch.from_numpy(colors.paint(tokens.view(20, 20, 6), 20, 20)).flatten(0, 1)
         np.testing.assert_array_equal(painted.any(1).numpy(), inside.numpy())
-        # The three directions of the foreground, the widest first, each as far as the others.
+        # The axes are the foreground's three directions, the widest first, each scaled to the same spread.
         for axis in range(3):
             assert colors.axes[:, axis].abs().argmax() == axis + 1
         spread = ((tokens[inside] - colors.middle) @ colors.axes).std(0)
         torch.testing.assert_close(spread, torch.full((3,), 0.5, dtype=torch.float64), rtol=0.01, atol=0)
-        # The middle of the foreground is grey.
+        # The mean of the foreground is gray.
         assert painted[inside].double().mean(0).sub(127.5).abs().max() < 10
 
 
-def test_which_side_is_foreground_is_as_it_was_told() -> None:
+def test_the_mask_orients_the_first_component() -> None:
     tokens, inside = sample()
     ours, theirs = module._fit_axes(tokens, inside, {}), module._fit_axes(tokens, ~inside, {})
     torch.testing.assert_close(ours.first, -theirs.first)
@@ -48,7 +48,7 @@ def test_which_side_is_foreground_is_as_it_was_told() -> None:
     np.testing.assert_array_equal(painted.any(1), ~inside.numpy())
 
 
-def test_where_no_foreground_was_told_nothing_is_taken_out() -> None:
+def test_without_a_foreground_all_patches_are_used() -> None:
     tokens, inside = sample()
     colors = module._fit_axes(tokens, torch.zeros_like(inside), {})
     assert colors.least is None
@@ -65,19 +65,19 @@ def test_a_patch_has_the_same_color_in_every_photo_and_size() -> None:
     np.testing.assert_array_equal(colors.paint(one, 7, 5)[0, 0], colors.paint(one[:1, :1], 9, 9)[0, 0])
 
 
-def test_of_many_photos_a_bounded_sample_is_held(
+def test_the_sample_of_many_photos_is_bounded(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos = sorted(write_images(tmp_path, 8, 48).iterdir())
     (tmp_path / "bad.png").write_bytes(b"no image")
     monkeypatch.setattr(module, "PHOTOS", 5)
     monkeypatch.setattr(module, "PATCHES", 50)
-    held: list[int] = []
-    fitted = module._fit_axes
-    monkeypatch.setattr(module, "_fit_axes", lambda tokens, *more: held.append(len(tokens)) or fitted(tokens, *more))
+    sizes: list[int] = []
+    fit_axes = module._fit_axes
+    monkeypatch.setattr(module, "_fit_axes", lambda tokens, *more: sizes.append(len(tokens)) or fit_axes(tokens, *more))
     done: list[int] = []
     first = fit_colors(encoder, photos, 48, "cut", tau=0.9, report=done.append)
-    assert held == [50], "ten of the 36 patches of each of five photos"
+    assert sizes == [50], "ten of the 36 patches of each of five photos"
     assert done == [1, 2, 3, 4, 5]
     again = fit_colors(encoder, photos, 48, "cut", tau=0.9)
     torch.testing.assert_close(first.axes, again.axes, rtol=0, atol=0)

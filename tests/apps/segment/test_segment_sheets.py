@@ -23,7 +23,7 @@ def photo(folder: Path, height: int = 60, width: int = 90) -> Path:
     return path
 
 
-def test_a_foreground_gets_its_sheet_and_its_mask_at_the_photos_size(tmp_path: Path, encoder: Encoder) -> None:
+def test_a_foreground_gives_a_sheet_and_a_mask_at_the_photos_size(tmp_path: Path, encoder: Encoder) -> None:
     path = photo(tmp_path)
     options = {"keep": 0.5, "tau": 0.6, "short_side": 48}
     for by in ("attention", "cut"):
@@ -32,8 +32,8 @@ def test_a_foreground_gets_its_sheet_and_its_mask_at_the_photos_size(tmp_path: P
         assert drawn.mask == tmp_path / by / "a.b-mask.png"
         pixels = np.array(Image.open(path))
         mask = np.asarray(Image.open(drawn.mask))
-        told = foreground(encoder, pixels, 48, by, keep=0.5, tau=0.6)
-        np.testing.assert_array_equal(mask, refine(told.mask, pixels) * np.uint8(255))
+        result = foreground(encoder, pixels, 48, by, keep=0.5, tau=0.6)
+        np.testing.assert_array_equal(mask, refine(result.mask, pixels) * np.uint8(255))
         assert drawn.shares == {"foreground": pytest.approx(mask.mean() / 255)}
         assert Image.open(drawn.picture).width > 3 * 180, "photo, map and foreground, enlarged until captions fit"
     assert draw_foreground(encoder, path, tmp_path / "c", by="cut", masks=False, **options).mask is None
@@ -76,11 +76,11 @@ def test_colors_fill_sheet_after_sheet(tmp_path: Path, encoder: Encoder, monkeyp
     np.testing.assert_array_equal(page[gap + 240 + (height - gap) // 2 :][:240, 2 * gap + 240 :][:, :240], painted)
 
 
-def test_a_bad_photo_is_a_reason(tmp_path: Path, encoder: Encoder) -> None:
+def test_an_unreadable_photo_gives_a_reason(tmp_path: Path, encoder: Encoder) -> None:
     (tmp_path / "x.jpg").write_bytes(b"no image")
     head = SegmentationHead(torch.zeros(2, 16), torch.zeros(2), ["a", "b"], 48, encoder.fingerprint)
     name = tmp_path / "x"
-    told = draw_foreground(encoder, tmp_path / "x.jpg", name, by="cut", keep=0.6, tau=0.2, short_side=24, masks=True)
-    assert "not an image" in told
+    result = draw_foreground(encoder, tmp_path / "x.jpg", name, by="cut", keep=0.6, tau=0.2, short_side=24, masks=True)
+    assert "not an image" in result
     assert "not an image" in draw_classes(encoder, head, tmp_path / "x.jpg", name, short_side=24, masks=True)
     assert not list(tmp_path.glob("*.png"))

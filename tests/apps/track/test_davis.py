@@ -10,7 +10,7 @@ from dinocli.data.sources.label_maps import LabelMap
 
 
 def blobs(seed: int, height: int = 40, width: int = 60, shift: int = 0) -> np.ndarray:
-    """A few ellipses, some over the edge."""
+    """Draw three ellipses, some across the border."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     mask = np.zeros((height, width), dtype=bool)
@@ -22,7 +22,7 @@ def blobs(seed: int, height: int = 40, width: int = 60, shift: int = 0) -> np.nd
 
 
 def plain_outline(mask: np.ndarray) -> np.ndarray:
-    """As David Martin's tool has it: the last row looks to the right alone, the last column down, the corner nowhere."""
+    """Return the outline as David Martin's tool does: each pixel is compared right, down and diagonally, if possible."""
     height, width = mask.shape
     found = np.zeros_like(mask)
     for i in range(height):
@@ -49,7 +49,7 @@ def plain_f(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_boundarys_f_is_the_plain_definition(seed: int) -> None:
+def test_boundary_f_equals_the_plain_definition(seed: int) -> None:
     mask, truth = blobs(seed), blobs(seed, shift=1 + seed % 3)
     np.testing.assert_array_equal(boundary(mask), plain_outline(mask))
     assert 0 < plain_f(mask, truth) < 1
@@ -57,21 +57,21 @@ def test_the_boundarys_f_is_the_plain_definition(seed: int) -> None:
 
 
 @pytest.mark.parametrize("radius", [0, 1, 5, 50])
-def test_widened_is_all_within_a_distance(radius: int) -> None:
+def test_widened_covers_all_pixels_within_the_radius(radius: int) -> None:
     mask = np.random.default_rng(radius).random((13, 21)) > 0.98
     mask[0, 0] = mask[12, 20] = True
     distances = np.linalg.norm(np.argwhere(np.ones_like(mask))[:, None] - np.argwhere(mask)[None], axis=2)
     np.testing.assert_array_equal(widened(mask, radius), (distances.min(1) <= radius).reshape(mask.shape))
 
 
-def test_masks_without_an_outline() -> None:
+def test_masks_without_an_outline_score_1_or_0() -> None:
     none, full, some = np.zeros((20, 20), bool), np.ones((20, 20), bool), np.eye(20, dtype=bool)
     assert boundary_f(none, none) == 1
     assert boundary_f(none, some) == boundary_f(some, none) == 0
-    assert boundary_f(full, none) == 1, "the tool counts outlines alone"
+    assert boundary_f(full, none) == 1, "the tool compares outlines only"
 
 
-def test_each_object_counts_the_same_and_so_does_each_frame() -> None:
+def test_objects_and_frames_are_weighted_equally() -> None:
     truth = np.zeros((40, 40), np.uint8)
     truth[:10, :10], truth[20:, 20:] = 1, 2
     halved = truth.copy()
@@ -91,8 +91,8 @@ def test_void_pixels_of_the_truth_count_in_neither_mask() -> None:
     spilled, halved = np.where(truth == 255, 1, truth), np.where(truth == 255, 0, truth)
     halved[10:20] = 0
     palette = bytes(768)
-    assert frame_scores(spilled, LabelMap(truth, palette), [1]).tolist() == [[1, 1]], "into the void"
-    # Worked out by hand: half of the object is left; the void is neither the object's nor the mask's.
+    assert frame_scores(spilled, LabelMap(truth, palette), [1]).tolist() == [[1, 1]], "pixels in the void do not count"
+    # By hand: half of the object remains; the void belongs neither to object nor to mask.
     score = frame_scores(halved, LabelMap(truth, palette), [1])[0]
     assert score[0] == 0.5 and score[1] == boundary_f(halved == 1, truth == 1)
     assert frame_scores(spilled, LabelMap(truth), [1])[0, 0] == 0.5, "in a grey mask 255 is an object as any other"

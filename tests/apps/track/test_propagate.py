@@ -15,7 +15,7 @@ from dinocli.features.encoder import Encoder
 
 
 def plain(patches: torch.Tensor, sources: torch.Tensor, labels: torch.Tensor, rule: Rule) -> torch.Tensor:
-    """The definition, patch by patch."""
+    """Propagate patch by patch, as defined."""
     height, width, _ = patches.shape
     made = torch.zeros(labels.shape[1], height, width, dtype=patches.dtype)
     for i, j in product(range(height), range(width)):
@@ -33,7 +33,7 @@ def plain(patches: torch.Tensor, sources: torch.Tensor, labels: torch.Tensor, ru
 
 @pytest.mark.parametrize("rule", [Rule(radius=2), Rule(radius=12, top=3), Rule(radius=0, top=5, temperature=0.02)])
 @pytest.mark.parametrize("tile", [3, 16])
-def test_labels_go_as_the_plain_definition_has_it(monkeypatch: pytest.MonkeyPatch, rule: Rule, tile: int) -> None:
+def test_propagation_equals_the_plain_definition(monkeypatch: pytest.MonkeyPatch, rule: Rule, tile: int) -> None:
     monkeypatch.setattr(module, "_TILE", tile)
     torch.manual_seed(0)
     patches = F.normalize(torch.randn(5, 7, 4, dtype=torch.float64), dim=-1)
@@ -44,7 +44,7 @@ def test_labels_go_as_the_plain_definition_has_it(monkeypatch: pytest.MonkeyPatc
     )
 
 
-def test_patches_as_like_as_the_last_one_count_too() -> None:
+def test_ties_with_the_last_source_patch_are_included() -> None:
     same = F.normalize(torch.ones(1, 6, 3, dtype=torch.float64), dim=-1)
     labels = torch.zeros(1, 2, 1, 6, dtype=torch.float64)
     labels[0, 0, 0, :2], labels[0, 1, 0, 2:] = 1, 1
@@ -52,7 +52,7 @@ def test_patches_as_like_as_the_last_one_count_too() -> None:
     torch.testing.assert_close(made[:, 0, 0], torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
 
 
-def test_the_middle_of_a_patch_says_whose_it_is() -> None:
+def test_the_center_of_a_patch_decides_its_label() -> None:
     labels = np.zeros((6, 9), np.uint8)
     labels[4, 1] = 5
     hot = one_hot(labels, [0, 5], (2, 3))
@@ -60,7 +60,7 @@ def test_the_middle_of_a_patch_says_whose_it_is() -> None:
     assert (hot.sum(0) == 1).all()
 
 
-def test_shares_are_stretched_and_the_greatest_taken() -> None:
+def test_the_label_with_the_largest_stretched_share_is_chosen() -> None:
     torch.manual_seed(0)
     shares = torch.rand(3, 4, 5, dtype=torch.float64) * torch.tensor([1, 0.3, 0.1])[:, None, None]
     large = F.interpolate(shares[None], scale_factor=8, mode="bilinear", align_corners=False)[0]
@@ -69,11 +69,11 @@ def test_shares_are_stretched_and_the_greatest_taken() -> None:
         label /= label.max()
     torch.testing.assert_close(decide(shares, (32, 40)), large.argmax(0))
     gone = torch.stack([torch.ones(4, 5), torch.zeros(4, 5)])
-    assert not decide(gone, (8, 8)).any(), "an object that has gone stays away"
+    assert not decide(gone, (8, 8)).any(), "a vanished object does not return"
 
 
 def moving(frames: int, size: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """A speckled square that moves to the right over speckled ground, and where it is."""
+    """Yield frames of a speckled square that moves right over speckled ground, and its mask."""
     generator = np.random.default_rng(0)
     ground, thing = (generator.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(2))
     for i in range(frames):
@@ -83,7 +83,7 @@ def moving(frames: int, size: int = 64) -> Iterator[tuple[np.ndarray, np.ndarray
         yield frame, labels
 
 
-def test_a_thing_that_moves_is_followed(encoder: Encoder) -> None:
+def test_a_moving_object_is_tracked(encoder: Encoder) -> None:
     frames, truth = zip(*moving(5), strict=True)
     found = list(track(encoder, frames[0], truth[0], frames[1:], looking=Looking(short_side=64, layer=1)))
     assert len(found) == 4
@@ -94,15 +94,15 @@ def test_a_thing_that_moves_is_followed(encoder: Encoder) -> None:
         assert overlap > max(0.6, still)
 
 
-def test_every_frame_asks_the_first_and_the_last_few(monkeypatch: pytest.MonkeyPatch, encoder: Encoder) -> None:
-    asked = []
-    monkeypatch.setattr(module, "propagate", lambda p, s, t, r: asked.append(len(s)) or propagate(p, s, t, r))
+def test_each_frame_uses_the_first_and_the_last_few_frames(monkeypatch: pytest.MonkeyPatch, encoder: Encoder) -> None:
+    source_counts = []
+    monkeypatch.setattr(module, "propagate", lambda p, s, t, r: source_counts.append(len(s)) or propagate(p, s, t, r))
     frames, truth = zip(*moving(6), strict=True)
     list(track(encoder, frames[0], truth[0], frames[1:], Rule(previous=3), Looking(short_side=32)))
-    assert asked == [1, 2, 3, 4, 4]
+    assert source_counts == [1, 2, 3, 4, 4]
 
 
-def test_a_long_video_takes_no_more_memory_than_a_short_one(encoder: Encoder) -> None:
+def test_a_long_video_uses_no_more_memory_than_a_short_one(encoder: Encoder) -> None:
     frame, labels = next(moving(1))
 
     def follow(frames: int) -> int:

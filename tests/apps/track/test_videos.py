@@ -19,7 +19,7 @@ LOOKING = Looking(short_side=32, layer=1)
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
-    """Eleven frames, named without zeros before their numbers, of a speckled square that moves; and their masks."""
+    """Write eleven frames of a moving speckled square, without leading zeros in their names, and their masks."""
     generator = np.random.default_rng(0)
     ground, thing = (generator.integers(0, 256, (32, 112, 3), dtype=np.uint8) for _ in range(2))
     (tmp_path / "frames").mkdir()
@@ -31,14 +31,21 @@ def video(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_of_frames_becomes_masks_a_film_and_scores(video: Path, encoder: Encoder) -> None:
+def test_a_folder_of_frames_gives_masks_a_film_and_scores(video: Path, encoder: Encoder) -> None:
     files = open_frames(video / "frames")
     first = first_mask(video / "masks" / "f0.png", files, encoder.images)
-    told: list[int] = []
+    progress: list[int] = []
     done = track_video(
-        encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks", advance=told.append
+        encoder,
+        files,
+        first,
+        video / "out",
+        rule=Rule(),
+        looking=LOOKING,
+        truth=video / "masks",
+        advance=progress.append,
     )
-    assert done.frames == 11 and told[-1] == 11 and not done.skipped
+    assert done.frames == 11 and progress[-1] == 11 and not done.skipped
     assert sorted(path.stem for path in done.masks.iterdir()) == sorted(path.stem for path in files.files)
     np.testing.assert_array_equal(read_labels(done.masks / "f0.png").values, first[0].values)
     last = read_labels(done.masks / "f10.png")
@@ -48,11 +55,13 @@ def test_a_folder_of_frames_becomes_masks_a_film_and_scores(video: Path, encoder
     with Image.open(done.strip) as strip:
         assert strip.width > 4 * 112
     assert done.score.frames == done.still.frames == 9, "without the first and the last"
-    assert done.still.mean.j == pytest.approx(1 / 3 / 9), "half of the square is left in the second, then nothing"
+    assert done.still.mean.j == pytest.approx(1 / 3 / 9), (
+        "the squares overlap by half in the second frame, then not at all"
+    )
     assert done.score.mean.j > 0.6
 
 
-def test_frames_that_cannot_be_read_are_passed_over(video: Path, encoder: Encoder) -> None:
+def test_unreadable_frames_are_skipped(video: Path, encoder: Encoder) -> None:
     (video / "frames/f3.png").write_bytes(b"no image")
     Image.new("RGB", (20, 20)).save(video / "frames/f10.png")
     files = open_frames(video / "frames")
@@ -64,7 +73,7 @@ def test_frames_that_cannot_be_read_are_passed_over(video: Path, encoder: Encode
     assert "not an image" in reasons[0] and "another size: 20x20 pixels; the first frame has 112x32" in reasons[1]
 
 
-def test_a_bad_true_mask_costs_its_own_frames_score_alone(video: Path, encoder: Encoder) -> None:
+def test_a_bad_true_mask_skips_only_its_own_frame(video: Path, encoder: Encoder) -> None:
     files = open_frames(video / "frames")
     first = first_mask(video / "masks" / "f0.png", files, encoder.images)
     (video / "masks/f4.png").write_bytes(b"no image")
@@ -80,7 +89,7 @@ def test_a_bad_true_mask_costs_its_own_frames_score_alone(video: Path, encoder: 
         track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "masks")
 
 
-def test_the_void_of_a_first_mask_is_not_followed(video: Path, encoder: Encoder) -> None:
+def test_the_void_of_a_first_mask_is_not_tracked(video: Path, encoder: Encoder) -> None:
     files = open_frames(video / "frames")
     values = np.zeros((32, 112), np.uint8)
     values[8:24, :16], values[8:24, 40:80] = 1, 255
@@ -91,7 +100,7 @@ def test_the_void_of_a_first_mask_is_not_followed(video: Path, encoder: Encoder)
     assert set(done.score.objects) == {1}
 
 
-def test_what_does_not_belong_together_is_said(video: Path, encoder: Encoder) -> None:
+def test_masks_that_do_not_fit_the_frames_are_errors(video: Path, encoder: Encoder) -> None:
     files = open_frames(video / "frames")
     for name, values, palette, words in (
         ("small", np.ones((8, 8), np.uint8), None, "has 8x8 pixels; the first frame has 112x32"),
@@ -113,27 +122,27 @@ def test_what_does_not_belong_together_is_said(video: Path, encoder: Encoder) ->
         track_video(encoder, files, first, video / "out", rule=Rule(), looking=LOOKING, truth=video / "other")
 
 
-def test_an_object_in_no_patchs_middle_is_named(encoder: Encoder) -> None:
+def test_an_object_at_no_patch_center_is_reported(encoder: Encoder) -> None:
     values = np.zeros((32, 32), np.uint8)
     values[:16], values[31, 31] = 1, 2
     assert too_small(encoder, LabelMap(values), np.zeros((32, 32, 3), np.uint8), LOOKING) == [2]
 
 
-def test_objects_have_the_palettes_colors_and_all_else_its_own() -> None:
+def test_objects_are_drawn_in_the_palettes_colors() -> None:
     values = np.zeros((40, 40), np.uint8)
     values[10:30, 10:30] = 1
     grey = np.full((40, 40, 3), 100, np.uint8)
-    laid = overlay(grey, LabelMap(values, PALETTE))
-    np.testing.assert_array_equal(laid[values == 0], grey[values == 0])
-    assert laid[20, 20].tolist() == [60, 145, 68]
-    assert laid[10, 10].tolist() == [10, 200, 30]
+    drawn = overlay(grey, LabelMap(values, PALETTE))
+    np.testing.assert_array_equal(drawn[values == 0], grey[values == 0])
+    assert drawn[20, 20].tolist() == [60, 145, 68]
+    assert drawn[10, 10].tolist() == [10, 200, 30]
     values[:, :3] = 1
-    far = overlay(grey, LabelMap(values, PALETTE))[:, 39]
-    assert (far == 100).all(), "a line at the left side is not drawn at the right one"
-    assert not (overlay(grey, LabelMap(values)) == laid).all()
+    right_border = overlay(grey, LabelMap(values, PALETTE))[:, 39]
+    assert (right_border == 100).all(), "a line at the left side is not drawn at the right one"
+    assert not (overlay(grey, LabelMap(values)) == drawn).all()
 
 
-def test_a_video_files_frames_are_followed_and_their_masks_numbered(video: Path, encoder: Encoder) -> None:
+def test_a_video_file_is_tracked_and_its_masks_are_numbered(video: Path, encoder: Encoder) -> None:
     av = pytest.importorskip("av")
     with av.open(str(video / "v.mp4"), "w") as file:
         stream = file.add_stream("mpeg4", rate=25)
