@@ -18,10 +18,10 @@ from conftest import RESNET18, ROTARY, SMALL_HEADS, assert_same_features, of_cha
 from dinocli.core.errors import DinoError
 from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset, load_preset
-from dinocli.weights import official
 from dinocli.models.head import Head
 from dinocli.models.network import Network
 from dinocli.weights import export as exporting
+from dinocli.weights import official
 from dinocli.weights.checkpoint import Which, read_weights, write_checkpoint
 from dinocli.weights.export import ENDINGS, Format, export
 from dinocli.weights.load import load_encoder
