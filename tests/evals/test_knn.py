@@ -152,7 +152,7 @@ import numpy as np
 from dinocli.evals import knn as module
 from dinocli.evals import nearest
 from dinocli.features.store import Features, Provenance, read_features
-from dinocli.storing import write_features
+from dinocli.features.writer import write_features
 
 generator, provenance, names = np.random.default_rng(0), Provenance("x", "0", "cls", 1, 8, "d"), ["a", "b"]
 with write_features(Path(sys.argv[1]), provenance, names, dtype="float16", shard_bytes=2**25) as writer:

@@ -171,7 +171,11 @@ BAD = {
     "nested recipe": ({}, {"recipe": '{"a":' * 100_000}, "nested too deeply"),
     "nested classes": ({}, {"classes": "[" * 100_000}, "nested too deeply"),
     "a later recipe": ({}, {"recipe": json.dumps(vars(PROVENANCE) | {"novel": 1})}, "by a later version .* novel"),
-    "a recipe of words": ({}, {"recipe": json.dumps(vars(PROVENANCE) | {"blocks": "4"})}, "the recipe has blocks='4'"),
+    "a recipe of words": (
+        {},
+        {"recipe": json.dumps(vars(PROVENANCE) | {"blocks": "4"})},
+        "the provenance has blocks='4'",
+    ),
     "a short recipe": ({}, {"recipe": '{"source": "x"}'}, "its metadata cannot be read"),
     "classes of numbers": ({}, {"classes": "[1, 2]"}, "its metadata cannot be read"),
     "views that are not there": (

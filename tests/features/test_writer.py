@@ -149,7 +149,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from dinocli.features.store import Provenance, read_features
-from dinocli.storing import write_features
+from dinocli.features.writer import write_features
 
 def mine():  # what lies in memory but is no page of a file
     status = Path("/proc/self/status").read_text().split()
