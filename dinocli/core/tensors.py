@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors files written whole or row by row, read through memory maps, and their fingerprints."""
+"""Tensors on disk: safetensors files, loaded, mapped, and written at once or row by row; fingerprints of weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,51 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
 from dinocli.core.atomic import atomic
-from dinocli.core.checksums import KEY, crc_of, verified
+from dinocli.core.checksums import KEY, crc_of, parse, verified
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Names of types in the format, by numpy's name and the other way round.
-_FORMAT_DTYPES = {"float32": "F32", "float16": "F16", "int64": "I64", "uint8": "U8"}
-_DTYPES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "u1"}
-_HEADER_BYTES = 256  # most bytes per tensor in the header
-_ALIGNMENT = 8  # bytes
+# The format's types that numpy has; those with one byte have no byte order.
+_DTYPES = {
+    **{f"F{8 * size}": f"<f{size}" for size in (2, 4, 8)},
+    **{f"I{8 * size}": f"<i{size}" for size in (2, 4, 8)},
+    **{f"U{8 * size}": f"<u{size}" for size in (2, 4, 8)},
+    "I8": "|i1",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
+_KINDS = {dtype: kind for kind, dtype in _DTYPES.items()}
+_METADATA = "__metadata__"
+_HEADER = 100_000_000  # bytes, the format's limit
+_A_TENSOR = 256  # most bytes per tensor in the header
+_ALIGNED = 8
 _CHECKED_BYTES = 4 * 2**20  # a block that fits into the processor's cache
 Indices = NDArray[np.int64]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file. Only the header is read, so the file may be incomplete.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it has no valid header.
+    """
+    return _read_header(path)[0].get(_METADATA, {})
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Load the tensors of a safetensors file into memory. Return them and the metadata.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is corrupt or of another kind.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
 
 
 def map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
@@ -36,31 +69,57 @@ def map_tensors(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     If the file has a checksum, it is verified first, which reads the whole file; a large file only the first time.
 
     Raises:
-        SafetensorError: If the file is corrupt or of another kind, or holds types other than float32, float16, int64
-            and uint8.
+        OSError: If the file cannot be read.
+        ValueError: If it is corrupt or of another kind, or holds types that numpy lacks.
     """
-    with safe_open(path, framework="numpy") as file:  # checks that header and length agree
-        metadata = file.metadata() or {}
-    with path.open("rb") as opened:
-        header_size = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(header_size))
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # checks that header and length agree
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    header, start = _read_header(path)
+    metadata = header.get(_METADATA, {})
     known = metadata.pop(KEY, None)
-    if known is not None:
-        header["__metadata__"] = metadata
-        if not verified(path, known, 8 + header_size, header):
-            raise SafetensorError("its checksum does not match")
+    if known is not None and not verified(path, known, start, header):
+        raise ValueError("its checksum does not match")
     tensors: dict[str, NDArray[Any]] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
+    for name, told in header.items():
+        if name == _METADATA:
             continue
-        if entry["dtype"] not in _DTYPES:
-            raise SafetensorError(f"{name} has the type {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
-        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-        begin, end = entry["data_offsets"]
-        offset = 8 + header_size + begin
+        if told["dtype"] not in _DTYPES:
+            raise ValueError(f"{name} has the type {told['dtype']}; expected one of {', '.join(_DTYPES)}")
+        dtype, shape = _DTYPES[told["dtype"]], tuple(told["shape"])
+        begin, end = told["data_offsets"]
         # Empty tensors cannot be mapped.
-        tensors[name] = np.memmap(path, dtype, "r", offset, shape) if end > begin else np.empty(shape, dtype)
+        tensors[name] = np.memmap(path, dtype, "r", start + begin, shape) if end > begin else np.empty(shape, dtype)
     return tensors, metadata
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file, and the offset of its first tensor."""
+    with path.open("rb") as file:
+        room = int.from_bytes(file.read(8), "little")
+        if room > _HEADER:
+            raise ValueError("it is not a safetensors file")
+        header = parse(file.read(room))
+    if not isinstance(header, dict) or not isinstance(header.get(_METADATA, {}), dict):
+        raise ValueError("its header is not valid")
+    return header, 8 + room
+
+
+def _pack_header(header: Mapping[str, Any], room: int = 0) -> bytes:
+    """Return the bytes before the first tensor: length and JSON, padded with spaces to at least `room` characters.
+
+    Source: the format, https://github.com/huggingface/safetensors: length of the header, header, numbers.
+    """
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    room = max(room, len(text) + -len(text) % _ALIGNED)
+    return room.to_bytes(8, "little") + text.ljust(room)
+
+
+def _describe(kind: str, shape: Sequence[int], begin: int, end: int) -> dict[str, Any]:
+    """Return the entry of a tensor in the header."""
+    return {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
 
 
 def first_not_finite(values: NDArray[Any]) -> tuple[int, int] | None:
@@ -186,45 +245,44 @@ class TensorStream:
 
     def __init__(self, path: Path, names: Sequence[str], metadata: dict[str, str]) -> None:
         self._metadata = metadata
-        # The header comes first and states every tensor's shape, but shapes are known only at the end. So space is
-        # reserved for it, and later padded with blanks, as the format allows.
-        self._header_size = len(json.dumps({"__metadata__": metadata})) + _HEADER_BYTES * (2 * len(names) + 1)
-        self._header_size += -self._header_size % _ALIGNMENT
+        # The header comes first and holds every tensor's shape, but shapes are known only at the end. So it gets room
+        # in advance, padded with spaces, as the format allows.
+        self._start = len(_pack_header({_METADATA: metadata})) + _A_TENSOR * (2 * len(names) + 1)
         self._file = path.open("wb")
-        self._file.write(b" " * (8 + self._header_size))
+        self._file.write(b" " * self._start)
         self._files: dict[str, BinaryIO] = {names[0]: self._file}
         for name in names[1:]:
             self._files[name] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115, closed by `close`
-        self._entries: dict[str, dict[str, Any]] = {}  # types and shapes for the header
-        self._crc = 0  # of the tensor data in the final file so far
+        self._told: dict[str, tuple[str, list[int]]] = {}  # type and shape
+        self._crc = 0  # of the numbers written in place
 
     def append(self, name: str, rows: NDArray[Any]) -> None:
         """Add rows of the same type and size as the earlier ones. [B, ...]"""
-        count = self._entries.get(name, {"shape": [0]})["shape"][0]
-        self._entries[name] = {"dtype": _FORMAT_DTYPES[rows.dtype.name], "shape": [count + len(rows), *rows.shape[1:]]}
-        contiguous = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
-        self._files[name].write(contiguous.data)
-        if self._files[name] is self._file and contiguous.size:
-            self._crc = zlib.crc32(contiguous.data.cast("B"), self._crc)
+        plain = _plain(rows)
+        _, (there, *_) = self._told.get(name, ("", [0]))
+        self._told[name] = _KINDS[plain.dtype.str], [there + len(rows), *rows.shape[1:]]
+        self._files[name].write(plain.data)
+        if self._files[name] is self._file and plain.size:
+            self._crc = zlib.crc32(plain.data.cast("B"), self._crc)
 
     def finish(self) -> None:
         """Append the other tensors, write the header, and sync the file to disk."""
-        header: dict[str, Any] = {"__metadata__": self._metadata}
+        header: dict[str, Any] = {_METADATA: self._metadata}
         end = 0
         for name, file in self._files.items():
-            begin, end = end, end + file.tell() - (8 + self._header_size if file is self._file else 0)
+            begin, end = end, end + file.tell() - (self._start if file is self._file else 0)
             if file is not self._file:
                 file.seek(0)
                 while piece := file.read(1 << 20):
                     self._put(piece)
-            header[name] = self._entries[name] | {"data_offsets": [begin, end]}
-            if gap := -end % _ALIGNMENT:  # the next tensor may be int64; gaps are not allowed, so name the padding
-                self._put(b"\0" * gap)
-                header[f"padding of {name}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [end, end + gap]}
-                end += gap
-        header["__metadata__"] = self._metadata | {KEY: f"{crc_of(header, self._crc):08x}"}
+            header[name] = _describe(*self._told[name], begin, end)
+            if rest := -end % _ALIGNED:  # the next tensor may be int64; the format allows no holes, so this has a name
+                self._put(b"\0" * rest)
+                header[f"padding of {name}"] = _describe("U8", [rest], end, end + rest)
+                end += rest
+        header[_METADATA] = self._metadata | {KEY: f"{crc_of(header, self._crc):08x}"}
         self._file.seek(0)
-        self._file.write(self._header_size.to_bytes(8, "little") + json.dumps(header).encode().ljust(self._header_size))
+        self._file.write(_pack_header(header, self._start - 8))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -243,32 +301,26 @@ def write_tensors(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[s
 
     Raises:
         OSError: If the disk is full or the place is not writable.
-
-    Source: the format, https://github.com/huggingface/safetensors: length of the header, header, tensor data.
     """
-    # The safetensors library orders metadata differently each time, so it cannot write the same bytes twice.
-    ordered = {name: np.asarray(values, order="C") for name, values in tensors.items()}
-    ordered = {name: values.astype(values.dtype.newbyteorder("<"), copy=False) for name, values in ordered.items()}
+    # Not written by the library, which orders metadata differently each time.
+    plain = {name: _plain(values) for name, values in tensors.items()}
     # Wide types first, so that every tensor starts at a multiple of its item size.
-    names = sorted(ordered, key=lambda name: (-ordered[name].itemsize, name))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    names = sorted(plain, key=lambda name: (-plain[name].itemsize, name))
+    header: dict[str, Any] = {_METADATA: dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for name in names:
-        values, begin = ordered[name], end
+        values, begin = plain[name], end
         end += values.nbytes
-        header[name] = {"dtype": _name_dtype(values), "shape": values.shape, "data_offsets": (begin, end)}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+        header[name] = _describe(_KINDS[values.dtype.str], values.shape, begin, end)
     with atomic(path) as draft, draft.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(_pack_header(header))
         for name in names:
-            file.write(ordered[name].data)
+            file.write(plain[name].data)
 
 
-def _name_dtype(values: NDArray[Any]) -> str:
-    """Return the format's name of an array's type, such as F32, I64, U8 or BOOL."""
-    letters = {"f": "F", "i": "I", "u": "U"}
-    return "BOOL" if values.dtype.kind == "b" else f"{letters[values.dtype.kind]}{8 * values.itemsize}"
+def _plain(values: NDArray[Any]) -> NDArray[Any]:
+    """Return the numbers as the format stores them: contiguous, in little-endian order."""
+    return np.asarray(values, values.dtype.newbyteorder("<"), order="C")
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

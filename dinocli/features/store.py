@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from dinocli.core.checksums import parse, unseal
 from dinocli.core.errors import DinoError
@@ -233,7 +232,7 @@ def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[
         raise _format_damage(path.parent, f"{path.name} is missing")
     try:
         tensors, metadata = map_tensors(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise _format_damage(path, str(error)) from error
     if metadata.get("dinocli") != "features":
         raise DinoError(f"{path} holds no features", "create them with `dino extract CHECKPOINT DATA`")

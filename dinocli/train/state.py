@@ -12,8 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dinocli.core.atomic import atomic, atomic_folder, write_json
@@ -23,7 +21,7 @@ from dinocli.core.distributed import rank
 from dinocli.core.drafts import discard, sweep
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
-from dinocli.core.tensors import write_tensors
+from dinocli.core.tensors import load_tensors, write_tensors
 from dinocli.core.version import __version__
 from dinocli.data.sources.open import Source, TorchvisionImages
 from dinocli.data.sources.shards import Shards
@@ -285,6 +283,6 @@ def _checksum(path: Path) -> int:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except SafetensorError as error:
+        return load_tensors(path)[0]
+    except ValueError as error:
         raise KeyError(str(error)) from error

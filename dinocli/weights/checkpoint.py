@@ -13,17 +13,16 @@ from typing import Any, Literal
 import numpy as np
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dinocli.core.checksums import parse
 from dinocli.core.errors import DinoError, nearest
 from dinocli.core.runs import CHECKPOINT
-from dinocli.core.tensors import write_tensors
+from dinocli.core.tensors import load_tensors, write_tensors
 from dinocli.core.version import __version__
 from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig
-from dinocli.weights.identify import NAMES, foreign, kind_of
+from dinocli.weights.identify import NAMES, foreign, is_features, kind_of
 from dinocli.weights.official import timms_name, under_timms_keys
 
 Which = Literal["teacher", "student"]
@@ -179,15 +178,11 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if is_features(path):
+        raise DinoError(f"{path} is a file of features; expected a checkpoint", f"dino knn --features {path.parent}")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("dinocli") == "features":
-                raise DinoError(
-                    f"{path} is a file of features; expected a checkpoint", f"dino knn --features {path.parent}"
-                )
-            return {key: file.get_tensor(key) for key in list(file.keys())}, metadata
-    except SafetensorError as error:
+        return load_tensors(path)
+    except ValueError as error:
         _refuse_foreign(path)
         raise DinoError(
             f"{path} is damaged or not a safetensors file: {error}", "copy it again, or use another checkpoint"

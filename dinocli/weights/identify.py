@@ -11,6 +11,7 @@ from typing import Literal
 
 from dinocli.core.checksums import parse
 from dinocli.core.runs import CHECKPOINT
+from dinocli.core.tensors import read_metadata
 from dinocli.data.sources.frames import is_video
 from dinocli.data.sources.listing import ARRAY, SUFFIXES
 from dinocli.data.sources.open import TORCHVISION
@@ -113,13 +114,8 @@ def _folder(path: Path) -> Kind:
 def is_features(path: Path) -> bool:
     """Return whether a file holds features, or is the index of a folder of features, by its metadata."""
     try:
-        if path.name == INDEX:
-            said = parse(path.read_text(encoding="utf-8"))
-        else:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                said = parse(file.read(length)).get("__metadata__") if length < 10**6 else None
-    except (OSError, ValueError, AttributeError):
+        said = parse(path.read_text(encoding="utf-8")) if path.name == INDEX else read_metadata(path)
+    except (OSError, ValueError):
         return False
     return isinstance(said, dict) and said.get("dinocli") == "features"
 

@@ -4,11 +4,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from dinocli.core import tensors as module
-from dinocli.core.tensors import Rows, TensorStream, Texts, first_not_finite, map_tensors
+from dinocli.core.tensors import (
+    Rows,
+    TensorStream,
+    Texts,
+    first_not_finite,
+    load_tensors,
+    map_tensors,
+    read_metadata,
+    write_tensors,
+)
 
 
 def test_mapped_tensors_equal_the_file_and_are_memory_maps(tmp_path: Path) -> None:
@@ -27,13 +38,67 @@ def test_mapped_tensors_equal_the_file_and_are_memory_maps(tmp_path: Path) -> No
     assert isinstance(tensors["half"], np.memmap)
 
 
-def test_unsupported_types_and_truncated_files_are_refused(tmp_path: Path) -> None:
-    save_file({"x": np.zeros(4)}, tmp_path / "f.safetensors")
-    with pytest.raises(SafetensorError, match="F64"):
-        map_tensors(tmp_path / "f.safetensors")
-    (tmp_path / "f.safetensors").write_bytes((tmp_path / "f.safetensors").read_bytes()[:-1])
-    with pytest.raises(SafetensorError):
-        map_tensors(tmp_path / "f.safetensors")
+def test_other_numbers_and_damage_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    save_torch({"x": torch.zeros(4, dtype=torch.bfloat16)}, path)
+    with pytest.raises(ValueError, match="x has the type BF16; expected one of F16, F32"):
+        map_tensors(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    for read in (map_tensors, load_tensors):
+        with pytest.raises(ValueError, match="deserializing header"):
+            read(path)
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "nothing")
+
+
+NUMBERS = ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "bool"]
+
+
+def test_numbers_of_every_type_are_read_by_all_readers_and_by_the_library(tmp_path: Path) -> None:
+    made = {name: np.arange(6).reshape(2, 3).astype(name) for name in NUMBERS}
+    made["one"], made["turned"] = np.array(7.0, ">f4"), np.arange(6, dtype=np.float32).reshape(3, 2).T
+    path = tmp_path / "f.safetensors"
+    write_tensors(path, made, {"b": "ü", "a": "1"})
+    mapped, loaded = map_tensors(path), load_tensors(path)
+    assert mapped[1] == loaded[1] == read_metadata(path) == {"a": "1", "b": "ü"}
+    with safe_open(path, framework="numpy") as file:
+        for name, values in made.items():
+            assert mapped[0][name].dtype == values.dtype.newbyteorder("=")
+            assert loaded[0][name].dtype == getattr(torch, name, torch.float32)
+            for read in (mapped[0][name], loaded[0][name].numpy(), file.get_tensor(name)):
+                np.testing.assert_array_equal(read, values)
+
+
+def test_the_bytes_of_a_file_are_fixed(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    write_tensors(path, {"b": np.array([1], np.uint8), "a": np.array([-1, 2])}, {"z": "ü", "y": "1"})
+    header = '{"__metadata__":{"y":"1","z":"ü"},"a":{"dtype":"I64","shape":[2],"data_offsets":[0,16]},'
+    header += '"b":{"dtype":"U8","shape":[1],"data_offsets":[16,17]}}'
+    text = header.encode() + b" " * (-len(header.encode()) % 8)
+    assert path.read_bytes() == len(text).to_bytes(8, "little") + text + b"\xff" * 8 + b"\2" + bytes(7) + b"\1"
+    write_tensors(path, {"a": np.empty(0, np.float32)}, {})
+    assert b"__metadata__" not in path.read_bytes()
+    assert read_metadata(path) == {}
+
+
+def test_metadata_are_read_without_the_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    write_tensors(path, {"a": np.zeros(1000)}, {"dinocli": "features"})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4000])
+    assert read_metadata(path) == {"dinocli": "features"}
+    nested = b"[" * 100_000
+    corrupt = [
+        b"",
+        b"PK\3\4 and so on",
+        whole[:40],
+        b"\2" + bytes(7) + b"[]",
+        len(nested).to_bytes(8, "little") + nested,
+    ]
+    for bad in (*corrupt, b"\x18" + bytes(7) + b'{"__metadata__": "no"}  '):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"not|Expecting|Extra|Unterminated|nested"):
+            read_metadata(path)
 
 
 @pytest.mark.parametrize("cuts", [[], [3], [1, 2, 9]])

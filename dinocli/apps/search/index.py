@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import faiss
 import numpy as np
-from safetensors import SafetensorError
 
 from dinocli.core.atomic import atomic, atomic_folder, write_json
 from dinocli.core.checksums import crc_of_file, unseal, verified
@@ -188,7 +187,7 @@ def _read_index(values: Values, place: Path, kind: Kind, digest: str) -> Index |
             return None
         return Index(about, values, coarse, _read_distinct(place / _EQUAL, len(values), coarse.ntotal))
     # Rebuilding repairs any corrupt index.
-    except (OSError, ValueError, TypeError, LookupError, RuntimeError, SafetensorError):
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError):
         return None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dinocli.apps.segment.pairs import LabelledSet, Pairs
 from dinocli.apps.segment.patches import StoredPatches, store_patches
 from dinocli.core.errors import DinoError
-from dinocli.core.tensors import map_tensors, write_tensors
+from dinocli.core.tensors import load_tensors, write_tensors
 from dinocli.data.decode.pixels import Pixels
 from dinocli.data.sources.label_maps import IGNORED
 from dinocli.engine import trainer as engine
@@ -302,16 +302,14 @@ def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
     if not path.is_file():
         raise DinoError(f"{path} does not exist; expected a segmentation head", "dino segment --train DATA")
     try:
-        tensors, about = map_tensors(path)
+        tensors, about = load_tensors(path)
         if about.get("dinocli") != _KIND:
-            raise ValueError("its metadata does not say that it is a segmentation head")
-        weight, bias = (torch.from_numpy(np.array(tensors[name])) for name in ("weight", "bias"))
-        head = SegmentationHead(
-            weight, bias, json.loads(about["classes"]), int(about["short_side"]), about["fingerprint"]
-        )
+            raise ValueError("its metadata names no segmentation head")
+        classes, side = json.loads(about["classes"]), int(about["short_side"])
+        head = SegmentationHead(tensors["weight"], tensors["bias"], classes, side, about["fingerprint"])
         if not head.is_finite:
             raise ValueError("its weights are not finite")
-    # safetensors raises different exceptions for different kinds of corruption.
+    # Different damage raises different exceptions.
     except Exception as error:
         raise DinoError(f"{path} is no segmentation head: {error}", "dino segment --train DATA") from error
     if head.fingerprint != encoder.fingerprint:

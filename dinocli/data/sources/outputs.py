@@ -14,6 +14,7 @@ from typing import NamedTuple
 from dinocli.core.atomic import write_text
 from dinocli.core.checksums import parse
 from dinocli.core.distributed import rank
+from dinocli.core.tensors import read_metadata
 
 MARKER = ".dinocli"
 _COMMAND, _FILES = "written by dino", "files"
@@ -196,8 +197,8 @@ def _is_hub(folder: str) -> bool:
 def _is_tensors(path: str) -> bool:
     """Recognise features and checkpoints of this tool by the metadata in their header."""
     try:
-        return os.path.isfile(path) and b'"dinocli"' in _read_beginning(path)
-    except OSError:
+        return os.path.isfile(path) and "dinocli" in read_metadata(Path(path))
+    except (OSError, ValueError):
         return False
 
 

@@ -8,6 +8,7 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
+from dinocli.core.tensors import write_tensors
 from dinocli.data.sources import listing
 from dinocli.data.sources.open import image_folder, splits
 from dinocli.data.sources.outputs import MARKER, is_output, marked
@@ -135,7 +136,7 @@ def test_the_remembered_list_holds_no_output_either(photos: Path, monkeypatch: p
 def test_shards_and_splits_are_told_beside_outputs(tmp_path: Path) -> None:
     shards = touch(tmp_path / "s", "a.tar", "runs/t-1/preset.json", "runs/t-1/metrics.jsonl", "runs/t-1/curves.png")
     (shards / "features").mkdir()
-    (shards / "features" / "all.safetensors").write_bytes(b'        {"__metadata__":{"dinocli":"features"}}')
+    write_tensors(shards / "features" / "all.safetensors", {}, {"dinocli": "features"})
     with marked(shards, "search", [shards / "search.png"]):
         touch(shards, "search.png")
     assert is_shards(str(shards))
