@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -19,10 +20,10 @@ import typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from dinocli.cli import app
+from dinocli.cli.layout import PANELS, split_examples
 
 PAGE = Path(__file__).parent / "cli.md"
 _WIDTH = 80
-_METAVARS = {"int": "N", "float": "X", "Path": "PATH", "str": "TEXT"}
 _HEAD = """\
 # Commands
 
@@ -44,59 +45,81 @@ def main() -> None:
 
 def page() -> str:
     """Return the page: a table of the commands, then a section for each."""
-    commands = list(_commands(app, "dino"))
-    rows = [f"| [`{name}`](#{name.replace(' ', '-')}) | {_summary(callback)} |" for name, callback, _ in commands]
-    table = "\n".join(["| command | purpose |", "|---|---|", *rows])
-    return "\n".join([_HEAD, table, *(_section(*command) for command in commands), ""])
+    panels = [info.rich_help_panel for info in app.registered_commands]
+    commands = [c for panel in dict.fromkeys(panels) for c in _commands(app, "dino") if c.panel == panel]
+    rows = [f"| {c.panel} | [`{c.name}`](#{c.name.replace(' ', '-')}) | {_summary(c.text)} |" for c in commands]
+    table = "\n".join(["| panel | command | purpose |", "|---|---|---|", *rows])
+    return "\n".join([_HEAD, table, *map(_section, commands), ""])
 
 
-def _commands(group: typer.Typer, prefix: str) -> Iterator[tuple[str, Callable[..., Any], bool]]:
-    """Yield name, function and whether it has commands of its own, in the order of the help."""
-    for command in group.registered_commands:
-        if command.callback and not command.hidden:
-            name = command.name or command.callback.__name__.replace("_", "-")
-            yield f"{prefix} {name}", command.callback, False
+@dataclass(frozen=True)
+class Command:
+    """Command or group.
+
+    Attributes:
+        panel: Panel of the help.
+        name: Name, with `dino` and the name of its group.
+        text: Help text.
+        examples: Commands to type.
+        callback: Function. None for a group that only holds commands.
+        group: The command has commands of its own.
+    """
+
+    panel: str
+    name: str
+    text: str
+    examples: list[str]
+    callback: Callable[..., Any] | None
+    group: bool
+
+
+def _commands(group: typer.Typer, prefix: str, panel: str = "") -> Iterator[Command]:
+    """Yield the commands of a group, in the order of the help."""
+    for info in group.registered_commands:
+        if info.callback and not info.hidden:
+            name = f"{prefix} {info.name or info.callback.__name__.replace('_', '-')}"
+            text, examples = split_examples(info.callback)
+            yield Command(panel or str(info.rich_help_panel), name, text, examples, info.callback, group=False)
     for inner in group.registered_groups:
-        if inner.typer_instance and inner.typer_instance.registered_callback and not inner.hidden:
-            callback = inner.typer_instance.registered_callback.callback
-            assert callback
-            yield f"{prefix} {inner.name}", callback, True
-            yield from _commands(inner.typer_instance, f"{prefix} {inner.name}")
+        app, name, place = inner.typer_instance, f"{prefix} {inner.name}", panel or str(inner.rich_help_panel)
+        assert app
+        callback = app.registered_callback and app.registered_callback.callback
+        text, examples = split_examples(callback) if callback else (str(app.info.help), [])
+        yield Command(place, name, text, examples, callback, group=True)
+        yield from _commands(app, name, place)
 
 
-def _section(name: str, callback: Callable[..., Any], group: bool) -> str:
-    arguments: list[tuple[str, ArgumentInfo, Any, bool]] = []
+def _section(command: Command) -> str:
+    name, callback = command.name, command.callback
+    arguments: list[tuple[str, ArgumentInfo, bool]] = []
     panels: dict[str, list[tuple[str, OptionInfo, Any]]] = {}
-    hints = get_type_hints(callback, include_extras=True)
-    for key, parameter in inspect.signature(callback).parameters.items():
+    hints = get_type_hints(callback, include_extras=True) if callback else {}
+    for key, parameter in inspect.signature(callback).parameters.items() if callback else ():
         if get_origin(hints[key]) is not Annotated:
             continue
         kind, info = get_args(hints[key])[:2]
         if info.hidden:
             continue
         if isinstance(info, ArgumentInfo):
-            required = parameter.default is inspect.Parameter.empty
-            arguments.append((_argument_name(key, kind, info), info, kind, required))
+            arguments.append((str(info.metavar), info, parameter.default is inspect.Parameter.empty))
         else:
-            panels.setdefault(info.rich_help_panel or "Options", []).append(
+            panels.setdefault(str(info.rich_help_panel), []).append(
                 (_option_name(key, kind, info), info, parameter.default)
             )
-    words = [argument if required else f"[{argument}]" for argument, _, _, required in arguments]
-    usage = " ".join(["usage:", name, "[OPTIONS]", *words, *(["COMMAND"] if group else [])])
+    words = [argument if required else f"[{argument}]" for argument, _, required in arguments]
+    usage = " ".join(["usage:", name, "[OPTIONS]", *words, *(["COMMAND"] if command.group else [])])
     lines = [*textwrap.wrap(usage, _WIDTH, subsequent_indent="    "), ""]
-    for paragraph in (inspect.getdoc(callback) or "").split("\n\n"):
+    for paragraph in command.text.split("\n\n"):
         lines += [*textwrap.wrap(" ".join(paragraph.split()), _WIDTH, break_on_hyphens=False), ""]
     if arguments:
-        lines += [
-            "Arguments:",
-            *(line for argument, info, _, _ in arguments for line in _entry(argument, info, [])),
-            "",
-        ]
-    for panel, options in panels.items():
+        lines += ["Arguments:", *(line for argument, info, _ in arguments for line in _entry(argument, info, [])), ""]
+    for panel in (panel for panel in PANELS if panel in panels):
         lines.append(f"{panel}:")
-        for option, info, default in options:
+        for option, info, default in panels[panel]:
             lines += _entry(option, info, _notes(option, info, default))
         lines.append("")
+    if command.examples:
+        lines += ["Examples:", *(f"  {example}" for example in command.examples), ""]
     return "\n".join(["", f"## {name}", "", "```text", *lines[:-1], "```"])
 
 
@@ -122,12 +145,6 @@ def _notes(name: str, info: OptionInfo, default: Any) -> list[str]:
     return notes
 
 
-def _argument_name(key: str, kind: Any, info: ArgumentInfo) -> str:
-    if info.metavar:
-        return info.metavar if " " in info.metavar else info.metavar.strip("[]")
-    return key.upper().replace("_", "-") + ("..." if _is_list(kind) else "")
-
-
 def _option_name(key: str, kind: Any, info: OptionInfo) -> str:
     # In Annotated the first name of an option stands where its default would.
     decls = [*([info.default] if isinstance(info.default, str) else []), *(info.param_decls or [])]
@@ -135,7 +152,7 @@ def _option_name(key: str, kind: Any, info: OptionInfo) -> str:
     if _plain_kind(kind) is bool:
         return ", ".join(decls).replace("/", ", ") or f"--{dashed}, --no-{dashed}"
     names = ", ".join(decl for decl in decls if decl.startswith("-")) or f"--{dashed}"
-    return f"{names} {info.metavar or _metavar(_plain_kind(kind))}" + (" ..." if _is_list(kind) else "")
+    return f"{names} {info.metavar}" + (" ..." if _is_list(kind) else "")
 
 
 def _plain_kind(kind: Any) -> Any:
@@ -149,15 +166,8 @@ def _is_list(kind: Any) -> bool:
     return get_origin(kind) is list or any(get_origin(inner) is list for inner in get_args(kind))
 
 
-def _metavar(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(map(str, get_args(kind)))
-    return _METAVARS.get(kind.__name__, "VALUE")
-
-
-def _summary(callback: Callable[..., Any]) -> str:
-    paragraph = (inspect.getdoc(callback) or "").split("\n\n")[0]
-    return " ".join(paragraph.split())
+def _summary(text: str) -> str:
+    return " ".join(text.split("\n\n")[0].split())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from dinocli.cli import console
+from dinocli.cli import console, eval_copies, eval_match, eval_retrieval, eval_segment, eval_track
 from dinocli.cli.attn_map import attn_map
 from dinocli.cli.curate import curate
 from dinocli.cli.dedup import dedup
@@ -27,6 +27,7 @@ from dinocli.cli.pack import pack
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
 from dinocli.cli.push import push
+from dinocli.cli.renamed import renew
 from dinocli.cli.search import search
 from dinocli.cli.segment import segment
 from dinocli.cli.track import track
@@ -42,23 +43,26 @@ app = App(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command()(doctor)
-app.command()(pack)
-app.command()(pretrain)
-app.command()(extract)
-app.command()(knn)
-app.command()(linear)
-app.command()(search)
-app.command()(dedup)
-app.command()(curate)
-app.command()(attn_map)
-app.command()(match)
-app.command()(track)
-app.command()(segment)
-app.command()(export)
-app.command()(push)
-app.add_typer(presets, name="presets")
-app.command()(demo)
+# The order of the help, which is the order of use. Groups come after the commands of their panel.
+for panel, commands in {
+    "Start": (demo, doctor),
+    "Main job": (pretrain, extract, knn, linear, attn_map),
+    "Find": (search, dedup, curate),
+    "Look": (segment, match, track),
+    "Share": (pack, export, push),
+}.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
+app.add_typer(presets, name="presets", rich_help_panel="Start")
+scores = App(
+    help="Score a network on labelled data: retrieval, copies, segments, matches, tracks.", no_args_is_help=True
+)
+scores.command()(eval_retrieval.retrieval)
+scores.command()(eval_copies.copies)
+scores.command()(eval_segment.segment)
+scores.command()(eval_match.match)
+scores.command()(eval_track.track)
+app.add_typer(scores, name="eval", rich_help_panel="Main job")
 
 
 _SHARED = ("pretrain", "extract")  # run in several processes too
@@ -101,8 +105,11 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # At exit, garbage collection would scan half a million objects of torch, which takes a second.
     atexit.register(gc.freeze)
+    words, note = renew(sys.argv[1:])
+    if note:
+        console.say(f"note: {note}")
     try:
-        code = app(prog_name="dino", standalone_mode=False)
+        code = app(words, prog_name="dino", standalone_mode=False)
         if code == 130:  # typer's exit code for Ctrl-C, without a message
             console.say("stopped")
         sys.stdout.flush()
@@ -119,7 +126,7 @@ def main() -> None:
     except OSError as failure:
         code = _print_error(*_explain(failure))
     except Exception as error:
-        code = _handle_error(error)
+        code = _handle_error(error, words)
     if code and distributed.size() > 1:
         sys.stdout.flush()
         os._exit(code)  # at once: closing the process group would wait for processes that have ended
@@ -133,7 +140,7 @@ def _print_error(message: str, hint: str) -> int:
     return 1
 
 
-def _handle_error(error: Exception) -> int:
+def _handle_error(error: Exception, typed: list[str]) -> int:
     """Print a usage error, lack of memory or loss of a process, and return the exit code; re-raise others as bugs."""
     words = str(error)
     if getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message"):
@@ -142,10 +149,10 @@ def _handle_error(error: Exception) -> int:
             for line in words.splitlines() or [""]:
                 console.say(line)
         else:
-            _print_error(*explain(error, sys.argv[1:]))
+            _print_error(*explain(error, typed))
         return 2
     if isinstance(error, MemoryError) or "out of memory" in words.lower() or "can't allocate memory" in words:
-        return _print_error("not enough memory for this command", "use a smaller --batch-size or --size")
+        return _print_error("not enough memory for this command", "use a smaller --batch-size, --size or --short-side")
     if distributed.lost(error):
         return _print_error(
             "another process of this run has ended or can no longer be reached",

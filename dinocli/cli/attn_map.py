@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, Settings, ShortSide, encoder_from, output_place
+from dinocli.cli.layout import METHOD, OUTPUT
+from dinocli.cli.options import (
+    Checkpoint,
+    Device,
+    Json,
+    Mass,
+    NetworkName,
+    Settings,
+    ShortSide,
+    encoder_from,
+    output_place,
+)
 from dinocli.cli.places import photo_places
 from dinocli.cli.words import Misuse
 from dinocli.core.errors import DinoError
@@ -23,32 +34,50 @@ def attn_map(
     images: Annotated[
         list[Path],
         typer.Argument(
-            callback=photo_places, help="Photos, and folders of photos; with --film: folders of frames, and videos."
+            metavar="IMAGES...",
+            callback=photo_places,
+            help="Photos, and folders of photos; with --film: folders of frames, and videos.",
         ),
     ],
     checkpoint: Checkpoint = None,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("attention"),
-    keep: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the attention mass inside the masks.")] = 0.6,
-    size: ShortSide = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Also write the attention maps as safetensors.")] = False,
+    network: NetworkName = "teacher",
+    mass: Mass = 0.6,
+    short_side: ShortSide = None,
+    head: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --film: attention head. Default: the mean of all.", rich_help_panel=METHOD),
+    ] = None,
+    overrides: Settings = None,
+    device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.", rich_help_panel=OUTPUT)] = Path("attention"),
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Also write the attention maps as safetensors.", rich_help_panel=OUTPUT)
+    ] = False,
     film: Annotated[
         Literal["strip", "gif", "mp4"] | None,
         typer.Option(
             help="Draw the frames of a folder or video as one picture: a strip of eight frames, or an animation of all "
-            "frames beside their maps. All maps share one color scale."
+            "frames beside their maps. All maps share one color scale.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    head: Annotated[int | None, typer.Option(min=1, help="With --film: attention head; the mean by default.")] = None,
     fps: Annotated[
         float | None,
-        typer.Option(min=0.1, max=240, help="With --film: frames per second. Default: the video's, else 24."),
+        typer.Option(
+            min=0.1,
+            max=240,
+            help="With --film: frames per second. Default: those of the video, else 24.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
-    network: NetworkName = "teacher",
-    overrides: Settings = None,
-    device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Draw the last block's attention per head, in color and as masks, beside the photo; with --film, over a video."""
+    """Draw the last block's attention per head, in color and as masks, beside the photo; with --film, over a video.
+
+    Examples:
+        dino attn-map img.jpg
+        dino attn-map ./frames --film gif --head 1 --checkpoint runs/tiny-1
+    """
     if film and raw:
         raise Misuse("--raw writes maps of photos only; it cannot be combined with --film", "omit --raw or --film")
     if not film and (head or fps):
@@ -70,20 +99,20 @@ def attn_map(
     encoder = encoder_from(checkpoint, device, network, overrides)
     with marked(out, "attn-map", made):
         if film:
-            _draw_films(encoder, films, out, film, head, size, fps, json)
+            _draw_films(encoder, films, out, film, head, short_side, fps, json)
         else:
-            _draw_photos(encoder, files, out, keep, size, raw, json)
+            _draw_photos(encoder, files, out, mass, short_side, raw, json)
 
 
 def _draw_photos(
-    encoder: Encoder, files: dict[Path, Path], out: Path, keep: float, size: int | None, raw: bool, json: bool
+    encoder: Encoder, files: dict[Path, Path], out: Path, mass: float, short_side: int | None, raw: bool, json: bool
 ) -> None:
     from dinocli.apps.attention.sheets import draw
 
     drawn, skipped = [], {}
     with console.progress("attn-map", len(files), "images") as advance:
         for done, (path, name) in enumerate(files.items(), 1):
-            result = draw(encoder, path, out / name, keep=keep, size=size, raw=raw)
+            result = draw(encoder, path, out / name, keep=mass, size=short_side, raw=raw)
             if isinstance(result, str):
                 skipped[str(path)] = result
             else:
@@ -107,7 +136,7 @@ def _draw_films(
     out: Path,
     form: Form,
     head: int | None,
-    size: int | None,
+    short_side: int | None,
     fps: float | None,
     json: bool,
 ) -> None:
@@ -120,7 +149,7 @@ def _draw_films(
     for name, frames in films.items():
         path = out / f"{name}{ENDINGS[form]}"
         with console.progress(f"attn-map {name}", frames.count, "frames") as advance:
-            made.append(film(encoder, frames, path, form, head=head, size=size, rate=rate, report=advance))
+            made.append(film(encoder, frames, path, form, head=head, size=short_side, rate=rate, report=advance))
         for bad, reason in made[-1].skipped.items():
             console.say(f"note: skipped {bad} of {frames.where}: {reason}")
         if not json:

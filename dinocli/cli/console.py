@@ -71,18 +71,27 @@ def out_json(value: Any) -> None:
         out(line)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-    """Print a table, on stdout, with columns of numbers right-aligned, except the first column."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None, lines: bool = False
+) -> None:
+    """Print a table, on stdout, with columns of numbers right-aligned, except the first column.
+
+    Args:
+        columns: Names of the columns.
+        rows: Cells of each row; those of `lines` may have several lines.
+        title: Line above the table.
+        lines: Draw lines between rows.
+    """
     if title:
         _data.print(_escape(title), style="bold")
-    drawn = Table()
+    drawn = Table(show_lines=lines)
     for i, name in enumerate(columns):
         numbers = all(row[i].replace(".", "").replace("-", "").replace("%", "").isdigit() for row in rows if row[i])
         # The row's name stays on one line, to be copied, unless it is long, as a path may be.
         whole = i == 0 and all(len(visible(row[0])) <= _NAME for row in rows)
         drawn.add_column(_escape(name), justify="right" if i and numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
-        drawn.add_row(*map(_escape, row))
+        drawn.add_row(*("\n".join(map(_escape, cell.split("\n") if lines else [cell])) for cell in row))
     _data.print(drawn, soft_wrap=False)
 
 

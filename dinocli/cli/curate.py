@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dinocli.cli import console
+from dinocli.cli.layout import METHOD, OUTPUT
 from dinocli.cli.options import DataNow, Json, Threshold, listed, output_place
 from dinocli.cli.places import feature_places, features_place
 from dinocli.core.errors import DinoError
@@ -19,41 +20,57 @@ if TYPE_CHECKING:
 
 
 def curate(
-    pool: Annotated[Path, typer.Argument(callback=features_place, help="Folder of features of the pool.")],
+    pool: Annotated[
+        Path, typer.Argument(metavar="POOL", callback=features_place, help="Folder of features of the pool.")
+    ],
     like: Annotated[
         Path | None,
         typer.Option(
-            callback=features_place, help="Folder of features of seed images; select their nearest neighbours."
+            callback=features_place,
+            help="Folder of features of seed images; select their nearest neighbours.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
+    k: Annotated[
+        int, typer.Option("--k", min=1, help="Number of nearest neighbours to select per seed.", rich_help_panel=METHOD)
+    ] = 4,
     without: Annotated[
         list[Path] | None,
         typer.Option(
             callback=feature_places,
             help="Folder of features, such as of a test set; images near to these are dropped. May be repeated.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Nearest neighbours per seed.")] = 4,
+    threshold: Threshold = None,
     clusters: Annotated[
         int | None,
         typer.Option(
             min=1,
             help="Select from N k-means clusters of the pool instead: those with more than three seeds, or all "
             "without --like.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
-    each: Annotated[int, typer.Option(min=1, help="With --clusters: images drawn per cluster.")] = 100,
-    threshold: Threshold = None,
-    seed: Annotated[int, typer.Option(min=0, help="With --clusters: seed of k-means and of the draw.")] = 0,
-    out: Annotated[Path, typer.Option(help="Output list, which `dino pretrain` reads as its images.")] = Path(
-        "curated.txt"
-    ),
+    each: Annotated[
+        int, typer.Option(min=1, help="With --clusters: images drawn per cluster.", rich_help_panel=METHOD)
+    ] = 100,
+    seed: Annotated[
+        int, typer.Option(min=0, help="With --clusters: seed of k-means and of the draw.", rich_help_panel=METHOD)
+    ] = 0,
     data: DataNow = None,
+    out: Annotated[
+        Path, typer.Option(help="Output list, which `dino pretrain` reads as its images.", rich_help_panel=OUTPUT)
+    ] = Path("curated.txt"),
     json: Json = False,
 ) -> None:
     """Select images from a pool: nearest to seed images, or balanced over clusters.
 
     With --threshold, first drop images near to those of --without and all their duplicates, then other duplicates.
+
+    Examples:
+        dino curate pool --like seeds --without val --threshold 0.9997
+        dino curate pool --clusters 1000 --each 100 --out balanced.txt
     """
     out = output_place(out, file="curated.txt")
     if not like and not clusters:

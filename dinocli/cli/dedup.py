@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from dinocli.cli import console
+from dinocli.cli.layout import OUTPUT
 from dinocli.cli.options import (
     DataNow,
     FeatureFolder,
@@ -26,15 +27,21 @@ _SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the images; the 
 def dedup(
     features: FeatureFolder = None,
     threshold: Threshold = None,
-    out: Annotated[Path, typer.Option(help="Folder for the list, the histogram and the sheets.")] = Path("dedup"),
-    pages: Annotated[int, typer.Option(min=0, help="Sheets to draw, with 20 groups each.")] = 5,
     data: DataNow = None,
     overrides: Limits = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the list, the histogram and the sheets.", rich_help_panel=OUTPUT)
+    ] = Path("dedup"),
+    pages: Annotated[int, typer.Option(min=0, help="Sheets to draw, with 20 groups each.", rich_help_panel=OUTPUT)] = 5,
     json: Json = False,
 ) -> None:
     """Find near-duplicates by the cosine similarity of their features, draw them, and list the images to keep.
 
     The right threshold depends on the network. Without --threshold, a histogram and a table help to choose one.
+
+    Examples:
+        dino dedup --features features
+        dino dedup --features features --threshold 0.9997
     """
     out = output_place(out)
     folder = features_or_newest(features)

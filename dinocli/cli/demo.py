@@ -9,21 +9,29 @@ from typing import Annotated
 import typer
 
 from dinocli.cli import console
+from dinocli.cli.layout import OUTPUT
 from dinocli.cli.options import Device, Json, Workers, output_place
 from dinocli.core.errors import DinoError
 
 
 def demo(
-    out: Annotated[
-        Path, typer.Option(help="Folder for images, run, features and pictures: new, or of a demo to resume.")
-    ] = Path("dino-demo"),
     workers: Workers = None,
     device: Device = "auto",
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for images, run, features and pictures: new, or of a demo to resume.", rich_help_panel=OUTPUT
+        ),
+    ] = Path("dino-demo"),
     json: Json = False,
 ) -> None:
     """Generate an image set, pretrain on it without labels, and compare the features with baselines.
 
     The same command resumes a stopped demo.
+
+    Examples:
+        dino demo
+        dino demo --out second-demo --device cpu
     """
     out = output_place(out)
     from dinocli.data.sources.outputs import is_fresh, marked

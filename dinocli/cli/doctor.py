@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dinocli.cli import console
+from dinocli.cli.layout import METHOD
 from dinocli.cli.options import Device, Json, Limits
 from dinocli.cli.places import images_place
 from dinocli.core.errors import DinoError
@@ -34,16 +35,23 @@ def doctor(
     images: Annotated[
         str | None,
         typer.Argument(
-            metavar="[IMAGES]", callback=images_place, help="As for `dino pretrain`. Default: check the machine alone."
+            metavar="IMAGES", callback=images_place, help="As for `dino pretrain`. Default: check the machine alone."
         ),
     ] = None,
-    sample: Annotated[int, typer.Option(min=1, help="Number of images to decode; all if there are fewer.")] = 2000,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.")] = 0,
+    sample: Annotated[
+        int, typer.Option(min=1, help="Number of images to decode; all if there are fewer.", rich_help_panel=METHOD)
+    ] = 2000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sample.", rich_help_panel=METHOD)] = 0,
     overrides: Limits = None,
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Check the machine and the images, and print the recommended command; change nothing."""
+    """Check the machine and the images, and print the recommended command; change nothing.
+
+    Examples:
+        dino doctor
+        dino doctor ./images --sample 500
+    """
     source = None
     if images is not None:
         from dinocli.data.sources.open import open_source

@@ -8,57 +8,89 @@ from typing import Annotated, Literal
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.options import Json, NetworkName, Settings, Size, Tokens, checkpoint_or_newest, output_place
+from dinocli.cli.layout import METHOD, OUTPUT
+from dinocli.cli.options import (
+    Json,
+    NetworkName,
+    SameCheckpoint,
+    ShapeSettings,
+    Size,
+    Tokens,
+    checkpoint_or_newest,
+    one_checkpoint,
+    output_place,
+)
 from dinocli.cli.words import Misuse
 from dinocli.core.runs import CHECKPOINT
 
 
 def export(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="Run folder, ckpt.safetensors, or official .pth. Default: ./ckpt.safetensors, else the newest run.",
+        ),
+    ] = None,
+    checkpoint: SameCheckpoint = None,
+    network: NetworkName = "teacher",
+    tokens: Tokens = "cls",
+    size: Size = None,
+    projection_head: Annotated[
+        bool,
+        typer.Option(
+            "--projection-head",
+            help="With --to official: include the projection head, as in a full checkpoint.",
+            rich_help_panel=METHOD,
+        ),
+    ] = False,
+    overrides: ShapeSettings = None,
+    *,
     to: Annotated[
         Literal["official", "timm", "onnx", "torch-export"],
         typer.Option(
+            metavar="FORMAT",
             help="official: a .pth for facebookresearch/dino. timm: a folder that create_model loads. "
-            "onnx, torch-export: a graph from images to features."
+            "onnx, torch-export: a graph from images to features.",
+            rich_help_panel=OUTPUT,
         ),
     ],
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RUN]", help="Run folder, ckpt.safetensors, or official .pth; by default the newest weights."
-        ),
-    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Output file, or folder for timm; by default named after the run and network. An existing file is "
-            "replaced, a folder only if an export made it, the source never."
+            help="Output file, or folder for timm. Default: named after the run and network. An existing file is "
+            "replaced, a folder only if an export made it, the source never.",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    heads: Annotated[
-        bool, typer.Option("--heads", help="official: include the head, as in a full checkpoint.")
-    ] = False,
-    tokens: Tokens = "cls",
-    size: Size = None,
-    network: NetworkName = "teacher",
-    overrides: Settings = None,
     json: Json = False,
 ) -> None:
-    """Export a trained backbone for another library, load it with that library, and compare the features."""
+    """Export a trained backbone for another library, load it with that library, and compare the features.
+
+    Examples:
+        dino export --to onnx
+        dino export runs/tiny-1 --to official --projection-head --out tiny.pth
+    """
     graph = to in ("onnx", "torch-export")
-    if heads and to != "official":
-        raise Misuse(f"--heads needs --to official; this is --to {to}", "remove --heads, or use --to official")
+    if projection_head and to != "official":
+        raise Misuse(
+            f"--projection-head needs --to official; this is --to {to}",
+            "remove --projection-head, or use --to official",
+        )
     if not graph and (tokens != "cls" or size):
         raise Misuse(
             f"--tokens and --size are only for the graphs of --to onnx and --to torch-export; this is --to {to}",
             "remove them, or use --to onnx",
         )
-    source = checkpoint_or_newest(run)
+    source = checkpoint_or_newest(one_checkpoint(source, checkpoint))
 
     from dinocli.weights.export import ENDINGS, export
 
-    name = _name(Path(source), to, network, heads) + ENDINGS[to]
+    name = _name(Path(source), to, network, projection_head) + ENDINGS[to]
     target = output_place(out, file="" if to == "timm" else name) if out else Path(name)
-    done = export(source, to, target, which=network, heads=heads, tokens=tokens, size=size, overrides=overrides or [])
+    done = export(
+        source, to, target, which=network, heads=projection_head, tokens=tokens, size=size, overrides=overrides or []
+    )
     for note in done.notes:
         console.say(f"note: {note}")
     exact = f"relative difference {done.difference:.1g}" if done.difference else "bit for bit"

@@ -8,16 +8,19 @@ from typing import Annotated, Literal
 import typer
 
 from dinocli.cli import console
+from dinocli.cli.layout import METHOD, OUTPUT, SPEED
 from dinocli.cli.options import (
     Device,
     Json,
     NetworkName,
+    SameCheckpoint,
     Settings,
     Size,
     Tokens,
     Workers,
     compiles,
     encoder_from,
+    one_checkpoint,
     output_place,
 )
 from dinocli.cli.places import checkpoint_and_images
@@ -29,47 +32,66 @@ def extract(
         typer.Argument(
             metavar="[CHECKPOINT] DATA",
             callback=checkpoint_and_images,
-            help="Run folder, ckpt.safetensors, official .pth "
-            "of DINO or DINOv2, or timm:NAME (default: the newest weights); then images as for `dino pretrain`, with "
-            "class folders for labels, or with train/ and val/.",
+            help="Run folder, ckpt.safetensors, official .pth of DINO or DINOv2, or timm:NAME. Default: "
+            "./ckpt.safetensors, else the newest run. Then images as for `dino pretrain`, with class folders for "
+            "labels, or with train/ and val/.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the feature files.")] = Path("features"),
+    checkpoint: SameCheckpoint = None,
+    network: NetworkName = "teacher",
     tokens: Tokens = "cls",
-    blocks: Annotated[int, typer.Option(min=1, help="Concatenate the tokens of the last N blocks.")] = 1,
+    blocks: Annotated[
+        int, typer.Option(min=1, help="Concatenate the tokens of the last N blocks.", rich_help_panel=METHOD)
+    ] = 1,
     size: Size = None,
-    dtype: Annotated[
-        Literal["float32", "float16"], typer.Option(help="Type of the stored numbers; float16 takes half the space.")
-    ] = "float32",
     views: Annotated[
         int,
         typer.Option(
             min=0,
             help="Also store features of N random views of each training image, for `dino linear`; each view costs as "
             "much as the image itself.",
+            rich_help_panel=METHOD,
         ),
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the random views of --views.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random views of --views.", rich_help_panel=METHOD)] = 0,
+    overrides: Settings = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images per batch. Default: 64 on a CPU, 256 elsewhere.", rich_help_panel=SPEED),
+    ] = None,
     precision: Annotated[
         Literal["bfloat16", "float32"],
-        typer.Option(help="Precision of matrix products; bfloat16 needs device support and is at least twice as fast."),
+        typer.Option(
+            help="Precision of matrix products; bfloat16 needs device support and is at least twice as fast.",
+            rich_help_panel=SPEED,
+        ),
     ] = "bfloat16",
     compiled: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the transformer blocks with torch.compile (about a minute to start)."),
+        typer.Option(
+            "--compile",
+            help="Compile the transformer blocks with torch.compile (about a minute to start).",
+            rich_help_panel=SPEED,
+        ),
     ] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per batch; by default 64 on a CPU and 256 elsewhere.")
-    ] = None,
-    network: NetworkName = "teacher",
-    overrides: Settings = None,
     workers: Workers = None,
     device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the feature files.", rich_help_panel=OUTPUT)] = Path("features"),
+    dtype: Annotated[
+        Literal["float32", "float16"],
+        typer.Option(help="Type of the stored numbers; float16 takes half the space.", rich_help_panel=OUTPUT),
+    ] = "float32",
     json: Json = False,
 ) -> None:
-    """Extract features of images into one file per split, with labels, class names and paths."""
+    """Extract features of images into one file per split, with labels, class names and paths.
+
+    Examples:
+        dino extract ckpt.safetensors ./data
+        dino extract timm:vit_small_patch14_dinov2.lvd142m ./data --size 224
+    """
     from dinocli.data.sources.open import splits
 
+    given = one_checkpoint(paths[0] if len(paths) == 2 else None, checkpoint)
     out = output_place(out)
     data = paths[-1]
     parts = splits(data)
@@ -84,7 +106,7 @@ def extract(
     from dinocli.features.store import learned_from
 
     picked = pick_device(device)
-    encoder = encoder_from(paths[0] if len(paths) == 2 else None, device, network, overrides)
+    encoder = encoder_from(given, device, network, overrides)
     size = whole_patches(encoder, size)
     encoder = quick(encoder, precision, compiled=compiled and compiles(picked, asked=True))
     written = []

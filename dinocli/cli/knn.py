@@ -8,22 +8,30 @@ from typing import Annotated
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.options import FeatureFolder, Json, features_or_newest
+from dinocli.cli.layout import METHOD
+from dinocli.cli.options import FeatureFolder, Json, Temperature, features_or_newest
 from dinocli.core.errors import DinoError
 
 
 def knn(
+    features: FeatureFolder = None,
     k: Annotated[
         list[int] | None,
-        typer.Option("--k", help="Nearest neighbours that vote; may be repeated. Default: 10 and 20, or all if fewer."),
+        typer.Option(
+            "--k",
+            help="Number of nearest neighbours that vote; may be repeated. Default: 10 and 20, or all if fewer.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
-    features: FeatureFolder = None,
-    temperature: Annotated[
-        float, typer.Option(min=1e-4, help="Temperature of the vote weights exp(similarity / temperature).")
-    ] = 0.07,
+    temperature: Temperature = 0.07,
     json: Json = False,
 ) -> None:
-    """Evaluate features by a weighted k-NN vote in cosine similarity, as the DINO paper does."""
+    """Evaluate features by a weighted k-NN vote in cosine similarity, as the DINO paper does.
+
+    Examples:
+        dino knn
+        dino knn --features features --k 10 --k 20
+    """
     folder = features_or_newest(features)
 
     from dinocli.evals.knn import knn, votable

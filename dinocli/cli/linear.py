@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dinocli.cli import console
+from dinocli.cli.layout import METHOD
 from dinocli.cli.options import (
     Checkpoint,
     Device,
@@ -29,12 +30,16 @@ if TYPE_CHECKING:
 
 def linear(
     features: FeatureFolder = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Training epochs.")] = 100,
+    epochs: Annotated[int, typer.Option(min=1, help="Training epochs.", rich_help_panel=METHOD)] = 100,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images per step. Default: 256, or 1024 with --paper.")
+        int | None,
+        typer.Option(min=1, help="Images per step. Default: 256, or 1024 with --paper.", rich_help_panel=METHOD),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the initial weights, the image order and the held-out split.")
+        int,
+        typer.Option(
+            min=0, help="Seed of the initial weights, the image order and the held-out split.", rich_help_panel=METHOD
+        ),
     ] = 0,
     paper: Annotated[
         str | None,
@@ -43,11 +48,17 @@ def linear(
             callback=images_place,
             help="Run the paper's protocol instead: SGD on augmented images of this folder (train/ and val/ with class "
             "folders). Reads no features.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     checkpoint: Checkpoint = None,
-    lr: Annotated[float, typer.Option(min=0, help="With --paper: learning rate for a batch size of 256.")] = 0.001,
-    blocks: Annotated[int, typer.Option(min=1, help="With --paper: concatenate the tokens of the last N blocks.")] = 4,
+    lr: Annotated[
+        float, typer.Option(min=0, help="With --paper: learning rate for a batch size of 256.", rich_help_panel=METHOD)
+    ] = 0.001,
+    blocks: Annotated[
+        int,
+        typer.Option(min=1, help="With --paper: concatenate the tokens of the last N blocks.", rich_help_panel=METHOD),
+    ] = 4,
     tokens: Tokens = "cls",
     size: Size = None,
     overrides: Settings = None,
@@ -55,7 +66,12 @@ def linear(
     device: Device = "auto",
     json: Json = False,
 ) -> None:
-    """Train a linear probe: on stored features with a learning-rate sweep, or by the paper's protocol (--paper)."""
+    """Train a linear probe: on stored features with a learning-rate sweep, or by the paper's protocol (--paper).
+
+    Examples:
+        dino linear --features features
+        dino linear --paper ./data --checkpoint ckpt.safetensors --blocks 4
+    """
     if not paper and (checkpoint or size or overrides or (lr, blocks, tokens) != (0.001, 4, "cls")):
         raise DinoError(
             "--checkpoint, --lr, --blocks, --tokens, --size and --set need images (--paper)",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli.cli import console
+from dinocli.cli.layout import METHOD, OUTPUT
 from dinocli.cli.options import (
     Checkpoint,
     Device,
@@ -28,49 +29,110 @@ if TYPE_CHECKING:
     from dinocli.data.decode.pixels import Pixels
     from dinocli.features.encoder import Encoder
 
+# Shared with `dino eval match`.
+PhotoA = Annotated[Path, typer.Argument(metavar="A", callback=photo_place, help="A photo.")]
+PhotoB = Annotated[Path, typer.Argument(metavar="B", callback=photo_place, help="Another photo, of any size.")]
+Layers = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--layer",
+        help="Block whose patches are compared: 1 is the first, -1 the last; may be repeated. Default: -1.",
+        rich_help_panel=METHOD,
+    ),
+]
+Dimensions = Annotated[
+    int | None,
+    typer.Option("--pca", min=1, help="Dimensions per patch after a PCA over both photos.", rich_help_panel=METHOD),
+]
+Lines = Annotated[
+    int, typer.Option("--lines", min=1, help="Approximate number of lines to draw.", rich_help_panel=OUTPUT)
+]
+Diffusion = Annotated[
+    str | None,
+    typer.Option(
+        "--sd",
+        metavar="MODEL",
+        help="Concatenate features of a Stable Diffusion model: a folder, or a Hub name.",
+        rich_help_panel=METHOD,
+    ),
+]
+DiffusionWeight = Annotated[
+    float,
+    typer.Option(
+        "--sd-weight",
+        min=0,
+        max=1,
+        help="Weight of the Stable Diffusion features; the DINO features get the rest.",
+        rich_help_panel=METHOD,
+    ),
+]
+DiffusionSide = Annotated[
+    int,
+    typer.Option(
+        "--sd-long-side", min=64, help="Long side in pixels of the photos for Stable Diffusion.", rich_help_panel=METHOD
+    ),
+]
+Caption = Annotated[
+    str | None,
+    typer.Option("--caption", help="Caption of both photos for --sd. Default: none.", rich_help_panel=METHOD),
+]
+Pictures = Annotated[Path, typer.Option("--out", help="Folder for the picture.", rich_help_panel=OUTPUT)]
+
 
 def match(
-    a: Annotated[Path, typer.Argument(metavar="A", callback=photo_place, help="A photo.")],
-    b: Annotated[Path, typer.Argument(metavar="B", callback=photo_place, help="Another photo, of any size.")],
+    a: PhotoA,
+    b: PhotoB,
     checkpoint: Checkpoint = None,
-    out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("matches"),
-    keypoints: Annotated[
-        Path | None,
-        typer.Option(
-            help="Corresponding points, for a PCK score: CSV or JSON with x_a, y_a, x_b, y_b; CSV with a photo and its "
-            "x, y, x, y ... per row; or a homography from A to B (XML, or nine numbers in a .txt)."
-        ),
-    ] = None,
-    pck_of: Annotated[
-        Literal["box", "image"],
-        typer.Option("--pck-of", help="PCK threshold relative to the larger side of B's keypoint box, or of B."),
-    ] = "box",
-    size: ShortSide = None,
-    layer: Annotated[
-        list[int] | None,
-        typer.Option(help="Block whose patches are compared: 1 is the first, -1 the last; may be repeated."),
-    ] = None,
-    facet: FacetName = "token",
-    pca: Annotated[int | None, typer.Option(min=1, help="Dimensions per patch after a PCA over both photos.")] = None,
-    lines: Annotated[int, typer.Option(min=1, help="Approximate number of lines to draw.")] = 24,
-    sd: Annotated[
-        str | None,
-        typer.Option(
-            "--sd", metavar="MODEL", help="Concatenate features of a Stable Diffusion model: a folder, or a Hub name."
-        ),
-    ] = None,
-    sd_weight: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="Weight of the Stable Diffusion features; the DINO features get the rest."),
-    ] = 0.5,
-    sd_size: Annotated[int, typer.Option(min=64, help="Long side in pixels of the photos for Stable Diffusion.")] = 960,
-    caption: Annotated[str, typer.Option(help="Caption of both photos for --sd; empty by default.")] = "",
     network: NetworkName = "teacher",
+    short_side: ShortSide = None,
+    layer: Layers = None,
+    facet: FacetName = "token",
+    pca: Dimensions = None,
+    sd: Diffusion = None,
+    sd_weight: DiffusionWeight = 0.5,
+    sd_long_side: DiffusionSide = 960,
+    caption: Caption = None,
     overrides: Settings = None,
     device: Device = "auto",
+    out: Pictures = Path("matches"),
+    lines: Lines = 24,
     json: Json = False,
 ) -> None:
-    """Match the patches of two photos by their features, draw the matches, and score them by known keypoints."""
+    """Match the patches of two photos by their features, and draw the matches.
+
+    Examples:
+        dino match a.jpg b.jpg
+        dino match a.jpg b.jpg --short-side 240 --layer 9 --facet key
+    """
+    match_photos(
+        a, b, None, "box", checkpoint, network, short_side, layer, facet, pca, sd, sd_weight, sd_long_side, caption,
+        overrides, device, out, lines, json=json,
+    )  # fmt: skip
+
+
+def match_photos(
+    a: Path,
+    b: Path,
+    keypoints: Path | None,
+    pck_of: Literal["box", "image"],
+    checkpoint: str | None,
+    network: Literal["teacher", "student"],
+    short_side: int | None,
+    layer: list[int] | None,
+    facet: Literal["token", "query", "key", "value"],
+    pca: int | None,
+    sd: str | None,
+    sd_weight: float,
+    sd_long_side: int,
+    caption: str | None,
+    overrides: list[str] | None,
+    device: str,
+    out: Path,
+    lines: int,
+    *,
+    json: bool,
+) -> None:
+    """Match two photos, draw the matches, and score them if keypoints are given."""
     for photo in (a, b):
         if photo.is_dir() or not photo.exists():
             fault = "is a folder" if photo.is_dir() else "does not exist"
@@ -90,10 +152,10 @@ def match(
     encoder = encoder_from(checkpoint, device, network, overrides)
     photos = _read(a, encoder), _read(b, encoder)
     known = keypoints and read_keypoints(keypoints, a, b, (photos[0].shape[:2], photos[1].shape[:2]))
-    diffusion = load_diffusion(sd, pick_device(device), caption) if sd else None
+    diffusion = load_diffusion(sd, pick_device(device), caption or "") if sd else None
     if sd and not caption:
         console.say("note: no --caption for the diffusion model; add one such as --caption 'a photo of a cat'")
-    compared = Compared(tuple(layer or [-1]), facet, size, pca, diffusion, sd_weight, sd_size)
+    compared = Compared(tuple(layer or [-1]), facet, short_side, pca, diffusion, sd_weight, sd_long_side)
     maps = patch_maps(encoder, *photos, compared)
     matches = matched(*maps)
     points = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None

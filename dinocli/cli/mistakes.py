@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from dinocli.cli.layout import Layout, epilog, set_metavars, split_examples
 from dinocli.cli.words import Misuse, Words, is_number, is_option
 from dinocli.core.errors import DinoError, nearest
 from dinocli.method import shipped
@@ -20,10 +21,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 _ALIASES = {
     "--out": "-o --output --output-dir --out-dir --outdir --save --save-dir --dest --target",
     "--batch-size": "-b --bs --batch --batchsize",
-    "--k": "-k --n --neighbors --neighbours --nb-knn --topk --top-k --n-neighbors",
+    "--k": "-k --n --neighbors --neighbours --nb-knn --top --topk --top-k --n-neighbors",
     "--help": "-h -help -?",
     "--workers": "-j --num-workers --jobs --threads --n-workers",
     "--size": "--img-size --image-size --imgsz --resolution --input-size --res",
+    "--short-side": "--side --shortest-edge",
+    "--mass": "--keep",
+    "--truth": "--evaluate --gt --ground-truth --gnd",
+    "--projection-head": "--heads --head",
     "--checkpoint": "-c -m --ckpt --weights --model --pretrained --pretrained-weights --run --arch",
     "--features": "-f --feature --feats --embeddings",
     "--to": "-t --format",
@@ -37,12 +42,17 @@ _ALIASES = {
     "--threshold": "--thresh --thr",
 }
 _TARGETS = {alias: target for target, aliases in _ALIASES.items() for alias in aliases.split()}
+# Options that stand for another one in commands without it.
+_INSTEAD = {"--size": ("--short-side", "--long-side"), "--data": ("--images",)}
 # Option that a bare number most likely belongs to, by command.
 _NUMBERS = {
-    "knn": "--k", "search": "--k", "curate": "--k", "dedup": "--threshold", "doctor": "--sample", "pack": "--side",
-    "extract": "--size", "attn-map": "--size", "match": "--size", "track": "--size", "segment": "--size",
-    "export": "--size", "pretrain": "--epochs",
+    "knn": "--k", "search": "--k", "curate": "--k", "dedup": "--threshold", "doctor": "--sample",
+    "extract": "--size", "export": "--size", "attn-map": "--short-side", "match": "--short-side",
+    "track": "--short-side", "segment": "--short-side", "pack": "--short-side", "pretrain": "--epochs",
+    "eval retrieval": "--long-side", "eval copies": "--size", "eval segment": "--short-side",
+    "eval match": "--short-side", "eval track": "--short-side",
 }  # fmt: skip
+_SIDES = ("--size", "--short-side", "--long-side")
 _VALUES = {
     "--to": ("official", "timm", "onnx", "torch-export"),
     "--tokens": ("cls", "patches", "cls+avg"),
@@ -51,27 +61,34 @@ _VALUES = {
     "--dtype": ("float16", "float32"),
     "--index": ("exact", "ivf", "hnsw"),
     "--film": ("strip", "gif", "mp4"),
-    "--by": ("attention", "cut"),
+    "--by": ("cut", "attention", "pca"),
 }
-_TAKE_IMAGES = ("extract", "pack", "doctor", "attn-map", "segment", "search", "track")
+_TAKE_IMAGES = ("extract", "pack", "doctor", "attn-map", "segment", "search", "track", "eval segment", "eval track")
 _OF_IMAGES = ("--data", "--checkpoint", "--size", "--tokens", "--device cuda", "--batch-size", "--workers")
 _EXAMPLES = {
     "pretrain": "dino pretrain IMAGES --preset tiny",
     "extract": "dino extract ckpt.safetensors IMAGES",
     "curate": "dino curate features --clusters 100",
     "attn-map": "dino attn-map photo.jpg",
+    "eval retrieval": "dino eval retrieval gnd_roxford5k.pkl",
+    "eval copies": "dino eval copies COPIES",
+    "eval match": "dino eval match a.jpg b.jpg --keypoints points.csv",
+    "eval track": "dino eval track FRAMES --mask first.png --truth MASKS",
     "match": "dino match a.jpg b.jpg",
     "track": "dino track FRAMES --mask first.png",
     "export": "dino export --to onnx",
     "pack": "dino pack IMAGES SHARDS",
-    "show": "dino presets show vits16",
+    "presets show": "dino presets show vits16",
 }
+_REQUIRED = {"--mask": "first.png", "--keypoints": "points.csv", "--truth": "MASKS"}
 _COMMANDS = {
     "pretrain": "train fit pretraining",
     "extract": "embed features feature extraction encode infer predict inference",
-    "knn": "eval evaluate test k-nn classify score accuracy",
+    "knn": "evaluate test k-nn classify score accuracy",
     "linear": "probe lineareval linear-probe linear-eval eval-linear",
-    "search": "find query retrieve retrieval",
+    "eval retrieval": "retrieval oxford paris",
+    "eval copies": "copies copydays copy-detection",
+    "search": "find query retrieve",
     "dedup": "duplicates deduplicate dedupe",
     "attn-map": "attention attn attention-map attn_map attnmap visualize visualise attention-maps",
     "export": "convert save onnx",
@@ -85,8 +102,13 @@ _COMMANDS = {
 }
 
 
-class Command(TyperCommand):
+class Command(Layout, TyperCommand):
     """Command whose usage errors hint at the corrected command."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the usage without typer's braces: `IMAGES`, and `[IMAGES]` if it is optional."""
+        arguments = [p for p in self.params if p.param_type_name == "argument"]
+        return ["[OPTIONS]", *(str(p.metavar) if p.required else f"[{p.metavar}]" for p in arguments)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments, after a check for mistakes that the parser would answer with its help page."""
@@ -114,7 +136,7 @@ class Command(TyperCommand):
         return super().invoke(ctx)
 
 
-class Group(TyperGroup):
+class Group(Layout, TyperGroup):
     """Group of commands that suggests the nearest for an unknown one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -123,7 +145,7 @@ class Group(TyperGroup):
             args = [args[1], "--help"]
         first = args[0] if args else ""
         if first.startswith("-") and not ctx.resilient_parsing and first not in self._options():
-            raise self._unknown(ctx.command_path, first, args[1:])
+            raise self._unknown(ctx, first, args[1:])
         return super().parse_args(ctx, args)
 
     def _options(self) -> set[str]:
@@ -132,14 +154,17 @@ class Group(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command that the first word names."""
         if args[0] not in self.commands and not ctx.resilient_parsing:
-            raise self._unknown(ctx.command_path, args[0], args[1:])
+            raise self._unknown(ctx, args[0], args[1:])
         return super().resolve_command(ctx, args)
 
-    def _unknown(self, path: str, word: str, rest: list[str]) -> Misuse:
+    def _unknown(self, ctx: Any, word: str, rest: list[str]) -> Misuse:
+        path = ctx.command_path
         fault = f"{path} has no {'option' if word.startswith('-') else 'command'} {word}"
         if path.endswith("presets"):
             close = nearest(word, shipped.names(), least=0.5)
             return Misuse(fault, f"dino presets show {close}" if close else "dino presets, which lists them")
+        if path.endswith("eval"):
+            return Misuse(fault, self._in_group(path, ctx.find_root().command, word, rest))
         if Path(word).exists() and (hint := _for_a_path(word)):
             return Misuse(fault, hint)
         target = word.lower().replace("_", "-") if word.lower().replace("_", "-") in self.commands else ""
@@ -155,9 +180,17 @@ class Group(TyperGroup):
         if not target:
             target = nearest(word, self.commands, least=0.6)
         if target:
-            again = shlex.join(["dino", target, *rest])
+            again = shlex.join(["dino", *target.split(), *rest])
             return Misuse(fault, f"{again} (labelled data: or dino linear)" if target == "knn" and not rest else again)
         return Misuse(fault, "dino --help, which lists the commands")
+
+    def _in_group(self, path: str, root: Any, word: str, rest: list[str]) -> str:
+        """Return the hint for an unknown command of a group: the nearest one, of the group or of `dino`."""
+        if close := nearest(word, self.commands, least=0.6):
+            return shlex.join([*path.split(), close, *rest])
+        if close := nearest(word, root.commands, least=0.8):
+            return shlex.join(["dino", close, *rest])
+        return f"{path} --help, which lists the commands"
 
 
 def _for_a_path(word: str) -> str:
@@ -180,8 +213,27 @@ class App(typer.Typer):
         super().__init__(cls=Group, **settings)
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[F], F]:
-        """Register a command, as `typer.Typer.command` does."""
-        return super().command(name, cls=Command, **settings)
+        """Register a command, as `typer.Typer.command` does, with the examples of its docstring."""
+
+        def register(function: F) -> F:
+            text, examples = split_examples(function)
+            set_metavars(function)
+            again = super(App, self).command(name, cls=Command, help=text, epilog=epilog(examples), **settings)
+            return again(function)
+
+        return register
+
+    def callback(self, **settings: Any) -> Callable[[F], F]:
+        """Register a group's own function, as `typer.Typer.callback` does, with the examples of its docstring."""
+
+        def register(function: F) -> F:
+            text, examples = split_examples(function)
+            set_metavars(function)
+            if text:
+                settings.update(help=text, epilog=epilog(examples))
+            return super(App, self).callback(**settings)(function)
+
+        return register
 
 
 def _check(words: Words, parameters: Sequence[Any]) -> None:
@@ -220,12 +272,13 @@ def _unknown_option(words: Words, index: int) -> Misuse:
     plain = option.lower().replace("_", "-")
     plain = plain if plain.startswith("--") or plain in _TARGETS else f"-{plain}"
     target = plain if plain in words.known or plain in _ALIASES else _TARGETS.get(plain, "")
+    target = next((name for name in (target, *_INSTEAD.get(target, ())) if name in words.known), target)
     if target == "--help":
         return Misuse(fault, f"dino {words.command} --help")
     if target in ("--device cuda", "--device cpu") and "--device" in words.known:
         return Misuse(fault, words.again({index: target.split()}))
     if target not in words.known:
-        if target in ("--data", "--checkpoint", "--out") and (moved := _with_arguments(words)):
+        if target in ("--data", "--out") and (moved := _with_arguments(words)):
             return Misuse(f"{fault}; that is an argument", moved)
         if target in _OF_IMAGES and "--features" in words.known:
             hint = f"dino extract CHECKPOINT IMAGES with that option, then dino {words.command}"
@@ -237,12 +290,8 @@ def _unknown_option(words: Words, index: int) -> Misuse:
 
 
 def _with_arguments(words: Words) -> str:
-    """Return the command with values of --checkpoint, --data and --out as arguments, if it takes them as such."""
-    takes = {
-        "--checkpoint": words.command in ("extract", "export", "push"),
-        "--data": words.command in _TAKE_IMAGES,
-        "--out": words.command in ("pack", "push"),
-    }
+    """Return the command with values of --data and --out as arguments, if it takes them as such."""
+    takes = {"--data": words.command in _TAKE_IMAGES, "--out": words.command in ("pack", "push")}
     found: dict[str, list[str]] = {target: [] for target in takes}
     rest, typed = [], list(words.typed)
     while typed:
@@ -253,9 +302,9 @@ def _with_arguments(words: Words) -> str:
             rest.append(word)
         else:
             found[target].append(value if equals else typed.pop(0))
-    if words.command == "push" and found["--out"] and not (words.positional or found["--checkpoint"]):
-        found["--checkpoint"] = ["RUN"]  # comes before OUT
-    moved = [*found["--checkpoint"], *(found["--data"] if found["--out"] else []), *rest]
+    moved = [*(found["--data"] if found["--out"] else []), *rest]
+    if words.command == "push" and found["--out"] and all(is_option(word) for word in rest):
+        moved.insert(0, "CHECKPOINT")  # comes before OUT
     moved += found["--out"] or found["--data"]
     return shlex.join(["dino", words.command, *moved]) if len(rest) < len(words.typed) else ""
 
@@ -343,8 +392,8 @@ def _fit_value(option: str, number: float) -> str:
     """Return the value of an option that a bare number most likely meant."""
     if option == "--threshold":
         return f"{number / 100 if 1 < number <= 100 else min(max(number, -1), 1):g}"
-    least = {"--size": 224, "--side": 224, "--k": 20}.get(option, 1)
-    return str(least if number < (8 if option in ("--size", "--side") else 1) else round(number))
+    least = {"--k": 20, **dict.fromkeys(_SIDES, 224)}.get(option, 1)
+    return str(least if number < (8 if option in _SIDES else 1) else round(number))
 
 
 def _option_of(words: Words, word: str) -> list[str]:
@@ -356,6 +405,8 @@ def _option_of(words: Words, word: str) -> list[str]:
     of_kind = {"features": "--like" if words.command == "curate" else "--features", "image": "--mask"}
     if kind != "missing":
         option = "--checkpoint" if kind in WEIGHTS else of_kind.get(kind, "")
+        if option == "--checkpoint" and words.command in ("extract", "export", "push"):
+            return []  # an argument of these, whose order was mistaken
         # The first word of curate is its pool.
         return [option] if option in free and not (option == "--like" and word == words.positional[0]) else []
     if is_number(word):
@@ -372,7 +423,7 @@ def _export_order(words: Words) -> Misuse:
     run = next((word for word in words.positional if kind_of(word) in WEIGHTS), "")
     others = [word for word in words.positional if word != run]
     if not run or len(others) != 1:
-        return Misuse(f"{fault}; got {len(words.places)}", "dino export RUN --to onnx --out FILE")
+        return Misuse(f"{fault}; got {len(words.places)}", "dino export CHECKPOINT --to onnx --out FILE")
     out = others[0]
     ends = {".pth": "official", ".pt": "official", ".onnx": "onnx", ".pt2": "torch-export"}
     to = [] if words.value(["--to"]) else ["--to", ends.get(Path(out).suffix, "timm")]
@@ -399,10 +450,13 @@ def _missing(words: Words, parameter: Any) -> str:
             if words.typed[i] in _VALUES["--to"]:
                 return words.again({i: ["--to", words.typed[i]]})
         return words.again({}, "--to", "onnx")
-    if parameter is not None and "--mask" in parameter.opts:
-        return words.again({}, "--mask", "first.png")
+    for option, value in _REQUIRED.items():
+        if parameter is not None and option in parameter.opts:
+            return words.again({}, option, value)
+    if words.command in ("attn-map", "search", "segment"):
+        return words.again({}, "photo.jpg")
     if words.command == "pack" and words.places:
         return words.again({}, f"{Path(words.positional[0]).name or 'images'}-shards")
-    if words.command == "match" and words.places:
+    if words.command in ("match", "eval match") and words.places:
         return words.again({}, "b.jpg")
-    return _EXAMPLES.get(words.command.split()[-1], "")
+    return _EXAMPLES.get(words.command, "")

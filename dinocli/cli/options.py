@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.places import features_place, images_place
+from dinocli.cli.layout import MACHINE, METHOD, OUTPUT, RECIPE
+from dinocli.cli.places import features_place, images_place, photo_places
+from dinocli.cli.words import Misuse
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, RUNS, newest_run
 
@@ -30,66 +32,129 @@ Images = Annotated[
         "folder of them, pipe:COMMAND); or torchvision:NAME.",
     ),
 ]
-Limits = Annotated[
+Photos = Annotated[
+    list[Path], typer.Argument(metavar="IMAGES...", callback=photo_places, help="Photos, and folders of photos.")
+]
+# One option with one wording, which ends with the keys that a command accepts.
+_SET = "Override a setting of the preset; may be repeated. Keys: "
+AllSettings = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="images.KEY=VALUE",
-        help="Override a limit or the value window of image files; may be repeated.",
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help=_SET + "any of docs/presets.md.", rich_help_panel=RECIPE),
 ]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="images.KEY: override a limit or the value window of image files; backbone.options.num_heads: attention "
-        "heads of an official file, which does not store them. May be repeated.",
+        help=_SET + "images.NAME, and backbone.options.num_heads for official files.",
+        rich_help_panel=METHOD,
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1 or mps.")]
-Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes that decode images; chosen for the machine by default.")
+ShapeSettings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help=_SET + "backbone.options.num_heads for official files.",
+        rich_help_panel=METHOD,
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Limits = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help=_SET + "images.NAME.", rich_help_panel=METHOD)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=MACHINE)]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=0, help="Processes that decode images. Default: chosen for the machine.", rich_help_panel=MACHINE),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel=OUTPUT)]
 Checkpoint = Annotated[
     str | None,
     typer.Option(
         "--checkpoint",
         help="Run folder, ckpt.safetensors, official .pth of DINO or DINOv2, or timm:NAME. "
         "Default: ./ckpt.safetensors, else the newest run.",
+        rich_help_panel=METHOD,
     ),
 ]
+SameCheckpoint = Annotated[
+    str | None, typer.Option("--checkpoint", help="Same as the argument CHECKPOINT.", rich_help_panel=METHOD)
+]
 NetworkName = Annotated[
-    Literal["teacher", "student"], typer.Option("--network", help="Network to load from a file that holds both.")
+    Literal["teacher", "student"],
+    typer.Option("--network", help="Network to load from a file that holds both.", rich_help_panel=METHOD),
 ]
 FacetName = Annotated[
     Literal["token", "query", "key", "value"],
-    typer.Option("--facet", help="Block output (token), or query, key or value of its attention."),
+    typer.Option(
+        "--facet", help="Block output (token), or query, key or value of its attention.", rich_help_panel=METHOD
+    ),
 ]
-Tokens = Annotated[Literal["cls", "patches", "cls+avg"], typer.Option(help="Tokens that form an image feature.")]
-Size = Annotated[int | None, typer.Option(min=8, help="Image side in pixels; the training size by default.")]
+Layer = Annotated[
+    int, typer.Option(help="Block whose patches are compared: 1 is the first, -1 the last.", rich_help_panel=METHOD)
+]
+Tokens = Annotated[
+    Literal["cls", "patches", "cls+avg"],
+    typer.Option(help="Tokens that form an image feature.", rich_help_panel=METHOD),
+]
+Size = Annotated[
+    int | None,
+    typer.Option(
+        min=8, help="Side in pixels of the square network input. Default: the training size.", rich_help_panel=METHOD
+    ),
+]
 ShortSide = Annotated[
     int | None,
     typer.Option(
-        "--size",
+        "--short-side",
         min=8,
-        help="Short side in pixels of the resized photos; by default 480 for a network trained at 224, and in "
-        "proportion for others.",
+        help="Short side in pixels of the resized photos. Default: 480 for a network trained at 224, in proportion for "
+        "others.",
+        rich_help_panel=METHOD,
     ),
 ]
-
-
+Mass = Annotated[
+    float,
+    typer.Option(
+        "--mass",
+        min=0.01,
+        max=1,
+        help="Share of the attention mass inside a mask drawn from attention.",
+        rich_help_panel=METHOD,
+    ),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(min=1e-4, help="Temperature of the vote weights exp(cosine / temperature).", rich_help_panel=METHOD),
+]
+Tau = Annotated[
+    float,
+    typer.Option(
+        "--tau", min=-1, max=1, help="With the cut: cosine above which patches are similar.", rich_help_panel=METHOD
+    ),
+]
 FeatureFolder = Annotated[
-    Path | None, typer.Option("--features", callback=features_place, help="Folder of features; ./features by default.")
+    Path | None,
+    typer.Option(
+        "--features",
+        callback=features_place,
+        help="Folder of features. Default: ./features, else that of the newest run.",
+        rich_help_panel=METHOD,
+    ),
 ]
 DataNow = Annotated[
-    str | None, typer.Option("--data", help="New location of the images, if they moved since `dino extract`.")
+    str | None,
+    typer.Option(
+        "--data", help="New location of the images, if they moved since `dino extract`.", rich_help_panel=METHOD
+    ),
 ]
 Threshold = Annotated[
     float | None,
     typer.Option(
-        min=-1, max=1, help="Cosine from which two images are near-duplicates; `dino dedup` helps to choose it."
+        min=-1,
+        max=1,
+        help="Cosine from which two images are near-duplicates; `dino dedup` helps to choose it.",
+        rich_help_panel=METHOD,
     ),
 ]
 
@@ -199,6 +264,20 @@ def compiles(device: torch.device, *, asked: bool) -> bool:
     if fault:
         console.say(f"note: torch cannot compile here; the run is slower without it: {fault}")
     return not fault
+
+
+def one_checkpoint(argument: str | None, option: str | None) -> str | None:
+    """Return the checkpoint that is given as an argument or as `--checkpoint`.
+
+    Raises:
+        Misuse: If both are given.
+    """
+    if argument and option:
+        raise Misuse(
+            f"CHECKPOINT {argument} and --checkpoint {option} are two checkpoints; expected one",
+            f"remove --checkpoint {option}, or the argument {argument}",
+        )
+    return argument or option
 
 
 def checkpoint_or_newest(given: str | None) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from dinocli.cli import console
+from dinocli.cli.layout import METHOD
 from dinocli.cli.options import Json, Limits, output_place
 from dinocli.cli.places import images_place
 from dinocli.cli.words import Misuse
@@ -22,20 +23,26 @@ def pack(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
-    side: Annotated[
+    short_side: Annotated[
         int | None,
         typer.Option(
             min=8,
             help="Resize images with a longer short side to this many pixels, as JPEG (.npy if they have "
-            "neither three channels nor one). By default, all are stored unchanged.",
+            "neither three channels nor one). Default: store all unchanged.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
-    per_shard: Annotated[int, typer.Option(min=1, help="Images per shard.")] = 1000,
-    name: Annotated[str, typer.Option(help="Prefix of the shards' names.")] = "images",
+    per_shard: Annotated[int, typer.Option(min=1, help="Images per shard.", rich_help_panel=METHOD)] = 1000,
+    name: Annotated[str, typer.Option(help="Prefix of the shards' names.", rich_help_panel=METHOD)] = "images",
     overrides: Limits = None,
     json: Json = False,
 ) -> None:
-    """Pack images into tar shards, for faster reading of large sets; the same command resumes."""
+    """Pack images into tar shards, for faster reading of large sets; the same command resumes.
+
+    Examples:
+        dino pack ./images shards
+        dino pack ./images shards --short-side 256 --per-shard 5000
+    """
     if "/" in name or name.startswith("."):
         raise Misuse(
             f"--name {name} is a path; expected a plain name", f"--name {Path(name).name.lstrip('.') or 'images'}"
@@ -54,7 +61,7 @@ def pack(
     taken = DEFAULTS.changed(overrides or [])
     torch.set_num_threads(1)  # images are resized in parallel, one thread each
     with console.progress("pack", len(source), "images") as advance:
-        packed = pack(source, out, side=side, per_shard=per_shard, name=name, images=taken, report=advance)
+        packed = pack(source, out, side=short_side, per_shard=per_shard, name=name, images=taken, report=advance)
     for path, reason in packed.bad.items():
         console.say(f"note: skipped {path}: {reason}")
     if packed.kept:

@@ -96,9 +96,8 @@ def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]
     words, kinds = words_of(context), [kind_of(word) for word in value]
     if len(value) == 1:
         if kinds[0] in WEIGHTS:
-            raise DinoError(
-                f"{value[0]} is {NAMES[kinds[0]]}; expected images after it", words.ordered([value[0], "IMAGES"])
-            )
+            again = ["IMAGES"] if words.value(["--checkpoint"]) else [value[0], "IMAGES"]
+            raise DinoError(f"{value[0]} is {NAMES[kinds[0]]}; expected images after it", words.ordered(again))
     elif kinds[1] in WEIGHTS:
         if kinds[0] not in WEIGHTS and kinds[0] != "missing":
             first = f"{value[1]} is {NAMES[kinds[1]]}, and {value[0]} is {NAMES[kinds[0]]}"
@@ -110,8 +109,15 @@ def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]
     return value
 
 
+def is_weights(value: str) -> bool:
+    """Return whether a word names a run, a checkpoint or a model of timm."""
+    from dinocli.weights.identify import WEIGHTS, kind_of
+
+    return kind_of(value) in WEIGHTS
+
+
 def run_before_out(context: typer.Context, value: str | None) -> str | None:
-    """Check the order of `[RUN] [OUT]`.
+    """Check the order of `[CHECKPOINT] [OUT]`.
 
     Raises:
         DinoError: If they are swapped.
@@ -123,7 +129,9 @@ def run_before_out(context: typer.Context, value: str | None) -> str | None:
     words = words_of(context)
     if len(words.places) == 2 and kind_of(value) not in WEIGHTS and (kind := kind_of(words.positional[1])) in WEIGHTS:
         run = words.positional[1]
-        raise DinoError(f"the run comes first: {run} is {NAMES[kind]}, and {value} is not", words.ordered([run, value]))
+        raise DinoError(
+            f"the checkpoint comes first: {run} is {NAMES[kind]}, and {value} is not", words.ordered([run, value])
+        )
     return value
 
 
@@ -156,7 +164,7 @@ def _check_photo(words: Words, value: str) -> None:
     expected = "expected photos or folders of photos"
     if kind in WEIGHTS and "--checkpoint" in words.known:
         photos = others or ["photo.jpg"]
-        if words.command == "match" and len(photos) < 2:
+        if words.command in ("match", "eval match") and len(photos) < 2:
             photos = [*photos, "b.jpg"]
         again = words.ordered(photos) if words.value(["--checkpoint"]) else words.ordered(photos, "--checkpoint", typed)
         raise DinoError(f"{typed} is {NAMES[kind]}; {expected}", again)

@@ -12,12 +12,22 @@ from dinocli.cli.mistakes import App
 from dinocli.cli.options import Json
 from dinocli.method import shipped
 
-presets = App(help="List the shipped presets, or show one.", invoke_without_command=True)
+presets = App(invoke_without_command=True)
+
+
+def complete_preset(incomplete: str) -> list[str]:
+    """Return the names of shipped presets that begin with an incomplete one, for completion in the shell."""
+    return [name for name in shipped.names() if name.startswith(incomplete)]
 
 
 @presets.callback()
 def list_presets(context: typer.Context, json: Json = False) -> None:
-    """List the shipped presets with backbone, recipe, cost and expected result; `dino presets show NAME` prints one."""
+    """List the shipped presets with backbone, recipe, cost and expected result, or show one.
+
+    Examples:
+        dino presets
+        dino presets show vits16 > mine.toml
+    """
     if context.invoked_subcommand:
         return
     rows = []
@@ -35,12 +45,26 @@ def list_presets(context: typer.Context, json: Json = False) -> None:
         )
     if json:
         console.out_json(rows)
-    else:
-        console.table(list(rows[0]), [list(row.values()) for row in rows])
+        return
+    # One row of several lines per preset: five columns would break words in a terminal of 80 columns.
+    cells = [
+        [row["preset"], f"{row['backbone']}\n{row['recipe']}\ncost: {row['cost']}\nexpected: {row['expected']}"]
+        for row in rows
+    ]
+    console.table(["preset", "backbone, recipe, cost and expected result"], cells, lines=True)
 
 
 @presets.command()
-def show(name: Annotated[str, typer.Argument(help="Name of a shipped preset.")]) -> None:
-    """Print a preset; redirect it to a file to start your own."""
+def show(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", autocompletion=complete_preset, help="Name of a shipped preset.")
+    ],
+) -> None:
+    """Print a preset; redirect it to a file to start your own.
+
+    Examples:
+        dino presets show tiny
+        dino presets show dinov2-vits14 > mine.toml
+    """
     for line in shipped.text(name).rstrip("\n").splitlines():
         console.out(line)

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.options import Device, Images, Json, Workers, compiles, output_place, refuse_address, step_of
+from dinocli.cli.layout import MACHINE, MONITORING, OUTPUT, RECIPE, RUN_FOLDER, SPEED
+from dinocli.cli.options import (
+    AllSettings,
+    Device,
+    Images,
+    Json,
+    Workers,
+    compiles,
+    output_place,
+    refuse_address,
+    step_of,
+)
+from dinocli.cli.presets import complete_preset
 from dinocli.core.distributed import from_first, launch, local_size, rank, size, unused_tasks
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, link_newest, next_folder, runs_of
@@ -26,64 +38,106 @@ OnCollapse = Literal["stop", "warn"]
 
 def pretrain(
     images: Images,
-    preset: Annotated[str, typer.Option(help="A shipped preset (`dino presets`) or a .toml of your own.")] = "vits16",
-    epochs: Annotated[int | None, typer.Option(min=1, help="Short for --set training.epochs=N.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Short for --set training.seed=N.")] = None,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="A shipped preset (`dino presets`) or a .toml of your own.",
+            autocompletion=complete_preset,
+            rich_help_panel=RECIPE,
+        ),
+    ] = "vits16",
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Short for --set training.epochs=N.", rich_help_panel=RECIPE)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.", rich_help_panel=RECIPE)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Short for --set training.seed=N.", rich_help_panel=RECIPE)
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Stop early after N steps. Schedules still span all epochs. 0 writes the untrained network."
+            min=0,
+            help="Stop early after N steps. Schedules still span all epochs. 0 writes the untrained network.",
+            rich_help_panel=RECIPE,
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change a value of the preset; repeatable."),
+    overrides: AllSettings = None,
+    init: Annotated[
+        str | None, typer.Option(metavar="FILE|timm:NAME", help="Initial weights.", rich_help_panel=RECIPE)
     ] = None,
-    init: Annotated[str | None, typer.Option(metavar="FILE|timm:NAME", help="Initial weights.")] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(metavar="RUN|FILE", help="A trained network as frozen teacher; also sets teacher.frozen=true."),
+        typer.Option(
+            metavar="RUN|FILE",
+            help="A trained network as frozen teacher; also sets teacher.frozen=true.",
+            rich_help_panel=RECIPE,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Run folder. Default: that of an unfinished run with the same settings, else runs/<preset>-<n>."
+            help="Run folder. Default: that of an unfinished run with the same settings, else runs/<preset>-<n>.",
+            rich_help_panel=RUN_FOLDER,
         ),
     ] = None,
-    accumulate: Annotated[
-        int, typer.Option(min=1, help="Accumulate the gradient over N parts of a batch: less memory.")
-    ] = 1,
     save_every: Annotated[
-        str, typer.Option(metavar="TIME|STEPS", help="Time or steps between saved states: 90s, 10min, 2h, or 500.")
+        str,
+        typer.Option(
+            metavar="TIME|STEPS",
+            help="Time or steps between saved states: 90s, 10min, 2h, or 500.",
+            rich_help_panel=RUN_FOLDER,
+        ),
     ] = "10min",
-    keep: Annotated[int, typer.Option(min=1, help="Number of newest states to keep.")] = 2,
-    milestones: Annotated[int | None, typer.Option(min=1, help="Keep a state permanently every N steps.")] = None,
-    on_collapse: Annotated[
-        OnCollapse, typer.Option(help="Action when training collapses (every image gets the same output).")
-    ] = "warn",
+    keep: Annotated[int, typer.Option(min=1, help="Number of newest states to keep.", rich_help_panel=RUN_FOLDER)] = 2,
+    milestones: Annotated[
+        int | None, typer.Option(min=1, help="Keep a state permanently every N steps.", rich_help_panel=RUN_FOLDER)
+    ] = None,
     monitor: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="A small labelled folder on which to measure the teacher's k-NN accuracy."),
+        typer.Option(
+            metavar="DIR",
+            help="A small labelled folder on which to measure the teacher's k-NN accuracy.",
+            rich_help_panel=MONITORING,
+        ),
     ] = None,
     monitor_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between evaluations. Default: at most 5 % of the time.")
+        int | None,
+        typer.Option(
+            min=1, help="Steps between evaluations. Default: at most 5 % of the time.", rich_help_panel=MONITORING
+        ),
     ] = None,
-    cache: Annotated[
-        str | None, typer.Option(metavar="ram|DIR", help="Keep decoded images for later epochs, if they fit.")
-    ] = None,
-    gpus: Annotated[
-        int | None, typer.Option(min=1, help="Train on N CUDA devices of this machine, which share each batch.")
-    ] = None,
-    parallel: Annotated[
-        Literal["ddp", "fsdp"],
-        typer.Option(help="`ddp` replicates the model in every process; `fsdp` shards it, for large backbones."),
-    ] = "ddp",
+    on_collapse: Annotated[
+        OnCollapse,
+        typer.Option(
+            help="Action when training collapses (every image gets the same output).", rich_help_panel=MONITORING
+        ),
+    ] = "warn",
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Also write the metrics for TensorBoard, into the run folder.")
+        bool,
+        typer.Option(
+            "--tensorboard",
+            help="Also write the metrics for TensorBoard, into the run folder.",
+            rich_help_panel=MONITORING,
+        ),
     ] = False,
+    report: Annotated[
+        bool, typer.Option(help="Draw report.html and curves.png into the run folder.", rich_help_panel=MONITORING)
+    ] = True,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Accumulate the gradient over N parts of a batch: less memory.", rich_help_panel=SPEED
+        ),
+    ] = 1,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Activation checkpointing: less memory for about a third more compute.")
+        bool,
+        typer.Option(
+            "--recompute",
+            help="Activation checkpointing: less memory for about a third more compute.",
+            rich_help_panel=SPEED,
+        ),
     ] = False,
     compiled: Annotated[
         bool | None,
@@ -91,15 +145,41 @@ def pretrain(
             "--compile/--no-compile",
             help="Compile the transformer blocks and hue jitter with torch.compile (about a minute to start). Default: "
             "on CUDA.",
+            rich_help_panel=SPEED,
         ),
     ] = None,
-    report: Annotated[bool, typer.Option(help="Draw report.html and curves.png into the run folder.")] = True,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ram|DIR", help="Keep decoded images for later epochs, if they fit.", rich_help_panel=SPEED
+        ),
+    ] = None,
+    parallel: Annotated[
+        Literal["ddp", "fsdp"],
+        typer.Option(
+            help="`ddp` replicates the model in every process; `fsdp` shards it, for large backbones.",
+            rich_help_panel=SPEED,
+        ),
+    ] = "ddp",
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Train on N CUDA devices of this machine, which share each batch.", rich_help_panel=MACHINE
+        ),
+    ] = None,
     workers: Workers = None,
     device: Device = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and train nothing.", rich_help_panel=OUTPUT)
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Train a vision transformer on a folder of images with DINO."""
+    """Train a vision transformer on a folder of images with DINO.
+
+    Examples:
+        dino pretrain ./images --preset tiny --dry-run
+        dino pretrain ./images --epochs 100 --batch-size 256 --monitor ./labelled
+    """
     out = out and output_place(out)
     for value, option in ((images, "IMAGES"), (init, "--init"), (teacher, "--teacher"), (monitor, "--monitor")):
         refuse_address(value or "", option, "a local path" + " or timm:NAME" * (option == "--init"))

@@ -10,39 +10,52 @@ from typing import Annotated
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.options import Json, checkpoint_or_newest, output_place
-from dinocli.cli.places import run_before_out
+from dinocli.cli.layout import METHOD
+from dinocli.cli.options import Json, SameCheckpoint, checkpoint_or_newest, one_checkpoint, output_place
+from dinocli.cli.places import is_weights, run_before_out
 
 
 def push(
-    run: Annotated[
+    source: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]",
+            metavar="CHECKPOINT",
             callback=run_before_out,
-            help="Run folder or ckpt.safetensors; by default the newest weights.",
+            help="Run folder or ckpt.safetensors. Default: ./ckpt.safetensors, else the newest run.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[OUT]",
-            help="Output folder, which names the model; by default the run's name with -hub. Output of an earlier push "
-            "is replaced unless its card was edited.",
+            metavar="OUT",
+            help="Output folder, which names the model. Default: the name of the run, with -hub. Output of an earlier "
+            "push is replaced unless its card was edited.",
         ),
     ] = None,
+    checkpoint: SameCheckpoint = None,
     features: Annotated[
-        Path | None, typer.Option(help="Folder of features of these weights; adds their k-NN accuracy to the card.")
+        Path | None,
+        typer.Option(
+            help="Folder of features of these weights; adds their k-NN accuracy to the card.", rich_help_panel=METHOD
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a model folder that timm loads from the Hugging Face Hub, with a model card. Nothing is uploaded."""
+    """Write a model folder that timm loads from the Hugging Face Hub, with a model card. Nothing is uploaded.
+
+    Examples:
+        dino push
+        dino push runs/tiny-1 my-birds --features features
+    """
+    if source and checkpoint and not out and not is_weights(source):
+        out, source = Path(source), None  # with --checkpoint the only argument is the output
+    given = one_checkpoint(source, checkpoint)
     out = out and output_place(out, "OUT")
-    source = checkpoint_or_newest(run)
+    taken = checkpoint_or_newest(given)
 
     from dinocli.apps.hub.push import CARD, push
 
-    done = push(source, out, features)
+    done = push(taken, out, features)
     exact = f"relative difference {done.difference:.1g}" if done.difference else "bit for bit"
     console.say(f"loaded with timm: the same features, {exact}")
     console.say(f"check {done.path / CARD}, and set a license there")

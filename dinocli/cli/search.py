@@ -1,4 +1,4 @@
-"""`dino search`: nearest images to a photo, and retrieval scores of a network."""
+"""`dino search`: nearest images to photos."""
 
 from __future__ import annotations
 
@@ -9,87 +9,59 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli.cli import console
+from dinocli.cli.layout import METHOD, OUTPUT
 from dinocli.cli.options import (
     DataNow,
     Device,
     FeatureFolder,
     Json,
     NetworkName,
+    Photos,
     Settings,
     encoder_from,
     features_or_newest,
     output_place,
 )
-from dinocli.cli.places import photo_places
-from dinocli.cli.words import Misuse
 
 if TYPE_CHECKING:
     from dinocli.apps.search.gallery import Gallery
     from dinocli.apps.search.index import Index, Kind
-    from dinocli.features.encoder import Encoder
 
 
 def search(
-    queries: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="QUERY...", callback=photo_places, help="Photos, and folders of photos."),
-    ] = None,
+    images: Photos,
     features: FeatureFolder = None,
-    k: Annotated[int, typer.Option("--k", min=1, help="Images to find for each photo.")] = 8,
     checkpoint: Annotated[
-        str | None, typer.Option("--checkpoint", help="Checkpoint that made the features, if it has moved.")
+        str | None,
+        typer.Option(
+            "--checkpoint",
+            help="Checkpoint that made the features, if it has moved. Default: the one they name.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
+    network: NetworkName = "teacher",
+    k: Annotated[
+        int, typer.Option("--k", min=1, help="Number of nearest neighbours to find per photo.", rich_help_panel=METHOD)
+    ] = 8,
     index: Annotated[
         Literal["auto", "exact", "ivf", "hnsw"],
         typer.Option(
-            help="Exact search, or an approximate index stored next to the features; auto chooses by the image count."
+            help="Exact search, or an approximate index stored next to the features; auto chooses by the image count.",
+            rich_help_panel=METHOD,
         ),
     ] = "auto",
-    out: Annotated[Path, typer.Option(help="Output picture.")] = Path("search.png"),
     data: DataNow = None,
-    evaluate: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="GND|COPIES",
-            help="Evaluate a checkpoint instead, on gnd_roxford5k.pkl, gnd_rparis6k.pkl or the same as JSON, or on a "
-            "folder like Copydays, with original/ and folders of copies.",
-        ),
-    ] = None,
-    whiten: Annotated[Path | None, typer.Option(help="With copies: folder of images to fit the whitening on.")] = None,
-    distractors: Annotated[
-        Path | None,
-        typer.Option(help="With copies: folder of distractor images, searched together with the originals."),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(
-            min=8,
-            help="With --evaluate: longest side, or side of copies, in pixels. Default: the training size; 320/224 of "
-            "it for copies.",
-        ),
-    ] = None,
-    multiscale: Annotated[
-        bool, typer.Option("--multiscale", help="With --evaluate GND: sum the features of three image sizes.")
-    ] = False,
-    network: NetworkName = "teacher",
     overrides: Settings = None,
     device: Device = "auto",
+    out: Annotated[Path, typer.Option(help="Output picture.", rich_help_panel=OUTPUT)] = Path("search.png"),
     json: Json = False,
 ) -> None:
-    """Find the nearest images to photos by the cosine similarity of their features, and draw them."""
-    if bool(evaluate) == bool(queries):
-        got = "both" if queries else "neither"
-        example = f" --features {features}" if features else ""
-        raise Misuse(f"dino search takes photos or --evaluate; got {got}", f"dino search photo.jpg{example}")
-    if evaluate:
-        from dinocli.features.encoder import quick
+    """Find the nearest images to photos by the cosine similarity of their features, and draw them.
 
-        encoder = quick(encoder_from(checkpoint, device, network, overrides), "float32", compiled=False)
-        if evaluate.is_dir():
-            _copies(encoder, evaluate, distractors, whiten, size, json=json)
-        else:
-            _retrieval(encoder, evaluate, data, size, multiscale=multiscale, json=json)
-        return
+    Examples:
+        dino search photo.jpg --features features
+        dino search ./photos --k 20 --index ivf --json
+    """
     out = output_place(out, file="search.png")
     folder = features_or_newest(features)
 
@@ -101,8 +73,8 @@ def search(
     from dinocli.data.sources.photos import spare
     from dinocli.features.encoder import quick
 
-    source = photos(queries or [])
-    spare([out], queries or [])
+    source = photos(images)
+    spare([out], images)
     gallery = open_gallery(folder, data)
     encoder = encoder_from(checkpoint or gallery.provenance.source, device, network, overrides)
     encoder = quick(encoder, gallery.provenance.precision, compiled=False)  # type: ignore[arg-type]
@@ -141,59 +113,3 @@ def _index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:
     of = digest_of(gallery.values, gallery.digest)
     with console.progress(f"{kind} index", len(gallery), "images") as advance:
         return open_index(gallery.values, kind, gallery.folder, of, advance)
-
-
-def _retrieval(
-    encoder: Encoder, truth: Path, data: str | None, size: int | None, *, multiscale: bool, json: bool
-) -> None:
-    from dinocli.apps.search.retrieval import KS, read_ground_truth, retrieval
-
-    read = read_ground_truth(truth)
-    folder = Path(data) if data else truth.parent / "jpg"
-    side, total = size or encoder.size, len(read.images) + len(read.queries)
-    with console.progress("encode", total, "images") as advance:
-        scores, skipped = retrieval(encoder, read, folder, size=side, multiscale=multiscale, report=advance)
-    console.skipped(skipped)
-    if json:
-        console.out_json(
-            {"size": side, "multiscale": multiscale, "scores": [asdict(s) for s in scores], "skipped": skipped}
-        )
-        return
-    rows = []
-    for s in scores:
-        numbers = ["-" if n is None else f"{n:.2f}" for n in (s.mean_ap, *(s.precisions or (None for _ in KS)))]
-        rows.append([s.level, *numbers, str(s.queries)])
-    title = (
-        f"retrieval by {encoder.source}: {len(read.images)} images, longest side {side}" + ", three sizes" * multiscale
-    )
-    console.table(["level", "mAP %", *(f"mP@{k} %" for k in KS), "queries"], rows, title=title)
-
-
-def _copies(
-    encoder: Encoder, folder: Path, distractors: Path | None, whiten: Path | None, size: int | None, *, json: bool
-) -> None:
-    from dinocli.apps.search.copies import copies
-
-    patch = encoder.backbone.patch_size
-    side = size or round(encoder.size * 320 / 224 / patch) * patch
-    said = ""
-
-    def report(what: str, done: int, total: int) -> None:
-        nonlocal said
-        if done == total or what != said:
-            console.say(f"{what}: {done} of {total} images")
-        said = what
-
-    result = copies(encoder, folder, distractors=distractors, whiten=whiten, size=side, report=report)
-    console.skipped(result.skipped)
-    if json:
-        console.out_json({"size": side, **asdict(result)})
-        return
-    rows = [[s.kind, f"{s.mean_ap:.2f}", f"{s.micro_ap:.2f}", str(s.queries)] for s in result.scores]
-    whitened = f"whitened by {result.whitened}" if result.whitened else "not whitened"
-    among = f"{result.originals} originals among {result.distractors} others"
-    console.table(
-        ["copies", "mAP %", "micro-AP %", "queries"],
-        rows,
-        title=f"copy detection by {encoder.source}: {among}, {whitened}, {side} pixels",
-    )

@@ -4,53 +4,131 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, NetworkName, Settings, encoder_from, output_place
+from dinocli.cli.layout import METHOD, OUTPUT
+from dinocli.cli.options import (
+    Checkpoint,
+    Device,
+    FacetName,
+    Json,
+    Layer,
+    NetworkName,
+    Settings,
+    Temperature,
+    encoder_from,
+    output_place,
+)
 from dinocli.cli.places import photo_place
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.apps.track.davis import Score, VideoScore
 
+# Shared with `dino eval track`.
+FramesPlace = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FRAMES", callback=photo_place, help="Folder of video frames, ordered by name, or a video file."
+    ),
+]
+FirstMask = Annotated[
+    Path,
+    typer.Option(
+        "--mask",
+        help="Mask of the first frame, as PNG: 0 for background, any other value for an object.",
+        rich_help_panel=METHOD,
+    ),
+]
+FrameSide = Annotated[
+    int, typer.Option("--short-side", min=8, help="Short side in pixels of the resized frames.", rich_help_panel=METHOD)
+]
+Previous = Annotated[
+    int,
+    typer.Option(
+        "--previous", min=0, help="Previous frames that propagate labels, besides the first.", rich_help_panel=METHOD
+    ),
+]
+Radius = Annotated[
+    int, typer.Option("--radius", min=0, help="Radius of label propagation, in patches.", rich_help_panel=METHOD)
+]
+Neighbours = Annotated[
+    int,
+    typer.Option(
+        "--k", min=1, help="Number of nearest neighbours that vote on a patch's label.", rich_help_panel=METHOD
+    ),
+]
+Tracks = Annotated[Path, typer.Option("--out", help="Folder for the masks and the GIF.", rich_help_panel=OUTPUT)]
+Fps = Annotated[
+    float | None,
+    typer.Option(
+        "--fps",
+        min=0.1,
+        max=50,
+        help="Frames per second of the GIF. Default: those of the video, else 12.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+
 
 def track(
-    frames: Annotated[
-        Path, typer.Argument(callback=photo_place, help="Folder of video frames, ordered by name, or a video file.")
-    ],
-    mask: Annotated[
-        Path, typer.Option(help="Mask of the first frame, as PNG: 0 for background, any other value for an object.")
-    ],
+    frames: FramesPlace,
+    mask: FirstMask,
     checkpoint: Checkpoint = None,
-    out: Annotated[Path, typer.Option(help="Folder for the masks and the GIF.")] = Path("track"),
-    evaluate: Annotated[
-        Path | None, typer.Option(metavar="MASKS", help="Folder of true masks, named like the frames; prints J and F.")
-    ] = None,
-    size: Annotated[int, typer.Option(min=8, help="Short side in pixels of the resized frames.")] = 480,
-    previous: Annotated[int, typer.Option(min=0, help="Previous frames that propagate labels, besides the first.")] = 7,
-    radius: Annotated[int, typer.Option(min=0, help="Radius of label propagation, in patches.")] = 12,
-    top: Annotated[int, typer.Option(min=1, help="Most similar patches that vote on a patch's label.")] = 5,
-    temperature: Annotated[
-        float, typer.Option(min=1e-4, help="Temperature of the vote weights exp(cosine / temperature).")
-    ] = 0.1,
-    layer: Annotated[int, typer.Option(help="Block whose patches are compared: 1 is the first, -1 the last.")] = -1,
-    facet: FacetName = "token",
-    fps: Annotated[
-        float | None, typer.Option(min=0.1, max=50, help="Frames per second of the GIF. Default: the video's, else 12.")
-    ] = None,
     network: NetworkName = "teacher",
+    short_side: FrameSide = 480,
+    previous: Previous = 7,
+    radius: Radius = 12,
+    k: Neighbours = 5,
+    temperature: Temperature = 0.1,
+    layer: Layer = -1,
+    facet: FacetName = "token",
     overrides: Settings = None,
     device: Device = "auto",
+    out: Tracks = Path("track"),
+    fps: Fps = None,
     json: Json = False,
 ) -> None:
-    """Track the objects of a first mask through a video; write a mask per frame, and a GIF with the masks overlaid."""
+    """Track the objects of a first mask through a video; write a mask per frame, and a GIF with the masks overlaid.
+
+    Examples:
+        dino track ./frames --mask first.png
+        dino track film.mp4 --mask first.png --short-side 240 --out tracked
+    """
+    track_frames(
+        frames, mask, None, checkpoint, network, short_side, previous, radius, k, temperature, layer, facet, overrides,
+        device, out, fps, json=json,
+    )  # fmt: skip
+
+
+def track_frames(
+    frames: Path,
+    mask: Path,
+    truth: Path | None,
+    checkpoint: str | None,
+    network: Literal["teacher", "student"],
+    short_side: int,
+    previous: int,
+    radius: int,
+    k: int,
+    temperature: float,
+    layer: int,
+    facet: Literal["token", "query", "key", "value"],
+    overrides: list[str] | None,
+    device: str,
+    out: Path,
+    fps: float | None,
+    *,
+    json: bool,
+) -> None:
+    """Track objects through a video, and score the masks if true ones are given."""
     if not mask.exists():
         raise DinoError(f"{mask} does not exist; expected a mask of the first frame", "check the path")
     out = output_place(out)
-    if any(given and given.resolve() == (out / "masks").resolve() for given in (frames, mask.parent, evaluate)):
+    if any(given and given.resolve() == (out / "masks").resolve() for given in (frames, mask.parent, truth)):
         raise DinoError(f"{out / 'masks'} holds an input that would be overwritten", "name another folder with --out")
     from dinocli.apps.track.propagate import Looking, Rule
     from dinocli.apps.track.videos import first_mask, too_small, track_video
@@ -61,10 +139,10 @@ def track(
     video = open_frames(frames)
     spare([out / "track.gif", out / "strip.png"], [frames, mask, *video.files])
     encoder = encoder_from(checkpoint, device, network, overrides)
-    looking = Looking(size, layer, facet)
+    looking = Looking(short_side, layer, facet)
     first = first_mask(mask, video, encoder.images)
     for lost in too_small(encoder, *first, looking):
-        console.say(f"note: object {lost} is smaller than a patch and cannot be tracked; use a larger --size")
+        console.say(f"note: object {lost} is smaller than a patch and cannot be tracked; use a larger --short-side")
     stems = [path.stem for path in video.files] or [f"{number:05}" for number in range(video.count)]
     made = [out / "track.gif", out / "strip.png", *(out / "masks" / f"{stem}.png" for stem in stems)]
     with marked(out, "track", made), console.progress("track", video.count, "frames") as advance:
@@ -73,9 +151,9 @@ def track(
             video,
             first,
             out,
-            rule=Rule(previous, radius, top, temperature),
+            rule=Rule(previous, radius, k, temperature),
             looking=looking,
-            truth=evaluate,
+            truth=truth,
             per_second=fps,
             advance=advance,
         )

@@ -180,7 +180,9 @@ def _difference(ours: Tensor, theirs: Tensor, what: str) -> float:
 def _head_of(weights: Weights, width: int) -> Head:
     if set(weights.heads) != {"dino"}:
         names = ", ".join(weights.heads) or "none"
-        raise DinoError(f"the heads are: {names}; expected one named dino, as in the original", "remove --heads")
+        raise DinoError(
+            f"the heads are: {names}; expected one named dino, as in the original", "remove --projection-head"
+        )
     config = weights.preset.heads["dino"] if weights.preset else HeadConfig.of(weights.heads["dino"])[0]
     head = config.build(width).eval()
     load_strictly(head, weights.heads["dino"], "the head")

@@ -64,6 +64,12 @@ def in_a_process(*words: str, cwd: Path, options: tuple[str, ...] = (), **env: s
 
 COMMANDS = [
     "",
+    "eval",
+    "eval retrieval",
+    "eval copies",
+    "eval segment",
+    "eval match",
+    "eval track",
     "doctor",
     "pretrain",
     "extract",
@@ -164,9 +170,6 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["track", "nowhere", "--mask", "images/a/0000.png"], "nowhere does not exist", ""),
         (["segment", "nowhere.jpg"], "nowhere.jpg does not exist", ""),
         (["segment", "images"], "no checkpoint given", "dino pretrain"),
-        (["segment"], "no photos given; expected photos", "dino segment photo.jpg"),
-        (["segment", "images", "--pca", "--evaluate", "masks"], "--pca and --evaluate cannot be combined", "omit --evaluate"),
-        (["segment", "images", "--train", "images"], "--train reads photos from its own folder", "omit the photos"),
         (["presets", "show", "vits61"], "no preset 'vits61'", "vits16"),
         (["linear", "--checkpoint", "x"], "need images (--paper)", "--paper"),
         (["pretrain", "images", "--set", "views.local.scale=[0.4, 0.05]"], "views.local.scale", "--set views.local.scale"),
@@ -290,7 +293,7 @@ def test_too_little_memory_is_said(
 ) -> None:
     from dinocli import cli
 
-    def fail(**options: object) -> None:
+    def fail(words: list[str], **options: object) -> None:
         raise failure
 
     monkeypatch.setattr(cli, "app", fail)
@@ -544,7 +547,7 @@ def test_a_failing_disk_is_said_in_words(
 ) -> None:
     from dinocli import cli
 
-    def fail(**options: object) -> None:
+    def fail(words: list[str], **options: object) -> None:
         raise failure
 
     monkeypatch.setattr(cli, "app", fail)
@@ -605,18 +608,20 @@ def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: P
     with Image.open(told[0]["mask"]) as mask:
         assert mask.size == (32, 32)
     assert dino("segment", "images/a/0000.png", "--by", "attention", "--out", "one").stdout == "one/0000.png\n"
-    assert dino("segment", "images", "--pca", "--out", "colors").stdout == "colors/pca.png\n"
+    assert dino("segment", "images", "--by", "pca", "--out", "colors").stdout == "colors/pca.png\n"
+    other = dino("segment", "images", "--by", "pca", "--foreground", "attention", "--out", "other")
+    assert other.stdout == "other/pca.png\n"
 
-    done = dino("segment", "images/a", "--evaluate", "masks/a", "--json")
+    done = dino("eval", "segment", "images/a", "--truth", "masks/a", "--json")
     measured = json.loads(done.stdout)
     assert list(measured["jaccard"]) == ["attention", "cut", "all foreground", "centred ellipse"]
     assert measured["jaccard"]["all foreground"] == pytest.approx(523 / 1024)
     assert measured["photos"] == 5
     assert sorted(measured["skipped"]) == ["images/a/0003.png", "images/a/torn.png"]
-    table = dino("segment", "images/a", "--evaluate", "masks", "--by", "cut").stdout
+    table = dino("eval", "segment", "images/a", "--truth", "masks", "--by", "cut").stdout
     assert "masks of 5 photos" in table
     assert "attention" not in table
-    nothing = dino("segment", "images/a/0003.png", "--evaluate", "masks", code=1).stderr
+    nothing = dino("eval", "segment", "images/a/0003.png", "--truth", "masks", code=1).stderr
     assert "none of 1 photos has a mask of its name and size in masks" in nothing
 
     for split, names in (("train", "0124"), ("val", "5")):
@@ -625,23 +630,23 @@ def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: P
                 place = tmp_path / "data" / split / kind / f"{name}.png"
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes((folder / "a" / f"000{name}.png").read_bytes())
-    done = dino("segment", "--train", "data", "--epochs", "2", "--json")
+    done = dino("eval", "segment", "--train", "data", "--epochs", "2", "--json")
     learned = json.loads(done.stdout)
     assert (learned["train_photos"], learned["val_photos"], learned["path"]) == (4, 1, "segments/head.safetensors")
     assert list(learned["head"]["iou"]) == ["background", "object"]
-    drawn = dino("segment", "images/b/0001.png", "--head", "segments/head.safetensors", "--masks", "--json")
+    drawn = dino("segment", "images/b/0001.png", "--classifier", "segments/head.safetensors", "--masks", "--json")
     assert set(json.loads(drawn.stdout)[0]["shares"]) <= {"background", "object"}
-    assert "no segmentation head" in dino("segment", "images", "--head", "ckpt.safetensors", code=1).stderr
-    assert (
-        "hint: use --head segments/head.safetensors" in dino("segment", "images", "--head", "segments", code=1).stderr
-    )
-    assert "--masks or --pca" in dino("segment", "images", "--pca", "--masks", code=1).stderr
+    assert "no segmentation head" in dino("segment", "images", "--classifier", "ckpt.safetensors", code=1).stderr
+    folder = dino("segment", "images", "--classifier", "segments", code=1).stderr
+    assert "hint: use --classifier segments/head.safetensors" in folder
+    assert "omit --masks or --by pca" in dino("segment", "images", "--by", "pca", "--masks", code=2).stderr
+    assert "--classifier cannot be" in dino("segment", "images", "--by", "pca", "--classifier", "x", code=2).stderr
     convolutional = ["--set", "backbone={name='resnet10t'}", "--set", "backbone.class_token_std=none"]
     dino("pretrain", "images", "--preset", "tiny", *SMALL, *convolutional, "--steps", "0", "--out", "resnet")
-    by_cut = dino("segment", "images/a", "--evaluate", "masks", "--checkpoint", "resnet", "--json")
+    by_cut = dino("eval", "segment", "images/a", "--truth", "masks", "--checkpoint", "resnet", "--json")
     assert list(json.loads(by_cut.stdout)["jaccard"]) == ["cut", "all foreground", "centred ellipse"]
     assert "note: a convolutional network has no attention" in by_cut.stderr
-    table = dino("segment", "--train", "data", "--epochs", "1").stdout
+    table = dino("eval", "segment", "--train", "data", "--epochs", "1").stdout
     assert table.splitlines()[-1] == "segments/head.safetensors"
 
 
@@ -685,7 +690,7 @@ def test_export_says_how_to_load_what_it_wrote(dino: Dino, images: Path) -> None
     assert "the same features" in done.stderr
     assert "torch.load('tiny-1.pth')" in done.stderr
     assert dino("export", "runs/tiny-1", "--to", "torch-export", "--out", "sub/net.pt2").stdout == "sub/net.pt2\n"
-    assert dino("export", "runs/tiny-1", "--to", "official", "--heads").stdout == "tiny-1-heads.pth\n"
+    assert dino("export", "runs/tiny-1", "--to", "official", "--projection-head").stdout == "tiny-1-heads.pth\n"
     assert dino("export", "--to", "timm").stdout == "tiny-1-timm\n"
     assert dino("export", "--to", "timm").stdout == "tiny-1-timm\n", "an export may replace its own"
 
@@ -735,7 +740,7 @@ def test_a_place_that_cannot_be_is_said_by_the_name_it_was_given(dino: Dino, ima
     [
         (["--to", "tf"], "--to tf is not one of official, timm, onnx, torch-export"),
         ([], "Missing option '--to'. Choose from: official, timm, onnx, torch-export"),
-        (["--to", "onnx", "--heads"], "--heads needs --to official; this is --to onnx"),
+        (["--to", "onnx", "--projection-head"], "--projection-head needs --to official; this is --to onnx"),
         (
             ["--to", "timm", "--size", "32"],
             "--tokens and --size are only for the graphs of --to onnx and --to torch-export; this is --to timm",
@@ -804,29 +809,27 @@ def test_search_finds_draws_and_tells(dino: Dino, searched: list[str], tmp_path:
 
 
 def test_search_says_what_does_not_fit(dino: Dino, searched: list[str], tmp_path: Path) -> None:
-    assert "got neither" in dino("search", code=2).stderr
-    assert "got both" in dino("search", "images", "--evaluate", "x.pkl", code=2).stderr
     assert "nothing.jpg does not exist" in dino("search", "nothing.jpg", code=1).stderr
-    assert "gnd_roxford5k" in dino("search", "--evaluate", "x.pkl", code=1).stderr
+    assert "gnd_roxford5k" in dino("eval", "retrieval", "x.pkl", code=1).stderr
     dino("pretrain", "images", "--preset", "tiny", "--steps", "0", *SMALL, "--seed", "5", "--out", "other")
     assert "other weights" in dino("search", "images", "--checkpoint", "other", "--device", "cpu", code=1).stderr
 
 
-def test_search_evaluates_both_ways(dino: Dino, searched: list[str], tmp_path: Path) -> None:
+def test_retrieval_and_copies_are_scored(dino: Dino, searched: list[str], tmp_path: Path) -> None:
     truth = {
         "imlist": ["0000.png", "0001.png"],
         "qimlist": ["same.png"],
         "gnd": [{"easy": [0], "hard": [], "junk": []}],
     }
     (tmp_path / "gnd.json").write_text(json.dumps(truth))
-    told = json.loads(dino("search", "--evaluate", "gnd.json", "--data", "images", "--device", "cpu", "--json").stdout)
+    told = json.loads(dino("eval", "retrieval", "gnd.json", "--images", "images", "--device", "cpu", "--json").stdout)
     assert [s["mean_ap"] for s in told["scores"]][:2] == [100, 100]
     assert told["scores"][2] == {"level": "hard", "mean_ap": None, "precisions": None, "queries": 0}
-    table = dino("search", "--evaluate", "gnd.json", "--data", "images", "--device", "cpu").stdout
+    table = dino("eval", "retrieval", "gnd.json", "--images", "images", "--device", "cpu").stdout
     assert [line.split("│")[2].strip() for line in table.splitlines() if "hard" in line] == ["-"]
     write_images(tmp_path / "set" / "original", 3)
     write_images(tmp_path / "set" / "strong", 3)
-    done = dino("search", "--evaluate", "set", "--whiten", "images", "--distractors", "images", "--device", "cpu")
+    done = dino("eval", "copies", "set", "--whiten", "images", "--distractors", "images", "--device", "cpu")
     assert "3 originals among 6 others, whitened by 6" in " ".join(done.stdout.split())
 
 
@@ -892,7 +895,8 @@ def test_places_are_matched_and_things_followed_with_a_checkpoint(dino: Dino, im
     dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "0", "--no-report")
     a, b = "images/a/0000.png", "images/a/0001.png"
     Path("k.csv").write_text("x_a,y_a,x_b,y_b\n4,4,4,4\n20,20,20,20\n")
-    wide = dino("match", a, a, "--keypoints", "k.csv", "--size", "32", "--layer", "1", "--layer", "-1", "--pca", "6")
+    points = ("--keypoints", "k.csv", "--short-side", "32")
+    wide = dino("eval", "match", a, a, *points, "--layer", "1", "--layer", "-1", "--pca", "6")
     assert "100.0" in wide.stdout and "matches/0000-0000.png" in wide.stdout
     found = json.loads(dino("match", a, b, "--json").stdout)
     assert Path(found["picture"]).is_file() and "pck" not in found
@@ -901,11 +905,12 @@ def test_places_are_matched_and_things_followed_with_a_checkpoint(dino: Dino, im
     Path("truth").mkdir()
     for i in range(6):
         Image.linear_gradient("L").resize((32, 32)).point(lambda v: 255 * (v > 120)).save(f"truth/{i:04}.png")
-    asked = ["track", "images/a", "--mask", "truth/0000.png", "--size", "32", "--evaluate", "truth"]
+    asked = ["eval", "track", "images/a", "--mask", "truth/0000.png", "--short-side", "32", "--truth", "truth"]
     score = json.loads(dino(*asked, "--json").stdout)
     assert score["frames"] == 6 and score["copying the first mask"]["mean"] == {"j": 1, "f": 1}
     assert 0 < score["score"]["objects"]["255"]["j"] <= 1
-    assert "track/track.gif" in dino(*asked).stdout and Path("track/masks/0005.png").is_file()
+    assert "track/track.gif" in dino(*asked).stdout
+    assert "J&F" not in dino(*asked[1:-2]).stdout and Path("track/masks/0005.png").is_file()
     done = dino("track", "images/a", "--mask", "track/masks/0000.png", code=1)
     assert "would be overwritten" in done.stderr
     done = dino("track", "track/masks", "--mask", "truth/0000.png", code=1)

@@ -114,7 +114,7 @@ def fit_colors(
 def _fit_axes(tokens: Tensor, inside: Tensor, skipped: dict[Path, str]) -> Colors:
     """Fit colors to sampled tokens [S, D] and their foreground mask [S]."""
     if len(tokens) < 4:
-        raise DinoError(f"a PCA needs at least four patches; got {len(tokens)}", "use a larger --size")
+        raise DinoError(f"a PCA needs at least four patches; got {len(tokens)}", "use a larger --short-side")
     mean = tokens.mean(0)
     first, least = _components(tokens - mean, 1)[:, 0], None
     if inside.any() and not inside.all():

@@ -203,7 +203,7 @@ def train_head(
         commonest = int(stored.counts[:classes].argmax())
     head = SegmentationHead(*method.folded(), data.classes, short_side, encoder.fingerprint)
     if not head.is_finite:
-        raise DinoError("the trained head has weights that are not finite", "use another --size")
+        raise DinoError("the trained head has weights that are not finite", "use another --short-side")
     table, skipped, photos = _count_confusion(encoder, head, data.val, lambda done, of: report("measure", done, of))
     if not photos:
         raise _explain_unreadable(skipped)
@@ -298,9 +298,9 @@ def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
         DinoError: If there is no head, it is corrupt, or it belongs to other weights.
     """
     if path.is_dir():
-        raise DinoError(f"{path} is a folder; expected a segmentation head", f"use --head {path / HEAD}")
+        raise DinoError(f"{path} is a folder; expected a segmentation head", f"use --classifier {path / HEAD}")
     if not path.is_file():
-        raise DinoError(f"{path} does not exist; expected a segmentation head", "dino segment --train DATA")
+        raise DinoError(f"{path} does not exist; expected a segmentation head", "dino eval segment --train DATA")
     try:
         tensors, about = load_tensors(path)
         if about.get("dinocli") != _KIND:
@@ -311,7 +311,7 @@ def read_head(path: Path, encoder: Encoder) -> SegmentationHead:
             raise ValueError("its weights are not finite")
     # Different damage raises different exceptions.
     except Exception as error:
-        raise DinoError(f"{path} is no segmentation head: {error}", "dino segment --train DATA") from error
+        raise DinoError(f"{path} is no segmentation head: {error}", "dino eval segment --train DATA") from error
     if head.fingerprint != encoder.fingerprint:
         raise DinoError(
             f"{path} was trained on features of other weights ({head.fingerprint}) than {encoder.source} "

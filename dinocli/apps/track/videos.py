@@ -216,7 +216,7 @@ class _Scorer:
                 f"none of the true masks can be scored; {bad[0]}: {bad[1]}"
                 if bad
                 else "no true mask is named like a frame between the first and the last",
-                "use --evaluate FOLDER with masks named like the frames",
+                "use --truth FOLDER with masks named like the frames",
             )
         return video_score(self._found, self._first.objects), video_score(self._still, self._first.objects)
 
