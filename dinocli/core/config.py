@@ -78,7 +78,10 @@ def change(data: dict[str, Any], override: str) -> None:
             raise DinoError(f"--set {override}: {table} is a single value, not a table", f"--set {table}=VALUE")
         data = data.setdefault(table, {})
     if typed.strip() == "none":
-        data.pop(last, None)
+        if last in data:
+            del data[last]
+        else:
+            data[last] = None  # so that an unknown key is still an error
         return
     try:
         value = tomllib.loads(f"value = {typed}")["value"]

@@ -150,9 +150,10 @@ class Preset(Config):
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
         images = self.training.batch_size
         if not all(abs(value) <= LARGEST for value in self.optimizer.lr_for(images).bounds):
+            name = "start" if hasattr(self.optimizer.lr, "start") else "value"
             raise ValueError(
                 f"optimizer.lr_rule makes optimizer.lr infinite at a batch of {images}; it needs "
-                "optimizer.lr.start=0.0005"
+                f"optimizer.lr.{name}=0.0005"
             )
         return self
 

@@ -67,6 +67,8 @@ def test_overrides_are_toml_values_and_none_removes_a_key() -> None:
         ("losses.dino.targets.temperature={kind='cosine', start=0.04, end=0.07, warmup_epochs=2}",
          "temperature.warmup_epochs is 2, and a temperature cannot start from 0", "warmup_epochs=0"),
         ("optimizer.lr={kind='constant', value=0}", "optimizer.lr is always 0, and nothing would be trained", "value=0.0005"),
+        ("optimizer.lr={kind='constant', value=1e38}", "makes optimizer.lr infinite", "--set optimizer.lr.value=0.0005"),
+        ("training.epcohs=none", "no key training.epcohs", "training.epochs"),
         ("lr=0.1", "no key lr", "did you mean optimizer.lr.start?"),
         ("training.lr=0.1", "no key training.lr", "did you mean optimizer.lr.start?"),
         ("momentum=0.9", "no key momentum", "did you mean teacher.momentum.start or losses.dino.targets.momentum?"),

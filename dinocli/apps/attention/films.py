@@ -145,8 +145,10 @@ def _compute_maps(
         lows.append(float(values.min()))
         highs.append(float(values.max()))
     if not kept:
-        first = next(iter(skipped.items()), ("", "it has no frames"))
-        raise DinoError(f"none of the frames of {frames.where} can be read; {first[0]}: {first[1]}", "check that file")
+        if not skipped:
+            raise DinoError(f"{frames.where} has no frames", "check that file")
+        name, reason = next(iter(skipped.items()))
+        raise DinoError(f"none of the frames of {frames.where} can be read; {name}: {reason}", "check that file")
     return _Layout(kept, skipped, *shape, min(lows), float(np.median(highs)))
 
 

@@ -1,4 +1,4 @@
-"""Guards against files that are made to take very long to read."""
+"""Guards against files that are too large, or take very long to read."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import io
 
 from PIL import ImageFile
 
+from dinocli.data.decode.pixels import BadImage
 from dinocli.data.decode.tiff_tags import Directory
+from dinocli.data.images import ImagesConfig
 
 # Budgets of Pillow's Python loops: one unit per read and per 64 bytes. A header takes under a second, a body about ten.
 _HEADER, BODY = 100_000, 12_000_000
 _SCANS = 4000  # JPEG scans times megapixels: each scan covers the whole picture, and a few bytes make one
 _VALUES = 590_000  # per TIFF tag, each a Python object: the number of 16x16 tiles in 150 megapixels
 _ENTRIES = 65536  # of a TIFF directory
+_QOI = 2e6  # pixels, which take Pillow about ten seconds
 _SUB_BLOCKS = 100_000  # of a GIF, 255 bytes each, that are read to count its frames
 
 
@@ -44,6 +47,25 @@ def check_tags(data: bytes) -> None:
         # Bytes and text stay one object. A count that exceeds the file is not read.
         if _VALUES < entry.length <= len(data) and entry.kind not in (1, 2, 6, 7):
             raise TooSlow
+
+
+def size_fault(size: tuple[int, int], images: ImagesConfig) -> BadImage | None:
+    """Refuse a picture of `size` (width, height) beyond the limits of `[images]`; None if it is within them."""
+    short, long = sorted(size)
+    words = f"{size[0]}x{size[1]} pixels are"
+    if long * short > images.max_megapixels * 1e6:
+        return BadImage(f"too large: {words} over {images.max_megapixels:g} megapixels")
+    if long > images.max_aspect * short:
+        return BadImage(f"too long: {words} over {images.max_aspect:g} to 1")
+    return BadImage(f"too small: {words} under {images.min_side} per side") if short < images.min_side else None
+
+
+def slow_fault(image: ImageFile.ImageFile, data: bytes) -> BadImage | None:
+    """Refuse a picture whose format and size make Pillow take very long; None if it is quick enough."""
+    if image.format == "QOI" and image.width * image.height > _QOI:
+        return BadImage(f"too slow: {image.width}x{image.height} pixels of QOI, which Pillow decodes one by one")
+    said = too_many_scans(image, data)
+    return BadImage(said) if said else None
 
 
 def too_many_scans(image: ImageFile.ImageFile, data: bytes) -> str:

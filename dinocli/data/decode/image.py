@@ -12,7 +12,7 @@ from PIL import Image, ImageFile
 from dinocli.data.decode.arrays import open_array
 from dinocli.data.decode.bit_depth import to_bytes
 from dinocli.data.decode.colors import HOLD_ORIENTATION, keep_channels, orientation, to_gray, to_rgb
-from dinocli.data.decode.guards import BODY, Reader, check_tags, gif_frames, too_many_scans
+from dinocli.data.decode.guards import BODY, Reader, check_tags, gif_frames, size_fault, slow_fault
 from dinocli.data.decode.jpeg_header import find_frame, plain_header
 from dinocli.data.decode.pillow import decode_or_reason, read_header, silence_libtiff
 from dinocli.data.decode.pixels import NO_NUMBER, UNKNOWN_FORMAT, BadImage, Pixels
@@ -27,7 +27,6 @@ from dinocli.data.images import DEFAULTS, ImagesConfig
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise it prints messages about bad files to stderr
 
 
-_QOI = 2e6  # pixels, which take Pillow about ten seconds
 _COUNTED = ("PNG", "WEBP", "AVIF", "DCX", "FLI", "IM", "SPIDER")  # their headers state the number of pictures
 _NOTHING_LEFT = "truncated: no pixels left"
 _GREY: dict[str, Any] = {"L": 128, "RGB": (128,) * 3, "RGBA": (128, 128, 128, 255), "I;16": 32768}
@@ -125,7 +124,7 @@ class Opened:
         with silence_libtiff() if image.format == "TIFF" else nullcontext():
             image.load()
         # The size of an icon is known only after loading.
-        if image.size != self._size and reduce == 1 and (fault := _size_fault(image.size, self._images)):
+        if image.size != self._size and reduce == 1 and (fault := size_fault(image.size, self._images)):
             return fault
         if self._palette is not None and image.mode == "P":
             image = Image.fromarray(self._palette[np.minimum(np.asarray(image), len(self._palette) - 1)])
@@ -155,7 +154,7 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
     # Fast path that is enough for most photos. Pillow judges all other files.
     if isinstance(data, bytes) and len(data) <= images.max_megabytes * 1e6:
         plain = plain_header(data)
-        if plain and not _size_fault(plain.size, images):
+        if plain and not size_fault(plain.size, images):
             return Opened(data, images, plain.size, mode=plain.mode)
     opened = decode_or_reason(images, False, lambda: _open(data, images))
     if isinstance(opened, BadImage) and opened.reason == UNKNOWN_FORMAT and isinstance(data, bytes):
@@ -171,7 +170,7 @@ def decode(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Pixels
 
 def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
     if isinstance(data, Image.Image):
-        return _size_fault(data.size, images) or _describe(data, data, images)
+        return size_fault(data.size, images) or _describe(data, data, images)
     if not data:
         return BadImage("empty: the file has no bytes")
     if len(data) > images.max_megabytes * 1e6:
@@ -186,7 +185,7 @@ def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
     elif array := open_array(data, images):
         return _describe_array(data, array, images)
     image = read_header(data)
-    fault = _size_fault(image.size, images) or _slow_fault(image, data) or _kind_fault(image, data, images)
+    fault = size_fault(image.size, images) or slow_fault(image, data) or _kind_fault(image, data, images)
     return fault or _describe(data, image, images, facts)
 
 
@@ -228,19 +227,12 @@ def _describe_array(data: bytes, array: ArrayFile, images: ImagesConfig) -> Open
         return BadImage(f"too large: {what} are over {images.max_megapixels:g} megapixels of six bytes")
     mode = "F" if array.dtype.kind == "f" else "L" if array.dtype.itemsize == 1 else "I"
     turn, pages = array.turn, array.pages
-    if array.format == "PNG" and not _size_fault(size, images):
+    if array.format == "PNG" and not size_fault(size, images):
         image = read_header(data)
         turn, pages = orientation(image), _count_pages(image, data)
-    return _size_fault(size, images) or Opened(
+    return size_fault(size, images) or Opened(
         data, images, size, format=array.format, mode=mode, array=array, turn=turn, plain_jpeg=False, pages=pages
     )
-
-
-def _slow_fault(image: ImageFile.ImageFile, data: bytes) -> BadImage | None:
-    if image.format == "QOI" and image.width * image.height > _QOI:
-        return BadImage(f"too slow: {image.width}x{image.height} pixels of QOI, which Pillow decodes one by one")
-    said = too_many_scans(image, data)
-    return BadImage(said) if said else None
 
 
 def _kind_fault(image: ImageFile.ImageFile, data: bytes, images: ImagesConfig) -> BadImage | None:
@@ -251,13 +243,3 @@ def _kind_fault(image: ImageFile.ImageFile, data: bytes, images: ImagesConfig) -
     if 0 < at < len(data) - 6 and data[at + 6] & 0x40:
         return BadImage("not read here: AVIF of more than 8 bits with images.window; convert it to 16-bit PNG")
     return None
-
-
-def _size_fault(size: tuple[int, int], images: ImagesConfig) -> BadImage | None:
-    short, long = sorted(size)
-    words = f"{size[0]}x{size[1]} pixels are"
-    if long * short > images.max_megapixels * 1e6:
-        return BadImage(f"too large: {words} over {images.max_megapixels:g} megapixels")
-    if long > images.max_aspect * short:
-        return BadImage(f"too long: {words} over {images.max_aspect:g} to 1")
-    return BadImage(f"too small: {words} under {images.min_side} per side") if short < images.min_side else None
