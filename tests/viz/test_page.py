@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import html
 import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +27,14 @@ def test_a_page_holds_its_body_and_forbids_fetching() -> None:
     assert page.startswith("<!DOCTYPE html>") and "<title>T &amp; U" in page
     assert page.endswith("<body><p>x</p></body></html>\n")
     assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page and "width=device-width" in page
+
+
+def test_signs_of_the_template_are_text_in_title_and_body() -> None:
+    page = page_of("$body", "<p>$title ${x} $$</p>")
+    assert "<title>$body · dino pretrain</title>" in page
+    assert page.endswith("<body><p>$title ${x} $$</p></body></html>\n")
+
+
+def test_the_template_ships_with_the_package() -> None:
+    tools = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    assert tools["setuptools"]["package-data"]["dinocli.viz"] == ["page.html"]
