@@ -202,11 +202,11 @@ def test_the_command_reports_skipped_images_and_prints_json(tmp_path: Path, imag
     monkeypatch.setattr("dinocli.data.sources.open.open_images", lambda spec: listed(Path(spec)), raising=False)
     (images / "a" / "0001.png").write_bytes(b"no image")
     out = tmp_path / "out"
-    command(str(images), out, side=16, per_shard=6, name="train")
+    command(str(images), out, short_side=16, per_shard=6, name="train")
     first = capsys.readouterr()
     assert "skipped a/0001.png: not an image" in first.err and f"next: dino pretrain {out}" in first.err
     assert {"train-000000.tar", "train-000001.tar"} < set(files(out))
-    command(str(images), out, side=16, per_shard=6, name="train", json=True)
+    command(str(images), out, short_side=16, per_shard=6, name="train", json=True)
     second = capsys.readouterr()
     assert "kept 2 of 2" in second.err
     printed = json.loads(second.out)

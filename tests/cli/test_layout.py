@@ -13,7 +13,7 @@ import pytest
 import typer
 from test_cli import SMALL, Dino, dino, in_a_process  # noqa: F401  a fixture
 
-from dinocli.cli import app
+from dinocli.cli import app, console
 from dinocli.cli.layout import PANELS
 from dinocli.cli.presets import complete_preset
 from dinocli.method import shipped
@@ -174,7 +174,8 @@ def test_the_shell_completes_them_without_torch(words: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("width", [80, 60])
 def test_the_table_of_presets_breaks_no_word(width: int, dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    monkeypatch.setenv("COLUMNS", str(width))
+    # Not COLUMNS: a console keeps the value from when it was made, which may be in another test.
+    monkeypatch.setattr(console._data, "_width", width)
     drawn = dino("presets").stdout
     assert max(map(len, drawn.splitlines())) <= width
     words = set(drawn.split())
