@@ -205,8 +205,8 @@ def _blur(x: Tensor, kernels: Tensor) -> None:
         x: Images. [S, C, H, H]
         kernels: Blur matrices of a short line. [S, short, short]
     """
-    # Depthwise convolutions are no substitute. Two passes of 13 taps differ at the border, which Pillow repeats in each of
-    # its three passes, and take 1.2 to 1.4 times as long at 224 pixels (0.8 to 1.1 at 96). Six passes of 5 taps agree to
+    # Depthwise convolutions are slower. Two passes of 13 taps differ at the border, which Pillow repeats in each of its
+    # three passes, and take 1.2 to 1.4 times as long at 224 pixels (0.8 to 1.1 at 96). Six passes of 5 taps agree to
     # 4e-7 and take 1.6 to 2.6 times as long. Measured on one and two CPU threads.
     short, size = kernels.shape[1], x.shape[2]
     if size == short:
