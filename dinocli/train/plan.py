@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -18,10 +18,6 @@ from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rat
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
 from dinocli.weights.frozen_teacher import FrozenTeacher
-
-if TYPE_CHECKING:
-    pass
-
 
 # Fewest images per prototype without a warning. The demo's recipe has 75, the paper's 1,950.
 _IMAGES_A_PROTOTYPE = 30

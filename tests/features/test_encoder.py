@@ -33,7 +33,7 @@ def test_feature_layouts_equal_the_originals(original) -> None:
     assert encoder.features(images, "patches", 2).shape == (2, 16, 64)
 
 
-def test_limits_and_window_of_files_are_the_trainings_until_they_are_changed(tmp_path: Path) -> None:
+def test_image_settings_are_those_of_training_unless_overridden(tmp_path: Path) -> None:
     preset = load_preset("tiny", ["images.window=[0, 4095]", "images.min_side=4"])
     write_checkpoint(tmp_path / "ckpt.safetensors", preset.network().weights(), preset, 0)
     encoder = load_encoder(str(tmp_path), CPU)
@@ -100,7 +100,7 @@ def test_patches_and_attention_that_are_not_finite_are_refused(encoder: Encoder)
         assert "another checkpoint" in error.value.hint
 
 
-def test_rows_are_told_apart_by_whether_they_are_finite() -> None:
+def test_finite_rows_are_separated_from_others() -> None:
     made = torch.ones(3, 2, 2)
     made[1, 0, 1], made[1, 1, 1] = torch.nan, -torch.inf
     assert finite_rows(made, ["a", "b", "c"]) == ([0, 2], [("b", "not finite: 2 of 4 features")])

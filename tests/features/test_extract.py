@@ -67,7 +67,7 @@ def test_rows_do_not_depend_on_batches_or_workers(tmp_path: Path, images: Path, 
     np.testing.assert_allclose(values[1], values[2], atol=1e-5)
 
 
-def test_half_the_bytes_are_nearly_the_same_features(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+def test_float16_files_hold_nearly_the_same_features(tmp_path: Path, images: Path, encoder: Encoder) -> None:
     whole, half = (
         read_features(extract(encoder, image_folder(images), tmp_path / f"{d}.safetensors", data="d", dtype=d).path)
         for d in ("float32", "float16")
@@ -78,7 +78,7 @@ def test_half_the_bytes_are_nearly_the_same_features(tmp_path: Path, images: Pat
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_coarser_products_give_nearly_the_same_features_and_are_told_of(
+def test_bfloat16_products_give_nearly_the_same_features_and_are_recorded(
     tmp_path: Path, images: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     for module in (encoder_module, device_module):
@@ -98,7 +98,7 @@ def test_coarser_products_give_nearly_the_same_features_and_are_told_of(
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_views_are_those_of_the_recipe_whoever_cuts_them(
+def test_views_do_not_depend_on_the_process_that_cuts_them(
     tmp_path: Path, images: Path, encoder: Encoder, count: int
 ) -> None:
     (images / "b" / "0000.png").write_bytes(b"no image")
@@ -146,7 +146,7 @@ def test_a_bad_file_is_named_and_all_others_are_kept(tmp_path: Path, images: Pat
     assert read.paths[6] == "b/0001.png"
 
 
-def test_no_readable_image_and_a_size_below_a_patch_are_said(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+def test_no_readable_image_and_a_size_below_a_patch_are_errors(tmp_path: Path, images: Path, encoder: Encoder) -> None:
     with pytest.raises(DinoError, match="one patch of 8"):
         extract(encoder, image_folder(images), tmp_path / "f.safetensors", data="d", size=4)
     for path in images.rglob("*.png"):
@@ -227,7 +227,7 @@ def test_nothing_is_written_if_no_features_are_finite(tmp_path: Path, images: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_program_is_told_of_an_image_without_finite_features(images: Path, lossy: Encoder) -> None:
+def test_json_output_names_an_image_without_finite_features(images: Path, lossy: Encoder) -> None:
     assert lossy([images / "a" / "0000.png"]).isfinite().all()
     with pytest.raises(DinoError, match=r"0002.png: not finite: 3 of 16 features"):
         lossy([images / "a" / "0000.png", images / "a" / "0002.png"])
@@ -242,7 +242,7 @@ def test_a_query_without_finite_features_is_skipped(images: Path, lossy: Encoder
         encode(lossy, photos([images / "a" / "0002.png"]), provenance)
 
 
-def test_labels_of_shards_come_along(tmp_path: Path, images: Path, encoder: Encoder) -> None:
+def test_labels_of_shards_are_stored(tmp_path: Path, images: Path, encoder: Encoder) -> None:
     def tar(name: str, labels: list[bytes]) -> Path:
         with tarfile.open(tmp_path / name, "w") as opened:
             for i, (path, label) in enumerate(zip(image_folder(images).names, labels, strict=False)):

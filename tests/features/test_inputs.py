@@ -24,7 +24,7 @@ def test_a_path_an_image_and_an_array_are_the_same_pixels(tmp_path: Path) -> Non
     assert np.array_equal(read[-1], PIXELS[:, ::-1])
 
 
-def test_an_image_is_turned_like_its_file(tmp_path: Path) -> None:
+def test_a_pillow_image_is_rotated_like_its_file(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(PIXELS).save(tmp_path / "x.png", exif=exif)
@@ -32,7 +32,7 @@ def test_an_image_is_turned_like_its_file(tmp_path: Path) -> None:
         assert np.array_equal(given_pixels(opened, DEFAULTS), np.rot90(PIXELS, -1))
 
 
-def test_an_array_counts_as_its_npy_file(tmp_path: Path) -> None:
+def test_an_array_is_read_like_its_npy_file(tmp_path: Path) -> None:
     deep = np.random.default_rng(0).integers(0, 4000, (20, 30, 5), dtype=np.uint16)
     np.save(tmp_path / "x.npy", deep)
     images = ImagesConfig(channels=5, window=(0, 4095))
@@ -59,13 +59,13 @@ def test_several_are_a_list_or_an_array_of_four_dimensions() -> None:
         ({"a.jpg"}, "a set is no image; expected a path", "encoder"),
     ],
 )
-def test_what_is_no_image_is_told(images: object, says: str, hint: str) -> None:
+def test_inputs_that_are_no_image_are_an_error(images: object, says: str, hint: str) -> None:
     with pytest.raises(DinoError, match=says) as caught:
         given_images(images)
     assert hint in caught.value.hint
 
 
-def test_one_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_an_unreadable_input_is_named(tmp_path: Path) -> None:
     (tmp_path / "torn.jpg").write_bytes(b"no image")
     with pytest.raises(DinoError, match=r"torn\.jpg cannot be read: not an image"):
         given_pixels(tmp_path / "torn.jpg", DEFAULTS)

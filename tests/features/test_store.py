@@ -39,7 +39,7 @@ def rewrite(path: Path, tensors: dict[str, np.ndarray | None] | None = None, **m
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("width", [(4,), (3,), (5, 3)])
-def test_what_is_written_is_read(tmp_path: Path, rows: int, width: tuple[int, ...]) -> None:
+def test_written_features_are_read_back(tmp_path: Path, rows: int, width: tuple[int, ...]) -> None:
     write(tmp_path / "f.safetensors", rows, width)
     read = read_features(tmp_path / "f.safetensors")
     assert read.values.shape == (rows, *width)
@@ -57,7 +57,7 @@ def test_other_readers_of_safetensors_can_read_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"\x08\0\0\0\0\0\0\0{}      "])
-def test_a_file_that_is_none_is_said(tmp_path: Path, content: bytes) -> None:
+def test_a_missing_or_foreign_file_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f.safetensors").write_bytes(content)
     with pytest.raises(DinoError):
         read_features(tmp_path / "f.safetensors")
@@ -67,7 +67,7 @@ def test_a_file_that_is_none_is_said(tmp_path: Path, content: bytes) -> None:
     ("changed", "what"),
     [({"fingerprint": "f" * 16}, "weights"), ({"tokens": "cls+avg"}, "tokens"), ({"data": "other"}, "data sets")],
 )
-def test_splits_that_do_not_belong_together_are_refused(tmp_path: Path, changed: dict, what: str) -> None:
+def test_splits_of_different_extractions_are_refused(tmp_path: Path, changed: dict, what: str) -> None:
     write(tmp_path / "train.safetensors")
     write(tmp_path / "val.safetensors", **changed)
     with pytest.raises(DinoError, match=f"different {what}"):
@@ -75,7 +75,7 @@ def test_splits_that_do_not_belong_together_are_refused(tmp_path: Path, changed:
 
 
 @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir()])
-def test_a_folder_without_features_is_said(tmp_path: Path, make) -> None:
+def test_a_folder_without_features_is_an_error(tmp_path: Path, make) -> None:
     make(tmp_path / "features")
     with pytest.raises(DinoError, match="expected a folder of features"):
         read_splits(tmp_path / "features")
@@ -89,7 +89,7 @@ def test_test_labels_count_in_the_training_classes(tmp_path: Path) -> None:
     assert test.classes == train.classes
 
 
-def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+def test_features_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "x" / "all.safetensors", classes=())
     with pytest.raises(DinoError, match="no class folders"):
         compared(read_splits(tmp_path / "x"))
@@ -102,7 +102,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         compared(read_splits(tmp_path / "z"))
 
 
-def test_views_lie_beside_each_image_and_older_files_have_none(tmp_path: Path) -> None:
+def test_views_are_stored_with_each_image_and_missing_in_older_files(tmp_path: Path) -> None:
     values = np.arange(3 * 3 * 4, dtype=np.float32).reshape(3, 3, 4)
     with write_features(tmp_path / "train.safetensors", replace(PROVENANCE, views=2), ["a"]) as writer:
         writer.append(values, [0, 0, 0], ["x", "y", "z"])
@@ -129,14 +129,14 @@ def test_a_classifier_learns_from_the_training_split_or_the_first() -> None:
     assert learned_from({"all": 1}) == "all"
 
 
-def test_a_folder_of_splits_names_one_to_read(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_of_splits_names_one_file(tmp_path: Path) -> None:
     write(tmp_path / "f" / "train.safetensors")
     with pytest.raises(DinoError, match=r"f is a folder of splits") as error:
         read_features(tmp_path / "f")
     assert error.value.hint == f"use {tmp_path / 'f' / 'train.safetensors'}"
 
 
-def test_any_byte_that_changed_is_noticed(tmp_path: Path) -> None:
+def test_any_changed_byte_is_detected(tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     write(path, 3)
     content = path.read_bytes()
@@ -187,7 +187,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("tensors", "metadata", "said"), BAD.values(), ids=BAD)
-def test_parts_that_do_not_fit_are_one_line(
+def test_inconsistent_parts_are_one_line(
     tmp_path: Path, tensors: dict[str, np.ndarray | None], metadata: dict[str, str], said: str
 ) -> None:
     path = tmp_path / "f.safetensors"
@@ -201,7 +201,7 @@ def test_parts_that_do_not_fit_are_one_line(
 @pytest.mark.parametrize(
     "name", ["../f.safetensors", "/f.safetensors", "a/../../f.safetensors", "..", "x\\\\f.safetensors"]
 )
-def test_an_index_names_files_of_its_folder_alone(tmp_path: Path, name: str) -> None:
+def test_an_index_may_name_only_files_of_its_folder(tmp_path: Path, name: str) -> None:
     write(tmp_path / "f.safetensors")
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "index.json").write_text(json.dumps({"dinocli": "features", "images": {name: 3}}))
@@ -259,7 +259,7 @@ def write_labels(path: Path, labels: list[int], classes: tuple[str, ...]) -> Non
         writer.append(np.eye(len(labels), 8, dtype=np.float32), labels, [f"{i}.png" for i in range(len(labels))])
 
 
-def test_numbers_are_classes_where_nothing_names_them(tmp_path: Path) -> None:
+def test_numbers_are_class_names_if_there_are_no_others(tmp_path: Path) -> None:
     write_labels(tmp_path / "train.safetensors", [0, 2, -1, 1], ())
     write_labels(tmp_path / "val.safetensors", [1, 1], ())
     train, val = compared(read_splits(tmp_path))

@@ -47,12 +47,12 @@ def test_more_than_a_shard_becomes_several_that_read_as_one(tmp_path: Path, rows
     assert (read.classes, read.skipped, read.provenance) == (["a", "b"], {"bad.png": "no image"}, PROVENANCE)
 
 
-def test_a_batch_above_a_shard_is_one(tmp_path: Path) -> None:
+def test_a_batch_larger_than_a_shard_stays_one_shard(tmp_path: Path) -> None:
     assert write(tmp_path / "f.safetensors", 2, 1) == tmp_path / "f"
     assert len(names(tmp_path / "f")) == 3
 
 
-def test_neither_form_leaves_the_other_behind(tmp_path: Path) -> None:
+def test_a_file_replaces_shards_and_the_reverse(tmp_path: Path) -> None:
     for shard_bytes, found in (
         (2**31, ["f.safetensors"]),
         (2 * ROW, ["f/00000.safetensors", "f/00001.safetensors", "f/index.json"]),
@@ -66,7 +66,7 @@ def test_neither_form_leaves_the_other_behind(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["f.safetensors"]
 
 
-def test_what_a_killed_run_had_not_finished_is_passed_over(tmp_path: Path) -> None:
+def test_an_unfinished_extraction_is_ignored(tmp_path: Path) -> None:
     write(tmp_path / "f.safetensors", 3, ROW).rename(tmp_path / ".f.4711.part")
     write(tmp_path / "f.safetensors", 2)
     assert {name: len(found) for name, found in read_splits(tmp_path).items()} == {"f": 2}
@@ -86,7 +86,7 @@ def test_a_folder_of_the_users_own_is_never_touched(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [2**31, ROW])
 @pytest.mark.parametrize("shard_bytes", [2**31, ROW])
-def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path, before: int, shard_bytes: int) -> None:
+def test_a_failure_leaves_the_old_files_unchanged(tmp_path: Path, before: int, shard_bytes: int) -> None:
     path = tmp_path / "f.safetensors"
     write(path, 2, before)
     found = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
@@ -100,7 +100,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path: Path, before
     assert not (tmp_path / "new").exists()
 
 
-def test_what_is_wrong_with_shards_is_said(tmp_path: Path) -> None:
+def test_faults_of_shards_are_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "f.safetensors", 3, ROW)
     second, index = folder / "00001.safetensors", folder / "index.json"
     content, told = second.read_bytes(), index.read_text()
@@ -128,7 +128,7 @@ def test_what_is_wrong_with_shards_is_said(tmp_path: Path) -> None:
         read_splits(tmp_path)
 
 
-def test_what_float16_cannot_hold_is_said(tmp_path: Path) -> None:
+def test_values_beyond_float16_are_an_error(tmp_path: Path) -> None:
     for values, fails in (([7e4], True), ([6e4], False)):
         data = np.array([values], dtype=np.float32)
         if fails:
@@ -181,7 +181,7 @@ def test_memory_does_not_grow_with_the_features(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_what_is_not_finite_is_not_stored(tmp_path: Path, dtype: str) -> None:
+def test_non_finite_features_are_not_stored(tmp_path: Path, dtype: str) -> None:
     with (
         pytest.raises(DinoError, match="the features of x or of later images in its batch are not finite"),
         write_features(tmp_path / "f.safetensors", PROVENANCE, [], dtype=dtype) as writer,

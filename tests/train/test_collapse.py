@@ -32,12 +32,12 @@ def told(series: list[tuple[float, float]], overrides: list[str] = [], times: in
     return found
 
 
-def test_a_run_that_learns_is_left_alone() -> None:
+def test_a_run_that_learns_is_not_reported() -> None:
     assert told(LEARNS) == []
 
 
 @pytest.mark.parametrize(("series", "kind"), [(ONE_SIDED, "one-sided"), (UNIFORM, "uniform")])
-def test_collapse_is_told_once_and_soon(series: list[tuple[float, float]], kind: str) -> None:
+def test_collapse_is_reported_once_and_early(series: list[tuple[float, float]], kind: str) -> None:
     ((step, collapse),) = told(series)
     assert collapse.kind == kind
     assert step == 100, "a quarter of a run of 400 steps"
@@ -45,11 +45,11 @@ def test_collapse_is_told_once_and_soon(series: list[tuple[float, float]], kind:
     assert "for 100 steps" in collapse.words
 
 
-def test_it_is_told_again_when_it_comes_again() -> None:
+def test_a_second_collapse_is_reported_again() -> None:
     assert [c.kind for _, c in told(UNIFORM * 4 + LEARNS * 4, times=2)] == ["uniform", "uniform"]
 
 
-def test_sharp_or_even_targets_that_tell_images_apart_are_no_collapse() -> None:
+def test_sharp_or_uniform_targets_with_information_are_no_collapse() -> None:
     most = math.log(load_preset("tiny").heads["dino"].prototypes)
     assert told([(0.001 * most, 0.5 * most)] * 30) == []
     assert told([(0.98 * most, 0.03 * most)] * 30) == []
@@ -60,7 +60,7 @@ def test_a_slow_start_is_no_collapse() -> None:
     assert told([*UNIFORM[:1] * 9, *LEARNS], times=1) == []
 
 
-def test_a_recipe_without_these_figures_is_left_alone() -> None:
+def test_a_preset_without_these_figures_is_never_reported() -> None:
     watch = CollapseDetector(load_preset("tiny"), 400)
     assert all(watch.update(step, {"loss": 1.0}) is None for step in range(0, 400, 10))
 
@@ -76,7 +76,7 @@ def test_a_recipe_without_these_figures_is_left_alone() -> None:
         (ONE_SIDED, ["losses.dino.targets.temperature.value=0.04"], "teacher.momentum.start=0.996"),
     ],
 )
-def test_the_remedy_fits_the_preset_and_can_be_typed(
+def test_the_remedy_fits_the_preset_and_parses(
     series: list[tuple[float, float]], overrides: list[str], remedy: str
 ) -> None:
     ((_, collapse),) = told(series, overrides)
@@ -86,7 +86,7 @@ def test_the_remedy_fits_the_preset_and_can_be_typed(
         assert load_preset("tiny", [*overrides, changed]) != load_preset("tiny", overrides)
 
 
-def test_many_prototypes_are_made_fewer_first() -> None:
+def test_fewer_prototypes_are_the_first_remedy_for_many() -> None:
     large = math.log(65536) / math.log(K)
     series = [(entropy * large, information) for entropy, information in UNIFORM]
     ((_, collapse),) = told(series, ["heads.dino.prototypes=65536", "losses.dino.targets.temperature.value=0.04"])
@@ -102,7 +102,7 @@ def flat(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     return Plan("tiny", preset, image_folder(images), 64, Path("runs/x"), torch.device("cpu"), 0, None)
 
 
-def test_a_run_warns_and_goes_on_or_stops_with_its_state_saved(flat: Plan) -> None:
+def test_a_collapsed_run_warns_or_stops_with_its_state_saved(flat: Plan) -> None:
     said: list[str] = []
     run = pretrain(flat, lambda p: None, said.append)
     assert run.step == 64
@@ -113,7 +113,7 @@ def test_a_run_warns_and_goes_on_or_stops_with_its_state_saved(flat: Plan) -> No
     assert [p.name for p in Path("runs/y/state").iterdir()].count("60") == 1
 
 
-def test_the_loss_on_patches_is_watched_as_that_on_images_is() -> None:
+def test_collapse_of_the_patch_loss_is_detected_too() -> None:
     preset = load_preset("tiny-dinov2")
     watch, found = CollapseDetector(preset, 400), []
     for i in range(20):
@@ -129,7 +129,7 @@ def test_the_loss_on_patches_is_watched_as_that_on_images_is() -> None:
 
 
 @pytest.mark.parametrize(("temperature", "noticed"), [("5.0", True), ("0.05", False)])
-def test_a_teacher_that_says_the_same_of_all_patches_is_noticed(temperature: str, noticed: bool, flat: Plan) -> None:
+def test_equal_targets_for_all_patches_are_reported(temperature: str, noticed: bool, flat: Plan) -> None:
     heads = ["heads.dino.batch_norm=false", "heads.ibot.batch_norm=false", "heads.ibot.prototypes=16"]
     dull = [f"losses.ibot.targets.temperature.value={temperature}", "training.epochs=16"]
     said: list[str] = []

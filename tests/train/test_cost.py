@@ -37,7 +37,7 @@ def test_counts_of_the_papers_network(images: Path) -> None:
     assert 1e9 < cost.memory < 10e9
 
 
-def test_an_estimate_grows_with_the_run(tmp_path: Path) -> None:
+def test_the_estimate_grows_with_the_length_of_the_run(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "x", 40)
     small, large = (estimate(plan(folder, f"training.batch_size={b}", stop=5)) for b in (4, 32))
     assert large.memory > small.memory
@@ -63,7 +63,7 @@ def peak_of_a_step(plan: Plan) -> float:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_step_takes_what_was_estimated(images: Path, precision: str, recompute: bool) -> None:
+def test_a_step_takes_the_estimated_flops_and_memory(images: Path, precision: str, recompute: bool) -> None:
     made = plan(images, *SMALL, "training.batch_size=8", f"training.precision={precision}", recompute=recompute)
     cost = estimate(made)
     crops = 3 * 4 * 8 * (2 * 48**2 + 4 * 24**2)  # are there before the step
@@ -72,7 +72,7 @@ def test_a_step_takes_what_was_estimated(images: Path, precision: str, recompute
 
 
 @pytest.mark.slow
-def test_low_resolution_takes_less_work_and_the_memory_of_the_full_one(images: Path) -> None:
+def test_low_resolution_takes_less_compute_and_the_same_peak_memory(images: Path) -> None:
     low = "views.low_resolution={epochs=4, global_size=32, local_size=16}"
     small = [f"views.{view}.size={size}" for view, size in (("global_1", 32), ("global_2", 32), ("local", 16))]
     full, less, both, early = (
@@ -86,7 +86,7 @@ def test_low_resolution_takes_less_work_and_the_memory_of_the_full_one(images: P
     assert estimate(plan(images, "training.batch_size=8", low, stop=0)).flops > 0
 
 
-def test_what_is_said_of_hidden_patches_costs_too(images: Path) -> None:
+def test_logits_of_masked_patches_count_in_the_estimate(images: Path) -> None:
     alone, both = (
         estimate(plan(images, "training.batch_size=8", *more, preset="tiny-dinov2"))
         for more in (("losses.ibot=none", "losses.koleo=none"), ())
@@ -98,7 +98,7 @@ def test_what_is_said_of_hidden_patches_costs_too(images: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_gpu_takes_what_was_estimated(images: Path, recompute: bool) -> None:
+def test_a_gpu_takes_the_estimated_memory(images: Path, recompute: bool) -> None:
     cuda = torch.device("cuda")
     wide = ["backbone.options={depth=6,embed_dim=384,num_heads=6,img_size=64,patch_size=8}", "training.batch_size=8"]
     made = replace(plan(images, *wide, "training.precision=bfloat16", recompute=recompute), device=cuda)
@@ -112,7 +112,7 @@ def test_a_gpu_takes_what_was_estimated(images: Path, recompute: bool) -> None:
     assert torch.cuda.max_memory_allocated() == pytest.approx(estimate(made).memory, rel=0.25)
 
 
-def test_blocks_worked_out_again_take_less_memory_and_more_work(images: Path) -> None:
+def test_activation_checkpointing_takes_less_memory_and_more_compute(images: Path) -> None:
     once, again = (estimate(plan(images, *SMALL, "training.batch_size=8", recompute=again)) for again in (False, True))
     assert again.image < 0.6 * once.image
     assert 1.1 * once.flops < again.flops < 4 / 3 * once.flops
@@ -133,7 +133,7 @@ def whole(again: bool) -> Estimate:
         (1.1e9, None, 0.0),
     ],
 )
-def test_what_fits_is_found_in_the_fewest_parts(free: float, typed: dict | None, takes: float) -> None:
+def test_the_fewest_parts_that_fit_are_suggested(free: float, typed: dict | None, takes: float) -> None:
     found = to_fit(whole, free)
     assert (found and found[0]) == typed
     if found:
@@ -141,13 +141,13 @@ def test_what_fits_is_found_in_the_fewest_parts(free: float, typed: dict | None,
         assert found[1].fits(free)
 
 
-def test_each_cost_is_worked_out_once() -> None:
+def test_each_cost_is_computed_once() -> None:
     asked: list[bool] = []
     assert to_fit(lambda again: asked.append(again) or whole(again), 1.1e9) is None
     assert asked == [False, True]
 
 
-def test_a_backbone_without_blocks_goes_in_smaller_parts() -> None:
+def test_a_backbone_without_blocks_gets_smaller_parts() -> None:
     def cost(again: bool) -> Estimate:
         if again:
             raise DinoError("no blocks", "")

@@ -20,7 +20,7 @@ def until(done: object, seconds: float = 10.0) -> None:
     assert done()  # type: ignore[operator]
 
 
-def test_the_first_signal_is_answered_and_the_second_ctrl_c_leaves() -> None:
+def test_the_first_signal_is_answered_and_a_second_ctrl_c_exits() -> None:
     said: list[str] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     with pytest.raises(KeyboardInterrupt), stop_signals(said.append) as stopping:
@@ -38,14 +38,14 @@ def test_the_first_signal_is_answered_and_the_second_ctrl_c_leaves() -> None:
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_before_the_first_step_there_is_nothing_to_wait_for() -> None:
+def test_ctrl_c_before_the_first_step_exits_at_once() -> None:
     with pytest.raises(KeyboardInterrupt), stop_signals(pytest.fail) as stopping:
         os.kill(os.getpid(), signal.SIGINT)
         until(lambda: False)
     assert stopping.at_once
 
 
-def test_the_time_that_is_left_follows_from_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_remaining_time_follows_the_pace_of_earlier_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
     stopping = Stopping(print)
@@ -63,7 +63,7 @@ def test_the_time_that_is_left_follows_from_the_pace(monkeypatch: pytest.MonkeyP
     assert stopping.words(signal.SIGINT) == f"stopping after this save{again}"
 
 
-def test_in_another_thread_a_run_goes_without() -> None:
+def test_a_run_in_another_thread_handles_no_signals() -> None:
     def run() -> None:
         with stop_signals(print) as stopping:
             stopping.step(0.0)
@@ -87,7 +87,7 @@ with stop_signals(lambda line: print(line, flush=True)) as stopping:
 """
 
 
-def test_a_long_call_is_answered_and_left_all_the_same() -> None:
+def test_ctrl_c_is_answered_and_exits_during_a_long_library_call() -> None:
     run = subprocess.Popen([sys.executable, "-c", LONG], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout
     assert run.stdout.readline() == "step\n"

@@ -43,7 +43,7 @@ def plan(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     return Plan("tiny", load_preset("tiny", SMALL), image_folder(images), 12, Path("run"), CPU, 0, None)
 
 
-def test_it_says_what_extract_and_knn_say(labelled: Path, plan: Plan) -> None:
+def test_the_monitor_equals_extract_and_knn(labelled: Path, plan: Plan) -> None:
     run = pretrain(plan, lambda p: None)
     encoder = load_encoder(str(run.folder), CPU)
     parts = {}
@@ -63,7 +63,7 @@ def _weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def test_a_run_that_is_watched_learns_the_same_bits(labelled: Path, plan: Plan) -> None:
+def test_a_monitored_run_ends_in_the_same_bits(labelled: Path, plan: Plan) -> None:
     alone = pretrain(plan, lambda p: None)
     said: list[str] = []
     watched = replace(plan, out=Path("watched"), monitor=str(labelled), monitor_every=5)
@@ -77,7 +77,7 @@ def test_a_run_that_is_watched_learns_the_same_bits(labelled: Path, plan: Plan) 
     assert "k-NN" in notes[-1]
 
 
-def test_the_network_is_left_in_training_as_it_was(labelled: Path, plan: Plan) -> None:
+def test_the_network_keeps_its_training_mode(labelled: Path, plan: Plan) -> None:
     network = plan.preset.network()
     network.backbone.eval()
     before = {k: v.clone() for k, v in network.state_dict().items()}
@@ -88,12 +88,12 @@ def test_the_network_is_left_in_training_as_it_was(labelled: Path, plan: Plan) -
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
-def test_looks_are_few_enough_to_leave_on() -> None:
+def test_evaluations_take_at_most_a_twentieth_of_the_time() -> None:
     assert steps_between_looks(24, steps=100_000, batch_size=1024) == 5_000
     assert steps_between_looks(24, steps=10, batch_size=1) == 72, "24 images cost as much as 3.6 of a step"
 
 
-def test_of_a_large_set_as_many_are_taken_of_each_class(tmp_path: Path) -> None:
+def test_the_sample_of_a_large_set_is_balanced_over_classes(tmp_path: Path) -> None:
     for label, count in (("many", 30), ("few", 3), ("some", 10)):
         write_images(tmp_path / label, count, size=8)
     small = _sample(image_folder(tmp_path), 12)
@@ -103,13 +103,13 @@ def test_of_a_large_set_as_many_are_taken_of_each_class(tmp_path: Path) -> None:
     assert list(_sample(image_folder(tmp_path), 12).names) == list(small.names)
 
 
-def test_images_without_classes_are_refused(tmp_path: Path) -> None:
+def test_a_monitor_folder_without_classes_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "flat", 3)
     with pytest.raises(DinoError, match=r"class folders; .*flat has none"):
         KnnMonitor(str(tmp_path / "flat"), load_preset("tiny", SMALL), workers=0)
 
 
-def test_labels_that_no_neighbour_can_tell_are_refused_before_anything_is_written(plan: Plan, tmp_path: Path) -> None:
+def test_classes_of_one_image_are_refused_before_anything_is_written(plan: Plan, tmp_path: Path) -> None:
     write_images(tmp_path / "one" / "a", 4)
     write_images(tmp_path / "single" / "a", 1)
     write_images(tmp_path / "single" / "b", 1)
@@ -130,7 +130,7 @@ def test_labels_that_no_neighbour_can_tell_are_refused_before_anything_is_writte
         assert not plan.out.exists()
 
 
-def test_few_images_a_class_are_asked_for_few_neighbours(tmp_path: Path) -> None:
+def test_k_is_small_with_few_images_per_class(tmp_path: Path) -> None:
     """Of two classes of five the other nine hold four of the own and five of the other: all of them would be wrong."""
     for label, color in (("dark", 30), ("light", 200)):
         (tmp_path / "few" / label).mkdir(parents=True)
@@ -146,7 +146,7 @@ def test_few_images_a_class_are_asked_for_few_neighbours(tmp_path: Path) -> None
     ("init", "hint"),
     [(None, "hint: a lower --set optimizer.lr.start"), ("run", "hint: train as --preset continue-dinov2")],
 )
-def test_a_fall_that_is_no_chance_is_said_once(
+def test_a_significant_drop_is_reported_once(
     plan: Plan, labelled: Path, monkeypatch: pytest.MonkeyPatch, init: str | None, hint: str
 ) -> None:
     """Of 8 images at 90 % chance moves the figure by 11 points; more than three times that is a fall."""

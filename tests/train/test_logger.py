@@ -26,7 +26,7 @@ def lines(plan: Plan) -> list[dict[str, float]]:
     return [json.loads(line) for line in (plan.out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_line_holds_what_tells_whether_a_run_learns(plan: Plan) -> None:
+def test_a_logged_line_has_all_figures(plan: Plan) -> None:
     seen: list[Progress] = []
     pretrain(plan, seen.append)
     assert [line["step"] for line in lines(plan)] == [1, 10, 20, 25] == [p.step for p in seen]
@@ -45,7 +45,7 @@ def test_a_line_holds_what_tells_whether_a_run_learns(plan: Plan) -> None:
     assert (last["skipped"], last["epoch"]) == (0, 25 / 4)
 
 
-def test_figures_are_worked_out_for_logged_steps_alone(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_computed_only_for_logged_steps(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no log shows costs nothing: neither the figures nor a wait for the device."""
     from dinocli.method.distillation import SelfDistillation
 
@@ -58,7 +58,7 @@ def test_figures_are_worked_out_for_logged_steps_alone(plan: Plan, monkeypatch: 
     assert len(read) == 4 * 8, "loss, its part, the gradient and five figures; the others are plain numbers"
 
 
-def test_a_run_that_goes_on_takes_out_lines_that_it_writes_again(plan: Plan) -> None:
+def test_a_resumed_run_removes_the_lines_that_it_repeats(plan: Plan) -> None:
     pretrain(replace(plan, stop=12), lambda p: None)
     with (plan.out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 20, "loss": 1.0}\n{"step": 2')
@@ -67,7 +67,7 @@ def test_a_run_that_goes_on_takes_out_lines_that_it_writes_again(plan: Plan) -> 
     assert lines(plan)[3]["loss"] != 1.0
 
 
-def test_what_cannot_be_watched_is_said_before_anything_is_written(plan: Plan) -> None:
+def test_a_monitor_that_cannot_be_read_is_an_error_before_anything_is_written(plan: Plan) -> None:
     with pytest.raises(DinoError, match="missing"):
         pretrain(replace(plan, monitor="missing"), lambda p: None)
     assert not plan.out.exists()

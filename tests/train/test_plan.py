@@ -22,7 +22,7 @@ def plan(images: Path, *overrides: str, preset: str = "tiny", stop: int = 10) ->
     )
 
 
-def test_an_epoch_is_one_pass_unless_the_preset_says_otherwise() -> None:
+def test_an_epoch_is_one_pass_unless_the_preset_sets_its_steps() -> None:
     assert start_clock(load_preset("vits16"), 5000).steps_per_epoch == 4
     tiny = load_preset("tiny")
     assert (
@@ -41,13 +41,13 @@ def test_an_epoch_is_one_pass_unless_the_preset_says_otherwise() -> None:
         (1023, "use --preset tiny, or --batch-size 512; dino doctor IMAGES suggests settings for your images"),
     ],
 )
-def test_fewer_images_than_a_batch_is_said_with_a_batch_that_fits(images: int, hint: str) -> None:
+def test_fewer_images_than_a_batch_is_an_error_with_a_batch_that_fits(images: int, hint: str) -> None:
     with pytest.raises(DinoError, match=f"a batch of 1024 images is larger than the set of {images}") as error:
         start_clock(load_preset("vits16"), images)
     assert error.value.hint == hint
 
 
-def test_a_small_recipe_is_only_told_a_smaller_batch() -> None:
+def test_a_small_preset_gets_only_the_hint_of_a_smaller_batch() -> None:
     with pytest.raises(DinoError) as error:
         start_clock(load_preset("tiny"), 40)
     assert error.value.hint == "--batch-size 32"
@@ -74,7 +74,7 @@ COSINE = "{kind='cosine', start=0.9, end=0.99, warmup_epochs=8}"
         ("tiny", ["heads.dino.freeze_last_layer_epochs=8"], "heads.dino.freeze_last_layer_epochs=8 (at most 7)", "--epochs 9"),
     ],
 )  # fmt: skip
-def test_schedules_that_do_not_fit_the_run_are_named_together(
+def test_all_schedules_that_do_not_fit_the_run_are_one_error(
     preset: str, overrides: list[str], message: str, hint: str
 ) -> None:
     with pytest.raises(DinoError) as error:
@@ -105,7 +105,7 @@ def test_a_run_of_one_step_has_a_rate(images: Path) -> None:
     assert made.lr.at(made.clock) == pytest.approx(0.004 * 4 / 256)
 
 
-def test_the_rate_counts_the_batch_in(images: Path) -> None:
+def test_the_learning_rate_includes_the_batch_rule(images: Path) -> None:
     made = plan(images, "training.batch_size=512", preset="vits16")
     assert made.lr.start == 5e-4 * 2
 
@@ -134,7 +134,7 @@ def test_the_rate_counts_the_batch_in(images: Path) -> None:
         ),
     ],
 )
-def test_what_is_unlikely_to_be_meant_is_said_with_the_value_to_take(
+def test_unlikely_settings_are_cautioned_with_a_better_value(
     tmp_path: Path, overrides: list[str], stop: int | None, words: list[str]
 ) -> None:
     preset = load_preset("tiny", overrides)
@@ -151,7 +151,7 @@ def test_what_is_unlikely_to_be_meant_is_said_with_the_value_to_take(
         assert not [w for w in cautions(replace(plan, preset=mended)) if expected in w], "which is right"
 
 
-def test_an_early_stop_is_one_line_with_all_that_it_does_not_get_past(tmp_path: Path) -> None:
+def test_an_early_stop_is_one_note_that_lists_unfinished_schedules(tmp_path: Path) -> None:
     write_images(tmp_path, 48, size=8)
     assert short_stop(plan(tmp_path, stop=400)) == ""
     line = "stops at step 200 of 400; schedules still span the whole run"
@@ -167,7 +167,7 @@ def test_an_early_stop_is_one_line_with_all_that_it_does_not_get_past(tmp_path: 
     assert not list(cautions(plan(tmp_path, low, stop=40))), "it is said once"
 
 
-def test_a_large_recipe_for_few_images_on_a_cpu_names_a_smaller_one(tmp_path: Path) -> None:
+def test_a_large_preset_for_few_images_on_a_cpu_suggests_a_smaller_one(tmp_path: Path) -> None:
     write_images(tmp_path, 200, size=8)
     made = plan(tmp_path, "training.batch_size=128", preset="vits16", stop=800)
     on_cpu, prototypes = cautions(made)
@@ -180,7 +180,7 @@ def test_a_large_recipe_for_few_images_on_a_cpu_names_a_smaller_one(tmp_path: Pa
     assert not list(cautions(plan(tmp_path, stop=400)))
 
 
-def test_a_run_has_a_part_for_each_size_of_its_crops(tmp_path: Path) -> None:
+def test_a_run_has_a_phase_for_each_crop_size(tmp_path: Path) -> None:
     images = write_images(tmp_path, 48, size=8)
     whole = plan(images, stop=400)
     assert whole.phases == [(400, whole)]
@@ -191,7 +191,7 @@ def test_a_run_has_a_part_for_each_size_of_its_crops(tmp_path: Path) -> None:
     assert [n for n, _ in plan(images, low, stop=0).phases] == [0]
 
 
-def test_what_is_said_of_few_prototypes_is_never_to_take_more(tmp_path: Path) -> None:
+def test_the_caution_on_prototypes_never_suggests_more(tmp_path: Path) -> None:
     made = plan(write_images(tmp_path, 4, size=8), "heads.dino.prototypes=32", "training.batch_size=2", stop=400)
     (line,) = cautions(made)
     assert "800 images to 32 prototypes" in line
@@ -200,7 +200,7 @@ def test_what_is_said_of_few_prototypes_is_never_to_take_more(tmp_path: Path) ->
     assert not list(cautions(plan(tmp_path, *longer, stop=500)))
 
 
-def test_a_batch_goes_into_parts_of_the_same_size_alone(tmp_path: Path) -> None:
+def test_a_batch_splits_only_into_equal_parts(tmp_path: Path) -> None:
     """Parts of other sizes would weigh their images otherwise."""
     made = plan(write_images(tmp_path, 48, size=8), "heads.dino.batch_norm=false")
     for parts, hint in ((5, "4"), (49, "48"), (32, "24")):
@@ -210,7 +210,7 @@ def test_a_batch_goes_into_parts_of_the_same_size_alone(tmp_path: Path) -> None:
     assert replace(made, accumulate=48).accumulate == 48
 
 
-def test_parts_before_a_batch_norm_are_cautioned_of(tmp_path: Path) -> None:
+def test_accumulation_with_batch_norm_is_cautioned(tmp_path: Path) -> None:
     made = plan(write_images(tmp_path, 48, size=8), stop=400)
     (line,) = cautions(replace(made, accumulate=4))
     assert "normalizes over 12 images instead of the whole batch" in line

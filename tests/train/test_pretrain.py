@@ -42,7 +42,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return read_weights(folder).backbone
 
 
-def test_a_run_folder_holds_all_that_a_run_is(plan: Plan) -> None:
+def test_a_run_folder_holds_checkpoint_metrics_preset_and_states(plan: Plan) -> None:
     seen: list[Progress] = []
     run = pretrain(plan, seen.append)
     assert run.folder == Path("runs/tiny-1")
@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(plan: Plan
 
 
 @pytest.mark.gpu
-def test_a_gpu_learns_as_the_cpu_does(plan: Plan) -> None:
+def test_a_gpu_learns_like_the_cpu(plan: Plan) -> None:
     losses = [
         pretrain(replace(plan, device=torch.device(d), out=Path(f"runs/{d}")), lambda p: None).loss
         for d in ("cpu", "cuda")
@@ -81,7 +81,7 @@ def test_a_gpu_learns_as_the_cpu_does(plan: Plan) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.05), "bfloat16 products, and nothing else, tell them apart"
 
 
-def test_no_steps_write_the_untrained_network(plan: Plan) -> None:
+def test_a_run_of_no_steps_writes_the_untrained_network(plan: Plan) -> None:
     run = pretrain(replace(plan, stop=0), lambda p: None)
     torch.manual_seed(plan.preset.training.seed)
     fresh = plan.preset.method().teacher.backbone.model.state_dict()
@@ -100,7 +100,7 @@ def test_the_rate_follows_the_batch(plan: Plan) -> None:
     assert line["lr"] > 0
 
 
-def test_the_teacher_keeps_statistics_of_its_own(plan: Plan) -> None:
+def test_the_teacher_keeps_its_own_batch_norm_statistics(plan: Plan) -> None:
     preset = load_preset("tiny", [*SMALL, "heads.dino.batch_norm=true"])
     run = pretrain(replace(plan, preset=preset), lambda p: None)
     assert read_weights(run.folder).heads["dino"]["mlp.1.num_batches_tracked"] == run.step == 6
@@ -116,7 +116,7 @@ def test_training_moves_the_teacher(plan: Plan) -> None:
 DROPPING = (*SMALL, "backbone.drop_path=0.5", "backbone.options.depth=3")
 
 
-def test_blocks_worked_out_again_give_the_same_bits(plan: Plan) -> None:
+def test_activation_checkpointing_gives_the_same_bits(plan: Plan) -> None:
     """Also where they drop paths: what is drawn is drawn once."""
     plan = replace(plan, preset=load_preset("tiny", DROPPING))
     once = pretrain(plan, lambda p: None)
@@ -133,7 +133,7 @@ def test_compiled_blocks_learn_the_same(plan: Plan) -> None:
     torch.testing.assert_close(weights_of(compiled.folder), weights_of(plain.folder), rtol=1e-3, atol=1e-4)
 
 
-def test_garbage_is_looked_for_at_logged_steps_alone(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_garbage_is_collected_only_at_logged_steps(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
 
     def tell(progress: Progress) -> None:
@@ -155,7 +155,7 @@ def test_a_signal_stops_after_the_step_with_the_weights_saved(plan: Plan, number
     assert signal.getsignal(number) is handler
 
 
-def test_a_finished_run_is_left_as_it_is(plan: Plan) -> None:
+def test_a_finished_run_is_unchanged(plan: Plan) -> None:
     pretrain(plan, lambda p: None)
     before, said = {p: p.read_bytes() for p in plan.out.rglob("*") if p.is_file()}, []
     run = pretrain(plan, lambda p: None, said.append)
@@ -164,7 +164,7 @@ def test_a_finished_run_is_left_as_it_is(plan: Plan) -> None:
     assert {p: p.read_bytes() for p in plan.out.rglob("*") if p.is_file()} == before
 
 
-def test_a_folder_with_weights_alone_is_not_written_over(plan: Plan) -> None:
+def test_a_folder_with_only_weights_is_not_overwritten(plan: Plan) -> None:
     pretrain(plan, lambda p: None)
     shutil.rmtree(plan.out / "state")
     before = (plan.out / "ckpt.safetensors").read_bytes()
@@ -175,7 +175,7 @@ def test_a_folder_with_weights_alone_is_not_written_over(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "preset.json", "report.html"])
-def test_files_of_the_users_are_not_written_over(plan: Plan, name: str) -> None:
+def test_the_users_files_are_not_overwritten(plan: Plan, name: str) -> None:
     plan.out.mkdir(parents=True)
     (plan.out / name).write_text('{"step": 7}\nmine\n')
     (plan.out / "notes.txt").touch()
@@ -193,7 +193,7 @@ def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
     assert not Path("runs").exists()
 
 
-def test_steps_that_are_not_finite_are_left_out_and_end_the_run_when_no_other_comes(plan: Plan, images: Path) -> None:
+def test_non_finite_steps_are_skipped_and_twenty_in_a_row_end_the_run(plan: Plan, images: Path) -> None:
     hot = plan.preset.optimizer.model_copy(update={"lr": plan.preset.optimizer.lr.scaled(1e12), "clip": None})
     broken = replace(plan, preset=plan.preset.model_copy(update={"optimizer": hot}), stop=60)
     seen: list[Progress] = []
@@ -219,13 +219,13 @@ class Spoiled(Trainer):
         return values
 
 
-def test_a_run_that_left_out_every_step_is_not_done(plan: Plan) -> None:
+def test_a_run_that_skipped_every_step_is_an_error(plan: Plan) -> None:
     spoiled = plan.preset.model_copy(update={"views": plan.preset.views.model_copy(update={"std": (1e-45,) * 3})})
     with pytest.raises(DinoError, match="not finite in 2 steps in a row, up to 2"):
         pretrain(replace(plan, preset=spoiled, stop=2), lambda p: None)
 
 
-def test_a_state_that_is_not_finite_is_not_resumed(plan: Plan) -> None:
+def test_a_non_finite_state_is_not_resumed(plan: Plan) -> None:
     """An earlier version saved such states."""
     pretrain(replace(plan, stop=2), lambda p: None)
     saved = newest(plan.out, pytest.fail)
@@ -238,7 +238,7 @@ def test_a_state_that_is_not_finite_is_not_resumed(plan: Plan) -> None:
     assert trainer.is_finite()
 
 
-def test_start_from_own_weights_takes_the_heads_too(plan: Plan) -> None:
+def test_initial_weights_of_a_run_include_its_heads(plan: Plan) -> None:
     run = pretrain(plan, lambda p: None)
     stored = read_weights(run.folder)
     method = plan.preset.method()
@@ -248,7 +248,7 @@ def test_start_from_own_weights_takes_the_heads_too(plan: Plan) -> None:
         assert torch.equal(network.heads["dino"].last_layer.weight_v, stored.heads["dino"]["last_layer.weight_v"])
 
 
-def test_a_run_with_hidden_patches_is_one_like_others(plan: Plan) -> None:
+def test_a_run_with_masked_patches_saves_and_resumes(plan: Plan) -> None:
     """It resumes to the same bits, its weights are read, and who starts from it gets its token for hidden patches."""
     small = [*SMALL, *(line.replace("heads.dino", "heads.ibot") for line in SMALL if line.startswith("heads.dino"))]
     small[0] = small[0].replace("patch_size=8", "patch_size=4")
@@ -313,14 +313,14 @@ def test_a_run_with_low_resolution_stops_anywhere_and_ends_in_the_same_bits(
     ],
     ids=["rotary", "antialias", "convolutions"],
 )
-def test_any_backbone_takes_low_resolution(plan: Plan, backbone: str) -> None:
+def test_any_backbone_accepts_low_resolution(plan: Plan, backbone: str) -> None:
     mask = ["views.mask=none"] if "resnet" in backbone else []
     preset = load_preset("tiny", [*LOW, f"backbone={backbone}", *mask])
     run = pretrain(replace(plan, preset=preset, stop=6), lambda p: None)
     assert (run.step, run.skipped) == (6, 0)
 
 
-def test_new_heads_learn_first_and_the_backbone_waits_for_them(plan: Plan) -> None:
+def test_new_heads_learn_while_the_backbone_is_frozen(plan: Plan) -> None:
     first = pretrain(plan, lambda p: None)
     waiting = [*SMALL, "heads.dino.prototypes=32", "backbone.learning.frozen_epochs=1"]
     later = replace(plan, preset=load_preset("tiny", waiting), init=str(first.folder))
@@ -333,14 +333,14 @@ def test_new_heads_learn_first_and_the_backbone_waits_for_them(plan: Plan) -> No
         assert any(not torch.equal(value, heads[0][key]) for key, value in heads[1].items())
 
 
-def test_start_from_a_backbone_of_another_shape_is_said(plan: Plan, tmp_path: Path) -> None:
+def test_initial_weights_of_another_shape_are_an_error(plan: Plan, tmp_path: Path) -> None:
     preset = load_preset("tiny")
     write_checkpoint(tmp_path / "other.safetensors", preset.network().weights(), preset, 0)
     with pytest.raises(DinoError, match=r"cls_token is .*; expected 1x1x16"):
         start_from(plan.preset.method(), str(tmp_path / "other.safetensors"))
 
 
-def test_heads_of_another_shape_stay_fresh_and_are_named(plan: Plan, tmp_path: Path) -> None:
+def test_heads_of_another_shape_stay_random_and_are_named(plan: Plan, tmp_path: Path) -> None:
     other = load_preset("tiny", [*SMALL, "heads.dino.prototypes=9"])
     write_checkpoint(tmp_path / "other.safetensors", other.network().weights(), other, 0)
     assert start_from(plan.preset.method(), str(tmp_path / "other.safetensors")) == ["dino"]
@@ -349,7 +349,7 @@ def test_heads_of_another_shape_stay_fresh_and_are_named(plan: Plan, tmp_path: P
     assert start_from(plan.preset.method(), str(tmp_path / "same.safetensors")) == []
 
 
-def test_weights_of_three_channels_are_fitted_and_that_is_said(plan: Plan, tmp_path: Path) -> None:
+def test_three_channel_weights_are_adapted_with_a_note(plan: Plan, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "three.safetensors", plan.preset.network().weights(), plan.preset, 0)
     other, notes = load_preset("tiny", [*SMALL, *of_channels(4)]), list[str]()
     method = other.method()

@@ -21,7 +21,7 @@ from dinocli.train.pretrain import pretrain
 from dinocli.train.resume import first_difference, unfinished
 
 
-def test_another_preset_is_named_by_its_first_key(plan: Plan) -> None:
+def test_a_resume_with_another_preset_names_the_first_different_key(plan: Plan) -> None:
     stopped(plan, 4)
     before = content(plan.out)
     for override, words, hint in (
@@ -38,7 +38,7 @@ def test_another_preset_is_named_by_its_first_key(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize("override", ["views.local.scale=[0.1, 0.3]", "optimizer.clip=none", "views.local=none"])
-def test_what_is_to_be_typed_to_go_on_can_be_typed(plan: Plan, override: str) -> None:
+def test_the_hint_to_resume_parses(plan: Plan, override: str) -> None:
     stopped(plan, 4)
     words = [*SMALL, "backbone.drop_path=0.3", override]
     with pytest.raises(DinoError) as error:
@@ -49,13 +49,13 @@ def test_what_is_to_be_typed_to_go_on_can_be_typed(plan: Plan, override: str) ->
     assert load_preset("tiny", [*words, typed[1]]) == plan.preset
 
 
-def test_words_about_a_preset_may_differ(plan: Plan) -> None:
+def test_descriptions_of_a_preset_may_differ(plan: Plan) -> None:
     stopped(plan, 4)
     preset = load_preset("tiny", [*SMALL, "backbone.drop_path=0.3", "about.cost=none at all"])
     assert pretrain(replace(plan, preset=preset), lambda p: None).step == 12
 
 
-def test_a_longer_run_after_the_end_tells_the_leap_of_its_schedules_first(plan: Plan) -> None:
+def test_extending_a_finished_run_notes_the_jump_of_its_schedules(plan: Plan) -> None:
     whole = replace(plan, stop=plan.clock.total)
     pretrain(whole, lambda p: None)
     longer = replace(
@@ -71,7 +71,7 @@ def test_a_longer_run_after_the_end_tells_the_leap_of_its_schedules_first(plan: 
     assert json.loads((run.folder / "preset.json").read_text())["training"]["epochs"] == 16
 
 
-def test_other_images_are_refused(plan: Plan, images: Path, tmp_path: Path) -> None:
+def test_a_resume_with_other_images_is_refused(plan: Plan, images: Path, tmp_path: Path) -> None:
     stopped(plan, 4)
     shutil.copytree(images, tmp_path / "moved")
     moved = replace(plan, source=image_folder(tmp_path / "moved"))
@@ -84,7 +84,7 @@ def test_other_images_are_refused(plan: Plan, images: Path, tmp_path: Path) -> N
         pretrain(more, lambda p: None)
 
 
-def test_other_contents_under_the_same_names_are_said(plan: Plan, images: Path) -> None:
+def test_changed_files_under_the_same_names_are_noted(plan: Plan, images: Path) -> None:
     stopped(plan, 4)
     other = images / "a" / "0000.png"
     content = other.read_bytes()
@@ -99,7 +99,7 @@ def test_other_contents_under_the_same_names_are_said(plan: Plan, images: Path) 
     assert said == ["resuming from step 6 of 7 in runs/tiny-1"]
 
 
-def test_a_run_that_was_broken_off_is_found_again_and_no_other(plan: Plan) -> None:
+def test_only_a_matching_unfinished_run_is_found(plan: Plan) -> None:
     wanted = (plan.preset, plan.source.fingerprint, None, None)
     assert unfinished(runs_of("tiny"), wanted) is None
     stopped(plan, 12)
@@ -122,7 +122,7 @@ def test_the_first_difference_is_named_by_its_path() -> None:
     assert first_difference({}, {"x": 1}) == ("x", None, 1)
 
 
-def test_shards_go_on_with_as_many_readers_as_before(plan: Plan, images: Path) -> None:
+def test_a_resume_from_shards_keeps_the_number_of_workers(plan: Plan, images: Path) -> None:
     from dinocli.apps.pack import pack
 
     pack(image_folder(images), Path("packed"), side=None, per_shard=3, name="x", report=lambda done, note="": None)

@@ -42,7 +42,7 @@ def test_bad_images_are_listed(plan: Plan, images: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [None, 1, 5], ids=str)
-def test_weights_that_are_not_finite_are_never_saved_and_end_the_run(
+def test_non_finite_weights_are_never_saved_and_end_the_run(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, every: int | None
 ) -> None:
     monkeypatch.setattr(pretraining, "Trainer", Spoiled)
@@ -54,9 +54,7 @@ def test_weights_that_are_not_finite_are_never_saved_and_end_the_run(
     assert read_weights(plan.out).step == last_good
 
 
-def test_a_device_without_room_says_in_how_many_parts_to_take_a_batch(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_out_of_memory_error_suggests_more_parts(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     from dinocli.engine.trainer import Trainer
 
     def full(self: Trainer, batch: object, *, log: bool) -> None:

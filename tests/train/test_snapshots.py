@@ -47,12 +47,14 @@ def test_the_choice_depends_on_the_seed_alone(source: Images, preset: Preset) ->
     assert len(set(first.names)) == len(first.shown) == 6 and first.shown[0].shape == (34, 34, 3)
 
 
-def test_a_pool_is_a_part_of_a_large_source(source: Images, preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_is_a_sample_of_a_large_source(
+    source: Images, preset: Preset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "POOL", 8)
     assert len(Photos.of(source, preset).pool) == 8
 
 
-def test_what_cannot_be_read_is_passed_over(images: Path, preset: Preset) -> None:
+def test_unreadable_photos_are_skipped(images: Path, preset: Preset) -> None:
     for i, name in enumerate(["0000", "0001", "0002"]):
         (images / "a" / f"{name}.png").write_bytes(b"no image" * i)
     source = image_folder(images)
@@ -60,7 +62,7 @@ def test_what_cannot_be_read_is_passed_over(images: Path, preset: Preset) -> Non
     assert len(Photos.of(source, preset).pool) == 8
 
 
-def test_a_large_jpeg_is_taken_as_the_evaluation_takes_it(tmp_path: Path, preset: Preset) -> None:
+def test_a_large_jpeg_is_resized_as_in_the_evaluation(tmp_path: Path, preset: Preset) -> None:
     ramp = np.linspace(0, 255, 900).astype(np.uint8)
     pixels = np.stack([np.broadcast_to(ramp, (600, 900)), np.broadcast_to(ramp[:600, None], (600, 900))], -1)
     photo = np.concatenate([pixels, pixels[..., :1]], -1)
@@ -70,7 +72,7 @@ def test_a_large_jpeg_is_taken_as_the_evaluation_takes_it(tmp_path: Path, preset
     assert (photos.pool[0].int() - whole.int()).abs().max() <= 4
 
 
-def test_of_shards_the_first_are_taken(tmp_path: Path, preset: Preset) -> None:
+def test_the_first_photos_of_shards_are_chosen(tmp_path: Path, preset: Preset) -> None:
     folder = write_images(tmp_path / "images", 9)
     with tarfile.open(tmp_path / "s-000.tar", "w") as tar:
         for path in sorted(folder.iterdir()):
@@ -79,7 +81,7 @@ def test_of_shards_the_first_are_taken(tmp_path: Path, preset: Preset) -> None:
     assert photos.names == [f"s-000.tar/000{i}.png" for i in range(6)] and len(photos.pool) == 9
 
 
-def test_a_snapshot_leaves_pictures_and_figures(source: Images, preset: Preset, tmp_path: Path) -> None:
+def test_a_snapshot_writes_pictures_and_figures(source: Images, preset: Preset, tmp_path: Path) -> None:
     photos, method = Photos.of(source, preset), preset.method()
     figures = photos.snapshot(method.teacher, 0, tmp_path)
     photos.snapshot(method.teacher, 20, tmp_path)
@@ -135,7 +137,7 @@ def test_few_photos_are_no_error(count: int, tmp_path: Path, preset: Preset) -> 
     assert bool(figures) == (tmp_path / "run").exists() == (count == 2)
 
 
-def test_a_network_that_gives_no_numbers_is_not_drawn(source: Images, preset: Preset, tmp_path: Path) -> None:
+def test_non_finite_features_are_not_drawn(source: Images, preset: Preset, tmp_path: Path) -> None:
     method = preset.method()
     for parameter in method.teacher.parameters():
         parameter.fill_(math.nan)
@@ -145,7 +147,7 @@ def test_a_network_that_gives_no_numbers_is_not_drawn(source: Images, preset: Pr
 
 
 @pytest.mark.parametrize("settings", [("tiny", VIT), ("resnet50", RESNET)], ids=["vit", "resnet"])
-def test_a_run_that_is_looked_at_is_bit_equal_to_one_that_is_not(
+def test_snapshots_do_not_change_a_bit_of_the_run(
     settings: tuple[str, list[str]], source: Images, tmp_path: Path
 ) -> None:
     preset = load_preset(settings[0], [*SMALL, *settings[1], "optimizer.lr_rule=none"])
@@ -178,7 +180,7 @@ def test_a_run_that_is_looked_at_is_bit_equal_to_one_that_is_not(
         assert torch.equal(value, teacher_mixed[key]), key
 
 
-def test_each_part_gets_its_own_mode_back(source: Images, preset: Preset, tmp_path: Path) -> None:
+def test_each_module_gets_its_own_mode_back(source: Images, preset: Preset, tmp_path: Path) -> None:
     teacher = preset.method().teacher
     teacher.train()
     teacher.heads.eval()
@@ -187,7 +189,7 @@ def test_each_part_gets_its_own_mode_back(source: Images, preset: Preset, tmp_pa
     assert [m.training for m in teacher.modules()] == modes and len(set(modes)) == 2
 
 
-def test_a_full_disk_leaves_no_half_picture(
+def test_a_full_disk_leaves_no_incomplete_picture(
     source: Images, preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     photos, teacher = Photos.of(source, preset), preset.method().teacher

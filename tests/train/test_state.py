@@ -67,7 +67,7 @@ def steps_of(run: Path) -> list[int]:
     return [int(folder.name) for folder, _ in saved_states(run)]
 
 
-def test_a_run_that_goes_on_ends_in_the_same_bits(plan: Plan) -> None:
+def test_a_resumed_run_ends_in_the_same_bits(plan: Plan) -> None:
     whole = pretrain(plan, lambda p: None)
     parts = replace(plan, out=Path("runs/parts"))
     said: list[str] = []
@@ -84,7 +84,7 @@ def test_a_run_that_goes_on_ends_in_the_same_bits(plan: Plan) -> None:
         assert lines[-1][name] == last[name]
 
 
-def test_the_newest_states_are_kept_and_milestones(plan: Plan) -> None:
+def test_the_newest_states_and_milestones_are_kept(plan: Plan) -> None:
     pretrain(plan, lambda p: None)
     assert steps_of(plan.out) == [12, 8]
     other = replace(plan, out=Path("other"), saving=Saving(seconds=None, steps=2, keep=3, milestones=5))
@@ -120,7 +120,7 @@ def _edit(path: Path, before: str, after: str) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_state_is_named_and_the_one_before_it_taken(
+def test_a_corrupt_state_is_named_and_the_one_before_it_used(
     plan: Plan, undisturbed: dict[str, bytes], damage: Callable[[Path], object]
 ) -> None:
     stopped(plan, 8)
@@ -139,7 +139,7 @@ def test_a_damaged_state_is_named_and_the_one_before_it_taken(
     assert content(plan.out) == undisturbed
 
 
-def test_where_no_state_is_whole_it_says_so_and_touches_nothing_else(plan: Plan) -> None:
+def test_without_a_valid_state_it_is_an_error_and_nothing_else_changes(plan: Plan) -> None:
     stopped(plan, 4)
     before = (plan.out / "ckpt.safetensors").read_bytes()
     for folder, _ in saved_states(plan.out):
@@ -151,7 +151,7 @@ def test_where_no_state_is_whole_it_says_so_and_touches_nothing_else(plan: Plan)
     assert (plan.out / "ckpt.safetensors").read_bytes() == before
 
 
-def test_a_state_of_another_version_is_no_damaged_one(plan: Plan) -> None:
+def test_a_state_of_another_version_is_not_taken_for_corrupt(plan: Plan) -> None:
     stopped(plan, 4)
     for folder, _ in saved_states(plan.out):
         facts = json.loads((folder / "state.json").read_text())
@@ -162,7 +162,7 @@ def test_a_state_of_another_version_is_no_damaged_one(plan: Plan) -> None:
     assert steps_of(plan.out) == [4, 0], "they lie where they lay"
 
 
-def test_what_else_lies_among_the_states_stays(plan: Plan) -> None:
+def test_other_files_among_the_states_are_unchanged(plan: Plan) -> None:
     stopped(plan, 4)
     for name in ("\u00b2", "notes", "7.bak"):
         (plan.out / "state" / name).mkdir()
@@ -170,7 +170,7 @@ def test_what_else_lies_among_the_states_stays(plan: Plan) -> None:
     assert {path.name for path in (plan.out / "state").iterdir()} == {"\u00b2", "notes", "7.bak", "8", "12"}
 
 
-def test_a_disk_that_is_full_in_the_middle_loses_nothing_that_was_saved(
+def test_a_disk_that_fills_up_loses_no_saved_state(
     plan: Plan, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dinocli.core import atomic
@@ -217,7 +217,7 @@ def test_a_second_ctrl_c_in_the_middle_of_a_step_saves_nothing_half_done(
     assert content(plan.out) == undisturbed
 
 
-def test_drafts_of_a_save_that_was_killed_are_taken_away(plan: Plan) -> None:
+def test_drafts_of_a_killed_save_are_removed(plan: Plan) -> None:
     stopped(plan, 4)
     for place in (plan.out / "ckpt.safetensors", plan.out / "state" / "8"):
         child = os.fork()
@@ -232,7 +232,7 @@ def test_drafts_of_a_save_that_was_killed_are_taken_away(plan: Plan) -> None:
     assert [path.name for path in plan.out.rglob(".*")] == [".notes.123.part"]
 
 
-def test_a_save_that_was_killed_before_the_checkpoint_followed_is_mended(plan: Plan) -> None:
+def test_a_save_killed_before_the_checkpoint_was_linked_is_repaired(plan: Plan) -> None:
     """The last save of a run too, after which no other one comes."""
     stopped(plan, 8)
     older = (plan.out / "ckpt.safetensors").read_bytes()
@@ -245,7 +245,7 @@ def test_a_save_that_was_killed_before_the_checkpoint_followed_is_mended(plan: P
         assert run.checkpoint.read_bytes() == wanted == content(plan.out)["ckpt.safetensors"] != older
 
 
-def test_states_of_earlier_versions_know_neither_contents_nor_checksums(plan: Plan) -> None:
+def test_states_without_contents_and_checksums_still_load(plan: Plan) -> None:
     stopped(plan, 4)
     for folder, _ in saved_states(plan.out):
         facts = json.loads((folder / "state.json").read_text())
@@ -256,7 +256,7 @@ def test_states_of_earlier_versions_know_neither_contents_nor_checksums(plan: Pl
     assert said == ["resuming from step 4 of 12 in runs/tiny-1"]
 
 
-def test_a_state_of_another_commit_is_no_damaged_one(plan: Plan) -> None:
+def test_a_state_of_another_commit_is_not_taken_for_corrupt(plan: Plan) -> None:
     """The checksum tells unknown keys from damage."""
     stopped(plan, 4)
     for folder, _ in saved_states(plan.out):
@@ -305,7 +305,7 @@ def train_in(folder: str, out: str) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on_to_the_same_bits(images: Path, tmp_path: Path) -> None:
+def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(images: Path, tmp_path: Path) -> None:
     """A process that saves after each step is killed at moments that chance picks, over and over."""
     images.rename(tmp_path / "images")
     context = multiprocessing.get_context("fork")  # this process has paid for importing torch

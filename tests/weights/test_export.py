@@ -95,7 +95,7 @@ def test_the_original_reads_its_own_keys(tmp_path: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("batch_norm", ["true", "false"])
-def test_the_head_goes_out_too_and_the_lines_that_are_printed_load_both(tmp_path: Path, batch_norm: str) -> None:
+def test_an_exported_head_loads_by_the_printed_lines(tmp_path: Path, batch_norm: str) -> None:
     source = write_run(tmp_path, f"heads.dino.batch_norm={batch_norm}")
     done = export(str(source), "official", tmp_path / "it's.pth", heads=True)
     names = {
@@ -115,7 +115,7 @@ def test_the_head_goes_out_too_and_the_lines_that_are_printed_load_both(tmp_path
 
 @pytest.mark.parametrize("heads", [False, True])
 @pytest.mark.parametrize("which", ["teacher", "student"])
-def test_of_both_networks_the_one_that_was_asked_for(tmp_path: Path, which: Which, heads: bool) -> None:
+def test_the_requested_network_of_two_is_exported(tmp_path: Path, which: Which, heads: bool) -> None:
     source, networks = full_checkpoint(tmp_path)
     out = tmp_path / "out.pth"
     export(str(source), "official", out, which=which, heads=heads)
@@ -169,7 +169,7 @@ def test_a_shape_that_the_original_has_a_name_for_needs_no_note(tmp_path: Path) 
     )
 
 
-def test_what_went_out_to_the_original_comes_in_again(tmp_path: Path) -> None:
+def test_an_official_export_is_read_back(tmp_path: Path) -> None:
     released = ["backbone.options={img_size=48, patch_size=8}", "backbone.name=vit_tiny_patch16_224"]
     path, encoder = written(tmp_path, write_run(tmp_path, *released), "official")
     again = load_encoder(str(path), CPU)
@@ -179,7 +179,7 @@ def test_what_went_out_to_the_original_comes_in_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("heads", [False, True])
-def test_an_official_file_of_a_shape_of_ones_own_comes_in_again(tmp_path: Path, heads: bool) -> None:
+def test_an_official_export_of_a_custom_shape_is_read_back(tmp_path: Path, heads: bool) -> None:
     """`tiny` is 96 wide with 6 heads, which no tensor tells, and here has a mean of its own; the file stores both."""
     source = write_run(tmp_path, "views.mean=[0.1, 0.2, 0.3]", "images.window=[0, 4095]")
     path, encoder = written(tmp_path, source, "official", heads=heads)
@@ -195,7 +195,7 @@ def test_an_official_file_of_a_shape_of_ones_own_comes_in_again(tmp_path: Path, 
         load_encoder(str(path), CPU, overrides=["backbone.options.num_heads=3"])
 
 
-def test_an_official_file_without_its_heads_goes_out_with_those_that_were_told(tmp_path: Path) -> None:
+def test_an_export_of_an_official_file_uses_the_given_number_of_heads(tmp_path: Path) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path), "official")
     torch.save(dict(torch.load(path, weights_only=True)), tmp_path / "old.pth")
     with pytest.raises(DinoError, match="does not store its number of attention heads") as error:
@@ -297,9 +297,7 @@ def test_torch_export_computes_it(tmp_path: Path, preset: str, changes: list[str
         ("init_values=0.1", "has no such network.*ls1"),
     ],
 )
-def test_what_the_original_does_not_have_is_refused_and_nothing_is_left(
-    tmp_path: Path, option: str, message: str
-) -> None:
+def test_unsupported_exports_are_refused_and_write_nothing(tmp_path: Path, option: str, message: str) -> None:
     options = f"backbone.options={{img_size=48, patch_size=8, embed_dim=96, depth=2, num_heads=6, {option}}}"
     source = write_run(tmp_path, options, "backbone.positions=antialias")
     before = set(tmp_path.rglob("*"))
@@ -309,7 +307,7 @@ def test_what_the_original_does_not_have_is_refused_and_nothing_is_left(
     assert written(tmp_path, source, "timm")
 
 
-def test_a_head_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_head_is_an_error(tmp_path: Path) -> None:
     released = ["backbone.options={img_size=48, patch_size=8}", "backbone.name=vit_tiny_patch16_224"]
     path, _ = written(tmp_path, write_run(tmp_path, *released), "official")
     with pytest.raises(DinoError, match="the heads are: none"):
@@ -317,7 +315,7 @@ def test_a_head_that_is_not_there(tmp_path: Path) -> None:
     assert not (tmp_path / "again.pth").exists()
 
 
-def test_a_place_that_should_not_be_written_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_overwrites_no_foreign_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_run(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
@@ -362,7 +360,7 @@ def test_a_place_that_should_not_be_written_is_not(tmp_path: Path, monkeypatch: 
     assert found() == before
 
 
-def test_a_source_is_never_written_over(tmp_path: Path) -> None:
+def test_an_export_never_overwrites_its_source(tmp_path: Path) -> None:
     source, _ = full_checkpoint(tmp_path)
     (tmp_path / "link.pth").symlink_to(source)
     (tmp_path / "same.pth").hardlink_to(source)
@@ -395,7 +393,7 @@ def test_a_full_disk_is_an_error_that_names_the_place(tmp_path: Path, to: Format
 
 
 @pytest.mark.parametrize(("positions", "differ"), [("dino", True), ("antialias", False)])
-def test_timm_at_another_size_is_as_the_note_says(tmp_path: Path, positions: str, differ: bool) -> None:
+def test_the_note_on_timm_at_another_size_is_true(tmp_path: Path, positions: str, differ: bool) -> None:
     source = write_run(tmp_path, f"backbone.positions={positions}")
     done = export(str(source), "timm", tmp_path / "out")
     (note,) = done.notes
@@ -412,7 +410,7 @@ def test_timm_at_another_size_is_as_the_note_says(tmp_path: Path, positions: str
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
-def test_a_network_with_more_on_top_goes_to_timm_with_a_note(tmp_path: Path, name: str) -> None:
+def test_a_backbone_with_extra_layers_is_exported_to_timm_with_a_note(tmp_path: Path, name: str) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path, f'backbone={{name="{name}"}}', preset="resnet50"), "timm")
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     (note,) = export(str(tmp_path / "run"), "timm", path).notes
@@ -435,7 +433,7 @@ def test_a_folder_is_replaced_by_a_later_export(tmp_path: Path) -> None:
 @pytest.mark.slow
 # A graph is traced alike for any channels, and that takes its time; the others write their number down, or read it.
 @pytest.mark.parametrize(("to", "channels"), [*((to, 13) for to in ENDINGS), *((to, 1) for to in ("official", "timm"))])
-def test_networks_of_any_channels_go_out(tmp_path: Path, to: Format, channels: int) -> None:
+def test_networks_of_any_channels_are_exported(tmp_path: Path, to: Format, channels: int) -> None:
     source = write_run(tmp_path, *of_channels(channels))
     path, encoder = written(tmp_path, source, to)
     if to == "timm":
@@ -446,7 +444,7 @@ def test_networks_of_any_channels_go_out(tmp_path: Path, to: Format, channels: i
         assert f"in_chans={channels}," in note
 
 
-def test_torchvision_knows_three_channels_alone(tmp_path: Path) -> None:
+def test_torchvision_supports_only_three_channels(tmp_path: Path) -> None:
     source = write_run(tmp_path, *of_channels(4, 'backbone.name="resnet50"', "backbone.options={}", *RESNET))
     with pytest.raises(DinoError, match=r"conv1\.weight is 64x4x7x7; expected 64x3x7x7"):
         export(str(source), "official", tmp_path / "x.pth")

@@ -59,7 +59,7 @@ def plan_of(preset: Preset, teacher: FrozenTeacher, images: Path, **more: object
     return Plan("tiny", preset, source, 6, Path("runs/small"), cpu, 0, None, teacher=teacher, **more)  # type: ignore[arg-type]
 
 
-def test_it_sets_the_targets_of_class_tokens_and_of_all_patches(larger: FrozenTeacher) -> None:
+def test_the_frozen_teacher_sets_targets_of_class_tokens_and_patches(larger: FrozenTeacher) -> None:
     rule = '{kind="centering", momentum=0.9, temperature={kind="constant", value=0.05}}'
     preset = student(f"losses.dino.targets={rule}", f"losses.ibot.targets={rule}")
     method, clock = method_of(preset, larger), Clock(4, 8)
@@ -100,7 +100,7 @@ def test_it_sets_the_targets_of_class_tokens_and_of_all_patches(larger: FrozenTe
         )
 
 
-def test_a_run_hands_on_the_students_average_and_the_teacher_stays(larger: FrozenTeacher, images: Path) -> None:
+def test_a_run_exports_the_students_average_and_the_teacher_is_unchanged(larger: FrozenTeacher, images: Path) -> None:
     preset = student("training.batch_size=4", 'teacher.momentum={kind="constant", value=0.5}')
     plan = plan_of(preset, larger, images)
     run = pretrain(plan, lambda progress: None)
@@ -126,7 +126,7 @@ def read_state(folder: Path) -> dict[str, torch.Tensor]:
     return {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
 
 
-def test_the_average_follows_the_student_and_the_teacher_nobody(larger: FrozenTeacher) -> None:
+def test_the_average_follows_the_student_and_the_teacher_never_changes(larger: FrozenTeacher) -> None:
     method = method_of(student('teacher.momentum={kind="constant", value=0.75}'), larger)
     before = {
         name: [p.clone() for p in network.parameters()] for name, network in method.named_children() if name != "losses"
@@ -142,7 +142,7 @@ def test_the_average_follows_the_student_and_the_teacher_nobody(larger: FrozenTe
     assert method.student.training and not method.teacher.training
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_with_the_same_teacher_alone(
+def test_a_resume_needs_the_same_teacher_and_ends_in_the_same_bits(
     larger: FrozenTeacher, images: Path, tmp_path: Path
 ) -> None:
     preset = student()
@@ -170,13 +170,13 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_with_the_same_teach
         ),
     ],
 )
-def test_what_it_cannot_teach_is_said(larger: FrozenTeacher, changes: list[str], message: str, hint: str) -> None:
+def test_an_unfit_teacher_is_an_error(larger: FrozenTeacher, changes: list[str], message: str, hint: str) -> None:
     with pytest.raises(DinoError, match=message) as error:
         larger.network(student(*changes))
     assert hint.replace("\\", "") in (error.value.hint or "")
 
 
-def test_a_head_teaches_what_it_learned_to_read(tmp_path: Path) -> None:
+def test_a_head_teaches_only_the_tokens_that_it_was_trained_on(tmp_path: Path) -> None:
     of_class = FrozenTeacher.read(
         wrote(tmp_path / "dino", load_preset("tiny-dinov2", [*BOTH, "losses.ibot=none", "views.mask=none"]), 0)
     )
@@ -197,7 +197,7 @@ def test_a_teacher_without_heads_is_refused(tmp_path: Path) -> None:
         FrozenTeacher.read(str(tmp_path / "backbone.pth"))
 
 
-def test_preset_and_plan_say_the_same(larger: FrozenTeacher, images: Path) -> None:
+def test_preset_and_plan_agree_on_a_frozen_teacher(larger: FrozenTeacher, images: Path) -> None:
     with pytest.raises(DinoError, match="--teacher is not set"):
         replace(plan_of(student(), larger, images), teacher=None)
     follows = load_preset("tiny-dinov2", BOTH)

@@ -50,7 +50,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("pipe:cat x", "source"), ("x-{00..09}.tar", "source"),
     ],
 )  # fmt: skip
-def test_a_word_is_told_by_name_and_content(here: Path, place: str, kind: Kind) -> None:
+def test_a_path_is_identified_by_name_and_content(here: Path, place: str, kind: Kind) -> None:
     assert kind_of(place) == kind
     assert NAMES[kind]
 
@@ -88,7 +88,7 @@ def lightning(path: Path) -> None:
         ("net.pth", b"garbage", "net.pth cannot be read as weights", "state_dict()"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(
+def test_a_file_that_is_no_checkpoint_is_identified(
     tmp_path: Path, name: str, content: object, message: str, hint: str
 ) -> None:
     path = tmp_path / name
@@ -113,9 +113,7 @@ def test_a_file_that_is_no_checkpoint_is_named_for_what_it_is(
         ("nowhere.pth", "checkpoint nowhere.pth does not exist", "timm:NAME"),
     ],
 )  # fmt: skip
-def test_a_place_without_a_checkpoint_is_answered_with_the_nearest(
-    here: Path, place: str, message: str, hint: str
-) -> None:
+def test_a_path_without_a_checkpoint_gets_the_nearest_as_hint(here: Path, place: str, message: str, hint: str) -> None:
     with pytest.raises(DinoError) as error:
         read_weights(Path(place))
     assert message in error.value.message

@@ -34,7 +34,7 @@ from dinocli.weights.load import (
 CPU = torch.device("cpu")
 
 
-def test_a_checkpoint_carries_its_own_shape_size_and_statistics(tmp_path: Path) -> None:
+def test_a_checkpoint_stores_its_shape_size_mean_and_std(tmp_path: Path) -> None:
     preset = load_preset("tiny", ["views.mean=[0.1, 0.2, 0.3]"])
     network = preset.network().eval()
     write_checkpoint(tmp_path / "ckpt.safetensors", network.weights(), preset, 0)
@@ -57,7 +57,7 @@ def test_a_checkpoint_carries_its_own_shape_size_and_statistics(tmp_path: Path) 
         ("resnet50", {}),
     ],
 )
-def test_official_networks_are_told_by_their_weights(tmp_path: Path, name: str, options: dict) -> None:
+def test_official_networks_are_identified_by_their_weights(tmp_path: Path, name: str, options: dict) -> None:
     model = timm.create_model(name, num_classes=0, **options).eval()
     torch.save(
         {"teacher": {f"module.backbone.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "official.pth"
@@ -68,7 +68,7 @@ def test_official_networks_are_told_by_their_weights(tmp_path: Path, name: str, 
     torch.testing.assert_close(encoder.features(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_of_no_known_network_are_never_random_ones(tmp_path: Path) -> None:
+def test_unknown_weights_are_an_error_and_never_random(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match="is not a network of DINO"):
         official_architecture({"conv.weight": torch.zeros(1)}, "x.pth")
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
@@ -108,7 +108,7 @@ def test_timms_released_weights(local_timm: str) -> None:
     assert weights.heads == {}
 
 
-def test_released_weights_that_cannot_be_had_are_never_random_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_an_error_and_never_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no network here")
 
@@ -126,7 +126,7 @@ def refuse(*args: object, **kwargs: object) -> None:
 
 
 @pytest.mark.parametrize("hub", [block, refuse])
-def test_a_network_that_does_not_answer_is_said_soon(monkeypatch: pytest.MonkeyPatch, hub: Callable[..., None]) -> None:
+def test_an_unreachable_hub_is_reported_early(monkeypatch: pytest.MonkeyPatch, hub: Callable[..., None]) -> None:
     """Its own client tries for a minute or more, and so does this fake of it."""
     monkeypatch.setattr(timm, "create_model", block)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", hub)
@@ -144,7 +144,7 @@ class Answer(Exception):
 
 
 @pytest.mark.parametrize("way", ["answers", "says no such file", "is not there, and files are cached"])
-def test_a_download_that_takes_its_time_is_waited_for(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+def test_a_slow_download_is_waited_for(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     create = timm.create_model
 
     def slow(name: str, **options: object) -> torch.nn.Module:
@@ -179,7 +179,7 @@ def test_a_download_that_takes_its_time_is_waited_for(monkeypatch: pytest.Monkey
         ("local-dir:.", "has no config.json", "dino export --to timm"),
     ],
 )  # fmt: skip
-def test_a_name_that_timm_has_not_gets_the_nearest_without_any_network(
+def test_an_unknown_timm_name_gets_the_nearest_without_a_request(
     monkeypatch: pytest.MonkeyPatch, name: str, message: str, hint: str
 ) -> None:
     monkeypatch.setattr(timm, "create_model", block)
@@ -192,7 +192,7 @@ def test_a_name_that_timm_has_not_gets_the_nearest_without_any_network(
 @pytest.mark.parametrize(
     ("name", "positions"), [("vit_small_patch16_224.dino", "dino"), ("vit_small_patch16_224.augreg_in21k", "antialias")]
 )
-def test_dinos_own_weights_in_timm_meet_other_sizes_as_they_were_trained(
+def test_dino_weights_of_timm_resample_positions_as_the_original(
     monkeypatch: pytest.MonkeyPatch, name: str, positions: str
 ) -> None:
     create = timm.create_model
@@ -223,7 +223,7 @@ def test_dinov3s_weights_in_timm_are_read_as_timm_reads_them(monkeypatch: pytest
     assert encoder.fingerprint == fingerprint(timms.state_dict()), "no weight was started anew"
 
 
-def test_a_folder_of_ours_in_timms_form_says_how_it_met_other_sizes(local_timm: str, tmp_path: Path) -> None:
+def test_an_exported_timm_folder_stores_how_positions_are_resampled(local_timm: str, tmp_path: Path) -> None:
     assert load_encoder(local_timm, CPU).backbone.positions == "antialias"
     config = json.loads((tmp_path / "config.json").read_text())
     for tag, positions in (("dino", "dino"), ("augreg", "antialias"), (None, "antialias")):
@@ -233,7 +233,7 @@ def test_a_folder_of_ours_in_timms_form_says_how_it_met_other_sizes(local_timm: 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18"])
 @pytest.mark.parametrize("channels", [1, 4, 13])
-def test_weights_of_three_channels_are_fitted_to_others(name: str, channels: int) -> None:
+def test_three_channel_weights_are_adapted_to_other_channels(name: str, channels: int) -> None:
     options = {"img_size": 32, "depth": 1} if name.startswith("vit") else {}
     torch.manual_seed(0)
     three = BackboneConfig(name=name, options=options).build(drop_path=False).eval()

@@ -112,7 +112,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("size", [(70, 70), (56, 98)], ids=["square", "wide"])
-def test_features_are_those_of_the_plain_definition(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+def test_features_equal_the_plain_definition(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     args, how, heads = FILES[name]
     weights = random_file(*args, **how)
     torch.save(weights, tmp_path / "released.pth")
@@ -128,9 +128,7 @@ def test_features_are_those_of_the_plain_definition(name: str, size: tuple[int, 
     ("name", "model", "registers"),
     [("S/14", "vit_small_patch14_dinov2", 0), ("reg", "vit_small_patch14_reg4_dinov2", 4)],
 )
-def test_features_are_those_of_timms_model_with_the_same_file(
-    name: str, model: str, registers: int, tmp_path: Path
-) -> None:
+def test_features_equal_timms_model_with_the_same_file(name: str, model: str, registers: int, tmp_path: Path) -> None:
     """At the 518 pixels of the release; at others timm takes positions of the networks without registers its own way."""
     weights = random_file(384, 1, registers=registers)
     torch.save(weights, tmp_path / "released.pth")
@@ -150,7 +148,7 @@ def test_features_are_those_of_timms_model_with_the_same_file(
     ("width", "depth", "gated", "timms"),
     [(384, 12, 0, "small"), (768, 12, 0, "base"), (1024, 24, 0, "large"), (1536, 40, 4096, "giant")],
 )
-def test_the_four_sizes_are_told_by_their_shapes(
+def test_the_four_sizes_are_identified_by_their_shapes(
     width: int, depth: int, gated: int, timms: str, registers: int
 ) -> None:
     with torch.device("meta"):
@@ -210,7 +208,7 @@ def test_a_vision_transformer_of_any_shape_is_read(name: str, tmp_path: Path) ->
     ] * assumed
 
 
-def test_heads_that_were_told_make_another_network_of_the_same_weights(tmp_path: Path) -> None:
+def test_a_given_number_of_heads_changes_the_fingerprint(tmp_path: Path) -> None:
     plain_vit(tmp_path / "own.pth", patch_size=8, img_size=32, embed_dim=128, depth=1, num_heads=2)
     prints = {
         load_encoder(str(tmp_path / "own.pth"), CPU, overrides=[f"backbone.options.num_heads={n}"]).fingerprint
@@ -234,7 +232,7 @@ def test_heads_that_were_told_make_another_network_of_the_same_weights(tmp_path:
         (128, ["backbone.option.num_heads=2"], "there is no key option", "options"),
     ],
 )
-def test_heads_that_cannot_be_known_have_to_be_told(width: int, overrides: list[str], message: str, hint: str) -> None:
+def test_an_unknown_number_of_heads_must_be_given(width: int, overrides: list[str], message: str, hint: str) -> None:
     with torch.device("meta"):
         found = {k: torch.empty(s) for k, s in shapes(width, 2, registers=0).items() if k != "mask_token"}
     with pytest.raises(DinoError, match=message) as error:
@@ -242,7 +240,7 @@ def test_heads_that_cannot_be_known_have_to_be_told(width: int, overrides: list[
     assert hint in error.value.hint
 
 
-def test_what_is_not_square_and_what_is_no_plain_network_is_refused() -> None:
+def test_non_square_positions_and_unknown_layers_are_refused() -> None:
     with torch.device("meta"):
         found = {k: torch.empty(s) for k, s in shapes(384, 1, registers=0).items() if k != "mask_token"}
         wide = found | {"pos_embed": torch.empty(1, 1 + 14 * 7, 384)}
@@ -253,13 +251,13 @@ def test_what_is_not_square_and_what_is_no_plain_network_is_refused() -> None:
         official_architecture(other, "x.pth")
 
 
-def test_channels_whose_statistics_nobody_stored_are_not_guessed(tmp_path: Path) -> None:
+def test_missing_mean_and_std_are_not_guessed(tmp_path: Path) -> None:
     plain_vit(tmp_path / "own.pth", patch_size=8, img_size=32, embed_dim=64, depth=1, num_heads=1, in_chans=5)
     with pytest.raises(DinoError, match="takes 5 channels and does not store their mean and std"):
         load_encoder(str(tmp_path / "own.pth"), CPU)
 
 
-def test_dinov3s_own_file_is_named_and_timms_way_told() -> None:
+def test_a_dinov3_file_is_named_with_timms_weights_as_hint() -> None:
     theirs = {"storage_tokens": torch.zeros(1, 4, 384), "patch_embed.proj.weight": torch.zeros(384, 3, 16, 16)}
     with pytest.raises(DinoError, match="DINOv3") as error:
         official_architecture(theirs, "x.pth")
@@ -302,7 +300,7 @@ def of_training(ibot: int | None) -> tuple[Weights, Weights]:
 
 
 @pytest.mark.parametrize("form", ["teacher checkpoint", "whole method"])
-def test_a_trainings_own_checkpoint_is_read_with_its_heads(form: str, tmp_path: Path) -> None:
+def test_a_training_checkpoint_is_read_with_its_heads(form: str, tmp_path: Path) -> None:
     teacher, backbone = of_training(ibot=32)
     content = {"teacher": teacher}
     if form == "whole method":
@@ -321,7 +319,7 @@ def test_a_trainings_own_checkpoint_is_read_with_its_heads(form: str, tmp_path: 
         assert torch.equal(other.backbone["norm.bias"], backbone["norm.bias"] + 1)
 
 
-def test_a_file_of_one_network_alone_is_not_taken_for_the_other(tmp_path: Path) -> None:
+def test_a_file_of_one_network_is_not_taken_for_the_other(tmp_path: Path) -> None:
     teacher, _ = of_training(ibot=None)
     torch.save({f"student.{k}": v for k, v in teacher.items()}, tmp_path / "student.pth")
     with pytest.raises(DinoError, match="holds no teacher, but a student") as error:
@@ -338,7 +336,7 @@ def test_a_file_of_one_network_alone_is_not_taken_for_the_other(tmp_path: Path) 
         (f"{{shared={HEAD}}}", None, []),
     ],
 )
-def test_a_training_goes_on_from_it_with_the_heads_that_fit(
+def test_training_starts_from_it_with_the_heads_that_fit(
     heads: str, ibot: int | None, fresh: list[str], tmp_path: Path
 ) -> None:
     teacher, backbone = of_training(ibot)

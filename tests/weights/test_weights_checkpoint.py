@@ -133,7 +133,9 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
         ("a.pth", None, "does not exist"),
     ],
 )
-def test_what_is_no_checkpoint_is_said(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_files_that_are_no_checkpoint_are_errors(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DinoError, match=message) as error:
@@ -141,7 +143,7 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path, name: str, content: bytes
     assert "\n" not in error.value.message
 
 
-def test_a_file_without_the_network_asked_for(tmp_path: Path, preset: Preset, network: Network) -> None:
+def test_a_file_without_the_requested_network_is_an_error(tmp_path: Path, preset: Preset, network: Network) -> None:
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(DinoError, match="holds no weights"):
         read_weights(tmp_path / "empty.pth")
@@ -180,7 +182,7 @@ def test_a_preset_that_cannot_be_read_is_one_line(
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_weights_that_are_not_finite_are_neither_read_nor_written(
+def test_non_finite_weights_are_neither_read_nor_written(
     tmp_path: Path, preset: Preset, network: Network, bad: float
 ) -> None:
     path = tmp_path / "ckpt.safetensors"
@@ -201,7 +203,7 @@ def test_weights_that_are_not_finite_are_neither_read_nor_written(
             read_weights(tmp_path / name)
 
 
-def test_values_that_float32_cannot_hold_are_not_finite() -> None:
+def test_values_beyond_float32_are_not_finite() -> None:
     wide = {"steps": torch.arange(3), "empty": torch.empty(0), "one": torch.tensor(1.0)}
     assert not_finite(wide) is None
     assert not_finite(wide | {"wide": torch.tensor([1e300, 1.0], dtype=torch.float64)}) == (
