@@ -280,7 +280,7 @@ def test_processes_of_another_launcher_do_not_train_alone(
     assert "run it without srun: dino presets" in dino("presets", code=1).stderr
 
 
-def test_dino_alone_is_its_help(dino: Dino) -> None:
+def test_dino_without_a_command_prints_its_help(dino: Dino) -> None:
     assert "pretrain" in (done := dino(code=2)).stdout + done.stderr
 
 
@@ -288,7 +288,7 @@ def test_dino_alone_is_its_help(dino: Dino) -> None:
     "failure",
     [MemoryError(), RuntimeError("CUDA out of memory. Tried"), RuntimeError("[enforce fail] can't allocate memory")],
 )
-def test_too_little_memory_is_said(
+def test_too_little_memory_is_an_error(
     failure: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dinocli import cli
@@ -451,12 +451,12 @@ def test_a_short_try_leaves_the_link_to_a_longer_run(dino: Dino, tmp_path: Path,
     assert "now points to runs/tiny-4/ckpt.safetensors (step 2)" in whole, "a run that came to its end"
 
 
-def test_more_steps_than_the_run_has_are_said(dino: Dino, images: Path) -> None:
+def test_more_steps_than_the_run_has_are_noted(dino: Dino, images: Path) -> None:
     done = dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "999", "--dry-run")
     assert "note: --steps 999 is more than the 400 steps of the run, which ends there; see --epochs" in done.stderr
 
 
-def test_the_doctor_looks_and_leaves_nothing(dino: Dino, tmp_path: Path) -> None:
+def test_the_doctor_writes_nothing(dino: Dino, tmp_path: Path) -> None:
     write_images(tmp_path / "my images" / "a", 40, size=16)
     (tmp_path / "my images" / "a" / "b\x1b[1m.png").write_bytes(b"none")
     before = sorted(path for path in tmp_path.rglob("*"))
@@ -526,7 +526,7 @@ def test_a_colored_terminal_may_say_no(tmp_path: Path) -> None:
     assert "\x1b[3" not in in_a_process("knn", cwd=tmp_path, FORCE_COLOR="1", NO_COLOR="1").stderr
 
 
-def test_a_reader_that_has_enough_gets_no_traceback(tmp_path: Path) -> None:
+def test_a_closed_pipe_gives_no_traceback(tmp_path: Path) -> None:
     line = f"{sys.executable} -m dinocli presets show vits16 | head -1"
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
@@ -542,7 +542,7 @@ def test_a_reader_that_has_enough_gets_no_traceback(tmp_path: Path) -> None:
         (OSError(errno.EIO, "Input/output error", "x"), "Input/output error (x)"),
     ],
 )
-def test_a_failing_disk_is_said_in_words(
+def test_a_failing_disk_is_one_line(
     failure: OSError, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dinocli import cli
@@ -676,7 +676,7 @@ def test_a_film_of_each_folder_of_frames_and_one_of_the_files_that_were_named(di
     assert told == [{"film": "attention/frames.gif", "frames": 3, "skipped": {}}]
 
 
-def test_what_is_for_films_alone_is_told(dino: Dino, tmp_path: Path) -> None:
+def test_options_of_films_need_film(dino: Dino, tmp_path: Path) -> None:
     assert "--film" in dino("attn-map", "x.jpg", "--head", "2", code=2).stderr
     assert "photos only" in dino("attn-map", "x", "--film", "gif", "--raw", code=2).stderr
     (tmp_path / "x.mp4").touch()
@@ -770,7 +770,7 @@ def test_a_command_of_one_process_is_refused_in_several(dino: Dino, monkeypatch:
     assert not dino("knn", code=1).stderr, "one of them says so"
 
 
-def test_who_stops_a_command_is_told_that_it_stopped(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_prints_stopped(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
@@ -792,7 +792,7 @@ def searched(dino: Dino, tmp_path: Path) -> list[str]:
     return ["--features", "features"]
 
 
-def test_search_finds_draws_and_tells(dino: Dino, searched: list[str], tmp_path: Path) -> None:
+def test_search_finds_and_draws_neighbours(dino: Dino, searched: list[str], tmp_path: Path) -> None:
     (tmp_path / "torn.jpg").write_bytes(b"torn")
     done = dino("search", "images/0001.png", "torn.jpg", "--k", "3", "--device", "cpu")
     assert "0001.png" in done.stdout
@@ -808,7 +808,7 @@ def test_search_finds_draws_and_tells(dino: Dino, searched: list[str], tmp_path:
     assert json.loads(dino("knn", "--k", "1", code=1).stdout or "0") == 0, "an index beside features is no split"
 
 
-def test_search_says_what_does_not_fit(dino: Dino, searched: list[str], tmp_path: Path) -> None:
+def test_search_refuses_features_that_do_not_fit(dino: Dino, searched: list[str], tmp_path: Path) -> None:
     assert "nothing.jpg does not exist" in dino("search", "nothing.jpg", code=1).stderr
     assert "gnd_roxford5k" in dino("eval", "retrieval", "x.pkl", code=1).stderr
     dino("pretrain", "images", "--preset", "tiny", "--steps", "0", *SMALL, "--seed", "5", "--out", "other")
@@ -855,7 +855,7 @@ def test_dedup_shows_a_threshold_then_groups_and_a_list(dino: Dino, searched: li
     )
 
 
-def test_curate_takes_what_is_like_the_seeds(dino: Dino, searched: list[str], tmp_path: Path) -> None:
+def test_curate_selects_the_nearest_to_the_seeds(dino: Dino, searched: list[str], tmp_path: Path) -> None:
     for name, images in (("seeds", ["0001.png"]), ("held", ["0002.png"])):
         (tmp_path / name).mkdir()
         for image in images:

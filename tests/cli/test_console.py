@@ -18,7 +18,7 @@ def test_tables_are_data_and_words_are_not(capsys: pytest.CaptureFixture[str]) -
     assert captured.err == "a [word]\n"
 
 
-def test_what_was_skipped_is_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_skipped_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     console.skipped({"a.jpg": "damaged", "b.jpg": "[empty]"})
     assert capsys.readouterr().err == "note: skipped a.jpg: damaged\nnote: skipped b.jpg: [empty]\n"
     console.skipped({})
@@ -53,7 +53,9 @@ NAME = "a\x1b[31mred\n\u202egnp[bold]\x9b\x7f.jpg"
 SHOWN = r"a\x1b[31mred\n\u202egnp[bold]\x9b\x7f.jpg"
 
 
-def test_nothing_in_a_name_is_obeyed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_characters_in_names_are_escaped(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     console.say(f"note: {NAME}")
     console.skipped({NAME: "damaged"})
@@ -85,7 +87,7 @@ def test_a_bar_on_a_terminal_obeys_no_name(monkeypatch: pytest.MonkeyPatch, term
 
 @pytest.mark.parametrize("width", [200, 80, 60])
 @pytest.mark.parametrize("what", ["pretrain", "compare with a folder of features that has a long name"])
-def test_the_time_that_is_left_is_whole_in_a_narrow_terminal(
+def test_a_narrow_terminal_shows_the_remaining_time_completely(
     width: int, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = io.StringIO()

@@ -214,7 +214,7 @@ def test_a_place_that_is_an_address_or_an_archive_is_said_before_any_work(
 
 
 @pytest.mark.parametrize("line", ["push runs/tiny-1", "pack img"])
-def test_so_is_one_that_is_an_argument(here: Dino, line: str) -> None:
+def test_an_argument_that_is_an_address_is_an_error_before_any_work(here: Dino, line: str) -> None:
     done = here(*line.split(), "s3://bucket/x", code=1)
     assert "error: OUT s3://bucket/x is an address; expected a local folder" in done.stderr
 
@@ -223,7 +223,7 @@ def test_help_before_a_command_is_the_help_of_that_command(here: Dino) -> None:
     assert here("--help", "knn").stdout == here("knn", "--help").stdout != ""
 
 
-def test_what_is_right_passes(here: Dino) -> None:
+def test_valid_commands_pass(here: Dino) -> None:
     """The checks let through what they resemble: a folder with a link to a checkpoint, a list, numbers as names."""
     Path("ckpt.safetensors").symlink_to("runs/tiny-1/ckpt.safetensors")
     Path("20").mkdir()

@@ -116,12 +116,12 @@ def test_a_window_a_channel_scales_each_alone() -> None:
         (np.int16([[[0, 32767]]]), 65535),
     ],
 )
-def test_without_a_window_the_depth_or_the_usual_range_tells(values: np.ndarray, white: float) -> None:
+def test_without_a_window_depth_or_usual_range_sets_the_scale(values: np.ndarray, white: float) -> None:
     pixels = decode(npy(np.broadcast_to(values, (4, 4, 2))), images(2))
     assert np.array_equal(pixels[0, 0], np.floor(values[0, 0].astype(float) * 255 / white + 0.5))
 
 
-def test_what_is_no_number_is_black_and_nothing_but_that_is_refused() -> None:
+def test_nan_becomes_black_and_nothing_but_nan_is_refused() -> None:
     values = np.full((4, 4, 2), 0.5, np.float32)
     values[0, 0] = np.nan
     values[0, 1] = np.inf
@@ -156,7 +156,7 @@ def test_what_is_no_number_is_black_and_nothing_but_that_is_refused() -> None:
         (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 70000, "damaged: "),
     ],
 )  # fmt: skip
-def test_what_is_no_such_image_is_refused_with_its_reason(data: bytes, words: str) -> None:
+def test_arrays_that_are_no_image_are_refused_with_a_reason(data: bytes, words: str) -> None:
     assert reason(data).startswith(words)
 
 
@@ -201,12 +201,12 @@ def test_a_tiff_of_many_bands_is_named_by_its_number_where_others_are_wanted() -
         assert reason(of_bands(CUBE, 16), channels) == f"other channels: 13, where images.channels is {channels}"
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_reason_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tifffile", None)
     assert "pip install 'dinocli[tiff]'" in reason(of_bands(CUBE, 16))
 
 
-def test_what_pillow_reads_is_left_to_it() -> None:
+def test_layouts_that_pillow_reads_are_left_to_it() -> None:
     file = io.BytesIO()
     Image.fromarray((CUBE[..., :3] // 40).astype(np.uint8)).save(file, "PNG")
     for channels in (1, 3, 4):
@@ -236,6 +236,6 @@ def test_an_sgi_of_16_bits_keeps_them(bands: int) -> None:
     assert reason(bytes(packed), 3).startswith("not read here: 16-bit SGI")
 
 
-def test_many_bytes_a_pixel_are_bounded_as_many_pixels_are() -> None:
+def test_wide_pixels_are_bounded_like_many_pixels() -> None:
     data = npy(np.zeros((100, 100), np.float64))[:128]
     assert reason(data, 1, max_megapixels=0.0101).startswith("too large: 100x100 pixels of 8 bytes")

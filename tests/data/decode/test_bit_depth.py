@@ -47,7 +47,7 @@ def test_a_file_that_states_twelve_bits_is_scaled_by_twelve() -> None:
     assert deep_to_gray(tiff(ramp(4095, np.uint16), _281=4095), None)[-1, -1] == 255
 
 
-def test_what_is_no_number_is_passed_over_and_nothing_but_that_is_refused() -> None:
+def test_nan_is_ignored_and_nothing_but_nan_is_refused() -> None:
     values = ramp(1, np.float32)
     values[0, :3] = (np.nan, np.inf, -np.inf)
     gray = deep_to_gray(Image.fromarray(values), None)
@@ -75,7 +75,7 @@ def test_a_narrow_window_of_large_integers_keeps_its_steps() -> None:
     assert to_bytes(values, Layout("gray"), 1, np.array([[4e9, 4e9 + 255]]))[0, :, 0].tolist() == list(range(256))
 
 
-def test_large_images_are_worked_on_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_are_converted_in_blocks_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).integers(0, 65536, (50, 20, 4), dtype=np.uint16)
     layout = Layout("rgb", (0, 65535), alpha="straight")
     whole = to_bytes(values, layout, 3)

@@ -58,7 +58,7 @@ def test_hot_pixels_do_not_hide_the_others() -> None:
     assert raw_range(file(values), DEFAULTS) == (0, 100)
 
 
-def test_what_no_window_mends_has_no_range() -> None:
+def test_images_that_no_window_helps_have_no_range() -> None:
     for level in (0, 7, 65535):
         assert raw_range(file(np.full(SHAPE, level)), DEFAULTS) is None, "one raw value"
     assert raw_range(file(RANDOM.integers(0, 65536, SHAPE)), DEFAULTS) is None, "all of 16 bits"

@@ -10,7 +10,7 @@ from PIL import Image
 from dinocli.data.decode.guards import Reader, TooSlow, check_tags, gif_frames, too_many_scans
 
 
-def test_a_reader_stops_where_reading_costs_too_much() -> None:
+def test_a_reader_stops_when_its_budget_is_used_up() -> None:
     reader = Reader(b"x" * 1000)
     reader.left = 3
     assert reader.read(10) == b"x" * 10

@@ -212,7 +212,7 @@ def test_jpegs_can_be_decoded_smaller(reduce: int) -> None:
     assert open_image(saved(photo())).pixels(reduce).shape == (75, 101, 3)
 
 
-def test_an_image_of_pillows_is_taken_and_left_alone() -> None:
+def test_a_pillow_image_is_accepted_and_unchanged() -> None:
     given = Image.open(io.BytesIO(JPEGS["420"]))
     assert open_image(given).pixels(8).shape == (75, 101, 3)
     np.testing.assert_array_equal(decode(given), decode(given))
@@ -222,7 +222,7 @@ def test_an_image_of_pillows_is_taken_and_left_alone() -> None:
 
 
 @pytest.mark.parametrize("data", [b"not an image", bytes(1000), b"\xff\xd8\xff", b"GIF89a", b"II*\0", b"MM\0+", b"BM"])
-def test_what_is_no_image_says_so(data: bytes) -> None:
+def test_files_that_are_no_image_give_a_reason(data: bytes) -> None:
     assert re.match("not an image|damaged|truncated|too", reason(data))
 
 

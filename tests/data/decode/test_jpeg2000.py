@@ -89,7 +89,7 @@ def test_without_the_package_depth_and_what_to_install_are_named(monkeypatch: py
     assert decode(encoded(values(3, 8), 8)).shape == (24, 40, 3)
 
 
-def test_the_header_knows_what_decides() -> None:
+def test_the_header_is_parsed() -> None:
     header = read_header(encoded(values(4, 12), 12))
     assert header == Header(40, 24, 960, (12,) * 4, (False,) * 4, space=16)
     file = io.BytesIO()

@@ -57,7 +57,7 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_all_else_is_left_to_pillow(name: str) -> None:
+def test_other_files_are_left_to_pillow(name: str) -> None:
     assert plain_header(UNUSUAL[name]) is None
 
 
@@ -66,7 +66,7 @@ def told(data: bytes) -> object:
     return pixels.reason if isinstance(pixels, BadImage) else (pixels.shape, pixels.tobytes())
 
 
-def test_broken_files_give_what_they_give_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_corrupt_files_give_the_same_result_as_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     data = jpeg(size=(16, 16), icc_profile=b"p" * 20, comment=b"c")
     header = data.index(b"\xff\xda") + 14
     broken = [data[:end] for end in range(0, len(data), 5)]

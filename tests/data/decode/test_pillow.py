@@ -21,7 +21,7 @@ def test_no_format_that_starts_a_program_is_opened(program: bytes) -> None:
     assert reason(program).startswith("not read here: ")
 
 
-def test_pillows_limit_is_not_in_force_and_stays_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillows_own_pixel_limit_is_neither_used_nor_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -29,7 +29,7 @@ def test_pillows_limit_is_not_in_force_and_stays_what_it_was(monkeypatch: pytest
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-def test_a_damaged_tiff_says_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_tiff_prints_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(
         file, "TIFF", compression="tiff_lzw"
@@ -42,7 +42,7 @@ def test_a_damaged_tiff_says_nothing_on_stderr(capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().err == "ours"
 
 
-def test_pillow_is_left_as_it_was_found_by_threads_that_read_at_once() -> None:
+def test_pillows_settings_are_restored_after_concurrent_reads() -> None:
     from dinocli.data.decode.pillow import _pillow
 
     before = Image.MAX_IMAGE_PIXELS

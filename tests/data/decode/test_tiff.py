@@ -135,7 +135,7 @@ def test_depths_between_fill_the_range(bits: int, order: str) -> None:
 @pytest.mark.parametrize("kind", ["u1", "u2", "u4", "f4"])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("packing", [None, "deflate"])
-def test_white_as_zero_is_turned(kind: str, order: str, packing: str | None) -> None:
+def test_white_as_zero_is_inverted(kind: str, order: str, packing: str | None) -> None:
     values = ramp(1, kind)
     data = written(values, "miniswhite", byteorder=order, compression=packing)
     check(data, 255 - scaled(values, *span(kind)), 1, kind)

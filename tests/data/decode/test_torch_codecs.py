@@ -41,7 +41,7 @@ def test_every_decoder_gives_pillows_pixels(decoder: str, name: str) -> None:
     assert pixels.flags.c_contiguous
 
 
-def test_every_decoder_turns_once(decoder: str) -> None:
+def test_every_decoder_applies_the_orientation_once(decoder: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3
     turned = decode(saved(photo(), "JPEG", exif=exif))

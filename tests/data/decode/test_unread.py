@@ -57,7 +57,7 @@ def test_a_file_is_named_with_what_makes_a_readable_one_of_it(data: bytes, name:
     assert bad.reason.startswith(f"not read here: {name}; ")
 
 
-def test_what_is_no_picture_is_not_called_one() -> None:
+def test_files_of_other_kinds_are_not_called_images() -> None:
     assert name_unread(b"hello") == "not an image: unknown format"
     assert name_unread(b"version https://git-lfs.github.com/spec/v1\n").startswith("not an image: a Git LFS pointer")
     assert name_unread(b"<!DOCTYPE html><html>").startswith("not an image: an HTML page")

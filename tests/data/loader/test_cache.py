@@ -35,7 +35,7 @@ def test_pixels_are_kept_as_small_as_the_crops_allow(tmp_path: Path, where: str)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_does_not_fit_is_as_small_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_beyond_the_cache_are_resized_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ram_of", lambda: (2 * 3000, 2**40))
     cache = PixelCache(3, [VIEW], "ram")
     pixels = np.zeros((25, 25, 3), dtype=np.uint8)
@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_as_small_and_not_kept(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("room", [10**9, 60_000])
-def test_views_do_not_depend_on_what_was_kept(
+def test_views_do_not_depend_on_the_cache(
     tmp_path: Path, workers: int, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source(str(write_images(tmp_path / "x", 12, size=100)))
@@ -71,7 +71,7 @@ def test_views_do_not_depend_on_what_was_kept(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_was_kept_in_low_resolution_serves_the_full_one(tmp_path: Path, workers: int) -> None:
+def test_images_cached_in_low_resolution_serve_full_resolution(tmp_path: Path, workers: int) -> None:
     folder = write_images(tmp_path / "x", 12, size=100)
     views = ViewsConfig(mean=(0.5,) * 3, std=(0.5,) * 3, global_1=VIEW, global_2=VIEW)
     low = views.model_copy(update={"low_resolution": LowResolutionConfig(epochs=3, global_size=8)})
@@ -105,7 +105,7 @@ def test_what_was_kept_in_low_resolution_serves_the_full_one(tmp_path: Path, wor
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
-def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+def test_a_cache_folder_without_write_permission_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(DinoError, match="cannot be written to"):
         PixelCache(3, [VIEW], str(tmp_path / "file"))

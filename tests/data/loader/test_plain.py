@@ -25,7 +25,7 @@ def test_one_pass_of_shards_gives_every_image_with_its_label(shards: Path, image
     assert all(("/a/" in name) == (label == 0) for name, label in labels.items())
 
 
-def test_one_pass_in_order_names_what_it_leaves_out(images: Path) -> None:
+def test_one_pass_in_order_names_skipped_files(images: Path) -> None:
     (images / "a" / "0002.png").write_bytes(b"no image")
     source = open_source(str(images))
     passes = [

@@ -143,7 +143,7 @@ class Broken(Counting):
         (Broken, RuntimeError, "ZeroDivisionError: in a worker"),
     ],
 )
-def test_a_worker_that_fails_is_said_and_none_is_left(
+def test_a_failed_worker_is_an_error_and_no_worker_remains(
     make: type[Counting], error: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ring, "_STUCK", 0.5)
@@ -163,7 +163,7 @@ def test_waiting_is_counted() -> None:
     assert 0 < filled.waited < 5
 
 
-def test_no_worker_outlives_the_process_that_started_it() -> None:
+def test_workers_end_with_the_process_that_started_them() -> None:
     """Whether that comes to its end or is killed: two copies of one process, which imports torch once for both."""
     code = f"""
 import os, sys

@@ -85,7 +85,7 @@ def test_views_do_not_depend_on_the_number_of_workers(images: Path, workers: int
     assert all(same(a, b) for a, b in zip(take(images, 7), take(images, 7, workers=workers), strict=True))
 
 
-def test_where_processes_are_not_copied_the_views_are_the_same(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_are_the_same_with_spawned_processes(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = take(images, 4)
     monkeypatch.setattr(ring, "_FORK", False)
     assert all(same(a, b) for a, b in zip(alone, take(images, 4, workers=1), strict=True))
@@ -122,7 +122,7 @@ def same_masks(a: PatchMasks, b: PatchMasks) -> bool:
     return all(getattr(a, name).equal(getattr(b, name)) for name in ("where", "rows", "weights", "counts"))
 
 
-def test_masks_depend_on_no_worker_and_no_start(images: Path, shards: Path) -> None:
+def test_masks_depend_on_neither_workers_nor_start(images: Path, shards: Path) -> None:
     whole = take(images, 7, views=MASKED)
     for other in (take(images, 7, views=MASKED, workers=workers) for workers in (1, 2)):
         assert all(same_masks(a.masks, b.masks) for a, b in zip(whole, other, strict=True))
@@ -164,7 +164,7 @@ def test_a_bad_file_moves_no_mask(tmp_path: Path) -> None:
     assert all(same_masks(a.masks, b.masks) for a, b in zip(before, after, strict=True))
 
 
-def test_masks_want_patches(images: Path) -> None:
+def test_masks_need_patches(images: Path) -> None:
     with pytest.raises(DinoError, match=r"views\.mask needs patches to mask"):
         TrainBatches(open_source(str(images)), MASKED, batch_size=4, seed=0, device=CPU)
 

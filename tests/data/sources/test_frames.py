@@ -41,7 +41,7 @@ def test_frames_come_by_their_numbers(tmp_path: Path) -> None:
     assert [(frame.number, frame.name) for frame in frames.read({3, 1})] == [(1, "f_1.png"), (3, "f_10.png")]
 
 
-def test_a_frame_that_has_gone_is_a_reason(tmp_path: Path) -> None:
+def test_a_removed_frame_gives_a_reason(tmp_path: Path) -> None:
     (frame,) = Frames(tmp_path, [tmp_path / "gone.png"]).read(range(9))
     assert frame.data == BadImage("cannot be opened: No such file or directory")
 
@@ -103,7 +103,7 @@ def test_a_video_is_turned_and_mirrored_as_its_matrix_says(tmp_path: Path, matri
     np.testing.assert_allclose(found, corners, atol=12)  # of the codec; the greys are 80 apart
 
 
-def test_a_torn_video_ends_where_it_is_torn(tmp_path: Path) -> None:
+def test_a_truncated_video_ends_at_its_last_frame(tmp_path: Path) -> None:
     video = write_video(tmp_path / "x.ts", GREYS * 8, "mpegts")
     whole = open_frames(video)
     data = bytearray(video.read_bytes())
@@ -114,14 +114,14 @@ def test_a_torn_video_ends_where_it_is_torn(tmp_path: Path) -> None:
     assert 0 < len(good) < 32
 
 
-def test_what_is_no_video_is_told(tmp_path: Path) -> None:
+def test_files_that_are_no_video_are_an_error(tmp_path: Path) -> None:
     pytest.importorskip("av")
     (tmp_path / "x.mp4").write_bytes(b"no video")
     with pytest.raises(DinoError, match=r"x\.mp4 cannot be read as a video"):
         open_frames(tmp_path / "x.mp4")
 
 
-def test_without_av_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyav_the_error_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     (tmp_path / "x.mp4").touch()
     with pytest.raises(DinoError, match="need the package av") as caught:
@@ -129,5 +129,5 @@ def test_without_av_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pyte
     assert "dinocli[video]" in caught.value.hint
 
 
-def test_a_video_is_told_by_its_name() -> None:
+def test_a_video_is_identified_by_its_suffix() -> None:
     assert is_video(Path("a/B.MOV")) and not is_video(Path("a.jpg")) and not is_video(Path("mp4"))

@@ -44,7 +44,7 @@ def test_black_and_white_is_one_object(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "a.png").objects == [255]
 
 
-def test_what_is_no_label_map_is_a_reason(tmp_path: Path) -> None:
+def test_files_that_are_no_label_map_give_a_reason(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.png")
     Image.fromarray(noise[..., 0]).save(tmp_path / "grey.png")

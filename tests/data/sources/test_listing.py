@@ -78,7 +78,7 @@ def test_a_short_list_and_one_that_just_changed_are_not_kept(
     assert not memory.exists()
 
 
-def test_what_is_kept_and_damaged_is_made_again(tmp_path: Path, memory: Path) -> None:
+def test_a_corrupt_cached_list_is_made_again(tmp_path: Path, memory: Path) -> None:
     root = make(tmp_path / "data", ["1.jpg", "2.jpg", "3.jpg"])
     list_files(root, images)
     kept = next(memory.iterdir())

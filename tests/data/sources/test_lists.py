@@ -66,7 +66,7 @@ def test_lists_as_spreadsheets_write_them(tmp_path: Path, name: str, text: str |
         (" space.jpg\n", [(" space.jpg", "")]),
     ],
 )
-def test_names_are_what_lies_there(tmp_path: Path, text: str, expected: list[tuple[str, str]]) -> None:
+def test_names_equal_the_files_on_disk(tmp_path: Path, text: str, expected: list[tuple[str, str]]) -> None:
     odd = ("b,c.jpg", "00ff", "back\\slash.jpg", 'quo"te.jpg', " space.jpg")
     assert [e[:2] for e in read_list(written(tmp_path, "l.txt", text, FILES + odd)).entries] == expected
 

@@ -26,7 +26,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     assert (folder.classes, folder.labels.tolist()) == ([], [-1] * 3)
 
 
-def test_other_files_and_hidden_ones_are_passed_over(tmp_path: Path) -> None:
+def test_other_files_and_hidden_ones_are_skipped(tmp_path: Path) -> None:
     write_images(tmp_path, 1)
     for name in ("notes.txt", ".DS_Store", "._0000.png"):
         (tmp_path / name).write_bytes(b"x")
@@ -49,7 +49,7 @@ def test_a_link_back_up_does_not_make_the_walk_endless(tmp_path: Path) -> None:
         (lambda p: (p.mkdir(), (p / "a.txt").write_text("x")), r"holds 1 \.txt"),
     ],
 )
-def test_what_is_no_folder_of_images_is_said(tmp_path: Path, make, message: str) -> None:
+def test_a_folder_without_images_is_an_error(tmp_path: Path, make, message: str) -> None:
     make(tmp_path / "x")
     with pytest.raises(DinoError, match=message) as error:
         image_folder(tmp_path / "x")
@@ -110,7 +110,7 @@ def test_a_name_with_spaces_in_a_list(tmp_path: Path) -> None:
     assert list(open_images(str(tmp_path / "list.txt")).names) == ["my cat 1.png"]
 
 
-def test_a_list_whose_files_are_elsewhere_is_said(tmp_path: Path) -> None:
+def test_a_list_of_missing_files_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("nothing.png\n")
     with pytest.raises(DinoError, match=r"first file of .*nothing\.png"):
         open_source(str(tmp_path / "list.txt"))

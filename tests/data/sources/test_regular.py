@@ -118,7 +118,7 @@ def test_a_file_that_becomes_a_fifo_before_it_is_opened_does_not_hang(specials: 
     assert found == ["not a file: a FIFO"]
 
 
-def test_what_is_no_regular_file_is_never_opened(specials: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_special_files_are_never_opened(specials: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*args: object) -> int:
         raise AssertionError(f"opened {args}")
 

@@ -56,7 +56,7 @@ def test_in_order_without_a_seed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("counts", [[7, 5, 1, 6, 0, 4, 8], [9, 4], [30]])
 @pytest.mark.parametrize("lanes", [1, 2, 3, 5])
-def test_lanes_share_each_epoch_and_a_resume_goes_on(tmp_path: Path, counts: list[int], lanes: int) -> None:
+def test_workers_share_each_epoch_and_a_resume_continues(tmp_path: Path, counts: list[int], lanes: int) -> None:
     found = open_shards(str(write_shards(tmp_path, counts)))
     passed = [sample for lane in range(lanes) for sample in found.stream(lane, lanes)]
     assert sorted(sample.number for sample in passed) == [s * 2**32 + i for s, n in enumerate(counts) for i in range(n)]
@@ -148,7 +148,7 @@ def test_sizes_in_pax_records_and_in_binary(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [700, 2048 + 100, 2048 + 700])
-def test_a_torn_shard_gives_what_is_whole_and_is_told_of(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_shard_gives_its_complete_members_and_is_named(tmp_path: Path, cut: int) -> None:
     write_shards(tmp_path, [3, 2])
     torn = tmp_path / "train-000.tar"
     torn.write_bytes(torn.read_bytes()[:cut])
@@ -186,7 +186,7 @@ def test_content_that_goes_between_header_and_reading_is_empty(tmp_path: Path) -
     assert not all(sample.data for sample in taken(stream, 2))
 
 
-def test_what_a_user_may_name(tmp_path: Path, monkeypatch) -> None:
+def test_valid_specifications_of_shards(tmp_path: Path, monkeypatch) -> None:
     write_shards(tmp_path / "s", [1] * 12)
     write_tar(tmp_path / "s" / "odd[1].tar", [("a.jpg", b"1")])
     monkeypatch.chdir(tmp_path)
@@ -203,7 +203,7 @@ def test_what_a_user_may_name(tmp_path: Path, monkeypatch) -> None:
     ]
 
 
-def test_what_is_shards(tmp_path: Path) -> None:
+def test_shards_are_recognized(tmp_path: Path) -> None:
     for spec in ("x.tar", "a/{0..9}.tar", "*.tar", "pipe:cat x", "x.tgz"):
         assert is_shards(spec)
     write_shards(tmp_path / "s", [1])
@@ -216,7 +216,7 @@ def test_what_is_shards(tmp_path: Path) -> None:
     assert sources.SUFFIXES <= SUFFIXES
 
 
-def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+def test_missing_shards_are_an_error(tmp_path: Path) -> None:
     write_shards(tmp_path, [1, 0])
     (tmp_path / "zip.tar").write_bytes(b"PK" * 1000)
     for spec, message in [

@@ -27,7 +27,7 @@ def test_files_and_folders_get_names_that_differ(tmp_path: Path) -> None:
     assert len(set(again.values())) == 2
 
 
-def test_what_is_not_there_is_an_error_and_what_cannot_be_read_a_reason(tmp_path: Path) -> None:
+def test_a_missing_photo_is_an_error_and_an_unreadable_one_a_reason(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match=r"gone.jpg does not exist"):
         named_photos([tmp_path / "gone.jpg"])
     (tmp_path / "bad.jpg").write_bytes(b"no image")
@@ -39,7 +39,7 @@ def test_what_is_not_there_is_an_error_and_what_cannot_be_read_a_reason(tmp_path
     assert pixels.shape == (32, 32, 3)
 
 
-def test_what_is_made_takes_the_place_of_nothing_that_was_given(tmp_path: Path) -> None:
+def test_outputs_never_overwrite_inputs(tmp_path: Path) -> None:
     photo = write_images(tmp_path / "photos", 1) / "0000.png"
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     spare([tmp_path / "new.png", photo], [tmp_path / "other.png"])

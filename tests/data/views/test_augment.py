@@ -122,7 +122,7 @@ def blurred(image: Tensor, radius: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [8, 31, 32, 33, 96, 100])
-def test_blur_keeps_the_sum_has_the_radius_as_its_spread_and_is_the_boxs_third_power(size: int) -> None:
+def test_blur_keeps_the_sum_and_has_the_radius_as_its_spread(size: int) -> None:
     radius = torch.linspace(0.1, 2, 10)
     # Lines that are alike are blurred along themselves only: each with a point of its own, they tell the matrix.
     points = torch.eye(size)
@@ -149,7 +149,7 @@ def test_blur_keeps_the_sum_has_the_radius_as_its_spread_and_is_the_boxs_third_p
         torch.testing.assert_close(matrix @ step, line, rtol=1e-4, atol=1e-5)
 
 
-def test_each_image_of_a_batch_gets_its_own(image: Image.Image) -> None:
+def test_each_image_of_a_batch_gets_its_own_parameters(image: Image.Image) -> None:
     crops = torch.from_numpy(np.asarray(image).copy()).expand(1, 3, -1, -1, -1)
     drawn = nothing(3)
     drawn["flip"][0, 1] = True
@@ -196,7 +196,7 @@ def some_colors(size: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([0.7, 1.3, 0.6, 1.4, 1.0, 0.9]), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def test_what_is_written_for_a_compiler_is_the_same() -> None:
+def test_the_version_for_the_compiler_gives_the_same_values() -> None:
     x = torch.rand(6, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     x[0, 1], x[1], x[2, :2] = x[0, 0], 0.25, 1.0  # two channels that lead, gray, and a color at its end
     turn, turned = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5, 0.0]), x.clone()
@@ -215,7 +215,7 @@ def test_compiled_views_are_the_same() -> None:
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-6)
 
 
-def test_what_any_channels_can_have_is_done_to_each_as_if_it_were_alone() -> None:
+def test_augmentations_of_any_channels_treat_each_independently() -> None:
     torch.manual_seed(0)
     crops = torch.randint(0, 256, (1, 4, 40, 40, 13), dtype=torch.uint8)
     drawn = Draws(

@@ -67,7 +67,7 @@ def test_a_very_long_image_gives_boxes_inside_it(height: int, width: int) -> Non
     assert (boxes[:, 1] + boxes[:, 3] <= width).all()
 
 
-def test_probabilities_and_strengths_are_the_recipes() -> None:
+def test_probabilities_and_strengths_are_those_of_the_preset() -> None:
     n = 20_000
     drawn = draws(np.random.default_rng(0).random((n, 1, NUMBERS)), [VIEW])
     for values, p in ((drawn.flip, 0.5), (drawn.gray, 0.2), (drawn.solarize, 0.2), (drawn.radius > 0, 0.5)):
@@ -85,7 +85,7 @@ def test_probabilities_and_strengths_are_the_recipes() -> None:
     assert ((counts - n / 24) ** 2 / (n / 24)).sum() < 49.7, "chi-squared with 23 degrees, at one in a thousand"
 
 
-def test_what_a_recipe_leaves_out_does_not_happen() -> None:
+def test_disabled_augmentations_do_not_happen() -> None:
     drawn = draws(np.random.default_rng(0).random((50, 1, NUMBERS)), [ViewConfig(size=32, scale=(0.5, 1.0))])
     assert not drawn.flip.any()
     assert not drawn.gray.any()
@@ -94,7 +94,7 @@ def test_what_a_recipe_leaves_out_does_not_happen() -> None:
     assert drawn.factors[0].unique(dim=0).tolist() == [[1.0, 1.0, 1.0, 0.0]]
 
 
-def test_a_views_numbers_depend_on_seed_epoch_and_index_alone() -> None:
+def test_the_draws_of_a_view_depend_only_on_seed_epoch_and_index() -> None:
     first = uniforms(1, 2, 3, 4)[0]
     assert first.shape == (4, NUMBERS)
     np.testing.assert_array_equal(first, uniforms(1, 2, 3, 4)[0])
@@ -164,7 +164,7 @@ def test_a_crop_is_an_antialiased_resize(box: tuple[int, ...], size: tuple[int, 
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 140), (140, 100), (57, 57), (300, 301)])
-def test_the_evaluations_view_is_torchvisions(height: int, width: int) -> None:
+def test_the_evaluation_view_equals_torchvisions(height: int, width: int) -> None:
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
     pixels = np.uint8(resized(np.random.default_rng(0).random((9, 9, 3)) * 255, (height, width)))
@@ -175,12 +175,12 @@ def test_the_evaluations_view_is_torchvisions(height: int, width: int) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 100_000), (100_000, 1), (3, 4000)])
-def test_an_extreme_shape_costs_no_more_than_its_middle(height: int, width: int) -> None:
+def test_an_extreme_aspect_costs_no_more_than_its_center(height: int, width: int) -> None:
     assert resize_and_center(np.zeros((height, width, 3), dtype=np.uint8), 256, 224).shape == (3, 224, 224)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
-def test_each_of_any_channels_is_cut_as_it_would_be_alone(channels: int) -> None:
+def test_each_channel_is_cut_independently(channels: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (50, 60, channels), dtype=np.uint8)
     pixels = np.ascontiguousarray(np.repeat(np.repeat(noise, 3, 0), 3, 1))
     box, size = (7, 9, 90, 110), (32, 32)
@@ -195,7 +195,7 @@ def test_each_of_any_channels_is_cut_as_it_would_be_alone(channels: int) -> None
     assert resize_and_center(pixels, 40, 32).shape == (channels, 32, 32)
 
 
-def test_low_resolution_changes_sizes_and_nothing_else() -> None:
+def test_low_resolution_changes_only_sizes() -> None:
     local = VIEW.model_copy(update={"size": 16, "scale": (0.1, 0.25)})
     views = ViewsConfig(mean=(0.5,) * 3, std=(0.5,) * 3, global_1=VIEW, global_2=VIEW, local=local, locals=3)
     assert views.phases(7) == [(0, views)]
@@ -212,5 +212,5 @@ def test_low_resolution_changes_sizes_and_nothing_else() -> None:
     assert [view.size for view in without.phases(7)[0][1].all] == [24]
 
 
-def test_the_evaluations_resize() -> None:
+def test_the_evaluation_resizes_before_the_center_crop() -> None:
     assert [resize_for(size) for size in (224, 112, 48)] == [256, 128, 55]

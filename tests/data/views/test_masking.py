@@ -56,7 +56,7 @@ def plain_blocks(grid: Grid, count: int, generator: np.random.Generator) -> Wher
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (2, 2), (3, 5), (6, 6), (14, 14), (16, 12), (37, 37)])
 @pytest.mark.parametrize("mask", [MASK, changed(smallest=1), changed(smallest=50), changed(aspect=(1.0, 1.0))])
-def test_a_crop_hides_exactly_what_is_asked(grid: Grid, mask: MaskConfig) -> None:
+def test_a_crop_has_exactly_the_requested_number_of_masked_patches(grid: Grid, mask: MaskConfig) -> None:
     patches = grid[0] * grid[1]
     for index, count in enumerate(np.linspace(0, patches, 23).round().astype(int).tolist()):
         where = blocks(mask, grid, count, generator_of(0, 0, index, 0))
@@ -66,7 +66,7 @@ def test_a_crop_hides_exactly_what_is_asked(grid: Grid, mask: MaskConfig) -> Non
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (14, 14), (16, 12)])
-def test_what_is_hidden_lies_in_blocks_as_beits_does(grid: Grid) -> None:
+def test_masked_patches_form_blocks_as_in_beit(grid: Grid) -> None:
     generator = np.random.default_rng(0)
     counts = masked_counts(MASK, 800, grid[0] * grid[1])
     ours = np.mean([touching(blocks(MASK, grid, count, generator)) for count in counts])
@@ -79,7 +79,7 @@ def test_what_is_hidden_lies_in_blocks_as_beits_does(grid: Grid) -> None:
     assert abs(ours - beits) < 0.15 * beits
 
 
-def test_a_block_of_all_that_is_hidden_is_one_rectangle_and_lies_anywhere() -> None:
+def test_a_mask_of_one_block_is_a_rectangle_at_any_place() -> None:
     places = set()
     for index in range(300):
         where = blocks(changed(smallest=6, aspect=(1.5, 1.5)), (5, 4), 6, generator_of(0, 0, index, 0))
@@ -90,7 +90,7 @@ def test_a_block_of_all_that_is_hidden_is_one_rectangle_and_lies_anywhere() -> N
     assert places == {(top, first) for top in range(3) for first in range(3)}
 
 
-def test_every_patch_is_hidden_now_and_then() -> None:
+def test_every_patch_is_masked_sometimes() -> None:
     share = np.mean([blocks(MASK, (8, 8), 20, generator_of(0, 0, i, 0)) for i in range(600)], axis=0)
     assert share.min() > 0.03
     assert share.mean() == pytest.approx(20 / 64)
@@ -98,7 +98,7 @@ def test_every_patch_is_hidden_now_and_then() -> None:
     assert np.abs(share - np.rot90(share)).max() < 0.1
 
 
-def test_blocks_depend_on_seed_epoch_image_and_view_alone() -> None:
+def test_blocks_depend_only_on_seed_epoch_image_and_view() -> None:
     def drawn(*key: int) -> bytes:
         return blocks(MASK, (14, 14), 60, generator_of(*key)).tobytes()
 
@@ -112,7 +112,7 @@ def test_blocks_depend_on_seed_epoch_image_and_view_alone() -> None:
 @pytest.mark.parametrize("crops", [1, 2, 3, 5, 7, 64, 128, 129])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("patches", [1, 4, 36, 196])
-def test_each_batch_of_a_size_hides_as_many(crops: int, share: float, patches: int) -> None:
+def test_batches_of_one_size_have_equally_many_masked_patches(crops: int, share: float, patches: int) -> None:
     counts = masked_counts(changed(share=share), crops, patches)
     assert len(counts) == round(share * crops)
     assert counts == sorted(counts)
@@ -126,7 +126,7 @@ def test_each_batch_of_a_size_hides_as_many(crops: int, share: float, patches: i
         assert quarters.min() >= len(counts) // 4 - 1
 
 
-def test_slots_are_dealt_anew_to_each_batch_and_process() -> None:
+def test_masked_counts_are_shuffled_per_batch_and_process() -> None:
     def dealt(seed: int = 0, batch: int = 0, rank: int = 0) -> Tensor:
         return deal(MASK, (2, 9), 196, seed=seed, batch=batch, rank=rank)
 
@@ -144,7 +144,7 @@ def test_slots_are_dealt_anew_to_each_batch_and_process() -> None:
 
 @pytest.mark.parametrize("processes", [2, 3, 6])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
-def test_processes_with_groups_of_images_hide_what_one_does(processes: int, share: float) -> None:
+def test_several_processes_mask_like_one(processes: int, share: float) -> None:
     mask, each = changed(share=share), 192 // processes
     whole = deal(mask, (2, 192), 36, seed=0, batch=5, rank=0)
     parts = [deal(mask, (2, each), 36, seed=0, batch=5, rank=rank) for rank in range(processes)]
@@ -158,7 +158,7 @@ def test_processes_with_groups_of_images_hide_what_one_does(processes: int, shar
 
 
 @pytest.mark.parametrize("images", [1, 5, 33, 48])
-def test_other_batches_are_dealt_to_as_a_whole(images: int) -> None:
+def test_batches_of_other_sizes_are_dealt_as_one_group(images: int) -> None:
     dealt = deal(MASK, (2, images), 196, seed=0, batch=0, rank=0)
     assert sorted(dealt[dealt > 0].tolist()) == masked_counts(MASK, 2 * images, 196)
     assert dealt.sum() == masked_in_all(MASK, (2, images), 196)
@@ -174,7 +174,7 @@ def made(views: int, images: int, grid: Grid = (4, 5), share: float = 0.6) -> Pa
 
 
 @pytest.mark.parametrize(("views", "images", "share"), [(2, 6, 0.6), (1, 4, 1.0), (2, 5, 0.3), (2, 1, 0.2)])
-def test_rows_and_weights_as_loops_write_them(views: int, images: int, share: float) -> None:
+def test_rows_and_weights_equal_plain_loops(views: int, images: int, share: float) -> None:
     masks = made(views, images, share=share)
     rows, weights = [], []
     for g in range(views):
@@ -228,6 +228,6 @@ class Holder(Config):
         ("aspect", [2.0, 1.0]),
     ],
 )
-def test_settings_that_make_no_mask_are_named(key: str, value: object) -> None:
+def test_settings_without_any_mask_are_an_error(key: str, value: object) -> None:
     with pytest.raises(DinoError, match=rf"mask\.{key}"):
         Holder.parse({"mask": MASK.model_dump() | {key: value}}, "preset x")
