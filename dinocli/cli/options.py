@@ -316,12 +316,11 @@ def _note_longer(taken: Path, step: int | None) -> None:
 
 def step_of(checkpoint: Path) -> int | None:
     """Return the step of a checkpoint, or None if the file lacks it or cannot be read."""
-    from safetensors import SafetensorError, safe_open
+    from dinocli.core.tensors import read_metadata
 
     try:
-        with safe_open(checkpoint, framework="numpy") as file:
-            step = (file.metadata() or {}).get("step", "")
-    except (SafetensorError, OSError):
+        step = read_metadata(checkpoint).get("step", "")
+    except (OSError, ValueError):
         return None  # loading the file reports the fault
     return int(step) if step.isdecimal() else None
 
