@@ -113,7 +113,7 @@ def test_views_are_stored_with_each_image_and_missing_in_older_files(tmp_path: P
     np.testing.assert_array_equal(train.views[np.array([2, 0]), np.array([1, 0])], values[[2, 0], [2, 1]])
     assert (val.views, val.provenance.views) == (None, 0)
     rewrite(
-        tmp_path / "val.safetensors", provenance=json.dumps({k: v for k, v in vars(PROVENANCE).items() if k != "views"})
+        tmp_path / "val.safetensors", recipe=json.dumps({k: v for k, v in vars(PROVENANCE).items() if k != "views"})
     )
     assert read_features(tmp_path / "val.safetensors").provenance == PROVENANCE
 
