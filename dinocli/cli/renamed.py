@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dinocli.cli.words import value_of
+
 _UNTIL = "version 0.3"
 # Old options by command, each with its new spelling.
 _OPTIONS: dict[str, dict[str, str]] = {
@@ -45,7 +47,7 @@ def renew(words: Sequence[str]) -> tuple[list[str], str]:
         options["--by"] = "--foreground"
     said, now = [], command
     for (old, mark), (moved, spelling) in _MOVED.items():
-        if old == command and (value := _value(typed, mark)) is not None:
+        if old == command and (value := value_of(typed, [mark])) is not None:
             now = moved
             if old == "search" and Path(value).is_dir():
                 now = "eval copies"
@@ -58,15 +60,6 @@ def renew(words: Sequence[str]) -> tuple[list[str], str]:
     said += [f"{old} is now {new}" for old, new in options.items() if old in given and (command, old) not in _MOVED]
     note = f"{', '.join(said)}; the old spelling works until {_UNTIL}" if said else ""
     return [*now.split(), *_respell(typed, options), *words[end:]], note
-
-
-def _value(typed: Sequence[str], option: str) -> str | None:
-    """Return the value of an option, or None if it is not given."""
-    for i, word in enumerate(typed):
-        name, equals, value = word.partition("=")
-        if name == option:
-            return value if equals else typed[i + 1] if i + 1 < len(typed) else ""
-    return None
 
 
 def _respell(typed: Sequence[str], options: Mapping[str, str]) -> list[str]:

@@ -63,11 +63,7 @@ class Words:
 
     def value(self, options: Sequence[str]) -> str:
         """Return the value typed for an option, or an empty string."""
-        for i, word in enumerate(self.typed):
-            name, equals, value = word.partition("=")
-            if name in options:
-                return value if equals else self.typed[i + 1] if i + 1 < len(self.typed) else ""
-        return ""
+        return value_of(self.typed, options) or ""
 
     def again(self, instead: Mapping[int, Sequence[str]], *more: str) -> str:
         """Return the command with words at some indexes replaced, and more words at its end."""
@@ -83,6 +79,15 @@ class Words:
         instead |= {i: [word] for i, word in zip(earlier, positional, strict=False)}
         instead[last] = positional[len(earlier) :]
         return self.again(instead, *more)
+
+
+def value_of(typed: Sequence[str], options: Sequence[str]) -> str | None:
+    """Return the value typed for the first of some options, empty if it ends the line; None without the option."""
+    for i, word in enumerate(typed):
+        name, equals, value = word.partition("=")
+        if name in options:
+            return value if equals else typed[i + 1] if i + 1 < len(typed) else ""
+    return None
 
 
 def is_option(word: str) -> bool:

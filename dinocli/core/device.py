@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -112,8 +111,8 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def exactly(device: torch.device) -> AbstractContextManager[Any]:
+def exactly(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Return a context without autocast, for results that must not be rounded to bfloat16."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()  # this device has no autocast
+    return contextlib.nullcontext()  # this device has no autocast

@@ -1,4 +1,4 @@
-"""Training states: one folder per saved step, with all that is needed to resume, and the checks before resuming."""
+"""Training states: one folder per saved step, with all that is needed to resume."""
 
 from __future__ import annotations
 

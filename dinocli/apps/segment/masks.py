@@ -79,7 +79,7 @@ def with_masks(photos: Mapping[Path, Path], masks: MaskFolder) -> tuple[dict[Pat
 
     Args:
         photos: Path of each photo with its name, as `named_photos` returns them.
-        masks: MaskFolder to search.
+        masks: Masks to search.
 
     Returns:
         Mask of each photo that has one, and the reason for each photo without one.

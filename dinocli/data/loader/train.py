@@ -1,4 +1,4 @@
-"""Loader: endless batches of views for training, and one pass of plain images for everything else."""
+"""Loader: endless batches of views for training."""
 
 from __future__ import annotations
 

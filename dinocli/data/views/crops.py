@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,6 @@ from torch import Tensor
 from dinocli.core.config import Config
 from dinocli.data.decode.pixels import Pixels
 from dinocli.data.views.masking import MaskConfig
-
-if TYPE_CHECKING:
-    pass
-
 
 Probability = Field(ge=0, le=1)
 Spread = Annotated[float, Field(ge=1e-6)]  # a thousandth of a grey level is 4e-6; pixels are divided by it in float32

@@ -29,7 +29,7 @@ def changed(**values: object) -> MaskConfig:
 
 
 def touching(where: Where) -> float:
-    """MaskedPatches ones among the four neighbours of a hidden patch, on average."""
+    """Return the mean number of masked patches among the four neighbours of a masked patch."""
     padded = np.pad(where, 1).astype(int)
     around = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
     return float(around[where].mean())
