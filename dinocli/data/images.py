@@ -76,3 +76,16 @@ class ImagesConfig(Config):
 
 
 DEFAULTS = ImagesConfig()
+
+
+def megabytes_over(size: int, limit: float) -> str:
+    """Describe a size over its limit, with enough digits to differ from it: `0.0104 megabytes, over 0.01`.
+
+    Args:
+        size: Size in bytes, larger than the limit.
+        limit: Limit in megabytes.
+    """
+    exact = size / 1e6
+    rounded = (f"{exact:.{digits}f}" for digits in range(7))
+    shown = next((text for text in rounded if limit < float(text) and abs(float(text) - exact) < 0.05 * exact), exact)
+    return f"{shown} megabytes, over {limit:g}"

@@ -22,7 +22,7 @@ from dinocli.data.decode.tiff_tags import SIGNATURES, Facts
 from dinocli.data.decode.torch_codecs import decode_jpeg_fast
 from dinocli.data.decode.turns import turned
 from dinocli.data.decode.unread import name_jpeg, name_unread
-from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise it prints messages about bad files to stderr
 
@@ -174,7 +174,7 @@ def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
     if not data:
         return BadImage("empty: the file has no bytes")
     if len(data) > images.max_megabytes * 1e6:
-        return BadImage(f"too large: {len(data) / 1e6:.0f} megabytes, over {images.max_megabytes:g}")
+        return BadImage(f"too large: {megabytes_over(len(data), images.max_megabytes)}")
     facts = None
     if data[:4] in SIGNATURES:
         check_tags(data)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dinocli.data.decode.bit_depth import Alpha, Layout
 from dinocli.data.decode.raster import MISSING, ArrayFile, UnfitArray, other_channels
+from dinocli.data.images import megabytes_over
 
 _BOX = b"\0\0\0\x0cjP  \r\n\x87\n"
 _STREAM = b"\xff\x4f\xff\x51"
@@ -130,8 +131,8 @@ def cost_fault(data: bytes, header: Header, megapixels: float, by_pillow: bool) 
     deep = 1 + (max(header.bits) > 8)
     needed = header.tile * count * 5 + pixels * 8 if by_pillow else pixels * count * (5 + deep)
     if needed > 13e6 * megapixels:
-        tiles = "in one tile, " if by_pillow and header.tile == pixels else ""
-        return f"too large: {size} of a JPEG 2000, {tiles}take {needed / 1e9:.1f} GB to decode"
+        tiles = ", in one tile," if by_pillow and header.tile == pixels else ""
+        return f"too large: {size} of a JPEG 2000{tiles} decode to {megabytes_over(needed, 13 * megapixels)}"
     return ""
 
 

@@ -93,7 +93,8 @@ def _memory(where: str) -> tuple[mmap.mmap, int]:
     folder = Path(where)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        budget = int(_SHARE["disk"] * shutil.disk_usage(folder).free / local_size())
+        # At least a byte, because an empty file cannot be mapped.
+        budget = max(1, int(_SHARE["disk"] * shutil.disk_usage(folder).free / local_size()))
         with tempfile.TemporaryFile(dir=folder) as file:  # without a name, so nothing remains
             file.truncate(budget)
             return mmap.mmap(file.fileno(), budget), budget

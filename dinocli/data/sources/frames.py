@@ -16,10 +16,9 @@ from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.decode.turns import orientation_of, turned
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.kinds import VIDEOS
 from dinocli.data.sources.open import image_folder
 from dinocli.data.sources.regular import read_file, why_unread
-
-_VIDEOS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .ogv".split())
 
 
 class Frame(NamedTuple):
@@ -87,15 +86,16 @@ class VideoFrames(Frames):
 
     def read(self, wanted: Container[int], images: ImagesConfig = DEFAULTS) -> Iterator[Frame]:
         av, number = pyav(), -1
-        with av.open(str(self.where)) as file:
-            try:
+        try:
+            with av.open(str(self.where)) as file:
                 for number, frame in enumerate(file.decode(video=0)):
                     if number in wanted:
                         pixels = turned(frame.to_ndarray(format="rgb24"), _orientation(frame))
                         yield Frame(number, f"frame {number + 1}", Image.fromarray(pixels))
-            except av.error.FFmpegError as error:
-                reason = f"damaged: {error.strerror}; later frames are skipped"
-                yield Frame(number + 1, f"frame {number + 2}", BadImage(reason))
+        except av.error.FFmpegError as error:
+            # The file may also have been moved or cut short since `open_frames` read its header.
+            fault = why_unread(error) if isinstance(error, OSError) else f"damaged: {error.strerror}"
+            yield Frame(number + 1, f"frame {number + 2}", BadImage(f"{fault}; later frames are skipped"))
 
 
 def _read(path: Path, images: ImagesConfig) -> bytes | BadImage:
@@ -113,7 +113,7 @@ def _orientation(frame: Any) -> int:
 
 def is_video(path: Path) -> bool:
     """Return whether a file is a video, by its name."""
-    return path.suffix.lower() in _VIDEOS
+    return path.suffix.lower() in VIDEOS
 
 
 def open_frames(path: Path) -> Frames:

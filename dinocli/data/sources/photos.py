@@ -11,7 +11,7 @@ from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import ImagesConfig
 from dinocli.data.sources.open import image_folder
-from dinocli.data.sources.regular import read_file
+from dinocli.data.sources.regular import read_file, why_unread
 
 
 def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
@@ -70,5 +70,5 @@ def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:
     try:
         data = read_file(path, images)
     except OSError as error:
-        return BadImage(error.strerror or str(error))
+        return BadImage(why_unread(error))
     return decode(data, images)

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
 
 # A FIFO may replace the file between stat and open. Without O_NONBLOCK, open would wait for a writer.
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
@@ -78,7 +78,7 @@ def _check(status: os.stat_result, images: ImagesConfig) -> int:
     if not stat.S_ISREG(mode):
         raise Refused(f"not a file: {_kind(mode)}")
     if status.st_size > images.max_megabytes * 1e6:
-        raise Refused(f"too large: {status.st_size / 1e6:.0f} megabytes, over {images.max_megabytes:g}")
+        raise Refused(f"too large: {megabytes_over(status.st_size, images.max_megabytes)}")
     return status.st_size
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,7 +30,8 @@ from dinocli.data.sources.scans import Scan, labels_apart, notes_of, scan
 from dinocli.data.sources.tar import PIPE, Content, LocalTar, PipedTar, members
 
 INDEX = "index.json"
-_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+# Suffixes of compressed tar files, with the command that decompresses one.
+_PACKED = {".tar.gz": "gzip", ".tgz": "gzip", ".tar.zst": "zstd", ".tar.xz": "xz", ".tar.bz2": "bzip2"}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 UNNUMBERED = -2  # label of an image whose class came as a name through a pipe: the other names are unknown
 _PICTURES = 1000  # pictures of this tool's own that may be next to shards
@@ -227,10 +229,11 @@ def open_shards(spec: str) -> Shards:
         if not spec.removeprefix(PIPE).strip():
             raise DinoError("pipe: names no command; expected pipe:COMMAND", "pipe:cat train-{000..099}.tar")
         return Shards(spec, list(_ranges(spec)), [], None)
-    if spec.lower().endswith(_PACKED):
-        raise DinoError(
-            f"{spec} is compressed; expected plain tar files", f"use 'pipe:gzip -dc {spec}', or unpack them"
-        )
+    if command := next((command for suffix, command in _PACKED.items() if spec.lower().endswith(suffix)), ""):
+        # Spaces and quotes are escaped for the command's shell; patterns stay patterns.
+        name = re.sub(r"([^\w@%+=:,./*?\[\]{}-])", r"\\\1", spec)
+        pipe = shlex.quote(f"{PIPE}{command} -dc {name}")
+        raise DinoError(f"{spec} is compressed; expected plain tar files", f"use {pipe}, or unpack them")
     urls = _paths(spec)
     missing = next((url for url in urls if not os.path.isfile(url)), None)
     if missing or not urls:
@@ -279,7 +282,7 @@ def _paths(spec: str) -> list[str]:
     paths = []
     for text in _ranges(spec):
         plain = os.path.exists(text) or not glob.has_magic(text)
-        paths += [text] if plain else sorted(glob.glob(text))
+        paths += [text] if plain else sorted(glob.glob(text, recursive=True))
     return paths
 
 

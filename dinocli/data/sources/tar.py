@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from dinocli.core.errors import DinoError
+from dinocli.data.images import megabytes_over
 
 PIPE = "pipe:"
 _BLOCK = 512  # bytes; everything in a tar file starts at a multiple of it
@@ -189,7 +190,7 @@ class PipedTar:
 
 def too_large(size: int, most: float) -> Unread:
     """Return the reason not to read a file over the limit, both in bytes."""
-    return Unread(f"too large: {size / 1e6:.0f} megabytes, over {most / 1e6:g}")
+    return Unread(f"too large: {megabytes_over(size, most / 1e6)}")
 
 
 def members(

@@ -111,6 +111,13 @@ def test_a_cache_folder_without_write_permission_is_an_error(tmp_path: Path) -> 
         PixelCache(3, [VIEW], str(tmp_path / "file"))
 
 
+def test_a_full_disk_caches_nothing_and_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30, 0))
+    cache = PixelCache(3, [VIEW], str(tmp_path))
+    assert cache.put(0, np.zeros((9, 11, 3), np.uint8)).shape == (9, 11, 3)
+    assert (cache.get(0), cache.kept) == (None, 0)
+
+
 def test_images_of_any_channels_are_kept() -> None:
     cache = PixelCache(2, [VIEW], "ram", channels=13)
     for row, seed in ((1, 0), (0, 1)):

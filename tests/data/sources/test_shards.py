@@ -225,12 +225,35 @@ def test_missing_shards_are_an_error(tmp_path: Path) -> None:
         ("train-001.tar", "no images"),
         ("zip.tar", "no images .* is truncated or no tar file"),
         ("train.tar.gz", "compressed"),
+        ("deep/**/none.tar", "no file matches"),
     ]:
         with pytest.raises(DinoError, match=message) as error:
             open_shards(str(tmp_path / spec))
         assert error.value.hint
     with pytest.raises(DinoError, match="too few images"):
         next(open_shards(str(tmp_path)).stream(3, 4, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("a/x-{0..9}.tar.gz", "'pipe:gzip -dc a/x-{0..9}.tar.gz'"),
+        ("x*.TGZ", "'pipe:gzip -dc x*.TGZ'"),
+        ("x.tar.zst", "'pipe:zstd -dc x.tar.zst'"),
+        ("x.tar.xz", "'pipe:xz -dc x.tar.xz'"),
+        ("my set.tar.bz2", "'pipe:bzip2 -dc my\\ set.tar.bz2'"),
+    ],
+)
+def test_compressed_shards_get_the_command_that_decompresses_them(name: str, hint: str) -> None:
+    with pytest.raises(DinoError, match="is compressed") as error:
+        open_shards(name)
+    assert error.value.hint == f"use {hint}, or unpack them"
+
+
+def test_two_stars_match_folders_of_any_depth(tmp_path: Path) -> None:
+    for folder in ("", "a", "a/b"):
+        write_shards(tmp_path / "s" / folder, [1])
+    assert open_shards(str(tmp_path / "s" / "**" / "*.tar")).count == 3
 
 
 def test_an_index_saves_the_count_and_is_believed_only_if_the_sizes_fit(tmp_path: Path, monkeypatch) -> None:
