@@ -1,4 +1,4 @@
-"""Frames of a film in order, from a folder, from named files, or from a video file."""
+"""Frames of a film, in order, from a folder, a list of files, or a video file."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _open_video(path: Path) -> VideoFrames:
             if stream is None:
                 raise DinoError(f"{path} has no video stream; expected a video", "check that file")
             rate = stream.average_rate or stream.guessed_rate
-            # Some formats do not state a count; counting packets decodes nothing.
+            # Some formats state no frame count. Counting packets is fast, because it decodes nothing.
             count = stream.frames or sum(1 for packet in file.demux(stream) if packet.size)
     except av.error.FFmpegError as error:
         raise DinoError(f"{path} cannot be read as a video: {error.strerror}", "name a folder of its frames") from error

@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping
 
-# Files that accompany images and describe them; nobody expects these to be read as images.
+# Suffixes of files that accompany images. No message is needed when these are not read.
 _BESIDE = frozenset(
     ".txt .json .jsonl .xml .csv .tsv .md .rst .html .htm .yaml .yml .toml .ini .cfg .log .py .ipynb .sh .js .css "
     ".safetensors .pth .pt .onnx .pkl .pickle .db .lst .idx .xmp .aae .url .lnk .bat .md5 .sha1 .sha256 .cls".split()
@@ -46,7 +46,7 @@ def not_beside(kinds: Mapping[str, int]) -> dict[str, int]:
 
 
 def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> str:
-    """Return a hint for a folder without images, for its most common kind of file that images can be made from.
+    """Return a hint for a folder without images: how to convert or use its most common kind of file.
 
     Args:
         where: Folder, as written on the command line.

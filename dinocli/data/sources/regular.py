@@ -22,7 +22,7 @@ class Refused(OSError):
 def read_file(path: str | Path, images: ImagesConfig = DEFAULTS) -> bytes:
     """Read a regular file of at most `images.max_megabytes`.
 
-    Memory stays below the limit even for sparse files and for files that grow meanwhile.
+    Memory stays below the limit even for sparse files and for files that grow while they are read.
 
     Raises:
         Refused: If the file is larger or not regular.
@@ -40,7 +40,7 @@ def read_file(path: str | Path, images: ImagesConfig = DEFAULTS) -> bytes:
     finally:
         os.close(descriptor)
     if room <= 0:
-        raise Refused(f"too large: it grew over {images.max_megabytes:g} megabytes during reading")
+        raise Refused(f"too large: the file grew to over {images.max_megabytes:g} megabytes while it was read")
     return parts[0] if len(parts) == 2 and not parts[1] else b"".join(parts)
 
 
@@ -59,7 +59,7 @@ def begins_with(path: str | Path, beginnings: tuple[bytes, ...]) -> bool:
 
 
 def why_unread(error: OSError) -> str:
-    """Return the reason for a skipped file: a category for counting, a colon, a few words."""
+    """Return the reason for a skipped file as `category: details`. Reports count by category."""
     return str(error) if isinstance(error, Refused) else f"cannot be opened: {error.strerror or error}"
 
 

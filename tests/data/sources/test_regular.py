@@ -97,7 +97,7 @@ def test_a_file_that_grows_while_it_is_read_is_bounded(tmp_path: Path, monkeypat
         return read(descriptor, count)
 
     monkeypatch.setattr(regular.os, "read", growing)
-    with pytest.raises(Refused, match="too large: it grew over 1 megabytes"):
+    with pytest.raises(Refused, match="too large: the file grew to over 1 megabytes"):
         read_file(path, LIMITED)
 
 

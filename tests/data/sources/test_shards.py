@@ -223,7 +223,7 @@ def test_missing_shards_are_an_error(tmp_path: Path) -> None:
         ("train-{000..009}.tar", "train-002.tar does not exist"),
         ("none-*.tar", "no file matches"),
         ("train-001.tar", "no images"),
-        ("zip.tar", "no images .* is truncated or no tar file"),
+        ("zip.tar", "no images .* is truncated or not a tar file"),
         ("train.tar.gz", "compressed"),
         ("deep/**/none.tar", "no file matches"),
     ]:
@@ -278,7 +278,7 @@ def test_an_index_saves_the_count_and_is_believed_only_if_the_sizes_fit(tmp_path
         (lambda index: {**index, "bytes": {"/train-000.tar": 2}}, "which is not in this folder"),
         (lambda index: {**index, "shards": {"train-000.tar": -2}}, "the count of train-000.tar is -2"),
         (lambda index: {**index, "shards": {"train-000.tar": "2"}}, "the count of train-000.tar is '2'"),
-        (lambda index: {**index, "shards": [2, 3]}, "it lacks the numbers of images and bytes"),
+        (lambda index: {**index, "shards": [2, 3]}, "it does not state the images and bytes"),
         (lambda index: None, "damaged"),
     ],
 )

@@ -48,7 +48,7 @@ def test_a_truncated_tar_ends_early_and_is_reported(tmp_path: Path, cut: int) ->
     path.write_bytes(path.read_bytes()[: cut if cut > 0 else -9000 + cut])
     tape = LocalTar(str(path))
     assert len(list(members(tape))) < len(NAMES) + 1
-    assert tape.torn == "is truncated or no tar file"
+    assert tape.torn == "is truncated or not a tar file"
     tape.close()
 
 
