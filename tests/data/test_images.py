@@ -12,13 +12,13 @@ def test_a_window_is_a_range() -> None:
 
 
 @pytest.mark.parametrize("window", [[[0, 1], [2, 3]], [[0, 1], [2, 3], [5, 4]], [[0, 1, 2]], 7])
-def test_windows_are_ranges_as_many_as_channels(window: object) -> None:
+def test_invalid_windows_are_an_error(window: object) -> None:
     with pytest.raises(DinoError, match=r"images?\.window|window"):
         ImagesConfig.parse({"window": window}, "preset x")
     assert ImagesConfig.parse({"window": [[0, 1], [2, 3]], "channels": 2}, "x").windows.tolist() == [[0, 1], [2, 3]]
 
 
-def test_single_values_are_changed_and_no_others() -> None:
+def test_overrides_change_only_the_given_values() -> None:
     assert ImagesConfig().changed(["images.max_aspect=7"]) == ImagesConfig(max_aspect=7)
     with pytest.raises(DinoError, match=r"--set views\.locals=2 has no effect here; expected images\.KEY=VALUE"):
         ImagesConfig().changed(["views.locals=2"])

@@ -21,7 +21,7 @@ _NESTED = (b"jp2h", b"asoc")
 _CMYK = 12  # enumerated color spaces; OpenJPEG converts sYCC to RGB
 _READ_SPACES = (0, _CMYK, 16, 17, 18)
 _OPACITY, _PREMULTIPLIED = 1, 2  # channel types
-# Files with more samples per byte, above _SMALL samples, are attacks on memory: no real picture is so plain.
+# Files of over _SMALL samples and _PLAINEST samples per byte are attacks on memory: no real picture is so plain.
 _PLAINEST, _SMALL = 10_000, 20_000_000
 
 
@@ -140,7 +140,7 @@ def open_jpeg2000(data: bytes, channels: int, megapixels: float) -> ArrayFile | 
     """Read the header of a JPEG 2000 within the limit `megapixels` (`images.max_megapixels`).
 
     Returns:
-        The header; None for a corrupt file, and for one that Pillow reads right (8 bits and up to four components).
+        The header; None for a corrupt file, and for one that Pillow reads correctly (8 bits and up to four components).
 
     Raises:
         UnfitArray: If the number of channels does not fit `channels`, decoding takes too much memory, or nothing here

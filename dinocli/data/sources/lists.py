@@ -205,7 +205,7 @@ def _labels_behind(lines: list[str], folder: Path) -> Iterator[_Row]:
     filled = [line for line in lines if line.strip()]
     tabbed = next((line for line in filled if "\t" in line.strip()), None)
     tab = tabbed is not None and not _exists(folder, tabbed)
-    # Names may hold spaces and commas: if the first line that looks like a path and a label is a file, labels are absent.
+    # Names may hold spaces and commas: if the first line that looks like path and label is a file, no line has a label.
     sample = next((line for line in filled if _split(line) != (line, "")), None)
     labelled = sample is not None and not _exists(folder, sample)
     bare = not tab and not labelled and " " in filled[0].strip() and not _exists(folder, filled[0])

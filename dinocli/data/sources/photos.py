@@ -62,9 +62,7 @@ def spare(made: Iterable[Path], given: Iterable[Path]) -> None:
     theirs = {path.resolve() for path in given} if there else set()
     for path in there:
         if path.resolve() in theirs:
-            raise DinoError(
-                f"{path} is an input, and the output would overwrite it", "choose another folder with --out"
-            )
+            raise DinoError(f"{path} is an input, and the output would overwrite it", "choose another path with --out")
 
 
 def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:

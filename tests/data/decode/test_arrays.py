@@ -94,7 +94,7 @@ def test_any_number_of_channels(channels: int) -> None:
 def test_one_channel_needs_no_axis() -> None:
     values = (CUBE[..., 0] // 40).astype(np.uint8)
     assert np.array_equal(decode(npy(values), images(1))[..., 0], values)
-    assert "an array of 20x30, where images.channels is 3" in reason(npy(values), 3)
+    assert "an array of 20x30; expected 3 (images.channels)" in reason(npy(values), 3)
 
 
 def test_a_window_a_channel_scales_each_alone() -> None:
@@ -135,11 +135,11 @@ def test_nan_becomes_black_and_nothing_but_nan_is_refused() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (npy(CUBE[..., :12]), "other channels: an array of 20x30x12, where images.channels is 13"),
-        (npy(CUBE[..., :0]), "other channels: an array of 20x30x0, where"),
+        (npy(CUBE[..., :12]), "other channels: an array of 20x30x12; expected 13 (images.channels)"),
+        (npy(CUBE[..., :0]), "other channels: an array of 20x30x0; expected"),
         (npy(np.zeros((13, 0, 5), np.uint8)), "too "),
-        (npy(np.float32(3)), "other channels: an array of one number, where"),
-        (npy(np.zeros((2, 20, 30, 13), np.uint8)), "other channels: an array of 2x20x30x13, where"),
+        (npy(np.float32(3)), "other channels: an array of one number; expected"),
+        (npy(np.zeros((2, 20, 30, 13), np.uint8)), "other channels: an array of 2x20x30x13; expected"),
         (npy(CUBE)[:-1], "truncated: "),
         (npy(CUBE)[:40], "truncated: "),
         (npy(CUBE)[:6], "truncated: "),
@@ -198,7 +198,7 @@ def test_four_bands_of_16_bits_keep_them() -> None:
 
 def test_a_tiff_of_many_bands_is_named_by_its_number_where_others_are_wanted() -> None:
     for channels in (1, 3, 4):
-        assert reason(of_bands(CUBE, 16), channels) == f"other channels: 13, where images.channels is {channels}"
+        assert reason(of_bands(CUBE, 16), channels) == f"other channels: 13; expected {channels} (images.channels)"
 
 
 def test_without_the_package_the_reason_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,6 @@ def test_another_number_of_channels_is_a_bad_image(mode: str, channels: int, cam
     kind = "TIFF" if mode == "CMYK" else "PNG"
     for data in (saved(photo().convert(mode), kind), photo().convert(mode)):
         bad = decode(data, ImagesConfig(channels=channels))
-        assert bad == BadImage(f"other channels: {came}, where images.channels is {channels}")
+        assert bad == BadImage(f"other channels: {came}; expected {channels} (images.channels)")
     if mode == "RGB":
         assert isinstance(decode(saved(photo(), "JPEG"), ImagesConfig(channels=4)), BadImage)

@@ -75,7 +75,7 @@ def test_more_components_are_as_many_channels(bands: int, bits: int) -> None:
     made = values(bands, bits)
     data = encoded(made, bits)
     assert np.abs(decode(data, ImagesConfig(channels=bands)) - scaled(made, 0, 2**bits - 1)).max() <= 0.51
-    assert decode(data) == BadImage(f"other channels: {bands} (JPEG 2000), where images.channels is 3")
+    assert decode(data) == BadImage(f"other channels: {bands} (JPEG 2000); expected 3 (images.channels)")
     four = values(4, bits)
     seen = decode(encoded(four, bits), ImagesConfig(channels=4))
     assert np.abs(seen - scaled(four, 0, 2**bits - 1)).max() <= 0.51
