@@ -213,7 +213,7 @@ def _tag(image: Image.Image, number: int) -> Any:
 
 
 def usual_range(values: Values) -> tuple[float, float] | None:
-    """Return the smallest usual range that holds all values, for files that state none. None if all are NaN."""
+    """Return the smallest usual range that holds all values, for files that state none; None without numbers."""
     ends, samples = [], []
     for rows in _blocks(values):
         part = _numbers(values[rows])

@@ -7,7 +7,7 @@ from dinocli.data.decode.image import decode
 from dinocli.data.images import ImagesConfig
 
 
-def test_reasons_begin_with_what_can_be_counted() -> None:
+def test_reasons_begin_with_a_category() -> None:
     assert reason(b"") == "empty: the file has no bytes"
     assert reason(b"not an image").startswith("not an image: ")
     assert reason(saved(photo())[:900]).startswith("truncated: ")

@@ -164,7 +164,7 @@ def test_waiting_is_counted() -> None:
 
 
 def test_workers_end_with_the_process_that_started_them() -> None:
-    """Fork two processes, one of which exits and one of which is killed; torch is imported once for both."""
+    """Fork two processes after one import of torch: one exits, the other is killed."""
     code = f"""
 import os, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})

@@ -230,7 +230,7 @@ def test_too_many_bad_files_end_the_run(tmp_path: Path, good: int) -> None:
 
 @pytest.fixture(name="shards")
 def three_shards(images: Path, tmp_path: Path) -> Path:
-    """Pack the twelve images into three tar files, of which the last is shorter."""
+    """Pack the twelve images into three tar files; the last is shorter."""
     pack(open_images(str(images)), tmp_path / "shards", per_shard=5)
     return tmp_path / "shards"
 

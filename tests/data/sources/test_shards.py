@@ -279,7 +279,7 @@ def test_an_index_gives_the_counts_of_shards_whose_sizes_match(tmp_path: Path, m
         (lambda index: {**index, "shards": {"train-000.tar": -2}}, "the count of train-000.tar is -2"),
         (lambda index: {**index, "shards": {"train-000.tar": "2"}}, "the count of train-000.tar is '2'"),
         (lambda index: {**index, "shards": [2, 3]}, "it does not state the images and bytes"),
-        (lambda index: None, "damaged"),
+        (lambda index: None, "it is nested too deeply"),
     ],
 )
 def test_the_error_for_a_corrupt_index_is_one_line(
