@@ -46,7 +46,7 @@ def test_a_folder_that_a_command_makes_is_ignored_and_named(photos: Path) -> Non
     assert named(photos / "sheets") == ["a.png", "deep/b.png"], "the folder that is named is read"
 
 
-def test_in_a_folder_of_the_users_only_what_was_written_is_ignored(photos: Path) -> None:
+def test_in_a_users_own_folder_only_written_files_are_ignored(photos: Path) -> None:
     touch(photos, "mixed/mine.png")
     for name in ("mixed/made.png", "mixed/again.png"):
         with marked(photos / "mixed", "attn-map", [photos / name]):
