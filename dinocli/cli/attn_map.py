@@ -159,7 +159,7 @@ def _draw_films(
 
 
 def _films(images: list[Path]) -> dict[str, Frames]:
-    """Return films by name: one per folder or video, and one for all single files together."""
+    """Return films by name: one per folder or video, and one for all single images together."""
     from dinocli.data.sources.frames import Frames, is_video, open_frames
 
     whole = [path for path in images if path.is_dir() or is_video(path)]

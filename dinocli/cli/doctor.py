@@ -28,14 +28,16 @@ if TYPE_CHECKING:
     from dinocli.train.cost import Estimate
 
 
-_LONG = 40  # characters of a file's name
+_LONG = 40  # characters of a file name in the table
 
 
 def doctor(
     images: Annotated[
         str | None,
         typer.Argument(
-            metavar="IMAGES", callback=images_place, help="As for `dino pretrain`. Default: check the machine alone."
+            metavar="IMAGES",
+            callback=images_place,
+            help="Images, as for `dino pretrain`. Default: check only the machine.",
         ),
     ] = None,
     sample: Annotated[
@@ -111,7 +113,7 @@ def _machine_rows(machine: Machine) -> list[list[str]]:
     versions = {"torchvision": machine.torchvision, "timm": machine.timm, "Python": machine.python}
     rest = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
     several = f"{machine.devices} x " if machine.devices > 1 else ""
-    jpeg = "" if machine.fast_jpeg else "; JPEG by Pillow, 12 % slower than by torchvision"
+    jpeg = "" if machine.fast_jpeg else "; JPEG with Pillow, 12 % slower than with torchvision"
     device = f"{machine.device}: {several}{machine.name}"
     if not machine.on_cpu:
         device += f", {_of(machine.memory, machine.memory_there)} free"
@@ -157,7 +159,7 @@ def _spread(spread: Spread, form: str = ".0f") -> str:
 
 
 def _beside(values: Sequence[float], preset: Sequence[float]) -> str:
-    """Format a number per channel, with the preset's beside if it has as many channels."""
+    """Format a number per channel, followed by the preset's if it has the same number of channels."""
     return _numbers(values) + (f" (the preset's: {_numbers(preset)})" if len(values) == len(preset) else "")
 
 
@@ -184,7 +186,7 @@ def _unreadable(seen: Inspection) -> str:
 
 
 def _plain(name: str) -> str:
-    """Replace unprintable characters of a file name, and shorten a long one to its end."""
+    """Replace unprintable characters of a file name, and keep only the end of a long one."""
     shown = "".join(c if c.isprintable() else "?" for c in name)
     return shown if len(shown) <= _LONG else f"...{shown[3 - _LONG :]}"
 

@@ -39,7 +39,7 @@ def match(
         Literal["box", "image"],
         typer.Option(
             "--pck-of",
-            help="PCK threshold relative to the larger side of B's keypoint box, or of B.",
+            help="Scale of the PCK threshold: larger side of the box around B's keypoints, or of photo B (image).",
             rich_help_panel=METHOD,
         ),
     ] = "box",
@@ -59,7 +59,7 @@ def match(
     lines: Lines = 24,
     json: Json = False,
 ) -> None:
-    """Score the patch matches of two photos by known keypoints (PCK), and draw both.
+    """Score the patch matches of two photos against known keypoints (PCK), and draw matches and keypoints.
 
     Examples:
         dino eval match a.jpg b.jpg --keypoints points.csv

@@ -18,7 +18,10 @@ def track(
     truth: Annotated[
         Path,
         typer.Option(
-            "--truth", metavar="MASKS", help="Folder of true masks, named like the frames.", rich_help_panel=METHOD
+            "--truth",
+            metavar="MASKS",
+            help="Folder of ground-truth masks, named like the frames.",
+            rich_help_panel=METHOD,
         ),
     ],
     checkpoint: Checkpoint = None,
@@ -36,7 +39,7 @@ def track(
     fps: Fps = None,
     json: Json = False,
 ) -> None:
-    """Track the objects of a first mask through a video, as `dino track` does, and score the masks by J and F.
+    """Track objects through a video, as `dino track` does, and score the masks by J and F of the DAVIS benchmark.
 
     Examples:
         dino eval track ./frames --mask masks/00000.png --truth ./masks

@@ -42,7 +42,9 @@ Layers = Annotated[
 ]
 Dimensions = Annotated[
     int | None,
-    typer.Option("--pca", min=1, help="Dimensions per patch after a PCA over both photos.", rich_help_panel=METHOD),
+    typer.Option(
+        "--pca", min=1, help="Reduce patch features to N dimensions, by a PCA over both photos.", rich_help_panel=METHOD
+    ),
 ]
 Lines = Annotated[
     int, typer.Option("--lines", min=1, help="Approximate number of lines to draw.", rich_help_panel=OUTPUT)
@@ -62,14 +64,17 @@ DiffusionWeight = Annotated[
         "--sd-weight",
         min=0,
         max=1,
-        help="Weight of the Stable Diffusion features; the DINO features get the rest.",
+        help="Weight of the Stable Diffusion features; the weight of the DINO features is 1 minus this.",
         rich_help_panel=METHOD,
     ),
 ]
 DiffusionSide = Annotated[
     int,
     typer.Option(
-        "--sd-long-side", min=64, help="Long side in pixels of the photos for Stable Diffusion.", rich_help_panel=METHOD
+        "--sd-long-side",
+        min=64,
+        help="Long side in pixels of the photos resized for Stable Diffusion.",
+        rich_help_panel=METHOD,
     ),
 ]
 Caption = Annotated[
@@ -154,7 +159,7 @@ def match_photos(
     known = keypoints and read_keypoints(keypoints, a, b, (photos[0].shape[:2], photos[1].shape[:2]))
     diffusion = load_diffusion(sd, pick_device(device), caption or "") if sd else None
     if sd and not caption:
-        console.say("note: no --caption for the diffusion model; add one such as --caption 'a photo of a cat'")
+        console.say("note: no --caption set for the diffusion model; add one, such as --caption 'a photo of a cat'")
     compared = Compared(tuple(layer or [-1]), facet, short_side, pca, diffusion, sd_weight, sd_long_side)
     maps = patch_maps(encoder, *photos, compared)
     matches = matched(*maps)

@@ -1,4 +1,4 @@
-"""Checks of arguments that name files, whose hints are the corrected command."""
+"""Checks of arguments that name files; the hint of an error is the corrected command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
     """Check that an argument names images.
 
     Raises:
-        DinoError: If it names a checkpoint, features, one image, an archive, a video, an address, or no file.
+        DinoError: If it names a checkpoint, features, a single image, an archive, a video or an address.
     """
     if value is None or context.resilient_parsing:
         return value
@@ -37,7 +37,7 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
 
 
 def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
-    """Return the hint for a value that is no set of images, or an empty string if it may be one."""
+    """Return the hint for a value that is not a set of images, or an empty string if it may be one."""
     from dinocli.weights.identify import WEIGHTS
 
     path, quoted = Path(value), shlex.quote(value)
@@ -87,7 +87,7 @@ def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]
     """Check the order and the kinds of `[CHECKPOINT] DATA`.
 
     Raises:
-        DinoError: If they are swapped, one is missing, or one is of another kind.
+        DinoError: If they are swapped, the images are missing, or one is another kind of file.
     """
     if not value or context.resilient_parsing:
         return value

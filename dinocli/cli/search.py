@@ -35,7 +35,7 @@ def search(
         str | None,
         typer.Option(
             "--checkpoint",
-            help="Checkpoint that made the features, if it has moved. Default: the one they name.",
+            help="Checkpoint that made the features, if it moved. Default: the path stored with them.",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -56,7 +56,7 @@ def search(
     out: Annotated[Path, typer.Option(help="Output picture.", rich_help_panel=OUTPUT)] = Path("search.png"),
     json: Json = False,
 ) -> None:
-    """Find the nearest images to photos by the cosine similarity of their features, and draw them.
+    """Find the images nearest to photos by the cosine similarity of their features, and draw them.
 
     Examples:
         dino search photo.jpg --features features

@@ -1,4 +1,4 @@
-"""`dino track`: objects of a first mask, tracked through a video."""
+"""`dino track`: tracking of objects through a video, from a mask of the first frame."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FirstMask = Annotated[
     Path,
     typer.Option(
         "--mask",
-        help="Mask of the first frame, as PNG: 0 for background, any other value for an object.",
+        help="Mask of the first frame, as PNG: 0 is background, each other value is an object.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -49,16 +49,20 @@ FrameSide = Annotated[
 Previous = Annotated[
     int,
     typer.Option(
-        "--previous", min=0, help="Previous frames that propagate labels, besides the first.", rich_help_panel=METHOD
+        "--previous",
+        min=0,
+        help="Number of previous frames to propagate labels from, besides the first frame.",
+        rich_help_panel=METHOD,
     ),
 ]
 Radius = Annotated[
-    int, typer.Option("--radius", min=0, help="Radius of label propagation, in patches.", rich_help_panel=METHOD)
+    int,
+    typer.Option("--radius", min=0, help="Largest distance of label propagation, in patches.", rich_help_panel=METHOD),
 ]
 Neighbours = Annotated[
     int,
     typer.Option(
-        "--k", min=1, help="Number of nearest neighbours that vote on a patch's label.", rich_help_panel=METHOD
+        "--k", min=1, help="Number of nearest neighbours that vote on each patch's label.", rich_help_panel=METHOD
     ),
 ]
 Tracks = Annotated[Path, typer.Option("--out", help="Folder for the masks and the GIF.", rich_help_panel=OUTPUT)]
@@ -92,7 +96,7 @@ def track(
     fps: Fps = None,
     json: Json = False,
 ) -> None:
-    """Track the objects of a first mask through a video; write a mask per frame, and a GIF with the masks overlaid.
+    """Track objects through a video from a mask of its first frame; write a mask per frame, and a GIF of all masks.
 
     Examples:
         dino track ./frames --mask first.png

@@ -1,4 +1,4 @@
-"""Parser errors, as one line that names the given value, and one hint to type."""
+"""Parser errors as one line that names the given value, and one hint that says what to type."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dinocli.core.config import MEANT, find_keys
 from dinocli.core.errors import DinoError, nearest
 from dinocli.method import shipped
 
-# Options of other tools and of the original code, each with ours.
+# Options of other tools and of the original DINO code, each with the option of this tool.
 _SAME = {
     "--output": "--out", "--output-dir": "--out", "--save-dir": "--out", "--logdir": "--out", "--name": "--out",
     "--num-workers": "--workers", "--num-epochs": "--epochs", "--max-epochs": "--epochs", "--batch": "--batch-size",
@@ -28,10 +28,10 @@ _IMAGES = ("--data", "--data-path", "--dataset", "--images", "--input", "--train
 
 
 def explain(error: Any, words: Sequence[str]) -> tuple[str, str]:
-    """Return message and hint for a usage error.
+    """Return the message and the hint for a usage error.
 
     Args:
-        error: Exception of the parser.
+        error: Usage error raised by typer's parser.
         words: Command line without the program name.
     """
     context = getattr(error, "ctx", None)
@@ -61,7 +61,7 @@ def explain(error: Any, words: Sequence[str]) -> tuple[str, str]:
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:
-    """Return the value of an option on the command line, or None."""
+    """Return the value given for an option, or None if the option or its value is missing."""
     for i, word in enumerate(words):
         if word.startswith(f"{option}="):
             return word.partition("=")[2]
@@ -72,16 +72,16 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 
 
 def _other_option(command: str, name: str, value: str | None, options: list[str], words: Sequence[str]) -> str:
-    """Return the hint for an option that does not exist, or an empty string if it resembles none."""
+    """Return the hint for an unknown option, or an empty string if no known option or key is similar."""
     typed = f" {shlex.quote(value)}" if value is not None else ""
     spelled = name.replace("_", "-").lower()
     if spelled in options:
         return f"use {spelled}{typed}"
     if command == "dino pretrain":
         if spelled in _RESUMES:
-            return f"remove {name}: the same command resumes its run; --out RUN names another"
+            return f"remove {name}: the same command resumes its run; name another run with --out RUN"
         if spelled in _IMAGES:
-            return f"images come without an option: dino pretrain{typed or ' IMAGES'}"
+            return f"give the images without an option: dino pretrain{typed or ' IMAGES'}"
     if (same := _SAME.get(spelled)) in options:
         if same == "--preset" and value not in shipped.names():
             return f"use --preset NAME (dino presets lists them), or --set backbone.name={value or 'NAME'}"
@@ -94,7 +94,7 @@ def _other_option(command: str, name: str, value: str | None, options: list[str]
 
 
 def _keys(word: str, words: Sequence[str]) -> list[str]:
-    """Return the keys that a word may mean in the command line's preset, without importing torch."""
+    """Return the preset keys that a word may mean, for the preset on the command line, without importing torch."""
     try:
         data = tomllib.loads(shipped.text(_value_of("--preset", words) or "vits16"))
     except DinoError:
@@ -123,7 +123,7 @@ def _place_of(command: str, words: Sequence[str], extra: list[str]) -> str:
 
 
 def _invalid(option: str, said: str, words: Sequence[str]) -> tuple[str, str] | None:
-    """Return message and hint for an invalid value of an option, or None if the fault is unknown."""
+    """Return the message and the hint for an invalid option value, or None if the parser's error is not recognised."""
     value = _value_of(option, words)
     if value is None or not option.startswith("-"):
         return None
