@@ -11,17 +11,19 @@ from dinocli.cli.layout import METHOD
 from dinocli.cli.match import (
     Caption,
     Diffusion,
+    DiffusionOptions,
     DiffusionSide,
     DiffusionWeight,
     Dimensions,
     Layers,
     Lines,
+    PatchOptions,
     PhotoA,
     PhotoB,
     Pictures,
     match_photos,
 )
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, NetworkName, Settings, ShortSide
+from dinocli.cli.options import Checkpoint, Device, FacetName, Json, NetworkName, NetworkOptions, Settings, ShortSide
 
 
 def match(
@@ -65,7 +67,7 @@ def match(
         dino eval match a.jpg b.jpg --keypoints points.csv
         dino eval match a.jpg b.jpg --keypoints H.txt --pck-of image --json
     """
-    match_photos(
-        a, b, keypoints, pck_of, checkpoint, network, short_side, layer, facet, pca, sd, sd_weight, sd_long_side,
-        caption, overrides, device, out, lines, json=json,
-    )  # fmt: skip
+    options = NetworkOptions(checkpoint, network, overrides, device)
+    patches = PatchOptions(short_side, layer, facet, pca)
+    diffusion = DiffusionOptions(sd, sd_weight, sd_long_side, caption)
+    match_photos(a, b, options, patches, diffusion, out, lines, keypoints=keypoints, pck_of=pck_of, json=json)

@@ -8,8 +8,29 @@ from typing import Annotated
 import typer
 
 from dinocli.cli.layout import METHOD
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Layer, NetworkName, Settings, Temperature
-from dinocli.cli.track import FirstMask, Fps, FrameSide, FramesPlace, Neighbours, Previous, Radius, Tracks, track_frames
+from dinocli.cli.options import (
+    Checkpoint,
+    Device,
+    FacetName,
+    Json,
+    Layer,
+    NetworkName,
+    NetworkOptions,
+    Settings,
+    Temperature,
+)
+from dinocli.cli.track import (
+    FirstMask,
+    Fps,
+    FrameSide,
+    FramesPlace,
+    Neighbours,
+    Previous,
+    PropagationOptions,
+    Radius,
+    Tracks,
+    track_frames,
+)
 
 
 def track(
@@ -45,7 +66,6 @@ def track(
         dino eval track ./frames --mask masks/00000.png --truth ./masks
         dino eval track ./frames --mask 0.png --truth ./masks --short-side 240
     """
-    track_frames(
-        frames, mask, truth, checkpoint, network, short_side, previous, radius, k, temperature, layer, facet, overrides,
-        device, out, fps, json=json,
-    )  # fmt: skip
+    options = NetworkOptions(checkpoint, network, overrides, device)
+    propagation = PropagationOptions(short_side, layer, facet, previous, radius, k, temperature)
+    track_frames(frames, mask, options, propagation, out, fps, truth=truth, json=json)

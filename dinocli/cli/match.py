@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,9 +16,9 @@ from dinocli.cli.options import (
     FacetName,
     Json,
     NetworkName,
+    NetworkOptions,
     Settings,
     ShortSide,
-    encoder_from,
     output_place,
 )
 from dinocli.cli.places import photo_place
@@ -84,6 +84,26 @@ Caption = Annotated[
 Pictures = Annotated[Path, typer.Option("--out", help="Folder for the picture.", rich_help_panel=OUTPUT)]
 
 
+@dataclass(frozen=True)
+class PatchOptions:
+    """Values of the options that select the patch features to compare."""
+
+    short_side: int | None
+    layers: list[int] | None
+    facet: Literal["token", "query", "key", "value"]
+    pca: int | None
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """Values of --sd, which names no model by default, and of the options that need it."""
+
+    model: str | None
+    weight: float
+    long_side: int
+    caption: str | None
+
+
 def match(
     a: PhotoA,
     b: PhotoB,
@@ -109,32 +129,23 @@ def match(
         dino match a.jpg b.jpg
         dino match a.jpg b.jpg --short-side 240 --layer 9 --facet key
     """
-    match_photos(
-        a, b, None, "box", checkpoint, network, short_side, layer, facet, pca, sd, sd_weight, sd_long_side, caption,
-        overrides, device, out, lines, json=json,
-    )  # fmt: skip
+    options = NetworkOptions(checkpoint, network, overrides, device)
+    patches = PatchOptions(short_side, layer, facet, pca)
+    diffusion = DiffusionOptions(sd, sd_weight, sd_long_side, caption)
+    match_photos(a, b, options, patches, diffusion, out, lines, json=json)
 
 
 def match_photos(
     a: Path,
     b: Path,
-    keypoints: Path | None,
-    pck_of: Literal["box", "image"],
-    checkpoint: str | None,
-    network: Literal["teacher", "student"],
-    short_side: int | None,
-    layer: list[int] | None,
-    facet: Literal["token", "query", "key", "value"],
-    pca: int | None,
-    sd: str | None,
-    sd_weight: float,
-    sd_long_side: int,
-    caption: str | None,
-    overrides: list[str] | None,
-    device: str,
+    options: NetworkOptions,
+    patches: PatchOptions,
+    diffusion: DiffusionOptions,
     out: Path,
     lines: int,
     *,
+    keypoints: Path | None = None,
+    pck_of: Literal["box", "image"] = "box",
     json: bool,
 ) -> None:
     """Match two photos, draw the matches, and score them if keypoints are given."""
@@ -154,13 +165,18 @@ def match_photos(
     from dinocli.data.sources.photos import spare
 
     spare([picture], [a, b])
-    encoder = encoder_from(checkpoint, device, network, overrides)
+    encoder = options.encoder()
     photos = _read(a, encoder), _read(b, encoder)
     known = keypoints and read_keypoints(keypoints, a, b, (photos[0].shape[:2], photos[1].shape[:2]))
-    diffusion = load_diffusion(sd, pick_device(device), caption or "") if sd else None
-    if sd and not caption:
+    model, caption = None, diffusion.caption or ""
+    if diffusion.model:
+        model = load_diffusion(diffusion.model, pick_device(options.device), caption)
+    if model and not caption:
         console.say("note: no --caption set for the diffusion model; add one, such as --caption 'a photo of a cat'")
-    compared = Compared(tuple(layer or [-1]), facet, short_side, pca, diffusion, sd_weight, sd_long_side)
+    layers = tuple(patches.layers or [-1])
+    compared = Compared(
+        layers, patches.facet, patches.short_side, patches.pca, model, diffusion.weight, diffusion.long_side
+    )
     maps = patch_maps(encoder, *photos, compared)
     matches = matched(*maps)
     points = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None

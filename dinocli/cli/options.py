@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -350,6 +351,27 @@ def encoder_from(
     for note in encoder.notes:
         console.say(f"note: {note}")
     return encoder
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Values of the options that name and place a network.
+
+    Attributes:
+        checkpoint: Checkpoint as typed. If None, the default is used.
+        network: Network to load from a file that holds both.
+        overrides: Settings from --set.
+        device: Device as typed, such as `auto`.
+    """
+
+    checkpoint: str | None
+    network: Literal["teacher", "student"]
+    overrides: Sequence[str] | None
+    device: str
+
+    def encoder(self) -> Encoder:
+        """Load the encoder, as `encoder_from` does."""
+        return encoder_from(self.checkpoint, self.device, self.network, self.overrides)
 
 
 def features_or_newest(given: Path | None) -> Path:

@@ -161,9 +161,10 @@ def _check_photo(words: Words, value: str) -> None:
     kind = kind_of(value)
     typed = next((word for word in words.positional if word == value or str(Path(word)) == value), value)
     others = [word for word in words.positional if word != typed]
-    expected = "expected photos or folders of photos"
+    tracks = words.command in ("track", "eval track")
+    expected = "expected a folder of frames or a video" if tracks else "expected photos or folders of photos"
     if kind in WEIGHTS and "--checkpoint" in words.known:
-        photos = others or ["photo.jpg"]
+        photos = others or ["FRAMES" if tracks else "photo.jpg"]
         if words.command in ("match", "eval match") and len(photos) < 2:
             photos = [*photos, "b.jpg"]
         again = words.ordered(photos) if words.value(["--checkpoint"]) else words.ordered(photos, "--checkpoint", typed)
@@ -181,7 +182,7 @@ def _check_photo(words: Words, value: str) -> None:
         raise DinoError(f"{typed} is {NAMES[kind]}", words.ordered([*others, str(folder)]))
     if kind in ("archive", "address", "graph"):
         raise DinoError(
-            f"{typed} is {NAMES[kind]}; {expected}", "unpack or copy it here, and name the folder of its photos"
+            f"{typed} is {NAMES[kind]}; {expected}", "unpack or copy it here, and name the folder of its images"
         )
 
 

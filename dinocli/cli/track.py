@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,9 +17,9 @@ from dinocli.cli.options import (
     Json,
     Layer,
     NetworkName,
+    NetworkOptions,
     Settings,
     Temperature,
-    encoder_from,
     output_place,
 )
 from dinocli.cli.places import photo_place
@@ -78,6 +78,19 @@ Fps = Annotated[
 ]
 
 
+@dataclass(frozen=True)
+class PropagationOptions:
+    """Values of the options that select the patch features and set the rule of label propagation."""
+
+    short_side: int
+    layer: int
+    facet: Literal["token", "query", "key", "value"]
+    previous: int
+    radius: int
+    k: int
+    temperature: float
+
+
 def track(
     frames: FramesPlace,
     mask: FirstMask,
@@ -96,36 +109,26 @@ def track(
     fps: Fps = None,
     json: Json = False,
 ) -> None:
-    """Track objects through a video from a mask of its first frame; write a mask per frame, and a GIF of all masks.
+    """Track objects through a video from a mask of its first frame; write a mask per frame, and an overlay GIF.
 
     Examples:
         dino track ./frames --mask first.png
         dino track film.mp4 --mask first.png --short-side 240 --out tracked
     """
-    track_frames(
-        frames, mask, None, checkpoint, network, short_side, previous, radius, k, temperature, layer, facet, overrides,
-        device, out, fps, json=json,
-    )  # fmt: skip
+    options = NetworkOptions(checkpoint, network, overrides, device)
+    propagation = PropagationOptions(short_side, layer, facet, previous, radius, k, temperature)
+    track_frames(frames, mask, options, propagation, out, fps, json=json)
 
 
 def track_frames(
     frames: Path,
     mask: Path,
-    truth: Path | None,
-    checkpoint: str | None,
-    network: Literal["teacher", "student"],
-    short_side: int,
-    previous: int,
-    radius: int,
-    k: int,
-    temperature: float,
-    layer: int,
-    facet: Literal["token", "query", "key", "value"],
-    overrides: list[str] | None,
-    device: str,
+    options: NetworkOptions,
+    propagation: PropagationOptions,
     out: Path,
     fps: float | None,
     *,
+    truth: Path | None = None,
     json: bool,
 ) -> None:
     """Track objects through a video, and score the masks if true ones are given."""
@@ -142,8 +145,9 @@ def track_frames(
 
     video = open_frames(frames)
     spare([out / "track.gif", out / "strip.png"], [frames, mask, *video.files])
-    encoder = encoder_from(checkpoint, device, network, overrides)
-    looking = Looking(short_side, layer, facet)
+    encoder = options.encoder()
+    looking = Looking(propagation.short_side, propagation.layer, propagation.facet)
+    rule = Rule(propagation.previous, propagation.radius, propagation.k, propagation.temperature)
     first = first_mask(mask, video, encoder.images)
     for lost in too_small(encoder, *first, looking):
         console.say(f"note: object {lost} is smaller than a patch and cannot be tracked; use a larger --short-side")
@@ -151,15 +155,7 @@ def track_frames(
     made = [out / "track.gif", out / "strip.png", *(out / "masks" / f"{stem}.png" for stem in stems)]
     with marked(out, "track", made), console.progress("track", video.count, "frames") as advance:
         done = track_video(
-            encoder,
-            video,
-            first,
-            out,
-            rule=Rule(previous, radius, k, temperature),
-            looking=looking,
-            truth=truth,
-            per_second=fps,
-            advance=advance,
+            encoder, video, first, out, rule=rule, looking=looking, truth=truth, per_second=fps, advance=advance
         )
     console.skipped(done.skipped)
     if json:
