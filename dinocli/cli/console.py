@@ -110,7 +110,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
     """
     start, first = time.monotonic(), -1
 
-    def noted(done: int, note: str) -> str:
+    def format_note(done: int, note: str) -> str:
         nonlocal first
         first = first if first >= 0 else done - 1
         rate = f"{(done - first) / max(time.monotonic() - start, 1e-9):.0f} images/s"
@@ -131,19 +131,19 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
             short = _escape(what[: max(8, _words.width - fixed)])
             task = bar.add_task(short, total=total, note="")
 
-            def drawn(done: int, note: str = "") -> None:
+            def update(done: int, note: str = "") -> None:
                 if first < 0:
                     bar.reset(task, completed=done - 1)
-                text = _fit(noted(done, note), _words.width - fixed - len(short))
+                text = _fit(format_note(done, note), _words.width - fixed - len(short))
                 bar.update(task, completed=done, note=_escape(text))
 
-            yield drawn
+            yield update
         return
     last = start
 
-    def plain(done: int, note: str = "") -> None:
+    def print_line(done: int, note: str = "") -> None:
         nonlocal last
-        now, said = time.monotonic(), noted(done, note)
+        now, said = time.monotonic(), format_note(done, note)
         if done < total and now - last < _PLAIN_EVERY:
             return
         last = now
@@ -151,7 +151,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
         parts = (f"{what} {done}/{total} {unit}", said, f"{left} left" if done < total else "")
         say("  ".join(part for part in parts if part))
 
-    yield plain
+    yield print_line
 
 
 def _fit(note: str, room: int) -> str:

@@ -115,7 +115,7 @@ def curate(
     if not len(rows):
         raise DinoError("no image of the pool is left", f"use a --threshold above {threshold}")
     if clusters:
-        rows = _by_clusters(gallery, rows, seeds, clusters, each, seed)
+        rows = _select_by_clusters(gallery, rows, seeds, clusters, each, seed)
     elif seeds:
         with console.progress("retrieve", len(seeds), "seeds") as advance:
             rows = retrieve(gallery.values, rows, seeds.values, k, advance)
@@ -140,7 +140,9 @@ def _find_duplicates(gallery: Gallery, threshold: float) -> Alike:
         return find_alike(gallery.values, threshold, advance)
 
 
-def _by_clusters(gallery: Gallery, rows: Indices, seeds: Gallery | None, count: int, each: int, seed: int) -> Indices:
+def _select_by_clusters(
+    gallery: Gallery, rows: Indices, seeds: Gallery | None, count: int, each: int, seed: int
+) -> Indices:
     import numpy as np
 
     from dinocli.apps.search.curate import HELD, assign, clusters, held, sample

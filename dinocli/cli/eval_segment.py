@@ -107,13 +107,13 @@ def segment(
     encoder = encoder_from(checkpoint, device, network, overrides)
     side = short_side or default_size(encoder)
     if truth:
-        _overlap(encoder, files, truth, [by] if by else _ways(encoder), side, mass, tau, json=json)
+        _score_overlap(encoder, files, truth, [by] if by else _list_methods(encoder), side, mass, tau, json=json)
     elif train:
         with marked(out, "segment", []):
-            _train(encoder, train, out, side, epochs, seed, json=json)
+            _train_head(encoder, train, out, side, epochs, seed, json=json)
 
 
-def _ways(encoder: Encoder) -> list[Foreground]:
+def _list_methods(encoder: Encoder) -> list[Foreground]:
     from dinocli.models.transformer import Transformer
 
     if isinstance(encoder.backbone, Transformer):
@@ -122,7 +122,7 @@ def _ways(encoder: Encoder) -> list[Foreground]:
     return ["cut"]
 
 
-def _overlap(
+def _score_overlap(
     encoder: Encoder,
     files: Mapping[Path, Path],
     truth: Path,
@@ -157,7 +157,7 @@ def _overlap(
     )
 
 
-def _train(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed: int, *, json: bool) -> None:
+def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed: int, *, json: bool) -> None:
     from dinocli.apps.segment.linear_head import HEAD, train_head, write_head
     from dinocli.apps.segment.pairs import labelled_set
 

@@ -86,7 +86,7 @@ def export(
 
     from dinocli.weights.export import ENDINGS, export
 
-    name = _name(Path(source), to, network, projection_head) + ENDINGS[to]
+    name = _make_name(Path(source), to, network, projection_head) + ENDINGS[to]
     target = output_place(out, file="" if to == "timm" else name) if out else Path(name)
     done = export(
         source, to, target, which=network, heads=projection_head, tokens=tokens, size=size, overrides=overrides or []
@@ -107,7 +107,7 @@ def export(
 _LIBRARY = {"official": "the original's network", "timm": "timm", "onnx": "onnxruntime", "torch-export": "torch.export"}
 
 
-def _name(source: Path, to: str, network: str, heads: bool) -> str:
+def _make_name(source: Path, to: str, network: str, heads: bool) -> str:
     """Return the run's or checkpoint's name, with suffixes for network, heads and format."""
     path = source.resolve()
     if path.name == CHECKPOINT:

@@ -51,10 +51,10 @@ def set_metavars(function: Callable[..., Any]) -> None:
         if get_origin(hint) is Annotated:
             kind, info = get_args(hint)[:2]
             if info.metavar is None:
-                info.metavar = _metavar(kind)
+                info.metavar = _choose_metavar(kind)
 
 
-def _metavar(kind: Any) -> str:
+def _choose_metavar(kind: Any) -> str:
     while get_args(kind) and get_origin(kind) is not Literal:  # unwrap `X | None` and `list[X]`
         kind = next(inner for inner in get_args(kind) if inner is not NoneType)
     return "|".join(get_args(kind)) if get_origin(kind) is Literal else _METAVARS[kind.__name__]

@@ -96,7 +96,7 @@ class PatchOptions:
 
 @dataclass(frozen=True)
 class DiffusionOptions:
-    """Values of --sd, which names no model by default, and of the options that need it."""
+    """Values of --sd (`model`, None by default) and of the options that need it."""
 
     model: str | None
     weight: float
@@ -184,12 +184,12 @@ def match_photos(
         write_picture(picture, photos, maps, matches, spread_out(maps[0], matches.mutual, lines), points)
     scores = pck(*maps, matches, *known, pck_of) if known else []
     if json:
-        result = {"picture": str(picture), "pairs": _pairs(*maps, matches)}
+        result = {"picture": str(picture), "pairs": _list_pairs(*maps, matches)}
         console.out_json(result | ({"keypoints": len(known[0]), "pck": [asdict(s) for s in scores]} if known else {}))
         return
     if known:
         title = f"PCK in percent of {len(known[0])} keypoints; threshold relative to the {pck_of}'s larger side"
-        console.table(["threshold", "found", "same place", "chance"], _rows(scores), title=title)
+        console.table(["threshold", "found", "same place", "chance"], _format_rows(scores), title=title)
     console.out(str(picture))
 
 
@@ -203,11 +203,11 @@ def _read(path: Path, encoder: Encoder) -> Pixels:
     return pixels
 
 
-def _rows(scores: list[Pck]) -> list[list[str]]:
+def _format_rows(scores: list[Pck]) -> list[list[str]]:
     return [[f"{s.alpha:g}", f"{s.found:.1f}", f"{s.same_place:.1f}", f"{s.chance:.1f}"] for s in scores]
 
 
-def _pairs(a: PatchMap, b: PatchMap, matches: Matches) -> list[dict[str, float]]:
+def _list_pairs(a: PatchMap, b: PatchMap, matches: Matches) -> list[dict[str, float]]:
     """Return the centers of mutual nearest patches in pixels of the photos, most similar first."""
     ours, theirs = a.centers[matches.mutual], b.centers[matches.forth[matches.mutual]]
     cosines = matches.cosine[matches.mutual].tolist()

@@ -146,7 +146,7 @@ class Group(Layout, TyperGroup):
             args = [args[1], "--help"]
         first = args[0] if args else ""
         if first.startswith("-") and not ctx.resilient_parsing and first not in self._options():
-            raise self._unknown(ctx, first, args[1:])
+            raise self._explain_unknown(ctx, first, args[1:])
         return super().parse_args(ctx, args)
 
     def _options(self) -> set[str]:
@@ -155,18 +155,18 @@ class Group(Layout, TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Return the command named by the first word."""
         if args[0] not in self.commands and not ctx.resilient_parsing:
-            raise self._unknown(ctx, args[0], args[1:])
+            raise self._explain_unknown(ctx, args[0], args[1:])
         return super().resolve_command(ctx, args)
 
-    def _unknown(self, ctx: Any, word: str, rest: list[str]) -> Misuse:
+    def _explain_unknown(self, ctx: Any, word: str, rest: list[str]) -> Misuse:
         path = ctx.command_path
         fault = f"{path} has no {'option' if word.startswith('-') else 'command'} {word}"
         if path.endswith("presets"):
             close = nearest(word, shipped.names(), least=0.5)
             return Misuse(fault, f"dino presets show {close}" if close else "dino presets, which lists them")
         if path.endswith("eval"):
-            return Misuse(fault, self._in_group(path, ctx.find_root().command, word, rest))
-        if Path(word).exists() and (hint := _for_a_path(word)):
+            return Misuse(fault, self._suggest_in_group(path, ctx.find_root().command, word, rest))
+        if Path(word).exists() and (hint := _suggest_for_path(word)):
             return Misuse(fault, hint)
         target = word.lower().replace("_", "-") if word.lower().replace("_", "-") in self.commands else ""
         target = target or next((name for name, others in _COMMANDS.items() if word in others.split()), "")
@@ -185,7 +185,7 @@ class Group(Layout, TyperGroup):
             return Misuse(fault, f"{again} (labelled data: or dino linear)" if target == "knn" and not rest else again)
         return Misuse(fault, "dino --help, which lists the commands")
 
-    def _in_group(self, path: str, root: Any, word: str, rest: list[str]) -> str:
+    def _suggest_in_group(self, path: str, root: Any, word: str, rest: list[str]) -> str:
         """Return the hint for an unknown command of a group: the nearest one of the group, else of `dino`."""
         if close := nearest(word, self.commands, least=0.6):
             return shlex.join([*path.split(), close, *rest])
@@ -194,7 +194,7 @@ class Group(Layout, TyperGroup):
         return f"{path} --help, which lists the commands"
 
 
-def _for_a_path(word: str) -> str:
+def _suggest_for_path(word: str) -> str:
     from dinocli.weights.identify import WEIGHTS, kind_of
 
     kind = kind_of(word)
@@ -254,20 +254,20 @@ def _check(words: Words, parameters: Sequence[Any]) -> None:
         if is_option(word) and word.partition("=")[0] not in words.known:
             if name == "pretrain":
                 return
-            raise _unknown_option(words, i)
+            raise _explain_unknown_option(words, i)
     arguments = [p for p in parameters if p.param_type_name == "argument"]
     most = 2 if name == "extract" else None if any(p.nargs == -1 for p in arguments) else len(arguments)
     if most is None:
         return
-    _check_wall(words, most)
+    _check_shell_pattern(words, most)
     # The shell splits unquoted brackets after --set into words; usage.py explains that.
     if len(words.places) <= most or "--set" in words.typed:
         return
-    if name != "pretrain" or any(_option_of(words, word) for word in words.positional):
-        raise _surplus(words, most)
+    if name != "pretrain" or any(_guess_option(words, word) for word in words.positional):
+        raise _explain_surplus(words, most)
 
 
-def _unknown_option(words: Words, index: int) -> Misuse:
+def _explain_unknown_option(words: Words, index: int) -> Misuse:
     option, equals, value = words.typed[index].partition("=")
     fault = f"dino {words.command} has no option {option}"
     plain = option.lower().replace("_", "-")
@@ -279,7 +279,7 @@ def _unknown_option(words: Words, index: int) -> Misuse:
     if target in ("--device cuda", "--device cpu") and "--device" in words.known:
         return Misuse(fault, words.again({index: target.split()}))
     if target not in words.known:
-        if target in ("--data", "--out") and (moved := _with_arguments(words)):
+        if target in ("--data", "--out") and (moved := _move_to_arguments(words)):
             return Misuse(f"{fault}; that is an argument", moved)
         if target in _OF_IMAGES and "--features" in words.known:
             hint = f"dino extract CHECKPOINT IMAGES with that option, then dino {words.command}"
@@ -290,7 +290,7 @@ def _unknown_option(words: Words, index: int) -> Misuse:
     return Misuse(fault, words.again({index: [f"{target}={value}" if equals else target]}))
 
 
-def _with_arguments(words: Words) -> str:
+def _move_to_arguments(words: Words) -> str:
     """Return the command with the values of --data and --out as arguments, or an empty string if it takes none."""
     takes = {"--data": words.command in _TAKE_IMAGES, "--out": words.command in ("pack", "push")}
     found: dict[str, list[str]] = {target: [] for target in takes}
@@ -310,7 +310,7 @@ def _with_arguments(words: Words) -> str:
     return shlex.join(["dino", words.command, *moved]) if len(rest) < len(words.typed) else ""
 
 
-def _check_wall(words: Words, most: int) -> None:
+def _check_shell_pattern(words: Words, most: int) -> None:
     """Refuse the many files or folders of an expanded shell pattern, if the command takes one folder.
 
     Raises:
@@ -348,7 +348,7 @@ def _check_wall(words: Words, most: int) -> None:
         raise Misuse(f"dino {words.command} takes one folder; got {came}", hint)
 
 
-def _surplus(words: Words, most: int) -> Misuse:
+def _explain_surplus(words: Words, most: int) -> Misuse:
     """Return the error for more positional words than the command takes."""
     name = words.command
     takes = f"dino {name} takes {('no argument', 'one argument', 'two arguments')[min(most, 2)]}"
@@ -357,15 +357,15 @@ def _surplus(words: Words, most: int) -> Misuse:
         return Misuse(f"{takes}; unexpected argument {words.positional[0]}", hint)
     for i in reversed(words.places):
         word = words.typed[i]
-        if option := _option_of(words, word):
-            value = _fit_value(option[0], float(word)) if is_number(word) else word
+        if option := _guess_option(words, word):
+            value = _choose_value(option[0], float(word)) if is_number(word) else word
             return Misuse(f"{takes}; unexpected argument {word}", words.again({i: [*option, value]}))
     if name == "export":
-        return _export_order(words)
+        return _explain_export_order(words)
     if most == 0 and "--features" in words.known:
         return Misuse(
             f"{takes} and reads features; unexpected argument {words.positional[0]}",
-            _of_images(name, words.positional[0]),
+            _suggest_features(name, words.positional[0]),
         )
     extra, others = words.positional[most], len(words.places) - most - 1
     more = f" and {others} more" if others else ""
@@ -377,7 +377,7 @@ def _surplus(words: Words, most: int) -> Misuse:
     return Misuse(f"{takes}; unexpected argument {extra}{more}", hint)
 
 
-def _of_images(command: str, word: str) -> str:
+def _suggest_features(command: str, word: str) -> str:
     """Return the hint for a command that reads features and was given something else."""
     from dinocli.weights.identify import WEIGHTS, kind_of
 
@@ -389,7 +389,7 @@ def _of_images(command: str, word: str) -> str:
     return f"dino {command} --features {quoted}"
 
 
-def _fit_value(option: str, number: float) -> str:
+def _choose_value(option: str, number: float) -> str:
     """Return a valid value of an option that is closest to what a bare number most likely meant."""
     if option == "--threshold":
         return f"{number / 100 if 1 < number <= 100 else min(max(number, -1), 1):g}"
@@ -397,7 +397,7 @@ def _fit_value(option: str, number: float) -> str:
     return str(least if number < (8 if option in _SIDES else 1) else round(number))
 
 
-def _option_of(words: Words, word: str) -> list[str]:
+def _guess_option(words: Words, word: str) -> list[str]:
     """Return the option that a bare word most likely belongs to, such as `["--to"]` for onnx, else an empty list."""
     from dinocli.weights.identify import WEIGHTS, kind_of
 
@@ -416,7 +416,7 @@ def _option_of(words: Words, word: str) -> list[str]:
     return [option for option, those in values.items() if option in free and word in those][:1]
 
 
-def _export_order(words: Words) -> Misuse:
+def _explain_export_order(words: Words) -> Misuse:
     """Return the error for `dino export OUT RUN` and `dino export RUN OUT`, because the output is an option."""
     from dinocli.weights.identify import WEIGHTS, kind_of
 
@@ -442,13 +442,13 @@ def _explain(words: Words, error: Exception) -> Misuse | None:
     fault = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
     hint = ""
     if type(error).__name__ == "MissingParameter":
-        hint = _missing(words, parameter)
+        hint = _suggest_missing(words, parameter)
     elif option := getattr(error, "option_name", "") if "requires an argument" in fault else "":
         hint = f"dino {words.command} {option} VALUE"
     return Misuse(fault, hint) if hint else None
 
 
-def _missing(words: Words, parameter: Any) -> str:
+def _suggest_missing(words: Words, parameter: Any) -> str:
     if parameter is not None and "--to" in parameter.opts:
         for i in words.places:
             if words.typed[i] in _VALUES["--to"]:

@@ -189,8 +189,8 @@ def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
     """
     use = f"use {option}" if option.startswith("-") else f"for {option}, name"
     wanted = "file" if file else "folder"
-    if address := _address(path):
-        local = file or _plain(Path(address.rpartition(":")[2])).name or "results"
+    if address := _parse_address(path):
+        local = file or _drop_extensions(Path(address.rpartition(":")[2])).name or "results"
         if address.startswith("file:"):
             hint = f"{use} {address.removeprefix('file://')}"
         else:
@@ -199,7 +199,7 @@ def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
     if path.parts[:1] == ("~",):  # bash does not expand it in --out=~/runs
         path = path.expanduser()
     suffix, there = path.suffix.lower(), os.path.lexists(path)
-    instead = file or str(_plain(path) if suffix in (*_ARCHIVES, *_FILES) else f"{path}-2")
+    instead = file or str(_drop_extensions(path) if suffix in (*_ARCHIVES, *_FILES) else f"{path}-2")
     fault = ""
     if file and path.is_dir():
         fault, instead = "is a folder", str(path / file)
@@ -221,21 +221,21 @@ def refuse_address(value: str, option: str, expected: str) -> None:
     Raises:
         DinoError: If the value is an address.
     """
-    if "://" in value and (address := _address(Path(value))):
+    if "://" in value and (address := _parse_address(Path(value))):
         raise DinoError(
             f"{option} {address} is an address; expected {expected}",
             f"copy it here first, and name the copy: {Path(address).name or 'DIR'}",
         )
 
 
-def _plain(path: Path) -> Path:
+def _drop_extensions(path: Path) -> Path:
     """Drop file extensions: run.tar.gz becomes run, and run.v1 stays."""
     while path.suffix.lower() in (*_ARCHIVES, *_FILES, ".tar"):
         path = path.with_suffix("")
     return path
 
 
-def _address(path: Path) -> str:
+def _parse_address(path: Path) -> str:
     """Return the address as typed, such as s3://bucket/x or user@host:/x; an empty string for a path."""
     words = path.as_posix()
     if re.match(r"[\w.-]+@[\w.-]+:", words):
@@ -390,7 +390,7 @@ def features_or_newest(given: Path | None) -> Path:
             console.say(f"features: {folder}")
             return folder
     raise DinoError(
-        "no --features given, and ./features does not exist",
+        "no --features given, and neither ./features nor features of the newest run exist",
         "dino extract ckpt.safetensors IMAGES, or --features FOLDER",
     )
 
@@ -405,5 +405,5 @@ def listed(gallery: Gallery, rows: Sequence[int], path: Path) -> list[Path]:
         console.say(f"note: no list was written: {none.message}; {none.hint}")
         return []
     for name in odd:
-        console.say(f"note: {name!r} is not in the list: its name contains a tab or a newline")
+        console.say(f"note: {name!r} is not in the list: the name contains a tab or a newline")
     return [path]

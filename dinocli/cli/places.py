@@ -51,22 +51,22 @@ def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
         return f"dino knn --features {shlex.quote(str(path if path.is_dir() else path.parent))}"
     if kind in ("image", "pattern"):
         folder = path.parent if kind == "image" or path.parent.is_dir() else Path()
-        return _with(words, value, str(folder))
+        return _replace(words, value, str(folder))
     if kind == "archive":
         unpack = "unzip -q {} -d {}" if path.suffix.lower() == ".zip" else "7z x {} -o{}"
-        return f"{unpack.format(quoted, stem)}, then {_with(words, value, path.stem)}"
+        return f"{unpack.format(quoted, stem)}, then {_replace(words, value, path.stem)}"
     if kind == "video":
-        return f"mkdir {stem} && ffmpeg -i {quoted} -r 2 {stem}/%05d.png, then {_with(words, value, path.stem)}"
+        return f"mkdir {stem} && ffmpeg -i {quoted} -r 2 {stem}/%05d.png, then {_replace(words, value, path.stem)}"
     if kind == "address":
         if value.endswith(".tar"):
             read = "curl -sL {}" if value.startswith("http") else "aws s3 cp {} -"
-            return _with(words, value, f"pipe:{read.format(value)}")
+            return _replace(words, value, f"pipe:{read.format(value)}")
         name = value.rstrip("/").rpartition("/")[2] or "images"
-        return f"copy it here first, then {_with(words, value, name)}"
+        return f"copy it here first, then {_replace(words, value, name)}"
     return "name a folder of images" if kind == "graph" else ""
 
 
-def _with(words: Words, old: str, new: str) -> str:
+def _replace(words: Words, old: str, new: str) -> str:
     return words.ordered([new if word == old else word for word in words.positional])
 
 
@@ -217,9 +217,9 @@ def check_features(value: str, words: Words) -> None:
     kind, path, quoted = kind_of(value), Path(value), shlex.quote(value)
     expected = "expected a folder of features"
     if kind == "features" and path.is_file():
-        raise DinoError(f"{value} is one file of features; {expected}", _swap(words, value, str(path.parent)))
+        raise DinoError(f"{value} is one file of features; {expected}", _replace_value(words, value, str(path.parent)))
     if kind == "run" and (path / FOLDER).is_dir():
-        raise DinoError(f"{value} is {NAMES[kind]}; {expected}", _swap(words, value, str(path / FOLDER)))
+        raise DinoError(f"{value} is {NAMES[kind]}; {expected}", _replace_value(words, value, str(path / FOLDER)))
     if kind in WEIGHTS:
         raise DinoError(
             f"{value} is {NAMES[kind]}; {expected}", f"dino extract {quoted} IMAGES, then dino {words.command}"
@@ -228,10 +228,12 @@ def check_features(value: str, words: Words) -> None:
         images = value if kind != "image" else str(path.parent)
         features = f"{Path(images).resolve().name}-features"
         make = shlex.join(["dino", "extract", "ckpt.safetensors", images, "--out", features])
-        raise DinoError(f"{value} is {NAMES[kind]}; {expected}", f"{make}, then {_swap(words, value, features)}")
+        raise DinoError(
+            f"{value} is {NAMES[kind]}; {expected}", f"{make}, then {_replace_value(words, value, features)}"
+        )
 
 
-def _swap(words: Words, old: str, new: str) -> str:
+def _replace_value(words: Words, old: str, new: str) -> str:
     """Return the command with one value replaced, typed as a word or as --option=value."""
     instead: dict[int, Sequence[str]] = {}
     for i, word in enumerate(words.typed):

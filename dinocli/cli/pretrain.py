@@ -200,7 +200,7 @@ def pretrain(
     _refuse_names(init, teacher)
     if out and Path(images).is_dir() and out.resolve() == Path(images).resolve():
         raise DinoError(f"--out {out} is the folder of the images", f"use --out runs/{out.resolve().name}")
-    cache = _cache(cache)
+    cache = _check_cache(cache)
     short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
     given = [f"{key}={value}" for key, value in short.items() if value is not None]
     _refuse_two_values(given, overrides or [])
@@ -243,7 +243,7 @@ def pretrain(
         teacher=frozen,
         cache=cache,
         accumulate=accumulate,
-        saving=_saving(save_every, keep, milestones),
+        saving=_parse_saving(save_every, keep, milestones),
         on_collapse=on_collapse,
         monitor=monitor,
         monitor_every=monitor_every,
@@ -257,7 +257,7 @@ def pretrain(
         from dinocli.train.pretrain import rehearse
 
         rehearse(plan, console.say)
-        for line in _beforehand(plan, begun=False):
+        for line in _list_notes(plan, begun=False):
             console.say(f"note: {line}")
         _print_plan(plan, json)
     else:
@@ -279,7 +279,7 @@ def _refuse_names(init: str | None, teacher: str | None) -> None:
         raise DinoError(f"--teacher {teacher} is a preset; expected a trained run", f"train it first: {trained}")
 
 
-def _cache(given: str | None) -> str | None:
+def _check_cache(given: str | None) -> str | None:
     if given is None or given.lower() == "ram":
         return given and "ram"
     return str(output_place(Path(given), "--cache"))
@@ -324,7 +324,7 @@ def _launch(gpus: int, device: str) -> bool:
     return gpus > 1
 
 
-def _saving(every: str, keep: int, milestones: int | None) -> Saving:
+def _parse_saving(every: str, keep: int, milestones: int | None) -> Saving:
     from dinocli.train.plan import Saving
 
     units = {"s": 1, "min": 60, "h": 3600}
@@ -353,7 +353,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
     rows = {
         "images": f"{plan.source.count or 'an unknown number'} in {plan.source.where}",
         "backbone": f"{preset.backbone.name}, {networks}",
-        "views": _views(plan),
+        "views": _format_views(plan),
         "batch": f"{preset.training.batch_size} images"
         + (f", {plan.images_each} in each of {size()} processes" if size() > 1 else "")
         + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else "")
@@ -364,9 +364,9 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "start": plan.init or "random weights",
         **({"teacher": f"{plan.teacher.source} ({plan.teacher.preset.backbone.name}), frozen"} if plan.teacher else {}),
         "out": str(plan.out),
-        "work": f"{cost.flops / 1e9:.3g} GFLOP per image",
+        "compute": f"{cost.flops / 1e9:.3g} GFLOP per image",
         "memory": f"about {console.size(cost.memory)} (an estimate); {console.size(free)} are free: "
-        + ("it fits" if fits else "it does not fit" + _instead(less)),
+        + ("it fits" if fits else "it does not fit" + _format_alternative(less)),
         "time": f"about {console.duration(cost.seconds)} (estimated from the speed of matrix products on this device)",
     }
     if json:
@@ -382,7 +382,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
     console.table(["plan", plan.name], [[name, value] for name, value in rows.items()])
 
 
-def _views(plan: Plan) -> str:
+def _format_views(plan: Plan) -> str:
     """Format the number and the size of the views, with the epochs of each size if it changes."""
     low, words = plan.preset.views.low_resolution, []
     for _, views in plan.preset.views.phases(1):
@@ -391,7 +391,7 @@ def _views(plan: Plan) -> str:
     return f" for {low.epochs} of {plan.clock.epochs} epochs, then ".join(words) if low else words[0]
 
 
-def _instead(less: tuple[dict[str, str], Estimate] | None) -> str:
+def _format_alternative(less: tuple[dict[str, str], Estimate] | None) -> str:
     if less is None:
         return ", not even with one image at a time: use a smaller backbone, or --parallel fsdp over several GPUs"
     typed, cost = less
@@ -399,13 +399,13 @@ def _instead(less: tuple[dict[str, str], Estimate] | None) -> str:
     return f"; {words} takes about {console.size(cost.memory)}"
 
 
-def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
+def _list_notes(plan: Plan, *, begun: bool) -> Iterator[str]:
     """Yield the notes to print before a run. A resumed run (`begun`) omits those printed at its start."""
     from dinocli.apps.doctor.inspection import warn_of
     from dinocli.train.plan import cautions, short_stop
 
     if plan.preset.views.low_resolution:
-        yield f"views of {_views(plan)}: later steps take longer"
+        yield f"views of {_format_views(plan)}: later steps take longer"
     if not begun:
         yield from warn_of(plan.source, plan.preset.images) if rank() == 0 else ()
         yield from cautions(plan)
@@ -423,7 +423,7 @@ def _run(plan: Plan, json: bool) -> None:
     images = f"{count} images" if count else "a stream of images"
     console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
     begun = any(True for _ in saved_states(plan.out))
-    for line in _beforehand(plan, begun=begun):
+    for line in _list_notes(plan, begun=begun):
         console.say(f"note: {line}")
     with console.progress("pretrain", plan.stop, "steps") as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)

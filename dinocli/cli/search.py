@@ -82,7 +82,7 @@ def search(
     with console.progress("encode", len(source), "images") as advance:
         asked = encode(encoder, source, gallery.provenance, report=advance)
     console.skipped(asked.skipped)
-    opened = _index(gallery, index)
+    opened = _open_index(gallery, index)
     hits = list(search(opened, gallery, asked, k))
     with marked(out.parent, "search", [page(out, number) for number in range(1, 2 + len(hits) // ROWS)]):
         written, unread = draw_hits(gallery, hits, out, encoder.images)
@@ -104,7 +104,7 @@ def search(
         console.out(picture)
 
 
-def _index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:
+def _open_index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:
     from dinocli.apps.search.index import About, Index, digest_of, kind_for, open_index
 
     kind = kind_for(len(gallery)) if asked == "auto" else asked

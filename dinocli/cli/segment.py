@@ -97,22 +97,24 @@ def segment(
     side = short_side or default_size(encoder)
     with marked(out, "segment", made):
         if by == "pca":
-            _pca(encoder, files, out, foreground, side, mass, tau, json=json)
+            _draw_pca(encoder, files, out, foreground, side, mass, tau, json=json)
         elif classifier:
             from dinocli.apps.segment.linear_head import read_head
             from dinocli.apps.segment.sheets import draw_classes
 
             layer = read_head(classifier, encoder)
             classes = partial(draw_classes, encoder, layer, short_side=short_side, masks=masks)
-            _draw(files, out, classes, json=json)
+            _draw_each(files, out, classes, json=json)
         else:
             from dinocli.apps.segment.sheets import draw_foreground
 
             one = partial(draw_foreground, encoder, by=by, keep=mass, tau=tau, short_side=side, masks=masks)
-            _draw(files, out, one, json=json)
+            _draw_each(files, out, one, json=json)
 
 
-def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Segmented | str], *, json: bool) -> None:
+def _draw_each(
+    files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Segmented | str], *, json: bool
+) -> None:
     drawn: list[Segmented] = []
     skipped: dict[Path, str] = {}
     with console.progress("segment", len(files), "images") as advance:
@@ -142,7 +144,7 @@ def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Se
             console.out(str(d.picture))
 
 
-def _pca(
+def _draw_pca(
     encoder: Encoder,
     files: Mapping[Path, Path],
     out: Path,

@@ -160,21 +160,21 @@ def track_frames(
     console.skipped(done.skipped)
     if json:
         paths = {"masks": str(done.masks), "gif": str(done.gif), "strip": str(done.strip)}
-        scores = {"score": _plain(done.score), "copying the first mask": _plain(done.still)} if done.score else {}
+        scores = {"score": _to_dict(done.score), "copying the first mask": _to_dict(done.still)} if done.score else {}
         console.out_json(paths | {"frames": done.frames, "skipped": done.skipped} | scores)
         return
     if done.score and done.still:
-        rows = [_row("all", done.score.mean, done.still.mean)] if len(done.score.objects) > 1 else []
-        rows += [_row(str(n), score, done.still.objects[n]) for n, score in done.score.objects.items()]
+        rows = [_format_row("all", done.score.mean, done.still.mean)] if len(done.score.objects) > 1 else []
+        rows += [_format_row(str(n), score, done.still.objects[n]) for n, score in done.score.objects.items()]
         title = f"{done.score.frames} frames of {encoder.source}, without the first and the last, in percent"
         console.table(["object", "J", "F", "J&F", "J copied", "F copied"], rows, title=title)
     for path in (done.strip, done.gif, done.masks):
         console.out(str(path))
 
 
-def _row(name: str, score: Score, still: Score) -> list[str]:
+def _format_row(name: str, score: Score, still: Score) -> list[str]:
     return [name, *(f"{100 * x:.1f}" for x in (score.j, score.f, score.j_and_f, still.j, still.f))]
 
 
-def _plain(score: VideoScore | None) -> dict[str, Any] | None:
+def _to_dict(score: VideoScore | None) -> dict[str, Any] | None:
     return asdict(score) if score else None
