@@ -29,7 +29,7 @@ def test_the_first_signal_is_answered_and_a_second_ctrl_c_exits() -> None:
         until(lambda: len(said) == 1)
         os.kill(os.getpid(), signal.SIGINT)
         until(lambda: len(said) == 2)
-        assert stopping.asked
+        assert stopping.requested
         assert not stopping.at_once
         os.kill(os.getpid(), signal.SIGINT)
         until(lambda: False)

@@ -16,7 +16,7 @@ from dinocli.evals.knn import knn
 from dinocli.features.extract import extract
 from dinocli.features.store import read_features
 from dinocli.method.preset import load_preset
-from dinocli.train.knn_monitor import KnnMonitor, _sample, steps_between_looks
+from dinocli.train.knn_monitor import KnnMonitor, _sample, steps_between_evaluations
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain
 from dinocli.weights.load import load_encoder
@@ -89,8 +89,8 @@ def test_the_network_keeps_its_training_mode(labelled: Path, plan: Plan) -> None
 
 
 def test_evaluations_take_at_most_a_twentieth_of_the_time() -> None:
-    assert steps_between_looks(24, steps=100_000, batch_size=1024) == 5_000
-    assert steps_between_looks(24, steps=10, batch_size=1) == 72, "24 images cost as much as 3.6 of a step"
+    assert steps_between_evaluations(24, steps=100_000, batch_size=1024) == 5_000
+    assert steps_between_evaluations(24, steps=10, batch_size=1) == 72, "24 images cost as much as 3.6 of a step"
 
 
 def test_the_sample_of_a_large_set_is_balanced_over_classes(tmp_path: Path) -> None:

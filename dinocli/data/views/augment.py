@@ -1,8 +1,8 @@
 """Augmentation of whole batches on any device: color, blur and normalization.
 
-All random numbers are drawn before (`crops.draws`). So the same draws give the same views on any device, and nothing
-here waits for the device. Equal draws give other results in Pillow for two reasons only: it rounds to 8 bits after each
-operation, and its hue has 256 steps.
+All random numbers are drawn beforehand (`crops.draws`), so the same draws give the same views on any device, and
+nothing here waits for the device. Pillow's results for the same draws differ for two reasons only: it rounds to 8 bits
+after each operation, and its hue has 256 steps.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from dinocli.data.views.crops import Draws
 
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
-_CACHED = 2**18  # numbers at once on a CPU, so that an image stays in the cache between operations
-_AT_ONCE = 2**26  # numbers at once on a GPU, so that intermediate results take a GB at most
+_CACHED = 2**18  # values at once on a CPU, so that an image stays in the cache between operations
+_AT_ONCE = 2**26  # values at once on a GPU, so that intermediate results take at most 1 GB
 
 
 def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled: bool = False) -> Tensor:
@@ -29,7 +29,7 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
         draws: Random draws of each view, on the host. [V, B, ...]
         mean: Channel means of the data. [C]
         std: Channel standard deviations of the data. [C]
-        compiled: True to compile hue jitter with torch.compile, which takes some seconds once. The views are the same.
+        compiled: If True, compile hue jitter with torch.compile, which takes a few seconds once; views are the same.
 
     Returns:
         Normalized views. [V, B, C, H, H], float32
@@ -37,7 +37,7 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
     views, images = crops.shape[:2]
     crops, steps = crops.flatten(0, 1), _steps(draws)
     kernels = _blur_kernels(draws.radius.flatten().to(crops.device, non_blocking=True), min(crops.shape[2], _SHORT))
-    # A GPU is fastest with few large operations, a CPU with all operations on one image before the next.
+    # A GPU is fastest with few large operations, a CPU if all operations on an image run before the next image.
     step = max(1, (_AT_ONCE if crops.is_cuda else _CACHED) // crops[0].numel())
     out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3], device=crops.device)
     for i in range(0, len(crops), step):
@@ -56,9 +56,9 @@ class _Steps(NamedTuple):
     """Operations on N images, decided on the host before the first one runs.
 
     Attributes:
-        flip: Images to mirror. [N], bool, like `gray`, `blur` and `solarize`
-        operation: Color jitter operations in order. [4, N]
-        factor: Factor of each operation. [4, N]
+        flip: True for images to mirror. [N], bool, like `gray`, `blur` and `solarize`
+        operation: Indices of the color jitter operations, in order. [4, N]
+        factor: Factor of each operation; for hue, the shift. [4, N]
         blends: True for brightness, contrast and saturation that change the image. [4, N]
         turns: True for hue shifts that change the image. [4, N]
     """
@@ -86,7 +86,7 @@ def _steps(draws: Draws) -> _Steps:
 def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled: bool) -> None:
     """Make views [S, C, H, H] in [0, 1] from crops [S, H, H, C]."""
     turn_hue = _turn_hue_compiled if compiled else _turn_hue
-    if steps.flip.any():  # as bytes, a quarter of the size of floats
+    if steps.flip.any():  # flipped as bytes, which have a quarter of the size of floats
         mirrored = steps.flip.nonzero()[:, 0].to(crops.device, non_blocking=True)
         crops = crops.index_copy(0, mirrored, crops.index_select(0, mirrored).flip(2))
     x.copy_(crops.permute(0, 3, 1, 2)).mul_(1 / 255)
@@ -99,11 +99,11 @@ def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled:
 
 
 def _on(x: Tensor, which: Tensor, change: Callable[..., object], *parameters: Tensor) -> None:
-    """Change selected images in place. The selection is on the host, so that nothing waits for the device.
+    """Change selected images in place.
 
     Args:
         x: Images. [S, C, H, H]
-        which: Selection, on the host. [S], bool
+        which: True for selected images; on the host, so that nothing waits for the device. [S], bool
         change: Function called with the selected images and their parameters.
         parameters: Parameters of all images. [S, ...] each
     """
@@ -129,14 +129,14 @@ def _gray(x: Tensor) -> Tensor:
 def _blend(x: Tensor, factor: Tensor, operation: Tensor) -> None:
     """Blend images: brightness with black, contrast with the mean gray, saturation with the gray image.
 
-    One formula serves all three. Saturation, gray and hue need three channels.
+    One formula covers all three. Saturation needs three channels, as do gray and hue.
     """
     there = set(operation.tolist())
     other, scale = 1 - factor, _column(factor, x)
     if there == {_BRIGHTNESS}:
         x.mul_(scale).clamp_(0, 1)
         return
-    if x.shape[1] != 3:  # without colors there is no gray: contrast uses each channel's own mean
+    if x.shape[1] != 3:  # without colors there is no gray image: contrast uses each channel's own mean
         mean = x.mean((2, 3), keepdim=True) * _column(other * (operation == _CONTRAST), x)
         x.mul_(scale).add_(mean).clamp_(0, 1)
         return
@@ -151,11 +151,11 @@ def _blend(x: Tensor, factor: Tensor, operation: Tensor) -> None:
 
 
 def _turn_hue(x: Tensor, turn: Tensor) -> None:
-    """Shift the hue by fractions of the circle [S], through HSV."""
+    """Shift the hue of each image by a fraction of the circle, through HSV. `turn` is [S]."""
     r, g, b = x.unbind(1)
     value = x.amax(1)  # [S, H, W]
     chroma = value - x.amin(1)
-    # 1 for the largest channel, 0 for others: on a CPU, selecting takes many times as long as multiplying.
+    # 1 for the largest channel, 0 for others. On a CPU, torch.where takes many times as long as a product.
     red = (r - value).sign_().add_(1)
     green = (g - value).sign_().add_(1).mul_(1 - red)
     blue = 1 - red - green
@@ -170,8 +170,8 @@ def _turn_hue(x: Tensor, turn: Tensor) -> None:
     torch.sub(value[:, None], away.mul_(chroma[:, None]), out=x)
 
 
-# The same for torch.compile, which fuses it into one pass per image. There selecting is free, and in-place writes
-# would only hinder. Blends gain nothing from compilation, because they take few passes already.
+# The same for torch.compile, which fuses it into one pass per image. There torch.where is free, and in-place writes
+# would only hinder. Blends gain nothing from compilation, because they already take few passes.
 
 
 def _turn_hue_compiled(x: Tensor, turn: Tensor) -> None:
@@ -199,15 +199,16 @@ def _compile_once(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _blur(x: Tensor, kernels: Tensor) -> None:
     """Blur in place, with Pillow's kernel and border handling.
 
-    The blur matrices are nearly all zeros, so only blocks are multiplied. All blocks but those at the ends are equal.
+    A blur matrix is zero except near its diagonal, so only blocks of it are multiplied. All blocks between the two ends
+    are equal.
 
     Args:
         x: Images. [S, C, H, H]
-        kernels: Blur matrices of a short line. [S, short, short]
+        kernels: Blur matrix of each image for a short line, from `_blur_kernels`. [S, short, short]
     """
-    # Depthwise convolutions are slower. Two passes of 13 taps differ at the border, which Pillow repeats in each of its
-    # three passes, and take 1.2 to 1.4 times as long at 224 pixels (0.8 to 1.1 at 96). Six passes of 5 taps agree to
-    # 4e-7 and take 1.6 to 2.6 times as long. Measured on one and two CPU threads.
+    # Depthwise convolutions are slower. Two passes of 13 taps take 1.2 to 1.4 times as long at 224 pixels (0.8 to 1.1
+    # at 96), and differ at the border, which Pillow repeats in each of its three passes. Six passes of 5 taps agree to
+    # 4e-7, and take 1.6 to 2.6 times as long. Measured on one and two CPU threads.
     short, size = kernels.shape[1], x.shape[2]
     if size == short:
         torch.matmul(kernels[:, None], x @ kernels[:, None].mT, out=x)
@@ -238,9 +239,10 @@ def _blur(x: Tensor, kernels: Tensor) -> None:
 def _blur_kernels(radius: Tensor, short: int) -> Tensor:
     """Return the blur along a line of `short` pixels, as a matrix for each radius. [S, short, short]
 
-    Rows differ from their neighbours by more than their place only near an end, so a short line serves for any length.
+    Away from the ends, each row is the previous row shifted by one pixel. So a short line suffices for any length.
 
-    Pillow's Gaussian is three passes of a box whose fractional width gives the radius. Each pass repeats the border.
+    Pillow's Gaussian is three passes of a box filter whose fractional width gives the radius. Each pass repeats the
+    border pixels.
 
     Args:
         radius: Radius in pixels, at most 2. [S]
@@ -252,13 +254,13 @@ def _blur_kernels(radius: Tensor, short: int) -> Tensor:
     whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()  # full pixels on each side of the middle
     edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     place = torch.arange(short, device=radius.device)
-    far = torch.arange(-2, short + 2, device=radius.device)  # two pixels beyond each end: a box reaches no farther
+    far = torch.arange(-2, short + 2, device=radius.device)  # with two pixels beyond each end, the reach of a box
     distance = (place[:, None] - far[None]).abs()
     box = torch.where(distance <= whole, 1.0, torch.where(distance == whole + 1, edge, 0.0)) / (2 * (whole + edge) + 1)
     box = torch.zeros(len(radius), short, short, device=radius.device).index_add_(2, far.clamp(0, short - 1), box)
     return box @ box @ box
 
 
-_REACH = 6  # pixels: three passes of a box that reaches two
+_REACH = 6  # pixels on each side: three passes of a box that reaches two
 _SHORT = 32  # pixels, long enough that the ends do not affect the middle of the line
-_BLOCK = 32  # pixels at least; the fastest of the sizes tried
+_BLOCK = 32  # smallest block, in pixels; the fastest size measured

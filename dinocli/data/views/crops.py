@@ -1,4 +1,4 @@
-"""Worker side of augmentation: random draws for an image's views, and crops from a single decoding."""
+"""Crops and random draws of an image's views, made in worker processes; `augment` applies the draws to batches."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from dinocli.data.decode.pixels import Pixels
 from dinocli.data.views.masking import MaskConfig
 
 Probability = Field(ge=0, le=1)
-Spread = Annotated[float, Field(ge=1e-6)]  # a thousandth of a grey level is 4e-6; pixels are divided by it in float32
-_LONG = 8  # ratio of long to short side above which an image is cut before it is resized
+Spread = Annotated[float, Field(ge=1e-6)]  # pixels are divided by it in float32; a thousandth of a grey level is 4e-6
+_LONG = 8  # ratio of long to short side above which an image is cropped before it is resized
 Floats = NDArray[np.float64]
 # Kernels behind `F.interpolate(antialias=True)`, which itself takes no `out` argument.
 _RESIZE: dict[str, Any] = {
@@ -31,8 +31,8 @@ class JitterConfig(Config):
     """Color jitter: four operations in random order, each by a factor drawn around 1 (hue: around 0).
 
     Attributes:
-        probability: Probability of any jitter at all.
-        brightness: Half-width of the factor's range, like `contrast` and `saturation`.
+        probability: Probability that a view is jittered.
+        brightness: Half-width of the factor's range around 1. `contrast` and `saturation` are alike.
         hue: Largest hue shift, as a fraction of the circle.
     """
 
@@ -95,7 +95,8 @@ class ViewsConfig(Config):
     Attributes:
         mean: Mean of each channel, in [0, 1]. Its length is the number of channels.
         std: Standard deviation of each channel, in the same units.
-        global_2: Second global view. A loss between views needs it, a classifier does not.
+        global_1: Augmentation of the first global view.
+        global_2: Augmentation of the second global view, which losses between views need. If None, there is none.
         local: Augmentation of every local view. If None, there are none.
         locals: Number of local views.
         mask: Masking of the student's global views. If None, nothing is masked.
@@ -114,7 +115,7 @@ class ViewsConfig(Config):
     def phases(self, steps_per_epoch: int) -> list[tuple[int, ViewsConfig]]:
         """Return pairs of first step and views: one phase, or low resolution followed by full size.
 
-        Both phases cut an image at the same places, with the same changes of color.
+        Both phases crop an image at the same positions, with the same color changes.
         """
         low = self.low_resolution
         if low is None:
@@ -153,14 +154,14 @@ class ViewsConfig(Config):
 
 
 class Draws(NamedTuple):
-    """Random draws of V views of B images for the batch side. Skipped operations have identity values.
+    """Random draws for the augmentation of V views of B images. Skipped operations have identity values.
 
-    It is a NamedTuple of tensors, because the data loader can pin and move one.
+    It is a NamedTuple because the data loader can pin and move a tuple of tensors.
 
     Attributes:
         flip: True for a horizontal flip. [V, B], bool
-        factors: Factors of brightness, contrast, saturation and hue. [V, B, 4]
-        order: Indices of the four operations, in order. [V, B, 4], uint8
+        factors: Factors of brightness, contrast and saturation, and the hue shift. [V, B, 4]
+        order: Order of the four operations, as indices into `factors`. [V, B, 4], uint8
         gray: True for conversion to grey. [V, B], bool
         radius: Blur radius in pixels; 0 for none. [V, B]
         solarize: True for solarization. [V, B], bool
@@ -174,9 +175,9 @@ class Draws(NamedTuple):
     solarize: Tensor
 
 
-# Numbers per view from its image's generator: 10 tries of (area, ratio), (top, left), flip, jitter or not, 4 factors, 4
-# that are ranked into an order, gray, blur or not, radius, solarize. All are drawn even if a recipe disables some, so
-# that disabling one operation changes no other.
+# Random numbers per view: 10 tries of (area, ratio), then top, left, flip, jitter or not, 4 factors, 4 numbers whose
+# ranks are the order, gray, blur or not, radius, solarize. All are drawn even if a recipe disables some operations, so
+# that disabling one changes no other.
 _TRIES, _REST = 10, 14
 BOX = 2 * _TRIES + 2
 NUMBERS = BOX + _REST
@@ -185,12 +186,12 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 class Tries(NamedTuple):
-    """Random part of a view's crop box, independent of the image's size.
+    """Random numbers of a view's crop box, independent of the image's size.
 
     Attributes:
-        areas: Areas as fractions of the image. The first try that fits is used.
-        ratios: Width divided by height.
-        corner: Position down and to the right within the free room, in [0, 1).
+        areas: Area of each try, as a fraction of the image. The first try that fits is used.
+        ratios: Width divided by height of each try.
+        corner: Top and left, as fractions in [0, 1) of the room that the box leaves.
     """
 
     areas: list[float]
@@ -199,9 +200,9 @@ class Tries(NamedTuple):
 
 
 def uniforms(seed: int, epoch: int, index: int, views: int) -> tuple[Floats, np.random.Generator]:
-    """Draw the numbers in [0, 1) for an image's views; return them and their generator. [V, NUMBERS]
+    """Draw uniform numbers in [0, 1) for an image's views. Return them, [V, NUMBERS], and their generator.
 
-    They depend only on the arguments, not on the number of workers or processes, nor on a resume.
+    They depend only on the arguments, so neither the number of workers and processes nor a resume changes them.
     """
     generator = np.random.default_rng((seed, epoch, index))
     return generator.random((views, NUMBERS)), generator
@@ -228,10 +229,10 @@ def crop_tries(numbers: Floats, scale: Floats) -> list[list[Tries]]:
 def crop_boxes(tries: Sequence[Tries], height: int, width: int) -> list[Box]:
     """Return the crop box of each view: areas uniform in `scale`, ratios log-uniform in 3/4 to 4/3, ten tries.
 
-    Plain numbers are faster than arrays here: the first or second try mostly fits, and arrays of ten take longer.
+    Plain numbers are faster than arrays here, because the first or second of the ten tries usually fits.
 
     Args:
-        tries: Tries of each view.
+        tries: Tries of each view, from `crop_tries`.
         height: Height of the image in pixels.
         width: Width of the image in pixels.
 
@@ -251,13 +252,13 @@ def _box(tries: Tries, height: int, width: int) -> Box:
         if 0 < w <= width and 0 < h <= height:
             down, right = tries.corner
             return math.floor(down * (height - h + 1)), math.floor(right * (width - w + 1)), h, w
-    # No try fits in a very long image. Then use its middle, as long as the ratio allows.
+    # No try fits, as in a very long image. Use the largest box in its middle with a ratio from 3/4 to 4/3.
     w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width / (3 / 4))))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
 def draws(numbers: Floats, views: Sequence[ViewConfig]) -> Draws:
-    """Convert uniform numbers to the draws that the batch side applies to each view.
+    """Convert uniform numbers to the draws that `augment` applies to each view.
 
     Args:
         numbers: Uniform numbers in [0, 1). [B, V, NUMBERS]
@@ -288,16 +289,18 @@ def draws(numbers: Floats, views: Sequence[ViewConfig]) -> Draws:
 def cut_into(out: Tensor, pixels: Pixels, box: Box, resample: str = "bicubic") -> None:
     """Cut a box out of an image and resize it with antialiasing.
 
+    The result is within 2 levels of a resize in float64, like that of Pillow up to version 12. Pillow 13.0 rounds
+    differently, by up to 12 levels at sharp edges of photos.
+
     Args:
-        out: Crop to fill, within 2 levels of a resize in float64. Pillow is as close up to version 12. Version 13.0
-            rounds differently, by up to 12 levels at sharp edges of photos. [1, C, height, width], uint8
+        out: Crop to fill. [1, C, height, width], uint8
         pixels: Image. [H, W, C]
         box: Top, left, height and width of the cut.
         resample: `bicubic` or `bilinear`.
     """
     top, left, height, width = box
-    # torch's fast kernel needs uint8 with the channels last in memory, as decoders return it. numpy cuts in a third of
-    # torch's time.
+    # torch's fast kernel needs uint8 with the channels last in memory, as decoders return it. Slicing in numpy takes a
+    # third of torch's time.
     image = torch.from_numpy(pixels[top : top + height, left : left + width].transpose(2, 0, 1)[None])
     size = out.shape[2:]
     if (height, width) == size:
@@ -314,7 +317,7 @@ def cut(pixels: Pixels, box: Box, size: tuple[int, int], resample: str = "bicubi
 
 
 def shrink(pixels: Pixels, side: int) -> Pixels:
-    """Resize an image to a short side of `side` pixels, unless it is no larger. [H, W, C]"""
+    """Resize an image to a short side of `side` pixels if it is larger. [H, W, C]"""
     height, width = pixels.shape[:2]
     short = min(height, width)
     if short <= side:
@@ -324,7 +327,7 @@ def shrink(pixels: Pixels, side: int) -> Pixels:
 
 
 def resize_and_center(pixels: Pixels, resize: int, crop: int) -> Tensor:
-    """Make the evaluation view: short side to `resize` pixels, then center crop. [C, crop, crop], uint8
+    """Resize the short side to `resize` pixels, then take the center crop, for evaluation. [C, crop, crop], uint8
 
     Source: torchvision Resize and CenterCrop, as facebookresearch/dino@7c446df eval_knn.py uses them.
     """
@@ -342,5 +345,5 @@ def resize_and_center(pixels: Pixels, resize: int, crop: int) -> Tensor:
 
 
 def resize_for(size: int) -> int:
-    """Return the short side to resize to before a crop of `size`: 256 for 224, and in this proportion for others."""
+    """Return the short side to resize to before a center crop of `size` pixels: 256 for 224, others in proportion."""
     return round(size * 256 / 224)

@@ -1,4 +1,4 @@
-"""Masking of the student's global crops, in blocks and with an exact number of masked patches."""
+"""Masking of the student's global crops, in blocks with an exact number of masked patches."""
 
 from __future__ import annotations
 
@@ -16,30 +16,33 @@ from dinocli.core.config import Config
 Grid = tuple[int, int]  # rows and columns of a crop's patches
 Where = NDArray[np.bool_]
 
-# Images per group that shares are dealt to, if a process's batch is a multiple of it. Then masks do not depend on the
-# number of processes. The mean share of masked crops in a group is 0.306; in an infinite one it would be 0.3.
-_DEALT_TO = 32
-_TRIES = 32  # blocks drawn per crop: twelve are enough for 99 % of 14 by 14 patches, sixteen for 98 % of 32 by 32
-# No view has this number, so that dealing shares no random numbers with the blocks of a crop.
+# Images per group over which mask ratios are spread, if a process's batch is a multiple of it. Then masks do not depend
+# on the number of processes. With two global views, half of them masked with ratios from 0.1 to 0.5, a group's masked
+# crops have 0.306 of their patches masked on average; in an infinite group it would be 0.3.
+_GROUP = 32
+_TRIES = 32  # blocks drawn per crop: 12 are enough for 99 % of grids of 14 by 14 patches, 16 for 98 % of 32 by 32
+# Larger than any view's number, so that `deal` shares no random numbers with the blocks of a crop.
 _DEALT = 2**31
 
 
 class MaskConfig(Config):
     """Masking of the global crops. The paper masks half of the crops, with 0.1 to 0.5 of their patches.
 
-    Shares of masked crops are not drawn one by one. Over 32 images at a time, they lie in equal steps between the two
-    of `ratio`, the highest included. So batches of one size mask the same number of patches, and shapes stay fixed.
-    iBOT masks nothing in half of the crops, and a share drawn in 0.3 +- 0.2 in the others. This equals `share = 0.5`
-    and `ratio = [0.1, 0.5]`, except that iBOT tosses a coin for each crop.
-    Its Swin recipe masks only from epoch 50 on, which is not supported.
+    The ratio of each masked crop is not drawn independently. In every group of 32 images, the ratios are evenly spaced
+    from the lower to the upper end of `ratio`, the upper end included. So batches of one size have equally many masked
+    patches, and shapes stay fixed.
+
+    iBOT masks no patch in half of the crops, and a ratio drawn from 0.3 +- 0.2 in the others. This equals `share = 0.5`
+    and `ratio = [0.1, 0.5]`, except that iBOT decides for each crop at random. Its Swin recipe masks only from epoch 50
+    on, which is not supported.
 
     Attributes:
-        share: Share of masked crops among the global crops of a batch, rounded to a whole number of crops.
-        ratio: Lowest and highest share of masked patches in a masked crop.
-        smallest: Smallest number of patches in a block. A smaller rest is masked patch by patch.
+        share: Fraction of the global crops of a batch that are masked, rounded to a whole number of crops.
+        ratio: Lowest and highest fraction of masked patches in a masked crop.
+        smallest: Smallest number of patches in a block. If fewer remain to be masked, they are masked one by one.
         aspect: Lowest and highest ratio of height to width of a block, log-uniform.
 
-    Source: BEiT (arXiv 2106.08254), algorithm 1; the spread over a batch and the exact count as in DINOv2 and DINOv3.
+    Source: BEiT (arXiv 2106.08254), algorithm 1; spread over a batch and exact count as in DINOv2 and DINOv3.
     """
 
     share: float = Field(ge=0, le=1)
@@ -69,9 +72,9 @@ class PatchMasks:
     Attributes:
         where: True for masked patches. [G, B, N], bool
         rows: Indices of the masked patches among all G*B*N, ascending. [M], int64
-        weights: Weight of each masked patch: 1 / (masked patches of its crop) / (G*B). A weighted sum over the masked
-            patches is the mean over all crops of the mean per crop. [M], float32
-        counts: Masked patches per crop, on the host so that nothing waits for the device. [G, B], int64
+        weights: Weight of each masked patch: 1 / (masked patches of its crop) / (G*B). The weighted sum of a loss per
+            masked patch is the mean over all G*B crops of each crop's mean. [M], float32
+        counts: Number of masked patches per crop, on the host so that nothing waits for the device. [G, B], int64
     """
 
     where: Tensor
@@ -81,16 +84,16 @@ class PatchMasks:
 
     @classmethod
     def of(cls, where: Tensor) -> PatchMasks:
-        """Compute rows and weights of masked patches, all on the host. [G, B, N], bool"""
+        """Compute the other attributes from `where`, on the host. [G, B, N], bool"""
         counts = where.sum(-1)
         weights = 1 / counts.clamp(min=1).double() / counts.numel()
         rows = where.flatten().nonzero()[:, 0]
         return cls(where, rows, weights.flatten().repeat_interleave(counts.flatten()).float(), counts)
 
     def split(self, count: int) -> list[PatchMasks]:
-        """Split the masks into `count` parts of the images, in order. The mean loss of equal parts is the whole's loss.
+        """Split the masks into `count` parts of the images, in order. The mean loss of equal parts is the batch's loss.
 
-        Parts may differ in their number of masked patches: only the whole has a fixed number.
+        Parts may differ in their number of masked patches: only the whole batch has a fixed number.
         """
         wheres, counts = self.where.chunk(count, 1), self.counts.chunk(count, 1)
         images, patches = self.where.shape[1:]
@@ -110,13 +113,13 @@ class PatchMasks:
 
 
 def masked_counts(config: MaskConfig, crops: int, patches: int) -> list[int]:
-    """Return the number of masked patches for each masked crop of a group, fewest first.
+    """Return the number of masked patches for each masked crop of a group, in ascending order.
 
-    Crop i of n gets the upper edge of the i-th of n equal steps from the lowest share to the highest, and at least one
-    patch.
+    `ratio` is divided into n equal intervals for n masked crops. Crop i gets the upper end of interval i, and at least
+    one masked patch.
 
     Args:
-        config: Shares to deal.
+        config: Masking settings.
         crops: Number of global crops in the group.
         patches: Number of patches per crop, N.
     """
@@ -126,28 +129,29 @@ def masked_counts(config: MaskConfig, crops: int, patches: int) -> list[int]:
 
 
 def _groups(images: int) -> int:
-    """Return the number of groups of 32 in a process's images; 1 if they are no multiple of 32."""
-    return images // _DEALT_TO if images % _DEALT_TO == 0 else 1
+    """Return the number of groups of 32 images in a process's batch; 1 if its size is no multiple of 32."""
+    return images // _GROUP if images % _GROUP == 0 else 1
 
 
 def masked_in_all(config: MaskConfig, crops: tuple[int, int], patches: int) -> int:
-    """Return the number M of masked patches in a process's batch. `crops` and `patches` are those of `deal`."""
+    """Return the number M of masked patches in a process's batch. For the arguments, see `deal`."""
     count = _groups(crops[1])
     return count * sum(masked_counts(config, crops[0] * crops[1] // count, patches))
 
 
 def deal(config: MaskConfig, crops: tuple[int, int], patches: int, *, seed: int, batch: int, rank: int) -> Tensor:
-    """Return the number of masked patches per crop of a batch, shuffled; 0 for crops without a mask. [G, B], int64
+    """Assign a number of masked patches to each crop of a batch at random; 0 for crops without a mask. [G, B], int64
 
-    Every process masks the same number. Two processes with 32 images each mask the same as one with these 64.
+    Every process masks equally many patches. If a process's batch is a multiple of 32 images, the numbers do not depend
+    on how the images are divided into processes.
 
     Args:
-        config: Shares to deal.
-        crops: G and B of this process.
+        config: Masking settings.
+        crops: Numbers of views G and images B of this process.
         patches: Number of patches per crop, N.
         seed: Seed of the run.
         batch: Number of the batch in the run.
-        rank: Rank of the process with this batch.
+        rank: Rank of this process.
     """
     views, images = crops
     count = _groups(images)
@@ -162,26 +166,27 @@ def deal(config: MaskConfig, crops: tuple[int, int], patches: int, *, seed: int,
 
 
 def generator_of(seed: int, epoch: int, index: int, view: int) -> np.random.Generator:
-    """Return the generator for the blocks of an image's view. It depends on nothing else and repeats no other draw."""
-    # With a 0 at the end, it would repeat the numbers of the image's crops.
+    """Return the random generator for the blocks of an image's view, independent of all other draws."""
+    # 1 +, because numpy pads the key with zeros: view 0 would repeat the numbers of the image's crops.
     return np.random.default_rng((seed, epoch, index, 1 + view))
 
 
 def blocks(config: MaskConfig, grid: Grid, count: int, generator: np.random.Generator) -> Where:
     """Mask exactly `count` patches, in rectangles as far as possible. [rows, columns]
 
-    The area of a rectangle is drawn between the smallest and the number of patches left to mask, its place among all
-    where it fits. A rectangle that would mask too many patches is skipped. The rest is masked patch by patch.
+    The area of a rectangle is drawn between `config.smallest` and the number of patches that remain to be masked, and
+    its position among all positions inside the grid. A rectangle that would mask too many patches is skipped. The
+    remaining patches are masked one by one.
 
     Args:
-        config: Limits of the rectangles.
+        config: Masking settings.
         grid: Rows and columns of patches.
-        count: Number of patches to mask, at most all.
+        count: Number of patches to mask, at most rows * columns.
         generator: Random generator. Rectangles always take the same number of draws; single patches take more.
     """
     rows, columns = grid
     lowest, highest = (math.log(ratio) for ratio in config.aspect)
-    # Patch i is bit i of an integer, so that adding and counting a rectangle takes a tenth of the time of arrays.
+    # Patch i is bit i of an integer, which takes a tenth of the time of arrays.
     every_row = sum(1 << columns * i for i in range(rows))
     masked, left = 0, count
     for size, form, down, right in generator.random((_TRIES, 4)).tolist():
