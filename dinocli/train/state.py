@@ -199,9 +199,7 @@ class StateStore:
             tensors = {name: value.detach().cpu().numpy() for name, value in state_tensors.items()}
             write_tensors(draft / _TRAINER, tensors, {})
             files = {name: _checksum(draft / name) for name in (CHECKPOINT, _TRAINER)}
-            # Infinite numbers become strings, because JSON has none.
-            plain = parse(state.model_copy(update={"files": files}).model_dump_json())
-            write_json(draft / _STATE, plain, indent=2)
+            write_json(draft / _STATE, state.model_copy(update={"files": files}).model_dump(mode="json"), indent=2)
         self._link_checkpoint(folder)
         self._prune()
 

@@ -66,7 +66,7 @@ def test_switches_are_pillows(image: Image.Image, name: str, theirs) -> None:
         (0, 0.61, TF.adjust_brightness, 1, 0.6),
         (1, 1.37, TF.adjust_contrast, 1.5, 0.7),
         (2, 0.82, TF.adjust_saturation, 1.5, 0.7),
-        # Pillow's hue has 256 steps, so its own rounding is the larger part of this.
+        # Most of this difference is Pillow's own rounding, because its hue has 256 steps.
         (3, 0.09, TF.adjust_hue, 15, 1.5),
         (3, -0.1, TF.adjust_hue, 15, 1.5),
     ],
@@ -116,7 +116,7 @@ def test_blur_is_pillows(image: Image.Image, radius: float) -> None:
 def blurred(image: Tensor, radius: Tensor) -> Tensor:
     x = image.expand(len(radius), 3, -1, -1).clone()
     _blur(x, _blur_kernels(radius, min(len(image), 32)))
-    # Every channel is a row of one matrix product, whose kernel may add up the last rows in another order.
+    # Channels are rows of one matrix product, which may sum the last rows in another order.
     torch.testing.assert_close(x, x[:, :1].expand_as(x), rtol=0, atol=1e-6)
     return x[:, 0]
 
@@ -124,7 +124,7 @@ def blurred(image: Tensor, radius: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [8, 31, 32, 33, 96, 100])
 def test_blur_keeps_the_sum_and_has_the_radius_as_its_spread(size: int) -> None:
     radius = torch.linspace(0.1, 2, 10)
-    # Lines that are alike are blurred along themselves only: each with a point of its own, they tell the matrix.
+    # An image of equal lines is blurred only along them. One point per line gives one column of the blur matrix.
     points = torch.eye(size)
     down = torch.stack([blurred(points[:, [i]].expand(-1, size), radius)[:, :, 0] for i in range(size)], 2)
     matrices = torch.stack([blurred(points[[i]].expand(size, -1), radius)[:, 0] for i in range(size)], 2)
@@ -192,13 +192,13 @@ def test_the_host_does_not_wait_for_a_gpu_to_make_views() -> None:
 
 def some_colors(size: int) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.rand(6, 3, size, size, generator=torch.Generator().manual_seed(0))
-    x[0, 1], x[1], x[2, :2] = x[0, 0], 0.25, 1.0  # two channels that lead, gray, and a color at its end
+    x[0, 1], x[1], x[2, :2] = x[0, 0], 0.25, 1.0  # two equal largest channels, gray, and a saturated color
     return x, torch.tensor([0.7, 1.3, 0.6, 1.4, 1.0, 0.9]), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
 def test_the_version_for_the_compiler_gives_the_same_values() -> None:
     x = torch.rand(6, 3, 20, 20, generator=torch.Generator().manual_seed(0))
-    x[0, 1], x[1], x[2, :2] = x[0, 0], 0.25, 1.0  # two channels that lead, gray, and a color at its end
+    x[0, 1], x[1], x[2, :2] = x[0, 0], 0.25, 1.0  # two equal largest channels, gray, and a saturated color
     turn, turned = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5, 0.0]), x.clone()
     augment_module._turn_hue(turned, turn)
     torch.testing.assert_close(augment_module._shift_hue(x, turn[:, None, None]), turned, rtol=0, atol=1e-6)
@@ -234,6 +234,6 @@ def test_augmentations_of_any_channels_treat_each_independently() -> None:
     for c in range(13):
         alone = augment(crops[..., c : c + 1], drawn, mean[c : c + 1], std[c : c + 1])
         torch.testing.assert_close(every[:, :, c : c + 1], alone)
-        # And as the same channel thrice, which is gray, with the operations of colors.
+        # A gray image of three equal channels gives the same with color operations.
         thrice = augment(crops[..., [c, c, c]], drawn, mean[[c, c, c]], std[[c, c, c]])
         torch.testing.assert_close(thrice[:, :, :1], alone)
