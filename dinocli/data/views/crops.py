@@ -32,7 +32,7 @@ class JitterConfig(Config):
 
     Attributes:
         probability: Probability that a view is jittered.
-        brightness: Half-width of the factor's range around 1. `contrast` and `saturation` are alike.
+        brightness: Half-width of the factor's range around 1; the same for `contrast` and `saturation`.
         hue: Largest hue shift, as a fraction of the circle.
     """
 
