@@ -385,7 +385,7 @@ def draw(index: int, size: int = 96, seed: int = 0) -> Drawing:
 
 
 def write_set(folder: Path, images: int, size: int = 96, seed: int = 0, masks: Path | None = None) -> None:
-    """Write the first `images` pictures as folder/CLASS/00012.jpg. With `masks`, write masks/CLASS/00012.png (0, 255)."""
+    """Write the first `images` pictures as folder/CLASS/00012.jpg, and masks as masks/CLASS/00012.png (0, 255)."""
     for root in filter(None, (folder, masks)):
         for name in CLASSES[:images]:
             (root / name).mkdir(parents=True, exist_ok=True)
