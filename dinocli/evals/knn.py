@@ -108,8 +108,8 @@ def is_correct(train: Features, test: Features | None, k: int, temperature: floa
         similarities, rows = nearest(train.values, queries.values[block], k + (test is None))
         if test is None:
             similarities, rows = _drop_self(similarities, rows, first)
-        for totals in votes(similarities, train.labels[rows], [k], len(train.classes), temperature):
-            correct.append(ranks_of(totals, queries.labels[block], above=0) == 0)
+        totals = votes(similarities, train.labels[rows], [k], len(train.classes), temperature)
+        correct += [ranks_of(some, queries.labels[block], above=0) == 0 for some in totals]
     return np.concatenate(correct)
 
 
