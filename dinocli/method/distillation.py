@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -25,7 +25,7 @@ class Part:
 
     Attributes:
         batch: Views of b images, and their masks.
-        targets: Targets by the name of their loss: [G, b, K] for class tokens, [m, K] for masked patches.
+        targets: Targets by the name of their loss: [G, b, K] for class tokens, [m, K] for patches.
         cls: The teacher's class tokens of the global views. [G, b, D]
     """
 
@@ -68,6 +68,7 @@ class SelfDistillation(Method):
         self.spare = None if frozen is None else average  # named as in the checkpoints of version 0.1
         self.momentum = momentum
         self.losses = losses.build(student.prototypes)
+        self.visible = losses.ibot.visible if losses.ibot else 0.0
 
     @property
     def ema(self) -> Network | None:
@@ -95,6 +96,8 @@ class SelfDistillation(Method):
         The teacher encodes only the global crops, one part at a time, like the student.
         """
         # Targets depend on the whole batch (Sinkhorn-Knopp, the center), so they come before the student's first part.
+        if self.visible and batch.masks:
+            batch = replace(batch, masks=batch.masks.with_visible(self.visible))
         batches = batch.split(count)
         # The teacher gets no mask: it sees every patch, and its heads read those that are masked for the student.
         outputs = [self.teacher([part.global_crops], rows=part.masks and part.masks.rows) for part in batches]

@@ -139,6 +139,11 @@ class Preset(Config):
                 "losses.ibot needs masked patches, and views.mask is not set; it needs "
                 "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=4, aspect=[0.3, 3.33]}"
             )
+        if self.losses.ibot and self.losses.ibot.visible and not self.views.mask:
+            raise ValueError(
+                f"losses.ibot.visible is {self.losses.ibot.visible:g}, and views.mask is not set: without masks all "
+                "patches count equally; it needs losses.ibot.visible=0"
+            )
         return self
 
     @model_validator(mode="after")

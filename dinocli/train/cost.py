@@ -16,7 +16,7 @@ from dinocli.core.device import autocast, has_bfloat16
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
 from dinocli.data.views.crops import ViewsConfig
-from dinocli.data.views.masking import PatchMasks, masked_in_all
+from dinocli.data.views.masking import PatchMasks, deal, masked_in_all
 from dinocli.method.distillation import SelfDistillation
 from dinocli.train.plan import Plan, equal_parts
 
@@ -181,7 +181,8 @@ def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) 
         patches = grid[0] * grid[1]
         masked = masked_in_all(views.mask, (shown, images), patches)
         where = torch.zeros(shown, images, patches, dtype=torch.bool)
-        counts = torch.zeros(shown, images, dtype=torch.int64, device="cpu")
+        with torch.device("cpu"):
+            counts = deal(views.mask, (shown, images), patches, seed=0, batch=0, rank=0)
         masks = PatchMasks(where, torch.arange(masked), torch.ones(masked), counts)
     return Batch(large, small, rows, masks)
 
