@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from dinocli.core.config import LARGEST, Config, change
@@ -20,6 +21,7 @@ from dinocli.engine.schedules import Schedule
 from dinocli.method import shipped
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.losses import LossesConfig
+from dinocli.method.losses.gram import GramLossConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone
 from dinocli.models.head import HeadConfig
@@ -73,6 +75,14 @@ class TrainingConfig(Config):
     batch_size: int = Field(ge=1)
     precision: Precision = "bfloat16"  # also for stored presets from before this key existed
     seed: int = Field(0, ge=0, lt=2**63)
+
+
+# Values at which a schedule has no effect if it never leaves them.
+_USELESS = {
+    "optimizer.lr": (0.0, "nothing would be trained"),
+    "teacher.momentum": (1.0, "the teacher would never change"),
+    "losses.gram.weight": (0.0, "the Gram loss would have no effect"),
+}
 
 
 class Preset(Config):
@@ -166,7 +176,7 @@ class Preset(Config):
     def _check_schedules(self) -> Self:
         # Smallest, largest and usual value.
         valid = {"optimizer.lr": (0.0, math.inf, 0.0005), "optimizer.weight_decay": (0.0, math.inf, 0.04)}
-        valid["teacher.momentum"] = (0.0, 1.0, 0.996)
+        valid |= {"teacher.momentum": (0.0, 1.0, 0.996), "losses.gram.weight": (0.0, math.inf, 2.0)}
         for key, schedule in self.schedules.items():
             low, high, usual = valid.get(key, (1e-6, math.inf, 0.04))
             values = {name: getattr(schedule, name) for name in ("value", "start", "end") if hasattr(schedule, name)}
@@ -180,10 +190,8 @@ class Preset(Config):
                     f"{key}.warmup_epochs is {warmup}, and a temperature cannot start from 0; expected 0; it needs "
                     f"{key}.warmup_epochs=0"
                 )
-            useless, effect = (
-                (0.0, "nothing would be trained") if key == "optimizer.lr" else (1.0, "the teacher would never change")
-            )
-            if key in ("optimizer.lr", "teacher.momentum") and set(values.values()) == {useless}:
+            useless, effect = _USELESS.get(key, (-1.0, ""))
+            if set(values.values()) == {useless}:
                 name = next(iter(values))
                 raise ValueError(f"{key} is always {useless:g}, and {effect}; it needs {key}.{name}={usual}")
         return self
@@ -197,6 +205,7 @@ class Preset(Config):
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "teacher.momentum": self.teacher.momentum,
             **{f"losses.{name}.targets.temperature": loss.targets.temperature for name, loss in with_targets},
+            **({"losses.gram.weight": self.losses.gram.weight} if self.losses.gram else {}),
         }
 
     @model_validator(mode="after")
@@ -238,11 +247,48 @@ class Preset(Config):
             frozen: Frozen teacher. If None, the average is the teacher.
 
         Raises:
-            DinoError: If timm cannot build the backbone, or a view size of `views.low_resolution` does not fit it.
+            DinoError: If timm cannot build the backbone, a view size of `views.low_resolution` does not fit it, or it
+                gives no patches that `losses.gram` could compare.
         """
         student, average = self.network(drop_path=True), self.network()
         _check_low_resolution_sizes(self.views, student.backbone)
-        return SelfDistillation(student, average, self.losses, self.teacher.momentum, self.backbone.learning, frozen)
+        gram = None
+        if self.losses.gram:
+            gram = Network(self.backbone.build(drop_path=False), {})
+            gram.load_state_dict({k: v for k, v in average.state_dict().items() if k.startswith("backbone.")})
+            _check_gram(self.losses.gram, self.views, self.backbone)
+        return SelfDistillation(
+            student, average, self.losses, self.teacher.momentum, self.backbone.learning, frozen, gram
+        )
+
+    @property
+    def clean_scale(self) -> float | None:
+        """Side of the clean crops that a loss needs, relative to the global crops'. None if no loss needs any."""
+        return self.losses.gram.scale if self.losses.gram else None
+
+
+def _check_gram(gram: GramLossConfig, views: ViewsConfig, config: BackboneConfig) -> None:
+    """Check that a backbone gives patches, and that the Gram teacher's crops are whole patches."""
+    for _, each in views.phases(1):
+        size = each.global_1.size
+        with torch.device("meta"):  # shapes only, which takes no time
+            backbone = config.build(drop_path=False).eval()
+            patches = backbone(torch.empty(1, views.channels, size, size)).patches.shape[1]
+        if patches < 2:
+            raise DinoError(
+                f"losses.gram compares the patches of a crop; {config.name} gives "
+                f"{'one' if patches else 'no'} patch{'' if patches else 'es'} at {size} pixels",
+                "--set losses.gram=none"
+                + (f", or --set views.global_1.size={2 * size} with views.global_2.size" if patches else ""),
+            )
+        patch = backbone.patch_size if backbone.grid(size) else 1
+        if (larger := each.clean_size(gram.scale)) % patch:
+            fits = max(1.0, round(larger / patch) * patch / size)
+            raise DinoError(
+                f"losses.gram.scale is {gram.scale:g}: crops of {larger} pixels for the Gram teacher are not a whole "
+                f"number of patches of {patch} pixels",
+                f"--set losses.gram.scale={fits:g}",
+            )
 
 
 def _check_low_resolution_sizes(views: ViewsConfig, backbone: Backbone) -> None:

@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinocli.core.device import autocast, has_bfloat16
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
-from dinocli.data.views.crops import ViewsConfig
 from dinocli.data.views.masking import PatchMasks, deal, masked_in_all
+from dinocli.engine.schedules import Clock
 from dinocli.method.distillation import SelfDistillation
+from dinocli.method.preset import Preset
 from dinocli.train.plan import Plan, equal_parts
 
 # Share of a single matrix product's rate that a whole step reaches. Measured on a CPU: 0.75 in float32, and 0.22 in
@@ -81,7 +82,12 @@ def estimate(plan: Plan) -> Estimate:
     image = (four - two) / 2  # bytes grow linearly with the batch
     weights = _bytes(method.student)
     # Student, its gradient, two moments, average; and the student's copies in another precision.
-    fixed = 5 * weights + (_bytes(method.teacher) if plan.teacher else 0) + max(0.0, two - 2 * image)
+    fixed = (
+        5 * weights
+        + (_bytes(method.teacher) if plan.teacher else 0)
+        + (_bytes(method.gram) if method.gram else 0)
+        + max(0.0, two - 2 * image)
+    )
     at_once = plan.images_each // plan.accumulate
     seconds = flops * plan.images_each * plan.stop / _rate(plan)
     return Estimate(
@@ -127,8 +133,8 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
 def _flops(method: SelfDistillation, plan: Plan) -> float:
     """Count the operations per image of a step, on meta tensors: they have gradients on any machine."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        batch = _empty_batch(plan.preset.views, _grid(plan, method), 2)
-        torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
+        batch = _empty_batch(plan.preset, _grid(plan, method), 2)
+        torch.stack(list(method(*method.parts(batch, 1, _last(plan))).values())).sum().backward()
     return counter.get_total_flops() / 2
 
 
@@ -154,14 +160,16 @@ def _measure_memory(plan: Plan, images: int) -> tuple[float, float]:
     kind = plan.device.type if plan.device.type == "cuda" else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(kind):
         method = method.to_empty(device=kind)
-        batch = _empty_batch(plan.preset.views, _grid(plan, method), images)
+        batch = _empty_batch(plan.preset, _grid(plan, method), images)
         with autocast(plan.device, plan.preset.training.precision):
-            (part,) = method.parts(batch, 1, plan.clock)
-            masks = batch.masks
+            (part,) = method.parts(batch, 1, _last(plan))
             with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                student = method.student(batch.crops, masks and masks.where, masks and masks.rows)
+                student = method.encode(part)
+                if part.anchored:
+                    method.compare_patches(part, student)
     weights = _storages(method.parameters())
-    waiting = _storages([*part.targets.values(), *batch.crops])
+    clean = [] if batch.clean_crops is None else [batch.clean_crops]
+    waiting = _storages([*part.targets.values(), *batch.crops, *clean])
     # The losses write the logits' gradient over the logits, which therefore count once.
     turn = _storages([*kept.values(), *student.class_logits.values(), *student.masked_logits.values()])
     return sum(waiting.values()), sum(size for key, size in turn.items() if key not in weights | waiting)
@@ -172,7 +180,13 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
-def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) -> Batch:
+def _last(plan: Plan) -> Clock:
+    """Return the clock of the last step: the first ones may lack a loss."""
+    return replace(plan.clock, step=plan.clock.total - 1)
+
+
+def _empty_batch(preset: Preset, grid: tuple[int, int] | None, images: int) -> Batch:
+    views = preset.views
     c, size, rows, shown = views.channels, views.global_1.size, torch.arange(images, device="cpu"), len(views.globals)
     large, small, masks = torch.empty(shown, images, c, size, size), None, None
     if views.local and views.locals:
@@ -184,7 +198,11 @@ def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) 
         with torch.device("cpu"):
             counts = deal(views.mask, (shown, images), patches, seed=0, batch=0, rank=0)
         masks = PatchMasks(where, torch.arange(masked), torch.ones(masked), counts)
-    return Batch(large, small, rows, masks)
+    clean = None
+    if preset.clean_scale is not None:
+        side = views.clean_size(preset.clean_scale)
+        clean = torch.empty(shown, images, c, side, side)
+    return Batch(large, small, rows, masks, clean)
 
 
 def _grid(plan: Plan, method: SelfDistillation) -> tuple[int, int] | None:

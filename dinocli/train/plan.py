@@ -257,6 +257,8 @@ def check_schedules(preset: Preset) -> None:
     for name, head in preset.heads.items():
         if head.freeze_last_layer_epochs >= epochs and head.freeze_last_layer_epochs:
             faults.append((f"heads.{name}.freeze_last_layer_epochs", head.freeze_last_layer_epochs, epochs - 1, 0))
+    if preset.losses.gram and preset.losses.gram.first_update >= epochs:
+        faults.append(("losses.gram.first_update", preset.losses.gram.first_update, epochs - 1, 0))
     if not faults:
         return
     came = _join([f"{key}={value} (at most {most})" for key, value, most, _ in faults])

@@ -152,7 +152,7 @@ def _trainer(
     preset = plan.preset
     torch.manual_seed(preset.training.seed)
     method = plan.method()
-    for network in (method.student, method.teacher) if plan.compiled else ():
+    for network in filter(None, (method.student, method.teacher, method.gram)) if plan.compiled else ():
         network.compile_blocks()
     if plan.teacher:
         plan.teacher.load(method.teacher)
@@ -188,4 +188,5 @@ def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBat
         cache=plan.cache,
         compiled=plan.compiled,
         grid=method.student.backbone.grid,
+        clean=plan.preset.clean_scale,
     )

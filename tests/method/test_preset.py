@@ -104,7 +104,7 @@ def test_visible_patches_need_masks() -> None:
     """With a frozen teacher, iBOT runs without masks, and then there are no visible patches apart."""
     frozen = ["teacher.frozen=true", "views.mask=none"]
     assert load_preset("tiny-dinov2", frozen).losses.ibot.visible == 0
-    with pytest.raises(DinoError, match="losses.ibot.visible is 0.5, and views.mask is not set") as error:
+    with pytest.raises(DinoError, match=r"losses\.ibot\.visible is 0\.5, and views.mask is not set") as error:
         load_preset("tiny-dinov2", [*frozen, "losses.ibot.visible=0.5"])
     assert "--set losses.ibot.visible=0" in error.value.hint
 

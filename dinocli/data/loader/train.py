@@ -52,6 +52,7 @@ class TrainBatches:
         grid: Function from the size of a global crop to its rows and columns of patches, for masking. The number of
             masked patches per crop depends on seed, batch and the image's place in it (and on the number of processes,
             unless their shares are multiples of 32). Their positions depend on seed, epoch and the image's number.
+        clean: Side of clean crops relative to the global crops'. If None, there are no clean crops.
 
     Attributes:
         bad: Files that cannot be read.
@@ -77,19 +78,23 @@ class TrainBatches:
         cache: str | None = None,
         compiled: bool = False,
         grid: Callable[[int], Grid | None] = lambda size: None,
+        clean: float | None = None,
     ) -> None:
         self._compiled = compiled
         self.bad = BadFiles()
         self._source, self._views, self._device, self._seen = source, views, device, 0
         self._batch_size = batch_size
         phases = [
-            (first, view_fields(those, batch_size) | mask_fields(those, batch_size, grid(those.global_1.size)))
+            (first, view_fields(those, batch_size, clean) | mask_fields(those, batch_size, grid(those.global_1.size)))
             for first, those in views.phases(steps_per_epoch)
         ]
         cutter = Cutter(views, seed, images)
         kept = None
         if cache and isinstance(source, Images):
-            kept = PixelCache(len(source), views.all, cache, views.channels)
+            enlarged = [
+                view.model_copy(update={"size": views.clean_size(clean)}) for view in views.globals if clean is not None
+            ]
+            kept = PixelCache(len(source), views.all + enlarged, cache, views.channels)
         self.cache = kept
         make: Callable[[int, int], Filler[tuple[str, str]]]
         if isinstance(source, Shards):
@@ -132,14 +137,17 @@ class TrainBatches:
             rows = arrays["keys"][:, 1].clone()
             masks = copier.masks(PatchMasks.of(arrays["where"].flatten(2).clone())) if "where" in arrays else None
             groups = [copier(arrays[name]) for name in ("globals", "locals") if arrays[name].numel()]
+            clean = copier(arrays["clean"]) if "clean" in arrays else None
             copier.wait()
             parts = (slice(0, n), slice(n, None))
             crops = [
                 augment(group, Draws(*(d[part] for d in drawn)), mean, std, compiled=self._compiled)
                 for group, part in zip(groups, parts, strict=False)
             ]
+            if clean is not None:
+                clean = augment(clean, drawn.flips_only(n), mean, std)
             copier.done(slot, self._ring.release)
-            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks)
+            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks, clean)
 
     def _count(self, bad: list[tuple[str, str]]) -> None:
         self.bad.reasons.update(bad)

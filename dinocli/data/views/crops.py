@@ -125,6 +125,10 @@ class ViewsConfig(Config):
         smaller = {name: view.model_copy(update={"size": size}) for name, view, size in views if view and size}
         return [(0, full.model_copy(update=smaller)), (low.epochs * steps_per_epoch, full)]
 
+    def clean_size(self, scale: float) -> int:
+        """Return the side of clean crops that are `scale` times as large as the global crops, in pixels."""
+        return round(scale * self.global_1.size)
+
     @property
     def channels(self) -> int:
         """Number of channels."""
@@ -172,6 +176,16 @@ class Draws(NamedTuple):
     gray: Tensor
     radius: Tensor
     solarize: Tensor
+
+    def flips_only(self, views: int) -> Draws:
+        """Return the draws of the first `views` views with every operation but the flip at its identity."""
+        first = Draws(*(values[:views] for values in self))
+        return first._replace(
+            factors=first.factors.new_tensor([1.0, 1.0, 1.0, 0.0]).expand_as(first.factors),
+            gray=torch.zeros_like(first.gray),
+            radius=torch.zeros_like(first.radius),
+            solarize=torch.zeros_like(first.solarize),
+        )
 
 
 # Numbers per view from its image's generator: 10 tries of (area, ratio), (top, left), flip, jitter or not, 4 factors, 4

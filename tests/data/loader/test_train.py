@@ -42,6 +42,8 @@ def take(
     seed: int = 0,
     views: ViewsConfig = VIEWS,
     shard: Shard = ALONE,
+    clean: float | None = None,
+    cache: str | None = None,
 ) -> list[Batch]:
     stream = TrainBatches(
         open_source(str(images)),
@@ -54,6 +56,8 @@ def take(
         shard=shard,
         steps_per_epoch=2,
         grid=lambda size: (size // 4, size // 4),
+        clean=clean,
+        cache=cache,
     )
     try:
         return list(islice(stream, count))
@@ -203,6 +207,41 @@ def test_smaller_crops_are_of_the_same_places_in_the_same_colors(images: Path) -
         # The test's images are noise: of other places or colors they would have nothing in common.
         both = torch.stack([again.flatten(), less.flatten()])
         assert torch.corrcoef(both)[0, 1] > 0.8
+
+
+CALM = {"jitter": None, "gray": 0.0, "blur": 0.0, "solarize": 0.0}
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_clean_crops_are_the_global_crops_without_changes_of_color(
+    images: Path, shards: Path, kind: str, workers: int
+) -> None:
+    """The clean crop of twice the side is what a run of that size would cut without colors; nothing else moves."""
+    where = images if kind == "folder" else shards
+    calm = {"global_1": GLOBAL.model_copy(update=CALM), "global_2": GLOBAL.model_copy(update=CALM)}
+    for scale, size in ((1.0, 24), (2.0, 48)):
+        sized = {name: view.model_copy(update={"size": size}) for name, view in calm.items()}
+        wanted = take(where, 3, workers=workers, views=VIEWS.model_copy(update=sized))
+        with_clean = take(where, 3, workers=workers, clean=scale)
+        for plain, both, expected in zip(take(where, 3, workers=workers), with_clean, wanted, strict=True):
+            assert same(plain, both) and plain.clean_crops is None
+            assert torch.equal(both.clean_crops, expected.global_crops)
+            assert not torch.allclose(
+                expected.global_crops[..., ::2, ::2][..., :12, :12], plain.global_crops[..., :12, :12]
+            )
+    halves = both.split(2)
+    assert torch.equal(torch.cat([half.clean_crops for half in halves], 1), both.clean_crops)
+
+
+def test_the_cache_keeps_enough_pixels_for_clean_crops(tmp_path: Path) -> None:
+    """Photos larger than any crop: with a cache sized for the global crops alone, clean crops would be enlarged."""
+    folder = write_images(tmp_path / "large", 8, size=160)
+    [plain] = take(folder, 1, clean=4.0)
+    [cached] = take(folder, 1, clean=4.0, cache="ram")
+    assert plain.clean_crops.shape[-1] == 96
+    both = torch.stack([plain.clean_crops.flatten(), cached.clean_crops.flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.7
 
 
 def test_views_follow_the_seed(images: Path) -> None:
