@@ -371,9 +371,11 @@ def _print_plan(plan: Plan, json: bool) -> None:
 def _views(plan: Plan) -> str:
     """Format the number and the size of the views, with epochs if the size changes."""
     low, words = plan.preset.views.low_resolution, []
-    for _, views in plan.preset.views.phases(1):
+    for views in plan.preset.views.variants:
         local = f" + {views.locals}x{views.local.size}" if views.local else ""
         words.append(f"{len(views.globals)}x{views.global_1.size}{local}")
+    if mixes := plan.preset.views.mixes:
+        return ", ".join(f"{word} in {share:.0%} of the steps" for word, (share, _) in zip(words, mixes, strict=True))
     return f" for {low.epochs} of {plan.clock.epochs} epochs, then ".join(words) if low else words[0]
 
 

@@ -226,6 +226,21 @@ class Preset(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_mixed_sizes(self) -> Self:
+        views = self.views
+        if views.mixed and views.low_resolution:
+            raise ValueError(
+                "views.mixed and views.low_resolution both set the size of the crops; it needs "
+                "views.low_resolution=none"
+            )
+        if any(each.local_size for each in views.mixed) and not (views.local and views.locals):
+            raise ValueError(
+                "views.mixed has a local_size, and there are no local views; it needs "
+                f"views.mixed=[{{global_size={views.mixed[0].global_size}, share=1.0}}]"
+            )
+        return self
+
     def network(self, *, drop_path: bool = False) -> Network:
         """Build a network with fresh weights."""
         backbone = self.backbone.build(drop_path=drop_path)
@@ -247,11 +262,12 @@ class Preset(Config):
             frozen: Frozen teacher. If None, the average is the teacher.
 
         Raises:
-            DinoError: If timm cannot build the backbone, a view size of `views.low_resolution` does not fit it, or it
-                gives no patches that `losses.gram` could compare.
+            DinoError: If timm cannot build the backbone, a size of `views.low_resolution` or `views.mixed` does not fit
+                it, or it gives no patches that `losses.gram` could compare.
         """
         student, average = self.network(drop_path=True), self.network()
         _check_low_resolution_sizes(self.views, student.backbone)
+        _check_mixed_sizes(self.views, student.backbone)
         gram = None
         if self.losses.gram:
             gram = Network(self.backbone.build(drop_path=False), {})
@@ -269,7 +285,7 @@ class Preset(Config):
 
 def _check_gram(gram: GramLossConfig, views: ViewsConfig, config: BackboneConfig) -> None:
     """Check that a backbone gives patches, and that the Gram teacher's crops are whole patches."""
-    for _, each in views.phases(1):
+    for each in views.variants:
         size = each.global_1.size
         with torch.device("meta"):  # shapes only, which takes no time
             backbone = config.build(drop_path=False).eval()
@@ -289,6 +305,18 @@ def _check_gram(gram: GramLossConfig, views: ViewsConfig, config: BackboneConfig
                 f"number of patches of {patch} pixels",
                 f"--set losses.gram.scale={fits:g}",
             )
+
+
+def _check_mixed_sizes(views: ViewsConfig, backbone: Backbone) -> None:
+    for i, mix in enumerate(views.mixed):
+        patch = backbone.patch_size if backbone.grid(mix.global_size) else 1
+        for key, size in (("global_size", mix.global_size), ("local_size", mix.local_size or patch)):
+            if size % patch:
+                fits = max(1, round(size / patch)) * patch
+                raise DinoError(
+                    f"views.mixed has a {key} of {size}; expected a whole number of patches of {patch} pixels",
+                    f"use {key}={fits} in table {i + 1} of views.mixed",
+                )
 
 
 def _check_low_resolution_sizes(views: ViewsConfig, backbone: Backbone) -> None:

@@ -75,7 +75,8 @@ def estimate(plan: Plan) -> Estimate:
     with torch.device("meta"):
         method = plan.method()
     phases = plan.phases
-    flops = sum((steps or 1) / max(1, plan.stop) * _flops(method, part) for steps, part in phases)
+    total = sum(steps for steps, _ in phases)
+    flops = sum((steps / total if total else 1 / len(phases)) * _flops(method, part) for steps, part in phases)
     _, plan = phases[-1]
     depth = len(method.student.blocks)
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))

@@ -14,7 +14,7 @@ from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Source
 from dinocli.engine.parallel import Kind
-from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
+from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate, Warmup
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
 from dinocli.weights.frozen_teacher import FrozenTeacher
@@ -131,10 +131,15 @@ class Plan:
 
     @property
     def phases(self) -> list[tuple[int, Plan]]:
-        """Phases of the run with crops of one size, in order: the number of steps, and the plan with only these crops.
+        """Phases of the run with crops of one size: the number of steps, and the plan with only these crops.
 
-        A run that stops before its crops grow has a single phase.
+        They are in order. A run that stops before its crops grow has a single phase. If sizes are drawn for each step,
+        the phases go from the smallest to the largest, with the expected number of steps.
         """
+        if mixes := self.preset.views.mixes:
+            sized = [(share, self.preset.model_copy(update={"views": those})) for share, those in mixes]
+            by_size = sorted(sized, key=lambda each: _pixels(each[1]))
+            return [(round(share * self.stop), replace(self, preset=preset)) for share, preset in by_size]
         views = self.preset.views.phases(self.clock.steps_per_epoch)
         ends = [min(first, self.stop) for first, _ in views[1:]] + [self.stop]
         parts = []
@@ -193,7 +198,7 @@ def cautions(plan: Plan) -> Iterator[str]:
             f"the whole batch: --accumulate 1, or {without}"
         )
     usual, peak = 0.0005 * preset.training.batch_size / 256, max(plan.lr.bounds)
-    key = "value" if isinstance(preset.optimizer.lr, Constant) else "start"
+    key = "value" if isinstance(preset.optimizer.lr, (Constant, Warmup)) else "start"
     if preset.optimizer.kind == "adamw" and not usual / 10 <= peak <= usual * 10:
         yield (
             f"a learning rate of {peak:.2g} for {preset.training.batch_size} images is far from the paper's "
@@ -234,7 +239,7 @@ def _warm_ups(preset: Preset, *, low: bool = True) -> Iterator[tuple[str, int, s
 
     With `low`, the epochs of low resolution count as one.
     """
-    if isinstance(preset.optimizer.lr, Cosine):
+    if isinstance(preset.optimizer.lr, (Cosine, Warmup)):
         yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs=0"
     for name, head in preset.heads.items():
         yield "the freeze of the prototypes", head.freeze_last_layer_epochs, f"heads.{name}.freeze_last_layer_epochs=0"
@@ -298,6 +303,10 @@ def start_clock(preset: Preset, images: int | None) -> Clock:
 def equal_parts(batch: int) -> list[int]:
     """Return the numbers of equal parts into which a batch can be split, in ascending order."""
     return [n for n in range(1, batch + 1) if batch % n == 0]
+
+
+def _pixels(preset: Preset) -> int:
+    return sum(view.size**2 for view in preset.views.all)
 
 
 def _power_below(n: int) -> int:

@@ -22,7 +22,7 @@ from dinocli.data.loader.ring import Filler, Ring
 from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.augment import augment
-from dinocli.data.views.crops import Draws, ViewsConfig
+from dinocli.data.views.crops import Draws, SizeDraw, ViewConfig, ViewsConfig
 from dinocli.data.views.masking import Grid, MaskConfig, PatchMasks, deal
 
 BAD_SHARE = 0.05
@@ -86,15 +86,13 @@ class TrainBatches:
         self._batch_size = batch_size
         phases = [
             (first, view_fields(those, batch_size, clean) | mask_fields(those, batch_size, grid(those.global_1.size)))
-            for first, those in views.phases(steps_per_epoch)
+            for first, those in ([(0, mix) for _, mix in views.mixes] or views.phases(steps_per_epoch))
         ]
         cutter = Cutter(views, seed, images)
         kept = None
         if cache and isinstance(source, Images):
-            enlarged = [
-                view.model_copy(update={"size": views.clean_size(clean)}) for view in views.globals if clean is not None
-            ]
-            kept = PixelCache(len(source), views.all + enlarged, cache, views.channels)
+            largest = [view for those in views.variants for view in _list_cuts(those, clean)]
+            kept = PixelCache(len(source), largest, cache, views.channels)
         self.cache = kept
         make: Callable[[int, int], Filler[tuple[str, str]]]
         if isinstance(source, Shards):
@@ -116,6 +114,7 @@ class TrainBatches:
             start=start,
             bound=isinstance(source, Shards),
             pin=device.type == "cuda",
+            pick=SizeDraw(seed, tuple(share for share, _ in views.mixes)) if views.mixed else None,
         )
 
     @property
@@ -163,6 +162,13 @@ class TrainBatches:
                 f"up to {BAD_SHARE:.0%} may be skipped",
                 f"repair or remove them; one is {where}",
             )
+
+
+def _list_cuts(views: ViewsConfig, clean: float | None) -> list[ViewConfig]:
+    """Return all views that are cut from an image, with the size of their crop; clean crops are views too."""
+    if clean is None:
+        return views.all
+    return views.all + [view.model_copy(update={"size": views.clean_size(clean)}) for view in views.globals]
 
 
 # Workers start with these module-level functions: spawned processes receive them by name.

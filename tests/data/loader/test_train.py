@@ -13,7 +13,14 @@ from dinocli.data.loader import ring
 from dinocli.data.loader.batch import ALONE, Batch, Shard
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_images, open_source
-from dinocli.data.views.crops import JitterConfig, LowResolutionConfig, ViewConfig, ViewsConfig
+from dinocli.data.views.crops import (
+    JitterConfig,
+    LowResolutionConfig,
+    MixedSizesConfig,
+    SizeDraw,
+    ViewConfig,
+    ViewsConfig,
+)
 from dinocli.data.views.masking import MaskConfig, PatchMasks, masked_counts
 
 CPU = torch.device("cpu")
@@ -192,6 +199,29 @@ def test_smaller_crops_give_way_to_full_ones_between_two_batches(
             assert same_masks(ours.masks, theirs.masks)
     # The order is that of a run without; and so each image still comes once an epoch.
     assert [b.rows.tolist() for b in wanted] == [b.rows.tolist() for b in take(where, 7, workers=workers)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_mixed_sizes_are_drawn_for_each_step_wherever_a_run_begins(
+    images: Path, shards: Path, kind: str, workers: int
+) -> None:
+    """Each batch is that of a run of its size alone, with masks and clean crops; both processes draw the same."""
+    where = images if kind == "folder" else shards
+    plain = MASKED.model_copy(update={"local": VIEWS.local})
+    sizes = (MixedSizesConfig(global_size=24, share=1), MixedSizesConfig(global_size=32, local_size=24, share=2))
+    mixed = plain.model_copy(update={"mixed": sizes})
+    alone = [take(where, 8, views=those, workers=workers, clean=1.5) for _, those in mixed.mixes]
+    draw = SizeDraw(0, (1 / 3, 2 / 3))
+    assert {draw(step) for step in range(8)} == {0, 1}
+    for start in (0, 3):
+        batches = take(where, 8 - start, views=mixed, workers=workers, start=start, clean=1.5)
+        for step, batch in enumerate(batches, start):
+            expected = alone[draw(step)][step]
+            assert same(batch, expected) and same_masks(batch.masks, expected.masks)
+            assert torch.equal(batch.clean_crops, expected.clean_crops)
+    both = [take(images, 6, batch_size=2, views=mixed, shard=Shard(rank, 2)) for rank in (0, 1)]
+    assert [b.global_crops.shape[-1] for b in both[0]] == [b.global_crops.shape[-1] for b in both[1]]
 
 
 def test_smaller_crops_are_of_the_same_places_in_the_same_colors(images: Path) -> None:
