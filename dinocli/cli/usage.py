@@ -83,7 +83,7 @@ def _other_option(command: str, name: str, value: str | None, options: list[str]
         if spelled in _IMAGES:
             return f"images come without an option: dino pretrain{typed or ' IMAGES'}"
     if (same := _SAME.get(spelled)) in options:
-        if same == "--preset" and value not in shipped.names():
+        if same == "--preset" and value not in [*shipped.names(), *shipped.stages()]:
             return f"use --preset NAME (dino presets lists them), or --set backbone.name={value or 'NAME'}"
         return f"use {same}{typed}"
     keys = _keys(spelled.lstrip("-"), words) if "--set" in options and command == "dino pretrain" else []

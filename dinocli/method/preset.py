@@ -18,7 +18,7 @@ from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.engine.optim import OptimizerConfig
 from dinocli.engine.schedules import Schedule
-from dinocli.method import shipped
+from dinocli.method import shipped, stages
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.losses import LossesConfig
 from dinocli.method.losses.gram import GramLossConfig
@@ -299,7 +299,8 @@ def _check_gram(gram: GramLossConfig, views: ViewsConfig, config: BackboneConfig
             )
         patch = backbone.patch_size if backbone.grid(size) else 1
         if (larger := each.clean_size(gram.scale)) % patch:
-            fits = max(1.0, round(larger / patch) * patch / size)
+            # One scale must fit all sizes, and a whole one does.
+            fits = max(1.0, round(gram.scale) if views.mixed else round(larger / patch) * patch / size)
             raise DinoError(
                 f"losses.gram.scale is {gram.scale:g}: crops of {larger} pixels for the Gram teacher are not a whole "
                 f"number of patches of {patch} pixels",
@@ -337,15 +338,16 @@ def _check_low_resolution_sizes(views: ViewsConfig, backbone: Backbone) -> None:
             )
 
 
-def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
+def load_preset(name: str, overrides: Iterable[str] = (), run: Preset | None = None) -> Preset:
     """Load a shipped preset by its name, or a user's own by its path, and apply overrides.
 
     Args:
         name: Name such as `vits16`, or a path that ends in `.toml`.
         overrides: Overrides `key.path=value` with a TOML value; a bare word is a string, and `none` removes the key.
+        run: Preset of the run to continue, which a stage needs. A complete preset does not use it.
 
     Raises:
-        DinoError: If the preset does not exist or is not valid.
+        DinoError: If the preset does not exist or is not valid, or is a stage and there is no run.
     """
     if name.endswith(".toml"):
         path = Path(name)
@@ -363,6 +365,13 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
         raise DinoError(f"{name} is nested too deeply for a preset", "check its brackets") from error
     except ValueError as error:
         raise DinoError(f"{name} is not valid TOML: {error}", "correct that line") from error
+    if "stage" in data:
+        if run is None:
+            raise stages.refuse_alone(name)
+        data = stages.continued(data, run, f"preset {name}")
     for override in overrides:
         change(data, override)
+    if run is not None and isinstance(images := data.get("images", {}), dict):
+        # Before the preset is checked as a whole: its error on other channels would ask for their mean and std.
+        stages.check_channels(images.get("channels", 3), run)
     return Preset.parse(data, f"preset {name}")

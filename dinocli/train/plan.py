@@ -17,6 +17,9 @@ from dinocli.engine.parallel import Kind
 from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate, Warmup
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
+from dinocli.method.stages import check_same_network
+from dinocli.train.origin import Origin
+from dinocli.train.state import StageFacts
 from dinocli.weights.frozen_teacher import FrozenTeacher
 
 # Fewest images per prototype without a warning. The demo's recipe has 75, the paper's 1,950.
@@ -58,6 +61,7 @@ class Plan:
         out: Run folder.
         workers: Number of processes that decode images.
         init: Source of the initial weights, as the user named it.
+        origin: Finished run that this run continues, if any.
         teacher: Frozen teacher, if the preset needs one.
         cache: Cache of decoded images: `ram` or a folder. If None, there is none.
         accumulate: Number of parts of a batch, computed one after another to save memory.
@@ -74,7 +78,7 @@ class Plan:
 
     Raises:
         DinoError: If the batch cannot be shared evenly by the processes and their parts, or a frozen teacher is
-            missing.
+            missing, or the run to continue has another network.
     """
 
     name: str
@@ -97,6 +101,7 @@ class Plan:
     parallel: Kind = "ddp"
     compiled: bool = False
     recompute: bool = False
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each
@@ -107,6 +112,8 @@ class Plan:
                 else "--teacher is set, and teacher.frozen is false",
                 "--teacher RUN" if self.preset.teacher.frozen else "--set teacher.frozen=true",
             )
+        if self.origin:
+            check_same_network(self.preset, self.origin.preset, self.origin.source)
         if batch % size():
             raise DinoError(
                 f"a batch of {batch} images cannot be split evenly over {size()} processes",
@@ -159,6 +166,11 @@ class Plan:
         if self.recompute:
             method.student.backbone.recompute_blocks()
         return method
+
+    @property
+    def stages(self) -> tuple[StageFacts, ...]:
+        """Earlier stages that the run continues, oldest first."""
+        return self.origin.stages if self.origin else ()
 
     @property
     def lr(self) -> Rate:

@@ -141,6 +141,8 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
             plan.teacher.load(method.teacher)
         if plan.init and not saved:
             start_from(method, plan.init, note)
+        if plan.origin and not saved:
+            plan.origin.load(method)
     if plan.monitor:
         KnnMonitor(plan.monitor, plan.preset, plan.workers)
 
@@ -157,6 +159,9 @@ def _trainer(
     if plan.teacher:
         plan.teacher.load(method.teacher)
     fresh = start_from(method, plan.init, note) if plan.init and not saved else []
+    if plan.origin and not saved:
+        note(f"continuing {plan.origin.describe(preset)}")
+        plan.origin.load(method)
     trainer = Trainer(
         method.to(plan.device),
         preset.optimizer,
@@ -170,6 +175,8 @@ def _trainer(
     )
     if saved:
         saved.restore(trainer)
+    elif plan.origin:
+        plan.origin.load_optimizer(trainer, preset)
     return trainer, method, fresh
 
 
