@@ -232,7 +232,7 @@ def pretrain(
 
     before = Origin.read(origin) if origin else None
     changed = [*(overrides or []), *given, *(["teacher.frozen=true"] if teacher else [])]
-    loaded = load_preset(preset, changed, before.preset if before else None)
+    loaded = load_preset(preset, changed, before.preset, before.peak_lr) if before else load_preset(preset, changed)
     frozen = FrozenTeacher.read(teacher) if teacher else None
     same = (loaded, source.fingerprint, init, frozen.fingerprint if frozen else None)
     total = start_clock(loaded, source.count).total

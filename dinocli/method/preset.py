@@ -338,13 +338,14 @@ def _check_low_resolution_sizes(views: ViewsConfig, backbone: Backbone) -> None:
             )
 
 
-def load_preset(name: str, overrides: Iterable[str] = (), run: Preset | None = None) -> Preset:
+def load_preset(name: str, overrides: Iterable[str] = (), run: Preset | None = None, peak_lr: float = 0.0) -> Preset:
     """Load a shipped preset by its name, or a user's own by its path, and apply overrides.
 
     Args:
         name: Name such as `vits16`, or a path that ends in `.toml`.
         overrides: Overrides `key.path=value` with a TOML value; a bare word is a string, and `none` removes the key.
         run: Preset of the run to continue, which a stage needs. A complete preset does not use it.
+        peak_lr: Highest learning rate of the first run before a stage. If 0, that of `run`.
 
     Raises:
         DinoError: If the preset does not exist or is not valid, or is a stage and there is no run.
@@ -368,7 +369,7 @@ def load_preset(name: str, overrides: Iterable[str] = (), run: Preset | None = N
     if "stage" in data:
         if run is None:
             raise stages.refuse_alone(name)
-        data = stages.continued(data, run, f"preset {name}")
+        data = stages.continued(data, run, peak_lr or max(run.optimizer.lr.bounds), f"preset {name}")
     for override in overrides:
         change(data, override)
     if run is not None and isinstance(images := data.get("images", {}), dict):

@@ -35,7 +35,8 @@ class StageConfig(Config):
     """Table `[stage]` of a stage's file: what depends on the run that it continues.
 
     Attributes:
-        lr: Learning rate as a share of the run's highest one. It is constant after the warm-up.
+        lr: Learning rate as a share of the first run's highest one, to which all stages in a row refer. It is constant
+            after the warm-up.
         warmup_epochs: Epochs of linear warm-up from 0.
         rescale_positions: `backbone.rescale_positions` for a backbone with rotary positions; others ignore it.
         sizes: Crop sizes that are drawn anew for each step. If empty, crops keep the run's sizes.
@@ -47,7 +48,7 @@ class StageConfig(Config):
     sizes: tuple[StageSizes, ...] = ()
 
 
-def continued(data: dict[str, Any], run: Preset, what: str) -> dict[str, Any]:
+def continued(data: dict[str, Any], run: Preset, peak_lr: float, what: str) -> dict[str, Any]:
     """Return the values of a preset that continues a run with a stage.
 
     The stage's own tables are merged over the run's preset. Schedules that it does not set stay at the run's last
@@ -57,6 +58,7 @@ def continued(data: dict[str, Any], run: Preset, what: str) -> dict[str, Any]:
     Args:
         data: Values of the stage's file, with a table `stage`.
         run: Preset of the run.
+        peak_lr: Learning rate of which the stage takes its share.
         what: Name of the file for error lines.
 
     Raises:
@@ -68,7 +70,7 @@ def continued(data: dict[str, Any], run: Preset, what: str) -> dict[str, Any]:
     end = Clock(1, run.training.epochs, run.training.epochs)
     for key, schedule in run.schedules.items():
         _set(base, key, {"kind": "constant", "value": schedule.at(end)})
-    rate = {"kind": "warmup", "value": stage.lr * max(run.optimizer.lr.bounds), "warmup_epochs": stage.warmup_epochs}
+    rate = {"kind": "warmup", "value": stage.lr * peak_lr, "warmup_epochs": stage.warmup_epochs}
     _set(base, "optimizer.lr", rate)
     for head in base["heads"].values():
         head["freeze_last_layer_epochs"] = 0

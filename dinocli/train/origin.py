@@ -62,6 +62,7 @@ class Origin:
                 recipe=state.preset.about.recipe,
                 steps=state.step,
                 batch_size=state.preset.training.batch_size,
+                lr=max(state.preset.optimizer.lr.bounds),
                 images=state.images.where,
                 optimizer=True,
             )
@@ -72,10 +73,21 @@ class Origin:
                 f"--from {source} was not written by this tool, so its heads and recipe are unknown",
                 f"--init {source} with a complete preset, such as continue-dinov2",
             )
-        preset, batch = weights.preset, weights.preset.training.batch_size
-        recipe, steps = preset.about.recipe, weights.step or 0
-        facts = StageFacts(source=source, recipe=recipe, steps=steps, batch_size=batch, optimizer=False)
+        preset = weights.preset
+        facts = StageFacts(
+            source=source,
+            recipe=preset.about.recipe,
+            steps=weights.step or 0,
+            batch_size=preset.training.batch_size,
+            lr=max(preset.optimizer.lr.bounds),
+            optimizer=False,
+        )
         return cls(source, preset, None, (facts,))
+
+    @property
+    def peak_lr(self) -> float:
+        """Highest learning rate of the first stage that is known, before `lr_rule`: later stages have low ones."""
+        return self.stages[0].lr
 
     def describe(self, preset: Preset) -> str:
         """Describe the start of a run with this preset in one line."""

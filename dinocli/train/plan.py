@@ -189,7 +189,7 @@ def cautions(plan: Plan) -> Iterator[str]:
             f" on a CPU: --preset tiny takes minutes, and dino doctor {plan.source.where} suggests settings"
         )
     seen = clock.total * preset.training.batch_size
-    for name, head in preset.heads.items():
+    for name, head in preset.heads.items() if plan.origin is None else ():  # a stage's prototypes are trained already
         if seen < _IMAGES_A_PROTOTYPE * head.prototypes:
             fits = _power_below(max(1, seen // _IMAGES_A_PROTOTYPE))
             epochs = math.ceil(clock.epochs * _IMAGES_A_PROTOTYPE * head.prototypes / seen)
@@ -211,7 +211,7 @@ def cautions(plan: Plan) -> Iterator[str]:
         )
     usual, peak = 0.0005 * preset.training.batch_size / 256, max(plan.lr.bounds)
     key = "value" if isinstance(preset.optimizer.lr, (Constant, Warmup)) else "start"
-    if preset.optimizer.kind == "adamw" and not usual / 10 <= peak <= usual * 10:
+    if preset.optimizer.kind == "adamw" and plan.origin is None and not usual / 10 <= peak <= usual * 10:
         yield (
             f"a learning rate of {peak:.2g} for {preset.training.batch_size} images is far from the paper's "
             f"0.0005 * batch / 256 = {usual:.2g}: --set optimizer.lr.{key}=0.0005"

@@ -63,6 +63,7 @@ class StageFacts(Config):
         recipe: Recipe in a few words.
         steps: Steps done in that stage.
         batch_size: Images per step.
+        lr: Highest learning rate of its preset, before `lr_rule`.
         images: Location of its images; empty if unknown.
         optimizer: True if the next stage continued the optimizer's state too.
     """
@@ -71,6 +72,7 @@ class StageFacts(Config):
     recipe: str
     steps: int
     batch_size: int
+    lr: float
     images: str = ""
     optimizer: bool
 
@@ -151,11 +153,20 @@ def saved_states(run: Path) -> Iterator[tuple[Path, State | None]]:
 
 
 def read_state(place: Path) -> SavedState | None:
-    """Return a state by its folder, or the newest valid one of a run folder; None if there is none. Change nothing."""
-    for run, named in ((place.parent.parent, place), (place, None)):
-        for folder, state in saved_states(run):
-            if state and folder == (named or folder) and _is_valid(folder, state):
+    """Return the state in a folder, or the newest of a run folder; None if there is none. Change nothing.
+
+    Raises:
+        DinoError: If it is corrupt, or of a version that this one cannot read.
+    """
+    run = place if _folders(place) else place.parent.parent
+    for folder, state in saved_states(run):
+        if run == place or folder == place:
+            if state and _is_valid(folder, state):
                 return SavedState(state, folder)
+            raise DinoError(
+                f"the state in {folder} is corrupt, or of another version of dinocli",
+                f"name an earlier state of {run}, or {run / CHECKPOINT} without its optimizer",
+            )
     return None
 
 
