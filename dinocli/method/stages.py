@@ -58,7 +58,7 @@ def continued(data: dict[str, Any], run: Preset, peak_lr: float, what: str) -> d
     Args:
         data: Values of the stage's file, with a table `stage`.
         run: Preset of the run.
-        peak_lr: Learning rate of which the stage takes its share.
+        peak_lr: Learning rate that the stage takes its share from.
         what: Name of the file for error lines.
 
     Raises:
@@ -134,7 +134,7 @@ def check_channels(channels: object, run: Preset) -> None:
         )
 
 
-# Settings of which a continued run must have the same: its weights mean nothing to another network.
+# Settings that a continued run must keep: its weights mean nothing to another network.
 _SAME_BACKBONE = ("name", "options")
 _FREE_OF_HEADS = {"freeze_last_layer_epochs", "norm_last_layer"}
 
