@@ -16,13 +16,15 @@ presets = App(invoke_without_command=True)
 
 
 def complete_preset(incomplete: str) -> list[str]:
-    """Return the names of shipped presets that begin with the typed text, for shell completion."""
-    return [name for name in shipped.names() if name.startswith(incomplete)]
+    """Return the names of shipped presets and stages that begin with the typed text, for shell completion."""
+    return [name for name in (*shipped.names(), *shipped.stages()) if name.startswith(incomplete)]
 
 
 @presets.callback()
 def list_presets(context: typer.Context, json: Json = False) -> None:
     """List the shipped presets with backbone, recipe, cost and expected result.
+
+    Stages come last: they continue a finished run (--from) and have its backbone.
 
     Examples:
         dino presets
@@ -31,13 +33,13 @@ def list_presets(context: typer.Context, json: Json = False) -> None:
     if context.invoked_subcommand:
         return
     rows = []
-    for name in shipped.names():
+    for name in (*shipped.names(), *shipped.stages()):
         data = tomllib.loads(shipped.text(name))
         about = data["about"]
         rows.append(
             {
                 "preset": name,
-                "backbone": data["backbone"]["name"],
+                "backbone": data["backbone"]["name"] if "backbone" in data else "that of the run",
                 "recipe": about["recipe"],
                 "cost": about["cost"],
                 "expected": about["expected"],

@@ -141,6 +141,8 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
             plan.teacher.load(method.teacher)
         if plan.init and not saved:
             start_from(method, plan.init, note)
+        if plan.origin and not saved:
+            plan.origin.load(method)
     if plan.monitor:
         KnnMonitor(plan.monitor, plan.preset, plan.workers)
 
@@ -152,11 +154,14 @@ def _trainer(
     preset = plan.preset
     torch.manual_seed(preset.training.seed)
     method = plan.method()
-    for network in (method.student, method.teacher) if plan.compiled else ():
+    for network in filter(None, (method.student, method.teacher, method.gram)) if plan.compiled else ():
         network.compile_blocks()
     if plan.teacher:
         plan.teacher.load(method.teacher)
     fresh = start_from(method, plan.init, note) if plan.init and not saved else []
+    if plan.origin and not saved:
+        note(f"continuing {plan.origin.describe(preset)}")
+        plan.origin.load(method)
     trainer = Trainer(
         method.to(plan.device),
         preset.optimizer,
@@ -170,6 +175,8 @@ def _trainer(
     )
     if saved:
         saved.restore(trainer)
+    elif plan.origin:
+        plan.origin.load_optimizer(trainer, preset)
     return trainer, method, fresh
 
 
@@ -188,4 +195,5 @@ def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBat
         cache=plan.cache,
         compiled=plan.compiled,
         grid=method.student.backbone.grid,
+        clean=plan.preset.clean_scale,
     )

@@ -75,7 +75,7 @@ def charts(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> lis
 
 
 def _chart_training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> list[Chart]:
-    parts = _pick(history, {name: name for name in (*losses, "ibot", "koleo", "dino")})
+    parts = _pick(history, {name: name for name in (*losses, "ibot", "koleo", "gram", "dino")})
     total = _pick(history, {"loss": "loss"})
     curves = total if total and len(parts) < 2 else total | parts
     loss_level = {

@@ -22,7 +22,7 @@ from dinocli.data.loader.ring import Filler, Ring
 from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.augment import augment
-from dinocli.data.views.crops import Draws, ViewsConfig
+from dinocli.data.views.crops import Draws, SizeDraw, ViewConfig, ViewsConfig
 from dinocli.data.views.masking import Grid, MaskConfig, PatchMasks, deal
 
 BAD_SHARE = 0.05
@@ -52,6 +52,7 @@ class TrainBatches:
         grid: Function from the size of a global crop to its rows and columns of patches, for masking. The number of
             masked patches per crop depends on seed, batch and the image's place in it (and on the number of processes,
             unless each has a multiple of 32 images). Their positions depend on seed, epoch and the image's number.
+        clean: Side of clean crops relative to the global crops'. If None, there are no clean crops.
 
     Attributes:
         bad: Files that cannot be read.
@@ -77,19 +78,21 @@ class TrainBatches:
         cache: str | None = None,
         compiled: bool = False,
         grid: Callable[[int], Grid | None] = lambda size: None,
+        clean: float | None = None,
     ) -> None:
         self._compiled = compiled
         self.bad = BadFiles()
         self._source, self._views, self._device, self._seen = source, views, device, 0
         self._batch_size = batch_size
         phases = [
-            (first, view_fields(those, batch_size) | mask_fields(those, batch_size, grid(those.global_1.size)))
-            for first, those in views.phases(steps_per_epoch)
+            (first, view_fields(those, batch_size, clean) | mask_fields(those, batch_size, grid(those.global_1.size)))
+            for first, those in ([(0, mix) for _, mix in views.mixes] or views.phases(steps_per_epoch))
         ]
         cutter = Cutter(views, seed, images)
         kept = None
         if cache and isinstance(source, Images):
-            kept = PixelCache(len(source), views.all, cache, views.channels)
+            largest = [view for those in views.variants for view in _list_cuts(those, clean)]
+            kept = PixelCache(len(source), largest, cache, views.channels)
         self.cache = kept
         make: Callable[[int, int], Filler[tuple[str, str]]]
         if isinstance(source, Shards):
@@ -111,6 +114,7 @@ class TrainBatches:
             start=start,
             bound=isinstance(source, Shards),
             pin=device.type == "cuda",
+            pick=SizeDraw(seed, tuple(share for share, _ in views.mixes)) if views.mixed else None,
         )
 
     @property
@@ -132,14 +136,17 @@ class TrainBatches:
             rows = arrays["keys"][:, 1].clone()
             masks = copier.masks(PatchMasks.of(arrays["where"].flatten(2).clone())) if "where" in arrays else None
             groups = [copier(arrays[name]) for name in ("globals", "locals") if arrays[name].numel()]
+            clean = copier(arrays["clean"]) if "clean" in arrays else None
             copier.wait()
             parts = (slice(0, n), slice(n, None))
             crops = [
                 augment(group, Draws(*(d[part] for d in drawn)), mean, std, compiled=self._compiled)
                 for group, part in zip(groups, parts, strict=False)
             ]
+            if clean is not None:
+                clean = augment(clean, drawn.flips_only(n), mean, std)
             copier.done(slot, self._ring.release)
-            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks)
+            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks, clean)
 
     def _count(self, bad: list[tuple[str, str]]) -> None:
         self.bad.reasons.update(bad)
@@ -155,6 +162,13 @@ class TrainBatches:
                 f"up to {BAD_SHARE:.0%} may be skipped",
                 f"repair or remove them; one is {where}",
             )
+
+
+def _list_cuts(views: ViewsConfig, clean: float | None) -> list[ViewConfig]:
+    """Return all views that are cut from an image, with the size of their crop; clean crops are views too."""
+    if clean is None:
+        return views.all
+    return views.all + [view.model_copy(update={"size": views.clean_size(clean)}) for view in views.globals]
 
 
 # Workers start with these module-level functions: spawned processes receive them by name.

@@ -8,11 +8,12 @@ from torch import nn
 
 from dinocli.core.config import Config
 from dinocli.method.losses.dino import DinoLossConfig
+from dinocli.method.losses.gram import GramLossConfig
 from dinocli.method.losses.ibot import IbotLossConfig
 from dinocli.method.losses.koleo import KoleoLossConfig
 from dinocli.method.losses.targets import PrototypeLossConfig
 
-LossConfig = PrototypeLossConfig | KoleoLossConfig
+LossConfig = PrototypeLossConfig | KoleoLossConfig | GramLossConfig
 
 
 class LossesConfig(Config):
@@ -21,6 +22,7 @@ class LossesConfig(Config):
     dino: DinoLossConfig | None = None
     ibot: IbotLossConfig | None = None
     koleo: KoleoLossConfig | None = None
+    gram: GramLossConfig | None = None
 
     def present(self) -> dict[str, LossConfig]:
         """Return the selected losses, by name."""
@@ -39,4 +41,6 @@ class LossesConfig(Config):
         built: dict[str, nn.Module] = {name: c.build(prototypes(c.head)) for name, c in self.with_targets().items()}
         if self.koleo is not None:
             built["koleo"] = self.koleo.build()
+        if self.gram is not None:
+            built["gram"] = self.gram.build()
         return nn.ModuleDict(built)
