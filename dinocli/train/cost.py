@@ -82,8 +82,8 @@ def estimate(plan: Plan) -> Estimate:
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
     image = (four - two) / 2  # bytes grow linearly with the batch
     weights = _bytes(method.student)
-    # The student's weights, gradient, AdamW's two moments and average; a frozen teacher and a Gram teacher; and whatever
-    # the forward pass saves that does not grow with the batch, such as bfloat16 copies of the weights.
+    # The student's weights, gradient, AdamW's two moments and average; a frozen teacher; a Gram teacher; and whatever the
+    # forward pass saves that does not grow with the batch, such as bfloat16 copies of the weights.
     fixed = (
         5 * weights
         + (_bytes(method.teacher) if plan.teacher else 0)
