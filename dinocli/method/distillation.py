@@ -70,6 +70,11 @@ class SelfDistillation(Method):
         self.losses = losses.build(student.prototypes)
 
     @property
+    def networks(self) -> list[Network]:
+        """Networks that a step runs."""
+        return [self.student, self.teacher]
+
+    @property
     def ema(self) -> Network | None:
         """Moving average of the student if the teacher is frozen; None if the average itself is the teacher."""
         return self.spare
@@ -161,10 +166,7 @@ class SelfDistillation(Method):
             frozen = self.student.get_submodule(f"heads.{head}").freeze_last_layer_epochs
             return head, 1.0, int(frozen) if rest.startswith("last_layer.") else 0  # type: ignore[arg-type]
         inside = name.removeprefix("backbone.model.")
-        backbone, learning = self.student.backbone, self.learning
-        rate = learning.layer_decay ** (len(backbone.blocks) + 1 - backbone.level(inside)) if backbone.blocks else 1.0
-        rate *= learning.patch_embed if inside.startswith("patch_embed.") else 1.0
-        return "backbone", rate, learning.frozen_epochs
+        return "backbone", self.learning.rate(self.student.backbone, inside), self.learning.frozen_epochs
 
     @torch.no_grad()
     def after_step(self, clock: Clock, done: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from dinocli.engine.optim import OptimizerConfig
 from dinocli.engine.schedules import Schedule
 from dinocli.method import shipped
 from dinocli.method.distillation import SelfDistillation
+from dinocli.method.feature_distillation import FeatureDistillation, Teacher
 from dinocli.method.losses import LossesConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone
@@ -130,7 +131,7 @@ class Preset(Config):
                 f"the global views have sizes {first.size} and {second.size}; expected one size; "
                 f"it needs views.global_2.size={first.size}"
             )
-        if len(self.views.all) < 2:
+        if len(self.views.all) < 2 and not self.losses.features:
             raise ValueError(
                 "the preset has one view; expected at least two, to predict one from another; it needs views.locals=2"
             )
@@ -139,6 +140,25 @@ class Preset(Config):
                 "losses.ibot needs masked patches, and views.mask is not set; it needs "
                 "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=4, aspect=[0.3, 3.33]}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_features(self) -> Self:
+        """Check that a preset with `losses.features` has nothing that feature distillation does not use."""
+        if not self.losses.features:
+            return self
+        others = [f"losses.{name}" for name in self.losses.present() if name != "features"]
+        unused = others + [f"heads.{name}" for name in self.heads]
+        unused += [f"views.{name}" for name in ("local", "mask", "low_resolution") if getattr(self.views, name)]
+        if unused:
+            off = " --set ".join(f"{key}=none" for key in unused)
+            raise ValueError(
+                f"losses.features excludes {', '.join(unused)}: the teachers see every view whole; it needs {off}"
+            )
+        if not self.losses.features.weights:
+            raise ValueError("all weights of losses.features are 0; it needs losses.features.class_cosine=1.0")
+        if not self.teacher.frozen:
+            raise ValueError("losses.features needs frozen teachers; it needs teacher.frozen=true")
         return self
 
     @model_validator(mode="after")
@@ -233,11 +253,25 @@ class Preset(Config):
             frozen: Frozen teacher. If None, the average is the teacher.
 
         Raises:
-            DinoError: If timm cannot build the backbone, or a view size of `views.low_resolution` does not fit it.
+            DinoError: If timm cannot build the backbone, a view size of `views.low_resolution` does not fit it, or the
+                losses compare features, which needs `feature_method`.
         """
+        if self.losses.features:
+            raise DinoError("losses.features needs teachers, and --teacher is not set", "--teacher timm:NAME")
         student, average = self.network(drop_path=True), self.network()
         _check_low_resolution_sizes(self.views, student.backbone)
         return SelfDistillation(student, average, self.losses, self.teacher.momentum, self.backbone.learning, frozen)
+
+    def feature_method(self, teachers: Sequence[Teacher]) -> FeatureDistillation:
+        """Build student and moving average with the same fresh weights, and the adaptors to the teachers' features.
+
+        Raises:
+            DinoError: If timm cannot build the backbone.
+        """
+        assert self.losses.features is not None
+        student, average = self.network(drop_path=True), self.network()
+        loss, momentum, learning = self.losses.features, self.teacher.momentum, self.backbone.learning
+        return FeatureDistillation(student, average, teachers, loss, momentum, self.views, learning)
 
 
 def _check_low_resolution_sizes(views: ViewsConfig, backbone: Backbone) -> None:

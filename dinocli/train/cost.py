@@ -18,6 +18,7 @@ from dinocli.data.loader.batch import Batch
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.data.views.masking import PatchMasks, masked_in_all
 from dinocli.method.distillation import SelfDistillation
+from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.train.plan import Plan, equal_parts
 
 # Share of a single matrix product's rate that a whole step reaches. Measured on a CPU: 0.75 in float32, and 0.22 in
@@ -81,7 +82,10 @@ def estimate(plan: Plan) -> Estimate:
     image = (four - two) / 2  # bytes grow linearly with the batch
     weights = _bytes(method.student)
     # Student, its gradient, two moments, average; and the student's copies in another precision.
-    fixed = 5 * weights + (_bytes(method.teacher) if plan.teacher else 0) + max(0.0, two - 2 * image)
+    fixed: float = 5 * weights + sum(_bytes(method.get_submodule(name)) for name in method.frozen_modules())
+    if isinstance(method, FeatureDistillation):
+        fixed += 4 * _bytes(method.adaptors)  # these have no average
+    fixed += max(0.0, two - 2 * image)
     at_once = plan.images_each // plan.accumulate
     seconds = flops * plan.images_each * plan.stop / _rate(plan)
     return Estimate(
@@ -124,10 +128,10 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
     return None
 
 
-def _flops(method: SelfDistillation, plan: Plan) -> float:
+def _flops(method: SelfDistillation | FeatureDistillation, plan: Plan) -> float:
     """Count the operations per image of a step, on meta tensors: they have gradients on any machine."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        batch = _empty_batch(plan.preset.views, _grid(plan, method), 2)
+        batch = _empty_batch(plan.loaded_views, _grid(plan, method), 2)
         torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
     return counter.get_total_flops() / 2
 
@@ -154,17 +158,31 @@ def _measure_memory(plan: Plan, images: int) -> tuple[float, float]:
     kind = plan.device.type if plan.device.type == "cuda" else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(kind):
         method = method.to_empty(device=kind)
-        batch = _empty_batch(plan.preset.views, _grid(plan, method), images)
+        batch = _empty_batch(plan.loaded_views, _grid(plan, method), images)
         with autocast(plan.device, plan.preset.training.precision):
-            (part,) = method.parts(batch, 1, plan.clock)
-            masks = batch.masks
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                student = method.student(batch.crops, masks and masks.where, masks and masks.rows)
+            targets, outputs = _run_student(method, batch, plan, note)
     weights = _storages(method.parameters())
-    waiting = _storages([*part.targets.values(), *batch.crops])
-    # The losses write the logits' gradient over the logits, which therefore count once.
-    turn = _storages([*kept.values(), *student.class_logits.values(), *student.masked_logits.values()])
+    waiting = _storages([*targets, *batch.crops])
+    turn = _storages([*kept.values(), *outputs])
     return sum(waiting.values()), sum(size for key, size in turn.items() if key not in weights | waiting)
+
+
+def _run_student(
+    method: SelfDistillation | FeatureDistillation, batch: Batch, plan: Plan, note: Callable[[Tensor], Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the targets of a batch and the student's outputs; `note` receives the tensors saved for backward."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    if isinstance(method, FeatureDistillation):
+        (features,) = method.parts(batch, 1, plan.clock)
+        with hooks:
+            method(features)
+        return [values for target in features.targets for values in (target.cls, target.patches)], []
+    (part,) = method.parts(batch, 1, plan.clock)
+    masks = batch.masks
+    with hooks:
+        student = method.student(batch.crops, masks and masks.where, masks and masks.rows)
+    # The losses write the logits' gradient over the logits, which therefore count once.
+    return list(part.targets.values()), [*student.class_logits.values(), *student.masked_logits.values()]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -186,7 +204,7 @@ def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) 
     return Batch(large, small, rows, masks)
 
 
-def _grid(plan: Plan, method: SelfDistillation) -> tuple[int, int] | None:
+def _grid(plan: Plan, method: SelfDistillation | FeatureDistillation) -> tuple[int, int] | None:
     return method.student.backbone.grid(plan.preset.views.global_1.size)
 
 

@@ -24,6 +24,7 @@ from dinocli.core.tensors import fingerprint
 from dinocli.data.images import ImagesConfig
 from dinocli.features.encoder import Channels, Encoder, with_images
 from dinocli.method.distillation import SelfDistillation
+from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig, adapt, create_timm
 from dinocli.models.backbone import Backbone
@@ -314,7 +315,9 @@ def timm_folder(folder: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def start_from(method: SelfDistillation, source: str, note: Callable[[str], None] = lambda line: None) -> list[str]:
+def start_from(
+    method: SelfDistillation | FeatureDistillation, source: str, note: Callable[[str], None] = lambda line: None
+) -> list[str]:
     """Load initial weights into student and average: the backbone, and the heads of equal shape.
 
     Args:

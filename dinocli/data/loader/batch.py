@@ -27,12 +27,16 @@ class Batch:
         local_crops: Local crops, or None without local views. [V-G, B, C, h, w]
         rows: Index of each image in its source, on the host. [B]
         masks: Masked patches of the student's global crops, or None without masking.
+        places: Row of each image's views in a list of all fixed views: draw * images + number, on the host. None unless
+            `views.fixed` is set for images in files. Views of an image that replaces an unreadable one keep the row of
+            the unreadable one. [B]
     """
 
     global_crops: Tensor
     local_crops: Tensor | None
     rows: Tensor
     masks: PatchMasks | None = None
+    places: Tensor | None = None
 
     @property
     def crops(self) -> list[Tensor]:
@@ -46,7 +50,8 @@ class Batch:
         globals_, rows = self.global_crops.chunk(count, 1), self.rows.chunk(count)
         locals_ = [None] * count if self.local_crops is None else self.local_crops.chunk(count, 1)
         masks = [None] * count if self.masks is None else self.masks.split(count)
-        return [Batch(*part) for part in zip(globals_, locals_, rows, masks, strict=True)]
+        places = [None] * count if self.places is None else self.places.chunk(count)
+        return [Batch(*part) for part in zip(globals_, locals_, rows, masks, places, strict=True)]
 
 
 @dataclass

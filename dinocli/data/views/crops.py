@@ -100,6 +100,8 @@ class ViewsConfig(Config):
         locals: Number of local views.
         mask: Masking of the student's global views. If None, nothing is masked.
         low_resolution: Smaller crops in the first epochs. If None, all epochs use the same sizes.
+        fixed: Number of epochs with views of their own; later epochs repeat these views in turn. If None, every epoch
+            draws new views.
     """
 
     mean: tuple[float, ...]
@@ -110,6 +112,7 @@ class ViewsConfig(Config):
     locals: int = Field(0, ge=0)
     mask: MaskConfig | None = None
     low_resolution: LowResolutionConfig | None = None
+    fixed: int | None = Field(None, ge=1)
 
     def phases(self, steps_per_epoch: int) -> list[tuple[int, ViewsConfig]]:
         """Return pairs of first step and views: one phase, or low resolution followed by full size.
