@@ -385,7 +385,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "learning rate": f"up to {peak_lr(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",
         "start": plan.init or "random weights",
-        **({"teacher": f"{plan.teacher.described}, frozen"} if plan.teacher else {}),
+        **({"teacher": f"{plan.teacher.describe(preset)}, frozen"} if plan.teacher else {}),
         "out": str(plan.out),
         "work": f"{cost.flops / 1e9:.3g} GFLOP per image",
         "memory": f"about {console.size(cost.memory)} (an estimate); {console.size(free)} are free: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -131,6 +132,7 @@ class FeatureDistillation(Method):
     ) -> None:
         super().__init__()
         self.student, self.average = student, average
+        _freeze_unused(student.backbone, views)
         average.requires_grad_(False).load_state_dict(student.state_dict())
         self.loss, self.momentum, self.learning = loss, momentum, learning
         self.size, self.grids = views.global_1.size, [teacher.grid for teacher in teachers]
@@ -284,6 +286,19 @@ class FeatureDistillation(Method):
                 own.lerp_(new, weight.to(own.dtype))
             else:  # the number of batches; after a skipped step the engine restores it
                 own.copy_(new)
+
+
+def _freeze_unused(backbone: Backbone, views: ViewsConfig) -> None:
+    """Freeze parameters that no token depends on, such as layers of a CNN after its pooling: DDP waits for a gradient of
+    every trained parameter. They are found on tensors without data.
+    """
+    size = views.global_1.size
+    with torch.enable_grad(), torch.device("meta"):
+        shadow = copy.deepcopy(backbone).to("meta").eval()
+        tokens = shadow(torch.empty(1, views.channels, size, size))
+        (tokens.cls.sum() + tokens.patches.sum()).backward()
+    for own, seen in zip(backbone.parameters(), shadow.parameters(), strict=True):
+        own.requires_grad_(own.requires_grad and seen.grad is not None)
 
 
 def resized(views: Tensor, size: int) -> Tensor:

@@ -153,7 +153,7 @@ class Preset(Config):
         if unused:
             off = " --set ".join(f"{key}=none" for key in unused)
             raise ValueError(
-                f"losses.features excludes {', '.join(unused)}: the teachers see every view whole; it needs {off}"
+                f"losses.features compares whole views alone and excludes {', '.join(unused)}; it needs {off}"
             )
         if not self.losses.features.weights:
             raise ValueError("all weights of losses.features are 0; it needs losses.features.class_cosine=1.0")

@@ -17,7 +17,7 @@ from dinocli.method.preset import Preset
 _UNIFORM, _ONE_SIDED, _NOTHING = 0.975, 0.02, 0.02
 _STEPS = (50, 300)  # shortest and longest span; a fresh network gives all images similar outputs for some hundred steps
 
-Kind = Literal["uniform", "one-sided"]
+Kind = Literal["uniform", "one-sided", "constant"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Collapse:
     """Collapse of a loss.
 
     Attributes:
-        kind: `uniform` if every prototype gets the same, `one-sided` if one gets everything.
+        kind: `uniform` if every prototype gets the same, `one-sided` if one gets everything, `constant` if a student of
+            features predicts the same for every image.
         words: Description in one line.
         remedy: Suggested change, with the options to type.
     """
@@ -67,6 +68,26 @@ class CollapseDetector:
             elif name not in self._told:
                 self._told.add(name)
                 return Collapse(kind, self._words(name, loss, kind), _remedy(self.preset, name, loss, kind))
+        return self._check_features() if self.preset.losses.features else None
+
+    def _check_features(self) -> Collapse | None:
+        """Return a collapse of feature distillation: predictions that do not correlate with the teachers' features."""
+        cosines = [
+            sum(figures.get(f"features/{kind}", 0.0) for _, figures in self._lines) / len(self._lines)
+            for kind in ("class", "patch")
+        ]
+        if max(cosines) > _NOTHING:
+            self._told.discard("features")
+        elif "features" not in self._told:
+            self._told.add("features")
+            rate = self.preset.optimizer.lr
+            key, value = ("value", rate.value) if isinstance(rate, Constant) else ("start", rate.start)
+            return Collapse(
+                "constant",
+                f"constant collapse: for {self.span} steps the student predicts the same features for any image "
+                "(losses.features)",
+                f"start again with --out NEW and a lower rate: --set optimizer.lr.{key}={value / 3:.2g}",
+            )
         return None
 
     def _kind(self, loss: str, most: float) -> Kind | None:

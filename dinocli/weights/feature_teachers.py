@@ -18,6 +18,9 @@ from dinocli.method.preset import Preset
 from dinocli.models.backbone import Backbone
 from dinocli.weights.load import announcement, load_encoder
 
+# Parameters of the student relative to the teacher's: another patch size or registers are no other size of network.
+_LARGER = 1.25
+
 
 @dataclass(frozen=True)
 class FeatureTeachers:
@@ -64,10 +67,10 @@ class FeatureTeachers:
         each = [encoder.fingerprint for encoder in self.encoders]
         return each[0] if len(each) == 1 else hashlib.sha256(" ".join(each).encode()).hexdigest()[:16]
 
-    @property
-    def described(self) -> str:
-        """Sources with their numbers of parameters, for a table."""
-        return ", ".join(f"{e.source} ({_count(e.backbone) / 1e6:.1f} M parameters)" for e in self.encoders)
+    def describe(self, preset: Preset) -> str:
+        """Return the sources with the sizes of networks and views, for a table."""
+        pairs = zip(self.encoders, self.sizes(preset), strict=True)
+        return ", ".join(f"{e.source} ({_count(e.backbone) / 1e6:.1f} M parameters, views of {s})" for e, s in pairs)
 
     def sizes(self, preset: Preset) -> list[int]:
         """Return the side of the views that each teacher sees.
@@ -124,18 +127,19 @@ class FeatureTeachers:
                 counted = f"{encoder.channels} channel{'s' * (encoder.channels > 1)}"
                 raise DinoError(
                     f"the teacher {encoder.source} takes {counted}; images.channels is {preset.images.channels}",
-                    f"use a teacher of {preset.images.channels}, or --set images.channels={encoder.channels}"
+                    f"use a teacher with {preset.images.channels}, or --set images.channels={encoder.channels}"
                     + ("" if encoder.channels == 3 else " with views.mean and views.std of as many values"),
                 )
 
     def _check_parameters(self, student: int) -> None:
-        """Check that at least one teacher is as large as the student; a small specialist may teach beside it."""
+        """Check that a teacher is about as large as the student; a small specialist may teach beside it."""
         largest = max(self.encoders, key=lambda encoder: _count(encoder.backbone))
-        if (count := _count(largest.backbone)) < student:
+        count = _count(largest.backbone)
+        if count * _LARGER < student:
             raise DinoError(
-                f"the teacher {largest.source} has {count / 1e6:.2f} M parameters, fewer than the student's "
-                f"{student / 1e6:.2f} M",
-                "use a larger --teacher, or a smaller student, such as --set backbone.name=vit_tiny_patch16_224",
+                f"the teacher {largest.source} has {count / 1e6:.2f} M parameters, the student {student / 1e6:.2f} M; "
+                "a student learns little from a smaller network",
+                f"use a larger --teacher, or --set backbone.name=NAME with at most {count * _LARGER / 1e6:.2f} M",
             )
 
 

@@ -55,9 +55,8 @@ class FrozenTeacher:
         heads = {f"{name}.{key}": value for name, head in weights.heads.items() for key, value in head.items()}
         return cls(source, weights.preset, fingerprint(weights.backbone | heads))
 
-    @property
-    def described(self) -> str:
-        """Source with the name of its backbone, for a table."""
+    def describe(self, preset: Preset) -> str:
+        """Return the source with the name of its backbone, for a table."""
         return f"{self.source} ({self.preset.backbone.name})"
 
     def network(self, student: Preset) -> Network:
