@@ -2,8 +2,8 @@
 
     python docs/make_cli.py
 
-The text comes from the signatures of the commands, not from the drawn help, so it is the same for any terminal and any
-release of typer. tests/test_docs.py keeps the file up to date.
+The text comes from the signatures of the commands, not from the printed help, so that it does not depend on the
+terminal or on typer's version. tests/test_docs.py keeps the file up to date.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _HEAD = """\
 
 <!-- Made by docs/make_cli.py from the commands; do not edit. -->
 
-`dino COMMAND --help` prints the same. Parts in brackets are optional; options with three dots may be repeated. Commands
-that get no checkpoint use `./ckpt.safetensors`, else the newest run. Without `--features` they use `./features`, else
-those of the newest run.
+`dino COMMAND --help` prints the same. Parts in brackets are optional; options with three dots may be repeated. Without
+a checkpoint, commands use `./ckpt.safetensors`, else the newest run. Without `--features`, they use `./features`,
+else those of the newest run.
 
 Data goes to stdout, progress and notes to stderr. An error is one line and a hint, with exit code 1, or 2 for wrong
 usage.
@@ -57,12 +57,12 @@ class Command:
     """Command or group.
 
     Attributes:
-        panel: Panel of the help.
-        name: Name, with `dino` and the name of its group.
+        panel: Panel of the help that lists the command, such as `Start`.
+        name: Full name, such as `dino eval match`.
         text: Help text.
-        examples: Commands to type.
-        callback: Function. None for a group that only holds commands.
-        group: The command has commands of its own.
+        examples: Command lines.
+        callback: Function that runs the command. None for a group without one.
+        group: True if the command has subcommands.
     """
 
     panel: str
@@ -146,7 +146,7 @@ def _notes(name: str, info: OptionInfo, default: Any) -> list[str]:
 
 
 def _option_name(key: str, kind: Any, info: OptionInfo) -> str:
-    # In Annotated the first name of an option stands where its default would.
+    # typer stores the first name of an option in Annotated as its default.
     decls = [*([info.default] if isinstance(info.default, str) else []), *(info.param_decls or [])]
     dashed = key.replace("_", "-")
     if _plain_kind(kind) is bool:

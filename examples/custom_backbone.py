@@ -34,7 +34,7 @@ def vit_swiglu_example(pretrained: bool = False, **options: Any) -> VisionTransf
     return VisionTransformer(mlp_layer=SwiGLU, mlp_ratio=8 / 3, **options)
 
 
-# All that differs from the shipped preset; the same lines could stand in a .toml.
+# Changes to the shipped preset, as for `--set`. A .toml of your own can hold the same settings.
 CHANGES = (
     "backbone.name=vit_swiglu_example",
     "backbone.options={img_size=48, patch_size=8, embed_dim=96, depth=2, num_heads=6}",

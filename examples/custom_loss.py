@@ -2,8 +2,8 @@
 
     python examples/custom_loss.py [STEPS]
 
-A loss is a module with four methods. In the package it is one file beside the other losses and one field in
-`LossesConfig`, and a table of a preset switches it on. This script adds it from outside.
+A loss is a module with four methods. A loss of the package has a file beside the other losses and a field in
+`LossesConfig`, and a preset's table enables it. This script adds a loss without changing the package.
 
 Source: arXiv 2105.04906, equation 1.
 """
@@ -30,12 +30,12 @@ from dinocli.models.network import Encoding
 
 
 def variance_loss(cls: Tensor, target: float = 1.0) -> Tensor:  # [B, D] -> []
-    """Return how far the standard deviation of each feature is below the target, averaged over the features."""
+    """Compute the hinge loss of the standard deviation of each feature below `target`, averaged over features."""
     return torch.relu(target - (cls.float().var(0) + 1e-4).sqrt()).mean()
 
 
 class VarianceLoss(nn.Module):
-    """`variance_loss` of the student's class tokens of each global view."""
+    """Mean `variance_loss` of the student's class tokens over the global views."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def batches(preset: Preset, folder: Path, trainer: Trainer) -> Iterator[Batch]:
 
 
 def main(folder: Path, steps: int = 8) -> list[float]:
-    """Train for a few steps; print and return the new loss at each."""
+    """Train for a few steps; print and return the new loss of each step."""
     torch.manual_seed(0)
     small = "backbone.options={img_size=48, patch_size=8, embed_dim=48, depth=2, num_heads=3}"
     preset = load_preset("tiny", [small, "training.batch_size=8", "optimizer.lr={kind='constant', value=0.003}"])

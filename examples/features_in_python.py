@@ -2,8 +2,8 @@
 
     python examples/features_in_python.py [CHECKPOINT]
 
-CHECKPOINT is a run folder, a ckpt.safetensors, an official .pth or timm:NAME. Without it the script first writes an
-untrained `tiny` network, to run in seconds and without downloads.
+CHECKPOINT is a run folder, a ckpt.safetensors, an official .pth or timm:NAME. Without it, the script first writes an
+untrained `tiny` network, which takes seconds and needs no downloads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import dinocli
 
 
 def draw(folder: Path, count: int = 12) -> list[Path]:
-    """Draw red discs and blue squares, in turn."""
+    """Draw red discs and blue squares, alternating, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(0)
     paths = []
@@ -46,7 +46,7 @@ def untrained(folder: Path) -> Path:
 
 
 def main(folder: Path, checkpoint: str | None = None) -> list[str]:
-    """Print the nearest neighbour of each image; return its name."""
+    """Print the nearest neighbour of each image; return the names of these neighbours."""
     paths = draw(folder / "photos")
     encoder = dinocli.load(checkpoint or str(untrained(folder)), device="cpu")
 

@@ -2,7 +2,7 @@
 
     python examples/finetune_head.py [CHECKPOINT]
 
-`dino linear` does this with a sweep of learning rates; this script shows the loop, to change it: another head, another
+`dino linear` does this with a learning-rate sweep. This script shows the loop, for you to change: another head, another
 loss, class weights, several labels. Without CHECKPOINT it uses an untrained `tiny` network.
 """
 
@@ -31,7 +31,7 @@ def main(folder: Path, checkpoint: str | None = None) -> float:
     paths = draw(folder / "photos", count=40)
     encoder = dinocli.load(checkpoint or str(untrained(folder)), device="cpu")
 
-    # The backbone runs once; the head then trains on stored numbers.
+    # The backbone runs once; the head then trains on the stored features.
     features, labels = encoder(paths), labelled(paths)
     train, test = slice(0, 30), slice(30, 40)
     mean, std = features[train].mean(0), features[train].std(0) + 1e-6

@@ -1,1 +1,1 @@
-"""Data only: one TOML a recipe; `dinocli.method.shipped` reads them."""
+"""Shipped presets, one TOML per recipe; `dinocli.method.shipped` reads them."""

@@ -1,4 +1,4 @@
-"""Command line, with a file per command. Nothing here imports torch before a command runs."""
+"""Command line, with one file per command. Nothing here imports torch before a command runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ app = App(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-# The order of the help, which is the order of use. Groups come after the commands of their panel.
+# In the order of the help, which is the order of use. The help lists groups after the commands of their panel.
 for panel, commands in {
     "Start": (demo, doctor),
     "Main job": (pretrain, extract, knn, linear, attn_map),
@@ -55,7 +55,8 @@ for panel, commands in {
         app.command(rich_help_panel=panel)(command)
 app.add_typer(presets, name="presets", rich_help_panel="Start")
 scores = App(
-    help="Score a network on labelled data: retrieval, copies, segments, matches, tracks.", no_args_is_help=True
+    help="Score a network on labelled data: retrieval, copy detection, segmentation, matching, tracking.",
+    no_args_is_help=True,
 )
 scores.command()(eval_retrieval.retrieval)
 scores.command()(eval_copies.copies)
@@ -90,7 +91,7 @@ def _options(
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             console.say(f"note: joining {found.size} processes started by {found.launcher}, rendezvous at {where}")
         distributed.begin()
-    # RANK and WORLD_SIZE alone may describe a whole container, in which other commands run once.
+    # RANK and WORLD_SIZE alone may be set for a whole container; other commands still run there, in one process.
     elif found and found.launcher != "torch.distributed":
         raise DinoError(
             f"dino {command} runs in one process; {found.launcher} started {found.size or 'several'}",
@@ -103,7 +104,7 @@ def main() -> None:
     # Idle OpenMP threads sleep: if they spin, a step takes four times as long on a busy machine. Must be set before
     # torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # At exit, garbage collection would scan half a million objects of torch, which takes a second.
+    # Without this, garbage collection at exit scans half a million objects of torch for about a second.
     atexit.register(gc.freeze)
     words, note = renew(sys.argv[1:])
     if note:
@@ -120,7 +121,7 @@ def main() -> None:
         console.say("stopped")
         code = 130
     except BrokenPipeError:
-        # The reader closed the pipe, as in `dino presets | head -1`. Python's flush at exit must not fail too.
+        # The reader closed the pipe, as in `dino presets | head -1`. Without this, Python's flush at exit fails too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as failure:
@@ -129,19 +130,19 @@ def main() -> None:
         code = _handle_error(error, words)
     if code and distributed.size() > 1:
         sys.stdout.flush()
-        os._exit(code)  # at once: closing the process group would wait for processes that have ended
+        os._exit(code)  # a normal exit closes the process group, which waits for processes that have ended
     sys.exit(code)
 
 
 def _print_error(message: str, hint: str) -> int:
-    """Print an error, unless another process of the run did first; return exit code 1."""
+    """Print an error, unless another process of the run already did; return exit code 1."""
     if distributed.first_to_fail():
         console.error(message, hint)
     return 1
 
 
 def _handle_error(error: Exception, typed: list[str]) -> int:
-    """Print a usage error, lack of memory or loss of a process, and return the exit code; re-raise others as bugs."""
+    """Print a usage error, lack of memory or the loss of a process, and return the exit code; re-raise bugs."""
     words = str(error)
     if getattr(error, "exit_code", None) == 2 and hasattr(error, "format_message"):
         # Recognised by attributes, not by class: typer has its own copy of click's classes since 0.24.
@@ -168,5 +169,5 @@ def _explain(failure: OSError) -> tuple[str, str]:
     if failure.errno == errno.ENOSPC or "No space left" in str(failure):
         return f"no space left on the disk of {place}", "free some space, or use --out on another disk"
     if isinstance(failure, PermissionError) or failure.errno == errno.EROFS:
-        return f"no permission for {place}", "use an --out that you may write to, and files that you may read"
-    return f"{failure.strerror or failure} ({place})", "check that path and that disk"
+        return f"no permission for {place}", "use an --out that you can write to, and inputs that you can read"
+    return f"{failure.strerror or failure} ({place})", "check the path and the disk"

@@ -83,7 +83,7 @@ def attn_map(
     if not film and (head or fps):
         raise Misuse("--head and --fps need --film", "add --film gif, strip or mp4")
     out = output_place(out)
-    films, files = (_films(images), {}) if film else ({}, _photos(images))
+    films, files = (_find_films(images), {}) if film else ({}, _find_photos(images))
 
     from dinocli.apps.attention.films import ENDINGS
     from dinocli.data.sources.outputs import marked
@@ -158,8 +158,8 @@ def _draw_films(
         console.out_json([{"film": str(m.path), "frames": m.frames, "skipped": m.skipped} for m in made])
 
 
-def _films(images: list[Path]) -> dict[str, Frames]:
-    """Return films by name: one per folder or video, and one for all single files together."""
+def _find_films(images: list[Path]) -> dict[str, Frames]:
+    """Return films by name: one per folder or video, and one for all single images together."""
     from dinocli.data.sources.frames import Frames, is_video, open_frames
 
     whole = [path for path in images if path.is_dir() or is_video(path)]
@@ -178,7 +178,7 @@ def _films(images: list[Path]) -> dict[str, Frames]:
     }
 
 
-def _photos(images: list[Path]) -> dict[Path, Path]:
+def _find_photos(images: list[Path]) -> dict[Path, Path]:
     """Map each image file to the name of its picture below the output folder."""
     from dinocli.data.sources.frames import is_video
     from dinocli.data.sources.photos import named_photos

@@ -18,7 +18,7 @@ from rich.table import Column, Table
 from dinocli.core.distributed import rank
 from dinocli.core.errors import visible
 
-# soft_wrap keeps a path longer than the terminal in one piece, to copy it. Only rank 0 prints messages and data, but
+# soft_wrap prints a long path without line breaks, so that it can be copied. Only rank 0 prints messages and data;
 # any rank may print an error.
 _quiet = rank() > 0
 _words = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, quiet=_quiet)
@@ -35,7 +35,7 @@ def say(text: str) -> None:
 
 
 def notes(lines: Iterable[str]) -> None:
-    """Print each different line as a note, on stderr."""
+    """Print each distinct line as a note, on stderr."""
     for line in dict.fromkeys(lines):
         say(f"note: {line}")
 
@@ -78,8 +78,8 @@ def table(
 
     Args:
         columns: Names of the columns.
-        rows: Cells of each row; those of `lines` may have several lines.
-        title: Line above the table.
+        rows: Cells of each row. With `lines`, a cell may contain newlines.
+        title: Line printed above the table. If None, there is no title.
         lines: Draw lines between rows.
     """
     if title:
@@ -87,7 +87,7 @@ def table(
     drawn = Table(show_lines=lines)
     for i, name in enumerate(columns):
         numbers = all(row[i].replace(".", "").replace("-", "").replace("%", "").isdigit() for row in rows if row[i])
-        # The row's name stays on one line, to be copied, unless it is long, as a path may be.
+        # A row's name stays on one line, so that it can be copied, unless it is long, such as a path.
         whole = i == 0 and all(len(visible(row[0])) <= _NAME for row in rows)
         drawn.add_column(_escape(name), justify="right" if i and numbers else "left", overflow="fold", no_wrap=whole)
     for row in rows:
@@ -99,18 +99,18 @@ class Advance(Protocol):
     """Progress callback."""
 
     def __call__(self, done: int, note: str = "") -> None:
-        """Report `done` of the total, with a `note` beside the bar."""
+        """Report that `done` items of the total are complete, with a `note` beside the bar."""
 
 
 @contextmanager
 def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
-    """Show a progress bar on a terminal, or print a line every 10 s elsewhere; for images, include the rate.
+    """Show a progress bar on a terminal, else print a line every 10 s. Include the rate if the unit is `images`.
 
-    The first report may include earlier work, as of a resumed run. The rate and the time left ignore it.
+    The first report may count work of an earlier call, such as of a resumed run. The rate and the time left ignore it.
     """
     start, first = time.monotonic(), -1
 
-    def noted(done: int, note: str) -> str:
+    def format_note(done: int, note: str) -> str:
         nonlocal first
         first = first if first >= 0 else done - 1
         rate = f"{(done - first) / max(time.monotonic() - start, 1e-9):.0f} images/s"
@@ -119,7 +119,7 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
     if _words.is_terminal:
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(None, table_column=Column(max_width=_BAR)),  # takes the width that the text leaves
+            BarColumn(None, table_column=Column(max_width=_BAR)),  # fills the width left by the text
             TextColumn("{task.completed}/{task.total} " + unit),
             TextColumn("{task.fields[note]}"),
             TimeRemainingColumn(),
@@ -131,19 +131,19 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
             short = _escape(what[: max(8, _words.width - fixed)])
             task = bar.add_task(short, total=total, note="")
 
-            def drawn(done: int, note: str = "") -> None:
+            def update(done: int, note: str = "") -> None:
                 if first < 0:
                     bar.reset(task, completed=done - 1)
-                text = _fit(noted(done, note), _words.width - fixed - len(short))
+                text = _fit(format_note(done, note), _words.width - fixed - len(short))
                 bar.update(task, completed=done, note=_escape(text))
 
-            yield drawn
+            yield update
         return
     last = start
 
-    def plain(done: int, note: str = "") -> None:
+    def print_line(done: int, note: str = "") -> None:
         nonlocal last
-        now, said = time.monotonic(), noted(done, note)
+        now, said = time.monotonic(), format_note(done, note)
         if done < total and now - last < _PLAIN_EVERY:
             return
         last = now
@@ -151,11 +151,11 @@ def progress(what: str, total: int, unit: str) -> Iterator[Advance]:
         parts = (f"{what} {done}/{total} {unit}", said, f"{left} left" if done < total else "")
         say("  ".join(part for part in parts if part))
 
-    yield plain
+    yield print_line
 
 
 def _fit(note: str, room: int) -> str:
-    """Drop the last parts of a note until it fits."""
+    """Drop parts from the end of a note until it fits into `room` characters."""
     while len(note) > room:
         note = note.rpartition("  ")[0]
         if not note:

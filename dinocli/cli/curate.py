@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 def curate(
     pool: Annotated[
-        Path, typer.Argument(metavar="POOL", callback=features_place, help="Folder of features of the pool.")
+        Path,
+        typer.Argument(
+            metavar="POOL", callback=features_place, help="Folder of features of the pool, made by `dino extract`."
+        ),
     ],
     like: Annotated[
         Path | None,
@@ -38,7 +41,7 @@ def curate(
         list[Path] | None,
         typer.Option(
             callback=feature_places,
-            help="Folder of features, such as of a test set; images near to these are dropped. May be repeated.",
+            help="Folder of features, such as of a test set; drop near-duplicates of its images. May be repeated.",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -47,13 +50,13 @@ def curate(
         int | None,
         typer.Option(
             min=1,
-            help="Select from N k-means clusters of the pool instead: those with more than three seeds, or all "
-            "without --like.",
+            help="Draw from N k-means clusters of the pool instead; with --like, only from clusters that hold at least "
+            "four seeds.",
             rich_help_panel=METHOD,
         ),
     ] = None,
     each: Annotated[
-        int, typer.Option(min=1, help="With --clusters: images drawn per cluster.", rich_help_panel=METHOD)
+        int, typer.Option(min=1, help="With --clusters: number of images to draw per cluster.", rich_help_panel=METHOD)
     ] = 100,
     seed: Annotated[
         int, typer.Option(min=0, help="With --clusters: seed of k-means and of the draw.", rich_help_panel=METHOD)
@@ -66,7 +69,8 @@ def curate(
 ) -> None:
     """Select images from a pool: nearest to seed images, or balanced over clusters.
 
-    With --threshold, first drop images near to those of --without and all their duplicates, then other duplicates.
+    With --threshold, first drop images near those of --without, with all their duplicates; then keep one image of each
+    remaining group of duplicates.
 
     Examples:
         dino curate pool --like seeds --without val --threshold 0.9997
@@ -111,7 +115,7 @@ def curate(
     if not len(rows):
         raise DinoError("no image of the pool is left", f"use a --threshold above {threshold}")
     if clusters:
-        rows = _by_clusters(gallery, rows, seeds, clusters, each, seed)
+        rows = _select_by_clusters(gallery, rows, seeds, clusters, each, seed)
     elif seeds:
         with console.progress("retrieve", len(seeds), "seeds") as advance:
             rows = retrieve(gallery.values, rows, seeds.values, k, advance)
@@ -136,7 +140,9 @@ def _find_duplicates(gallery: Gallery, threshold: float) -> Alike:
         return find_alike(gallery.values, threshold, advance)
 
 
-def _by_clusters(gallery: Gallery, rows: Indices, seeds: Gallery | None, count: int, each: int, seed: int) -> Indices:
+def _select_by_clusters(
+    gallery: Gallery, rows: Indices, seeds: Gallery | None, count: int, each: int, seed: int
+) -> Indices:
     import numpy as np
 
     from dinocli.apps.search.curate import HELD, assign, clusters, held, sample

@@ -21,7 +21,7 @@ from dinocli.cli.options import (
 )
 from dinocli.core.errors import DinoError
 
-_SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the images; the table shows the threshold for each
+_SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the images; the table shows a threshold for each share
 
 
 def dedup(
@@ -32,7 +32,9 @@ def dedup(
     out: Annotated[
         Path, typer.Option(help="Folder for the list, the histogram and the sheets.", rich_help_panel=OUTPUT)
     ] = Path("dedup"),
-    pages: Annotated[int, typer.Option(min=0, help="Sheets to draw, with 20 groups each.", rich_help_panel=OUTPUT)] = 5,
+    pages: Annotated[
+        int, typer.Option(min=0, help="Maximum number of sheets to draw, with 20 groups each.", rich_help_panel=OUTPUT)
+    ] = 5,
     json: Json = False,
 ) -> None:
     """Find near-duplicates by the cosine similarity of their features, draw them, and list the images to keep.
@@ -69,13 +71,13 @@ def dedup(
     with marked(out, "dedup", made):
         write_histogram(found.best, "cosine of each image to its nearest other one", threshold, histogram)
     if threshold is None:
-        # Rounded down, so that the typed threshold finds as many images as the table says.
+        # Rounded down, so that a threshold copied from the table finds at least that share.
         steps = {share: float(np.floor(1e6 * np.quantile(found.best, 1 - share)) / 1e6) for share in _SHARES}
         if json:
             console.out_json({"images": count, "thresholds": steps, "files": [str(histogram)]})
             return
         rows = [[f"{100 * share:g}", f"{step:.6f}"] for share, step in steps.items()]
-        console.table(["% of images with another as near", "threshold"], rows)
+        console.table(["% of images with a neighbour this near", "threshold"], rows)
         console.out(str(histogram))
         console.say(f"next: dino dedup --threshold {steps[0.01]:.6f} (or another), then check its sheets")
         return

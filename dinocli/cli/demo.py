@@ -1,4 +1,4 @@
-"""`dino demo`: the main job from start to end, on generated images."""
+"""`dino demo`: generate images, pretrain, extract and evaluate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def demo(
     out: Annotated[
         Path,
         typer.Option(
-            help="Folder for images, run, features and pictures: new, or of a demo to resume.", rich_help_panel=OUTPUT
+            help="Folder for images, run, features and pictures: a new one, or that of a demo to resume.",
+            rich_help_panel=OUTPUT,
         ),
     ] = Path("dino-demo"),
     json: Json = False,

@@ -28,14 +28,16 @@ if TYPE_CHECKING:
     from dinocli.train.cost import Estimate
 
 
-_LONG = 40  # characters of a file's name
+_LONG = 40  # characters of a file name in the table
 
 
 def doctor(
     images: Annotated[
         str | None,
         typer.Argument(
-            metavar="IMAGES", callback=images_place, help="As for `dino pretrain`. Default: check the machine alone."
+            metavar="IMAGES",
+            callback=images_place,
+            help="Images, as for `dino pretrain`. Default: check only the machine.",
         ),
     ] = None,
     sample: Annotated[
@@ -70,7 +72,7 @@ def doctor(
 
     picked = pick_device(device)
     machine = look_at_machine(picked)
-    seen, advised = _look(source, machine, picked, sample, seed, overrides or []) if source else (None, None)
+    seen, advised = _inspect(source, machine, picked, sample, seed, overrides or []) if source else (None, None)
     if json:
         advice = asdict(advised) if advised else {}
         console.out_json({"machine": asdict(machine), "images": asdict(seen) if seen else None} | advice)
@@ -87,7 +89,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _look(
+def _inspect(
     source: Source, machine: Machine, device: torch.device, sample: int, seed: int, overrides: list[str]
 ) -> tuple[Inspection, Advised]:
     from dinocli.apps.doctor.advice import advise
@@ -98,7 +100,7 @@ def _look(
 
     images = DEFAULTS.changed(overrides)
     total = sample if source.count is None else min(sample, source.count)
-    with console.progress("look", total, "images") as advance:
+    with console.progress("inspect", total, "images") as advance:
         seen = inspect(source, images=images, sample=sample, seed=seed, report=advance)
 
     def cost(preset: Preset, steps: int, again: bool) -> Estimate:
@@ -111,23 +113,26 @@ def _machine_rows(machine: Machine) -> list[list[str]]:
     versions = {"torchvision": machine.torchvision, "timm": machine.timm, "Python": machine.python}
     rest = ", ".join(f"{name} {version or 'not installed'}" for name, version in versions.items())
     several = f"{machine.devices} x " if machine.devices > 1 else ""
-    jpeg = "" if machine.fast_jpeg else "; JPEG by Pillow, 12 % slower than by torchvision"
+    jpeg = "" if machine.fast_jpeg else "; JPEG with Pillow, 12 % slower than with torchvision"
     device = f"{machine.device}: {several}{machine.name}"
     if not machine.on_cpu:
-        device += f", {_of(machine.memory, machine.memory_there)} free"
+        device += f", {_format_part(machine.memory, machine.memory_there)} free"
     faults = len(machine.faults)
     passed = "matrix product, training step, decoders: passed"
     return [
         ["torch", f"{machine.torch}, {rest}"],
         ["device", device],
-        ["cores, RAM", f"{machine.cores} of {machine.cores_there}; {_of(machine.ram, machine.ram_there)} free"],
+        [
+            "cores, RAM",
+            f"{machine.cores} of {machine.cores_there}; {_format_part(machine.ram, machine.ram_there)} free",
+        ],
         ["disk", f"{console.size(machine.disk)} free in {machine.folder}"],
         ["reads", ", ".join(machine.formats) + jpeg],
         ["checks", passed if not faults else f"{faults} fault{'s' if faults > 1 else ''}, listed below"],
     ]
 
 
-def _of(part: float, whole: float) -> str:
+def _format_part(part: float, whole: float) -> str:
     return f"{part / 1e9:.1f} of {console.size(whole)}"
 
 
@@ -140,33 +145,35 @@ def _image_rows(seen: Inspection, views: ViewsConfig) -> list[list[str]]:
         kinds = ", ".join(f"{name} {number:,}" for name, number in seen.formats.items())
         rows += [
             ["formats", kinds],
-            ["width", _spread(seen.width)],
-            ["height", _spread(seen.height)],
-            ["long / short", _spread(seen.aspect, ".2g")],
-            ["of them", f"{seen.gray} grey, {seen.deep} deeper than 8 bits, {seen.flat} of one color"],
-            ["mean", _beside(seen.mean, views.mean)],
-            ["std", _beside(seen.std, views.std)],
-            ["equal", _twins(seen)],
+            ["width", _format_spread(seen.width)],
+            ["height", _format_spread(seen.height)],
+            ["long / short", _format_spread(seen.aspect, ".2g")],
+            ["special", f"{seen.gray} grey, {seen.deep} deeper than 8 bits, {seen.flat} of one color"],
+            ["mean", _format_beside_preset(seen.mean, views.mean)],
+            ["std", _format_beside_preset(seen.std, views.std)],
+            ["equal", _format_duplicates(seen)],
         ]
-    return [*rows, ["unreadable", _unreadable(seen)]]
+    return [*rows, ["unreadable", _format_unreadable(seen)]]
 
 
-def _spread(spread: Spread, form: str = ".0f") -> str:
+def _format_spread(spread: Spread, form: str = ".0f") -> str:
     least, low, median, high, most = (format(number, form) for number in astuple(spread))
-    return least if least == most else f"{median}, 90 % in {low} to {high}, all in {least} to {most}"
+    return least if least == most else f"median {median}, 90 % in {low} to {high}, all in {least} to {most}"
 
 
-def _beside(values: Sequence[float], preset: Sequence[float]) -> str:
-    """Format a number per channel, with the preset's beside if it has as many channels."""
-    return _numbers(values) + (f" (the preset's: {_numbers(preset)})" if len(values) == len(preset) else "")
+def _format_beside_preset(values: Sequence[float], preset: Sequence[float]) -> str:
+    """Format a number per channel, followed by the preset's if it has the same number of channels."""
+    return _format_numbers(values) + (
+        f" (the preset's: {_format_numbers(preset)})" if len(values) == len(preset) else ""
+    )
 
 
-def _numbers(values: Sequence[float]) -> str:
+def _format_numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.3f}".removeprefix("0") for value in values)
 
 
-def _twins(seen: Inspection) -> str:
-    such = "".join(f", such as {_plain(pair.first)} and {_plain(pair.second)}" for pair in seen.pairs[:1])
+def _format_duplicates(seen: Inspection) -> str:
+    such = "".join(f", such as {_shorten(pair.first)} and {_shorten(pair.second)}" for pair in seen.pairs[:1])
     words = f"{seen.copies} copies, {seen.near} near-equal{such}"
     twins = seen.copies + seen.near
     if seen.whole or not twins or seen.count is None:
@@ -175,16 +182,16 @@ def _twins(seen: Inspection) -> str:
     return f"{words}; about {float(f'{twins * (seen.count / seen.drawn) ** 2:.1g}'):,.0f} pairs in all"
 
 
-def _unreadable(seen: Inspection) -> str:
+def _format_unreadable(seen: Inspection) -> str:
     if not seen.bad:
         return "none"
     kinds = Counter(reason.split(":")[0] for reason in seen.bad.values()).most_common(4)
     such = {reason.split(":")[0]: name for name, reason in reversed(seen.bad.items())}
-    return "; ".join(f"{number} {kind}, such as {_plain(such[kind])}" for kind, number in kinds)
+    return "; ".join(f"{number} {kind}, such as {_shorten(such[kind])}" for kind, number in kinds)
 
 
-def _plain(name: str) -> str:
-    """Replace unprintable characters of a file name, and shorten a long one to its end."""
+def _shorten(name: str) -> str:
+    """Replace unprintable characters of a file name, and keep only the end of a long one."""
     shown = "".join(c if c.isprintable() else "?" for c in name)
     return shown if len(shown) <= _LONG else f"...{shown[3 - _LONG :]}"
 

@@ -15,14 +15,19 @@ from dinocli.cli.options import Checkpoint, Device, Json, NetworkName, Settings,
 
 def copies(
     folder: Annotated[
-        Path, typer.Argument(metavar="COPIES", help="Folder like Copydays, with original/ and folders of copies.")
+        Path,
+        typer.Argument(metavar="COPIES", help="Folder laid out like Copydays: original/ beside folders of copies."),
     ],
     distractors: Annotated[
         Path | None,
         typer.Option(help="Folder of distractor images, searched together with the originals.", rich_help_panel=METHOD),
     ] = None,
     whiten: Annotated[
-        Path | None, typer.Option(help="Folder of images to fit the whitening on.", rich_help_panel=METHOD)
+        Path | None,
+        typer.Option(
+            help="Folder of images on which to fit a whitening of the features. Default: no whitening.",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     checkpoint: Checkpoint = None,
     network: NetworkName = "teacher",

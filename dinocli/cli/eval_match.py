@@ -11,17 +11,19 @@ from dinocli.cli.layout import METHOD
 from dinocli.cli.match import (
     Caption,
     Diffusion,
+    DiffusionOptions,
     DiffusionSide,
     DiffusionWeight,
     Dimensions,
     Layers,
     Lines,
+    PatchOptions,
     PhotoA,
     PhotoB,
     Pictures,
     match_photos,
 )
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, NetworkName, Settings, ShortSide
+from dinocli.cli.options import Checkpoint, Device, FacetName, Json, NetworkName, NetworkOptions, Settings, ShortSide
 
 
 def match(
@@ -39,7 +41,7 @@ def match(
         Literal["box", "image"],
         typer.Option(
             "--pck-of",
-            help="PCK threshold relative to the larger side of B's keypoint box, or of B.",
+            help="Scale of the PCK threshold: larger side of the box around B's keypoints, or of photo B (image).",
             rich_help_panel=METHOD,
         ),
     ] = "box",
@@ -59,13 +61,13 @@ def match(
     lines: Lines = 24,
     json: Json = False,
 ) -> None:
-    """Score the patch matches of two photos by known keypoints (PCK), and draw both.
+    """Score the patch matches of two photos against known keypoints (PCK), and draw matches and keypoints.
 
     Examples:
         dino eval match a.jpg b.jpg --keypoints points.csv
         dino eval match a.jpg b.jpg --keypoints H.txt --pck-of image --json
     """
-    match_photos(
-        a, b, keypoints, pck_of, checkpoint, network, short_side, layer, facet, pca, sd, sd_weight, sd_long_side,
-        caption, overrides, device, out, lines, json=json,
-    )  # fmt: skip
+    options = NetworkOptions(checkpoint, network, overrides, device)
+    patches = PatchOptions(short_side, layer, facet, pca)
+    diffusion = DiffusionOptions(sd, sd_weight, sd_long_side, caption)
+    match_photos(a, b, options, patches, diffusion, out, lines, keypoints=keypoints, pck_of=pck_of, json=json)

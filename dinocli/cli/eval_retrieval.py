@@ -31,7 +31,8 @@ def retrieval(
         ),
     ] = None,
     multiscale: Annotated[
-        bool, typer.Option("--multiscale", help="Sum the features of three image sizes.", rich_help_panel=METHOD)
+        bool,
+        typer.Option("--multiscale", help="Sum the features of each image at three sizes.", rich_help_panel=METHOD),
     ] = False,
     overrides: Settings = None,
     device: Device = "auto",

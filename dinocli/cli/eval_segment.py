@@ -1,4 +1,4 @@
-"""`dino eval segment`: overlap of foregrounds with masks, and a linear head for classes of pixels."""
+"""`dino eval segment`: overlap of foregrounds with masks, and a linear head for pixel classes."""
 
 from __future__ import annotations
 
@@ -58,14 +58,16 @@ def segment(
     network: NetworkName = "teacher",
     by: Annotated[
         Foreground | None,
-        typer.Option(help="With --truth: method of the foreground. Default: both.", rich_help_panel=METHOD),
+        typer.Option(help="With --truth: method that finds the foreground. Default: both.", rich_help_panel=METHOD),
     ] = None,
     mass: Mass = 0.6,
     tau: Tau = 0.2,
     epochs: Annotated[int, typer.Option(min=1, help="With --train: training epochs.", rich_help_panel=METHOD)] = 100,
     seed: Annotated[
         int,
-        typer.Option(min=0, help="With --train: seed of the order and the held-out photos.", rich_help_panel=METHOD),
+        typer.Option(
+            min=0, help="With --train: seed of the photos' order and of the held-out photos.", rich_help_panel=METHOD
+        ),
     ] = 0,
     short_side: ShortSide = None,
     overrides: Settings = None,
@@ -75,7 +77,7 @@ def segment(
     ] = Path("segments"),
     json: Json = False,
 ) -> None:
-    """Score a network by segmentation: foregrounds against masks, or a linear head trained for classes of pixels.
+    """Score a network by segmentation: foregrounds against masks, or a linear head trained on pixel classes.
 
     Examples:
         dino eval segment ./photos --truth ./masks
@@ -105,13 +107,13 @@ def segment(
     encoder = encoder_from(checkpoint, device, network, overrides)
     side = short_side or default_size(encoder)
     if truth:
-        _overlap(encoder, files, truth, [by] if by else _ways(encoder), side, mass, tau, json=json)
+        _score_overlap(encoder, files, truth, [by] if by else _list_methods(encoder), side, mass, tau, json=json)
     elif train:
         with marked(out, "segment", []):
-            _train(encoder, train, out, side, epochs, seed, json=json)
+            _train_head(encoder, train, out, side, epochs, seed, json=json)
 
 
-def _ways(encoder: Encoder) -> list[Foreground]:
+def _list_methods(encoder: Encoder) -> list[Foreground]:
     from dinocli.models.transformer import Transformer
 
     if isinstance(encoder.backbone, Transformer):
@@ -120,7 +122,7 @@ def _ways(encoder: Encoder) -> list[Foreground]:
     return ["cut"]
 
 
-def _overlap(
+def _score_overlap(
     encoder: Encoder,
     files: Mapping[Path, Path],
     truth: Path,
@@ -155,7 +157,7 @@ def _overlap(
     )
 
 
-def _train(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed: int, *, json: bool) -> None:
+def _train_head(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed: int, *, json: bool) -> None:
     from dinocli.apps.segment.linear_head import HEAD, train_head, write_head
     from dinocli.apps.segment.pairs import labelled_set
 
@@ -182,7 +184,7 @@ def _train(encoder: Encoder, root: Path, out: Path, side: int, epochs: int, seed
         ["class", "IoU %", f"IoU %, all {result.commonest}"],
         [[name, f"{iou:.1f}", f"{result.baseline.iou[name]:.1f}"] for name, iou in result.head.iou.items()],
         title=f"linear segmentation head on {encoder.source} at {side} pixels: {result.train_photos} training and "
-        f"{result.val_photos} other photos",
+        f"{result.val_photos} validation photos",
     )
     console.table(
         ["", "mIoU %", "pixels right %"],

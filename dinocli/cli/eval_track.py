@@ -8,8 +8,29 @@ from typing import Annotated
 import typer
 
 from dinocli.cli.layout import METHOD
-from dinocli.cli.options import Checkpoint, Device, FacetName, Json, Layer, NetworkName, Settings, Temperature
-from dinocli.cli.track import FirstMask, Fps, FrameSide, FramesPlace, Neighbours, Previous, Radius, Tracks, track_frames
+from dinocli.cli.options import (
+    Checkpoint,
+    Device,
+    FacetName,
+    Json,
+    Layer,
+    NetworkName,
+    NetworkOptions,
+    Settings,
+    Temperature,
+)
+from dinocli.cli.track import (
+    FirstMask,
+    Fps,
+    FrameSide,
+    FramesPlace,
+    Neighbours,
+    Previous,
+    PropagationOptions,
+    Radius,
+    Tracks,
+    track_frames,
+)
 
 
 def track(
@@ -18,7 +39,10 @@ def track(
     truth: Annotated[
         Path,
         typer.Option(
-            "--truth", metavar="MASKS", help="Folder of true masks, named like the frames.", rich_help_panel=METHOD
+            "--truth",
+            metavar="MASKS",
+            help="Folder of ground-truth masks, named like the frames.",
+            rich_help_panel=METHOD,
         ),
     ],
     checkpoint: Checkpoint = None,
@@ -36,13 +60,12 @@ def track(
     fps: Fps = None,
     json: Json = False,
 ) -> None:
-    """Track the objects of a first mask through a video, as `dino track` does, and score the masks by J and F.
+    """Track objects through a video, as `dino track` does, and score the masks by J and F of the DAVIS benchmark.
 
     Examples:
         dino eval track ./frames --mask masks/00000.png --truth ./masks
         dino eval track ./frames --mask 0.png --truth ./masks --short-side 240
     """
-    track_frames(
-        frames, mask, truth, checkpoint, network, short_side, previous, radius, k, temperature, layer, facet, overrides,
-        device, out, fps, json=json,
-    )  # fmt: skip
+    options = NetworkOptions(checkpoint, network, overrides, device)
+    propagation = PropagationOptions(short_side, layer, facet, previous, radius, k, temperature)
+    track_frames(frames, mask, options, propagation, out, fps, truth=truth, json=json)

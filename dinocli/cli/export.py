@@ -50,7 +50,7 @@ def export(
         Literal["official", "timm", "onnx", "torch-export"],
         typer.Option(
             metavar="FORMAT",
-            help="official: a .pth for facebookresearch/dino. timm: a folder that create_model loads. "
+            help="official: a .pth for facebookresearch/dino. timm: a folder that timm.create_model loads. "
             "onnx, torch-export: a graph from images to features.",
             rich_help_panel=OUTPUT,
         ),
@@ -58,8 +58,8 @@ def export(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Output file, or folder for timm. Default: named after the run and network. An existing file is "
-            "replaced, a folder only if an export made it, the source never.",
+            help="Output file, or folder for timm. Default: named after the run and network. Replaces an "
+            "existing file, or a folder of an earlier export, but never the source.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -86,7 +86,7 @@ def export(
 
     from dinocli.weights.export import ENDINGS, export
 
-    name = _name(Path(source), to, network, projection_head) + ENDINGS[to]
+    name = _make_name(Path(source), to, network, projection_head) + ENDINGS[to]
     target = output_place(out, file="" if to == "timm" else name) if out else Path(name)
     done = export(
         source, to, target, which=network, heads=projection_head, tokens=tokens, size=size, overrides=overrides or []
@@ -107,12 +107,12 @@ def export(
 _LIBRARY = {"official": "the original's network", "timm": "timm", "onnx": "onnxruntime", "torch-export": "torch.export"}
 
 
-def _name(source: Path, to: str, network: str, heads: bool) -> str:
-    """Return the name of the run or checkpoint file, with suffixes for network, heads and format."""
+def _make_name(source: Path, to: str, network: str, heads: bool) -> str:
+    """Return the run's or checkpoint's name, with suffixes for network, heads and format."""
     path = source.resolve()
     if path.name == CHECKPOINT:
         path = path.parent
-    # The format keeps a .pth from its source's name, and a timm folder from that of the run.
+    # The format in the name keeps a .pth from overwriting its source, and a timm folder distinct from the run's.
     form = to if to == "timm" or (to == "official" and path.suffix == ".pth") else ""
     tail = [network * (network == "student"), "heads" * heads, form]
     return "-".join([path.name if path.is_dir() else path.stem, *filter(None, tail)])

@@ -26,7 +26,7 @@ def knn(
     temperature: Temperature = 0.07,
     json: Json = False,
 ) -> None:
-    """Evaluate features by a weighted k-NN vote in cosine similarity, as the DINO paper does.
+    """Evaluate features by weighted k-NN classification with cosine similarity, as in the DINO paper.
 
     Examples:
         dino knn

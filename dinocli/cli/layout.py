@@ -16,10 +16,10 @@ _EXAMPLES = "Examples:"
 
 
 class Layout:
-    """Mixin for a command or group: flags without a type, `--help` beside `--json`, and plain names of arguments."""
+    """Mixin of commands and groups: help without Python types, and with `--help` in the output panel."""
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the parameters with `--help`, which typer adds, as their help shows them."""
+        """Return the parameters, including typer's `--help`, with types and panels set for the help."""
         parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
         panels = [getattr(parameter, "rich_help_panel", None) for parameter in parameters]
         for parameter in parameters:
@@ -39,22 +39,22 @@ def split_examples(function: Callable[..., Any]) -> tuple[str, list[str]]:
 
 
 def epilog(examples: list[str]) -> str | None:
-    """Return the end of a help page; typer keeps only empty lines between its lines."""
+    """Return the examples as the end of a help page, with empty lines between, as typer drops single line breaks."""
     return "\n\n".join([_EXAMPLES, *examples]) if examples else None
 
 
 def set_metavars(function: Callable[..., Any]) -> None:
-    """Name the value of each option of a command: N, X, PATH, TEXT, or its choices."""
+    """Set the metavar of each option of a command: N, X, PATH, TEXT, or its choices."""
     hints = get_type_hints(function, include_extras=True)
-    function.__annotations__ = hints  # instead of strings, which are evaluated at each access
+    function.__annotations__ = hints  # else typer evaluates the strings again, into other objects
     for hint in hints.values():
         if get_origin(hint) is Annotated:
             kind, info = get_args(hint)[:2]
             if info.metavar is None:
-                info.metavar = _metavar(kind)
+                info.metavar = _choose_metavar(kind)
 
 
-def _metavar(kind: Any) -> str:
-    while get_args(kind) and get_origin(kind) is not Literal:  # None, a list
+def _choose_metavar(kind: Any) -> str:
+    while get_args(kind) and get_origin(kind) is not Literal:  # unwrap `X | None` and `list[X]`
         kind = next(inner for inner in get_args(kind) if inner is not NoneType)
     return "|".join(get_args(kind)) if get_origin(kind) is Literal else _METAVARS[kind.__name__]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,9 +16,9 @@ from dinocli.cli.options import (
     FacetName,
     Json,
     NetworkName,
+    NetworkOptions,
     Settings,
     ShortSide,
-    encoder_from,
     output_place,
 )
 from dinocli.cli.places import photo_place
@@ -42,7 +42,9 @@ Layers = Annotated[
 ]
 Dimensions = Annotated[
     int | None,
-    typer.Option("--pca", min=1, help="Dimensions per patch after a PCA over both photos.", rich_help_panel=METHOD),
+    typer.Option(
+        "--pca", min=1, help="Reduce patch features to N dimensions, by a PCA over both photos.", rich_help_panel=METHOD
+    ),
 ]
 Lines = Annotated[
     int, typer.Option("--lines", min=1, help="Approximate number of lines to draw.", rich_help_panel=OUTPUT)
@@ -62,14 +64,17 @@ DiffusionWeight = Annotated[
         "--sd-weight",
         min=0,
         max=1,
-        help="Weight of the Stable Diffusion features; the DINO features get the rest.",
+        help="Weight of the Stable Diffusion features; the weight of the DINO features is 1 minus this.",
         rich_help_panel=METHOD,
     ),
 ]
 DiffusionSide = Annotated[
     int,
     typer.Option(
-        "--sd-long-side", min=64, help="Long side in pixels of the photos for Stable Diffusion.", rich_help_panel=METHOD
+        "--sd-long-side",
+        min=64,
+        help="Long side in pixels of the photos resized for Stable Diffusion.",
+        rich_help_panel=METHOD,
     ),
 ]
 Caption = Annotated[
@@ -77,6 +82,26 @@ Caption = Annotated[
     typer.Option("--caption", help="Caption of both photos for --sd. Default: none.", rich_help_panel=METHOD),
 ]
 Pictures = Annotated[Path, typer.Option("--out", help="Folder for the picture.", rich_help_panel=OUTPUT)]
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """Values of the options that select the patch features to compare."""
+
+    short_side: int | None
+    layers: list[int] | None
+    facet: Literal["token", "query", "key", "value"]
+    pca: int | None
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """Values of --sd (`model`, None by default) and of the options that need it."""
+
+    model: str | None
+    weight: float
+    long_side: int
+    caption: str | None
 
 
 def match(
@@ -104,32 +129,23 @@ def match(
         dino match a.jpg b.jpg
         dino match a.jpg b.jpg --short-side 240 --layer 9 --facet key
     """
-    match_photos(
-        a, b, None, "box", checkpoint, network, short_side, layer, facet, pca, sd, sd_weight, sd_long_side, caption,
-        overrides, device, out, lines, json=json,
-    )  # fmt: skip
+    options = NetworkOptions(checkpoint, network, overrides, device)
+    patches = PatchOptions(short_side, layer, facet, pca)
+    diffusion = DiffusionOptions(sd, sd_weight, sd_long_side, caption)
+    match_photos(a, b, options, patches, diffusion, out, lines, json=json)
 
 
 def match_photos(
     a: Path,
     b: Path,
-    keypoints: Path | None,
-    pck_of: Literal["box", "image"],
-    checkpoint: str | None,
-    network: Literal["teacher", "student"],
-    short_side: int | None,
-    layer: list[int] | None,
-    facet: Literal["token", "query", "key", "value"],
-    pca: int | None,
-    sd: str | None,
-    sd_weight: float,
-    sd_long_side: int,
-    caption: str | None,
-    overrides: list[str] | None,
-    device: str,
+    options: NetworkOptions,
+    patches: PatchOptions,
+    diffusion: DiffusionOptions,
     out: Path,
     lines: int,
     *,
+    keypoints: Path | None = None,
+    pck_of: Literal["box", "image"] = "box",
     json: bool,
 ) -> None:
     """Match two photos, draw the matches, and score them if keypoints are given."""
@@ -149,13 +165,18 @@ def match_photos(
     from dinocli.data.sources.photos import spare
 
     spare([picture], [a, b])
-    encoder = encoder_from(checkpoint, device, network, overrides)
+    encoder = options.encoder()
     photos = _read(a, encoder), _read(b, encoder)
     known = keypoints and read_keypoints(keypoints, a, b, (photos[0].shape[:2], photos[1].shape[:2]))
-    diffusion = load_diffusion(sd, pick_device(device), caption or "") if sd else None
-    if sd and not caption:
-        console.say("note: no --caption for the diffusion model; add one such as --caption 'a photo of a cat'")
-    compared = Compared(tuple(layer or [-1]), facet, short_side, pca, diffusion, sd_weight, sd_long_side)
+    model, caption = None, diffusion.caption or ""
+    if diffusion.model:
+        model = load_diffusion(diffusion.model, pick_device(options.device), caption)
+    if model and not caption:
+        console.say("note: no --caption set for the diffusion model; add one, such as --caption 'a photo of a cat'")
+    layers = tuple(patches.layers or [-1])
+    compared = Compared(
+        layers, patches.facet, patches.short_side, patches.pca, model, diffusion.weight, diffusion.long_side
+    )
     maps = patch_maps(encoder, *photos, compared)
     matches = matched(*maps)
     points = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None
@@ -163,12 +184,12 @@ def match_photos(
         write_picture(picture, photos, maps, matches, spread_out(maps[0], matches.mutual, lines), points)
     scores = pck(*maps, matches, *known, pck_of) if known else []
     if json:
-        result = {"picture": str(picture), "pairs": _pairs(*maps, matches)}
+        result = {"picture": str(picture), "pairs": _list_pairs(*maps, matches)}
         console.out_json(result | ({"keypoints": len(known[0]), "pck": [asdict(s) for s in scores]} if known else {}))
         return
     if known:
         title = f"PCK in percent of {len(known[0])} keypoints; threshold relative to the {pck_of}'s larger side"
-        console.table(["threshold", "found", "same place", "chance"], _rows(scores), title=title)
+        console.table(["threshold", "found", "same place", "chance"], _format_rows(scores), title=title)
     console.out(str(picture))
 
 
@@ -182,11 +203,11 @@ def _read(path: Path, encoder: Encoder) -> Pixels:
     return pixels
 
 
-def _rows(scores: list[Pck]) -> list[list[str]]:
+def _format_rows(scores: list[Pck]) -> list[list[str]]:
     return [[f"{s.alpha:g}", f"{s.found:.1f}", f"{s.same_place:.1f}", f"{s.chance:.1f}"] for s in scores]
 
 
-def _pairs(a: PatchMap, b: PatchMap, matches: Matches) -> list[dict[str, float]]:
+def _list_pairs(a: PatchMap, b: PatchMap, matches: Matches) -> list[dict[str, float]]:
     """Return the centers of mutual nearest patches in pixels of the photos, most similar first."""
     ours, theirs = a.centers[matches.mutual], b.centers[matches.forth[matches.mutual]]
     cosines = matches.cosine[matches.mutual].tolist()

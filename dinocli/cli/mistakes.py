@@ -1,4 +1,4 @@
-"""Usage errors, whose hints are the corrected command with the user's own values."""
+"""Usage errors; the hint is the corrected command with the user's own values."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from dinocli.cli.layout import Layout, epilog, set_metavars, split_examples
-from dinocli.cli.words import Misuse, Words, is_number, is_option
+from dinocli.cli.words import Misuse, Words, is_option
+from dinocli.core.config import is_number
 from dinocli.core.errors import DinoError, nearest
 from dinocli.method import shipped
 
 F = TypeVar("F", bound=Callable[..., Any])
-# Options of other tools and other spellings, by our option.
+# Options of other tools and other spellings, grouped by this tool's option.
 _ALIASES = {
     "--out": "-o --output --output-dir --out-dir --outdir --save --save-dir --dest --target",
     "--batch-size": "-b --bs --batch --batchsize",
@@ -42,9 +43,9 @@ _ALIASES = {
     "--threshold": "--thresh --thr",
 }
 _TARGETS = {alias: target for target, aliases in _ALIASES.items() for alias in aliases.split()}
-# Options that stand for another one in commands without it.
+# Options to suggest instead, in commands that lack the first one.
 _INSTEAD = {"--size": ("--short-side", "--long-side"), "--data": ("--images",)}
-# Option that a bare number most likely belongs to, by command.
+# Option that a number without an option most likely belongs to, by command.
 _NUMBERS = {
     "knn": "--k", "search": "--k", "curate": "--k", "dedup": "--threshold", "doctor": "--sample",
     "extract": "--size", "export": "--size", "attn-map": "--short-side", "match": "--short-side",
@@ -103,15 +104,15 @@ _COMMANDS = {
 
 
 class Command(Layout, TyperCommand):
-    """Command whose usage errors hint at the corrected command."""
+    """Command whose usage errors have the corrected command as a hint."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return the usage without typer's braces: `IMAGES`, and `[IMAGES]` if it is optional."""
+        """Return the usage line's parts: `IMAGES`, or `[IMAGES]` if it is optional, without typer's braces."""
         arguments = [p for p in self.params if p.param_type_name == "argument"]
         return ["[OPTIONS]", *(str(p.metavar) if p.required else f"[{p.metavar}]" for p in arguments)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments, after a check for mistakes that the parser would answer with its help page."""
+        """Parse the arguments, after checking for mistakes that the parser explains poorly."""
         words = Words.of(ctx.command_path.partition(" ")[2] or str(self.name), args, self.params)
         words.keep(ctx)
         if not ctx.resilient_parsing and "--help" not in args:
@@ -127,7 +128,7 @@ class Command(Layout, TyperCommand):
             raise mistake from error
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command if all numbers are finite: nan compares false with any bound, so the parser accepts it."""
+        """Check that all numbers are finite, and run the command. The parser accepts nan, which no bound excludes."""
         for name, value in ctx.params.items():
             for number in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(number, float) and not math.isfinite(number):
@@ -137,35 +138,35 @@ class Command(Layout, TyperCommand):
 
 
 class Group(Layout, TyperGroup):
-    """Group of commands that suggests the nearest for an unknown one."""
+    """Group of commands that suggests the nearest one for an unknown command."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments, with `dino --help knn` as `dino knn --help`."""
+        """Parse the arguments; treat `dino --help knn` as `dino knn --help`."""
         if len(args) == 2 and args[0] == "--help" and args[1] in self.commands:
             args = [args[1], "--help"]
         first = args[0] if args else ""
         if first.startswith("-") and not ctx.resilient_parsing and first not in self._options():
-            raise self._unknown(ctx, first, args[1:])
+            raise self._explain_unknown(ctx, first, args[1:])
         return super().parse_args(ctx, args)
 
     def _options(self) -> set[str]:
         return {name for p in self.params for name in p.opts} | {"--help", "--install-completion", "--show-completion"}
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command that the first word names."""
+        """Return the command named by the first word."""
         if args[0] not in self.commands and not ctx.resilient_parsing:
-            raise self._unknown(ctx, args[0], args[1:])
+            raise self._explain_unknown(ctx, args[0], args[1:])
         return super().resolve_command(ctx, args)
 
-    def _unknown(self, ctx: Any, word: str, rest: list[str]) -> Misuse:
+    def _explain_unknown(self, ctx: Any, word: str, rest: list[str]) -> Misuse:
         path = ctx.command_path
         fault = f"{path} has no {'option' if word.startswith('-') else 'command'} {word}"
         if path.endswith("presets"):
             close = nearest(word, shipped.names(), least=0.5)
             return Misuse(fault, f"dino presets show {close}" if close else "dino presets, which lists them")
         if path.endswith("eval"):
-            return Misuse(fault, self._in_group(path, ctx.find_root().command, word, rest))
-        if Path(word).exists() and (hint := _for_a_path(word)):
+            return Misuse(fault, self._suggest_in_group(path, ctx.find_root().command, word, rest))
+        if Path(word).exists() and (hint := _suggest_for_path(word)):
             return Misuse(fault, hint)
         target = word.lower().replace("_", "-") if word.lower().replace("_", "-") in self.commands else ""
         target = target or next((name for name, others in _COMMANDS.items() if word in others.split()), "")
@@ -184,8 +185,8 @@ class Group(Layout, TyperGroup):
             return Misuse(fault, f"{again} (labelled data: or dino linear)" if target == "knn" and not rest else again)
         return Misuse(fault, "dino --help, which lists the commands")
 
-    def _in_group(self, path: str, root: Any, word: str, rest: list[str]) -> str:
-        """Return the hint for an unknown command of a group: the nearest one, of the group or of `dino`."""
+    def _suggest_in_group(self, path: str, root: Any, word: str, rest: list[str]) -> str:
+        """Return the hint for an unknown command of a group: the nearest one of the group, else of `dino`."""
         if close := nearest(word, self.commands, least=0.6):
             return shlex.join([*path.split(), close, *rest])
         if close := nearest(word, root.commands, least=0.8):
@@ -193,7 +194,7 @@ class Group(Layout, TyperGroup):
         return f"{path} --help, which lists the commands"
 
 
-def _for_a_path(word: str) -> str:
+def _suggest_for_path(word: str) -> str:
     from dinocli.weights.identify import WEIGHTS, kind_of
 
     kind = kind_of(word)
@@ -207,7 +208,7 @@ def _for_a_path(word: str) -> str:
 
 
 class App(typer.Typer):
-    """Typer application with `Command` and `Group` as classes."""
+    """Typer application that builds its commands with `Command` and `Group`."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(cls=Group, **settings)
@@ -224,7 +225,7 @@ class App(typer.Typer):
         return register
 
     def callback(self, **settings: Any) -> Callable[[F], F]:
-        """Register a group's own function, as `typer.Typer.callback` does, with the examples of its docstring."""
+        """Register the function of a group, as `typer.Typer.callback` does, with the examples of its docstring."""
 
         def register(function: F) -> F:
             text, examples = split_examples(function)
@@ -249,24 +250,24 @@ def _check(words: Words, parameters: Sequence[Any]) -> None:
             continue
         if word == "--":
             break
-        # `usage` answers for `pretrain`, such as with the preset's key for --lr.
+        # usage.py explains options of `pretrain`: it knows the preset's keys, such as that for --lr.
         if is_option(word) and word.partition("=")[0] not in words.known:
             if name == "pretrain":
                 return
-            raise _unknown_option(words, i)
+            raise _explain_unknown_option(words, i)
     arguments = [p for p in parameters if p.param_type_name == "argument"]
     most = 2 if name == "extract" else None if any(p.nargs == -1 for p in arguments) else len(arguments)
     if most is None:
         return
-    _check_wall(words, most)
-    # Unquoted brackets in --set become separate words, which `usage` explains.
+    _check_shell_pattern(words, most)
+    # The shell splits unquoted brackets after --set into words; usage.py explains that.
     if len(words.places) <= most or "--set" in words.typed:
         return
-    if name != "pretrain" or any(_option_of(words, word) for word in words.positional):
-        raise _surplus(words, most)
+    if name != "pretrain" or any(_guess_option(words, word) for word in words.positional):
+        raise _explain_surplus(words, most)
 
 
-def _unknown_option(words: Words, index: int) -> Misuse:
+def _explain_unknown_option(words: Words, index: int) -> Misuse:
     option, equals, value = words.typed[index].partition("=")
     fault = f"dino {words.command} has no option {option}"
     plain = option.lower().replace("_", "-")
@@ -278,7 +279,7 @@ def _unknown_option(words: Words, index: int) -> Misuse:
     if target in ("--device cuda", "--device cpu") and "--device" in words.known:
         return Misuse(fault, words.again({index: target.split()}))
     if target not in words.known:
-        if target in ("--data", "--out") and (moved := _with_arguments(words)):
+        if target in ("--data", "--out") and (moved := _move_to_arguments(words)):
             return Misuse(f"{fault}; that is an argument", moved)
         if target in _OF_IMAGES and "--features" in words.known:
             hint = f"dino extract CHECKPOINT IMAGES with that option, then dino {words.command}"
@@ -289,8 +290,8 @@ def _unknown_option(words: Words, index: int) -> Misuse:
     return Misuse(fault, words.again({index: [f"{target}={value}" if equals else target]}))
 
 
-def _with_arguments(words: Words) -> str:
-    """Return the command with values of --data and --out as arguments, if it takes them as such."""
+def _move_to_arguments(words: Words) -> str:
+    """Return the command with the values of --data and --out as arguments, or an empty string if it takes none."""
     takes = {"--data": words.command in _TAKE_IMAGES, "--out": words.command in ("pack", "push")}
     found: dict[str, list[str]] = {target: [] for target in takes}
     rest, typed = [], list(words.typed)
@@ -309,8 +310,8 @@ def _with_arguments(words: Words) -> str:
     return shlex.join(["dino", words.command, *moved]) if len(rest) < len(words.typed) else ""
 
 
-def _check_wall(words: Words, most: int) -> None:
-    """Refuse files or folders expanded from a shell pattern, if the command takes one folder.
+def _check_shell_pattern(words: Words, most: int) -> None:
+    """Refuse the many files or folders of an expanded shell pattern, if the command takes one folder.
 
     Raises:
         Misuse: If there are two or more images, or more files or folders than the command takes.
@@ -347,8 +348,8 @@ def _check_wall(words: Words, most: int) -> None:
         raise Misuse(f"dino {words.command} takes one folder; got {came}", hint)
 
 
-def _surplus(words: Words, most: int) -> Misuse:
-    """Return the error for words beyond the last argument."""
+def _explain_surplus(words: Words, most: int) -> Misuse:
+    """Return the error for more positional words than the command takes."""
     name = words.command
     takes = f"dino {name} takes {('no argument', 'one argument', 'two arguments')[min(most, 2)]}"
     if name == "linear" and is_number(words.positional[0]):
@@ -356,15 +357,15 @@ def _surplus(words: Words, most: int) -> Misuse:
         return Misuse(f"{takes}; unexpected argument {words.positional[0]}", hint)
     for i in reversed(words.places):
         word = words.typed[i]
-        if option := _option_of(words, word):
-            value = _fit_value(option[0], float(word)) if is_number(word) else word
+        if option := _guess_option(words, word):
+            value = _choose_value(option[0], float(word)) if is_number(word) else word
             return Misuse(f"{takes}; unexpected argument {word}", words.again({i: [*option, value]}))
     if name == "export":
-        return _export_order(words)
+        return _explain_export_order(words)
     if most == 0 and "--features" in words.known:
         return Misuse(
             f"{takes} and reads features; unexpected argument {words.positional[0]}",
-            _of_images(name, words.positional[0]),
+            _suggest_features(name, words.positional[0]),
         )
     extra, others = words.positional[most], len(words.places) - most - 1
     more = f" and {others} more" if others else ""
@@ -376,7 +377,7 @@ def _surplus(words: Words, most: int) -> Misuse:
     return Misuse(f"{takes}; unexpected argument {extra}{more}", hint)
 
 
-def _of_images(command: str, word: str) -> str:
+def _suggest_features(command: str, word: str) -> str:
     """Return the hint for a command that reads features and was given something else."""
     from dinocli.weights.identify import WEIGHTS, kind_of
 
@@ -388,16 +389,16 @@ def _of_images(command: str, word: str) -> str:
     return f"dino {command} --features {quoted}"
 
 
-def _fit_value(option: str, number: float) -> str:
-    """Return the value of an option that a bare number most likely meant."""
+def _choose_value(option: str, number: float) -> str:
+    """Return a valid value of an option that is closest to what a bare number most likely meant."""
     if option == "--threshold":
         return f"{number / 100 if 1 < number <= 100 else min(max(number, -1), 1):g}"
     least = {"--k": 20, **dict.fromkeys(_SIDES, 224)}.get(option, 1)
     return str(least if number < (8 if option in _SIDES else 1) else round(number))
 
 
-def _option_of(words: Words, word: str) -> list[str]:
-    """Return the option that a bare word most likely belongs to, such as --to for onnx, or nothing."""
+def _guess_option(words: Words, word: str) -> list[str]:
+    """Return the option that a bare word most likely belongs to, such as `["--to"]` for onnx, else an empty list."""
     from dinocli.weights.identify import WEIGHTS, kind_of
 
     free = [option for option in words.known if not words.value([option])]
@@ -406,7 +407,7 @@ def _option_of(words: Words, word: str) -> list[str]:
     if kind != "missing":
         option = "--checkpoint" if kind in WEIGHTS else of_kind.get(kind, "")
         if option == "--checkpoint" and words.command in ("extract", "export", "push"):
-            return []  # an argument of these, whose order was mistaken
+            return []  # of these it is an argument, in the wrong order
         # The first word of curate is its pool.
         return [option] if option in free and not (option == "--like" and word == words.positional[0]) else []
     if is_number(word):
@@ -415,8 +416,8 @@ def _option_of(words: Words, word: str) -> list[str]:
     return [option for option, those in values.items() if option in free and word in those][:1]
 
 
-def _export_order(words: Words) -> Misuse:
-    """Return the error for `dino export OUT RUN` and `dino export RUN OUT`: the output is an option."""
+def _explain_export_order(words: Words) -> Misuse:
+    """Return the error for `dino export OUT RUN` and `dino export RUN OUT`, because the output is an option."""
     from dinocli.weights.identify import WEIGHTS, kind_of
 
     fault = "dino export takes one argument, the run or checkpoint"
@@ -431,20 +432,23 @@ def _export_order(words: Words) -> Misuse:
 
 
 def _explain(words: Words, error: Exception) -> Misuse | None:
-    """Add a hint to a parser error, recognised by attributes: typer has its own copy of click's classes."""
+    """Add a hint to a parser error, or return None.
+
+    Errors are recognised by attributes, because typer has its own copy of click's classes.
+    """
     parameter = getattr(error, "param", None)
     if getattr(error, "exit_code", None) != 2 or not hasattr(error, "format_message") or words.command == "pretrain":
         return None
     fault = " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
     hint = ""
     if type(error).__name__ == "MissingParameter":
-        hint = _missing(words, parameter)
+        hint = _suggest_missing(words, parameter)
     elif option := getattr(error, "option_name", "") if "requires an argument" in fault else "":
         hint = f"dino {words.command} {option} VALUE"
     return Misuse(fault, hint) if hint else None
 
 
-def _missing(words: Words, parameter: Any) -> str:
+def _suggest_missing(words: Words, parameter: Any) -> str:
     if parameter is not None and "--to" in parameter.opts:
         for i in words.places:
             if words.typed[i] in _VALUES["--to"]:

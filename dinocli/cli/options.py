@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -35,7 +36,7 @@ Images = Annotated[
 Photos = Annotated[
     list[Path], typer.Argument(metavar="IMAGES...", callback=photo_places, help="Photos, and folders of photos.")
 ]
-# One option with one wording, which ends with the keys that a command accepts.
+# The help of --set, which ends with the keys that each command accepts.
 _SET = "Override a setting of the preset; may be repeated. Keys: "
 AllSettings = Annotated[
     list[str] | None,
@@ -65,7 +66,9 @@ Limits = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.", rich_help_panel=MACHINE)]
 Workers = Annotated[
     int | None,
-    typer.Option(min=0, help="Processes that decode images. Default: chosen for the machine.", rich_help_panel=MACHINE),
+    typer.Option(
+        min=0, help="Number of processes that decode images. Default: chosen for the machine.", rich_help_panel=MACHINE
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel=OUTPUT)]
 Checkpoint = Annotated[
@@ -87,7 +90,9 @@ NetworkName = Annotated[
 FacetName = Annotated[
     Literal["token", "query", "key", "value"],
     typer.Option(
-        "--facet", help="Block output (token), or query, key or value of its attention.", rich_help_panel=METHOD
+        "--facet",
+        help="Patch features to compare: block output (token), or query, key or value of its attention.",
+        rich_help_panel=METHOD,
     ),
 ]
 Layer = Annotated[
@@ -108,8 +113,7 @@ ShortSide = Annotated[
     typer.Option(
         "--short-side",
         min=8,
-        help="Short side in pixels of the resized photos. Default: 480 for a network trained at 224, in proportion for "
-        "others.",
+        help="Short side in pixels of the resized photos. Default: 480/224 of the training size.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -119,7 +123,7 @@ Mass = Annotated[
         "--mass",
         min=0.01,
         max=1,
-        help="Share of the attention mass inside a mask drawn from attention.",
+        help="Share of the attention mass that an attention mask covers.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -130,7 +134,11 @@ Temperature = Annotated[
 Tau = Annotated[
     float,
     typer.Option(
-        "--tau", min=-1, max=1, help="With the cut: cosine above which patches are similar.", rich_help_panel=METHOD
+        "--tau",
+        min=-1,
+        max=1,
+        help="With the cut: cosine above which two patches count as similar.",
+        rich_help_panel=METHOD,
     ),
 ]
 FeatureFolder = Annotated[
@@ -153,13 +161,13 @@ Threshold = Annotated[
     typer.Option(
         min=-1,
         max=1,
-        help="Cosine from which two images are near-duplicates; `dino dedup` helps to choose it.",
+        help="Minimum cosine of two near-duplicates; `dino dedup` without --threshold helps to choose it.",
         rich_help_panel=METHOD,
     ),
 ]
 
-# File extensions. An output folder named with one is accepted only if it already exists. A .tar is allowed: the
-# name may come from the source.
+# File extensions. An output folder with one of these is accepted only if it already exists. A name in .tar is
+# always accepted, because it may come from the source.
 _ARCHIVES = (".zip", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _FILES = (
     *(".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".onnx", ".npy", ".npz", ".h5", ".parquet"),
@@ -168,21 +176,21 @@ _FILES = (
 
 
 def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
-    """Check that a local path can be written to, without writing, and return it with `~` expanded.
+    """Check that an output path is local and writable, without writing; return it with `~` expanded.
 
     Args:
-        path: Output path.
-        option: Option or argument name for messages.
-        file: Suggested name for an output that is one file. If empty, the output is a folder.
+        path: Path of the output, as typed.
+        option: Option or argument to name in messages.
+        file: File name to suggest, for an output that is one file. If empty, the output is a folder.
 
     Raises:
-        DinoError: If the path is an address, exists as the other kind, is a folder named like a file, or cannot be
-            written.
+        DinoError: If the path is an address, is a file instead of a folder or the reverse, is a new folder named like
+            a file, or cannot be written.
     """
     use = f"use {option}" if option.startswith("-") else f"for {option}, name"
     wanted = "file" if file else "folder"
-    if address := _address(path):
-        local = file or _plain(Path(address.rpartition(":")[2])).name or "results"
+    if address := _parse_address(path):
+        local = file or _drop_extensions(Path(address.rpartition(":")[2])).name or "results"
         if address.startswith("file:"):
             hint = f"{use} {address.removeprefix('file://')}"
         else:
@@ -191,7 +199,7 @@ def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
     if path.parts[:1] == ("~",):  # bash does not expand it in --out=~/runs
         path = path.expanduser()
     suffix, there = path.suffix.lower(), os.path.lexists(path)
-    instead = file or str(_plain(path) if suffix in (*_ARCHIVES, *_FILES) else f"{path}-2")
+    instead = file or str(_drop_extensions(path) if suffix in (*_ARCHIVES, *_FILES) else f"{path}-2")
     fault = ""
     if file and path.is_dir():
         fault, instead = "is a folder", str(path / file)
@@ -208,26 +216,26 @@ def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
 
 
 def refuse_address(value: str, option: str, expected: str) -> None:
-    """Refuse a source at s3:// or another address, which this option does not read.
+    """Refuse an input at an address such as s3://, which this option does not read.
 
     Raises:
-        DinoError: If it is one.
+        DinoError: If the value is an address.
     """
-    if "://" in value and (address := _address(Path(value))):
+    if "://" in value and (address := _parse_address(Path(value))):
         raise DinoError(
             f"{option} {address} is an address; expected {expected}",
             f"copy it here first, and name the copy: {Path(address).name or 'DIR'}",
         )
 
 
-def _plain(path: Path) -> Path:
+def _drop_extensions(path: Path) -> Path:
     """Drop file extensions: run.tar.gz becomes run, and run.v1 stays."""
     while path.suffix.lower() in (*_ARCHIVES, *_FILES, ".tar"):
         path = path.with_suffix("")
     return path
 
 
-def _address(path: Path) -> str:
+def _parse_address(path: Path) -> str:
     """Return the address as typed, such as s3://bucket/x or user@host:/x; an empty string for a path."""
     words = path.as_posix()
     if re.match(r"[\w.-]+@[\w.-]+:", words):
@@ -251,10 +259,10 @@ def _check_writable(path: Path, option: str, use: str) -> None:
 
 
 def compiles(device: torch.device, *, asked: bool) -> bool:
-    """Try to compile for a device, and return True if it works; print a note if not.
+    """Return whether torch.compile works on a device; print a note if not.
 
     Raises:
-        DinoError: If it fails and --compile was given.
+        DinoError: If it does not work and --compile was given.
     """
     from dinocli.core.device import why_not_compiled
 
@@ -267,7 +275,7 @@ def compiles(device: torch.device, *, asked: bool) -> bool:
 
 
 def one_checkpoint(argument: str | None, option: str | None) -> str | None:
-    """Return the checkpoint that is given as an argument or as `--checkpoint`.
+    """Return the checkpoint given as an argument or with `--checkpoint`.
 
     Raises:
         Misuse: If both are given.
@@ -281,7 +289,7 @@ def one_checkpoint(argument: str | None, option: str | None) -> str | None:
 
 
 def checkpoint_or_newest(given: str | None) -> str:
-    """Return the given checkpoint, else `./ckpt.safetensors`, else the newest run's; print a default or linked one.
+    """Return the given checkpoint, else `./ckpt.safetensors`, else the newest run's; print it if not given or a link.
 
     Raises:
         DinoError: If none is given and none exists.
@@ -307,7 +315,7 @@ def checkpoint_or_newest(given: str | None) -> str:
 
 
 def _note_longer(taken: Path, step: int | None) -> None:
-    """Print a note if another run was trained longer: the newest may be a short trial."""
+    """Print a note if another run was trained longer, because the newest may be a short trial."""
     others = {path: step_of(path) or 0 for path in RUNS.glob(f"*/{CHECKPOINT}") if not path.samefile(taken)}
     longest = max(others, key=lambda path: others[path], default=None)
     if step is not None and longest and others[longest] > step:
@@ -328,7 +336,7 @@ def step_of(checkpoint: Path) -> int | None:
 def encoder_from(
     checkpoint: str | None, device: str, network: Literal["teacher", "student"], overrides: Sequence[str] | None
 ) -> Encoder:
-    """Load the encoder for the options of a command, and print the notes of loading.
+    """Load the encoder that a command's options name, and print the notes of loading.
 
     Raises:
         DinoError: If the checkpoint or the device does not exist, or the weights or an override do not fit.
@@ -345,8 +353,29 @@ def encoder_from(
     return encoder
 
 
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Values of the options that name and place a network.
+
+    Attributes:
+        checkpoint: Checkpoint as typed. If None, the default is used.
+        network: Network to load from a file that holds both.
+        overrides: Settings from --set.
+        device: Device as typed, such as `auto`.
+    """
+
+    checkpoint: str | None
+    network: Literal["teacher", "student"]
+    overrides: Sequence[str] | None
+    device: str
+
+    def encoder(self) -> Encoder:
+        """Load the encoder, as `encoder_from` does."""
+        return encoder_from(self.checkpoint, self.device, self.network, self.overrides)
+
+
 def features_or_newest(given: Path | None) -> Path:
-    """Return the given feature folder, else `./features`, else the newest run's; print a default.
+    """Return the given feature folder, else `./features`, else the newest run's; print it if not given.
 
     Raises:
         DinoError: If none is given and none exists.
@@ -361,13 +390,13 @@ def features_or_newest(given: Path | None) -> Path:
             console.say(f"features: {folder}")
             return folder
     raise DinoError(
-        "no --features given, and ./features does not exist",
+        "no --features given, and neither ./features nor features of the newest run exist",
         "dino extract ckpt.safetensors IMAGES, or --features FOLDER",
     )
 
 
 def listed(gallery: Gallery, rows: Sequence[int], path: Path) -> list[Path]:
-    """Write a list of image files, print a note for each that it cannot hold, and return the files written."""
+    """Write a list of image files, print a note for each name that a list cannot hold, and return the files written."""
     from dinocli.apps.search.gallery import write_list
 
     try:
@@ -376,5 +405,5 @@ def listed(gallery: Gallery, rows: Sequence[int], path: Path) -> list[Path]:
         console.say(f"note: no list was written: {none.message}; {none.hint}")
         return []
     for name in odd:
-        console.say(f"note: {name!r} is not in the list: its name contains a tab or a newline")
+        console.say(f"note: {name!r} is not in the list: the name contains a tab or a newline")
     return [path]

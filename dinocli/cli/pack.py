@@ -27,8 +27,8 @@ def pack(
         int | None,
         typer.Option(
             min=8,
-            help="Resize images with a longer short side to this many pixels, as JPEG (.npy if they have "
-            "neither three channels nor one). Default: store all unchanged.",
+            help="Resize images with a longer short side to this many pixels, and store them as JPEG (.npy unless "
+            "they have 1 or 3 channels). Default: store all files unchanged.",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -65,7 +65,7 @@ def pack(
     for path, reason in packed.bad.items():
         console.say(f"note: skipped {path}: {reason}")
     if packed.kept:
-        console.say(f"kept {packed.kept} of {packed.shards} shards from an earlier call")
+        console.say(f"reused {packed.kept} of {packed.shards} shards from an earlier call")
     if packed.faster:
         how = "from disk" if packed.cold else "from memory, without the disk's seek times"
         console.say(f"reading the shards is {packed.faster:.1f} times as fast as reading the files (measured {how})")

@@ -1,4 +1,4 @@
-"""Checks of arguments that name files, whose hints are the corrected command."""
+"""Checks of arguments that name files; the hint of an error is the corrected command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
     """Check that an argument names images.
 
     Raises:
-        DinoError: If it names a checkpoint, features, one image, an archive, a video, an address, or no file.
+        DinoError: If it names a checkpoint, features, a single image, an archive, a video or an address.
     """
     if value is None or context.resilient_parsing:
         return value
@@ -37,7 +37,7 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
 
 
 def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
-    """Return the hint for a value that is no set of images, or an empty string if it may be one."""
+    """Return the hint for a value that is not a set of images, or an empty string if it may be one."""
     from dinocli.weights.identify import WEIGHTS
 
     path, quoted = Path(value), shlex.quote(value)
@@ -51,22 +51,22 @@ def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
         return f"dino knn --features {shlex.quote(str(path if path.is_dir() else path.parent))}"
     if kind in ("image", "pattern"):
         folder = path.parent if kind == "image" or path.parent.is_dir() else Path()
-        return _with(words, value, str(folder))
+        return _replace(words, value, str(folder))
     if kind == "archive":
         unpack = "unzip -q {} -d {}" if path.suffix.lower() == ".zip" else "7z x {} -o{}"
-        return f"{unpack.format(quoted, stem)}, then {_with(words, value, path.stem)}"
+        return f"{unpack.format(quoted, stem)}, then {_replace(words, value, path.stem)}"
     if kind == "video":
-        return f"mkdir {stem} && ffmpeg -i {quoted} -r 2 {stem}/%05d.png, then {_with(words, value, path.stem)}"
+        return f"mkdir {stem} && ffmpeg -i {quoted} -r 2 {stem}/%05d.png, then {_replace(words, value, path.stem)}"
     if kind == "address":
         if value.endswith(".tar"):
             read = "curl -sL {}" if value.startswith("http") else "aws s3 cp {} -"
-            return _with(words, value, f"pipe:{read.format(value)}")
+            return _replace(words, value, f"pipe:{read.format(value)}")
         name = value.rstrip("/").rpartition("/")[2] or "images"
-        return f"copy it here first, then {_with(words, value, name)}"
+        return f"copy it here first, then {_replace(words, value, name)}"
     return "name a folder of images" if kind == "graph" else ""
 
 
-def _with(words: Words, old: str, new: str) -> str:
+def _replace(words: Words, old: str, new: str) -> str:
     return words.ordered([new if word == old else word for word in words.positional])
 
 
@@ -87,7 +87,7 @@ def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]
     """Check the order and the kinds of `[CHECKPOINT] DATA`.
 
     Raises:
-        DinoError: If they are swapped, one is missing, or one is of another kind.
+        DinoError: If they are swapped, the images are missing, or one is another kind of file.
     """
     if not value or context.resilient_parsing:
         return value
@@ -161,9 +161,10 @@ def _check_photo(words: Words, value: str) -> None:
     kind = kind_of(value)
     typed = next((word for word in words.positional if word == value or str(Path(word)) == value), value)
     others = [word for word in words.positional if word != typed]
-    expected = "expected photos or folders of photos"
+    tracks = words.command in ("track", "eval track")
+    expected = "expected a folder of frames or a video" if tracks else "expected photos or folders of photos"
     if kind in WEIGHTS and "--checkpoint" in words.known:
-        photos = others or ["photo.jpg"]
+        photos = others or ["FRAMES" if tracks else "photo.jpg"]
         if words.command in ("match", "eval match") and len(photos) < 2:
             photos = [*photos, "b.jpg"]
         again = words.ordered(photos) if words.value(["--checkpoint"]) else words.ordered(photos, "--checkpoint", typed)
@@ -181,7 +182,7 @@ def _check_photo(words: Words, value: str) -> None:
         raise DinoError(f"{typed} is {NAMES[kind]}", words.ordered([*others, str(folder)]))
     if kind in ("archive", "address", "graph"):
         raise DinoError(
-            f"{typed} is {NAMES[kind]}; {expected}", "unpack or copy it here, and name the folder of its photos"
+            f"{typed} is {NAMES[kind]}; {expected}", "unpack or copy it here, and name the folder of its images"
         )
 
 
@@ -216,9 +217,9 @@ def check_features(value: str, words: Words) -> None:
     kind, path, quoted = kind_of(value), Path(value), shlex.quote(value)
     expected = "expected a folder of features"
     if kind == "features" and path.is_file():
-        raise DinoError(f"{value} is one file of features; {expected}", _swap(words, value, str(path.parent)))
+        raise DinoError(f"{value} is one file of features; {expected}", _replace_value(words, value, str(path.parent)))
     if kind == "run" and (path / FOLDER).is_dir():
-        raise DinoError(f"{value} is {NAMES[kind]}; {expected}", _swap(words, value, str(path / FOLDER)))
+        raise DinoError(f"{value} is {NAMES[kind]}; {expected}", _replace_value(words, value, str(path / FOLDER)))
     if kind in WEIGHTS:
         raise DinoError(
             f"{value} is {NAMES[kind]}; {expected}", f"dino extract {quoted} IMAGES, then dino {words.command}"
@@ -227,10 +228,12 @@ def check_features(value: str, words: Words) -> None:
         images = value if kind != "image" else str(path.parent)
         features = f"{Path(images).resolve().name}-features"
         make = shlex.join(["dino", "extract", "ckpt.safetensors", images, "--out", features])
-        raise DinoError(f"{value} is {NAMES[kind]}; {expected}", f"{make}, then {_swap(words, value, features)}")
+        raise DinoError(
+            f"{value} is {NAMES[kind]}; {expected}", f"{make}, then {_replace_value(words, value, features)}"
+        )
 
 
-def _swap(words: Words, old: str, new: str) -> str:
+def _replace_value(words: Words, old: str, new: str) -> str:
     """Return the command with one value replaced, typed as a word or as --option=value."""
     instead: dict[int, Sequence[str]] = {}
     for i, word in enumerate(words.typed):

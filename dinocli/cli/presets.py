@@ -16,13 +16,13 @@ presets = App(invoke_without_command=True)
 
 
 def complete_preset(incomplete: str) -> list[str]:
-    """Return the names of shipped presets that begin with an incomplete one, for completion in the shell."""
+    """Return the names of shipped presets that begin with the typed text, for shell completion."""
     return [name for name in shipped.names() if name.startswith(incomplete)]
 
 
 @presets.callback()
 def list_presets(context: typer.Context, json: Json = False) -> None:
-    """List the shipped presets with backbone, recipe, cost and expected result, or show one.
+    """List the shipped presets with backbone, recipe, cost and expected result.
 
     Examples:
         dino presets
@@ -46,7 +46,7 @@ def list_presets(context: typer.Context, json: Json = False) -> None:
     if json:
         console.out_json(rows)
         return
-    # One row of several lines per preset: five columns would break words in a terminal of 80 columns.
+    # One row of several lines per preset, because five columns would break words in a terminal of 80 characters.
     cells = [
         [row["preset"], f"{row['backbone']}\n{row['recipe']}\ncost: {row['cost']}\nexpected: {row['expected']}"]
         for row in rows
@@ -60,7 +60,7 @@ def show(
         str, typer.Argument(metavar="NAME", autocompletion=complete_preset, help="Name of a shipped preset.")
     ],
 ) -> None:
-    """Print a preset; redirect it to a file to start your own.
+    """Print a preset. Redirect it to a file to start your own.
 
     Examples:
         dino presets show tiny

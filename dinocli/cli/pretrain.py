@@ -44,7 +44,7 @@ def pretrain(
     preset: Annotated[
         str,
         typer.Option(
-            help="A shipped preset (`dino presets`) or a .toml of your own.",
+            help="Name of a shipped preset (`dino presets` lists them), or a .toml file of your own.",
             autocompletion=complete_preset,
             rich_help_panel=RECIPE,
         ),
@@ -68,13 +68,14 @@ def pretrain(
     ] = None,
     overrides: AllSettings = None,
     init: Annotated[
-        str | None, typer.Option(metavar="FILE|timm:NAME", help="Initial weights.", rich_help_panel=RECIPE)
+        str | None,
+        typer.Option(metavar="FILE|timm:NAME", help="Initial weights. Default: random.", rich_help_panel=RECIPE),
     ] = None,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
             metavar="RUN|FILE|timm:NAME",
-            help="A trained network as frozen teacher; also sets teacher.frozen=true. --preset distill-features takes "
+            help="Trained network to use as a frozen teacher; also sets teacher.frozen=true. --preset distill-features takes "
             "any encoder, and several.",
             rich_help_panel=RECIPE,
         ),
@@ -82,7 +83,7 @@ def pretrain(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Run folder. Default: that of an unfinished run with the same settings, else runs/<preset>-<n>.",
+            help="Run folder. Default: an unfinished run with the same settings, else a new runs/<preset>-<n>.",
             rich_help_panel=RUN_FOLDER,
         ),
     ] = None,
@@ -94,22 +95,29 @@ def pretrain(
             rich_help_panel=RUN_FOLDER,
         ),
     ] = "10min",
-    keep: Annotated[int, typer.Option(min=1, help="Number of newest states to keep.", rich_help_panel=RUN_FOLDER)] = 2,
+    keep: Annotated[
+        int, typer.Option(min=1, help="Number of newest saved states to keep.", rich_help_panel=RUN_FOLDER)
+    ] = 2,
     milestones: Annotated[
-        int | None, typer.Option(min=1, help="Keep a state permanently every N steps.", rich_help_panel=RUN_FOLDER)
+        int | None,
+        typer.Option(
+            min=1, help="Also save a state every N steps and keep it permanently.", rich_help_panel=RUN_FOLDER
+        ),
     ] = None,
     monitor: Annotated[
         str | None,
         typer.Option(
             metavar="DIR",
-            help="A small labelled folder on which to measure the teacher's k-NN accuracy.",
+            help="Small folder of images in class folders; during training, measure the teacher's k-NN accuracy on it.",
             rich_help_panel=MONITORING,
         ),
     ] = None,
     monitor_every: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Steps between evaluations. Default: at most 5 % of the time.", rich_help_panel=MONITORING
+            min=1,
+            help="Steps between k-NN evaluations. Default: chosen so that they take at most 5 % of the time.",
+            rich_help_panel=MONITORING,
         ),
     ] = None,
     on_collapse: Annotated[
@@ -127,12 +135,14 @@ def pretrain(
         ),
     ] = False,
     report: Annotated[
-        bool, typer.Option(help="Draw report.html and curves.png into the run folder.", rich_help_panel=MONITORING)
+        bool, typer.Option(help="Write report.html and curves.png into the run folder.", rich_help_panel=MONITORING)
     ] = True,
     accumulate: Annotated[
         int,
         typer.Option(
-            min=1, help="Accumulate the gradient over N parts of a batch: less memory.", rich_help_panel=SPEED
+            min=1,
+            help="Split each batch into N parts and accumulate their gradients, to save memory.",
+            rich_help_panel=SPEED,
         ),
     ] = 1,
     recompute: Annotated[
@@ -155,7 +165,9 @@ def pretrain(
     cache: Annotated[
         str | None,
         typer.Option(
-            metavar="ram|DIR", help="Keep decoded images for later epochs, if they fit.", rich_help_panel=SPEED
+            metavar="ram|DIR",
+            help="Cache decoded images for later epochs, in memory or in a folder, if they fit.",
+            rich_help_panel=SPEED,
         ),
     ] = None,
     cache_teacher: Annotated[
@@ -176,7 +188,9 @@ def pretrain(
     gpus: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Train on N CUDA devices of this machine, which share each batch.", rich_help_panel=MACHINE
+            min=1,
+            help="Train on N CUDA devices of this machine; each gets a part of every batch.",
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     workers: Workers = None,
@@ -200,13 +214,13 @@ def pretrain(
     _refuse_names(init, teachers)
     if out and Path(images).is_dir() and out.resolve() == Path(images).resolve():
         raise DinoError(f"--out {out} is the folder of the images", f"use --out runs/{out.resolve().name}")
-    cache = _cache(cache)
+    cache = _check_cache(cache)
     cache_teacher = cache_teacher and output_place(cache_teacher, "--cache-teacher")
     short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
     given = [f"{key}={value}" for key, value in short.items() if value is not None]
     _refuse_two_values(given, overrides or [])
     if (tasks := unused_tasks()) > 1 and not gpus:
-        console.say(f"note: SLURM gave this job {tasks} tasks and this command runs in one process; see --gpus")
+        console.say(f"note: SLURM gave this job {tasks} tasks, but this command runs in one process; see --gpus")
     if gpus and not dry_run and _launch(gpus, device):
         return
 
@@ -227,7 +241,7 @@ def pretrain(
     same = (loaded, source.fingerprint, init, frozen.fingerprint if frozen else None)
     total = start_clock(loaded, source.count).total
     if steps and steps > total:
-        console.say(f"note: --steps {steps} is more than the {total} steps of the run, which ends there; see --epochs")
+        console.say(f"note: --steps {steps} is more than the run's {total} steps; it ends after {total}; see --epochs")
     picked = pick_device(device)
     name = Path(preset).name.removesuffix(".toml")
     stop = total if steps is None else min(steps, total)
@@ -244,7 +258,7 @@ def pretrain(
         teacher_cache=cache_teacher,
         cache=cache,
         accumulate=accumulate,
-        saving=_saving(save_every, keep, milestones),
+        saving=_parse_saving(save_every, keep, milestones),
         on_collapse=on_collapse,
         monitor=monitor,
         monitor_every=monitor_every,
@@ -258,7 +272,7 @@ def pretrain(
         from dinocli.train.pretrain import rehearse
 
         rehearse(plan, console.say)
-        for line in _beforehand(plan, begun=False):
+        for line in _list_notes(plan, begun=False):
             console.say(f"note: {line}")
         _print_plan(plan, json)
     else:
@@ -290,7 +304,7 @@ def _refuse_names(init: str | None, teachers: list[str]) -> None:
     """Refuse a bare model name for --init, and a preset's name for --teacher.
 
     Raises:
-        DinoError: If one is given. The hint says where the name belongs.
+        DinoError: If one is given.
     """
     weights = (".pth", ".pt", ".safetensors")
     named = init if init and re.fullmatch(r"[a-z]\w*(\.\w+)?", init) and not init.endswith(weights) else None
@@ -302,14 +316,14 @@ def _refuse_names(init: str | None, teachers: list[str]) -> None:
             raise DinoError(f"--teacher {teacher} is a preset; expected a trained run", f"train it first: {trained}")
 
 
-def _cache(given: str | None) -> str | None:
+def _check_cache(given: str | None) -> str | None:
     if given is None or given.lower() == "ram":
         return given and "ram"
     return str(output_place(Path(given), "--cache"))
 
 
 def _refuse_two_values(given: list[str], overrides: list[str]) -> None:
-    """Refuse two values for one key, by an option and by --set.
+    """Refuse different values for one key from an option and from --set.
 
     Raises:
         DinoError: If the values differ.
@@ -322,10 +336,10 @@ def _refuse_two_values(given: list[str], overrides: list[str]) -> None:
 
 
 def _launch(gpus: int, device: str) -> bool:
-    """Start the processes of --gpus, and return True if they have done the whole run.
+    """Start one process per GPU, and return True if they completed the run; False if this process must train.
 
     Raises:
-        DinoError: If there are fewer CUDA devices, --device names another kind, or another number of processes runs.
+        DinoError: If there are too few CUDA devices, --device is not CUDA, or the number of started processes differs.
     """
     if size() > 1:
         if gpus != local_size():
@@ -347,7 +361,7 @@ def _launch(gpus: int, device: str) -> bool:
     return gpus > 1
 
 
-def _saving(every: str, keep: int, milestones: int | None) -> Saving:
+def _parse_saving(every: str, keep: int, milestones: int | None) -> Saving:
     from dinocli.train.plan import Saving
 
     units = {"s": 1, "min": 60, "h": 3600}
@@ -376,7 +390,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
     rows = {
         "images": f"{plan.source.count or 'an unknown number'} in {plan.source.where}",
         "backbone": f"{preset.backbone.name}, {networks}",
-        "views": _views(plan),
+        "views": _format_views(plan),
         "batch": f"{preset.training.batch_size} images"
         + (f", {plan.images_each} in each of {size()} processes" if size() > 1 else "")
         + (f", in {plan.accumulate} parts" if plan.accumulate > 1 else "")
@@ -387,10 +401,10 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "start": plan.init or "random weights",
         **({"teacher": f"{plan.teacher.describe(preset)}, frozen"} if plan.teacher else {}),
         "out": str(plan.out),
-        "work": f"{cost.flops / 1e9:.3g} GFLOP per image",
+        "compute": f"{cost.flops / 1e9:.3g} GFLOP per image",
         "memory": f"about {console.size(cost.memory)} (an estimate); {console.size(free)} are free: "
-        + ("it fits" if fits else "it does not fit" + _instead(less)),
-        "time": f"about {console.duration(cost.seconds)} (an estimate, from this device's rate of matrix products)",
+        + ("it fits" if fits else "it does not fit" + _format_alternative(less)),
+        "time": f"about {console.duration(cost.seconds)} (estimated from the speed of matrix products on this device)",
     }
     if json:
         numbers = {
@@ -405,8 +419,8 @@ def _print_plan(plan: Plan, json: bool) -> None:
     console.table(["plan", plan.name], [[name, value] for name, value in rows.items()])
 
 
-def _views(plan: Plan) -> str:
-    """Format the number and the size of the views, with epochs if the size changes."""
+def _format_views(plan: Plan) -> str:
+    """Format the number and the size of the views, with the epochs of each size if it changes."""
     low, words = plan.preset.views.low_resolution, []
     for _, views in plan.preset.views.phases(1):
         local = f" + {views.locals}x{views.local.size}" if views.local else ""
@@ -414,22 +428,22 @@ def _views(plan: Plan) -> str:
     return f" for {low.epochs} of {plan.clock.epochs} epochs, then ".join(words) if low else words[0]
 
 
-def _instead(less: tuple[dict[str, str], Estimate] | None) -> str:
+def _format_alternative(less: tuple[dict[str, str], Estimate] | None) -> str:
     if less is None:
-        return ", nor does one image at a time: use a smaller backbone, or --parallel fsdp over several GPUs"
+        return ", not even with one image at a time: use a smaller backbone, or --parallel fsdp over several GPUs"
     typed, cost = less
     words = " ".join(word for pair in typed.items() for word in pair if word)
     return f"; {words} takes about {console.size(cost.memory)}"
 
 
-def _beforehand(plan: Plan, *, begun: bool) -> Iterator[str]:
-    """Yield the notes to print before a run; if it was begun, omit those printed then."""
+def _list_notes(plan: Plan, *, begun: bool) -> Iterator[str]:
+    """Yield the notes to print before a run. A resumed run (`begun`) omits those printed at its start."""
     from dinocli.apps.doctor.inspection import warn_of
     from dinocli.train.plan import cautions, short_stop
     from dinocli.train.teacher_cache import check_space, describe
 
     if plan.preset.views.low_resolution:
-        yield f"views of {_views(plan)}: later steps take longer"
+        yield f"views of {_format_views(plan)}: later steps take longer"
     if facts := check_space(plan):
         yield describe(facts)
     if not begun:
@@ -448,8 +462,8 @@ def _run(plan: Plan, json: bool) -> None:
     count, size = plan.source.count, plan.preset.training.batch_size
     images = f"{count} images" if count else "a stream of images"
     console.say(f"{plan.name}: {images}, {plan.stop} steps of {size} on {plan.device}, into {plan.out}")
-    begun = any(True for _ in saved_states(plan.out))  # a resumed run does not repeat its first notes
-    for line in _beforehand(plan, begun=begun):
+    begun = any(True for _ in saved_states(plan.out))
+    for line in _list_notes(plan, begun=begun):
         console.say(f"note: {line}")
     with console.progress("pretrain", plan.stop, "steps") as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)
@@ -467,7 +481,7 @@ def _run(plan: Plan, json: bool) -> None:
         console.say(f"note: skipped {run.skipped} steps whose loss or gradient was not finite")
     loss = f", loss {run.loss:.3f}" if run.loss is not None else ""
     if run.stopped:
-        console.say(f"stopped at step {run.step} of {plan.stop}{loss}; saved: repeat the same command to resume")
+        console.say(f"stopped at step {run.step} of {plan.stop}{loss}; saved; run the same command to resume")
     elif run.step > run.began or not run.step:
         before = f", after {run.began} before" if run.began else ""
         console.say(f"done: {run.step - run.began} steps in {console.duration(run.seconds)}{before}{loss}")
@@ -488,9 +502,12 @@ def _run(plan: Plan, json: bool) -> None:
 
 
 def _link(checkpoint: Path, *, unfinished: bool) -> bool:
-    """Point `./ckpt.safetensors` to a run's weights, and print a change; return False if it does not point there now.
+    """Link `./ckpt.safetensors` to a run's weights, and print a note if the link changes or cannot change.
 
-    A trial of a few steps does not replace the link to a longer run's weights.
+    An unfinished run of fewer steps does not replace the link to a longer run.
+
+    Returns:
+        True if the link now points to the run.
     """
     if rank() > 0:
         return True
@@ -500,13 +517,13 @@ def _link(checkpoint: Path, *, unfinished: bool) -> bool:
     before, now = (step_of(path) or 0 for path in (link if other else checkpoint, checkpoint))
     if other and unfinished and before > now:
         console.say(
-            f"note: ./{link} still points to {target} (step {before}), which was trained for longer than {checkpoint} "
+            f"note: ./{link} still points to {target} (step {before}), which was trained longer than {checkpoint} "
             f"(step {now})"
         )
         return False
     if not link_newest(checkpoint):
-        console.say(f"note: ./{link} is not a link to a run, or is not writable; it was not changed")
+        console.say(f"note: ./{link} was not changed: it is not a link to a run, or it is not writable")
         return False
     if other:
-        console.say(f"note: ./{link} now points to {checkpoint} (step {now}), before to {target} (step {before})")
+        console.say(f"note: ./{link} now points to {checkpoint} (step {now}); before: {target} (step {before})")
     return True

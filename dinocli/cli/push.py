@@ -28,15 +28,16 @@ def push(
         Path | None,
         typer.Argument(
             metavar="OUT",
-            help="Output folder, which names the model. Default: the name of the run, with -hub. Output of an earlier "
-            "push is replaced unless its card was edited.",
+            help="Output folder, which also names the model. Default: the run's name plus -hub. Replaces the output "
+            "of an earlier push, unless its card was edited.",
         ),
     ] = None,
     checkpoint: SameCheckpoint = None,
     features: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of features of these weights; adds their k-NN accuracy to the card.", rich_help_panel=METHOD
+            help="Folder of features made with these weights; adds their k-NN accuracy to the card.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     json: Json = False,
@@ -48,7 +49,7 @@ def push(
         dino push runs/tiny-1 my-birds --features features
     """
     if source and checkpoint and not out and not is_weights(source):
-        out, source = Path(source), None  # with --checkpoint the only argument is the output
+        out, source = Path(source), None  # with --checkpoint, the only argument is OUT
     given = one_checkpoint(source, checkpoint)
     out = out and output_place(out, "OUT")
     taken = checkpoint_or_newest(given)

@@ -20,8 +20,8 @@ _OPTIONS: dict[str, dict[str, str]] = {
     "pack": {"--side": "--short-side"},
     "export": {"--heads": "--projection-head"},
 }  # fmt: skip
-# Commands that move to another one if an option is given: the new command, and the option's new spelling. An empty
-# spelling makes its value an argument.
+# Options that moved to another command: by old command and option, the new command and the option's new spelling.
+# With an empty spelling, the option's value becomes an argument.
 _MOVED: dict[tuple[str, str], tuple[str, str]] = {
     ("search", "--evaluate"): ("eval retrieval", ""),
     ("segment", "--evaluate"): ("eval segment", "--truth"),
@@ -33,7 +33,7 @@ _RETRIEVAL = {"--data": "--images", "--size": "--long-side"}
 
 
 def renew(words: Sequence[str]) -> tuple[list[str], str]:
-    """Return a command line in the new spelling, and a note that names it; an empty note if nothing is old.
+    """Return a command line in the new spelling, and a note that names it. The note is empty if nothing was old.
 
     Args:
         words: Command line without the program name.

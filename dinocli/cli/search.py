@@ -35,7 +35,7 @@ def search(
         str | None,
         typer.Option(
             "--checkpoint",
-            help="Checkpoint that made the features, if it has moved. Default: the one they name.",
+            help="Checkpoint that made the features, if it moved. Default: the path stored with them.",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -56,7 +56,7 @@ def search(
     out: Annotated[Path, typer.Option(help="Output picture.", rich_help_panel=OUTPUT)] = Path("search.png"),
     json: Json = False,
 ) -> None:
-    """Find the nearest images to photos by the cosine similarity of their features, and draw them.
+    """Find the images nearest to photos by the cosine similarity of their features, and draw them.
 
     Examples:
         dino search photo.jpg --features features
@@ -82,7 +82,7 @@ def search(
     with console.progress("encode", len(source), "images") as advance:
         asked = encode(encoder, source, gallery.provenance, report=advance)
     console.skipped(asked.skipped)
-    opened = _index(gallery, index)
+    opened = _open_index(gallery, index)
     hits = list(search(opened, gallery, asked, k))
     with marked(out.parent, "search", [page(out, number) for number in range(1, 2 + len(hits) // ROWS)]):
         written, unread = draw_hits(gallery, hits, out, encoder.images)
@@ -104,7 +104,7 @@ def search(
         console.out(picture)
 
 
-def _index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:
+def _open_index(gallery: Gallery, asked: Kind | Literal["auto"]) -> Index:
     from dinocli.apps.search.index import About, Index, digest_of, kind_for, open_index
 
     kind = kind_for(len(gallery)) if asked == "auto" else asked

@@ -1,4 +1,4 @@
-"""`dino segment`: drawn segments of photos: foregrounds, patch colors by PCA, and classes of pixels."""
+"""`dino segment`: drawings of foregrounds, patch features as colors, and pixel classes."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def segment(
     by: Annotated[
         Literal["cut", "attention", "pca"],
         typer.Option(
-            help="Foreground from a normalized cut over the similarity of patch keys (TokenCut), or from the attention "
-            "of the class token; or patches in color, by one PCA over all photos.",
+            help="cut: foreground by a normalized cut of patch keys (TokenCut). attention: foreground by the attention "
+            "of the class token. pca: patch features as colors, by one PCA over all photos.",
             rich_help_panel=METHOD,
         ),
     ] = "cut",
@@ -50,13 +50,12 @@ def segment(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Draw the classes predicted by this head.safetensors of `dino eval segment --train` instead.",
+            help="Draw pixel classes instead, predicted by this head.safetensors of `dino eval segment --train`.",
             rich_help_panel=METHOD,
         ),
     ] = None,
     foreground: Annotated[
-        Foreground,
-        typer.Option(help="With --by pca: method that decides which patches are foreground.", rich_help_panel=METHOD),
+        Foreground, typer.Option(help="With --by pca: method that finds the foreground.", rich_help_panel=METHOD)
     ] = "cut",
     mass: Mass = 0.6,
     tau: Tau = 0.2,
@@ -69,7 +68,7 @@ def segment(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Draw the segments of photos: the foreground without training, patches in color, or classes of pixels.
+    """Segment photos and draw the result: the foreground, patch features as colors, or pixel classes.
 
     Examples:
         dino segment ./photos --masks
@@ -84,7 +83,7 @@ def segment(
 
     files = named_photos(images)
     if by == "pca":
-        # A sheet shows several photos, so some of these names stay unused, which is harmless.
+        # A sheet shows several photos, so some of these names stay unused.
         made = [out / "pca.png", *(out / f"pca-{number}.png" for number in range(2, 1 + len(files)))]
         spare(made[:1], files)
     else:
@@ -98,22 +97,24 @@ def segment(
     side = short_side or default_size(encoder)
     with marked(out, "segment", made):
         if by == "pca":
-            _pca(encoder, files, out, foreground, side, mass, tau, json=json)
+            _draw_pca(encoder, files, out, foreground, side, mass, tau, json=json)
         elif classifier:
             from dinocli.apps.segment.linear_head import read_head
             from dinocli.apps.segment.sheets import draw_classes
 
             layer = read_head(classifier, encoder)
             classes = partial(draw_classes, encoder, layer, short_side=short_side, masks=masks)
-            _draw(files, out, classes, json=json)
+            _draw_each(files, out, classes, json=json)
         else:
             from dinocli.apps.segment.sheets import draw_foreground
 
             one = partial(draw_foreground, encoder, by=by, keep=mass, tau=tau, short_side=side, masks=masks)
-            _draw(files, out, one, json=json)
+            _draw_each(files, out, one, json=json)
 
 
-def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Segmented | str], *, json: bool) -> None:
+def _draw_each(
+    files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Segmented | str], *, json: bool
+) -> None:
     drawn: list[Segmented] = []
     skipped: dict[Path, str] = {}
     with console.progress("segment", len(files), "images") as advance:
@@ -143,7 +144,7 @@ def _draw(files: Mapping[Path, Path], out: Path, draw: Callable[[Path, Path], Se
             console.out(str(d.picture))
 
 
-def _pca(
+def _draw_pca(
     encoder: Encoder,
     files: Mapping[Path, Path],
     out: Path,

@@ -1,8 +1,8 @@
-"""`dino track`: objects of a first mask, tracked through a video."""
+"""`dino track`: tracking of objects through a video, from a mask of the first frame."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,9 +17,9 @@ from dinocli.cli.options import (
     Json,
     Layer,
     NetworkName,
+    NetworkOptions,
     Settings,
     Temperature,
-    encoder_from,
     output_place,
 )
 from dinocli.cli.places import photo_place
@@ -39,7 +39,7 @@ FirstMask = Annotated[
     Path,
     typer.Option(
         "--mask",
-        help="Mask of the first frame, as PNG: 0 for background, any other value for an object.",
+        help="Mask of the first frame, as PNG: 0 is background, each other value is an object.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -49,16 +49,20 @@ FrameSide = Annotated[
 Previous = Annotated[
     int,
     typer.Option(
-        "--previous", min=0, help="Previous frames that propagate labels, besides the first.", rich_help_panel=METHOD
+        "--previous",
+        min=0,
+        help="Number of previous frames to propagate labels from, besides the first frame.",
+        rich_help_panel=METHOD,
     ),
 ]
 Radius = Annotated[
-    int, typer.Option("--radius", min=0, help="Radius of label propagation, in patches.", rich_help_panel=METHOD)
+    int,
+    typer.Option("--radius", min=0, help="Largest distance of label propagation, in patches.", rich_help_panel=METHOD),
 ]
 Neighbours = Annotated[
     int,
     typer.Option(
-        "--k", min=1, help="Number of nearest neighbours that vote on a patch's label.", rich_help_panel=METHOD
+        "--k", min=1, help="Number of nearest neighbours that vote on each patch's label.", rich_help_panel=METHOD
     ),
 ]
 Tracks = Annotated[Path, typer.Option("--out", help="Folder for the masks and the GIF.", rich_help_panel=OUTPUT)]
@@ -72,6 +76,19 @@ Fps = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+
+
+@dataclass(frozen=True)
+class PropagationOptions:
+    """Values of the options that select the patch features and set the rule of label propagation."""
+
+    short_side: int
+    layer: int
+    facet: Literal["token", "query", "key", "value"]
+    previous: int
+    radius: int
+    k: int
+    temperature: float
 
 
 def track(
@@ -92,36 +109,26 @@ def track(
     fps: Fps = None,
     json: Json = False,
 ) -> None:
-    """Track the objects of a first mask through a video; write a mask per frame, and a GIF with the masks overlaid.
+    """Track objects through a video from a mask of its first frame; write a mask per frame, and an overlay GIF.
 
     Examples:
         dino track ./frames --mask first.png
         dino track film.mp4 --mask first.png --short-side 240 --out tracked
     """
-    track_frames(
-        frames, mask, None, checkpoint, network, short_side, previous, radius, k, temperature, layer, facet, overrides,
-        device, out, fps, json=json,
-    )  # fmt: skip
+    options = NetworkOptions(checkpoint, network, overrides, device)
+    propagation = PropagationOptions(short_side, layer, facet, previous, radius, k, temperature)
+    track_frames(frames, mask, options, propagation, out, fps, json=json)
 
 
 def track_frames(
     frames: Path,
     mask: Path,
-    truth: Path | None,
-    checkpoint: str | None,
-    network: Literal["teacher", "student"],
-    short_side: int,
-    previous: int,
-    radius: int,
-    k: int,
-    temperature: float,
-    layer: int,
-    facet: Literal["token", "query", "key", "value"],
-    overrides: list[str] | None,
-    device: str,
+    options: NetworkOptions,
+    propagation: PropagationOptions,
     out: Path,
     fps: float | None,
     *,
+    truth: Path | None = None,
     json: bool,
 ) -> None:
     """Track objects through a video, and score the masks if true ones are given."""
@@ -138,8 +145,9 @@ def track_frames(
 
     video = open_frames(frames)
     spare([out / "track.gif", out / "strip.png"], [frames, mask, *video.files])
-    encoder = encoder_from(checkpoint, device, network, overrides)
-    looking = Looking(short_side, layer, facet)
+    encoder = options.encoder()
+    looking = Looking(propagation.short_side, propagation.layer, propagation.facet)
+    rule = Rule(propagation.previous, propagation.radius, propagation.k, propagation.temperature)
     first = first_mask(mask, video, encoder.images)
     for lost in too_small(encoder, *first, looking):
         console.say(f"note: object {lost} is smaller than a patch and cannot be tracked; use a larger --short-side")
@@ -147,34 +155,26 @@ def track_frames(
     made = [out / "track.gif", out / "strip.png", *(out / "masks" / f"{stem}.png" for stem in stems)]
     with marked(out, "track", made), console.progress("track", video.count, "frames") as advance:
         done = track_video(
-            encoder,
-            video,
-            first,
-            out,
-            rule=Rule(previous, radius, k, temperature),
-            looking=looking,
-            truth=truth,
-            per_second=fps,
-            advance=advance,
+            encoder, video, first, out, rule=rule, looking=looking, truth=truth, per_second=fps, advance=advance
         )
     console.skipped(done.skipped)
     if json:
         paths = {"masks": str(done.masks), "gif": str(done.gif), "strip": str(done.strip)}
-        scores = {"score": _plain(done.score), "copying the first mask": _plain(done.still)} if done.score else {}
+        scores = {"score": _to_dict(done.score), "copying the first mask": _to_dict(done.still)} if done.score else {}
         console.out_json(paths | {"frames": done.frames, "skipped": done.skipped} | scores)
         return
     if done.score and done.still:
-        rows = [_row("all", done.score.mean, done.still.mean)] if len(done.score.objects) > 1 else []
-        rows += [_row(str(n), score, done.still.objects[n]) for n, score in done.score.objects.items()]
+        rows = [_format_row("all", done.score.mean, done.still.mean)] if len(done.score.objects) > 1 else []
+        rows += [_format_row(str(n), score, done.still.objects[n]) for n, score in done.score.objects.items()]
         title = f"{done.score.frames} frames of {encoder.source}, without the first and the last, in percent"
         console.table(["object", "J", "F", "J&F", "J copied", "F copied"], rows, title=title)
     for path in (done.strip, done.gif, done.masks):
         console.out(str(path))
 
 
-def _row(name: str, score: Score, still: Score) -> list[str]:
+def _format_row(name: str, score: Score, still: Score) -> list[str]:
     return [name, *(f"{100 * x:.1f}" for x in (score.j, score.f, score.j_and_f, still.j, still.f))]
 
 
-def _plain(score: VideoScore | None) -> dict[str, Any] | None:
+def _to_dict(score: VideoScore | None) -> dict[str, Any] | None:
     return asdict(score) if score else None

@@ -1,4 +1,4 @@
-"""Parser errors, as one line that names the given value, and one hint to type."""
+"""Parser errors as one line that names the given value, and one hint that says what to type."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dinocli.core.config import MEANT, find_keys
 from dinocli.core.errors import DinoError, nearest
 from dinocli.method import shipped
 
-# Options of other tools and of the original code, each with ours.
+# Options of other tools and of the original DINO code, each with the option of this tool.
 _SAME = {
     "--output": "--out", "--output-dir": "--out", "--save-dir": "--out", "--logdir": "--out", "--name": "--out",
     "--num-workers": "--workers", "--num-epochs": "--epochs", "--max-epochs": "--epochs", "--batch": "--batch-size",
@@ -28,10 +28,10 @@ _IMAGES = ("--data", "--data-path", "--dataset", "--images", "--input", "--train
 
 
 def explain(error: Any, words: Sequence[str]) -> tuple[str, str]:
-    """Return message and hint for a usage error.
+    """Return the message and the hint for a usage error.
 
     Args:
-        error: Exception of the parser.
+        error: Usage error raised by typer's parser.
         words: Command line without the program name.
     """
     context = getattr(error, "ctx", None)
@@ -41,11 +41,13 @@ def explain(error: Any, words: Sequence[str]) -> tuple[str, str]:
     if getattr(error, "possibilities", None) is not None or said.startswith("No such option"):
         name = str(error.option_name)
         options = [option for param in context.command.params for option in param.opts] if context else []
-        return f"No such option: {name}", _other_option(command, name, _value_of(name, words), options, words) or help_
+        return f"No such option: {name}", _suggest_option(
+            command, name, _find_value(name, words), options, words
+        ) or help_
     if said.startswith("Got unexpected extra argument"):
         extra = re.sub(r"^[^(]*(\(s\) )?\(|\)$", "", said).split() or [""]
         message = f"{command} takes no argument {extra[0]}" + (f" and {len(extra) - 1} more" if extra[1:] else "")
-        return message, _place_of(command, words, extra) or help_
+        return message, _suggest_place(command, words, extra) or help_
     if said.startswith("Missing argument"):
         what = said.removeprefix("Missing argument").strip(" '")
         example = "dino pretrain ./images --preset tiny; see " if command == "dino pretrain" else ""
@@ -56,12 +58,12 @@ def explain(error: Any, words: Sequence[str]) -> tuple[str, str]:
         return said, f"dino {close}; see {help_}" if close else help_
     param = getattr(error, "param", None)
     if param is not None and said.startswith("Invalid value"):
-        return _invalid(max(param.opts, key=len), said.partition(": ")[2], words) or (said, help_)
+        return _explain_value(max(param.opts, key=len), said.partition(": ")[2], words) or (said, help_)
     return said, help_
 
 
-def _value_of(option: str, words: Sequence[str]) -> str | None:
-    """Return the value of an option on the command line, or None."""
+def _find_value(option: str, words: Sequence[str]) -> str | None:
+    """Return the value given for an option, or None if the option or its value is missing."""
     for i, word in enumerate(words):
         if word.startswith(f"{option}="):
             return word.partition("=")[2]
@@ -71,38 +73,38 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
     return None
 
 
-def _other_option(command: str, name: str, value: str | None, options: list[str], words: Sequence[str]) -> str:
-    """Return the hint for an option that does not exist, or an empty string if it resembles none."""
+def _suggest_option(command: str, name: str, value: str | None, options: list[str], words: Sequence[str]) -> str:
+    """Return the hint for an unknown option, or an empty string if no known option or key is similar."""
     typed = f" {shlex.quote(value)}" if value is not None else ""
     spelled = name.replace("_", "-").lower()
     if spelled in options:
         return f"use {spelled}{typed}"
     if command == "dino pretrain":
         if spelled in _RESUMES:
-            return f"remove {name}: the same command resumes its run; --out RUN names another"
+            return f"remove {name}: the same command resumes its run; name another run with --out RUN"
         if spelled in _IMAGES:
-            return f"images come without an option: dino pretrain{typed or ' IMAGES'}"
+            return f"give the images without an option: dino pretrain{typed or ' IMAGES'}"
     if (same := _SAME.get(spelled)) in options:
         if same == "--preset" and value not in shipped.names():
             return f"use --preset NAME (dino presets lists them), or --set backbone.name={value or 'NAME'}"
         return f"use {same}{typed}"
-    keys = _keys(spelled.lstrip("-"), words) if "--set" in options and command == "dino pretrain" else []
+    keys = _find_keys_of_preset(spelled.lstrip("-"), words) if "--set" in options and command == "dino pretrain" else []
     close = nearest(spelled, options, least=0.85 if keys else 0.75)
     if keys and (not close or spelled.lstrip("-").replace("-", "_") in MEANT):
         return "use " + " or ".join(f"--set {key}={value if value is not None else 'VALUE'}" for key in keys[:3])
     return f"use {close}{typed}" if close else ""
 
 
-def _keys(word: str, words: Sequence[str]) -> list[str]:
-    """Return the keys that a word may mean in the command line's preset, without importing torch."""
+def _find_keys_of_preset(word: str, words: Sequence[str]) -> list[str]:
+    """Return the preset keys that a word may mean, for the preset on the command line, without importing torch."""
     try:
-        data = tomllib.loads(shipped.text(_value_of("--preset", words) or "vits16"))
+        data = tomllib.loads(shipped.text(_find_value("--preset", words) or "vits16"))
     except DinoError:
         data = tomllib.loads(shipped.text("vits16"))
     return [key for key in find_keys(word, data) if not key.startswith("about.")]
 
 
-def _place_of(command: str, words: Sequence[str], extra: list[str]) -> str:
+def _suggest_place(command: str, words: Sequence[str], extra: list[str]) -> str:
     """Return the hint for surplus arguments, or an empty string if none fits."""
     at = words.index(extra[0]) if extra[0] in words else 0
     if at >= 2 and words[at - 2] == "--set":
@@ -122,9 +124,9 @@ def _place_of(command: str, words: Sequence[str], extra: list[str]) -> str:
     return ""
 
 
-def _invalid(option: str, said: str, words: Sequence[str]) -> tuple[str, str] | None:
-    """Return message and hint for an invalid value of an option, or None if the fault is unknown."""
-    value = _value_of(option, words)
+def _explain_value(option: str, said: str, words: Sequence[str]) -> tuple[str, str] | None:
+    """Return the message and the hint for an invalid option value, or None if the parser's error is not recognised."""
+    value = _find_value(option, words)
     if value is None or not option.startswith("-"):
         return None
     came = f"{option} {value}"

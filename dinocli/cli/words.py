@@ -1,13 +1,13 @@
-"""Words of a command line, which hints reorder or complete."""
+"""Command line as words, which hints reorder or complete."""
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dinocli.core.config import is_number
 from dinocli.core.errors import DinoError
 
 _WORDS = "dinocli.words"
@@ -19,13 +19,13 @@ class Misuse(DinoError):
 
 @dataclass(frozen=True)
 class Words:
-    """Words after a command, split by its parser's rules.
+    """Words after a command, sorted into options and positional words as its parser does.
 
     Attributes:
-        command: Command name, with its group's name.
-        typed: All words, with options.
-        places: Indexes of the positional words.
-        known: Options of the command; True if one takes a value.
+        command: Command name with its group, such as `eval match`.
+        typed: All words after the command, including options.
+        places: Indexes of the positional words in `typed`.
+        known: Options of the command, each with True if it takes a value.
     """
 
     command: str
@@ -35,7 +35,7 @@ class Words:
 
     @classmethod
     def of(cls, command: str, typed: Sequence[str], parameters: Sequence[Any]) -> Words:
-        """Split words by the parameters of their command."""
+        """Sort the words after a command by the parameters of that command."""
         options = [p for p in parameters if p.param_type_name == "option"]
         known = {name: not p.is_flag for p in options for name in (*p.opts, *p.secondary_opts)}
         places: list[int] = []
@@ -53,12 +53,12 @@ class Words:
         return cls(command, list(typed), places, {**known, "--help": False})
 
     def keep(self, context: Any) -> None:
-        """Store the words in the context, for `words_of` in the checks of single arguments."""
+        """Store the words in the context, where the callbacks of single arguments find them with `words_of`."""
         context.meta[_WORDS] = self
 
     @property
     def positional(self) -> list[str]:
-        """Positional words."""
+        """Words that are neither options nor their values."""
         return [self.typed[i] for i in self.places]
 
     def value(self, options: Sequence[str]) -> str:
@@ -66,12 +66,12 @@ class Words:
         return value_of(self.typed, options) or ""
 
     def again(self, instead: Mapping[int, Sequence[str]], *more: str) -> str:
-        """Return the command with words at some indexes replaced, and more words at its end."""
+        """Return the whole command line with the words at some indexes replaced, and `more` words appended."""
         words = [new for i, word in enumerate(self.typed) for new in instead.get(i, [word])]
         return shlex.join(["dino", *self.command.split(), *words, *more])
 
     def ordered(self, positional: Sequence[str], *more: str) -> str:
-        """Return the command with its positional words replaced."""
+        """Return the whole command line with its positional words replaced, and `more` words appended."""
         instead: dict[int, Sequence[str]] = {i: [] for i in self.places}
         if not self.places:
             return self.again({}, *positional, *more)
@@ -82,7 +82,7 @@ class Words:
 
 
 def value_of(typed: Sequence[str], options: Sequence[str]) -> str | None:
-    """Return the value typed for the first of some options, empty if it ends the line; None without the option."""
+    """Return the value of whichever of the options comes first: empty if no word follows, None if none is given."""
     for i, word in enumerate(typed):
         name, equals, value = word.partition("=")
         if name in options:
@@ -91,16 +91,11 @@ def value_of(typed: Sequence[str], options: Sequence[str]) -> str | None:
 
 
 def is_option(word: str) -> bool:
-    """Return whether a word has the form of an option."""
+    """Return whether a word looks like an option: it begins with a hyphen and is not a number."""
     return word.startswith("-") and len(word) > 1 and not is_number(word)
 
 
-def is_number(word: str) -> bool:
-    """Return whether a word is a number."""
-    return re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?", word) is not None
-
-
 def words_of(context: Any) -> Words:
-    """Return the words of the command that is being parsed."""
+    """Return the words stored for the command being parsed."""
     words: Words = context.meta[_WORDS]
     return words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Iterator
 from typing import Any, Self, get_args, get_origin
@@ -103,7 +104,7 @@ def change(data: dict[str, Any], override: str) -> None:
 
 def _explain_value_for_table(key: str, typed: str, table: dict[str, Any]) -> DinoError:
     message = f"--set {key}={typed}: {typed} is a single value; {key} is a table"
-    number = _is_number(typed)
+    number = is_number(typed)
     if "start" in table:
         constant = f'{{kind="constant", value={typed if number else "NUMBER"}}}'
         start = f"--set {key}.start={typed if number else 'NUMBER'}"
@@ -113,12 +114,12 @@ def _explain_value_for_table(key: str, typed: str, table: dict[str, Any]) -> Din
     return DinoError(message, " or ".join(f"--set {key}.{name}={typed}" for name in names[:3]))
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return whether a text is a finite number: no key or option accepts nan or inf."""
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _is_deeper_than(data: object, levels: int) -> bool:
@@ -279,7 +280,7 @@ def _format_example(model: type[BaseModel], value: Any) -> str:
     required = {name: field for name, field in model.model_fields.items() if name != "kind" and field.is_required()}
     numbers = [name for name, field in required.items() if field.annotation in (int, float)]
     words = [f'kind="{kind}"' for kind in _kinds_of(model)[:1]]
-    words += [f"{name}={value if numbers == [name] and _is_number(str(value)) else 'VALUE'}" for name in required]
+    words += [f"{name}={value if numbers == [name] and is_number(str(value)) else 'VALUE'}" for name in required]
     return f"{{{', '.join(words)}}}"
 
 

@@ -22,7 +22,7 @@ class ImagesConfig(Config):
     Attributes:
         channels: Number of channels. 3 converts colors and greys to RGB, 1 to grey. For any other number, files must
             have exactly as many.
-        reduce_above: Megapixels above which a JPEG is decoded smaller, by 2, 4 or 8, if no crop is enlarged by that.
+        reduce_above: Megapixels above which a JPEG is decoded at 1/2, 1/4 or 1/8 size, if that enlarges no crop.
         max_megapixels: Largest accepted image. Larger ones are mistakes or attacks.
         max_aspect: Largest accepted ratio of the long side to the short side.
         min_side: Smallest accepted side in pixels; refuses one-pixel images.
@@ -76,3 +76,16 @@ class ImagesConfig(Config):
 
 
 DEFAULTS = ImagesConfig()
+
+
+def megabytes_over(size: int, limit: float) -> str:
+    """Describe a size over its limit, with enough digits to differ from it: `0.0104 megabytes, over 0.01`.
+
+    Args:
+        size: Size in bytes, larger than the limit.
+        limit: Limit in megabytes.
+    """
+    exact = size / 1e6
+    rounded = (f"{exact:.{digits}f}" for digits in range(7))
+    shown = next((text for text in rounded if limit < float(text) and abs(float(text) - exact) < 0.05 * exact), exact)
+    return f"{shown} megabytes, over {limit:g}"

@@ -1,4 +1,4 @@
-"""Encoder: a frozen backbone that turns images into features, with weights of any source."""
+"""Encoder: a frozen backbone that computes features of images, with weights from any source."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class NotFinite(DinoError):
     """Error about network output with infinite or NaN values.
 
     Args:
-        reason: Number of these values, and of all values.
+        reason: Text with the number of non-finite values and of all values.
     """
 
     def __init__(self, reason: str) -> None:
@@ -77,7 +77,7 @@ class Encoder:
         mean: Mean of each channel in the training data.
         std: Standard deviation of each channel in the training data.
         images: Settings for decoding image files, as in training.
-        precision: Precision of matrix products, if the device supports it natively.
+        precision: Precision of matrix products.
         run: Folder of the run that produced the weights, if any.
         step: Number of training steps, if the source stores it.
         notes: Assumptions made in reading the weights, for the user to check.
@@ -116,15 +116,16 @@ class Encoder:
         """Return the features of images, equal to those that `dino extract` stores for the same files.
 
         Args:
-            images: One image or several. A path; a Pillow image; or an array, read like its `.npy` file: [H, W, C] or,
-                for one channel, [H, W]. Pass tensors that are already normalized to `features`.
+            images: One image or several. An image is a path, a Pillow image, or an array of numbers, which is read like
+                a `.npy` file of it: [H, W, C], [C, H, W], or [H, W] for one channel. For normalized tensors use
+                `features`.
             tokens: Kind of tokens; see `features`.
-            blocks: Number of last blocks.
+            blocks: Number of last blocks whose tokens are used.
             size: Side that images are resized to, in pixels. If None, the training size.
             batch_size: Images per batch.
 
         Returns:
-            float32 tensor on the CPU with a row for each image, also for a single image. See `features` for the rows.
+            float32 tensor on the CPU with one row per image, even for a single image. See `features` for the rows.
 
         Raises:
             DinoError: If an image cannot be read or has non-finite features (the error names it), or `tokens` is
@@ -161,7 +162,7 @@ class Encoder:
             batch_size: Images per batch.
             workers: Number of decoding processes.
             shard: Share of the batches that this process reads.
-            cutter: Cutter of random views of each image, if any.
+            cutter: Cutter of random views of each image. If None, no views.
 
         Raises:
             DinoError: If `size` is smaller than a patch.
@@ -193,7 +194,7 @@ class Encoder:
             tokens: `cls` concatenates the class tokens of the last blocks. `cls+avg` interleaves each with the average
                 of the patch tokens (cls0, avg0, cls1, avg1, ...), as the original's linear heads on ViT-B expect.
                 `patches` concatenates each patch's tokens.
-            blocks: Number of last blocks, earliest first.
+            blocks: Number of last blocks whose tokens are used, earliest first.
 
         Returns:
             [B, blocks*D], [B, blocks*2*D], or [B, N, blocks*D]
@@ -209,8 +210,8 @@ class Encoder:
         Args:
             pixels: Photo. [H, W, C]
             short_side: Target length of the short side, in pixels. Both sides are rounded to whole patches.
-            most: Maximum number of patches, before rounding. A very long photo or a very large size becomes coarser.
-                The default fits a machine's memory.
+            most: Maximum number of patches, before rounding. Photos that would exceed it are resized to a smaller size.
+                The default limits memory.
 
         Returns:
             Normalized photo. [1, C, H', W']
@@ -225,7 +226,7 @@ class Encoder:
 
     @torch.no_grad()
     def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
-        """Return the patch features of some blocks, as `Backbone.patches`. [B, rows, columns, len(layers)*D]
+        """Return the patch features of some blocks; see `Backbone.patches`. [B, rows, columns, len(layers)*D]
 
         Raises:
             NotFinite: If a value is infinite or NaN.
@@ -248,7 +249,7 @@ class Encoder:
 
 
 def features_of(backbone: Backbone, images: Tensor, tokens: TokenChoice = "cls", blocks: int = 1) -> Tensor:
-    """Return the features that `Encoder.features` describes, from a bare backbone."""
+    """Return the features of normalized images from a backbone; see `Encoder.features`."""
     if tokens == "cls":
         return torch.cat(backbone.class_tokens(images, blocks), dim=-1)
     return torch.cat([_choose(t, tokens) for t in backbone.last_tokens(images, blocks)], dim=-1)
@@ -294,30 +295,30 @@ def whole_patches(encoder: Encoder, size: int | None) -> int | None:
 
 
 def quick(encoder: Encoder, precision: Precision, *, compiled: bool) -> Encoder:
-    """Return the encoder set up for many images: coarser products, channels last, and compiled blocks if chosen.
+    """Return the encoder set up for many images: faster matrix products, channels last, and optionally compiled blocks.
 
     Args:
-        encoder: Encoder whose backbone is shared.
-        precision: Precision of matrix products, if the device supports it natively.
+        encoder: Encoder whose backbone is converted in place and shared.
+        precision: Precision of matrix products. Falls back to float32 if the device has no native bfloat16.
         compiled: Compile the blocks with torch.compile: about a minute at the start, then faster batches.
     """
     if compiled:
         encoder.backbone.compile_blocks(any_batch=True)
-    # Convolutions are faster with adjacent channels, as decoders return them.
+    # Convolutions are faster with channels last, the layout in which images are decoded.
     encoder.backbone.to(memory_format=torch.channels_last)
     there = precision == "float32" or has_bfloat16(encoder.device)
     return replace(encoder, precision=precision if there else "float32")
 
 
 def augmented(encoder: Encoder, size: int, views: int = 1) -> ViewsConfig:
-    """Return the training views of a linear probe: random crops with flips.
+    """Return the settings of a linear probe's training views: random crops with flips.
 
     Args:
         encoder: Encoder whose normalization the views use.
         size: Side of a view, in pixels.
         views: Number of views per image, all with the same settings.
 
-    Source: facebookresearch/dino@7c446df eval_linear.py, torchvision's RandomResizedCrop as it is.
+    Source: facebookresearch/dino@7c446df eval_linear.py, with the defaults of torchvision's RandomResizedCrop.
     """
     crop = ViewConfig(size=size, scale=(0.08, 1.0), flip=0.5, resample="bilinear")
     more = crop if views > 1 else None

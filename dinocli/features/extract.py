@@ -62,19 +62,20 @@ def extract(
 ) -> Extracted:
     """Write the features of all readable images.
 
-    The processes of a run take batches in turns. The first one writes the same file as it would alone.
+    In a distributed run the processes take batches in turns, and the first process writes all features. The file is
+    the same as that of a single process.
 
     Args:
         encoder: Encoder that computes the features.
         source: Source of the images.
         path: Output file; see `write_features`.
-        data: Name of the data set, stored with the features so that two sets are never compared.
+        data: Name of the data set. It is stored, so that features of different data sets are never compared.
         tokens: Kind of tokens; see `Encoder.features`.
-        blocks: Number of last blocks.
+        blocks: Number of last blocks whose tokens are used.
         size: Side of the images, in pixels. If None, the training size.
         dtype: Type of the stored numbers.
-        views: Number of random views per image whose features are stored beside its own, for `linear`.
-        seed: Seed of the views, which depend only on it and on the image's index.
+        views: Number of random views per image. Their features are stored with the image's own, for `linear`.
+        seed: Seed of the views. A view depends only on the seed, its number and the image's index.
         batch_size: Images per batch.
         workers: Number of decoding processes.
         report: Callback that receives the number of finished images after each batch.
@@ -120,13 +121,13 @@ def extract(
 def _notes(unnumbered: int) -> Iterator[str]:
     if unnumbered:
         yield (
-            f"ignoring {unnumbered} labels that are names, which have no numbers through a pipe: use local shards, or "
-            "numbers as labels"
+            f"ignoring {unnumbered} labels: shards read through a pipe need numbers as labels, not class names; use "
+            "numbers, or local shards"
         )
 
 
 class _Part(NamedTuple):
-    """Features of a batch; `values` is None if none of its images can be read."""
+    """Features of a batch; `values` is None if no image could be read."""
 
     values: NDArray[np.float32] | None
     names: list[str]
@@ -156,7 +157,7 @@ class _Part(NamedTuple):
 
 
 def _in_turns(mine: Iterator[_Part]) -> Iterator[_Part]:
-    """Yield the parts of all processes in the order of their batches, which the processes take in turns."""
+    """Yield the parts of all processes in the order of their batches."""
     while True:
         part = next(mine, None)
         (more,) = any_of(part is not None)

@@ -45,8 +45,8 @@ def given_images(images: Given | Sequence[Given]) -> GivenImages:
     """Return an image source of the given images, without opening their files.
 
     Args:
-        images: One image or several. An image is a path, a Pillow image, or an array of numbers, which is read like its
-            `.npy` file: [H, W, C], [C, H, W], or [H, W] for one channel. A four-dimensional array is several images.
+        images: One image or several. An image is a path, a Pillow image, or an array of numbers, which is read like a
+            `.npy` file of it: [H, W, C], [C, H, W], or [H, W] for one channel. A four-dimensional array is a batch.
 
     Raises:
         DinoError: If there are no images, or one has another type.
@@ -102,10 +102,12 @@ def _name(one: object, index: int) -> str:
 
 
 def _other(came: object) -> DinoError:
-    what = f"an array of {came.dtype}" if isinstance(came, np.ndarray) else f"a {type(came).__name__}"
-    normalized = type(came).__name__ == "Tensor"
+    name = type(came).__name__
+    article = "an" if name[:1].lower() in "aeiou" else "a"
+    what = f"an array of {came.dtype}" if isinstance(came, np.ndarray) else f"{article} {name}"
+    normalized = name == "Tensor"
     return DinoError(
-        f"{what} is no image; expected a path, a Pillow image, or an array of numbers",
+        f"{what} is not an image; expected a path, a Pillow image, or an array of numbers",
         "pass normalized tensors to encoder.features(images), or pixels as tensor.numpy()"
         if normalized
         else 'encoder("photo.jpg")',

@@ -21,19 +21,19 @@ INDEX = "index.json"  # of a folder of shards
 # Valid number types of each tensor in a file.
 _KINDS = {"values": ("f4", "f2"), "labels": ("i8",), "paths": ("u1",), "skipped": ("u1",)}
 _MOST_NUMBERED = 100_000  # labels below this count as class numbers; larger ones mean something else
-# Types of a provenance's values in a file; a bool is not taken for a number.
-_KEPT: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "int | None": (int, NoneType)}
+# Valid types of a provenance's values in a file, by annotation; compared exactly, because a bool is also an int.
+_TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "int | None": (int, NoneType)}
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origin and settings of features; two splits can be compared only if these are equal.
+    """Origin and settings of features; splits can be compared only if their weights, settings and data are equal.
 
     Attributes:
         source: Source of the encoder's weights, as the user named it.
         fingerprint: Fingerprint of the encoder's weights.
         tokens: `cls`, `patches` or `cls+avg`.
-        blocks: Number of last blocks.
+        blocks: Number of last blocks whose tokens were used.
         size: Side of the images, in pixels.
         data: Folder of the images.
         views: Number of random views stored per image.
@@ -57,8 +57,8 @@ class Provenance:
     def maker(self) -> str:
         """Source, run and step of the weights, for titles."""
         parts = [self.run if self.run != self.source else "", f"step {self.step}" if self.step is not None else ""]
-        told = ", ".join(filter(None, parts))
-        return f"{self.source} ({told})" if told else self.source
+        details = ", ".join(filter(None, parts))
+        return f"{self.source} ({details})" if details else self.source
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Features:
     """Features of S images.
 
     Attributes:
-        values: Features, read as float32. [S, D], or [S, N, D] for patch tokens
+        values: Features, on disk until they are indexed, then float32. [S, D], or [S, N, D] for patch tokens
         labels: Index into `classes`, or -1 without a label. [S]
         paths: Image paths relative to the split's folder. [S]
         classes: Names of the classes; empty for unlabelled images.
@@ -88,7 +88,7 @@ class Features:
 
 
 def read_features(path: Path) -> Features:
-    """Open features; their numbers are checked once, and stay on disk until they are used.
+    """Open features without loading them into memory, and check once that all values are finite.
 
     Args:
         path: Feature file, or folder of shards.
@@ -127,21 +127,21 @@ def _read_provenance(path: Path, metadata: dict[str, str]) -> tuple[Provenance, 
     Raises:
         DinoError: If the metadata are corrupt, or of a later version.
     """
-    known = {field.name: _KEPT[str(field.type)] for field in fields(Provenance)}
+    known = {field.name: _TYPES[str(field.type)] for field in fields(Provenance)}
     try:
-        told, classes = parse(metadata["recipe"]), parse(metadata["classes"])
-        if not (isinstance(told, dict) and isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
+        recipe, classes = parse(metadata["recipe"]), parse(metadata["classes"])
+        if not (isinstance(recipe, dict) and isinstance(classes, list) and all(isinstance(c, str) for c in classes)):
             raise ValueError("they have the wrong type")
-        later = [name for name in told if name not in known]
+        later = [name for name in recipe if name not in known]
         if later:
             raise DinoError(
                 f"{path} was written by a later version of dinocli: its provenance has the unknown key {later[0]}",
                 "pip install --upgrade dinocli, or recreate it with `dino extract CHECKPOINT DATA`",
             )
-        wrong = [name for name, value in told.items() if type(value) not in known[name]]
+        wrong = [name for name, value in recipe.items() if type(value) not in known[name]]
         if wrong:
-            raise ValueError(f"the provenance has {wrong[0]}={told[wrong[0]]!r}")
-        return Provenance(**told), classes
+            raise ValueError(f"the provenance has {wrong[0]}={recipe[wrong[0]]!r}")
+        return Provenance(**recipe), classes
     except (ValueError, KeyError, TypeError) as error:
         why = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
         raise _format_damage(path, f"its metadata cannot be read; {why}") from error
@@ -184,7 +184,7 @@ def _check_parts(
 
 
 def _number_classes(labels: NDArray[np.int64]) -> list[str]:
-    """Return numbers as class names for labels without names, such as those of tar shards through a pipe."""
+    """Return class names for labels that are only numbers, such as those of tar shards read through a pipe."""
     most = int(labels.max(initial=-1))
     return [str(i) for i in range(most + 1)] if most < _MOST_NUMBERED else []
 
@@ -209,10 +209,10 @@ def _index(folder: Path) -> dict[str, int]:
     if splits and not (folder / INDEX).exists():
         raise DinoError(f"{folder} is a folder of splits; expected the features of one split", f"use {splits[0]}")
     try:
-        told = unseal((folder / INDEX).read_bytes())
-        if told["dinocli"] != "features":
+        index = unseal((folder / INDEX).read_bytes())
+        if index["dinocli"] != "features":
             raise DinoError(f"{folder} holds no features", "create them with `dino extract CHECKPOINT DATA`")
-        shards = dict(told["images"].items())
+        shards = dict(index["images"].items())
         if not shards:
             raise ValueError("it lists no shards")
         for name, images in shards.items():
@@ -265,9 +265,9 @@ def read_splits(folder: Path) -> dict[str, Features]:
             )
         paths[name] = index.parent
     if not paths:
-        came = "holds no features" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        fault = "holds no features" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise DinoError(
-            f"{folder} {came}; expected a folder of features", f"dino extract CHECKPOINT IMAGES --out {folder.stem}"
+            f"{folder} {fault}; expected a folder of features", f"dino extract CHECKPOINT IMAGES --out {folder.stem}"
         )
     found = {name: read_features(path) for name, path in sorted(paths.items())}
     first_name, first = next(iter(found.items()))
@@ -289,12 +289,12 @@ def same_maker(
     whose: str = "features to compare are",
     hint: str = "extract both with the same checkpoint and the same settings",
 ) -> None:
-    """Check that two sets of features have the same weights and settings, whatever their images.
+    """Check that two sets of features have the same weights and settings; their images may differ.
 
     Args:
         first: Name and provenance of one set.
         other: Name and provenance of the other set.
-        whose: Start of the error message.
+        whose: Start of the error message, before "made with different".
         hint: Hint of the error.
 
     Raises:
@@ -321,7 +321,7 @@ def learned_from(splits: Iterable[str]) -> str:
 
 
 def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
-    """Return the labelled split to learn from, and the one to evaluate on (None without one).
+    """Return the labelled split to learn from, and the labelled split to evaluate on, if there is one.
 
     Raises:
         DinoError: If no split has labels, the features are patch tokens, or a test class is not in the training split.
@@ -345,7 +345,7 @@ def compared(splits: dict[str, Features]) -> tuple[Features, Features | None]:
 
 
 def unlabelled(splits: dict[str, Features]) -> list[str]:
-    """Return a line for each partly labelled split, about the unlabelled images that `compared` ignores."""
+    """Return a line per partly labelled split, with the number of unlabelled images that `compared` ignores."""
     missing = {name: int(np.count_nonzero(f.labels < 0)) for name, f in splits.items() if f.classes}
     return [
         f"ignoring {count} of the {len(splits[name])} images of {name}, which have no label"

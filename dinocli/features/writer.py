@@ -1,4 +1,4 @@
-"""Writing of features to disk in constant memory, as a file or as shards."""
+"""Writing of features to a file or to shards, in constant memory."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dinocli.core.errors import DinoError
 from dinocli.core.tensors import TensorStream
 from dinocli.features.store import INDEX, Provenance
 
-SHARD_BYTES = 2 * 2**30  # of features per file; larger features become several files
+SHARD_BYTES = 2 * 2**30  # maximum size of the features in one file
 Dtype = Literal["float32", "float16"]
 
 
 class FeatureWriter:
-    """Writer of features batch by batch, in constant memory; `write_features` yields one.
+    """Writer of features, batch by batch and in constant memory; `write_features` creates it.
 
     Attributes:
         place: Feature file, or folder of shards for large features.
-        skipped: Path and reason of each file that could not be read; the caller fills it.
+        skipped: Path and reason of each file that could not be read. The caller adds them.
         images: Number of rows in each shard, by file name.
     """
 
@@ -55,8 +55,8 @@ class FeatureWriter:
             paths: Image paths. [B]
 
         Raises:
-            DinoError: If a number is not finite or too large for float16, or if the shards' folder exists with other
-                files.
+            DinoError: If a value is not finite or too large for float16, or if the folder for shards already holds
+                other files.
         """
         if not np.isfinite(values).all():
             raise DinoError(
@@ -81,7 +81,7 @@ class FeatureWriter:
         self._bytes += rows.nbytes
         self._stream.append("values", rows)
         self._stream.append("labels", np.array(labels, dtype=np.int64))
-        # Paths are a tensor of bytes: a million of them would exceed a header's limit of 100 MB.
+        # Paths are stored as a tensor of bytes: in the header, a million paths would exceed its limit of 100 MB.
         text = "\0".join(paths).encode("utf-8", "surrogateescape")
         if self.images[self._name]:
             text = b"\0" + text
@@ -119,15 +119,15 @@ def write_features(
 ) -> Iterator[FeatureWriter]:
     """Write features in constant memory; the files appear only if the block succeeds.
 
-    Features up to the size of a shard become a file at `path`. Larger ones become a folder beside it, named without the
-    suffix, with shards and an index. An earlier file or folder of the same name is removed.
+    Features up to `shard_bytes` are written to a file at `path`. Larger ones are written to a folder of shards and an
+    index; its name is `path` without the suffix. An earlier file or folder of features with that name is removed.
 
     Args:
         path: Output file, with its suffix.
         provenance: Origin and settings of the features.
         classes: Names of the classes; empty for unlabelled images.
         dtype: Type of the stored numbers.
-        shard_bytes: Maximum bytes of features per file, unless a single batch has more.
+        shard_bytes: Maximum size of the features in one file, in bytes. A single batch may exceed it.
     """
     folder = _folder_of(path)
     with draft_folder(folder) as draft:
@@ -152,7 +152,7 @@ def _folder_of(path: Path) -> Path:
 
 
 def in_the_way(folder: Path) -> bool:
-    """Return True if the path exists and is not a folder of feature shards, so it must not be replaced."""
+    """Return True if the path exists and must not be replaced, because it is not a folder of feature shards."""
     if not os.path.lexists(folder):
         return False
     return (

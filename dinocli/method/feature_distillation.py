@@ -289,8 +289,9 @@ class FeatureDistillation(Method):
 
 
 def _freeze_unused(backbone: Backbone, views: ViewsConfig) -> None:
-    """Freeze parameters that no token depends on, such as layers of a CNN after its pooling: DDP waits for a gradient of
-    every trained parameter. They are found on tensors without data.
+    """Freeze parameters that no token depends on, such as layers of a CNN after its pooling.
+
+    DDP waits for a gradient of every trained parameter. They are found on tensors without data.
     """
     size = views.global_1.size
     with torch.enable_grad(), torch.device("meta"):

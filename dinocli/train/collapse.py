@@ -1,4 +1,4 @@
-"""Collapse detection: recognizes from logged figures that self-distillation has stopped learning."""
+"""Collapse detection from logged metrics: targets that are the same for every image."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from dinocli.engine.schedules import Constant
 from dinocli.method.losses.targets import CenteringConfig, PrototypeLossConfig
 from dinocli.method.preset import Preset
 
-# Thresholds of entropy and information, in shares of ln K. Runs of `tiny` that were made to collapse reached 0.986 and
-# 0.013, or 0.005 and 0.013; runs that learned had 0.1 to 0.5 and 0.18 to 0.38 (docs/results.md).
+# Thresholds of entropy and information, as fractions of ln K. Runs of `tiny` that were made to collapse reached 0.986
+# and 0.013, or 0.005 and 0.013. Runs that learned had 0.1 to 0.5 and 0.18 to 0.38 (docs/results.md).
 _UNIFORM, _ONE_SIDED, _NOTHING = 0.975, 0.02, 0.02
-_STEPS = (50, 300)  # shortest and longest span; a fresh network gives all images similar outputs for some hundred steps
+# Shortest and longest span, in steps. A fresh network gives all images similar outputs for a few hundred steps.
+_STEPS = (50, 300)
 
 Kind = Literal["uniform", "one-sided", "constant"]
 
@@ -25,10 +26,10 @@ class Collapse:
     """Collapse of a loss.
 
     Attributes:
-        kind: `uniform` if every prototype gets the same, `one-sided` if one gets everything, `constant` if a student of
-            features predicts the same for every image.
-        words: Description in one line.
-        remedy: Suggested change, with the options to type.
+        kind: `uniform` if every prototype gets the same share, `one-sided` if one prototype gets everything, `constant`
+            if a student of features predicts the same for every image.
+        words: One-line description.
+        remedy: Suggested change, as command-line options.
     """
 
     kind: Kind
@@ -37,9 +38,9 @@ class Collapse:
 
 
 class CollapseDetector:
-    """Detector of targets that no longer carry information about the images. It reports each collapse once.
+    """Detector of targets that no longer carry information about the images.
 
-    Source: arXiv 2104.14294, section 5.3: without sharpening the targets' entropy rises to ln K, without centering it
+    Source: arXiv 2104.14294, section 5.3: without sharpening, the targets' entropy rises to ln K; without centering, it
     falls to 0. In both cases the student has nothing left to learn.
     """
 
@@ -47,51 +48,51 @@ class CollapseDetector:
         self.preset = preset
         self.span = max(_STEPS[0], min(_STEPS[1], steps // 4))
         self._lines: deque[tuple[int, Mapping[str, float]]] = deque()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
-    def update(self, step: int, figures: Mapping[str, float]) -> Collapse | None:
-        """Add a logged step, and return a collapse that was not reported yet.
+    def update(self, step: int, figures: Mapping[str, float]) -> list[Collapse]:
+        """Add a logged step, and return the losses' new collapses. A collapse is new again after a recovery.
 
         Args:
-            step: Number of steps done.
-            figures: Logged figures, including those of `SelfDistillation.metrics`.
+            step: Number of completed steps.
+            figures: Logged metrics, including those of `SelfDistillation.metrics`.
         """
         self._lines.append((step, figures))
         if step - self._lines[0][0] < self.span:
-            return None
+            return []
         while step - self._lines[1][0] >= self.span:
             self._lines.popleft()
+        new = []
         for name, loss in self.preset.losses.with_targets().items():
-            kind = self._kind(name, math.log(self.preset.heads[loss.head].prototypes))
+            kind = self._classify(name, math.log(self.preset.heads[loss.head].prototypes))
             if kind is None:
-                self._told.discard(name)
-            elif name not in self._told:
-                self._told.add(name)
-                return Collapse(kind, self._words(name, loss, kind), _remedy(self.preset, name, loss, kind))
-        return self._check_features() if self.preset.losses.features else None
+                self._reported.discard(name)
+            elif name not in self._reported:
+                self._reported.add(name)
+                remedy = _suggest_remedy(self.preset, name, loss, kind)
+                new.append(Collapse(kind, self._describe(name, loss, kind), remedy))
+        return new + (self._check_features() if self.preset.losses.features else [])
 
-    def _check_features(self) -> Collapse | None:
-        """Return a collapse of feature distillation: predictions that do not correlate with the teachers' features."""
+    def _check_features(self) -> list[Collapse]:
+        """Return a new collapse of feature distillation: predictions that do not vary with the teachers' features."""
         cosines = [
             sum(figures.get(f"features/{kind}", 0.0) for _, figures in self._lines) / len(self._lines)
             for kind in ("class", "patch")
         ]
         if max(cosines) > _NOTHING:
-            self._told.discard("features")
-        elif "features" not in self._told:
-            self._told.add("features")
-            rate = self.preset.optimizer.lr
-            key, value = ("value", rate.value) if isinstance(rate, Constant) else ("start", rate.start)
-            return Collapse(
-                "constant",
-                f"constant collapse: for {self.span} steps the student predicts the same features for any image "
-                "(losses.features)",
-                f"start again with --out NEW and a lower rate: --set optimizer.lr.{key}={value / 3:.2g}",
-            )
-        return None
+            self._reported.discard("features")
+            return []
+        if "features" in self._reported:
+            return []
+        self._reported.add("features")
+        rate = self.preset.optimizer.lr
+        key, value = ("value", rate.value) if isinstance(rate, Constant) else ("start", rate.start)
+        words = f"constant collapse: for {self.span} steps the student predicts the same features for any image"
+        remedy = f"start again with --out NEW and a lower rate: --set optimizer.lr.{key}={value / 3:.2g}"
+        return [Collapse("constant", f"{words} (losses.features)", remedy)]
 
-    def _kind(self, loss: str, most: float) -> Kind | None:
-        """Return the kind of a loss's collapse, from the means of its figures over the span in shares of ln K."""
+    def _classify(self, loss: str, most: float) -> Kind | None:
+        """Return the kind of a loss's collapse or None, from its mean metrics over the span. `most` is ln K."""
         entropy, information = (
             sum(figures.get(f"{loss}/{figure}", math.nan) for _, figures in self._lines) / len(self._lines) / most
             for figure in ("teacher_entropy", "information")
@@ -100,17 +101,17 @@ class CollapseDetector:
             return None
         return "uniform" if entropy > _UNIFORM else "one-sided" if entropy < _ONE_SIDED else None
 
-    def _words(self, name: str, loss: PrototypeLossConfig, kind: Kind) -> str:
-        said = {
+    def _describe(self, name: str, loss: PrototypeLossConfig, kind: Kind) -> str:
+        teacher = {
             "uniform": "gives every prototype the same share",
             "one-sided": "gives nearly everything to one prototype",
         }[kind]
-        seen = "image" if loss.reads == "class" else "patch"
-        return f"{kind} collapse: for {self.span} steps the teacher {said}, for any {seen} (losses.{name})"
+        unit = "image" if loss.reads == "class" else "patch"
+        return f"{kind} collapse: for {self.span} steps the teacher {teacher}, for any {unit} (losses.{name})"
 
 
-def _remedy(preset: Preset, name: str, loss: PrototypeLossConfig, kind: Kind) -> str:
-    """Return the first remedy from users' reports or the paper that this preset does not have yet."""
+def _suggest_remedy(preset: Preset, name: str, loss: PrototypeLossConfig, kind: Kind) -> str:
+    """Return the first remedy, from users' reports or the paper, that this preset does not already use."""
     rule = f"losses.{name}.targets"
     temperature, batch = max(loss.targets.temperature.bounds), preset.training.batch_size
     begin = "start again with --out NEW and "

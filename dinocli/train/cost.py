@@ -1,4 +1,4 @@
-"""Costs: memory, operations and time of a run, estimated before it starts."""
+"""Cost estimates: memory, operations and time of a run, before it starts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.train.plan import Plan, equal_parts
 
-# Share of a single matrix product's rate that a whole step reaches. Measured on a CPU: 0.75 in float32, and 0.22 in
-# bfloat16, whose products are much faster than everything between them. On a GPU, published ViT runs and DINO's own
-# logs give 0.25 to 0.4.
+# Throughput of a whole step, as a fraction of that of a single matrix product. Measured on a CPU: 0.75 in float32, and
+# 0.22 in bfloat16, where the products are much faster than the operations between them. On a GPU, published ViT runs
+# and DINO's own logs give 0.25 to 0.4.
 _EFFICIENCY = {"cpu": 0.7, "cuda": 0.3, "mps": 0.3}
 _COARSE_ON_CPU = 0.22
-_FILLED = 0.9  # share of the free memory for a step: the device needs some itself, and fragmentation leaves gaps
-_BUSY = 16  # fewest images at once that keep a device busy
+_FILLED = 0.9  # fraction of the free memory for a step; the rest is for the device itself and for fragmentation
+_BUSY = 16  # images at once; with fewer, a device is not busy
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Estimate:
     Attributes:
         parameters: Number of parameters of the student: backbone and heads.
         backbone_parameters: Number of parameters of the backbone alone.
-        flops: Floating-point operations per image: student and teacher, forward and backward. Averaged over the run if
-            the crops change their size.
-        fixed: Bytes that do not depend on the batch: weights, gradients, moments.
-        waiting: Bytes per image of the batch: its crops and its targets.
-        image: Bytes per image that is computed at once.
-        batch: Images per step, in each process.
-        at_once: Images that each process computes at once.
-        seconds: Duration of the whole run.
+        flops: Floating-point operations per image: student and teacher, forward and backward. If the crops change
+            size, the average over the run.
+        fixed: Bytes that do not depend on the batch, such as weights, gradients and moments.
+        waiting: Bytes per image of the batch, for its crops and targets.
+        image: Bytes per image of a part, for its activations.
+        batch: Images per step in each process.
+        at_once: Images per part of the batch in each process.
+        seconds: Duration of the whole run in seconds.
     """
 
     parameters: int
@@ -59,7 +59,7 @@ class Estimate:
 
     @property
     def memory(self) -> float:
-        """Peak bytes of a step, in each process."""
+        """Peak memory of a step in each process, in bytes."""
         return self.fixed + self.waiting * self.batch + self.image * self.at_once
 
     def fits(self, free: float) -> bool:
@@ -70,7 +70,7 @@ class Estimate:
 def estimate(plan: Plan) -> Estimate:
     """Estimate a run: count operations and bytes on tensors without data, and time a matrix product on the device.
 
-    If the crops change their size, the bytes are those of the largest crops in the run.
+    If the crops change size, memory is estimated for the largest crops.
     """
     with torch.device("meta"):
         method = plan.method()
@@ -81,7 +81,8 @@ def estimate(plan: Plan) -> Estimate:
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
     image = (four - two) / 2  # bytes grow linearly with the batch
     weights = _bytes(method.student)
-    # Student, its gradient, two moments, average; and the student's copies in another precision.
+    # The student's weights, gradient, AdamW's two moments and average; a frozen teacher; and whatever the forward pass
+    # saves that does not grow with the batch, such as bfloat16 copies of the weights.
     fixed: float = 5 * weights + sum(_bytes(method.get_submodule(name)) for name in method.frozen_modules())
     if isinstance(method, FeatureDistillation):
         fixed += 4 * _bytes(method.adaptors)  # these have no average
@@ -110,9 +111,9 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
         free: Free memory, in bytes.
 
     Returns:
-        The options to type, and the estimate with them; None if not even one image fits. The batch is split into the
-        fewest parts that fit. Parts large enough to keep the device busy come first, if necessary with activation
-        checkpointing.
+        Command-line options, and the estimate with them. None if not even one image fits. The batch is split into the
+        fewest parts that fit. Activation checkpointing is used only if parts that fit without it are too small to keep
+        the device busy.
     """
     known = cache(cost)  # an estimate takes seconds
     for again, fewest in ((False, _BUSY), (True, _BUSY), (True, 1), (False, 1)):
@@ -129,7 +130,7 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
 
 
 def _flops(method: SelfDistillation | FeatureDistillation, plan: Plan) -> float:
-    """Count the operations per image of a step, on meta tensors: they have gradients on any machine."""
+    """Count the operations per image of a step, on meta tensors, which have gradients on any machine."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         batch = _empty_batch(plan.loaded_views, _grid(plan, method), 2)
         torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
@@ -137,17 +138,17 @@ def _flops(method: SelfDistillation | FeatureDistillation, plan: Plan) -> float:
 
 
 def _peak(plan: Plan, images: int, depth: int) -> tuple[float, float]:
-    """Return the bytes that wait for the whole batch, and the peak bytes of the student's passes."""
+    """Return the bytes of all crops and targets, and the peak bytes of the student's forward and backward passes."""
     waiting, kept = _measure_memory(plan, images)
     if not plan.recompute:
         return waiting, kept
-    # While the gradient of a block is computed, its activations exist again.
+    # The backward pass recomputes the activations of one block at a time.
     return waiting, kept + (_measure_memory(replace(plan, recompute=False), images)[1] - kept) / depth
 
 
 def _measure_memory(plan: Plan, images: int) -> tuple[float, float]:
     """Return the bytes of crops and targets, and those that the student's forward pass saves for backward."""
-    kept: dict[int, Tensor] = {}  # by storage; keeping the tensors stops torch from reusing an address
+    kept: dict[int, Tensor] = {}  # by storage; references to the tensors stop torch from reusing an address
 
     def note(tensor: Tensor) -> Tensor:
         kept.setdefault(tensor.untyped_storage()._cdata, tensor)
@@ -181,12 +182,12 @@ def _run_student(
     masks = batch.masks
     with hooks:
         student = method.student(batch.crops, masks and masks.where, masks and masks.rows)
-    # The losses write the logits' gradient over the logits, which therefore count once.
+    # Logits count once, because the losses overwrite them with their gradient.
     return list(part.targets.values()), [*student.class_logits.values(), *student.masked_logits.values()]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Return the bytes of each storage behind tensors, by its address."""
+    """Return the size in bytes of each storage of the tensors, by address."""
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
@@ -217,7 +218,7 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _rate(plan: Plan) -> float:
-    """Measure operations per second, with a matrix product in the precision of training."""
+    """Estimate a step's operations per second, by timing a matrix product in the precision of training."""
     device = plan.device
     half = plan.preset.training.precision == "bfloat16" and has_bfloat16(device)
     reached = _COARSE_ON_CPU if half and device.type == "cpu" else _EFFICIENCY[device.type]

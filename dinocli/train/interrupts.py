@@ -1,4 +1,4 @@
-"""Signals that stop a run, and the immediate answer to them."""
+"""Signals that stop a run, each answered at once."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _NEWEST = 0.3  # weight of the newest step in the average step time
 
 
 class Stopping:
-    """Stop request of a run: the first signal ends it after its step, a second Ctrl-C at once.
+    """Stop request of a run: the first signal ends the run after its step, a second Ctrl-C ends it at once.
 
     Python runs signal handlers only between its own instructions. The backward pass is one instruction and may take
-    minutes. So the answer comes from a thread that the system wakes on each signal.
+    minutes. Therefore a separate thread, which the system wakes on each signal, prints the answer.
 
     Args:
-        say: Callback that receives one-line messages for the user, in that thread.
+        note: Callback that receives one-line messages for the user, called in that thread.
 
     Attributes:
-        asked: True after a signal.
-        at_once: True if nothing more may be saved: Ctrl-C came twice, or before the first step.
+        requested: True after a signal.
+        at_once: True if the run must stop without saving: Ctrl-C came twice, or before the first step.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.asked = self.at_once = False
-        self._say = say
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.requested = self.at_once = False
+        self._note = note
         self._began: float | None = None  # start time of the current step
         self._pace: float | None = None  # average seconds per step
         self._saving = 0.0  # seconds per save
@@ -73,7 +73,7 @@ class Stopping:
         Raises:
             KeyboardInterrupt: If the run must stop at once.
         """
-        self.asked = True
+        self.requested = True
         if number != signal.SIGINT:
             return
         self._handled += 1
@@ -86,17 +86,17 @@ class Stopping:
         self._what = "save"
 
     def answer(self, waked: socket.socket) -> None:
-        """Answer signals, which arrive as bytes with their numbers, until a zero byte arrives."""
+        """Answer signals until a zero byte arrives. Each signal arrives as one byte, its number."""
         while number := waked.recv(1)[0]:
             self._answered += number == signal.SIGINT
             if number == signal.SIGINT and (self._answered > 1 or self._began is None):
                 self.at_once = True
                 threading.Thread(target=self._leave, daemon=True).start()
             elif number in _numbers():
-                self._say(self.words(number))
+                self._note(self.words(number))
 
     def words(self, number: int) -> str:
-        """Return the answer to a first signal, with the time left, estimated from earlier steps."""
+        """Return the answer to a first signal, with the remaining time estimated from earlier steps."""
         left = ""
         if self._pace is not None and self._began is not None and self._what == "step":
             seconds = max(0.0, self._began + self._pace - time.perf_counter()) + self._saving
@@ -129,15 +129,15 @@ def _duration(seconds: float) -> str:
 
 
 @contextmanager
-def stop_signals(say: Callable[[str], None]) -> Iterator[Stopping]:
+def stop_signals(note: Callable[[str], None]) -> Iterator[Stopping]:
     """Handle the signals that stop a run, inside the block.
 
     Args:
-        say: Callback that receives one-line messages for the user, in a thread of its own.
+        note: Callback that receives one-line messages for the user, called in a separate thread.
     """
-    stopping = Stopping(say)
+    stopping = Stopping(note)
     if threading.current_thread() is not threading.main_thread():
-        yield stopping  # only the main thread can handle signals; a run in another thread does without
+        yield stopping  # only the main thread can handle signals, so a run in another thread handles none
         return
     waked, wake = socket.socketpair()
     wake.setblocking(False)
@@ -160,7 +160,10 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Stopping]:
 
 @contextmanager
 def collect_on_request() -> Iterator[Callable[[], object]]:
-    """Collect garbage only on request: a step makes little, and searching for it stalls the device."""
+    """Disable automatic garbage collection, and yield a function that collects.
+
+    A step makes little garbage, and a search for it stalls the device.
+    """
     was = gc.isenabled()
     gc.collect()
     gc.freeze()  # later collections ignore networks and libraries

@@ -1,4 +1,4 @@
-"""KnnMonitor: k-NN accuracy of a network while it trains, on a small labelled set."""
+"""k-NN accuracy of a network during training, on a small labelled set."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from dinocli.models.network import Network
 _IMAGES = 1000  # per split, balanced over the classes
 _AT_ONCE = 64
 _K = 20
-# Evaluating an image costs about a seventh of a training step on it: one forward pass instead of about ten views.
+# Evaluating an image costs about 0.15 of training on it: one forward pass instead of about ten views. Evaluations may
+# take 0.05 of a run's time.
 _COST, _SHARE = 0.15, 0.05
-_LOOKS = 20
+_EVALUATIONS = 20  # per run
 
 
 class KnnMonitor:
-    """k-NN evaluation on a labelled set that is decoded once, at the size of the global views.
+    """k-NN evaluation on a labelled set, which is decoded once at the size of the global views.
 
     Args:
-        spec: Folder with class folders, or with `train` and `val` folders that have them.
+        spec: Folder of class folders, or of `train` and `val` folders that contain class folders.
         preset: Preset of the evaluated networks.
         workers: Number of decoding processes.
 
     Attributes:
-        measured: Number of classified images.
+        measured: Number of images classified per evaluation.
 
     Raises:
         DinoError: If the set does not exist, has no labels, or has too few classes or images for k-NN.
@@ -65,17 +66,17 @@ class KnnMonitor:
                 "that can be read",
                 "DIR/CLASS/*, or no --monitor",
             )
-        # With few images per class, most of twenty neighbours would be of other classes, however good the network is.
         self.measured = len(train if test is None else test)
+        # With few images per class, most of 20 neighbours would be of other classes even for a perfect network.
         self._k = max(1, min(_K, (len(train) - (test is None)) // classes))
 
     @property
     def images(self) -> int:
-        """Number of images per evaluation."""
+        """Number of images encoded per evaluation."""
         return sum(len(pixels) for pixels, _ in self._parts.values())
 
     def evaluate(self, network: Network) -> float:
-        """Return the k-NN accuracy in percent; the network stays unchanged."""
+        """Return the k-NN accuracy in percent. The network is not changed."""
         found = {
             name: replace(plain, values=class_tokens(network, pixels, self.views).numpy())
             for name, (pixels, plain) in self._parts.items()
@@ -108,20 +109,20 @@ class KnnMonitor:
         return torch.cat(pixels), Features(empty, np.array(labels, np.int64), names, source.classes, {}, provenance)
 
 
-def steps_between_looks(images: int, steps: int, batch_size: int) -> int:
-    """Return the steps between evaluations: about 20 per run, or fewer if these would take over 5 % of its time.
+def steps_between_evaluations(images: int, steps: int, batch_size: int) -> int:
+    """Return the steps between evaluations: about 20 per run, or fewer if 20 would take over 5 % of its time.
 
     Args:
-        images: Number of images per evaluation.
+        images: Number of images encoded per evaluation.
         steps: Number of steps in the run.
         batch_size: Images per step.
     """
-    return max(1, steps // _LOOKS, round(images * _COST / (_SHARE * batch_size)))
+    return max(1, steps // _EVALUATIONS, round(images * _COST / (_SHARE * batch_size)))
 
 
 @torch.no_grad()
 def class_tokens(network: Network, pixels: Tensor, views: ViewsConfig) -> Tensor:
-    """Return the class tokens of images, on the CPU, from a network in training, which stays unchanged.
+    """Return the class tokens of images, on the CPU, from a network in training, which is not changed.
 
     Args:
         network: Network on any device.
@@ -168,7 +169,7 @@ def _sample(source: Images, most: int) -> Images:
 
 
 def _interleave_classes(rows: NDArray[np.int64], labels: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Reorder rows: the first of each class, then the second of each, and so on."""
+    """Reorder rows: the first row of each class, then the second of each class, and so on."""
     turn = np.empty(len(rows), np.int64)
     for label in np.unique(labels):
         mine = labels == label

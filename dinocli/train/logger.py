@@ -24,17 +24,17 @@ from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.models.network import Network
 from dinocli.train.collapse import CollapseDetector
-from dinocli.train.knn_monitor import KnnMonitor, steps_between_looks
+from dinocli.train.knn_monitor import KnnMonitor, steps_between_evaluations
 from dinocli.train.plan import Plan
 from dinocli.train.snapshots import Photos
 from dinocli.viz.report import write_report
 from dinocli.weights.checkpoint import not_finite
 
-LOG_EVERY = 10  # steps; each log makes the host wait for the device once
-_LOG_AFTER = 5.0  # seconds; logs slow steps before ten have passed
-_DRAW_AFTER = 60.0  # seconds; limits drawing in runs that save every few steps
-_FALL = 2.0  # points of k-NN accuracy that may be lost without a warning
-GIVE_UP = 20  # skipped steps in a row
+LOG_EVERY = 10  # steps; each log makes the host wait for the device
+_LOG_AFTER = 5.0  # seconds; slow steps are logged more often
+_DRAW_AFTER = 60.0  # seconds between reports in runs that save every few steps
+_FALL = 2.0  # smallest drop of the k-NN accuracy that causes a warning, in percentage points
+GIVE_UP = 20  # skipped steps in a row that end a run
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class Logger:
         self.knn: float | None = None
         self._best, self._fallen = 0.0, False
         first = rank() == 0  # only the first process evaluates and writes
-        looks = first and plan.monitor
-        self._monitor = KnnMonitor(looks, plan.preset, plan.workers) if looks else None
+        labelled = plan.monitor if first else None
+        self._monitor = KnnMonitor(labelled, plan.preset, plan.workers) if labelled else None
         self._photos = Photos.of(plan.source, plan.preset) if first and plan.report else None
-        looked_at = (self._monitor.images if self._monitor else 0) + (len(self._photos.pool) if self._photos else 0)
-        looked_at = from_first(looked_at)
-        between = steps_between_looks(looked_at, plan.stop, plan.preset.training.batch_size)
-        self._every = (plan.monitor_every or between) if looked_at else 0
+        images = (self._monitor.images if self._monitor else 0) + (len(self._photos.pool) if self._photos else 0)
+        images = from_first(images)
+        between = steps_between_evaluations(images, plan.stop, plan.preset.training.batch_size)
+        self._every = (plan.monitor_every or between) if images else 0  # steps between evaluations; 0 for none
         self._drawn = -math.inf
         self._logs: list[Metrics | TensorBoard] = []
         if first:
@@ -127,17 +127,17 @@ class Logger:
     def due(self) -> bool:
         """Return True if the next step must be logged because of its number."""
         step = self.trainer.clock.step + 1
-        return step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._looks(step)
+        return step % LOG_EVERY == 0 or step in (1, self.plan.stop) or self._evaluates_at(step)
 
     @property
     def late(self) -> bool:
-        """True if the last log is so long ago that the next step should be logged."""
+        """True if the next step should be logged because the last log was too long ago."""
         return self._pace.elapsed > _LOG_AFTER
 
     def begin(self) -> None:
         """Evaluate before the first step, as a baseline for later results."""
-        if self._looks(self.trainer.clock.step) and self.trainer.clock.step == 0:
-            self._write({"step": 0, "epoch": 0.0, **self._look()})
+        if self._evaluates_at(self.trainer.clock.step) and self.trainer.clock.step == 0:
+            self._write({"step": 0, "epoch": 0.0, **self._evaluate()})
             if self.knn is not None:
                 self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
 
@@ -152,11 +152,11 @@ class Logger:
         self._pace.add(self.plan.preset.training.batch_size)
         self._last.append((self.trainer.clock.step, rows))
 
-    def _looks(self, step: int) -> bool:
+    def _evaluates_at(self, step: int) -> bool:
         return self._every > 0 and (step % self._every == 0 or step == self.plan.stop)
 
-    def _look(self) -> dict[str, float]:
-        """Evaluate the student's average on the labelled images and the photos."""
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate the student's moving average on the labelled images and the photos."""
         found: dict[str, float] = {}
         average = self._average()
         if self._monitor:
@@ -166,7 +166,7 @@ class Logger:
         if self._photos:
             try:
                 found |= self._photos.snapshot(average, self.trainer.clock.step, self.plan.out)
-            except NotFinite as error:  # a failed picture must not end a run
+            except NotFinite as error:  # training continues without the picture
                 self.note(f"note: no pictures at step {self.trainer.clock.step}: {error.message}")
         return found
 
@@ -187,7 +187,7 @@ class Logger:
         self._fallen = fallen
 
     def _average(self) -> Network:
-        """Return the student's average; if it is sharded, a full copy in the first process."""
+        """Return the student's moving average; if it is sharded, the first process gets a full copy."""
         if size() == 1 or self.plan.parallel == "ddp":
             return self.method.average
         weights = self.method.average.weights()  # a collective call: all processes must take part
@@ -198,19 +198,19 @@ class Logger:
         return copy
 
     def draw(self, *, last: bool = False) -> None:
-        """Draw the report if it is enabled: at most once a minute, and at the end."""
+        """Draw the report if it is enabled, at most once a minute and at the end (`last`)."""
         if self._photos and (last or time.perf_counter() - self._drawn > _DRAW_AFTER):
             try:
                 write_report(self.plan.out)
-            except Exception as error:  # a failed picture must not end a run
+            except Exception as error:  # training continues without the report
                 self.note(f"note: the report could not be drawn: {error}")
             self._drawn = time.perf_counter()
 
     def log(self, values: Values) -> None:
-        """Log a step, and check that the run learns. The host waits for the device.
+        """Log a step, and check for failures. The host waits for the device.
 
         Raises:
-            DinoError: If weights are not finite, too many steps in a row or all steps were skipped, or training has
+            DinoError: If weights are not finite, if 20 steps in a row or all steps were skipped, or if training has
                 collapsed and `on_collapse` is `stop`.
         """
         clock = self.trainer.clock
@@ -219,9 +219,9 @@ class Logger:
         rate, waiting = self._pace.look(self._waited)
         waits, memory = zip(*gathered((waiting, peak_memory(self.plan.device))), strict=True)
         check_weights(self.trainer, self.plan.out)
-        looked = {}
-        if self._looks(clock.step):
-            looked = self._look()
+        scores = {}
+        if self._evaluates_at(clock.step):
+            scores = self._evaluate()
             self._pace.look(self._waited)  # excludes the evaluation from the throughput
         groups = self.trainer.optimizer.param_groups
         self._write(
@@ -235,19 +235,20 @@ class Logger:
                 "data_wait": round(sum(waits) / len(waits), 4),
                 "peak_memory": max(memory),
                 "skipped": skipped,
-                **looked,
+                **scores,
             }
         )
         if math.isfinite(plain["loss"]):
             self.loss = plain["loss"]
         self.report(Progress(clock.step, plain["loss"], rate, skipped, self.knn))
-        # A short run that skipped every step has learned nothing either.
+        # A run of fewer steps that skipped all of them has learned nothing either.
         if in_a_row >= GIVE_UP or (clock.step == self.plan.stop and in_a_row == clock.step):
             self._give_up(in_a_row)
-        collapse = self._collapse.update(clock.step, plain)
-        if collapse:
-            if self.plan.on_collapse == "stop":
-                raise DinoError(collapse.words, collapse.remedy)
+        collapses = self._collapse.update(clock.step, plain)
+        if collapses and self.plan.on_collapse == "stop":
+            remedies = dict.fromkeys(collapse.remedy for collapse in collapses)
+            raise DinoError("; ".join(collapse.words for collapse in collapses), "; ".join(remedies))
+        for collapse in collapses:
             self.note(f"warning: {collapse.words}")
             self.note(f"hint: {collapse.remedy}")
 
@@ -258,7 +259,7 @@ class Logger:
     def _give_up(self, in_a_row: int) -> None:
         source, path = self.plan.source, self.plan.out / "not_finite.txt"
         name = source.names.__getitem__ if isinstance(source, Images) else "image {} of the stream".format
-        # Each process saw a share of every step's images, and all of them raise this error at the same step.
+        # Each process has a part of every step's images, and all raise this error at the same step.
         shares = zip(*gathered([(step, rows.tolist()) for step, rows in self._last]), strict=True)
         lines = (f"{step}\t{name(row)!r}\n" for same in shares for step, rows in same for row in rows)
         if rank() == 0:

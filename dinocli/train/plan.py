@@ -23,11 +23,11 @@ from dinocli.method.preset import Preset
 from dinocli.weights.feature_teachers import FeatureTeachers
 from dinocli.weights.frozen_teacher import FrozenTeacher
 
-# Fewest images per prototype without a warning. The demo's recipe has 75, the paper's 1,950.
+# Training images per prototype below which a warning is given. The demo's recipe has 75, the paper's 1,950.
 _IMAGES_A_PROTOTYPE = 30
-_FEWEST_PROTOTYPES = 64  # smallest number to suggest: with fewer, hardly anything is learned
+_FEWEST_PROTOTYPES = 64  # smallest number to suggest; with fewer, the features are poor
 
-_LONGER = 4  # largest factor on the epochs to suggest; more is another recipe
+_LONGER = 4  # largest factor by which to suggest more epochs; beyond it, another recipe is better
 _MANY_A_BATCH, _BATCH_OF_TINY = 256, 48
 # A step of 64 images at 224 pixels takes about a minute on two cores.
 _LARGE_CROP, _FEW_STEPS_ON_CPU = 160, 200
@@ -37,13 +37,13 @@ OnCollapse = Literal["stop", "warn"]
 
 @dataclass(frozen=True)
 class Saving:
-    """Schedule of a run's checkpoints, besides the one at its end.
+    """Schedule of a run's checkpoints. The run also saves at its start and end.
 
     Attributes:
-        seconds: Seconds between two checkpoints. If None, time does not count.
-        steps: Steps between two checkpoints. If None, steps do not count.
-        keep: Number of the newest checkpoints to keep.
-        milestones: Steps between permanent checkpoints. If None, there are none.
+        seconds: Seconds between two checkpoints. If None, saving does not depend on time.
+        steps: Steps between two checkpoints. If None, saving does not depend on steps.
+        keep: Number of newest checkpoints to keep.
+        milestones: Steps between checkpoints that are never deleted. If None, there are none.
     """
 
     seconds: float | None = 600.0
@@ -54,32 +54,32 @@ class Saving:
 
 @dataclass(frozen=True)
 class Plan:
-    """Run that is ready to start.
+    """Settings of a run that is ready to start.
 
     Attributes:
         name: Name of the preset.
-        stop: Number of steps to do; fewer than in the schedules if the user stops the run early.
+        stop: Number of steps to train, fewer than the schedules' if `--steps` ends the run early.
         out: Run folder.
         workers: Number of processes that decode images.
         init: Source of the initial weights, as the user named it.
         teacher: Frozen teacher with heads, or encoders whose features teach, if the preset needs one.
         teacher_cache: Folder for the teachers' features of fixed views. If None, each step computes them.
-        cache: Cache of decoded images: `ram` or a folder. If None, there is none.
+        cache: Cache of decoded images: `ram` or a folder. If None, images are decoded in every epoch.
         accumulate: Number of parts of a batch, computed one after another to save memory.
         saving: Schedule of the checkpoints.
         on_collapse: Action when training collapses.
-        monitor: Small labelled set to evaluate the teacher on, if any.
-        monitor_every: Steps between two evaluations, and between two passes of the report's photos. If None, as many
-            as take at most a twentieth of the time.
+        monitor: Small labelled set on which to evaluate the student's moving average, if any.
+        monitor_every: Steps between two evaluations on the monitor and the report's photos. If None, computed by
+            `steps_between_evaluations`.
         tensorboard: If True, also log to TensorBoard.
-        report: If True, follow a few photos during training, and draw the report.
+        report: If True, evaluate a few photos during training, and draw the report.
         parallel: `ddp` replicates the model in every process; `fsdp` shards it.
-        compiled: If True, use torch.compile.
+        compiled: If True, compile the transformer blocks and hue jitter with torch.compile.
         recompute: If True, use activation checkpointing for the student's blocks, to save memory.
 
     Raises:
-        DinoError: If the batch cannot be shared evenly by the processes and their parts, a frozen teacher is missing,
-            or its features cannot be stored.
+        DinoError: If the batch cannot be split evenly over the processes and their parts, `teacher` does not match the
+            preset's `teacher.frozen`, or its features cannot be stored.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Plan:
 
     @property
     def images_each(self) -> int:
-        """Images of a batch that each process takes."""
+        """Number of images per step in each process."""
         return self.preset.training.batch_size // size()
 
     @property
@@ -141,7 +141,7 @@ class Plan:
 
     @property
     def phases(self) -> list[tuple[int, Plan]]:
-        """Phases of the run with crops of one size, in order: the number of steps, and the plan with only these crops.
+        """Phases of the run by crop size, in order: the number of steps, and the plan with only these crops.
 
         A run that stops before its crops grow has a single phase.
         """
@@ -197,7 +197,7 @@ class Plan:
 
 
 def cautions(plan: Plan) -> Iterator[str]:
-    """Yield a line for each setting that is unlikely to be meant, with the value to take."""
+    """Yield a warning for each setting that is probably a mistake, with a suggested value."""
     preset, clock = plan.preset, plan.clock
     if plan.stop == clock.total and (line := _long_schedules(plan)):
         yield line
@@ -237,7 +237,7 @@ def cautions(plan: Plan) -> Iterator[str]:
 
 
 def short_stop(plan: Plan) -> str:
-    """Return a line on a run that stops before its schedules end, with warm-ups it does not finish; else empty."""
+    """Return a note on a run that stops before its schedules end, with its unfinished warm-ups; empty otherwise."""
     clock = plan.clock
     if plan.stop >= clock.total:
         return ""
@@ -257,17 +257,18 @@ def _long_schedules(plan: Plan) -> str:
     names = _join([f"{name} ({epochs * clock.steps_per_epoch})" for name, epochs, _ in long])
     fits = max(1, clock.epochs // 5)
     ways = " ".join(f"--set {path.removesuffix('=0')}={fits}" for *_, path in long)
-    return f"more than half of the {clock.total} steps go to {names}: {ways} leaves most of the run after that"
+    return f"more than half of the {clock.total} steps go to {names}: shorten with {ways}"
 
 
 def _join(names: list[str]) -> str:
+    names = list(dict.fromkeys(names))  # two heads or losses may have the same warm-up
     return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), *names[-1:]])
 
 
 def _warm_ups(preset: Preset, *, low: bool = True) -> Iterator[tuple[str, int, str]]:
-    """Yield each warm-up and freeze: its name, its length in epochs, and the setting that removes it.
+    """Yield the name of each warm-up and freeze, its length in epochs, and the setting that removes it.
 
-    With `low`, the epochs of low resolution count as one.
+    If `low`, include the epochs of low resolution.
     """
     if isinstance(preset.optimizer.lr, Cosine):
         yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs=0"
@@ -285,7 +286,7 @@ def check_schedules(preset: Preset) -> None:
     """Check that warm-ups, ramps and freezes fit the length of a run.
 
     Raises:
-        DinoError: If some do not; it names all of them with values that fit.
+        DinoError: If some do not fit. The error names all of them, with values that fit.
     """
     epochs = preset.training.epochs
     faults = [(f"{key}.{fault.key}", *fault[1:]) for key, s in preset.schedules.items() if (fault := s.misfit(epochs))]
@@ -304,24 +305,24 @@ def check_schedules(preset: Preset) -> None:
 
 
 def start_clock(preset: Preset, images: int | None) -> Clock:
-    """Return the clock of a run over `images` images, or over a stream of unknown length if None.
+    """Return the clock at the start of a run over `images` images. If None, their number is unknown.
 
     Raises:
-        DinoError: If the schedules do not fit the run's length, the images are fewer than one batch, or their number is
-            unknown and the recipe needs it.
+        DinoError: If the schedules do not fit the run's length, if there are fewer images than one batch, or if their
+            number is unknown and `training.steps_per_epoch` is not set.
     """
     check_schedules(preset)
     batch, steps = preset.training.batch_size, preset.training.steps_per_epoch
     if images is None:
         if steps is None:
             raise DinoError(
-                "the number of images from a pipe is unknown, and so is the length of an epoch",
-                "--set training.steps_per_epoch=N, which is images / batch",
+                "the number of images from a pipe is unknown, and training.steps_per_epoch is not set",
+                "--set training.steps_per_epoch=N, with N = images / batch size",
             )
         return Clock(steps, preset.training.epochs)
     if images < batch:
         few = f"--batch-size {_power_below(images)}"
-        # A batch this large is from a recipe for a cluster and a million images; a smaller one alone is not enough.
+        # A recipe with a batch this large is for a cluster and a million images; a smaller batch alone is not enough.
         if batch >= _MANY_A_BATCH and images >= _BATCH_OF_TINY:
             few = f"use --preset tiny, or {few}; dino doctor IMAGES suggests settings for your images"
         raise DinoError(f"a batch of {batch} images is larger than the set of {images}", few)
@@ -329,7 +330,7 @@ def start_clock(preset: Preset, images: int | None) -> Clock:
 
 
 def equal_parts(batch: int) -> list[int]:
-    """Return the numbers of equal parts into which a batch can be split, in ascending order."""
+    """Return the divisors of a batch size in ascending order: the numbers of equal parts it can be split into."""
     return [n for n in range(1, batch + 1) if batch % n == 0]
 
 
@@ -338,6 +339,6 @@ def _power_below(n: int) -> int:
 
 
 def peak_lr(plan: Plan) -> float:
-    """Return the highest learning rate of the run, from a thousand points of its schedule."""
+    """Return the highest learning rate of the run, sampled at a thousand points of its schedule."""
     clock = plan.clock
     return max(plan.lr.at(replace(clock, step=clock.total * i // 1000)) for i in range(1000))

@@ -1,4 +1,4 @@
-"""Pretraining: preset and images to a run folder."""
+"""Pretraining: from a plan to a run folder."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ class Run:
 
     Attributes:
         folder: Run folder.
-        checkpoint: Teacher checkpoint in the run folder.
-        began: Step that the run resumed from, or 0 for a new run.
+        checkpoint: Path of the exported checkpoint in the run folder.
+        began: Step from which the run resumed, or 0 for a new run.
         step: Number of completed steps.
         stopped: True if the user stopped the run before its last step.
         loss: Last finite logged loss, if any.
-        seconds: Wall time of the run.
+        seconds: Wall time of this call.
         bad: Image files that could not be read.
         cached: Number of images in the pixel cache, or None without a cache.
-        fresh_heads: Heads with random weights: the initial weights lack them, or have another shape.
+        fresh_heads: Names of heads that the initial weights lack or have in another shape, so they start at random.
         skipped: Number of steps skipped because of a non-finite loss or gradient.
     """
 
@@ -65,7 +65,7 @@ class Run:
 
 
 def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str], None] = lambda line: None) -> Run:
-    """Train, and write a run folder with the teacher, the resolved preset, the metrics and states to resume from.
+    """Train, and write a run folder with the checkpoint, the resolved preset, the metrics and states to resume from.
 
     If the folder holds an unfinished run of the same preset on the same images, resume from its newest valid state.
     Ctrl-C, SIGTERM or SIGUSR1 stop the run after the current step and save everything. A second Ctrl-C stops it at once
@@ -77,8 +77,8 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         note: Callback that receives one-line messages for the user.
 
     Raises:
-        DinoError: If the folder is taken, the images cannot be read, the initial weights do not fit, the device runs
-            out of memory, or nothing is learned.
+        DinoError: If the folder is in use or cannot be resumed, the images cannot be read, the initial weights do not
+            fit, the device runs out of memory, or training diverges or collapses.
     """
     began = time.perf_counter()
     if plan.device.type == "cpu":
@@ -118,14 +118,14 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
 
 
 def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> None:
-    """Check a plan's run folder, weights, teacher and monitor, with the errors of a real run, and write nothing.
+    """Check a plan's run folder, weights, teacher and monitor as a real run does, without writing anything.
 
     Args:
         plan: Settings of the run to check.
         note: Callback that receives one-line messages for the user.
 
     Raises:
-        DinoError: If the run would raise it before its first step.
+        DinoError: If a real run would fail before its first step.
     """
     saved = None
     if plan.out.is_dir():
@@ -134,7 +134,7 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
         saved = next((state for state in states if state), None)
         if saved:
             resumed_plan(plan, saved, note)
-        elif not states:
+        else:
             refuse_taken(plan.out)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that copying to meta tensors has no effect
@@ -152,7 +152,7 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
 def _trainer(
     plan: Plan, saved: SavedState | None, note: Callable[[str], None]
 ) -> tuple[Trainer, SelfDistillation | FeatureDistillation, list[str]]:
-    """Return the trainer at its starting step, its method, and the names of heads that keep random weights."""
+    """Return the trainer at its starting step, its method, and the names of heads that start at random."""
     preset = plan.preset
     torch.manual_seed(preset.training.seed)
     method = plan.method()

@@ -1,4 +1,4 @@
-"""Resuming: the state to start from, and the rules that a resumed run must keep."""
+"""Resuming: the state to resume from, and the checks that a resumed run must pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from dinocli.train.state import SavedState, State, newest, other_contents, saved
 from dinocli.viz.report import CURVES, REPORT
 
 BAD_IMAGES = "bad_images.txt"
-# Files of a run that has saved a state. Without a state the folder is refused, so they are never overwritten.
+# Files that a run writes only after its first state. A folder that holds one but no state is refused, because the run
+# would overwrite it.
 _WRITTEN = (CHECKPOINT, "preset.json", "metrics.jsonl", REPORT, CURVES, BAD_IMAGES)
 
 
@@ -33,7 +34,7 @@ def find_saved(plan: Plan, note: Callable[[str], None]) -> SavedState | None:
     if len(set(gathered(plan.source.fingerprint))) > 1:
         raise DinoError(
             f"the processes of this run see different images in {plan.source.where}",
-            "give all machines the same images",
+            "copy the same images to all machines",
         )
     # Only the first process reads, because it may set corrupt states aside.
     saved = from_first(newest(plan.out, note) if rank() == 0 else None)
@@ -43,10 +44,10 @@ def find_saved(plan: Plan, note: Callable[[str], None]) -> SavedState | None:
 
 
 def refuse_taken(out: Path) -> None:
-    """Check that a folder without a state holds no file that a run would overwrite.
+    """Check that a folder without a valid state holds no file that a run would overwrite.
 
     Raises:
-        DinoError: If it holds one.
+        DinoError: If it holds such files. The error names the first.
     """
     taken = next((name for name in _WRITTEN if (out / name).exists()), None)
     if taken:
@@ -55,7 +56,7 @@ def refuse_taken(out: Path) -> None:
 
 
 def resumed_plan(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
-    """Return the plan of a resumed run, and report each difference from the requested one.
+    """Return the plan of a resumed run, and report each change from the given plan or the earlier run.
 
     Raises:
         DinoError: If the preset, the images or the frozen teacher differ.
@@ -97,12 +98,12 @@ def resumed_plan(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
 
 
 def reading_processes(plan: Plan) -> int:
-    """Return the number of reading processes of the whole run."""
+    """Return the number of processes that read images, over the whole run."""
     return size() * max(1, plan.workers)
 
 
 def first_difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, Any] | None:
-    """Return the first key in which two nested tables differ and its two values, or None if they are equal."""
+    """Return the first key whose values differ between two nested tables, with both values; None if all are equal."""
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return None if one == other else (path, one, other)
     for key in [*one, *(key for key in other if key not in one)]:
@@ -114,7 +115,7 @@ def first_difference(one: Any, other: Any, path: str = "") -> tuple[str, Any, An
 
 
 def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
-    """Yield notes for the user on changes in a resumed run; none if the preset is the same.
+    """Yield notes for the user on preset changes in a resumed run.
 
     Raises:
         DinoError: If the preset differs in more than the epochs of a finished run. The error names the first key.
@@ -150,9 +151,8 @@ def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | 
 
     Args:
         runs: Run folders, newest first.
-        plan: Preset, fingerprint of the images, initial weights, fingerprint of the frozen teacher.
-        stop: Number of planned steps. Runs that `--steps` ended earlier count as unfinished, except the untrained
-            network of `--steps 0`.
+        plan: Preset, fingerprint of the images, initial weights, and fingerprint of the frozen teacher.
+        stop: Number of planned steps. A run that `--steps` ended earlier counts as unfinished, unless at step 0.
     """
     for run in runs:
         state = next((state for _, state in saved_states(run) if state), None)
@@ -164,7 +164,7 @@ def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | 
 
 
 def _format_value(value: Any) -> str:
-    """Format a value for `--set`, as TOML: its lists and strings are written as in JSON, its tables are not."""
+    """Format a value as TOML, for `--set`. Only tables differ from JSON."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}={_format_value(inner)}' for key, inner in value.items() if inner is not None)}}}"
     return "none" if value is None else json.dumps(value)

@@ -1,4 +1,4 @@
-"""Session: what happens between the steps of a run, which are logs, saves, and the end on request."""
+"""Session: logs, saves and stop requests between the steps of a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dinocli.train.state import ImageFacts, SavedState, State, StateStore, sampl
 
 
 class Session:
-    """Logs and saves of a run; a save before the first step reveals a full disk early.
+    """Logs and saves of a run. It also saves before the first step, so that a full disk is noticed early.
 
     Args:
         plan: Settings of the run.
@@ -36,7 +36,7 @@ class Session:
         saved: State that the run resumes from, if any.
 
     Attributes:
-        bad: Files that no process could read.
+        bad: Files that could not be read, from all processes, as of the last save.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Session:
         self.stopping, self._tidy = stopping, tidy
         self.bad, self._bad_here = BadFiles(), BadFiles()
         source = plan.source
-        contents = saved.state.images.contents if saved else ""  # as they were when the run began
+        contents = saved.state.images.contents if saved else ""  # from the start of the run
         contents = contents or (sample_of(source) if rank() == 0 else "")
         self.images = ImageFacts(
             where=source.where, count=source.count, fingerprint=source.fingerprint, contents=contents
         )
         self.store = StateStore(plan.out, plan.saving.keep, plan.saving.milestones)
-        self._during: Literal["", "step", "save"] = ""  # stays set after a failure
+        self._during: Literal["", "step", "save"] = ""  # keeps its value after a failure
         self._due = self._late = self._ends = False
         self._taken = torch.empty(0, dtype=torch.int64), 0.0  # rows of the step's batch, and seconds waited for data
         self._save_took = 0.0  # seconds
@@ -73,10 +73,10 @@ class Session:
             write_text(plan.out / "preset.json", plan.preset.model_dump_json(indent=2))
 
     def train(self, batches: TrainBatches) -> None:
-        """Train to the end of the plan, or until the user stops the run.
+        """Train until the plan's last step, or until the user stops the run.
 
         Raises:
-            DinoError: If the device runs out of memory, or the run does not learn.
+            DinoError: If the device runs out of memory, or a failure check of `Logger.log` fails.
         """
         self._bad_here = batches.bad
         try:
@@ -88,7 +88,7 @@ class Session:
 
     def _until_stopped(self, batches: TrainBatches) -> Iterator[Batch]:
         for batch in batches:
-            if self.stopping.asked and size() == 1:
+            if self.stopping.requested and size() == 1:
                 return
             self.stopping.step(self._save_took)
             self._during, self._taken = "step", (batch.rows, batches.waited)
@@ -107,7 +107,7 @@ class Session:
             self.logger.log(values)
             self._tidy()
         # Clocks and signals differ between processes, so all processes decide together.
-        self._late, save, self._ends = any_of(self.logger.late, self._save_is_late, self.stopping.asked)
+        self._late, save, self._ends = any_of(self.logger.late, self._save_is_late, self.stopping.requested)
         self.stopping.check()
         saving = self.plan.saving
         if save or any(n and clock.step % n == 0 for n in (saving.steps, saving.milestones)):
@@ -126,12 +126,12 @@ class Session:
             same.append("--recompute")
         more = f"{' or '.join(same)}, with the same gradient; or " if same else ""
         return DinoError(
-            f"the device's memory is too small for a batch of {each} in {parts} parts",
+            f"the device's memory is too small for a batch of {each}{f' in {parts} parts' if parts > 1 else ''}",
             f"{more}--batch-size {max(1, whole // 2)}",
         )
 
     def save(self, *, broken: bool = False) -> None:
-        """Save this step unless it is saved already; after a failure (`broken`), do so without the other processes.
+        """Save this step unless it is already saved. After a failure (`broken`), do not wait for other processes.
 
         Raises:
             DinoError: If weights are not finite. Earlier states are kept.
@@ -139,7 +139,7 @@ class Session:
         step = self.trainer.clock.step
         new = step != self.saved_step
         if new and broken:
-            new = self.trainer.is_finite()  # no error about the weights: the run's own error follows
+            new = self.trainer.is_finite()  # raises no error, because the run's own error follows
         elif new:
             check_weights(self.trainer, self.plan.out)
         if new:
@@ -164,9 +164,9 @@ class Session:
             write_text(self.plan.out / BAD_IMAGES, "".join(sorted(lines)))
 
     def close(self, *, broken: bool) -> None:
-        """Save, unless a step or a save was interrupted: then the state before it stays the newest.
+        """Save, unless a step or a save was interrupted: then the previous state stays the newest.
 
-        Sharded weights can only be saved by all processes together, and a failed run may lack one.
+        After a failure (`broken`), sharded weights are not saved either: that needs all processes, and one may be gone.
         """
         if not self._during and not (broken and size() > 1 and self.plan.parallel == "fsdp"):
             self.save(broken=broken)

@@ -1,4 +1,4 @@
-"""Photos that a run evaluates and draws at intervals, always the same ones."""
+"""Fixed photos that a run evaluates and draws at intervals."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from dinocli.train.knn_monitor import at_rest, class_tokens
 from dinocli.viz.picture import heat, visible
 
 POOL, SHOWN, NEIGHBOURS = 256, 6, 5
-TILE = 144  # side of a map in pixels; a neighbour's is two thirds
-_TRIES = 2 * POOL
-_WORD = 2**63 - 2  # separates this choice from other uses of the seed
+TILE = 144  # side of a photo or map in pixels; neighbours have two thirds of it
+_TRIES = 2 * POOL  # candidates, because some cannot be read
+_WORD = 2**63 - 2  # keeps this choice independent of other uses of the seed
 
 
 @dataclass(frozen=True)
 class Photos:
-    """Small photos of a source in CPU memory: 40 MB at 224 pixels.
+    """Sample of a source's photos in CPU memory: 40 MB at 224 pixels.
 
     Attributes:
-        pool: All photos as evaluated, the shown ones first. [S, C, size, size], uint8
-        shown: First few photos, at the size for attention maps. [side, side, C] each
+        pool: All photos at the evaluation size, the shown ones first. [S, C, size, size], uint8
+        shown: The first few photos, at the size for attention maps. [side, side, C] each
         names: Names of the shown photos.
         preset: Preset with the image settings of the network.
     """
@@ -53,7 +53,7 @@ class Photos:
 
     @classmethod
     def of(cls, source: Source, preset: Preset) -> Photos:
-        """Choose photos by the run's seed, or the first ones of shards; skip unreadable ones."""
+        """Choose photos by the run's seed, or the first photos of shards; skip unreadable ones."""
         size = preset.views.global_1.size
         large = round(size * 480 / 224)
         pool: list[Tensor] = []
@@ -61,7 +61,7 @@ class Photos:
         names: list[str] = []
         for name, opened in _candidates(source, preset):
             short, wanted = min(opened.height, opened.width), resize_for(large if len(shown) < SHOWN else size)
-            # Decode large photos at a reduced size, since they become small squares.
+            # Decode large photos at a reduced size, because they become small squares.
             pixels = opened.pixels(reduction(short / (2 * wanted)))
             if isinstance(pixels, BadImage):
                 continue
@@ -79,16 +79,16 @@ class Photos:
     def snapshot(self, network: Network, step: int, folder: Path) -> dict[str, float]:
         """Write pictures of a network's output on the photos, and return statistics of its features.
 
-        The network stays unchanged and no random number is drawn, so the run is not affected.
+        The network is not changed and no random number is drawn, so the run is not affected.
 
         Args:
-            network: Teacher with all of its weights, on any device.
-            step: Step number for the file names.
+            network: Network with unsharded weights, on any device.
+            step: Number of completed steps, for the file names.
             folder: Run folder. Its `pictures/` receives `photos.jpg` with `photos.json`, `attention-STEP.jpg` (only for
                 networks with attention) and `neighbours-STEP.jpg`.
 
         Returns:
-            `rank` and `uniformity` of the pool's features; empty for fewer than two photos.
+            `rank` and `uniformity` of the pool's features. Empty if the pool has fewer than two photos.
 
         Raises:
             NotFinite: If the network's output is infinite or NaN.
@@ -118,7 +118,7 @@ class Photos:
 
 
 def _candidates(source: Source, preset: Preset) -> Iterator[tuple[str, Opened]]:
-    """Yield names and headers of images that can be opened, in order of choice."""
+    """Yield the name and header of each image that can be opened, in order of choice."""
     for name, data in _first(source) if isinstance(source, Shards) else _sample(source, preset):
         if not isinstance(opened := open_image(data, preset.images), BadImage):
             yield name, opened
@@ -141,7 +141,7 @@ def _sample(source: Images, preset: Preset) -> Iterator[tuple[str, bytes | Image
 
 
 def _nearest(features: Tensor, queries: int, count: int) -> list[list[int]]:
-    """Return the index of each of the first photos, followed by its nearest neighbours by cosine similarity."""
+    """Return a row per query: its own index, then its nearest neighbours by cosine similarity."""
     unit = normalized(features)
     similarity = unit[:queries] @ unit.T  # [Q, S]
     similarity.fill_diagonal_(torch.inf)

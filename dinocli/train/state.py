@@ -1,4 +1,4 @@
-"""Training states: one folder per saved step, with all that is needed to resume."""
+"""Training states: one folder per saved step, with everything needed to resume."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from dinocli.models.network import Network
 from dinocli.weights.checkpoint import refuse_not_finite, write_checkpoint
 
 FOLDER = "state"
-_SAMPLED = 200  # files whose contents are fingerprinted
-_PIECE = 1 << 18  # bytes
+_SAMPLED = 200  # files whose contents are checked
+_PIECE = 1 << 18  # bytes per checked piece of a large file
 _TRAINER = "trainer.safetensors"
 _STATE = "state.json"
 
@@ -65,8 +65,8 @@ class State(Config):
         images: Identity of the training images.
         init: Initial weights, as the user named them.
         teacher: Fingerprint of the frozen teacher, if any.
-        lanes: Number of reading processes, which determines the image order of tar shards.
-        files: Checksum of each other file in the folder.
+        lanes: Number of processes that read images. It determines the image order of tar shards.
+        files: Checksum of each other file in the state's folder, by name.
         dinocli: Version that wrote the state.
     """
 
@@ -87,7 +87,7 @@ class SavedState:
 
     Attributes:
         state: Metadata of the state.
-        folder: Folder that holds it.
+        folder: Folder of the state.
     """
 
     state: State
@@ -97,7 +97,7 @@ class SavedState:
         """Load the state into a trainer of the same preset.
 
         Raises:
-            DinoError: If shapes differ, or values are not finite.
+            DinoError: If tensors are missing, shapes differ, or values are not finite.
         """
         try:
             tensors = _read(self.folder / _TRAINER)
@@ -111,7 +111,10 @@ class SavedState:
 
 
 def saved_states(run: Path) -> Iterator[tuple[Path, State | None]]:
-    """Yield folder and metadata (None if corrupt) of each state, newest first, without checking other files."""
+    """Yield the folder of each state, newest first, with its metadata, or None if that is corrupt.
+
+    Other files are not checked.
+    """
     for folder in _folders(run):
         try:
             yield folder, State.parse(unseal((folder / _STATE).read_bytes()), str(folder))
@@ -165,7 +168,7 @@ def _writer(folder: Path) -> str | None:
 
 
 class StateStore:
-    """Writer of training states that deletes old ones.
+    """Writer of training states, which also deletes old ones.
 
     Args:
         run: Run folder.
@@ -180,7 +183,7 @@ class StateStore:
             sweep(run / FOLDER)
 
     def write(self, state: State, trainer: Trainer, checkpoint: Network) -> None:
-        """Save a step atomically, update the run's checkpoint, and delete the oldest states.
+        """Save a state atomically, update the run's checkpoint, and delete the oldest states.
 
         The first process writes. All processes must call this method, because sharded weights are gathered.
 
@@ -196,14 +199,12 @@ class StateStore:
             tensors = {name: value.detach().cpu().numpy() for name, value in state_tensors.items()}
             write_tensors(draft / _TRAINER, tensors, {})
             files = {name: _checksum(draft / name) for name in (CHECKPOINT, _TRAINER)}
-            # Through JSON text, which writes infinite numbers as words.
-            plain = parse(state.model_copy(update={"files": files}).model_dump_json())
-            write_json(draft / _STATE, plain, indent=2)
+            write_json(draft / _STATE, state.model_copy(update={"files": files}).model_dump(mode="json"), indent=2)
         self._link_checkpoint(folder)
         self._prune()
 
     def repair(self, saved: SavedState) -> None:
-        """Replace the run's checkpoint if a save was killed before updating it."""
+        """Update the run's checkpoint if the process was killed after writing the state but before this update."""
         if _checksum(self.run / CHECKPOINT) != saved.state.files.get(CHECKPOINT):
             self._link_checkpoint(saved.folder)
 
@@ -239,15 +240,15 @@ def _spread(count: int) -> list[int]:
 
 
 def _content(path: str) -> str:
-    """Return the checksum of a file's size and bytes; of a large file, of its beginning, middle and end."""
+    """Return a checksum of a file's size and contents. Of a large file, read only the beginning, middle and end."""
     try:
-        told = os.stat(path)
-        if not stat.S_ISREG(told.st_mode):  # opening a pipe would wait for its writer
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for its writer
             return f"{0:08x}"
-        total = zlib.crc32(str(told.st_size).encode())
+        total = zlib.crc32(str(info.st_size).encode())
         with open(path, "rb", buffering=0) as file:
-            large = told.st_size > 4 * _PIECE
-            for begin in (0, told.st_size // 2, told.st_size - _PIECE) if large else (0,):
+            large = info.st_size > 4 * _PIECE
+            for begin in (0, info.st_size // 2, info.st_size - _PIECE) if large else (0,):
                 file.seek(begin)
                 total = zlib.crc32(file.read(_PIECE if large else 4 * _PIECE), total)
     except OSError:
@@ -260,7 +261,7 @@ def other_contents(before: str, source: Source) -> str | None:
     now = sample_of(source) if before else ""
     pairs = [(before[i : i + 8], now[i : i + 8]) for i in range(0, len(before), 8)]
     changed = sum(was != is_now for was, is_now in pairs)
-    if not changed or len(before) != len(now):  # another message covers a changed number of files
+    if not changed or len(before) != len(now):  # a changed number of files is reported elsewhere
         return None
     kind = "shards" if isinstance(source, Shards) else "images"
     return f"note: {changed} of {len(pairs)} sampled {kind} have changed since this run began"

@@ -1,4 +1,4 @@
-"""Weights on disk: this tool's checkpoints, and files of other tools with the same networks."""
+"""Weight files: this tool's checkpoints, and files of other tools with the same networks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import timm
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dinocli.core.checksums import parse
+from dinocli.core.config import Config
 from dinocli.core.errors import DinoError, nearest
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import load_tensors, write_tensors
@@ -25,8 +26,10 @@ from dinocli.models.architecture import BackboneConfig
 from dinocli.weights.identify import NAMES, foreign, is_features, kind_of
 from dinocli.weights.official import timms_name, under_timms_keys
 
+C = TypeVar("C", bound=Config)
+
 Which = Literal["teacher", "student"]
-# Head names of the originals: DINO has one head; DINOv2 has one for class tokens and optionally one for iBOT.
+# Heads in the originals' files: DINO has one; DINOv2 has one for class tokens and optionally one for iBOT.
 _HEAD = re.compile(r"(?:(dino|ibot)_)?head\.(?=mlp\.|last_layer\.)")
 
 
@@ -36,11 +39,11 @@ class Weights:
 
     Attributes:
         backbone: Backbone weights under timm's keys.
-        heads: Weights of each head by name, under the original's keys. Empty for a file with a backbone alone.
+        heads: Weights of each head by name, under the original's keys. Empty if the file holds only a backbone.
         preset: Preset of the run, if this tool wrote the file.
-        architecture: Architecture of the backbone, if the file stores it.
         mask_token: Token that replaces masked patches, if the network was trained with one. [1, D]
         step: Number of training steps, if the file stores it.
+        architecture: Architecture of the backbone, if the file stores it.
     """
 
     backbone: dict[str, Tensor]
@@ -52,10 +55,10 @@ class Weights:
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int) -> None:
-    """Write the result of `Network.weights` with its resolved preset, as the one file to share.
+    """Write the weights from `Network.weights` and their resolved preset to a single file.
 
     Raises:
-        DinoError: If weights are not finite. An existing file at `path` is kept.
+        DinoError: If weights are not finite. An existing file at `path` is then kept.
     """
     refuse_not_finite(weights, f"step {step}")
     tensors = {k: v.detach().cpu().contiguous().numpy() for k, v in weights.items()}
@@ -68,7 +71,7 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
 
     Args:
         path: Run folder, `.safetensors` file, or `.pth` file, which is read without running code in it.
-        which: Network to read if the file holds both. This tool's checkpoints hold the teacher alone.
+        which: Network to read if the file holds both. This tool's checkpoints hold only the teacher.
 
     Raises:
         DinoError: If the file does not exist, is corrupt, or holds another network or non-finite weights.
@@ -86,19 +89,18 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
         raise DinoError(
             f"{path} holds only the teacher; --network student needs a file with the student", "remove --network"
         )
-    refuse_not_finite(tensors, str(path))
-    preset = _parse_preset(metadata, path)
+    # Only runs of this tool have a folder with states.
+    refuse_not_finite(tensors, str(path), *([] if "preset" in metadata else ["use another checkpoint"]))
+    preset = _parse_stored(Preset, "preset", metadata, path)
     step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
-    architecture = preset.backbone if preset else None
-    if architecture is None and "backbone" in metadata:
-        architecture = BackboneConfig.parse(_parse_stored(metadata["backbone"], path), str(path))
+    architecture = preset.backbone if preset else _parse_stored(BackboneConfig, "backbone", metadata, path)
     return replace(_sort(tensors, preset, path), step=step, architecture=architecture)
 
 
 def carrying(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
-    """Return a state dict with metadata as an attribute instead of a key, like PyTorch's own `_metadata`.
+    """Return a state dict with metadata in an attribute, like PyTorch's own `_metadata`.
 
-    `torch.save` stores it and `torch.load` restores it; `load_state_dict` of any network ignores it.
+    `torch.save` stores the attribute and `torch.load` restores it. `load_state_dict` ignores it, unlike an extra key.
     """
     found = OrderedDict(tensors)
     found.dinocli = metadata  # type: ignore[attr-defined]
@@ -106,38 +108,29 @@ def carrying(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[st
 
 
 def metadata_of(weights: Weights, architecture: BackboneConfig) -> dict[str, str]:
-    """Return the metadata from which this tool can read an exported file as the same encoder."""
+    """Return the metadata with which this tool loads an exported file as the same encoder."""
     if weights.preset is None:
         return {"dinocli": __version__, "backbone": architecture.model_dump_json()}
     step = {} if weights.step is None else {"step": str(weights.step)}
     return {"dinocli": __version__, "preset": weights.preset.model_dump_json(), **step}
 
 
-def _parse_stored(text: str, path: Path) -> dict[str, Any]:
-    """Parse the preset or backbone that is stored with weights.
+def _parse_stored(config: type[C], key: str, metadata: Mapping[str, str], path: Path) -> C | None:
+    """Return the preset or backbone in the metadata of weights, or None if `key` is missing.
 
     Raises:
-        DinoError: If it is corrupt.
+        DinoError: If it is corrupt, or from another version of this tool and not valid in this one.
     """
+    if key not in metadata:
+        return None
     try:
-        return parse(text)
+        stored = parse(metadata[key])
     except ValueError as error:
         raise DinoError(
-            f"{path} is damaged: its preset cannot be read; {error}", "copy it again, or use another checkpoint"
+            f"{path} is damaged: its {key} cannot be read; {error}", "copy it again, or use another checkpoint"
         ) from error
-
-
-def _parse_preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
-    """Return the preset that is stored with weights, if any.
-
-    Raises:
-        DinoError: If it is corrupt, or of a later version.
-    """
-    if "preset" not in metadata:
-        return None
-    stored = _parse_stored(metadata["preset"], path)
     try:
-        return Preset.parse(stored, str(path))
+        return config.parse(stored, str(path))
     except DinoError as error:
         writer = metadata.get("dinocli", "")
         if writer in ("", __version__):
@@ -149,32 +142,39 @@ def _parse_preset(metadata: Mapping[str, str], path: Path) -> Preset | None:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Describe the first tensor with infinite or NaN values and their number; return None if all are finite."""
+    """Name the first tensor with infinite or NaN values and count them; return None if all values are finite."""
     bad = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
     if not bad:
         return None
     first = tensors[bad[0]]
     count = first.numel() - int(first.float().isfinite().sum())
-    more = f" (and {len(bad) - 1} more tensors)" if len(bad) > 1 else ""
+    more = f" (and {len(bad) - 1} more tensor{'s' * (len(bad) > 2)})" if len(bad) > 1 else ""
     return f"{bad[0]} holds {count:,} of {first.numel():,} values that are not finite{more}"
 
 
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.numel() or not tensor.is_floating_point():
         return True
-    # float64 values may overflow in the networks' float32. Extremes need no mask of the tensor's size.
+    # Networks compute in float32, where float64 values may overflow. Unlike isfinite, aminmax needs no large mask.
     low, high = (tensor.float() if tensor.dtype == torch.float64 else tensor).aminmax()
     return bool(low.isfinite() & high.isfinite())
 
 
-def refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+def refuse_not_finite(
+    tensors: Mapping[str, Tensor], source: str, hint: str = "use another checkpoint, or an earlier RUN/state/STEP"
+) -> None:
     """Raise an error if weights are not finite.
+
+    Args:
+        tensors: Weights by name.
+        source: Origin of the weights, for the error.
+        hint: Hint of the error. The default is for weights of a run.
 
     Raises:
         DinoError: If a value is infinite or NaN. The error names the first tensor.
     """
     if found := not_finite(tensors):
-        raise DinoError(f"{source} cannot be used: {found}", "use another checkpoint, or an earlier RUN/state/STEP")
+        raise DinoError(f"{source} cannot be used: {found}", hint)
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -190,7 +190,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _no_checkpoint(path: Path) -> DinoError:
-    """Return an error for a path that leads to no weights file."""
+    """Return the error for a path without a weights file; its hint depends on what the path holds."""
     kind, named = kind_of(str(path)), timms_name(path.as_posix()) or path.as_posix()
     if path.is_dir():
         hint = "name a checkpoint, or train one with `dino pretrain IMAGES --preset tiny`"
@@ -217,7 +217,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_plain_values()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    # A corrupt file makes the reader raise almost anything: EOFError, KeyError, RuntimeError, UnpicklingError.
+    # On a corrupt file torch.load may raise any type: EOFError, KeyError, RuntimeError, UnpicklingError.
     except Exception as error:
         _refuse_foreign(path)
         raise DinoError(
@@ -227,12 +227,12 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _plain_values() -> list[Any]:
-    """Return the types besides tensors in a full checkpoint of the original: arguments, paths and numpy scalars."""
+    """Return the safe types in a full checkpoint of the original besides tensors: arguments, paths, numpy scalars."""
     scalar = np.float64(0).__reduce__()[0]
     numbers = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     kinds = [type(np.dtype(kind)) for kind in ("float64", "float32", "float16", "int64", "int32", "bool")]
-    # Paths are read as pure paths, because a Windows path cannot be created on other systems. Python 3.13 moved the
-    # classes to another module.
+    # Read paths as pure paths: WindowsPath cannot be created on other systems. Python 3.13 moved the path classes to
+    # another module.
     stand_ins = [(PurePosixPath, "PosixPath"), (PureWindowsPath, "WindowsPath")]
     stand_ins += [(path, path.__name__) for path in (PurePosixPath, PureWindowsPath)]
     paths = [(path, f"{module}.{name}") for path, name in stand_ins for module in ("pathlib", "pathlib._local")]
@@ -250,16 +250,16 @@ def _pick(content: Any, which: Which, path: Path) -> tuple[dict[str, Tensor], di
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
         if isinstance(content, dict) and "student" in content:
-            raise DinoError(f"{path} holds no teacher, but a student", "--network student")
+            raise DinoError(f"{path} holds a student and no teacher", "--network student")
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         raise DinoError(f"{path} holds no weights", "name a ckpt.safetensors, an official .pth, or timm:NAME")
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     _refuse_wrapped(tensors, path)
-    # DINOv2 saves all networks in one dict: `teacher.backbone.`, `teacher.dino_head.`, `student.backbone.`, ...
+    # DINOv2 saves both networks in one dict: `teacher.backbone.`, `teacher.dino_head.`, `student.backbone.`, ...
     for network in (which, "student", "teacher"):
         inside = {k.removeprefix(f"{network}."): v for k, v in tensors.items() if k.startswith(f"{network}.")}
         if inside and network != which:
-            raise DinoError(f"{path} holds no {which}, but a {network}", f"--network {network}")
+            raise DinoError(f"{path} holds a {network} and no {which}", f"--network {network}")
         if inside:
             return inside, {}
     carried = getattr(content, "dinocli", None)
@@ -268,7 +268,7 @@ def _pick(content: Any, which: Which, path: Path) -> tuple[dict[str, Tensor], di
 
 
 def _refuse_wrapped(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse weights under a prefix that only their training code knows, as Lightning saves them.
+    """Refuse weights whose keys have a prefix of a training framework, such as Lightning's `model.`.
 
     Raises:
         DinoError: If the class token or the last ResNet block has an unknown prefix.
@@ -288,7 +288,7 @@ def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> W
     heads: dict[str, dict[str, Tensor]] = {}
     mask_token = None
     for key, value in tensors.items():
-        # DDP prefixes every key with `module.`, the originals' wrappers with `backbone.` and `head.`, or `dino_head.`.
+        # DDP adds the prefix `module.`; the originals' wrappers add `backbone.`, and `head.` or `dino_head.`.
         key = key.removeprefix("module.")
         if key.startswith("heads."):
             _, name, rest = key.split(".", 2)

@@ -1,4 +1,4 @@
-"""Export of a backbone to other libraries, checked by loading the result with that library."""
+"""Export of a backbone to another library, verified by loading the result with that library."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Exported:
     Attributes:
         path: Written file, or folder for timm.
         difference: Relative difference between the other library's features and this tool's, on random images.
-        notes: Notes for the user on building the network and on differences in use.
+        notes: Notes for the user: code that builds the network, and differences in use.
         load: Python code that loads the export.
     """
 
@@ -73,17 +73,17 @@ def export(
         to: Format. `official`: keys of the backbones released by facebookresearch/dino. `timm`: a folder for
             `create_model("local-dir:...")` or the hub. `onnx` and `torch-export`: a graph to features from normalized
             images [B, C, size, size], with B free.
-        out: Output path. An existing file is replaced, a folder only if an export made it, the source never.
+        out: Output path. An existing file is replaced; a folder is replaced only if an earlier export wrote it.
         which: Network to export if the file holds both.
-        heads: Include the head (`official` only); both are then stored under the network's name, as in a full
-            checkpoint.
-        tokens: Features that a graph returns, as in `Encoder.features`.
-        size: Side of a graph's input images, in pixels. By default, the training size.
+        heads: Include the head (`official` only). Backbone and head are then stored under the key `which`, as in a
+            full checkpoint.
+        tokens: Features that a graph returns; see `Encoder.features`.
+        size: Side of a graph's input images, in pixels. If None, the training size.
         overrides: `backbone.key=value` for an official file, as for `--set`.
 
     Raises:
         DinoError: If the source cannot be read or would be overwritten, the other library lacks this network, or its
-            features differ. Nothing is written then.
+            features differ. No file is then written.
         OSError: If the disk is full or the path is not writable.
     """
     if source.startswith("timm:"):
@@ -128,14 +128,14 @@ def _keep_the_source(source: Path, to: Format, out: Path) -> None:
 
 
 def folder_is_free(out: Path, ours: set[str]) -> None:
-    """Check that nothing exists at a path, or only an earlier export of this tool.
+    """Check that a path is free, or holds only an earlier export of this tool.
 
     Args:
         out: Path of the model folder.
         ours: Names of the files that may be replaced.
 
     Raises:
-        DinoError: If the path holds anything of the user's own.
+        DinoError: If the path holds anything else.
     """
     what = ""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
@@ -158,15 +158,15 @@ def _native_size(encoder: Encoder) -> int:
 
 
 def _compare(encoder: Encoder, loaded: Loaded, tokens: TokenChoice, size: int) -> float:
-    """Return the relative difference of the features, which must be within rounding."""
-    # Another batch size than in tracing, because the batch size must stay free.
+    """Return the relative difference of the features, and refuse one beyond rounding errors."""
+    # Graphs are traced with another batch size than 3, so this also checks that the batch size is free.
     images = torch.randn(3, encoder.channels, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return _difference(encoder.features(images, tokens), loaded(images), "features")
 
 
 def _difference(ours: Tensor, theirs: Tensor, what: str) -> float:
-    hint = "it does not support a part of this network: use another --to"
+    hint = "that library does not support a part of this network: use another --to"
     if ours.shape != theirs.shape:
         shapes = f"of shape {list(theirs.shape)}; expected {list(ours.shape)}"
         raise DinoError(f"the other library returns {what} {shapes}", hint)
@@ -181,7 +181,7 @@ def _head_of(weights: Weights, width: int) -> Head:
     if set(weights.heads) != {"dino"}:
         names = ", ".join(weights.heads) or "none"
         raise DinoError(
-            f"the heads are: {names}; expected one named dino, as in the original", "remove --projection-head"
+            f"the checkpoint's heads are: {names}; expected only dino, as in the original", "remove --projection-head"
         )
     config = weights.preset.heads["dino"] if weights.preset else HeadConfig.of(weights.heads["dino"])[0]
     head = config.build(width).eval()
@@ -197,7 +197,7 @@ def _to_official(
     metadata: dict[str, str],
     draft: Path,
 ) -> tuple[Loaded, float]:
-    """Write an official file; return the original's network loaded from it, and its head's difference."""
+    """Write an official file; return the original's network loaded from it, and the difference of its head."""
     original, forward = original_network(encoder.backbone, architecture.name)
     state = {key: value.contiguous() for key, value in encoder.backbone.model.state_dict().items()}
     if head is None:
@@ -216,14 +216,14 @@ def _to_official(
 
 
 def _save(write: Callable[[io.BytesIO], None], draft: Path) -> None:
-    """Write through memory: on a full disk torch's own writer raises unclear errors or ends the process."""
+    """Write through memory, because on a full disk torch's writer raises unclear errors or ends the process."""
     file = io.BytesIO()
     write(file)
     draft.write_bytes(file.getbuffer())
 
 
 def _notes_on_the_original(encoder: Encoder, architecture: BackboneConfig, head: Head | None, native: int) -> list[str]:
-    """Return how to build a network that the original's options cannot build, and how its use differs."""
+    """Return code for a network that the original's defaults do not build, and notes on differences in use."""
     backbone, notes = encoder.backbone, []
     if not isinstance(backbone, ViTBackbone):
         notes.append(f"network = torchvision.models.{architecture.name}(); network.fc = torch.nn.Identity()")
@@ -254,8 +254,8 @@ class WrittenTimm:
 
     Attributes:
         difference: Relative difference between timm's features and this tool's, on random images.
-        call: Python expression for the same features, from `model` and `images`.
-        notes: Differences in use.
+        call: Python expression that computes the same features from `model` and `images`.
+        notes: Notes for the user on differences in use.
     """
 
     difference: float
@@ -286,7 +286,7 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: 
         "interpolation": "bicubic",
         "crop_pct": size / resize_for(size),
         "num_classes": 0,
-        # timm's tag for the original's weights, which `load_encoder` reads.
+        # timm's tag of the original's weights. From it `load_encoder` knows how to resample positions.
         "tag": "dino" if isinstance(backbone, ViTBackbone) and backbone.positions == "dino" else None,
     }
     config = {
@@ -295,7 +295,7 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: 
         "num_features": backbone.width,
         "model_args": architecture.options,
         "pretrained_cfg": about,
-        # Marks the folder for later exports; timm ignores it.
+        # Later exports may replace a folder with this key. timm ignores it.
         "dinocli": __version__,
     }
     write_text(folder / "config.json", json.dumps(config, indent=2))
@@ -331,7 +331,7 @@ def _notes_on_timm(encoder: Encoder, model: Any, native: int, call: str) -> list
 
 
 class _Features(nn.Module):
-    """Module that maps images to one tensor of features, for tracing."""
+    """Module from images to one tensor of features, for tracing."""
 
     def __init__(self, encoder: Encoder, tokens: TokenChoice) -> None:
         super().__init__()
@@ -376,7 +376,7 @@ def _to_torch_export(encoder: Encoder, tokens: TokenChoice, size: int, draft: Pa
 def _to_onnx(encoder: Encoder, tokens: TokenChoice, size: int, draft: Path) -> Loaded:
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401  torch's exporter writes with it
+        import onnxscript  # noqa: F401  torch's exporter needs it
     except ImportError as error:
         raise DinoError(f"ONNX needs the package {error.name}", "pip install 'dinocli[onnx]'") from error
     if sum(value.nbytes for value in encoder.backbone.state_dict().values()) > _ONE_ONNX_FILE:

@@ -1,4 +1,4 @@
-"""Frozen teacher: a pretrained network that stays fixed while a student learns to match its output."""
+"""Frozen teacher: a pretrained network whose output a student learns to match."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class FrozenTeacher:
         """Read preset and fingerprint of a checkpoint without keeping its weights.
 
         Raises:
-            DinoError: If there is no checkpoint, or this tool did not write it: then its heads are unknown.
+            DinoError: If the checkpoint does not exist, or another tool wrote it, so that its heads are unknown.
         """
         if source.startswith("timm:"):
             raise DinoError(f"{source} has no heads; this preset compares the outputs of heads", _ITS_FEATURES)
@@ -60,7 +60,10 @@ class FrozenTeacher:
         return f"{self.source} ({self.preset.backbone.name})"
 
     def network(self, student: Preset) -> Network:
-        """Return the teacher's backbone and the heads that a student's losses read, with random weights.
+        """Build the teacher's backbone and the heads that a student's losses read, with random weights.
+
+        Args:
+            student: Preset of the student.
 
         Raises:
             DinoError: If the teacher does not fit the student's preset.
@@ -82,7 +85,7 @@ class FrozenTeacher:
         return network
 
     def load(self, network: Network) -> None:
-        """Load the teacher's weights into a network that `network` returned.
+        """Load the teacher's weights into a network built by `network`.
 
         Raises:
             DinoError: If the checkpoint no longer exists, or has changed.
@@ -109,8 +112,8 @@ class FrozenTeacher:
         for name, wanted in student.losses.with_targets().items():
             if (wanted.head, wanted.reads) not in taught:
                 raise DinoError(
-                    f"losses.{name} applies the teacher's head {wanted.head} to {_READS[wanted.reads]}, but it "
-                    "was not trained on them",
+                    f"losses.{name} applies the teacher's head {wanted.head} to {_READS[wanted.reads]}, on which it "
+                    "was not trained",
                     f"use a teacher trained with losses.{name}, or --set losses.{name}=none",
                 )
         for key in ("mean", "std"):

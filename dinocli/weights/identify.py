@@ -1,4 +1,4 @@
-"""Kinds of paths and names on the command line, recognised without torch: images, features, weights."""
+"""Identification of paths and names on the command line, without importing torch: images, features, weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Kind = Literal[
     "image", "images", "source", "folder", "file",
 ]  # fmt: skip
 WEIGHTS: frozenset[Kind] = frozenset(["timm", "run", "weights"])
-# With an article, to complete "x is ...".
+# Descriptions with an article, for messages such as "x is an image".
 NAMES: dict[Kind, str] = {
     "missing": "a path that does not exist",
     "pattern": "a pattern that matches no file",
@@ -63,7 +63,7 @@ _ENTRIES = 20_000  # entries of a folder to search for an image
 
 
 def kind_of(place: str) -> Kind:
-    """Return the kind of a path or name on the command line, by its name and, for features, by content."""
+    """Return the kind of a path or name on the command line, by its name and, for folders and features, contents."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place):
         return "address"
     if place.startswith("timm:"):
@@ -80,7 +80,7 @@ def kind_of(place: str) -> Kind:
     suffix = path.suffix.lower()
     if suffix in _WEIGHTS:
         return "features" if is_features(path) else "weights"
-    if suffix in SUFFIXES:
+    if suffix in SUFFIXES or suffix == ARRAY:
         return "image"
     return _by_suffix(path, suffix)
 
@@ -112,7 +112,7 @@ def _folder(path: Path) -> Kind:
 
 
 def is_features(path: Path) -> bool:
-    """Return whether a file holds features, or is the index of a folder of features, by its metadata."""
+    """Return True if a file's metadata identifies it as features, or as the index of a folder of features."""
     try:
         said = parse(path.read_text(encoding="utf-8")) if path.name == INDEX else read_metadata(path)
     except (OSError, ValueError):
@@ -121,10 +121,7 @@ def is_features(path: Path) -> bool:
 
 
 def foreign(path: Path) -> tuple[str, str] | None:
-    """Return a description of a file without readable weights, and a hint; None if its kind is unknown.
-
-    It is for files that a reader of weights has rejected.
-    """
+    """Return a description and a hint for a file that could not be read as weights; None if its kind is unknown."""
     kind = kind_of(str(path))
     if kind == "graph":
         return (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
@@ -45,8 +46,8 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
         source: Run folder, `ckpt.safetensors`, official `.pth` of DINO or DINOv2, or `timm:NAME` with released weights.
         device: Device to compute on.
         which: Network to load if a file holds both.
-        overrides: `images.key=value`, and `backbone.key=value` for a file that does not store its architecture, as for
-            `--set`.
+        overrides: Settings as for `--set`: `images.key=value`, and `backbone.key=value` if the file does not store its
+            architecture.
 
     Raises:
         DinoError: If the source does not exist, or its weights or an override do not fit.
@@ -65,10 +66,10 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
 
 
 def encoder_of(weights: Weights, source: str, device: torch.device, overrides: Sequence[str] = ()) -> Encoder:
-    """Return the encoder of loaded weights.
+    """Build the encoder of weights already read.
 
     Raises:
-        DinoError: If the network is unknown, its weights do not fit, or an override does not.
+        DinoError: If the network is unknown, or its weights or an override do not fit.
     """
     architecture = architecture_of(weights, source, overrides)
     backbone = architecture.build(drop_path=False)
@@ -86,7 +87,7 @@ def encoder_of(weights: Weights, source: str, device: torch.device, overrides: S
         return encoder
     heads = architecture.options["num_heads"]
     if any(override.partition("=")[0].strip() == "backbone.options.num_heads" for override in overrides):
-        # The same weights with another number of heads are another network, and its features are not comparable.
+        # With another number of heads the same weights compute other features, which must not be compared.
         return replace(encoder, fingerprint=fingerprint({"": torch.tensor(heads), **backbone.model.state_dict()}))
     note = f"{source} does not store its number of attention heads; assuming {heads}, its width divided by 64"
     return replace(encoder, notes=(f"{note} ({HEADS}N overrides this)",))
@@ -126,7 +127,7 @@ def _freeze(backbone: Backbone, size: int, mean: Channels, std: Channels, source
 
 
 def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> Encoder:
-    """Return the untrained encoder of a checkpoint's architecture, as a baseline for the trained one.
+    """Return an encoder with the checkpoint's architecture and random weights, as a baseline.
 
     Raises:
         DinoError: If this tool did not write the checkpoint.
@@ -153,8 +154,8 @@ def initial_weights(source: str) -> Weights:
 def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
     """Adapt three-channel weights to a backbone with other channels; return None if there is nothing to adapt.
 
-    The first layer's filters are summed for one channel, or repeated and scaled for several. So its output keeps its
-    scale if all channels are equal.
+    The first layer's filters are summed for one channel, or repeated and scaled for several. For images with equal
+    channels, this preserves the scale of its output.
 
     Source: timm's adapt_input_conv.
     """
@@ -167,27 +168,38 @@ def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
 
 
 def _load_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
-    # The hub's client logs every retry; one error at the end is enough.
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     _check_released(name)
     try:
-        model = _download(name) if not name.startswith(LOCAL) else create_timm(name, pretrained=True)
+        with _silence_hub():
+            model = _download(name) if not name.startswith(LOCAL) else create_timm(name, pretrained=True)
     except DinoError:
         raise
-    # The hub's client raises dozens of error types if it cannot reach a file.
+    # If a file cannot be reached, the hub's client may raise any of dozens of types.
     except Exception as error:
         raise _no_download(name, (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]) from error
     released: Mapping[str, Any] = model.pretrained_cfg
-    refuse_not_finite(model.state_dict(), f"timm:{name}")
+    refuse_not_finite(model.state_dict(), f"timm:{name}", "use other weights")
     backbone = adapt(model, _positions_of(name, released))
     return backbone, released["input_size"][-1], tuple(released["mean"]), tuple(released["std"])
 
 
+@contextmanager
+def _silence_hub() -> Iterator[None]:
+    """Silence the log of the hub's client, which reports every retry; one error at the end is enough."""
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _check_released(name: str) -> None:
-    """Check a name before any network access.
+    """Check that a timm model name is valid, without network access.
 
     Raises:
-        DinoError: If timm has no such model or no weights of it, or the folder does not exist.
+        DinoError: If timm has no model of this name or no weights for it, or the folder does not exist.
     """
     if name.startswith(LOCAL):
         folder = name.removeprefix(LOCAL)
@@ -204,7 +216,7 @@ def _check_released(name: str) -> None:
         return
     tags = [other for other in released if other.startswith(f"{architecture}.")]
     if not name:
-        fault = "timm: is not followed by a model name"
+        fault = "timm: must be followed by a model name"
     elif tags:
         fault = f"timm {timm.__version__} has no weights {name.partition('.')[2]!r} of {architecture}"
     elif timm.is_model(architecture):
@@ -217,7 +229,7 @@ def _check_released(name: str) -> None:
 
 
 def _nearest(name: str, released: Sequence[str]) -> list[str]:
-    """Return up to three similar names, nearest first: weights if all are of one model, else models."""
+    """Return up to three similar names, nearest first: weights if all candidates are of one model, else models."""
     if as_timm := timms_name(name or "dino_vits16"):
         return [as_timm]
     models = {other.partition(".")[0] for other in released}
@@ -226,9 +238,10 @@ def _nearest(name: str, released: Sequence[str]) -> list[str]:
 
 
 def _download(name: str) -> Any:
-    """Create a timm model with its pretrained weights, and stop early if no network answers.
+    """Create a timm model with its pretrained weights; raise an error early if the hub does not answer.
 
-    The hub's client alone retries for a minute or more. It gets this time if the hub answers or the files are cached.
+    On its own, the hub's client retries for a minute or more. Wait that long only if the hub answers or the files are
+    cached.
     """
     model = _start(partial(create_timm, name, pretrained=True))
     answer = _start(partial(_hub_answers, name))
@@ -241,7 +254,7 @@ def _download(name: str) -> Any:
 
 
 def _start(work: Callable[[], Any]) -> Future[Any]:
-    """Run a function in a thread that is never stopped, because a blocked network call cannot be."""
+    """Run a function in a daemon thread, because a blocked network call cannot be cancelled."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -257,7 +270,7 @@ def _start(work: Callable[[], Any]) -> Future[Any]:
 def _no_download(name: str, why: str) -> DinoError:
     return DinoError(
         f"could not download the pretrained weights of timm's {name}: {why}",
-        f"connect to the network once, or use a folder with config.json and weights: timm:{LOCAL}FOLDER",
+        f"connect to the network, or use a folder with config.json and weights: timm:{LOCAL}FOLDER",
     )
 
 
@@ -270,7 +283,7 @@ def _repository(name: str) -> tuple[str, str | None]:
 
 
 def announcement(source: str) -> str:
-    """Return a line to print before loading timm weights, cached or to download; empty for local sources."""
+    """Return a line to print before loading timm weights: cached, or to download. Empty for local sources."""
     name = source.removeprefix("timm:")
     if name == source or name.startswith(LOCAL):
         return ""
@@ -300,14 +313,14 @@ def _is_cached(name: str) -> bool:
 
 
 def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
-    """Return how a timm model resampled positions in its training: as the originals, or by default as timm."""
-    # DINO, and DINOv2 without registers, as in `official_architecture`.
+    """Return how the training of a timm model resampled positions: as the originals did, or as timm does."""
+    # DINO, and DINOv2 without registers; see `official_architecture`.
     as_dino = released.get("tag") == "dino" or (released.get("tag") == "lvd142m" and "_reg" not in name)
     return "dino" if as_dino else "antialias"
 
 
 def timm_folder(folder: Path) -> dict[str, Any]:
-    """Return the config of a folder in timm's hub format, or {}; exports of this tool have the key `dinocli`."""
+    """Return the config of a folder in timm's hub format, or {}. Exports of this tool have the key `dinocli`."""
     try:
         said = parse((folder / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -318,13 +331,12 @@ def timm_folder(folder: Path) -> dict[str, Any]:
 def start_from(
     method: SelfDistillation | FeatureDistillation, source: str, note: Callable[[str], None] = lambda line: None
 ) -> list[str]:
-    """Load initial weights into student and average: the backbone, and the heads of equal shape.
+    """Load initial weights into the student and its moving average: the backbone, and the heads of equal shape.
 
     Args:
-        method: Student and average to initialize.
+        method: Method whose networks are initialized.
         source: Source of the weights, as for `initial_weights`.
-        note: Callback that receives a line before a download, and if three-channel weights are adapted to other
-            channels.
+        note: Callback that receives lines for the user: about a download, and about weights adapted to other channels.
 
     Returns:
         Names of the heads that keep random weights.
@@ -340,7 +352,7 @@ def start_from(
         weights = fitted
     fitting: dict[str, dict[str, torch.Tensor]] = {}
     for name, head in method.student.heads.items():
-        # The originals name a head after its loss, and a shared head after the loss on class tokens.
+        # The originals name a head after its loss; a shared head has the name of the loss on class tokens.
         theirs = "dino" if "class" in method.student.reads[name] else "ibot"
         stored = weights.heads.get(name) or weights.heads.get(theirs, {})
         if {k: v.shape for k, v in stored.items()} == {k: v.shape for k, v in head.state_dict().items()}:

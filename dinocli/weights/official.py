@@ -18,12 +18,12 @@ from dinocli.models.head import HeadConfig
 from dinocli.models.network import load_strictly
 from dinocli.models.transformer import ViTBackbone
 
-# DINO's vision transformers, by width: blocks and heads.
+# Blocks and heads of DINO's vision transformers, by width.
 OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
-# Widths of DINO, and of DINOv2's ViT-S, B, L and g. All heads have 64 channels, which no weight shows.
+# Widths of DINO, and of DINOv2's ViT-S, B, L and g. All their heads have 64 channels; no weight's shape shows it.
 _ORIGINAL_WIDTHS = {*OFFICIAL, 1024, 1536}
 _HEAD_WIDTH = 64
-# Widths for which a well-known network with the same keys has another number of heads.
+# Widths that well-known networks with the same keys split into another number of heads.
 _OTHERS_HEADS = {1280: "fits 20 heads, as in the originals, or 16, as in ViT-H"}
 _TINY = 96
 HEADS = "--set backbone.options.num_heads="
@@ -72,7 +72,7 @@ def official_architecture(backbone: Mapping[str, Tensor], source: str, overrides
     """Infer the architecture of weights in an original's layout from their keys and shapes.
 
     Width, depth, patch size, image size, MLP ratio, registers, LayerScale and SwiGLU follow from shapes. The number of
-    attention heads does not. By default it is the width divided by 64, as in all of the originals.
+    attention heads does not: it defaults to the width divided by 64, as in all originals.
 
     Args:
         backbone: Weights under timm's keys.
@@ -80,7 +80,7 @@ def official_architecture(backbone: Mapping[str, Tensor], source: str, overrides
         overrides: `backbone.key=value`, as for `--set`.
 
     Raises:
-        DinoError: If the network is unknown, an override does not fit, or the number of heads must be given.
+        DinoError: If the network is unknown, an override does not fit, or the number of heads is ambiguous.
     """
     found = None
     if "patch_embed.proj.weight" in backbone and "pos_embed" in backbone and "cls_token" in backbone:
@@ -102,7 +102,7 @@ def official_architecture(backbone: Mapping[str, Tensor], source: str, overrides
 
 
 def heads_are_assumed(architecture: BackboneConfig) -> bool:
-    """Return True if an inferred number of heads is a guess, because no original has this width."""
+    """Return True if the inferred number of heads is a guess, because no original has this width."""
     width = architecture.options.get("embed_dim")
     return width is not None and width not in _ORIGINAL_WIDTHS
 
@@ -121,7 +121,7 @@ def _explain_unknown(backbone: Mapping[str, Tensor], source: str) -> DinoError:
 
 
 def _vision_transformer(backbone: Mapping[str, Tensor], source: str) -> BackboneConfig | None:
-    """Return everything but the number of heads, or None if the blocks are not those of a plain ViT."""
+    """Return the architecture without its number of heads, or None if the blocks are not those of a plain ViT."""
     registers = backbone["reg_token"].shape[1] if "reg_token" in backbone else 0
     scaled = "blocks.0.ls1.gamma" in backbone
     first, second = (backbone.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
@@ -139,19 +139,19 @@ def _vision_transformer(backbone: Mapping[str, Tensor], source: str) -> Backbone
     if "blocks.0.attn.qkv.bias" not in backbone:
         options["qkv_bias"] = False
     if scaled:
-        size = "giant" if gated else "small"  # timm's one with SwiGLU, and one without
+        size = "giant" if gated else "small"  # timm's base for networks with SwiGLU, and without
         name = f"vit_{size}_patch14_{'reg4_' if registers else ''}dinov2"
     else:
         name = "vit_small_patch16_224"
         options |= {"no_embed_class": True} if registers else {}
-    # For networks without registers, the released code resamples positions as DINO does: by (rows + 0.1) / 37, not
-    # antialiased. Networks with registers came later, antialiased to the exact size (facebookresearch/dinov2@b8931f7
-    # dinov2/hub/backbones.py). timm antialiases both.
+    # The released code resamples positions of networks without registers as DINO does: by (rows + 0.1) / 37, without
+    # antialiasing. Those of the later networks with registers are resampled to the exact size, with antialiasing
+    # (facebookresearch/dinov2@b8931f7 dinov2/hub/backbones.py). timm antialiases both.
     return BackboneConfig(name=name, options=options, positions="antialias" if registers else "dino")
 
 
 def _sizes(backbone: Mapping[str, Tensor], source: str, *, unplaced: int) -> dict[str, int]:
-    """Return sizes under timm's names; `unplaced` is 1 if the class token has no position of its own."""
+    """Return the sizes as timm's options; `unplaced` is 1 if the class token has no position, else 0."""
     width, channels, patch, across = backbone["patch_embed.proj.weight"].shape
     places = backbone["pos_embed"].shape[1] - 1 + unplaced
     side = round(places**0.5)
@@ -185,14 +185,14 @@ def _with_heads(config: BackboneConfig, width: int, source: str) -> BackboneConf
 
 
 def original_network(backbone: Backbone, name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Build the original's network for a backbone's weights: a plain vision transformer, or torchvision's network.
+    """Build the original's network with a backbone's weights: a plain vision transformer, or torchvision's network.
 
     Args:
         backbone: Backbone with the weights.
         name: timm's name of its architecture.
 
     Returns:
-        The network with those weights, and a function from images to features [B, D].
+        The network, and a function from images [B, C, H, W] to features [B, D].
 
     Raises:
         DinoError: If the original has no network for these weights.
@@ -225,7 +225,8 @@ def original_head(weights: Mapping[str, Tensor]) -> nn.Module:
     """
     config, width = HeadConfig.of(weights)
     head = config.build(width).eval()
-    with warnings.catch_warnings(action="ignore"):  # torch prefers its newer weight norm, which has other keys
+    # torch deprecates this weight norm; the newer one has other keys.
+    with warnings.catch_warnings(action="ignore"):
         head.last_layer = nn.utils.weight_norm(nn.Linear(config.bottleneck, config.prototypes, bias=False))
     head.load_state_dict(weights)
     return head

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: streams, exit codes, mistakes."""
+"""The command line end to end: streams, exit codes, errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Dino = Callable[..., Done]
 
 @pytest.fixture
 def dino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Dino:
-    """Runs a command in this process, which has paid for importing torch; in an empty folder of its own."""
+    """Return a function that runs a command in this process, which imports torch only once, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
 
@@ -95,7 +95,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path, command: str) -> Non
     words = [*command.split(), "--help"]
 
     def seconds() -> float:
-        # Of the processor and not of the clock, since a machine may be busy; on a quiet one they are the same.
+        # CPU time, not wall time, because the machine may be busy.
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = in_a_process(*words, cwd=tmp_path, options=("-X", "importtime"))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -105,7 +105,7 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path, command: str) -> Non
         assert "torch" not in imported
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert any(seconds() < 0.8 for _ in range(3)), "others on the machine make it slower, never quicker"
+    assert any(seconds() < 0.8 for _ in range(3)), "a busy machine makes it slower, never faster"
 
 
 def test_version(dino: Dino) -> None:
@@ -233,7 +233,7 @@ def test_wrong_usage_is_code_two(dino: Dino, words: list[str]) -> None:
         ("pretrain images --step 4", "No such option: --step", "use --steps 4"),
         ("pretrain images --resume", "No such option: --resume", "remove --resume: the same command resumes"),
         ("pretrain images --continue", "No such option: --continue", "remove --continue"),
-        ("pretrain --data images", "No such option: --data", "images come without an option: dino pretrain images"),
+        ("pretrain --data images", "No such option: --data", "give the images without an option: dino pretrain images"),
         ("pretrain images --batch-size 0", "--batch-size 0 is too small; expected 1 or more", "use --batch-size 1 or more"),
         ("pretrain images --workers -1", "--workers -1 is too small; expected 0 or more", "use --workers 0 or more"),
         ("pretrain images --epochs 0", "--epochs 0 is too small; expected 1 or more", "use --epochs 1 or more"),
@@ -272,7 +272,7 @@ def test_processes_of_another_launcher_do_not_train_alone(
         assert done.stderr.startswith("error: RANK=1 WORLD_SIZE=2 without MASTER_ADDR")
         assert "torchrun --nproc-per-node 2" in done.stderr.splitlines()[1]
     assert "Usage" in dino("pretrain", "--help").stdout
-    assert dino("presets", "show", "tiny").stdout, "what a container says of itself is no matter to other commands"
+    assert dino("presets", "show", "tiny").stdout, "variables of a whole container do not matter to other commands"
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.delenv("RANK")
@@ -303,7 +303,7 @@ def test_too_little_memory_is_an_error(
     assert "not enough memory" in capsys.readouterr().err
 
 
-def test_outputs_in_the_folder_of_images_are_no_input_and_the_same_command_goes_on(
+def test_outputs_in_the_image_folder_are_ignored_and_the_same_command_resumes(
     dino: Dino, tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(images)
@@ -322,7 +322,9 @@ def test_outputs_in_the_folder_of_images_are_no_input_and_the_same_command_goes_
 
 
 @pytest.mark.slow
-def test_ctrl_c_to_the_whole_group_saves_and_the_same_command_goes_on(dino: Dino, tmp_path: Path, images: Path) -> None:
+def test_ctrl_c_to_the_process_group_saves_and_the_same_command_resumes(
+    dino: Dino, tmp_path: Path, images: Path
+) -> None:
     words = [
         "pretrain",
         "images",
@@ -364,11 +366,11 @@ def test_ctrl_c_to_the_whole_group_saves_and_the_same_command_goes_on(dino: Dino
     assert f"after {step} before" in again.stderr
     assert again.stdout == "runs/tiny-1/ckpt.safetensors\n"
     words += ["--no-report"]
-    assert "into runs/tiny-2" in dino(*words, "--steps", "1").stderr, "what came to its end is not gone on with"
+    assert "into runs/tiny-2" in dino(*words, "--steps", "1").stderr, "a completed run is not resumed"
     assert "into runs/tiny-3" in dino(*words, "--steps", "1", "--seed", "5").stderr
 
 
-def test_how_often_to_save_is_a_time_or_steps(dino: Dino, images: Path) -> None:
+def test_save_every_takes_a_time_or_steps(dino: Dino, images: Path) -> None:
     words = ["pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "6", "--no-report"]
     dino(*words, "--save-every", "2", "--keep", "9", "--out", "steps")
     assert {p.name for p in Path("steps/state").iterdir()} == {"0", "2", "4", "6"}
@@ -422,13 +424,13 @@ def test_a_dry_run_makes_the_checks_of_the_run(dino: Dino, tmp_path: Path, image
         assert dry.stdout == ""
         assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before, "nothing is written"
         assert dino(*words, *more, code=1).stderr.splitlines()[-2:] == dry.stderr.splitlines()[-2:], (
-            "as the run says it"
+            "the same error as the run's"
         )
     dino(*words, "--init", "taken", "--monitor", "images", "--out", "new", "--dry-run")
     assert not (tmp_path / "new").exists()
 
 
-def test_a_short_try_leaves_the_link_to_a_longer_run(dino: Dino, tmp_path: Path, images: Path) -> None:
+def test_a_short_trial_keeps_the_link_to_a_longer_run(dino: Dino, tmp_path: Path, images: Path) -> None:
     words = ["pretrain", "images", "--preset", "tiny", *SMALL, "--no-report"]
     link = tmp_path / "ckpt.safetensors"
     assert "points to" not in dino(*words, "--steps", "3").stderr
@@ -438,7 +440,7 @@ def test_a_short_try_leaves_the_link_to_a_longer_run(dino: Dino, tmp_path: Path,
     assert os.readlink(link) == "runs/tiny-1/ckpt.safetensors"
     longer = dino(*words, "--steps", "4", "--seed", "2").stderr
     assert (
-        "now points to runs/tiny-3/ckpt.safetensors (step 4), before to runs/tiny-1/ckpt.safetensors (step 3)" in longer
+        "now points to runs/tiny-3/ckpt.safetensors (step 4); before: runs/tiny-1/ckpt.safetensors (step 3)" in longer
     )
     assert os.readlink(link) == "runs/tiny-3/ckpt.safetensors"
     ends = [
@@ -448,12 +450,14 @@ def test_a_short_try_leaves_the_link_to_a_longer_run(dino: Dino, tmp_path: Path,
         "heads.dino.freeze_last_layer_epochs=0",
     ]
     whole = dino(*words, *(word for end in ends for word in ("--set", end))).stderr
-    assert "now points to runs/tiny-4/ckpt.safetensors (step 2)" in whole, "a run that came to its end"
+    assert "now points to runs/tiny-4/ckpt.safetensors (step 2)" in whole, (
+        "a completed run takes the link, even if it is shorter"
+    )
 
 
 def test_more_steps_than_the_run_has_are_noted(dino: Dino, images: Path) -> None:
     done = dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "999", "--dry-run")
-    assert "note: --steps 999 is more than the 400 steps of the run, which ends there; see --epochs" in done.stderr
+    assert "note: --steps 999 is more than the run's 400 steps; it ends after 400; see --epochs" in done.stderr
 
 
 def test_the_doctor_writes_nothing(dino: Dino, tmp_path: Path) -> None:
@@ -474,7 +478,7 @@ def test_the_doctor_writes_nothing(dino: Dino, tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_doctor_as_data(dino: Dino, tmp_path: Path) -> None:
+def test_the_doctor_prints_json(dino: Dino, tmp_path: Path) -> None:
     write_images(tmp_path / "few", 3)
     told = json.loads(dino("doctor", "few", "--json").stdout)
     assert told["machine"]["cores"] >= 1
@@ -485,7 +489,7 @@ def test_the_doctor_as_data(dino: Dino, tmp_path: Path) -> None:
     assert (alone["images"], "command" in alone) == (None, False)
 
 
-def test_the_doctor_tells_a_fault_and_its_remedy(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_doctor_prints_a_fault_and_its_remedy(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
     from dinocli.apps.doctor import machine
 
     monkeypatch.setattr(
@@ -497,7 +501,7 @@ def test_the_doctor_tells_a_fault_and_its_remedy(dino: Dino, monkeypatch: pytest
     assert "1 fault, listed below" in done.stdout
 
 
-def test_data_goes_to_stdout_and_words_to_stderr(dino: Dino, tmp_path: Path, images: Path) -> None:
+def test_data_goes_to_stdout_and_messages_to_stderr(dino: Dino, tmp_path: Path, images: Path) -> None:
     done = dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "2")
     assert done.stdout == "runs/tiny-1/ckpt.safetensors\n"
     assert "tiny: 12 images, 2 steps of 4 on cpu" in done.stderr
@@ -520,9 +524,9 @@ def test_data_goes_to_stdout_and_words_to_stderr(dino: Dino, tmp_path: Path, ima
     assert json.loads(dino("knn", "--features", "seen", "--k", "3", "--json").stdout)["neighbours"] == 11
 
 
-def test_a_colored_terminal_may_say_no(tmp_path: Path) -> None:
+def test_no_color_turns_colors_off(tmp_path: Path) -> None:
     assert "\x1b[" in in_a_process("knn", cwd=tmp_path, FORCE_COLOR="1").stderr
-    # rich keeps bold without color, as the convention has it; a color's code begins with a 3.
+    # NO_COLOR keeps bold; the codes of colors begin with a 3.
     assert "\x1b[3" not in in_a_process("knn", cwd=tmp_path, FORCE_COLOR="1", NO_COLOR="1").stderr
 
 
@@ -542,7 +546,7 @@ def test_a_closed_pipe_gives_no_traceback(tmp_path: Path) -> None:
         (OSError(errno.EIO, "Input/output error", "x"), "Input/output error (x)"),
     ],
 )
-def test_a_failing_disk_is_one_line(
+def test_a_disk_error_is_one_line(
     failure: OSError, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dinocli import cli
@@ -560,20 +564,20 @@ def test_a_failing_disk_is_one_line(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written(dino: Dino, tmp_path: Path, images: Path) -> None:
+def test_an_unwritable_folder_is_an_error(dino: Dino, tmp_path: Path, images: Path) -> None:
     tmp_path.chmod(0o500)
     done = dino("pretrain", "images", "--preset", "tiny", *SMALL, code=1)
     assert "no permission" in done.stderr
 
 
-def test_a_place_below_a_file_is_said(dino: Dino, tmp_path: Path, images: Path) -> None:
+def test_an_output_below_a_file_is_an_error(dino: Dino, tmp_path: Path, images: Path) -> None:
     (tmp_path / "file").write_text("x")
     done = dino("pretrain", "images", "--preset", "tiny", *SMALL, "--out", "file/run", code=1)
     assert done.stderr.strip().splitlines()[-2].startswith("error: ")
     assert "Traceback" not in done.stderr
 
 
-def test_the_papers_protocol_wants_both_parts(dino: Dino, tmp_path: Path) -> None:
+def test_the_paper_protocol_needs_both_splits(dino: Dino, tmp_path: Path) -> None:
     write_images(tmp_path / "data" / "train" / "a", 2)
     assert "has train" in dino("linear", "--paper", "data", code=1).stderr
 
@@ -592,7 +596,7 @@ def test_features_of_other_weights_are_not_mixed(dino: Dino, tmp_path: Path) -> 
 def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: Path) -> None:
     dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
     (images / "a" / "torn.png").write_bytes(b"no image")
-    write_images(tmp_path / "masks" / "a", 6, seed=0)  # of RGB, which are no masks
+    write_images(tmp_path / "masks" / "a", 6, seed=0)  # RGB images, which are not masks
     for path in sorted((tmp_path / "masks" / "a").iterdir()):
         mask = Image.fromarray((np.arange(32 * 32).reshape(32, 32) > 500).astype(np.uint8) * 255)
         if path.stem != "0003":
@@ -650,7 +654,7 @@ def test_segment_draws_measures_and_learns(dino: Dino, tmp_path: Path, images: P
     assert table.splitlines()[-1] == "segments/head.safetensors"
 
 
-def test_no_picture_takes_the_place_of_a_photo(dino: Dino, images: Path) -> None:
+def test_no_picture_overwrites_a_photo(dino: Dino, images: Path) -> None:
     dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
     photo = images / "a" / "0000.png"
     before = photo.read_bytes()
@@ -664,7 +668,7 @@ def test_no_picture_takes_the_place_of_a_photo(dino: Dino, images: Path) -> None
     assert strip.read_bytes() == before
 
 
-def test_a_film_of_each_folder_of_frames_and_one_of_the_files_that_were_named(dino: Dino, images: Path) -> None:
+def test_each_folder_of_frames_is_a_film_and_all_single_files_are_one(dino: Dino, images: Path) -> None:
     dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
     for name in ("dog", "cat"):
         write_images(Path(name, "frames"), 9, size=24)
@@ -683,7 +687,7 @@ def test_options_of_films_need_film(dino: Dino, tmp_path: Path) -> None:
     assert "hint: add --film strip, gif or mp4" in dino("attn-map", "x.mp4", code=1).stderr
 
 
-def test_export_says_how_to_load_what_it_wrote(dino: Dino, images: Path) -> None:
+def test_export_prints_how_to_load_its_output(dino: Dino, images: Path) -> None:
     dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
     done = dino("export", "--to", "official", "--json")
     assert json.loads(done.stdout)["path"] == "tiny-1.pth"
@@ -695,7 +699,7 @@ def test_export_says_how_to_load_what_it_wrote(dino: Dino, images: Path) -> None
     assert dino("export", "--to", "timm").stdout == "tiny-1-timm\n", "an export may replace its own"
 
 
-def test_push_says_what_to_look_at_and_what_uploads_it(dino: Dino, images: Path) -> None:
+def test_push_prints_what_to_check_and_the_upload_command(dino: Dino, images: Path) -> None:
     dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "1", "--workers", "0")
     done = dino("push")
     assert done.stdout == "tiny-1-hub\n"
@@ -706,7 +710,7 @@ def test_push_says_what_to_look_at_and_what_uploads_it(dino: Dino, images: Path)
     assert dino("extract", "timm:local-dir:tiny-1-hub", "images").stdout
 
 
-def test_an_export_leaves_its_source_and_its_neighbours_alone(dino: Dino, tmp_path: Path) -> None:
+def test_an_export_never_overwrites_its_source(dino: Dino, tmp_path: Path) -> None:
     import timm
     import torch
 
@@ -727,7 +731,7 @@ def test_an_export_leaves_its_source_and_its_neighbours_alone(dino: Dino, tmp_pa
 
 
 @pytest.mark.parametrize("out", ["/proc/x.pth", "/proc/sub/x.pth"])
-def test_a_place_that_cannot_be_is_said_by_the_name_it_was_given(dino: Dino, images: Path, out: str) -> None:
+def test_an_impossible_output_is_named_as_typed(dino: Dino, images: Path, out: str) -> None:
     dino("pretrain", str(images), "--preset", "tiny", *SMALL, "--steps", "0")
     said = dino("export", "--to", "official", "--out", out, code=1).stderr
     assert f"({Path(out) if out == '/proc/x.pth' else Path(out).parent})" in said
@@ -747,18 +751,18 @@ def test_a_place_that_cannot_be_is_said_by_the_name_it_was_given(dino: Dino, ima
         ),
     ],
 )
-def test_export_says_in_one_line_what_was_wanted(dino: Dino, words: list[str], said: str) -> None:
+def test_export_explains_a_wrong_option_in_one_line(dino: Dino, words: list[str], said: str) -> None:
     assert said in dino("export", *words, code=2).stderr.splitlines()[0]
 
 
-def test_several_gpus_where_there_is_none(dino: Dino, tmp_path: Path) -> None:
+def test_more_gpus_than_the_machine_has_is_an_error(dino: Dino, tmp_path: Path) -> None:
     write_images(tmp_path / "images", 3)
     done = dino("pretrain", "images", "--gpus", "99", code=1)
     assert "--gpus 99 is more than the" in done.stderr
     assert "hint:" in done.stderr
 
 
-def test_a_command_of_one_process_is_refused_in_several(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_command_refuses_several_processes(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     left: list[int] = []
@@ -767,7 +771,7 @@ def test_a_command_of_one_process_is_refused_in_several(dino: Dino, monkeypatch:
     assert "dino knn runs in one process; torchrun started 2" in done.stderr
     assert left == [1]
     monkeypatch.setenv("RANK", "1")
-    assert not dino("knn", code=1).stderr, "one of them says so"
+    assert not dino("knn", code=1).stderr, "only the first process prints the error"
 
 
 def test_ctrl_c_prints_stopped(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -780,7 +784,7 @@ def test_ctrl_c_prints_stopped(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def searched(dino: Dino, tmp_path: Path) -> list[str]:
-    """Features of five images, of which one is there twice and once smaller, and the checkpoint that made them."""
+    """Extract features of four images, a copy and a resized copy; return the option that names their folder."""
     from PIL import Image
 
     write_images(tmp_path / "images", 4, 32)
@@ -875,7 +879,7 @@ def test_curate_selects_the_nearest_to_the_seeds(dino: Dino, searched: list[str]
     assert "holds 4 of the 1 seeds" in dino("curate", "features", "--like", "f-seeds", "--clusters", "2", code=1).stderr
 
 
-def test_a_run_teaches_another_and_the_plan_says_so(dino: Dino, tmp_path: Path) -> None:
+def test_a_run_can_be_the_frozen_teacher_of_another(dino: Dino, tmp_path: Path) -> None:
     write_images(tmp_path / "images", 4)
     plan = ["pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "1", "--no-report"]
     dino(*plan, "--out", "large")
@@ -889,7 +893,7 @@ def test_a_run_teaches_another_and_the_plan_says_so(dino: Dino, tmp_path: Path) 
     assert "--teacher is not set" in failed.stderr and "hint: --teacher RUN" in failed.stderr
 
 
-def test_places_are_matched_and_things_followed_with_a_checkpoint(dino: Dino, images: Path) -> None:
+def test_match_and_track_draw_and_score(dino: Dino, images: Path) -> None:
     from PIL import Image
 
     dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "0", "--no-report")
@@ -945,7 +949,7 @@ def test_numbers_on_the_command_line_are_finite(dino: Dino, words: tuple[str, ..
     assert done.stderr.startswith(f"error: {words[-2]} {words[-1]} is not a finite number\nhint: ")
 
 
-def test_knn_names_the_run_and_the_step_and_takes_a_k_that_fits(dino: Dino, tmp_path: Path, images: Path) -> None:
+def test_knn_prints_the_run_and_the_step_and_has_a_valid_default_k(dino: Dino, tmp_path: Path, images: Path) -> None:
     write_images(images / "a", 12)
     train = ["pretrain", "images", "--preset", "tiny", *SMALL, "--no-report"]
     dino(*train, "--steps", "2")
@@ -981,9 +985,7 @@ def test_knn_names_the_run_and_the_step_and_takes_a_k_that_fits(dino: Dino, tmp_
     assert "have no labels: plain has no class folders" in dino("knn", "--features", "bare", code=1).stderr
 
 
-def test_a_checkpoint_that_is_picked_up_says_its_run_and_whether_another_was_trained_longer(
-    dino: Dino, images: Path
-) -> None:
+def test_a_default_checkpoint_is_printed_with_a_note_if_another_run_is_longer(dino: Dino, images: Path) -> None:
     train = ["pretrain", "images", "--preset", "tiny", *SMALL, "--no-report"]
     dino(*train, "--steps", "2")
     first = dino("attn-map", "images/a/0000.png").stderr
@@ -1003,7 +1005,7 @@ def test_a_checkpoint_that_is_picked_up_says_its_run_and_whether_another_was_tra
     assert "note" not in dino("attn-map", "images/a/0000.png", "--checkpoint", "runs/tiny-2").stderr
 
 
-def test_a_size_has_whole_patches_and_settings_are_for_what_they_say(dino: Dino, images: Path) -> None:
+def test_a_size_of_partial_patches_and_settings_without_effect_are_errors(dino: Dino, images: Path) -> None:
     dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "0", "--no-report")
     for words in (["extract", "images"], ["export", "--to", "onnx"]):
         done = dino(*words, "--size", "20", code=1)
@@ -1024,7 +1026,7 @@ def test_an_official_export_of_tiny_gives_the_features_of_its_checkpoint(dino: D
     dino("export", "--to", "official", "--out", "tiny.pth")
     torch.save(dict(torch.load("tiny.pth", weights_only=True)), "bare.pth")
     heads = ["--set", "backbone.options.num_heads=2"]
-    # Of ImageNet's mean and std, as the preset has them; the bare file holds neither.
+    # The bare file stores no mean and std; it gets ImageNet's, which the preset also uses.
     stored = []
     for source, more in (("ckpt.safetensors", []), ("tiny.pth", []), ("bare.pth", heads)):
         place = ["--out", f"f{len(stored)}", "--workers", "0", "--device", "cpu", "--size", "16"]

@@ -9,7 +9,7 @@ import pytest
 from dinocli.cli import console
 
 
-def test_tables_are_data_and_words_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_go_to_stdout_and_messages_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     console.table(["name", "score"], [["[x]", "1.5"]], title="what")
     console.say("a [word]")
     captured = capsys.readouterr()
@@ -25,7 +25,7 @@ def test_each_skipped_file_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     assert not capsys.readouterr().err
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(
+def test_progress_without_a_terminal_is_a_line_every_ten_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -74,7 +74,7 @@ def test_control_characters_in_names_are_escaped(
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_on_a_terminal_obeys_no_name(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+def test_a_progress_bar_escapes_control_characters_of_names(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
     written = io.StringIO()
     monkeypatch.setattr(console, "_words", console.Console(file=written, force_terminal=terminal, width=200))
     with console.progress(NAME, 2, "steps") as advance:
@@ -101,5 +101,7 @@ def test_a_narrow_terminal_shows_the_remaining_time_completely(
     assert len(last) <= width
     assert "3/125000 steps" in last
     assert re.search(r" (\d+:\d\d:\d\d|-:--:--) left$", last)
-    assert ("loss 4.032" in last) == (what == "pretrain" or width == 200), "a part of a note is whole or not there"
+    assert ("loss 4.032" in last) == (what == "pretrain" or width == 200), (
+        "a part of a note is shown completely or dropped"
+    )
     assert ("45.1 %" in last) == (width == 200 or (width == 80 and what == "pretrain"))

@@ -126,7 +126,7 @@ MEANINGS = {
     "--size": "Side in pixels of the square network input. Default: ",
     "--short-side": "(Short side in pixels of the resized |Resize images with a longer short side to this many pixels)",
     "--long-side": "Long side in pixels of the resized photos",
-    "--keep": "Number of newest states to keep",
+    "--keep": "Number of newest saved states to keep",
     "--mass": "Share of the attention mass",
     "--k": "Number of nearest neighbours ",
     "--set": "Override a setting of the preset; may be repeated. Keys: ",
@@ -165,7 +165,7 @@ def test_names_of_presets_are_completed() -> None:
 
 
 @pytest.mark.parametrize("words", ["dino pretrain images --preset tin", "dino presets show tin"])
-def test_the_shell_completes_them_without_torch(words: str, tmp_path: Path) -> None:
+def test_the_shell_completes_names_of_presets_without_torch(words: str, tmp_path: Path) -> None:
     asked = {"_DINO_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
     done = in_a_process(cwd=tmp_path, options=("-X", "importtime"), **asked)
     assert done.stdout.split() == [name for name in shipped.names() if name.startswith("tin")]
@@ -174,7 +174,7 @@ def test_the_shell_completes_them_without_torch(words: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("width", [80, 60])
 def test_the_table_of_presets_breaks_no_word(width: int, dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    # Not COLUMNS: a console keeps the value from when it was made, which may be in another test.
+    # Not COLUMNS: a console reads it only once, when it is created, which may be in another test.
     monkeypatch.setattr(console._data, "_width", width)
     drawn = dino("presets").stdout
     assert max(map(len, drawn.splitlines())) <= width

@@ -15,7 +15,7 @@ from test_cli import Dino, dino  # noqa: F401  a fixture
 
 @pytest.fixture
 def here(dino: Dino, tmp_path: Path) -> Dino:  # noqa: F811
-    """A folder with a bit of everything; no file in it is more than its name and its first bytes promise."""
+    """Create one file or folder of each kind, mostly without valid content, and return the runner of commands."""
     write_images(tmp_path / "img", 4, size=8)
     write_images(tmp_path / "cls" / "a", 2, size=8)
     write_images(tmp_path / "cls" / "b", 2, size=8)
@@ -46,7 +46,8 @@ WORDS = [
     ("match runs/tiny-1 0000.png", "is a run folder", "dino match 0000.png b.jpg --checkpoint runs/tiny-1"),
     ("match runs/tiny-1 0000.png 0001.png", "takes two arguments", "dino match --checkpoint runs/tiny-1 0000.png 0001.png"),
     ("track img mask.png", "takes one argument", "dino track img --mask mask.png"),
-    ("track runs/tiny-1 --mask mask.png", "is a run folder", "dino track photo.jpg --mask mask.png --checkpoint runs/tiny-1"),
+    ("track runs/tiny-1 --mask mask.png", "is a run folder; expected a folder of frames or a video",
+     "dino track FRAMES --mask mask.png --checkpoint runs/tiny-1"),
     ("export out.pth runs/tiny-1", "unexpected argument out.pth", "dino export runs/tiny-1 --to official --out out.pth"),
     ("export runs/tiny-1 net2.onnx", "unexpected argument net2.onnx", "dino export runs/tiny-1 --to onnx --out net2.onnx"),
     ("export out runs/tiny-1 --to timm", "unexpected argument out", "dino export runs/tiny-1 --to timm --out out"),
@@ -55,7 +56,7 @@ WORDS = [
     ("pack empty img --short-side 64", "expected the images first", "dino pack img empty --short-side 64"),
     ("search feats 0000.png", "is a folder of features; expected photos", "dino search 0000.png --features feats"),
     ("curate feats other", "takes one argument; unexpected argument other", "dino curate feats --like other"),
-    # A shell's list of files in place of one folder.
+    # Files that the shell listed, instead of one folder.
     ("extract img/0000.png img/0001.png img/0002.png", "got 3 image files (img/0000.png ...)", "dino extract img"),
     ("extract runs/tiny-1 img/0000.png img/0001.png --blocks 4", "2 image files", "dino extract runs/tiny-1 img --blocks 4"),
     ("extract 0000.png 0001.png 'my ckpt.safetensors' notes.txt img", "2 image files", "dino extract 'my ckpt.safetensors' ."),
@@ -68,10 +69,13 @@ WORDS = [
     ("pretrain img cls", "got 2 folders (img ...)", "find img cls -type f > list.txt, then dino pretrain list.txt"),
     ("extract img/*.JPG", "img/*.JPG is a pattern that matches no file", "dino extract img"),
     ("attn-map *.JPG", "*.JPG is a pattern", "dino attn-map ."),
-    # A bare number, and other bare values.
+    # Numbers and other values without their option.
     ("knn 20", "dino knn takes no argument; unexpected argument 20", "dino knn --k 20"),
     ("knn 0", "unexpected argument 0", "dino knn --k 20"),
     ("knn -5", "unexpected argument -5", "dino knn --k 20"),
+    ("knn 2E1", "unexpected argument 2E1", "dino knn --k 20"),
+    ("knn 1e400", "unexpected argument 1e400", "dino knn --features 1e400"),
+    ("knn -- nan", "unexpected argument nan", "dino knn --features nan"),
     ("linear 0.1", "dino linear takes no argument; unexpected argument 0.1", "dino linear, which tries 13 learning rates"),
     ("search 5", "no photo is named 5", "dino search photo.jpg --k 5"),
     ("search img 5 --features feats", "no photo is named 5", "dino search img --features feats --k 5"),
@@ -85,7 +89,7 @@ WORDS = [
     ("pretrain img tiny", "unexpected argument tiny", "dino pretrain img --preset tiny"),
     ("demo tiny", "unexpected argument tiny", "dino pretrain IMAGES --preset tiny"),
     ("demo here", "unexpected argument here", "dino demo --out here"),
-    # Features, images and checkpoints for one another.
+    # Features, images and checkpoints mixed up.
     ("knn feats", "unexpected argument feats", "dino knn --features feats"),
     ("knn img", "unexpected argument img", "dino extract ckpt.safetensors img, then dino knn"),
     ("knn runs/tiny-1", "unexpected argument runs/tiny-1", "dino extract runs/tiny-1 IMAGES, then dino knn"),
@@ -200,7 +204,7 @@ OUTPUTS = [
 
 
 @pytest.mark.parametrize(("line", "name"), OUTPUTS, ids=[line for line, _ in OUTPUTS])
-def test_a_place_that_is_an_address_or_an_archive_is_said_before_any_work(
+def test_an_output_that_is_an_address_or_an_archive_is_an_error_before_any_work(
     here: Dino, tmp_path: Path, line: str, name: str
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
@@ -224,7 +228,7 @@ def test_help_before_a_command_is_the_help_of_that_command(here: Dino) -> None:
 
 
 def test_valid_commands_pass(here: Dino) -> None:
-    """The checks let through what they resemble: a folder with a link to a checkpoint, a list, numbers as names."""
+    """Accept arguments that resemble mistakes: a folder with a link to a checkpoint, a list, a number as a name."""
     Path("ckpt.safetensors").symlink_to("runs/tiny-1/ckpt.safetensors")
     Path("20").mkdir()
     write_images(Path("20"), 2, size=8)

@@ -76,21 +76,21 @@ def test_an_argument_is_named_without_dashes(here: Path) -> None:
 
 
 @pytest.mark.parametrize("typed", ["folder", "new/deep/run", "run.v1", "old.zip", "a:b", ".", "folder/../x"])
-def test_a_folder_that_can_be_written_is_taken_as_it_is(here: Path, typed: str) -> None:
+def test_a_writable_folder_is_returned_unchanged(here: Path, typed: str) -> None:
     before = sorted(here.iterdir())
     assert output_place(Path(typed)) == Path(typed)
     assert sorted(here.iterdir()) == before, "nothing is written"
 
 
-def test_a_tilde_that_the_shell_left_is_the_home_folder(here: Path) -> None:
+def test_a_tilde_is_expanded_to_the_home_folder(here: Path) -> None:
     assert output_place(Path("~/runs/a")) == here / "home" / "runs" / "a"
 
 
-def test_a_file_is_taken_to_be_replaced(here: Path) -> None:
+def test_an_existing_file_may_be_replaced(here: Path) -> None:
     assert output_place(Path("weights.pth"), file="model.pth") == Path("weights.pth")
 
 
-def test_a_read_only_folder_is_said_before_the_work(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_folder_is_an_error(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Root may write everywhere, and tests may run as root.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != here / "folder")
     with pytest.raises(DinoError, match=f"no permission to write --out folder/run: {here / 'folder'} is read-only"):

@@ -57,8 +57,8 @@ def test_an_encoder_keeps_its_channels(tmp_path: Path) -> None:
         with_images(encoder, ["images.channels=3"])
 
 
-def test_an_encoder_for_many_images_is_the_same_network() -> None:
-    """With its channels last, which filters want; weights and fingerprint stay what they are."""
+def test_an_encoder_for_many_images_computes_the_same_features() -> None:
+    """Channels last change the memory layout, but not the features or the fingerprint."""
     backbone = BackboneConfig(name="resnet18").build(drop_path=False).eval().requires_grad_(False)
     plain = Encoder(copy.deepcopy(backbone), "x", fingerprint(backbone.model.state_dict()), 64, MEAN, STD)
     fast = quick(plain, "float32", compiled=False)
@@ -81,7 +81,7 @@ def test_compiled_blocks_give_the_same_features_for_any_number_of_images(name: s
 
 
 def overflowing(encoder: Encoder) -> Encoder:
-    """Weights that are finite, and products of them that are not."""
+    """Set finite weights whose products overflow."""
     with torch.no_grad():
         for block in encoder.backbone.model.blocks:
             block.attn.qkv.weight.mul_(1e30)

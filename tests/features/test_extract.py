@@ -62,7 +62,7 @@ def test_rows_do_not_depend_on_batches_or_workers(tmp_path: Path, images: Path, 
             workers=workers,
         )
         values.append(read_features(tmp_path / f"{i}.safetensors").values)
-    # float32 products of other batches, or at other addresses, may be added up in another order.
+    # The order of float32 sums may depend on the batch size and on memory alignment.
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
     np.testing.assert_allclose(values[1], values[2], atol=1e-5)
 
@@ -90,7 +90,9 @@ def test_bfloat16_products_give_nearly_the_same_features_and_are_recorded(
     fine, coarse = read
     assert (fine.provenance.precision, coarse.provenance.precision) == ("float32", "bfloat16" if there else "float32")
     a, b = (np.asarray(f.values) for f in read)
-    assert np.allclose(a, b, rtol=0, atol=1e-5) == (not there), "bfloat16 has eight bits, and moves them by 1e-3"
+    assert np.allclose(a, b, rtol=0, atol=1e-5) == (not there), (
+        "bfloat16 has eight significant bits: differences of about 1e-3"
+    )
     assert ((a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)).min() > 0.999
     if there:
         with pytest.raises(DinoError, match="made with different precisions"):
@@ -116,8 +118,8 @@ def test_views_do_not_depend_on_the_process_that_cuts_them(
     assert found[0].views.shape == (11, count, 16)
     np.testing.assert_allclose(found[0].values[:], plain.values[:], atol=1e-5)
     np.testing.assert_allclose(found[0].views[:], found[1].views[:], atol=1e-5)
-    assert np.abs(found[1].views[:] - found[2].views[:]).max() > 1e-3, "another seed, other views"
-    # Held against crops that are cut here, one by one.
+    assert np.abs(found[1].views[:] - found[2].views[:]).max() > 1e-3, "another seed gives other views"
+    # Compare with crops cut one by one.
     view = augmented(encoder, 16, count)
     name = found[0].paths[7]
     numbers, _ = uniforms(0, 0, list(image_folder(images).names).index(name), count)
@@ -168,8 +170,8 @@ def extracted(folder: Path, spec: str, workers: int) -> tuple[int, tuple[int, ..
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_several_processes_write_the_file_of_one(tmp_path: Path, images: Path, kind: str, workers: int) -> None:
-    """Byte for byte, with a broken image among them and batches that do not come out even."""
+def test_several_processes_write_the_same_file_as_one(tmp_path: Path, images: Path, kind: str, workers: int) -> None:
+    """Byte for byte, with a corrupt image and a number of batches that the processes do not share evenly."""
     write_images(images / "c", 5, seed=7)
     (images / "b" / "0003.png").write_bytes(b"no image")
     spec = images
@@ -184,7 +186,7 @@ def test_several_processes_write_the_file_of_one(tmp_path: Path, images: Path, k
 
 
 class Lossy(Encoder):
-    """Gives no numbers for images whose first pixel is bright, as weights may whose products overflow."""
+    """Encoder with non-finite features for images whose first pixel is bright, as if products overflowed."""
 
     def features(self, images: torch.Tensor, tokens: str = "cls", blocks: int = 1) -> torch.Tensor:
         made = super().features(images, tokens, blocks).clone()
@@ -227,7 +229,7 @@ def test_nothing_is_written_if_no_features_are_finite(tmp_path: Path, images: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_json_output_names_an_image_without_finite_features(images: Path, lossy: Encoder) -> None:
+def test_calling_an_encoder_names_an_image_without_finite_features(images: Path, lossy: Encoder) -> None:
     assert lossy([images / "a" / "0000.png"]).isfinite().all()
     with pytest.raises(DinoError, match=r"0002.png: not finite: 3 of 16 features"):
         lossy([images / "a" / "0000.png", images / "a" / "0002.png"])

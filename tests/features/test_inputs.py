@@ -15,7 +15,7 @@ from dinocli.features.inputs import given_images, given_pixels
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
 
-def test_a_path_an_image_and_an_array_are_the_same_pixels(tmp_path: Path) -> None:
+def test_a_path_an_image_and_an_array_give_the_same_pixels(tmp_path: Path) -> None:
     Image.fromarray(PIXELS).save(tmp_path / "x.png")
     with Image.open(tmp_path / "x.png") as opened:
         ways = [str(tmp_path / "x.png"), tmp_path / "x.png", Image.fromarray(PIXELS), opened, PIXELS, PIXELS[:, ::-1]]
@@ -38,10 +38,11 @@ def test_an_array_is_read_like_its_npy_file(tmp_path: Path) -> None:
     images = ImagesConfig(channels=5, window=(0, 4095))
     expected = decode((tmp_path / "x.npy").read_bytes(), images)
     assert np.array_equal(given_pixels(deep, images), expected)
+    assert np.array_equal(given_pixels(deep.transpose(2, 0, 1), images), expected)
     assert given_pixels(PIXELS[..., 0], ImagesConfig(channels=1)).shape == (20, 30, 1)
 
 
-def test_several_are_a_list_or_an_array_of_four_dimensions() -> None:
+def test_several_images_are_a_list_or_a_four_dimensional_array() -> None:
     assert len(given_images(PIXELS)) == 1
     assert len(given_images([PIXELS, "a.jpg"])) == 2
     assert len(given_images(np.stack([PIXELS] * 3))) == 3
@@ -52,14 +53,14 @@ def test_several_are_a_list_or_an_array_of_four_dimensions() -> None:
     ("images", "says", "hint"),
     [
         ([], "is empty; expected at least one image", "a path"),
-        (torch.zeros(2, 3, 8, 8), "a Tensor is no image; expected a path", "encoder.features(images)"),
-        ([torch.zeros(3, 8, 8)], "a Tensor is no image; expected a path", "encoder.features(images)"),
-        (np.array(["a.jpg"]), "a str_ is no image|an array of <U5", "encoder"),
-        (7, "a int is no image; expected a path", "encoder"),
-        ({"a.jpg"}, "a set is no image; expected a path", "encoder"),
+        (torch.zeros(2, 3, 8, 8), "a Tensor is not an image; expected a path", "encoder.features(images)"),
+        ([torch.zeros(3, 8, 8)], "a Tensor is not an image; expected a path", "encoder.features(images)"),
+        (np.array(["a.jpg"]), "an array of <U5 is not an image", "encoder"),
+        (7, "^an int is not an image; expected a path", "encoder"),
+        ({"a.jpg"}, "a set is not an image; expected a path", "encoder"),
     ],
 )
-def test_inputs_that_are_no_image_are_an_error(images: object, says: str, hint: str) -> None:
+def test_an_input_that_is_not_an_image_is_an_error(images: object, says: str, hint: str) -> None:
     with pytest.raises(DinoError, match=says) as caught:
         given_images(images)
     assert hint in caught.value.hint

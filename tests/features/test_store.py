@@ -29,7 +29,7 @@ def write(
 
 
 def rewrite(path: Path, tensors: dict[str, np.ndarray | None] | None = None, **metadata: str) -> None:
-    """Write a feature file again as an earlier version did, which knew no checksum, with some parts changed."""
+    """Rewrite a feature file with some parts changed, and without a checksum, as in earlier versions."""
     with safe_open(path, framework="numpy") as file:
         stored = {name: file.get_tensor(name) for name in ("values", "labels", "paths", "skipped")}
         told = {key: value for key, value in file.metadata().items() if key != "crc32"}
@@ -57,7 +57,7 @@ def test_other_readers_of_safetensors_can_read_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"rubbish", b"\x08\0\0\0\0\0\0\0{}      "])
-def test_a_missing_or_foreign_file_is_an_error(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_holds_no_features_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "f.safetensors").write_bytes(content)
     with pytest.raises(DinoError):
         read_features(tmp_path / "f.safetensors")
@@ -81,7 +81,7 @@ def test_a_folder_without_features_is_an_error(tmp_path: Path, make) -> None:
         read_splits(tmp_path / "features")
 
 
-def test_test_labels_count_in_the_training_classes(tmp_path: Path) -> None:
+def test_test_labels_index_the_training_classes(tmp_path: Path) -> None:
     write(tmp_path / "train.safetensors", 6, classes=("a", "b", "c"))
     write(tmp_path / "val.safetensors", 4, classes=("a", "c"))
     train, test = compared(read_splits(tmp_path))
@@ -148,7 +148,7 @@ def test_any_changed_byte_is_detected(tmp_path: Path) -> None:
             read = read_features(path)
         except DinoError:
             continue
-        # A file whose checksum lost its name is one of an earlier version; what was damaged is that name alone.
+        # Corruption of only the checksum's key makes the file look like one of an earlier version.
         assert b"crc32" not in path.read_bytes()
         assert read.values[:].tolist() == [[i] * 4 for i in range(3)]
     path.write_bytes(content)
@@ -209,7 +209,7 @@ def test_an_index_may_name_only_files_of_its_folder(tmp_path: Path, name: str) -
         read_features(tmp_path / "f")
 
 
-def test_images_without_a_label_are_no_class(tmp_path: Path) -> None:
+def test_images_without_a_label_are_ignored(tmp_path: Path) -> None:
     write(tmp_path / "f.safetensors")
     rewrite(tmp_path / "f.safetensors", {"labels": np.array([0, -1, 1])})
     splits = read_splits(tmp_path)
@@ -219,7 +219,7 @@ def test_images_without_a_label_are_no_class(tmp_path: Path) -> None:
 
 
 def spoil(path: Path, row: int, value: float) -> None:
-    """Change a number of a file of features and drop its checksum, as in a file of version 0.1."""
+    """Change one value of a feature file and drop its checksum, as in a file of version 0.1."""
     with safe_open(path, framework="numpy") as file:
         tensors, metadata = {key: np.array(file.get_tensor(key)) for key in file.keys()}, file.metadata()  # noqa: SIM118
     tensors["values"][row].reshape(-1)[1] = value
@@ -245,7 +245,7 @@ def test_features_that_are_not_finite_are_refused_and_named(
             assert "dino extract" in error.value.hint
 
 
-def test_a_shard_that_is_not_finite_is_named(tmp_path: Path) -> None:
+def test_a_non_finite_row_of_a_shard_is_named(tmp_path: Path) -> None:
     with write_features(tmp_path / "f.safetensors", PROVENANCE, [], shard_bytes=40) as writer:
         for i in range(5):
             writer.append(np.ones((2, 4), np.float32), [-1, -1], [f"{i}-0.png", f"{i}-1.png"])
@@ -259,7 +259,7 @@ def write_labels(path: Path, labels: list[int], classes: tuple[str, ...]) -> Non
         writer.append(np.eye(len(labels), 8, dtype=np.float32), labels, [f"{i}.png" for i in range(len(labels))])
 
 
-def test_numbers_are_class_names_if_there_are_no_others(tmp_path: Path) -> None:
+def test_numeric_labels_without_class_names_become_the_class_names(tmp_path: Path) -> None:
     write_labels(tmp_path / "train.safetensors", [0, 2, -1, 1], ())
     write_labels(tmp_path / "val.safetensors", [1, 1], ())
     train, val = compared(read_splits(tmp_path))

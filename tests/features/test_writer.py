@@ -32,7 +32,7 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("rows", [3, 4, 5])
-def test_more_than_a_shard_becomes_several_that_read_as_one(tmp_path: Path, rows: int, dtype: str) -> None:
+def test_large_features_are_written_as_shards_and_read_as_one(tmp_path: Path, rows: int, dtype: str) -> None:
     place = write(tmp_path / "x" / "train.safetensors", rows, 2 * ROW, dtype)
     shards = -(-rows * (4 if dtype == "float32" else 2) * 4 // (2 * ROW))
     assert place == tmp_path / "x" / ("train" if shards > 1 else "train.safetensors")
@@ -47,7 +47,7 @@ def test_more_than_a_shard_becomes_several_that_read_as_one(tmp_path: Path, rows
     assert (read.classes, read.skipped, read.provenance) == (["a", "b"], {"bad.png": "no image"}, PROVENANCE)
 
 
-def test_a_batch_larger_than_a_shard_stays_one_shard(tmp_path: Path) -> None:
+def test_a_batch_larger_than_a_shard_is_not_split(tmp_path: Path) -> None:
     assert write(tmp_path / "f.safetensors", 2, 1) == tmp_path / "f"
     assert len(names(tmp_path / "f")) == 3
 
@@ -73,7 +73,7 @@ def test_an_unfinished_extraction_is_ignored(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_the_users_own_is_never_touched(tmp_path: Path) -> None:
-    """Features beside the images: `--out data` where `data/train/` holds them."""
+    """With `--out data`, the features' folder `data/train/` may already hold the user's images."""
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "cat.jpg").write_bytes(b"mine")
     write(tmp_path / "train.safetensors", 3)
@@ -151,27 +151,27 @@ import numpy as np
 from dinocli.features.store import Provenance, read_features
 from dinocli.features.writer import write_features
 
-def mine():  # what lies in memory but is no page of a file
+def anonymous():  # resident memory in MB, without pages of mapped files
     status = Path("/proc/self/status").read_text().split()
     return int(status[status.index("RssAnon:") + 1]) / 1024
 
 values = np.random.default_rng(0).normal(size=(1000, 384)).astype(np.float32)
 paths = [f"n01440764/n01440764_{i:08}.JPEG" for i in range(1000)]
-before, most = mine(), 0
+before, most = anonymous(), 0
 with write_features(Path(sys.argv[1]), Provenance("x", "0", "cls", 1, 8, "d"), ["a"], dtype="float16", shard_bytes=2**26) as writer:
     for _ in range(200):
         writer.append(values, [0] * 1000, paths)
-        most = max(most, mine() - before)
+        most = max(most, anonymous() - before)
 opened = read_features(writer.place)
 assert len(opened.values) == 200_000
 blocks = sum(float(opened.values[i : i + 1000].sum()) for i in range(0, 200_000, 1000))
-print(most, mine() - before)
+print(most, anonymous() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_features(tmp_path: Path) -> None:
-    """154 MB of numbers and 6 MB of names go to the disk and come back, and memory holds a few batches of 1.5 MB."""
+    """Write and read 154 MB of features and 6 MB of paths with a few batches of 1.5 MB in memory."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(tmp_path / "f.safetensors")], capture_output=True, text=True, check=True
     )

@@ -80,6 +80,7 @@ def test_overrides_are_toml_values_and_none_removes_a_key() -> None:
         ("optimizer.lr=0.1", "0.1 is a single value; optimizer.lr is a table",
          "--set optimizer.lr.start=0.1 keeps the schedule; --set 'optimizer.lr={kind=\"constant\", value=0.1}' replaces it"),
         ("losses.dino.targets.temperature=0.1", "temperature is a table", '{kind="constant", value=0.1}'),
+        ("optimizer.lr=nan", "optimizer.lr is a table", "optimizer.lr.start=NUMBER"),
         ("optimizer.weight_decay=abc", "optimizer.weight_decay is a table", "optimizer.weight_decay.start=NUMBER"),
         ("optimizer=sgd", "optimizer is a table", "--set optimizer.kind=sgd"),
         ("views=3", "views is a table", "--set views.locals=3"),

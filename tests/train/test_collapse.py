@@ -16,29 +16,28 @@ from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain
 
 K = 256
-# What was logged of runs of `tiny` on photos: entropy and information at some steps, in nats.
+# Logged entropy and information of runs of `tiny` on photos at several steps, in nats.
 LEARNS = [(2.43, 0.81), (3.1, 0.9), (2.6, 1.2), (2.2, 1.6), (2.0, 1.9)]
 ONE_SIDED = [(0.0143, 0.028), (0.0458, 0.163), (0.0421, 0.107), (0.0249, 0.0566), (0.0151, 0.0228)]
 UNIFORM = [(5.44, 0.072), (5.45, 0.0645), (5.46, 0.0626), (5.47, 0.0613), (5.47, 0.0642)]
 
 
-def told(series: list[tuple[float, float]], overrides: list[str] = [], times: int = 10) -> list[tuple[int, Collapse]]:  # noqa: B006
-    watch = CollapseDetector(load_preset("tiny", overrides), 400)
+def detect(series: list[tuple[float, float]], overrides: list[str] = [], times: int = 10) -> list[tuple[int, Collapse]]:  # noqa: B006
+    detector = CollapseDetector(load_preset("tiny", overrides), 400)
     found = []
     for i, (entropy, information) in enumerate(series * times):
-        collapse = watch.update(10 * i, {"dino/teacher_entropy": entropy, "dino/information": information})
-        if collapse:
-            found.append((10 * i, collapse))
+        figures = {"dino/teacher_entropy": entropy, "dino/information": information}
+        found += [(10 * i, collapse) for collapse in detector.update(10 * i, figures)]
     return found
 
 
 def test_a_run_that_learns_is_not_reported() -> None:
-    assert told(LEARNS) == []
+    assert detect(LEARNS) == []
 
 
 @pytest.mark.parametrize(("series", "kind"), [(ONE_SIDED, "one-sided"), (UNIFORM, "uniform")])
 def test_collapse_is_reported_once_and_early(series: list[tuple[float, float]], kind: str) -> None:
-    ((step, collapse),) = told(series)
+    ((step, collapse),) = detect(series)
     assert collapse.kind == kind
     assert step == 100, "a quarter of a run of 400 steps"
     assert kind in collapse.words
@@ -46,23 +45,23 @@ def test_collapse_is_reported_once_and_early(series: list[tuple[float, float]], 
 
 
 def test_a_second_collapse_is_reported_again() -> None:
-    assert [c.kind for _, c in told(UNIFORM * 4 + LEARNS * 4, times=2)] == ["uniform", "uniform"]
+    assert [c.kind for _, c in detect(UNIFORM * 4 + LEARNS * 4, times=2)] == ["uniform", "uniform"]
 
 
 def test_sharp_or_uniform_targets_with_information_are_no_collapse() -> None:
     most = math.log(load_preset("tiny").heads["dino"].prototypes)
-    assert told([(0.001 * most, 0.5 * most)] * 30) == []
-    assert told([(0.98 * most, 0.03 * most)] * 30) == []
+    assert detect([(0.001 * most, 0.5 * most)] * 30) == []
+    assert detect([(0.98 * most, 0.03 * most)] * 30) == []
 
 
 def test_a_slow_start_is_no_collapse() -> None:
-    """An untrained network gives all images nearly the same for a while."""
-    assert told([*UNIFORM[:1] * 9, *LEARNS], times=1) == []
+    """An untrained network gives all images nearly the same output for some steps."""
+    assert detect([*UNIFORM[:1] * 9, *LEARNS], times=1) == []
 
 
 def test_a_preset_without_these_figures_is_never_reported() -> None:
-    watch = CollapseDetector(load_preset("tiny"), 400)
-    assert all(watch.update(step, {"loss": 1.0}) is None for step in range(0, 400, 10))
+    detector = CollapseDetector(load_preset("tiny"), 400)
+    assert not any(detector.update(step, {"loss": 1.0}) for step in range(0, 400, 10))
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,7 @@ def test_a_preset_without_these_figures_is_never_reported() -> None:
 def test_the_remedy_fits_the_preset_and_parses(
     series: list[tuple[float, float]], overrides: list[str], remedy: str
 ) -> None:
-    ((_, collapse),) = told(series, overrides)
+    ((_, collapse),) = detect(series, overrides)
     assert remedy in collapse.remedy
     if "--set " in collapse.remedy:
         changed = collapse.remedy.partition("--set ")[2].replace("'", "")
@@ -89,13 +88,13 @@ def test_the_remedy_fits_the_preset_and_parses(
 def test_fewer_prototypes_are_the_first_remedy_for_many() -> None:
     large = math.log(65536) / math.log(K)
     series = [(entropy * large, information) for entropy, information in UNIFORM]
-    ((_, collapse),) = told(series, ["heads.dino.prototypes=65536", "losses.dino.targets.temperature.value=0.04"])
+    ((_, collapse),) = detect(series, ["heads.dino.prototypes=65536", "losses.dino.targets.temperature.value=0.04"])
     assert collapse.remedy.endswith("--set heads.dino.prototypes=8192")
 
 
 @pytest.fixture
 def flat(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """A run whose teacher is not sharpened, so that it gives every prototype the same."""
+    """Plan of a run without sharpening, so that the teacher gives every prototype the same share."""
     monkeypatch.chdir(tmp_path)
     dull = ["losses.dino.targets.temperature.value=5.0", "heads.dino.batch_norm=false", "training.epochs=16"]
     preset = load_preset("tiny", [*SMALL, *dull])
@@ -115,17 +114,40 @@ def test_a_collapsed_run_warns_or_stops_with_its_state_saved(flat: Plan) -> None
 
 def test_collapse_of_the_patch_loss_is_detected_too() -> None:
     preset = load_preset("tiny-dinov2")
-    watch, found = CollapseDetector(preset, 400), []
+    detector, found = CollapseDetector(preset, 400), []
     for i in range(20):
         figures = {}
         for loss, (entropy, information) in (("dino", LEARNS[i % 5]), ("ibot", UNIFORM[i % 5])):
             figures |= {f"{loss}/teacher_entropy": entropy, f"{loss}/information": information}
-        found += [collapse for collapse in [watch.update(10 * i, figures)] if collapse]
+        found += detector.update(10 * i, figures)
     (collapse,) = found
     assert collapse.words.endswith("for any patch (losses.ibot)")
     changed = collapse.remedy.partition("--set ")[2].replace("'", "")
     assert changed.startswith("losses.ibot.targets.temperature=")
     assert load_preset("tiny-dinov2", [changed]).losses.ibot != preset.losses.ibot
+
+
+def test_all_losses_that_collapse_in_one_step_are_reported() -> None:
+    detector = CollapseDetector(load_preset("tiny-dinov2"), 400)
+    for i in range(20):
+        figures = {}
+        for loss in ("dino", "ibot"):
+            figures |= {f"{loss}/teacher_entropy": UNIFORM[i % 5][0], f"{loss}/information": UNIFORM[i % 5][1]}
+        words = [collapse.words for collapse in detector.update(10 * i, figures)]
+        if words:
+            break
+    assert ["losses.dino" in words[0], "losses.ibot" in words[1]] == [True, True]
+    assert detector.update(10 * i + 10, figures) == []
+
+
+def test_a_stopped_run_names_all_its_collapses(flat: Plan) -> None:
+    dull = [f"{loss}.targets.temperature.value=5.0" for loss in ("losses.dino", "losses.ibot")]
+    heads = ["heads.dino.batch_norm=false", "heads.ibot.batch_norm=false", "heads.ibot.prototypes=16"]
+    preset = load_preset("tiny-dinov2", [*SMALL, *dull, *heads, "training.epochs=16"])
+    with pytest.raises(DinoError, match=r"losses\.dino.*; .*losses\.ibot") as error:
+        pretrain(replace(flat, preset=preset, on_collapse="stop"), lambda p: None)
+    for loss in ("dino", "ibot"):
+        assert f"--set losses.{loss}.targets.temperature" in error.value.hint
 
 
 @pytest.mark.parametrize(("temperature", "noticed"), [("5.0", True), ("0.05", False)])

@@ -12,12 +12,13 @@ from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
 from dinocli.data.sources.open import image_folder
 from dinocli.engine.trainer import Trainer
-from dinocli.method.preset import load_preset
+from dinocli.method.preset import Preset, load_preset
+from dinocli.models.network import Network
 from dinocli.train.cost import Estimate, estimate, to_fit
 from dinocli.train.plan import Plan
 
 CPU = torch.device("cpu")
-# A network small enough to try, in which activations weigh more than weights.
+# A small network in which activations take more memory than weights.
 SMALL = ("backbone.options={depth=3,embed_dim=64,num_heads=2,img_size=64,patch_size=8}", "heads.dino.prototypes=512")
 
 
@@ -30,8 +31,8 @@ def plan(images: Path, *overrides: str, preset: str = "tiny", stop: int = 10, re
 def test_counts_of_the_papers_network(images: Path) -> None:
     cost = estimate(plan(images, "views.locals=8", "training.batch_size=8", preset="vits16"))
     assert cost.backbone_parameters == 21_665_664
-    # Two network passes over 2x224 + 8x96, backward twice a forward: 113.4 GFLOP by hand, less the
-    # last block's work on tokens that no loss asks for: 105.7.
+    # By hand: student and teacher on 2x224 and 8x96 pixels, with a backward pass of two forward passes, take 113.4 GFLOP.
+    # Without the last block's work on tokens that no loss reads, 105.7.
     assert cost.flops / 1e9 == pytest.approx(105.7, rel=0.002)
     assert cost.seconds > 0
     assert 1e9 < cost.memory < 10e9
@@ -43,11 +44,11 @@ def test_the_estimate_grows_with_the_length_of_the_run(tmp_path: Path) -> None:
     assert large.memory > small.memory
     assert large.flops == small.flops
     parts = estimate(replace(plan(folder, "training.batch_size=32", stop=5), accumulate=8))
-    assert parts.memory == small.memory + 28 * small.waiting, "32 images in 8 parts are 4 at a time, and 28 that wait"
+    assert parts.memory == small.memory + 28 * small.waiting, "of 32 images in 8 parts, 4 are computed and 28 wait"
 
 
 def peak_of_a_step(plan: Plan) -> float:
-    """Bytes that a real step takes at its peak, above what is there before it."""
+    """Return the peak memory of a real step above the memory before it, in bytes."""
     torch.manual_seed(0)
     training, views = plan.preset.training, plan.preset.views
     precision = autocast(CPU, training.precision)
@@ -66,9 +67,25 @@ def peak_of_a_step(plan: Plan) -> float:
 def test_a_step_takes_the_estimated_flops_and_memory(images: Path, precision: str, recompute: bool) -> None:
     made = plan(images, *SMALL, "training.batch_size=8", f"training.precision={precision}", recompute=recompute)
     cost = estimate(made)
-    crops = 3 * 4 * 8 * (2 * 48**2 + 4 * 24**2)  # are there before the step
-    before = 4 * 4 * cost.parameters + crops  # student, teacher and two moments, of float32
+    crops = 3 * 4 * 8 * (2 * 48**2 + 4 * 24**2)  # exist before the step
+    before = 4 * 4 * cost.parameters + crops  # student, teacher and two moments in float32
     assert peak_of_a_step(made) == pytest.approx(cost.memory - before, rel=0.25)
+
+
+def test_fixed_memory_includes_a_frozen_teacher_and_what_is_saved_once(images: Path) -> None:
+    """Student, gradient, two moments and average are five copies of the weights; both other parts come on top."""
+
+    class Frozen:
+        def network(self, preset: Preset) -> Network:
+            return preset.network()
+
+    made = plan(images, *SMALL, "training.batch_size=8", "training.precision=float32")
+    alone, half = estimate(made), estimate(plan(images, *SMALL, "training.batch_size=8", "training.precision=bfloat16"))
+    frozen = made.preset.model_copy(update={"teacher": made.preset.teacher.model_copy(update={"frozen": True})})
+    taught = estimate(replace(made, preset=frozen, teacher=Frozen()))
+    assert alone.fixed >= 5 * 4 * alone.parameters
+    assert taught.fixed - alone.fixed == pytest.approx(4 * alone.parameters, rel=0.02)
+    assert half.fixed > alone.fixed, "copies of the weights in bfloat16"
 
 
 @pytest.mark.slow
@@ -92,8 +109,8 @@ def test_logits_of_masked_patches_count_in_the_estimate(images: Path) -> None:
         for more in (("losses.ibot=none", "losses.koleo=none"), ())
     )
     assert both.flops > alone.flops
-    assert both.waiting > alone.waiting, "its targets"
-    assert both.image > alone.image, "its logits"
+    assert both.waiting > alone.waiting, "targets of masked patches"
+    assert both.image > alone.image, "logits of masked patches"
 
 
 @pytest.mark.gpu
@@ -128,7 +145,7 @@ def whole(again: bool) -> Estimate:
         (100e9, {}, 10.6e9),
         (7e9, {"--accumulate": "2"}, 5.8e9),
         (3e9, {"--accumulate": "6"}, 2.6e9),
-        (2.7e9, {"--recompute": "", "--accumulate": "3"}, 1.96e9),  # sixteen at once would take 2.6 without
+        (2.7e9, {"--recompute": "", "--accumulate": "3"}, 1.96e9),  # 16 at once without --recompute would take 2.6
         (1.2e9, {"--recompute": "", "--accumulate": "48"}, 1.06e9),
         (1.1e9, None, 0.0),
     ],
@@ -142,9 +159,9 @@ def test_the_fewest_parts_that_fit_are_suggested(free: float, typed: dict | None
 
 
 def test_each_cost_is_computed_once() -> None:
-    asked: list[bool] = []
-    assert to_fit(lambda again: asked.append(again) or whole(again), 1.1e9) is None
-    assert asked == [False, True]
+    calls: list[bool] = []
+    assert to_fit(lambda again: calls.append(again) or whole(again), 1.1e9) is None
+    assert calls == [False, True]
 
 
 def test_a_backbone_without_blocks_gets_smaller_parts() -> None:

@@ -29,7 +29,7 @@ def test_the_first_signal_is_answered_and_a_second_ctrl_c_exits() -> None:
         until(lambda: len(said) == 1)
         os.kill(os.getpid(), signal.SIGINT)
         until(lambda: len(said) == 2)
-        assert stopping.asked
+        assert stopping.requested
         assert not stopping.at_once
         os.kill(os.getpid(), signal.SIGINT)
         until(lambda: False)
@@ -53,7 +53,9 @@ def test_the_remaining_time_follows_the_pace_of_earlier_steps(monkeypatch: pytes
         stopping.step(20.0)
         now[0] += 300
     now[0] -= 60
-    assert stopping.words(signal.SIGTERM) == "stopping after this step, about 80 s"  # 60, and 20 for the save
+    assert (
+        stopping.words(signal.SIGTERM) == "stopping after this step, about 80 s"
+    )  # 60 s of the step, and 20 s for the save
     now[0] -= 180
     again = "; press again to stop now without saving"
     assert stopping.words(signal.SIGINT) == f"stopping after this step, about 4 min{again}"
@@ -83,7 +85,7 @@ from dinocli.train.interrupts import stop_signals
 with stop_signals(lambda line: print(line, flush=True)) as stopping:
     stopping.step(0.0)
     print("step", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in one call, in which no handler of Python's runs
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # takes minutes in one call, during which Python runs no signal handler
 """
 
 
@@ -91,7 +93,7 @@ def test_ctrl_c_is_answered_and_exits_during_a_long_library_call() -> None:
     run = subprocess.Popen([sys.executable, "-c", LONG], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout
     assert run.stdout.readline() == "step\n"
-    time.sleep(0.5)  # until it is in that call
+    time.sleep(0.5)  # wait until it is in that call
     run.send_signal(signal.SIGINT)
     assert run.stdout.readline() == "stopping after this step; press again to stop now without saving\n"
     run.send_signal(signal.SIGINT)

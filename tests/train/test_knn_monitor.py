@@ -16,7 +16,7 @@ from dinocli.evals.knn import knn
 from dinocli.features.extract import extract
 from dinocli.features.store import read_features
 from dinocli.method.preset import load_preset
-from dinocli.train.knn_monitor import KnnMonitor, _sample, steps_between_looks
+from dinocli.train.knn_monitor import KnnMonitor, _sample, steps_between_evaluations
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain
 from dinocli.weights.load import load_encoder
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def labelled(tmp_path: Path) -> Path:
-    """Classes of different colors, in two parts."""
+    """Folder with `train` and `val`, whose two classes differ in color."""
     for part, count in (("train", 8), ("val", 4)):
         for label, color in (("dark", 30), ("light", 200)):
             folder = tmp_path / "labelled" / part / label
@@ -89,8 +89,8 @@ def test_the_network_keeps_its_training_mode(labelled: Path, plan: Plan) -> None
 
 
 def test_evaluations_take_at_most_a_twentieth_of_the_time() -> None:
-    assert steps_between_looks(24, steps=100_000, batch_size=1024) == 5_000
-    assert steps_between_looks(24, steps=10, batch_size=1) == 72, "24 images cost as much as 3.6 of a step"
+    assert steps_between_evaluations(24, steps=100_000, batch_size=1024) == 5_000
+    assert steps_between_evaluations(24, steps=10, batch_size=1) == 72, "24 images cost as much as 3.6 steps"
 
 
 def test_the_sample_of_a_large_set_is_balanced_over_classes(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_classes_of_one_image_are_refused_before_anything_is_written(plan: Plan,
 
 
 def test_k_is_small_with_few_images_per_class(tmp_path: Path) -> None:
-    """Of two classes of five the other nine hold four of the own and five of the other: all of them would be wrong."""
+    """With two classes of five images, an image has four others of its class and five of the other one: k = 9 fails."""
     for label, color in (("dark", 30), ("light", 200)):
         (tmp_path / "few" / label).mkdir(parents=True)
         for i in range(5):
@@ -149,11 +149,11 @@ def test_k_is_small_with_few_images_per_class(tmp_path: Path) -> None:
 def test_a_significant_drop_is_reported_once(
     plan: Plan, labelled: Path, monkeypatch: pytest.MonkeyPatch, init: str | None, hint: str
 ) -> None:
-    """Of 8 images at 90 % chance moves the figure by 11 points; more than three times that is a fall."""
+    """For 8 images at 90 %, the standard error is 11 points. A drop of more than three times that is reported."""
     if init:
         pretrain(replace(plan, stop=0, out=Path(init)), lambda p: None)
-    told = iter([90.0, 70.0, 50.0, 45.0, 89.0, 40.0])
-    monkeypatch.setattr(KnnMonitor, "evaluate", lambda monitor, network: next(told))
+    scores = iter([90.0, 70.0, 50.0, 45.0, 89.0, 40.0])
+    monkeypatch.setattr(KnnMonitor, "evaluate", lambda monitor, network: next(scores))
     said: list[str] = []
     watched = replace(plan, out=Path("watched"), monitor=str(labelled), monitor_every=1, stop=5, init=init)
     pretrain(watched, lambda p: None, said.append)

@@ -46,16 +46,16 @@ def test_a_logged_line_has_all_figures(plan: Plan) -> None:
 
 
 def test_metrics_are_computed_only_for_logged_steps(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What no log shows costs nothing: neither the figures nor a wait for the device."""
+    """Steps without a log compute no metrics and do not wait for the device."""
     from dinocli.method.distillation import SelfDistillation
 
-    asked, read = [], []
-    watch, number = SelfDistillation.metrics, torch.Tensor.__float__
-    monkeypatch.setattr(SelfDistillation, "metrics", lambda *a: asked.append(1) or watch(*a))
+    computed, read = [], []
+    metrics, number = SelfDistillation.metrics, torch.Tensor.__float__
+    monkeypatch.setattr(SelfDistillation, "metrics", lambda *a: computed.append(1) or metrics(*a))
     monkeypatch.setattr(torch.Tensor, "__float__", lambda t: read.append(1) or number(t))
     pretrain(plan, lambda p: None)
-    assert len(asked) == 4
-    assert len(read) == 4 * 8, "loss, its part, the gradient and five figures; the others are plain numbers"
+    assert len(computed) == 4
+    assert len(read) == 4 * 8, "loss, dino, gradient norm and five metrics are tensors; the others are plain numbers"
 
 
 def test_a_resumed_run_removes_the_lines_that_it_repeats(plan: Plan) -> None:
@@ -84,13 +84,13 @@ def test_a_run_with_a_report_learns_the_same_bits_and_draws_it(plan: Plan) -> No
     assert {p.name for p in (drawn.out / "pictures").iterdir()} >= {"photos.jpg", "attention-0.jpg", "attention-25.jpg"}
 
 
-def test_a_report_that_cannot_be_drawn_loses_no_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinocli.train import logger as watching
+def test_a_report_that_cannot_be_drawn_does_not_end_the_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinocli.train import logger as module
 
     def broken(folder: Path) -> None:
         raise ValueError("no ink")
 
-    monkeypatch.setattr(watching, "write_report", broken)
+    monkeypatch.setattr(module, "write_report", broken)
     said: list[str] = []
     assert pretrain(replace(plan, report=True), lambda p: None, said.append).step == 25
     assert said == ["note: the report could not be drawn: no ink"]

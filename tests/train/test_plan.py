@@ -146,9 +146,9 @@ def test_unlikely_settings_are_cautioned_with_a_better_value(
     for line, expected in zip(said, words, strict=True):
         assert expected in line
         changed = [value.strip(", ") for value in re.findall(r"--set (\S+)", line)]
-        assert changed, "there is a value to take"
+        assert changed, "a value is suggested"
         mended = load_preset("tiny", [*overrides, *changed])
-        assert not [w for w in cautions(replace(plan, preset=mended)) if expected in w], "which is right"
+        assert not [w for w in cautions(replace(plan, preset=mended)) if expected in w], "the suggested value is valid"
 
 
 def test_an_early_stop_is_one_note_that_lists_unfinished_schedules(tmp_path: Path) -> None:
@@ -164,7 +164,22 @@ def test_an_early_stop_is_one_note_that_lists_unfinished_schedules(tmp_path: Pat
         "with --set optimizer.lr.warmup_epochs=0 --set heads.dino.freeze_last_layer_epochs=0 "
         "--set views.low_resolution=none"
     )
-    assert not list(cautions(plan(tmp_path, low, stop=40))), "it is said once"
+    assert not list(cautions(plan(tmp_path, low, stop=40))), "no second note"
+
+
+def test_low_resolution_is_an_unfinished_schedule_but_not_a_long_warm_up(tmp_path: Path) -> None:
+    write_images(tmp_path, 48, size=8)
+    low = "views.low_resolution={epochs=7, global_size=32}"
+    assert "the epochs of low resolution (350 steps)" in short_stop(plan(tmp_path, low, stop=60))
+    assert not list(cautions(plan(tmp_path, low, stop=400))), "7 of 8 epochs"
+
+
+def test_a_warm_up_of_two_heads_is_named_once(tmp_path: Path) -> None:
+    write_images(tmp_path, 48, size=8)
+    freezes = [f"heads.{head}.freeze_last_layer_epochs=2" for head in ("dino", "ibot")]
+    line = short_stop(plan(tmp_path, *freezes, preset="tiny-dinov2", stop=10))
+    assert line.count("the freeze of the prototypes") == 1
+    assert all(f"--set heads.{head}.freeze_last_layer_epochs=0" in line for head in ("dino", "ibot"))
 
 
 def test_a_large_preset_for_few_images_on_a_cpu_suggests_a_smaller_one(tmp_path: Path) -> None:
@@ -201,7 +216,7 @@ def test_the_caution_on_prototypes_never_suggests_more(tmp_path: Path) -> None:
 
 
 def test_a_batch_splits_only_into_equal_parts(tmp_path: Path) -> None:
-    """Parts of other sizes would weigh their images otherwise."""
+    """In unequal parts, images would have unequal weights."""
     made = plan(write_images(tmp_path, 48, size=8), "heads.dino.batch_norm=false")
     for parts, hint in ((5, "4"), (49, "48"), (32, "24")):
         with pytest.raises(DinoError, match=f"--accumulate {parts} does not split a batch of 48 images") as error:

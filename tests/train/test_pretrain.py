@@ -117,7 +117,7 @@ DROPPING = (*SMALL, "backbone.drop_path=0.5", "backbone.options.depth=3")
 
 
 def test_activation_checkpointing_gives_the_same_bits(plan: Plan) -> None:
-    """Also where they drop paths: what is drawn is drawn once."""
+    """Dropped paths are drawn once, and are the same in the recomputation."""
     plan = replace(plan, preset=load_preset("tiny", DROPPING))
     once = pretrain(plan, lambda p: None)
     again = pretrain(replace(plan, out=Path("runs/again"), recompute=True), lambda p: None)
@@ -134,14 +134,14 @@ def test_compiled_blocks_learn_the_same(plan: Plan) -> None:
 
 
 def test_garbage_is_collected_only_at_logged_steps(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked: list[int] = []
+    enabled: list[bool] = []
 
-    def tell(progress: Progress) -> None:
-        looked.append(gc.isenabled())
+    def report(progress: Progress) -> None:
+        enabled.append(gc.isenabled())
 
     assert gc.isenabled()
-    pretrain(plan, tell)
-    assert looked == [False, False], "asked at the two steps that were logged"
+    pretrain(plan, report)
+    assert enabled == [False, False], "one per logged step"
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
 
@@ -184,7 +184,18 @@ def test_the_users_files_are_not_overwritten(plan: Plan, name: str) -> None:
     assert sorted(path.name for path in plan.out.iterdir()) == sorted([name, "notes.txt"])
     assert (plan.out / name).read_text() == '{"step": 7}\nmine\n'
     (plan.out / name).unlink()
-    assert pretrain(plan, lambda p: None).step == 6, "other things do not mind"
+    assert pretrain(plan, lambda p: None).step == 6, "other files are no obstacle"
+
+
+def test_a_dry_run_refuses_a_folder_with_only_corrupt_states_as_the_run_does(plan: Plan) -> None:
+    pretrain(plan, lambda p: None)
+    for folder, _ in saved_states(plan.out):
+        (folder / "state.json").write_text("{")
+    with pytest.raises(DinoError, match=r"holds a ckpt\.safetensors but no valid state"):
+        pretraining.rehearse(plan)
+    assert [path.name for path in (plan.out / "state").glob("damaged-*")] == []
+    with pytest.raises(DinoError, match=r"holds a ckpt\.safetensors but no valid state"):
+        pretrain(plan, lambda p: None)
 
 
 def test_a_failed_start_leaves_no_folder(plan: Plan) -> None:
@@ -205,12 +216,12 @@ def test_non_finite_steps_are_skipped_and_twenty_in_a_row_end_the_run(plan: Plan
     assert seen[-1].skipped > 20
     assert f"{seen[-1].skipped} steps skipped" in seen[-1].note
     named = [line.split("\t") for line in (plan.out / "not_finite.txt").read_text().splitlines()]
-    assert len(named) == 30 * 4, "the images of each of the last thirty steps"
+    assert len(named) == 30 * 4, "four images of each of the last thirty steps"
     assert all((images / ast.literal_eval(name)).is_file() for _, name in named)
 
 
 class Spoiled(Trainer):
-    """Whose step, from the fourth on, leaves an average that is not finite, with a finite loss and gradient."""
+    """Trainer whose average is not finite from the fourth step on, with a finite loss and gradient."""
 
     def step(self, batch: object, *, log: bool = False) -> dict:
         values = super().step(batch, log=log)
@@ -249,7 +260,7 @@ def test_initial_weights_of_a_run_include_its_heads(plan: Plan) -> None:
 
 
 def test_a_run_with_masked_patches_saves_and_resumes(plan: Plan) -> None:
-    """It resumes to the same bits, its weights are read, and who starts from it gets its token for hidden patches."""
+    """It resumes to the same bits, its weights can be read, and `--init` loads its mask token."""
     small = [*SMALL, *(line.replace("heads.dino", "heads.ibot") for line in SMALL if line.startswith("heads.dino"))]
     small[0] = small[0].replace("patch_size=8", "patch_size=4")
     preset = load_preset("tiny-dinov2", small)
@@ -260,7 +271,7 @@ def test_a_run_with_masked_patches_saves_and_resumes(plan: Plan) -> None:
     assert again.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
     stored = read_weights(whole.folder)
     assert stored.mask_token is not None
-    assert stored.mask_token.abs().sum() > 0, "it has learned"
+    assert stored.mask_token.abs().sum() > 0, "the token was trained"
     assert load_encoder(str(whole.folder), torch.device("cpu")).features(torch.zeros(1, 3, 16, 16)).shape == (1, 16)
     method = preset.method()
     assert start_from(method, str(whole.folder)) == []

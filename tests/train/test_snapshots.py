@@ -107,7 +107,7 @@ def test_a_snapshot_writes_pictures_and_figures(source: Images, preset: Preset, 
 def test_neighbours_are_the_nearest_by_cosine_and_never_the_photo_itself() -> None:
     features = torch.tensor([[1.0, 0], [0, 1], [5, 1], [2, 0], [-1, 0]])
     assert module._nearest(features, 2, 3) == [[0, 3, 2, 1], [1, 2, 0, 3]]
-    assert module._nearest(torch.ones(3, 2), 2, 5) == [[0, 1, 2], [1, 0, 2]], "of equal ones, and of few"
+    assert module._nearest(torch.ones(3, 2), 2, 5) == [[0, 1, 2], [1, 0, 2]], "equal features, fewer than five"
 
 
 def test_a_convolutional_network_has_no_maps(source: Images, tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_snapshots_do_not_change_a_bit_of_the_run(
 
     def trained(look: Callable[[int], None]) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        np.random.seed(0)  # noqa: NPY002  whoever draws from it is to be found out
+        np.random.seed(0)  # noqa: NPY002  shows if anything draws from it
         method = preset.method()
         trainer = Trainer(method, preset.optimizer, start_clock(preset, source.count), batch_size=4)
         batches = TrainBatches(source, preset.views, batch_size=4, seed=0, device=torch.device("cpu"))

@@ -40,8 +40,8 @@ def twelve_steps(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The content of the plan's run, done in one go: the same bits wherever its images lie."""
-    torch.set_num_threads(1)  # a fixture of a module is made before that of each test
+    """Return the contents of the plan's run without interruption. They do not depend on the folder of the images."""
+    torch.set_num_threads(1)  # module fixtures run before the per-test fixture that sets this
     folder = tmp_path_factory.mktemp("undisturbed")
     for seed, label in enumerate("ab"):
         write_images(folder / "images" / label, 6, seed=seed)
@@ -52,13 +52,13 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 def stopped(plan: Plan, step: int) -> Plan:
-    """The plan, of which `step` steps are done by a run that was told to stop then."""
+    """Return the plan, after a run that stopped at `step`."""
     pretrain(replace(plan, stop=step), lambda p: None)
     return plan
 
 
 def content(run: Path) -> dict[str, bytes]:
-    """The weights that a run leaves, and its last state, as bytes."""
+    """Return the bytes of the checkpoint and the trainer file in a run's newest state."""
     last = next(folder for folder, _ in saved_states(run))
     return {name: (last / name).read_bytes() for name in ("ckpt.safetensors", "trainer.safetensors")}
 
@@ -124,7 +124,7 @@ def test_a_corrupt_state_is_named_and_the_one_before_it_used(
     plan: Plan, undisturbed: dict[str, bytes], damage: Callable[[Path], object]
 ) -> None:
     stopped(plan, 8)
-    # Checkpoint and state share their bytes on disk, and a file that is changed in place is another's too.
+    # The checkpoint is a hard link to the state's file, so a change in place would change both.
     folder = plan.out / "state" / "8"
     shutil.copytree(folder, plan.out / "copy")
     shutil.rmtree(folder)
@@ -233,12 +233,12 @@ def test_drafts_of_a_killed_save_are_removed(plan: Plan) -> None:
 
 
 def test_a_save_killed_before_the_checkpoint_was_linked_is_repaired(plan: Plan) -> None:
-    """The last save of a run too, after which no other one comes."""
+    """Also after the last save of a run, which no other save follows."""
     stopped(plan, 8)
     older = (plan.out / "ckpt.safetensors").read_bytes()
     run = pretrain(plan, lambda p: None)
     wanted = run.checkpoint.read_bytes()
-    for left in (lambda: run.checkpoint.write_bytes(older), lambda: None):  # an older one, or none
+    for left in (lambda: run.checkpoint.write_bytes(older), lambda: None):  # an older checkpoint, or none
         run.checkpoint.unlink()
         left()
         pretrain(plan, lambda p: None)
@@ -257,7 +257,7 @@ def test_states_without_contents_and_checksums_still_load(plan: Plan) -> None:
 
 
 def test_a_state_of_another_commit_is_not_taken_for_corrupt(plan: Plan) -> None:
-    """The checksum tells unknown keys from damage."""
+    """The checksum distinguishes unknown keys from damage."""
     stopped(plan, 4)
     for folder, _ in saved_states(plan.out):
         facts = json.loads((folder / "state.json").read_text())
@@ -293,7 +293,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(plan: Plan) -> None:
 
 
 def train_in(folder: str, out: str) -> None:
-    """What the process that is killed does: it saves after every step."""
+    """Train in the process that is killed, and save after every step."""
     os.chdir(folder)
     torch.set_num_threads(1)
     preset = load_preset("tiny", [*SMALL, "backbone.drop_path=0.3"])
@@ -306,9 +306,9 @@ def train_in(folder: str, out: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(images: Path, tmp_path: Path) -> None:
-    """A process that saves after each step is killed at moments that chance picks, over and over."""
+    """A process that saves after each step is killed repeatedly, at random moments."""
     images.rename(tmp_path / "images")
-    context = multiprocessing.get_context("fork")  # this process has paid for importing torch
+    context = multiprocessing.get_context("fork")  # torch is already imported in this process
 
     def started(out: str) -> multiprocessing.process.BaseProcess:
         process = context.Process(target=train_in, args=(str(tmp_path), out))
@@ -320,16 +320,16 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(images: Path, tmp_p
 
     moments, killed_after = random.Random(0), []
     while saved("mine") < 12:
-        assert len(killed_after) < 60, "it makes no way"
+        assert len(killed_after) < 60, "it makes no progress"
         process, before, began = started("mine"), saved("mine"), time.monotonic()
-        # It is let come a step or two further, and then has some hundredths of a second: mostly it is saving then.
+        # Wait for a new state, then up to a tenth of a second, so that it is usually killed during a save.
         while process.is_alive() and saved("mine") < before + 1 and time.monotonic() - began < 60:
             time.sleep(0.001)
         process.join(moments.uniform(0, 0.1))
         process.kill()
         process.join()
         killed_after.append(saved("mine"))
-    assert len(killed_after) >= 5, "it was too quick to be killed"
+    assert len(killed_after) >= 5, "it finished too quickly to be killed"
     for out in ("mine", "whole"):
         process = started(out)
         process.join(60)

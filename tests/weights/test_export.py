@@ -38,14 +38,14 @@ def written(folder: Path, source: Path, to: Format, **options: object) -> tuple[
 
 
 def full_checkpoint(folder: Path) -> tuple[Path, dict[str, Network]]:
-    """A checkpoint of the original with both networks, of ViT-Ti at 48 pixels; and those networks."""
+    """Write a checkpoint of the original with two ViT-Ti at 48 pixels; return its path and the networks."""
     released = ["backbone.options={img_size=48, patch_size=8}", "backbone.name=vit_tiny_patch16_224"]
     made, networks = load_preset("tiny", [*SMALL_HEADS, *released]), {}
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         networks[name] = made.network().eval()
         for tensor in networks[name].state_dict().values():
-            if tensor.is_floating_point():  # statistics of BatchNorm too
+            if tensor.is_floating_point():  # includes BatchNorm statistics
                 tensor.add_((torch.rand_like(tensor) - 0.5) * 0.1)
     content = {
         name: {"module." + key.replace("heads.dino.", "head."): value for key, value in network.weights().items()}
@@ -56,7 +56,7 @@ def full_checkpoint(folder: Path) -> tuple[Path, dict[str, Network]]:
 
 
 class MultiCropWrapper(torch.nn.Module):
-    """What the original puts around a network and its head: their names, which are the keys' prefixes."""
+    """The original's wrapper of a network and its head; its attributes' names are the keys' prefixes."""
 
     def __init__(self, backbone: torch.nn.Module, head: torch.nn.Module) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class MultiCropWrapper(torch.nn.Module):
 
 
 class DINOHead(torch.nn.Module):
-    """The original's head, from its description."""
+    """The original's head, written from its published description."""
 
     def __init__(
         self, in_dim: int, out_dim: int, *, use_bn: bool, nlayers: int, hidden_dim: int, bottleneck_dim: int
@@ -133,7 +133,7 @@ def test_the_requested_network_of_two_is_exported(tmp_path: Path, which: Which, 
     torch.testing.assert_close(again.features(random_images()), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_with_other_outputs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_run(tmp_path)
     forward = Head.forward
     monkeypatch.setattr(Head, "forward", lambda self, x: forward(self, x) + self.last_layer.weight_g.mean())
@@ -159,7 +159,7 @@ def test_torchvision_reads_a_convolutional_network(tmp_path: Path) -> None:
     torch.testing.assert_close(names["network"].eval()(random_images()), encoder.features(random_images()))
 
 
-def test_a_shape_that_the_original_has_a_name_for_needs_no_note(tmp_path: Path) -> None:
+def test_a_named_shape_of_the_original_needs_no_note(tmp_path: Path) -> None:
     released = ["backbone.options={}", "backbone.name=vit_tiny_patch16_224"]
     assert export(str(write_run(tmp_path, *released)), "official", tmp_path / "out.pth").notes == []
     source = write_run(tmp_path, *released, "backbone.positions=antialias")
@@ -180,11 +180,11 @@ def test_an_official_export_is_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("heads", [False, True])
 def test_an_official_export_of_a_custom_shape_is_read_back(tmp_path: Path, heads: bool) -> None:
-    """`tiny` is 96 wide with 6 heads, which no tensor tells, and here has a mean of its own; the file stores both."""
+    """The file stores the 6 heads of `tiny`, which no tensor's shape shows, and a mean unlike ImageNet's."""
     source = write_run(tmp_path, "views.mean=[0.1, 0.2, 0.3]", "images.window=[0, 4095]")
     path, encoder = written(tmp_path, source, "official", heads=heads)
     again = load_encoder(str(path), CPU)
-    # Relative and absolute, for another order of additions.
+    # The two networks sum in another order.
     torch.testing.assert_close(again.features(random_images()), encoder.features(random_images()), rtol=1e-5, atol=1e-5)
     assert (again.fingerprint, again.size, again.mean) == (encoder.fingerprint, encoder.size, encoder.mean)
     assert (again.images, again.step) == (encoder.images, 3)
@@ -223,7 +223,7 @@ RESNET = ["backbone.positions=none", "backbone.class_token_std=none"]
 
 
 @pytest.mark.parametrize(("preset", "changes"), [("tiny", []), ("resnet50", [RESNET18])], ids=["vit", "resnet"])
-def test_timm_builds_it_from_the_folder(tmp_path: Path, preset: str, changes: list[str]) -> None:
+def test_timm_builds_a_network_from_the_folder(tmp_path: Path, preset: str, changes: list[str]) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path, *changes, preset=preset), "timm")
     assert {file.name for file in path.iterdir()} == {"config.json", "model.safetensors"}
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
@@ -235,7 +235,7 @@ def test_timm_builds_it_from_the_folder(tmp_path: Path, preset: str, changes: li
     assert (again.fingerprint, again.size) == (encoder.fingerprint, 48)
 
 
-def test_a_rotary_network_goes_to_timm_for_any_size(tmp_path: Path) -> None:
+def test_a_rotary_network_is_exported_to_timm_for_any_size(tmp_path: Path) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path, *ROTARY), "timm")
     (note,) = export(str(tmp_path / "run"), "timm", path).notes
     assert note.endswith("for the same features use model.forward_features(images)[:, 0]")
@@ -265,7 +265,7 @@ def test_a_rotary_network_is_not_one_of_the_originals(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "size"), [("cls", None), ("patches", 24), ("cls+avg", None)])
-def test_onnxruntime_computes_it(tmp_path: Path, tokens: str, size: int | None) -> None:
+def test_onnxruntime_computes_the_same_features(tmp_path: Path, tokens: str, size: int | None) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path), "onnx", tokens=tokens, size=size)
     session = onnxruntime.InferenceSession(path)
     for count in (1, 5):
@@ -280,7 +280,7 @@ def test_onnxruntime_computes_it(tmp_path: Path, tokens: str, size: int | None) 
 @pytest.mark.parametrize(
     ("preset", "changes"), [("tiny", []), ("tiny", ROTARY), ("resnet50", [RESNET18])], ids=["vit", "rotary", "resnet"]
 )
-def test_torch_export_computes_it(tmp_path: Path, preset: str, changes: list[str]) -> None:
+def test_torch_export_computes_the_same_features(tmp_path: Path, preset: str, changes: list[str]) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path, *changes, preset=preset), "torch-export")
     extra = {"dinocli.json": ""}
     module = torch.export.load(path, extra_files=extra).module()
@@ -310,7 +310,7 @@ def test_unsupported_exports_are_refused_and_write_nothing(tmp_path: Path, optio
 def test_a_missing_head_is_an_error(tmp_path: Path) -> None:
     released = ["backbone.options={img_size=48, patch_size=8}", "backbone.name=vit_tiny_patch16_224"]
     path, _ = written(tmp_path, write_run(tmp_path, *released), "official")
-    with pytest.raises(DinoError, match="the heads are: none"):
+    with pytest.raises(DinoError, match="the checkpoint's heads are: none"):
         export(str(path), "official", tmp_path / "again.pth", heads=True)
     assert not (tmp_path / "again.pth").exists()
 
@@ -328,7 +328,7 @@ def test_an_export_overwrites_no_foreign_folder(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path / "empty")
 
     def found() -> dict[Path, tuple[int, ...]]:
-        # Not when a file was last read: to refuse it, it is.
+        # Without the access time: an export reads a file before it refuses it.
         seen = ((path, path.lstat()) for path in tmp_path.rglob("*"))
         return {path: (stat.st_ino, stat.st_mode, stat.st_size, stat.st_mtime_ns) for path, stat in seen}
 
@@ -380,7 +380,7 @@ def test_an_export_never_overwrites_its_source(tmp_path: Path) -> None:
 @pytest.mark.parametrize("to", list(ENDINGS))
 def test_a_full_disk_is_an_error_that_names_the_place(tmp_path: Path, to: Format) -> None:
     source = write_run(tmp_path)
-    # No file may grow over this, which the system says as it says that a disk is full.
+    # A limit on the file size makes writing fail as on a full disk.
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
@@ -431,7 +431,7 @@ def test_a_folder_is_replaced_by_a_later_export(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-# A graph is traced alike for any channels, and that takes its time; the others write their number down, or read it.
+# Tracing a graph is slow and does not depend on the number of channels, so one number suffices for graphs.
 @pytest.mark.parametrize(("to", "channels"), [*((to, 13) for to in ENDINGS), *((to, 1) for to in ("official", "timm"))])
 def test_networks_of_any_channels_are_exported(tmp_path: Path, to: Format, channels: int) -> None:
     source = write_run(tmp_path, *of_channels(channels))

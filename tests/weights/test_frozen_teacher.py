@@ -1,4 +1,4 @@
-"""A network that was trained before teaches a smaller one, and stays as it is."""
+"""A pretrained network teaches a smaller one and never changes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_frozen_teacher_sets_targets_of_class_tokens_and_patches(larger: Fro
         batch = Batch(*shown, torch.arange(3))
         made = [method(part) for part in method.parts(batch, parts, clock)]
         losses = {name: torch.stack([terms[name] for terms in made]).mean() for name in made[0]}
-        # By hand: what the larger one says at a temperature, against what the smaller one says at 0.1.
+        # By hand: cross-entropy of the teacher's output at temperature 0.05 and the student's at 0.1.
         said = larger.network(preset)
         larger.load(said)
         said = said.double().eval()
@@ -116,7 +116,7 @@ def test_a_run_exports_the_students_average_and_the_teacher_is_unchanged(larger:
     assert not torch.equal(student_now, average)
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert {"dino/information", "ibot", "momentum"} <= lines[-1].keys()
-    assert "feature_std" not in lines[-1], "a frozen teacher's features tell nothing of the run"
+    assert "feature_std" not in lines[-1], "a frozen teacher's features do not depend on the run"
 
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:
@@ -142,7 +142,7 @@ def test_the_average_follows_the_student_and_the_teacher_never_changes(larger: F
     assert method.student.training and not method.teacher.training
 
 
-def test_a_resume_needs_the_same_teacher_and_ends_in_the_same_bits(
+def test_a_resumed_run_needs_the_same_teacher_and_writes_the_same_checkpoint(
     larger: FrozenTeacher, images: Path, tmp_path: Path
 ) -> None:
     preset = student()

@@ -34,7 +34,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "config.json").write_text('{"model_type": "dinov2"}')
     save_file({"x": np.zeros(1)}, tmp_path / "hub" / "model.safetensors")
-    for name in ("x.pth", "a.zip", "a.mp4", "a.JPG", "net.onnx", "list.csv", "a.tar", "notes.md"):
+    for name in ("x.pth", "a.zip", "a.mp4", "a.JPG", "net.onnx", "list.csv", "a.tar", "a.NPY", "notes.md"):
         (tmp_path / name).write_bytes(b"x")
     return tmp_path
 
@@ -44,7 +44,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("img", "images"), ("photos", "images"), (".", "images"), ("empty", "folder"), ("shards", "source"), ("run", "run"),
         ("run/ckpt.safetensors", "weights"), ("x.pth", "weights"), ("feats", "features"), ("feats/val.safetensors", "features"),
-        ("large", "features"), ("hub", "model"), ("a.zip", "archive"), ("a.mp4", "video"), ("a.JPG", "image"),
+        ("large", "features"), ("hub", "model"), ("a.zip", "archive"), ("a.mp4", "video"), ("a.JPG", "image"), ("a.NPY", "image"),
         ("net.onnx", "graph"), ("list.csv", "source"), ("a.tar", "source"), ("notes.md", "file"), ("nowhere", "missing"),
         ("*.png", "pattern"), ("s3://bucket/x", "address"), ("timm:resnet50", "timm"), ("torchvision:CIFAR10", "source"),
         ("pipe:cat x", "source"), ("x-{00..09}.tar", "source"),
@@ -77,6 +77,7 @@ def lightning(path: Path) -> None:
         ("net.onnx", b"x", "net.onnx is a graph or weights of another framework (.onnx); expected a checkpoint", "the .pth or"),
         ("model.h5", b"x", "is a graph or weights of another framework (.h5)", "the .pth or"),
         ("photo.jpg", b"x", "photo.jpg is an image; expected a checkpoint", "ckpt.safetensors"),
+        ("scan.npy", b"x", "scan.npy is an image; expected a checkpoint", "ckpt.safetensors"),
         ("all.pth", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer", "git lfs pull"),
         ("all.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer", "git lfs pull"),
         ("dino.pth", b"<!DOCTYPE html><html>", "dino.pth is a web page", "download the file again"),
@@ -88,7 +89,7 @@ def lightning(path: Path) -> None:
         ("net.pth", b"garbage", "net.pth cannot be read as weights", "state_dict()"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_checkpoint_is_identified(
+def test_a_file_that_is_not_a_checkpoint_is_identified(
     tmp_path: Path, name: str, content: object, message: str, hint: str
 ) -> None:
     path = tmp_path / name
@@ -113,7 +114,7 @@ def test_a_file_that_is_no_checkpoint_is_identified(
         ("nowhere.pth", "checkpoint nowhere.pth does not exist", "timm:NAME"),
     ],
 )  # fmt: skip
-def test_a_path_without_a_checkpoint_gets_the_nearest_as_hint(here: Path, place: str, message: str, hint: str) -> None:
+def test_a_path_without_a_checkpoint_gets_a_fitting_hint(here: Path, place: str, message: str, hint: str) -> None:
     with pytest.raises(DinoError) as error:
         read_weights(Path(place))
     assert message in error.value.message

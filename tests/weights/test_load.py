@@ -1,12 +1,14 @@
-"""What is read is the network that was written, with the sizes and statistics that belong to it."""
+"""Loading returns the network that was written, with its image size, mean and std."""
 
 from __future__ import annotations
 
 import copy
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import huggingface_hub
@@ -81,7 +83,7 @@ def test_unknown_weights_are_an_error_and_never_random(tmp_path: Path) -> None:
 
 @pytest.fixture
 def local_timm(tmp_path: Path) -> str:
-    """A model folder in the form of timm's hub, since no released weights can be downloaded in a test."""
+    """A model folder in timm's hub format, because a test cannot download released weights."""
     model = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     config = {
@@ -117,6 +119,33 @@ def test_a_failed_download_is_an_error_and_never_random_weights(monkeypatch: pyt
         load_encoder("timm:vit_tiny_patch16_224", CPU)
 
 
+def test_non_finite_timm_weights_are_refused(local_timm: str, tmp_path: Path) -> None:
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    weights["cls_token"][0, 0, 0] = torch.inf
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(DinoError, match="cannot be used: cls_token holds 1 of 192 values") as error:
+        load_encoder(local_timm, CPU)
+    assert error.value.hint == "use other weights", "timm models have no earlier state"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_hubs_log_is_silent_only_during_a_download(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    log, create, levels = logging.getLogger("huggingface_hub"), timm.create_model, []
+
+    def download(name: str, **options: object) -> torch.nn.Module:
+        levels.append(log.level)
+        if fails:
+            raise ConnectionError("no network here")
+        return create(name, **options | {"pretrained": False, "depth": 1})
+
+    monkeypatch.setattr(timm, "create_model", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr(log, "level", logging.WARNING)
+    with pytest.raises(DinoError) if fails else nullcontext():
+        load_encoder("timm:vit_tiny_patch16_224", CPU)
+    assert (levels, log.level) == ([logging.CRITICAL], logging.WARNING)
+
+
 def block(*args: object, **kwargs: object) -> None:
     threading.Event().wait(60)
 
@@ -127,10 +156,10 @@ def refuse(*args: object, **kwargs: object) -> None:
 
 @pytest.mark.parametrize("hub", [block, refuse])
 def test_an_unreachable_hub_is_reported_early(monkeypatch: pytest.MonkeyPatch, hub: Callable[..., None]) -> None:
-    """Its own client tries for a minute or more, and so does this fake of it."""
+    """The hub's own client retries for a minute or more; so does this fake."""
     monkeypatch.setattr(timm, "create_model", block)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", hub)
-    assert loading._PATIENCE <= 12, "with the import of torch no more than 20 s"
+    assert loading._PATIENCE <= 12, "at most 20 s together with the import of torch"
     monkeypatch.setattr(loading, "_PATIENCE", 0.2)
     began = time.monotonic()
     with pytest.raises(DinoError, match=r"huggingface\.co does not answer") as error:
@@ -166,7 +195,7 @@ def test_a_slow_download_is_waited_for(monkeypatch: pytest.MonkeyPatch, way: str
 @pytest.mark.parametrize(
     ("name", "message", "hint"),
     [
-        ("", "timm: is not followed by a model name", "timm:vit_small_patch16_224.dino"),
+        ("", "timm: must be followed by a model name", "timm:vit_small_patch16_224.dino"),
         ("vit_tinny_patch16_224", "no model 'vit_tinny_patch16_224'", "timm:vit_tiny_patch16_224 or timm:"),
         ("resnet5O", "no model 'resnet5O'", "timm:resnet50"),
         ("dinov2_vits14_reg", "no model", "timm:vit_small_patch14_reg4_dinov2.lvd142m"),
@@ -220,7 +249,7 @@ def test_dinov3s_weights_in_timm_are_read_as_timm_reads_them(monkeypatch: pytest
     torch.testing.assert_close(encoder.features(images), expected[:, 0])
     torch.testing.assert_close(encoder.features(images, "patches"), expected[:, 5:])
     assert encoder.attention(images).shape == (1, 6, 4, 6)
-    assert encoder.fingerprint == fingerprint(timms.state_dict()), "no weight was started anew"
+    assert encoder.fingerprint == fingerprint(timms.state_dict()), "no weight was initialized again"
 
 
 def test_an_exported_timm_folder_stores_how_positions_are_resampled(local_timm: str, tmp_path: Path) -> None:
@@ -242,8 +271,8 @@ def test_three_channel_weights_are_adapted_to_other_channels(name: str, channels
     fitted = fitted_to(weights, other)
     other.model.load_state_dict(fitted.backbone)
     gray = torch.randn(2, 1, 32, 32).expand(-1, 3, -1, -1)
-    # Where all channels are alike, one sums the filters up, and several repeat them at 3 by their number: of 3 k all is
-    # the same, of others nearly.
+    # For equal channels, summing the three filters into one channel gives the same output. Other numbers of channels
+    # repeat the filters, scaled by 3 / channels: exact for multiples of three, else nearly.
     if channels == 1:
         torch.testing.assert_close(other(gray[:, :1]).cls, three(gray).cls, rtol=1e-4, atol=1e-5)
     first = next(key for key, value in weights.backbone.items() if value.ndim == 4)
@@ -252,4 +281,4 @@ def test_three_channel_weights_are_adapted_to_other_channels(name: str, channels
     for channel in range(channels) if channels > 1 else ():
         torch.testing.assert_close(ours[:, channel], theirs[:, channel % 3] * 3 / channels)
     assert fitted_to(weights, three) is None
-    assert fitted_to(fitted, three) is None, "what is not of three is left, and loading says that it does not fit"
+    assert fitted_to(fitted, three) is None, "only three-channel weights are adapted; loading refuses others"

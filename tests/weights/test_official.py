@@ -1,4 +1,4 @@
-"""Official files of DINOv2: told by their keys, and the same numbers as its plain definition and as timm's."""
+"""Official DINOv2 files: identified by their keys, with the same features as a plain definition and as timm."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Weights = dict[str, Tensor]
 
 
 def shapes(width: int, depth: int, *, registers: int, gated: int = 0, side: int = 37) -> dict[str, tuple[int, ...]]:
-    """What a released file holds, by its own keys; `gated` is the width inside of SwiGLU."""
+    """Return the shapes in a released file, under its own keys; `gated` is the inner width of SwiGLU, if used."""
     mlp = {"fc1": (4 * width, width), "fc2": (width, 4 * width)}
     if gated:
         mlp = {"w12": (2 * gated, width), "w3": (width, gated)}
@@ -41,7 +41,7 @@ def shapes(width: int, depth: int, *, registers: int, gated: int = 0, side: int 
 
 
 def random_file(*args: int, **how: int) -> Weights:
-    """Numbers of such a size that no part drowns in another; on a grid, so that sums of two are exact in float32."""
+    """Return random weights, scaled so that every part affects the features; sums of two are exact in float32."""
     torch.manual_seed(0)
     found = {}
     for key, shape in shapes(*args, **how).items():
@@ -52,7 +52,7 @@ def random_file(*args: int, **how: int) -> Weights:
 
 
 def defined(w: Weights, images: Tensor, heads: int) -> Tensor:
-    """The tokens that DINOv2 makes of images, after the norm, straight from the keys of its file. [B, 1+R+N, D]"""
+    """Compute DINOv2's tokens after the final norm, straight from the keys of its file. [B, 1+R+N, D]"""
 
     def linear(key: str, x: Tensor) -> Tensor:
         return x @ w[f"{key}.weight"].T + w[f"{key}.bias"]
@@ -65,7 +65,7 @@ def defined(w: Weights, images: Tensor, heads: int) -> Tensor:
     rows, columns = patches.shape[-2:]
     table = w["pos_embed"][:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
     if (rows, columns) != (37, 37):
-        # Without registers as DINO has it; with them to the exact size, antialiased.
+        # Without registers as in DINO; with registers to the exact size, with antialiasing.
         how = {"size": (rows, columns), "antialias": True}
         if "register_tokens" not in w:
             how = {"scale_factor": ((rows + 0.1) / 37, (columns + 0.1) / 37)}
@@ -91,7 +91,7 @@ def defined(w: Weights, images: Tensor, heads: int) -> Tensor:
 
 
 def features(path: Path, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The class tokens and the patches that an encoder makes in float64. [B, D] and [B, N, D]"""
+    """Return an encoder's class tokens and patch tokens in float64. [B, D] and [B, N, D]"""
     encoder = load_encoder(str(path), CPU)
     assert (encoder.size, encoder.mean, encoder.std) == (518, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     encoder.backbone.double()
@@ -121,7 +121,7 @@ def test_features_equal_the_plain_definition(name: str, size: tuple[int, int], t
     expected = defined(doubled(weights), images, heads)
     torch.testing.assert_close(cls, expected[:, 0], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(patches, expected[:, 1 + how["registers"] :], rtol=1e-10, atol=1e-10)
-    assert expected.std(1).mean() > 0.3, "tokens differ, so that there is something to agree on"
+    assert expected.std(1).mean() > 0.3, "tokens differ; equal ones would agree trivially"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_features_equal_the_plain_definition(name: str, size: tuple[int, int], t
     [("S/14", "vit_small_patch14_dinov2", 0), ("reg", "vit_small_patch14_reg4_dinov2", 4)],
 )
 def test_features_equal_timms_model_with_the_same_file(name: str, model: str, registers: int, tmp_path: Path) -> None:
-    """At the 518 pixels of the release; at others timm takes positions of the networks without registers its own way."""
+    """At the original's 518 pixels. At other sizes timm resamples positions differently without registers."""
     weights = random_file(384, 1, registers=registers)
     torch.save(weights, tmp_path / "released.pth")
     theirs = timm.create_model(model, num_classes=0, depth=1).eval()
@@ -167,7 +167,7 @@ def test_the_four_sizes_are_identified_by_their_shapes(
 
 
 def plain_vit(path: Path, **shape: object) -> torch.nn.Module:
-    """A plain vision transformer of any shape with random weights, and its file in the original's layout."""
+    """Return a plain vision transformer of any shape with random weights, and save it in the original's layout."""
     torch.manual_seed(0)
     model = timm.models.VisionTransformer(num_classes=0, **shape).eval()
     for parameter in model.parameters():
@@ -191,7 +191,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_vision_transformer_of_any_shape_is_read(name: str, tmp_path: Path) -> None:
-    """The shape follows from the tensors; the heads are the width divided by 64, or as told."""
+    """The shape follows from the tensors; the number of heads is the width divided by 64, or as given."""
     shape = {"patch_size": 8, "img_size": 32, **SHAPES[name]}
     model = plain_vit(tmp_path / "own.pth", **shape)
     told = [f"{HEADS}{shape['num_heads']}".removeprefix("--set ")] if "heads" in name else []
@@ -199,7 +199,7 @@ def test_a_vision_transformer_of_any_shape_is_read(name: str, tmp_path: Path) ->
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model.forward_features(images)[:, 0]
-    # Attention is computed in another order than timm's.
+    # timm sums attention in another order.
     torch.testing.assert_close(encoder.features(images), expected, rtol=1e-5, atol=1e-5)
     assert encoder.size == 32
     assumed = not told and shape["embed_dim"] != 384
@@ -214,7 +214,7 @@ def test_a_given_number_of_heads_changes_the_fingerprint(tmp_path: Path) -> None
         load_encoder(str(tmp_path / "own.pth"), CPU, overrides=[f"backbone.options.num_heads={n}"]).fingerprint
         for n in (4, 8)
     }
-    assert len(prints) == 2, "so that features of the two are never compared"
+    assert len(prints) == 2, "features of the two must not be compared"
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_a_dinov3_file_is_named_with_timms_weights_as_hint() -> None:
 
 
 def in_chunks(weights: Weights, depth: int, each: int) -> Weights:
-    """As a training with chunks of blocks names them: the number of the chunk, and of the block among all."""
+    """Rename blocks as a training with chunks does: the chunk's number, then the block's number among all blocks."""
     found = {}
     for key, value in weights.items():
         if key.startswith("blocks."):
@@ -290,7 +290,7 @@ def head_file(prototypes: int) -> Weights:
 
 
 def of_training(ibot: int | None) -> tuple[Weights, Weights]:
-    """What a training calls its teacher, and the backbone in it."""
+    """Return a teacher under the keys of a training checkpoint, and its backbone under released keys."""
     backbone = random_file(384, 2, registers=0)
     teacher = {f"backbone.{k}": v for k, v in in_chunks(backbone, 2, 1).items()}
     teacher |= {f"dino_head.{k}": v for k, v in head_file(16).items()}
@@ -322,7 +322,7 @@ def test_a_training_checkpoint_is_read_with_its_heads(form: str, tmp_path: Path)
 def test_a_file_of_one_network_is_not_taken_for_the_other(tmp_path: Path) -> None:
     teacher, _ = of_training(ibot=None)
     torch.save({f"student.{k}": v for k, v in teacher.items()}, tmp_path / "student.pth")
-    with pytest.raises(DinoError, match="holds no teacher, but a student") as error:
+    with pytest.raises(DinoError, match="holds a student and no teacher") as error:
         read_weights(tmp_path / "student.pth")
     assert error.value.hint == "--network student"
 
@@ -336,7 +336,7 @@ def test_a_file_of_one_network_is_not_taken_for_the_other(tmp_path: Path) -> Non
         (f"{{shared={HEAD}}}", None, []),
     ],
 )
-def test_training_starts_from_it_with_the_heads_that_fit(
+def test_training_starts_from_a_training_checkpoint_with_the_heads_that_fit(
     heads: str, ibot: int | None, fresh: list[str], tmp_path: Path
 ) -> None:
     teacher, backbone = of_training(ibot)

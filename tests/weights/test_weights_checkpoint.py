@@ -33,12 +33,12 @@ def network(preset: Preset) -> Network:
 
 
 def official(network: Network, prefix: str = "") -> dict[str, torch.Tensor]:
-    """A network's weights under the keys of the original's full checkpoint."""
+    """Return a network's weights under the keys of the original's full checkpoint."""
     return {prefix + k.replace("heads.dino.", "head."): v for k, v in network.weights().items()}
 
 
 def full_checkpoint(network: Network) -> dict[str, object]:
-    """What the original saves: DDP's prefix on the student, an argparse Namespace, numpy numbers in the optimizer."""
+    """Return the original's format: DDP's prefix on the student, an argparse Namespace, numpy numbers."""
     student = {k: v + 1 for k, v in official(network, "module.").items()}
     return {
         "student": student,
@@ -89,7 +89,7 @@ def test_a_backbone_alone_with_any_prefix(tmp_path: Path, network: Network, pref
 
 
 class Stored:
-    """What a pickle keeps of a path: its class and its parts."""
+    """Path as a pickle stores it: by class and parts."""
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
@@ -99,12 +99,12 @@ class Stored:
 
 
 @pytest.mark.parametrize("kind", ["pathlib.PosixPath", "pathlib.WindowsPath", "pathlib._local.PosixPath"])
-def test_a_path_among_the_arguments(
+def test_a_checkpoint_with_paths_in_its_arguments_is_read(
     tmp_path: Path, network: Network, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         module, _, name = kind.rpartition(".")
-        patch.setitem(sys.modules, module, types.ModuleType(module))  # as it is where the file is written
+        patch.setitem(sys.modules, module, types.ModuleType(module))  # as on the system that wrote the file
         patch.setattr(sys.modules[module], name, type(name, (), {"__module__": module}), raising=False)
         path = Stored(getattr(sys.modules[module], name))
         args = argparse.Namespace(data_path=path, output_dir=path)
@@ -133,7 +133,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
         ("a.pth", None, "does not exist"),
     ],
 )
-def test_files_that_are_no_checkpoint_are_errors(
+def test_a_file_that_is_not_a_checkpoint_is_an_error(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     if content is not None:
@@ -158,25 +158,28 @@ def test_a_file_without_the_requested_network_is_an_error(tmp_path: Path, preset
         read_weights(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("key", ["preset", "backbone"])
 @pytest.mark.parametrize(
-    ("stored", "writer", "said", "hint"),
+    ("stored", "writer", "message", "hint"),
     [
-        ("{", "", "its preset cannot be read", "copy it again"),
+        ("{", "", "its {key} cannot be read", "copy it again"),
         ('{"a":' * 100_000, "", "nested too deeply", "copy it again"),
         ("[]", dinocli.__version__, "should be", "--set"),
         ("later", "9.7", "there is no key novel; the file was written by dinocli 9.7", "pip install dinocli==9.7"),
     ],
+    ids=["corrupt", "nested", "a list", "a later version"],
 )
-def test_a_preset_that_cannot_be_read_is_one_line(
-    tmp_path: Path, preset: Preset, network: Network, stored: str, writer: str, said: str, hint: str
+def test_metadata_that_cannot_be_read_are_reported_in_one_line(
+    tmp_path: Path, preset: Preset, network: Network, key: str, stored: str, writer: str, message: str, hint: str
 ) -> None:
     if stored == "later":
-        stored = json.dumps(preset.model_dump(mode="json") | {"novel": 1})
+        config = preset if key == "preset" else preset.backbone
+        stored = json.dumps(config.model_dump(mode="json") | {"novel": 1})
     tensors = {name: value.numpy() for name, value in network.weights().items()}
-    write_tensors(tmp_path / "ckpt.safetensors", tensors, {"preset": stored, "dinocli": writer})
+    write_tensors(tmp_path / "ckpt.safetensors", tensors, {key: stored, "dinocli": writer})
     with pytest.raises(DinoError) as error:
         read_weights(tmp_path / "ckpt.safetensors")
-    assert said in error.value.message
+    assert message.format(key=key) in error.value.message
     assert "\n" not in error.value.message
     assert hint in error.value.hint
 
@@ -191,16 +194,19 @@ def test_non_finite_weights_are_neither_read_nor_written(
     weights = {k: v.clone() for k, v in network.weights().items()}
     weights["backbone.blocks.1.attn.qkv.weight"][0, :3] = bad
     weights["heads.dino.mlp.0.bias"][1] = bad
-    with pytest.raises(DinoError, match=r"step 8 .*blocks.1.attn.qkv.weight holds 3 of .* \(and 1 more tensors\)"):
+    with pytest.raises(DinoError, match=r"step 8 .*blocks.1.attn.qkv.weight holds 3 of .* \(and 1 more tensor\)"):
         write_checkpoint(path, weights, preset, 8)
-    assert path.read_bytes() == good, "the last good one stays"
+    assert path.read_bytes() == good, "the existing file is kept"
     from safetensors.torch import save_file
 
     save_file(weights, tmp_path / "bad.safetensors", {"preset": preset.model_dump_json(), "step": "8"})
     torch.save({"teacher": weights}, tmp_path / "bad.pth")
-    for name in ("bad.safetensors", "bad.pth"):
-        with pytest.raises(DinoError, match=rf"{name} cannot be used: backbone.blocks.1.attn.qkv.weight holds 3 of"):
+    for name, states in (("bad.safetensors", True), ("bad.pth", False)):
+        with pytest.raises(
+            DinoError, match=rf"{name} cannot be used: backbone.blocks.1.attn.qkv.weight holds 3 of"
+        ) as error:
             read_weights(tmp_path / name)
+        assert ("RUN/state/STEP" in error.value.hint) == states, "only runs of this tool have states"
 
 
 def test_values_beyond_float32_are_not_finite() -> None:

@@ -1,4 +1,4 @@
-"""Demo: draw images, pretrain on them, and compare the features with baselines."""
+"""Demo: images are drawn, DINO pretrains on them, and its features are compared with baselines."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from dinocli.weights.checkpoint import read_weights
 from dinocli.weights.load import load_encoder, untrained_encoder
 
 PRESET = "tiny"
-RECORD = "demo.json"  # contents and progress of the demo
+RECORD = "demo.json"  # settings and progress of the demo
 TRAIN_IMAGES, VAL_IMAGES = 2000, 500
 _K = 20
 _KEEP = 0.6
-_RAW_SIDE = 16  # pixels; the accuracy of raw pixels is lower at larger sizes
+_RAW_SIDE = 16  # pixels; at larger sizes, raw pixels classify worse
 
 
 class Advance(Protocol):
@@ -59,9 +59,9 @@ class Row:
 
     Attributes:
         features: Name of the features.
-        knn: Top-1 with 20 neighbours, in percent.
-        linear: Top-1 of a linear probe, in percent.
-        overlap: Jaccard overlap of attention and true mask, with the best head per image, averaged; None without
+        knn: Top-1 accuracy of k-NN with 20 neighbours, in percent.
+        linear: Top-1 accuracy of a linear probe, in percent.
+        overlap: Mean Jaccard overlap of the best head's attention mask with the true mask. None for features without
             attention.
     """
 
@@ -77,11 +77,11 @@ class DemoResult:
 
     Attributes:
         rows: Scores of the trained features, followed by the baselines.
-        chance: Expected top-1 of a random guess, in percent.
-        everything: Overlap of a full mask with the true masks.
-        pictures: Paths of the attention sheets.
+        chance: Expected top-1 accuracy of a random guess, in percent.
+        everything: Mean Jaccard overlap of a full mask with the true masks.
+        pictures: Paths of the attention sheets, one per class.
         folder: Folder with all results.
-        seconds: Elapsed time.
+        seconds: Wall time of this call.
     """
 
     rows: list[Row]
@@ -103,23 +103,23 @@ def demo(
     steps: int | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> DemoResult:
-    """Draw images, pretrain `tiny` on them without labels, extract features, classify, and draw attention.
+    """Draw images, pretrain `tiny` on them without labels, extract features, classify them, and draw attention maps.
 
-    A demo that was stopped or killed in the same folder is resumed.
+    If the folder holds an unfinished demo with the same settings, resume it.
 
     Args:
         folder: Folder for images, run, features and pictures.
         device: Device to compute on.
         workers: Number of decoding processes.
-        stage: Function that opens a progress display from the name of a stage, its total, and the unit.
+        stage: Function that opens a progress display, given the name of a stage, its total and its unit.
         train_images: Number of training images.
         val_images: Number of validation images.
-        steps: Stop training after this many steps. If None, the preset's.
-        note: Callback for messages to the user.
+        steps: Stop training after this many steps. If None, train as long as the preset says.
+        note: Callback that receives one-line messages for the user.
 
     Raises:
         DinoError: If the folder holds a finished demo, a demo with other settings, or other files.
-        KeyboardInterrupt: If training was stopped; the same call resumes it.
+        KeyboardInterrupt: If the user stopped training. The same call resumes it.
     """
     began = time.perf_counter()
     data, masks = folder / "data", folder / "masks"
@@ -171,13 +171,13 @@ def demo(
 
 
 def _begin(folder: Path, record: dict[str, Any], note: Callable[[str], None]) -> bool:
-    """Start a demo, or resume one; return True if all its images are drawn.
+    """Start or resume a demo. Return True if all its images are drawn.
 
     Raises:
         DinoError: If the folder holds a finished demo, a demo with other settings, or other files.
     """
     another = f"use --out {folder}-2, or remove {folder}"
-    if is_fresh(folder):  # a demo killed at its start leaves at most its marker file
+    if is_fresh(folder):  # a demo that was killed at its start leaves at most a marker file
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / RECORD, record | {"drawn": False, "done": False})
         return False
@@ -243,7 +243,7 @@ def _score_features(
 
 
 def _measure_overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage, name: str) -> float:
-    """Compute the Jaccard overlap of the best head's mask with the truth, averaged over images.
+    """Compute the Jaccard overlap of the best head's mask with the true mask, averaged over the images.
 
     Source: the paper's section 4.2.2 and facebookresearch/dino issue 54.
     """

@@ -1,11 +1,11 @@
 """Small labelled image set with exact object masks, drawn with numpy: the data of `dino demo`, without a download.
 
-Ten kinds of object differ as real ones do, in palette, texture and form together. If kinds differed in one cue, in
-colors drawn at random, DINO would learn color, the cheapest feature that crops of an image share. Pairs of kinds share
-a palette (orange, goldfish) or a texture (ladybird, mushroom). The background is independent of the kind.
+Like real objects, the ten kinds differ in palette, texture and form together. If they differed in form only and colors
+were random, DINO would learn color, the easiest feature that crops of an image share. Pairs of kinds share a palette
+(orange, goldfish) or a texture (ladybird, mushroom). The background is independent of the kind.
 
-A kind yields its layers, back to front. A layer is a form, two inks and a pattern between them. A form is a field over
-the picture: -1 in the middle, 0 on the edge, positive outside. A pattern is a field in [0, 1].
+A kind is a function that yields layers, back to front. A layer has a form, two inks and a pattern that mixes them. A
+form is a field over the picture: -1 in the middle, 0 on the edge, positive outside. A pattern is a field in [0, 1].
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def hats(cells: int, n: int) -> Field:
 
 
 def noise(n: int, rng: np.random.Generator, tall: int, wide: int) -> Field:
-    """Return value noise with `tall` by `wide` cells over the picture, from two small and cheap matrix products."""
+    """Return value noise with `tall` by `wide` cells over the picture, computed by two small matrix products."""
     return hats(tall, n) @ rng.random((tall + 1, wide + 1), dtype=np.float32) @ hats(wide, n).T
 
 
@@ -73,13 +73,13 @@ def lattice(x: Field, y: Field, rng: np.random.Generator) -> tuple[Field, Field,
 
 
 def spots(x: Field, y: Field, rng: np.random.Generator, radius: float) -> Field:
-    """Return round spots of varied size, at most `radius` cells, one per lattice cell."""
+    """Return round spots, one per lattice cell, with varied radii of at most `radius` cells."""
     inx, iny, tone = lattice(x, y, rng)
     return soft(radius * (0.65 + 0.35 * tone) - np.hypot(inx, iny), 0.1)
 
 
 def bricks(x: Field, y: Field, rng: np.random.Generator, joint: float = 0.06) -> Field:
-    """Return blocks of varied tone, twice as long as tall, with dark joints `joint` of a block's height wide."""
+    """Return blocks of varied tone, twice as long as tall. `joint` is the width of dark joints in block heights."""
     inx, iny, tone = lattice(x / 2, y, rng)
     return soft(np.minimum(1 - 2 * np.abs(inx), 0.5 - np.abs(iny)) - joint, 0.1) * (0.55 + 0.45 * tone)
 
@@ -100,7 +100,7 @@ def ink(rng: np.random.Generator, *names: str) -> Ink:
     return np.clip(rgb * rng.uniform(0.85, 1.15) + rng.normal(0, 0.03, 3), 0, 1).astype(np.float32)
 
 
-SCENES: tuple[tuple[Callable[..., Field], str], ...] = (  # a pattern over x and y; pairs of inks to choose from
+SCENES: tuple[tuple[Callable[..., Field], str], ...] = (  # pattern over x and y, and the pairs of inks to choose from
     # sky and clouds, grass, rippled sand, water
     (lambda x, y, fog, rng: 0.35 * y + 0.8 * soft(fog(5, 3) + 0.5 * fog(12, 8) - 0.95, 0.6),
      "sky-white blue-white coral-cream slate-grey pink-gold"),
@@ -118,7 +118,7 @@ SCENES: tuple[tuple[Callable[..., Field], str], ...] = (  # a pattern over x and
      "pine-green green-lime brick-gold black-pine"),
 )  # fmt: skip
 
-# Share of light grey in scenes. A vivid scene is the easiest feature that crops share: in a few hundred steps, DINO
+# Fraction of light grey in scenes. A vivid scene is the easiest feature that crops share: in a few hundred steps, DINO
 # would learn it instead of the object. Random positions and rotations keep the accuracy of raw pixels low.
 HAZE = 0.75
 
@@ -140,7 +140,7 @@ def scene(n: int, rng: np.random.Generator) -> Field:
 
 @dataclass(frozen=True)
 class Layer:
-    """Part of an object: `low` ink where the pattern is 0, `high` where it is 1, darker towards the form's edge."""
+    """Part of an object, darker towards the form's edge. A pattern of 0 gives the ink `low`, 1 gives `high`."""
 
     form: Field
     low: Ink
@@ -150,7 +150,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Pen:
-    """Drawing tool in the object's own frame: u to the right, v down, the object within about [-1, 1]."""
+    """Drawing tool in the object's own frame: u points right, v points down, and the object spans about [-1, 1]."""
 
     u: Field
     v: Field
@@ -173,7 +173,7 @@ class Pen:
         return np.maximum(np.abs(self.u - u) / wide, np.abs(self.v - v) / tall) - 1
 
     def limb(self, u0: float, v0: float, u1: float, v1: float, radius: float) -> Field:
-        """Return a straight limb with round ends."""
+        """Return a straight limb with round ends, from (u0, v0) to (u1, v1)."""
         du, dv = u1 - u0, v1 - v0
         along = np.clip(((self.u - u0) * du + (self.v - v0) * dv) / (du * du + dv * dv), 0, 1)
         return np.hypot(self.u - u0 - along * du, self.v - v0 - along * dv) / radius - 1
@@ -343,9 +343,9 @@ def draw(index: int, size: int = 96, seed: int = 0) -> Drawing:
     """Draw picture `index` of the set.
 
     Args:
-        index: Number of the picture. Its label is index % 10.
+        index: Index of the picture in the set. Its label is index % 10.
         size: Width and height in pixels.
-        seed: Seed of the set. The picture depends only on index, size and seed, not on earlier calls.
+        seed: Seed of the set. The picture depends only on index, size and seed.
     """
     label, n = index % len(CLASSES), 2 * size
     kind = KINDS[CLASSES[label]]
@@ -355,10 +355,10 @@ def draw(index: int, size: int = 96, seed: int = 0) -> Drawing:
     c, s = math.cos(turn), math.sin(turn)
 
     def layers(x: Field, y: Field) -> Iterator[Layer]:
-        """Draw the object with the same seed each time, so that the rough pass predicts the fine one."""
+        """Draw the object with the same seed each time, so that the rough pass measures the same object."""
         return kind(Pen((c * x + s * y) / aspect, (c * y - s * x) * abs(aspect), np.random.default_rng(object_seed)))
 
-    # A rough pass measures the object. Then it is scaled to a random area and placed where it fits.
+    # A rough pass measures the object, which is then scaled to a random area and placed at random.
     rough = np.linspace(-1.7, 1.7, 48, dtype=np.float32)
     covered = join(*(layer.form for layer in layers(*np.meshgrid(rough, rough)))) < 0
     spans = [rough[covered.any(axis)][[0, -1]] for axis in (0, 1)]  # left and right, top and bottom
@@ -385,7 +385,7 @@ def draw(index: int, size: int = 96, seed: int = 0) -> Drawing:
 
 
 def write_set(folder: Path, images: int, size: int = 96, seed: int = 0, masks: Path | None = None) -> None:
-    """Write the first `images` pictures as folder/CLASS/00012.jpg, and masks/CLASS/00012.png (0 or 255) if given."""
+    """Write the first `images` pictures as folder/CLASS/00012.jpg, and masks as masks/CLASS/00012.png (0, 255)."""
     for root in filter(None, (folder, masks)):
         for name in CLASSES[:images]:
             (root / name).mkdir(parents=True, exist_ok=True)

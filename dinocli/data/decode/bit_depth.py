@@ -213,7 +213,7 @@ def _tag(image: Image.Image, number: int) -> Any:
 
 
 def usual_range(values: Values) -> tuple[float, float] | None:
-    """Return the smallest usual range that holds all values, if the file states none; None if none is a number."""
+    """Return the smallest usual range that holds all values, for files that state none; None without numbers."""
     ends, samples = [], []
     for rows in _blocks(values):
         part = _numbers(values[rows])
@@ -226,7 +226,7 @@ def usual_range(values: Values) -> tuple[float, float] | None:
     tops = (1, 255, 65535, 2**32 - 1) if least >= 0 else (1, 128, 32768, 2**31)
     top = next((float(t) for t in tops if max(most, -least) <= t), max(most, -least))
     bottom = 0.0 if least >= 0 else -top
-    # A few outliers, or 1.01 in values up to 1, would leave almost no contrast. Then the values' own range is better.
+    # A few outliers, or 1.01 in values up to 1, would leave almost no contrast. Then use the values' own range.
     sample = np.concatenate(samples)
     low, high = (float(np.percentile(sample, q)) for q in (1, 99))
     if high - low >= (top - bottom) / 32 or least == most:

@@ -12,7 +12,7 @@ from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import ImagesConfig, Range
 
-_DEEPEST = 65535.0  # of 16 bits; ranges of deeper values and floats already follow the values
+_DEEPEST = 65535.0  # largest value of 16 bits; deeper images and floats are already scaled by their values
 _TAIL = 0.001  # share of the pixels at either end; they are outliers if they more than double the range
 _FAINT = 2.0  # levels of standard deviation, below which nothing is visible
 _NARROW = 64  # levels, a quarter of 8 bits
@@ -53,7 +53,7 @@ def contrast(pixels: Pixels) -> Contrast:
 def raw_range(data: bytes | Image, images: ImagesConfig) -> Range | None:
     """Measure the raw value range of a 16-bit image, in the units of `images.window`, which itself is ignored.
 
-    The image is decoded several times, each time with a window that ends at the values found before. So this works for
+    The image is decoded several times, each time with a window around the values found before. So this works for
     every format that supports a window, and detects images that ignore it.
 
     Returns:

@@ -83,7 +83,7 @@ def too_many_scans(image: ImageFile.ImageFile, data: bytes) -> str:
 
 
 def gif_frames(data: bytes) -> int:
-    """Count the frames of a GIF; of a very large one only a part."""
+    """Count the frames of a GIF; in a very large file, only the first ones."""
     frames, at = 0, 13 + (3 << ((data[10] & 7) + 1) if data[10:11] and data[10] & 128 else 0)
     left = _SUB_BLOCKS
     while at + 10 < len(data) and left > 0:

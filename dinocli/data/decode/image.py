@@ -1,4 +1,4 @@
-"""Image decoding to upright uint8 pixels, RGB or grey for every file mode. A bad file gives a `BadImage`, no error."""
+"""Image decoding to upright uint8 pixels, RGB or grey for every file mode. Bad files return a `BadImage`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dinocli.data.decode.tiff_tags import SIGNATURES, Facts
 from dinocli.data.decode.torch_codecs import decode_jpeg_fast
 from dinocli.data.decode.turns import turned
 from dinocli.data.decode.unread import name_jpeg, name_unread
-from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # otherwise it prints messages about bad files to stderr
 
@@ -149,9 +149,9 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
     values by the smallest usual range that holds them. Only the first frame of an animation is read.
 
     Returns:
-        The image, whose size is known and which can be decoded, or the reason for failure. No bytes make this raise.
+        The opened image, or the reason for failure. Corrupt files do not raise.
     """
-    # Fast path that is enough for most photos. Pillow judges all other files.
+    # Fast path for most photos. All other files go through Pillow.
     if isinstance(data, bytes) and len(data) <= images.max_megabytes * 1e6:
         plain = plain_header(data)
         if plain and not size_fault(plain.size, images):
@@ -174,7 +174,7 @@ def _open(data: bytes | Image.Image, images: ImagesConfig) -> Opened | BadImage:
     if not data:
         return BadImage("empty: the file has no bytes")
     if len(data) > images.max_megabytes * 1e6:
-        return BadImage(f"too large: {len(data) / 1e6:.0f} megabytes, over {images.max_megabytes:g}")
+        return BadImage(f"too large: {megabytes_over(len(data), images.max_megabytes)}")
     facts = None
     if data[:4] in SIGNATURES:
         check_tags(data)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from dinocli.data.decode.bit_depth import Alpha, Layout
 from dinocli.data.decode.raster import MISSING, ArrayFile, UnfitArray, other_channels
+from dinocli.data.images import megabytes_over
 
 _BOX = b"\0\0\0\x0cjP  \r\n\x87\n"
 _STREAM = b"\xff\x4f\xff\x51"
@@ -20,7 +21,7 @@ _NESTED = (b"jp2h", b"asoc")
 _CMYK = 12  # enumerated color spaces; OpenJPEG converts sYCC to RGB
 _READ_SPACES = (0, _CMYK, 16, 17, 18)
 _OPACITY, _PREMULTIPLIED = 1, 2  # channel types
-# Files with more samples per byte, above _SMALL samples, are attacks on memory: no real picture is so plain.
+# Files of over _SMALL samples and _PLAINEST samples per byte are attacks on memory: no real picture is so plain.
 _PLAINEST, _SMALL = 10_000, 20_000_000
 
 
@@ -130,8 +131,8 @@ def cost_fault(data: bytes, header: Header, megapixels: float, by_pillow: bool) 
     deep = 1 + (max(header.bits) > 8)
     needed = header.tile * count * 5 + pixels * 8 if by_pillow else pixels * count * (5 + deep)
     if needed > 13e6 * megapixels:
-        tiles = "in one tile, " if by_pillow and header.tile == pixels else ""
-        return f"too large: {size} of a JPEG 2000, {tiles}take {needed / 1e9:.1f} GB to decode"
+        tiles = ", in one tile," if by_pillow and header.tile == pixels else ""
+        return f"too large: {size} of a JPEG 2000{tiles} decode to {megabytes_over(needed, 13 * megapixels)}"
     return ""
 
 
@@ -139,7 +140,7 @@ def open_jpeg2000(data: bytes, channels: int, megapixels: float) -> ArrayFile | 
     """Read the header of a JPEG 2000 within the limit `megapixels` (`images.max_megapixels`).
 
     Returns:
-        The header; None for a corrupt file, and for one that Pillow reads right (8 bits and up to four components).
+        The header; None for a corrupt file, and for one that Pillow reads correctly (8 bits and up to four components).
 
     Raises:
         UnfitArray: If the number of channels does not fit `channels`, decoding takes too much memory, or nothing here

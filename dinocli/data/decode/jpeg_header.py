@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 _SEGMENTS = 64  # a plain file has about ten
 _SCAN, _BASELINE, _QUANTIZATION, _JFIF, _PROFILE = 0xDA, 0xC0, 0xDB, 0xE0, 0xE2
-_PASSED_OVER = {0xC4, 0xDD, 0xFE}  # Huffman tables, restart interval, comment
+_SKIPPED = {0xC4, 0xDD, 0xFE}  # Huffman tables, restart interval, comment
 
 
 class Header(NamedTuple):
@@ -52,7 +52,7 @@ def _is_plain(kind: int, length: int, body: bytes) -> bool:
         return length in (67, 132, 197) and all(number < 16 for number in body[::65])
     if kind in (_JFIF, _PROFILE):
         return length >= 16 and body.startswith(b"JFIF\0" if kind == _JFIF else b"ICC_PROFILE\0")
-    return kind in _PASSED_OVER
+    return kind in _SKIPPED
 
 
 class Frame(NamedTuple):

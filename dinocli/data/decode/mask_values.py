@@ -75,7 +75,7 @@ def _formats() -> tuple[str, ...]:
 
 @cache
 def _tifffile() -> Any:
-    """Return tifffile, which reads every TIFF exactly, if it is installed. Pillow reads most grey ones."""
+    """Return tifffile, which reads every TIFF exactly; None, to fall back to Pillow, if it is not installed."""
     try:
         import_module("imagecodecs")
         return import_module("tifffile")

@@ -1,4 +1,4 @@
-"""Pillow, guarded: the formats that it may open, its settings while decoding, and its errors as reasons."""
+"""Guards around Pillow: the formats that it may open, its settings while decoding, and its errors as reasons."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_header(data: bytes) -> ImageFile.ImageFile:
     """Open a file with the formats that are accepted, without decoding its pixels.
 
     Raises:
-        Exception: Whatever Pillow's readers raise on a corrupt file; `decode_or_reason` turns it into a reason.
+        Exception: Any kind, if the file is corrupt; `decode_or_reason` converts it to a reason.
     """
     return Image.open(Reader(data), formats=_formats())
 
@@ -71,7 +71,7 @@ def _pillow(images: ImagesConfig, lenient: bool) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            Image.MAX_IMAGE_PIXELS = int(images.max_megapixels * 1e6 / 2)  # Pillow warns above it, refuses above twice
+            Image.MAX_IMAGE_PIXELS = int(images.max_megapixels * 1e6 / 2)  # Pillow raises only above twice this
             ImageFile.LOAD_TRUNCATED_IMAGES = lenient
             yield
     finally:

@@ -14,6 +14,6 @@ NO_NUMBER = "damaged: none of its values is a number"
 
 @dataclass(frozen=True)
 class BadImage:
-    """Reason why a file could not be read as an image: a category for counting, a colon, a few words."""
+    """Reason why a file could not be read, as `category: details`. Reports count by category."""
 
     reason: str

@@ -1,4 +1,4 @@
-"""Netpbm files: deep ones with their own values, text ones without Pillow's loop, and color PFM."""
+"""Netpbm files: deep ones at full depth, text ones without Pillow's slow loop, and color PFM."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COMMENT = re.compile(rb"#[^\r\n]*")
 def open_pnm(data: bytes, channels: int, truncated: bool = False) -> ArrayFile | None:
     """Read the header of a PBM, PGM, PPM or PFM.
 
-    If `truncated`, reading fills the missing end of a file with grey instead of raising EOFError. This excludes PFM.
+    If `truncated`, reading fills the missing end of a file with grey instead of raising EOFError, except for PFM.
 
     Returns:
         The header; None for other files, and for binary ones of 1 or 8 bits, which Pillow reads equally well.

@@ -1,4 +1,4 @@
-"""Headers of files whose raw values are read without Pillow, and the error that refuses one."""
+"""Headers of files whose raw values are read without Pillow, and the error for those that do not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING = "needs pip install 'dinocli[tiff]'"
 
 
 class UnfitArray(Exception):
-    """Error for an array that does not fit the images settings: a category for counting, a colon, a few words."""
+    """Error for an array that does not fit the `[images]` settings. Its text is a reason, as in `BadImage`."""
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,4 @@ class ArrayFile:
 
 def other_channels(came: str, wanted: int) -> str:
     """Return the reason to refuse a file with another number of channels."""
-    return f"other channels: {came}, where images.channels is {wanted}"
+    return f"other channels: {came}; expected {wanted} (images.channels)"

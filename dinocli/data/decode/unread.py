@@ -100,7 +100,7 @@ def name_unread(data: bytes) -> str:
 
 
 def name_jpeg(kind: int, bits: int) -> str:
-    """Return the reason why a JPEG is not read that is neither baseline nor progressive of 8 bits."""
+    """Return the reason why a JPEG other than 8-bit baseline or progressive is not read."""
     if kind == 0xF7:
         return f"not read here: JPEG-LS; {_DEEP}"
     if kind in (0xC3, 0xC7, 0xCB, 0xCF):
@@ -111,7 +111,7 @@ def name_jpeg(kind: int, bits: int) -> str:
 
 
 def _brand(data: bytes) -> bytes:
-    """Return the most exact image brand if the major brand is one; otherwise the major brand."""
+    """Return the most specific image brand if the major brand is an image; otherwise the major brand."""
     size = min(int.from_bytes(data[:4], "big"), 256, len(data))
     brands = [data[8:12], *(data[at : at + 4] for at in range(16, size - 3, 4))]
     pictures = [brand for brand in brands if brand in _BRANDS]

@@ -1,4 +1,4 @@
-"""A batch, its place in shared memory, and the files that could not be read."""
+"""Batches, their arrays in shared memory, and files that cannot be read."""
 
 from __future__ import annotations
 
@@ -104,6 +104,6 @@ def mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> ring.
 
 
 def slots_for(fields: ring.Fields) -> int:
-    """Return the number of waiting batches: a few, within the memory budget."""
+    """Return the number of batches to hold at once, within the memory budget; at least 2."""
     batch_bytes = sum(torch.Size(f.shape).numel() * f.dtype.itemsize for f in fields.values())
     return max(2, min(_SLOTS, _WAITING_BYTES // batch_bytes))

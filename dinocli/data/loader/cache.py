@@ -87,14 +87,15 @@ class PixelCache:
 
 def _memory(where: str) -> tuple[mmap.mmap, int]:
     if where == "ram":
-        free, _ = ram_of()  # of a container too: what is above its limit ends the run
+        free, _ = ram_of()  # respects a container's limit, above which the run would be killed
         budget = int(_SHARE["ram"] * free / local_size())
         return mmap.mmap(-1, budget, flags=mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _NO_RESERVE), budget
     folder = Path(where)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        budget = int(_SHARE["disk"] * shutil.disk_usage(folder).free / local_size())
-        with tempfile.TemporaryFile(dir=folder) as file:  # without a name, so nothing remains
+        # At least a byte, because an empty file cannot be mapped.
+        budget = max(1, int(_SHARE["disk"] * shutil.disk_usage(folder).free / local_size()))
+        with tempfile.TemporaryFile(dir=folder) as file:  # has no name, so nothing remains on disk
             file.truncate(budget)
             return mmap.mmap(file.fileno(), budget), budget
     except OSError as error:

@@ -211,7 +211,7 @@ def _read(source: Images, row: int, images: ImagesConfig) -> bytes | Image | Bad
 def _nothing_to_read(name: str, reason: str) -> DinoError:
     return DinoError(
         f"{_REDRAWS} images in a row cannot be read; the last is {name}: {reason}",
-        "check that file, and that this is a set of images",
+        "check that file, and that the source holds images",
     )
 
 

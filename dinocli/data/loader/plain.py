@@ -1,4 +1,4 @@
-"""Plain images in batches, read once, for everything but pretraining."""
+"""Batches of images without augmentation, in one pass, for everything except pretraining."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def plain_batches(
 ) -> Iterator[Plain]:
     """Yield all images once, preprocessed for evaluation: resized, center-cropped, normalized.
 
-    They follow the order of the source or, from tar shards with several workers, the order of the workers' turns.
-    Several processes take the batches in turn. Each batch is the same as in a single process; it may be empty.
+    Images keep the order of the source; from tar shards with several workers, workers take turns. With several
+    processes, each gets every n-th batch. Batches are the same as in a single process, and may be empty.
 
     A cutter adds views of each image, all of one size. They depend on its seed and the image's number alone.
     """

@@ -28,7 +28,7 @@ from dinocli.core.errors import DinoError
 _STUCK = 300.0  # seconds for one chunk of a batch; decoding that takes longer will not end
 # Forked processes inherit the shared memory; elsewhere torch passes it on by name.
 _FORK = sys.platform == "linux"
-# Signals that the process which starts workers handles for all of them; not every system has the last.
+# Signals that workers ignore: the process that starts them handles these for all. Windows has no SIGUSR1.
 _MINDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
@@ -57,7 +57,7 @@ Told_co = TypeVar("Told_co", covariant=True)
 
 
 class Filler(Protocol[Told_co]):
-    """Function of a worker that fills a chunk and returns the notes that do not fit into an array."""
+    """Function of a worker that fills a chunk and returns notes, such as names, that no array can hold."""
 
     def __call__(self, slot: dict[str, Tensor], task: Task) -> Sequence[Told_co]:
         """Fill images `first` to `first + images` of the batch."""
@@ -97,10 +97,10 @@ def turns_before(lane: int, workers: int, batch_size: int, batch: int, first: in
 class Ring(Generic[Note]):
     """Batches in order, filled ahead by worker processes.
 
-    Batches are cut into chunks, so all workers share the first batch and memory does not grow with their number.
+    Each batch is split into chunks, so all workers share the first batch and memory does not grow with their number.
 
-    If shapes change during a run, a slot has memory for the largest, and each batch uses a part of it. Workers keep
-    running, with the images that they have decoded and read ahead.
+    If shapes change during a run, a slot has memory for the largest, and each batch uses a part of it. Workers are not
+    restarted, so they keep the images that they have read ahead.
 
     Args:
         phases: Pairs of a batch number and the arrays, by name, of all batches from there on. The first pair is for
@@ -155,7 +155,7 @@ class Ring(Generic[Note]):
         self._done: Any = context.SimpleQueue()
         shared: Any = context.SimpleQueue()
         self._queues = [context.SimpleQueue() if bound else shared for _ in range(workers)]
-        # The system ends a worker with the thread that started it, and only the main thread lasts.
+        # Linux kills a worker when the thread that started it ends, and only the main thread lasts.
         starter = _Starter(os.getpid(), threading.current_thread() is threading.main_thread())
         for lane, tasks in enumerate(self._queues):
             words = (starter, lane, workers, make, self._slots, tasks, self._done)
@@ -245,7 +245,7 @@ class _Starter(NamedTuple):
 
 @contextlib.contextmanager
 def _hold_back(signals: Sequence[int]) -> Iterator[None]:
-    """Hold back signals from this process, and from those that it starts, until the `with` block ends."""
+    """Block signals for this process, and for those that it starts, until the `with` block ends."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -327,6 +327,6 @@ def _allocate(field: Field, *, spawned: bool) -> Tensor:
 
 
 def _pin(values: Tensor) -> None:
-    """Pin memory, so that the host need not wait for copies to the device; if that fails, it waits."""
+    """Pin memory for asynchronous copies to the device. If that fails, the host waits for copies."""
     with contextlib.suppress(Exception):
         torch.cuda.cudart().cudaHostRegister(values.data_ptr(), values.nbytes, 0)

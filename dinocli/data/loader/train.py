@@ -52,7 +52,7 @@ class TrainBatches:
         compiled: True to compile the hue jitter, the slowest augmentation, with torch.compile.
         grid: Function from the size of a global crop to its rows and columns of patches, for masking. The number of
             masked patches per crop depends on seed, batch and the image's place in it (and on the number of processes,
-            unless their shares are multiples of 32). Their positions depend on seed, epoch and the image's number.
+            unless each has a multiple of 32 images). Their positions depend on seed, epoch and the image's number.
         in_order: True to yield the fixed views of all images by place instead of shuffling: each once, then again from
             the first.
 
@@ -181,7 +181,7 @@ def _stream_filler(
 
 
 class _Copier:
-    """Copier from slots to the device: concurrent with its work on CUDA, a no-op on the CPU."""
+    """Copier from slots to the device: asynchronous on CUDA, a no-op on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -198,7 +198,7 @@ class _Copier:
         return moved
 
     def masks(self, masks: PatchMasks) -> PatchMasks:
-        """Copy masks to the device. Call this before the crops, or the host waits for their many bytes first."""
+        """Copy masks to the device. Call this before copying crops: the host waits for all earlier copies."""
         return PatchMasks(self(masks.where), self(masks.rows), self(masks.weights), masks.counts)
 
     def wait(self) -> None:

@@ -1,4 +1,4 @@
-"""Frames of a film in order, from a folder, from named files, or from a video file."""
+"""Frames of a film, in order, from a folder, a list of files, or a video file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.decode.turns import orientation_of, turned
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.kinds import VIDEOS
 from dinocli.data.sources.open import image_folder
 from dinocli.data.sources.regular import read_file, why_unread
-
-_VIDEOS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .wmv .ogv".split())
 
 
 class Frame(NamedTuple):
@@ -87,15 +86,16 @@ class VideoFrames(Frames):
 
     def read(self, wanted: Container[int], images: ImagesConfig = DEFAULTS) -> Iterator[Frame]:
         av, number = pyav(), -1
-        with av.open(str(self.where)) as file:
-            try:
+        try:
+            with av.open(str(self.where)) as file:
                 for number, frame in enumerate(file.decode(video=0)):
                     if number in wanted:
                         pixels = turned(frame.to_ndarray(format="rgb24"), _orientation(frame))
                         yield Frame(number, f"frame {number + 1}", Image.fromarray(pixels))
-            except av.error.FFmpegError as error:
-                reason = f"damaged: {error.strerror}; later frames are skipped"
-                yield Frame(number + 1, f"frame {number + 2}", BadImage(reason))
+        except av.error.FFmpegError as error:
+            # The file may also have been moved or cut short since `open_frames` read its header.
+            fault = why_unread(error) if isinstance(error, OSError) else f"damaged: {error.strerror}"
+            yield Frame(number + 1, f"frame {number + 2}", BadImage(f"{fault}; later frames are skipped"))
 
 
 def _read(path: Path, images: ImagesConfig) -> bytes | BadImage:
@@ -113,7 +113,7 @@ def _orientation(frame: Any) -> int:
 
 def is_video(path: Path) -> bool:
     """Return whether a file is a video, by its name."""
-    return path.suffix.lower() in _VIDEOS
+    return path.suffix.lower() in VIDEOS
 
 
 def open_frames(path: Path) -> Frames:
@@ -144,7 +144,7 @@ def _open_video(path: Path) -> VideoFrames:
             if stream is None:
                 raise DinoError(f"{path} has no video stream; expected a video", "check that file")
             rate = stream.average_rate or stream.guessed_rate
-            # Some formats do not state a count; counting packets decodes nothing.
+            # Some formats state no frame count. Counting packets is fast, because it decodes nothing.
             count = stream.frames or sum(1 for packet in file.demux(stream) if packet.size)
     except av.error.FFmpegError as error:
         raise DinoError(f"{path} cannot be read as a video: {error.strerror}", "name a folder of its frames") from error

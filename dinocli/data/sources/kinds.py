@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 
-# Files that accompany images and describe them; nobody expects these to be read as images.
+# Suffixes of files that accompany images. No message is needed when these are not read.
 _BESIDE = frozenset(
     ".txt .json .jsonl .xml .csv .tsv .md .rst .html .htm .yaml .yml .toml .ini .cfg .log .py .ipynb .sh .js .css "
     ".safetensors .pth .pt .onnx .pkl .pickle .db .lst .idx .xmp .aae .url .lnk .bat .md5 .sha1 .sha256 .cls".split()
@@ -45,22 +46,26 @@ def not_beside(kinds: Mapping[str, int]) -> dict[str, int]:
 
 
 def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> str:
-    """Return a hint for a folder without images, by its most common kind that holds some.
+    """Return a hint for a folder without images: how to convert or use its most common kind of file.
 
     Args:
         where: Folder, as written on the command line.
         kinds: Number of files by suffix.
-        first: One file of each kind.
+        first: Path of one file of each kind; empty if unknown.
     """
     for kind in sorted(kinds, key=lambda kind: -kinds[kind]):
+        # The user may paste these commands: folders are quoted, and suffixes spelled as on disk (cameras write .CR2).
+        example = first.get(kind, os.path.join(where, kind))
+        folder, suffix = os.path.dirname(example), example[len(example) - len(kind) :]
+        files = f"{shlex.quote(folder)}/*{suffix}"
         if kind in _HEIC:
-            return f"convert them to JPEG: magick mogrify -format jpg '{where}/*{kind}'"
+            return f"convert them to JPEG: magick mogrify -format jpg {files}"
         if kind in _RAW:
-            return f"develop them to JPEG or TIFF first, with darktable-cli or dcraw: dcraw -T -w {where}/*{kind}"
+            return f"develop them to JPEG or TIFF first, with darktable-cli or dcraw: dcraw -T -w {files}"
         if kind in _DICOM or (kind == "" and _is_dicom(first.get(kind, ""))):
             return "convert DICOM to 16-bit PNG, TIFF or .npy first: dcmj2pnm +on2 IN.dcm OUT.png (DCMTK)"
         if kind == ".tar":
-            return f"these are tar shards: name their folder, or '{where}/**/*.tar'"
+            return f"these are tar shards: name their folder, or {shlex.quote(f'{where}/**/*.tar')}"
         if kind in _ARCHIVES:
             return f"unpack them into a folder with unzip or tar -xf, and name that folder ({first.get(kind, kind)})"
         if kind in VIDEOS:
@@ -69,7 +74,7 @@ def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> st
                 "`dino track` read videos themselves"
             )
         if kind == ".jxl":
-            return f"convert them to PNG first: for f in {where}/*.jxl; do djxl $f $f.png; done"
+            return f'convert them to PNG first: for f in {files}; do djxl "$f" "$f.png"; done'
     return "name a folder with files such as .jpg, .png, .webp or .tif"
 
 

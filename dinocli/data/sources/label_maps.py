@@ -15,7 +15,7 @@ from dinocli.data.decode.pixels import BadImage
 
 Labels = NDArray[np.uint8]
 IGNORED = 255  # value of ignored pixels in a map of many objects or classes
-# Photos and masks with soft edges, which are no label maps, have more values than this.
+# Photos and masks with soft edges have more values than this, and are not label maps.
 _MOST = 64
 
 
@@ -53,11 +53,11 @@ def read_labels(path: Path, most: int = _MOST) -> LabelMap | BadImage:
     Numbers are kept as stored, also from 16 bits, 32 bits and floats. Numbers above 255 are refused.
 
     Args:
-        path: Mask file. Grey may have been saved as colors.
+        path: Mask file. Grey values may be stored as colors with equal channels.
         most: Maximum number of objects.
 
     Returns:
-        The label map, or the reason why the file is none.
+        The label map, or the reason why the file is not one.
     """
     read = read_values(path)
     if isinstance(read, BadImage):

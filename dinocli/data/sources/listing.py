@@ -25,7 +25,7 @@ SUFFIXES = frozenset(
     ".tga".split()
 )
 ARRAY = ".npy"  # counts as an image only if a folder holds no other kind
-JUNK = frozenset({"__MACOSX", "@eaDir"})  # thumbnails and forks that archives of macOS and Synology hold beside images
+JUNK = frozenset({"__MACOSX", "@eaDir"})  # folders of resource forks and thumbnails that macOS and Synology add
 _REMEMBERED = 20_000  # files; listing fewer is too fast to be worth a cache file
 _SETTLED = 2_000_000_000  # nanoseconds; a folder changed more recently may change again within one clock tick
 
@@ -116,7 +116,7 @@ def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
 
 
 def _walk(folder: str, above: list[str]) -> Iterator[tuple[str, list[str], list[str]]]:
-    """Yield each folder, in no order, with the names of its files and of the outputs in it."""
+    """Yield each folder, in arbitrary order, with the names of its files and of the outputs in it."""
     files, below, signs = [], [], set[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -133,7 +133,7 @@ def _walk(folder: str, above: list[str]) -> Iterator[tuple[str, list[str], list[
     if ours.whole and above:
         yield folder, [], [""]
         return
-    # Most folders hold no output, and each match over a million names takes a second.
+    # Most folders hold no output. Skip the match there: over a million names, it takes a second.
     every = ours != Ours() or os.path.basename(folder) in SHEETS
     suspects = files if every else [name for name in files if name.startswith("search")]
     hidden = [name for name in suspects if ours.hides.fullmatch(name) or is_sheet(folder, name)]

@@ -31,7 +31,7 @@ _LABELS = (
     "label_id",
 )
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t;,|", ".txt": "\t;,|"}
-# The longest start of a line that ends in an image suffix, then spaces, then the rest of the line.
+# A path up to the last image suffix that spaces follow, and the rest of the line.
 _SPACED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))}|\.npy))[ \t]+(\S.*)", re.IGNORECASE)
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _QUOTES = "\"'"
@@ -43,7 +43,7 @@ class Entry(NamedTuple):
     Attributes:
         name: Path of the image, spelled as on disk.
         label: Label, or an empty string.
-        row: Number of the row's last line in the file, from 1.
+        row: Line number in the file, from 1; of the last line if a row spans several.
     """
 
     name: str
@@ -205,7 +205,7 @@ def _labels_behind(lines: list[str], folder: Path) -> Iterator[_Row]:
     filled = [line for line in lines if line.strip()]
     tabbed = next((line for line in filled if "\t" in line.strip()), None)
     tab = tabbed is not None and not _exists(folder, tabbed)
-    # Names may hold spaces and commas: if the first line that looks like path and label is a file, there are no labels.
+    # Names may hold spaces and commas: if the first line that looks like path and label is a file, no line has a label.
     sample = next((line for line in filled if _split(line) != (line, "")), None)
     labelled = sample is not None and not _exists(folder, sample)
     bare = not tab and not labelled and " " in filled[0].strip() and not _exists(folder, filled[0])
@@ -279,10 +279,10 @@ def _suggest_move(name: str) -> str:
 
 def _notes(path: Path, named: Sequence[Entry], unnamed: Sequence[Entry]) -> Iterator[str]:
     if unnamed:
-        yield f"{len(unnamed)} rows of {path} name no file and are ignored, the first is row {unnamed[0].row}"
+        yield f"{len(unnamed)} rows of {path} name no file and are ignored; the first is row {unnamed[0].row}"
     bare = [entry for entry in named if not entry.label]
     if bare and len(bare) < len(named):
         yield (
-            f"{len(bare)} of {len(named)} images in {path} have no label, the first is row "
+            f"{len(bare)} of {len(named)} images in {path} have no label; the first is row "
             f"{bare[0].row} ({bare[0].name})"
         )

@@ -57,7 +57,7 @@ class Images:
 
     @property
     def count(self) -> int:
-        """Number of images; for tar shards it may be unknown."""
+        """Number of images. The same property of `Shards` may be None."""
         return len(self.names)
 
     @property
@@ -129,7 +129,7 @@ def splits(spec: str) -> dict[str, Source]:
         return dict(_torchvision(spec.removeprefix(TORCHVISION), list(_SPLITS)))
     root = Path(spec)
     found = {split: root / name for split, spellings in _SPLITS.items() for name in spellings if (root / name).is_dir()}
-    # Without "train", a folder named "test" may be a class: only outputs of this tool may be next to the splits.
+    # "test" may also be a class. Without "train", it is a split only if all other folders are outputs of this tool.
     beside = {p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} if root.is_dir() else set()
     beside -= set(found.values())
     if not found or ("train" not in found and not all(is_output(str(path)) for path in beside)):

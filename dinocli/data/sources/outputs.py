@@ -18,7 +18,7 @@ from dinocli.core.tensors import read_metadata
 
 MARKER = ".dinocli"
 _COMMAND, _FILES = "written by dino", "files"
-# Names that may indicate an output. A listing collects them on the way, so other folders cost nothing more.
+# File names that may indicate an output. A listing collects them as it goes, so other folders cost nothing extra.
 SIGNS = frozenset(
     f"{MARKER} preset.json metrics.jsonl ckpt.safetensors state photos.json photos.jpg pack.json index.json README.md "
     "config.json model.safetensors histogram.png keep.txt track.gif strip.png data masks run".split()
@@ -219,7 +219,7 @@ def _begins_white(png: bytes) -> bool:
     filtered, values = row[:1], row[1:]
     if len(values) < 3 * width or not width:
         return False
-    # Above the first row all values are 0, so Up is no filter and Paeth equals Sub.
+    # Filters take the row above the first as zeros, so Up changes nothing and Paeth equals Sub.
     white = {
         b"\0": b"\xff" * (3 * width),
         b"\1": b"\xff" * 3 + b"\0" * (3 * width - 3),

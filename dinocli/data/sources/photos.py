@@ -11,14 +11,14 @@ from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import ImagesConfig
 from dinocli.data.sources.open import image_folder
-from dinocli.data.sources.regular import read_file
+from dinocli.data.sources.regular import read_file, why_unread
 
 
 def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
-    """Return each image file with the name of its output, without suffix and relative to the output folder.
+    """Map each image file to its output name, without suffix and relative to the output folder.
 
     Args:
-        paths: Files, and folders of any depth, whose tree the names keep.
+        paths: Image files and folders. The names keep the subfolders.
 
     Raises:
         DinoError: If a path does not exist, or is a folder without images.
@@ -62,7 +62,7 @@ def spare(made: Iterable[Path], given: Iterable[Path]) -> None:
     theirs = {path.resolve() for path in given} if there else set()
     for path in there:
         if path.resolve() in theirs:
-            raise DinoError(f"{path} is an input, and the output would overwrite it", "name another place with --out")
+            raise DinoError(f"{path} is an input, and the output would overwrite it", "choose another path with --out")
 
 
 def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:
@@ -70,5 +70,5 @@ def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:
     try:
         data = read_file(path, images)
     except OSError as error:
-        return BadImage(error.strerror or str(error))
+        return BadImage(why_unread(error))
     return decode(data, images)

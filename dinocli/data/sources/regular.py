@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.images import DEFAULTS, ImagesConfig, megabytes_over
 
 # A FIFO may replace the file between stat and open. Without O_NONBLOCK, open would wait for a writer.
 _FLAGS = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"))
@@ -22,7 +22,7 @@ class Refused(OSError):
 def read_file(path: str | Path, images: ImagesConfig = DEFAULTS) -> bytes:
     """Read a regular file of at most `images.max_megabytes`.
 
-    Memory stays below the limit even for sparse files and for files that grow meanwhile.
+    Memory stays below the limit even for sparse files and for files that grow while they are read.
 
     Raises:
         Refused: If the file is larger or not regular.
@@ -40,7 +40,7 @@ def read_file(path: str | Path, images: ImagesConfig = DEFAULTS) -> bytes:
     finally:
         os.close(descriptor)
     if room <= 0:
-        raise Refused(f"too large: it grew over {images.max_megabytes:g} megabytes during reading")
+        raise Refused(f"too large: the file grew to over {images.max_megabytes:g} megabytes while it was read")
     return parts[0] if len(parts) == 2 and not parts[1] else b"".join(parts)
 
 
@@ -59,7 +59,7 @@ def begins_with(path: str | Path, beginnings: tuple[bytes, ...]) -> bool:
 
 
 def why_unread(error: OSError) -> str:
-    """Return the reason for a skipped file: a category for counting, a colon, a few words."""
+    """Return the reason for a skipped file as `category: details`. Reports count by category."""
     return str(error) if isinstance(error, Refused) else f"cannot be opened: {error.strerror or error}"
 
 
@@ -78,7 +78,7 @@ def _check(status: os.stat_result, images: ImagesConfig) -> int:
     if not stat.S_ISREG(mode):
         raise Refused(f"not a file: {_kind(mode)}")
     if status.st_size > images.max_megabytes * 1e6:
-        raise Refused(f"too large: {status.st_size / 1e6:.0f} megabytes, over {images.max_megabytes:g}")
+        raise Refused(f"too large: {megabytes_over(status.st_size, images.max_megabytes)}")
     return status.st_size
 
 

@@ -1,4 +1,4 @@
-"""Samples in the WebDataset form from the members of a tar: an image and its label share a key."""
+"""WebDataset samples from the members of a tar: an image and its label share a key."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ class Raw(NamedTuple):
 
 @dataclass
 class Tally:
-    """Counts and names of members that are not samples of their own or not read.
+    """Counts and names of ignored members, and of images that share a key.
 
     Attributes:
         kinds: Number of files of other kinds, by suffix.
-        links: Images that are links to nothing in the archive.
+        links: Images that are links to files outside the archive.
         shared: Images that share their key with others and are read separately.
         beside: Images that are parts of another image's sample and are not read.
         orphans: Labels without an image, by the name of the missing image without its suffix.
-        lost: Names of orphans that are certainly labels; much JSON is not.
+        lost: Names of orphans that are certainly labels (`.cls`). JSON may hold anything.
     """
 
     kinds: Counter[str] = field(default_factory=Counter)
@@ -110,7 +110,7 @@ def samples(
 
 
 def _split(parts: Iterable[_Part], local: bool, counts: Tally) -> Iterator[list[_Part]]:
-    """Yield the parts of one key, in pieces if there are many: names like 2021.05.01.png make a whole tar one key."""
+    """Yield the parts of one key, in groups if there are many: names like 2021.05.01.png give a whole tar one key."""
     held, images = list[_Part](), 0
     for part in parts:
         if isinstance(part.content, Unread) and local and _is_image(part):
@@ -160,8 +160,8 @@ def _select_own(images: list[_Part]) -> list[_Part]:
     """Return the images of a key that are samples of their own.
 
     With `a.jpg` and `a.mask.png`, the second is a part of the first image's sample. The same holds for `a.jpg` and
-    `a.png`. But `2021.05.01.png` and `2021.05.02.png` are two samples, although the rule of the first dot gives them
-    one key.
+    `a.png`. But `2021.05.01.png` and `2021.05.02.png` are two samples, although their key, which ends at the first dot,
+    is the same.
     """
     if len(images) == 1:
         return images
@@ -210,9 +210,9 @@ def label_of(text: bytes) -> int | str | None:
 
 
 def classes_of(labels: set[int | str]) -> tuple[list[str], bool]:
-    """Return the class names, and whether labels are looked up by name; if not, they are class numbers.
+    """Return the class names, and True if labels are looked up by name, False if they are class indices.
 
-    Numbers count from 0 to the largest, so that two splits agree. Texts are sorted, with numbers among them.
+    Numeric classes span 0 to the largest number, so that two splits agree. Names are sorted as text, numbers included.
     """
     texts = {label for label in labels if isinstance(label, str)}
     numbers = sorted(label for label in labels if isinstance(label, int))

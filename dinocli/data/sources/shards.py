@@ -1,4 +1,4 @@
-"""Tar shards in the WebDataset form: many images in one file, which is read sequentially."""
+"""Tar shards in the WebDataset format: many images per file, read sequentially."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,10 +30,11 @@ from dinocli.data.sources.scans import Scan, labels_apart, notes_of, scan
 from dinocli.data.sources.tar import PIPE, Content, LocalTar, PipedTar, members
 
 INDEX = "index.json"
-_PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
+# Suffixes of compressed tar files, with the command that decompresses one.
+_PACKED = {".tar.gz": "gzip", ".tgz": "gzip", ".tar.zst": "zstd", ".tar.xz": "xz", ".tar.bz2": "bzip2"}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-UNNUMBERED = -2  # label of an image whose class came as a name through a pipe: the other names are unknown
-_PICTURES = 1000  # pictures of this tool's own that may be next to shards
+UNNUMBERED = -2  # label of an image from a pipe whose class is a name: its index needs the names of all classes
+_PICTURES = 1000  # images next to shards that are checked for being outputs; more are a folder of images
 
 
 class Sample(NamedTuple):
@@ -73,7 +75,7 @@ class Shards:
         where: Shards as the user named them.
         urls: Paths, or `pipe:COMMAND`.
         classes: Class names, from an index or from the labels; empty for a pipe.
-        counts: Images per shard, where the torn rest of a shard counts as one. If None, they are unknown.
+        counts: Images per shard; the unreadable rest of a corrupt shard counts as one. None if unknown.
         by_name: True if labels are class names; else they are class numbers.
         apart: Shards whose labels are stored apart from their images.
         notes: Messages for the user about members that are not read.
@@ -121,7 +123,7 @@ class Shards:
             max_megabytes: Size limit per image; larger ones are not read.
 
         Raises:
-            DinoError: If a command fails or its output is torn, or this reader gets no images.
+            DinoError: If a command fails or its output is truncated, or this reader gets no images.
         """
         opened: dict[str, int] = {}
         empty, most = 0, max_megabytes * 1e6
@@ -148,7 +150,7 @@ class Shards:
                     data = b"" if reason else read(item.image, opened)
                     label = self._number(read_label(item.label, opened), places)
                     yield Sample(epoch, item.number, item.name, data, label, reason)
-                # A reader whose only shard is empty gets another one in the next epoch: once proves nothing.
+                # A reader whose only shard is empty gets another one in the next epoch, so one empty epoch is no error.
                 if seed is not None and empty >= 10:
                     raise DinoError(
                         f"{self.where} holds too few images for {lanes} readers", "use fewer --workers, or more images"
@@ -176,7 +178,7 @@ class Shards:
         return itertools.islice(every, lane, None, lanes)
 
     def _items(self, shard: int, most: float, ahead: bool) -> Iterator[_Item]:
-        """Yield the images of one shard; if it is torn, an empty item stands for the rest."""
+        """Yield the images of one shard; if it is corrupt, an empty item stands for the rest."""
         url = self.urls[shard]
         title = (re.findall(r"[^\s/]+\.tar\b", url) or [url])[-1] if url.startswith(PIPE) else os.path.basename(url)
         number = shard * 2**32
@@ -227,10 +229,11 @@ def open_shards(spec: str) -> Shards:
         if not spec.removeprefix(PIPE).strip():
             raise DinoError("pipe: names no command; expected pipe:COMMAND", "pipe:cat train-{000..099}.tar")
         return Shards(spec, list(_ranges(spec)), [], None)
-    if spec.lower().endswith(_PACKED):
-        raise DinoError(
-            f"{spec} is compressed; expected plain tar files", f"use 'pipe:gzip -dc {spec}', or unpack them"
-        )
+    if command := next((command for suffix, command in _PACKED.items() if spec.lower().endswith(suffix)), ""):
+        # Spaces and quotes are escaped for the command's shell; patterns stay patterns.
+        name = re.sub(r"([^\w@%+=:,./*?\[\]{}-])", r"\\\1", spec)
+        pipe = shlex.quote(f"{PIPE}{command} -dc {name}")
+        raise DinoError(f"{spec} is compressed; expected plain tar files", f"use {pipe}, or unpack them")
     urls = _paths(spec)
     missing = next((url for url in urls if not os.path.isfile(url)), None)
     if missing or not urls:
@@ -279,12 +282,12 @@ def _paths(spec: str) -> list[str]:
     paths = []
     for text in _ranges(spec):
         plain = os.path.exists(text) or not glob.has_magic(text)
-        paths += [text] if plain else sorted(glob.glob(text))
+        paths += [text] if plain else sorted(glob.glob(text, recursive=True))
     return paths
 
 
 def _read_indexes(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
-    """Return scans of the shards whose size matches the index next to them (none is torn), and the class names.
+    """Return scans of the shards whose size matches the index next to them, and the class names.
 
     Raises:
         DinoError: If an index is corrupt, or names files outside its folder.
@@ -308,7 +311,7 @@ def _read_indexes(urls: Sequence[str]) -> tuple[dict[str, Scan], list[str]]:
             continue
         counts, sizes, names = index["shards"], index["bytes"], index["classes"]
         if not (isinstance(counts, dict) and isinstance(sizes, dict) and isinstance(names, list)):
-            raise _damaged_index(path, "it lacks the numbers of images and bytes of each shard")
+            raise _damaged_index(path, "it does not state the images and bytes of each shard")
         for name, number in [*counts.items(), *sizes.items()]:
             if name != os.path.basename(name) or "\\" in name:
                 raise _damaged_index(path, f"it names {name}, which is not in this folder")

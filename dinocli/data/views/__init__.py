@@ -1,1 +1,1 @@
-"""Views: from pixels to the crops, augmentations and masks that a method trains on."""
+"""Views: crops, augmentation and masks that a method trains on."""

@@ -1,7 +1,7 @@
 """Augmentation of whole batches on any device: color, blur and normalization.
 
 All random numbers are drawn before (`crops.draws`). So the same draws give the same views on any device, and nothing
-here waits for the device. Equal draws give other results in Pillow for two reasons only: it rounds to 8 bits after each
+here waits for the device. Results differ from Pillow's for two reasons only: Pillow rounds to 8 bits after each
 operation, and its hue has 256 steps.
 """
 
@@ -86,7 +86,7 @@ def _steps(draws: Draws) -> _Steps:
 def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled: bool) -> None:
     """Make views [S, C, H, H] in [0, 1] from crops [S, H, H, C]."""
     turn_hue = _turn_hue_compiled if compiled else _turn_hue
-    if steps.flip.any():  # as bytes, a quarter of the size of floats
+    if steps.flip.any():  # mirror bytes, a quarter of the size of floats
         mirrored = steps.flip.nonzero()[:, 0].to(crops.device, non_blocking=True)
         crops = crops.index_copy(0, mirrored, crops.index_select(0, mirrored).flip(2))
     x.copy_(crops.permute(0, 3, 1, 2)).mul_(1 / 255)
@@ -238,7 +238,7 @@ def _blur(x: Tensor, kernels: Tensor) -> None:
 def _blur_kernels(radius: Tensor, short: int) -> Tensor:
     """Return the blur along a line of `short` pixels, as a matrix for each radius. [S, short, short]
 
-    Rows differ from their neighbours by more than their place only near an end, so a short line serves for any length.
+    Away from the ends, each row equals the one above, shifted by a pixel. So a short line serves for any length.
 
     Pillow's Gaussian is three passes of a box whose fractional width gives the radius. Each pass repeats the border.
 

@@ -95,7 +95,7 @@ class ViewsConfig(Config):
     Attributes:
         mean: Mean of each channel, in [0, 1]. Its length is the number of channels.
         std: Standard deviation of each channel, in the same units.
-        global_2: Second global view. A loss between views needs it, a classifier does not.
+        global_2: Second global view. A loss between views needs it; a classifier does not.
         local: Augmentation of every local view. If None, there are none.
         locals: Number of local views.
         mask: Masking of the student's global views. If None, nothing is masked.
@@ -158,7 +158,7 @@ class ViewsConfig(Config):
 class Draws(NamedTuple):
     """Random draws of V views of B images for the batch side. Skipped operations have identity values.
 
-    It is a NamedTuple of tensors, because the data loader can pin and move one.
+    Its fields are also the names of arrays in a slot of the loader.
 
     Attributes:
         flip: True for a horizontal flip. [V, B], bool
@@ -254,7 +254,7 @@ def _box(tries: Tries, height: int, width: int) -> Box:
         if 0 < w <= width and 0 < h <= height:
             down, right = tries.corner
             return math.floor(down * (height - h + 1)), math.floor(right * (width - w + 1)), h, w
-    # No try fits in a very long image. Then use its middle, as long as the ratio allows.
+    # No try fits into a very long image. Use its center, as long as the ratio allows.
     w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width / (3 / 4))))
     return (height - h) // 2, (width - w) // 2, h, w
 
@@ -317,7 +317,7 @@ def cut(pixels: Pixels, box: Box, size: tuple[int, int], resample: str = "bicubi
 
 
 def shrink(pixels: Pixels, side: int) -> Pixels:
-    """Resize an image to a short side of `side` pixels, unless it is no larger. [H, W, C]"""
+    """Downscale an image to a short side of `side` pixels; smaller ones stay unchanged. [H, W, C]"""
     height, width = pixels.shape[:2]
     short = min(height, width)
     if short <= side:

@@ -16,8 +16,8 @@ from dinocli.core.config import Config
 Grid = tuple[int, int]  # rows and columns of a crop's patches
 Where = NDArray[np.bool_]
 
-# Images per group that shares are dealt to, if a process's batch is a multiple of it. Then masks do not depend on the
-# number of processes. The mean share of masked crops in a group is 0.306; in an infinite one it would be 0.3.
+# Images per group over which mask ratios are spread, if a process's batch is a multiple of it. Then masks do not depend
+# on the number of processes. The paper's ratios have a mean of 0.306 in a group; in an infinite one it would be 0.3.
 _DEALT_TO = 32
 _TRIES = 32  # blocks drawn per crop: twelve are enough for 99 % of 14 by 14 patches, sixteen for 98 % of 32 by 32
 # No view has this number, so that dealing shares no random numbers with the blocks of a crop.
@@ -27,9 +27,9 @@ _DEALT = 2**31
 class MaskConfig(Config):
     """Masking of the global crops. The paper masks half of the crops, with 0.1 to 0.5 of their patches.
 
-    Shares of masked crops are not drawn one by one. Over 32 images at a time, they lie in equal steps between the two
-    of `ratio`, the highest included. So batches of one size mask the same number of patches, and shapes stay fixed.
-    iBOT masks nothing in half of the crops, and a share drawn in 0.3 +- 0.2 in the others. This equals `share = 0.5`
+    The ratios of masked crops are not drawn independently. Over 32 images at a time, they take equal steps between the
+    two of `ratio`, the highest included. So batches of one size mask the same number of patches, and shapes stay fixed.
+    iBOT masks nothing in half of the crops, and a ratio drawn in 0.3 +- 0.2 in the others. This equals `share = 0.5`
     and `ratio = [0.1, 0.5]`, except that iBOT tosses a coin for each crop.
     Its Swin recipe masks only from epoch 50 on, which is not supported.
 
@@ -88,9 +88,10 @@ class PatchMasks:
         return cls(where, rows, weights.flatten().repeat_interleave(counts.flatten()).float(), counts)
 
     def split(self, count: int) -> list[PatchMasks]:
-        """Split the masks into `count` parts of the images, in order. The mean loss of equal parts is the whole's loss.
+        """Split the masks into `count` parts of the images, in order.
 
-        Parts may differ in their number of masked patches: only the whole has a fixed number.
+        The mean loss of equal parts is the loss of the whole. Parts may differ in their number of masked patches: only
+        the whole has a fixed number.
         """
         wheres, counts = self.where.chunk(count, 1), self.counts.chunk(count, 1)
         images, patches = self.where.shape[1:]
@@ -139,7 +140,7 @@ def masked_in_all(config: MaskConfig, crops: tuple[int, int], patches: int) -> i
 def deal(config: MaskConfig, crops: tuple[int, int], patches: int, *, seed: int, batch: int, rank: int) -> Tensor:
     """Return the number of masked patches per crop of a batch, shuffled; 0 for crops without a mask. [G, B], int64
 
-    Every process masks the same number. Two processes with 32 images each mask the same as one with these 64.
+    Every process masks the same number. Two processes with 32 images each get the counts of one with all 64.
 
     Args:
         config: Shares to deal.
@@ -170,8 +171,8 @@ def generator_of(seed: int, epoch: int, index: int, view: int) -> np.random.Gene
 def blocks(config: MaskConfig, grid: Grid, count: int, generator: np.random.Generator) -> Where:
     """Mask exactly `count` patches, in rectangles as far as possible. [rows, columns]
 
-    The area of a rectangle is drawn between the smallest and the number of patches left to mask, its place among all
-    where it fits. A rectangle that would mask too many patches is skipped. The rest is masked patch by patch.
+    The area of a rectangle is drawn between `smallest` and the number of patches left to mask, its position among all
+    that fit. A rectangle that would mask too many patches is skipped. The rest is masked patch by patch.
 
     Args:
         config: Limits of the rectangles.

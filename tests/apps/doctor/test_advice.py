@@ -362,7 +362,7 @@ def test_three_channels_get_mean_and_std_only_if_far_from_the_presets() -> None:
 
 
 def test_files_with_other_channels_are_noted_with_the_setting() -> None:
-    bad = {f"{i}.npy": "other channels: an array of 8x8x13, where images.channels is 3" for i in range(6)}
+    bad = {f"{i}.npy": "other channels: an array of 8x8x13; expected 3 (images.channels)" for i in range(6)}
     for facts in (images(60_000, bad=bad), images(60_000, bad=bad, read=0)):
         notes = " ".join(advise(GPU, facts, cost).notes)
         assert "6 of 100 have other channels: an array of 8x8x13" in notes

@@ -172,7 +172,7 @@ def test_mean_and_std_of_any_channels(tmp_path: Path) -> None:
     np.testing.assert_allclose(inspected.mean, pixels.mean((0, 1, 2)) / 4000, atol=1e-4)
     np.testing.assert_allclose(inspected.std, pixels.std((0, 1, 2)) / 4000, atol=1e-4)
     assert (inspected.read, inspected.deep, inspected.gray, inspected.formats) == (5, 5, 0, {"NPY": 5})
-    assert inspected.bad == {"other.npy": "other channels: an array of 20x24x4, where images.channels is 13"}
+    assert inspected.bad == {"other.npy": "other channels: an array of 20x24x4; expected 13 (images.channels)"}
     assert inspected.megabytes == pytest.approx(20 * 24 * 13e-6)
 
 

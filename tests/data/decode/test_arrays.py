@@ -1,4 +1,4 @@
-"""Arrays and many bands: every layout and kind of number, and files that are none."""
+"""Arrays and images of many bands: every layout and number type, and invalid files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def reason(data: bytes, channels: int = 13, **settings: Any) -> str:
 
 
 def of_bands(values: np.ndarray, bits: int, order: str = "<", planar: int = 1) -> bytes:
-    """An uncompressed TIFF of interleaved bands, or with `planar` 2 of one band after another."""
+    """Return an uncompressed TIFF with interleaved bands, or with one band after another if `planar` is 2."""
     height, width, bands = values.shape
     rows = values if planar == 1 else values.transpose(2, 0, 1)
     body = rows.astype(np.dtype(f"u{bits // 8}").newbyteorder(order)).tobytes()
@@ -78,7 +78,7 @@ def test_every_layout_gives_the_same_pixels(values: np.ndarray) -> None:
     assert (opened.height, opened.width, opened.format, opened.mode) == (20, 30, "NPY", "I")
 
 
-def test_bytes_are_taken_as_they_are_with_a_window_too() -> None:
+def test_8_bit_values_are_unchanged_even_with_a_window() -> None:
     values = (CUBE // 40).astype(np.uint8)
     for window in (None, (0, 10)):
         assert np.array_equal(decode(npy(values), images(window=window)), values)
@@ -94,10 +94,10 @@ def test_any_number_of_channels(channels: int) -> None:
 def test_one_channel_needs_no_axis() -> None:
     values = (CUBE[..., 0] // 40).astype(np.uint8)
     assert np.array_equal(decode(npy(values), images(1))[..., 0], values)
-    assert "an array of 20x30, where images.channels is 3" in reason(npy(values), 3)
+    assert "an array of 20x30; expected 3 (images.channels)" in reason(npy(values), 3)
 
 
-def test_a_window_a_channel_scales_each_alone() -> None:
+def test_a_window_per_channel_scales_each_channel() -> None:
     windows = [(100.0 * i, 5000.0 + 400 * i) for i in range(13)]
     pixels = decode(npy(CUBE), images(window=windows))
     for i, (low, high) in enumerate(windows):
@@ -121,7 +121,7 @@ def test_without_a_window_depth_or_usual_range_sets_the_scale(values: np.ndarray
     assert np.array_equal(pixels[0, 0], np.floor(values[0, 0].astype(float) * 255 / white + 0.5))
 
 
-def test_nan_becomes_black_and_nothing_but_nan_is_refused() -> None:
+def test_nan_becomes_black_and_all_nan_is_refused() -> None:
     values = np.full((4, 4, 2), 0.5, np.float32)
     values[0, 0] = np.nan
     values[0, 1] = np.inf
@@ -135,11 +135,11 @@ def test_nan_becomes_black_and_nothing_but_nan_is_refused() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (npy(CUBE[..., :12]), "other channels: an array of 20x30x12, where images.channels is 13"),
-        (npy(CUBE[..., :0]), "other channels: an array of 20x30x0, where"),
+        (npy(CUBE[..., :12]), "other channels: an array of 20x30x12; expected 13 (images.channels)"),
+        (npy(CUBE[..., :0]), "other channels: an array of 20x30x0; expected"),
         (npy(np.zeros((13, 0, 5), np.uint8)), "too "),
-        (npy(np.float32(3)), "other channels: an array of one number, where"),
-        (npy(np.zeros((2, 20, 30, 13), np.uint8)), "other channels: an array of 2x20x30x13, where"),
+        (npy(np.float32(3)), "other channels: an array of one number; expected"),
+        (npy(np.zeros((2, 20, 30, 13), np.uint8)), "other channels: an array of 2x20x30x13; expected"),
         (npy(CUBE)[:-1], "truncated: "),
         (npy(CUBE)[:40], "truncated: "),
         (npy(CUBE)[:6], "truncated: "),
@@ -160,12 +160,12 @@ def test_arrays_that_are_no_image_are_refused_with_a_reason(data: bytes, words: 
     assert reason(data).startswith(words)
 
 
-def test_a_large_array_is_refused_by_all_of_its_numbers() -> None:
+def test_a_large_array_is_refused_by_its_number_of_values() -> None:
     assert reason(npy(CUBE), max_megapixels=0.0025).startswith("too large: 30x20 pixels of 13 channels")
     assert not isinstance(decode(npy(CUBE), images(max_megapixels=0.0027)), BadImage)
 
 
-def test_no_change_of_a_byte_makes_it_raise() -> None:
+def test_corrupt_bytes_never_raise() -> None:
     generator, seen = np.random.default_rng(0), set()
     for whole in (npy(CUBE[:6, :6]), of_bands(CUBE[:6, :6], 16)):
         for _ in range(400):
@@ -188,20 +188,20 @@ def test_a_tiff_of_many_bands(order: str, planar: int) -> None:
     assert reason(data[: len(data) // 2])
 
 
-def test_four_bands_of_16_bits_keep_them() -> None:
+def test_four_bands_keep_their_16_bits() -> None:
     pytest.importorskip("tifffile")
-    values = CUBE[..., :4] // 100  # below what Pillow keeps of them
+    values = CUBE[..., :4] // 100  # below the 8 bits that Pillow keeps
     pixels = decode(of_bands(values, 16), images(4, window=(0, 100)))
     assert np.abs(pixels - values * 2.55).max() <= 0.51
     assert len(np.unique(pixels)) > 50
 
 
-def test_a_tiff_of_many_bands_is_named_by_its_number_where_others_are_wanted() -> None:
+def test_a_tiff_with_another_number_of_bands_is_refused() -> None:
     for channels in (1, 3, 4):
-        assert reason(of_bands(CUBE, 16), channels) == f"other channels: 13, where images.channels is {channels}"
+        assert reason(of_bands(CUBE, 16), channels) == f"other channels: 13; expected {channels} (images.channels)"
 
 
-def test_without_the_package_the_reason_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tifffile", None)
     assert "pip install 'dinocli[tiff]'" in reason(of_bands(CUBE, 16))
 
@@ -216,14 +216,14 @@ def test_layouts_that_pillow_reads_are_left_to_it() -> None:
 
 
 def sgi(values: np.ndarray) -> bytes:
-    """An SGI of 16 bits without packing, its lowest row first."""
+    """Return an unpacked 16-bit SGI, which stores rows from bottom to top."""
     height, width, bands = values.shape
     head = struct.pack(">HBBHHHH", 474, 0, 2, 3, width, height, bands)
     return head.ljust(512, b"\0") + values[::-1].transpose(2, 0, 1).astype(">u2").tobytes()
 
 
 @pytest.mark.parametrize("bands", [1, 3])
-def test_an_sgi_of_16_bits_keeps_them(bands: int) -> None:
+def test_an_sgi_keeps_its_16_bits(bands: int) -> None:
     values = CUBE[..., :bands]
     for window, low, high in ((None, 0, 65535), ((1000, 9000), 1000, 9000)):
         seen = decode(sgi(values), images(3, window=window))
@@ -236,6 +236,6 @@ def test_an_sgi_of_16_bits_keeps_them(bands: int) -> None:
     assert reason(bytes(packed), 3).startswith("not read here: 16-bit SGI")
 
 
-def test_wide_pixels_are_bounded_like_many_pixels() -> None:
+def test_bytes_per_pixel_count_towards_the_limit() -> None:
     data = npy(np.zeros((100, 100), np.float64))[:128]
     assert reason(data, 1, max_megapixels=0.0101).startswith("too large: 100x100 pixels of 8 bytes")

@@ -43,11 +43,11 @@ def test_values_are_scaled_by_depth_range_or_window(values, window, first: int, 
     assert (np.diff(gray.ravel().astype(int)) >= 0).all()
 
 
-def test_a_file_that_states_twelve_bits_is_scaled_by_twelve() -> None:
+def test_a_file_that_states_12_bits_is_scaled_by_12_bits() -> None:
     assert deep_to_gray(tiff(ramp(4095, np.uint16), _281=4095), None)[-1, -1] == 255
 
 
-def test_nan_is_ignored_and_nothing_but_nan_is_refused() -> None:
+def test_nan_is_ignored_and_all_nan_is_refused() -> None:
     values = ramp(1, np.float32)
     values[0, :3] = (np.nan, np.inf, -np.inf)
     gray = deep_to_gray(Image.fromarray(values), None)
@@ -56,7 +56,7 @@ def test_nan_is_ignored_and_nothing_but_nan_is_refused() -> None:
     assert deep_to_gray(Image.fromarray(np.full((4, 4), np.nan, dtype=np.float32)), None) is None
 
 
-def test_depth_is_that_of_bits_or_of_the_highest_value_that_a_file_states() -> None:
+def test_depth_follows_the_stated_bits_or_largest_value() -> None:
     assert depth_range(12) == (0, 4095)
     assert depth_range(16, 3900) == (0, 4095)
     assert depth_range(16, 200) == (0, 255)
@@ -64,7 +64,7 @@ def test_depth_is_that_of_bits_or_of_the_highest_value_that_a_file_states() -> N
     assert usual_range(np.int16([[[-9000], [900]]])) == (-32768, 32768)
 
 
-def test_a_stated_depth_that_values_exceed_is_wrong_only_where_it_is_guessed() -> None:
+def test_values_above_the_stated_depth_correct_it_only_if_it_is_guessed() -> None:
     values = np.uint16([[[0], [300], [65535]]])
     assert to_bytes(values, Layout("gray", (0, 255), guessed=True), 1)[0, :, 0].tolist() == [0, 1, 255]
     assert to_bytes(values, Layout("gray", (0, 255)), 1)[0, :, 0].tolist() == [0, 255, 255]

@@ -35,7 +35,7 @@ def test_orientation_is_applied_and_known_from_the_header(orientation: int, kind
     marked[:8, :24] = 255, 0, 0
     marked[8:, :24] = 0, 0, 255
     shown = Image.fromarray(marked)
-    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that undoes what the tag will do
+    turns = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that undoes the orientation
     stored = shown.transpose(Image.Transpose(turns[orientation])) if orientation > 1 else shown
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -45,11 +45,11 @@ def test_orientation_is_applied_and_known_from_the_header(orientation: int, kind
     assert np.abs(opened.pixels().astype(int) - marked).mean() < 8
 
 
-def test_a_broken_exif_block_turns_nothing() -> None:
+def test_corrupt_exif_is_ignored() -> None:
     assert decode(saved(photo(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")).shape == (75, 101, 3)
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     assert decode(saved(Image.new("RGBA", (4, 4), (10, 20, 30, 0)))).min() == 255
     palette = Image.new("P", (4, 4), 1)
     palette.putpalette([0, 0, 0, 9, 9, 9])
@@ -57,11 +57,11 @@ def test_transparency_is_laid_on_white() -> None:
     assert decode(saved(Image.new("RGB", (4, 4), (9, 8, 7)), transparency=(9, 8, 7))).min() == 255
 
 
-def test_content_is_never_lost_in_white() -> None:
+def test_white_content_stays_visible() -> None:
     drawn = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
     drawn.putpixel((3, 4), (255, 255, 255, 255))
     assert decode(saved(drawn))[4, 3].tolist() == [255] * 3
-    assert decode(saved(drawn)).min() == 0  # white on transparent is laid on black
+    assert decode(saved(drawn)).min() == 0  # white on transparent is composited on black
     unused = photo().convert("RGBA")
     unused.putalpha(0)
     np.testing.assert_array_equal(decode(saved(unused)), np.asarray(photo()))
@@ -69,7 +69,7 @@ def test_content_is_never_lost_in_white() -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "RGBA", "LA", "CMYK"])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
-def test_one_channel_is_pillows_grey_of_what_three_would_be(mode: str, kind: str) -> None:
+def test_one_channel_equals_pillows_grey_of_three(mode: str, kind: str) -> None:
     image = photo().convert(mode)
     if (kind == "JPEG" and mode in ("P", "RGBA", "LA", "1")) or (kind == "PNG" and mode == "CMYK"):
         pytest.skip("no such file")
@@ -88,9 +88,9 @@ def test_one_channel_of_16_bits_is_scaled_as_three_are() -> None:
             assert np.array_equal(one, three[..., :1])
 
 
-def test_four_channels_are_taken_as_they_are() -> None:
+def test_four_channels_are_unchanged() -> None:
     values = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
-    values[..., 3] //= 9  # alpha would make nearly all of it white
+    values[..., 3] //= 9  # as alpha, it would make nearly all pixels white
     for kind in ("PNG", "TIFF", "WEBP"):
         pixels = decode(
             saved(Image.fromarray(values, "RGBA"), kind, lossless=True, exact=True), ImagesConfig(channels=4)
@@ -110,6 +110,6 @@ def test_another_number_of_channels_is_a_bad_image(mode: str, channels: int, cam
     kind = "TIFF" if mode == "CMYK" else "PNG"
     for data in (saved(photo().convert(mode), kind), photo().convert(mode)):
         bad = decode(data, ImagesConfig(channels=channels))
-        assert bad == BadImage(f"other channels: {came}, where images.channels is {channels}")
+        assert bad == BadImage(f"other channels: {came}; expected {channels} (images.channels)")
     if mode == "RGB":
         assert isinstance(decode(saved(photo(), "JPEG"), ImagesConfig(channels=4)), BadImage)

@@ -1,4 +1,4 @@
-"""Contrast, and raw values measured by decoding, against values that were planted."""
+"""Contrast, and raw ranges measured by decoding, against known values."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def file(values: np.ndarray, kind: type = np.uint16, form: str = "PNG") -> bytes
     return made.getvalue()
 
 
-def test_contrast_is_that_of_the_levels() -> None:
+def test_contrast_measures_the_levels() -> None:
     assert contrast(np.full((9, 9, 3), 7, np.uint8)) == (7, 7, True, True)
     red = np.zeros((9, 9, 3), np.uint8)
     red[..., 0] = 255
@@ -45,11 +45,13 @@ def test_raw_values_are_measured_in_the_units_of_a_window(form: str, low: int, h
     values[0, :60], values[1, :60] = low, high  # more than outliers
     found = raw_range(file(values, form=form), DEFAULTS)
     assert found is not None
-    # An end is known to half of the last window's 255 steps.
+    # Each end is known to half a step; the last window has 255 steps.
     np.testing.assert_allclose(found, (low, high), atol=max(0.01, (high - low) / 255))
     pixels = decode(file(values, form=form), ImagesConfig(window=found))
-    assert (pixels.min(), pixels.max()) == (0, 255), "the window shows all that is there"
-    assert raw_range(file(values, form=form), ImagesConfig(window=(0, 10))) == found, "any other window is no matter"
+    assert (pixels.min(), pixels.max()) == (0, 255), "the window spans all values"
+    assert raw_range(file(values, form=form), ImagesConfig(window=(0, 10))) == found, (
+        "the window of the settings is ignored"
+    )
 
 
 def test_hot_pixels_do_not_hide_the_others() -> None:
@@ -58,7 +60,7 @@ def test_hot_pixels_do_not_hide_the_others() -> None:
     assert raw_range(file(values), DEFAULTS) == (0, 100)
 
 
-def test_images_that_no_window_helps_have_no_range() -> None:
+def test_images_that_a_window_cannot_improve_have_no_range() -> None:
     for level in (0, 7, 65535):
         assert raw_range(file(np.full(SHAPE, level)), DEFAULTS) is None, "one raw value"
     assert raw_range(file(RANDOM.integers(0, 65536, SHAPE)), DEFAULTS) is None, "all of 16 bits"

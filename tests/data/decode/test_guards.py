@@ -10,7 +10,7 @@ from PIL import Image
 from dinocli.data.decode.guards import Reader, TooSlow, check_tags, gif_frames, too_many_scans
 
 
-def test_a_reader_stops_when_its_budget_is_used_up() -> None:
+def test_a_reader_raises_when_its_budget_is_used_up() -> None:
     reader = Reader(b"x" * 1000)
     reader.left = 3
     assert reader.read(10) == b"x" * 10
@@ -35,7 +35,7 @@ def test_a_tiff_whose_tag_holds_millions_of_values_is_refused(order: str) -> Non
         check_tags(made(700_000))
 
 
-def test_a_jpeg_of_a_thousand_scans_is_refused_and_a_progressive_photo_is_not() -> None:
+def test_a_jpeg_with_a_thousand_scans_is_refused_but_not_a_progressive_photo() -> None:
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "JPEG", progressive=True)

@@ -40,7 +40,7 @@ def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def photo(height: int = 75, width: int = 101) -> Image.Image:
-    """Smooth colors with edges and some noise."""
+    """Return an image of smooth colors with edges and some noise."""
     y, x = np.mgrid[:height, :width]
     noise = np.random.default_rng(0).integers(0, 20, (height, width, 3))
     bands = np.stack([x * 2, y * 3, ((x // 9 + y // 7) % 2) * 200], -1)
@@ -48,7 +48,7 @@ def photo(height: int = 75, width: int = 101) -> Image.Image:
 
 
 def tiff(values: np.ndarray, **tags: tuple[int, int, int]) -> bytes:
-    """An uncompressed single-strip TIFF of little-endian grey values; each of `tags` is (number, type, value)."""
+    """Return an uncompressed single-strip TIFF of little-endian grey; each of `tags` is (number, type, value)."""
     height, width = values.shape
     body = values.astype(values.dtype.newbyteorder("<")).tobytes()
     kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
@@ -111,8 +111,8 @@ def test_formats(kind: str) -> None:
         saved(Image.fromarray(DEEP), "TIFF"),
         saved(Image.fromarray(DEEP), "PPM"),
         tiff(DEEP >> 4, highest=(281, 3, 4095)),
-        tiff(DEEP >> 4, highest=(281, 3, 3900)),  # the brightest of the picture, of which 12 bits can be told
-        tiff(DEEP, highest=(281, 3, 255)),  # wrong
+        tiff(DEEP >> 4, highest=(281, 3, 3900)),  # the largest value of the image, which implies 12 bits
+        tiff(DEEP, highest=(281, 3, 255)),  # a wrong maximum
         tiff(65535 - DEEP, photometric=(262, 3, 0)),  # white is zero
         tiff(np.uint32(RAMP * (2**32 - 1))),
         tiff(np.int32(RAMP * 65535)),
@@ -141,14 +141,14 @@ def test_deep_colors_are_scaled() -> None:
 @pytest.mark.parametrize(
     "values", [np.uint16(RAMP * 1000 + 200), np.int32(RAMP * 1000 + 200), np.float32(RAMP * 1000 + 200)]
 )
-def test_a_window_says_which_values_are_black_and_white(values: np.ndarray) -> None:
+def test_a_window_sets_the_black_and_white_values(values: np.ndarray) -> None:
     pixels = decode(tiff(values), ImagesConfig(window=(450, 950)))
     np.testing.assert_allclose(pixels[..., 0], np.clip(RAMP * 2 - 0.5, 0, 1) * 255, atol=1.5)
 
 
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf, -3.4e38])
 @pytest.mark.parametrize("scale", [1.0, 1.3, 255.0, 4000.0])
-def test_floats_with_holes_and_without_a_usual_range_stay_visible(odd: float, scale: float) -> None:
+def test_floats_with_missing_values_and_an_unusual_range_keep_contrast(odd: float, scale: float) -> None:
     values = np.float32(RAMP * scale)
     values[3, 4] = odd
     pixels = decode(tiff(values))[..., 0]
@@ -156,7 +156,7 @@ def test_floats_with_holes_and_without_a_usual_range_stay_visible(odd: float, sc
     assert (np.diff(np.delete(pixels, 3, 0).astype(int), axis=1) >= 0).all()
 
 
-def test_floats_that_are_no_numbers_are_damaged() -> None:
+def test_floats_without_any_number_are_damaged() -> None:
     assert reason(tiff(np.full((4, 4), np.nan, np.float32))).startswith("damaged: ")
 
 
@@ -175,7 +175,7 @@ def test_pages_and_frames_are_counted(kind: str, count: int) -> None:
     assert open_image(saved(frames[0], kind, **options)).pages == count
 
 
-def test_a_preview_within_a_photo_is_no_page() -> None:
+def test_a_preview_in_a_photo_does_not_count_as_a_page() -> None:
     assert open_image(JPEGS["mpo"]).pages == open_image(JPEGS["420"]).pages == open_image(photo()).pages == 1
 
 
@@ -227,11 +227,11 @@ def test_files_that_are_no_image_give_a_reason(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "PPM", "TIFF"])
-def test_truncated_files_can_be_taken_with_grey_for_what_is_missing(kind: str) -> None:
+def test_truncated_files_can_be_accepted_with_the_missing_part_grey(kind: str) -> None:
     data = saved(photo(), kind)
     data = data[: len(data) * 2 // 3]
     assert kind == "TIFF" or reason(data).startswith("truncated: ")
-    if kind == "TIFF":  # its directory came last
+    if kind == "TIFF":  # the directory of a TIFF may come last
         return
     pixels = decode(data, ImagesConfig(truncated=True))
     top, bottom = (pixels[5:30], pixels[-5:]) if kind != "BMP" else (pixels[-30:-5], pixels[:5])  # stored upside down
@@ -255,7 +255,7 @@ def test_bombs_are_refused(data: bytes) -> None:
     assert isinstance(decode(data), BadImage)
 
 
-def test_files_made_to_keep_a_reader_busy_are_refused() -> None:
+def test_files_crafted_to_be_slow_are_refused() -> None:
     jpeg = JPEGS["progressive"]
     last = jpeg.rfind(b"\xff\xda")
     many = tiff(np.zeros((8, 8), np.uint8), strips=(273, 4, 8)).replace(
@@ -272,8 +272,8 @@ def test_files_made_to_keep_a_reader_busy_are_refused() -> None:
         assert reason(data).startswith("too slow: "), name
 
 
-def test_no_bytes_make_it_raise() -> None:
-    # A hand of each format's files, cut and changed; some thousands more were tried when this was written.
+def test_corrupt_files_never_raise() -> None:
+    # A few truncated and changed files per format; thousands more were tried when this was written.
     small = photo(24, 32)
     kinds = "JPEG PNG GIF TIFF BMP WEBP PPM TGA ICO PCX DDS SGI QOI JPEG2000 MPO".split()
     files = [saved(small, kind) for kind in kinds]
@@ -312,12 +312,12 @@ def test_the_nasty_files() -> None:
     assert max(np.abs(t.astype(int) - turned[0]).mean() for t in turned) < 12
 
 
-def test_a_large_qoi_is_refused_as_pillow_takes_long_for_it() -> None:
+def test_a_large_qoi_is_refused_because_pillow_is_slow() -> None:
     data = b"qoif" + struct.pack(">IIBB", 2000, 1500, 3, 0) + bytes(100)
     assert decode(data).reason.startswith("too slow: 2000x1500")
 
 
-def test_a_grey_file_may_have_a_window_for_each_of_three_channels() -> None:
+def test_a_grey_file_accepts_a_window_per_channel() -> None:
     windows = ((0, 65535), (0, 30_000), (20_000, 65535))
     pixels = decode(tiff(DEEP), ImagesConfig(window=windows))
     for i, window in enumerate(windows):

@@ -26,13 +26,13 @@ def with_segment(kind: int, body: bytes) -> bytes:
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"comment": b"c"}, {"icc_profile": b"p" * 200}])
-def test_the_size_of_a_plain_file_is_pillows(mode: str, options: dict[str, object]) -> None:
+def test_the_size_of_a_plain_file_agrees_with_pillow(mode: str, options: dict[str, object]) -> None:
     data = jpeg(mode, (41, 30), **options)
     pillows = Image.open(io.BytesIO(data))
     assert plain_header(data) == (pillows.size, pillows.mode) == ((41, 30), mode)
     opened = open_image(data)
     assert (opened.width, opened.height, opened.format, opened.mode) == (41, 30, "JPEG", mode)
-    # Torchvision and Pillow each bring a libjpeg, whose inverse transform and colours may round otherwise by a level.
+    # torchvision and Pillow each bundle a libjpeg; their rounding may differ by a level.
     np.testing.assert_allclose(opened.pixels().astype(int), decode(Image.open(io.BytesIO(data))), atol=2)
 
 

@@ -1,4 +1,4 @@
-"""Values of mask files; what readers make of them is held by the tests of labels and masks."""
+"""Values of mask files; the tests of label maps and masks cover their interpretation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VALUES = np.array([[0, 1, 1], [0, 300, 65535]], dtype=np.uint16)
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 @pytest.mark.parametrize("with_tifffile", [True, False])
-def test_values_are_those_of_the_file(tmp_path: Path, suffix: str, with_tifffile: bool, monkeypatch) -> None:
+def test_stored_values_are_returned(tmp_path: Path, suffix: str, with_tifffile: bool, monkeypatch) -> None:
     if not with_tifffile:
         monkeypatch.setattr(mask_values, "_tifffile", lambda: None)
     path = tmp_path / f"a.{suffix}"
@@ -35,7 +35,7 @@ def test_formats_that_change_values_are_named(tmp_path: Path) -> None:
         assert read_values(path).lossy == name
 
 
-def test_no_bytes_make_it_raise(tmp_path: Path) -> None:
+def test_corrupt_files_never_raise(tmp_path: Path) -> None:
     path = tmp_path / "a"
     Image.fromarray(VALUES).save(path, "TIFF")
     whole = path.read_bytes()

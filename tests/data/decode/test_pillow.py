@@ -51,6 +51,6 @@ def test_pillows_settings_are_restored_after_concurrent_reads() -> None:
     second.__enter__()
     assert Image.MAX_IMAGE_PIXELS == 75_000_000
     first.__exit__(None, None, None)
-    assert Image.MAX_IMAGE_PIXELS == 75_000_000, "the second still reads"
+    assert Image.MAX_IMAGE_PIXELS == 75_000_000, "the second one is still reading"
     second.__exit__(None, None, None)
     assert before == Image.MAX_IMAGE_PIXELS

@@ -1,4 +1,4 @@
-"""PNGs of 16 bits: every kind, window and transparency against computed values."""
+"""16-bit PNGs: every color type, window and transparency against computed values."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_values_and_opacity_of_16_bits(bands: int, window: tuple[int, int] | Non
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("bands", [2, 4])
-def test_channels_taken_as_they_are(bands: int, window: tuple[int, int] | None) -> None:
+def test_channels_are_unconverted_unless_1_or_3_are_requested(bands: int, window: tuple[int, int] | None) -> None:
     seen = decode(png(VALUES[..., :bands]), ImagesConfig(channels=bands, window=window))
     assert np.abs(seen - scaled(VALUES[..., :bands], window)).max() <= 0.51
     assert decode(png(VALUES[..., :bands]), ImagesConfig(channels=13)).reason.startswith(f"other channels: {bands} ")
@@ -72,7 +72,7 @@ def test_channels_taken_as_they_are(bands: int, window: tuple[int, int] | None) 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("bands", [1, 3])
-def test_a_transparent_color_is_compared_with_all_of_its_bits(bands: int, window: tuple[int, int] | None) -> None:
+def test_a_transparent_color_is_compared_in_16_bits(bands: int, window: tuple[int, int] | None) -> None:
     values = np.full((6, 8, bands), 0x1234, np.uint16)
     values[:, :4] = 0x1235  # the same upper byte
     key = struct.pack(f">{bands}H", *[0x1234] * bands)
@@ -82,7 +82,7 @@ def test_a_transparent_color_is_compared_with_all_of_its_bits(bands: int, window
     assert np.abs(seen - wanted).max() <= 0.51
 
 
-def test_white_on_transparent_is_laid_on_black_and_an_empty_opacity_is_dropped() -> None:
+def test_white_on_transparent_is_composited_on_black_and_an_all_zero_alpha_ignored() -> None:
     drawn = np.full((6, 8, 4), 65535, np.uint16)
     drawn[..., 3] = 0
     drawn[2, 3, 3] = 65535
@@ -93,7 +93,7 @@ def test_white_on_transparent_is_laid_on_black_and_an_empty_opacity_is_dropped()
     assert np.abs(decode(png(bare)) - scaled(bare[..., :3], None)).max() <= 0.51
 
 
-def test_a_window_a_channel_and_an_orientation() -> None:
+def test_a_window_per_channel_and_an_orientation() -> None:
     windows = ((0, 65535), (1000, 30_000), (20_000, 65535))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -104,7 +104,7 @@ def test_a_window_a_channel_and_an_orientation() -> None:
     assert (open_image(data).height, open_image(data).width) == (30, 20)
 
 
-def test_a_torn_file_is_refused_or_taken_with_grey() -> None:
+def test_a_truncated_file_is_refused_or_filled_with_grey() -> None:
     for bands in (1, 2, 3, 4):
         values = np.random.default_rng(1).integers(0, 65536, (80, 120, bands), dtype=np.uint16)
         data = png(values)[:-4000]
@@ -114,7 +114,7 @@ def test_a_torn_file_is_refused_or_taken_with_grey() -> None:
         assert np.array_equal(seen[:9], decode(png(values))[:9])
 
 
-def test_other_files_are_pillows() -> None:
+def test_other_files_are_left_to_pillow() -> None:
     assert open_png(png(np.uint8(VALUES >> 8), bits=8), 3) is None
     assert open_png(b"\x89PNG\r\n\x1a\n" + bytes(9), 3) is None
     broken = bytearray(png(VALUES))

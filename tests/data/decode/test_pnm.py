@@ -66,7 +66,7 @@ def test_bits_as_text_need_no_spaces() -> None:
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("bands", [1, 3])
-def test_floats_lie_upside_down(order: str, bands: int) -> None:
+def test_rows_of_a_pfm_are_stored_bottom_to_top(order: str, bands: int) -> None:
     values = (made(bands, 1000) / 1000).astype(f"{order}f4")
     head = b"P%s\n30 20\n%s\n" % (b"F" if bands == 3 else b"f", b"-1.0" if order == "<" else b"1.0")
     data = head + values[::-1].tobytes()

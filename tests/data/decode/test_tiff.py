@@ -1,4 +1,4 @@
-"""TIFFs: the whole grid of layouts against tifffile, and what is refused."""
+"""TIFFs: the full grid of layouts against tifffile, and refused files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FULL = {"u1": 255, "u2": 65535, "u4": 2**32 - 1, "i1": 128, "i2": 32768, "i4": 2
 
 
 def ramp(bands: int, kind: str, top: float | None = None) -> np.ndarray:
-    """Values from the least to the most of a kind, another pattern in each band. [H, W, bands]"""
+    """Return values over the full range of a dtype, with a different pattern per band. [H, W, bands]"""
     y, x = np.mgrid[: SIDE[0], : SIDE[1]]
     part = np.stack([(x * (3 + 2 * b) + y * (7 - b)) % 101 for b in range(bands)], -1) / 100
     top = FULL[kind] if top is None else top
@@ -45,7 +45,7 @@ def written(values: np.ndarray, photometric: str = "minisblack", **options: Any)
 
 
 def stored(data: bytes) -> np.ndarray:
-    """The values that tifffile gives. [H, W, bands]"""
+    """Return the values that tifffile reads. [H, W, bands]"""
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages[0]
         values = page.asarray()
@@ -63,7 +63,7 @@ def span(kind: str) -> tuple[float, float]:
 
 
 def check(data: bytes, wanted: np.ndarray, channels: int, label: object, levels: float = 0.51, **images: Any) -> None:
-    """0.51 is rounding to 8 bits; 1.01 allows Pillow's own rounding of mixed colors."""
+    """Check decoded pixels. A tolerance of 0.51 levels allows rounding to 8 bits; 1.01 also Pillow's own rounding."""
     seen = decode(data, ImagesConfig(channels=channels, **images))
     assert not isinstance(seen, BadImage), (label, seen)
     assert seen.shape == (*wanted.shape[:2], channels), (label, seen.shape)
@@ -86,7 +86,7 @@ def test_every_layout_gives_the_values_of_tifffile(kind: str) -> None:
         for photometric in ("minisblack", "rgb") if bands in (3, 4) else ("minisblack",):
             for planar in ("contig", "separate"):
                 for packing, predictor in packings:
-                    # Order of bytes and pieces go round: each meets each packing, and all takes two seconds.
+                    # Cycle through byte orders and pieces: each occurs with each packing, in two seconds overall.
                     order, big, piece = "<>"[count % 2], count % 3 == 0, pieces[count % 5 % 3]
                     count += 1
                     if predictor and kind == "u4" and packing == "zstd":
@@ -116,7 +116,7 @@ def test_every_layout_gives_the_values_of_tifffile(kind: str) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 12])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_depths_between_fill_the_range(bits: int, order: str) -> None:
+def test_unusual_depths_fill_the_range(bits: int, order: str) -> None:
     top = 2**bits - 1
     values = np.uint16(np.indices(SIDE).sum(0) % (top + 1))[..., None]
     values = values.astype(bool) if bits == 1 else values if bits > 8 else values.astype(np.uint8)
@@ -171,7 +171,7 @@ def test_a_color_map_of_65536_colors() -> None:
 @pytest.mark.parametrize("kind", ["u1", "u2", "f4"])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_alpha_is_laid_on_white(kind: str, planar: str, order: str) -> None:
+def test_alpha_is_composited_on_white(kind: str, planar: str, order: str) -> None:
     top = span(kind)[1]
     for bands, photometric in ((4, "rgb"), (2, "minisblack")):
         values = ramp(bands, kind)
@@ -193,13 +193,13 @@ def test_alpha_is_laid_on_white(kind: str, planar: str, order: str) -> None:
 
 @pytest.mark.parametrize("kind", ["u1", "u2"])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
-def test_inks_and_luma_become_rgb(kind: str, planar: str) -> None:
+def test_cmyk_and_ycbcr_become_rgb(kind: str, planar: str) -> None:
     top = span(kind)[1]
     inks = ramp(4, kind)
     light = 1 - inks / top
     data = written(inks, "separated", planarconfig=planar)
     check(data, 255 * light[..., :3] * light[..., 3:], 3, "CMYK", 1.01)
-    assert reason(data, 4) == "other channels: 4 (CMYK), where images.channels is 4"
+    assert reason(data, 4) == "other channels: 4 (CMYK); expected 4 (images.channels)"
     luma = ramp(3, kind)
     y, blue, red = (luma[..., i] * (255 / top) - (127.5 + 0.5 / (top + 1) * 255 if i else 0) for i in range(3))
     wanted = np.stack([y + 1.402 * red, y - 0.344136 * blue - 0.714136 * red, y + 1.772 * blue], -1)
@@ -210,7 +210,7 @@ def test_inks_and_luma_become_rgb(kind: str, planar: str) -> None:
 
 @pytest.mark.parametrize("packing", ["jpeg", "jpeg2000", "png", "webp", "lerc"])
 @pytest.mark.parametrize("bands", [1, 3])
-def test_images_within_a_tiff(packing: str, bands: int) -> None:
+def test_tiffs_with_jpeg_png_or_other_images_as_pieces(packing: str, bands: int) -> None:
     photometric = "rgb" if bands == 3 else "minisblack"
     if packing == "webp" and bands == 1:
         pytest.skip("WebP has three bands")
@@ -227,7 +227,7 @@ def test_four_bands_of_jpeg_in_planes() -> None:
 
 
 def edited(data: bytes, tag: int, value: int, *, to: int | None = None) -> bytes:
-    """A classic little-endian TIFF with another value in a tag of one number, or with another tag in its place."""
+    """Return a little-endian TIFF with the value of a one-number tag changed, or the tag replaced by `to`."""
     (at,) = struct.unpack_from("<I", data, 4)
     (entries,) = struct.unpack_from("<H", data, at)
     changed = bytearray(data)
@@ -240,7 +240,7 @@ def edited(data: bytes, tag: int, value: int, *, to: int | None = None) -> bytes
     raise AssertionError(f"no tag {tag}")
 
 
-def test_a_sample_format_that_is_absent_is_unsigned() -> None:
+def test_a_missing_sample_format_means_unsigned() -> None:
     for kind in ("u1", "u2", "u4"):
         values = ramp(1, kind)
         signed = written(values.view(kind.replace("u", "i")), "minisblack")  # writes the tag
@@ -294,7 +294,7 @@ def test_pages_are_counted_without_smaller_versions() -> None:
     assert open_image(written(ramp(1, "f4"))).pages == 1
 
 
-def test_plain_files_stay_with_pillow() -> None:
+def test_plain_files_are_left_to_pillow() -> None:
     for bands, photometric in ((1, "minisblack"), (3, "rgb")):
         assert isinstance(open_tiff(written(ramp(bands, "u1"), photometric), 3), Facts)
     assert isinstance(open_tiff(written(ramp(1, "u2")), 3), Facts)
@@ -302,7 +302,7 @@ def test_plain_files_stay_with_pillow() -> None:
     assert open_tiff(b"II*\0", 3) is None
 
 
-def test_packed_depths_of_libtiff_are_right() -> None:
+def test_packed_depths_written_by_libtiff_are_correct() -> None:
     imagecodecs = pytest.importorskip("imagecodecs")
     values = np.uint8(np.indices((24, 32)).sum(0) % 16)
     packed = values[:, ::2] << 4 | values[:, 1::2]
@@ -312,7 +312,7 @@ def test_packed_depths_of_libtiff_are_right() -> None:
     assert imagecodecs
 
 
-def test_without_the_package_the_layout_and_what_to_install_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_names_the_layout_and_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = written(ramp(3, "u1"), "rgb")
     deep = written(ramp(3, "u2"), "rgb", planarconfig="separate")
     monkeypatch.setitem(sys.modules, "tifffile", None)
@@ -323,14 +323,14 @@ def test_without_the_package_the_layout_and_what_to_install_are_named(monkeypatc
     assert reason(deep) == wanted
 
 
-def test_layouts_that_nothing_reads_are_named() -> None:
+def test_unsupported_layouts_are_named() -> None:
     assert "photometric 32845" in reason(edited(written(ramp(3, "u2"), "rgb"), 262, 32845))
     assert reason(edited(written(ramp(1, "u1")), 259, 34676)).startswith("not read here: a TIFF of 1 band of 8 bits")
     raw = written(ramp(3, "u1"), "rgb", extratags=[(50706, 1, 4, (1, 4, 0, 0), True)])
     assert reason(raw).startswith("not read here: a camera's raw file")
 
 
-def test_files_that_end_early_and_pieces_of_another_size_are_refused() -> None:
+def test_truncated_files_and_pieces_of_the_wrong_size_are_refused() -> None:
     data = written(ramp(3, "u2"), "rgb", planarconfig="separate")
     assert reason(data[:-100]).startswith("truncated: ")
     tiles = written(ramp(5, "u1"), compression="jpeg", planarconfig="separate", tile=(16, 16), extrasamples=[0] * 4)

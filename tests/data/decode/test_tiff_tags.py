@@ -16,7 +16,7 @@ NAMES = [f"{'little' if order == '<' else 'big'}-endian{' BigTIFF' if big else '
 
 
 def tiff(order: str, big: bool, *pages: dict[int, list[int]]) -> bytes:
-    """A TIFF of directories alone, whose tags hold 16-bit numbers."""
+    """Return a TIFF of directories without pixels, whose tags hold 16-bit numbers."""
     offset, entry, room = ("Q", "HHQ", 8) if big else ("I", "HHI", 4)
     mark = b"II" if order == "<" else b"MM"
     head = mark + struct.pack(order + ("HHHQ" if big else "HI"), *((43, 8, 0, 16) if big else (42, 8)))
@@ -67,9 +67,9 @@ def test_facts_hold_the_defaults_of_missing_tags_and_count_pictures_without_prev
     assert facts.words == "a TIFF of 3 bands of 8 bits, RGB, compression 1"
 
 
-def test_a_loop_of_directories_ends() -> None:
+def test_a_cycle_of_directories_ends() -> None:
     data = tiff("<", False, FIRST, {256: [30]})
-    facts = read_facts(data[:-4] + data[4:8])  # the second directory names the first one as the next
+    facts = read_facts(data[:-4] + data[4:8])  # the second directory points back to the first
     assert facts is not None
     assert facts.pages == 2
 

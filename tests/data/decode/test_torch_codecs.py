@@ -18,7 +18,7 @@ from dinocli.data.decode.image import decode
 
 @pytest.fixture(params=["torchvision", "torchcodec", "Pillow"])
 def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each way to decode a JPEG, as if the ones before it were not installed."""
+    """Select each JPEG decoder, as if the preferred ones were not installed."""
     if request.param != "torchvision":
         monkeypatch.setitem(sys.modules, "torchvision.io", None)
     if request.param == "torchcodec":
@@ -54,7 +54,7 @@ def test_every_decoder_refuses_a_truncated_jpeg(decoder: str) -> None:
             assert reason(data[: len(data) * 2 // 3]).startswith("truncated: ")
 
 
-def test_torchcodec_follows_torchvision_and_pillow_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoders_fall_back_to_torchcodec_and_then_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def decode_jpeg(data: torch.Tensor) -> torch.Tensor:
@@ -74,6 +74,6 @@ def test_torchcodec_follows_torchvision_and_pillow_has_the_last_word(monkeypatch
     assert decode(JPEGS["cmyk"]).std() > 30
     exif = Image.Exif()
     exif[0x0112] = 3
-    assert decode(saved(photo(), "JPEG", exif=exif)).std() > 30  # torchcodec would turn it too
+    assert decode(saved(photo(), "JPEG", exif=exif)).std() > 30  # torchcodec would apply the orientation a second time
     assert seen == [JPEGS["420"]] * 2
     module._jpeg_decoder.cache_clear()

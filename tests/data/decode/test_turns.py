@@ -1,4 +1,4 @@
-"""Turns: each of the eight against where a display matrix puts every single pixel."""
+"""The eight orientations, against the position of every pixel under a display matrix."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def nine(a: float, b: float, c: float, d: float, scale: int = 65536) -> list[int
 
 @pytest.mark.parametrize("orientation", MATRICES)
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 4)])
-def test_every_pixel_goes_where_the_matrix_puts_it(orientation: int, shape: tuple[int, ...]) -> None:
+def test_every_pixel_moves_as_the_matrix_states(orientation: int, shape: tuple[int, ...]) -> None:
     a, b, c, d = MATRICES[orientation]
     pixels = np.arange(np.prod(shape)).reshape(shape)
     places = [(a * x + c * y, b * x + d * y) for y in range(2) for x in range(3)]
@@ -44,7 +44,7 @@ def test_every_pixel_goes_where_the_matrix_puts_it(orientation: int, shape: tupl
 
 
 @pytest.mark.parametrize("orientation", MATRICES)
-def test_numbers_are_exifs(orientation: int) -> None:
+def test_numbers_agree_with_exif(orientation: int) -> None:
     pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     file, exif = io.BytesIO(), Image.Exif()
     exif[0x0112] = orientation
@@ -53,11 +53,11 @@ def test_numbers_are_exifs(orientation: int) -> None:
     assert orientation_of(nine(*MATRICES[orientation])) == orientation
 
 
-def test_scale_does_not_matter_and_the_nearest_quarter_is_taken() -> None:
+def test_scale_is_ignored_and_rotations_are_rounded_to_quarter_turns() -> None:
     for orientation, matrix in MATRICES.items():
         assert orientation_of(nine(*matrix, scale=7)) == orientation
     for degrees, orientation in ((10, 1), (80, 6), (100, 6), (170, 3), (260, 8), (350, 1)):
         cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
         assert orientation_of(nine(cos, sin, -sin, cos)) == orientation, degrees
-    assert orientation_of([0] * 9) == 1, "a matrix that says nothing changes nothing"
+    assert orientation_of([0] * 9) == 1, "a zero matrix changes nothing"
     assert turned(np.eye(2), 9) is not None

@@ -15,7 +15,7 @@ from dinocli.data.decode.unread import name_unread
 
 
 def jpeg(kind: int, bits: int) -> bytes:
-    """A plain JPEG whose frame states another kind or depth."""
+    """Return a JPEG whose frame header states another kind or depth."""
     file = io.BytesIO()
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, "JPEG")
     data = file.getvalue()
@@ -51,13 +51,13 @@ def jpeg(kind: int, bits: int) -> bytes:
         (b"II*\0\x10\0\0\0CR\2\0" + bytes(4) + struct.pack("<HHHIIHHIII", 2, 256, 3, 1, 9, 257, 3, 1, 9, 0), "a camera's raw file"),
     ],
 )  # fmt: skip
-def test_a_file_is_named_with_what_makes_a_readable_one_of_it(data: bytes, name: str) -> None:
+def test_the_reason_names_the_format_and_how_to_convert_it(data: bytes, name: str) -> None:
     bad = decode(data)
     assert isinstance(bad, BadImage)
     assert bad.reason.startswith(f"not read here: {name}; ")
 
 
-def test_files_of_other_kinds_are_not_called_images() -> None:
+def test_files_that_are_not_images_are_named() -> None:
     assert name_unread(b"hello") == "not an image: unknown format"
     assert name_unread(b"version https://git-lfs.github.com/spec/v1\n").startswith("not an image: a Git LFS pointer")
     assert name_unread(b"<!DOCTYPE html><html>").startswith("not an image: an HTML page")

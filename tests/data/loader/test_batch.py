@@ -1,4 +1,4 @@
-"""A batch in parts, its slots, and the count of bad files."""
+"""Splitting of batches, number of slots, and counts of bad files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def views(size: int = 32) -> ViewsConfig:
 
 
 @pytest.mark.parametrize("local", [True, False])
-def test_parts_of_a_batch_are_its_images_in_order(local: bool) -> None:
+def test_a_split_batch_keeps_the_order_of_its_images(local: bool) -> None:
     rows = torch.arange(6)
     crops = rows.view(1, 6, 1, 1, 1).expand(2, 6, 3, 8, 8).float()
     batch = Batch(crops, crops[:, ..., :4, :4] if local else None, rows)

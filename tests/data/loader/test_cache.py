@@ -21,7 +21,7 @@ VIEW = ViewConfig(size=16, scale=(0.25, 1.0))
 
 
 @pytest.mark.parametrize("where", ["ram", "folder"])
-def test_pixels_are_kept_as_small_as_the_crops_allow(tmp_path: Path, where: str) -> None:
+def test_pixels_are_cached_as_small_as_the_crops_allow(tmp_path: Path, where: str) -> None:
     cache = PixelCache(5, [VIEW, ViewConfig(size=8, scale=(0.01, 0.2))], "ram" if where == "ram" else str(tmp_path))
     assert cache.side == 80
     small = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
@@ -35,7 +35,7 @@ def test_pixels_are_kept_as_small_as_the_crops_allow(tmp_path: Path, where: str)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_images_beyond_the_cache_are_resized_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_do_not_fit_are_resized_but_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ram_of", lambda: (2 * 3000, 2**40))
     cache = PixelCache(3, [VIEW], "ram")
     pixels = np.zeros((25, 25, 3), dtype=np.uint8)
@@ -66,7 +66,7 @@ def test_views_do_not_depend_on_the_cache(
     monkeypatch.setattr(module, "ram_of", lambda: (room, 2**40))
     for ours, theirs in zip(take("ram", workers), whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    # As near as a resize of a resize is to a resize.
+    # Resizing twice differs slightly from resizing once.
     assert all((a - b).abs().mean() < 0.2 for a, b in zip(whole, take(None, 0), strict=True))
 
 
@@ -93,7 +93,7 @@ def test_images_cached_in_low_resolution_serve_full_resolution(tmp_path: Path, w
             for batch in islice(stream, 12 - start):
                 taken.append(batch.global_crops)
                 if len(taken) == 5:
-                    after()  # all twelve are kept
+                    after()  # all twelve are cached
             return taken
         finally:
             stream.close()
@@ -111,7 +111,14 @@ def test_a_cache_folder_without_write_permission_is_an_error(tmp_path: Path) -> 
         PixelCache(3, [VIEW], str(tmp_path / "file"))
 
 
-def test_images_of_any_channels_are_kept() -> None:
+def test_a_full_disk_caches_nothing_and_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(2**30, 2**30, 0))
+    cache = PixelCache(3, [VIEW], str(tmp_path))
+    assert cache.put(0, np.zeros((9, 11, 3), np.uint8)).shape == (9, 11, 3)
+    assert (cache.get(0), cache.kept) == (None, 0)
+
+
+def test_images_with_any_number_of_channels_are_cached() -> None:
     cache = PixelCache(2, [VIEW], "ram", channels=13)
     for row, seed in ((1, 0), (0, 1)):
         pixels = np.random.default_rng(seed).integers(0, 256, (9, 11, 13), dtype=np.uint8)

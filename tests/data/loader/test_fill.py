@@ -30,7 +30,7 @@ def jpeg(width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-def test_a_large_photo_is_decoded_smaller_and_its_crops_stay_what_they_were() -> None:
+def test_decoding_a_large_photo_smaller_hardly_changes_its_crops() -> None:
     data = jpeg(1600, 1200)
     small, whole = (Cutter(VIEWS, 0, ImagesConfig(reduce_above=above)) for above in (1.0, 100.0))
     sizes = set()
@@ -57,7 +57,7 @@ def test_a_large_photo_is_decoded_smaller_and_its_crops_stay_what_they_were() ->
     assert all(height < 1200 for height, _, _ in sizes)
 
 
-def test_boxes_on_a_smaller_grid_stay_inside_and_keep_a_pixel() -> None:
+def test_scaled_boxes_stay_inside_the_image_and_are_not_empty() -> None:
     boxes = [(0, 0, 100, 200), (99, 199, 1, 1), (50, 100, 50, 100)]
     on = np.array(_place_on_grid(boxes, (100, 200), (13, 25)))
     assert on[0].tolist() == [0, 0, 13, 25]
@@ -101,8 +101,8 @@ MASK = MaskConfig(share=0.5, ratio=(0.1, 0.5), smallest=2, aspect=(0.3, 1 / 0.3)
 MASKED = VIEWS.model_copy(update={"mask": MASK})
 
 
-def test_each_global_crop_has_the_blocks_of_its_seed_epoch_image_and_view() -> None:
-    # A slot that was filled before: what is not this chunk's stays, and what is becomes new.
+def test_masks_depend_on_seed_epoch_image_and_view() -> None:
+    # The slot was filled before: only the images of this chunk may change.
     slot = {"where": torch.ones(2, 4, 5, 6, dtype=torch.bool), "counts": torch.tensor([[0, 9, 15, 0], [3, 0, 12, 3]])}
     Cutter(MASKED, 7, ImagesConfig()).mask(slot, 1, [(2, 40), (3, 41)])
     assert slot["where"][:, [0, 3]].all()
@@ -112,7 +112,7 @@ def test_each_global_crop_has_the_blocks_of_its_seed_epoch_image_and_view() -> N
             assert slot["where"][g, b].equal(torch.from_numpy(wanted))
 
 
-def test_a_bad_sample_of_a_stream_leaves_the_masks_where_they_were() -> None:
+def test_a_bad_sample_of_a_stream_does_not_change_the_masks() -> None:
     wheres = []
     for bad in ({1, 2}, set()):
         slot = slot_of(4) | {"where": torch.zeros(2, 4, 8, 8, dtype=torch.bool), "counts": torch.full((2, 4), 20)}

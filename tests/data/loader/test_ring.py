@@ -22,7 +22,7 @@ FIELDS = {"keys": Field((10,), torch.int64), "worker": Field((10,), torch.int64)
 
 
 class Counting:
-    """Writes each image's number within all batches, and who filled it."""
+    """Write the number of each image over all batches, and the process that filled it."""
 
     def __init__(self, lane: int, lanes: int) -> None:
         self.lane = lane
@@ -44,7 +44,7 @@ def made(make: Callable[[int, int], object], workers: int, **options: object) ->
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("start", [0, 4])
-def test_batches_come_whole_and_in_order(workers: int, start: int) -> None:
+def test_batches_are_complete_and_in_order(workers: int, start: int) -> None:
     filled = made(Counting, workers, start=start)
     try:
         for batch, (slot, arrays, notes) in enumerate(islice(filled, 9), start):
@@ -55,7 +55,7 @@ def test_batches_come_whole_and_in_order(workers: int, start: int) -> None:
         filled.close()
 
 
-def test_a_bound_chunk_goes_to_the_worker_of_its_turn() -> None:
+def test_bound_chunks_go_to_the_workers_in_turn() -> None:
     filled, seen = made(Counting, 3, bound=True), [0, 0, 0]
     try:
         for batches, (slot, arrays, _) in enumerate(islice(filled, 7), 1):
@@ -68,7 +68,7 @@ def test_a_bound_chunk_goes_to_the_worker_of_its_turn() -> None:
 
 
 class Shaped(Counting):
-    """Writes what shape a batch has, and which process filled it."""
+    """Write the shape of the batch, and the process that filled it."""
 
     def __call__(self, slot: dict[str, Tensor], task: Task) -> list[int]:
         slot["grid"][...] = slot["grid"].shape[1]
@@ -76,7 +76,7 @@ class Shaped(Counting):
 
 
 @pytest.mark.parametrize(("workers", "start", "copied"), [(0, 0, True), (2, 0, True), (2, 4, True), (1, 2, False)])
-def test_shapes_follow_the_number_of_the_batch_and_workers_go_on(
+def test_shapes_change_between_batches_without_restarting_workers(
     workers: int, start: int, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ring, "_FORK", copied and ring._FORK)
@@ -92,7 +92,7 @@ def test_shapes_follow_the_number_of_the_batch_and_workers_go_on(
             filled.release(slot)
     finally:
         filled.close()
-    assert len(who) <= max(1, workers), "those that began"
+    assert len(who) <= max(1, workers), "workers are not restarted"
 
 
 def unchanged(slot: dict[str, Tensor], batch: int) -> None:
@@ -164,7 +164,7 @@ def test_waiting_is_counted() -> None:
 
 
 def test_workers_end_with_the_process_that_started_them() -> None:
-    """Whether that comes to its end or is killed: two copies of one process, which imports torch once for both."""
+    """Fork two processes after one import of torch: one exits, the other is killed."""
     code = f"""
 import os, sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -218,12 +218,12 @@ with held(Path(sys.argv[1])):
     assert run.communicate(timeout=30) == ("", None)
 
 
-def test_signals_that_come_while_workers_start_reach_this_process_alone() -> None:
+def test_signals_during_the_start_of_workers_reach_only_this_process() -> None:
     came: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         with ring._hold_back([signal.SIGINT]):
-            # To this thread: libraries may have started others, any of which may take a signal to the process.
+            # To this thread: a signal to the process may reach a thread that a library started.
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)
             assert not came
         assert came == [signal.SIGINT]

@@ -74,7 +74,7 @@ def test_shapes_and_groups(images: Path) -> None:
     assert len(without.crops) == 1
 
 
-def test_every_image_comes_once_an_epoch_and_orders_differ(images: Path) -> None:
+def test_every_image_appears_once_per_epoch_in_a_new_order(images: Path) -> None:
     rows = torch.stack([b.rows for b in take(images, 6)]).view(2, 12)
     assert rows.sort(1).values.tolist() == [list(range(12))] * 2
     assert rows[0].tolist() != rows[1].tolist()
@@ -104,13 +104,13 @@ def test_a_later_start_gives_the_same_batches(images: Path) -> None:
     assert all(same(a, b) for a, b in zip(take(images, 7)[4:], take(images, 3, start=4), strict=True))
 
 
-def test_batches_have_masks_where_the_views_do_and_the_views_are_the_same(images: Path) -> None:
+def test_masking_adds_masks_and_does_not_change_the_views(images: Path) -> None:
     plain, masked = take(images, 4), take(images, 4, views=MASKED.model_copy(update={"local": VIEWS.local}))
     assert all(same(a, b) for a, b in zip(plain, masked, strict=True))
     assert plain[0].masks is None
     masks = [batch.masks for batch in masked]
     assert masks[0].where.shape == (2, 4, 36)
-    # As many in each batch, in crops and to a count that change from batch to batch.
+    # Each batch masks the same number of patches, with other counts per crop.
     wanted = sorted([0] * 4 + masked_counts(MASKED.mask, 8, 36))
     assert all(sorted(m.counts.flatten().tolist()) == wanted for m in masks)
     assert len({str(m.counts.tolist()) for m in masks}) == 4
@@ -138,13 +138,13 @@ def test_masks_depend_on_neither_workers_nor_start(images: Path, shards: Path) -
         assert all(same_masks(a.masks, b.masks) for a, b in zip(stream[start:], other, strict=True))
 
 
-def test_a_slot_that_is_filled_again_leaves_a_batchs_masks_alone(images: Path) -> None:
-    kept = take(images, 6, views=MASKED)  # two slots were filled thrice meanwhile
+def test_refilling_a_slot_does_not_change_the_masks_of_an_earlier_batch(images: Path) -> None:
+    kept = take(images, 6, views=MASKED)  # two slots, each filled three times
     assert all(PatchMasks.of(batch.masks.where).rows.equal(batch.masks.rows) for batch in kept)
     assert len({str(batch.masks.rows.tolist()) for batch in kept}) == 6
 
 
-def test_processes_and_seeds_have_masks_of_their_own(images: Path) -> None:
+def test_masks_differ_between_processes_and_seeds(images: Path) -> None:
     one = take(images, 3, views=MASKED)
     for other in (
         take(images, 3, views=MASKED, seed=1),
@@ -154,7 +154,7 @@ def test_processes_and_seeds_have_masks_of_their_own(images: Path) -> None:
         assert all(len(a.masks.rows) == len(b.masks.rows) for a, b in zip(one, other, strict=True))
 
 
-def test_a_bad_file_moves_no_mask(tmp_path: Path) -> None:
+def test_a_bad_file_does_not_change_the_masks(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "x", 40)
     all_masked = MASKED.model_copy(update={"mask": MASKED.mask.model_copy(update={"share": 1.0})})
     before = take(folder, 5, batch_size=8, views=all_masked)
@@ -171,10 +171,8 @@ def test_masks_need_patches(images: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_smaller_crops_give_way_to_full_ones_between_two_batches(
-    images: Path, shards: Path, kind: str, workers: int
-) -> None:
-    """Before the switch all is as in a run of the small sizes, after it as in one of the full, wherever it begins."""
+def test_crops_switch_to_full_size_between_two_batches(images: Path, shards: Path, kind: str, workers: int) -> None:
+    """Before the switch, batches equal those of a run at low resolution; after it, those of a run at full resolution."""
     where = images if kind == "folder" else shards
     full = MASKED.model_copy(update={"local": VIEWS.local})
     low = full.model_copy(update={"low_resolution": LowResolutionConfig(epochs=2, global_size=16, local_size=8)})
@@ -186,7 +184,7 @@ def test_smaller_crops_give_way_to_full_ones_between_two_batches(
         for ours, theirs in zip(batches, wanted[start:], strict=True):
             assert same(ours, theirs)
             assert same_masks(ours.masks, theirs.masks)
-    # The order is that of a run without; and so each image still comes once an epoch.
+    # The order is that of a run without the switch, so each image still appears once per epoch.
     assert [b.rows.tolist() for b in wanted] == [b.rows.tolist() for b in take(where, 7, workers=workers)]
 
 
@@ -200,7 +198,7 @@ def test_smaller_crops_are_of_the_same_places_in_the_same_colors(images: Path) -
         again = torch.nn.functional.interpolate(
             more.flatten(0, 1), size=less.shape[-2:], mode="bicubic", antialias=True
         )
-        # The test's images are noise: of other places or colors they would have nothing in common.
+        # The test images are noise: crops at other places or in other colors would not correlate.
         both = torch.stack([again.flatten(), less.flatten()])
         assert torch.corrcoef(both)[0, 1] > 0.8
 
@@ -232,25 +230,27 @@ def test_too_many_bad_files_end_the_run(tmp_path: Path, good: int) -> None:
 
 @pytest.fixture(name="shards")
 def three_shards(images: Path, tmp_path: Path) -> Path:
-    """The twelve images in three tar files, the last of them short."""
+    """Pack the twelve images into three tar files; the last is shorter."""
     pack(open_images(str(images)), tmp_path / "shards", per_shard=5)
     return tmp_path / "shards"
 
 
-def test_shards_give_each_image_once_an_epoch_and_go_on_where_they_were(shards: Path) -> None:
+def test_shards_give_each_image_once_per_epoch_and_resume(shards: Path) -> None:
     for workers in (0, 1, 2):
         whole = take(shards, 9, workers=workers)
         assert all(same(a, b) for a, b in zip(whole[4:], take(shards, 5, start=4, workers=workers), strict=True))
         seen = torch.cat([batch.rows for batch in whole[:3]]).tolist()
-        assert workers == 2 or len(set(seen)) == 12  # two readers of unequal shares drift apart
+        assert (
+            workers == 2 or len(set(seen)) == 12
+        )  # two readers with unequal shares reach the next epoch at different batches
 
 
-def test_the_views_of_an_image_in_a_shard_depend_on_no_worker(shards: Path) -> None:
+def test_the_views_of_an_image_in_a_shard_do_not_depend_on_workers(shards: Path) -> None:
     def by_row(workers: int) -> dict[int, torch.Tensor]:
         views: dict[int, torch.Tensor] = {}
         for batch in take(shards, 3, workers=workers, batch_size=4):
             for i, row in enumerate(batch.rows.tolist()):
-                views.setdefault(row, batch.global_crops[:, i])  # the first time, which is the first epoch's
+                views.setdefault(row, batch.global_crops[:, i])  # keep those of the first epoch
         return views
 
     alone, two = by_row(0), by_row(2)

@@ -19,7 +19,7 @@ GREYS = [20, 90, 160, 230]
 
 
 def write_video(path: Path, greys: list[int] = GREYS, form: str = "mp4") -> Path:
-    """A video of even frames, ten a second, whose left half is black."""
+    """Write a video at 10 frames per second; each frame is one grey, with its left half black."""
     av = pytest.importorskip("av")
     with av.open(str(path), "w", format=form) as file:
         stream = file.add_stream("mpeg4", rate=10)
@@ -32,7 +32,7 @@ def write_video(path: Path, greys: list[int] = GREYS, form: str = "mp4") -> Path
     return path
 
 
-def test_frames_come_by_their_numbers(tmp_path: Path) -> None:
+def test_frames_are_sorted_by_number(tmp_path: Path) -> None:
     for name in ("f_10.png", "f_9.png", "f_1.png", "a.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     frames = open_frames(tmp_path)
@@ -54,9 +54,9 @@ def test_one_folder_is_one_film(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["mp4", "mpegts"])
-def test_a_videos_frames_are_its_pictures(tmp_path: Path, form: str) -> None:
+def test_a_video_yields_its_frames_on_every_pass(tmp_path: Path, form: str) -> None:
     video = open_frames(write_video(tmp_path / "x.mp4", form=form))
-    assert (video.count, video.rate) == (4, Fraction(10)), "a transport stream does not tell, and is counted"
+    assert (video.count, video.rate) == (4, Fraction(10)), "a transport stream states no count, so packets are counted"
     for _ in range(2):
         found = list(video.read(range(9)))
         assert [frame.name for frame in found] == ["frame 1", "frame 2", "frame 3", "frame 4"]
@@ -80,7 +80,7 @@ def test_a_videos_frames_are_its_pictures(tmp_path: Path, form: str) -> None:
         ((0, -1, 1, 0), (160, 0, 240, 80)),
     ],
 )
-def test_a_video_is_turned_and_mirrored_as_its_matrix_says(tmp_path: Path, matrix: tuple, corners: tuple) -> None:
+def test_the_display_matrix_of_a_video_is_applied(tmp_path: Path, matrix: tuple, corners: tuple) -> None:
     av = pytest.importorskip("av")
     path = tmp_path / "x.mp4"
     with av.open(str(path), "w") as file:
@@ -100,7 +100,7 @@ def test_a_video_is_turned_and_mirrored_as_its_matrix_says(tmp_path: Path, matri
     assert pixels.shape == ((32, 64) if matrix[0] else (64, 32))
     h, w = pixels.shape
     found = [pixels[y, x] for y in (h // 4, 3 * h // 4) for x in (w // 4, 3 * w // 4)]
-    np.testing.assert_allclose(found, corners, atol=12)  # of the codec; the greys are 80 apart
+    np.testing.assert_allclose(found, corners, atol=12)  # the codec is lossy; the greys are 80 apart
 
 
 def test_a_truncated_video_ends_at_its_last_frame(tmp_path: Path) -> None:
@@ -112,6 +112,18 @@ def test_a_truncated_video_ends_at_its_last_frame(tmp_path: Path) -> None:
     found = list(whole.read(range(99)))
     good = [frame for frame in found if not isinstance(frame.data, BadImage)]
     assert 0 < len(good) < 32
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(Path.unlink, "cannot be opened: No such file"), (lambda path: path.write_bytes(b"no video"), "damaged: Invalid")],
+)
+def test_a_video_that_changes_after_its_header_was_read_gives_a_reason(tmp_path: Path, change, reason: str) -> None:
+    video = open_frames(write_video(tmp_path / "x.mp4"))
+    change(tmp_path / "x.mp4")
+    (frame,) = video.read(range(9))
+    assert (frame.number, frame.name) == (0, "frame 1")
+    assert frame.data.reason.startswith(reason) and frame.data.reason.endswith("; later frames are skipped")
 
 
 def test_files_that_are_no_video_are_an_error(tmp_path: Path) -> None:

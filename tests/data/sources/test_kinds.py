@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from dinocli.core.errors import DinoError
-from dinocli.data.sources.kinds import kind_of, not_beside, unread
+from dinocli.data.sources.frames import is_video
+from dinocli.data.sources.kinds import VIDEOS, kind_of, not_beside, remedy, unread
 from dinocli.data.sources.open import image_folder
 
 
-def test_a_kind_is_the_suffix_that_tells() -> None:
+def test_a_kind_is_the_suffix_in_lower_case() -> None:
     names = [
         "a.HEIC",
         "b.nii.gz",
@@ -39,7 +41,9 @@ def test_a_kind_is_the_suffix_that_tells() -> None:
         (["notes.txt"], "1 .txt", "name a folder"),
     ],
 )
-def test_a_folder_of_other_kinds_alone_names_them(tmp_path: Path, files: list[str], seen: str, hint: str) -> None:
+def test_the_error_for_a_folder_without_images_counts_other_kinds_and_suggests_a_remedy(
+    tmp_path: Path, files: list[str], seen: str, hint: str
+) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"\0" * 128 + b"DICM")
@@ -67,3 +71,25 @@ def test_other_kinds_are_counted_in_one_line(tmp_path: Path) -> None:
     source = image_folder(tmp_path)
     assert list(source.names) == ["a.jpg"]
     assert source.notes == ("not read: 2 .heic, 1 .mp4, 1 .npy",)
+
+
+@pytest.mark.parametrize("name", ["a.HEIC", "a.CR2", "a.jxl", "deep/a.nef"])
+def test_suggested_commands_quote_the_folder_and_match_the_files(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "my photo's"
+    (root / name).parent.mkdir(parents=True)
+    (root / name).touch()
+    with pytest.raises(DinoError) as error:
+        image_folder(root)
+    words = shlex.split(error.value.hint.replace(";", " "))
+    assert str((root / name).parent / f"*{Path(name).suffix}") in words
+    assert "$f" not in error.value.hint.replace('"$f"', "").replace('"$f.png"', "")
+
+
+def test_a_suggestion_without_an_example_names_the_folder() -> None:
+    assert remedy("x", {".cr2": 1}, {}).endswith("dcraw -T -w x/*.cr2")
+    assert remedy("a b", {".tar": 1}, {}).endswith("or 'a b/**/*.tar'")
+
+
+def test_suggested_videos_are_those_that_commands_read() -> None:
+    assert {".mts", ".m2ts", ".flv", ".3gp"} <= VIDEOS
+    assert all(is_video(Path(f"film{suffix}")) for suffix in VIDEOS)

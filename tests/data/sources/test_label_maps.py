@@ -14,7 +14,7 @@ from dinocli.data.sources.label_maps import LabelMap, read_labels, write_labels
 VALUES = np.array([[0, 1, 1], [0, 7, 255]], dtype=np.uint8)
 
 
-def test_numbers_and_palette_go_there_and_back(tmp_path: Path) -> None:
+def test_numbers_and_palette_survive_a_round_trip(tmp_path: Path) -> None:
     palette = bytes(range(256)) * 3
     write_labels(tmp_path / "a.png", LabelMap(VALUES, palette))
     read = read_labels(tmp_path / "a.png")
@@ -87,7 +87,7 @@ def test_a_lossy_format_is_refused_by_its_name(tmp_path: Path, name: str, form: 
         pytest.skip("this Pillow reads no JPEG 2000")
     disk = np.zeros((64, 64), np.uint8)
     disk[16:48, 20:44] = 255
-    path = tmp_path / "a.png"  # whatever it is called
+    path = tmp_path / "a.png"  # the suffix does not matter
     Image.fromarray(disk).save(path, name, **form)
     bad = read_labels(path)
     assert isinstance(bad, BadImage) and bad.reason.endswith("changes values; save the mask as PNG")
@@ -99,7 +99,7 @@ def test_lossless_webp_is_exact(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_labels(tmp_path / "a.webp").values, VALUES)
 
 
-def test_alpha_that_hides_objects_is_refused_and_other_alpha_is_no_matter(tmp_path: Path) -> None:
+def test_alpha_that_hides_objects_is_refused_and_other_alpha_ignored(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     for mode in ("LA", "RGBA"):
         image = Image.fromarray(VALUES).convert(mode)
@@ -110,7 +110,7 @@ def test_alpha_that_hides_objects_is_refused_and_other_alpha_is_no_matter(tmp_pa
         image.save(path)
         bad = read_labels(path)
         assert isinstance(bad, BadImage) and "1 of its pixels are transparent and not 0" in bad.reason
-    # A white disk on a transparent white ground is white everywhere, if alpha is ignored.
+    # Transparent white: without alpha, all of it would be one object.
     image = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
     image.save(path)
     assert isinstance(read_labels(path), BadImage)
@@ -127,7 +127,7 @@ def test_transparency_of_a_palette_or_of_one_grey_changes_no_number(tmp_path: Pa
 
 
 def png16(bands: np.ndarray) -> bytes:
-    """A PNG of 16 bits with two to four bands, which Pillow does not write. [H, W, S]"""
+    """Return a 16-bit PNG with two to four bands, which Pillow cannot write. [H, W, S]"""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -139,15 +139,15 @@ def png16(bands: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("bands", [2, 3, 4])
-def test_colors_of_16_bits_do_not_become_nothing(tmp_path: Path, bands: int) -> None:
+def test_colors_of_16_bits_are_refused(tmp_path: Path, bands: int) -> None:
     values = np.repeat(VALUES[..., None].astype(np.uint16), bands, axis=2)
     values[..., 3:] = 65535
     (tmp_path / "a.png").write_bytes(png16(values))
     bad = read_labels(tmp_path / "a.png")
-    assert isinstance(bad, BadImage) and "16 bits" in bad.reason, "Pillow keeps the upper 8 of them, which are 0"
+    assert isinstance(bad, BadImage) and "16 bits" in bad.reason, "Pillow keeps only the upper 8 bits, which are 0"
 
 
-def test_a_pgm_of_another_largest_value_keeps_its_numbers(tmp_path: Path) -> None:
+def test_a_pgm_with_its_own_maximum_keeps_its_numbers(tmp_path: Path) -> None:
     path = tmp_path / "a.pgm"
     for data in (b"P5 3 1 10\n" + bytes([0, 1, 10]), b"P2 3 1 10\n0 1 10\n"):
         path.write_bytes(data)
@@ -158,14 +158,14 @@ def test_a_pgm_of_another_largest_value_keeps_its_numbers(tmp_path: Path) -> Non
     assert "the value 300;" in read_labels(path).reason
 
 
-def test_a_mask_is_turned_as_its_photo_is(tmp_path: Path) -> None:
+def test_the_orientation_of_a_mask_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(VALUES).save(tmp_path / "a.png", exif=exif)
     np.testing.assert_array_equal(read_labels(tmp_path / "a.png").values, np.rot90(VALUES, -1))
 
 
-def test_tiffs_of_any_layout_are_their_numbers(tmp_path: Path) -> None:
+def test_tiffs_of_any_layout_keep_their_numbers(tmp_path: Path) -> None:
     tifffile, path = pytest.importorskip("tifffile"), tmp_path / "a.tif"
     pytest.importorskip("imagecodecs")
     colors = np.random.default_rng(0).integers(0, 65535, (3, 256), dtype=np.uint16)

@@ -36,14 +36,14 @@ def test_names_are_a_sequence_of_any_bytes_in_little_memory() -> None:
 
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of the test's own, and folders that count as large and as settled at once."""
+    """Use an empty cache folder; treat small folders as large, and new ones as settled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(listing, "_REMEMBERED", 3)
     monkeypatch.setattr(listing, "_SETTLED", -(10**12))
     return tmp_path / "cache" / "dinocli" / "listing"
 
 
-def test_a_long_list_is_remembered_until_a_folder_changes(
+def test_a_long_listing_is_cached_until_a_folder_changes(
     tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = make(tmp_path / "data", ["b/2.jpg", "a/1.jpg", "a/deep/3.jpg", "notes.txt"])
@@ -62,14 +62,14 @@ def test_a_long_list_is_remembered_until_a_folder_changes(
         lambda: (root / "a" / "deep").rename(root / "a" / "deeper"),
         lambda: make(root, ["c/new/5.jpg"]),
     ):
-        time.sleep(0.01)  # the clock of a file system has ticks
+        time.sleep(0.01)  # the modification times of a file system are coarse
         change()
         now = list_files(root, images)
         assert list(now.names) == sorted(str(p.relative_to(root)) for p in root.rglob("*.jpg"))
     assert sum(not above for _, above in walked) == 4
 
 
-def test_a_short_list_and_one_that_just_changed_are_not_kept(
+def test_short_listings_and_recently_changed_folders_are_not_cached(
     tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     list_files(make(tmp_path / "short", ["1.jpg"]), images)
@@ -78,7 +78,7 @@ def test_a_short_list_and_one_that_just_changed_are_not_kept(
     assert not memory.exists()
 
 
-def test_a_corrupt_cached_list_is_made_again(tmp_path: Path, memory: Path) -> None:
+def test_a_corrupt_cached_listing_is_replaced(tmp_path: Path, memory: Path) -> None:
     root = make(tmp_path / "data", ["1.jpg", "2.jpg", "3.jpg"])
     list_files(root, images)
     kept = next(memory.iterdir())

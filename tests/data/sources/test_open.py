@@ -10,7 +10,7 @@ from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder, open_images, open_source, splits
 
 
-def test_class_folders_are_labels_and_depth_does_not_matter(tmp_path: Path) -> None:
+def test_top_level_folders_are_classes_at_any_depth(tmp_path: Path) -> None:
     write_images(tmp_path / "dog" / "2024" / "may", 2)
     write_images(tmp_path / "cat", 1)
     folder = image_folder(tmp_path)
@@ -34,7 +34,7 @@ def test_other_files_and_hidden_ones_are_skipped(tmp_path: Path) -> None:
     assert list(image_folder(tmp_path).names) == ["0000.png"]
 
 
-def test_a_link_back_up_does_not_make_the_walk_endless(tmp_path: Path) -> None:
+def test_a_link_to_a_parent_folder_is_not_followed(tmp_path: Path) -> None:
     write_images(tmp_path / "a", 1)
     (tmp_path / "a" / "up").symlink_to(tmp_path)
     assert list(image_folder(tmp_path).names) == ["a/0000.png"]
@@ -64,20 +64,20 @@ def test_splits_by_their_common_names(tmp_path: Path, name: str) -> None:
     assert {split: len(folder) for split, folder in found.items()} == {"train": 2, "val": 1}
 
 
-def test_a_class_called_test_makes_no_split(tmp_path: Path) -> None:
+def test_a_class_named_test_is_not_a_split(tmp_path: Path) -> None:
     write_images(tmp_path / "test", 1)
     write_images(tmp_path / "exam", 1)
     assert splits(str(tmp_path))["all"].classes == ["exam", "test"]
 
 
-def test_an_image_without_a_suffix_is_told_by_how_it_begins(tmp_path: Path) -> None:
+def test_an_image_without_a_suffix_is_recognized_by_its_first_bytes(tmp_path: Path) -> None:
     write_images(tmp_path, 1)
     (tmp_path / "0000.png").rename(tmp_path / "00ff")
     (tmp_path / "README").write_text("no image")
     assert list(image_folder(tmp_path).names) == ["00ff"]
 
 
-FIRST = ("dog", "10", "Lynx lynx")  # what every list below says of the first image
+FIRST = ("dog", "10", "Lynx lynx")  # label of the first image in the lists below
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_a_list_of_missing_files_is_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def eurosat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files where torchvision would have put them, since nothing can be downloaded in a test."""
+    """Write files where torchvision would download them."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for label in ("Forest", "River"):
         write_images(tmp_path / "dinocli" / "torchvision" / "EuroSAT" / "eurosat" / "2750" / label, 3)
 
 
-def test_a_torchvision_set_of_one_part(eurosat: None) -> None:
+def test_a_torchvision_set_without_splits(eurosat: None) -> None:
     source = open_source("torchvision:eurosat")
     assert (len(source), source.classes, source.labels.tolist()) == (6, ["Forest", "River"], [0, 0, 0, 1, 1, 1])
     assert source.read(0).size == (32, 32)
@@ -135,7 +135,7 @@ def test_a_torchvision_set_of_one_part(eurosat: None) -> None:
 
 
 class Digits:
-    """A torchvision set as CIFAR10 and its like are: two parts by a flag, decoded images."""
+    """A torchvision set like CIFAR10: two splits by a flag, decoded images."""
 
     def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
         assert download
@@ -150,7 +150,7 @@ class Digits:
 
 
 class Flowers:
-    """One as Flowers102: parts by name, labels in private."""
+    """A torchvision set like Flowers102: splits by name, labels in a private attribute."""
 
     def __init__(self, root: str, split: str = "train", download: bool = False) -> None:
         if split not in ("train", "val", "test"):
@@ -161,7 +161,7 @@ class Flowers:
         return 3
 
 
-def test_torchvision_sets_of_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvision_sets_with_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.CIFAR10", Digits)
     monkeypatch.setattr("torchvision.datasets.Flowers102", Flowers)
     assert {part: len(found) for part, found in splits("torchvision:CIFAR10").items()} == {"train": 3, "test": 2}
@@ -176,7 +176,7 @@ def test_torchvision_sets_of_several_parts(monkeypatch: pytest.MonkeyPatch) -> N
     assert "torchvision:Flowers102" in error.value.hint
 
 
-def test_a_set_that_cannot_be_downloaded_says_where_it_belongs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_names_the_folder_for_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no network here")
 
@@ -187,7 +187,7 @@ def test_a_set_that_cannot_be_downloaded_says_where_it_belongs(monkeypatch: pyte
     assert "dinocli/torchvision/CIFAR10" in error.value.hint
 
 
-def test_one_part_alone_is_that_part_and_its_classes_are_classes(tmp_path: Path) -> None:
+def test_a_single_split_is_recognized(tmp_path: Path) -> None:
     write_images(tmp_path / "train" / "a", 2)
     write_images(tmp_path / "train" / "b", 2)
     assert {split: folder.classes for split, folder in splits(str(tmp_path)).items()} == {"train": ["a", "b"]}
@@ -201,11 +201,13 @@ def test_two_links_to_one_folder_are_two_classes(tmp_path: Path) -> None:
     assert image_folder(tmp_path / "data").classes == ["a", "b"]
 
 
-def test_arrays_are_images_where_there_are_no_others(tmp_path: Path) -> None:
+def test_arrays_are_images_only_in_a_folder_without_other_images(tmp_path: Path) -> None:
     for name in ("a/1.npy", "b/2.NPY", "b/words.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     source = image_folder(tmp_path)
     assert (list(source.names), source.classes) == (["a/1.npy", "b/2.NPY"], ["a", "b"])
     (tmp_path / "a" / "1.jpg").write_bytes(b"x")
-    assert list(image_folder(tmp_path).names) == ["a/1.jpg"], "beside images they are features or masks of them"
+    assert list(image_folder(tmp_path).names) == ["a/1.jpg"], (
+        "next to images, arrays are mostly their features or masks"
+    )

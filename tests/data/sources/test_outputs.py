@@ -46,7 +46,7 @@ def test_a_folder_that_a_command_makes_is_ignored_and_named(photos: Path) -> Non
     assert named(photos / "sheets") == ["a.png", "deep/b.png"], "the folder that is named is read"
 
 
-def test_in_a_folder_of_the_users_only_what_was_written_is_ignored(photos: Path) -> None:
+def test_in_a_users_own_folder_only_written_files_are_ignored(photos: Path) -> None:
     touch(photos, "mixed/mine.png")
     for name in ("mixed/made.png", "mixed/again.png"):
         with marked(photos / "mixed", "attn-map", [photos / name]):
@@ -69,7 +69,7 @@ def test_a_command_that_writes_nothing_leaves_no_folder(photos: Path) -> None:
     assert named(photos) == OWN
 
 
-def test_a_marker_that_is_nested_deeply_is_none(photos: Path) -> None:
+def test_a_marker_of_deeply_nested_json_is_ignored(photos: Path) -> None:
     (photos / MARKER).write_text("[" * 100_000)
     before = list(image_folder(photos).names)
     made = photos / "made.png"
@@ -78,7 +78,7 @@ def test_a_marker_that_is_nested_deeply_is_none(photos: Path) -> None:
     assert list(image_folder(photos).names) == before
 
 
-def test_outputs_without_a_marker_are_told_by_their_content(photos: Path) -> None:
+def test_outputs_without_a_marker_are_recognized_by_their_content(photos: Path) -> None:
     touch(
         photos,
         "runs/tiny-1/preset.json", "runs/tiny-1/metrics.jsonl", "runs/tiny-1/curves.png", "runs/tiny-1/state/2/state.json",
@@ -92,7 +92,7 @@ def test_outputs_without_a_marker_are_told_by_their_content(photos: Path) -> Non
     (photos / "tiny-1-hub" / "README.md").write_text("card\n<!-- dinocli wrote this; 00 -->\n")
     source = image_folder(photos)
     assert list(source.names) == OWN
-    assert len(source.notes) == 1, "nothing is missed"
+    assert len(source.notes) == 1, "outputs are reported once, and nothing else"
     assert named(photos / "dino-demo" / "data" / "train") == ["cat/1.jpg"]
 
 
@@ -107,7 +107,7 @@ def test_a_users_own_folders_of_such_names_are_input(photos: Path) -> None:
 
 
 @pytest.mark.parametrize("level", [0, 9])
-def test_sheets_of_version_0_1_are_told_by_their_margin(photos: Path, level: int) -> None:
+def test_sheets_of_version_0_1_are_recognized_by_their_margin(photos: Path, level: int) -> None:
     sheet = Image.effect_noise((40, 30), 80).convert("RGB")
     sheet.paste((255, 255, 255), (0, 0, 40, 4))
     file = io.BytesIO()
@@ -118,7 +118,7 @@ def test_sheets_of_version_0_1_are_told_by_their_margin(photos: Path, level: int
     assert named(photos) == [*OWN, "attention/photo.png"]
 
 
-def test_the_remembered_list_holds_no_output_either(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cached_listing_contains_no_outputs(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(photos / ".cache"))
     monkeypatch.setattr(listing, "_REMEMBERED", 3)
     monkeypatch.setattr(listing, "_SETTLED", -(10**12))
@@ -133,7 +133,7 @@ def test_the_remembered_list_holds_no_output_either(photos: Path, monkeypatch: p
     assert named(photos) == OWN
 
 
-def test_shards_and_splits_are_told_beside_outputs(tmp_path: Path) -> None:
+def test_shards_and_splits_are_recognized_next_to_outputs(tmp_path: Path) -> None:
     shards = touch(tmp_path / "s", "a.tar", "runs/t-1/preset.json", "runs/t-1/metrics.jsonl", "runs/t-1/curves.png")
     (shards / "features").mkdir()
     write_tensors(shards / "features" / "all.safetensors", {}, {"dinocli": "features"})

@@ -66,7 +66,7 @@ def test_text_labels_are_classes_and_numbers_through_a_pipe(tmp_path: Path) -> N
     assert [label for *_, label in read(large)] == [5, -1]
 
 
-def test_images_that_share_a_key_are_read_each(tmp_path: Path) -> None:
+def test_images_that_share_a_key_are_read_separately(tmp_path: Path) -> None:
     dates = [(f"2021.05.{day:02}.{end}", b"%d" % day) for day in range(40) for end in ("png", "cls")]
     shards = tar(tmp_path / "x.tar", *dates)
     assert read(shards) == [(f"2021.05.{day:02}.png", b"%d" % day, day) for day in range(40)]
@@ -78,7 +78,7 @@ def test_images_that_share_a_key_are_read_each(tmp_path: Path) -> None:
     assert [data for _, data, _ in read(shards)] == [b"1", b"2", b"3", b"4"]
 
 
-def test_parts_of_a_sample_are_said(tmp_path: Path) -> None:
+def test_ignored_parts_of_a_sample_are_reported(tmp_path: Path) -> None:
     shards = tar(
         tmp_path / "x.tar",
         ("a.jpg", b"1"),
@@ -91,7 +91,7 @@ def test_parts_of_a_sample_are_said(tmp_path: Path) -> None:
     assert shards.notes[0].startswith("3 images belong to another image's sample")
 
 
-def test_hidden_members_and_a_macs_forks_are_ignored(tmp_path: Path) -> None:
+def test_hidden_members_and_macos_resource_forks_are_ignored(tmp_path: Path) -> None:
     hidden = [
         "._a.png",
         "set/._a.png",

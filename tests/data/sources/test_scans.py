@@ -10,7 +10,7 @@ from dinocli.data.sources import scans
 from dinocli.data.sources.scans import scan
 
 
-def test_json_without_labels_is_soon_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_is_skipped_after_many_members_without_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for i in range(30):
             for name, data in ((f"{i}.jpg", b"x"), (f"{i}.json", b'{"caption": "a cat"}')):

@@ -30,7 +30,7 @@ def write_tar(path: Path, files: Iterable[tuple[str, bytes]], form: int = tarfil
 
 
 def write_shards(folder: Path, counts: Iterable[int]) -> Path:
-    """Shards whose images hold their own name, and whose labels are their place."""
+    """Write shards whose images contain their own name, labelled by their index in the shard."""
     for s, count in enumerate(counts):
         pairs = [[(f"{s}/{i:04}.jpg", f"{s}/{i:04}".encode()), (f"{s}/{i:04}.cls", b"%d" % i)] for i in range(count)]
         write_tar(folder / f"train-{s:03}.tar", itertools.chain.from_iterable(pairs))
@@ -45,7 +45,7 @@ def taken(samples: Iterable[Sample], count: int) -> list[Sample]:
     return list(itertools.islice(samples, count))
 
 
-def test_in_order_without_a_seed(tmp_path: Path) -> None:
+def test_samples_keep_their_order_without_a_seed(tmp_path: Path) -> None:
     found = open_shards(str(write_shards(tmp_path, [2, 3])))
     samples = list(found.stream(0, 1))
     assert (found.counts, found.count, found.classes) == ([2, 3], 5, ["0", "1", "2"])
@@ -70,7 +70,7 @@ def test_workers_share_each_epoch_and_a_resume_continues(tmp_path: Path, counts:
     assert sorted(sample.number for sample in epochs) == sorted(sample.number for sample in passed)
 
 
-def test_order_is_the_seeds_and_the_epochs(tmp_path: Path) -> None:
+def test_order_depends_on_seed_and_epoch(tmp_path: Path) -> None:
     found = open_shards(str(write_shards(tmp_path, [20, 20])))
     both = names(taken(found.stream(0, 1, seed=0), 80))
     assert sorted(both[:40]) == sorted(both[40:]) and both[:40] != both[40:]
@@ -78,7 +78,7 @@ def test_order_is_the_seeds_and_the_epochs(tmp_path: Path) -> None:
     assert names(taken(found.stream(0, 1, seed=1), 40)) != both[:40]
 
 
-def test_skipping_reads_no_content_and_whole_epochs_nothing(tmp_path: Path, monkeypatch) -> None:
+def test_skipping_reads_no_content_and_for_whole_epochs_no_headers(tmp_path: Path, monkeypatch) -> None:
     found = open_shards(str(write_shards(tmp_path, [10])))
     expected = taken(found.stream(0, 1, seed=0), 40)[35:]
     headers, contents = [], []
@@ -92,9 +92,9 @@ def test_skipping_reads_no_content_and_whole_epochs_nothing(tmp_path: Path, monk
     assert (len(headers), len(contents)) == (21, 10)  # one epoch's headers and its end; five images, five labels
 
 
-def test_webdatasets_rules(tmp_path: Path) -> None:
+def test_keys_and_labels_follow_webdataset(tmp_path: Path) -> None:
     files = [
-        ("./a.b/one.JPG", b"1"), ("./a.b/one.cls", b"7\n"),  # the folder's dot ends no key, capitals do not matter
+        ("./a.b/one.JPG", b"1"), ("./a.b/one.cls", b"7\n"),  # a dot in the folder does not end the key; case is ignored
         ("two.seg.png", b"mask"), ("two.png", b"2"), ("two.json", b'{"label": 3, "x": 1}'), ("two.txt", b"words"),
         ("three.json", b'{"cls": 4}'), ("three.webp", b"3"),
         ("four.v2.jpg", b"4"), ("four.cls", b"007"),
@@ -119,7 +119,7 @@ def test_webdatasets_rules(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_and_foreign_names_in_every_format(tmp_path: Path, form: int) -> None:
+def test_long_and_non_ascii_names_in_every_format(tmp_path: Path, form: int) -> None:
     wanted = ["klein/übung 花.jpg", "f" * 90 + "/" + "n" * 60 + ".png"]
     wanted += [] if form == tarfile.USTAR_FORMAT else ["d/" * 100 + "ü" * 120 + ".jpg"]
     write_tar(tmp_path / "x.tar", [(name, b"z" * 1000) for name in wanted], form)
@@ -161,7 +161,7 @@ def test_a_truncated_shard_gives_its_complete_members_and_is_named(tmp_path: Pat
     assert samples[-1].data == b"1/0001"
 
 
-def test_damage_within_a_shard_and_shards_that_go_away(tmp_path: Path) -> None:
+def test_corrupt_and_deleted_shards_end_early_and_are_named(tmp_path: Path) -> None:
     write_shards(tmp_path, [3, 1, 1])
     data = bytearray((tmp_path / "train-000.tar").read_bytes())
     data[2048 + 5] ^= 255  # in the second image's name
@@ -178,7 +178,7 @@ def test_damage_within_a_shard_and_shards_that_go_away(tmp_path: Path) -> None:
     assert len(taken(found.stream(0, 1, seed=0), 20)) == 20
 
 
-def test_content_that_goes_between_header_and_reading_is_empty(tmp_path: Path) -> None:
+def test_content_truncated_after_its_header_was_read_is_empty(tmp_path: Path) -> None:
     found = open_shards(str(write_shards(tmp_path, [5])))
     stream = found.stream(0, 1, seed=0, buffer=3)
     next(stream)
@@ -223,8 +223,9 @@ def test_missing_shards_are_an_error(tmp_path: Path) -> None:
         ("train-{000..009}.tar", "train-002.tar does not exist"),
         ("none-*.tar", "no file matches"),
         ("train-001.tar", "no images"),
-        ("zip.tar", "no images .* is truncated or no tar file"),
+        ("zip.tar", "no images .* is truncated or not a tar file"),
         ("train.tar.gz", "compressed"),
+        ("deep/**/none.tar", "no file matches"),
     ]:
         with pytest.raises(DinoError, match=message) as error:
             open_shards(str(tmp_path / spec))
@@ -233,7 +234,29 @@ def test_missing_shards_are_an_error(tmp_path: Path) -> None:
         next(open_shards(str(tmp_path)).stream(3, 4, seed=0))
 
 
-def test_an_index_saves_the_count_and_is_believed_only_if_the_sizes_fit(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("a/x-{0..9}.tar.gz", "'pipe:gzip -dc a/x-{0..9}.tar.gz'"),
+        ("x*.TGZ", "'pipe:gzip -dc x*.TGZ'"),
+        ("x.tar.zst", "'pipe:zstd -dc x.tar.zst'"),
+        ("x.tar.xz", "'pipe:xz -dc x.tar.xz'"),
+        ("my set.tar.bz2", "'pipe:bzip2 -dc my\\ set.tar.bz2'"),
+    ],
+)
+def test_compressed_shards_get_the_command_that_decompresses_them(name: str, hint: str) -> None:
+    with pytest.raises(DinoError, match="is compressed") as error:
+        open_shards(name)
+    assert error.value.hint == f"use {hint}, or unpack them"
+
+
+def test_two_stars_match_folders_of_any_depth(tmp_path: Path) -> None:
+    for folder in ("", "a", "a/b"):
+        write_shards(tmp_path / "s" / folder, [1])
+    assert open_shards(str(tmp_path / "s" / "**" / "*.tar")).count == 3
+
+
+def test_an_index_gives_the_counts_of_shards_whose_sizes_match(tmp_path: Path, monkeypatch) -> None:
     write_shards(tmp_path, [2, 3])
     sizes = {p.name: p.stat().st_size for p in tmp_path.iterdir()}
     index = {"classes": ["cat", "dog"], "shards": dict.fromkeys(sizes, 50), "bytes": sizes}
@@ -255,11 +278,11 @@ def test_an_index_saves_the_count_and_is_believed_only_if_the_sizes_fit(tmp_path
         (lambda index: {**index, "bytes": {"/train-000.tar": 2}}, "which is not in this folder"),
         (lambda index: {**index, "shards": {"train-000.tar": -2}}, "the count of train-000.tar is -2"),
         (lambda index: {**index, "shards": {"train-000.tar": "2"}}, "the count of train-000.tar is '2'"),
-        (lambda index: {**index, "shards": [2, 3]}, "it lacks the numbers of images and bytes"),
-        (lambda index: None, "damaged"),
+        (lambda index: {**index, "shards": [2, 3]}, "it does not state the images and bytes"),
+        (lambda index: None, "it is nested too deeply"),
     ],
 )
-def test_a_damaged_index_of_ours_is_one_line(
+def test_the_error_for_a_corrupt_index_is_one_line(
     tmp_path: Path, change: Callable[[dict[str, object]], dict[str, object] | None], said: str
 ) -> None:
     write_shards(tmp_path, [2, 3])
@@ -278,7 +301,7 @@ def test_an_index_of_another_tool_is_ignored(tmp_path: Path) -> None:
         assert open_shards(str(tmp_path)).counts == [2, 3]
 
 
-def test_pipes(tmp_path: Path) -> None:
+def test_pipes_give_the_same_samples_as_files(tmp_path: Path) -> None:
     write_shards(tmp_path, [3, 2])
     local = open_shards(str(tmp_path))
     piped = open_shards(f"pipe:cat {tmp_path}/train-{{000..001}}.tar | cat")
@@ -334,7 +357,7 @@ def test_no_file_stays_open(tmp_path: Path, monkeypatch) -> None:
         assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_an_array_is_the_image_where_there_is_no_other(tmp_path: Path) -> None:
+def test_an_array_is_an_image_if_its_key_has_no_other(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a.npy", b"1"), ("a.cls", b"2"), ("b.npy", b"feature"), ("b.png", b"3")])
     samples = list(open_shards(str(tmp_path / "x.tar")).stream(0, 1))
     assert [(s.name, s.data, s.label) for s in samples] == [("x.tar/a.npy", b"1", 2), ("x.tar/b.png", b"3", -1)]

@@ -15,7 +15,7 @@ def test_files_and_folders_get_names_that_differ(tmp_path: Path) -> None:
     write_images(tmp_path / "tree" / "a", 1)
     write_images(tmp_path / "tree" / "b", 1)
     write_images(tmp_path, 2)
-    (tmp_path / "0000.png").rename(tmp_path / "0001.jpg")  # told by its content, as all images are
+    (tmp_path / "0000.png").rename(tmp_path / "0001.jpg")  # the content decides the format
     names = named_photos([tmp_path / "0001.jpg", tmp_path / "0001.png", tmp_path / "tree"])
     assert {path.relative_to(tmp_path).as_posix(): name.as_posix() for path, name in names.items()} == {
         "0001.jpg": "0001_jpg",
@@ -34,7 +34,7 @@ def test_a_missing_photo_is_an_error_and_an_unreadable_one_a_reason(tmp_path: Pa
     assert isinstance(read_photo(tmp_path / "bad.jpg", DEFAULTS), BadImage)
     gone = read_photo(tmp_path / "gone.jpg", DEFAULTS)
     assert isinstance(gone, BadImage)
-    assert "No such file" in gone.reason
+    assert gone.reason == "cannot be opened: No such file or directory"
     pixels = read_photo(write_images(tmp_path / "good", 1) / "0000.png", DEFAULTS)
     assert pixels.shape == (32, 32, 3)
 

@@ -26,7 +26,7 @@ def written(path: Path, form: int) -> Path:
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_both_readers_give_what_pythons_own_gives(tmp_path: Path, form: int) -> None:
+def test_both_readers_agree_with_tarfile(tmp_path: Path, form: int) -> None:
     path = written(tmp_path / "a.tar", form)
     with tarfile.open(path) as tar:
         expected = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers() if m.isfile()]
@@ -43,12 +43,12 @@ def test_both_readers_give_what_pythons_own_gives(tmp_path: Path, form: int) -> 
 
 
 @pytest.mark.parametrize("cut", [100, 600, 1500, -1200])
-def test_a_torn_file_ends_and_says_so(tmp_path: Path, cut: int) -> None:
+def test_a_truncated_tar_ends_early_and_is_reported(tmp_path: Path, cut: int) -> None:
     path = written(tmp_path / "a.tar", tarfile.GNU_FORMAT)
     path.write_bytes(path.read_bytes()[: cut if cut > 0 else -9000 + cut])
     tape = LocalTar(str(path))
     assert len(list(members(tape))) < len(NAMES) + 1
-    assert tape.torn == "is truncated or no tar file"
+    assert tape.torn == "is truncated or not a tar file"
     tape.close()
 
 
@@ -64,7 +64,7 @@ def read(spec: str) -> list[tuple[str, bytes, str]]:
     return [(s.name.partition("/")[2], s.data, s.reason) for s in open_shards(spec).stream(0, 1)]
 
 
-def test_links_have_the_content_of_their_member(tmp_path: Path) -> None:
+def test_links_have_the_content_of_their_target(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     links = [
         ("a/2.png", tarfile.LNKTYPE, "./a/1.png"), ("a/3.png", tarfile.SYMTYPE, "2.png"), ("b/4.png", tarfile.SYMTYPE, "../a/1.png"),
@@ -87,13 +87,13 @@ def test_links_have_the_content_of_their_member(tmp_path: Path) -> None:
     assert (found["5.png"], found["l.png"], len(found)) == (b"6.p", b"lll", 8)
     [note] = open_shards(str(path)).notes
     assert note.startswith("3 images are links to files outside their shard")
-    # What came before has gone by in a pipe: such images are skipped with their reason.
+    # A pipe cannot return to earlier members, so links to them are skipped with a reason.
     reasons = {name: reason for name, _, reason in read(f"pipe:cat {path}") if reason}
     assert len(reasons) == 8 and reasons["a/2.png"].startswith("hard link: ")
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 20])
-def test_an_archive_behind_another_is_read(tmp_path: Path, blocks: int) -> None:
+def test_an_appended_archive_is_read(tmp_path: Path, blocks: int) -> None:
     whole = b""
     for half in (0, 1):
         with tarfile.open(tmp_path / "half.tar", "w") as tar:
@@ -106,9 +106,9 @@ def test_an_archive_behind_another_is_read(tmp_path: Path, blocks: int) -> None:
     expected = [(f"{i}.png", b"%d" % i, "") for i in range(4)]
     assert read(str(tmp_path / "x.tar")) == read(f"pipe:cat {tmp_path}/x.tar") == expected
     (tmp_path / "x.tar").write_bytes(whole + b"other things behind the end" * 100)
-    assert read(str(tmp_path / "x.tar")) == expected, "tar takes no notice of them"
+    assert read(str(tmp_path / "x.tar")) == expected, "tar ignores them too"
     torn = bytearray(whole)
-    torn[4 * 512 + 512 * blocks + 1024] ^= 255  # in a header of the second
+    torn[4 * 512 + 512 * blocks + 1024] ^= 255  # in a header of the second archive
     (tmp_path / "x.tar").write_bytes(torn)
     assert [name for name, *_ in read(str(tmp_path / "x.tar"))] == ["0.png", "1.png", "2.png", ""]
 
@@ -127,7 +127,7 @@ PIECES = [(700, 600), (6300, 2), (len(SPARSE), 0)]
 
 
 def stored(form: str) -> bytes:
-    """A sparse file as `tar -S` stores it."""
+    """Return a sparse file as `tar -S` stores it."""
     data = b"".join(SPARSE[place : place + length] for place, length in PIECES)
     numbers = [number for piece in PIECES for number in piece]
     member = tarfile.TarInfo("GNUSparseFile.1/a.png" if form != "gnu" else "a.png")
@@ -172,7 +172,7 @@ def test_sparse_members_are_read_with_their_zeros(tmp_path: Path, form: str) -> 
     assert read(str(tmp_path / "x.tar")) == read(f"pipe:cat {tmp_path}/x.tar") == expected
     for spec in (str(tmp_path / "x.tar"), f"pipe:cat {tmp_path}/x.tar"):
         samples = list(open_shards(spec).stream(0, 1, max_megabytes=0.005))
-        assert samples[0].reason == "too large: 0 megabytes, over 0.005", "its size counts with the zeros"
+        assert samples[0].reason == "too large: 0.0064 megabytes, over 0.005", "the size includes the zeros"
         assert samples[1].data == b"b"
     assert shards.read_sample(open_shards(str(tmp_path / "x.tar")), "x.tar/a.png") == SPARSE
 

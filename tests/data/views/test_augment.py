@@ -43,7 +43,7 @@ def yes() -> Tensor:
     return torch.ones(1, 1, dtype=torch.bool)
 
 
-def test_nothing_is_the_identity(image: Image.Image) -> None:
+def test_without_operations_the_image_is_unchanged(image: Image.Image) -> None:
     np.testing.assert_allclose(ours(image), np.asarray(image), atol=1e-3)
 
 
@@ -55,7 +55,7 @@ def test_nothing_is_the_identity(image: Image.Image) -> None:
         ("solarize", lambda im: ImageOps.solarize(im, 128)),
     ],
 )
-def test_switches_are_pillows(image: Image.Image, name: str, theirs) -> None:
+def test_single_operations_agree_with_pillow(image: Image.Image, name: str, theirs) -> None:
     assert np.abs(ours(image, **{name: yes()}) - np.asarray(theirs(image), dtype=float)).max() <= 1
 
 
@@ -66,12 +66,12 @@ def test_switches_are_pillows(image: Image.Image, name: str, theirs) -> None:
         (0, 0.61, TF.adjust_brightness, 1, 0.6),
         (1, 1.37, TF.adjust_contrast, 1.5, 0.7),
         (2, 0.82, TF.adjust_saturation, 1.5, 0.7),
-        # Pillow's hue has 256 steps, so its own rounding is the larger part of this.
+        # Most of this is Pillow's own rounding: its hue has 256 steps.
         (3, 0.09, TF.adjust_hue, 15, 1.5),
         (3, -0.1, TF.adjust_hue, 15, 1.5),
     ],
 )
-def test_color_jitter_is_pillows(
+def test_color_jitter_agrees_with_pillow(
     image: Image.Image, column: int, factor: float, theirs, most: float, mean: float
 ) -> None:
     factors = nothing()["factors"]
@@ -89,7 +89,7 @@ def test_hue_equals_torchvisions_without_rounding(image: Image.Image) -> None:
     np.testing.assert_allclose(ours(image, factors=factors), theirs, atol=0.02)
 
 
-def test_the_four_come_in_the_order_drawn(image: Image.Image) -> None:
+def test_jitter_operations_follow_the_drawn_order(image: Image.Image) -> None:
     factors = torch.tensor([[[1.4, 0.6, 1.2, 0.1]]])
     order = torch.tensor([[[3, 1, 0, 2]]], dtype=torch.uint8)
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
@@ -106,7 +106,7 @@ def test_the_four_come_in_the_order_drawn(image: Image.Image) -> None:
 
 
 @pytest.mark.parametrize("radius", [0.1, 0.5, 1.0, 1.5, 2.0])
-def test_blur_is_pillows(image: Image.Image, radius: float) -> None:
+def test_blur_agrees_with_pillow(image: Image.Image, radius: float) -> None:
     theirs = np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=float)
     difference = np.abs(ours(image, radius=torch.full((1, 1), radius)) - theirs)
     assert difference.max() <= 3  # at the border too; Pillow rounds after each of its six passes
@@ -116,7 +116,7 @@ def test_blur_is_pillows(image: Image.Image, radius: float) -> None:
 def blurred(image: Tensor, radius: Tensor) -> Tensor:
     x = image.expand(len(radius), 3, -1, -1).clone()
     _blur(x, _blur_kernels(radius, min(len(image), 32)))
-    # Every channel is a row of one matrix product, whose kernel may add up the last rows in another order.
+    # The channels are rows of one matrix product, which may sum the last rows in another order.
     torch.testing.assert_close(x, x[:, :1].expand_as(x), rtol=0, atol=1e-6)
     return x[:, 0]
 
@@ -124,7 +124,7 @@ def blurred(image: Tensor, radius: Tensor) -> Tensor:
 @pytest.mark.parametrize("size", [8, 31, 32, 33, 96, 100])
 def test_blur_keeps_the_sum_and_has_the_radius_as_its_spread(size: int) -> None:
     radius = torch.linspace(0.1, 2, 10)
-    # Lines that are alike are blurred along themselves only: each with a point of its own, they tell the matrix.
+    # If all lines of an image are equal, the blur acts along them only. Lines with one point give a column of its matrix.
     points = torch.eye(size)
     down = torch.stack([blurred(points[:, [i]].expand(-1, size), radius)[:, :, 0] for i in range(size)], 2)
     matrices = torch.stack([blurred(points[[i]].expand(size, -1), radius)[:, 0] for i in range(size)], 2)
@@ -178,7 +178,7 @@ def test_a_gpu_makes_the_same_views() -> None:
 
 
 @pytest.mark.gpu
-def test_the_host_does_not_wait_for_a_gpu_to_make_views() -> None:
+def test_making_views_on_a_gpu_does_not_block_the_host() -> None:
     generator = torch.Generator().manual_seed(0)
     crops = torch.randint(0, 256, (1, 16, 32, 32, 3), dtype=torch.uint8, generator=generator).cuda()
     drawn = draws(np.random.default_rng(0).random((8, 2, NUMBERS)), [VIEW, VIEW])
@@ -196,7 +196,7 @@ def some_colors(size: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, torch.tensor([0.7, 1.3, 0.6, 1.4, 1.0, 0.9]), torch.tensor([0, 1, 2, 0, 1, 2])
 
 
-def test_the_version_for_the_compiler_gives_the_same_values() -> None:
+def test_the_function_for_torch_compile_gives_the_same_values() -> None:
     x = torch.rand(6, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     x[0, 1], x[1], x[2, :2] = x[0, 0], 0.25, 1.0  # two channels that lead, gray, and a color at its end
     turn, turned = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5, 0.0]), x.clone()
@@ -234,6 +234,6 @@ def test_augmentations_of_any_channels_treat_each_independently() -> None:
     for c in range(13):
         alone = augment(crops[..., c : c + 1], drawn, mean[c : c + 1], std[c : c + 1])
         torch.testing.assert_close(every[:, :, c : c + 1], alone)
-        # And as the same channel thrice, which is gray, with the operations of colors.
+        # A channel repeated three times is gray, so color operations agree too.
         thrice = augment(crops[..., [c, c, c]], drawn, mean[[c, c, c]], std[[c, c, c]])
         torch.testing.assert_close(thrice[:, :, :1], alone)

@@ -29,7 +29,7 @@ VIEW = ViewConfig(size=32, scale=(0.25, 1.0), flip=0.5, jitter=JITTER, gray=0.2,
 
 
 def largest_gap(a: np.ndarray, b: np.ndarray) -> float:
-    """The two-sample Kolmogorov-Smirnov statistic."""
+    """Return the two-sample Kolmogorov-Smirnov statistic."""
     everything = np.sort(np.concatenate([a, b]))
     return float(
         np.abs(
@@ -46,13 +46,13 @@ def boxes_of(n: int, height: int, width: int, scale: tuple[float, float]) -> np.
 
 @pytest.mark.parametrize(("height", "width"), [(224, 224), (300, 500), (500, 180)])
 @pytest.mark.parametrize("scale", [(0.25, 1.0), (0.05, 0.25)])
-def test_boxes_are_distributed_as_torchvisions(height: int, width: int, scale: tuple[float, float]) -> None:
+def test_boxes_have_the_distribution_of_torchvision(height: int, width: int, scale: tuple[float, float]) -> None:
     n = 4000
     ours = boxes_of(n, height, width, scale).astype(float)
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array([RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(n)], dtype=float)
-    # 1.95 is the statistic's limit at one in a thousand.
+    # 1.95 is the critical value at a significance of 0.001.
     limit = 1.95 * math.sqrt(2 / n)
     for of in (lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 3] / b[:, 2], lambda b: b[:, 0], lambda b: b[:, 1]):
         assert largest_gap(of(ours), of(theirs)) < limit
@@ -67,7 +67,7 @@ def test_a_very_long_image_gives_boxes_inside_it(height: int, width: int) -> Non
     assert (boxes[:, 1] + boxes[:, 3] <= width).all()
 
 
-def test_probabilities_and_strengths_are_those_of_the_preset() -> None:
+def test_probabilities_and_strengths_follow_the_preset() -> None:
     n = 20_000
     drawn = draws(np.random.default_rng(0).random((n, 1, NUMBERS)), [VIEW])
     for values, p in ((drawn.flip, 0.5), (drawn.gray, 0.2), (drawn.solarize, 0.2), (drawn.radius > 0, 0.5)):
@@ -82,10 +82,12 @@ def test_probabilities_and_strengths_are_those_of_the_preset() -> None:
     assert largest_gap(radius, np.linspace(0.1, 2.0, 20_000)) < 0.025
     orders, counts = np.unique(drawn.order[0].numpy(), axis=0, return_counts=True)
     assert len(orders) == 24
-    assert ((counts - n / 24) ** 2 / (n / 24)).sum() < 49.7, "chi-squared with 23 degrees, at one in a thousand"
+    assert ((counts - n / 24) ** 2 / (n / 24)).sum() < 49.7, (
+        "chi-squared with 23 degrees of freedom, at a significance of 0.001"
+    )
 
 
-def test_disabled_augmentations_do_not_happen() -> None:
+def test_disabled_augmentations_are_never_drawn() -> None:
     drawn = draws(np.random.default_rng(0).random((50, 1, NUMBERS)), [ViewConfig(size=32, scale=(0.5, 1.0))])
     assert not drawn.flip.any()
     assert not drawn.gray.any()
@@ -131,7 +133,7 @@ def weights(before: int, after: int, resample: str) -> np.ndarray:
 
 
 def resized(pixels: np.ndarray, size: tuple[int, int], resample: str = "bicubic") -> np.ndarray:
-    """An oracle of our own: columns first, and what overshoots 0 to 255 is cut off after each pass, as 8 bits do."""
+    """Resize in float64 as a reference: columns first, clipped to [0, 255] after each pass, as in 8 bits."""
     height, width = pixels.shape[:2]
     wide = np.clip(np.einsum("xw,hwc->hxc", weights(width, size[1], resample), pixels.astype(np.float64)), 0, 255)
     return np.clip(np.einsum("yh,hxc->yxc", weights(height, size[0], resample), wide), 0, 255)
@@ -164,18 +166,18 @@ def test_a_crop_is_an_antialiased_resize(box: tuple[int, ...], size: tuple[int, 
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 140), (140, 100), (57, 57), (300, 301)])
-def test_the_evaluation_view_equals_torchvisions(height: int, width: int) -> None:
+def test_the_evaluation_view_agrees_with_torchvision(height: int, width: int) -> None:
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
     pixels = np.uint8(resized(np.random.default_rng(0).random((9, 9, 3)) * 255, (height, width)))
-    # In floats, which depend on no version of Pillow.
+    # On tensors, because results of Pillow depend on its version.
     view = Compose([Resize(64, InterpolationMode.BICUBIC, antialias=True), CenterCrop(56)])
     theirs = view(torch.from_numpy(pixels).permute(2, 0, 1).double()).clamp(0, 255).numpy()
     assert np.abs(resize_and_center(pixels, 64, 56).numpy() - theirs).max() <= LEVELS
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 100_000), (100_000, 1), (3, 4000)])
-def test_an_extreme_aspect_costs_no_more_than_its_center(height: int, width: int) -> None:
+def test_a_very_long_image_is_cut_before_it_is_resized(height: int, width: int) -> None:
     assert resize_and_center(np.zeros((height, width, 3), dtype=np.uint8), 256, 224).shape == (3, 224, 224)
 
 
@@ -207,7 +209,7 @@ def test_low_resolution_changes_only_sizes() -> None:
             (("global_1", 32), ("global_2", 32), ("local", 16))}  # fmt: skip
     assert small.model_copy(update=back) == views
     kept = views.model_copy(update={"low_resolution": LowResolutionConfig(epochs=2, global_size=24)})
-    assert [view.size for view in kept.phases(7)[0][1].all] == [24, 24, 16, 16, 16], "what is not said stays"
+    assert [view.size for view in kept.phases(7)[0][1].all] == [24, 24, 16, 16, 16], "unset sizes are unchanged"
     without = kept.model_copy(update={"local": None, "global_2": None})
     assert [view.size for view in without.phases(7)[0][1].all] == [24]
 

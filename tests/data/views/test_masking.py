@@ -36,7 +36,7 @@ def touching(where: Where) -> float:
 
 
 def plain_blocks(grid: Grid, count: int, generator: np.random.Generator) -> Where:
-    """BEiT's way, written out: up to ten tries for each block, none after ten that failed."""
+    """Draw blocks as in BEiT: up to ten tries per block, stopping after ten failures."""
     where = np.zeros(grid, dtype=bool)
     tries = 0
     while (left := count - where.sum()) > 0 and tries < 10:
@@ -75,7 +75,7 @@ def test_masked_patches_form_blocks_as_in_beit(grid: Grid) -> None:
         [touching((generator.permutation(grid[0] * grid[1]) < count).reshape(grid)) for count in counts]
     )
     assert ours > 2 * scattered
-    # What is left below the smallest block is scattered, where BEiT puts a block of one or two.
+    # A rest below the smallest block is scattered here, while BEiT adds a block of one or two patches.
     assert abs(ours - beits) < 0.15 * beits
 
 
@@ -84,7 +84,7 @@ def test_a_mask_of_one_block_is_a_rectangle_at_any_place() -> None:
     for index in range(300):
         where = blocks(changed(smallest=6, aspect=(1.5, 1.5)), (5, 4), 6, generator_of(0, 0, index, 0))
         rows, columns = np.flatnonzero(where.any(1)), np.flatnonzero(where.any(0))
-        assert (len(rows), len(columns)) == (3, 2)  # 6 patches, half as tall again as wide
+        assert (len(rows), len(columns)) == (3, 2)  # 6 patches with an aspect of 1.5
         assert where[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
         places.add((rows[0], columns[0]))
     assert places == {(top, first) for top in range(3) for first in range(3)}
@@ -94,7 +94,7 @@ def test_every_patch_is_masked_sometimes() -> None:
     share = np.mean([blocks(MASK, (8, 8), 20, generator_of(0, 0, i, 0)) for i in range(600)], axis=0)
     assert share.min() > 0.03
     assert share.mean() == pytest.approx(20 / 64)
-    # No side is preferred: turned by a quarter it is the same but for chance, which is 0.02 here.
+    # No side is preferred: a quarter turn changes the frequencies only by chance, which is 0.02 here.
     assert np.abs(share - np.rot90(share)).max() < 0.1
 
 
@@ -105,7 +105,7 @@ def test_blocks_depend_only_on_seed_epoch_image_and_view() -> None:
     keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
     assert len({drawn(*key) for key in keys}) == len(keys)
     assert all(drawn(*key) == drawn(*key) for key in keys)
-    # And share no numbers with the image's crops.
+    # They share no random numbers with the crops of the image.
     assert not np.array_equal(generator_of(3, 4, 5, 0).random(8), np.random.default_rng((3, 4, 5)).random(8))
 
 
@@ -121,7 +121,7 @@ def test_batches_of_one_size_have_equally_many_masked_patches(crops: int, share:
         assert counts[-1] == max(1, round(0.5 * patches))
     if len(counts) >= 32 and patches == 196:
         assert np.mean(counts) / patches == pytest.approx(0.3 + 0.2 / len(counts), abs=0.002)
-        # In equal steps: a quarter of them in each quarter of the way from lowest to highest.
+        # Steps are equal: each quarter of the range holds a quarter of the counts.
         quarters, _ = np.histogram(np.array(counts) / patches, bins=4, range=(0.1, 0.5))
         assert quarters.min() >= len(counts) // 4 - 1
 
@@ -136,7 +136,7 @@ def test_masked_counts_are_shuffled_per_batch_and_process() -> None:
     others = [dealt(seed=1), dealt(batch=1), dealt(rank=1)]
     assert not any(dealt().equal(other) for other in others)
     assert all(other.sum() == dealt().sum() for other in others)
-    # Each crop has its turn with each share.
+    # Each crop gets each count at some time.
     often = torch.stack([dealt(batch=batch) for batch in range(400)]).double()
     assert often.mean(0).sub(often.mean()).abs().max() < 4 * often.std() / 20
     assert (often > 0).double().mean(0).sub(0.5).abs().max() < 0.1
@@ -144,7 +144,7 @@ def test_masked_counts_are_shuffled_per_batch_and_process() -> None:
 
 @pytest.mark.parametrize("processes", [2, 3, 6])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5])
-def test_several_processes_mask_like_one(processes: int, share: float) -> None:
+def test_several_processes_get_the_counts_of_one(processes: int, share: float) -> None:
     mask, each = changed(share=share), 192 // processes
     whole = deal(mask, (2, 192), 36, seed=0, batch=5, rank=0)
     parts = [deal(mask, (2, each), 36, seed=0, batch=5, rank=rank) for rank in range(processes)]
@@ -154,11 +154,11 @@ def test_several_processes_mask_like_one(processes: int, share: float) -> None:
     masked = (whole > 0).double()
     assert masked.mean() == pytest.approx(share, abs=0.01)
     if share:
-        assert len({str(group.tolist()) for group in whole.split(32, 1)}) == 6, "each group is dealt anew"
+        assert len({str(group.tolist()) for group in whole.split(32, 1)}) == 6, "each group is shuffled separately"
 
 
 @pytest.mark.parametrize("images", [1, 5, 33, 48])
-def test_batches_of_other_sizes_are_dealt_as_one_group(images: int) -> None:
+def test_a_batch_that_is_no_multiple_of_32_is_one_group(images: int) -> None:
     dealt = deal(MASK, (2, images), 196, seed=0, batch=0, rank=0)
     assert sorted(dealt[dealt > 0].tolist()) == masked_counts(MASK, 2 * images, 196)
     assert dealt.sum() == masked_in_all(MASK, (2, images), 196)
@@ -193,7 +193,7 @@ def test_rows_and_weights_equal_plain_loops(views: int, images: int, share: floa
 
 @pytest.mark.parametrize(("images", "parts"), [(6, 1), (6, 2), (6, 3), (6, 6), (5, 5)])
 @pytest.mark.parametrize("share", [0.2, 0.6])
-def test_parts_are_masks_of_their_own_and_their_mean_is_the_whole(images: int, parts: int, share: float) -> None:
+def test_the_mean_over_split_masks_equals_the_whole(images: int, parts: int, share: float) -> None:
     masks = made(2, images, share=share)
     values = torch.rand(2, images, 20)
     whole = (values.flatten()[masks.rows] * masks.weights).sum()
@@ -228,6 +228,6 @@ class Holder(Config):
         ("aspect", [2.0, 1.0]),
     ],
 )
-def test_settings_without_any_mask_are_an_error(key: str, value: object) -> None:
+def test_invalid_mask_settings_are_an_error(key: str, value: object) -> None:
     with pytest.raises(DinoError, match=rf"mask\.{key}"):
         Holder.parse({"mask": MASK.model_dump() | {key: value}}, "preset x")
