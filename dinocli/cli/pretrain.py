@@ -75,8 +75,8 @@ def pretrain(
         list[str] | None,
         typer.Option(
             metavar="RUN|FILE|timm:NAME",
-            help="Trained network to use as a frozen teacher; also sets teacher.frozen=true. --preset distill-features takes "
-            "any encoder, and several.",
+            help="Trained network to use as a frozen teacher; also sets teacher.frozen=true. --preset distill-features "
+            "takes any encoder, and several.",
             rich_help_panel=RECIPE,
         ),
     ] = None,
