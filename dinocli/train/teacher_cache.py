@@ -33,6 +33,7 @@ from dinocli.train.state import sample_of
 from dinocli.weights.feature_teachers import FeatureTeachers
 
 _AT_ONCE = 64  # images at most per batch of the statistics, so that they do not depend on the batch of the run
+_NOTE_AFTER = 30.0  # seconds between two notes of a long write
 _FACTS, _STATISTICS = "cache.json", "statistics.safetensors"
 _CLASS, _PATCHES = "class", "patches"
 _ROOM = 1.1  # class tokens lie on the disk twice while they are written, and other files need some room
@@ -139,7 +140,7 @@ def prepare_teachers(plan: Plan, method: FeatureDistillation, note: Callable[[st
     facts = check_space(plan)
     if facts is None:
         if not resumed:
-            _fit(plan, method)
+            _fit(plan, method, note)
         return
     if not from_first(facts.stored):
         if size() > 1:
@@ -147,9 +148,9 @@ def prepare_teachers(plan: Plan, method: FeatureDistillation, note: Callable[[st
                 f"{facts.folder} does not exist; a single process must write the teacher's features, not {size()}",
                 "run the same command in one process with --steps 0 and another --out first",
             )
-        _fit(plan, method)
+        _fit(plan, method, note)
         began = time.perf_counter()
-        _write(plan, method, facts.folder)
+        _write(plan, method, facts.folder, note)
         note(f"teacher: wrote {_format(facts.bytes)} of features in {time.perf_counter() - began:.0f} s")
     cache = TeacherCache.open(facts.folder, _count_places(plan), method)
     method.standardizers.load_state_dict(cache.statistics)
@@ -157,12 +158,13 @@ def prepare_teachers(plan: Plan, method: FeatureDistillation, note: Callable[[st
     del method.teachers[:]  # frees their memory
 
 
-def _fit(plan: Plan, method: FeatureDistillation) -> None:
+def _fit(plan: Plan, method: FeatureDistillation, note: Callable[[str], None]) -> None:
     """Set the statistics from the first images of the first epoch, the same ones for any batch size."""
     assert plan.preset.losses.features is not None
     count = plan.source.count or plan.preset.losses.features.statistics
     images = min(plan.preset.losses.features.statistics, count)
     at_once = min(_AT_ONCE, images)
+    note(f"teacher: standardizing its features over {images // at_once * at_once} images")
     loader = _load(plan, at_once)
     with closing(loader), autocast(plan.device, plan.preset.training.precision):
         method.fit_standardizers(islice(loader, images // at_once))
@@ -184,7 +186,7 @@ def _load(plan: Plan, at_once: int, *, in_order: bool = False) -> TrainBatches:
     )
 
 
-def _write(plan: Plan, method: FeatureDistillation, folder: Path) -> None:
+def _write(plan: Plan, method: FeatureDistillation, folder: Path, note: Callable[[str], None]) -> None:
     """Write the features of all fixed views; the folder appears when it is complete."""
     count = _count_places(plan)
     at_once = min(plan.images_each, count)
@@ -196,7 +198,7 @@ def _write(plan: Plan, method: FeatureDistillation, folder: Path) -> None:
             for i in range(len(method.teachers))
         ]
         try:
-            left = count
+            left, noted = count, time.perf_counter()
             for batch in _batches(plan, at_once, -(-count // at_once)):
                 with autocast(plan.device, plan.preset.training.precision):
                     targets = method.targets(batch)
@@ -204,6 +206,9 @@ def _write(plan: Plan, method: FeatureDistillation, folder: Path) -> None:
                     stream.append(_PATCHES, _to_rows(target.patches)[:left])
                     stream.append(_CLASS, _to_rows(target.cls)[:left])
                 left -= at_once
+                if left > 0 and time.perf_counter() - noted > _NOTE_AFTER:
+                    noted = time.perf_counter()
+                    note(f"teacher: wrote the features of {count - left} of {count} views")
             for stream in streams:
                 stream.finish()
         finally:
