@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import write_images, write_run
 from PIL import Image
 
 from dinocli.engine.schedules import Clock
@@ -21,6 +22,7 @@ from dinocli.method.preset import Preset, load_preset
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+from distill_features import measure, presets
 from kernels import Kernel, gaps
 from knn import TEMPERATURE, drawn
 from knn import original as neighbours_of_original
@@ -166,3 +168,22 @@ def test_the_table_of_two_ways_and_of_one_that_cannot_be() -> None:
     code, found, words = table_of("--preset", "resnet50", "--batch-size", "2", "--ways", "original")
     assert code == 1
     assert "vision transformers" in found["rows"][0]["failed"], words
+
+
+def test_a_taught_student_and_one_alone_have_equal_networks_images_and_steps(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for i, name in enumerate(("a", "b")):
+            write_images(tmp_path / "images" / split / name, 8, seed=i)
+    student = "{img_size=48, patch_size=8, embed_dim=12, depth=1, num_heads=2}"
+    options = argparse.Namespace(
+        images=str(tmp_path / "images"), teacher=str(write_run(tmp_path)), preset="tiny", student=student, changes=[],
+        taught=[], steps=10, seeds=1, batch_size=4, workers=0, device="cpu",
+    )  # fmt: skip
+    alone, taught = presets(options)
+    assert alone.training.batch_size == taught.training.batch_size
+    assert alone.training.steps_per_epoch * alone.training.epochs == 10
+    assert taught.training.steps_per_epoch * taught.training.epochs == 10
+    assert alone.backbone.options == taught.backbone.options and alone.backbone.name == taught.backbone.name
+    found = measure(options, tmp_path / "runs")
+    assert [way.partition(" (")[0] for way in found] == ["alone", "taught", "taught, same time", "taught, stored"]
+    assert all(0 <= outcome.knn <= 100 and outcome.seconds > 0 for (outcome,) in found.values())

@@ -30,8 +30,11 @@ from dinocli.core.runs import CHECKPOINT, link_newest, next_folder, runs_of
 from dinocli.method import shipped
 
 if TYPE_CHECKING:
+    from dinocli.method.preset import Preset
     from dinocli.train.cost import Estimate
     from dinocli.train.plan import Plan, Saving
+    from dinocli.weights.feature_teachers import FeatureTeachers
+    from dinocli.weights.frozen_teacher import FrozenTeacher
 
 OnCollapse = Literal["stop", "warn"]
 
@@ -78,10 +81,11 @@ def pretrain(
         ),
     ] = None,
     teacher: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="RUN|FILE",
-            help="Trained network to use as a frozen teacher; also sets teacher.frozen=true.",
+            metavar="RUN|FILE|timm:NAME",
+            help="Trained network to use as a frozen teacher; also sets teacher.frozen=true. --preset distill-features "
+            "takes any encoder, and several.",
             rich_help_panel=RECIPE,
         ),
     ] = None,
@@ -175,6 +179,14 @@ def pretrain(
             rich_help_panel=SPEED,
         ),
     ] = None,
+    cache_teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Store the teachers' features of fixed views once (views.fixed), and read them back in every step.",
+            rich_help_panel=SPEED,
+        ),
+    ] = None,
     parallel: Annotated[
         Literal["ddp", "fsdp"],
         typer.Option(
@@ -205,15 +217,11 @@ def pretrain(
         dino pretrain ./images --from runs/vits16-1 --preset gram-refine
     """
     out = out and output_place(out)
-    for value, option in (
-        (images, "IMAGES"),
-        (init, "--init"),
-        (origin, "--from"),
-        (teacher, "--teacher"),
-        (monitor, "--monitor"),
-    ):
-        refuse_address(value or "", option, "a local path" + " or timm:NAME" * (option == "--init"))
-    _refuse_names(init, teacher)
+    teachers = teacher or []
+    sources = [(images, "IMAGES"), (init, "--init"), (origin, "--from"), (monitor, "--monitor")]
+    for value, option in [*sources, *((source, "--teacher") for source in teachers)]:
+        refuse_address(value or "", option, "a local path" + " or timm:NAME" * (option in ("--init", "--teacher")))
+    _refuse_names(init, teachers)
     if init and origin:
         raise DinoError(
             f"--from {origin} and --init {init} are two starts of one run",
@@ -222,6 +230,7 @@ def pretrain(
     if out and Path(images).is_dir() and out.resolve() == Path(images).resolve():
         raise DinoError(f"--out {out} is the folder of the images", f"use --out runs/{out.resolve().name}")
     cache = _check_cache(cache)
+    cache_teacher = cache_teacher and output_place(cache_teacher, "--cache-teacher")
     short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
     given = [f"{key}={value}" for key, value in short.items() if value is not None]
     _refuse_two_values(given, overrides or [])
@@ -242,12 +251,11 @@ def pretrain(
     from dinocli.train.origin import Origin
     from dinocli.train.plan import Plan, start_clock
     from dinocli.train.resume import unfinished
-    from dinocli.weights.frozen_teacher import FrozenTeacher
 
     before = Origin.read(origin) if origin else None
-    changed = [*(overrides or []), *given, *(["teacher.frozen=true"] if teacher else [])]
+    changed = [*(overrides or []), *given, *(["teacher.frozen=true"] if teachers else [])]
     loaded = load_preset(preset, changed, before.preset, before.peak_lr) if before else load_preset(preset, changed)
-    frozen = FrozenTeacher.read(teacher) if teacher else None
+    frozen = _read_teachers(teachers, loaded)
     same = (loaded, source.fingerprint, init, frozen.fingerprint if frozen else None)
     total = start_clock(loaded, source.count).total
     if steps and steps > total:
@@ -267,6 +275,7 @@ def pretrain(
         workers=default_workers(picked) if workers is None else workers,
         init=init,
         teacher=frozen,
+        teacher_cache=cache_teacher,
         cache=cache,
         accumulate=accumulate,
         saving=_parse_saving(save_every, keep, milestones),
@@ -291,7 +300,28 @@ def pretrain(
         _run(replace(plan, compiled=plan.compiled and compiles(picked, asked=compiled is True)), json)
 
 
-def _refuse_names(init: str | None, teacher: str | None) -> None:
+def _read_teachers(sources: list[str], preset: Preset) -> FrozenTeacher | FeatureTeachers | None:
+    """Read the teachers of --teacher: encoders if the preset compares features, else one network with heads.
+
+    Raises:
+        DinoError: If one cannot be read, or several teach a preset that compares the outputs of heads.
+    """
+    from dinocli.weights.feature_teachers import FeatureTeachers
+    from dinocli.weights.frozen_teacher import FrozenTeacher
+
+    if not sources:
+        return None
+    if preset.losses.features:
+        return FeatureTeachers.read(sources, console.say)
+    if len(sources) > 1:
+        raise DinoError(
+            f"--teacher is set {len(sources)} times; a preset with heads takes one teacher",
+            "--preset distill-features takes several, or keep one --teacher",
+        )
+    return FrozenTeacher.read(sources[0])
+
+
+def _refuse_names(init: str | None, teachers: list[str]) -> None:
     """Refuse a bare model name for --init, and a preset's name for --teacher.
 
     Raises:
@@ -301,9 +331,10 @@ def _refuse_names(init: str | None, teacher: str | None) -> None:
     named = init if init and re.fullmatch(r"[a-z]\w*(\.\w+)?", init) and not init.endswith(weights) else None
     if named and not Path(named).exists():
         raise DinoError(f"--init {init} does not exist here", f"use --init timm:{init} for a model of timm, or a path")
-    if teacher in shipped.names() and not Path(teacher).exists():
-        trained = f"dino pretrain IMAGES --preset {teacher}, then --teacher runs/{teacher}-1"
-        raise DinoError(f"--teacher {teacher} is a preset; expected a trained run", f"train it first: {trained}")
+    for teacher in teachers:
+        if teacher in shipped.names() and not Path(teacher).exists():
+            trained = f"dino pretrain IMAGES --preset {teacher}, then --teacher runs/{teacher}-1"
+            raise DinoError(f"--teacher {teacher} is a preset; expected a trained run", f"train it first: {trained}")
 
 
 def _check_cache(given: str | None) -> str | None:
@@ -389,7 +420,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "learning rate": f"up to {peak_lr(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",
         "start": plan.origin.describe(preset) if plan.origin else plan.init or "random weights",
-        **({"teacher": f"{plan.teacher.source} ({plan.teacher.preset.backbone.name}), frozen"} if plan.teacher else {}),
+        **({"teacher": f"{plan.teacher.describe(preset)}, frozen"} if plan.teacher else {}),
         "out": str(plan.out),
         "compute": f"{cost.flops / 1e9:.3g} GFLOP per image",
         "memory": f"about {console.size(cost.memory)} (an estimate); {console.size(free)} are free: "
@@ -432,9 +463,12 @@ def _list_notes(plan: Plan, *, begun: bool) -> Iterator[str]:
     """Yield the notes to print before a run. A resumed run (`begun`) omits those printed at its start."""
     from dinocli.apps.doctor.inspection import warn_of
     from dinocli.train.plan import cautions, short_stop
+    from dinocli.train.teacher_cache import check_space, describe
 
     if plan.preset.views.low_resolution:
         yield f"views of {_format_views(plan)}: later steps take longer"
+    if facts := check_space(plan):
+        yield describe(facts)
     if not begun:
         yield from warn_of(plan.source, plan.preset.images) if rank() == 0 else ()
         yield from cautions(plan)

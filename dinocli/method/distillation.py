@@ -90,8 +90,8 @@ class SelfDistillation(Method):
 
     @property
     def networks(self) -> list[Network]:
-        """All networks: student, teacher, and, if they are apart, moving average and Gram teacher."""
-        return [each for each in (self.student, self.teacher, self.ema, self.gram) if each is not None]
+        """Networks that a step runs."""
+        return [self.student, self.teacher, *([self.gram] if self.gram else [])]
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -183,7 +183,8 @@ class SelfDistillation(Method):
 
     def units(self) -> list[nn.Module]:
         """Return the blocks of each network, then the network, so that student and average have the same shards."""
-        return [module for network in self.networks for module in (*network.blocks, network)]
+        networks = [*self.networks, *([self.ema] if self.ema else [])]
+        return [module for network in networks for module in (*network.blocks, network)]
 
     def param_groups(self) -> list[ParamGroup]:
         """Return the student's trainable parameters in groups of equal settings.
@@ -209,10 +210,7 @@ class SelfDistillation(Method):
             frozen = self.student.get_submodule(f"heads.{head}").freeze_last_layer_epochs
             return head, 1.0, int(frozen) if rest.startswith("last_layer.") else 0  # type: ignore[arg-type]
         inside = name.removeprefix("backbone.model.")
-        backbone, learning = self.student.backbone, self.learning
-        rate = learning.layer_decay ** (len(backbone.blocks) + 1 - backbone.level(inside)) if backbone.blocks else 1.0
-        rate *= learning.patch_embed if inside.startswith("patch_embed.") else 1.0
-        return "backbone", rate, learning.frozen_epochs
+        return "backbone", self.learning.rate(self.student.backbone, inside), self.learning.frozen_epochs
 
     @torch.no_grad()
     def after_step(self, clock: Clock, done: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +20,7 @@ from dinocli.engine.optim import OptimizerConfig
 from dinocli.engine.schedules import Schedule
 from dinocli.method import shipped, stages
 from dinocli.method.distillation import SelfDistillation
+from dinocli.method.feature_distillation import FeatureDistillation, Teacher
 from dinocli.method.losses import LossesConfig
 from dinocli.method.losses.gram import GramLossConfig
 from dinocli.models.architecture import BackboneConfig
@@ -140,7 +141,7 @@ class Preset(Config):
                 f"the global views have sizes {first.size} and {second.size}; expected one size; "
                 f"it needs views.global_2.size={first.size}"
             )
-        if len(self.views.all) < 2:
+        if len(self.views.all) < 2 and not self.losses.features:
             raise ValueError(
                 "the preset has one view; expected at least two, to predict one from another; it needs views.locals=2"
             )
@@ -154,6 +155,25 @@ class Preset(Config):
                 f"losses.ibot.visible is {self.losses.ibot.visible:g}, and views.mask is not set: without masks all "
                 "patches count equally; it needs losses.ibot.visible=0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_features(self) -> Self:
+        """Check that a preset with `losses.features` has nothing that feature distillation does not use."""
+        if not self.losses.features:
+            return self
+        others = [f"losses.{name}" for name in self.losses.present() if name != "features"]
+        unused = others + [f"heads.{name}" for name in self.heads]
+        unused += [f"views.{name}" for name in ("local", "mask", "low_resolution") if getattr(self.views, name)]
+        if unused:
+            off = " --set ".join(f"{key}=none" for key in unused)
+            raise ValueError(
+                f"losses.features compares whole views alone and excludes {', '.join(unused)}; it needs {off}"
+            )
+        if not self.losses.features.weights:
+            raise ValueError("all weights of losses.features are 0; it needs losses.features.class_cosine=1.0")
+        if not self.teacher.frozen:
+            raise ValueError("losses.features needs frozen teachers; it needs teacher.frozen=true")
         return self
 
     @model_validator(mode="after")
@@ -263,8 +283,11 @@ class Preset(Config):
 
         Raises:
             DinoError: If timm cannot build the backbone, a size of `views.low_resolution` or `views.mixed` does not fit
-                it, or it gives no patches that `losses.gram` could compare.
+                it, it gives no patches that `losses.gram` could compare, or the losses compare features, which needs
+                `feature_method`.
         """
+        if self.losses.features:
+            raise DinoError("losses.features needs teachers, and --teacher is not set", "--teacher timm:NAME")
         student, average = self.network(drop_path=True), self.network()
         _check_low_resolution_sizes(self.views, student.backbone)
         _check_mixed_sizes(self.views, student.backbone)
@@ -276,6 +299,17 @@ class Preset(Config):
         return SelfDistillation(
             student, average, self.losses, self.teacher.momentum, self.backbone.learning, frozen, gram
         )
+
+    def feature_method(self, teachers: Sequence[Teacher]) -> FeatureDistillation:
+        """Build student and moving average with the same fresh weights, and the adaptors to the teachers' features.
+
+        Raises:
+            DinoError: If timm cannot build the backbone.
+        """
+        assert self.losses.features is not None
+        student, average = self.network(drop_path=True), self.network()
+        loss, momentum, learning = self.losses.features, self.teacher.momentum, self.backbone.learning
+        return FeatureDistillation(student, average, teachers, loss, momentum, self.views, learning)
 
     @property
     def clean_scale(self) -> float | None:

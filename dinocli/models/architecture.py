@@ -34,6 +34,12 @@ class LearningConfig(Config):
     patch_embed: float = Field(1.0, gt=0)
     frozen_epochs: int = Field(0, ge=0)
 
+    def rate(self, backbone: Backbone, parameter: str) -> float:
+        """Return the factor on the learning rate of a parameter of a backbone's `model`, by its name."""
+        blocks = len(backbone.blocks)
+        rate = self.layer_decay ** (blocks + 1 - backbone.level(parameter)) if blocks else 1.0
+        return rate * (self.patch_embed if parameter.startswith("patch_embed.") else 1.0)
+
 
 AS_THE_HEADS = LearningConfig()
 
@@ -115,7 +121,8 @@ def create_timm(name: str, **options: Any) -> Any:
         except TypeError:
             return timm.create_model(name, num_classes=0, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise DinoError(f"timm cannot build {name} with {options}: {error}", "change [backbone.options]") from error
+        remove = f"--set backbone.options=none, or options that {name} takes"
+        raise DinoError(f"timm cannot build {name} with {options}: {error}", remove) from error
 
 
 def adapt(model: Any, positions: Positions) -> Backbone:

@@ -18,7 +18,7 @@ _UNIFORM, _ONE_SIDED, _NOTHING = 0.975, 0.02, 0.02
 # Shortest and longest span, in steps. A fresh network gives all images similar outputs for a few hundred steps.
 _STEPS = (50, 300)
 
-Kind = Literal["uniform", "one-sided"]
+Kind = Literal["uniform", "one-sided", "constant"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Collapse:
     """Collapse of a loss.
 
     Attributes:
-        kind: `uniform` if every prototype gets the same share, `one-sided` if one prototype gets everything.
+        kind: `uniform` if every prototype gets the same share, `one-sided` if one prototype gets everything, `constant`
+            if a student of features predicts the same for every image.
         words: One-line description.
         remedy: Suggested change, as command-line options.
     """
@@ -70,7 +71,25 @@ class CollapseDetector:
                 self._reported.add(name)
                 remedy = _suggest_remedy(self.preset, name, loss, kind)
                 new.append(Collapse(kind, self._describe(name, loss, kind), remedy))
-        return new
+        return new + (self._check_features() if self.preset.losses.features else [])
+
+    def _check_features(self) -> list[Collapse]:
+        """Return a new collapse of feature distillation: predictions that do not vary with the teachers' features."""
+        cosines = [
+            sum(figures.get(f"features/{kind}", 0.0) for _, figures in self._lines) / len(self._lines)
+            for kind in ("class", "patch")
+        ]
+        if max(cosines) > _NOTHING:
+            self._reported.discard("features")
+            return []
+        if "features" in self._reported:
+            return []
+        self._reported.add("features")
+        rate = self.preset.optimizer.lr
+        key, value = ("value", rate.value) if isinstance(rate, (Constant, Warmup)) else ("start", rate.start)
+        words = f"constant collapse: for {self.span} steps the student predicts the same features for any image"
+        remedy = f"start again with --out NEW and a lower rate: --set optimizer.lr.{key}={value / 3:.2g}"
+        return [Collapse("constant", f"{words} (losses.features)", remedy)]
 
     def _classify(self, loss: str, most: float) -> Kind | None:
         """Return the kind of a loss's collapse or None, from its mean metrics over the span. `most` is ln K."""

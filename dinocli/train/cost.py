@@ -18,7 +18,7 @@ from dinocli.data.loader.batch import Batch
 from dinocli.data.views.masking import PatchMasks, deal, masked_in_all
 from dinocli.engine.schedules import Clock
 from dinocli.method.distillation import SelfDistillation
-from dinocli.method.preset import Preset
+from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.train.plan import Plan, equal_parts
 
 # Throughput of a whole step, as a fraction of that of a single matrix product. Measured on a CPU: 0.75 in float32, and
@@ -82,14 +82,14 @@ def estimate(plan: Plan) -> Estimate:
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
     image = (four - two) / 2  # bytes grow linearly with the batch
     weights = _bytes(method.student)
-    # The student's weights, gradient, AdamW's two moments and average; a frozen teacher; a Gram teacher; and whatever the
-    # forward pass saves that does not grow with the batch, such as bfloat16 copies of the weights.
-    fixed = (
-        5 * weights
-        + (_bytes(method.teacher) if plan.teacher else 0)
-        + (_bytes(method.gram) if method.gram else 0)
-        + max(0.0, two - 2 * image)
-    )
+    # The student's weights, gradient, AdamW's two moments and average; frozen teachers and the Gram teacher; and whatever
+    # the forward pass saves that does not grow with the batch, such as bfloat16 copies of the weights.
+    fixed: float = 5 * weights + sum(_bytes(method.get_submodule(name)) for name in method.frozen_modules())
+    if isinstance(method, FeatureDistillation):
+        fixed += 4 * _bytes(method.adaptors)  # these have no average
+    elif method.gram:
+        fixed += _bytes(method.gram)
+    fixed += max(0.0, two - 2 * image)
     at_once = plan.images_each // plan.accumulate
     seconds = flops * plan.images_each * plan.stop / _rate(plan)
     return Estimate(
@@ -132,10 +132,10 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
     return None
 
 
-def _flops(method: SelfDistillation, plan: Plan) -> float:
+def _flops(method: SelfDistillation | FeatureDistillation, plan: Plan) -> float:
     """Count the operations per image of a step, on meta tensors, which have gradients on any machine."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        batch = _empty_batch(plan.preset, _grid(plan, method), 2)
+        batch = _empty_batch(plan, _grid(plan, method), 2)
         torch.stack(list(method(*method.parts(batch, 1, _last(plan))).values())).sum().backward()
     return counter.get_total_flops() / 2
 
@@ -162,19 +162,33 @@ def _measure_memory(plan: Plan, images: int) -> tuple[float, float]:
     kind = plan.device.type if plan.device.type == "cuda" else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(kind):
         method = method.to_empty(device=kind)
-        batch = _empty_batch(plan.preset, _grid(plan, method), images)
+        batch = _empty_batch(plan, _grid(plan, method), images)
         with autocast(plan.device, plan.preset.training.precision):
-            (part,) = method.parts(batch, 1, _last(plan))
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                student = method.encode(part)
-                if part.anchored:
-                    method.compare_patches(part, student)
+            targets, outputs = _run_student(method, batch, plan, note)
     weights = _storages(method.parameters())
     clean = [] if batch.clean_crops is None else [batch.clean_crops]
-    waiting = _storages([*part.targets.values(), *batch.crops, *clean])
-    # Logits count once, because the losses overwrite them with their gradient.
-    turn = _storages([*kept.values(), *student.class_logits.values(), *student.masked_logits.values()])
+    waiting = _storages([*targets, *batch.crops, *clean])
+    turn = _storages([*kept.values(), *outputs])
     return sum(waiting.values()), sum(size for key, size in turn.items() if key not in weights | waiting)
+
+
+def _run_student(
+    method: SelfDistillation | FeatureDistillation, batch: Batch, plan: Plan, note: Callable[[Tensor], Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the targets of a batch and the student's outputs; `note` receives the tensors saved for backward."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    if isinstance(method, FeatureDistillation):
+        (features,) = method.parts(batch, 1, _last(plan))
+        with hooks:
+            method(features)
+        return [values for target in features.targets for values in (target.cls, target.patches)], []
+    (part,) = method.parts(batch, 1, _last(plan))
+    with hooks:
+        student = method.encode(part)
+        if part.anchored:
+            method.compare_patches(part, student)
+    # Logits count once, because the losses overwrite them with their gradient.
+    return list(part.targets.values()), [*student.class_logits.values(), *student.masked_logits.values()]
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
@@ -187,8 +201,8 @@ def _last(plan: Plan) -> Clock:
     return replace(plan.clock, step=plan.clock.total - 1)
 
 
-def _empty_batch(preset: Preset, grid: tuple[int, int] | None, images: int) -> Batch:
-    views = preset.views
+def _empty_batch(plan: Plan, grid: tuple[int, int] | None, images: int) -> Batch:
+    views, clean_scale = plan.loaded_views, plan.preset.clean_scale
     c, size, rows, shown = views.channels, views.global_1.size, torch.arange(images, device="cpu"), len(views.globals)
     large, small, masks = torch.empty(shown, images, c, size, size), None, None
     if views.local and views.locals:
@@ -201,13 +215,13 @@ def _empty_batch(preset: Preset, grid: tuple[int, int] | None, images: int) -> B
             counts = deal(views.mask, (shown, images), patches, seed=0, batch=0, rank=0)
         masks = PatchMasks(where, torch.arange(masked), torch.ones(masked), counts)
     clean = None
-    if preset.clean_scale is not None:
-        side = views.clean_size(preset.clean_scale)
+    if clean_scale is not None:
+        side = views.clean_size(clean_scale)
         clean = torch.empty(shown, images, c, side, side)
     return Batch(large, small, rows, masks, clean)
 
 
-def _grid(plan: Plan, method: SelfDistillation) -> tuple[int, int] | None:
+def _grid(plan: Plan, method: SelfDistillation | FeatureDistillation) -> tuple[int, int] | None:
     return method.student.backbone.grid(plan.preset.views.global_1.size)
 
 

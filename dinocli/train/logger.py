@@ -21,6 +21,7 @@ from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.features.encoder import NotFinite
 from dinocli.method.distillation import SelfDistillation
+from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.models.network import Network
 from dinocli.train.collapse import CollapseDetector
 from dinocli.train.knn_monitor import KnnMonitor, steps_between_evaluations
@@ -97,7 +98,7 @@ class Logger:
         self,
         plan: Plan,
         trainer: Trainer,
-        method: SelfDistillation,
+        method: SelfDistillation | FeatureDistillation,
         report: Callable[[Progress], None],
         note: Callable[[str], None],
     ) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.engine.checkpoint import restore_moments
+from dinocli.engine.method import Method
 from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
@@ -98,12 +99,17 @@ class Origin:
             return f"{steps}; the optimizer starts anew, since {preset.optimizer.kind} replaces {self._kind}"
         return f"{steps}, with the state of its optimizer"
 
-    def load(self, method: SelfDistillation) -> None:
+    def load(self, method: Method) -> None:
         """Load student, average and the state of the losses into a method.
 
         Raises:
-            DinoError: If the networks do not fit, or values are not finite.
+            DinoError: If the networks do not fit, values are not finite, or the run has no heads to continue.
         """
+        if not isinstance(method, SelfDistillation):
+            raise DinoError(
+                f"--from {self.source} was trained with losses.features, and a stage continues its heads: it has none",
+                f"--init {self.source} with another preset",
+            )
         if self.saved is None:
             if fresh := start_from(method, self.source):
                 raise DinoError(

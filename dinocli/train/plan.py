@@ -13,13 +13,17 @@ import torch
 from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Source
+from dinocli.data.sources.shards import Shards
+from dinocli.data.views.crops import ViewsConfig
 from dinocli.engine.parallel import Kind
 from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate, Warmup
 from dinocli.method.distillation import SelfDistillation
+from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.method.preset import Preset
 from dinocli.method.stages import check_same_network
 from dinocli.train.origin import Origin
 from dinocli.train.state import StageFacts
+from dinocli.weights.feature_teachers import FeatureTeachers
 from dinocli.weights.frozen_teacher import FrozenTeacher
 
 # Training images per prototype below which a warning is given. The demo's recipe has 75, the paper's 1,950.
@@ -62,7 +66,8 @@ class Plan:
         workers: Number of processes that decode images.
         init: Source of the initial weights, as the user named it.
         origin: Finished run that this run continues, if any.
-        teacher: Frozen teacher, if the preset needs one.
+        teacher: Frozen teacher with heads, or encoders whose features teach, if the preset needs one.
+        teacher_cache: Folder for the teachers' features of fixed views. If None, each step computes them.
         cache: Cache of decoded images: `ram` or a folder. If None, images are decoded in every epoch.
         accumulate: Number of parts of a batch, computed one after another to save memory.
         saving: Schedule of the checkpoints.
@@ -78,7 +83,7 @@ class Plan:
 
     Raises:
         DinoError: If the batch cannot be split evenly over the processes and their parts, `teacher` does not match the
-            preset's `teacher.frozen`, or the run to continue has another network.
+            preset's `teacher.frozen`, its features cannot be stored, or the run to continue has another network.
     """
 
     name: str
@@ -89,7 +94,8 @@ class Plan:
     device: torch.device
     workers: int
     init: str | None
-    teacher: FrozenTeacher | None = None
+    teacher: FrozenTeacher | FeatureTeachers | None = None
+    teacher_cache: Path | None = None
     cache: str | None = None
     accumulate: int = 1
     saving: Saving = Saving()
@@ -110,10 +116,14 @@ class Plan:
                 "teacher.frozen is true, and --teacher is not set"
                 if self.preset.teacher.frozen
                 else "--teacher is set, and teacher.frozen is false",
-                "--teacher RUN" if self.preset.teacher.frozen else "--set teacher.frozen=true",
+                f"--teacher {'timm:NAME' if self.preset.losses.features else 'RUN'}"
+                if self.preset.teacher.frozen
+                else "--set teacher.frozen=true",
             )
         if self.origin:
             check_same_network(self.preset, self.origin.preset, self.origin.source)
+        if self.teacher_cache:
+            self._check_teacher_cache()
         if batch % size():
             raise DinoError(
                 f"a batch of {batch} images cannot be split evenly over {size()} processes",
@@ -156,13 +166,38 @@ class Plan:
                 parts.append((end - first, replace(self, preset=preset)))
         return parts
 
-    def method(self) -> SelfDistillation:
+    def _check_teacher_cache(self) -> None:
+        option = f"--cache-teacher {self.teacher_cache}"
+        if not isinstance(self.teacher, FeatureTeachers):
+            raise DinoError(
+                f"{option} stores the features of teachers without heads; losses.features is not set",
+                "--preset distill-features --teacher timm:NAME, or remove --cache-teacher",
+            )
+        if isinstance(self.source, Shards):
+            raise DinoError(f"{option} needs random access to images; shards are read as a stream", "remove it")
+        if not self.preset.views.fixed:
+            raise DinoError(
+                f"{option} needs fixed views, and every epoch draws new ones",
+                "--set views.fixed=4 for four views of each image, which later epochs repeat",
+            )
+
+    @property
+    def loaded_views(self) -> ViewsConfig:
+        """Views to cut from images: those of the preset, larger if teachers see a larger size."""
+        views = self.preset.views
+        return self.teacher.views(self.preset) if isinstance(self.teacher, FeatureTeachers) else views
+
+    def method(self) -> SelfDistillation | FeatureDistillation:
         """Build the training method with fresh weights.
 
         Raises:
             DinoError: If the backbone does not support the options, or the frozen teacher cannot teach it.
         """
-        method = self.preset.method(self.teacher.network(self.preset) if self.teacher else None)
+        method: SelfDistillation | FeatureDistillation
+        if isinstance(self.teacher, FeatureTeachers):
+            method = self.teacher.method(self.preset)
+        else:
+            method = self.preset.method(self.teacher.network(self.preset) if self.teacher else None)
         if self.recompute:
             method.student.backbone.recompute_blocks()
         return method

@@ -20,6 +20,7 @@ from dinocli.data.loader.train import TrainBatches
 from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import SelfDistillation
+from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.train.interrupts import collect_on_request, stop_signals
 from dinocli.train.knn_monitor import KnnMonitor
 from dinocli.train.logger import Logger, Progress
@@ -27,6 +28,8 @@ from dinocli.train.plan import Plan
 from dinocli.train.resume import find_saved, refuse_taken, resumed_plan
 from dinocli.train.session import Session
 from dinocli.train.state import SavedState, saved_states
+from dinocli.train.teacher_cache import check_space, prepare_teachers
+from dinocli.weights.frozen_teacher import FrozenTeacher
 from dinocli.weights.load import start_from
 
 
@@ -137,33 +140,37 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
         warnings.simplefilter("ignore")  # torch warns that copying to meta tensors has no effect
         with torch.device("meta"):
             method = plan.method()
-        if plan.teacher:
+        if isinstance(plan.teacher, FrozenTeacher) and isinstance(method, SelfDistillation):
             plan.teacher.load(method.teacher)
         if plan.init and not saved:
             start_from(method, plan.init, note)
         if plan.origin and not saved:
             plan.origin.load(method)
+    check_space(plan)
     if plan.monitor:
         KnnMonitor(plan.monitor, plan.preset, plan.workers)
 
 
 def _trainer(
     plan: Plan, saved: SavedState | None, note: Callable[[str], None]
-) -> tuple[Trainer, SelfDistillation, list[str]]:
+) -> tuple[Trainer, SelfDistillation | FeatureDistillation, list[str]]:
     """Return the trainer at its starting step, its method, and the names of heads that start at random."""
     preset = plan.preset
     torch.manual_seed(preset.training.seed)
     method = plan.method()
-    for network in filter(None, (method.student, method.teacher, method.gram)) if plan.compiled else ():
+    for network in method.networks if plan.compiled else ():
         network.compile_blocks()
-    if plan.teacher:
+    if isinstance(plan.teacher, FrozenTeacher) and isinstance(method, SelfDistillation):
         plan.teacher.load(method.teacher)
     fresh = start_from(method, plan.init, note) if plan.init and not saved else []
     if plan.origin and not saved:
         note(f"continuing {plan.origin.describe(preset)}")
         plan.origin.load(method)
+    method = method.to(plan.device)
+    if isinstance(method, FeatureDistillation) and not (saved and saved.state.step >= plan.stop):
+        prepare_teachers(plan, method, note, resumed=saved is not None)
     trainer = Trainer(
-        method.to(plan.device),
+        method,
         preset.optimizer,
         replace(plan.clock, step=saved.state.step if saved else 0),
         batch_size=preset.training.batch_size,
@@ -180,10 +187,10 @@ def _trainer(
     return trainer, method, fresh
 
 
-def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation) -> TrainBatches:
+def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation | FeatureDistillation) -> TrainBatches:
     return TrainBatches(
         plan.source,
-        plan.preset.views,
+        plan.loaded_views,
         batch_size=plan.images_each,
         seed=plan.preset.training.seed,
         images=plan.preset.images,

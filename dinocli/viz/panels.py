@@ -62,8 +62,10 @@ def charts(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> lis
         history: Logged values by key.
         losses: Weight and prototypes of each loss on prototypes, by name.
     """
+    features = _pick(history, {"class tokens": "features/class", "patches": "features/patch"})
     candidates = [
-        *_chart_training(history, losses),
+        *(_chart_features(history, features) if features else []),
+        *_chart_training(history, losses, features=bool(features)),
         *_chart_monitor(history),
         *_chart_schedules(history),
         *_chart_machine(history),
@@ -74,10 +76,32 @@ def charts(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> lis
     return [chart for chart in with_curves if chart.axes]
 
 
-def _chart_training(history: Mapping[str, Curve], losses: Mapping[str, LossFacts]) -> list[Chart]:
+def _chart_features(history: Mapping[str, Curve], cosines: dict[str, Curve]) -> list[Chart]:
+    return [
+        Chart(
+            "Loss",
+            "The weighted distance from the teachers' features falls, fast at first, then slowly. It rises only if the "
+            "learning rate is too high.",
+            [Axis("loss", _pick(history, {"loss": "loss"}))],
+        ),
+        Chart(
+            "Agreement with the teachers",
+            "Cosine between the student's predictions and the teachers' standardized features: 0 if every image gets "
+            "the same prediction, 1 if all are exact. It rises for most of the run, and stays below 1 for a student "
+            "that is smaller than its teachers.",
+            [Axis("cosine", cosines, whole=True)],
+        ),
+    ]
+
+
+def _chart_training(
+    history: Mapping[str, Curve], losses: Mapping[str, LossFacts], *, features: bool = False
+) -> list[Chart]:
     parts = _pick(history, {name: name for name in (*losses, "ibot", "koleo", "gram", "dino")})
     total = _pick(history, {"loss": "loss"})
     curves = total if total and len(parts) < 2 else total | parts
+    if features:  # another chart explains their loss
+        curves = {}
     loss_level = {
         f"ln K = {facts.weight * facts.entropy:.2f}": facts.weight * facts.entropy for facts in losses.values()
     }

@@ -11,6 +11,8 @@ from dinocli.method.preset import Preset
 from dinocli.models.network import Network, load_strictly
 from dinocli.weights.checkpoint import Weights, read_weights
 
+_ITS_FEATURES = "--preset distill-features, which learns from its features"
+
 
 @dataclass(frozen=True)
 class FrozenTeacher:
@@ -35,14 +37,27 @@ class FrozenTeacher:
         Raises:
             DinoError: If the checkpoint does not exist, or another tool wrote it, so that its heads are unknown.
         """
-        weights = read_weights(Path(source))
+        if source.startswith("timm:"):
+            raise DinoError(f"{source} has no heads; this preset compares the outputs of heads", _ITS_FEATURES)
+        try:
+            weights = read_weights(Path(source))
+        except DinoError as error:
+            if error.hint.startswith("timm:"):
+                raise DinoError(error.message, f"{_ITS_FEATURES}: --teacher {error.hint}") from error
+            raise
         if weights.preset is None:
             raise DinoError(
                 f"{source} was not written by this tool, so its heads are unknown; expected a teacher with heads",
-                "--teacher RUN, or a ckpt.safetensors that `dino pretrain` wrote",
+                f"{_ITS_FEATURES}; or --teacher RUN of this tool",
             )
+        if not weights.heads:
+            raise DinoError(f"{source} has no heads; this preset compares the outputs of heads", _ITS_FEATURES)
         heads = {f"{name}.{key}": value for name, head in weights.heads.items() for key, value in head.items()}
         return cls(source, weights.preset, fingerprint(weights.backbone | heads))
+
+    def describe(self, preset: Preset) -> str:
+        """Return the source with the name of its backbone, for a table."""
+        return f"{self.source} ({self.preset.backbone.name})"
 
     def network(self, student: Preset) -> Network:
         """Build the teacher's backbone and the heads that a student's losses read, with random weights.

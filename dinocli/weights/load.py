@@ -24,6 +24,7 @@ from dinocli.core.tensors import fingerprint
 from dinocli.data.images import ImagesConfig
 from dinocli.features.encoder import Encoder, with_images
 from dinocli.method.distillation import SelfDistillation
+from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig, adapt, create_timm
 from dinocli.models.backbone import Backbone
@@ -328,7 +329,9 @@ def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
     return "dino" if as_dino else "bicubic" if tag == "mae" else "antialias"
 
 
-def start_from(method: SelfDistillation, source: str, note: Callable[[str], None] = lambda line: None) -> list[str]:
+def start_from(
+    method: SelfDistillation | FeatureDistillation, source: str, note: Callable[[str], None] = lambda line: None
+) -> list[str]:
     """Load initial weights into the student and its moving average: the backbone, and the heads of equal shape.
 
     Args:

@@ -894,6 +894,35 @@ def test_a_run_can_be_the_frozen_teacher_of_another(dino: Dino, tmp_path: Path) 
     assert "--teacher is not set" in failed.stderr and "hint: --teacher RUN" in failed.stderr
 
 
+def test_the_features_of_any_encoder_teach_any_student(dino: Dino, tmp_path: Path, images: Path) -> None:
+    dino("pretrain", "images", "--preset", "tiny", *SMALL, "--steps", "0", "--no-report", "--out", "large")
+    small = "backbone.options={img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=2}"
+    plan = ["pretrain", "images", "--preset", "distill-features", "--set", small, "--set", "views.global_1.size=16",
+            "--batch-size", "4", "--steps", "2", "--workers", "0", "--device", "cpu", "--no-report"]  # fmt: skip
+    taught = [*plan, "--teacher", "large", "--out", "small", "--set", "views.fixed=2", "--cache-teacher", "features"]
+    dry = dino(*taught, "--dry-run")
+    assert "large (0.0 M parameters, views of 16), frozen" in dry.stdout
+    assert "the teacher's features of all fixed views take 0.1 MB of disk, in features/" in dry.stderr
+    assert not Path("features").exists() and not Path("small").exists()
+    run = dino(*taught)
+    assert "teacher: wrote 0.1 MB of features" in run.stderr
+    dino("extract", "small", "images", "--size", "16", "--device", "cpu", "--workers", "0", "--out", "found")
+    for words, message, hint in (
+        ([*plan, "--set", "views.fixed=2", "--teacher", "large", "--teacher", "large"], "has the weights of", "name it once"),
+        (plan, "--teacher is not set", "--teacher timm:NAME"),
+        ([*plan, "--teacher", "large", "--cache-teacher", "x"], "needs fixed views", "--set views.fixed=4"),
+        ([*plan, "--teacher", "large", "--set", "backbone.options.embed_dim=64"], "a student learns little from", "larger --teacher"),
+        (["pretrain", "images", "--preset", "tiny", *SMALL, "--teacher", "small"], "small has no heads", "--preset distill-features"),
+        (["pretrain", "images", "--preset", "tiny", *SMALL, "--teacher", "timm:resnet18.a1_in1k"], "has no heads", "--preset distill-features"),
+        (["pretrain", "images", "--preset", "tiny", *SMALL, "--teacher", "a", "--teacher", "b"], "is set 2 times", "--preset distill-features"),
+        (["pretrain", "images", "--preset", "tiny", *SMALL, "--cache-teacher", "x"], "losses.features is not set", "--preset distill-features"),
+    ):  # fmt: skip
+        for more in ([], ["--dry-run"]):
+            failed = dino(*words, "--out", "none", *more, code=1)
+            assert message in failed.stderr and hint in failed.stderr.splitlines()[-1], failed.stderr
+    assert not Path("none").exists()
+
+
 def test_match_and_track_draw_and_score(dino: Dino, images: Path) -> None:
     from PIL import Image
 

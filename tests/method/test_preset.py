@@ -419,3 +419,33 @@ def test_a_std_or_window_of_zero_is_refused() -> None:
 def test_a_learning_rate_that_the_batch_size_makes_infinite_is_refused() -> None:
     with pytest.raises(DinoError, match=r"makes optimizer\.lr infinite"):
         load_preset("vits16", ["optimizer.lr.start=1e38", "training.batch_size=1048576"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message", "hint"),
+    [
+        ("losses.koleo.weight=0.1", "excludes losses.koleo", "--set losses.koleo=none"),
+        ("views.local={size=96, scale=[0.1, 0.3]}", "excludes views.local", "--set views.local=none"),
+        (
+            "views.low_resolution={epochs=1, global_size=112}",
+            "excludes views.low_res",
+            "--set views.low_resolution=none",
+        ),
+        ("teacher.frozen=false", "losses.features needs frozen teachers", "--set teacher.frozen=true"),
+        ("losses.features.teacher_size=big", "losses.features.teacher_size", "--set losses.features.teacher_size="),
+        ("views.fixed=0", "views.fixed should be greater than or equal to 1", "--set views.fixed="),
+    ],
+)
+def test_feature_distillation_uses_whole_views_alone(override: str, message: str, hint: str) -> None:
+    with pytest.raises(DinoError, match=re.escape(message)) as error:
+        load_preset("distill-features", [override])
+    assert hint in error.value.hint
+
+
+def test_feature_distillation_has_no_weights_or_no_teachers_to_build() -> None:
+    off = [f"losses.features.{name}=0" for name in ("class_cosine", "patch_cosine", "patch_smooth_l1")]
+    with pytest.raises(DinoError, match=r"all weights of losses\.features are 0"):
+        load_preset("distill-features", off)
+    with pytest.raises(DinoError, match="needs teachers") as error:
+        load_preset("distill-features").method()
+    assert error.value.hint == "--teacher timm:NAME"

@@ -158,3 +158,15 @@ def test_equal_targets_for_all_patches_are_reported(temperature: str, noticed: b
     pretrain(replace(flat, preset=load_preset("tiny-dinov2", [*SMALL, *heads, *dull])), lambda p: None, said.append)
     assert len([line for line in said if "uniform collapse" in line and "(losses.ibot)" in line]) == noticed
     assert len([line for line in said if "--set losses.ibot.targets.temperature" in line]) == noticed
+
+
+def test_a_student_of_features_that_predicts_the_same_for_every_image_is_reported_once() -> None:
+    detector = CollapseDetector(load_preset("distill-features"), 400)
+    found = []
+    for i in range(30):
+        found += detector.update(10 * i, {"features/class": 0.01, "features/patch": -0.01})
+    (collapse,) = found
+    assert collapse.kind == "constant" and "for 100 steps the student predicts the same" in collapse.words
+    assert collapse.remedy.endswith("--set optimizer.lr.start=0.00017")
+    for i in range(30, 60):
+        assert detector.update(10 * i, {"features/class": 0.3, "features/patch": 0.01}) == []

@@ -30,6 +30,8 @@ def history(*keys: str) -> dict[str, Curve]:
         ("feature_std", "Spread of the features"),
         ("grad_norm", "Gradient norm"),
         ("skipped", "Skipped steps"),
+        ("features/class", "Agreement with the teachers"),
+        ("features/patch", "Agreement with the teachers"),
         ("knn", "k-NN accuracy"),
         ("rank", "Features without labels"),
         ("uniformity", "Features without labels"),
@@ -65,3 +67,9 @@ def test_the_collapse_line_is_at_ln_k() -> None:
     axis = charts(history("dino/teacher_entropy"), {"dino": LossFacts(2.0, 1024)})[0].axes[0]
     assert axis.marks == {"ln K = 6.93": math.log(1024)}
     assert charts(history("loss"), {})[0].axes[0].marks == {}, "no line for an unknown preset"
+
+
+def test_feature_distillation_has_its_own_chart_of_the_loss() -> None:
+    drawn = charts(history("loss", "features/class", "features/patch"), {})
+    assert [chart.title for chart in drawn] == ["Loss", "Agreement with the teachers"]
+    assert "prototypes" not in drawn[0].healthy

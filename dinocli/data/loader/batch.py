@@ -29,6 +29,9 @@ class Batch:
         masks: Masked patches of the student's global crops, or None without masking.
         clean_crops: The global crops once more, possibly larger: the same parts of the images with the same flips, but
             no change of color, blur or mask. None if no loss needs them. [G, B, C, H', W']
+        places: Row of each image's views in a list of all fixed views: draw * images + number, on the host. None unless
+            `views.fixed` is set for images in files. Views of an image that replaces an unreadable one keep the row of
+            the unreadable one. [B]
     """
 
     global_crops: Tensor
@@ -36,6 +39,7 @@ class Batch:
     rows: Tensor
     masks: PatchMasks | None = None
     clean_crops: Tensor | None = None
+    places: Tensor | None = None
 
     @property
     def crops(self) -> list[Tensor]:
@@ -50,7 +54,8 @@ class Batch:
         locals_ = [None] * count if self.local_crops is None else self.local_crops.chunk(count, 1)
         masks = [None] * count if self.masks is None else self.masks.split(count)
         clean = [None] * count if self.clean_crops is None else self.clean_crops.chunk(count, 1)
-        return [Batch(*part) for part in zip(globals_, locals_, rows, masks, clean, strict=True)]
+        places = [None] * count if self.places is None else self.places.chunk(count)
+        return [Batch(*part) for part in zip(globals_, locals_, rows, masks, clean, places, strict=True)]
 
 
 @dataclass

@@ -54,7 +54,8 @@ class Cutter:
         self.resamples = [v.resample for v in views.all]
 
     def numbers(self, epoch: int, row: int) -> tuple[Floats, np.random.Generator]:
-        return uniforms(self.seed, epoch, row, len(self.scale))
+        draw = epoch % self.views.fixed if self.views.fixed else epoch
+        return uniforms(self.seed, draw, row, len(self.scale))
 
     def tries(self, numbers: Floats) -> list[list[Tries]]:
         return crop_tries(numbers, self.scale)

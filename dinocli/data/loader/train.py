@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dinocli.core.errors import DinoError
@@ -53,6 +54,8 @@ class TrainBatches:
             masked patches per crop depends on seed, batch and the image's place in it (and on the number of processes,
             unless each has a multiple of 32 images). Their positions depend on seed, epoch and the image's number.
         clean: Side of clean crops relative to the global crops'. If None, there are no clean crops.
+        in_order: True to yield the fixed views of all images by place instead of shuffling: each once, then again from
+            the first.
 
     Attributes:
         bad: Files that cannot be read.
@@ -79,13 +82,21 @@ class TrainBatches:
         compiled: bool = False,
         grid: Callable[[int], Grid | None] = lambda size: None,
         clean: float | None = None,
+        in_order: bool = False,
     ) -> None:
         self._compiled = compiled
         self.bad = BadFiles()
         self._source, self._views, self._device, self._seen = source, views, device, 0
         self._batch_size = batch_size
+        known = views.fixed and not isinstance(source, Shards)
+        places = {"places": ring.Field((batch_size,), torch.int64)} if known else {}
         phases = [
-            (first, view_fields(those, batch_size, clean) | mask_fields(those, batch_size, grid(those.global_1.size)))
+            (
+                first,
+                view_fields(those, batch_size, clean)
+                | mask_fields(those, batch_size, grid(those.global_1.size))
+                | places,
+            )
             for first, those in ([(0, mix) for _, mix in views.mixes] or views.phases(steps_per_epoch))
         ]
         cutter = Cutter(views, seed, images)
@@ -103,7 +114,7 @@ class TrainBatches:
             make = partial(_stream_filler, cutter, source, batch_size, start, workers, shard)
         else:
             make = partial(_image_filler, cutter, source, kept)
-        order = _Order(source, batch_size, seed, shard, views.mask)
+        order = _Order(source, batch_size, seed, shard, views.mask, views.fixed, in_order=in_order)
         self._ring = Ring(
             phases,
             batch_size=batch_size,
@@ -134,6 +145,7 @@ class TrainBatches:
             self._count(bad)
             drawn = Draws(*(arrays[name].clone() for name in Draws._fields))
             rows = arrays["keys"][:, 1].clone()
+            places = arrays["places"].clone() if "places" in arrays else None
             masks = copier.masks(PatchMasks.of(arrays["where"].flatten(2).clone())) if "where" in arrays else None
             groups = [copier(arrays[name]) for name in ("globals", "locals") if arrays[name].numel()]
             clean = copier(arrays["clean"]) if "clean" in arrays else None
@@ -146,7 +158,7 @@ class TrainBatches:
             if clean is not None:
                 clean = augment(clean, drawn.flips_only(n), mean, std)
             copier.done(slot, self._ring.release)
-            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks, clean)
+            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks, clean, places)
 
     def _count(self, bad: list[tuple[str, str]]) -> None:
         self.bad.reasons.update(bad)
@@ -233,10 +245,19 @@ class _Order:
     """
 
     def __init__(
-        self, source: Source, batch_size: int, seed: int, shard: Shard, mask: MaskConfig | None = None
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int,
+        shard: Shard,
+        mask: MaskConfig | None = None,
+        fixed: int | None = None,
+        *,
+        in_order: bool = False,
     ) -> None:
         self.images = None if isinstance(source, Shards) else len(source)
         self.batch_size, self.seed, self.shard, self.mask = batch_size, seed, shard, mask
+        self.fixed, self.in_order = fixed, in_order
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def write(self, slot: dict[str, Tensor], batch: int) -> None:
@@ -248,12 +269,25 @@ class _Order:
         if self.images is None:
             return
         whole = self.batch_size * self.shard.processes
+        if self.in_order and self.fixed:
+            first = batch * whole + self.shard.rank * self.batch_size
+            self._write_places(slot, np.arange(first, first + self.batch_size) % (self.fixed * self.images))
+            return
         epoch, place = divmod(batch, self.images // whole)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch, _ORDER)).permutation(self.images)
         first = place * whole + self.shard.rank * self.batch_size
         slot["keys"][:, 0] = epoch
-        slot["keys"][:, 1] = torch.from_numpy(self._order[first : first + self.batch_size])
+        rows = torch.from_numpy(self._order[first : first + self.batch_size])
+        slot["keys"][:, 1] = rows
+        if self.fixed:  # the worker changes the number of an unreadable image in the keys
+            slot["places"].copy_(epoch % self.fixed * self.images + rows)
+
+    def _write_places(self, slot: dict[str, Tensor], places: NDArray[np.int64]) -> None:
+        assert self.images is not None
+        slot["places"].copy_(torch.from_numpy(places))
+        slot["keys"][:, 0] = slot["places"] // self.images
+        slot["keys"][:, 1] = slot["places"] % self.images
 
 
 # No image has this number, so the order shares no random numbers with the views of an image.

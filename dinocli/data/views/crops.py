@@ -137,6 +137,8 @@ class ViewsConfig(Config):
         mask: Masking of the student's global views. If None, nothing is masked.
         low_resolution: Smaller crops in the first epochs. If None, all epochs use the same sizes.
         mixed: Crop sizes that are drawn anew for each step, instead of those of the views. If empty, sizes stay.
+        fixed: Number of epochs with views of their own; later epochs repeat these views in turn. If None, every epoch
+            draws new views.
     """
 
     mean: tuple[float, ...]
@@ -148,6 +150,7 @@ class ViewsConfig(Config):
     mask: MaskConfig | None = None
     low_resolution: LowResolutionConfig | None = None
     mixed: tuple[MixedSizesConfig, ...] = ()
+    fixed: int | None = Field(None, ge=1)
 
     def phases(self, steps_per_epoch: int) -> list[tuple[int, ViewsConfig]]:
         """Return pairs of first step and views: one phase, or low resolution followed by full size.

@@ -8,21 +8,26 @@ from torch import nn
 
 from dinocli.core.config import Config
 from dinocli.method.losses.dino import DinoLossConfig
+from dinocli.method.losses.features import FeaturesLossConfig
 from dinocli.method.losses.gram import GramLossConfig
 from dinocli.method.losses.ibot import IbotLossConfig
 from dinocli.method.losses.koleo import KoleoLossConfig
 from dinocli.method.losses.targets import PrototypeLossConfig
 
-LossConfig = PrototypeLossConfig | KoleoLossConfig | GramLossConfig
+LossConfig = PrototypeLossConfig | KoleoLossConfig | GramLossConfig | FeaturesLossConfig
 
 
 class LossesConfig(Config):
-    """Losses of a run, one optional field each. A loss without a table in the preset is not computed."""
+    """Losses of a run, one optional field each. A loss without a table in the preset is not computed.
+
+    `features` belongs to another method, feature distillation, and excludes the others.
+    """
 
     dino: DinoLossConfig | None = None
     ibot: IbotLossConfig | None = None
     koleo: KoleoLossConfig | None = None
     gram: GramLossConfig | None = None
+    features: FeaturesLossConfig | None = None
 
     def present(self) -> dict[str, LossConfig]:
         """Return the selected losses, by name."""

@@ -327,3 +327,55 @@ def test_the_views_of_an_image_in_a_shard_do_not_depend_on_workers(shards: Path)
     assert len(both) > 6
     for row in both:
         torch.testing.assert_close(alone[row], two[row], rtol=0, atol=1e-5)
+
+
+def test_fixed_views_repeat_after_their_epochs_and_keep_their_place(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "x", 8, size=40)
+    fixed = VIEWS.model_copy(update={"fixed": 2})
+    epochs = [{}, {}, {}, {}]
+    for i, batch in enumerate(take(folder, 8, views=fixed)):
+        for b, (row, place) in enumerate(zip(batch.rows.tolist(), batch.places.tolist(), strict=True)):
+            assert place == i // 2 % 2 * 8 + row
+            epochs[i // 2][row] = batch.global_crops[:, b], batch.local_crops[:, b]
+    for row in range(8):
+        for one, other, same in ((0, 2, True), (1, 3, True), (0, 1, False)):
+            pairs = zip(epochs[one][row], epochs[other][row], strict=True)
+            assert all(torch.equal(a, b) == same for a, b in pairs)
+    free = take(folder, 4)
+    assert all(batch.places is None for batch in free)
+    assert torch.equal(free[0].global_crops, take(folder, 1, views=fixed)[0].global_crops), (
+        "the first epoch is the same"
+    )
+    parts = take(folder, 1, views=fixed)[0].split(2)
+    assert torch.cat([part.places for part in parts]).equal(take(folder, 1, views=fixed)[0].places)
+
+
+def test_fixed_views_in_order_are_those_of_training(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "x", 5, size=40)
+    fixed = VIEWS.model_copy(update={"fixed": 3})
+    shuffled = {}
+    for batch in take(folder, 15, views=fixed, batch_size=1):
+        shuffled[int(batch.places)] = batch.global_crops[:, 0]
+    assert set(shuffled) == set(range(15))
+    stream = TrainBatches(open_source(str(folder)), fixed, batch_size=4, seed=0, device=CPU, in_order=True)
+    batches = list(islice(stream, 4))
+    stream.close()
+    assert torch.cat([batch.places for batch in batches]).tolist() == [*range(15), 0]
+    for batch in batches:
+        for b, place in enumerate(batch.places.tolist()):
+            assert int(batch.rows[b]) == place % 5
+            assert torch.equal(batch.global_crops[:, b], shuffled[place])
+
+
+def test_the_views_of_an_unreadable_image_keep_its_place(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "x", 30, size=40)
+    (folder / "0004.png").write_bytes(b"no image")
+    fixed = VIEWS.model_copy(update={"fixed": 1})
+    found = [
+        (int(row), batch.global_crops[:, b])
+        for batch in take(folder, 30, views=fixed, batch_size=2)
+        for b, (row, place) in enumerate(zip(batch.rows, batch.places, strict=True))
+        if place == 4
+    ]
+    assert len(found) == 2 and found[0][0] == found[1][0] != 4, "the same image replaces it in every epoch"
+    assert torch.equal(found[0][1], found[1][1])
