@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import tomllib
 from collections.abc import Iterator
@@ -112,6 +113,13 @@ def _explain_value_for_table(key: str, typed: str, table: dict[str, Any]) -> Din
     same_type = [name for name, inner in table.items() if isinstance(inner, (int, float) if number else str)]
     names = same_type or [name for name, inner in table.items() if not isinstance(inner, dict)] or list(table)
     return DinoError(message, " or ".join(f"--set {key}.{name}={typed}" for name in names[:3]))
+
+
+def format_toml(value: Any) -> str:
+    """Format a value as TOML, for `--set`. Only tables differ from JSON; None becomes `none`."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}={format_toml(inner)}' for key, inner in value.items() if inner is not None)}}}"
+    return "none" if value is None else json.dumps(value)
 
 
 def is_number(text: str) -> bool:

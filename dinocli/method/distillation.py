@@ -15,9 +15,10 @@ from dinocli.data.loader.batch import Batch
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method.losses import LossesConfig
-from dinocli.method.losses.gram import downsampled
+from dinocli.method.losses.gram import Anchor, downsampled
 from dinocli.models.architecture import AS_THE_HEADS, LearningConfig
 from dinocli.models.network import Encoding, Network
+from dinocli.models.trained import effective_weights
 
 
 @dataclass(frozen=True)
@@ -152,14 +153,15 @@ class SelfDistillation(Method):
         return loss
 
     @torch.no_grad()
-    def _encode_anchor(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
-        """Return the Gram teacher's patch tokens of the clean crops, on the student's grid. [G, b, N, D]"""
+    def _encode_anchor(self, batch: Batch, grid: tuple[int, int]) -> Anchor:
+        """Return the Gram teacher's tokens of the clean crops, with patches on the student's grid."""
         assert self.gram is not None
         if batch.clean_crops is None:
             raise ValueError("losses.gram needs the clean crops of a batch")
         # Nothing here depends on the other images, so it is computed for a part at a time, to save memory.
         anchor = self.gram([batch.clean_crops], with_patches=True)
-        return downsampled(anchor.patches.flatten(0, 1), anchor.grid, grid).unflatten(0, anchor.patches.shape[:2])
+        patches = downsampled(anchor.patches.flatten(0, 1), anchor.grid, grid)
+        return Anchor(anchor.cls, patches.unflatten(0, anchor.patches.shape[:2]))
 
     def metrics(self, parts: Sequence[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
         """Return metrics of training: those of each loss as `<loss>/<metric>`, `feature_std` and `momentum`.
@@ -218,7 +220,7 @@ class SelfDistillation(Method):
         # Only parameters, as in the original: the average's BatchNorm keeps its own statistics.
         # With FSDP each process averages its own shards; `units` shards both networks in the same way.
         average = local(list(self.average.parameters()))
-        student = local(list(self.student.parameters()))
+        student = local(effective_weights(self.student, self.average))
         # In a skipped step the weight is 0, because a Python `if` on `done` would make the host wait for the device.
         weight = (1 - self.momentum.at(clock)) * done.to(average[0].dtype)
         torch._foreach_lerp_(average, student, [weight] * len(average))

@@ -27,6 +27,7 @@ from dinocli.method.losses.features import (
 from dinocli.models.architecture import AS_THE_HEADS, LearningConfig
 from dinocli.models.backbone import Backbone, Tokens
 from dinocli.models.network import Network
+from dinocli.models.trained import effective_weights
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,8 @@ class FeatureDistillation(Method):
 
         The average never sees an image here, so it has no statistics of its own as it has in self-distillation.
         """
-        average, student = local(list(self.average.parameters())), local(list(self.student.parameters()))
+        average = local(list(self.average.parameters()))
+        student = local(effective_weights(self.student, self.average))
         weight = (1 - self.momentum.at(clock)) * done.to(average[0].dtype)
         torch._foreach_lerp_(average, student, [weight] * len(average))
         for own, new in zip(self.average.buffers(), self.student.buffers(), strict=True):

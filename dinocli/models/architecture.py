@@ -15,6 +15,7 @@ from dinocli.core.errors import DinoError, nearest
 from dinocli.models.backbone import Backbone
 from dinocli.models.generic import GenericBackbone
 from dinocli.models.positions import Positions
+from dinocli.models.trained import ALL_WEIGHTS, Trained
 from dinocli.models.transformer import RotaryBackbone, Transformer, ViTBackbone
 
 
@@ -26,6 +27,7 @@ class LearningConfig(Config):
             before the first block.
         patch_embed: Factor on the patch embedding's learning rate, on top of `layer_decay`.
         frozen_epochs: Initial epochs in which only the heads learn.
+        trained: Trained weights of the backbone.
 
     Source: facebookresearch/dinov2@b8931f7 dinov2/utils/param_groups.py.
     """
@@ -33,6 +35,7 @@ class LearningConfig(Config):
     layer_decay: float = Field(1.0, gt=0, le=1)
     patch_embed: float = Field(1.0, gt=0)
     frozen_epochs: int = Field(0, ge=0)
+    trained: Trained = ALL_WEIGHTS
 
     def rate(self, backbone: Backbone, parameter: str) -> float:
         """Return the factor on the learning rate of a parameter of a backbone's `model`, by its name."""

@@ -19,6 +19,7 @@ from dinocli.data.views.masking import PatchMasks, deal, masked_in_all
 from dinocli.engine.schedules import Clock
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
+from dinocli.models.trained import train_only
 from dinocli.train.plan import Plan, equal_parts
 
 # Throughput of a whole step, as a fraction of that of a single matrix product. Measured on a CPU: 0.75 in float32, and
@@ -74,6 +75,7 @@ def estimate(plan: Plan) -> Estimate:
     """
     with torch.device("meta"):
         method = plan.method()
+        train_only(method.student.backbone, plan.preset.backbone.learning.trained)
     phases = plan.phases
     total = sum(steps for steps, _ in phases)
     flops = sum((steps / total if total else 1 / len(phases)) * _flops(method, part) for steps, part in phases)
@@ -82,9 +84,12 @@ def estimate(plan: Plan) -> Estimate:
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
     image = (four - two) / 2  # bytes grow linearly with the batch
     weights = _bytes(method.student)
-    # The student's weights, gradient, AdamW's two moments and average; frozen teachers and the Gram teacher; and whatever
-    # the forward pass saves that does not grow with the batch, such as bfloat16 copies of the weights.
-    fixed: float = 5 * weights + sum(_bytes(method.get_submodule(name)) for name in method.frozen_modules())
+    # The student's weights and average; gradient and AdamW's two moments of what is trained; frozen teachers and a Gram
+    # teacher; and whatever the forward pass saves that does not grow with the batch, such as copies in bfloat16.
+    trained = sum(p.numel() * p.element_size() for p in method.student.parameters() if p.requires_grad)
+    fixed: float = (
+        2 * weights + 3 * trained + sum(_bytes(method.get_submodule(name)) for name in method.frozen_modules())
+    )
     if isinstance(method, FeatureDistillation):
         fixed += 4 * _bytes(method.adaptors)  # these have no average
     elif method.gram:
@@ -159,6 +164,7 @@ def _measure_memory(plan: Plan, images: int) -> tuple[float, float]:
 
     with torch.device("meta"):
         method = plan.method()
+        train_only(method.student.backbone, plan.preset.backbone.learning.trained)
     kind = plan.device.type if plan.device.type == "cuda" else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(kind):
         method = method.to_empty(device=kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from dinocli.data.sources.listing import Names
 from dinocli.data.sources.open import Images, TorchvisionImages, splits
 from dinocli.data.views.augment import normalize
 from dinocli.data.views.crops import ViewsConfig
-from dinocli.evals.knn import knn
+from dinocli.evals.knn import is_correct
 from dinocli.features.encoder import checked
 from dinocli.features.store import Features, Provenance, compared
 from dinocli.method.preset import Preset
@@ -33,6 +34,21 @@ _COST, _SHARE = 0.15, 0.05
 _EVALUATIONS = 20  # per run
 
 
+class Answers(NamedTuple):
+    """k-NN accuracy of a network on a labelled set, and its answers on two separate sets of images.
+
+    Attributes:
+        accuracy: Accuracy on the test images, or on all images of a set without a test split, in percent.
+        selection: True for each correctly classified image for choosing the best of several networks: the training
+            images, each classified by the others; or, in a set without a test split, every second image. [S]
+        verdict: The same for comparing the chosen network with another: the test images, or the other half. [V]
+    """
+
+    accuracy: float
+    selection: NDArray[np.bool_]
+    verdict: NDArray[np.bool_]
+
+
 class KnnMonitor:
     """k-NN evaluation on a labelled set, which is decoded once at the size of the global views.
 
@@ -40,6 +56,7 @@ class KnnMonitor:
         spec: Folder of class folders, or of `train` and `val` folders that contain class folders.
         preset: Preset of the evaluated networks.
         workers: Number of decoding processes.
+        most: Largest number of images per split, balanced over the classes.
 
     Attributes:
         measured: Number of images classified per evaluation.
@@ -48,7 +65,7 @@ class KnnMonitor:
         DinoError: If the set does not exist, has no labels, or has too few classes or images for k-NN.
     """
 
-    def __init__(self, spec: str, preset: Preset, workers: int) -> None:
+    def __init__(self, spec: str, preset: Preset, workers: int, most: int = _IMAGES) -> None:
         self.views = preset.views
         self._parts: dict[str, tuple[Tensor, Features]] = {}
         for name, source in splits(spec).items():
@@ -56,7 +73,7 @@ class KnnMonitor:
                 raise DinoError(
                     f"--monitor needs images in class folders; {source.where} has none", "DIR/CLASS/*, or no --monitor"
                 )
-            self._parts[name] = self._decode(_sample(source, _IMAGES), preset, workers)
+            self._parts[name] = self._decode(_sample(source, most), preset, workers)
         train, test = compared({name: plain for name, (_, plain) in self._parts.items()})
         counts = np.bincount(train.labels)
         classes, most = int(np.count_nonzero(counts)), int(counts.max())
@@ -75,14 +92,19 @@ class KnnMonitor:
         """Number of images encoded per evaluation."""
         return sum(len(pixels) for pixels, _ in self._parts.values())
 
-    def evaluate(self, network: Network) -> float:
-        """Return the k-NN accuracy in percent. The network is not changed."""
+    def evaluate(self, network: Network) -> Answers:
+        """Classify the images by k-NN. The network is not changed."""
         found = {
             name: replace(plain, values=class_tokens(network, pixels, self.views).numpy())
             for name, (pixels, plain) in self._parts.items()
         }
         train, test = compared(found)
-        return knn(train, test, [self._k]).scores[0].top1
+        others = min(self._k, len(train) - 1)
+        alone = is_correct(train, None, others) if others else np.zeros(len(train), np.bool_)
+        if test is None:  # in the order of the classes, so that every second image is of all classes
+            return Answers(100 * float(alone.mean()), alone[::2], alone[1::2])
+        tested = is_correct(train, test, self._k)
+        return Answers(100 * float(tested.mean()), alone, tested)
 
     def _decode(self, source: Images, preset: Preset, workers: int) -> tuple[Tensor, Features]:
         size, pixels, names, labels = preset.views.global_1.size, [], [], []

@@ -23,6 +23,7 @@ from dinocli.features.encoder import NotFinite
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.models.network import Network
+from dinocli.train.best import BestWeights
 from dinocli.train.collapse import CollapseDetector
 from dinocli.train.knn_monitor import KnnMonitor, steps_between_evaluations
 from dinocli.train.plan import Plan
@@ -109,6 +110,7 @@ class Logger:
         first = rank() == 0  # only the first process evaluates and writes
         labelled = plan.monitor if first else None
         self._monitor = KnnMonitor(labelled, plan.preset, plan.workers) if labelled else None
+        self._best_weights = BestWeights(plan.out, plan.preset) if labelled and plan.keep_best else None
         self._photos = Photos.of(plan.source, plan.preset) if first and plan.report else None
         images = (self._monitor.images if self._monitor else 0) + (len(self._photos.pool) if self._photos else 0)
         images = from_first(images)
@@ -160,8 +162,11 @@ class Logger:
         found: dict[str, float] = {}
         average = self._average()
         if self._monitor:
-            self.knn = self._monitor.evaluate(average)
+            answers = self._monitor.evaluate(average)
+            self.knn = answers.accuracy
             found["knn"] = round(self.knn, 3)
+            if self._best_weights:
+                self._best_weights.update(answers, average, self.trainer.clock.step)
             self._warn_of_a_fall(self.knn, self._monitor.measured)
         if self._photos:
             try:

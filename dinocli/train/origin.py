@@ -110,6 +110,11 @@ class Origin:
                 f"--from {self.source} was trained with losses.features, and a stage continues its heads: it has none",
                 f"--init {self.source} with another preset",
             )
+        if self.preset.backbone.learning.trained.kind == "lora":
+            raise DinoError(
+                f"--from {self.source} was trained with LoRA, whose additions a stage does not continue",
+                f"--init {self.source} with another preset, which starts from the merged weights",
+            )
         if self.saved is None:
             if fresh := start_from(method, self.source):
                 raise DinoError(

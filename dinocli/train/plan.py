@@ -75,6 +75,7 @@ class Plan:
         monitor: Small labelled set on which to evaluate the student's moving average, if any.
         monitor_every: Steps between two evaluations on the monitor and the report's photos. If None, computed by
             `steps_between_evaluations`.
+        keep_best: If True, also keep the weights with the best accuracy on the monitor.
         tensorboard: If True, also log to TensorBoard.
         report: If True, evaluate a few photos during training, and draw the report.
         parallel: `ddp` replicates the model in every process; `fsdp` shards it.
@@ -102,6 +103,7 @@ class Plan:
     on_collapse: OnCollapse = "warn"
     monitor: str | None = None
     monitor_every: int | None = None
+    keep_best: bool = False
     tensorboard: bool = False
     report: bool = False
     parallel: Kind = "ddp"
@@ -124,6 +126,12 @@ class Plan:
             check_same_network(self.preset, self.origin.preset, self.origin.source)
         if self.teacher_cache:
             self._check_teacher_cache()
+        trained = self.preset.backbone.learning.trained
+        if trained.kind == "lora" and self.parallel == "fsdp":
+            raise DinoError(
+                "--parallel fsdp does not shard LoRA's additions, and its memory is small without sharding",
+                "--parallel ddp",
+            )
         if batch % size():
             raise DinoError(
                 f"a batch of {batch} images cannot be split evenly over {size()} processes",

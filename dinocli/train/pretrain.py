@@ -21,6 +21,7 @@ from dinocli.engine.parallel import parallel
 from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
+from dinocli.models.trained import train_only
 from dinocli.train.interrupts import collect_on_request, stop_signals
 from dinocli.train.knn_monitor import KnnMonitor
 from dinocli.train.logger import Logger, Progress
@@ -146,6 +147,7 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
             start_from(method, plan.init, note)
         if plan.origin and not saved:
             plan.origin.load(method)
+        train_only(method.student.backbone, plan.preset.backbone.learning.trained)
     check_space(plan)
     if plan.monitor:
         KnnMonitor(plan.monitor, plan.preset, plan.workers)
@@ -166,6 +168,7 @@ def _trainer(
     if plan.origin and not saved:
         note(f"continuing {plan.origin.describe(preset)}")
         plan.origin.load(method)
+    train_only(method.student.backbone, preset.backbone.learning.trained)
     method = method.to(plan.device)
     if isinstance(method, FeatureDistillation) and not (saved and saved.state.step >= plan.stop):
         prepare_teachers(plan, method, note, resumed=saved is not None)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dinocli.core.config import format_toml
 from dinocli.core.distributed import from_first, gathered, rank, size
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
@@ -133,8 +133,8 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
     if found:
         key, was, wanted = found
         raise DinoError(
-            f"the run began with {key} = {_format_value(was)}; {_format_value(wanted)} is now set",
-            f"--set {shlex.quote(f'{key}={_format_value(was)}')} to resume, or another --out",
+            f"the run began with {key} = {format_toml(was)}; {format_toml(wanted)} is now set",
+            f"--set {shlex.quote(f'{key}={format_toml(was)}')} to resume, or another --out",
         )
     if longer:
         new = replace(clock, step=state.step)
@@ -171,10 +171,3 @@ def unfinished(
             if (same, state.images.fingerprint, state.init, state.teacher) == plan and state.stages == tuple(stages):
                 return run
     return None
-
-
-def _format_value(value: Any) -> str:
-    """Format a value as TOML, for `--set`. Only tables differ from JSON."""
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}={_format_value(inner)}' for key, inner in value.items() if inner is not None)}}}"
-    return "none" if value is None else json.dumps(value)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -63,15 +64,24 @@ class Weights:
     notes: tuple[str, ...] = ()
 
 
-def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int) -> None:
+def write_checkpoint(
+    path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int, more: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Write the weights from `Network.weights` and their resolved preset to a single file.
+
+    Args:
+        path: Path of the file.
+        weights: Weights by name.
+        preset: Preset of the run.
+        step: Number of completed steps.
+        more: Further metadata, by key.
 
     Raises:
         DinoError: If weights are not finite. An existing file at `path` is then kept.
     """
     refuse_not_finite(weights, f"step {step}")
     tensors = {k: v.detach().cpu().contiguous().numpy() for k, v in weights.items()}
-    metadata = {"dinocli": __version__, "preset": preset.model_dump_json(), "step": str(step)}
+    metadata = {"dinocli": __version__, "preset": preset.model_dump_json(), "step": str(step), **more}
     write_tensors(path, tensors, metadata)
 
 

@@ -60,7 +60,7 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
     elif shape:
         raise _fixed_shape(source, shape[0])
     else:
-        backbone, preprocessing = _load_timm(source.removeprefix("timm:"))
+        backbone, preprocessing = load_timm(source.removeprefix("timm:"))
         encoder = _freeze(backbone, *preprocessing, source, device)
         encoder = replace(encoder, images=ImagesConfig(channels=encoder.channels))
     return with_images(encoder, limits)
@@ -77,12 +77,7 @@ def encoder_of(weights: Weights, source: str, device: torch.device, overrides: S
     load_strictly(backbone.model, weights.backbone, source)
     if weights.preset:
         return replace(_build(backbone, source, device, weights.preset), step=weights.step)
-    preprocessing = weights.preprocessing or _assume_preprocessing(architecture)
-    if (channels := architecture.options.get("in_chans", 3)) != len(preprocessing.mean):
-        raise DinoError(
-            f"{source} takes {channels} channels and does not store their mean and std",
-            "use the ckpt.safetensors that it was exported from",
-        )
+    preprocessing = preprocessing_of(weights, architecture, source)
     encoder = replace(_freeze(backbone, *preprocessing, source, device), notes=weights.notes)
     encoder = replace(encoder, images=ImagesConfig(channels=encoder.channels))
     if weights.architecture or not heads_are_assumed(architecture):
@@ -95,10 +90,23 @@ def encoder_of(weights: Weights, source: str, device: torch.device, overrides: S
     return replace(encoder, notes=(f"{note} ({HEADS}N overrides this)",))
 
 
-def _assume_preprocessing(architecture: BackboneConfig) -> Preprocessing:
-    """Return ImageNet's statistics, and the image size of the learned positions."""
-    size = architecture.options.get("img_size", 224)
-    return Preprocessing(size if isinstance(size, int) else 224, *IMAGENET)
+def preprocessing_of(weights: Weights, architecture: BackboneConfig, source: str) -> Preprocessing:
+    """Return the images that weights expect: of their preset, their file, or by default ImageNet's statistics.
+
+    Raises:
+        DinoError: If nothing states the mean and std of other than three channels.
+    """
+    if weights.preset:
+        views = weights.preset.views
+        return Preprocessing(views.global_1.size, views.mean, views.std)
+    size, channels = (architecture.options.get(key, default) for key, default in (("img_size", 224), ("in_chans", 3)))
+    found = weights.preprocessing or Preprocessing(size if isinstance(size, int) else 224, *IMAGENET)
+    if channels != len(found.mean):
+        raise DinoError(
+            f"{source} takes {channels} channels and does not store their mean and std",
+            "use the ckpt.safetensors that it was exported from",
+        )
+    return found
 
 
 def architecture_of(weights: Weights, source: str, overrides: Sequence[str] = ()) -> BackboneConfig:
@@ -156,7 +164,7 @@ def initial_weights(source: str) -> Weights:
         DinoError: If the source does not exist.
     """
     if source.startswith("timm:"):
-        return Weights(dict(_load_timm(source.removeprefix("timm:"))[0].model.state_dict()), {}, None)
+        return Weights(dict(load_timm(source.removeprefix("timm:"))[0].model.state_dict()), {}, None)
     return read_weights(Path(source))
 
 
@@ -176,7 +184,12 @@ def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
     return replace(weights, backbone=weights.backbone | {key: adapt_input_conv(own.shape[1], given)})
 
 
-def _load_timm(name: str) -> tuple[Backbone, Preprocessing]:
+def load_timm(name: str) -> tuple[Backbone, Preprocessing]:
+    """Load a timm model with its released weights, and the images that it expects.
+
+    Raises:
+        DinoError: If timm has no such weights, or they cannot be downloaded.
+    """
     _check_released(name)
     try:
         with _silence_hub():

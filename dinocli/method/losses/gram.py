@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -22,6 +24,8 @@ class GramLossConfig(Config):
         first_update: Epoch at whose start the average is copied for the first time. Before it, there is no Gram loss.
         update_every: Epochs between copies. If None, the first copy stays.
         max_updates: Largest number of copies, the first included. If None, there is no limit.
+        class_tokens: Weight of the cosine distance between the class tokens of student and Gram teacher, relative to
+            that of the patches. DINOv3 has no such term.
         scale: Side of the Gram teacher's crops relative to the student's. Features of larger crops are downsampled to
             the student's grid.
 
@@ -32,6 +36,7 @@ class GramLossConfig(Config):
     first_update: int = Field(0, ge=0)
     update_every: int | None = Field(None, ge=1)
     max_updates: int | None = Field(None, ge=1)
+    class_tokens: float = Field(0.0, ge=0)
     scale: float = Field(1.0, ge=1, le=8)
 
     def build(self) -> GramLoss:
@@ -51,6 +56,18 @@ class GramLossConfig(Config):
         return rest == 0 and (self.max_updates is None or copies < self.max_updates)
 
 
+class Anchor(NamedTuple):
+    """Features of the Gram teacher for the global views.
+
+    Attributes:
+        cls: Class tokens. [G, B, D]
+        patches: Patch tokens on the student's grid. [G, B, N, D]
+    """
+
+    cls: Tensor
+    patches: Tensor
+
+
 class GramLoss(nn.Module):
     """Module of `gram_loss` over the global views."""
 
@@ -63,11 +80,15 @@ class GramLoss(nn.Module):
         """Store the weight of the step; the targets come from the Gram teacher, not from the teacher."""
         self._weight = self.config.weight.at(clock)
 
-    def forward(self, student: Encoding, targets: Tensor | None, masks: PatchMasks | None) -> Tensor:  # -> []
-        """Compute the weighted loss from the Gram teacher's features [G, B, N, D]; 0 if there are none yet."""
-        if targets is None or student.patches is None:
+    def forward(self, student: Encoding, anchor: Anchor | None, masks: PatchMasks | None) -> Tensor:  # -> []
+        """Compute the weighted loss from the Gram teacher's features; 0 if there are none yet."""
+        if anchor is None or student.patches is None:
             return student.cls.new_zeros((), dtype=torch.promote_types(student.cls.dtype, torch.float32))
-        return self._weight * gram_loss(student.patches.flatten(0, 1), targets.flatten(0, 1))
+        loss = gram_loss(student.patches.flatten(0, 1), anchor.patches.flatten(0, 1))
+        if self.config.class_tokens:
+            own = student.cls[: student.globals].float()
+            loss = loss + self.config.class_tokens * (1 - F.cosine_similarity(own, anchor.cls.float(), dim=-1)).mean()
+        return self._weight * loss
 
     def metrics(self, targets: None, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
         """Return the loss's `weight` at this step, which is 0 before the first copy."""

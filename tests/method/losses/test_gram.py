@@ -268,3 +268,23 @@ def test_a_backbone_without_patches_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ViTBackbone, "last_tokens", pooled)
     with pytest.raises(DinoError, match="gives no patches at 16 pixels"):
         small_preset("losses.gram={weight=1.0}").method()
+
+
+def test_class_tokens_add_their_cosine_distance_from_the_gram_teachers() -> None:
+    only_patches, both = (
+        make_trainer(small_preset(f"losses.gram={{weight={{kind='constant', value=2.0}}, class_tokens={weight}}}"))
+        for weight in (0.0, 3.0)
+    )
+    # One weight differs, so that the student is not its own copy.
+    for trainer in (only_patches, both):
+        trainer.method.before_step(trainer.clock)
+        torch.nn.init.constant_(trainer.method.student.backbone.model.norm.bias, 0.3)
+    batch = draw_batch(0, scale=1)
+    losses = [t.method(*t.method.parts(batch, 1, t.clock))["gram"] for t in (only_patches, both)]
+    method = both.method
+    student = method.student([batch.global_crops], batch.masks.where).cls
+    anchor = torch.stack([method.gram.backbone(crops).cls for crops in batch.clean_crops])
+    own, theirs = (x / x.norm(dim=-1, keepdim=True) for x in (student, anchor))
+    expected = 2.0 * 3.0 * float((1 - (own * theirs).sum(-1)).mean())
+    assert float(losses[1] - losses[0]) == pytest.approx(expected, rel=1e-5)
+    assert expected > 0.001

@@ -1,0 +1,217 @@
+"""`dino adapt`: released weights made better on a user's own images, or a report that they were not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dinocli.cli import console
+from dinocli.cli.layout import MONITORING, OUTPUT, RECIPE, RUN_FOLDER
+from dinocli.cli.options import AllSettings, Device, Images, Json, Workers, output_place, refuse_address
+from dinocli.cli.presets import complete_preset
+from dinocli.cli.runs import list_notes, parse_saving, print_plan, refuse_two_values, run_plan
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import next_folder, runs_of
+
+if TYPE_CHECKING:
+    from dinocli.train.adapt import Conclusion
+    from dinocli.train.plan import Plan
+    from dinocli.train.pretrain import Run
+
+
+def adapt(
+    images: Images,
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="timm:NAME|FILE|RUN",
+            help="Weights to adapt: a timm model, a released file, a transformers folder, or a run.",
+            rich_help_panel=RECIPE,
+        ),
+    ],
+    train: Annotated[
+        str,
+        typer.Option(
+            metavar="lora|lora-RANK|last-N|all",
+            help="Trained weights: low-rank additions, the last N blocks, or all.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = "lora",
+    anchor: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Weight of a loss that keeps class tokens and patch similarities near those of the released weights.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = 0.0,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Recipe. Default: adapt-dinov2, adapt-dinov3 or adapt-lora, by the weights.",
+            autocompletion=complete_preset,
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Epochs of 50 steps. Default: 20 passes over the images.", rich_help_panel=RECIPE),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.", rich_help_panel=RECIPE)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Short for --set training.seed=N.", rich_help_panel=RECIPE)
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Stop early after N steps. Schedules still span all epochs.", rich_help_panel=RECIPE),
+    ] = None,
+    overrides: AllSettings = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run folder. Default: that of an unfinished run with the same settings, else runs/adapt-<n>.",
+            rich_help_panel=RUN_FOLDER,
+        ),
+    ] = None,
+    save_every: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME|STEPS",
+            help="Time or steps between saved states: 90s, 10min, 2h, or 500.",
+            rich_help_panel=RUN_FOLDER,
+        ),
+    ] = "10min",
+    monitor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="A labelled folder, at best with train and val, that decides which weights are better.",
+            rich_help_panel=MONITORING,
+        ),
+    ] = None,
+    monitor_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Steps between evaluations. Default: at most 5 % of the time.", rich_help_panel=MONITORING
+        ),
+    ] = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and train nothing.", rich_help_panel=OUTPUT)
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Adapt released weights to your own images, and tell whether they became better.
+
+    New heads learn first, with the backbone frozen; then the backbone learns with them. With --monitor, the best
+    weights of the run are compared with the released ones, and the released ones are kept if the others are worse.
+
+    Examples:
+        dino adapt ./images --from timm:vit_small_patch14_dinov2.lvd142m --monitor ./labelled
+        dino adapt ./images --from dinov3_vitb16_pretrain_lvd1689m.pth --train last-4
+    """
+    out = out and output_place(out)
+    for value, option in ((images, "IMAGES"), (source, "--from"), (monitor, "--monitor")):
+        refuse_address(value or "", option, "a local path" + " or timm:NAME" * (option == "--from"))
+    if out and Path(images).is_dir() and out.resolve() == Path(images).resolve():
+        raise DinoError(f"--out {out} is the folder of the images", f"use --out runs/{out.resolve().name}")
+    short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
+    given = [f"{key}={value}" for key, value in short.items() if value is not None]
+    refuse_two_values(given, overrides or [])
+
+    from dinocli.data.sources.open import open_source
+
+    opened = open_source(images)  # before torch is loaded, so that a wrong path or name fails at once
+    console.notes(opened.notes)
+
+    from dinocli.core.device import default_workers, pick_device
+    from dinocli.method.preset import load_preset
+    from dinocli.train.adapt import RECIPES, recipe
+    from dinocli.train.plan import Plan, start_clock
+    from dinocli.train.resume import unfinished
+    from dinocli.weights.load import announcement
+    from dinocli.weights.starting_point import read_starting_point
+
+    if line := announcement(source):
+        console.say(line)
+    start = read_starting_point(source)
+    name = preset or RECIPES[start.family]
+    batch = load_preset(name, [*(overrides or []), *given]).training.batch_size if preset else batch_size or 64
+    chosen = recipe(start, opened.count, batch, train, anchor)
+    if opened.count and opened.count < batch and not batch_size:
+        chosen["training.batch_size"] = str(1 << max(0, opened.count.bit_length() - 2))
+    settings = [*(f"{key}={value}" for key, value in chosen.items()), *(overrides or []), *given]
+    loaded = load_preset(name, settings)
+    total = start_clock(loaded, opened.count).total
+    picked = pick_device(device)
+    stop = total if steps is None else min(steps, total)
+    same = (loaded, opened.fingerprint, source, None)
+    plan = Plan(
+        name="adapt",
+        preset=loaded,
+        source=opened,
+        stop=stop,
+        out=out or unfinished(runs_of("adapt"), same, stop) or next_folder("adapt"),
+        device=picked,
+        workers=default_workers(picked) if workers is None else workers,
+        init=source,
+        saving=parse_saving(save_every, 2, None),
+        monitor=monitor,
+        monitor_every=monitor_every,
+        keep_best=True,
+        report=True,
+    )
+    console.say(f"recipe: {name}, --train {train}" + (f", --anchor {anchor:g}" if anchor else ""))
+    if dry_run:
+        from dinocli.train.pretrain import rehearse
+
+        rehearse(plan, console.say)
+        for line in list_notes(plan, begun=False):
+            console.say(f"note: {line}")
+        print_plan(plan, json)
+        return
+    run_plan(plan, json, lambda run: _conclude(plan, run, json=json))
+
+
+def _conclude(plan: Plan, run: Run, *, json: bool) -> dict[str, Any]:
+    """Compare the new weights with the released ones, print a table, and return the figures for JSON."""
+    from dinocli.train.adapt import conclude
+
+    if run.stopped:
+        return {}
+    console.say("comparing the new weights with the released ones")
+    result = conclude(plan)
+    if not json:
+        _print_conclusion(plan, result)
+    knn = result.difference
+    if knn is None:
+        console.say("no verdict without labels: --monitor DIR compares the weights on labelled images")
+    elif knn.verdict == "worse":
+        console.say(f"verdict: worse (the released weights are kept as {run.checkpoint.name})")
+    else:
+        console.say(f"verdict: {knn.verdict}; {run.checkpoint.name} holds step {result.step}")
+    figures: dict[str, dict[str, Any]] = {
+        figure: {"before": before, "after": after} for figure, (before, after) in result.figures.items()
+    }
+    if knn:
+        interval = {"difference": knn.mean, "low": knn.low, "high": knn.high, "verdict": knn.verdict}
+        figures["knn"] = {"before": knn.before, "after": knn.after} | interval
+    return {"step_kept": result.step, "figures": figures}
+
+
+def _print_conclusion(plan: Plan, result: Conclusion) -> None:
+    rows = []
+    if knn := result.difference:
+        change = f"{knn.mean:+.1f} ({knn.low:+.1f} to {knn.high:+.1f})"
+        rows.append(["k-NN, %", f"{knn.before:.1f}", f"{knn.after:.1f}", change])
+    words = {"rank": "effective rank", "uniformity": "uniformity", "lidar": "LiDAR"}
+    for name, (before, after) in result.figures.items():
+        rows.append([words[name], f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
+    columns = ["figure", "released", f"step {result.step}" if result.step else "adapted", "difference (95 % interval)"]
+    console.table(columns, rows)

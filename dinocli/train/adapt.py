@@ -1,0 +1,202 @@
+"""Adaptation of released weights to a user's images: the recipe, and the verdict at the end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinocli.core.atomic import atomic
+from dinocli.core.config import format_toml
+from dinocli.core.errors import DinoError
+from dinocli.core.runs import CHECKPOINT
+from dinocli.core.tensors import load_tensors
+from dinocli.evals.bootstrap import Difference, paired_difference
+from dinocli.evals.spread import effective_rank, lidar, uniformity
+from dinocli.method.distillation import SelfDistillation
+from dinocli.models.architecture import BackboneConfig
+from dinocli.models.network import Network
+from dinocli.train.best import BEST
+from dinocli.train.knn_monitor import KnnMonitor, class_tokens
+from dinocli.train.plan import Plan
+from dinocli.train.snapshots import Photos
+from dinocli.weights.checkpoint import write_checkpoint
+from dinocli.weights.load import start_from
+from dinocli.weights.starting_point import StartingPoint
+
+RECIPES = {"dinov2": "adapt-dinov2", "dinov3": "adapt-dinov3", "other": "adapt-lora"}
+_LARGEST_CROP = 224
+_LOCAL = 0.43  # side of a local crop relative to a global one, as 96 to 224
+_PASSES, _FEWEST_STEPS, _MOST_STEPS = 20, 400, 10_000
+_STEPS_PER_EPOCH = 50  # as in the presets
+_VERDICT_IMAGES = 5000  # per split, more than during the run
+_VIEWS = 4  # random crops per photo for LiDAR
+
+
+def recipe(start: StartingPoint, images: int | None, batch_size: int, train: str, anchor: float) -> dict[str, str]:
+    """Return the settings that an adaptation changes in its preset, as TOML values by key.
+
+    Args:
+        start: Weights to adapt.
+        images: Number of images. If None, it is unknown.
+        batch_size: Images per step.
+        train: `lora`, `lora-RANK`, `last-BLOCKS` or `all`.
+        anchor: Weight of the distance from the released features; 0 for none.
+
+    Raises:
+        DinoError: If `train` is none of these.
+    """
+    backbone, patch = start.architecture, _patch_size(start.architecture)
+    side = max(patch, min(start.preprocessing.size, _LARGEST_CROP) // patch * patch)
+    small = max(patch, round(_LOCAL * side / patch) * patch)
+    steps = _FEWEST_STEPS if images is None else _PASSES * images // batch_size
+    steps = min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
+    settings = {
+        "backbone.name": backbone.name,
+        "backbone.options": dict(backbone.options),
+        "backbone.positions": backbone.positions,
+        "views.mean": list(start.preprocessing.mean),
+        "views.std": list(start.preprocessing.std),
+        "views.global_1.size": side,
+        "views.global_2.size": side,
+        "views.local.size": small,
+        "training.epochs": round(steps / _STEPS_PER_EPOCH),
+        **_parse_train(train),
+    }
+    if anchor:
+        settings["losses.gram"] = {"weight": {"kind": "constant", "value": anchor}, "class_tokens": 1.0}
+    if not _accepts(backbone, small):
+        settings |= {"views.local": None, "views.locals": 0}
+        del settings["views.local.size"]
+    return {key: format_toml(value) for key, value in settings.items()}
+
+
+def _parse_train(train: str) -> dict[str, object]:
+    """Return the settings of --train.
+
+    Rates were chosen for a batch of 1,024 and follow the square root of the batch. All weights need a lower rate than
+    LoRA, the lower the earlier the block, and a slower average: a released backbone is easily destroyed.
+    """
+    found = re.fullmatch(r"(lora|last|all)(?:-([1-9]\d*))?", train.strip().lower())
+    kind, number = found.groups() if found else ("", None)
+    if not found or (kind == "last") != (kind == "last" and number is not None) or (kind == "all" and number):
+        raise DinoError(f"--train {train} is not valid; expected lora, lora-RANK, last-BLOCKS or all", "--train lora")
+    trained = "backbone.learning.trained"
+    if kind == "lora":
+        return {trained: {"kind": "lora", "rank": int(number or 16)}}
+    if kind == "last":
+        return {trained: {"kind": "last", "blocks": int(number or 1)}, "optimizer.lr.start": 5e-4}
+    return {
+        trained: {"kind": "all"},
+        "backbone.learning.layer_decay": 0.9,
+        "backbone.learning.patch_embed": 0.2,
+        "optimizer.lr.start": 4e-4,
+        "teacher.momentum.start": 0.996,
+    }
+
+
+def _patch_size(architecture: BackboneConfig) -> int:
+    with torch.device("meta"):
+        return architecture.build(drop_path=False).patch_size
+
+
+def _accepts(architecture: BackboneConfig, size: int) -> bool:
+    """Return True if a network takes images of this size, as local crops need."""
+    with torch.device("meta"):
+        backbone, channels = architecture.build(drop_path=False).eval(), architecture.options.get("in_chans", 3)
+        try:
+            backbone.class_tokens(torch.empty(1, int(str(channels)), size, size))
+        except DinoError:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """Result of an adaptation.
+
+    Attributes:
+        step: Step of the kept weights; 0 stands for the released ones.
+        difference: Difference in k-NN accuracy between the released and the best weights. None without a monitor.
+        figures: Label-free figures of the released and of the new weights on the same photos, by name: `rank`,
+            `uniformity` and `lidar`.
+    """
+
+    step: int
+    difference: Difference | None
+    figures: dict[str, tuple[float, float]]
+
+
+def conclude(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Conclusion:
+    """Compare a finished adaptation with its released weights, and write the better ones as `ckpt.safetensors`.
+
+    With a monitor, the new weights are the best of the run by its images for selection, and the verdict comes from
+    other images. Without one, they are the last.
+
+    Raises:
+        DinoError: If the released weights no longer exist.
+    """
+    released, adapted, step = _released(plan), plan.preset.network(), plan.stop
+    best = plan.out / (BEST if plan.monitor else CHECKPOINT)
+    weights, metadata = load_tensors(best)
+    adapted.load_weights(weights, str(best))
+    step = int(metadata["step"])
+    for network in (released, adapted):
+        network.eval().to(plan.device)
+    figures = _figures(plan, released, adapted)
+    if not plan.monitor:
+        return Conclusion(step, None, figures)
+    monitor = KnnMonitor(plan.monitor, plan.preset, plan.workers, _VERDICT_IMAGES)
+    before, after = (monitor.evaluate(network).verdict for network in (released, adapted))
+    difference = paired_difference(before, after)
+    if difference.verdict == "worse":
+        step, weights = 0, released.weights()
+    with atomic(plan.out / CHECKPOINT) as draft:
+        write_checkpoint(draft, weights, plan.preset, step)
+    return Conclusion(step, difference, figures)
+
+
+def _released(plan: Plan) -> Network:
+    method = plan.method()
+    assert plan.init and isinstance(method, SelfDistillation)
+    start_from(method, plan.init)
+    return method.average
+
+
+def _figures(plan: Plan, released: Network, adapted: Network) -> dict[str, tuple[float, float]]:
+    pool = Photos.of(plan.source, plan.preset).pool
+    if len(pool) < 2:
+        return {}
+    views, pairs = plan.preset.views, []
+    for network in (released, adapted):
+        features = class_tokens(network, pool, views)
+        crops = class_tokens(network, random_crops(pool, _VIEWS), views).unflatten(0, (len(pool), _VIEWS))
+        pairs.append({"rank": effective_rank(features), "uniformity": uniformity(features), "lidar": lidar(crops)})
+    return {name: (pairs[0][name], pairs[1][name]) for name in pairs[0]}
+
+
+def random_crops(photos: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Return random crops of photos with at least two fifths of their area, always the same ones.
+
+    Args:
+        photos: [S, C, H, H], uint8
+        count: Number of crops per photo.
+        seed: Seed of the crops.
+
+    Returns:
+        Crops, grouped by photo, at the size of the photos. [S*count, C, H, H], uint8
+    """
+    generator, side = torch.Generator().manual_seed(seed), photos.shape[-1]
+    crops = []
+    for photo in photos:
+        for _ in range(count):
+            share, top, left = torch.rand(3, generator=generator).tolist()
+            size = max(1, round(side * (0.4 + 0.6 * share) ** 0.5))
+            y, x = round(top * (side - size)), round(left * (side - size))
+            crop = photo[None, :, y : y + size, x : x + size].float()
+            crops.append(F.interpolate(crop, (side, side), mode="bilinear", antialias=True).round().byte())
+    return torch.cat(crops)

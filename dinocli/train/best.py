@@ -1,0 +1,43 @@
+"""Weights of a run with the best accuracy on its monitor."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+
+from dinocli.core.atomic import atomic
+from dinocli.core.tensors import read_metadata
+from dinocli.method.preset import Preset
+from dinocli.models.network import Network
+from dinocli.train.knn_monitor import Answers
+from dinocli.weights.checkpoint import write_checkpoint
+
+BEST = "best.safetensors"
+
+
+class BestWeights:
+    """File with the best weights so far, which a resumed run takes up.
+
+    Args:
+        run: Run folder.
+        preset: Preset of the run, stored with the weights.
+
+    Attributes:
+        accuracy: Accuracy of these weights on the monitor's images for selection, in percent.
+    """
+
+    def __init__(self, run: Path, preset: Preset) -> None:
+        self.path, self._preset = run / BEST, preset
+        self.accuracy = -math.inf
+        with suppress(OSError, ValueError, KeyError):  # none yet, or corrupt: the next evaluation writes it anew
+            self.accuracy = float(read_metadata(self.path)["selection"])
+
+    def update(self, answers: Answers, network: Network, step: int) -> None:
+        """Write a network's weights if its answers are better than all before."""
+        accuracy = 100 * float(answers.selection.mean())
+        if accuracy <= self.accuracy:
+            return
+        with atomic(self.path) as draft:
+            write_checkpoint(draft, network.weights(), self._preset, step, {"selection": f"{accuracy:.4f}"})
+        self.accuracy = accuracy

@@ -1,0 +1,89 @@
+"""Starting point of an adaptation: architecture, kind and preprocessing of released weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import timm
+
+from dinocli.core.errors import DinoError
+from dinocli.models.architecture import BackboneConfig
+from dinocli.weights.checkpoint import Weights, read_weights
+from dinocli.weights.identify import config_of
+from dinocli.weights.load import LOCAL, architecture_of, load_timm, preprocessing_of
+from dinocli.weights.released import Preprocessing
+
+Family = Literal["dinov2", "dinov3", "other"]
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Released weights to start from.
+
+    Attributes:
+        source: Source of the weights, as the user named it.
+        architecture: Architecture of the backbone.
+        preprocessing: Images that it expects.
+        family: Method that suits it: DINOv2's losses, DINOv3's, or DINO's alone.
+    """
+
+    source: str
+    architecture: BackboneConfig
+    preprocessing: Preprocessing
+    family: Family
+
+
+def read_starting_point(source: str) -> StartingPoint:
+    """Read the facts of a run, a weights file, a transformers folder or a timm model.
+
+    Raises:
+        DinoError: If the source does not exist or is not a network that this tool reads.
+    """
+    if source.startswith("timm:"):
+        name = source.removeprefix("timm:")
+        backbone, preprocessing = load_timm(name)
+        positions = getattr(backbone, "positions", None)
+        architecture = _timm_architecture(name).model_copy(update={"positions": positions})
+        return StartingPoint(source, architecture, preprocessing, _family(architecture, None))
+    weights = read_weights(Path(source))
+    architecture = architecture_of(weights, source)
+    plain = BackboneConfig(name=architecture.name, options=architecture.options, positions=architecture.positions)
+    return StartingPoint(source, plain, preprocessing_of(weights, architecture, source), _family(plain, weights))
+
+
+def _timm_architecture(name: str) -> BackboneConfig:
+    if name.startswith(LOCAL):
+        config = config_of(Path(name.removeprefix(LOCAL)))
+        return BackboneConfig.parse(
+            {"name": config.get("architecture", ""), "options": config.get("model_args") or {}}, f"timm:{name}"
+        )
+    if name.startswith(("hf-hub:", "hf_hub:")):
+        _, architecture, options = timm.models.load_model_config_from_hf(name.partition(":")[2])
+        return BackboneConfig.parse({"name": architecture, "options": options or {}}, f"timm:{name}")
+    return BackboneConfig(name=name.partition(".")[0])
+
+
+def _family(architecture: BackboneConfig, weights: Weights | None) -> Family:
+    if weights and weights.preset:  # the losses that trained it, whatever its architecture
+        losses = weights.preset.losses
+        if losses.ibot is None:
+            return "other"
+        return "dinov3" if losses.ibot.targets.kind == "sinkhorn_knopp" else "dinov2"
+    if "dinov3" in architecture.name and not architecture.name.startswith("convnext"):
+        return "dinov3"
+    return "dinov2" if "dinov2" in architecture.name else "other"
+
+
+def refuse_other_channels(start: StartingPoint, channels: int) -> None:
+    """Check that weights take images with this number of channels.
+
+    Raises:
+        DinoError: If they do not.
+    """
+    if len(start.preprocessing.mean) != channels:
+        raise DinoError(
+            f"--from {start.source} takes {len(start.preprocessing.mean)} channels; images.channels is {channels}",
+            "remove images.channels, or use dino pretrain --init, which adapts the first layer",
+        )
