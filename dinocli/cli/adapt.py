@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from dinocli.train.pretrain import Run
 
 
+_ZERO = ", the released weights: no later step was better on the images for selection"
+
+
 def adapt(
     images: Images,
     source: Annotated[
@@ -142,10 +145,7 @@ def adapt(
         console.say(line)
     start = read_starting_point(source)
     name = preset or RECIPES[start.family]
-    batch = load_preset(name, [*(overrides or []), *given]).training.batch_size if preset else batch_size or 64
-    chosen = recipe(start, opened.count, batch, train, anchor)
-    if opened.count and opened.count < batch and not batch_size:
-        chosen["training.batch_size"] = str(1 << max(0, opened.count.bit_length() - 2))
+    chosen = recipe(start, load_preset(name), opened.count, batch_size, train, anchor)
     settings = [*(f"{key}={value}" for key, value in chosen.items()), *(overrides or []), *given]
     loaded = load_preset(name, settings)
     total = start_clock(loaded, opened.count).total
@@ -195,7 +195,9 @@ def _conclude(plan: Plan, run: Run, *, json: bool) -> dict[str, Any]:
     elif knn.verdict == "worse":
         console.say(f"verdict: worse (the released weights are kept as {run.checkpoint.name})")
     else:
-        console.say(f"verdict: {knn.verdict}; {run.checkpoint.name} holds step {result.step}")
+        console.say(
+            f"verdict: {knn.verdict}; {run.checkpoint.name} holds step {result.step}" + _ZERO * (not result.step)
+        )
     figures: dict[str, dict[str, Any]] = {
         figure: {"before": before, "after": after} for figure, (before, after) in result.figures.items()
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from dinocli.core.tensors import load_tensors
 from dinocli.evals.bootstrap import Difference, paired_difference
 from dinocli.evals.spread import effective_rank, lidar, uniformity
 from dinocli.method.distillation import SelfDistillation
+from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.network import Network
 from dinocli.train.best import BEST
@@ -33,17 +35,21 @@ _LARGEST_CROP = 224
 _LOCAL = 0.43  # side of a local crop relative to a global one, as 96 to 224
 _PASSES, _FEWEST_STEPS, _MOST_STEPS = 20, 400, 10_000
 _STEPS_PER_EPOCH = 50  # as in the presets
+_IMAGES_PER_PROTOTYPE = 30  # with fewer, most prototypes learn nothing; see `plan.cautions`
 _VERDICT_IMAGES = 5000  # per split, more than during the run
 _VIEWS = 4  # random crops per photo for LiDAR
 
 
-def recipe(start: StartingPoint, images: int | None, batch_size: int, train: str, anchor: float) -> dict[str, str]:
+def recipe(
+    start: StartingPoint, preset: Preset, images: int | None, batch_size: int | None, train: str, anchor: float
+) -> dict[str, str]:
     """Return the settings that an adaptation changes in its preset, as TOML values by key.
 
     Args:
         start: Weights to adapt.
+        preset: Preset without these settings.
         images: Number of images. If None, it is unknown.
-        batch_size: Images per step.
+        batch_size: Images per step, if the user chose a number.
         train: `lora`, `lora-RANK`, `last-BLOCKS` or `all`.
         anchor: Weight of the distance from the released features; 0 for none.
 
@@ -53,9 +59,11 @@ def recipe(start: StartingPoint, images: int | None, batch_size: int, train: str
     backbone, patch = start.architecture, _patch_size(start.architecture)
     side = max(patch, min(start.preprocessing.size, _LARGEST_CROP) // patch * patch)
     small = max(patch, round(_LOCAL * side / patch) * patch)
-    steps = _FEWEST_STEPS if images is None else _PASSES * images // batch_size
+    batch = batch_size or _batch_size(preset.training.batch_size, images)
+    steps = _FEWEST_STEPS if images is None else _PASSES * images // batch
     steps = min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
-    settings = {
+    prototypes = _power_below(steps * batch // _IMAGES_PER_PROTOTYPE)
+    settings: dict[str, Any] = {
         "backbone.name": backbone.name,
         "backbone.options": dict(backbone.options),
         "backbone.positions": backbone.positions,
@@ -64,7 +72,9 @@ def recipe(start: StartingPoint, images: int | None, batch_size: int, train: str
         "views.global_1.size": side,
         "views.global_2.size": side,
         "views.local.size": small,
-        "training.epochs": round(steps / _STEPS_PER_EPOCH),
+        "training.epochs": round(steps / (preset.training.steps_per_epoch or _STEPS_PER_EPOCH)),
+        "training.batch_size": batch,
+        **{f"heads.{name}.prototypes": min(head.prototypes, prototypes) for name, head in preset.heads.items()},
         **_parse_train(train),
     }
     if anchor:
@@ -73,6 +83,15 @@ def recipe(start: StartingPoint, images: int | None, batch_size: int, train: str
         settings |= {"views.local": None, "views.locals": 0}
         del settings["views.local.size"]
     return {key: format_toml(value) for key, value in settings.items()}
+
+
+def _batch_size(usual: int, images: int | None) -> int:
+    """Return a smaller batch for few images, so that an epoch has at least two."""
+    return usual if images is None else min(usual, _power_below(max(2, images // 2)))
+
+
+def _power_below(n: int) -> int:
+    return 1 << (n.bit_length() - 1)
 
 
 def _parse_train(train: str) -> dict[str, object]:
