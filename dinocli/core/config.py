@@ -295,6 +295,9 @@ def _format_example(model: type[BaseModel], value: Any) -> str:
 def _find_data_path(location: tuple[int | str, ...], data: Any, kind: str) -> list[str]:
     path: list[str] = []
     for i, part in enumerate(location):
+        if isinstance(data, list | tuple) and isinstance(part, int) and part < len(data):
+            data = data[part]  # the message names the key inside, for whichever table of an array
+            continue
         if isinstance(data, dict) and part in data:
             data = data[part]
         elif not (kind == "missing" and i == len(location) - 1):

@@ -388,7 +388,9 @@ def load_preset(name: str, overrides: Iterable[str] = (), run: Preset | None = N
         path = Path(name)
         if not path.is_file():
             stem = path.stem
-            use_shipped = f"use --preset {stem}, which ships with dino" if stem in shipped.names() else ""
+            use_shipped = (
+                f"use --preset {stem}, which ships with dino" if stem in (*shipped.names(), *shipped.stages()) else ""
+            )
             listed = ", ".join(shipped.names())
             raise DinoError(f"the preset file {name} does not exist", use_shipped or f"shipped presets are {listed}")
         text = path.read_text(encoding="utf-8", errors="replace")

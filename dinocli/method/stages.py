@@ -52,8 +52,8 @@ def continued(data: dict[str, Any], run: Preset, peak_lr: float, what: str) -> d
     """Return the values of a preset that continues a run with a stage.
 
     The stage's own tables are merged over the run's preset. Schedules that it does not set stay at the run's last
-    value, since a warm-up or decay has been done. Nothing is frozen at the start. The seed is the run's plus one, so
-    that the stage does not repeat the views of the run's first epochs.
+    value, since a warm-up or decay has been done. Nothing is frozen at the start. A Gram loss and mixed sizes are not
+    inherited. The seed is the run's plus one, so that the stage does not repeat the views of the run's first epochs.
 
     Args:
         data: Values of the stage's file, with a table `stage`.
@@ -77,6 +77,7 @@ def continued(data: dict[str, Any], run: Preset, peak_lr: float, what: str) -> d
     base["backbone"]["learning"]["frozen_epochs"] = 0
     base["training"]["seed"] = (run.training.seed + 1) % 2**63
     base["views"] |= {"low_resolution": None, "mixed": []}
+    base["losses"]["gram"] = None  # else the next stage would inherit its refreshes, which TOML cannot unset
     with torch.device("meta"):  # without values, which takes no time
         backbone = run.backbone.build(drop_path=False)
     if stage.rescale_positions != 1 and isinstance(backbone, RotaryBackbone):

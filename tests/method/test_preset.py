@@ -101,6 +101,31 @@ def test_errors_name_the_wrong_key_and_suggest_a_valid_one(override: str, messag
     assert "\n" not in error.value.message + error.value.hint
 
 
+@pytest.mark.parametrize(
+    ("mixed", "changed", "message", "hint"),
+    [
+        ("[{global_size=48, share=0}]", [], "share should be greater than 0", "--set"),
+        ("[{share=1}]", [], "global_size is missing", "--set"),
+        ("[{global_size=48, local_size=24, share=1}]", ["views.local=none"], "there are no local views", "global_size=48"),
+        (
+            "[{global_size=48, share=1}]",
+            ["views.low_resolution={epochs=2, global_size=24}"],
+            "views.mixed and views.low_resolution both set the size",
+            "--set views.low_resolution=none",
+        ),
+        ("[{global_size=48, share=1}, {global_size=60, share=1}]", [], "a global_size of 60; expected", "global_size=64 in table 2"),
+        ("[{global_size=48, local_size=20, share=1}]", [], "a local_size of 20; expected", "local_size=16 in table 1"),
+    ],
+)  # fmt: skip
+def test_mixed_sizes_that_do_not_fit_suggest_some_that_do(
+    mixed: str, changed: list[str], message: str, hint: str
+) -> None:
+    with pytest.raises(DinoError) as error:
+        load_preset("tiny", [f"views.mixed={mixed}", *changed]).method()
+    assert message in error.value.message
+    assert hint in error.value.hint
+
+
 def test_visible_patches_need_masks() -> None:
     """With a frozen teacher, iBOT runs without masks, and then there are no visible patches apart."""
     frozen = ["teacher.frozen=true", "views.mask=none"]

@@ -68,6 +68,15 @@ def test_a_stage_changes_what_it_names_and_holds_every_other_schedule_at_its_end
     assert load_preset(write_stage(tmp_path, STAGE), run=RUN, peak_lr=0.1).optimizer.lr.value == 0.05
 
 
+def test_a_gram_loss_and_mixed_sizes_belong_to_their_stage(tmp_path: Path) -> None:
+    first = load_preset("gram-refine", run=load_preset("tiny-dinov2"))
+    assert (first.losses.gram.update_every, first.losses.gram.max_updates) == (3, 3)
+    second = load_preset("high-resolution", run=first)
+    assert (second.losses.gram.update_every, second.losses.gram.max_updates) == (None, None)
+    third = load_preset(write_stage(tmp_path, STAGE), run=second)
+    assert (third.losses.gram, third.views.mixed) == (None, ())
+
+
 def test_sizes_are_relative_to_the_run_and_whole_patches(tmp_path: Path) -> None:
     sizes = "[stage]\nsizes = [{global_scale=1.5, local_scale=2, share=1}, {global_scale=2.1, share=3}]\n"
     path = write_stage(tmp_path, STAGE.replace("[stage]\n", sizes + "rescale_positions = 2.0\n"))

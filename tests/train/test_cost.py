@@ -103,6 +103,17 @@ def test_low_resolution_takes_less_compute_and_the_same_peak_memory(images: Path
     assert estimate(plan(images, "training.batch_size=8", low, stop=0)).flops > 0
 
 
+def test_mixed_sizes_count_by_their_shares_in_compute_and_by_the_largest_in_memory(images: Path) -> None:
+    small, large = (f"views.mixed=[{{global_size={size}, share=1}}]" for size in (32, 64))
+    both = "views.mixed=[{global_size=64, share=1}, {global_size=32, share=3}]"
+    less, more, mixed = (
+        estimate(plan(images, *SMALL, "training.batch_size=8", m, stop=400)) for m in (small, large, both)
+    )
+    assert mixed.flops == pytest.approx((3 * less.flops + more.flops) / 4)
+    assert mixed.memory == more.memory > less.memory
+    assert estimate(plan(images, *SMALL, "training.batch_size=8", both, stop=0)).flops > 0
+
+
 def test_logits_of_masked_patches_count_in_the_estimate(images: Path) -> None:
     alone, both = (
         estimate(plan(images, "training.batch_size=8", *more, preset="tiny-dinov2"))

@@ -206,6 +206,14 @@ def test_a_run_has_a_phase_for_each_crop_size(tmp_path: Path) -> None:
     assert [n for n, _ in plan(images, low, stop=0).phases] == [0]
 
 
+def test_mixed_sizes_are_phases_from_the_smallest_to_the_largest(tmp_path: Path) -> None:
+    write_images(tmp_path, 50)
+    sizes = "views.mixed=[{global_size=64, share=1}, {global_size=32, local_size=16, share=3}]"
+    phases = plan(tmp_path, sizes, stop=100).phases
+    assert [(steps, part.preset.views.global_1.size) for steps, part in phases] == [(75, 32), (25, 64)]
+    assert [part.preset.views.local.size for _, part in phases] == [16, 24]
+
+
 def test_the_caution_on_prototypes_never_suggests_more(tmp_path: Path) -> None:
     made = plan(write_images(tmp_path, 4, size=8), "heads.dino.prototypes=32", "training.batch_size=2", stop=400)
     (line,) = cautions(made)

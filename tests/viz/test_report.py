@@ -255,3 +255,25 @@ def test_a_full_disk_keeps_the_previous_page(run: Path, monkeypatch: pytest.Monk
         write_report(run)
     assert (run / "report.html").read_bytes() == before
     assert not list(run.glob(".*"))
+
+
+def test_the_stages_of_a_run_are_listed_oldest_first_with_the_run_itself(tmp_path: Path) -> None:
+    preset = load_preset("tiny")
+    (tmp_path / "preset.json").write_text(preset.model_dump_json())
+    stages = [
+        {"source": "runs/<a>", "recipe": "long", "steps": 400, "batch_size": 48, "optimizer": True},
+        {"source": "b.safetensors", "recipe": "short", "steps": 20, "batch_size": 16, "optimizer": False},
+    ]
+    (tmp_path / "stages.json").write_text(json.dumps({"stages": stages}))
+    report(tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    table = text.partition('id="stages"')[2].partition("</section>")[0]
+    cells = [re.sub("<[^>]+>", "|", row) for row in table.split("<tr>")[2:]]
+    assert [[cell for cell in row.split("|") if cell] for row in cells] == [
+        ["1", "long", "runs/&lt;a&gt;", "400", "48", "random or initial weights"],
+        ["2", "short", "b.safetensors", "20", "16", "with optimizer"],
+        ["3", preset.about.recipe, "this run", str(preset.training.batch_size), "optimizer anew"],
+    ]
+    (tmp_path / "stages.json").write_text("damaged")
+    report(tmp_path)
+    assert 'id="stages"' not in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -173,7 +173,13 @@ def _format_count(number: int) -> str:
     return f"{number / 1e6:.3g} million" if number >= 1e6 else f"{number:,}"
 
 
-_LOSSES = {"dino": "DINO", "ibot": "iBOT", "koleo": "KoLeo", "features": "distillation of features"}
+_LOSSES = {
+    "dino": "DINO",
+    "ibot": "iBOT",
+    "koleo": "KoLeo",
+    "gram": "Gram anchoring",
+    "features": "distillation of features",
+}
 
 
 def _join_losses(losses: list[str]) -> str:
