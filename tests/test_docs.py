@@ -172,7 +172,7 @@ def test_the_list_of_commands_is_up_to_date() -> None:
 SHARED = {
     "ViewConfig": "VIEW",
     **dict.fromkeys(("CenteringConfig", "SinkhornKnoppConfig"), "TARGETS"),
-    **dict.fromkeys(("Constant", "Cosine", "LinearByEpoch", "CosineByEpoch"), "SCHEDULE"),
+    **dict.fromkeys(("Constant", "Warmup", "Cosine", "LinearByEpoch", "CosineByEpoch"), "SCHEDULE"),
 }
 
 

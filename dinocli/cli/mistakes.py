@@ -162,7 +162,7 @@ class Group(Layout, TyperGroup):
         path = ctx.command_path
         fault = f"{path} has no {'option' if word.startswith('-') else 'command'} {word}"
         if path.endswith("presets"):
-            close = nearest(word, shipped.names(), least=0.5)
+            close = nearest(word, [*shipped.names(), *shipped.stages()], least=0.5)
             return Misuse(fault, f"dino presets show {close}" if close else "dino presets, which lists them")
         if path.endswith("eval"):
             return Misuse(fault, self._suggest_in_group(path, ctx.find_root().command, word, rest))
@@ -412,7 +412,7 @@ def _guess_option(words: Words, word: str) -> list[str]:
         return [option] if option in free and not (option == "--like" and word == words.positional[0]) else []
     if is_number(word):
         return [option for option in [_NUMBERS.get(words.command, "")] if option in free]
-    values = {**_VALUES, "--preset": tuple(shipped.names())}
+    values = {**_VALUES, "--preset": (*shipped.names(), *shipped.stages())}
     return [option for option, those in values.items() if option in free and word in those][:1]
 
 

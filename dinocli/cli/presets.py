@@ -1,4 +1,4 @@
-"""`dino presets`: the shipped presets."""
+"""`dino presets`: the shipped presets, and the backbones that a preset may name."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ presets = App(invoke_without_command=True)
 
 
 def complete_preset(incomplete: str) -> list[str]:
-    """Return the names of shipped presets that begin with the typed text, for shell completion."""
-    return [name for name in shipped.names() if name.startswith(incomplete)]
+    """Return the names of shipped presets and stages that begin with the typed text, for shell completion."""
+    return [name for name in (*shipped.names(), *shipped.stages()) if name.startswith(incomplete)]
 
 
 @presets.callback()
 def list_presets(context: typer.Context, json: Json = False) -> None:
     """List the shipped presets with backbone, recipe, cost and expected result.
 
+    Stages come last: they continue a finished run (--from) and have its backbone.
+
     Examples:
         dino presets
-        dino presets show vits16 > mine.toml
+        dino presets backbones dinov3
     """
     if context.invoked_subcommand:
         return
     rows = []
-    for name in shipped.names():
+    for name in (*shipped.names(), *shipped.stages()):
         data = tomllib.loads(shipped.text(name))
         about = data["about"]
         rows.append(
             {
                 "preset": name,
-                "backbone": data["backbone"]["name"],
+                "backbone": data["backbone"]["name"] if "backbone" in data else "that of the run",
                 "recipe": about["recipe"],
                 "cost": about["cost"],
                 "expected": about["expected"],
@@ -68,3 +70,50 @@ def show(
     """
     for line in shipped.text(name).rstrip("\n").splitlines():
         console.out(line)
+
+
+_FEATURES = {"token": "class token", "head": "pooled", "mean": "average"}
+_ROW = "{:<45} {:>9} {:>5} {:>5}  {:<11} {}"
+
+
+@presets.command()
+def backbones(
+    pattern: Annotated[
+        str, typer.Argument(metavar="PATTERN", help="Part of a name, or a pattern such as 'vit_*dinov2'. Default: all.")
+    ] = "*",
+    json: Json = False,
+) -> None:
+    """List networks of timm as backbones: parameters, patch size, width and feature.
+
+    `timm:NAME.TAG` loads the weights of a tag. `--set backbone.name=NAME` trains the architecture. `class token` and
+    `pooled` are the network's own feature; `average` is the mean over its map. Only networks with `masks` can be
+    trained with masked patches (iBOT, DINOv2, DINOv3). All others work as encoders and with DINO.
+
+    Examples:
+        dino presets backbones dinov3
+        dino presets backbones 'convnext_*'
+    """
+    from dataclasses import asdict
+
+    from dinocli.models.catalog import find_names, inspect_network
+
+    names, entries = find_names(pattern), []
+    if not json:
+        console.out(_ROW.format("name", "params", "patch", "width", "feature", "masks").rstrip())
+    for name in names:
+        entry = inspect_network(name)
+        entries.append(asdict(entry))
+        if json:
+            continue
+        if entry.reason:
+            console.out(f"{name:<45} not supported: {entry.reason}")
+            continue
+        millions = f"{entry.parameters / 1e6:.1f} M"
+        feature, masks = _FEATURES[entry.feature], "masks" if entry.masks else ""
+        console.out(_ROW.format(name, millions, entry.patch_size, entry.width, feature, masks).rstrip())
+        for tag in entry.released:
+            console.out(f"  timm:{name}.{tag}")
+    if json:
+        console.out_json(entries)
+    supported = sum(not entry["reason"] for entry in entries)
+    console.say(f"{supported:,} of {len(names):,} names work")

@@ -71,6 +71,15 @@ def pretrain(
         str | None,
         typer.Option(metavar="FILE|timm:NAME", help="Initial weights. Default: random.", rich_help_panel=RECIPE),
     ] = None,
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="RUN|FILE",
+            help="A finished run to continue with a stage (gram-refine, high-resolution), in a new run folder.",
+            rich_help_panel=RECIPE,
+        ),
+    ] = None,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
@@ -205,13 +214,19 @@ def pretrain(
     Examples:
         dino pretrain ./images --preset tiny --dry-run
         dino pretrain ./images --epochs 100 --batch-size 256 --monitor ./labelled
+        dino pretrain ./images --from runs/vits16-1 --preset gram-refine
     """
     out = out and output_place(out)
     teachers = teacher or []
-    sources = [(images, "IMAGES"), (init, "--init"), *((t, "--teacher") for t in teachers), (monitor, "--monitor")]
-    for value, option in sources:
+    sources = [(images, "IMAGES"), (init, "--init"), (origin, "--from"), (monitor, "--monitor")]
+    for value, option in [*sources, *((source, "--teacher") for source in teachers)]:
         refuse_address(value or "", option, "a local path" + " or timm:NAME" * (option in ("--init", "--teacher")))
     _refuse_names(init, teachers)
+    if init and origin:
+        raise DinoError(
+            f"--from {origin} and --init {init} are two starts of one run",
+            f"--from {origin} continues a run with its heads and optimizer; --init starts a new one from a backbone",
+        )
     if out and Path(images).is_dir() and out.resolve() == Path(images).resolve():
         raise DinoError(f"--out {out} is the folder of the images", f"use --out runs/{out.resolve().name}")
     cache = _check_cache(cache)
@@ -233,24 +248,29 @@ def pretrain(
 
     from dinocli.core.device import default_workers, pick_device
     from dinocli.method.preset import load_preset
+    from dinocli.train.origin import Origin
     from dinocli.train.plan import Plan, start_clock
     from dinocli.train.resume import unfinished
 
-    loaded = load_preset(preset, [*(overrides or []), *given, *(["teacher.frozen=true"] if teachers else [])])
+    before = Origin.read(origin) if origin else None
+    changed = [*(overrides or []), *given, *(["teacher.frozen=true"] if teachers else [])]
+    loaded = load_preset(preset, changed, before.preset, before.peak_lr) if before else load_preset(preset, changed)
     frozen = _read_teachers(teachers, loaded)
     same = (loaded, source.fingerprint, init, frozen.fingerprint if frozen else None)
     total = start_clock(loaded, source.count).total
     if steps and steps > total:
         console.say(f"note: --steps {steps} is more than the run's {total} steps; it ends after {total}; see --epochs")
     picked = pick_device(device)
-    name = Path(preset).name.removesuffix(".toml")
+    name = Path(preset).name.removesuffix(".toml").removesuffix(".stage")
     stop = total if steps is None else min(steps, total)
     plan = Plan(
         name=name,
         preset=loaded,
         source=source,
         stop=stop,
-        out=from_first(out or unfinished(runs_of(name), same, stop) or next_folder(name)),
+        out=from_first(
+            out or unfinished(runs_of(name), same, stop, before.stages if before else ()) or next_folder(name)
+        ),
         device=picked,
         workers=default_workers(picked) if workers is None else workers,
         init=init,
@@ -267,6 +287,7 @@ def pretrain(
         report=report,
         compiled=picked.type == "cuda" if compiled is None else compiled,
         recompute=recompute,
+        origin=before,
     )
     if dry_run:
         from dinocli.train.pretrain import rehearse
@@ -398,7 +419,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
         "steps": f"{steps}, {clock.steps_per_epoch} per epoch, {clock.epochs} epochs",
         "learning rate": f"up to {peak_lr(plan):.3g} for this batch ({preset.optimizer.kind})",
         "device": f"{plan.device}, {plan.workers} workers",
-        "start": plan.init or "random weights",
+        "start": plan.origin.describe(preset) if plan.origin else plan.init or "random weights",
         **({"teacher": f"{plan.teacher.describe(preset)}, frozen"} if plan.teacher else {}),
         "out": str(plan.out),
         "compute": f"{cost.flops / 1e9:.3g} GFLOP per image",
@@ -422,9 +443,11 @@ def _print_plan(plan: Plan, json: bool) -> None:
 def _format_views(plan: Plan) -> str:
     """Format the number and the size of the views, with the epochs of each size if it changes."""
     low, words = plan.preset.views.low_resolution, []
-    for _, views in plan.preset.views.phases(1):
+    for views in plan.preset.views.variants:
         local = f" + {views.locals}x{views.local.size}" if views.local else ""
         words.append(f"{len(views.globals)}x{views.global_1.size}{local}")
+    if mixes := plan.preset.views.mixes:
+        return ", ".join(f"{word} in {share:.0%} of the steps" for word, (share, _) in zip(words, mixes, strict=True))
     return f" for {low.epochs} of {plan.clock.epochs} epochs, then ".join(words) if low else words[0]
 
 

@@ -85,7 +85,7 @@ def _suggest_option(command: str, name: str, value: str | None, options: list[st
         if spelled in _IMAGES:
             return f"give the images without an option: dino pretrain{typed or ' IMAGES'}"
     if (same := _SAME.get(spelled)) in options:
-        if same == "--preset" and value not in shipped.names():
+        if same == "--preset" and value not in [*shipped.names(), *shipped.stages()]:
             return f"use --preset NAME (dino presets lists them), or --set backbone.name={value or 'NAME'}"
         return f"use {same}{typed}"
     keys = _find_keys_of_preset(spelled.lstrip("-"), words) if "--set" in options and command == "dino pretrain" else []

@@ -62,8 +62,8 @@ class Config(BaseModel):
 def change(data: dict[str, Any], override: str) -> None:
     """Apply an override `key.path=value` to nested values, in place.
 
-    The value is TOML, or a bare word for a string; `none` removes the key. If the key is a constant schedule, a number
-    sets the schedule's value.
+    The value is TOML, or a bare word for a string; `none` removes the key. If the key is a schedule with a single
+    value, a number sets this value.
 
     Raises:
         DinoError: If the override is not an assignment, or a single value would replace a table.
@@ -96,7 +96,7 @@ def change(data: dict[str, Any], override: str) -> None:
             ) from None
     current = data.get(last)
     if isinstance(current, dict) and current and not isinstance(value, dict):
-        if current.get("kind") != "constant" or isinstance(value, (str, list)):
+        if current.get("kind") not in ("constant", "warmup") or isinstance(value, (str, list)):
             raise _explain_value_for_table(key.strip(), typed.strip(), current)
         value = current | {"value": value}
     data[last] = value

@@ -34,18 +34,28 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
         RuntimeError: If a tensor is missing or has another shape.
     """
     method = trainer.method
-    own, parameters = method.state_dict(), dict(method.named_parameters())
+    own = method.state_dict()
     stored = {k.removeprefix("method/"): v for k, v in tensors.items() if k.startswith("method/")}
     frozen = {k: v for k, v in own.items() if k.startswith(_list_frozen_prefixes(method))}
     method.load_state_dict(frozen | {k: placed_as(v, own[k]) if k in own else v for k, v in stored.items()})
     trainer.optimizer.state.clear()  # SGD's moments exist before its first step
+    restore_moments(trainer, tensors)
+    trainer.skipped.copy_(tensors["skipped"])
+
+
+def restore_moments(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
+    """Load the optimizer's moments and counts from the tensors that `state_of` returned, and nothing else.
+
+    Raises:
+        KeyError: If the method has no parameter of a name.
+    """
+    parameters = dict(trainer.method.named_parameters())
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             name, slot = key.removeprefix("optimizer/").rsplit("/", 1)
             p = parameters[name]
             # Moments are sharded like their parameter; a count is a single number in every process.
             trainer.optimizer.state[p][slot] = placed_as(value, p) if value.shape == p.shape else value.to(p.device)
-    trainer.skipped.copy_(tensors["skipped"])
 
 
 def _list_frozen_prefixes(method: Method) -> tuple[str, ...]:

@@ -45,6 +45,12 @@ class Method(nn.Module, ABC):
             raise ValueError(f"{type(self).__name__} cannot split its batches into {count} parts")
         return [batch]
 
+    def before_step(self, clock: Clock) -> None:
+        """Update the state that depends on the step's number alone; called before anything else of the step.
+
+        A step that is skipped later keeps these changes.
+        """
+
     @abstractmethod
     def forward(self, part: Any) -> dict[str, Tensor]:
         """Return the losses of a part, by name; their sum is minimized."""

@@ -80,6 +80,35 @@ class Constant(Config):
         return self.model_copy(update={"value": self.value * factor})
 
 
+class Warmup(Config):
+    """Schedule with the same value at every step after a linear warm-up from 0, which is like that of `Cosine`.
+
+    Source: DINOv3 (arXiv 2508.10104), section 3.2, trains at a constant learning rate after a warm-up.
+    """
+
+    kind: Literal["warmup"]
+    value: float
+    warmup_epochs: int = Field(0, ge=0)
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """The value after the warm-up, as a tuple like the bounds of other schedules."""
+        return (self.value,)
+
+    def misfit(self, epochs: int) -> Misfit | None:
+        """Return the key that does not fit a run of `epochs` epochs; None if all fit."""
+        return _check_warmup(self.warmup_epochs, epochs)
+
+    def at(self, clock: Clock) -> float:
+        """Return the value at a step."""
+        warmup = self.warmup_epochs * clock.steps_per_epoch
+        return self.value * clock.step / max(1, warmup - 1) if clock.step < warmup else self.value
+
+    def scaled(self, factor: float) -> Self:
+        """Return the schedule with its value multiplied by `factor`."""
+        return self.model_copy(update={"value": self.value * factor})
+
+
 class Cosine(Config):
     """Half a cosine from `start` to `end`, one value per step, after a linear warm-up from 0 to `start`.
 
@@ -101,8 +130,7 @@ class Cosine(Config):
 
     def misfit(self, epochs: int) -> Misfit | None:
         """Return the key that does not fit a run of `epochs` epochs; None if all fit."""
-        warmup = self.warmup_epochs
-        return Misfit("warmup_epochs", warmup, epochs - 1, epochs // 10) if warmup and warmup >= epochs else None
+        return _check_warmup(self.warmup_epochs, epochs)
 
     def at(self, clock: Clock) -> float:
         """Return the value at a step."""
@@ -174,12 +202,18 @@ class CosineByEpoch(Config):
         return self.model_copy(update={"start": self.start * factor})
 
 
+def _check_warmup(warmup: int, epochs: int) -> Misfit | None:
+    return Misfit("warmup_epochs", warmup, epochs - 1, epochs // 10) if warmup and warmup >= epochs else None
+
+
 def _wrap_number(value: Any) -> Any:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return {"kind": "constant", "value": value} if is_number else value
 
 
-Rate = Annotated[Constant | Cosine | CosineByEpoch, Field(discriminator="kind"), BeforeValidator(_wrap_number)]
+Rate = Annotated[Constant | Warmup | Cosine | CosineByEpoch, Field(discriminator="kind"), BeforeValidator(_wrap_number)]
 Schedule = Annotated[
-    Constant | Cosine | LinearByEpoch | CosineByEpoch, Field(discriminator="kind"), BeforeValidator(_wrap_number)
+    Constant | Warmup | Cosine | LinearByEpoch | CosineByEpoch,
+    Field(discriminator="kind"),
+    BeforeValidator(_wrap_number),
 ]

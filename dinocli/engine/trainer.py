@@ -74,6 +74,7 @@ class Trainer:
             log: If True, also compute the method's metrics, and average all values over the processes.
         """
         self._seed_draws()
+        self.method.before_step(self.clock)
         set_rates(self.optimizer, self.lr.at(self.clock), self.config.weight_decay.at(self.clock))
         # For a skipped step, whose forward pass has changed buffers too (BatchNorm's statistics, the center).
         before = [buffer.clone() for buffer in self.method.buffers()]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.core.errors import DinoError
-from dinocli.evals.accuracy import hits_among
+from dinocli.evals.accuracy import hits_among, ranks_of
 from dinocli.evals.nearest import nearest
 from dinocli.features.store import Features
 
@@ -90,6 +90,27 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
     percents = dict(zip(ascending, (100 * hits / len(queries)).tolist(), strict=True))
     scores = [Score(k, *percents[k]) for k in ks]
     return KnnResult(scores, len(queries), voters, len(train.classes), test is None, temperature)
+
+
+def is_correct(train: Features, test: Features | None, k: int, temperature: float = 0.07) -> NDArray[np.bool_]:
+    """Return True for each query that `knn` classifies correctly. [Q]
+
+    Args:
+        train: Labelled images that vote.
+        test: Labelled images to classify. If None, each training image is classified by the others.
+        k: Number of neighbours, which must be valid for `knn`.
+        temperature: Temperature of the votes.
+    """
+    queries = train if test is None else test
+    correct: list[NDArray[np.bool_]] = []
+    for first in range(0, len(queries), _QUERIES):
+        block = slice(first, first + _QUERIES)
+        similarities, rows = nearest(train.values, queries.values[block], k + (test is None))
+        if test is None:
+            similarities, rows = _drop_self(similarities, rows, first)
+        totals = votes(similarities, train.labels[rows], [k], len(train.classes), temperature)
+        correct += [ranks_of(some, queries.labels[block], above=0) == 0 for some in totals]
+    return np.concatenate(correct)
 
 
 def votable(train: Features, test: Features | None) -> int:

@@ -30,6 +30,40 @@ def effective_rank(features: Tensor) -> float:
     return float(torch.special.entr(shares).sum().exp())
 
 
+def lidar(views: Tensor, delta: float = 1e-4, eps: float = 1e-8) -> float:
+    """Compute the effective rank of the differences between images, relative to those between views of an image.
+
+    Args:
+        views: Features of Q views of each of S images, grouped by image. At most S - 1 is possible, so S above D is
+            best. [S, Q, D]
+        delta: Added to the variances within images, which may be 0.
+        eps: Added to the eigenvalues, so that their logarithms are finite.
+
+    Returns:
+        LiDAR score; NaN if a feature is not finite.
+
+    Raises:
+        ValueError: If there are fewer than two images or two views.
+
+    Source: arXiv 2312.04000, section 4; delta and eps as in its code.
+    """
+    images, count, width = views.shape
+    if images < 2 or count < 2:
+        raise ValueError(f"{images} images with {count} views; expected at least two of each")
+    if not views.isfinite().all():
+        return math.nan
+    wide = views.double()
+    means = wide.mean(1)  # [S, D]
+    between = torch.cov(means.T).reshape(width, width)
+    deviations = (wide - means[:, None]).flatten(0, 1)  # [S * Q, D]
+    within = deviations.T @ deviations / (images * (count - 1)) + delta * torch.eye(width, dtype=wide.dtype)
+    values, vectors = torch.linalg.eigh(within)
+    whitening = vectors * values.rsqrt() @ vectors.T
+    strengths = torch.linalg.eigvalsh(whitening @ between @ whitening).clamp(min=0)
+    shares = (strengths + eps) / (strengths + eps).sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
 def uniformity(features: Tensor) -> float:
     """Measure how evenly features cover the sphere: 0 if all are equal, about -4 if they fill it.
 

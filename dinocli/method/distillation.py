@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -15,6 +15,7 @@ from dinocli.data.loader.batch import Batch
 from dinocli.engine.method import Method, ParamGroup
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method.losses import LossesConfig
+from dinocli.method.losses.gram import downsampled
 from dinocli.models.architecture import AS_THE_HEADS, LearningConfig
 from dinocli.models.network import Encoding, Network
 
@@ -25,13 +26,15 @@ class Part:
 
     Attributes:
         batch: Views of b images, and their masks.
-        targets: Targets by the name of their loss: [G, b, K] for class tokens, [m, K] for masked patches.
+        targets: Targets by the name of their loss: [G, b, K] for class tokens, [m, K] for patches.
         cls: The teacher's class tokens of the global views. [G, b, D]
+        anchored: True if the student's patches are compared with the Gram teacher's.
     """
 
     batch: Batch
     targets: dict[str, Tensor]
     cls: Tensor
+    anchored: bool = False
 
 
 class SelfDistillation(Method):
@@ -44,9 +47,11 @@ class SelfDistillation(Method):
         momentum: Weight of the old average in each update; the student has the rest.
         learning: Learning rates of the backbone relative to the heads.
         frozen: Frozen teacher network. If None, the average is the teacher.
+        gram: Network for the Gram teacher, with the average's backbone and no heads, if there is a Gram loss.
 
     Attributes:
         teacher: Network that computes the targets.
+        gram: Gram teacher, a frozen copy of the average from an earlier step.
 
     Source: arXiv 2104.14294, algorithm 1.
     """
@@ -59,6 +64,7 @@ class SelfDistillation(Method):
         momentum: Schedule,
         learning: LearningConfig = AS_THE_HEADS,
         frozen: Network | None = None,
+        gram: Network | None = None,
     ) -> None:
         super().__init__()
         self.learning = learning
@@ -68,11 +74,9 @@ class SelfDistillation(Method):
         self.spare = None if frozen is None else average  # named as in the checkpoints of version 0.1
         self.momentum = momentum
         self.losses = losses.build(student.prototypes)
-
-    @property
-    def networks(self) -> list[Network]:
-        """Networks that a step runs."""
-        return [self.student, self.teacher]
+        self.gram = None if gram is None else gram.requires_grad_(False).eval()
+        self.anchoring = losses.gram
+        self.visible = losses.ibot.visible if losses.ibot else 0.0
 
     @property
     def ema(self) -> Network | None:
@@ -84,14 +88,31 @@ class SelfDistillation(Method):
         """Moving average of the student, the network that a run exports; by default it is also the teacher."""
         return self.teacher if self.ema is None else self.ema
 
+    @property
+    def networks(self) -> list[Network]:
+        """Networks that a step runs."""
+        return [self.student, self.teacher, *([self.gram] if self.gram else [])]
+
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.ema is not None:
             self.teacher.eval()  # so that its output for an image does not depend on the other images
+        if self.gram is not None:
+            self.gram.eval()
         return self
 
     def frozen_modules(self) -> list[str]:
         return [] if self.ema is None else ["teacher"]
+
+    @torch.no_grad()
+    def before_step(self, clock: Clock) -> None:
+        """Copy the average to the Gram teacher if its schedule says so."""
+        if self.gram is None or self.anchoring is None or not self.anchoring.is_update(clock):
+            return
+        # Statistics of BatchNorm too. With FSDP both networks have the same shards.
+        pairs = ((m.parameters(), m.buffers()) for m in (self.gram.backbone, self.average.backbone))
+        own, current = (local([*parameters, *buffers]) for parameters, buffers in pairs)
+        torch._foreach_copy_(own, current)
 
     @torch.no_grad()
     def parts(self, batch: Batch, count: int, clock: Clock) -> list[Part]:
@@ -100,6 +121,8 @@ class SelfDistillation(Method):
         The teacher encodes only the global crops, one part at a time, like the student.
         """
         # Targets depend on the whole batch (Sinkhorn-Knopp, the center), so they come before the student's first part.
+        if self.visible and batch.masks:
+            batch = replace(batch, masks=batch.masks.with_visible(self.visible))
         batches = batch.split(count)
         # The teacher gets no mask: it sees every patch, and its heads read those that are masked for the student.
         outputs = [self.teacher([part.global_crops], rows=part.masks and part.masks.rows) for part in batches]
@@ -109,13 +132,34 @@ class SelfDistillation(Method):
             all_targets: Tensor | None = loss.targets_for(joined, clock)  # type: ignore[operator]
             for i, share in enumerate(_split(all_targets, outputs) if all_targets is not None else ()):
                 targets[i][name] = share
-        return [Part(part, targets[i], outputs[i].cls) for i, part in enumerate(batches)]
+        anchored = self.anchoring is not None and self.anchoring.is_active(clock)
+        return [Part(part, targets[i], outputs[i].cls, anchored) for i, part in enumerate(batches)]
 
     def forward(self, part: Part) -> dict[str, Tensor]:
         """Return the losses of a part, by name."""
+        student = self.encode(part)
+        losses = {name: loss(student, part.targets.get(name), part.batch.masks) for name, loss in self.losses.items()}
+        return losses | ({"gram": self.compare_patches(part, student)} if part.anchored else {})
+
+    def encode(self, part: Part) -> Encoding:
+        """Return the student's output for a part."""
         masks = part.batch.masks
-        student = self.student(part.batch.crops, masks and masks.where, masks and masks.rows)
-        return {name: loss(student, part.targets.get(name), masks) for name, loss in self.losses.items()}
+        return self.student(part.batch.crops, masks and masks.where, masks and masks.rows, with_patches=part.anchored)
+
+    def compare_patches(self, part: Part, student: Encoding) -> Tensor:
+        """Return the Gram loss of a part. []"""
+        loss: Tensor = self.losses["gram"](student, self._encode_anchor(part.batch, student.grid), part.batch.masks)
+        return loss
+
+    @torch.no_grad()
+    def _encode_anchor(self, batch: Batch, grid: tuple[int, int]) -> Tensor:
+        """Return the Gram teacher's patch tokens of the clean crops, on the student's grid. [G, b, N, D]"""
+        assert self.gram is not None
+        if batch.clean_crops is None:
+            raise ValueError("losses.gram needs the clean crops of a batch")
+        # Nothing here depends on the other images, so it is computed for a part at a time, to save memory.
+        anchor = self.gram([batch.clean_crops], with_patches=True)
+        return downsampled(anchor.patches.flatten(0, 1), anchor.grid, grid).unflatten(0, anchor.patches.shape[:2])
 
     def metrics(self, parts: Sequence[Part], losses: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor | float]:
         """Return metrics of training: those of each loss as `<loss>/<metric>`, `feature_std` and `momentum`.
@@ -139,7 +183,7 @@ class SelfDistillation(Method):
 
     def units(self) -> list[nn.Module]:
         """Return the blocks of each network, then the network, so that student and average have the same shards."""
-        networks = [network for network in (self.student, self.teacher, self.ema) if network is not None]
+        networks = [*self.networks, *([self.ema] if self.ema else [])]
         return [module for network in networks for module in (*network.blocks, network)]
 
     def param_groups(self) -> list[ParamGroup]:

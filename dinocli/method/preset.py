@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from dinocli.core.config import LARGEST, Config, change
@@ -17,10 +18,11 @@ from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.engine.optim import OptimizerConfig
 from dinocli.engine.schedules import Schedule
-from dinocli.method import shipped
+from dinocli.method import shipped, stages
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation, Teacher
 from dinocli.method.losses import LossesConfig
+from dinocli.method.losses.gram import GramLossConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone
 from dinocli.models.head import HeadConfig
@@ -74,6 +76,14 @@ class TrainingConfig(Config):
     batch_size: int = Field(ge=1)
     precision: Precision = "bfloat16"  # also for stored presets from before this key existed
     seed: int = Field(0, ge=0, lt=2**63)
+
+
+# Values at which a schedule has no effect if it never leaves them.
+_USELESS = {
+    "optimizer.lr": (0.0, "nothing would be trained"),
+    "teacher.momentum": (1.0, "the teacher would never change"),
+    "losses.gram.weight": (0.0, "the Gram loss would have no effect"),
+}
 
 
 class Preset(Config):
@@ -140,6 +150,11 @@ class Preset(Config):
                 "losses.ibot needs masked patches, and views.mask is not set; it needs "
                 "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=4, aspect=[0.3, 3.33]}"
             )
+        if self.losses.ibot and self.losses.ibot.visible and not self.views.mask:
+            raise ValueError(
+                f"losses.ibot.visible is {self.losses.ibot.visible:g}, and views.mask is not set: without masks all "
+                "patches count equally; it needs losses.ibot.visible=0"
+            )
         return self
 
     @model_validator(mode="after")
@@ -181,7 +196,7 @@ class Preset(Config):
     def _check_schedules(self) -> Self:
         # Smallest, largest and usual value.
         valid = {"optimizer.lr": (0.0, math.inf, 0.0005), "optimizer.weight_decay": (0.0, math.inf, 0.04)}
-        valid["teacher.momentum"] = (0.0, 1.0, 0.996)
+        valid |= {"teacher.momentum": (0.0, 1.0, 0.996), "losses.gram.weight": (0.0, math.inf, 2.0)}
         for key, schedule in self.schedules.items():
             low, high, usual = valid.get(key, (1e-6, math.inf, 0.04))
             values = {name: getattr(schedule, name) for name in ("value", "start", "end") if hasattr(schedule, name)}
@@ -195,10 +210,8 @@ class Preset(Config):
                     f"{key}.warmup_epochs is {warmup}, and a temperature cannot start from 0; expected 0; it needs "
                     f"{key}.warmup_epochs=0"
                 )
-            useless, effect = (
-                (0.0, "nothing would be trained") if key == "optimizer.lr" else (1.0, "the teacher would never change")
-            )
-            if key in ("optimizer.lr", "teacher.momentum") and set(values.values()) == {useless}:
+            useless, effect = _USELESS.get(key, (-1.0, ""))
+            if set(values.values()) == {useless}:
                 name = next(iter(values))
                 raise ValueError(f"{key} is always {useless:g}, and {effect}; it needs {key}.{name}={usual}")
         return self
@@ -212,6 +225,7 @@ class Preset(Config):
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "teacher.momentum": self.teacher.momentum,
             **{f"losses.{name}.targets.temperature": loss.targets.temperature for name, loss in with_targets},
+            **({"losses.gram.weight": self.losses.gram.weight} if self.losses.gram else {}),
         }
 
     @model_validator(mode="after")
@@ -229,6 +243,21 @@ class Preset(Config):
             raise ValueError(
                 f"views.low_resolution.local_size is {low.local_size}, and there are no local views; "
                 "it needs views.low_resolution.local_size=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mixed_sizes(self) -> Self:
+        views = self.views
+        if views.mixed and views.low_resolution:
+            raise ValueError(
+                "views.mixed and views.low_resolution both set the size of the crops; it needs "
+                "views.low_resolution=none"
+            )
+        if any(each.local_size for each in views.mixed) and not (views.local and views.locals):
+            raise ValueError(
+                "views.mixed has a local_size, and there are no local views; it needs "
+                f"views.mixed=[{{global_size={views.mixed[0].global_size}, share=1.0}}]"
             )
         return self
 
@@ -253,14 +282,23 @@ class Preset(Config):
             frozen: Frozen teacher. If None, the average is the teacher.
 
         Raises:
-            DinoError: If timm cannot build the backbone, a view size of `views.low_resolution` does not fit it, or the
-                losses compare features, which needs `feature_method`.
+            DinoError: If timm cannot build the backbone, a size of `views.low_resolution` or `views.mixed` does not fit
+                it, it gives no patches that `losses.gram` could compare, or the losses compare features, which needs
+                `feature_method`.
         """
         if self.losses.features:
             raise DinoError("losses.features needs teachers, and --teacher is not set", "--teacher timm:NAME")
         student, average = self.network(drop_path=True), self.network()
         _check_low_resolution_sizes(self.views, student.backbone)
-        return SelfDistillation(student, average, self.losses, self.teacher.momentum, self.backbone.learning, frozen)
+        _check_mixed_sizes(self.views, student.backbone)
+        gram = None
+        if self.losses.gram:
+            gram = Network(self.backbone.build(drop_path=False), {})
+            gram.load_state_dict({k: v for k, v in average.state_dict().items() if k.startswith("backbone.")})
+            _check_gram(self.losses.gram, self.views, self.backbone)
+        return SelfDistillation(
+            student, average, self.losses, self.teacher.momentum, self.backbone.learning, frozen, gram
+        )
 
     def feature_method(self, teachers: Sequence[Teacher]) -> FeatureDistillation:
         """Build student and moving average with the same fresh weights, and the adaptors to the teachers' features.
@@ -272,6 +310,48 @@ class Preset(Config):
         student, average = self.network(drop_path=True), self.network()
         loss, momentum, learning = self.losses.features, self.teacher.momentum, self.backbone.learning
         return FeatureDistillation(student, average, teachers, loss, momentum, self.views, learning)
+
+    @property
+    def clean_scale(self) -> float | None:
+        """Side of the clean crops that a loss needs, relative to the global crops'. None if no loss needs any."""
+        return self.losses.gram.scale if self.losses.gram else None
+
+
+def _check_gram(gram: GramLossConfig, views: ViewsConfig, config: BackboneConfig) -> None:
+    """Check that a backbone gives patches, and that the Gram teacher's crops are whole patches."""
+    for each in views.variants:
+        size = each.global_1.size
+        with torch.device("meta"):  # shapes only, which takes no time
+            backbone = config.build(drop_path=False).eval()
+            patches = backbone(torch.empty(1, views.channels, size, size)).patches.shape[1]
+        if patches < 2:
+            raise DinoError(
+                f"losses.gram compares the patches of a crop; {config.name} gives "
+                f"{'one' if patches else 'no'} patch{'' if patches else 'es'} at {size} pixels",
+                "--set losses.gram=none"
+                + (f", or --set views.global_1.size={2 * size} with views.global_2.size" if patches else ""),
+            )
+        patch = backbone.patch_size if backbone.grid(size) else 1
+        if (larger := each.clean_size(gram.scale)) % patch:
+            # One scale must fit all sizes, and a whole one does.
+            fits = max(1.0, round(gram.scale) if views.mixed else round(larger / patch) * patch / size)
+            raise DinoError(
+                f"losses.gram.scale is {gram.scale:g}: crops of {larger} pixels for the Gram teacher are not a whole "
+                f"number of patches of {patch} pixels",
+                f"--set losses.gram.scale={fits:g}",
+            )
+
+
+def _check_mixed_sizes(views: ViewsConfig, backbone: Backbone) -> None:
+    for i, mix in enumerate(views.mixed):
+        patch = backbone.patch_size if backbone.grid(mix.global_size) else 1
+        for key, size in (("global_size", mix.global_size), ("local_size", mix.local_size or patch)):
+            if size % patch:
+                fits = max(1, round(size / patch)) * patch
+                raise DinoError(
+                    f"views.mixed has a {key} of {size}; expected a whole number of patches of {patch} pixels",
+                    f"use {key}={fits} in table {i + 1} of views.mixed",
+                )
 
 
 def _check_low_resolution_sizes(views: ViewsConfig, backbone: Backbone) -> None:
@@ -292,15 +372,17 @@ def _check_low_resolution_sizes(views: ViewsConfig, backbone: Backbone) -> None:
             )
 
 
-def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
+def load_preset(name: str, overrides: Iterable[str] = (), run: Preset | None = None, peak_lr: float = 0.0) -> Preset:
     """Load a shipped preset by its name, or a user's own by its path, and apply overrides.
 
     Args:
         name: Name such as `vits16`, or a path that ends in `.toml`.
         overrides: Overrides `key.path=value` with a TOML value; a bare word is a string, and `none` removes the key.
+        run: Preset of the run to continue, which a stage needs. A complete preset does not use it.
+        peak_lr: Highest learning rate of the first run before a stage. If 0, that of `run`.
 
     Raises:
-        DinoError: If the preset does not exist or is not valid.
+        DinoError: If the preset does not exist or is not valid, or is a stage and there is no run.
     """
     if name.endswith(".toml"):
         path = Path(name)
@@ -318,6 +400,13 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> Preset:
         raise DinoError(f"{name} is nested too deeply for a preset", "check its brackets") from error
     except ValueError as error:
         raise DinoError(f"{name} is not valid TOML: {error}", "correct that line") from error
+    if "stage" in data:
+        if run is None:
+            raise stages.refuse_alone(name)
+        data = stages.continued(data, run, peak_lr or max(run.optimizer.lr.bounds), f"preset {name}")
     for override in overrides:
         change(data, override)
+    if run is not None and isinstance(images := data.get("images", {}), dict):
+        # Before the preset is checked as a whole: its error on other channels would ask for their mean and std.
+        stages.check_channels(images.get("channels", 3), run)
     return Preset.parse(data, f"preset {name}")

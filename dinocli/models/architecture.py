@@ -13,12 +13,9 @@ from torch import nn
 from dinocli.core.config import Config
 from dinocli.core.errors import DinoError, nearest
 from dinocli.models.backbone import Backbone
-from dinocli.models.conv import ConvBackbone
+from dinocli.models.generic import GenericBackbone
 from dinocli.models.positions import Positions
 from dinocli.models.transformer import RotaryBackbone, Transformer, ViTBackbone
-
-# Parts of class names in networks that are not purely convolutional.
-_NOT_CONVOLUTIONS = ("Attention", "Mixer", "Mamba", "Gated", "LSTM", "ResBlock", "SpatialGating", "VisionTransformer")
 
 
 class LearningConfig(Config):
@@ -47,6 +44,9 @@ class LearningConfig(Config):
 AS_THE_HEADS = LearningConfig()
 
 
+Option = bool | int | float | str | tuple[int, ...]
+
+
 class BackboneConfig(Config):
     """Backbone from timm, and its differences from timm's defaults.
 
@@ -58,14 +58,15 @@ class BackboneConfig(Config):
             original; `uniform` is the same in all blocks and does not compute skipped branches, as in DINOv2.
         learning: Learning rates relative to the heads.
         positions: Interpolation of learned positions to other grids: `dino` as in the original (by a factor with 0.1
-            added, no antialias), or `antialias` (to an exact size). None for networks without learned positions.
+            added, no antialias), `bicubic` (to an exact size, no antialias), or `antialias` (to an exact size). None
+            for networks without learned positions.
         rescale_positions: Largest random factor on the student's rotary coordinates; its inverse is the smallest, and 1
             means no rescaling.
         class_token_std: Standard deviation of the initial class token. None for networks without one.
     """
 
     name: str
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, Option] = {}
     drop_path: float = Field(0.0, ge=0, lt=1)
     drop_path_rule: Literal["linear", "uniform"] = "linear"
     learning: LearningConfig = AS_THE_HEADS
@@ -113,8 +114,12 @@ def create_timm(name: str, **options: Any) -> Any:
         raise DinoError(
             f"timm {timm.__version__} has no model {name!r}", f"did you mean {nearest(name, timm.list_models())}?"
         )
+    # Transformers with learned positions then accept images of any size; other networks reject the option.
     try:
-        return timm.create_model(name, num_classes=0, **options)
+        try:
+            return timm.create_model(name, num_classes=0, **{"dynamic_img_size": True} | options)
+        except TypeError:
+            return timm.create_model(name, num_classes=0, **options)
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         remove = f"--set backbone.options=none, or options that {name} takes"
         raise DinoError(f"timm cannot build {name} with {options}: {error}", remove) from error
@@ -124,19 +129,20 @@ def adapt(model: Any, positions: Positions) -> Backbone:
     """Wrap a timm model in the backbone class that supports it.
 
     Raises:
-        DinoError: If the model is neither a vision transformer nor a convolutional network.
+        DinoError: If the model returns neither patch tokens nor a map for images.
     """
     # The exact type: subclasses (distilled, hybrid, ...) have other tokens in the sequence.
     if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.cls_token is not None:
         return ViTBackbone(model, positions)
     if RotaryBackbone.reads(model):
         return RotaryBackbone(model)
-    # A convolutional network returns a map [B, D, h, w]; networks with other kinds of token mixing do not.
-    classes = [type(module).__name__ for module in model.modules()]
-    if hasattr(model, "feature_info") and not any(word in name for name in classes for word in _NOT_CONVOLUTIONS):
-        return ConvBackbone(model)
-    raise DinoError(
-        f"{type(model).__name__} is not a supported backbone; expected a vision transformer, with learned or DINOv3's "
-        "rotary positions, or a convolutional network",
-        "use one such as vit_small_patch16_224, vit_small_patch16_dinov3 or resnet50",
-    )
+    try:
+        return GenericBackbone(model)
+    except DinoError:
+        raise
+    # Networks for other inputs fail on images in many ways.
+    except Exception as error:
+        raise DinoError(
+            f"{type(model).__name__} does not take a batch of images: {(str(error).splitlines() or [''])[0][:100]}",
+            "use one such as vit_small_patch16_224, vit_small_patch16_dinov3 or resnet50",
+        ) from error

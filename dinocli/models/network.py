@@ -28,12 +28,16 @@ class Encoding:
         globals: Number of global views G.
         class_logits: Logits of the class tokens, by the name of the head. [V, B, K]
         masked_logits: Logits of the selected patches, by the name of the head. [M, K]
+        patches: Patch tokens of the global views, if requested. [G, B, N, D]
+        grid: Rows and columns of these patches.
     """
 
     cls: Tensor
     globals: int
     class_logits: dict[str, Tensor]
     masked_logits: dict[str, Tensor] = field(default_factory=dict)
+    patches: Tensor | None = None
+    grid: tuple[int, int] = (0, 0)
 
 
 class Network(nn.Module):
@@ -60,20 +64,27 @@ class Network(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, backbone.width)) if masking else None
         self._compiled = False
 
-    def forward(self, crops: Sequence[Tensor], mask: Tensor | None = None, rows: Tensor | None = None) -> Encoding:
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        mask: Tensor | None = None,
+        rows: Tensor | None = None,
+        *,
+        with_patches: bool = False,
+    ) -> Encoding:
         """Encode groups of views, one group per resolution.
 
         Args:
             crops: One [V, B, C, H, W] per resolution, the global views first; V may differ, B may not.
             mask: Mask of the global views' patches. If None, no patch is masked. [G, B, N], bool
             rows: Indices, among the G*B*N patches, of those that heads read. If None, all. [M], int64
+            with_patches: If True, also return the patch tokens of the global views.
         """
         # The backbone runs once per resolution, but each head once on all views, which its BatchNorm needs.
         first, *others = crops
-        cls, patches = self._encode_globals(first, mask)
+        cls, all_patches, grid = self._encode_globals(first, mask, with_patches=with_patches)
         cls = torch.cat([cls, *(self._encode_class_tokens(group, None) for group in others)])
-        if patches is not None and rows is not None:
-            patches = patches[rows]  # [M, D]
+        patches = all_patches[rows] if all_patches is not None and rows is not None else all_patches  # [M, D]
         class_logits, masked_logits = {}, {}
         for name, head in self.heads.items():
             class_input = cls.flatten(0, 1) if "class" in self.reads[name] else None
@@ -83,15 +94,23 @@ class Network(nn.Module):
                 class_logits[name] = of_class.unflatten(0, cls.shape[:2])
             if of_patches is not None:
                 masked_logits[name] = of_patches
-        return Encoding(cls, len(first), class_logits, masked_logits)
+        kept = (
+            all_patches.view(*first.shape[:2], -1, cls.shape[-1]) if with_patches and all_patches is not None else None
+        )
+        return Encoding(cls, len(first), class_logits, masked_logits, kept, grid)
 
-    def _encode_globals(self, group: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return class tokens of the global views, and their patches if a head reads them. [G, B, D] and [G*B*N, D]"""
+    def _encode_globals(
+        self, group: Tensor, mask: Tensor | None, *, with_patches: bool
+    ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
+        """Return class tokens of the global views, and the patches with their grid if a head or the caller reads them.
+
+        The shapes are [G, B, D] and [G*B*N, D].
+        """
         masked = None if mask is None or self.mask_token is None else MaskedPatches(mask.flatten(0, 1), self.mask_token)
-        if not any("patches" in reads for reads in self.reads.values()):
-            return self._encode_class_tokens(group, masked), None
+        if not with_patches and not any("patches" in reads for reads in self.reads.values()):
+            return self._encode_class_tokens(group, masked), None, (0, 0)
         tokens = self.backbone(group.flatten(0, 1), masked)
-        return tokens.cls.unflatten(0, group.shape[:2]), tokens.patches.flatten(0, 1)
+        return tokens.cls.unflatten(0, group.shape[:2]), tokens.patches.flatten(0, 1), tokens.grid
 
     def _encode_class_tokens(
         self, group: Tensor, masked: MaskedPatches | None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinocli.core.device import exactly
 
-Positions = Literal["dino", "antialias"]
+Positions = Literal["dino", "bicubic", "antialias"]
 
 
 class Resampler:
@@ -18,7 +18,7 @@ class Resampler:
 
     Args:
         how: `dino` scales by (rows + 0.1) / side, bicubic, no antialias; its sampling points follow this exact factor,
-            not the rounded size. `antialias` interpolates to the size, bicubic with antialias.
+            not the rounded size. `bicubic` interpolates to the size without antialias, `antialias` with it.
         prefix: Number of positions of class and register tokens.
 
     Source: facebookresearch/dino@7c446df vision_transformer.py, interpolate_pos_encoding; timm resample_abs_pos_embed.
@@ -67,5 +67,6 @@ def _compute_weights(side: int, count: int, how: Positions, like: Tensor) -> Ten
         scale = ((count + 0.1) / side, 1.0)
         weights = F.interpolate(tables, scale_factor=scale, mode="bicubic", align_corners=False)
     else:
-        weights = F.interpolate(tables, size=(count, side), mode="bicubic", align_corners=False, antialias=True)
+        antialias = how == "antialias"
+        weights = F.interpolate(tables, size=(count, side), mode="bicubic", align_corners=False, antialias=antialias)
     return weights[0, :, :, 0].T.contiguous()

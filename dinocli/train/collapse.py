@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from dinocli.engine.schedules import Constant
+from dinocli.engine.schedules import Constant, Warmup
 from dinocli.method.losses.targets import CenteringConfig, PrototypeLossConfig
 from dinocli.method.preset import Preset
 
@@ -86,7 +86,7 @@ class CollapseDetector:
             return []
         self._reported.add("features")
         rate = self.preset.optimizer.lr
-        key, value = ("value", rate.value) if isinstance(rate, Constant) else ("start", rate.start)
+        key, value = ("value", rate.value) if isinstance(rate, (Constant, Warmup)) else ("start", rate.start)
         words = f"constant collapse: for {self.span} steps the student predicts the same features for any image"
         remedy = f"start again with --out NEW and a lower rate: --set optimizer.lr.{key}={value / 3:.2g}"
         return [Collapse("constant", f"{words} (losses.features)", remedy)]
@@ -129,6 +129,6 @@ def _suggest_remedy(preset: Preset, name: str, loss: PrototypeLossConfig, kind: 
         return f"{begin}a less sharp teacher: --set {rule}.temperature='{{kind=\"constant\", value=0.04}}'"
     momentum = preset.teacher.momentum
     if momentum.bounds[0] < 0.99:
-        key = "value" if isinstance(momentum, Constant) else "start"
+        key = "value" if isinstance(momentum, (Constant, Warmup)) else "start"
         return f"{begin}a slower teacher: --set teacher.momentum.{key}=0.996"
     return f"{begin}more images a step: --batch-size {2 * batch}, with --accumulate 2 where memory is short"

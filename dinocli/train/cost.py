@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinocli.core.device import autocast, has_bfloat16
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
-from dinocli.data.views.crops import ViewsConfig
-from dinocli.data.views.masking import PatchMasks, masked_in_all
+from dinocli.data.views.masking import PatchMasks, deal, masked_in_all
+from dinocli.engine.schedules import Clock
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.train.plan import Plan, equal_parts
@@ -75,17 +75,20 @@ def estimate(plan: Plan) -> Estimate:
     with torch.device("meta"):
         method = plan.method()
     phases = plan.phases
-    flops = sum((steps or 1) / max(1, plan.stop) * _flops(method, part) for steps, part in phases)
+    total = sum(steps for steps, _ in phases)
+    flops = sum((steps / total if total else 1 / len(phases)) * _flops(method, part) for steps, part in phases)
     _, plan = phases[-1]
     depth = len(method.student.blocks)
     (waiting, two), (_, four) = (_peak(plan, images, depth) for images in (2, 4))
     image = (four - two) / 2  # bytes grow linearly with the batch
     weights = _bytes(method.student)
-    # The student's weights, gradient, AdamW's two moments and average; a frozen teacher; and whatever the forward pass
-    # saves that does not grow with the batch, such as bfloat16 copies of the weights.
+    # The student's weights, gradient, AdamW's two moments and average; frozen teachers and the Gram teacher; and whatever
+    # the forward pass saves that does not grow with the batch, such as bfloat16 copies of the weights.
     fixed: float = 5 * weights + sum(_bytes(method.get_submodule(name)) for name in method.frozen_modules())
     if isinstance(method, FeatureDistillation):
         fixed += 4 * _bytes(method.adaptors)  # these have no average
+    elif method.gram:
+        fixed += _bytes(method.gram)
     fixed += max(0.0, two - 2 * image)
     at_once = plan.images_each // plan.accumulate
     seconds = flops * plan.images_each * plan.stop / _rate(plan)
@@ -132,8 +135,8 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
 def _flops(method: SelfDistillation | FeatureDistillation, plan: Plan) -> float:
     """Count the operations per image of a step, on meta tensors, which have gradients on any machine."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        batch = _empty_batch(plan.loaded_views, _grid(plan, method), 2)
-        torch.stack(list(method(*method.parts(batch, 1, plan.clock)).values())).sum().backward()
+        batch = _empty_batch(plan, _grid(plan, method), 2)
+        torch.stack(list(method(*method.parts(batch, 1, _last(plan))).values())).sum().backward()
     return counter.get_total_flops() / 2
 
 
@@ -159,11 +162,12 @@ def _measure_memory(plan: Plan, images: int) -> tuple[float, float]:
     kind = plan.device.type if plan.device.type == "cuda" else "cpu"
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(kind):
         method = method.to_empty(device=kind)
-        batch = _empty_batch(plan.loaded_views, _grid(plan, method), images)
+        batch = _empty_batch(plan, _grid(plan, method), images)
         with autocast(plan.device, plan.preset.training.precision):
             targets, outputs = _run_student(method, batch, plan, note)
     weights = _storages(method.parameters())
-    waiting = _storages([*targets, *batch.crops])
+    clean = [] if batch.clean_crops is None else [batch.clean_crops]
+    waiting = _storages([*targets, *batch.crops, *clean])
     turn = _storages([*kept.values(), *outputs])
     return sum(waiting.values()), sum(size for key, size in turn.items() if key not in weights | waiting)
 
@@ -174,14 +178,15 @@ def _run_student(
     """Return the targets of a batch and the student's outputs; `note` receives the tensors saved for backward."""
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     if isinstance(method, FeatureDistillation):
-        (features,) = method.parts(batch, 1, plan.clock)
+        (features,) = method.parts(batch, 1, _last(plan))
         with hooks:
             method(features)
         return [values for target in features.targets for values in (target.cls, target.patches)], []
-    (part,) = method.parts(batch, 1, plan.clock)
-    masks = batch.masks
+    (part,) = method.parts(batch, 1, _last(plan))
     with hooks:
-        student = method.student(batch.crops, masks and masks.where, masks and masks.rows)
+        student = method.encode(part)
+        if part.anchored:
+            method.compare_patches(part, student)
     # Logits count once, because the losses overwrite them with their gradient.
     return list(part.targets.values()), [*student.class_logits.values(), *student.masked_logits.values()]
 
@@ -191,7 +196,13 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
 
 
-def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) -> Batch:
+def _last(plan: Plan) -> Clock:
+    """Return the clock of the last step: the first ones may lack a loss."""
+    return replace(plan.clock, step=plan.clock.total - 1)
+
+
+def _empty_batch(plan: Plan, grid: tuple[int, int] | None, images: int) -> Batch:
+    views, clean_scale = plan.loaded_views, plan.preset.clean_scale
     c, size, rows, shown = views.channels, views.global_1.size, torch.arange(images, device="cpu"), len(views.globals)
     large, small, masks = torch.empty(shown, images, c, size, size), None, None
     if views.local and views.locals:
@@ -200,9 +211,14 @@ def _empty_batch(views: ViewsConfig, grid: tuple[int, int] | None, images: int) 
         patches = grid[0] * grid[1]
         masked = masked_in_all(views.mask, (shown, images), patches)
         where = torch.zeros(shown, images, patches, dtype=torch.bool)
-        counts = torch.zeros(shown, images, dtype=torch.int64, device="cpu")
+        with torch.device("cpu"):
+            counts = deal(views.mask, (shown, images), patches, seed=0, batch=0, rank=0)
         masks = PatchMasks(where, torch.arange(masked), torch.ones(masked), counts)
-    return Batch(large, small, rows, masks)
+    clean = None
+    if clean_scale is not None:
+        side = views.clean_size(clean_scale)
+        clean = torch.empty(shown, images, c, side, side)
+    return Batch(large, small, rows, masks, clean)
 
 
 def _grid(plan: Plan, method: SelfDistillation | FeatureDistillation) -> tuple[int, int] | None:

@@ -16,10 +16,13 @@ from dinocli.data.sources.open import Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.engine.parallel import Kind
-from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate
+from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate, Warmup
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.method.preset import Preset
+from dinocli.method.stages import check_same_network
+from dinocli.train.origin import Origin
+from dinocli.train.state import StageFacts
 from dinocli.weights.feature_teachers import FeatureTeachers
 from dinocli.weights.frozen_teacher import FrozenTeacher
 
@@ -62,6 +65,7 @@ class Plan:
         out: Run folder.
         workers: Number of processes that decode images.
         init: Source of the initial weights, as the user named it.
+        origin: Finished run that this run continues, if any.
         teacher: Frozen teacher with heads, or encoders whose features teach, if the preset needs one.
         teacher_cache: Folder for the teachers' features of fixed views. If None, each step computes them.
         cache: Cache of decoded images: `ram` or a folder. If None, images are decoded in every epoch.
@@ -79,7 +83,7 @@ class Plan:
 
     Raises:
         DinoError: If the batch cannot be split evenly over the processes and their parts, `teacher` does not match the
-            preset's `teacher.frozen`, or its features cannot be stored.
+            preset's `teacher.frozen`, its features cannot be stored, or the run to continue has another network.
     """
 
     name: str
@@ -103,6 +107,7 @@ class Plan:
     parallel: Kind = "ddp"
     compiled: bool = False
     recompute: bool = False
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each
@@ -115,6 +120,8 @@ class Plan:
                 if self.preset.teacher.frozen
                 else "--set teacher.frozen=true",
             )
+        if self.origin:
+            check_same_network(self.preset, self.origin.preset, self.origin.source)
         if self.teacher_cache:
             self._check_teacher_cache()
         if batch % size():
@@ -141,10 +148,15 @@ class Plan:
 
     @property
     def phases(self) -> list[tuple[int, Plan]]:
-        """Phases of the run by crop size, in order: the number of steps, and the plan with only these crops.
+        """Phases of the run by crop size: the number of steps, and the plan with only these crops.
 
-        A run that stops before its crops grow has a single phase.
+        They are in order. A run that stops before its crops grow has a single phase. If sizes are drawn for each step,
+        the phases go from the smallest to the largest, with the expected number of steps.
         """
+        if mixes := self.preset.views.mixes:
+            sized = [(share, self.preset.model_copy(update={"views": those})) for share, those in mixes]
+            by_size = sorted(sized, key=lambda each: _pixels(each[1]))
+            return [(round(share * self.stop), replace(self, preset=preset)) for share, preset in by_size]
         views = self.preset.views.phases(self.clock.steps_per_epoch)
         ends = [min(first, self.stop) for first, _ in views[1:]] + [self.stop]
         parts = []
@@ -191,6 +203,11 @@ class Plan:
         return method
 
     @property
+    def stages(self) -> tuple[StageFacts, ...]:
+        """Earlier stages that the run continues, oldest first."""
+        return self.origin.stages if self.origin else ()
+
+    @property
     def lr(self) -> Rate:
         """Learning rate over the run, scaled for the batch size."""
         return self.preset.optimizer.lr_for(self.preset.training.batch_size)
@@ -207,7 +224,7 @@ def cautions(plan: Plan) -> Iterator[str]:
             f" on a CPU: --preset tiny takes minutes, and dino doctor {plan.source.where} suggests settings"
         )
     seen = clock.total * preset.training.batch_size
-    for name, head in preset.heads.items():
+    for name, head in preset.heads.items() if plan.origin is None else ():  # a stage's prototypes are trained already
         if seen < _IMAGES_A_PROTOTYPE * head.prototypes:
             fits = _power_below(max(1, seen // _IMAGES_A_PROTOTYPE))
             epochs = math.ceil(clock.epochs * _IMAGES_A_PROTOTYPE * head.prototypes / seen)
@@ -228,8 +245,8 @@ def cautions(plan: Plan) -> Iterator[str]:
             f"the whole batch: --accumulate 1, or {without}"
         )
     usual, peak = 0.0005 * preset.training.batch_size / 256, max(plan.lr.bounds)
-    key = "value" if isinstance(preset.optimizer.lr, Constant) else "start"
-    if preset.optimizer.kind == "adamw" and not usual / 10 <= peak <= usual * 10:
+    key = "value" if isinstance(preset.optimizer.lr, (Constant, Warmup)) else "start"
+    if preset.optimizer.kind == "adamw" and plan.origin is None and not usual / 10 <= peak <= usual * 10:
         yield (
             f"a learning rate of {peak:.2g} for {preset.training.batch_size} images is far from the paper's "
             f"0.0005 * batch / 256 = {usual:.2g}: --set optimizer.lr.{key}=0.0005"
@@ -270,7 +287,7 @@ def _warm_ups(preset: Preset, *, low: bool = True) -> Iterator[tuple[str, int, s
 
     If `low`, include the epochs of low resolution.
     """
-    if isinstance(preset.optimizer.lr, Cosine):
+    if isinstance(preset.optimizer.lr, (Cosine, Warmup)):
         yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs=0"
     for name, head in preset.heads.items():
         yield "the freeze of the prototypes", head.freeze_last_layer_epochs, f"heads.{name}.freeze_last_layer_epochs=0"
@@ -293,6 +310,8 @@ def check_schedules(preset: Preset) -> None:
     for name, head in preset.heads.items():
         if head.freeze_last_layer_epochs >= epochs and head.freeze_last_layer_epochs:
             faults.append((f"heads.{name}.freeze_last_layer_epochs", head.freeze_last_layer_epochs, epochs - 1, 0))
+    if preset.losses.gram and preset.losses.gram.first_update >= epochs:
+        faults.append(("losses.gram.first_update", preset.losses.gram.first_update, epochs - 1, 0))
     if not faults:
         return
     came = _join([f"{key}={value} (at most {most})" for key, value, most, _ in faults])
@@ -332,6 +351,10 @@ def start_clock(preset: Preset, images: int | None) -> Clock:
 def equal_parts(batch: int) -> list[int]:
     """Return the divisors of a batch size in ascending order: the numbers of equal parts it can be split into."""
     return [n for n in range(1, batch + 1) if batch % n == 0]
+
+
+def _pixels(preset: Preset) -> int:
+    return sum(view.size**2 for view in preset.views.all)
 
 
 def _power_below(n: int) -> int:

@@ -144,6 +144,8 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
             plan.teacher.load(method.teacher)
         if plan.init and not saved:
             start_from(method, plan.init, note)
+        if plan.origin and not saved:
+            plan.origin.load(method)
     check_space(plan)
     if plan.monitor:
         KnnMonitor(plan.monitor, plan.preset, plan.workers)
@@ -161,6 +163,9 @@ def _trainer(
     if isinstance(plan.teacher, FrozenTeacher) and isinstance(method, SelfDistillation):
         plan.teacher.load(method.teacher)
     fresh = start_from(method, plan.init, note) if plan.init and not saved else []
+    if plan.origin and not saved:
+        note(f"continuing {plan.origin.describe(preset)}")
+        plan.origin.load(method)
     method = method.to(plan.device)
     if isinstance(method, FeatureDistillation) and not (saved and saved.state.step >= plan.stop):
         prepare_teachers(plan, method, note, resumed=saved is not None, stop=stop)
@@ -177,6 +182,8 @@ def _trainer(
     )
     if saved:
         saved.restore(trainer)
+    elif plan.origin:
+        plan.origin.load_optimizer(trainer, preset)
     return trainer, method, fresh
 
 
@@ -195,4 +202,5 @@ def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation | FeatureDis
         cache=plan.cache,
         compiled=plan.compiled,
         grid=method.student.backbone.grid,
+        clean=plan.preset.clean_scale,
     )

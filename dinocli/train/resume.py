@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dinocli.data.sources.shards import Shards
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method.preset import Preset
 from dinocli.train.plan import Plan
-from dinocli.train.state import SavedState, State, newest, other_contents, saved_states
+from dinocli.train.state import SavedState, StageFacts, State, newest, other_contents, saved_states
 from dinocli.viz.report import CURVES, REPORT
 
 BAD_IMAGES = "bad_images.txt"
@@ -73,6 +73,10 @@ def resumed_plan(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
     changed = other_contents(state.images.contents, plan.source) if rank() == 0 else None
     if changed:
         note(changed)
+    if plan.stages != state.stages:
+        began = f"continued {state.stages[-1].source}" if state.stages else "did not continue another run"
+        own = f"--from {state.stages[-1].source}" if state.stages else "no --from"
+        raise DinoError(f"the run in {plan.out} {began}", f"use {own} to resume, or another --out")
     if plan.teacher and plan.teacher.fingerprint != state.teacher:
         raise DinoError(
             f"the run in {plan.out} began with another teacher than {plan.teacher.source}",
@@ -146,19 +150,25 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
         )
 
 
-def unfinished(runs: Iterable[Path], plan: tuple[Preset, str, str | None, str | None], stop: int = 0) -> Path | None:
+def unfinished(
+    runs: Iterable[Path],
+    plan: tuple[Preset, str, str | None, str | None],
+    stop: int = 0,
+    stages: Sequence[StageFacts] = (),
+) -> Path | None:
     """Return the first unfinished run that matches the plan, or None.
 
     Args:
         runs: Run folders, newest first.
         plan: Preset, fingerprint of the images, initial weights, and fingerprint of the frozen teacher.
         stop: Number of planned steps. A run that `--steps` ended earlier counts as unfinished, unless at step 0.
+        stages: Earlier stages that the planned run continues.
     """
     for run in runs:
         state = next((state for _, state in saved_states(run) if state), None)
         if state and (state.step < state.stop or 0 < state.step < stop):
             same = state.preset.model_copy(update={"about": plan[0].about})  # descriptions do not affect training
-            if (same, state.images.fingerprint, state.init, state.teacher) == plan:
+            if (same, state.images.fingerprint, state.init, state.teacher) == plan and state.stages == tuple(stages):
                 return run
     return None
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from dinocli.core.atomic import write_text
+from dinocli.core.atomic import write_json, write_text
 from dinocli.core.distributed import any_of, gathered, rank, size
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import BadFiles, Batch
@@ -21,6 +21,7 @@ from dinocli.train.logger import Logger, check_weights
 from dinocli.train.plan import Plan, equal_parts
 from dinocli.train.resume import BAD_IMAGES, reading_processes
 from dinocli.train.state import ImageFacts, SavedState, State, StateStore, sample_of
+from dinocli.viz.report import STAGES
 
 
 class Session:
@@ -71,6 +72,9 @@ class Session:
         self.save()
         if rank() == 0:
             write_text(plan.out / "preset.json", plan.preset.model_dump_json(indent=2))
+            if plan.stages:
+                earlier = [stage.model_dump(mode="json") for stage in plan.stages]
+                write_json(plan.out / STAGES, {"stages": earlier}, indent=2)
 
     def train(self, batches: TrainBatches) -> None:
         """Train until the plan's last step, or until the user stops the run.
@@ -151,6 +155,7 @@ class Session:
                 images=self.images,
                 init=self.plan.init,
                 teacher=self.plan.teacher.fingerprint if self.plan.teacher else None,
+                stages=self.plan.stages,
                 lanes=reading_processes(self.plan),
             )
             self.store.write(state, self.trainer, self.network)

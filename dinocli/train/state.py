@@ -55,6 +55,28 @@ class ImageFacts(Config):
     contents: str = ""
 
 
+class StageFacts(Config):
+    """Earlier stage of a run, which the next one continued.
+
+    Attributes:
+        source: Run folder, state or checkpoint, as the user named it.
+        recipe: Recipe in a few words.
+        steps: Steps done in that stage.
+        batch_size: Images per step.
+        lr: Highest learning rate of its preset, before `lr_rule`.
+        images: Location of its images; empty if unknown.
+        optimizer: True if the next stage continued the optimizer's state too.
+    """
+
+    source: str
+    recipe: str
+    steps: int
+    batch_size: int
+    lr: float
+    images: str = ""
+    optimizer: bool
+
+
 class State(Config):
     """Metadata of a training state.
 
@@ -65,6 +87,7 @@ class State(Config):
         images: Identity of the training images.
         init: Initial weights, as the user named them.
         teacher: Fingerprint of the frozen teacher, if any.
+        stages: Earlier stages that the run continues, oldest first.
         lanes: Number of processes that read images. It determines the image order of tar shards.
         files: Checksum of each other file in the state's folder, by name.
         dinocli: Version that wrote the state.
@@ -76,6 +99,7 @@ class State(Config):
     images: ImageFacts
     init: str | None
     teacher: str | None = None
+    stages: tuple[StageFacts, ...] = ()
     lanes: int
     files: dict[str, int] = {}
     dinocli: str = __version__
@@ -93,6 +117,17 @@ class SavedState:
     state: State
     folder: Path
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the trainer.
+
+        Raises:
+            DinoError: If values are not finite.
+            KeyError: If the file is corrupt.
+        """
+        tensors = _read(self.folder / _TRAINER)
+        refuse_not_finite(tensors, str(self.folder))
+        return tensors
+
     def restore(self, trainer: Trainer) -> None:
         """Load the state into a trainer of the same preset.
 
@@ -100,9 +135,7 @@ class SavedState:
             DinoError: If tensors are missing, shapes differ, or values are not finite.
         """
         try:
-            tensors = _read(self.folder / _TRAINER)
-            refuse_not_finite(tensors, str(self.folder))
-            restore(trainer, tensors)
+            restore(trainer, self.tensors())
         except (KeyError, RuntimeError) as error:
             raise DinoError(
                 f"the state in {self.folder} does not fit this preset: {str(error).splitlines()[0]}",
@@ -120,6 +153,28 @@ def saved_states(run: Path) -> Iterator[tuple[Path, State | None]]:
             yield folder, State.parse(unseal((folder / _STATE).read_bytes()), str(folder))
         except (OSError, ValueError, DinoError):
             yield folder, None
+
+
+def read_state(place: Path) -> SavedState | None:
+    """Return the state in a folder, or the newest of a run folder; None if there is none. Change nothing.
+
+    Raises:
+        DinoError: If it is corrupt, or of a version that this one cannot read.
+    """
+    run = place if _folders(place) else place.parent.parent
+    for folder, state in saved_states(run):
+        if run == place or folder == place:
+            if state and _is_valid(folder, state):
+                return SavedState(state, folder)
+            raise DinoError(
+                f"the state in {folder} is corrupt, or of another version of dinocli",
+                f"name an earlier state of {run}, or {run / CHECKPOINT} without its optimizer",
+            )
+    return None
+
+
+def _is_valid(folder: Path, state: State) -> bool:
+    return bool(state.files) and all(_checksum(folder / name) == known for name, known in state.files.items())
 
 
 def _folders(run: Path) -> list[Path]:
@@ -141,7 +196,7 @@ def newest(run: Path, note: Callable[[str], None]) -> SavedState | None:
                 f"the state in {folder} was written by dinocli {writer}; dinocli {__version__} cannot read it",
                 f"pip install dinocli=={writer}; or use another --out, and --init {run} to start from its weights",
             )
-        if state and state.files and all(_checksum(folder / name) == known for name, known in state.files.items()):
+        if state and _is_valid(folder, state):
             return SavedState(state, folder)
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)

@@ -97,7 +97,7 @@ def _chart_features(history: Mapping[str, Curve], cosines: dict[str, Curve]) -> 
 def _chart_training(
     history: Mapping[str, Curve], losses: Mapping[str, LossFacts], *, features: bool = False
 ) -> list[Chart]:
-    parts = _pick(history, {name: name for name in (*losses, "ibot", "koleo", "dino")})
+    parts = _pick(history, {name: name for name in (*losses, "ibot", "koleo", "gram", "dino")})
     total = _pick(history, {"loss": "loss"})
     curves = total if total and len(parts) < 2 else total | parts
     if features:  # another chart explains their loss

@@ -21,7 +21,7 @@ from dinocli.viz.history import Curve, read_history
 from dinocli.viz.page import page_of, text_of
 from dinocli.viz.panels import Chart, LossFacts, charts
 
-METRICS, CURVES, REPORT = "metrics.jsonl", "curves.png", "report.html"
+METRICS, CURVES, REPORT, STAGES = "metrics.jsonl", "curves.png", "report.html", "stages.json"
 _TIMES = 8  # maximum number of steps whose attention is shown
 _TILES = 12  # maximum number of photos, even if the folder holds more
 _SIDE = 192  # maximum side of a tile in pixels; keeps the page to a few megabytes
@@ -41,6 +41,7 @@ def write_report(folder: Path) -> None:
     write_sheet(drawn, folder / CURVES)
     pictures = folder / "pictures"
     bodies = {
+        "Stages": _render_stages(folder / STAGES, preset),
         "Curves": _render_curves(drawn),
         "Attention": _render_attention(pictures),
         "Neighbours": _render_neighbours(pictures),
@@ -110,6 +111,24 @@ def _render_facts(history: Mapping[str, Curve], preset: dict[str, Any]) -> str:
     facts["written"] = time.strftime("%Y-%m-%d %H:%M")
     rows = "".join(f"<div><dt>{name}</dt><dd>{text_of(value)}</dd></div>" for name, value in facts.items() if value)
     return f"<dl>{rows}</dl>"
+
+
+def _render_stages(path: Path, preset: dict[str, Any]) -> str:
+    """Render the stages that led to the run, and the run itself as the last one; empty if it continues no other."""
+    earlier = _read_json(path).get("stages")
+    if not isinstance(earlier, list):
+        return ""
+    lines = [(_get(s, "recipe"), _get(s, "source"), _get(s, "steps"), _get(s, "batch_size")) for s in earlier]
+    lines.append((_get(preset, "about", "recipe"), "this run", None, _get(preset, "training", "batch_size")))
+    started = ["random or initial weights"]
+    started += ["with optimizer" if _get(stage, "optimizer") else "optimizer anew" for stage in earlier]
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("", "recipe", "run", "steps", "batch", "start"))
+    rows = ""
+    for number, (cells, start) in enumerate(zip(lines, started, strict=True), 1):
+        texts = "".join(f"<td>{text_of('' if cell is None else cell)}</td>" for cell in (*cells, start))
+        rows += f'<tr><th scope="row">{number}</th>{texts}</tr>'
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<div class='wide' role='region' aria-label='Stages' tabindex='0'>{table}</div>"
 
 
 _FIGURES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -23,8 +24,12 @@ from dinocli.core.tensors import load_tensors, write_tensors
 from dinocli.core.version import __version__
 from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig
+from dinocli.weights.dinov3 import read_dinov3
 from dinocli.weights.identify import NAMES, foreign, is_features, kind_of
 from dinocli.weights.official import timms_name, under_timms_keys
+from dinocli.weights.released import Preprocessing, Released
+from dinocli.weights.transformers_folder import read_folder
+from dinocli.weights.xcit import read_xcit
 
 C = TypeVar("C", bound=Config)
 
@@ -43,7 +48,9 @@ class Weights:
         preset: Preset of the run, if this tool wrote the file.
         mask_token: Token that replaces masked patches, if the network was trained with one. [1, D]
         step: Number of training steps, if the file stores it.
-        architecture: Architecture of the backbone, if the file stores it.
+        architecture: Architecture of the backbone, if the file stores it or its kind has only one.
+        preprocessing: Images that the backbone expects, if the file stores them or its kind has only one.
+        notes: Assumptions made in reading, for the user to check.
     """
 
     backbone: dict[str, Tensor]
@@ -52,6 +59,8 @@ class Weights:
     mask_token: Tensor | None = None
     step: int | None = None
     architecture: BackboneConfig | None = None
+    preprocessing: Preprocessing | None = None
+    notes: tuple[str, ...] = ()
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, step: int) -> None:
@@ -67,10 +76,11 @@ def write_checkpoint(path: Path, weights: Mapping[str, Tensor], preset: Preset, 
 
 
 def read_weights(path: Path, which: Which = "teacher") -> Weights:
-    """Read a run folder, a checkpoint of this tool, or an official file with any key prefix.
+    """Read a run folder, a checkpoint of this tool, an official file with any key prefix, or a transformers folder.
 
     Args:
-        path: Run folder, `.safetensors` file, or `.pth` file, which is read without running code in it.
+        path: Run folder, folder with a transformers model, `.safetensors` file, or `.pth` file, which is read without
+            running code in it.
         which: Network to read if the file holds both. This tool's checkpoints hold only the teacher.
 
     Raises:
@@ -78,6 +88,10 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
     """
     if path.is_dir() and (path / CHECKPOINT).is_file():
         path = path / CHECKPOINT
+    folder = path.parent if path.name in ("model.safetensors", "model.safetensors.index.json") else path
+    if released := read_folder(folder):
+        refuse_not_finite(released.backbone, str(path), "use another checkpoint")
+        return _from_released(released, {})
     if not path.is_file():
         raise _no_checkpoint(path)
     metadata: dict[str, str] = {}
@@ -94,7 +108,22 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
     preset = _parse_stored(Preset, "preset", metadata, path)
     step = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
     architecture = preset.backbone if preset else _parse_stored(BackboneConfig, "backbone", metadata, path)
-    return replace(_sort(tensors, preset, path), step=step, architecture=architecture)
+    weights = _sort(tensors, preset, path)
+    if architecture is None:
+        return weights
+    return replace(weights, step=step, architecture=architecture, preprocessing=_parse_preprocessing(metadata, path))
+
+
+def _from_released(released: Released, heads: dict[str, dict[str, Tensor]]) -> Weights:
+    return Weights(
+        released.backbone,
+        heads,
+        None,
+        released.mask_token,
+        architecture=released.architecture,
+        preprocessing=released.preprocessing,
+        notes=released.notes,
+    )
 
 
 def carrying(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
@@ -110,7 +139,8 @@ def carrying(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> dict[st
 def metadata_of(weights: Weights, architecture: BackboneConfig) -> dict[str, str]:
     """Return the metadata with which this tool loads an exported file as the same encoder."""
     if weights.preset is None:
-        return {"dinocli": __version__, "backbone": architecture.model_dump_json()}
+        images = {} if weights.preprocessing is None else {"preprocessing": json.dumps(weights.preprocessing._asdict())}
+        return {"dinocli": __version__, "backbone": architecture.model_dump_json(), **images}
     step = {} if weights.step is None else {"step": str(weights.step)}
     return {"dinocli": __version__, "preset": weights.preset.model_dump_json(), **step}
 
@@ -138,6 +168,24 @@ def _parse_stored(config: type[C], key: str, metadata: Mapping[str, str], path: 
         raise DinoError(
             f"{error.message}; the file was written by dinocli {writer}, and this is {__version__}",
             f"pip install dinocli=={writer}",
+        ) from error
+
+
+def _parse_preprocessing(metadata: Mapping[str, str], path: Path) -> Preprocessing | None:
+    """Return the preprocessing in the metadata of weights, or None if it is missing.
+
+    Raises:
+        DinoError: If it is corrupt.
+    """
+    if "preprocessing" not in metadata:
+        return None
+    try:
+        stored = parse(metadata["preprocessing"])
+        mean, std = (tuple(float(value) for value in stored[key]) for key in ("mean", "std"))
+        return Preprocessing(int(stored["size"]), mean, std)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DinoError(
+            f"{path} is damaged: its preprocessing cannot be read; {error}", "copy it again, or use another checkpoint"
         ) from error
 
 
@@ -287,13 +335,15 @@ def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> W
     backbone: dict[str, Tensor] = {}
     heads: dict[str, dict[str, Tensor]] = {}
     mask_token = None
+    if any(key.startswith("decoder_") for key in tensors):  # MAE's mask token belongs to its decoder
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("decoder_") and k != "mask_token"}
     for key, value in tensors.items():
         # DDP adds the prefix `module.`; the originals' wrappers add `backbone.`, and `head.` or `dino_head.`.
         key = key.removeprefix("module.")
         if key.startswith("heads."):
             _, name, rest = key.split(".", 2)
             heads.setdefault(name, {})[rest] = value
-        elif key.removeprefix("backbone.") == "mask_token":
+        elif key.removeprefix("backbone.") in ("mask_token", "masked_embed"):  # iBOT's name is the second
             mask_token = value.view(1, -1)
         elif head := _HEAD.match(key):
             heads.setdefault(head[1] or "dino", {})[key[head.end() :]] = value
@@ -302,4 +352,6 @@ def _sort(tensors: Mapping[str, Tensor], preset: Preset | None, path: Path) -> W
             backbone[key.removeprefix("backbone.")] = value
     if not backbone:
         raise DinoError(f"{path} holds no backbone", "use a file saved from a complete network")
+    if preset is None and (released := read_dinov3(backbone, str(path)) or read_xcit(backbone)):
+        return replace(_from_released(released, heads), mask_token=mask_token)
     return Weights(under_timms_keys(backbone), heads, preset, mask_token)

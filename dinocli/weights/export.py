@@ -22,16 +22,22 @@ from dinocli.core.version import __version__
 from dinocli.data.views.crops import resize_for
 from dinocli.features.encoder import Encoder, TokenChoice, features_of, whole_patches
 from dinocli.models.architecture import BackboneConfig
+from dinocli.models.backbone import Backbone
+from dinocli.models.generic import Feature, GenericBackbone
 from dinocli.models.head import Head, HeadConfig
 from dinocli.models.network import load_strictly
-from dinocli.models.transformer import Transformer, ViTBackbone
+from dinocli.models.positions import Positions
+from dinocli.models.transformer import ViTBackbone
 from dinocli.weights.checkpoint import Weights, Which, carrying, metadata_of, read_weights
-from dinocli.weights.load import architecture_of, encoder_of, timm_folder
+from dinocli.weights.identify import config_of
+from dinocli.weights.load import architecture_of, encoder_of
 from dinocli.weights.official import OFFICIAL, original_head, original_network
 
 Format = Literal["official", "timm", "onnx", "torch-export"]
 ENDINGS: dict[Format, str] = {"official": ".pth", "timm": "", "onnx": ".onnx", "torch-export": ".pt2"}
 TIMM_FILES = {"config.json", "model.safetensors"}
+# timm's tags of weights whose positions the originals resample in these ways; see `load._positions_of`.
+_TAGS: dict[Positions, str] = {"dino": "dino", "bicubic": "mae"}
 _TOLERANCE = 1e-4  # relative; other libraries sum in another order
 _ONE_ONNX_FILE = 2**31  # bytes, a limit of the format
 
@@ -69,7 +75,7 @@ def export(
     """Write a backbone for another library, load it again with that library, and compare the features.
 
     Args:
-        source: Run folder, checkpoint, or official `.pth`.
+        source: Run folder, checkpoint, official `.pth`, or transformers folder.
         to: Format. `official`: keys of the backbones released by facebookresearch/dino. `timm`: a folder for
             `create_model("local-dir:...")` or the hub. `onnx` and `torch-export`: a graph to features from normalized
             images [B, C, size, size], with B free.
@@ -121,7 +127,7 @@ def export(
 
 
 def _keep_the_source(source: Path, to: Format, out: Path) -> None:
-    file = source / CHECKPOINT if source.is_dir() else source
+    file = source / CHECKPOINT if (source / CHECKPOINT).is_file() else source
     if out.exists() and (out.samefile(file) or out.resolve() in file.resolve().parents):
         other = f"--out {out.resolve().stem}-{to}{ENDINGS[to]}"
         raise DinoError(f"{out} is or contains the source of the export, which would be overwritten", other)
@@ -144,7 +150,7 @@ def folder_is_free(out: Path, ours: set[str]) -> None:
         names = {path.name for path in out.iterdir()}
         if names - ours:
             what = f"holds {min(names - ours)}"
-        elif names and "dinocli" not in timm_folder(out):
+        elif names and "dinocli" not in config_of(out):
             what = "holds a model that this tool did not export"
         elif out.samefile(Path()):
             what = "is the current folder"
@@ -286,8 +292,8 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: 
         "interpolation": "bicubic",
         "crop_pct": size / resize_for(size),
         "num_classes": 0,
-        # timm's tag of the original's weights. From it `load_encoder` knows how to resample positions.
-        "tag": "dino" if isinstance(backbone, ViTBackbone) and backbone.positions == "dino" else None,
+        # From the tag `load_encoder` knows how to resample positions.
+        "tag": _TAGS.get(backbone.positions) if isinstance(backbone, ViTBackbone) else None,
     }
     config = {
         "architecture": architecture.name,
@@ -305,16 +311,25 @@ def _to_timm(encoder: Encoder, architecture: BackboneConfig, size: int, folder: 
 
 
 def _timm_features(model: Any, encoder: Encoder) -> Loaded:
-    if isinstance(encoder.backbone, Transformer):
+    how = _feature_of_timm(encoder.backbone)
+    if how == "head":
+        loaded: Loaded = model
+        return loaded
+    if how == "token":
         return lambda images: model.forward_features(images)[:, 0]
     return lambda images: model.forward_features(images).mean((2, 3))
+
+
+def _feature_of_timm(backbone: Backbone) -> Feature:
+    """Return where timm's network has this backbone's class token."""
+    return backbone.feature if isinstance(backbone, GenericBackbone) else "token"
 
 
 def _call_of_timm(encoder: Encoder, model: Any, native: int) -> str:
     try:
         _compare(encoder, model, "cls", native)
     except DinoError:
-        end = "[:, 0]" if isinstance(encoder.backbone, Transformer) else ".mean((2, 3))"
+        end = "[:, 0]" if _feature_of_timm(encoder.backbone) == "token" else ".mean((2, 3))"
         return f"model.forward_features(images){end}"
     return "model(images)"
 

@@ -7,7 +7,7 @@ import re
 import zipfile
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dinocli.core.checksums import parse
 from dinocli.core.runs import CHECKPOINT
@@ -23,6 +23,8 @@ Kind = Literal[
     "image", "images", "source", "folder", "file",
 ]  # fmt: skip
 WEIGHTS: frozenset[Kind] = frozenset(["timm", "run", "weights"])
+# `model_type` in the config.json of transformers' folders that this tool reads.
+TRANSFORMERS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext")
 # Descriptions with an article, for messages such as "x is an image".
 NAMES: dict[Kind, str] = {
     "missing": "a path that does not exist",
@@ -103,12 +105,21 @@ def _folder(path: Path) -> Kind:
     ):
         return "features"
     if (path / "config.json").is_file() and (list(path.glob("*.safetensors")) or list(path.glob("*.bin"))):
-        return "model"
+        return "weights" if config_of(path).get("model_type") in TRANSFORMERS else "model"
     if is_shards(str(path)):
         return "source"
     found = (name for _, _, names in os.walk(path) for name in names)
     suffixes = (os.path.splitext(name)[1].lower() for name in islice(found, _ENTRIES))
     return "images" if any(suffix in SUFFIXES or suffix == ARRAY for suffix in suffixes) else "folder"
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """Return the config.json of a model folder, or {} if there is none."""
+    try:
+        config = parse((folder / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def is_features(path: Path) -> bool:

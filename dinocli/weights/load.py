@@ -18,12 +18,11 @@ import timm
 import torch
 from timm.models import adapt_input_conv
 
-from dinocli.core.checksums import parse
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import run_of
 from dinocli.core.tensors import fingerprint
 from dinocli.data.images import ImagesConfig
-from dinocli.features.encoder import Channels, Encoder, with_images
+from dinocli.features.encoder import Encoder, with_images
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.method.preset import Preset
@@ -32,11 +31,12 @@ from dinocli.models.backbone import Backbone
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
 from dinocli.weights.checkpoint import Weights, Which, read_weights, refuse_not_finite
+from dinocli.weights.identify import config_of
 from dinocli.weights.official import HEADS, heads_are_assumed, official_architecture, timms_name
+from dinocli.weights.released import IMAGENET, Channels, Preprocessing
 
 LOCAL = "local-dir:"
 _PATIENCE = 8.0  # seconds to wait for the hub's answer
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_encoder(source: str, device: torch.device, which: Which = "teacher", overrides: Sequence[str] = ()) -> Encoder:
@@ -60,7 +60,8 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
     elif shape:
         raise _fixed_shape(source, shape[0])
     else:
-        encoder = _freeze(*_load_timm(source.removeprefix("timm:")), source, device)
+        backbone, preprocessing = _load_timm(source.removeprefix("timm:"))
+        encoder = _freeze(backbone, *preprocessing, source, device)
         encoder = replace(encoder, images=ImagesConfig(channels=encoder.channels))
     return with_images(encoder, limits)
 
@@ -76,13 +77,14 @@ def encoder_of(weights: Weights, source: str, device: torch.device, overrides: S
     load_strictly(backbone.model, weights.backbone, source)
     if weights.preset:
         return replace(_build(backbone, source, device, weights.preset), step=weights.step)
-    channels = int(architecture.options.get("in_chans", 3))
-    if channels != 3:
+    preprocessing = weights.preprocessing or _assume_preprocessing(architecture)
+    if (channels := architecture.options.get("in_chans", 3)) != len(preprocessing.mean):
         raise DinoError(
             f"{source} takes {channels} channels and does not store their mean and std",
             "use the ckpt.safetensors that it was exported from",
         )
-    encoder = _freeze(backbone, int(architecture.options.get("img_size", 224)), *_IMAGENET, source, device)
+    encoder = replace(_freeze(backbone, *preprocessing, source, device), notes=weights.notes)
+    encoder = replace(encoder, images=ImagesConfig(channels=encoder.channels))
     if weights.architecture or not heads_are_assumed(architecture):
         return encoder
     heads = architecture.options["num_heads"]
@@ -91,6 +93,12 @@ def encoder_of(weights: Weights, source: str, device: torch.device, overrides: S
         return replace(encoder, fingerprint=fingerprint({"": torch.tensor(heads), **backbone.model.state_dict()}))
     note = f"{source} does not store its number of attention heads; assuming {heads}, its width divided by 64"
     return replace(encoder, notes=(f"{note} ({HEADS}N overrides this)",))
+
+
+def _assume_preprocessing(architecture: BackboneConfig) -> Preprocessing:
+    """Return ImageNet's statistics, and the image size of the learned positions."""
+    size = architecture.options.get("img_size", 224)
+    return Preprocessing(size if isinstance(size, int) else 224, *IMAGENET)
 
 
 def architecture_of(weights: Weights, source: str, overrides: Sequence[str] = ()) -> BackboneConfig:
@@ -111,7 +119,8 @@ def architecture_of(weights: Weights, source: str, overrides: Sequence[str] = ()
 
 def _fixed_shape(source: str, override: str) -> DinoError:
     return DinoError(
-        f"--set {override} is only for official files; {source} stores its own architecture", "remove that --set"
+        f"--set {override} is only for official files of a plain ViT; the architecture of {source} is known",
+        "remove that --set",
     )
 
 
@@ -167,7 +176,7 @@ def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
     return replace(weights, backbone=weights.backbone | {key: adapt_input_conv(own.shape[1], given)})
 
 
-def _load_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
+def _load_timm(name: str) -> tuple[Backbone, Preprocessing]:
     _check_released(name)
     try:
         with _silence_hub():
@@ -180,7 +189,7 @@ def _load_timm(name: str) -> tuple[Backbone, int, Channels, Channels]:
     released: Mapping[str, Any] = model.pretrained_cfg
     refuse_not_finite(model.state_dict(), f"timm:{name}", "use other weights")
     backbone = adapt(model, _positions_of(name, released))
-    return backbone, released["input_size"][-1], tuple(released["mean"]), tuple(released["std"])
+    return backbone, Preprocessing(released["input_size"][-1], tuple(released["mean"]), tuple(released["std"]))
 
 
 @contextmanager
@@ -203,7 +212,7 @@ def _check_released(name: str) -> None:
     """
     if name.startswith(LOCAL):
         folder = name.removeprefix(LOCAL)
-        if not timm_folder(Path(folder)):
+        if not config_of(Path(folder)):
             there = "has no config.json" if Path(folder).is_dir() else "is not a folder"
             raise DinoError(
                 f"timm:{name}: {folder or 'the name'} {there}", "name a folder written by `dino export --to timm`"
@@ -315,17 +324,9 @@ def _is_cached(name: str) -> bool:
 def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
     """Return how the training of a timm model resampled positions: as the originals did, or as timm does."""
     # DINO, and DINOv2 without registers; see `official_architecture`.
-    as_dino = released.get("tag") == "dino" or (released.get("tag") == "lvd142m" and "_reg" not in name)
-    return "dino" if as_dino else "antialias"
-
-
-def timm_folder(folder: Path) -> dict[str, Any]:
-    """Return the config of a folder in timm's hub format, or {}. Exports of this tool have the key `dinocli`."""
-    try:
-        said = parse((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return said if isinstance(said, dict) else {}
+    tag = released.get("tag")
+    as_dino = tag == "dino" or (tag == "lvd142m" and "_reg" not in name)
+    return "dino" if as_dino else "bicubic" if tag == "mae" else "antialias"
 
 
 def start_from(

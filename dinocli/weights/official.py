@@ -16,6 +16,7 @@ from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import load_strictly
+from dinocli.models.positions import Positions
 from dinocli.models.transformer import ViTBackbone
 
 # Blocks and heads of DINO's vision transformers, by width.
@@ -98,7 +99,7 @@ def official_architecture(backbone: Mapping[str, Tensor], source: str, overrides
         change(data, override)
     config = BackboneConfig.parse(data["backbone"], f"--set for {source}")
     width = config.options.get("embed_dim")
-    return config if width is None else _with_heads(config, int(width), source)
+    return _with_heads(config, width, source) if isinstance(width, int) else config
 
 
 def heads_are_assumed(architecture: BackboneConfig) -> bool:
@@ -108,22 +109,24 @@ def heads_are_assumed(architecture: BackboneConfig) -> bool:
 
 
 def _explain_unknown(backbone: Mapping[str, Tensor], source: str) -> DinoError:
-    if "storage_tokens" in backbone or "rope_embed.periods" in backbone:
+    keys = ", ".join(list(backbone)[:3])
+    if any(key.startswith("embeddings.") for key in backbone):
         return DinoError(
-            f"{source} is an official DINOv3 file, which is not supported",
-            "use the same weights from timm: timm:vit_small_patch16_dinov3.lvd1689m, or base, large, huge_plus, 7b",
+            f"{source} has transformers' keys ({keys}); expected its folder, with config.json",
+            "name the folder instead of a file in it",
         )
     return DinoError(
-        f"{source} is not a network of DINO (ViT or ResNet-50) or DINOv2 (ViT); "
-        f"its first keys are {', '.join(list(backbone)[:3])}",
-        "use a ckpt.safetensors of this tool, an official .pth of DINO or DINOv2, or timm:NAME",
+        f"{source} is not a network of DINO, iBOT or MAE (ViT, XCiT, ResNet-50), DINOv2 or DINOv3; its first keys are "
+        f"{keys}",
+        "use a ckpt.safetensors of this tool, an official .pth of these, a transformers folder, or timm:NAME",
     )
 
 
 def _vision_transformer(backbone: Mapping[str, Tensor], source: str) -> BackboneConfig | None:
     """Return the architecture without its number of heads, or None if the blocks are not those of a plain ViT."""
     registers = backbone["reg_token"].shape[1] if "reg_token" in backbone else 0
-    scaled = "blocks.0.ls1.gamma" in backbone
+    # Of any block, so that a weight missing in one is reported as missing.
+    scaled = any(key.endswith((".ls1.gamma", ".ls2.gamma")) for key in backbone)
     first, second = (backbone.get(f"blocks.0.mlp.{layer}.weight") for layer in ("fc1", "fc2"))
     if first is None or second is None or "blocks.0.attn.qkv.weight" not in backbone:
         return None
@@ -136,7 +139,7 @@ def _vision_transformer(backbone: Mapping[str, Tensor], source: str) -> Backbone
         options["mlp_ratio"] = inside / width if inside % width == 0 else (inside + 0.5) / width  # timm rounds down
     if registers:
         options["reg_tokens"] = registers
-    if "blocks.0.attn.qkv.bias" not in backbone:
+    if not any(key.endswith(".attn.qkv.bias") for key in backbone):
         options["qkv_bias"] = False
     if scaled:
         size = "giant" if gated else "small"  # timm's base for networks with SwiGLU, and without
@@ -147,7 +150,10 @@ def _vision_transformer(backbone: Mapping[str, Tensor], source: str) -> Backbone
     # The released code resamples positions of networks without registers as DINO does: by (rows + 0.1) / 37, without
     # antialiasing. Those of the later networks with registers are resampled to the exact size, with antialiasing
     # (facebookresearch/dinov2@b8931f7 dinov2/hub/backbones.py). timm antialiases both.
-    return BackboneConfig(name=name, options=options, positions="antialias" if registers else "dino")
+    positions: Positions = "antialias" if registers else "dino"
+    if not scaled and not registers and not backbone["pos_embed"][:, 0].any():
+        positions = "bicubic"  # MAE: fixed sines, with 0 for the class token; facebookresearch/mae@efb2a80 pos_embed.py
+    return BackboneConfig(name=name, options=options, positions=positions)
 
 
 def _sizes(backbone: Mapping[str, Tensor], source: str, *, unplaced: int) -> dict[str, int]:

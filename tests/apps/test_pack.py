@@ -208,7 +208,7 @@ def test_the_command_reports_skipped_images_and_prints_json(tmp_path: Path, imag
     assert {"train-000000.tar", "train-000001.tar"} < set(files(out))
     command(str(images), out, short_side=16, per_shard=6, name="train", json=True)
     second = capsys.readouterr()
-    assert "kept 2 of 2" in second.err
+    assert "reused 2 of 2" in second.err
     printed = json.loads(second.out)
     assert (printed["path"], printed["images"], printed["kept"]) == (str(out), 11, 2)
     assert set(printed) == {"path", *Packed.__dataclass_fields__}

@@ -116,9 +116,10 @@ def test_version(dino: Dino) -> None:
 
 def test_presets_are_listed_and_shown(dino: Dino) -> None:
     table = dino("presets").stdout
-    assert all(name in table for name in shipped.names())
+    both = [*shipped.names(), *shipped.stages()]
+    assert all(name in table for name in both)
     rows = json.loads(dino("presets", "--json").stdout)
-    assert [row["preset"] for row in rows] == shipped.names()
+    assert [row["preset"] for row in rows] == both
     assert dino("presets", "show", "vits16").stdout.strip() == shipped.text("vits16").strip()
 
 

@@ -159,7 +159,7 @@ def test_every_command_that_reads_weights_takes_them_as_checkpoint() -> None:
 
 
 def test_names_of_presets_are_completed() -> None:
-    assert complete_preset("") == shipped.names()
+    assert complete_preset("") == [*shipped.names(), *shipped.stages()]
     assert complete_preset("vits") == [name for name in shipped.names() if name.startswith("vits")]
     assert complete_preset("zzz") == []
 

@@ -114,8 +114,9 @@ def steps(
         if step == 3:
             small[0, 0] = torch.nan
         masks = draw_masks(step).split(size())[rank()] if preset.views.mask else None
+        clean = torch.randn(2, 8, 3, 32, 32, generator=generator)[:, mine] if preset.losses.gram else None
         if step >= first:
-            values = trainer.step(Batch(crops[:, mine], small[:, mine], torch.arange(8)[mine], masks), log=True)
+            values = trainer.step(Batch(crops[:, mine], small[:, mine], torch.arange(8)[mine], masks, clean), log=True)
             logged.append({name: float(value) for name, value in values.items()})
     return logged, {name: value.detach().numpy().copy() for name, value in state_of(trainer).items()}
 
@@ -198,6 +199,26 @@ def test_two_processes_train_the_same_as_one_with_masked_patches(kind: Kind) -> 
     for key in ("mask_token", "heads.ibot.last_layer.weight_v"):
         moved = np.abs(alone[1][f"method/student.{key}"] - start[f"method/student.{key}"]).max()
         assert moved > 3e-4, "training has changed the weights"
+
+
+GRAM = [*DINOV2, "losses.koleo=none", "losses.ibot.visible=0.5"]
+GRAM += ["losses.gram={weight=2.0, first_update=1, update_every=1, scale=2}", "views.global_1.size=16"]
+GRAM += ["views.global_2.size=16", "views.local.size=8"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_anchor_the_same_as_one(kind: Kind) -> None:
+    """The Gram teacher is copied in steps 2 and 4, sharded or not; a state of two processes resumes in one."""
+    alone = steps(kind, GRAM, 2, name="tiny-dinov2")
+    two = together(2, steps, kind, GRAM, 1, 0, 6, None, "tiny-dinov2")
+    assert_same(alone, two[0])
+    assert [values["gram"] > 0 for values in alone[0]] == [False, False, True, True, True, True]
+    half = together(2, steps, kind, GRAM, 1, 0, 3, None, "tiny-dinov2")[0]
+    key = "method/gram.backbone.model.norm.weight"
+    start = steps(kind, GRAM, last=0, name="tiny-dinov2")[1]
+    assert np.abs(half[1][key] - start[key]).max() > 1e-5, "the copy is not the untrained network"
+    rest = steps(kind, GRAM, first=3, state=half[1], name="tiny-dinov2")
+    assert_same(alone, (half[0] + rest[0], rest[1]))
 
 
 def test_koleo_of_two_processes_equals_that_of_two_parts() -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dinocli.engine.schedules import Clock, Constant, Cosine, CosineByEpoch, LinearByEpoch, Schedule
+from dinocli.engine.schedules import Clock, Constant, Cosine, CosineByEpoch, LinearByEpoch, Schedule, Warmup
 
 
 def values(schedule: Schedule, clock: Clock) -> list[float]:
@@ -75,3 +75,17 @@ def test_schedules_longer_than_the_run_are_reported_as_misfits() -> None:
         is CosineByEpoch(kind="cosine_by_epoch", start=1, end=0).misfit(1)
         is None
     )
+
+
+def test_a_warmup_rises_like_that_of_a_cosine_and_stays_at_its_value_for_any_batch() -> None:
+    warm, cosine = (
+        Warmup(kind="warmup", value=0.3, warmup_epochs=2),
+        Cosine(kind="cosine", start=0.3, end=0.0, warmup_epochs=2),
+    )
+    clocks = [Clock(5, 4, step) for step in range(20)]
+    assert [warm.at(clock) for clock in clocks[:10]] == [cosine.at(clock) for clock in clocks[:10]]
+    assert (warm.at(clocks[0]), warm.at(clocks[9])) == (0, 0.3)
+    assert {warm.at(clock) for clock in clocks[10:]} == {0.3}
+    assert {warm.scaled(4).at(clock) for clock in clocks[10:]} == {1.2}
+    assert Warmup(kind="warmup", value=0.3).at(clocks[0]) == 0.3
+    assert (warm.misfit(3), warm.misfit(2)) == (None, ("warmup_epochs", 2, 1, 0))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dinocli.evals.accuracy import hits_among
+from dinocli.evals.accuracy import hits_among, ranks_of
 
 
 def test_top_1_and_top_k_hits_are_counted() -> None:
@@ -27,3 +27,9 @@ def test_hits_equal_those_of_a_full_sort() -> None:
     for among in (1, 3, 9):
         right = order[:, :among] == truth[:, None]
         assert hits_among(scores, truth, among).tolist() == [right[:, 0].sum(), right.any(1).sum()]
+
+
+def test_a_row_that_cannot_be_a_hit_has_no_rank_among_the_classes() -> None:
+    scores = np.array([[0.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
+    assert ranks_of(scores, np.array([0, -1, 1]), above=0).tolist() == [2**63 - 1, 2**63 - 1, 1]
+    assert hits_among(scores, np.array([0, -1, 1]), 5, above=0).tolist() == [0, 1]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dinocli.core.errors import DinoError
-from dinocli.evals.knn import knn, votes
+from dinocli.evals.knn import is_correct, knn, votes
 from dinocli.features.store import Features, Provenance, read_features
 from dinocli.features.writer import write_features
 
@@ -190,3 +190,20 @@ def test_the_scale_of_features_does_not_change_the_accuracy(scale: float) -> Non
     plain, far = (knn(features(values * s, labels, 3), None, [5]).scores[0] for s in (1, scale))
     assert far == plain
     assert plain.top1 > 50
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_the_share_of_correct_queries_is_the_accuracy(leave_one_out: bool) -> None:
+    generator = np.random.default_rng(0)
+    train = features(generator.normal(size=(60, 4)), generator.integers(3, size=60), 3)
+    test = None if leave_one_out else features(generator.normal(size=(40, 4)), generator.integers(3, size=40), 3)
+    correct = is_correct(train, test, 5)
+    assert correct.dtype == np.bool_
+    assert len(correct) == (60 if leave_one_out else 40)
+    assert 100 * correct.mean() == pytest.approx(knn(train, test, [5]).scores[0].top1)
+
+
+def test_each_query_is_correct_if_its_nearest_neighbours_have_its_class() -> None:
+    train = features(np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]]), np.array([0, 0, 1, 1]), 2)
+    test = features(np.array([[1, 0.05], [0.05, 1], [1, 0]]), np.array([0, 0, 1]), 2)
+    assert is_correct(train, test, 2).tolist() == [True, False, False]

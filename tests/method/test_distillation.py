@@ -269,7 +269,12 @@ def drawn_batch(images: int, preset: Preset) -> Batch:
 
 @pytest.mark.parametrize(
     ("name", "more"),
-    [("tiny", ()), ("tiny-dinov2", ("losses.koleo=none",)), ("ibot-vits16", ("backbone.drop_path=0",))],
+    [
+        ("tiny", ()),
+        ("tiny-dinov2", ("losses.koleo=none",)),
+        ("tiny-dinov2", ("losses.koleo=none", "losses.ibot.visible=0.5")),
+        ("ibot-vits16", ("backbone.drop_path=0",)),
+    ],
 )
 def test_a_step_in_parts_equals_the_step_of_the_whole_batch(name: str, more: tuple[str, ...]) -> None:
     """Targets are computed from the whole batch first, so that gradient accumulation changes nothing."""
@@ -332,6 +337,35 @@ def test_the_losses_of_dinov2_equal_their_definitions() -> None:
         distances = torch.cdist(cls, cls, compute_mode="donot_use_mm_for_euclid_dist")
         koleo -= distances.fill_diagonal_(torch.inf).min(1).values.log().mean()
     torch.testing.assert_close(losses["koleo"], 0.1 * koleo, rtol=1e-6, atol=1e-8)
+
+
+def test_the_loss_on_visible_patches_equals_its_definition() -> None:
+    """Crop by crop: the mean over its masked patches, plus 0.75 times the mean over its visible ones."""
+    torch.manual_seed(0)
+    preset = small_preset("tiny-dinov2", "losses.ibot.visible=0.75", "losses.ibot.weight=0.5")
+    method = preset.method().double()
+    student, teacher = method.student, method.teacher
+    for network in (student, teacher):
+        for parameter in network.parameters():
+            parameter.data = torch.randn_like(parameter) / 4
+    batch = drawn_batch(4, preset)
+    masked = batch.masks.where.flatten(0, 1)
+    crops = [crop for crop in range(8) if masked[crop].any()]
+    assert 0 < len(crops) < 8
+    images = batch.global_crops.flatten(0, 1)
+    of_teacher = teacher.heads["ibot"](teacher.backbone(images).patches[crops])
+    targets = sinkhorn_knopp(of_teacher, 0.05)
+    of_student = student.backbone(images, MaskedPatches(masked, student.mask_token)).patches[crops]
+    by_patch = -(targets * (student.heads["ibot"](of_student) / 0.1).log_softmax(-1)).sum(-1)
+    terms = [
+        each[masked[crop]].mean() + 0.75 * each[~masked[crop]].mean()
+        for crop, each in zip(crops, by_patch, strict=True)
+    ]
+    expected = 0.5 * torch.stack(terms).sum() / 8
+    losses = method(*method.parts(batch, 1, Clock(1, 10)))
+    torch.testing.assert_close(losses["ibot"], expected, rtol=1e-10, atol=0)
+    in_parts = [method(part)["ibot"] for part in method.parts(batch, 2, Clock(1, 10))]
+    torch.testing.assert_close(torch.stack(in_parts).mean(), expected, rtol=1e-10, atol=0)
 
 
 def test_metrics_distinguish_both_kinds_of_collapse_from_learning() -> None:

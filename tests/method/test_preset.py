@@ -101,6 +101,15 @@ def test_errors_name_the_wrong_key_and_suggest_a_valid_one(override: str, messag
     assert "\n" not in error.value.message + error.value.hint
 
 
+def test_visible_patches_need_masks() -> None:
+    """With a frozen teacher, iBOT runs without masks, and then there are no visible patches apart."""
+    frozen = ["teacher.frozen=true", "views.mask=none"]
+    assert load_preset("tiny-dinov2", frozen).losses.ibot.visible == 0
+    with pytest.raises(DinoError, match=r"losses\.ibot\.visible is 0\.5, and views.mask is not set") as error:
+        load_preset("tiny-dinov2", [*frozen, "losses.ibot.visible=0.5"])
+    assert "--set losses.ibot.visible=0" in error.value.hint
+
+
 @pytest.mark.parametrize(
     ("table", "changed", "message", "hint"),
     [

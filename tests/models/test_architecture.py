@@ -33,10 +33,8 @@ def test_the_class_token_is_initialized_with_the_configured_std() -> None:
     [
         ("vit_smal_patch16_224", {}, "no model 'vit_smal_patch16_224'"),
         ("vit_tiny_patch16_224", {"no_such_option": 2}, "cannot build"),
-        ("swin_tiny_patch4_window7_224", {}, "is not a supported backbone"),
-        ("deit_tiny_distilled_patch16_224", {}, "is not a supported backbone"),
-        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}, "is not a supported backbone"),
-        ("mixer_s32_224", {}, "is not a supported backbone"),
+        ("pit_ti_224", {}, "returns 1x256 values per image; expected patch tokens or a map"),
+        ("crossvit_9_240", {}, "CrossVit returns a list"),
     ],
 )
 def test_unsupported_backbones_are_refused_by_name(name: str, options: dict, message: str) -> None:

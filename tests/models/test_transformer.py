@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig, adapt, create_timm
 from dinocli.models.backbone import MaskedPatches
+from dinocli.models.generic import GenericBackbone
 from dinocli.models.transformer import RotaryBackbone, ViTBackbone
 
 MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -301,17 +302,28 @@ def test_masked_patches_of_a_rotary_backbone_have_no_influence() -> None:
     [
         ("vit_small_patch16_dinov3", {"use_abs_pos_emb": True}),
         ("vit_small_patch16_dinov3", {"class_token": False}),
-        ("vit_small_patch16_dinov3", {"patch_drop_rate": 0.5}),
         ("vit_small_patch16_dinov3", {"rope_type": "cat"}),
         ("vit_small_patch16_dinov3", {"use_post_norm": True}),
         ("vit_small_patch16_dinov3", {"attn_type": "rope"}),
         ("eva02_tiny_patch14_224", {}),
     ],
 )
-def test_other_kinds_of_eva_are_refused(name: str, options: dict) -> None:
-    small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
-    with pytest.raises(DinoError, match="Eva is not a supported backbone"):
-        BackboneConfig(name=name, options=small | options).build(drop_path=False)
+def test_other_kinds_of_eva_are_run_by_timm_itself(name: str, options: dict) -> None:
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 56 if "patch14" in name else 64}
+    torch.manual_seed(0)
+    backbone = BackboneConfig(name=name, options=small | options).build(drop_path=False).eval()
+    assert type(backbone) is GenericBackbone
+    side = 4 * backbone.patch_size
+    images = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images).patches, backbone.model.forward_features(images)[:, -16:])
+
+
+def test_a_network_that_drops_patches_in_training_is_refused() -> None:
+    with pytest.raises(DinoError, match="expected patch tokens or a map"):
+        BackboneConfig(name="vit_small_patch16_dinov3", options={"patch_drop_rate": 0.5, "depth": 1}).build(
+            drop_path=False
+        )
 
 
 def project_patches(network: ViTBackbone | RotaryBackbone, images: torch.Tensor, layer: int, part: int) -> torch.Tensor:

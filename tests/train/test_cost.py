@@ -113,6 +113,15 @@ def test_logits_of_masked_patches_count_in_the_estimate(images: Path) -> None:
     assert both.image > alone.image, "logits of masked patches"
 
 
+def test_the_gram_teacher_counts_in_the_estimate_also_if_it_comes_late(images: Path) -> None:
+    alone, early, late = (
+        estimate(plan(images, "training.batch_size=8", *more, preset="tiny-dinov2"))
+        for more in ((), ("losses.gram={weight=1.0, scale=2}",), ("losses.gram={weight=1.0, scale=2, first_update=3}",))
+    )
+    assert early.flops == late.flops > 1.5 * alone.flops, "its crops have four times the pixels"
+    assert early.fixed > alone.fixed and early.waiting > alone.waiting and early.image > alone.image
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_gpu_takes_the_estimated_memory(images: Path, recompute: bool) -> None:

@@ -280,6 +280,24 @@ def test_a_run_with_masked_patches_saves_and_resumes(plan: Plan) -> None:
     assert {"ibot", "koleo", "ibot/kl", "koleo/distance"} <= set(lines[-1])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_with_gram_anchoring_stops_anywhere_and_ends_in_the_same_bits(plan: Plan, workers: int) -> None:
+    small = [*SMALL, *(line.replace("heads.dino", "heads.ibot") for line in SMALL if line.startswith("heads.dino"))]
+    small[0] = small[0].replace("patch_size=8", "patch_size=4")
+    gram = "losses.gram={weight={kind='cosine', start=0, end=50}, first_update=1, update_every=1, scale=2}"
+    plan = replace(plan, preset=load_preset("tiny-dinov2", [*small, gram, "losses.ibot.visible=1"]), stop=10)
+    whole = pretrain(replace(plan, workers=workers), lambda p: None)
+    parts = replace(plan, out=Path("runs/parts"))
+    for stop in (4, 5, 8, 10):  # at a copy of the average and between two
+        again = pretrain(replace(parts, stop=stop), lambda p: None)
+    assert again.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
+    names = [load_file(run.folder / "state" / "10" / "trainer.safetensors") for run in (whole, again)]
+    assert all(torch.equal(value, names[1][key]) for key, value in names[0].items())
+    last = json.loads((whole.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["gram"] > 0 and last["gram/weight"] > 0
+    assert not any("gram" in key for key in load_file(whole.checkpoint)), "the Gram teacher is not exported"
+
+
 LOW = [
     *(line.replace("patch_size=8", "patch_size=4") for line in SMALL),
     "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=2, aspect=[0.3, 3.33]}",

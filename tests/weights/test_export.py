@@ -191,7 +191,7 @@ def test_an_official_export_of_a_custom_shape_is_read_back(tmp_path: Path, heads
     second = tmp_path / "second.pth"
     export(str(path), "official", second)
     assert load_encoder(str(second), CPU).fingerprint == encoder.fingerprint
-    with pytest.raises(DinoError, match="stores its own architecture"):
+    with pytest.raises(DinoError, match="is only for official files"):
         load_encoder(str(path), CPU, overrides=["backbone.options.num_heads=3"])
 
 
@@ -409,7 +409,7 @@ def test_the_note_on_timm_at_another_size_is_true(tmp_path: Path, positions: str
     assert_same_features(again.features(random_images(24)), encoder.features(random_images(24)))
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["vgg11", "mobilenetv3_small_050"])
 def test_a_backbone_with_extra_layers_is_exported_to_timm_with_a_note(tmp_path: Path, name: str) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path, f'backbone={{name="{name}"}}', preset="resnet50"), "timm")
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
@@ -419,6 +419,14 @@ def test_a_backbone_with_extra_layers_is_exported_to_timm_with_a_note(tmp_path: 
     assert model(random_images()).shape != (5, encoder.backbone.width) or not torch.allclose(
         model(random_images()), encoder.features(random_images()), rtol=1e-2
     )
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "xcit_nano_12_p16_224"])
+def test_a_backbone_with_its_own_feature_is_exported_to_timm_as_it_is(tmp_path: Path, name: str) -> None:
+    path, encoder = written(tmp_path, write_run(tmp_path, f'backbone={{name="{name}"}}', preset="resnet50"), "timm")
+    model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    assert export(str(tmp_path / "run"), "timm", path).notes == []
+    torch.testing.assert_close(model(random_images()), encoder.features(random_images()))
 
 
 def test_a_folder_is_replaced_by_a_later_export(tmp_path: Path) -> None:

@@ -32,7 +32,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "large" / "train").mkdir(parents=True)
     (tmp_path / "large" / "train" / "index.json").write_text(json.dumps({"dinocli": "features", "images": {}}))
     (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "config.json").write_text('{"model_type": "dinov2"}')
+    (tmp_path / "hub" / "config.json").write_text('{"model_type": "clip"}')
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "config.json").write_text('{"model_type": "dinov3_vit"}')
+    save_file({"x": np.zeros(1)}, tmp_path / "meta" / "model.safetensors")
     save_file({"x": np.zeros(1)}, tmp_path / "hub" / "model.safetensors")
     for name in ("x.pth", "a.zip", "a.mp4", "a.JPG", "net.onnx", "list.csv", "a.tar", "a.NPY", "notes.md"):
         (tmp_path / name).write_bytes(b"x")
@@ -44,7 +47,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("img", "images"), ("photos", "images"), (".", "images"), ("empty", "folder"), ("shards", "source"), ("run", "run"),
         ("run/ckpt.safetensors", "weights"), ("x.pth", "weights"), ("feats", "features"), ("feats/val.safetensors", "features"),
-        ("large", "features"), ("hub", "model"), ("a.zip", "archive"), ("a.mp4", "video"), ("a.JPG", "image"), ("a.NPY", "image"),
+        ("large", "features"), ("hub", "model"), ("meta", "weights"), ("a.zip", "archive"), ("a.mp4", "video"), ("a.JPG", "image"), ("a.NPY", "image"),
         ("net.onnx", "graph"), ("list.csv", "source"), ("a.tar", "source"), ("notes.md", "file"), ("nowhere", "missing"),
         ("*.png", "pattern"), ("s3://bucket/x", "address"), ("timm:resnet50", "timm"), ("torchvision:CIFAR10", "source"),
         ("pipe:cat x", "source"), ("x-{00..09}.tar", "source"),

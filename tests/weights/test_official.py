@@ -257,11 +257,11 @@ def test_missing_mean_and_std_are_not_guessed(tmp_path: Path) -> None:
         load_encoder(str(tmp_path / "own.pth"), CPU)
 
 
-def test_a_dinov3_file_is_named_with_timms_weights_as_hint() -> None:
-    theirs = {"storage_tokens": torch.zeros(1, 4, 384), "patch_embed.proj.weight": torch.zeros(384, 3, 16, 16)}
-    with pytest.raises(DinoError, match="DINOv3") as error:
+def test_a_single_file_of_transformers_is_refused_with_its_folder_as_hint() -> None:
+    theirs = {"embeddings.cls_token": torch.zeros(1, 1, 384), "embeddings.patch_embeddings.weight": torch.zeros(1)}
+    with pytest.raises(DinoError, match=r"x\.pth has transformers' keys") as error:
         official_architecture(theirs, "x.pth")
-    assert "timm:vit_small_patch16_dinov3" in error.value.hint
+    assert error.value.hint == "name the folder instead of a file in it"
 
 
 def in_chunks(weights: Weights, depth: int, each: int) -> Weights:

@@ -12,7 +12,7 @@ from dinocli.apps.doctor.inspection import Inspection, window_text
 from dinocli.apps.doctor.machine import Machine
 from dinocli.data.loader.cache import kept_side
 from dinocli.data.loader.train import BAD_SHARE
-from dinocli.engine.schedules import Cosine, LinearByEpoch
+from dinocli.engine.schedules import Cosine, LinearByEpoch, Warmup
 from dinocli.method.preset import Preset, load_preset
 from dinocli.train.cost import Estimate, to_fit
 
@@ -243,7 +243,7 @@ def _advise_schedules(preset: Preset, epochs: int, count: int | None) -> list[Ad
         count: Number of images.
     """
     taken, rate, batch = list[Advice](), preset.optimizer.lr, preset.training.batch_size
-    if isinstance(rate, Cosine) and rate.warmup_epochs > epochs / 10:
+    if isinstance(rate, (Cosine, Warmup)) and rate.warmup_epochs > epochs / 10:
         settings = {"optimizer.lr.warmup_epochs": str(epochs // 10)}
         taken.append(Advice(f"warm-up of {epochs // 10}", settings, f"a tenth of {epochs} epochs, as in the preset"))
     for name, loss in preset.losses.with_targets().items():

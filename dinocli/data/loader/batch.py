@@ -27,6 +27,8 @@ class Batch:
         local_crops: Local crops, or None without local views. [V-G, B, C, h, w]
         rows: Index of each image in its source, on the host. [B]
         masks: Masked patches of the student's global crops, or None without masking.
+        clean_crops: The global crops once more, possibly larger: the same parts of the images with the same flips, but
+            no change of color, blur or mask. None if no loss needs them. [G, B, C, H', W']
         places: Row of each image's views in a list of all fixed views: draw * images + number, on the host. None unless
             `views.fixed` is set for images in files. Views of an image that replaces an unreadable one keep the row of
             the unreadable one. [B]
@@ -36,6 +38,7 @@ class Batch:
     local_crops: Tensor | None
     rows: Tensor
     masks: PatchMasks | None = None
+    clean_crops: Tensor | None = None
     places: Tensor | None = None
 
     @property
@@ -50,8 +53,9 @@ class Batch:
         globals_, rows = self.global_crops.chunk(count, 1), self.rows.chunk(count)
         locals_ = [None] * count if self.local_crops is None else self.local_crops.chunk(count, 1)
         masks = [None] * count if self.masks is None else self.masks.split(count)
+        clean = [None] * count if self.clean_crops is None else self.clean_crops.chunk(count, 1)
         places = [None] * count if self.places is None else self.places.chunk(count)
-        return [Batch(*part) for part in zip(globals_, locals_, rows, masks, places, strict=True)]
+        return [Batch(*part) for part in zip(globals_, locals_, rows, masks, clean, places, strict=True)]
 
 
 @dataclass
@@ -76,14 +80,21 @@ class Shard(NamedTuple):
 ALONE = Shard(0, 1)
 
 
-def view_fields(views: ViewsConfig, batch_size: int) -> ring.Fields:
-    """Return the arrays of a batch: crops with the channels last, as from decoders, and the draws per view."""
+def view_fields(views: ViewsConfig, batch_size: int, clean: float | None = None) -> ring.Fields:
+    """Return the arrays of a batch: crops with the channels last, as from decoders, and the draws per view.
+
+    Args:
+        views: Views of each image.
+        batch_size: Images per batch.
+        clean: Side of the clean crops relative to the global crops'. If None, there are none.
+    """
     v, g, b, c = len(views.all), len(views.globals), batch_size, views.channels
     large, small = views.global_1.size, views.local.size if views.local else 0
     return {
         "keys": ring.Field((b, 2), torch.int64),  # epoch and number of each image
         "globals": ring.Field((g, b, large, large, c), torch.uint8),
         "locals": ring.Field((v - g, b, small, small, c), torch.uint8),
+        **clean_fields(views, batch_size, clean),
         "flip": ring.Field((v, b), torch.bool),
         "factors": ring.Field((v, b, 4), torch.float32),
         "order": ring.Field((v, b, 4), torch.uint8),
@@ -91,6 +102,14 @@ def view_fields(views: ViewsConfig, batch_size: int) -> ring.Fields:
         "radius": ring.Field((v, b), torch.float32),
         "solarize": ring.Field((v, b), torch.bool),
     }
+
+
+def clean_fields(views: ViewsConfig, batch_size: int, clean: float | None) -> ring.Fields:
+    """Return the array of the clean crops, if there are any."""
+    if clean is None:
+        return {}
+    side = views.clean_size(clean)
+    return {"clean": ring.Field((len(views.globals), batch_size, side, side, views.channels), torch.uint8)}
 
 
 def mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> ring.Fields:

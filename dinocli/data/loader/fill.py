@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,10 +39,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _REDRAWS = 20
+T = TypeVar("T")
 
 
 class Cutter:
-    """Cutter of views: decodes an image once and writes all its crops into a slot, at the slot's sizes."""
+    """Cutter of views: decodes an image once and writes all its crops into a slot, at the slot's sizes.
+
+    If the slot has room for clean crops, the boxes of the global views are cut a second time, into that size.
+    """
 
     def __init__(self, views: ViewsConfig, seed: int, images: ImagesConfig) -> None:
         self.views, self.seed, self.images = views, seed, images
@@ -63,7 +67,7 @@ class Cutter:
         opened = open_image(data, self.images)
         if isinstance(opened, BadImage):
             return opened
-        boxes = crop_boxes(tries, opened.height, opened.width)
+        boxes = _with_clean(crop_boxes(tries, opened.height, opened.width), places)
         reduce = 1
         if opened.height * opened.width > self.images.reduce_above * 1e6:
             room = (np.array(boxes)[:, 2:].min(1) / [place.shape[-1] for place in places]).min()
@@ -76,20 +80,25 @@ class Cutter:
         return pixels, boxes
 
     def places(self, slot: dict[str, Tensor], task: Task) -> list[list[Tensor]]:
-        """Return the output tensors for the views of a chunk's images: V per image, each [1, C, H, W]."""
+        """Return the output tensors for the crops of a chunk's images, each [1, C, H, W].
+
+        There are V per image, and one more per global view if the slot has clean crops.
+        """
         chunk = slice(task.first, task.first + task.images)
-        groups = [slot[name][:, chunk].permute(1, 0, 4, 2, 3).unsqueeze(2) for name in ("globals", "locals")]
+        names = [name for name in ("globals", "locals", "clean") if name in slot]
+        groups = [slot[name][:, chunk].permute(1, 0, 4, 2, 3).unsqueeze(2) for name in names]
         return [[out for group in image for out in group.unbind()] for image in zip(*groups, strict=True)]
 
     def place(self, places: list[Tensor], pixels: Pixels, boxes: list[Box]) -> None:
-        for out, box, resample in zip(places, boxes, self.resamples, strict=True):
+        resamples = _with_clean(self.resamples, places)
+        for out, box, resample in zip(places, boxes, resamples, strict=True):
             cut_into(out, pixels, box, resample)
 
     def cut_one(self, slot: dict[str, Tensor], task: Task, pixels: Pixels, number: int) -> None:
         """Cut all views of a decoded image; they depend on its number and not on the pass."""
         numbers, _ = self.numbers(0, number)
         [tries], [places] = self.tries(numbers[None]), self.places(slot, task)
-        self.place(places, pixels, crop_boxes(tries, *pixels.shape[:2]))
+        self.place(places, pixels, _with_clean(crop_boxes(tries, *pixels.shape[:2]), places))
         self.draw(slot, task.first, numbers[None])
 
     def draw(self, slot: dict[str, Tensor], first: int, numbers: Floats) -> None:
@@ -107,6 +116,11 @@ class Cutter:
                 if count:
                     generator = generator_of(self.seed, epoch, number, g)
                     where[g, b] = blocks(self.views.mask, where.shape[2:], count, generator)
+
+
+def _with_clean(of_views: list[T], places: list[Tensor]) -> list[T]:
+    """Repeat what belongs to the global views, which come first, for the clean crops among the places."""
+    return of_views + of_views[: len(places) - len(of_views)]
 
 
 def _place_on_grid(boxes: list[Box], full: tuple[int, int], small: tuple[int, ...]) -> list[Box]:
@@ -158,7 +172,7 @@ class ImageFiller:
             if isinstance(found, BadImage):
                 return found
             pixels = self.cache.put(row, found)
-        return pixels, crop_boxes(tries, *pixels.shape[:2])
+        return pixels, _with_clean(crop_boxes(tries, *pixels.shape[:2]), places)
 
 
 class StreamFiller:

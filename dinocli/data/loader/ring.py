@@ -105,6 +105,7 @@ class Ring(Generic[Note]):
     Args:
         phases: Pairs of a batch number and the arrays, by name, of all batches from there on. The first pair is for
             the first batch.
+        pick: Function from a batch number to the index of its phase, if phases do not follow one another.
         batch_size: Images per batch (B).
         make: Function that creates a filler in its worker, from the worker's lane and the number of lanes.
         prepare: Function that is called in this process before a batch is filled, with its arrays and its number.
@@ -132,6 +133,7 @@ class Ring(Generic[Note]):
         stride: int = 1,
         bound: bool = False,
         pin: bool = False,
+        pick: Callable[[int], int] | None = None,
     ) -> None:
         self.waited = 0.0
         self._batch_size, self._next, self._workers, self._prepare = batch_size, start, workers, prepare
@@ -141,7 +143,8 @@ class Ring(Generic[Note]):
         if pin:
             for values in (values for slot in memory for values in slot.values()):
                 _pin(values)
-        self._slots = _Slots([(first, [_reshape(slot, fields) for slot in memory]) for first, fields in phases])
+        shaped = [(first, [_reshape(slot, fields) for slot in memory]) for first, fields in phases]
+        self._slots = _Slots(shaped, pick)
         self._free = deque(range(slots))
         self._asked: deque[tuple[int, int]] = deque()  # slot and batch, in order
         self._missing: dict[int, int] = {}  # batch -> images still to come
@@ -292,12 +295,16 @@ class _Slots:
 
     Attributes:
         phases: Pairs of the first batch with these shapes, and the arrays of each slot.
+        pick: Function from a batch number to the index of its phase. If None, the last phase that has begun.
     """
 
     phases: list[tuple[int, list[Slot]]]
+    pick: Callable[[int], int] | None = None
 
     def of(self, slot: int, batch: int) -> Slot:
         """Return the arrays of a slot that holds a given batch."""
+        if self.pick is not None:
+            return self.phases[self.pick(batch)][1][slot]
         return next(slots for first, slots in reversed(self.phases) if first <= batch)[slot]
 
 

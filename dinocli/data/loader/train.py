@@ -23,7 +23,7 @@ from dinocli.data.loader.ring import Filler, Ring
 from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.augment import augment
-from dinocli.data.views.crops import Draws, ViewsConfig
+from dinocli.data.views.crops import Draws, SizeDraw, ViewConfig, ViewsConfig
 from dinocli.data.views.masking import Grid, MaskConfig, PatchMasks, deal
 
 BAD_SHARE = 0.05
@@ -53,6 +53,7 @@ class TrainBatches:
         grid: Function from the size of a global crop to its rows and columns of patches, for masking. The number of
             masked patches per crop depends on seed, batch and the image's place in it (and on the number of processes,
             unless each has a multiple of 32 images). Their positions depend on seed, epoch and the image's number.
+        clean: Side of clean crops relative to the global crops'. If None, there are no clean crops.
         in_order: True to yield the fixed views of all images by place instead of shuffling: each once, then again from
             the first.
 
@@ -80,6 +81,7 @@ class TrainBatches:
         cache: str | None = None,
         compiled: bool = False,
         grid: Callable[[int], Grid | None] = lambda size: None,
+        clean: float | None = None,
         in_order: bool = False,
     ) -> None:
         self._compiled = compiled
@@ -89,13 +91,19 @@ class TrainBatches:
         known = views.fixed and not isinstance(source, Shards)
         places = {"places": ring.Field((batch_size,), torch.int64)} if known else {}
         phases = [
-            (first, view_fields(those, batch_size) | mask_fields(those, batch_size, grid(those.global_1.size)) | places)
-            for first, those in views.phases(steps_per_epoch)
+            (
+                first,
+                view_fields(those, batch_size, clean)
+                | mask_fields(those, batch_size, grid(those.global_1.size))
+                | places,
+            )
+            for first, those in ([(0, mix) for _, mix in views.mixes] or views.phases(steps_per_epoch))
         ]
         cutter = Cutter(views, seed, images)
         kept = None
         if cache and isinstance(source, Images):
-            kept = PixelCache(len(source), views.all, cache, views.channels)
+            largest = [view for those in views.variants for view in _list_cuts(those, clean)]
+            kept = PixelCache(len(source), largest, cache, views.channels)
         self.cache = kept
         make: Callable[[int, int], Filler[tuple[str, str]]]
         if isinstance(source, Shards):
@@ -117,6 +125,7 @@ class TrainBatches:
             start=start,
             bound=isinstance(source, Shards),
             pin=device.type == "cuda",
+            pick=SizeDraw(seed, tuple(share for share, _ in views.mixes)) if views.mixed else None,
         )
 
     @property
@@ -139,14 +148,17 @@ class TrainBatches:
             places = arrays["places"].clone() if "places" in arrays else None
             masks = copier.masks(PatchMasks.of(arrays["where"].flatten(2).clone())) if "where" in arrays else None
             groups = [copier(arrays[name]) for name in ("globals", "locals") if arrays[name].numel()]
+            clean = copier(arrays["clean"]) if "clean" in arrays else None
             copier.wait()
             parts = (slice(0, n), slice(n, None))
             crops = [
                 augment(group, Draws(*(d[part] for d in drawn)), mean, std, compiled=self._compiled)
                 for group, part in zip(groups, parts, strict=False)
             ]
+            if clean is not None:
+                clean = augment(clean, drawn.flips_only(n), mean, std)
             copier.done(slot, self._ring.release)
-            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks, places)
+            yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks, clean, places)
 
     def _count(self, bad: list[tuple[str, str]]) -> None:
         self.bad.reasons.update(bad)
@@ -162,6 +174,13 @@ class TrainBatches:
                 f"up to {BAD_SHARE:.0%} may be skipped",
                 f"repair or remove them; one is {where}",
             )
+
+
+def _list_cuts(views: ViewsConfig, clean: float | None) -> list[ViewConfig]:
+    """Return all views that are cut from an image, with the size of their crop; clean crops are views too."""
+    if clean is None:
+        return views.all
+    return views.all + [view.model_copy(update={"size": views.clean_size(clean)}) for view in views.globals]
 
 
 # Workers start with these module-level functions: spawned processes receive them by name.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -89,6 +90,41 @@ class LowResolutionConfig(Config):
     local_size: int | None = Field(None, ge=8, le=4096)
 
 
+class MixedSizesConfig(Config):
+    """Crop sizes of some steps of a run.
+
+    Attributes:
+        global_size: Side of the global crops, in pixels.
+        local_size: Side of the local crops, in pixels. If None, local crops keep their size.
+        share: Share of the steps with these sizes, relative to the shares of other sizes.
+    """
+
+    global_size: int = Field(ge=8, le=4096)
+    local_size: int | None = Field(None, ge=8, le=4096)
+    share: float = Field(gt=0)
+
+
+@dataclass(frozen=True)
+class SizeDraw:
+    """Draw of the crop sizes of each step. It depends on seed and step alone, so all processes draw the same.
+
+    Attributes:
+        seed: Seed of the run.
+        shares: Probability of each size; they sum to 1.
+    """
+
+    seed: int
+    shares: tuple[float, ...]
+
+    def __call__(self, step: int) -> int:
+        """Return the index of the sizes of a step."""
+        return int(np.random.default_rng((self.seed, step, _SIZES)).choice(len(self.shares), p=self.shares))
+
+
+# No image has this number, so the draw shares no random numbers with the views of an image.
+_SIZES = 2**63 - 3
+
+
 class ViewsConfig(Config):
     """Views of an image.
 
@@ -100,6 +136,7 @@ class ViewsConfig(Config):
         locals: Number of local views.
         mask: Masking of the student's global views. If None, nothing is masked.
         low_resolution: Smaller crops in the first epochs. If None, all epochs use the same sizes.
+        mixed: Crop sizes that are drawn anew for each step, instead of those of the views. If empty, sizes stay.
         fixed: Number of epochs with views of their own; later epochs repeat these views in turn. If None, every epoch
             draws new views.
     """
@@ -112,6 +149,7 @@ class ViewsConfig(Config):
     locals: int = Field(0, ge=0)
     mask: MaskConfig | None = None
     low_resolution: LowResolutionConfig | None = None
+    mixed: tuple[MixedSizesConfig, ...] = ()
     fixed: int | None = Field(None, ge=1)
 
     def phases(self, steps_per_epoch: int) -> list[tuple[int, ViewsConfig]]:
@@ -123,10 +161,29 @@ class ViewsConfig(Config):
         if low is None:
             return [(0, self)]
         full = self.model_copy(update={"low_resolution": None})
-        sizes = {"global_1": low.global_size, "global_2": low.global_size, "local": low.local_size}
+        return [(0, full._resized(low.global_size, low.local_size)), (low.epochs * steps_per_epoch, full)]
+
+    @property
+    def mixes(self) -> list[tuple[float, ViewsConfig]]:
+        """Pairs of share and views, for sizes that are drawn for each step; the shares sum to 1. Else empty."""
+        plain, total = self.model_copy(update={"mixed": ()}), sum(each.share for each in self.mixed)
+        return [(each.share / total, plain._resized(each.global_size, each.local_size)) for each in self.mixed]
+
+    @property
+    def variants(self) -> list[ViewsConfig]:
+        """Views of each size that a run uses."""
+        return [those for _, those in self.mixes or self.phases(1)]
+
+    def _resized(self, global_size: int, local_size: int | None) -> ViewsConfig:
+        sizes = {"global_1": global_size, "global_2": global_size, "local": local_size}
         views = ((name, getattr(self, name), size) for name, size in sizes.items())
-        smaller = {name: view.model_copy(update={"size": size}) for name, view, size in views if view and size}
-        return [(0, full.model_copy(update=smaller)), (low.epochs * steps_per_epoch, full)]
+        return self.model_copy(
+            update={name: view.model_copy(update={"size": size}) for name, view, size in views if view and size}
+        )
+
+    def clean_size(self, scale: float) -> int:
+        """Return the side of clean crops that are `scale` times as large as the global crops, in pixels."""
+        return round(scale * self.global_1.size)
 
     @property
     def channels(self) -> int:
@@ -175,6 +232,16 @@ class Draws(NamedTuple):
     gray: Tensor
     radius: Tensor
     solarize: Tensor
+
+    def flips_only(self, views: int) -> Draws:
+        """Return the draws of the first `views` views with every operation but the flip at its identity."""
+        first = Draws(*(values[:views] for values in self))
+        return first._replace(
+            factors=first.factors.new_tensor([1.0, 1.0, 1.0, 0.0]).expand_as(first.factors),
+            gray=torch.zeros_like(first.gray),
+            radius=torch.zeros_like(first.radius),
+            solarize=torch.zeros_like(first.solarize),
+        )
 
 
 # Numbers per view from its image's generator: 10 tries of (area, ratio), (top, left), flip, jitter or not, 4 factors, 4

@@ -64,14 +64,14 @@ class MaskConfig(Config):
 
 @dataclass(frozen=True)
 class PatchMasks:
-    """Masked patches of a batch's global crops.
+    """Masked patches of a batch's global crops, and the patches that heads read: the masked ones by default.
 
     Attributes:
         where: True for masked patches. [G, B, N], bool
-        rows: Indices of the masked patches among all G*B*N, ascending. [M], int64
-        weights: Weight of each masked patch: 1 / (masked patches of its crop) / (G*B). A weighted sum over the masked
-            patches is the mean over all crops of the mean per crop. [M], float32
-        counts: Masked patches per crop, on the host so that nothing waits for the device. [G, B], int64
+        rows: Indices of the patches to read among all G*B*N, ascending. [M], int64
+        weights: Weight of each of them. That of a masked patch is 1 / (masked patches of its crop) / (G*B): a weighted
+            sum over the masked patches is the mean over all crops of the mean per crop. [M], float32
+        counts: Patches to read per crop, on the host so that nothing waits for the device. [G, B], int64
     """
 
     where: Tensor
@@ -86,6 +86,22 @@ class PatchMasks:
         weights = 1 / counts.clamp(min=1).double() / counts.numel()
         rows = where.flatten().nonzero()[:, 0]
         return cls(where, rows, weights.flatten().repeat_interleave(counts.flatten()).float(), counts)
+
+    def with_visible(self, weight: float) -> PatchMasks:
+        """Return the masks with the visible patches of masked crops among those to read.
+
+        A weighted sum over them is the mean over all crops of (mean over masked + `weight` * mean over visible
+        patches). The masks must be those of `of`, or a part of them.
+        """
+        patches, device = self.where.shape[-1], self.where.device
+        masked = self.counts.flatten()
+        crops = masked.nonzero()[:, 0]  # [C], on the host: the device is not waited for
+        masked = masked[crops].double()
+        each = torch.stack([1 / masked, weight / (patches - masked).clamp(min=1)], 1) / self.counts.numel()  # [C, 2]
+        each, there = each.to(self.weights.dtype).to(device), crops.to(device)
+        rows = (there[:, None] * patches + torch.arange(patches, device=device)).flatten()  # [C*N]
+        weights = torch.where(self.where.flatten(0, 1)[there], each[:, :1], each[:, 1:]).flatten()
+        return PatchMasks(self.where, rows, weights, patches * self.counts.sign())
 
     def split(self, count: int) -> list[PatchMasks]:
         """Split the masks into `count` parts of the images, in order.

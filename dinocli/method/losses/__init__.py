@@ -9,11 +9,12 @@ from torch import nn
 from dinocli.core.config import Config
 from dinocli.method.losses.dino import DinoLossConfig
 from dinocli.method.losses.features import FeaturesLossConfig
+from dinocli.method.losses.gram import GramLossConfig
 from dinocli.method.losses.ibot import IbotLossConfig
 from dinocli.method.losses.koleo import KoleoLossConfig
 from dinocli.method.losses.targets import PrototypeLossConfig
 
-LossConfig = PrototypeLossConfig | KoleoLossConfig | FeaturesLossConfig
+LossConfig = PrototypeLossConfig | KoleoLossConfig | GramLossConfig | FeaturesLossConfig
 
 
 class LossesConfig(Config):
@@ -25,6 +26,7 @@ class LossesConfig(Config):
     dino: DinoLossConfig | None = None
     ibot: IbotLossConfig | None = None
     koleo: KoleoLossConfig | None = None
+    gram: GramLossConfig | None = None
     features: FeaturesLossConfig | None = None
 
     def present(self) -> dict[str, LossConfig]:
@@ -44,4 +46,6 @@ class LossesConfig(Config):
         built: dict[str, nn.Module] = {name: c.build(prototypes(c.head)) for name, c in self.with_targets().items()}
         if self.koleo is not None:
             built["koleo"] = self.koleo.build()
+        if self.gram is not None:
+            built["gram"] = self.gram.build()
         return nn.ModuleDict(built)

@@ -1,10 +1,14 @@
-"""iBOT loss: the student predicts the teacher's output on masked patches, which only the teacher sees."""
+"""iBOT loss: the student predicts the teacher's output on masked patches, which only the teacher sees.
+
+With a weight for visible patches (iBOT++), it predicts the output on the visible patches of masked crops too.
+"""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dinocli.core.device import exactly
@@ -17,9 +21,17 @@ from dinocli.models.network import Encoding, Reads
 
 
 class IbotLossConfig(PrototypeLossConfig):
-    """Loss on masked patches."""
+    """Loss on masked patches.
+
+    Attributes:
+        visible: Weight of the visible patches of masked crops, relative to the masked ones. If 0, heads do not read
+            them, as in iBOT.
+
+    Source: iBOT++ in TIPSv2 (arXiv 2604.12012), which gives both kinds the weight 1.
+    """
 
     reads: ClassVar[Reads] = "patches"
+    visible: float = Field(0.0, ge=0)
 
     def build(self, prototypes: int) -> IbotLoss:
         return IbotLoss(self, prototypes)
@@ -31,7 +43,8 @@ _CHUNK_LOGITS = 2**24  # per chunk; two copies in float32 take 128 MiB, and larg
 class IbotLoss(nn.Module):
     """Module of `ibot_loss`, with the state of its targets.
 
-    In a batch without masks, all patches count equally.
+    In a batch without masks, all patches count equally. With `visible`, masks must be those of
+    `PatchMasks.with_visible`.
     """
 
     def __init__(self, config: IbotLossConfig, prototypes: int) -> None:
@@ -41,7 +54,7 @@ class IbotLoss(nn.Module):
         self._weights: list[Tensor] = []  # one tensor per part of the step
 
     def targets_for(self, teacher: Encoding, clock: Clock) -> Tensor:
-        """Compute the targets of a whole batch from the teacher's logits of its masked patches. [M, K]"""
+        """Compute the targets of a whole batch from the teacher's logits of the patches to read. [M, K]"""
         self._weights = []
         targets: Tensor = self.targets(teacher.masked_logits[self.config.head], clock)
         return targets
@@ -63,7 +76,8 @@ class IbotLoss(nn.Module):
         Returns:
             `teacher_entropy`, the entropy of the targets; `kl`, the student's divergence from them; `information`, the
             mutual information of targets and masked patches (0 if all patches have the same target, nan if none is
-            masked), all in nats and as means over the masked crops; and the teacher's `temperature`.
+            masked), all in nats and as means over the masked crops; and the teacher's `temperature`. With `visible`,
+            visible patches count in these means by their weight.
         """
         weights = torch.cat(self._weights) / len(self._weights)  # [M], rescaled from a part's mean to the batch's
         # The share of masked crops over all processes, which may have different numbers of them.

@@ -13,7 +13,14 @@ from dinocli.data.loader import ring
 from dinocli.data.loader.batch import ALONE, Batch, Shard
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_images, open_source
-from dinocli.data.views.crops import JitterConfig, LowResolutionConfig, ViewConfig, ViewsConfig
+from dinocli.data.views.crops import (
+    JitterConfig,
+    LowResolutionConfig,
+    MixedSizesConfig,
+    SizeDraw,
+    ViewConfig,
+    ViewsConfig,
+)
 from dinocli.data.views.masking import MaskConfig, PatchMasks, masked_counts
 
 CPU = torch.device("cpu")
@@ -42,6 +49,8 @@ def take(
     seed: int = 0,
     views: ViewsConfig = VIEWS,
     shard: Shard = ALONE,
+    clean: float | None = None,
+    cache: str | None = None,
 ) -> list[Batch]:
     stream = TrainBatches(
         open_source(str(images)),
@@ -54,6 +63,8 @@ def take(
         shard=shard,
         steps_per_epoch=2,
         grid=lambda size: (size // 4, size // 4),
+        clean=clean,
+        cache=cache,
     )
     try:
         return list(islice(stream, count))
@@ -188,6 +199,29 @@ def test_crops_switch_to_full_size_between_two_batches(images: Path, shards: Pat
     assert [b.rows.tolist() for b in wanted] == [b.rows.tolist() for b in take(where, 7, workers=workers)]
 
 
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_mixed_sizes_are_drawn_for_each_step_wherever_a_run_begins(
+    images: Path, shards: Path, kind: str, workers: int
+) -> None:
+    """Each batch is that of a run of its size alone, with masks and clean crops; both processes draw the same."""
+    where = images if kind == "folder" else shards
+    plain = MASKED.model_copy(update={"local": VIEWS.local})
+    sizes = (MixedSizesConfig(global_size=24, share=1), MixedSizesConfig(global_size=32, local_size=24, share=2))
+    mixed = plain.model_copy(update={"mixed": sizes})
+    alone = [take(where, 8, views=those, workers=workers, clean=1.5) for _, those in mixed.mixes]
+    draw = SizeDraw(0, (1 / 3, 2 / 3))
+    assert {draw(step) for step in range(8)} == {0, 1}
+    for start in (0, 3):
+        batches = take(where, 8 - start, views=mixed, workers=workers, start=start, clean=1.5)
+        for step, batch in enumerate(batches, start):
+            expected = alone[draw(step)][step]
+            assert same(batch, expected) and same_masks(batch.masks, expected.masks)
+            assert torch.equal(batch.clean_crops, expected.clean_crops)
+    both = [take(images, 6, batch_size=2, views=mixed, shard=Shard(rank, 2)) for rank in (0, 1)]
+    assert [b.global_crops.shape[-1] for b in both[0]] == [b.global_crops.shape[-1] for b in both[1]]
+
+
 def test_smaller_crops_are_of_the_same_places_in_the_same_colors(images: Path) -> None:
     low = VIEWS.model_copy(update={"low_resolution": LowResolutionConfig(epochs=1, global_size=12, local_size=8)})
     plain = {"flip": 0.5, "jitter": None, "blur": 0.0}
@@ -201,6 +235,41 @@ def test_smaller_crops_are_of_the_same_places_in_the_same_colors(images: Path) -
         # The test images are noise: crops at other places or in other colors would not correlate.
         both = torch.stack([again.flatten(), less.flatten()])
         assert torch.corrcoef(both)[0, 1] > 0.8
+
+
+CALM = {"jitter": None, "gray": 0.0, "blur": 0.0, "solarize": 0.0}
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_clean_crops_are_the_global_crops_without_changes_of_color(
+    images: Path, shards: Path, kind: str, workers: int
+) -> None:
+    """The clean crop of twice the side is what a run of that size would cut without colors; nothing else moves."""
+    where = images if kind == "folder" else shards
+    calm = {"global_1": GLOBAL.model_copy(update=CALM), "global_2": GLOBAL.model_copy(update=CALM)}
+    for scale, size in ((1.0, 24), (2.0, 48)):
+        sized = {name: view.model_copy(update={"size": size}) for name, view in calm.items()}
+        wanted = take(where, 3, workers=workers, views=VIEWS.model_copy(update=sized))
+        with_clean = take(where, 3, workers=workers, clean=scale)
+        for plain, both, expected in zip(take(where, 3, workers=workers), with_clean, wanted, strict=True):
+            assert same(plain, both) and plain.clean_crops is None
+            assert torch.equal(both.clean_crops, expected.global_crops)
+            assert not torch.allclose(
+                expected.global_crops[..., ::2, ::2][..., :12, :12], plain.global_crops[..., :12, :12]
+            )
+    halves = both.split(2)
+    assert torch.equal(torch.cat([half.clean_crops for half in halves], 1), both.clean_crops)
+
+
+def test_the_cache_keeps_enough_pixels_for_clean_crops(tmp_path: Path) -> None:
+    """Photos larger than any crop: with a cache sized for the global crops alone, clean crops would be enlarged."""
+    folder = write_images(tmp_path / "large", 8, size=160)
+    [plain] = take(folder, 1, clean=4.0)
+    [cached] = take(folder, 1, clean=4.0, cache="ram")
+    assert plain.clean_crops.shape[-1] == 96
+    both = torch.stack([plain.clean_crops.flatten(), cached.clean_crops.flatten()])
+    assert torch.corrcoef(both)[0, 1] > 0.7
 
 
 def test_views_follow_the_seed(images: Path) -> None:

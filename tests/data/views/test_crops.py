@@ -11,6 +11,8 @@ from dinocli.data.views.crops import (
     NUMBERS,
     JitterConfig,
     LowResolutionConfig,
+    MixedSizesConfig,
+    SizeDraw,
     ViewConfig,
     ViewsConfig,
     crop_boxes,
@@ -212,6 +214,26 @@ def test_low_resolution_changes_only_sizes() -> None:
     assert [view.size for view in kept.phases(7)[0][1].all] == [24, 24, 16, 16, 16], "unset sizes are unchanged"
     without = kept.model_copy(update={"local": None, "global_2": None})
     assert [view.size for view in without.phases(7)[0][1].all] == [24]
+
+
+def test_mixed_sizes_change_only_sizes_and_are_drawn_by_their_shares_from_seed_and_step() -> None:
+    local = VIEW.model_copy(update={"size": 16})
+    views = ViewsConfig(mean=(0.5,) * 3, std=(0.5,) * 3, global_1=VIEW, global_2=VIEW, local=local, locals=2)
+    sizes = (
+        MixedSizesConfig(global_size=32, share=1.5),
+        MixedSizesConfig(global_size=48, local_size=24, share=1.5),
+        MixedSizesConfig(global_size=64, local_size=24, share=2.0),
+    )
+    mixes = views.model_copy(update={"mixed": sizes}).mixes
+    assert [share for share, _ in mixes] == [0.3, 0.3, 0.4]
+    assert [[v.size for v in those.all] for _, those in mixes] == [[32, 32, 16, 16], [48, 48, 24, 24], [64, 64, 24, 24]]
+    assert mixes[0][1] == views
+    draw = SizeDraw(7, (0.3, 0.3, 0.4))
+    drawn = [draw(step) for step in range(2000)]
+    counts = [drawn.count(i) / 2000 for i in range(3)]
+    assert counts == pytest.approx([0.3, 0.3, 0.4], abs=4 * 0.5 / 2000**0.5), "four standard deviations"
+    assert drawn == [SizeDraw(7, (0.3, 0.3, 0.4))(step) for step in range(2000)]
+    assert drawn != [SizeDraw(8, (0.3, 0.3, 0.4))(step) for step in range(2000)]
 
 
 def test_the_evaluation_resizes_before_the_center_crop() -> None:

@@ -231,3 +231,23 @@ class Holder(Config):
 def test_invalid_mask_settings_are_an_error(key: str, value: object) -> None:
     with pytest.raises(DinoError, match=rf"mask\.{key}"):
         Holder.parse({"mask": MASK.model_dump() | {key: value}}, "preset x")
+
+
+def test_visible_patches_are_read_with_their_own_weight_also_in_parts() -> None:
+    """Crops: four masked patches of six, none, all, and one; each kind of patch has a mean of its own."""
+    where = torch.zeros(2, 2, 6, dtype=torch.bool)
+    where[0, 0, [0, 2, 3, 5]] = where[1, 0] = where[1, 1, 4] = True
+    masks = PatchMasks.of(where).with_visible(0.5)
+    table = torch.zeros(2, 2, 6)
+    for crop in ((0, 0), (1, 0), (1, 1)):
+        masked = where[crop]
+        table[crop][masked] = 1 / masked.sum() / 4
+        table[crop][~masked] = 0.5 / max(1, (~masked).sum()) / 4
+    read = torch.zeros(24)
+    read[masks.rows] = masks.weights
+    torch.testing.assert_close(read.view(2, 2, 6), table)
+    assert masks.rows.tolist() == sorted(masks.rows.tolist()) and masks.counts.tolist() == [[6, 0], [6, 6]]
+    for part, alone in zip(masks.split(2), where.chunk(2, 1), strict=True):
+        expected = PatchMasks.of(alone).with_visible(0.5)
+        assert part.rows.equal(expected.rows) and part.counts.equal(expected.counts)
+        torch.testing.assert_close(part.weights, expected.weights)
