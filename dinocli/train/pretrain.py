@@ -90,7 +90,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
             plan = resumed_plan(plan, saved.state, note)
             if saved.state.step >= plan.stop:  # finished: nothing new to evaluate or draw
                 plan = replace(plan, report=False, monitor=None)
-        trainer, method, fresh = _trainer(plan, saved, note)
+        trainer, method, fresh = _trainer(plan, saved, note, lambda: stopping.requested)
         logger = Logger(plan, trainer, method, report, note)
         session = Session(plan, trainer, method.average, logger, stopping, tidy, saved)
         batches = _batches(plan, trainer, method)
@@ -154,7 +154,7 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
 
 
 def _trainer(
-    plan: Plan, saved: SavedState | None, note: Callable[[str], None]
+    plan: Plan, saved: SavedState | None, note: Callable[[str], None], stop: Callable[[], bool]
 ) -> tuple[Trainer, SelfDistillation | FeatureDistillation, list[str]]:
     """Return the trainer at its starting step, its method, and the names of heads that start at random."""
     preset = plan.preset
@@ -171,7 +171,7 @@ def _trainer(
     train_only(method.student.backbone, preset.backbone.learning.trained)
     method = method.to(plan.device)
     if isinstance(method, FeatureDistillation) and not (saved and saved.state.step >= plan.stop):
-        prepare_teachers(plan, method, note, resumed=saved is not None)
+        prepare_teachers(plan, method, note, resumed=saved is not None, stop=stop)
     trainer = Trainer(
         method,
         preset.optimizer,

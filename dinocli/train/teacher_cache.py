@@ -125,7 +125,14 @@ def describe(facts: CacheFacts) -> str:
     return f"the teacher's features of all fixed views take {_format(facts.bytes)} of disk, in {facts.folder}{beside}"
 
 
-def prepare_teachers(plan: Plan, method: FeatureDistillation, note: Callable[[str], None], *, resumed: bool) -> None:
+def prepare_teachers(
+    plan: Plan,
+    method: FeatureDistillation,
+    note: Callable[[str], None],
+    *,
+    resumed: bool,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
     """Set the statistics of the teachers' features, and let stored features replace the teachers if the plan has them.
 
     Args:
@@ -133,14 +140,16 @@ def prepare_teachers(plan: Plan, method: FeatureDistillation, note: Callable[[st
         method: Method on its device, before it is sharded.
         note: Callback that receives one-line messages for the user.
         resumed: True if a state with statistics will be restored.
+        stop: Function that returns True if the user stops the run. Nothing is saved then, because no step is done.
 
     Raises:
         DinoError: If the disk has no room for the features, they are damaged, or several processes would write them.
+        KeyboardInterrupt: If the user stops the run.
     """
     facts = check_space(plan)
     if facts is None:
         if not resumed:
-            _fit(plan, method, note)
+            _fit(plan, method, note, stop)
         return
     if not from_first(facts.stored):
         if size() > 1:
@@ -148,9 +157,9 @@ def prepare_teachers(plan: Plan, method: FeatureDistillation, note: Callable[[st
                 f"{facts.folder} does not exist; a single process must write the teacher's features, not {size()}",
                 "run the same command in one process with --steps 0 and another --out first",
             )
-        _fit(plan, method, note)
+        _fit(plan, method, note, stop)
         began = time.perf_counter()
-        _write(plan, method, facts.folder, note)
+        _write(plan, method, facts.folder, note, stop)
         note(f"teacher: wrote {_format(facts.bytes)} of features in {time.perf_counter() - began:.0f} s")
     cache = TeacherCache.open(facts.folder, _count_places(plan), method)
     method.standardizers.load_state_dict(cache.statistics)
@@ -158,16 +167,15 @@ def prepare_teachers(plan: Plan, method: FeatureDistillation, note: Callable[[st
     del method.teachers[:]  # frees their memory
 
 
-def _fit(plan: Plan, method: FeatureDistillation, note: Callable[[str], None]) -> None:
+def _fit(plan: Plan, method: FeatureDistillation, note: Callable[[str], None], stop: Callable[[], bool]) -> None:
     """Set the statistics from the first images of the first epoch, the same ones for any batch size."""
     assert plan.preset.losses.features is not None
     count = plan.source.count or plan.preset.losses.features.statistics
     images = min(plan.preset.losses.features.statistics, count)
     at_once = min(_AT_ONCE, images)
     note(f"teacher: standardizing its features over {images // at_once * at_once} images")
-    loader = _load(plan, at_once)
-    with closing(loader), autocast(plan.device, plan.preset.training.precision):
-        method.fit_standardizers(islice(loader, images // at_once))
+    with autocast(plan.device, plan.preset.training.precision):
+        method.fit_standardizers(_take(_load(plan, at_once), images // at_once, stop))
     # The first process decides, in case machines round differently.
     found = from_first({k: v.cpu() for k, v in method.standardizers.state_dict().items()} if rank() == 0 else None)
     method.standardizers.load_state_dict(found or {})
@@ -186,7 +194,9 @@ def _load(plan: Plan, at_once: int, *, in_order: bool = False) -> TrainBatches:
     )
 
 
-def _write(plan: Plan, method: FeatureDistillation, folder: Path, note: Callable[[str], None]) -> None:
+def _write(
+    plan: Plan, method: FeatureDistillation, folder: Path, note: Callable[[str], None], stop: Callable[[], bool]
+) -> None:
     """Write the features of all fixed views; the folder appears when it is complete."""
     count = _count_places(plan)
     at_once = min(plan.images_each, count)
@@ -199,7 +209,7 @@ def _write(plan: Plan, method: FeatureDistillation, folder: Path, note: Callable
         ]
         try:
             left, noted = count, time.perf_counter()
-            for batch in _batches(plan, at_once, -(-count // at_once)):
+            for batch in _take(_load(plan, at_once, in_order=True), -(-count // at_once), stop):
                 with autocast(plan.device, plan.preset.training.precision):
                     targets = method.targets(batch)
                 for stream, target in zip(streams, targets, strict=True):
@@ -217,10 +227,12 @@ def _write(plan: Plan, method: FeatureDistillation, folder: Path, note: Callable
         write_json(draft / _FACTS, {"places": count, "teachers": len(streams), "dinocli": __version__})
 
 
-def _batches(plan: Plan, at_once: int, count: int) -> Iterator[Batch]:
-    loader = _load(plan, at_once, in_order=True)
+def _take(loader: TrainBatches, count: int, stop: Callable[[], bool]) -> Iterator[Batch]:
     with closing(loader):
-        yield from islice(loader, count)
+        for batch in islice(loader, count):
+            if stop():
+                raise KeyboardInterrupt
+            yield batch
 
 
 def _to_rows(values: Tensor) -> NDArray[np.float16]:

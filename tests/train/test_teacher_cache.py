@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
+from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
 from dinocli.train import teacher_cache
@@ -229,6 +230,24 @@ def test_a_cache_needs_fixed_views(here: Path, images: Path, more: list[str], me
     with pytest.raises(DinoError, match=message) as error:
         plan_of(images, *more, teacher_cache=Path("cache"))
     assert hint in error.value.hint
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_preparation_and_leaves_nothing(
+    here: Path, images: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    plan = plan_of(images, "views.fixed=2", teacher_cache=Path("cache"))
+    made = FeatureDistillation.targets
+
+    def stop(*arguments: object) -> object:
+        os.kill(os.getpid(), number)
+        return made(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(FeatureDistillation, "targets", stop)
+        run(plan)
+    assert not [path for path in Path("cache").glob("*") if not path.name.startswith(".")] and not plan.out.exists()
+    assert run(plan) == plan.out, "the same command starts again"
 
 
 def train_together(plan: Plan) -> str:
