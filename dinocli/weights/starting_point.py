@@ -66,14 +66,12 @@ def _timm_architecture(name: str) -> BackboneConfig:
 
 
 def _family(architecture: BackboneConfig, weights: Weights | None) -> Family:
-    if weights and weights.preset:  # the losses that trained it, whatever its architecture
-        losses = weights.preset.losses
-        if losses.ibot is None:
-            return "other"
-        return "dinov3" if losses.ibot.targets.kind == "sinkhorn_knopp" else "dinov2"
+    trained = weights.preset.losses if weights and weights.preset else None
+    if trained and trained.ibot is None:
+        return "other"
     if "dinov3" in architecture.name and not architecture.name.startswith("convnext"):
         return "dinov3"
-    return "dinov2" if "dinov2" in architecture.name else "other"
+    return "dinov2" if trained or "dinov2" in architecture.name else "other"
 
 
 def refuse_other_channels(start: StartingPoint, channels: int) -> None:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import SMALL
+
+from dinocli.method.preset import load_preset
+from dinocli.train.best import BEST, BestWeights
+from dinocli.train.knn_monitor import Answers
+from dinocli.weights.load import load_encoder
+
+
+def answers(correct: int) -> Answers:
+    return Answers(0.0, np.arange(10) < correct, np.zeros(10, np.bool_))
+
+
+def test_only_better_weights_are_kept_also_after_a_resume(tmp_path: Path) -> None:
+    preset, path = load_preset("tiny", SMALL), str(tmp_path / BEST)
+    networks = [preset.network() for _ in range(4)]
+
+    def kept() -> int | None:
+        return load_encoder(path, torch.device("cpu")).step
+
+    best = BestWeights(tmp_path, preset)
+    best.update(answers(5), networks[0], 1)
+    best.update(answers(4), networks[1], 2)
+    assert (kept(), best.accuracy) == (1, 50.0)
+    again = BestWeights(tmp_path, preset)
+    assert again.accuracy == 50.0
+    again.update(answers(5), networks[2], 3)
+    assert kept() == 1, "an equal accuracy is no better"
+    again.update(answers(6), networks[3], 4)
+    assert kept() == 4
+
+
+def test_a_corrupt_file_is_written_anew(tmp_path: Path) -> None:
+    (tmp_path / BEST).write_bytes(b"x")
+    preset = load_preset("tiny", SMALL)
+    best = BestWeights(tmp_path, preset)
+    best.update(answers(0), preset.network(), 3)
+    assert load_encoder(str(tmp_path / BEST), torch.device("cpu")).step == 3
