@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from random_weights import fill, largest_difference
 from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.weights.load import load_encoder
-from tests.weights.random_weights import fill, largest_difference
 
 CPU = torch.device("cpu")
 WEB, SATELLITE = (0.485, 0.456, 0.406), (0.430, 0.411, 0.296)

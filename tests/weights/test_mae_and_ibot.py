@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from random_weights import fill, largest_difference
 from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.models.transformer import ViTBackbone
 from dinocli.weights.checkpoint import read_weights
 from dinocli.weights.load import load_encoder
-from tests.weights.random_weights import fill, largest_difference
 
 CPU = torch.device("cpu")
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from test_dinov3 import SATELLITE, convnext, released, vision_transformer
 
 from dinocli.weights.export import export
 from dinocli.weights.load import load_encoder
 from dinocli.weights.released import IMAGENET, Preprocessing
-from tests.weights.test_dinov3 import SATELLITE, convnext, released, vision_transformer
 
 
 def test_an_export_keeps_the_preprocessing_of_released_weights(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
+from test_dinov3 import convnext, released, vision_transformer
+from test_mae_and_ibot import mae
 
 from dinocli.core.errors import DinoError
 from dinocli.method.preset import load_preset
 from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.export import export
 from dinocli.weights.starting_point import read_starting_point, refuse_other_channels
-from tests.weights.test_dinov3 import convnext, released, vision_transformer
-from tests.weights.test_mae_and_ibot import mae
 
 
 def test_a_dinov3_file_suits_dinov3s_losses(tmp_path: Path) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from random_weights import fill, largest_difference
 from safetensors.torch import load_file, save_file
 
 from dinocli.core.errors import DinoError
 from dinocli.weights.load import load_encoder
-from tests.weights.random_weights import fill, largest_difference
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 70}

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from random_weights import fill, largest_difference
 from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.weights.load import load_encoder
-from tests.weights.random_weights import fill, largest_difference
 
 
 def network(patch: int) -> torch.nn.Module:
