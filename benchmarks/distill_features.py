@@ -95,7 +95,7 @@ def train(plan: Plan, monitor: KnnMonitor) -> Outcome:
     network.backbone.model.load_state_dict(weights)
     (first, start), (last, end) = logged[0], logged[-1]
     seconds = (end - start) / max(1, last - first) * plan.stop
-    knn = monitor.evaluate(network.to(plan.device))
+    knn = monitor.evaluate(network.to(plan.device)).accuracy
     return Outcome(knn, seconds, max(0.0, start - began - seconds / max(1, plan.stop)))
 
 

@@ -61,7 +61,9 @@ def adapt(
     ] = None,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="Epochs of 50 steps. Default: 20 passes over the images.", rich_help_panel=RECIPE),
+        typer.Option(
+            min=1, help="Epochs of 50 steps. Default: enough to see each image 20 times.", rich_help_panel=RECIPE
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.", rich_help_panel=RECIPE)
@@ -110,7 +112,7 @@ def adapt(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Adapt released weights to your own images, and tell whether they became better.
+    """Adapt released weights to your own images, and compare the result with them.
 
     New heads learn first, with the backbone frozen; then the backbone learns with them. With --monitor, the best
     weights of the run are compared with the released ones, and the released ones are kept if the others are worse.

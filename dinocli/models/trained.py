@@ -19,7 +19,7 @@ from dinocli.models.backbone import Backbone
 class TrainAll(Config):
     """All weights are trained."""
 
-    kind: Literal["all"] = "all"
+    kind: Literal["all"]
 
 
 class TrainLast(Config):
@@ -51,7 +51,7 @@ class TrainLora(Config):
 
 
 Trained = Annotated[TrainAll | TrainLast | TrainLora, Field(discriminator="kind")]
-ALL_WEIGHTS = TrainAll()
+ALL_WEIGHTS = TrainAll(kind="all")
 # Linear layers of a block in timm's transformers: joint queries, keys and values; MLP, or gated MLP.
 _ADAPTED = ("attn.qkv", "mlp.fc1", "mlp.fc2", "mlp.fc1_g", "mlp.fc1_x", "mlp.w12", "mlp.w3")
 

@@ -93,7 +93,7 @@ def test_the_last_blocks_and_the_final_norm_are_trained() -> None:
 
 def test_all_weights_stay_trained_by_default() -> None:
     backbone = build()
-    train_only(backbone, TrainAll())
+    train_only(backbone, TrainAll(kind="all"))
     assert trainable(backbone) == {name for name, _ in backbone.model.named_parameters()}
 
 

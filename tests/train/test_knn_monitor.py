@@ -16,12 +16,13 @@ from dinocli.evals.knn import knn
 from dinocli.features.extract import extract
 from dinocli.features.store import read_features
 from dinocli.method.preset import load_preset
-from dinocli.train.knn_monitor import KnnMonitor, _sample, steps_between_evaluations
+from dinocli.train.knn_monitor import Answers, KnnMonitor, _sample, steps_between_evaluations
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain
 from dinocli.weights.load import load_encoder
 
 CPU = torch.device("cpu")
+NONE = np.zeros(1, np.bool_)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_the_monitor_equals_extract_and_knn(labelled: Path, plan: Plan) -> None:
     network.load_weights(dict(_weights(run.checkpoint)), "x")
     monitor = KnnMonitor(str(labelled), plan.preset, workers=0)
     assert monitor.images == 24
-    assert monitor.evaluate(network) == knn(parts["train"], parts["val"], [8]).scores[0].top1
+    assert monitor.evaluate(network).accuracy == knn(parts["train"], parts["val"], [8]).scores[0].top1
 
 
 def _weights(path: Path) -> dict[str, torch.Tensor]:
@@ -139,7 +140,7 @@ def test_k_is_small_with_few_images_per_class(tmp_path: Path) -> None:
             Image.fromarray(noise + np.uint8(color)).save(tmp_path / "few" / label / f"{i}.png")
     preset = load_preset("tiny", SMALL)
     torch.manual_seed(0)
-    assert KnnMonitor(str(tmp_path / "few"), preset, workers=0).evaluate(preset.network()) == 100
+    assert KnnMonitor(str(tmp_path / "few"), preset, workers=0).evaluate(preset.network()).accuracy == 100
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_a_significant_drop_is_reported_once(
     if init:
         pretrain(replace(plan, stop=0, out=Path(init)), lambda p: None)
     scores = iter([90.0, 70.0, 50.0, 45.0, 89.0, 40.0])
-    monkeypatch.setattr(KnnMonitor, "evaluate", lambda monitor, network: next(scores))
+    monkeypatch.setattr(KnnMonitor, "evaluate", lambda monitor, network: Answers(next(scores), NONE, NONE))
     said: list[str] = []
     watched = replace(plan, out=Path("watched"), monitor=str(labelled), monitor_every=1, stop=5, init=init)
     pretrain(watched, lambda p: None, said.append)
@@ -163,3 +164,13 @@ def test_a_significant_drop_is_reported_once(
         "warning: k-NN has fallen from 90.0 to 40.0 %: the backbone is forgetting",
     ]
     assert sum(line.startswith(hint) for line in said) == 2
+
+
+def test_selection_and_verdict_are_of_different_images(labelled: Path, plan: Plan, tmp_path: Path) -> None:
+    network = plan.preset.network()
+    both = KnnMonitor(str(labelled), plan.preset, workers=0).evaluate(network)
+    assert (len(both.selection), len(both.verdict)) == (16, 8)
+    assert both.accuracy == 100 * both.verdict.mean()
+    one = KnnMonitor(str(labelled / "train"), plan.preset, workers=0).evaluate(network)
+    assert (len(one.selection), len(one.verdict)) == (8, 8)
+    assert one.accuracy == 100 * np.concatenate([one.selection, one.verdict]).mean()
