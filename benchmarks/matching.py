@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dinocli.apps.match.correspond import PatchMap, match, mean_pck, normalized, pck
+from dinocli.apps.match.correspond import PatchMap, match, mean_pck, pck
 from dinocli.apps.match.keypoints import landmarks, read_keypoints
 from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.evals.units import normalized
 from dinocli.features.encoder import Encoder
 from dinocli.weights.load import load_encoder
 

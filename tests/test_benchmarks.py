@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -187,3 +188,15 @@ def test_a_taught_student_and_one_alone_have_equal_networks_images_and_steps(tmp
     found = measure(options, tmp_path / "runs")
     assert [way.partition(" (")[0] for way in found] == ["alone", "taught", "taught, same time", "taught, stored"]
     assert all(0 <= outcome.knn <= 100 and outcome.seconds > 0 for (outcome,) in found.values())
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[1] / "benchmarks").glob("*.py")), ids=lambda path: path.stem
+)
+def test_every_script_finds_what_it_imports(path: Path) -> None:
+    specification = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
