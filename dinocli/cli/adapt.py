@@ -95,7 +95,7 @@ def adapt(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="A labelled folder, at best with train and val, that decides which weights are better.",
+            help="A labelled folder, preferably with train and val, that decides which weights are better.",
             rich_help_panel=MONITORING,
         ),
     ] = None,
@@ -141,11 +141,13 @@ def adapt(
     from dinocli.train.plan import Plan, start_clock
     from dinocli.train.resume import unfinished
     from dinocli.weights.load import announcement
-    from dinocli.weights.starting_point import read_starting_point
+    from dinocli.weights.starting_point import read_starting_point, refuse_other_channels
 
     if line := announcement(source):
         console.say(line)
-    start = read_starting_point(source)
+    start = read_starting_point(source, overrides or [])
+    console.notes(start.notes)
+    refuse_other_channels(start, start.images.changed(o for o in overrides or [] if o.startswith("images.")).channels)
     name = preset or RECIPES[start.family]
     chosen = recipe(start, load_preset(name), opened.count, batch_size, train, anchor)
     settings = [*(f"{key}={value}" for key, value in chosen.items()), *(overrides or []), *given]

@@ -242,7 +242,8 @@ def pretrain(
 
     before = Origin.read(origin) if origin else None
     changed = [*(overrides or []), *given, *(["teacher.frozen=true"] if teachers else [])]
-    loaded = load_preset(preset, changed, before.preset, before.peak_lr) if before else load_preset(preset, changed)
+    run = (before.preset, before.peak_lr, before.clock) if before else ()
+    loaded = load_preset(preset, changed, *run)
     frozen = _read_teachers(teachers, loaded)
     same = (loaded, source.fingerprint, init, frozen.fingerprint if frozen else None)
     total = start_clock(loaded, source.count).total

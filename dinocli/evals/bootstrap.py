@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Verdict = Literal["better", "no difference", "worse"]
+# Five changes of one sign happen by chance (1 in 16 by the sign test), and the bootstrap would call them certain.
+_FEWEST_CHANGED = 6
 _CELLS = 2**22  # drawn images per block of draws
 
 
@@ -21,12 +23,14 @@ class Difference:
         after: Second accuracy, in percent.
         low: Lower end of the 95 % interval of the difference.
         high: Upper end of the 95 % interval of the difference.
+        changed: Number of images with another answer.
     """
 
     before: float
     after: float
     low: float
     high: float
+    changed: int
 
     @property
     def mean(self) -> float:
@@ -35,7 +39,9 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """`better` or `worse` if the interval excludes 0, else `no difference`."""
+        """`better` or `worse` if the interval excludes 0 and enough images changed, else `no difference`."""
+        if self.changed < _FEWEST_CHANGED:
+            return "no difference"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference"
 
 
@@ -68,4 +74,6 @@ def paired_difference(
         rows = generator.integers(len(change), size=(count, len(change)))
         means[first : first + count] = change[rows].mean(1)
     low, high = 100 * np.quantile(means, (0.025, 0.975))
-    return Difference(100 * float(before.mean()), 100 * float(after.mean()), float(low), float(high))
+    return Difference(
+        100 * float(before.mean()), 100 * float(after.mean()), float(low), float(high), int(np.count_nonzero(change))
+    )

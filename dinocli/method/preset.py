@@ -17,7 +17,7 @@ from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.engine.optim import OptimizerConfig
-from dinocli.engine.schedules import Schedule
+from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method import shipped, stages
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation, Teacher
@@ -372,7 +372,13 @@ def _check_low_resolution_sizes(views: ViewsConfig, backbone: Backbone) -> None:
             )
 
 
-def load_preset(name: str, overrides: Iterable[str] = (), run: Preset | None = None, peak_lr: float = 0.0) -> Preset:
+def load_preset(
+    name: str,
+    overrides: Iterable[str] = (),
+    run: Preset | None = None,
+    peak_lr: float = 0.0,
+    clock: Clock | None = None,
+) -> Preset:
     """Load a shipped preset by its name, or a user's own by its path, and apply overrides.
 
     Args:
@@ -380,6 +386,7 @@ def load_preset(name: str, overrides: Iterable[str] = (), run: Preset | None = N
         overrides: Overrides `key.path=value` with a TOML value; a bare word is a string, and `none` removes the key.
         run: Preset of the run to continue, which a stage needs. A complete preset does not use it.
         peak_lr: Highest learning rate of the first run before a stage. If 0, that of `run`.
+        clock: Clock at the last step of `run`. If None, it completed its schedules.
 
     Raises:
         DinoError: If the preset does not exist or is not valid, or is a stage and there is no run.
@@ -405,7 +412,7 @@ def load_preset(name: str, overrides: Iterable[str] = (), run: Preset | None = N
     if "stage" in data:
         if run is None:
             raise stages.refuse_alone(name)
-        data = stages.continued(data, run, peak_lr or max(run.optimizer.lr.bounds), f"preset {name}")
+        data = stages.continued(data, run, peak_lr or max(run.optimizer.lr.bounds), f"preset {name}", clock)
     for override in overrides:
         change(data, override)
     if run is not None and isinstance(images := data.get("images", {}), dict):

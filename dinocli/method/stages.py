@@ -48,7 +48,9 @@ class StageConfig(Config):
     sizes: tuple[StageSizes, ...] = ()
 
 
-def continued(data: dict[str, Any], run: Preset, peak_lr: float, what: str) -> dict[str, Any]:
+def continued(
+    data: dict[str, Any], run: Preset, peak_lr: float, what: str, clock: Clock | None = None
+) -> dict[str, Any]:
     """Return the values of a preset that continues a run with a stage.
 
     The stage's own tables are merged over the run's preset. Schedules that it does not set stay at the run's last
@@ -60,6 +62,7 @@ def continued(data: dict[str, Any], run: Preset, peak_lr: float, what: str) -> d
         run: Preset of the run.
         peak_lr: Learning rate that the stage takes its share from.
         what: Name of the file for error lines.
+        clock: Clock at the last step of the run. If None, the run completed its schedules.
 
     Raises:
         DinoError: If the table `stage` is not valid.
@@ -67,7 +70,7 @@ def continued(data: dict[str, Any], run: Preset, peak_lr: float, what: str) -> d
     table = data.get("stage")
     stage = StageConfig.parse(table if isinstance(table, dict) else {}, f"[stage] of {what}")
     base = run.model_dump(mode="json")
-    end = Clock(1, run.training.epochs, run.training.epochs)
+    end = clock or Clock(1, run.training.epochs, run.training.epochs)
     for key, schedule in run.schedules.items():
         _set(base, key, {"kind": "constant", "value": schedule.at(end)})
     rate = {"kind": "warmup", "value": stage.lr * peak_lr, "warmup_epochs": stage.warmup_epochs}

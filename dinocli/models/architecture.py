@@ -65,6 +65,8 @@ class BackboneConfig(Config):
             for networks without learned positions.
         rescale_positions: Largest random factor on the student's rotary coordinates; its inverse is the smallest, and 1
             means no rescaling.
+        jitter_positions: Largest random factor on the rows of these coordinates, and another on the columns; 1 means no
+            jitter.
         class_token_std: Standard deviation of the initial class token. None for networks without one.
     """
 
@@ -75,6 +77,7 @@ class BackboneConfig(Config):
     learning: LearningConfig = AS_THE_HEADS
     positions: Positions | None = None
     rescale_positions: float = Field(1.0, ge=1)
+    jitter_positions: float = Field(1.0, ge=1)
     class_token_std: float | None = Field(None, gt=0)
 
     def build(self, *, drop_path: bool) -> Backbone:
@@ -91,6 +94,8 @@ class BackboneConfig(Config):
             backbone.leave_out(self.drop_path)
         if drop_path and self.rescale_positions != 1:
             backbone.rescale_positions(self.rescale_positions)
+        if drop_path and self.jitter_positions != 1:
+            backbone.jitter_positions(self.jitter_positions)
         # The initializations below replace timm's own.
         if isinstance(backbone, RotaryBackbone):
             backbone.start_evenly()
@@ -120,9 +125,14 @@ def create_timm(name: str, **options: Any) -> Any:
     # Transformers with learned positions then accept images of any size; other networks reject the option.
     try:
         try:
-            return timm.create_model(name, num_classes=0, **{"dynamic_img_size": True} | options)
+            model = timm.create_model(name, num_classes=0, **{"dynamic_img_size": True} | options)
         except TypeError:
             return timm.create_model(name, num_classes=0, **options)
+        # With that option timm refuses images whose last patch is incomplete, such as 384 pixels in patches of 14.
+        sizes = (getattr(getattr(model, "patch_embed", None), key, None) for key in ("img_size", "patch_size"))
+        size, patch = (value if isinstance(value, tuple) else (1,) for value in sizes)
+        incomplete = any(side % part for side, part in zip(size, patch, strict=False))
+        return timm.create_model(name, num_classes=0, **options) if incomplete else model
     except (TypeError, AssertionError, ValueError, ArithmeticError, RuntimeError) as error:
         remove = f"--set backbone.options=none, or options that {name} takes"
         raise DinoError(f"timm cannot build {name} with {options}: {error}", remove) from error
@@ -134,8 +144,10 @@ def adapt(model: Any, positions: Positions) -> Backbone:
     Raises:
         DinoError: If the model returns neither patch tokens nor a map for images.
     """
-    # The exact type: subclasses (distilled, hybrid, ...) have other tokens in the sequence.
-    if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.cls_token is not None:
+    # The exact type: subclasses (distilled, hybrid, ...) have other tokens in the sequence. Networks that pool their
+    # patches have no norm after the class token.
+    plain = type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.cls_token is not None
+    if plain and isinstance(model.fc_norm, nn.Identity):
         return ViTBackbone(model, positions)
     if RotaryBackbone.reads(model):
         return RotaryBackbone(model)

@@ -99,6 +99,17 @@ class Backbone(nn.Module):
             "--set backbone.rescale_positions=1",
         )
 
+    def jitter_positions(self, most: float) -> None:
+        """Multiply rows and columns of rotary coordinates during training by factors between 1/most and most.
+
+        Raises:
+            DinoError: If the backbone's positions are not rotary.
+        """
+        raise DinoError(
+            f"backbone.jitter_positions is {most:g}; this backbone has no rotary positions",
+            "--set backbone.jitter_positions=1",
+        )
+
     def level(self, parameter: str) -> int:
         """Return the depth of a parameter of `model`, by its name.
 

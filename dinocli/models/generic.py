@@ -13,6 +13,17 @@ from torch.func import functional_call
 from dinocli.core.errors import DinoError
 from dinocli.models.backbone import Backbone, Facet, MaskedPatches, Tokens
 
+_AFTER_BLOCKS = (
+    "cls_attn_blocks.",
+    "norm.",
+    "fc_norm.",
+    "attn_pool.",
+    "head.",
+    "conv_head.",
+    "norm_head.",
+    "head_norm.",
+    "bn2.",
+)
 Feature = Literal["token", "head", "mean"]
 
 
@@ -80,7 +91,7 @@ class GenericBackbone(Backbone):
             return 0
         if parameter.startswith("blocks."):
             return 1 + int(parameter.split(".")[1])
-        after = parameter.startswith(("cls_attn_blocks.", "norm.", "fc_norm.", "attn_pool.", "head."))
+        after = parameter.startswith(_AFTER_BLOCKS)
         return len(self.blocks) + 1 if after else 0
 
     def last_tokens(self, images: Tensor, last: int, masked: MaskedPatches | None = None) -> list[Tokens]:

@@ -37,7 +37,7 @@ class Rotary:
             and not rope.aug_active
         )
 
-    def __call__(self, periods: Tensor, grid: tuple[int, int], rescale: float = 1.0) -> Tensor:
+    def __call__(self, periods: Tensor, grid: tuple[int, int], rescale: float = 1.0, jitter: float = 1.0) -> Tensor:
         """Return cosines and sines of the angles on a grid.
 
         Args:
@@ -45,11 +45,16 @@ class Rotary:
             grid: Rows and columns.
             rescale: Largest random factor on the coordinates. One factor for all images is drawn log-uniformly between
                 1/rescale and rescale, on the device, so that the host does not wait. If 1, nothing is drawn.
+            jitter: The same for two separate factors on rows and columns.
 
         Returns:
             [2, 1+R+N, d/2]
         """
         angles = self._get_angles(periods, grid)
+        if jitter != 1:
+            most = math.log(jitter)
+            factors = angles.new_empty(2, 1).uniform_(-most, most).exp()
+            angles = (angles.unflatten(-1, (2, -1)) * factors).flatten(-2)  # the first half is of the rows
         if rescale != 1:
             most = math.log(rescale)
             angles = angles * angles.new_empty(1).uniform_(-most, most).exp()

@@ -52,8 +52,11 @@ class TrainLora(Config):
 
 Trained = Annotated[TrainAll | TrainLast | TrainLora, Field(discriminator="kind")]
 ALL_WEIGHTS = TrainAll(kind="all")
-# Linear layers of a block in timm's transformers: joint queries, keys and values; MLP, or gated MLP.
-_ADAPTED = ("attn.qkv", "mlp.fc1", "mlp.fc2", "mlp.fc1_g", "mlp.fc1_x", "mlp.w12", "mlp.w3")
+# Linear layers of a block in timm's transformers: queries, keys and values, joint or apart; MLP, or gated MLP.
+_ADAPTED = (
+    *(f"attn.{name}" for name in ("qkv", "q_proj", "k_proj", "v_proj")),
+    *(f"mlp.{name}" for name in ("fc1", "fc2", "fc1_g", "fc1_x", "w12", "w3")),
+)
 
 
 class LowRank(nn.Module):
@@ -93,6 +96,7 @@ def train_only(backbone: Backbone, trained: TrainAll | TrainLast | TrainLora) ->
             f"backbone.learning.trained is {trained.kind!r}, which needs a transformer with blocks; {kind} has none",
             "--train all, or --set 'backbone.learning.trained={kind=\"all\"}'",
         )
+    before = {name for name, parameter in backbone.model.named_parameters() if parameter.requires_grad}
     backbone.requires_grad_(False)
     if isinstance(trained, TrainLast):
         if trained.blocks > len(blocks):
@@ -102,13 +106,12 @@ def train_only(backbone: Backbone, trained: TrainAll | TrainLast | TrainLora) ->
             )
         first = len(blocks) - trained.blocks + 1
         for name, parameter in backbone.model.named_parameters():
-            parameter.requires_grad_(backbone.level(name) >= first)
+            parameter.requires_grad_(name in before and backbone.level(name) >= first)
         return
     adapted = [layer for block in blocks for layer in _adapted_layers(block)]
     if not adapted:
         raise DinoError(
-            f"LoRA found no linear layers {', '.join(_ADAPTED[:3])} in the blocks of {kind}",
-            "--train last, or --train all",
+            f"LoRA found no linear layers attn.qkv or mlp.fc1 in the blocks of {kind}", "--train last-1, or --train all"
         )
     for layer in adapted:
         parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, trained.rank, trained.alpha))

@@ -201,7 +201,7 @@ class RotaryBackbone(Transformer):
     def __init__(self, model: Eva) -> None:
         super().__init__(model)
         self._rotary = Rotary(model.num_prefix_tokens)
-        self._rescale = 1.0
+        self._rescale = self._jitter = 1.0
         for block in model.blocks:
             RotaryBlock.instead_of(block)
 
@@ -221,6 +221,9 @@ class RotaryBackbone(Transformer):
     def rescale_positions(self, most: float) -> None:
         self._rescale = most
 
+    def jitter_positions(self, most: float) -> None:
+        self._jitter = most
+
     def start_evenly(self) -> None:
         """Initialize the last layer of each branch like all other layers; timm scales it down with the block's depth.
 
@@ -231,4 +234,5 @@ class RotaryBackbone(Transformer):
                 nn.init.trunc_normal_(weight, std=0.02)
 
     def _add_positions(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
-        return tokens, self._rotary(self.model.rope.periods, grid, self._rescale if self.training else 1.0)
+        rescale, jitter = (self._rescale, self._jitter) if self.training else (1.0, 1.0)
+        return tokens, self._rotary(self.model.rope.periods, grid, rescale, jitter)

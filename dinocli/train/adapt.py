@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from dinocli.core.atomic import atomic
 from dinocli.core.config import format_toml
@@ -25,7 +23,7 @@ from dinocli.models.network import Network
 from dinocli.train.best import BEST
 from dinocli.train.knn_monitor import KnnMonitor, class_tokens
 from dinocli.train.plan import Plan
-from dinocli.train.snapshots import Photos
+from dinocli.train.snapshots import VIEWS, Photos, random_crops
 from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.load import start_from
 from dinocli.weights.starting_point import StartingPoint
@@ -37,7 +35,6 @@ _PASSES, _FEWEST_STEPS, _MOST_STEPS = 20, 400, 10_000
 _STEPS_PER_EPOCH = 50  # as in the presets
 _IMAGES_PER_PROTOTYPE = 30  # with fewer, most prototypes learn nothing; see `plan.cautions`
 _VERDICT_IMAGES = 5000  # per split, more than during the run
-_VIEWS = 4  # random crops per photo for LiDAR
 
 
 def recipe(
@@ -58,8 +55,11 @@ def recipe(
     """
     backbone, patch = start.architecture, _patch_size(start.architecture)
     side = max(patch, min(start.preprocessing.size, _LARGEST_CROP) // patch * patch)
+    if not _accepts(backbone, side):  # a network for images of one size
+        side = start.preprocessing.size
     small = max(patch, round(_LOCAL * side / patch) * patch)
     batch = batch_size or _batch_size(preset.training.batch_size, images)
+    per_epoch = preset.training.steps_per_epoch or (max(1, images // batch) if images else _STEPS_PER_EPOCH)
     steps = _FEWEST_STEPS if images is None else _PASSES * images // batch
     steps = min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
     prototypes = _power_below(steps * batch // _IMAGES_PER_PROTOTYPE)
@@ -72,11 +72,13 @@ def recipe(
         "views.global_1.size": side,
         "views.global_2.size": side,
         "views.local.size": small,
-        "training.epochs": round(steps / (preset.training.steps_per_epoch or _STEPS_PER_EPOCH)),
+        "training.epochs": max(2, round(steps / per_epoch)),
         "training.batch_size": batch,
         **{f"heads.{name}.prototypes": min(head.prototypes, prototypes) for name, head in preset.heads.items()},
         **_parse_train(train),
     }
+    if images_table := start.images.model_dump(mode="json", exclude_defaults=True):
+        settings["images"] = images_table
     if anchor:
         settings["losses.gram"] = {"weight": {"kind": "constant", "value": anchor}, "class_tokens": 1.0}
     if not _accepts(backbone, small):
@@ -160,7 +162,8 @@ def conclude(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Con
         DinoError: If the released weights no longer exist.
     """
     released, adapted, step = _released(plan), plan.preset.network(), plan.stop
-    best = plan.out / (BEST if plan.monitor else CHECKPOINT)
+    # A run that was finished without a monitor has no best weights; its last ones are compared.
+    best = plan.out / (BEST if plan.monitor and (plan.out / BEST).is_file() else CHECKPOINT)
     weights, metadata = load_tensors(best)
     adapted.load_weights(weights, str(best))
     step = int(metadata["step"])
@@ -193,29 +196,6 @@ def _figures(plan: Plan, released: Network, adapted: Network) -> dict[str, tuple
     views, pairs = plan.preset.views, []
     for network in (released, adapted):
         features = class_tokens(network, pool, views)
-        crops = class_tokens(network, random_crops(pool, _VIEWS), views).unflatten(0, (len(pool), _VIEWS))
+        crops = class_tokens(network, random_crops(pool, VIEWS), views).unflatten(0, (len(pool), VIEWS))
         pairs.append({"rank": effective_rank(features), "uniformity": uniformity(features), "lidar": lidar(crops)})
     return {name: (pairs[0][name], pairs[1][name]) for name in pairs[0]}
-
-
-def random_crops(photos: Tensor, count: int, seed: int = 0) -> Tensor:
-    """Return random crops of photos with at least two fifths of their area, always the same ones.
-
-    Args:
-        photos: [S, C, H, H], uint8
-        count: Number of crops per photo.
-        seed: Seed of the crops.
-
-    Returns:
-        Crops, grouped by photo, at the size of the photos. [S*count, C, H, H], uint8
-    """
-    generator, side = torch.Generator().manual_seed(seed), photos.shape[-1]
-    crops = []
-    for photo in photos:
-        for _ in range(count):
-            share, top, left = torch.rand(3, generator=generator).tolist()
-            size = max(1, round(side * (0.4 + 0.6 * share) ** 0.5))
-            y, x = round(top * (side - size)), round(left * (side - size))
-            crop = photo[None, :, y : y + size, x : x + size].float()
-            crops.append(F.interpolate(crop, (side, side), mode="bilinear", antialias=True).round().byte())
-    return torch.cat(crops)

@@ -17,21 +17,23 @@ BEST = "best.safetensors"
 
 
 class BestWeights:
-    """File with the best weights so far, which a resumed run takes up.
+    """File with the best weights so far, from which a resumed run continues.
 
     Args:
         run: Run folder.
         preset: Preset of the run, stored with the weights.
+        monitor: Labelled set, as the user named it. Weights that another set chose are replaced.
 
     Attributes:
         accuracy: Accuracy of these weights on the monitor's images for selection, in percent.
     """
 
-    def __init__(self, run: Path, preset: Preset) -> None:
-        self.path, self._preset = run / BEST, preset
+    def __init__(self, run: Path, preset: Preset, monitor: str) -> None:
+        self.path, self._preset, self._monitor = run / BEST, preset, monitor
         self.accuracy = -math.inf
         with suppress(OSError, ValueError, KeyError):  # none yet, or corrupt: the next evaluation writes it anew
-            self.accuracy = float(read_metadata(self.path)["selection"])
+            stored = read_metadata(self.path)
+            self.accuracy = float(stored["selection"]) if stored["monitor"] == monitor else -math.inf
 
     def update(self, answers: Answers, network: Network, step: int) -> None:
         """Write a network's weights if its answers are better than all before."""
@@ -39,5 +41,6 @@ class BestWeights:
         if accuracy <= self.accuracy:
             return
         with atomic(self.path) as draft:
-            write_checkpoint(draft, network.weights(), self._preset, step, {"selection": f"{accuracy:.4f}"})
+            chosen = {"selection": repr(accuracy), "monitor": self._monitor}
+            write_checkpoint(draft, network.weights(), self._preset, step, chosen)
         self.accuracy = accuracy

@@ -56,7 +56,7 @@ class KnnMonitor:
         spec: Folder of class folders, or of `train` and `val` folders that contain class folders.
         preset: Preset of the evaluated networks.
         workers: Number of decoding processes.
-        most: Largest number of images per split, balanced over the classes.
+        most: Largest number of images per split of a set with a test split, balanced over the classes.
 
     Attributes:
         measured: Number of images classified per evaluation.
@@ -68,7 +68,10 @@ class KnnMonitor:
     def __init__(self, spec: str, preset: Preset, workers: int, most: int = _IMAGES) -> None:
         self.views = preset.views
         self._parts: dict[str, tuple[Tensor, Features]] = {}
-        for name, source in splits(spec).items():
+        found = splits(spec)
+        # More images than a run's would include those that it chose its weights by, without a test split.
+        most = most if len(found) > 1 else _IMAGES
+        for name, source in found.items():
             if not isinstance(source, Images) or not source.classes:
                 raise DinoError(
                     f"--monitor needs images in class folders; {source.where} has none", "DIR/CLASS/*, or no --monitor"

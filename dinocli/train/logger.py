@@ -27,7 +27,7 @@ from dinocli.train.best import BestWeights
 from dinocli.train.collapse import CollapseDetector
 from dinocli.train.knn_monitor import KnnMonitor, steps_between_evaluations
 from dinocli.train.plan import Plan
-from dinocli.train.snapshots import Photos
+from dinocli.train.snapshots import VIEWS, Photos
 from dinocli.viz.report import write_report
 from dinocli.weights.checkpoint import not_finite
 
@@ -89,6 +89,7 @@ class Logger:
         method: Networks that the trainer trains.
         report: Callback that receives the progress at each logged step.
         note: Callback that receives one-line messages for the user.
+        monitor: Labelled set of the first process, if any.
 
     Attributes:
         loss: Last finite logged loss, or None before the first.
@@ -102,17 +103,19 @@ class Logger:
         method: SelfDistillation | FeatureDistillation,
         report: Callable[[Progress], None],
         note: Callable[[str], None],
+        monitor: KnnMonitor | None = None,
     ) -> None:
         self.plan, self.trainer, self.method, self.report, self.note = plan, trainer, method, report, note
         self.loss: float | None = None
         self.knn: float | None = None
         self._best, self._fallen = 0.0, False
         first = rank() == 0  # only the first process evaluates and writes
-        labelled = plan.monitor if first else None
-        self._monitor = KnnMonitor(labelled, plan.preset, plan.workers) if labelled else None
-        self._best_weights = BestWeights(plan.out, plan.preset) if labelled and plan.keep_best else None
+        self._monitor = monitor
+        keeps = plan.monitor if monitor and plan.keep_best else None
+        self._best_weights = BestWeights(plan.out, plan.preset, keeps) if keeps else None
         self._photos = Photos.of(plan.source, plan.preset) if first and plan.report else None
-        images = (self._monitor.images if self._monitor else 0) + (len(self._photos.pool) if self._photos else 0)
+        photos = len(self._photos.pool) * (1 + VIEWS * plan.keep_best) if self._photos else 0
+        images = (self._monitor.images if self._monitor else 0) + photos
         images = from_first(images)
         between = steps_between_evaluations(images, plan.stop, plan.preset.training.batch_size)
         self._every = (plan.monitor_every or between) if images else 0  # steps between evaluations; 0 for none
@@ -170,7 +173,8 @@ class Logger:
             self._warn_of_a_fall(self.knn, self._monitor.measured)
         if self._photos:
             try:
-                found |= self._photos.snapshot(average, self.trainer.clock.step, self.plan.out)
+                views = VIEWS if self.plan.keep_best else 0
+                found |= self._photos.snapshot(average, self.trainer.clock.step, self.plan.out, views=views)
             except NotFinite as error:  # training continues without the picture
                 self.note(f"note: no pictures at step {self.trainer.clock.step}: {error.message}")
         return found

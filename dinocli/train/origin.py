@@ -12,6 +12,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.engine.checkpoint import restore_moments
 from dinocli.engine.method import Method
+from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
@@ -86,6 +87,13 @@ class Origin:
         return cls(source, preset, None, (facts,))
 
     @property
+    def clock(self) -> Clock | None:
+        """Clock at the last step of the run, which `--steps` may have ended early; None if its epochs are unknown."""
+        training, images = self.preset.training, self.saved.state.images.count if self.saved else None
+        steps = training.steps_per_epoch or (images // training.batch_size if images else 0)
+        return Clock(steps, training.epochs, min(self.stages[-1].steps, steps * training.epochs)) if steps else None
+
+    @property
     def peak_lr(self) -> float:
         """Highest learning rate of the first stage that is known, before `lr_rule`: later stages have low ones."""
         return self.stages[0].lr
@@ -107,7 +115,7 @@ class Origin:
         """
         if not isinstance(method, SelfDistillation):
             raise DinoError(
-                f"--from {self.source} was trained with losses.features, and a stage continues its heads: it has none",
+                f"--from {self.source} was trained with losses.features and has no heads, which a stage continues",
                 f"--init {self.source} with another preset",
             )
         if self.preset.backbone.learning.trained.kind == "lora":

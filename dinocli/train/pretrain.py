@@ -90,8 +90,10 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
             plan = resumed_plan(plan, saved.state, note)
             if saved.state.step >= plan.stop:  # finished: nothing new to evaluate or draw
                 plan = replace(plan, report=False, monitor=None)
+        # Before the teachers' features are measured, which may take hours.
+        monitor = KnnMonitor(plan.monitor, plan.preset, plan.workers) if plan.monitor and rank() == 0 else None
         trainer, method, fresh = _trainer(plan, saved, note, lambda: stopping.requested)
-        logger = Logger(plan, trainer, method, report, note)
+        logger = Logger(plan, trainer, method, report, note, monitor)
         session = Session(plan, trainer, method.average, logger, stopping, tidy, saved)
         batches = _batches(plan, trainer, method)
         try:

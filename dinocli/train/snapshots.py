@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.crops import resize_and_center, resize_for
 from dinocli.evals.attention import attention_maps, default_size
-from dinocli.evals.spread import effective_rank, uniformity
+from dinocli.evals.spread import effective_rank, lidar, uniformity
 from dinocli.evals.units import normalized
 from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset
@@ -31,6 +32,7 @@ from dinocli.viz.picture import heat, visible
 
 POOL, SHOWN, NEIGHBOURS = 256, 6, 5
 TILE = 144  # side of a photo or map in pixels; neighbours have two thirds of it
+VIEWS = 4  # random crops per photo for LiDAR
 _TRIES = 2 * POOL  # candidates, because some cannot be read
 _WORD = 2**63 - 2  # keeps this choice independent of other uses of the seed
 
@@ -76,7 +78,7 @@ class Photos:
         )
 
     @torch.no_grad()
-    def snapshot(self, network: Network, step: int, folder: Path) -> dict[str, float]:
+    def snapshot(self, network: Network, step: int, folder: Path, *, views: int = 0) -> dict[str, float]:
         """Write pictures of a network's output on the photos, and return statistics of its features.
 
         The network is not changed and no random number is drawn, so the run is not affected.
@@ -86,9 +88,10 @@ class Photos:
             step: Number of completed steps, for the file names.
             folder: Run folder. Its `pictures/` receives `photos.jpg` with `photos.json`, `attention-STEP.jpg` (only for
                 networks with attention) and `neighbours-STEP.jpg`.
+            views: Number of random crops per photo for LiDAR, which is omitted if 0.
 
         Returns:
-            `rank` and `uniformity` of the pool's features. Empty if the pool has fewer than two photos.
+            `rank` and `uniformity` of the pool's features, and `lidar`. Empty if the pool has fewer than two photos.
 
         Raises:
             NotFinite: If the network's output is infinite or NaN.
@@ -105,7 +108,11 @@ class Photos:
         nearest = _nearest(features, len(self.shown), NEIGHBOURS)
         tiles = [[_tile(_upright(self.pool[i]), TILE * 2 // 3) for i in row] for row in nearest]
         _save(tiles, pictures / f"neighbours-{step}.jpg")
-        return {"rank": effective_rank(features), "uniformity": uniformity(features)}
+        figures = {"rank": effective_rank(features), "uniformity": uniformity(features)}
+        if views:
+            crops = class_tokens(network, random_crops(self.pool, views), self.preset.views)
+            figures["lidar"] = lidar(crops.unflatten(0, (len(self.pool), views)))
+        return figures
 
     def _maps(self, network: Network) -> list[Pixels]:
         """Return the class token's attention map of each shown photo, averaged over the heads."""
@@ -115,6 +122,29 @@ class Photos:
         with at_rest(network):
             maps = [attention_maps(encoder, photo, default_size(encoder)) for photo in self.shown]
         return [heat(m.heads.mean(0), TILE, TILE) for m in maps]
+
+
+def random_crops(photos: Tensor, count: int, seed: int = 0) -> Tensor:
+    """Return random crops of photos with at least two fifths of their area, always the same ones.
+
+    Args:
+        photos: [S, C, H, H], uint8
+        count: Number of crops per photo.
+        seed: Seed of the crops.
+
+    Returns:
+        Crops, grouped by photo, at the size of the photos. [S*count, C, H, H], uint8
+    """
+    generator, side = torch.Generator().manual_seed(seed), photos.shape[-1]
+    crops = []
+    for photo in photos:
+        for _ in range(count):
+            share, top, left = torch.rand(3, generator=generator).tolist()
+            size = max(1, round(side * (0.4 + 0.6 * share) ** 0.5))
+            y, x = round(top * (side - size)), round(left * (side - size))
+            crop = photo[None, :, y : y + size, x : x + size].float()
+            crops.append(F.interpolate(crop, (side, side), mode="bilinear", antialias=True).round().byte())
+    return torch.cat(crops)
 
 
 def _candidates(source: Source, preset: Preset) -> Iterator[tuple[str, Opened]]:

@@ -16,10 +16,8 @@ from dinocli.method.feature_distillation import FeatureDistillation, Teacher
 from dinocli.method.losses.features import FeaturesLossConfig
 from dinocli.method.preset import Preset
 from dinocli.models.backbone import Backbone
+from dinocli.weights.frozen_teacher import refuse_smaller
 from dinocli.weights.load import announcement, load_encoder
-
-# Parameters of the student relative to the teacher's: another patch size or registers are no other size of network.
-_LARGER = 1.25
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,9 @@ class FeatureTeachers:
             backbone = copy.deepcopy(encoder.backbone).to(device)
             teachers.append(Teacher(backbone, encoder.mean, encoder.std, size, _grid(backbone, encoder, size)))
         method = preset.feature_method(teachers)
-        self._check_parameters(_count(method.student.backbone))
+        # A small specialist may teach beside a large network.
+        largest = max(self.encoders, key=lambda encoder: _count(encoder.backbone))
+        refuse_smaller(largest.source, largest.backbone, preset.backbone)
         return method
 
     def _check_channels(self, preset: Preset) -> None:
@@ -130,17 +130,6 @@ class FeatureTeachers:
                     f"use a teacher with {preset.images.channels}, or --set images.channels={encoder.channels}"
                     + ("" if encoder.channels == 3 else " with views.mean and views.std of as many values"),
                 )
-
-    def _check_parameters(self, student: int) -> None:
-        """Check that a teacher is about as large as the student; a small specialist may teach beside it."""
-        largest = max(self.encoders, key=lambda encoder: _count(encoder.backbone))
-        count = _count(largest.backbone)
-        if count * _LARGER < student:
-            raise DinoError(
-                f"the teacher {largest.source} has {count / 1e6:.2f} M parameters, the student {student / 1e6:.2f} M; "
-                "a student learns little from a smaller network",
-                f"use a larger --teacher, or --set backbone.name=NAME with at most {count * _LARGER / 1e6:.2f} M",
-            )
 
 
 def _loss(preset: Preset) -> FeaturesLossConfig:

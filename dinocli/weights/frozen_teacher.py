@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import fingerprint
 from dinocli.method.preset import Preset
+from dinocli.models.architecture import BackboneConfig
 from dinocli.models.network import Network, load_strictly
 from dinocli.weights.checkpoint import Weights, read_weights
 
 _ITS_FEATURES = "--preset distill-features, which learns from its features"
+
+# Largest number of a student's parameters relative to its teacher's: another patch size or registers add a few.
+LARGER = 1.25
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class FrozenTeacher:
         """
         self._check(student)
         backbone = self.preset.backbone.build(drop_path=False)
+        refuse_smaller(self.source, backbone, student.backbone)
         heads = {name: self.preset.heads[name].build(backbone.width) for name in student.heads}
         network = Network(backbone, heads, student.reads)
         compared = [name for name, loss in student.losses.with_targets().items() if loss.reads == "patches"]
@@ -124,6 +132,23 @@ class FrozenTeacher:
                     "images",
                     f"--set views.{key}='{own_numbers}'",
                 )
+
+
+def refuse_smaller(source: str, teacher: nn.Module, student: BackboneConfig) -> None:
+    """Check that a teacher is about as large as its student.
+
+    Raises:
+        DinoError: If the student has many more parameters.
+    """
+    with torch.device("meta"):
+        own = sum(parameter.numel() for parameter in student.build(drop_path=False).parameters())
+    theirs = sum(parameter.numel() for parameter in teacher.parameters())
+    if theirs * LARGER < own:
+        raise DinoError(
+            f"the teacher {source} has {theirs / 1e6:.2f} M parameters, the student {own / 1e6:.2f} M; a student "
+            "learns little from a smaller network",
+            f"use a larger --teacher, or --set backbone.name=NAME with at most {theirs * LARGER / 1e6:.2f} M",
+        )
 
 
 _READS = {"class": "class tokens", "patches": "patches"}

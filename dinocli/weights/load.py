@@ -83,11 +83,22 @@ def encoder_of(weights: Weights, source: str, device: torch.device, overrides: S
     if weights.architecture or not heads_are_assumed(architecture):
         return encoder
     heads = architecture.options["num_heads"]
-    if any(override.partition("=")[0].strip() == "backbone.options.num_heads" for override in overrides):
+    if (note := note_on_heads(weights, architecture, source, overrides)) is None:
         # With another number of heads the same weights compute other features, which must not be compared.
         return replace(encoder, fingerprint=fingerprint({"": torch.tensor(heads), **backbone.model.state_dict()}))
+    return replace(encoder, notes=(*weights.notes, note))
+
+
+def note_on_heads(
+    weights: Weights, architecture: BackboneConfig, source: str, overrides: Sequence[str] = ()
+) -> str | None:
+    """Return a note if the number of attention heads is assumed; None if it is known or an override sets it."""
+    given = any(override.partition("=")[0].strip() == "backbone.options.num_heads" for override in overrides)
+    if weights.architecture or given or not heads_are_assumed(architecture):
+        return None
+    heads = architecture.options["num_heads"]
     note = f"{source} does not store its number of attention heads; assuming {heads}, its width divided by 64"
-    return replace(encoder, notes=(f"{note} ({HEADS}N overrides this)",))
+    return f"{note} ({HEADS}N overrides this)"
 
 
 def preprocessing_of(weights: Weights, architecture: BackboneConfig, source: str) -> Preprocessing:

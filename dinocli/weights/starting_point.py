@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,10 +10,12 @@ from typing import Literal
 import timm
 
 from dinocli.core.errors import DinoError
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.weights.checkpoint import Weights, read_weights
 from dinocli.weights.identify import config_of
-from dinocli.weights.load import LOCAL, architecture_of, load_timm, preprocessing_of
+from dinocli.weights.load import LOCAL, architecture_of, load_timm, note_on_heads, preprocessing_of
+from dinocli.weights.official import HEADS
 from dinocli.weights.released import Preprocessing
 
 Family = Literal["dinov2", "dinov3", "other"]
@@ -27,16 +30,24 @@ class StartingPoint:
         architecture: Architecture of the backbone.
         preprocessing: Images that it expects.
         family: Method that suits it: DINOv2's losses, DINOv3's, or DINO's alone.
+        images: Settings for decoding image files, as in training.
+        notes: Assumptions made in reading the weights, for the user to check.
     """
 
     source: str
     architecture: BackboneConfig
     preprocessing: Preprocessing
     family: Family
+    images: ImagesConfig = DEFAULTS
+    notes: tuple[str, ...] = ()
 
 
-def read_starting_point(source: str) -> StartingPoint:
+def read_starting_point(source: str, overrides: Sequence[str] = ()) -> StartingPoint:
     """Read the facts of a run, a weights file, a transformers folder or a timm model.
+
+    Args:
+        source: Source of the weights.
+        overrides: `backbone.options.num_heads=N`, for a file that does not store it; other settings are ignored.
 
     Raises:
         DinoError: If the source does not exist or is not a network that this tool reads.
@@ -48,9 +59,18 @@ def read_starting_point(source: str) -> StartingPoint:
         architecture = _timm_architecture(name).model_copy(update={"positions": positions})
         return StartingPoint(source, architecture, preprocessing, _family(architecture, None))
     weights = read_weights(Path(source))
-    architecture = architecture_of(weights, source)
+    heads = [override for override in overrides if override.strip().startswith(HEADS.removeprefix("--set "))]
+    architecture = architecture_of(weights, source, [] if weights.architecture else heads)
     plain = BackboneConfig(name=architecture.name, options=architecture.options, positions=architecture.positions)
-    return StartingPoint(source, plain, preprocessing_of(weights, architecture, source), _family(plain, weights))
+    note = note_on_heads(weights, architecture, source, heads)
+    return StartingPoint(
+        source,
+        plain,
+        preprocessing_of(weights, architecture, source),
+        _family(plain, weights),
+        weights.preset.images if weights.preset else DEFAULTS,
+        (*weights.notes, *([note] if note else [])),
+    )
 
 
 def _timm_architecture(name: str) -> BackboneConfig:
@@ -83,5 +103,5 @@ def refuse_other_channels(start: StartingPoint, channels: int) -> None:
     if len(start.preprocessing.mean) != channels:
         raise DinoError(
             f"--from {start.source} takes {len(start.preprocessing.mean)} channels; images.channels is {channels}",
-            "remove images.channels, or use dino pretrain --init, which adapts the first layer",
+            "remove images.channels, or dino pretrain --preset adapt-lora --init, which adapts the first layer",
         )

@@ -52,7 +52,7 @@ _CONVNEXT = (
 _EXPECTED: dict[str, dict[str, Any]] = {
     "dinov2": {"layer_norm_eps": 1e-6, "hidden_act": "gelu"},
     "dinov2_with_registers": {"layer_norm_eps": 1e-6, "hidden_act": "gelu"},
-    "dinov3_vit": {"layer_norm_eps": 1e-5, "rope_theta": 100.0},
+    "dinov3_vit": {"layer_norm_eps": 1e-5, "rope_theta": 100.0, "hidden_act": "gelu"},
     "dinov3_convnext": {"layer_norm_eps": 1e-6, "hidden_act": "gelu"},
 }
 
@@ -67,7 +67,8 @@ def read_folder(folder: Path) -> Released | None:
     kind = config.get("model_type")
     if kind not in TRANSFORMERS:
         return None
-    for key, expected in _EXPECTED[kind].items():
+    gated = kind == "dinov3_vit" and bool(config.get("use_gated_mlp"))
+    for key, expected in (_EXPECTED[kind] | ({"hidden_act": "silu"} if gated else {})).items():
         if (value := config.get(key, expected)) != expected:
             raise DinoError(
                 f"{folder}/config.json has {key}={value!r}; expected {expected!r}, as in the released models",
@@ -77,10 +78,11 @@ def read_folder(folder: Path) -> Released | None:
     if kind == "dinov3_convnext":
         renamed = _rename(tensors, _CONVNEXT, folder)
     else:
-        gated = kind == "dinov3_vit" and bool(config.get("use_gated_mlp"))
         mlp = _GATED_MLP if gated else _PLAIN_MLP
         renamed = _rename(tensors, (*_COMMON, *mlp), folder)
         renamed = _join_qkv(renamed, folder, keys_have_bias=kind != "dinov3_vit")
+    if "register_tokens" in renamed and not renamed["register_tokens"].numel():
+        del renamed["register_tokens"]  # transformers stores an empty table for none
     mask_token = renamed.pop("mask_token", None)
     mask_token = None if mask_token is None else mask_token.view(1, -1)
     if kind.startswith("dinov3"):
@@ -195,12 +197,13 @@ def _read_preprocessing(folder: Path, default: Preprocessing) -> tuple[Preproces
     """Return size, mean and std from preprocessor_config.json, or the default with a note."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
-        return default, (f"{folder} has no preprocessor_config.json; assuming ImageNet's mean and std",)
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (default.mean, default.std))
+        return default, (f"{folder} has no preprocessor_config.json; assuming mean {mean} and std {std}",)
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         size = stored.get("crop_size") if stored.get("do_center_crop") else stored.get("size")
         side = size if isinstance(size, int) else (size or {}).get("height") or (size or {}).get("shortest_edge")
-        mean, std = (tuple(float(value) for value in stored[key]) for key in ("image_mean", "image_std"))
+        shift, scale = (tuple(float(value) for value in stored[key]) for key in ("image_mean", "image_std"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DinoError(f"{path} is corrupt: {error}", "download it again") from error
-    return Preprocessing(int(side or default.size), mean, std), ()
+    return Preprocessing(int(side or default.size), shift, scale), ()

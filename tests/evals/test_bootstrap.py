@@ -49,3 +49,9 @@ def test_the_interval_covers_the_true_difference_in_95_of_100_samples() -> None:
 def test_different_numbers_of_answers_are_refused() -> None:
     with pytest.raises(ValueError, match="2 and 1 answers"):
         paired_difference(np.array([True, False]), np.array([True]))
+
+
+def test_a_handful_of_changed_images_decides_nothing() -> None:
+    assert paired_difference(*answers(0, 0, 5, 0)).verdict == "no difference"
+    assert paired_difference(*answers(0, 0, 6, 0)).verdict == "better"
+    assert paired_difference(*answers(0, 6, 0, 0)).verdict == "worse"

@@ -130,3 +130,21 @@ def test_only_the_last_layer_is_available_and_no_facets() -> None:
 def test_a_network_without_one_grid_of_patches_is_refused(name: str) -> None:
     with pytest.raises(DinoError, match=r"expected patch tokens or a map|does not take a batch of images"):
         adapt(create_timm(name), "antialias")
+
+
+def test_a_network_that_pools_its_patches_gives_its_pooled_feature() -> None:
+    """Its class token has no norm after it."""
+    options = {"global_pool": "avg", "embed_dim": 32, "depth": 1, "num_heads": 2}
+    backbone = adapt(create_timm("vit_tiny_patch16_224", **options), "antialias").eval()
+    images = torch.randn(1, 3, 224, 224)
+    assert isinstance(backbone, GenericBackbone)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images).cls, backbone.model(images))
+
+
+def test_images_with_an_incomplete_last_patch_are_read_as_timm_reads_them() -> None:
+    options = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 40, "patch_size": 16}
+    backbone = adapt(create_timm("vit_base_patch16_siglip_224", **options), "antialias").eval()
+    images = torch.randn(1, 3, 40, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images).cls, backbone.model(images))

@@ -111,3 +111,23 @@ def test_rotary_positions_of_other_kinds_are_not_supported(options: dict) -> Non
     assert Rotary.reads(RotaryEmbeddingDinoV3(64))
     assert not Rotary.reads(RotaryEmbeddingDinoV3(64, **options))
     assert not Rotary.reads(None)
+
+
+def test_rows_and_columns_are_jittered_by_log_uniform_factors_of_their_own() -> None:
+    torch.manual_seed(0)
+    rotary = Rotary(1)
+    plain = rotary._get_angles(PERIODS, (2, 3))[1:]
+    half = plain.shape[-1] // 2
+    factors = []
+    for _ in range(400):
+        cos, sin = rotary(PERIODS.double(), (2, 3), jitter=1.5)
+        # The largest period turns by less than half a circle, so that the angle can be read back.
+        angles = torch.atan2(sin, cos)[1:]
+        factors.append([float(angles[0, half - 1] / plain[0, half - 1]), float(angles[0, -1] / plain[0, -1])])
+        assert torch.equal(cos[0], torch.ones_like(cos[0])), "a class token has no position"
+    logs = torch.tensor(factors).log()
+    bound = math.log(1.5)
+    assert logs.abs().max() <= bound + 1e-4
+    assert logs.mean(0).abs().max() < 0.05
+    assert (logs.std(0) - bound / 3**0.5).abs().max() < 0.03, "uniform in the logarithm"
+    assert torch.corrcoef(logs.T)[0, 1].abs() < 0.15, "independent"

@@ -15,10 +15,11 @@ from dinocli.data.sources.open import image_folder
 from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
 from dinocli.train import adapt as adapting
-from dinocli.train.adapt import RECIPES, conclude, random_crops, recipe
+from dinocli.train.adapt import RECIPES, conclude, recipe
 from dinocli.train.best import BEST
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain, rehearse
+from dinocli.train.snapshots import random_crops
 from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.load import load_encoder
 from dinocli.weights.starting_point import StartingPoint, read_starting_point

@@ -23,11 +23,11 @@ def test_only_better_weights_are_kept_also_after_a_resume(tmp_path: Path) -> Non
     def kept() -> int | None:
         return load_encoder(path, torch.device("cpu")).step
 
-    best = BestWeights(tmp_path, preset)
+    best = BestWeights(tmp_path, preset, "set")
     best.update(answers(5), networks[0], 1)
     best.update(answers(4), networks[1], 2)
     assert (kept(), best.accuracy) == (1, 50.0)
-    again = BestWeights(tmp_path, preset)
+    again = BestWeights(tmp_path, preset, "set")
     assert again.accuracy == 50.0
     again.update(answers(5), networks[2], 3)
     assert kept() == 1, "an equal accuracy is no better"
@@ -38,6 +38,22 @@ def test_only_better_weights_are_kept_also_after_a_resume(tmp_path: Path) -> Non
 def test_a_corrupt_file_is_written_anew(tmp_path: Path) -> None:
     (tmp_path / BEST).write_bytes(b"x")
     preset = load_preset("tiny", SMALL)
-    best = BestWeights(tmp_path, preset)
+    best = BestWeights(tmp_path, preset, "set")
     best.update(answers(0), preset.network(), 3)
     assert load_encoder(str(tmp_path / BEST), torch.device("cpu")).step == 3
+
+
+def test_weights_that_another_monitor_chose_are_replaced(tmp_path: Path) -> None:
+    preset = load_preset("tiny", SMALL)
+    BestWeights(tmp_path, preset, "one").update(answers(9), preset.network(), 1)
+    other = BestWeights(tmp_path, preset, "other")
+    other.update(answers(3), preset.network(), 2)
+    assert load_encoder(str(tmp_path / BEST), torch.device("cpu")).step == 2
+
+
+def test_an_accuracy_without_an_end_in_decimals_is_kept_exactly(tmp_path: Path) -> None:
+    preset = load_preset("tiny", SMALL)
+    third = Answers(0.0, np.arange(3) < 1, np.zeros(1, np.bool_))
+    BestWeights(tmp_path, preset, "set").update(third, preset.network(), 1)
+    BestWeights(tmp_path, preset, "set").update(third, preset.network(), 2)
+    assert load_encoder(str(tmp_path / BEST), torch.device("cpu")).step == 1
