@@ -1,6 +1,6 @@
 """k-NN on the old and the new images after ways of continuing from a backbone.
 
-    python benchmarks/adapt.py START OLD NEW [--preset adapt-lora] [--ways naive last lora anchored] [--seeds 3] [--steps 300]
+    python benchmarks/adapt.py START OLD NEW [--preset adapt-lora] [--seeds 3] [--steps 300] [--locals 4]
 
 START is a run or a checkpoint; OLD and NEW hold `train` and `val` with class folders. Ways, each with the same images,
 views, heads, losses and steps (those of --preset):
