@@ -128,7 +128,7 @@ def list_notes(plan: Plan, *, begun: bool) -> Iterator[str]:
         yield describe(facts)
     if not begun:
         yield from warn_of(plan.source, plan.preset.images) if rank() == 0 else ()
-        yield from cautions(plan)
+        yield from dict.fromkeys(cautions(plan))  # two heads may have the same one
         if plan.init and not plan.monitor:
             yield "no --monitor set: forgetting of the initial weights will go unnoticed"
     if line := short_stop(plan):

@@ -48,6 +48,7 @@ AS_THE_HEADS = LearningConfig()
 
 
 Option = bool | int | float | str | tuple[int, ...]
+_RESERVED = {"num_classes": "a backbone has no classifier", "pretrained": "--init loads released weights"}
 
 
 class BackboneConfig(Config):
@@ -84,9 +85,12 @@ class BackboneConfig(Config):
         """Build a backbone with fresh weights; `drop_path` is for the student only.
 
         Raises:
-            DinoError: If timm has no model of this name, or rejects the options.
+            DinoError: If timm has no model of this name, or an option is not possible.
         """
         options: dict[str, Any] = dict(self.options)
+        for key, why in _RESERVED.items():
+            if key in options:
+                raise DinoError(f"backbone.options.{key} cannot be set: {why}", f"remove {key} from the options")
         if drop_path and self.drop_path and self.drop_path_rule == "linear":
             options["drop_path_rate"] = self.drop_path
         backbone = adapt(create_timm(self.name, **options), self.positions or "antialias")

@@ -43,11 +43,16 @@ class CatalogEntry:
 def find_names(pattern: str) -> Sequence[str]:
     """Return timm's names that match a pattern with wildcards, or contain a text without any.
 
+    The pattern may also be a name with its weights, as in `timm:NAME.TAG`.
+
     Raises:
         DinoError: If there is none.
     """
     known = timm.list_models()
-    found = fnmatch.filter(known, pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*")
+    name = pattern.removeprefix("timm:")
+    if name in timm.list_models(pretrained=True):
+        name = name.partition(".")[0]
+    found = fnmatch.filter(known, name if any(sign in name for sign in "*?[") else f"*{name}*")
     if not found:
         raise DinoError(
             f"timm {timm.__version__} has no model that matches {pattern!r}",

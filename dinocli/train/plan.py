@@ -254,7 +254,9 @@ def cautions(plan: Plan) -> Iterator[str]:
         )
     usual, peak = 0.0005 * preset.training.batch_size / 256, max(plan.lr.bounds)
     key = "value" if isinstance(preset.optimizer.lr, (Constant, Warmup)) else "start"
-    if preset.optimizer.kind == "adamw" and plan.origin is None and not usual / 10 <= peak <= usual * 10:
+    # Low-rank additions and the last blocks alone learn at higher rates than all weights do.
+    whole = preset.backbone.learning.trained.kind == "all"
+    if preset.optimizer.kind == "adamw" and plan.origin is None and whole and not usual / 10 <= peak <= usual * 10:
         yield (
             f"a learning rate of {peak:.2g} for {preset.training.batch_size} images is far from the paper's "
             f"0.0005 * batch / 256 = {usual:.2g}: --set optimizer.lr.{key}=0.0005"
@@ -297,6 +299,7 @@ def _warm_ups(preset: Preset, *, low: bool = True) -> Iterator[tuple[str, int, s
     """
     if isinstance(preset.optimizer.lr, (Cosine, Warmup)):
         yield "the learning rate's warm-up", preset.optimizer.lr.warmup_epochs, "optimizer.lr.warmup_epochs=0"
+    yield "the freeze of the backbone", preset.backbone.learning.frozen_epochs, "backbone.learning.frozen_epochs=0"
     for name, head in preset.heads.items():
         yield "the freeze of the prototypes", head.freeze_last_layer_epochs, f"heads.{name}.freeze_last_layer_epochs=0"
     for name, loss in preset.losses.with_targets().items():
@@ -315,6 +318,8 @@ def check_schedules(preset: Preset) -> None:
     """
     epochs = preset.training.epochs
     faults = [(f"{key}.{fault.key}", *fault[1:]) for key, s in preset.schedules.items() if (fault := s.misfit(epochs))]
+    if (frozen := preset.backbone.learning.frozen_epochs) >= epochs and frozen:
+        faults.append(("backbone.learning.frozen_epochs", frozen, epochs - 1, 0))
     for name, head in preset.heads.items():
         if head.freeze_last_layer_epochs >= epochs and head.freeze_last_layer_epochs:
             faults.append((f"heads.{name}.freeze_last_layer_epochs", head.freeze_last_layer_epochs, epochs - 1, 0))

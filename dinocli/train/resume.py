@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +134,11 @@ def changes(preset: Preset, state: State, clock: Clock) -> Iterator[str]:
     found = first_difference(before, now)
     if found:
         key, was, wanted = found
-        raise DinoError(
-            f"the run began with {key} = {format_toml(was)}; {format_toml(wanted)} is now set",
-            f"--set {shlex.quote(f'{key}={format_toml(was)}')} to resume, or another --out",
-        )
+        message = f"the run began with {key} = {format_toml(was)}; {format_toml(wanted)} is now set"
+        if key.endswith(".kind"):  # the other keys of a table belong to its kind
+            key = key.removesuffix(".kind")
+            was = reduce(getitem, key.split("."), before)
+        raise DinoError(message, f"--set {shlex.quote(f'{key}={format_toml(was)}')} to resume, or another --out")
     if longer:
         new = replace(clock, step=state.step)
         schedules: dict[str, Schedule] = {

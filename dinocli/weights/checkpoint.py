@@ -26,7 +26,7 @@ from dinocli.core.version import __version__
 from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig
 from dinocli.weights.dinov3 import read_dinov3
-from dinocli.weights.identify import NAMES, foreign, is_features, kind_of
+from dinocli.weights.identify import NAMES, TRANSFORMERS, config_of, foreign, is_features, kind_of
 from dinocli.weights.official import timms_name, under_timms_keys
 from dinocli.weights.released import Preprocessing, Released
 from dinocli.weights.transformers_folder import read_folder
@@ -255,8 +255,14 @@ def _no_checkpoint(path: Path) -> DinoError:
         if kind == "features":
             hint = f"dino knn --features {path}"
         elif kind == "model":
-            ours = "architecture" in (path / "config.json").read_text(encoding="utf-8", errors="replace")
-            hint = f"timm:local-dir:{path}" if ours else "timm:vit_small_patch14_dinov2.lvd142m, or another timm model"
+            config = config_of(path)
+            hint = "timm:vit_small_patch14_dinov2.lvd142m, or another timm model"
+            if "architecture" in config:
+                hint = f"timm:local-dir:{path}"
+            elif "model_type" in config:
+                hint = f"{hint}; or a transformers folder of model_type {', '.join(TRANSFORMERS)}"
+                other = f"a transformers folder of model_type {config['model_type']!r}"
+                return DinoError(f"{path} is {other}, which cannot be read", hint)
         return DinoError(f"{path} is {NAMES[kind]} without {CHECKPOINT}; expected a run folder or a checkpoint", hint)
     if timms_name(path.as_posix()) or timm.is_model(named.partition(".")[0]):
         return DinoError(f"checkpoint {path} does not exist; it is the name of released weights", f"timm:{named}")

@@ -31,7 +31,7 @@ from dinocli.models.backbone import Backbone
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
 from dinocli.weights.checkpoint import Weights, Which, read_weights, refuse_not_finite
-from dinocli.weights.identify import config_of
+from dinocli.weights.identify import TRANSFORMERS, config_of
 from dinocli.weights.official import HEADS, heads_are_assumed, official_architecture, timms_name
 from dinocli.weights.released import IMAGENET, Channels, Preprocessing
 
@@ -205,11 +205,17 @@ def load_timm(name: str) -> tuple[Backbone, Preprocessing]:
     try:
         with _silence_hub():
             model = _download(name) if not name.startswith(LOCAL) else create_timm(name, pretrained=True)
-    except DinoError:
-        raise
     # If a file cannot be reached, the hub's client may raise any of dozens of types.
     except Exception as error:
-        raise _no_download(name, (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]) from error
+        if isinstance(error, DinoError) and not name.startswith(LOCAL):
+            raise
+        cause = error.__cause__ or error
+        why = (str(cause).splitlines() or [type(cause).__name__])[0].split(". ")[0]
+        if name.startswith(LOCAL):
+            raise DinoError(
+                f"timm:{name} cannot be loaded: {why}", "name a folder written by `dino export --to timm`"
+            ) from error
+        raise _no_download(name, why) from error
     released: Mapping[str, Any] = model.pretrained_cfg
     refuse_not_finite(model.state_dict(), f"timm:{name}", "use other weights")
     backbone = adapt(model, _positions_of(name, released))
@@ -236,7 +242,15 @@ def _check_released(name: str) -> None:
     """
     if name.startswith(LOCAL):
         folder = name.removeprefix(LOCAL)
-        if not config_of(Path(folder)):
+        config = config_of(Path(folder))
+        if config.get("model_type") in TRANSFORMERS:
+            raise DinoError(f"timm:{name}: {folder} is a transformers folder", f"use {folder}")
+        if config and "architecture" not in config:
+            raise DinoError(
+                f"timm:{name}: {folder}/config.json names no architecture of timm",
+                "name a folder written by `dino export --to timm`",
+            )
+        if not config:
             there = "has no config.json" if Path(folder).is_dir() else "is not a folder"
             raise DinoError(
                 f"timm:{name}: {folder or 'the name'} {there}", "name a folder written by `dino export --to timm`"

@@ -74,15 +74,17 @@ def read_starting_point(source: str, overrides: Sequence[str] = ()) -> StartingP
 
 
 def _timm_architecture(name: str) -> BackboneConfig:
+    architecture: str
     if name.startswith(LOCAL):
         config = config_of(Path(name.removeprefix(LOCAL)))
-        return BackboneConfig.parse(
-            {"name": config.get("architecture", ""), "options": config.get("model_args") or {}}, f"timm:{name}"
-        )
-    if name.startswith(("hf-hub:", "hf_hub:")):
+        architecture, options = config.get("architecture", ""), config.get("model_args") or {}
+    elif name.startswith(("hf-hub:", "hf_hub:")):
         _, architecture, options = timm.models.load_model_config_from_hf(name.partition(":")[2])
-        return BackboneConfig.parse({"name": architecture, "options": options or {}}, f"timm:{name}")
-    return BackboneConfig(name=name.partition(".")[0])
+    else:
+        return BackboneConfig(name=name.partition(".")[0])
+    # A backbone has no classifier, but timm's save_for_hf stores the number of its classes.
+    kept = {key: value for key, value in (options or {}).items() if key != "num_classes"}
+    return BackboneConfig.parse({"name": architecture, "options": kept}, f"timm:{name}")
 
 
 def _family(architecture: BackboneConfig, weights: Weights | None) -> Family:

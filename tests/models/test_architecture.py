@@ -65,3 +65,9 @@ def test_only_a_new_rotary_backbone_is_initialized_evenly() -> None:
 
 def test_adapt_accepts_a_timm_vision_transformer() -> None:
     assert adapt(VisionTransformer(**MICRO, num_classes=0), "antialias").width == 32
+
+
+@pytest.mark.parametrize("option", ["num_classes", "pretrained"])
+def test_options_that_the_tool_sets_itself_are_refused(option: str) -> None:
+    with pytest.raises(DinoError, match=rf"backbone\.options\.{option} cannot be set"):
+        BackboneConfig(name="resnet18", options={option: 1}).build(drop_path=False)

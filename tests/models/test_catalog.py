@@ -10,6 +10,7 @@ from dinocli.models.catalog import find_names, inspect_network
 def test_a_pattern_may_be_a_part_of_a_name_or_have_wildcards() -> None:
     assert set(find_names("dinov3_qkvb")) == {name for name in timm.list_models() if "dinov3_qkvb" in name}
     assert set(find_names("resnet1?")) == {name for name in timm.list_models("resnet1*") if len(name) == 8}
+    assert find_names("timm:resnet18.a1_in1k") == find_names("resnet18")
     with pytest.raises(DinoError, match="no model that matches 'zzz'"):
         find_names("zzz")
 

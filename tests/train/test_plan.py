@@ -72,6 +72,7 @@ COSINE = "{kind='cosine', start=0.9, end=0.99, warmup_epochs=8}"
         ("tiny", [f"teacher.momentum={COSINE}"], "teacher.momentum.warmup_epochs=8 (at most 7) does not", "warmup_epochs=0, or --epochs 9"),
         ("tiny", ["optimizer.weight_decay.warmup_epochs=9"], "optimizer.weight_decay.warmup_epochs=9 (at most 7)", "--epochs 10"),
         ("tiny", ["heads.dino.freeze_last_layer_epochs=8"], "heads.dino.freeze_last_layer_epochs=8 (at most 7)", "--epochs 9"),
+        ("tiny", ["backbone.learning.frozen_epochs=8"], "backbone.learning.frozen_epochs=8 (at most 7)", "--epochs 9"),
     ],
 )  # fmt: skip
 def test_all_schedules_that_do_not_fit_the_run_are_one_error(
@@ -126,6 +127,12 @@ def test_the_learning_rate_includes_the_batch_rule(images: Path) -> None:
             ["steps go to the learning rate's warm-up (250) and the freeze of the prototypes (300)"],
         ),
         (["training.epochs=9", "heads.dino.prototypes=1024"], None, ["450 steps show 21600 images to 1024 prototypes"]),
+        (
+            ["backbone.learning.frozen_epochs=6"],
+            None,
+            ["more than half of the 400 steps go to the freeze of the backbone (300)"],
+        ),
+        (["optimizer.lr.start=1.0", "backbone.learning.trained={kind='lora'}"], None, []),
         (["optimizer.lr.start=1.0"], None, ["a learning rate of 0.19 for 48 images is far from the paper's"]),
         (
             ["losses.dino.targets.temperature={kind='linear_by_epoch', start=0.04, end=0.07, epochs=8}"],
@@ -165,6 +172,9 @@ def test_an_early_stop_is_one_note_that_lists_unfinished_schedules(tmp_path: Pat
         "--set views.low_resolution=none"
     )
     assert not list(cautions(plan(tmp_path, low, stop=40))), "no second note"
+    assert "the freeze of the backbone (50 steps)" in short_stop(
+        plan(tmp_path, "backbone.learning.frozen_epochs=1", stop=40)
+    )
 
 
 def test_low_resolution_is_an_unfinished_schedule_but_not_a_long_warm_up(tmp_path: Path) -> None:

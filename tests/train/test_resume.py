@@ -37,7 +37,16 @@ def test_a_resume_with_another_preset_names_the_first_different_key(plan: Plan) 
     assert content(plan.out) == before
 
 
-@pytest.mark.parametrize("override", ["views.local.scale=[0.1, 0.3]", "optimizer.clip=none", "views.local=none"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "views.local.scale=[0.1, 0.3]",
+        "optimizer.clip=none",
+        "views.local=none",
+        "backbone.learning.trained={kind='lora', rank=4}",
+        "teacher.momentum={kind='constant', value=0.9}",
+    ],
+)
 def test_the_hint_to_resume_parses(plan: Plan, override: str) -> None:
     stopped(plan, 4)
     words = [*SMALL, "backbone.drop_path=0.3", override]

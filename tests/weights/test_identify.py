@@ -109,7 +109,7 @@ def test_a_file_that_is_not_a_checkpoint_is_identified(
         ("img", "img is a folder of images without ckpt.safetensors", "dino pretrain"),
         ("feats", "feats is a folder of features without ckpt.safetensors", "dino knn --features feats"),
         ("feats/val.safetensors", "is a file of features; expected a checkpoint", "dino knn --features feats"),
-        ("hub", "hub is a model folder without ckpt.safetensors", "timm:vit_small_patch14_dinov2.lvd142m"),
+        ("hub", "hub is a transformers folder of model_type 'clip'", "timm:vit_small_patch14_dinov2.lvd142m"),
         ("dinov2_vits14", "it is the name of released weights", "timm:vit_small_patch14_dinov2.lvd142m"),
         ("facebook/dinov3-vitb16-pretrain-lvd1689m", "the name of released weights", "timm:vit_base_patch16_dinov3.lvd1689m"),
         ("vit_small_patch16_224.dino", "the name of released weights", "timm:vit_small_patch16_224.dino"),
@@ -122,6 +122,15 @@ def test_a_path_without_a_checkpoint_gets_a_fitting_hint(here: Path, place: str,
         read_weights(Path(place))
     assert message in error.value.message
     assert hint in error.value.hint
+
+
+def test_another_model_of_transformers_is_not_taken_for_one_of_timm(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["ViTModel"], "model_type": "vit"}')
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(DinoError, match="a transformers folder of model_type 'vit'") as error:
+        read_weights(tmp_path)
+    assert "local-dir" not in error.value.hint
+    assert "dinov3_vit" in error.value.hint
 
 
 def test_a_checkpoint_is_not_foreign(here: Path) -> None:

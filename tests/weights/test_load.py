@@ -119,6 +119,27 @@ def test_a_failed_download_is_an_error_and_never_random_weights(monkeypatch: pyt
         load_encoder("timm:vit_tiny_patch16_224", CPU)
 
 
+@pytest.mark.parametrize(
+    ("config", "message", "hint"),
+    [
+        (
+            {"architectures": ["ViTModel"], "model_type": "vit"},
+            "names no architecture of timm",
+            "dino export --to timm",
+        ),
+        ({"model_type": "dinov2"}, "is a transformers folder", "use "),
+        ({"architecture": "resnet18"}, "cannot be loaded", "dino export --to timm"),
+    ],
+)
+def test_a_local_folder_that_timm_cannot_load_is_no_failed_download(
+    config: dict[str, object], message: str, hint: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DinoError, match=message) as error:
+        load_encoder(f"timm:local-dir:{tmp_path}", CPU)
+    assert hint in error.value.hint
+
+
 def test_non_finite_timm_weights_are_refused(local_timm: str, tmp_path: Path) -> None:
     weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     weights["cls_token"][0, 0, 0] = torch.inf

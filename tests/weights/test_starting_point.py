@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import SMALL
 from test_dinov3 import convnext, released, vision_transformer
@@ -46,6 +47,16 @@ def test_a_timm_folder_has_the_architecture_of_its_config(tmp_path: Path) -> Non
     start = read_starting_point(f"timm:local-dir:{tmp_path / 'out'}")
     assert (start.architecture.name, start.architecture.options) == (made.backbone.name, made.backbone.options)
     assert start.architecture.positions == "dino"
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_a_folder_of_timm_may_store_a_number_of_classes(classes: int, tmp_path: Path) -> None:
+    options = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
+    model = timm.create_model("convnext_atto", num_classes=classes, **options)
+    timm.models.save_for_hf(model, str(tmp_path), model_args=options | {"num_classes": classes})
+    start = read_starting_point(f"timm:local-dir:{tmp_path}")
+    assert "num_classes" not in start.architecture.options
+    assert start.architecture.build(drop_path=False).width == 16
 
 
 def test_weights_for_other_channels_are_refused(tmp_path: Path) -> None:
