@@ -138,6 +138,7 @@ def adapt(
     from dinocli.core.device import default_workers, pick_device
     from dinocli.method.preset import load_preset
     from dinocli.train.adapt import RECIPES, recipe
+    from dinocli.train.best import BEST
     from dinocli.train.plan import Plan, start_clock
     from dinocli.train.resume import unfinished
     from dinocli.weights.load import announcement
@@ -171,6 +172,11 @@ def adapt(
         keep_best=True,
         report=True,
     )
+    if (plan.out / BEST).is_file() and not monitor:
+        raise DinoError(
+            f"the adaptation in {plan.out} chose its weights with --monitor, which is not set now",
+            "name the same --monitor DIR, or another --out",
+        )
     console.say(f"recipe: {name}, --train {train}" + (f", --anchor {anchor:g}" if anchor else ""))
     if dry_run:
         from dinocli.train.pretrain import rehearse
@@ -215,7 +221,8 @@ def _print_conclusion(plan: Plan, result: Conclusion) -> None:
     rows = []
     if knn := result.difference:
         change = f"{knn.mean:+.1f} ({knn.low:+.1f} to {knn.high:+.1f})"
-        rows.append(["k-NN, %", f"{knn.before:.1f}", f"{knn.after:.1f}", change])
+        # The progress line has other images, because some of them chose the step.
+        rows.append(["k-NN of the verdict's images, %", f"{knn.before:.1f}", f"{knn.after:.1f}", change])
     words = {"rank": "effective rank", "uniformity": "uniformity", "lidar": "LiDAR"}
     for name, (before, after) in result.figures.items():
         rows.append([words[name], f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])

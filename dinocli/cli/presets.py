@@ -72,6 +72,7 @@ def show(
         console.out(line)
 
 
+_MANY = 300
 _FEATURES = {"token": "class token", "head": "pooled", "mean": "average"}
 _ROW = "{:<45} {:>9} {:>5} {:>5}  {:<11} {}"
 
@@ -79,8 +80,9 @@ _ROW = "{:<45} {:>9} {:>5} {:>5}  {:<11} {}"
 @presets.command()
 def backbones(
     pattern: Annotated[
-        str, typer.Argument(metavar="PATTERN", help="Part of a name, or a pattern such as 'vit_*dinov2'. Default: all.")
-    ] = "*",
+        str | None,
+        typer.Argument(metavar="[PATTERN]", help="Part of a name, or a pattern such as 'vit_*dinov2'. Default: all."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """List networks of timm as backbones: parameters, patch size, width and feature.
@@ -97,7 +99,9 @@ def backbones(
 
     from dinocli.models.catalog import find_names, inspect_network
 
-    names, entries = find_names(pattern), []
+    names, entries = find_names(pattern or "*"), []
+    if len(names) > _MANY:
+        console.say(f"note: building {len(names):,} networks takes a minute or more; a PATTERN is faster")
     if not json:
         console.out(_ROW.format("name", "params", "patch", "width", "feature", "masks").rstrip())
     for name in names:

@@ -152,7 +152,7 @@ def run_plan(plan: Plan, json: bool, after: Callable[[Run], dict[str, Any]] = la
     begun = any(True for _ in saved_states(plan.out))
     for line in list_notes(plan, begun=begun):
         console.say(f"note: {line}")
-    with console.progress("pretrain", plan.stop, "steps") as advance:
+    with console.progress("adapt" if plan.keep_best else "pretrain", plan.stop, "steps") as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)
     more = after(run)
     linked = _link(run.checkpoint, unfinished=run.step < plan.clock.total)

@@ -54,6 +54,7 @@ class Origin:
         saved = read_state(path) if path.is_dir() else None
         if saved is not None:
             state = saved.state
+            _refuse_headless(source, state.preset)
             if saved.folder != path and state.step < state.stop:
                 raise DinoError(
                     f"--from {source} is unfinished: {state.step} of {state.stop} steps done",
@@ -76,6 +77,7 @@ class Origin:
                 f"--init {source} with a complete preset, such as continue-dinov2",
             )
         preset = weights.preset
+        _refuse_headless(source, preset)
         facts = StageFacts(
             source=source,
             recipe=preset.about.recipe,
@@ -113,16 +115,7 @@ class Origin:
         Raises:
             DinoError: If the networks do not fit, values are not finite, or the run has no heads to continue.
         """
-        if not isinstance(method, SelfDistillation):
-            raise DinoError(
-                f"--from {self.source} was trained with losses.features and has no heads, which a stage continues",
-                f"--init {self.source} with another preset",
-            )
-        if self.preset.backbone.learning.trained.kind == "lora":
-            raise DinoError(
-                f"--from {self.source} was trained with LoRA, whose additions a stage does not continue",
-                f"--init {self.source} with another preset, which starts from the merged weights",
-            )
+        assert isinstance(method, SelfDistillation)  # `read` refuses runs of other methods
         if self.saved is None:
             if fresh := start_from(method, self.source):
                 raise DinoError(
@@ -168,3 +161,21 @@ def _load_common(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own = module.state_dict()
     fitting = {key: value for key, value in tensors.items() if key in own and own[key].shape == value.shape}
     module.load_state_dict(own | fitting)
+
+
+def _refuse_headless(source: str, preset: Preset) -> None:
+    """Refuse a run whose heads or LoRA a stage cannot continue.
+
+    Raises:
+        DinoError: If it is one.
+    """
+    if preset.losses.features:
+        raise DinoError(
+            f"--from {source} was trained with losses.features and has no heads, which a stage continues",
+            f"--init {source} with another preset",
+        )
+    if preset.backbone.learning.trained.kind == "lora":
+        raise DinoError(
+            f"--from {source} was trained with LoRA, whose additions a stage does not continue",
+            f"--init {source} with another preset, which starts from the merged weights",
+        )

@@ -227,9 +227,11 @@ def cautions(plan: Plan) -> Iterator[str]:
     if plan.stop == clock.total and (line := _long_schedules(plan)):
         yield line
     if plan.device.type == "cpu" and preset.views.global_1.size >= _LARGE_CROP and plan.stop > _FEW_STEPS_ON_CPU:
+        shorter = f"--preset tiny takes minutes, and dino doctor {plan.source.where} suggests settings"
+        shorter = "--epochs and --batch-size shorten it" if plan.keep_best else shorter
         yield (
-            f"{plan.stop} steps of {preset.training.batch_size} images at {preset.views.global_1.size} pixels take days"
-            f" on a CPU: --preset tiny takes minutes, and dino doctor {plan.source.where} suggests settings"
+            f"{plan.stop} steps of {preset.training.batch_size} images at {preset.views.global_1.size} pixels may take "
+            f"days on a CPU: {shorter}"
         )
     seen = clock.total * preset.training.batch_size
     for name, head in preset.heads.items() if plan.origin is None else ():  # a stage's prototypes are trained already

@@ -20,6 +20,7 @@ from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain, rehearse
 from dinocli.train.resume import unfinished
 from dinocli.train.state import saved_states
+from dinocli.weights.checkpoint import write_checkpoint
 
 TINY = [*SMALL, *(line.replace("heads.dino", "heads.ibot") for line in SMALL if line.startswith("heads.dino"))]
 TINY[0] = TINY[0].replace("patch_size=8", "patch_size=4")
@@ -198,3 +199,23 @@ def test_a_stage_resumes_only_with_its_own_origin(plan: Plan) -> None:
     assert "--from runs/base" in error.value.hint
     with pytest.raises(DinoError, match="did not continue another run"):
         quiet(replace(stage, preset=plan.preset, out=plan.out))
+
+
+def test_runs_without_heads_or_with_lora_are_refused_at_once(tmp_path: Path) -> None:
+    made = load_preset("tiny", [*SMALL, "backbone.learning.trained={kind='lora', rank=2}"])
+    write_checkpoint(tmp_path / "lora.safetensors", made.network().weights(), made, 3)
+    with pytest.raises(DinoError, match="was trained with LoRA") as error:
+        Origin.read(str(tmp_path / "lora.safetensors"))
+    assert error.value.hint.startswith(f"--init {tmp_path / 'lora.safetensors'}")
+
+
+def test_the_clock_of_a_run_is_that_of_its_last_step(tmp_path: Path) -> None:
+    made = load_preset("tiny", [*SMALL, "training.epochs=5"])
+    write_checkpoint(tmp_path / "x.safetensors", made.network().weights(), made, 7)
+    clock = Origin.read(str(tmp_path / "x.safetensors")).clock
+    assert clock is not None
+    assert (clock.step, clock.total) == (7, 20)
+    stage = load_preset("gram-refine", [], made, 0.0, clock)
+    expected = made.optimizer.weight_decay.at(clock)
+    assert stage.optimizer.weight_decay.bounds == (pytest.approx(expected),)
+    assert expected < max(made.optimizer.weight_decay.bounds)
