@@ -16,12 +16,8 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import next_folder, runs_of
 
 if TYPE_CHECKING:
-    from dinocli.train.adapt import Conclusion
     from dinocli.train.plan import Plan
     from dinocli.train.pretrain import Run
-
-
-_ZERO = ", the released weights: no later step was better on the images for selection"
 
 
 def adapt(
@@ -198,16 +194,10 @@ def _conclude(plan: Plan, run: Run, *, json: bool) -> dict[str, Any]:
     console.say("comparing the new weights with the released ones")
     result = conclude(plan)
     if not json:
-        _print_conclusion(plan, result)
+        columns = ["figure", "released", "adapted", "difference (95 % interval)"]
+        console.table(columns, result.rows)
+    console.say(result.verdict)
     knn = result.difference
-    if knn is None:
-        console.say("no verdict without labels: --monitor DIR compares the weights on labelled images")
-    elif knn.verdict == "worse":
-        console.say(f"verdict: worse (the released weights are kept as {run.checkpoint.name})")
-    else:
-        console.say(
-            f"verdict: {knn.verdict}; {run.checkpoint.name} holds step {result.step}" + _ZERO * (not result.step)
-        )
     figures: dict[str, dict[str, Any]] = {
         figure: {"before": before, "after": after} for figure, (before, after) in result.figures.items()
     }
@@ -215,16 +205,3 @@ def _conclude(plan: Plan, run: Run, *, json: bool) -> dict[str, Any]:
         interval = {"difference": knn.mean, "low": knn.low, "high": knn.high, "verdict": knn.verdict}
         figures["knn"] = {"before": knn.before, "after": knn.after} | interval
     return {"step_kept": result.step, "figures": figures}
-
-
-def _print_conclusion(plan: Plan, result: Conclusion) -> None:
-    rows = []
-    if knn := result.difference:
-        change = f"{knn.mean:+.1f} ({knn.low:+.1f} to {knn.high:+.1f})"
-        # The progress line has other images, because some of them chose the step.
-        rows.append(["k-NN of the verdict's images, %", f"{knn.before:.1f}", f"{knn.after:.1f}", change])
-    words = {"rank": "effective rank", "uniformity": "uniformity", "lidar": "LiDAR"}
-    for name, (before, after) in result.figures.items():
-        rows.append([words[name], f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
-    columns = ["figure", "released", f"step {result.step}" if result.step else "adapted", "difference (95 % interval)"]
-    console.table(columns, rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dinocli.core.atomic import atomic
+from dinocli.core.atomic import atomic, write_json
 from dinocli.core.config import format_toml
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
@@ -24,10 +24,12 @@ from dinocli.train.best import BEST
 from dinocli.train.knn_monitor import KnnMonitor, class_tokens
 from dinocli.train.plan import Plan
 from dinocli.train.snapshots import VIEWS, Photos, random_crops
+from dinocli.viz.report import VERDICT, write_report
 from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.load import start_from
 from dinocli.weights.starting_point import StartingPoint
 
+_WORDS = {"rank": "effective rank", "uniformity": "uniformity", "lidar": "LiDAR"}
 RECIPES = {"dinov2": "adapt-dinov2", "dinov3": "adapt-dinov3", "other": "adapt-lora"}
 _LARGEST_CROP = 224
 _LOCAL = 0.43  # side of a local crop relative to a global one, as 96 to 224
@@ -151,6 +153,29 @@ class Conclusion:
     difference: Difference | None
     figures: dict[str, tuple[float, float]]
 
+    @property
+    def rows(self) -> list[list[str]]:
+        """Rows of a table: figure, released weights, new weights, difference."""
+        rows = []
+        if knn := self.difference:
+            change = f"{knn.mean:+.1f} ({knn.low:+.1f} to {knn.high:+.1f})"
+            # The progress line has other images, because some of them chose the step.
+            rows.append(["k-NN of the verdict's images, %", f"{knn.before:.1f}", f"{knn.after:.1f}", change])
+        for name, (before, after) in self.figures.items():
+            rows.append([_WORDS[name], f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"])
+        return rows
+
+    @property
+    def verdict(self) -> str:
+        """Verdict in a sentence."""
+        if self.difference is None:
+            return "no verdict without labels: --monitor DIR compares the weights on labelled images"
+        kept = f"{CHECKPOINT} holds step {self.step}"
+        if self.difference.verdict == "worse":
+            return f"verdict: worse (the released weights are kept as {CHECKPOINT})"
+        zero = ", the released weights: no later step was better on the images for selection" if not self.step else ""
+        return f"verdict: {self.difference.verdict}; {kept}{zero}"
+
 
 def conclude(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Conclusion:
     """Compare a finished adaptation with its released weights, and write the better ones as `ckpt.safetensors`.
@@ -171,7 +196,7 @@ def conclude(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Con
         network.eval().to(plan.device)
     figures = _figures(plan, released, adapted)
     if not plan.monitor:
-        return Conclusion(step, None, figures)
+        return _report(plan, Conclusion(step, None, figures))
     monitor = KnnMonitor(plan.monitor, plan.preset, plan.workers, _VERDICT_IMAGES)
     before, after = (monitor.evaluate(network).verdict for network in (released, adapted))
     difference = paired_difference(before, after)
@@ -179,7 +204,15 @@ def conclude(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Con
         step, weights = 0, released.weights()
     with atomic(plan.out / CHECKPOINT) as draft:
         write_checkpoint(draft, weights, plan.preset, step)
-    return Conclusion(step, difference, figures)
+    return _report(plan, Conclusion(step, difference, figures))
+
+
+def _report(plan: Plan, result: Conclusion) -> Conclusion:
+    """Write the result into the run folder and its report."""
+    write_json(plan.out / VERDICT, {"step": result.step, "verdict": result.verdict, "rows": result.rows}, indent=2)
+    if plan.report:
+        write_report(plan.out)
+    return result
 
 
 def _released(plan: Plan) -> Network:

@@ -164,10 +164,12 @@ def _chart_monitor(history: Mapping[str, Curve]) -> list[Chart]:
             "Features without labels",
             "Effective rank: the number of directions that the features use; near 1, all images have equal features. "
             "Uniformity: from 0 (all features equal) to about -4 (evenly spread). Both may worsen in the first epochs, "
-            "but not for longer.",
+            "but not for longer."
+            + (" LiDAR: the number of directions that distinguish photos." if "lidar" in history else ""),
             [
                 Axis("effective rank", _pick(history, {"rank": "rank"})),
                 Axis("uniformity", _pick(history, {"uniformity": "uniformity"})),
+                *([Axis("LiDAR", _pick(history, {"LiDAR": "lidar"}))] if "lidar" in history else []),
             ],
         ),
     ]

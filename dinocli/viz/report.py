@@ -22,6 +22,7 @@ from dinocli.viz.page import page_of, text_of
 from dinocli.viz.panels import Chart, LossFacts, charts
 
 METRICS, CURVES, REPORT, STAGES = "metrics.jsonl", "curves.png", "report.html", "stages.json"
+VERDICT = "verdict.json"
 _TIMES = 8  # maximum number of steps whose attention is shown
 _TILES = 12  # maximum number of photos, even if the folder holds more
 _SIDE = 192  # maximum side of a tile in pixels; keeps the page to a few megabytes
@@ -41,6 +42,7 @@ def write_report(folder: Path) -> None:
     write_sheet(drawn, folder / CURVES)
     pictures = folder / "pictures"
     bodies = {
+        "Verdict": _render_verdict(folder / VERDICT),
         "Stages": _render_stages(folder / STAGES, preset),
         "Curves": _render_curves(drawn),
         "Attention": _render_attention(pictures),
@@ -129,6 +131,21 @@ def _render_stages(path: Path, preset: dict[str, Any]) -> str:
         rows += f'<tr><th scope="row">{number}</th>{texts}</tr>'
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
     return f"<div class='wide' role='region' aria-label='Stages' tabindex='0'>{table}</div>"
+
+
+def _render_verdict(path: Path) -> str:
+    """Render the comparison of an adaptation with its released weights; empty if there is none."""
+    rows = _read_json(path).get("rows")
+    if not isinstance(rows, list):
+        return ""
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("figure", "released", "adapted", "difference"))
+    body = "".join(
+        f'<tr><th scope="row">{text_of(name)}</th>{"".join(f"<td>{text_of(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in rows
+    )
+    verdict = f"<p>{text_of(_get(_read_json(path), 'verdict') or '')}</p>"
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    return f"{verdict}<div class='wide' role='region' aria-label='Verdict' tabindex='0'>{table}</div>"
 
 
 _FIGURES = (

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,6 +148,9 @@ def test_the_better_weights_become_the_checkpoint(
     assert result.step == (0 if worse else load_encoder(str(tmp_path / "run" / BEST), CPU).step)
     assert load_encoder(str(tmp_path / "run"), CPU).step == result.step
     assert set(result.figures) == {"rank", "uniformity", "lidar"}
+    stored = json.loads((tmp_path / "run" / "verdict.json").read_text())
+    assert (stored["step"], stored["verdict"]) == (result.step, result.verdict)
+    assert ("worse (the released weights are kept" in result.verdict) == worse
 
 
 def test_the_best_weights_survive_a_resume(start: Path, images: Path, labelled: Path, tmp_path: Path) -> None:

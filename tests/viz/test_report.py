@@ -277,3 +277,17 @@ def test_the_stages_of_a_run_are_listed_oldest_first_with_the_run_itself(tmp_pat
     (tmp_path / "stages.json").write_text("damaged")
     report(tmp_path)
     assert 'id="stages"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_verdict_of_an_adaptation_is_a_table_on_top(tmp_path: Path) -> None:
+    rows = [["k-NN, %", "31.0", "35.5", "+4.5 (+2.0 to +7.0)"], ["LiDAR <b>", "20.00", "21.00", "+1.00"]]
+    (tmp_path / "verdict.json").write_text(json.dumps({"step": 40, "verdict": "verdict: better", "rows": rows}))
+    page = report(tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    table = text.partition('id="verdict"')[2].partition("</section>")[0]
+    assert re.findall(r"<td>(.*?)</td>", table)[:3] == ["31.0", "35.5", "+4.5 (+2.0 to +7.0)"]
+    assert "LiDAR &lt;b&gt;" in table
+    assert "verdict: better" in page.text["p"]
+    (tmp_path / "verdict.json").write_text("damaged")
+    report(tmp_path)
+    assert 'id="verdict"' not in (tmp_path / "report.html").read_text(encoding="utf-8")
