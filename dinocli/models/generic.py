@@ -132,7 +132,9 @@ class GenericBackbone(Backbone):
             DinoError: If it does not.
         """
         height, width = images.shape[-2:]
-        if torch.compiler.is_compiling() or (height, width) in self._accepted:
+        # Sharded weights cannot run on shapes alone.
+        sharded = hasattr(next(self.model.parameters()), "to_local")
+        if torch.compiler.is_compiling() or sharded or (height, width) in self._accepted:
             return
         try:
             features, _ = self._run_on_shapes(height, width)
