@@ -114,7 +114,7 @@ def adapt(
     weights of the run are compared with the released ones, and the released ones are kept if the others are worse.
 
     Examples:
-        dino adapt ./images --from timm:vit_small_patch14_dinov2.lvd142m --monitor ./labelled
+        dino adapt ./images --from dinov2_vits14_pretrain.pth --monitor ./labelled
         dino adapt ./images --from dinov3_vitb16_pretrain_lvd1689m.pth --train last-4
     """
     out = out and output_place(out)

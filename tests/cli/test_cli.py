@@ -1042,7 +1042,7 @@ def test_a_size_of_partial_patches_and_settings_without_effect_are_errors(dino: 
         assert "--size 20 is not a multiple of the patch size 8 of ckpt.safetensors" in done.stderr
         assert "hint: --size 16 or --size 24" in done.stderr
     said = dino("extract", "images", "--set", "backbone.options.num_heads=2", code=1).stderr
-    assert "--set backbone.options.num_heads=2 is only for official files; ckpt.safetensors stores its own" in said
+    assert "--set backbone.options.num_heads=2 is only for official files of a plain ViT" in said
     said = dino("export", "--to", "official", "--set", "images.window=[0, 1]", code=1).stderr
     assert "has no effect here; expected backbone.KEY=VALUE" in said
 

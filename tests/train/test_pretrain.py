@@ -240,7 +240,7 @@ def test_a_non_finite_state_is_not_resumed(plan: Plan) -> None:
     """An earlier version saved such states."""
     pretrain(replace(plan, stop=2), lambda p: None)
     saved = newest(plan.out, pytest.fail)
-    trainer, _, _ = pretraining._trainer(plan, saved, pytest.fail)
+    trainer, _, _ = pretraining._trainer(plan, saved, pytest.fail, lambda: False)
     tensors = load_file(saved.folder / "trainer.safetensors")
     tensors["method/student.backbone.model.cls_token"][..., :2] = torch.inf
     save_file(tensors, saved.folder / "trainer.safetensors")

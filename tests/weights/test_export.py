@@ -409,7 +409,7 @@ def test_the_note_on_timm_at_another_size_is_true(tmp_path: Path, positions: str
     assert_same_features(again.features(random_images(24)), encoder.features(random_images(24)))
 
 
-@pytest.mark.parametrize("name", ["vgg11", "mobilenetv3_small_050"])
+@pytest.mark.parametrize("name", ["efficientvit_b0", "mobilenetv3_small_050"])
 def test_a_backbone_with_extra_layers_is_exported_to_timm_with_a_note(tmp_path: Path, name: str) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path, f'backbone={{name="{name}"}}', preset="resnet50"), "timm")
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()

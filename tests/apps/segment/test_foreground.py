@@ -109,5 +109,5 @@ def test_a_convolutional_network_is_cut_by_its_output_and_has_no_attention(encod
     pixels = np.random.default_rng(0).integers(0, 256, (96, 128, 3), dtype=np.uint8)
     tokens = resnet.patches(resnet.photo(pixels, 96))[0]
     np.testing.assert_array_equal(foreground(resnet, pixels, 96, "cut", tau=0.9).mask, cut(tokens, 0.9).mask)
-    with pytest.raises(DinoError, match="need a vision transformer"):
+    with pytest.raises(DinoError, match="need a plain vision transformer"):
         foreground(resnet, pixels, 96, "attention")
