@@ -64,8 +64,10 @@ class GenericBackbone(Backbone):
             count = features.shape[1] if features.ndim == 3 else 0
             own = getattr(model, "num_prefix_tokens", None)
             self._prefix = count - math.isqrt(count) ** 2 if own is None else int(own)
-            rows = math.isqrt(max(0, count - self._prefix))
-            fits = rows > 1 and rows**2 == count - self._prefix and features.shape[-1] == self.width
+            patches = max(0, count - self._prefix)
+            patch = math.isqrt(height * width // patches) if patches else 0
+            rows = height // patch if patch else 0  # the native image need not be square
+            fits = rows > 1 and rows * (width // patch) == patches and features.shape[-1] == self.width
         if not fits:
             raise DinoError(
                 f"{type(model).__name__} returns {'x'.join(map(str, features.shape[1:]))} values per image; expected "

@@ -148,3 +148,10 @@ def test_images_with_an_incomplete_last_patch_are_read_as_timm_reads_them() -> N
     images = torch.randn(1, 3, 40, 40)
     with torch.no_grad():
         torch.testing.assert_close(backbone(images).cls, backbone.model(images))
+
+
+def test_the_native_image_need_not_be_square() -> None:
+    options = {"embed_dim": 64, "depth": 1, "num_heads": 2, "img_size": (96, 64), "patch_size": 16}
+    backbone = adapt(create_timm("vit_base_patch16_siglip_224", **options), "antialias").eval()
+    assert backbone.patch_size == 16
+    assert backbone(torch.zeros(1, 3, 96, 64)).grid == (6, 4)
