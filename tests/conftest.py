@@ -202,6 +202,28 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """Checkpoint of a small network."""
+    torch.manual_seed(0)
+    options = "{img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"
+    preset = load_preset("tiny", [f"backbone.options={options}", *SMALL[1:4]])
+    write_checkpoint(tmp_path / "start.safetensors", preset.network().weights(), preset, 7)
+    return tmp_path / "start.safetensors"
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Folder with `train` and `val`, whose two classes differ in color."""
+    for part, count in (("train", 10), ("val", 6)):
+        for i, name in enumerate("ab"):
+            folder = write_images(tmp_path / "labelled" / part / name, count, seed=i)
+            for path in folder.iterdir():
+                pixels = np.asarray(Image.open(path).convert("RGB")) // 2 + np.array([120 * i, 0, 120 * (1 - i)])
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return tmp_path / "labelled"
+
+
+@pytest.fixture
 def encoder() -> Encoder:
     """A small encoder with random weights: patch 8, width 16, three blocks of two heads."""
     torch.manual_seed(0)

@@ -8,10 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.layout import MONITORING, OUTPUT, RECIPE, RUN_FOLDER
+from dinocli.cli.layout import MONITORING, RECIPE, RUN_FOLDER
 from dinocli.cli.options import AllSettings, Device, Images, Json, Workers, output_place, refuse_address
 from dinocli.cli.presets import complete_preset
-from dinocli.cli.runs import list_notes, parse_saving, print_plan, refuse_two_values, run_plan
+from dinocli.cli.runs import (
+    BatchSize,
+    DryRun,
+    MonitorEvery,
+    SaveEvery,
+    Seed,
+    given_settings,
+    parse_saving,
+    refuse_images_folder,
+    run_plan,
+    show_plan,
+)
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import next_folder, runs_of
 
@@ -61,12 +72,8 @@ def adapt(
             min=1, help="Epochs of 50 steps. Default: enough to see each image 20 times.", rich_help_panel=RECIPE
         ),
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.", rich_help_panel=RECIPE)
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Short for --set training.seed=N.", rich_help_panel=RECIPE)
-    ] = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
     steps: Annotated[
         int | None,
         typer.Option(min=0, help="Stop early after N steps. Schedules still span all epochs.", rich_help_panel=RECIPE),
@@ -79,14 +86,7 @@ def adapt(
             rich_help_panel=RUN_FOLDER,
         ),
     ] = None,
-    save_every: Annotated[
-        str,
-        typer.Option(
-            metavar="TIME|STEPS",
-            help="Time or steps between saved states: 90s, 10min, 2h, or 500.",
-            rich_help_panel=RUN_FOLDER,
-        ),
-    ] = "10min",
+    save_every: SaveEvery = "10min",
     monitor: Annotated[
         str | None,
         typer.Option(
@@ -95,17 +95,10 @@ def adapt(
             rich_help_panel=MONITORING,
         ),
     ] = None,
-    monitor_every: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Steps between evaluations. Default: at most 5 % of the time.", rich_help_panel=MONITORING
-        ),
-    ] = None,
+    monitor_every: MonitorEvery = None,
     workers: Workers = None,
     device: Device = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and train nothing.", rich_help_panel=OUTPUT)
-    ] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Adapt released weights to your own images, and compare the result with them.
@@ -120,11 +113,8 @@ def adapt(
     out = out and output_place(out)
     for value, option in ((images, "IMAGES"), (source, "--from"), (monitor, "--monitor")):
         refuse_address(value or "", option, "a local path" + " or timm:NAME" * (option == "--from"))
-    if out and Path(images).is_dir() and out.resolve() == Path(images).resolve():
-        raise DinoError(f"--out {out} is the folder of the images", f"use --out runs/{out.resolve().name}")
-    short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
-    given = [f"{key}={value}" for key, value in short.items() if value is not None]
-    refuse_two_values(given, overrides or [])
+    refuse_images_folder(out, images)
+    given = given_settings(epochs, batch_size, seed, overrides)
 
     from dinocli.data.sources.open import open_source
 
@@ -175,12 +165,7 @@ def adapt(
         )
     console.say(f"recipe: {name}, --train {train}" + (f", --anchor {anchor:g}" if anchor else ""))
     if dry_run:
-        from dinocli.train.pretrain import rehearse
-
-        rehearse(plan, console.say)
-        for line in list_notes(plan, begun=False):
-            console.say(f"note: {line}")
-        print_plan(plan, json)
+        show_plan(plan, json)
         return
     run_plan(plan, json, lambda run: _conclude(plan, run, json=json))
 

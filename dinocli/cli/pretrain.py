@@ -10,10 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.layout import MACHINE, MONITORING, OUTPUT, RECIPE, RUN_FOLDER, SPEED
+from dinocli.cli.layout import MACHINE, MONITORING, RECIPE, RUN_FOLDER, SPEED
 from dinocli.cli.options import AllSettings, Device, Images, Json, Workers, compiles, output_place, refuse_address
 from dinocli.cli.presets import complete_preset
-from dinocli.cli.runs import list_notes, parse_saving, print_plan, refuse_two_values, run_plan
+from dinocli.cli.runs import (
+    BatchSize,
+    DryRun,
+    MonitorEvery,
+    SaveEvery,
+    Seed,
+    given_settings,
+    parse_saving,
+    refuse_images_folder,
+    run_plan,
+    show_plan,
+)
 from dinocli.core.distributed import from_first, launch, local_size, size, unused_tasks
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import next_folder, runs_of
@@ -40,12 +51,8 @@ def pretrain(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Short for --set training.epochs=N.", rich_help_panel=RECIPE)
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.", rich_help_panel=RECIPE)
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Short for --set training.seed=N.", rich_help_panel=RECIPE)
-    ] = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -84,14 +91,7 @@ def pretrain(
             rich_help_panel=RUN_FOLDER,
         ),
     ] = None,
-    save_every: Annotated[
-        str,
-        typer.Option(
-            metavar="TIME|STEPS",
-            help="Time or steps between saved states: 90s, 10min, 2h, or 500.",
-            rich_help_panel=RUN_FOLDER,
-        ),
-    ] = "10min",
+    save_every: SaveEvery = "10min",
     keep: Annotated[
         int, typer.Option(min=1, help="Number of newest saved states to keep.", rich_help_panel=RUN_FOLDER)
     ] = 2,
@@ -109,14 +109,7 @@ def pretrain(
             rich_help_panel=MONITORING,
         ),
     ] = None,
-    monitor_every: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Steps between k-NN evaluations. Default: chosen so that they take at most 5 % of the time.",
-            rich_help_panel=MONITORING,
-        ),
-    ] = None,
+    monitor_every: MonitorEvery = None,
     on_collapse: Annotated[
         OnCollapse,
         typer.Option(
@@ -192,9 +185,7 @@ def pretrain(
     ] = None,
     workers: Workers = None,
     device: Device = "auto",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and train nothing.", rich_help_panel=OUTPUT)
-    ] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Train a vision transformer on a folder of images with DINO.
@@ -215,13 +206,10 @@ def pretrain(
             f"--from {origin} and --init {init} are two starts of one run",
             f"--from {origin} continues a run with its heads and optimizer; --init starts a new one from a backbone",
         )
-    if out and Path(images).is_dir() and out.resolve() == Path(images).resolve():
-        raise DinoError(f"--out {out} is the folder of the images", f"use --out runs/{out.resolve().name}")
+    refuse_images_folder(out, images)
     cache = _check_cache(cache)
     cache_teacher = cache_teacher and output_place(cache_teacher, "--cache-teacher")
-    short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
-    given = [f"{key}={value}" for key, value in short.items() if value is not None]
-    refuse_two_values(given, overrides or [])
+    given = given_settings(epochs, batch_size, seed, overrides)
     if (tasks := unused_tasks()) > 1 and not gpus:
         console.say(f"note: SLURM gave this job {tasks} tasks, but this command runs in one process; see --gpus")
     if gpus and not dry_run and _launch(gpus, device):
@@ -279,12 +267,7 @@ def pretrain(
         origin=before,
     )
     if dry_run:
-        from dinocli.train.pretrain import rehearse
-
-        rehearse(plan, console.say)
-        for line in list_notes(plan, begun=False):
-            console.say(f"note: {line}")
-        print_plan(plan, json)
+        show_plan(plan, json)
     else:
         run_plan(replace(plan, compiled=plan.compiled and compiles(picked, asked=compiled is True)), json)
 

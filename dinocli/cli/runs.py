@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from dinocli.cli import console
+from dinocli.cli.layout import MONITORING, OUTPUT, RECIPE, RUN_FOLDER
 from dinocli.cli.options import step_of
 from dinocli.core.distributed import rank, size
 from dinocli.core.errors import DinoError
@@ -20,7 +23,68 @@ if TYPE_CHECKING:
     from dinocli.train.pretrain import Run
 
 
-def refuse_two_values(given: list[str], overrides: list[str]) -> None:
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.", rich_help_panel=RECIPE)
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Short for --set training.seed=N.", rich_help_panel=RECIPE)]
+SaveEvery = Annotated[
+    str,
+    typer.Option(
+        metavar="TIME|STEPS",
+        help="Time or steps between saved states: 90s, 10min, 2h, or 500.",
+        rich_help_panel=RUN_FOLDER,
+    ),
+]
+MonitorEvery = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Steps between k-NN evaluations. Default: chosen so that they take at most 5 % of the time.",
+        rich_help_panel=MONITORING,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.", rich_help_panel=OUTPUT)]
+
+
+def given_settings(
+    epochs: int | None, batch_size: int | None, seed: int | None, overrides: Sequence[str] | None
+) -> list[str]:
+    """Return the settings of --epochs, --batch-size and --seed, as for --set.
+
+    Raises:
+        DinoError: If --set has another value for one of them.
+    """
+    short = {"training.epochs": epochs, "training.batch_size": batch_size, "training.seed": seed}
+    given = [f"{key}={value}" for key, value in short.items() if value is not None]
+    _refuse_two_values(given, overrides or [])
+    return given
+
+
+def refuse_images_folder(out: Path | None, images: str) -> None:
+    """Refuse the folder of the images as run folder.
+
+    Raises:
+        DinoError: If `out` is that folder.
+    """
+    if out and Path(images).is_dir() and out.resolve() == Path(images).resolve():
+        raise DinoError(f"--out {out} is the folder of the images", f"use --out runs/{out.resolve().name}")
+
+
+def show_plan(plan: Plan, json: bool) -> None:
+    """Make the checks of a real run, and print the plan; nothing is written.
+
+    Raises:
+        DinoError: If a real run would fail before its first step.
+    """
+    from dinocli.train.pretrain import rehearse
+
+    rehearse(plan, console.say)
+    for line in list_notes(plan, begun=False):
+        console.say(f"note: {line}")
+    _print_plan(plan, json)
+
+
+def _refuse_two_values(given: Sequence[str], overrides: Sequence[str]) -> None:
     """Refuse different values for one key from an option and from --set.
 
     Raises:
@@ -53,7 +117,7 @@ def parse_saving(every: str, keep: int, milestones: int | None) -> Saving:
     return Saving(seconds=None, steps=amount, keep=keep, milestones=milestones)
 
 
-def print_plan(plan: Plan, json: bool) -> None:
+def _print_plan(plan: Plan, json: bool) -> None:
     """Print a plan with its estimated cost, as a table or as JSON."""
     from dinocli.core.resources import memory_of
     from dinocli.train.cost import estimate, to_fit

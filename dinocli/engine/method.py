@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,27 @@ class ParamGroup:
     lr_scale: float = 1.0
     frozen_epochs: int = 0
     modules: list[str] = field(default_factory=list)
+
+
+def group_parameters(
+    named: Iterable[tuple[str, nn.Parameter]], find_settings: Callable[[str], tuple[str, float, int]]
+) -> list[ParamGroup]:
+    """Group the trained parameters by equal settings. Biases and one-dimensional parameters have no weight decay.
+
+    Args:
+        named: Parameters with their names; those that require no gradient are ignored.
+        find_settings: Function from a name to module, factor on the learning rate, and frozen epochs.
+    """
+    groups: dict[tuple[bool, float, int], ParamGroup] = {}
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        decay = parameter.ndim > 1 and not name.endswith(".bias")
+        module, rate, frozen = find_settings(name)
+        group = groups.setdefault((decay, rate, frozen), ParamGroup([], decay, rate, frozen))
+        group.params.append(parameter)
+        group.modules.append(module)
+    return list(groups.values())
 
 
 class Method(nn.Module, ABC):

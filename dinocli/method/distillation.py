@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from dinocli.core.distributed import local, mean_over_processes
 from dinocli.data.loader.batch import Batch
-from dinocli.engine.method import Method, ParamGroup
+from dinocli.engine.method import Method, ParamGroup, group_parameters
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method.losses import LossesConfig
 from dinocli.method.losses.gram import Anchor, downsampled
 from dinocli.models.architecture import AS_THE_HEADS, LearningConfig
 from dinocli.models.network import Encoding, Network
-from dinocli.models.trained import effective_weights
 
 
 @dataclass(frozen=True)
@@ -194,16 +193,7 @@ class SelfDistillation(Method):
         Biases and one-dimensional parameters have no weight decay. Prototypes are a separate group if they are frozen
         in the initial epochs. Class token and positions do have weight decay, as in the original and in DINOv2.
         """
-        groups: dict[tuple[bool, float, int], ParamGroup] = {}
-        for name, parameter in self.student.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            decay = parameter.ndim > 1 and not name.endswith(".bias")
-            module, rate, frozen = self._find_settings(name)
-            group = groups.setdefault((decay, rate, frozen), ParamGroup([], decay, rate, frozen))
-            group.params.append(parameter)
-            group.modules.append(module)
-        return list(groups.values())
+        return group_parameters(self.student.named_parameters(), self._find_settings)
 
     def _find_settings(self, name: str) -> tuple[str, float, int]:
         """Return a parameter's module, the factor on its learning rate, and its number of frozen epochs."""
@@ -218,12 +208,7 @@ class SelfDistillation(Method):
     def after_step(self, clock: Clock, done: Tensor) -> None:
         """Move the average towards the student, and update the state of the targets."""
         # Only parameters, as in the original: the average's BatchNorm keeps its own statistics.
-        # With FSDP each process averages its own shards; `units` shards both networks in the same way.
-        average = local(list(self.average.parameters()))
-        student = local(effective_weights(self.student, self.average))
-        # In a skipped step the weight is 0, because a Python `if` on `done` would make the host wait for the device.
-        weight = (1 - self.momentum.at(clock)) * done.to(average[0].dtype)
-        torch._foreach_lerp_(average, student, [weight] * len(average))
+        self.average.move_towards(self.student, self.momentum.at(clock), done)
         for loss in self.losses.values():
             loss.after_step()  # type: ignore[operator]
 

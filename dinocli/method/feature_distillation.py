@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinocli.core.distributed import local
 from dinocli.data.loader.batch import Batch
 from dinocli.data.views.crops import ViewsConfig
-from dinocli.engine.method import Method, ParamGroup
+from dinocli.engine.method import Method, ParamGroup, group_parameters
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method.losses.features import (
     FeaturesLossConfig,
@@ -27,7 +26,6 @@ from dinocli.method.losses.features import (
 from dinocli.models.architecture import AS_THE_HEADS, LearningConfig
 from dinocli.models.backbone import Backbone, Tokens
 from dinocli.models.network import Network
-from dinocli.models.trained import effective_weights
 
 
 @dataclass(frozen=True)
@@ -260,18 +258,16 @@ class FeatureDistillation(Method):
 
         Biases and one-dimensional parameters have no weight decay.
         """
-        groups: dict[tuple[bool, float, int], ParamGroup] = {}
-        for module, source in (("backbone", self.student.backbone.model), ("adaptors", self.adaptors)):
-            for name, parameter in source.named_parameters():
-                if not parameter.requires_grad:
-                    continue
-                decay, rate, frozen = parameter.ndim > 1 and not name.endswith(".bias"), 1.0, 0
-                if module == "backbone":
-                    rate, frozen = self.learning.rate(self.student.backbone, name), self.learning.frozen_epochs
-                group = groups.setdefault((decay, rate, frozen), ParamGroup([], decay, rate, frozen))
-                group.params.append(parameter)
-                group.modules.append(module)
-        return list(groups.values())
+        backbone, learning = self.student.backbone, self.learning
+
+        def find_settings(name: str) -> tuple[str, float, int]:
+            module, _, inside = name.partition(".")
+            if module == "adaptors":
+                return module, 1.0, 0
+            return module, learning.rate(backbone, inside), learning.frozen_epochs
+
+        trained = nn.ModuleDict({"backbone": backbone.model, "adaptors": self.adaptors})
+        return group_parameters(trained.named_parameters(), find_settings)
 
     @torch.no_grad()
     def after_step(self, clock: Clock, done: Tensor) -> None:
@@ -279,10 +275,7 @@ class FeatureDistillation(Method):
 
         The average never sees an image here, so it has no statistics of its own as it has in self-distillation.
         """
-        average = local(list(self.average.parameters()))
-        student = local(effective_weights(self.student, self.average))
-        weight = (1 - self.momentum.at(clock)) * done.to(average[0].dtype)
-        torch._foreach_lerp_(average, student, [weight] * len(average))
+        weight = self.average.move_towards(self.student, self.momentum.at(clock), done)
         for own, new in zip(self.average.buffers(), self.student.buffers(), strict=True):
             if own.is_floating_point():
                 own.lerp_(new, weight.to(own.dtype))

@@ -10,10 +10,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from dinocli.core.distributed import whole
+from dinocli.core.distributed import local, whole
 from dinocli.core.errors import DinoError
 from dinocli.models.backbone import Backbone, MaskedPatches
 from dinocli.models.head import Head
+from dinocli.models.trained import effective_weights
 
 Reads = Literal["class", "patches"]
 CLASS: frozenset[Reads] = frozenset(["class"])
@@ -117,6 +118,25 @@ class Network(nn.Module):
     ) -> Tensor:  # [V, B, C, H, W] -> [V, B, D]
         (cls,) = self.backbone.class_tokens(group.flatten(0, 1), masked=masked)
         return cls.unflatten(0, group.shape[:2])
+
+    @torch.no_grad()
+    def move_towards(self, student: Network, momentum: float, done: Tensor) -> Tensor:
+        """Move the parameters towards those of a student, merged with any low-rank additions.
+
+        Args:
+            student: Network of the same shape.
+            momentum: Weight of the own parameters; the student has the rest.
+            done: False if the step was skipped: then nothing moves. [], bool
+
+        Returns:
+            Weight of the student, on the device. []
+        """
+        # With FSDP each process averages its own shards; both networks are sharded in the same way.
+        own, theirs = local(list(self.parameters())), local(effective_weights(student, self))
+        # In a skipped step the weight is 0, because a Python `if` on `done` would make the host wait for the device.
+        weight = (1 - momentum) * done.to(own[0].dtype)
+        torch._foreach_lerp_(own, theirs, [weight] * len(own))
+        return weight
 
     def prototypes(self, head: str) -> int:
         """Return the number of prototypes K of a head."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +14,14 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import load_tensors
 from dinocli.evals.bootstrap import Difference, paired_difference
-from dinocli.evals.spread import effective_rank, lidar, uniformity
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
-from dinocli.models.architecture import BackboneConfig
+from dinocli.models.backbone import Backbone
 from dinocli.models.network import Network
 from dinocli.train.best import BEST
 from dinocli.train.knn_monitor import KnnMonitor, class_tokens
-from dinocli.train.plan import Plan
-from dinocli.train.snapshots import VIEWS, Photos, random_crops
+from dinocli.train.plan import IMAGES_PER_PROTOTYPE, Plan, power_below
+from dinocli.train.snapshots import VIEWS, Photos, measure_spread
 from dinocli.viz.report import VERDICT, write_report
 from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.load import start_from
@@ -35,7 +33,6 @@ _LARGEST_CROP = 224
 _LOCAL = 0.43  # side of a local crop relative to a global one, as 96 to 224
 _PASSES, _FEWEST_STEPS, _MOST_STEPS = 20, 400, 10_000
 _STEPS_PER_EPOCH = 50  # as in the presets
-_IMAGES_PER_PROTOTYPE = 30  # with fewer, most prototypes learn nothing; see `plan.cautions`
 _VERDICT_IMAGES = 5000  # per split, more than during the run
 
 
@@ -55,20 +52,23 @@ def recipe(
     Raises:
         DinoError: If `train` is none of these.
     """
-    backbone, patch = start.architecture, _patch_size(start.architecture)
+    architecture, channels = start.architecture, len(start.preprocessing.mean)
+    with torch.device("meta"):
+        backbone = architecture.build(drop_path=False).eval()
+    patch = backbone.patch_size
     side = max(patch, min(start.preprocessing.size, _LARGEST_CROP) // patch * patch)
-    if not _accepts(backbone, side):  # a network for images of one size
+    if not _accepts(backbone, channels, side):  # a network for images of one size
         side = start.preprocessing.size
     small = max(patch, round(_LOCAL * side / patch) * patch)
     batch = batch_size or _batch_size(preset.training.batch_size, images)
     per_epoch = preset.training.steps_per_epoch or (max(1, images // batch) if images else _STEPS_PER_EPOCH)
     steps = _FEWEST_STEPS if images is None else _PASSES * images // batch
     steps = min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
-    prototypes = _power_below(steps * batch // _IMAGES_PER_PROTOTYPE)
+    prototypes = power_below(steps * batch // IMAGES_PER_PROTOTYPE)
     settings: dict[str, Any] = {
-        "backbone.name": backbone.name,
-        "backbone.options": dict(backbone.options),
-        "backbone.positions": backbone.positions,
+        "backbone.name": architecture.name,
+        "backbone.options": dict(architecture.options),
+        "backbone.positions": architecture.positions,
         "views.mean": list(start.preprocessing.mean),
         "views.std": list(start.preprocessing.std),
         "views.global_1.size": side,
@@ -83,7 +83,7 @@ def recipe(
         settings["images"] = images_table
     if anchor:
         settings["losses.gram"] = {"weight": {"kind": "constant", "value": anchor}, "class_tokens": 1.0}
-    if not _accepts(backbone, small):
+    if not _accepts(backbone, channels, small):
         settings |= {"views.local": None, "views.locals": 0}
         del settings["views.local.size"]
     return {key: format_toml(value) for key, value in settings.items()}
@@ -91,11 +91,7 @@ def recipe(
 
 def _batch_size(usual: int, images: int | None) -> int:
     """Return a smaller batch for few images, so that an epoch has at least two."""
-    return usual if images is None else min(usual, _power_below(max(2, images // 2)))
-
-
-def _power_below(n: int) -> int:
-    return 1 << (n.bit_length() - 1)
+    return usual if images is None else min(usual, power_below(max(2, images // 2)))
 
 
 def _parse_train(train: str) -> dict[str, object]:
@@ -106,7 +102,7 @@ def _parse_train(train: str) -> dict[str, object]:
     """
     found = re.fullmatch(r"(lora|last|all)(?:-([1-9]\d*))?", train.strip().lower())
     kind, number = found.groups() if found else ("", None)
-    if not found or (kind == "last") != (kind == "last" and number is not None) or (kind == "all" and number):
+    if not found or (kind == "last" and not number) or (kind == "all" and number):
         raise DinoError(f"--train {train} is not valid; expected lora, lora-RANK, last-BLOCKS or all", "--train lora")
     trained = "backbone.learning.trained"
     if kind == "lora":
@@ -122,19 +118,12 @@ def _parse_train(train: str) -> dict[str, object]:
     }
 
 
-def _patch_size(architecture: BackboneConfig) -> int:
-    with torch.device("meta"):
-        return architecture.build(drop_path=False).patch_size
-
-
-def _accepts(architecture: BackboneConfig, size: int) -> bool:
-    """Return True if a network takes images of this size, as local crops need."""
-    with torch.device("meta"):
-        backbone, channels = architecture.build(drop_path=False).eval(), architecture.options.get("in_chans", 3)
-        try:
-            backbone.class_tokens(torch.empty(1, int(str(channels)), size, size))
-        except DinoError:
-            return False
+def _accepts(backbone: Backbone, channels: int, size: int) -> bool:
+    """Return True if a backbone on the meta device takes images of this size."""
+    try:
+        backbone.class_tokens(torch.empty(1, channels, size, size, device="meta"))
+    except DinoError:
+        return False
     return True
 
 
@@ -177,7 +166,7 @@ class Conclusion:
         return f"verdict: {self.difference.verdict}; {kept}{zero}"
 
 
-def conclude(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Conclusion:
+def conclude(plan: Plan) -> Conclusion:
     """Compare a finished adaptation with its released weights, and write the better ones as `ckpt.safetensors`.
 
     With a monitor, the new weights are the best of the run by its images for selection, and the verdict comes from
@@ -186,7 +175,7 @@ def conclude(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Con
     Raises:
         DinoError: If the released weights no longer exist.
     """
-    released, adapted, step = _released(plan), plan.preset.network(), plan.stop
+    released, adapted = _released(plan), plan.preset.network()
     # A run that was finished without a monitor has no best weights; its last ones are compared.
     best = plan.out / (BEST if plan.monitor and (plan.out / BEST).is_file() else CHECKPOINT)
     weights, metadata = load_tensors(best)
@@ -226,9 +215,8 @@ def _figures(plan: Plan, released: Network, adapted: Network) -> dict[str, tuple
     pool = Photos.of(plan.source, plan.preset).pool
     if len(pool) < 2:
         return {}
-    views, pairs = plan.preset.views, []
-    for network in (released, adapted):
-        features = class_tokens(network, pool, views)
-        crops = class_tokens(network, random_crops(pool, VIEWS), views).unflatten(0, (len(pool), VIEWS))
-        pairs.append({"rank": effective_rank(features), "uniformity": uniformity(features), "lidar": lidar(crops)})
-    return {name: (pairs[0][name], pairs[1][name]) for name in pairs[0]}
+    before, after = (
+        measure_spread(network, pool, class_tokens(network, pool, plan.preset.views), plan.preset.views, VIEWS)
+        for network in (released, adapted)
+    )
+    return {name: (before[name], after[name]) for name in before}

@@ -27,7 +27,7 @@ from dinocli.weights.feature_teachers import FeatureTeachers
 from dinocli.weights.frozen_teacher import FrozenTeacher
 
 # Training images per prototype below which a warning is given. The demo's recipe has 75, the paper's 1,950.
-_IMAGES_A_PROTOTYPE = 30
+IMAGES_PER_PROTOTYPE = 30
 _FEWEST_PROTOTYPES = 64  # smallest number to suggest; with fewer, the features are poor
 
 _LONGER = 4  # largest factor by which to suggest more epochs; beyond it, another recipe is better
@@ -235,9 +235,9 @@ def cautions(plan: Plan) -> Iterator[str]:
         )
     seen = clock.total * preset.training.batch_size
     for name, head in preset.heads.items() if plan.origin is None else ():  # a stage's prototypes are trained already
-        if seen < _IMAGES_A_PROTOTYPE * head.prototypes:
-            fits = _power_below(max(1, seen // _IMAGES_A_PROTOTYPE))
-            epochs = math.ceil(clock.epochs * _IMAGES_A_PROTOTYPE * head.prototypes / seen)
+        if seen < IMAGES_PER_PROTOTYPE * head.prototypes:
+            fits = power_below(max(1, seen // IMAGES_PER_PROTOTYPE))
+            epochs = math.ceil(clock.epochs * IMAGES_PER_PROTOTYPE * head.prototypes / seen)
             ways = [f"--set heads.{name}.prototypes={fits}"] if fits >= _FEWEST_PROTOTYPES else []
             if epochs <= _LONGER * clock.epochs:
                 ways.append(f"--epochs {epochs}")
@@ -355,7 +355,7 @@ def start_clock(preset: Preset, images: int | None) -> Clock:
             )
         return Clock(steps, preset.training.epochs)
     if images < batch:
-        few = f"--batch-size {_power_below(images)}"
+        few = f"--batch-size {power_below(images)}"
         # A recipe with a batch this large is for a cluster and a million images; a smaller batch alone is not enough.
         if batch >= _MANY_A_BATCH and images >= _BATCH_OF_TINY:
             few = f"use --preset tiny, or {few}; dino doctor IMAGES suggests settings for your images"
@@ -372,7 +372,8 @@ def _pixels(preset: Preset) -> int:
     return sum(view.size**2 for view in preset.views.all)
 
 
-def _power_below(n: int) -> int:
+def power_below(n: int) -> int:
+    """Return the largest power of two that is at most `n`, which is positive."""
     return 1 << (n.bit_length() - 1)
 
 

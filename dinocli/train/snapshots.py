@@ -19,7 +19,7 @@ from dinocli.data.decode.image import Opened, open_image, reduction
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
-from dinocli.data.views.crops import resize_and_center, resize_for
+from dinocli.data.views.crops import ViewsConfig, resize_and_center, resize_for
 from dinocli.evals.attention import attention_maps, default_size
 from dinocli.evals.spread import effective_rank, lidar, uniformity
 from dinocli.evals.units import normalized
@@ -108,11 +108,7 @@ class Photos:
         nearest = _nearest(features, len(self.shown), NEIGHBOURS)
         tiles = [[_tile(_upright(self.pool[i]), TILE * 2 // 3) for i in row] for row in nearest]
         _save(tiles, pictures / f"neighbours-{step}.jpg")
-        figures = {"rank": effective_rank(features), "uniformity": uniformity(features)}
-        if views:
-            crops = class_tokens(network, random_crops(self.pool, views), self.preset.views)
-            figures["lidar"] = lidar(crops.unflatten(0, (len(self.pool), views)))
-        return figures
+        return measure_spread(network, self.pool, features, self.preset.views, views)
 
     def _maps(self, network: Network) -> list[Pixels]:
         """Return the class token's attention map of each shown photo, averaged over the heads."""
@@ -122,6 +118,25 @@ class Photos:
         with at_rest(network):
             maps = [attention_maps(encoder, photo, default_size(encoder)) for photo in self.shown]
         return [heat(m.heads.mean(0), TILE, TILE) for m in maps]
+
+
+def measure_spread(
+    network: Network, pool: Tensor, features: Tensor, settings: ViewsConfig, views: int
+) -> dict[str, float]:
+    """Return label-free statistics of a network's features: `rank`, `uniformity` and, if `views` is not 0, `lidar`.
+
+    Args:
+        network: Network in evaluation or training; it is not changed.
+        pool: At least two photos. [S, C, H, H], uint8
+        features: Class tokens of the photos. [S, D]
+        settings: Settings with the mean and standard deviation of each channel.
+        views: Number of random crops per photo for LiDAR.
+    """
+    figures = {"rank": effective_rank(features), "uniformity": uniformity(features)}
+    if views:
+        crops = class_tokens(network, random_crops(pool, views), settings)
+        figures["lidar"] = lidar(crops.unflatten(0, (len(pool), views)))
+    return figures
 
 
 def random_crops(photos: Tensor, count: int, seed: int = 0) -> Tensor:

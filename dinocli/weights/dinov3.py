@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig, Option
-from dinocli.weights.released import IMAGENET, Preprocessing, Released
+from dinocli.weights.released import IMAGENET, Preprocessing, Released, rename
 
 # README of facebookresearch/dinov3@6876159: satellite images have their own statistics, the others ImageNet's.
 _SATELLITE = (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
@@ -66,7 +65,7 @@ def _read_vision_transformer(backbone: Mapping[str, Tensor], source: str) -> Rel
         if key.endswith(".attn.qkv.bias"):
             tensors |= _split_bias(key, value, backbone.get(f"{key}_mask"), source)
         else:
-            tensors[_rename(key, _TO_TIMM)] = value
+            tensors[rename(key, _TO_TIMM)] = value
     # Of any block, so that a weight missing in one is reported as missing.
     gated, biased = (any(key.endswith(end) for key in tensors) for end in (".fc1_g.weight", ".q_bias"))
     inner = next((v for k, v in tensors.items() if k.endswith(".fc1_g.weight" if gated else ".fc1.weight")), None)
@@ -133,7 +132,7 @@ def _split_bias(key: str, bias: Tensor, mask: Tensor | None, source: str) -> dic
 def _read_convnext(backbone: Mapping[str, Tensor], source: str) -> Released:
     # `norms.3` repeats `norm`; the released code's other `norms` serve dense tasks only.
     kept = {key: value for key, value in backbone.items() if not key.startswith("norms.")}
-    tensors = {_rename(key, _CONVNEXT_TO_TIMM): value for key, value in kept.items()}
+    tensors = {rename(key, _CONVNEXT_TO_TIMM): value for key, value in kept.items()}
     stages = {int(key.split(".")[1]) for key in tensors if key.startswith("stages.")}
     depths = tuple(
         len({key.split(".")[3] for key in tensors if key.startswith(f"stages.{i}.blocks.")}) for i in sorted(stages)
@@ -143,9 +142,3 @@ def _read_convnext(backbone: Mapping[str, Tensor], source: str) -> Released:
     options: dict[str, Option] = {"depths": depths, "dims": dims}
     options |= {"in_chans": channels} if channels != 3 else {}
     return Released(tensors, BackboneConfig(name="convnext_tiny", options=options), Preprocessing(_SIZE, *IMAGENET))
-
-
-def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for pattern, replacement in rules:
-        key = re.sub(pattern, replacement, key)
-    return key

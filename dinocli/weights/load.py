@@ -22,7 +22,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import run_of
 from dinocli.core.tensors import fingerprint
 from dinocli.data.images import ImagesConfig
-from dinocli.features.encoder import Encoder, with_images
+from dinocli.features.encoder import Channels, Encoder, with_images
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.method.preset import Preset
@@ -33,7 +33,7 @@ from dinocli.models.positions import Positions
 from dinocli.weights.checkpoint import Weights, Which, read_weights, refuse_not_finite
 from dinocli.weights.identify import TRANSFORMERS, config_of
 from dinocli.weights.official import HEADS, heads_are_assumed, official_architecture, timms_name
-from dinocli.weights.released import IMAGENET, Channels, Preprocessing
+from dinocli.weights.released import IMAGENET, Preprocessing
 
 LOCAL = "local-dir:"
 _PATIENCE = 8.0  # seconds to wait for the hub's answer

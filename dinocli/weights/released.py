@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
+from dinocli.features.encoder import Channels
 from dinocli.models.architecture import BackboneConfig
 
-Channels = tuple[float, ...]
 IMAGENET: tuple[Channels, Channels] = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def rename(key: str, rules: Sequence[tuple[str, str]]) -> str:
+    """Apply all replacements of regular expressions to a key, in order."""
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 class Preprocessing(NamedTuple):

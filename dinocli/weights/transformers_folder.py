@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from dinocli.core.tensors import load_tensors
 from dinocli.weights.dinov3 import read_dinov3
 from dinocli.weights.identify import TRANSFORMERS, config_of
 from dinocli.weights.official import official_architecture, under_timms_keys
-from dinocli.weights.released import IMAGENET, Preprocessing, Released
+from dinocli.weights.released import IMAGENET, Preprocessing, Released, rename
 
 # Keys in the files, in the order of replacement, and the original's keys. In memory, transformers renames some of them.
 _COMMON = (
@@ -152,9 +151,7 @@ def _rename(tensors: Mapping[str, Tensor], rules: tuple[tuple[str, str], ...], f
     """
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        new = key
-        for pattern, replacement in rules:
-            new = re.sub(pattern, replacement, new)
+        new = rename(key, rules)
         if new == key and not key.startswith(("norm.", "downsample_layers.")):
             raise DinoError(f"{folder}: the weight {key} is unknown", "use the files of one released model only")
         renamed[new] = value
@@ -200,7 +197,7 @@ def _read_preprocessing(folder: Path, default: Preprocessing) -> tuple[Preproces
         mean, std = (" ".join(f"{value:g}" for value in values) for values in (default.mean, default.std))
         return default, (f"{folder} has no preprocessor_config.json; assuming mean {mean} and std {std}",)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = parse(path.read_bytes())
         size = stored.get("crop_size") if stored.get("do_center_crop") else stored.get("size")
         side = size if isinstance(size, int) else (size or {}).get("height") or (size or {}).get("shortest_edge")
         shift, scale = (tuple(float(value) for value in stored[key]) for key in ("image_mean", "image_std"))

@@ -3,11 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from conftest import write_images
-from PIL import Image
 from typer.testing import CliRunner
 
 from dinocli.cli import app
@@ -17,27 +13,6 @@ from dinocli.weights.checkpoint import write_checkpoint
 
 OPTIONS = "{img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"
 HEADS = {"prototypes": 16, "hidden": 16, "bottleneck": 8}
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Path:
-    """Checkpoint of a small network."""
-    torch.manual_seed(0)
-    preset = load_preset("tiny", [f"backbone.options={OPTIONS}", *(f"heads.dino.{k}={v}" for k, v in HEADS.items())])
-    write_checkpoint(tmp_path / "start.safetensors", preset.network().weights(), preset, 7)
-    return tmp_path / "start.safetensors"
-
-
-@pytest.fixture
-def labelled(tmp_path: Path) -> Path:
-    """Folder with `train` and `val`, whose two classes differ in color."""
-    for part, count in (("train", 10), ("val", 6)):
-        for i, name in enumerate("ab"):
-            folder = write_images(tmp_path / "labelled" / part / name, count, seed=i)
-            for path in folder.iterdir():
-                pixels = np.asarray(Image.open(path).convert("RGB")) // 2 + np.array([120 * i, 0, 120 * (1 - i)])
-                Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return tmp_path / "labelled"
 
 
 def test_the_command_prints_a_verdict_and_json(

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
-from PIL import Image
 from safetensors.torch import load_file
 
 from dinocli.core.errors import DinoError
@@ -21,7 +19,6 @@ from dinocli.train.best import BEST
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain, rehearse
 from dinocli.train.snapshots import random_crops
-from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.load import load_encoder
 from dinocli.weights.starting_point import StartingPoint, read_starting_point
 
@@ -29,27 +26,6 @@ CPU = torch.device("cpu")
 OPTIONS = "{img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"
 HEADS = {"prototypes": 16, "hidden": 16, "bottleneck": 8}
 TRAIN = ("lora", "lora-2", "last-1", "all")
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Path:
-    """Checkpoint of a small network."""
-    torch.manual_seed(0)
-    preset = load_preset("tiny", [f"backbone.options={OPTIONS}", *(f"heads.dino.{k}={v}" for k, v in HEADS.items())])
-    write_checkpoint(tmp_path / "start.safetensors", preset.network().weights(), preset, 7)
-    return tmp_path / "start.safetensors"
-
-
-@pytest.fixture
-def labelled(tmp_path: Path) -> Path:
-    """Folder with `train` and `val`, whose two classes differ in color."""
-    for part, count in (("train", 10), ("val", 6)):
-        for i, name in enumerate("ab"):
-            folder = write_images(tmp_path / "labelled" / part / name, count, seed=i)
-            for path in folder.iterdir():
-                pixels = np.asarray(Image.open(path).convert("RGB")) // 2 + np.array([120 * i, 0, 120 * (1 - i)])
-                Image.fromarray(pixels.astype(np.uint8)).save(path)
-    return tmp_path / "labelled"
 
 
 def make_plan(source: Path, images: Path, out: Path, train: str, *more: str, **how: object) -> Plan:

@@ -260,7 +260,7 @@ def test_initial_weights_of_a_run_include_its_heads(plan: Plan) -> None:
 
 
 def test_a_run_with_masked_patches_saves_and_resumes(plan: Plan) -> None:
-    """It resumes to the same bits, its weights can be read, and `--init` loads its mask token."""
+    """A resumed run ends in the same bits, `read_weights` reads its weights, and `--init` loads its mask token."""
     small = [*SMALL, *(line.replace("heads.dino", "heads.ibot") for line in SMALL if line.startswith("heads.dino"))]
     small[0] = small[0].replace("patch_size=8", "patch_size=4")
     preset = load_preset("tiny-dinov2", small)
