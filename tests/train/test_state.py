@@ -17,7 +17,7 @@ import torch
 from conftest import SMALL, write_images
 
 from dinocli.core.checksums import seal
-from dinocli.core.drafts import drafting
+from dinocli.core.drafts import drafting, sweep
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import held
 from dinocli.data.sources.open import image_folder
@@ -336,6 +336,14 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(images: Path, tmp_p
         assert process.exitcode == 0
     assert content(tmp_path / "mine") == content(tmp_path / "whole")
     assert (tmp_path / "mine" / "ckpt.safetensors").read_bytes() == content(tmp_path / "whole")["ckpt.safetensors"]
+    # A kill just after a draft's folder is made leaves it empty, without a mark; `sweep` removes it after an hour.
+    for draft in (tmp_path / "mine").rglob(".*"):
+        assert draft.is_dir()
+        assert {path.name for path in draft.iterdir()} <= {".dinocli-mark.new"}
+        for path in (*draft.iterdir(), draft):
+            os.utime(path, (0, 0))
+    sweep(tmp_path / "mine")
+    sweep(tmp_path / "mine" / "state")
     assert not list((tmp_path / "mine").rglob(".*"))
 
 

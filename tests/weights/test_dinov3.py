@@ -59,6 +59,7 @@ def released(model: transformers.DINOv3ViTModel) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in weights.items()}
 
 
+@pytest.mark.parametrize("name", ["dinov3_vits16_pretrain_lvd1689m.pth", "eupe_vits16_pretrain_lvd1689m.pth"])
 @pytest.mark.parametrize("size", [(64, 64), (96, 48)])
 @pytest.mark.parametrize(
     "options",
@@ -66,11 +67,11 @@ def released(model: transformers.DINOv3ViTModel) -> dict[str, Tensor]:
     ids=["MLP", "SwiGLU", "no biases"],
 )
 def test_a_vit_file_gives_the_features_of_transformers(
-    options: dict[str, object], size: tuple[int, int], tmp_path: Path
+    options: dict[str, object], size: tuple[int, int], name: str, tmp_path: Path
 ) -> None:
     model = vision_transformer(**options)
-    torch.save(released(model), tmp_path / "dinov3_vits16_pretrain_lvd1689m.pth")
-    encoder = load_encoder(str(tmp_path / "dinov3_vits16_pretrain_lvd1689m.pth"), CPU)
+    torch.save(released(model), tmp_path / name)
+    encoder = load_encoder(str(tmp_path / name), CPU)
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         theirs, ours = model(images).last_hidden_state, encoder.backbone(images)

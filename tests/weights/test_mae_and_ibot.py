@@ -6,13 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 import transformers
 from random_weights import fill, largest_difference
 from torch import Tensor
 
 from dinocli.core.errors import DinoError
-from dinocli.models.transformer import ViTBackbone
 from dinocli.weights.checkpoint import read_weights
 from dinocli.weights.load import load_encoder
 
@@ -79,17 +80,39 @@ def test_a_mae_file_gives_the_features_of_transformers(
     assert read_weights(tmp_path / "mae_pretrain_vit_base.pth").mask_token is None
 
 
-def test_an_ibot_file_is_read_with_its_mask_token_and_dinos_positions(tmp_path: Path) -> None:
-    weights = mae()[1]
-    weights["pos_embed"] = torch.randn(1, 17, 64, generator=torch.Generator().manual_seed(2))
-    token = torch.randn(1, 64)
-    torch.save({"state_dict": weights | {"masked_embed": token}}, tmp_path / "checkpoint_teacher.pth")
-    read = read_weights(tmp_path / "checkpoint_teacher.pth")
-    assert read.mask_token is not None
-    torch.testing.assert_close(read.mask_token, token)
-    backbone = load_encoder(str(tmp_path / "checkpoint_teacher.pth"), CPU).backbone
-    assert isinstance(backbone, ViTBackbone)
-    assert backbone.positions == "dino"
+def ibot() -> tuple[timm.models.VisionTransformer, dict[str, Tensor]]:
+    """Return timm's ViT, and its weights as iBOT saves them: `masked_embed` instead of a mask token."""
+    model = timm.create_model("vit_small_patch16_224", depth=2, img_size=64, num_classes=0, dynamic_img_size=True)
+    fill(model)
+    token = torch.randn(1, 384, generator=torch.Generator().manual_seed(3))
+    return model.eval(), {key: value.clone() for key, value in model.state_dict().items()} | {"masked_embed": token}
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 48), (32, 112)])
+def test_an_ibot_file_gives_the_features_of_timms_vit_with_dinos_positions(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    """iBOT interpolates positions as DINO does. Its own code gave the same features at these sizes, to 6e-6."""
+    model, weights = ibot()
+    torch.save({"state_dict": weights}, tmp_path / "checkpoint_teacher.pth")
+    encoder = load_encoder(str(tmp_path / "checkpoint_teacher.pth"), CPU)
+    rows, columns = (side // 16 for side in size)
+    table = model.pos_embed[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    if (rows, columns) != (4, 4):
+        scale = ((rows + 0.1) / 4, (columns + 0.1) / 4)
+        table = F.interpolate(table, scale_factor=scale, mode="bicubic")
+    assert table.shape[-2:] == (rows, columns)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        patches = model.patch_embed.proj(images) + table
+        first = (model.cls_token + model.pos_embed[:, :1]).expand(2, -1, -1)
+        theirs = model.norm(model.blocks(torch.cat([first, patches.flatten(2).transpose(1, 2)], 1)))
+        ours = encoder.backbone(images)
+    assert largest_difference(ours.cls, theirs[:, 0]) < 1e-5
+    assert largest_difference(ours.patches, theirs[:, 1:]) < 1e-5
+    token = read_weights(tmp_path / "checkpoint_teacher.pth").mask_token
+    assert token is not None
+    torch.testing.assert_close(token, weights["masked_embed"])
 
 
 def test_a_missing_key_is_an_error_that_names_it(tmp_path: Path) -> None:

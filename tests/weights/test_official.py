@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,13 @@ def defined(w: Weights, images: Tensor, heads: int) -> Tensor:
 
     patches = F.conv2d(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=14)
     rows, columns = patches.shape[-2:]
-    table = w["pos_embed"][:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
-    if (rows, columns) != (37, 37):
+    side = math.isqrt(w["pos_embed"].shape[1])
+    table = w["pos_embed"][:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if (rows, columns) != (side, side):
         # Without registers as in DINO; with registers to the exact size, with antialiasing.
         how = {"size": (rows, columns), "antialias": True}
         if "register_tokens" not in w:
-            how = {"scale_factor": ((rows + 0.1) / 37, (columns + 0.1) / 37)}
+            how = {"scale_factor": ((rows + 0.1) / side, (columns + 0.1) / side)}
         table = F.interpolate(table, mode="bicubic", **how)
     x = (patches + table).flatten(2).transpose(1, 2)
     first = [w["cls_token"] + w["pos_embed"][:, :1], *([w["register_tokens"]] if "register_tokens" in w else [])]
@@ -90,10 +92,10 @@ def defined(w: Weights, images: Tensor, heads: int) -> Tensor:
     return norm("norm", x)
 
 
-def features(path: Path, images: Tensor) -> tuple[Tensor, Tensor]:
+def features(path: Path, images: Tensor, size: int = 518) -> tuple[Tensor, Tensor]:
     """Return an encoder's class tokens and patch tokens in float64. [B, D] and [B, N, D]"""
     encoder = load_encoder(str(path), CPU)
-    assert (encoder.size, encoder.mean, encoder.std) == (518, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert (encoder.size, encoder.mean, encoder.std) == (size, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     encoder.backbone.double()
     return encoder.features(images), encoder.features(images, "patches")
 
@@ -297,6 +299,23 @@ def of_training(ibot: int | None) -> tuple[Weights, Weights]:
     if ibot:
         teacher |= {f"ibot_head.{k}": v for k, v in head_file(ibot).items()}
     return teacher, backbone
+
+
+@pytest.mark.parametrize("gated", [0, 1024], ids=["MLP", "SwiGLU"])
+@pytest.mark.parametrize("size", [(224, 224), (70, 112)], ids=["square", "wide"])
+def test_a_franca_file_gives_the_features_of_the_plain_definition(
+    size: tuple[int, int], gated: int, tmp_path: Path
+) -> None:
+    """Franca releases the teacher of its training: blocks in four chunks, positions of 224 pixels, nested heads."""
+    weights = random_file(384, 4, registers=0, gated=gated, side=16)
+    teacher = {f"backbone.{k}": v for k, v in in_chunks(weights, 4, 1).items()}
+    teacher |= {f"dino_head.{k}": torch.ones(2) for k in ("matryoshka_projections.0.bias", "mlps.0.0.bias")}
+    torch.save({"teacher": teacher}, tmp_path / "franca_vitb14_In21K.pth")
+    images = torch.randn(1, 3, *size, dtype=torch.float64)
+    cls, patches = features(tmp_path / "franca_vitb14_In21K.pth", images, size=224)
+    expected = defined(doubled(weights), images, heads=6)
+    torch.testing.assert_close(cls, expected[:, 0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(patches, expected[:, 1:], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("form", ["teacher checkpoint", "whole method"])
