@@ -18,6 +18,8 @@ _SIZE = 256
 _ROPE_BASE = 100.0
 # Largest relative error of periods that were stored in bfloat16: half of its precision of 2**-7, and some more.
 _ROUNDING = 0.005
+# The norm of local crops, and EUPE's heads that compare with its teachers: features of images do not use them.
+_TRAINING_ONLY = ("local_cls_norm.", "projectors.")
 _TO_TIMM = (
     (r"^storage_tokens$", "reg_token"),
     (r"\.ls([12])\.gamma$", r".gamma_\1"),
@@ -59,8 +61,7 @@ def _read_vision_transformer(backbone: Mapping[str, Tensor], source: str) -> Rel
     heads = _count_heads(backbone.get("rope_embed.periods"), width, source)
     tensors: dict[str, Tensor] = {}
     for key, value in backbone.items():
-        # Local crops had their own norm in training; evaluation uses `norm` for all images.
-        if key == "rope_embed.periods" or key.startswith("local_cls_norm.") or key.endswith(".attn.qkv.bias_mask"):
+        if key == "rope_embed.periods" or key.startswith(_TRAINING_ONLY) or key.endswith(".attn.qkv.bias_mask"):
             continue
         if key.endswith(".attn.qkv.bias"):
             tensors |= _split_bias(key, value, backbone.get(f"{key}_mask"), source)
@@ -131,7 +132,7 @@ def _split_bias(key: str, bias: Tensor, mask: Tensor | None, source: str) -> dic
 
 def _read_convnext(backbone: Mapping[str, Tensor], source: str) -> Released:
     # `norms.3` repeats `norm`; the released code's other `norms` serve dense tasks only.
-    kept = {key: value for key, value in backbone.items() if not key.startswith("norms.")}
+    kept = {key: value for key, value in backbone.items() if not key.startswith(("norms.", *_TRAINING_ONLY))}
     tensors = {rename(key, _CONVNEXT_TO_TIMM): value for key, value in kept.items()}
     stages = {int(key.split(".")[1]) for key in tensors if key.startswith("stages.")}
     depths = tuple(

@@ -90,6 +90,15 @@ def test_a_training_checkpoint_gives_the_same_features(tmp_path: Path) -> None:
     assert first.fingerprint == second.fingerprint
 
 
+@pytest.mark.parametrize("form", ["ViT", "ConvNeXt"])
+def test_heads_for_distillation_in_a_file_of_eupe_are_ignored(form: str, tmp_path: Path) -> None:
+    weights = released(vision_transformer()) if form == "ViT" else convnext()[1]
+    torch.save(weights, tmp_path / "a.pth")
+    torch.save(weights | {"projectors.0.mlp.0.weight": torch.ones(3, 64)}, tmp_path / "b.pth")
+    first, second = (load_encoder(str(tmp_path / f"{name}.pth"), CPU) for name in "ab")
+    assert first.fingerprint == second.fingerprint
+
+
 def test_a_mask_that_leaves_a_bias_of_keys_is_refused(tmp_path: Path) -> None:
     weights = released(vision_transformer())
     weights["blocks.1.attn.qkv.bias_mask"][:] = 1
