@@ -31,7 +31,7 @@ def test_a_page_holds_its_body_and_forbids_fetching() -> None:
 
 def test_signs_of_the_template_are_text_in_title_and_body() -> None:
     page = page_of("$body", "<p>$title ${x} $$</p>")
-    assert "<title>$body · dino pretrain</title>" in page
+    assert "<title>$body · dino</title>" in page
     assert page.endswith("<body><p>$title ${x} $$</p></body></html>\n")
 
 
