@@ -23,6 +23,7 @@ from dinocli.method.preset import Preset, load_preset
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import against_original
 from distill_features import measure, presets
 from kernels import Kernel, gaps
 from knn import TEMPERATURE, drawn
@@ -200,3 +201,31 @@ def test_every_script_finds_what_it_imports(path: Path) -> None:
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module  # dataclasses look their module up
     specification.loader.exec_module(module)
+
+
+def test_the_original_and_dinocli_get_the_same_recipe(tmp_path: Path) -> None:
+    theirs = against_original.original_words(tmp_path, tmp_path, epochs=8, seed=0)
+    given = {word.removeprefix("--"): theirs[i + 1] for i, word in enumerate(theirs) if word.startswith("--")}
+    words = against_original.our_words(tmp_path, tmp_path, epochs=8, seed=0)
+    ours = load_preset("vits16-vanilla", [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+    lr, momentum = ours.optimizer.lr, ours.teacher.momentum
+    assert (lr.start, lr.end, lr.warmup_epochs) == (
+        float(given["lr"]),
+        float(given["min_lr"]),
+        float(given["warmup_epochs"]),
+    )
+    assert momentum.start == float(given["momentum_teacher"])
+    assert ours.heads["dino"].prototypes == int(given["out_dim"])
+    assert ours.views.locals == int(given["local_crops_number"])
+    assert (ours.views.global_1.scale, ours.views.local.scale) == ((0.4, 1.0), (0.15, 0.5))
+    assert theirs[-6:] == ["--global_crops_scale", "0.4", "1.0", "--local_crops_scale", "0.15", "0.5"]
+    assert ours.backbone.drop_path == float(given["drop_path_rate"])
+    assert words[words.index("--batch-size") + 1] == given["batch_size_per_gpu"]
+
+
+def test_without_the_original_the_comparison_says_how_to_get_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        against_original.main([str(tmp_path), str(tmp_path)])
+    assert "git clone https://github.com/facebookresearch/dino" in capsys.readouterr().err
