@@ -16,6 +16,7 @@ from dinocli.core.tensors import Values
 from dinocli.engine import trainer as engine
 from dinocli.engine.schedules import Clock, Cosine
 from dinocli.evals.accuracy import hits_among
+from dinocli.evals.balance import number_within
 from dinocli.evals.probes import Probes, scores_of, trainer
 from dinocli.evals.units import Floats
 from dinocli.features.store import Features
@@ -213,10 +214,9 @@ def _split_off(
     rows: NDArray[np.int64], labels: NDArray[np.int64], every: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split off every `every`-th image of each class; return the remaining rows and the rows split off."""
-    is_split_off = np.zeros(len(rows), dtype=bool)
     shuffled = np.random.default_rng(seed).permutation(len(rows))
-    for label in np.unique(labels):
-        is_split_off[shuffled[labels[shuffled] == label][every - 1 :: every]] = True
+    is_split_off = np.empty(len(rows), dtype=bool)
+    is_split_off[shuffled] = number_within(labels[shuffled]) % every == every - 1
     return rows[~is_split_off], rows[is_split_off]
 
 

@@ -19,6 +19,7 @@ from dinocli.data.sources.listing import Names
 from dinocli.data.sources.open import Images, TorchvisionImages, splits
 from dinocli.data.views.augment import normalize
 from dinocli.data.views.crops import ViewsConfig
+from dinocli.evals.balance import number_within
 from dinocli.evals.knn import is_correct
 from dinocli.features.encoder import checked
 from dinocli.features.store import Features, Provenance, compared
@@ -186,17 +187,9 @@ def _sample(source: Images, most: int) -> Images:
     if len(source) <= most:
         return source
     order = np.random.default_rng(0).permutation(len(source))
-    rows = np.sort(_interleave_classes(order, source.labels[order])[:most])
+    # The first image of each class, then the second of each class, and so on.
+    rows = np.sort(order[np.argsort(number_within(source.labels[order]), kind="stable")][:most])
     small = replace(source, names=Names.of([source.names[i] for i in rows]), labels=source.labels[rows])
     if isinstance(source, TorchvisionImages) and isinstance(small, TorchvisionImages):
         return replace(small, dataset=Subset(source.dataset, rows.tolist()))
     return small
-
-
-def _interleave_classes(rows: NDArray[np.int64], labels: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Reorder rows: the first row of each class, then the second of each class, and so on."""
-    turn = np.empty(len(rows), np.int64)
-    for label in np.unique(labels):
-        mine = labels == label
-        turn[mine] = np.arange(mine.sum())
-    return rows[np.argsort(turn, kind="stable")]

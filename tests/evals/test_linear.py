@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dinocli.core.errors import DinoError
-from dinocli.evals.linear import RATES, linear
+from dinocli.evals.linear import RATES, _split_off, linear
 from dinocli.features.store import Features, Provenance
 
 CPU = torch.device("cpu")
@@ -128,3 +128,13 @@ def test_a_diverging_probe_is_an_error() -> None:
     outlier.values[::20] *= np.float32(1e30)
     with pytest.raises(DinoError, match="diverged"):
         linear(outlier, None, epochs=5, device=CPU)
+
+
+def test_every_tenth_shuffled_image_of_each_class_is_split_off() -> None:
+    labels = np.random.default_rng(0).integers(0, 7, 300)
+    rows = np.arange(300) * 3
+    shuffled = np.random.default_rng(5).permutation(300)
+    expected = np.concatenate([shuffled[labels[shuffled] == label][9::10] for label in range(7)])
+    left, split_off = _split_off(rows, labels, 10, 5)
+    assert split_off.tolist() == rows[np.sort(expected)].tolist()
+    assert sorted([*left, *split_off]) == rows.tolist()
