@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.layout import OUTPUT
+from dinocli.cli.layout import METHOD, OUTPUT
 from dinocli.cli.options import (
     DataNow,
     FeatureFolder,
@@ -21,12 +21,25 @@ from dinocli.cli.options import (
 )
 from dinocli.core.errors import DinoError
 
+if TYPE_CHECKING:
+    from dinocli.apps.search.dedup import Alike
+    from dinocli.apps.search.gallery import Gallery
+    from dinocli.evals.units import Floats
+
 _SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the images; the table shows a threshold for each share
 
 
 def dedup(
     features: FeatureFolder = None,
     threshold: Threshold = None,
+    all_pairs: Annotated[
+        bool,
+        typer.Option(
+            "--all-pairs",
+            help="Compare all pairs above 50,000 images too: the same groups, and a histogram of all images.",
+            rich_help_panel=METHOD,
+        ),
+    ] = False,
     data: DataNow = None,
     overrides: Limits = None,
     out: Annotated[
@@ -50,7 +63,7 @@ def dedup(
 
     import numpy as np
 
-    from dinocli.apps.search.dedup import choose, find_alike
+    from dinocli.apps.search.dedup import choose
     from dinocli.apps.search.gallery import open_gallery
     from dinocli.apps.search.sheets import draw_groups, page
     from dinocli.data.images import DEFAULTS
@@ -64,15 +77,16 @@ def dedup(
         raise DinoError(
             f"{folder} has too few images to compare ({count}); expected at least two", "extract more than one image"
         )
-    with console.progress("compare", count * (count - 1) // 2, "pairs") as advance:
-        found = find_alike(gallery.values, threshold, advance)
+    found, best = _compare(gallery, threshold, all_pairs)
     histogram = out / "histogram.png"
     made = [histogram, *(page(out / "groups.jpg", number) for number in range(1, pages + 1))]
     with marked(out, "dedup", made):
-        write_histogram(found.best, "cosine of each image to its nearest other one", threshold, histogram)
-    if threshold is None:
+        write_histogram(best, "cosine of each image to its nearest other one", threshold, histogram)
+    if len(best) < count:
+        console.say(f"note: the histogram is of {len(best)} random images of {count}; see --all-pairs")
+    if found is None:
         # Rounded down, so that a threshold copied from the table finds at least that share.
-        steps = {share: float(np.floor(1e6 * np.quantile(found.best, 1 - share)) / 1e6) for share in _SHARES}
+        steps = {share: float(np.floor(1e6 * np.quantile(best, 1 - share)) / 1e6) for share in _SHARES}
         if json:
             console.out_json({"images": count, "thresholds": steps, "files": [str(histogram)]})
             return
@@ -104,3 +118,22 @@ def dedup(
     console.table(list(numbers), [[str(number) for number in numbers.values()]])
     for path in files:
         console.out(str(path))
+
+
+def _compare(gallery: Gallery, threshold: float | None, all_pairs: bool) -> tuple[Alike | None, Floats]:
+    """Return the near-duplicates, if there is a threshold, and the cosines of images to their nearest neighbours.
+
+    The cosines are those of all images if all pairs were compared, else of a sample.
+    """
+    import numpy as np
+
+    from dinocli.apps.search.dedup import ALL_PAIRS_UP_TO, find_alike, sample_best
+
+    count, found = len(gallery), None
+    if threshold is not None or all_pairs or count <= ALL_PAIRS_UP_TO:
+        with console.progress("compare", count * (count - 1) // 2, "pairs") as advance:
+            found = find_alike(gallery.values, threshold, advance, all_pairs=all_pairs)
+        if not np.isnan(found.best).any():
+            return found if threshold is not None else None, found.best
+    with console.progress("draw the histogram", count, "images") as advance:
+        return found, sample_best(gallery.values, advance)

@@ -838,7 +838,11 @@ def test_retrieval_and_copies_are_scored(dino: Dino, searched: list[str], tmp_pa
     assert "3 originals among 6 others, whitened by 6" in " ".join(done.stdout.split())
 
 
-def test_dedup_shows_a_threshold_then_groups_and_a_list(dino: Dino, searched: list[str], tmp_path: Path) -> None:
+def test_dedup_shows_a_threshold_then_groups_and_a_list(
+    dino: Dino, searched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinocli.apps.search import dedup as near_duplicates
+
     first = dino("dedup")
     assert "next: dino dedup --threshold" in first.stderr
     assert (tmp_path / "dedup" / "histogram.png").is_file()
@@ -850,6 +854,13 @@ def test_dedup_shows_a_threshold_then_groups_and_a_list(dino: Dino, searched: li
     assert len(keep) == 5
     assert "groups.jpg" in dino("dedup", "--threshold", "0.999999").stdout
     assert "5 images" in dino("pretrain", "dedup/keep.txt", "--preset", "tiny", "--steps", "0", *SMALL).stderr
+    monkeypatch.setattr(near_duplicates, "ALL_PAIRS_UP_TO", 2)
+    monkeypatch.setattr(near_duplicates, "_SAMPLE", 4)
+    by_bounds = dino("dedup", "--threshold", "0.999999", "--json")
+    assert json.loads(by_bounds.stdout)["groups"] == told["groups"]
+    assert "the histogram is of 4 random images of 6; see --all-pairs" in " ".join(by_bounds.stderr.split())
+    assert "4 random images of 6" in " ".join(dino("dedup").stderr.split())
+    assert "random images" not in dino("dedup", "--threshold", "0.999999", "--all-pairs").stderr
     (tmp_path / "images").rename(tmp_path / "moved")
     assert "no list was written" in dino("dedup", "--threshold", "0.999999").stderr
     assert "keep.txt" in dino("dedup", "--threshold", "0.999999", "--data", "moved").stdout
