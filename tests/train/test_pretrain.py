@@ -73,7 +73,9 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(plan: Plan
 
 
 @pytest.mark.gpu
-def test_a_gpu_learns_like_the_cpu(plan: Plan) -> None:
+@pytest.mark.parametrize("changes", [(), ("views.locals=0", "views.local=none")], ids=["multi-crop", "no-local-crops"])
+def test_a_gpu_learns_like_the_cpu(plan: Plan, changes: tuple[str, ...]) -> None:
+    plan = replace(plan, preset=load_preset("tiny", [*SMALL, *changes]))
     losses = [
         pretrain(replace(plan, device=torch.device(d), out=Path(f"runs/{d}")), lambda p: None).loss
         for d in ("cpu", "cuda")

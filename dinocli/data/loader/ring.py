@@ -140,9 +140,6 @@ class Ring(Generic[Note]):
         self._stride = stride
         slots = slots if workers else 2
         memory = [_memory(phases, spawned=workers > 0 and not _FORK) for _ in range(slots)]
-        if pin:
-            for values in (values for slot in memory for values in slot.values()):
-                _pin(values)
         shaped = [(first, [_reshape(slot, fields) for slot in memory]) for first, fields in phases]
         self._slots = _Slots(shaped, pick)
         self._free = deque(range(slots))
@@ -150,10 +147,18 @@ class Ring(Generic[Note]):
         self._missing: dict[int, int] = {}  # batch -> images still to come
         self._notes: dict[int, list[Note]] = {}
         self._processes: list[Any] = []
-        if not workers:
+        if workers:
+            self._start(make, bound)
+        else:
             self._fill = make(0, 1)
-            return
-        self._chunks = _chunks(batch_size, workers)
+        pinned: list[Tensor] = []
+        self._unpin = weakref.finalize(self, _unpin, pinned)  # keeps the memory mapped until it is unpinned
+        if pin:  # after the workers have started, which must not inherit it
+            _pin([values for slot in memory for values in slot.values()], pinned)
+
+    def _start(self, make: Callable[[int, int], Filler[Note]], bound: bool) -> None:
+        workers = self._workers
+        self._chunks = _chunks(self._batch_size, workers)
         context: Any = multiprocessing.get_context("fork" if _FORK else "spawn")
         self._done: Any = context.SimpleQueue()
         shared: Any = context.SimpleQueue()
@@ -184,8 +189,9 @@ class Ring(Generic[Note]):
         self._free.append(slot)
 
     def close(self) -> None:
-        """Stop the workers."""
+        """Stop the workers, and unpin the memory: the next ring may get the same addresses."""
         _end(self._processes)
+        self._unpin()
 
     def _fill_here(self) -> tuple[int, int, list[Note]]:
         slot, batch = self._free.popleft(), self._next
@@ -333,7 +339,30 @@ def _allocate(field: Field, *, spawned: bool) -> Tensor:
     )
 
 
-def _pin(values: Tensor) -> None:
-    """Pin memory for asynchronous copies to the device. If that fails, the host waits for copies."""
-    with contextlib.suppress(Exception):
-        torch.cuda.cudart().cudaHostRegister(values.data_ptr(), values.nbytes, 0)
+def _pin(memory: Sequence[Tensor], pinned: list[Tensor]) -> None:
+    """Pin memory for asynchronous copies to the device, and list what is pinned. The host waits for other copies."""
+    runtime = torch.cuda.cudart()
+    for values in memory:
+        if not values.nbytes:  # its address would be 0
+            continue
+        if int(runtime.cudaHostRegister(values.data_ptr(), values.nbytes, 0)):  # too much memory is locked, say
+            _clear_error()
+            return
+        pinned.append(values)
+
+
+def _unpin(pinned: list[Tensor]) -> None:
+    if not pinned:
+        return
+    runtime = torch.cuda.cudart()
+    with contextlib.suppress(RuntimeError):  # after an error of the device, which the run reports itself
+        torch.cuda.synchronize()  # a copy may still read the memory
+    while pinned:
+        if int(runtime.cudaHostUnregister(pinned.pop().data_ptr())):
+            _clear_error()
+
+
+def _clear_error() -> None:
+    """Clear the last error of the CUDA runtime, which torch would report as that of the next kernel."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")

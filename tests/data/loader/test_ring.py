@@ -229,3 +229,112 @@ def test_signals_during_the_start_of_workers_reach_only_this_process() -> None:
         assert came == [signal.SIGINT]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class Runtime:
+    """Stand-in for the CUDA runtime, with its rules for pinned memory; it reports a failure once more at a launch.
+
+    Args:
+        most: Largest number of ranges that can be pinned at once.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 100) -> None:
+        self.most, self.pinned, self.codes, self.last = most, dict[int, int](), list[int](), 0
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch, "zeros", self.launch)
+
+    def _return(self, code: int) -> int:
+        self.codes.append(code)
+        self.last = code or self.last
+        return code
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if not (address and size):
+            return self._return(1)  # invalid value
+        if any(address < first + bytes_ and first < address + size for first, bytes_ in self.pinned.items()):
+            return self._return(712)  # already registered
+        if len(self.pinned) == self.most:
+            return self._return(2)  # out of memory
+        self.pinned[address] = size
+        return self._return(0)
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return self._return(0 if self.pinned.pop(address, 0) else 713)  # not registered
+
+    def launch(self, *shape: int, device: str) -> Tensor:
+        code, self.last = self.last, 0
+        if code:
+            raise RuntimeError(f"CUDA error {code}")
+        return torch.ones(*shape)
+
+
+PINNED = FIELDS | {"locals": Field((0, 10, 8, 8, 3), torch.uint8)}  # no local crops: an array of no bytes
+
+
+def pinned_ring(workers: int) -> Ring:
+    options = {"make": Counting, "prepare": numbers, "workers": workers, "slots": 3, "pin": True}
+    return Ring([(0, PINNED)], batch_size=10, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_ring_unpins_its_memory_so_that_the_next_may_have_it(
+    workers: int, closed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(monkeypatch)
+    memory = SameMemory()
+    monkeypatch.setattr(ring, "_allocate", memory)
+    for _ in range(2):
+        memory.given = 0
+        filled = pinned_ring(workers)
+        assert len(runtime.pinned) == 2 * (3 if workers else 2), "two arrays of each slot have bytes"
+        _, arrays, _ = next(iter(filled))
+        assert arrays["keys"].tolist() == list(range(0, 20, 2))
+        if closed:
+            filled.close()
+            filled.close()  # a second time does nothing
+        del filled
+        assert not runtime.pinned
+    assert set(runtime.codes) == {0}
+
+
+class SameMemory:
+    """Allocator that hands out the same addresses for each ring, as the system may."""
+
+    def __init__(self) -> None:
+        self.made: list[Tensor] = []
+        self.given = 0
+        self.allocate = ring._allocate
+
+    def __call__(self, field: Field, *, spawned: bool) -> Tensor:
+        if self.given == len(self.made):
+            self.made.append(self.allocate(field, spawned=spawned))
+        self.given += 1
+        return self.made[self.given - 1]
+
+
+def test_memory_that_cannot_be_pinned_is_used_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(monkeypatch, most=3)
+    filled = pinned_ring(0)
+    assert len(runtime.pinned) == 3
+    runtime.launch(1, device="cuda")  # the next kernel does not report the failure as its own
+    batches = [arrays["keys"].tolist() for _, arrays, _ in islice(filled, 1)]
+    assert batches == [list(range(0, 20, 2))]
+    filled.close()
+    assert not runtime.pinned
+    assert runtime.codes == [0, 0, 0, 2, 0, 0, 0]
+
+
+@pytest.mark.gpu
+def test_two_rings_in_turn_copy_their_own_batches_to_a_gpu() -> None:
+    for first in (0, 40):
+        filled = pinned_ring(2)
+        try:
+            for batch, (slot, arrays, _) in enumerate(islice(filled, 6)):
+                assert arrays["keys"].is_pinned()
+                there = arrays["keys"].to("cuda", non_blocking=True) + first
+                assert there.tolist() == [2 * n + first for n in range(10 * batch, 10 * batch + 10)]
+                filled.release(slot)
+        finally:
+            filled.close()
