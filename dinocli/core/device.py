@@ -90,12 +90,13 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 
 
 def default_workers(device: torch.device) -> int:
-    """Return the default number of decoding processes: one per core, or one per four cores if the CPU trains.
+    """Return the default number of decoding processes: one per core but one, or one per four cores if the CPU trains.
 
-    The run's processes on this machine share its cores.
+    The run's processes on this machine share its cores. On a GPU each keeps a core for the thread that launches
+    kernels: if a decoder takes its place, the GPU idles.
     """
-    share = max(1, cores() // local_size())
-    return min(16, share) if device.type != "cpu" else max(1, min(4, share // 4))
+    share = cores() // local_size()
+    return max(1, min(16, share - 1) if device.type != "cpu" else min(4, share // 4))
 
 
 def peak_memory(device: torch.device) -> int:

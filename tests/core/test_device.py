@@ -69,6 +69,19 @@ def test_a_cpu_gets_at_most_four_workers() -> None:
     assert peak_memory(cpu) > 1e6
 
 
+@pytest.mark.parametrize(
+    ("cores", "processes", "on_gpu", "on_cpu"),
+    [(1, 1, 1, 1), (2, 1, 1, 1), (8, 1, 7, 2), (16, 1, 15, 4), (64, 1, 16, 4), (64, 8, 7, 2), (4, 8, 1, 1)],
+)
+def test_workers_leave_a_core_to_the_thread_that_launches_kernels(
+    cores: int, processes: int, on_gpu: int, on_cpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "cores", lambda: cores)
+    monkeypatch.setattr(device_module, "local_size", lambda: processes)
+    assert default_workers(torch.device("cuda")) == default_workers(torch.device("mps")) == on_gpu
+    assert default_workers(torch.device("cpu")) == on_cpu
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_memory_freed_by_a_step_is_reused_by_the_next() -> None:
