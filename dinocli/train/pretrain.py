@@ -97,7 +97,6 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         session = Session(plan, trainer, method.average, logger, stopping, tidy, saved)
         batches = _batches(plan, trainer, method)
         try:
-            logger.begin()
             session.train(batches)
             stopping.finish()
         finally:

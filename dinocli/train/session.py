@@ -60,7 +60,7 @@ class Session:
             where=source.where, count=source.count, fingerprint=source.fingerprint, contents=contents
         )
         self.store = StateStore(plan.out, plan.saving.keep, plan.saving.milestones)
-        self._during: Literal["", "step", "save"] = ""  # keeps its value after a failure
+        self._during: Literal["", "views", "step", "evaluation", "save"] = ""  # keeps its value after a failure
         self._due = self._late = self._ends = False
         self._taken = torch.empty(0, dtype=torch.int64), 0.0  # rows of the step's batch, and seconds waited for data
         self._save_took = 0.0  # seconds
@@ -77,16 +77,19 @@ class Session:
                 write_json(plan.out / STAGES, {"stages": earlier}, indent=2)
 
     def train(self, batches: TrainBatches) -> None:
-        """Train until the plan's last step, or until the user stops the run.
+        """Train until the plan's last step, or until the user stops the run. Evaluate before the first step.
 
         Raises:
             DinoError: If the device runs out of memory, or a failure check of `Logger.log` fails.
         """
         self._bad_here = batches.bad
         try:
+            self._during = "evaluation"
+            self.logger.begin()
+            self._during = "views"
             self.trainer.fit(self._until_stopped(batches), self.plan.stop, self._after_step, self._is_due)
         except torch.OutOfMemoryError as error:
-            if self._during != "step":
+            if self._during == "save":
                 raise
             raise self._too_large() from error
 
@@ -108,7 +111,9 @@ class Session:
         self._during = ""
         self.logger.count(*self._taken)
         if self._due:
+            self._during = "evaluation"
             self.logger.log(values)
+            self._during = ""
             self._tidy()
         # Clocks and signals differ between processes, so all processes decide together.
         self._late, save, self._ends = any_of(self.logger.late, self._save_is_late, self.stopping.requested)
@@ -117,6 +122,7 @@ class Session:
         if save or any(n and clock.step % n == 0 for n in (saving.steps, saving.milestones)):
             self.save()
             self.logger.draw()
+        self._during = "views"
 
     @property
     def _save_is_late(self) -> bool:
@@ -124,14 +130,25 @@ class Session:
         return seconds is not None and time.perf_counter() - self._saved > seconds
 
     def _too_large(self) -> DinoError:
-        whole, each, parts = self.plan.preset.training.batch_size, self.plan.images_each, self.plan.accumulate
+        """Return the error for a lack of memory in what was being done, with what lessens the memory of that."""
+        plan, fewer = self.plan, f"--batch-size {max(1, self.plan.preset.training.batch_size // 2)}"
+        if self._during == "evaluation":
+            optional = {"no --monitor": plan.monitor, "--no-report": plan.report and not plan.keep_best}
+            without = " and ".join(option for option, used in optional.items() if used)
+            return DinoError(
+                "the device's memory is too small for an evaluation beside the networks in training",
+                " or ".join(filter(None, (without, fewer))),
+            )
+        each, parts = plan.images_each, plan.accumulate
+        if self._during == "views":  # of the whole batch at once
+            return DinoError(f"the device's memory is too small for the views of a batch of {each}", fewer)
         same = [f"--accumulate {n}" for n in equal_parts(each) if n > parts][:1]
-        if not self.plan.recompute and self.network.blocks:
+        if not plan.recompute and self.network.blocks:
             same.append("--recompute")
         more = f"{' or '.join(same)}, with the same gradient; or " if same else ""
         return DinoError(
             f"the device's memory is too small for a batch of {each}{f' in {parts} parts' if parts > 1 else ''}",
-            f"{more}--batch-size {max(1, whole // 2)}",
+            f"{more}{fewer}",
         )
 
     def save(self, *, broken: bool = False) -> None:
@@ -173,5 +190,5 @@ class Session:
 
         After a failure (`broken`), sharded weights are not saved either: that needs all processes, and one may be gone.
         """
-        if not self._during and not (broken and size() > 1 and self.plan.parallel == "fsdp"):
+        if self._during not in ("step", "save") and not (broken and size() > 1 and self.plan.parallel == "fsdp"):
             self.save(broken=broken)

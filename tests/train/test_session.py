@@ -74,3 +74,50 @@ def test_an_out_of_memory_error_suggests_more_parts(plan: Plan, monkeypatch: pyt
             pretrain(replace(plan, accumulate=parts, recompute=again), lambda p: None)
         assert error.value.hint == hint
     assert [folder.name for folder, _ in saved_states(plan.out)] == ["0"], "the interrupted step is not saved"
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_out_of_memory_in_the_views_is_an_error_and_the_steps_before_are_saved(
+    plan: Plan, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinocli.data.loader import train
+
+    made: list[int] = []
+
+    def full(*args: object, **options: object) -> torch.Tensor:
+        made.append(len(made))
+        if len(made) > 2 * step:  # global and local views are made apart
+            raise torch.OutOfMemoryError
+        return augment(*args, **options)
+
+    augment = train.augment
+    monkeypatch.setattr(train, "augment", full)
+    with pytest.raises(DinoError, match="too small for the views of a batch of 4") as error:
+        pretrain(plan, lambda p: None)
+    assert error.value.hint == "--batch-size 2"
+    assert next(folder.name for folder, _ in saved_states(plan.out)) == str(step)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_out_of_memory_in_the_monitor_is_an_error_and_the_steps_before_are_saved(
+    plan: Plan, labelled: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dinocli.train import knn_monitor
+
+    def full(network: object, pixels: torch.Tensor, views: object) -> torch.Tensor:
+        seen.append(network)
+        if len(seen) > 2 * (step > 0):  # both splits, before the first step
+            raise torch.OutOfMemoryError
+        return tokens_of(network, pixels, views)
+
+    seen: list[object] = []
+    tokens_of = knn_monitor.class_tokens
+    monkeypatch.setattr(knn_monitor, "class_tokens", full)
+    plan = replace(plan, monitor=str(labelled), monitor_every=3)
+    for report, without in ((False, "no --monitor"), (True, "no --monitor and --no-report")):
+        seen.clear()
+        out = plan.out / str(report)
+        with pytest.raises(DinoError, match="too small for an evaluation beside the networks in training") as error:
+            pretrain(replace(plan, report=report, out=out), lambda p: None)
+        assert error.value.hint == f"{without} or --batch-size 2"
+        assert next(folder.name for folder, _ in saved_states(out)) == str(step)
