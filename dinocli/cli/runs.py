@@ -186,6 +186,9 @@ def list_notes(plan: Plan, *, begun: bool) -> Iterator[str]:
     from dinocli.train.plan import cautions, short_stop
     from dinocli.train.teacher_cache import check_space, describe
 
+    if (wanted := plan.preset.training.precision) != plan.precision:
+        scaled = " with loss scaling" * (plan.precision == "float16")
+        yield f"{plan.device} has no native {wanted}: training in {plan.precision}{scaled}"
     if plan.preset.views.low_resolution:
         yield f"views of {_format_views(plan)}: later steps take longer"
     if facts := check_space(plan):
@@ -230,7 +233,8 @@ def run_plan(plan: Plan, json: bool, after: Callable[[Run], dict[str, Any]] = la
     if run.cached is not None:
         console.say(f"note: the cache held {run.cached} of {count} images")
     if run.skipped:
-        console.say(f"note: skipped {run.skipped} steps whose loss or gradient was not finite")
+        expected = "; a few are normal in float16" * (plan.precision == "float16")
+        console.say(f"note: skipped {run.skipped} steps whose loss or gradient was not finite{expected}")
     loss = f", loss {run.loss:.3f}" if run.loss is not None else ""
     if run.stopped:
         console.say(f"stopped at step {run.step} of {plan.stop}{loss}; saved; run the same command to resume")

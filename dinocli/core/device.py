@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.resources import cores
 
 Precision = Literal["float32", "bfloat16"]
+TrainingPrecision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 
 def pick_device(name: str) -> torch.device:
@@ -51,7 +52,44 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     """Return the autocast context for a precision; without native bfloat16, matrix products stay in float32."""
     if precision == "bfloat16" and has_bfloat16(device):
         return torch.autocast(device.type, torch.bfloat16)
+    if precision == "float16":
+        return torch.autocast(device.type, torch.float16)
     return contextlib.nullcontext()
+
+
+def training_precision(device: torch.device, wanted: TrainingPrecision) -> TrainingPrecision:
+    """Return the precision in which a device trains: the one in a preset, or the nearest that is native.
+
+    CUDA devices without bfloat16 (V100, T4, RTX 20) use float16, which needs loss scaling. Others use float32.
+    """
+    if wanted == "bfloat16" and not has_bfloat16(device):
+        wanted = "float16"
+    if wanted == "float16" and _capability(device) < _FLOAT16:
+        return "float32"
+    return "float32" if wanted == "tf32" and _capability(device) < _TF32 else wanted
+
+
+_FLOAT16, _TF32 = (7, 0), (8, 0)  # compute capabilities of the first devices with such matrix products: V100, A100
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@contextlib.contextmanager
+def float32_products(precision: TrainingPrecision) -> Iterator[None]:
+    """Set how CUDA devices multiply float32 in the `with` block: exactly, or rounded to TF32 for `tf32`.
+
+    torch's own default rounds convolutions, such as the patch embedding, and no other product.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def has_bfloat16(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from dinocli.engine.trainer import Trainer
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
-    """Return parameters, buffers, the optimizer's moments and counts, and the numbers of skipped steps.
+    """Return parameters, buffers, the optimizer's moments and counts, the numbers of skipped steps, and any loss scale.
 
     The method's `frozen_modules` are omitted. So is the clock, and any random state: random draws depend only on seed
     and step. Sharded tensors are gathered, so all processes must call this together.
@@ -23,6 +23,8 @@ def state_of(trainer: Trainer) -> dict[str, Tensor]:
     names: dict[Tensor, str] = {p: name for name, p in method.named_parameters()}
     for p, slots in trainer.optimizer.state.items():
         tensors |= {f"optimizer/{names[p]}/{slot}": whole(value) for slot, value in slots.items()}
+    if trainer.scale:
+        tensors |= {"loss_scale/factor": trainer.scale.factor, "loss_scale/streak": trainer.scale.streak}
     return tensors | {"skipped": trainer.skipped}
 
 
@@ -41,6 +43,9 @@ def restore(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
     trainer.optimizer.state.clear()  # SGD's moments exist before its first step
     restore_moments(trainer, tensors)
     trainer.skipped.copy_(tensors["skipped"])
+    if trainer.scale and "loss_scale/factor" in tensors:  # absent if another device computed in another precision
+        trainer.scale.factor.copy_(tensors["loss_scale/factor"])
+        trainer.scale.streak.copy_(tensors["loss_scale/streak"])
 
 
 def restore_moments(trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:

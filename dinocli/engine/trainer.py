@@ -14,6 +14,7 @@ from dinocli.core.distributed import all_of, local, mean_over_processes, rank, s
 from dinocli.engine.method import Method
 from dinocli.engine.optim import OptimizerConfig, clip_gradients, drop_frozen, set_rates, step_unless_skipped
 from dinocli.engine.parallel import Alone, Parallel
+from dinocli.engine.scaling import LossScale
 from dinocli.engine.schedules import Clock
 
 _ALONE = Alone()
@@ -33,6 +34,7 @@ class Trainer:
         precision: Context of the forward pass, such as autocast. If None, no context.
         seed: Seed of the networks' random draws. If None, they use torch's current random state.
         guarded: If True, skip steps with a loss or gradient that is not finite.
+        scale: Scale of the loss, for products in float16; the trainer is then guarded. If None, no scaling.
         parallel: Parallelism over the processes of the run.
 
     Attributes:
@@ -51,6 +53,7 @@ class Trainer:
         precision: contextlib.AbstractContextManager[Any] | None = None,
         seed: int | None = None,
         guarded: bool = False,
+        scale: LossScale | None = None,
         parallel: Parallel = _ALONE,
     ) -> None:
         self.method = method
@@ -62,7 +65,8 @@ class Trainer:
         self.accumulate = accumulate
         self.precision = precision or contextlib.nullcontext()
         self.seed = seed
-        self.guarded = guarded
+        self.guarded = guarded or scale is not None
+        self.scale = scale
         self.optimizer = config.build(method.param_groups())  # after wrap(), which may replace the parameters
         self.skipped = torch.zeros(2, dtype=torch.int64, device=next(method.parameters()).device)
 
@@ -86,9 +90,11 @@ class Trainer:
                 with self.precision:
                     terms = self._wrapped(part)
                     loss = torch.stack(list(terms.values())).sum() / len(parts)
-                loss.backward()
+                (loss if self.scale is None else loss * self.scale.factor).backward()
             losses = {name: losses.get(name, 0) + term.detach() / len(parts) for name, term in terms.items()}
         loss = torch.stack(list(losses.values())).sum()
+        if self.scale:
+            self.scale.unscale(self.optimizer)
         grad_norm = clip_gradients(self.optimizer, self.config.clip)
         # All processes skip a step together; otherwise their weights would differ from here on.
         done = all_of(torch.isfinite(loss + grad_norm)) if self.guarded else torch.ones_like(loss, dtype=torch.bool)
@@ -99,10 +105,13 @@ class Trainer:
         self.method.after_step(self.clock, done)
         for buffer, old in zip(self.method.buffers(), before, strict=True):
             buffer.copy_(torch.where(done, buffer, old))
+        scaling: Values = {"loss_scale": self.scale.factor.clone()} if self.scale else {}
+        if self.scale:
+            self.scale.update(done)
         self.skipped += ~done
         self.skipped[1] *= ~done
         self.clock = self.clock.tick()
-        values = {"loss": loss, "grad_norm": grad_norm, **losses, **metrics}
+        values = {"loss": loss, "grad_norm": grad_norm, **losses, **metrics, **scaling}
         return _average_over_processes(values) if log else values
 
     def fit(self, batches: Iterable[Any], steps: int, on_step: OnStep, due: Callable[[], bool] = lambda: False) -> None:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dinocli.core.config import LARGEST, Config, change
-from dinocli.core.device import Precision
+from dinocli.core.device import TrainingPrecision
 from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.views.crops import ViewsConfig
@@ -67,14 +67,15 @@ class TrainingConfig(Config):
         epochs: Length of the run. Warm-ups and schedules are given in epochs too.
         steps_per_epoch: Steps per epoch. If None, an epoch shows each image once.
         batch_size: Images per step.
-        precision: Precision of matrix products, if the device supports it natively; everything else is in float32.
+        precision: Precision of matrix products, if the device supports it natively; everything else is in float32. If
+            bfloat16 is not native, CUDA devices use float16 with loss scaling, and others float32.
         seed: Seed of the initial weights, the order of the images and all random views.
     """
 
     epochs: int = Field(ge=1)
     steps_per_epoch: int | None = Field(None, ge=1)
     batch_size: int = Field(ge=1)
-    precision: Precision = "bfloat16"  # also for stored presets from before this key existed
+    precision: TrainingPrecision = "bfloat16"  # also for stored presets from before this key existed
     seed: int = Field(0, ge=0, lt=2**63)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinocli.core.device import autocast, has_bfloat16
+from dinocli.core.device import autocast
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
 from dinocli.data.views.masking import PatchMasks, deal, masked_in_all
@@ -169,7 +169,7 @@ def _measure_memory(plan: Plan, images: int) -> tuple[float, float]:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(kind):
         method = method.to_empty(device=kind)
         batch = _empty_batch(plan, _grid(plan, method), images)
-        with autocast(plan.device, plan.preset.training.precision):
+        with autocast(plan.device, plan.precision):
             targets, outputs = _run_student(method, batch, plan, note)
     weights = _storages(method.parameters())
     clean = [] if batch.clean_crops is None else [batch.clean_crops]
@@ -242,10 +242,11 @@ def _bytes(module: torch.nn.Module) -> int:
 def _rate(plan: Plan) -> float:
     """Estimate a step's operations per second, by timing a matrix product in the precision of training."""
     device = plan.device
-    half = plan.preset.training.precision == "bfloat16" and has_bfloat16(device)
-    reached = _COARSE_ON_CPU if half and device.type == "cpu" else _EFFICIENCY[device.type]
+    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(plan.precision, torch.float32)
+    coarse = device.type == "cpu" and dtype != torch.float32
+    reached = _COARSE_ON_CPU if coarse else _EFFICIENCY[device.type]
     side = 1024 if device.type == "cpu" else 4096
-    a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if half else torch.float32)
+    a = torch.randn(side, side, device=device, dtype=dtype)
     best = 0.0
     for _ in range(5):
         start = time.perf_counter()

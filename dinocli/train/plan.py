@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from dinocli.core.device import TrainingPrecision, training_precision
 from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Source
@@ -148,6 +149,11 @@ class Plan:
     def images_each(self) -> int:
         """Number of images per step in each process."""
         return self.preset.training.batch_size // size()
+
+    @property
+    def precision(self) -> TrainingPrecision:
+        """Precision of matrix products on the run's device."""
+        return training_precision(self.device, self.preset.training.precision)
 
     @property
     def clock(self) -> Clock:

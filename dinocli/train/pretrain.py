@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
-from dinocli.core.device import autocast, keep_freed_memory
-from dinocli.core.distributed import rank, size
+from dinocli.core.device import autocast, float32_products, keep_freed_memory
+from dinocli.core.distributed import gathered, rank, size
+from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, held
 from dinocli.data.loader.batch import BadFiles, Shard
 from dinocli.data.loader.train import TrainBatches
 from dinocli.engine.parallel import parallel
+from dinocli.engine.scaling import LossScale
 from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
@@ -84,7 +86,12 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
     began = time.perf_counter()
     if plan.device.type == "cpu":
         keep_freed_memory()
-    with held(plan.out) if rank() == 0 else nullcontext(), stop_signals(note) as stopping, collect_on_request() as tidy:
+    with (
+        held(plan.out) if rank() == 0 else nullcontext(),
+        stop_signals(note) as stopping,
+        collect_on_request() as tidy,
+        float32_products(plan.precision),
+    ):
         saved = find_saved(plan, note)
         if saved:
             plan = resumed_plan(plan, saved.state, note)
@@ -158,7 +165,12 @@ def _trainer(
     plan: Plan, saved: SavedState | None, note: Callable[[str], None], stop: Callable[[], bool]
 ) -> tuple[Trainer, SelfDistillation | FeatureDistillation, list[str]]:
     """Return the trainer at its starting step, its method, and the names of heads that start at random."""
-    preset = plan.preset
+    preset, precisions = plan.preset, set(gathered(plan.precision))
+    if len(precisions) > 1:  # their gradients would be of different scales
+        raise DinoError(
+            f"the devices of this run train in different precisions: {', '.join(sorted(precisions))}",
+            "--set training.precision=float16, or float32",
+        )
     torch.manual_seed(preset.training.seed)
     method = plan.method()
     for network in method.networks if plan.compiled else ():
@@ -179,9 +191,10 @@ def _trainer(
         replace(plan.clock, step=saved.state.step if saved else 0),
         batch_size=preset.training.batch_size,
         accumulate=plan.accumulate,
-        precision=autocast(plan.device, preset.training.precision),
+        precision=autocast(plan.device, plan.precision),
         seed=preset.training.seed,
         guarded=True,
+        scale=LossScale(plan.device) if plan.precision == "float16" else None,
         parallel=parallel(plan.parallel),
     )
     if saved:

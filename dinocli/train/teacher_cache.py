@@ -174,7 +174,7 @@ def _fit(plan: Plan, method: FeatureDistillation, note: Callable[[str], None], s
     images = min(plan.preset.losses.features.statistics, count)
     at_once = min(_AT_ONCE, images)
     note(f"teacher: standardizing its features over {images // at_once * at_once} images")
-    with autocast(plan.device, plan.preset.training.precision):
+    with autocast(plan.device, plan.precision):
         method.fit_standardizers(_take(_load(plan, at_once), images // at_once, stop))
     # The first process decides, in case machines round differently.
     found = from_first({k: v.cpu() for k, v in method.standardizers.state_dict().items()} if rank() == 0 else None)
@@ -210,7 +210,7 @@ def _write(
         try:
             left, noted = count, time.perf_counter()
             for batch in _take(_load(plan, at_once, in_order=True), -(-count // at_once), stop):
-                with autocast(plan.device, plan.preset.training.precision):
+                with autocast(plan.device, plan.precision):
                     targets = method.targets(batch)
                 for stream, target in zip(streams, targets, strict=True):
                     stream.append(_PATCHES, _to_rows(target.patches)[:left])

@@ -13,9 +13,11 @@ from dinocli.core.device import (
     autocast,
     default_workers,
     exactly,
+    float32_products,
     has_bfloat16,
     peak_memory,
     pick_device,
+    training_precision,
     why_not_compiled,
 )
 from dinocli.core.errors import DinoError
@@ -40,7 +42,10 @@ def test_autocast_uses_bfloat16_only_on_request_and_with_native_support(monkeypa
         monkeypatch.setattr(device_module, "has_bfloat16", lambda device, native=native: native)
         with autocast(cpu, "bfloat16"):
             assert (a @ a).dtype == (torch.bfloat16 if native else torch.float32)
-        assert isinstance(autocast(cpu, "float32"), contextlib.nullcontext)
+        for exact in ("float32", "tf32"):
+            assert isinstance(autocast(cpu, exact), contextlib.nullcontext)
+    with autocast(cpu, "float16"):
+        assert (a @ a).dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -53,6 +58,39 @@ def test_native_bfloat16_is_read_from_the_cpu_capabilities(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert has_bfloat16(torch.device("cpu")) == native
     assert not has_bfloat16(torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "trains_in"),
+    [
+        ("cuda", (9, 0), {"bfloat16": "bfloat16", "float16": "float16", "tf32": "tf32", "float32": "float32"}),
+        ("cuda", (7, 5), {"bfloat16": "float16", "float16": "float16", "tf32": "float32", "float32": "float32"}),
+        ("cuda", (6, 1), dict.fromkeys(("bfloat16", "float16", "tf32", "float32"), "float32")),
+        ("cpu", (0, 0), {"bfloat16": "float32", "float16": "float32", "tf32": "float32", "float32": "float32"}),
+    ],
+)
+def test_training_falls_back_to_the_nearest_native_precision(
+    kind: str, capability: tuple[int, int], trains_in: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_module, "has_bfloat16", lambda device: capability >= (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert {p: training_precision(torch.device(kind), p) for p in trains_in} == trains_in
+
+
+def test_float32_products_are_exact_unless_tf32_is_set() -> None:
+    def read() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = read()
+    for precision, inside in (
+        ("tf32", ("high", True)),
+        ("float32", ("highest", False)),
+        ("bfloat16", ("highest", False)),
+    ):
+        with contextlib.suppress(KeyError), float32_products(precision):
+            assert read() == inside
+            raise KeyError
+        assert read() == before
 
 
 def test_the_error_of_a_failed_compilation_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

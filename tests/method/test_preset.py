@@ -89,7 +89,7 @@ def test_overrides_are_toml_values_and_none_removes_a_key() -> None:
         ("optimizer.lr.kind=constant", "optimizer.lr.value is missing, and this kind has no key start, end, warmup_epochs",
          "--set 'optimizer.lr={kind=\"constant\", value=VALUE}'"),
         ("optimizer.clip=3.0", "optimizer.clip is 3.0; expected a table", 'optimizer.clip={kind="each_parameter", norm=3.0}'),
-        ("training.precision=fp16", "it is 'fp16'", "--set training.precision=bfloat16"),
+        ("training.precision=fp16", "it is 'fp16'", "--set training.precision=float16"),
         ("views.mean=[0.5,", "is not valid TOML", "quote all of it"),
     ],
 )  # fmt: skip

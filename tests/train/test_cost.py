@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import peak_of, write_images
 
+from dinocli.core import device
 from dinocli.core.device import autocast
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
@@ -72,13 +73,16 @@ def test_a_step_takes_the_estimated_flops_and_memory(images: Path, precision: st
     assert peak_of_a_step(made) == pytest.approx(cost.memory - before, rel=0.25)
 
 
-def test_fixed_memory_includes_a_frozen_teacher_and_what_is_saved_once(images: Path) -> None:
+def test_fixed_memory_includes_a_frozen_teacher_and_what_is_saved_once(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Student, gradient, two moments and average are five copies of the weights; both other parts come on top."""
 
     class Frozen:
         def network(self, preset: Preset) -> Network:
             return preset.network()
 
+    monkeypatch.setattr(device, "has_bfloat16", lambda device: True)  # any CPU can count its copies
     made = plan(images, *SMALL, "training.batch_size=8", "training.precision=float32")
     alone, half = estimate(made), estimate(plan(images, *SMALL, "training.batch_size=8", "training.precision=bfloat16"))
     frozen = made.preset.model_copy(update={"teacher": made.preset.teacher.model_copy(update={"frozen": True})})

@@ -393,3 +393,28 @@ def test_three_channel_weights_are_adapted_with_a_note(plan: Plan, tmp_path: Pat
     with pytest.raises(DinoError, match=r"patch_embed\.proj\.weight is .*; expected"):
         start_from(plan.preset.method(), str(tmp_path / "four.safetensors"), notes.append)
     assert len(notes) == 1
+
+
+def test_a_resumed_run_in_float16_continues_with_its_loss_scale(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dinocli.train import plan as plans
+
+    # float16 on a CPU is slow, so that no CPU falls back to it by itself.
+    monkeypatch.setattr(plans, "training_precision", lambda device, wanted: "float16")
+    runs = []
+    for out, stops in (("straight", [6]), ("resumed", [3, 6])):
+        for stop in stops:
+            run = pretrain(replace(plan, out=Path(f"runs/{out}"), stop=stop), lambda p: None)
+        state = next(saved_states(run.folder))[0]
+        runs.append(load_file(state / "trainer.safetensors"))
+    assert {"loss_scale/factor", "loss_scale/streak"} < runs[0].keys()
+    assert runs[0].keys() == runs[1].keys()
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    line = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["skipped"] == 6 or line["loss_scale"] == runs[0]["loss_scale/factor"]
+
+
+def test_processes_that_train_in_different_precisions_are_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining, "gathered", lambda value: [value, "bfloat16"])
+    with pytest.raises(DinoError, match="train in different precisions: bfloat16, float32") as error:
+        pretrain(plan, lambda p: None)
+    assert "training.precision=float16" in error.value.hint

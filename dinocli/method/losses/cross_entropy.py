@@ -31,7 +31,7 @@ def cross_entropy(logits: Tensor, chunks: Iterable[Chunk], temperature: float, s
     """Compute the weighted sum of the cross-entropies of softmax(logits / temperature) against the targets.
 
     Args:
-        logits: [..., K] Overwritten with their gradient if they require one.
+        logits: [..., K] Overwritten with their gradient if they require one, except in float16.
         chunks: Chunks that together cover all logits exactly once.
         temperature: Divisor of the logits.
         share: Factor on the sum.
@@ -39,6 +39,9 @@ def cross_entropy(logits: Tensor, chunks: Iterable[Chunk], temperature: float, s
     Returns:
         The sum, in at least float32 even under autocast. []
     """
+    if logits.dtype == torch.float16:
+        # The gradient is computed before the loss is scaled, and float16 would round most of it to 0.
+        logits = logits.float()
     loss: Tensor = _CrossEntropy.apply(logits, chunks, temperature, share)
     return loss
 

@@ -71,6 +71,18 @@ def test_half_precision_logits_are_processed_in_float32(dtype: torch.dtype) -> N
     torch.testing.assert_close(cross_entropy(logits, halves, 0.1), expected, rtol=0.01, atol=0)
 
 
+def test_a_scaled_float16_gradient_keeps_what_an_unscaled_one_loses() -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(4, 4096, dtype=torch.float64, requires_grad=True)
+    targets = torch.full((4, 4096), 1 / 4096)
+    chunks, share = [Chunk(slice(None), [targets])], 1e-4
+    narrow = exact.detach().half().requires_grad_()
+    cross_entropy(exact.clone(), chunks, 1.0, share).backward()
+    (1024 * cross_entropy(narrow.clone(), chunks, 1.0, share)).backward()
+    assert exact.grad.abs().median() < 3e-8, "half of the smallest number of float16"
+    torch.testing.assert_close(narrow.grad.double() / 1024, exact.grad, rtol=0.02, atol=1e-10)
+
+
 def test_only_one_chunk_at_a_time_is_copied() -> None:
     rows, prototypes = 64, 4096
     logits = torch.zeros(rows, prototypes, dtype=torch.bfloat16, requires_grad=True).clone()
