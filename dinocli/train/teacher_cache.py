@@ -287,8 +287,9 @@ class TeacherCache:
         rows = places.numpy()
         targets = []
         for patches, cls in self.features:
-            loaded = (torch.from_numpy(np.ascontiguousarray(v[rows])).to(self.device).float() for v in (cls, patches))
-            targets.append(Target(*(values.transpose(0, 1) for values in loaded)))
+            loaded = (torch.from_numpy(np.ascontiguousarray(v[rows])) for v in (cls, patches))
+            there = (values.to(self.device, non_blocking=True).float() for values in loaded)
+            targets.append(Target(*(values.transpose(0, 1) for values in there)))
         return targets
 
 

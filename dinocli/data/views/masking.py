@@ -98,7 +98,8 @@ class PatchMasks:
         crops = masked.nonzero()[:, 0]  # [C], on the host: the device is not waited for
         masked = masked[crops].double()
         each = torch.stack([1 / masked, weight / (patches - masked).clamp(min=1)], 1) / self.counts.numel()  # [C, 2]
-        each, there = each.to(self.weights.dtype).to(device), crops.to(device)
+        each = each.to(self.weights.dtype).to(device, non_blocking=True)
+        there = crops.to(device, non_blocking=True)
         rows = (there[:, None] * patches + torch.arange(patches, device=device)).flatten()  # [C*N]
         weights = torch.where(self.where.flatten(0, 1)[there], each[:, :1], each[:, 1:]).flatten()
         return PatchMasks(self.where, rows, weights, patches * self.counts.sign())
