@@ -89,7 +89,7 @@ def plain_batches(
         start=shard.rank,
         stride=shard.processes,
         bound=isinstance(source, Shards),
-        pin=device.type == "cuda",
+        pin=device if device.type == "cuda" else None,
     )
     there = [torch.tensor(values, device=device) for values in (mean, std)]
     empty = 0

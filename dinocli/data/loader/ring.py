@@ -114,7 +114,7 @@ class Ring(Generic[Note]):
         start: Number of the first batch.
         stride: Step between batch numbers, if other processes fill the batches between.
         bound: True if chunks must go to the workers in turn, as streams need; else they go to any idle worker.
-        pin: True to pin the memory for copies to a CUDA device.
+        pin: CUDA device for whose copies the memory is pinned. If None, it is not.
 
     Attributes:
         waited: Seconds this process has waited for batches.
@@ -132,7 +132,7 @@ class Ring(Generic[Note]):
         start: int = 0,
         stride: int = 1,
         bound: bool = False,
-        pin: bool = False,
+        pin: torch.device | None = None,
         pick: Callable[[int], int] | None = None,
     ) -> None:
         self.waited = 0.0
@@ -152,9 +152,9 @@ class Ring(Generic[Note]):
         else:
             self._fill = make(0, 1)
         pinned: list[Tensor] = []
-        self._unpin = weakref.finalize(self, _unpin, pinned)  # keeps the memory mapped until it is unpinned
-        if pin:  # after the workers have started, which must not inherit it
-            _pin([values for slot in memory for values in slot.values()], pinned)
+        self._unpin = weakref.finalize(self, _unpin, pinned, pin)  # keeps the memory mapped until it is unpinned
+        if pin is not None:  # after the workers have started, which must not inherit it
+            _pin([values for slot in memory for values in slot.values()], pinned, pin)
 
     def _start(self, make: Callable[[int, int], Filler[Note]], bound: bool) -> None:
         workers = self._workers
@@ -339,27 +339,29 @@ def _allocate(field: Field, *, spawned: bool) -> Tensor:
     )
 
 
-def _pin(memory: Sequence[Tensor], pinned: list[Tensor]) -> None:
+def _pin(memory: Sequence[Tensor], pinned: list[Tensor], device: torch.device) -> None:
     """Pin memory for asynchronous copies to the device, and list what is pinned. The host waits for other copies."""
-    runtime = torch.cuda.cudart()
-    for values in memory:
-        if not values.nbytes:  # its address would be 0
-            continue
-        if int(runtime.cudaHostRegister(values.data_ptr(), values.nbytes, 0)):  # too much memory is locked, say
-            _clear_error()
-            return
-        pinned.append(values)
+    with torch.cuda.device(device):  # or another device would get a context, which takes memory
+        runtime = torch.cuda.cudart()
+        for values in memory:
+            if not values.nbytes:  # its address would be 0
+                continue
+            if int(runtime.cudaHostRegister(values.data_ptr(), values.nbytes, 0)):  # too much memory is locked, say
+                _clear_error()
+                return
+            pinned.append(values)
 
 
-def _unpin(pinned: list[Tensor]) -> None:
-    if not pinned:
+def _unpin(pinned: list[Tensor], device: torch.device | None) -> None:
+    if device is None or not pinned:
         return
-    runtime = torch.cuda.cudart()
-    with contextlib.suppress(RuntimeError):  # after an error of the device, which the run reports itself
-        torch.cuda.synchronize()  # a copy may still read the memory
-    while pinned:
-        if int(runtime.cudaHostUnregister(pinned.pop().data_ptr())):
-            _clear_error()
+    with torch.cuda.device(device):
+        runtime = torch.cuda.cudart()
+        with contextlib.suppress(RuntimeError):  # after an error of the device, which the run reports itself
+            torch.cuda.synchronize()  # a copy may still read the memory
+        while pinned:
+            if int(runtime.cudaHostUnregister(pinned.pop().data_ptr())):
+                _clear_error()
 
 
 def _clear_error() -> None:

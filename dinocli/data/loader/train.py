@@ -124,7 +124,7 @@ class TrainBatches:
             slots=min(slots_for(fields) for _, fields in phases),
             start=start,
             bound=isinstance(source, Shards),
-            pin=device.type == "cuda",
+            pin=device if device.type == "cuda" else None,
             pick=SizeDraw(seed, tuple(share for share, _ in views.mixes)) if views.mixed else None,
         )
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -241,6 +242,7 @@ class Runtime:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int = 100) -> None:
         self.most, self.pinned, self.codes, self.last = most, dict[int, int](), list[int](), 0
         monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         monkeypatch.setattr(torch, "zeros", self.launch)
 
@@ -273,7 +275,7 @@ PINNED = FIELDS | {"locals": Field((0, 10, 8, 8, 3), torch.uint8)}  # no local c
 
 
 def pinned_ring(workers: int) -> Ring:
-    options = {"make": Counting, "prepare": numbers, "workers": workers, "slots": 3, "pin": True}
+    options = {"make": Counting, "prepare": numbers, "workers": workers, "slots": 3, "pin": torch.device("cuda")}
     return Ring([(0, PINNED)], batch_size=10, **options)  # type: ignore[arg-type]
 
 
