@@ -1,21 +1,19 @@
 #!/usr/bin/env bash
-# All that is to be measured on a GPU, in under ten minutes, with no network.
+# Run a user's whole way on a GPU, the GPU tests and all speed benchmarks, in under ten minutes and without a network.
 #
-#   benchmarks/gpu.sh pack [DIR]    where there is a network: fetch the wheels that a bare machine with torch lacks
-#   benchmarks/gpu.sh               measure everything
-#   benchmarks/gpu.sh PART...       measure these parts: see the end of this file for their names
+#   benchmarks/gpu.sh pack [DIR]    with a network: download the wheels that a bare machine with torch lacks
+#   benchmarks/gpu.sh               run all parts, the most important first
+#   benchmarks/gpu.sh PART...       run these parts, such as those for which a first run had no time: see the end of this file
 #
-# Each part has a time of its own and fails alone; a part whose packages are not there is passed over, and said to be.
-# Where wheels lie in .whl (or in $DINO_WHEELS) they are unpacked for this run and come before what is installed.
+# Each part has its own time limit and fails alone; a part without its packages is skipped, with a note. The project need
+# not be installed. If .whl (or $DINO_WHEELS) holds wheels, they are unpacked for this run and precede installed packages.
+# Compiled kernels are in $OUT/compiled.tgz at the end; unpack it into $DINO_COMPILED, and the next run compiles nothing.
 #
-#   OUT               folder for gpu.txt (all output), steps.jsonl (figures), trace.json.gz     [gpu-results]
-#   DINO_PHOTOS       folder of photos in class folders; pictures are drawn where it is not set
-#   DINO_GPU_DEVICE   cpu tries this script with small networks                                  [cuda]
-#   DINO_SECONDS      all that the run may take                                                  [560]
-#
-# On the machine that is lent to a session of this project: `benchmarks/gpu.sh pack`, name .whl in `carry`, and run
-# `bash benchmarks/gpu.sh`. That machine has torch 2.11, torchvision, timm, safetensors, rich, typer, matplotlib, numpy
-# and pytest; pydantic and faiss are what it lacks. timm and pillow are carried too, for a known version.
+#   OUT               folder for gpu.txt (all output), steps.jsonl and parts.jsonl (figures), trace.json.gz, compiled.tgz [gpu-results]
+#   DINO_PHOTOS       folder of photos in class folders, or of train and val folders of those; if unset, images are drawn
+#   DINO_COMPILED     folder of compiled kernels from an earlier run                                              [.gpu/compiled]
+#   DINO_GPU_DEVICE   `cpu` tries this script with small networks                                                 [cuda]
+#   DINO_SECONDS      time limit of the whole run                                                                 [560]
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -30,7 +28,7 @@ if [ "${1:-}" = pack ]; then
     "$python" -m pip download "${for_there[@]}" pydantic &&
         "$python" -m pip download "${for_there[@]}" --no-deps timm faiss-cpu pillow || exit 1
     du -sh "$to"
-    echo "name $to in carry; 'echo /$to/ >> .git/info/exclude' keeps it out of git"
+    echo "copy $to to the machine with the checkout; 'echo /$to/ >> .git/info/exclude' keeps it out of git"
     exit
 fi
 
@@ -41,52 +39,56 @@ scratch=$(mktemp -d)
 exec 3>&1 > >(tee "$out/gpu.txt") 2>&1
 tee=$!
 trap 'rm -rf "$scratch"' EXIT
-export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE TORCHINDUCTOR_CACHE_DIR=$scratch/inductor
+export PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 CUDA_MODULE_LOADING=LAZY
+export TORCHINDUCTOR_CACHE_DIR=$scratch/compiled TRITON_CACHE_DIR=$scratch/compiled/triton
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-rm -f "$out/steps.jsonl"
+mkdir "$scratch/compiled"
+cp -r "${DINO_COMPILED:-.gpu/compiled}/." "$scratch/compiled" 2>/dev/null
+rm -f "$out"/{steps,parts}.jsonl
 end=$((SECONDS + ${DINO_SECONDS:-560}))
 wanted=" $* "
 summary=""
 
 if compgen -G "$wheels/*.whl" >/dev/null; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$scratch/site" "$wheels"/*.whl &&
-        export PYTHONPATH=$scratch/site:$PYTHONPATH || echo "the wheels in $wheels do not fit this Python: see above"
+        export PYTHONPATH=$scratch/site:$PYTHONPATH || echo "the wheels in $wheels do not fit this Python, see above"
 fi
 
-# The packages of those named that are not here.
-lacking() {
+# Print the named packages that are missing.
+missing() {
     "$python" -c 'import sys
 from importlib.util import find_spec
 print(*(name for name in sys.argv[1:] if find_spec(name) is None))' "$@"
 }
 
-# part NAME SECONDS "PACKAGES" COMMAND...: its output on the way, what it gives on stdout to $to if that is set.
+# part NAME SECONDS "PACKAGES" COMMAND...: run it, with its standard output in $to if that is set.
 part() {
-    local name=$1 seconds=$2 needs=$3 left=$((end - SECONDS)) missing began=$SECONDS code script
+    local name=$1 seconds=$2 needs=$3 left=$((end - SECONDS)) lacks began=$SECONDS code script
     shift 3
     case $wanted in "  " | *" $name "*) ;; *) return ;; esac
     printf '\n==== %s: %s\n' "$name" "$*"
     # shellcheck disable=SC2086
-    missing=$(lacking torch $needs)
+    lacks=$(missing torch $needs)
     for script in "$@"; do
-        case $script in benchmarks/*.py) [ -f "$script" ] || missing="$script $missing" ;; esac
+        case $script in benchmarks/*.py) [ -f "$script" ] || lacks="$script $lacks" ;; esac
     done
-    if [ -n "${missing// /}" ]; then
-        tell "$name: passed over, for it lacks $missing"
+    if [ -n "${lacks// /}" ]; then
+        note "$name: skipped, $lacks missing"
     elif [ $left -lt 10 ]; then
-        tell "$name: passed over, for the time is up"
+        note "$name: skipped, no time left"
     else
+        seconds=$((seconds * slack))
         timeout -k 5 $((seconds < left ? seconds : left)) "$@" >>"${to:-/dev/stdout}"
         code=$?
         case $code in
-        0) tell "$name: $((SECONDS - began)) s" ;;
-        124 | 137) tell "$name: stopped after $((SECONDS - began)) s" ;;
-        *) tell "$name: failed with $code after $((SECONDS - began)) s" ;;
+        0) note "$name: $((SECONDS - began)) s" ;;
+        124 | 137) note "$name: stopped at its limit after $((SECONDS - began)) s" ;;
+        *) note "$name: failed with $code after $((SECONDS - began)) s" ;;
         esac
     fi
 }
 
-tell() {
+note() {
     echo "---- $*"
     summary+="$*"$'\n'
 }
@@ -95,14 +97,16 @@ if [ "$device" = cpu ]; then
     tiny=(--set "backbone.options={img_size=32,patch_size=8,embed_dim=32,depth=2,num_heads=2}" --set heads.dino.prototypes=256
         --set views.global_1.size=32 --set views.global_2.size=32 --set views.local.size=16 --rounds 2)
     small=(--batch-size 4 "${tiny[@]}") large=(--batch-size 8 "${tiny[@]}") base=(--batch-size 4 "${tiny[@]}")
-    kernels=("${small[@]:0:${#small[@]}-2}")
-    packed=(--images 2 --rounds 2) count=16 side=64 data=(--images 16 --rounds 1)
+    kernels=(--way bfloat16 "${small[@]:0:${#small[@]}-2}")
+    packed=(--images 2 --rounds 2) count=48 side=64 data=(--images 16 --rounds 1)
     extract=(--images 16 --batch-size 8 --rounds 1 --rows 0) knn=(--voters 2000 --queries 200 --rounds 1)
+    parts=(--tiny --batch-size 4) ways=(bfloat16) slack=10
 else
     small=(--batch-size 64) large=(--batch-size 256) base=(--preset vitb16 --set views.locals=8 --batch-size 128)
     kernels=(--batch-size 256)
     packed=(--images 64) count=512 side=384 data=(--images 128 --rounds 3)
     extract=(--images 512 --batch-size 256 --workers 12 --rounds 3) knn=(--threads "$(nproc)" --rounds 2)
+    parts=(--batch-size 128) ways=(bfloat16 compiled) slack=1
 fi
 house="pydantic timm torchvision safetensors rich PIL numpy"
 
@@ -132,8 +136,8 @@ fi
 
 photos=${DINO_PHOTOS:-$scratch/drawn}
 if [ ! -d "$photos" ]; then
-    echo "no DINO_PHOTOS: $count pictures of $side pixels are drawn; a photo of that size takes longer to decode"
-    timeout 90 "$python" - "$photos" "$count" "$side" <<'END' || tell "drawn pictures: none"
+    echo "no DINO_PHOTOS: drawing $count images of $side pixels; a photo of that size takes longer to decode"
+    timeout 90 "$python" - "$photos" "$count" "$side" <<'END' || note "drawn images: failed"
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -147,7 +151,7 @@ folder, count, side = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
 def write(index: int) -> None:
     drawing = draw(index, side)
-    path = folder / CLASSES[drawing.label] / f"{index:05d}.jpg"
+    path = folder / ("val" if index % 4 == 3 else "train") / CLASSES[drawing.label] / f"{index:05d}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(drawing.image).save(path, quality=92)
 
@@ -156,30 +160,69 @@ with ProcessPoolExecutor() as pool:
     list(pool.map(write, range(count)))
 END
 fi
+train=$photos
+[ -d "$photos/train" ] && train=$photos/train
 
-ours=(bfloat16 compiled)
-to=$out/steps.jsonl part step-small 140 "$house" "$python" benchmarks/step.py --json --device "$device" "${small[@]}"
-to=$out/steps.jsonl part step-large 110 "$house" "$python" benchmarks/step.py --json --device "$device" "${large[@]}" --ways original-bf16 "${ours[@]}"
-to=$out/steps.jsonl part step-base 120 "$house" "$python" benchmarks/step.py --json --device "$device" "${base[@]}" --ways original-bf16 "${ours[@]}"
-to=$out/steps.jsonl part step-photos 110 "$house" "$python" benchmarks/step.py --json --device "$device" "${large[@]}" --ways "${ours[@]}" --images "$photos"
-part kernels 60 "$house" "$python" benchmarks/kernels.py --device "$device" "${kernels[@]}" --trace "$out/trace.json.gz"
-part packed 60 "rich" "$python" benchmarks/packed.py --device "$device" "${packed[@]}"
-[ "$device" = cpu ] && tell "tests: passed over, for they need a GPU" ||
+# All that a user does, on the device: a run that stops and resumes, features of both splits in one process beside those
+# of the CPU, a score, and the two kinds of run that differ most. Views without local crops are an empty array.
+whole_way() {
+    set -e
+    dino=("$python" -m dinocli)
+    run=(--device "$device" --batch-size 16 --no-compile --workers 2)
+    "${dino[@]}" doctor || true
+    "${dino[@]}" pretrain "$train" --preset tiny "${run[@]}" --steps 12 --monitor "$photos" --out "$scratch/run"
+    "${dino[@]}" pretrain "$train" --preset tiny "${run[@]}" --steps 20 --monitor "$photos" --out "$scratch/run"
+    for where in "$device" cpu; do
+        "${dino[@]}" extract "$scratch/run" "$photos" --device "$where" --batch-size 8 --precision float32 --out "$scratch/on-$where-$place"
+        place=again # on a CPU both are the same
+    done
+    "$python" - "$scratch/on-$device-first" "$scratch/on-cpu-again" <<'END'
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import dinocli
+
+for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
+    one, other = (np.asarray(dinocli.read_features(Path(folder) / path.name).values) for folder in sys.argv[1:])
+    cosines = (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+    print(f"{path.stem}: {len(one)} images, smallest cosine between the devices' features {cosines.min():.6f}")
+    if cosines.min() < 0.99:
+        sys.exit(f"{path.stem}: the features differ, so the device has read other images")
+END
+    "${dino[@]}" knn --features "$scratch/on-$device-first" --k 5
+    "${dino[@]}" pretrain "$train" --preset tiny "${run[@]}" --steps 3 --set views.locals=0 --set views.local=none --no-report --out "$scratch/no-local"
+    "${dino[@]}" pretrain "$train" --preset tiny-dinov2 "${run[@]}" --steps 5 --accumulate 2 --recompute --no-report --out "$scratch/v2"
+}
+export -f whole_way
+export python device photos train scratch place=first
+
+part whole-way 150 "$house typer faiss matplotlib" bash -c whole_way
+[ "$device" = cpu ] && note "tests: skipped, they need a GPU" ||
     part tests 90 "$house pytest typer matplotlib" "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors tests
-part data 60 "$house" "$python" benchmarks/data.py "$photos" "${data[@]}"
-part extract 60 "$house" "$python" benchmarks/extract.py "$photos" --device "$device" "${extract[@]}"
+to=$out/parts.jsonl part parts 150 "$house" "$python" benchmarks/device_parts.py --device "$device" "${parts[@]}" --photos "$photos"
+to=$out/steps.jsonl part step-small 140 "$house" "$python" benchmarks/step.py --json --device "$device" "${small[@]}" --ways original-bf16 "${ways[@]}"
+to=$out/steps.jsonl part step-large 110 "$house" "$python" benchmarks/step.py --json --device "$device" "${large[@]}" --ways original-bf16 "${ways[@]}"
+to=$out/steps.jsonl part step-photos 110 "$house" "$python" benchmarks/step.py --json --device "$device" "${large[@]}" --ways "${ways[@]}" --images "$train"
+to=$out/steps.jsonl part step-base 120 "$house" "$python" benchmarks/step.py --json --device "$device" "${base[@]}" --ways original-bf16 "${ways[@]}"
+part kernels 60 "$house" "$python" benchmarks/kernels.py --device "$device" "${kernels[@]}" --trace "$out/trace.json.gz"
+part extract 60 "$house" "$python" benchmarks/extract.py "$train" --device "$device" "${extract[@]}"
+part data 60 "$house" "$python" benchmarks/data.py "$train" "${data[@]}"
+part packed 60 "rich" "$python" benchmarks/packed.py --device "$device" "${packed[@]}"
 part knn 60 "$house faiss" "$python" benchmarks/knn.py "${knn[@]}"
-part probe 60 "$house faiss" "$python" benchmarks/probe.py "$photos"
+part probe 60 "$house faiss" "$python" benchmarks/probe.py "$train"
 if [ "$gpus" -ge 2 ]; then
     for kind in ddp fsdp; do
-        part "two-gpus-$kind" 60 "$house typer faiss matplotlib" "$python" -m dinocli pretrain "$photos" --gpus 2 --parallel $kind \
+        part "two-gpus-$kind" 60 "$house typer faiss matplotlib" "$python" -m dinocli pretrain "$train" --gpus 2 --parallel $kind \
             --preset tiny --steps 50 --no-report --out "$scratch/$kind"
     done
 else
-    tell "two-gpus: passed over, for there are $gpus"
+    note "two-gpus: skipped, $gpus devices"
 fi
 
-printf '\n==== in all, after %s s\n%s' "$SECONDS" "$summary"
+tar czf "$out/compiled.tgz" -C "$scratch/compiled" .
+printf '\n==== %s s in total\n%s' "$SECONDS" "$summary"
 ls -l "$out"
 exec >&3 2>&3
 wait "$tee"

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -229,3 +230,24 @@ def test_without_the_original_the_comparison_says_how_to_get_it(
     with pytest.raises(SystemExit):
         against_original.main([str(tmp_path), str(tmp_path)])
     assert "git clone https://github.com/facebookresearch/dino" in capsys.readouterr().err
+
+
+def test_the_script_for_a_gpu_names_scripts_and_parts_that_exist() -> None:
+    folder = Path(__file__).parents[1] / "benchmarks"
+    script = (folder / "gpu.sh").read_text(encoding="utf-8")
+    named = set(re.findall(r"benchmarks/(\w+\.py)", script))
+    assert {"device_parts.py", "step.py", "kernels.py"} <= named
+    assert all((folder / name).is_file() for name in named)
+    subprocess.run(["bash", "-n", folder / "gpu.sh"], check=True)
+
+
+@pytest.mark.slow
+def test_the_parts_of_a_device_are_measured_on_a_cpu_too() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "device_parts.py"
+    parts = ("ceiling", "update", "attention", "views", "embedding", "copies")
+    words = [sys.executable, script, *parts, "--tiny", "--batch-size", "2", "--device", "cpu"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert list(dict.fromkeys(line["part"] for line in found)) == list(parts)
+    assert all(value > 0 for line in found for value in line.values() if isinstance(value, float))
