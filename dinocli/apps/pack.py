@@ -1,22 +1,25 @@
-"""Packing of images into tar shards, which are read sequentially instead of file by file."""
+"""Packing of images into shards: their files as tar, read sequentially, or their decoded pixels, read at random."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import io
+import math
 import os
 import re
+import shutil
 import tarfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.lib.format import MAGIC_PREFIX
@@ -28,10 +31,11 @@ from dinocli.core.checksums import unseal
 from dinocli.core.drafts import sweep
 from dinocli.core.errors import DinoError
 from dinocli.core.resources import cores
-from dinocli.data.decode.image import decode
-from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.decode.image import decode, open_image
+from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.listing import ARRAY, SUFFIXES
+from dinocli.data.sources.pixels import SUFFIX, PixelWriter, write_index
 from dinocli.data.sources.regular import why_unread
 from dinocli.data.sources.shards import INDEX, open_shards
 from dinocli.data.views.crops import shrink
@@ -40,9 +44,14 @@ if TYPE_CHECKING:
     from dinocli.data.sources.open import Images
 
 SETTINGS = "pack.json"
+# Default short side of packed pixels. A crop of a quarter of the area, the smallest global crop of the original, then
+# still has its 224 pixels.
+PIXELS_SIDE = 448
 _AT_ONCE = 64  # images decoded at once and held in memory
 _TIMED, _TIMES = 500, 3  # images and repetitions of the speed measurement
 _LONGEST_SIDE = 65_000  # pixels; JPEG cannot store more
+_SAMPLED = 200  # images whose sizes estimate the space that all need
+_ROOM = 0.95  # share of the free space that the hint of an error suggests to fill
 
 
 @dataclass(frozen=True)
@@ -71,12 +80,14 @@ class Packed:
 
 
 class _Entry(NamedTuple):
-    """Image to write, or the reason to skip it."""
+    """Image file to write."""
 
-    key: str = ""
-    suffix: str = ""
-    data: bytes = b""
-    reason: str = ""
+    key: str
+    suffix: str
+    data: bytes
+
+
+T = TypeVar("T")
 
 
 def pack(
@@ -89,64 +100,156 @@ def pack(
     name: str = "images",
     seed: int = 0,
     images: ImagesConfig = DEFAULTS,
+    pixels: bool = False,
     report: Callable[[int], None] = lambda images: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Packed:
-    """Write tar shards in WebDataset format, each a random sample of the source, and an index next to them.
+    """Write images to shards, and an index next to them.
 
-    A repeated call keeps complete shards. Every image is decoded once, so that a bad one is found now and not during
-    training.
+    Shards are tar files in WebDataset format, each a random sample of the source, or decoded pixels in the order of the
+    source. A repeated call keeps complete shards. Every image is decoded once, so that a bad one is found now and not
+    during training.
 
     Args:
         source: Images to pack.
         out: Folder for the shards.
-        side: Short side, in pixels, to which larger images are resized. They are stored as JPEG, or as .npy if they
-            have neither one nor three channels. Smaller images, and all images if None, keep their files unchanged.
+        side: Short side, in pixels, to which larger images are resized. In tar files they are stored as JPEG, or as
+            .npy if they have neither one nor three channels. Smaller images, and all images if None, keep their files
+            unchanged. If None, pixels have a short side of at most `PIXELS_SIDE`.
         quality: JPEG quality, 1 to 95.
         per_shard: Number of source images per shard, including bad ones.
         name: Prefix of the shards' names.
         seed: Seed of the order.
         images: Decoding settings: limits for readable images, and the conversion of deep ones to 8 bits.
+        pixels: True to store decoded pixels instead of image files.
         report: Progress callback with the number of images done.
+        note: Callback with the space that pixels take, before they are written.
 
     Raises:
-        DinoError: If the folder holds shards with other settings, or no image can be read.
+        DinoError: If the folder holds shards with other settings, no image can be read, or the disk has too little
+            space for the pixels.
         OSError: If the disk is full or the place is not writable.
     """
     start = time.monotonic()
+    side = side or PIXELS_SIDE if pixels else side
     repeated, digest = _find_repeated_keys(source)
-    settings = {
-        "source": source.where, "images": len(source), "listing": digest, "side": side, "quality": quality,
-        "per_shard": per_shard, "name": name, "seed": seed,
+    settings: dict[str, Any] = {
+        "source": source.where, "images": len(source), "listing": digest, "side": side, "per_shard": per_shard,
+        "name": name, **({"format": "pixels"} if pixels else {"quality": quality, "seed": seed}),
     }  # fmt: skip
     if images != DEFAULTS:
         settings["read as"] = images.model_dump(mode="json", exclude_defaults=True)
     done: dict[str, Any] = _resume(out, settings)
-    order = np.random.default_rng(seed).permutation(len(source))
-    make = partial(_make_entry, source, repeated, images, side, quality)
-    kept = 0
+    # Tar files are read in their order, pixels in any.
+    order = np.arange(len(source)) if pixels else np.random.default_rng(seed).permutation(len(source))
+    firsts = {f"{name}-{i:06}{SUFFIX if pixels else '.tar'}": i * per_shard for i in range(-(-len(order) // per_shard))}
+    missing = {shard for shard in firsts if shard not in done or _file_size(out / shard) != done[shard]["bytes"]}
+    make: Callable[[int], Any] = partial(_make_entry, source, repeated, images, side, quality)
+    if pixels and side:
+        make = partial(_make_pixels, source, images, side)
+        if missing:
+            note(_check_space(source, out, images, side, share=len(missing) / len(firsts)))
     with ThreadPoolExecutor(min(16, cores())) as pool:  # Pillow decodes without the interpreter lock
-        for first in range(0, len(order), per_shard):
-            rows, shard = order[first : first + per_shard], f"{name}-{first // per_shard:06}.tar"
-            if shard in done and _file_size(out / shard) == done[shard]["bytes"]:
-                kept += 1
-                report(first + len(rows))
+        for shard, first in firsts.items():
+            end, bad = min(first + per_shard, len(order)), dict[str, str]()
+            if shard not in missing:
+                report(end)
                 continue
-            bad, packed = {}, 0
-            with atomic(out / shard) as draft, tarfile.open(draft, "w", format=tarfile.GNU_FORMAT) as tar:
-                for part in range(0, len(rows), _AT_ONCE):
-                    block = rows[part : part + _AT_ONCE].tolist()
-                    for row, entry in zip(block, pool.map(make, block), strict=True):
-                        if entry.reason:
-                            bad[source.names[row]] = entry.reason
-                            continue
-                        packed += 1
-                        _add_member(tar, f"{entry.key}{entry.suffix}", entry.data)
-                        if source.labels[row] >= 0:
-                            _add_member(tar, f"{entry.key}.cls", b"%d" % source.labels[row])
-                    report(first + part + len(block))
-            done[shard] = {"images": packed, "bytes": _file_size(out / shard), "bad": bad}
+            made = _make_all(source, order[:end], first, pool, make, bad, report)
+            with atomic(out / shard) as draft:
+                stated = (_write_pixels if pixels else _write_tar)(source, draft, made)
+            done[shard] = {**stated, "bytes": _file_size(out / shard), "bad": bad}
             _write_settings(out, settings, done)
-    return _finish(source, out, images, done, order, kept, start)
+    return _finish(source, out, images, done, order, len(firsts) - len(missing), pixels, start)
+
+
+def _make_all(
+    source: Images,
+    order: NDArray[np.int64],
+    first: int,
+    pool: ThreadPoolExecutor,
+    make: Callable[[int], T | BadImage],
+    bad: dict[str, str],
+    report: Callable[[int], None],
+) -> Iterator[tuple[int, T]]:
+    """Yield the rows from place `first` on, and what is stored of their images; add the unreadable ones to `bad`."""
+    for part in range(first, len(order), _AT_ONCE):
+        block = order[part : part + _AT_ONCE].tolist()
+        for row, made in zip(block, pool.map(make, block), strict=True):
+            if isinstance(made, BadImage):
+                bad[source.names[row]] = made.reason
+            else:
+                yield row, made
+        report(part + len(block))
+
+
+def _write_tar(source: Images, path: Path, entries: Iterable[tuple[int, _Entry]]) -> dict[str, Any]:
+    """Write a tar shard, and return its number of images."""
+    count = 0
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for row, entry in entries:
+            count += 1
+            _add_member(tar, f"{entry.key}{entry.suffix}", entry.data)
+            if source.labels[row] >= 0:
+                _add_member(tar, f"{entry.key}.cls", b"%d" % source.labels[row])
+    return {"images": count}
+
+
+def _write_pixels(source: Images, path: Path, entries: Iterable[tuple[int, Pixels]]) -> dict[str, Any]:
+    """Write a shard of pixels, and return its number of images and the checksum of its table."""
+    count = 0
+    with closing(PixelWriter(path)) as writer:
+        for row, pixels in entries:
+            count += 1
+            writer.add(source.names[row], int(source.labels[row]), pixels)
+        return {"images": count, "table": writer.finish()}
+
+
+def _check_space(source: Images, out: Path, images: ImagesConfig, side: int, share: float) -> str:
+    """Estimate the space of the pixels from a sample of the headers, and return a line that states it.
+
+    Args:
+        source: Images to pack.
+        out: Folder for the shards.
+        images: Decoding settings.
+        side: Short side of the stored pixels.
+        share: Share of the images that are not packed yet.
+
+    Raises:
+        DinoError: If the disk has less space.
+    """
+    sizes = [_stored_bytes(source, images, side, row) for row in _spread(len(source))]
+    needed = int(share * len(source) * np.mean([size for size in sizes if size] or [0]))
+    there = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        fits = math.isqrt(int(side**2 * _ROOM * free / needed))
+        smaller = f"use --short-side {fits}, or " if fits >= 8 else ""
+        raise DinoError(
+            f"the pixels take about {_format_bytes(needed)}; {there} has {_format_bytes(free)} free",
+            f"{smaller}name a folder on a larger disk",
+        )
+    return f"the pixels take about {_format_bytes(needed)}; {there} has {_format_bytes(free)} free"
+
+
+def _spread(count: int) -> list[int]:
+    return sorted({i * count // _SAMPLED for i in range(_SAMPLED)})
+
+
+def _stored_bytes(source: Images, images: ImagesConfig, side: int, row: int) -> int:
+    """Return the size of an image's stored pixels, from its header; 0 if it cannot be read."""
+    try:
+        opened = open_image(source.read(row, images), images)
+    except OSError:
+        return 0
+    if isinstance(opened, BadImage):
+        return 0
+    scale = min(1.0, side / min(opened.height, opened.width))
+    return int(opened.height * scale * opened.width * scale * images.channels)
+
+
+def _format_bytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _find_repeated_keys(source: Images) -> tuple[NDArray[np.bool_], str]:
@@ -182,8 +285,11 @@ def _resume(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         before, shards = stored["settings"], stored["shards"]
         _check_shards(before, shards)
     except FileNotFoundError:
-        if any(out.glob("*.tar")):
-            raise DinoError(f"{out} holds tar files that `dino pack` did not write", "name a new folder") from None
+        for kind, suffix in (("tar", ".tar"), ("safetensors", SUFFIX)):
+            if any(out.glob(f"*{suffix}")):
+                raise DinoError(
+                    f"{out} holds {kind} files that `dino pack` did not write", "name a new folder"
+                ) from None
         _write_settings(out, settings, {})
         return {}
     except (ValueError, LookupError, TypeError) as error:
@@ -210,6 +316,8 @@ def _check_shards(settings: object, shards: object) -> None:
         numbers = [shard["images"], shard["bytes"]]
         if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(shard["bad"], dict):
             raise ValueError(f"an entry of {name} has the wrong type")
+        if settings.get("format") == "pixels" and not isinstance(shard["table"], str):
+            raise ValueError(f"an entry of {name} has the wrong type")
 
 
 def _write_settings(out: Path, settings: dict[str, Any], done: dict[str, Any]) -> None:
@@ -220,16 +328,28 @@ def _file_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else -1
 
 
-def _make_entry(
-    source: Images, repeated: NDArray[np.bool_], images: ImagesConfig, side: int | None, quality: int, row: int
-) -> _Entry:
+def _decode(source: Images, images: ImagesConfig, row: int) -> tuple[Data, Pixels] | BadImage:
+    """Return what the source holds of an image, and its pixels."""
     try:
         data = source.read(row, images)
     except OSError as error:
-        return _Entry(reason=why_unread(error))
+        return BadImage(why_unread(error))
     pixels = decode(data, images)
-    if isinstance(pixels, BadImage):
-        return _Entry(reason=pixels.reason)
+    return pixels if isinstance(pixels, BadImage) else (data, pixels)
+
+
+def _make_pixels(source: Images, images: ImagesConfig, side: int, row: int) -> Pixels | BadImage:
+    decoded = _decode(source, images, row)
+    return decoded if isinstance(decoded, BadImage) else shrink(decoded[1], side)
+
+
+def _make_entry(
+    source: Images, repeated: NDArray[np.bool_], images: ImagesConfig, side: int | None, quality: int, row: int
+) -> _Entry | BadImage:
+    decoded = _decode(source, images, row)
+    if isinstance(decoded, BadImage):
+        return decoded
+    data, pixels = decoded
     key = _key(source.names[row]) + (f"~{row}" if repeated[row] else "")
     height, width = pixels.shape[:2]
     short = min(height, width)
@@ -274,6 +394,7 @@ def _finish(
     done: dict[str, Any],
     order: NDArray[np.int64],
     kept: int,
+    pixels: bool,
     start: float,
 ) -> Packed:
     bad = {name: reason for shard in done.values() for name, reason in shard["bad"].items()}
@@ -284,15 +405,20 @@ def _finish(
             f"none of the {len(source)} images in {source.where} can be read; {first[0]}: {first[1]}",
             "check that file; then name a new folder",
         )
-    index = {
-        "classes": source.classes,
-        "shards": {name: shard["images"] for name, shard in done.items()},
-        "bytes": {name: shard["bytes"] for name, shard in done.items()},
-    }
-    write_json(out / INDEX, index, indent=1)
+    if pixels:
+        shards = {name: {key: shard[key] for key in ("images", "bytes", "table")} for name, shard in done.items()}
+        write_index(out, source.classes, images, shards)
+    else:
+        index = {
+            "classes": source.classes,
+            "shards": {name: shard["images"] for name, shard in done.items()},
+            "bytes": {name: shard["bytes"] for name, shard in done.items()},
+        }
+        write_json(out / INDEX, index, indent=1)
     seconds = time.monotonic() - start
     good = [row for row in order[:_TIMED].tolist() if source.names[row] not in bad]
-    faster, cold = _measure_speedup(source, out, images, good)
+    # Reading is not what pixels save.
+    faster, cold = (None, False) if pixels else _measure_speedup(source, out, images, good)
     size = sum(shard["bytes"] for shard in done.values())
     return Packed(len(done), kept, count, size, seconds, bad, faster, cold)
 

@@ -1,4 +1,4 @@
-"""`dino pack`: tar shards of images."""
+"""`dino pack`: shards of images, as tar files or as decoded pixels."""
 
 from __future__ import annotations
 
@@ -23,12 +23,21 @@ def pack(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the shards.")],
+    pixels: Annotated[
+        bool,
+        typer.Option(
+            "--pixels",
+            help="Store decoded pixels instead of files, so that training needs no decoding. They take several times "
+            "the space of JPEGs.",
+            rich_help_panel=METHOD,
+        ),
+    ] = False,
     short_side: Annotated[
         int | None,
         typer.Option(
             min=8,
             help="Resize images with a longer short side to this many pixels, and store them as JPEG (.npy unless "
-            "they have 1 or 3 channels). Default: store all files unchanged.",
+            "they have 1 or 3 channels). Default: store all files unchanged; with --pixels, 448.",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -37,10 +46,11 @@ def pack(
     overrides: Limits = None,
     json: Json = False,
 ) -> None:
-    """Pack images into tar shards, for faster reading of large sets; the same command resumes.
+    """Pack images into shards, for faster reading of large sets; the same command resumes.
 
     Examples:
         dino pack ./images shards
+        dino pack ./images pixels --pixels
         dino pack ./images shards --short-side 256 --per-shard 5000
     """
     if "/" in name or name.startswith("."):
@@ -61,7 +71,10 @@ def pack(
     taken = DEFAULTS.changed(overrides or [])
     torch.set_num_threads(1)  # images are resized in parallel, one thread each
     with console.progress("pack", len(source), "images") as advance:
-        packed = pack(source, out, side=short_side, per_shard=per_shard, name=name, images=taken, report=advance)
+        packed = pack(
+            source, out, side=short_side, per_shard=per_shard, name=name, images=taken, pixels=pixels, report=advance,
+            note=console.say,
+        )  # fmt: skip
     for path, reason in packed.bad.items():
         console.say(f"note: skipped {path}: {reason}")
     if packed.kept:

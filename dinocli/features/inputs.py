@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
-from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.listing import Names
 from dinocli.data.sources.open import Images
@@ -30,7 +30,7 @@ class GivenImages(Images):
 
     given: Sequence[Given] = ()
 
-    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> bytes | Image:
+    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
         one = self.given[index]
         if isinstance(one, Image):
             return one

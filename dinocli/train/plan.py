@@ -13,7 +13,7 @@ import torch
 from dinocli.core.device import TrainingPrecision, training_precision
 from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
-from dinocli.data.sources.open import Source
+from dinocli.data.sources.open import PackedImages, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.engine.parallel import Kind
@@ -85,7 +85,8 @@ class Plan:
 
     Raises:
         DinoError: If the batch cannot be split evenly over the processes and their parts, `teacher` does not match the
-            preset's `teacher.frozen`, its features cannot be stored, or the run to continue has another network.
+            preset's `teacher.frozen`, its features cannot be stored, the run to continue has another network, or the
+            images are packed pixels that were decoded by other settings.
     """
 
     name: str
@@ -114,6 +115,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each
+        if isinstance(self.source, PackedImages):
+            self.source.pixels.check(self.preset.images)
         if self.preset.teacher.frozen != (self.teacher is not None):
             raise DinoError(
                 "teacher.frozen is true, and --teacher is not set"

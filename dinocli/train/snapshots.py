@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dinocli.core.atomic import atomic, write_text
 from dinocli.data.decode.image import Opened, open_image, reduction
-from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.crops import ViewsConfig, resize_and_center, resize_for
@@ -173,7 +173,7 @@ def _first(source: Shards) -> Iterator[tuple[str, bytes]]:
     return ((sample.name, sample.data) for sample in islice(source.stream(0, 1), _TRIES))
 
 
-def _sample(source: Images, preset: Preset) -> Iterator[tuple[str, bytes | Image.Image]]:
+def _sample(source: Images, preset: Preset) -> Iterator[tuple[str, Data]]:
     rows = np.random.default_rng((preset.training.seed, _WORD)).choice(
         len(source), min(_TRIES, len(source)), replace=False
     )

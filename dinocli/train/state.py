@@ -23,7 +23,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import load_tensors, write_tensors
 from dinocli.core.version import __version__
-from dinocli.data.sources.open import Source, TorchvisionImages
+from dinocli.data.sources.open import PackedImages, Source, TorchvisionImages
 from dinocli.data.sources.shards import Shards
 from dinocli.data.sources.tar import PIPE
 from dinocli.engine.checkpoint import restore, state_of
@@ -276,9 +276,10 @@ class StateStore:
 def sample_of(source: Source) -> str:
     """Return checksums of up to 200 image files or shards, eight hexadecimal digits each.
 
-    The result is empty for sources without files: pipes and torchvision.
+    The result is empty for sources without files, pipes and torchvision, and for packed pixels, whose fingerprint
+    depends on all pixels already.
     """
-    if isinstance(source, TorchvisionImages):
+    if isinstance(source, TorchvisionImages | PackedImages):
         return ""
     if isinstance(source, Shards):
         piped = any(url.startswith(PIPE) for url in source.urls)

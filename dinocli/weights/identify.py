@@ -15,6 +15,7 @@ from dinocli.core.tensors import read_metadata
 from dinocli.data.sources.frames import is_video
 from dinocli.data.sources.listing import ARRAY, SUFFIXES
 from dinocli.data.sources.open import TORCHVISION
+from dinocli.data.sources.pixels import is_pixels
 from dinocli.data.sources.shards import is_shards
 from dinocli.features.store import INDEX
 
@@ -106,7 +107,7 @@ def _folder(path: Path) -> Kind:
         return "features"
     if (path / "config.json").is_file() and (list(path.glob("*.safetensors")) or list(path.glob("*.bin"))):
         return "weights" if config_of(path).get("model_type") in TRANSFORMERS else "model"
-    if is_shards(str(path)):
+    if is_pixels(str(path)) or is_shards(str(path)):
         return "source"
     found = (name for _, _, names in os.walk(path) for name in names)
     suffixes = (os.path.splitext(name)[1].lower() for name in islice(found, _ENTRIES))

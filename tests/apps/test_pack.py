@@ -19,8 +19,11 @@ from dinocli.cli.pack import pack as command
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
 from dinocli.data.images import ImagesConfig
-from dinocli.data.sources.open import image_folder
+from dinocli.data.loader.cache import kept_side
+from dinocli.data.sources.open import image_folder, open_images, open_source
 from dinocli.data.sources.shards import open_shards
+from dinocli.data.views.crops import shrink
+from dinocli.method.preset import load_preset
 
 
 @dataclass
@@ -265,3 +268,76 @@ def test_corrupt_settings_give_a_one_line_error(tmp_path: Path, images: Path, te
     with pytest.raises(DinoError, match=r"pack\.json is corrupt") as error:
         pack(source, tmp_path / "out")
     assert "\n" not in error.value.message
+
+
+def test_packed_pixels_are_the_decoded_and_shrunk_images_in_their_order(tmp_path: Path) -> None:
+    write_images(tmp_path / "in" / "a", 3, size=40)
+    write_images(tmp_path / "in" / "b", 2, size=23, seed=1)
+    source = image_folder(tmp_path / "in")
+    done = []
+    packed = pack(source, tmp_path / "out", side=24, per_shard=2, pixels=True, report=done.append)
+    assert (packed.shards, packed.kept, packed.images, packed.faster, done) == (3, 0, 5, None, [2, 4, 5])
+    assert packed.bytes == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.safetensors"))
+    opened = open_source(str(tmp_path / "out"))
+    assert (list(opened.names), opened.classes) == (list(source.names), ["a", "b"])
+    assert opened.labels.tolist() == source.labels.tolist() == [0, 0, 0, 1, 1]
+    for row in range(5):
+        expected = shrink(decode(source.read(row)), 24)
+        np.testing.assert_array_equal(opened.read(row), expected)
+        np.testing.assert_array_equal(decode(opened.read(row)), expected)
+
+
+def test_a_resumed_packing_of_pixels_writes_identical_shards(tmp_path: Path, images: Path) -> None:
+    (images / "a" / "0000.png").write_bytes(b"no image")
+    source = image_folder(images)
+
+    def killed(images: int) -> None:
+        if images > 5:
+            raise KeyboardInterrupt
+
+    complete, resumed = tmp_path / "whole", tmp_path / "broken"
+    pack(source, complete, per_shard=5, pixels=True)
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, resumed, per_shard=5, pixels=True, report=killed)
+    assert sorted(files(resumed)) == ["images-000000.safetensors", "pack.json"]
+    with pytest.raises(DinoError, match="incomplete") as error:
+        open_source(str(resumed))
+    assert "run the same `dino pack`" in str(error.value.hint)
+    (resumed / "images-000001.safetensors").write_bytes(b"half")  # a truncated copy
+    again = pack(source, resumed, per_shard=5, pixels=True)
+    assert (again.kept, again.images, list(again.bad)) == (1, 11, ["a/0000.png"])
+    assert files(resumed) == files(complete)
+    with pytest.raises(DinoError, match="was packed with"):
+        pack(source, resumed, per_shard=5)
+
+
+def test_the_space_of_pixels_is_stated_first_and_refused_if_the_disk_has_less(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, said = image_folder(images), list[str]()
+    pack(source, tmp_path / "out", pixels=True, note=said.append)
+    pack(source, tmp_path / "out", pixels=True, note=said.append)  # nothing is missing
+    assert len(said) == 1 and said[0].startswith("the pixels take about 0 MB; ")
+    usage = packing.shutil.disk_usage(tmp_path)._replace(free=12 * 32 * 32 * 3 - 1)
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DinoError, match="has 0 MB free") as error:
+        pack(source, tmp_path / "small", pixels=True, side=32)
+    fits = int(error.value.hint.split("--short-side ")[1].split(",")[0])
+    assert fits == 31 and "a larger disk" in error.value.hint
+    assert not list((tmp_path / "small").glob("*.safetensors"))
+    pack(source, tmp_path / "smaller", pixels=True, side=fits)
+
+
+def test_the_default_side_of_pixels_enlarges_no_crop_of_the_original() -> None:
+    assert kept_side(load_preset("vits16").views.all) == packing.PIXELS_SIDE
+
+
+def test_the_command_packs_pixels_that_another_pack_can_read(tmp_path: Path, images: Path, capsys) -> None:
+    command(str(images), tmp_path / "out", pixels=True, per_shard=6, json=True)
+    shown = capsys.readouterr()
+    assert "the pixels take about" in shown.err and f"next: dino pretrain {tmp_path / 'out'}" in shown.err
+    assert json.loads(shown.out)["shards"] == 2
+    pack(open_images(str(tmp_path / "out")), tmp_path / "tar", per_shard=12)
+    samples = list(open_shards(str(tmp_path / "tar")).stream(0, 1))
+    assert sorted(sample.label for sample in samples) == [0] * 6 + [1] * 6
+    assert all(decode(sample.data).shape == (32, 32, 3) for sample in samples)

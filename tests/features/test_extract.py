@@ -185,6 +185,16 @@ def test_several_processes_write_the_same_file_as_one(tmp_path: Path, images: Pa
         assert (tmp_path / f"of-{count}.safetensors").read_bytes() == (tmp_path / "of-1.safetensors").read_bytes()
 
 
+def test_features_of_packed_pixels_equal_those_of_the_files(tmp_path: Path, images: Path) -> None:
+    pack(image_folder(images), tmp_path / "packed", per_shard=5, pixels=True)
+    assert extracted(tmp_path, str(images), 0) == extracted(tmp_path, str(tmp_path / "packed"), 0)
+    of_files, of_pixels = tmp_path / "files.safetensors", tmp_path / "of-1.safetensors"
+    extracted(tmp_path, str(images), 0)
+    of_pixels.rename(of_files)
+    extracted(tmp_path, str(tmp_path / "packed"), 0)
+    assert of_pixels.read_bytes() == of_files.read_bytes()
+
+
 class Lossy(Encoder):
     """Encoder with non-finite features for images whose first pixel is bright, as if products overflowed."""
 

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import of_channels, write_images
 
+from dinocli.apps.pack import pack
 from dinocli.core.errors import DinoError
-from dinocli.data.sources.open import image_folder
+from dinocli.data.images import ImagesConfig
+from dinocli.data.sources.open import image_folder, open_images
 from dinocli.method import shipped
 from dinocli.method.preset import load_preset
 from dinocli.train.plan import Plan, cautions, check_schedules, short_stop, start_clock
@@ -18,7 +20,14 @@ from dinocli.train.plan import Plan, cautions, check_schedules, short_stop, star
 
 def plan(images: Path, *overrides: str, preset: str = "tiny", stop: int = 10) -> Plan:
     return Plan(
-        preset, load_preset(preset, overrides), image_folder(images), stop, Path("run"), torch.device("cpu"), 0, None
+        preset,
+        load_preset(preset, overrides),
+        open_images(str(images)),
+        stop,
+        Path("run"),
+        torch.device("cpu"),
+        0,
+        None,
     )
 
 
@@ -96,6 +105,13 @@ def test_shipped_presets_fit_their_own_length_and_all_schedules_are_finite(name:
     for schedule in preset.schedules.values():
         for step in (0, 1, clock.total // 2, clock.total - 1, clock.total):
             assert math.isfinite(schedule.at(replace(clock, step=step)))
+
+
+def test_packed_pixels_of_other_channels_are_refused(tmp_path: Path, images: Path) -> None:
+    pack(image_folder(images), tmp_path / "gray", pixels=True, images=ImagesConfig(channels=1))
+    plan(tmp_path / "gray", *of_channels(1))
+    with pytest.raises(DinoError, match=r"images.channels=1; expected 3\n"):
+        plan(tmp_path / "gray")
 
 
 def test_a_run_of_one_step_has_a_rate(images: Path) -> None:

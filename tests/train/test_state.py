@@ -16,11 +16,12 @@ import pytest
 import torch
 from conftest import SMALL, write_images
 
+from dinocli.apps.pack import pack
 from dinocli.core.checksums import seal
 from dinocli.core.drafts import drafting, sweep
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import held
-from dinocli.data.sources.open import image_folder
+from dinocli.data.sources.open import image_folder, open_images
 from dinocli.method.preset import load_preset
 from dinocli.train.plan import Plan, Saving
 from dinocli.train.pretrain import pretrain
@@ -284,6 +285,8 @@ def test_a_sample_sees_any_change_of_a_file(tmp_path: Path) -> None:
         before = after
     (tmp_path / "images" / "0002.png").unlink()
     assert sample_of(source)[16:] == "0" * 8
+    pack(image_folder(write_images(tmp_path / "others", 2)), tmp_path / "pixels", pixels=True)
+    assert sample_of(open_images(str(tmp_path / "pixels"))) == ""  # the fingerprint of pixels depends on all of them
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(plan: Plan) -> None:

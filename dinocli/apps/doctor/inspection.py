@@ -15,20 +15,19 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dinocli.apps.doctor.near_duplicates import SIDE, Pair, is_flat, near_equal, thumbnail
 from dinocli.core.resources import cores
 from dinocli.data.decode.contrast import Contrast, contrast, raw_range
 from dinocli.data.decode.image import open_image, reduction
-from dinocli.data.decode.pixels import BadImage
+from dinocli.data.decode.pixels import BadImage, Data
 from dinocli.data.decode.torch_codecs import has_fast_jpeg
 from dinocli.data.images import DEFAULTS, ImagesConfig, Range
-from dinocli.data.sources.open import Images, Source, TorchvisionImages
+from dinocli.data.sources.open import Images, PackedImages, Source, TorchvisionImages
 from dinocli.data.sources.regular import why_unread
 from dinocli.data.sources.shards import Shards
 
-Read = Callable[[], "bytes | Image.Image | BadImage"]
+Read = Callable[[], "Data | BadImage"]
 
 _SECONDS = 45.0  # time limit of the sampling
 _PIPES, _SHARDS = 4, 50  # number of pipes and shards that the sample comes from
@@ -167,7 +166,7 @@ def inspect(
         )
         return replace(inspection, narrow=_count_narrow(good), window=window, seconds=time.monotonic() - start)
     kind = "shards" if isinstance(source, Shards) else "files"
-    if isinstance(source, TorchvisionImages):
+    if isinstance(source, TorchvisionImages | PackedImages):
         kind = "decoded"
     distinct = {one.digest: one for one in reversed(good)}
     near, pairs = near_equal([one.name for one in distinct.values()], [one.thumb for one in distinct.values()])

@@ -8,15 +8,14 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from dinocli.core.atomic import write_text
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Rows
 from dinocli.data.decode.image import open_image, reduction
-from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources.open import Source, TorchvisionImages, splits
+from dinocli.data.sources.open import PackedImages, Source, TorchvisionImages, splits
 from dinocli.data.sources.regular import Refused, read_file
 from dinocli.data.sources.shards import Shards, read_sample
 from dinocli.features.store import Features, Provenance, read_splits, same_maker
@@ -70,11 +69,11 @@ class Gallery:
         """Return the file of an image, or None if the image has no file of its own or is missing."""
         split, path = self._locate(row)
         source = self._sources.get(split)
-        if source is None or isinstance(source, Shards | TorchvisionImages):
+        if source is None or isinstance(source, Shards | TorchvisionImages | PackedImages):
             return None
         return (source.root / path).absolute()
 
-    def read(self, row: int, images: ImagesConfig = DEFAULTS) -> bytes | Image.Image | BadImage:
+    def read(self, row: int, images: ImagesConfig = DEFAULTS) -> Data | BadImage:
         """Return an image's bytes, or the reason why it cannot be read; `images` holds the limits."""
         split, path = self._locate(row)
         source = self._sources.get(split)
@@ -83,6 +82,13 @@ class Gallery:
         try:
             if isinstance(source, TorchvisionImages):
                 return source.read(int(path))
+            if isinstance(source, PackedImages):
+                place = source.places.get(path)
+                return (
+                    BadImage(f"missing: {path} is not in {source.where}")
+                    if place is None
+                    else source.read(place, images)
+                )
             if isinstance(source, Shards):
                 return read_sample(source, path) or BadImage(f"missing: {path} is not in {source.where}")
             return read_file(source.root / path, images)
@@ -156,7 +162,7 @@ def belong_together(first: Gallery, other: Gallery) -> None:
     same_maker((str(first.folder), first.provenance), (str(other.folder), other.provenance))
 
 
-def small(data: bytes | Image.Image, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
+def small(data: Data, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
     """Decode a photo for display at `side` pixels; large ones are decoded smaller if the decoder can. [H, W, C]"""
     opened = open_image(data, images)
     if isinstance(opened, BadImage):

@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL.Image import Image
 
 from dinocli.data.decode.image import decode
-from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import ImagesConfig, Range
 
 _DEEPEST = 65535.0  # largest value of 16 bits; deeper images and floats are already scaled by their values
@@ -50,7 +49,7 @@ def contrast(pixels: Pixels) -> Contrast:
     return Contrast(low, high, single, bool(np.average((levels - mean) ** 2, weights=counts) < _FAINT**2))
 
 
-def raw_range(data: bytes | Image, images: ImagesConfig) -> Range | None:
+def raw_range(data: Data, images: ImagesConfig) -> Range | None:
     """Measure the raw value range of a 16-bit image, in the units of `images.window`, which itself is ignored.
 
     The image is decoded several times, each time with a window around the values found before. So this works for
@@ -90,7 +89,7 @@ def raw_range(data: bytes | Image, images: ImagesConfig) -> Range | None:
     return (least, most) if least < most else None
 
 
-def _counts(data: bytes | Image, images: ImagesConfig, low: float, high: float) -> NDArray[np.int64] | None:
+def _counts(data: Data, images: ImagesConfig, low: float, high: float) -> NDArray[np.int64] | None:
     """Count the pixels per level under a window. [256]"""
     pixels = decode(data, images.model_copy(update={"window": (low, high)}))
     return None if isinstance(pixels, BadImage) else np.bincount(pixels.ravel(), minlength=256)

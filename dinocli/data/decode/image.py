@@ -15,7 +15,7 @@ from dinocli.data.decode.colors import HOLD_ORIENTATION, keep_channels, orientat
 from dinocli.data.decode.guards import BODY, Reader, check_tags, gif_frames, size_fault, slow_fault
 from dinocli.data.decode.jpeg_header import find_frame, plain_header
 from dinocli.data.decode.pillow import decode_or_reason, read_header, silence_libtiff
-from dinocli.data.decode.pixels import NO_NUMBER, UNKNOWN_FORMAT, BadImage, Pixels
+from dinocli.data.decode.pixels import NO_NUMBER, UNKNOWN_FORMAT, BadImage, Data, Pixels
 from dinocli.data.decode.raster import ArrayFile
 from dinocli.data.decode.tiff import open_tiff
 from dinocli.data.decode.tiff_tags import SIGNATURES, Facts
@@ -45,7 +45,7 @@ class Opened:
 
     def __init__(
         self,
-        source: bytes | Image.Image,
+        source: Data,
         images: ImagesConfig,
         size: tuple[int, int],
         *,
@@ -80,6 +80,8 @@ class Opened:
         Returns:
             Pixels [H, W, C], or the reason for failure.
         """
+        if isinstance(self._source, np.ndarray):
+            return self._source
         if self._array:
             found = decode_or_reason(self._images, False, self._array_pixels)
             if isinstance(found, BadImage) and self._images.truncated and self.format == "PNG":
@@ -109,6 +111,7 @@ class Opened:
         return turned(pixels, self._turn)
 
     def _load(self, image: Image.Image | None, reduce: int) -> Pixels | BadImage:
+        assert not isinstance(self._source, np.ndarray)
         lenient = ImageFile.LOAD_TRUNCATED_IMAGES
         if isinstance(self._source, Image.Image):
             image = self._source
@@ -141,7 +144,7 @@ def reduction(room: float) -> int:
     return next((r for r in (8, 4, 2) if room >= r), 1)
 
 
-def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Opened | BadImage:
+def open_image(data: Data, images: ImagesConfig = DEFAULTS) -> Opened | BadImage:
     """Read the header of an image file and check it against the limits, before memory for its pixels is allocated.
 
     Decoding applies the EXIF orientation. Transparency is composited on white if `images.channels` is 1 or 3. Deep
@@ -151,6 +154,8 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
     Returns:
         The opened image, or the reason for failure. Corrupt files do not raise.
     """
+    if isinstance(data, np.ndarray):
+        return _describe_pixels(data, images)
     # Fast path for most photos. All other files go through Pillow.
     if isinstance(data, bytes) and len(data) <= images.max_megabytes * 1e6:
         plain = plain_header(data)
@@ -162,7 +167,7 @@ def open_image(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Op
     return opened
 
 
-def decode(data: bytes | Image.Image, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
+def decode(data: Data, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
     """Decode an image file as described in `open_image`. Return [H, W, C], or the reason for failure."""
     opened = open_image(data, images)
     return opened if isinstance(opened, BadImage) else opened.pixels()
@@ -207,6 +212,12 @@ def _describe(
         palette=facts.colors if facts else None,
         pages=facts.pages if facts else _count_pages(image, source) if isinstance(source, bytes) else 1,
     )
+
+
+def _describe_pixels(pixels: Pixels, images: ImagesConfig) -> Opened | BadImage:
+    height, width, channels = pixels.shape
+    mode = "RGB" if channels == 3 else "L"
+    return size_fault((width, height), images) or Opened(pixels, images, (width, height), format=None, mode=mode)
 
 
 def _count_pages(image: Image.Image, data: bytes) -> int:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Pixels = NDArray[np.uint8]
+# Image as a source returns it: bytes of a file, decoded by Pillow, or pixels [H, W, C].
+Data: TypeAlias = "bytes | Image | Pixels"
 UNKNOWN_FORMAT = "not an image: unknown format"
 NO_NUMBER = "damaged: none of its values is a number"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode, open_image, reduction
-from dinocli.data.decode.pixels import BadImage, Pixels
+from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import ImagesConfig
 from dinocli.data.loader.cache import PixelCache
 from dinocli.data.loader.ring import Task
@@ -34,9 +34,6 @@ from dinocli.data.views.crops import (
     uniforms,
 )
 from dinocli.data.views.masking import blocks, generator_of
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 _REDRAWS = 20
 T = TypeVar("T")
@@ -60,9 +57,7 @@ class Cutter:
     def tries(self, numbers: Floats) -> list[list[Tries]]:
         return crop_tries(numbers, self.scale)
 
-    def pixels(
-        self, data: bytes | Image, tries: list[Tries], places: list[Tensor]
-    ) -> tuple[Pixels, list[Box]] | BadImage:
+    def pixels(self, data: Data, tries: list[Tries], places: list[Tensor]) -> tuple[Pixels, list[Box]] | BadImage:
         """Return the pixels, and the boxes of all views; a large photo is decoded smaller if that enlarges no crop."""
         opened = open_image(data, self.images)
         if isinstance(opened, BadImage):
@@ -215,7 +210,7 @@ class StreamFiller:
         return BadImage(sample.reason) if sample.reason else self.cutter.pixels(sample.data, tries, places)
 
 
-def _read(source: Images, row: int, images: ImagesConfig) -> bytes | Image | BadImage:
+def _read(source: Images, row: int, images: ImagesConfig) -> Data | BadImage:
     try:
         return source.read(row, images)
     except OSError as error:
@@ -276,7 +271,7 @@ class PlainFiller:
                 if row >= len(self.source):
                     break
                 number, name, label = row, self.source.names[row], int(self.source.labels[row])
-                data: bytes | Image | BadImage = _read(self.source, row, self.images)
+                data: Data | BadImage = _read(self.source, row, self.images)
             else:
                 sample = next(self.source, None)
                 if sample is None:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dinocli.core.errors import DinoError
-from dinocli.data.decode.pixels import BadImage
+from dinocli.data.decode.pixels import BadImage, Data
 from dinocli.data.decode.turns import orientation_of, turned
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.kinds import VIDEOS
@@ -32,7 +32,7 @@ class Frame(NamedTuple):
 
     number: int
     name: str
-    data: bytes | Image.Image | BadImage
+    data: Data | BadImage
 
 
 @dataclass(frozen=True)

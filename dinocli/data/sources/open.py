@@ -1,4 +1,4 @@
-"""Sources of images: a folder, a list of files, tar shards, or a torchvision data set."""
+"""Sources of images: a folder, a list of files, tar shards, packed pixels, or a torchvision data set."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.core.errors import DinoError, nearest
+from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.kinds import not_beside, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
 from dinocli.data.sources.lists import LISTS, read_list
 from dinocli.data.sources.outputs import is_output
+from dinocli.data.sources.pixels import PixelShards, is_pixels, open_pixels
 from dinocli.data.sources.regular import begins_with, read_file
 from dinocli.data.sources.shards import Shards, is_shards, open_shards
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # First bytes of image files, for files without a suffix: JPEG, PNG, GIF, TIFF of both byte orders, BMP, WebP.
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"RIFF")
@@ -65,7 +65,7 @@ class Images:
         """Checksum of the names and their order, independent of the folder's location."""
         return f"{zlib.crc32(self.names.ends.tobytes(), zlib.crc32(self.names.text.tobytes())):08x}"
 
-    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> bytes | Image:
+    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
         """Return the bytes of a file.
 
         Args:
@@ -84,8 +84,27 @@ class TorchvisionImages(Images):
 
     dataset: Any = None
 
-    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> bytes | Image:
+    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
         return self.dataset[index][0]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedImages(Images):
+    """Images that `dino pack --pixels` decoded."""
+
+    pixels: PixelShards
+
+    @property
+    def fingerprint(self) -> str:
+        return self.pixels.digest
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Index of each image by its name."""
+        return {name: index for index, name in enumerate(self.names)}
+
+    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
+        return self.pixels.read(index, images)
 
 
 Source = Images | Shards
@@ -96,8 +115,9 @@ def open_source(spec: str) -> Source:
 
     Args:
         spec: Folder of images, of any depth; `.txt` or `.csv` list of files, with or without labels; tar shards
-            (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); or `torchvision:NAME`, which is
-            downloaded on first use. `/SPLIT` after the name selects a split other than the training split.
+            (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); a folder of packed pixels; or
+            `torchvision:NAME`, which is downloaded on first use. `/SPLIT` after the name selects a split other than the
+            training split.
 
     Raises:
         DinoError: If the source does not exist or holds no image.
@@ -115,6 +135,8 @@ def open_images(spec: str) -> Images:
         name, _, split = spec.removeprefix(TORCHVISION).partition("/")
         parts = _torchvision(name, [split] if split else ["train"])
         return next(iter(parts.values()))
+    if is_pixels(spec):
+        return _packed_images(Path(spec))
     path = Path(spec)
     return _file_list(path) if path.suffix.lower() in LISTS and path.is_file() else image_folder(path)
 
@@ -161,6 +183,11 @@ def image_folder(root: Path) -> Images:
     if not all(tops):
         return Images(str(root), root, names, [], np.full(len(names), -1, dtype=np.int32), notes=notes)
     return Images(str(root), root, names, *_number(tops), notes=notes)
+
+
+def _packed_images(folder: Path) -> PackedImages:
+    pixels = open_pixels(folder)
+    return PackedImages(str(folder), folder, pixels.names, pixels.classes, pixels.labels, pixels)
 
 
 def _notes(root: Path, listing: Listing) -> Iterator[str]:

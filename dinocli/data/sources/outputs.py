@@ -20,8 +20,9 @@ MARKER = ".dinocli"
 _COMMAND, _FILES = "written by dino", "files"
 # File names that may indicate an output. A listing collects them as it goes, so other folders cost nothing extra.
 SIGNS = frozenset(
-    f"{MARKER} preset.json metrics.jsonl ckpt.safetensors state photos.json photos.jpg pack.json index.json README.md "
-    "config.json model.safetensors histogram.png keep.txt track.gif strip.png data masks run".split()
+    f"{MARKER} preset.json metrics.jsonl ckpt.safetensors state photos.json photos.jpg pack.json index.json "
+    "pixels.json README.md config.json model.safetensors histogram.png keep.txt track.gif strip.png data masks "
+    "run".split()
 )
 _NOTHING = re.compile(r"(?!)")
 # Outputs that version 0.1 wrote without a marker: folder names, a file name, and a line in model cards.
@@ -114,6 +115,8 @@ def recognise(folder: str, signs: Collection[str]) -> Ours:
         hides.append(r"(photos|attention-\d+|neighbours-\d+)\.jpg")
     if {"pack.json", "index.json"} <= set(signs):
         hides.append(r".+\.tar")
+    if {"pack.json", "pixels.json"} <= set(signs):
+        hides.append(r".+\.safetensors")
     if {"README.md", "config.json", "model.safetensors"} <= set(signs) and _is_hub(folder):
         hides.append(r"curves\.png")
     if "histogram.png" in signs and ("keep.txt" in signs or os.path.basename(folder) == "dedup"):

@@ -9,10 +9,11 @@ import pytest
 from conftest import write_images, write_stored
 from PIL import Image
 
+from dinocli.apps.pack import pack
 from dinocli.apps.search.gallery import Gallery, belong_together, open_gallery, small, write_list
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
-from dinocli.data.sources.open import open_source
+from dinocli.data.sources.open import image_folder, open_source
 
 
 def test_splits_are_one_gallery(tmp_path: Path) -> None:
@@ -63,6 +64,16 @@ def test_photos_in_tar_shards_are_found(tmp_path: Path) -> None:
     assert [isinstance(gallery.read(row), BadImage) for row in range(4)] == [False, False, True, True]
     with pytest.raises(DinoError, match="has no image files to list"):
         write_list(gallery, [0], tmp_path / "list.txt")
+
+
+def test_photos_in_packed_pixels_are_found(tmp_path: Path) -> None:
+    pack(image_folder(write_images(tmp_path / "in", 3)), tmp_path / "pixels", pixels=True)
+    names = ["0002.png", "0000.png", "gone.png"]
+    gallery = open_gallery(write_stored(tmp_path / "f", str(tmp_path / "pixels"), {"all": names}))
+    for row in (0, 1):
+        np.testing.assert_array_equal(gallery.photo(row, 32), np.asarray(Image.open(tmp_path / "in" / names[row])))
+        assert (gallery.file(row), gallery.size(row)) == (None, (32 * 32, 0))
+    assert "gone.png is not in" in gallery.read(2).reason
 
 
 def test_a_written_list_can_be_opened_for_training(tmp_path: Path) -> None:

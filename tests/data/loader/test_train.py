@@ -12,7 +12,7 @@ from dinocli.core.errors import DinoError
 from dinocli.data.loader import ring
 from dinocli.data.loader.batch import ALONE, Batch, Shard
 from dinocli.data.loader.train import TrainBatches
-from dinocli.data.sources.open import open_images, open_source
+from dinocli.data.sources.open import PackedImages, open_images, open_source
 from dinocli.data.views.crops import (
     JitterConfig,
     LowResolutionConfig,
@@ -379,3 +379,30 @@ def test_the_views_of_an_unreadable_image_keep_its_place(tmp_path: Path) -> None
     ]
     assert len(found) == 2 and found[0][0] == found[1][0] != 4, "the same image replaces it in every epoch"
     assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_packed_pixels_equal_those_from_the_files(tmp_path: Path, workers: int) -> None:
+    write_images(tmp_path / "in", 9, size=30)
+    pack(open_images(str(tmp_path / "in")), tmp_path / "same", side=30, per_shard=4, pixels=True)
+    files, pixels = (take(tmp_path / name, 5, workers=workers) for name in ("in", "same"))
+    assert all(same(a, b) for a, b in zip(files, pixels, strict=True))
+    # The cache shrinks images in the same way, to the side below which a crop would be enlarged: ceil(24 / sqrt(0.4)).
+    write_images(tmp_path / "large", 9, size=60)
+    pack(open_images(str(tmp_path / "large")), tmp_path / "small", side=38, per_shard=4, pixels=True)
+    files = take(tmp_path / "large", 5, workers=workers, cache="ram")
+    assert all(same(a, b) for a, b in zip(files, take(tmp_path / "small", 5, workers=workers), strict=True))
+
+
+def test_a_corrupt_image_among_packed_pixels_is_replaced_and_counted(tmp_path: Path) -> None:
+    pack(open_images(str(write_images(tmp_path / "in", 8))), tmp_path / "out", pixels=True)
+    source = open_images(str(tmp_path / "out"))
+    assert isinstance(source, PackedImages)
+    path = tmp_path / "out" / "images-000000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[source.pixels.offsets[3]] ^= 1
+    path.write_bytes(data)
+    stream = TrainBatches(source, VIEWS, batch_size=4, seed=0, device=CPU)
+    rows = torch.cat([batch.rows for batch in islice(stream, 4)])
+    assert 3 not in rows.tolist() and set(rows.tolist()) == {0, 1, 2, 4, 5, 6, 7}
+    assert stream.bad.reasons == {"0003.png": "damaged: its checksum in images-000000.safetensors does not match"}
