@@ -98,3 +98,11 @@ def test_a_users_script_is_checked(tmp_path: Path) -> None:
     assert "user.py:3: error: Incompatible types" in told
     assert "user.py:4: error: Argument 1" in told
     assert "Found 2 errors" in told
+
+
+def test_training_is_imported_without_libraries_that_only_networks_or_drawings_need() -> None:
+    """Each takes a second or more, so wrong settings would be reported as much later."""
+    late = ["timm", "torchvision", "matplotlib", "torch.distributed.fsdp", "torch._dynamo", "dinocli.viz.report"]
+    line = f"import sys, dinocli.train.pretrain; print([name for name in {late} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "[]\n", done.stderr

@@ -91,12 +91,14 @@ def curate(
 
     import numpy as np
 
-    from dinocli.apps.search.curate import near_to, retrieve, whole_groups
-    from dinocli.apps.search.dedup import choose
     from dinocli.apps.search.gallery import belong_together, open_gallery
 
     gallery = open_gallery(pool, data)
     others = [open_gallery(folder) for folder in [*([like] if like else []), *(without or [])]]
+
+    from dinocli.apps.search.curate import near_to, retrieve, whole_groups  # these import torch
+    from dinocli.apps.search.dedup import choose
+
     for other in others:
         belong_together(gallery, other)
     seeds = others.pop(0) if like else None

@@ -63,15 +63,17 @@ def dedup(
 
     import numpy as np
 
-    from dinocli.apps.search.dedup import choose
     from dinocli.apps.search.gallery import open_gallery
-    from dinocli.apps.search.sheets import draw_groups, page
     from dinocli.data.images import DEFAULTS
     from dinocli.data.sources.outputs import marked
-    from dinocli.viz.curves import write_histogram
 
     images = DEFAULTS.changed(overrides or [])
     gallery = open_gallery(folder, data)
+
+    from dinocli.apps.search.dedup import choose  # these import torch or matplotlib
+    from dinocli.apps.search.sheets import draw_groups, page
+    from dinocli.viz.curves import write_histogram
+
     count = len(gallery)
     if count < 2:
         raise DinoError(

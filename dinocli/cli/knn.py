@@ -34,7 +34,6 @@ def knn(
     """
     folder = features_or_newest(features)
 
-    from dinocli.evals.knn import knn, votable
     from dinocli.features.store import compared, read_splits, unlabelled
 
     splits = read_splits(folder)
@@ -46,6 +45,9 @@ def knn(
             "expected at least two classes",
             "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",
         )
+
+    from dinocli.evals.knn import knn, votable  # imports torch, so only after the checks above
+
     most = votable(train, test)
     if test is None and len(splits) == 1 and "all" not in splits:
         name = next(iter(splits))

@@ -78,12 +78,8 @@ def linear(
             "use --paper DATA; for stored features, set them in `dino extract`",
         )
 
-    from dinocli.core.device import default_workers, pick_device
-
     if paper:
         from dinocli.data.sources.open import Images, splits
-        from dinocli.evals.linear_paper import linear_on_images
-        from dinocli.features.encoder import whole_patches
 
         parts = {name: part for name, part in splits(paper).items() if isinstance(part, Images)}
         test = parts.get("val") or parts.get("test")
@@ -92,6 +88,11 @@ def linear(
                 f"{paper} has {', '.join(parts) or 'no split'}; expected train/ and val/ with class folders",
                 "arrange the images as DATA/train/CLASS/* and DATA/val/CLASS/*",
             )
+
+        from dinocli.core.device import default_workers, pick_device  # these import torch
+        from dinocli.evals.linear_paper import linear_on_images
+        from dinocli.features.encoder import whole_patches
+
         picked = pick_device(device)
         encoder = encoder_from(checkpoint, device, "teacher", overrides)
         size = whole_patches(encoder, size)
@@ -114,12 +115,15 @@ def linear(
     else:
         folder = features_or_newest(features)
 
-        from dinocli.evals.linear import linear
         from dinocli.features.store import compared, read_splits, unlabelled
 
         stored = read_splits(folder)
         console.notes(unlabelled(stored))
         train, held = compared(stored)
+
+        from dinocli.core.device import pick_device  # these import torch
+        from dinocli.evals.linear import linear
+
         with console.progress("linear", 100, "%") as advance:
             result = linear(
                 train,

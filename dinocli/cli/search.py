@@ -66,16 +66,18 @@ def search(
     folder = features_or_newest(features)
 
     from dinocli.apps.search.gallery import open_gallery
-    from dinocli.apps.search.search import encode, same_encoder, search
-    from dinocli.apps.search.sheets import ROWS, SHOWN, draw_hits, page
     from dinocli.data.sources.open import photos
     from dinocli.data.sources.outputs import marked
     from dinocli.data.sources.photos import spare
-    from dinocli.features.encoder import quick
 
     source = photos(images)
     spare([out], images)
     gallery = open_gallery(folder, data)
+
+    from dinocli.apps.search.search import encode, same_encoder, search  # these import torch
+    from dinocli.apps.search.sheets import ROWS, SHOWN, draw_hits, page
+    from dinocli.features.encoder import quick
+
     encoder = encoder_from(checkpoint or gallery.provenance.source, device, network, overrides)
     encoder = quick(encoder, gallery.provenance.precision, compiled=False)  # type: ignore[arg-type]
     same_encoder(encoder, gallery.provenance)

@@ -1,4 +1,4 @@
-"""Run folders: the next free one, the newest run, and the link to its weights."""
+"""Run folders: names of their files, the next free one, the newest run, and the link to its weights."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from dinocli.core.locks import Lock, lock
 
 RUNS = Path("runs")
 CHECKPOINT = "ckpt.safetensors"
+METRICS, CURVES, REPORT, STAGES = "metrics.jsonl", "curves.png", "report.html", "stages.json"
+VERDICT = "verdict.json"
 
 
 def runs_of(preset: str) -> list[Path]:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -54,6 +53,8 @@ class FSDP2:
     """Parameters, gradients and moments sharded over the processes; each block is gathered when it is used."""
 
     def wrap(self, method: Method) -> nn.Module:
+        from torch.distributed.fsdp import fully_shard  # only here: it takes a third of torch's time
+
         share_batch_norm(method)
         # torch warns about outputs changed in place, which never happens here.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
@@ -66,6 +67,8 @@ class FSDP2:
 
     @contextlib.contextmanager
     def adding(self, wrapped: nn.Module, last: bool) -> Any:
+        from torch.distributed.fsdp import FSDPModule
+
         for module in wrapped.modules():
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(last, recurse=False)

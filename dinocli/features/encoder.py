@@ -21,7 +21,6 @@ from dinocli.data.views.augment import normalize
 from dinocli.data.views.crops import ViewConfig, ViewsConfig, cut
 from dinocli.features.inputs import Given, given_images, unreadable
 from dinocli.models.backbone import Backbone, Facet, Tokens
-from dinocli.models.transformer import Transformer
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
 Channels = tuple[float, ...]
@@ -286,6 +285,8 @@ def whole_patches(encoder: Encoder, size: int | None) -> int | None:
     Raises:
         DinoError: If it is not a multiple of a transformer's patch size: pixels at the border would be ignored.
     """
+    from dinocli.models.transformer import Transformer  # only here: it imports timm
+
     patch = encoder.backbone.patch_size
     if size is None or not isinstance(encoder.backbone, Transformer) or size % patch == 0:
         return size

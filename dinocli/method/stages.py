@@ -11,7 +11,6 @@ from dinocli.core.config import Config
 from dinocli.core.errors import DinoError
 from dinocli.engine.schedules import Clock
 from dinocli.models.backbone import Backbone
-from dinocli.models.transformer import RotaryBackbone
 
 if TYPE_CHECKING:
     from dinocli.method.preset import Preset
@@ -83,6 +82,8 @@ def continued(
     base["losses"]["gram"] = None  # else the next stage would inherit its refreshes, which TOML cannot unset
     with torch.device("meta"):  # without values, which takes no time
         backbone = run.backbone.build(drop_path=False)
+    from dinocli.models.transformer import RotaryBackbone  # only here: it imports timm
+
     if stage.rescale_positions != 1 and isinstance(backbone, RotaryBackbone):
         base["backbone"]["rescale_positions"] = stage.rescale_positions
     if stage.sizes:

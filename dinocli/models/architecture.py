@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import timm
 from pydantic import Field
-from timm.layers import PatchEmbed  # type: ignore[attr-defined]
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from dinocli.core.config import Config
@@ -16,7 +13,8 @@ from dinocli.models.backbone import Backbone
 from dinocli.models.generic import GenericBackbone
 from dinocli.models.positions import Positions
 from dinocli.models.trained import ALL_WEIGHTS, Trained
-from dinocli.models.transformer import RotaryBackbone, Transformer, ViTBackbone
+
+# The functions that need timm import it: it takes as long as torch, and settings can be checked without it.
 
 
 class LearningConfig(Config):
@@ -87,6 +85,8 @@ class BackboneConfig(Config):
         Raises:
             DinoError: If timm has no model of this name, or an option is not possible.
         """
+        from dinocli.models.transformer import RotaryBackbone, Transformer
+
         options: dict[str, Any] = dict(self.options)
         for key, why in _RESERVED.items():
             if key in options:
@@ -121,6 +121,8 @@ def create_timm(name: str, **options: Any) -> Any:
     Raises:
         DinoError: If timm has no model of this name, or rejects the options.
     """
+    import timm
+
     architecture = name.split(".")[0]
     if ":" not in name and architecture not in timm.list_models():
         raise DinoError(
@@ -148,6 +150,11 @@ def adapt(model: Any, positions: Positions) -> Backbone:
     Raises:
         DinoError: If the model returns neither patch tokens nor a map for images.
     """
+    from timm.layers import PatchEmbed  # type: ignore[attr-defined]
+    from timm.models.vision_transformer import VisionTransformer
+
+    from dinocli.models.transformer import RotaryBackbone, ViTBackbone
+
     # The exact type: subclasses (distilled, hybrid, ...) have other tokens in the sequence. Networks that pool their
     # patches have no norm after the class token.
     plain = type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.cls_token is not None

@@ -11,7 +11,7 @@ import torch
 from dinocli.core.atomic import atomic, write_json
 from dinocli.core.config import format_toml
 from dinocli.core.errors import DinoError
-from dinocli.core.runs import CHECKPOINT
+from dinocli.core.runs import CHECKPOINT, VERDICT
 from dinocli.core.tensors import load_tensors
 from dinocli.evals.bootstrap import Difference, paired_difference
 from dinocli.method.distillation import SelfDistillation
@@ -22,7 +22,6 @@ from dinocli.train.best import BEST
 from dinocli.train.knn_monitor import KnnMonitor, class_tokens
 from dinocli.train.plan import IMAGES_PER_PROTOTYPE, Plan, power_below
 from dinocli.train.snapshots import VIEWS, Photos, measure_spread
-from dinocli.viz.report import VERDICT, write_report
 from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.load import start_from
 from dinocli.weights.starting_point import StartingPoint
@@ -200,6 +199,8 @@ def _report(plan: Plan, result: Conclusion) -> Conclusion:
     """Write the result into the run folder and its report."""
     write_json(plan.out / VERDICT, {"step": result.step, "verdict": result.verdict, "rows": result.rows}, indent=2)
     if plan.report:
+        from dinocli.viz.report import write_report  # only here: it imports matplotlib
+
         write_report(plan.out)
     return result
 

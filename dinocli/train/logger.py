@@ -28,7 +28,6 @@ from dinocli.train.collapse import CollapseDetector
 from dinocli.train.knn_monitor import KnnMonitor, steps_between_evaluations
 from dinocli.train.plan import Plan
 from dinocli.train.snapshots import VIEWS, Photos
-from dinocli.viz.report import write_report
 from dinocli.weights.checkpoint import not_finite
 
 LOG_EVERY = 10  # steps; each log makes the host wait for the device
@@ -210,6 +209,8 @@ class Logger:
         """Draw the report if it is enabled, at most once a minute and at the end (`last`)."""
         if self._photos and (last or time.perf_counter() - self._drawn > _DRAW_AFTER):
             try:
+                from dinocli.viz.report import write_report  # only here: it imports matplotlib
+
                 write_report(self.plan.out)
             except Exception as error:  # training continues without the report
                 self.note(f"note: the report could not be drawn: {error}")

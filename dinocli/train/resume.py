@@ -13,13 +13,12 @@ from typing import Any
 from dinocli.core.config import format_toml
 from dinocli.core.distributed import from_first, gathered, rank, size
 from dinocli.core.errors import DinoError
-from dinocli.core.runs import CHECKPOINT
+from dinocli.core.runs import CHECKPOINT, CURVES, REPORT
 from dinocli.data.sources.shards import Shards
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method.preset import Preset
 from dinocli.train.plan import Plan
 from dinocli.train.state import SavedState, StageFacts, State, newest, other_contents, saved_states
-from dinocli.viz.report import CURVES, REPORT
 
 BAD_IMAGES = "bad_images.txt"
 # Files that a run writes only after its first state. A folder that holds one but no state is refused, because the run

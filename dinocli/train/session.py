@@ -11,6 +11,7 @@ import torch
 from dinocli.core.atomic import write_json, write_text
 from dinocli.core.distributed import any_of, gathered, rank, size
 from dinocli.core.errors import DinoError
+from dinocli.core.runs import STAGES
 from dinocli.data.loader.batch import BadFiles, Batch
 from dinocli.data.loader.train import TrainBatches
 from dinocli.engine.schedules import Clock
@@ -21,7 +22,6 @@ from dinocli.train.logger import Logger, check_weights
 from dinocli.train.plan import Plan, equal_parts
 from dinocli.train.resume import BAD_IMAGES, reading_processes
 from dinocli.train.state import ImageFacts, SavedState, State, StateStore, sample_of
-from dinocli.viz.report import STAGES
 
 
 class Session:

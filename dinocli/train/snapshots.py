@@ -26,7 +26,6 @@ from dinocli.evals.units import normalized
 from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset
 from dinocli.models.network import Network
-from dinocli.models.transformer import Transformer
 from dinocli.train.knn_monitor import at_rest, class_tokens
 from dinocli.viz.picture import heat, visible
 
@@ -102,6 +101,8 @@ class Photos:
         if not (pictures / "photos.json").is_file():
             _save([[_tile(photo, TILE) for photo in self.shown]], pictures / "photos.jpg")
             write_text(pictures / "photos.json", json.dumps({"names": self.names}))
+        from dinocli.models.transformer import Transformer  # only here: it imports timm
+
         if isinstance(network.backbone, Transformer):
             _save([self._maps(network)], pictures / f"attention-{step}.jpg")
         features = class_tokens(network, self.pool, self.preset.views)

@@ -7,7 +7,6 @@ from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import colormaps
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -39,6 +38,8 @@ def heat(values: NDArray[np.floating], height: int, width: int, scale: tuple[flo
         width: Width of the photo, in pixels.
         scale: Values of black and yellow. If None, the lowest and highest value.
     """
+    from matplotlib import colormaps  # only here: training draws no map before its first report
+
     low, high = scale or (float(values.min()), float(values.max()))
     small = Image.fromarray(((values - low) / ((high - low) or 1.0)).astype(np.float32))
     large = np.clip(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)

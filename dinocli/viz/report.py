@@ -15,14 +15,13 @@ from PIL import Image
 
 from dinocli.core.atomic import write_text
 from dinocli.core.checksums import parse
+from dinocli.core.runs import CURVES, METRICS, REPORT, STAGES, VERDICT
 from dinocli.method.settings import flat, shipped_as
 from dinocli.viz.curves import chart_svg, write_sheet
 from dinocli.viz.history import Curve, read_history
 from dinocli.viz.page import page_of, text_of
 from dinocli.viz.panels import Chart, LossFacts, charts
 
-METRICS, CURVES, REPORT, STAGES = "metrics.jsonl", "curves.png", "report.html", "stages.json"
-VERDICT = "verdict.json"
 _TIMES = 8  # maximum number of steps whose attention is shown
 _TILES = 12  # maximum number of photos, even if the folder holds more
 _SIDE = 192  # maximum side of a tile in pixels; keeps the page to a few megabytes

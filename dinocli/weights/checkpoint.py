@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor
 
@@ -265,6 +264,8 @@ def _no_checkpoint(path: Path) -> DinoError:
                 other = f"a transformers folder of model_type {config['model_type']!r}"
                 return DinoError(f"{path} is {other}, which cannot be read", hint)
         return DinoError(f"{path} is {NAMES[kind]} without {CHECKPOINT}; expected a run folder or a checkpoint", hint)
+    import timm  # only here: it takes as long as torch
+
     if timms_name(path.as_posix()) or timm.is_model(named.partition(".")[0]):
         return DinoError(f"checkpoint {path} does not exist; it is the name of released weights", f"timm:{named}")
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []

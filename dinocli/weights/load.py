@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import timm
 import torch
-from timm.models import adapt_input_conv
 
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import run_of
@@ -192,6 +190,8 @@ def fitted_to(weights: Weights, backbone: Backbone) -> Weights | None:
     own, given = backbone.model.state_dict().get(key), weights.backbone.get(key)
     if own is None or given is None or own.shape[1] == given.shape[1] or given.shape[1] != 3:
         return None
+    from timm.models import adapt_input_conv  # only here, as in `architecture`
+
     return replace(weights, backbone=weights.backbone | {key: adapt_input_conv(own.shape[1], given)})
 
 
@@ -258,6 +258,8 @@ def _check_released(name: str) -> None:
         return
     if name.startswith(("hf-hub:", "hf_hub:")):
         return
+    import timm
+
     architecture, released = name.partition(".")[0], timm.list_models(pretrained=True)
     if name in released or (architecture == name and any(other.startswith(f"{name}.") for other in released)):
         return
@@ -326,6 +328,8 @@ def _repository(name: str) -> tuple[str, str | None]:
     if ":" in name:
         repository, _, revision = name.partition(":")[2].partition("@")
         return repository, revision or None
+    import timm
+
     return getattr(timm.models.get_pretrained_cfg(name), "hf_hub_id", None) or f"timm/{name}", None
 
 

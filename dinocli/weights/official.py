@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torchvision
 from torch import Tensor, nn
 
 from dinocli.core.config import change
@@ -17,7 +16,6 @@ from dinocli.models.backbone import Backbone
 from dinocli.models.head import HeadConfig
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
-from dinocli.models.transformer import ViTBackbone
 
 # Blocks and heads of DINO's vision transformers, by width.
 OFFICIAL = {192: (12, 3), 384: (12, 6), 768: (12, 12)}
@@ -203,6 +201,10 @@ def original_network(backbone: Backbone, name: str) -> tuple[nn.Module, Callable
     Raises:
         DinoError: If the original has no network for these weights.
     """
+    import torchvision
+
+    from dinocli.models.transformer import ViTBackbone
+
     if isinstance(backbone, ViTBackbone):
         options: dict[str, Any] = {"img_size": backbone.native_size, **backbone.shape}
         plain = BackboneConfig(name="vit_small_patch16_224", options=options, positions="dino").build(drop_path=False)

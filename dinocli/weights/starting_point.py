@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import timm
-
 from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.models.architecture import BackboneConfig
@@ -74,6 +72,8 @@ def read_starting_point(source: str, overrides: Sequence[str] = ()) -> StartingP
 
 
 def _timm_architecture(name: str) -> BackboneConfig:
+    import timm
+
     architecture: str
     if name.startswith(LOCAL):
         config = config_of(Path(name.removeprefix(LOCAL)))

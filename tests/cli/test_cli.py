@@ -108,6 +108,33 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path, command: str) -> Non
     assert any(seconds() < 0.8 for _ in range(3)), "a busy machine makes it slower, never faster"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pretrain nowhere",
+        "pretrain cut",
+        "pretrain images --preset nowhere",
+        "pretrain images --epoch 3",
+        "extract timm:resnet18 nowhere",
+        "pack images",
+        "knn --features nowhere",
+        "linear --features nowhere",
+        "linear --paper images",
+        "search images --features nowhere",
+        "dedup --features nowhere",
+        "curate nowhere --like nowhere",
+    ],
+)
+def test_errors_in_words_and_places_are_reported_before_torch_is_imported(tmp_path: Path, line: str) -> None:
+    write_images(tmp_path / "images", 2)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "pixels.json").write_text("{")  # packed pixels
+    done = in_a_process(*line.split(), cwd=tmp_path, options=("-X", "importtime"))
+    lines = done.stderr.splitlines()
+    assert any(line.startswith("error: ") for line in lines) and any(line.startswith("hint: ") for line in lines)
+    assert "torch" not in {line.rpartition("|")[2].strip() for line in lines}
+
+
 def test_version(dino: Dino) -> None:
     import dinocli
 

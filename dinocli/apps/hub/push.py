@@ -12,14 +12,14 @@ import torch
 from dinocli.apps.hub.card import Facts, Measured, card_of
 from dinocli.core.atomic import atomic_folder, write_text
 from dinocli.core.errors import DinoError
-from dinocli.core.runs import CHECKPOINT
+from dinocli.core.runs import CHECKPOINT, CURVES, METRICS
 from dinocli.evals.knn import knn
 from dinocli.features.encoder import Encoder
 from dinocli.features.store import compared, read_splits
 from dinocli.train.state import FOLDER as STATES
 from dinocli.train.state import State, saved_states
 from dinocli.viz.history import Curve, read_history
-from dinocli.viz.report import CURVES, METRICS, draw_curves
+from dinocli.viz.report import draw_curves
 from dinocli.weights.checkpoint import read_weights
 from dinocli.weights.export import TIMM_FILES, folder_is_free, write_timm
 from dinocli.weights.load import encoder_of
