@@ -91,7 +91,8 @@ def extract(
         )
     provenance = Provenance(encoder.source, encoder.fingerprint, tokens, blocks, size, data, views, encoder.precision)
     provenance = replace(provenance, run=encoder.run, step=encoder.step)
-    cutter = Cutter(augmented(encoder, size, views), seed, encoder.images) if views else None
+    on_cpu = encoder.device.type == "cpu"
+    cutter = Cutter(augmented(encoder, size, views), seed, encoder.images, finish=on_cpu) if views else None
     shard = Shard(rank(), size_of_run())
     batches = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, shard=shard, cutter=cutter)
     shape: tuple[int, ...] = ()

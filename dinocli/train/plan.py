@@ -80,7 +80,7 @@ class Plan:
         tensorboard: If True, also log to TensorBoard.
         report: If True, evaluate a few photos during training, and draw the report.
         parallel: `ddp` replicates the model in every process; `fsdp` shards it.
-        compiled: If True, compile the transformer blocks and hue jitter with torch.compile.
+        compiled: If True, compile the transformer blocks and the augmentation.
         recompute: If True, use activation checkpointing for the student's blocks, to save memory.
 
     Raises:

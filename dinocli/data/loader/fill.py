@@ -20,6 +20,7 @@ from dinocli.data.loader.ring import Task
 from dinocli.data.sources.open import Images
 from dinocli.data.sources.regular import why_unread
 from dinocli.data.sources.shards import Sample
+from dinocli.data.views.augment_bytes import ByteAugmenter, CompiledByteAugmenter, changes
 from dinocli.data.views.crops import (
     Box,
     Floats,
@@ -43,10 +44,20 @@ class Cutter:
     """Cutter of views: decodes an image once and writes all its crops into a slot, at the slot's sizes.
 
     If the slot has room for clean crops, the boxes of the global views are cut a second time, into that size.
+
+    Args:
+        views: Views to cut from each image.
+        seed: Seed of all views.
+        images: Decoding settings.
+        finish: True to make the views from the crops too, in bytes. Else the device of the batch does.
+        library: Path of the compiled operations that finish views. If None, numpy does.
     """
 
-    def __init__(self, views: ViewsConfig, seed: int, images: ImagesConfig) -> None:
-        self.views, self.seed, self.images = views, seed, images
+    def __init__(
+        self, views: ViewsConfig, seed: int, images: ImagesConfig, *, finish: bool = False, library: str | None = None
+    ) -> None:
+        self.views, self.seed, self.images, self.finishes, self._library = views, seed, images, finish, library
+        self._augmenters: dict[int, ByteAugmenter | CompiledByteAugmenter] = {}
         self.scale = np.array([v.scale for v in views.all])
         self.resamples = [v.resample for v in views.all]
 
@@ -97,8 +108,28 @@ class Cutter:
         self.draw(slot, task.first, numbers[None])
 
     def draw(self, slot: dict[str, Tensor], first: int, numbers: Floats) -> None:
-        for name, values in draws(numbers, self.views.all)._asdict().items():
-            slot[name][:, first : first + len(numbers)] = values
+        """Write the draws of a chunk's images, and finish their views if that is this cutter's task."""
+        drawn, chunk = draws(numbers, self.views.all), slice(first, first + len(numbers))
+        for name, values in drawn._asdict().items():
+            slot[name][:, chunk] = values
+        if self.finishes:
+            sizes = [view.shape[1] for name in ("globals", "locals") for view in slot[name]]
+            steps = changes(drawn, sizes)
+            steps += [[one.flip_only() for one in view] for view in steps[: len(slot.get("clean", ()))]]
+            crops = [view[chunk] for name in ("globals", "locals", "clean") if name in slot for view in slot[name]]
+            for view, of_view in zip(crops, steps, strict=True):
+                augment = self._augmenter(view.shape[1])
+                for crop, one in zip(view, of_view, strict=True):
+                    augment(crop, one)
+
+    def _augmenter(self, size: int) -> ByteAugmenter | CompiledByteAugmenter:
+        if size not in self._augmenters:
+            self._augmenters[size] = (
+                CompiledByteAugmenter(self.views.channels, size, self._library)
+                if self._library
+                else ByteAugmenter(self.views.channels, size)
+            )
+        return self._augmenters[size]
 
     def mask(self, slot: dict[str, Tensor], first: int, keys: Sequence[Sequence[int]]) -> None:
         """Mask the number of patches that the slot states per global crop; `keys` are epoch and number per image."""

@@ -17,6 +17,7 @@ from dinocli.data.loader.ring import Ring
 from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.augment import augment, normalize
+from dinocli.data.views.augment_bytes import normalize_bytes
 from dinocli.data.views.crops import Draws
 
 
@@ -99,7 +100,7 @@ def plain_batches(
             good = [s for s in seen if not s.reason]
             kept = [s.place for s in good]
             pixels = arrays["images"][kept].to(device)
-            views = _views(arrays, kept, *there) if cutter and kept else None
+            views = _views(arrays, kept, *there, finished=cutter.finishes) if cutter and kept else None
             filled.release(slot)
             # One worker's stream may end before another's: the pass ends once every worker had an empty turn.
             empty = 0 if seen else empty + 1
@@ -113,8 +114,10 @@ def plain_batches(
         filled.close()
 
 
-def _views(arrays: dict[str, Tensor], kept: list[int], mean: Tensor, std: Tensor) -> Tensor:
+def _views(arrays: dict[str, Tensor], kept: list[int], mean: Tensor, std: Tensor, *, finished: bool) -> Tensor:
     """Return the views of some images of a slot, on the device of `mean` and `std`. [V, B, C, H, H]"""
     crops = torch.cat([arrays[name][:, kept] for name in ("globals", "locals") if arrays[name].numel()])
+    if finished:
+        return normalize_bytes(crops.to(mean.device), mean, std)
     drawn = Draws(*(arrays[name][:, kept] for name in Draws._fields))
     return augment(crops.to(mean.device), drawn, mean, std)

@@ -23,6 +23,7 @@ from dinocli.data.loader.ring import Filler, Ring
 from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.augment import augment
+from dinocli.data.views.augment_bytes import compile_library, normalize_bytes
 from dinocli.data.views.crops import Draws, SizeDraw, ViewConfig, ViewsConfig
 from dinocli.data.views.masking import Grid, MaskConfig, PatchMasks, deal
 
@@ -46,10 +47,10 @@ class TrainBatches:
         start: Number of batches to skip, when a run resumes.
         steps_per_epoch: Batches per epoch, the unit of the views' low-resolution phase.
         workers: Processes that decode and crop; 0 uses this process.
-        device: Device of the batches, which also applies color jitter and blur.
+        device: Device of the batches. A CUDA device also applies color jitter and blur; on a CPU, the workers do.
         shard: Share of this process in each batch of the run.
         cache: `ram`, or a folder, for decoded images. If None, an image is decoded whenever it is drawn.
-        compiled: True to compile the hue jitter, the slowest augmentation, with torch.compile.
+        compiled: True to compile the slowest augmentation, hue jitter, with torch.compile; on a CPU, all of them.
         grid: Function from the size of a global crop to its rows and columns of patches, for masking. The number of
             masked patches per crop depends on seed, batch and the image's place in it (and on the number of processes,
             unless each has a multiple of 32 images). Their positions depend on seed, epoch and the image's number.
@@ -99,7 +100,9 @@ class TrainBatches:
             )
             for first, those in ([(0, mix) for _, mix in views.mixes] or views.phases(steps_per_epoch))
         ]
-        cutter = Cutter(views, seed, images)
+        self._finished = device.type == "cpu"
+        library = compile_library() if self._finished and compiled else None
+        cutter = Cutter(views, seed, images, finish=self._finished, library=library)
         kept = None
         if cache and isinstance(source, Images):
             largest = [view for those in views.variants for view in _list_cuts(those, clean)]
@@ -151,12 +154,15 @@ class TrainBatches:
             clean = copier(arrays["clean"]) if "clean" in arrays else None
             copier.wait()
             parts = (slice(0, n), slice(n, None))
-            crops = [
-                augment(group, Draws(*(d[part] for d in drawn)), mean, std, compiled=self._compiled)
-                for group, part in zip(groups, parts, strict=False)
-            ]
-            if clean is not None:
-                clean = augment(clean, drawn.flips_only(n), mean, std)
+            if self._finished:
+                crops = [normalize_bytes(group, mean, std) for group in groups]
+                clean = None if clean is None else normalize_bytes(clean, mean, std)
+            else:
+                crops = [
+                    augment(group, Draws(*(d[part] for d in drawn)), mean, std, compiled=self._compiled)
+                    for group, part in zip(groups, parts, strict=False)
+                ]
+                clean = None if clean is None else augment(clean, drawn.flips_only(n), mean, std)
             copier.done(slot, self._ring.release)
             yield Batch(crops[0], crops[1] if len(crops) > 1 else None, rows, masks, clean, places)
 

@@ -36,7 +36,7 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
     """
     views, images = crops.shape[:2]
     crops, steps = crops.flatten(0, 1), _steps(draws)
-    kernels = _blur_kernels(draws.radius.flatten().to(crops.device, non_blocking=True), min(crops.shape[2], _SHORT))
+    kernels = blur_kernels(draws.radius.flatten().to(crops.device, non_blocking=True), min(crops.shape[2], _SHORT))
     # A GPU is fastest with few large operations, a CPU with all operations on one image before the next.
     step = max(1, (_AT_ONCE if crops.is_cuda else _CACHED) // crops[0].numel())
     out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3], device=crops.device)
@@ -235,7 +235,7 @@ def _blur(x: Tensor, kernels: Tensor) -> None:
         out[:, half:-half] = (band[:, None] @ windows).flatten(1, 2)
 
 
-def _blur_kernels(radius: Tensor, short: int) -> Tensor:
+def blur_kernels(radius: Tensor, short: int) -> Tensor:
     """Return the blur along a line of `short` pixels, as a matrix for each radius. [S, short, short]
 
     Away from the ends, each row equals the one above, shifted by a pixel. So a short line serves for any length.

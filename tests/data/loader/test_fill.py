@@ -11,7 +11,8 @@ from dinocli.data.images import ImagesConfig
 from dinocli.data.loader.fill import Cutter, StreamFiller, _place_on_grid
 from dinocli.data.loader.ring import Task
 from dinocli.data.sources.shards import Sample
-from dinocli.data.views.crops import JitterConfig, ViewConfig, ViewsConfig
+from dinocli.data.views.augment import augment
+from dinocli.data.views.crops import Draws, JitterConfig, ViewConfig, ViewsConfig
 from dinocli.data.views.masking import MaskConfig, blocks, generator_of
 
 JITTER = JitterConfig(probability=0.8, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
@@ -121,3 +122,17 @@ def test_a_bad_sample_of_a_stream_does_not_change_the_masks() -> None:
     assert wheres[0].equal(wheres[1])
     assert (wheres[0].sum((2, 3)) == 20).all()
     assert len({str(one.tolist()) for one in wheres[0].flatten(0, 1)}) == 8
+
+
+def test_a_cutter_that_finishes_views_applies_the_draws_that_it_writes() -> None:
+    slots = [slot_of(4) | {"clean": torch.zeros(2, 4, 64, 64, 3, dtype=torch.uint8)} for _ in range(2)]
+    for slot, finish in zip(slots, (False, True), strict=True):
+        StreamFiller(Cutter(VIEWS, 0, ImagesConfig(), finish=finish), stream(set()))(slot, Task(0, 0, 0, 4))
+    crops, finished = slots
+    drawn = Draws(*(crops[name] for name in Draws._fields))
+    assert all(torch.equal(finished[name], crops[name]) for name in Draws._fields)
+    for name, of_views in (("globals", slice(0, 2)), ("locals", slice(2, 4)), ("clean", slice(0, 2))):
+        draws = drawn.flips_only(2) if name == "clean" else Draws(*(d[of_views] for d in drawn))
+        wanted = 255 * augment(crops[name], draws, torch.zeros(3), torch.ones(3))
+        # Four operations at most, each within 2 levels and mostly within one.
+        torch.testing.assert_close(finished[name].view(wanted.shape).float(), wanted, rtol=0, atol=4)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms import functional as TF
 
 from dinocli.data.views import augment as augment_module
-from dinocli.data.views.augment import _blur, _blur_kernels, augment
+from dinocli.data.views.augment import _blur, augment, blur_kernels
 from dinocli.data.views.crops import NUMBERS, Draws, JitterConfig, ViewConfig, draws
 
 ZERO, ONE = torch.zeros(3), torch.ones(3)
@@ -115,7 +115,7 @@ def test_blur_agrees_with_pillow(image: Image.Image, radius: float) -> None:
 
 def blurred(image: Tensor, radius: Tensor) -> Tensor:
     x = image.expand(len(radius), 3, -1, -1).clone()
-    _blur(x, _blur_kernels(radius, min(len(image), 32)))
+    _blur(x, blur_kernels(radius, min(len(image), 32)))
     # The channels are rows of one matrix product, which may sum the last rows in another order.
     torch.testing.assert_close(x, x[:, :1].expand_as(x), rtol=0, atol=1e-6)
     return x[:, 0]
