@@ -10,9 +10,10 @@ import torch
 from original import OriginalStep
 from torch import nn
 
+from dinocli.engine import trainer
 from dinocli.engine.trainer import Trainer
 
-PARTS = ("waiting", "teacher", "backbone", "head", "loss", "backward", "optimizer", "EMA", "other")
+PARTS = ("waiting", "teacher", "backbone", "head", "loss", "backward", "clip", "optimizer", "EMA", "other")
 
 
 class Stopwatch:
@@ -66,6 +67,7 @@ class Stopwatch:
             self._module(stepper.student, "backbone")
             self._call(stepper.student, "logits", "head")
             self._module(stepper.loss, "loss")
+            self._call(stepper, "_clip", "clip")
             self._call(stepper, "move_teacher", "EMA", then="other")
             return
         method: Any = stepper.method
@@ -76,6 +78,7 @@ class Stopwatch:
         for loss in method.losses.values():
             self._module(loss, "loss")
             self._call(loss, "targets_for", "loss")
+        self._call(trainer, "clip_gradients", "clip")
         self._call(method, "after_step", "EMA", then="other")
 
     def _module(self, module: nn.Module, name: str) -> None:

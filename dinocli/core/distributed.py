@@ -373,15 +373,14 @@ def local(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the norm of each tensor, over all its shards."""
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each of n tensors, over all its shards. [n]"""
     import torch
 
-    local_norms = torch._foreach_norm(local(tensors))
+    local_norms = torch.stack(torch._foreach_norm(local(tensors)))
     if not in_shards(tensors):
-        return list(local_norms)
-    squares = torch.stack(local_norms).square()
-    return list((mean_over_processes(squares) * size()).sqrt().unbind())
+        return local_norms
+    return (mean_over_processes(local_norms.square()) * size()).sqrt()
 
 
 def whole(tensor: Tensor) -> Tensor:

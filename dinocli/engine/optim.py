@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dinocli.core import foreach
 from dinocli.core.config import Config
 from dinocli.core.distributed import in_shards, local, norms
 from dinocli.core.errors import DinoError
@@ -48,9 +49,9 @@ class ClipEach(Config):
     kind: Literal["each_parameter"]
     norm: float = Field(gt=0)
 
-    def wholes(self, norms: Sequence[Tensor], modules: Sequence[str]) -> list[Tensor]:
-        """Return the norm that is bounded for each parameter: that of its own gradient. [] each"""
-        return list(norms)
+    def wholes(self, norms: Tensor, modules: Sequence[str]) -> Tensor:  # [n] -> [n]
+        """Return the norm that is bounded for each parameter: that of its own gradient."""
+        return norms
 
 
 class ClipModules(Config):
@@ -59,13 +60,13 @@ class ClipModules(Config):
     kind: Literal["each_module"]
     norm: float = Field(gt=0)
 
-    def wholes(self, norms: Sequence[Tensor], modules: Sequence[str]) -> list[Tensor]:
-        """Return the norm that is bounded for each parameter: that of its module's gradient. [] each"""
+    def wholes(self, norms: Tensor, modules: Sequence[str]) -> Tensor:  # [n] -> [n]
+        """Return the norm that is bounded for each parameter: that of its module's gradient."""
         by_module: dict[str, list[Tensor]] = {}
-        for norm, module in zip(norms, modules, strict=True):
+        for norm, module in zip(norms.unbind(), modules, strict=True):
             by_module.setdefault(module, []).append(norm)
         joint = {module: torch.linalg.vector_norm(torch.stack(part)) for module, part in by_module.items()}
-        return [joint[module] for module in modules]
+        return torch.stack([joint[module] for module in modules])
 
 
 Clip = Annotated[ClipEach | ClipModules, Field(discriminator="kind")]
@@ -234,5 +235,5 @@ def clip_gradients(optimizer: torch.optim.Optimizer, clip: Clip | None) -> Tenso
     grad_norms = norms(grads)
     if clip is not None:
         bounded = clip.wholes(grad_norms, modules)
-        torch._foreach_mul_(local(grads), [(clip.norm / (n + 1e-6)).clamp(max=1.0) for n in bounded])
-    return torch.linalg.vector_norm(torch.stack(grad_norms))
+        foreach.scale(local(grads), (clip.norm / (bounded + 1e-6)).clamp(max=1.0))
+    return torch.linalg.vector_norm(grad_norms)

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from dinocli.core import foreach
 from dinocli.core.distributed import local, whole
 from dinocli.core.errors import DinoError
 from dinocli.models.backbone import Backbone, MaskedPatches
@@ -135,7 +136,7 @@ class Network(nn.Module):
         own, theirs = local(list(self.parameters())), local(effective_weights(student, self))
         # In a skipped step the weight is 0, because a Python `if` on `done` would make the host wait for the device.
         weight = (1 - momentum) * done.to(own[0].dtype)
-        torch._foreach_lerp_(own, theirs, [weight] * len(own))
+        foreach.move(own, theirs, weight)
         return weight
 
     def prototypes(self, head: str) -> int:
