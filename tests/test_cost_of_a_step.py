@@ -5,15 +5,16 @@ Where a count here rises, a step has become slower on somebody's machine; where 
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import peak_of
 from torch._dynamo.utils import counters
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinocli.core.device import autocast
 from dinocli.data.loader.batch import Batch
@@ -21,26 +22,16 @@ from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import load_preset
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+from launches import Launches
+
 IMAGES = 4
 # Seen with torch 2.15; a few more are allowed for, since versions differ by some.
-A_BLOCK, AROUND_THE_BLOCKS, CASTS = 120, 255, 310
+A_BLOCK, AROUND_THE_BLOCKS, CASTS = 60, 250, 200
 PEAK = 3_100_000
 # What makes the host wait until the device has come so far.
 WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
-
-
-class Operations(TorchDispatchMode):
-    """Counts operations that make or change numbers; views of what is there are free."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        infos = [result.alias_info for result in func._schema.returns]
-        if not any(info is not None and not info.is_write for info in infos):
-            self.counts[func._schema.name.removeprefix("aten::")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def step_of(
@@ -78,9 +69,9 @@ def step_of(
 
 def counted(**options: Any) -> Counter[str]:
     trainer, batch = step_of(**options)
-    with Operations() as operations:
+    with Launches() as launches:
         trainer.step(batch)
-    return operations.counts
+    return launches.counts
 
 
 def peak(**options: Any) -> int:
@@ -108,7 +99,6 @@ def test_each_network_goes_over_each_resolution_once() -> None:
     )
     assert attention == 3 * (1 + 2), "the teacher sees global crops, the student both resolutions"
     assert counts["_fused_adamw_"] == 2, "one for the weights with decay, one for those without"
-    assert counts["lerp_"] == 1 + 1 or counts["_foreach_lerp_"] == 1
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -119,11 +109,12 @@ def test_the_host_never_waits_in_a_step_that_is_not_logged(precision: str) -> No
 
 def test_logits_are_kept_once() -> None:
     """K more prototypes cost the logits of all views, which become their gradient, targets, and little else."""
-    few, many, views, globals_ = 1024, 9216, 6, 2
+    few, many, views, globals_ = 9216, 17408, 6, 2
     slope = (peak(prototypes=many) - peak(prototypes=few)) / (many - few)  # bytes a prototype
     kept = 4 * IMAGES * (views + globals_)
-    # A view's logits over the temperature, their softmax, and a sum of targets; 318 in all where a loss keeps its own.
-    assert slope <= kept + 4 * IMAGES * 4.5
+    prototypes = 2 * 4 * 16  # at unit length, and their gradient
+    # Less than the 96 more that a loss takes that keeps its own logits.
+    assert slope <= kept + prototypes + 4 * IMAGES * 3
 
 
 def test_blocks_worked_out_again_hold_a_third() -> None:
@@ -147,8 +138,8 @@ def test_blocks_are_compiled_without_a_break_and_once_for_each_use(monkeypatch: 
         network.compile_blocks()
     torch.testing.assert_close(trainer.step(batch)["loss"], losses[0])
     assert not counters["graph_break"]
-    # The student's two resolutions: the first block (which drops no path), others, the last; the teacher's: others, last.
-    assert counters["stats"]["unique_graphs"] == 2 * 3 + 2
+    # Of the student and of the teacher: the blocks but the last, and the last, which computes only class tokens.
+    assert counters["stats"]["unique_graphs"] == 4
     trainer.step(batch)
-    assert counters["stats"]["unique_graphs"] == 2 * 3 + 2, "nothing is compiled anew at a second step"
+    assert counters["stats"]["unique_graphs"] == 4, "nothing is compiled anew at a second step"
     torch._dynamo.reset()

@@ -150,6 +150,25 @@ class Backbone(nn.Module):
         """
         return [tokens.cls for tokens in self.last_tokens(images, last, masked)]
 
+    def encode(
+        self, groups: Sequence[Tensor], masked: MaskedPatches | None = None, *, with_patches: bool = False
+    ) -> tuple[Tensor, Tokens | None]:
+        """Return the class tokens of images of several sizes, at less cost than one size after the other if possible.
+
+        Args:
+            groups: Images of each size. [B, C, H, W] each
+            masked: Masked patches of the first size. If None, no patch is masked.
+            with_patches: If True, also return all tokens of the first size.
+
+        Returns:
+            Class tokens of all images in order ([B + ..., D]), and the tokens of the first size, or None.
+        """
+        first, *others = groups
+        tokens = self(first, masked) if with_patches else None
+        cls = [tokens.cls] if tokens else self.class_tokens(first, masked=masked)
+        cls += [self.class_tokens(group)[0] for group in others]
+        return torch.cat(cls) if others else cls[0], tokens
+
     def patches(self, images: Tensor, layers: Sequence[int] = (-1,), facet: Facet = "token") -> Tensor:
         """Return the patches' outputs, queries, keys or values in some blocks.
 

@@ -82,11 +82,17 @@ class Network(nn.Module):
             rows: Indices, among the G*B*N patches, of those that heads read. If None, all. [M], int64
             with_patches: If True, also return the patch tokens of the global views.
         """
-        # The backbone runs once per resolution, but each head once on all views, which its BatchNorm needs.
-        first, *others = crops
-        cls, all_patches, grid = self._encode_globals(first, mask, with_patches=with_patches)
-        cls = torch.cat([cls, *(self._encode_class_tokens(group, None) for group in others)])
-        patches = all_patches[rows] if all_patches is not None and rows is not None else all_patches  # [M, D]
+        # Each head runs once on all views, which its BatchNorm needs.
+        first = crops[0]
+        masked = None if mask is None or self.mask_token is None else MaskedPatches(mask.flatten(0, 1), self.mask_token)
+        wanted = with_patches or any("patches" in reads for reads in self.reads.values())
+        flat = [group.flatten(0, 1) for group in crops]
+        joint, tokens = self.backbone.encode(flat, masked, with_patches=wanted)
+        cls = joint.unflatten(0, (-1, first.shape[1]))
+        all_patches, grid = (tokens.patches.flatten(0, 1), tokens.grid) if tokens else (None, (0, 0))
+        patches = (
+            all_patches.index_select(0, rows) if all_patches is not None and rows is not None else all_patches
+        )  # [M, D]
         class_logits, masked_logits = {}, {}
         for name, head in self.heads.items():
             class_input = cls.flatten(0, 1) if "class" in self.reads[name] else None
@@ -100,25 +106,6 @@ class Network(nn.Module):
             all_patches.view(*first.shape[:2], -1, cls.shape[-1]) if with_patches and all_patches is not None else None
         )
         return Encoding(cls, len(first), class_logits, masked_logits, kept, grid)
-
-    def _encode_globals(
-        self, group: Tensor, mask: Tensor | None, *, with_patches: bool
-    ) -> tuple[Tensor, Tensor | None, tuple[int, int]]:
-        """Return class tokens of the global views, and the patches with their grid if a head or the caller reads them.
-
-        The shapes are [G, B, D] and [G*B*N, D].
-        """
-        masked = None if mask is None or self.mask_token is None else MaskedPatches(mask.flatten(0, 1), self.mask_token)
-        if not with_patches and not any("patches" in reads for reads in self.reads.values()):
-            return self._encode_class_tokens(group, masked), None, (0, 0)
-        tokens = self.backbone(group.flatten(0, 1), masked)
-        return tokens.cls.unflatten(0, group.shape[:2]), tokens.patches.flatten(0, 1), tokens.grid
-
-    def _encode_class_tokens(
-        self, group: Tensor, masked: MaskedPatches | None
-    ) -> Tensor:  # [V, B, C, H, W] -> [V, B, D]
-        (cls,) = self.backbone.class_tokens(group.flatten(0, 1), masked=masked)
-        return cls.unflatten(0, group.shape[:2])
 
     @torch.no_grad()
     def move_towards(self, student: Network, momentum: float, done: Tensor) -> Tensor:

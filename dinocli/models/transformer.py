@@ -14,7 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 from dinocli.core.errors import DinoError
 from dinocli.models.backbone import Backbone, Facet, MaskedPatches, Tokens
-from dinocli.models.block import BranchBlock, PlainBlock, Projection, RotaryBlock, attention_of, projected
+from dinocli.models.block import (
+    ALL,
+    BranchBlock,
+    DropPathDraws,
+    DropPathMasks,
+    PlainBlock,
+    Projection,
+    RotaryBlock,
+    asked_layout,
+    attention_of,
+    projected,
+)
 from dinocli.models.positions import Positions, Resampler
 from dinocli.models.rotary import Rotary
 
@@ -31,6 +42,7 @@ class Transformer(Backbone):
         self.width = model.embed_dim
         self.patch_size = model.patch_embed.patch_size[0]
         self._recompute = False
+        self._draw_masks = DropPathDraws()
 
     def grid(self, size: int) -> tuple[int, int] | None:
         return size // self.patch_size, size // self.patch_size
@@ -108,20 +120,48 @@ class Transformer(Backbone):
                 f"--blocks {len(self.blocks)}",
             )
         outputs = []
+        masks = self._draw_masks(self.blocks, tokens)
         for i, block in enumerate(self.blocks):
-            tokens = self._run_block(block, tokens, rotation, asking if i == len(self.blocks) - 1 else None)
+            of_block = asking if i == len(self.blocks) - 1 else None
+            tokens = self._run_block(block, tokens, masks[i], of_block, rotation)
             if i >= first:
                 outputs.append(tokens)
         return outputs
 
-    def _run_block(
-        self, block: nn.Module, tokens: Tensor, rotation: Tensor | None, asking: int | None = None
-    ) -> Tensor:
-        """Run a block, with activation checkpointing if that is on."""
-        # Draw here, because a compiled or recomputed block must not draw anything itself.
-        arguments: tuple[Any, ...] = (block.drop_path_masks(tokens), asking) if isinstance(block, BranchBlock) else ()
-        if rotation is not None:
-            arguments = (*arguments, rotation)
+    def encode(
+        self, groups: Sequence[Tensor], masked: MaskedPatches | None = None, *, with_patches: bool = False
+    ) -> tuple[Tensor, Tokens | None]:
+        if len(groups) == 1 or not self._can_pack:
+            return super().encode(groups, masked, with_patches=with_patches)
+        embedded = [self._embed(images, masked if i == 0 else None) for i, images in enumerate(groups)]
+        layout = tuple((tokens.shape[0], tokens.shape[1]) for tokens, *_ in embedded)
+        rotations = tuple(rotation for _, rotation, _ in embedded if rotation is not None)
+        asking = (None if with_patches else 1, *[1] * (len(groups) - 1))
+        last = asked_layout(asking, layout)
+        packed = torch.cat([tokens.flatten(0, 1) for tokens, *_ in embedded])
+        masks = self._draw_masks(self.blocks, packed, layout, last)
+        for i, block in enumerate(self.blocks):
+            of_block = asking if i == len(self.blocks) - 1 else None
+            packed = self._run_block(block, packed, masks[i], of_block, rotations or None, layout)
+        packed = self.model.norm(packed)
+        if not with_patches:
+            return packed, None
+        count = layout[0][0] * layout[0][1]
+        tokens = self._split(packed[:count].unflatten(0, layout[0]), embedded[0][2])
+        return torch.cat([tokens.cls, packed[count:]]), tokens
+
+    @property
+    def _can_pack(self) -> bool:
+        """True if all blocks take packed sequences. Blocks that leave out branches take one size at a time."""
+        branches = all(isinstance(block, BranchBlock) for block in self.blocks)
+        return branches and not any(block.training and block.left_out for block in self.blocks)
+
+    def _run_block(self, block: nn.Module, tokens: Tensor, masks: DropPathMasks = ALL, *arguments: Any) -> Tensor:
+        """Run a block, with activation checkpointing if that is on.
+
+        The further arguments are those of blocks with two branches: asking, rotation and layout.
+        """
+        arguments = (masks, *arguments) if isinstance(block, BranchBlock) else ()
         if self._recompute and torch.is_grad_enabled():
             output: Tensor = checkpoint(block, tokens, *arguments, use_reentrant=False)
             return output
@@ -143,7 +183,7 @@ class Transformer(Backbone):
         for i, block in enumerate(self.blocks[: max(indices) + 1]):
             inputs, last = tokens, i == max(indices)
             if not last or facet == "token":
-                tokens = self._run_block(block, tokens, rotation)
+                tokens = self._run_block(block, tokens, ALL, None, rotation)
             if i in indices:
                 outputs[i] = self.model.norm(tokens) if facet == "token" else _project(block, inputs, facet)
         joined = torch.cat([outputs[i] for i in indices], dim=-1)
@@ -152,7 +192,7 @@ class Transformer(Backbone):
     def attention(self, images: Tensor, queries: slice = slice(0, 1)) -> Tensor:
         tokens, rotation, _ = self._embed(images)
         for block in self.blocks[:-1]:
-            tokens = self._run_block(block, tokens, rotation)
+            tokens = self._run_block(block, tokens, ALL, None, rotation)
         last: Any = self.blocks[-1]
         return attention_of(last.attn, last.norm1(tokens), queries, rotation)
 

@@ -13,8 +13,14 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dinocli.models.block import PlainBlock, RotaryBlock, attention_of
+from dinocli.models.block import ALL, DropPathDraws, DropPathMasks, PlainBlock, RotaryBlock, attention_of
 from dinocli.models.rotary import Rotary
+
+
+def drawn_masks(block: nn.Module, tokens: torch.Tensor) -> DropPathMasks:
+    (masks,) = DropPathDraws()([block], tokens)
+    return masks
+
 
 KINDS: dict[str, dict] = {
     "plain": {"qkv_bias": True},
@@ -81,7 +87,7 @@ def test_a_rotary_block_skips_branches_by_its_masks() -> None:
     found = block(tokens, (scale, scale), None, rotation)
     torch.testing.assert_close(found, torch.cat([tokens[:1], whole[1:]]))
     block.train().left_out = 0.5
-    assert [len(mask) for mask in block.drop_path_masks(tokens)] == [2, 2]
+    assert [len(mask) for mask in drawn_masks(block, tokens)] == [2, 2]
 
 
 @pytest.mark.parametrize(
@@ -161,16 +167,16 @@ def test_drop_path_masks_equal_the_originals(original, monkeypatch: pytest.Monke
     block = PlainBlock.instead_of(Block(32, 2, drop_path=0.3)).train()
     drawn: list[float] = []
 
-    def draw(values: torch.Tensor, p: float) -> torch.Tensor:
-        drawn.append(p)
-        return values.copy_(keep_mask)
+    def draw(keep: torch.Tensor) -> torch.Tensor:
+        drawn.extend(keep[:, 0].tolist())
+        return keep_mask.flatten().expand(keep.shape).clone()
 
-    monkeypatch.setattr(torch.Tensor, "bernoulli_", draw)
-    masks = block.drop_path_masks(x)
+    monkeypatch.setattr(torch, "bernoulli", draw)
+    masks = drawn_masks(block, x)
     assert drawn == pytest.approx([0.7, 0.7])
     for mask in masks:
         assert_original(x * mask, original["droppath/output_p0.3_seed0"])
-    assert block.eval().drop_path_masks(x) == (None, None)
+    assert drawn_masks(block.eval(), x) == (None, None)
 
 
 def test_masks_scale_the_branches_of_each_image() -> None:
@@ -189,9 +195,9 @@ def test_uniform_drop_path_skips_branches_of_whole_images(monkeypatch: pytest.Mo
     _, block = make_blocks(qkv_bias=True)
     block.train().left_out = 0.4
     tokens = torch.randn(5, 3, 16, dtype=torch.float64)
-    orders = iter([torch.tensor([3, 0, 4, 1, 2]), torch.tensor([2, 4, 1, 0, 3])])
-    monkeypatch.setattr(torch, "randperm", lambda n, device: next(orders))
-    masks = block.drop_path_masks(tokens)
+    ranks = torch.tensor([[1, 3, 4, 0, 2], [3, 2, 0, 4, 1.0]])  # the orders 3, 0, 4, 1, 2 and 2, 4, 1, 0, 3
+    monkeypatch.setattr(torch, "rand", lambda *shape, device: ranks)
+    masks = drawn_masks(block, tokens)
     assert [s.tolist() for s in masks] == [[3, 0, 4], [2, 4, 1]], "always three of five"
     first = torch.tensor([1, 0, 0, 1, 1.0], dtype=torch.float64).view(5, 1, 1) * 5 / 3
     second = torch.tensor([0, 1, 1, 0, 1.0], dtype=torch.float64).view(5, 1, 1) * 5 / 3
@@ -199,14 +205,14 @@ def test_uniform_drop_path_skips_branches_of_whole_images(monkeypatch: pytest.Mo
     expected = attended + second * block.mlp(block.norm2(attended))
     torch.testing.assert_close(block(tokens, masks), expected)
     torch.testing.assert_close(block(tokens, masks, asking=1), expected[:, :1])
-    assert block.eval().drop_path_masks(tokens) == (None, None)
+    assert drawn_masks(block.eval(), tokens) == (None, None)
 
 
 @pytest.mark.parametrize(("images", "left_out"), [(1, 0.9), (3, 0.5), (10, 0.3), (64, 0.4)])
 def test_uniform_drop_path_keeps_a_fixed_number_of_images_and_at_least_one(images: int, left_out: float) -> None:
     block = PlainBlock.instead_of(Block(16, 2)).train()
     block.left_out = left_out
-    for mask in block.drop_path_masks(torch.zeros(images, 2, 16)):
+    for mask in drawn_masks(block, torch.zeros(images, 2, 16)):
         assert len(mask) == max(1, math.ceil((1 - left_out) * images))
         assert len(mask.unique()) == len(mask)
 
@@ -219,6 +225,55 @@ def test_skipped_branches_are_not_computed() -> None:
     for left_out in (0.0, 0.5):
         block.left_out = left_out
         with FlopCounterMode(display=False) as counter:
-            block(tokens, block.drop_path_masks(tokens))
+            block(tokens, drawn_masks(block, tokens))
         flops.append(counter.get_total_flops())
     assert flops[1] * 2 == flops[0]
+
+
+@pytest.mark.parametrize("asking", [None, (1, 1), (None, 1)])
+@pytest.mark.parametrize("kind", ["plain", "rotary"])
+def test_a_packed_sequence_gives_what_each_size_gives_alone(kind: str, asking: tuple[int | None, ...] | None) -> None:
+    torch.manual_seed(0)
+    if kind == "plain":
+        _, block = make_blocks(qkv_bias=True, init_values=0.3)
+    else:
+        _, block, *_ = make_rotary_blocks(init_values=0.3)
+    layout = ((2, 8), (3, 5))
+    groups = [torch.randn(*size, 16, dtype=torch.float64, requires_grad=True) for size in layout]
+    turns = tuple(torch.randn(2, tokens, 4, dtype=torch.float64) for _, tokens in layout) if kind == "rotary" else None
+    scales = [torch.rand(images, 1, 1, dtype=torch.float64) for images, _ in layout]
+    counts = asking or (None, None)
+    alone = [
+        block(group, (scale, scale), count, turns and turns[i])
+        for i, (group, scale, count) in enumerate(zip(groups, scales, counts, strict=True))
+    ]
+
+    def rows(tokens: list[int]) -> torch.Tensor:
+        parts = zip(scales, tokens, strict=True)
+        return torch.cat([scale.expand(-1, count, -1).flatten(0, 1) for scale, count in parts])
+
+    second = rows([len(out[0]) for out in alone])
+    packed = torch.cat([group.flatten(0, 1) for group in groups])
+    found = block(packed, (second, second), asking, turns, layout)
+    expected = torch.cat([out.flatten(0, 1) for out in alone])
+    torch.testing.assert_close(found, expected)
+    slopes = [torch.autograd.grad(out.square().sum(), groups) for out in (found, expected)]
+    for ours, theirs in zip(*slopes, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_all_blocks_draw_factors_of_their_own_for_each_image() -> None:
+    torch.manual_seed(0)
+    blocks = [PlainBlock.instead_of(Block(8, 2, drop_path=p)).train() for p in (0.0, 0.5)]
+    layout, last = ((200, 3), (100, 2)), ((200, 1), (100, 1))
+    masks = DropPathDraws()(blocks, torch.zeros(800, 8), layout, last)
+    assert [[len(mask) for mask in each] for each in masks] == [[800, 800], [300, 300]]
+    assert all(bool((mask == 1).all()) for mask in masks[0]), "never skipped"
+    for mask in masks[1]:
+        assert set(mask.unique().tolist()) == {0.0, 2.0}
+        assert mask.mean().item() == pytest.approx(1, abs=0.25)  # four standard deviations of 300 draws
+    assert not torch.equal(*masks[1]), "each branch has its own"
+    (_, (first, _)) = DropPathDraws()(blocks, torch.zeros(800, 8), layout, layout)
+    for image in first[:600].unflatten(0, (200, 3)):
+        assert len(image.unique()) == 1, "one factor for all tokens of an image"
+    assert DropPathDraws()([block.eval() for block in blocks], torch.zeros(4, 3, 8)) == [ALL, ALL]

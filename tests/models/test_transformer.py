@@ -254,7 +254,7 @@ def test_activation_checkpointing_of_a_rotary_backbone_gives_the_same_gradient(r
     images = torch.randn(4, 3, 24, 32, dtype=torch.float64)
     gradients = []
     for network in (backbone, checkpointed):
-        torch.manual_seed(1)
+        torch.manual_seed(2)
         network(images).patches.square().sum().backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
     torch.testing.assert_close(*gradients)
