@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ways import WAYS, Way, middle
 
+from dinocli.core import foreach
 from dinocli.data.loader.batch import Batch
 from dinocli.data.views import augment as views_module
 from dinocli.data.views.crops import Draws, draws, uniforms
@@ -66,7 +67,7 @@ class Launches(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         namespace, _, name = func._schema.name.partition("::")
         if namespace == "aten" and not _is_free(func, name) and self._is_here(args, result):
-            self.counts[name] += 1 if not name.startswith("_foreach") or _is_fused(args) else len(args[0])
+            self.counts[name] += 1 if not name.startswith("_foreach") or _is_fused(name, args) else len(args[0])
         return result
 
     def _is_here(self, args: Any, result: Any) -> bool:
@@ -80,16 +81,20 @@ def _is_free(func: Any, name: str) -> bool:
     return is_view or name in _FREE or "empty" in name
 
 
-def _is_fused(args: Any) -> bool:
+def _is_fused(name: str, args: Any) -> bool:
     lists = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor)]
-    kinds = [[(t.shape, t.stride(), t.dtype, t.device) for t in tensors] for tensors in lists]
-    return all(kind == kinds[0] for kind in kinds)
+    forms = [[(t.shape, t.stride(), t.device) for t in tensors] for tensors in lists]
+    dtypes = [{t.dtype for t in tensors} for tensors in lists]
+    # Only a copy may change the dtype, from the same one to the same one in all tensors.
+    same_dtype = all(len(each) == 1 for each in dtypes) if name == "_foreach_copy_" else len(set().union(*dtypes)) == 1
+    return same_dtype and all(form == forms[0] for form in forms)
 
 
 @contextlib.contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Choose operators on this CPU as on a GPU: fused attention, and views of a whole batch at once."""
+    """Choose operators on this CPU as on a GPU: fused attention, views of a whole batch, copies of larger tensors."""
     with (
+        mock.patch.object(foreach, "_SMALL_ON_CPU", foreach._SMALL),
         mock.patch.object(block, "_is_faster_unfused", lambda q, k: False),
         mock.patch.object(views_module, "_CACHED", views_module._AT_ONCE),
     ):
@@ -118,7 +123,7 @@ def sizes(preset: Preset) -> list[tuple[int, int, int]]:
 
 
 def noise(preset: Preset, grid: tuple[int, int] | None) -> Batch:
-    """Return a batch of noise, with masks if the preset has any."""
+    """Return a batch of noise, with masks and clean crops if the preset has any."""
     views, images = preset.views, preset.training.batch_size
     crops = [torch.randn(count, images, views.channels, size, size) for _, count, size in sizes(preset)]
     masks = None
@@ -126,7 +131,11 @@ def noise(preset: Preset, grid: tuple[int, int] | None) -> Batch:
         patches = grid[0] * grid[1]
         counts = deal(views.mask, (len(views.globals), images), patches, seed=0, batch=0, rank=0)
         masks = PatchMasks.of(torch.arange(patches) < counts[..., None])
-    return Batch(crops[0], crops[1] if len(crops) > 1 else None, torch.arange(images), masks)
+    clean = None
+    if preset.clean_scale is not None:
+        side = views.clean_size(preset.clean_scale)
+        clean = torch.randn(len(views.globals), images, views.channels, side, side)
+    return Batch(crops[0], crops[1] if len(crops) > 1 else None, torch.arange(images), masks, clean)
 
 
 def count_step(preset: Preset, way: Way) -> dict[str, int]:

@@ -20,11 +20,13 @@ from dinocli.core.device import autocast
 from dinocli.data.loader.batch import Batch
 from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
-from dinocli.method.preset import load_preset
+from dinocli.method.feature_distillation import Teacher
+from dinocli.method.preset import Preset, load_preset
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
-from launches import Launches
+from launches import Launches, as_on_a_gpu, count_step, count_views, noise
+from ways import WAYS
 
 IMAGES = 4
 # Seen with torch 2.15; a few more are allowed for, since versions differ by some.
@@ -85,6 +87,56 @@ def test_a_step_has_so_many_operations() -> None:
     a_block = large.total() - small.total()
     assert a_block <= A_BLOCK
     assert small.total() - 3 * a_block <= AROUND_THE_BLOCKS
+
+
+# Presets, changes and the most launches of a step on a GPU, for networks of 4 blocks: those of torch 2.14 and 2 % more.
+SMALL_VIT = "{img_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=6}"
+SMALL_V2 = ["heads.dino.batch_norm=false", "heads.ibot.batch_norm=false"]
+LAUNCHES = {
+    "dino": ("tiny", [], 450),
+    "dino, iBOT, KoLeo": ("tiny-dinov2", SMALL_V2, 640),
+    "visible patches": ("tiny-dinov2", [*SMALL_V2, "losses.ibot.visible=1.0"], 660),
+    "Gram": ("tiny-dinov2", [*SMALL_V2, "losses.gram={weight=1.0}"], 735),
+    "skipped branches": ("tiny-dinov2", [*SMALL_V2, "backbone.drop_path=0.25", "backbone.drop_path_rule=uniform"], 905),
+    "drop path": ("tiny", ["backbone.drop_path=0.1"], 475),
+    "frozen teacher": ("tiny", ["teacher.frozen=true"], 470),
+    "features": ("distill-features", [f"backbone.options={SMALL_VIT}", "views.global_1.size=48"], 360),
+}
+
+
+def trainer_of(preset: Preset) -> Trainer:
+    """A trainer past the frozen epochs, with a teacher of its own if the preset needs one."""
+    torch.manual_seed(0)
+    if preset.losses.features:
+        backbone = preset.network().backbone
+        side = preset.views.global_1.size
+        grid = backbone.grid(side)
+        assert grid is not None
+        method: Any = preset.feature_method([Teacher(backbone, (0.5,) * 3, (0.3,) * 3, side, grid)])
+    else:
+        method = preset.method(preset.network() if preset.teacher.frozen else None)
+    return Trainer(method, preset.optimizer, Clock(10, 100, 500), batch_size=4, seed=0, guarded=True)
+
+
+@pytest.mark.parametrize("name", list(LAUNCHES))
+def test_a_step_launches_no_more_kernels(name: str) -> None:
+    preset_name, changes, most = LAUNCHES[name]
+    preset = load_preset(preset_name, [*changes, "training.batch_size=4"])
+    with as_on_a_gpu():
+        trainer = trainer_of(preset)
+        batch = noise(preset, trainer.method.student.backbone.grid(preset.views.global_1.size))
+        trainer.step(batch)
+        with Launches() as launches:
+            trainer.step(batch)
+    assert launches.counts.total() <= most, launches.counts
+
+
+@pytest.mark.slow
+def test_the_plain_run_of_vit_s_launches_at_most_1500_kernels() -> None:
+    preset = load_preset("vits16-vanilla", ["training.batch_size=64"])
+    parts = count_step(preset, WAYS["bfloat16"])
+    assert parts["clip"] + parts["optimizer"] + parts["EMA"] <= 160
+    assert count_views(preset) + sum(parts.values()) <= 1500
 
 
 def test_coarse_products_cost_casts_and_little_else() -> None:

@@ -71,8 +71,9 @@ class Backbone(nn.Module):
         Args:
             any_batch: True if batch sizes may differ, as at the end of a dataset.
         """
-        # torch compiles another version of a block for each combination of resolution, gradient or none, all tokens or
-        # the class token, and drop path or none. Its default limit is eight versions.
+        # torch compiles another version of a block for each combination of resolutions, gradient or none, all tokens
+        # or the class token: four for a run with one size of global and one of local crops. More if sizes change, or
+        # if blocks skip branches and take one resolution at a time. Its default limit is eight versions.
         torch._dynamo.config.recompile_limit = 64
         for block in self.blocks:
             block.compile(dynamic=None if any_batch else False)

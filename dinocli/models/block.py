@@ -64,7 +64,7 @@ class DropPathDraws:
         Args:
             blocks: Blocks in order. Those of other kinds draw their own.
             tokens: Input of the first block. [B, T, D], or packed [S, D]
-            layout: Sizes of a packed sequence, which must not leave out branches.
+            layout: Sizes of a packed sequence, in which no branch is skipped for a subset of images.
             last: Sizes of the packed output of the last block.
 
         Returns:

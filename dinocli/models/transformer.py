@@ -26,6 +26,7 @@ from dinocli.models.block import (
     attention_of,
     projected,
 )
+from dinocli.models.casting import call_with_cast_weights
 from dinocli.models.positions import Positions, Resampler
 from dinocli.models.rotary import Rotary
 
@@ -152,7 +153,7 @@ class Transformer(Backbone):
 
     @property
     def _can_pack(self) -> bool:
-        """True if all blocks take packed sequences. Blocks that leave out branches take one size at a time."""
+        """True if all blocks take packed sequences. Blocks with `left_out` take one size at a time."""
         branches = all(isinstance(block, BranchBlock) for block in self.blocks)
         return branches and not any(block.training and block.left_out for block in self.blocks)
 
@@ -163,9 +164,9 @@ class Transformer(Backbone):
         """
         arguments = (masks, *arguments) if isinstance(block, BranchBlock) else ()
         if self._recompute and torch.is_grad_enabled():
-            output: Tensor = checkpoint(block, tokens, *arguments, use_reentrant=False)
+            output: Tensor = checkpoint(call_with_cast_weights, block, tokens, *arguments, use_reentrant=False)
             return output
-        return block(tokens, *arguments)
+        return call_with_cast_weights(block, tokens, *arguments)
 
     def _split(self, tokens: Tensor, grid: tuple[int, int]) -> Tokens:
         prefix = self.model.num_prefix_tokens

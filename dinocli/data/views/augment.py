@@ -36,7 +36,7 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
     """
     views, images = crops.shape[:2]
     crops, steps = crops.flatten(0, 1), _steps(draws)
-    kernels = blur_kernels(draws.radius.flatten().to(crops.device, non_blocking=True), min(crops.shape[2], _SHORT))
+    kernels = blur_kernels(draws.radius.flatten(), min(crops.shape[2], _SHORT), crops.device)
     # A GPU is fastest with few large operations, a CPU with all operations on one image before the next.
     step = max(1, (_AT_ONCE if crops.is_cuda else _CACHED) // crops[0].numel())
     out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3], device=crops.device)
@@ -57,16 +57,18 @@ class _Steps(NamedTuple):
 
     Attributes:
         flip: Images to mirror. [N], bool, like `gray`, `blur` and `solarize`
-        operation: Color jitter operations in order. [4, N]
-        factor: Factor of each operation. [4, N]
-        blends: True for brightness, contrast and saturation that change the image. [4, N]
-        turns: True for hue shifts that change the image. [4, N]
+        operation: Brightness, contrast and saturation in order: first those before the hue, then those after it. [6, N]
+        factor: Factor of each operation. [6, N]
+        blends: True for operations that change the image. [6, N]
+        turn: Hue shift, as a fraction of the circle. [N]
+        turns: True for hue shifts that change the image. [N]
     """
 
     flip: Tensor
     operation: Tensor
     factor: Tensor
     blends: Tensor
+    turn: Tensor
     turns: Tensor
     gray: Tensor
     blur: Tensor
@@ -77,10 +79,19 @@ def _steps(draws: Draws) -> _Steps:
     operation = draws.order.flatten(0, 1).long()  # [N, 4]
     factor = draws.factors.flatten(0, 1).gather(1, operation)
     hue = operation == _HUE
-    jitter = (operation, factor, ~hue & (factor != 1), hue & (factor != 0))
+    # The hue shift takes most of the launches. So all images shift it at once, between the operations before and after.
+    earlier = hue.flip(1).cumsum(1).flip(1).bool() & ~hue  # [N, 4]
+    blends = factor != 1
+    before, after = slice(0, 3), slice(1, 4)
+    rounds = (
+        torch.cat([operation[:, before], operation[:, after]], 1),
+        torch.cat([factor[:, before], factor[:, after]], 1),
+        torch.cat([(blends & earlier)[:, before], (blends & ~earlier & ~hue)[:, after]], 1),
+    )
     flip, gray, radius, solarize = (d.flatten() for d in (draws.flip, draws.gray, draws.radius, draws.solarize))
-    operation, factor, blends, turns = (j.T.contiguous() for j in jitter)
-    return _Steps(flip, operation, factor, blends, turns, gray, radius > 0, solarize)
+    operation, factor, blends = (each.T.contiguous() for each in rounds)
+    turn = draws.factors.flatten(0, 1)[:, _HUE].contiguous()
+    return _Steps(flip, operation, factor, blends, turn, turn != 0, gray, radius > 0, solarize)
 
 
 def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled: bool) -> None:
@@ -90,9 +101,12 @@ def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled:
         mirrored = steps.flip.nonzero()[:, 0].to(crops.device, non_blocking=True)
         crops = crops.index_copy(0, mirrored, crops.index_select(0, mirrored).flip(2))
     x.copy_(crops.permute(0, 3, 1, 2)).mul_(1 / 255)
-    for operation, factor, blends, turns in zip(steps.operation, steps.factor, steps.blends, steps.turns, strict=True):
+    rounds = list(zip(steps.blends, steps.factor, steps.operation, strict=True))
+    for blends, factor, operation in rounds[:3]:
         _on(x, blends, _blend, factor, operation)
-        _on(x, turns, turn_hue, factor)
+    _on(x, steps.turns, turn_hue, steps.turn)
+    for blends, factor, operation in rounds[3:]:
+        _on(x, blends, _blend, factor, operation)
     _on(x, steps.gray, lambda part: part.copy_(_gray(part).expand_as(part)))
     _on(x, steps.blur, _blur, kernels)
     _on(x, steps.solarize, lambda part: part.addcmul_((part >= 128 / 255).to(part.dtype), 1 - 2 * part))
@@ -235,27 +249,32 @@ def _blur(x: Tensor, kernels: Tensor) -> None:
         out[:, half:-half] = (band[:, None] @ windows).flatten(1, 2)
 
 
-def blur_kernels(radius: Tensor, short: int) -> Tensor:
-    """Return the blur along a line of `short` pixels, as a matrix for each radius. [S, short, short]
+def blur_kernels(radius: Tensor, short: int, device: torch.device) -> Tensor:
+    """Return the blur along a line of `short` pixels, as a matrix for each radius, on the device. [S, short, short]
 
     Away from the ends, each row equals the one above, shifted by a pixel. So a short line serves for any length.
 
     Pillow's Gaussian is three passes of a box whose fractional width gives the radius. Each pass repeats the border.
 
     Args:
-        radius: Radius in pixels, at most 2. [S]
+        radius: Radius in pixels, at most 2, on the host. [S]
         short: Length of the line in pixels.
+        device: Device of the matrices.
 
     Source: Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box Filtering, 2011.
     """
-    variance = radius[:, None, None] ** 2 / 3
+    # Numbers per radius and per pixel are computed on the host, which takes no launches.
+    variance = radius**2 / 3
     whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()  # full pixels on each side of the middle
     edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    place = torch.arange(short, device=radius.device)
-    far = torch.arange(-2, short + 2, device=radius.device)  # two pixels beyond each end: a box reaches no farther
-    distance = (place[:, None] - far[None]).abs()
-    box = torch.where(distance <= whole, 1.0, torch.where(distance == whole + 1, edge, 0.0)) / (2 * (whole + edge) + 1)
-    box = torch.zeros(len(radius), short, short, device=radius.device).index_add_(2, far.clamp(0, short - 1), box)
+    width = 2 * (whole + edge) + 1
+    far = torch.arange(-2, short + 2)  # two pixels beyond each end: a box reaches no farther
+    distance = (torch.arange(short)[:, None] - far[None]).abs().to(device, non_blocking=True)
+    of_radius = torch.stack([whole, whole + 1, 1 / width, edge / width])[..., None, None]
+    inside, last, full, part = of_radius.to(device, non_blocking=True)  # [S, 1, 1] each
+    box = torch.where(distance <= inside, full, torch.where(distance == last, part, 0.0))
+    nearest = far.clamp(0, short - 1).to(device, non_blocking=True)
+    box = torch.zeros(len(radius), short, short, device=device).index_add_(2, nearest, box)
     return box @ box @ box
 
 

@@ -114,7 +114,7 @@ def _steps(operation: int, factor: float) -> list[Step]:
 
 def _blurs(radius: Tensor, size: int) -> list[list[Blur | None]]:
     drawn = radius > 0
-    kernels = blur_kernels(radius[drawn], min(size, _SHORT)).numpy()  # [n, short, short]
+    kernels = blur_kernels(radius[drawn], min(size, _SHORT), radius.device).numpy()  # [n, short, short]
     ends = np.rint(kernels * _FINE)
     if size < _SHORT:
         blurs = iter([Blur([], e) for e in ends[:, : (size + 1) // 2]])

@@ -12,13 +12,16 @@ from torch.autograd.graph import increment_version
 
 from dinocli.core.device import exactly
 
+CHUNK_LOGITS = 2**24  # per chunk; two copies in float32 take 128 MiB, and larger chunks are not faster
+
 
 class Chunk(NamedTuple):
     """Logits whose loss is computed together. Only one chunk at a time is copied, in the wider precision.
 
     Attributes:
         where: Index of the chunk in the first dimension of all logits: logits[where] is [..., K].
-        targets: Distributions to compare with each of these logits. If empty, the logits do not count. [..., K] each
+        targets: Distributions to compare with each of these logits, or that can be expanded to them. If empty, the
+            logits do not count. [..., K] each
         weights: Weights of these logits. If None, all are 1. [...]
     """
 

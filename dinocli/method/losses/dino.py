@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dinocli.core.distributed import mean_over_processes
 from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.schedules import Clock
-from dinocli.method.losses.cross_entropy import Chunk, cross_entropy, entropy
+from dinocli.method.losses.cross_entropy import CHUNK_LOGITS, Chunk, cross_entropy, entropy
 from dinocli.method.losses.targets import PrototypeLossConfig
 from dinocli.models.network import Encoding, Reads
 
@@ -106,5 +106,9 @@ def dino_loss(student: Tensor, targets: Tensor, temperature: float) -> Tensor:
     """
     pairs = len(targets) * (len(student) - 1)
     # If there is only one global view, it has no target, and its chunk adds nothing.
-    views = [Chunk(v, [target for g, target in enumerate(targets) if g != v]) for v in range(len(student))]
-    return cross_entropy(student, views, temperature, share=1 / (student.shape[1] * pairs))
+    chunks = [Chunk(v, [target for g, target in enumerate(targets) if g != v]) for v in range(len(targets))]
+    # All local views have the same targets, so they are compared together.
+    together = max(1, CHUNK_LOGITS // student[0].numel())
+    firsts = range(len(targets), len(student), together)
+    chunks += [Chunk(slice(first, first + together), list(targets)) for first in firsts]
+    return cross_entropy(student, chunks, temperature, share=1 / (student.shape[1] * pairs))

@@ -15,7 +15,7 @@ from dinocli.core.device import exactly
 from dinocli.core.distributed import mean_over_processes
 from dinocli.data.views.masking import PatchMasks
 from dinocli.engine.schedules import Clock
-from dinocli.method.losses.cross_entropy import Chunk, cross_entropy, entropy
+from dinocli.method.losses.cross_entropy import CHUNK_LOGITS, Chunk, cross_entropy, entropy
 from dinocli.method.losses.targets import PrototypeLossConfig
 from dinocli.models.network import Encoding, Reads
 
@@ -35,9 +35,6 @@ class IbotLossConfig(PrototypeLossConfig):
 
     def build(self, prototypes: int) -> IbotLoss:
         return IbotLoss(self, prototypes)
-
-
-_CHUNK_LOGITS = 2**24  # per chunk; two copies in float32 take 128 MiB, and larger chunks are not faster
 
 
 class IbotLoss(nn.Module):
@@ -120,7 +117,7 @@ def ibot_loss(student: Tensor, targets: Tensor, weights: Tensor, temperature: fl
     Source: arXiv 2111.07832, equation 2; facebookresearch/dinov2@b8931f7 dinov2/loss/ibot_patch_loss.py,
     iBOTPatchLoss.forward_masked.
     """
-    rows = max(1, _CHUNK_LOGITS // student.shape[-1])
+    rows = max(1, CHUNK_LOGITS // student.shape[-1])
     slices = [slice(first, first + rows) for first in range(0, len(student), rows)]
     chunks = [Chunk(part, [targets[part]], weights[part]) for part in slices]
     return cross_entropy(student, chunks, temperature)

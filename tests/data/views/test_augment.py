@@ -115,7 +115,7 @@ def test_blur_agrees_with_pillow(image: Image.Image, radius: float) -> None:
 
 def blurred(image: Tensor, radius: Tensor) -> Tensor:
     x = image.expand(len(radius), 3, -1, -1).clone()
-    _blur(x, blur_kernels(radius, min(len(image), 32)))
+    _blur(x, blur_kernels(radius, min(len(image), 32), radius.device))
     # The channels are rows of one matrix product, which may sum the last rows in another order.
     torch.testing.assert_close(x, x[:, :1].expand_as(x), rtol=0, atol=1e-6)
     return x[:, 0]

@@ -54,7 +54,7 @@ def rows_and_weights(where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def test_equals_the_definition(
     images: int, patches: int, prototypes: int, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ibot, "_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr(ibot, "CHUNK_LOGITS", chunk_logits)
     torch.manual_seed(0)
     where = draw_mask(2, images, patches)
     student = torch.randn(2, images, patches, prototypes, dtype=torch.float64, requires_grad=True)
