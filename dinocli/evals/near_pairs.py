@@ -136,20 +136,21 @@ def _divide(points: Floats, rows: Indices) -> _Cells:
         points.shape[1], count, niter=_ROUNDS, min_points_per_centroid=1, max_points_per_centroid=_PER_CENTER
     )
     means.train(points)
+    centers: Floats = np.asarray(means.centroids, np.float32)
     cell = np.empty(len(points), np.int64)
     for first in range(0, len(points), _READ):
         block = slice(first, first + _READ)
         cell[block] = means.index.search(points[block], 1)[1][:, 0]
     order = np.argsort(cell, kind="stable")
     points, cell = points[order], cell[order]
-    squares, levels = (np.einsum("sp,sp->s", points, other) for other in (points, means.centroids[cell]))
-    half = np.einsum("cp,cp->c", means.centroids, means.centroids)[:, None] / 2
+    squares, levels = (np.einsum("sp,sp->s", points, other) for other in (points, centers[cell]))
+    half = np.einsum("cp,cp->c", centers, centers)[:, None] / 2
     return _Cells(
         rows[order],
         np.hstack([points, squares[:, None] / -2, np.ones_like(squares)[:, None]]),
         levels - half[cell, 0],
         np.searchsorted(cell, np.arange(count + 1)),
-        np.hstack([-means.centroids, np.zeros_like(half), half]),
+        np.hstack([-centers, np.zeros_like(half), half]),
     )
 
 

@@ -80,7 +80,7 @@ def _read_vision_transformer(backbone: Mapping[str, Tensor], source: str) -> Rel
         "mlp_ratio": (len(inner) if inner is not None else 4 * width) / width,
     }
     options |= {"in_chans": channels} if channels != 3 else {}
-    # timm's names without `qkvb` have no biases of queries and values, and drop them from a file with nothing but a printed line for each.
+    # timm's names without `qkvb` have no biases of queries and values. They drop those of a file with a printed line.
     name = f"vit_small{'_plus' if gated else ''}_patch16_dinov3{'_qkvb' if biased else ''}"
     satellite = "sat493m" in Path(source).name.lower() or (width == 1024 and "local_cls_norm.weight" in backbone)
     unsure = not satellite and "local_cls_norm.weight" in backbone and "lvd1689m" not in Path(source).name.lower()
