@@ -34,7 +34,7 @@ from dinocli.weights.xcit import read_xcit
 C = TypeVar("C", bound=Config)
 
 Which = Literal["teacher", "student"]
-# Heads in the originals' files: DINO has one; DINOv2 has one for class tokens and optionally one for iBOT. Those of Franca
+# Heads in the originals' files: DINO has one; DINOv2 has one for class tokens and optionally one for iBOT. Franca's
 # have other layers. A plain `head.` may also be a supervised classifier.
 _HEAD = re.compile(r"(dino|ibot)_head\.|head\.(?=mlp\.|last_layer\.)")
 
