@@ -14,6 +14,9 @@ from dinocli.evals.equal import first_equal
 from dinocli.evals.units import Floats, unit
 
 _BLOCK_BYTES = 8 * 2**20  # of float32 features searched at once; blocks that fit in the cache are twice as fast
+_ROWS_PER_NEIGHBOUR = (
+    256  # least rows of a block, times k: each block collects k neighbours anew, and merging costs time
+)
 _TILE = 4096  # side of a square of cosines computed at once: 64 MB
 _CLOSE = 1e-5  # rows this close to a cosine of 1 may be equal: rounding errors are smaller
 
@@ -40,7 +43,7 @@ def nearest(
     """
     originals, queries = queries, unit(queries)
     count = len(values) if among is None else len(among)
-    step = max(1, _BLOCK_BYTES // (4 * queries.shape[1]))
+    step = max(1, _BLOCK_BYTES // (4 * queries.shape[1]), _ROWS_PER_NEIGHBOUR * k)
     heap = faiss.ResultHeap(len(queries), k, keep_max=True)
     for first in range(0, count, step):
         rows = slice(first, first + step)

@@ -85,7 +85,12 @@ def test_block_sizes_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, a
     train = features(values, generator.integers(0, 5, 50), 5)
     test = None if alone else features(generator.normal(size=(20, 4)), generator.integers(0, 5, 20), 5)
     whole = knn(train, test, [7, 3, 40])
-    blocks = ((module, "_QUERIES", 7), (nearest, "_BLOCK_BYTES", 9 * 4 * 4), (module, "_CELLS", 20))
+    blocks = (
+        (module, "_QUERIES", 7),
+        (nearest, "_BLOCK_BYTES", 9 * 4 * 4),
+        (nearest, "_ROWS_PER_NEIGHBOUR", 0),
+        (module, "_CELLS", 20),
+    )
     for place, name, size in blocks:
         monkeypatch.setattr(place, name, size)
         assert knn(train, test, [7, 3, 40]) == whole

@@ -23,6 +23,7 @@ def test_neighbours_equal_those_of_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch, rows_a_block: int, among: np.ndarray | None
 ) -> None:
     monkeypatch.setattr(module, "_BLOCK_BYTES", rows_a_block * 6 * 4)
+    monkeypatch.setattr(module, "_ROWS_PER_NEIGHBOUR", 0)
     values, queries = drawn(50), drawn(9, seed=1)
     done: list[int] = []
     cosines, found = nearest(Rows([values[:20], values[20:]]), queries, 4, among=among, report=done.append)
@@ -72,6 +73,7 @@ def test_equal_rows_have_a_cosine_of_exactly_1_and_none_is_larger(monkeypatch: p
     assert pairs == [(row, row + 300) for row in range(300)]
     assert (best == 1).all()
     assert all((part.cosines == 1).all() for part in tiles)
+    monkeypatch.setattr(module, "_ROWS_PER_NEIGHBOUR", 0)
     for block in (1 << 30, 1 << 12):
         monkeypatch.setattr(module, "_BLOCK_BYTES", block)
         cosines, found = nearest(values, values, 4)
@@ -93,3 +95,16 @@ def test_missing_neighbours_stay_missing() -> None:
     cosines, rows = np.array([[1.0000001, -np.inf]], np.float32), np.array([[2, -1]])
     found = bounded(drawn(3), drawn(1), cosines, rows)
     assert found[0].tolist() == [[1.0, -np.inf]] and found[1].tolist() == [[2, -1]]
+
+
+@pytest.mark.parametrize(("k", "blocks"), [(1, 8), (2, 4), (8, 1)])
+def test_blocks_grow_with_k_because_each_collects_k_neighbours_anew(
+    monkeypatch: pytest.MonkeyPatch, k: int, blocks: int
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 200 * 6 * 4)
+    search, calls = module.faiss.knn, []
+    monkeypatch.setattr(module.faiss, "knn", lambda *given, **named: calls.append(1) or search(*given, **named))
+    values = drawn(2000)
+    cosines, _ = nearest(values, drawn(9, seed=1), k)
+    assert len(calls) == blocks
+    assert (np.diff(cosines) <= 0).all()
