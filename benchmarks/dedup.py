@@ -9,7 +9,8 @@ threshold to 1, and they lie in the direction of another feature. Without --thre
 suggests: one image in a hundred has a neighbour this near before any is planted.
 
 The full search compares --queries features with all others, block by block: half of them planted, half of them random.
-The time of all pairs is derived from it. Seconds are processor time of one thread; "memory" is the peak of private memory above the start.
+The time of all pairs is derived from it. Seconds are processor time of one thread; "memory" is the peak of private
+memory above the start.
 """
 
 from __future__ import annotations
