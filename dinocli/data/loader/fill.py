@@ -20,7 +20,7 @@ from dinocli.data.loader.ring import Task
 from dinocli.data.sources.open import Images
 from dinocli.data.sources.regular import why_unread
 from dinocli.data.sources.shards import Sample
-from dinocli.data.views.augment_bytes import ByteAugmenter, CompiledByteAugmenter, changes
+from dinocli.data.views.augment_bytes import ByteAugmenter, Changes, CompiledByteAugmenter, changes
 from dinocli.data.views.crops import (
     Box,
     Floats,
@@ -105,22 +105,27 @@ class Cutter:
         numbers, _ = self.numbers(0, number)
         [tries], [places] = self.tries(numbers[None]), self.places(slot, task)
         self.place(places, pixels, _with_clean(crop_boxes(tries, *pixels.shape[:2]), places))
-        self.draw(slot, task.first, numbers[None])
+        self.finish(slot, task.first, [view[0] for view in self.draw(slot, task.first, numbers[None])])
 
-    def draw(self, slot: dict[str, Tensor], first: int, numbers: Floats) -> None:
-        """Write the draws of a chunk's images, and finish their views if that is this cutter's task."""
-        drawn, chunk = draws(numbers, self.views.all), slice(first, first + len(numbers))
+    def draw(self, slot: dict[str, Tensor], first: int, numbers: Floats) -> list[list[Changes]]:
+        """Write the draws of a chunk's images; return the operations for `finish`, or nothing if the device has them.
+
+        Returns:
+            Operations on each view of each image, clean crops included. [V][B]
+        """
+        drawn = draws(numbers, self.views.all)
         for name, values in drawn._asdict().items():
-            slot[name][:, chunk] = values
-        if self.finishes:
-            sizes = [view.shape[1] for name in ("globals", "locals") for view in slot[name]]
-            steps = changes(drawn, sizes)
-            steps += [[one.flip_only() for one in view] for view in steps[: len(slot.get("clean", ()))]]
-            crops = [view[chunk] for name in ("globals", "locals", "clean") if name in slot for view in slot[name]]
-            for view, of_view in zip(crops, steps, strict=True):
-                augment = self._augmenter(view.shape[1])
-                for crop, one in zip(view, of_view, strict=True):
-                    augment(crop, one)
+            slot[name][:, first : first + len(numbers)] = values
+        if not self.finishes:
+            return []
+        steps = changes(drawn, [view.shape[1] for name in ("globals", "locals") for view in slot[name]])
+        return steps + [[one.flip_only() for one in view] for view in steps[: len(slot.get("clean", ()))]]
+
+    def finish(self, slot: dict[str, Tensor], place: int, steps: list[Changes]) -> None:
+        """Make the views of one image from its crops, right after the cut: then they are still in the cache."""
+        crops = [view[place] for name in ("globals", "locals", "clean") if name in slot for view in slot[name]]
+        for crop, one in zip(crops, steps, strict=False):
+            self._augmenter(len(crop))(crop, one)
 
     def _augmenter(self, size: int) -> ByteAugmenter | CompiledByteAugmenter:
         if size not in self._augmenters:
@@ -171,6 +176,7 @@ class ImageFiller:
         drawn = [self.cutter.numbers(epoch, row) for epoch, row in asked]
         numbers = np.stack([n for n, _ in drawn])
         tries, places = self.cutter.tries(numbers), self.cutter.places(slot, task)
+        steps = self.cutter.draw(slot, task.first, numbers)
         for b, (_, row) in enumerate(asked):
             for redraw in range(_REDRAWS):
                 if redraw:
@@ -179,11 +185,11 @@ class ImageFiller:
                 found = self._pixels(row, tries[b], places[b])
                 if not isinstance(found, BadImage):
                     self.cutter.place(places[b], *found)
+                    self.cutter.finish(slot, task.first + b, [view[b] for view in steps])
                     break
                 bad.append((self.source.names[row], found.reason))
             else:
                 raise _nothing_to_read(*bad[-1])
-        self.cutter.draw(slot, task.first, numbers)
         self.cutter.mask(slot, task.first, asked)
         return bad
 
@@ -233,7 +239,9 @@ class StreamFiller:
             slot["keys"][b] = torch.tensor([sample.epoch, sample.number])
             self.cutter.place(place, *found)
             drawn.append(numbers)
-        self.cutter.draw(slot, task.first, np.stack(drawn))
+        steps = self.cutter.draw(slot, task.first, np.stack(drawn))
+        for b in range(len(drawn)):
+            self.cutter.finish(slot, task.first + b, [view[b] for view in steps])
         self.cutter.mask(slot, task.first, asked)
         return bad
 
