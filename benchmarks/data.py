@@ -1,11 +1,14 @@
 """Images per second and core, from files to views of 2x224 + 8x96: the original's pipeline and dinocli's.
 
-    python benchmarks/data.py PHOTOS [--images 64] [--rounds 5]
+    python benchmarks/data.py PHOTOS [--images 64] [--rounds 5] [--others FOLDER]
 
 The methods run in turn, round after round, in one thread. The table shows the median processor time of the rounds, of
 parent and workers together. It also shows two ratios within each round: to the original as it runs, from files through
 its DataLoader, and to its ten pipelines alone, from bytes in memory without collating. Other load on the machine
 changes both sides of a ratio equally.
+
+With `--others`, also lightly-train's and torchcodec's, from the environment that `other_views.sh` makes. They start
+from files and do not collate.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import io
 import os
 import random
 import statistics
+import subprocess
 import time
 import warnings
 from collections.abc import Callable
@@ -25,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+from other_views import WAYS
 from PIL import Image, ImageFilter, ImageOps
 from rich.console import Console
 from rich.table import Table
@@ -192,7 +197,28 @@ class Ours:
         return [p.pid for p in self.batches._ring._processes]
 
 
-def ways(folder: str, images: int, batch: int) -> dict[str, Callable[[], float]]:
+def other(folder: str, way: str, paths: list[Path]) -> Callable[[], float]:
+    """Start another package in its environment; return a function that makes all views there."""
+    script = Path(__file__).with_name("other_views.py")
+    process = subprocess.Popen(
+        [str(Path(folder) / "bin/python"), str(script), way, *map(str, paths)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+    )
+
+    def measure_there() -> float:
+        assert process.stdin and process.stdout
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return float(process.stdout.readline())
+
+    measure_there()  # imports and warms up
+    return measure_there
+
+
+def ways(folder: str, images: int, batch: int, others: str | None) -> dict[str, Callable[[], float]]:
     """Return one function per method, which makes the views of `images` images and returns its processor seconds."""
     paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()][:images]
     files = [path.read_bytes() for path in paths]
@@ -227,11 +253,14 @@ def ways(folder: str, images: int, batch: int) -> dict[str, Callable[[], float]]
         "the original, in its loader": in_its_loader(),
         "the original's pipelines alone": lambda: measure(by_original),
         "torchvision v2's pipelines alone": lambda: measure(by_v2),
-        "this, workers only (the rest on a GPU)": ours(device="cpu", whole=False, workers=1),
-        "this, workers only, no photo decoded smaller": ours(device="cpu", whole=False, workers=1, reduce_above=1e6),
+        # Batches for any device but a CPU: here the workers' part is all that runs.
+        "this, workers only (the rest on a GPU)": ours(device="meta", whole=False, workers=1),
+        "this, workers only, no photo decoded smaller": ours(device="meta", whole=False, workers=1, reduce_above=1e6),
         "this, all on the CPU": ours(device="cpu", whole=True, workers=0),
         "this, all on the CPU, compiled": ours(device="cpu", whole=True, workers=0, compiled=True),
     }
+    for way, name in WAYS.items() if others else ():
+        found[name] = other(str(others), way, paths)
     if torch.cuda.is_available():
         found["this, the host's part beside a GPU"] = ours(device="cuda", whole=True, workers=1)
     return found
@@ -243,10 +272,11 @@ def main() -> None:
     parser.add_argument("photos")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--others", help="folder of the environment of other_views.sh")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    measured = ways(chosen.photos, chosen.images, batch=min(32, chosen.images))
+    measured = ways(chosen.photos, chosen.images, min(32, chosen.images), chosen.others)
     rounds = [{name: way() for name, way in measured.items()} for _ in range(chosen.rounds)]
     table = Table("way", "ms an image", "images/s a core", "times the original", "times its pipelines")
     for name in measured:
