@@ -97,16 +97,16 @@ if [ "$device" = cpu ]; then
     tiny=(--set "backbone.options={img_size=32,patch_size=8,embed_dim=32,depth=2,num_heads=2}" --set heads.dino.prototypes=256
         --set views.global_1.size=32 --set views.global_2.size=32 --set views.local.size=16 --rounds 2)
     small=(--batch-size 4 "${tiny[@]}") large=(--batch-size 8 "${tiny[@]}") base=(--batch-size 4 "${tiny[@]}")
-    kernels=(--way bfloat16 "${small[@]:0:${#small[@]}-2}")
+    kernels=(--way float32 "${small[@]:0:${#small[@]}-2}")
     packed=(--images 2 --rounds 2) count=48 side=64 data=(--images 16 --rounds 1)
     extract=(--images 16 --batch-size 8 --rounds 1 --rows 0) knn=(--voters 2000 --queries 200 --rounds 1)
-    parts=(--tiny --batch-size 4) ways=(bfloat16) slack=10
+    parts=(--tiny --batch-size 4) theirs=original ways=(float32) slack=10 # CPUs may emulate bfloat16
 else
     small=(--batch-size 64) large=(--batch-size 256) base=(--preset vitb16 --set views.locals=8 --batch-size 128)
     kernels=(--batch-size 256)
     packed=(--images 64) count=512 side=384 data=(--images 128 --rounds 3)
     extract=(--images 512 --batch-size 256 --workers 12 --rounds 3) knn=(--threads "$(nproc)" --rounds 2)
-    parts=(--batch-size 128) ways=(bfloat16 compiled) slack=1
+    parts=(--batch-size 128) theirs=original-bf16 ways=(bfloat16 compiled) slack=1
 fi
 house="pydantic timm torchvision safetensors rich PIL numpy"
 
@@ -202,10 +202,10 @@ part whole-way 150 "$house typer faiss matplotlib" bash -c whole_way
 [ "$device" = cpu ] && note "tests: skipped, they need a GPU" ||
     part tests 90 "$house pytest typer matplotlib" "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors tests
 to=$out/parts.jsonl part parts 150 "$house" "$python" benchmarks/device_parts.py --device "$device" "${parts[@]}" --photos "$photos"
-to=$out/steps.jsonl part step-small 140 "$house" "$python" benchmarks/step.py --json --device "$device" "${small[@]}" --ways original-bf16 "${ways[@]}"
-to=$out/steps.jsonl part step-large 110 "$house" "$python" benchmarks/step.py --json --device "$device" "${large[@]}" --ways original-bf16 "${ways[@]}"
+to=$out/steps.jsonl part step-small 140 "$house" "$python" benchmarks/step.py --json --device "$device" "${small[@]}" --ways "$theirs" "${ways[@]}"
+to=$out/steps.jsonl part step-large 110 "$house" "$python" benchmarks/step.py --json --device "$device" "${large[@]}" --ways "$theirs" "${ways[@]}"
 to=$out/steps.jsonl part step-photos 110 "$house" "$python" benchmarks/step.py --json --device "$device" "${large[@]}" --ways "${ways[@]}" --images "$train"
-to=$out/steps.jsonl part step-base 120 "$house" "$python" benchmarks/step.py --json --device "$device" "${base[@]}" --ways original-bf16 "${ways[@]}"
+to=$out/steps.jsonl part step-base 120 "$house" "$python" benchmarks/step.py --json --device "$device" "${base[@]}" --ways "$theirs" "${ways[@]}"
 part kernels 60 "$house" "$python" benchmarks/kernels.py --device "$device" "${kernels[@]}" --trace "$out/trace.json.gz"
 part extract 60 "$house" "$python" benchmarks/extract.py "$train" --device "$device" "${extract[@]}"
 part data 60 "$house" "$python" benchmarks/data.py "$train" "${data[@]}"
