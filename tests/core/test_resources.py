@@ -63,6 +63,6 @@ def test_workers_and_pixel_cache_respect_the_limits_of_a_container(root: Path, m
     assert resources.cores(root) == 8
     assert resources.ram_of(root) == (GB, 2 * GB)
     monkeypatch.setattr(device, "cores", lambda: resources.cores(root))
-    assert (device.default_workers(torch.device("cuda")), device.default_workers(torch.device("cpu"))) == (8, 2)
+    assert (device.default_workers(torch.device("cuda")), device.default_workers(torch.device("cpu"))) == (7, 2)
     monkeypatch.setattr("dinocli.data.loader.cache.ram_of", lambda: resources.ram_of(root))
     assert len(PixelCache(1, [ViewConfig(size=8, scale=(0.4, 1.0))], "ram")._memory) == GB // 2
