@@ -326,6 +326,20 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return total / distributed.get_world_size()
 
 
+def joint_mean(values: Tensor) -> Tensor:
+    """Return the mean of the values over all processes, with the gradient of this process's own values.
+
+    If every process computes the same function of this mean, the average of their gradients is the gradient of the
+    function over all samples: no second exchange is needed in the backward pass.
+    """
+    return with_gradient_of(values, mean_over_processes(values.detach()))
+
+
+def with_gradient_of(values: Tensor, mean: Tensor) -> Tensor:
+    """Return `mean`, unchanged to the bit, with a gradient that goes to `values` as if they were the mean."""
+    return mean + (values - values.detach())
+
+
 def logsumexp_over_processes(values: Tensor) -> Tensor:
     """Return the elementwise `logsumexp` of the values of all processes.
 

@@ -16,6 +16,7 @@ from dinocli.engine.method import Method, ParamGroup, group_parameters
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method.losses import LossesConfig
 from dinocli.method.losses.gram import Anchor, downsampled
+from dinocli.method.losses.whole_batch import WholeBatchLoss
 from dinocli.models.architecture import AS_THE_HEADS, LearningConfig
 from dinocli.models.network import Encoding, Network
 
@@ -29,12 +30,14 @@ class Part:
         targets: Targets by the name of their loss: [G, b, K] for class tokens, [m, K] for patches.
         cls: The teacher's class tokens of the global views. [G, b, D]
         anchored: True if the student's patches are compared with the Gram teacher's.
+        seed: Seed of the student's random draws, so that it can encode the part twice. If None, draws continue.
     """
 
     batch: Batch
     targets: dict[str, Tensor]
     cls: Tensor
     anchored: bool = False
+    seed: int | None = None
 
 
 class SelfDistillation(Method):
@@ -73,7 +76,7 @@ class SelfDistillation(Method):
         self.teacher = average if frozen is None else frozen.requires_grad_(False).eval()
         self.spare = None if frozen is None else average  # named as in the checkpoints of version 0.1
         self.momentum = momentum
-        self.losses = losses.build(student.prototypes)
+        self.losses = losses.build(student.outputs)
         self.gram = None if gram is None else gram.requires_grad_(False).eval()
         self.anchoring = losses.gram
         self.visible = losses.ibot.visible if losses.ibot else 0.0
@@ -133,7 +136,22 @@ class SelfDistillation(Method):
             for i, share in enumerate(_split(all_targets, outputs) if all_targets is not None else ()):
                 targets[i][name] = share
         anchored = self.anchoring is not None and self.anchoring.is_active(clock)
-        return [Part(part, targets[i], outputs[i].cls, anchored) for i, part in enumerate(batches)]
+        parts = [Part(part, targets[i], outputs[i].cls, anchored) for i, part in enumerate(batches)]
+        whole = {name: loss for name, loss in self.losses.items() if isinstance(loss, WholeBatchLoss)}
+        return self._compute_means(parts, whole) if whole and count > 1 else parts
+
+    def _compute_means(self, parts: list[Part], losses: Mapping[str, WholeBatchLoss]) -> list[Part]:
+        """Give losses their means over a batch of several parts. Return the parts with the seeds that were used."""
+        seeds = torch.randint(2**62, (len(parts),), device="cpu").tolist()
+        parts = [replace(part, seed=seed) for part, seed in zip(parts, seeds, strict=True)]
+        found: dict[str, list[Tensor]] = {name: [] for name in losses}
+        for part in parts:
+            student = self.encode(part)
+            for name, loss in losses.items():
+                found[name].append(loss.means(student, part.targets.get(name)))
+        for name, loss in losses.items():
+            loss.remember(found[name])
+        return parts
 
     def forward(self, part: Part) -> dict[str, Tensor]:
         """Return the losses of a part, by name."""
@@ -143,6 +161,8 @@ class SelfDistillation(Method):
 
     def encode(self, part: Part) -> Encoding:
         """Return the student's output for a part."""
+        if part.seed is not None:
+            torch.manual_seed(part.seed)
         masks = part.batch.masks
         return self.student(part.batch.crops, masks and masks.where, masks and masks.rows, with_patches=part.anchored)
 

@@ -23,6 +23,7 @@ from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation, Teacher
 from dinocli.method.losses import LossesConfig
 from dinocli.method.losses.gram import GramLossConfig
+from dinocli.method.losses.targets import PrototypeLossConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone
 from dinocli.models.head import HeadConfig
@@ -146,9 +147,10 @@ class Preset(Config):
             raise ValueError(
                 "the preset has one view; expected at least two, to predict one from another; it needs views.locals=2"
             )
-        if self.losses.ibot and not self.views.mask and not self.teacher.frozen:
+        of_patches = [name for name, loss in self.losses.with_heads().items() if loss.reads == "patches"]
+        if of_patches and not self.views.mask and not self.teacher.frozen:
             raise ValueError(
-                "losses.ibot needs masked patches, and views.mask is not set; it needs "
+                f"losses.{of_patches[0]} needs masked patches, and views.mask is not set; it needs "
                 "views.mask={share=0.5, ratio=[0.1, 0.5], smallest=4, aspect=[0.3, 3.33]}"
             )
         if self.losses.ibot and self.losses.ibot.visible and not self.views.mask:
@@ -178,12 +180,40 @@ class Preset(Config):
         return self
 
     @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        for name, head in self.heads.items():
+            if head.prototypes is not None and head.norm_last_layer is None:
+                raise ValueError(
+                    f"heads.{name} has prototypes, and norm_last_layer is not set; it needs "
+                    f"heads.{name}.norm_last_layer=true"
+                )
+            of_prototypes = [key for key in ("norm_last_layer", "freeze_last_layer_epochs") if getattr(head, key)]
+            if head.prototypes is None and of_prototypes:
+                raise ValueError(
+                    f"heads.{name}.{of_prototypes[0]} is set, and the head has no prototypes; it needs "
+                    f"heads.{name}.{of_prototypes[0]}=none"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_losses(self) -> Self:
         if not self.losses.present():
             raise ValueError("a run needs at least one loss, such as [losses.dino]")
-        for name, loss in self.losses.with_targets().items():
+        for name, loss in self.losses.with_heads().items():
             if loss.head not in self.heads:
                 raise ValueError(f"losses.{name}.head is {loss.head!r}; the heads are {', '.join(self.heads)}")
+            prototypes = self.heads[loss.head].prototypes
+            if isinstance(loss, PrototypeLossConfig) and prototypes is None:
+                raise ValueError(
+                    f"losses.{name} needs prototypes, and heads.{loss.head} has none; it needs "
+                    f"heads.{loss.head}={{prototypes=65536, norm_last_layer=true, hidden=2048, bottleneck=256, "
+                    "layers=3}"
+                )
+            if not isinstance(loss, PrototypeLossConfig) and prototypes is not None:
+                raise ValueError(
+                    f"losses.{name} compares features, and heads.{loss.head} has {prototypes} prototypes; it needs "
+                    f"heads.{loss.head}={{hidden=2048, bottleneck=256, layers=3}}"
+                )
         images = self.training.batch_size
         if not all(abs(value) <= LARGEST for value in self.optimizer.lr_for(images).bounds):
             name = "start" if hasattr(self.optimizer.lr, "start") else "value"
@@ -271,10 +301,8 @@ class Preset(Config):
     @property
     def reads(self) -> dict[str, frozenset[Reads]]:
         """Tokens that each head reads: class tokens, patches or both."""
-        with_targets = self.losses.with_targets().values()
-        return {
-            name: frozenset(loss.reads for loss in with_targets if loss.head == name) or CLASS for name in self.heads
-        }
+        with_heads = self.losses.with_heads().values()
+        return {name: frozenset(loss.reads for loss in with_heads if loss.head == name) or CLASS for name in self.heads}
 
     def method(self, frozen: Network | None = None) -> SelfDistillation:
         """Build student and moving average with the same fresh weights, and the losses.

@@ -1,4 +1,4 @@
-"""Projection head: MLP, bottleneck, weight-normalized prototypes."""
+"""Projection head: MLP, bottleneck and, for most losses, weight-normalized prototypes."""
 
 from __future__ import annotations
 
@@ -17,26 +17,31 @@ class HeadConfig(Config):
     """Shape of a head.
 
     Attributes:
-        prototypes: Number of outputs K.
+        prototypes: Number of outputs K. If None, the head ends in the bottleneck at unit length.
         hidden: Width of the MLP's hidden layers.
         bottleneck: Width of the features that are compared with the prototypes.
         layers: Number of linear layers in the MLP, including the one into the bottleneck.
         batch_norm: BatchNorm before each GELU.
         norm_last_layer: If True, the prototypes' norms stay 1, so that logits are cosines. This is more stable; False
-            can score higher.
+            can score higher. None without prototypes.
         weight_norm: If True, direction and length of each prototype are separate parameters. If False, the prototypes
             are a plain linear layer, as in DINOv3.
         freeze_last_layer_epochs: Number of initial epochs in which the student's prototypes do not move.
     """
 
-    prototypes: int = Field(ge=2)
+    prototypes: int | None = Field(None, ge=2)
     hidden: int = Field(ge=1)
     bottleneck: int = Field(ge=1)
     layers: int = Field(ge=1)
     batch_norm: bool = False
-    norm_last_layer: bool
+    norm_last_layer: bool | None = None
     weight_norm: bool = True
     freeze_last_layer_epochs: int = Field(0, ge=0)
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs: prototypes, or the width of the bottleneck."""
+        return self.prototypes or self.bottleneck
 
     def build(self, width: int) -> Head:
         """Build a head with fresh weights for features of size `width`."""
@@ -69,7 +74,7 @@ class HeadConfig(Config):
 
 
 class Head(nn.Module):
-    """Head from features [S, D] to logits [S, K].
+    """Head from features [S, D] to logits [S, K], or to the bottleneck at unit length if it has no prototypes.
 
     The keys of its weights are the original's (`mlp.0.weight`, `last_layer.weight_v`).
 
@@ -91,16 +96,18 @@ class Head(nn.Module):
                 layers.append(nn.GELU())
         # The original's one-layer head is a plain Linear, without the index that Sequential adds to its keys.
         self.mlp = nn.Sequential(*layers) if config.layers > 1 else layers[0]
-        self.prototypes = config.prototypes
+        self.outputs = config.outputs
         self.last_layer: nn.Module
-        if config.weight_norm:
+        if config.prototypes is None:
+            self.last_layer = nn.Identity()
+        elif config.weight_norm:
             self.last_layer = Prototypes(config.bottleneck, config.prototypes, train_norm=not config.norm_last_layer)
         else:
             self.last_layer = nn.Linear(config.bottleneck, config.prototypes, bias=False)
             nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.last_layer(self.squeezed(features))  # [S, K]
+        return self.last_layer(self.squeezed(features))  # [S, outputs]
 
     def squeezed(self, features: Tensor) -> Tensor:
         """Return the bottleneck features at unit length, to compare with the prototypes. [S, bottleneck]"""

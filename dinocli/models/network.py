@@ -28,8 +28,8 @@ class Encoding:
     Attributes:
         cls: Class tokens of the backbone. [V, B, D]
         globals: Number of global views G.
-        class_logits: Logits of the class tokens, by the name of the head. [V, B, K]
-        masked_logits: Logits of the selected patches, by the name of the head. [M, K]
+        class_logits: Logits of the class tokens, by the name of the head, or features without prototypes. [V, B, K]
+        masked_logits: The same for the selected patches. [M, K]
         patches: Patch tokens of the global views, if requested. [G, B, N, D]
         grid: Rows and columns of these patches.
     """
@@ -126,9 +126,9 @@ class Network(nn.Module):
         foreach.move(own, theirs, weight)
         return weight
 
-    def prototypes(self, head: str) -> int:
-        """Return the number of prototypes K of a head."""
-        return int(self.get_submodule(f"heads.{head}").prototypes)  # type: ignore[arg-type]
+    def outputs(self, head: str) -> int:
+        """Return the number of outputs of a head: its prototypes K, or the width of its features without any."""
+        return int(self.get_submodule(f"heads.{head}").outputs)  # type: ignore[arg-type]
 
     @property
     def blocks(self) -> list[nn.Module]:

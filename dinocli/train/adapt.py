@@ -75,7 +75,11 @@ def recipe(
         "views.local.size": small,
         "training.epochs": max(2, round(steps / per_epoch)),
         "training.batch_size": batch,
-        **{f"heads.{name}.prototypes": min(head.prototypes, prototypes) for name, head in preset.heads.items()},
+        **{
+            f"heads.{name}.prototypes": min(head.prototypes, prototypes)
+            for name, head in preset.heads.items()
+            if head.prototypes
+        },
         **_parse_train(train),
     }
     if images_table := start.images.model_dump(mode="json", exclude_defaults=True):

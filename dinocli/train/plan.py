@@ -244,7 +244,7 @@ def cautions(plan: Plan) -> Iterator[str]:
         )
     seen = clock.total * preset.training.batch_size
     for name, head in preset.heads.items() if plan.origin is None else ():  # a stage's prototypes are trained already
-        if seen < IMAGES_PER_PROTOTYPE * head.prototypes:
+        if head.prototypes and seen < IMAGES_PER_PROTOTYPE * head.prototypes:
             fits = power_below(max(1, seen // IMAGES_PER_PROTOTYPE))
             epochs = math.ceil(clock.epochs * IMAGES_PER_PROTOTYPE * head.prototypes / seen)
             ways = [f"--set heads.{name}.prototypes={fits}"] if fits >= _FEWEST_PROTOTYPES else []

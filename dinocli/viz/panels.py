@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from dinocli.viz.history import Curve
 
+_LOSSES = ("ibot", "simdino", "simdino_patches", "koleo", "sigreg", "gram", "dino")
+
 
 class LossFacts(NamedTuple):
     """Weight and prototypes of a loss, which is weight * ln(prototypes) if the targets carry no information."""
@@ -97,7 +99,7 @@ def _chart_features(history: Mapping[str, Curve], cosines: dict[str, Curve]) -> 
 def _chart_training(
     history: Mapping[str, Curve], losses: Mapping[str, LossFacts], *, features: bool = False
 ) -> list[Chart]:
-    parts = _pick(history, {name: name for name in (*losses, "ibot", "koleo", "gram", "dino")})
+    parts = _pick(history, {name: name for name in (*losses, *_LOSSES)})
     total = _pick(history, {"loss": "loss"})
     curves = total if total and len(parts) < 2 else total | parts
     if features:  # another chart explains their loss
@@ -126,6 +128,15 @@ def _chart_training(
             ],
         ),
         Chart(
+            "Agreement and expansion",
+            "Without prototypes, collapse is a cosine near 1 with an expansion near 0: all features are the same. A "
+            "healthy cosine rises slowly and the expansion stays well above 0. The loss may be negative.",
+            [
+                Axis("cosine", _pick_by_suffix(history, "/cosine"), whole=True),
+                Axis("expansion, nats", _pick_by_suffix(history, "/expansion"), whole=True),
+            ],
+        ),
+        Chart(
             "Prototypes in use",
             "Share of prototypes used over a hundred steps. It stops falling after the first epochs. Near 0, a few "
             "prototypes receive all images.",
@@ -135,7 +146,13 @@ def _chart_training(
             "Spread of the features",
             "Standard deviation of the teacher's normalized features, scaled: 1 if they point in all directions, 0 if "
             "all images have the same features. It stays well above 0.",
-            [Axis("spread", _pick(history, {"features": "feature_std"}), whole=True)],
+            [
+                Axis(
+                    "spread",
+                    _pick(history, {"features": "feature_std"}) | _pick_by_suffix(history, "/spread"),
+                    whole=True,
+                )
+            ],
         ),
         Chart(
             "Gradient norm",

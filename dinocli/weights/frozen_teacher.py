@@ -12,6 +12,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.tensors import fingerprint
 from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig
+from dinocli.models.head import HeadConfig
 from dinocli.models.network import Network, load_strictly
 from dinocli.weights.checkpoint import Weights, read_weights
 
@@ -80,7 +81,7 @@ class FrozenTeacher:
         refuse_smaller(self.source, backbone, student.backbone)
         heads = {name: self.preset.heads[name].build(backbone.width) for name in student.heads}
         network = Network(backbone, heads, student.reads)
-        compared = [name for name, loss in student.losses.with_targets().items() if loss.reads == "patches"]
+        compared = [name for name, loss in student.losses.with_heads().items() if loss.reads == "patches"]
         if compared:
             name, side = compared[0], student.views.global_1.size
             own, theirs = student.backbone.build(drop_path=False).grid(side), backbone.grid(side)
@@ -111,13 +112,15 @@ class FrozenTeacher:
                     f"the teacher {self.source} has no head {name}; its heads are {', '.join(self.preset.heads)}",
                     f"rename the student's head to the teacher's: [heads.{next(iter(self.preset.heads))}]",
                 )
-            if own.prototypes != head.prototypes:
+            if (own.prototypes, own.outputs) != (head.prototypes, head.outputs):
                 raise DinoError(
-                    f"the teacher's head {name} has {own.prototypes} prototypes; the student's has {head.prototypes}",
-                    f"--set heads.{name}.prototypes={own.prototypes}",
+                    f"the teacher's head {name} has {_describe(own)}; the student's has {_describe(head)}",
+                    f"--set heads.{name}.prototypes={own.prototypes}"
+                    if own.prototypes
+                    else f"--set heads.{name}.prototypes=none --set heads.{name}.bottleneck={own.bottleneck}",
                 )
-        taught = {(loss.head, loss.reads) for loss in self.preset.losses.with_targets().values()}
-        for name, wanted in student.losses.with_targets().items():
+        taught = {(loss.head, loss.reads) for loss in self.preset.losses.with_heads().values()}
+        for name, wanted in student.losses.with_heads().items():
             if (wanted.head, wanted.reads) not in taught:
                 raise DinoError(
                     f"losses.{name} applies the teacher's head {wanted.head} to {_READS[wanted.reads]}, on which it "
@@ -132,6 +135,10 @@ class FrozenTeacher:
                     "images",
                     f"--set views.{key}='{own_numbers}'",
                 )
+
+
+def _describe(head: HeadConfig) -> str:
+    return f"{head.prototypes} prototypes" if head.prototypes else f"features of width {head.bottleneck}"
 
 
 def refuse_smaller(source: str, teacher: nn.Module, student: BackboneConfig) -> None:

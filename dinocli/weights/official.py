@@ -235,6 +235,6 @@ def original_head(weights: Mapping[str, Tensor]) -> nn.Module:
     head = config.build(width).eval()
     # torch deprecates this weight norm; the newer one has other keys.
     with warnings.catch_warnings(action="ignore"):
-        head.last_layer = nn.utils.weight_norm(nn.Linear(config.bottleneck, config.prototypes, bias=False))
+        head.last_layer = nn.utils.weight_norm(nn.Linear(config.bottleneck, config.outputs, bias=False))
     head.load_state_dict(weights)
     return head

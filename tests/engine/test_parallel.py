@@ -231,6 +231,26 @@ def test_koleo_of_two_processes_equals_that_of_two_parts() -> None:
     assert whole["koleo"] > in_parts[0][0]["koleo"] + 1e-3, "among more images the nearest neighbour is nearer"
 
 
+WHOLE = ["losses.dino=none", "losses.ibot=none", "losses.koleo=none", "heads.ibot=none", *KINDS["lars"]]
+WHOLE += ["heads.dino={hidden=16, bottleneck=8, layers=3}", "losses.simdino_patches={weight=1, head='dino'}"]
+WHOLE += ["losses.simdino={weight=1, head='dino', eps=0.05, with_teacher=true}", "backbone.drop_path=0.0"]
+WHOLE += ["losses.sigreg={weight=0.02, slices=16}"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_losses_over_the_whole_batch_do_not_depend_on_processes_and_parts(kind: Kind) -> None:
+    """SimDINO and SIGReg: the means are those of all parts and processes, and so are the gradients."""
+    alone = steps(kind, WHOLE, name="tiny-dinov2")
+    assert {"simdino", "simdino_patches", "sigreg", "simdino/expansion"} <= set(alone[0][0])
+    assert_same(alone, steps(kind, WHOLE, 2, name="tiny-dinov2"))
+    two = together(2, steps, kind, WHOLE, 2, 0, 6, None, "tiny-dinov2")
+    assert_same(alone, two[0])
+    assert_same((two[0][0], {}), (two[1][0], {}))
+    half = together(2, steps, kind, WHOLE, 1, 0, 3, None, "tiny-dinov2")[0]
+    rest = steps(kind, WHOLE, 4, first=3, state=half[1], name="tiny-dinov2")
+    assert_same(alone, (half[0] + rest[0], rest[1]))
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_states_of_two_processes_resume_in_one_and_the_reverse(kind: Kind) -> None:
     overrides = [*KINDS["adamw"], "heads.dino.batch_norm=false"]

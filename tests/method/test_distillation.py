@@ -248,7 +248,12 @@ OPTIONS = "backbone.options={img_size=16, patch_size=4, embed_dim=16, depth=2, n
 
 def small_preset(name: str, *more: str) -> Preset:
     heads = load_preset(name).heads
-    sizes = [f"heads.{head}.{key}={value}" for head in heads for key, value in SIZES.items()]
+    sizes = [
+        f"heads.{head}.{key}={value}"
+        for head, config in heads.items()
+        for key, value in SIZES.items()
+        if key != "prototypes" or config.prototypes
+    ]
     return load_preset(name, [OPTIONS, *sizes, "optimizer.lr.warmup_epochs=0", *more])
 
 
@@ -274,6 +279,10 @@ def drawn_batch(images: int, preset: Preset) -> Batch:
         ("tiny-dinov2", ("losses.koleo=none",)),
         ("tiny-dinov2", ("losses.koleo=none", "losses.ibot.visible=0.5")),
         ("ibot-vits16", ("backbone.drop_path=0",)),
+        ("tiny-simdino", ()),
+        ("tiny-simdino", ("losses.simdino.with_teacher=false", "losses.sigreg={weight=0.02, slices=16}")),
+        ("tiny-dinov2", ("losses.koleo=none", "losses.sigreg={weight=0.02, slices=16}")),
+        ("simdinov2-vitb16", ("backbone.drop_path=0",)),
     ],
 )
 def test_a_step_in_parts_equals_the_step_of_the_whole_batch(name: str, more: tuple[str, ...]) -> None:
@@ -284,7 +293,8 @@ def test_a_step_in_parts_equals_the_step_of_the_whole_batch(name: str, more: tup
         torch.manual_seed(0)
         method = preset.method().double()
         trainer = Trainer(method, preset.optimizer, Clock(2, 10), batch_size=8, accumulate=parts)
-        for _ in range(4):
+        for step in range(4):
+            torch.manual_seed(step)  # a step in parts may draw random numbers
             values = trainer.step(drawn_batch(8, preset), log=True)
         ends.append((values, method.state_dict()))
     for values, state in ends[1:]:
@@ -292,6 +302,20 @@ def test_a_step_in_parts_equals_the_step_of_the_whole_batch(name: str, more: tup
             torch.testing.assert_close(value, values[key], rtol=1e-9, atol=1e-12)
         for key, value in ends[0][1].items():
             torch.testing.assert_close(value, state[key], rtol=1e-7, atol=1e-9, msg=key)
+
+
+def test_the_means_of_several_parts_come_from_the_same_random_draws() -> None:
+    """Stochastic depth drops the same branches when a part is encoded for the means and for the gradient."""
+    torch.manual_seed(0)
+    preset = small_preset("tiny-simdino", "backbone.drop_path=0.5")
+    method, loss = preset.method().double(), "simdino"
+    parts = method.parts(drawn_batch(8, preset), 2, Clock(2, 10))
+    with torch.no_grad():
+        again = [method.losses[loss].means(method.encode(part), part.targets[loss]) for part in parts]
+        other = [method.losses[loss].means(method.encode(replace(p, seed=p.seed + 1)), p.targets[loss]) for p in parts]
+    expected = method.losses[loss].over_batch(again[0])
+    torch.testing.assert_close(torch.stack(again).mean(0), expected, rtol=1e-12, atol=0)
+    assert not torch.stack(other).mean(0).allclose(expected, rtol=1e-6)
 
 
 def sinkhorn_knopp(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -126,6 +126,37 @@ def test_mixed_sizes_that_do_not_fit_suggest_some_that_do(
     assert hint in error.value.hint
 
 
+SIMDINO = "losses.simdino={weight=1, head='dino', eps=0.05, with_teacher=true}"
+
+
+@pytest.mark.parametrize(
+    ("preset", "changed", "message", "hint"),
+    [
+        ("tiny", [SIMDINO], "losses.simdino compares features, and heads.dino has 256 prototypes", "--set heads.dino={hidden"),
+        ("tiny", ["heads.dino={hidden=8, bottleneck=4, layers=2}"], "losses.dino needs prototypes, and heads.dino has none",
+         "prototypes=65536, norm_last_layer=true"),
+        ("tiny", ["heads.dino={prototypes=8, hidden=8, bottleneck=4, layers=2}"],
+         "heads.dino has prototypes, and norm_last_layer is not set", "--set heads.dino.norm_last_layer=true"),
+        ("tiny-simdino", ["heads.features.norm_last_layer=true"],
+         "heads.features.norm_last_layer is set, and the head has no prototypes", "--set heads.features.norm_last_layer=none"),
+        ("tiny-simdino", ["heads.features.freeze_last_layer_epochs=1"], "the head has no prototypes", "freeze_last_layer_epochs=none"),
+        ("tiny-simdino", ["losses.simdino_patches={weight=1, head='features'}"],
+         "losses.simdino_patches needs masked patches", "views.mask={share=0.5"),
+        ("tiny-simdino", ["losses.simdino.head=x"], "losses.simdino.head is 'x'; the heads are features", "--set"),
+    ],
+)  # fmt: skip
+def test_heads_fit_their_losses(preset: str, changed: list[str], message: str, hint: str) -> None:
+    with pytest.raises(DinoError) as error:
+        load_preset(preset, changed)
+    assert message in error.value.message
+    assert hint in error.value.hint
+
+
+def test_a_stored_preset_without_prototypes_loads_again() -> None:
+    preset = load_preset("tiny-simdino")
+    assert Preset.parse(preset.model_dump(mode="json"), "stored") == preset
+
+
 def test_visible_patches_need_masks() -> None:
     """With a frozen teacher, iBOT runs without masks, and then there are no visible patches apart."""
     frozen = ["teacher.frozen=true", "views.mask=none"]

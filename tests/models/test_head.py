@@ -82,3 +82,13 @@ def test_batch_norm_precedes_each_gelu() -> None:
         "GELU",
         "Linear",
     ]
+
+
+def test_a_head_without_prototypes_ends_in_unit_features() -> None:
+    torch.manual_seed(0)
+    config = HeadConfig(hidden=6, bottleneck=5, layers=3)
+    head = config.build(3)
+    assert config.outputs == head.outputs == 5
+    assert sorted(head.state_dict()) == [f"mlp.{i}.{key}" for i in (0, 2, 4) for key in ("bias", "weight")]
+    features = torch.randn(7, 3)
+    torch.testing.assert_close(head(features), torch.nn.functional.normalize(head.mlp(features), dim=-1))

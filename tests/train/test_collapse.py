@@ -160,6 +160,39 @@ def test_equal_targets_for_all_patches_are_reported(temperature: str, noticed: b
     assert len([line for line in said if "--set losses.ibot.targets.temperature" in line]) == noticed
 
 
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [(["losses.simdino.eps=0.5"], "--set losses.simdino.eps=0.05"), ([], "--set optimizer.lr.start=0.0013")],
+)
+def test_equal_features_without_prototypes_are_reported_once(overrides: list[str], remedy: str) -> None:
+    preset = load_preset("tiny-simdino", overrides)
+    detector, found = CollapseDetector(preset, 400), []
+    for i in range(30):
+        found += detector.update(10 * i, {"simdino/spread": 0.03, "simdino/cosine": 1.0})
+    (collapse,) = found
+    assert collapse.kind == "constant"
+    assert collapse.words.startswith(
+        "constant collapse: for 100 steps the teacher's features are the same for any image"
+    )
+    assert collapse.words.endswith("(losses.simdino)")
+    assert collapse.remedy.endswith(remedy)
+    assert load_preset("tiny-simdino", [*overrides, collapse.remedy.partition("--set ")[2]]) != preset
+    for i in range(30, 60):
+        assert detector.update(10 * i, {"simdino/spread": 0.6, "simdino_patches/spread": math.nan}) == []
+    words = [c.words for i in range(60, 90) for c in detector.update(10 * i, {"simdino_patches/spread": 0.0})]
+    assert [each.endswith("for any patch (losses.simdino_patches)") for each in words] == [True]
+
+
+def test_a_run_without_expansion_collapses_and_warns(flat: Plan) -> None:
+    options = "backbone.options={img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2}"
+    head = "heads.features={hidden=16, bottleneck=8, layers=3}"
+    said: list[str] = []
+    preset = load_preset("tiny-simdino", [options, head, *SMALL[4:], "losses.simdino.eps=1e6", "training.epochs=16"])
+    pretrain(replace(flat, preset=preset), lambda p: None, said.append)
+    assert said[0].startswith("warning: constant collapse: for 50 steps the teacher's features are the same")
+    assert said[1] == "hint: start again with --out NEW and a smaller eps: --set losses.simdino.eps=0.05"
+
+
 def test_a_student_of_features_that_predicts_the_same_for_every_image_is_reported_once() -> None:
     detector = CollapseDetector(load_preset("distill-features"), 400)
     found = []

@@ -162,6 +162,15 @@ def test_a_resumed_run_needs_the_same_teacher_and_writes_the_same_checkpoint(
     ("changes", "message", "hint"),
     [
         (["heads.dino.prototypes=32"], "has 16 prototypes; the student's has 32", "--set heads.dino.prototypes=16"),
+        (
+            [
+                "heads.dino={hidden=16, bottleneck=8, layers=2}",
+                "losses.dino=none",
+                "losses.simdino={weight=1, head='dino', eps=0.05, with_teacher=true}",
+            ],
+            "has 16 prototypes; the student's has features of width 8",
+            "--set heads.dino.prototypes=16",
+        ),
         (["views.mean=[0.1, 0.2, 0.3]"], r"differs from the teacher's \[0.485", r"--set views.mean='\[0.485"),
         (
             ["backbone.options={img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2}"],

@@ -352,7 +352,7 @@ def _describe_expectations(machine: Machine, preset: Preset, count: int | None, 
     """Return notes on the loss and the length of a run on few images."""
     if machine.on_cpu or count is None or count >= _FEW:
         return []
-    head = preset.heads["dino"].prototypes
+    head = preset.heads["dino"].outputs
     notes = [
         f"if the loss stays at {math.log(head):.2f}, which is ln {head}: "
         "--set losses.dino.targets.temperature.value=0.02 (thread 43)"

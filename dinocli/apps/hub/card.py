@@ -176,7 +176,10 @@ def _format_count(number: int) -> str:
 _LOSSES = {
     "dino": "DINO",
     "ibot": "iBOT",
+    "simdino": "SimDINO",
+    "simdino_patches": "SimDINO on masked patches",
     "koleo": "KoLeo",
+    "sigreg": "SIGReg",
     "gram": "Gram anchoring",
     "features": "distillation of features",
 }

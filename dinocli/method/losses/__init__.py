@@ -12,9 +12,11 @@ from dinocli.method.losses.features import FeaturesLossConfig
 from dinocli.method.losses.gram import GramLossConfig
 from dinocli.method.losses.ibot import IbotLossConfig
 from dinocli.method.losses.koleo import KoleoLossConfig
-from dinocli.method.losses.targets import PrototypeLossConfig
+from dinocli.method.losses.sigreg import SigregLossConfig
+from dinocli.method.losses.simdino import SimdinoLossConfig, SimdinoPatchesLossConfig
+from dinocli.method.losses.targets import HeadLossConfig, PrototypeLossConfig
 
-LossConfig = PrototypeLossConfig | KoleoLossConfig | GramLossConfig | FeaturesLossConfig
+LossConfig = HeadLossConfig | KoleoLossConfig | SigregLossConfig | GramLossConfig | FeaturesLossConfig
 
 
 class LossesConfig(Config):
@@ -25,7 +27,10 @@ class LossesConfig(Config):
 
     dino: DinoLossConfig | None = None
     ibot: IbotLossConfig | None = None
+    simdino: SimdinoLossConfig | None = None
+    simdino_patches: SimdinoPatchesLossConfig | None = None
     koleo: KoleoLossConfig | None = None
+    sigreg: SigregLossConfig | None = None
     gram: GramLossConfig | None = None
     features: FeaturesLossConfig | None = None
 
@@ -33,19 +38,22 @@ class LossesConfig(Config):
         """Return the selected losses, by name."""
         return {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
 
+    def with_heads(self) -> dict[str, HeadLossConfig]:
+        """Return the selected losses on the outputs of a head, by name."""
+        return {name: loss for name, loss in self.present().items() if isinstance(loss, HeadLossConfig)}
+
     def with_targets(self) -> dict[str, PrototypeLossConfig]:
         """Return the selected losses on the prototypes of a head, which have targets, by name."""
         return {name: loss for name, loss in self.present().items() if isinstance(loss, PrototypeLossConfig)}
 
-    def build(self, prototypes: Callable[[str], int]) -> nn.ModuleDict:
+    def build(self, outputs: Callable[[str], int]) -> nn.ModuleDict:
         """Build the selected losses with their initial state.
 
         Args:
-            prototypes: Function from the name of a head to its number of prototypes.
+            outputs: Function from the name of a head to its number of outputs.
         """
-        built: dict[str, nn.Module] = {name: c.build(prototypes(c.head)) for name, c in self.with_targets().items()}
-        if self.koleo is not None:
-            built["koleo"] = self.koleo.build()
-        if self.gram is not None:
-            built["gram"] = self.gram.build()
+        built: dict[str, nn.Module] = {name: c.build(outputs(c.head)) for name, c in self.with_heads().items()}
+        for name, loss in (("koleo", self.koleo), ("sigreg", self.sigreg), ("gram", self.gram)):
+            if loss is not None:
+                built[name] = loss.build()
         return nn.ModuleDict(built)

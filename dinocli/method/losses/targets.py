@@ -1,4 +1,4 @@
-"""Targets: rules that turn teacher logits into distributions to predict, and the config of losses that use them."""
+"""Targets: rules that turn teacher logits into distributions to predict, and the configs of losses on heads."""
 
 from __future__ import annotations
 
@@ -111,22 +111,30 @@ class SinkhornKnopp(nn.Module):
 TargetsConfig = Annotated[CenteringConfig | SinkhornKnoppConfig, Field(discriminator="kind")]
 
 
-class PrototypeLossConfig(Config):
-    """Loss on the prototypes of a head: a cross-entropy with targets from the teacher.
+class HeadLossConfig(Config):
+    """Loss on the outputs of a head, which compares the student's with the teacher's.
 
     Attributes:
         weight: Factor on this loss in the total.
-        head: Name of the head whose logits it reads; several losses may share one.
-        student_temperature: Divisor of the student's logits.
-        targets: Rule that turns the teacher's logits into targets.
+        head: Name of the head whose outputs it reads; several losses may share one.
     """
 
     reads: ClassVar[Reads]
     weight: float = Field(gt=0)
     head: str
+
+    def build(self, outputs: int) -> nn.Module:
+        """Build the loss in its initial state, for a head with this number of outputs."""
+        raise NotImplementedError
+
+
+class PrototypeLossConfig(HeadLossConfig):
+    """Loss on the prototypes of a head: a cross-entropy with targets from the teacher.
+
+    Attributes:
+        student_temperature: Divisor of the student's logits.
+        targets: Rule that turns the teacher's logits into targets.
+    """
+
     student_temperature: float = Field(gt=0)
     targets: TargetsConfig
-
-    def build(self, prototypes: int) -> nn.Module:
-        """Build the loss with the initial state of its targets."""
-        raise NotImplementedError
