@@ -263,6 +263,11 @@ def cautions(plan: Plan) -> Iterator[str]:
             f"with --accumulate {plan.accumulate} the BatchNorm of a head normalizes over {at_once} images instead of "
             f"the whole batch: --accumulate 1, or {without}"
         )
+    if preset.losses.koleo and plan.images_each // plan.accumulate == 1:
+        yield (
+            "losses.koleo has no effect: each process and part has one image, without a neighbour: a smaller "
+            f"--accumulate, --batch-size {2 * preset.training.batch_size}, or --set losses.koleo=none"
+        )
     usual, peak = 0.0005 * preset.training.batch_size / 256, max(plan.lr.bounds)
     key = "value" if isinstance(preset.optimizer.lr, (Constant, Warmup)) else "start"
     # Low-rank additions and the last blocks alone learn at higher rates than all weights do.

@@ -193,6 +193,18 @@ def test_an_early_stop_is_one_note_that_lists_unfinished_schedules(tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize(("accumulate", "said"), [(4, True), (2, False)])
+def test_koleo_without_neighbours_is_cautioned(accumulate: int, said: bool, tmp_path: Path) -> None:
+    write_images(tmp_path, 48, size=8)
+    heads = [f"heads.{head}.batch_norm=false" for head in ("dino", "ibot")]
+    made = plan(tmp_path, *heads, "training.batch_size=4", preset="tiny-dinov2", stop=400)
+    lines = [
+        line for line in cautions(replace(made, accumulate=accumulate)) if line.startswith("losses.koleo has no effect")
+    ]
+    assert len(lines) == said
+    assert not said or lines[0].endswith("a smaller --accumulate, --batch-size 8, or --set losses.koleo=none")
+
+
 def test_low_resolution_is_an_unfinished_schedule_but_not_a_long_warm_up(tmp_path: Path) -> None:
     write_images(tmp_path, 48, size=8)
     low = "views.low_resolution={epochs=7, global_size=32}"
