@@ -88,10 +88,10 @@ def test_out_of_memory_in_the_views_is_an_error_and_the_steps_before_are_saved(
         made.append(len(made))
         if len(made) > 2 * step:  # global and local views are made apart
             raise torch.OutOfMemoryError
-        return augment(*args, **options)
+        return normalize(*args, **options)
 
-    augment = train.augment
-    monkeypatch.setattr(train, "augment", full)
+    normalize = train.normalize_bytes
+    monkeypatch.setattr(train, "normalize_bytes", full)
     with pytest.raises(DinoError, match="too small for the views of a batch of 4") as error:
         pretrain(plan, lambda p: None)
     assert error.value.hint == "--batch-size 2"
