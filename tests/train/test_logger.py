@@ -85,12 +85,10 @@ def test_a_run_with_a_report_learns_the_same_bits_and_draws_it(plan: Plan) -> No
 
 
 def test_a_report_that_cannot_be_drawn_does_not_end_the_run(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinocli.train import logger as module
-
     def broken(folder: Path) -> None:
         raise ValueError("no ink")
 
-    monkeypatch.setattr(module, "write_report", broken)
+    monkeypatch.setattr("dinocli.viz.report.write_report", broken)
     said: list[str] = []
     assert pretrain(replace(plan, report=True), lambda p: None, said.append).step == 25
     assert said == ["note: the report could not be drawn: no ink"]
