@@ -132,6 +132,8 @@ def pack(
     """
     start = time.monotonic()
     side = side or PIXELS_SIDE if pixels else side
+    if pixels and out.resolve() == source.root.resolve():  # it would then be read as packed, without later images
+        raise DinoError(f"{out} is the folder of the images; packed pixels need a folder of their own", f"{out}-pixels")
     repeated, digest = _find_repeated_keys(source)
     settings: dict[str, Any] = {
         "source": source.where, "images": len(source), "listing": digest, "side": side, "per_shard": per_shard,
@@ -149,6 +151,8 @@ def pack(
         make = partial(_make_pixels, source, images, side)
         if missing:
             note(_check_space(source, out, images, side, share=len(missing) / len(firsts)))
+    if not done:
+        _write_settings(out, settings, {})
     with ThreadPoolExecutor(min(16, cores())) as pool:  # Pillow decodes without the interpreter lock
         for shard, first in firsts.items():
             end, bad = min(first + per_shard, len(order)), dict[str, str]()
@@ -288,20 +292,30 @@ def _resume(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         for kind, suffix in (("tar", ".tar"), ("safetensors", SUFFIX)):
             if any(out.glob(f"*{suffix}")):
                 raise DinoError(
-                    f"{out} holds {kind} files that `dino pack` did not write", "name a new folder"
+                    f"{out} holds {kind} files and no {SETTINGS}, so they may not be those of `dino pack`",
+                    "name a new folder",
                 ) from None
-        _write_settings(out, settings, {})
         return {}
     except (ValueError, LookupError, TypeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DinoError(f"{out / SETTINGS} is corrupt: {why}", "name a new folder, or remove this one") from error
-    for key in before | settings:
+    for key in {"format": ""} | before | settings:
         if before.get(key) != settings.get(key):
+            was, now = (_format_setting(key, values.get(key)) for values in (before, settings))
             raise DinoError(
-                f"{out} was packed with {key} {before.get(key)}; this call has {settings.get(key)}",
+                f"{out} was packed with {was}; this call has {now}",
                 "name a new folder, or use the same images and settings to resume",
             )
     return dict(shards)
+
+
+def _format_setting(key: str, value: object) -> str:
+    if key == "format":
+        return "--pixels" if value else "no --pixels"
+    if key == "read as" and isinstance(value, dict):
+        return " ".join(f"--set images.{name}={setting}" for name, setting in value.items())
+    option = {"side": "--short-side", "per_shard": "--per-shard", "name": "--name", "read as": "--set"}.get(key, key)
+    return f"no {option}" if value is None else f"{option} {value}"
 
 
 def _check_shards(settings: object, shards: object) -> None:

@@ -95,7 +95,7 @@ def dedup(
         rows = [[f"{100 * share:g}", f"{step:.6f}"] for share, step in steps.items()]
         console.table(["% of images with a neighbour this near", "threshold"], rows)
         console.out(str(histogram))
-        console.say(f"next: dino dedup --threshold {steps[0.01]:.6f} (or another), then check its sheets")
+        console.say(f"next: the same command with --threshold {steps[0.01]:.6f} (or another), then check its sheets")
         return
     groups = choose(found, lambda row: gallery.size(row, images))
     dropped = [row for group in groups for row in group.dropped]

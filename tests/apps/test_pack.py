@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -129,7 +130,11 @@ def test_a_resumed_packing_writes_identical_shards(tmp_path: Path, images: Path)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [({"per_shard": 4}, "per_shard 5; this call has 4"), ({"side": 8}, "side None")]
+    ("change", "said"),
+    [
+        ({"per_shard": 4}, "--per-shard 5; this call has --per-shard 4"),
+        ({"side": 8}, "no --short-side; this call has --short-side 8"),
+    ],
 )
 def test_resuming_with_other_settings_or_images_is_an_error_that_names_them(
     tmp_path: Path, images: Path, change, said: str
@@ -145,7 +150,7 @@ def test_resuming_with_other_settings_or_images_is_an_error_that_names_them(
 def test_a_folder_with_foreign_tar_files_is_refused(tmp_path: Path, images: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x.tar").touch()
-    with pytest.raises(DinoError, match="did not write"):
+    with pytest.raises(DinoError, match="no pack.json"):
         pack(listed(images), tmp_path / "out")
 
 
@@ -235,7 +240,7 @@ def test_arrays_are_packed_unchanged_or_shrunk_as_arrays(tmp_path: Path) -> None
             assert (found[f"{i}.npy"].shape, found[f"{i}.npy"].dtype) == (shape, kind)
         if side is None:
             assert np.array_equal(found["2.npy"], values[2])
-    with pytest.raises(DinoError, match="was packed with read as"):
+    with pytest.raises(DinoError, match="was packed with --set images.*; this call has no --set"):
         pack(listed(tmp_path / "in"), tmp_path / "out20", side=20)
 
 
@@ -341,3 +346,27 @@ def test_the_command_packs_pixels_that_another_pack_can_read(tmp_path: Path, ima
     samples = list(open_shards(str(tmp_path / "tar")).stream(0, 1))
     assert sorted(sample.label for sample in samples) == [0] * 6 + [1] * 6
     assert all(decode(sample.data).shape == (32, 32, 3) for sample in samples)
+
+
+def test_a_refused_call_leaves_the_folder_free_for_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "images", 2)
+    source = image_folder(tmp_path / "images")
+    free = shutil.disk_usage(tmp_path)._replace(free=10)
+    with monkeypatch.context() as full:
+        full.setattr("dinocli.apps.pack.shutil.disk_usage", lambda path: free)
+        with pytest.raises(DinoError, match="the pixels take about"):
+            pack(source, tmp_path / "out", pixels=True)
+    assert pack(source, tmp_path / "out", side=16, pixels=True).images == 2
+    with pytest.raises(DinoError, match="packed with --pixels; this call has no --pixels"):
+        pack(source, tmp_path / "out", side=16)
+    with pytest.raises(DinoError, match="packed with --short-side 16; this call has --short-side 8"):
+        pack(source, tmp_path / "out", side=8, pixels=True)
+
+
+def test_pixels_are_not_packed_into_the_folder_of_the_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 2)
+    with pytest.raises(DinoError, match="is the folder of the images"):
+        pack(image_folder(tmp_path / "images"), tmp_path / "images", pixels=True)
+    assert not list((tmp_path / "images").glob("*.json"))

@@ -871,7 +871,7 @@ def test_dedup_shows_a_threshold_then_groups_and_a_list(
     from dinocli.apps.search import dedup as near_duplicates
 
     first = dino("dedup")
-    assert "next: dino dedup --threshold" in first.stderr
+    assert "next: the same command with --threshold" in first.stderr
     assert (tmp_path / "dedup" / "histogram.png").is_file()
     told = json.loads(dino("dedup", "--threshold", "0.999999", "--json").stdout)
     assert [(g["kept"], g["dropped"]) for g in told["groups"]] == [("0000.png", ["same.png"])]

@@ -215,6 +215,8 @@ def open_pixels(folder: Path) -> PixelShards:
     for name, shard in shards.items():
         try:
             tables.append(_read_table(folder / name, shard, decoding.channels))
+        except FileNotFoundError:
+            raise DinoError(f"{folder} is incomplete: it has no {name}", "run the same `dino pack` again") from None
         except (OSError, ValueError) as error:
             raise _damaged(folder / name, getattr(error, "strerror", None) or str(error)) from error
     counts = [len(table["labels"]) for table in tables]
