@@ -150,7 +150,7 @@ def test_resuming_with_other_settings_or_images_is_an_error_that_names_them(
 def test_a_folder_with_foreign_tar_files_is_refused(tmp_path: Path, images: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x.tar").touch()
-    with pytest.raises(DinoError, match="no pack.json"):
+    with pytest.raises(DinoError, match=r"no pack\.json"):
         pack(listed(images), tmp_path / "out")
 
 
@@ -240,7 +240,7 @@ def test_arrays_are_packed_unchanged_or_shrunk_as_arrays(tmp_path: Path) -> None
             assert (found[f"{i}.npy"].shape, found[f"{i}.npy"].dtype) == (shape, kind)
         if side is None:
             assert np.array_equal(found["2.npy"], values[2])
-    with pytest.raises(DinoError, match="was packed with --set images.*; this call has no --set"):
+    with pytest.raises(DinoError, match=r"was packed with --set images.*; this call has no --set"):
         pack(listed(tmp_path / "in"), tmp_path / "out20", side=20)
 
 

@@ -144,7 +144,7 @@ def test_a_damaged_shard_gives_one_line_and_a_hint(tmp_path: Path, damage, said:
 def test_a_missing_shard_gives_the_command_to_run(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "x-0.safetensors").unlink()
-    with pytest.raises(DinoError, match="is incomplete: it has no x-0.safetensors") as error:
+    with pytest.raises(DinoError, match=r"is incomplete: it has no x-0\.safetensors") as error:
         open_images(str(tmp_path))
     assert error.value.hint == "run the same `dino pack` again"
 
