@@ -35,7 +35,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from ways import WAYS, Way, middle
+from ways import WAYS, Way, trainer_of
 
 from dinocli.core import foreach
 from dinocli.data.loader.batch import Batch
@@ -43,7 +43,6 @@ from dinocli.data.views import augment as views_module
 from dinocli.data.views.crops import Draws, draws, uniforms
 from dinocli.data.views.masking import PatchMasks, deal
 from dinocli.engine import trainer as trainer_module
-from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import Preset, load_preset
 from dinocli.models import block
 
@@ -150,15 +149,7 @@ def count_step(preset: Preset, way: Way) -> dict[str, int]:
     backward = mock.patch.object(torch.autograd, "backward", torch.autograd.backward)
     clip = mock.patch.object(trainer_module, "clip_gradients", trainer_module.clip_gradients)
     with fake, as_on_a_gpu(), backward, clip:
-        trainer = Trainer(
-            method.to_empty(device="cpu"),
-            preset.optimizer,
-            middle(preset),
-            batch_size=preset.training.batch_size,
-            precision=precision,
-            seed=0,
-            guarded=True,
-        )
+        trainer = trainer_of(preset, method.to_empty(device="cpu"), precision)
         trainer.step(batch)
         with Launches() as launches:
             watch = Stopwatch(torch.device("cpu"), lambda: float(launches.counts.total()))

@@ -16,6 +16,7 @@ from dinocli.core.device import default_workers, keep_freed_memory
 from dinocli.data.loader.batch import Batch
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_source
+from dinocli.engine.method import Method
 from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import Preset, load_preset
@@ -90,8 +91,13 @@ def build(way: Way, preset: Preset, device: torch.device) -> Trainer | OriginalS
         method.student.backbone.recompute_blocks()
     for network in (method.student, method.teacher) if way.compiled else ():
         network.compile_blocks()
+    return trainer_of(preset, method.to(device), precision)
+
+
+def trainer_of(preset: Preset, method: Method, precision: contextlib.AbstractContextManager[Any] | None) -> Trainer:
+    """Return a trainer in the middle of a run."""
     return Trainer(
-        method.to(device),
+        method,
         preset.optimizer,
         middle(preset),
         batch_size=preset.training.batch_size,

@@ -1,4 +1,4 @@
-"""What a step asks of a device that runs beside the host, counted without such a device.
+"""Waits and copies of a step on a device that runs beside the host, counted without such a device.
 
 On the meta device a step runs as a whole, backward pass included, and what the host keeps for itself is real: numbers
 of masked patches, schedules. Where a GPU would make the host wait, meta tensors raise an error or cross devices here.

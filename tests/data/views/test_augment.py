@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from no_draws import nothing
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms import functional as TF
@@ -20,17 +21,6 @@ VIEW = ViewConfig(size=32, scale=(0.25, 1.0), flip=0.5, jitter=JITTER, gray=0.2,
 def image() -> Image.Image:
     smooth = np.uint8(np.random.default_rng(0).random((8, 8, 3)) * 255)
     return Image.fromarray(smooth).resize((48, 48), Image.Resampling.BICUBIC)
-
-
-def nothing(batch: int = 1) -> dict[str, Tensor]:
-    return {
-        "flip": torch.zeros(1, batch, dtype=torch.bool),
-        "factors": torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(1, batch, 4).clone(),
-        "order": torch.arange(4, dtype=torch.uint8).expand(1, batch, 4).clone(),
-        "gray": torch.zeros(1, batch, dtype=torch.bool),
-        "radius": torch.zeros(1, batch),
-        "solarize": torch.zeros(1, batch, dtype=torch.bool),
-    }
 
 
 def ours(image: Image.Image, **changed: Tensor) -> np.ndarray:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from no_draws import nothing
 from torch import Tensor
 
 from dinocli.data.views import augment_bytes
@@ -31,17 +32,6 @@ def some_crops(size: int, images: int = 1, channels: int = 3) -> Tensor:
     crops[:, :, size // 2 :, : size // 3] //= 64
     crops[:, :, size // 2 :, : size // 3] *= 85
     return crops
-
-
-def nothing(images: int = 1) -> dict[str, Tensor]:
-    return {
-        "flip": torch.zeros(1, images, dtype=torch.bool),
-        "factors": torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(1, images, 4).clone(),
-        "order": torch.arange(4, dtype=torch.uint8).expand(1, images, 4).clone(),
-        "gray": torch.zeros(1, images, dtype=torch.bool),
-        "radius": torch.zeros(1, images),
-        "solarize": torch.zeros(1, images, dtype=torch.bool),
-    }
 
 
 def in_bytes(crops: Tensor, drawn: Draws, library: str | None = None) -> Tensor:
