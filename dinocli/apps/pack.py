@@ -8,7 +8,6 @@ import io
 import math
 import os
 import re
-import shutil
 import tarfile
 import time
 from collections import deque
@@ -30,7 +29,7 @@ from dinocli.core.atomic import atomic, write_json
 from dinocli.core.checksums import unseal
 from dinocli.core.drafts import sweep
 from dinocli.core.errors import DinoError
-from dinocli.core.resources import cores
+from dinocli.core.resources import cores, format_bytes, free_space
 from dinocli.data.decode.image import decode, open_image
 from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
@@ -224,16 +223,15 @@ def _check_space(source: Images, out: Path, images: ImagesConfig, side: int, sha
     """
     sizes = [_stored_bytes(source, images, side, row) for row in _spread(len(source))]
     needed = int(share * len(source) * np.mean([size for size in sizes if size] or [0]))
-    there = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
+    there, free = free_space(out)
     if needed > free:
         fits = math.isqrt(int(side**2 * _ROOM * free / needed))
         smaller = f"use --short-side {fits}, or " if fits >= 8 else ""
         raise DinoError(
-            f"the pixels take about {_format_bytes(needed)}; {there} has {_format_bytes(free)} free",
+            f"the pixels take about {format_bytes(needed)}; {there} has {format_bytes(free)} free",
             f"{smaller}name a folder on a larger disk",
         )
-    return f"the pixels take about {_format_bytes(needed)}; {there} has {_format_bytes(free)} free"
+    return f"the pixels take about {format_bytes(needed)}; {there} has {format_bytes(free)} free"
 
 
 def _spread(count: int) -> list[int]:
@@ -250,10 +248,6 @@ def _stored_bytes(source: Images, images: ImagesConfig, side: int, row: int) -> 
         return 0
     scale = min(1.0, side / min(opened.height, opened.width))
     return int(opened.height * scale * opened.width * scale * images.channels)
-
-
-def _format_bytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _find_repeated_keys(source: Images) -> tuple[NDArray[np.bool_], str]:

@@ -172,8 +172,3 @@ def duration(seconds: float) -> str:
         return f"{seconds // 60} min {seconds % 60} s"
     hours = seconds / 3600
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
-
-
-def size(amount: float) -> str:
-    """Format a number of bytes, such as `1.2 GB`."""
-    return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.0f} MB"

@@ -15,6 +15,7 @@ from dinocli.cli.layout import METHOD
 from dinocli.cli.options import Device, Json, Limits
 from dinocli.cli.places import images_place
 from dinocli.core.errors import DinoError
+from dinocli.core.resources import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -126,14 +127,14 @@ def _machine_rows(machine: Machine) -> list[list[str]]:
             "cores, RAM",
             f"{machine.cores} of {machine.cores_there}; {_format_part(machine.ram, machine.ram_there)} free",
         ],
-        ["disk", f"{console.size(machine.disk)} free in {machine.folder}"],
+        ["disk", f"{format_bytes(machine.disk)} free in {machine.folder}"],
         ["reads", ", ".join(machine.formats) + jpeg],
         ["checks", passed if not faults else f"{faults} fault{'s' if faults > 1 else ''}, listed below"],
     ]
 
 
 def _format_part(part: float, whole: float) -> str:
-    return f"{part / 1e9:.1f} of {console.size(whole)}"
+    return f"{part / 1e9:.1f} of {format_bytes(whole)}"
 
 
 def _image_rows(seen: Inspection, views: ViewsConfig) -> list[list[str]]:

@@ -13,6 +13,7 @@ from dinocli.cli.layout import METHOD
 from dinocli.cli.options import Json, Limits, output_place
 from dinocli.cli.places import images_place
 from dinocli.cli.words import Misuse
+from dinocli.core.resources import format_bytes
 
 
 def pack(
@@ -94,7 +95,7 @@ def pack(
                     str(packed.shards),
                     str(packed.images),
                     str(len(packed.bad)),
-                    console.size(packed.bytes),
+                    format_bytes(packed.bytes),
                     console.duration(packed.seconds),
                 ]
             ],

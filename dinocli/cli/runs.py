@@ -15,6 +15,7 @@ from dinocli.cli.layout import MONITORING, OUTPUT, RECIPE, RUN_FOLDER
 from dinocli.cli.options import step_of
 from dinocli.core.distributed import rank, size
 from dinocli.core.errors import DinoError
+from dinocli.core.resources import format_bytes
 from dinocli.core.runs import CHECKPOINT, link_newest
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _print_plan(plan: Plan, json: bool) -> None:
         **({"teacher": f"{plan.teacher.describe(preset)}, frozen"} if plan.teacher else {}),
         "out": str(plan.out),
         "compute": f"{cost.flops / 1e9:.3g} GFLOP per image",
-        "memory": f"about {console.size(cost.memory)} (an estimate); {console.size(free)} are free: "
+        "memory": f"about {format_bytes(cost.memory)} (an estimate); {format_bytes(free)} are free: "
         + ("it fits" if fits else "it does not fit" + _format_alternative(less)),
         "time": f"about {console.duration(cost.seconds)} (estimated from the speed of matrix products on this device)",
     }
@@ -177,7 +178,7 @@ def _format_alternative(less: tuple[dict[str, str], Estimate] | None) -> str:
         return ", not even with one image at a time: use a smaller backbone, or --parallel fsdp over several GPUs"
     typed, cost = less
     words = " ".join(word for pair in typed.items() for word in pair if word)
-    return f"; {words} takes about {console.size(cost.memory)}"
+    return f"; {words} takes about {format_bytes(cost.memory)}"
 
 
 def list_notes(plan: Plan, *, begun: bool) -> Iterator[str]:

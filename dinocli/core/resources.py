@@ -1,9 +1,10 @@
-"""Memory and cores that this process may use, which a container may limit."""
+"""Memory and cores that this process may use, which a container may limit, and free disk space."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,3 +88,14 @@ def memory_of(device: torch.device, root: Path = ROOT) -> tuple[int, int]:
         total = torch.mps.recommended_max_memory()
         return total - torch.mps.driver_allocated_memory(), total
     return ram_of(root)
+
+
+def free_space(path: Path) -> tuple[Path, int]:
+    """Return the nearest existing folder of a path that may not exist yet, and the free bytes of its disk."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    return there, shutil.disk_usage(there).free
+
+
+def format_bytes(amount: float) -> str:
+    """Format a number of bytes, such as `1.2 GB`."""
+    return f"{amount / 1e9:.1f} GB" if amount >= 1e9 else f"{amount / 1e6:.0f} MB"

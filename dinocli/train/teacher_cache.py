@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -23,6 +22,7 @@ from dinocli.core.checksums import unseal
 from dinocli.core.device import autocast
 from dinocli.core.distributed import from_first, rank, size
 from dinocli.core.errors import DinoError
+from dinocli.core.resources import free_space
 from dinocli.core.tensors import TensorStream, load_tensors, map_tensors, write_tensors
 from dinocli.core.version import __version__
 from dinocli.data.loader.batch import Batch
@@ -105,8 +105,7 @@ def check_space(plan: Plan) -> CacheFacts | None:
         method = plan.method()
     assert isinstance(method, FeatureDistillation)
     facts = cache_facts(plan, method)
-    there = next(path for path in (plan.teacher_cache, *plan.teacher_cache.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(there).free
+    _, free = free_space(plan.teacher_cache)
     if not facts.stored and facts.bytes * _ROOM > free:
         fixed = plan.preset.views.fixed or 1
         fewer = f"--set views.fixed={fixed // 2}, " if fixed > 1 else ""

@@ -323,8 +323,8 @@ def test_the_space_of_pixels_is_stated_first_and_refused_if_the_disk_has_less(
     pack(source, tmp_path / "out", pixels=True, note=said.append)
     pack(source, tmp_path / "out", pixels=True, note=said.append)  # nothing is missing
     assert len(said) == 1 and said[0].startswith("the pixels take about 0 MB; ")
-    usage = packing.shutil.disk_usage(tmp_path)._replace(free=12 * 32 * 32 * 3 - 1)
-    monkeypatch.setattr(packing.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=12 * 32 * 32 * 3 - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(DinoError, match="has 0 MB free") as error:
         pack(source, tmp_path / "small", pixels=True, side=32)
     fits = int(error.value.hint.split("--short-side ")[1].split(",")[0])
@@ -355,7 +355,7 @@ def test_a_refused_call_leaves_the_folder_free_for_other_settings(
     source = image_folder(tmp_path / "images")
     free = shutil.disk_usage(tmp_path)._replace(free=10)
     with monkeypatch.context() as full:
-        full.setattr("dinocli.apps.pack.shutil.disk_usage", lambda path: free)
+        full.setattr("shutil.disk_usage", lambda path: free)
         with pytest.raises(DinoError, match="the pixels take about"):
             pack(source, tmp_path / "out", pixels=True)
     assert pack(source, tmp_path / "out", side=16, pixels=True).images == 2

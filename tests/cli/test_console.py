@@ -7,6 +7,7 @@ import re
 import pytest
 
 from dinocli.cli import console
+from dinocli.core.resources import format_bytes
 
 
 def test_tables_go_to_stdout_and_messages_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,7 +47,7 @@ def test_durations(seconds: float, said: str) -> None:
 
 
 def test_sizes() -> None:
-    assert [console.size(n) for n in (5e6, 2.5e9)] == ["5 MB", "2.5 GB"]
+    assert [format_bytes(n) for n in (5e6, 2.5e9)] == ["5 MB", "2.5 GB"]
 
 
 NAME = "a\x1b[31mred\n\u202egnp[bold]\x9b\x7f.jpg"

@@ -19,7 +19,6 @@ from dinocli.data.sources.open import image_folder
 from dinocli.method.feature_distillation import FeatureDistillation
 from dinocli.method.preset import load_preset
 from dinocli.models.architecture import BackboneConfig
-from dinocli.train import teacher_cache
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain, rehearse
 from dinocli.train.teacher_cache import check_space, describe
@@ -215,7 +214,7 @@ def test_a_full_disk_is_an_error_before_anything_is_written(
 ) -> None:
     plan = plan_of(images, "views.fixed=4", teacher_cache=Path("cache/below"))
     usage = shutil._ntuple_diskusage(100, 90, 10)
-    monkeypatch.setattr(teacher_cache.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     for check in (rehearse, run):
         with pytest.raises(DinoError, match=r"features take 0\.1 MB; cache/below has 0\.1 MB free") as error:
             check(plan)

@@ -140,7 +140,7 @@ class SimdinoPatchesLoss(nn.Module):
         }
 
     def after_step(self) -> None:
-        """Do nothing: this loss keeps no state between steps."""
+        """Forget the weights of the batch."""
         self._weights = []
 
 
