@@ -62,7 +62,8 @@ def extract(
     precision: Annotated[
         Literal["bfloat16", "float32"],
         typer.Option(
-            help="Precision of matrix products; bfloat16 needs device support and is at least twice as fast.",
+            help="Precision of matrix products. bfloat16 needs device support and is at least twice as fast. It moves "
+            "the k-NN accuracy of small networks by up to 0.25 points.",
             rich_help_panel=SPEED,
         ),
     ] = "bfloat16",

@@ -29,8 +29,8 @@ from dinocli.models.network import Network
 _IMAGES = 1000  # per split, balanced over the classes
 _AT_ONCE = 64
 _K = 20
-# Evaluating an image costs about 0.15 of training on it: one forward pass instead of about ten views. Evaluations may
-# take 0.05 of a run's time.
+# Evaluating an image costs about 0.15 of training on it at the same size: one forward pass instead of about ten views.
+# Evaluations may take 0.05 of a run's time.
 _COST, _SHARE = 0.15, 0.05
 _EVALUATIONS = 20  # per run
 
@@ -135,15 +135,23 @@ class KnnMonitor:
         return torch.cat(pixels), Features(empty, np.array(labels, np.int64), names, source.classes, {}, provenance)
 
 
-def steps_between_evaluations(images: int, steps: int, batch_size: int) -> int:
+def steps_between_evaluations(images: int, steps: int, batch_size: int, views: ViewsConfig) -> int:
     """Return the steps between evaluations: about 20 per run, or fewer if 20 would take over 5 % of its time.
+
+    The limit holds in every phase of a run: evaluations keep the full size while crops are smaller and steps cheaper.
 
     Args:
         images: Number of images encoded per evaluation.
         steps: Number of steps in the run.
         batch_size: Images per step.
+        views: Views of the run, of which the smallest decide.
     """
-    return max(1, steps // _EVALUATIONS, round(images * _COST / (_SHARE * batch_size)))
+    smallest = min(map(_count_pixels, views.variants)) / _count_pixels(views)
+    return max(1, steps // _EVALUATIONS, round(images * _COST / min(1, smallest) / (_SHARE * batch_size)))
+
+
+def _count_pixels(views: ViewsConfig) -> int:
+    return sum(view.size**2 for view in views.all)
 
 
 @torch.no_grad()

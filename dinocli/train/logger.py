@@ -116,7 +116,8 @@ class Logger:
         photos = len(self._photos.pool) * (1 + VIEWS * plan.keep_best) if self._photos else 0
         images = (self._monitor.images if self._monitor else 0) + photos
         images = from_first(images)
-        between = steps_between_evaluations(images, plan.stop, plan.preset.training.batch_size)
+        preset = plan.preset
+        between = steps_between_evaluations(images, plan.stop, preset.training.batch_size, preset.views)
         self._every = (plan.monitor_every or between) if images else 0  # steps between evaluations; 0 for none
         self._drawn = -math.inf
         self._logs: list[Metrics | TensorBoard] = []

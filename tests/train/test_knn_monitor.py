@@ -90,8 +90,15 @@ def test_the_network_keeps_its_training_mode(labelled: Path, plan: Plan) -> None
 
 
 def test_evaluations_take_at_most_a_twentieth_of_the_time() -> None:
-    assert steps_between_evaluations(24, steps=100_000, batch_size=1024) == 5_000
-    assert steps_between_evaluations(24, steps=10, batch_size=1) == 72, "24 images cost as much as 3.6 steps"
+    views = load_preset("tiny", []).views
+    assert steps_between_evaluations(24, steps=100_000, batch_size=1024, views=views) == 5_000
+    assert steps_between_evaluations(24, steps=10, batch_size=1, views=views) == 72, "24 images cost 3.6 steps"
+
+
+def test_evaluations_take_no_larger_share_while_crops_are_small() -> None:
+    small = ["views.locals=0", "views.local=none", "views.low_resolution={epochs=1, global_size=24}"]
+    views = load_preset("tiny", small).views
+    assert steps_between_evaluations(24, steps=10, batch_size=1, views=views) == 4 * 72, "a quarter of the pixels"
 
 
 def test_the_sample_of_a_large_set_is_balanced_over_classes(tmp_path: Path) -> None:
