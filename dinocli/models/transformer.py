@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed  # type: ignore[attr-defined]
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
@@ -85,9 +86,8 @@ class Transformer(Backbone):
                 f"of {self.patch_size} pixels",
                 "use larger views (--set views.local.size=...) or a smaller patch",
             )
-        patches = self.model.patch_embed.proj(images)  # [B, D, h, w]; drops pixels beyond a multiple of the patch size
-        grid = (patches.shape[-2], patches.shape[-1])
-        patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
+        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        patches = _embed_patches(self.model.patch_embed.proj, images, grid)
         # Patches are masked before positions are added, so that a masked patch has its position.
         if masked is not None:
             patches = torch.where(masked.where[..., None], masked.token.to(patches.dtype), patches)
@@ -196,6 +196,20 @@ class Transformer(Backbone):
             tokens = self._run_block(block, tokens, ALL, None, rotation)
         last: Any = self.blocks[-1]
         return attention_of(last.attn, last.norm1(tokens), queries, rotation)
+
+
+def _embed_patches(proj: nn.Conv2d, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Embed whole patches; pixels beyond them are dropped. [B, C, H, W] -> [B, N, D]
+
+    In training on a CPU this is a product with the unfolded patches, of the same value: the backward pass of torch's
+    convolution takes 1.2 times as long in float32, and three to five times in bfloat16.
+    """
+    if images.device.type != "cpu" or not torch.is_grad_enabled():
+        return proj(images).flatten(2).transpose(1, 2)
+    (rows, columns), side = grid, proj.kernel_size[0]
+    patches = images[..., : rows * side, : columns * side].unflatten(-1, (columns, side)).unflatten(-3, (rows, side))
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, N, C*side*side]
+    return F.linear(patches, proj.weight.flatten(1), proj.bias)
 
 
 def _project(block: Any, tokens: Tensor, which: Projection) -> Tensor:

@@ -8,13 +8,14 @@ import torch
 from conftest import PRECISIONS, assert_original, assert_same_features
 from timm.models.eva import Eva
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig, adapt, create_timm
 from dinocli.models.backbone import MaskedPatches
 from dinocli.models.generic import GenericBackbone
-from dinocli.models.transformer import RotaryBackbone, ViTBackbone
+from dinocli.models.transformer import RotaryBackbone, ViTBackbone, _embed_patches
 
 MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 SIZES = ["32x32", "16x16", "24x40", "16x64", "27x45"]
@@ -25,6 +26,22 @@ def micro(original) -> ViTBackbone:
     model = VisionTransformer(**MICRO, num_classes=0).double()
     model.load_state_dict(original.below("vit/micro32d2h2p8_f64/weights/"))
     return ViTBackbone(model, "dino").eval()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_patches_embedded_in_training_equal_a_convolution_with_the_same_gradients(size: str) -> None:
+    height, width = map(int, size.split("x"))
+    proj = nn.Conv2d(3, 32, 8, 8).double()
+    images = torch.randn(3, 3, height, width, dtype=torch.float64, requires_grad=True)
+    expected = proj(images).flatten(2).transpose(1, 2)
+    found = _embed_patches(proj, images, (height // 8, width // 8))
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(expected)
+    inputs = [images, *proj.parameters()]
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, upstream), torch.autograd.grad(expected, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 @PRECISIONS
