@@ -71,8 +71,9 @@ def dedup(
     gallery = open_gallery(folder, data)
 
     from dinocli.apps.search.dedup import choose  # these import torch or matplotlib
-    from dinocli.apps.search.sheets import draw_groups, page
+    from dinocli.apps.search.sheets import draw_groups
     from dinocli.viz.curves import write_histogram
+    from dinocli.viz.picture import sheet_page
 
     count = len(gallery)
     if count < 2:
@@ -81,7 +82,7 @@ def dedup(
         )
     found, best = _compare(gallery, threshold, all_pairs)
     histogram = out / "histogram.png"
-    made = [histogram, *(page(out / "groups.jpg", number) for number in range(1, pages + 1))]
+    made = [histogram, *(sheet_page(out / "groups.jpg", number) for number in range(1, pages + 1))]
     with marked(out, "dedup", made):
         write_histogram(best, "cosine of each image to its nearest other one", threshold, histogram)
     if len(best) < count:

@@ -74,9 +74,11 @@ def search(
     spare([out], images)
     gallery = open_gallery(folder, data)
 
-    from dinocli.apps.search.search import encode, same_encoder, search  # these import torch
-    from dinocli.apps.search.sheets import ROWS, SHOWN, draw_hits, page
+    from dinocli.apps.search.search import search  # these import torch
+    from dinocli.apps.search.sheets import SHOWN, draw_hits
     from dinocli.features.encoder import quick
+    from dinocli.features.photos import encode, same_encoder
+    from dinocli.viz.picture import SHEET_ROWS, sheet_page
 
     encoder = encoder_from(checkpoint or gallery.provenance.source, device, network, overrides)
     encoder = quick(encoder, gallery.provenance.precision, compiled=False)  # type: ignore[arg-type]
@@ -86,7 +88,7 @@ def search(
     console.skipped(asked.skipped)
     opened = _open_index(gallery, index)
     hits = list(search(opened, gallery, asked, k))
-    with marked(out.parent, "search", [page(out, number) for number in range(1, 2 + len(hits) // ROWS)]):
+    with marked(out.parent, "search", [sheet_page(out, number) for number in range(1, 2 + len(hits) // SHEET_ROWS)]):
         written, unread = draw_hits(gallery, hits, out, encoder.images)
     pictures = [str(path) for path in written]
     if unread:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from dinocli.core.atomic import atomic
 from dinocli.data.decode.pixels import Pixels
 
+SHEET_ROWS = 20  # rows of a contact sheet on disk
 _PAPER, _INK, _PALE = (255, 255, 255), (40, 40, 40), (200, 200, 200)
 _SIDE, _GAP, _LINE = 144, 6, 16  # pixels, in a contact sheet
 # Largest photo in a sheet. A sheet has two rows of up to 14 tiles, and viewers fail to open one of larger photos.
@@ -169,6 +172,33 @@ def contact_sheet(
             if cell is not None:
                 _draw_cell(page, pen, cell, left, top + r * pitch, side, font)
     return page
+
+
+def write_contact_sheets(
+    rows: Sequence[Sequence[Tile | str | None]], out: Path, title: str, *, lead: int = 0, side: int = _SIDE
+) -> list[Path]:
+    """Write contact sheets of at most 20 rows; the suffix `.jpg` selects JPEG, any other PNG. Return their paths.
+
+    Args:
+        rows: Content of each cell, as for `contact_sheet`.
+        out: Path of the first sheet; further ones get a number.
+        title: Line above each sheet.
+        lead: Number of leading columns that a line separates.
+        side: Side of a square, in pixels.
+    """
+    written = []
+    for first in range(0, len(rows), SHEET_ROWS):
+        path = sheet_page(out, first // SHEET_ROWS + 1)
+        with atomic(path) as draft:
+            drawn = contact_sheet(rows[first : first + SHEET_ROWS], title=title, lead=lead, side=side)
+            drawn.save(draft, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=85)
+        written.append(path)
+    return written
+
+
+def sheet_page(out: Path, number: int) -> Path:
+    """Return the path of a contact sheet, by its number from 1."""
+    return out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
 
 
 def _draw_cell(

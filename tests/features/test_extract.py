@@ -11,7 +11,6 @@ from conftest import together, write_images
 from PIL import Image
 
 from dinocli.apps.pack import pack
-from dinocli.apps.search.search import encode
 from dinocli.core import device as device_module
 from dinocli.core.distributed import size
 from dinocli.core.errors import DinoError
@@ -20,6 +19,7 @@ from dinocli.data.views.crops import crop_boxes, crop_tries, cut, draws, uniform
 from dinocli.features import encoder as encoder_module
 from dinocli.features.encoder import Encoder, augmented, quick
 from dinocli.features.extract import extract
+from dinocli.features.photos import encode
 from dinocli.features.store import Provenance, read_features, read_splits
 from dinocli.models.architecture import BackboneConfig
 

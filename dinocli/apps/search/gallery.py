@@ -12,10 +12,11 @@ import numpy as np
 from dinocli.core.atomic import write_text
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Rows
-from dinocli.data.decode.image import open_image, reduction
+from dinocli.data.decode.image import open_image
 from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.open import PackedImages, Source, TorchvisionImages, splits
+from dinocli.data.sources.photos import display_pixels
 from dinocli.data.sources.regular import Refused, read_file
 from dinocli.data.sources.shards import Shards, read_sample
 from dinocli.features.store import Features, Provenance, read_splits, same_maker
@@ -100,7 +101,7 @@ class Gallery:
     def photo(self, row: int, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
         """Return an image, reduced to no less than `side` pixels, or the reason why it cannot be read. [H, W, C]"""
         data = self.read(row, images)
-        return data if isinstance(data, BadImage) else small(data, side, images)
+        return data if isinstance(data, BadImage) else display_pixels(data, side, images)
 
     def size(self, row: int, images: ImagesConfig = DEFAULTS) -> tuple[int, int]:
         """Return the number of pixels and of bytes of an image, from its header; zeros if it cannot be read."""
@@ -160,14 +161,6 @@ def belong_together(first: Gallery, other: Gallery) -> None:
         DinoError: If they were made by different weights or settings.
     """
     same_maker((str(first.folder), first.provenance), (str(other.folder), other.provenance))
-
-
-def small(data: Data, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
-    """Decode a photo for display at `side` pixels; large ones are decoded smaller if the decoder can. [H, W, C]"""
-    opened = open_image(data, images)
-    if isinstance(opened, BadImage):
-        return opened
-    return opened.pixels(reduction(max(opened.height, opened.width) / (2 * side)))
 
 
 def write_list(gallery: Gallery, rows: Sequence[int], path: Path) -> list[str]:

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinocli.apps.search.dedup import Group
-from dinocli.apps.search.gallery import Gallery, small
+from dinocli.apps.search.gallery import Gallery
 from dinocli.apps.search.search import Hits
-from dinocli.core.atomic import atomic
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.photos import display_pixels
 from dinocli.data.sources.regular import read_file
-from dinocli.viz.picture import Tile, contact_sheet
+from dinocli.viz.picture import SHEET_ROWS, Tile, sheet_page, write_contact_sheets
 
-ROWS = 20  # rows per sheet
 SHOWN = 10  # results per row
 _SIDE = 144  # pixels per side of a photo
 
@@ -47,7 +46,7 @@ def draw_hits(
                 _make_cell(pixels, neighbour.image, f"{neighbour.cosine:.4f}\n{neighbour.label or neighbour.image}")
             )
         rows.append(row)
-    return _write_sheets(rows, out, f"photo, and its nearest of {len(gallery)} images by cosine", lead=1), unread
+    return write_contact_sheets(rows, out, f"photo, and its nearest of {len(gallery)} images by cosine", lead=1), unread
 
 
 def draw_groups(
@@ -66,36 +65,20 @@ def draw_groups(
         Paths of the sheets; surplus sheets of an earlier call are deleted.
     """
     rows: list[list[Place]] = []
-    for group in groups[: pages * ROWS]:
+    for group in groups[: pages * SHEET_ROWS]:
         kept = _draw_image(gallery, group.kept, f"kept\n{gallery.name(group.kept)}", images)
         shown = list(zip(group.dropped, group.cosines, strict=True))[:SHOWN]
         dropped = [_draw_image(gallery, row, f"{cosine:.4f}\n{gallery.name(row)}", images) for row, cosine in shown]
         more = len(group.dropped) - len(shown)
         rows.append([kept, *dropped, f"and {more} more" if more else None])
-    written = _write_sheets(
+    written = write_contact_sheets(
         rows, out, "kept image, and dropped images with their cosine to the nearest of the group", lead=1
     )
     number = len(written) + 1
-    while (old := page(out, number)).is_file():
+    while (old := sheet_page(out, number)).is_file():
         old.unlink()
         number += 1
     return written
-
-
-def _write_sheets(rows: list[list[Place]], out: Path, title: str, lead: int) -> list[Path]:
-    written = []
-    for first in range(0, len(rows), ROWS):
-        path = page(out, first // ROWS + 1)
-        with atomic(path) as draft:
-            sheet = contact_sheet(rows[first : first + ROWS], title=title, lead=lead, side=_SIDE)
-            sheet.save(draft, format="JPEG" if path.suffix.lower() in (".jpg", ".jpeg") else "PNG", quality=85)
-        written.append(path)
-    return written
-
-
-def page(out: Path, number: int) -> Path:
-    """Return the path of a sheet, by its number from 1."""
-    return out if number == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
 
 
 def _draw_image(gallery: Gallery, row: int, caption: str, images: ImagesConfig) -> Place:
@@ -103,7 +86,7 @@ def _draw_image(gallery: Gallery, row: int, caption: str, images: ImagesConfig) 
 
 
 def _draw_query(path: Path, images: ImagesConfig) -> Place:
-    return _make_cell(small(read_file(path, images), _SIDE, images), path.name, f"\n{path.name}")
+    return _make_cell(display_pixels(read_file(path, images), _SIDE, images), path.name, f"\n{path.name}")
 
 
 def _make_cell(pixels: Pixels | BadImage, name: str, caption: str) -> Place:

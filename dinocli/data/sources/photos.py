@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dinocli.core.errors import DinoError
-from dinocli.data.decode.image import decode
-from dinocli.data.decode.pixels import BadImage, Pixels
-from dinocli.data.images import ImagesConfig
+from dinocli.data.decode.image import decode, open_image, reduction
+from dinocli.data.decode.pixels import BadImage, Data, Pixels
+from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.open import image_folder
 from dinocli.data.sources.regular import read_file, why_unread
 
@@ -72,3 +72,11 @@ def read_photo(path: Path, images: ImagesConfig) -> Pixels | BadImage:
     except OSError as error:
         return BadImage(why_unread(error))
     return decode(data, images)
+
+
+def display_pixels(data: Data, side: int, images: ImagesConfig = DEFAULTS) -> Pixels | BadImage:
+    """Decode a photo for display at `side` pixels; large ones are decoded smaller if the decoder can. [H, W, C]"""
+    opened = open_image(data, images)
+    if isinstance(opened, BadImage):
+        return opened
+    return opened.pixels(reduction(max(opened.height, opened.width) / (2 * side)))

@@ -10,7 +10,7 @@ from conftest import write_images, write_stored
 from PIL import Image
 
 from dinocli.apps.pack import pack
-from dinocli.apps.search.gallery import Gallery, belong_together, open_gallery, small, write_list
+from dinocli.apps.search.gallery import Gallery, belong_together, open_gallery, write_list
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.sources.open import image_folder, open_source
@@ -96,10 +96,3 @@ def test_galleries_of_other_weights_or_settings_are_refused(tmp_path: Path) -> N
         with pytest.raises(DinoError, match="made with different"):
             belong_together(first, other)
     assert first.digest != Gallery(first.folder, first.parts | {"more": first.parts["all"]}, "x").digest
-
-
-def test_a_large_photo_is_decoded_smaller(tmp_path: Path) -> None:
-    data = io.BytesIO()
-    Image.new("RGB", (1600, 1200)).save(data, format="JPEG")
-    assert small(data.getvalue(), 100).shape == (150, 200, 3)
-    assert isinstance(small(b"torn", 100), BadImage)

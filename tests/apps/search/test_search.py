@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +7,11 @@ import pytest
 
 from dinocli.apps.search.gallery import open_gallery
 from dinocli.apps.search.index import About, Index
-from dinocli.apps.search.search import encode, same_encoder, search
-from dinocli.core.errors import DinoError
+from dinocli.apps.search.search import search
 from dinocli.data.sources.open import photos, splits
 from dinocli.features.encoder import Encoder
 from dinocli.features.extract import extract
+from dinocli.features.photos import encode, same_encoder
 
 
 @pytest.mark.parametrize(("tokens", "blocks", "size"), [("cls", 1, None), ("cls+avg", 2, 24)])
@@ -40,12 +39,6 @@ def test_a_photo_of_the_gallery_finds_itself(
         near = [n.cosine for n in hit.neighbours]
         assert near == sorted(near, reverse=True)
         assert len(near) == 5
-
-
-def test_another_encoder_is_an_error(tmp_path: Path, images: Path, encoder: Encoder) -> None:
-    extract(encoder, splits(str(images))["all"], tmp_path / "f" / "all.safetensors", data=str(images))
-    with pytest.raises(DinoError, match="other weights"):
-        same_encoder(replace(encoder, fingerprint="4567"), open_gallery(tmp_path / "f").provenance)
 
 
 def test_missing_neighbours_are_omitted(tmp_path: Path, images: Path, encoder: Encoder) -> None:

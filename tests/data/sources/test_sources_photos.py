@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 from conftest import write_images
+from PIL import Image
 
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.images import DEFAULTS
-from dinocli.data.sources.photos import named_photos, read_photo, spare
+from dinocli.data.sources.photos import display_pixels, named_photos, read_photo, spare
 
 
 def test_files_and_folders_get_names_that_differ(tmp_path: Path) -> None:
@@ -45,3 +47,10 @@ def test_outputs_never_overwrite_inputs(tmp_path: Path) -> None:
     spare([tmp_path / "new.png", photo], [tmp_path / "other.png"])
     with pytest.raises(DinoError, match=r"link/0000.png is an input, and the output would overwrite it"):
         spare([tmp_path / "link" / "0000.png"], [photo])
+
+
+def test_a_large_photo_is_decoded_smaller(tmp_path: Path) -> None:
+    data = io.BytesIO()
+    Image.new("RGB", (1600, 1200)).save(data, format="JPEG")
+    assert display_pixels(data.getvalue(), 100).shape == (150, 200, 3)
+    assert isinstance(display_pixels(b"torn", 100), BadImage)
