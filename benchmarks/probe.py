@@ -44,7 +44,7 @@ from dinocli.core.device import default_workers
 from dinocli.data.sources.listing import Names
 from dinocli.data.sources.open import Images, splits
 from dinocli.engine.schedules import Clock, Cosine
-from dinocli.evals.linear import RATES, linear
+from dinocli.evals.linear import RATES, train_probe
 from dinocli.evals.probes import Probes, trainer
 from dinocli.features.encoder import Encoder
 from dinocli.features.extract import extract
@@ -141,7 +141,7 @@ def work(encoder: Encoder, train: Images, test: Images, chosen: argparse.Namespa
         "test": lambda: seconds(lambda: original.test(few)) / len(few),
         "plain": lambda: ours(0) / len(few),
         "views": lambda: ours(chosen.views) / len(few),
-        "heads": lambda: seconds(lambda: linear(learned, tested, epochs=chosen.epochs, device=CPU)),
+        "heads": lambda: seconds(lambda: train_probe(learned, tested, epochs=chosen.epochs, device=CPU)),
     }
     rounds = []
     for _ in range(chosen.rounds):
@@ -227,7 +227,7 @@ def accuracy(encoder: Encoder, train: Images, test: Images, views: int) -> Table
                 ).path
                 for name, source, k in (("train", train, count), ("val", test, 0))
             ]  # fmt: skip
-            found = linear(*(read_features(path) for path in parts), epochs=EPOCHS, device=CPU)
+            found = train_probe(*(read_features(path) for path in parts), epochs=EPOCHS, device=CPU).result
             table.add_row(found.protocol, f"{found.lr:g}", f"{found.top1:.2f}", f"{found.top5:.2f}")
     return table
 

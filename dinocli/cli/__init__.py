@@ -14,6 +14,7 @@ import typer
 from dinocli.cli import console, eval_copies, eval_match, eval_retrieval, eval_segment, eval_track
 from dinocli.cli.adapt import adapt
 from dinocli.cli.attn_map import attn_map
+from dinocli.cli.classify import classify
 from dinocli.cli.curate import curate
 from dinocli.cli.dedup import dedup
 from dinocli.cli.demo import demo
@@ -47,7 +48,7 @@ app = App(
 # In the order of the help, which is the order of use. The help lists groups after the commands of their panel.
 for panel, commands in {
     "Start": (demo, doctor),
-    "Main job": (pretrain, adapt, extract, knn, linear, attn_map),
+    "Main job": (pretrain, adapt, extract, knn, linear, classify, attn_map),
     "Find": (search, dedup, curate),
     "Look": (segment, match, track),
     "Share": (pack, export, push),

@@ -41,6 +41,8 @@ _ALIASES = {
     "--data": "-d -i --dir --folder --path --images --data-path --data-dir --input --dataset",
     "--epochs": "-e --epoch",
     "--threshold": "--thresh --thr",
+    "--with": "--classifier --clf --probe",
+    "--sort-into": "--sort --move-into --copy-into",
 }
 _TARGETS = {alias: target for target, aliases in _ALIASES.items() for alias in aliases.split()}
 # Options to suggest instead, in commands that lack the first one.
@@ -51,7 +53,7 @@ _NUMBERS = {
     "extract": "--size", "export": "--size", "attn-map": "--short-side", "match": "--short-side",
     "track": "--short-side", "segment": "--short-side", "pack": "--short-side", "pretrain": "--epochs",
     "eval retrieval": "--long-side", "eval copies": "--size", "eval segment": "--short-side",
-    "eval match": "--short-side", "eval track": "--short-side",
+    "eval match": "--short-side", "eval track": "--short-side", "classify": "--top",
 }  # fmt: skip
 _SIDES = ("--size", "--short-side", "--long-side")
 _VALUES = {
@@ -64,7 +66,18 @@ _VALUES = {
     "--film": ("strip", "gif", "mp4"),
     "--by": ("cut", "attention", "pca"),
 }
-_TAKE_IMAGES = ("extract", "pack", "doctor", "attn-map", "segment", "search", "track", "eval segment", "eval track")
+_TAKE_IMAGES = (
+    "extract",
+    "pack",
+    "doctor",
+    "attn-map",
+    "segment",
+    "search",
+    "classify",
+    "track",
+    "eval segment",
+    "eval track",
+)
 _OF_IMAGES = ("--data", "--checkpoint", "--size", "--tokens", "--device cuda", "--batch-size", "--workers")
 _EXAMPLES = {
     "pretrain": "dino pretrain IMAGES --preset tiny",
@@ -84,8 +97,9 @@ _EXAMPLES = {
 _REQUIRED = {"--mask": "first.png", "--keypoints": "points.csv", "--truth": "MASKS"}
 _COMMANDS = {
     "pretrain": "train fit pretraining",
-    "extract": "embed features feature extraction encode infer predict inference",
-    "knn": "evaluate test k-nn classify score accuracy",
+    "extract": "embed features feature extraction encode",
+    "knn": "evaluate test k-nn score accuracy",
+    "classify": "infer predict inference label classification",
     "linear": "probe lineareval linear-probe linear-eval eval-linear",
     "eval retrieval": "retrieval oxford paris",
     "eval copies": "copies copydays copy-detection",
@@ -357,6 +371,8 @@ def _explain_surplus(words: Words, most: int) -> Misuse:
         return Misuse(f"{takes}; unexpected argument {words.positional[0]}", hint)
     for i in reversed(words.places):
         word = words.typed[i]
+        if "--save" in words.known and i and words.typed[i - 1] == "--save":
+            return Misuse(f"--save takes no value; unexpected {word}", words.again({i: ["--out", word]}))
         if option := _guess_option(words, word):
             value = _choose_value(option[0], float(word)) if is_number(word) else word
             return Misuse(f"{takes}; unexpected argument {word}", words.again({i: [*option, value]}))
@@ -457,7 +473,7 @@ def _suggest_missing(words: Words, parameter: Any) -> str:
     for option, value in _REQUIRED.items():
         if parameter is not None and option in parameter.opts:
             return words.again({}, option, value)
-    if words.command in ("attn-map", "search", "segment"):
+    if words.command in ("attn-map", "search", "segment", "classify"):
         return words.again({}, "photo.jpg")
     if words.command == "pack" and words.places:
         return words.again({}, f"{Path(words.positional[0]).name or 'images'}-shards")

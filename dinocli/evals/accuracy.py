@@ -1,11 +1,47 @@
-"""Top-1 and top-k accuracy."""
+"""Accuracy: top-1, top-k, mean over classes, and its confidence interval."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+_NORMAL = 1.959963984540054  # 97.5 % quantile of the normal distribution: a two-sided 95 % interval
+
+
+class Interval(NamedTuple):
+    """95 % interval of an accuracy, in percent."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:.1f} to {self.high:.1f}"
+
+
+def interval_of(correct: int, images: int) -> Interval:
+    """Return the 95 % interval of an accuracy that was measured on a sample of images.
+
+    Raises:
+        ValueError: If there are no images.
+
+    Source: Wilson 1927. Unlike the normal interval, it stays within 0 and 100 and is not empty at these ends.
+    """
+    if not images:
+        raise ValueError("no images; expected at least one")
+    share, z2 = correct / images, _NORMAL**2 / images
+    middle = (share + z2 / 2) / (1 + z2)
+    half = math.sqrt(share * (1 - share) * z2 + z2 * z2 / 4) / (1 + z2)
+    return Interval(100 * max(0.0, middle - half), 100 * min(1.0, middle + half))
+
+
+def macro_accuracy(correct: NDArray[np.bool_], truth: NDArray[np.int64]) -> float:
+    """Return the mean over classes of the share of correct images, in percent. [Q], [Q]"""
+    images = np.bincount(truth)
+    shares = np.bincount(truth, correct)[images > 0] / images[images > 0]
+    return float(100 * shares.mean())
 
 
 def hits_among(

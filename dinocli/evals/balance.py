@@ -1,11 +1,34 @@
-"""Numbering of the images of each class, to take an equal share of every class."""
+"""Class sizes: imbalance, and the numbering of the images of each class to take an equal share of every class."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+_UNEQUAL = 3  # times the images of the smallest class; a smaller imbalance is normal
+
+
+def describe_imbalance(labels: NDArray[Any], classes: Sequence[str]) -> str:
+    """Return a line about classes of very different sizes; an empty string if none has 3 times as many as another.
+
+    Args:
+        labels: Class of each image, none negative. [S]
+        classes: Names of the classes. A class without images is not compared.
+    """
+    sizes = np.bincount(labels, minlength=len(classes))
+    used = np.flatnonzero(sizes)
+    if len(used) < 2:
+        return ""
+    least, most = used[sizes[used].argmin()], used[sizes[used].argmax()]
+    if sizes[most] <= _UNEQUAL * sizes[least]:
+        return ""
+    return (
+        f"imbalanced classes: {classes[most]} has {sizes[most]} training images, {classes[least]} has {sizes[least]}; "
+        "macro accuracy weighs all classes equally"
+    )
 
 
 def number_within(labels: NDArray[Any]) -> NDArray[np.int64]:

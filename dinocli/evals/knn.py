@@ -10,8 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.core.errors import DinoError
-from dinocli.evals.accuracy import hits_among, ranks_of
+from dinocli.core.tensors import Values
+from dinocli.evals.accuracy import Interval, interval_of, macro_accuracy, ranks_of
+from dinocli.evals.calibration import Calibration, fit_temperature, spaced_rows
 from dinocli.evals.nearest import nearest
+from dinocli.evals.predictions import Predictions, joined, predict
 from dinocli.features.store import Features
 
 # Block sizes bound the memory; each block of queries reads all voters once.
@@ -26,11 +29,15 @@ class Score:
     Attributes:
         k: Number of voting neighbours.
         top1: Percent of queries whose class has the most votes.
+        interval: 95 % interval of `top1`.
+        macro: Top-1 accuracy averaged over classes, in percent.
         top5: Percent of queries whose class is among the five with the most votes, or `min(k, 5)` for small k.
     """
 
     k: int
     top1: float
+    interval: Interval
+    macro: float
     top5: float
 
 
@@ -80,16 +87,101 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
             )
     queries = train if test is None else test
     ascending = sorted(set(ks))
-    hits = np.zeros((len(ascending), 2), dtype=np.int64)
+    ranks = np.empty((len(ascending), len(queries)), dtype=np.int64)
+    for block, similarities, rows in _neighbours(train, queries.values, ascending[-1], _rows_if(test is None, queries)):
+        ranks[:, block] = _rank(similarities, train.labels[rows], queries.labels[block], ascending, train, temperature)
+    scores = {k: _score(k, some, queries.labels) for k, some in zip(ascending, ranks, strict=True)}
+    return KnnResult([scores[k] for k in ks], len(queries), voters, len(train.classes), test is None, temperature)
+
+
+def predict_by_votes(
+    train: Features, test: Features | None, ks: Sequence[int], temperature: float = 0.07
+) -> tuple[int, Calibration, Predictions]:
+    """Predict each test image by the vote, with the k that is best in leave-one-out on training images.
+
+    The temperature of the confidences is fitted on the same leave-one-out votes, of at most 10,000 images.
+
+    Args:
+        train: Labelled images that vote.
+        test: Labelled images to classify. If None, each training image is classified by the others.
+        ks: Numbers of neighbours to choose from, which must be valid for `knn`.
+        temperature: Temperature of the votes.
+
+    Returns:
+        Chosen k, calibration, and predictions.
+    """
+    others = [k for k in ks if k < len(train)] or [len(train) - 1]
+    rows = spaced_rows(np.arange(len(train)))
+    truth = train.labels[rows]
+    chosen, logits, hits = others[0], np.empty(0), -1
+    for k in others:
+        found = np.concatenate(list(vote_logits(train, train.values[rows], k, temperature, rows)))
+        correct = int((found.argmax(1) == truth).sum())
+        if correct > hits:
+            chosen, logits, hits = k, found, correct
+    softness = fit_temperature(logits, truth)
+    queries = train if test is None else test
+    own = _rows_if(test is None, queries)
+    parts, first = list[Predictions](), 0
+    for block in vote_logits(train, queries.values, chosen, temperature, own):
+        some = slice(first, first + len(block))
+        labels, first = queries.labels[some], some.stop
+        # A class without votes is no answer.
+        ranks = ranks_of(block, labels, above=_logits(np.zeros(1), len(train.classes))[0])
+        parts.append(predict(queries.paths[some], labels, block, softness, ranks))
+    predictions = joined(parts)
+    how = "training images, each by the others"
+    return chosen, Calibration(softness, len(rows), how, *predictions.errors), predictions
+
+
+def vote_logits(
+    train: Features, queries: Values, k: int, temperature: float, own: NDArray[np.int64] | None = None
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the logarithms of the votes for blocks of queries. [B, classes]
+
+    One vote as heavy as that of the nearest neighbour is added, shared by all classes. So a class without votes has a
+    small probability, not none.
+
+    Args:
+        train: Labelled images that vote.
+        queries: Features to classify. [Q, D]
+        k: Number of neighbours, fewer than the images that vote if the queries are among them.
+        temperature: Temperature of the votes.
+        own: Row of each query among the voters, which then does not vote on itself. If None, all vote. [Q]
+    """
+    classes = len(train.classes)
+    for _, similarities, rows in _neighbours(train, queries, k, own):
+        step = max(1, _CELLS // max(classes, k))
+        for start in range(0, len(rows), step):
+            some = slice(start, start + step)
+            [totals] = votes(similarities[some], train.labels[rows[some]], [k], classes, temperature)
+            yield _logits(totals, classes)
+
+
+def _logits(totals: NDArray[np.float64], classes: int) -> NDArray[np.float64]:
+    return np.log(totals + 1 / classes)
+
+
+def _rows_if(leave_one_out: bool, queries: Features) -> NDArray[np.int64] | None:
+    return np.arange(len(queries)) if leave_one_out else None
+
+
+def _neighbours(
+    train: Features, queries: Values, k: int, own: NDArray[np.int64] | None
+) -> Iterator[tuple[slice, NDArray[np.float32], NDArray[np.int64]]]:
+    """Yield the similarities and rows of the k nearest images for blocks of queries, without each query itself."""
     for first in range(0, len(queries), _QUERIES):
         block = slice(first, first + _QUERIES)
-        similarities, rows = nearest(train.values, queries.values[block], ascending[-1] + (test is None))
-        if test is None:
-            similarities, rows = _drop_self(similarities, rows, first)
-        hits += _count_hits(similarities, train.labels[rows], queries.labels[block], ascending, train, temperature)
-    percents = dict(zip(ascending, (100 * hits / len(queries)).tolist(), strict=True))
-    scores = [Score(k, *percents[k]) for k in ks]
-    return KnnResult(scores, len(queries), voters, len(train.classes), test is None, temperature)
+        similarities, rows = nearest(train.values, queries[block], k + (own is not None))
+        if own is not None:
+            similarities, rows = _drop_self(similarities, rows, own[block])
+        yield block, similarities, rows
+
+
+def _score(k: int, ranks: NDArray[np.int64], truth: NDArray[np.int64]) -> Score:
+    correct, among = ranks == 0, int((ranks < min(5, k)).sum())
+    interval, macro = interval_of(int(correct.sum()), len(truth)), macro_accuracy(correct, truth)
+    return Score(k, float(100 * correct.sum() / len(truth)), interval, macro, 100 * among / len(truth))
 
 
 def is_correct(train: Features, test: Features | None, k: int, temperature: float = 0.07) -> NDArray[np.bool_]:
@@ -102,15 +194,11 @@ def is_correct(train: Features, test: Features | None, k: int, temperature: floa
         temperature: Temperature of the votes.
     """
     queries = train if test is None else test
-    correct: list[NDArray[np.bool_]] = []
-    for first in range(0, len(queries), _QUERIES):
-        block = slice(first, first + _QUERIES)
-        similarities, rows = nearest(train.values, queries.values[block], k + (test is None))
-        if test is None:
-            similarities, rows = _drop_self(similarities, rows, first)
-        totals = votes(similarities, train.labels[rows], [k], len(train.classes), temperature)
-        correct += [ranks_of(some, queries.labels[block], above=0) == 0 for some in totals]
-    return np.concatenate(correct)
+    ranks = [
+        _rank(similarities, train.labels[rows], queries.labels[block], [k], train, temperature)[0]
+        for block, similarities, rows in _neighbours(train, queries.values, k, _rows_if(test is None, queries))
+    ]
+    return np.concatenate(ranks) == 0
 
 
 def votable(train: Features, test: Features | None) -> int:
@@ -154,7 +242,7 @@ def votes(
         yield totals.reshape(len(labels), classes)
 
 
-def _count_hits(
+def _rank(
     similarities: NDArray[np.float32],
     labels: NDArray[np.int64],
     truth: NDArray[np.int64],
@@ -162,23 +250,23 @@ def _count_hits(
     train: Features,
     temperature: float,
 ) -> NDArray[np.int64]:
-    """Count the queries with the correct class first, and among the top five, for each k. [ks, 2]"""
+    """Return the rank of each query's class for each k. [ks, Q]"""
     classes = len(train.classes)
-    hits = np.zeros((len(ks), 2), dtype=np.int64)
+    ranks = np.empty((len(ks), len(truth)), dtype=np.int64)
     step = max(1, _CELLS // max(classes, ks[-1]))
     for start in range(0, len(truth), step):
         rows = slice(start, start + step)
         for i, totals in enumerate(votes(similarities[rows], labels[rows], ks, classes, temperature)):
             # A class without votes is no answer, even if fewer than five classes have votes.
-            hits[i] += hits_among(totals, truth[rows], min(5, ks[i]), above=0)
-    return hits
+            ranks[i, rows] = ranks_of(totals, truth[rows], above=0)
+    return ranks
 
 
 def _drop_self(
-    similarities: NDArray[np.float32], rows: NDArray[np.int64], first: int
+    similarities: NDArray[np.float32], rows: NDArray[np.int64], own: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Remove each query from its own neighbours; queries are the rows from `first`. [Q, k+1] -> [Q, k]"""
+    """Remove each query from its own neighbours; `own` is its row. [Q, k+1] -> [Q, k]"""
     # An image is usually its own nearest neighbour, but an exact copy may come first.
-    is_self = rows == np.arange(first, first + len(rows))[:, None]
+    is_self = rows == own[:, None]
     is_self[~is_self.any(1), -1] = True
     return similarities[~is_self].reshape(len(rows), -1), rows[~is_self].reshape(len(rows), -1)

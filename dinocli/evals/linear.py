@@ -15,8 +15,10 @@ from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Values
 from dinocli.engine import trainer as engine
 from dinocli.engine.schedules import Clock, Cosine
-from dinocli.evals.accuracy import hits_among
+from dinocli.evals.accuracy import Interval, hits_among
 from dinocli.evals.balance import number_within
+from dinocli.evals.calibration import Calibration, fit_temperature, spaced_rows
+from dinocli.evals.predictions import Predictions, joined, predict
 from dinocli.evals.probes import Probes, scores_of, trainer
 from dinocli.evals.units import Floats
 from dinocli.features.store import Features
@@ -38,19 +40,24 @@ class LinearResult:
         protocol: `stored` for stored features and a swept learning rate, `stored, N views` with N views per image, or
             `paper` for augmented images.
         top1: Percent of test images whose class ranks first.
+        interval: 95 % interval of `top1`.
+        macro: Top-1 accuracy averaged over classes, in percent.
         top5: Percent of test images whose class ranks among the top five.
         lr: Learning rate for a batch of 256.
         sweep: Top-1 on the held-out images by learning rate; empty without a sweep.
         train_images: Number of training images, including the held-out ones.
-        held_out: Number of training images held out to select the learning rate.
+        held_out: Number of training images held out to select the learning rate and to fit the temperature.
         test_images: Number of test images.
         split_off: True if the test images were split off from the training images.
         classes: Number of classes.
         epochs: Number of epochs.
+        calibration: Temperature of the confidences. None without held-out images.
     """
 
     protocol: str
     top1: float
+    interval: Interval
+    macro: float
     top5: float
     lr: float
     sweep: dict[float, float]
@@ -60,9 +67,27 @@ class LinearResult:
     split_off: bool
     classes: int
     epochs: int
+    calibration: Calibration | None
 
 
-def linear(
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Trained linear classifier.
+
+    Attributes:
+        weight: Weights, for features as they are stored. [K, D]
+        bias: Biases. [K]
+        predictions: Predictions for the test images.
+        result: Accuracy on the test images.
+    """
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    predictions: Predictions
+    result: LinearResult
+
+
+def train_probe(
     train: Features,
     test: Features | None,
     *,
@@ -72,12 +97,14 @@ def linear(
     seed: int = 0,
     device: torch.device,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> LinearResult:
+) -> Probe:
     """Train a probe on stored features: sweep all learning rates, select one on held-out images, then train on all.
 
     If views of the training images are stored, each epoch draws one view per image. Held-out and test images use
     centered crops. Training features are held in float32 up to 4 GiB: 4 S K D bytes with K views, 4 S D without. Larger
     ones are read again for each step.
+
+    The temperature of the confidences is fitted on the held-out images, before the last training sees them.
 
     Args:
         train: Labelled training features.
@@ -96,9 +123,9 @@ def linear(
     rows = np.arange(len(train))
     if test is None:
         rows, test_rows = _split_off(rows, train.labels, _TEST, seed)
-        test_values, test_labels = train.values, train.labels[test_rows]
+        tested = train
     else:
-        test_values, test_rows, test_labels = test.values, np.arange(len(test)), test.labels
+        test_rows, tested = np.arange(len(test)), test
     fit_rows, held_rows = _split_off(rows, train.labels[rows], _HELD_OUT, seed + 1)
     if classes < 2:
         names = train.classes[0] if classes else "none"
@@ -106,7 +133,7 @@ def linear(
             f"a linear probe needs at least two classes; the features have only {names}",
             "put each class in a folder of its own (data/cat/1.jpg, data/dog/2.jpg) and extract again",
         )
-    if not len(held_rows) or not len(test_labels):
+    if not len(held_rows) or not len(test_rows):
         largest = int(np.bincount(train.labels[train.labels >= 0], minlength=1).max())
         needed = _HELD_OUT if test is not None else next(n for n in range(100) if n - n // _TEST >= _HELD_OUT)
         raise DinoError(
@@ -135,26 +162,43 @@ def linear(
         return probes
 
     probes = fit(fit_rows, rates)
-    held_top1 = [
-        top1 for top1, _ in _measure_accuracy(probes, train.values, held_rows, train.labels[held_rows], device, scale)
-    ]
+    held_top1 = _measure_accuracy(probes, train, held_rows, device, scale)
     best = int(np.argmax(held_top1))
     final = fit(rows, rates[best : best + 1])
     refuse_diverged(final, "use features without outliers, or fewer --epochs")
-    [[top1, top5]] = _measure_accuracy(final, test_values, test_rows, test_labels, device, scale)
-    return LinearResult(
-        f"stored, {views} views" if views else "stored",
-        top1,
-        top5,
-        rates[best],
-        dict(zip(rates, held_top1, strict=True)),
-        len(rows),
-        len(held_rows),
-        len(test_labels),
-        test is None,
-        classes,
-        epochs,
+    calibrated = spaced_rows(held_rows)
+    held_logits = np.concatenate([scores[best] for _, scores in _score(probes, train, calibrated, device, scale)])
+    temperature = fit_temperature(held_logits, train.labels[calibrated])
+    predictions = joined(
+        [
+            predict([tested.paths[row] for row in block.tolist()], tested.labels[block], scores, temperature)
+            for block, [scores] in _score(final, tested, test_rows, device, scale)
+        ]
     )
+    result = LinearResult(
+        protocol=f"stored, {views} views" if views else "stored",
+        top1=predictions.percent(1),
+        interval=predictions.interval,
+        macro=predictions.macro,
+        top5=predictions.percent(5),
+        lr=rates[best],
+        sweep=dict(zip(rates, held_top1, strict=True)),
+        train_images=len(rows),
+        held_out=len(held_rows),
+        test_images=len(test_rows),
+        split_off=test is None,
+        classes=classes,
+        epochs=epochs,
+        calibration=Calibration(temperature, len(calibrated), "held-out training images", *predictions.errors),
+    )
+    # Scaling by a power of two changes no digit of the weights.
+    return Probe(*folded(final, scale), predictions, result)
+
+
+def folded(probes: Probes, scale: float = 1.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return weight and bias of the only classifier, for features that were multiplied by `scale` in training."""
+    [weight], [bias] = probes.weights, probes.biases
+    return (weight.detach().cpu() * scale).numpy(), bias.detach().cpu().numpy()
 
 
 class _Stored:
@@ -220,18 +264,20 @@ def _split_off(
     return rows[~is_split_off], rows[is_split_off]
 
 
-def _measure_accuracy(
-    probes: Probes,
-    values: Values,
-    rows: NDArray[np.int64],
-    truth: NDArray[np.int64],
-    device: torch.device,
-    scale: float,
-) -> list[list[float]]:
-    """Return the top-1 and top-5 accuracy of each classifier on the given rows, in percent. [rates][2]"""
-    hits = np.zeros((len(probes.rates), 2))
+def _score(
+    probes: Probes, features: Features, rows: NDArray[np.int64], device: torch.device, scale: float
+) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.float32]]]]:
+    """Yield blocks of rows with the scores of each classifier. [B], [rates] times [B, classes]"""
     for start in range(0, len(rows), _SCORED):
-        block = slice(start, start + _SCORED)
-        x = _to_tensor(values[rows[block]], scale).to(device)
-        hits += [hits_among(scores, truth[block]) for scores in scores_of(probes, x)]
+        block = rows[start : start + _SCORED]
+        yield block, scores_of(probes, _to_tensor(features.values[block], scale).to(device))
+
+
+def _measure_accuracy(
+    probes: Probes, features: Features, rows: NDArray[np.int64], device: torch.device, scale: float
+) -> list[float]:
+    """Return the top-1 accuracy of each classifier on the given rows, in percent. [rates]"""
+    hits = np.zeros(len(probes.rates))
+    for block, scores in _score(probes, features, rows, device, scale):
+        hits += [hits_among(each, features.labels[block])[0] for each in scores]
     return (100 * hits / len(rows)).tolist()

@@ -13,8 +13,8 @@ from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import Images
 from dinocli.engine import trainer as engine
 from dinocli.engine.schedules import Clock, CosineByEpoch
-from dinocli.evals.accuracy import hits_among
-from dinocli.evals.linear import LinearResult, refuse_diverged
+from dinocli.evals.linear import LinearResult, Probe, folded, refuse_diverged
+from dinocli.evals.predictions import joined, predict
 from dinocli.evals.probes import Probes, scores_of, trainer
 from dinocli.features.encoder import Encoder, TokenChoice, augmented, finite_rows
 
@@ -33,7 +33,7 @@ def linear_on_images(
     workers: int = 0,
     seed: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
-) -> LinearResult:
+) -> Probe:
     """Train by the paper's protocol: SGD on randomly cropped and flipped images, encoded again in each epoch.
 
     Args:
@@ -100,15 +100,30 @@ def linear_on_images(
     finally:
         train_batches.close()
     refuse_diverged(probes, "use a lower --lr, or another checkpoint")
-    hits, images = np.zeros(2), 0
+    parts = []
     for batch in encoder.batches(test, size=size, batch_size=batch_size, workers=workers):
         if batch.names:
             truth, features = np.array(batch.labels), encoder.features(batch.images, tokens, blocks)
             for name, reason in finite_rows(features, batch.names)[1]:
                 raise DinoError(f"{name}: {reason}", "remove that image; if all images fail, use another checkpoint")
-            hits += hits_among(scores_of(probes, features)[0], truth)
-            images += len(truth)
-    if not images:
+            parts.append(predict(batch.names, truth, scores_of(probes, features)[0]))
+    if not parts:
         raise DinoError(f"none of the {len(test)} test images in {test.where} can be read", "check these files")
-    top1, top5 = (100 * hits / images).tolist()
-    return LinearResult("paper", top1, top5, lr, {}, len(train), 0, images, False, len(train.classes), epochs)
+    predictions = joined(parts)
+    result = LinearResult(
+        protocol="paper",
+        top1=predictions.percent(1),
+        interval=predictions.interval,
+        macro=predictions.macro,
+        top5=predictions.percent(5),
+        lr=lr,
+        sweep={},
+        train_images=len(train),
+        held_out=0,
+        test_images=len(predictions),
+        split_off=False,
+        classes=len(train.classes),
+        epochs=epochs,
+        calibration=None,
+    )
+    return Probe(*folded(probes), predictions, result)

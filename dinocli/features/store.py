@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.core.checksums import parse, unseal
+from dinocli.core.checksums import KEY, crc_of, crc_of_file, parse, unseal
 from dinocli.core.errors import DinoError
-from dinocli.core.tensors import Rows, Texts, Values, first_not_finite, map_tensors
+from dinocli.core.tensors import Indices, Rows, Texts, Values, first_not_finite, map_tensors, read_metadata
 
 FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards
@@ -73,6 +73,7 @@ class Features:
         skipped: Path and reason of each file that could not be read.
         provenance: Origin and settings of the features.
         views: Features of random views of each image, if stored. [S, K, D]
+        place: File or folder of shards that holds the features, if stored. It may hold unlabelled images too.
     """
 
     values: Values
@@ -82,6 +83,7 @@ class Features:
     skipped: dict[str, str]
     provenance: Provenance
     views: Values | None = None
+    place: Path | None = None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -105,7 +107,7 @@ def read_features(path: Path) -> Features:
     else:
         shards = [_map_file(path)]
     tensors, metadata = [tensors for tensors, _ in shards], shards[0][1]
-    provenance, classes = _read_provenance(path, metadata)
+    provenance, classes = read_provenance(path, metadata)
     skipped = [_check_parts(path, t, provenance, len(classes), tensors[0]) for t in tensors]
     _refuse_not_finite(path, tensors)
     values = [t["values"] for t in tensors]
@@ -118,11 +120,37 @@ def read_features(path: Path) -> Features:
         {name: reason for some in skipped for name, reason in some.items()},
         provenance,
         Rows([v[:, 1:] for v in values]) if provenance.views else None,
+        path,
     )
 
 
-def _read_provenance(path: Path, metadata: dict[str, str]) -> tuple[Provenance, list[str]]:
+def checksum_of(path: Path) -> str:
+    """Return the checksum of a feature file, or of all files in a folder of shards; only their headers are read.
+
+    Raises:
+        DinoError: If there are no features, or their headers are corrupt.
+    """
+    if not path.exists():
+        raise DinoError(f"{path} does not exist; expected features", "create them with `dino extract CHECKPOINT DATA`")
+    files = [path / name for name in _index(path)] if path.is_dir() else [path]
+    try:
+        # Features of version 0.1 have no checksum in their header.
+        stored = {file.name: read_metadata(file).get(KEY) or f"{crc_of_file(file):08x}" for file in files}
+    except (OSError, ValueError) as error:
+        raise _format_damage(path, str(error)) from error
+    return f"{crc_of(stored):08x}"
+
+
+_AGAIN = "recreate it with `dino extract CHECKPOINT DATA`"
+
+
+def read_provenance(path: Path, metadata: dict[str, str], again: str = _AGAIN) -> tuple[Provenance, list[str]]:
     """Return the provenance of features, and the names of their classes.
+
+    Args:
+        path: File of the metadata.
+        metadata: Metadata with the keys `recipe` and `classes`, each JSON.
+        again: Hint of an error: how to write the file again.
 
     Raises:
         DinoError: If the metadata are corrupt, or of a later version.
@@ -136,7 +164,7 @@ def _read_provenance(path: Path, metadata: dict[str, str]) -> tuple[Provenance, 
         if later:
             raise DinoError(
                 f"{path} was written by a later version of dinocli: its provenance has the unknown key {later[0]}",
-                "pip install --upgrade dinocli, or recreate it with `dino extract CHECKPOINT DATA`",
+                f"pip install --upgrade dinocli, or {again}",
             )
         wrong = [name for name, value in recipe.items() if type(value) not in known[name]]
         if wrong:
@@ -144,7 +172,7 @@ def _read_provenance(path: Path, metadata: dict[str, str]) -> tuple[Provenance, 
         return Provenance(**recipe), classes
     except (ValueError, KeyError, TypeError) as error:
         why = f"the key {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise _format_damage(path, f"its metadata cannot be read; {why}") from error
+        raise _format_damage(path, f"its metadata cannot be read; {why}", again) from error
 
 
 def _check_parts(
@@ -242,8 +270,8 @@ def _map_file(path: Path, images: int | None = None) -> tuple[dict[str, NDArray[
     return tensors, metadata
 
 
-def _format_damage(path: Path, why: str) -> DinoError:
-    return DinoError(f"{path} is damaged: {why}", "recreate it with `dino extract CHECKPOINT DATA`")
+def _format_damage(path: Path, why: str, again: str = _AGAIN) -> DinoError:
+    return DinoError(f"{path} is damaged: {why}", again)
 
 
 def read_splits(folder: Path) -> dict[str, Features]:
@@ -357,8 +385,11 @@ def unlabelled(splits: dict[str, Features]) -> list[str]:
 def _keep_labelled(features: Features) -> Features:
     """Return the features of the labelled images."""
     rows = np.flatnonzero(features.labels >= 0)
-    if len(rows) == len(features):
-        return features
+    return features if len(rows) == len(features) else subset(features, rows)
+
+
+def subset(features: Features, rows: Indices) -> Features:
+    """Return the features of some images, in memory."""
     return replace(
         features,
         values=features.values[rows],

@@ -20,8 +20,8 @@ from dinocli.data.sources.shards import is_shards
 from dinocli.features.store import INDEX
 
 Kind = Literal[
-    "missing", "pattern", "address", "timm", "run", "weights", "model", "features", "graph", "archive", "video",
-    "image", "images", "source", "folder", "file",
+    "missing", "pattern", "address", "timm", "run", "weights", "model", "features", "classifier", "graph", "archive",
+    "video", "image", "images", "source", "folder", "file",
 ]  # fmt: skip
 WEIGHTS: frozenset[Kind] = frozenset(["timm", "run", "weights"])
 # `model_type` in the config.json of transformers' folders that this tool reads.
@@ -36,6 +36,7 @@ NAMES: dict[Kind, str] = {
     "weights": "a checkpoint",
     "model": "a model folder",
     "features": "a folder of features",
+    "classifier": "a classifier",
     "graph": "an exported graph",
     "archive": "an archive",
     "video": "a video",
@@ -82,7 +83,8 @@ def kind_of(place: str) -> Kind:
         return "pattern" if re.search(r"[*?]", place) else "missing"
     suffix = path.suffix.lower()
     if suffix in _WEIGHTS:
-        return "features" if is_features(path) else "weights"
+        kinds: dict[str, Kind] = {"features": "features", "classifier": "classifier"}
+        return kinds.get(_declared_kind(path), "weights")
     if suffix in SUFFIXES or suffix == ARRAY:
         return "image"
     return _by_suffix(path, suffix)
@@ -125,11 +127,16 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 def is_features(path: Path) -> bool:
     """Return True if a file's metadata identifies it as features, or as the index of a folder of features."""
+    return _declared_kind(path) == "features"
+
+
+def _declared_kind(path: Path) -> str:
+    """Return the kind that a file's metadata declare, or an empty string."""
     try:
         said = parse(path.read_text(encoding="utf-8")) if path.name == INDEX else read_metadata(path)
     except (OSError, ValueError):
-        return False
-    return isinstance(said, dict) and said.get("dinocli") == "features"
+        return ""
+    return str(said.get("dinocli", "")) if isinstance(said, dict) else ""
 
 
 def foreign(path: Path) -> tuple[str, str] | None:
@@ -144,6 +151,8 @@ def foreign(path: Path) -> tuple[str, str] | None:
         return NAMES[kind], "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME"
     if kind == "features":
         return "a file of features", f"dino knn --features {path.parent}"
+    if kind == "classifier":
+        return "a classifier", f"dino classify IMAGES --with {path}"
     try:
         with path.open("rb") as file:
             head = file.read(512).lstrip()

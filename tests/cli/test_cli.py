@@ -75,6 +75,7 @@ COMMANDS = [
     "extract",
     "knn",
     "linear",
+    "classify",
     "search",
     "dedup",
     "curate",

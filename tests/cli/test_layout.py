@@ -21,7 +21,7 @@ from dinocli.method import shipped
 ROOT = typer.main.get_command(app)
 PANELS_OF_COMMANDS = {
     "Start": ["demo", "doctor", "presets"],
-    "Main job": ["pretrain", "adapt", "extract", "knn", "linear", "attn-map", "eval"],
+    "Main job": ["pretrain", "adapt", "extract", "knn", "linear", "classify", "attn-map", "eval"],
     "Find": ["search", "dedup", "curate"],
     "Look": ["segment", "match", "track"],
     "Share": ["pack", "export", "push"],
@@ -152,7 +152,7 @@ def test_an_option_means_one_thing(option: str) -> None:
 
 
 def test_every_command_that_reads_weights_takes_them_as_checkpoint() -> None:
-    reading = {"extract", "linear", "attn-map", "search", "segment", "match", "track", "export", "push"}
+    reading = {"extract", "linear", "classify", "attn-map", "search", "segment", "match", "track", "export", "push"}
     assert set(options_named("--checkpoint")) == reading | {name for name in ALL if name.startswith("eval ")}
     with_argument = {n for n, c in ALL.items() for p in c.params if "CHECKPOINT" in str(p.metavar)}
     assert with_argument == {"extract", "export", "push"}

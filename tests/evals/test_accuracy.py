@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from dinocli.evals.accuracy import hits_among, ranks_of
+from dinocli.evals.accuracy import hits_among, interval_of, macro_accuracy, ranks_of
 
 
 def test_top_1_and_top_k_hits_are_counted() -> None:
@@ -33,3 +34,19 @@ def test_a_row_that_cannot_be_a_hit_has_no_rank_among_the_classes() -> None:
     scores = np.array([[0.0, 0.0], [0.0, 1.0], [2.0, 1.0]])
     assert ranks_of(scores, np.array([0, -1, 1]), above=0).tolist() == [2**63 - 1, 2**63 - 1, 1]
     assert hits_among(scores, np.array([0, -1, 1]), 5, above=0).tolist() == [0, 1]
+
+
+def test_the_interval_is_wilsons() -> None:
+    # Newcombe 1998, table I: 81 of 263, and 0 of 20.
+    assert interval_of(81, 263) == pytest.approx((25.53, 36.62), abs=0.005)
+    assert interval_of(0, 20) == pytest.approx((0, 16.11), abs=0.005)
+    assert interval_of(20, 20) == pytest.approx((83.89, 100), abs=0.005)
+    assert str(interval_of(81, 263)) == "25.5 to 36.6"
+    with pytest.raises(ValueError, match="no images"):
+        interval_of(0, 0)
+
+
+def test_macro_accuracy_weighs_classes_equally() -> None:
+    truth = np.array([0] * 8 + [2] * 2)
+    assert macro_accuracy(truth == 0, truth) == 50
+    assert macro_accuracy(np.array([True] * 9 + [False]), truth) == 75

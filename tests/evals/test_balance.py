@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dinocli.evals.balance import number_within
+from dinocli.evals.balance import describe_imbalance, number_within
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -32,3 +32,11 @@ def test_labels_are_sorted_once_however_many_classes_there_are() -> None:
     numbers = number_within(labels.view(Counted))
     assert passes < 10
     np.testing.assert_array_equal(numbers, number_within(labels))
+
+
+def test_an_imbalance_above_three_is_described() -> None:
+    labels = np.array([0] * 31 + [1] * 10 + [3] * 12)
+    line = describe_imbalance(labels, ["cat", "dog", "none", "owl"])
+    assert line.startswith("imbalanced classes: cat has 31 training images, dog has 10;")
+    assert describe_imbalance(labels[1:], ["cat", "dog", "none", "owl"]) == "", "three times as many are normal"
+    assert describe_imbalance(labels[:31], ["cat"]) == ""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dinocli.core.errors import DinoError
-from dinocli.evals.knn import is_correct, knn, votes
+from dinocli.evals.knn import is_correct, knn, predict_by_votes, vote_logits, votes
 from dinocli.features.store import Features, Provenance, read_features
 from dinocli.features.writer import write_features
 
@@ -212,3 +212,29 @@ def test_each_query_is_correct_if_its_nearest_neighbours_have_its_class() -> Non
     train = features(np.array([[1, 0], [1, 0.1], [0, 1], [0.1, 1]]), np.array([0, 0, 1, 1]), 2)
     test = features(np.array([[1, 0.05], [0.05, 1], [1, 0]]), np.array([0, 0, 1]), 2)
     assert is_correct(train, test, 2).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_predictions_have_the_accuracy_of_the_chosen_k(leave_one_out: bool) -> None:
+    generator = np.random.default_rng(0)
+    labels = np.arange(120) % 3
+    values = np.eye(3)[labels].repeat(2, axis=1) + generator.normal(size=(120, 6))
+    train = features(values, labels, 3)
+    test = None if leave_one_out else features(values[::2] + 0.5, labels[::2], 3)
+    alone = {k: knn(train, None, [k]).scores[0].top1 for k in (1, 30)}
+    assert alone[30] > alone[1]
+    chosen, calibration, predictions = predict_by_votes(train, test, [1, 30])
+    assert chosen == 30, "the best in leave-one-out"
+    score = knn(train, test, [30]).scores[0]
+    assert predictions.percent(1) == pytest.approx(score.top1)
+    assert (predictions.interval, predictions.macro) == (score.interval, pytest.approx(score.macro))
+    assert calibration.images == 120
+    assert calibration.after == predictions.errors[1] < calibration.before
+    assert 1 / 3 < predictions.confidence.min() < predictions.confidence.max() < 1
+
+
+def test_a_class_without_votes_has_a_small_probability() -> None:
+    train = features(np.eye(3), np.array([0, 0, 1]), 4)
+    [logits] = vote_logits(train, np.array([[1.0, 0, 0]], np.float32), 2, 0.07)
+    assert np.exp(logits[0, 0]) == pytest.approx(1.25, abs=1e-5), "its own vote, and a quarter of the shared one"
+    assert np.exp(logits[0, 3]) == pytest.approx(0.25)

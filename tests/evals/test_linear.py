@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from dinocli.core.errors import DinoError
-from dinocli.evals.linear import RATES, _split_off, linear
+from dinocli.evals.calibration import softmax
+from dinocli.evals.linear import RATES, LinearResult, _split_off, train_probe
 from dinocli.features.store import Features, Provenance
 
 CPU = torch.device("cpu")
+
+
+def linear(*features: Features | None, **options: object) -> LinearResult:
+    return train_probe(*features, **options).result
 
 
 def clusters(images: int, classes: int = 4, seed: int = 0) -> Features:
@@ -138,3 +143,17 @@ def test_every_tenth_shuffled_image_of_each_class_is_split_off() -> None:
     left, split_off = _split_off(rows, labels, 10, 5)
     assert split_off.tolist() == rows[np.sort(expected)].tolist()
     assert sorted([*left, *split_off]) == rows.tolist()
+
+
+def test_the_weights_give_the_predictions_at_any_scale() -> None:
+    for scale in (1.0, 2.0**-40):
+        train, test = (replace(c, values=(c.values * scale).astype(np.float32)) for c in (clusters(200), clusters(60)))
+        probe = train_probe(train, test, epochs=5, device=CPU)
+        logits = test.values @ probe.weight.T + probe.bias
+        assert logits.argmax(1).tolist() == probe.predictions.predicted.tolist()
+        assert probe.predictions.percent(1) == probe.result.top1
+        assert probe.result.interval.low < probe.result.top1 <= probe.result.interval.high
+        assert probe.result.calibration is not None
+        assert probe.result.calibration.images == probe.result.held_out == 20
+        chances = softmax(logits, probe.result.calibration.temperature)
+        np.testing.assert_allclose(chances.max(1), probe.predictions.confidence, rtol=1e-4)

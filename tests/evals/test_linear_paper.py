@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_images
 
 from dinocli.core.errors import DinoError
@@ -21,7 +22,7 @@ def test_the_papers_protocol_learns_from_images(tmp_path: Path, encoder: Encoder
                 Image.blend(Image.open(path), Image.new("RGB", (24, 24), color), 0.8).save(path)
     parts = splits(str(tmp_path))
     done = []
-    result = linear_on_images(
+    probe = linear_on_images(
         encoder,
         parts["train"],
         parts["val"],
@@ -31,7 +32,12 @@ def test_the_papers_protocol_learns_from_images(tmp_path: Path, encoder: Encoder
         batch_size=8,
         report=lambda d, total: done.append((d, total)),
     )
-    assert (result.protocol, result.top1) == ("paper", 100.0)
+    result = probe.result
+    assert (result.protocol, result.top1, result.macro, result.test_images) == ("paper", 100.0, 100.0, 16)
+    assert result.interval == (pytest.approx(80.6, abs=0.1), 100), "Wilson's interval of 16 of 16"
+    assert result.calibration is None, "no image was held out"
+    assert [Path(name).parent.name for name in probe.predictions.names] == ["dark"] * 8 + ["light"] * 8
+    assert probe.weight.shape == (2, 2 * encoder.features(torch.zeros(1, 3, 16, 16)).shape[1])
     assert done[-1] == (32, 32)
     with pytest.raises(DinoError, match="--batch-size 1024 is larger than the"):
         linear_on_images(encoder, parts["train"], parts["val"])

@@ -12,7 +12,16 @@ from safetensors.numpy import save_file
 import dinocli
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import write_tensors
-from dinocli.features.store import Provenance, compared, learned_from, read_features, read_splits, unlabelled
+from dinocli.features.store import (
+    Provenance,
+    checksum_of,
+    compared,
+    learned_from,
+    read_features,
+    read_splits,
+    subset,
+    unlabelled,
+)
 from dinocli.features.writer import write_features
 
 PROVENANCE = Provenance("ckpt.safetensors", "0123456789abcdef", "cls", 1, 224, "data")
@@ -269,3 +278,36 @@ def test_numeric_labels_without_class_names_become_the_class_names(tmp_path: Pat
     write_labels(tmp_path / "x" / "train.safetensors", [-1, -1], ("a",))
     with pytest.raises(DinoError, match="have no labels: data has no class folders"):
         compared(read_splits(tmp_path / "x"))
+
+
+def test_the_checksum_changes_with_any_number_and_not_with_the_place(tmp_path: Path) -> None:
+    for name in ("one", "again"):
+        write(tmp_path / name / "train.safetensors")
+    write(tmp_path / "other" / "train.safetensors", rows=4)
+    one, again, other = (checksum_of(tmp_path / name / "train.safetensors") for name in ("one", "again", "other"))
+    assert one == again != other
+    rewrite(tmp_path / "one" / "train.safetensors")  # without a stored checksum
+    assert checksum_of(tmp_path / "one" / "train.safetensors") == checksum_of(tmp_path / "one" / "train.safetensors")
+    with pytest.raises(DinoError, match="does not exist"):
+        checksum_of(tmp_path / "none.safetensors")
+
+
+def test_the_checksum_of_shards_covers_each_of_them(tmp_path: Path) -> None:
+    def write_shards(name: str, last: float) -> Path:
+        with write_features(tmp_path / name, PROVENANCE, ["a"], shard_bytes=64) as writer:
+            for value in (0.0, 1.0, last):
+                writer.append(np.full((4, 4), value, np.float32), [0] * 4, ["x"] * 4)
+        return writer.place
+
+    first, same, other = write_shards("a.safetensors", 2), write_shards("b.safetensors", 2), write_shards("c.st", 3)
+    assert first.is_dir()
+    assert checksum_of(first) == checksum_of(same) != checksum_of(other)
+
+
+def test_a_subset_keeps_the_rows_their_labels_and_names(tmp_path: Path) -> None:
+    write(tmp_path / "train.safetensors", rows=5)
+    some = subset(read_features(tmp_path / "train.safetensors"), np.array([4, 1]))
+    assert some.values[:, 0].tolist() == [4, 1]
+    assert some.labels.tolist() == [0, 1]
+    assert some.paths == ["a/ünïcode 4.png", "a/ünïcode 1.png"]
+    assert some.place == tmp_path / "train.safetensors"

@@ -25,7 +25,7 @@ from dinocli.data.sources.open import Images, image_folder
 from dinocli.data.sources.outputs import is_fresh
 from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard
 from dinocli.evals.knn import knn
-from dinocli.evals.linear import linear
+from dinocli.evals.linear import train_probe
 from dinocli.features.encoder import Encoder
 from dinocli.features.extract import extract
 from dinocli.features.store import Features, Provenance, read_features
@@ -238,8 +238,8 @@ def _score_features(
     name: str, train: Features, val: Features, overlap: float | None, device: torch.device, stage: Stage
 ) -> Row:
     with stage(f"linear probe, {name}", 100, "%") as advance:
-        probe = linear(train, val, device=device, report=lambda done, total: advance(100 * done // total))
-    return Row(name, knn(train, val, [_K]).scores[0].top1, probe.top1, overlap)
+        probe = train_probe(train, val, device=device, report=lambda done, total: advance(100 * done // total))
+    return Row(name, knn(train, val, [_K]).scores[0].top1, probe.result.top1, overlap)
 
 
 def _measure_overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage, name: str) -> float:

@@ -7,6 +7,7 @@ import pytest
 from conftest import of_channels
 
 from dinocli.apps.hub.card import Facts, Measured, card_of
+from dinocli.evals.accuracy import Interval
 from dinocli.evals.knn import KnnResult, Score
 from dinocli.features.encoder import Encoder
 from dinocli.method.preset import Preset, load_preset
@@ -21,7 +22,9 @@ def rows(card: str) -> dict[str, str]:
 
 
 def test_the_card_describes_network_training_data_and_accuracy(encoder: Encoder) -> None:
-    measured = Measured(KnnResult([Score(20, 38.571, 81.0)], 3925, 9469, 10, False, 0.07), "imagenette")
+    measured = Measured(
+        KnnResult([Score(20, 38.571, Interval(37.0, 40.1), 38.5, 81.0)], 3925, 9469, 10, False, 0.07), "imagenette"
+    )
     known = {"steps": 2000, "images": 9469, "init": "timm:vit", "watched": 41.27, "curves": "curves.png"}
     card = card_of(facts(encoder, load_preset("tiny", ["training.epochs=40"]), measured=measured, **known))
     cells = rows(card)
@@ -77,7 +80,9 @@ def test_names_from_others_are_escaped(encoder: Encoder) -> None:
     bad = "a\x1b[31m`|<img src=x>\n\n# \u202e[link](http://x)"
     preset = load_preset("tiny", ["about.recipe=mine"])
     preset = preset.model_copy(update={"about": preset.about.model_copy(update={"recipe": bad})})
-    measured = Measured(KnnResult([Score(20, 38.571, 81.0)], 3925, 9469, 10, False, 0.07), bad)
+    measured = Measured(
+        KnnResult([Score(20, 38.571, Interval(37.0, 40.1), 38.5, 81.0)], 3925, 9469, 10, False, 0.07), bad
+    )
     card = card_of(facts(encoder, preset, measured=measured, init=bad, images=3))
     cells = rows(card)
     assert cells["initial weights"] == r"`a\x1b[31m'\|<img src=x>\n\n# \u202e[link](http://x)`"

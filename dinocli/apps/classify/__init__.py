@@ -1,0 +1,1 @@
+"""Classification of photos by a saved classifier."""
