@@ -67,6 +67,7 @@ class BackboneConfig(Config):
         jitter_positions: Largest random factor on the rows of these coordinates, and another on the columns; 1 means no
             jitter.
         class_token_std: Standard deviation of the initial class token. None for networks without one.
+        stem: Embedding of patches: `patch`, a linear map of each as in the original, or `conv`, two convolutions.
     """
 
     name: str
@@ -78,6 +79,7 @@ class BackboneConfig(Config):
     rescale_positions: float = Field(1.0, ge=1)
     jitter_positions: float = Field(1.0, ge=1)
     class_token_std: float | None = Field(None, gt=0)
+    stem: Literal["patch", "conv"] = "patch"
 
     def build(self, *, drop_path: bool) -> Backbone:
         """Build a backbone with fresh weights; `drop_path` is for the student only.
@@ -85,7 +87,7 @@ class BackboneConfig(Config):
         Raises:
             DinoError: If timm has no model of this name, or an option is not possible.
         """
-        from dinocli.models.transformer import RotaryBackbone, Transformer
+        from dinocli.models.transformer import RotaryBackbone
 
         options: dict[str, Any] = dict(self.options)
         for key, why in _RESERVED.items():
@@ -94,6 +96,8 @@ class BackboneConfig(Config):
         if drop_path and self.drop_path and self.drop_path_rule == "linear":
             options["drop_path_rate"] = self.drop_path
         backbone = adapt(create_timm(self.name, **options), self.positions or "antialias")
+        if self.stem == "conv":
+            self._replace_embedding(backbone)
         if drop_path and self.drop_path and self.drop_path_rule == "uniform":
             backbone.leave_out(self.drop_path)
         if drop_path and self.rescale_positions != 1:
@@ -104,15 +108,30 @@ class BackboneConfig(Config):
         if isinstance(backbone, RotaryBackbone):
             backbone.start_evenly()
         if self.class_token_std is not None:
-            if not isinstance(backbone, Transformer):
-                raise DinoError(
-                    f"backbone.class_token_std is {self.class_token_std}; {self.name} has no class token",
-                    "--set backbone.class_token_std=none",
-                )
-            for token in (backbone.model.cls_token, backbone.model.reg_token):
-                if token is not None:
-                    nn.init.trunc_normal_(token, std=self.class_token_std)
+            self._start_tokens(backbone, self.class_token_std)
         return backbone
+
+    def _replace_embedding(self, backbone: Backbone) -> None:
+        from dinocli.models.transformer import Transformer
+
+        if not isinstance(backbone, Transformer):
+            raise DinoError(
+                f"backbone.stem is conv; {self.name} has no patch embedding to replace",
+                "--set backbone.stem=patch, or use a plain ViT such as vit_small_patch16_224",
+            )
+        backbone.use_conv_stem()
+
+    def _start_tokens(self, backbone: Backbone, std: float) -> None:
+        from dinocli.models.transformer import Transformer
+
+        if not isinstance(backbone, Transformer):
+            raise DinoError(
+                f"backbone.class_token_std is {std}; {self.name} has no class token",
+                "--set backbone.class_token_std=none",
+            )
+        for token in (backbone.model.cls_token, backbone.model.reg_token):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=std)
 
 
 def create_timm(name: str, **options: Any) -> Any:

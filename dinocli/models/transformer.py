@@ -30,6 +30,7 @@ from dinocli.models.block import (
 from dinocli.models.casting import call_with_cast_weights
 from dinocli.models.positions import Positions, Resampler
 from dinocli.models.rotary import Rotary
+from dinocli.models.stem import ConvStem
 
 
 class Transformer(Backbone):
@@ -75,6 +76,11 @@ class Transformer(Backbone):
             [B, 1+R+N, D] and [2, 1+R+N, d/2]
         """
         raise NotImplementedError
+
+    def use_conv_stem(self) -> None:
+        """Replace the patch embedding by a `ConvStem` with fresh weights."""
+        proj = self.model.patch_embed.proj
+        self.model.patch_embed.proj = ConvStem(proj.in_channels, self.patch_size, proj.out_channels)
 
     def _embed(
         self, images: Tensor, masked: MaskedPatches | None = None
@@ -198,13 +204,13 @@ class Transformer(Backbone):
         return attention_of(last.attn, last.norm1(tokens), queries, rotation)
 
 
-def _embed_patches(proj: nn.Conv2d, images: Tensor, grid: tuple[int, int]) -> Tensor:
+def _embed_patches(proj: nn.Conv2d | ConvStem, images: Tensor, grid: tuple[int, int]) -> Tensor:
     """Embed whole patches; pixels beyond them are dropped. [B, C, H, W] -> [B, N, D]
 
     In training on a CPU this is a product with the unfolded patches, of the same value: the backward pass of torch's
     convolution takes 1.2 times as long in float32, and three to five times in bfloat16.
     """
-    if images.device.type != "cpu" or not torch.is_grad_enabled():
+    if images.device.type != "cpu" or not torch.is_grad_enabled() or isinstance(proj, ConvStem):
         return proj(images).flatten(2).transpose(1, 2)
     (rows, columns), side = grid, proj.kernel_size[0]
     patches = images[..., : rows * side, : columns * side].unflatten(-1, (columns, side)).unflatten(-3, (rows, side))

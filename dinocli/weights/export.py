@@ -100,6 +100,8 @@ def export(
     _keep_the_source(Path(source), to, out)
     encoder = encoder_of(weights, source, torch.device("cpu"), overrides)
     architecture = architecture_of(weights, source, overrides)
+    if to == "official" and architecture.stem == "conv":
+        raise _no_conv_stem("the original's networks", "onnx or torch-export")
     metadata = metadata_of(weights, architecture)
     side, native = whole_patches(encoder, size) or encoder.size, _native_size(encoder)
     if to == "timm":
@@ -124,6 +126,10 @@ def export(
             difference = _compare(encoder, _to_torch_export(encoder, tokens, side, draft), tokens, side)
             load = f"torch.export.load({str(out)!r}).module()(images)"
     return Exported(out, difference, notes, load)
+
+
+def _no_conv_stem(whose: str, formats: str) -> DinoError:
+    return DinoError(f"{whose} have no convolutional stem (backbone.stem)", f"--to {formats}")
 
 
 def _keep_the_source(source: Path, to: Format, out: Path) -> None:
@@ -276,6 +282,8 @@ def write_timm(encoder: Encoder, architecture: BackboneConfig, folder: Path) -> 
         DinoError: If the network that timm loads returns other features.
         OSError: If the disk is full or the folder is not writable.
     """
+    if architecture.stem == "conv":
+        raise _no_conv_stem("timm's networks", "onnx or torch-export")
     native = _native_size(encoder)
     model = _to_timm(encoder, architecture, native, folder)
     difference = _compare(encoder, _timm_features(model, encoder), "cls", native)
