@@ -21,6 +21,7 @@ from dinocli.cli.demo import demo
 from dinocli.cli.doctor import doctor
 from dinocli.cli.export import export
 from dinocli.cli.extract import extract
+from dinocli.cli.finetune import finetune
 from dinocli.cli.knn import knn
 from dinocli.cli.linear import linear
 from dinocli.cli.match import match
@@ -48,7 +49,7 @@ app = App(
 # In the order of the help, which is the order of use. The help lists groups after the commands of their panel.
 for panel, commands in {
     "Start": (demo, doctor),
-    "Main job": (pretrain, adapt, extract, knn, linear, classify, attn_map),
+    "Main job": (pretrain, adapt, finetune, extract, knn, linear, classify, attn_map),
     "Find": (search, dedup, curate),
     "Look": (segment, match, track),
     "Share": (pack, export, push),

@@ -197,7 +197,7 @@ def list_notes(plan: Plan, *, begun: bool) -> Iterator[str]:
     if not begun:
         yield from warn_of(plan.source, plan.preset.images) if rank() == 0 else ()
         yield from dict.fromkeys(cautions(plan))  # two heads may have the same one
-        if plan.init and not plan.monitor:
+        if plan.init and not plan.monitor and plan.labels is None:
             yield "no --monitor set: forgetting of the initial weights will go unnoticed"
     if line := short_stop(plan):
         yield line
@@ -220,11 +220,13 @@ def run_plan(plan: Plan, json: bool, after: Callable[[Run], dict[str, Any]] = la
     begun = any(True for _ in saved_states(plan.out))
     for line in list_notes(plan, begun=begun):
         console.say(f"note: {line}")
-    with console.progress("adapt" if plan.keep_best else "pretrain", plan.stop, "steps") as advance:
+    with console.progress(
+        plan.name if plan.keep_best or plan.labels is not None else "pretrain", plan.stop, "steps"
+    ) as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)
     more = after(run)
     linked = _link(run.checkpoint, unfinished=run.step < plan.clock.total)
-    if run.fresh_heads:
+    if run.fresh_heads and plan.labels is None:
         console.say(f"note: the backbone starts from {plan.init}; new heads: {', '.join(run.fresh_heads)}")
     if run.bad.reasons:
         console.say(

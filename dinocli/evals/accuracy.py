@@ -1,4 +1,4 @@
-"""Accuracy: top-1, top-k, mean over classes, and its confidence interval."""
+"""Accuracy: top-1, top-k, mean over classes and its confidence interval; average precision for several classes."""
 
 from __future__ import annotations
 
@@ -72,3 +72,24 @@ def ranks_of(scores: NDArray[Any], truth: NDArray[np.int64], above: float = -np.
     ahead = np.count_nonzero(scores > true_score, axis=1)
     ahead += np.count_nonzero((scores == true_score) & (np.arange(scores.shape[1]) < truth[:, None]), axis=1)
     return np.where((truth >= 0) & (true_score[:, 0] > above), ahead, np.iinfo(np.int64).max)
+
+
+def average_precision(scores: NDArray[Any], truth: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Return the average precision of each class that has an image; equal scores rank together.
+
+    It is the mean, over the images of a class, of the share of its images among those that score as high or higher.
+
+    Args:
+        scores: Score of each class. [Q, K]
+        truth: True for each class of an image. [Q, K]
+
+    Returns:
+        Values from 0 to 1, for the classes with an image, in order. [at most K]
+    """
+    found = []
+    for column, own in zip(scores.T, truth.T, strict=True):
+        if own.any():
+            above = np.searchsorted(np.sort(-column), -column[own], side="right")  # images with this score or more
+            hits = np.searchsorted(np.sort(-column[own]), -column[own], side="right")
+            found.append((hits / above).mean())
+    return np.array(found)

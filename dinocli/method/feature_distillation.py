@@ -271,16 +271,8 @@ class FeatureDistillation(Method):
 
     @torch.no_grad()
     def after_step(self, clock: Clock, done: Tensor) -> None:
-        """Move the average towards the student, BatchNorm's statistics included.
-
-        The average never sees an image here, so it has no statistics of its own as it has in self-distillation.
-        """
-        weight = self.average.move_towards(self.student, self.momentum.at(clock), done)
-        for own, new in zip(self.average.buffers(), self.student.buffers(), strict=True):
-            if own.is_floating_point():
-                own.lerp_(new, weight.to(own.dtype))
-            else:  # the number of batches; after a skipped step the engine restores it
-                own.copy_(new)
+        """Move the average towards the student, BatchNorm's statistics included."""
+        self.average.move_towards(self.student, self.momentum.at(clock), done, buffers=True)
 
 
 def _freeze_unused(backbone: Backbone, views: ViewsConfig) -> None:

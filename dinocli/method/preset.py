@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from dinocli.core.config import LARGEST, Config, change
 from dinocli.core.device import TrainingPrecision
@@ -19,6 +20,7 @@ from dinocli.data.views.crops import ViewsConfig
 from dinocli.engine.optim import OptimizerConfig
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method import shipped, stages
+from dinocli.method.classification import HEAD, Classification
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation, Teacher
 from dinocli.method.losses import LossesConfig
@@ -26,8 +28,10 @@ from dinocli.method.losses.gram import GramLossConfig
 from dinocli.method.losses.targets import PrototypeLossConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone
-from dinocli.models.head import HeadConfig
+from dinocli.models.head import ClassifierHead, Head, HeadConfig
 from dinocli.models.network import CLASS, Network, Reads
+
+AnyMethod = SelfDistillation | FeatureDistillation | Classification
 
 
 class AboutConfig(Config):
@@ -143,7 +147,7 @@ class Preset(Config):
                 f"the global views have sizes {first.size} and {second.size}; expected one size; "
                 f"it needs views.global_2.size={first.size}"
             )
-        if len(self.views.all) < 2 and not self.losses.features:
+        if len(self.views.all) < 2 and not (self.losses.features or self.losses.labels):
             raise ValueError(
                 "the preset has one view; expected at least two, to predict one from another; it needs views.locals=2"
             )
@@ -161,18 +165,26 @@ class Preset(Config):
         return self
 
     @model_validator(mode="after")
-    def _check_features(self) -> Self:
-        """Check that a preset with `losses.features` has nothing that feature distillation does not use."""
-        if not self.losses.features:
+    def _check_whole_views(self) -> Self:
+        """Check that a preset of feature distillation or classification has nothing that its method does not use."""
+        alone = next((name for name in ("features", "labels") if getattr(self.losses, name)), None)
+        if alone is None:
             return self
-        others = [f"losses.{name}" for name in self.losses.present() if name != "features"]
+        others = [f"losses.{name}" for name in self.losses.present() if name != alone]
         unused = others + [f"heads.{name}" for name in self.heads]
         unused += [f"views.{name}" for name in ("local", "mask", "low_resolution") if getattr(self.views, name)]
+        unused += ["views.global_2"] if alone == "labels" and self.views.global_2 else []
         if unused:
             off = " --set ".join(f"{key}=none" for key in unused)
-            raise ValueError(
-                f"losses.features compares whole views alone and excludes {', '.join(unused)}; it needs {off}"
-            )
+            raise ValueError(f"losses.{alone} reads whole views alone and excludes {', '.join(unused)}; it needs {off}")
+        if alone == "labels" and self.teacher.frozen:
+            raise ValueError("losses.labels has no teacher; it needs teacher.frozen=false")
+        return self
+
+    @model_validator(mode="after")
+    def _check_features(self) -> Self:
+        if not self.losses.features:
+            return self
         if not self.losses.features.weights:
             raise ValueError("all weights of losses.features are 0; it needs losses.features.class_cosine=1.0")
         if not self.teacher.frozen:
@@ -295,7 +307,10 @@ class Preset(Config):
     def network(self, *, drop_path: bool = False) -> Network:
         """Build a network with fresh weights."""
         backbone = self.backbone.build(drop_path=drop_path)
+        heads: dict[str, Head | ClassifierHead]
         heads = {name: head.build(backbone.width) for name, head in self.heads.items()}
+        if self.losses.labels:
+            heads[HEAD] = ClassifierHead(backbone.width, self.losses.labels.classes)
         return Network(backbone, heads, self.reads, masking=self.views.mask is not None)
 
     @property
@@ -317,6 +332,8 @@ class Preset(Config):
         """
         if self.losses.features:
             raise DinoError("losses.features needs teachers, and --teacher is not set", "--teacher timm:NAME")
+        if self.losses.labels:
+            raise DinoError("losses.labels needs the labels of the images", "dino finetune IMAGES --from WEIGHTS")
         student, average = self.network(drop_path=True), self.network()
         _check_low_resolution_sizes(self.views, student.backbone)
         _check_mixed_sizes(self.views, student.backbone)
@@ -339,6 +356,20 @@ class Preset(Config):
         student, average = self.network(drop_path=True), self.network()
         loss, momentum, learning = self.losses.features, self.teacher.momentum, self.backbone.learning
         return FeatureDistillation(student, average, teachers, loss, momentum, self.views, learning)
+
+    def label_method(self, labels: Tensor) -> Classification:
+        """Build student and moving average with the same fresh weights, and the labels that they learn.
+
+        Args:
+            labels: Labels of all images of the source, as `Classification` takes them.
+
+        Raises:
+            DinoError: If timm cannot build the backbone.
+        """
+        assert self.losses.labels is not None
+        student, average = self.network(drop_path=True), self.network()
+        loss, momentum = self.losses.labels, self.teacher.momentum
+        return Classification(student, average, loss, momentum, labels, self.backbone.learning)
 
     @property
     def clean_scale(self) -> float | None:

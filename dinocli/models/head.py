@@ -1,4 +1,4 @@
-"""Projection head: MLP, bottleneck and, for most losses, weight-normalized prototypes."""
+"""Heads: the projection head, an MLP with a bottleneck and mostly prototypes, and a linear classifier."""
 
 from __future__ import annotations
 
@@ -112,6 +112,21 @@ class Head(nn.Module):
     def squeezed(self, features: Tensor) -> Tensor:
         """Return the bottleneck features at unit length, to compare with the prototypes. [S, bottleneck]"""
         return F.normalize(self.mlp(features), dim=-1)
+
+
+class ClassifierHead(nn.Module):
+    """Linear classifier from features [S, D] to logits [S, classes]. It starts at zero: all classes equally likely."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.outputs = classes
+        self.linear = nn.Linear(width, classes)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.linear(features)
+        return logits
 
 
 class Prototypes(nn.Module):

@@ -14,7 +14,7 @@ from dinocli.core import foreach
 from dinocli.core.distributed import local, whole
 from dinocli.core.errors import DinoError
 from dinocli.models.backbone import Backbone, MaskedPatches
-from dinocli.models.head import Head
+from dinocli.models.head import ClassifierHead, Head
 from dinocli.models.trained import effective_weights
 
 Reads = Literal["class", "patches"]
@@ -54,7 +54,7 @@ class Network(nn.Module):
     def __init__(
         self,
         backbone: Backbone,
-        heads: Mapping[str, Head],
+        heads: Mapping[str, Head | ClassifierHead],
         reads: Mapping[str, frozenset[Reads]] | None = None,
         *,
         masking: bool = False,
@@ -108,23 +108,25 @@ class Network(nn.Module):
         return Encoding(cls, len(first), class_logits, masked_logits, kept, grid)
 
     @torch.no_grad()
-    def move_towards(self, student: Network, momentum: float, done: Tensor) -> Tensor:
+    def move_towards(self, student: Network, momentum: float, done: Tensor, *, buffers: bool = False) -> None:
         """Move the parameters towards those of a student, merged with any low-rank additions.
 
         Args:
             student: Network of the same shape.
             momentum: Weight of the own parameters; the student has the rest.
             done: False if the step was skipped: then nothing moves. [], bool
-
-        Returns:
-            Weight of the student, on the device. []
+            buffers: If True, BatchNorm's statistics move too. A network that sees no image has none of its own.
         """
         # With FSDP each process averages its own shards; both networks are sharded in the same way.
         own, theirs = local(list(self.parameters())), local(effective_weights(student, self))
         # In a skipped step the weight is 0, because a Python `if` on `done` would make the host wait for the device.
         weight = (1 - momentum) * done.to(own[0].dtype)
         foreach.move(own, theirs, weight)
-        return weight
+        for mine, new in zip(self.buffers(), student.buffers(), strict=True) if buffers else ():
+            if mine.is_floating_point():
+                mine.lerp_(new, weight.to(mine.dtype))
+            else:  # the number of batches; after a skipped step the engine restores it
+                mine.copy_(new)
 
     def outputs(self, head: str) -> int:
         """Return the number of outputs of a head: its prototypes K, or the width of its features without any."""

@@ -51,26 +51,15 @@ def recipe(
     Raises:
         DinoError: If `train` is none of these.
     """
-    architecture, channels = start.architecture, len(start.preprocessing.mean)
-    with torch.device("meta"):
-        backbone = architecture.build(drop_path=False).eval()
-    patch = backbone.patch_size
-    side = max(patch, min(start.preprocessing.size, _LARGEST_CROP) // patch * patch)
-    if not _accepts(backbone, channels, side):  # a network for images of one size
-        side = start.preprocessing.size
+    settings, backbone = network_settings(start)
+    patch, side = backbone.patch_size, settings["views.global_1.size"]
     small = max(patch, round(_LOCAL * side / patch) * patch)
     batch = batch_size or _batch_size(preset.training.batch_size, images)
     per_epoch = preset.training.steps_per_epoch or (max(1, images // batch) if images else _STEPS_PER_EPOCH)
     steps = _FEWEST_STEPS if images is None else _PASSES * images // batch
     steps = min(max(steps, _FEWEST_STEPS), _MOST_STEPS)
     prototypes = power_below(steps * batch // IMAGES_PER_PROTOTYPE)
-    settings: dict[str, Any] = {
-        "backbone.name": architecture.name,
-        "backbone.options": dict(architecture.options),
-        "backbone.positions": architecture.positions,
-        "views.mean": list(start.preprocessing.mean),
-        "views.std": list(start.preprocessing.std),
-        "views.global_1.size": side,
+    settings |= {
         "views.global_2.size": side,
         "views.local.size": small,
         "training.epochs": max(2, round(steps / per_epoch)),
@@ -80,16 +69,40 @@ def recipe(
             for name, head in preset.heads.items()
             if head.prototypes
         },
-        **_parse_train(train),
+        **_learning_settings(*parse_train(train)),
     }
-    if images_table := start.images.model_dump(mode="json", exclude_defaults=True):
-        settings["images"] = images_table
     if anchor:
         settings["losses.gram"] = {"weight": {"kind": "constant", "value": anchor}, "class_tokens": 1.0}
-    if not _accepts(backbone, channels, small):
+    if not _accepts(backbone, len(start.preprocessing.mean), small):
         settings |= {"views.local": None, "views.locals": 0}
         del settings["views.local.size"]
     return {key: format_toml(value) for key, value in settings.items()}
+
+
+def network_settings(start: StartingPoint) -> tuple[dict[str, Any], Backbone]:
+    """Return the settings that weights determine, by key: the backbone, and the images that it expects.
+
+    Returns:
+        The settings, and the backbone on the meta device.
+    """
+    architecture, channels = start.architecture, len(start.preprocessing.mean)
+    with torch.device("meta"):
+        backbone = architecture.build(drop_path=False).eval()
+    patch = backbone.patch_size
+    side = max(patch, min(start.preprocessing.size, _LARGEST_CROP) // patch * patch)
+    if not _accepts(backbone, channels, side):  # a network for images of one size
+        side = start.preprocessing.size
+    settings: dict[str, Any] = {
+        "backbone.name": architecture.name,
+        "backbone.options": dict(architecture.options),
+        "backbone.positions": architecture.positions,
+        "views.mean": list(start.preprocessing.mean),
+        "views.std": list(start.preprocessing.std),
+        "views.global_1.size": side,
+    }
+    if images_table := start.images.model_dump(mode="json", exclude_defaults=True):
+        settings["images"] = images_table
+    return settings, backbone
 
 
 def _batch_size(usual: int, images: int | None) -> int:
@@ -97,21 +110,30 @@ def _batch_size(usual: int, images: int | None) -> int:
     return usual if images is None else min(usual, power_below(max(2, images // 2)))
 
 
-def _parse_train(train: str) -> dict[str, object]:
-    """Return the settings of --train.
+def parse_train(train: str) -> tuple[str, int | None]:
+    """Return the kind of --train, `lora`, `last` or `all`, and its rank or number of blocks.
 
-    Rates were chosen for a batch of 1,024 and follow the square root of the batch. All weights need a lower rate than
-    LoRA, the lower the earlier the block, and a slower average: a released backbone is easily destroyed.
+    Raises:
+        DinoError: If it is none of these.
     """
     found = re.fullmatch(r"(lora|last|all)(?:-([1-9]\d*))?", train.strip().lower())
     kind, number = found.groups() if found else ("", None)
     if not found or (kind == "last" and not number) or (kind == "all" and number):
         raise DinoError(f"--train {train} is not valid; expected lora, lora-RANK, last-BLOCKS or all", "--train lora")
+    return kind, int(number) if number else None
+
+
+def _learning_settings(kind: str, number: int | None) -> dict[str, object]:
+    """Return the settings of --train.
+
+    Rates were chosen for a batch of 1,024 and follow the square root of the batch. All weights need a lower rate than
+    LoRA, the lower the earlier the block, and a slower average: a released backbone is easily destroyed.
+    """
     trained = "backbone.learning.trained"
     if kind == "lora":
-        return {trained: {"kind": "lora", "rank": int(number or 16)}}
+        return {trained: {"kind": "lora", "rank": number or 16}}
     if kind == "last":
-        return {trained: {"kind": "last", "blocks": int(number or 1)}, "optimizer.lr.start": 5e-4}
+        return {trained: {"kind": "last", "blocks": number or 1}, "optimizer.lr.start": 5e-4}
     return {
         trained: {"kind": "all"},
         "backbone.learning.layer_decay": 0.9,

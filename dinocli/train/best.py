@@ -26,14 +26,16 @@ class BestWeights:
 
     Attributes:
         accuracy: Accuracy of these weights on the monitor's images for selection, in percent.
+        step: Step of these weights.
     """
 
     def __init__(self, run: Path, preset: Preset, monitor: str) -> None:
         self.path, self._preset, self._monitor = run / BEST, preset, monitor
-        self.accuracy = -math.inf
+        self.accuracy, self.step = -math.inf, 0
         with suppress(OSError, ValueError, KeyError):  # none yet, or corrupt: the next evaluation writes it anew
             stored = read_metadata(self.path)
-            self.accuracy = float(stored["selection"]) if stored["monitor"] == monitor else -math.inf
+            if stored["monitor"] == monitor:
+                self.accuracy, self.step = float(stored["selection"]), int(stored["step"])
 
     def update(self, answers: Answers, network: Network, step: int) -> None:
         """Write a network's weights if its answers are better than all before."""
@@ -43,4 +45,4 @@ class BestWeights:
         with atomic(self.path) as draft:
             chosen = {"selection": repr(accuracy), "monitor": self._monitor}
             write_checkpoint(draft, network.weights(), self._preset, step, chosen)
-        self.accuracy = accuracy
+        self.accuracy, self.step = accuracy, step

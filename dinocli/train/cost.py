@@ -17,8 +17,9 @@ from dinocli.core.errors import DinoError
 from dinocli.data.loader.batch import Batch
 from dinocli.data.views.masking import PatchMasks, deal, masked_in_all
 from dinocli.engine.schedules import Clock
-from dinocli.method.distillation import SelfDistillation
+from dinocli.method.classification import Classification
 from dinocli.method.feature_distillation import FeatureDistillation
+from dinocli.method.preset import AnyMethod
 from dinocli.models.trained import train_only
 from dinocli.train.plan import Plan, equal_parts
 
@@ -92,7 +93,7 @@ def estimate(plan: Plan) -> Estimate:
     )
     if isinstance(method, FeatureDistillation):
         fixed += 4 * _bytes(method.adaptors)  # these have no average
-    elif method.gram:
+    elif not isinstance(method, Classification) and method.gram:
         fixed += _bytes(method.gram)
     fixed += max(0.0, two - 2 * image)
     at_once = plan.images_each // plan.accumulate
@@ -137,7 +138,7 @@ def to_fit(cost: Callable[[bool], Estimate], free: float) -> tuple[dict[str, str
     return None
 
 
-def _flops(method: SelfDistillation | FeatureDistillation, plan: Plan) -> float:
+def _flops(method: AnyMethod, plan: Plan) -> float:
     """Count the operations per image of a step, on meta tensors, which have gradients on any machine."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         batch = _empty_batch(plan, _grid(plan, method), 2)
@@ -179,7 +180,7 @@ def _measure_memory(plan: Plan, images: int) -> tuple[float, float]:
 
 
 def _run_student(
-    method: SelfDistillation | FeatureDistillation, batch: Batch, plan: Plan, note: Callable[[Tensor], Tensor]
+    method: AnyMethod, batch: Batch, plan: Plan, note: Callable[[Tensor], Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return the targets of a batch and the student's outputs; `note` receives the tensors saved for backward."""
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
@@ -188,6 +189,11 @@ def _run_student(
         with hooks:
             method(features)
         return [values for target in features.targets for values in (target.cls, target.patches)], []
+    if isinstance(method, Classification):
+        (labelled,) = method.parts(batch, 1, _last(plan))
+        with hooks:
+            method(labelled)
+        return [labelled.targets], []
     (part,) = method.parts(batch, 1, _last(plan))
     with hooks:
         student = method.encode(part)
@@ -227,7 +233,7 @@ def _empty_batch(plan: Plan, grid: tuple[int, int] | None, images: int) -> Batch
     return Batch(large, small, rows, masks, clean)
 
 
-def _grid(plan: Plan, method: SelfDistillation | FeatureDistillation) -> tuple[int, int] | None:
+def _grid(plan: Plan, method: AnyMethod) -> tuple[int, int] | None:
     return method.student.backbone.grid(plan.preset.views.global_1.size)
 
 

@@ -11,12 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Subset
 
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.plain import plain_batches
-from dinocli.data.sources.listing import Names
-from dinocli.data.sources.open import Images, TorchvisionImages, splits
+from dinocli.data.sources.open import Images, splits
 from dinocli.data.views.augment import normalize
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.evals.balance import number_within
@@ -32,21 +30,23 @@ _K = 20
 # Evaluating an image costs about 0.15 of training on it at the same size: one forward pass instead of about ten views.
 # Evaluations may take 0.05 of a run's time.
 _COST, _SHARE = 0.15, 0.05
+_COST_OF_ONE_VIEW = 1 / 3  # a forward pass, of a forward and a backward pass
 _EVALUATIONS = 20  # per run
 
 
 class Answers(NamedTuple):
-    """k-NN accuracy of a network on a labelled set, and its answers on two separate sets of images.
+    """Accuracy of a network on a labelled set, and its scores on two sets of images.
 
     Attributes:
         accuracy: Accuracy on the test images, or on all images of a set without a test split, in percent.
-        selection: True for each correctly classified image for choosing the best of several networks: the training
-            images, each classified by the others; or, in a set without a test split, every second image. [S]
+        selection: 1 for each correctly classified image for choosing the best of several networks, and else 0. For
+            k-NN, these are the training images, each classified by the others; or, in a set without a test split, every
+            second image. [S]
         verdict: The same for comparing the chosen network with another: the test images, or the other half. [V]
     """
 
     accuracy: float
-    selection: NDArray[np.bool_]
+    selection: NDArray[np.bool_] | NDArray[np.floating]
     verdict: NDArray[np.bool_]
 
 
@@ -60,14 +60,19 @@ class KnnMonitor:
         most: Largest number of images per split of a set with a test split, balanced over the classes.
 
     Attributes:
+        title: Name of the score.
+        key: Key of the score in `metrics.jsonl`.
+        where: Images, in words.
         measured: Number of images classified per evaluation.
 
     Raises:
         DinoError: If the set does not exist, has no labels, or has too few classes or images for k-NN.
     """
 
+    title, key = "k-NN", "knn"
+
     def __init__(self, spec: str, preset: Preset, workers: int, most: int = _IMAGES) -> None:
-        self.views = preset.views
+        self.views, self.where = preset.views, f"the images in {spec}"
         self._parts: dict[str, tuple[Tensor, Features]] = {}
         found = splits(spec)
         # More images than a run's would include those that it chose its weights by, without a test split.
@@ -111,28 +116,39 @@ class KnnMonitor:
         return Answers(100 * float(tested.mean()), alone, tested)
 
     def _decode(self, source: Images, preset: Preset, workers: int) -> tuple[Tensor, Features]:
-        size, pixels, names, labels = preset.views.global_1.size, [], [], []
-        for batch in plain_batches(
-            source,
-            size=size,
-            mean=(0.0,) * preset.views.channels,
-            std=(1.0,) * preset.views.channels,
-            batch_size=_AT_ONCE,
-            workers=workers,
-            device=torch.device("cpu"),
-            images=preset.images,
-        ):
-            pixels.append((batch.images * 255).round().byte())  # uint8 takes a quarter of the memory
-            names += batch.names
-            labels += batch.labels
+        pixels, names, labels = decode_all(source, preset, workers)
         if len(names) < 2:
             raise DinoError(
                 f"--monitor needs at least two images; {source.where} has {len(names)} that can be read",
                 "check them with dino doctor",
             )
-        provenance = Provenance("the run", "", "cls", 1, size, source.where)
+        provenance = Provenance("the run", "", "cls", 1, preset.views.global_1.size, source.where)
         empty = np.empty((len(names), 0), np.float32)
-        return torch.cat(pixels), Features(empty, np.array(labels, np.int64), names, source.classes, {}, provenance)
+        return pixels, Features(empty, np.array(labels, np.int64), names, source.classes, {}, provenance)
+
+
+def decode_all(source: Images, preset: Preset, workers: int) -> tuple[Tensor, list[str], list[int]]:
+    """Decode the images of a source at the evaluation size of a preset, and skip unreadable ones.
+
+    Returns:
+        Pixels in memory [S, C, size, size], uint8, with the name and the label of each image.
+    """
+    views, names, labels = preset.views, [], []
+    pixels = [torch.empty((0, views.channels, views.global_1.size, views.global_1.size), dtype=torch.uint8)]
+    for batch in plain_batches(
+        source,
+        size=views.global_1.size,
+        mean=(0.0,) * views.channels,
+        std=(1.0,) * views.channels,
+        batch_size=_AT_ONCE,
+        workers=workers,
+        device=torch.device("cpu"),
+        images=preset.images,
+    ):
+        pixels.append((batch.images * 255).round().byte())  # uint8 takes a quarter of the memory
+        names += batch.names
+        labels += batch.labels
+    return torch.cat(pixels), names, labels
 
 
 def steps_between_evaluations(images: int, steps: int, batch_size: int, views: ViewsConfig) -> int:
@@ -144,10 +160,11 @@ def steps_between_evaluations(images: int, steps: int, batch_size: int, views: V
         images: Number of images encoded per evaluation.
         steps: Number of steps in the run.
         batch_size: Images per step.
-        views: Views of the run, of which the smallest decide.
+        views: Views of the run; the smallest sizes decide.
     """
     smallest = min(map(_count_pixels, views.variants)) / _count_pixels(views)
-    return max(1, steps // _EVALUATIONS, round(images * _COST / min(1, smallest) / (_SHARE * batch_size)))
+    cost = (_COST if len(views.all) > 1 else _COST_OF_ONE_VIEW) / min(1, smallest)
+    return max(1, steps // _EVALUATIONS, round(images * cost / (_SHARE * batch_size)))
 
 
 def _count_pixels(views: ViewsConfig) -> int:
@@ -196,8 +213,4 @@ def _sample(source: Images, most: int) -> Images:
         return source
     order = np.random.default_rng(0).permutation(len(source))
     # The first image of each class, then the second of each class, and so on.
-    rows = np.sort(order[np.argsort(number_within(source.labels[order]), kind="stable")][:most])
-    small = replace(source, names=Names.of([source.names[i] for i in rows]), labels=source.labels[rows])
-    if isinstance(source, TorchvisionImages) and isinstance(small, TorchvisionImages):
-        return replace(small, dataset=Subset(source.dataset, rows.tolist()))
-    return small
+    return source.take(np.sort(order[np.argsort(number_within(source.labels[order]), kind="stable")][:most]))

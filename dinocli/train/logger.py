@@ -20,11 +20,11 @@ from dinocli.engine.checkpoint import state_of
 from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values
 from dinocli.features.encoder import NotFinite
-from dinocli.method.distillation import SelfDistillation
-from dinocli.method.feature_distillation import FeatureDistillation
+from dinocli.method.preset import AnyMethod
 from dinocli.models.network import Network
 from dinocli.train.best import BestWeights
 from dinocli.train.collapse import CollapseDetector
+from dinocli.train.held_out import HeldOut
 from dinocli.train.knn_monitor import KnnMonitor, steps_between_evaluations
 from dinocli.train.plan import Plan
 from dinocli.train.snapshots import VIEWS, Photos
@@ -46,21 +46,23 @@ class Progress:
         loss: Loss of the last step.
         images_per_second: Throughput since the last report.
         skipped: Number of steps skipped because of a non-finite loss or gradient.
-        knn: Last k-NN accuracy of the monitor, in percent. None without a monitor.
+        score: Last accuracy of the monitor, in percent. None without a monitor.
+        title: Name of the score.
     """
 
     step: int
     loss: float
     images_per_second: float
     skipped: int = 0
-    knn: float | None = None
+    score: float | None = None
+    title: str = ""
 
     @property
     def note(self) -> str:
         """Text beside a progress bar."""
-        knn = f"  k-NN {self.knn:.1f} %" if self.knn is not None else ""
+        score = f"  {self.title} {self.score:.1f} %" if self.score is not None else ""
         left_out = f"  {self.skipped} steps skipped" if self.skipped else ""
-        return f"loss {self.loss:.3f}{knn}  {self.images_per_second:.0f} images/s{left_out}"
+        return f"loss {self.loss:.3f}{score}  {self.images_per_second:.0f} images/s{left_out}"
 
 
 def check_weights(trainer: Trainer, run: Path) -> None:
@@ -92,25 +94,25 @@ class Logger:
 
     Attributes:
         loss: Last finite logged loss, or None before the first.
-        knn: Last k-NN accuracy of the monitor, in percent. None without a monitor.
+        score: Last accuracy of the monitor, in percent. None without a monitor.
     """
 
     def __init__(
         self,
         plan: Plan,
         trainer: Trainer,
-        method: SelfDistillation | FeatureDistillation,
+        method: AnyMethod,
         report: Callable[[Progress], None],
         note: Callable[[str], None],
-        monitor: KnnMonitor | None = None,
+        monitor: KnnMonitor | HeldOut | None = None,
     ) -> None:
         self.plan, self.trainer, self.method, self.report, self.note = plan, trainer, method, report, note
         self.loss: float | None = None
-        self.knn: float | None = None
+        self.score: float | None = None
         self._best, self._fallen = 0.0, False
         first = rank() == 0  # only the first process evaluates and writes
         self._monitor = monitor
-        keeps = plan.monitor if monitor and plan.keep_best else None
+        keeps = (plan.monitor or monitor.where) if monitor and plan.keep_best else None
         self._best_weights = BestWeights(plan.out, plan.preset, keeps) if keeps else None
         self._photos = Photos.of(plan.source, plan.preset) if first and plan.report else None
         photos = len(self._photos.pool) * (1 + VIEWS * plan.keep_best) if self._photos else 0
@@ -139,12 +141,21 @@ class Logger:
         """True if the next step should be logged because the last log was too long ago."""
         return self._pace.elapsed > _LOG_AFTER
 
+    @property
+    def stalled(self) -> bool:
+        """True if the plan's `patience` has run out: evaluations without a better score. Known to the first process."""
+        best, patience = self._best_weights, self.plan.patience
+        if best is None or patience is None:
+            return False
+        return self.trainer.clock.step - best.step >= patience * self._every
+
     def begin(self) -> None:
         """Evaluate before the first step, as a baseline for later results."""
         if self._evaluates_at(self.trainer.clock.step) and self.trainer.clock.step == 0:
             self._write({"step": 0, "epoch": 0.0, **self._evaluate()})
-            if self.knn is not None:
-                self.note(f"k-NN before the first step: {self.knn:.1f} % of the images in {self.plan.monitor}")
+            if self._monitor and self.score is not None:
+                title, where = self._monitor.title, self._monitor.where
+                self.note(f"{title} before the first step: {self.score:.1f} % of {where}")
 
     def count(self, rows: Tensor, waited: float) -> None:
         """Count a step's images, and keep their indices for an error message.
@@ -166,11 +177,12 @@ class Logger:
         average = self._average()
         if self._monitor:
             answers = self._monitor.evaluate(average)
-            self.knn = answers.accuracy
-            found["knn"] = round(self.knn, 3)
+            self.score = answers.accuracy
+            found[self._monitor.key] = round(self.score, 3)
             if self._best_weights:
                 self._best_weights.update(answers, average, self.trainer.clock.step)
-            self._warn_of_a_fall(self.knn, self._monitor.measured)
+            if isinstance(self._monitor, KnnMonitor):
+                self._warn_of_a_fall(self.score, self._monitor.measured)
         if self._photos:
             try:
                 views = VIEWS if self.plan.keep_best else 0
@@ -251,7 +263,8 @@ class Logger:
         )
         if math.isfinite(plain["loss"]):
             self.loss = plain["loss"]
-        self.report(Progress(clock.step, plain["loss"], rate, skipped, self.knn))
+        title = self._monitor.title if self._monitor else ""
+        self.report(Progress(clock.step, plain["loss"], rate, skipped, self.score, title))
         # A run of fewer steps that skipped all of them has learned nothing either.
         if in_a_row >= GIVE_UP or (clock.step == self.plan.stop and in_a_row == clock.step):
             self._give_up(in_a_row)

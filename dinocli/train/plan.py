@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from dinocli.core.device import TrainingPrecision, training_precision
 from dinocli.core.distributed import size
@@ -18,10 +19,9 @@ from dinocli.data.sources.shards import Shards
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.engine.parallel import Kind
 from dinocli.engine.schedules import Clock, Constant, Cosine, LinearByEpoch, Rate, Warmup
-from dinocli.method.distillation import SelfDistillation
-from dinocli.method.feature_distillation import FeatureDistillation
-from dinocli.method.preset import Preset
+from dinocli.method.preset import AnyMethod, Preset
 from dinocli.method.stages import check_same_network
+from dinocli.train.held_out import Labelled
 from dinocli.train.origin import Origin
 from dinocli.train.state import StageFacts
 from dinocli.weights.feature_teachers import FeatureTeachers
@@ -77,6 +77,11 @@ class Plan:
         monitor_every: Steps between two evaluations on the monitor and the report's photos. If None, computed by
             `steps_between_evaluations`.
         keep_best: If True, also keep the weights with the best accuracy on the monitor.
+        labels: Labels of the images for fine-tuning: class per image [S], int64; or 1 for each class of an image and
+            else 0 [S, K].
+        held_out: Labelled images that evaluate a fine-tuning.
+        patience: Number of evaluations in a row without a better score after which the run ends. If None, it never
+            ends early.
         tensorboard: If True, also log to TensorBoard.
         report: If True, evaluate a few photos during training, and draw the report.
         parallel: `ddp` replicates the model in every process; `fsdp` shards it.
@@ -112,6 +117,9 @@ class Plan:
     compiled: bool = False
     recompute: bool = False
     origin: Origin | None = None
+    labels: Tensor | None = None
+    held_out: Labelled | None = None
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each
@@ -204,15 +212,17 @@ class Plan:
         views = self.preset.views
         return self.teacher.views(self.preset) if isinstance(self.teacher, FeatureTeachers) else views
 
-    def method(self) -> SelfDistillation | FeatureDistillation:
+    def method(self) -> AnyMethod:
         """Build the training method with fresh weights.
 
         Raises:
             DinoError: If the backbone does not support the options, or the frozen teacher cannot teach it.
         """
-        method: SelfDistillation | FeatureDistillation
+        method: AnyMethod
         if isinstance(self.teacher, FeatureTeachers):
             method = self.teacher.method(self.preset)
+        elif self.labels is not None:
+            method = self.preset.label_method(self.labels)
         else:
             method = self.preset.method(self.teacher.network(self.preset) if self.teacher else None)
         if self.recompute:

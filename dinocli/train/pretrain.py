@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dinocli.core.device import autocast, float32_products, keep_freed_memory
-from dinocli.core.distributed import gathered, rank, size
+from dinocli.core.distributed import any_of, gathered, rank, size
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, held
 from dinocli.data.loader.batch import BadFiles, Shard
@@ -23,7 +23,9 @@ from dinocli.engine.scaling import LossScale
 from dinocli.engine.trainer import Trainer
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.feature_distillation import FeatureDistillation
+from dinocli.method.preset import AnyMethod
 from dinocli.models.trained import train_only
+from dinocli.train.held_out import HeldOut
 from dinocli.train.interrupts import collect_on_request, stop_signals
 from dinocli.train.knn_monitor import KnnMonitor
 from dinocli.train.logger import Logger, Progress
@@ -96,15 +98,16 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         if saved:
             plan = resumed_plan(plan, saved.state, note)
             if saved.state.step >= plan.stop:  # finished: nothing new to evaluate or draw
-                plan = replace(plan, report=False, monitor=None)
+                plan = replace(plan, report=False, monitor=None, held_out=None)
         # Before the teachers' features are measured, which may take hours.
-        monitor = KnnMonitor(plan.monitor, plan.preset, plan.workers) if plan.monitor and rank() == 0 else None
+        monitor = _monitor(plan) if rank() == 0 else None
         trainer, method, fresh = _trainer(plan, saved, note, lambda: stopping.requested)
         logger = Logger(plan, trainer, method, report, note, monitor)
         session = Session(plan, trainer, method.average, logger, stopping, tidy, saved)
         batches = _batches(plan, trainer, method)
         try:
-            session.train(batches)
+            if not any_of(logger.stalled)[0]:  # an early end that an earlier call reached
+                session.train(batches)
             stopping.finish()
         finally:
             batches.close()
@@ -116,7 +119,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         checkpoint=plan.out / CHECKPOINT,
         began=saved.state.step if saved else 0,
         step=trainer.clock.step,
-        stopped=trainer.clock.step < plan.stop,
+        stopped=trainer.clock.step < plan.stop and not any_of(logger.stalled)[0],
         loss=logger.loss,
         seconds=time.perf_counter() - began,
         bad=session.bad,
@@ -124,6 +127,12 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         fresh_heads=fresh,
         skipped=int(trainer.skipped[0]),
     )
+
+
+def _monitor(plan: Plan) -> KnnMonitor | HeldOut | None:
+    if plan.held_out:
+        return HeldOut(plan.held_out, plan.preset, plan.workers)
+    return KnnMonitor(plan.monitor, plan.preset, plan.workers) if plan.monitor else None
 
 
 def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> None:
@@ -157,13 +166,12 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
             plan.origin.load(method)
         train_only(method.student.backbone, plan.preset.backbone.learning.trained)
     check_space(plan)
-    if plan.monitor:
-        KnnMonitor(plan.monitor, plan.preset, plan.workers)
+    _monitor(plan)
 
 
 def _trainer(
     plan: Plan, saved: SavedState | None, note: Callable[[str], None], stop: Callable[[], bool]
-) -> tuple[Trainer, SelfDistillation | FeatureDistillation, list[str]]:
+) -> tuple[Trainer, AnyMethod, list[str]]:
     """Return the trainer at its starting step, its method, and the names of heads that start at random."""
     preset, precisions = plan.preset, set(gathered(plan.precision))
     if len(precisions) > 1:  # their gradients would be of different scales
@@ -204,7 +212,7 @@ def _trainer(
     return trainer, method, fresh
 
 
-def _batches(plan: Plan, trainer: Trainer, method: SelfDistillation | FeatureDistillation) -> TrainBatches:
+def _batches(plan: Plan, trainer: Trainer, method: AnyMethod) -> TrainBatches:
     return TrainBatches(
         plan.source,
         plan.loaded_views,

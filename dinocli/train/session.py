@@ -116,7 +116,8 @@ class Session:
             self._during = ""
             self._tidy()
         # Clocks and signals differ between processes, so all processes decide together.
-        self._late, save, self._ends = any_of(self.logger.late, self._save_is_late, self.stopping.requested)
+        ends = self.stopping.requested or self.logger.stalled
+        self._late, save, self._ends = any_of(self.logger.late, self._save_is_late, ends)
         self.stopping.check()
         saving = self.plan.saving
         if save or any(n and clock.step % n == 0 for n in (saving.steps, saving.milestones)):

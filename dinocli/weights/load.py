@@ -21,9 +21,7 @@ from dinocli.core.runs import run_of
 from dinocli.core.tensors import fingerprint
 from dinocli.data.images import ImagesConfig
 from dinocli.features.encoder import Channels, Encoder, with_images
-from dinocli.method.distillation import SelfDistillation
-from dinocli.method.feature_distillation import FeatureDistillation
-from dinocli.method.preset import Preset
+from dinocli.method.preset import AnyMethod, Preset
 from dinocli.models.architecture import BackboneConfig, adapt, create_timm
 from dinocli.models.backbone import Backbone
 from dinocli.models.network import load_strictly
@@ -371,9 +369,7 @@ def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
     return "dino" if as_dino else "bicubic" if tag == "mae" else "antialias"
 
 
-def start_from(
-    method: SelfDistillation | FeatureDistillation, source: str, note: Callable[[str], None] = lambda line: None
-) -> list[str]:
+def start_from(method: AnyMethod, source: str, note: Callable[[str], None] = lambda line: None) -> list[str]:
     """Load initial weights into the student and its moving average: the backbone, and the heads of equal shape.
 
     Args:

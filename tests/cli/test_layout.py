@@ -21,7 +21,7 @@ from dinocli.method import shipped
 ROOT = typer.main.get_command(app)
 PANELS_OF_COMMANDS = {
     "Start": ["demo", "doctor", "presets"],
-    "Main job": ["pretrain", "adapt", "extract", "knn", "linear", "classify", "attn-map", "eval"],
+    "Main job": ["pretrain", "adapt", "finetune", "extract", "knn", "linear", "classify", "attn-map", "eval"],
     "Find": ["search", "dedup", "curate"],
     "Look": ["segment", "match", "track"],
     "Share": ["pack", "export", "push"],

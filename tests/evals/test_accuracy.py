@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dinocli.evals.accuracy import hits_among, interval_of, macro_accuracy, ranks_of
+from dinocli.evals.accuracy import average_precision, hits_among, interval_of, macro_accuracy, ranks_of
 
 
 def test_top_1_and_top_k_hits_are_counted() -> None:
@@ -50,3 +50,15 @@ def test_macro_accuracy_weighs_classes_equally() -> None:
     truth = np.array([0] * 8 + [2] * 2)
     assert macro_accuracy(truth == 0, truth) == 50
     assert macro_accuracy(np.array([True] * 9 + [False]), truth) == 75
+
+
+def test_average_precision_equals_its_definition() -> None:
+    rng = np.random.default_rng(0)
+    scores, truth = rng.normal(size=(30, 4)).round(1), rng.random((30, 4)) < 0.3
+    truth[:, 2] = False  # a class without images does not count
+    found = average_precision(scores, truth)
+    expected = []
+    for k in (0, 1, 3):
+        above = [scores[:, k] >= score for score in scores[truth[:, k], k]]
+        expected.append(np.mean([truth[rows, k].mean() for rows in above]))
+    np.testing.assert_allclose(found, expected)

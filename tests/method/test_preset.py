@@ -16,8 +16,8 @@ from dinocli.method.preset import Preset, load_preset
 def test_a_shipped_preset_is_valid_and_equals_its_stored_form(name: str) -> None:
     preset = load_preset(name)
     assert Preset.parse(json.loads(preset.model_dump_json()), name) == preset
-    assert preset.about.command.startswith(("dino pretrain ", "dino adapt "))
-    assert f"--preset {name}" in preset.about.command
+    assert preset.about.command.startswith(("dino pretrain ", "dino adapt ", "dino finetune "))
+    assert name == "finetune" or f"--preset {name}" in preset.about.command
 
 
 def test_overrides_are_toml_values_and_none_removes_a_key() -> None:

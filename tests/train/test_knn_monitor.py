@@ -101,6 +101,11 @@ def test_evaluations_take_no_larger_share_while_crops_are_small() -> None:
     assert steps_between_evaluations(24, steps=10, batch_size=1, views=views) == 4 * 72, "a quarter of the pixels"
 
 
+def test_evaluations_of_a_classifier_cost_a_third_of_its_steps() -> None:
+    views = load_preset("finetune", []).views
+    assert steps_between_evaluations(24, steps=10, batch_size=1, views=views) == 160
+
+
 def test_the_sample_of_a_large_set_is_balanced_over_classes(tmp_path: Path) -> None:
     for label, count in (("many", 30), ("few", 3), ("some", 10)):
         write_images(tmp_path / label, count, size=8)

@@ -17,7 +17,7 @@ from dinocli.core.checksums import seal, unseal
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import map_tensors, read_metadata, write_tensors
 from dinocli.evals.accuracy import Interval
-from dinocli.evals.calibration import softmax
+from dinocli.evals.calibration import sigmoid, softmax
 from dinocli.evals.knn import vote_logits
 from dinocli.features.store import Features, Provenance, checksum_of, compared, read_features, read_provenance
 
@@ -86,6 +86,8 @@ class Classifier:
         interval: 95 % interval of `top1`.
         train_images: Number of images that it learned from.
         test_images: Number of its test images.
+        several: True if an image may have several classes, each with a probability of its own. `top1` is then the mean
+            average precision.
     """
 
     rule: LinearRule | VoteRule
@@ -97,11 +99,13 @@ class Classifier:
     interval: Interval
     train_images: int
     test_images: int
+    several: bool = False
 
     def probabilities(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
         """Return calibrated class probabilities. [Q, D] -> [Q, K]"""
         blocks = (values[first : first + _BLOCK] for first in range(0, len(values), _BLOCK))
-        return np.concatenate([softmax(self.rule.logits(block), self.temperature) for block in blocks])
+        link = sigmoid if self.several else softmax
+        return np.concatenate([link(self.rule.logits(block), self.temperature) for block in blocks])
 
 
 def check_classifier_file(path: Path) -> None:
@@ -125,7 +129,7 @@ def write_classifier(path: Path, classifier: Classifier) -> None:
     """
     about: dict[str, Any] = {
         key: getattr(classifier, key)
-        for key in ("temperature", "calibrated_on", "top1", "interval", "train_images", "test_images")
+        for key in ("temperature", "calibrated_on", "top1", "interval", "train_images", "test_images", "several")
     }
     tensors: dict[str, NDArray[np.float32]] = {}
     if isinstance(classifier.rule, LinearRule):
@@ -186,6 +190,7 @@ def read_classifier(path: Path) -> Classifier:
             Interval(*about["interval"]),
             int(about["train_images"]),
             int(about["test_images"]),
+            bool(about["several"]),
         )
         _check(classifier, about)
     except (OSError, ValueError, KeyError, TypeError) as error:

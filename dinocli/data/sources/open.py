@@ -77,6 +77,27 @@ class Images:
         """
         return read_file(os.path.join(self.root, self.names[index]), images)
 
+    def take(self, rows: NDArray[np.int64]) -> Images:
+        """Return a source of some of the images, in this order; an image may be taken several times."""
+        names = Names.of([self.names[i] for i in rows.tolist()])
+        return TakenImages(self.where, self.root, names, self.classes, self.labels[rows], self, rows, notes=self.notes)
+
+
+@dataclass(frozen=True, eq=False)
+class TakenImages(Images):
+    """Some of the images of a source.
+
+    Attributes:
+        source: All images.
+        rows: Index of each image in the source. [S]
+    """
+
+    source: Images
+    rows: NDArray[np.int64]
+
+    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
+        return self.source.read(int(self.rows[index]), images)
+
 
 @dataclass(frozen=True, eq=False)
 class TorchvisionImages(Images):

@@ -12,17 +12,20 @@ from dinocli.method.losses.features import FeaturesLossConfig
 from dinocli.method.losses.gram import GramLossConfig
 from dinocli.method.losses.ibot import IbotLossConfig
 from dinocli.method.losses.koleo import KoleoLossConfig
+from dinocli.method.losses.labels import LabelsLossConfig
 from dinocli.method.losses.sigreg import SigregLossConfig
 from dinocli.method.losses.simdino import SimdinoLossConfig, SimdinoPatchesLossConfig
 from dinocli.method.losses.targets import HeadLossConfig, PrototypeLossConfig
 
-LossConfig = HeadLossConfig | KoleoLossConfig | SigregLossConfig | GramLossConfig | FeaturesLossConfig
+LossConfig = (
+    HeadLossConfig | KoleoLossConfig | SigregLossConfig | GramLossConfig | FeaturesLossConfig | LabelsLossConfig
+)
 
 
 class LossesConfig(Config):
     """Losses of a run, one optional field each. A loss without a table in the preset is not computed.
 
-    `features` belongs to another method, feature distillation, and excludes the others.
+    `features` and `labels` belong to other methods, feature distillation and classification. Each excludes all others.
     """
 
     dino: DinoLossConfig | None = None
@@ -33,6 +36,7 @@ class LossesConfig(Config):
     sigreg: SigregLossConfig | None = None
     gram: GramLossConfig | None = None
     features: FeaturesLossConfig | None = None
+    labels: LabelsLossConfig | None = None
 
     def present(self) -> dict[str, LossConfig]:
         """Return the selected losses, by name."""

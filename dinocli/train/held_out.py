@@ -1,0 +1,97 @@
+"""Accuracy of a classifier during fine-tuning, on labelled images that it does not learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dinocli.core.errors import DinoError
+from dinocli.data.sources.open import Images
+from dinocli.data.views.augment import normalize
+from dinocli.evals.accuracy import average_precision
+from dinocli.method.classification import HEAD
+from dinocli.method.preset import Preset
+from dinocli.models.network import Network
+from dinocli.train.knn_monitor import Answers, at_rest, decode_all
+
+_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images with their labels.
+
+    Attributes:
+        images: Images with random access.
+        labels: Class per image [S], int64; or 1 for each class of an image and else 0. [S, K]
+    """
+
+    images: Images
+    labels: Tensor
+
+    def labels_of(self, names: Sequence[str]) -> NDArray[Any]:
+        """Return the labels of some images, by their names. [Q] or [Q, K]"""
+        place = {name: i for i, name in enumerate(self.images.names)}
+        return self.labels[[place[name] for name in names]].numpy()
+
+
+class HeldOut:
+    """Evaluation of a network's classifier on held-out images, which are decoded once.
+
+    Attributes:
+        title: Name of the score.
+        key: Key of the score in `metrics.jsonl`.
+        where: Images, in words.
+        measured: Number of images classified per evaluation.
+
+    Raises:
+        DinoError: If fewer than two of the images can be read.
+    """
+
+    title, key = "accuracy", "accuracy"
+
+    def __init__(self, held_out: Labelled, preset: Preset, workers: int) -> None:
+        self.views = preset.views
+        self._pixels, names, _ = decode_all(held_out.images, preset, workers)
+        if len(names) < 2:
+            raise DinoError(
+                f"{len(names)} of the {len(held_out.images)} held-out images can be read; expected at least 2",
+                "check them with dino doctor",
+            )
+        self.labels = held_out.labels_of(names)
+        self.measured, self.where = len(names), f"{len(names)} held-out images"
+        if self.labels.ndim == 2:
+            self.title = "mean average precision"
+
+    @property
+    def images(self) -> int:
+        """Number of images encoded per evaluation."""
+        return self.measured
+
+    def evaluate(self, network: Network) -> Answers:
+        """Classify the images. The network is not changed."""
+        logits = class_logits(network, self._pixels, self.views.mean, self.views.std)
+        if self.labels.ndim == 2:
+            precision = average_precision(logits, self.labels.astype(bool))
+            return Answers(100 * float(precision.mean()), precision, np.empty(0, np.bool_))
+        correct = logits.argmax(1) == self.labels
+        return Answers(100 * float(correct.mean()), correct, correct)
+
+
+@torch.no_grad()
+def class_logits(
+    network: Network, pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> NDArray[np.float32]:
+    """Return the logits of a network's classifier. [S, C, size, size], uint8 -> [S, K]"""
+    device = next(network.parameters()).device
+    shift, scale = (torch.tensor(values, device=device) for values in (mean, std))
+    with at_rest(network):
+        batches = (normalize(some.to(device).float() / 255, shift, scale) for some in pixels.split(_AT_ONCE))
+        logits = [network([batch[None]]).class_logits[HEAD][0].float().cpu() for batch in batches]
+    return torch.cat(logits).numpy()
