@@ -98,9 +98,20 @@ def has_bfloat16(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # in newer torch only
-        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        return any(_processor().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return False
+
+
+def has_bfloat16_tiles() -> bool:
+    """Return True if the processor multiplies tiles of bfloat16 (AMX), several times faster than float32.
+
+    AVX-512 instructions for bfloat16 are not enough: with those, torch's products are slower than in float32.
+    """
+    return bool(_processor().get("amx_bf16"))
+
+
+def _processor() -> Mapping[str, Any]:
+    return getattr(torch.cpu, "get_capabilities", dict)()  # in newer torch only
 
 
 def why_not_compiled(device: torch.device) -> str | None:

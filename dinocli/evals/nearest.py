@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocli.core.device import has_bfloat16_tiles
 from dinocli.core.tensors import Indices, Values
 from dinocli.evals.equal import first_equal
+from dinocli.evals.largest import LargestCosines
 from dinocli.evals.units import Floats, unit
 
-_BLOCK_BYTES = 8 * 2**20  # of float32 features searched at once; blocks that fit in the cache are twice as fast
+_BLOCK_BYTES = 32 * 2**20  # of float32 features searched at once
 _ROWS_PER_NEIGHBOUR = (
     256  # least rows of a block, times k: each block collects k neighbours anew, and merging costs time
 )
@@ -44,19 +45,13 @@ def nearest(
     originals, queries = queries, unit(queries)
     count = len(values) if among is None else len(among)
     step = max(1, _BLOCK_BYTES // (4 * queries.shape[1]), _ROWS_PER_NEIGHBOUR * k)
-    heap = faiss.ResultHeap(len(queries), k, keep_max=True)
+    largest = LargestCosines(queries, k, rounded=has_bfloat16_tiles())
     for first in range(0, count, step):
-        rows = slice(first, first + step)
-        block = unit(values[rows] if among is None else values[among[rows]])
-        cosines, neighbours = faiss.knn(queries, block, min(k, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-        if among is not None:
-            neighbours, first = among[rows][neighbours], 0
-        report(min(count, rows.stop))
-        if len(block) == count:
-            return bounded(values, originals, cosines, neighbours)
-        heap.add_result(cosines, neighbours + first)
-    heap.finalize()
-    return bounded(values, originals, heap.D, heap.I)
+        last = min(count, first + step)
+        numbers = np.arange(first, last) if among is None else among[first:last]
+        largest.add(unit(values[first:last] if among is None else values[numbers]), numbers)
+        report(last)
+    return bounded(values, originals, largest.cosines, largest.rows)
 
 
 def bounded(values: Values, queries: Floats, cosines: Floats, rows: Indices) -> tuple[Floats, Indices]:

@@ -102,9 +102,23 @@ def test_blocks_grow_with_k_because_each_collects_k_neighbours_anew(
     monkeypatch: pytest.MonkeyPatch, k: int, blocks: int
 ) -> None:
     monkeypatch.setattr(module, "_BLOCK_BYTES", 200 * 6 * 4)
-    search, calls = module.faiss.knn, []
-    monkeypatch.setattr(module.faiss, "knn", lambda *given, **named: calls.append(1) or search(*given, **named))
-    values = drawn(2000)
-    cosines, _ = nearest(values, drawn(9, seed=1), k)
-    assert len(calls) == blocks
+    done: list[int] = []
+    cosines, _ = nearest(drawn(2000), drawn(9, seed=1), k, report=done.append)
+    assert len(done) == blocks
     assert (np.diff(cosines) <= 0).all()
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_products_are_rounded_first_only_where_the_processor_has_tiles(
+    monkeypatch: pytest.MonkeyPatch, tiles: bool
+) -> None:
+    asked: list[bool] = []
+    original = module.LargestCosines
+    monkeypatch.setattr(module, "has_bfloat16_tiles", lambda: tiles)
+    monkeypatch.setattr(
+        module, "LargestCosines", lambda *given, rounded: asked.append(rounded) or original(*given, rounded=rounded)
+    )
+    values = drawn(3000, 32)
+    cosines, found = nearest(values, values[:80], 4)
+    assert asked == [tiles]
+    assert (found[:, 0] == np.arange(80)).all() and (cosines[:, 0] == 1).all()
