@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dinocli.core.config import Config
+from dinocli.core.device import exactly
 from dinocli.core.distributed import logsumexp_over_processes, mean_over_processes
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.models.network import Reads
@@ -83,9 +84,13 @@ class SinkhornKnopp(nn.Module):
     """Targets softmax(logits / temperature), balanced so that all prototypes have the same total over all samples.
 
     Samples are those of all processes. Each iteration scales the totals of all prototypes to the same value, then the
-    total of each sample to 1. No center is needed, because the scaling cancels any offset that all samples share. The
-    computation uses logarithms, because exponentials overflow float32 for logits above 3.55 at a temperature of 0.04.
-    In this form, the numbers of samples and prototypes cancel as well.
+    total of each sample to 1. No center is needed, because the scaling cancels any offset that all samples share. In
+    this form, the numbers of samples and prototypes cancel as well.
+
+    The first iteration uses logarithms, because exponentials overflow float32 for logits above 3.55 at a temperature of
+    0.04. After it, exponentials are safe: all numbers are at most 1, and totals of prototypes at least 1 / K. For a
+    prototype's numbers add up to 1 before they are divided by the totals of samples, which are at most K. Later
+    iterations only change a factor per prototype and a factor per sample, by one product with the matrix each.
 
     Source: arXiv 2006.09882, section 3.1; facebookresearch/dinov2@b8931f7 dinov2/loss/dino_clstoken_loss.py,
     sinkhorn_knopp_teacher.
@@ -99,10 +104,17 @@ class SinkhornKnopp(nn.Module):
         """Compute the targets of this step from its logits alone; all leading dimensions are samples."""
         wide = torch.promote_types(logits.dtype, torch.float32)
         scaled = (logits.to(wide) / self.config.temperature.at(clock)).flatten(0, -2)  # [S, K]
-        for _ in range(self.config.iterations):
-            scaled -= logsumexp_over_processes(scaled.logsumexp(0))  # [K]
-            scaled -= scaled.logsumexp(-1, keepdim=True)  # [S, 1]; last, so that each target sums to 1
-        return scaled.exp_().reshape(logits.shape)
+        scaled -= logsumexp_over_processes(scaled.logsumexp(0))  # [K]
+        targets = scaled.softmax(-1)  # rows last, so that each target sums to 1
+        with exactly(logits.device):
+            samples = targets.new_ones(len(targets))
+            for _ in range(self.config.iterations - 1):
+                # The mean has the same effect as the sum over processes: a common factor cancels in the next line.
+                prototypes = mean_over_processes(targets.T @ samples).reciprocal_()  # [K]
+                samples = (targets @ prototypes).reciprocal_()  # [S]
+        if self.config.iterations > 1:
+            targets.mul_(prototypes).mul_(samples[:, None])
+        return targets.reshape(logits.shape)
 
     def update(self) -> None:
         """Do nothing: this rule keeps no state between steps."""

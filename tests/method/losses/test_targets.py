@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import together
 from pydantic import TypeAdapter, ValidationError
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinocli.core.distributed import rank
 from dinocli.engine.schedules import Clock, Constant
@@ -113,6 +116,63 @@ def test_sinkhorn_accepts_logits_whose_exponentials_overflow(dtype: torch.dtype)
     torch.testing.assert_close(targets.sum(1), torch.ones(12))
     exact = sinkhorn(3, 0.04)(logits.double(), Clock(1, 1))
     torch.testing.assert_close(targets, exact.float(), rtol=1e-3, atol=1e-4)
+
+
+def by_logarithms(logits: torch.Tensor, iterations: int, temperature: float) -> torch.Tensor:
+    """Compute the same, with every iteration in logarithms. [S, K] -> [S, K]"""
+    scaled = logits / temperature
+    for _ in range(iterations):
+        scaled = scaled.log_softmax(0).log_softmax(1)
+    return scaled.exp()
+
+
+@pytest.mark.parametrize("scale", [1, 20, 1000])
+@pytest.mark.parametrize("iterations", [1, 2, 3, 10])
+def test_factors_of_rows_and_columns_equal_iterations_in_logarithms(scale: float, iterations: int) -> None:
+    """Use logits far beyond the range of exponentials, and prototypes that no sample prefers."""
+    torch.manual_seed(0)
+    logits = scale * torch.randn(50, 30, dtype=torch.float64)
+    logits[:, :5] -= 30 * scale
+    logits[:9] += 10 * scale
+    targets = sinkhorn(iterations, 0.04)(logits, Clock(1, 1))
+    torch.testing.assert_close(targets, by_logarithms(logits, iterations, 0.04), rtol=1e-10, atol=1e-200)
+
+
+def test_targets_in_float32_equal_those_of_logarithms_up_to_rounding() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(64, 4096).clamp(-1, 1)  # the range of cosines, as heads with unit features and weights have it
+    exact = by_logarithms(logits.double(), 3, 0.07)
+    targets = sinkhorn(3, 0.07)(logits, Clock(1, 1)).double()
+    before = by_logarithms(logits, 3, 0.07).double()
+    error, error_before = (((t - exact) / exact).abs().max() for t in (targets, before))
+    assert error < 1e-5
+    assert error < 2 * error_before, "as exact as iterations in logarithms"
+
+
+class Products(TorchDispatchMode):
+    """Counter of operators on whole matrices, and of products with a vector among them."""
+
+    def __init__(self, numbers: int) -> None:
+        super().__init__()
+        self.numbers, self.all, self.products = numbers, 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if not is_view and any(isinstance(x, torch.Tensor) and x.numel() == self.numbers for x in (*args, result)):
+            self.all += 1
+            self.products += func._schema.name in ("aten::mv", "aten::addmv", "aten::mm")
+        return result
+
+
+def test_a_further_iteration_is_two_products_with_the_matrix() -> None:
+    counts = []
+    for iterations in (2, 3, 6):
+        with Products(12 * 7) as count:
+            sinkhorn(iterations)(torch.randn(12, 7), Clock(1, 1))
+        counts.append((count.all, count.products))
+    assert [products for _, products in counts] == [2, 4, 10]
+    assert len({total - products for total, products in counts}) == 1, "nothing else reads the matrix"
 
 
 LOGITS = 3 * torch.randn(10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
