@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +12,11 @@ import torch
 from dinocli.core.errors import DinoError
 from dinocli.evals.calibration import softmax
 from dinocli.evals.linear import RATES, LinearResult, _split_off, train_probe
-from dinocli.features.store import Features, Provenance
+from dinocli.features.store import Features, Provenance, read_features
+from dinocli.features.writer import write_features
 
 CPU = torch.device("cpu")
+PROVENANCE = Provenance("x", "0", "cls", 1, 8, "d")
 
 
 def linear(*features: Features | None, **options: object) -> LinearResult:
@@ -23,14 +28,7 @@ def clusters(images: int, classes: int = 4, seed: int = 0) -> Features:
     generator = np.random.default_rng(seed)
     labels = np.arange(images) % classes
     values = np.random.default_rng(99).normal(size=(classes, 16))[labels] + generator.normal(size=(images, 16))
-    return Features(
-        values.astype(np.float32),
-        labels,
-        [""] * images,
-        list("abcd")[:classes],
-        {},
-        Provenance("x", "0", "cls", 1, 8, "d"),
-    )
+    return Features(values.astype(np.float32), labels, [""] * images, list("abcd")[:classes], {}, PROVENANCE)
 
 
 def test_the_probe_selects_its_learning_rate_on_held_out_training_images() -> None:
@@ -81,11 +79,7 @@ def clusters_with_views(images: int, views: int) -> Features:
     )
 
 
-@pytest.mark.parametrize("held", [2**32, 0], ids=["in memory", "on disk"])
-def test_training_uses_the_views_and_testing_the_centered_images(monkeypatch: pytest.MonkeyPatch, held: int) -> None:
-    from dinocli.evals import linear as module
-
-    monkeypatch.setattr(module, "_HELD_BYTES", held)
+def test_training_uses_the_views_and_testing_the_centered_images() -> None:
     data = clusters_with_views(400, 3)
     result = linear(data, clusters(200, seed=1), epochs=20, rates=[0.1], device=CPU)
     assert (result.protocol, result.test_images) == ("stored, 3 views", 200)
@@ -108,6 +102,50 @@ def test_each_epoch_draws_one_view_per_image() -> None:
         assert y.sort().values.tolist() == list(range(images))
         taken.append(x)
     assert len(torch.cat(taken).unique()) == images * views, "every view is drawn at some time"
+
+
+def write_wide(path: Path, images: int = 4000) -> Features:
+    """Write features of 512 dimensions in float16, and open them."""
+    generator = np.random.default_rng(0)
+    with write_features(path, PROVENANCE, list("abcd"), dtype="float16") as writer:
+        for _ in range(images // 100):
+            values = generator.normal(size=(100, 512)).astype(np.float32)
+            writer.append(values, [0, 1, 2, 3] * 25, ["x.png"] * 100)
+    return read_features(path)
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Return the most bytes that numpy and Python hold at once during a call; torch's own are not counted."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_stored_features_are_never_in_memory_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from dinocli.evals import linear as module
+
+    monkeypatch.setattr(module, "_SCORED", 64)
+    data = write_wide(tmp_path / "train.safetensors")
+    whole = 4 * 4000 * 512
+    assert peak_of(lambda: data.values[:]) >= whole, "the measurement sees a copy of all features"
+    assert peak_of(lambda: linear(data, None, epochs=1, rates=[0.1], device=CPU)) < whole / 4
+    assert peak_of(lambda: module._hold(data.values, CPU, 1.0)) < whole / 4, "nor on the way to a GPU"
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_features_held_on_a_device_equal_those_read_for_each_step(tmp_path: Path, scale: float) -> None:
+    from dinocli.evals.linear import _hold, _Stored
+
+    data, rows = write_wide(tmp_path / "train.safetensors", 5000), np.array([4999, 0, 4096, 4095, 7])
+    stored = _Stored(data.values, CPU, scale)
+    assert stored.held is None
+    read = stored[(rows,)]
+    stored.held = _hold(data.values, CPU, scale)
+    assert stored[(rows,)].equal(read)
+    np.testing.assert_array_equal(read.numpy(), scale * data.values[rows])
 
 
 def test_the_block_size_of_test_images_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
