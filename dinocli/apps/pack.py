@@ -135,8 +135,9 @@ def pack(
         raise DinoError(f"{out} is the folder of the images; packed pixels need a folder of their own", f"{out}-pixels")
     repeated, digest = _find_repeated_keys(source)
     settings: dict[str, Any] = {
-        "source": source.where, "images": len(source), "listing": digest, "side": side, "per_shard": per_shard,
-        "name": name, **({"format": "pixels"} if pixels else {"quality": quality, "seed": seed}),
+        "source": _full_path(source.where), "images": len(source), "listing": digest, "side": side,
+        "per_shard": per_shard, "name": name,
+        **({"format": "pixels"} if pixels else {"quality": quality, "seed": seed}),
     }  # fmt: skip
     if images != DEFAULTS:
         settings["read as"] = images.model_dump(mode="json", exclude_defaults=True)
@@ -293,6 +294,8 @@ def _resume(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise DinoError(f"{out / SETTINGS} is corrupt: {why}", "name a new folder, or remove this one") from error
+    if isinstance(before.get("source"), str):
+        before["source"] = _full_path(before["source"])  # earlier versions stored the path as it was typed
     for key in {"format": ""} | before | settings:
         if before.get(key) != settings.get(key):
             was, now = (_format_setting(key, values.get(key)) for values in (before, settings))
@@ -301,6 +304,11 @@ def _resume(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 "name a new folder, or use the same images and settings to resume",
             )
     return dict(shards)
+
+
+def _full_path(where: str) -> str:
+    """Return the full path of images on this disk, and other sources as they are."""
+    return str(Path(where).resolve()) if Path(where).exists() else where
 
 
 def _format_setting(key: str, value: object) -> str:

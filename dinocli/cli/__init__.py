@@ -170,7 +170,7 @@ def _handle_error(error: Exception, typed: list[str]) -> int:
 def _explain(failure: OSError) -> tuple[str, str]:
     place = failure.filename or "a file of this run"
     if failure.errno == errno.ENOSPC or "No space left" in str(failure):
-        return f"no space left on the disk of {place}", "free some space, or use --out on another disk"
+        return f"no space left on the disk of {place}", "free some space, or write to a folder on another disk"
     if isinstance(failure, PermissionError) or failure.errno == errno.EROFS:
-        return f"no permission for {place}", "use an --out that you can write to, and inputs that you can read"
+        return f"no permission for {place}", "write to a folder of your own, and use inputs that you can read"
     return f"{failure.strerror or failure} ({place})", "check the path and the disk"

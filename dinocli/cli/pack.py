@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,8 @@ from dinocli.cli.options import Json, Limits, output_place
 from dinocli.cli.places import images_place
 from dinocli.cli.words import Misuse
 from dinocli.core.resources import format_bytes
+
+_LISTED = 5  # most unreadable images that are printed one by one
 
 
 def pack(
@@ -54,9 +57,11 @@ def pack(
         dino pack ./images pixels --pixels
         dino pack ./images shards --short-side 256 --per-shard 5000
     """
-    if "/" in name or name.startswith("."):
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        plain = re.sub(r"[^\w.-]+", "-", Path(name).name).lstrip(".-").rstrip("-")
         raise Misuse(
-            f"--name {name} is a path; expected a plain name", f"--name {Path(name).name.lstrip('.') or 'images'}"
+            f"--name {name!r} is not a plain name; expected letters, digits, '-', '_' and '.', as for a file",
+            f"--name {plain or 'images'}",
         )
     out = output_place(out, "OUT")
     from dinocli.data.sources.open import open_images
@@ -66,18 +71,28 @@ def pack(
 
     import torch
 
-    from dinocli.apps.pack import pack
+    from dinocli.apps.pack import SETTINGS, pack
     from dinocli.data.images import DEFAULTS
+    from dinocli.data.loader.batch import BadFiles
 
     taken = DEFAULTS.changed(overrides or [])
     torch.set_num_threads(1)  # images are resized in parallel, one thread each
-    with console.progress("pack", len(source), "images") as advance:
-        packed = pack(
-            source, out, side=short_side, per_shard=per_shard, name=name, images=taken, pixels=pixels, report=advance,
-            note=console.say,
-        )  # fmt: skip
-    for path, reason in packed.bad.items():
-        console.say(f"note: skipped {path}: {reason}")
+    try:
+        with console.progress("pack", len(source), "images") as advance:
+            packed = pack(
+                source, out, side=short_side, per_shard=per_shard, name=name, images=taken, pixels=pixels,
+                report=advance, note=console.say,
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        console.say(f"{out} is not complete; run the same command to resume")
+        raise
+    if len(packed.bad) > _LISTED:
+        console.say(
+            f"note: skipped {len(packed.bad)} images that could not be read: {BadFiles(packed.bad).summary()}; "
+            f"{out / SETTINGS} lists them"
+        )
+    else:
+        console.skipped(packed.bad)
     if packed.kept:
         console.say(f"reused {packed.kept} of {packed.shards} shards from an earlier call")
     if packed.faster:

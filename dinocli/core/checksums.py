@@ -41,6 +41,8 @@ def parse(text: bytes | str) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    except ValueError as error:  # also of bytes that are not UTF-8; json's own message names places and delimiters
+        raise ValueError("it is not valid JSON") from error
 
 
 def unseal(text: bytes | str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_explain(error)) from error
 
 
 def map_tensors(path: Path, *, verify: bool = True) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
@@ -80,7 +80,7 @@ def map_tensors(path: Path, *, verify: bool = True) -> tuple[dict[str, NDArray[A
         with safe_open(path, framework="numpy"):
             pass  # checks that header and length agree
     except SafetensorError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(_explain(error)) from error
     header, start = _read_header(path)
     metadata = header.get(_METADATA, {})
     known = metadata.pop(KEY, None)
@@ -97,6 +97,14 @@ def map_tensors(path: Path, *, verify: bool = True) -> tuple[dict[str, NDArray[A
         # Empty tensors cannot be mapped.
         tensors[name] = np.memmap(path, dtype, "r", start + begin, shape) if end > begin else np.empty(shape, dtype)
     return tensors, metadata
+
+
+def _explain(error: SafetensorError) -> str:
+    """Return the reason in plain words; the library's own names its parser."""
+    words = str(error).lower()
+    if "incomplete" in words or "fully covered" in words:
+        return "its size differs from the one in its header; it may be truncated"
+    return "its header is not valid"
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:

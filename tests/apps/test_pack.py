@@ -220,8 +220,66 @@ def test_the_command_reports_skipped_images_and_prints_json(tmp_path: Path, imag
     printed = json.loads(second.out)
     assert (printed["path"], printed["images"], printed["kept"]) == (str(out), 11, 2)
     assert set(printed) == {"path", *Packed.__dataclass_fields__}
-    with pytest.raises(Exception, match="expected a plain name"):
-        command(str(images), out, name="a/b")
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("", "images"), ("a/b", "b"), (".x", "x"), ("a b\\c*?", "a-b-c"), ("-", "images"), ("a\n", "a")]
+)
+def test_a_prefix_that_is_no_plain_name_is_an_error(tmp_path: Path, images: Path, name: str, plain: str) -> None:
+    with pytest.raises(DinoError, match="is not a plain name") as error:
+        command(str(images), tmp_path / "out", name=name)
+    assert error.value.hint == f"--name {plain}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_unreadable_images_are_counted_by_reason(tmp_path: Path, images: Path, capsys) -> None:
+    names = sorted(path for path in images.rglob("*.png"))
+    for path in names[:4]:
+        path.write_bytes(b"no image")
+    for path in names[4:7]:
+        path.write_bytes(path.read_bytes()[:60])
+    command(str(images), tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "skipped 7 images that could not be read: 4 not an image, 3 truncated; " in said
+    assert f"{tmp_path / 'out' / 'pack.json'} lists them" in said.replace("\n", "")
+    assert "0000.png" not in said
+
+
+def test_the_place_of_the_images_may_be_written_in_another_way(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.chdir(images.parent)
+    pack(open_images(images.name), out, per_shard=5)
+    assert pack(open_images(str(images)), out, per_shard=5).kept == 3
+    stored = json.loads((out / "pack.json").read_text())
+    stored.pop("crc32", None)
+    stored["settings"]["source"] = images.name  # as earlier versions stored it
+    (out / "pack.json").write_text(json.dumps(stored))
+    assert pack(open_images(str(images)), out, per_shard=5).kept == 3
+    shutil.copytree(images, tmp_path / "copy")
+    with pytest.raises(DinoError, match=r"packed with source .*; this call has source .*copy"):
+        pack(open_images(str(tmp_path / "copy")), out, per_shard=5)
+
+
+def test_a_stopped_packing_says_how_to_resume(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    write = packing._write_tar
+    shards: list[Path] = []
+    monkeypatch.setattr(
+        packing, "_write_tar", lambda source, path, made: shards.append(path) or (write if len(shards) < 2 else stop)(source, path, made)
+    )  # fmt: skip
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        command(str(images), out, per_shard=5)
+    assert f"{out} is not complete; run the same command to resume" in capsys.readouterr().err.replace("\n", "")
+    monkeypatch.setattr(packing, "_write_tar", write)
+    command(str(images), out, per_shard=5)
+    assert "reused 1 of 3 shards" in capsys.readouterr().err
 
 
 def test_arrays_are_packed_unchanged_or_shrunk_as_arrays(tmp_path: Path) -> None:
@@ -273,6 +331,7 @@ def test_corrupt_settings_give_a_one_line_error(tmp_path: Path, images: Path, te
     with pytest.raises(DinoError, match=r"pack\.json is corrupt") as error:
         pack(source, tmp_path / "out")
     assert "\n" not in error.value.message
+    assert "line 1" not in error.value.message, "no text of the library"
 
 
 def test_packed_pixels_are_the_decoded_and_shrunk_images_in_their_order(tmp_path: Path) -> None:
