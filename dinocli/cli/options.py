@@ -279,13 +279,27 @@ def one_checkpoint(argument: str | None, option: str | None) -> str | None:
 
     Raises:
         Misuse: If both are given.
+        DinoError: If it is a file of weights that does not exist.
     """
     if argument and option:
         raise Misuse(
             f"CHECKPOINT {argument} and --checkpoint {option} are two checkpoints; expected one",
             f"remove --checkpoint {option}, or the argument {argument}",
         )
+    refuse_missing(argument or option)
     return argument or option
+
+
+def refuse_missing(checkpoint: str | None) -> None:
+    """Check that a checkpoint exists before torch is loaded, to fail at once.
+
+    Raises:
+        DinoError: If it is a file of weights that does not exist.
+    """
+    if checkpoint:
+        from dinocli.weights.identify import refuse_missing_weights
+
+        refuse_missing_weights(checkpoint)
 
 
 def checkpoint_or_newest(given: str | None) -> str:
@@ -341,6 +355,7 @@ def encoder_from(
     Raises:
         DinoError: If the checkpoint or the device does not exist, or the weights or an override do not fit.
     """
+    refuse_missing(checkpoint)
     from dinocli.core.device import pick_device
     from dinocli.weights.load import announcement, load_encoder
 

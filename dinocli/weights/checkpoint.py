@@ -18,15 +18,24 @@ from torch import Tensor
 
 from dinocli.core.checksums import parse
 from dinocli.core.config import Config
-from dinocli.core.errors import DinoError, nearest
+from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import load_tensors, write_tensors
 from dinocli.core.version import __version__
 from dinocli.method.preset import Preset
 from dinocli.models.architecture import BackboneConfig
 from dinocli.weights.dinov3 import read_dinov3
-from dinocli.weights.identify import NAMES, TRANSFORMERS, config_of, foreign, is_features, kind_of
-from dinocli.weights.official import timms_name, under_timms_keys
+from dinocli.weights.identify import (
+    NAMES,
+    TRANSFORMERS,
+    config_of,
+    foreign,
+    is_features,
+    kind_of,
+    missing_checkpoint,
+    timms_name,
+)
+from dinocli.weights.official import under_timms_keys
 from dinocli.weights.released import Preprocessing, Released
 from dinocli.weights.transformers_folder import read_folder
 from dinocli.weights.xcit import read_xcit
@@ -249,7 +258,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _no_checkpoint(path: Path) -> DinoError:
     """Return the error for a path without a weights file; its hint depends on what the path holds."""
-    kind, named = kind_of(str(path)), timms_name(path.as_posix()) or path.as_posix()
+    kind, named = kind_of(str(path)), path.as_posix()
     if path.is_dir():
         hint = "name a checkpoint, or train one with `dino pretrain IMAGES --preset tiny`"
         if kind == "features":
@@ -266,12 +275,9 @@ def _no_checkpoint(path: Path) -> DinoError:
         return DinoError(f"{path} is {NAMES[kind]} without {CHECKPOINT}; expected a run folder or a checkpoint", hint)
     import timm  # only here: it takes as long as torch
 
-    if timms_name(path.as_posix()) or timm.is_model(named.partition(".")[0]):
+    if timm.is_model(named.partition(".")[0]) and not timms_name(path.as_posix()):
         return DinoError(f"checkpoint {path} does not exist; it is the name of released weights", f"timm:{named}")
-    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = nearest(path.name, beside, least=0.8)
-    hint = "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME"
-    return DinoError(f"checkpoint {path} does not exist", f"did you mean {path.with_name(close)}?" if close else hint)
+    return missing_checkpoint(path)
 
 
 def _refuse_foreign(path: Path) -> None:

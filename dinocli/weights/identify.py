@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dinocli.core.checksums import parse
+from dinocli.core.errors import DinoError, nearest
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import read_metadata
 from dinocli.data.sources.frames import is_video
@@ -64,6 +65,45 @@ _GRAPHS = (
 _ARCHIVES = (".zip", ".rar", ".7z")
 _LISTS = (".txt", ".csv", ".tsv")
 _ENTRIES = 20_000  # entries of a folder to search for an image
+
+
+_RELEASED = re.compile(r"(?:facebook[/-])?dino(v2|v3|)[-_]?(?:vit[-_]?)?(small|base|large|giant|s|b|l|g)[-_]?(\d*)(.*)")
+_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
+
+
+def timms_name(name: str) -> str:
+    """Return timm's name for an original name such as dinov2_vits14 or facebook/dino-vits16, or an empty string."""
+    found = _RELEASED.fullmatch(name.strip().lower())
+    if not found:
+        return ""
+    version, size, patch, rest = found.groups()
+    size = _SIZES.get(size, size)
+    if version == "v3":
+        return f"vit_{size}_patch16_dinov3.lvd1689m"
+    if version == "v2":
+        return f"vit_{size}_patch14_{'reg4_' if 'reg' in rest else ''}dinov2.lvd142m"
+    return f"vit_{size}_patch{8 if patch == '8' else 16}_224.dino"
+
+
+def missing_checkpoint(path: Path) -> DinoError:
+    """Return the error for a checkpoint that does not exist; the hint names a similar file beside it."""
+    if named := timms_name(path.as_posix()):
+        return DinoError(f"checkpoint {path} does not exist; it is the name of released weights", f"timm:{named}")
+    beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = nearest(path.name, beside, least=0.8)
+    hint = "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME"
+    return DinoError(f"checkpoint {path} does not exist", f"did you mean {path.with_name(close)}?" if close else hint)
+
+
+def refuse_missing_weights(place: str) -> None:
+    """Check that a checkpoint exists if its name ends as a file of weights; other names may be those of models.
+
+    Raises:
+        DinoError: If it does not exist.
+    """
+    path = Path(place)
+    if path.suffix.lower() in _WEIGHTS and not place.startswith("timm:") and not os.path.lexists(path):
+        raise missing_checkpoint(path)
 
 
 def kind_of(place: str) -> Kind:

@@ -27,8 +27,8 @@ from dinocli.models.backbone import Backbone
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
 from dinocli.weights.checkpoint import Weights, Which, read_weights, refuse_not_finite
-from dinocli.weights.identify import TRANSFORMERS, config_of
-from dinocli.weights.official import HEADS, heads_are_assumed, official_architecture, timms_name
+from dinocli.weights.identify import TRANSFORMERS, config_of, timms_name
+from dinocli.weights.official import HEADS, heads_are_assumed, official_architecture
 from dinocli.weights.released import IMAGENET, Preprocessing
 
 LOCAL = "local-dir:"

@@ -28,24 +28,6 @@ _TINY = 96
 HEADS = "--set backbone.options.num_heads="
 
 
-_NAMES = re.compile(r"(?:facebook[/-])?dino(v2|v3|)[-_]?(?:vit[-_]?)?(small|base|large|giant|s|b|l|g)[-_]?(\d*)(.*)")
-_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
-
-
-def timms_name(name: str) -> str:
-    """Return timm's name for an original name such as dinov2_vits14 or facebook/dino-vits16, or an empty string."""
-    found = _NAMES.fullmatch(name.strip().lower())
-    if not found:
-        return ""
-    version, size, patch, rest = found.groups()
-    size = _SIZES.get(size, size)
-    if version == "v3":
-        return f"vit_{size}_patch16_dinov3.lvd1689m"
-    if version == "v2":
-        return f"vit_{size}_patch14_{'reg4_' if 'reg' in rest else ''}dinov2.lvd142m"
-    return f"vit_{size}_patch{8 if patch == '8' else 16}_224.dino"
-
-
 def under_timms_keys(backbone: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename DINOv2 weights to timm's keys; return all others unchanged.
 

@@ -117,6 +117,8 @@ def test_help_is_quick_and_imports_no_torch(tmp_path: Path, command: str) -> Non
         "pretrain images --preset nowhere",
         "pretrain images --epoch 3",
         "extract timm:resnet18 nowhere",
+        "extract nowhere.pth images",
+        "extract images --checkpoint nowhere.pth",
         "pack images",
         "knn --features nowhere",
         "linear --features nowhere",

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from dinocli.core.errors import DinoError
 from dinocli.weights.checkpoint import read_weights
-from dinocli.weights.identify import NAMES, Kind, foreign, kind_of
+from dinocli.weights.identify import NAMES, Kind, foreign, kind_of, refuse_missing_weights
 
 
 @pytest.fixture
@@ -136,3 +136,22 @@ def test_another_model_of_transformers_is_not_taken_for_one_of_timm(tmp_path: Pa
 def test_a_checkpoint_is_not_foreign(here: Path) -> None:
     torch.save({"x": torch.zeros(1)}, here / "plain.pth")
     assert foreign(here / "plain.pth") is None
+
+
+@pytest.mark.parametrize(
+    ("place", "hint"),
+    [
+        ("nowhere.pth", "name a run folder"),
+        ("run/chkpt.safetensors", "did you mean run/ckpt.safetensors?"),
+        ("dinov2_vits14.pth", "timm:vit_small_patch14_dinov2.lvd142m"),
+    ],
+)
+def test_a_missing_file_of_weights_is_an_error(here: Path, place: str, hint: str) -> None:
+    with pytest.raises(DinoError, match=f"checkpoint {place} does not exist") as error:
+        refuse_missing_weights(place)
+    assert error.value.hint.startswith(hint)
+
+
+@pytest.mark.parametrize("place", ["run", "run/ckpt.safetensors", "timm:resnet18.a1_in1k", "dinov2_vits14", "nowhere"])
+def test_existing_files_and_possible_names_pass(here: Path, place: str) -> None:
+    refuse_missing_weights(place)
