@@ -86,7 +86,8 @@ def train_only(backbone: Backbone, trained: TrainAll | TrainLast | TrainLora) ->
         trained: Choice of the trained weights.
 
     Raises:
-        DinoError: If the backbone has no blocks, fewer than `last` needs, or no linear layers for LoRA.
+        DinoError: If the backbone has no blocks, fewer than `last` needs, no linear layers for LoRA, or
+            layers of a rank below LoRA's.
     """
     if isinstance(trained, TrainAll):
         return
@@ -112,6 +113,12 @@ def train_only(backbone: Backbone, trained: TrainAll | TrainLast | TrainLora) ->
     if not adapted:
         raise DinoError(
             f"LoRA found no linear layers attn.qkv or mlp.fc1 in the blocks of {kind}", "--train last-1, or --train all"
+        )
+    most = min(min(layer.weight.shape) for layer in adapted)
+    if trained.rank > most:
+        raise DinoError(
+            f"backbone.learning.trained.rank is {trained.rank}; the layers of {kind} have a rank of at most {most}",
+            f"--set backbone.learning.trained.rank={min(16, most)}",
         )
     for layer in adapted:
         parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, trained.rank, trained.alpha))

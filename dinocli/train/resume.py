@@ -8,13 +8,14 @@ from dataclasses import replace
 from functools import reduce
 from operator import getitem
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dinocli.core.config import format_toml
 from dinocli.core.distributed import from_first, gathered, rank, size
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, CURVES, REPORT
-from dinocli.data.sources.shards import Shards
+from dinocli.data.sources.pixels import is_pixels
+from dinocli.data.sources.shards import Shards, is_shards
 from dinocli.engine.schedules import Clock, Schedule
 from dinocli.method.preset import Preset
 from dinocli.train.plan import Plan
@@ -65,12 +66,7 @@ def resumed_plan(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
     for line in changes(plan.preset, state, plan.clock):
         note(line)
     if state.images.fingerprint != plan.source.fingerprint:
-        was = f"{state.images.count or 'an unknown number'} in {state.images.where}"
-        raise DinoError(
-            f"the images have changed since {plan.out} began: {was} then, {plan.source.count or 'others'} in "
-            f"{plan.source.where} now",
-            f"use another --out, and --init {plan.out} to start from its weights",
-        )
+        _refuse_other_images(plan, state)
     changed = other_contents(state.images.contents, plan.source) if rank() == 0 else None
     if changed:
         note(changed)
@@ -100,6 +96,28 @@ def resumed_plan(plan: Plan, state: State, note: Callable[[str], None]) -> Plan:
     else:
         note(f"{plan.out} is finished: {state.step} steps done, {plan.stop} requested")
     return plan
+
+
+def _refuse_other_images(plan: Plan, state: State) -> NoReturn:
+    was, now, anew = state.images, plan.source, f"use another --out, and --init {plan.out} to start from its weights"
+    kinds = [_kind_of_images(place) for place in (was.where, now.where)]
+    if kinds[0] != kinds[1]:
+        raise DinoError(
+            f"{plan.out} began with {kinds[0]} in {was.where}, and {now.where} holds {kinds[1]}",
+            f"name {was.where} to resume; or {anew}",
+        )
+    count = f"{now.count} with other names or in another order" if was.count == now.count else now.count
+    raise DinoError(
+        f"the images have changed since {plan.out} began: {was.count or 'an unknown number'} in {was.where} then, "
+        f"{count or 'others'} in {now.where} now",
+        anew,
+    )
+
+
+def _kind_of_images(place: str) -> str:
+    if is_pixels(place):
+        return "packed pixels"
+    return "tar shards" if is_shards(place) else "image files"
 
 
 def reading_processes(plan: Plan) -> int:

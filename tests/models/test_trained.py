@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from dinocli.core.errors import DinoError
 from dinocli.models.architecture import BackboneConfig
@@ -35,6 +36,17 @@ def test_lora_changes_nothing_at_first(name: str) -> None:
     train_only(adapted, TrainLora(kind="lora", rank=4))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(adapted(images).cls, plain(images).cls, rtol=0, atol=0)
+
+
+def test_a_rank_beyond_that_of_the_layers_is_an_error_with_a_valid_rank() -> None:
+    backbone = build()
+    most = min(min(m.weight.shape) for n, m in backbone.named_modules() if n.endswith(("attn.qkv", "mlp.fc1")))
+    with pytest.raises(DinoError, match=f"rank is {most + 1}; .* a rank of at most {most}") as error:
+        train_only(backbone, TrainLora(kind="lora", rank=most + 1))
+    assert error.value.hint == f"--set backbone.learning.trained.rank={min(16, most)}"
+    train_only(backbone, TrainLora(kind="lora", rank=most))
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        TrainLora(kind="lora", rank=0)
 
 
 @pytest.mark.parametrize("name", NAMES)

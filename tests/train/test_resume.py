@@ -12,6 +12,7 @@ import pytest
 from conftest import SMALL
 from test_state import content, stopped, twelve_steps  # noqa: F401
 
+from dinocli.apps.pack import pack
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import next_folder, runs_of
 from dinocli.data.sources.open import image_folder, open_source
@@ -91,6 +92,20 @@ def test_a_resume_with_other_images_is_refused(plan: Plan, images: Path, tmp_pat
         DinoError, match=rf"the images have changed .* {plan.source.count} in .* {plan.source.count + 1}"
     ):
         pretrain(more, lambda p: None)
+    (tmp_path / "moved" / "a" / "new.png").unlink()
+    (tmp_path / "moved" / "a" / "0000.png").rename(tmp_path / "moved" / "a" / "other.png")
+    renamed = replace(moved, source=image_folder(tmp_path / "moved"))
+    with pytest.raises(DinoError, match=rf"{plan.source.count} with other names or in another order in"):
+        pretrain(renamed, lambda p: None)
+
+
+def test_a_resume_of_packed_pixels_with_their_files_names_both_kinds(plan: Plan, images: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "pixels"
+    pack(image_folder(images), packed, pixels=True)
+    stopped(replace(plan, source=open_source(str(packed))), 4)
+    with pytest.raises(DinoError, match=rf"began with packed pixels in {packed}, and .* holds image files") as error:
+        pretrain(plan, lambda p: None)
+    assert f"name {packed} to resume" in error.value.hint
 
 
 def test_changed_files_under_the_same_names_are_noted(plan: Plan, images: Path) -> None:
