@@ -81,7 +81,9 @@ _ROW = "{:<45} {:>9} {:>5} {:>5}  {:<11} {}"
 def backbones(
     pattern: Annotated[
         str | None,
-        typer.Argument(metavar="[PATTERN]", help="Part of a name, or a pattern such as 'vit_*dinov2'. Default: all."),
+        typer.Argument(
+            metavar="[PATTERN]", help="Part of a name, or a pattern such as 'vit_*dinov2'. Default: all names."
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -89,7 +91,8 @@ def backbones(
 
     `timm:NAME.TAG` loads the weights of a tag. `--set backbone.name=NAME` trains the architecture. `class token` and
     `pooled` are the network's own feature; `average` is the mean over its map. Only networks with `masks` can be
-    trained with masked patches (iBOT, DINOv2, DINOv3). All others work as encoders and with DINO.
+    trained with masked patches (iBOT, DINOv2, DINOv3). All others work as encoders and with DINO. Without a
+    PATTERN, all names are listed without facts.
 
     Examples:
         dino presets backbones dinov3
@@ -100,8 +103,17 @@ def backbones(
     from dinocli.models.catalog import find_names, inspect_network
 
     names, entries = find_names(pattern or "*"), []
+    if pattern is None:
+        # Each network must be built for its facts, which takes minutes for all.
+        if json:
+            console.out_json([{"name": name} for name in names])
+        else:
+            for name in names:
+                console.out(name)
+        console.say(f"{len(names):,} names; for parameters, width and feature: dino presets backbones PATTERN")
+        return
     if len(names) > _MANY:
-        console.say(f"note: building {len(names):,} networks takes a minute or more; a PATTERN is faster")
+        console.say(f"note: building {len(names):,} networks takes a minute or more; a narrower PATTERN is faster")
     if not json:
         console.out(_ROW.format("name", "params", "patch", "width", "feature", "masks").rstrip())
     for name in names:

@@ -20,6 +20,20 @@ def test_backbones_lists_names_with_parameters_patch_and_released_weights() -> N
     assert max(map(len, lines)) <= 90
 
 
+def test_without_a_pattern_names_are_listed_and_nothing_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise AssertionError(f"{name} was built")
+
+    monkeypatch.setattr("dinocli.models.catalog.inspect_network", fail)
+    result = CliRunner().invoke(app, ["presets", "backbones"])
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0
+    assert len(lines) > 300 and {"resnet18", "vit_small_patch14_dinov2"} < set(lines)
+    assert "dino presets backbones PATTERN" in result.stderr
+    names = json.loads(CliRunner().invoke(app, ["presets", "backbones", "--json"]).stdout)
+    assert [entry["name"] for entry in names] == lines
+
+
 def test_a_network_that_does_not_work_has_a_reason() -> None:
     result = CliRunner().invoke(app, ["presets", "backbones", "crossvit_9_240", "--json"])
     (entry,) = json.loads(result.stdout)
