@@ -181,3 +181,12 @@ def test_folders_of_pixels_are_recognised_as_such_and_as_output(tmp_path: Path) 
     assert {name: len(source) for name, source in splits(str(tmp_path / "photos")).items()} == {"train": 4, "val": 4}
     assert list(image_folder(tmp_path / "photos").names) == ["0000.png", "0001.png"]
     assert "written by dino" in " ".join(image_folder(tmp_path / "photos").notes)
+
+
+def test_taken_images_have_their_own_pixels_and_labels(tmp_path: Path) -> None:
+    write(tmp_path)
+    taken = open_images(str(tmp_path)).take(np.array([3, 1, 3]))
+    assert list(taken.names) == [f"d\udcff/{row}.png" for row in (3, 1, 3)]
+    assert taken.labels.tolist() == [2, 0, 2]
+    for i, row in enumerate((3, 1, 3)):
+        np.testing.assert_array_equal(taken.read(i), arrays()[row])
