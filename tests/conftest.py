@@ -122,11 +122,11 @@ def write_images(folder: Path, count: int, size: int = 32, seed: int = 0) -> Pat
 def of_channels(channels: int, *more: str) -> list[str]:
     """What makes of `tiny` a preset for images of so many channels, and more that is to be set."""
     numbers = [0.5] * channels
-    colors = [f"views.{key}=0" for key in load_preset("tiny").views.color_keys]
+    colors = [f"views.{key}=0" for key in load_preset("tiny-dino").views.color_keys]
     return [f"images.channels={channels}", f"views.mean={numbers}", f"views.std={numbers}", *colors, *more]
 
 
-def write_run(folder: Path, *overrides: str, preset: str = "tiny") -> Path:
+def write_run(folder: Path, *overrides: str, preset: str = "tiny-dino") -> Path:
     """A run folder with random weights, every one of them away from where it starts."""
     torch.manual_seed(0)
     made = load_preset(preset, [*SMALL_HEADS, *overrides])
@@ -206,7 +206,7 @@ def start(tmp_path: Path) -> Path:
     """Checkpoint of a small network."""
     torch.manual_seed(0)
     options = "{img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"
-    preset = load_preset("tiny", [f"backbone.options={options}", *SMALL[1:4]])
+    preset = load_preset("tiny-dino", [f"backbone.options={options}", *SMALL[1:4]])
     write_checkpoint(tmp_path / "start.safetensors", preset.network().weights(), preset, 7)
     return tmp_path / "start.safetensors"
 

@@ -60,12 +60,13 @@ class Recipe:
 
 
 RECIPES = {
-    "dino": Recipe("tiny", SMALL),
-    "dino, in parts": Recipe("tiny", SMALL, accumulate=2, recompute=True),
-    "dino, scaled": Recipe("tiny", SMALL, scaled=True),
-    "dino, batch norm": Recipe("tiny", [*SMALL, "heads.dino.batch_norm=true"]),
-    "dino, no local crops": Recipe("tiny", [*SMALL, "views.locals=0", "views.local=none"]),
-    "dino, rotary": Recipe("tiny", [*SMALL[1:], *ROTARY]),
+    "dino": Recipe("tiny-dino", SMALL),
+    "dino, convolutional stem": Recipe("tiny", SMALL),
+    "dino, in parts": Recipe("tiny-dino", SMALL, accumulate=2, recompute=True),
+    "dino, scaled": Recipe("tiny-dino", SMALL, scaled=True),
+    "dino, batch norm": Recipe("tiny-dino", [*SMALL, "heads.dino.batch_norm=true"]),
+    "dino, no local crops": Recipe("tiny-dino", [*SMALL, "views.locals=0", "views.local=none"]),
+    "dino, rotary": Recipe("tiny-dino", [*SMALL[1:], *ROTARY]),
     "dinov2": Recipe("tiny-dinov2", MASKED),
     "dinov2, in parts": Recipe("tiny-dinov2", MASKED, accumulate=2, recompute=True),
     "ibot, visible": Recipe("tiny-dinov2", [*MASKED, "losses.ibot.visible=1.0"]),
@@ -73,7 +74,7 @@ RECIPES = {
     "drop path of a subset": Recipe(
         "tiny-dinov2", [*MASKED, "backbone.drop_path=0.3", "backbone.drop_path_rule=uniform"]
     ),
-    "distilled": Recipe("tiny", [*SMALL, "teacher.frozen=true"]),
+    "distilled": Recipe("tiny-dino", [*SMALL, "teacher.frozen=true"]),
     "distilled features": Recipe(
         "distill-features",
         [SMALL[0], f"views.global_1.size={SIZE}", "losses.features.adaptor={kind='mlp', hidden=12, layers=2}"],

@@ -34,7 +34,7 @@ def example(monkeypatch: pytest.MonkeyPatch):
 def untrained(example, tmp_path: Path) -> str:
     """An untrained `tiny`, made in this process to save the start of another."""
     example("features_in_python").draw(tmp_path / "for-the-run")
-    preset = load_preset("tiny", ["training.batch_size=4"])
+    preset = load_preset("tiny-dino", ["training.batch_size=4"])
     source = open_source(str(tmp_path / "for-the-run"))
     plan = Plan("tiny", preset, source, 0, tmp_path / "run", torch.device("cpu"), 0, None)
     return str(pretrain(plan, lambda progress: None).checkpoint)

@@ -26,7 +26,7 @@ def test_another_precision_than_the_presets_is_noted(
     tmp_path: Path, begun: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run may also be resumed on another device."""
-    preset = load_preset("tiny", ["training.precision=bfloat16", "training.batch_size=4"])
+    preset = load_preset("tiny-dino", ["training.precision=bfloat16", "training.batch_size=4"])
     source = image_folder(write_images(tmp_path, 8, size=8))
     plan = Plan("tiny", preset, source, 4, tmp_path / "run", torch.device("cpu"), 0, None)
     for native, line in (("float16", "float16 with loss scaling"), ("float32", "float32"), ("bfloat16", None)):

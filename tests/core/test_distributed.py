@@ -342,7 +342,7 @@ def test_runs_on_shards_resume_with_the_same_total_number_of_workers(
 def run_until_signal(folder: Path) -> int:
     """Train a run of which only the second process gets a signal, and return the last step."""
     os.chdir(folder)
-    preset = load_preset("tiny", [*SMALL, "training.batch_size=12"])
+    preset = load_preset("tiny-dino", [*SMALL, "training.batch_size=12"])
     plan = Plan("tiny", preset, open_source("images"), 30, Path("run"), torch.device("cpu"), 0, None)
     return pretrain(plan, lambda p: os.kill(os.getpid(), signal.SIGTERM) if rank() == 1 and p.step == 10 else None).step
 
@@ -356,7 +356,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path) -
 def run_without_finite_steps(folder: Path) -> str:
     """Train a run whose steps are not finite, and return its error."""
     os.chdir(folder)
-    preset = load_preset("tiny", [*SMALL, "training.batch_size=12"])
+    preset = load_preset("tiny-dino", [*SMALL, "training.batch_size=12"])
     hot = preset.optimizer.model_copy(update={"lr": preset.optimizer.lr.scaled(1e12), "clip": None})
     preset = preset.model_copy(update={"optimizer": hot})
     plan = Plan("tiny", preset, open_source("images"), 60, Path("run"), torch.device("cpu"), 0, None)

@@ -21,7 +21,7 @@ def make_trainer(seed: int, optimizer: str) -> Trainer:
     torch.manual_seed(seed)
     kinds = {"adamw": [], "sgd": ["optimizer.betas=none", "optimizer.momentum=0.9"]}
     kinds["lars"] = [*kinds["sgd"], "optimizer.trust=0.001"]
-    preset = load_preset("tiny", [*SMALL, f"optimizer.kind={optimizer}", *kinds[optimizer]])
+    preset = load_preset("tiny-dino", [*SMALL, f"optimizer.kind={optimizer}", *kinds[optimizer]])
     return Trainer(preset.method(), preset.optimizer, Clock(2, 10), batch_size=4, seed=3, guarded=True)
 
 

@@ -96,7 +96,7 @@ def steps(
     first: int = 0,
     last: int = 6,
     state: Arrays | None = None,
-    name: str = "tiny",
+    name: str = "tiny-dino",
 ) -> tuple[LoggedSteps, Arrays]:
     """Train some steps, and return their metrics and the trainer's state; the fourth step has a NaN in one image."""
     preset = load_preset(name, [*SMALL, *overrides])

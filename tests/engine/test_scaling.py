@@ -121,7 +121,7 @@ def correlated_views(step: int) -> Batch:
 def test_200_steps_in_float16_have_the_losses_of_float32() -> None:
     """Only the mean is compared: with rounding, single steps of two runs drift apart."""
     preset = load_preset(
-        "tiny",
+        "tiny-dino",
         [
             "backbone.options={img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2}",
             "heads.dino.prototypes=64",

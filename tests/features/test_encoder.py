@@ -34,7 +34,7 @@ def test_feature_layouts_equal_the_originals(original) -> None:
 
 
 def test_image_settings_are_those_of_training_unless_overridden(tmp_path: Path) -> None:
-    preset = load_preset("tiny", ["images.window=[0, 4095]", "images.min_side=4"])
+    preset = load_preset("tiny-dino", ["images.window=[0, 4095]", "images.min_side=4"])
     write_checkpoint(tmp_path / "ckpt.safetensors", preset.network().weights(), preset, 0)
     encoder = load_encoder(str(tmp_path), CPU)
     assert encoder.images.window == (0, 4095)
@@ -48,7 +48,7 @@ def test_image_settings_are_those_of_training_unless_overridden(tmp_path: Path) 
 
 
 def test_an_encoder_keeps_its_channels(tmp_path: Path) -> None:
-    preset = load_preset("tiny", of_channels(4))
+    preset = load_preset("tiny-dino", of_channels(4))
     write_checkpoint(tmp_path / "ckpt.safetensors", preset.network().weights(), preset, 0)
     encoder = load_encoder(str(tmp_path), CPU)
     assert (encoder.channels, encoder.images.channels) == (4, 4)

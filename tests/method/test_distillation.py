@@ -184,7 +184,7 @@ def test_parameter_groups_equal_the_originals(original, trainer: Trainer) -> Non
 def test_layers_have_learning_rates_by_their_depth() -> None:
     """Rates fall towards the input and are lowest in the patch embedding; heads and final norm have the full rate."""
     preset = load_preset(
-        "tiny", ["backbone.learning={layer_decay=0.5, patch_embed=0.2, frozen_epochs=3}", "backbone.options.depth=2"]
+        "tiny-dino", ["backbone.learning={layer_decay=0.5, patch_embed=0.2, frozen_epochs=3}", "backbone.options.depth=2"]
     )
     method = preset.method()
     names = {p: name for name, p in method.student.named_parameters()}
@@ -221,7 +221,7 @@ def test_the_teacher_averages_parameters_but_not_batch_norm_statistics() -> None
     options = "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2}"
     small = [options, "heads.dino.prototypes=16", "heads.dino.hidden=16", "heads.dino.bottleneck=8"]
     momentum = "teacher.momentum={kind='constant', value=0.75}"
-    method = load_preset("tiny", [*small, momentum, "heads.dino.batch_norm=true"]).method()
+    method = load_preset("tiny-dino", [*small, momentum, "heads.dino.batch_norm=true"]).method()
     outputs_of: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
     for which, outputs in outputs_of.items():
         first = getattr(method, which).heads["dino"].mlp[0]
@@ -275,6 +275,7 @@ def drawn_batch(images: int, preset: Preset) -> Batch:
 @pytest.mark.parametrize(
     ("name", "more"),
     [
+        ("tiny-dino", ()),
         ("tiny", ()),
         ("tiny-dinov2", ("losses.koleo=none",)),
         ("tiny-dinov2", ("losses.koleo=none", "losses.ibot.visible=0.5")),
@@ -393,7 +394,7 @@ def test_the_loss_on_visible_patches_equals_its_definition() -> None:
 
 
 def test_metrics_distinguish_both_kinds_of_collapse_from_learning() -> None:
-    loss = load_preset("tiny", ["heads.dino.prototypes=16"]).losses.dino.build(16)
+    loss = load_preset("tiny-dino", ["heads.dino.prototypes=16"]).losses.dino.build(16)
     clock = Clock(1, 1)
     for logits, entropy, information, prototypes in (
         (torch.zeros(2, 8, 16), math.log(16), 0, 1),  # uniform targets
@@ -409,7 +410,7 @@ def test_metrics_distinguish_both_kinds_of_collapse_from_learning() -> None:
 
 
 def test_a_skipped_step_does_not_change_the_teacher() -> None:
-    method = load_preset("tiny", ["heads.dino.prototypes=16"]).method()
+    method = load_preset("tiny-dino", ["heads.dino.prototypes=16"]).method()
     with torch.no_grad():
         for parameter in method.student.parameters():
             parameter.add_(1.0)
@@ -421,7 +422,7 @@ def test_a_skipped_step_does_not_change_the_teacher() -> None:
 
 
 def test_the_share_of_used_prototypes_spans_about_a_hundred_steps() -> None:
-    loss = load_preset("tiny", ["heads.dino.prototypes=16"]).losses.dino.build(16)
+    loss = load_preset("tiny-dino", ["heads.dino.prototypes=16"]).losses.dino.build(16)
     clock, one, each = Clock(1, 1), 100 * torch.eye(16)[:1].expand(2, 8, 16), 100 * torch.eye(16).view(2, 8, 16)
 
     def share(logits: torch.Tensor, steps: int) -> float:

@@ -121,7 +121,7 @@ def test_mixed_sizes_that_do_not_fit_suggest_some_that_do(
     mixed: str, changed: list[str], message: str, hint: str
 ) -> None:
     with pytest.raises(DinoError) as error:
-        load_preset("tiny", [f"views.mixed={mixed}", *changed]).method()
+        load_preset("tiny-dino", [f"views.mixed={mixed}", *changed]).method()
     assert message in error.value.message
     assert hint in error.value.hint
 
@@ -219,23 +219,23 @@ def test_a_low_resolution_that_does_not_fit_suggests_one_that_does(
 ) -> None:
     overrides = ["optimizer.lr.warmup_epochs=0", "heads.dino.freeze_last_layer_epochs=0", *changed]
     with pytest.raises(DinoError) as error:
-        load_preset("tiny", [*overrides, f"views.low_resolution={{{table}}}"]).method()
+        load_preset("tiny-dino", [*overrides, f"views.low_resolution={{{table}}}"]).method()
     assert message in error.value.message
     typed = re.fullmatch(r"--set (\S+)", error.value.hint)
     if typed and not typed[1].endswith("VALUE"):
         assert typed[1].endswith(hint)
-        load_preset("tiny", [*overrides, f"views.low_resolution={{{table}}}", typed[1]]).method()
+        load_preset("tiny-dino", [*overrides, f"views.low_resolution={{{table}}}", typed[1]]).method()
     else:
         assert hint in error.value.hint
 
 
 def test_low_resolution_can_be_set_in_a_preset_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(shipped.text("tiny") + "\n[views.low_resolution]\nepochs = 4\nglobal_size = 32\n")
+    path.write_text(shipped.text("tiny-dino") + "\n[views.low_resolution]\nepochs = 4\nglobal_size = 32\n")
     mine = load_preset(str(path))
     assert (mine.views.low_resolution.global_size, mine.views.low_resolution.local_size) == (32, None)
     assert Preset.parse(json.loads(mine.model_dump_json()), "stored") == mine
-    assert load_preset(str(path), ["views.low_resolution=none"]) == load_preset("tiny")
+    assert load_preset(str(path), ["views.low_resolution=none"]) == load_preset("tiny-dino")
     convolutional = ["backbone={name='resnet18'}", "views.low_resolution.global_size=33"]
     assert load_preset(str(path), convolutional).method().student.backbone.patch_size == 32, "takes any size"
 
@@ -248,8 +248,8 @@ def test_an_unknown_preset_suggests_the_nearest() -> None:
 
 def test_a_preset_is_loaded_from_the_users_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(shipped.text("tiny"))
-    assert load_preset(str(path)) == load_preset("tiny")
+    path.write_text(shipped.text("tiny-dino"))
+    assert load_preset(str(path)) == load_preset("tiny-dino")
     path.write_text("epochs = = 3")
     with pytest.raises(DinoError, match="not valid TOML"):
         load_preset(str(path))
@@ -368,11 +368,11 @@ def test_only_the_student_has_drop_path() -> None:
 
 @pytest.mark.parametrize("channels", [1, 4, 13])
 def test_the_backbone_has_the_images_number_of_channels(channels: int) -> None:
-    preset = load_preset("tiny", of_channels(channels))
+    preset = load_preset("tiny-dino", of_channels(channels))
     assert preset.backbone.build(drop_path=False).model.patch_embed.proj.in_channels == channels
     assert Preset.parse(preset.model_dump(mode="json"), "x") == preset
-    assert load_preset("tiny", of_channels(channels, f"backbone.options.in_chans={channels}")) == preset
-    assert "in_chans" not in load_preset("tiny").backbone.options
+    assert load_preset("tiny-dino", of_channels(channels, f"backbone.options.in_chans={channels}")) == preset
+    assert "in_chans" not in load_preset("tiny-dino").backbone.options
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_the_backbone_has_the_images_number_of_channels(channels: int) -> None:
 )  # fmt: skip
 def test_channels_that_do_not_fit_are_refused(overrides: list[str], message: str, hint: str) -> None:
     with pytest.raises(DinoError) as error:
-        load_preset("tiny", overrides)
+        load_preset("tiny-dino", overrides)
     assert message in error.value.message
     assert hint in error.value.hint
     assert "it needs" not in error.value.message, "the override is only in the hint"
@@ -424,12 +424,12 @@ def test_malformed_preset_files_give_a_one_line_error(tmp_path: Path, text: str)
 @pytest.mark.parametrize("override", [f"{DEEP}b=1", f"backbone.options.{DEEP}b=1", "about=" + "[" * 5000 + "]" * 5000])
 def test_overrides_that_are_nested_too_deeply_are_refused(override: str) -> None:
     with pytest.raises(DinoError, match="nested"):
-        load_preset("tiny", [override])
+        load_preset("tiny-dino", [override])
 
 
 def test_a_number_for_a_schedule_is_a_constant_schedule() -> None:
     constant = {"kind": "constant", "value": 0.05}
-    ours = load_preset("tiny", ["losses.dino.targets.temperature=0.05"])
+    ours = load_preset("tiny-dino", ["losses.dino.targets.temperature=0.05"])
     assert ours.losses.dino.targets.temperature.model_dump() == constant, "the preset's is constant"
     data = ours.model_dump()
     for table, key in (("optimizer", "lr"), ("optimizer", "weight_decay"), ("teacher", "momentum")):

@@ -6,7 +6,7 @@ from dinocli.method.settings import changes, flat, shipped_as
 
 
 def test_flat_lists_each_key_and_a_schedule_as_one_value() -> None:
-    found = dict(flat(load_preset("tiny").model_dump(mode="json")))
+    found = dict(flat(load_preset("tiny-dino").model_dump(mode="json")))
     assert found["backbone.options.depth"] == "4"
     assert found["teacher.momentum"] == "cosine, start 0.98, end 1.0, warmup_epochs 0"
     assert found["optimizer.clip"] is not None
@@ -25,7 +25,7 @@ def test_shipped_as_recognises_presets_with_changed_settings_and_results() -> No
 
 
 def test_shipped_as_returns_nothing_for_a_users_own_preset() -> None:
-    stored = load_preset("tiny").model_dump(mode="json")
+    stored = load_preset("tiny-dino").model_dump(mode="json")
     stored["about"]["source"] = "mine"
     assert shipped_as(stored) == ("", {})
     assert shipped_as({"about": None}) == shipped_as({}) == ("", {})

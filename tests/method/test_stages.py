@@ -89,7 +89,7 @@ def test_sizes_are_relative_to_the_run_and_whole_patches(tmp_path: Path) -> None
     other = load_preset(path, run=load_preset("dinov2-vits14"))
     assert [m.global_size % 14 for m in other.views.mixed] == [0, 0]
     assert other.backbone.rescale_positions == 1, "learned positions have no coordinates to rescale"
-    no_local = load_preset(path, run=load_preset("tiny", ["views.local=none"]))
+    no_local = load_preset(path, run=load_preset("tiny-dino", ["views.local=none"]))
     assert [m.local_size for m in no_local.views.mixed] == [None, None]
     again = load_preset(path, run=rotary)
     assert again.views.mixed == rotary.views.mixed, "sizes refer to the views, which a stage does not change"

@@ -67,7 +67,7 @@ def test_a_trained_network_loads_with_its_stem_and_exports_as_a_graph_only(tmp_p
     run = write_run(tmp_path / "run", "backbone.stem=conv")
     encoder = load_encoder(str(run), torch.device("cpu"))
     assert isinstance(encoder.backbone.model.patch_embed.proj, ConvStem)
-    assert load_preset("tiny", ["backbone.stem=conv"]).backbone == encoder_config(run)
+    assert load_preset("tiny-dino", ["backbone.stem=conv"]).backbone == encoder_config(run)
     done = export(str(run), "torch-export", tmp_path / "net.pt2")
     assert done.difference < 1e-4
     for to, name in (("timm", "folder"), ("official", "net.pth")):

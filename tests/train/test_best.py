@@ -17,7 +17,7 @@ def answers(correct: int) -> Answers:
 
 
 def test_only_better_weights_are_kept_also_after_a_resume(tmp_path: Path) -> None:
-    preset, path = load_preset("tiny", SMALL), str(tmp_path / BEST)
+    preset, path = load_preset("tiny-dino", SMALL), str(tmp_path / BEST)
     networks = [preset.network() for _ in range(4)]
 
     def kept() -> int | None:
@@ -37,14 +37,14 @@ def test_only_better_weights_are_kept_also_after_a_resume(tmp_path: Path) -> Non
 
 def test_a_corrupt_file_is_written_anew(tmp_path: Path) -> None:
     (tmp_path / BEST).write_bytes(b"x")
-    preset = load_preset("tiny", SMALL)
+    preset = load_preset("tiny-dino", SMALL)
     best = BestWeights(tmp_path, preset, "set")
     best.update(answers(0), preset.network(), 3)
     assert load_encoder(str(tmp_path / BEST), torch.device("cpu")).step == 3
 
 
 def test_weights_that_another_monitor_chose_are_replaced(tmp_path: Path) -> None:
-    preset = load_preset("tiny", SMALL)
+    preset = load_preset("tiny-dino", SMALL)
     BestWeights(tmp_path, preset, "one").update(answers(9), preset.network(), 1)
     other = BestWeights(tmp_path, preset, "other")
     other.update(answers(3), preset.network(), 2)
@@ -52,7 +52,7 @@ def test_weights_that_another_monitor_chose_are_replaced(tmp_path: Path) -> None
 
 
 def test_an_accuracy_without_an_end_in_decimals_is_kept_exactly(tmp_path: Path) -> None:
-    preset = load_preset("tiny", SMALL)
+    preset = load_preset("tiny-dino", SMALL)
     third = Answers(0.0, np.arange(3) < 1, np.zeros(1, np.bool_))
     BestWeights(tmp_path, preset, "set").update(third, preset.network(), 1)
     BestWeights(tmp_path, preset, "set").update(third, preset.network(), 2)

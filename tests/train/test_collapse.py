@@ -23,7 +23,7 @@ UNIFORM = [(5.44, 0.072), (5.45, 0.0645), (5.46, 0.0626), (5.47, 0.0613), (5.47,
 
 
 def detect(series: list[tuple[float, float]], overrides: list[str] = [], times: int = 10) -> list[tuple[int, Collapse]]:  # noqa: B006
-    detector = CollapseDetector(load_preset("tiny", overrides), 400)
+    detector = CollapseDetector(load_preset("tiny-dino", overrides), 400)
     found = []
     for i, (entropy, information) in enumerate(series * times):
         figures = {"dino/teacher_entropy": entropy, "dino/information": information}
@@ -49,7 +49,7 @@ def test_a_second_collapse_is_reported_again() -> None:
 
 
 def test_sharp_or_uniform_targets_with_information_are_no_collapse() -> None:
-    most = math.log(load_preset("tiny").heads["dino"].prototypes)
+    most = math.log(load_preset("tiny-dino").heads["dino"].prototypes)
     assert detect([(0.001 * most, 0.5 * most)] * 30) == []
     assert detect([(0.98 * most, 0.03 * most)] * 30) == []
 
@@ -60,7 +60,7 @@ def test_a_slow_start_is_no_collapse() -> None:
 
 
 def test_a_preset_without_these_figures_is_never_reported() -> None:
-    detector = CollapseDetector(load_preset("tiny"), 400)
+    detector = CollapseDetector(load_preset("tiny-dino"), 400)
     assert not any(detector.update(step, {"loss": 1.0}) for step in range(0, 400, 10))
 
 
@@ -82,7 +82,7 @@ def test_the_remedy_fits_the_preset_and_parses(
     assert remedy in collapse.remedy
     if "--set " in collapse.remedy:
         changed = collapse.remedy.partition("--set ")[2].replace("'", "")
-        assert load_preset("tiny", [*overrides, changed]) != load_preset("tiny", overrides)
+        assert load_preset("tiny-dino", [*overrides, changed]) != load_preset("tiny-dino", overrides)
 
 
 def test_fewer_prototypes_are_the_first_remedy_for_many() -> None:
@@ -97,7 +97,7 @@ def flat(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     """Plan of a run without sharpening, so that the teacher gives every prototype the same share."""
     monkeypatch.chdir(tmp_path)
     dull = ["losses.dino.targets.temperature.value=5.0", "heads.dino.batch_norm=false", "training.epochs=16"]
-    preset = load_preset("tiny", [*SMALL, *dull])
+    preset = load_preset("tiny-dino", [*SMALL, *dull])
     return Plan("tiny", preset, image_folder(images), 64, Path("runs/x"), torch.device("cpu"), 0, None)
 
 

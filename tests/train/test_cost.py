@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 SMALL = ("backbone.options={depth=3,embed_dim=64,num_heads=2,img_size=64,patch_size=8}", "heads.dino.prototypes=512")
 
 
-def plan(images: Path, *overrides: str, preset: str = "tiny", stop: int = 10, recompute: bool = False) -> Plan:
+def plan(images: Path, *overrides: str, preset: str = "tiny-dino", stop: int = 10, recompute: bool = False) -> Plan:
     made = load_preset(preset, overrides)
     return Plan(preset, made, image_folder(images), stop, Path("run"), CPU, 0, None, recompute=recompute)
 

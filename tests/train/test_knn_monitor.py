@@ -41,7 +41,7 @@ def labelled(tmp_path: Path) -> Path:
 @pytest.fixture
 def plan(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(tmp_path)
-    return Plan("tiny", load_preset("tiny", SMALL), image_folder(images), 12, Path("run"), CPU, 0, None)
+    return Plan("tiny", load_preset("tiny-dino", SMALL), image_folder(images), 12, Path("run"), CPU, 0, None)
 
 
 def test_the_monitor_equals_extract_and_knn(labelled: Path, plan: Plan) -> None:
@@ -90,14 +90,14 @@ def test_the_network_keeps_its_training_mode(labelled: Path, plan: Plan) -> None
 
 
 def test_evaluations_take_at_most_a_twentieth_of_the_time() -> None:
-    views = load_preset("tiny", []).views
+    views = load_preset("tiny-dino", []).views
     assert steps_between_evaluations(24, steps=100_000, batch_size=1024, views=views) == 5_000
     assert steps_between_evaluations(24, steps=10, batch_size=1, views=views) == 72, "24 images cost 3.6 steps"
 
 
 def test_evaluations_take_no_larger_share_while_crops_are_small() -> None:
     small = ["views.locals=0", "views.local=none", "views.low_resolution={epochs=1, global_size=24}"]
-    views = load_preset("tiny", small).views
+    views = load_preset("tiny-dino", small).views
     assert steps_between_evaluations(24, steps=10, batch_size=1, views=views) == 4 * 72, "a quarter of the pixels"
 
 
@@ -119,7 +119,7 @@ def test_the_sample_of_a_large_set_is_balanced_over_classes(tmp_path: Path) -> N
 def test_a_monitor_folder_without_classes_is_refused(tmp_path: Path) -> None:
     write_images(tmp_path / "flat", 3)
     with pytest.raises(DinoError, match=r"class folders; .*flat has none"):
-        KnnMonitor(str(tmp_path / "flat"), load_preset("tiny", SMALL), workers=0)
+        KnnMonitor(str(tmp_path / "flat"), load_preset("tiny-dino", SMALL), workers=0)
 
 
 def test_classes_of_one_image_are_refused_before_anything_is_written(plan: Plan, tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_k_is_small_with_few_images_per_class(tmp_path: Path) -> None:
         for i in range(5):
             noise = np.random.default_rng((i, color)).integers(0, 4, (20, 20, 3), dtype=np.uint8)
             Image.fromarray(noise + np.uint8(color)).save(tmp_path / "few" / label / f"{i}.png")
-    preset = load_preset("tiny", SMALL)
+    preset = load_preset("tiny-dino", SMALL)
     torch.manual_seed(0)
     assert KnnMonitor(str(tmp_path / "few"), preset, workers=0).evaluate(preset.network()).accuracy == 100
 

@@ -202,7 +202,7 @@ def test_a_stage_resumes_only_with_its_own_origin(plan: Plan) -> None:
 
 
 def test_runs_without_heads_or_with_lora_are_refused_at_once(tmp_path: Path) -> None:
-    made = load_preset("tiny", [*SMALL, "backbone.learning.trained={kind='lora', rank=2}"])
+    made = load_preset("tiny-dino", [*SMALL, "backbone.learning.trained={kind='lora', rank=2}"])
     write_checkpoint(tmp_path / "lora.safetensors", made.network().weights(), made, 3)
     with pytest.raises(DinoError, match="was trained with LoRA") as error:
         Origin.read(str(tmp_path / "lora.safetensors"))
@@ -210,7 +210,7 @@ def test_runs_without_heads_or_with_lora_are_refused_at_once(tmp_path: Path) -> 
 
 
 def test_the_clock_of_a_run_is_that_of_its_last_step(tmp_path: Path) -> None:
-    made = load_preset("tiny", [*SMALL, "training.epochs=5"])
+    made = load_preset("tiny-dino", [*SMALL, "training.epochs=5"])
     write_checkpoint(tmp_path / "x.safetensors", made.network().weights(), made, 7)
     clock = Origin.read(str(tmp_path / "x.safetensors")).clock
     assert clock is not None

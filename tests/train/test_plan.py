@@ -18,7 +18,7 @@ from dinocli.method.preset import load_preset
 from dinocli.train.plan import Plan, cautions, check_schedules, short_stop, start_clock
 
 
-def plan(images: Path, *overrides: str, preset: str = "tiny", stop: int = 10) -> Plan:
+def plan(images: Path, *overrides: str, preset: str = "tiny-dino", stop: int = 10) -> Plan:
     return Plan(
         preset,
         load_preset(preset, overrides),
@@ -33,7 +33,7 @@ def plan(images: Path, *overrides: str, preset: str = "tiny", stop: int = 10) ->
 
 def test_an_epoch_is_one_pass_unless_the_preset_sets_its_steps() -> None:
     assert start_clock(load_preset("vits16"), 5000).steps_per_epoch == 4
-    tiny = load_preset("tiny")
+    tiny = load_preset("tiny-dino")
     assert (
         start_clock(tiny, 5000).total
         == start_clock(tiny, 500).total
@@ -58,7 +58,7 @@ def test_fewer_images_than_a_batch_is_an_error_with_a_batch_that_fits(images: in
 
 def test_a_small_preset_gets_only_the_hint_of_a_smaller_batch() -> None:
     with pytest.raises(DinoError) as error:
-        start_clock(load_preset("tiny"), 40)
+        start_clock(load_preset("tiny-dino"), 40)
     assert error.value.hint == "--batch-size 32"
 
 
@@ -160,7 +160,7 @@ def test_the_learning_rate_includes_the_batch_rule(images: Path) -> None:
 def test_unlikely_settings_are_cautioned_with_a_better_value(
     tmp_path: Path, overrides: list[str], stop: int | None, words: list[str]
 ) -> None:
-    preset = load_preset("tiny", overrides)
+    preset = load_preset("tiny-dino", overrides)
     source = image_folder(write_images(tmp_path, 48, size=8))
     total = start_clock(preset, 48).total
     plan = Plan("tiny", preset, source, stop or total, Path("x"), torch.device("cpu"), 0, None)
@@ -170,7 +170,7 @@ def test_unlikely_settings_are_cautioned_with_a_better_value(
         assert expected in line
         changed = [value.strip(", ") for value in re.findall(r"--set (\S+)", line)]
         assert changed, "a value is suggested"
-        mended = load_preset("tiny", [*overrides, *changed])
+        mended = load_preset("tiny-dino", [*overrides, *changed])
         assert not [w for w in cautions(replace(plan, preset=mended)) if expected in w], "the suggested value is valid"
 
 

@@ -34,7 +34,7 @@ from dinocli.weights.load import load_encoder, start_from
 def six_steps(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(tmp_path)
     return Plan(
-        "tiny", load_preset("tiny", SMALL), image_folder(images), 6, Path("runs/tiny-1"), torch.device("cpu"), 0, None
+        "tiny", load_preset("tiny-dino", SMALL), image_folder(images), 6, Path("runs/tiny-1"), torch.device("cpu"), 0, None
     )
 
 
@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(plan: Plan
 @pytest.mark.gpu
 @pytest.mark.parametrize("changes", [(), ("views.locals=0", "views.local=none")], ids=["multi-crop", "no-local-crops"])
 def test_a_gpu_learns_like_the_cpu(plan: Plan, changes: tuple[str, ...]) -> None:
-    plan = replace(plan, preset=load_preset("tiny", [*SMALL, *changes]))
+    plan = replace(plan, preset=load_preset("tiny-dino", [*SMALL, *changes]))
     losses = [
         pretrain(replace(plan, device=torch.device(d), out=Path(f"runs/{d}")), lambda p: None).loss
         for d in ("cpu", "cuda")
@@ -103,7 +103,7 @@ def test_the_rate_follows_the_batch(plan: Plan) -> None:
 
 
 def test_the_teacher_keeps_its_own_batch_norm_statistics(plan: Plan) -> None:
-    preset = load_preset("tiny", [*SMALL, "heads.dino.batch_norm=true"])
+    preset = load_preset("tiny-dino", [*SMALL, "heads.dino.batch_norm=true"])
     run = pretrain(replace(plan, preset=preset), lambda p: None)
     assert read_weights(run.folder).heads["dino"]["mlp.1.num_batches_tracked"] == run.step == 6
 
@@ -120,7 +120,7 @@ DROPPING = (*SMALL, "backbone.drop_path=0.5", "backbone.options.depth=3")
 
 def test_activation_checkpointing_gives_the_same_bits(plan: Plan) -> None:
     """Dropped paths are drawn once, and are the same in the recomputation."""
-    plan = replace(plan, preset=load_preset("tiny", DROPPING))
+    plan = replace(plan, preset=load_preset("tiny-dino", DROPPING))
     once = pretrain(plan, lambda p: None)
     again = pretrain(replace(plan, out=Path("runs/again"), recompute=True), lambda p: None)
     for key, value in weights_of(once.folder).items():
@@ -129,7 +129,7 @@ def test_activation_checkpointing_gives_the_same_bits(plan: Plan) -> None:
 
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same(plan: Plan) -> None:
-    plan = replace(plan, preset=load_preset("tiny", DROPPING))
+    plan = replace(plan, preset=load_preset("tiny-dino", DROPPING))
     plain = pretrain(plan, lambda p: None)
     compiled = pretrain(replace(plan, out=Path("runs/compiled"), compiled=True), lambda p: None)
     torch.testing.assert_close(weights_of(compiled.folder), weights_of(plain.folder), rtol=1e-3, atol=1e-4)
@@ -320,7 +320,7 @@ def test_a_run_with_low_resolution_stops_anywhere_and_ends_in_the_same_bits(
         return parts_of(self, batch, count, clock)
 
     monkeypatch.setattr(SelfDistillation, "parts", seen)
-    plan = replace(plan, preset=load_preset("tiny", LOW), stop=8, workers=workers)
+    plan = replace(plan, preset=load_preset("tiny-dino", LOW), stop=8, workers=workers)
     whole = pretrain(plan, lambda p: None)
     assert grids == [(step, 4 if step < 4 else 16) for step in range(8)]
     parts = replace(plan, out=Path("runs/parts"))
@@ -329,7 +329,7 @@ def test_a_run_with_low_resolution_stops_anywhere_and_ends_in_the_same_bits(
     assert again.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
     assert grids[8:] == grids[:8]
     assert load_encoder(str(whole.folder), torch.device("cpu")).size == 16, "it looks at images of full size"
-    other = replace(parts, stop=12, preset=load_preset("tiny", [*LOW, "views.low_resolution.epochs=3"]))
+    other = replace(parts, stop=12, preset=load_preset("tiny-dino", [*LOW, "views.low_resolution.epochs=3"]))
     with pytest.raises(DinoError, match=r"began with views\.low_resolution\.epochs = 2; 3 is now set"):
         pretrain(other, lambda p: None)
 
@@ -346,7 +346,7 @@ def test_a_run_with_low_resolution_stops_anywhere_and_ends_in_the_same_bits(
 )
 def test_any_backbone_accepts_low_resolution(plan: Plan, backbone: str) -> None:
     mask = ["views.mask=none"] if "resnet" in backbone else []
-    preset = load_preset("tiny", [*LOW, f"backbone={backbone}", *mask])
+    preset = load_preset("tiny-dino", [*LOW, f"backbone={backbone}", *mask])
     run = pretrain(replace(plan, preset=preset, stop=6), lambda p: None)
     assert (run.step, run.skipped) == (6, 0)
 
@@ -354,7 +354,7 @@ def test_any_backbone_accepts_low_resolution(plan: Plan, backbone: str) -> None:
 def test_new_heads_learn_while_the_backbone_is_frozen(plan: Plan) -> None:
     first = pretrain(plan, lambda p: None)
     waiting = [*SMALL, "heads.dino.prototypes=32", "backbone.learning.frozen_epochs=1"]
-    later = replace(plan, preset=load_preset("tiny", waiting), init=str(first.folder))
+    later = replace(plan, preset=load_preset("tiny-dino", waiting), init=str(first.folder))
     for stop, moved in ((4, False), (5, True)):  # an epoch has four steps
         run = pretrain(replace(later, stop=stop, out=Path(f"runs/{stop}")), lambda p: None)
         assert run.fresh_heads == ["dino"]
@@ -365,14 +365,14 @@ def test_new_heads_learn_while_the_backbone_is_frozen(plan: Plan) -> None:
 
 
 def test_initial_weights_of_another_shape_are_an_error(plan: Plan, tmp_path: Path) -> None:
-    preset = load_preset("tiny")
+    preset = load_preset("tiny-dino")
     write_checkpoint(tmp_path / "other.safetensors", preset.network().weights(), preset, 0)
     with pytest.raises(DinoError, match=r"cls_token is .*; expected 1x1x16"):
         start_from(plan.preset.method(), str(tmp_path / "other.safetensors"))
 
 
 def test_heads_of_another_shape_stay_random_and_are_named(plan: Plan, tmp_path: Path) -> None:
-    other = load_preset("tiny", [*SMALL, "heads.dino.prototypes=9"])
+    other = load_preset("tiny-dino", [*SMALL, "heads.dino.prototypes=9"])
     write_checkpoint(tmp_path / "other.safetensors", other.network().weights(), other, 0)
     assert start_from(plan.preset.method(), str(tmp_path / "other.safetensors")) == ["dino"]
     same = plan.preset
@@ -382,7 +382,7 @@ def test_heads_of_another_shape_stay_random_and_are_named(plan: Plan, tmp_path: 
 
 def test_three_channel_weights_are_adapted_with_a_note(plan: Plan, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "three.safetensors", plan.preset.network().weights(), plan.preset, 0)
-    other, notes = load_preset("tiny", [*SMALL, *of_channels(4)]), list[str]()
+    other, notes = load_preset("tiny-dino", [*SMALL, *of_channels(4)]), list[str]()
     method = other.method()
     start_from(method, str(tmp_path / "three.safetensors"), notes.append)
     assert [note for note in notes if "three channels" in note] == notes != []

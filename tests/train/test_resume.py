@@ -31,7 +31,7 @@ def test_a_resume_with_another_preset_names_the_first_different_key(plan: Plan) 
         ("training.epochs=9", "training.epochs = 8; 9 is now set", "--set training.epochs=8"),
         ("views.global_2.blur=0.5", "views.global_2.blur = 0.0; 0.5 is now set", "--set views.global_2.blur=0.0"),
     ):
-        other = replace(plan, preset=load_preset("tiny", [*SMALL, "backbone.drop_path=0.3", override]))
+        other = replace(plan, preset=load_preset("tiny-dino", [*SMALL, "backbone.drop_path=0.3", override]))
         with pytest.raises(DinoError, match=words) as error:
             pretrain(other, lambda p: None)
         assert hint in error.value.hint
@@ -52,16 +52,16 @@ def test_the_hint_to_resume_parses(plan: Plan, override: str) -> None:
     stopped(plan, 4)
     words = [*SMALL, "backbone.drop_path=0.3", override]
     with pytest.raises(DinoError) as error:
-        pretrain(replace(plan, preset=load_preset("tiny", words)), lambda p: None)
+        pretrain(replace(plan, preset=load_preset("tiny-dino", words)), lambda p: None)
     typed = shlex.split(error.value.hint.removesuffix(" to resume, or another --out"))
     assert typed[0] == "--set"
     assert len(typed) == 2
-    assert load_preset("tiny", [*words, typed[1]]) == plan.preset
+    assert load_preset("tiny-dino", [*words, typed[1]]) == plan.preset
 
 
 def test_descriptions_of_a_preset_may_differ(plan: Plan) -> None:
     stopped(plan, 4)
-    preset = load_preset("tiny", [*SMALL, "backbone.drop_path=0.3", "about.cost=none at all"])
+    preset = load_preset("tiny-dino", [*SMALL, "backbone.drop_path=0.3", "about.cost=none at all"])
     assert pretrain(replace(plan, preset=preset), lambda p: None).step == 12
 
 
@@ -69,7 +69,7 @@ def test_extending_a_finished_run_notes_the_jump_of_its_schedules(plan: Plan) ->
     whole = replace(plan, stop=plan.clock.total)
     pretrain(whole, lambda p: None)
     longer = replace(
-        plan, preset=load_preset("tiny", [*SMALL, "backbone.drop_path=0.3", "training.epochs=16"]), stop=64
+        plan, preset=load_preset("tiny-dino", [*SMALL, "backbone.drop_path=0.3", "training.epochs=16"]), stop=64
     )
     said: list[str] = []
     run = pretrain(longer, lambda p: None, said.append)
@@ -134,7 +134,7 @@ def test_only_a_matching_unfinished_run_is_found(plan: Plan) -> None:
     pretrain(broken, lambda p: os.kill(os.getpid(), signal.SIGINT))
     pretrain(replace(plan, out=next_folder("tiny")), lambda p: None)
     assert unfinished(runs_of("tiny"), wanted) == Path("runs/tiny-2")
-    assert unfinished(runs_of("tiny"), (load_preset("tiny"), *wanted[1:])) is None
+    assert unfinished(runs_of("tiny"), (load_preset("tiny-dino"), *wanted[1:])) is None
     assert unfinished(runs_of("tiny"), (plan.preset, "other", None, None)) is None
     assert unfinished(runs_of("tiny"), (*wanted[:2], "some.pth", None)) is None
 

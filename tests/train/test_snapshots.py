@@ -35,12 +35,12 @@ def source(images: Path) -> Images:
 
 @pytest.fixture
 def preset() -> Preset:
-    return load_preset("tiny", SMALL + VIT)
+    return load_preset("tiny-dino", SMALL + VIT)
 
 
 def test_the_choice_depends_on_the_seed_alone(source: Images, preset: Preset) -> None:
     first, again = Photos.of(source, preset), Photos.of(source, preset)
-    other = Photos.of(source, load_preset("tiny", [*SMALL, *VIT, "training.seed=1"]))
+    other = Photos.of(source, load_preset("tiny-dino", [*SMALL, *VIT, "training.seed=1"]))
     assert torch.equal(first.pool, again.pool) and first.names == again.names
     assert first.names != other.names
     assert first.pool.shape == (12, 3, 16, 16) and first.pool.dtype == torch.uint8
@@ -122,7 +122,7 @@ def test_a_convolutional_network_has_no_maps(source: Images, tmp_path: Path) -> 
 
 
 def test_a_network_with_rotary_positions_has_maps(source: Images, tmp_path: Path) -> None:
-    preset = load_preset("tiny", [*SMALL, *VIT, "backbone.name=vit_small_patch16_dinov3", "backbone.positions=none"])
+    preset = load_preset("tiny-dino", [*SMALL, *VIT, "backbone.name=vit_small_patch16_dinov3", "backbone.positions=none"])
     method = preset.method()
     Photos.of(source, preset).snapshot(method.teacher, 5, tmp_path)
     assert Image.open(tmp_path / "pictures" / "attention-5.jpg").size == (6 * TILE, TILE)
@@ -146,7 +146,7 @@ def test_non_finite_features_are_not_drawn(source: Images, preset: Preset, tmp_p
     assert not list((tmp_path / "pictures").glob("*-1.jpg"))
 
 
-@pytest.mark.parametrize("settings", [("tiny", VIT), ("resnet50", RESNET)], ids=["vit", "resnet"])
+@pytest.mark.parametrize("settings", [("tiny-dino", VIT), ("resnet50", RESNET)], ids=["vit", "resnet"])
 def test_snapshots_do_not_change_a_bit_of_the_run(
     settings: tuple[str, list[str]], source: Images, tmp_path: Path
 ) -> None:

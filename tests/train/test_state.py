@@ -32,7 +32,7 @@ from dinocli.weights.checkpoint import read_weights
 @pytest.fixture(name="plan")
 def twelve_steps(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(tmp_path)
-    preset = load_preset("tiny", [*SMALL, "backbone.drop_path=0.3"])
+    preset = load_preset("tiny-dino", [*SMALL, "backbone.drop_path=0.3"])
     return Plan(
         "tiny", preset, image_folder(images), 12, Path("runs/tiny-1"), torch.device("cpu"), 0, None,
         saving=Saving(seconds=None, steps=4),
@@ -46,7 +46,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("undisturbed")
     for seed, label in enumerate("ab"):
         write_images(folder / "images" / label, 6, seed=seed)
-    preset, source = load_preset("tiny", [*SMALL, "backbone.drop_path=0.3"]), image_folder(folder / "images")
+    preset, source = load_preset("tiny-dino", [*SMALL, "backbone.drop_path=0.3"]), image_folder(folder / "images")
     saving = Saving(seconds=None, steps=4)
     run = Plan("tiny", preset, source, 12, folder / "run", torch.device("cpu"), 0, None, saving=saving)
     return content(pretrain(run, lambda p: None).folder)
@@ -299,7 +299,7 @@ def train_in(folder: str, out: str) -> None:
     """Train in the process that is killed, and save after every step."""
     os.chdir(folder)
     torch.set_num_threads(1)
-    preset = load_preset("tiny", [*SMALL, "backbone.drop_path=0.3"])
+    preset = load_preset("tiny-dino", [*SMALL, "backbone.drop_path=0.3"])
     saving = Saving(seconds=None, steps=1, keep=2)
     pretrain(
         Plan("tiny", preset, image_folder(Path("images")), 12, Path(out), torch.device("cpu"), 0, None, saving=saving),

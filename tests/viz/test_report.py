@@ -92,7 +92,7 @@ def run(tmp_path: Path) -> Path:
     pictures = folder / "pictures"
     pictures.mkdir(parents=True)
     lines(folder, 41, [])  # no curves: drawing them is slow and has its own tests
-    preset = load_preset("tiny", ["views.local.scale=[0.1, 0.5]", "optimizer.clip=none"])
+    preset = load_preset("tiny-dino", ["views.local.scale=[0.1, 0.5]", "optimizer.clip=none"])
     (folder / "preset.json").write_text(preset.model_dump_json(indent=2))
     strip(6).save(pictures / "photos.jpg")
     (pictures / "photos.json").write_text(json.dumps({"names": [f"photo-{i}.jpg" for i in range(6)]}))
@@ -258,7 +258,7 @@ def test_a_full_disk_keeps_the_previous_page(run: Path, monkeypatch: pytest.Monk
 
 
 def test_the_stages_of_a_run_are_listed_oldest_first_with_the_run_itself(tmp_path: Path) -> None:
-    preset = load_preset("tiny")
+    preset = load_preset("tiny-dino")
     (tmp_path / "preset.json").write_text(preset.model_dump_json())
     stages = [
         {"source": "runs/<a>", "recipe": "long", "steps": 400, "batch_size": 48, "optimizer": True},

@@ -40,7 +40,7 @@ def written(folder: Path, source: Path, to: Format, **options: object) -> tuple[
 def full_checkpoint(folder: Path) -> tuple[Path, dict[str, Network]]:
     """Write a checkpoint of the original with two ViT-Ti at 48 pixels; return its path and the networks."""
     released = ["backbone.options={img_size=48, patch_size=8}", "backbone.name=vit_tiny_patch16_224"]
-    made, networks = load_preset("tiny", [*SMALL_HEADS, *released]), {}
+    made, networks = load_preset("tiny-dino", [*SMALL_HEADS, *released]), {}
     for seed, name in enumerate(("student", "teacher")):
         torch.manual_seed(seed)
         networks[name] = made.network().eval()
@@ -222,7 +222,7 @@ def test_official_weights_are_read_as_the_original_reads_them_at_every_size(tmp_
 RESNET = ["backbone.positions=none", "backbone.class_token_std=none"]
 
 
-@pytest.mark.parametrize(("preset", "changes"), [("tiny", []), ("resnet50", [RESNET18])], ids=["vit", "resnet"])
+@pytest.mark.parametrize(("preset", "changes"), [("tiny-dino", []), ("resnet50", [RESNET18])], ids=["vit", "resnet"])
 def test_timm_builds_a_network_from_the_folder(tmp_path: Path, preset: str, changes: list[str]) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path, *changes, preset=preset), "timm")
     assert {file.name for file in path.iterdir()} == {"config.json", "model.safetensors"}
@@ -278,7 +278,7 @@ def test_onnxruntime_computes_the_same_features(tmp_path: Path, tokens: str, siz
 
 
 @pytest.mark.parametrize(
-    ("preset", "changes"), [("tiny", []), ("tiny", ROTARY), ("resnet50", [RESNET18])], ids=["vit", "rotary", "resnet"]
+    ("preset", "changes"), [("tiny-dino", []), ("tiny-dino", ROTARY), ("resnet50", [RESNET18])], ids=["vit", "rotary", "resnet"]
 )
 def test_torch_export_computes_the_same_features(tmp_path: Path, preset: str, changes: list[str]) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path, *changes, preset=preset), "torch-export")
@@ -431,7 +431,7 @@ def test_a_backbone_with_its_own_feature_is_exported_to_timm_as_it_is(tmp_path: 
 
 def test_a_folder_is_replaced_by_a_later_export(tmp_path: Path) -> None:
     path, first = written(tmp_path, write_run(tmp_path), "timm")
-    preset: Preset = load_preset("tiny", SMALL_HEADS)
+    preset: Preset = load_preset("tiny-dino", SMALL_HEADS)
     write_checkpoint(tmp_path / "run" / "ckpt.safetensors", preset.network().weights(), preset, 9)
     _, second = written(tmp_path, tmp_path / "run", "timm")
     assert first.fingerprint != second.fingerprint == load_encoder(f"timm:local-dir:{path}", CPU).fingerprint

@@ -125,5 +125,5 @@ def test_a_preset_with_heads_names_the_preset_that_needs_none(tmp_path: Path) ->
             FrozenTeacher.read(teacher)
         assert error.value.hint.startswith("--preset distill-features"), teacher
     with pytest.raises(DinoError) as error:
-        FeatureTeachers.read([source]).sizes(load_preset("tiny"))
+        FeatureTeachers.read([source]).sizes(load_preset("tiny-dino"))
     assert error.value.hint == "--preset distill-features"

@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def test_a_checkpoint_stores_its_shape_size_mean_and_std(tmp_path: Path) -> None:
-    preset = load_preset("tiny", ["views.mean=[0.1, 0.2, 0.3]"])
+    preset = load_preset("tiny-dino", ["views.mean=[0.1, 0.2, 0.3]"])
     network = preset.network().eval()
     write_checkpoint(tmp_path / "ckpt.safetensors", network.weights(), preset, 0)
     encoder = load_encoder(str(tmp_path), CPU)

@@ -41,7 +41,7 @@ def test_a_run_suits_the_losses_that_trained_it(preset: str, family: str, tmp_pa
 
 
 def test_a_timm_folder_has_the_architecture_of_its_config(tmp_path: Path) -> None:
-    made = load_preset("tiny")
+    made = load_preset("tiny-dino")
     write_checkpoint(tmp_path / "x.safetensors", made.network().weights(), made, 3)
     export(str(tmp_path / "x.safetensors"), "timm", tmp_path / "out")
     start = read_starting_point(f"timm:local-dir:{tmp_path / 'out'}")
@@ -60,7 +60,7 @@ def test_a_folder_of_timm_may_store_a_number_of_classes(classes: int, tmp_path: 
 
 
 def test_weights_for_other_channels_are_refused(tmp_path: Path) -> None:
-    made = load_preset("tiny", SMALL)
+    made = load_preset("tiny-dino", SMALL)
     write_checkpoint(tmp_path / "x.safetensors", made.network().weights(), made, 3)
     start = read_starting_point(str(tmp_path / "x.safetensors"))
     refuse_other_channels(start, 3)

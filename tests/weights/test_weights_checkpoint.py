@@ -23,7 +23,7 @@ SMALL = ["heads.dino.prototypes=16", "heads.dino.hidden=24", "heads.dino.bottlen
 
 @pytest.fixture
 def preset() -> Preset:
-    return load_preset("tiny", SMALL)
+    return load_preset("tiny-dino", SMALL)
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def value_of(advised: Advised, key: str) -> str | None:
 def test_a_cpu_gets_the_preset_tiny_with_the_measured_settings() -> None:
     advised = advise(CPU, images(9_469, 128), cost)
     assert name_of(advised) == "tiny"
-    preset, shipped = preset_of(advised), load_preset("tiny")
+    preset, shipped = preset_of(advised), load_preset("tiny-dino")
     assert preset.training.epochs == 40
     assert preset.heads == shipped.heads
     assert preset.views == shipped.views

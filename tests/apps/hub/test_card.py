@@ -26,7 +26,7 @@ def test_the_card_describes_network_training_data_and_accuracy(encoder: Encoder)
         KnnResult([Score(20, 38.571, Interval(37.0, 40.1), 38.5, 81.0)], 3925, 9469, 10, False, 0.07), "imagenette"
     )
     known = {"steps": 2000, "images": 9469, "init": "timm:vit", "watched": 41.27, "curves": "curves.png"}
-    card = card_of(facts(encoder, load_preset("tiny", ["training.epochs=40"]), measured=measured, **known))
+    card = card_of(facts(encoder, load_preset("tiny-dino", ["training.epochs=40"]), measured=measured, **known))
     cells = rows(card)
     assert cells["network"].startswith("`vit_tiny_patch16_224`, img_size 48, patch_size 8")
     assert cells["network"].endswith(f"{sum(p.numel() for p in encoder.backbone.parameters()):,} parameters")
@@ -45,7 +45,7 @@ def test_the_card_describes_network_training_data_and_accuracy(encoder: Encoder)
 
 
 def test_unknown_facts_are_omitted(encoder: Encoder) -> None:
-    card = card_of(facts(encoder, load_preset("tiny")))
+    card = card_of(facts(encoder, load_preset("tiny-dino")))
     for key in (
         "changed settings",
         "data",
@@ -71,14 +71,14 @@ def test_the_front_matter_is_the_hubs_and_leaves_the_licence_to_the_user(encoder
 @pytest.mark.parametrize("channels", [1, 13])
 def test_the_code_makes_images_with_the_models_channels(encoder: Encoder, channels: int) -> None:
     other = replace(encoder, mean=(0.5,) * channels, std=(0.5,) * channels)
-    card = card_of(facts(other, load_preset("tiny", of_channels(channels))))
+    card = card_of(facts(other, load_preset("tiny-dino", of_channels(channels))))
     assert ('convert("L")' in card) == (channels == 1)
     assert ("torch.zeros(1, 13, 16, 16)" in card) == (channels == 13)
 
 
 def test_names_from_others_are_escaped(encoder: Encoder) -> None:
     bad = "a\x1b[31m`|<img src=x>\n\n# \u202e[link](http://x)"
-    preset = load_preset("tiny", ["about.recipe=mine"])
+    preset = load_preset("tiny-dino", ["about.recipe=mine"])
     preset = preset.model_copy(update={"about": preset.about.model_copy(update={"recipe": bad})})
     measured = Measured(
         KnnResult([Score(20, 38.571, Interval(37.0, 40.1), 38.5, 81.0)], 3925, 9469, 10, False, 0.07), bad

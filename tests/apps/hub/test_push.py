@@ -26,7 +26,7 @@ from dinocli.weights.load import load_encoder
 CPU = torch.device("cpu")
 
 
-def trained(folder: Path, *overrides: str, preset: str = "tiny") -> Path:
+def trained(folder: Path, *overrides: str, preset: str = "tiny-dino") -> Path:
     """Write a run with a checkpoint at step 3, whose log also has a fourth step."""
     source = write_run(folder, *overrides, preset=preset)
     lines = [{"step": step, "loss": 5.0 - step, "knn": 10.0 * step} for step in range(5)]
@@ -47,7 +47,7 @@ def code_of(card: str, where: str, photo: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("preset", "changes"),
-    [("tiny", []), ("tiny", ROTARY), ("resnet50", [RESNET18]), ("tiny", of_channels(1)), ("tiny", of_channels(5))],
+    [("tiny-dino", []), ("tiny-dino", ROTARY), ("resnet50", [RESNET18]), ("tiny", of_channels(1)), ("tiny", of_channels(5))],
     ids=["vit", "rotary", "resnet", "grey", "channels"],
 )
 def test_the_code_of_the_card_gives_the_features(tmp_path: Path, preset: str, changes: list[str]) -> None:
