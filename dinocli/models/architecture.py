@@ -81,6 +81,10 @@ class BackboneConfig(Config):
     class_token_std: float | None = Field(None, gt=0)
     stem: Literal["patch", "conv"] = "patch"
 
+    def of_weights(self) -> BackboneConfig:
+        """Return the settings that weights belong to, without those of their training."""
+        return BackboneConfig(name=self.name, options=self.options, positions=self.positions, stem=self.stem)
+
     def build(self, *, drop_path: bool) -> Backbone:
         """Build a backbone with fresh weights; `drop_path` is for the student only.
 

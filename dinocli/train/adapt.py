@@ -96,6 +96,7 @@ def network_settings(start: StartingPoint) -> tuple[dict[str, Any], Backbone]:
         "backbone.name": architecture.name,
         "backbone.options": dict(architecture.options),
         "backbone.positions": architecture.positions,
+        "backbone.stem": architecture.stem,
         "views.mean": list(start.preprocessing.mean),
         "views.std": list(start.preprocessing.std),
         "views.global_1.size": side,

@@ -59,7 +59,7 @@ def read_starting_point(source: str, overrides: Sequence[str] = ()) -> StartingP
     weights = read_weights(Path(source))
     heads = [override for override in overrides if override.strip().startswith(HEADS.removeprefix("--set "))]
     architecture = architecture_of(weights, source, [] if weights.architecture else heads)
-    plain = BackboneConfig(name=architecture.name, options=architecture.options, positions=architecture.positions)
+    plain = architecture.of_weights()
     note = note_on_heads(weights, architecture, source, heads)
     return StartingPoint(
         source,

@@ -17,6 +17,7 @@ from dinocli.train.best import BEST
 from dinocli.train.finetune import Task, conclude, open_task, recipe
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain
+from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.starting_point import read_starting_point
 
 CPU = torch.device("cpu")
@@ -128,6 +129,16 @@ def test_a_stopped_run_resumes_to_the_same_bits(train: str, data: Path, start: P
     assert one.keys() == other.keys()
     assert "heads.labels.linear.weight" in one
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_convolutional_stem_is_taken_over(data: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = "{img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"
+    preset = load_preset("tiny", [f"backbone.options={options}", "views.global_1.size=16", "views.global_2.size=16"])
+    write_checkpoint(tmp_path / "start.safetensors", preset.network().weights(), preset, 7)
+    plan, _ = make_plan(data, tmp_path / "start.safetensors", tmp_path / "run")
+    run = pretrain(replace(plan, stop=1), lambda p: None)
+    assert "backbone.patch_embed.proj.0.weight" in load_file(run.checkpoint)
 
 
 def test_the_best_weights_become_the_checkpoint_and_score_the_test_images(
