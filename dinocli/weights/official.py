@@ -158,7 +158,8 @@ def _with_heads(config: BackboneConfig, width: int, source: str) -> BackboneConf
             why = _OTHERS_HEADS.get(width, "is not a multiple of 64")
             raise DinoError(
                 f"{source} does not store its number of attention heads, and its width {width} {why}",
-                f"{HEADS}N with the number it was trained with" + (" (6 for preset tiny-dino)" if width == _TINY else ""),
+                f"{HEADS}N with the number it was trained with"
+                + (" (6 for preset tiny-dino)" if width == _TINY else ""),
             )
         return config.model_copy(update={"options": config.options | {"num_heads": width // _HEAD_WIDTH}})
     if type(heads) is not int or heads < 1 or width % heads:

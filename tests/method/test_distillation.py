@@ -184,7 +184,8 @@ def test_parameter_groups_equal_the_originals(original, trainer: Trainer) -> Non
 def test_layers_have_learning_rates_by_their_depth() -> None:
     """Rates fall towards the input and are lowest in the patch embedding; heads and final norm have the full rate."""
     preset = load_preset(
-        "tiny-dino", ["backbone.learning={layer_decay=0.5, patch_embed=0.2, frozen_epochs=3}", "backbone.options.depth=2"]
+        "tiny-dino",
+        ["backbone.learning={layer_decay=0.5, patch_embed=0.2, frozen_epochs=3}", "backbone.options.depth=2"],
     )
     method = preset.method()
     names = {p: name for name, p in method.student.named_parameters()}

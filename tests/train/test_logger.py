@@ -19,7 +19,9 @@ from dinocli.train.pretrain import pretrain
 @pytest.fixture
 def plan(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(tmp_path)
-    return Plan("tiny", load_preset("tiny-dino", SMALL), image_folder(images), 25, Path("run"), torch.device("cpu"), 0, None)
+    return Plan(
+        "tiny", load_preset("tiny-dino", SMALL), image_folder(images), 25, Path("run"), torch.device("cpu"), 0, None
+    )
 
 
 def lines(plan: Plan) -> list[dict[str, float]]:

@@ -34,7 +34,14 @@ from dinocli.weights.load import load_encoder, start_from
 def six_steps(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.chdir(tmp_path)
     return Plan(
-        "tiny", load_preset("tiny-dino", SMALL), image_folder(images), 6, Path("runs/tiny-1"), torch.device("cpu"), 0, None
+        "tiny",
+        load_preset("tiny-dino", SMALL),
+        image_folder(images),
+        6,
+        Path("runs/tiny-1"),
+        torch.device("cpu"),
+        0,
+        None,
     )
 
 

@@ -122,7 +122,9 @@ def test_a_convolutional_network_has_no_maps(source: Images, tmp_path: Path) -> 
 
 
 def test_a_network_with_rotary_positions_has_maps(source: Images, tmp_path: Path) -> None:
-    preset = load_preset("tiny-dino", [*SMALL, *VIT, "backbone.name=vit_small_patch16_dinov3", "backbone.positions=none"])
+    preset = load_preset(
+        "tiny-dino", [*SMALL, *VIT, "backbone.name=vit_small_patch16_dinov3", "backbone.positions=none"]
+    )
     method = preset.method()
     Photos.of(source, preset).snapshot(method.teacher, 5, tmp_path)
     assert Image.open(tmp_path / "pictures" / "attention-5.jpg").size == (6 * TILE, TILE)

@@ -278,7 +278,9 @@ def test_onnxruntime_computes_the_same_features(tmp_path: Path, tokens: str, siz
 
 
 @pytest.mark.parametrize(
-    ("preset", "changes"), [("tiny-dino", []), ("tiny-dino", ROTARY), ("resnet50", [RESNET18])], ids=["vit", "rotary", "resnet"]
+    ("preset", "changes"),
+    [("tiny-dino", []), ("tiny-dino", ROTARY), ("resnet50", [RESNET18])],
+    ids=["vit", "rotary", "resnet"],
 )
 def test_torch_export_computes_the_same_features(tmp_path: Path, preset: str, changes: list[str]) -> None:
     path, encoder = written(tmp_path, write_run(tmp_path, *changes, preset=preset), "torch-export")

@@ -47,7 +47,13 @@ def code_of(card: str, where: str, photo: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("preset", "changes"),
-    [("tiny-dino", []), ("tiny-dino", ROTARY), ("resnet50", [RESNET18]), ("tiny", of_channels(1)), ("tiny", of_channels(5))],
+    [
+        ("tiny-dino", []),
+        ("tiny-dino", ROTARY),
+        ("resnet50", [RESNET18]),
+        ("tiny", of_channels(1)),
+        ("tiny", of_channels(5)),
+    ],
     ids=["vit", "rotary", "resnet", "grey", "channels"],
 )
 def test_the_code_of_the_card_gives_the_features(tmp_path: Path, preset: str, changes: list[str]) -> None:
