@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinocli.data.sources.open import Images
+
 _UNEQUAL = 3  # times the images of the smallest class; a smaller imbalance is normal
 
 
@@ -38,3 +40,12 @@ def number_within(labels: NDArray[Any]) -> NDArray[np.int64]:
     numbers = np.empty(len(labels), np.int64)
     numbers[order] = np.arange(len(labels)) - np.repeat(begins, np.diff(begins, append=len(labels)))
     return numbers
+
+
+def balanced_sample(source: Images, most: int) -> Images:
+    """Return at most `most` images of a source, balanced over its classes; always the same ones."""
+    if len(source) <= most:
+        return source
+    order = np.random.default_rng(0).permutation(len(source))
+    # The first image of each class, then the second of each class, and so on.
+    return source.take(np.sort(order[np.argsort(number_within(source.labels[order]), kind="stable")][:most]))

@@ -17,7 +17,7 @@ from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources.open import Images, splits
 from dinocli.data.views.augment import normalize
 from dinocli.data.views.crops import ViewsConfig
-from dinocli.evals.balance import number_within
+from dinocli.evals.balance import balanced_sample
 from dinocli.evals.knn import is_correct
 from dinocli.features.encoder import checked
 from dinocli.features.store import Features, Provenance, compared
@@ -82,7 +82,7 @@ class KnnMonitor:
                 raise DinoError(
                     f"--monitor needs images in class folders; {source.where} has none", "DIR/CLASS/*, or no --monitor"
                 )
-            self._parts[name] = self._decode(_sample(source, most), preset, workers)
+            self._parts[name] = self._decode(balanced_sample(source, most), preset, workers)
         train, test = compared({name: plain for name, (_, plain) in self._parts.items()})
         counts = np.bincount(train.labels)
         classes, most = int(np.count_nonzero(counts)), int(counts.max())
@@ -205,12 +205,3 @@ def at_rest(network: Network) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
-
-
-def _sample(source: Images, most: int) -> Images:
-    """Return at most `most` images, balanced over the classes; always the same ones."""
-    if len(source) <= most:
-        return source
-    order = np.random.default_rng(0).permutation(len(source))
-    # The first image of each class, then the second of each class, and so on.
-    return source.take(np.sort(order[np.argsort(number_within(source.labels[order]), kind="stable")][:most]))

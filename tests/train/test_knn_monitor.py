@@ -16,7 +16,7 @@ from dinocli.evals.knn import knn
 from dinocli.features.extract import extract
 from dinocli.features.store import read_features
 from dinocli.method.preset import load_preset
-from dinocli.train.knn_monitor import Answers, KnnMonitor, _sample, steps_between_evaluations
+from dinocli.train.knn_monitor import Answers, KnnMonitor, steps_between_evaluations
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain
 from dinocli.weights.load import load_encoder
@@ -104,16 +104,6 @@ def test_evaluations_take_no_larger_share_while_crops_are_small() -> None:
 def test_evaluations_of_a_classifier_cost_a_third_of_its_steps() -> None:
     views = load_preset("finetune", []).views
     assert steps_between_evaluations(24, steps=10, batch_size=1, views=views) == 160
-
-
-def test_the_sample_of_a_large_set_is_balanced_over_classes(tmp_path: Path) -> None:
-    for label, count in (("many", 30), ("few", 3), ("some", 10)):
-        write_images(tmp_path / label, count, size=8)
-    small = _sample(image_folder(tmp_path), 12)
-    counts = {small.classes[i]: int(n) for i, n in enumerate(np.bincount(small.labels))}
-    assert counts == {"few": 3, "many": 5, "some": 4} or counts == {"few": 3, "many": 4, "some": 5}
-    assert all(name.startswith(small.classes[label]) for name, label in zip(small.names, small.labels, strict=True))
-    assert list(_sample(image_folder(tmp_path), 12).names) == list(small.names)
 
 
 def test_a_monitor_folder_without_classes_is_refused(tmp_path: Path) -> None:
