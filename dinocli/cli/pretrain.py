@@ -13,7 +13,7 @@ from dinocli.cli import console
 from dinocli.cli.layout import MACHINE, MONITORING, RECIPE, RUN_FOLDER, SPEED
 from dinocli.cli.options import AllSettings, Device, Images, Json, Workers, compiles, output_place, refuse_address
 from dinocli.cli.presets import complete_preset
-from dinocli.cli.runs import (
+from dinocli.cli.training import (
     BatchSize,
     DryRun,
     MonitorEvery,

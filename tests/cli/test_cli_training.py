@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import write_images
 
-from dinocli.cli.runs import list_notes
+from dinocli.cli.training import list_notes
 from dinocli.data.sources.open import image_folder
 from dinocli.method.preset import load_preset
 from dinocli.train import plan as plans

@@ -1,4 +1,4 @@
-"""Runs on the command line: the plan, the notes before a run, its progress and its result."""
+"""Training on the command line: the plan, the notes before a run, its progress and its result."""
 
 from __future__ import annotations
 
