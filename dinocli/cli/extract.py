@@ -11,6 +11,8 @@ from dinocli.cli import console
 from dinocli.cli.layout import METHOD, OUTPUT, SPEED
 from dinocli.cli.options import (
     Device,
+    EncoderBatch,
+    EncoderPrecision,
     Json,
     NetworkName,
     SameCheckpoint,
@@ -55,18 +57,8 @@ def extract(
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random views of --views.", rich_help_panel=METHOD)] = 0,
     overrides: Settings = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images per batch. Default: 64 on a CPU, 256 elsewhere.", rich_help_panel=SPEED),
-    ] = None,
-    precision: Annotated[
-        Literal["bfloat16", "float32"],
-        typer.Option(
-            help="Precision of matrix products. bfloat16 needs device support and is at least twice as fast. It moves "
-            "the k-NN accuracy of small networks by up to 0.25 points.",
-            rich_help_panel=SPEED,
-        ),
-    ] = "bfloat16",
+    batch_size: EncoderBatch = None,
+    precision: EncoderPrecision = "bfloat16",
     compiled: Annotated[
         bool,
         typer.Option(

@@ -76,15 +76,7 @@ def knn(train: Features, test: Features | None, ks: Sequence[int], temperature: 
 
     Source: arXiv 2104.14294, section 4.1; facebookresearch/dino@7c446df eval_knn.py.
     """
-    voters = votable(train, test)
-    for k in ks:
-        if k < 1:
-            raise DinoError(f"--k {k} is below 1", f"use --k {min(20, voters)}")
-        if k > voters:
-            whose = "training images" if test is not None else "other images that can vote"
-            raise DinoError(
-                f"--k {k} is larger than the {voters} {whose}", f"use --k {voters}" + " or fewer" * (voters > 1)
-            )
+    voters = check_ks(train, test, ks)
     queries = train if test is None else test
     ascending = sorted(set(ks))
     ranks = np.empty((len(ascending), len(queries)), dtype=np.int64)
@@ -199,6 +191,24 @@ def is_correct(train: Features, test: Features | None, k: int, temperature: floa
         for block, similarities, rows in _neighbours(train, queries.values, k, _rows_if(test is None, queries))
     ]
     return np.concatenate(ranks) == 0
+
+
+def check_ks(train: Features, test: Features | None, ks: Sequence[int]) -> int:
+    """Check numbers of neighbours, and return the number of images that can vote.
+
+    Raises:
+        DinoError: If a k is below 1 or above the number of voters, or there are no voters or queries.
+    """
+    voters = votable(train, test)
+    for k in ks:
+        if k < 1:
+            raise DinoError(f"--k {k} is below 1", f"use --k {min(20, voters)}")
+        if k > voters:
+            whose = "training images" if test is not None else "other images that can vote"
+            raise DinoError(
+                f"--k {k} is larger than the {voters} {whose}", f"use --k {voters}" + " or fewer" * (voters > 1)
+            )
+    return voters
 
 
 def votable(train: Features, test: Features | None) -> int:

@@ -384,12 +384,18 @@ def unlabelled(splits: dict[str, Features]) -> list[str]:
 
 def _keep_labelled(features: Features) -> Features:
     """Return the features of the labelled images."""
-    rows = np.flatnonzero(features.labels >= 0)
-    return features if len(rows) == len(features) else subset(features, rows)
+    return subset(features, np.flatnonzero(features.labels >= 0))
 
 
 def subset(features: Features, rows: Indices) -> Features:
-    """Return the features of some images, in memory."""
+    """Return the features of some images, in memory; unchanged if the rows are as many as there are.
+
+    Args:
+        features: Features of S images.
+        rows: Indices of the images, ascending and without repetition.
+    """
+    if len(rows) == len(features):
+        return features
     return replace(
         features,
         values=features.values[rows],

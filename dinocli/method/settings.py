@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,19 +29,23 @@ def flat(data: object, above: str = "") -> Iterator[tuple[str, str | None]]:
             yield from flat(value, f"{above}.{key}" if above else str(key))
 
 
-def shipped_as(preset: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return the name and the values of the shipped preset with the same description; empty for a user's own preset.
+def description_of(preset: dict[str, Any]) -> tuple[str, ...]:
+    """Return the description of a preset, which only a shipped preset and the runs with it have in common.
 
-    Cost and expected results are not compared, because they are measured anew between versions.
+    Cost and expected results are not part of it, because they are measured anew between versions.
     """
     about = preset.get("about")
+    return tuple(str(about.get(key)) for key in _COMPARED) if isinstance(about, dict) else ()
+
+
+def shipped_as(preset: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the values of the shipped preset with the same description; empty for a user's own preset."""
     for name in shipped.names():
-        try:
-            values = load_preset(name).model_dump(mode="json")
-        except DinoError:
-            continue
-        if isinstance(about, dict) and all(values["about"][key] == about.get(key) for key in _COMPARED):
-            return name, values
+        if description_of(tomllib.loads(shipped.text(name))) == description_of(preset):
+            try:
+                return name, load_preset(name).model_dump(mode="json")
+            except DinoError:
+                break
     return "", {}
 
 
