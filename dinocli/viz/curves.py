@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
@@ -22,27 +24,28 @@ from dinocli.viz.history import thinned
 from dinocli.viz.panels import Axis, Chart
 
 # Inches. A chart is about as wide as a phone, so that its text is as large as the page's small print.
-_WIDTH, _AXIS, _HEADING = 4.4, 1.75, 0.3
+_WIDTH, _AXIS, _HEADING, _LINE = 4.4, 1.75, 0.3, 0.2
 # Left margin, at least this share of the chart's width; width in inches of a digit, and of a tick with gap and slack.
 _LEFT, _DIGIT, _TICK = 0.125, 0.071, 0.13
-_INK, _FAINT, _BAD = "#4a4a4a", "#c9c9c9", "#c0392b"
-_COLORS = ("#1f6fb4", "#c8651b", "#3a8f3a", "#8757b5", "#a33c55")
+INK, FAINT, _BAD = "#4a4a4a", "#c9c9c9", "#c0392b"
+COLORS = ("#1f6fb4", "#c8651b", "#3a8f3a", "#8757b5", "#a33c55")
+LINES: tuple[Any, ...] = ("-", "--", ":")  # after each round of the colors
 # CSS variables that the page sets in its light and dark styles.
-_VARIABLES = {_INK: "--ink", _FAINT: "--line", _BAD: "--bad"} | {c: f"--curve-{i}" for i, c in enumerate(_COLORS)}
+_VARIABLES = {INK: "--ink", FAINT: "--line", _BAD: "--bad"} | {c: f"--curve-{i}" for i, c in enumerate(COLORS)}
 _STYLE: Any = {
     "svg.fonttype": "none",  # keeps text as text, in the page's own font
     "font.size": 8.5,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "xtick.color": _INK,
+    "xtick.color": INK,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
-    "ytick.color": _INK,
-    "grid.color": _FAINT,
+    "ytick.color": INK,
+    "grid.color": FAINT,
     "grid.linewidth": 0.5,
     "path.simplify": True,
 }
@@ -55,12 +58,30 @@ def chart_svg(chart: Chart, label: str) -> str:
         chart: Chart to draw.
         label: Description for screen readers, already escaped.
     """
-    # The salt makes ids reproducible, and different in each chart of a page.
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": chart.title}):
+    with style(chart.title):
         figure = Figure(figsize=(_WIDTH, _height(chart)))
         _draw(figure, chart, _height(chart))
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Type")))
+        return figure_svg(figure, label)
+
+
+def style(salt: str = "") -> AbstractContextManager[None]:
+    """Return a context in which figures are drawn as on the page.
+
+    Args:
+        salt: Text that makes the ids in an SVG reproducible, and different from those of other SVGs on a page.
+    """
+    return matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt})
+
+
+def figure_svg(figure: Figure, label: str) -> str:
+    """Return a figure as an SVG element whose colors are CSS variables of the page.
+
+    Args:
+        figure: Figure drawn in `style`.
+        label: Description for screen readers, already escaped.
+    """
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Type")))
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -71,22 +92,41 @@ def chart_svg(chart: Chart, label: str) -> str:
     return re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{label}" viewBox="{size and size[1]}">', svg, count=1)
 
 
-def write_sheet(drawn: Sequence[Chart], path: Path) -> None:
-    """Write all charts as one PNG, three per row."""
+def write_sheet(drawn: Sequence[Chart], path: Path, names: Sequence[str] = ()) -> None:
+    """Write all charts as one PNG, three per row.
+
+    Args:
+        drawn: Charts from left to right, then down.
+        path: Output file.
+        names: Names of the curves for a legend above all charts, in the order of their colors.
+    """
     columns = min(3, len(drawn)) or 1
     rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)] or [[]]
     heights = [max((_height(chart) for chart in row), default=1.0) + _HEADING for row in rows]
-    with matplotlib.rc_context(_STYLE):
-        page = Figure(figsize=(_WIDTH * columns, sum(heights)), dpi=100, facecolor="white")
-        grid = page.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
+    side_by_side = max(1, int(_WIDTH * columns / (_DIGIT * max(map(len, names), default=0) + 0.6)))
+    legend = _LINE * (math.ceil(len(names) / side_by_side) + 0.5)
+    with style():
+        page = Figure(figsize=(_WIDTH * columns, sum(heights) + legend), dpi=100, facecolor="white")
+        body: Figure | SubFigure = page
+        if names:
+            body = page.subfigures(2, 1, squeeze=False, height_ratios=[legend, sum(heights)])[1, 0]
+        grid = body.subfigures(len(rows), columns, squeeze=False, height_ratios=heights)
         for row, cells, height in zip(rows, grid, heights, strict=True):
             for chart, cell in zip(row, cells, strict=False):
                 cell.text(_LEFT, 1 - 0.06 / height, chart.title, va="top", fontsize=10, fontweight="bold")
                 _draw(cell, chart, height, above=_HEADING)
+        if names:
+            lines = [Line2D([], [], color=color, linestyle=line) for color, line in map(curve_style, range(len(names)))]
+            page.legend(lines, names, loc="upper left", ncols=side_by_side, frameon=False, borderaxespad=0.2)
         if not drawn:
             page.text(0.5, 0.5, "no values logged yet", ha="center", va="center")
         with atomic(path) as draft:
             page.savefig(draft, format="png")
+
+
+def curve_style(place: int) -> tuple[str, Any]:
+    """Return the color and the line style of a curve by its place among the curves of an axis."""
+    return COLORS[place % len(COLORS)], LINES[place // len(COLORS) % len(LINES)]
 
 
 def write_histogram(values: NDArray[np.floating[Any]], title: str, mark: float | None, path: Path) -> None:
@@ -95,12 +135,12 @@ def write_histogram(values: NDArray[np.floating[Any]], title: str, mark: float |
     marks = [] if mark is None else [mark]
     ends = [*marks, *([float(values.min()), float(values.max())] if len(values) else [0.0, 1.0])]
     bins = np.linspace(min(ends), max(ends) + 1e-6, 101)
-    with matplotlib.rc_context(_STYLE):
+    with style():
         figure = Figure(figsize=(1.6 * _WIDTH, 1.6 * _AXIS), dpi=120, facecolor="white", layout="constrained")
         axes = figure.subplots()
-        axes.hist(values, bins.tolist(), log=True, color=_COLORS[0])
+        axes.hist(values, bins.tolist(), log=True, color=COLORS[0])
         for level in marks:
-            axes.axvline(level, color=_COLORS[1], linewidth=1.2)
+            axes.axvline(level, color=COLORS[1], linewidth=1.2)
             label = f"{level:g}: {int((values >= level).sum()):,} of {len(values):,} at or above"
             side = ((-4, 9), "right") if level - bins[0] > bins[-1] - level else ((4, 9), "left")
             axes.annotate(label, (level, 1), side[0], ("data", "axes fraction"), "offset points", ha=side[1], va="top")
@@ -139,16 +179,27 @@ def _draw_axis(axes: Axes, axis: Axis) -> int:
     positive = all((curve.finite > 0).all() for curve in axis.curves.values())
     log = axis.log and positive
     axes.set_yscale("log" if log else "linear")
-    for (name, curve), color in zip(axis.curves.items(), _COLORS * len(axis.curves), strict=False):
-        points = thinned(curve)
+    for place, (name, curve) in enumerate(axis.curves.items()):
+        if not len(curve.steps):  # a run of several that did not log it, and that keeps its color
+            continue
+        (color, line), points = curve_style(place), thinned(curve)
         marker = "o" if len(points.steps) < 25 else ""
-        axes.plot(points.steps, points.mean, color=color, linewidth=1.3, marker=marker, markersize=2.5, label=name)
+        axes.plot(
+            points.steps,
+            points.mean,
+            color=color,
+            linestyle=line,
+            linewidth=1.3,
+            marker=marker,
+            markersize=2.5,
+            label=name,
+        )
         if len(points.steps) < len(curve.steps):
             axes.fill_between(points.steps, points.low, points.high, color=color, alpha=0.25, linewidth=0)
         bad = curve.steps[~np.isfinite(curve.values)][:200]
         axes.plot(bad, [0] * len(bad), "|", color=_BAD, clip_on=False, transform=axes.get_xaxis_transform())
     for name, level in axis.marks.items():
-        axes.axhline(level, color=_INK, linewidth=1, linestyle=":")
+        axes.axhline(level, color=INK, linewidth=1, linestyle=":")
         coordinates: Any = ("axes fraction", "data")  # below the line: the legend is above it
         axes.annotate(name, (1, level), (0, -2), coordinates, "offset points", ha="right", va="top", fontsize=7.5)
     if log:
@@ -160,7 +211,7 @@ def _draw_axis(axes: Axes, axis: Axis) -> int:
     ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
     digits = _digits(ticks)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.{digits}g}")
-    if len(axis.curves) > 1:
+    if len(axis.curves) > 1 and axis.legend:
         axes.legend(
             loc="lower right", bbox_to_anchor=(1, 1), ncols=len(axis.curves), frameon=False, fontsize=7.5,
             borderaxespad=0.1, borderpad=0.1, handlelength=1.2, handletextpad=0.4, columnspacing=1.0,

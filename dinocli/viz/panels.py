@@ -34,6 +34,7 @@ class Axis:
         marks: Levels of dotted lines, with their labels.
         log: True for a logarithmic scale.
         whole: True if the scale includes 0.
+        legend: True if the names of several curves are drawn beside the title.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Axis:
     marks: dict[str, float] = field(default_factory=dict)
     log: bool = False
     whole: bool = False
+    legend: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 import time
 from collections.abc import Mapping
@@ -19,12 +17,11 @@ from dinocli.core.runs import CURVES, METRICS, REPORT, STAGES, VERDICT
 from dinocli.method.settings import flat, shipped_as
 from dinocli.viz.curves import chart_svg, write_sheet
 from dinocli.viz.history import Curve, read_history
-from dinocli.viz.page import page_of, text_of
+from dinocli.viz.page import facts_of, figure_of, page_of, sections_of, table_of, text_of, tile_of
 from dinocli.viz.panels import Chart, LossFacts, charts
 
 _TIMES = 8  # maximum number of steps whose attention is shown
 _TILES = 12  # maximum number of photos, even if the folder holds more
-_SIDE = 192  # maximum side of a tile in pixels; keeps the page to a few megabytes
 Tiles = list[str]  # data: URLs
 
 
@@ -36,24 +33,21 @@ def write_report(folder: Path) -> None:
     Raises:
         OSError: If the disk is full or the folder is not writable.
     """
-    history, preset = read_history(folder / METRICS), _read_json(folder / "preset.json")
-    drawn = charts(history, _read_losses(preset))
+    history, preset = read_history(folder / METRICS), read_json(folder / "preset.json")
+    drawn = charts(history, read_losses(preset))
     write_sheet(drawn, folder / CURVES)
     pictures = folder / "pictures"
     bodies = {
         "Verdict": _render_verdict(folder / VERDICT),
         "Stages": _render_stages(folder / STAGES, preset),
-        "Curves": _render_curves(drawn),
+        "Curves": render_curves(drawn),
         "Attention": _render_attention(pictures),
         "Neighbours": _render_neighbours(pictures),
         "Settings": _render_settings(preset),
         "Values": _render_values(history),
     }
-    filled = {name: body for name, body in bodies.items() if body}
-    links = "".join(f'<a href="#{name.lower()}">{name}</a>' for name in filled)
-    sections = "".join(f'<section id="{name.lower()}"><h2>{name}</h2>{body}</section>' for name, body in filled.items())
+    nav, sections = sections_of(bodies.items())
     title = text_of(folder.resolve().name)
-    nav = f"<nav aria-label='Sections of this page'>{links}</nav>"
     head = f"<header><h1>{title}</h1>{_render_facts(history, preset)}{nav}</header>"
     write_text(folder / REPORT, page_of(title, f"{head}<main>{sections}</main>"))
 
@@ -69,10 +63,11 @@ def draw_curves(history: Mapping[str, Curve], preset: dict[str, Any], path: Path
     Raises:
         OSError: If the disk is full or the path is not writable.
     """
-    write_sheet(charts(history, _read_losses(preset)), path)
+    write_sheet(charts(history, read_losses(preset)), path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the table in a JSON file; empty if the file is missing or corrupt."""
     try:
         data = parse(path.read_bytes())
     except (OSError, ValueError):
@@ -87,7 +82,8 @@ def _get(data: object, *keys: str) -> Any:
     return data
 
 
-def _read_losses(preset: dict[str, Any]) -> dict[str, LossFacts]:
+def read_losses(preset: dict[str, Any]) -> dict[str, LossFacts]:
+    """Return the weight and the prototypes of each loss on prototypes in a stored preset."""
     facts = {}
     for name, loss in (_get(preset, "losses") or {}).items():
         prototypes = _get(preset, "heads", str(_get(loss, "head")), "prototypes")
@@ -110,41 +106,29 @@ def _render_facts(history: Mapping[str, Curve], preset: dict[str, Any]) -> str:
         if key in last:
             facts[name] = form.format(last[key])
     facts["written"] = time.strftime("%Y-%m-%d %H:%M")
-    rows = "".join(f"<div><dt>{name}</dt><dd>{text_of(value)}</dd></div>" for name, value in facts.items() if value)
-    return f"<dl>{rows}</dl>"
+    return facts_of(facts.items())
 
 
 def _render_stages(path: Path, preset: dict[str, Any]) -> str:
     """Render the stages that led to the run, and the run itself as the last one; empty if it continues no other."""
-    earlier = _read_json(path).get("stages")
+    earlier = read_json(path).get("stages")
     if not isinstance(earlier, list):
         return ""
     lines = [(_get(s, "recipe"), _get(s, "source"), _get(s, "steps"), _get(s, "batch_size")) for s in earlier]
     lines.append((_get(preset, "about", "recipe"), "this run", None, _get(preset, "training", "batch_size")))
     started = ["random or initial weights"]
     started += ["with optimizer" if _get(stage, "optimizer") else "optimizer anew" for stage in earlier]
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("", "recipe", "run", "steps", "batch", "start"))
-    rows = ""
-    for number, (cells, start) in enumerate(zip(lines, started, strict=True), 1):
-        texts = "".join(f"<td>{text_of('' if cell is None else cell)}</td>" for cell in (*cells, start))
-        rows += f'<tr><th scope="row">{number}</th>{texts}</tr>'
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    return f"<div class='wide' role='region' aria-label='Stages' tabindex='0'>{table}</div>"
+    rows = [(n, *cells, start) for n, (cells, start) in enumerate(zip(lines, started, strict=True), 1)]
+    return table_of(("", "recipe", "run", "steps", "batch", "start"), rows, "Stages")
 
 
 def _render_verdict(path: Path) -> str:
     """Render the comparison of an adaptation with its released weights; empty if there is none."""
-    rows = _read_json(path).get("rows")
+    rows = read_json(path).get("rows")
     if not isinstance(rows, list):
         return ""
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("figure", "released", "adapted", "difference"))
-    body = "".join(
-        f'<tr><th scope="row">{text_of(name)}</th>{"".join(f"<td>{text_of(cell)}</td>" for cell in cells)}</tr>'
-        for name, *cells in rows
-    )
-    verdict = f"<p>{text_of(_get(_read_json(path), 'verdict') or '')}</p>"
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
-    return f"{verdict}<div class='wide' role='region' aria-label='Verdict' tabindex='0'>{table}</div>"
+    table = table_of(("figure", "released", "adapted", "difference"), rows, "Verdict")
+    return f"<p>{text_of(_get(read_json(path), 'verdict') or '')}</p>{table}"
 
 
 _FIGURES = (
@@ -156,7 +140,8 @@ _FIGURES = (
 )
 
 
-def _render_curves(drawn: list[Chart]) -> str:
+def render_curves(drawn: list[Chart]) -> str:
+    """Return charts with their descriptions as HTML."""
     if not drawn:
         return "<p>No values logged yet.</p>"
     text = ""
@@ -185,9 +170,9 @@ def _render_attention(pictures: Path) -> str:
         "separate objects from the background.</p>"
     )
     for i, (photo, name) in enumerate(zip(photos, _read_names(pictures, len(photos)), strict=True)):
-        tiles = _render_tile(photo, f"Photo {i + 1}: {name}", "photo")
+        tiles = figure_of(photo, f"Photo {i + 1}: {name}", "photo")
         for step, row in maps.items():
-            tiles += _render_tile(row[i], f"Photo {i + 1}, attention at step {step}", f"step {step:,}")
+            tiles += figure_of(row[i], f"Photo {i + 1}, attention at step {step}", f"step {step:,}")
         text += f"<h3 class='name'>{name}</h3><div class='tiles'>{tiles}</div>"
     return text
 
@@ -209,9 +194,9 @@ def _render_neighbours(pictures: Path) -> str:
     for i, name in enumerate(_read_names(pictures, len(photos))):
         text += f"<h3 class='name'>{name}</h3><div class='times'>"
         for step, rows in grids.items():
-            tiles = _render_tile(rows[i][0], f"Photo {i + 1}: {name}", "photo")
+            tiles = figure_of(rows[i][0], f"Photo {i + 1}: {name}", "photo")
             tiles += "".join(
-                _render_tile(tile, f"Neighbour {k} of photo {i + 1} at step {step}", str(k))
+                figure_of(tile, f"Neighbour {k} of photo {i + 1} at step {step}", str(k))
                 for k, tile in enumerate(rows[i][1:], 1)
             )
             text += f"<div><p>step {step:,}</p><div class='tiles six'>{tiles}</div></div>"
@@ -219,13 +204,9 @@ def _render_neighbours(pictures: Path) -> str:
     return text
 
 
-def _render_tile(url: str, alt: str, caption: str) -> str:
-    return f'<figure><img src="{url}" alt="{alt}" loading="lazy"><figcaption>{caption}</figcaption></figure>'
-
-
 def _read_names(pictures: Path, count: int) -> list[str]:
     """Return the photos' names, escaped for the page."""
-    names = _get(_read_json(pictures / "photos.json"), "names")
+    names = _get(read_json(pictures / "photos.json"), "names")
     names = names if isinstance(names, list) else []
     return [text_of(names[i] if i < len(names) else f"photo {i + 1}") for i in range(count)]
 
@@ -257,20 +238,11 @@ def _read_grid(path: Path, rows: int) -> list[Tiles]:
     columns = min(_TILES, page.width // max(1, side))
     if not side or not columns:
         return []
-    return [
-        [_encode_tile(page.crop(_locate_tile(r, c, side))) for c in range(columns)] for r in range(min(rows, _TILES))
-    ]
+    return [[tile_of(page.crop(_locate_tile(r, c, side))) for c in range(columns)] for r in range(min(rows, _TILES))]
 
 
 def _locate_tile(row: int, column: int, side: int) -> tuple[int, int, int, int]:
     return column * side, row * side, (column + 1) * side, (row + 1) * side
-
-
-def _encode_tile(tile: Image.Image) -> str:
-    tile.thumbnail((_SIDE, _SIDE))
-    file = io.BytesIO()
-    tile.save(file, format="JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _render_settings(preset: dict[str, Any]) -> str:
@@ -297,15 +269,9 @@ def _render_setting(key: str, now: str | None, then: str | None, *, marked: bool
 
 
 def _render_values(history: Mapping[str, Curve]) -> str:
-    heads = "".join(
-        f'<th scope="col">{name}</th>' for name in ("value", "last", "first", "minimum", "maximum", "entries")
-    )
-    rows = ""
+    rows = []
     for key, curve in sorted(history.items()):
         if len(finite := curve.finite):
             figures = (curve.values[-1], curve.values[0], finite.min(), finite.max())
-            cells = "".join(f"<td>{value:.5g}</td>" for value in figures)
-            rows += f'<tr><th scope="row">{text_of(key)}</th>{cells}<td>{len(curve.steps)}</td></tr>'
-    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    # A region that scrolls sideways on a phone must be reachable by keyboard.
-    return f"<div class='wide' role='region' aria-label='Values' tabindex='0'>{table}</div>" if rows else ""
+            rows.append((key, *(f"{value:.5g}" for value in figures), len(curve.steps)))
+    return table_of(("value", "last", "first", "minimum", "maximum", "entries"), rows, "Values") if rows else ""
