@@ -15,6 +15,7 @@ from dinocli.cli import console, eval_copies, eval_match, eval_retrieval, eval_s
 from dinocli.cli.adapt import adapt
 from dinocli.cli.attn_map import attn_map
 from dinocli.cli.classify import classify
+from dinocli.cli.compare import compare
 from dinocli.cli.curate import curate
 from dinocli.cli.dedup import dedup
 from dinocli.cli.demo import demo
@@ -31,6 +32,8 @@ from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
 from dinocli.cli.push import push
 from dinocli.cli.renamed import renew
+from dinocli.cli.report import report
+from dinocli.cli.runs import runs
 from dinocli.cli.search import search
 from dinocli.cli.segment import segment
 from dinocli.cli.track import track
@@ -49,7 +52,7 @@ app = App(
 # In the order of the help, which is the order of use. The help lists groups after the commands of their panel.
 for panel, commands in {
     "Start": (demo, doctor),
-    "Main job": (pretrain, adapt, finetune, extract, knn, linear, classify, attn_map),
+    "Main job": (pretrain, adapt, finetune, runs, report, extract, knn, linear, classify, compare, attn_map),
     "Find": (search, dedup, curate),
     "Look": (segment, match, track),
     "Share": (pack, export, push),

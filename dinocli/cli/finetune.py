@@ -13,7 +13,7 @@ from dinocli.cli.layout import MONITORING, RECIPE, RUN_FOLDER
 from dinocli.cli.learned import CLASSIFIER, PredictionsFile, predictions_place, print_class_accuracies, save_predictions
 from dinocli.cli.options import AllSettings, Device, Json, Workers, output_place, refuse_address
 from dinocli.cli.presets import complete_preset
-from dinocli.cli.runs import (
+from dinocli.cli.training import (
     BatchSize,
     DryRun,
     MonitorEvery,

@@ -46,11 +46,11 @@ _ALIASES = {
 }
 _TARGETS = {alias: target for target, aliases in _ALIASES.items() for alias in aliases.split()}
 # Options to suggest instead, in commands that lack the first one.
-_INSTEAD = {"--size": ("--short-side", "--long-side"), "--data": ("--images",)}
+_INSTEAD = {"--size": ("--short-side", "--long-side"), "--data": ("--images", "--on")}
 # Option that a number without an option most likely belongs to, by command.
 _NUMBERS = {
     "knn": "--k", "search": "--k", "curate": "--k", "dedup": "--threshold", "doctor": "--sample",
-    "extract": "--size", "export": "--size", "attn-map": "--short-side", "match": "--short-side",
+    "extract": "--size", "compare": "--k", "export": "--size", "attn-map": "--short-side", "match": "--short-side",
     "track": "--short-side", "segment": "--short-side", "pack": "--short-side", "pretrain": "--epochs",
     "eval retrieval": "--long-side", "eval copies": "--size", "eval segment": "--short-side",
     "eval match": "--short-side", "eval track": "--short-side", "classify": "--top",
@@ -81,7 +81,9 @@ _TAKE_IMAGES = (
 _OF_IMAGES = ("--data", "--checkpoint", "--size", "--tokens", "--device cuda", "--batch-size", "--workers")
 _EXAMPLES = {
     "pretrain": "dino pretrain IMAGES --preset tiny",
+    "report": "dino report runs/tiny-1 runs/tiny-2",
     "extract": "dino extract ckpt.safetensors IMAGES",
+    "compare": "dino compare RUN OTHER --on IMAGES",
     "curate": "dino curate features --clusters 100",
     "attn-map": "dino attn-map photo.jpg",
     "eval retrieval": "dino eval retrieval gnd_roxford5k.pkl",
@@ -94,13 +96,16 @@ _EXAMPLES = {
     "pack": "dino pack IMAGES SHARDS",
     "presets show": "dino presets show vits16",
 }
-_REQUIRED = {"--mask": "first.png", "--keypoints": "points.csv", "--truth": "MASKS"}
+_REQUIRED = {"--on": "IMAGES", "--mask": "first.png", "--keypoints": "points.csv", "--truth": "MASKS"}
 _COMMANDS = {
     "pretrain": "train fit pretraining",
     "extract": "embed features feature extraction encode",
     "knn": "evaluate test k-nn score accuracy",
     "classify": "infer predict inference label classification",
     "linear": "probe lineareval linear-probe linear-eval eval-linear",
+    "runs": "list ls experiments",
+    "report": "plot curves plots graph tensorboard",
+    "compare": "diff versus vs benchmark",
     "eval retrieval": "retrieval oxford paris",
     "eval copies": "copies copydays copy-detection",
     "search": "find query retrieve",

@@ -46,6 +46,8 @@ def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
         option = "--init" if words.command == "pretrain" else "--checkpoint"
         if words.command == "extract":
             return f"dino extract {quoted} IMAGES"
+        if words.command == "compare":
+            return _replace_value(words, value, "IMAGES")
         return f"dino {words.command} IMAGES" + (f" {option} {quoted}" if option in words.known else "")
     if kind == "classifier":
         return f"dino classify IMAGES --with {quoted}"
@@ -53,23 +55,21 @@ def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
         return f"dino knn --features {shlex.quote(str(path if path.is_dir() else path.parent))}"
     if kind in ("image", "pattern"):
         folder = path.parent if kind == "image" or path.parent.is_dir() else Path()
-        return _replace(words, value, str(folder))
+        return _replace_value(words, value, str(folder))
     if kind == "archive":
         unpack = "unzip -q {} -d {}" if path.suffix.lower() == ".zip" else "7z x {} -o{}"
-        return f"{unpack.format(quoted, stem)}, then {_replace(words, value, path.stem)}"
+        return f"{unpack.format(quoted, stem)}, then {_replace_value(words, value, path.stem)}"
     if kind == "video":
-        return f"mkdir {stem} && ffmpeg -i {quoted} -r 2 {stem}/%05d.png, then {_replace(words, value, path.stem)}"
+        return (
+            f"mkdir {stem} && ffmpeg -i {quoted} -r 2 {stem}/%05d.png, then {_replace_value(words, value, path.stem)}"
+        )
     if kind == "address":
         if value.endswith(".tar"):
             read = "curl -sL {}" if value.startswith("http") else "aws s3 cp {} -"
-            return _replace(words, value, f"pipe:{read.format(value)}")
+            return _replace_value(words, value, f"pipe:{read.format(value)}")
         name = value.rstrip("/").rpartition("/")[2] or "images"
-        return f"copy it here first, then {_replace(words, value, name)}"
+        return f"copy it here first, then {_replace_value(words, value, name)}"
     return "name a folder of images" if kind == "graph" else ""
-
-
-def _replace(words: Words, old: str, new: str) -> str:
-    return words.ordered([new if word == old else word for word in words.positional])
 
 
 def _check_pack(words: Words, kind: Kind) -> None:
@@ -108,6 +108,31 @@ def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]
         hint = words.ordered(["ckpt.safetensors", value[1]])
         raise DinoError(f"{value[0]} is {NAMES[kinds[0]]}; expected a checkpoint before the images", hint)
     images_place(context, value[-1])
+    return value
+
+
+def network_places(context: typer.Context, value: list[str]) -> list[str]:
+    """Check that arguments name at least two networks.
+
+    Raises:
+        DinoError: If one names images, features or another kind of file, or there is only one.
+    """
+    if not value or context.resilient_parsing:
+        return value
+    from dinocli.weights.identify import NAMES, WEIGHTS, kind_of
+
+    words = words_of(context)
+    for word in value:
+        kind = kind_of(word)
+        if kind in WEIGHTS or kind == "missing":  # loading reports a missing file, with the nearest name
+            continue
+        others = [other for other in words.positional if other != word]
+        images = kind in ("images", "source") and not words.value(["--on"])
+        networks = [*others, *["OTHER"] * (len(others) < 2)]
+        hint = words.ordered(networks, "--on", word) if images else "name run folders, checkpoints or timm:NAME"
+        raise DinoError(f"{word} is {NAMES[kind]}; expected a checkpoint", hint)
+    if len(value) < 2:
+        raise DinoError(f"one network: {value[0]}; expected at least two", words.ordered([*value, "OTHER"]))
     return value
 
 

@@ -61,6 +61,19 @@ def _lock(folder: Path) -> Lock | None:
         return None
 
 
+def is_held(folder: Path) -> bool:
+    """Return whether a process, such as a running training, holds the lock of a run folder."""
+    try:
+        folder_lock = lock(folder)
+    except BlockingIOError:
+        return True
+    except OSError:  # a folder that is not readable
+        return False
+    if folder_lock is not None:
+        folder_lock.close()
+    return False
+
+
 def newest_run() -> Path | None:
     """Return the run folder whose checkpoint was written last; None if there is no run."""
     runs = [path for path in RUNS.glob("*") if (path / CHECKPOINT).is_file()]

@@ -21,7 +21,7 @@ from dinocli.method import shipped
 ROOT = typer.main.get_command(app)
 PANELS_OF_COMMANDS = {
     "Start": ["demo", "doctor", "presets"],
-    "Main job": ["pretrain", "adapt", "finetune", "extract", "knn", "linear", "classify", "attn-map", "eval"],
+    "Main job": ["pretrain", "adapt", "finetune", "runs", "report", "extract", "knn", "linear", "classify", "compare", "attn-map", "eval"],
     "Find": ["search", "dedup", "curate"],
     "Look": ["segment", "match", "track"],
     "Share": ["pack", "export", "push"],
@@ -145,7 +145,7 @@ def test_an_option_means_one_thing(option: str) -> None:
         assert len({p.metavar for p in named.values()}) == 1
     users = {
         "--keep": {"pretrain"},
-        "--size": {"extract", "linear", "export", "eval copies"},
+        "--size": {"extract", "linear", "compare", "export", "eval copies"},
         "--mass": {"attn-map", "segment", "eval segment"},
     }
     assert set(named) == users.get(option, set(named))

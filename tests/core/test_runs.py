@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dinocli.core.runs import link_newest, newest_run, next_folder
+from dinocli.core.runs import held, is_held, link_newest, newest_run, next_folder
 
 
 def test_run_folders_are_numbered_and_the_newest_run_is_the_one_written_last(
@@ -55,3 +55,14 @@ def test_link_newest_falls_back_to_a_copy_and_then_to_nothing(tmp_path: Path, mo
     monkeypatch.setattr("shutil.copyfile", refuse)
     assert not link_newest(Path("weights"))
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_the_lock_of_a_run_is_seen_and_not_kept(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert not is_held(run), "a missing folder is not in use"
+    with held(run):
+        assert is_held(run)
+    run.mkdir(exist_ok=True)
+    assert not is_held(run)
+    with held(run):  # asking has not locked it
+        pass

@@ -1,0 +1,1 @@
+"""Comparison of networks: figures on the same images, verdicts with intervals, and a page."""
