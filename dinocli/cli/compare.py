@@ -108,6 +108,8 @@ def compare(
         batch_size or (64 if picked.type == "cpu" else 256),
         default_workers(picked) if workers is None else workers,
     )
+    if not setting.viewed:
+        console.say("note: no LiDAR: tar shards cannot be sampled")
     with marked(out, "compare", [out / PICTURE]):
         encoders = [
             quick(encoder_from(name, device, network, overrides), precision, compiled=False) for name in networks
@@ -148,8 +150,6 @@ def _prepare(encoder: Encoder, name: str, setting: Setting) -> tuple[dict[str, F
     sample = sum(source.count or 0 for source in setting.viewed.values())
     with console.progress(f"views of {name}", sample, "images") as advance:
         views = prepare_views(encoder, setting, advance)
-    if views is None:
-        console.say("note: no LiDAR: tar shards cannot be sampled")
     return prepared.features, next(iter(views.features.values())) if views else None
 
 
@@ -160,7 +160,8 @@ def _measure(
     prepared: Sequence[tuple[dict[str, Features], Features | None]],
 ) -> list[Figures]:
     """Return the figures of all networks that need no labels; equal networks are timed once."""
-    from dinocli.apps.compare.compare import measure, time_encoders
+    from dinocli.apps.compare.compare import measure
+    from dinocli.apps.compare.speed import time_encoders
 
     identities = [setting.identify(encoder) for encoder in encoders]
     different = dict(zip(identities, encoders, strict=True))

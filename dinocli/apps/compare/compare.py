@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +21,6 @@ from dinocli.features.store import Features, compared, learned_from, pick_rows
 Answers = NDArray[np.bool_]
 METRICS = {"knn": "k-NN", "linear": "linear probe"}
 _SPREAD_IMAGES = 4096  # uniformity takes the square of their number
-_TIMED, _TIMED_ELSEWHERE = 16, 256  # images per timed batch on a CPU, and on other devices
-_SECONDS, _FEWEST, _MOST = 2.0, 3, 50  # time per network, and rounds
 
 
 @dataclass(frozen=True)
@@ -167,33 +163,6 @@ def _spread_values(features: Mapping[str, Features]) -> torch.Tensor:
     return torch.from_numpy(values[rows])
 
 
-def time_encoders(networks: Sequence[tuple[Encoder, int]]) -> list[float]:
-    """Return the images per second of encoders: the fastest of several batches in memory, without decoding.
-
-    The encoders take turns, so that other work on the machine slows all of them.
-
-    Args:
-        networks: Encoders, each with the side of its images in pixels.
-    """
-    batches = [_blank_batch(encoder, size) for encoder, size in networks]
-    for (encoder, _), images in zip(networks, batches, strict=True):
-        encoder.features(images)  # the first batch also allocates memory and chooses kernels
-    fastest, rounds, began = [math.inf] * len(networks), 0, time.perf_counter()
-    while rounds < _FEWEST or (rounds < _MOST and time.perf_counter() - began < _SECONDS * len(networks)):
-        for i, ((encoder, _), images) in enumerate(zip(networks, batches, strict=True)):
-            start = time.perf_counter()
-            encoder.features(images).cpu()  # waits for the device
-            fastest[i] = min(fastest[i], time.perf_counter() - start)
-        rounds += 1
-    return [len(images) / seconds for images, seconds in zip(batches, fastest, strict=True)]
-
-
-def _blank_batch(encoder: Encoder, size: int) -> torch.Tensor:
-    count = _TIMED if encoder.device.type == "cpu" else _TIMED_ELSEWHERE
-    images = torch.zeros(count, encoder.channels, size, size, device=encoder.device)
-    return images.contiguous(memory_format=torch.channels_last)
-
-
 def compare(
     data: str,
     figures: Sequence[Figures],
@@ -245,15 +214,13 @@ def compare(
         correct = {"knn": is_correct(learned, tested, k)}
         if probe:
             before = len(found)
-            fitted = linear(
+            correct["linear"] = _probe(
                 learned,
                 tested,
-                seed=seed,
-                device=device,
-                report=lambda step, total, before=before: report(before * total + step, different * total),  # type: ignore[misc]
+                seed,
+                device,
+                lambda step, total, before=before: report(before * total + step, different * total),  # type: ignore[misc]
             )
-            assert fitted.correct is not None
-            correct["linear"] = fitted.correct
         found[each.identity] = correct
     answers = [found[each.identity] for each in figures]
     differences = [
@@ -264,6 +231,17 @@ def compare(
     if held is not None:
         split = next(name for name in ("val", "test") if name in labelled and name != split)
     return Comparison(data, scored, answers, [{}, *differences[1:]], k, len(test), voters, held is None, split, test)
+
+
+def _probe(
+    train: Features, test: Features | None, seed: int, device: torch.device, report: Callable[[int, int], None]
+) -> Answers:
+    try:
+        fitted = linear(train, test, seed=seed, device=device, report=report)
+    except DinoError as error:  # too few images of a class, or it diverged
+        raise DinoError(error.message, "add --no-linear, or name a larger labelled set") from error
+    assert fitted.correct is not None
+    return fitted.correct
 
 
 def _score(answers: Mapping[str, Answers]) -> dict[str, Any]:

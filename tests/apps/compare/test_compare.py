@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dinocli.apps.compare.compare import Comparison, Figures, align, compare, measure, state_difference, time_encoders
+from dinocli.apps.compare.compare import Comparison, Figures, align, compare, measure, state_difference
 from dinocli.core.errors import DinoError
 from dinocli.evals.bootstrap import Difference, paired_difference
 from dinocli.features.encoder import Encoder
@@ -147,6 +147,10 @@ def test_only_images_that_all_networks_have_are_compared() -> None:
 def test_wrong_numbers_of_neighbours_and_one_class_are_refused() -> None:
     with pytest.raises(DinoError, match="--k 151 is larger than the 150 training images"):
         compared(splits(1.0), splits(1.0), k=151)
+    few = {"all": clusters(9, 1.0)}
+    with pytest.raises(DinoError, match="at least 12 training images in a class") as error:
+        compared(few, few, probe=True)
+    assert error.value.hint.startswith("add --no-linear")
     one = {"all": clusters(9, 1.0, classes=1)}
     with pytest.raises(DinoError, match="all 9 labelled images of data are of one class, a"):
         compared(one, one)
@@ -163,9 +167,3 @@ def test_figures_without_labels_are_those_of_the_test_split(encoder: Encoder) ->
     assert found.parameters == sum(p.numel() for p in encoder.backbone.parameters())
     assert found.megabytes == pytest.approx(4e-6 * found.parameters)
     assert measure(encoder, "x", "id", 16, 9.0, features, None).lidar is None
-
-
-def test_larger_images_are_timed_as_slower(encoder: Encoder) -> None:
-    small, large, again = time_encoders([(encoder, 16), (encoder, 64), (encoder, 16)])
-    assert small > 2 * large, "sixteen times the patches"
-    assert 0.5 < small / again < 2, "a busy machine slows all of them"
