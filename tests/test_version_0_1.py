@@ -57,7 +57,7 @@ def dino(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *w
 
 def test_a_run_resumes(written: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    common = ("--preset", "tiny", "--epochs", "2", "--workers", "0", "--no-report", *settings)
+    common = ("--preset", "tiny-dino", "--epochs", "2", "--workers", "0", "--no-report", *settings)
     _, err = dino(monkeypatch, capsys, "pretrain", "images", "--out", "run", *common)
     assert "from step 3 of 8" in err
     lines = [json.loads(line) for line in (written / "run" / "metrics.jsonl").read_text().splitlines()]

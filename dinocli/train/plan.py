@@ -266,12 +266,13 @@ def cautions(plan: Plan) -> Iterator[str]:
                 f"{clock.total} steps show {seen} images to {head.prototypes} prototypes, too few to train most: "
                 + ", or ".join(ways)
             )
-    if plan.accumulate > 1 and any(head.batch_norm for head in preset.heads.values()):
+    without = [f"--set heads.{name}.batch_norm=false" for name, head in preset.heads.items() if head.batch_norm]
+    without += ["--set backbone.stem=patch"] if preset.backbone.stem == "conv" else []
+    if plan.accumulate > 1 and without:
         at_once = preset.training.batch_size // plan.accumulate
-        without = ", ".join(f"--set heads.{name}.batch_norm=false" for name, h in preset.heads.items() if h.batch_norm)
         yield (
-            f"with --accumulate {plan.accumulate} the BatchNorm of a head normalizes over {at_once} images instead of "
-            f"the whole batch: --accumulate 1, or {without}"
+            f"with --accumulate {plan.accumulate} BatchNorm normalizes over {at_once} images instead of the whole "
+            f"batch: --accumulate 1, or {' '.join(without)}"
         )
     if preset.losses.koleo and plan.images_each // plan.accumulate == 1:
         yield (

@@ -21,7 +21,20 @@ from dinocli.method import shipped
 ROOT = typer.main.get_command(app)
 PANELS_OF_COMMANDS = {
     "Start": ["demo", "doctor", "presets"],
-    "Main job": ["pretrain", "adapt", "finetune", "runs", "report", "extract", "knn", "linear", "classify", "compare", "attn-map", "eval"],
+    "Main job": [
+        "pretrain",
+        "adapt",
+        "finetune",
+        "runs",
+        "report",
+        "extract",
+        "knn",
+        "linear",
+        "classify",
+        "compare",
+        "attn-map",
+        "eval",
+    ],
     "Find": ["search", "dedup", "curate"],
     "Look": ["segment", "match", "track"],
     "Share": ["pack", "export", "push"],

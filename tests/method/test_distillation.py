@@ -277,7 +277,6 @@ def drawn_batch(images: int, preset: Preset) -> Batch:
     ("name", "more"),
     [
         ("tiny-dino", ()),
-        ("tiny", ()),
         ("tiny-dinov2", ("losses.koleo=none",)),
         ("tiny-dinov2", ("losses.koleo=none", "losses.ibot.visible=0.5")),
         ("ibot-vits16", ("backbone.drop_path=0",)),

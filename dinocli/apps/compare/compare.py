@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from dinocli.core.errors import DinoError
 from dinocli.evals.bootstrap import Difference, paired_difference
 from dinocli.evals.knn import check_ks, is_correct, votable
-from dinocli.evals.linear import linear
+from dinocli.evals.linear import train_probe
 from dinocli.evals.spread import effective_rank, lidar, uniformity
 from dinocli.features.encoder import Encoder
-from dinocli.features.store import Features, compared, learned_from, pick_rows
+from dinocli.features.store import Features, compared, learned_from, subset
 
 Answers = NDArray[np.bool_]
 METRICS = {"knn": "k-NN", "linear": "linear probe"}
@@ -237,11 +237,10 @@ def _probe(
     train: Features, test: Features | None, seed: int, device: torch.device, report: Callable[[int, int], None]
 ) -> Answers:
     try:
-        fitted = linear(train, test, seed=seed, device=device, report=report)
+        probe = train_probe(train, test, seed=seed, device=device, report=report)
     except DinoError as error:  # too few images of a class, or it diverged
         raise DinoError(error.message, "add --no-linear, or name a larger labelled set") from error
-    assert fitted.correct is not None
-    return fitted.correct
+    return probe.predictions.correct
 
 
 def _score(answers: Mapping[str, Answers]) -> dict[str, Any]:
@@ -266,7 +265,7 @@ def align(features: Sequence[Mapping[str, Features]]) -> list[dict[str, Features
             )
         for each, part in zip(aligned, parts, strict=True):
             rows = [row for row, path in enumerate(part.paths) if path in common]
-            each[name] = pick_rows(part, np.array(rows, np.int64))
+            each[name] = subset(part, np.array(rows, np.int64))
         if any(list(each[name].paths) != list(aligned[0][name].paths) for each in aligned[1:]):
             raise DinoError(
                 f"the networks have the images of {name} in different orders", "compare them with --workers 0"

@@ -155,7 +155,7 @@ def _matches(features: Features, encoder: Encoder, source: Source, setting: Sett
         return False
     if not np.array_equal(features.labels, source.labels[kept]):
         return False
-    return _agrees(features, encoder, source.only(kept[np.linspace(0, len(kept) - 1, _TRIED).astype(np.int64)]), size)
+    return _agrees(features, encoder, source.take(kept[np.linspace(0, len(kept) - 1, _TRIED).astype(np.int64)]), size)
 
 
 def _agrees(features: Features, encoder: Encoder, source: Source, size: int) -> bool:
