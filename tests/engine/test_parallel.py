@@ -146,7 +146,7 @@ def assert_same(one: tuple[LoggedSteps, Arrays], other: tuple[LoggedSteps, Array
     normed = any("mlp.1.running_mean" in name for name in one[1])
     for step, (a, b) in enumerate(zip(one[0], other[0], strict=True)):
         for name in a:
-            assert b[name] == pytest.approx(a[name], rel=2e-5, abs=1e-5, nan_ok=True), (step, name)
+            assert b[name] == pytest.approx(a[name], rel=5e-5, abs=1e-5, nan_ok=True), (step, name)
     assert one[1].keys() == other[1].keys()
     for name, value in one[1].items():
         atol = 1e-3 if normed and any(idle in name for idle in IDLE) else 1e-5
