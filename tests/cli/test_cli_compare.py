@@ -19,7 +19,7 @@ FAST = ("--device", "cpu", "--workers", "0")
 def networks(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two checkpoints in the working directory."""
     torch.manual_seed(1)
-    preset = load_preset("tiny", SMALL)
+    preset = load_preset("tiny-dino", SMALL)
     write_checkpoint(tmp_path / "other.safetensors", preset.network().weights(), preset, 9)
     monkeypatch.chdir(tmp_path)
     return ["start.safetensors", "other.safetensors"]

@@ -23,7 +23,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run of two steps of eight."""
     monkeypatch.chdir(tmp_path)
     source = image_folder(write_images(tmp_path / "images", 9, size=8))
-    preset = load_preset("tiny", [*SMALL, "training.epochs=2"])
+    preset = load_preset("tiny-dino", [*SMALL, "training.epochs=2"])
     plan = Plan("tiny", preset, source, 2, Path("runs/tiny-1"), torch.device("cpu"), 0, None)
     pretrain(plan, lambda progress: None)
     return Path("runs")
@@ -69,7 +69,7 @@ def test_running_finished_and_corrupt_runs_are_recognised(runs: Path) -> None:
 
 
 def test_a_finished_run_has_done_all_steps(runs: Path, tmp_path: Path) -> None:
-    preset = load_preset("tiny", [*SMALL, "training.epochs=2", "about.recipe=mine"])
+    preset = load_preset("tiny-dino", [*SMALL, "training.epochs=2", "about.recipe=mine"])
     source = image_folder(tmp_path / "images")
     pretrain(Plan("x", preset, source, 8, runs / "mine", torch.device("cpu"), 0, None), lambda progress: None)
     os.utime(runs / "mine" / "ckpt.safetensors", (2e9, 2e9))
