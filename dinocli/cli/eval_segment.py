@@ -133,8 +133,8 @@ def _score_overlap(
     *,
     json: bool,
 ) -> None:
-    from dinocli.apps.segment.masks import MaskFolder, with_masks
     from dinocli.apps.segment.overlap import overlaps
+    from dinocli.data.sources.masks import MaskFolder, with_masks
 
     pairs, skipped = with_masks(files, MaskFolder(truth))
     with console.progress("measure", len(pairs), "images") as advance:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from dinocli.apps.segment.edges import refine
 from dinocli.apps.segment.foreground import KEEP, TAU, By, foreground
-from dinocli.apps.segment.masks import read_object
 from dinocli.data.decode.pixels import BadImage
+from dinocli.data.sources.masks import read_object
 from dinocli.data.sources.photos import read_photo
 from dinocli.evals.attention import jaccard
 from dinocli.features.encoder import Encoder, NotFinite

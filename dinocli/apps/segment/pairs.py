@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.apps.segment.masks import MaskFolder, read_index, with_masks
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import ImagesConfig
 from dinocli.data.sources.label_maps import IGNORED
+from dinocli.data.sources.masks import MaskFolder, read_index, with_masks
 from dinocli.data.sources.photos import named_photos, read_photo
 
 IMAGES, MASKS, NAMES = "images", "masks", "classes.txt"

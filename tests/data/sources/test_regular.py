@@ -16,12 +16,12 @@ from conftest import write_images
 from PIL import Image
 
 from dinocli.apps.doctor.inspection import inspect
-from dinocli.apps.segment.masks import read_index, read_object
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.images import ImagesConfig
 from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources import regular
 from dinocli.data.sources.frames import open_frames
+from dinocli.data.sources.masks import read_index, read_object
 from dinocli.data.sources.open import image_folder, open_source, photos
 from dinocli.data.sources.photos import named_photos, read_photo
 from dinocli.data.sources.regular import Refused, begins_with, read_file, why_unread

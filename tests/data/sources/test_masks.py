@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinocli.apps.segment.masks import MaskFolder, read_index, read_object, with_masks
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
+from dinocli.data.sources.masks import MaskFolder, read_index, read_object, with_masks
 
 
 def save(path: Path, values: list[list[int]], mode: str = "L") -> Path:
@@ -29,6 +29,8 @@ def test_masks_are_found_by_relative_path_or_by_unique_name(tmp_path: Path) -> N
     assert masks.of(Path("elsewhere/2")) == tmp_path / "b" / "2.png"
     assert masks.of(Path("v1.5")) == tmp_path / "c" / "v1.5.png"
     assert masks.of(Path("1")) is None, "the name is not unique"
+    save(tmp_path / "d" / "7_mask.png", [[0]])
+    assert MaskFolder(tmp_path).of(Path("d/7")) == tmp_path / "d" / "7_mask.png"
     pairs, alone = with_masks({Path("x/2.jpg"): Path("2"), Path("x/3.jpg"): Path("3")}, masks)
     assert pairs == {Path("x/2.jpg"): tmp_path / "b" / "2.png"}
     assert list(alone) == [Path("x/3.jpg")]

@@ -13,6 +13,7 @@ from dinocli.data.decode.pixels import BadImage
 from dinocli.data.sources.label_maps import read_labels
 from dinocli.data.sources.open import image_folder
 
+_ENDING = "_mask"  # of the names in MVTec AD and others
 _CLASSES = 256  # largest number of values in a mask; soft edges and many classes have many
 
 
@@ -20,8 +21,8 @@ class MaskFolder:
     """Masks in a folder and its subfolders.
 
     Args:
-        folder: Folder of masks. Each has the name of its photo except for the suffix; subfolders may differ if
-            names are unique.
+        folder: Folder of masks. Each has the name of its photo, with any suffix, or with `_mask` at its end;
+            subfolders may differ if names are unique.
 
     Raises:
         DinoError: If the folder does not exist or is empty.
@@ -29,10 +30,11 @@ class MaskFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._names = {str(Path(name).with_suffix("")): name for name in image_folder(folder).names}
+        names = image_folder(folder).names
+        self._names = {str(Path(name).with_suffix("")).removesuffix(_ENDING): name for name in names}
         self._stems: dict[str, list[str]] = {}
-        for name in self._names.values():
-            self._stems.setdefault(Path(name).stem, []).append(name)
+        for name in names:
+            self._stems.setdefault(Path(name).stem.removesuffix(_ENDING), []).append(name)
 
     def of(self, name: Path) -> Path | None:
         """Return the mask of a photo by its relative path without suffix, or else by its name if that is unique."""
