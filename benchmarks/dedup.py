@@ -31,11 +31,11 @@ from rich.table import Table
 from search import draw, peak
 
 from dinocli.apps.search import dedup
-from dinocli.apps.search.gallery import open_gallery
 from dinocli.core.tensors import Rows
 from dinocli.evals.near_pairs import near_pairs
 from dinocli.evals.nearest import Tile, nearest
 from dinocli.evals.units import unit
+from dinocli.features.gallery import open_gallery
 
 NEIGHBOURS, BLOCK = 16, 10_000
 

@@ -13,6 +13,7 @@ import typer
 
 from dinocli.cli import console, eval_copies, eval_match, eval_retrieval, eval_segment, eval_track
 from dinocli.cli.adapt import adapt
+from dinocli.cli.anomaly import anomaly
 from dinocli.cli.attn_map import attn_map
 from dinocli.cli.classify import classify
 from dinocli.cli.compare import compare
@@ -53,7 +54,7 @@ app = App(
 for panel, commands in {
     "Start": (demo, doctor),
     "Main job": (pretrain, adapt, finetune, runs, report, extract, knn, linear, classify, compare, attn_map),
-    "Find": (search, dedup, curate),
+    "Find": (search, dedup, curate, anomaly),
     "Look": (segment, match, track),
     "Share": (pack, export, push),
 }.items():

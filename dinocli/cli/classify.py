@@ -10,14 +10,10 @@ import typer
 from dinocli.cli import console
 from dinocli.cli.layout import METHOD, OUTPUT
 from dinocli.cli.learned import CLASSIFIER, print_saved
-from dinocli.cli.options import Device, Json, NetworkName, Photos, Settings, Workers, encoder_from, output_place
-from dinocli.core.errors import DinoError
+from dinocli.cli.options import Device, Json, NetworkName, NetworkOptions, Photos, Settings, Workers, output_place
 
 if TYPE_CHECKING:
-    from typing import Literal
-
     from dinocli.apps.classify.classifier import Classifier
-    from dinocli.features.encoder import Encoder
 
 
 def classify(
@@ -105,7 +101,8 @@ def classify(
         check_sort_folder(sort_into)
     classifier = read_classifier(saved)
     console.say(_describe(saved, classifier))
-    encoder = _find_encoder(saved, classifier, checkpoint, device, network, overrides)
+    hint = "use --checkpoint with the one it was trained with, or train another: dino extract, then dino linear --save"
+    encoder = NetworkOptions(checkpoint, network, overrides, device).maker(classifier.provenance, saved, hint)
     encoder = quick(encoder, classifier.provenance.precision, compiled=False)  # type: ignore[arg-type]
     picked = pick_device(device)
     with console.progress("classify", len(source), "images") as advance:
@@ -167,34 +164,3 @@ def _describe(path: Path, classifier: Classifier) -> str:
         f"{classifier.train_images} images; top-1 {classifier.top1:.1f} % (95 % interval {classifier.interval}) on "
         f"{classifier.test_images} test images; {calibrated}"
     )
-
-
-def _find_encoder(
-    path: Path,
-    classifier: Classifier,
-    checkpoint: str | None,
-    device: str,
-    network: Literal["teacher", "student"],
-    overrides: list[str] | None,
-) -> Encoder:
-    """Load the checkpoint that made the features of a classifier.
-
-    Raises:
-        DinoError: If it is missing, or only checkpoints with other weights are there.
-    """
-    from dinocli.features.photos import same_encoder
-    from dinocli.weights.maker import checkpoints_of
-
-    provenance = classifier.provenance
-    places = [checkpoint] if checkpoint else checkpoints_of(provenance, path.parent)
-    if not places:
-        raise DinoError(
-            f"the checkpoint of {path} is not here: {provenance.maker}", "name its current place with --checkpoint"
-        )
-    for place in places:
-        encoder = encoder_from(place, device, network, overrides)
-        if encoder.fingerprint == provenance.fingerprint:
-            return encoder
-    hint = "use --checkpoint with the one it was trained with, or train another: dino extract, then dino linear --save"
-    same_encoder(encoder, provenance, f"the features of {path} were", hint)
-    return encoder

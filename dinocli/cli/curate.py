@@ -15,8 +15,8 @@ from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.apps.search.dedup import Alike
-    from dinocli.apps.search.gallery import Gallery
     from dinocli.core.tensors import Indices
+    from dinocli.features.gallery import Gallery
 
 
 def curate(
@@ -91,7 +91,7 @@ def curate(
 
     import numpy as np
 
-    from dinocli.apps.search.gallery import belong_together, open_gallery
+    from dinocli.features.gallery import belong_together, open_gallery
 
     gallery = open_gallery(pool, data)
     others = [open_gallery(folder) for folder in [*([like] if like else []), *(without or [])]]

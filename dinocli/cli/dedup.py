@@ -23,8 +23,8 @@ from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.apps.search.dedup import Alike
-    from dinocli.apps.search.gallery import Gallery
     from dinocli.evals.units import Floats
+    from dinocli.features.gallery import Gallery
 
 _SHARES = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the images; the table shows a threshold for each share
 
@@ -63,9 +63,9 @@ def dedup(
 
     import numpy as np
 
-    from dinocli.apps.search.gallery import open_gallery
     from dinocli.data.images import DEFAULTS
     from dinocli.data.sources.outputs import marked
+    from dinocli.features.gallery import open_gallery
 
     images = DEFAULTS.changed(overrides or [])
     gallery = open_gallery(folder, data)

@@ -53,7 +53,7 @@ _NUMBERS = {
     "extract": "--size", "compare": "--k", "export": "--size", "attn-map": "--short-side", "match": "--short-side",
     "track": "--short-side", "segment": "--short-side", "pack": "--short-side", "pretrain": "--epochs",
     "eval retrieval": "--long-side", "eval copies": "--size", "eval segment": "--short-side",
-    "eval match": "--short-side", "eval track": "--short-side", "classify": "--top",
+    "eval match": "--short-side", "eval track": "--short-side", "classify": "--top", "anomaly": "--short-side",
 }  # fmt: skip
 _SIDES = ("--size", "--short-side", "--long-side")
 _VALUES = {
@@ -74,6 +74,7 @@ _TAKE_IMAGES = (
     "segment",
     "search",
     "classify",
+    "anomaly",
     "track",
     "eval segment",
     "eval track",
@@ -90,6 +91,7 @@ _EXAMPLES = {
     "eval copies": "dino eval copies COPIES",
     "eval match": "dino eval match a.jpg b.jpg --keypoints points.csv",
     "eval track": "dino eval track FRAMES --mask first.png --truth MASKS",
+    "anomaly": "dino anomaly NORMAL --test IMAGES",
     "match": "dino match a.jpg b.jpg",
     "track": "dino track FRAMES --mask first.png",
     "export": "dino export --to onnx",
@@ -109,6 +111,7 @@ _COMMANDS = {
     "eval retrieval": "retrieval oxford paris",
     "eval copies": "copies copydays copy-detection",
     "search": "find query retrieve",
+    "anomaly": "anomalies defects outliers patchcore inspect",
     "dedup": "duplicates deduplicate dedupe",
     "attn-map": "attention attn attention-map attn_map attnmap visualize visualise attention-maps",
     "export": "convert save onnx",

@@ -21,8 +21,9 @@ from dinocli.core.runs import CHECKPOINT, RUNS, newest_run
 if TYPE_CHECKING:
     import torch
 
-    from dinocli.apps.search.gallery import Gallery
     from dinocli.features.encoder import Encoder
+    from dinocli.features.gallery import Gallery
+    from dinocli.features.store import Provenance
 
 Images = Annotated[
     str,
@@ -403,6 +404,32 @@ class NetworkOptions:
         """Load the encoder, as `encoder_from` does."""
         return encoder_from(self.checkpoint, self.device, self.network, self.overrides)
 
+    def maker(self, provenance: Provenance, path: Path, hint: str) -> Encoder:
+        """Load the checkpoint that made the features of a file, such as of a classifier.
+
+        Args:
+            provenance: Provenance of the features.
+            path: File that holds them.
+            hint: Hint of the error for other weights.
+
+        Raises:
+            DinoError: If it is missing, or only checkpoints with other weights are there.
+        """
+        from dinocli.features.photos import same_encoder
+        from dinocli.weights.maker import checkpoints_of
+
+        places = [self.checkpoint] if self.checkpoint else checkpoints_of(provenance, path.parent)
+        if not places:
+            raise DinoError(
+                f"the checkpoint of {path} is not here: {provenance.maker}", "name its current place with --checkpoint"
+            )
+        for place in places:
+            encoder = encoder_from(place, self.device, self.network, self.overrides)
+            if encoder.fingerprint == provenance.fingerprint:
+                return encoder
+        same_encoder(encoder, provenance, f"the features of {path} were", hint)
+        return encoder
+
 
 def features_or_newest(given: Path | None) -> Path:
     """Return the given feature folder, else `./features`, else the newest run's; print it if not given.
@@ -427,7 +454,7 @@ def features_or_newest(given: Path | None) -> Path:
 
 def listed(gallery: Gallery, rows: Sequence[int], path: Path) -> list[Path]:
     """Write a list of image files, print a note for each name that a list cannot hold, and return the files written."""
-    from dinocli.apps.search.gallery import write_list
+    from dinocli.features.gallery import write_list
 
     try:
         odd = write_list(gallery, rows, path)

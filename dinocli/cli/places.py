@@ -36,6 +36,15 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
     return value
 
 
+def normal_place(context: typer.Context, value: str) -> str:
+    """Check that an argument names images, as `images_place` does, or a memory bank."""
+    from dinocli.weights.identify import kind_of
+
+    if context.resilient_parsing or kind_of(value) == "bank":
+        return value
+    return images_place(context, value) or value
+
+
 def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
     """Return the hint for a value that is not a set of images, or an empty string if it may be one."""
     from dinocli.weights.identify import WEIGHTS
@@ -51,6 +60,8 @@ def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
         return f"dino {words.command} IMAGES" + (f" {option} {quoted}" if option in words.known else "")
     if kind == "classifier":
         return f"dino classify IMAGES --with {quoted}"
+    if kind == "bank":
+        return f"dino anomaly {quoted} --test IMAGES"
     if kind == "features":
         return f"dino knn --features {shlex.quote(str(path if path.is_dir() else path.parent))}"
     if kind in ("image", "pattern"):
@@ -104,7 +115,7 @@ def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]
         if kinds[0] not in WEIGHTS and kinds[0] != "missing":
             first = f"{value[1]} is {NAMES[kinds[1]]}, and {value[0]} is {NAMES[kinds[0]]}"
             raise DinoError(f"the checkpoint comes first: {first}", words.ordered([value[1], value[0]]))
-    elif kinds[0] in ("images", "image", "features", "classifier", "source") and not value[0].endswith(".txt"):
+    elif kinds[0] in ("images", "image", "features", "classifier", "bank", "source") and not value[0].endswith(".txt"):
         hint = words.ordered(["ckpt.safetensors", value[1]])
         raise DinoError(f"{value[0]} is {NAMES[kinds[0]]}; expected a checkpoint before the images", hint)
     images_place(context, value[-1])
@@ -203,6 +214,8 @@ def _check_photo(words: Words, value: str) -> None:
     if kind == "classifier":
         again = words.ordered(others or ["photo.jpg"], "--with", typed) if "--with" in words.known else ""
         raise DinoError(f"{typed} is {NAMES[kind]}; {expected}", again or f"dino classify IMAGES --with {typed}")
+    if kind == "bank":
+        raise DinoError(f"{typed} is {NAMES[kind]}; {expected}", f"dino anomaly {typed} --test IMAGES")
     if kind == "missing" and typed.isdecimal() and words.command == "search":
         count = max(1, int(typed))
         raise DinoError(f"no photo is named {typed}", words.ordered(others or ["photo.jpg"], "--k", str(count)))
@@ -256,6 +269,8 @@ def check_features(value: str, words: Words) -> None:
         )
     if kind == "classifier":
         raise DinoError(f"{value} is {NAMES[kind]}; {expected}", f"dino classify IMAGES --with {quoted}")
+    if kind == "bank":
+        raise DinoError(f"{value} is {NAMES[kind]}; {expected}", f"dino anomaly {quoted} --test IMAGES")
     if kind in ("images", "source", "image"):
         images = value if kind != "image" else str(path.parent)
         features = f"{Path(images).resolve().name}-features"

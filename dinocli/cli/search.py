@@ -24,8 +24,8 @@ from dinocli.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from dinocli.apps.search.gallery import Gallery
     from dinocli.apps.search.index import Index, Kind
+    from dinocli.features.gallery import Gallery
 
 
 def search(
@@ -65,10 +65,10 @@ def search(
     out = output_place(out, file="search.png")
     folder = features_or_newest(features)
 
-    from dinocli.apps.search.gallery import open_gallery
     from dinocli.data.sources.open import photos
     from dinocli.data.sources.outputs import marked
     from dinocli.data.sources.photos import spare
+    from dinocli.features.gallery import open_gallery
 
     source = photos(images)
     spare([out], images)

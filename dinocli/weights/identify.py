@@ -21,8 +21,8 @@ from dinocli.data.sources.shards import is_shards
 from dinocli.features.store import INDEX
 
 Kind = Literal[
-    "missing", "pattern", "address", "timm", "run", "weights", "model", "features", "classifier", "graph", "archive",
-    "video", "image", "images", "source", "folder", "file",
+    "missing", "pattern", "address", "timm", "run", "weights", "model", "features", "classifier", "bank", "graph",
+    "archive", "video", "image", "images", "source", "folder", "file",
 ]  # fmt: skip
 WEIGHTS: frozenset[Kind] = frozenset(["timm", "run", "weights"])
 # `model_type` in the config.json of transformers' folders that this tool reads.
@@ -38,6 +38,7 @@ NAMES: dict[Kind, str] = {
     "model": "a model folder",
     "features": "a folder of features",
     "classifier": "a classifier",
+    "bank": "a memory bank",
     "graph": "an exported graph",
     "archive": "an archive",
     "video": "a video",
@@ -123,7 +124,7 @@ def kind_of(place: str) -> Kind:
         return "pattern" if re.search(r"[*?]", place) else "missing"
     suffix = path.suffix.lower()
     if suffix in _WEIGHTS:
-        kinds: dict[str, Kind] = {"features": "features", "classifier": "classifier"}
+        kinds: dict[str, Kind] = {"features": "features", "classifier": "classifier", "bank": "bank"}
         return kinds.get(_declared_kind(path), "weights")
     if suffix in SUFFIXES or suffix == ARRAY:
         return "image"

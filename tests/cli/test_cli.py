@@ -82,6 +82,7 @@ COMMANDS = [
     "search",
     "dedup",
     "curate",
+    "anomaly",
     "attn-map",
     "match",
     "track",

@@ -35,7 +35,7 @@ PANELS_OF_COMMANDS = {
         "attn-map",
         "eval",
     ],
-    "Find": ["search", "dedup", "curate"],
+    "Find": ["search", "dedup", "curate", "anomaly"],
     "Look": ["segment", "match", "track"],
     "Share": ["pack", "export", "push"],
 }
@@ -165,7 +165,19 @@ def test_an_option_means_one_thing(option: str) -> None:
 
 
 def test_every_command_that_reads_weights_takes_them_as_checkpoint() -> None:
-    reading = {"extract", "linear", "classify", "attn-map", "search", "segment", "match", "track", "export", "push"}
+    reading = {
+        "extract",
+        "linear",
+        "classify",
+        "anomaly",
+        "attn-map",
+        "search",
+        "segment",
+        "match",
+        "track",
+        "export",
+        "push",
+    }
     assert set(options_named("--checkpoint")) == reading | {name for name in ALL if name.startswith("eval ")}
     with_argument = {n for n, c in ALL.items() for p in c.params if "CHECKPOINT" in str(p.metavar)}
     assert with_argument == {"extract", "export", "push"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dinocli.apps.search.gallery import Gallery
 from dinocli.apps.search.index import Index
+from dinocli.features.gallery import Gallery
 from dinocli.features.photos import Encoded
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dinocli.apps.search.dedup import Group
-from dinocli.apps.search.gallery import Gallery
 from dinocli.apps.search.search import Hits
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.photos import display_pixels
 from dinocli.data.sources.regular import read_file
+from dinocli.features.gallery import Gallery
 from dinocli.viz.picture import SHEET_ROWS, Tile, sheet_page, write_contact_sheets
 
 SHOWN = 10  # results per row

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dinocli.apps.search.gallery import open_gallery
 from dinocli.apps.search.index import About, Index
 from dinocli.apps.search.search import search
 from dinocli.data.sources.open import photos, splits
 from dinocli.features.encoder import Encoder
 from dinocli.features.extract import extract
+from dinocli.features.gallery import open_gallery
 from dinocli.features.photos import encode, same_encoder
 
 

@@ -8,9 +8,9 @@ from PIL import Image
 
 from dinocli.apps.search import sheets as gallery_pictures
 from dinocli.apps.search.dedup import Group
-from dinocli.apps.search.gallery import open_gallery
 from dinocli.apps.search.search import Hits, Neighbour
 from dinocli.apps.search.sheets import draw_groups, draw_hits
+from dinocli.features.gallery import open_gallery
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 

@@ -10,10 +10,10 @@ from conftest import write_images, write_stored
 from PIL import Image
 
 from dinocli.apps.pack import pack
-from dinocli.apps.search.gallery import Gallery, belong_together, open_gallery, write_list
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.sources.open import image_folder, open_source
+from dinocli.features.gallery import Gallery, belong_together, open_gallery, write_list
 
 
 def test_splits_are_one_gallery(tmp_path: Path) -> None:

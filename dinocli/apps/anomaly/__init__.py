@@ -1,0 +1,1 @@
+"""Anomaly detection: patches of photos that no normal photo has."""
