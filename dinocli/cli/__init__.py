@@ -29,6 +29,7 @@ from dinocli.cli.linear import linear
 from dinocli.cli.match import match
 from dinocli.cli.mistakes import App
 from dinocli.cli.pack import pack
+from dinocli.cli.plot import plot
 from dinocli.cli.presets import presets
 from dinocli.cli.pretrain import pretrain
 from dinocli.cli.push import push
@@ -55,7 +56,7 @@ for panel, commands in {
     "Start": (demo, doctor),
     "Main job": (pretrain, adapt, finetune, runs, report, extract, knn, linear, classify, compare, attn_map),
     "Find": (search, dedup, curate, anomaly),
-    "Look": (segment, match, track),
+    "Look": (plot, segment, match, track),
     "Share": (pack, export, push),
 }.items():
     for command in commands:

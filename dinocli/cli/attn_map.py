@@ -36,7 +36,7 @@ def attn_map(
         typer.Argument(
             metavar="IMAGES...",
             callback=photo_places,
-            help="Photos, and folders of photos; with --film: folders of frames, and videos.",
+            help="Photos, folders, and lists of photos; with --film: folders of frames, and videos.",
         ),
     ],
     checkpoint: Checkpoint = None,

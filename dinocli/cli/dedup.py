@@ -40,6 +40,15 @@ def dedup(
             rich_help_panel=METHOD,
         ),
     ] = False,
+    only: Annotated[
+        Path | None,
+        typer.Option(
+            "--among",
+            metavar="LIST",
+            help="Compare only the images of this list of files, such as one saved in the page of `dino plot`.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     data: DataNow = None,
     overrides: Limits = None,
     out: Annotated[
@@ -65,10 +74,13 @@ def dedup(
 
     from dinocli.data.images import DEFAULTS
     from dinocli.data.sources.outputs import marked
-    from dinocli.features.gallery import open_gallery
+    from dinocli.features.gallery import among, open_gallery
 
     images = DEFAULTS.changed(overrides or [])
     gallery = open_gallery(folder, data)
+    if only:
+        gallery = among(gallery, only)
+        console.say(f"{only}: {len(gallery)} images")
 
     from dinocli.apps.search.dedup import choose  # these import torch or matplotlib
     from dinocli.apps.search.sheets import draw_groups

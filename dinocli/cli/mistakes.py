@@ -54,6 +54,7 @@ _NUMBERS = {
     "track": "--short-side", "segment": "--short-side", "pack": "--short-side", "pretrain": "--epochs",
     "eval retrieval": "--long-side", "eval copies": "--size", "eval segment": "--short-side",
     "eval match": "--short-side", "eval track": "--short-side", "classify": "--top", "anomaly": "--short-side",
+    "plot": "--clusters",
 }  # fmt: skip
 _SIDES = ("--size", "--short-side", "--long-side")
 _VALUES = {
@@ -112,6 +113,7 @@ _COMMANDS = {
     "eval copies": "copies copydays copy-detection",
     "search": "find query retrieve",
     "anomaly": "anomalies defects outliers patchcore inspect",
+    "plot": "scatter pca tsne t-sne umap project embedding",
     "dedup": "duplicates deduplicate dedupe",
     "attn-map": "attention attn attention-map attn_map attnmap visualize visualise attention-maps",
     "export": "convert save onnx",

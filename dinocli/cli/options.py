@@ -35,7 +35,7 @@ Images = Annotated[
     ),
 ]
 Photos = Annotated[
-    list[Path], typer.Argument(metavar="IMAGES...", callback=photo_places, help="Photos, and folders of photos.")
+    list[Path], typer.Argument(metavar="IMAGES...", callback=photo_places, help="Photos, folders, and lists of photos.")
 ]
 # The help of --set, which ends with the keys that each command accepts.
 _SET = "Override a setting of the preset; may be repeated. Keys: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +16,11 @@ from dinocli.core.tensors import Rows
 from dinocli.data.decode.image import open_image
 from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources.open import PackedImages, Source, TorchvisionImages, splits
+from dinocli.data.sources.open import PackedImages, Source, TorchvisionImages, photo_files, splits
 from dinocli.data.sources.photos import display_pixels
 from dinocli.data.sources.regular import Refused, read_file
 from dinocli.data.sources.shards import Shards, read_sample
-from dinocli.features.store import Features, Provenance, read_splits, same_maker
+from dinocli.features.store import Features, Provenance, read_splits, same_maker, subset
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,33 @@ def open_gallery(folder: Path, data: str | None = None) -> Gallery:
             f"{folder} holds patch tokens; expected one feature per image", "extract again with --tokens cls"
         )
     return Gallery(folder, parts, data or next(iter(parts.values())).provenance.data)
+
+
+def among(gallery: Gallery, files: Path) -> Gallery:
+    """Return the images of a gallery that are in a list of files, such as one saved by the page of `dino plot`.
+
+    Args:
+        gallery: Images with a file each.
+        files: List of image files, or a folder of images.
+
+    Raises:
+        DinoError: If none of the files belongs to the gallery.
+    """
+    if not files.exists():
+        raise DinoError(f"--among {files} does not exist; expected a list of image files", "check the path")
+    wanted = {os.path.abspath(path) for path in photo_files(files)}
+    parts, first = {}, 0
+    for name, part in gallery.parts.items():
+        kept = [row for row in range(len(part)) if str(gallery.file(first + row)) in wanted]
+        if kept:
+            parts[name] = subset(part, np.array(kept))
+        first += len(part)
+    if not parts:
+        raise DinoError(
+            f"none of the {len(wanted)} images of {files} is in {gallery.folder}",
+            "name their current folder with --data",
+        )
+    return Gallery(gallery.folder, parts, gallery.data)
 
 
 def belong_together(first: Gallery, other: Gallery) -> None:

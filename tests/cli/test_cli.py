@@ -83,6 +83,7 @@ COMMANDS = [
     "dedup",
     "curate",
     "anomaly",
+    "plot",
     "attn-map",
     "match",
     "track",

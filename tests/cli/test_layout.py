@@ -36,7 +36,7 @@ PANELS_OF_COMMANDS = {
         "eval",
     ],
     "Find": ["search", "dedup", "curate", "anomaly"],
-    "Look": ["segment", "match", "track"],
+    "Look": ["plot", "segment", "match", "track"],
     "Share": ["pack", "export", "push"],
 }
 

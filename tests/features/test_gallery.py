@@ -13,7 +13,9 @@ from dinocli.apps.pack import pack
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.sources.open import image_folder, open_source
-from dinocli.features.gallery import Gallery, belong_together, open_gallery, write_list
+from dinocli.features.gallery import Gallery, among, belong_together, open_gallery, write_list
+from dinocli.features.store import Provenance
+from dinocli.features.writer import write_features
 
 
 def test_splits_are_one_gallery(tmp_path: Path) -> None:
@@ -96,3 +98,24 @@ def test_galleries_of_other_weights_or_settings_are_refused(tmp_path: Path) -> N
         with pytest.raises(DinoError, match="made with different"):
             belong_together(first, other)
     assert first.digest != Gallery(first.folder, first.parts | {"more": first.parts["all"]}, "x").digest
+
+
+def test_a_list_of_files_selects_images_of_all_splits(tmp_path: Path) -> None:
+    provenance = Provenance("c", "0" * 16, "cls", 1, 16, str(tmp_path / "data"))
+    for split, count in (("train", 3), ("val", 2)):
+        write_images(tmp_path / "data" / split / "a", count, 8)
+        with write_features(tmp_path / "features" / f"{split}.safetensors", provenance, ["a"]) as writer:
+            values = np.arange(count * 2, dtype=np.float32).reshape(count, 2) + (split == "val")
+            writer.append(values, [0] * count, [f"a/{i:04}.png" for i in range(count)])
+    gallery, chosen = open_gallery(tmp_path / "features"), tmp_path / "chosen.txt"
+    lines = [tmp_path / "data" / name for name in ("train/a/0002.png", "val/a/0000.png")]
+    chosen.write_text("".join(f"{line}\n" for line in lines))
+    some = among(gallery, chosen)
+    assert [some.file(row) for row in range(len(some))] == lines
+    assert some.values[np.arange(2)].tolist() == [[4, 5], [1, 2]]
+    assert [some.label(row) for row in range(2)] == ["a", "a"]
+    chosen.write_text(f"{write_images(tmp_path / 'other', 1) / '0000.png'}\n")
+    with pytest.raises(DinoError, match="none of the 1 images"):
+        among(gallery, chosen)
+    with pytest.raises(DinoError, match="does not exist"):
+        among(gallery, tmp_path / "gone.txt")

@@ -243,7 +243,7 @@ def _nearest_place(missing: Path) -> str:
 
 
 def photos(paths: Sequence[Path]) -> Images:
-    """Combine image files and folders of images into one source without labels.
+    """Combine image files, folders of images and lists of files into one source without labels.
 
     Raises:
         DinoError: If a path does not exist or a folder holds no image.
@@ -252,8 +252,22 @@ def photos(paths: Sequence[Path]) -> Images:
     for path in paths:
         if not path.exists():
             raise DinoError(f"{path} does not exist; expected a photo or a folder", "check the path")
-        names += [str(path / inside) for inside in image_folder(path).names] if path.is_dir() else [str(path)]
+        names += map(str, photo_files(path))
     return Images(", ".join(map(str, paths)), Path(), Names.of(names), [], np.full(len(names), -1, dtype=np.int32))
+
+
+def photo_files(path: Path) -> list[Path]:
+    """Return the images of a folder or of a list of files, or the path itself.
+
+    Raises:
+        DinoError: If the folder or list holds no image.
+    """
+    if path.is_dir():
+        return [path / inside for inside in image_folder(path).names]
+    if path.suffix.lower() in LISTS and path.is_file():
+        listed = _file_list(path)
+        return [listed.root / name for name in listed.names]
+    return [path]
 
 
 def _is_image(path: str) -> bool:

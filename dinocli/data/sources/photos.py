@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode, open_image, reduction
 from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources.open import image_folder
+from dinocli.data.sources.lists import LISTS
+from dinocli.data.sources.open import image_folder, photo_files
 from dinocli.data.sources.regular import read_file, why_unread
 
 
@@ -18,7 +20,7 @@ def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
     """Map each image file to its output name, without suffix and relative to the output folder.
 
     Args:
-        paths: Image files and folders. The names keep the subfolders.
+        paths: Image files, folders, and lists of files. The names keep the subfolders.
 
     Raises:
         DinoError: If a path does not exist, or is a folder without images.
@@ -27,6 +29,10 @@ def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
     for path in paths:
         if path.is_dir():
             files |= {path / inside: Path(inside) for inside in image_folder(path).names}
+        elif path.suffix.lower() in LISTS and path.is_file():
+            listed = photo_files(path)
+            root = os.path.commonpath([os.path.abspath(file.parent) for file in listed])
+            files |= {file: Path(os.path.relpath(file.absolute(), root)) for file in listed}
         elif path.exists():  # reading reports FIFOs and devices
             files[path] = Path(path.name)
         else:

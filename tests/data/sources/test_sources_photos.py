@@ -10,6 +10,7 @@ from PIL import Image
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.images import DEFAULTS
+from dinocli.data.sources.open import photos
 from dinocli.data.sources.photos import display_pixels, named_photos, read_photo, spare
 
 
@@ -54,3 +55,13 @@ def test_a_large_photo_is_decoded_smaller(tmp_path: Path) -> None:
     Image.new("RGB", (1600, 1200)).save(data, format="JPEG")
     assert display_pixels(data.getvalue(), 100).shape == (150, 200, 3)
     assert isinstance(display_pixels(b"torn", 100), BadImage)
+
+
+def test_a_list_names_its_photos_below_their_common_folder(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        write_images(tmp_path / "data" / name, 2, 8)
+    chosen = [tmp_path / "data" / name for name in ("cat/0001.png", "dog/0001.png")]
+    for lines in (chosen, [path.relative_to(tmp_path) for path in chosen]):
+        (tmp_path / "list.txt").write_text("".join(f"{line}\n" for line in lines))
+        assert named_photos([tmp_path / "list.txt"]) == {chosen[0]: Path("cat/0001"), chosen[1]: Path("dog/0001")}
+        assert list(photos([tmp_path / "list.txt"]).names) == [str(path) for path in chosen]

@@ -1,0 +1,1 @@
+"""Plot: features in two dimensions, as a picture and as a page."""
