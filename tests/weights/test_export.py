@@ -201,7 +201,8 @@ def test_an_export_of_an_official_file_uses_the_given_number_of_heads(tmp_path: 
     with pytest.raises(DinoError, match="does not store its number of attention heads") as error:
         export(str(tmp_path / "old.pth"), "official", tmp_path / "again.pth")
     assert (
-        error.value.hint == "--set backbone.options.num_heads=N with the number it was trained with (6 for preset tiny-dino)"
+        error.value.hint
+        == "--set backbone.options.num_heads=N with the number it was trained with (6 for preset tiny-dino)"
     )
     export(str(tmp_path / "old.pth"), "official", tmp_path / "again.pth", overrides=["backbone.options.num_heads=6"])
     again = load_encoder(str(tmp_path / "again.pth"), CPU)
