@@ -30,7 +30,10 @@ class Measured:
 
 PHOTOS = "9,469 photos of ten classes (Imagenette, 128 pixels)"
 # One core of a Xeon with AMX, 2026-11-29; commands in docs/results.md, "tiny: most learning in a minute".
-MEASURED = (Measured(PHOTOS, "tiny", 12, 2.5, (43.1, 44.0), 32.9, 3),)
+MEASURED = (
+    Measured(PHOTOS, "tiny", 12, 2.5, (43.1, 44.0), 32.9, 3),
+    Measured(PHOTOS, "tiny", 40, 9, (51.2, 51.2), 32.9, 1),
+)
 
 
 def describe(preset: str) -> str:
@@ -38,9 +41,9 @@ def describe(preset: str) -> str:
     rows = [row for row in MEASURED if row.preset == preset]
     if not rows:
         return ""
-    reached = "; ".join(f"--epochs {row.epochs}: {_format(row.knn)} after {row.minutes:g} core minutes" for row in rows)
+    reached = ", ".join(f"{_format(row.knn)} with --epochs {row.epochs} ({row.minutes:g} core minutes)" for row in rows)
     first = rows[0]
-    return f"measured on {first.images}, k-NN in %: untrained {first.untrained:g}; {reached}"
+    return f"measured on {first.images}, k-NN in %: {first.untrained:g} untrained, {reached}"
 
 
 def _format(knn: tuple[float, float]) -> str:

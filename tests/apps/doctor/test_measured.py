@@ -26,5 +26,5 @@ def test_each_row_stands_in_the_results_with_its_numbers() -> None:
 
 def test_the_line_names_epochs_minutes_and_the_untrained_network() -> None:
     line = describe("tiny")
-    assert "untrained 32.9; --epochs 12: 43.1 to 44.0 after 2.5 core minutes; --epochs 40: 51.2 after 9" in line
+    assert "32.9 untrained, 43.1 to 44.0 with --epochs 12 (2.5 core minutes), 51.2 with --epochs 40" in line
     assert describe("vits16") == ""
