@@ -159,8 +159,13 @@ def _describe(path: Path, classifier: Classifier) -> str:
         if classifier.calibrated_on
         else "confidence not calibrated"
     )
+    scores = {
+        "several": f"; mean average precision {classifier.top1:.1f} % on {classifier.test_images} images",
+        "one": f"; top-1 {classifier.top1:.1f} % (95 % interval {classifier.interval}) on "
+        f"{classifier.test_images} test images",
+    }
+    score = scores["several" if classifier.several else "one"] if classifier.test_images else ""
     return (
         f"classifier: {path}, {classifier.rule.name}, {len(classifier.classes)} classes from "
-        f"{classifier.train_images} images; top-1 {classifier.top1:.1f} % (95 % interval {classifier.interval}) on "
-        f"{classifier.test_images} test images; {calibrated}"
+        f"{classifier.train_images} images{score}; {calibrated}"
     )

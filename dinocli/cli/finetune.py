@@ -25,6 +25,7 @@ from dinocli.cli.training import (
     run_plan,
     show_plan,
 )
+from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, next_folder, runs_of
 
 if TYPE_CHECKING:
@@ -137,6 +138,10 @@ def finetune(
     for value, option in ((data, "DATA"), (source, "--from")):
         refuse_address(value, option, "a local path" + " or timm:NAME" * (option == "--from"))
     refuse_images_folder(out, data)
+    if several and predictions:
+        raise DinoError(
+            f"--predictions {predictions} needs one class per image, and --multi-label is set", "remove --predictions"
+        )
     given = given_settings(epochs, batch_size, seed, overrides)
 
     from dinocli.data.sources.open import splits
@@ -152,7 +157,9 @@ def finetune(
     from dinocli.weights.load import announcement
     from dinocli.weights.starting_point import read_starting_point, refuse_other_channels
 
-    task = open_task(data, held_out=held_out, few_shot=few_shot, balanced=balanced, several=several, seed=seed or 0)
+    number = load_preset(preset, [*(overrides or []), *given]).training.seed
+    task = open_task(data, held_out=held_out, few_shot=few_shot, balanced=balanced, several=several, seed=number)
+    console.notes(task.notes)
     if line := announcement(source):
         console.say(line)
     start = read_starting_point(source, overrides or [])
@@ -205,8 +212,15 @@ def _conclude(plan: Plan, task: Task, run: Run, predictions: Path | None, *, jso
         return {}
     console.say("evaluating the best weights")
     result = conclude(plan, task)
+    _save_classifier(plan, task, result)
+    console.skipped(result.unread)
+    if run.step < plan.stop:
+        console.say(f"no better accuracy in {plan.patience} evaluations: ended at step {run.step} of {plan.stop}")
+    console.say(f"kept the weights of step {result.step}")
     facts: dict[str, Any] = {"step_kept": result.step, "classifier": str(plan.out / CLASSIFIER)}
     scored = result.test or result.held_out
+    if scored and not result.test:
+        console.say("note: no test split: the held-out images chose the weights, so their accuracy is optimistic")
     if scored and task.several:
         console.say(f"mean average precision {scored.accuracy:.2f} % over {len(scored.names)} {scored.where}")
         facts["mean_average_precision"] = scored.accuracy
@@ -231,9 +245,6 @@ def _conclude(plan: Plan, task: Task, run: Run, predictions: Path | None, *, jso
             facts |= saved
             if not json:
                 print_class_accuracies(saved["per_class"])
-    _save_classifier(plan, task, result)
-    where = f" --with {plan.out / CLASSIFIER}"
-    console.say(f"classify photos: dino classify IMAGES{where}")
     return facts
 
 
@@ -252,9 +263,9 @@ def _save_classifier(plan: Plan, task: Task, result: FineTuned) -> None:
         task.classes,
         replace(about, run=encoder.run, step=encoder.step),
         result.temperature,
-        len(result.held_out.names) if result.held_out else 0,
+        len(result.held_out.names) if result.held_out and not task.several else 0,
         accuracy,
-        interval_of(round(accuracy * count / 100), count) if count else Interval(0.0, 100.0),
+        interval_of(round(accuracy * count / 100), count) if count and not task.several else Interval(0.0, 100.0),
         len(task.train.images),
         count,
         task.several,

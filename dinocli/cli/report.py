@@ -13,7 +13,7 @@ from dinocli.cli.options import Json, output_place
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CURVES, REPORT
 
-_KEYS = ("loss", "knn", "rank", "uniformity")
+_KEYS = ("loss", "knn", "accuracy", "rank", "uniformity")
 _SUFFIXES = ("/teacher_entropy", "/kl", "/information", "/spread")
 
 

@@ -40,7 +40,7 @@ MonitorEvery = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Steps between k-NN evaluations. Default: chosen so that they take at most 5 % of the time.",
+        help="Steps between evaluations. Default: chosen so that they take at most 5 % of the time.",
         rich_help_panel=MONITORING,
     ),
 ]
@@ -225,7 +225,8 @@ def run_plan(plan: Plan, json: bool, after: Callable[[Run], dict[str, Any]] = la
     ) as advance:
         run = pretrain(plan, lambda progress: advance(progress.step, progress.note), console.say)
     more = after(run)
-    linked = _link(run.checkpoint, unfinished=run.step < plan.clock.total)
+    # The weights to fine-tune are often ./ckpt.safetensors itself, and the next run must not start from this one's.
+    linked = plan.labels is None and _link(run.checkpoint, unfinished=run.step < plan.clock.total)
     if run.fresh_heads and plan.labels is None:
         console.say(f"note: the backbone starts from {plan.init}; new heads: {', '.join(run.fresh_heads)}")
     if run.bad.reasons:
@@ -244,7 +245,10 @@ def run_plan(plan: Plan, json: bool, after: Callable[[Run], dict[str, Any]] = la
     elif run.step > run.began or not run.step:
         before = f", after {run.began} before" if run.began else ""
         console.say(f"done: {run.step - run.began} steps in {console.duration(run.seconds)}{before}{loss}")
-    console.say(f"next: dino extract {run.checkpoint.name if linked else run.checkpoint} DATA")
+    if plan.labels is None:
+        console.say(f"next: dino extract {run.checkpoint.name if linked else run.checkpoint} DATA")
+    elif "classifier" in more:
+        console.say(f"next: dino classify IMAGES --with {more['classifier']}")
     if json:
         console.out_json(
             {

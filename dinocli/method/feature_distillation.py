@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -167,12 +168,18 @@ class FeatureDistillation(Method):
         return ["teachers"]
 
     @torch.no_grad()
-    def fit_standardizers(self, batches: Iterable[Batch]) -> None:
-        """Set the mean and standard deviation of each teacher's features to those over some batches."""
+    def fit_standardizers(self, batches: Iterable[Batch], precision: AbstractContextManager[Any] | None = None) -> None:
+        """Set the mean and standard deviation of each teacher's features to those over some batches.
+
+        Args:
+            batches: Batches, which are loaded outside of `precision`: it would also round their blur.
+            precision: Autocast context of the teachers. If None, they compute in float32.
+        """
         moments = [(Moments(), Moments()) for _ in self.teachers]
         for batch in batches:
             for teacher, (cls, patches) in zip(self.teachers, moments, strict=True):
-                tokens: Tokens = teacher(batch.global_crops.flatten(0, 1))
+                with precision or nullcontext():
+                    tokens: Tokens = teacher(batch.global_crops.flatten(0, 1))
                 cls.add(tokens.cls)
                 patches.add(tokens.patches.flatten(0, 1))
         for standardizer, found in zip(self.standardizers, moments, strict=True):

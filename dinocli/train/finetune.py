@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from dinocli.core.config import format_toml
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import load_tensors
+from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources.open import Images, Source, splits
 from dinocli.evals.accuracy import average_precision
 from dinocli.evals.balance import number_within
@@ -24,13 +26,13 @@ from dinocli.method.preset import Preset
 from dinocli.models.network import Network
 from dinocli.train.adapt import network_settings, parse_train
 from dinocli.train.best import BEST
-from dinocli.train.held_out import Labelled, class_logits
-from dinocli.train.knn_monitor import decode_all
+from dinocli.train.held_out import Labelled, classify
 from dinocli.train.plan import Plan, power_below
 from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.starting_point import StartingPoint
 
 PRESET = "finetune"
+_AT_ONCE = 64  # images to classify at once
 _PARTED = ";|"  # separators of the classes of an image with several
 _FEWEST_TO_HOLD_OUT = 4  # images of a class
 _PASSES, _FEWEST_STEPS, _MOST_STEPS = 30, 600, 20_000
@@ -46,6 +48,7 @@ class Task:
         held_out: Images that choose the best weights and the temperature; None if there are too few.
         test: Images of a test split, if there is one.
         several: True if an image may have several classes.
+        notes: Messages for the user about splits that are not used.
     """
 
     classes: list[str]
@@ -53,6 +56,7 @@ class Task:
     held_out: Labelled | None
     test: Labelled | None
     several: bool
+    notes: tuple[str, ...] = ()
 
 
 def open_task(spec: str, *, held_out: float, few_shot: int | None, balanced: bool, several: bool, seed: int) -> Task:
@@ -69,18 +73,18 @@ def open_task(spec: str, *, held_out: float, few_shot: int | None, balanced: boo
     Raises:
         DinoError: If the images have no labels or fewer than two classes, or an option does not fit them.
     """
-    parts = {name: _check_labels(source, several) for name, source in splits(spec).items()}
+    parts = splits(spec)
     name = next((split for split in ("train", "all") if split in parts), None)
     if name is None:
         raise DinoError(f"{spec} has no training split; it has {', '.join(parts)}", f"name the folder: {spec}/train")
-    train = parts[name]
+    train = _check_labels(parts[name], several)
     classes = _list_classes(train, several)
     if len(classes) < 2:
         raise DinoError(
             f"{train.where} has {len(classes)} class{'es' if not classes else ''}; expected at least 2",
             "put the images into one folder per class, or name a list with a column of labels",
         )
-    test = next((parts[split] for split in ("val", "test") if split in parts), None)
+    test, notes = _choose_test(parts, several)
     if test and (unknown := sorted(set(_list_classes(test, several)) - set(classes))):
         raise DinoError(
             f"{test.where} has the class {unknown[0]}, which {train.where} lacks", "give both the same classes"
@@ -99,7 +103,8 @@ def open_task(spec: str, *, held_out: float, few_shot: int | None, balanced: boo
     out = np.round(held_out * sizes).astype(np.int64)
     out[sizes >= _FEWEST_TO_HOLD_OUT] = np.maximum(out[sizes >= _FEWEST_TO_HOLD_OUT], 1 if held_out else 0)
     out[sizes < _FEWEST_TO_HOLD_OUT] = 0
-    is_out = rank < out[labels[rows]]
+    # Combinations of several classes are mostly rare, so the share is that of all images.
+    is_out = np.arange(len(rows)) < round(held_out * len(rows)) if several else rank < out[labels[rows]]
     learned = np.sort(rows[~is_out])
     if balanced:
         learned = _repeat_rare(learned, labels)
@@ -110,6 +115,7 @@ def open_task(spec: str, *, held_out: float, few_shot: int | None, balanced: boo
         Labelled(train.take(aside), encoded[aside]) if len(aside) > 1 else None,
         Labelled(test, _encode(test, classes, several)) if test else None,
         several,
+        notes,
     )
 
 
@@ -128,6 +134,20 @@ def _check_labels(source: Source, several: bool) -> Images:
         )
     known = np.flatnonzero(source.labels >= 0)
     return source if several or len(known) == len(source) else source.take(known)
+
+
+def _choose_test(parts: Mapping[str, Source], several: bool) -> tuple[Images | None, tuple[str, ...]]:
+    """Return the labelled test images, if there are any, and notes on splits that are not used."""
+    test, notes = None, []
+    for name in ("val", "test"):
+        if name in parts and test is not None:
+            notes.append(f"note: {parts[name].where} is not used; {test.where} is the test split")
+        elif name in parts:
+            try:
+                test = _check_labels(parts[name], several)
+            except DinoError as error:
+                notes.append(f"note: no test split: {error.message}")
+    return test, tuple(notes)
 
 
 def _list_classes(images: Images, several: bool) -> list[str]:
@@ -175,7 +195,9 @@ def recipe(start: StartingPoint, preset: Preset, task: Task, batch_size: int | N
     Raises:
         DinoError: If `train` is none of these.
     """
-    settings, _ = network_settings(start)
+    settings, backbone = network_settings(start)
+    if not backbone.blocks:  # many convolutional networks of timm have no drop path
+        settings["backbone.drop_path"] = 0.0
     images = len(task.train.images)
     batch = batch_size or min(preset.training.batch_size, power_below(max(2, images // 2)))
     steps = min(max(_PASSES * images // batch, _FEWEST_STEPS), _MOST_STEPS)
@@ -232,6 +254,7 @@ class FineTuned:
         bias: Biases of the classifier. [K]
         held_out: Held-out images. None if there are none.
         test: Images of the test split. None if there is none.
+        unread: Name and reason of each image that cannot be read.
     """
 
     step: int
@@ -240,6 +263,7 @@ class FineTuned:
     bias: NDArray[np.float32]
     held_out: Scored | None
     test: Scored | None
+    unread: dict[str, str]
 
 
 def conclude(plan: Plan, task: Task) -> FineTuned:
@@ -256,16 +280,30 @@ def conclude(plan: Plan, task: Task) -> FineTuned:
         write_checkpoint(draft, weights, plan.preset, step)
     network.eval().to(plan.device)
     weight, bias = (weights[f"heads.{HEAD}.linear.{key}"].float().numpy() for key in ("weight", "bias"))
+    unread: dict[str, str] = {}
     parts = {"held-out images": task.held_out, "test images": task.test}
-    held_out, test = (_score(plan, network, part, where) for where, part in parts.items())
+    held_out, test = (_score(plan, network, part, where, unread) for where, part in parts.items())
     fits = held_out is not None and not task.several
     temperature = fit_temperature(held_out.logits, held_out.labels) if held_out and fits else 1.0
-    return FineTuned(step, temperature, weight, bias, held_out, test)
+    return FineTuned(step, temperature, weight, bias, held_out, test, unread)
 
 
-def _score(plan: Plan, network: Network, part: Labelled | None, where: str) -> Scored | None:
+def _score(plan: Plan, network: Network, part: Labelled | None, where: str, unread: dict[str, str]) -> Scored | None:
     if part is None:
         return None
-    pixels, names, _ = decode_all(part.images, plan.preset, plan.workers)
-    logits = class_logits(network, pixels, plan.preset.views.mean, plan.preset.views.std)
-    return Scored(where, names, logits, part.labels_of(names))
+    views, names, logits = plan.preset.views, list[str](), list[NDArray[np.float32]]()
+    for batch in plain_batches(
+        part.images,
+        size=views.global_1.size,
+        mean=views.mean,
+        std=views.std,
+        batch_size=_AT_ONCE,
+        workers=plan.workers,
+        device=plan.device,
+        images=plan.preset.images,
+    ):
+        unread |= batch.bad
+        if batch.names:
+            names += batch.names
+            logits.append(classify(network, batch.images))
+    return Scored(where, names, np.concatenate(logits), part.labels_of(names)) if names else None

@@ -21,6 +21,7 @@ from dinocli.models.network import Network
 from dinocli.train.knn_monitor import Answers, at_rest, decode_all
 
 _AT_ONCE = 64
+_MOST = 5_000  # images that an evaluation during a run keeps in memory and classifies
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,13 @@ class Labelled:
 
     images: Images
     labels: Tensor
+
+    def sample(self, most: int) -> Labelled:
+        """Return at most this many of the images, evenly spaced."""
+        if len(self.images) <= most:
+            return self
+        rows = np.linspace(0, len(self.images) - 1, most).round().astype(np.int64)
+        return Labelled(self.images.take(rows), self.labels[rows])
 
     def labels_of(self, names: Sequence[str]) -> NDArray[Any]:
         """Return the labels of some images, by their names. [Q] or [Q, K]"""
@@ -57,7 +65,7 @@ class HeldOut:
     title, key = "accuracy", "accuracy"
 
     def __init__(self, held_out: Labelled, preset: Preset, workers: int) -> None:
-        self.views = preset.views
+        self.views, held_out = preset.views, held_out.sample(_MOST)
         self._pixels, names, _ = decode_all(held_out.images, preset, workers)
         if len(names) < 2:
             raise DinoError(
@@ -76,7 +84,10 @@ class HeldOut:
 
     def evaluate(self, network: Network) -> Answers:
         """Classify the images. The network is not changed."""
-        logits = class_logits(network, self._pixels, self.views.mean, self.views.std)
+        device = next(network.parameters()).device
+        mean, std = (torch.tensor(values, device=device) for values in (self.views.mean, self.views.std))
+        batches = (normalize(some.to(device).float() / 255, mean, std) for some in self._pixels.split(_AT_ONCE))
+        logits = np.concatenate([classify(network, batch) for batch in batches])
         if self.labels.ndim == 2:
             precision = average_precision(logits, self.labels.astype(bool))
             return Answers(100 * float(precision.mean()), precision, np.empty(0, np.bool_))
@@ -85,13 +96,8 @@ class HeldOut:
 
 
 @torch.no_grad()
-def class_logits(
-    network: Network, pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
-) -> NDArray[np.float32]:
-    """Return the logits of a network's classifier. [S, C, size, size], uint8 -> [S, K]"""
-    device = next(network.parameters()).device
-    shift, scale = (torch.tensor(values, device=device) for values in (mean, std))
+def classify(network: Network, images: Tensor) -> NDArray[np.float32]:
+    """Return the logits of a network's classifier. [B, C, size, size] -> [B, K]"""
     with at_rest(network):
-        batches = (normalize(some.to(device).float() / 255, shift, scale) for some in pixels.split(_AT_ONCE))
-        logits = [network([batch[None]]).class_logits[HEAD][0].float().cpu() for batch in batches]
-    return torch.cat(logits).numpy()
+        logits: NDArray[np.float32] = network([images[None]]).class_logits[HEAD][0].float().cpu().numpy()
+    return logits

@@ -173,8 +173,8 @@ def _fit(plan: Plan, method: FeatureDistillation, note: Callable[[str], None], s
     images = min(plan.preset.losses.features.statistics, count)
     at_once = min(_AT_ONCE, images)
     note(f"teacher: standardizing its features over {images // at_once * at_once} images")
-    with autocast(plan.device, plan.precision):
-        method.fit_standardizers(_take(_load(plan, at_once), images // at_once, stop))
+    batches = _take(_load(plan, at_once), images // at_once, stop)
+    method.fit_standardizers(batches, autocast(plan.device, plan.precision))
     # The first process decides, in case machines round differently.
     found = from_first({k: v.cpu() for k, v in method.standardizers.state_dict().items()} if rank() == 0 else None)
     method.standardizers.load_state_dict(found or {})

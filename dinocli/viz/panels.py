@@ -180,6 +180,12 @@ def _chart_monitor(history: Mapping[str, Curve]) -> list[Chart]:
             [Axis("accuracy, %", _pick(history, {"k-NN": "knn"}))],
         ),
         Chart(
+            "Accuracy of the classifier",
+            "Accuracy on the held-out images, or their mean average precision if they have several classes. The best "
+            "weights are kept.",
+            [Axis("accuracy, %", _pick(history, {"held out": "accuracy"}))],
+        ),
+        Chart(
             "Features without labels",
             "Effective rank: the number of directions that the features use; near 1, all images have equal features. "
             "Uniformity: from 0 (all features equal) to about -4 (evenly spread). Both may worsen in the first epochs, "

@@ -24,6 +24,7 @@ from dinocli.features.encoder import Channels, Encoder, with_images
 from dinocli.method.preset import AnyMethod, Preset
 from dinocli.models.architecture import BackboneConfig, adapt, create_timm
 from dinocli.models.backbone import Backbone
+from dinocli.models.head import ClassifierHead
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
 from dinocli.weights.checkpoint import Weights, Which, read_weights, refuse_not_finite
@@ -378,7 +379,7 @@ def start_from(method: AnyMethod, source: str, note: Callable[[str], None] = lam
         note: Callback that receives lines for the user: about a download, and about weights adapted to other channels.
 
     Returns:
-        Names of the heads that keep random weights.
+        Names of the heads that keep fresh weights; a classifier always does.
 
     Raises:
         DinoError: If the source does not exist, or its backbone has another shape.
@@ -391,6 +392,8 @@ def start_from(method: AnyMethod, source: str, note: Callable[[str], None] = lam
         weights = fitted
     fitting: dict[str, dict[str, torch.Tensor]] = {}
     for name, head in method.student.heads.items():
+        if isinstance(head, ClassifierHead):
+            continue  # other labels may be as many
         # The originals name a head after its loss; a shared head has the name of the loss on class tokens.
         theirs = "dino" if "class" in method.student.reads[name] else "ibot"
         stored = weights.heads.get(name) or weights.heads.get(theirs, {})

@@ -23,4 +23,5 @@ def checkpoints_of(provenance: Provenance, beside: Path) -> list[str]:
         return [provenance.source]
     named = [provenance.run and str(Path(provenance.run) / CHECKPOINT), provenance.source]
     places = [base / name for base in (Path(), beside) for name in named if name]
+    places.append(beside / CHECKPOINT)  # of a run folder that was moved with its classifier
     return list({path.resolve(): str(path) for path in reversed(places) if path.exists()}.values())[::-1]

@@ -27,6 +27,7 @@ SMALL = [
     "--set", "backbone.options={img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}",
     "--set", "views.global_1.size=16", "--set", "views.global_2.size=16", "--set", "views.local.size=8",
     "--set", "heads.dino.prototypes=16", "--set", "heads.dino.hidden=16", "--batch-size", "4", "--workers", "0", "--device", "cpu",
+    "--set", "backbone.stem=patch",
 ]  # fmt: skip
 
 
@@ -191,7 +192,7 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["doctor", "--device", "cuda:9"], "cuda:9", "--device auto"),
         (["extract", "images"], "no checkpoint given", "dino pretrain"),
         (["extract", "x.safetensors", "images"], "x.safetensors does not exist", "run folder"),
-        (["extract", "x.safetensors", "nowhere"], "nowhere does not exist", ""),
+        (["extract", "timm:resnet18", "nowhere"], "nowhere does not exist", ""),
         (["extract", "timm:vit_tinny_patch16_224", "images"], "no model", "vit_tiny_patch16_224"),
         (["knn"], "no --features given", "dino extract"),
         (["knn", "--features", "nowhere"], "nowhere does not exist", "dino extract"),
@@ -212,7 +213,7 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["pretrain", "images", "--set", "optimizer.betas=[0.9, 1.5]"], "optimizer.betas", "--set"),
         (["pretrain", "images", "--set", "teacher.momentum.start=1.5"], "teacher.momentum.start is 1.5; expected from 0 to 1", "--set teacher.momentum.start=0.996"),
         (["pretrain", "images", "--epochs", "5"], "optimizer.lr.warmup_epochs=10 (at most 4)", "--set optimizer.lr.warmup_epochs=0"),
-        (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--set", "backbone.name=resnet18", "--set", "backbone.options={}"],
+        (["pretrain", "images", "--preset", "tiny-dino", "--batch-size", "4", "--set", "backbone.name=resnet18", "--set", "backbone.options={}"],
          "no class token", "--set backbone.class_token_std=none"),
         (["pretrain", "images", "--preset", "tiny", "--batch-size", "4", "--set", "backbone.options.patch_size=0"], "cannot build", "backbone.options"),
         (["demo", "--out", "images"], "images exists and holds no demo", "--out"),

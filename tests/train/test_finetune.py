@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,45 @@ def test_images_with_several_classes(data: Path) -> None:
     assert task.classes == ["cat", "dog", "eel"]
     assert task.held_out is None
     assert task.train.labels.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 1], [0, 0, 0]]
+
+
+def test_rare_combinations_of_classes_are_held_out_too(data: Path) -> None:
+    names = sorted(path.name for path in (data / "train/cat").iterdir())
+    rows = [f"train/cat/{name},c{i};c{i + 1}" for i, name in enumerate(names)]
+    (data / "list.csv").write_text("\n".join(["path,label", *rows]))
+    task = open_task(str(data / "list.csv"), **PLAIN | {"several": True})
+    assert len(task.held_out.images) == 3, "a quarter of 12, each with a combination of its own"
+
+
+def test_an_unlabelled_test_split_is_skipped_with_a_note(data: Path) -> None:
+    shutil.rmtree(data / "val")
+    write_images(data / "test", 3, size=16)
+    task = open_task(str(data), **PLAIN)
+    assert task.test is None
+    assert task.notes == (f"note: no test split: the images in {data / 'test'} have no labels",)
+
+
+def test_corrected_labels_are_other_images_to_a_run(data: Path) -> None:
+    names = sorted(path.name for path in (data / "train/cat").iterdir())
+    found = []
+    for first in ("a", "b"):
+        rows = [f"train/cat/{name},{first if i == 0 else 'ab'[i % 2]}" for i, name in enumerate(names)]
+        (data / "list.csv").write_text("\n".join(["path,label", *rows]))
+        found.append(open_task(str(data / "list.csv"), **PLAIN | {"held_out": 0}).train.images.fingerprint)
+    assert found[0] != found[1]
+
+
+def test_unreadable_test_images_are_named_and_the_others_scored(data: Path, start: Path, tmp_path: Path) -> None:
+    plan, task = make_plan(data, start, tmp_path / "run")
+    pretrain(replace(plan, stop=3), lambda p: None)
+    broken = next((data / "val/cat").iterdir())
+    broken.write_bytes(b"\x89PNG")
+    result = conclude(plan, task)
+    assert list(result.unread) == [f"cat/{broken.name}"]
+    assert len(result.test.names) == 5
+    for path in (data / "val").rglob("*.png"):
+        path.write_bytes(b"\x89PNG")
+    assert conclude(plan, task).test is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from conftest import write_images
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
 from dinocli.method.preset import Preset, load_preset
+from dinocli.train import held_out as held_out_module
 from dinocli.train.held_out import HeldOut, Labelled
 
 SMALL = (
@@ -48,6 +49,14 @@ def test_several_classes_are_scored_by_average_precision(tmp_path: Path, preset:
     answers = held_out.evaluate(preset.network())
     assert answers.accuracy == 50, "all scores are equal, so every class has the precision of its share"
     assert len(answers.selection) == 2
+
+
+def test_many_images_are_sampled_evenly(tmp_path: Path, preset: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_out_module, "_MOST", 3)
+    images = image_folder(write_images(tmp_path / "all", 9, size=16))
+    held_out = HeldOut(Labelled(images, torch.arange(9) % 2), preset, workers=0)
+    assert held_out.measured == 3
+    assert held_out.labels.tolist() == [0, 0, 0], "of images 0, 4 and 8"
 
 
 def test_fewer_than_two_readable_images_are_an_error(tmp_path: Path, preset: Preset) -> None:

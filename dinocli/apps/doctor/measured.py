@@ -15,7 +15,7 @@ class Measured:
         epochs: Epochs of 50 steps of 48 images.
         minutes: Processor minutes.
         knn: Lowest and highest k-NN accuracy (k = 20) of the runs, in percent.
-        untrained: That of the untrained network.
+        untrained: k-NN accuracy of the untrained network, in percent.
         seeds: Number of runs.
     """
 

@@ -95,6 +95,12 @@ class TakenImages(Images):
     source: Images
     rows: NDArray[np.int64]
 
+    @property
+    def fingerprint(self) -> str:
+        """Checksum of the names, their order, the labels and the classes."""
+        classes = "\0".join(self.classes).encode(errors="surrogateescape")
+        return f"{zlib.crc32(self.labels.tobytes(), zlib.crc32(classes, int(super().fingerprint, 16))):08x}"
+
     def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
         return self.source.read(int(self.rows[index]), images)
 
