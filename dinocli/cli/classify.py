@@ -23,7 +23,7 @@ def classify(
         typer.Option(
             "--with",
             metavar="FILE",
-            help="Classifier saved by `dino linear --save` or `dino knn --save`.",
+            help="Classifier saved by `dino finetune`, or by `dino linear` or `dino knn` with --save.",
             rich_help_panel=METHOD,
         ),
     ] = CLASSIFIER,

@@ -38,8 +38,8 @@ def compare(
         typer.Argument(
             metavar="A B...",
             callback=network_places,
-            help="Networks: run folders, checkpoints, official files, or timm:NAME. The first one is the one to which "
-            "the others are compared.",
+            help="Networks: run folders, checkpoints, official files, or timm:NAME. All others are "
+            "compared with the first.",
         ),
     ],
     data: Annotated[

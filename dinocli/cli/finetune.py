@@ -199,7 +199,7 @@ def finetune(
 def _describe(task: Task) -> None:
     aside = f", {len(task.held_out.images)} held out" if task.held_out else ", none held out"
     test = f", {len(task.test.images)} to test" if task.test else ""
-    console.say(f"{len(task.train.images)} images to learn from{aside}{test}; {len(task.classes)} classes")
+    console.say(f"{len(task.train.images)} training images{aside}{test}; {len(task.classes)} classes")
 
 
 def _conclude(plan: Plan, task: Task, run: Run, predictions: Path | None, *, json: bool) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def report(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Lay the curves of runs over each other, with the settings in which they differ and their last values.
+    """Draw the curves of several runs on the same axes, with their different settings and last values.
 
     For one run, its report.html and curves.png are drawn anew from its metrics.
 

@@ -24,9 +24,9 @@ _BITS = 2.0**-8  # largest relative error of rounding to bfloat16, which has 8 s
 class LargestCosines:
     """The k largest cosines of each query to the rows added so far.
 
-    A heap or a sort of all cosines costs as much as their computation. So columns form groups, and only groups are
-    searched whose maximum reaches a threshold: the k-th largest cosine so far, or at first the k-th largest maximum,
-    which cannot exceed the k-th largest cosine.
+    A heap or a sort of all cosines costs as much as their computation. So columns are grouped, and a group is
+    searched only if its maximum reaches a threshold: the k-th largest cosine so far, or at first the k-th largest
+    maximum, which cannot exceed the k-th largest cosine.
 
     Args:
         queries: Queries of length 1 or 0. [Q, D]

@@ -71,7 +71,7 @@ class Classification(Method):
 
     @torch.no_grad()
     def parts(self, batch: Batch, count: int, clock: Clock) -> list[LabelledPart]:
-        """Mix the images of a batch and their labels, if the loss says so, and split it into `count` parts."""
+        """Mix the images of a batch and their labels, if mixup or CutMix is set, and split it into `count` parts."""
         crops = batch.global_crops
         targets = self.loss.smooth(self.labels[batch.rows].to(crops.device))
         if mix := self._draw_mix():

@@ -10,8 +10,8 @@ from dinocli.core.errors import DinoError
 class ConvStem(nn.Sequential):
     """Embedding of half patches to half the width, BatchNorm and ReLU; then a 3x3 convolution with stride 2, BatchNorm.
 
-    The second convolution sees the neighbours of a patch. A small transformer learns much faster so, because it need
-    not relate neighbouring pixels by attention first.
+    The second convolution sees the neighbours of a patch. A small transformer then learns much faster: attention
+    need not relate neighbouring pixels first.
 
     Args:
         channels: Channels of an image.

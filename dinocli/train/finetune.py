@@ -269,7 +269,7 @@ class FineTuned:
 def conclude(plan: Plan, task: Task) -> FineTuned:
     """Write the best weights of a finished fine-tuning as `ckpt.safetensors`, and classify the images to evaluate on.
 
-    The best weights are those with the highest accuracy on the held-out images, or the last without any.
+    The best weights are those with the highest accuracy on the held-out images, or the last ones if none are held out.
     """
     best = plan.out / BEST
     source = best if task.held_out and best.is_file() else plan.out / CHECKPOINT
