@@ -101,7 +101,7 @@ def export(
     encoder = encoder_of(weights, source, torch.device("cpu"), overrides)
     architecture = architecture_of(weights, source, overrides)
     if to == "official" and architecture.stem == "conv":
-        raise _no_conv_stem("the original's networks", "onnx or torch-export")
+        raise _no_conv_stem("the original's networks")
     metadata = metadata_of(weights, architecture)
     side, native = whole_patches(encoder, size) or encoder.size, _native_size(encoder)
     if to == "timm":
@@ -128,8 +128,9 @@ def export(
     return Exported(out, difference, notes, load)
 
 
-def _no_conv_stem(whose: str, formats: str) -> DinoError:
-    return DinoError(f"{whose} have no convolutional stem (backbone.stem)", f"--to {formats}")
+def _no_conv_stem(whose: str) -> DinoError:
+    hint = "dino export --to onnx or --to torch-export"
+    return DinoError(f"{whose} have no convolutional stem (backbone.stem)", hint)
 
 
 def _keep_the_source(source: Path, to: Format, out: Path) -> None:
@@ -283,7 +284,7 @@ def write_timm(encoder: Encoder, architecture: BackboneConfig, folder: Path) -> 
         OSError: If the disk is full or the folder is not writable.
     """
     if architecture.stem == "conv":
-        raise _no_conv_stem("timm's networks", "onnx or torch-export")
+        raise _no_conv_stem("timm's networks")
     native = _native_size(encoder)
     model = _to_timm(encoder, architecture, native, folder)
     difference = _compare(encoder, _timm_features(model, encoder), "cls", native)

@@ -30,7 +30,7 @@ def test_the_card_describes_network_training_data_and_accuracy(encoder: Encoder)
     cells = rows(card)
     assert cells["network"].startswith("`vit_tiny_patch16_224`, img_size 48, patch_size 8")
     assert cells["network"].endswith(f"{sum(p.numel() for p in encoder.backbone.parameters()):,} parameters")
-    assert cells["preset"] == "`tiny`"
+    assert cells["preset"] == "`tiny-dino`"
     assert cells["changed settings"] == "`training.epochs` 40 (was 8)"
     assert cells["data"] == "9,469 images, without their labels"
     assert cells["training"] == "2,000 steps of 48 images"

@@ -51,8 +51,8 @@ def code_of(card: str, where: str, photo: Path) -> list[str]:
         ("tiny-dino", []),
         ("tiny-dino", ROTARY),
         ("resnet50", [RESNET18]),
-        ("tiny", of_channels(1)),
-        ("tiny", of_channels(5)),
+        ("tiny-dino", of_channels(1)),
+        ("tiny-dino", of_channels(5)),
     ],
     ids=["vit", "rotary", "resnet", "grey", "channels"],
 )
