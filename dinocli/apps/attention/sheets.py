@@ -18,6 +18,8 @@ from dinocli.evals.attention import AttentionMaps, attention_maps, default_size,
 from dinocli.features.encoder import Encoder, NotFinite
 from dinocli.viz.picture import Tile, bounded, heat, sheet, spotlight, visible
 
+_COLUMNS = 8  # tiles side by side
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -63,15 +65,22 @@ def draw(encoder: Encoder, image: Path, name: Path, *, keep: float, size: int | 
 
 
 def attention_sheet(pixels: Pixels, maps: AttentionMaps, keep: float) -> Image.Image:
-    """Draw the photo, each head's map and their mean; below each map, the photo inside its mask."""
+    """Draw the photo, each head's map and their mean; below each map, the photo inside its mask.
+
+    More than eight columns are wrapped, so that the sheet of twelve or more heads fits a screen.
+    """
     pixels = bounded(pixels)
     height, width = pixels.shape[:2]
     maps_by_name = [(f"head {i + 1}", m) for i, m in enumerate(maps.heads)] + [("mean of heads", maps.heads.mean(0))]
     masks = [*maps.masks(keep), AttentionMaps(maps.heads.mean(0, keepdims=True)).masks(keep)[0]]
-    above = [Tile(pixels, "photo")] + [Tile(heat(m, height, width), name) for name, m in maps_by_name]
+    above: list[Tile | None] = [Tile(pixels, "photo")]
+    above += [Tile(heat(m, height, width), name) for name, m in maps_by_name]
     below: list[Tile | None] = [None]
     below += [
         Tile(spotlight(pixels, enlarge(mask, height, width)), f"{keep:.0%} of {name.split(' of')[0]}")  # type: ignore[arg-type]
         for mask, (name, _) in zip(masks, maps_by_name, strict=True)
     ]
-    return sheet([above, below])
+    parts = -(-len(above) // _COLUMNS)
+    columns = -(-len(above) // parts)  # as even as possible
+    starts = range(0, len(above), columns)
+    return sheet([line[first : first + columns] for first in starts for line in (above, below)])

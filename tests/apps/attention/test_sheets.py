@@ -52,3 +52,12 @@ def test_attention_that_is_not_finite_gives_a_reason_and_no_picture(
     reason = draw(encoder, photo, tmp_path / "out" / "photo", keep=0.6, size=16, raw=True)
     assert reason == "not finite: 8 of 8 values of attention"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("heads", "columns", "lines"), [(6, 8, 2), (12, 7, 4), (16, 6, 6)])
+def test_many_heads_are_wrapped_evenly(heads: int, columns: int, lines: int) -> None:
+    maps = AttentionMaps(np.random.default_rng(0).random((heads, 4, 4), dtype=np.float32))
+    drawn = attention_sheet(np.full((200, 200, 3), 90, np.uint8), maps, 0.6)
+    tile = 200 + 5  # and the gap
+    assert drawn.width == 5 + columns * tile
+    assert drawn.height // (tile + 14) == lines
