@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -10,6 +11,7 @@ import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import METHOD, OUTPUT
+from dinocli.cli.learned import print_saved
 from dinocli.cli.options import (
     Checkpoint,
     Device,
@@ -22,6 +24,7 @@ from dinocli.cli.options import (
     output_place,
 )
 from dinocli.cli.places import photo_place
+from dinocli.cli.words import Misuse
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
@@ -119,6 +122,15 @@ def match(
     caption: Caption = None,
     overrides: Settings = None,
     device: Device = "auto",
+    point: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--point",
+            metavar="X,Y",
+            help="Draw the similarity of the patch at this pixel of A to all patches of both photos; may be repeated.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     out: Pictures = Path("matches"),
     lines: Lines = 24,
     json: Json = False,
@@ -127,12 +139,15 @@ def match(
 
     Examples:
         dino match a.jpg b.jpg
+        dino match a.jpg b.jpg --point 120,80
         dino match a.jpg b.jpg --short-side 240 --layer 9 --facet key
     """
     options = NetworkOptions(checkpoint, network, overrides, device)
     patches = PatchOptions(short_side, layer, facet, pca)
     diffusion = DiffusionOptions(sd, sd_weight, sd_long_side, caption)
-    match_photos(a, b, options, patches, diffusion, out, lines, json=json)
+    match_photos(
+        a, b, options, patches, diffusion, out, lines, places=[_parse(text) for text in point or []], json=json
+    )
 
 
 def match_photos(
@@ -144,17 +159,15 @@ def match_photos(
     out: Path,
     lines: int,
     *,
+    places: Sequence[tuple[float, float]] = (),
     keypoints: Path | None = None,
     pck_of: Literal["box", "image"] = "box",
     json: bool,
 ) -> None:
-    """Match two photos, draw the matches, and score them if keypoints are given."""
-    for photo in (a, b):
-        if photo.is_dir() or not photo.exists():
-            fault = "is a folder" if photo.is_dir() else "does not exist"
-            raise DinoError(f"{photo} {fault}; expected a photo", "check the path")
+    """Match two photos, and draw the matches or the similarities of places of A; score them if keypoints are given."""
+    _check_photos(a, b)
     out = output_place(out)
-    picture = out / f"{a.stem}-{b.stem}.png"
+    picture = out / f"{a.stem}-{b.stem}{'-similarity' if places else ''}.png"
     from dinocli.apps.match.correspond import match as matched
     from dinocli.apps.match.correspond import near_enough, pck, spread_out
     from dinocli.apps.match.diffusion import load_diffusion
@@ -177,7 +190,11 @@ def match_photos(
     compared = Compared(
         layers, patches.facet, patches.short_side, patches.pca, model, diffusion.weight, diffusion.long_side
     )
+    _check_points(places, a, photos[0])
     maps = patch_maps(encoder, *photos, compared)
+    if places:
+        _draw_similarities(picture, photos, maps, places, json=json)
+        return
     matches = matched(*maps)
     points = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None
     with marked(out, "match", [picture]):
@@ -191,6 +208,55 @@ def match_photos(
         title = f"PCK in percent of {len(known[0])} keypoints; threshold relative to the {pck_of}'s larger side"
         console.table(["threshold", "found", "same place", "chance"], _format_rows(scores), title=title)
     console.out(str(picture))
+
+
+def _check_photos(*photos: Path) -> None:
+    for photo in photos:
+        if photo.is_dir() or not photo.exists():
+            fault = "is a folder" if photo.is_dir() else "does not exist"
+            raise DinoError(f"{photo} {fault}; expected a photo", "check the path")
+
+
+def _parse(text: str) -> tuple[float, float]:
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError as error:
+        raise Misuse(f"--point {text} is not valid; expected x and y in pixels", "such as --point 120,80") from error
+    return x, y
+
+
+def _check_points(points: Sequence[tuple[float, float]], path: Path, photo: Pixels) -> None:
+    height, width = photo.shape[:2]
+    for x, y in points:
+        if not (0 <= x < width and 0 <= y < height):
+            raise DinoError(
+                f"--point {x:g},{y:g} is outside {path}, which has {width}x{height} pixels",
+                f"use --point {width // 2},{height // 2}, or another point inside",
+            )
+
+
+def _draw_similarities(
+    picture: Path,
+    photos: tuple[Pixels, Pixels],
+    maps: tuple[PatchMap, PatchMap],
+    points: Sequence[tuple[float, float]],
+    *,
+    json: bool,
+) -> None:
+    from dinocli.apps.match.similar import draw_similarities
+    from dinocli.data.sources.outputs import marked
+
+    with marked(picture.parent, "match", [picture]):
+        best = draw_similarities(picture, photos, maps, points)
+    found = [
+        {"x_a": xa, "y_a": ya, "x_b": round(xb, 1), "y_b": round(yb, 1), "cosine": round(cosine, 4)}
+        for (xa, ya), ((xb, yb), cosine) in zip(points, best, strict=True)
+    ]
+    if json:
+        console.out_json({"picture": str(picture), "points": found})
+    else:
+        console.table(list(found[0]), [[f"{value:g}" for value in one.values()] for one in found])
+    print_saved([picture])
 
 
 def _read(path: Path, encoder: Encoder) -> Pixels:
