@@ -32,7 +32,7 @@ from ways import WAYS
 IMAGES = 4
 # Seen with torch 2.15; a few more are allowed for, since versions differ by some.
 A_BLOCK, AROUND_THE_BLOCKS, CASTS = 60, 250, 200
-PEAK = 3_100_000
+PEAK = 3_200_000  # with the unfolded patches of all crops, which a CPU embeds by a product
 # What makes the host wait until the device has come so far.
 WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "unique")
 
@@ -94,13 +94,14 @@ def test_a_step_has_so_many_operations() -> None:
 SMALL_VIT = "{img_size=48, patch_size=8, embed_dim=96, depth=4, num_heads=6}"
 SMALL_V2 = ["heads.dino.batch_norm=false", "heads.ibot.batch_norm=false"]
 LAUNCHES = {
-    "dino": ("tiny", [], 450),
+    "dino": ("tiny-dino", [], 470),
+    "dino, convolutional stem, KoLeo": ("tiny", [], 620),
     "dino, iBOT, KoLeo": ("tiny-dinov2", SMALL_V2, 640),
     "visible patches": ("tiny-dinov2", [*SMALL_V2, "losses.ibot.visible=1.0"], 660),
     "Gram": ("tiny-dinov2", [*SMALL_V2, "losses.gram={weight=1.0}"], 735),
     "skipped branches": ("tiny-dinov2", [*SMALL_V2, "backbone.drop_path=0.25", "backbone.drop_path_rule=uniform"], 905),
-    "drop path": ("tiny", ["backbone.drop_path=0.1"], 475),
-    "frozen teacher": ("tiny", ["teacher.frozen=true"], 470),
+    "drop path": ("tiny-dino", ["backbone.drop_path=0.1"], 495),
+    "frozen teacher": ("tiny-dino", ["teacher.frozen=true"], 490),
     "features": ("distill-features", [f"backbone.options={SMALL_VIT}", "views.global_1.size=48"], 360),
 }
 
@@ -172,7 +173,7 @@ def test_logits_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_worked_out_again_hold_a_third() -> None:
-    assert peak(depth=6, recompute=True) < 0.5 * peak(depth=6)
+    assert peak(depth=6, recompute=True) < 0.52 * peak(depth=6), "a part is the crops' unfolded patches"
 
 
 def test_a_step_of_this_network_holds_so_much() -> None:

@@ -124,12 +124,15 @@ class SharedBatchNorm(_BatchNorm):
             return super().forward(values)
         dims = [0, *range(2, values.ndim)]
         shape = [1, -1, *[1] * (values.ndim - 2)]
-        mean: Tensor = _Mean.apply(values.mean(dims))
-        centered = values - mean.view(shape)
+        wide = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values  # as torch's own does
+        mean: Tensor = _Mean.apply(wide.mean(dims))
+        centered = wide - mean.view(shape)
         variance: Tensor = _Mean.apply(centered.square().mean(dims))
         self._update_statistics(mean.detach(), variance.detach(), values.numel() // values.shape[1] * size())
         normalized = centered * (variance + self.eps).rsqrt().view(shape)
-        return normalized * self.weight.view(shape) + self.bias.view(shape) if self.affine else normalized
+        if self.affine:
+            normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
+        return normalized.to(values.dtype)
 
     @torch.no_grad()
     def _update_statistics(self, mean: Tensor, variance: Tensor, count: int) -> None:

@@ -207,7 +207,7 @@ def test_processes_of_another_launcher_connect(plain_environment: pytest.MonkeyP
 
 
 def run_of(
-    folder: Path, out: str, stop: int, overrides: list[str], changes: dict[str, Any], name: str = "tiny"
+    folder: Path, out: str, stop: int, overrides: list[str], changes: dict[str, Any], name: str = "tiny-dino"
 ) -> list[str]:
     """Train a run in this process, or this process's share of it, and return the printed lines."""
     os.chdir(folder)
@@ -259,13 +259,14 @@ def assert_same_weights(one: Path, other: Path, idle: tuple[str, ...] = KEYS) ->
     [
         pytest.param(2, PLAIN, KEYS, {"accumulate": 2}, marks=pytest.mark.slow),
         (2, [], IDLE, {"workers": 1}),
+        (2, ["backbone.stem=conv"], IDLE, {}),
         (2, PLAIN, KEYS, {"parallel": "fsdp", "report": True}),
         pytest.param(
             2, [*PLAIN, "views.low_resolution={epochs=2, global_size=8}"], KEYS, {"workers": 1}, marks=pytest.mark.slow
         ),
         pytest.param(4, [], IDLE, {}, marks=pytest.mark.slow),
     ],
-    ids=["parts", "batch norm", "shards", "low resolution", "four"],
+    ids=["parts", "batch norm", "convolutional stem", "shards", "low resolution", "four"],
 )
 def test_several_processes_train_the_same_as_one(
     tmp_path: Path,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -51,6 +53,17 @@ def _run_batch_norm(shape: tuple[int, ...]) -> Arrays:
     results = {"output": output, "input grad": inputs.grad, "weight": net[0].weight.grad, "bias": net[0].bias.grad}
     results |= {"eval output": net.eval()(inputs)} | dict(net.named_buffers())
     return {name: value.detach().double().numpy() for name, value in results.items()}
+
+
+def test_a_shared_batch_norm_of_low_precision_keeps_statistics_in_float32() -> None:
+    torch.manual_seed(0)
+    values = (torch.randn(6, 4, 3, 3) * 3 + 5).bfloat16()
+    theirs = torch.nn.BatchNorm2d(4)
+    ours = SharedBatchNorm.of(copy.deepcopy(theirs))
+    expected, found = theirs(values.float()), ours(values)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -37,7 +37,7 @@ def log(run: Path, *values: dict[str, float]) -> None:
 def test_a_run_is_summarized_from_its_state_and_its_metrics(runs: Path, tmp_path: Path) -> None:
     (run,) = list_runs([runs])
     lines = [json.loads(line) for line in (runs / "tiny-1" / "metrics.jsonl").read_text().splitlines()]
-    assert (run.folder, run.preset, run.images) == (runs / "tiny-1", "tiny", 9)
+    assert (run.folder, run.preset, run.images) == (runs / "tiny-1", "tiny-dino", 9)
     assert run.where == str(tmp_path / "images")
     assert (run.step, run.steps, run.condition) == (2, 8, "stopped")
     assert run.loss == pytest.approx(lines[-1]["loss"]) and run.knn is None and best_of([run]) is None
@@ -65,7 +65,7 @@ def test_running_finished_and_corrupt_runs_are_recognised(runs: Path) -> None:
     for state in (run / "state").glob("*/state.json"):
         state.write_text("{")
     summary = list_runs([run])[0]
-    assert (summary.condition, summary.preset, summary.images, summary.steps) == ("corrupt", "tiny", None, None)
+    assert (summary.condition, summary.preset, summary.images, summary.steps) == ("corrupt", "tiny-dino", None, None)
 
 
 def test_a_finished_run_has_done_all_steps(runs: Path, tmp_path: Path) -> None:
