@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from dinocli.apps.demo.drawings import write_set
 from dinocli.cli import main
 
-# Of `tiny` what learns in half the time: smaller crops, a local one less, and a batch that is smaller.
+# Of `tiny-dino` what learns in half the time: smaller crops, a local one less, and a batch that is smaller.
 QUICK = (
     "training.steps_per_epoch=20", "training.epochs=10", "training.batch_size=32", "optimizer.lr.start=0.006",
     "views.global_1.size=32", "views.global_2.size=32", "views.local.size=16", "views.locals=3",
@@ -49,11 +49,12 @@ def test_five_commands_one_after_another(
         linear = json.loads(dino("linear", "--batch-size", "64", "--json"))
         return knn["scores"][0]["top1"], linear["top1"]
 
-    recipe = ["--preset", "tiny", *(word for setting in QUICK for word in ("--set", setting))]
-    assert dino("pretrain", "./images", *recipe, "--steps", "0").strip() == "runs/tiny-1/ckpt.safetensors"
+    recipe = ["--preset", "tiny-dino", *(word for setting in QUICK for word in ("--set", setting))]
+    assert dino("pretrain", "./images", *recipe, "--steps", "0").strip() == "runs/tiny-dino-1/ckpt.safetensors"
     before = accuracies()
-    assert dino("pretrain", "./images", *recipe).strip() == "runs/tiny-2/ckpt.safetensors"
+    assert dino("pretrain", "./images", *recipe).strip() == "runs/tiny-dino-2/ckpt.safetensors"
     after = accuracies()
+    # With `tiny-dino`: features of random convolutions are good enough that 200 steps of `tiny` add 9 and 2 points.
     # 12.0 points were seen for k-NN and 13.2 for the probe; half as many steps of 48 pixels gave 0.8 and 5.0.
     assert after[0] > before[0] + 6, (before, after)
     assert after[1] > before[1] + 9, (before, after)
@@ -68,7 +69,7 @@ def test_five_commands_one_after_another(
     for head, mask in zip(raw["heads"], raw["masks"].astype(bool), strict=True):
         assert head[mask].sum() / head.sum() >= 0.6 - 1e-5
 
-    lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny-2" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny-dino-2" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 200
 
 
