@@ -69,7 +69,9 @@ def test_five_commands_one_after_another(
     for head, mask in zip(raw["heads"], raw["masks"].astype(bool), strict=True):
         assert head[mask].sum() / head.sum() >= 0.6 - 1e-5
 
-    lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny-dino-2" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "runs" / "tiny-dino-2" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["step"] == 200
 
 
