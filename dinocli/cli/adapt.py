@@ -17,14 +17,15 @@ from dinocli.cli.training import (
     MonitorEvery,
     SaveEvery,
     Seed,
+    Steps,
     given_settings,
-    parse_saving,
+    plan_from,
     refuse_images_folder,
     run_plan,
     show_plan,
+    starting_point,
 )
 from dinocli.core.errors import DinoError
-from dinocli.core.runs import next_folder, runs_of
 
 if TYPE_CHECKING:
     from dinocli.train.plan import Plan
@@ -74,10 +75,7 @@ def adapt(
     ] = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=0, help="Stop early after N steps. Schedules still span all epochs.", rich_help_panel=RECIPE),
-    ] = None,
+    steps: Steps = None,
     overrides: AllSettings = None,
     out: Annotated[
         Path | None,
@@ -121,42 +119,28 @@ def adapt(
     opened = open_source(images)  # before torch is loaded, so that a wrong path or name fails at once
     console.notes(opened.notes)
 
-    from dinocli.core.device import default_workers, pick_device
     from dinocli.method.preset import load_preset
     from dinocli.train.adapt import RECIPES, recipe
     from dinocli.train.best import BEST
-    from dinocli.train.plan import Plan, start_clock
-    from dinocli.train.resume import unfinished
-    from dinocli.weights.load import announcement
-    from dinocli.weights.starting_point import read_starting_point, refuse_other_channels
 
-    if line := announcement(source):
-        console.say(line)
-    start = read_starting_point(source, overrides or [])
-    console.notes(start.notes)
-    refuse_other_channels(start, start.images.changed(o for o in overrides or [] if o.startswith("images.")).channels)
+    start = starting_point(source, overrides)
     name = preset or RECIPES[start.family]
     chosen = recipe(start, load_preset(name), opened.count, batch_size, train, anchor)
     settings = [*(f"{key}={value}" for key, value in chosen.items()), *(overrides or []), *given]
     loaded = load_preset(name, settings)
-    total = start_clock(loaded, opened.count).total
-    picked = pick_device(device)
-    stop = total if steps is None else min(steps, total)
-    same = (loaded, opened.fingerprint, source, None)
-    plan = Plan(
-        name="adapt",
-        preset=loaded,
-        source=opened,
-        stop=stop,
-        out=out or unfinished(runs_of("adapt"), same, stop) or next_folder("adapt"),
-        device=picked,
-        workers=default_workers(picked) if workers is None else workers,
-        init=source,
-        saving=parse_saving(save_every, 2, None),
-        monitor=monitor,
+    plan = plan_from(
+        "adapt",
+        loaded,
+        opened,
+        source,
+        steps=steps,
+        out=out,
+        device=device,
+        workers=workers,
+        save_every=save_every,
         monitor_every=monitor_every,
+        monitor=monitor,
         keep_best=True,
-        report=True,
     )
     if (plan.out / BEST).is_file() and not monitor:
         raise DinoError(

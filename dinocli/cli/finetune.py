@@ -19,14 +19,16 @@ from dinocli.cli.training import (
     MonitorEvery,
     SaveEvery,
     Seed,
+    Steps,
     given_settings,
-    parse_saving,
+    plan_from,
     refuse_images_folder,
     run_plan,
     show_plan,
+    starting_point,
 )
 from dinocli.core.errors import DinoError
-from dinocli.core.runs import CHECKPOINT, next_folder, runs_of
+from dinocli.core.runs import CHECKPOINT
 
 if TYPE_CHECKING:
     from dinocli.train.finetune import FineTuned, Task
@@ -87,10 +89,7 @@ def finetune(
     ] = None,
     batch_size: BatchSize = None,
     seed: Seed = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(min=0, help="Stop early after N steps. Schedules still span all epochs.", rich_help_panel=RECIPE),
-    ] = None,
+    steps: Steps = None,
     overrides: AllSettings = None,
     out: Annotated[
         Path | None,
@@ -149,42 +148,27 @@ def finetune(
     for opened in splits(data).values():  # before torch is loaded, so that a wrong path fails at once
         console.notes(opened.notes)
 
-    from dinocli.core.device import default_workers, pick_device
     from dinocli.method.preset import load_preset
     from dinocli.train.finetune import open_task, recipe
-    from dinocli.train.plan import Plan, start_clock
-    from dinocli.train.resume import unfinished
-    from dinocli.weights.load import announcement
-    from dinocli.weights.starting_point import read_starting_point, refuse_other_channels
 
     number = load_preset(preset, [*(overrides or []), *given]).training.seed
     task = open_task(data, held_out=held_out, few_shot=few_shot, balanced=balanced, several=several, seed=number)
     console.notes(task.notes)
-    if line := announcement(source):
-        console.say(line)
-    start = read_starting_point(source, overrides or [])
-    console.notes(start.notes)
-    refuse_other_channels(start, start.images.changed(o for o in overrides or [] if o.startswith("images.")).channels)
+    start = starting_point(source, overrides)
     chosen = recipe(start, load_preset(preset), task, batch_size, train)
     loaded = load_preset(preset, [*(f"{key}={value}" for key, value in chosen.items()), *(overrides or []), *given])
-    images = task.train.images
-    total = start_clock(loaded, images.count).total
-    picked = pick_device(device)
-    stop = total if steps is None else min(steps, total)
-    same = (loaded, images.fingerprint, source, None)
-    plan = Plan(
-        name="finetune",
-        preset=loaded,
-        source=images,
-        stop=stop,
-        out=out or unfinished(runs_of("finetune"), same, stop) or next_folder("finetune"),
-        device=picked,
-        workers=default_workers(picked) if workers is None else workers,
-        init=source,
-        saving=parse_saving(save_every, 2, None),
+    plan = plan_from(
+        "finetune",
+        loaded,
+        task.train.images,
+        source,
+        steps=steps,
+        out=out,
+        device=device,
+        workers=workers,
+        save_every=save_every,
         monitor_every=monitor_every,
         keep_best=task.held_out is not None,
-        report=True,
         labels=task.train.labels,
         held_out=task.held_out,
         patience=patience or None,

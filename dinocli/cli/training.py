@@ -16,18 +16,25 @@ from dinocli.cli.options import step_of
 from dinocli.core.distributed import rank, size
 from dinocli.core.errors import DinoError
 from dinocli.core.resources import format_bytes
-from dinocli.core.runs import CHECKPOINT, link_newest
+from dinocli.core.runs import CHECKPOINT, link_newest, next_folder, runs_of
 
 if TYPE_CHECKING:
+    from dinocli.data.sources.open import Source
+    from dinocli.method.preset import Preset
     from dinocli.train.cost import Estimate
     from dinocli.train.plan import Plan, Saving
     from dinocli.train.pretrain import Run
+    from dinocli.weights.starting_point import StartingPoint
 
 
 BatchSize = Annotated[
     int | None, typer.Option(min=1, help="Short for --set training.batch_size=N.", rich_help_panel=RECIPE)
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Short for --set training.seed=N.", rich_help_panel=RECIPE)]
+Steps = Annotated[
+    int | None,
+    typer.Option(min=0, help="Stop early after N steps. Schedules still span all epochs.", rich_help_panel=RECIPE),
+]
 SaveEvery = Annotated[
     str,
     typer.Option(
@@ -69,6 +76,72 @@ def refuse_images_folder(out: Path | None, images: str) -> None:
     """
     if out and Path(images).is_dir() and out.resolve() == Path(images).resolve():
         raise DinoError(f"--out {out} is the folder of the images", f"use --out runs/{out.resolve().name}")
+
+
+def starting_point(source: str, overrides: Sequence[str] | None) -> StartingPoint:
+    """Read the facts of the weights of --from, with notes on a download and on assumptions.
+
+    Raises:
+        DinoError: If the weights cannot be read, or take images with other channels than --set says.
+    """
+    from dinocli.weights.load import announcement
+    from dinocli.weights.starting_point import read_starting_point, refuse_other_channels
+
+    if line := announcement(source):
+        console.say(line)
+    start = read_starting_point(source, overrides or [])
+    console.notes(start.notes)
+    refuse_other_channels(start, start.images.changed(o for o in overrides or [] if o.startswith("images.")).channels)
+    return start
+
+
+def plan_from(
+    name: str,
+    preset: Preset,
+    images: Source,
+    source: str,
+    *,
+    steps: int | None,
+    out: Path | None,
+    device: str,
+    workers: int | None,
+    save_every: str,
+    **more: Any,
+) -> Plan:
+    """Return the plan of a run from weights, in the folder of an unfinished one with the same settings if there is any.
+
+    Args:
+        name: Name of the command, which is that of its run folders.
+        preset: Complete recipe.
+        images: Images to train on.
+        source: Weights to start from.
+        steps: Value of --steps, like the following of their options.
+        out: Run folder.
+        device: Name of the device.
+        workers: Number of decoding processes.
+        save_every: Time or steps between states.
+        more: Further settings of the plan.
+    """
+    from dinocli.core.device import default_workers, pick_device
+    from dinocli.train.plan import Plan, start_clock
+    from dinocli.train.resume import unfinished
+
+    total, picked = start_clock(preset, images.count).total, pick_device(device)
+    stop = total if steps is None else min(steps, total)
+    same = (preset, images.fingerprint, source, None)
+    return Plan(
+        name=name,
+        preset=preset,
+        source=images,
+        stop=stop,
+        out=out or unfinished(runs_of(name), same, stop) or next_folder(name),
+        device=picked,
+        workers=default_workers(picked) if workers is None else workers,
+        init=source,
+        saving=parse_saving(save_every, 2, None),
+        report=True,
+        **more,
+    )
 
 
 def show_plan(plan: Plan, json: bool) -> None:

@@ -81,12 +81,12 @@ class Classification(Method):
 
     def _draw_mix(self) -> nn.Module | None:
         """Return mixup or CutMix, drawn for each batch; None without either."""
+        if not (self.loss.mixup or self.loss.cutmix):
+            return None
         from torchvision.transforms import v2  # only here, because it takes a second to import
 
         alphas = {v2.MixUp: self.loss.mixup, v2.CutMix: self.loss.cutmix}
         mixes = [mix(alpha=alpha) for mix, alpha in alphas.items() if alpha]
-        if not mixes:
-            return None
         drawn: nn.Module = mixes[int(torch.randint(len(mixes), (), device="cpu"))]
         return drawn
 

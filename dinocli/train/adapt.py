@@ -12,13 +12,12 @@ from dinocli.core.atomic import atomic, write_json
 from dinocli.core.config import format_toml
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, VERDICT
-from dinocli.core.tensors import load_tensors
 from dinocli.evals.bootstrap import Difference, paired_difference
 from dinocli.method.distillation import SelfDistillation
 from dinocli.method.preset import Preset
 from dinocli.models.backbone import Backbone
 from dinocli.models.network import Network
-from dinocli.train.best import BEST
+from dinocli.train.best import load_kept
 from dinocli.train.knn_monitor import KnnMonitor, class_tokens
 from dinocli.train.plan import IMAGES_PER_PROTOTYPE, Plan, power_below
 from dinocli.train.snapshots import VIEWS, Photos, measure_spread
@@ -202,11 +201,7 @@ def conclude(plan: Plan) -> Conclusion:
         DinoError: If the released weights no longer exist.
     """
     released, adapted = _released(plan), plan.preset.network()
-    # A run that was finished without a monitor has no best weights; its last ones are compared.
-    best = plan.out / (BEST if plan.monitor and (plan.out / BEST).is_file() else CHECKPOINT)
-    weights, metadata = load_tensors(best)
-    adapted.load_weights(weights, str(best))
-    step = int(metadata["step"])
+    weights, step = load_kept(adapted, plan.out, best=plan.monitor is not None)
     for network in (released, adapted):
         network.eval().to(plan.device)
     figures = _figures(plan, released, adapted)

@@ -6,8 +6,11 @@ import math
 from contextlib import suppress
 from pathlib import Path
 
+from torch import Tensor
+
 from dinocli.core.atomic import atomic
-from dinocli.core.tensors import read_metadata
+from dinocli.core.runs import CHECKPOINT
+from dinocli.core.tensors import load_tensors, read_metadata
 from dinocli.method.preset import Preset
 from dinocli.models.network import Network
 from dinocli.train.knn_monitor import Answers
@@ -46,3 +49,17 @@ class BestWeights:
             chosen = {"selection": repr(accuracy), "monitor": self._monitor}
             write_checkpoint(draft, network.weights(), self._preset, step, chosen)
         self.accuracy, self.step = accuracy, step
+
+
+def load_kept(network: Network, run: Path, *, best: bool) -> tuple[dict[str, Tensor], int]:
+    """Load the weights that a finished run keeps, and return them with their step.
+
+    Args:
+        network: Network to load them into.
+        run: Run folder.
+        best: True for the best weights. A run that was finished without a monitor has only its last ones.
+    """
+    source = run / (BEST if best and (run / BEST).is_file() else CHECKPOINT)
+    weights, metadata = load_tensors(source)
+    network.load_weights(weights, str(source))
+    return weights, int(metadata["step"])

@@ -15,18 +15,16 @@ from dinocli.core.atomic import atomic
 from dinocli.core.config import format_toml
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
-from dinocli.core.tensors import load_tensors
 from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources.open import Images, Source, splits
-from dinocli.evals.accuracy import average_precision
 from dinocli.evals.balance import number_within
 from dinocli.evals.calibration import fit_temperature
 from dinocli.method.classification import HEAD
 from dinocli.method.preset import Preset
 from dinocli.models.network import Network
 from dinocli.train.adapt import network_settings, parse_train
-from dinocli.train.best import BEST
-from dinocli.train.held_out import Labelled, classify
+from dinocli.train.best import load_kept
+from dinocli.train.held_out import Labelled, classify, score
 from dinocli.train.plan import Plan, power_below
 from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.starting_point import StartingPoint
@@ -238,9 +236,7 @@ class Scored:
     @property
     def accuracy(self) -> float:
         """Top-1 accuracy, or the mean average precision if images have several classes, in percent."""
-        if self.labels.ndim == 2:
-            return 100 * float(average_precision(self.logits, self.labels.astype(bool)).mean())
-        return 100 * float((self.logits.argmax(1) == self.labels).mean())
+        return 100 * float(score(self.logits, self.labels).mean())
 
 
 @dataclass(frozen=True)
@@ -271,11 +267,8 @@ def conclude(plan: Plan, task: Task) -> FineTuned:
 
     The best weights are those with the highest accuracy on the held-out images, or the last ones if none are held out.
     """
-    best = plan.out / BEST
-    source = best if task.held_out and best.is_file() else plan.out / CHECKPOINT
-    weights, metadata = load_tensors(source)
-    network, step = plan.preset.network(), int(metadata["step"])
-    network.load_weights(weights, str(source))
+    network = plan.preset.network()
+    weights, step = load_kept(network, plan.out, best=task.held_out is not None)
     with atomic(plan.out / CHECKPOINT) as draft:
         write_checkpoint(draft, weights, plan.preset, step)
     network.eval().to(plan.device)

@@ -13,14 +13,12 @@ from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Images
-from dinocli.data.views.augment import normalize
 from dinocli.evals.accuracy import average_precision
 from dinocli.method.classification import HEAD
 from dinocli.method.preset import Preset
 from dinocli.models.network import Network
-from dinocli.train.knn_monitor import Answers, at_rest, decode_all
+from dinocli.train.knn_monitor import Answers, at_rest, decode_all, normalized_batches
 
-_AT_ONCE = 64
 _MOST = 5_000  # images that an evaluation during a run keeps in memory and classifies
 
 
@@ -84,15 +82,19 @@ class HeldOut:
 
     def evaluate(self, network: Network) -> Answers:
         """Classify the images. The network is not changed."""
-        device = next(network.parameters()).device
-        mean, std = (torch.tensor(values, device=device) for values in (self.views.mean, self.views.std))
-        batches = (normalize(some.to(device).float() / 255, mean, std) for some in self._pixels.split(_AT_ONCE))
-        logits = np.concatenate([classify(network, batch) for batch in batches])
-        if self.labels.ndim == 2:
-            precision = average_precision(logits, self.labels.astype(bool))
-            return Answers(100 * float(precision.mean()), precision, np.empty(0, np.bool_))
-        correct = logits.argmax(1) == self.labels
-        return Answers(100 * float(correct.mean()), correct, correct)
+        batches = normalized_batches(network, self._pixels, self.views)
+        scores = score(np.concatenate([classify(network, batch) for batch in batches]), self.labels)
+        return Answers(100 * float(scores.mean()), scores, scores if self.labels.ndim == 1 else np.empty(0, np.bool_))
+
+
+def score(logits: NDArray[np.float32], labels: NDArray[Any]) -> NDArray[Any]:
+    """Return 1 for each correctly classified image and else 0 [Q], or the average precision of each class. [K]
+
+    Args:
+        logits: [Q, K]
+        labels: Class per image [Q]; or 1 for each class of an image and else 0. [Q, K]
+    """
+    return average_precision(logits, labels.astype(bool)) if labels.ndim == 2 else logits.argmax(1) == labels
 
 
 @torch.no_grad()

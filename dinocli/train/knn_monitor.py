@@ -186,12 +186,18 @@ def class_tokens(network: Network, pixels: Tensor, views: ViewsConfig) -> Tensor
     Raises:
         NotFinite: If a value is infinite or NaN.
     """
-    device = next(network.parameters()).device
-    mean, std = (torch.tensor(values, device=device) for values in (views.mean, views.std))
     with at_rest(network):
-        images = (normalize(some.to(device).float() / 255, mean, std) for some in pixels.split(_AT_ONCE))
+        images = normalized_batches(network, pixels, views)
         tokens = torch.cat([network.backbone.class_tokens(some)[0].float().cpu() for some in images])
         return checked(tokens, "values of class tokens")
+
+
+def normalized_batches(network: Network, pixels: Tensor, views: ViewsConfig) -> Iterator[Tensor]:
+    """Yield images in normalized batches, on the device of a network. [S, C, H, H], uint8 -> [B, C, H, H]"""
+    device = next(network.parameters()).device
+    mean, std = (torch.tensor(values, device=device) for values in (views.mean, views.std))
+    for some in pixels.split(_AT_ONCE):
+        yield normalize(some.to(device).float() / 255, mean, std)
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def prepare(encoder: Encoder, setting: Setting, report: Report = lambda images: 
     """
     own = setting.folder / setting.identify(encoder)
     stored = [own, FOLDER, *([Path(encoder.run) / FOLDER] if encoder.run else [])]
-    return _prepare(encoder, setting, setting.parts, [own, *stored], 0, report)
+    return _prepare(encoder, setting, setting.parts, stored, 0, report)
 
 
 def prepare_views(encoder: Encoder, setting: Setting, report: Report = lambda images: None) -> Prepared | None:

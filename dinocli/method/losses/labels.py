@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from dinocli.core.config import Config
+from dinocli.core.device import exactly
 
 
 class LabelsLossConfig(Config):
@@ -50,7 +50,7 @@ def label_loss(logits: Tensor, targets: Tensor, *, several: bool) -> Tensor:
     Returns:
         []
     """
-    with torch.autocast(logits.device.type, enabled=False):
+    with exactly(logits.device):
         if several:
             return F.binary_cross_entropy_with_logits(logits.float(), targets)
         return F.cross_entropy(logits.float(), targets)
