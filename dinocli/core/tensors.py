@@ -49,6 +49,14 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _read_header(path)[0].get(_METADATA, {})
 
 
+def is_of_kind(path: Path, kind: str) -> bool:
+    """Return True if a path is a file of this tool whose metadata states this kind."""
+    try:
+        return path.is_file() and read_metadata(path).get("dinocli") == kind
+    except (OSError, ValueError):
+        return False
+
+
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Load the tensors of a safetensors file into memory. Return them and the metadata.
 

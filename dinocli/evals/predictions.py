@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.core.atomic import atomic
 from dinocli.core.errors import DinoError
+from dinocli.core.tables import first_line, write_table
 from dinocli.evals.accuracy import Interval, interval_of, macro_accuracy, ranks_of
 from dinocli.evals.calibration import expected_calibration_error, softmax
 
@@ -104,11 +103,7 @@ def check_predictions_file(path: Path) -> None:
     Raises:
         DinoError: If the path is a file without the columns of predictions.
     """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        first = file.readline(200).strip()
-    if first != ",".join(_COLUMNS).encode():
+    if path.is_file() and first_line(path).strip() != ",".join(_COLUMNS).encode():
         raise DinoError(
             f"{path} exists and holds no predictions; it would be overwritten",
             f"name a new file, such as {path.with_name(f'{path.stem}-predictions.csv')}",
@@ -117,9 +112,6 @@ def check_predictions_file(path: Path) -> None:
 
 def write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
     """Write a CSV file with one row per image: its name, class, predicted class and confidence from 0 to 1."""
-    columns = (predictions.truth.tolist(), predictions.predicted.tolist(), predictions.confidence.tolist())
-    with atomic(path) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for name, truth, predicted, confidence in zip(predictions.names, *columns, strict=True):
-            writer.writerow([name, classes[truth], classes[predicted], f"{confidence:.6f}"])
+    named = [[classes[label] for label in labels.tolist()] for labels in (predictions.truth, predictions.predicted)]
+    confidences = [f"{confidence:.6f}" for confidence in predictions.confidence.tolist()]
+    write_table(path, _COLUMNS, zip(predictions.names, *named, confidences, strict=True))

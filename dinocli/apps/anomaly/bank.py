@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dinocli.core.checksums import seal, unseal
 from dinocli.core.errors import DinoError
-from dinocli.core.tensors import Indices, map_tensors, read_metadata, write_tensors
+from dinocli.core.tensors import Indices, is_of_kind, map_tensors, write_tensors
 from dinocli.evals.units import Floats
 from dinocli.features.store import Provenance, read_provenance
 
@@ -160,10 +160,7 @@ def read_bank(path: Path) -> Bank:
 
 def is_bank(path: Path) -> bool:
     """Return whether a path is a file with a memory bank."""
-    try:
-        return path.is_file() and read_metadata(path).get("dinocli") == KIND
-    except (OSError, ValueError):
-        return False
+    return is_of_kind(path, KIND)
 
 
 def _checksum(patches: NDArray[np.float32]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -12,8 +11,10 @@ from numpy.typing import NDArray
 
 from dinocli.apps.anomaly.bank import Bank
 from dinocli.apps.anomaly.detect import Scored, enlarged
+from dinocli.core import tables
 from dinocli.core.atomic import atomic
 from dinocli.core.errors import DinoError
+from dinocli.core.tables import first_line
 from dinocli.data.decode.pixels import BadImage, Pixels
 from dinocli.data.images import ImagesConfig
 from dinocli.data.sources.photos import display_pixels
@@ -87,19 +88,14 @@ def check_table_file(path: Path) -> None:
     Raises:
         DinoError: If the path is a file without the columns of `write_table`.
     """
-    if path.is_file():
-        with path.open("rb") as file:
-            if not file.readline(200).startswith(",".join(_COLUMNS).encode()):
-                raise DinoError(f"{path} exists and holds no scores; it would be overwritten", "use another --out")
+    if path.is_file() and not first_line(path).startswith(",".join(_COLUMNS).encode()):
+        raise DinoError(f"{path} exists and holds no scores; it would be overwritten", "use another --out")
 
 
 def write_table(path: Path, ranked: Sequence[Scored], labels: Mapping[str, str]) -> None:
     """Write a CSV file with the score of each photo, in this order, and the percent of normal photos below it."""
-    with atomic(path) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for one in ranked:
-            writer.writerow([one.image, f"{one.score:.6f}", f"{one.percentile:.1f}", labels.get(one.image, "")])
+    rows = ((one.image, f"{one.score:.6f}", f"{one.percentile:.1f}", labels.get(one.image, "")) for one in ranked)
+    tables.write_table(path, _COLUMNS, rows)
 
 
 def _draw_pair(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dinocli.core.checksums import seal, unseal
 from dinocli.core.errors import DinoError
-from dinocli.core.tensors import map_tensors, read_metadata, write_tensors
+from dinocli.core.tensors import is_of_kind, map_tensors, write_tensors
 from dinocli.evals.accuracy import Interval
 from dinocli.evals.calibration import sigmoid, softmax
 from dinocli.evals.knn import vote_logits
@@ -114,7 +114,7 @@ def check_classifier_file(path: Path) -> None:
     Raises:
         DinoError: If the path is a file that is no classifier.
     """
-    if path.exists() and not _is_classifier(path):
+    if path.exists() and not is_of_kind(path, KIND):
         raise DinoError(
             f"{path} exists and holds no classifier; it would be overwritten",
             f"use --out {path.with_name(f'{path.stem}-classifier.safetensors')}",
@@ -169,7 +169,7 @@ def read_classifier(path: Path) -> Classifier:
         )
     if not path.exists():
         raise DinoError(f"{path} does not exist; expected a classifier", _AGAIN)
-    if not _is_classifier(path):
+    if not is_of_kind(path, KIND):
         raise DinoError(f"{path} holds no classifier", _AGAIN)
     try:
         tensors, metadata = map_tensors(path)
@@ -235,10 +235,3 @@ def _read_votes(path: Path, about: dict[str, Any], provenance: Provenance) -> Vo
 
 def _checksum(rule: LinearRule) -> str:
     return f"{zlib.crc32(rule.bias.tobytes(), zlib.crc32(rule.weight.tobytes())):08x}"
-
-
-def _is_classifier(path: Path) -> bool:
-    try:
-        return path.is_file() and read_metadata(path).get("dinocli") == KIND
-    except (OSError, ValueError):
-        return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -13,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 from dinocli.apps.classify.classifier import Classifier
-from dinocli.core.atomic import atomic, atomic_folder
+from dinocli.core import tables
+from dinocli.core.atomic import atomic_folder
 from dinocli.core.errors import DinoError
+from dinocli.core.tables import first_line
 from dinocli.features.photos import Encoded
 
 _COLUMNS = ("image", "class", "confidence")
@@ -71,26 +72,20 @@ def check_table_file(path: Path) -> None:
     Raises:
         DinoError: If the path is a file without the columns of `write_table`.
     """
-    if path.is_file():
-        with path.open("rb") as file:
-            first = file.readline(200)
-        if not first.startswith(",".join(_COLUMNS).encode()):
-            raise DinoError(
-                f"{path} exists and holds no classified images; it would be overwritten",
-                f"name a new file, such as {path.with_name(f'{path.stem}-classes.csv')}",
-            )
+    if path.is_file() and not first_line(path).startswith(",".join(_COLUMNS).encode()):
+        raise DinoError(
+            f"{path} exists and holds no classified images; it would be overwritten",
+            f"name a new file, such as {path.with_name(f'{path.stem}-classes.csv')}",
+        )
 
 
 def write_table(path: Path, found: Sequence[Classified]) -> None:
     """Write a CSV file with one row per photo: its name, then each class and its confidence from 0 to 1."""
     most = max(len(one.guesses) for one in found)
     more = [f"{column}_{number}" for number in range(2, most + 1) for column in _COLUMNS[1:]]
-    with atomic(path) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*_COLUMNS, *more])
-        for one in found:
-            cells = [cell for guess in one.guesses for cell in (guess.label, f"{guess.confidence:.6f}")]
-            writer.writerow([one.image, *cells])
+    cells = ([cell for guess in one.guesses for cell in (guess.label, f"{guess.confidence:.6f}")] for one in found)
+    rows = ([one.image, *own] for one, own in zip(found, cells, strict=True))
+    tables.write_table(path, [*_COLUMNS, *more], rows)
 
 
 def check_sort_folder(folder: Path) -> None:
