@@ -19,7 +19,7 @@ from dinocli.cli.training import (
     Seed,
     Steps,
     given_settings,
-    plan_from,
+    parse_saving,
     refuse_images_folder,
     run_plan,
     show_plan,
@@ -122,22 +122,24 @@ def adapt(
     from dinocli.method.preset import load_preset
     from dinocli.train.adapt import RECIPES, recipe
     from dinocli.train.best import BEST
+    from dinocli.train.prepare import prepare
 
     start = starting_point(source, overrides)
     name = preset or RECIPES[start.family]
     chosen = recipe(start, load_preset(name), opened.count, batch_size, train, anchor)
     settings = [*(f"{key}={value}" for key, value in chosen.items()), *(overrides or []), *given]
     loaded = load_preset(name, settings)
-    plan = plan_from(
+    plan = prepare(
         "adapt",
         loaded,
         opened,
-        source,
         steps=steps,
         out=out,
         device=device,
         workers=workers,
-        save_every=save_every,
+        init=source,
+        saving=parse_saving(save_every, 2, None),
+        report=True,
         monitor_every=monitor_every,
         monitor=monitor,
         keep_best=True,

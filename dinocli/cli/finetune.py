@@ -21,7 +21,7 @@ from dinocli.cli.training import (
     Seed,
     Steps,
     given_settings,
-    plan_from,
+    parse_saving,
     refuse_images_folder,
     run_plan,
     show_plan,
@@ -150,6 +150,7 @@ def finetune(
 
     from dinocli.method.preset import load_preset
     from dinocli.train.finetune import open_task, recipe
+    from dinocli.train.prepare import prepare
 
     number = load_preset(preset, [*(overrides or []), *given]).training.seed
     task = open_task(data, held_out=held_out, few_shot=few_shot, balanced=balanced, several=several, seed=number)
@@ -157,16 +158,17 @@ def finetune(
     start = starting_point(source, overrides)
     chosen = recipe(start, load_preset(preset), task, batch_size, train)
     loaded = load_preset(preset, [*(f"{key}={value}" for key, value in chosen.items()), *(overrides or []), *given])
-    plan = plan_from(
+    plan = prepare(
         "finetune",
         loaded,
         task.train.images,
-        source,
         steps=steps,
         out=out,
         device=device,
         workers=workers,
-        save_every=save_every,
+        init=source,
+        saving=parse_saving(save_every, 2, None),
+        report=True,
         monitor_every=monitor_every,
         keep_best=task.held_out is not None,
         labels=task.train.labels,

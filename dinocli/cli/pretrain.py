@@ -25,9 +25,8 @@ from dinocli.cli.training import (
     run_plan,
     show_plan,
 )
-from dinocli.core.distributed import from_first, launch, local_size, size, unused_tasks
+from dinocli.core.distributed import launch, local_size, size, unused_tasks
 from dinocli.core.errors import DinoError
-from dinocli.core.runs import next_folder, runs_of
 from dinocli.method import shipped
 
 if TYPE_CHECKING:
@@ -221,36 +220,29 @@ def pretrain(
     if not preset.endswith(".toml"):
         shipped.text(preset)
 
-    from dinocli.core.device import default_workers, pick_device
     from dinocli.method.preset import load_preset
     from dinocli.train.origin import Origin
-    from dinocli.train.plan import Plan, start_clock
-    from dinocli.train.resume import unfinished
+    from dinocli.train.plan import start_clock
+    from dinocli.train.prepare import prepare
 
     before = Origin.read(origin) if origin else None
     changed = [*(overrides or []), *given, *(["teacher.frozen=true"] if teachers else [])]
     run = (before.preset, before.peak_lr, before.clock) if before else ()
     loaded = load_preset(preset, changed, *run)
-    frozen = _read_teachers(teachers, loaded)
-    same = (loaded, source.fingerprint, init, frozen.fingerprint if frozen else None)
     total = start_clock(loaded, source.count).total
     if steps and steps > total:
         console.say(f"note: --steps {steps} is more than the run's {total} steps; it ends after {total}; see --epochs")
-    picked = pick_device(device)
-    name = Path(preset).name.removesuffix(".toml").removesuffix(".stage")
-    stop = total if steps is None else min(steps, total)
-    plan = Plan(
-        name=name,
-        preset=loaded,
-        source=source,
-        stop=stop,
-        out=from_first(
-            out or unfinished(runs_of(name), same, stop, before.stages if before else ()) or next_folder(name)
-        ),
-        device=picked,
-        workers=default_workers(picked) if workers is None else workers,
+    plan = prepare(
+        Path(preset).name.removesuffix(".toml").removesuffix(".stage"),
+        loaded,
+        source,
+        steps=steps,
+        out=out,
+        device=device,
+        workers=workers,
         init=init,
-        teacher=frozen,
+        teacher=_read_teachers(teachers, loaded),
+        origin=before,
         teacher_cache=cache_teacher,
         cache=cache,
         accumulate=accumulate,
@@ -261,14 +253,13 @@ def pretrain(
         parallel=parallel,
         tensorboard=tensorboard,
         report=report,
-        compiled=picked.type == "cuda" if compiled is None else compiled,
         recompute=recompute,
-        origin=before,
     )
+    plan = replace(plan, compiled=plan.device.type == "cuda" if compiled is None else compiled)
     if dry_run:
         show_plan(plan, json)
     else:
-        run_plan(replace(plan, compiled=plan.compiled and compiles(picked, asked=compiled is True)), json)
+        run_plan(replace(plan, compiled=plan.compiled and compiles(plan.device, asked=compiled is True)), json)
 
 
 def _read_teachers(sources: list[str], preset: Preset) -> FrozenTeacher | FeatureTeachers | None:

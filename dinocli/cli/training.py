@@ -16,11 +16,9 @@ from dinocli.cli.options import step_of
 from dinocli.core.distributed import rank, size
 from dinocli.core.errors import DinoError
 from dinocli.core.resources import format_bytes
-from dinocli.core.runs import CHECKPOINT, link_newest, next_folder, runs_of
+from dinocli.core.runs import CHECKPOINT, link_newest
 
 if TYPE_CHECKING:
-    from dinocli.data.sources.open import Source
-    from dinocli.method.preset import Preset
     from dinocli.train.cost import Estimate
     from dinocli.train.plan import Plan, Saving
     from dinocli.train.pretrain import Run
@@ -93,55 +91,6 @@ def starting_point(source: str, overrides: Sequence[str] | None) -> StartingPoin
     console.notes(start.notes)
     refuse_other_channels(start, start.images.changed(o for o in overrides or [] if o.startswith("images.")).channels)
     return start
-
-
-def plan_from(
-    name: str,
-    preset: Preset,
-    images: Source,
-    source: str,
-    *,
-    steps: int | None,
-    out: Path | None,
-    device: str,
-    workers: int | None,
-    save_every: str,
-    **more: Any,
-) -> Plan:
-    """Return the plan of a run from weights, in the folder of an unfinished one with the same settings if there is any.
-
-    Args:
-        name: Name of the command, which is that of its run folders.
-        preset: Complete recipe.
-        images: Images to train on.
-        source: Weights to start from.
-        steps: Value of --steps, like the following of their options.
-        out: Run folder.
-        device: Name of the device.
-        workers: Number of decoding processes.
-        save_every: Time or steps between states.
-        more: Further settings of the plan.
-    """
-    from dinocli.core.device import default_workers, pick_device
-    from dinocli.train.plan import Plan, start_clock
-    from dinocli.train.resume import unfinished
-
-    total, picked = start_clock(preset, images.count).total, pick_device(device)
-    stop = total if steps is None else min(steps, total)
-    same = (preset, images.fingerprint, source, None)
-    return Plan(
-        name=name,
-        preset=preset,
-        source=images,
-        stop=stop,
-        out=out or unfinished(runs_of(name), same, stop) or next_folder(name),
-        device=picked,
-        workers=default_workers(picked) if workers is None else workers,
-        init=source,
-        saving=parse_saving(save_every, 2, None),
-        report=True,
-        **more,
-    )
 
 
 def show_plan(plan: Plan, json: bool) -> None:
