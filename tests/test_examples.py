@@ -41,7 +41,7 @@ def untrained(example, tmp_path: Path) -> str:
 
 
 def test_each_example_has_a_test() -> None:
-    assert NAMES == ["custom_backbone", "custom_loss", "features_in_python", "finetune_head"]
+    assert NAMES == ["custom_backbone", "custom_loss", "features_in_python", "finetune_head", "pretrain_in_python"]
 
 
 def test_features_in_python(example, untrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +68,13 @@ def test_custom_loss(example, tmp_path: Path) -> None:
     assert loss.variance_loss(torch.zeros(4, 3)).item() == pytest.approx(0.99, abs=1e-3)
     assert loss.variance_loss(torch.tensor([[2.0], [-2.0]])).item() == 0
     assert len(loss.main(tmp_path, steps=2)) == 2
+
+
+def test_pretrain_in_python(example, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, shapes = example("pretrain_in_python").main(tmp_path, steps=2)
+    assert run.step == 2
+    assert shapes == [(8, 3, 48, 48)] * 2 + [(8, 3, 24, 24)] * 4
+    assert "step 2: loss" in capsys.readouterr().out
 
 
 @pytest.mark.slow

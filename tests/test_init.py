@@ -12,14 +12,17 @@ import pytest
 import torch
 from conftest import assert_same_features, write_images, write_run
 from PIL import Image
+from safetensors.torch import load_file
 
 import dinocli
 from dinocli.apps.attention.sheets import draw
+from dinocli.cli import main
 from dinocli.core.device import pick_device
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder
 from dinocli.features.encoder import Encoder, quick
 from dinocli.features.extract import extract
+from dinocli.train.logger import Progress
 from dinocli.weights.load import load_encoder
 
 ROOT = Path(__file__).parent.parent
@@ -106,3 +109,43 @@ def test_training_is_imported_without_libraries_that_only_networks_or_drawings_n
     line = f"import sys, dinocli.train.pretrain; print([name for name in {late} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "[]\n", done.stderr
+
+
+SHORT = {"preset": "tiny-dino", "batch_size": 4, "steps": 2, "device": "cpu", "report": False}
+
+
+def test_pretraining_is_that_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = write_images(tmp_path / "images", 6)
+    monkeypatch.chdir(tmp_path)
+    seen: list[Progress] = []
+    run = dinocli.pretrain(images, **SHORT, workers=0, callbacks=[seen.append], training={"steps_per_epoch": 50})
+    assert (run.step, run.folder, seen[-1].step) == (2, Path("runs/tiny-dino-1"), 2)
+    command = ["pretrain", "images", "--preset", "tiny-dino", "--batch-size", "4", "--steps", "2", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["dino", *command, "--workers", "0", "--no-report", "--out", "command"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    mine, other = load_file(run.checkpoint), load_file("command/ckpt.safetensors")
+    assert all(torch.equal(value, other[name]) for name, value in mine.items())
+    assert dinocli.pretrain(images, **SHORT | {"steps": 3}, workers=0).began == 2  # the same settings resume
+
+
+def test_pretraining_on_images_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), dtype=np.uint8)
+    run = dinocli.pretrain(list(pixels), **SHORT)
+    assert run.step == 2
+    assert dinocli.pretrain(pixels, **SHORT).began == 2  # the same images
+    assert dinocli.pretrain(pixels[::-1], **SHORT).folder != run.folder
+    with pytest.raises(DinoError, match=r"there is no key training\.epoch"):
+        dinocli.pretrain(pixels, **SHORT, training={"epoch": 2})
+
+
+def test_a_callback_that_raises_ends_the_run(tmp_path: Path) -> None:
+    def stop(progress: Progress) -> None:
+        raise StopIteration
+
+    pixels = np.zeros((4, 40, 40, 3), dtype=np.uint8)
+    with pytest.raises(StopIteration):
+        dinocli.pretrain(pixels, **SHORT, out=tmp_path / "run", callbacks=[stop])
+    assert dinocli.pretrain(pixels, **SHORT, out=tmp_path / "run").began > 0

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -120,6 +120,24 @@ def format_toml(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{key}={format_toml(inner)}' for key, inner in value.items() if inner is not None)}}}"
     return "none" if value is None else json.dumps(value)
+
+
+def as_overrides(settings: Mapping[str, object], above: str = "") -> list[str]:
+    """Return Python values by key as overrides for `change`.
+
+    Args:
+        settings: Values by full key. A mapping sets the keys of a table one by one, or replaces the table if it has a
+            `kind`.
+        above: Key of the table that holds the settings.
+    """
+    overrides = []
+    for name, value in settings.items():
+        key = f"{above}.{name}" if above else name
+        if isinstance(value, Mapping) and "kind" not in value:
+            overrides += as_overrides(value, key)
+        else:
+            overrides.append(f"{key}={format_toml(value)}")
+    return overrides
 
 
 def is_number(text: str) -> bool:

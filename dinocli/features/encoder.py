@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from dinocli.core.device import Precision, autocast, has_bfloat16
 from dinocli.core.errors import DinoError, nearest
@@ -19,7 +21,8 @@ from dinocli.data.loader.plain import Plain, plain_batches
 from dinocli.data.sources.open import Source
 from dinocli.data.views.augment import normalize
 from dinocli.data.views.crops import ViewConfig, ViewsConfig, cut
-from dinocli.features.inputs import Given, given_images, unreadable
+from dinocli.features.inputs import Given, given_images, given_source, unreadable
+from dinocli.features.stream import EncodedImages
 from dinocli.models.backbone import Backbone, Facet, Tokens
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
@@ -115,9 +118,9 @@ class Encoder:
         """Return the features of images, equal to those that `dino extract` stores for the same files.
 
         Args:
-            images: One image or several. An image is a path, a Pillow image, or an array of numbers, which is read like
-                a `.npy` file of it: [H, W, C], [C, H, W], or [H, W] for one channel. For normalized tensors use
-                `features`.
+            images: One image or several. An image is a path, the bytes of an image file, a Pillow image, or an array of
+                numbers, which is read like a `.npy` file of it: [H, W, C], [C, H, W], or [H, W] for one channel. uint8
+                tensors are read like arrays. For normalized tensors use `features`.
             tokens: Kind of tokens; see `features`.
             blocks: Number of last blocks whose tokens are used.
             size: Side that images are resized to, in pixels. If None, the training size.
@@ -130,10 +133,7 @@ class Encoder:
             DinoError: If an image cannot be read or has non-finite features (the error names it), or `tokens` is
                 unknown.
         """
-        if tokens not in (known := get_args(TokenChoice)):
-            raise DinoError(
-                f"tokens={tokens!r} is not valid; expected {', '.join(known)}", f'tokens="{nearest(tokens, known)}"'
-            )
+        _check_tokens(tokens)
         source, rows = given_images(images), []
         for batch in self.batches(source, size=size or self.size, batch_size=batch_size, workers=0):
             for name, reason in batch.bad:
@@ -142,6 +142,47 @@ class Encoder:
             for name, reason in finite_rows(rows[-1], batch.names)[1]:
                 raise DinoError(f"{name}: {reason}", "skip this image; if all images fail, use another checkpoint")
         return torch.cat(rows)
+
+    def dataset(
+        self,
+        images: str | os.PathLike[str] | Sequence[Given] | Dataset[Any],
+        tokens: TokenChoice = "cls",
+        blocks: int = 1,
+        size: int | None = None,
+        batch_size: int = 64,
+        workers: int = 0,
+        skip_bad: bool = True,
+    ) -> EncodedImages:
+        """Return the features of many images as a torch data set that computes them on the way, a batch at a time.
+
+        Args:
+            images: A place as on the command line (a folder, a list of files, shards), a sequence of images as for a
+                call, or a torch data set of images.
+            tokens: Kind of tokens; see `features`.
+            blocks: Number of last blocks whose tokens are used.
+            size: Side that images are resized to, in pixels. If None, the training size.
+            batch_size: Images per batch.
+            workers: Number of decoding processes.
+            skip_bad: If True, leave out images that cannot be read; `bad` of the result lists them.
+
+        Returns:
+            Data set whose items are batches with `features`, `names` and `labels`; for a DataLoader, use
+            `batch_size=None`.
+
+        Raises:
+            DinoError: If the place does not exist, there are no images, or `tokens` is unknown.
+        """
+        _check_tokens(tokens)
+        return EncodedImages(
+            self,
+            given_source(images),
+            tokens=tokens,
+            blocks=blocks,
+            size=size or self.size,
+            batch_size=batch_size,
+            workers=workers,
+            skip_bad=skip_bad,
+        )
 
     def batches(
         self,
@@ -245,6 +286,13 @@ class Encoder:
         attention = self.backbone.attention(images)[:, :, 0]  # [B, heads, 1+R+N]
         attention = attention[..., attention.shape[-1] - rows * columns :].unflatten(-1, (rows, columns))
         return checked(attention, "values of attention")
+
+
+def _check_tokens(tokens: str) -> None:
+    if tokens not in (known := get_args(TokenChoice)):
+        raise DinoError(
+            f"tokens={tokens!r} is not valid; expected {', '.join(known)}", f'tokens="{nearest(tokens, known)}"'
+        )
 
 
 def features_of(backbone: Backbone, images: Tensor, tokens: TokenChoice = "cls", blocks: int = 1) -> Tensor:

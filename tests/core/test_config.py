@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from dinocli.core.config import Config
+from dinocli.core.config import Config, as_overrides, change
 from dinocli.core.errors import DinoError
 
 
@@ -87,3 +87,13 @@ def test_numbers_beyond_float32_are_refused(value: dict) -> None:
     with pytest.raises(DinoError, match=r"should be at most 3.4e\+38 in magnitude"):
         Bound.parse({"norm": 1.0} | value, "preset x")
     assert Bound(norm=3.4e38).norm == 3.4e38
+
+
+def test_python_values_as_overrides() -> None:
+    given = {"a.b": 1, "c": {"d": "x y", "e": None}, "f": {"kind": "red", "depth": 0.5}, "g": [True, 2.5]}
+    overrides = as_overrides(given)
+    assert overrides == ["a.b=1", 'c.d="x y"', "c.e=none", 'f={kind="red", depth=0.5}', "g=[true, 2.5]"]
+    data: dict[str, object] = {"c": {"e": 3}}
+    for override in overrides:
+        change(data, override)
+    assert data == {"a": {"b": 1}, "c": {"d": "x y"}, "f": {"kind": "red", "depth": 0.5}, "g": [True, 2.5]}

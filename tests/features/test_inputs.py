@@ -10,7 +10,7 @@ from PIL import Image
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.features.inputs import given_images, given_pixels
+from dinocli.features.inputs import given_images, given_pixels, given_source
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -42,6 +42,61 @@ def test_an_array_is_read_like_its_npy_file(tmp_path: Path) -> None:
     assert given_pixels(PIXELS[..., 0], ImagesConfig(channels=1)).shape == (20, 30, 1)
 
 
+def test_bytes_and_tensors_give_the_pixels_of_the_file(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "x.png")
+    planes = torch.from_numpy(PIXELS).permute(2, 0, 1)
+    for way in ((tmp_path / "x.png").read_bytes(), torch.from_numpy(PIXELS), planes):
+        assert np.array_equal(given_pixels(way, DEFAULTS), PIXELS)
+    assert len(given_images(planes)) == 1
+    assert len(given_images(torch.stack([planes] * 3))) == 3
+    assert len(given_images([b"one", b"two"])) == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_pixels_of_an_array_can_be_written() -> None:
+    assert torch.from_numpy(given_pixels(PIXELS, DEFAULTS)).shape == (20, 30, 3)
+
+
+def test_other_pixels_are_another_source() -> None:
+    ways = [PIXELS, PIXELS[::-1], Image.fromarray(PIXELS), b"file", b"flie"]
+    found = [given_images([way]).fingerprint for way in ways]
+    assert len(set(found)) == len(ways)
+    assert found == [given_images([way]).fingerprint for way in ways]
+
+
+class Discs(torch.utils.data.Dataset):
+    def __init__(self, items: list[object]) -> None:
+        self.items = items
+
+    def __getitem__(self, index: int) -> object:
+        return self.items[index]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def test_a_torch_data_set_is_a_source(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "x.png")
+    items = [PIXELS, (Image.fromarray(PIXELS), 3), [torch.from_numpy(PIXELS), "label"], str(tmp_path / "x.png")]
+    source = given_source(Discs(items))
+    assert next(iter(source.names)) == "Discs 0"
+    for index in range(4):
+        assert np.array_equal(decode(source.read(index)), PIXELS)
+    with pytest.raises(DinoError, match=r"a tensor of torch\.float32 is not an image"):
+        given_source(Discs([torch.zeros(3, 4, 4)])).read(0)
+    with pytest.raises(DinoError, match="the data set Discs is empty"):
+        given_source(Discs([]))
+
+
+def test_a_data_set_without_a_length_is_refused() -> None:
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield PIXELS
+
+    with pytest.raises(DinoError, match="Endless has no length"):
+        given_source(Endless())
+
+
 def test_several_images_are_a_list_or_a_four_dimensional_array() -> None:
     assert len(given_images(PIXELS)) == 1
     assert len(given_images([PIXELS, "a.jpg"])) == 2
@@ -53,8 +108,8 @@ def test_several_images_are_a_list_or_a_four_dimensional_array() -> None:
     ("images", "says", "hint"),
     [
         ([], "is empty; expected at least one image", "a path"),
-        (torch.zeros(2, 3, 8, 8), "a Tensor is not an image; expected a path", "encoder.features(images)"),
-        ([torch.zeros(3, 8, 8)], "a Tensor is not an image; expected a path", "encoder.features(images)"),
+        (torch.zeros(2, 3, 8, 8), "^a tensor of torch.float32 is not an image; exp", "encoder.features(images)"),
+        ([torch.zeros(3, 8, 8)], "^a tensor of torch.float32 is not an image; exp", "tensor.to(torch.uint8)"),
         (np.array(["a.jpg"]), "an array of <U5 is not an image", "encoder"),
         (7, "^an int is not an image; expected a path", "encoder"),
         ({"a.jpg"}, "a set is not an image; expected a path", "encoder"),

@@ -60,7 +60,8 @@ def _open_npy(data: bytes, channels: int) -> ArrayFile:
         count, start = int(np.prod(shape, dtype=object)), file.tell()
         if len(data) - start < count * dtype.itemsize:
             raise EOFError(f"{len(data) - start} bytes of numbers; expected {count * dtype.itemsize}")
-        values = np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if by_columns else "C")
+        # A copy, since torch warns of the read-only memory of bytes.
+        values = np.frombuffer(data, dtype, count, start).copy().reshape(shape, order="F" if by_columns else "C")
         values = values[..., None] if len(shape) == 2 else values
         return values if last else values.transpose(1, 2, 0)
 
