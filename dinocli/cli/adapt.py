@@ -12,9 +12,11 @@ from dinocli.cli.layout import MONITORING, RECIPE, RUN_FOLDER
 from dinocli.cli.options import AllSettings, Device, Images, Json, Workers, output_place, refuse_address
 from dinocli.cli.presets import complete_preset
 from dinocli.cli.training import (
+    Accumulate,
     BatchSize,
     DryRun,
     MonitorEvery,
+    Recompute,
     SaveEvery,
     Seed,
     Steps,
@@ -94,6 +96,8 @@ def adapt(
         ),
     ] = None,
     monitor_every: MonitorEvery = None,
+    accumulate: Accumulate = 1,
+    recompute: Recompute = False,
     workers: Workers = None,
     device: Device = "auto",
     dry_run: DryRun = False,
@@ -141,6 +145,8 @@ def adapt(
         saving=parse_saving(save_every, 2, None),
         report=True,
         monitor_every=monitor_every,
+        accumulate=accumulate,
+        recompute=recompute,
         monitor=monitor,
         keep_best=True,
     )

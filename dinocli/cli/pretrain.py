@@ -14,9 +14,11 @@ from dinocli.cli.layout import MACHINE, MONITORING, RECIPE, RUN_FOLDER, SPEED
 from dinocli.cli.options import AllSettings, Device, Images, Json, Workers, compiles, output_place, refuse_address
 from dinocli.cli.presets import complete_preset
 from dinocli.cli.training import (
+    Accumulate,
     BatchSize,
     DryRun,
     MonitorEvery,
+    Recompute,
     SaveEvery,
     Seed,
     given_settings,
@@ -126,22 +128,8 @@ def pretrain(
     report: Annotated[
         bool, typer.Option(help="Write report.html and curves.png into the run folder.", rich_help_panel=MONITORING)
     ] = True,
-    accumulate: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            help="Split each batch into N parts and accumulate their gradients, to save memory.",
-            rich_help_panel=SPEED,
-        ),
-    ] = 1,
-    recompute: Annotated[
-        bool,
-        typer.Option(
-            "--recompute",
-            help="Activation checkpointing: less memory for about a third more compute.",
-            rich_help_panel=SPEED,
-        ),
-    ] = False,
+    accumulate: Accumulate = 1,
+    recompute: Recompute = False,
     compiled: Annotated[
         bool | None,
         typer.Option(

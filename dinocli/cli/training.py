@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dinocli.cli import console
-from dinocli.cli.layout import MONITORING, OUTPUT, RECIPE, RUN_FOLDER
+from dinocli.cli.layout import MONITORING, OUTPUT, RECIPE, RUN_FOLDER, SPEED
 from dinocli.cli.options import step_of
 from dinocli.core.distributed import rank, size
 from dinocli.core.errors import DinoError
@@ -47,6 +47,23 @@ MonitorEvery = Annotated[
         min=1,
         help="Steps between evaluations. Default: chosen so that they take at most 5 % of the time.",
         rich_help_panel=MONITORING,
+    ),
+]
+Accumulate = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Split each batch into N parts and accumulate their gradients, to save memory. BatchNorm and KoLeo "
+        "see one part at a time.",
+        rich_help_panel=SPEED,
+    ),
+]
+Recompute = Annotated[
+    bool,
+    typer.Option(
+        "--recompute",
+        help="Activation checkpointing: less memory for about a third more compute.",
+        rich_help_panel=SPEED,
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.", rich_help_panel=OUTPUT)]

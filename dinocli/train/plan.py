@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dinocli.core.device import TrainingPrecision, training_precision
 from dinocli.core.distributed import size
@@ -266,13 +267,11 @@ def cautions(plan: Plan) -> Iterator[str]:
                 f"{clock.total} steps show {seen} images to {head.prototypes} prototypes, too few to train most: "
                 + ", or ".join(ways)
             )
-    without = [f"--set heads.{name}.batch_norm=false" for name, head in preset.heads.items() if head.batch_norm]
-    without += ["--set backbone.stem=patch"] if preset.backbone.stem == "conv" else []
-    if plan.accumulate > 1 and without:
+    if plan.accumulate > 1 and (remedy := _avoid_batch_norm(preset)):
         at_once = preset.training.batch_size // plan.accumulate
         yield (
             f"with --accumulate {plan.accumulate} BatchNorm normalizes over {at_once} images instead of the whole "
-            f"batch: --accumulate 1, or {' '.join(without)}"
+            f"batch: {remedy}"
         )
     if preset.losses.koleo and plan.images_each // plan.accumulate == 1:
         yield (
@@ -288,6 +287,19 @@ def cautions(plan: Plan) -> Iterator[str]:
             f"a learning rate of {peak:.2g} for {preset.training.batch_size} images is far from the paper's "
             f"0.0005 * batch / 256 = {usual:.2g}: --set optimizer.lr.{key}=0.0005"
         )
+
+
+def _avoid_batch_norm(preset: Preset) -> str:
+    """Return how to train with accumulation and without BatchNorm in parts; empty if the networks have none."""
+    without = [f"--set heads.{name}.batch_norm=false" for name, head in preset.heads.items() if head.batch_norm]
+    if preset.backbone.stem == "conv":
+        without.append("--set backbone.stem=patch")
+    else:
+        with torch.device("meta"):
+            modules = preset.backbone.build(drop_path=False).modules()
+        if any(isinstance(module, _BatchNorm) for module in modules):
+            return "--accumulate 1 with a smaller --batch-size"
+    return f"--accumulate 1, or {' '.join(without)}" if without else ""
 
 
 def short_stop(plan: Plan) -> str:

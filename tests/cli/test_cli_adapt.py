@@ -36,6 +36,12 @@ def test_the_command_prints_a_verdict_and_json(
     assert "is finished" in again.stderr
 
 
+def test_options_that_save_memory_are_in_the_plan(start: Path, images: Path, tmp_path: Path) -> None:
+    words = ["--accumulate", "2", "--recompute", "--batch-size", "4", "--device", "cpu", "--workers", "0", "--dry-run"]
+    shown = CliRunner().invoke(app, ["adapt", str(images), "--from", str(start), *words], catch_exceptions=False).stdout
+    assert "4 images, in 2 parts, activation checkpointing" in " ".join(shown.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

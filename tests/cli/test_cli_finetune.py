@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from dinocli.cli import app
@@ -36,6 +38,21 @@ def test_a_fine_tuned_network_classifies_photos(
         predicted, confidence = names[f"a/{photo.name}"]
         assert found["class"] == predicted
         assert found["confidence"] == pytest.approx(float(confidence), abs=0.01), "as in the test"
+
+
+def test_parts_and_activation_checkpointing_train_the_same_network(
+    start: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # Float32, and no random draws of the networks, which differ between parts. Mixing takes place before the split.
+    settings = ["training.precision=float32", "backbone.drop_path=0", "losses.labels.mixup=0.5"]
+    exact = [word for setting in settings for word in ("--set", setting)]
+    found = []
+    for name, more in (("whole", []), ("saving", ["--accumulate", 2, "--recompute"])):
+        run("finetune", labelled, "--from", start, *SMALL, *exact, "--steps", 6, "--held-out", 0, "--out", name, *more)
+        found.append(load_file(tmp_path / name / "ckpt.safetensors"))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -277,3 +277,6 @@ def test_accumulation_with_batch_norm_is_cautioned(tmp_path: Path) -> None:
     assert "normalizes over 12 images instead of the whole batch" in line
     without = plan(tmp_path, "heads.dino.batch_norm=false", stop=400)
     assert not list(cautions(replace(without, accumulate=4)))
+    network = plan(tmp_path, "backbone={name='resnet18'}", "heads.dino.batch_norm=false", stop=400)
+    (line,) = cautions(replace(network, accumulate=4))
+    assert line.endswith("12 images instead of the whole batch: --accumulate 1 with a smaller --batch-size")
