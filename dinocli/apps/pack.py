@@ -38,6 +38,7 @@ from dinocli.data.sources.pixels import SUFFIX, PixelWriter, write_index
 from dinocli.data.sources.regular import why_unread
 from dinocli.data.sources.shards import INDEX, open_shards
 from dinocli.data.views.crops import shrink
+from dinocli.evals.balance import spaced_rows
 
 if TYPE_CHECKING:
     from dinocli.data.sources.open import Images
@@ -222,7 +223,7 @@ def _check_space(source: Images, out: Path, images: ImagesConfig, side: int, sha
     Raises:
         DinoError: If the disk has less space.
     """
-    sizes = [_stored_bytes(source, images, side, row) for row in _spread(len(source))]
+    sizes = [_stored_bytes(source, images, side, row) for row in spaced_rows(len(source), _SAMPLED).tolist()]
     needed = int(share * len(source) * np.mean([size for size in sizes if size] or [0]))
     there, free = free_space(out)
     if needed > free:
@@ -233,10 +234,6 @@ def _check_space(source: Images, out: Path, images: ImagesConfig, side: int, sha
             f"{smaller}name a folder on a larger disk",
         )
     return f"the pixels take about {format_bytes(needed)}; {there} has {format_bytes(free)} free"
-
-
-def _spread(count: int) -> list[int]:
-    return sorted({i * count // _SAMPLED for i in range(_SAMPLED)})
 
 
 def _stored_bytes(source: Images, images: ImagesConfig, side: int, row: int) -> int:

@@ -93,6 +93,7 @@ def plot(
     from dinocli.apps.plot.project import project
     from dinocli.data.images import DEFAULTS
     from dinocli.data.sources.outputs import marked
+    from dinocli.evals.balance import spaced_rows
     from dinocli.features.gallery import open_gallery
 
     images = DEFAULTS.changed(overrides or [])
@@ -101,7 +102,7 @@ def plot(
     console.say(f"{method}: {len(gallery)} images, {gallery.values.shape[1]} dimensions")
     projection = project(gallery.values, method, seed)
     count = len(gallery)
-    rows = sorted({i * count // min(thumbnails, count) for i in range(min(thumbnails, count))}) if thumbnails else []
+    rows = spaced_rows(count, thumbnails).tolist()
     with console.progress("thumbnails", len(rows), "images") as advance:
         small, unread = thumbnails_of(gallery, rows, images, advance)
     if unread:

@@ -1,4 +1,4 @@
-"""Class sizes: imbalance, and the numbering of the images of each class to take an equal share of every class."""
+"""Class sizes: imbalance, splits that take an equal share of every class, and samples of many images."""
 
 from __future__ import annotations
 
@@ -40,6 +40,27 @@ def number_within(labels: NDArray[Any]) -> NDArray[np.int64]:
     numbers = np.empty(len(labels), np.int64)
     numbers[order] = np.arange(len(labels)) - np.repeat(begins, np.diff(begins, append=len(labels)))
     return numbers
+
+
+def shuffle_within(labels: NDArray[Any], seed: int | Sequence[int]) -> NDArray[np.int64]:
+    """Number the rows of each label from 0 in random order: a range of numbers is a random share of every class.
+
+    Args:
+        labels: Class per row. [S]
+        seed: Seed of the order.
+
+    Returns:
+        [S]
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    numbers = np.empty(len(labels), np.int64)
+    numbers[order] = number_within(labels[order])
+    return numbers
+
+
+def spaced_rows(count: int, most: int) -> NDArray[np.int64]:
+    """Return all rows below a count, or `most` evenly spaced ones, in which sorted classes keep their shares."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(np.int64)
 
 
 def balanced_sample(source: Images, most: int) -> Images:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 FEW = 100  # images: a temperature fitted on fewer is a rough guess
-_MOST = 10_000  # images to fit one number on; more change nothing and take memory
+CALIBRATED = 10_000  # images to fit one number on; more change nothing and take memory
 _SHARPEST, _FLATTEST = 0.01, 100.0  # range of temperatures
 _HALVINGS = 50  # of that range, in logarithms: beyond the digits of a float32
 _BINS = 15
@@ -45,11 +45,6 @@ def sigmoid(logits: NDArray[np.floating], temperature: float = 1.0) -> Floats:
     """Return the probability of each class on its own. [Q, K] -> [Q, K]"""
     scaled = np.asarray(logits, np.float64) / temperature
     return 0.5 * (1 + np.tanh(scaled / 2))  # never overflows
-
-
-def spaced_rows(rows: NDArray[np.int64], most: int = _MOST) -> NDArray[np.int64]:
-    """Return at most `most` of the rows, evenly spaced."""
-    return rows if len(rows) <= most else rows[np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]
 
 
 def fit_temperature(logits: NDArray[np.floating], truth: NDArray[np.int64]) -> float:

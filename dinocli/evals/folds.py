@@ -10,7 +10,7 @@ import torch
 
 from dinocli.core.errors import DinoError
 from dinocli.evals.accuracy import Interval
-from dinocli.evals.balance import number_within
+from dinocli.evals.balance import shuffle_within
 from dinocli.evals.linear import LinearResult, train_probe
 from dinocli.evals.predictions import Predictions, joined
 from dinocli.features.store import Features, subset
@@ -77,9 +77,7 @@ def cross_validate(
             f"--folds {folds} is larger than {images} of the smallest class, {features.classes[smallest]}",
             f"use --folds {few} or fewer" if few > 1 else "add images of that class, or remove it, and extract again",
         )
-    shuffled = np.random.default_rng(seed).permutation(len(features))
-    fold_of = np.empty(len(features), dtype=np.int64)
-    fold_of[shuffled] = number_within(features.labels[shuffled]) % folds
+    fold_of = shuffle_within(features.labels, seed) % folds
     probes = []
     for fold in range(folds):
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Values
 from dinocli.evals.accuracy import Interval, interval_of, macro_accuracy, ranks_of
-from dinocli.evals.calibration import Calibration, fit_temperature, spaced_rows
+from dinocli.evals.balance import spaced_rows
+from dinocli.evals.calibration import CALIBRATED, Calibration, fit_temperature
 from dinocli.evals.nearest import nearest
 from dinocli.evals.predictions import Predictions, joined, predict
 from dinocli.features.store import Features
@@ -103,7 +104,7 @@ def predict_by_votes(
         Chosen k, calibration, and predictions.
     """
     others = [k for k in ks if k < len(train)] or [len(train) - 1]
-    rows = spaced_rows(np.arange(len(train)))
+    rows = spaced_rows(len(train), CALIBRATED)
     truth = train.labels[rows]
     chosen, logits, hits = others[0], np.empty(0), -1
     for k in others:

@@ -16,8 +16,8 @@ from dinocli.core.tensors import Values
 from dinocli.engine import trainer as engine
 from dinocli.engine.schedules import Clock, Cosine
 from dinocli.evals.accuracy import Interval, hits_among
-from dinocli.evals.balance import number_within
-from dinocli.evals.calibration import Calibration, fit_temperature, spaced_rows
+from dinocli.evals.balance import shuffle_within, spaced_rows
+from dinocli.evals.calibration import CALIBRATED, Calibration, fit_temperature
 from dinocli.evals.predictions import Predictions, joined, predict
 from dinocli.evals.probes import Probes, scores_of, trainer
 from dinocli.evals.units import Floats
@@ -166,7 +166,7 @@ def train_probe(
     best = int(np.argmax(held_top1))
     final = fit(rows, rates[best : best + 1])
     refuse_diverged(final, "use features without outliers, or fewer --epochs")
-    calibrated = spaced_rows(held_rows)
+    calibrated = held_rows[spaced_rows(len(held_rows), CALIBRATED)]
     held_logits = np.concatenate([scores[best] for _, scores in _score(probes, train, calibrated, device, scale)])
     temperature = fit_temperature(held_logits, train.labels[calibrated])
     predictions = joined(
@@ -269,9 +269,7 @@ def _split_off(
     rows: NDArray[np.int64], labels: NDArray[np.int64], every: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split off every `every`-th image of each class; return the remaining rows and the rows split off."""
-    shuffled = np.random.default_rng(seed).permutation(len(rows))
-    is_split_off = np.empty(len(rows), dtype=bool)
-    is_split_off[shuffled] = number_within(labels[shuffled]) % every == every - 1
+    is_split_off = shuffle_within(labels, seed) % every == every - 1
     return rows[~is_split_off], rows[is_split_off]
 
 

@@ -17,7 +17,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources.open import Images, Source, splits
-from dinocli.evals.balance import number_within
+from dinocli.evals.balance import shuffle_within
 from dinocli.evals.calibration import fit_temperature
 from dinocli.method.classification import HEAD
 from dinocli.method.preset import Preset
@@ -33,6 +33,7 @@ PRESET = "finetune"
 _AT_ONCE = 64  # images to classify at once
 _PARTED = ";|"  # separators of the classes of an image with several
 _FEWEST_TO_HOLD_OUT = 4  # images of a class
+_FEWEST_HELD_OUT = 2  # in all; one image cannot compare weights
 _PASSES, _FEWEST_STEPS, _MOST_STEPS = 30, 600, 20_000
 
 
@@ -90,27 +91,24 @@ def open_task(spec: str, *, held_out: float, few_shot: int | None, balanced: boo
     if several and (balanced or few_shot):
         option = "--balanced" if balanced else f"--few-shot {few_shot}"
         raise DinoError(f"{option} needs one class per image, and --multi-label is set", f"remove {option}")
-    generator = np.random.default_rng((seed, _SPLIT))
-    labels = train.labels - train.labels.min()  # from 0: an image without a class counts as a class of its own
-    rows = generator.permutation(len(train))
-    rank = number_within(labels[rows])
-    if few_shot:
-        kept = rank < few_shot
-        rows, rank = rows[kept], rank[kept]
-    sizes = np.bincount(labels[rows], minlength=int(labels.max()) + 1)
-    out = np.round(held_out * sizes).astype(np.int64)
-    out[sizes >= _FEWEST_TO_HOLD_OUT] = np.maximum(out[sizes >= _FEWEST_TO_HOLD_OUT], 1 if held_out else 0)
-    out[sizes < _FEWEST_TO_HOLD_OUT] = 0
     # Combinations of several classes are mostly rare, so the share is that of all images.
-    is_out = np.arange(len(rows)) < round(held_out * len(rows)) if several else rank < out[labels[rows]]
-    learned = np.sort(rows[~is_out])
+    labels = np.zeros_like(train.labels) if several else train.labels
+    number = shuffle_within(labels, (seed, _SPLIT))
+    is_used = number < (few_shot or len(train))
+    sizes = np.bincount(labels[is_used])
+    out = np.round(held_out * sizes).astype(np.int64)
+    out = np.where(sizes < _FEWEST_TO_HOLD_OUT, 0, np.maximum(out, 1 if held_out else 0))
+    is_out = is_used & (number < out[labels])
+    if is_out.sum() < _FEWEST_HELD_OUT:
+        is_out[:] = False
+    learned, aside = np.flatnonzero(is_used & ~is_out), np.flatnonzero(is_out)
     if balanced:
         learned = _repeat_rare(learned, labels)
-    encoded, aside = _encode(train, classes, several), np.sort(rows[is_out])
+    encoded = _encode(train, classes, several)
     return Task(
         classes,
         Labelled(train.take(learned), encoded[learned]),
-        Labelled(train.take(aside), encoded[aside]) if len(aside) > 1 else None,
+        Labelled(train.take(aside), encoded[aside]) if len(aside) else None,
         Labelled(test, _encode(test, classes, several)) if test else None,
         several,
         notes,

@@ -14,6 +14,7 @@ from torch import Tensor
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import Images
 from dinocli.evals.accuracy import average_precision
+from dinocli.evals.balance import spaced_rows
 from dinocli.method.classification import HEAD
 from dinocli.method.preset import Preset
 from dinocli.models.network import Network
@@ -38,7 +39,7 @@ class Labelled:
         """Return at most this many of the images, evenly spaced."""
         if len(self.images) <= most:
             return self
-        rows = np.linspace(0, len(self.images) - 1, most).round().astype(np.int64)
+        rows = spaced_rows(len(self.images), most)
         return Labelled(self.images.take(rows), self.labels[rows])
 
     def labels_of(self, names: Sequence[str]) -> NDArray[Any]:

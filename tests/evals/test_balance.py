@@ -11,7 +11,7 @@ from dinocli.apps.pack import pack
 from dinocli.data.decode.image import decode
 from dinocli.data.images import DEFAULTS
 from dinocli.data.sources.open import image_folder, open_source
-from dinocli.evals.balance import balanced_sample, describe_imbalance, number_within
+from dinocli.evals.balance import balanced_sample, describe_imbalance, number_within, shuffle_within, spaced_rows
 from dinocli.features.inputs import given_images
 
 
@@ -41,6 +41,22 @@ def test_labels_are_sorted_once_however_many_classes_there_are() -> None:
     numbers = number_within(labels.view(Counted))
     assert passes < 10
     np.testing.assert_array_equal(numbers, number_within(labels))
+
+
+def test_a_range_of_shuffled_numbers_is_the_same_share_of_every_class() -> None:
+    labels = np.array([0] * 20 + [1] * 40 + [2] * 3)
+    numbers = shuffle_within(labels, (5, 7))
+    for label, size in enumerate((20, 40, 3)):
+        assert sorted(numbers[labels == label]) == list(range(size))
+    assert not np.array_equal(numbers, number_within(labels)), "in random order"
+    np.testing.assert_array_equal(numbers, shuffle_within(labels, (5, 7)))
+    assert not np.array_equal(numbers, shuffle_within(labels, 5))
+
+
+def test_spaced_rows_include_both_ends() -> None:
+    assert spaced_rows(5, 10).tolist() == [0, 1, 2, 3, 4]
+    assert spaced_rows(101, 3).tolist() == [0, 50, 100]
+    assert not len(spaced_rows(0, 3)) and not len(spaced_rows(3, 0))
 
 
 def test_an_imbalance_above_three_is_described() -> None:

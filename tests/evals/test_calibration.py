@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dinocli.evals.calibration import expected_calibration_error, fit_temperature, softmax, spaced_rows
+from dinocli.evals.calibration import expected_calibration_error, fit_temperature, softmax
 
 
 def sampled(images: int, temperature: float, classes: int = 5, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -54,8 +54,3 @@ def test_the_error_is_the_distance_of_confidence_and_accuracy_in_each_bin() -> N
 
 def test_softmax_is_finite_for_large_logits() -> None:
     assert softmax(np.array([[1e4, 0.0]], np.float32)).tolist() == [[1, 0]]
-
-
-def test_spaced_rows_include_both_ends() -> None:
-    assert spaced_rows(np.arange(5), 10).tolist() == [0, 1, 2, 3, 4]
-    assert spaced_rows(np.arange(101), 3).tolist() == [0, 50, 100]

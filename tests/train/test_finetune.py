@@ -94,6 +94,13 @@ def test_rare_combinations_of_classes_are_held_out_too(data: Path) -> None:
     assert len(task.held_out.images) == 3, "a quarter of 12, each with a combination of its own"
 
 
+def test_a_single_image_is_learned_instead_of_held_out(data: Path) -> None:
+    names = sorted(path.name for path in (data / "train/cat").iterdir())[:5]
+    (data / "list.csv").write_text("\n".join(["path,label", *(f"train/cat/{n},{n}" for n in names)]))
+    task = open_task(str(data / "list.csv"), **PLAIN | {"several": True, "held_out": 0.2})
+    assert task.held_out is None and len(task.train.images) == 5
+
+
 def test_an_unlabelled_test_split_is_skipped_with_a_note(data: Path) -> None:
     shutil.rmtree(data / "val")
     write_images(data / "test", 3, size=16)
