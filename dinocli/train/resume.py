@@ -181,12 +181,13 @@ def unfinished(
     Args:
         runs: Run folders, newest first.
         plan: Preset, fingerprint of the images, initial weights, and fingerprint of the frozen teacher.
-        stop: Number of planned steps. A run that `--steps` ended earlier counts as unfinished, unless at step 0.
+        stop: Number of planned steps. A run that `--steps` ended earlier counts as unfinished, unless at step 0. A run
+            whose score no longer rose does not.
         stages: Earlier stages that the planned run continues.
     """
     for run in runs:
         state = next((state for _, state in saved_states(run) if state), None)
-        if state and (state.step < state.stop or 0 < state.step < stop):
+        if state and not state.early and (state.step < state.stop or 0 < state.step < stop):
             same = state.preset.model_copy(update={"about": plan[0].about})  # descriptions do not affect training
             if (same, state.images.fingerprint, state.init, state.teacher) == plan and state.stages == tuple(stages):
                 return run

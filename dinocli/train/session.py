@@ -169,6 +169,7 @@ class Session:
             state = State(
                 step=step,
                 stop=self.plan.stop,
+                early=self.logger.stalled,
                 preset=self.plan.preset,
                 images=self.images,
                 init=self.plan.init,

@@ -83,6 +83,7 @@ class State(Config):
     Attributes:
         step: Number of completed steps.
         stop: Number of planned steps.
+        early: True if the run ended before them because its score no longer rose.
         preset: Resolved preset of the run.
         images: Identity of the training images.
         init: Initial weights, as the user named them.
@@ -95,6 +96,7 @@ class State(Config):
 
     step: int
     stop: int
+    early: bool = False
     preset: Preset
     images: ImageFacts
     init: str | None
@@ -291,7 +293,7 @@ def sample_of(source: Source) -> str:
 
 
 def _spread(count: int) -> list[int]:
-    """Return all indices below a count, or an evenly spaced sample of them."""
+    """Return all indices below a count, or an evenly spaced sample of them. Saved checksums depend on this rule."""
     return [i * count // min(count, _SAMPLED) for i in range(min(count, _SAMPLED))]
 
 

@@ -21,7 +21,7 @@ from dinocli.train.state import State, saved_states
 from dinocli.viz.history import Curve, read_history
 
 _PRESET = "preset.json"
-Condition = Literal["running", "finished", "stopped", "corrupt"]
+Condition = Literal["running", "finished", "finished early", "stopped", "corrupt"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class RunSummary:
         knn: k-NN accuracy of the run's weights on its monitor, in percent. None without a monitor.
         knn_step: Step at which it was measured.
         written: Time of the last write, in seconds since 1970.
-        condition: `running` in another process, `finished` with all steps of its schedules, `stopped` earlier, or
-            `corrupt` without a readable state.
+        condition: `running` in another process, `finished` with all steps of its schedules, `finished early` because
+            its score no longer rose, `stopped` before, or `corrupt` without a readable state.
     """
 
     folder: Path
@@ -103,7 +103,8 @@ def _summarize(folder: Path, names: dict[tuple[str, ...], str]) -> RunSummary:
     if is_held(folder):
         condition = "running"
     elif state:
-        condition = "finished" if steps is not None and state.step >= steps else "stopped"
+        complete = steps is not None and state.step >= steps
+        condition = "finished" if complete else "finished early" if state.early else "stopped"
     files = [path for name in (METRICS, CHECKPOINT, _PRESET) if (path := folder / name).exists()]
     about = preset.get("about")
     return RunSummary(

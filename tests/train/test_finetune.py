@@ -18,6 +18,8 @@ from dinocli.train.best import BEST
 from dinocli.train.finetune import Task, conclude, open_task, recipe
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain
+from dinocli.train.resume import unfinished
+from dinocli.train.summary import list_runs
 from dinocli.weights.checkpoint import write_checkpoint
 from dinocli.weights.starting_point import read_starting_point
 
@@ -217,6 +219,12 @@ def test_a_run_ends_when_the_accuracy_no_longer_rises_and_stays_ended(data: Path
     assert not run.stopped
     again = pretrain(plan, lambda p: None)
     assert (again.began, again.step, again.stopped) == (6, 6, False)
+    (listed,) = list_runs([plan.out])
+    assert (listed.step, listed.steps, listed.condition) == (6, 200, "finished early")
+    same = (plan.preset, plan.source.fingerprint, str(start), None)
+    assert unfinished([plan.out], same, plan.stop) is None, "the same command starts another run"
+    more = pretrain(replace(plan, patience=4), lambda p: None)
+    assert more.step == 12 and not more.stopped, "unless it names the run and more patience"
 
 
 def test_average_precision_is_the_score_of_several_classes(data: Path, start: Path, tmp_path: Path) -> None:
