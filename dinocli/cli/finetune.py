@@ -149,7 +149,7 @@ def finetune(
 
     from dinocli.data.sources.open import splits
 
-    for opened in splits(data).values():  # before torch is loaded, so that a wrong path fails at once
+    for opened in splits(data, several=several).values():  # before torch is loaded, so that a wrong path fails at once
         console.notes(opened.notes)
 
     from dinocli.method.preset import load_preset

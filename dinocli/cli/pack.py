@@ -64,9 +64,10 @@ def pack(
             f"--name {plain or 'images'}",
         )
     out = output_place(out, "OUT")
-    from dinocli.data.sources.open import open_images
+    from dinocli.data.sources.open import open_images, refuse_clash
 
     source = open_images(images)
+    refuse_clash(source)
     console.notes(source.notes)
 
     import torch

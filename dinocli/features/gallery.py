@@ -124,7 +124,7 @@ class Gallery:
     @cached_property
     def _opened(self) -> tuple[dict[str, Source], str]:
         try:
-            return splits(self.data), ""
+            return splits(self.data, several=True), ""
         except DinoError as error:
             return {}, error.message
 

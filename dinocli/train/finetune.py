@@ -66,13 +66,13 @@ def open_task(spec: str, *, held_out: float, few_shot: int | None, balanced: boo
         held_out: Share of the training images to hold out. Classes of fewer than 4 images keep all.
         few_shot: Number of training images per class, chosen at random before the rest is held out. If None, all.
         balanced: If True, images of smaller classes repeat until all classes have as many.
-        several: If True, labels are lists of classes, separated by `;` or `|`.
+        several: If True, labels are lists of classes, separated by `;` or `|`, and rows of the same image add up.
         seed: Seed of the choice.
 
     Raises:
         DinoError: If the images have no labels or fewer than two classes, or an option does not fit them.
     """
-    parts = splits(spec)
+    parts = splits(spec, several=several)
     name = next((split for split in ("train", "all") if split in parts), None)
     if name is None:
         raise DinoError(f"{spec} has no training split; it has {', '.join(parts)}", f"name the folder: {spec}/train")

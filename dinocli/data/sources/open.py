@@ -18,7 +18,7 @@ from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.kinds import not_beside, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
-from dinocli.data.sources.lists import LISTS, read_list
+from dinocli.data.sources.lists import LISTS, Entry, read_list
 from dinocli.data.sources.outputs import is_output
 from dinocli.data.sources.pixels import PixelShards, is_pixels, open_pixels
 from dinocli.data.sources.regular import begins_with, read_file
@@ -43,6 +43,8 @@ class Images:
         classes: Class names; empty for unlabelled images.
         labels: Class index per image, -1 if unlabelled. [S]
         notes: Messages for the user about files that are not read.
+        clash: First image with two labels in a list, and both labels, in words; empty if there is none. The class of
+            such an image consists of all its labels, separated by `;`.
     """
 
     where: str
@@ -51,6 +53,7 @@ class Images:
     classes: list[str]
     labels: NDArray[np.int32]
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    clash: str = field(default="", kw_only=True)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -168,11 +171,15 @@ def open_images(spec: str) -> Images:
     return _file_list(path) if path.suffix.lower() in LISTS and path.is_file() else image_folder(path)
 
 
-def splits(spec: str) -> dict[str, Source]:
+def splits(spec: str, *, several: bool = False) -> dict[str, Source]:
     """Open the splits of a labelled set: `train`, `val` and `test` if it has any, else the whole set as `all`.
 
+    Args:
+        spec: Source, or a folder of splits.
+        several: True if an image may have several labels.
+
     Raises:
-        DinoError: If the set does not exist or a split holds no image.
+        DinoError: If the set does not exist, a split holds no image, or an image has several labels.
     """
     if spec.startswith(TORCHVISION) and "/" not in spec:
         return dict(_torchvision(spec.removeprefix(TORCHVISION), list(_SPLITS)))
@@ -182,8 +189,24 @@ def splits(spec: str) -> dict[str, Source]:
     beside = {p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")} if root.is_dir() else set()
     beside -= set(found.values())
     if not found or ("train" not in found and not all(is_output(str(path)) for path in beside)):
-        return {"all": open_source(spec)}
+        source = open_source(spec)
+        if isinstance(source, Images) and not several:
+            refuse_clash(source)
+        return {"all": source}
     return {split: open_source(str(path)) for split, path in found.items()}
+
+
+def refuse_clash(source: Images) -> None:
+    """Check that no image has two labels.
+
+    Raises:
+        DinoError: If one has. The error names it and both labels.
+    """
+    if source.clash:
+        raise DinoError(
+            f"{source.where} gives {source.clash}; expected one label per image",
+            "remove the wrong row; dino finetune --multi-label trains on several labels per image",
+        )
 
 
 def image_folder(root: Path) -> Images:
@@ -254,11 +277,13 @@ def photos(paths: Sequence[Path]) -> Images:
     Raises:
         DinoError: If a path does not exist or a folder holds no image.
     """
-    names: list[str] = []
+    found: dict[str, str] = {}  # each image once, under its first name
     for path in paths:
         if not path.exists():
             raise DinoError(f"{path} does not exist; expected a photo or a folder", "check the path")
-        names += map(str, photo_files(path))
+        for file in photo_files(path):
+            found.setdefault(os.path.abspath(file), str(file))
+    names = list(found.values())
     return Images(", ".join(map(str, paths)), Path(), Names.of(names), [], np.full(len(names), -1, dtype=np.int32))
 
 
@@ -294,20 +319,44 @@ def _number(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
 
 
 def _file_list(path: Path) -> Images:
-    """Open a list of files; rows without a label get -1.
+    """Open a list of files, each image once. Images without a label get -1.
 
     Raises:
         DinoError: If the list is empty, names no files, or its first file does not exist.
     """
-    entries, notes = read_list(path)
+    rows, notes = read_list(path)
+    entries, clash = _merge_rows(path.parent, rows)
+    if repeated := len(rows) - len(entries):
+        notes += (f"{repeated} rows of {path} name an image again: each image counts once",)
     names = Names.of([entry.name for entry in entries])
     labelled = [entry.label for entry in entries if entry.label]
     if not labelled:
-        return Images(str(path), path.parent, names, [], np.full(len(names), -1, dtype=np.int32), notes=notes)
+        unknown = np.full(len(names), -1, dtype=np.int32)
+        return Images(str(path), path.parent, names, [], unknown, notes=notes)
     classes, numbers = _number(labelled)
     labels = np.full(len(names), -1, dtype=np.int32)
     labels[[i for i, entry in enumerate(entries) if entry.label]] = numbers
-    return Images(str(path), path.parent, names, classes, labels, notes=notes)
+    return Images(str(path), path.parent, names, classes, labels, notes=notes, clash=clash)
+
+
+def _merge_rows(folder: Path, rows: Sequence[Entry]) -> tuple[list[Entry], str]:
+    """Merge rows of the same image, and return one row per image with the first clash of labels, in words."""
+    merged: dict[str, Entry] = {}
+    repeated: dict[str, list[Entry]] = {}
+    for row in rows:
+        # Spellings such as ./a.jpg are normalized; links to the same file are different images.
+        place = os.path.normpath(os.path.join(folder, row.name))
+        first = merged.setdefault(place, row)
+        if first is not row:
+            repeated.setdefault(place, [first]).append(row)
+    clash = ""
+    for place, same in repeated.items():
+        labels = {row.label: row.row for row in reversed(same) if row.label}
+        one, *others = sorted(labels, key=lambda label: labels[label]) or [""]
+        merged[place] = same[0]._replace(label=";".join([one, *others]))
+        if others and not clash:
+            clash = f"{same[0].name} the labels {one} (row {labels[one]}) and {others[0]} (row {labels[others[0]]})"
+    return list(merged.values()), clash
 
 
 def _torchvision(name: str, wanted: Sequence[str]) -> dict[str, Images]:

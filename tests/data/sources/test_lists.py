@@ -6,7 +6,7 @@ import pytest
 
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.lists import read_list
-from dinocli.data.sources.open import open_source
+from dinocli.data.sources.open import open_source, photos, splits
 
 FILES = ("a/x.jpg", "a/y.jpg", "a/z w.jpg")
 BOTH = [("a/x.jpg", "cat"), ("a/y.jpg", "dog")]
@@ -97,3 +97,27 @@ def test_columns_that_are_not_known_are_named(tmp_path: Path) -> None:
         read_list(written(tmp_path, "l.csv", "gone.jpg,cat\na/x.jpg,dog\n"))
     with pytest.raises(DinoError, match="is empty"):
         read_list(written(tmp_path, "l.csv", "path,label\n"))
+
+
+def test_an_image_that_a_list_repeats_counts_once(tmp_path: Path) -> None:
+    rows = ["path,label", "a/x.jpg,cat", "./a/x.jpg,cat", "a/y.jpg,", f"{tmp_path}/a/y.jpg,dog", "a/z w.jpg,cat"]
+    path = written(tmp_path, "l.csv", "\n".join(rows))
+    source = open_source(str(path))
+    assert list(source.names) == ["a/x.jpg", "a/y.jpg", "a/z w.jpg"]
+    assert [source.classes[label] for label in source.labels] == ["cat", "dog", "cat"]
+    assert f"2 rows of {path} name an image again: each image counts once" in source.notes
+    assert not source.clash
+    given = [path, tmp_path / "a" / "x.jpg", tmp_path / "a" / "y.jpg"]
+    assert len(photos(given)) == 3, "also by its own name"
+
+
+def test_two_labels_of_an_image_are_an_error_where_labels_count(tmp_path: Path) -> None:
+    rows = ["path,label", "a/y.jpg,owl", "a/x.jpg,cat", "a/y.jpg,owl", "a/x.jpg,dog", "a/x.jpg,cat"]
+    path = str(written(tmp_path, "l.csv", "\n".join(rows)))
+    with pytest.raises(DinoError) as error:
+        splits(path)
+    assert error.value.message == (
+        f"{path} gives a/x.jpg the labels cat (row 3) and dog (row 5); expected one label per image"
+    )
+    for source in (open_source(path), splits(path, several=True)["all"]):
+        assert [source.classes[label] for label in source.labels] == ["owl", "cat;dog"]
