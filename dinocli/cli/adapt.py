@@ -142,6 +142,7 @@ def adapt(
         device=device,
         workers=workers,
         init=source,
+        initial=start.weights,
         saving=parse_saving(save_every, 2, None),
         report=True,
         monitor_every=monitor_every,

@@ -94,7 +94,7 @@ def refuse_images_folder(out: Path | None, images: str) -> None:
 
 
 def starting_point(source: str, overrides: Sequence[str] | None) -> StartingPoint:
-    """Read the facts of the weights of --from, with notes on a download and on assumptions.
+    """Read the weights of --from, with notes on a download and on assumptions.
 
     Raises:
         DinoError: If the weights cannot be read, or take images with other channels than --set says.

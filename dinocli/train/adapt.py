@@ -230,7 +230,7 @@ def _report(plan: Plan, result: Conclusion) -> Conclusion:
 def _released(plan: Plan) -> Network:
     method = plan.method()
     assert plan.init and isinstance(method, SelfDistillation)
-    start_from(method, plan.init)
+    start_from(method, plan.init, weights=plan.initial)
     return method.average
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ from dinocli.method.stages import check_same_network
 from dinocli.train.held_out import Labelled
 from dinocli.train.origin import Origin
 from dinocli.train.state import StageFacts
+from dinocli.weights.checkpoint import Weights
 from dinocli.weights.feature_teachers import FeatureTeachers
 from dinocli.weights.frozen_teacher import FrozenTeacher
 
@@ -67,6 +68,7 @@ class Plan:
         out: Run folder.
         workers: Number of processes that decode images.
         init: Source of the initial weights, as the user named it.
+        initial: Initial weights, on the CPU. If None, they are read from `init` when needed.
         origin: Finished run that this run continues, if any.
         teacher: Frozen teacher with heads, or encoders whose features teach, if the preset needs one.
         teacher_cache: Folder for the teachers' features of fixed views. If None, each step computes them.
@@ -121,6 +123,7 @@ class Plan:
     labels: Tensor | None = None
     held_out: Labelled | None = None
     patience: int | None = None
+    initial: Weights | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each

@@ -161,7 +161,7 @@ def rehearse(plan: Plan, note: Callable[[str], None] = lambda line: None) -> Non
         if isinstance(plan.teacher, FrozenTeacher) and isinstance(method, SelfDistillation):
             plan.teacher.load(method.teacher)
         if plan.init and not saved:
-            start_from(method, plan.init, note)
+            start_from(method, plan.init, note, weights=plan.initial)
         if plan.origin and not saved:
             plan.origin.load(method)
         train_only(method.student.backbone, plan.preset.backbone.learning.trained)
@@ -185,7 +185,7 @@ def _trainer(
         network.compile_blocks()
     if isinstance(plan.teacher, FrozenTeacher) and isinstance(method, SelfDistillation):
         plan.teacher.load(method.teacher)
-    fresh = start_from(method, plan.init, note) if plan.init and not saved else []
+    fresh = start_from(method, plan.init, note, weights=plan.initial) if plan.init and not saved else []
     if plan.origin and not saved:
         note(f"continuing {plan.origin.describe(preset)}")
         plan.origin.load(method)

@@ -165,6 +165,11 @@ def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> 
     return _build(weights.preset.backbone.build(drop_path=False), "untrained", device, weights.preset)
 
 
+def of_timm(backbone: Backbone) -> Weights:
+    """Return the weights of a timm model."""
+    return Weights(dict(backbone.model.state_dict()), {}, None)
+
+
 def initial_weights(source: str) -> Weights:
     """Load weights to start training from: any source of `read_weights`, or a timm model's released weights.
 
@@ -172,7 +177,7 @@ def initial_weights(source: str) -> Weights:
         DinoError: If the source does not exist.
     """
     if source.startswith("timm:"):
-        return Weights(dict(load_timm(source.removeprefix("timm:"))[0].model.state_dict()), {}, None)
+        return of_timm(load_timm(source.removeprefix("timm:"))[0])
     return read_weights(Path(source))
 
 
@@ -370,13 +375,16 @@ def _positions_of(name: str, released: Mapping[str, Any]) -> Positions:
     return "dino" if as_dino else "bicubic" if tag == "mae" else "antialias"
 
 
-def start_from(method: AnyMethod, source: str, note: Callable[[str], None] = lambda line: None) -> list[str]:
+def start_from(
+    method: AnyMethod, source: str, note: Callable[[str], None] = lambda line: None, *, weights: Weights | None = None
+) -> list[str]:
     """Load initial weights into the student and its moving average: the backbone, and the heads of equal shape.
 
     Args:
         method: Method whose networks are initialized.
         source: Source of the weights, as for `initial_weights`.
         note: Callback that receives lines for the user: about a download, and about weights adapted to other channels.
+        weights: Weights of the source. If None, they are read.
 
     Returns:
         Names of the heads that keep fresh weights; a classifier always does.
@@ -384,9 +392,10 @@ def start_from(method: AnyMethod, source: str, note: Callable[[str], None] = lam
     Raises:
         DinoError: If the source does not exist, or its backbone has another shape.
     """
-    if line := announcement(source):
-        note(line)
-    weights = initial_weights(source)
+    if weights is None:
+        if line := announcement(source):
+            note(line)
+        weights = initial_weights(source)
     if fitted := fitted_to(weights, method.student.backbone):
         note(f"note: {source} takes three channels; adapted the filters of its first layer to the images")
         weights = fitted

@@ -1,4 +1,4 @@
-"""Starting point of an adaptation: architecture, kind and preprocessing of released weights."""
+"""Starting point of an adaptation: released weights, with their architecture, kind and preprocessing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.models.architecture import BackboneConfig
 from dinocli.weights.checkpoint import Weights, read_weights
 from dinocli.weights.identify import config_of
-from dinocli.weights.load import LOCAL, architecture_of, load_timm, note_on_heads, preprocessing_of
+from dinocli.weights.load import LOCAL, architecture_of, load_timm, note_on_heads, of_timm, preprocessing_of
 from dinocli.weights.official import HEADS
 from dinocli.weights.released import Preprocessing
 
@@ -28,6 +28,7 @@ class StartingPoint:
         architecture: Architecture of the backbone.
         preprocessing: Images that it expects.
         family: Method that suits it: DINOv2's losses, DINOv3's, or DINO's alone.
+        weights: The weights, on the CPU, so that a run need not read them again.
         images: Settings for decoding image files, as in training.
         notes: Assumptions made in reading the weights, for the user to check.
     """
@@ -36,12 +37,13 @@ class StartingPoint:
     architecture: BackboneConfig
     preprocessing: Preprocessing
     family: Family
+    weights: Weights
     images: ImagesConfig = DEFAULTS
     notes: tuple[str, ...] = ()
 
 
 def read_starting_point(source: str, overrides: Sequence[str] = ()) -> StartingPoint:
-    """Read the facts of a run, a weights file, a transformers folder or a timm model.
+    """Read the weights and the facts of a run, a weights file, a transformers folder or a timm model.
 
     Args:
         source: Source of the weights.
@@ -55,7 +57,7 @@ def read_starting_point(source: str, overrides: Sequence[str] = ()) -> StartingP
         backbone, preprocessing = load_timm(name)
         positions = getattr(backbone, "positions", None)
         architecture = _timm_architecture(name).model_copy(update={"positions": positions})
-        return StartingPoint(source, architecture, preprocessing, _family(architecture, None))
+        return StartingPoint(source, architecture, preprocessing, _family(architecture, None), of_timm(backbone))
     weights = read_weights(Path(source))
     heads = [override for override in overrides if override.strip().startswith(HEADS.removeprefix("--set "))]
     architecture = architecture_of(weights, source, [] if weights.architecture else heads)
@@ -66,6 +68,7 @@ def read_starting_point(source: str, overrides: Sequence[str] = ()) -> StartingP
         plain,
         preprocessing_of(weights, architecture, source),
         _family(plain, weights),
+        weights,
         weights.preset.images if weights.preset else DEFAULTS,
         (*weights.notes, *([note] if note else [])),
     )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -9,7 +10,8 @@ from typer.testing import CliRunner
 from dinocli.cli import app
 from dinocli.core.errors import DinoError
 from dinocli.method.preset import load_preset
-from dinocli.weights.checkpoint import write_checkpoint
+from dinocli.weights import load, starting_point
+from dinocli.weights.checkpoint import Weights, read_weights, write_checkpoint
 
 OPTIONS = "{img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2}"
 HEADS = {"prototypes": 16, "hidden": 16, "bottleneck": 8}
@@ -19,10 +21,19 @@ def test_the_command_prints_a_verdict_and_json(
     start: Path, images: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    reads: list[Path] = []
+
+    def read(path: Path, *which: Any) -> Weights:
+        reads.append(path)
+        return read_weights(path, *which)
+
+    for module in (load, starting_point):
+        monkeypatch.setattr(module, "read_weights", read)
     small = ["--epochs", "2", "--set", "training.steps_per_epoch=3", "--set", "views.locals=2", "--device", "cpu"]
     small += ["--workers", "0", "--batch-size", "4"]
     arguments = ["adapt", str(images), "--from", str(start), "--monitor", str(labelled), *small]
     result = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert reads == [start], "for the plan, the start and the verdict"
     printed = json.loads(result.stdout)
     assert printed["figures"]["knn"]["verdict"] in ("better", "no difference", "worse")
     assert (

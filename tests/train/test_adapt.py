@@ -19,6 +19,7 @@ from dinocli.train.best import BEST
 from dinocli.train.plan import Plan
 from dinocli.train.pretrain import pretrain, rehearse
 from dinocli.train.snapshots import random_crops
+from dinocli.weights.checkpoint import Weights
 from dinocli.weights.load import load_encoder
 from dinocli.weights.starting_point import StartingPoint, read_starting_point
 
@@ -155,7 +156,9 @@ def test_without_labels_the_last_weights_are_kept_and_only_label_free_figures_co
 def point(name: str, size: int = 224, **options: object) -> StartingPoint:
     from dinocli.weights.released import IMAGENET, Preprocessing
 
-    return StartingPoint("x", BackboneConfig(name=name, options=options), Preprocessing(size, *IMAGENET), "other")
+    return StartingPoint(
+        "x", BackboneConfig(name=name, options=options), Preprocessing(size, *IMAGENET), "other", Weights({}, {}, None)
+    )
 
 
 @pytest.mark.parametrize(
