@@ -22,7 +22,7 @@ class LearningConfig(Config):
 
     Attributes:
         layer_decay: Ratio of a block's learning rate to that of the next block. It applies once more to the layers
-            before the first block.
+            before the first block. In networks without blocks it applies to their stages, once more to the last stage.
         patch_embed: Factor on the patch embedding's learning rate, on top of `layer_decay`.
         frozen_epochs: Initial epochs in which only the heads learn.
         trained: Trained weights of the backbone.
@@ -37,8 +37,7 @@ class LearningConfig(Config):
 
     def rate(self, backbone: Backbone, parameter: str) -> float:
         """Return the factor on the learning rate of a parameter of a backbone's `model`, by its name."""
-        blocks = len(backbone.blocks)
-        rate = self.layer_decay ** (blocks + 1 - backbone.level(parameter)) if blocks else 1.0
+        rate: float = self.layer_decay ** (backbone.levels - backbone.level(parameter))
         return rate * (self.patch_embed if parameter.startswith("patch_embed.") else 1.0)
 
 

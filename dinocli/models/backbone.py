@@ -115,9 +115,14 @@ class Backbone(nn.Module):
         """Return the depth of a parameter of `model`, by its name.
 
         The depth is 0 before the first block, n in the n-th block, and one more than the number of blocks after the
-        last one. Without blocks, all depths are 0.
+        last one. Without blocks, it is the number of the parameter's stage, or 0 if these are unknown.
         """
         return 0
+
+    @property
+    def levels(self) -> int:
+        """Depth of the heads: that of the layers after the last block, or one more than that of the last stage."""
+        return len(self.blocks) + 1
 
     def recompute_blocks(self) -> None:
         """Turn on activation checkpointing: store only each block's input, and recompute the rest in the backward pass.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -90,11 +91,27 @@ class GenericBackbone(Backbone):
 
     def level(self, parameter: str) -> int:
         if not self.blocks:
-            return 0
+            return self._stages.get(parameter, 0)
         if parameter.startswith("blocks."):
             return 1 + int(parameter.split(".")[1])
         after = parameter.startswith(_AFTER_BLOCKS)
         return len(self.blocks) + 1 if after else 0
+
+    @property
+    def levels(self) -> int:
+        return super().levels if self.blocks else max(self._stages.values(), default=0) + 1
+
+    @cached_property
+    def _stages(self) -> dict[str, int]:
+        """Stage of each parameter, as timm groups them for layer decay; empty for networks that it does not group."""
+        from timm.models import group_parameters  # only here, as in `architecture`
+
+        try:
+            matcher = self.model.group_matcher(coarse=True)
+        except (AttributeError, AssertionError):  # networks such as PiT have none, and RDNet's has no stages
+            return {}
+        stages: dict[str, int] = group_parameters(self.model, matcher, reverse=True)
+        return stages
 
     def last_tokens(self, images: Tensor, last: int, masked: MaskedPatches | None = None) -> list[Tokens]:
         if masked is not None:

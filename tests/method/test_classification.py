@@ -80,6 +80,15 @@ def test_the_average_follows_the_student_and_both_learn() -> None:
     assert (logits.argmax(1) == LABELS[a_batch().rows]).float().mean() > 0.6
 
 
+def test_a_convolutional_backbone_learns_at_lower_rates_than_the_classifier() -> None:
+    method = make("backbone={name='resnet18', learning={layer_decay=0.75}}", "views.global_1.size=32")
+    names = {p: name for name, p in method.student.named_parameters()}
+    rates = {names[p]: group.lr_scale for group in method.param_groups() for p in group.params}
+    assert rates["heads.labels.linear.weight"] == rates["heads.labels.linear.bias"] == 1
+    assert rates["backbone.model.layer4.0.conv1.weight"] == 0.75
+    assert rates["backbone.model.conv1.weight"] == pytest.approx(0.75**5)
+
+
 def test_a_frozen_epoch_moves_the_classifier_alone() -> None:
     preset = small("backbone.learning.frozen_epochs=1")
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dinocli.core.errors import DinoError
-from dinocli.models.architecture import BackboneConfig, adapt, create_timm
+from dinocli.models.architecture import BackboneConfig, LearningConfig, adapt, create_timm
 from dinocli.models.backbone import MaskedPatches
 from dinocli.models.generic import GenericBackbone
 
@@ -105,7 +105,26 @@ def test_learning_rates_of_xcit_decay_over_its_blocks() -> None:
         "cls_attn_blocks.0.gamma1",
     )
     assert [backbone.level(name) for name in names] == [0, 1, 2, 3]
-    assert build("resnet18").level("layer4.0.conv1.weight") == 0
+    assert backbone.levels == 3
+
+
+def test_learning_rates_decay_over_the_stages_of_networks_without_blocks() -> None:
+    learning = LearningConfig(layer_decay=0.5)
+    resnet = build("resnet18")
+    names = ("conv1.weight", "bn1.bias", "layer1.0.conv1.weight", "layer3.1.bn2.bias", "layer4.0.downsample.0.weight")
+    rates = {name: learning.rate(resnet, name) for name, _ in resnet.model.named_parameters()}
+    assert [rates[name] for name in names] == [1 / 32, 1 / 32, 1 / 16, 1 / 4, 1 / 2]
+    assert max(rates.values()) == 0.5, "below the rate of the heads"
+    swin = build("swin_tiny_patch4_window7_224")
+    ordered = [swin.level(f"layers.{stage}.blocks.0.norm1.weight") for stage in range(4)]
+    assert ordered == sorted(set(ordered)) and swin.level("patch_embed.proj.weight") == 0
+
+
+def test_a_network_whose_stages_timm_does_not_know_has_one_rate() -> None:
+    with torch.device("meta"):
+        backbone = GenericBackbone(create_timm("poolformer_s12"))
+    rates = {LearningConfig(layer_decay=0.5).rate(backbone, name) for name, _ in backbone.model.named_parameters()}
+    assert rates == {0.5}
 
 
 def test_masks_are_not_supported() -> None:
