@@ -59,7 +59,6 @@ class Packed:
     """Result of packing.
 
     Attributes:
-        shards: Number of shards.
         kept: Number of shards that existed already.
         images: Number of images in all shards.
         bytes: Size of all shards.
@@ -119,7 +118,7 @@ def pack(
         quality: JPEG quality, 1 to 95.
         per_shard: Number of source images per shard, including bad ones.
         name: Prefix of the shards' names.
-        seed: Seed of the order.
+        seed: Seed of the order of images in tar shards; pixels keep theirs.
         images: Decoding settings: limits for readable images, and the conversion of deep ones to 8 bits.
         pixels: True to store decoded pixels instead of image files.
         report: Progress callback with the number of images done.

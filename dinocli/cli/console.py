@@ -77,7 +77,7 @@ def table(
     """Print a table, on stdout, with columns of numbers right-aligned, except the first column.
 
     Args:
-        columns: Names of the columns.
+        columns: Header of each column.
         rows: Cells of each row. With `lines`, a cell may contain newlines.
         title: Line printed above the table. If None, there is no title.
         lines: Draw lines between rows.

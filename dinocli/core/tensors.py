@@ -259,8 +259,8 @@ class TensorStream:
 
     Args:
         path: Path of the file; use a draft, because the file is incomplete until `finish`.
-        names: Names of the tensors.
-        metadata: Metadata of the file.
+        names: Keys of the tensors, in the order in which they are written.
+        metadata: Strings for the header of the safetensors file.
     """
 
     def __init__(self, path: Path, names: Sequence[str], metadata: dict[str, str]) -> None:

@@ -16,7 +16,6 @@ class Clock:
     """Position in a run.
 
     Attributes:
-        steps_per_epoch: Number of steps in an epoch.
         epochs: Length of the run, in epochs.
         step: Number of steps done, which is also the index of the next step.
     """

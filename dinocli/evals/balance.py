@@ -47,7 +47,7 @@ def shuffle_within(labels: NDArray[Any], seed: int | Sequence[int]) -> NDArray[n
 
     Args:
         labels: Class per row. [S]
-        seed: Seed of the order.
+        seed: Seed of the order of rows.
 
     Returns:
         [S]

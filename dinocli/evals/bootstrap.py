@@ -57,7 +57,7 @@ def paired_difference(
         before: True for each image that the first network classifies correctly. [S]
         after: The same for the second network. [S]
         draws: Number of samples.
-        seed: Seed of the samples.
+        seed: Seed of the resampled images.
 
     Raises:
         ValueError: If there are no images, or not the same number of both.

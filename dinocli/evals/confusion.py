@@ -13,7 +13,6 @@ class ClassAccuracy:
     """Accuracy of one class.
 
     Attributes:
-        name: Name of the class.
         images: Number of its test images.
         accuracy: Percent of its images whose predicted class is correct.
         mistaken_for: Most frequent wrong class of its images, or None.

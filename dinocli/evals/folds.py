@@ -27,7 +27,6 @@ class FoldsResult:
         macro: Top-1 accuracy of all images together, averaged over classes, in percent.
         top5: Mean over folds of the top-5 accuracy, in percent.
         images: Number of images; each is a test image once.
-        classes: Number of classes.
         folds: Result of each fold.
     """
 
@@ -61,7 +60,7 @@ def cross_validate(
         epochs: Number of epochs per fold.
         batch_size: Features per step.
         seed: Seed of the folds, and of each probe as in `train_probe`.
-        device: Training device.
+        device: Training device; a GPU also holds features of up to 4 GiB.
         report: Callback after each step of a fold, with the steps done in all folds and their total.
 
     Raises:

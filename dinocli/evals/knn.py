@@ -30,7 +30,6 @@ class Score:
     Attributes:
         k: Number of voting neighbours.
         top1: Percent of queries whose class has the most votes.
-        interval: 95 % interval of `top1`.
         macro: Top-1 accuracy averaged over classes, in percent.
         top5: Percent of queries whose class is among the five with the most votes, or `min(k, 5)` for small k.
     """

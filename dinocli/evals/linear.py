@@ -40,17 +40,14 @@ class LinearResult:
         protocol: `stored` for stored features and a swept learning rate, `stored, N views` with N views per image, or
             `paper` for augmented images.
         top1: Percent of test images whose class ranks first.
-        interval: 95 % interval of `top1`.
         macro: Top-1 accuracy averaged over classes, in percent.
         top5: Percent of test images whose class ranks among the top five.
         lr: Learning rate for a batch of 256.
         sweep: Top-1 on the held-out images by learning rate; empty without a sweep.
         train_images: Number of training images, including the held-out ones.
         held_out: Number of training images held out to select the learning rate and to fit the temperature.
-        test_images: Number of test images.
         split_off: True if the test images were split off from the training images.
-        classes: Number of classes.
-        epochs: Number of epochs.
+        epochs: Epochs over the training images.
         calibration: Temperature of the confidences. None without held-out images.
     """
 
@@ -109,11 +106,11 @@ def train_probe(
     Args:
         train: Labelled training features.
         test: Labelled test features. If None, a fifth of each class of `train`.
-        epochs: Number of epochs.
+        epochs: Epochs over the training images.
         batch_size: Features per step.
         rates: Learning rates to try, for a batch of 256.
         seed: Seed of the initial weights, the order, and the held-out images.
-        device: Training device.
+        device: Training device; a GPU also holds features of up to 4 GiB.
         report: Callback after each step, with the steps done and their total.
 
     Raises:

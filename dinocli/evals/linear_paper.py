@@ -43,7 +43,7 @@ def linear_on_images(
         tokens: Tokens that form a feature; the paper uses `cls` for ViT-S and `cls+avg` for ViT-B.
         blocks: Number of last blocks to concatenate; the paper uses 4 for ViT-S and 1 for ViT-B.
         size: Side of the images in pixels. If None, the encoder's training size.
-        epochs: Number of epochs.
+        epochs: Epochs over the augmented training images.
         lr: Initial learning rate for a batch of 256; it follows a cosine, updated once per epoch.
         batch_size: Images per step.
         workers: Number of decoding processes.

@@ -26,7 +26,7 @@ class Probes(Method):
 
     Args:
         width: Feature dimension D.
-        classes: Number of classes.
+        classes: Number of outputs of each classifier.
         rates: Learning rates, which multiply the schedule.
         seed: Seed of the initial weights.
     """

@@ -124,7 +124,7 @@ class Encoder:
             tokens: Kind of tokens; see `features`.
             blocks: Number of last blocks whose tokens are used.
             size: Side that images are resized to, in pixels. If None, the training size.
-            batch_size: Images per batch.
+            batch_size: Images encoded at once.
 
         Returns:
             float32 tensor on the CPU with one row per image, even for a single image. See `features` for the rows.
@@ -199,7 +199,7 @@ class Encoder:
         Args:
             source: Source of the images.
             size: Side of the images, in pixels.
-            batch_size: Images per batch.
+            batch_size: Images encoded at once.
             workers: Number of decoding processes.
             shard: Share of the batches that this process reads.
             cutter: Cutter of random views of each image. If None, no views.

@@ -76,7 +76,7 @@ def extract(
         dtype: Type of the stored numbers.
         views: Number of random views per image. Their features are stored with the image's own, for `linear`.
         seed: Seed of the views. A view depends only on the seed, its number and the image's index.
-        batch_size: Images per batch.
+        batch_size: Images encoded at once, in each process.
         workers: Number of decoding processes.
         report: Callback that receives the number of finished images after each batch.
 

@@ -28,7 +28,6 @@ class Gallery:
     """Images by row number.
 
     Attributes:
-        folder: Folder of the features.
         parts: Features of each split, by name.
         data: Location of the images, as given to `dino extract` or as overridden.
     """

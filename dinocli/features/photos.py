@@ -41,7 +41,7 @@ def same_encoder(
         encoder: Encoder to check.
         provenance: Provenance of the features.
         whose: Start of the error message, before "made by".
-        hint: Hint of the error.
+        hint: Hint of the error: how to get the weights that made the features.
 
     Raises:
         DinoError: If it has other weights.
@@ -69,7 +69,7 @@ def encode(
         encoder: Encoder that made the stored features; see `same_encoder`.
         source: Photos to encode.
         provenance: Settings of the stored features.
-        batch_size: Images per batch.
+        batch_size: Images encoded at once.
         workers: Number of decoding processes.
         report: Callback after each batch, with the number of photos done.
 

@@ -323,7 +323,7 @@ def same_maker(
         first: Name and provenance of one set.
         other: Name and provenance of the other set.
         whose: Start of the error message, before "made with different".
-        hint: Hint of the error.
+        hint: Hint of the error: how to extract matching features.
 
     Raises:
         DinoError: If they differ.

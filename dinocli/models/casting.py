@@ -20,9 +20,9 @@ def call_with_cast_weights(module: nn.Module, values: Tensor, *arguments: Any) -
     gathered inside of the call.
 
     Args:
-        module: Module to call.
+        module: Module whose weights are cast.
         values: First argument, whose device and autocast state apply.
-        arguments: Further arguments.
+        arguments: Arguments after `values`.
     """
     device = values.device.type
     active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -16,7 +16,7 @@ class ConvStem(nn.Sequential):
     Args:
         channels: Channels of an image.
         patch: Side of a patch in pixels, an even number.
-        width: Width of the transformer.
+        width: Number of output channels: the width of the transformer.
 
     Attributes:
         in_channels: Channels of an image.

@@ -23,7 +23,7 @@ class BestWeights:
     """File with the best weights so far, from which a resumed run continues.
 
     Args:
-        run: Run folder.
+        run: Run folder, which holds `best.safetensors`.
         preset: Preset of the run, stored with the weights.
         monitor: Labelled set, as the user named it. Weights that another set chose are replaced.
 
@@ -56,7 +56,7 @@ def load_kept(network: Network, run: Path, *, best: bool) -> tuple[dict[str, Ten
 
     Args:
         network: Network to load them into.
-        run: Run folder.
+        run: Run folder, which holds `best.safetensors`.
         best: True for the best weights. A run that was finished without a monitor has only its last ones.
     """
     source = run / (BEST if best and (run / BEST).is_file() else CHECKPOINT)

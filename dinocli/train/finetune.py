@@ -67,7 +67,7 @@ def open_task(spec: str, *, held_out: float, few_shot: int | None, balanced: boo
         few_shot: Number of training images per class, chosen at random before the rest is held out. If None, all.
         balanced: If True, images of smaller classes repeat until all classes have as many.
         several: If True, labels are lists of classes, separated by `;` or `|`, and rows of the same image add up.
-        seed: Seed of the choice.
+        seed: Seed of the chosen and of the held-out images.
 
     Raises:
         DinoError: If the images have no labels or fewer than two classes, or an option does not fit them.

@@ -146,7 +146,7 @@ def random_crops(photos: Tensor, count: int, seed: int = 0) -> Tensor:
     Args:
         photos: [S, C, H, H], uint8
         count: Number of crops per photo.
-        seed: Seed of the crops.
+        seed: Seed of the crops' places and sizes.
 
     Returns:
         Crops, grouped by photo, at the size of the photos. [S*count, C, H, H], uint8

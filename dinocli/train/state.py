@@ -228,7 +228,7 @@ class StateStore:
     """Writer of training states, which also deletes old ones.
 
     Args:
-        run: Run folder.
+        run: Run folder, with the states in `state/STEP`.
         keep: Number of newest states to keep.
         milestones: Steps between states that are never deleted. If None, there are none.
     """

@@ -54,7 +54,7 @@ def table_of(columns: Sequence[str], rows: Iterable[Sequence[object]], label: st
     """Return a table that scrolls sideways on a phone.
 
     Args:
-        columns: Names of the columns.
+        columns: Header of each column.
         rows: Cells of each row, whose first is its name; None gives an empty cell.
         label: Name of the table for screen readers.
     """

@@ -79,9 +79,9 @@ def write_checkpoint(
     """Write the weights from `Network.weights` and their resolved preset to a single file.
 
     Args:
-        path: Path of the file.
-        weights: Weights by name.
-        preset: Preset of the run.
+        path: Safetensors file to write.
+        weights: Weights by name, as `Network.weights` returns them, on any device.
+        preset: Resolved preset, stored in the metadata.
         step: Number of completed steps.
         more: Further metadata, by key.
 

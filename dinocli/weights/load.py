@@ -41,7 +41,7 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
 
     Args:
         source: Run folder, `ckpt.safetensors`, official `.pth` of DINO or DINOv2, or `timm:NAME` with released weights.
-        device: Device to compute on.
+        device: Device that the network is moved to.
         which: Network to load if a file holds both.
         overrides: Settings as for `--set`: `images.key=value`, and `backbone.key=value` if the file does not store its
             architecture.

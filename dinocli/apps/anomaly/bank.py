@@ -77,7 +77,7 @@ def select(
     Args:
         patches: Patch features. [S, D]
         count: Number of patches to select, at most S.
-        device: Device to compute on.
+        device: Device for the distances.
         seed: Seed of the first patch and of the random projection.
         report: Callback with the number of selected patches.
 

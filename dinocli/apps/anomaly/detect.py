@@ -62,11 +62,11 @@ def build(
     """Build a bank from normal photos.
 
     Args:
-        encoder: Encoder of the patches.
-        normal: Normal photos.
+        encoder: Frozen network whose patch features are stored.
+        normal: Photos without defects.
         settings: Settings of features and scores.
         count: Number of patches in the bank. If None, a tenth of those of the photos, at most `LARGEST`.
-        seed: Seed of all draws.
+        seed: Seed of the sampled patches and of the coreset's start.
         report: Callback with the name of the current part, the number done, and the total.
 
     Returns:

@@ -38,7 +38,7 @@ class Filmed:
     """Result of `film`.
 
     Attributes:
-        path: Path of the film.
+        path: GIF, MP4 or PNG.
         frames: Number of frames in the film.
         skipped: Name and reason of each frame that cannot be read, or whose size differs from the first.
     """
@@ -68,7 +68,7 @@ def film(
     Args:
         encoder: Encoder with a vision transformer.
         frames: Frames to show; a strip shows eight of them, evenly spaced.
-        path: Path of the film.
+        path: GIF, MP4 or PNG.
         form: `strip`, a PNG; `gif`; or `mp4`, which needs the package av.
         head: Number of the head, from 1. If None, the mean of all heads.
         size: Short side in pixels after resizing. If None, `default_size` of the encoder.

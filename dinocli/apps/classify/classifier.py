@@ -55,7 +55,7 @@ class VoteRule:
     Attributes:
         features: Labelled images that vote.
         k: Number of neighbours.
-        temperature: Temperature of the votes.
+        temperature: Temperature of the votes; each weighs exp(similarity / temperature).
     """
 
     features: Features
@@ -83,7 +83,6 @@ class Classifier:
         temperature: Divisor of the logits before the softmax.
         calibrated_on: Number of images that the temperature was fitted on; 0 if none.
         top1: Percent of its test images whose predicted class is correct.
-        interval: 95 % interval of `top1`.
         train_images: Number of images that it learned from.
         test_images: Number of its test images.
         several: True if an image may have several classes, each with a probability of its own. `top1` is then the mean

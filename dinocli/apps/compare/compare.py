@@ -37,7 +37,7 @@ class Figures:
         megabytes: Size of the weights in float32, in units of 10**6 bytes.
         images_per_second: Speed of the encoder on images in memory.
         rank: Effective rank of the features.
-        uniformity: Uniformity of the features.
+        uniformity: Uniformity of the features on the unit sphere; 0 if all are equal, about -4 if evenly spread.
         lidar: LiDAR of random views. None without views.
         knn: k-NN accuracy, in percent. None without labels.
         linear: Accuracy of a linear probe, in percent. None without labels, or if not trained.
@@ -127,7 +127,7 @@ def measure(
     """Return the figures of a network that need no labels.
 
     Args:
-        encoder: Network.
+        encoder: Network to time and to count.
         name: Network, as the user named it.
         identity: Equal for networks with the same weights and preprocessing.
         size: Side of the images, in pixels.
@@ -182,7 +182,7 @@ def compare(
         features: Features of each network, by split.
         k: Number of neighbours. If None, 20, or all if fewer.
         probe: Train a linear probe for each network.
-        seed: Seed of the probes.
+        seed: Seed of the probes' initial weights, order and held-out images.
         device: Training device of the probes.
         report: Callback after each step of a probe, with the steps done of all probes and their total.
 

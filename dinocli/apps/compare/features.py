@@ -37,7 +37,6 @@ class Setting:
         parts: Sources by split.
         folder: Folder of the features that comparisons store.
         size: Side of the images, in pixels. If None, each network's training size.
-        batch_size: Images per batch.
         workers: Number of decoding processes.
     """
 

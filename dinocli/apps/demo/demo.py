@@ -80,7 +80,6 @@ class DemoResult:
         chance: Expected top-1 accuracy of a random guess, in percent.
         everything: Mean Jaccard overlap of a full mask with the true masks.
         pictures: Paths of the attention sheets, one per class.
-        folder: Folder with all results.
         seconds: Wall time of this call.
     """
 
@@ -109,7 +108,7 @@ def demo(
 
     Args:
         folder: Folder for images, run, features and pictures.
-        device: Device to compute on.
+        device: Device for training and features.
         workers: Number of decoding processes.
         stage: Function that opens a progress display, given the name of a stage, its total and its unit.
         train_images: Number of training images.

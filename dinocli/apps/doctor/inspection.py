@@ -147,7 +147,7 @@ def inspect(
         source: Images to inspect.
         images: Settings and limits of image decoding.
         sample: Number of images to draw.
-        seed: Seed of the draw.
+        seed: Seed of the sample of images.
         seconds: Time limit of the sampling.
         report: Progress callback with the number of images processed.
     """

@@ -22,7 +22,7 @@ def faults_of(device: torch.device, formats: list[str], root: Path = Path("/")) 
     """Return the faults of this installation with their fixes; empty if it works.
 
     Args:
-        device: Device to compute on.
+        device: Device to try each operation on.
         formats: Formats returned by `readable`.
         root: Root of the file system that holds /proc.
     """

@@ -23,7 +23,6 @@ class Machine:
     """Hardware, limits and installation of this machine.
 
     Attributes:
-        python: Version of Python.
         torch: Version with the build variant: `2.11.0+cu130`.
         torchvision: Version, or None if not installed.
         timm: Version, or None if not installed.
@@ -74,7 +73,7 @@ def look_at_machine(device: torch.device, folder: Path = Path(), root: Path = RO
     """Detect and test hardware and installation, without writing anything.
 
     Args:
-        device: Device to compute on.
+        device: Device whose name and memory are read.
         folder: Folder for runs.
         root: Root of the file system that holds /proc and /sys.
     """

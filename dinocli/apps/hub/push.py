@@ -35,7 +35,6 @@ class Pushed:
     """Result of `push`.
 
     Attributes:
-        path: Path of the folder.
         name: Model name in the card.
         difference: Relative difference between timm's and this tool's features of random images.
         measured: k-NN accuracy of the given features, or None.

@@ -98,7 +98,7 @@ def load_diffusion(model: str, device: torch.device, caption: str = "") -> Diffu
 
     Args:
         model: Local folder, or name on the hub.
-        device: Device of the model.
+        device: Device for the model, which takes several GB.
         caption: Description of the photos; the paper uses "a photo of a CLASS". Empty if unknown.
 
     Raises:

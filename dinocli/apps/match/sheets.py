@@ -56,7 +56,7 @@ def patch_maps(encoder: Encoder, a: Pixels, b: Pixels, compared: Compared) -> tu
     """Compute comparable patch features of two photos.
 
     Args:
-        encoder: Encoder of the patches.
+        encoder: Frozen network whose patches are compared.
         a: Pixels of photo A. [H, W, C]
         b: Pixels of photo B, of any size. [H, W, C]
         compared: Settings of the features.

@@ -22,7 +22,6 @@ class Column:
     """Value of each image.
 
     Attributes:
-        name: Name of the column.
         kinds: Distinct names; empty for numbers.
         values: Index into `kinds`, or a number, NaN if unknown. [S]
     """

@@ -72,7 +72,7 @@ def write_page(
         points: Coordinates. [S, 2]
         columns: Columns to color by, the first one at the start.
         thumbnails: JPEGs as base64 by row.
-        title: Title of the page.
+        title: Heading, and title of the browser's tab.
         subtitle: Line beside the title.
     """
     names, root = _names(gallery)

@@ -26,7 +26,6 @@ class Projection:
 
     Attributes:
         points: Coordinates. [S, 2]
-        method: Method of the projection.
         explained: Share of the variance in both dimensions, for PCA; else None.
     """
 

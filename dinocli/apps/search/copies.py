@@ -56,7 +56,6 @@ class CopiesResult:
 
     Attributes:
         scores: One score per kind of copies.
-        originals: Number of originals.
         distractors: Number of distractor images.
         whitened: Number of images the whitening was learned from; 0 without whitening.
         skipped: Path and reason of each image that cannot be read, or whose original cannot be read.
@@ -138,7 +137,7 @@ def copies(
         distractors: Folder of unrelated images, added to the database.
         whiten: Folder of images to learn the whitening from. If None, features are not whitened.
         size: Side in pixels to which photos are stretched.
-        batch_size: Images per batch.
+        batch_size: Images encoded at once.
         report: Callback with the name of the current part, the number of its photos done, and their total.
 
     Raises:

@@ -113,7 +113,7 @@ def sample(rows: Indices, of: Indices, each: int, seed: int, among: Indices | No
         rows: Rows to draw from. [R]
         of: Cluster of each row. [R]
         each: Rows per cluster.
-        seed: Seed of the draw.
+        seed: Seed of the images drawn from each cluster.
         among: Clusters to draw from. If None, all.
 
     Source: arXiv 2304.07193, appendix A.4, cluster-based.

@@ -255,7 +255,7 @@ def retrieval(
     Args:
         encoder: Encoder of three channels.
         truth: Ground truth of the set.
-        folder: Folder of the images.
+        folder: Images of the benchmark, by the names in its ground truth.
         size: Longest side in pixels.
         multiscale: Sum the features at three sizes.
         report: Callback after each photo, with the number done.

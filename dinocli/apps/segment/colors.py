@@ -77,7 +77,7 @@ def fit_colors(
         by: Method that finds the foreground.
         keep: Share of the attention that the foreground holds.
         tau: Cosine threshold of the cut.
-        seed: Seed of the sample.
+        seed: Seed of the sampled patches.
         report: Callback after each photo, with the number done.
 
     Raises:

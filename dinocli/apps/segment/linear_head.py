@@ -91,10 +91,9 @@ class SegmentationResult:
         head: Scores of the head.
         commonest: Most frequent class among training pixels.
         baseline: Scores of predicting that class everywhere.
-        train_photos: Number of training photos.
         val_photos: Number of validation photos.
         split_off: True if the validation photos were split off from the training photos at random.
-        epochs: Number of epochs.
+        epochs: Epochs over the training photos.
         skipped: Photos that cannot be used, with reasons.
     """
 
@@ -169,9 +168,9 @@ def train_head(
         data: Photos and masks.
         folder: Path next to which the features are stored.
         short_side: Short side in pixels after resizing.
-        epochs: Number of epochs.
+        epochs: Epochs over the training photos.
         batch_size: Photos per step.
-        seed: Seed of the order.
+        seed: Seed of the order in which patches are drawn.
         report: Callback with the stage, the number done and the total.
 
     Raises:

@@ -66,7 +66,7 @@ def track(
     Only the patches of the first and of the last few frames stay in memory.
 
     Args:
-        encoder: Encoder of the patches.
+        encoder: Frozen network whose patches are compared between frames.
         first: Pixels of the first frame. [H, W, C]
         labels: Object number of each of its pixels, 0 for none. [H, W]
         frames: Following frames in order, all of the same size. [H, W, C] each

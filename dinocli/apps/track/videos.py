@@ -110,7 +110,7 @@ def track_video(
     Frames are read, written and released one by one.
 
     Args:
-        encoder: Encoder of the patches.
+        encoder: Frozen network whose patches are compared between frames.
         video: Frames of the video.
         first: Mask of the first frame, and the frame.
         out: Folder for `masks/`, `track.gif` and `strip.png`.

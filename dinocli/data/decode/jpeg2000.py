@@ -120,7 +120,7 @@ def cost_fault(data: bytes, header: Header, megapixels: float, by_pillow: bool) 
 
     Args:
         data: Content of the file.
-        header: Header of the file.
+        header: Size, components and depths.
         megapixels: Limit `images.max_megapixels`. Decoding may take 13 bytes per pixel of this limit.
         by_pillow: True if Pillow decodes the file.
     """

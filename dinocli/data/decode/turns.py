@@ -34,7 +34,7 @@ def turned(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Return pixels upright, contiguous in memory. [H, W, ...]
 
     Args:
-        pixels: Pixels as stored.
+        pixels: Pixels before rotation. [H, W, C]
         orientation: EXIF orientation, 1 to 8. Any other number changes nothing.
     """
     return np.ascontiguousarray(TURNS[orientation](pixels)) if orientation in TURNS else pixels

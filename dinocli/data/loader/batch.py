@@ -85,7 +85,7 @@ def view_fields(views: ViewsConfig, batch_size: int, clean: float | None = None)
 
     Args:
         views: Views of each image.
-        batch_size: Images per batch.
+        batch_size: Rows of each field.
         clean: Side of the clean crops relative to the global crops'. If None, there are none.
     """
     v, g, b, c = len(views.all), len(views.globals), batch_size, views.channels

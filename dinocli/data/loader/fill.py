@@ -47,7 +47,7 @@ class Cutter:
 
     Args:
         views: Views to cut from each image.
-        seed: Seed of all views.
+        seed: Seed of all views, mixed with epoch and index of the image.
         images: Decoding settings.
         finish: True to make the views from the crops too, in bytes. Else the device of the batch does.
         library: Path of the compiled operations that finish views. If None, numpy does.

@@ -39,7 +39,7 @@ class Images:
     Attributes:
         where: Source as the user named it.
         root: Folder that the names are relative to.
-        names: File names.
+        names: File names relative to `root`, with `/` between folders.
         classes: Class names; empty for unlabelled images.
         labels: Class index per image, -1 if unlabelled. [S]
         notes: Messages for the user about files that are not read.

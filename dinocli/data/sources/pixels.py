@@ -36,7 +36,7 @@ class PixelShards:
     """Decoded images in shards.
 
     Attributes:
-        folder: Folder of the shards.
+        folder: Folder with the shards and their index, `pixels.json`.
         classes: Class names; empty for unlabelled images.
         names: File names that the images had.
         labels: Class index per image, -1 if unlabelled. [S]
@@ -178,7 +178,7 @@ def write_index(
     """Write the index, which completes a folder of shards.
 
     Args:
-        folder: Folder of the shards.
+        folder: Folder with the shards and their index, `pixels.json`.
         classes: Class names; empty for unlabelled images.
         decoding: Settings by which the images were decoded.
         shards: `images`, `bytes` and `table` of each shard, by file name: number of images, size of the file, and the

@@ -259,7 +259,7 @@ def blur_kernels(radius: Tensor, short: int, device: torch.device) -> Tensor:
     Args:
         radius: Radius in pixels, at most 2, on the host. [S]
         short: Length of the line in pixels.
-        device: Device of the matrices.
+        device: Device of the blurred images.
 
     Source: Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box Filtering, 2011.
     """

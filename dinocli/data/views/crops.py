@@ -109,7 +109,7 @@ class SizeDraw:
     """Draw of the crop sizes of each step. It depends on seed and step alone, so all processes draw the same.
 
     Attributes:
-        seed: Seed of the run.
+        seed: Seed of the run, so that all processes draw the same sizes.
         shares: Probability of each size; they sum to 1.
     """
 

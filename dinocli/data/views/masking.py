@@ -163,7 +163,7 @@ def deal(config: MaskConfig, crops: tuple[int, int], patches: int, *, seed: int,
         config: Shares to deal.
         crops: G and B of this process.
         patches: Number of patches per crop, N.
-        seed: Seed of the run.
+        seed: Seed of the run, mixed with the number of the batch.
         batch: Number of the batch in the run.
         rank: Rank of the process with this batch.
     """
