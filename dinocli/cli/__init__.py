@@ -75,6 +75,7 @@ app.add_typer(scores, name="eval", rich_help_panel="Main job")
 
 
 _SHARED = ("pretrain", "extract")  # run in several processes too
+_ALONE = ("adapt", "finetune")  # train, and would split batches and outputs over processes that never connect
 
 
 def _print_version(requested: bool) -> None:
@@ -99,6 +100,12 @@ def _options(
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             console.say(f"note: joining {found.size} processes started by {found.launcher}, rendezvous at {where}")
         distributed.begin()
+    elif found and found.launcher == "torch.distributed" and command in _ALONE:
+        given = " ".join(f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ)
+        raise DinoError(
+            f"dino {command} runs in one process; {given} is set for several",
+            f"env -u RANK -u WORLD_SIZE dino {command} ...",
+        )
     # RANK and WORLD_SIZE alone may be set for a whole container; other commands still run there, in one process.
     elif found and found.launcher != "torch.distributed":
         raise DinoError(

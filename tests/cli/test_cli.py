@@ -811,6 +811,22 @@ def test_a_single_process_command_refuses_several_processes(dino: Dino, monkeypa
     assert not dino("knn", code=1).stderr, "only the first process prints the error"
 
 
+@pytest.mark.parametrize("address", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}])
+def test_training_commands_of_one_process_refuse_the_variables_of_several(
+    dino: Dino, address: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """They would train on a part of each batch, and every process would write the same files."""
+    for name, value in ({"WORLD_SIZE": "2", "RANK": "0"} | address).items():
+        monkeypatch.setenv(name, value)
+    left: list[int] = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    for command in ("adapt", "finetune"):
+        done = dino(command, "images", "--from", "x.pth", code=1)
+        assert f"dino {command} runs in one process; RANK=0 WORLD_SIZE=2 is set for several" in done.stderr
+        assert f"env -u RANK -u WORLD_SIZE dino {command}" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 def test_ctrl_c_prints_stopped(dino: Dino, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt

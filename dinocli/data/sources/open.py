@@ -44,7 +44,7 @@ class Images:
         labels: Class index per image, -1 if unlabelled. [S]
         notes: Messages for the user about files that are not read.
         clash: First image with two labels in a list, and both labels, in words; empty if there is none. The class of
-            such an image consists of all its labels, separated by `;`.
+            an image with several labels is all of them, separated by `;`.
     """
 
     where: str
