@@ -75,7 +75,7 @@ app.add_typer(scores, name="eval", rich_help_panel="Main job")
 
 
 _SHARED = ("pretrain", "extract")  # run in several processes too
-_ALONE = ("adapt", "finetune")  # train, and would split batches and outputs over processes that never connect
+_WITHOUT_OUTPUT = ("presets", "runs", "doctor")  # may run in each of several processes: they write no file
 
 
 def _print_version(requested: bool) -> None:
@@ -100,18 +100,8 @@ def _options(
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             console.say(f"note: joining {found.size} processes started by {found.launcher}, rendezvous at {where}")
         distributed.begin()
-    elif found and found.launcher == "torch.distributed" and command in _ALONE:
-        given = " ".join(f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ)
-        raise DinoError(
-            f"dino {command} runs in one process; {given} is set for several",
-            f"env -u RANK -u WORLD_SIZE dino {command} ...",
-        )
-    # RANK and WORLD_SIZE alone may be set for a whole container; other commands still run there, in one process.
-    elif found and found.launcher != "torch.distributed":
-        raise DinoError(
-            f"dino {command} runs in one process; {found.launcher} started {found.size or 'several'}",
-            f"run it without {found.launcher}: dino {command} ...",
-        )
+    elif found and command not in _WITHOUT_OUTPUT:
+        distributed.refuse_several(found, command or "")
 
 
 def main() -> None:

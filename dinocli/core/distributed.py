@@ -39,6 +39,7 @@ _VARIABLES = (
     ("mpirun", "PMIX_RANK", "PMIX_SIZE"),
     ("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
     ("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    ("submitit", "SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS"),  # on this machine; on a cluster it uses srun
 )
 
 
@@ -114,16 +115,38 @@ def check_launch(command: str) -> None:
             f"torchrun --nproc-per-node {count} -m dinocli {command} ...; or alone: env -u RANK -u WORLD_SIZE "
             f"dino {command} ...",
         )
+    export = "export MASTER_ADDR=HOST MASTER_PORT=29500"
+    torchrun = f"torchrun --nproc-per-node {count} -m dinocli {command} ..."
     hints = {
-        "srun": "export MASTER_ADDR=$(scontrol show hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500 "
-        f"before srun; or srun --ntasks=1 dino {command} ..." + (f" --gpus {count}" if command == "pretrain" else ""),
-        "mpirun": "export MASTER_ADDR=HOST MASTER_PORT=29500 to all (mpirun -x with Open MPI); or torchrun "
-        f"--nproc-per-node {count} -m dinocli {command} ...",
+        "srun": f"let torchrun start them: {torchrun}; or export MASTER_ADDR=$(scontrol show hostnames "
+        "$SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500 before srun; or srun --ntasks=1 "
+        f"dino {command} ..." + (f" --gpus {count}" if command == "pretrain" else ""),
+        "mpirun": f"{export} to all (mpirun -x with Open MPI); or {torchrun}",
     }
     absent = " and ".join(missing) or "the rank or the number of processes"
     raise DinoError(
         f"{place.launcher} started {place.size or 'several'} processes without {absent}: each would run alone",
-        hints.get(place.launcher, f"export MASTER_ADDR=HOST MASTER_PORT=29500 before {place.launcher}"),
+        hints.get(place.launcher, f"{export} before {place.launcher}; or {torchrun}"),
+    )
+
+
+def refuse_several(place: Started, command: str) -> None:
+    """Refuse a launch of a command that runs in one process: all processes would write the same files.
+
+    Raises:
+        DinoError: Always.
+    """
+    number = place.size or "several"
+    if place.launcher == "torch.distributed":
+        present = " ".join(f"{name}={os.environ[name]}" for name in ("RANK", "WORLD_SIZE") if name in os.environ)
+        raise DinoError(
+            f"dino {command} runs in one process; {present} announces {number}",
+            f"env -u RANK -u WORLD_SIZE dino {command} ... in one of them; only pretrain and extract run in several, "
+            "with torchrun",
+        )
+    raise DinoError(
+        f"dino {command} runs in one process; {place.launcher} started {number}",
+        f"run it without {place.launcher}: dino {command} ...",
     )
 
 

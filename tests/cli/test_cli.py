@@ -309,12 +309,18 @@ def test_processes_of_another_launcher_do_not_train_alone(
         assert done.stderr.startswith("error: RANK=1 WORLD_SIZE=2 without MASTER_ADDR")
         assert "torchrun --nproc-per-node 2" in done.stderr.splitlines()[1]
     assert "Usage" in dino("pretrain", "--help").stdout
-    assert dino("presets", "show", "tiny").stdout, "variables of a whole container do not matter to other commands"
+    assert dino("presets", "show", "tiny").stdout, "a command without output may run in each process"
+    refused = dino("knn", code=1).stderr
+    assert refused.startswith("error: dino knn runs in one process; RANK=1 WORLD_SIZE=2 announces 2")
+    assert "env -u RANK -u WORLD_SIZE dino knn" in refused
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
-    assert "run it without srun: dino presets" in dino("presets", code=1).stderr
+    assert "torchrun" in dino("pretrain", "images", code=1).stderr.splitlines()[1]
+    assert "run it without srun: dino adapt" in dino("adapt", "images", code=1).stderr
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert "srun" not in dino("knn", code=1).stderr, "a step of one task works alone"
 
 
 def test_dino_without_a_command_prints_its_help(dino: Dino) -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import pytest
 import torch
 from conftest import SMALL, TOLERANCE, Original, assert_original, together, write_images
 
+from dinocli.cli import main
+from dinocli.core import distributed
 from dinocli.core.distributed import (
     any_of,
     check_launch,
@@ -97,7 +101,7 @@ def test_collectives_return_the_same_values_in_every_process() -> None:
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Remove the variables of all launchers, in case one of them has started these tests."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "PMI", "MASTER_", "TORCHELASTIC", "LOCAL_")) or name in (
+        if name.startswith(("SLURM_", "OMPI_", "PMI", "MASTER_", "TORCHELASTIC", "LOCAL_", "SUBMITIT_")) or name in (
             "RANK",
             "WORLD_SIZE",
         ):
@@ -119,12 +123,13 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": 
         ({"RANK": "1"}, "RANK=1 without MASTER_ADDR and MASTER_PORT", "torchrun --nproc-per-node N"),
         ({"RANK": "2", "WORLD_SIZE": "2"} | ADDRESS, "RANK=2 WORLD_SIZE=2 is out of range", "torchrun"),
         (STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes without MASTER_ADDR and MASTER_PORT",
-         "export MASTER_ADDR=$(scontrol"),
+         "torchrun --nproc-per-node 4 -m dinocli pretrain ...; or export MASTER_ADDR=$(scontrol"),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "srun started 4 processes", "srun --ntasks=1 dino pretrain ... --gpus 4"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "a"}, "srun started 4 processes", "export"),
         ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes", "mpirun -x"),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, "mpirun started 2 processes", "torchrun --nproc-per-node 2"),
         ({"PMI_RANK": "1"}, "mpirun started several processes", "torchrun"),
+        ({"SUBMITIT_LOCAL_GLOBALID": "0", "SUBMITIT_LOCAL_NTASKS": "2"}, "submitit started 2 processes", "torchrun"),
     ],
 )  # fmt: skip
 def test_processes_that_cannot_connect_are_refused(
@@ -185,25 +190,66 @@ def test_processes_with_an_address_get_rank_and_size(
     assert (rank(), size()) == (1, 4)
 
 
-def test_processes_of_another_launcher_connect(plain_environment: pytest.MonkeyPatch) -> None:
-    """Two tasks of srun, each bound to another GPU, which it sees as device 0."""
-    code = (
-        "from dinocli.core import distributed as d; d.begin(); "
-        "print(d.gathered((d.rank(), d.size(), d.local_rank(), d.local_size()))); d.end()"
-    )
+SPECIFIED: dict[str, Callable[[int], dict[str, object]]] = {
+    "RANK": lambda rank: {"RANK": rank, "WORLD_SIZE": 2},
+    # Each task is bound to another GPU, which it sees as device 0.
+    "srun": lambda rank: STEP | {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": 2, "CUDA_VISIBLE_DEVICES": rank},
+    "mpirun": lambda rank: {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": 2},
+    "submitit": lambda rank: {"SUBMITIT_LOCAL_GLOBALID": rank, "SUBMITIT_LOCAL_NTASKS": 2},
+}
+
+
+def in_two_processes(launcher: str, function: Callable[..., object], *args: object) -> list[Any]:
+    """Run a function in two real processes that a launcher has started; return its results by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    context = multiprocessing.get_context("fork")  # this process has paid for importing torch
+    seen = context.SimpleQueue()
 
-    def task(number: int) -> subprocess.Popen[str]:
-        step = STEP | {"SLURM_PROCID": str(number), "SLURM_STEP_NUM_TASKS": "2", "CUDA_VISIBLE_DEVICES": str(number)}
-        return subprocess.Popen(
-            [sys.executable, "-c", code], env=os.environ | step | address, stdout=subprocess.PIPE, text=True
-        )
+    def task(number: int) -> None:
+        os.environ |= {name: str(value) for name, value in (SPECIFIED[launcher](number) | address).items()}
+        torch.set_num_threads(1)
+        seen.put((number, function(*args)))
 
-    tasks = [task(number) for number in range(2)]
-    outputs = [task.communicate(timeout=120)[0].strip() for task in tasks]
-    assert outputs == ["[(0, 2, 0, 2), (1, 2, 0, 2)]"] * 2
+    tasks = [context.Process(target=task, args=(number,)) for number in range(2)]
+    for process in tasks:
+        process.start()
+    for process in tasks:
+        process.join(300)
+        assert process.exitcode == 0
+    return [value for _, value in sorted(seen.get() for _ in tasks)]
+
+
+def place_in_run() -> list[tuple[int, ...]]:
+    distributed.begin()
+    places = gathered((rank(), size(), distributed.local_rank(), distributed.local_size()))
+    distributed.end()
+    return places
+
+
+@pytest.mark.parametrize("launcher", list(SPECIFIED))
+def test_processes_of_another_launcher_connect(plain_environment: pytest.MonkeyPatch, launcher: str) -> None:
+    local = [0, 0] if launcher == "srun" else [0, 1]
+    assert in_two_processes(launcher, place_in_run) == [[(0, 2, local[0], 2), (1, 2, local[1], 2)]] * 2
+
+
+def command(*words: str) -> int | str | None:
+    sys.argv[1:] = words
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code
+
+
+def test_processes_of_another_launcher_train_one_run(tmp_path: Path, plain_environment: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "images", 19)
+    plain_environment.chdir(tmp_path)
+    settings = [word for override in [*SMALL, "training.batch_size=12"] for word in ("--set", override)]
+    options = ["--device=cpu", "--workers=0", "--steps=2", "--no-report"]
+    codes = in_two_processes("RANK", command, "pretrain", "images", "--preset=tiny", *settings, *options)
+    assert codes == [None, None]
+    assert [path.name for path in Path("runs").iterdir()] == ["tiny-1"]
+    assert (Path("runs/tiny-1/state/2")).is_dir()
 
 
 def run_of(
