@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -26,6 +27,10 @@ from dinocli.cli.options import (
     output_place,
 )
 from dinocli.cli.places import checkpoint_and_images
+from dinocli.core.errors import DinoError
+
+if TYPE_CHECKING:
+    from dinocli.features.extract import Extracted
 
 
 def extract(
@@ -74,16 +79,41 @@ def extract(
         Literal["float32", "float16"],
         typer.Option(help="Type of the stored numbers; float16 takes half the space.", rich_help_panel=OUTPUT),
     ] = "float32",
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Extract only part I of N, from 1/N to N/N, for job arrays; --merge joins them.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge",
+            is_eager=True,
+            help="Join all parts of --part; then the arguments are folders with parts, or parts.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Extract features of images into one file per split, with labels, class names and paths.
 
+    Repeat a command that was interrupted, and it resumes.
+
     Examples:
         dino extract ckpt.safetensors ./data
+        dino extract ckpt.safetensors ./data --part 3/8
+        dino extract --merge features
         dino extract timm:vit_small_patch14_dinov2.lvd142m ./data --size 224
     """
+    if merge:
+        _merge([Path(place) for place in paths], output_place(out), json)
+        return
     from dinocli.data.sources.open import splits
 
+    numbered = _parse_part(part)
     given = one_checkpoint(paths[0] if len(paths) == 2 else None, checkpoint)
     out = output_place(out)
     data = paths[-1]
@@ -95,23 +125,33 @@ def extract(
     from dinocli.core.distributed import rank
     from dinocli.data.sources.outputs import marked
     from dinocli.features.encoder import quick, whole_patches
-    from dinocli.features.extract import extract
+    from dinocli.features.extract import count_in_part, extract
+    from dinocli.features.parts import part_path
     from dinocli.features.store import learned_from
+    from dinocli.features.unfinished import forget
+    from dinocli.features.writer import WHOLE, Part
 
     picked = pick_device(device)
     encoder = encoder_from(given, device, network, overrides)
     size = whole_patches(encoder, size)
     encoder = quick(encoder, precision, compiled=compiled and compiles(picked, asked=True))
-    written = []
+    share = Part(*numbered) if numbered else WHOLE
+    batch = batch_size or (64 if picked.type == "cpu" else 256)
+    written, places = [], {}
     for name, source in parts.items():
+        whole = out / f"{name}.safetensors"
+        places[name] = part_path(whole, share) if numbered else whole
         for line in warn_of(source, encoder.images) if rank() == 0 else ():
             console.say(f"note: {f'{name}: ' if len(parts) > 1 else ''}{line}")
-        with marked(out, "extract"), console.progress(f"extract {name}", source.count or 0, "images") as advance:
+        with (
+            marked(out, "extract"),
+            console.progress(f"extract {name}", count_in_part(source.count or 0, batch, share), "images") as advance,
+        ):
             written.append(
                 extract(
                     encoder,
                     source,
-                    out / f"{name}.safetensors",
+                    places[name],
                     data=data,
                     tokens=tokens,
                     blocks=blocks,
@@ -119,11 +159,48 @@ def extract(
                     dtype=dtype,
                     views=views if name == learned_from(parts) else 0,
                     seed=seed,
-                    batch_size=batch_size or (64 if picked.type == "cpu" else 256),
+                    batch_size=batch,
+                    part=share,
+                    recording=len(parts) > 1,
                     report=advance,
+                    say=console.say,
                     workers=default_workers(picked) if workers is None else workers,
                 )
             )
+    for place in places.values() if rank() == 0 else ():
+        forget(place)
+    _show(written, json)
+    if numbered:
+        console.say(f"next, when all {share.of} parts are there: dino extract --merge {out}")
+
+
+def _merge(places: list[Path], out: Path, json: bool) -> None:
+    """Join the parts in some folders, split by split."""
+    from dinocli.data.sources.outputs import marked
+    from dinocli.features.parts import find_parts, join
+
+    joined = []
+    for name, paths in find_parts(places).items():
+        with marked(out, "extract"), console.progress(f"merge {name}", 0, "images") as advance:
+            joined.append(join(paths, out / f"{name}.safetensors", advance))
+    _show(joined, json)
+
+
+def _parse_part(given: str | None) -> tuple[int, int] | None:
+    """Return the numbers I and N of --part.
+
+    Raises:
+        DinoError: If they are not numbers, or I is not one of 1 to N.
+    """
+    if given is None:
+        return None
+    found = re.fullmatch(r"(\d+)/(\d+)", given.strip())
+    if not found or not 1 <= int(found[1]) <= int(found[2]) or found[2] == "1":
+        raise DinoError(f"--part {given} is invalid; expected I/N with I from 1 to N, and N at least 2", "--part 1/8")
+    return int(found[1]), int(found[2])
+
+
+def _show(written: list[Extracted], json: bool) -> None:
     for part in written:
         console.skipped(part.skipped)
         console.notes(part.notes)

@@ -280,7 +280,13 @@ def _check(words: Words, parameters: Sequence[Any]) -> None:
                 return
             raise _explain_unknown_option(words, i)
     arguments = [p for p in parameters if p.param_type_name == "argument"]
-    most = 2 if name == "extract" else None if any(p.nargs == -1 for p in arguments) else len(arguments)
+    most = (
+        2
+        if name == "extract" and "--merge" not in words.typed
+        else None
+        if any(p.nargs == -1 for p in arguments)
+        else len(arguments)
+    )
     if most is None:
         return
     _check_shell_pattern(words, most)

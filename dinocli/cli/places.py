@@ -102,7 +102,7 @@ def checkpoint_and_images(context: typer.Context, value: list[str]) -> list[str]
     Raises:
         DinoError: If they are swapped, the images are missing, or one is another kind of file.
     """
-    if not value or context.resilient_parsing:
+    if not value or context.resilient_parsing or context.params.get("merge"):  # parts of features
         return value
     from dinocli.weights.identify import NAMES, WEIGHTS, kind_of
 

@@ -39,7 +39,7 @@ def drafting(path: Path) -> Iterator[Path]:
         OSError: If the disk is full or the folder is not writable. The error names `path`.
     """
     folder = path.with_name(f".dinocli-{secrets.token_hex(8)}.part")
-    with _name_user_path(path, folder), _create_parents(path):
+    with name_user_path(path, folder), _create_parents(path):
         folder.mkdir(0o700)
         held = None
         try:
@@ -140,8 +140,16 @@ def _read_boot_id() -> bytes:
 
 
 @contextlib.contextmanager
-def _name_user_path(path: Path, draft: Path) -> Iterator[None]:
-    """Replace the file name of a system error by the user's path, if the error names the draft or no file."""
+def name_user_path(path: Path, draft: Path) -> Iterator[None]:
+    """Replace the file name of a system error by the user's path, if the error names the draft or no file.
+
+    Args:
+        path: Path that the user named.
+        draft: Folder of temporary files.
+
+    Raises:
+        OSError: If the block raises one.
+    """
     try:
         yield
     except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from safetensors import SafetensorError, safe_open
 
 from dinocli.core.atomic import atomic
-from dinocli.core.checksums import KEY, crc_of, parse, verified
+from dinocli.core.checksums import KEY, crc_of, crc_of_file, parse, verified
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -253,28 +252,60 @@ Values = NDArray[np.float32] | Rows  # in memory or on disk; rows are indexed in
 class TensorStream:
     """Writer of tensors row by row; the file is complete once `finish` has returned.
 
-    Rows of the first tensor are written in place. Rows of the others go to unnamed temporary files next to it, which
-    vanish with the process, and are appended at the end. The metadata gets a checksum of all tensors and the header,
-    which `map_tensors` verifies.
+    Rows of the first tensor are written in place. Rows of the others go to files next to it, named after them, which
+    `finish` appends and removes. The metadata gets a checksum of all tensors and the header, which `map_tensors`
+    verifies.
 
     Args:
         path: Path of the file; use a draft, because the file is incomplete until `finish`.
         names: Keys of the tensors, in the order in which they are written.
         metadata: Strings for the header of the safetensors file.
+        state: Result of `save` of an earlier stream with the same path, names and metadata. The stream continues after
+            the rows saved then. If None, the stream is new.
+
+    Raises:
+        ValueError: If the files do not hold the rows of `state`.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], metadata: dict[str, str]) -> None:
+    def __init__(
+        self, path: Path, names: Sequence[str], metadata: dict[str, str], state: Mapping[str, Any] | None = None
+    ) -> None:
         self._metadata = metadata
         # The header comes first and holds every tensor's shape, but shapes are known only at the end. So it gets room
         # in advance, padded with spaces, as the format allows.
         self._start = len(_pack_header({_METADATA: metadata})) + _A_TENSOR * (2 * len(names) + 1)
-        self._file = path.open("wb")
-        self._file.write(b" " * self._start)
-        self._files: dict[str, BinaryIO] = {names[0]: self._file}
-        for name in names[1:]:
-            self._files[name] = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115, closed by `close`
+        self._paths = {name: path.with_name(f"{path.name}.{name}") if i else path for i, name in enumerate(names)}
+        self._files: dict[str, BinaryIO] = {}
         self._told: dict[str, tuple[str, list[int]]] = {}  # type and shape
-        self._crc = 0  # of the numbers written in place
+        self._crcs = dict.fromkeys(names, 0)  # of the numbers written to each file
+        if state:
+            self._continue(state)
+            return
+        for name, place in self._paths.items():
+            self._files[name] = place.open("w+b")
+        self._file = self._files[names[0]]
+        self._file.write(b" " * self._start)
+
+    def _continue(self, state: Mapping[str, Any]) -> None:
+        for name, place in self._paths.items():
+            if not place.exists():
+                raise ValueError(f"{place.name} is missing")
+            file = self._files[name] = place.open("r+b")
+            file.truncate(state["bytes"][name])  # removes later rows, which were not synced
+            if crc_of_file(place, self._start if len(self._files) == 1 else 0) != state["crcs"][name]:
+                raise ValueError(f"{place.name} has other bytes than those saved")
+            file.seek(0, os.SEEK_END)
+        self._file = next(iter(self._files.values()))
+        self._told = {name: (kind, list(shape)) for name, (kind, shape) in state["told"].items()}
+        self._crcs = dict(state["crcs"])
+
+    def save(self) -> dict[str, Any]:
+        """Sync the rows to disk; return the state, as JSON, from which another stream can continue."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        sizes = {name: file.tell() for name, file in self._files.items()}
+        return {"told": dict(self._told), "bytes": sizes, "crcs": dict(self._crcs)}
 
     def append(self, name: str, rows: NDArray[Any]) -> None:
         """Add rows of the same type and size as the earlier ones. [B, ...]"""
@@ -282,33 +313,36 @@ class TensorStream:
         _, (there, *_) = self._told.get(name, ("", [0]))
         self._told[name] = _KINDS[plain.dtype.str], [there + len(rows), *rows.shape[1:]]
         self._files[name].write(plain.data)
-        if self._files[name] is self._file and plain.size:
-            self._crc = zlib.crc32(plain.data.cast("B"), self._crc)
+        if plain.size:
+            self._crcs[name] = zlib.crc32(plain.data.cast("B"), self._crcs[name])
 
     def finish(self) -> None:
         """Append the other tensors, write the header, and sync the file to disk."""
         header: dict[str, Any] = {_METADATA: self._metadata}
-        end = 0
+        end, crc = 0, 0
         for name, file in self._files.items():
             begin, end = end, end + file.tell() - (self._start if file is self._file else 0)
-            if file is not self._file:
+            if file is self._file:
+                crc = self._crcs[name]
+            else:
                 file.seek(0)
                 while piece := file.read(1 << 20):
-                    self._put(piece)
+                    crc = self._put(piece, crc)
+                self._paths[name].unlink()
             header[name] = _describe(*self._told[name], begin, end)
             if rest := -end % _ALIGNED:  # the next tensor may be int64; the format allows no holes, so this has a name
-                self._put(b"\0" * rest)
+                crc = self._put(b"\0" * rest, crc)
                 header[f"padding of {name}"] = _describe("U8", [rest], end, end + rest)
                 end += rest
-        header[_METADATA] = self._metadata | {KEY: f"{crc_of(header, self._crc):08x}"}
+        header[_METADATA] = self._metadata | {KEY: f"{crc_of(header, crc):08x}"}
         self._file.seek(0)
         self._file.write(_pack_header(header, self._start - 8))
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def _put(self, piece: bytes) -> None:
+    def _put(self, piece: bytes, crc: int) -> int:
         self._file.write(piece)
-        self._crc = zlib.crc32(piece, self._crc)
+        return zlib.crc32(piece, crc)
 
     def close(self) -> None:
         """Close the files, complete or not."""

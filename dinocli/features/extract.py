@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -12,17 +13,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dinocli.core.distributed import any_of, gathered, rank
+from dinocli.core.checksums import crc_of
+from dinocli.core.distributed import any_of, from_first, gathered, rank
 from dinocli.core.distributed import size as size_of_run
 from dinocli.core.errors import DinoError
+from dinocli.core.version import __version__
 from dinocli.data.loader.batch import Shard
 from dinocli.data.loader.fill import Cutter
 from dinocli.data.loader.plain import Plain
-from dinocli.data.sources.open import Source
-from dinocli.data.sources.shards import UNNUMBERED
+from dinocli.data.sources.open import Images, Source
+from dinocli.data.sources.shards import UNNUMBERED, Shards
 from dinocli.features.encoder import Encoder, TokenChoice, augmented, finite_rows
-from dinocli.features.store import Provenance
-from dinocli.features.writer import Dtype, FeatureWriter, write_features
+from dinocli.features.store import Provenance, checksum_of
+from dinocli.features.unfinished import Job, forget, record, recorded
+from dinocli.features.writer import WHOLE, Dtype, FeatureWriter, Part, write_features
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,18 @@ def extract(
     seed: int = 0,
     batch_size: int = 64,
     workers: int = 0,
+    part: Part = WHOLE,
+    recording: bool = False,
     report: Callable[[int], None] = lambda images: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Extracted:
     """Write the features of all readable images.
 
     In a distributed run the processes take batches in turns, and the first process writes all features. The file is
     the same as that of a single process.
+
+    If this process is killed, the same call resumes after the batches that were saved, about every 30 seconds. The file
+    is then the same as that of an uninterrupted call.
 
     Args:
         encoder: Encoder that computes the features.
@@ -78,7 +88,11 @@ def extract(
         seed: Seed of the views. A view depends only on the seed, its number and the image's index.
         batch_size: Images encoded at once, in each process.
         workers: Number of decoding processes.
+        part: Part of the batches to extract, for `join`. It may hold no image.
+        recording: Record the result, for a command that extracts several splits. If the command is interrupted and
+            repeated, it does not extract this split again. `forget` removes the record.
         report: Callback that receives the number of finished images after each batch.
+        say: Callback that receives one-line messages for the user.
 
     Raises:
         DinoError: If the size is below one patch, `views` is combined with patch tokens, or no image is readable with
@@ -93,22 +107,31 @@ def extract(
     provenance = replace(provenance, run=encoder.run, step=encoder.step)
     on_cpu = encoder.device.type == "cpu"
     cutter = Cutter(augmented(encoder, size, views), seed, encoder.images, finish=on_cpu) if views else None
-    shard = Shard(rank(), size_of_run())
-    batches = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, shard=shard, cutter=cutter)
-    shape: tuple[int, ...] = ()
-    images = unnumbered = 0
-    skipped: dict[str, str] = {}
-    with write_features(path, provenance, source.classes, dtype=dtype) if rank() == 0 else nullcontext() as writer:
-        for part in _in_turns(_Part.of(batch, encoder, tokens, blocks) for batch in batches):
-            if part.values is not None:
-                shape = part.values.shape[1:]
+    job = _job(provenance, source, encoder, dtype=dtype, seed=seed if views else 0, batch=batch_size, workers=workers)
+    if before := from_first(_recorded(path, job, part) if rank() == 0 else None):
+        say(f"{path} is complete")
+        report(before.images + len(before.skipped))
+        return before
+    writing = write_features(path, provenance, source.classes, dtype=dtype, part=part, job=job, say=say)
+    with writing if rank() == 0 else nullcontext() as writer:
+        before = (writer.batches, writer.rows, writer.shape, writer.skipped, writer.unnumbered) if writer else None
+        batches, images, shape, skipped, unnumbered = from_first(before) or (0, 0, (), {}, 0)
+        skipped = dict(skipped)
+        first, step = part.number - 1, part.of  # the part's batches: first, first + step, ...
+        shard = Shard(first + step * (batches + rank()), step * size_of_run())
+        loaded = encoder.batches(source, size=size, batch_size=batch_size, workers=workers, shard=shard, cutter=cutter)
+        for some in _in_turns(_Features.of(batch, encoder, tokens, blocks) for batch in loaded):
+            if some.values is not None:
+                shape = some.values.shape[1:]
+            images += len(some.names)
+            unnumbered += some.labels.count(UNNUMBERED)
+            skipped |= dict(some.bad)
             if writer is not None:
-                part.write(writer)
-            images += len(part.names)
-            unnumbered += part.labels.count(UNNUMBERED)
-            skipped |= dict(part.bad)
+                some.write(writer)
+                writer.unnumbered = unnumbered
+                writer.end_batch((some.number - first) // step + 1)
             report(images + len(skipped))
-        if not images:
+        if not images and part == WHOLE:
             name, reason = next(iter(skipped.items()))
             lost = reason.startswith("not finite")
             raise DinoError(
@@ -116,7 +139,51 @@ def extract(
                 f"{name}: {reason}",
                 "use another checkpoint: the values of this network overflow" if lost else "check that file",
             )
-    return Extracted(writer.place if writer else path, images, shape, skipped, tuple(_notes(unnumbered)))
+    done = Extracted(writer.place if writer else path, images, shape, skipped, tuple(_notes(unnumbered)))
+    if recording and writer:
+        facts = {"checksum": checksum_of(done.path), **vars(done), "path": str(done.path)}
+        record(path, {**job, "part": part}, facts)
+    return done
+
+
+def count_in_part(images: int, batch_size: int, part: Part) -> int:
+    """Return the number of images in a part of an extraction."""
+    batches = range(part.number - 1, -(-images // batch_size), part.of)
+    return sum(min(batch_size, images - number * batch_size) for number in batches)
+
+
+def _recorded(path: Path, job: Job, part: Part) -> Extracted | None:
+    """Return the recorded result of this extraction, if its file is still there."""
+    facts = recorded(path, {**job, "part": part})
+    if not facts:
+        return None
+    place = Path(facts["path"])
+    if not place.exists() or checksum_of(place) != facts["checksum"]:
+        forget(path)
+        return None
+    return Extracted(place, facts["images"], tuple(facts["shape"]), facts["skipped"], tuple(facts["notes"]))
+
+
+def _job(
+    provenance: Provenance, source: Source, encoder: Encoder, *, dtype: Dtype, seed: int, batch: int, workers: int
+) -> Job:
+    """Return everything that decides the bytes of the features, under names for messages."""
+    named = {"weights": provenance.fingerprint, "image settings": encoder.images.model_dump(mode="json")}
+    labels = zlib.crc32(source.labels.tobytes()) if isinstance(source, Images) else 0
+    return {
+        **{name: value for name, value in vars(provenance).items() if name != "fingerprint"},
+        **named,
+        "images": source.fingerprint,
+        "labels": f"{crc_of({'classes': source.classes}, labels):08x}",
+        "normalization": [encoder.mean, encoder.std],
+        "dtype": dtype,
+        "seed": seed,
+        "batch size": batch,
+        # Workers take turns in reading tar shards, so their number decides the order of the images.
+        "workers": workers if isinstance(source, Shards) else 0,
+        "device": encoder.device.type,
+        "version": __version__,
+    }
 
 
 def _notes(unnumbered: int) -> Iterator[str]:
@@ -127,24 +194,26 @@ def _notes(unnumbered: int) -> Iterator[str]:
         )
 
 
-class _Part(NamedTuple):
+class _Features(NamedTuple):
     """Features of a batch; `values` is None if no image could be read."""
 
+    number: int
     values: NDArray[np.float32] | None
     names: list[str]
     labels: list[int]
     bad: list[tuple[str, str]]
 
     @classmethod
-    def of(cls, batch: Plain, encoder: Encoder, tokens: TokenChoice, blocks: int) -> _Part:
+    def of(cls, batch: Plain, encoder: Encoder, tokens: TokenChoice, blocks: int) -> _Features:
         if not len(batch.images):
-            return cls(None, batch.names, batch.labels, batch.bad)
+            return cls(batch.number, None, batch.names, batch.labels, batch.bad)
         values = encoder.features(batch.images, tokens, blocks).float().cpu()
         if batch.views is not None:
             beside = (encoder.features(view, tokens, blocks).float().cpu() for view in batch.views)
             values = torch.stack([values, *beside], dim=1)  # [B, 1+K, D]
         kept, lost = finite_rows(values, batch.names)
         return cls(
+            batch.number,
             values[kept].numpy() if lost else values.numpy(),
             [batch.names[i] for i in kept],
             [batch.labels[i] for i in kept],
@@ -157,7 +226,7 @@ class _Part(NamedTuple):
         writer.skipped |= dict(self.bad)
 
 
-def _in_turns(mine: Iterator[_Part]) -> Iterator[_Part]:
+def _in_turns(mine: Iterator[_Features]) -> Iterator[_Features]:
     """Yield the parts of all processes in the order of their batches."""
     while True:
         part = next(mine, None)

@@ -18,6 +18,8 @@ from dinocli.core.tensors import Indices, Rows, Texts, Values, first_not_finite,
 
 FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards
+PART = "part"  # metadata of a part of an extraction
+COUNTS = "batches"  # tensor of a part: number of rows and of skipped files of each batch [B, 2]
 # Valid number types of each tensor in a file.
 _KINDS = {"values": ("f4", "f2"), "labels": ("i8",), "paths": ("u1",), "skipped": ("u1",)}
 _MOST_NUMBERED = 100_000  # labels below this count as class numbers; larger ones mean something else

@@ -606,6 +606,27 @@ def test_a_disk_error_is_one_line(
     assert hint.startswith("hint: ")
 
 
+def test_parts_of_an_extraction_are_merged(dino: Dino, tmp_path: Path, start: Path) -> None:
+    write_images(tmp_path / "data" / "train" / "a", 5)
+    write_images(tmp_path / "data" / "val" / "a", 1)
+    words = ["extract", "start.safetensors", "data", "--batch-size=2", "--workers=0", "--device=cpu"]
+    dino(*words, "--out=whole")
+    for part in ("2/2", "1/2"):
+        assert "dino extract --merge features" in dino(*words, "--part", part).stderr.splitlines()[-1]
+        if part == "2/2":
+            assert "1 of 2 parts are missing" in dino("extract", "--merge", "features", code=1).stderr
+    done = dino("extract", "--merge", "features/train.parts", "features/val.parts/1-of-2.safetensors",
+                "features/val.parts/2-of-2.safetensors", "--out=joined", "--json")  # fmt: skip
+    assert [each["images"] for each in json.loads(done.stdout)] == [5, 1]
+    for name in ("train.safetensors", "val.safetensors"):
+        assert (tmp_path / "joined" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == [
+        ".dinocli", "train.safetensors", "val.safetensors"
+    ]  # fmt: skip
+    for given in ("3/2", "0/2", "1/1", "half"):
+        assert f"--part {given} is invalid" in dino(*words, "--part", given, code=1).stderr
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_an_unwritable_folder_is_an_error(dino: Dino, tmp_path: Path, images: Path) -> None:
     tmp_path.chmod(0o500)
@@ -828,7 +849,7 @@ def test_training_commands_of_one_process_refuse_the_variables_of_several(
     monkeypatch.setattr(os, "_exit", left.append)
     for command in ("adapt", "finetune"):
         done = dino(command, "images", "--from", "x.pth", code=1)
-        assert f"dino {command} runs in one process; RANK=0 WORLD_SIZE=2 is set for several" in done.stderr
+        assert f"dino {command} runs in one process; RANK=0 WORLD_SIZE=2 announces 2" in done.stderr
         assert f"env -u RANK -u WORLD_SIZE dino {command}" in done.stderr
     assert not (tmp_path / "runs").exists()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,27 @@ def test_streamed_tensors_are_aligned_and_read_by_safetensors(tmp_path: Path, wi
     labels = content.index(np.arange(5).tobytes())
     assert labels % 8 == 0
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_a_stream_continues_from_a_saved_state_to_the_same_bytes(tmp_path: Path) -> None:
+    def write(folder: Path, rows: range, state: dict | None = None) -> TensorStream:
+        folder.mkdir(exist_ok=True)
+        stream = TensorStream(folder / "f", ("values", "text"), {"who": "x"}, state)
+        for i in rows:
+            stream.append("values", np.full((1, 3), i, np.float16))
+            stream.append("text", np.frombuffer(b"row" * i, np.uint8))
+        return stream
+
+    whole = write(tmp_path / "whole", range(5))
+    whole.finish()
+    killed = write(tmp_path / "killed", range(3))
+    state = json.loads(json.dumps(killed.save()))
+    killed.append("values", np.ones((9, 3), np.float16))  # not saved
+    killed.close()
+    resumed = write(tmp_path / "killed", range(3, 5), state)
+    resumed.finish()
+    for stream in (whole, resumed):
+        stream.close()
+    assert (tmp_path / "killed" / "f").read_bytes() == (tmp_path / "whole" / "f").read_bytes()
+    with pytest.raises(ValueError, match=r"f\.text is missing"):
+        TensorStream(tmp_path / "killed" / "f", ("values", "text"), {"who": "x"}, state)

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
+import signal
 import tarfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +23,12 @@ from dinocli.core.errors import DinoError
 from dinocli.data.sources.open import image_folder, open_source, photos
 from dinocli.data.views.crops import crop_boxes, crop_tries, cut, draws, uniforms
 from dinocli.features import encoder as encoder_module
+from dinocli.features import writer as writer_module
 from dinocli.features.encoder import Encoder, augmented, quick
-from dinocli.features.extract import extract
+from dinocli.features.extract import Extracted, extract
 from dinocli.features.photos import encode
 from dinocli.features.store import Provenance, read_features, read_splits
+from dinocli.features.unfinished import forget
 from dinocli.models.architecture import BackboneConfig
 
 
@@ -158,13 +166,16 @@ def test_no_readable_image_and_a_size_below_a_patch_are_errors(tmp_path: Path, i
     assert not (tmp_path / "f.safetensors").exists()
 
 
-def extracted(folder: Path, spec: str, workers: int) -> tuple[int, tuple[int, ...], dict[str, str]]:
+def small_encoder() -> Encoder:
     torch.manual_seed(0)
     options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2}
     config = BackboneConfig(name="vit_tiny_patch16_224", options=options, positions="dino")
-    encoder = Encoder(config.build(drop_path=False).eval(), "x", "0123", 16, (0.5,) * 3, (0.5,) * 3)
+    return Encoder(config.build(drop_path=False).eval(), "x", "0123", 16, (0.5,) * 3, (0.5,) * 3)
+
+
+def extracted(folder: Path, spec: str, workers: int) -> tuple[int, tuple[int, ...], dict[str, str]]:
     path = folder / f"of-{size()}.safetensors"
-    done = extract(encoder, open_source(spec), path, data="d", batch_size=4, workers=workers, views=2)
+    done = extract(small_encoder(), open_source(spec), path, data="d", batch_size=4, workers=workers, views=2)
     return done.images, done.shape, done.skipped
 
 
@@ -273,3 +284,175 @@ def test_labels_of_shards_are_stored(tmp_path: Path, images: Path, encoder: Enco
     assert extracted(str(words)) == (["cat", "dog"], [1, 0, 1], 0)
     assert extracted(f"pipe:cat {words}") == ([], [-1, -1, -1], 1)
     assert extracted(str(numbers)) == extracted(f"pipe:cat {numbers}") == (["0", "1", "2"], [2, 0], 0)
+
+
+def bytes_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run_until(
+    batches: int | None, out: Path, spec: Path, cause: Callable[[], object] = lambda: None, **options: Any
+) -> tuple[list[int], list[str], Extracted]:
+    """Extract in batches of four, and cause an end after some of them; return the reports and the messages."""
+    reports: list[int] = []
+    lines: list[str] = []
+
+    def report(count: int) -> None:
+        reports.append(count)
+        if len(reports) == batches:
+            cause()
+
+    options = {"batch_size": 4, "data": "d"} | options
+    encoder = options.pop("encoder", None) or small_encoder()
+    return reports, lines, extract(encoder, open_source(str(spec)), out, **options, report=report, say=lines.append)
+
+
+def killed_after(batches: int, out: Path, spec: Path, **options: Any) -> None:
+    """Extract in a process that kills itself with SIGKILL after some batches."""
+    context = multiprocessing.get_context("fork")  # this process has paid for importing torch
+
+    def work() -> None:
+        run_until(batches, out, spec, lambda: os.kill(os.getpid(), signal.SIGKILL), **options)
+
+    process = context.Process(target=work)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.fixture
+def saving(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Save the progress after every batch."""
+    monkeypatch.setattr(writer_module, "_SAVE_EVERY", 0)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("kind", "shard_bytes", "options"),
+    [
+        ("folder", 2**31, {}),
+        ("folder", 5 * 64, {"workers": 2, "views": 1}),
+        ("tar", 2**31, {"workers": 2}),
+        ("tar", 5 * 32, {"dtype": "float16"}),
+    ],
+)
+def test_a_killed_extraction_resumes_to_the_same_bytes(
+    tmp_path: Path, images: Path, saving: pytest.MonkeyPatch, kind: str, shard_bytes: int, options: dict[str, Any]
+) -> None:
+    saving.setitem(writer_module.write_features.__wrapped__.__kwdefaults__, "shard_bytes", shard_bytes)
+    write_images(images / "c", 5, seed=7)
+    for name in ("a/0001.png", "b/0003.png"):
+        (images / name).write_bytes(b"no image")
+    spec = images
+    if kind == "tar":
+        pack(image_folder(images), tmp_path / "packed", side=None, per_shard=5, name="x", report=lambda *a: None)
+        spec = tmp_path / "packed"
+    reports, lines, whole = run_until(None, tmp_path / "whole" / "f.safetensors", spec, **options)
+    assert (lines, whole.images) == ([], 15)
+    again = tmp_path / "again" / "f.safetensors"
+    killed_after(2, again, spec, **options)
+    killed_after(1, again, spec, **options)  # also in the resumed one
+    assert not again.exists()
+    rest, lines, resumed = run_until(None, again, spec, **options)
+    assert rest == reports[3:]
+    assert len(lines) == 1 and lines[0].startswith("resuming after ")
+    assert (resumed.images, resumed.shape, resumed.skipped) == (whole.images, whole.shape, whole.skipped)
+    assert bytes_below(tmp_path / "again") == bytes_below(tmp_path / "whole")
+
+
+def resumed_bytes(out: Path, spec: Path) -> tuple[int, dict[str, str]]:
+    _, _, done = run_until(None, out, spec)
+    return done.images, done.skipped
+
+
+def test_two_processes_resume_what_one_began(tmp_path: Path, images: Path, saving: pytest.MonkeyPatch) -> None:
+    write_images(images / "c", 9, seed=7)
+    (images / "a" / "0001.png").write_bytes(b"no image")
+    run_until(None, tmp_path / "whole" / "f.safetensors", images)
+    again = tmp_path / "again" / "f.safetensors"
+    killed_after(3, again, images)
+    [(count, skipped)] = {(n, tuple(s)) for n, s in together(2, resumed_bytes, again, images)}
+    assert (count, skipped) == (20, ("a/0001.png",))
+    assert bytes_below(tmp_path / "again") == bytes_below(tmp_path / "whole")
+
+
+def test_an_extraction_with_other_settings_starts_anew(
+    tmp_path: Path, images: Path, saving: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "others", 12, seed=3)
+    place = tmp_path / "again" / "f.safetensors"
+    weights = replace(small_encoder(), fingerprint="4567")
+    for change, named in (
+        ({"batch_size": 6}, "batch size"),
+        ({"encoder": weights}, "weights"),
+        ({"tokens": "cls+avg"}, "tokens"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"spec": tmp_path / "others"}, "images, labels"),
+    ):
+        killed_after(2, place, images)
+        spec = change.pop("spec", images)
+        reports, lines, _ = run_until(None, place, spec, **change)
+        folder = place.with_name(".f.unfinished")
+        assert lines == [f"note: starting anew: the unfinished extraction in {folder} has other {named}"]
+        assert reports[0] == change.get("batch_size", 4)
+        assert os.listdir(place.parent) == ["f.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["00000.safetensors", "00000.safetensors.paths", "progress.json"])
+def test_a_damaged_unfinished_extraction_starts_anew(
+    tmp_path: Path, images: Path, saving: pytest.MonkeyPatch, name: str
+) -> None:
+    run_until(None, tmp_path / "whole" / "f.safetensors", images)
+    again = tmp_path / "again" / "f.safetensors"
+    killed_after(2, again, images)
+    damaged = again.with_name(".f.unfinished") / name
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    reports, lines, _ = run_until(None, again, images)
+    assert reports == [4, 8, 12]
+    assert len(lines) == 1 and lines[0].startswith("note: starting anew: the unfinished extraction in")
+    assert bytes_below(tmp_path / "again") == bytes_below(tmp_path / "whole")
+
+
+def press_ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_extraction_says_that_it_resumes(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, lines = tmp_path / "out" / "f.safetensors", list[str]()
+    stop = {"data": "d", "batch_size": 4, "say": lines.append, "report": lambda count: press_ctrl_c()}
+    with pytest.raises(KeyboardInterrupt):
+        extract(small_encoder(), image_folder(images), place, **stop)
+    assert not place.parent.exists() and not lines, "nothing was saved in so short a time"
+    monkeypatch.setattr(writer_module, "_SAVE_EVERY", 0)
+    with pytest.raises(KeyboardInterrupt):
+        extract(small_encoder(), image_folder(images), place, **stop)
+    assert [line.split(":")[0] for line in lines] == ["unfinished"]
+    assert run_until(None, place, images)[1] == ["resuming after 4 images"]
+
+
+def test_two_extractions_into_one_place_are_refused(tmp_path: Path, images: Path, saving: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "f.safetensors"
+
+    def second() -> None:
+        with pytest.raises(DinoError, match=r"another run is using .*\.f\.unfinished"):
+            run_until(None, place, images)
+
+    run_until(1, place, images, second)
+    assert len(read_features(place)) == 12
+
+
+def test_a_complete_split_of_an_interrupted_command_is_not_extracted_again(tmp_path: Path, images: Path) -> None:
+    (images / "a" / "0001.png").write_bytes(b"no image")
+    place = tmp_path / "f.safetensors"
+    reports, _, first = run_until(None, place, images, recording=True)
+    assert reports == [4, 8, 12]
+    reports, lines, again = run_until(None, place, images, recording=True)
+    assert (reports, lines, again) == ([12], [f"{place} is complete"], first)
+    assert run_until(None, place, images, dtype="float16")[0] == [4, 8, 12]
+    assert run_until(None, place, images)[0] == [4, 8, 12], "the float16 file is another one"
+    forget(place)
+    assert sorted(os.listdir(tmp_path)) == [place.name, "images"]

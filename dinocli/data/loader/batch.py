@@ -71,7 +71,7 @@ class BadFiles:
 
 
 class Shard(NamedTuple):
-    """Place of a process in its run: number `rank` of `processes`."""
+    """Share of a process in the batches: from number `rank` on, every `processes`-th; the others take those between."""
 
     rank: int
     processes: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class Plain(NamedTuple):
         labels: Class index per image, -1 if unlabelled.
         bad: Name and reason of each unreadable image; these are skipped.
         views: Additional views per image, if requested. [V, B, C, size, size]
+        number: Number of the batch among all batches of the source.
     """
 
     images: Tensor
@@ -55,6 +57,7 @@ class Plain(NamedTuple):
     labels: list[int]
     bad: list[tuple[str, str]]
     views: Tensor | None = None
+    number: int = 0
 
 
 def plain_batches(
@@ -95,7 +98,7 @@ def plain_batches(
     there = [torch.tensor(values, device=device) for values in (mean, std)]
     empty = 0
     try:
-        for slot, arrays, told in filled:
+        for number, (slot, arrays, told) in zip(itertools.count(shard.rank, shard.processes), filled, strict=False):
             seen = sorted(told)
             good = [s for s in seen if not s.reason]
             kept = [s.place for s in good]
@@ -109,7 +112,7 @@ def plain_batches(
             if seen or shard.processes > 1:
                 bad = [(s.name, s.reason) for s in seen if s.reason]
                 names, labels = [s.name for s in good], [s.label for s in good]
-                yield Plain(normalize(pixels.float() / 255, *there), names, labels, bad, views)
+                yield Plain(normalize(pixels.float() / 255, *there), names, labels, bad, views, number)
     finally:
         filled.close()
 
