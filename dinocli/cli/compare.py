@@ -166,7 +166,8 @@ def _measure(
     identities = [setting.identify(encoder) for encoder in encoders]
     different = dict(zip(identities, encoders, strict=True))
     sizes = [setting.size or encoder.size for encoder in different.values()]
-    speeds = dict(zip(different, time_encoders(list(zip(different.values(), sizes, strict=True))), strict=True))
+    timed = time_encoders(list(zip(different.values(), sizes, strict=True)), setting.batch_size)
+    speeds = dict(zip(different, timed, strict=True))
     return [
         measure(encoder, name, identity, setting.size or encoder.size, speeds[identity], features, views)
         for encoder, name, identity, (features, views) in zip(encoders, names, identities, prepared, strict=True)

@@ -10,19 +10,20 @@ import torch
 
 from dinocli.features.encoder import Encoder
 
-_TIMED, _TIMED_ELSEWHERE = 16, 256  # images per timed batch on a CPU, and on other devices
+_MOST_ON_CPU = 16  # images per timed batch: a CPU computes larger batches no faster, and takes long
 _SECONDS, _FEWEST, _MOST = 2.0, 3, 50  # time per network, and rounds
 
 
-def time_encoders(networks: Sequence[tuple[Encoder, int]]) -> list[float]:
+def time_encoders(networks: Sequence[tuple[Encoder, int]], batch_size: int) -> list[float]:
     """Return the images per second of encoders: the fastest of several batches in memory, without decoding.
 
     The encoders take turns, so that other work on the machine slows all of them.
 
     Args:
         networks: Encoders, each with the side of its images in pixels.
+        batch_size: Images per batch; on a CPU at most 16.
     """
-    batches = [_blank_batch(encoder, size) for encoder, size in networks]
+    batches = [_blank_batch(encoder, size, batch_size) for encoder, size in networks]
     for (encoder, _), images in zip(networks, batches, strict=True):
         encoder.features(images)  # the first batch also allocates memory and chooses kernels
     fastest, rounds, began = [math.inf] * len(networks), 0, time.perf_counter()
@@ -35,7 +36,7 @@ def time_encoders(networks: Sequence[tuple[Encoder, int]]) -> list[float]:
     return [len(images) / seconds for images, seconds in zip(batches, fastest, strict=True)]
 
 
-def _blank_batch(encoder: Encoder, size: int) -> torch.Tensor:
-    count = _TIMED if encoder.device.type == "cpu" else _TIMED_ELSEWHERE
+def _blank_batch(encoder: Encoder, size: int, batch_size: int) -> torch.Tensor:
+    count = min(batch_size, _MOST_ON_CPU) if encoder.device.type == "cpu" else batch_size
     images = torch.zeros(count, encoder.channels, size, size, device=encoder.device)
     return images.contiguous(memory_format=torch.channels_last)
