@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -17,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,8 @@ from dinocli.core.device import default_workers, pick_device
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import open_source
 from dinocli.data.views.augment import augment
-from dinocli.data.views.crops import NUMBERS, Draws, draws
+from dinocli.data.views.crops import NUMBERS, Draws, crop_boxes, crop_tries, draws
+from dinocli.data.views.device_crops import Stored, cut_batch
 from dinocli.engine.optim import clip_gradients
 from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import Preset, load_preset
@@ -240,7 +243,8 @@ def jpeg(m: Measurement) -> None:
     """Compare the JPEG decoders of device and host, through torchvision."""
     from torchvision.io import decode_jpeg
 
-    paths = sorted(Path(m.photos).rglob("*.jp*g"))[:256] if m.photos else []
+    found = sorted(Path(m.photos).rglob("*")) if m.photos else []
+    paths = [path for path in found if path.suffix.lower() in (".jpg", ".jpeg")][:256]
     if not paths:
         tell("jpeg", skipped="needs --photos with JPEG files")
         return
@@ -253,6 +257,21 @@ def jpeg(m: Measurement) -> None:
         some = (data * count)[:count]
         row[f"device_images_s_{count}"] = 1000 * count / m.milliseconds(lambda s=some: decode_jpeg(s, device="cuda"), 3)
     tell("jpeg", **row)
+
+
+def crops(m: Measurement) -> None:
+    """Measure the crops of a batch of decoded photos on the device, in the types of the products."""
+    config, numbers = m.preset.views, np.random.default_rng(0).random((m.batch, len(m.preset.views.all), NUMBERS))
+    tries = crop_tries(numbers, np.array([view.scale for view in config.all]))
+    photo = torch.randint(0, 256, (3, 375, 500), dtype=torch.uint8, device=m.device)
+    stored = [Stored.of(photo, 1, torch.tensor(crop_boxes(one, 375, 500)), b) for b, one in enumerate(tries)]
+    n, local, resamples = len(config.globals), config.local, [view.resample for view in config.all]
+    sizes = [(n, config.global_1.size), (len(config.all) - n, local.size if local else 0)]
+    groups = [torch.empty(v, m.batch, s, s, 3, dtype=torch.uint8, device=m.device) for v, s in sizes if v]
+    for dtype in (torch.float32, torch.float16) if m.on_gpu else (torch.float32,):
+        work = partial(cut_batch, groups, stored, resamples, dtype)
+        host = m.host_milliseconds(work)
+        tell("crops", dtype=str(dtype), batch=m.batch, ms=m.milliseconds(work, 5), host_ms=host)
 
 
 def embedding(m: Measurement) -> None:
@@ -276,14 +295,14 @@ def embedding(m: Measurement) -> None:
 
 
 def loader(m: Measurement) -> None:
-    """Measure the loader alone, with one worker and with the default number."""
+    """Measure the loader alone, with one worker and with the default number, decoding on the host and on the device."""
     if not m.photos:
         tell("loader", skipped="needs --photos")
         return
     size, seconds = min(m.batch, 64), 1 if m.tiny else 6
-    for workers in sorted({1, default_workers(m.device)}):
+    for workers, on_device in itertools.product(sorted({1, default_workers(m.device)}), (False, True)):
         options = {"batch_size": size, "seed": 0, "images": m.preset.images, "workers": workers, "device": m.device}
-        batches = TrainBatches(open_source(m.photos), m.preset.views, **options)
+        batches = TrainBatches(open_source(m.photos), m.preset.views, on_device=on_device, **options)
         each = iter(batches)
         for _ in range(6):
             next(each)
@@ -293,11 +312,14 @@ def loader(m: Measurement) -> None:
             next(each)
             count += 1
         m.wait()
-        tell("loader", workers=workers, images_s=count * size / (time.perf_counter() - began))
+        speed, share = count * size / (time.perf_counter() - began), batches.share_on_device
+        tell("loader", workers=workers, on_device=on_device, images_s=speed, decoded_on_device=share)
         batches.close()
 
 
-PARTS = {f.__name__: f for f in (ceiling, step, graph, update, attention, views, copies, jpeg, embedding, loader)}
+PARTS = {
+    f.__name__: f for f in (ceiling, step, graph, update, attention, views, copies, jpeg, crops, embedding, loader)
+}
 
 
 def tell(part: str, **figures: object) -> None:

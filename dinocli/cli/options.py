@@ -290,6 +290,15 @@ def compiles(device: torch.device, *, asked: bool) -> bool:
     return not fault
 
 
+def decodes(device: torch.device) -> bool:
+    """Return whether a device decodes JPEGs; print a note if not."""
+    from dinocli.data.decode.torch_codecs import why_no_jpegs
+
+    if fault := why_no_jpegs(device):
+        console.say(f"note: torchvision cannot decode JPEGs on {device}; the workers decode them: {fault}")
+    return not fault
+
+
 def one_checkpoint(argument: str | None, option: str | None) -> str | None:
     """Return the checkpoint given as an argument or with `--checkpoint`.
 

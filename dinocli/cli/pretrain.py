@@ -11,7 +11,17 @@ import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import MACHINE, MONITORING, RECIPE, RUN_FOLDER, SPEED
-from dinocli.cli.options import AllSettings, Device, Images, Json, Workers, compiles, output_place, refuse_address
+from dinocli.cli.options import (
+    AllSettings,
+    Device,
+    Images,
+    Json,
+    Workers,
+    compiles,
+    decodes,
+    output_place,
+    refuse_address,
+)
 from dinocli.cli.presets import complete_preset
 from dinocli.cli.training import (
     Accumulate,
@@ -138,6 +148,12 @@ def pretrain(
             rich_help_panel=SPEED,
         ),
     ] = None,
+    decode: Annotated[
+        Literal["cpu", "gpu"],
+        typer.Option(
+            help="Decode JPEGs in the workers, or on the GPU, which then cuts their crops too.", rich_help_panel=SPEED
+        ),
+    ] = "cpu",
     cache: Annotated[
         str | None,
         typer.Option(
@@ -233,6 +249,7 @@ def pretrain(
         origin=before,
         teacher_cache=cache_teacher,
         cache=cache,
+        decode=decode,
         accumulate=accumulate,
         saving=parse_saving(save_every, keep, milestones),
         on_collapse=on_collapse,
@@ -247,7 +264,14 @@ def pretrain(
     if dry_run:
         show_plan(plan, json)
     else:
-        run_plan(replace(plan, compiled=plan.compiled and compiles(plan.device, asked=compiled is True)), json)
+        run_plan(
+            replace(
+                plan,
+                compiled=plan.compiled and compiles(plan.device, asked=compiled is True),
+                decode="gpu" if decode == "gpu" and decodes(plan.device) else "cpu",
+            ),
+            json,
+        )
 
 
 def _read_teachers(sources: list[str], preset: Preset) -> FrozenTeacher | FeatureTeachers | None:

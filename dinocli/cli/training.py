@@ -275,6 +275,8 @@ def run_plan(plan: Plan, json: bool, after: Callable[[Run], dict[str, Any]] = la
         )
     if run.cached is not None:
         console.say(f"note: the cache held {run.cached} of {count} images")
+    if run.on_device is not None:
+        console.say(f"note: the GPU decoded {run.on_device:.0%} of the images, the workers the rest")
     if run.skipped:
         expected = "; a few are normal in float16" * (plan.precision == "float16")
         console.say(f"note: skipped {run.skipped} steps whose loss or gradient was not finite{expected}")

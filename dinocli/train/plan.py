@@ -39,6 +39,7 @@ _MANY_A_BATCH, _BATCH_OF_TINY = 256, 48
 _LARGE_CROP, _FEW_STEPS_ON_CPU = 160, 200
 
 OnCollapse = Literal["stop", "warn"]
+Decode = Literal["cpu", "gpu"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Plan:
         teacher: Frozen teacher with heads, or encoders whose features teach, if the preset needs one.
         teacher_cache: Folder for the teachers' features of fixed views. If None, each step computes them.
         cache: Cache of decoded images: `ram` or a folder. If None, images are decoded in every epoch.
+        decode: `gpu` decodes JPEGs on the CUDA device of the run, `cpu` in the workers.
         accumulate: Number of parts of a batch, computed one after another to save memory.
         saving: Schedule of the checkpoints.
         on_collapse: Action when training collapses.
@@ -108,6 +110,7 @@ class Plan:
     teacher: FrozenTeacher | FeatureTeachers | None = None
     teacher_cache: Path | None = None
     cache: str | None = None
+    decode: Decode = "cpu"
     accumulate: int = 1
     saving: Saving = Saving()
     on_collapse: OnCollapse = "warn"
@@ -142,6 +145,8 @@ class Plan:
             check_same_network(self.preset, self.origin.preset, self.origin.source)
         if self.teacher_cache:
             self._check_teacher_cache()
+        if self.decode == "gpu":
+            self._check_decode()
         trained = self.preset.backbone.learning.trained
         if trained.kind == "lora" and self.parallel == "fsdp":
             raise DinoError(
@@ -194,6 +199,20 @@ class Plan:
                 preset = self.preset.model_copy(update={"views": those})
                 parts.append((end - first, replace(self, preset=preset)))
         return parts
+
+    def _check_decode(self) -> None:
+        if self.device.type != "cuda":
+            raise DinoError(
+                f"--decode gpu needs a CUDA device; the device of this run is {self.device}", "run without --decode gpu"
+            )
+        if self.cache:
+            raise DinoError(
+                "--decode gpu decodes images in every epoch; --cache keeps decoded images", "keep one of the two"
+            )
+        if isinstance(self.source, Shards):
+            raise DinoError(
+                "--decode gpu needs random access to images; shards are read as a stream", "run without --decode gpu"
+            )
 
     def _check_teacher_cache(self) -> None:
         option = f"--cache-teacher {self.teacher_cache}"

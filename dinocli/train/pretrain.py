@@ -52,6 +52,7 @@ class Run:
         seconds: Wall time of this call.
         bad: Image files that could not be read.
         cached: Number of images in the pixel cache, or None without a cache.
+        on_device: Share of this call's images that the device decoded, or None if it decodes none.
         fresh_heads: Names of heads that the initial weights lack or have in another shape, so they start at random.
         skipped: Number of steps skipped because of a non-finite loss or gradient.
     """
@@ -65,6 +66,7 @@ class Run:
     seconds: float
     bad: BadFiles
     cached: int | None
+    on_device: float | None
     fresh_heads: list[str]
     skipped: int
 
@@ -124,6 +126,7 @@ def pretrain(plan: Plan, report: Callable[[Progress], None], note: Callable[[str
         seconds=time.perf_counter() - began,
         bad=session.bad,
         cached=batches.cache.kept if batches.cache else None,
+        on_device=batches.share_on_device,
         fresh_heads=fresh,
         skipped=int(trainer.skipped[0]),
     )
@@ -228,4 +231,5 @@ def _batches(plan: Plan, trainer: Trainer, method: AnyMethod) -> TrainBatches:
         compiled=plan.compiled,
         grid=method.student.backbone.grid,
         clean=plan.preset.clean_scale,
+        on_device=plan.decode == "gpu",
     )

@@ -171,6 +171,11 @@ def test_presets_are_listed_and_shown(dino: Dino) -> None:
         (["pretrain", "images", "--out", "images/a/0000.png"], "is a file; expected a folder", "use --out images/a/0000"),
         (["pretrain", "images", "--out", "./images"], "--out images is the folder of the images", "use --out runs/images"),
         (["pretrain", "images", "--cache", "gs://b/c"], "--cache gs://b/c is an address", "use --cache c"),
+        (
+            ["pretrain", "images", "--preset", "tiny", *SMALL, "--device", "cpu", "--decode", "gpu"],
+            "--decode gpu needs a CUDA device; the device of this run is cpu",
+            "run without --decode gpu",
+        ),
         (["pretrain", "images", "--epochs", "5", "--set", "training.epochs=9"], "two values for one key", "keep one: --epochs 5"),
         (["pretrain", "images", "--preset", "vit_s16"], "no preset 'vit_s16'", "use --preset vits16"),
         (["pretrain", "images", "--preset", "ViT-S/8"], "no preset 'ViT-S/8'", "use --preset vits8"),

@@ -12,7 +12,7 @@ from conftest import of_channels, write_images
 from dinocli.apps.pack import pack
 from dinocli.core.errors import DinoError
 from dinocli.data.images import ImagesConfig
-from dinocli.data.sources.open import image_folder, open_images
+from dinocli.data.sources.open import image_folder, open_images, open_source
 from dinocli.method import shipped
 from dinocli.method.preset import load_preset
 from dinocli.train.plan import Plan, cautions, check_schedules, short_stop, start_clock
@@ -269,6 +269,19 @@ def test_a_batch_splits_only_into_equal_parts(tmp_path: Path) -> None:
             replace(made, accumulate=parts)
         assert error.value.hint == f"--accumulate {hint}"
     assert replace(made, accumulate=48).accumulate == 48
+
+
+def test_decoding_on_the_gpu_needs_one_and_decodes_every_image_anew(tmp_path: Path) -> None:
+    usual = plan(write_images(tmp_path / "x", 8), "training.batch_size=8")
+    assert usual.decode == "cpu"
+    with pytest.raises(DinoError, match="--decode gpu needs a CUDA device; the device of this run is cpu"):
+        replace(usual, decode="gpu")
+    gpu = replace(usual, decode="gpu", device=torch.device("cuda"))
+    with pytest.raises(DinoError, match="--cache keeps decoded images"):
+        replace(gpu, cache="ram")
+    pack(gpu.source, tmp_path / "shards", per_shard=4)
+    with pytest.raises(DinoError, match="shards are read as a stream"):
+        replace(gpu, source=open_source(str(tmp_path / "shards")))
 
 
 def test_accumulation_with_batch_norm_is_cautioned(tmp_path: Path) -> None:

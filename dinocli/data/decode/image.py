@@ -13,7 +13,7 @@ from dinocli.data.decode.arrays import open_array
 from dinocli.data.decode.bit_depth import to_bytes
 from dinocli.data.decode.colors import HOLD_ORIENTATION, keep_channels, orientation, to_gray, to_rgb
 from dinocli.data.decode.guards import BODY, Reader, check_tags, gif_frames, size_fault, slow_fault
-from dinocli.data.decode.jpeg_header import find_frame, plain_header
+from dinocli.data.decode.jpeg_header import decodes_alike, find_frame, plain_header
 from dinocli.data.decode.pillow import decode_or_reason, read_header, silence_libtiff
 from dinocli.data.decode.pixels import NO_NUMBER, UNKNOWN_FORMAT, BadImage, Data, Pixels
 from dinocli.data.decode.raster import ArrayFile
@@ -41,6 +41,7 @@ class Opened:
         format: Pillow's name of the format, or `NPY`. None for an image that came decoded.
         mode: Pillow's mode of the pixels, or of one channel of an array. `I;16` is deep, `L` grey.
         pages: Number of pages or frames in the file. Only the first is read.
+        turn: EXIF orientation of the stored pixels, 1 to 8.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Opened:
         pages: int = 1,
     ) -> None:
         self._source, self._images, self._size = source, images, size
-        self._image, self._turn, self._tagged, self._plain_jpeg = image, turn, tagged, plain_jpeg
+        self._image, self.turn, self._tagged, self._plain_jpeg = image, turn, tagged, plain_jpeg
         self._array, self._palette = array, palette
         self.width, self.height = size[::-1] if turn > 4 else size
         self.format, self.mode, self.pages = format, mode, pages
@@ -69,6 +70,16 @@ class Opened:
     def deep(self) -> bool:
         """True if values have more than 8 bits."""
         return self.mode.startswith(("I", "F"))
+
+    @property
+    def for_device(self) -> bool:
+        """True if a device may decode the stored pixels, to RGB: a JPEG that is not decoded smaller.
+
+        They are the same as on the host, except that `turn` is not applied.
+        """
+        small = self.width * self.height <= self._images.reduce_above * 1e6 and self._images.channels == 3
+        source = self._source
+        return small and self.format == "JPEG" and self._plain_jpeg and type(source) is bytes and decodes_alike(source)
 
     def pixels(self, reduce: int = 1) -> Pixels | BadImage:
         """Decode the image.
@@ -90,7 +101,7 @@ class Opened:
         if self._plain_jpeg and reduce == 1 and self._images.channels in (1, 3):
             fast = decode_jpeg_fast(self._source, self._tagged)
             if fast is not None and fast.shape[1::-1] == self._size:
-                return turned(to_gray(fast) if self._images.channels == 1 else fast, self._turn)
+                return turned(to_gray(fast) if self._images.channels == 1 else fast, self.turn)
         image, self._image = self._image, None  # Pillow can load a file only once
         result = decode_or_reason(self._images, False, lambda: self._load(image, reduce))
         if isinstance(result, BadImage) and self._images.truncated and isinstance(self._source, bytes):
@@ -108,7 +119,7 @@ class Opened:
         pixels = to_gray(pixels) if channels == 1 and pixels.shape[2] == 3 else pixels
         if ImageFile.LOAD_TRUNCATED_IMAGES and (pixels == pixels[:1, :1]).all():
             return BadImage(_NOTHING_LEFT)
-        return turned(pixels, self._turn)
+        return turned(pixels, self.turn)
 
     def _load(self, image: Image.Image | None, reduce: int) -> Pixels | BadImage:
         assert not isinstance(self._source, np.ndarray)

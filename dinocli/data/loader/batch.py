@@ -16,6 +16,7 @@ from dinocli.data.views.masking import Grid, PatchMasks
 
 _WAITING_BYTES = 8 * 2**30
 _SLOTS = 4
+_FILE_BYTES = 2**20  # room for a JPEG of two megapixels; memory is taken only as far as it is written
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,16 @@ def clean_fields(views: ViewsConfig, batch_size: int, clean: float | None) -> ri
         return {}
     side = views.clean_size(clean)
     return {"clean": ring.Field((len(views.globals), batch_size, side, side, views.channels), torch.uint8)}
+
+
+def file_fields(crops: int, batch_size: int) -> ring.Fields:
+    """Return the arrays of images that the device decodes: their files, and the boxes of all crops."""
+    return {
+        "files": ring.Field((batch_size, _FILE_BYTES), torch.uint8, pinned=False),
+        "lengths": ring.Field((batch_size,), torch.int64),  # bytes; 0 for an image whose crops are in the slot
+        "turns": ring.Field((batch_size,), torch.int64),  # EXIF orientation
+        "boxes": ring.Field((batch_size, crops, 4), torch.int64),
+    }
 
 
 def mask_fields(views: ViewsConfig, batch_size: int, grid: Grid | None) -> ring.Fields:

@@ -182,9 +182,8 @@ class ImageFiller:
                 if redraw:
                     row = int(drawn[b][1].integers(len(self.source)))
                     keys[b, 1] = row
-                found = self._pixels(row, tries[b], places[b])
+                found = self._fill(slot, task.first + b, row, tries[b], places[b])
                 if not isinstance(found, BadImage):
-                    self.cutter.place(places[b], *found)
                     self.cutter.finish(slot, task.first + b, [view[b] for view in steps])
                     break
                 bad.append((self.source.names[row], found.reason))
@@ -192,6 +191,15 @@ class ImageFiller:
                 raise _nothing_to_read(*bad[-1])
         self.cutter.mask(slot, task.first, asked)
         return bad
+
+    def _fill(
+        self, slot: dict[str, Tensor], place: int, row: int, tries: list[Tries], places: list[Tensor]
+    ) -> BadImage | None:
+        found = self._pixels(row, tries, places)
+        if isinstance(found, BadImage):
+            return found
+        self.cutter.place(places, *found)
+        return None
 
     def _pixels(self, row: int, tries: list[Tries], places: list[Tensor]) -> tuple[Pixels, list[Box]] | BadImage:
         if self.cache is None:
@@ -205,6 +213,28 @@ class ImageFiller:
                 return found
             pixels = self.cache.put(row, found)
         return pixels, _with_clean(crop_boxes(tries, *pixels.shape[:2]), places)
+
+
+class FileFiller(ImageFiller):
+    """Filler that leaves JPEGs to the device, if that gives the same pixels, and cuts the views of other images."""
+
+    def _fill(
+        self, slot: dict[str, Tensor], place: int, row: int, tries: list[Tries], places: list[Tensor]
+    ) -> BadImage | None:
+        slot["lengths"][place] = 0
+        data = _read(self.source, row, self.cutter.images)
+        if not isinstance(data, bytes) or len(data) > slot["files"].shape[1]:
+            return super()._fill(slot, place, row, tries, places)
+        opened = open_image(data, self.cutter.images)
+        if isinstance(opened, BadImage):
+            return opened
+        if not opened.for_device:
+            return super()._fill(slot, place, row, tries, places)
+        boxes = _with_clean(crop_boxes(tries, opened.height, opened.width), places)
+        slot["files"][place, : len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        slot["boxes"][place] = torch.tensor(boxes)
+        slot["lengths"][place], slot["turns"][place] = len(data), opened.turn
+        return None
 
 
 class StreamFiller:

@@ -33,10 +33,11 @@ _MINDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if
 
 
 class Field(NamedTuple):
-    """Shape and type of one array of a batch."""
+    """Shape and type of one array of a batch, and whether its memory is pinned if that of the batch is."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    pinned: bool = True
 
 
 Fields = dict[str, Field]
@@ -154,7 +155,8 @@ class Ring(Generic[Note]):
         pinned: list[Tensor] = []
         self._unpin = weakref.finalize(self, _unpin, pinned, pin)  # keeps the memory mapped until it is unpinned
         if pin is not None:  # after the workers have started, which must not inherit it
-            _pin([values for slot in memory for values in slot.values()], pinned, pin)
+            names = [name for name, field in phases[0][1].items() if field.pinned]
+            _pin([slot[name] for slot in memory for name in names], pinned, pin)
 
     def _start(self, make: Callable[[int, int], Filler[Note]], bound: bool) -> None:
         workers = self._workers

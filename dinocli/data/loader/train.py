@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,15 +17,17 @@ from torch import Tensor
 from dinocli.core.errors import DinoError
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.loader import ring
-from dinocli.data.loader.batch import ALONE, BadFiles, Batch, Shard, mask_fields, slots_for, view_fields
+from dinocli.data.loader.batch import ALONE, BadFiles, Batch, Shard, file_fields, mask_fields, slots_for, view_fields
 from dinocli.data.loader.cache import PixelCache
-from dinocli.data.loader.fill import Cutter, ImageFiller, StreamFiller
+from dinocli.data.loader.fill import Cutter, FileFiller, ImageFiller, StreamFiller
+from dinocli.data.loader.on_device import DeviceCutter
 from dinocli.data.loader.ring import Filler, Ring
 from dinocli.data.sources.open import Images, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.augment import augment
 from dinocli.data.views.augment_bytes import compile_library, normalize_bytes
 from dinocli.data.views.crops import Draws, SizeDraw, ViewConfig, ViewsConfig
+from dinocli.data.views.device_crops import Stored
 from dinocli.data.views.masking import Grid, MaskConfig, PatchMasks, deal
 
 BAD_SHARE = 0.05
@@ -57,6 +60,7 @@ class TrainBatches:
         clean: Side of clean crops relative to the global crops'. If None, there are no clean crops.
         in_order: True to yield the fixed views of all images by place instead of shuffling: each once, then again from
             the first.
+        on_device: True to decode JPEGs on the device and cut their crops there, if that gives the same pixels.
 
     Attributes:
         bad: Files that cannot be read.
@@ -84,23 +88,28 @@ class TrainBatches:
         grid: Callable[[int], Grid | None] = lambda size: None,
         clean: float | None = None,
         in_order: bool = False,
+        on_device: bool = False,
     ) -> None:
         self._compiled = compiled
         self.bad = BadFiles()
+        self._device_cutter: DeviceCutter | None = None
         self._source, self._views, self._device, self._seen = source, views, device, 0
         self._batch_size = batch_size
         known = views.fixed and not isinstance(source, Shards)
         places = {"places": ring.Field((batch_size,), torch.int64)} if known else {}
+        crops = len(views.all) + (len(views.globals) if clean else 0)
+        files = file_fields(crops, batch_size) if on_device else {}
         phases = [
             (
                 first,
                 view_fields(those, batch_size, clean)
                 | mask_fields(those, batch_size, grid(those.global_1.size))
-                | places,
+                | places
+                | files,
             )
             for first, those in ([(0, mix) for _, mix in views.mixes] or views.phases(steps_per_epoch))
         ]
-        self._finished = device.type == "cpu"
+        self._finished = device.type == "cpu" and not on_device
         library = compile_library() if self._finished and compiled else None
         cutter = Cutter(views, seed, images, finish=self._finished, library=library)
         kept = None
@@ -116,7 +125,9 @@ class TrainBatches:
                 )
             make = partial(_stream_filler, cutter, source, batch_size, start, workers, shard)
         else:
-            make = partial(_image_filler, cutter, source, kept)
+            make = partial(_image_filler, cutter, source, kept, on_device)
+            if on_device:
+                self._device_cutter = DeviceCutter(ImageFiller(cutter, source), device)
         order = _Order(source, batch_size, seed, shard, views.mask, views.fixed, in_order=in_order)
         self._ring = Ring(
             phases,
@@ -132,6 +143,11 @@ class TrainBatches:
         )
 
     @property
+    def share_on_device(self) -> float | None:
+        """Share of the images so far that the device has decoded, or None if it decodes none."""
+        return self._device_cutter.decoded / max(1, self._seen) if self._device_cutter else None
+
+    @property
     def waited(self) -> float:
         """Seconds this process has waited for batches."""
         return self._ring.waited
@@ -145,13 +161,23 @@ class TrainBatches:
         copier = _Copier(self._device)
         n = len(self._views.globals)
         for slot, arrays, bad in self._ring:
+            stored: list[Stored] = []
+            if self._device_cutter:
+                with copier.beside():
+                    stored, refused = self._device_cutter.decode(arrays)
+                bad = bad + refused
             self._count(bad)
             drawn = Draws(*(arrays[name].clone() for name in Draws._fields))
             rows = arrays["keys"][:, 1].clone()
             places = arrays["places"].clone() if "places" in arrays else None
             masks = copier.masks(PatchMasks.of(arrays["where"].flatten(2).clone())) if "where" in arrays else None
-            groups = [copier(arrays[name]) for name in ("globals", "locals") if arrays[name].numel()]
-            clean = copier(arrays["clean"]) if "clean" in arrays else None
+            names = [name for name in ("globals", "locals", "clean") if name in arrays and arrays[name].numel()]
+            moved = {name: copier(arrays[name], needed=len(stored) < self._batch_size) for name in names}
+            if self._device_cutter and stored:
+                with copier.beside():
+                    self._device_cutter.cut(list(moved.values()), stored)
+            clean = moved.pop("clean", None)
+            groups = list(moved.values())
             copier.wait()
             parts = (slice(0, n), slice(n, None))
             if self._finished:
@@ -192,8 +218,10 @@ def _list_cuts(views: ViewsConfig, clean: float | None) -> list[ViewConfig]:
 # Workers start with these module-level functions: spawned processes receive them by name.
 
 
-def _image_filler(cutter: Cutter, source: Images, cache: PixelCache | None, lane: int, lanes: int) -> ImageFiller:
-    return ImageFiller(cutter, source, cache)
+def _image_filler(
+    cutter: Cutter, source: Images, cache: PixelCache | None, files: bool, lane: int, lanes: int
+) -> ImageFiller:
+    return (FileFiller if files else ImageFiller)(cutter, source, cache)
 
 
 def _stream_filler(
@@ -213,11 +241,15 @@ class _Copier:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.busy: deque[tuple[Any, int]] = deque()
 
-    def __call__(self, values: Tensor) -> Tensor:
+    def __call__(self, values: Tensor, *, needed: bool = True) -> Tensor:
+        """Copy values, or only allocate their memory on the device if they are not needed."""
         if self.stream is None:
             return values.to(self.device)
         with torch.cuda.stream(self.stream):
-            moved = values.to(self.device, non_blocking=True)
+            if needed:
+                moved = values.to(self.device, non_blocking=True)
+            else:
+                moved = torch.empty(values.shape, dtype=values.dtype, device=self.device)
         # Memory from the side stream is read on the main stream: it must not be reused before that read.
         moved.record_stream(torch.cuda.current_stream(self.device))
         return moved
@@ -225,6 +257,10 @@ class _Copier:
     def masks(self, masks: PatchMasks) -> PatchMasks:
         """Copy masks to the device. Call this before copying crops: the host waits for all earlier copies."""
         return PatchMasks(self(masks.where), self(masks.rows), self(masks.weights), masks.counts)
+
+    def beside(self) -> AbstractContextManager[Any]:
+        """Return a context whose work on the device follows the copies, beside that of the main stream."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def wait(self) -> None:
         """Make later work on the device wait for the copies; the host does not wait."""

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from dinocli.data.decode.image import decode, open_image
-from dinocli.data.decode.jpeg_header import plain_header
+from dinocli.data.decode.jpeg_header import decodes_alike, plain_header
 from dinocli.data.decode.pixels import BadImage
+from dinocli.data.images import DEFAULTS
 
 
 def jpeg(mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: object) -> bytes:
@@ -80,3 +81,45 @@ def test_corrupt_files_give_the_same_result_as_pillow(monkeypatch: pytest.Monkey
 def test_the_limits_hold_for_plain_files_too() -> None:
     assert decode(jpeg(size=(400, 3))).reason == "too long: 400x3 pixels are over 100 to 1"
     assert decode(jpeg(size=(1, 3))).reason == "too small: 1x3 pixels are under 2 per side"
+
+
+ALIKE = {
+    "color": jpeg(subsampling=0),
+    "grey": jpeg("L"),
+    "turned": jpeg(subsampling=0, exif=EXIF.tobytes()),
+    "with bytes after its end": jpeg(subsampling=0) + bytes(20),
+}
+NOT_ALIKE = {
+    "half the colors": jpeg(subsampling=2),
+    "half the columns of colors": jpeg(subsampling=1),
+    "progressive": jpeg(subsampling=0, progressive=True),
+    "cmyk": jpeg("CMYK"),
+    "without an end": jpeg(subsampling=0)[:-2],
+    "bands named R, G and B": jpeg(subsampling=0).replace(
+        b"\x01\x11\x00\x02\x11\x01\x03\x11", b"R\x11\x00G\x11\x01B\x11"
+    ),
+    "no picture": b"\xff\xd8\xff\xd9",
+}
+
+
+@pytest.mark.parametrize("name", [*ALIKE, *NOT_ALIKE])
+def test_only_files_that_every_decoder_decodes_alike_go_to_a_device(name: str) -> None:
+    assert decodes_alike((ALIKE | NOT_ALIKE)[name]) == (name in ALIKE)
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "wanted"),
+    [
+        (jpeg(subsampling=0), {}, True),
+        (jpeg(subsampling=0), {"reduce_above": 0.001}, False),
+        (jpeg(subsampling=0), {"channels": 1}, False),
+        (jpeg("CMYK"), {}, False),
+        (with_segment(0xEE, b"Adobe" + bytes(7)), {}, False),
+    ],
+)
+def test_a_device_gets_rgb_of_files_that_are_not_decoded_smaller(
+    data: bytes, changes: dict[str, float], wanted: bool
+) -> None:
+    opened = open_image(data, DEFAULTS.model_copy(update=changes))
+    assert opened.for_device == wanted
+    assert not open_image(decode(data)).for_device, "pixels need no decoder"

@@ -77,3 +77,25 @@ def test_decoders_fall_back_to_torchcodec_and_then_to_pillow(monkeypatch: pytest
     assert decode(saved(photo(), "JPEG", exif=exif)).std() > 30  # torchcodec would apply the orientation a second time
     assert seen == [JPEGS["420"]] * 2
     module._jpeg_decoder.cache_clear()
+
+
+def test_several_jpegs_are_decoded_and_corrupt_ones_are_none() -> None:
+    pytest.importorskip("torchvision.io")
+    good = saved(photo(), "JPEG")
+    files = [good, good[:300], saved(photo().convert("L"), "JPEG"), b"no picture", good]
+    data = [torch.frombuffer(bytearray(each), dtype=torch.uint8) for each in files]
+    found = module.decode_jpegs(data, torch.device("cpu"))
+    assert [one is None for one in found] == [False, True, False, True, False]
+    wanted = np.asarray(Image.open(io.BytesIO(good)).convert("RGB")).astype(int)
+    assert np.abs(found[4].permute(1, 2, 0).numpy() - wanted).max() <= 3
+    assert found[2].shape == found[0].shape, "grey becomes RGB"
+
+
+def test_the_reason_why_a_device_decodes_no_jpegs_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision.io")
+    assert module.why_no_jpegs(torch.device("cpu")) is None
+    assert module.why_no_jpegs(torch.device("cuda")) or torch.cuda.is_available()
+    monkeypatch.setattr(module, "decode_jpegs", lambda data, where: [None])
+    assert module.why_no_jpegs(torch.device("cpu")) == "torchvision was built without nvJPEG"
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)
+    assert "torchvision" in module.why_no_jpegs(torch.device("cpu"))
