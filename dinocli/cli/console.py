@@ -46,6 +46,19 @@ def skipped(reasons: Mapping[str, str] | Mapping[Path, str]) -> None:
         say(f"note: skipped {what}: {reason}")
 
 
+def saved(paths: Iterable[object], then: str = "") -> None:
+    """Print the written files and folders, on stderr, as the last line of a command that writes, and what to type next.
+
+    Args:
+        paths: Written files and folders; without any, nothing is printed of them.
+        then: Command that uses them. If empty, none is suggested.
+    """
+    if names := ", ".join(dict.fromkeys(map(str, paths))):
+        say(f"results saved to {names}")
+    if then:
+        say(f"next: {then}")
+
+
 def error(message: str, hint: str) -> None:
     """Print an error and its hint, on stderr."""
     _mistakes.print(f"[bold red]error:[/] {_escape(message)}\n[bold cyan]hint:[/] {_escape(hint)}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -17,11 +18,17 @@ from dinocli.cli.options import (
     Size,
     Tokens,
     checkpoint_or_newest,
+    features_or_newest,
     one_checkpoint,
     output_place,
 )
+from dinocli.cli.tables import write_tables
 from dinocli.cli.words import Misuse
+from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
+
+if TYPE_CHECKING:
+    from dinocli.features.tabular import TableFormat
 
 
 def export(
@@ -29,7 +36,8 @@ def export(
         str | None,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="Run folder, ckpt.safetensors, or official .pth. Default: ./ckpt.safetensors, else the newest run.",
+            help="Run folder, ckpt.safetensors, or official .pth. Default: ./ckpt.safetensors, else the newest run. "
+            "For parquet, csv and npy: folder or file of features. Default: ./features, else that of the newest run.",
         ),
     ] = None,
     checkpoint: SameCheckpoint = None,
@@ -47,19 +55,20 @@ def export(
     overrides: ShapeSettings = None,
     *,
     to: Annotated[
-        Literal["official", "timm", "onnx", "torch-export"],
+        Literal["official", "timm", "onnx", "torch-export", "parquet", "csv", "npy"],
         typer.Option(
             metavar="FORMAT",
             help="official: a .pth for facebookresearch/dino. timm: a folder that timm.create_model loads. "
-            "onnx, torch-export: a graph from images to features.",
+            "onnx, torch-export: a graph from images to features. parquet, csv, npy: features of dino extract.",
             rich_help_panel=OUTPUT,
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Output file, or folder for timm. Default: named after the run and network. Replaces an "
-            "existing file, or a folder of an earlier export, but never the source.",
+            help="Output file, or folder for timm and for features. Default: named after the run and network; for "
+            "features their own folder. Replaces an existing file, or a folder of an earlier export, but never the "
+            "source.",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -67,10 +76,16 @@ def export(
 ) -> None:
     """Export a trained backbone for another library, load it with that library, and compare the features.
 
+    Also writes stored features for other tools.
+
     Examples:
         dino export --to onnx
         dino export runs/tiny-1 --to official --projection-head --out tiny.pth
+        dino export features --to parquet
     """
+    if to == "parquet" or to == "csv" or to == "npy":
+        _export_features(source, to, out, json=json)
+        return
     graph = to in ("onnx", "torch-export")
     if projection_head and to != "official":
         raise Misuse(
@@ -102,6 +117,26 @@ def export(
         )
     else:
         console.out(str(done.path))
+
+
+def _export_features(source: str | None, to: TableFormat, out: Path | None, *, json: bool) -> None:
+    from dinocli.features.store import INDEX, read_features, read_splits
+    from dinocli.weights.identify import NAMES, WEIGHTS, kind_of
+
+    if source and (kind := kind_of(source)) in WEIGHTS:
+        again = f"dino extract {quote(source)} IMAGES --to {to}"
+        raise DinoError(f"{source} is {NAMES[kind]}; expected features, which --to {to} writes", again)
+    place = features_or_newest(Path(source) if source else None)
+    single = place.is_file() or (place / INDEX).is_file()
+    folder = output_place(out) if out else place.parent if single else place
+    parts = {place.stem: read_features(place)} if single else read_splits(place)
+    files = write_tables(parts, folder, to)
+    if json:
+        console.out_json({split: list(map(str, paths)) for split, paths in files.items()})
+    else:
+        for paths in files.values():
+            console.out(str(paths[0]))
+    console.saved(path for paths in files.values() for path in paths)
 
 
 _LIBRARY = {"official": "the original's network", "timm": "timm", "onnx": "onnxruntime", "torch-export": "torch.export"}

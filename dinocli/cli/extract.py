@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -27,10 +28,12 @@ from dinocli.cli.options import (
     output_place,
 )
 from dinocli.cli.places import checkpoint_and_images
+from dinocli.cli.tables import write_tables
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.features.extract import Extracted
+    from dinocli.features.tabular import TableFormat
 
 
 def extract(
@@ -96,6 +99,13 @@ def extract(
             rich_help_panel=OUTPUT,
         ),
     ] = False,
+    to: Annotated[
+        Literal["safetensors", "parquet", "csv", "npy"],
+        typer.Option(
+            help="Also write each split in this format, for other tools, beside the file that dino's commands read.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "safetensors",
     json: Json = False,
 ) -> None:
     """Extract features of images into one file per split, with labels, class names and paths.
@@ -106,16 +116,23 @@ def extract(
         dino extract ckpt.safetensors ./data
         dino extract ckpt.safetensors ./data --part 3/8
         dino extract --merge features
+        dino extract ckpt.safetensors ./data --to parquet
         dino extract timm:vit_small_patch14_dinov2.lvd142m ./data --size 224
     """
     if merge:
-        _merge([Path(place) for place in paths], output_place(out), json)
+        _merge([Path(place) for place in paths], output_place(out), to, json)
         return
     from dinocli.data.sources.open import splits
 
     numbered = _parse_part(part)
     given = one_checkpoint(paths[0] if len(paths) == 2 else None, checkpoint)
     out = output_place(out)
+    if to != "safetensors":
+        from dinocli.features.tabular import check_format
+
+        check_format(to, tokens)
+    if numbered and to != "safetensors":
+        raise DinoError(f"--to {to} needs all features, and --part {part} extracts some", f"--to {to} with --merge")
     data = paths[-1]
     parts = splits(data)
     console.notes(note for source in parts.values() for note in source.notes)
@@ -169,12 +186,15 @@ def extract(
             )
     for place in places.values() if rank() == 0 else ():
         forget(place)
-    _show(written, json)
+    uses = "" if tokens == "patches" else "knn" if any(source.classes for source in parts.values()) else "plot"
     if numbered:
-        console.say(f"next, when all {share.of} parts are there: dino extract --merge {out}")
+        console.say(f"part {numbered[0]} of {share.of}; when all are there, join them")
+        _show(written, out, to, f"dino extract --merge {quote(str(out))}", json)
+    else:
+        _show(written, out, to, uses and f"dino {uses} --features {quote(str(out))}", json)
 
 
-def _merge(places: list[Path], out: Path, json: bool) -> None:
+def _merge(places: list[Path], out: Path, to: TableFormat | Literal["safetensors"], json: bool) -> None:
     """Join the parts in some folders, split by split."""
     from dinocli.data.sources.outputs import marked
     from dinocli.features.parts import find_parts, join
@@ -183,7 +203,7 @@ def _merge(places: list[Path], out: Path, json: bool) -> None:
     for name, paths in find_parts(places).items():
         with marked(out, "extract"), console.progress(f"merge {name}", 0, "images") as advance:
             joined.append(join(paths, out / f"{name}.safetensors", advance))
-    _show(joined, json)
+    _show(joined, out, to, f"dino knn --features {quote(str(out))}", json)
 
 
 def _parse_part(given: str | None) -> tuple[int, int] | None:
@@ -200,16 +220,31 @@ def _parse_part(given: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _show(written: list[Extracted], json: bool) -> None:
+def _show(
+    written: list[Extracted], out: Path, to: TableFormat | Literal["safetensors"], following: str, json: bool
+) -> None:
+    """Write the tables of --to, and print what was written and the command to run next."""
+    from dinocli.core.distributed import rank
+    from dinocli.features.store import read_features
+
+    files = {}
+    if to != "safetensors" and rank() == 0:
+        files = write_tables({part.path.stem: read_features(part.path) for part in written}, out, to)
     for part in written:
         console.skipped(part.skipped)
         console.notes(part.notes)
     if json:
         console.out_json(
-            [{"path": str(p.path), "images": p.images, "shape": p.shape, "skipped": p.skipped} for p in written]
+            [
+                {"path": str(p.path), "images": p.images, "shape": p.shape, "skipped": p.skipped}
+                | ({"files": list(map(str, files[p.path.stem]))} if files else {})
+                for p in written
+            ]
         )
     else:
         console.table(
             ["features", "images", "shape of each", "skipped"],
             [[str(p.path), str(p.images), "x".join(map(str, p.shape)), str(len(p.skipped))] for p in written],
         )
+    made = [path for paths in files.values() for path in paths]
+    console.saved([*(part.path for part in written), *made], following)

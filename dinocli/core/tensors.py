@@ -190,6 +190,11 @@ class Rows:
         """Number of dimensions."""
         return len(self.shape)
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the stored numbers; an index returns float32."""
+        return self._parts[0].dtype
+
     def __len__(self) -> int:
         return self.shape[0]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from dinocli.core.checksums import KEY, crc_of, crc_of_file, parse, unseal
 from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Indices, Rows, Texts, Values, first_not_finite, map_tensors, read_metadata
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FOLDER = Path("features")
 INDEX = "index.json"  # of a folder of shards
@@ -89,6 +92,31 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def rows(self) -> Iterator[tuple[str, int | None, str | None]]:
+        """Yield path, label and class name of each image; the last two are None without a label."""
+        for path, label in zip(self.paths, self.labels.tolist(), strict=True):
+            known = label >= 0
+            yield path, label if known else None, self.classes[label] if known and self.classes else None
+
+    def to_pandas(self) -> DataFrame:
+        """Return a pandas table with the columns `path`, `label`, `class`, `split` and `feature`, all in memory.
+
+        `feature` holds a float32 array per image, [D] or [N, D]. The split is empty for features that no file holds.
+
+        Raises:
+            DinoError: If pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise DinoError(
+                "to_pandas needs the package pandas, which is not installed", "pip install pandas"
+            ) from error
+        table = pandas.DataFrame(self.rows(), columns=["path", "label", "class"]).astype({"label": "Int64"})
+        table["split"] = self.place.stem if self.place else ""
+        table["feature"] = list(self.values[:])
+        return table
 
 
 def read_features(path: Path) -> Features:

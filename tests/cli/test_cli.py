@@ -1162,3 +1162,27 @@ def test_an_official_export_of_tiny_gives_the_features_of_its_checkpoint(dino: D
     said = dino("extract", "bare.pth", "images", code=1).stderr
     assert "bare.pth does not store its number of attention heads, and its width 16 is not a multiple of 64" in said
     assert "hint: --set backbone.options.num_heads=N" in said
+
+
+def test_features_are_written_for_other_tools(dino: Dino, tmp_path: Path, labelled: Path, start: Path) -> None:
+    options = ("--workers", "0", "--device", "cpu")
+    done = dino("extract", str(start), "labelled", "--to", "csv", "--json", *options)
+    assert [part["files"] for part in json.loads(done.stdout)] == [
+        [f"features/{split}.csv", f"features/{split}.json"] for split in ("train", "val")
+    ]
+    names = "features/train.safetensors, features/val.safetensors, features/train.csv, features/train.json"
+    assert f"results saved to {names}, features/val.csv, features/val.json\n" in done.stderr
+    assert done.stderr.endswith("next: dino knn --features features\n")
+    again = dino("export", "--to", "csv", "--out", "other")
+    assert again.stdout == "other/train.csv\nother/val.csv\n"
+    assert again.stderr.endswith("results saved to other/train.csv, other/train.json, other/val.csv, other/val.json\n")
+    for name in ("train.csv", "val.json"):
+        assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "features" / name).read_bytes()
+    one = dino("export", "features/val.safetensors", "--to", "npy", "--json")
+    assert json.loads(one.stdout) == {"val": ["features/val.npy", "features/val.rows.csv", "features/val.json"]}
+    refused = dino("export", str(start), "--to", "csv", code=1).stderr
+    assert f"{start} is a checkpoint; expected features, which --to csv writes" in refused
+    assert f"hint: dino extract {start} IMAGES --to csv" in refused
+    patches = dino("extract", str(start), "labelled", "--to", "csv", "--tokens", "patches", *options, code=1)
+    assert "these features are patch tokens" in patches.stderr
+    assert "extract train" not in patches.stderr
