@@ -41,7 +41,7 @@ from dinocli.data.views.crops import shrink
 from dinocli.evals.balance import spaced_rows
 
 if TYPE_CHECKING:
-    from dinocli.data.sources.open import Images
+    from dinocli.data.sources.indexed import Images
 
 SETTINGS = "pack.json"
 # Default short side of packed pixels. A crop of a quarter of the area, the smallest global crop of the original, then

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dinocli.apps.anomaly.bank import Bank
     from dinocli.apps.anomaly.detect import Scored
     from dinocli.apps.anomaly.evaluate import Separation, Truth
-    from dinocli.data.sources.open import Images
+    from dinocli.data.sources.indexed import Images
     from dinocli.features.encoder import Encoder
 
 BANK, TABLE, SHEET, MAPS = "bank.safetensors", "scores.csv", "anomalies.png", "maps"

@@ -221,7 +221,8 @@ def _train_on_images(
     device: str,
 ) -> _Trained:
     """Train by the paper's protocol."""
-    from dinocli.data.sources.open import Images, splits
+    from dinocli.data.sources.indexed import Images
+    from dinocli.data.sources.open import splits
 
     parts = {name: part for name, part in splits(data).items() if isinstance(part, Images)}
     test = parts.get("val") or parts.get("test")

@@ -30,8 +30,8 @@ Images = Annotated[
     typer.Argument(
         metavar="IMAGES",
         callback=images_place,
-        help="Folder of images, searched recursively; a .txt or .csv list of files; tar shards (x-{000..009}.tar, a "
-        "folder of them, pipe:COMMAND); or torchvision:NAME.",
+        help="Folder of images, searched recursively; a .zip or .tar of one; a .txt or .csv list of files; tar shards "
+        "(x-{000..009}.tar, a folder of them, pipe:COMMAND); or torchvision:NAME.",
     ),
 ]
 Photos = Annotated[

@@ -67,9 +67,8 @@ def _hint_for_images(words: Words, value: str, kind: Kind) -> str:
     if kind in ("image", "pattern"):
         folder = path.parent if kind == "image" or path.parent.is_dir() else Path()
         return _replace_value(words, value, str(folder))
-    if kind == "archive":
-        unpack = "unzip -q {} -d {}" if path.suffix.lower() == ".zip" else "7z x {} -o{}"
-        return f"{unpack.format(quoted, stem)}, then {_replace_value(words, value, path.stem)}"
+    if kind == "archive" and path.suffix.lower() != ".zip":  # ZIP files are read as they are
+        return f"7z x {quoted} -o{stem}, then {_replace_value(words, value, path.stem)}"
     if kind == "video":
         return (
             f"mkdir {stem} && ffmpeg -i {quoted} -r 2 {stem}/%05d.png, then {_replace_value(words, value, path.stem)}"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.sources.open import Images
+from dinocli.data.sources.indexed import Images
 
 _UNEQUAL = 3  # times the images of the smallest class; a smaller imbalance is normal
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.train import TrainBatches
-from dinocli.data.sources.open import Images
+from dinocli.data.sources.indexed import Images
 from dinocli.engine import trainer as engine
 from dinocli.engine.schedules import Clock, CosineByEpoch
 from dinocli.evals.linear import LinearResult, Probe, folded, refuse_diverged

@@ -16,7 +16,7 @@ from dinocli.core.tensors import Rows
 from dinocli.data.decode.image import open_image
 from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources.open import PackedImages, Source, TorchvisionImages, photo_files, splits
+from dinocli.data.sources.open import Source, photo_files, splits
 from dinocli.data.sources.photos import display_pixels
 from dinocli.data.sources.regular import Refused, read_file
 from dinocli.data.sources.shards import Shards, read_sample
@@ -70,7 +70,7 @@ class Gallery:
         """Return the file of an image, or None if the image has no file of its own or is missing."""
         split, path = self._locate(row)
         source = self._sources.get(split)
-        if source is None or isinstance(source, Shards | TorchvisionImages | PackedImages):
+        if source is None or isinstance(source, Shards) or not source.in_files:
             return None
         return (source.root / path).absolute()
 
@@ -81,18 +81,14 @@ class Gallery:
         if source is None:
             return BadImage(f"missing: {self._missing or f'{self.data} has no split {split}'}")
         try:
-            if isinstance(source, TorchvisionImages):
-                return source.read(int(path))
-            if isinstance(source, PackedImages):
-                place = source.places.get(path)
-                return (
-                    BadImage(f"missing: {path} is not in {source.where}")
-                    if place is None
-                    else source.read(place, images)
-                )
             if isinstance(source, Shards):
                 return read_sample(source, path) or BadImage(f"missing: {path} is not in {source.where}")
-            return read_file(source.root / path, images)
+            if source.in_files:
+                return read_file(source.root / path, images)
+            place = source.places.get(path)
+            return (
+                BadImage(f"missing: {path} is not in {source.where}") if place is None else source.read(place, images)
+            )
         except Refused as error:
             return BadImage(str(error))
         except (OSError, ValueError, IndexError) as error:

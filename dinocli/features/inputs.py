@@ -21,8 +21,9 @@ from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.listing import Names
-from dinocli.data.sources.open import Images, Source, open_source
+from dinocli.data.sources.open import Source, open_source
 from dinocli.data.sources.regular import read_file
 
 Given = str | os.PathLike[str] | bytes | Image | NDArray[Any] | Tensor

@@ -16,7 +16,8 @@ from dinocli.core.config import format_toml
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.data.loader.plain import plain_batches
-from dinocli.data.sources.open import Images, Source, splits
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import Source, splits
 from dinocli.evals.balance import shuffle_within
 from dinocli.evals.calibration import fit_temperature
 from dinocli.method.classification import HEAD

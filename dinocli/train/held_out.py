@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinocli.core.errors import DinoError
-from dinocli.data.sources.open import Images
+from dinocli.data.sources.indexed import Images
 from dinocli.evals.accuracy import average_precision
 from dinocli.evals.balance import spaced_rows
 from dinocli.method.classification import HEAD

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dinocli.core.errors import DinoError
 from dinocli.data.loader.plain import plain_batches
-from dinocli.data.sources.open import Images, splits
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import splits
 from dinocli.data.views.augment import normalize
 from dinocli.data.views.crops import ViewsConfig
 from dinocli.evals.balance import balanced_sample

@@ -15,7 +15,7 @@ from dinocli.core.atomic import write_text
 from dinocli.core.device import peak_memory
 from dinocli.core.distributed import any_of, from_first, gathered, rank, size
 from dinocli.core.errors import DinoError
-from dinocli.data.sources.open import Images
+from dinocli.data.sources.indexed import Images
 from dinocli.engine.checkpoint import state_of
 from dinocli.engine.metrics import Metrics, Pace, TensorBoard
 from dinocli.engine.trainer import Trainer, Values

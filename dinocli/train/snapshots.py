@@ -17,7 +17,8 @@ from torch import Tensor
 from dinocli.core.atomic import atomic, write_text
 from dinocli.data.decode.image import Opened, open_image, reduction
 from dinocli.data.decode.pixels import BadImage, Data, Pixels
-from dinocli.data.sources.open import Images, Source
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.crops import ViewsConfig, resize_and_center, resize_for
 from dinocli.evals.attention import attention_maps, default_size

@@ -23,7 +23,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import load_tensors, write_tensors
 from dinocli.core.version import __version__
-from dinocli.data.sources.open import PackedImages, Source, TorchvisionImages
+from dinocli.data.sources.open import Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.sources.tar import PIPE
 from dinocli.engine.checkpoint import restore, state_of
@@ -278,16 +278,16 @@ class StateStore:
 def sample_of(source: Source) -> str:
     """Return checksums of up to 200 image files or shards, eight hexadecimal digits each.
 
-    The result is empty for sources without files, pipes and torchvision, and for packed pixels, whose fingerprint
-    depends on all pixels already.
+    The result is empty for pipes and for images that have no file of their own; the fingerprint of archives and packed
+    pixels depends on their contents already.
     """
-    if isinstance(source, TorchvisionImages | PackedImages):
-        return ""
     if isinstance(source, Shards):
         piped = any(url.startswith(PIPE) for url in source.urls)
         paths = [] if piped else [source.urls[i] for i in _spread(len(source.urls))]
-    else:
+    elif source.in_files:
         paths = [os.path.join(source.root, source.names[row]) for row in _spread(len(source))]
+    else:
+        return ""
     with ThreadPoolExecutor(8) as pool:  # for network file systems
         return "".join(pool.map(_content, paths))
 

@@ -28,7 +28,7 @@ def here(dino: Dino, tmp_path: Path) -> Dino:  # noqa: F811
     for folder in ("feats", "other"):
         (tmp_path / folder).mkdir()
         save_file({"values": np.zeros(1)}, tmp_path / folder / "all.safetensors", {"dinocli": "features"})
-    for name in ("pics.zip", "film.mp4", "net.onnx", "notes.txt", "mask.png"):
+    for name in ("pics.zip", "pics.7z", "film.mp4", "net.onnx", "notes.txt", "mask.png"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     return dino
@@ -105,7 +105,8 @@ WORDS = [
     ("extract 0000.png", "0000.png is an image; expected images: a folder", "dino extract ."),
     ("pretrain runs/tiny-1", "is a run folder; expected images", "dino pretrain IMAGES --init runs/tiny-1"),
     ("doctor 'my ckpt.safetensors'", "is a checkpoint; expected images", "dino doctor IMAGES"),
-    ("doctor pics.zip", "pics.zip is an archive", "unzip -q pics.zip -d pics, then dino doctor pics"),
+    ("doctor pics.zip", "pics.zip is not a valid ZIP archive", "copy or download it again"),
+    ("doctor pics.7z", "pics.7z is an archive", "7z x pics.7z -opics, then dino doctor pics"),
     ("extract film.mp4", "film.mp4 is a video", "mkdir film && ffmpeg -i film.mp4 -r 2 film/%05d.png, then dino extract film"),
     ("extract s3://bucket/photos", "s3://bucket/photos is an address", "copy it here first, then dino extract photos"),
     ("extract https://x.org/a.tar", "is an address", "dino extract 'pipe:curl -sL https://x.org/a.tar'"),

@@ -13,7 +13,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.tensors import Indices
 from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage, Pixels
-from dinocli.data.sources.open import Images
+from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.regular import why_unread
 from dinocli.evals.nearest import nearest
 from dinocli.evals.units import Floats, unit

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from dinocli.core.errors import DinoError
-from dinocli.data.sources.open import TORCHVISION, Images, Source
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import TORCHVISION, Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.sources.tar import PIPE
 from dinocli.evals.balance import balanced_sample

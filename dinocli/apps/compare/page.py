@@ -14,7 +14,8 @@ from dinocli.core.atomic import write_text
 from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.images import DEFAULTS, ImagesConfig
-from dinocli.data.sources.open import Images, Source
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import Source
 from dinocli.evals.bootstrap import Difference
 from dinocli.viz.intervals import Interval, intervals_svg, write_intervals
 from dinocli.viz.page import facts_of, figure_of, page_of, sections_of, table_of, text_of, tile_of

@@ -21,7 +21,8 @@ from dinocli.core.errors import DinoError
 from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.loader.plain import plain_batches
-from dinocli.data.sources.open import Images, image_folder
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import image_folder
 from dinocli.data.sources.outputs import is_fresh
 from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard
 from dinocli.evals.knn import knn

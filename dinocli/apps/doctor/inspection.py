@@ -23,7 +23,8 @@ from dinocli.data.decode.image import open_image, reduction
 from dinocli.data.decode.pixels import BadImage, Data
 from dinocli.data.decode.torch_codecs import has_fast_jpeg
 from dinocli.data.images import DEFAULTS, ImagesConfig, Range
-from dinocli.data.sources.open import Images, PackedImages, Source, TorchvisionImages
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import PackedImages, Source, TorchvisionImages
 from dinocli.data.sources.regular import why_unread
 from dinocli.data.sources.shards import Shards
 

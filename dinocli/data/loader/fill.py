@@ -17,7 +17,7 @@ from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import ImagesConfig
 from dinocli.data.loader.cache import PixelCache
 from dinocli.data.loader.ring import Task
-from dinocli.data.sources.open import Images
+from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.regular import why_unread
 from dinocli.data.sources.shards import Sample
 from dinocli.data.views.augment_bytes import ByteAugmenter, Changes, CompiledByteAugmenter, changes

@@ -15,7 +15,8 @@ from dinocli.data.loader import ring
 from dinocli.data.loader.batch import ALONE, Shard, slots_for, view_fields
 from dinocli.data.loader.fill import Cutter, PlainFiller
 from dinocli.data.loader.ring import Ring
-from dinocli.data.sources.open import Images, Source
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.augment import augment, normalize
 from dinocli.data.views.augment_bytes import normalize_bytes

@@ -22,7 +22,8 @@ from dinocli.data.loader.cache import PixelCache
 from dinocli.data.loader.fill import Cutter, FileFiller, ImageFiller, StreamFiller
 from dinocli.data.loader.on_device import DeviceCutter
 from dinocli.data.loader.ring import Filler, Ring
-from dinocli.data.sources.open import Images, Source
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import Source
 from dinocli.data.sources.shards import Shards
 from dinocli.data.views.augment import augment
 from dinocli.data.views.augment_bytes import compile_library, normalize_bytes
@@ -200,7 +201,9 @@ class TrainBatches:
         total = known or max(self._seen, 20 * self._batch_size)
         if len(self.bad.reasons) > max(1, BAD_SHARE * total):
             first = next(iter(self.bad.reasons))
-            where = f"{self._source.root / first}" if isinstance(self._source, Images) else first
+            where = (
+                f"{self._source.root / first}" if isinstance(self._source, Images) and self._source.in_files else first
+            )
             raise DinoError(
                 f"{len(self.bad.reasons)} of {total} images cannot be read ({self.bad.summary()}); "
                 f"up to {BAD_SHARE:.0%} may be skipped",

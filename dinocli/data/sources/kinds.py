@@ -67,7 +67,9 @@ def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> st
         if kind == ".tar":
             return f"these are tar shards: name their folder, or {shlex.quote(f'{where}/**/*.tar')}"
         if kind in _ARCHIVES:
-            return f"unpack them into a folder with unzip or tar -xf, and name that folder ({first.get(kind, kind)})"
+            if kind == ".zip" and kind in first:
+                return f"name an archive itself: {shlex.quote(first[kind])}"
+            return f"unpack them into a folder with 7z x or tar -xf, and name that folder ({first.get(kind, kind)})"
         if kind in VIDEOS:
             return (
                 "extract frames from videos first: ffmpeg -i FILM frames/%06d.jpg; `dino attn-map --film` and "

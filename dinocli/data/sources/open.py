@@ -1,28 +1,28 @@
-"""Sources of images: a folder, a list of files, tar shards, packed pixels, or a torchvision data set."""
+"""Sources of images: folders, archives, lists of files, tar shards, packed pixels, torchvision's data sets."""
 
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dinocli.core.errors import DinoError, nearest
 from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.indexed import Images, folder_classes, number_classes
 from dinocli.data.sources.kinds import not_beside, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
 from dinocli.data.sources.lists import LISTS, Entry, read_list
 from dinocli.data.sources.outputs import is_output
 from dinocli.data.sources.pixels import PixelShards, is_pixels, open_pixels
-from dinocli.data.sources.regular import begins_with, read_file
+from dinocli.data.sources.regular import begins_with
 from dinocli.data.sources.shards import Shards, is_shards, open_shards
+from dinocli.data.sources.tar_files import open_tar
+from dinocli.data.sources.zip_files import ZIP, open_zip
 
 # First bytes of image files, for files without a suffix: JPEG, PNG, GIF, TIFF of both byte orders, BMP, WebP.
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"RIFF")
@@ -33,86 +33,14 @@ _NAMED = 6  # outputs listed by name in a message
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
-    """Images with random access by index.
-
-    Attributes:
-        where: Source as the user named it.
-        root: Folder that the names are relative to.
-        names: File names relative to `root`, with `/` between folders.
-        classes: Class names; empty for unlabelled images.
-        labels: Class index per image, -1 if unlabelled. [S]
-        notes: Messages for the user about files that are not read.
-        clash: First image with two labels in a list, and both labels, in words; empty if there is none. The class of
-            an image with several labels is all of them, separated by `;`.
-    """
-
-    where: str
-    root: Path
-    names: Names
-    classes: list[str]
-    labels: NDArray[np.int32]
-    notes: tuple[str, ...] = field(default=(), kw_only=True)
-    clash: str = field(default="", kw_only=True)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    @property
-    def count(self) -> int:
-        """Number of images. The same property of `Shards` may be None."""
-        return len(self.names)
-
-    @property
-    def fingerprint(self) -> str:
-        """Checksum of the names and their order, independent of the folder's location."""
-        return f"{zlib.crc32(self.names.ends.tobytes(), zlib.crc32(self.names.text.tobytes())):08x}"
-
-    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
-        """Return the bytes of a file.
-
-        Args:
-            index: Index of the image.
-            images: Limits; larger files are not read.
-
-        Raises:
-            OSError: If the file no longer exists, is too large or not a regular file, or permission is denied.
-        """
-        return read_file(os.path.join(self.root, self.names[index]), images)
-
-    def take(self, rows: NDArray[np.int64]) -> Images:
-        """Return a source of some of the images, in this order; an image may be taken several times."""
-        names = Names.of([self.names[i] for i in rows.tolist()])
-        return TakenImages(self.where, self.root, names, self.classes, self.labels[rows], self, rows, notes=self.notes)
-
-
-@dataclass(frozen=True, eq=False)
-class TakenImages(Images):
-    """Some of the images of a source.
-
-    Attributes:
-        source: All images.
-        rows: Index of each image in the source. [S]
-    """
-
-    source: Images
-    rows: NDArray[np.int64]
-
-    @property
-    def fingerprint(self) -> str:
-        """Checksum of the names, their order, the labels and the classes."""
-        classes = "\0".join(self.classes).encode(errors="surrogateescape")
-        return f"{zlib.crc32(self.labels.tobytes(), zlib.crc32(classes, int(super().fingerprint, 16))):08x}"
-
-    def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
-        return self.source.read(int(self.rows[index]), images)
-
-
-@dataclass(frozen=True, eq=False)
 class TorchvisionImages(Images):
     """Images of a torchvision data set, which returns them decoded."""
 
     dataset: Any = None
+
+    @property
+    def in_files(self) -> bool:
+        return False
 
     def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
         return self.dataset[index][0]
@@ -125,13 +53,12 @@ class PackedImages(Images):
     pixels: PixelShards
 
     @property
+    def in_files(self) -> bool:
+        return False
+
+    @property
     def fingerprint(self) -> str:
         return self.pixels.digest
-
-    @cached_property
-    def places(self) -> dict[str, int]:
-        """Index of each image by its name."""
-        return {name: index for index, name in enumerate(self.names)}
 
     def read(self, index: int, images: ImagesConfig = DEFAULTS) -> Data:
         return self.pixels.read(index, images)
@@ -144,15 +71,17 @@ def open_source(spec: str) -> Source:
     """Open a source of images.
 
     Args:
-        spec: Folder of images, of any depth; `.txt` or `.csv` list of files, with or without labels; tar shards
-            (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); a folder of packed pixels; or
-            `torchvision:NAME`, which is downloaded on first use. `/SPLIT` after the name selects a split other than the
-            training split.
+        spec: Folder of images, of any depth; `.zip` or `.tar` archive of one; `.txt` or `.csv` list of files, with or
+            without labels; tar shards (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); a
+            folder of packed pixels; or `torchvision:NAME`, which is downloaded on first use. `/SPLIT` after the name
+            selects a split other than the training split.
 
     Raises:
         DinoError: If the source does not exist or holds no image.
     """
-    return open_shards(spec) if is_shards(spec) else open_images(spec)
+    if not is_shards(spec):
+        return open_images(spec)
+    return (open_tar(Path(spec)) if is_archive(spec) else None) or open_shards(spec)
 
 
 def open_images(spec: str) -> Images:
@@ -168,7 +97,14 @@ def open_images(spec: str) -> Images:
     if is_pixels(spec):
         return _packed_images(Path(spec))
     path = Path(spec)
+    if is_archive(spec) and (archive := open_zip(path) if path.suffix.lower() == ZIP else open_tar(path)):
+        return archive
     return _file_list(path) if path.suffix.lower() in LISTS and path.is_file() else image_folder(path)
+
+
+def is_archive(spec: str) -> bool:
+    """Return whether a source is one file that may hold images as a folder does: ZIP or tar."""
+    return spec.lower().endswith((ZIP, ".tar")) and os.path.isfile(spec)
 
 
 def splits(spec: str, *, several: bool = False) -> dict[str, Source]:
@@ -183,6 +119,8 @@ def splits(spec: str, *, several: bool = False) -> dict[str, Source]:
     """
     if spec.startswith(TORCHVISION) and "/" not in spec:
         return dict(_torchvision(spec.removeprefix(TORCHVISION), list(_SPLITS)))
+    if is_archive(spec):
+        return _archive_splits(open_source(spec))
     root = Path(spec)
     found = {split: root / name for split, spellings in _SPLITS.items() for name in spellings if (root / name).is_dir()}
     # "test" may also be a class. Without "train", it is a split only if all other folders are outputs of this tool.
@@ -209,6 +147,16 @@ def refuse_clash(source: Images) -> None:
         )
 
 
+def _archive_splits(source: Source) -> dict[str, Source]:
+    """Return the parts of an archive that are in folders named as splits; as with folders, `test` may be a class."""
+    names = {name.lower(): name for name in source.classes}
+    found = {split: names[name] for split, spellings in _SPLITS.items() for name in spellings if name in names}
+    if isinstance(source, Shards) or not found or ("train" not in found and len(found) < len(source.classes)):
+        return {"all": source}
+    numbers = {split: source.classes.index(name) for split, name in found.items()}
+    return {split: source.below(found[split], np.flatnonzero(source.labels == k)) for split, k in numbers.items()}
+
+
 def image_folder(root: Path) -> Images:
     """List the images in a folder of any depth, ignoring hidden files and outputs of this tool.
 
@@ -229,10 +177,7 @@ def image_folder(root: Path) -> Images:
             raise _no_images(root, listing)
         listing = arrays
     names, notes = listing.names, tuple(_notes(root, listing))
-    tops = [name.split("/", 1)[0] if "/" in name else "" for name in names]
-    if not all(tops):
-        return Images(str(root), root, names, [], np.full(len(names), -1, dtype=np.int32), notes=notes)
-    return Images(str(root), root, names, *_number(tops), notes=notes)
+    return Images(str(root), root, names, *folder_classes(names), notes=notes)
 
 
 def _packed_images(folder: Path) -> PackedImages:
@@ -310,14 +255,6 @@ def _is_array(path: str) -> bool:
     return path.lower().endswith(ARRAY)
 
 
-def _number(labels: Sequence[str]) -> tuple[list[str], NDArray[np.int32]]:
-    """Return the sorted class names and each image's index in them; if all names are numbers, sort by number."""
-    numbers = all(label.isdecimal() for label in labels)
-    classes = sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None)
-    place = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([place[label] for label in labels], dtype=np.int32)
-
-
 def _file_list(path: Path) -> Images:
     """Open a list of files, each image once. Images without a label get -1.
 
@@ -333,7 +270,7 @@ def _file_list(path: Path) -> Images:
     if not labelled:
         unknown = np.full(len(names), -1, dtype=np.int32)
         return Images(str(path), path.parent, names, [], unknown, notes=notes)
-    classes, numbers = _number(labelled)
+    classes, numbers = number_classes(labelled)
     labels = np.full(len(names), -1, dtype=np.int32)
     labels[[i for i, entry in enumerate(entries) if entry.label]] = numbers
     return Images(str(path), path.parent, names, classes, labels, notes=notes, clash=clash)

@@ -163,14 +163,22 @@ def is_output(folder: str) -> bool:
 
 
 def _read_marker(folder: Path) -> Ours | None:
-    """Return the outputs that a marker names; None if there is no valid marker."""
+    """Return the outputs that a folder's marker names; None if there is no valid marker."""
     try:
-        told = parse((folder / MARKER).read_bytes())
+        return parse_marker((folder / MARKER).read_bytes())
+    except OSError:
+        return None
+
+
+def parse_marker(text: bytes) -> Ours | None:
+    """Return the outputs that the text of a marker names; None if it is not valid."""
+    try:
+        told = parse(text)
         if not isinstance(told, dict) or _COMMAND not in told:
             return None
         names = told[_FILES]
         return Ours(whole=True) if names is None else Ours(hides=re.compile("|".join(map(re.escape, names)) or r"(?!)"))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         return None
 
 

@@ -44,6 +44,28 @@ def read_file(path: str | Path, images: ImagesConfig = DEFAULTS) -> bytes:
     return parts[0] if len(parts) == 2 and not parts[1] else b"".join(parts)
 
 
+def read_span(path: str | Path, offset: int, size: int) -> bytes:
+    """Read a part of a regular file.
+
+    Raises:
+        Refused: If the file ends earlier or is not regular.
+        OSError: If the file does not exist, or permission is denied.
+    """
+    descriptor = os.open(path, _FLAGS)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise Refused("not a file")
+        parts, left = list[bytes](), size
+        while left and (part := os.pread(descriptor, min(left, _LONGEST), offset + size - left)):
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(descriptor)
+    if left:
+        raise Refused(f"truncated: {path} ends {left} bytes early")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 def begins_with(path: str | Path, beginnings: tuple[bytes, ...]) -> bool:
     """Check if a regular file begins with one of `beginnings`. False if it cannot be read."""
     try:
