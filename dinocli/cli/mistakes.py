@@ -280,21 +280,33 @@ def _check(words: Words, parameters: Sequence[Any]) -> None:
                 return
             raise _explain_unknown_option(words, i)
     arguments = [p for p in parameters if p.param_type_name == "argument"]
-    most = (
-        2
-        if name == "extract" and "--merge" not in words.typed
-        else None
-        if any(p.nargs == -1 for p in arguments)
-        else len(arguments)
-    )
+    several = any(p.nargs == -1 for p in arguments)
+    most = 2 if name == "extract" and "--merge" not in words.typed else None if several else len(arguments)
+    if name == "pretrain":
+        _check_values(words)
     if most is None:
         return
     _check_shell_pattern(words, most)
     # The shell splits unquoted brackets after --set into words; usage.py explains that.
     if len(words.places) <= most or "--set" in words.typed:
         return
-    if name != "pretrain" or any(_guess_option(words, word) for word in words.positional):
-        raise _explain_surplus(words, most)
+    raise _explain_surplus(words, most)
+
+
+def _check_values(words: Words) -> None:
+    """Refuse values without their option among several places of images.
+
+    Raises:
+        Misuse: If a place that does not exist belongs to --set, or is the value of another option.
+    """
+    from dinocli.cli.usage import suggest_set
+    from dinocli.weights.identify import kind_of
+
+    extra = [word for word in words.positional[1:] if kind_of(word) == "missing"]
+    if hint := suggest_set(words.typed, extra) if extra and "--set" in words.typed else "":
+        raise Misuse(f"dino pretrain takes images; unexpected argument {extra[0]}", hint)
+    if any(_guess_option(words, word) for word in extra):
+        raise _explain_surplus(words, 1)
 
 
 def _explain_unknown_option(words: Words, index: int) -> Misuse:
@@ -348,7 +360,7 @@ def _check_shell_pattern(words: Words, most: int) -> None:
     """
     from dinocli.weights.identify import WEIGHTS, kind_of
 
-    if words.command not in ("extract", "pretrain", "doctor", "pack") or len(words.places) < 2:
+    if words.command not in ("extract", "doctor", "pack") or len(words.places) < 2:
         return
     kinds = [kind_of(word) for word in words.positional]
     walls: dict[str, list[str]] = {"image files": ["image"]}
@@ -381,7 +393,11 @@ def _check_shell_pattern(words: Words, most: int) -> None:
 def _explain_surplus(words: Words, most: int) -> Misuse:
     """Return the error for more positional words than the command takes."""
     name = words.command
-    takes = f"dino {name} takes {('no argument', 'one argument', 'two arguments')[min(most, 2)]}"
+    takes = (
+        "dino pretrain takes images"
+        if name == "pretrain"
+        else f"dino {name} takes {('no argument', 'one argument', 'two arguments')[min(most, 2)]}"
+    )
     if name == "linear" and is_number(words.positional[0]):
         hint = "dino linear, which tries 13 learning rates (--lr is for --paper DATA)"
         return Misuse(f"{takes}; unexpected argument {words.positional[0]}", hint)

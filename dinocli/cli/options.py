@@ -13,7 +13,7 @@ import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import MACHINE, METHOD, OUTPUT, RECIPE, SPEED
-from dinocli.cli.places import features_place, images_place, photo_places
+from dinocli.cli.places import features_place, images_place, images_places, photo_places
 from dinocli.cli.words import Misuse
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, RUNS, newest_run
@@ -32,6 +32,16 @@ Images = Annotated[
         callback=images_place,
         help="Folder of images, searched recursively; a .zip or .tar of one; a .txt or .csv list of files; tar shards "
         "(x-{000..009}.tar, a folder of them, pipe:COMMAND); or torchvision:NAME.",
+    ),
+]
+ManyImages = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGES...",
+        callback=images_places,
+        help="Folders of images, searched recursively; .zip or .tar archives; .txt or .csv lists of files; tar shards "
+        "(x-{000..009}.tar, a folder of them, pipe:COMMAND); or torchvision:NAME. Several are read together, or in "
+        "proportions: A:0.7 B:0.3.",
     ),
 ]
 Photos = Annotated[

@@ -22,18 +22,33 @@ def images_place(context: typer.Context, value: str | None) -> str | None:
     Raises:
         DinoError: If it names a checkpoint, features, a single image, an archive, a video or an address.
     """
-    if value is None or context.resilient_parsing:
-        return value
+    if value is not None and not context.resilient_parsing:
+        _check_images(words_of(context), value)
+    return value
+
+
+def images_places(context: typer.Context, value: list[str]) -> list[str]:
+    """Check that arguments name images, as `images_place` does; patterns and, of several, image files are valid too."""
+    from dinocli.data.sources.several import split_weight
+    from dinocli.weights.identify import kind_of
+
+    for each in [] if context.resilient_parsing else value:
+        place, _ = split_weight(each)
+        if kind_of(place) not in ("pattern", "image" if len(value) > 1 else "pattern"):
+            _check_images(words_of(context), place)
+    return value
+
+
+def _check_images(words: Words, value: str) -> None:
     from dinocli.weights.identify import NAMES, kind_of
 
-    words, kind = words_of(context), kind_of(value)
+    kind = kind_of(value)
     if words.command == "pack":
         _check_pack(words, kind)
     hint = _hint_for_images(words, value, kind)
     if hint:
         named = "IMAGES " * (kind == "address")
         raise DinoError(f"{named}{value} is {NAMES[kind]}; expected images: a folder, a list, or tar shards", hint)
-    return value
 
 
 def normal_place(context: typer.Context, value: str) -> str:

@@ -14,8 +14,8 @@ from dinocli.cli.layout import MACHINE, MONITORING, RECIPE, RUN_FOLDER, SPEED
 from dinocli.cli.options import (
     AllSettings,
     Device,
-    Images,
     Json,
+    ManyImages,
     Workers,
     compiles,
     decodes,
@@ -50,7 +50,7 @@ OnCollapse = Literal["stop", "warn"]
 
 
 def pretrain(
-    images: Images,
+    images: ManyImages,
     preset: Annotated[
         str,
         typer.Option(
@@ -195,11 +195,12 @@ def pretrain(
     Examples:
         dino pretrain ./images --preset tiny --dry-run
         dino pretrain ./images --epochs 100 --batch-size 256 --monitor ./labelled
+        dino pretrain ./photos:0.7 ./drawings:0.3
         dino pretrain ./images --from runs/vits16-1 --preset gram-refine
     """
     out = out and output_place(out)
     teachers = teacher or []
-    sources = [(images, "IMAGES"), (init, "--init"), (origin, "--from"), (monitor, "--monitor")]
+    sources = [*((each, "IMAGES") for each in images), (init, "--init"), (origin, "--from"), (monitor, "--monitor")]
     for value, option in [*sources, *((source, "--teacher") for source in teachers)]:
         refuse_address(value or "", option, "a local path" + " or timm:NAME" * (option in ("--init", "--teacher")))
     _refuse_names(init, teachers)
@@ -208,7 +209,8 @@ def pretrain(
             f"--from {origin} and --init {init} are two starts of one run",
             f"--from {origin} continues a run with its heads and optimizer; --init starts a new one from a backbone",
         )
-    refuse_images_folder(out, images)
+    for each in images:
+        refuse_images_folder(out, each)
     cache = _check_cache(cache)
     cache_teacher = cache_teacher and output_place(cache_teacher, "--cache-teacher")
     given = given_settings(epochs, batch_size, seed, overrides)
@@ -217,9 +219,9 @@ def pretrain(
     if gpus and not dry_run and _launch(gpus, device):
         return
 
-    from dinocli.data.sources.open import open_source
+    from dinocli.data.sources.several import open_sources
 
-    source = open_source(images)  # before torch is loaded, so that a wrong path or name fails at once
+    source = open_sources(images)  # before torch is loaded, so that a wrong path or name fails at once
     console.notes(source.notes)
     if not preset.endswith(".toml"):
         shipped.text(preset)

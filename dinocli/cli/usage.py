@@ -106,6 +106,17 @@ def _find_keys_of_preset(word: str, words: Sequence[str]) -> list[str]:
 
 def _suggest_place(command: str, words: Sequence[str], extra: list[str]) -> str:
     """Return the hint for surplus arguments, or an empty string if none fits."""
+    if hint := suggest_set(words, extra):
+        return hint
+    if command == "dino knn" and extra[0].isdecimal():
+        return f"use --k {extra[0]}"
+    if command in ("dino knn", "dino linear", "dino dedup"):
+        return f"use --features {shlex.quote(extra[0])}"
+    return ""
+
+
+def suggest_set(words: Sequence[str], extra: Sequence[str]) -> str:
+    """Return the hint for words that belong to the value of --set before them, or an empty string if none does."""
     at = words.index(extra[0]) if extra[0] in words else 0
     if at >= 2 and words[at - 2] == "--set":
         if "=" not in words[at - 1] and "=" not in extra[0]:
@@ -113,14 +124,6 @@ def _suggest_place(command: str, words: Sequence[str], extra: list[str]) -> str:
         return f"quote the value: --set '{' '.join([words[at - 1], *extra])}'"
     if "--set" in words and re.search(r"[\]}]$|^[\w.]+=", extra[-1]):
         return "quote the value: --set 'KEY=[0.5, 0.5]' or --set 'KEY={kind=\"constant\", value=0.1}'"
-    if command == "dino pretrain" and extra[1:]:  # the shell expanded *.jpg
-        return "name the folder of the images: dino pretrain FOLDER"
-    if command == "dino pretrain":
-        return f"name one folder of images; the run folder is --out {shlex.quote(extra[0])}"
-    if command == "dino knn" and extra[0].isdecimal():
-        return f"use --k {extra[0]}"
-    if command in ("dino knn", "dino linear", "dino dedup"):
-        return f"use --features {shlex.quote(extra[0])}"
     return ""
 
 

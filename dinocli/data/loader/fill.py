@@ -180,7 +180,8 @@ class ImageFiller:
         for b, (_, row) in enumerate(asked):
             for redraw in range(_REDRAWS):
                 if redraw:
-                    row = int(drawn[b][1].integers(len(self.source)))
+                    peers = self.source.peers(row)
+                    row = peers[int(drawn[b][1].integers(len(peers)))]
                     keys[b, 1] = row
                 found = self._fill(slot, task.first + b, row, tries[b], places[b])
                 if not isinstance(found, BadImage):

@@ -20,6 +20,7 @@ from dinocli.data.loader import ring
 from dinocli.data.loader.batch import ALONE, BadFiles, Batch, Shard, file_fields, mask_fields, slots_for, view_fields
 from dinocli.data.loader.cache import PixelCache
 from dinocli.data.loader.fill import Cutter, FileFiller, ImageFiller, StreamFiller
+from dinocli.data.loader.mixture import epoch_order
 from dinocli.data.loader.on_device import DeviceCutter
 from dinocli.data.loader.ring import Filler, Ring
 from dinocli.data.sources.indexed import Images
@@ -37,8 +38,9 @@ BAD_SHARE = 0.05
 class TrainBatches:
     """Endless batches whose order and views depend on the seed alone.
 
-    Each image appears once per epoch, in a new order every epoch; the last, incomplete batch is dropped. The views of
-    an image depend on the seed, the epoch and its number, but not on the number of processes or on where a run resumed.
+    Each image appears once per epoch, in a new order every epoch; the last, incomplete batch is dropped. Of sources
+    that are joined by shares, each has its share of an epoch. The views of an image depend on the seed, the epoch and
+    its number, but not on the number of processes or on where a run resumed.
     Images from tar shards come in stored order, shuffled in a buffer. Each worker has its own shards, so this order
     depends on the number of workers too. An unreadable file is replaced by another draw, so batches keep their size.
 
@@ -284,7 +286,7 @@ class _Copier:
 
 
 class _Order:
-    """Order of the images: each once per epoch, reshuffled every epoch; the last, incomplete batch is dropped.
+    """Order of the images: reshuffled every epoch, each once or by shares; the last, incomplete batch is dropped.
 
     If the views are masked, it also sets the number of masked patches per global crop.
     """
@@ -301,9 +303,10 @@ class _Order:
         in_order: bool = False,
     ) -> None:
         self.images = None if isinstance(source, Shards) else len(source)
+        self.mixture = [] if isinstance(source, Shards) else source.mixture
         self.batch_size, self.seed, self.shard, self.mask = batch_size, seed, shard, mask
         self.fixed, self.in_order = fixed, in_order
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
+        self._epoch, self._rows, self._passes = -1, np.empty(0, np.int64), np.empty(0, np.int64)
 
     def write(self, slot: dict[str, Tensor], batch: int) -> None:
         """Write epoch and number of each image of a batch; for a stream, the filler writes them."""
@@ -320,20 +323,19 @@ class _Order:
             return
         epoch, place = divmod(batch, self.images // whole)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch, _ORDER)).permutation(self.images)
+            self._epoch = epoch
+            self._rows, self._passes = epoch_order(self.images, self.mixture, self.seed, epoch)
         first = place * whole + self.shard.rank * self.batch_size
-        slot["keys"][:, 0] = epoch
-        rows = torch.from_numpy(self._order[first : first + self.batch_size])
+        drawn = slice(first, first + self.batch_size)
+        # An image that is drawn twice in an epoch gets other views, by the number of its draw.
+        rows, passes = torch.from_numpy(self._rows[drawn]), torch.from_numpy(self._passes[drawn])
+        slot["keys"][:, 0] = passes
         slot["keys"][:, 1] = rows
         if self.fixed:  # the worker changes the number of an unreadable image in the keys
-            slot["places"].copy_(epoch % self.fixed * self.images + rows)
+            slot["places"].copy_(passes % self.fixed * self.images + rows)
 
     def _write_places(self, slot: dict[str, Tensor], places: NDArray[np.int64]) -> None:
         assert self.images is not None
         slot["places"].copy_(torch.from_numpy(places))
         slot["keys"][:, 0] = slot["places"] // self.images
         slot["keys"][:, 1] = slot["places"] % self.images
-
-
-# No image has this number, so the order shares no random numbers with the views of an image.
-_ORDER = 2**63 - 1

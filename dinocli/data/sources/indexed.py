@@ -76,6 +76,15 @@ class Images:
         """
         return read_file(os.path.join(self.root, self.names[index]), images)
 
+    @property
+    def mixture(self) -> list[tuple[range, float]]:
+        """Rows and share of an epoch of each source that is joined by shares; else empty."""
+        return []
+
+    def peers(self, index: int) -> range:
+        """Return the rows from which to draw a replacement of an unreadable image."""
+        return range(len(self))
+
     def take(self, rows: NDArray[np.int64]) -> Images:
         """Return a source of some of the images, in this order; an image may be taken several times."""
         names = Names.of([self.names[i] for i in rows.tolist()])

@@ -215,26 +215,23 @@ def is_shards(spec: str) -> bool:
     return found and ours and all(map(is_output, folders))
 
 
-def open_shards(spec: str) -> Shards:
+def open_shards(*specs: str) -> Shards:
     """Open tar shards.
 
     Args:
-        spec: Paths with ranges and patterns (`train-{000000..000999}.tar`, `train-*.tar`), a folder of tar files, or
+        specs: Paths with ranges and patterns (`train-{000000..000999}.tar`, `train-*.tar`), folders of tar files, or
             `pipe:COMMAND`, in which a range expands to several commands.
 
     Raises:
         DinoError: If a shard is missing, or the shards hold no image.
     """
-    if spec.startswith(PIPE):
-        if not spec.removeprefix(PIPE).strip():
-            raise DinoError("pipe: names no command; expected pipe:COMMAND", "pipe:cat train-{000..099}.tar")
-        return Shards(spec, list(_ranges(spec)), [], None)
-    if command := next((command for suffix, command in _PACKED.items() if spec.lower().endswith(suffix)), ""):
-        # Spaces and quotes are escaped for the command's shell; patterns stay patterns.
-        name = re.sub(r"([^\w@%+=:,./*?\[\]{}-])", r"\\\1", spec)
-        pipe = shlex.quote(f"{PIPE}{command} -dc {name}")
-        raise DinoError(f"{spec} is compressed; expected plain tar files", f"use {pipe}, or unpack them")
-    urls = _paths(spec)
+    for spec in specs:
+        _check_spec(spec)
+    spec = specs[0] if len(specs) == 1 else shlex.join(specs)
+    if any(each.startswith(PIPE) for each in specs):
+        piped = (_ranges(each) if each.startswith(PIPE) else _paths(each) for each in specs)
+        return Shards(spec, list(itertools.chain(*piped)), [], None)
+    urls = [url for each in specs for url in _paths(each)]
     missing = next((url for url in urls if not os.path.isfile(url)), None)
     if missing or not urls:
         what = f"{missing} does not exist" if missing else f"no file matches {spec}"
@@ -261,6 +258,17 @@ def open_shards(spec: str) -> Shards:
     apart = frozenset(url for url, each in zip(urls, scans, strict=True) if each.apart)
     counts = [each.images + bool(each.torn) for each in scans]
     return Shards(spec, urls, named, counts, by_name, apart, tuple(notes_of(scans, kinds)))
+
+
+def _check_spec(spec: str) -> None:
+    if spec.startswith(PIPE) and not spec.removeprefix(PIPE).strip():
+        raise DinoError("pipe: names no command; expected pipe:COMMAND", "pipe:cat train-{000..099}.tar")
+    packed = next((command for suffix, command in _PACKED.items() if spec.lower().endswith(suffix)), "")
+    if packed and not spec.startswith(PIPE):
+        # Spaces and quotes are escaped for the command's shell; patterns stay patterns.
+        name = re.sub(r"([^\w@%+=:,./*?\[\]{}-])", r"\\\1", spec)
+        pipe = shlex.quote(f"{PIPE}{packed} -dc {name}")
+        raise DinoError(f"{spec} is compressed; expected plain tar files", f"use {pipe}, or unpack them")
 
 
 def _ranges(text: str) -> Iterator[str]:

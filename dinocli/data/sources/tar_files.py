@@ -31,10 +31,12 @@ class TarImages(Images):
     Attributes:
         table: Offset and size of each image. [S, 2]
         sparse: Images that are stored without their zeros, by index.
+        labelled: True if members with labels belong to the images, which are not read.
     """
 
     table: NDArray[np.int64]
     sparse: dict[int, Sparse]
+    labelled: bool
 
     @property
     def in_files(self) -> bool:
@@ -68,19 +70,29 @@ def open_tar(path: Path) -> TarImages | None:
     """Open a tar file of images as a folder; None if it is a shard or has no image.
 
     A shard is numbered with leading zeros (`train-000.tar`), or holds labels (`KEY.cls`, `KEY.json`).
-
-    Raises:
-        DinoError: If the archive cannot be read.
     """
     if _SHARD.search(path.stem):
         return None
-    found, labels, links = dict[str, Span | Sparse](), list[str](), list[str]()
+    try:
+        images = list_tar(path)
+    except DinoError:  # the reader of shards reports damage and other kinds of files
+        return None
+    return None if images.labelled else images
+
+
+def list_tar(path: Path) -> TarImages:
+    """List the images of a tar file for random access.
+
+    Raises:
+        DinoError: If it holds no image.
+    """
+    found, labels, links = dict[str, Span | Sparse](), set[str](), list[str]()
     with contextlib.closing(LocalTar(str(path))) as tape:
         for name, content in members(tape):
             stem, suffix = os.path.splitext(name)
             if suffix.lower().removeprefix(".") in LABELS:
-                labels.append(stem)
-            if isinstance(content, Span | Sparse):
+                labels.add(stem)
+            elif isinstance(content, Span | Sparse):
                 found[name] = content
             elif suffix.lower() in SUFFIXES:
                 links.append(name)
@@ -89,12 +101,7 @@ def open_tar(path: Path) -> TarImages | None:
     def marker(row: int, most: int) -> bytes:
         return b"" if why_refused(contents[row], most) else read_once(contents[row])
 
-    try:
-        rows, names, classes, counts, notes = select_images(str(path), list(found), marker)
-    except DinoError:  # the reader of shards reports damage and other kinds of files
-        return None
-    if not {os.path.splitext(name)[0] for name in found if not name.lower().endswith(LABELS)}.isdisjoint(labels):
-        return None
+    rows, names, classes, numbers, notes = select_images(str(path), list(found), marker)
     if tape.torn:
         notes += (f"{path} {tape.torn} after its first {len(rows)} images; the rest is not read",)
     if links:
@@ -102,4 +109,6 @@ def open_tar(path: Path) -> TarImages | None:
     chosen = [contents[row] for row in rows.tolist()]
     places = [(content.offset, content.size) if isinstance(content, Span) else (0, content.size) for content in chosen]
     sparse = {row: content for row, content in enumerate(chosen) if isinstance(content, Sparse)}
-    return TarImages(str(path), path, names, classes, counts, np.array(places, np.int64), sparse, notes=notes)
+    labelled = not labels.isdisjoint(os.path.splitext(name)[0] for name in found)
+    table = np.array(places, np.int64)
+    return TarImages(str(path), path, names, classes, numbers, table, sparse, labelled, notes=notes)

@@ -13,6 +13,7 @@ from dinocli.data.loader import ring
 from dinocli.data.loader.batch import ALONE, Batch, Shard
 from dinocli.data.loader.train import TrainBatches
 from dinocli.data.sources.open import PackedImages, open_images, open_source
+from dinocli.data.sources.several import open_sources
 from dinocli.data.views.crops import (
     JitterConfig,
     LowResolutionConfig,
@@ -40,7 +41,7 @@ MASKED = VIEWS.model_copy(
 
 
 def take(
-    images: Path | str,
+    images: Path | str | list[str],
     count: int,
     *,
     batch_size: int = 4,
@@ -53,7 +54,7 @@ def take(
     cache: str | None = None,
 ) -> list[Batch]:
     stream = TrainBatches(
-        open_source(str(images)),
+        open_sources(images if isinstance(images, list) else [str(images)]),
         views,
         batch_size=batch_size,
         seed=seed,
@@ -406,3 +407,19 @@ def test_a_corrupt_image_among_packed_pixels_is_replaced_and_counted(tmp_path: P
     rows = torch.cat([batch.rows for batch in islice(stream, 4)])
     assert 3 not in rows.tolist() and set(rows.tolist()) == {0, 1, 2, 4, 5, 6, 7}
     assert stream.bad.reasons == {"0003.png": "damaged: its checksum in images-000000.safetensors does not match"}
+
+
+def test_shares_do_not_depend_on_the_workers_and_survive_a_resume(tmp_path: Path) -> None:
+    for seed, (name, count) in enumerate({"a": 3, "b": 21}.items()):
+        write_images(tmp_path / name, count, size=16, seed=seed)
+    (tmp_path / "b" / "0000.png").write_bytes(b"no image")
+    mixture = [f"{tmp_path}/a:0.75", f"{tmp_path}/b:0.25"]
+    alone = take(mixture, 9, batch_size=8)
+    rows = [batch.rows.tolist() for batch in alone]
+    assert [sum(row < 3 for row in some) for some in rows] == [6] * 9
+    assert all(3 not in some for some in rows)  # the unreadable image is replaced by one of its source
+    assert all(map(same, take(mixture, 9, batch_size=8, workers=2), alone))
+    assert all(map(same, take(mixture, 4, batch_size=8, start=5, workers=1), alone[5:]))
+    first = [batch.global_crops[:, i] for batch in alone for i in range(8) if batch.rows[i] == 0]
+    assert len(first) > 9  # each draw of an image has other views
+    assert len({crop.numpy().tobytes() for crop in first}) == len(first)

@@ -1,0 +1,104 @@
+"""Sources named by several paths, with weights or patterns."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dinocli.core.errors import DinoError
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.joined import join_images
+from dinocli.data.sources.listing import SUFFIXES, Names
+from dinocli.data.sources.open import Source, is_archive, open_source
+from dinocli.data.sources.shards import is_shards, open_shards
+from dinocli.data.sources.tar import PIPE
+from dinocli.data.sources.tar_files import list_tar
+
+# A number at the end, but not the port of an address.
+_WEIGHT = re.compile(r"(?!\w+://[^/]*$)(.+):(\d+\.?\d*|\.\d+)")
+
+
+def open_sources(specs: Sequence[str]) -> Source:
+    """Open one or several sources as one.
+
+    Args:
+        specs: Sources as for `open_source`, patterns (`photos/2024-*`), and image files. With a weight after each,
+            `A:0.7 B:0.3`, an epoch has as many images as all sources together, in these proportions. Without weights,
+            it has each image once.
+
+    Raises:
+        DinoError: If a source does not exist or holds no image, or only some have a weight.
+    """
+    places, weights = zip(*map(split_weight, specs), strict=True)
+    if None not in weights:
+        return _mix(specs, places, [weight or 0 for weight in weights])
+    if any(weights):
+        bare = places[weights.index(None)]
+        raise DinoError(f"{bare} has no weight, but other sources have one", f"add one, such as {bare}:1")
+    expanded = list(dict.fromkeys(path for place in places for path in expand(place)))
+    if len(expanded) == 1 and not _is_photo(expanded[0]):
+        return open_source(expanded[0])
+    if all(is_shards(path) and not is_archive(path) for path in expanded):
+        return open_shards(*expanded)
+    files = [path for path in expanded if _is_photo(path)]
+    loose = [Images("image files", Path(), Names.of(files), [], np.full(len(files), -1, np.int32))] if files else []
+    opened = [_indexed(open_source(path)) for path in expanded if not _is_photo(path)]
+    return join_images(shlex.join(specs), [*loose, *opened])
+
+
+def split_weight(spec: str) -> tuple[str, float | None]:
+    """Split `PLACE:WEIGHT`; the weight is None if there is none.
+
+    Raises:
+        DinoError: If the weight is 0.
+    """
+    found = None if os.path.exists(spec) else _WEIGHT.fullmatch(spec)
+    if not found:
+        return spec, None
+    if not float(found[2]):
+        raise DinoError(f"{spec} has the weight 0; expected a positive number", f"remove it, or {found[1]}:0.1")
+    return found[1], float(found[2])
+
+
+def expand(place: str) -> list[str]:
+    """Return the paths that match a pattern, sorted, or the place itself if it is no pattern or one of tar shards.
+
+    Raises:
+        DinoError: If nothing matches.
+    """
+    if os.path.exists(place) or not glob.has_magic(place) or place.startswith(PIPE) or place.lower().endswith(".tar"):
+        return [place]
+    found = sorted(glob.glob(place, recursive=True))
+    if not found:
+        raise DinoError(f"nothing matches the pattern {place}; expected images", "check the pattern with `ls`")
+    return found
+
+
+def _is_photo(path: str) -> bool:
+    return os.path.splitext(path)[1].lower() in SUFFIXES and os.path.isfile(path)
+
+
+def _mix(specs: Sequence[str], places: Sequence[str], weights: Sequence[float]) -> Images:
+    return join_images(shlex.join(specs), [_indexed(open_sources([place])) for place in places], weights)
+
+
+def _indexed(source: Source) -> Images:
+    """Return the images of shards with random access, which joined sources need.
+
+    Raises:
+        DinoError: If the shards come from a pipe.
+    """
+    if isinstance(source, Images):
+        return source
+    if any(url.startswith(PIPE) for url in source.urls):
+        raise DinoError(
+            f"{source.where} is a stream; sources that are joined need random access",
+            "name local tar files, or the pipe alone",
+        )
+    return join_images(source.where, [list_tar(Path(url)) for url in source.urls])

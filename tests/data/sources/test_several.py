@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import write_images
+from test_tar_files import tarred
+
+from dinocli.core.errors import DinoError
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.several import open_sources, split_weight
+from dinocli.data.sources.shards import Shards
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("a", "b", "c-1")):
+        write_images(tmp_path / name, 2, seed=seed)
+    with zipfile.ZipFile("d.zip", "w") as archive:
+        archive.write("a/0000.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("a:0.7", ("a", 0.7)),
+        ("a:.5", ("a", 0.5)),
+        ("a:2", ("a", 2)),
+        ("torchvision:CIFAR10:1", ("torchvision:CIFAR10", 1)),
+        ("torchvision:CIFAR10", ("torchvision:CIFAR10", None)),
+        ("https://host:8080", ("https://host:8080", None)),
+        ("https://host:8080/x:2", ("https://host:8080/x", 2)),
+        ("x:1", ("x:1", None)),  # a file of this name exists
+    ],
+)
+def test_weights(here: Path, spec: str, expected: tuple[str, float | None]) -> None:
+    Path("x:1").touch()
+    assert split_weight(spec) == expected
+
+
+def test_all_images_of_folders_archives_patterns_and_files(here: Path) -> None:
+    source = open_sources(["a", "d.zip", "c-*", "b/0001.png", "a"])
+    assert isinstance(source, Images)
+    assert list(source.names) == [
+        "b/0001.png",
+        "a/0000.png",
+        "a/0001.png",
+        "d.zip/0000.png",
+        "c-1/0000.png",
+        "c-1/0001.png",
+    ]
+    assert source.read(3) == Path("a/0000.png").read_bytes()
+    assert list(open_sources(["c-*/*.png"]).names) == ["c-1/0000.png", "c-1/0001.png"]
+
+
+def test_shares(here: Path) -> None:
+    source = open_sources(["a:0.5", "[bc]*:1.5"])
+    assert source.mixture == [(range(2), 0.25), (range(2, 6), 0.75)]
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        (["a:0.5", "b"], "b has no weight, but other sources have one"),
+        (["a:0", "b:1"], "a:0 has the weight 0"),
+        (["a", "gone"], "gone does not exist"),
+        (["gone-*"], r"nothing matches the pattern gone-\*"),
+        (["a", "pipe:cat x.tar"], "pipe:cat x.tar is a stream"),
+    ],
+)
+def test_errors(here: Path, specs: list[str], message: str) -> None:
+    with pytest.raises(DinoError, match=message):
+        open_sources(specs)
+
+
+def test_shards_stay_a_stream_and_are_indexed_in_a_mixture(here: Path) -> None:
+    for name in ("s/x-000.tar", "t/x-000.tar"):
+        Path(name).parent.mkdir()
+        tarred(Path(name), {"1.png": name.encode(), "1.cls": b"3"})
+    stream = open_sources(["s", "t/x-*.tar"])
+    assert isinstance(stream, Shards)
+    assert [sample.data for sample in stream.stream(0, 1)] == [b"s/x-000.tar", b"t/x-000.tar"]
+    mixed = open_sources(["s:1", "a:1"])
+    assert (mixed.read(0), mixed.names[0]) == (b"s/x-000.tar", "s/s/x-000.tar/1.png")
