@@ -9,7 +9,7 @@ import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import MONITORING, RECIPE, RUN_FOLDER
-from dinocli.cli.options import AllSettings, Device, Images, Json, Workers, output_place, refuse_address
+from dinocli.cli.options import AllSettings, Device, Images, Json, Workers, note_inside, output_place, refuse_address
 from dinocli.cli.presets import complete_preset
 from dinocli.cli.training import (
     Accumulate,
@@ -151,6 +151,7 @@ def adapt(
         monitor=monitor,
         keep_best=True,
     )
+    note_inside(plan.out, images)
     if (plan.out / BEST).is_file() and not monitor:
         raise DinoError(
             f"the adaptation in {plan.out} chose its weights with --monitor, which is not set now",

@@ -24,6 +24,7 @@ from dinocli.cli.options import (
     Workers,
     compiles,
     encoder_from,
+    note_inside,
     one_checkpoint,
     output_place,
 )
@@ -136,6 +137,7 @@ def extract(
     data = paths[-1]
     parts = splits(data)
     console.notes(note for source in parts.values() for note in source.notes)
+    note_inside(out, data)
 
     from dinocli.apps.doctor.inspection import warn_of
     from dinocli.core.device import default_workers, pick_device

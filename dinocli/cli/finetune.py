@@ -11,7 +11,7 @@ import typer
 from dinocli.cli import console
 from dinocli.cli.layout import MONITORING, RECIPE, RUN_FOLDER
 from dinocli.cli.learned import CLASSIFIER, PredictionsFile, predictions_place, print_class_accuracies, save_predictions
-from dinocli.cli.options import AllSettings, Device, Json, Workers, output_place, refuse_address
+from dinocli.cli.options import AllSettings, Device, Json, Workers, note_inside, output_place, refuse_address
 from dinocli.cli.presets import complete_preset
 from dinocli.cli.training import (
     Accumulate,
@@ -182,6 +182,7 @@ def finetune(
         held_out=task.held_out,
         patience=patience or None,
     )
+    note_inside(plan.out, data)
     _describe(task)
     if dry_run:
         show_plan(plan, json)

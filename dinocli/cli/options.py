@@ -241,6 +241,14 @@ def output_place(path: Path, option: str = "--out", *, file: str = "") -> Path:
     return path
 
 
+def note_inside(out: Path, *places: str) -> None:
+    """Print a note if an output is inside a folder of images, which is allowed, because outputs are not read."""
+    above = out.resolve().parents
+    for place in places:
+        if os.path.isdir(place) and Path(place).resolve() in above:
+            console.say(f"note: the output {out} is inside the images of {place}; dino never reads it as images")
+
+
 def refuse_address(value: str, option: str, expected: str) -> None:
     """Refuse an input at an address such as s3://, which this option does not read.
 

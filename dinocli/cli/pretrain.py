@@ -19,6 +19,7 @@ from dinocli.cli.options import (
     Workers,
     compiles,
     decodes,
+    note_inside,
     output_place,
     refuse_address,
 )
@@ -263,6 +264,7 @@ def pretrain(
         recompute=recompute,
     )
     plan = replace(plan, compiled=plan.device.type == "cuda" if compiled is None else compiled)
+    note_inside(plan.out, *images)
     if dry_run:
         show_plan(plan, json)
     else:

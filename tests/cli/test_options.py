@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dinocli.cli.options import output_place
+from dinocli.cli.options import note_inside, output_place
 from dinocli.core.errors import DinoError
 
 
@@ -96,3 +96,14 @@ def test_a_read_only_folder_is_an_error(here: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(DinoError, match=f"no permission to write --out folder/run: {here / 'folder'} is read-only"):
         output_place(Path("folder/run"))
     assert output_place(Path("run")) == Path("run")
+
+
+def test_an_output_inside_the_images_is_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note_inside(Path("runs/tiny-1"), "folder", "x.zip")
+    note_inside(Path("folder2"), "folder")
+    assert capsys.readouterr().err == ""
+    note_inside(Path("folder/new/run"), "elsewhere", "folder")
+    note_inside(Path("runs/tiny-1"), ".")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "note: the output folder/new/run is inside the images of folder; dino never reads it as images"
+    assert said[1].startswith("note: the output runs/tiny-1 is inside the images of .")
