@@ -21,7 +21,8 @@ from dinocli.core.version import __version__
 from dinocli.data.loader.batch import Shard
 from dinocli.data.loader.fill import Cutter
 from dinocli.data.loader.plain import Plain
-from dinocli.data.sources.open import Images, Source
+from dinocli.data.sources.indexed import Images
+from dinocli.data.sources.open import Source
 from dinocli.data.sources.shards import UNNUMBERED, Shards
 from dinocli.features.encoder import Encoder, TokenChoice, augmented, finite_rows
 from dinocli.features.store import Provenance, checksum_of
@@ -114,8 +115,8 @@ def extract(
         return before
     writing = write_features(path, provenance, source.classes, dtype=dtype, part=part, job=job, say=say)
     with writing if rank() == 0 else nullcontext() as writer:
-        before = (writer.batches, writer.rows, writer.shape, writer.skipped, writer.unnumbered) if writer else None
-        batches, images, shape, skipped, unnumbered = from_first(before) or (0, 0, (), {}, 0)
+        there = (writer.batches, writer.rows, writer.shape, writer.skipped, writer.unnumbered) if writer else None
+        batches, images, shape, skipped, unnumbered = from_first(there) or (0, 0, (), {}, 0)
         skipped = dict(skipped)
         first, step = part.number - 1, part.of  # the part's batches: first, first + step, ...
         shard = Shard(first + step * (batches + rank()), step * size_of_run())
