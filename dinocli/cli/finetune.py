@@ -10,7 +10,14 @@ import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import MONITORING, RECIPE, RUN_FOLDER
-from dinocli.cli.learned import CLASSIFIER, PredictionsFile, predictions_place, print_class_accuracies, save_predictions
+from dinocli.cli.learned import (
+    CLASSIFIER,
+    PredictionsFile,
+    predictions_place,
+    print_class_accuracies,
+    print_saved,
+    save_predictions,
+)
 from dinocli.cli.options import AllSettings, Device, Json, Workers, note_inside, output_place, refuse_address
 from dinocli.cli.presets import complete_preset
 from dinocli.cli.training import (
@@ -209,7 +216,8 @@ def _conclude(plan: Plan, task: Task, run: Run, predictions: Path | None, *, jso
     _save_classifier(plan, task, result)
     console.skipped(result.unread)
     if run.step < plan.stop:
-        console.say(f"no better accuracy in {plan.patience} evaluations: ended at step {run.step} of {plan.stop}")
+        evaluations = "1 evaluation" if plan.patience == 1 else f"{plan.patience} evaluations"
+        console.say(f"no better accuracy in {evaluations}: ended at step {run.step} of {plan.stop}")
     console.say(f"kept the weights of step {result.step}")
     facts: dict[str, Any] = {"step_kept": result.step, "classifier": str(plan.out / CLASSIFIER)}
     scored = result.test or result.held_out
@@ -239,6 +247,7 @@ def _conclude(plan: Plan, task: Task, run: Run, predictions: Path | None, *, jso
             facts |= saved
             if not json:
                 print_class_accuracies(saved["per_class"])
+            print_saved([saved["predictions"], saved["confusion"]])
     return facts
 
 

@@ -147,7 +147,7 @@ def _columns(gallery: Gallery, clusters: int | None, table: Path | None, color: 
     if len(gallery.parts) > 1:
         columns.append(named("split", [name for name, part in gallery.parts.items() for _ in range(len(part))]))
     if table:
-        columns += read_columns(table, [gallery.name(row) for row in rows])
+        columns += read_columns(table, [gallery.name(row) for row in rows], with_split=len(gallery.parts) > 1)
     return choose(columns, color)
 
 

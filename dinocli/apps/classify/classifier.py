@@ -22,7 +22,7 @@ from dinocli.evals.knn import vote_logits
 from dinocli.features.store import Features, Provenance, checksum_of, compared, read_features, read_provenance
 
 KIND = "classifier"
-_AGAIN = "dino linear --save, or dino knn --save"
+_AGAIN = "dino finetune DATA --from WEIGHTS, dino linear --save, or dino knn --save"
 _BLOCK = 4096  # images classified at once: 33 MB of probabilities for 1000 classes
 
 

@@ -67,11 +67,13 @@ def by_class(found: Sequence[Classified]) -> dict[str, list[Classified]]:
 
 
 def check_table_file(path: Path) -> None:
-    """Check that the CSV file would replace no other file.
+    """Check that a path is a CSV file, and would replace no other file.
 
     Raises:
-        DinoError: If the path is a file without the columns of `write_table`.
+        DinoError: If the suffix is not .csv, or the path is a file without the columns of `write_table`.
     """
+    if path.suffix.lower() != ".csv":
+        raise DinoError(f"--csv {path} is no .csv file", f"use --csv {path.with_suffix('.csv')}")
     if path.is_file() and not first_line(path).startswith(",".join(_COLUMNS).encode()):
         raise DinoError(
             f"{path} exists and holds no classified images; it would be overwritten",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,14 @@ def named(name: str, values: Sequence[str | None]) -> Column:
     return Column(name, kinds, np.array([index[NONE if value is None else value] for value in values], np.float32))
 
 
-def read_columns(path: Path, images: Sequence[str]) -> list[Column]:
+def read_columns(path: Path, images: Sequence[str], *, with_split: bool = False) -> list[Column]:
     """Read the columns of a CSV file whose first column names images.
 
     Args:
         path: CSV file with a header, such as of `dino linear --predictions` or `dino anomaly`.
         images: Names of the images. The file may have longer paths with the same end.
+        with_split: True if names begin with their split. Files may omit it, as `dino linear --predictions` does, for
+            paths that are in one split only.
 
     Returns:
         Columns of numbers, and of up to 60 different names; others are omitted.
@@ -59,6 +62,10 @@ def read_columns(path: Path, images: Sequence[str]) -> list[Column]:
         why = getattr(error, "strerror", None) or error
         raise DinoError(f"--table {path} cannot be read: {why}", "name a CSV file with a header and rows") from error
     place = {name: i for i, name in enumerate(images)}
+    if with_split:
+        inside = [name.partition("/")[2] for name in images]
+        times = Counter(inside)
+        place = {name: i for i, name in enumerate(inside) if times[name] == 1} | place
     cells: dict[int, list[str]] = {}
     for row in rows:
         parts = Path(row[0]).parts

@@ -96,7 +96,7 @@ def test_damage_is_an_error(tmp_path: Path, linear: Classifier) -> None:
         save_file(tensors | (changed or {}), path, metadata | told)
         with pytest.raises(DinoError, match=why) as error:
             read_classifier(path)
-        assert error.value.hint == "dino linear --save, or dino knn --save"
+        assert error.value.hint == "dino finetune DATA --from WEIGHTS, dino linear --save, or dino knn --save"
 
     check("its checksum does not match", classifier=metadata["classifier"].replace("1.5", "2.5"))
     check("the checksum of its weights", {"weight": tensors["weight"] + 1})

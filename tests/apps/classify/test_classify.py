@@ -63,6 +63,8 @@ def test_the_table_has_a_row_per_image_and_replaces_only_its_own_kind(tmp_path: 
     path.write_text("image,label\n")
     with pytest.raises(DinoError, match="would be overwritten"):
         check_table_file(path)
+    with pytest.raises(DinoError, match=r"t\.jpg is no \.csv file"):
+        check_table_file(tmp_path / "t.jpg")
 
 
 def test_photos_are_linked_and_stay_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

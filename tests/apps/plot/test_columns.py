@@ -29,6 +29,15 @@ def test_columns_of_a_table_are_matched_by_the_end_of_the_path(tmp_path: Path) -
     assert folds.kinds == ["0", "1", "2", NONE], "few numbers are names; a column of 80 texts is omitted"
 
 
+def test_a_table_may_omit_the_split_of_images_that_are_in_one(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("image,predicted\na/1.jpg,x\na/2.jpg,y\na/3.jpg,z\n")
+    [column] = read_columns(path, ["train/a/1.jpg", "train/a/2.jpg", "val/a/2.jpg", "val/a/3.jpg"], with_split=True)
+    assert [column.kinds[int(value)] for value in column.values] == ["x", NONE, NONE, "z"], "2.jpg is in both"
+    with pytest.raises(DinoError, match="names none of the images"):
+        read_columns(path, ["b/a/x/1.jpg"])
+
+
 def test_a_table_of_other_images_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("image,x\nb.jpg,1\n")
