@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from ways import WAYS, build, made_up
 
 from dinocli.core.device import default_workers, pick_device
@@ -96,6 +97,16 @@ class Measurement:
             found.append(1000 * (time.perf_counter() - began))
         self.wait()
         return statistics.median(found)
+
+    def kernels(self, work: Callable[[], object]) -> int | None:
+        """Return the number of kernels and copies that some work launches, or None on a CPU."""
+        if not self.on_gpu:
+            return None
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            work()
+            self.wait()
+        cuda = torch.autograd.DeviceType.CUDA
+        return sum(e.device_type == cuda and not e.is_user_annotation for e in profiler.events())
 
     def trainer(self, way: str) -> Trainer:
         made = build(WAYS[way], self.preset, self.device)
@@ -188,7 +199,8 @@ def update(m: Measurement) -> None:
 
 def attention(m: Measurement) -> None:
     """Compare the kernels of attention, forward and backward, at the sizes of the crops."""
-    for tokens, images in ((197, 2 * m.batch), (37, 8 * m.batch)):
+    # Crops of 224 and 96 pixels at patch size 16, and of 224 and 518 at patch size 14, with registers or without.
+    for tokens, images in ((197, 2 * m.batch), (37, 8 * m.batch), (261, 2 * m.batch), (1370, m.batch // 4)):
         shape = (2 if m.tiny else images, tokens, 3, 6, 64)
         qkv = torch.randn(shape, device=m.device).to(torch.bfloat16).requires_grad_()
         row: dict[str, float | str] = {}
@@ -221,7 +233,8 @@ def views(m: Measurement) -> None:
             for group, (_, _, part) in zip(crops, sizes, strict=False):
                 augment(group, Draws(*(d[part] for d in drawn)), mean, std, compiled=compiled)
 
-        tell("views", compiled=compiled, batch=m.batch, ms=m.milliseconds(work, 5), host_ms=m.host_milliseconds(work))
+        each, host = m.milliseconds(work, 5), m.host_milliseconds(work)
+        tell("views", compiled=compiled, batch=m.batch, ms=each, host_ms=host, kernels=m.kernels(work))
 
 
 def copies(m: Measurement) -> None:
@@ -271,7 +284,8 @@ def crops(m: Measurement) -> None:
     for dtype in (torch.float32, torch.float16) if m.on_gpu else (torch.float32,):
         work = partial(cut_batch, groups, stored, resamples, dtype)
         host = m.host_milliseconds(work)
-        tell("crops", dtype=str(dtype), batch=m.batch, ms=m.milliseconds(work, 5), host_ms=host)
+        each = m.milliseconds(work, 5)
+        tell("crops", dtype=str(dtype), batch=m.batch, ms=each, host_ms=host, kernels=m.kernels(work))
 
 
 def embedding(m: Measurement) -> None:

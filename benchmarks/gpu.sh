@@ -153,7 +153,7 @@ def write(index: int) -> None:
     drawing = draw(index, side)
     path = folder / ("val" if index % 4 == 3 else "train") / CLASSES[drawing.label] / f"{index:05d}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(drawing.image).save(path, quality=92)
+    Image.fromarray(drawing.image).save(path, quality=92, subsampling=0)  # as --decode gpu takes them
 
 
 with ProcessPoolExecutor() as pool:
@@ -192,6 +192,10 @@ for path in sorted(Path(sys.argv[1]).glob("*.safetensors")):
         sys.exit(f"{path.stem}: the features differ, so the device has read other images")
 END
     "${dino[@]}" knn --features "$scratch/on-$device-first" --k 5
+    if [ "$device" != cpu ]; then # compiled views, and JPEGs decoded on the device; the last note has the share of these
+        decoded=(--device "$device" --batch-size 16 --compile --workers 2 --decode gpu)
+        "${dino[@]}" pretrain "$train" --preset tiny "${decoded[@]}" --steps 10 --no-report --out "$scratch/decoded"
+    fi
     "${dino[@]}" pretrain "$train" --preset tiny "${run[@]}" --steps 3 --set views.locals=0 --set views.local=none --no-report --out "$scratch/no-local"
     "${dino[@]}" pretrain "$train" --preset tiny-dinov2 "${run[@]}" --steps 5 --accumulate 2 --recompute --no-report --out "$scratch/v2"
 }

@@ -76,7 +76,8 @@ def decode_jpegs(data: list[Tensor], where: device) -> list[Tensor | None]:
         if where.type == "cuda":
             # The decoder writes from a stream of its own into memory that this stream may still read.
             torch.cuda.current_stream(where).synchronize()
-            return torch.ops.image.decode_jpegs_cuda(data, _RGB, where)
+            with torch.cuda.device(where):  # or another device would get a context, which takes memory
+                return torch.ops.image.decode_jpegs_cuda(data, _RGB, where)
         return [torch.ops.image.decode_jpeg(one, _RGB, False) for one in data]
     except RuntimeError:  # one of them is corrupt, and the decoder returns no other either
         if len(data) == 1:

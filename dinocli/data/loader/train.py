@@ -56,7 +56,7 @@ class TrainBatches:
         device: Device of the batches. A CUDA device also applies color jitter and blur; on a CPU, the workers do.
         shard: Share of this process in each batch of the run.
         cache: `ram`, or a folder, for decoded images. If None, an image is decoded whenever it is drawn.
-        compiled: True to compile the slowest augmentation, hue jitter, with torch.compile; on a CPU, all of them.
+        compiled: True to compile the augmentation: on a CPU as C++, elsewhere with torch.compile.
         grid: Function from the size of a global crop to its rows and columns of patches, for masking. The number of
             masked patches per crop depends on seed, batch and the image's place in it (and on the number of processes,
             unless each has a multiple of 32 images). Their positions depend on seed, epoch and the image's number.

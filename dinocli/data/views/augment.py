@@ -29,12 +29,15 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
         draws: Random draws of each view, on the host. [V, B, ...]
         mean: Channel means of the data. [C]
         std: Channel standard deviations of the data. [C]
-        compiled: True to compile hue jitter with torch.compile, which takes some seconds once. The views are the same.
+        compiled: True to compile all operations with torch.compile, once for each shape. The views are the same, up to
+            a level on a GPU, which blurs in float16.
 
     Returns:
         Normalized views. [V, B, C, H, H], float32
     """
     views, images = crops.shape[:2]
+    if compiled:
+        return _augment_compiled(crops.flatten(0, 1), draws, mean, std).unflatten(0, (views, images))
     crops, steps = crops.flatten(0, 1), _steps(draws)
     kernels = blur_kernels(draws.radius.flatten(), min(crops.shape[2], _SHORT), crops.device)
     # A GPU is fastest with few large operations, a CPU with all operations on one image before the next.
@@ -42,7 +45,7 @@ def augment(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor, *, compiled:
     out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3], device=crops.device)
     for i in range(0, len(crops), step):
         part = slice(i, i + step)
-        _augment(out[part], crops[part], _Steps._make(s[..., part] for s in steps), kernels[part], compiled)
+        _augment(out[part], crops[part], _Steps._make(s[..., part] for s in steps), kernels[part])
         normalize(out[part], mean, std)
     return out.unflatten(0, (views, images))
 
@@ -94,9 +97,8 @@ def _steps(draws: Draws) -> _Steps:
     return _Steps(flip, operation, factor, blends, turn, turn != 0, gray, radius > 0, solarize)
 
 
-def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled: bool) -> None:
+def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor) -> None:
     """Make views [S, C, H, H] in [0, 1] from crops [S, H, H, C]."""
-    turn_hue = _turn_hue_compiled if compiled else _turn_hue
     if steps.flip.any():  # mirror bytes, a quarter of the size of floats
         mirrored = steps.flip.nonzero()[:, 0].to(crops.device, non_blocking=True)
         crops = crops.index_copy(0, mirrored, crops.index_select(0, mirrored).flip(2))
@@ -104,7 +106,7 @@ def _augment(x: Tensor, crops: Tensor, steps: _Steps, kernels: Tensor, compiled:
     rounds = list(zip(steps.blends, steps.factor, steps.operation, strict=True))
     for blends, factor, operation in rounds[:3]:
         _on(x, blends, _blend, factor, operation)
-    _on(x, steps.turns, turn_hue, steps.turn)
+    _on(x, steps.turns, _turn_hue, steps.turn)
     for blends, factor, operation in rounds[3:]:
         _on(x, blends, _blend, factor, operation)
     _on(x, steps.gray, lambda part: part.copy_(_gray(part).expand_as(part)))
@@ -184,32 +186,6 @@ def _turn_hue(x: Tensor, turn: Tensor) -> None:
     torch.sub(value[:, None], away.mul_(chroma[:, None]), out=x)
 
 
-# The same for torch.compile, which fuses it into one pass per image. There selecting is free, and in-place writes
-# would only hinder. Blends gain nothing from compilation, because they take few passes already.
-
-
-def _turn_hue_compiled(x: Tensor, turn: Tensor) -> None:
-    x.copy_(_compile_once(_shift_hue)(x, _column(turn, x)[:, 0]))
-
-
-def _shift_hue(x: Tensor, turn: Tensor) -> Tensor:
-    """Return images with shifted hue, as `_turn_hue` does. [S, 3, H, H] and [S, 1, 1] to [S, 3, H, H]"""
-    r, g, b = x.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    red, green = r == value, g == value
-    slope = torch.where(red, g - b, torch.where(green, b - r, r - g))
-    hue = (slope / chroma.clamp_min(1e-12) + torch.where(red, 0.0, torch.where(green, 2.0, 4.0))) / 6 + turn
-    away = [hue + n / 6 for n in (3, 1, -1)]
-    return torch.stack([value - (2 - 6 * (a - a.round()).abs()).clamp(0, 1) * chroma for a in away], 1)
-
-
-@cache
-def _compile_once(operation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile an operation for any number of images of any size."""
-    return torch.compile(operation, dynamic=True)
-
-
 def _blur(x: Tensor, kernels: Tensor) -> None:
     """Blur in place, with Pillow's kernel and border handling.
 
@@ -264,20 +240,125 @@ def blur_kernels(radius: Tensor, short: int, device: torch.device) -> Tensor:
     Source: Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box Filtering, 2011.
     """
     # Numbers per radius and per pixel are computed on the host, which takes no launches.
-    variance = radius**2 / 3
-    whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()  # full pixels on each side of the middle
-    edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    width = 2 * (whole + edge) + 1
     far = torch.arange(-2, short + 2)  # two pixels beyond each end: a box reaches no farther
     distance = (torch.arange(short)[:, None] - far[None]).abs().to(device, non_blocking=True)
-    of_radius = torch.stack([whole, whole + 1, 1 / width, edge / width])[..., None, None]
-    inside, last, full, part = of_radius.to(device, non_blocking=True)  # [S, 1, 1] each
-    box = torch.where(distance <= inside, full, torch.where(distance == last, part, 0.0))
+    box = _box(_box_numbers(radius).to(device, non_blocking=True), distance)
     nearest = far.clamp(0, short - 1).to(device, non_blocking=True)
     box = torch.zeros(len(radius), short, short, device=device).index_add_(2, nearest, box)
     return box @ box @ box
 
 
+def _box_numbers(radius: Tensor) -> Tensor:
+    """Return the reach of each box, that of its ends, and the weights within both. [S] -> [4, S]"""
+    variance = radius**2 / 3
+    whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()  # full pixels on each side of the middle
+    edge = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    width = 2 * (whole + edge) + 1
+    return torch.stack([whole, whole + 1, 1 / width, edge / width])
+
+
+def _box(numbers: Tensor, distance: Tensor) -> Tensor:
+    """Return the weights of boxes at some distances. [4, S] and [H, W] -> [S, H, W]"""
+    inside, last, full, part = numbers[..., None, None].unbind()
+    return torch.where(distance <= inside, full, torch.where(distance == last, part, 0.0))
+
+
 _REACH = 6  # pixels: three passes of a box that reaches two
 _SHORT = 32  # pixels, long enough that the ends do not affect the middle of the line
 _BLOCK = 32  # pixels at least; the fastest of the sizes tried
+
+
+# The same for torch.compile, in one graph for all images. There selecting is free, so every image takes every step,
+# with numbers that change nothing if a step is skipped.
+
+
+def _augment_compiled(crops: Tensor, draws: Draws, mean: Tensor, std: Tensor) -> Tensor:
+    """Make views [N, C, H, H] of crops [N, H, H, C], in parts of equal size."""
+    order = draws.order.flatten(0, 1).long()  # [N, 4]
+    factor = draws.factors.flatten(0, 1).gather(1, order)
+    other = torch.where(order == _HUE, 0.0, 1 - factor)
+    rounds = (
+        torch.where(order == _HUE, 1.0, factor),
+        torch.where(order == _SATURATION, other, 0.0),
+        torch.where(order == _CONTRAST, other, 0.0),
+        torch.where(order == _HUE, factor, 0.0),
+    )
+    flip, gray, radius, solarize = (d.flatten() for d in (draws.flip, draws.gray, draws.radius, draws.solarize))
+    flags = torch.stack([flip, gray, solarize, radius > 0]).float()
+    numbers = torch.cat([*(each.T for each in rounds), flags, _box_numbers(radius)])  # [24, N], for a single copy
+    parts = -(-crops.numel() // _AT_ONCE)
+    there = numbers.to(crops.device, non_blocking=True).chunk(parts, 1)
+    run = _compile_once()
+    made = [run(part, each, mean, std) for part, each in zip(crops.chunk(parts), there, strict=True)]
+    return torch.cat(made) if parts > 1 else made[0]
+
+
+@cache
+def _compile_once() -> Callable[..., Tensor]:
+    torch._dynamo.config.recompile_limit = 64  # one version per crop size and number of views; the default is eight
+    return torch.compile(_make_views, fullgraph=True, dynamic=False)
+
+
+def _make_views(crops: Tensor, numbers: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Make views [N, C, H, H] of crops [N, H, H, C] by the numbers of each image. [24, N]
+
+    Channels are separate tensors, because only loops of one shape become one kernel.
+    """
+    *rounds, flags, box = numbers[..., None, None].unflatten(0, (6, 4)).unbind()
+    flip, gray, solarize, blur = (flags > 0).unbind()  # [N, 1, 1] each
+    mirrored = torch.where(flip[..., None], crops.flip(2), crops)
+    x = [channel * (1 / 255) for channel in mirrored.unbind(3)]  # [N, H, H] each
+    for scale, saturation, contrast, turn in zip(*rounds, strict=True):
+        others = [_mix(x)] * 3 if len(x) == 3 else x
+        mixed = [
+            (c * scale + other.mean((1, 2), keepdim=True) * contrast + other * saturation).clamp(0, 1)
+            for c, other in zip(x, others, strict=True)
+        ]
+        if len(x) == 3:
+            mixed = [torch.where(turn != 0, *pair) for pair in zip(_shift_hue(x, turn), mixed, strict=True)]
+        x = mixed
+    if len(x) == 3:
+        x = [torch.where(gray, _mix(x), c) for c in x]
+    sharp = torch.stack(x, 1)  # [N, C, H, H]
+    views = torch.where(blur[..., None], _blur_whole(sharp, box[..., 0, 0]), sharp)
+    views = torch.where(solarize[..., None] & (views >= 128 / 255), 1 - views, views)
+    return ((views - mean[:, None, None]) / std[:, None, None]).contiguous()
+
+
+def _mix(colors: list[Tensor]) -> Tensor:
+    """Return the gray of three channels."""
+    r, g, b = colors
+    return r * 0.299 + g * 0.587 + b * 0.114
+
+
+def _shift_hue(colors: list[Tensor], turn: Tensor) -> list[Tensor]:
+    """Return three channels [N, H, H] with shifted hue, as `_turn_hue` does. `turn` is [N, 1, 1]."""
+    r, g, b = colors
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    red, green = r == value, g == value
+    slope = torch.where(red, g - b, torch.where(green, b - r, r - g))
+    hue = (slope / chroma.clamp_min(1e-12) + torch.where(red, 0.0, torch.where(green, 2.0, 4.0))) / 6 + turn
+    away = [hue + n / 6 for n in (3, 1, -1)]
+    return [value - (2 - 6 * (a - a.round()).abs()).clamp(0, 1) * chroma for a in away]
+
+
+def _blur_whole(x: Tensor, box: Tensor) -> Tensor:
+    """Blur images [N, C, H, H] by whole matrices: more arithmetic than `_blur`, in two products."""
+    size = x.shape[2]
+    short = min(size, _SHORT)
+    place = torch.arange(size, device=x.device)
+    far = torch.arange(-2, short + 2, device=x.device)
+    one = _box(box, (place[:short, None] - far).abs())  # [N, short, short + 4]
+    ends = one[..., :3].sum(-1, keepdim=True), one[..., -3:].sum(-1, keepdim=True)  # each pass repeats the border
+    one = torch.cat([ends[0], one[..., 3:-3], ends[1]], -1)
+    line = one @ one @ one
+    # Rows of a short line, the middle one for all that are far from both ends.
+    half = short // 2
+    row = torch.where(place < half, place, (place - size + short).clamp_min(half))[:, None]
+    column = row + place - place[:, None]
+    matrix = torch.where((column >= 0) & (column < short), line[:, row, column.clamp(0, short - 1)], 0.0)
+    dtype = torch.float16 if x.is_cuda else torch.float32
+    matrix, lines = matrix.to(dtype), x.permute(0, 2, 1, 3).to(dtype).flatten(1, 2)  # [N, H C, W]
+    along = (lines @ matrix.mT).unflatten(1, (size, -1)).flatten(2)  # [N, H, C W]
+    return (matrix @ along).unflatten(2, (-1, size)).permute(0, 2, 1, 3).float()

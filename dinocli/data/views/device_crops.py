@@ -61,7 +61,8 @@ def cut_batch(groups: Sequence[Tensor], images: list[Stored], resamples: Sequenc
     linear = torch.tensor([resample == "bilinear" for resample in resamples]).to(device, non_blocking=True)
     for part in _parts(images, sum(len(group) * group.shape[2] for group in groups)):
         sizes = [image.pixels.shape[1:] for image in part]
-        pixels = torch.zeros(len(part), 3, *map(max, zip(*sizes, strict=True)), dtype=dtype, device=device)
+        sides = (-(-max(lengths) // 8) * 8 for lengths in zip(*sizes, strict=True))  # tensor cores need multiples of 8
+        pixels = torch.zeros(len(part), 3, *sides, dtype=dtype, device=device)
         for room, image, (height, width) in zip(pixels, part, sizes, strict=True):
             room[:, :height, :width].copy_(image.pixels)
         places = torch.tensor([image.place for image in part]).to(device, non_blocking=True)
