@@ -38,6 +38,7 @@ from dinocli.cli.report import report
 from dinocli.cli.runs import runs
 from dinocli.cli.search import search
 from dinocli.cli.segment import segment
+from dinocli.cli.slurm import slurm
 from dinocli.cli.track import track
 from dinocli.cli.usage import explain
 from dinocli.cli.words import Misuse
@@ -54,13 +55,15 @@ app = App(
 # In the order of the help, which is the order of use. The help lists groups after the commands of their panel.
 for panel, commands in {
     "Start": (demo, doctor),
-    "Main job": (pretrain, adapt, finetune, runs, report, extract, knn, linear, classify, compare, attn_map),
+    "Main job": (pretrain, adapt, finetune, slurm, runs, report, extract, knn, linear, classify, compare, attn_map),
     "Find": (search, dedup, curate, anomaly),
     "Look": (plot, segment, match, track),
     "Share": (pack, export, push),
 }.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        # The words after the command of a job belong to that command, options too.
+        apart = {"allow_interspersed_args": command is not slurm}
+        app.command(rich_help_panel=panel, context_settings=apart)(command)
 app.add_typer(presets, name="presets", rich_help_panel="Start")
 scores = App(
     help="Score a network on labelled data: retrieval, copy detection, segmentation, matching, tracking.",
@@ -75,7 +78,7 @@ app.add_typer(scores, name="eval", rich_help_panel="Main job")
 
 
 _SHARED = ("pretrain", "extract")  # run in several processes too
-_WITHOUT_OUTPUT = ("presets", "runs", "doctor")  # may run in each of several processes: they write no file
+_WITHOUT_OUTPUT = ("presets", "runs", "doctor", "slurm")  # may run in each of several processes: they write no file
 
 
 def _print_version(requested: bool) -> None:

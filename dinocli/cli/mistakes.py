@@ -137,7 +137,10 @@ class Command(Layout, TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments, after checking for mistakes that the parser explains poorly."""
-        words = Words.of(ctx.command_path.partition(" ")[2] or str(self.name), args, self.params)
+        path = ctx.command_path.partition(" ")[2] or str(self.name)
+        words = Words.of(path, args, self.params)
+        if words.places and not ctx.allow_interspersed_args:  # the rest are the words of another command
+            words = Words.of(path, args[: words.places[0] + 1], self.params)
         words.keep(ctx)
         if not ctx.resilient_parsing and "--help" not in args:
             _check(words, self.params)

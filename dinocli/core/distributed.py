@@ -118,8 +118,8 @@ def check_launch(command: str) -> None:
     export = "export MASTER_ADDR=HOST MASTER_PORT=29500"
     torchrun = f"torchrun --nproc-per-node {count} -m dinocli {command} ..."
     hints = {
-        "srun": f"let torchrun start them: {torchrun}; or export MASTER_ADDR=$(scontrol show hostnames "
-        "$SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500 before srun; or srun --ntasks=1 "
+        "srun": f"dino slurm {command} ... prints a job script with torchrun; or export MASTER_ADDR=$(scontrol show "
+        "hostnames $SLURM_JOB_NODELIST | head -n 1) MASTER_PORT=29500 before srun; or srun --ntasks=1 "
         f"dino {command} ..." + (f" --gpus {count}" if command == "pretrain" else ""),
         "mpirun": f"{export} to all (mpirun -x with Open MPI); or {torchrun}",
     }

@@ -111,7 +111,6 @@ def extract(
     job = _job(provenance, source, encoder, dtype=dtype, seed=seed if views else 0, batch=batch_size, workers=workers)
     if before := from_first(_recorded(path, job, part) if rank() == 0 else None):
         say(f"{path} is complete")
-        report(before.images + len(before.skipped))
         return before
     writing = write_features(path, provenance, source.classes, dtype=dtype, part=part, job=job, say=say)
     with writing if rank() == 0 else nullcontext() as writer:

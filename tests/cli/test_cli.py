@@ -73,6 +73,7 @@ COMMANDS = [
     "eval track",
     "doctor",
     "pretrain",
+    "slurm",
     "extract",
     "knn",
     "linear",

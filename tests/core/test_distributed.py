@@ -123,7 +123,7 @@ STEP = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": 
         ({"RANK": "1"}, "RANK=1 without MASTER_ADDR and MASTER_PORT", "torchrun --nproc-per-node N"),
         ({"RANK": "2", "WORLD_SIZE": "2"} | ADDRESS, "RANK=2 WORLD_SIZE=2 is out of range", "torchrun"),
         (STEP | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes without MASTER_ADDR and MASTER_PORT",
-         "torchrun --nproc-per-node 4 -m dinocli pretrain ...; or export MASTER_ADDR=$(scontrol"),
+         "dino slurm pretrain ... prints a job script with torchrun; or export MASTER_ADDR=$(scontrol"),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "srun started 4 processes", "srun --ntasks=1 dino pretrain ... --gpus 4"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "a"}, "srun started 4 processes", "export"),
         ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes", "mpirun -x"),
