@@ -33,6 +33,7 @@ from dinocli.cli.tables import write_tables
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
+    from dinocli.data.sources.indexed import Images
     from dinocli.features.extract import Extracted
     from dinocli.features.tabular import TableFormat
 
@@ -142,6 +143,7 @@ def extract(
     from dinocli.apps.doctor.inspection import warn_of
     from dinocli.core.device import default_workers, pick_device
     from dinocli.core.distributed import rank
+    from dinocli.data.sources.indexed import Images
     from dinocli.data.sources.outputs import marked
     from dinocli.features.encoder import quick, whole_patches
     from dinocli.features.extract import count_in_part, extract
@@ -186,6 +188,8 @@ def extract(
                     workers=default_workers(picked) if workers is None else workers,
                 )
             )
+        if isinstance(source, Images) and source.metadata and rank() == 0:
+            _write_metadata(out / f"{name}-columns.csv", source, f"{name}/" if len(parts) > 1 else "")
     for place in places.values() if rank() == 0 else ():
         forget(place)
     uses = "" if tokens == "patches" else "knn" if any(source.classes for source in parts.values()) else "plot"
@@ -250,3 +254,12 @@ def _show(
         )
     made = [path for paths in files.values() for path in paths]
     console.saved([*(part.path for part in written), *made], following)
+
+
+def _write_metadata(path: Path, source: Images, prefix: str) -> None:
+    """Write the further columns of a list next to the features, as `dino plot --table` reads them."""
+    from dinocli.core.tables import write_table
+
+    rows = zip((prefix + name for name in source.names), *source.metadata.values(), strict=True)
+    write_table(path, ["path", *source.metadata], rows)
+    console.say(f"columns {', '.join(source.metadata)}: {path}; color by one with dino plot --table {path}")

@@ -15,6 +15,7 @@ from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import read_metadata
 from dinocli.data.sources.frames import is_video
 from dinocli.data.sources.listing import ARRAY, SUFFIXES
+from dinocli.data.sources.lists import LISTS
 from dinocli.data.sources.open import TORCHVISION
 from dinocli.data.sources.pixels import is_pixels
 from dinocli.data.sources.shards import is_shards
@@ -64,7 +65,6 @@ _GRAPHS = (
     ".npz",
 )
 _ARCHIVES = (".zip", ".rar", ".7z")
-_LISTS = (".txt", ".csv", ".tsv")
 _ENTRIES = 20_000  # entries of a folder to search for an image
 
 
@@ -138,7 +138,7 @@ def _by_suffix(path: Path, suffix: str) -> Kind:
         return "archive"
     if is_video(path):
         return "video"
-    return "source" if suffix in _LISTS or is_shards(str(path)) else "file"
+    return "source" if suffix in LISTS or is_shards(str(path)) else "file"
 
 
 def _folder(path: Path) -> Kind:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ class Images:
         notes: Messages for the user about files that are not read.
         clash: First image with two labels in a list, and both labels, in words; empty if there is none. The class of
             an image with several labels is all of them, separated by `;`.
+        metadata: Further columns of a list, by name, with a text per image.
     """
 
     where: str
@@ -40,6 +41,7 @@ class Images:
     labels: NDArray[np.int32]
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     clash: str = field(default="", kw_only=True)
+    metadata: Mapping[str, Sequence[str]] = field(default_factory=dict, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,8 +89,10 @@ class Images:
 
     def take(self, rows: NDArray[np.int64]) -> Images:
         """Return a source of some of the images, in this order; an image may be taken several times."""
-        names = Names.of([self.names[i] for i in rows.tolist()])
-        return TakenImages(self.where, self.root, names, self.classes, self.labels[rows], self, rows, notes=self.notes)
+        names, *columns = ([each[i] for i in rows.tolist()] for each in (self.names, *self.metadata.values()))
+        metadata = dict(zip(self.metadata, map(Names.of, columns), strict=True))
+        rest = self.classes, self.labels[rows], self, rows
+        return TakenImages(self.where, self.root, Names.of(names), *rest, notes=self.notes, metadata=metadata)
 
     def below(self, folder: str, rows: NDArray[np.int64]) -> Images:
         """Return the images in a top folder, `rows`, as a source of their own, in which the names start below it."""

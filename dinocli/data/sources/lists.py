@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,8 @@ from typing import NamedTuple
 from dinocli.core.errors import DinoError
 from dinocli.data.sources.listing import SUFFIXES
 
-LISTS = (".txt", ".csv", ".tsv")
+JSON = ".jsonl"
+LISTS = (".txt", ".csv", ".tsv", JSON)
 _PATHS = (
     "path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "imagepath", "image_file",
     "image_name", "imagename", "img", "img_path", "img_name", "photo", "picture", "relative_path",
@@ -44,11 +46,13 @@ class Entry(NamedTuple):
         name: Path of the image, spelled as on disk.
         label: Label, or an empty string.
         row: Line number in the file, from 1; of the last line if a row spans several.
+        more: Cells of the further columns.
     """
 
     name: str
     label: str
     row: int
+    more: tuple[str, ...] = ()
 
 
 class FileList(NamedTuple):
@@ -57,19 +61,21 @@ class FileList(NamedTuple):
     Attributes:
         entries: Rows in file order.
         notes: Messages for the user about incomplete rows.
+        columns: Names of the columns besides those of paths and labels.
     """
 
     entries: list[Entry]
     notes: tuple[str, ...]
+    columns: tuple[str, ...] = ()
 
 
 def read_list(path: Path) -> FileList:
-    """Read a text file with one path per line, or a table with a column of paths and optionally one of labels.
+    """Read a text file with one path per line, or a table with a column of paths, optionally one of labels, and more.
 
     Relative paths start at the list's own folder. A label follows its path after a tab, comma, semicolon or space. In a
-    table with a header, the columns are found by name. The encoding may be UTF-8 or UTF-16, with or without a byte
-    order mark, or cp1252. If a path does not exist as written, quotes and spaces around the cell are removed and
-    Windows backslashes are converted.
+    table with a header, and in the JSON objects of a `.jsonl` file, the columns are found by name. The encoding may be
+    UTF-8 or UTF-16, with or without a byte order mark, or cp1252. If a path does not exist as written, quotes and
+    spaces around the cell are removed and Windows backslashes are converted.
 
     Raises:
         DinoError: If the list is empty, no column holds paths, or the first file does not exist.
@@ -83,8 +89,9 @@ def read_list(path: Path) -> FileList:
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     if path.suffix.lower() == ".txt":
         lines = ["" if line.startswith("#") else line for line in lines]  # blank, to keep row numbers
-    notes: list[str] = []
-    rows = [row for row in _rows(lines, path, notes) if any(cell.strip() for cell in row.cells)]
+    notes, columns = list[str](), list[str]()
+    found = _objects(lines, path, columns) if path.suffix.lower() == JSON else _rows(lines, path, notes, columns)
+    rows = [row for row in found if any(cell.strip() for cell in row.cells)]
     if not rows:
         raise DinoError(
             f"{path} is empty; expected a list of files", "write one path per line, relative to the list's folder"
@@ -92,15 +99,15 @@ def read_list(path: Path) -> FileList:
     named, unnamed = list[Entry](), list[Entry]()
     convert = _convention(rows, path.parent)
     for cells, row in rows:
-        name, label = (*cells, "")[:2]
-        (named if name.strip() else unnamed).append(Entry(convert(name), _unquote(label), row))
+        name, label, *more = cells if len(cells) > 1 else (*cells, "")
+        (named if name.strip() else unnamed).append(Entry(convert(name), _unquote(label), row, tuple(more)))
     if not named or not _is_file(path.parent, named[0].name):
         first = named[0].name if named else ""
         raise DinoError(
             f"the first file of {path} does not exist: {path.parent / first}",
             "write paths relative to the list's folder" + _suggest_move(first),
         )
-    return FileList(named, (*notes, *_notes(path, named, unnamed)))
+    return FileList(named, (*notes, *_notes(path, named, unnamed)), tuple(columns))
 
 
 class _Row(NamedTuple):
@@ -128,8 +135,45 @@ def _decode(data: bytes, folder: Path) -> str:
         return raw if exists else data.decode("cp1252", "replace")
 
 
-def _rows(lines: list[str], path: Path, notes: list[str]) -> Iterator[_Row]:
-    """Yield path and label of each row as written, and add a message to `notes` if columns are not read.
+def _objects(lines: list[str], path: Path, columns: list[str]) -> Iterator[_Row]:
+    """Yield path, label and the further values of the JSON object in each line, and add their names to `columns`.
+
+    Raises:
+        DinoError: If a line is not an object, or no key holds paths.
+    """
+    rows: list[tuple[dict[str, str], int]] = []
+    for row, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise DinoError(f"line {row} of {path} is not a JSON object", 'write {"path": "a.jpg", "label": "cat"}')
+        rows.append(({key: _text_of(item) for key, item in value.items()}, row))
+    keys = list(dict.fromkeys(key for values, _ in rows for key in values))
+    head = _header(keys)
+    at, label = _column(head, _PATHS), _column(head, _LABELS)
+    if rows and at is None:
+        raise DinoError(
+            f"no key of {path} holds paths; its keys are {', '.join(keys)[:300]}",
+            "name the key of paths `path` and that of labels `label`",
+        )
+    columns += [key for i, key in enumerate(keys) if i not in (at, label)]
+    for values, row in rows:
+        cells = [values.get(key, "") for key in keys]
+        yield _Row((_cell(cells, at), _cell(cells, label), *(values.get(key, "") for key in columns)), row)
+
+
+def _text_of(value: object) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def _rows(lines: list[str], path: Path, notes: list[str], columns: list[str]) -> Iterator[_Row]:
+    """Yield path, label and, if there is a header, the further cells of each row as written.
+
+    Adds the names of further columns to `columns`, and a message to `notes` if there is a header without labels.
 
     Raises:
         DinoError: If no column holds paths.
@@ -146,12 +190,11 @@ def _rows(lines: list[str], path: Path, notes: list[str]) -> Iterator[_Row]:
         head = _header(cells)
         if (column := _column(head, _PATHS)) is not None and not _exists(folder, cells[column]):
             label = _column(head, _LABELS)
-            others = ", ".join(cell.strip() for i, cell in enumerate(cells) if i != column and cell.strip())
-            if label is None and others:
+            columns += [_unquote(cell) for i, cell in enumerate(cells) if i not in (column, label) and cell.strip()]
+            if label is None and columns:
+                others = ", ".join(columns)
                 notes.append(f"no column of {path} is named label or class; its other columns are {others[:200]}")
-            table = (row for row in _table(lines, delimiter) if any(cell.strip() for cell in row.cells))
-            next(table)
-            yield from (_Row((_cell(cells, column), _cell(cells, label)), row) for cells, row in table)
+            yield from _below_header(lines, delimiter, column, label)
             return
     if _exists(folder, first):  # the file name may hold a delimiter
         yield from _labels_behind(lines, folder)
@@ -165,16 +208,24 @@ def _rows(lines: list[str], path: Path, notes: list[str]) -> Iterator[_Row]:
                 yield _Row((_cell(cells, column), _cell(cells, label)), row)
             return
     split = (next(_table([first], delimiter)).cells for delimiter in delimiters)
-    columns = next(([cell.strip() for cell in cells if cell.strip()] for cells in split if len(cells) > 1), [])
-    if (suffix != ".txt" or len(columns) > 1) and not any(_is_name(cell) for cell in [first, *columns]):
+    parts = next(([cell.strip() for cell in cells if cell.strip()] for cells in split if len(cells) > 1), [])
+    if (suffix != ".txt" or len(parts) > 1) and not any(_is_name(cell) for cell in [first, *parts]):
         raise DinoError(
-            f"no column of {path} holds paths; its columns are {', '.join(columns or [first.strip()])[:300]}",
+            f"no column of {path} holds paths; its columns are {', '.join(parts or [first.strip()])[:300]}",
             "name the column of paths `path` and that of labels `label`: path,label",
         )
-    if len(columns) > 1 and any(_is_name(cell) for cell in columns):  # a missing file, which the caller reports
-        yield _Row((next(cell for cell in columns if _is_name(cell)), ""), 1)
+    if len(parts) > 1 and any(_is_name(cell) for cell in parts):  # a missing file, which the caller reports
+        yield _Row((next(cell for cell in parts if _is_name(cell)), ""), 1)
         return
     yield from _labels_behind(lines, folder)
+
+
+def _below_header(lines: list[str], delimiter: str, column: int, label: int | None) -> Iterator[_Row]:
+    """Yield path, label and the cells of all other columns that have a name."""
+    table = (row for row in _table(lines, delimiter) if any(cell.strip() for cell in row.cells))
+    named = [i for i, name in enumerate(next(table).cells) if i not in (column, label) and name.strip()]
+    for cells, row in table:
+        yield _Row((_cell(cells, column), _cell(cells, label), *(_cell(cells, i).strip() for i in named)), row)
 
 
 def _table(lines: list[str], delimiter: str) -> Iterator[_Row]:

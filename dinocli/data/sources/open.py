@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from dinocli.data.sources.zip_files import ZIP, open_zip
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"RIFF")
 # Common folder names of a data set's splits, by the tool's name of the split.
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_METADATA = ("metadata.csv", "metadata.tsv", "metadata.jsonl")  # tables of an image folder, as for Hugging Face
 TORCHVISION = "torchvision:"
 _NAMED = 6  # outputs listed by name in a message
 
@@ -176,8 +177,31 @@ def image_folder(root: Path) -> Images:
         if not len(arrays.names):
             raise _no_images(root, listing)
         listing = arrays
-    names, notes = listing.names, tuple(_notes(root, listing))
-    return Images(str(root), root, names, *folder_classes(names), notes=notes)
+    found = Images(str(root), root, listing.names, *folder_classes(listing.names), notes=tuple(_notes(root, listing)))
+    table = next((root / name for name in _METADATA if (root / name).is_file()), None)
+    return _described(found, table) if table else found
+
+
+def _described(images: Images, table: Path) -> Images:
+    """Add the labels and further columns of a folder's `metadata.csv` to its images. Images without a row are kept."""
+    try:
+        listed = read_list(table)
+    except DinoError as error:
+        return replace(images, notes=(*images.notes, f"not using {table}: {error.message}"))
+    entries = {os.path.normpath(entry.name): entry for entry in listed.entries}
+    rows = [entries.pop(name, None) for name in images.names]
+    notes = [*images.notes, *listed.notes]
+    if None in rows:
+        first = images.names[rows.index(None)]
+        notes.append(f"{rows.count(None)} images have no row in {table}, such as {first}; they are read without labels")
+    if entries:
+        notes.append(f"{len(entries)} rows of {table} name files that are not here, such as {next(iter(entries))}")
+    metadata = {
+        column: Names.of([row.more[i] if row else "" for row in rows]) for i, column in enumerate(listed.columns)
+    }
+    described = replace(images, notes=tuple(notes), metadata=metadata)
+    labels = [row.label if row else "" for row in rows]
+    return replace(described, **_label_fields(labels)) if any(labels) else described
 
 
 def _packed_images(folder: Path) -> PackedImages:
@@ -207,9 +231,7 @@ def _nearest_place(missing: Path) -> str:
     above = next((parent for parent in missing.parents if parent.is_dir()), Path())
     first = missing.relative_to(above).parts[0]
     try:
-        beside = {
-            path.name.lower(): path for path in above.iterdir() if path.is_dir() or path.suffix in (".txt", ".csv")
-        }
+        beside = {path.name.lower(): path for path in above.iterdir() if path.is_dir() or path.suffix in LISTS}
     except OSError:
         beside = {}
     close = nearest(first.lower(), beside, least=0.6)
@@ -261,19 +283,14 @@ def _file_list(path: Path) -> Images:
     Raises:
         DinoError: If the list is empty, names no files, or its first file does not exist.
     """
-    rows, notes = read_list(path)
+    rows, notes, columns = read_list(path)
     entries, clash = _merge_rows(path.parent, rows)
     if repeated := len(rows) - len(entries):
         notes += (f"{repeated} rows of {path} name an image again: each image counts once",)
     names = Names.of([entry.name for entry in entries])
-    labelled = [entry.label for entry in entries if entry.label]
-    if not labelled:
-        unknown = np.full(len(names), -1, dtype=np.int32)
-        return Images(str(path), path.parent, names, [], unknown, notes=notes)
-    classes, numbers = number_classes(labelled)
-    labels = np.full(len(names), -1, dtype=np.int32)
-    labels[[i for i, entry in enumerate(entries) if entry.label]] = numbers
-    return Images(str(path), path.parent, names, classes, labels, notes=notes, clash=clash)
+    metadata = {column: Names.of([entry.more[i] for entry in entries]) for i, column in enumerate(columns)}
+    fields = _label_fields([entry.label for entry in entries])
+    return Images(str(path), path.parent, names, **fields, notes=notes, clash=clash, metadata=metadata)
 
 
 def _merge_rows(folder: Path, rows: Sequence[Entry]) -> tuple[list[Entry], str]:
@@ -294,6 +311,14 @@ def _merge_rows(folder: Path, rows: Sequence[Entry]) -> tuple[list[Entry], str]:
         if others and not clash:
             clash = f"{same[0].name} the labels {one} (row {labels[one]}) and {others[0]} (row {labels[others[0]]})"
     return list(merged.values()), clash
+
+
+def _label_fields(labels: Sequence[str]) -> dict[str, Any]:
+    """Return `classes` and `labels` of `Images`; an empty text is no label."""
+    classes, found = number_classes([label for label in labels if label])
+    numbers = np.full(len(labels), -1, dtype=np.int32)
+    numbers[[i for i, label in enumerate(labels) if label]] = found
+    return {"classes": classes, "labels": numbers}
 
 
 def _torchvision(name: str, wanted: Sequence[str]) -> dict[str, Images]:

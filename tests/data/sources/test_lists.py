@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dinocli.core.errors import DinoError
@@ -49,7 +50,7 @@ def written(folder: Path, name: str, text: str | bytes, files: tuple[str, ...] =
     ],
 )
 def test_lists_as_spreadsheets_write_them(tmp_path: Path, name: str, text: str | bytes) -> None:
-    entries, notes = read_list(written(tmp_path, name, text))
+    entries, notes, _ = read_list(written(tmp_path, name, text))
     assert [entry[:2] for entry in entries] == BOTH
     assert not notes
 
@@ -91,7 +92,7 @@ def test_columns_that_are_not_known_are_named(tmp_path: Path) -> None:
     with pytest.raises(DinoError, match="its columns are id, where_it_is, what") as error:
         read_list(written(tmp_path, "l.csv", "id,where_it_is,what\n1,a/x.jpg,cat\n"))
     assert "path,label" in error.value.hint
-    _, notes = read_list(written(tmp_path, "l.csv", "path,breed\na/x.jpg,cat\n"))
+    _, notes, _ = read_list(written(tmp_path, "l.csv", "path,breed\na/x.jpg,cat\n"))
     assert "its other columns are breed" in notes[0]
     with pytest.raises(DinoError, match=r"first file .* does not exist: .*gone.jpg"):
         read_list(written(tmp_path, "l.csv", "gone.jpg,cat\na/x.jpg,dog\n"))
@@ -121,3 +122,65 @@ def test_two_labels_of_an_image_are_an_error_where_labels_count(tmp_path: Path) 
     )
     for source in (open_source(path), splits(path, several=True)["all"]):
         assert [source.classes[label] for label in source.labels] == ["owl", "cat;dog"]
+
+
+def test_further_columns_are_kept(tmp_path: Path) -> None:
+    for name, text in {
+        "l.csv": "Camera,path,label,lens\nA,a/x.jpg,cat,35\n, a/y.jpg ,dog\n",
+        "l.jsonl": '{"Camera": "A", "path": "a/x.jpg", "label": "cat", "lens": 35}\n\n'
+        '{"label": "dog", "path": "a/y.jpg", "Camera": null}\n',
+    }.items():
+        entries, notes, columns = read_list(written(tmp_path, name, text))
+        assert [entry[:2] for entry in entries] == BOTH
+        assert (columns, [entry.more for entry in entries]) == (("Camera", "lens"), [("A", "35"), ("", "")])
+        assert not notes
+        source = open_source(str(tmp_path / name)).take(np.array([1, 0]))
+        assert {key: list(values) for key, values in source.metadata.items()} == {
+            "Camera": ["", "A"],
+            "lens": ["", "35"],
+        }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"path": "a/x.jpg"}\n[1]\n', r"line 2 of .*l\.jsonl is not a JSON object"),
+        ('{"path": "a/x.jpg"\n', r"line 1 of .*l\.jsonl is not a JSON object"),
+        ('{"id": 7, "text": "a"}\n', r"no key of .*l\.jsonl holds paths; its keys are id, text"),
+        ('{"path": "gone.jpg"}\n', "the first file of .* does not exist"),
+        ("\n", "is empty"),
+    ],
+)
+def test_errors_of_json_lines(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(DinoError, match=message):
+        read_list(written(tmp_path, "l.jsonl", text))
+
+
+def test_numbers_as_labels_of_json_lines(tmp_path: Path) -> None:
+    path = written(tmp_path, "l.jsonl", '{"image": "a/x.jpg", "label": 10}\n{"image": "a/y.jpg", "label": 9}\n')
+    assert open_source(str(path)).classes == ["9", "10"]
+
+
+def test_metadata_of_a_folder(tmp_path: Path) -> None:
+    table = written(
+        tmp_path, "metadata.csv", "file_name,label,site\na/y.jpg,dog,north\n./a/x.jpg,cat,south\na/no.jpg,cat,\n"
+    )
+    source = open_source(str(tmp_path))
+    assert list(source.names) == list(FILES)  # an image without a row stays
+    assert [source.classes[label] if label >= 0 else "" for label in source.labels] == ["cat", "dog", ""]
+    assert list(source.metadata["site"]) == ["south", "north", ""]
+    assert source.notes[-2:] == (
+        f"1 images have no row in {table}, such as a/z w.jpg; they are read without labels",
+        f"1 rows of {table} name files that are not here, such as a/no.jpg",
+    )
+
+
+def test_metadata_without_labels_keeps_the_classes_of_folders(tmp_path: Path) -> None:
+    written(tmp_path, "metadata.jsonl", '{"file_name": "a/x.jpg", "text": "a cat"}\n', FILES[:1])
+    source = open_source(str(tmp_path))
+    assert (source.classes, list(source.metadata["text"])) == (["a"], ["a cat"])
+    (tmp_path / "metadata.jsonl").write_text("no table")
+    source = open_source(str(tmp_path))
+    assert (source.classes, source.metadata) == (["a"], {})
+    assert "not using" in source.notes[-1]
+    assert "is not a JSON object" in source.notes[-1]
