@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,8 +54,15 @@ def group_parameters(
 class Method(nn.Module, ABC):
     """Training method: the losses of a batch, the parameters to train, and the updates after a step."""
 
+    def prepare(self, batch: Any) -> Any:
+        """Return a batch with everything that the step reads from the host: tensors on the device from here on.
+
+        Called once per step, before `parts`. The default returns the batch as it is.
+        """
+        return batch
+
     def parts(self, batch: Any, count: int, clock: Clock) -> Sequence[Any]:
-        """Split a batch into `count` parts of the same size, whose gradients the engine accumulates.
+        """Split a prepared batch into `count` parts of the same size, whose gradients the engine accumulates.
 
         Whatever depends on the whole batch must be computed here. The default supports only one part, the batch itself.
 
@@ -65,6 +72,10 @@ class Method(nn.Module, ABC):
         if count != 1:
             raise ValueError(f"{type(self).__name__} cannot split its batches into {count} parts")
         return [batch]
+
+    def form(self, clock: Clock) -> Hashable:
+        """Return what of the clock changes the operators of a step, apart from frozen parameters; None if nothing."""
+        return None
 
     def before_step(self, clock: Clock) -> None:
         """Update the state that depends on the step's number alone; called before anything else of the step.

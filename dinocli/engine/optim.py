@@ -109,6 +109,13 @@ class AdamWConfig(_Optimizer):
             _to_dicts(groups), lr=0.0, betas=self.betas, eps=self.eps, weight_decay=0.0, fused=True
         )
 
+    def apply_decay(self, group: dict[str, Any], weight_decay: Tensor, done: Tensor) -> None:
+        """Shrink the parameters of a group, as the step of torch would for a number on the host."""
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if parameters:
+            factor = torch.where(done, 1 - group["lr"] * weight_decay, 1.0)
+            torch._foreach_mul_(parameters, factor.to(parameters[0].dtype))
+
 
 _SHARDING_HINT = "--parallel ddp, or --set optimizer.kind=adamw with its own keys"
 
@@ -135,6 +142,13 @@ class SGDConfig(_Optimizer):
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
         return optimizer
 
+    def apply_decay(self, group: dict[str, Any], weight_decay: Tensor, done: Tensor) -> None:
+        """Add the decay to the gradients of a group, as the step of torch would for a number on the host."""
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if parameters:
+            decays = torch._foreach_mul(parameters, weight_decay.to(parameters[0].dtype))
+            torch._foreach_add_([p.grad for p in parameters], decays)
+
 
 class LARSConfig(_Optimizer):
     """LARS: SGD with its step scaled to each weight's norm."""
@@ -146,6 +160,10 @@ class LARSConfig(_Optimizer):
     def build(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
         """Build the optimizer over the groups."""
         return LARS(_to_dicts(groups), momentum=self.momentum, trust=self.trust)
+
+    def apply_decay(self, group: dict[str, Any], weight_decay: Tensor, done: Tensor) -> None:
+        """Set the weight decay of a group, which the step takes as a tensor too."""
+        group["weight_decay"] = weight_decay
 
 
 OptimizerConfig = Annotated[AdamWConfig | SGDConfig | LARSConfig, Field(discriminator="kind")]
@@ -190,10 +208,13 @@ class LARS(torch.optim.Optimizer):
                     scaled = (weight_norm > 0) & (update_norm > 0)
                     update = update * torch.where(scaled, ratio, torch.ones_like(ratio))
                 state = self.state[p]
-                old = state.get("momentum", torch.zeros_like(p))
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(p)
+                old = state["momentum"]
                 new = old * group["momentum"] + update
                 moved = p - group["lr"] * new
-                state["momentum"] = new if skipped is None else torch.where(skipped > 0, old, new)
+                # In place, because a graph of the step writes to fixed addresses.
+                old.copy_(new if skipped is None else torch.where(skipped > 0, old, new))
                 p.copy_(moved if skipped is None else torch.where(skipped > 0, p, moved))
 
 
@@ -213,6 +234,25 @@ def step_unless_skipped(optimizer: torch.optim.Optimizer, done: Tensor) -> None:
     optimizer.found_inf = (~done).float()  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def step_with_tensors(
+    config: OptimizerConfig, optimizer: torch.optim.Optimizer, lr: Tensor, weight_decay: Tensor, done: Tensor
+) -> None:
+    """Take the optimizer's step like `step_unless_skipped`, with rates that are on the device.
+
+    torch's fused steps take a learning rate on the device, but no weight decay. So that is applied before the step. The
+    rates of the groups, which are on the host, do not count and do not change.
+    """
+    before = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = (lr * group["lr_scale"]).float(), 0.0
+        if group["decay"]:
+            config.apply_decay(group, weight_decay, done)
+    step_unless_skipped(optimizer, done)
+    for group, rates in zip(optimizer.param_groups, before, strict=True):
+        group["lr"], group["weight_decay"] = rates
 
 
 def drop_frozen(optimizer: torch.optim.Optimizer, clock: Clock) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field
+from torch import Tensor
 
 from dinocli.core.config import Config
 
@@ -37,6 +38,13 @@ class Clock:
     def tick(self) -> Clock:
         """Return the clock one step later."""
         return replace(self, step=self.step + 1)
+
+    def value(self, schedule: Schedule) -> float | Tensor:
+        """Return the value of a schedule at this step: a number of the host; from some subclasses, one on the device.
+
+        The operators of a step read schedules only through this function, so that a graph of them can be replayed.
+        """
+        return schedule.at(self)
 
 
 class Misfit(NamedTuple):

@@ -77,13 +77,21 @@ class Trainer:
             batch: This process's share of a batch, as the method takes it.
             log: If True, also compute the method's metrics, and average all values over the processes.
         """
+        clock = self.clock
         self._seed_draws()
-        self.method.before_step(self.clock)
-        set_rates(self.optimizer, self.lr.at(self.clock), self.config.weight_decay.at(self.clock))
+        self.method.before_step(clock)
+        batch = self.method.prepare(batch)
+        set_rates(self.optimizer, self.lr.at(clock), self.config.weight_decay.at(clock))
+        values = self._run(batch, clock, log=log)
+        self.clock = clock.tick()
+        return _average_over_processes(values) if log else values
+
+    def _run(self, batch: Any, clock: Clock, *, log: bool) -> Values:
+        """Run the operators of a step. Whatever changes from step to step comes from tensors, or from `clock.value`."""
         # For a skipped step, whose forward pass has changed buffers too (BatchNorm's statistics, the center).
         before = [buffer.clone() for buffer in self.method.buffers()]
         with self.precision:
-            parts = self.method.parts(batch, self.accumulate, self.clock)
+            parts = self.method.parts(batch, self.accumulate, clock)
         losses: dict[str, Tensor] = {}
         for i, part in enumerate(parts, 1):
             with self.parallel.adding(self._wrapped, last=i == len(parts)):
@@ -95,14 +103,14 @@ class Trainer:
         loss = torch.stack(list(losses.values())).sum()
         if self.scale:
             self.scale.unscale(self.optimizer)
-        grad_norm = clip_gradients(self.optimizer, self.config.clip)
+        grad_norm = self._clip()
         # All processes skip a step together; otherwise their weights would differ from here on.
         done = all_of(torch.isfinite(loss + grad_norm)) if self.guarded else torch.ones_like(loss, dtype=torch.bool)
-        metrics = self.method.metrics(parts, losses, self.clock) if log else {}
+        metrics = self.method.metrics(parts, losses, clock) if log else {}
         # After clipping, as in the original, so that `grad_norm` includes frozen parameters.
-        drop_frozen(self.optimizer, self.clock)
-        step_unless_skipped(self.optimizer, done)
-        self.method.after_step(self.clock, done)
+        drop_frozen(self.optimizer, clock)
+        self._update(clock, done)
+        self.method.after_step(clock, done)
         for buffer, old in zip(self.method.buffers(), before, strict=True):
             buffer.copy_(torch.where(done, buffer, old))
         scaling: Values = {"loss_scale": self.scale.factor.clone()} if self.scale else {}
@@ -110,9 +118,15 @@ class Trainer:
             self.scale.update(done)
         self.skipped += ~done
         self.skipped[1] *= ~done
-        self.clock = self.clock.tick()
-        values = {"loss": loss, "grad_norm": grad_norm, **losses, **metrics, **scaling}
-        return _average_over_processes(values) if log else values
+        return {"loss": loss, "grad_norm": grad_norm, **losses, **metrics, **scaling}
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients, and return their total norm before clipping. []"""
+        return clip_gradients(self.optimizer, self.config.clip)
+
+    def _update(self, clock: Clock, done: Tensor) -> None:
+        """Take the optimizer's step with the rates of its groups."""
+        step_unless_skipped(self.optimizer, done)
 
     def fit(self, batches: Iterable[Any], steps: int, on_step: OnStep, due: Callable[[], bool] = lambda: False) -> None:
         """Train until the clock reaches `steps` or the batches end. This is the only training loop.

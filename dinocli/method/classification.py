@@ -70,14 +70,19 @@ class Classification(Method):
         return self
 
     @torch.no_grad()
-    def parts(self, batch: Batch, count: int, clock: Clock) -> list[LabelledPart]:
-        """Mix the images of a batch and their labels, if mixup or CutMix is set, and split it into `count` parts."""
+    def prepare(self, batch: Batch) -> LabelledPart:
+        """Return a batch with its labels. Mix images and labels if mixup or CutMix is set."""
         crops = batch.global_crops
         targets = self.loss.smooth(self.labels[batch.rows].to(crops.device))
         if mix := self._draw_mix():
             mixed, targets = mix(crops[0], targets)
             batch = replace(batch, global_crops=mixed[None])
-        return [LabelledPart(*pair) for pair in zip(batch.split(count), targets.chunk(count), strict=True)]
+        return LabelledPart(batch, targets)
+
+    def parts(self, batch: LabelledPart, count: int, clock: Clock) -> list[LabelledPart]:
+        """Split a prepared batch into `count` parts."""
+        pairs = zip(batch.batch.split(count), batch.targets.chunk(count), strict=True)
+        return [LabelledPart(*pair) for pair in pairs]
 
     def _draw_mix(self) -> nn.Module | None:
         """Return mixup or CutMix, drawn for each batch; None without either."""
@@ -99,7 +104,7 @@ class Classification(Method):
         self, parts: Sequence[LabelledPart], losses: Mapping[str, Tensor], clock: Clock
     ) -> dict[str, Tensor | float]:
         """Return the `momentum` of the average."""
-        return {"momentum": self.momentum.at(clock)}
+        return {"momentum": clock.value(self.momentum)}
 
     def units(self) -> list[nn.Module]:
         """Return the blocks of each network, then the network, so that both have the same shards."""
@@ -123,4 +128,4 @@ class Classification(Method):
     @torch.no_grad()
     def after_step(self, clock: Clock, done: Tensor) -> None:
         """Move the average towards the student, BatchNorm's statistics included."""
-        self.average.move_towards(self.student, self.momentum.at(clock), done, buffers=True)
+        self.average.move_towards(self.student, clock.value(self.momentum), done, buffers=True)

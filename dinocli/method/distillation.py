@@ -107,9 +107,15 @@ class SelfDistillation(Method):
     def frozen_modules(self) -> list[str]:
         return [] if self.ema is None else ["teacher"]
 
+    def form(self, clock: Clock) -> bool:
+        """Return True if the Gram loss is active."""
+        return self.anchoring is not None and self.anchoring.is_active(clock)
+
     @torch.no_grad()
     def before_step(self, clock: Clock) -> None:
-        """Copy the average to the Gram teacher if its schedule says so."""
+        """Draw the directions of SIGReg, and copy the average to the Gram teacher if its schedule says so."""
+        if "sigreg" in self.losses:
+            self.losses["sigreg"].draw(clock, self.student.backbone.width, self.student.device)  # type: ignore[operator]
         if self.gram is None or self.anchoring is None or not self.anchoring.is_update(clock):
             return
         # Statistics of BatchNorm too. With FSDP both networks have the same shards.
@@ -118,14 +124,19 @@ class SelfDistillation(Method):
         torch._foreach_copy_(own, current)
 
     @torch.no_grad()
+    def prepare(self, batch: Batch) -> Batch:
+        """Return a batch whose masks list the visible patches too, if a loss reads them."""
+        if self.visible and batch.masks:
+            return replace(batch, masks=batch.masks.with_visible(self.visible))
+        return batch
+
+    @torch.no_grad()
     def parts(self, batch: Batch, count: int, clock: Clock) -> list[Part]:
-        """Split a batch into `count` parts, with the teacher's targets for the batch as a whole.
+        """Split a prepared batch into `count` parts, with the teacher's targets for the batch as a whole.
 
         The teacher encodes only the global crops, one part at a time, like the student.
         """
         # Targets depend on the whole batch (Sinkhorn-Knopp, the center), so they come before the student's first part.
-        if self.visible and batch.masks:
-            batch = replace(batch, masks=batch.masks.with_visible(self.visible))
         batches = batch.split(count)
         # The teacher gets no mask: it sees every patch, and its heads read those that are masked for the student.
         outputs = [self.teacher([part.global_crops], rows=part.masks and part.masks.rows) for part in batches]
@@ -135,8 +146,7 @@ class SelfDistillation(Method):
             all_targets: Tensor | None = loss.targets_for(joined, clock)  # type: ignore[operator]
             for i, share in enumerate(_split(all_targets, outputs) if all_targets is not None else ()):
                 targets[i][name] = share
-        anchored = self.anchoring is not None and self.anchoring.is_active(clock)
-        parts = [Part(part, targets[i], outputs[i].cls, anchored) for i, part in enumerate(batches)]
+        parts = [Part(part, targets[i], outputs[i].cls, self.form(clock)) for i, part in enumerate(batches)]
         whole = {name: loss for name, loss in self.losses.items() if isinstance(loss, WholeBatchLoss)}
         return self._compute_means(parts, whole) if whole and count > 1 else parts
 
@@ -199,7 +209,7 @@ class SelfDistillation(Method):
             cls = F.normalize(torch.cat([part.cls for part in parts], 1).float().flatten(0, 1), dim=-1)  # [G * B, D]
             variance = (cls - mean_over_processes(cls.mean(0))).square().sum(-1).mean()
             metrics["feature_std"] = mean_over_processes(variance).sqrt()
-        metrics["momentum"] = self.momentum.at(clock)
+        metrics["momentum"] = clock.value(self.momentum)
         return metrics
 
     def units(self) -> list[nn.Module]:
@@ -228,7 +238,7 @@ class SelfDistillation(Method):
     def after_step(self, clock: Clock, done: Tensor) -> None:
         """Move the average towards the student, and update the state of the targets."""
         # Only parameters, as in the original: the average's BatchNorm keeps its own statistics.
-        self.average.move_towards(self.student, self.momentum.at(clock), done)
+        self.average.move_towards(self.student, clock.value(self.momentum), done)
         for loss in self.losses.values():
             loss.after_step()  # type: ignore[operator]
 

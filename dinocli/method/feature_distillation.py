@@ -60,6 +60,10 @@ class Target:
     cls: Tensor
     patches: Tensor
 
+    def split(self, count: int) -> list[Target]:
+        """Split the images into `count` targets of the same size, in order."""
+        return [Target(*pair) for pair in zip(self.cls.chunk(count, 1), self.patches.chunk(count, 1), strict=True)]
+
 
 @dataclass(frozen=True)
 class FeaturePart:
@@ -197,14 +201,21 @@ class FeatureDistillation(Method):
         return targets
 
     @torch.no_grad()
-    def parts(self, batch: Batch, count: int, clock: Clock) -> list[FeaturePart]:
-        """Split a batch into `count` parts, with the teachers' features for each: stored ones, or computed now."""
+    def prepare(self, batch: Batch) -> Batch | FeaturePart:
+        """Return a batch, with the teachers' features if they are stored."""
         if self.stored is None:
-            return [FeaturePart(part, self.targets(part)) for part in batch.split(count)]
+            return batch
         if batch.places is None:
             raise ValueError("stored features need batches with places")
-        places = batch.places.chunk(count)
-        return [FeaturePart(part, self.stored(p)) for part, p in zip(batch.split(count), places, strict=True)]
+        return FeaturePart(batch, self.stored(batch.places))
+
+    @torch.no_grad()
+    def parts(self, batch: Batch | FeaturePart, count: int, clock: Clock) -> list[FeaturePart]:
+        """Split a prepared batch into `count` parts, with the teachers' features for each: stored, or computed now."""
+        if isinstance(batch, Batch):
+            return [FeaturePart(part, self.targets(part)) for part in batch.split(count)]
+        targets = zip(*(target.split(count) for target in batch.targets), strict=True)
+        return [FeaturePart(part, list(each)) for part, each in zip(batch.batch.split(count), targets, strict=True)]
 
     def forward(self, part: FeaturePart) -> dict[str, Tensor]:
         """Return the losses of a part: `<distance>` for one teacher, or `<distance>_<number>` for each of several."""
@@ -248,7 +259,7 @@ class FeatureDistillation(Method):
             terms = [value for key, value in losses.items() if key.startswith(name)]
             if terms:
                 metrics[f"features/{kind}"] = 1 - torch.stack(terms).sum() / self.loss.weights[name]
-        metrics["momentum"] = self.momentum.at(clock)
+        metrics["momentum"] = clock.value(self.momentum)
         return metrics
 
     def units(self) -> list[nn.Module]:
@@ -279,7 +290,7 @@ class FeatureDistillation(Method):
     @torch.no_grad()
     def after_step(self, clock: Clock, done: Tensor) -> None:
         """Move the average towards the student, BatchNorm's statistics included."""
-        self.average.move_towards(self.student, self.momentum.at(clock), done, buffers=True)
+        self.average.move_towards(self.student, clock.value(self.momentum), done, buffers=True)
 
 
 def _freeze_unused(backbone: Backbone, views: ViewsConfig) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -49,6 +49,9 @@ class Network(nn.Module):
         heads: Heads by their names.
         reads: Tokens that each head reads. By default the class token.
         masking: If True, patches may be masked, and the network has a token that replaces them.
+
+    Attributes:
+        mover: Function that moves parameters towards others by a weight, in place.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Network(nn.Module):
         self.reads = {name: (reads or {}).get(name, CLASS) for name in heads}
         self.mask_token = nn.Parameter(torch.zeros(1, backbone.width)) if masking else None
         self._compiled = False
+        self.mover: Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None] = foreach.move
 
     def forward(
         self,
@@ -108,25 +112,30 @@ class Network(nn.Module):
         return Encoding(cls, len(first), class_logits, masked_logits, kept, grid)
 
     @torch.no_grad()
-    def move_towards(self, student: Network, momentum: float, done: Tensor, *, buffers: bool = False) -> None:
+    def move_towards(self, student: Network, momentum: float | Tensor, done: Tensor, *, buffers: bool = False) -> None:
         """Move the parameters towards those of a student, merged with any low-rank additions.
 
         Args:
             student: Network of the same shape.
-            momentum: Weight of the own parameters; the student has the rest.
+            momentum: Weight of the own parameters, possibly on the device; the student has the rest.
             done: False if the step was skipped: then nothing moves. [], bool
             buffers: If True, BatchNorm's statistics move too. A network that sees no image has none of its own.
         """
         # With FSDP each process averages its own shards; both networks are sharded in the same way.
         own, theirs = local(list(self.parameters())), local(effective_weights(student, self))
         # In a skipped step the weight is 0, because a Python `if` on `done` would make the host wait for the device.
-        weight = (1 - momentum) * done.to(own[0].dtype)
-        foreach.move(own, theirs, weight)
+        weight = ((1 - momentum) * done.to(own[0].dtype)).to(own[0].dtype)
+        self.mover(own, theirs, weight)
         for mine, new in zip(self.buffers(), student.buffers(), strict=True) if buffers else ():
             if mine.is_floating_point():
                 mine.lerp_(new, weight.to(mine.dtype))
             else:  # the number of batches; after a skipped step the engine restores it
                 mine.copy_(new)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
 
     def outputs(self, head: str) -> int:
         """Return the number of outputs of a head: its prototypes K, or the width of its features without any."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,8 +143,14 @@ def _flops(method: AnyMethod, plan: Plan) -> float:
     """Count the operations per image of a step, on meta tensors, which have gradients on any machine."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         batch = _empty_batch(plan, _grid(plan, method), 2)
-        torch.stack(list(method(*method.parts(batch, 1, _last(plan))).values())).sum().backward()
+        torch.stack(list(method(*_parts(method, batch, plan)).values())).sum().backward()
     return counter.get_total_flops() / 2
+
+
+def _parts(method: AnyMethod, batch: Batch, plan: Plan) -> Sequence[Any]:
+    """Return the only part of a batch, as a step computes it."""
+    method.before_step(_last(plan))
+    return method.parts(method.prepare(batch), 1, _last(plan))  # type: ignore[arg-type]
 
 
 def _peak(plan: Plan, images: int, depth: int) -> tuple[float, float]:
@@ -185,16 +192,16 @@ def _run_student(
     """Return the targets of a batch and the student's outputs; `note` receives the tensors saved for backward."""
     hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     if isinstance(method, FeatureDistillation):
-        (features,) = method.parts(batch, 1, _last(plan))
+        (features,) = _parts(method, batch, plan)
         with hooks:
             method(features)
         return [values for target in features.targets for values in (target.cls, target.patches)], []
     if isinstance(method, Classification):
-        (labelled,) = method.parts(batch, 1, _last(plan))
+        (labelled,) = _parts(method, batch, plan)
         with hooks:
             method(labelled)
         return [labelled.targets], []
-    (part,) = method.parts(batch, 1, _last(plan))
+    (part,) = _parts(method, batch, plan)
     with hooks:
         student = method.encode(part)
         if part.anchored:

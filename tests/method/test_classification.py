@@ -6,7 +6,7 @@ import torch
 from dinocli.data.loader.batch import Batch
 from dinocli.engine.schedules import Clock
 from dinocli.engine.trainer import Trainer
-from dinocli.method.classification import Classification
+from dinocli.method.classification import Classification, LabelledPart
 from dinocli.method.preset import Preset, load_preset
 
 CLOCK = Clock(2, 4)
@@ -36,8 +36,12 @@ def a_batch() -> Batch:
     return Batch(torch.randn(1, 6, 3, 16, 16), None, torch.tensor([6, 0, 3, 3, 1, 5]))
 
 
+def parts_of(method: Classification, batch: Batch, count: int = 1) -> list[LabelledPart]:
+    return method.parts(method.prepare(batch), count, CLOCK)
+
+
 def test_targets_are_the_labels_of_the_shown_images() -> None:
-    (part,) = make().parts(a_batch(), 1, CLOCK)
+    (part,) = parts_of(make(), a_batch())
     assert part.targets.argmax(1).tolist() == LABELS[a_batch().rows].tolist()
     assert part.targets.sum().item() == 6
 
@@ -46,7 +50,7 @@ def test_several_parts_give_the_gradient_of_the_whole_batch() -> None:
     found = []
     for count in (1, 3):
         method = make()
-        parts = method.parts(a_batch(), count, CLOCK)
+        parts = parts_of(method, a_batch(), count)
         (sum(method(part)["labels"] for part in parts) / count).backward()
         found.append([p.grad for p in method.student.parameters() if p.grad is not None])
     for one, other in zip(*found, strict=True):
@@ -57,7 +61,7 @@ def test_several_parts_give_the_gradient_of_the_whole_batch() -> None:
 def test_mixed_images_have_mixed_targets(mix: str) -> None:
     method = make(f"losses.labels.{mix}=1.0")
     batch = a_batch()
-    (part,) = method.parts(batch, 1, CLOCK)
+    (part,) = parts_of(method, batch)
     torch.testing.assert_close(part.targets.sum(1), torch.ones(6))
     rolled = batch.global_crops.roll(1, 1)
     own = torch.nn.functional.one_hot(LABELS[batch.rows], 3).float()

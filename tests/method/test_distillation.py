@@ -387,6 +387,7 @@ def test_the_loss_on_visible_patches_equals_its_definition() -> None:
         for crop, each in zip(crops, by_patch, strict=True)
     ]
     expected = 0.5 * torch.stack(terms).sum() / 8
+    batch = method.prepare(batch)
     losses = method(*method.parts(batch, 1, Clock(1, 10)))
     torch.testing.assert_close(losses["ibot"], expected, rtol=1e-10, atol=0)
     in_parts = [method(part)["ibot"] for part in method.parts(batch, 2, Clock(1, 10))]

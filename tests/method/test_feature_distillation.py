@@ -188,7 +188,7 @@ def test_stored_features_replace_the_teachers() -> None:
 
     method.stored = read
     del method.teachers[:]
-    parts = [method(part) for part in method.parts(batch, 2, Clock(4, 8))]
+    parts = [method(part) for part in method.parts(method.prepare(batch), 2, Clock(4, 8))]
     for one, other in zip(parts, expected, strict=True):
         assert all(torch.allclose(one[name], other[name], rtol=1e-12) for name in one)
 

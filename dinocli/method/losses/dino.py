@@ -77,7 +77,7 @@ class DinoLoss(nn.Module):
             "kl": loss / self.config.weight - mean_entropy,
             "information": entropy(mean) - mean_over_processes(mean_entropy),
             "prototypes": entropy(use / use.sum()).exp() / len(use),
-            "temperature": self.targets.config.temperature.at(clock),
+            "temperature": clock.value(self.targets.config.temperature),
         }
 
     def after_step(self) -> None:

@@ -74,11 +74,11 @@ class GramLoss(nn.Module):
     def __init__(self, config: GramLossConfig) -> None:
         super().__init__()
         self.config = config
-        self._weight = 0.0
+        self._weight: float | Tensor = 0.0
 
     def targets_for(self, teacher: Encoding, clock: Clock) -> None:
         """Store the weight of the step; the targets come from the Gram teacher, not from the teacher."""
-        self._weight = self.config.weight.at(clock)
+        self._weight = clock.value(self.config.weight)
 
     def forward(self, student: Encoding, anchor: Anchor | None, masks: PatchMasks | None) -> Tensor:  # -> []
         """Compute the weighted loss from the Gram teacher's features; 0 if there are none yet."""
@@ -88,11 +88,11 @@ class GramLoss(nn.Module):
         if self.config.class_tokens:
             own = student.cls[: student.globals].float()
             loss = loss + self.config.class_tokens * (1 - F.cosine_similarity(own, anchor.cls.float(), dim=-1)).mean()
-        return self._weight * loss
+        return (self._weight * loss).to(loss.dtype)
 
     def metrics(self, targets: None, loss: Tensor, clock: Clock) -> dict[str, Tensor | float]:
         """Return the loss's `weight` at this step, which is 0 before the first copy."""
-        return {"weight": self.config.weight.at(clock) if self.config.is_active(clock) else 0.0}
+        return {"weight": clock.value(self.config.weight) if self.config.is_active(clock) else 0.0}
 
     def after_step(self) -> None:
         """Do nothing: this loss keeps no state between steps."""

@@ -89,7 +89,7 @@ class IbotLoss(nn.Module):
             "teacher_entropy": mean_entropy,
             "kl": loss / self.config.weight / divisor - mean_entropy,
             "information": information.where(share > 0, torch.nan),  # 0 would be taken for collapse
-            "temperature": self.targets.config.temperature.at(clock),
+            "temperature": clock.value(self.targets.config.temperature),
         }
 
     def after_step(self) -> None:

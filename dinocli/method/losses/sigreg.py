@@ -42,11 +42,16 @@ class SigregLoss(WholeBatchLoss):
         self._images = 1  # of the whole batch
         self._directions = torch.empty(0, 0)
 
-    def targets_for(self, teacher: Encoding, clock: Clock) -> None:
-        """Draw the directions of the step, the same in all processes and parts; this loss has no targets."""
+    def draw(self, clock: Clock, width: int, device: torch.device) -> None:
+        """Draw the directions of a step, the same in all processes and parts, for features of size `width`."""
         generator = torch.Generator("cpu").manual_seed(clock.step)
-        drawn = torch.randn(teacher.cls.shape[-1], self.config.slices, generator=generator, device="cpu")
-        self._directions = (drawn / torch.linalg.vector_norm(drawn, dim=0)).to(teacher.cls.device)
+        drawn = torch.randn(width, self.config.slices, generator=generator, device="cpu")
+        directions = (drawn / torch.linalg.vector_norm(drawn, dim=0)).to(device)
+        # In place from the second step on, because a graph of the step reads a fixed address.
+        self._directions = self._directions.copy_(directions) if self._directions.numel() else directions
+
+    def targets_for(self, teacher: Encoding, clock: Clock) -> None:
+        """Store the number of images; this loss has no targets."""
         self._images = teacher.cls.shape[1] * size()
 
     def means(self, student: Encoding, targets: Tensor | None) -> Tensor:

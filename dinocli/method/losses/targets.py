@@ -54,7 +54,7 @@ class Centering(nn.Module):
         logits = logits.to(self.center.dtype)
         if logits.numel():  # without masked patches the mean would be nan
             self._mean = logits.mean(tuple(range(logits.ndim - 1)))  # [K], of the raw logits
-        return (logits - self.center).div_(self.config.temperature.at(clock)).softmax(-1)
+        return (logits - self.center).div_(clock.value(self.config.temperature)).softmax(-1)
 
     def update(self) -> None:
         """Move the center towards the step's mean logits over all processes; call once per step."""
@@ -103,7 +103,7 @@ class SinkhornKnopp(nn.Module):
     def forward(self, logits: Tensor, clock: Clock) -> Tensor:  # [..., K] -> [..., K], in at least float32
         """Compute the targets of this step from its logits alone; all leading dimensions are samples."""
         wide = torch.promote_types(logits.dtype, torch.float32)
-        scaled = (logits.to(wide) / self.config.temperature.at(clock)).flatten(0, -2)  # [S, K]
+        scaled = (logits.to(wide) / clock.value(self.config.temperature)).flatten(0, -2)  # [S, K]
         scaled -= logsumexp_over_processes(scaled.logsumexp(0))  # [K]
         targets = scaled.softmax(-1)  # rows last, so that each target sums to 1
         with exactly(logits.device):

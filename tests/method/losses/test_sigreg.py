@@ -37,6 +37,7 @@ def test_value_and_gradient_equal_the_definition(images: int) -> None:
 def statistic(cls: torch.Tensor) -> float:
     loss_of = SigregLossConfig(weight=0.1, slices=256).build()
     encoding = Encoding(cls, len(cls), {})
+    loss_of.draw(CLOCK, cls.shape[-1], cls.device)
     assert loss_of.targets_for(encoding, CLOCK) is None
     loss = loss_of(encoding, None, None)
     metrics = loss_of.metrics(None, loss, CLOCK)
@@ -61,7 +62,8 @@ def test_minimizing_the_loss_makes_features_gaussian() -> None:
     loss_of = SigregLossConfig(weight=1.0, slices=64).build()
     optimizer = torch.optim.Adam([cls], lr=0.05)
     for step in range(200):
-        loss_of.targets_for(Encoding(cls.detach(), 1, {}), Clock(1, 200, step))
+        loss_of.draw(Clock(1, 200, step), 4, cls.device)
+        loss_of.targets_for(Encoding(cls.detach(), 1, {}), CLOCK)
         optimizer.zero_grad()
         loss_of(Encoding(cls, 1, {}), None, None).backward()
         optimizer.step()
@@ -75,7 +77,8 @@ def test_directions_are_those_of_the_step_and_global_views_alone_count() -> None
     loss_of = SigregLossConfig(weight=1.0, slices=8).build()
 
     def compute(views: torch.Tensor, step: int) -> float:
-        loss_of.targets_for(Encoding(views[:2], 2, {}), Clock(1, 9, step))
+        loss_of.draw(Clock(1, 9, step), 16, views.device)
+        loss_of.targets_for(Encoding(views[:2], 2, {}), CLOCK)
         return float(loss_of(Encoding(views, 2, {}), None, None))
 
     assert compute(cls, 3) == compute(torch.cat([cls[:2], -cls[2:]]), 3) != compute(cls, 4)
