@@ -15,6 +15,7 @@ from dinocli.cli.training import (
     Accumulate,
     BatchSize,
     DryRun,
+    Graph,
     MonitorEvery,
     Recompute,
     SaveEvery,
@@ -98,6 +99,7 @@ def adapt(
     monitor_every: MonitorEvery = None,
     accumulate: Accumulate = 1,
     recompute: Recompute = False,
+    graph: Graph = False,
     workers: Workers = None,
     device: Device = "auto",
     dry_run: DryRun = False,
@@ -150,6 +152,7 @@ def adapt(
         recompute=recompute,
         monitor=monitor,
         keep_best=True,
+        graph=graph,
     )
     note_inside(plan.out, images)
     if (plan.out / BEST).is_file() and not monitor:

@@ -24,6 +24,7 @@ from dinocli.cli.training import (
     Accumulate,
     BatchSize,
     DryRun,
+    Graph,
     MonitorEvery,
     Recompute,
     SaveEvery,
@@ -129,6 +130,7 @@ def finetune(
     monitor_every: MonitorEvery = None,
     accumulate: Accumulate = 1,
     recompute: Recompute = False,
+    graph: Graph = False,
     workers: Workers = None,
     device: Device = "auto",
     dry_run: DryRun = False,
@@ -188,6 +190,7 @@ def finetune(
         labels=task.train.labels,
         held_out=task.held_out,
         patience=patience or None,
+        graph=graph,
     )
     note_inside(plan.out, data)
     _describe(task)

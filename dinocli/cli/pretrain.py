@@ -28,6 +28,7 @@ from dinocli.cli.training import (
     Accumulate,
     BatchSize,
     DryRun,
+    Graph,
     MonitorEvery,
     Recompute,
     SaveEvery,
@@ -155,6 +156,7 @@ def pretrain(
             help="Decode JPEGs in the workers, or on the GPU, which then cuts their crops too.", rich_help_panel=SPEED
         ),
     ] = "cpu",
+    graph: Graph = False,
     cache: Annotated[
         str | None,
         typer.Option(
@@ -262,6 +264,7 @@ def pretrain(
         tensorboard=tensorboard,
         report=report,
         recompute=recompute,
+        graph=graph,
     )
     plan = replace(plan, compiled=plan.device.type == "cuda" if compiled is None else compiled)
     note_inside(plan.out, *images)

@@ -66,6 +66,14 @@ Recompute = Annotated[
         rich_help_panel=SPEED,
     ),
 ]
+Graph = Annotated[
+    bool,
+    typer.Option(
+        "--graph/--no-graph",
+        help="Replay steps as CUDA graphs, which helps if kernel launches limit the speed. Not yet tested on a GPU.",
+        rich_help_panel=SPEED,
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and train nothing.", rich_help_panel=OUTPUT)]
 
 
@@ -166,7 +174,11 @@ def _print_plan(plan: Plan, json: bool) -> None:
     preset, clock, cost = plan.preset, plan.clock, estimate(plan)
     free, _ = memory_of(plan.device)
     fits = cost.fits(free)
-    less = None if fits else to_fit(lambda again: estimate(replace(plan, recompute=again, accumulate=1)), free)
+    less = (
+        None
+        if fits
+        else to_fit(lambda again: estimate(replace(plan, recompute=again, accumulate=1, graph=False)), free)
+    )
     networks = f"{cost.backbone_parameters / 1e6:.1f} M parameters, {cost.parameters / 1e6:.1f} M with heads"
     steps = f"{plan.stop} of {clock.total}" if plan.stop < clock.total else f"{plan.stop}"
     rows = {

@@ -48,12 +48,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[Any]:
-    """Return the autocast context for a precision; without native bfloat16, matrix products stay in float32."""
+def autocast(device: torch.device, precision: str, *, cached: bool = True) -> contextlib.AbstractContextManager[Any]:
+    """Return the autocast context for a precision; without native bfloat16, matrix products stay in float32.
+
+    Args:
+        device: Device of the tensors.
+        precision: Precision of matrix products.
+        cached: If False, each use of a weight casts it again, as torch asks for in CUDA graphs.
+    """
     if precision == "bfloat16" and has_bfloat16(device):
-        return torch.autocast(device.type, torch.bfloat16)
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=cached)
     if precision == "float16":
-        return torch.autocast(device.type, torch.float16)
+        return torch.autocast(device.type, torch.float16, cache_enabled=cached)
     return contextlib.nullcontext()
 
 

@@ -92,11 +92,13 @@ class Plan:
         parallel: `ddp` replicates the model in every process; `fsdp` shards it.
         compiled: If True, compile the transformer blocks and the augmentation.
         recompute: If True, use activation checkpointing for the student's blocks, to save memory.
+        graph: If True, capture steps as CUDA graphs.
 
     Raises:
-        DinoError: If the batch cannot be split evenly over the processes and their parts, `teacher` does not match the
-            preset's `teacher.frozen`, its features cannot be stored, the run to continue has another network, or the
-            images are packed pixels that were decoded by other settings.
+        DinoError: If `graph` does not fit the device or other settings, the batch cannot be split evenly over the
+            processes and their parts, `teacher` does not match the preset's `teacher.frozen`, its features cannot be
+            stored, the run to continue has another network, or the images are packed pixels that were decoded by other
+            settings.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Plan:
     held_out: Labelled | None = None
     patience: int | None = None
     initial: Weights | None = field(default=None, compare=False, repr=False)
+    graph: bool = False
 
     def __post_init__(self) -> None:
         batch, each = self.preset.training.batch_size, self.images_each
@@ -147,6 +150,8 @@ class Plan:
             self._check_teacher_cache()
         if self.decode == "gpu":
             self._check_decode()
+        if self.graph:
+            self._check_graph()
         trained = self.preset.backbone.learning.trained
         if trained.kind == "lora" and self.parallel == "fsdp":
             raise DinoError(
@@ -163,6 +168,20 @@ class Plan:
             raise DinoError(
                 f"--accumulate {self.accumulate} does not split a batch of {each} images into equal parts",
                 f"--accumulate {near}",
+            )
+
+    def _check_graph(self) -> None:
+        if self.device.type != "cuda":
+            raise DinoError(f"--graph needs a CUDA device; this run trains on {self.device}", "remove --graph")
+        if size() > 1:
+            raise DinoError(f"--graph trains in one process; this run has {size()}", "remove --graph")
+        if self.accumulate > 1:  # parts differ in their number of masked patches from step to step
+            raise DinoError(
+                f"--graph captures whole batches; --accumulate is {self.accumulate}", "use only one of them"
+            )
+        if self.recompute:  # it reads torch's random state in each step, which a capture cannot
+            raise DinoError(
+                "--graph cannot capture activation checkpointing", "use only one of --graph and --recompute"
             )
 
     @property

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT, held
 from dinocli.data.loader.batch import BadFiles, Shard
 from dinocli.data.loader.train import TrainBatches
+from dinocli.engine.graph import GraphTrainer
 from dinocli.engine.parallel import parallel
 from dinocli.engine.scaling import LossScale
 from dinocli.engine.trainer import Trainer
@@ -196,18 +198,25 @@ def _trainer(
     method = method.to(plan.device)
     if isinstance(method, FeatureDistillation) and not (saved and saved.state.step >= plan.stop):
         prepare_teachers(plan, method, note, resumed=saved is not None, stop=stop)
-    trainer = Trainer(
+    if plan.graph:
+        torch.cuda.set_device(plan.device.index or 0)  # captures and Triton's kernels run on the current device
+    make = partial(GraphTrainer, note=note) if plan.graph else Trainer
+    trainer = make(
         method,
         preset.optimizer,
         replace(plan.clock, step=saved.state.step if saved else 0),
         batch_size=preset.training.batch_size,
         accumulate=plan.accumulate,
-        precision=autocast(plan.device, plan.precision),
+        precision=autocast(plan.device, plan.precision, cached=not plan.graph),
         seed=preset.training.seed,
         guarded=True,
         scale=LossScale(plan.device) if plan.precision == "float16" else None,
         parallel=parallel(plan.parallel),
     )
+    if isinstance(trainer, GraphTrainer) and trainer.fused:
+        from dinocli.engine.fused import Mover  # only here: it needs Triton
+
+        method.average.mover = Mover()
     if saved:
         saved.restore(trainer)
     elif plan.origin:

@@ -293,3 +293,26 @@ def test_accumulation_with_batch_norm_is_cautioned(tmp_path: Path) -> None:
     network = plan(tmp_path, "backbone={name='resnet18'}", "heads.dino.batch_norm=false", stop=400)
     (line,) = cautions(replace(network, accumulate=4))
     assert line.endswith("12 images instead of the whole batch: --accumulate 1 with a smaller --batch-size")
+
+
+GRAPHS = [
+    (torch.device("cpu"), {}, "--graph needs a CUDA device; this run trains on cpu"),
+    (torch.device("cuda"), {"accumulate": 2}, "--graph captures whole batches; --accumulate is 2"),
+    (torch.device("cuda"), {"recompute": True}, "--graph cannot capture activation checkpointing"),
+]
+
+
+@pytest.mark.parametrize(("device", "options", "words"), GRAPHS)
+def test_graphs_need_cuda_and_whole_batches(tmp_path: Path, device: torch.device, options: dict, words: str) -> None:
+    whole = plan(write_images(tmp_path, 8, size=8), "training.batch_size=4")
+    with pytest.raises(DinoError, match=re.escape(words)) as error:
+        replace(whole, device=device, graph=True, **options)
+    assert error.value.hint
+    assert replace(whole, device=torch.device("cuda"), graph=True).graph
+
+
+def test_graphs_need_a_run_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = plan(write_images(tmp_path, 8, size=8), "training.batch_size=4")
+    monkeypatch.setattr("dinocli.train.plan.size", lambda: 2)
+    with pytest.raises(DinoError, match="--graph trains in one process; this run has 2"):
+        replace(whole, device=torch.device("cuda"), graph=True)
