@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -37,7 +38,8 @@ from dinocli.data.sources.open import open_source
 from dinocli.data.views.augment import augment
 from dinocli.data.views.crops import NUMBERS, Draws, crop_boxes, crop_tries, draws
 from dinocli.data.views.device_crops import Stored, cut_batch
-from dinocli.engine.optim import clip_gradients
+from dinocli.engine.graph import GraphTrainer
+from dinocli.engine.optim import clip_gradients, set_rates
 from dinocli.engine.trainer import Trainer
 from dinocli.method.preset import Preset, load_preset
 
@@ -108,8 +110,8 @@ class Measurement:
         cuda = torch.autograd.DeviceType.CUDA
         return sum(e.device_type == cuda and not e.is_user_annotation for e in profiler.events())
 
-    def trainer(self, way: str) -> Trainer:
-        made = build(WAYS[way], self.preset, self.device)
+    def trainer(self, way: str, kind: type[Trainer] = Trainer) -> Trainer:
+        made = build(WAYS[way], self.preset, self.device, kind)
         assert isinstance(made, Trainer)
         return made
 
@@ -150,51 +152,91 @@ def step(m: Measurement) -> None:
 
 
 def graph(m: Measurement) -> None:
-    """Compare an eager forward and backward pass with its replay as a CUDA graph."""
+    """Compare plain steps with CUDA graphs, updated by torch and by Triton: times, and losses after twelve steps.
+
+    All have the same draws, so their losses differ by rounding alone.
+    """
     if not m.on_gpu:
         tell("graph", skipped="needs CUDA")
         return
-    trainer, batch = m.trainer("bfloat16"), made_up(m.preset, m.device)
-    method, clock = trainer.method, trainer.clock
-    for module in method.modules():
-        if hasattr(module, "drop_prob"):
-            module.drop_prob = 0.0  # its draws would be frozen in the graph
+    from dinocli.engine.fused import Mover  # needs Triton
 
-    def work() -> None:
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            (part,) = method.parts(batch, 1, clock)
-            loss = torch.stack(list(method(part).values())).sum()
-        loss.backward()
-
-    def fresh() -> None:
-        work()
-        method.zero_grad(set_to_none=True)
-
-    eager = m.milliseconds(fresh)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            fresh()
-    torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        work()
-    tell("graph", batch=m.batch, eager_ms=eager, replay_ms=m.milliseconds(captured.replay))
+    batch = made_up(m.preset, m.device)
+    for way in ("bfloat16", "compiled"):
+        expected: list[float] = []
+        for name in ("plain", "graph", "graph and Triton"):
+            trainer = m.trainer(way, Trainer if name == "plain" else GraphTrainer)
+            if isinstance(trainer, GraphTrainer):
+                trainer.fused = trainer.fused if name == "graph and Triton" else None
+                if trainer.fused:
+                    trainer.method.average.mover = Mover()  # type: ignore[union-attr, operator]
+            losses = [float(trainer.step(batch)["loss"]) for _ in range(12)]
+            expected = expected or losses
+            apart = max(abs(loss - wanted) / abs(wanted) for loss, wanted in zip(losses, expected, strict=True))
+            each, host = (measure(lambda t=trainer: t.step(batch)) for measure in (m.milliseconds, m.host_milliseconds))
+            graphs = len(trainer._graphs) if isinstance(trainer, GraphTrainer) else 0
+            tell("graph", way=way, steps=name, batch=m.batch, graphs=graphs, ms=each, host_ms=host, losses_apart=apart)
+            del trainer
+            torch.cuda.empty_cache()
 
 
 def update(m: Measurement) -> None:
-    """Measure clipping, optimizer and moving average."""
+    """Measure clipping, optimizer and moving average: torch's, and Triton's on a GPU with their largest difference."""
     trainer, batch = m.trainer("float32"), made_up(m.preset, m.device)  # gradients are float32 in any case
     trainer.step(batch)
-    for group in trainer.optimizer.param_groups:
-        for p in group["params"]:
-            p.grad = torch.randn_like(p)
     method, done = trainer.method, torch.ones((), dtype=torch.bool, device=m.device)
+    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    gradients = [torch.randn_like(p) for p in parameters]
+
+    def restore() -> None:
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient.clone()
+
+    restore()
     clip = m.milliseconds(lambda: clip_gradients(trainer.optimizer, trainer.config.clip))
     adamw = m.milliseconds(trainer.optimizer.step)
     average = m.milliseconds(lambda: method.average.move_towards(method.student, 0.996, done))
-    tell("update", clip_ms=clip, optimizer_ms=adamw, average_ms=average)
+    tell("update", by="torch", clip_ms=clip, optimizer_ms=adamw, average_ms=average)
+    if not m.on_gpu:
+        tell("update", skipped="Triton needs CUDA")
+        return
+    from dinocli.engine.fused import Mover
+
+    other = m.trainer("float32", GraphTrainer)
+    assert isinstance(other, GraphTrainer)
+    if other.fused is None:
+        tell("update", failed="Triton does not work")
+        return
+    fused = other.fused
+    rates = [torch.tensor(rate, dtype=torch.float64, device=m.device) for rate in (1e-3, 0.04)]
+    expected = copy.deepcopy(method)
+    optimizer = trainer.config.build(expected.param_groups())
+    set_rates(optimizer, 1e-3, 0.04)
+    new = [p for group in optimizer.param_groups for p in group["params"]]
+    mine = fused.parameters
+    with torch.no_grad():
+        for p, q in zip(mine, new, strict=True):
+            p.copy_(q)
+    for _ in range(3):
+        for p, q, gradient in zip(mine, new, gradients, strict=True):
+            p.grad, q.grad = gradient.clone(), gradient.clone()
+        clip_gradients(optimizer, trainer.config.clip)
+        optimizer.step()
+        fused.clip()
+        fused.step(*rates, done)
+    apart = max(float((p - q).abs().max()) for p, q in zip(mine, new, strict=True))
+
+    def by_triton() -> None:
+        for p, gradient in zip(mine, gradients, strict=True):
+            p.grad = gradient
+        fused.clip()
+        fused.step(*rates, done)
+
+    both = m.milliseconds(by_triton)
+    average_of: Any = other.method
+    average_of.average.mover = Mover()
+    average = m.milliseconds(lambda: average_of.average.move_towards(average_of.student, 0.996, done))
+    tell("update", by="Triton", clip_and_optimizer_ms=both, average_ms=average, apart=apart)
 
 
 def attention(m: Measurement) -> None:

@@ -205,7 +205,7 @@ export python device photos train scratch place=first
 part whole-way 150 "$house typer faiss matplotlib" bash -c whole_way
 [ "$device" = cpu ] && note "tests: skipped, they need a GPU" ||
     part tests 90 "$house pytest typer matplotlib" "$python" -m pytest -q -m gpu -p no:cacheprovider --continue-on-collection-errors tests
-to=$out/parts.jsonl part parts 150 "$house" "$python" benchmarks/device_parts.py --device "$device" "${parts[@]}" --photos "$photos"
+to=$out/parts.jsonl part parts 200 "$house" "$python" benchmarks/device_parts.py --device "$device" "${parts[@]}" --photos "$photos"
 to=$out/steps.jsonl part step-small 140 "$house" "$python" benchmarks/step.py --json --device "$device" "${small[@]}" --ways "$theirs" "${ways[@]}"
 to=$out/steps.jsonl part step-large 110 "$house" "$python" benchmarks/step.py --json --device "$device" "${large[@]}" --ways "$theirs" "${ways[@]}"
 to=$out/steps.jsonl part step-photos 110 "$house" "$python" benchmarks/step.py --json --device "$device" "${large[@]}" --ways "${ways[@]}" --images "$train"

@@ -77,12 +77,13 @@ def middle(preset: Preset) -> Clock:
     return Clock(1000, preset.training.epochs, step=500 * preset.training.epochs)
 
 
-def build(way: Way, preset: Preset, device: torch.device) -> Trainer | OriginalStep:
+def build(way: Way, preset: Preset, device: torch.device, kind: type[Trainer] = Trainer) -> Trainer | OriginalStep:
     """Build a method's trainer; all methods have the same initial weights."""
     torch.manual_seed(0)
     method = preset.method()
     low = way.precision == "bfloat16"
-    precision = torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
+    cached = kind is Trainer  # torch asks for casts without a cache in CUDA graphs
+    precision = torch.autocast(device.type, torch.bfloat16, cache_enabled=cached) if low else contextlib.nullcontext()
     if way.original:
         return OriginalStep(preset, method.student.weights(), middle(preset), device, precision)
     if device.type == "cpu":
@@ -91,12 +92,17 @@ def build(way: Way, preset: Preset, device: torch.device) -> Trainer | OriginalS
         method.student.backbone.recompute_blocks()
     for network in (method.student, method.teacher) if way.compiled else ():
         network.compile_blocks()
-    return trainer_of(preset, method.to(device), precision)
+    return trainer_of(preset, method.to(device), precision, kind)
 
 
-def trainer_of(preset: Preset, method: Method, precision: contextlib.AbstractContextManager[Any] | None) -> Trainer:
+def trainer_of(
+    preset: Preset,
+    method: Method,
+    precision: contextlib.AbstractContextManager[Any] | None,
+    kind: type[Trainer] = Trainer,
+) -> Trainer:
     """Return a trainer in the middle of a run."""
-    return Trainer(
+    return kind(
         method,
         preset.optimizer,
         middle(preset),
