@@ -61,6 +61,30 @@ class Backbone(nn.Module):
         return None
 
     @property
+    def stride(self) -> int:
+        """Distance of neighbouring patches in pixels: the patch size, or less after `use_stride`."""
+        return self.patch_size
+
+    def use_stride(self, stride: int) -> None:
+        """Embed a patch every `stride` pixels, so that patches overlap and maps are finer, with the same weights.
+
+        Args:
+            stride: Divisor of the patch size.
+
+        Raises:
+            DinoError: If the stride is not possible, or the backbone is no plain vision transformer.
+        """
+        raise DinoError(
+            f"--stride {stride} needs a plain vision transformer, whose patches can overlap; "
+            f"{type(self.model).__name__} is none",
+            "omit --stride; a larger --short-side also makes maps finer",
+        )
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return rows and columns of the patches of an image of `height` x `width` pixels."""
+        return height // self.patch_size, width // self.patch_size
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """Blocks in order; empty if the backbone has none."""
         return list(getattr(self.model, "blocks", []))

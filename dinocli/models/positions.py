@@ -26,9 +26,9 @@ class Resampler:
 
     def __init__(self, how: Positions, prefix: int) -> None:
         self.how, self.prefix = how, prefix
-        self._cache: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+        self._cache: dict[tuple[int, int, bool, int, torch.dtype, torch.device], Tensor] = {}
 
-    def __call__(self, positions: Tensor, grid: tuple[int, int], *, square: bool = True) -> Tensor:
+    def __call__(self, positions: Tensor, grid: tuple[int, int], *, square: bool = True, steps: int = 1) -> Tensor:
         """Interpolate positions to another grid of patches.
 
         Args:
@@ -36,31 +36,43 @@ class Resampler:
             grid: Rows and columns of the result.
             square: True if the image is square. For other images, `dino` interpolates even to the same grid, as the
                 original does.
+            steps: Positions per patch side, for patches that overlap. Those between whole patches are interpolated
+                between the positions of these, bicubic.
 
         Returns:
-            [1, prefix+N, D]
+            [1, prefix+N, D], with N = ((rows - 1) * steps + 1) * ((columns - 1) * steps + 1)
         """
         side = round((positions.shape[1] - self.prefix) ** 0.5)
-        if grid == (side, side) and (square or self.how != "dino"):
+        own = grid == (side, side) and (square or self.how != "dino")
+        if own and steps == 1:
             return positions
-        of_rows, of_columns = (self._get_weights(side, count, positions) for count in grid)
+        of_rows, of_columns = (self._get_weights(side, count, own, steps, positions) for count in grid)
         table = positions[0, self.prefix :].unflatten(0, (side, side))  # [side, side, D]
         # As two matrix products, whose gradient is deterministic on a GPU. They are small: full precision costs little.
         with exactly(positions.device):
             table = of_columns @ (of_rows @ table.flatten(1)).unflatten(1, (side, -1))  # [rows, columns, D]
         return torch.cat([positions[:, : self.prefix], table.flatten(0, 1)[None]], dim=1)
 
-    def _get_weights(self, side: int, count: int, like: Tensor) -> Tensor:
-        """Return the interpolation weights from `side` positions along an axis to `count`. [count, side]"""
+    def _get_weights(self, side: int, count: int, own: bool, steps: int, like: Tensor) -> Tensor:
+        """Return the interpolation weights from `side` positions along an axis. [(count - 1) * steps + 1, side]"""
         if torch.compiler.is_compiling():  # traced tensors have no values to cache
-            return _compute_weights(side, count, self.how, like)
-        key = (side, count, like.dtype, like.device)
+            return _compute_weights(side, count, self.how, own, steps, like)
+        key = (side, count, own, steps, like.dtype, like.device)
         if key not in self._cache:
-            self._cache[key] = _compute_weights(side, count, self.how, like)
+            self._cache[key] = _compute_weights(side, count, self.how, own, steps, like)
         return self._cache[key]
 
 
-def _compute_weights(side: int, count: int, how: Positions, like: Tensor) -> Tensor:
+def _compute_weights(side: int, count: int, how: Positions, own: bool, steps: int, like: Tensor) -> Tensor:
+    weights = torch.eye(side, dtype=like.dtype, device=like.device) if own else _compute_whole(side, count, how, like)
+    if steps == 1:
+        return weights
+    # With aligned corners, every `steps`-th row is a whole patch, and keeps its weights.
+    size = ((count - 1) * steps + 1, side)
+    return F.interpolate(weights[None, None], size=size, mode="bicubic", align_corners=True)[0, 0]
+
+
+def _compute_whole(side: int, count: int, how: Positions, like: Tensor) -> Tensor:
     # Channel i is a table with 1 in row i and 0 elsewhere; its interpolation is column i of the weights.
     tables = torch.eye(side, dtype=like.dtype, device=like.device)[None, :, :, None].expand(1, side, side, side)
     if how == "dino":

@@ -25,7 +25,7 @@ class Rotary:
 
     def __init__(self, prefix: int) -> None:
         self.prefix = prefix
-        self._cache: dict[tuple[int, int, torch.dtype, torch.device], Tensor] = {}
+        self._cache: dict[tuple[int, int, int, torch.dtype, torch.device], Tensor] = {}
 
     @staticmethod
     def reads(rope: Any) -> bool:
@@ -37,7 +37,9 @@ class Rotary:
             and not rope.aug_active
         )
 
-    def __call__(self, periods: Tensor, grid: tuple[int, int], rescale: float = 1.0, jitter: float = 1.0) -> Tensor:
+    def __call__(
+        self, periods: Tensor, grid: tuple[int, int], rescale: float = 1.0, jitter: float = 1.0, steps: int = 1
+    ) -> Tensor:
         """Return cosines and sines of the angles on a grid.
 
         Args:
@@ -46,11 +48,12 @@ class Rotary:
             rescale: Largest random factor on the coordinates. One factor for all images is drawn log-uniformly between
                 1/rescale and rescale, on the device, so that the host does not wait. If 1, nothing is drawn.
             jitter: The same for two separate factors on rows and columns.
+            steps: Positions per patch side, for patches that overlap; there are then (rows - 1) * steps + 1 rows.
 
         Returns:
             [2, 1+R+N, d/2]
         """
-        angles = self._get_angles(periods, grid)
+        angles = self._get_angles(periods, grid, steps)
         if jitter != 1:
             most = math.log(jitter)
             factors = angles.new_empty(2, 1).uniform_(-most, most).exp()
@@ -60,22 +63,27 @@ class Rotary:
             angles = angles * angles.new_empty(1).uniform_(-most, most).exp()
         return torch.stack([angles.cos(), angles.sin()])
 
-    def _get_angles(self, periods: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _get_angles(self, periods: Tensor, grid: tuple[int, int], steps: int = 1) -> Tensor:
         if torch.compiler.is_compiling():  # traced tensors have no values to cache
-            return _compute_angles(periods, grid, self.prefix)
-        key = (*grid, periods.dtype, periods.device)
+            return _compute_angles(periods, grid, self.prefix, steps)
+        key = (*grid, steps, periods.dtype, periods.device)
         if key not in self._cache:
-            self._cache[key] = _compute_angles(periods, grid, self.prefix)
+            self._cache[key] = _compute_angles(periods, grid, self.prefix, steps)
         return self._cache[key]
 
 
-def _compute_angles(periods: Tensor, grid: tuple[int, int], prefix: int) -> Tensor:
+def _compute_angles(periods: Tensor, grid: tuple[int, int], prefix: int, steps: int) -> Tensor:
     """Compute the angles of all tokens, which are 0 for those without a position. [1+R+N, d/2]"""
     # Coordinates are computed on the CPU in float32, as in timm, for the same bits on every device.
-    rows, columns = (2 * (torch.arange(0.5, count, dtype=torch.float32, device="cpu") / count) - 1 for count in grid)
+    rows, columns = (2 * (_list_centers(count, steps) / count) - 1 for count in grid)
     coordinates = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).flatten(0, 1)  # [N, 2]
     angles = 2 * math.pi * coordinates[..., None].to(periods) / periods  # [N, 2, d/4]
     return F.pad(angles.flatten(1), (0, 0, prefix, 0))
+
+
+def _list_centers(count: int, steps: int) -> Tensor:
+    """Return the centers of `count` patches and of those between them, in patches. [(count - 1) * steps + 1]"""
+    return torch.arange(0.5, count - 0.5 + 0.5 / steps, 1 / steps, dtype=torch.float32, device="cpu")
 
 
 def turned(values: Tensor, rotation: Tensor) -> Tensor:

@@ -40,8 +40,16 @@ class ConvStem(nn.Sequential):
         super().__init__(halves, nn.BatchNorm2d(width // 2), nn.ReLU(), joins, nn.BatchNorm2d(width))
         self.in_channels, self._patch = channels, patch
 
+    def use_steps(self, steps: int) -> None:
+        """Embed at each patch, or for two steps at each half patch too, with the same weights."""
+        self[3].stride = (2 // steps, 2 // steps)  # type: ignore[assignment]
+
     def forward(self, images: Tensor) -> Tensor:
-        """Return the patch embeddings; pixels beyond whole patches are dropped. [B, C, H, W] -> [B, D, h, w]"""
+        """Return the patch embeddings; pixels beyond whole patches are dropped. [B, C, H, W] -> [B, D, h, w]
+
+        With two steps, embeddings lie at all patches and between them: [B, D, 2h-1, 2w-1].
+        """
         height, width = (side // self._patch * self._patch for side in images.shape[-2:])
         embedded: Tensor = super().forward(images[..., :height, :width])
-        return embedded
+        # The last embedding of two steps would be of half a patch beyond the last whole one.
+        return embedded[..., :-1, :-1] if self[3].stride == (1, 1) else embedded

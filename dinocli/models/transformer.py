@@ -44,11 +44,40 @@ class Transformer(Backbone):
         self.model = model
         self.width = model.embed_dim
         self.patch_size = model.patch_embed.patch_size[0]
+        self._steps = 1  # patches per patch side: more than one if patches overlap
         self._recompute = False
         self._draw_masks = DropPathDraws()
 
     def grid(self, size: int) -> tuple[int, int] | None:
         return size // self.patch_size, size // self.patch_size
+
+    @property
+    def stride(self) -> int:
+        return self.patch_size // self._steps
+
+    def use_stride(self, stride: int) -> None:
+        proj, side = self.model.patch_embed.proj, self.patch_size
+        if isinstance(proj, ConvStem):
+            possible = [side, side // 2]
+        else:
+            possible = [divisor for divisor in range(side, 0, -1) if side % divisor == 0]
+        if stride not in possible:
+            listed = " or ".join([", ".join(map(str, possible[:-1])), str(possible[-1])])
+            why = "whose convolutional stem embeds half patches" * isinstance(proj, ConvStem)
+            raise DinoError(
+                f"--stride {stride} does not fit the patches of {side} pixels of this network"
+                f"{', ' * bool(why)}{why}; expected {listed}",
+                f"--stride {min(possible, key=lambda one: abs(one - stride))}",
+            )
+        self._steps = side // stride
+        if isinstance(proj, ConvStem):
+            proj.use_steps(self._steps)
+        else:
+            proj.stride = (stride, stride)
+
+    def map_size(self, height: int, width: int) -> tuple[int, int]:
+        rows, columns = super().map_size(height, width)
+        return (rows - 1) * self._steps + 1, (columns - 1) * self._steps + 1
 
     def recompute_blocks(self) -> None:
         self._recompute = True
@@ -69,7 +98,7 @@ class Transformer(Backbone):
 
         Args:
             tokens: [B, 1+R+N, D]
-            grid: Rows and columns of the patches.
+            grid: Rows and columns of the patches; of whole patches if they overlap.
             square: True if the images are square.
 
         Returns:
@@ -92,7 +121,11 @@ class Transformer(Backbone):
                 f"of {self.patch_size} pixels",
                 "use larger views (--set views.local.size=...) or a smaller patch",
             )
-        grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        grid = whole = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
+        square = images.shape[-2] == images.shape[-1]
+        if self._steps > 1:
+            grid = self.map_size(images.shape[-2], images.shape[-1])
+            images = images[..., : whole[0] * self.patch_size, : whole[1] * self.patch_size]
         patches = _embed_patches(self.model.patch_embed.proj, images, grid)
         # Patches are masked before positions are added, so that a masked patch has its position.
         if masked is not None:
@@ -102,7 +135,7 @@ class Transformer(Backbone):
             t.expand(images.shape[0], -1, -1) for t in (self.model.cls_token, self.model.reg_token) if t is not None
         ]
         tokens = torch.cat([*prefix, patches], dim=1)  # [B, 1+R+N, D]
-        tokens, rotation = self._add_positions(tokens, grid, square=images.shape[-2] == images.shape[-1])
+        tokens, rotation = self._add_positions(tokens, whole, square=square)
         return self.model.norm_pre(tokens), rotation, grid
 
     def last_tokens(self, images: Tensor, last: int, masked: MaskedPatches | None = None) -> list[Tokens]:
@@ -210,7 +243,8 @@ def _embed_patches(proj: nn.Conv2d | ConvStem, images: Tensor, grid: tuple[int, 
     In training on a CPU this is a product with the unfolded patches, of the same value: the backward pass of torch's
     convolution takes 1.2 times as long in float32, and three to five times in bfloat16.
     """
-    if images.device.type != "cpu" or not torch.is_grad_enabled() or isinstance(proj, ConvStem):
+    elsewhere = images.device.type != "cpu" or not torch.is_grad_enabled()
+    if elsewhere or isinstance(proj, ConvStem) or proj.stride != proj.kernel_size:
         return proj(images).flatten(2).transpose(1, 2)
     (rows, columns), side = grid, proj.kernel_size[0]
     patches = images[..., : rows * side, : columns * side].unflatten(-1, (columns, side)).unflatten(-3, (rows, side))
@@ -249,7 +283,7 @@ class ViTBackbone(Transformer):
     def _add_positions(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
         if self.model.pos_embed is None:
             return tokens, None
-        positions = self._resample(self.model.pos_embed, grid, square=square)
+        positions = self._resample(self.model.pos_embed, grid, square=square, steps=self._steps)
         without = tokens.shape[1] - positions.shape[1]  # number of leading tokens without a position
         if not without:
             return tokens + positions, None
@@ -296,4 +330,4 @@ class RotaryBackbone(Transformer):
 
     def _add_positions(self, tokens: Tensor, grid: tuple[int, int], *, square: bool) -> tuple[Tensor, Tensor | None]:
         rescale, jitter = (self._rescale, self._jitter) if self.training else (1.0, 1.0)
-        return tokens, self._rotary(self.model.rope.periods, grid, rescale, jitter)
+        return tokens, self._rotary(self.model.rope.periods, grid, rescale, jitter, self._steps)

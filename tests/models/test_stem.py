@@ -82,3 +82,17 @@ def encoder_config(run: Path) -> BackboneConfig:
     config = read_weights(run).architecture
     assert config is not None
     return config
+
+
+def test_two_steps_embed_half_patches_between_the_same_patches() -> None:
+    torch.manual_seed(0)
+    stem = ConvStem(3, 8, 32).eval()
+    images = torch.randn(1, 3, 5 * 8, 4 * 8 + 3)
+    whole = stem(images)
+    stem.use_steps(2)
+    finer = stem(images)
+    assert finer.shape == (1, 32, 9, 7)
+    torch.testing.assert_close(finer[..., ::2, ::2], whole)
+    # Right of the border, a half patch later is the same patch of the image without its first half patch.
+    stem.use_steps(1)
+    torch.testing.assert_close(finer[..., ::2, 3::2], stem(images[..., 4:])[..., :, 1:3])

@@ -380,3 +380,70 @@ def test_facets_of_a_rotary_backbone_are_those_before_the_rotation() -> None:
         for part, facet in enumerate(("query", "key", "value")):
             found = network.patches(images, [2], facet).flatten(1, 2)  # type: ignore[arg-type]
             torch.testing.assert_close(found, project_patches(network, images, 2, part))
+
+
+OVERLAPPING = [
+    BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, positions="dino"),
+    BackboneConfig(name="vit_tiny_patch16_224", options=MICRO, positions="antialias"),
+    BackboneConfig(
+        name="vit_small_patch16_dinov3",
+        options={"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 2, "num_heads": 6},
+    ),
+]
+
+
+@pytest.mark.parametrize("config", OVERLAPPING, ids=["dino", "antialias", "rotary"])
+@pytest.mark.parametrize("size", [(32, 32), (24, 43)])
+@torch.no_grad()
+def test_overlapping_patches_keep_the_tokens_of_whole_ones_and_add_those_of_the_shifted_image(
+    config: BackboneConfig, size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    network = config.build(drop_path=False).double().eval()
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    prefix = network.model.num_prefix_tokens
+
+    def embedded(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The patches as they are embedded [B, D, rows, columns], and the first block's input of the same shape."""
+        tokens, rotation, grid = network._embed(images)
+        if rotation is not None:  # these positions are not in the tokens
+            tokens = torch.cat([tokens, *(half.expand(len(images), -1, -1) for half in rotation)], -1)
+        patches = network.model.patch_embed.proj(images[..., : size[0] // 8 * 8, : size[1] // 8 * 8])
+        return patches, tokens[:, prefix:].transpose(1, 2).unflatten(-1, grid)
+
+    whole, inputs = embedded(images)
+    shifted = network.model.patch_embed.proj(images[..., 4:, 4:])
+    before = network(images)
+    network.use_stride(8)
+    assert torch.equal(network(images).patches, before.patches), "the stride of whole patches changes nothing"
+    network.use_stride(4)
+    finer, finer_inputs = embedded(images)
+    rows, columns = size[0] // 8 * 2 - 1, size[1] // 8 * 2 - 1
+    assert finer.shape[-2:] == finer_inputs.shape[-2:] == network(images).grid == (rows, columns)
+    torch.testing.assert_close(finer[..., ::2, ::2], whole)
+    torch.testing.assert_close(finer_inputs[..., ::2, ::2], inputs)
+    torch.testing.assert_close(finer[..., 1::2, 1::2], shifted[..., : rows // 2, : columns // 2])
+
+
+def test_positions_between_patches_are_between_theirs() -> None:
+    network = OVERLAPPING[2].build(drop_path=False).eval()
+    network.use_stride(2)
+    periods = network.model.rope.periods
+    angles = network._rotary._get_angles(periods, (3, 5), 4)[network.model.num_prefix_tokens :].unflatten(0, (9, 17))
+    steps = angles.diff(dim=1)
+    torch.testing.assert_close(steps, steps[:1, :1].expand_as(steps), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "stride", "said", "hint"),
+    [
+        (OVERLAPPING[0], 3, "expected 8, 4, 2 or 1", "--stride 4"),
+        (OVERLAPPING[0], 16, "--stride 16 does not fit the patches of 8 pixels", "--stride 8"),
+        (OVERLAPPING[0].model_copy(update={"stem": "conv"}), 2, "convolutional stem.*expected 8 or 4", "--stride 4"),
+        (BackboneConfig(name="resnet18"), 8, "needs a plain vision transformer.*ResNet is none", "omit --stride"),
+    ],
+)
+def test_a_stride_that_is_not_possible_is_an_error(config: BackboneConfig, stride: int, said: str, hint: str) -> None:
+    with pytest.raises(DinoError, match=said) as error:
+        config.build(drop_path=False).use_stride(stride)
+    assert error.value.hint.startswith(hint)
