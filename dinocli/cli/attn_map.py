@@ -1,32 +1,37 @@
-"""`dino attn-map`: attention maps of the class token."""
+"""`dino attn-map`: attention maps of the class token, and similarities of patches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from dinocli.cli import console
 from dinocli.cli.layout import METHOD, OUTPUT
 from dinocli.cli.options import (
-    Checkpoint,
+    Checkpoints,
     Device,
     Json,
     Mass,
     NetworkName,
     Settings,
     ShortSide,
-    encoder_from,
+    encoders_from,
     output_place,
 )
 from dinocli.cli.places import photo_places
+from dinocli.cli.points import Point, Points, check_points, parse_points
 from dinocli.cli.words import Misuse
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.apps.attention.films import Form
+    from dinocli.apps.attention.sheets import Drawn
+    from dinocli.data.decode.pixels import Pixels
     from dinocli.data.sources.frames import Frames
+    from dinocli.evals.attention import Overlap
     from dinocli.features.encoder import Encoder
 
 
@@ -39,10 +44,37 @@ def attn_map(
             help="Photos, folders, and lists of photos; with --film: folders of frames, and videos.",
         ),
     ],
-    checkpoint: Checkpoint = None,
+    checkpoint: Checkpoints = None,
     network: NetworkName = "teacher",
     mass: Mass = 0.6,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Compare the attention with the objects' masks in this folder, named like the photos: Jaccard of the "
+            "best head.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     short_side: ShortSide = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Distance of neighbouring patches in pixels: below the patch size they overlap, and maps are finer. "
+            "Default: the patch size.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Cut larger photos into overlapping tiles of N pixels, in bounded memory. The default of --short-side "
+            "is then the photo's own, if larger.",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     head: Annotated[
         int | None,
         typer.Option(min=1, help="With --film: attention head. Default: the mean of all.", rich_help_panel=METHOD),
@@ -70,18 +102,31 @@ def attn_map(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    point: Points = None,
     json: Json = False,
 ) -> None:
     """Draw the last block's attention per head, in color and as masks, beside the photo; with --film, over a video.
 
+    Several --checkpoint are drawn below each other.
+
     Examples:
         dino attn-map img.jpg
+        dino attn-map img.jpg --point 120,80
+        dino attn-map ./photos --masks ./masks --checkpoint runs/tiny-1
         dino attn-map ./frames --film gif --head 1 --checkpoint runs/tiny-1
     """
-    if film and raw:
-        raise Misuse("--raw writes maps of photos only; it cannot be combined with --film", "omit --raw or --film")
+    points, several = parse_points(point), len(checkpoint or []) > 1
+    if film and (raw or points or masks or stride or tile or several):
+        others = {"--raw": raw, "--point": points, "--masks": masks, "--stride": stride, "--tile": tile}
+        other = next((name for name, given in others.items() if given), "a second --checkpoint")
+        raise Misuse(f"{other} is for photos only; it cannot be combined with --film", f"omit {other} or --film")
     if not film and (head or fps):
         raise Misuse("--head and --fps need --film", "add --film gif, strip or mp4")
+    if points and (raw or masks):
+        other = "--masks" if masks else "--raw"
+        raise Misuse(f"{other} is for attention maps; it cannot be combined with --point", f"omit {other} or --point")
+    if raw and several:
+        raise Misuse("--raw writes the maps of one network", "name one --checkpoint, or omit --raw")
     out = output_place(out)
     films, files = (_find_films(images), {}) if film else ({}, _find_photos(images))
 
@@ -93,41 +138,183 @@ def attn_map(
         made = [out / f"{name}{ENDINGS[film]}" for name in films]
         spare(made, (path for frames in films.values() for path in (frames.where, *frames.files)))
     else:
-        made = [out / f"{name}.png" for name in files.values()]
+        made = [out / f"{name}{'-similarity' * bool(points)}.png" for name in files.values()]
         spare(made, files)
+    pairs, unmatched = _find_masks(files, masks) if masks else ({}, {})
 
-    encoder = encoder_from(checkpoint, device, network, overrides)
+    encoders = encoders_from(checkpoint, device, network, overrides)
+    _fit_patches(encoders, stride, tile)
     with marked(out, "attn-map", made):
         if film:
-            _draw_films(encoder, films, out, film, head, short_side, fps, json)
+            _draw_films(encoders[0], films, out, film, head, short_side, fps, json)
+        elif points:
+            _draw_points(encoders, files, out, points, short_side, tile, json)
         else:
-            _draw_photos(encoder, files, out, mass, short_side, raw, json)
+            _draw_photos(encoders, files, out, mass, short_side, tile, raw, pairs, unmatched, json)
 
 
-def _draw_photos(
-    encoder: Encoder, files: dict[Path, Path], out: Path, mass: float, short_side: int | None, raw: bool, json: bool
-) -> None:
-    from dinocli.apps.attention.sheets import draw
+def _fit_patches(encoders: Sequence[Encoder], stride: int | None, tile: int | None) -> None:
+    """Set the stride of the patches, check the tiles, and print the memory that they take."""
+    if not stride and not tile:
+        return
+    from dinocli.evals.photo_maps import activation_bytes, check_tile
 
-    drawn, skipped = [], {}
+    for encoder in encoders:
+        if stride:
+            encoder.backbone.use_stride(stride)
+        if tile:
+            check_tile(encoder.backbone, tile)
+        patches, memory = activation_bytes(encoder.backbone, tile)
+        console.say(f"{encoder.source}: at most {patches:,} patches at once, in about {memory / 1e6:,.0f} MB")
+
+
+T = TypeVar("T")
+
+
+def _draw_each(files: dict[Path, Path], draw: Callable[[Path, Path], T | str], skipped: dict[str, str]) -> list[T]:
+    """Draw each photo; print the reasons for skipped ones, which include those given."""
+    drawn = []
     with console.progress("attn-map", len(files), "images") as advance:
         for done, (path, name) in enumerate(files.items(), 1):
-            result = draw(encoder, path, out / name, keep=mass, size=short_side, raw=raw)
+            result = draw(path, name)
             if isinstance(result, str):
                 skipped[str(path)] = result
             else:
                 drawn.append(result)
             advance(done)
     console.skipped(skipped)
+    return drawn
+
+
+def _draw_photos(
+    encoders: Sequence[Encoder],
+    files: dict[Path, Path],
+    out: Path,
+    mass: float,
+    short_side: int | None,
+    tile: int | None,
+    raw: bool,
+    masks: dict[Path, Path],
+    unmatched: dict[str, str],
+    json: bool,
+) -> None:
+    from dinocli.apps.attention.sheets import draw
+
+    def draw_one(path: Path, name: Path) -> Drawn | str:
+        return draw(encoders, path, out / name, keep=mass, size=short_side, raw=raw, tile=tile, mask=masks.get(path))
+
+    drawn = _draw_each({path: name for path, name in files.items() if str(path) not in unmatched}, draw_one, unmatched)
     if not drawn:
         raise DinoError("none of the images can be read", "name a photo such as a .jpg")
+    _note_reduced((d.image, block.maps.reduced_to) for d in drawn for block in d.blocks)
+    means = [
+        sum(block.overlap.jaccard for block in blocks if block.overlap) / len(blocks)
+        for blocks in zip(*(d.blocks for d in drawn), strict=True)
+    ]
     if json:
-        console.out_json(
-            [{"image": str(d.image), "picture": str(d.picture), "raw": d.raw and str(d.raw)} for d in drawn]
-        )
+        rows = [_list_drawn(d) for d in drawn]
+        average = [
+            {"checkpoint": encoder.source, "jaccard": mean} for encoder, mean in zip(encoders, means, strict=True)
+        ]
+        console.out_json({"mean": average, "images": rows, "skipped": unmatched} if masks else rows)
+        return
+    if masks:
+        cells = [[str(d.image), *(_format_overlap(block.overlap) for block in d.blocks)] for d in drawn]
+        title = f"Jaccard of {mass:.0%} of the best head's attention and the objects of {len(drawn)} photos"
+        average_row = ["mean", *(f"{mean:.3f}" for mean in means)]
+        console.table(["image", *(e.source for e in encoders)], [*cells, average_row], title=title)
+    for d in drawn:
+        console.out(str(d.picture))
+
+
+def _list_drawn(drawn: Drawn) -> dict[str, Any]:
+    """Return the files and maps of a photo for JSON."""
+    networks = [
+        {"checkpoint": block.source, "rows": block.maps.heads.shape[1], "columns": block.maps.heads.shape[2]}
+        | ({"jaccard": block.overlap.jaccard, "heads": list(block.overlap.heads)} if block.overlap else {})
+        for block in drawn.blocks
+    ]
+    raw = drawn.raw and str(drawn.raw)
+    return {"image": str(drawn.image), "picture": str(drawn.picture), "raw": raw, "networks": networks}
+
+
+def _format_overlap(overlap: Overlap | None) -> str:
+    return f"{overlap.jaccard:.3f} (head {', '.join(map(str, overlap.heads))})" if overlap else ""
+
+
+def _note_reduced(sides: Iterable[tuple[Path, int | None]]) -> None:
+    """Print a note if a photo had too many patches and was reduced."""
+    for path, side in sides:
+        if side:
+            console.say(
+                f"note: {path} was reduced to a short side of {side} pixels: too many patches; --tile N avoids it"
+            )
+            return
+
+
+def _draw_points(
+    encoders: Sequence[Encoder],
+    files: dict[Path, Path],
+    out: Path,
+    points: Sequence[Point],
+    short_side: int | None,
+    tile: int | None,
+    json: bool,
+) -> None:
+    from dinocli.apps.match.similar import draw_own_similarities, patch_map
+    from dinocli.data.decode.pixels import BadImage
+    from dinocli.data.sources.photos import read_photo
+    from dinocli.evals.attention import default_size
+    from dinocli.features.encoder import NotFinite
+
+    sides = list[tuple[Path, int | None]]()
+
+    def draw_one(path: Path, name: Path) -> dict[str, Any] | str:
+        photo: Pixels | None = None
+        maps = []
+        for encoder in encoders:
+            pixels = read_photo(path, encoder.images)
+            if isinstance(pixels, BadImage):
+                return pixels.reason
+            photo = pixels if photo is None else photo
+            try:
+                check_points(points, path, pixels)
+                side = short_side or default_size(encoder, pixels if tile else None)
+                own, reduced_to = patch_map(encoder, pixels, side, tile)
+                maps.append((encoder.source, own))
+                sides.append((path, reduced_to))
+            except NotFinite as error:
+                return error.reason
+            except DinoError as error:
+                if len(files) == 1:
+                    raise
+                return error.message
+        assert photo is not None
+        picture = out / f"{name}-similarity.png"
+        scales = draw_own_similarities(picture, photo, maps, points)
+        networks = [
+            {
+                "checkpoint": source,
+                "rows": own.grid[0],
+                "columns": own.grid[1],
+                "points": [
+                    {"x": x, "y": y, "low": round(low, 4), "high": round(high, 4)}
+                    for (x, y), (low, high) in zip(points, ranges, strict=True)
+                ],
+            }
+            for (source, own), ranges in zip(maps, scales, strict=True)
+        ]
+        return {"image": str(path), "picture": str(picture), "networks": networks}
+
+    drawn = _draw_each(files, draw_one, {})
+    _note_reduced(sides)
+    if not drawn:
+        raise DinoError("none of the images can be drawn", "name a photo such as a .jpg, and a point inside it")
+    if json:
+        console.out_json(drawn)
     else:
-        for d in drawn:
-            console.out(str(d.picture))
+        for one in drawn:
+            console.out(one["picture"])
 
 
 def _draw_films(
@@ -156,6 +343,22 @@ def _draw_films(
             console.out(str(path))
     if json:
         console.out_json([{"film": str(m.path), "frames": m.frames, "skipped": m.skipped} for m in made])
+
+
+def _find_masks(files: dict[Path, Path], folder: Path) -> tuple[dict[Path, Path], dict[str, str]]:
+    """Return the mask of each photo that has one, and the reason for each photo without.
+
+    Raises:
+        DinoError: If the folder does not exist or is empty, or no photo has a mask.
+    """
+    from dinocli.data.sources.masks import MaskFolder, with_masks
+
+    pairs, unmatched = with_masks(files, MaskFolder(folder))
+    if not pairs:
+        raise DinoError(
+            f"none of {len(files)} photos has a mask of its name in {folder}", "name each mask like its photo"
+        )
+    return pairs, {str(path): reason for path, reason in unmatched.items()}
 
 
 def _find_films(images: list[Path]) -> dict[str, Frames]:

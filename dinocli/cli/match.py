@@ -13,7 +13,7 @@ from dinocli.cli import console
 from dinocli.cli.layout import METHOD, OUTPUT
 from dinocli.cli.learned import print_saved
 from dinocli.cli.options import (
-    Checkpoint,
+    Checkpoints,
     Device,
     FacetName,
     Json,
@@ -24,11 +24,14 @@ from dinocli.cli.options import (
     output_place,
 )
 from dinocli.cli.places import photo_place
+from dinocli.cli.points import Point, Points, check_points, parse_points
 from dinocli.cli.words import Misuse
 from dinocli.core.errors import DinoError
 
 if TYPE_CHECKING:
     from dinocli.apps.match.correspond import Matches, PatchMap, Pck
+    from dinocli.apps.match.diffusion import Diffusion as DiffusionModel
+    from dinocli.apps.match.sheets import Compared
     from dinocli.data.decode.pixels import Pixels
     from dinocli.features.encoder import Encoder
 
@@ -110,7 +113,7 @@ class DiffusionOptions:
 def match(
     a: PhotoA,
     b: PhotoB,
-    checkpoint: Checkpoint = None,
+    checkpoint: Checkpoints = None,
     network: NetworkName = "teacher",
     short_side: ShortSide = None,
     layer: Layers = None,
@@ -122,15 +125,7 @@ def match(
     caption: Caption = None,
     overrides: Settings = None,
     device: Device = "auto",
-    point: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--point",
-            metavar="X,Y",
-            help="Draw the similarity of the patch at this pixel of A to all patches of both photos; may be repeated.",
-            rich_help_panel=OUTPUT,
-        ),
-    ] = None,
+    point: Points = None,
     out: Pictures = Path("matches"),
     lines: Lines = 24,
     json: Json = False,
@@ -142,12 +137,20 @@ def match(
         dino match a.jpg b.jpg --point 120,80
         dino match a.jpg b.jpg --short-side 240 --layer 9 --facet key
     """
-    options = NetworkOptions(checkpoint, network, overrides, device)
+    points = parse_points(point)
+    if len(checkpoint or []) > 1 and not points:
+        raise Misuse(
+            f"{len(checkpoint or [])} checkpoints; matches are drawn for one",
+            "remove one, or compare them with --point X,Y",
+        )
+    names: Sequence[str | None] = checkpoint or [None]
+    options = [NetworkOptions(name, network, overrides, device) for name in names]
     patches = PatchOptions(short_side, layer, facet, pca)
     diffusion = DiffusionOptions(sd, sd_weight, sd_long_side, caption)
-    match_photos(
-        a, b, options, patches, diffusion, out, lines, places=[_parse(text) for text in point or []], json=json
-    )
+    if points:
+        _draw_similarities(a, b, options, patches, diffusion, out, points, json=json)
+    else:
+        match_photos(a, b, options[0], patches, diffusion, out, lines, json=json)
 
 
 def match_photos(
@@ -159,42 +162,22 @@ def match_photos(
     out: Path,
     lines: int,
     *,
-    places: Sequence[tuple[float, float]] = (),
     keypoints: Path | None = None,
     pck_of: Literal["box", "image"] = "box",
     json: bool,
 ) -> None:
-    """Match two photos, and draw the matches or the similarities of places of A; score them if keypoints are given."""
-    _check_photos(a, b)
-    out = output_place(out)
-    picture = out / f"{a.stem}-{b.stem}{'-similarity' if places else ''}.png"
+    """Match two photos, and draw the matches; score them if keypoints are given."""
+    picture = _place_picture(a, b, out)
     from dinocli.apps.match.correspond import match as matched
     from dinocli.apps.match.correspond import near_enough, pck, spread_out
-    from dinocli.apps.match.diffusion import load_diffusion
     from dinocli.apps.match.keypoints import read_keypoints
-    from dinocli.apps.match.sheets import Compared, patch_maps, write_picture
-    from dinocli.core.device import pick_device
+    from dinocli.apps.match.sheets import patch_maps, write_picture
     from dinocli.data.sources.outputs import marked
-    from dinocli.data.sources.photos import spare
 
-    spare([picture], [a, b])
     encoder = options.encoder()
     photos = _read(a, encoder), _read(b, encoder)
     known = keypoints and read_keypoints(keypoints, a, b, (photos[0].shape[:2], photos[1].shape[:2]))
-    model, caption = None, diffusion.caption or ""
-    if diffusion.model:
-        model = load_diffusion(diffusion.model, pick_device(options.device), caption)
-    if model and not caption:
-        console.say("note: no --caption set for the diffusion model; add one, such as --caption 'a photo of a cat'")
-    layers = tuple(patches.layers or [-1])
-    compared = Compared(
-        layers, patches.facet, patches.short_side, patches.pca, model, diffusion.weight, diffusion.long_side
-    )
-    _check_points(places, a, photos[0])
-    maps = patch_maps(encoder, *photos, compared)
-    if places:
-        _draw_similarities(picture, photos, maps, places, json=json)
-        return
+    maps = patch_maps(encoder, *photos, _choose_features(patches, diffusion, options.device))
     matches = matched(*maps)
     points = (*known, near_enough(maps[1], known[1], pck_of, 0.1)) if known else None
     with marked(out, "match", [picture]):
@@ -210,52 +193,74 @@ def match_photos(
     console.out(str(picture))
 
 
-def _check_photos(*photos: Path) -> None:
-    for photo in photos:
+def _place_picture(a: Path, b: Path, out: Path, suffix: str = "") -> Path:
+    """Check the photos and the output folder, without writing, and return the path of the picture."""
+    for photo in (a, b):
         if photo.is_dir() or not photo.exists():
             fault = "is a folder" if photo.is_dir() else "does not exist"
             raise DinoError(f"{photo} {fault}; expected a photo", "check the path")
+    picture = output_place(out) / f"{a.stem}-{b.stem}{suffix}.png"
+    from dinocli.data.sources.photos import spare
+
+    spare([picture], [a, b])
+    return picture
 
 
-def _parse(text: str) -> tuple[float, float]:
-    try:
-        x, y = map(float, text.split(","))
-    except ValueError as error:
-        raise Misuse(f"--point {text} is not valid; expected x and y in pixels", "such as --point 120,80") from error
-    return x, y
+def _choose_features(patches: PatchOptions, diffusion: DiffusionOptions, device: str) -> Compared:
+    """Return the settings of the features to compare, with the diffusion model loaded if there is one."""
+    from dinocli.apps.match.sheets import Compared
 
+    model: DiffusionModel | None = None
+    if diffusion.model:
+        from dinocli.apps.match.diffusion import load_diffusion
+        from dinocli.core.device import pick_device
 
-def _check_points(points: Sequence[tuple[float, float]], path: Path, photo: Pixels) -> None:
-    height, width = photo.shape[:2]
-    for x, y in points:
-        if not (0 <= x < width and 0 <= y < height):
-            raise DinoError(
-                f"--point {x:g},{y:g} is outside {path}, which has {width}x{height} pixels",
-                f"use --point {width // 2},{height // 2}, or another point inside",
-            )
+        model = load_diffusion(diffusion.model, pick_device(device), diffusion.caption or "")
+        if not diffusion.caption:
+            console.say("note: no --caption set for the diffusion model; add one, such as --caption 'a photo of a cat'")
+    layers = tuple(patches.layers or [-1])
+    return Compared(
+        layers, patches.facet, patches.short_side, patches.pca, model, diffusion.weight, diffusion.long_side
+    )
 
 
 def _draw_similarities(
-    picture: Path,
-    photos: tuple[Pixels, Pixels],
-    maps: tuple[PatchMap, PatchMap],
-    points: Sequence[tuple[float, float]],
+    a: Path,
+    b: Path,
+    options: Sequence[NetworkOptions],
+    patches: PatchOptions,
+    diffusion: DiffusionOptions,
+    out: Path,
+    points: Sequence[Point],
     *,
     json: bool,
 ) -> None:
+    """Draw the similarities of points of A to all patches of both photos, for each network."""
+    picture = _place_picture(a, b, out, "-similarity")
+    from dinocli.apps.match.sheets import patch_maps
     from dinocli.apps.match.similar import draw_similarities
     from dinocli.data.sources.outputs import marked
 
+    encoders = [one.encoder() for one in options]
+    photos = [(_read(a, encoder), _read(b, encoder)) for encoder in encoders]
+    check_points(points, a, photos[0][0])
+    compared = _choose_features(patches, diffusion, options[0].device)
+    maps = [
+        (encoder.source, patch_maps(encoder, *pair, compared)) for encoder, pair in zip(encoders, photos, strict=True)
+    ]
     with marked(picture.parent, "match", [picture]):
-        best = draw_similarities(picture, photos, maps, points)
+        best = draw_similarities(picture, photos[0], maps, points)
     found = [
-        {"x_a": xa, "y_a": ya, "x_b": round(xb, 1), "y_b": round(yb, 1), "cosine": round(cosine, 4)}
-        for (xa, ya), ((xb, yb), cosine) in zip(points, best, strict=True)
+        {"checkpoint": name, "x_a": xa, "y_a": ya, "x_b": round(xb, 1), "y_b": round(yb, 1), "cosine": round(cosine, 4)}
+        for (name, _), of_network in zip(maps, best, strict=True)
+        for (xa, ya), ((xb, yb), cosine) in zip(points, of_network, strict=True)
     ]
     if json:
         console.out_json({"picture": str(picture), "points": found})
     else:
-        console.table(list(found[0]), [[f"{value:g}" for value in one.values()] for one in found])
+        columns = list(found[0])[len(encoders) == 1 :]
+        cells = [[one[key] for key in columns] for one in found]
+        console.table(columns, [[cell if isinstance(cell, str) else f"{cell:g}" for cell in row] for row in cells])
     print_saved([picture])
 
 

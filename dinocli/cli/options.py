@@ -91,6 +91,15 @@ Checkpoint = Annotated[
         rich_help_panel=METHOD,
     ),
 ]
+Checkpoints = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--checkpoint",
+        help="Run folder, ckpt.safetensors, official .pth of DINO or DINOv2, timm:NAME, or untrained:NAME with the "
+        "initial weights of a preset or run; may be repeated. Default: ./ckpt.safetensors, else the newest run.",
+        rich_help_panel=METHOD,
+    ),
+]
 SameCheckpoint = Annotated[
     str | None, typer.Option("--checkpoint", help="Same as the argument CHECKPOINT.", rich_help_panel=METHOD)
 ]
@@ -409,6 +418,24 @@ def encoder_from(
     for note in encoder.notes:
         console.say(f"note: {note}")
     return encoder
+
+
+def encoders_from(
+    checkpoints: Sequence[str] | None,
+    device: str,
+    network: Literal["teacher", "student"],
+    overrides: Sequence[str] | None,
+) -> list[Encoder]:
+    """Load the encoders of a repeated `--checkpoint`, in order, as `encoder_from` does; if none is given, the default.
+
+    Raises:
+        DinoError: If a checkpoint or the device does not exist, or the weights or an override do not fit.
+    """
+    if not checkpoints:
+        return [encoder_from(None, device, network, overrides)]
+    for checkpoint in checkpoints:
+        refuse_missing(checkpoint)
+    return [encoder_from(checkpoint, device, network, overrides) for checkpoint in checkpoints]
 
 
 @dataclass(frozen=True)

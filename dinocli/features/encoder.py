@@ -27,7 +27,7 @@ from dinocli.models.backbone import Backbone, Facet, Tokens
 
 TokenChoice = Literal["cls", "patches", "cls+avg"]
 Channels = tuple[float, ...]
-_MOST_PATCHES = 16_384
+MOST_PATCHES = 16_384
 
 
 class NotFinite(DinoError):
@@ -244,21 +244,21 @@ class Encoder:
         with autocast(self.device, self.precision):
             return features_of(self.backbone, images, tokens, blocks)
 
-    def photo(self, pixels: Pixels, short_side: int, most: int = _MOST_PATCHES) -> Tensor:
+    def photo(self, pixels: Pixels, short_side: int, most: int = MOST_PATCHES) -> Tensor:
         """Resize and normalize a whole photo of any size and shape for the backbone.
 
         Args:
             pixels: Photo. [H, W, C]
             short_side: Target length of the short side, in pixels. Both sides are rounded to whole patches.
             most: Maximum number of patches, before rounding. Photos that would exceed it are resized to a smaller size.
-                The default limits memory.
+                The default limits memory. Patches that overlap count one by one.
 
         Returns:
             Normalized photo. [1, C, H', W']
         """
         height, width = pixels.shape[:2]
         patch = self.backbone.patch_size
-        scale = min(short_side / min(height, width), patch * (most / (height * width)) ** 0.5)
+        scale = min(short_side / min(height, width), self.backbone.stride * (most / (height * width)) ** 0.5)
         rows, columns = (min(most, max(1, round(side * scale / patch))) for side in (height, width))
         image = cut(pixels, (0, 0, height, width), (rows * patch, columns * patch), "bilinear")
         mean, std = (torch.tensor(values, device=self.device) for values in (self.mean, self.std))
@@ -282,7 +282,7 @@ class Encoder:
             DinoError: If the backbone has no attention.
             NotFinite: If a value is infinite or NaN.
         """
-        rows, columns = images.shape[-2] // self.backbone.patch_size, images.shape[-1] // self.backbone.patch_size
+        rows, columns = self.backbone.map_size(images.shape[-2], images.shape[-1])
         attention = self.backbone.attention(images)[:, :, 0]  # [B, heads, 1+R+N]
         attention = attention[..., attention.shape[-1] - rows * columns :].unflatten(-1, (rows, columns))
         return checked(attention, "values of attention")

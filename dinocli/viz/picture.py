@@ -19,6 +19,7 @@ _PAPER, _INK, _PALE = (255, 255, 255), (40, 40, 40), (200, 200, 200)
 _SIDE, _GAP, _LINE = 144, 6, 16  # pixels, in a contact sheet
 # Largest photo in a sheet. A sheet has two rows of up to 14 tiles, and viewers fail to open one of larger photos.
 _PANEL_PIXELS = 4_000_000
+_COLUMNS = 8  # tiles side by side
 _TILE_SIDE = 160  # pixels; captions of smaller tiles overlap
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -32,7 +33,13 @@ class Tile:
     caption: str
 
 
-def heat(values: NDArray[np.floating], height: int, width: int, scale: tuple[float, float] | None = None) -> Pixels:
+def heat(
+    values: NDArray[np.floating],
+    height: int,
+    width: int,
+    scale: tuple[float, float] | None = None,
+    margins: tuple[float, float] = (0.0, 0.0),
+) -> Pixels:
     """Draw a map in color at a photo's size. [H, W, 3]
 
     Args:
@@ -40,12 +47,18 @@ def heat(values: NDArray[np.floating], height: int, width: int, scale: tuple[flo
         height: Height of the photo, in pixels.
         width: Width of the photo, in pixels.
         scale: Values of black and yellow. If None, the lowest and highest value.
+        margins: Share of the height, and of the width, beyond the map at each end, where its edge is repeated.
     """
     from matplotlib import colormaps  # only here: training draws no map before its first report
 
     low, high = scale or (float(values.min()), float(values.max()))
     small = Image.fromarray(((values - low) / ((high - low) or 1.0)).astype(np.float32))
-    large = np.clip(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
+    inner = [max(1, round(side * (1 - 2 * margin))) for side, margin in zip((height, width), margins, strict=True)]
+    large = np.clip(np.asarray(small.resize((inner[1], inner[0]), Image.Resampling.BICUBIC)), 0, 1)
+    (top, left), (below, right) = (
+        [(outer - own + more) // 2 for outer, own in zip((height, width), inner, strict=True)] for more in (0, 1)
+    )
+    large = np.pad(large, [(top, below), (left, right)], mode="edge")
     return (colormaps["inferno"](large)[..., :3] * 255 + 0.5).astype(np.uint8)
 
 
@@ -62,13 +75,19 @@ def spotlight(pixels: Pixels, mask: NDArray[np.bool_]) -> Pixels:
     return np.where(mask[..., None], pixels, pale)
 
 
-def bounded(pixels: Pixels) -> Pixels:
-    """Enlarge a tiny photo, so that captions fit, and reduce a huge one, so that viewers can open the sheet."""
+def bounded(pixels: Pixels, blocks: int = 1) -> Pixels:
+    """Enlarge a tiny photo, so that captions fit, and reduce a huge one, so that viewers can open the sheet.
+
+    Args:
+        pixels: Photo. [H, W, 3]
+        blocks: Number of blocks in the sheet; each shows the photo.
+    """
+    most = _PANEL_PIXELS / blocks
     height, width = pixels.shape[:2]
     if min(height, width) < _TILE_SIDE:
-        repeats = min(-(-_TILE_SIDE // min(height, width)), max(1, int((_PANEL_PIXELS / (height * width)) ** 0.5)))
+        repeats = min(-(-_TILE_SIDE // min(height, width)), max(1, int((most / (height * width)) ** 0.5)))
         return np.repeat(np.repeat(pixels, repeats, 0), repeats, 1)
-    factor = (_PANEL_PIXELS / (height * width)) ** 0.5
+    factor = (most / (height * width)) ** 0.5
     if factor >= 1:
         return pixels
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
@@ -141,6 +160,38 @@ def sheet(rows: Sequence[Sequence[Tile | None]]) -> Image.Image:
                 page.paste(Image.fromarray(tile.pixels), (left, top))
                 pen.text((left + width / 2, top + height + line * 0.55), tile.caption, _INK, font, anchor="mm")
     return page
+
+
+def block_sheet(blocks: Sequence[tuple[str, Sequence[Sequence[Tile | None]]]]) -> Image.Image:
+    """Arrange blocks of tiles below each other, all with the same columns.
+
+    More than eight columns per block are wrapped at the same column in all blocks, so that the sheet fits a screen.
+
+    Args:
+        blocks: Title of each block, or an empty string, and its lines of tiles of one size; None stays empty.
+    """
+    length = max(len(line) for _, lines in blocks for line in lines)
+    columns = -(-length // -(-length // (_COLUMNS * len(blocks))))  # as even as possible
+    pages = []
+    for title, lines in blocks:
+        padded = [[*line, *[None] * (length - len(line))] for line in lines]
+        page = sheet([line[first : first + columns] for first in range(0, length, columns) for line in padded])
+        pages.append(_add_title(title, page, padded) if title else page)
+    joined = Image.new("RGB", (pages[0].width, sum(page.height for page in pages)), _PAPER)
+    for i, page in enumerate(pages):
+        joined.paste(page, (0, sum(above.height for above in pages[:i])))
+    return joined
+
+
+def _add_title(title: str, page: Image.Image, lines: Sequence[Sequence[Tile | None]]) -> Image.Image:
+    """Add a line with a title above a page, larger than the captions of its tiles."""
+    line = max(16, round(min(next(tile for row in lines for tile in row if tile).pixels.shape[:2]) / 9))
+    font = ImageFont.load_default(size=line * 0.7)
+    titled = Image.new("RGB", (page.width, page.height + line), _PAPER)
+    titled.paste(page, (0, line))
+    words = _shorten(title, font, page.width - 2 * _GAP)
+    ImageDraw.Draw(titled).text((_GAP, line * 0.55), words, _INK, font, anchor="lm")
+    return titled
 
 
 def contact_sheet(

@@ -22,10 +22,11 @@ from dinocli.data.sources.shards import is_shards
 from dinocli.features.store import INDEX
 
 Kind = Literal[
-    "missing", "pattern", "address", "timm", "run", "weights", "model", "features", "classifier", "bank", "graph",
-    "archive", "video", "image", "images", "source", "folder", "file",
+    "missing", "pattern", "address", "timm", "untrained", "run", "weights", "model", "features", "classifier", "bank",
+    "graph", "archive", "video", "image", "images", "source", "folder", "file",
 ]  # fmt: skip
-WEIGHTS: frozenset[Kind] = frozenset(["timm", "run", "weights"])
+WEIGHTS: frozenset[Kind] = frozenset(["timm", "untrained", "run", "weights"])
+UNTRAINED = "untrained:"
 # `model_type` in the config.json of transformers' folders that this tool reads.
 TRANSFORMERS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "dinov3_convnext")
 # Descriptions with an article, for messages such as "x is an image".
@@ -34,6 +35,7 @@ NAMES: dict[Kind, str] = {
     "pattern": "a pattern that matches no file",
     "address": "an address",
     "timm": "a model of timm",
+    "untrained": "an untrained network",
     "run": "a run folder",
     "weights": "a checkpoint",
     "model": "a model folder",
@@ -102,7 +104,7 @@ def refuse_missing_weights(place: str) -> None:
     Raises:
         DinoError: If it does not exist.
     """
-    path = Path(place)
+    path = Path(place.removeprefix(UNTRAINED))
     if path.suffix.lower() in _WEIGHTS and not place.startswith("timm:") and not os.path.lexists(path):
         raise missing_checkpoint(path)
 
@@ -113,6 +115,8 @@ def kind_of(place: str) -> Kind:
         return "address"
     if place.startswith("timm:"):
         return "timm"
+    if place.startswith(UNTRAINED):
+        return "untrained"
     if place.startswith((TORCHVISION, "pipe:")):
         return "source"
     path = Path(place)

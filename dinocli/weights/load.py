@@ -16,19 +16,20 @@ from typing import Any
 import huggingface_hub
 import torch
 
-from dinocli.core.errors import DinoError
+from dinocli.core.errors import DinoError, nearest
 from dinocli.core.runs import run_of
 from dinocli.core.tensors import fingerprint
 from dinocli.data.images import ImagesConfig
 from dinocli.features.encoder import Channels, Encoder, with_images
-from dinocli.method.preset import AnyMethod, Preset
+from dinocli.method import shipped
+from dinocli.method.preset import AnyMethod, Preset, load_preset
 from dinocli.models.architecture import BackboneConfig, adapt, create_timm
 from dinocli.models.backbone import Backbone
 from dinocli.models.head import ClassifierHead
 from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
 from dinocli.weights.checkpoint import Weights, Which, read_weights, refuse_not_finite
-from dinocli.weights.identify import TRANSFORMERS, config_of, timms_name
+from dinocli.weights.identify import TRANSFORMERS, UNTRAINED, config_of, timms_name
 from dinocli.weights.official import HEADS, heads_are_assumed, official_architecture
 from dinocli.weights.released import IMAGENET, Preprocessing
 
@@ -40,7 +41,8 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
     """Load an encoder.
 
     Args:
-        source: Run folder, `ckpt.safetensors`, official `.pth` of DINO or DINOv2, or `timm:NAME` with released weights.
+        source: Run folder, `ckpt.safetensors`, official `.pth` of DINO or DINOv2, `timm:NAME` with released weights, or
+            `untrained:NAME` with the initial weights of a preset, or of a run's or checkpoint's preset.
         device: Device that the network is moved to.
         which: Network to load if a file holds both.
         overrides: Settings as for `--set`: `images.key=value`, and `backbone.key=value` if the file does not store its
@@ -51,6 +53,10 @@ def load_encoder(source: str, device: torch.device, which: Which = "teacher", ov
     """
     shape = [override for override in overrides if override.strip().startswith("backbone.")]
     limits = [override for override in overrides if override not in shape]
+    if source.startswith(UNTRAINED):
+        if shape:
+            raise _fixed_shape(source, shape[0])
+        return with_images(_load_untrained(source.removeprefix(UNTRAINED), source, device), limits)
     if not source.startswith("timm:"):
         encoder = encoder_of(read_weights(Path(source), which), source, device, shape)
         encoder = replace(encoder, run=run_of(Path(source)))
@@ -151,7 +157,7 @@ def _freeze(backbone: Backbone, size: int, mean: Channels, std: Channels, source
     return Encoder(backbone, source, fingerprint(backbone.model.state_dict()), size, mean, std)
 
 
-def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> Encoder:
+def untrained_encoder(weights: Weights, device: torch.device) -> Encoder:
     """Return an encoder with the checkpoint's architecture and random weights, as a baseline.
 
     Raises:
@@ -159,10 +165,26 @@ def untrained_encoder(weights: Weights, device: torch.device, seed: int = 0) -> 
     """
     if weights.preset is None:
         raise DinoError(
-            "an untrained twin needs a checkpoint of this tool", "use a ckpt.safetensors that `dino pretrain` wrote"
+            "an untrained twin needs a checkpoint of this tool",
+            f"use a ckpt.safetensors that `dino pretrain` wrote, or a preset such as {UNTRAINED}vits16",
         )
-    torch.manual_seed(seed)
-    return _build(weights.preset.backbone.build(drop_path=False), "untrained", device, weights.preset)
+    return _start_untrained(weights.preset, "untrained", device)
+
+
+def _load_untrained(name: str, source: str, device: torch.device) -> Encoder:
+    if name in shipped.names() or name.endswith(".toml"):
+        return _start_untrained(load_preset(name), source, device)
+    if Path(name).exists():
+        return replace(untrained_encoder(read_weights(Path(name)), device), source=source)
+    close = nearest(name, shipped.names())
+    raise DinoError(
+        f"{source} names no preset, run or checkpoint", f"use {UNTRAINED}{close}; `dino presets` lists them"
+    )
+
+
+def _start_untrained(preset: Preset, source: str, device: torch.device) -> Encoder:
+    torch.manual_seed(0)  # the same weights in every command
+    return _build(preset.backbone.build(drop_path=False), source, device, preset)
 
 
 def of_timm(backbone: Backbone) -> Weights:

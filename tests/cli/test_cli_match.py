@@ -47,3 +47,12 @@ def test_a_wrong_point_is_an_error(trained: Dino, point: str, code: int, message
     assert error.startswith("error: ") and message in error
     assert said.startswith("hint: ") and hint in said
     assert not Path("matches").exists()
+
+
+def test_several_networks_need_points_and_have_a_row_each(trained: Dino) -> None:
+    names = ("--checkpoint", "runs/tiny-1", "--checkpoint", "untrained:tiny")
+    line = ["match", A, B, "--short-side", "32", "--device", "cpu", *names]
+    assert "hint: remove one, or compare them with --point X,Y" in trained(*line, code=2).stderr
+    found = json.loads(trained(*line, "--point", "4,20", "--json").stdout)["points"]
+    assert [one["checkpoint"] for one in found] == ["runs/tiny-1", "untrained:tiny"]
+    assert "untrained:tiny" in trained(*line, "--point", "4,20").stdout

@@ -7,7 +7,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard, keep_mass
+from dinocli.evals.attention import AttentionMaps, attention_maps, default_size, enlarge, jaccard, keep_mass, overlap
 from dinocli.features.encoder import Encoder
 from dinocli.models.transformer import ViTBackbone
 
@@ -68,7 +68,7 @@ def test_a_photo_of_extreme_shape_gives_a_bounded_number_of_patches(height: int,
     model = VisionTransformer(img_size=32, patch_size=8, embed_dim=8, depth=1, num_heads=1, num_classes=0)
     encoder = Encoder(ViTBackbone(model, "dino").eval(), "x", "0", 32, (0.5,) * 3, (0.5,) * 3)
     heads = attention_maps(encoder, np.zeros((height, width, 3), dtype=np.uint8), 64).heads
-    assert heads[0].size <= module._MOST_PATCHES
+    assert heads[0].size <= module.MOST_PATCHES
 
 
 def test_a_patch_exactly_at_the_bound_is_excluded_as_in_the_original() -> None:
@@ -82,3 +82,15 @@ def test_a_zero_map_gives_an_empty_mask_without_warnings() -> None:
     with warnings.catch_warnings(action="error"):
         kept = keep_mass(maps, 0.6)
     assert kept.sum((1, 2)).tolist() == [0, 1]
+
+
+def test_each_object_counts_with_its_best_head() -> None:
+    heads = np.zeros((2, 2, 4), np.float32)
+    heads[0, :, :2], heads[1, :, 3] = 1, 1  # the left half, and a quarter at the right
+    left, right = np.zeros((4, 8), bool), np.zeros((4, 8), bool)
+    left[:, :4], right[:, 4:] = True, True
+    found = overlap(AttentionMaps(heads), [left, right], 1.0)
+    assert found.heads == (1, 2)
+    assert found.jaccard == pytest.approx((1 + 0.5) / 2)
+    assert found.per_head == pytest.approx((0.5, 0.25))
+    assert overlap(AttentionMaps(heads), [right], 1.0).jaccard == pytest.approx(0.5)

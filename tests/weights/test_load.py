@@ -48,6 +48,18 @@ def test_a_checkpoint_stores_its_shape_size_mean_and_std(tmp_path: Path) -> None
     twin = untrained_encoder(read_weights(tmp_path), CPU)
     assert twin.fingerprint != encoder.fingerprint
     assert twin.features(images).shape == encoder.features(images).shape
+    named = load_encoder(f"untrained:{tmp_path / 'ckpt.safetensors'}", CPU)
+    assert (named.fingerprint, named.mean) == (twin.fingerprint, (0.1, 0.2, 0.3)), "the same weights each time"
+    assert load_encoder("untrained:tiny-dino", CPU).fingerprint == twin.fingerprint
+
+
+def test_untrained_weights_of_an_unknown_name_are_an_error() -> None:
+    for name in ("tny", "timm:vit_small_patch16_224"):
+        with pytest.raises(DinoError, match=f"untrained:{name} names no preset, run or checkpoint") as error:
+            load_encoder(f"untrained:{name}", CPU)
+        assert error.value.hint.startswith("use untrained:")
+    with pytest.raises(DinoError, match="the architecture of untrained:tiny is known"):
+        load_encoder("untrained:tiny", CPU, overrides=["backbone.options.num_heads=6"])
 
 
 @pytest.mark.parametrize(

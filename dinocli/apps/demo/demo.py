@@ -24,7 +24,7 @@ from dinocli.data.loader.plain import plain_batches
 from dinocli.data.sources.indexed import Images
 from dinocli.data.sources.open import image_folder
 from dinocli.data.sources.outputs import is_fresh
-from dinocli.evals.attention import attention_maps, default_size, enlarge, jaccard
+from dinocli.evals.attention import attention_maps, default_size, overlap
 from dinocli.evals.knn import knn
 from dinocli.evals.linear import train_probe
 from dinocli.features.encoder import Encoder
@@ -155,7 +155,7 @@ def demo(
     raw = {part: _flatten_images(source, workers) for part, source in parts.items()}
     rows.append(_score_features("raw pixels", raw["train"], raw["val"], None, device, stage))
     pictures = [
-        draw_attention(trained, path, folder / "attention" / path.parent.name, keep=_KEEP, size=None, raw=False)
+        draw_attention([trained], path, folder / "attention" / path.parent.name, keep=_KEEP, size=None, raw=False)
         for path in (val.root / val.names[int(np.argmax(val.labels == c))] for c in range(len(CLASSES)))
     ]
     write_json(folder / RECORD, record | {"drawn": True, "done": True})
@@ -243,10 +243,7 @@ def _score_features(
 
 
 def _measure_overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage, name: str) -> float:
-    """Compute the Jaccard overlap of the best head's mask with the true mask, averaged over the images.
-
-    Source: the paper's section 4.2.2 and facebookresearch/dino issue 54.
-    """
+    """Compute the Jaccard overlap of the best head's mask with the true mask, averaged over the images."""
     scores = []
     with stage(name, len(source), "images") as advance:
         for i, path in enumerate(source.names, 1):
@@ -254,8 +251,7 @@ def _measure_overlap(encoder: Encoder, source: Images, masks: Path, stage: Stage
             if isinstance(pixels, BadImage):
                 continue
             truth = _read_mask(masks, path)
-            masks_of_heads = enlarge(attention_maps(encoder, pixels, default_size(encoder)).masks(_KEEP), *truth.shape)
-            scores.append(max(jaccard(head, truth) for head in masks_of_heads))
+            scores.append(overlap(attention_maps(encoder, pixels, default_size(encoder)), [truth], _KEEP).jaccard)
             advance(i)
     return float(np.mean(scores))
 

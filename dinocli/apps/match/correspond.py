@@ -24,10 +24,12 @@ class PatchMap:
     Attributes:
         features: Normalized feature per patch. [h, w, D]
         size: Height and width of the photo, in pixels.
+        margins: Share of the height, and of the width, beyond the patches at each end; see `PhotoMap`.
     """
 
     features: Tensor
     size: tuple[int, int]
+    margins: tuple[float, float] = (0.0, 0.0)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -37,16 +39,26 @@ class PatchMap:
     @property
     def centers(self) -> Points:
         """Center of each patch in pixels, row by row. [h*w, 2]"""
-        (height, width), (rows, columns) = self.size, self.grid
+        (height, width), (rows, columns), (top, left) = self._inner, self.grid, self._corner
         y, x = np.mgrid[:rows, :columns] + 0.5
-        return np.stack([x * width / columns, y * height / rows], -1).reshape(-1, 2)
+        return np.stack([left + x * width / columns, top + y * height / rows], -1).reshape(-1, 2)
 
     def holding(self, points: Points) -> NDArray[np.int64]:
         """Return the number of the patch that holds each point, or the nearest patch for points beyond the edge. [P]"""
-        (height, width), (rows, columns) = self.size, self.grid
-        column = np.clip(points[:, 0] * columns / width, 0, columns - 1).astype(np.int64)
-        row = np.clip(points[:, 1] * rows / height, 0, rows - 1).astype(np.int64)
+        (height, width), (rows, columns), (top, left) = self._inner, self.grid, self._corner
+        column = np.clip((points[:, 0] - left) * columns / width, 0, columns - 1).astype(np.int64)
+        row = np.clip((points[:, 1] - top) * rows / height, 0, rows - 1).astype(np.int64)
         return row * columns + column
+
+    @property
+    def _corner(self) -> tuple[float, float]:
+        """First row and column of the patches, in pixels."""
+        return self.size[0] * self.margins[0], self.size[1] * self.margins[1]
+
+    @property
+    def _inner(self) -> tuple[float, float]:
+        """Height and width of the patches together, in pixels."""
+        return self.size[0] * (1 - 2 * self.margins[0]), self.size[1] * (1 - 2 * self.margins[1])
 
 
 @dataclass(frozen=True)

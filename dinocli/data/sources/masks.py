@@ -70,6 +70,23 @@ def read_object(path: Path) -> NDArray[np.bool_] | BadImage:
     return values > 0
 
 
+def read_objects(path: Path) -> list[NDArray[np.bool_]] | BadImage:
+    """Read the objects of a mask: each number of a label map is one; any other mask has one, as in `read_object`.
+
+    Returns:
+        True for pixels of each object [H, W], or the reason why the file has none.
+    """
+    labels = read_labels(path)
+    if isinstance(labels, BadImage) or (labels.palette is None and labels.values.max(initial=0) > 127):
+        one = read_object(path)
+        if isinstance(one, BadImage):
+            return one
+        found = [one] if one.any() else []
+    else:
+        found = [labels.values == number for number in labels.objects]
+    return found or BadImage("it has no object")
+
+
 def read_index(path: Path) -> NDArray[np.uint8] | BadImage:
     """Read the class of each pixel [H, W], 255 if ignored, or return the reason why the mask cannot be read."""
     read = read_labels(path, _CLASSES)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from dinocli.core.errors import DinoError
 from dinocli.data.decode.pixels import BadImage
-from dinocli.data.sources.masks import MaskFolder, read_index, read_object, with_masks
+from dinocli.data.sources.masks import MaskFolder, read_index, read_object, read_objects, with_masks
 
 
 def save(path: Path, values: list[list[int]], mode: str = "L") -> Path:
@@ -110,3 +110,18 @@ def test_a_16_bit_mask_is_black_and_white_or_numbers_or_refused(tmp_path: Path) 
     assert isinstance(bad, BadImage) and "the value nan" in bad.reason
     Image.fromarray(np.array([[0.0, 1.0]], np.float32)).save(tmp_path / "b.tif")
     assert read_object(tmp_path / "b.tif").tolist() == [[False, True]]
+
+
+def test_each_number_of_a_mask_is_an_object_and_a_bright_mask_is_one(tmp_path: Path) -> None:
+    numbered = read_objects(save(tmp_path / "a.png", [[0, 1, 2], [0, 1, 1]]))
+    assert [one.tolist() for one in numbered] == [
+        [[False, True, False], [False, True, True]],
+        [[False, False, True], [False] * 3],
+    ]
+    soft = read_objects(save(tmp_path / "b.png", [[0, 100, 255]]))
+    assert [one.tolist() for one in soft] == [[[False, False, True]]], "grey values of a soft edge are no objects"
+    void = read_objects(save(tmp_path / "c.png", [[0, 3, 255]], "P"))
+    assert [one.tolist() for one in void] == [[[False, True, False]]]
+    assert read_objects(save(tmp_path / "d.png", [[0, 0]])) == BadImage("it has no object")
+    (tmp_path / "e.png").write_bytes(b"no image")
+    assert isinstance(read_objects(tmp_path / "e.png"), BadImage)
