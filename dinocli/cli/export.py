@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,6 +23,7 @@ from dinocli.cli.options import (
     one_checkpoint,
     output_place,
 )
+from dinocli.cli.places import images_place
 from dinocli.cli.tables import write_tables
 from dinocli.cli.words import Misuse
 from dinocli.core.errors import DinoError
@@ -52,22 +54,47 @@ def export(
             rich_help_panel=METHOD,
         ),
     ] = False,
+    any_size: Annotated[
+        bool,
+        typer.Option(
+            "--any-size",
+            help="For graphs: images of any height and width in whole patches, not only of --size.",
+            rich_help_panel=METHOD,
+        ),
+    ] = False,
+    precision: Annotated[
+        Literal["float32", "float16", "int8"],
+        typer.Option(
+            help="With --to onnx: numbers of the graph. The command prints the cosine to float32 and the speed.",
+            rich_help_panel=METHOD,
+        ),
+    ] = "float32",
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="With --precision: images that measure the cosine, and that calibrate int8; up to 256 are read. "
+            "Default: noise, and int8 without calibration.",
+            callback=images_place,
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     overrides: ShapeSettings = None,
     *,
     to: Annotated[
-        Literal["official", "timm", "onnx", "torch-export", "parquet", "csv", "npy"],
+        Literal["official", "timm", "transformers", "onnx", "torch-export", "parquet", "csv", "npy"],
         typer.Option(
             metavar="FORMAT",
             help="official: a .pth for facebookresearch/dino. timm: a folder that timm.create_model loads. "
-            "onnx, torch-export: a graph from images to features. parquet, csv, npy: features of dino extract.",
+            "transformers: a folder that AutoModel loads. onnx, torch-export: a graph from images to features. "
+            "parquet, csv, npy: features of dino extract.",
             rich_help_panel=OUTPUT,
         ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Output file, or folder for timm and for features. Default: named after the run and network; for "
-            "features their own folder. Replaces an existing file, or a folder of an earlier export, but never the "
+            help="Output file, or folder for timm, transformers and features. Default: named after run and network; "
+            "for features their own folder. Replaces an existing file, or a folder of an earlier export, but never the "
             "source.",
             rich_help_panel=OUTPUT,
         ),
@@ -92,31 +119,58 @@ def export(
             f"--projection-head needs --to official; this is --to {to}",
             "remove --projection-head, or use --to official",
         )
-    if not graph and (tokens != "cls" or size):
+    if not graph and (tokens != "cls" or size or any_size):
         raise Misuse(
-            f"--tokens and --size are only for the graphs of --to onnx and --to torch-export; this is --to {to}",
+            "--tokens, --size and --any-size are only for the graphs of --to onnx and --to torch-export; this is "
+            f"--to {to}",
             "remove them, or use --to onnx",
         )
+    if precision != "float32" and to != "onnx":
+        raise Misuse(f"--precision {precision} needs --to onnx; this is --to {to}", "remove it, or use --to onnx")
+    if images and precision == "float32":
+        raise Misuse("--images measures a reduced precision; this is --precision float32", "add --precision int8")
     source = checkpoint_or_newest(one_checkpoint(source, checkpoint))
 
+    from dinocli.core.resources import format_bytes
+    from dinocli.data.sources.open import open_source
     from dinocli.weights.export import ENDINGS, export
 
     name = _make_name(Path(source), to, network, projection_head) + ENDINGS[to]
-    target = output_place(out, file="" if to == "timm" else name) if out else Path(name)
+    target = output_place(out, file=name if ENDINGS[to] else "") if out else Path(name)
     done = export(
-        source, to, target, which=network, heads=projection_head, tokens=tokens, size=size, overrides=overrides or []
+        source,
+        to,
+        target,
+        which=network,
+        heads=projection_head,
+        tokens=tokens,
+        size=size,
+        any_size=any_size,
+        precision=precision,
+        images=open_source(images) if images else None,
+        overrides=overrides or [],
     )
     for note in done.notes:
         console.say(f"note: {note}")
     exact = f"relative difference {done.difference:.1g}" if done.difference else "bit for bit"
     console.say(f"loaded with {_LIBRARY[to]}: the same features, {exact}")
+    if reduced := done.reduced:
+        console.say(
+            f"{precision}: mean cosine {reduced.cosine:.5f} to float32, least {reduced.least:.5f}, on {reduced.images} "
+            f"{'images of noise' if reduced.noise else 'images'}"
+        )
+        console.say(
+            f"{precision}: {reduced.milliseconds:.3g} ms per image on this CPU and {format_bytes(reduced.bytes)}; "
+            f"float32 {reduced.milliseconds_float32:.3g} ms and {format_bytes(reduced.bytes_float32)}"
+        )
     console.say(f"load: {done.load}")
     if json:
-        console.out_json(
-            {"path": str(done.path), "difference": done.difference, "load": done.load, "notes": done.notes}
-        )
+        measured = {"reduced": asdict(reduced)} if reduced else {}
+        about = {"path": str(done.path), "difference": done.difference, "load": done.load, "notes": done.notes}
+        console.out_json(about | measured)
     else:
         console.out(str(done.path))
+    console.saved([done.path])
 
 
 def _export_features(source: str | None, to: TableFormat, out: Path | None, *, json: bool) -> None:
@@ -139,7 +193,13 @@ def _export_features(source: str | None, to: TableFormat, out: Path | None, *, j
     console.saved(path for paths in files.values() for path in paths)
 
 
-_LIBRARY = {"official": "the original's network", "timm": "timm", "onnx": "onnxruntime", "torch-export": "torch.export"}
+_LIBRARY = {
+    "official": "the original's network",
+    "timm": "timm",
+    "transformers": "transformers",
+    "onnx": "onnxruntime",
+    "torch-export": "torch.export",
+}
 
 
 def _make_name(source: Path, to: str, network: str, heads: bool) -> str:
@@ -147,7 +207,9 @@ def _make_name(source: Path, to: str, network: str, heads: bool) -> str:
     path = source.resolve()
     if path.name == CHECKPOINT:
         path = path.parent
-    # The format in the name keeps a .pth from overwriting its source, and a timm folder distinct from the run's.
-    form = to if to == "timm" or (to == "official" and path.suffix == ".pth") else ""
+    from dinocli.weights.export import ENDINGS
+
+    # The format in the name keeps a .pth from overwriting its source, and a model folder distinct from the run's.
+    form = to if not ENDINGS[to] or (to == "official" and path.suffix == ".pth") else ""
     tail = [network * (network == "student"), "heads" * heads, form]
     return "-".join([path.name if path.is_dir() else path.stem, *filter(None, tail)])

@@ -43,15 +43,30 @@ class Resampler:
             [1, prefix+N, D], with N = ((rows - 1) * steps + 1) * ((columns - 1) * steps + 1)
         """
         side = round((positions.shape[1] - self.prefix) ** 0.5)
+        if isinstance(grid[0], torch.SymInt) and steps == 1:
+            return self._trace(positions, side, grid)
         own = grid == (side, side) and (square or self.how != "dino")
         if own and steps == 1:
             return positions
-        of_rows, of_columns = (self._get_weights(side, count, own, steps, positions) for count in grid)
+        return self._apply(positions, side, *(self._get_weights(side, count, own, steps, positions) for count in grid))
+
+    def _apply(self, positions: Tensor, side: int, of_rows: Tensor, of_columns: Tensor) -> Tensor:
         table = positions[0, self.prefix :].unflatten(0, (side, side))  # [side, side, D]
         # As two matrix products, whose gradient is deterministic on a GPU. They are small: full precision costs little.
         with exactly(positions.device):
             table = of_columns @ (of_rows @ table.flatten(1)).unflatten(1, (side, -1))  # [rows, columns, D]
         return torch.cat([positions[:, : self.prefix], table.flatten(0, 1)[None]], dim=1)
+
+    def _trace(self, positions: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+        """Interpolate to a grid that is free in an exported graph, for images of whole patches."""
+        counts = [torch.ones(count, dtype=positions.dtype, device=positions.device).sum() for count in grid]
+        native = (counts[0] == side) & (counts[1] == side)
+        extra = torch.where(native, 0.0, 0.1) if self.how == "dino" else 0.0  # square images keep their positions
+        weights = (
+            _trace_weights(side, torch.arange(count, device=positions.device), side / (number + extra), self.how)
+            for count, number in zip(grid, counts, strict=True)
+        )
+        return self._apply(positions, side, *weights)
 
     def _get_weights(self, side: int, count: int, own: bool, steps: int, like: Tensor) -> Tensor:
         """Return the interpolation weights from `side` positions along an axis. [(count - 1) * steps + 1, side]"""
@@ -82,3 +97,36 @@ def _compute_whole(side: int, count: int, how: Positions, like: Tensor) -> Tenso
         antialias = how == "antialias"
         weights = F.interpolate(tables, size=(count, side), mode="bicubic", align_corners=False, antialias=antialias)
     return weights[0, :, :, 0].T.contiguous()
+
+
+def _trace_weights(side: int, rows: Tensor, scale: Tensor, how: Positions) -> Tensor:
+    """Compute the weights of `_compute_weights` from formulas, because torch exports no interpolation to a free size.
+
+    Args:
+        side: Number of positions.
+        rows: Indices of the results. [count]
+        scale: Positions per result. []
+        how: Interpolation.
+
+    Returns:
+        [count, side]
+
+    Source: Keys, Cubic Convolution Interpolation for Digital Image Processing, 1981; the constant -0.75 is torch's, and
+    -0.5 with antialias.
+    """
+    centers = (rows[:, None] + 0.5) * scale - 0.5  # [count, 1]
+    places = torch.arange(side, device=rows.device)
+    if how == "antialias":  # the kernel is as wide as a result, and cut at the border
+        weights = _cubic((places - centers) / scale.clamp(min=1), -0.5)
+        return weights / weights.sum(1, keepdim=True)
+    taps = centers.floor() + torch.arange(-1, 3, device=rows.device)  # [count, 4]
+    # Positions beyond the border repeat the last one.
+    there = taps.clamp(0, side - 1)[..., None] == places
+    return (_cubic(taps - centers, -0.75)[..., None] * there).sum(1)
+
+
+def _cubic(distance: Tensor, a: float) -> Tensor:
+    x = distance.abs()
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((x - 5) * x + 8) * x * a - 4 * a
+    return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))

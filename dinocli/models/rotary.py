@@ -83,7 +83,7 @@ def _compute_angles(periods: Tensor, grid: tuple[int, int], prefix: int, steps: 
 
 def _list_centers(count: int, steps: int) -> Tensor:
     """Return the centers of `count` patches and of those between them, in patches. [(count - 1) * steps + 1]"""
-    return torch.arange(0.5, count - 0.5 + 0.5 / steps, 1 / steps, dtype=torch.float32, device="cpu")
+    return torch.arange((count - 1) * steps + 1, dtype=torch.float32, device="cpu") / steps + 0.5
 
 
 def turned(values: Tensor, rotation: Tensor) -> Tensor:

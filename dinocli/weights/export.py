@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinocli.core.atomic import atomic, atomic_folder, write_text
 from dinocli.core.errors import DinoError
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import write_tensors
 from dinocli.core.version import __version__
+from dinocli.data.sources.open import Source
 from dinocli.data.views.crops import resize_for
-from dinocli.features.encoder import Encoder, TokenChoice, features_of, whole_patches
+from dinocli.features.encoder import Encoder, TokenChoice, whole_patches
 from dinocli.models.architecture import BackboneConfig
 from dinocli.models.backbone import Backbone
 from dinocli.models.generic import Feature, GenericBackbone
@@ -29,19 +28,21 @@ from dinocli.models.network import load_strictly
 from dinocli.models.positions import Positions
 from dinocli.models.transformer import ViTBackbone
 from dinocli.weights.checkpoint import Weights, Which, carrying, metadata_of, read_weights
+from dinocli.weights.graphs import GraphShape, Loaded, save_through_memory, write_onnx, write_torch_export
 from dinocli.weights.identify import config_of
 from dinocli.weights.load import architecture_of, encoder_of
 from dinocli.weights.official import OFFICIAL, original_head, original_network
+from dinocli.weights.reduced_onnx import OnnxPrecision, Reduced, reduce_onnx
+from dinocli.weights.to_transformers import TRANSFORMERS_FILES, write_transformers
 
-Format = Literal["official", "timm", "onnx", "torch-export"]
-ENDINGS: dict[Format, str] = {"official": ".pth", "timm": "", "onnx": ".onnx", "torch-export": ".pt2"}
+Format = Literal["official", "timm", "transformers", "onnx", "torch-export"]
+ENDINGS: dict[Format, str] = {
+    "official": ".pth", "timm": "", "transformers": "", "onnx": ".onnx", "torch-export": ".pt2",
+}  # fmt: skip
 TIMM_FILES = {"config.json", "model.safetensors"}
 # timm's tags of weights whose positions the originals resample in these ways; see `load._positions_of`.
 _TAGS: dict[Positions, str] = {"dino": "dino", "bicubic": "mae"}
 _TOLERANCE = 1e-4  # relative; other libraries sum in another order
-_ONE_ONNX_FILE = 2**31  # bytes, a limit of the format
-
-Loaded = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,18 @@ class Exported:
     """Result of an export.
 
     Attributes:
-        path: Written file, or folder for timm.
+        path: Written file, or folder for timm and transformers.
         difference: Relative difference between the other library's features and this tool's, on random images.
         notes: Notes for the user: code that builds the network, and differences in use.
         load: Python code that loads the export.
+        reduced: Measurements of a graph in float16 or int8, else None.
     """
 
     path: Path
     difference: float
     notes: list[str]
     load: str
+    reduced: Reduced | None = None
 
 
 def export(
@@ -70,6 +73,9 @@ def export(
     heads: bool = False,
     tokens: TokenChoice = "cls",
     size: int | None = None,
+    any_size: bool = False,
+    precision: OnnxPrecision = "float32",
+    images: Source | None = None,
     overrides: Sequence[str] = (),
 ) -> Exported:
     """Write a backbone for another library, load it again with that library, and compare the features.
@@ -77,14 +83,18 @@ def export(
     Args:
         source: Run folder, checkpoint, official `.pth`, or transformers folder.
         to: Format. `official`: keys of the backbones released by facebookresearch/dino. `timm`: a folder for
-            `create_model("local-dir:...")` or the hub. `onnx` and `torch-export`: a graph to features from normalized
-            images [B, C, size, size], with B free.
+            `create_model("local-dir:...")` or the hub. `transformers`: a folder for `AutoModel`. `onnx` and
+            `torch-export`: a graph to features from normalized images [B, C, size, size], with B free.
         out: Output path. An existing file is replaced; a folder is replaced only if an earlier export wrote it.
         which: Network to export if the file holds both.
         heads: Include the head (`official` only). Backbone and head are then stored under the key `which`, as in a
             full checkpoint.
         tokens: Features that a graph returns; see `Encoder.features`.
         size: Side of a graph's input images, in pixels. If None, the training size.
+        any_size: Export a graph whose images may have any height and width in whole patches.
+        precision: Precision of an ONNX graph; see `reduce_onnx`.
+        images: Images for the measurements of a reduced precision, and for the calibration of int8. If None, int8 is
+            dynamic, and the measurements use noise.
         overrides: `backbone.key=value` for an official file, as for `--set`.
 
     Raises:
@@ -94,7 +104,7 @@ def export(
     """
     if source.startswith("timm:"):
         raise DinoError(f"{source} is already a timm model; expected a checkpoint", "name a run folder or a .pth")
-    if out.suffix != ENDINGS[to] and to != "timm":
+    if out.suffix != ENDINGS[to] and ENDINGS[to]:
         raise DinoError(f"{out} does not end in {ENDINGS[to]}, as --to {to} needs", f"--out {out.stem}{ENDINGS[to]}")
     weights = read_weights(Path(source), which)
     _keep_the_source(Path(source), to, out)
@@ -103,14 +113,24 @@ def export(
     if to == "official" and architecture.stem == "conv":
         raise _no_conv_stem("the original's networks")
     metadata = metadata_of(weights, architecture)
-    side, native = whole_patches(encoder, size) or encoder.size, _native_size(encoder)
+    native = _native_size(encoder)
     if to == "timm":
         folder_is_free(out, TIMM_FILES)
         with atomic_folder(out) as folder:
             written = write_timm(encoder, architecture, folder)
         load = f"timm.create_model({f'local-dir:{out}'!r}, pretrained=True)"
         return Exported(out, written.difference, [*encoder.notes, *written.notes], load)
-    notes = list(encoder.notes)
+    if to == "transformers":
+        if architecture.stem == "conv":
+            raise _no_conv_stem("transformers' networks")
+        folder_is_free(out, TRANSFORMERS_FILES)
+        with atomic_folder(out) as folder:
+            made = write_transformers(encoder, folder)
+            difference = _compare(encoder, made.loaded, "cls", native)
+        load = f"transformers.AutoModel.from_pretrained({str(out)!r})"
+        return Exported(out, difference, [*encoder.notes, *made.notes], load)
+    notes, reduced = list(encoder.notes), None
+    shape = GraphShape(whole_patches(encoder, size) or encoder.size, any_size)
     with atomic(out) as draft:
         if to == "official":
             head = _head_of(weights, encoder.backbone.width) if heads else None
@@ -120,12 +140,14 @@ def export(
             wrapped, key = ("MultiCropWrapper(network, head)", f"[{which!r}]") if heads else ("network", "")
             load = f"{wrapped}.load_state_dict(torch.load({str(out)!r}){key})"
         elif to == "onnx":
-            difference = _compare(encoder, _to_onnx(encoder, tokens, side, draft), tokens, side)
+            difference = _compare_graph(encoder, write_onnx(encoder, tokens, shape, draft), tokens, shape)
+            if precision != "float32":
+                reduced = reduce_onnx(draft, precision, encoder, tokens, shape, images)
             load = f"onnxruntime.InferenceSession({str(out)!r}).run(['features'], {{'images': images}})"
         else:
-            difference = _compare(encoder, _to_torch_export(encoder, tokens, side, draft), tokens, side)
+            difference = _compare_graph(encoder, write_torch_export(encoder, tokens, shape, draft), tokens, shape)
             load = f"torch.export.load({str(out)!r}).module()(images)"
-    return Exported(out, difference, notes, load)
+    return Exported(out, difference, notes, load, reduced)
 
 
 def _no_conv_stem(whose: str) -> DinoError:
@@ -170,12 +192,22 @@ def _native_size(encoder: Encoder) -> int:
     return encoder.backbone.native_size if isinstance(encoder.backbone, ViTBackbone) else encoder.size
 
 
-def _compare(encoder: Encoder, loaded: Loaded, tokens: TokenChoice, size: int) -> float:
+def _compare(encoder: Encoder, loaded: Loaded, tokens: TokenChoice, height: int, width: int | None = None) -> float:
     """Return the relative difference of the features, and refuse one beyond rounding errors."""
     # Graphs are traced with another batch size than 3, so this also checks that the batch size is free.
-    images = torch.randn(3, encoder.channels, size, size, generator=torch.Generator().manual_seed(0))
+    shape = (3, encoder.channels, height, width or height)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return _difference(encoder.features(images, tokens), loaded(images), "features")
+
+
+def _compare_graph(encoder: Encoder, loaded: Loaded, tokens: TokenChoice, shape: GraphShape) -> float:
+    """Return the largest difference over the sizes that the graph takes, among them images that are not square."""
+    step = encoder.backbone.patch_size
+    sides = [(shape.size, shape.size)]
+    if shape.free:
+        sides += [(shape.size + step, shape.size), (shape.size, shape.size + 3 * step), (2 * step, 2 * step)]
+    return max(_compare(encoder, loaded, tokens, *both) for both in sides)
 
 
 def _difference(ours: Tensor, theirs: Tensor, what: str) -> float:
@@ -214,25 +246,18 @@ def _to_official(
     original, forward = original_network(encoder.backbone, architecture.name)
     state = {key: value.contiguous() for key, value in encoder.backbone.model.state_dict().items()}
     if head is None:
-        _save(lambda file: torch.save(carrying(state, metadata), file), draft)
+        save_through_memory(lambda file: torch.save(carrying(state, metadata), file), draft)
         original.load_state_dict(torch.load(draft, weights_only=True))
         return forward, 0.0
     heads = {f"head.{key}": value for key, value in head.state_dict().items()}
     both = carrying({f"backbone.{k}": v for k, v in state.items()} | heads, metadata)
-    _save(lambda file: torch.save({which: both}, file), draft)
+    save_through_memory(lambda file: torch.save({which: both}, file), draft)
     read = torch.load(draft, weights_only=True)[which]
     theirs = {k.removeprefix("head."): v for k, v in read.items() if k.startswith("head.")}
     original.load_state_dict({k.removeprefix("backbone."): v for k, v in read.items() if k.startswith("backbone.")})
     features = torch.randn(5, encoder.backbone.width, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return forward, _difference(head(features), original_head(theirs)(features), "logits")
-
-
-def _save(write: Callable[[io.BytesIO], None], draft: Path) -> None:
-    """Write through memory, because on a full disk torch's writer raises unclear errors or ends the process."""
-    file = io.BytesIO()
-    write(file)
-    draft.write_bytes(file.getbuffer())
 
 
 def _notes_on_the_original(encoder: Encoder, architecture: BackboneConfig, head: Head | None, native: int) -> list[str]:
@@ -352,70 +377,3 @@ def _notes_on_timm(encoder: Encoder, model: Any, native: int, call: str) -> list
         how = "needs dynamic_img_size=True (or img_size=N) and resamples positions with antialias"
         notes.append(f"at sizes other than {native} pixels timm {how}{differ}")
     return notes
-
-
-class _Features(nn.Module):
-    """Module from images to one tensor of features, for tracing."""
-
-    def __init__(self, encoder: Encoder, tokens: TokenChoice) -> None:
-        super().__init__()
-        self.backbone, self.tokens = encoder.backbone, tokens
-
-    def forward(self, images: Tensor) -> Tensor:
-        return features_of(self.backbone, images, self.tokens)
-
-
-def _about(encoder: Encoder, tokens: TokenChoice, size: int) -> dict[str, str]:
-    """Return the metadata that users of a graph need."""
-    numbers = {"size": size, "mean": encoder.mean, "std": encoder.std}
-    return {
-        "dinocli": __version__,
-        "fingerprint": encoder.fingerprint,
-        "tokens": tokens,
-        **{key: json.dumps(value) for key, value in numbers.items()},
-    }
-
-
-@contextmanager
-def _graphs_can_fail() -> Iterator[None]:
-    try:
-        yield
-    # Tracing an arbitrary network may raise any type of error.
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DinoError(f"torch cannot export a graph of this network: {reason}", "--to timm") from error
-
-
-def _to_torch_export(encoder: Encoder, tokens: TokenChoice, size: int, draft: Path) -> Loaded:
-    images = torch.zeros(2, encoder.channels, size, size)
-    with _graphs_can_fail():
-        free = {"images": {0: torch.export.Dim("batch")}}
-        program = torch.export.export(_Features(encoder, tokens).eval(), (images,), dynamic_shapes=free)
-    about = {"dinocli.json": json.dumps(_about(encoder, tokens, size))}
-    _save(lambda file: torch.export.save(program, file, extra_files=about), draft)
-    with draft.open("rb") as file:
-        return torch.export.load(file).module()
-
-
-def _to_onnx(encoder: Encoder, tokens: TokenChoice, size: int, draft: Path) -> Loaded:
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  torch's exporter needs it
-    except ImportError as error:
-        raise DinoError(f"ONNX needs the package {error.name}", "pip install 'dinocli[onnx]'") from error
-    if sum(value.nbytes for value in encoder.backbone.state_dict().values()) > _ONE_ONNX_FILE:
-        raise DinoError("these weights exceed 2 GB, the limit of an ONNX file", "--to torch-export")
-    with _graphs_can_fail():
-        program: Any = torch.onnx.export(
-            _Features(encoder, tokens).eval(),
-            (torch.zeros(2, encoder.channels, size, size),),
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_shapes=({0: "batch"},),
-            dynamo=True,
-            verbose=False,
-        )
-    program.model.metadata_props.update(_about(encoder, tokens, size))
-    program.save(draft, external_data=False)
-    session = onnxruntime.InferenceSession(draft, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])

@@ -63,3 +63,12 @@ def test_autocast_does_not_reduce_the_precision_of_positions() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = Resampler("dino", 1)(table, (6, 6))
     assert torch.equal(under_autocast, Resampler("dino", 1)(table, (6, 6)))
+
+
+@pytest.mark.parametrize("how", ["dino", "bicubic", "antialias"])
+@pytest.mark.parametrize("grid", [(14, 14), (6, 6), (14, 9), (30, 47), (1, 2)])
+def test_an_exported_graph_interpolates_to_any_size(how: str, grid: tuple[int, int]) -> None:
+    """A graph has formulas instead of torch's interpolation, which it holds for a fixed size only."""
+    table, resample = torch.randn(1, 197, 8), Resampler(how, 1)  # type: ignore[arg-type]
+    expected = resample(table, grid, square=grid[0] == grid[1])
+    torch.testing.assert_close(resample._trace(table, 14, grid), expected, rtol=1e-4, atol=1e-5)
