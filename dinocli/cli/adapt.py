@@ -115,7 +115,7 @@ def adapt(
         dino adapt ./images --from dinov3_vitb16_pretrain_lvd1689m.pth --train last-4
     """
     out = out and output_place(out)
-    for value, option in ((images, "IMAGES"), (source, "--from"), (monitor, "--monitor")):
+    for value, option in ((source, "--from"), (monitor, "--monitor")):
         refuse_address(value or "", option, "a local path" + " or timm:NAME" * (option == "--from"))
     refuse_images_folder(out, images)
     given = given_settings(epochs, batch_size, seed, overrides)

@@ -203,7 +203,7 @@ def pretrain(
     """
     out = out and output_place(out)
     teachers = teacher or []
-    sources = [*((each, "IMAGES") for each in images), (init, "--init"), (origin, "--from"), (monitor, "--monitor")]
+    sources = [(init, "--init"), (origin, "--from"), (monitor, "--monitor")]
     for value, option in [*sources, *((source, "--teacher") for source in teachers)]:
         refuse_address(value or "", option, "a local path" + " or timm:NAME" * (option in ("--init", "--teacher")))
     _refuse_names(init, teachers)

@@ -14,9 +14,11 @@ from dinocli.core.errors import DinoError, nearest
 from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import read_metadata
 from dinocli.data.sources.frames import is_video
+from dinocli.data.sources.hub import HUB
 from dinocli.data.sources.listing import ARRAY, SUFFIXES
 from dinocli.data.sources.lists import LISTS
 from dinocli.data.sources.open import TORCHVISION
+from dinocli.data.sources.parquet import ARROW, PARQUET
 from dinocli.data.sources.pixels import is_pixels
 from dinocli.data.sources.shards import is_shards
 from dinocli.features.store import INDEX
@@ -111,6 +113,8 @@ def refuse_missing_weights(place: str) -> None:
 
 def kind_of(place: str) -> Kind:
     """Return the kind of a path or name on the command line, by its name and, for folders and features, contents."""
+    if place.startswith(HUB):
+        return "source"
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", place):
         return "address"
     if place.startswith("timm:"):
@@ -142,7 +146,7 @@ def _by_suffix(path: Path, suffix: str) -> Kind:
         return "archive"
     if is_video(path):
         return "video"
-    return "source" if suffix in LISTS or is_shards(str(path)) else "file"
+    return "source" if suffix in (*LISTS, PARQUET, ARROW) or is_shards(str(path)) else "file"
 
 
 def _folder(path: Path) -> Kind:

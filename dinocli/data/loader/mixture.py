@@ -13,7 +13,13 @@ Rows = NDArray[np.int64]
 _ORDER = 2**63 - 1
 
 
-def epoch_order(images: int, mixture: Sequence[tuple[range, float]], seed: int, epoch: int) -> tuple[Rows, Rows]:
+def epoch_order(
+    images: int,
+    mixture: Sequence[tuple[range, float]],
+    seed: int,
+    epoch: int,
+    blocks: tuple[NDArray[np.int64], int] | None = None,
+) -> tuple[Rows, Rows]:
     """Return the rows of an epoch in order, and the number of times that each was drawn before.
 
     Without a mixture, each image occurs once. With one, each source has its share of `images` draws, within one image
@@ -24,7 +30,11 @@ def epoch_order(images: int, mixture: Sequence[tuple[range, float]], seed: int, 
         mixture: Rows and share of each source; the shares sum to 1.
         seed: Seed of the order.
         epoch: Index of the epoch.
+        blocks: Ends of runs of rows that are read together, and number of runs to shuffle together: then runs come in
+            random order, and so do the rows of so many consecutive runs. If None, all rows are shuffled.
     """
+    if blocks and not mixture:
+        return _block_order(*blocks, np.random.default_rng((seed, epoch, _ORDER))), np.full(images, epoch, np.int64)
     if not mixture:
         return np.random.default_rng((seed, epoch, _ORDER)).permutation(images), np.full(images, epoch, np.int64)
     drawn, passes, keys = list[Rows](), list[Rows](), list[NDArray[np.float64]]()
@@ -44,6 +54,13 @@ def epoch_order(images: int, mixture: Sequence[tuple[range, float]], seed: int, 
         keys.append((np.arange(count) + jitter) / max(1, count))
     order = np.argsort(np.concatenate(keys), kind="stable")
     return np.concatenate(drawn)[order], np.concatenate(passes)[order]
+
+
+def _block_order(ends: NDArray[np.int64], together: int, generator: np.random.Generator) -> Rows:
+    runs = [np.arange(start, end) for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)]
+    order = generator.permutation(len(runs)).tolist()
+    windows = [np.concatenate([runs[i] for i in order[at : at + together]]) for at in range(0, len(order), together)]
+    return np.concatenate([generator.permutation(window) for window in windows])
 
 
 def _apportion(total: int, shares: Sequence[float]) -> list[int]:

@@ -304,6 +304,7 @@ class _Order:
     ) -> None:
         self.images = None if isinstance(source, Shards) else len(source)
         self.mixture = [] if isinstance(source, Shards) else source.mixture
+        self.blocks = None if isinstance(source, Shards) else source.blocks
         self.batch_size, self.seed, self.shard, self.mask = batch_size, seed, shard, mask
         self.fixed, self.in_order = fixed, in_order
         self._epoch, self._rows, self._passes = -1, np.empty(0, np.int64), np.empty(0, np.int64)
@@ -324,7 +325,7 @@ class _Order:
         epoch, place = divmod(batch, self.images // whole)
         if epoch != self._epoch:
             self._epoch = epoch
-            self._rows, self._passes = epoch_order(self.images, self.mixture, self.seed, epoch)
+            self._rows, self._passes = epoch_order(self.images, self.mixture, self.seed, epoch, self.blocks)
         first = place * whole + self.shard.rank * self.batch_size
         drawn = slice(first, first + self.batch_size)
         # An image that is drawn twice in an epoch gets other views, by the number of its draw.

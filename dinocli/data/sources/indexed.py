@@ -83,6 +83,11 @@ class Images:
         """Rows and share of an epoch of each source that is joined by shares; else empty."""
         return []
 
+    @property
+    def blocks(self) -> tuple[NDArray[np.int64], int] | None:
+        """Ends of runs of rows that are read together [G], and number of runs to shuffle together; else None."""
+        return None
+
     def peers(self, index: int) -> range:
         """Return the rows from which to draw a replacement of an unreadable image."""
         return range(len(self))

@@ -13,11 +13,13 @@ import numpy as np
 from dinocli.core.errors import DinoError, nearest
 from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
+from dinocli.data.sources.hub import HUB, fetch_dataset
 from dinocli.data.sources.indexed import Images, folder_classes, number_classes
 from dinocli.data.sources.kinds import not_beside, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
 from dinocli.data.sources.lists import LISTS, Entry, read_list
 from dinocli.data.sources.outputs import is_output
+from dinocli.data.sources.parquet import is_parquet, open_parquet, parquet_splits
 from dinocli.data.sources.pixels import PixelShards, is_pixels, open_pixels
 from dinocli.data.sources.regular import begins_with
 from dinocli.data.sources.shards import Shards, is_shards, open_shards
@@ -73,9 +75,10 @@ def open_source(spec: str) -> Source:
 
     Args:
         spec: Folder of images, of any depth; `.zip` or `.tar` archive of one; `.txt` or `.csv` list of files, with or
-            without labels; tar shards (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); a
-            folder of packed pixels; or `torchvision:NAME`, which is downloaded on first use. `/SPLIT` after the name
-            selects a split other than the training split.
+            without labels; Parquet or Arrow files, a folder of them, or `hf://datasets/USER/NAME`; tar shards
+            (`shards/train-{000000..000999}.tar`, a folder of them, or `pipe:COMMAND`); a folder of packed pixels; or
+            `torchvision:NAME`, which is downloaded on first use. `/SPLIT` after the name selects a split other than the
+            training split.
 
     Raises:
         DinoError: If the source does not exist or holds no image.
@@ -97,6 +100,10 @@ def open_images(spec: str) -> Images:
         return next(iter(parts.values()))
     if is_pixels(spec):
         return _packed_images(Path(spec))
+    if spec.startswith(HUB):
+        return open_images(str(fetch_dataset(spec)))
+    if is_parquet(spec):
+        return open_parquet(spec)
     path = Path(spec)
     if is_archive(spec) and (archive := open_zip(path) if path.suffix.lower() == ZIP else open_tar(path)):
         return archive
@@ -120,6 +127,10 @@ def splits(spec: str, *, several: bool = False) -> dict[str, Source]:
     """
     if spec.startswith(TORCHVISION) and "/" not in spec:
         return dict(_torchvision(spec.removeprefix(TORCHVISION), list(_SPLITS)))
+    if spec.startswith(HUB):
+        return splits(str(fetch_dataset(spec)))
+    if is_parquet(spec):
+        return dict(parquet_splits(spec))
     if is_archive(spec):
         return _archive_splits(open_source(spec))
     root = Path(spec)

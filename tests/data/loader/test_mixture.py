@@ -42,3 +42,15 @@ def test_whole_numbers_sum_to_the_epoch() -> None:
     thirds = [(range(4), 1 / 3), (range(4, 8), 1 / 3), (range(8, 10), 1 / 3)]
     rows, _ = epoch_order(10, thirds, 0, 0)
     assert sorted(np.bincount(rows // 4, minlength=3).tolist()) == [3, 3, 4]
+
+
+def test_runs_of_rows_are_read_together() -> None:
+    ends = np.arange(10, 101, 10)
+    rows, passes = epoch_order(100, [], 0, 2, (ends, 2))
+    assert sorted(rows.tolist()) == list(range(100))
+    assert passes.tolist() == [2] * 100
+    groups = rows // 10
+    windows = [set(groups[at : at + 20].tolist()) for at in range(0, 100, 20)]
+    assert [len(window) for window in windows] == [2] * 5  # so that a worker holds two runs at a time
+    assert len(set(np.diff(groups[:20]).tolist())) > 2  # and draws from both
+    assert epoch_order(100, [], 0, 3, (ends, 2))[0].tolist() != rows.tolist()
