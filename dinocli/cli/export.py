@@ -31,6 +31,7 @@ from dinocli.core.runs import CHECKPOINT
 
 if TYPE_CHECKING:
     from dinocli.features.tabular import TableFormat
+    from dinocli.weights.export import Format
 
 
 def export(
@@ -202,7 +203,7 @@ _LIBRARY = {
 }
 
 
-def _make_name(source: Path, to: str, network: str, heads: bool) -> str:
+def _make_name(source: Path, to: Format, network: str, heads: bool) -> str:
     """Return the run's or checkpoint's name, with suffixes for network, heads and format."""
     path = source.resolve()
     if path.name == CHECKPOINT:

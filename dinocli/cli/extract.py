@@ -44,9 +44,9 @@ def extract(
         typer.Argument(
             metavar="[CHECKPOINT] DATA",
             callback=checkpoint_and_images,
-            help="CHECKPOINT: run folder, ckpt.safetensors, official .pth of DINO or DINOv2, or timm:NAME. Default: "
-            "./ckpt.safetensors, else the newest run. DATA: images as for `dino pretrain`; class folders become "
-            "labels, train/ and val/ become splits.",
+            help="CHECKPOINT: run folder, ckpt.safetensors, official .pth of DINO or DINOv2, timm:NAME, or "
+            "dinocli:mini. Default: ./ckpt.safetensors, else the newest run. DATA: images as for `dino pretrain`; "
+            "class folders become labels, train/ and val/ become splits.",
         ),
     ],
     checkpoint: SameCheckpoint = None,

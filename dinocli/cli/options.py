@@ -87,8 +87,8 @@ Checkpoint = Annotated[
     str | None,
     typer.Option(
         "--checkpoint",
-        help="Run folder, ckpt.safetensors, official .pth of DINO or DINOv2, or timm:NAME. "
-        "Default: ./ckpt.safetensors, else the newest run.",
+        help="Run folder, ckpt.safetensors, official .pth of DINO or DINOv2, timm:NAME, or dinocli:mini, which comes "
+        "with the package. Default: ./ckpt.safetensors, else the newest run.",
         rich_help_panel=METHOD,
     ),
 ]
@@ -371,7 +371,7 @@ def checkpoint_or_newest(given: str | None) -> str:
         if run is None:
             raise DinoError(
                 "no checkpoint given, and neither ./ckpt.safetensors nor a run in ./runs exists",
-                "dino pretrain IMAGES --preset tiny",
+                "dino pretrain IMAGES --preset tiny, or --checkpoint dinocli:mini to see an example",
             )
         taken = run / CHECKPOINT
     step = step_of(taken)

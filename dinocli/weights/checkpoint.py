@@ -37,6 +37,7 @@ from dinocli.weights.identify import (
 )
 from dinocli.weights.official import under_timms_keys
 from dinocli.weights.released import Preprocessing, Released
+from dinocli.weights.shipped import place_of
 from dinocli.weights.transformers_folder import read_folder
 from dinocli.weights.xcit import read_xcit
 
@@ -98,13 +99,14 @@ def read_weights(path: Path, which: Which = "teacher") -> Weights:
     """Read a run folder, a checkpoint of this tool, an official file with any key prefix, or a transformers folder.
 
     Args:
-        path: Run folder, folder with a transformers model, `.safetensors` file, or `.pth` file, which is read without
-            running code in it.
+        path: Run folder, folder with a transformers model, `.safetensors` file, `dinocli:NAME`, or `.pth` file, which
+            is read without running code in it.
         which: Network to read if the file holds both. This tool's checkpoints hold only the teacher.
 
     Raises:
         DinoError: If the file does not exist, is corrupt, or holds another network or non-finite weights.
     """
+    path = place_of(path)
     if path.is_dir() and (path / CHECKPOINT).is_file():
         path = path / CHECKPOINT
     folder = path.parent if path.name in ("model.safetensors", "model.safetensors.index.json") else path

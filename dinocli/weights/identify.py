@@ -22,6 +22,7 @@ from dinocli.data.sources.parquet import ARROW, PARQUET
 from dinocli.data.sources.pixels import is_pixels
 from dinocli.data.sources.shards import is_shards
 from dinocli.features.store import INDEX
+from dinocli.weights import shipped
 
 Kind = Literal[
     "missing", "pattern", "address", "timm", "untrained", "run", "weights", "model", "features", "classifier", "bank",
@@ -96,7 +97,7 @@ def missing_checkpoint(path: Path) -> DinoError:
         return DinoError(f"checkpoint {path} does not exist; it is the name of released weights", f"timm:{named}")
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     close = nearest(path.name, beside, least=0.8)
-    hint = "name a run folder, a ckpt.safetensors, an official .pth, or timm:NAME"
+    hint = "name a run folder, a ckpt.safetensors, an official .pth, timm:NAME, or dinocli:mini"
     return DinoError(f"checkpoint {path} does not exist", f"did you mean {path.with_name(close)}?" if close else hint)
 
 
@@ -121,6 +122,8 @@ def kind_of(place: str) -> Kind:
         return "timm"
     if place.startswith(UNTRAINED):
         return "untrained"
+    if place.startswith(shipped.PREFIX):
+        return "weights"
     if place.startswith((TORCHVISION, "pipe:")):
         return "source"
     path = Path(place)
