@@ -166,6 +166,7 @@ class Ours:
         workers: int,
         reduce_above: float = 2,
         compiled: bool = False,
+        on_device: bool = False,
     ) -> None:
         preset = load_preset("vits16", [f"views.locals={LOCALS}", f"images.reduce_above={reduce_above}"])
         self.batches = TrainBatches(
@@ -177,6 +178,7 @@ class Ours:
             workers=workers,
             device=torch.device(device),
             compiled=compiled,
+            on_device=on_device,
         )
         self.whole, self.batch, self.device = whole, batch, device
         self.views = iter(self.batches)
@@ -256,6 +258,7 @@ def ways(folder: str, images: int, batch: int, others: str | None) -> dict[str, 
         # Batches for any device but a CPU: here the workers' part is all that runs.
         "this, workers only (the rest on a GPU)": ours(device="meta", whole=False, workers=1),
         "this, workers only, no photo decoded smaller": ours(device="meta", whole=False, workers=1, reduce_above=1e6),
+        "this, workers only, JPEGs decoded on a GPU": ours(device="meta", whole=False, workers=1, on_device=True),
         "this, all on the CPU": ours(device="cpu", whole=True, workers=0),
         "this, all on the CPU, compiled": ours(device="cpu", whole=True, workers=0, compiled=True),
     }
@@ -263,6 +266,9 @@ def ways(folder: str, images: int, batch: int, others: str | None) -> dict[str, 
         found[name] = other(str(others), way, paths)
     if torch.cuda.is_available():
         found["this, the host's part beside a GPU"] = ours(device="cuda", whole=True, workers=1)
+        found["this, the host's part beside a GPU that decodes"] = ours(
+            device="cuda", whole=True, workers=1, on_device=True
+        )
     return found
 
 

@@ -244,7 +244,7 @@ def test_the_script_for_a_gpu_names_scripts_and_parts_that_exist() -> None:
 @pytest.mark.slow
 def test_the_parts_of_a_device_are_measured_on_a_cpu_too() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "device_parts.py"
-    parts = ("ceiling", "update", "attention", "views", "embedding", "copies")
+    parts = ("ceiling", "update", "attention", "views", "crops", "embedding", "copies")
     words = [sys.executable, script, *parts, "--tiny", "--batch-size", "2", "--device", "cpu"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from dinocli.cli.options import note_inside, output_place
+from dinocli.cli.options import decodes, note_inside, output_place
 from dinocli.core.errors import DinoError
+from dinocli.data.decode import torch_codecs
 
 
 @pytest.fixture
@@ -107,3 +109,13 @@ def test_an_output_inside_the_images_is_said(here: Path, capsys: pytest.CaptureF
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "note: the output folder/new/run is inside the images of folder; dino never reads it as images"
     assert said[1].startswith("note: the output runs/tiny-1 is inside the images of .")
+
+
+@pytest.mark.parametrize("fault", [None, "torchvision was built without nvJPEG"])
+def test_a_device_without_a_decoder_is_one_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: str | None
+) -> None:
+    monkeypatch.setattr(torch_codecs, "why_no_jpegs", lambda device: fault)
+    assert decodes(torch.device("cuda")) == (fault is None)
+    note = f"note: torchvision cannot decode JPEGs on cuda; the workers decode them: {fault}"
+    assert " ".join(capsys.readouterr().err.split()) == (note if fault else "")

@@ -80,7 +80,7 @@ def decodes_alike(data: bytes) -> bool:
 
     That is so for a complete baseline JPEG, grey or with colors at full resolution. Colors at half the resolution are
     interpolated by libjpeg and repeated by torchvision's nvJPEG: crops of 42 photos with such colors differed by 0.4
-    levels on average, and by up to 49 at edges. nvJPEG may return a truncated file with its missing part undefined.
+    levels on average, and by up to 43 at edges. nvJPEG may return a truncated file with its missing part undefined.
     """
     frame = find_frame(data)
     if not frame or frame.kind != _BASELINE or frame.bits != 8 or b"\xff\xd9" not in data[-64:]:
