@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 from dinocli.core.atomic import write_json
 from dinocli.core.checksums import unseal
 from dinocli.core.drafts import name_user_path
-from dinocli.core.errors import DinoError
 from dinocli.core.runs import held
 
 Job = Mapping[str, Any]
@@ -75,8 +73,7 @@ class Unfinished:
 def unfinished(path: Path, job: Job, say: Callable[[str], None]) -> Iterator[Unfinished]:
     """Yield the folder of an extraction's unfinished files, with the state of an interrupted one with the same job.
 
-    The folder is locked, and removed at the end. It stays if this process is killed or interrupted after a state was
-    saved. An error that the user must fix, such as a value too large for float16, removes it.
+    The folder is locked, and removed at the end. It stays if this process is killed or fails after a state was saved.
 
     Args:
         path: Output of the extraction.
@@ -88,8 +85,6 @@ def unfinished(path: Path, job: Job, say: Callable[[str], None]) -> Iterator[Unf
         OSError: If the disk is full or the place is not writable. The error names `path`.
     """
     folder = _folder_of(path)
-    if not os.access(next(p for p in path.absolute().parents if p.exists()), os.W_OK):
-        raise PermissionError(13, os.strerror(13), str(path))
     with name_user_path(path, folder), contextlib.ExitStack() as last:
         last.callback(_remove_empty, folder)
         with held(folder):
@@ -100,9 +95,6 @@ def unfinished(path: Path, job: Job, say: Callable[[str], None]) -> Iterator[Unf
                 work.clear()
             try:
                 yield work
-            except DinoError:
-                work.clear()
-                raise
             except BaseException:
                 if work.resumable:
                     say(f"unfinished: run the same command to resume; until then, {folder} holds the features so far")

@@ -43,9 +43,19 @@ def test_an_interruption_keeps_the_state_for_the_same_job(tmp_path: Path) -> Non
     assert not list(path.parent.iterdir()), "complete, so nothing is left"
 
 
-def test_an_error_of_the_user_leaves_nothing(tmp_path: Path) -> None:
-    begin(tmp_path / "new" / "f.safetensors", error=DinoError("too large", "use another"))
+def test_a_failure_before_the_first_saved_state_leaves_nothing(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(DinoError), unfinished(tmp_path / "new" / "f.safetensors", JOB, lines.append) as work:
+        (work.folder / "rows").write_bytes(b"some")
+        raise DinoError("too large", "use another")
     assert not (tmp_path / "new").exists()
+    assert not lines
+
+
+def test_a_failure_that_may_pass_keeps_the_state(tmp_path: Path) -> None:
+    """For example a worker process that the system killed for lack of memory."""
+    begin(tmp_path / "f.safetensors", error=DinoError("a worker process was killed", "use --workers 1"))
+    assert begin(tmp_path / "f.safetensors")[0] == {"batches": 3}
 
 
 def test_an_error_of_the_disk_names_the_output_and_keeps_the_state(tmp_path: Path) -> None:
