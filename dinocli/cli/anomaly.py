@@ -123,6 +123,7 @@ def anomaly(
             raise Misuse(f"{normal} is a stored bank, which needs --test", f"dino anomaly {normal} --test DIR")
     names = {str(path): name for path, name in named_photos([test]).items()} if test else {}
     source = photos([test]) if test else None
+    console.notes(source.notes if source else ())
     made = [out / SHEET, *(out / MAPS / f"{name}.png" for name in names.values())]
     spare([*made, out / BANK, out / TABLE], [Path(name) for name in names])
 

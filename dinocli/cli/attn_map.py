@@ -388,4 +388,7 @@ def _find_photos(images: list[Path]) -> dict[Path, Path]:
 
     if video := next((path for path in images if is_video(path)), None):
         raise DinoError(f"{video} is a video; expected photos", "add --film strip, gif or mp4")
-    return named_photos(images)
+    notes: list[str] = []
+    files = named_photos(images, notes)
+    console.notes(notes)
+    return files

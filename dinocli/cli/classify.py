@@ -78,6 +78,7 @@ def classify(
     from dinocli.data.sources.photos import spare
 
     source = photos(images)
+    console.notes(source.notes)
     spare([path for path in (out, csv) if path], (Path(name) for name in source.names))
 
     from dinocli.apps.classify.classifier import read_classifier  # these import torch

@@ -99,7 +99,9 @@ def segment(
     if truth:
         from dinocli.data.sources.photos import named_photos
 
-        files = named_photos(images or [])
+        notes: list[str] = []
+        files = named_photos(images or [], notes)
+        console.notes(notes)
 
     from dinocli.data.sources.outputs import marked
     from dinocli.evals.attention import default_size

@@ -71,6 +71,7 @@ def search(
     from dinocli.features.gallery import open_gallery
 
     source = photos(images)
+    console.notes(source.notes)
     spare([out], images)
     gallery = open_gallery(folder, data)
 

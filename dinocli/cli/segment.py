@@ -81,7 +81,9 @@ def segment(
 
     from dinocli.data.sources.photos import named_photos, spare
 
-    files = named_photos(images)
+    notes: list[str] = []
+    files = named_photos(images, notes)
+    console.notes(notes)
     if by == "pca":
         # A sheet shows several photos, so some of these names stay unused.
         made = [out / "pca.png", *(out / f"pca-{number}.png" for number in range(2, 1 + len(files)))]

@@ -15,7 +15,7 @@ from dinocli.core.runs import CHECKPOINT
 from dinocli.core.tensors import read_metadata
 from dinocli.data.sources.frames import is_video
 from dinocli.data.sources.hub import HUB
-from dinocli.data.sources.listing import ARRAY, SUFFIXES
+from dinocli.data.sources.listing import ARRAY, KNOWN
 from dinocli.data.sources.lists import LISTS
 from dinocli.data.sources.open import TORCHVISION
 from dinocli.data.sources.parquet import ARROW, PARQUET
@@ -137,7 +137,7 @@ def kind_of(place: str) -> Kind:
     if suffix in _WEIGHTS:
         kinds: dict[str, Kind] = {"features": "features", "classifier": "classifier", "bank": "bank"}
         return kinds.get(_declared_kind(path), "weights")
-    if suffix in SUFFIXES or suffix == ARRAY:
+    if suffix in KNOWN or suffix == ARRAY:
         return "image"
     return _by_suffix(path, suffix)
 
@@ -165,7 +165,7 @@ def _folder(path: Path) -> Kind:
         return "source"
     found = (name for _, _, names in os.walk(path) for name in names)
     suffixes = (os.path.splitext(name)[1].lower() for name in islice(found, _ENTRIES))
-    return "images" if any(suffix in SUFFIXES or suffix == ARRAY for suffix in suffixes) else "folder"
+    return "images" if any(suffix in KNOWN or suffix == ARRAY for suffix in suffixes) else "folder"
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from dinocli.data.decode import heic, jxl
 from dinocli.data.decode.bit_depth import Layout
 from dinocli.data.decode.jpeg2000 import is_jpeg2000, open_jpeg2000
 from dinocli.data.decode.png import open_png
 from dinocli.data.decode.pnm import open_pnm
 from dinocli.data.decode.raster import ArrayFile, UnfitArray, other_channels
+from dinocli.data.decode.unread import brand_of
 from dinocli.data.images import ImagesConfig
 
 _LONGEST_HEADER = 10_000  # bytes of a .npy header, which is a line of text
@@ -22,7 +24,7 @@ _SGI = b"\x01\xda"
 
 
 def open_array(data: bytes, images: ImagesConfig) -> ArrayFile | None:
-    """Read the header of a .npy, or of a PNG, PNM, SGI or JPEG 2000 that Pillow does not read at full depth.
+    """Read the header of a .npy, HEIC or JPEG XL, or of a PNG, PNM, SGI or JPEG 2000 that Pillow reads too shallow.
 
     Returns:
         The header; None if Pillow should read the file.
@@ -39,6 +41,10 @@ def open_array(data: bytes, images: ImagesConfig) -> ArrayFile | None:
         return open_png(data, images.channels)
     if data[:2] == _SGI:
         return _open_sgi(data, images.channels)
+    if data[4:8] == b"ftyp":
+        return heic.open_heic(data, images.channels) if brand_of(data) in heic.BRANDS else None
+    if data.startswith(jxl.SIGNATURES):
+        return jxl.open_jxl(data, images)
     return open_jpeg2000(data, images.channels, images.max_megapixels) if is_jpeg2000(data) else None
 
 

@@ -25,6 +25,7 @@ _FORMATS = tuple(
     "JPEG PNG WEBP GIF TIFF BMP DIB AVIF JPEG2000 PPM ICO CUR ICNS PSD PCX DCX DDS SGI SUN QOI MSP XBM XPM PIXAR "
     "FTEX GBR BLP FLI XVTHUMB IM SPIDER TGA".split()
 )
+_EARLY = re.compile("truncat|not (large )?enough|expected to read|end of file", re.IGNORECASE)
 _ENTERING = threading.Lock()
 _inside: list[tuple[int | None, bool]] = []  # Pillow's settings before decoding, once per decoding thread
 
@@ -99,5 +100,5 @@ def decode_or_reason(images: ImagesConfig, lenient: bool, work: Callable[[], T])
     # Pillow's readers raise nearly every kind of exception on a corrupt file, SyntaxError and struct.error too.
     except Exception as error:
         words = re.sub(r" at 0x[0-9a-f]+|[^ -~]+", " ", str(error))[:160].strip() or type(error).__name__
-        early = isinstance(error, EOFError) or re.search("truncat|not (large )?enough|expected to read", words, re.I)
+        early = isinstance(error, EOFError) or _EARLY.search(words)
         return BadImage(f"{'truncated' if early else 'damaged'}: {words}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinocli.data.decode.bit_depth import Layout
+from dinocli.data.decode.bit_depth import Alpha, Layout
 
 MISSING = "needs pip install 'dinocli[tiff]'"
 
@@ -46,3 +46,18 @@ class ArrayFile:
 def other_channels(came: str, wanted: int) -> str:
     """Return the reason to refuse a file with another number of channels."""
     return f"other channels: {came}; expected {wanted} (images.channels)"
+
+
+def picture_layout(
+    format: str, bands: int, range: tuple[float, float], channels: int, alpha: Alpha = "straight"
+) -> Layout:
+    """Return the layout of a picture with 1 to 4 bands: grey or colors, and alpha as the last of two or four.
+
+    Raises:
+        UnfitArray: If `channels` is neither 1 nor 3 and differs from the number of bands.
+    """
+    if channels in (1, 3):
+        return Layout("gray" if bands < 3 else "rgb", range, "" if bands % 2 else alpha)
+    if bands != channels:
+        raise UnfitArray(other_channels(f"{bands} ({format})", channels))
+    return Layout("bands", range)

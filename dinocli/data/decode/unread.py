@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from PIL import features
 
+from dinocli.data.decode import heic
+from dinocli.data.decode.extras import HEIC, JXL
 from dinocli.data.decode.jpeg_header import find_frame
 
 _CONVERT = "convert it to PNG or JPEG"
@@ -14,8 +16,8 @@ _UNPACK = "unpack it"
 
 # Offset, signature, name and advice.
 _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
-    (0, b"\xff\x0a", "JPEG XL", _CONVERT),
-    (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", _CONVERT),
+    (0, b"\xff\x0a", "JPEG XL", JXL.pip),
+    (0, b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL", JXL.pip),
     (128, b"DICM", "DICOM", "convert it to 16-bit PNG, TIFF or .npy, as with pydicom"),
     (0, b"II\xbc", "JPEG XR", _CONVERT),
     (0, b"BPG\xfb", "BPG", _CONVERT),
@@ -68,8 +70,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
 )
 # Still images in ISO base media files, by brand. All other brands are videos.
 _BRANDS = {
-    **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs"), ("HEIC", _CONVERT)),
-    **dict.fromkeys((b"mif1", b"msf1", b"mif2"), ("HEIF", _CONVERT)),
+    **{brand: (name, HEIC.pip) for brand, name in heic.BRANDS.items()},
     **dict.fromkeys((b"avif", b"avis"), ("AVIF", f"{_CONVERT}, or install a Pillow that reads it")),
     b"crx ": ("a camera's raw file (CR3)", _DEVELOP),
 }
@@ -89,7 +90,7 @@ def name_unread(data: bytes) -> str:
         if data.startswith(signature, at) and not (name.endswith("(AVI)") and not data.startswith(b"RIFF")):
             return f"not read here: {name}; {advice}"
     if data[4:8] == b"ftyp":
-        name, advice = _BRANDS.get(_brand(data), ("a video (MP4 or QuickTime)", _FRAMES))
+        name, advice = _BRANDS.get(brand_of(data), ("a video (MP4 or QuickTime)", _FRAMES))
         if name == "AVIF" and features.check("avif"):
             return "damaged: an AVIF without a picture"
         return f"not read here: {name}; {advice}"
@@ -110,7 +111,7 @@ def name_jpeg(kind: int, bits: int) -> str:
     return f"not read here: JPEG of a rare kind (SOF{kind - 0xC0}); {_CONVERT}"
 
 
-def _brand(data: bytes) -> bytes:
+def brand_of(data: bytes) -> bytes:
     """Return the most specific image brand if the major brand is an image; otherwise the major brand."""
     size = min(int.from_bytes(data[:4], "big"), 256, len(data))
     brands = [data[8:12], *(data[at : at + 4] for at in range(16, size - 3, 4))]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+from dinocli.data.decode.extras import EXTRAS, extra_for
 
 # Suffixes of files that accompany images. No message is needed when these are not read.
 _BESIDE = frozenset(
@@ -13,7 +15,6 @@ _BESIDE = frozenset(
 )
 _DOCUMENTS = frozenset("README LICENSE LICENCE COPYING NOTICE AUTHORS CHANGELOG CITATION MAKEFILE DOCKERFILE".split())
 _PACKED = frozenset(".gz .bz2 .xz .zst".split())
-_HEIC = frozenset(".heic .heif .hif".split())
 _RAW = frozenset(".cr2 .cr3 .crw .nef .nrw .arw .sr2 .dng .orf .rw2 .raf .pef .srw .raw .3fr .iiq .x3f".split())
 _DICOM = frozenset(".dcm .dicom .ima".split())
 _ARCHIVES = frozenset(".zip .7z .rar .gz .bz2 .xz .tgz .tar.gz .tar.bz2 .tar.xz .tar.zst .zst".split())
@@ -45,6 +46,16 @@ def not_beside(kinds: Mapping[str, int]) -> dict[str, int]:
     return {kind: count for kind, count in kinds.items() if kind not in _BESIDE}
 
 
+def notes_of(kinds: Mapping[str, int], begin: str = "not read") -> Iterator[str]:
+    """Yield one line per extra that would read some of the files, and one with the counts of all other kinds."""
+    left = not_beside(kinds)
+    for extra in EXTRAS:
+        if not extra.installed and (missed := {kind: left.pop(kind) for kind in [*left] if kind in extra.suffixes}):
+            yield f"{begin}: {unread(missed)}; {extra.pip} reads them"
+    if left:
+        yield f"{begin}: {unread(left)}"
+
+
 def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> str:
     """Return a hint for a folder without images: how to convert or use its most common kind of file.
 
@@ -54,12 +65,12 @@ def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> st
         first: Path of one file of each kind; empty if unknown.
     """
     for kind in sorted(kinds, key=lambda kind: -kinds[kind]):
+        if (extra := extra_for(kind)) and not extra.installed:
+            return extra.pip
         # The user may paste these commands: folders are quoted, and suffixes spelled as on disk (cameras write .CR2).
         example = first.get(kind, os.path.join(where, kind))
         folder, suffix = os.path.dirname(example), example[len(example) - len(kind) :]
         files = f"{shlex.quote(folder)}/*{suffix}"
-        if kind in _HEIC:
-            return f"convert them to JPEG: magick mogrify -format jpg {files}"
         if kind in _RAW:
             return f"develop them to JPEG or TIFF first, with darktable-cli or dcraw: dcraw -T -w {files}"
         if kind in _DICOM or (kind == "" and _is_dicom(first.get(kind, ""))):
@@ -75,8 +86,6 @@ def remedy(where: str, kinds: Mapping[str, int], first: Mapping[str, str]) -> st
                 "extract frames from videos first: ffmpeg -i FILM frames/%06d.jpg; `dino attn-map --film` and "
                 "`dino track` read videos themselves"
             )
-        if kind == ".jxl":
-            return f'convert them to PNG first: for f in {files}; do djxl "$f" "$f.png"; done'
     return "name a folder with files such as .jpg, .png, .webp or .tif"
 
 

@@ -16,14 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinocli.core.atomic import atomic
+from dinocli.data.decode.extras import EXTRAS
 from dinocli.data.sources.kinds import kind_of
 from dinocli.data.sources.outputs import SHEETS, SIGNS, Ours, is_sheet, recognise
 
-# Suffixes of image files.
-SUFFIXES = frozenset(
+# Suffixes of image files: of all that can be read, and of those that the installed packages read.
+PLAIN = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .tif .tiff .bmp .dib .gif .avif .jp2 .j2k .jpx .ppm .pgm .pbm .pnm .pfm "
     ".tga".split()
 )
+KNOWN = PLAIN.union(*(extra.suffixes for extra in EXTRAS))
+SUFFIXES = PLAIN.union(*(extra.suffixes for extra in EXTRAS if extra.installed))
 ARRAY = ".npy"  # counts as an image only if a folder holds no other kind
 JUNK = frozenset({"__MACOSX", "@eaDir"})  # folders of resource forks and thumbnails that macOS and Synology add
 _REMEMBERED = 20_000  # files; listing fewer is too fast to be worth a cache file
@@ -90,7 +93,9 @@ def list_files(root: Path, wanted: Callable[[str], bool]) -> Listing:
         root: Folder to list.
         wanted: Function that selects files by their path.
     """
-    memory = cache_folder() / "listing" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]}.npz"
+    # An extra that is installed later changes which files are selected.
+    place = os.fsencode(root.resolve()) + b"\0" + " ".join(sorted(SUFFIXES)).encode()
+    memory = cache_folder() / "listing" / f"{hashlib.sha256(place).hexdigest()[:24]}.npz"
     remembered = _recall(root, memory)
     if remembered:
         return remembered

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dinocli.core.errors import DinoError
-from dinocli.data.sources.listing import SUFFIXES
+from dinocli.data.sources.listing import KNOWN
 
 JSON = ".jsonl"
 LISTS = (".txt", ".csv", ".tsv", JSON)
@@ -34,7 +34,7 @@ _LABELS = (
 )
 _DELIMITERS = {".csv": ",;\t|", ".tsv": "\t;,|", ".txt": "\t;,|"}
 # A path up to the last image suffix that spaces follow, and the rest of the line.
-_SPACED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(SUFFIXES)))}|\.npy))[ \t]+(\S.*)", re.IGNORECASE)
+_SPACED = re.compile(rf"(.*(?:{'|'.join(map(re.escape, sorted(KNOWN)))}|\.npy))[ \t]+(\S.*)", re.IGNORECASE)
 _MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 _QUOTES = "\"'"
 
@@ -275,7 +275,7 @@ _DELIMITED = re.compile(_SPACED.pattern.replace(r"[ \t]+", r"[\"']?[ \t]*[,;][ \
 
 
 def _split(line: str) -> tuple[str, str]:
-    if os.path.splitext(_unquote(line))[1].lower() in SUFFIXES:
+    if os.path.splitext(_unquote(line))[1].lower() in KNOWN:
         return line, ""
     found = _DELIMITED.fullmatch(line) or _SPACED.fullmatch(line)
     return (found[1], found[2]) if found else (line, "")
@@ -321,7 +321,7 @@ def _convention(rows: Sequence[_Row], folder: Path) -> Callable[[str], str]:
 
 
 def _is_name(cell: str) -> bool:
-    return os.path.splitext(_unquote(cell))[1].lower() in SUFFIXES or "/" in cell or "\\" in cell
+    return os.path.splitext(_unquote(cell))[1].lower() in KNOWN or "/" in cell or "\\" in cell
 
 
 def _suggest_move(name: str) -> str:

@@ -15,7 +15,7 @@ from dinocli.data.decode.pixels import Data
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.hub import HUB, fetch_dataset
 from dinocli.data.sources.indexed import Images, folder_classes, number_classes
-from dinocli.data.sources.kinds import not_beside, remedy, unread
+from dinocli.data.sources.kinds import notes_of, remedy, unread
 from dinocli.data.sources.listing import ARRAY, SUFFIXES, Listing, Names, cache_folder, list_files
 from dinocli.data.sources.lists import LISTS, Entry, read_list
 from dinocli.data.sources.outputs import is_output
@@ -225,8 +225,7 @@ def _notes(root: Path, listing: Listing) -> Iterator[str]:
         where = "here" if root == Path() else f"in {root}"
         *some, last = listing.ours[:_NAMED] + ([f"{len(listing.ours) - _NAMED} more"] if listing.ours[_NAMED:] else [])
         yield f"ignoring {', '.join(some) + ' and ' if some else ''}{last} {where}: written by dino"
-    if missed := not_beside(listing.kinds):
-        yield f"not read: {unread(missed)}"
+    yield from notes_of(listing.kinds)
 
 
 def _no_images(root: Path, listing: Listing) -> DinoError:
@@ -255,28 +254,36 @@ def photos(paths: Sequence[Path]) -> Images:
     Raises:
         DinoError: If a path does not exist or a folder holds no image.
     """
+    notes = list[str]()
     found: dict[str, str] = {}  # each image once, under its first name
     for path in paths:
         if not path.exists():
             raise DinoError(f"{path} does not exist; expected a photo or a folder", "check the path")
-        for file in photo_files(path):
+        for file in photo_files(path, notes):
             found.setdefault(os.path.abspath(file), str(file))
-    names = list(found.values())
-    return Images(", ".join(map(str, paths)), Path(), Names.of(names), [], np.full(len(names), -1, dtype=np.int32))
+    names, labels = list(found.values()), np.full(len(found), -1, dtype=np.int32)
+    return Images(", ".join(map(str, paths)), Path(), Names.of(names), [], labels, notes=tuple(notes))
 
 
-def photo_files(path: Path) -> list[Path]:
+def photo_files(path: Path, notes: list[str] | None = None) -> list[Path]:
     """Return the images of a folder or of a list of files, or the path itself.
+
+    Args:
+        path: File, folder or list.
+        notes: List to which messages about files that are not read are added.
 
     Raises:
         DinoError: If the folder or list holds no image.
     """
     if path.is_dir():
-        return [path / inside for inside in image_folder(path).names]
-    if path.suffix.lower() in LISTS and path.is_file():
-        listed = _file_list(path)
-        return [listed.root / name for name in listed.names]
-    return [path]
+        found = image_folder(path)
+    elif path.suffix.lower() in LISTS and path.is_file():
+        found = _file_list(path)
+    else:
+        return [path]
+    if notes is not None:
+        notes += found.notes
+    return [found.root / name for name in found.names]
 
 
 def _is_image(path: str) -> bool:

@@ -12,15 +12,16 @@ from dinocli.data.decode.image import decode, open_image, reduction
 from dinocli.data.decode.pixels import BadImage, Data, Pixels
 from dinocli.data.images import DEFAULTS, ImagesConfig
 from dinocli.data.sources.lists import LISTS
-from dinocli.data.sources.open import image_folder, photo_files
+from dinocli.data.sources.open import photo_files
 from dinocli.data.sources.regular import read_file, why_unread
 
 
-def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
+def named_photos(paths: Sequence[Path], notes: list[str] | None = None) -> dict[Path, Path]:
     """Map each image file to its output name, without suffix and relative to the output folder.
 
     Args:
         paths: Image files, folders, and lists of files. The names keep the subfolders.
+        notes: List to which messages about files that are not read are added.
 
     Raises:
         DinoError: If a path does not exist, or is a folder without images.
@@ -28,9 +29,9 @@ def named_photos(paths: Sequence[Path]) -> dict[Path, Path]:
     files: dict[Path, Path] = {}
     for path in paths:
         if path.is_dir():
-            files |= {path / inside: Path(inside) for inside in image_folder(path).names}
+            files |= {file: file.relative_to(path) for file in photo_files(path, notes)}
         elif path.suffix.lower() in LISTS and path.is_file():
-            listed = photo_files(path)
+            listed = photo_files(path, notes)
             root = os.path.commonpath([os.path.abspath(file.parent) for file in listed])
             files |= {file: Path(os.path.relpath(file.absolute(), root)) for file in listed}
         elif path.exists():  # reading reports FIFOs and devices

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from dinocli.data.sources.kinds import not_beside, unread
+from dinocli.data.sources import kinds as file_kinds
 from dinocli.data.sources.samples import MOST_CLASSES, Tally, read_label, samples
 from dinocli.data.sources.tar import Content, LocalTar
 
@@ -74,8 +74,7 @@ def labels_apart(url: str) -> Mapping[str, Content]:
 
 def notes_of(scans: Sequence[Scan], kinds: Mapping[str, int]) -> Iterator[str]:
     """Yield messages about members of shards that are not read, or read differently from WebDataset."""
-    if missed := not_beside(kinds):
-        yield f"not read in the shards: {unread(missed)}"
+    yield from file_kinds.notes_of(kinds, "not read in the shards")
     tallies = [scan.tally for scan in scans]
     if links := [name for tally in tallies for name in tally.links]:
         yield f"{len(links)} images are links to files outside their shard and are ignored, such as {links[0]}"

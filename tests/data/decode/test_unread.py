@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from dinocli.data.decode.image import decode
 from dinocli.data.decode.pixels import BadImage
 from dinocli.data.decode.unread import name_unread
+
+SIDES = bytes([0b1000111, 0]) + bytes(30)  # the first fields of a JPEG XL of 32 x 32 pixels
 
 
 def jpeg(kind: int, bits: int) -> bytes:
@@ -26,11 +29,7 @@ def jpeg(kind: int, bits: int) -> bytes:
 @pytest.mark.parametrize(
     ("data", "name"),
     [
-        (b"\xff\x0a" + bytes(50), "JPEG XL"),
-        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50), "JPEG XL"),
         (bytes(128) + b"DICM" + bytes(50), "DICOM"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "HEIC"),
-        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(50), "HEIC"),
         (b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom" + bytes(50), "a camera's raw file (CR3)"),
         (b"\0\0\0\x18ftypisom\0\0\0\0mp41avc1" + bytes(50), "a video (MP4 or QuickTime)"),
         (b"\x1a\x45\xdf\xa3" + bytes(50), "a video (Matroska or WebM)"),
@@ -55,6 +54,27 @@ def test_the_reason_names_the_format_and_how_to_convert_it(data: bytes, name: st
     bad = decode(data)
     assert isinstance(bad, BadImage)
     assert bad.reason.startswith(f"not read here: {name}; ")
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "extra"),
+    [
+        (b"\xff\x0a" + bytes(50), "JPEG XL", "jxl"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50), "JPEG XL", "jxl"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(50), "HEIC", "heic"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(50), "HEIC", "heic"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1miaf" + bytes(50), "HEIF", "heic"),
+    ],
+)
+def test_the_reason_names_the_extra_that_reads_the_format(
+    monkeypatch: pytest.MonkeyPatch, data: bytes, name: str, extra: str
+) -> None:
+    for package in ("pillow_heif", "imagecodecs"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    if name == "JPEG XL":
+        data = data[:-50] + (b"\xff\x0a" + SIDES if data[:1] == b"\0" else SIDES)
+        data = data.replace(b"\x87\n\xff", b"\x87\n\0\0\0\0jxlc\xff")
+    assert decode(data) == BadImage(f"not read here: {name}; pip install 'dinocli[{extra}]'")
 
 
 def test_files_that_are_not_images_are_named() -> None:

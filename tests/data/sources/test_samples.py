@@ -121,10 +121,10 @@ def test_labels_apart_from_their_images_are_found(tmp_path: Path) -> None:
 
 def test_members_of_other_kinds_are_counted(tmp_path: Path) -> None:
     shards = tar(
-        tmp_path / "x.tar", ("a.png", b"1"), ("a.txt", b"x"), ("b.heic", b"x"), ("c.mp4", b"x"), ("d.heic", b"x")
+        tmp_path / "x.tar", ("a.png", b"1"), ("a.txt", b"x"), ("b.psd", b"x"), ("c.mp4", b"x"), ("d.psd", b"x")
     )
     assert shards.notes == (
-        "not read in the shards: 2 .heic, 1 .mp4",
+        "not read in the shards: 2 .psd, 1 .mp4",
         "1 .txt members are taken for captions and are ignored; labels are .cls and .json members",
     )
     labelled = tar(tmp_path / "y.tar", ("a.png", b"1"), ("a.cls", b"0"), ("a.txt", b"x"))

@@ -1,0 +1,40 @@
+"""Optional packages that read further formats: the extra that installs each, and the suffixes of their files."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+
+class Extra(NamedTuple):
+    """Optional package that reads some formats.
+
+    Attributes:
+        name: Name of the extra in `pip install 'dinocli[NAME]'`.
+        package: Package that must be importable.
+        suffixes: Suffixes of the files, in lower case.
+    """
+
+    name: str
+    package: str
+    suffixes: frozenset[str]
+
+    @property
+    def installed(self) -> bool:
+        """True if the package can be found. It is not imported, which would take time."""
+        return find_spec(self.package) is not None
+
+    @property
+    def pip(self) -> str:
+        """Command that installs the extra."""
+        return f"pip install 'dinocli[{self.name}]'"
+
+
+HEIC = Extra("heic", "pillow_heif", frozenset(".heic .heif .hif".split()))
+JXL = Extra("jxl", "imagecodecs", frozenset({".jxl"}))
+EXTRAS = (HEIC, JXL)
+
+
+def extra_for(suffix: str) -> Extra | None:
+    """Return the extra that reads files with a suffix; None if there is none."""
+    return next((extra for extra in EXTRAS if suffix in extra.suffixes), None)
